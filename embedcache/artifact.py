@@ -1,0 +1,202 @@
+"""What every stage leaves on disk: files that are whole or absent, fingerprints, and a record of the run."""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from embedcache.errors import CorruptError, DiskFullError, FingerprintError, PathError
+
+_RECORDED_PACKAGES = ("embedcache", "numpy", "torch", "zarr", "pyarrow", "onnxruntime", "faiss-cpu")
+_NODE = platform.node().replace(".", "-")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def canonical_json(value: Any) -> bytes:
+    """Write JSON so that equal values give equal bytes: keys sorted, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode()
+
+
+def digest(value: Any) -> str:
+    """Get the SHA-256 of a JSON value as 64 hex digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Get the SHA-256 of a file's bytes as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the system's word for a full disk into ours.
+
+    Raises:
+        DiskFullError: names the path; what was committed before stays.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise DiskFullError(
+            f"no space left on the disk of {path}; what is committed is kept: "
+            "free some space and run the same command again"
+        ) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old one, the new one, or none.
+
+    Raises:
+        DiskFullError: nothing of it is left behind.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; after the block it is flushed to the disk and takes its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = f"{_NODE}.{os.getpid()}.{uuid4().hex[:8]}"
+    temporary = path.with_name(f".{path.name}.{writer}.partial")
+    try:
+        with disk_errors(path):
+            yield temporary
+            _flush(temporary)
+            temporary.replace(path)
+            _flush(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes of this machine left below a folder; a living one's files stay."""
+    for path in folder.rglob(".*.partial"):
+        *_, node, process, _unique, _suffix = path.name.split(".")
+        if node == _NODE and not _is_alive(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it lives, and is another user's
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that people can read, atomically."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        PathError: there is no such file.
+        CorruptError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise PathError(f"{path} does not exist") from error
+    except ValueError as error:
+        raise CorruptError(f"{path} is not valid JSON: {error}") from error
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder for a stage's output.
+
+    Raises:
+        PathError: a file is in the way.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise PathError(f"{path} is a file, or lies below one; give the path of a folder") from error
+
+
+def check_same(what: str, found: Mapping[str, Any], asked: Mapping[str, Any], *, next_step: str) -> None:
+    """Refuse an artifact made with other settings than asked.
+
+    Raises:
+        FingerprintError: names each field that differs with both values.
+    """
+    differing = [name for name in {**found, **asked} if found.get(name) != asked.get(name)]
+    if differing:
+        fields = "; ".join(f"{name}: {found.get(name)!r} there, {asked.get(name)!r} asked" for name in differing)
+        raise FingerprintError(f"{what} was made with other settings: {fields}; {next_step}")
+
+
+@contextmanager
+def run_record(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Keep who ran what, on what, and how long it took, as JSON at `path`.
+
+    Args:
+        path: where the record goes when the stage ends without an error.
+        stage: `extract`, `train`, …
+        settings: the stage's inputs and settings, as JSON values.
+
+    Yields:
+        A dict for the stage to put its outcome in.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    outcome: dict[str, Any] = {}
+    yield outcome
+    write_json(
+        path,
+        {
+            "stage": stage,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - clock, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "settings": dict(settings),
+            "outcome": outcome,
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "packages": _installed_packages(),
+        },
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Get the largest resident size this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _installed_packages() -> dict[str, str]:
+    installed = {}
+    for name in _RECORDED_PACKAGES:
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return installed

@@ -1,0 +1,79 @@
+"""Opening a cache: its tables, and its features by the names people give them."""
+
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedcache.cache.feature import Feature
+from embedcache.cache.group import EncoderGroup, open_group
+from embedcache.cache.layout import CacheInfo, items_path, read_info, samples_path
+from embedcache.errors import UnknownNameError
+from embedcache.registry import unknown_name
+
+
+class Cache:
+    """One dataset's samples and features, read-only.
+
+    Args:
+        path: the cache's folder.
+
+    Raises:
+        PathError: the folder is no cache.
+        ArtifactError: it is of a later format.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.info: CacheInfo = read_info(self.path)
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """One row a sample, in row order: `key`, and the source's columns."""
+        return pq.read_table(samples_path(self.path))
+
+    def items(self, modality: str, *, chunk: int | None = None) -> pa.Table:
+        """Get one row an item, in row order.
+
+        Args:
+            modality: `image` (sample, path, offset, length) or `text` (sample, text, language).
+            chunk: only the rows of one chunk; None is all of them.
+        """
+        path = items_path(self.path, modality)
+        if chunk is None:
+            return pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            return file.read_row_group(chunk)
+
+    def encoders(self, modality: str) -> list[EncoderGroup]:
+        """Get the encoders that have features of a modality, by name."""
+        found = sorted((self.path / modality).glob("*/zarr.json"))
+        return [open_group(self.path, modality, path.parent.name, self.info) for path in found]
+
+    def features(self, modality: str) -> list[Feature]:
+        """Get all features of a modality, complete or not, by name."""
+        return [Feature(group, name) for group in self.encoders(modality) for name in group.features]
+
+    def feature(self, modality: str, name: str | None = None) -> Feature:
+        """Find a feature by name.
+
+        Args:
+            modality: `image` or `text`.
+            name: `encoder/feature`; the encoder alone where it has one feature; None where the modality has one.
+
+        Raises:
+            UnknownNameError: no feature is named so, or the name fits several; all that exist are listed.
+        """
+        features = self.features(modality)
+        kind = f"{modality} feature of {self.path}"
+        matches = [feature for feature in features if name in (None, feature.name, feature.group.name)]
+        if len(matches) == 1:
+            return matches[0]
+        names = [feature.name for feature in features]
+        if not matches:
+            raise unknown_name(kind, name or "", names)
+        raise UnknownNameError(
+            f"{kind}: {'none named' if name is None else repr(name) + ' fits several'}; "
+            f"choose one with --{modality}: {', '.join(feature.name for feature in matches)}"
+        )

@@ -1,0 +1,73 @@
+"""The record that ends a chunk: written last, and without it the chunk does not exist."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedcache.artifact import canonical_json, write_atomic
+from embedcache.cache.layout import commit_path
+from embedcache.errors import CorruptError
+
+HASH_BYTES = 16
+_SCHEMA = pa.schema([("hash", pa.binary(HASH_BYTES)), ("failure", pa.string())])
+_METADATA_KEY = b"embedcache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """What is known of one chunk of one encoder.
+
+    Args:
+        chunk: its number.
+        encoder: digest of the encoder's fingerprint.
+        features: feature name -> file below the encoder's folder -> CRC-32C of its rows.
+        hashes: BLAKE2b-128 of each item's raw bytes or UTF-8 text; None where they could not be read.
+        failures: why an item has no feature; None where it has one.
+    """
+
+    chunk: int
+    encoder: str
+    features: Mapping[str, Mapping[str, str]]
+    hashes: Sequence[bytes | None]
+    failures: Sequence[str | None]
+
+
+def write_commit(encoder_folder: Path, commit: Commit) -> None:
+    """Commit a chunk. Its arrays must be on the disk already."""
+    about = {"chunk": commit.chunk, "encoder": commit.encoder, "features": commit.features}
+    schema = _SCHEMA.with_metadata({_METADATA_KEY: canonical_json(about)})
+    table = pa.table({"hash": list(commit.hashes), "failure": list(commit.failures)}, schema=schema)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    write_atomic(commit_path(encoder_folder, commit.chunk), buffer.getvalue())
+
+
+def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
+    """Get a chunk's record, or None where the chunk is not committed.
+
+    Raises:
+        CorruptError: the record cannot be read.
+    """
+    path = commit_path(encoder_folder, chunk)
+    try:
+        table = pq.read_table(io.BytesIO(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorruptError(f"{path} cannot be read: {error}; remove it and extract again") from error
+    about: dict[str, Any] = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+    if about.get("chunk") != chunk:
+        raise CorruptError(f"{path} is not the commit of chunk {chunk}; remove it and extract again")
+    return Commit(
+        chunk=chunk,
+        encoder=about["encoder"],
+        features=about["features"],
+        hashes=table["hash"].to_pylist(),
+        failures=table["failure"].to_pylist(),
+    )

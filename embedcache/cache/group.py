@@ -1,0 +1,235 @@
+"""One encoder's folder in a cache: a Zarr group whose attributes are the fingerprint, with an array a feature."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.arrays import Array
+from embedcache.artifact import check_same, digest
+from embedcache.cache.commit import Commit, read_commit
+from embedcache.cache.layout import FORMAT_VERSION, CacheInfo, encoder_path
+from embedcache.cache.store import read_metadata, write_array, write_chunk, write_group
+from embedcache.errors import CorruptError, DataError
+
+_TOKEN_CHUNK_BYTES = 16 * 2**20
+_ATTRIBUTE = "embedcache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderGroup:
+    """The features of one encoder.
+
+    Args:
+        path: its folder.
+        modality: `image` or `text`.
+        info: the cache it lies in.
+        spec: what opens the encoder again.
+        fingerprint: all that decided the features.
+    """
+
+    path: Path
+    modality: str
+    info: CacheInfo
+    spec: str
+    fingerprint: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.name
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the features that have metadata, complete or not."""
+        return sorted(path.parent.name for path in self.path.glob("*/zarr.json"))
+
+    def commit(self, chunk: int) -> Commit | None:
+        """Get the commit of a chunk, or None.
+
+        Raises:
+            CorruptError: it was written by another encoder, or does not count the chunk's rows.
+        """
+        commit = read_commit(self.path, chunk)
+        if commit is None:
+            return None
+        if commit.encoder != digest(self.fingerprint):
+            raise CorruptError(f"chunk {chunk} in {self.path} was written by another encoder than the folder's")
+        rows = self.info.chunk_rows(self.modality, chunk)
+        if len(commit.failures) != rows.stop - rows.start:
+            raise CorruptError(
+                f"chunk {chunk} in {self.path} has {len(commit.failures)} rows; it should have {rows.stop - rows.start}"
+            )
+        return commit
+
+
+def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> EncoderGroup:
+    """Open one encoder's folder.
+
+    Raises:
+        PathError: there is none.
+        CorruptError: its attributes are not ours.
+    """
+    path = encoder_path(cache_path, modality, name)
+    attributes = read_metadata(path).get("attributes", {}).get(_ATTRIBUTE)
+    if attributes is None:
+        raise CorruptError(f"{path} is a Zarr group without a fingerprint; it was not written by embedcache")
+    return EncoderGroup(
+        path=path,
+        modality=modality,
+        info=info,
+        spec=attributes["spec"],
+        fingerprint=attributes["fingerprint"],
+    )
+
+
+def create_group(
+    cache_path: Path,
+    modality: str,
+    name: str,
+    info: CacheInfo,
+    *,
+    spec: str,
+    fingerprint: Mapping[str, Any],
+) -> EncoderGroup:
+    """Make one encoder's folder, or open it where the same encoder made it.
+
+    Raises:
+        FingerprintError: another encoder made it; each differing field is named with both values.
+    """
+    path = encoder_path(cache_path, modality, name)
+    if (path / "zarr.json").exists():
+        group = open_group(cache_path, modality, name, info)
+        check_same(
+            f"encoder {name!r} of cache {cache_path}",
+            group.fingerprint,
+            fingerprint,
+            next_step="ask for the same encoder as before, or extract into another folder",
+        )
+        return group
+    about = {"format": FORMAT_VERSION, "spec": spec, "fingerprint": dict(fingerprint)}
+    write_group(path, {_ATTRIBUTE: about})
+    return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint)
+
+
+def add_feature(group: EncoderGroup, feature: str, item_shape: tuple[int, ...], dtype: str) -> None:
+    """Write the metadata of a feature that the group does not have yet.
+
+    Args:
+        group: the encoder's folder.
+        feature: name of the feature.
+        item_shape: `(D,)`, `(T, D)` or `(-1, D)` for one item.
+        dtype: `float16` or `float32`.
+
+    Raises:
+        FingerprintError: the feature is there with another shape or dtype.
+    """
+    path = group.path / feature
+    about = {"item_shape": list(item_shape), "dtype": dtype}
+    if (path / "zarr.json").exists():
+        found = feature_about(group, feature)
+        next_step = "ask for the same, or extract into another folder"
+        check_same(f"feature {group.name}/{feature}", found, about, next_step=next_step)
+        return
+    num_items = group.info.num_items[group.modality]
+    if item_shape[0] < 0:
+        chunk_size = group.info.chunk_size
+        write_array(path / "lengths", (num_items,), (chunk_size,), "int32", {})
+        write_group(path / "values", {})
+        write_group(path, {_ATTRIBUTE: about})
+    else:
+        chunks = chunk_shape(group.info, item_shape, dtype)
+        write_array(path, (num_items, *item_shape), chunks, dtype, {_ATTRIBUTE: about})
+
+
+def feature_about(group: EncoderGroup, feature: str) -> dict[str, Any]:
+    """Read a feature's `item_shape` and `dtype`."""
+    about = read_metadata(group.path / feature).get("attributes", {}).get(_ATTRIBUTE)
+    if about is None:
+        raise CorruptError(f"{group.path / feature} was not written by embedcache: it has no attributes of ours")
+    return dict(about)
+
+
+def chunk_shape(info: CacheInfo, item_shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+    """Choose an array's chunks: the commit chunk for vectors, an exact fraction of it for tokens."""
+    rows = info.chunk_size
+    item_bytes = int(np.prod(item_shape)) * np.dtype(dtype).itemsize
+    if len(item_shape) > 1:
+        while rows % 2 == 0 and rows * item_bytes > _TOKEN_CHUNK_BYTES:
+            rows //= 2
+    return (rows, *item_shape)
+
+
+def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Sequence[Array | None]) -> dict[str, str]:
+    """Write one feature of one chunk. It does not exist before `write_commit`.
+
+    Args:
+        group: the encoder's folder.
+        feature: a feature that `add_feature` made.
+        chunk: which chunk.
+        items: one array an item from `fit_item`, in row order; None for a failed item.
+
+    Returns:
+        The files written, relative to the group, with the CRC-32C of their rows.
+    """
+    about = feature_about(group, feature)
+    item_shape, dtype = tuple(about["item_shape"]), about["dtype"]
+    if item_shape[0] < 0:
+        return _write_ragged(group, feature, chunk, items, item_shape[1], dtype)
+    missing = np.full(item_shape, np.nan, dtype)
+    values = np.stack([missing if item is None else item for item in items])
+    shape = chunk_shape(group.info, item_shape, dtype)
+    first = chunk * group.info.chunk_size // shape[0]
+    return {
+        f"{feature}/{number}": write_chunk(group.path / feature, number, values[start : start + shape[0]], shape)
+        for number, start in enumerate(range(0, len(values), shape[0]), first)
+    }
+
+
+def _write_ragged(
+    group: EncoderGroup,
+    feature: str,
+    chunk: int,
+    items: Sequence[Array | None],
+    width: int,
+    dtype: str,
+) -> dict[str, str]:
+    path = group.path / feature
+    lengths = np.array([-1 if item is None else len(item) for item in items], np.int32)
+    tokens = [item for item in items if item is not None]
+    values = np.concatenate(tokens) if tokens else np.empty((0, width), dtype)
+    shape = (max(len(values), 1), width)
+    name = f"values/{chunk:05d}"
+    write_array(path / name, values.shape, shape, dtype, {})
+    return {
+        f"{feature}/{name}/0": write_chunk(path / name, 0, values, shape),
+        f"{feature}/lengths/{chunk}": write_chunk(path / "lengths", chunk, lengths, (group.info.chunk_size,)),
+    }
+
+
+def fit_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -> Array:
+    """Turn what an encoder gave for one item into what is stored.
+
+    Args:
+        item: (D,) or (T, D) float.
+        item_shape: the shape the feature should have, -1 where it may vary.
+        dtype: the dtype on disk.
+        name: the feature's name, for errors.
+
+    Raises:
+        DataError: the shape differs, or a value is NaN or beyond the range of the dtype on disk.
+    """
+    if item.shape[-1] != item_shape[-1] or (item_shape[0] >= 0 and item.shape != item_shape):
+        raise DataError(f"feature {name} should be shaped {item_shape}, the encoder gave {item.shape}")
+    with np.errstate(over="ignore"):
+        stored = item.astype(dtype)
+    if not np.isfinite(stored).all():
+        largest = float(np.abs(item).max())
+        if np.isfinite(largest):
+            raise DataError(
+                f"feature {name} holds {largest:.6g}, beyond the range of {dtype}; extract with --dtype float32"
+            )
+        raise DataError(f"the encoder gave NaN or infinity for feature {name}; check its weights and its precision")
+    return stored

@@ -1,0 +1,100 @@
+"""Where things lie in a cache, and what `cache.json` says. The page docs/formats.md describes every byte."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from embedcache.artifact import read_json, write_json
+from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
+
+FORMAT_VERSION = 1
+DEFAULT_CHUNK_SIZE = 2048
+MODALITIES = ("image", "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheInfo:
+    """The content of `cache.json`.
+
+    Args:
+        chunk_size: items in a chunk; the last chunk of a modality may hold fewer.
+        source: what reopens the source.
+        spine: digest of all samples and items in row order: the identity of the rows.
+        num_samples: rows of `samples.parquet`.
+        num_items: rows of each modality's `items.parquet`; a modality without items is absent.
+        format: version of the format on disk.
+    """
+
+    chunk_size: int
+    source: Mapping[str, Any]
+    spine: str
+    num_samples: int
+    num_items: Mapping[str, int]
+    format: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise SettingError(f"chunk size is {self.chunk_size}; it must be at least 1")
+
+    def num_chunks(self, modality: str) -> int:
+        """Count the chunks of a modality."""
+        return -(-self.num_items.get(modality, 0) // self.chunk_size)
+
+    def chunk_rows(self, modality: str, chunk: int) -> slice:
+        """Get the rows of one chunk."""
+        start = chunk * self.chunk_size
+        return slice(start, min(start + self.chunk_size, self.num_items[modality]))
+
+
+def info_path(cache_path: Path) -> Path:
+    """Get the file whose presence says that the spine is complete."""
+    return cache_path / "cache.json"
+
+
+def samples_path(cache_path: Path) -> Path:
+    """Get the table of samples."""
+    return cache_path / "samples.parquet"
+
+
+def items_path(cache_path: Path, modality: str) -> Path:
+    """Get the table of one modality's items."""
+    return cache_path / modality / "items.parquet"
+
+
+def encoder_path(cache_path: Path, modality: str, encoder: str) -> Path:
+    """Get the folder of all features of one encoder."""
+    return cache_path / modality / encoder
+
+
+def commit_path(encoder_folder: Path, chunk: int) -> Path:
+    """Get the record that is written last and says that a chunk exists."""
+    return encoder_folder / "chunks" / f"{chunk:05d}.parquet"
+
+
+def write_info(cache_path: Path, info: CacheInfo) -> None:
+    """Write `cache.json`: from now on the spine exists."""
+    write_json(info_path(cache_path), asdict(info))
+
+
+def read_info(cache_path: Path) -> CacheInfo:
+    """Read `cache.json`.
+
+    Raises:
+        PathError: the folder is no cache.
+        ArtifactError: the cache is of a later format than this version reads.
+        CorruptError: the file does not hold what it should.
+    """
+    if not info_path(cache_path).is_file():
+        state = "is not a cache: it has no cache.json" if cache_path.exists() else "does not exist"
+        raise PathError(f"{cache_path} {state}; make one with: embedcache extract SOURCE {cache_path}")
+    values = read_json(info_path(cache_path))
+    found = values.get("format") if isinstance(values, dict) else None
+    if not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
+        raise ArtifactError(
+            f"{cache_path} has cache format {found}; this version reads 1 to {FORMAT_VERSION}: upgrade embedcache"
+        )
+    try:
+        return CacheInfo(**values)
+    except TypeError as error:
+        raise CorruptError(f"{info_path(cache_path)} does not hold the fields of format {found}: {error}") from error

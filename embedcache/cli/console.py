@@ -1,0 +1,124 @@
+"""What the command line shows: progress on standard error, results on standard output."""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_SECONDS_BETWEEN_LINES = 10.0
+_PLAIN_WIDTH = 160
+
+
+class TerminalProgress:
+    """Draws a bar with rate and time left."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]} · {task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task: TaskID | None = None
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        """Begin a bar."""
+        self.finish()
+        self._rate = _Rate(unit)
+        self._progress.start()
+        self._task = self._progress.add_task(what, total=total or None, unit=unit, rate="")
+
+    def advance(self, count: int) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._rate.add(count)
+            self._progress.update(self._task, advance=count, rate=self._rate.text())
+
+    def finish(self) -> None:
+        """Leave the bar as it is."""
+        if self._task is not None:
+            self._progress.stop()
+            self._progress.remove_task(self._task)
+            self._task = None
+
+    def note(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(line, highlight=False, markup=False)
+
+
+class PlainProgress:
+    """Writes a line now and then, for logs."""
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        """Begin a piece of work."""
+        self._what, self._total, self._unit = what, total, unit
+        self._rate = _Rate(unit)
+        self._last = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Say how far it is, at most every ten seconds."""
+        self._rate.add(count)
+        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            self.note(f"{self._what}: {self._rate.done:,}{self._of()} {self._unit}, {self._rate.text()}{self._left()}")
+
+    def finish(self) -> None:
+        """Say how long it took."""
+        if self._rate.done:
+            self.note(
+                f"{self._what}: {self._rate.done:,} {self._unit} in {self._rate.seconds:.1f} s, {self._rate.text()}"
+            )
+        self._rate = _Rate(self._unit)
+
+    def note(self, line: str) -> None:
+        """Write a line."""
+        print(line, file=sys.stderr, flush=True)
+
+    def _of(self) -> str:
+        return f"/{self._total:,}" if self._total else ""
+
+    def _left(self) -> str:
+        if not self._total:
+            return ""
+        return f", {self._rate.seconds * (self._total - self._rate.done) / self._rate.done:.0f} s left"
+
+
+class _Rate:
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._started = time.monotonic()
+        self.done = 0
+
+    def add(self, count: int) -> None:
+        self.done += count
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._started, 1e-9)
+
+    def text(self) -> str:
+        return f"{self.done / self.seconds:,.0f} {self._unit}/s"
+
+
+def open_progress() -> TerminalProgress | PlainProgress:
+    """Choose bars on a terminal and plain lines elsewhere."""
+    return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
+
+
+def say(line: str) -> None:
+    """Print one result line."""
+    print(line, flush=True)
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    """Print a table; the first column is left-aligned, the others right-aligned."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False).print(table)

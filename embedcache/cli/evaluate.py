@@ -1,0 +1,43 @@
+"""embedcache evaluate"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(help="Measure trained runs from the cache alone.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def evaluate() -> None:
+    """Measure trained runs from the cache alone."""
+
+
+@app.command()
+def retrieval(
+    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    run: Annotated[list[Path], typer.Argument(help="One run, or several seeds of it to average.")],
+    part: Annotated[Literal["test", "val", "train"], typer.Option(help="Part of the run's split.")] = "test",
+    language: Annotated[str | None, typer.Option(help="Captions of this language. [default: the run's]")] = None,
+    control: Annotated[
+        list[Path] | None, typer.Option(help="Runs trained with --shuffle-pairs, shown beside it.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Image-text retrieval both ways, with intervals and chance."""
+    from embedcache.artifact import write_json
+    from embedcache.cli.console import say, show_table
+    from embedcache.evaluate.report import retrieval_json, retrieval_rows
+    from embedcache.evaluate.retrieval import evaluate_retrieval
+
+    reports = {"run": evaluate_retrieval(cache, run, part=part, language=language)}
+    if control:
+        reports["shuffled pairs"] = evaluate_retrieval(cache, control, part=part, language=language)
+    say(reports["run"].line())
+    columns, rows = retrieval_rows(reports)
+    show_table(columns, rows)
+    if json_path is not None:
+        write_json(
+            json_path,
+            {"retrieval": retrieval_json(reports["run"], shuffled=reports.get("shuffled pairs"))},
+        )

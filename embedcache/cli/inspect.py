@@ -1,0 +1,28 @@
+"""embedcache inspect"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect(cache: Annotated[Path, typer.Argument(help="The cache.")]) -> None:
+    """Show what a cache holds, how complete it is, and why items failed."""
+    from embedcache.cache.cache import Cache
+    from embedcache.cache.summary import describe_feature, describe_spine, failure_reasons
+    from embedcache.cli.console import say, show_table
+
+    opened = Cache(cache)
+    say(describe_spine(opened))
+    features = [feature for modality in ("image", "text") for feature in opened.features(modality)]
+    if not features:
+        say("no features yet: add some with embedcache extract")
+        return
+    show_table(
+        ["feature", "modality", "shape", "dtype", "chunks", "failed", "bytes"],
+        [describe_feature(feature) for feature in features],
+    )
+    for feature in features:
+        say(f"{feature.name}: {feature.group.spec}")
+        for reason, rows in failure_reasons(feature).items():
+            say(f"  {len(rows)} failed: {reason} (rows {', '.join(map(str, rows[:5]))}{' …' if len(rows) > 5 else ''})")

@@ -1,0 +1,48 @@
+"""The command `embedcache`. Commands import what they need when they run, so that --help is quick."""
+
+import errno
+import sys
+
+import typer
+
+from embedcache.cli import curate, evaluate, extract, inspect, quickstart, train
+from embedcache.errors import EmbedcacheError
+
+app = typer.Typer(
+    help="Encode once, align for ever: cache frozen encoders, train projectors on the features, search and curate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command(name="quickstart")(quickstart.quickstart)
+app.command(name="extract")(extract.extract)
+app.command(name="train")(train.train)
+app.command(name="inspect")(inspect.inspect)
+app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(curate.app, name="curate")
+
+_GO_ON = "what is committed is kept: free some space and run the same command again"
+_USER_ERRNOS = {
+    errno.ENOSPC: f"no space left on the disk; {_GO_ON}",
+    errno.EDQUOT: f"the disk quota is used up; {_GO_ON}",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "the file system is read-only",
+}
+
+
+def main() -> None:
+    """Run the command line: a user's mistake is one line and exit 1, our bug is a traceback."""
+    try:
+        app()
+    except EmbedcacheError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in _USER_ERRNOS:
+            raise
+        _fail(f"{error.filename}: {_USER_ERRNOS[error.errno]}" if error.filename else _USER_ERRNOS[error.errno])
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,76 @@
+"""embedcache train"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+
+
+def train(
+    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    run: Annotated[Path, typer.Argument(help="A folder for the run.")],
+    image: Annotated[str | None, typer.Option(help="encoder/feature. [default: the only one]")] = None,
+    text: Annotated[str | None, typer.Option(help="encoder/feature. [default: the only one]")] = None,
+    projector: Annotated[str, typer.Option(help="linear, mlp, or module:attribute.")] = ModelSettings.projector,
+    shared_width: Annotated[int, typer.Option(help="Width of the shared space.")] = ModelSettings.shared_width,
+    start: Annotated[
+        Literal["cca", "ridge", "random"],
+        typer.Option(help="The closed form that training starts from."),
+    ] = ModelSettings.start,
+    shrinkage: Annotated[float, typer.Option(help="Of the closed form.")] = ModelSettings.shrinkage,
+    dropout: Annotated[float, typer.Option(help="Of the input; more for fewer pairs.")] = ModelSettings.dropout,
+    epochs: Annotated[int, typer.Option(help="0 keeps the closed form as it is.")] = OptimizerSettings.epochs,
+    batch_size: Annotated[int, typer.Option(help="Samples in a batch.")] = OptimizerSettings.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = OptimizerSettings.learning_rate,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = OptimizerSettings.weight_decay,
+    split: Annotated[
+        str,
+        typer.Option(help="strict (near-duplicates stay together), key, column, or another run's split.parquet."),
+    ] = SplitSettings.kind,
+    val_share: Annotated[float, typer.Option(help="Share of the samples for validation.")] = SplitSettings.val_share,
+    test_share: Annotated[float, typer.Option(help="Share of the samples for test.")] = SplitSettings.test_share,
+    split_seed: Annotated[int | None, typer.Option(help="Which cut. [default: the seed]")] = None,
+    language: Annotated[str | None, typer.Option(help="Captions of this language only.")] = None,
+    shuffle_pairs: Annotated[bool, typer.Option("--shuffle-pairs", help="Train on wrong pairs, as a control.")] = False,
+    seed: Annotated[int, typer.Option(help="Of order, drawing and initialisation.")] = TrainSettings.seed,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = TrainSettings.device,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="bfloat16: autocast.")
+    ] = TrainSettings.precision,
+    memory_gb: Annotated[float, typer.Option(help="Larger features are mapped, not read.")] = TrainSettings.memory_gb,
+) -> None:
+    """Train a pair of projectors on two cached features."""
+    from embedcache.cli.console import open_progress, say
+    from embedcache.train.train import train as run_training
+
+    settings = TrainSettings(
+        model=ModelSettings(
+            projector=projector,
+            shared_width=shared_width,
+            start=start,
+            shrinkage=shrinkage,
+            dropout=dropout,
+        ),
+        optimizer=OptimizerSettings(
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+        ),
+        split=SplitSettings(
+            kind=split,
+            val_share=val_share,
+            test_share=test_share,
+            seed=seed if split_seed is None else split_seed,
+        ),
+        language=language,
+        shuffle_pairs=shuffle_pairs,
+        seed=seed,
+        device=device,
+        precision=precision,
+        memory_gb=memory_gb,
+    )
+    report = run_training(cache, run, image=image, text=text, settings=settings, progress=open_progress())
+    say(report.line(run))

@@ -1,0 +1,163 @@
+"""Asking an index with texts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.arrays import Floats, normalize
+from embedcache.artifact import check_same
+from embedcache.cache.cache import Cache
+from embedcache.curate import faiss_index
+from embedcache.curate.index import IndexCard, read_card
+from embedcache.encoders.contract import EncoderSettings
+from embedcache.encoders.open import open_encoder
+from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.projectors.saved import load_pair, project
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One item that an index found.
+
+    Args:
+        score: cosine to the query.
+        row: of the item in its modality's table.
+        key: of its sample.
+        captions: of its sample, at most three.
+    """
+
+    score: float
+    row: int
+    key: str
+    captions: Sequence[str]
+
+
+def search(
+    index_path: Path | str,
+    queries: Sequence[str],
+    *,
+    k: int = 10,
+    run_path: Path | str | None = None,
+    device: str = "cpu",
+) -> list[list[Hit]]:
+    """Find the items that fit each query best.
+
+    Args:
+        index_path: what `build_index` made.
+        queries: texts.
+        k: how many hits a query.
+        run_path: where the run that projected the index is now, if it has moved.
+        device: where the text encoder runs.
+
+    Returns:
+        A list of hits for each query, best first.
+
+    Raises:
+        SettingError: no query, or k below 1.
+        DataError: an empty query, k beyond the size of the index, or an index that no text can be compared with.
+        FingerprintError: the run, the encoder or the cache is not the one that the index was made from.
+    """
+    index_path = Path(index_path)
+    card = read_card(index_path)
+    _check_queries(queries, k, card)
+    cache = _open_cache(card)
+    vectors = _embed(queries, card, run_path, device)
+    index = faiss_index.read_index(index_path / "index.faiss")
+    scores, rows = faiss_index.search(index, vectors, k)
+    return [
+        _hits(cache, card.modality, score_K.tolist(), row_K.tolist())
+        for score_K, row_K in zip(scores, rows, strict=True)
+    ]
+
+
+def _check_queries(queries: Sequence[str], k: int, card: IndexCard) -> None:
+    if not queries:
+        raise SettingError("no query; give at least one text")
+    if any(not query.strip() for query in queries):
+        raise DataError("a query is empty; give some words")
+    if not 1 <= k <= card.num_vectors:
+        raise SettingError(f"k is {k}; the index holds {card.num_vectors} items, so k must be 1 to {card.num_vectors}")
+
+
+def _open_cache(card: IndexCard) -> Cache:
+    cache = Cache(card.cache)
+    if cache.info.spine != card.spine:
+        raise FingerprintError(f"the index was made from other samples than {card.cache} holds now; build it again")
+    return cache
+
+
+def _embed(queries: Sequence[str], card: IndexCard, run_path: Path | str | None, device: str) -> Floats:
+    if card.run is None:
+        if run_path is not None:
+            raise FingerprintError(
+                f"the index was made from the plain feature {card.feature}, not from run {run_path}; leave --run out"
+            )
+        if card.modality != "text":
+            raise DataError(
+                f"the index holds the plain image feature {card.feature}, which no text can be compared with; "
+                "build one with: embedcache curate index CACHE INDEX --projected RUN"
+            )
+        return normalize(encode_texts(queries, card.feature, card.spec, card.fingerprint, device))
+    path = Path(run_path or card.run)
+    pair, config = load_pair(path)
+    if config.weights != card.run_weights:
+        raise FingerprintError(
+            f"the index was made from another run than {path}: weights {card.run_weights} there, {config.weights} here; "
+            "build the index again with: embedcache curate index CACHE INDEX --projected RUN"
+        )
+    side = config.text
+    return project(pair.text, encode_texts(queries, side.feature, side.spec, side.fingerprint, device))
+
+
+def encode_texts(
+    texts: Sequence[str],
+    feature: str,
+    spec: str,
+    fingerprint: Mapping[str, Any],
+    device: str = "cpu",
+) -> Floats:
+    """Encode texts with the very encoder that made a cached feature: (Q, D) float32, not normalised.
+
+    Args:
+        texts: what to encode.
+        feature: `encoder/feature`.
+        spec: what opens the encoder.
+        fingerprint: what the encoder must be.
+        device: where it runs.
+
+    Raises:
+        FingerprintError: the encoder that opens now is another.
+    """
+    settings = EncoderSettings(device=device, backend=fingerprint["backend"], precision=fingerprint["precision"])
+    encoder = open_encoder(spec, modality="text", settings=settings)
+    next_step = "use the weights and libraries that it was extracted with, or extract again"
+    check_same(f"feature {feature}", fingerprint, encoder.fingerprint.to_json(), next_step=next_step)
+    name = feature.rpartition("/")[2]
+    return np.stack(encoder.encode(encoder.prepare(list(texts)), [name])[name])
+
+
+def _hits(cache: Cache, modality: str, scores: list[float], rows: list[int]) -> list[Hit]:
+    samples = cache.items(modality)["sample"]
+    return [
+        Hit(
+            score=score,
+            row=row,
+            key=cache.samples["key"][samples[row].as_py()].as_py(),
+            captions=captions(cache, samples[row].as_py())[:3],
+        )
+        for score, row in zip(scores, rows, strict=True)
+        if row >= 0
+    ]
+
+
+def captions(cache: Cache, sample: int) -> list[str]:
+    """Get the captions of a sample, in row order."""
+    if "text" not in cache.info.num_items:
+        return []
+    texts = cache.items("text")
+    start, stop = np.searchsorted(texts["sample"].to_numpy(), [sample, sample + 1])
+    captions: list[str] = texts["text"][start:stop].to_pylist()
+    return captions

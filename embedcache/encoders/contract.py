@@ -1,0 +1,93 @@
+"""What an encoder is to the rest of the package."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+from embedcache.arrays import Array
+
+Modality: TypeAlias = Literal["image", "text"]
+ItemShape: TypeAlias = tuple[int, ...]
+"""Shape of one item's feature: `(D,)` a vector, `(T, D)` a fixed number of tokens, `(-1, D)` any number of tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """All that decides an encoder's output.
+
+    Args:
+        family: the plug-in that made it: `timm`, `hf`, `st`, `lite`, `open_clip`.
+        model: the model's name inside the family, or the name of a local folder.
+        revision: the hub's commit where one is known.
+        weights: SHA-256 over the names, dtypes, shapes and bytes of all weights.
+        preprocessing: what happens to a raw item before the model: sizes, interpolation, mean, std, longest text.
+        pooling: feature name -> how it is made from the model's last states.
+        backend: what runs the model: `torch` or `onnxruntime`.
+        precision: dtype of the forward pass.
+    """
+
+    family: str
+    model: str
+    revision: str | None
+    weights: str
+    preprocessing: Mapping[str, Any]
+    pooling: Mapping[str, str]
+    backend: Literal["torch", "onnxruntime"] = "torch"
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the fields as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """How an encoder is run. None of it but backend and precision changes what comes out.
+
+    Args:
+        device: a torch device.
+        precision: dtype of the forward pass; `bfloat16` uses autocast.
+        backend: `auto` is onnxruntime for families that export to it when the device is the CPU, else torch.
+    """
+
+    device: str = "cpu"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    backend: Literal["auto", "torch", "onnxruntime"] = "auto"
+
+
+class Encoder(Protocol):
+    """A frozen model of one modality.
+
+    `prepare` runs on many threads at once and needs no device; `encode` runs on one.
+    """
+
+    modality: Modality
+    features: Mapping[str, ItemShape]
+    """What it can give, in order; the first is the default."""
+    fingerprint: Fingerprint
+    batch_size: int
+    """How many items one `encode` call should get."""
+
+    def prepare(self, items: Sequence[Any]) -> list[Array]:
+        """Turn raw items into model inputs.
+
+        Args:
+            items: RGB `PIL.Image.Image` objects, or strings.
+
+        Returns:
+            One array an item: (3, H, W) for an image; (T,) int64 token ids, cut at the model's
+            longest input, for a text.
+        """
+        ...
+
+    def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
+        """Run the model on one batch.
+
+        Args:
+            prepared: arrays from `prepare`; texts may differ in length.
+            names: which features to give.
+
+        Returns:
+            feature name -> one float32 array an item, shaped as `features` says, not normalised.
+        """
+        ...

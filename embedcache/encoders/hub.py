@@ -1,0 +1,69 @@
+"""A model of the Hugging Face hub, or a local folder that looks like one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedcache.encoders.open import EncoderSpec
+from embedcache.errors import PathError
+
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+_LOCAL_NEXT = "give the path of a local folder instead"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's files on this machine.
+
+    Args:
+        path: the folder.
+        revision: the hub's commit; None for a folder of the user's own.
+    """
+
+    path: Path
+    revision: str | None = None
+
+
+def model_folder(spec: EncoderSpec) -> ModelFolder:
+    """Find a model's folder, or get it from the hub at the commit, tag or branch in the option `revision`.
+
+    Raises:
+        PathError: a local path that is no folder, or a name the hub does not know, or no hub to be reached.
+    """
+    path = Path(spec.model).expanduser()
+    if path.is_dir():
+        return ModelFolder(path)
+    if spec.is_path or path.exists():
+        what = "is a file" if path.exists() else "does not exist"
+        raise PathError(f"the model folder {path} {what}; give a folder with config.json and weights in it")
+    return _download(spec.model, spec.options.get("revision"))
+
+
+@contextmanager
+def hub_errors(model: str) -> Iterator[None]:
+    """Turn the hub libraries' words for a missing model or network into ours.
+
+    Raises:
+        PathError: says to give a local folder.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PathError(
+            f"{model!r} is no local folder and can't be had from the Hugging Face hub: {reason}; "
+            f"check the name and the network, or {_LOCAL_NEXT}"
+        ) from error
+
+
+def _download(model: str, revision: str | None) -> ModelFolder:
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(model):
+        for weights in ("*.safetensors", "*.bin"):
+            patterns = [*_SMALL_FILES, weights]
+            path = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+            if any(path.rglob(weights)):
+                return ModelFolder(path, revision=path.name)
+    raise PathError(f"the hub's {model!r} holds no .safetensors or .bin weights; choose another, or {_LOCAL_NEXT}")

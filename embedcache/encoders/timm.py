@@ -1,0 +1,156 @@
+"""`timm:vit_small_patch14_dinov2.lvd142m`: any image model of timm, from the hub or with `weights=` from a file.
+
+Transformers give `cls`, `patch_mean` and `patches`; networks that end in a map give `patch_mean` and `patches`, its
+positions row by row. Where the model pools in a way of its own (attention, or a norm after the mean), that is
+`pooled` and the default. Register and distillation tokens are in none of them.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from embedcache.arrays import Floats
+from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.graph import torch_graph
+from embedcache.encoders.hub import hub_errors
+from embedcache.encoders.image import ImageEncoder, Transform, image_features, plain_json
+from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.weights import hash_weights, read_weights
+from embedcache.errors import ArtifactError, SettingError, UnknownNameError
+
+POOLING: Mapping[str, str] = {
+    "pooled": "the model's own pooled output before its classifier",
+    "cls": "the class token after the last norm",
+    "patch_mean": "mean over the patch tokens, or over the positions of the last map",
+    "patches": "the patch tokens, or the positions of the last map, row by row",
+}
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+
+
+def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
+    """Open an image model. Option: `weights`, a local .safetensors or .pth file instead of the hub's.
+
+    Raises:
+        UnknownNameError: no such model or option.
+        PathError: no such file, or no hub to get the weights from.
+        ArtifactError: weights that are another model's.
+        SettingError: asked for text or onnxruntime.
+    """
+    check_options(spec, ("weights",))
+    check_modality(spec, modality, "image")
+    model = _load(spec)
+    transform, preprocessing = _transform(model)
+    module = _Features(model).eval()
+    return ImageEncoder(
+        graph=torch_graph(module, settings, "timm"),
+        transform=transform,
+        features=(features := image_features(module, preprocessing["input_size"])),
+        fingerprint=Fingerprint(
+            family="timm",
+            model=spec.model,
+            revision=None,
+            weights=hash_weights(model.state_dict()),
+            preprocessing=preprocessing,
+            pooling={name: POOLING[name] for name in features},
+            precision=settings.precision,
+        ),
+    )
+
+
+class _Features(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._model = model
+        has_class_token = getattr(model, "cls_token", None) is not None
+        self._has_cls = bool(getattr(model, "has_class_token", has_class_token))
+        self._num_prefix = int(getattr(model, "num_prefix_tokens", has_class_token))
+        self._is_nhwc = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        states = self._model.forward_features(images)
+        outputs = {"pooled": self._model.forward_head(states, pre_logits=True)}
+        if states.ndim == 3 and self._has_cls:
+            outputs["cls"] = states[:, 0]
+        patches_BTD = self._patches(states)
+        return {**outputs, "patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
+
+    def _patches(self, states: torch.Tensor) -> torch.Tensor:
+        if states.ndim == 3:
+            return states[:, self._num_prefix :]
+        return states.flatten(1, 2) if self._is_nhwc else states.flatten(2).transpose(1, 2)
+
+
+def _load(spec: EncoderSpec) -> Any:
+    import timm
+
+    path = Path(spec.options["weights"]).expanduser() if "weights" in spec.options else None
+    if not spec.model.startswith(_HUB_PREFIXES):
+        _check_name(spec.model, has_file=path is not None)
+    if path is None:
+        with hub_errors(spec.model):
+            return timm.create_model(spec.model, pretrained=True, num_classes=0).eval()
+    return _load_file(spec.model, path)
+
+
+def _load_file(name: str, path: Path) -> Any:
+    import timm
+
+    model = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    state = read_weights(path)
+    heads = model.pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    try:
+        model.load_state_dict({key: value for key, value in state.items() if not key.startswith(prefixes)})
+    except RuntimeError:
+        return _load_renamed(name, path)
+    return model
+
+
+def _load_renamed(name: str, path: Path) -> Any:
+    import timm
+
+    # The file takes the place of timm's download, so that its renaming of older checkpoints applies. With the
+    # classifier kept, it insists that every weight fits; without, it would leave the others random.
+    source = {"file": str(path)}
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(
+            f"the weights in {path} do not fit {name}: {reason}; name the model that made them"
+        ) from error
+    model.reset_classifier(0)
+    return model.eval()
+
+
+def _check_name(name: str, *, has_file: bool) -> None:
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UnknownNameError(f"unknown timm model {architecture!r}; {hint}timm.list_models() lists all")
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in tags:
+        raise UnknownNameError(f"unknown timm weights {name!r}; known: {', '.join(tags) or 'none'}")
+    if not tags and not has_file:
+        raise SettingError(f"timm publishes no weights for {name}; give a file of your own: timm:{name},weights=PATH")
+
+
+def _transform(model: Any) -> tuple[Transform, dict[str, Any]]:
+    from timm.data import create_transform, resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    published = create_transform(**config, is_training=False)
+
+    def transform(image: Image) -> Floats:
+        array: Floats = np.asarray(published(image).numpy(), dtype=np.float32)
+        return array
+
+    return transform, plain_json(config)

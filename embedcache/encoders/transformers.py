@@ -1,0 +1,198 @@
+"""`hf:facebook/dinov2-base` or `hf:/local/folder`: image and text models of transformers, with their own processor."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image, new
+
+from embedcache.arrays import Floats
+from embedcache.artifact import digest
+from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.graph import torch_graph
+from embedcache.encoders.hub import ModelFolder, model_folder
+from embedcache.encoders.image import ImageEncoder, Transform, image_features, plain_json
+from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.pooling import POOLING as TEXT_POOLING
+from embedcache.encoders.pooling import cls, mean
+from embedcache.encoders.pretrained import load_config, load_pretrained
+from embedcache.encoders.text import TextEncoder
+from embedcache.encoders.text_graph import text_graph
+from embedcache.encoders.tokenizer import max_tokens_option, open_tokenizer
+from embedcache.errors import PathError, SettingError
+
+IMAGE_POOLING: Mapping[str, str] = {
+    "pooled": "the model's own pooled output",
+    "cls": "last state of the class token",
+    "patch_mean": "mean over the patch tokens, or over the positions of the last map",
+    "patches": "last states of the patch tokens, or the positions of the last map, row by row",
+}
+
+
+def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
+    """Open a model of images or of texts. Options: `revision` (of a hub's model), for texts also `max_tokens`.
+
+    A model of both, such as CLIP, gives the tower that is asked for.
+
+    Raises:
+        PathError: no such folder, and no such model on a hub that can be reached.
+        SettingError: the model is not of that modality, or onnxruntime was asked for with images.
+        ArtifactError: weights that do not fit.
+    """
+    check_options(spec, ("revision",) if modality == "image" else ("max_tokens", "revision"))
+    folder = model_folder(spec)
+    config, loader = _tower(folder.path, modality)
+    check_modality(spec, modality, "image" if _is_vision(config) else "text")
+    model, weights = load_pretrained(loader, folder.path, config)
+    open_tower = _open_image if modality == "image" else _open_text
+    return open_tower(spec, folder, model, weights, settings)
+
+
+class _ImageFeatures(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._model = model
+        names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+        # CLIP calls its class token class_embedding; the others of the library cls_token.
+        self._has_cls = bool(names & {"cls_token", "class_embedding"})
+        self._num_prefix = _num_prefix(model.config, names, has_cls=self._has_cls)
+        # A pooler with weights is often missing from checkpoints, or made for another task.
+        self._has_pool = not any(name.startswith("pooler.") for name, _ in model.named_parameters())
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        states = self._model(pixel_values=images)
+        last = states.last_hidden_state
+        pooled = getattr(states, "pooler_output", None) if self._has_pool else None
+        outputs = {} if pooled is None else {"pooled": pooled.flatten(1)}
+        if last.ndim == 4:
+            patches_BTD = last.flatten(2).transpose(1, 2)
+        else:
+            patches_BTD = last[:, self._num_prefix :]
+            if self._has_cls:
+                outputs["cls"] = last[:, 0]
+        return {**outputs, "patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
+
+
+class _TextFeatures(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        states = self._model(input_ids=input_ids, attention_mask=attention_mask)
+        hidden_BTD = states.last_hidden_state.float()
+        return {
+            "mean": mean(hidden_BTD, attention_mask),
+            "cls": cls(hidden_BTD, attention_mask),
+            "tokens": hidden_BTD,
+        }
+
+
+def _tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
+    import transformers
+
+    config = load_config(folder)
+    part = getattr(config, "vision_config" if modality == "image" else "text_config", None)
+    if part is None:
+        return _encoder_half(config, folder, transformers)
+    if type(part) not in transformers.MODEL_MAPPING:
+        raise SettingError(f"{folder} is a {config.model_type}, whose {modality} tower transformers can't open alone")
+    return part, transformers.AutoModel
+
+
+def _encoder_half(config: Any, folder: Path, transformers: Any) -> tuple[Any, Any]:
+    if not getattr(config, "is_encoder_decoder", False):
+        return config, transformers.AutoModel
+    halves = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel"}
+    if config.model_type not in halves:
+        raise SettingError(
+            f"{folder} is an encoder-decoder of type {config.model_type}; "
+            f"of these only {' and '.join(halves)} can be opened"
+        )
+    return config, getattr(transformers, halves[config.model_type])
+
+
+def _is_vision(config: Any) -> bool:
+    return hasattr(config, "num_channels") and not hasattr(config, "vocab_size")
+
+
+def _num_prefix(config: Any, names: set[str], *, has_cls: bool) -> int:
+    num_registers = int(getattr(config, "num_register_tokens", 0) or 0)
+    return int(has_cls) + num_registers + int("distillation_token" in names)
+
+
+def _open_image(
+    spec: EncoderSpec, folder: ModelFolder, model: torch.nn.Module, weights: str, settings: EncoderSettings
+) -> ImageEncoder:
+    transform, published, input_size = _image_transform(folder.path)
+    module = _ImageFeatures(model).eval()
+    features = image_features(module, input_size)
+    return ImageEncoder(
+        graph=torch_graph(module, settings, "hf image"),
+        transform=transform,
+        features=features,
+        fingerprint=Fingerprint(
+            family="hf",
+            model=spec.folder if spec.is_path else spec.model,
+            revision=folder.revision,
+            weights=weights,
+            preprocessing=published,
+            pooling={name: IMAGE_POOLING[name] for name in features},
+            precision=settings.precision,
+        ),
+    )
+
+
+def _image_transform(folder: Path) -> tuple[Transform, dict[str, Any], tuple[int, ...]]:
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PathError(f"no image processor in {folder}: {reason}; it needs preprocessor_config.json") from error
+
+    def transform(image: Image) -> Floats:
+        pixels = processor(images=image, return_tensors="np")["pixel_values"][0]
+        return np.ascontiguousarray(pixels, dtype=np.float32)
+
+    published = {name: value for name, value in processor.to_dict().items() if not name.startswith("_")}
+    sizes = {transform(new("RGB", size)).shape for size in ((320, 200), (200, 320))}
+    if len(sizes) != 1:
+        raise SettingError(
+            f"the image processor in {folder} keeps each picture's own shape {sorted(sizes)}; "
+            "a batch needs one: set do_center_crop, or a size with height and width, in preprocessor_config.json"
+        )
+    return transform, plain_json(published), sizes.pop()
+
+
+def _open_text(
+    spec: EncoderSpec, folder: ModelFolder, model: torch.nn.Module, weights: str, settings: EncoderSettings
+) -> TextEncoder:
+    tokenizer = open_tokenizer(folder.path, max_tokens=max_tokens_option(spec), model=model)
+    config: Any = model.config
+    made = text_graph(
+        _TextFeatures(model).eval(),
+        settings=settings,
+        weights=weights,
+        what={"name": f"hf-{spec.folder}", "config": digest(config.to_dict())},
+        pad_id=tokenizer.pad_id,
+    )
+    return TextEncoder(
+        graph=made.graph,
+        tokenize=tokenizer,
+        features=made.features,
+        fingerprint=Fingerprint(
+            family="hf",
+            model=spec.folder if spec.is_path else spec.model,
+            revision=folder.revision,
+            weights=weights,
+            preprocessing=tokenizer.preprocessing,
+            pooling={name: TEXT_POOLING[name] for name in made.features},
+            backend=made.backend,
+            precision=settings.precision,
+        ),
+        pad_id=tokenizer.pad_id,
+    )

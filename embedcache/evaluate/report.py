@@ -1,0 +1,61 @@
+"""Retrieval figures as rows to print and as JSON."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from embedcache.evaluate.retrieval import KS, WAYS, RetrievalReport
+from embedcache.metrics import Estimate
+
+Figures = Mapping[str, Mapping[str, Estimate]]
+
+
+def retrieval_rows(reports: Mapping[str, RetrievalReport]) -> tuple[list[str], list[list[str]]]:
+    """Lay reports out as a table: one row each, and a last row of what chance gives on the first one's items.
+
+    Returns:
+        The column names, and the rows of text: `value [low, high]`.
+    """
+    columns = ["", *(f"{way} R@{k}" for way in WAYS for k in KS)]
+    rows = [[name, *_cells(report.recalls)] for name, report in reports.items()]
+    chance = next(iter(reports.values())).chance
+    return columns, [*rows, ["chance", *_cells(chance)]]
+
+
+def _cells(figures: Figures) -> list[str]:
+    return [format_estimate(figures[way][f"r@{k}"]) for way in WAYS for k in KS]
+
+
+def format_estimate(estimate: Estimate) -> str:
+    """Write a share with its interval: `.123 [.101, .145]`."""
+    value, low, high = (
+        f"{number:.3f}".replace("0.", ".", 1) for number in (estimate.value, estimate.low, estimate.high)
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) -> dict[str, Any]:
+    """Give the figures as JSON values: `i2t`, `t2i`, `chance`, one entry for each of `others`, counts and seeds.
+
+    Each way holds `r@1`, `r@5`, `r@10`, and `intervals` with the 95 % interval of each.
+    """
+    return {
+        **_json(report.recalls),
+        "chance": _json(report.chance),
+        **{name: _json(other.recalls) for name, other in others.items() if other is not None},
+        "num_images": report.num_images[0],
+        "num_texts": report.num_texts[0],
+        "seeds": report.seeds,
+        "overlap": report.overlap,
+    }
+
+
+def _json(figures: Figures) -> dict[str, Any]:
+    return {
+        way: {
+            **{name: round(estimate.value, 5) for name, estimate in figures[way].items()},
+            "intervals": {
+                name: [round(estimate.low, 5), round(estimate.high, 5)] for name, estimate in figures[way].items()
+            },
+        }
+        for way in figures
+    }

@@ -1,0 +1,236 @@
+"""Image-text retrieval of trained runs, from the cache alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import binom
+
+from embedcache.arrays import Floats, Ints
+from embedcache.cache.cache import Cache
+from embedcache.cache.feature import Feature
+from embedcache.cache.pairs import Pairs, pair_items
+from embedcache.cache.split import read_split
+from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.metrics import Estimate, best_ranks, bootstrap_mean, chance_recall
+from embedcache.projectors.pair import AlignedPair
+from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project
+
+KS = (1, 5, 10)
+WAYS = ("i2t", "t2i")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """One run on one part: every query's rank, and what is needed to look at its neighbours.
+
+    Args:
+        seed: of the run.
+        pairs: the items of the part.
+        images: (I, P) float32, rows of length 1, in the order of `pairs.image`.
+        texts: (T, P) alike, of `pairs.text`.
+        positives: two (M,) arrays: image i and text j of each positive pair.
+        ranks: `i2t` (I,) and `t2i` (T,): rank of the best positive among all candidates, 1 is the top.
+    """
+
+    seed: int
+    pairs: Pairs
+    images: Floats
+    texts: Floats
+    positives: tuple[Ints, Ints]
+    ranks: dict[str, Ints]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalReport:
+    """Recalls of one or several runs, with what chance gives on the same items.
+
+    Args:
+        part: which part of the split.
+        recalls: way -> `r@k` -> mean over runs and queries, with a 95 % interval over samples.
+        chance: alike, of a random order: its expectation, and where 95 % of random orders lie.
+        num_images: per run.
+        num_texts: per run.
+        seeds: of the runs.
+        overlap: samples of the part whose image or caption is also, byte for byte, in the training part.
+    """
+
+    part: str
+    recalls: dict[str, dict[str, Estimate]]
+    chance: dict[str, dict[str, Estimate]]
+    num_images: list[int]
+    num_texts: list[int]
+    seeds: list[int]
+    overlap: int
+
+    def line(self) -> str:
+        """Say what was measured, in one line, and warn where the part is not held out."""
+        counts = f"{self.num_images[0]:,} images, {self.num_texts[0]:,} captions"
+        seeds = ", ".join(map(str, self.seeds))
+        leak = (
+            f"; WARNING: {self.overlap:,} samples share an image or a caption with the training part"
+            if self.overlap
+            else ""
+        )
+        return f"part {self.part}: {counts} a run; seeds {seeds}; 95 % intervals over samples{leak}"
+
+
+def evaluate_retrieval(
+    cache_path: Path | str,
+    run_paths: Sequence[Path | str],
+    *,
+    part: str = "test",
+    language: str | None = None,
+) -> RetrievalReport:
+    """Rank the held-out items of a cache with trained runs.
+
+    Several runs (seeds) are averaged; all must have been trained on the same features. Memory: the part's features
+    and tiles of similarities.
+
+    Args:
+        cache_path: the cache.
+        run_paths: runs trained on it.
+        part: `test`, `val` or `train`.
+        language: captions of this language; None is the language that the run was trained on.
+
+    Raises:
+        SettingError: no run.
+        FingerprintError: a run was trained on another encoder's features, on other samples, or unlike the others.
+        DataError: the part is empty.
+    """
+    cache = Cache(cache_path)
+    if not run_paths:
+        raise SettingError("no run to evaluate; give at least one run folder")
+    loaded = [load_pair(Path(path)) for path in run_paths]
+    _refuse_mixed(loaded, run_paths)
+    rankings = [
+        rank(cache, Path(path), pair, config, part=part, language=language)
+        for path, (pair, config) in zip(run_paths, loaded, strict=True)
+    ]
+    return RetrievalReport(
+        part=part,
+        recalls=_recalls(rankings),
+        chance=_chances(rankings),
+        num_images=[len(ranking.images) for ranking in rankings],
+        num_texts=[len(ranking.texts) for ranking in rankings],
+        seeds=[ranking.seed for ranking in rankings],
+        overlap=sum(
+            _overlap(cache, Path(path), config, part) for path, (_, config) in zip(run_paths, loaded, strict=True)
+        ),
+    )
+
+
+def rank(
+    cache: Cache,
+    run_path: Path,
+    pair: AlignedPair,
+    config: PairConfig,
+    *,
+    part: str,
+    language: str | None = None,
+) -> Ranking:
+    """Project and rank one part of a cache with one run, both ways.
+
+    Raises:
+        FingerprintError: the run was trained on other features or samples.
+        DataError: the part is empty.
+    """
+    image, text, pairs = _trained_pairs(cache, config, language)
+    keys = cache.samples["key"].to_pylist()
+    pairs = pairs.of(read_split(run_path / "split.parquet", keys).rows(part))
+    if not len(pairs.samples):
+        raise DataError(f"part {part} of {run_path} has no sample with both features")
+    images = project(pair.image, image.gather(pairs.image.rows))
+    texts = project(pair.text, text.gather(pairs.text.rows))
+    image_M, text_M = pairs.positives()
+    ranks = {
+        "i2t": best_ranks(images, texts, (image_M, text_M)),
+        "t2i": best_ranks(texts, images, (text_M, image_M)),
+    }
+    seed = int(config.training["seed"])
+    return Ranking(seed=seed, pairs=pairs, images=images, texts=texts, positives=(image_M, text_M), ranks=ranks)
+
+
+def _trained_pairs(cache: Cache, config: PairConfig, language: str | None) -> tuple[Feature, Feature, Pairs]:
+    if config.spine != cache.info.spine:
+        raise FingerprintError(
+            f"the run was trained on other samples than those of {cache.path}; give the cache it was trained on"
+        )
+    image, text = trained_feature(cache, config, "image"), trained_feature(cache, config, "text")
+    return (
+        image,
+        text,
+        pair_items(cache, image, text, language=language or config.training["language"]),
+    )
+
+
+def trained_feature(cache: Cache, config: PairConfig, modality: str) -> Feature:
+    """Get the feature of a cache that one side of a run was trained on.
+
+    Raises:
+        UnknownNameError: the cache has no feature of that name.
+        FingerprintError: another encoder made it.
+    """
+    feature = cache.feature(modality, config.side(modality).feature)
+    check_feature(config, modality, feature.name, feature.fingerprint)
+    return feature
+
+
+def _refuse_mixed(loaded: Sequence[tuple[AlignedPair, PairConfig]], run_paths: Sequence[Path | str]) -> None:
+    first = loaded[0][1]
+    for path, (_, config) in zip(run_paths, loaded, strict=True):
+        for modality in ("image", "text"):
+            if config.side(modality).feature != first.side(modality).feature:
+                raise FingerprintError(
+                    f"runs cannot be averaged: {run_paths[0]} was trained on {first.side(modality).feature}, "
+                    f"{path} on {config.side(modality).feature}; evaluate them one by one"
+                )
+
+
+def _recalls(rankings: Sequence[Ranking]) -> dict[str, dict[str, Estimate]]:
+    recalls: dict[str, dict[str, Estimate]] = {}
+    for way in WAYS:
+        ranks = np.concatenate([ranking.ranks[way] for ranking in rankings])
+        samples = np.concatenate([_queries(ranking, way) for ranking in rankings])
+        recalls[way] = {f"r@{k}": bootstrap_mean(ranks <= k, samples) for k in KS}
+    return recalls
+
+
+def _queries(ranking: Ranking, way: str) -> Ints:
+    return (ranking.pairs.image if way == "i2t" else ranking.pairs.text).samples
+
+
+def _chances(rankings: Sequence[Ranking]) -> dict[str, dict[str, Estimate]]:
+    return {way: {f"r@{k}": _chance(rankings, way, k) for k in KS} for way in WAYS}
+
+
+def _chance(rankings: Sequence[Ranking], way: str, k: int) -> Estimate:
+    expected, num_queries = [], 0
+    for ranking in rankings:
+        query_M = ranking.positives[WAYS.index(way)]
+        num_candidates = len(ranking.texts if way == "i2t" else ranking.images)
+        expected.append(chance_recall(np.bincount(query_M), num_candidates, k))
+        num_queries += len(ranking.ranks[way])
+    mean = float(np.mean(expected))
+    low, high = _binomial_interval(mean, num_queries)
+    return Estimate(mean, low, high)
+
+
+def _binomial_interval(share: float, num_queries: int) -> tuple[float, float]:
+    low, high = binom.ppf([0.025, 0.975], num_queries, share) / num_queries
+    return float(low), float(high)
+
+
+def _overlap(cache: Cache, run_path: Path, config: PairConfig, part: str) -> int:
+    """Count samples of the part whose image bytes or caption are in the training part too."""
+    if part == "train":
+        return 0
+    _, _, pairs = _trained_pairs(cache, config, None)
+    split = read_split(run_path / "split.parquet", cache.samples["key"].to_pylist())
+    train, held = pairs.of(split.rows("train")), pairs.of(split.rows(part))
+    seen = [
+        side.samples[np.isin(side.contents, trained.contents)]
+        for side, trained in ((held.image, train.image), (held.text, train.text))
+    ]
+    return len(np.unique(np.concatenate(seen)))

@@ -1,0 +1,80 @@
+"""Raw items to model inputs, ahead of the encoder, on threads."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from embedcache.arrays import Array
+from embedcache.cache.commit import HASH_BYTES
+from embedcache.encoders.contract import Encoder
+from embedcache.errors import ItemError
+from embedcache.sources.contract import ImageItem, Source
+from embedcache.sources.media import decode_image
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """One item, ready for every encoder, or the reason why it is not.
+
+    Args:
+        hash: BLAKE2b-128 of the raw bytes or text; None where they could not be read.
+        failure: the reason; None where all is well.
+        inputs: one array an encoder; empty after a failure.
+    """
+
+    hash: bytes | None
+    failure: str | None = None
+    inputs: Sequence[Array] = ()
+
+
+def load_image(source: Source, item: ImageItem, encoders: Sequence[Encoder]) -> Loaded:
+    """Read, decode and prepare one image once for all encoders."""
+    content_hash = None
+    try:
+        data = source.read(item)
+        content_hash = hash_item(data)
+        image = decode_image(data)
+    except ItemError as error:
+        return Loaded(hash=content_hash, failure=str(error))
+    return Loaded(hash=content_hash, inputs=[encoder.prepare([image])[0] for encoder in encoders])
+
+
+def load_texts(texts: Sequence[str], encoders: Sequence[Encoder]) -> list[Loaded]:
+    """Tokenise a chunk of texts for all encoders; equal texts share their inputs."""
+    distinct = [text for text in dict.fromkeys(texts) if text.strip()]
+    prepared = [encoder.prepare(distinct) for encoder in encoders]
+    inputs = {text: list(arrays) for text, *arrays in zip(distinct, *prepared, strict=True)}
+    return [
+        Loaded(
+            hash=hash_item(text.encode()),
+            failure=None if text in inputs else "empty caption",
+            inputs=inputs.get(text, ()),
+        )
+        for text in texts
+    ]
+
+
+def hash_item(data: bytes) -> bytes:
+    """Get the BLAKE2b-128 of an item's raw bytes."""
+    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
+
+
+def ahead(executor: Executor, call: Callable[[T], R], items: Iterable[T], *, window: int) -> Iterator[R]:
+    """Map in order with at most `window` calls under way or waiting to be taken."""
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(executor.submit(call, item))
+            if len(waiting) >= window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -1,0 +1,102 @@
+"""One encoder's share of an extraction: what it should store, and what is still missing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from embedcache.arrays import Array
+from embedcache.artifact import digest
+from embedcache.cache.cache import Cache
+from embedcache.cache.commit import Commit, write_commit
+from embedcache.cache.group import (
+    EncoderGroup,
+    add_feature,
+    create_group,
+    fit_item,
+    write_feature_chunk,
+)
+from embedcache.encoders.contract import Encoder
+from embedcache.encoders.open import EncoderSpec
+from embedcache.registry import unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """An open encoder and its folder in the cache.
+
+    Args:
+        encoder: makes the features.
+        group: where they go.
+        features: which of its features to store.
+        dtype: dtype on disk.
+    """
+
+    encoder: Encoder
+    group: EncoderGroup
+    features: Sequence[str]
+    dtype: str
+
+    def missing(self, chunk: int) -> list[str]:
+        """Name the features that a chunk does not have yet."""
+        commit = self.group.commit(chunk)
+        return [name for name in self.features if commit is None or name not in commit.features]
+
+    def fit(self, feature: str, item: Array) -> Array:
+        """Turn the encoder's output for one item into what is stored."""
+        name = f"{self.group.name}/{feature}"
+        return fit_item(item, self.encoder.features[feature], self.dtype, name)
+
+    def commit(
+        self,
+        chunk: int,
+        features: dict[str, list[Array | None]],
+        hashes: Sequence[bytes | None],
+        failures: Sequence[str | None],
+    ) -> None:
+        """Write a chunk's features, then the record that makes them exist."""
+        before = self.group.commit(chunk)
+        files = dict(before.features) if before is not None else {}
+        for name, items in features.items():
+            files[name] = write_feature_chunk(self.group, name, chunk, items)
+        encoder = digest(self.group.fingerprint)
+        write_commit(
+            self.group.path,
+            Commit(chunk=chunk, encoder=encoder, features=files, hashes=hashes, failures=failures),
+        )
+
+
+def choose_features(encoder: Encoder, asked: Sequence[str]) -> list[str]:
+    """Choose what an encoder stores: those of the asked features that it has, else its first."""
+    return [name for name in asked if name in encoder.features] or [next(iter(encoder.features))]
+
+
+def check_features(encoders: Sequence[Encoder], asked: Sequence[str]) -> None:
+    """Refuse a feature that no encoder has.
+
+    Raises:
+        UnknownNameError: lists the features there are.
+    """
+    known = {name for encoder in encoders for name in encoder.features}
+    for name in asked:
+        if name not in known:
+            raise unknown_name("feature", name, known)
+
+
+def open_target(cache: Cache, spec: EncoderSpec, encoder: Encoder, asked: Sequence[str], dtype: str) -> Target:
+    """Make an encoder's folder in a cache, or open it where the same encoder made it.
+
+    Raises:
+        FingerprintError: another encoder made it.
+    """
+    fingerprint = encoder.fingerprint.to_json()
+    group = create_group(
+        cache.path,
+        encoder.modality,
+        spec.folder,
+        cache.info,
+        spec=spec.text,
+        fingerprint=fingerprint,
+    )
+    features = choose_features(encoder, asked)
+    for name in features:
+        add_feature(group, name, encoder.features[name], dtype)
+    return Target(encoder=encoder, group=group, features=features, dtype=dtype)

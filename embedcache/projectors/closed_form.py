@@ -1,0 +1,139 @@
+"""Projectors that are solved for instead of trained. NumPy and SciPy, float64, one pass over the data.
+
+Each takes the second moments of aligned rows and gives one matrix a side.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from embedcache.errors import DataError, SettingError
+
+Matrix = npt.NDArray[np.float64]
+
+
+@dataclass
+class Moments:
+    """Sums over aligned rows of two features, from which every closed form is solved.
+
+    Add batches in any cut: the result is the same up to float64 rounding. Memory: three D × D matrices.
+
+    Args:
+        image_width: D of the image feature.
+        text_width: D of the text feature.
+    """
+
+    image_width: int
+    text_width: int
+
+    def __post_init__(self) -> None:
+        self.num_rows = 0
+        self._sum = np.zeros(self.image_width + self.text_width)
+        self._products = np.zeros((len(self._sum), len(self._sum)))
+
+    def add(self, images_BD: npt.NDArray[np.floating], texts_BD: npt.NDArray[np.floating]) -> None:
+        """Add aligned rows: two arrays of equal length, any float dtype."""
+        rows = np.concatenate([images_BD, texts_BD], axis=1, dtype=np.float64)
+        self.num_rows += len(rows)
+        self._sum += rows.sum(axis=0)
+        self._products += rows.T @ rows
+
+    @property
+    def image_mean(self) -> Matrix:
+        """(D,) mean of the image rows."""
+        return self._mean[: self.image_width]
+
+    @property
+    def text_mean(self) -> Matrix:
+        """(D,) mean of the text rows."""
+        return self._mean[self.image_width :]
+
+    def covariances(self) -> tuple[Matrix, Matrix, Matrix]:
+        """Give the image, text and cross covariance: (D, D), (E, E), (D, E).
+
+        Raises:
+            DataError: fewer than two rows.
+        """
+        if self.num_rows < 2:
+            raise DataError(f"{self.num_rows} pairs are too few to fit a projector; at least 2 are needed")
+        covariance = self._products / self.num_rows - np.outer(self._mean, self._mean)
+        image, text = slice(self.image_width), slice(self.image_width, None)
+        return covariance[image, image], covariance[text, text], covariance[image, text]
+
+    @property
+    def _mean(self) -> Matrix:
+        return self._sum / max(self.num_rows, 1)
+
+
+def cca(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
+    """Canonical correlation analysis, regularised, each direction weighted by its correlation.
+
+    With whiteners Wx = (Sxx + s·mean(eig Sxx)·I)^-1/2 and Wy alike, and U diag(r) V' the singular value
+    decomposition of Wx Sxy Wy, the projectors are Wx U diag(r) and Wy V diag(r). Hotelling, "Relations between two
+    sets of variates" (1936); weighting by r as CSA, "Canonical Similarity Analysis" (ICLR 2025), does for its
+    cosine.
+
+    Args:
+        moments: of the training pairs.
+        width: P of the shared space; directions beyond the smaller width are left zero.
+        shrinkage: s, in units of the mean eigenvalue; more for fewer pairs.
+
+    Returns:
+        (D, P) for images, (E, P) for texts, float64.
+    """
+    image, text, cross = moments.covariances()
+    white_image, white_text = _whitener(image, shrinkage), _whitener(text, shrinkage)
+    left, correlation, right = scipy.linalg.svd(white_image @ cross @ white_text, full_matrices=False)
+    rank = min(width, len(correlation))
+    weights = correlation[:rank]
+    return (
+        _pad(white_image @ left[:, :rank] * weights, width),
+        _pad(white_text @ right[:rank].T * weights, width),
+    )
+
+
+def ridge(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
+    """Ridge regression of the text feature on the image feature.
+
+    The image projector is (Sxx + s·mean(eig Sxx)·I)^-1 Sxy. Both sides are then turned onto the text feature's
+    principal axes, which changes no cosine unless fewer than all of them fit into the shared space.
+
+    Args:
+        moments: of the training pairs.
+        width: P of the shared space.
+        shrinkage: s, in units of the mean eigenvalue.
+
+    Returns:
+        (D, P) for images, (E, P) for texts, float64.
+    """
+    image, text, cross = moments.covariances()
+    penalty = shrinkage * np.trace(image) / len(image)
+    weights = scipy.linalg.solve(image + penalty * np.eye(len(image)), cross, assume_a="pos")
+    _, axes = scipy.linalg.eigh(text)
+    axes = axes[:, ::-1][:, :width]
+    return _pad(weights @ axes, width), _pad(axes, width)
+
+
+def solve(name: str, moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
+    """Solve the closed form of a name: `cca` or `ridge`.
+
+    Raises:
+        SettingError: the shrinkage is not positive.
+    """
+    if shrinkage <= 0:
+        raise SettingError(f"shrinkage is {shrinkage}; it must be above 0")
+    return {"cca": cca, "ridge": ridge}[name](moments, width, shrinkage=shrinkage)
+
+
+def _whitener(covariance: Matrix, shrinkage: float) -> Matrix:
+    values, vectors = scipy.linalg.eigh(covariance)
+    values = np.maximum(values, 0)
+    scaled = vectors / np.sqrt(values + shrinkage * values.mean() + np.finfo(np.float64).tiny)
+    whitener: Matrix = scaled @ vectors.T
+    return whitener
+
+
+def _pad(weights: Matrix, width: int) -> Matrix:
+    return np.pad(weights, ((0, 0), (0, width - weights.shape[1])))

@@ -1,0 +1,77 @@
+"""Two projectors and a temperature: an aligned model."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from embedcache.projectors.contract import PROJECTORS
+
+_START_TEMPERATURE = 0.07
+_TEMPERATURE_RANGE = (0.001, 0.5)
+
+
+class Tower(nn.Module):
+    """One side: a frozen feature into the shared space.
+
+    Each row is scaled to length 1, the training rows' mean is taken off, and the projector does the rest.
+
+    Args:
+        projector: a name of `PROJECTORS`, or `module:attribute`.
+        input_width: D of the feature.
+        output_width: P of the shared space.
+        dropout: share of the centred input set to zero in training.
+    """
+
+    mean: Tensor
+
+    def __init__(self, projector: str, input_width: int, output_width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("mean", torch.zeros(input_width))
+        self.projector = PROJECTORS.load(projector)(input_width, output_width)
+
+    def forward(self, vectors_BD: Tensor) -> Tensor:
+        """Project a batch: (B, D) any float -> (B, P) float32, not normalised."""
+        centred = normalize(vectors_BD.float(), dim=-1) - self.mean
+        projected: Tensor = self.projector(self.dropout(centred))
+        return projected
+
+
+class AlignedPair(nn.Module):
+    """An image tower, a text tower and a temperature, learned together.
+
+    The temperature is stored as the log of its inverse and kept within 0.001 to 0.5, as in the code of "From
+    Unimodal to Multimodal" (CVPR 2025).
+
+    Args:
+        projector: of both towers.
+        image_width: D of the image feature.
+        text_width: D of the text feature.
+        shared_width: P of the shared space.
+        dropout: share of each tower's input set to zero in training.
+    """
+
+    def __init__(
+        self,
+        projector: str,
+        *,
+        image_width: int,
+        text_width: int,
+        shared_width: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.image = Tower(projector, image_width, shared_width, dropout=dropout)
+        self.text = Tower(projector, text_width, shared_width, dropout=dropout)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(_START_TEMPERATURE)))
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature, a scalar."""
+        return torch.exp(-self.log_scale).clamp(*_TEMPERATURE_RANGE)
+
+    def tower(self, modality: str) -> Tower:
+        """Get the tower of `image` or `text`."""
+        return {"image": self.image, "text": self.text}[modality]

@@ -1,0 +1,160 @@
+"""A trained pair on disk: `model.safetensors`, and `config.json` written after it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from embedcache.arrays import Array, Floats, blocks, normalize
+from embedcache.artifact import digest_file, read_json, replacing, write_json
+from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError
+from embedcache.projectors.pair import AlignedPair, Tower
+
+FORMAT_VERSION = 1
+_BLOCK = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """Which frozen feature a tower was trained on.
+
+    Args:
+        feature: `encoder/feature` in the cache.
+        spec: what opens the encoder again.
+        fingerprint: all that decided the feature.
+        width: D.
+    """
+
+    feature: str
+    spec: str
+    fingerprint: Mapping[str, Any]
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """The content of a run's `config.json`.
+
+    Args:
+        projector: name of both towers' projector.
+        shared_width: P.
+        image: what the image tower takes.
+        text: what the text tower takes.
+        spine: identity of the rows of the cache that it was trained on.
+        training: every setting of the training run.
+        weights: SHA-256 of `model.safetensors`.
+        format: version of the format on disk.
+    """
+
+    projector: str
+    shared_width: int
+    image: Side
+    text: Side
+    spine: str
+    training: Mapping[str, Any]
+    weights: str = ""
+    format: int = FORMAT_VERSION
+
+    def side(self, modality: str) -> Side:
+        """Get the side of `image` or `text`."""
+        return {"image": self.image, "text": self.text}[modality]
+
+
+def build(config: PairConfig, *, dropout: float = 0.0) -> AlignedPair:
+    """Make an untrained pair of the shapes that a config names."""
+    return AlignedPair(
+        config.projector,
+        image_width=config.image.width,
+        text_width=config.text.width,
+        shared_width=config.shared_width,
+        dropout=dropout,
+    )
+
+
+def config_path(run_path: Path) -> Path:
+    """Get the file whose presence says that a run is complete."""
+    return run_path / "config.json"
+
+
+def save_pair(run_path: Path, pair: AlignedPair, config: PairConfig) -> None:
+    """Write the weights, then the config that says the run is complete."""
+    model_path = run_path / "model.safetensors"
+    state = {name: value.contiguous() for name, value in pair.state_dict().items()}
+    with replacing(model_path) as temporary:
+        save_file(state, temporary)
+    write_json(config_path(run_path), {**asdict(config), "weights": digest_file(model_path)})
+
+
+def read_config(run_path: Path) -> PairConfig:
+    """Read a run's `config.json`.
+
+    Raises:
+        PathError: the folder is no finished run.
+        ArtifactError: it is of a later format.
+        CorruptError: it does not hold what it should.
+    """
+    if not config_path(run_path).is_file():
+        state = "is not a finished run: it has no config.json" if run_path.exists() else "does not exist"
+        raise PathError(f"{run_path} {state}; make one with: embedcache train CACHE {run_path}")
+    values = read_json(config_path(run_path))
+    found = values.get("format") if isinstance(values, dict) else None
+    if not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
+        raise ArtifactError(
+            f"{run_path} has run format {found}; this version reads 1 to {FORMAT_VERSION}: upgrade embedcache"
+        )
+    try:
+        sides = {name: Side(**values[name]) for name in ("image", "text")}
+        return PairConfig(**{**values, **sides})
+    except (KeyError, TypeError) as error:
+        raise CorruptError(f"{config_path(run_path)} does not hold the fields of format {found}: {error}") from error
+
+
+def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, PairConfig]:
+    """Load a trained pair, ready to project.
+
+    Raises:
+        PathError: the folder is no finished run.
+        CorruptError: the weights are not those that the config was written for.
+    """
+    config = read_config(run_path)
+    model_path = run_path / "model.safetensors"
+    if not model_path.is_file() or digest_file(model_path) != config.weights:
+        raise CorruptError(
+            f"{model_path} is missing or not the file that config.json was written for; train again into a new folder"
+        )
+    pair = build(config)
+    pair.load_state_dict(load_file(model_path))
+    return pair.to(device).eval(), config
+
+
+@torch.inference_mode()
+def project(tower: Tower, vectors_ND: Array, *, device: str = "cpu") -> Floats:
+    """Project rows block by block: (N, D) any float -> (N, P) float32, rows of length 1."""
+    out_NP = [
+        normalize(tower(torch.from_numpy(np.asarray(vectors_ND[block], np.float32)).to(device)).cpu().numpy())
+        for block in blocks(len(vectors_ND), _BLOCK)
+    ]
+    return np.concatenate(out_NP) if out_NP else np.empty((0, 0), np.float32)
+
+
+def check_feature(config: PairConfig, modality: str, name: str, fingerprint: Mapping[str, Any]) -> None:
+    """Refuse to project a feature that the tower was not trained on.
+
+    Raises:
+        FingerprintError: names the field with both values.
+    """
+    side = config.side(modality)
+    if fingerprint != side.fingerprint:
+        differing = {
+            field: (side.fingerprint.get(field), fingerprint.get(field))
+            for field in {**side.fingerprint, **fingerprint}
+            if side.fingerprint.get(field) != fingerprint.get(field)
+        }
+        fields = "; ".join(f"{field}: {run!r} there, {here!r} here" for field, (run, here) in differing.items())
+        raise FingerprintError(
+            f"the run was trained on {modality} feature {side.feature}, the cache's {name} comes from another encoder: {fields}"
+        )

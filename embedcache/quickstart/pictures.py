@@ -1,0 +1,34 @@
+"""Small pictures of a cache's images, as text that a page can hold."""
+
+import base64
+import io
+from functools import lru_cache
+
+from embedcache.cache.cache import Cache
+from embedcache.sources.contract import ImageItem
+from embedcache.sources.media import decode_image
+from embedcache.sources.open import reopen_source
+
+_SIZE_PX = 88
+
+
+class Pictures:
+    """Reads images again from the source that a cache was made from.
+
+    Args:
+        cache: the cache.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self._source = reopen_source(cache.info.source)
+        self._items = cache.items("image").drop_columns("sample")
+        self.data_url = lru_cache(maxsize=None)(self._data_url)
+
+    def _data_url(self, row: int) -> str:
+        """Get a thumbnail of the image in a row as a `data:` URL."""
+        item = ImageItem(**self._items.slice(row, 1).to_pylist()[0])
+        image = decode_image(self._source.read(item))
+        image.thumbnail((_SIZE_PX, _SIZE_PX))
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=80)
+        return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

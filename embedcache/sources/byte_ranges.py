@@ -1,0 +1,67 @@
+"""Ranges of bytes of many large files, read from many threads through a few open files."""
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from threading import Lock
+
+from embedcache.errors import ItemError
+
+MAX_OPEN_FILES = 32
+
+
+class ByteRanges:
+    """Reads ranges of bytes; keeps the files used last open.
+
+    Args:
+        max_open: files kept open. A thread in the middle of a read holds its own one besides.
+    """
+
+    def __init__(self, max_open: int = MAX_OPEN_FILES) -> None:
+        self._max_open = max_open
+        self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._lock = Lock()
+
+    def read(self, path: Path, offset: int, length: int) -> bytes:
+        """Get `length` bytes of a file from `offset` on. Safe from many threads.
+
+        Raises:
+            ItemError: the file is gone, cannot be read or is shorter than that.
+        """
+        try:
+            data = self._file(path).read(offset, length)
+        except FileNotFoundError:
+            raise ItemError(f"no such file: {path}") from None
+        except OSError as error:
+            raise ItemError(f"cannot read {path}: {error.strerror}") from None
+        if len(data) < length:
+            raise ItemError(f"{path} ends {length - len(data)} bytes before the image does")
+        return data
+
+    def _file(self, path: Path) -> "_OpenFile":
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = _OpenFile(path)
+            self._open.move_to_end(path)
+            if len(self._open) > self._max_open:
+                self._open.popitem(last=False)
+            return self._open[path]
+
+
+class _OpenFile:
+    """A descriptor that closes when nobody holds it: a file dropped while another thread reads it stays open."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read until `length` bytes are there or the file ends (one call gives at most 2 GiB)."""
+        parts: list[bytes] = []
+        while length > 0 and (part := os.pread(self._descriptor, length, offset)):
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return b"".join(parts)

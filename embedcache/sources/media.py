@@ -1,0 +1,143 @@
+"""Bytes of an image file to pixels, as the published encoders were fed them: 8-bit RGB, upright, on white."""
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from embedcache.errors import ItemError
+
+MAX_PIXELS = 89_478_485
+"""More pixels are refused from the header: Pillow's own limit, 256 MiB as RGB."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What Pillow raises on damaged bytes: its own (OSError, SyntaxError, ValueError, EOFError, bombs), and what
+# its parsers let through. A damaged size also shows as MemoryError.
+_DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    Image.DecompressionBombError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    Warning,
+    struct.error,
+    zlib.error,
+)
+_warnings_lock = Lock()
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode the bytes of an image file to an RGB image of 8 bits a channel. Safe from many threads.
+
+    EXIF orientation is applied, transparency laid on white, grey and CMYK converted, 16-bit grey
+    scaled, and of an animation the first frame taken. An EXIF block that cannot be read is ignored.
+
+    Raises:
+        ItemError: the bytes give no such image; the text is a short reason.
+    """
+    if not data:
+        raise ItemError("empty file")
+    try:
+        return _rgb(_upright(_load(data)))
+    except ItemError:
+        raise
+    except UnidentifiedImageError:
+        raise ItemError(f"not an image ({', '.join(FORMATS)})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ItemError(f"too many pixels: more than {MAX_PIXELS:,}") from None
+    except _DAMAGE as error:
+        raise ItemError(_reason(error)) from None
+
+
+def _load(data: bytes) -> Image.Image:
+    """Read header and pixels. Only TIFF can warn while its pixels are read, so others are read unlocked."""
+    with _quiet():
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_pixels(image.width, image.height)
+        if image.format == "TIFF":
+            image.load()
+    image.load()
+    return image
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ItemError(f"too many pixels: {width} x {height}, more than {MAX_PIXELS:,}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Read the EXIF orientation; 1, upright, where there is none or it is damaged."""
+    with _quiet():
+        try:
+            value = image.getexif().get(_ORIENTATION_TAG, 1)
+        except _DAMAGE:  # the pixels are good all the same; other readers ignore it too
+            return 1
+    return value if isinstance(value, int) else 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _eight_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8-bit grey: 0..65535 -> 0..255, rounded.
+
+    Raises:
+        ItemError: values beyond 16 bits, or floating point: no range is agreed on for them.
+    """
+    if image.mode == "F":
+        raise ItemError("floating-point pixels; save as 8 or 16 bit")
+    values = np.asarray(image).astype(np.int64)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise ItemError(f"pixels from {values.min()} to {values.max()}; save as 8 or 16 bit")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).partition("\n")[0]
+    if "truncated" in text.lower() or isinstance(error, EOFError):
+        return f"truncated image: {text}" if text else "truncated image"
+    return f"damaged image: {text or type(error).__name__}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop warnings. Filters belong to the whole process until Python 3.14, hence one thread at a time."""
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,104 @@
+"""A source from what a user types, and again from what a cache remembers."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from embedcache.errors import PathError, SourceError
+from embedcache.registry import Registry
+from embedcache.sources.contract import Source
+from embedcache.sources.files import (
+    IMAGE_SUFFIXES,
+    TABLE_SUFFIXES,
+    TAR_SUFFIXES,
+    has_suffix,
+    walk_files,
+)
+from embedcache.sources.settings import SourceSettings
+
+SOURCES = Registry(
+    "source",
+    {
+        "folder": "embedcache.sources.folder:FolderSource",
+        "openmoji": "embedcache.sources.openmoji:OpenmojiSource",
+        "table": "embedcache.sources.table:TableSource",
+        "webdataset": "embedcache.sources.webdataset:WebdatasetSource",
+    },
+)
+_ACCEPTED = (
+    "a source is a folder of images, a .parquet/.csv/.tsv/.jsonl table or a folder of such, "
+    "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, or openmoji:"
+)
+
+
+def open_source(
+    location: str | Path, *, kind: str | None = None, settings: SourceSettings | None = None
+) -> Source:
+    """Open raw samples.
+
+    Args:
+        location: a path, or `name:rest` for a source of the table (`openmoji:en+de`).
+        kind: a name of the table, or `module:attribute` of the user's own, which is called with
+            the location and the settings. Found out from the location where it is not given.
+        settings: how to read it.
+
+    Raises:
+        PathError: there is nothing at that path.
+        SourceError: what is there is no source.
+        UnknownNameError: there is no such kind.
+        SettingError: a setting that this kind does not take.
+    """
+    name, place = split_kind(str(location)) if kind is None else (kind, str(location))
+    source: Source = SOURCES.load(name)(place, settings or SourceSettings())
+    return source
+
+
+def reopen_source(description: Mapping[str, Any]) -> Source:
+    """Open a source again from what its `describe` gave.
+
+    Raises:
+        PathError: its files are gone.
+    """
+    settings = SourceSettings.from_json(description.get("settings", {}))
+    return open_source(description["path"], kind=description["type"], settings=settings)
+
+
+def split_kind(location: str) -> tuple[str, str]:
+    """Find out which kind of source a location is: (kind, location for that kind)."""
+    kind, colon, rest = location.partition(":")
+    if colon and kind in SOURCES.paths:
+        return kind, rest
+    path = Path(location)
+    if path.is_dir():
+        return _kind_of_folder(path), location
+    if has_suffix(location, TAR_SUFFIXES) and ("{" in location or path.is_file()):
+        return "webdataset", location
+    if not path.exists():
+        raise PathError(f"no such file or folder: {location}; {_ACCEPTED}")
+    if has_suffix(location, TABLE_SUFFIXES):
+        return "table", location
+    raise SourceError(f"{location} is a file of another kind; {_ACCEPTED}")
+
+
+def _kind_of_folder(folder: Path) -> str:
+    """Name the kind of a folder: one image makes it a folder of images, else one tar, else one table.
+
+    Stops at the first image, so a folder of millions of images is not gone through.
+    """
+    found = _first_kinds(name for name, _ in walk_files(folder))
+    for kind in ("folder", "webdataset", "table"):
+        if kind in found:
+            return kind
+    raise SourceError(f"{folder} holds no image, no .tar and no table; {_ACCEPTED}")
+
+
+def _first_kinds(names: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for name in names:
+        if has_suffix(name, IMAGE_SUFFIXES):
+            return {"folder"}
+        if has_suffix(name, TAR_SUFFIXES):
+            found.add("webdataset")
+        if has_suffix(name, TABLE_SUFFIXES):
+            found.add("table")
+    return found

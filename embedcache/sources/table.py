@@ -1,0 +1,143 @@
+"""Tables of images and captions: Parquet, CSV, TSV and JSONL, one file or a folder of such."""
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.sources.contract import ImageItem, Sample
+from embedcache.sources.files import (
+    TABLE_SUFFIXES,
+    has_suffix,
+    read_file,
+    relative_to,
+    walk_files,
+)
+from embedcache.sources.row_groups import RowGroups
+from embedcache.sources.settings import SourceSettings
+from embedcache.sources.sidecar import caption_list, scalar_columns, text_items
+from embedcache.sources.table_columns import TableColumns, find_columns
+from embedcache.sources.table_files import Row, TableFile, open_table_file
+
+
+class TableSource:
+    """The rows of a table, file after file sorted by path, each a sample.
+
+    A key is the cell of the key column, else `<path of the file without suffix>/<row>`. An image
+    column holds bytes, a struct of `bytes` and `path` as Hugging Face writes it, or paths: absolute or
+    relative to the table's folder. Going through the samples reads no image.
+
+    Args:
+        location: a table file or a folder of such.
+        settings: `image_column`, `caption_columns`, `key_column`.
+
+    Raises:
+        PathError: there is no table there.
+    """
+
+    def __init__(self, location: str, settings: SourceSettings) -> None:
+        settings.allow_only("table", "image_column", "caption_columns", "key_column")
+        self._settings = settings
+        self._location = Path(location).absolute()
+        self._root = self._location if self._location.is_dir() else self._location.parent
+        self._files = _find_files(self._location)
+        self._row_groups = RowGroups()
+        self._image_column = lru_cache(maxsize=4096)(self._find_image_column)
+
+    def describe(self) -> Mapping[str, Any]:
+        """Give what reopens it."""
+        settings = self._settings.given()
+        return {"type": "table", "path": self._location.as_posix(), "settings": settings}
+
+    def samples(self) -> Iterator[Sample]:
+        """Go through all rows. Memory holds one batch of rows, without images."""
+        for path in self._files:
+            file = open_table_file(path)
+            columns = find_columns(file, self._settings)
+            for number, row in enumerate(file.rows(columns.to_read())):
+                yield self._sample(file, columns, number, row)
+
+    def read(self, item: ImageItem) -> bytes:
+        """Get the bytes of one image: a file of its own, or a cell of a Parquet file."""
+        path = self._root / item.path
+        if path.suffix.lower() != ".parquet":
+            return read_file(path)
+        return self._cell(path, self._image_column(path), item.offset)
+
+    def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> Sample:
+        place = f"{file.path} row {number}"
+        return Sample(
+            key=self._key(file, columns, number, row),
+            images=self._images(file, columns, number, row),
+            texts=text_items(
+                _captions(columns, row, place),
+                row.get(columns.language) if columns.language else None,
+            ),
+            columns=scalar_columns({name: row.get(name) for name in columns.others}),
+        )
+
+    def _key(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> str:
+        if columns.key is None:
+            stem = file.path.relative_to(self._root).with_suffix("").as_posix()
+            return f"{stem}/{number}"
+        key = row.get(columns.key)
+        if key is None or key == "":
+            raise SourceError(f"{file.path} row {number} has no key in column {columns.key}")
+        return str(key)
+
+    def _images(
+        self, file: TableFile, columns: TableColumns, number: int, row: Row
+    ) -> tuple[ImageItem, ...]:
+        if columns.image is None:
+            return ()
+        if columns.holds_bytes:
+            return (ImageItem(path=relative_to(self._root, file.path), offset=number),)
+        value = row.get(columns.image)
+        if value is None or value == "":
+            return ()
+        if not isinstance(value, str):
+            raise SourceError(
+                f"{file.path} row {number}: column {columns.image} must hold a path, not "
+                f"{value!r:.60}; name another with --image-column"
+            )
+        return (ImageItem(path=relative_to(self._root, file.path.parent / value)),)
+
+    def _find_image_column(self, path: Path) -> str:
+        try:
+            column = find_columns(open_table_file(path), self._settings).image
+        except (PathError, SourceError) as error:
+            raise ItemError(str(error)) from None
+        if column is None:
+            raise ItemError(f"{path} has no image column")
+        return column
+
+    def _cell(self, path: Path, column: str, row: int) -> bytes:
+        cell = self._row_groups.read(path, column, row)
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if isinstance(data, bytes):
+            return data
+        if isinstance(cell, dict) and cell.get("path"):
+            return read_file(path.parent / cell["path"])
+        raise ItemError(f"no image in column {column}, row {row} of {path}")
+
+
+def _captions(columns: TableColumns, row: Row, place: str) -> list[str]:
+    """Give the captions of a row. Blank cells count only where all cells are blank: a row of CSV may
+    have fewer captions than the table has columns for them.
+    """
+    cells = [caption_list(row.get(name), f"{place}: {name}") for name in columns.captions]
+    captions = [caption for cell in cells for caption in cell]
+    said = [caption for caption in captions if caption.strip()]
+    return said or captions if len(columns.captions) > 1 else captions
+
+
+def _find_files(location: Path) -> list[Path]:
+    if not location.exists():
+        raise PathError(f"no such table: {location}")
+    if not location.is_dir():
+        return [location]
+    names = [name for name, _ in walk_files(location) if has_suffix(name, TABLE_SUFFIXES)]
+    if not names:
+        raise PathError(f"no {', '.join(sorted(TABLE_SUFFIXES))} file below {location}")
+    return [location / name for name in names]

@@ -1,0 +1,138 @@
+"""Making a split: by near-duplicate groups, by key, or by the source's own column."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from embedcache.arrays import Array, Ints, blocks, normalize
+from embedcache.cache.cache import Cache
+from embedcache.cache.feature import Feature
+from embedcache.cache.pairs import Pairs, Side, number_equal
+from embedcache.cache.split import Split, read_split
+from embedcache.errors import SettingError, SourceError
+from embedcache.registry import unknown_name
+from embedcache.train.settings import SplitSettings
+
+_KINDS = ("strict", "key", "column")
+_MOST_STRICT_ITEMS = 200_000
+_BLOCK = 1024
+_PART_NAMES = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+}
+
+
+def make_split(cache: Cache, pairs: Pairs, image: Feature, text: Feature, settings: SplitSettings) -> Split:
+    """Cut the samples of a cache that have both features.
+
+    Deterministic: the same features and settings give the same split. Memory: a tile of similarities.
+
+    Raises:
+        UnknownNameError: the kind is neither known nor a file.
+        SettingError: `strict` on more than 200,000 items, which compares all pairs.
+        SourceError: `column` without a usable column.
+    """
+    keys = cache.samples["key"].to_pylist()
+    if settings.kind == "column":
+        return _by_column(cache, keys, pairs.samples)
+    if settings.kind in _KINDS:
+        groups = _near_duplicates(pairs, image, text, settings) if settings.kind == "strict" else pairs.samples
+        return _by_groups(keys, pairs.samples, groups, settings)
+    if not Path(settings.kind).is_file():
+        raise unknown_name("split", settings.kind, _KINDS, hint="or give the path of another run's split.parquet")
+    return read_split(Path(settings.kind), keys)
+
+
+def _by_column(cache: Cache, keys: list[str], samples: Ints) -> Split:
+    if "split" not in cache.samples.column_names:
+        raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
+    values = [str(value).lower() for value in cache.samples["split"].to_pylist()]
+    known = [_PART_NAMES.get(value, "") for value in values]
+    if not {"train", "test"} <= set(known):
+        raise SourceError(f"column 'split' of {cache.path} holds {sorted(set(values))}; it must name train and test")
+    parts = [""] * len(keys)
+    for row in samples:
+        parts[row] = known[row]
+    if "val" not in parts:
+        parts = _carve_validation(keys, parts)
+    return Split(keys=keys, parts=parts, groups=list(range(len(keys))))
+
+
+def _carve_validation(keys: list[str], parts: list[str]) -> list[str]:
+    share = SplitSettings().val_share
+    train = np.array([row for row, part in enumerate(parts) if part == "train"])
+    held = _fill([[int(row)] for row in train], keys, round(share * len(train)), seed=0)
+    return ["val" if row in held else part for row, part in enumerate(parts)]
+
+
+def _by_groups(keys: list[str], samples: Ints, groups: Ints, settings: SplitSettings) -> Split:
+    members: dict[int, list[int]] = {}
+    for sample, group in zip(samples.tolist(), groups.tolist(), strict=True):
+        members.setdefault(group, []).append(sample)
+    test = _fill(list(members.values()), keys, round(settings.test_share * len(samples)), settings.seed)
+    rest = [group for group in members.values() if group[0] not in test]
+    val = _fill(rest, keys, round(settings.val_share * len(samples)), settings.seed)
+    parts, numbers = [""] * len(keys), [-1] * len(keys)
+    for number, group in enumerate(members.values()):
+        for row in group:
+            parts[row] = "test" if row in test else "val" if row in val else "train"
+            numbers[row] = number
+    return Split(keys=keys, parts=parts, groups=numbers)
+
+
+def _fill(groups: list[list[int]], keys: list[str], quota: int, seed: int) -> set[int]:
+    """Take whole groups in an order that only keys and the seed decide; one too large for what is left is passed by."""
+
+    def order(group: list[int]) -> bytes:
+        return hashlib.sha256(f"{seed}:{min(keys[row] for row in group)}".encode()).digest()
+
+    taken: set[int] = set()
+    for group in sorted(groups, key=order):
+        if len(taken) + len(group) <= quota:
+            taken.update(group)
+    return taken
+
+
+def _near_duplicates(pairs: Pairs, image: Feature, text: Feature, settings: SplitSettings) -> Ints:
+    num_items = len(pairs.image.rows) + len(pairs.text.rows)
+    if num_items > _MOST_STRICT_ITEMS:
+        raise SettingError(
+            f"--split strict compares all pairs of items: {num_items} are more than {_MOST_STRICT_ITEMS}; "
+            "use --split key or --split column"
+        )
+    samples = pairs.samples
+    labels = np.arange(len(samples))
+    for side, feature, threshold in (
+        (pairs.image, image, settings.image_cosine),
+        (pairs.text, text, settings.text_cosine),
+    ):
+        vectors = normalize(pool_items(feature, side))
+        labels = _join(vectors, np.searchsorted(samples, side.samples), labels, threshold)
+    return labels
+
+
+def pool_items(feature: Feature, side: Side) -> Array:
+    """Gather one vector an item; tokens are averaged: (M, D) float."""
+    if len(feature.item_shape) == 1:
+        return feature.gather(side.rows)
+    return np.stack([tokens.astype(np.float32).mean(axis=0) for tokens in feature.gather_tokens(side.rows)])
+
+
+def _join(vectors_ND: Array, nodes: Ints, labels: Ints, threshold: float) -> Ints:
+    """Merge the groups of all nodes whose vectors lie above the threshold. One tile of similarities in memory."""
+    for block in blocks(len(vectors_ND), _BLOCK):
+        row, column = np.nonzero(vectors_ND[block] @ vectors_ND.T > threshold)
+        left = np.concatenate([labels[nodes[row + block.start]], labels])
+        right = np.concatenate([labels[nodes[column]], labels])
+        size = int(labels.max()) + 1
+        edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))
+        _, component = connected_components(edges, directed=False)
+        labels = number_equal(component[labels].tolist())
+    return labels

@@ -1,0 +1,85 @@
+"""Tiny checkpoints with random weights, written to disk as each library writes its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "##s", "two", "small", "dog",
+         "on", "the", "green", "hill", "and", ",", "."]  # fmt: skip
+MAX_TOKENS = 24
+
+
+def save_bert(folder: Path, *, seed: int) -> Path:
+    """Save a BERT of 2 layers of 32, and its tokenizer."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=MAX_TOKENS,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True, model_max_length=512)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_sentence_transformer(
+    folder: Path, bert: Path, *, pooling: str, max_tokens: int, width: int | None = None
+) -> Path:
+    """Save a sentence-transformers folder: the BERT, a pooling, a Dense of `width` where given, Normalize."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    torch.manual_seed(1)
+    transformer = modules.Transformer(str(bert), max_seq_length=max_tokens)
+    parts: list[Any] = [transformer, modules.Pooling(32, pooling_mode=pooling)]
+    if width is not None:
+        parts.append(modules.Dense(32, width))
+    SentenceTransformer(modules=[*parts, modules.Normalize()], device="cpu").save(str(folder), create_model_card=False)
+    return folder
+
+
+def save_timm(name: str, folder: Path, *, seed: int) -> Path:
+    """Save the state dict of a timm model, classifier included."""
+    import timm
+
+    torch.manual_seed(seed)
+    path = folder / f"{name}.safetensors"
+    save_file(timm.create_model(name, pretrained=False).state_dict(), path)
+    return path
+
+
+def save_dinov2(folder: Path, *, num_registers: int) -> Path:
+    """Save a DINOv2 of 2 layers of 32 at 28 px, and its image processor."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    if num_registers:
+        config = transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=num_registers)
+        transformers.Dinov2WithRegistersModel(config).save_pretrained(folder)
+    else:
+        transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
+    processor = transformers.BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(folder)
+    return folder
+
+
+def write_clip_config(folder: Path) -> Path:
+    """Write an open_clip architecture of 2 layers of 32 at 32 px, named `tiny-clip`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    path = folder / "tiny-clip.json"
+    path.write_text(json.dumps({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}))
+    return path

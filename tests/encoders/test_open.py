@@ -1,0 +1,155 @@
+"""Specs, and what open_encoder says when something is wrong with one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.encoders.contract import EncoderSettings, Modality
+from embedcache.encoders.open import ENCODERS, EncoderSpec, open_encoder
+from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, PathError, SettingError, UnknownNameError
+
+
+@pytest.mark.parametrize(
+    ("text", "family", "model", "options"),
+    [
+        ("lite:efficientnet-lite0", "lite", "efficientnet-lite0", {}),
+        ("timm:vit.a1,weights=/x/y.safetensors", "timm", "vit.a1", {"weights": "/x/y.safetensors"}),
+        ("hf:o/m,revision=abc,max_tokens=9", "hf", "o/m", {"revision": "abc", "max_tokens": "9"}),
+        ("timm:hf-hub:o/m", "timm", "hf-hub:o/m", {}),
+        ("mine.room:open_it", "mine.room:open_it", "", {}),
+        ("mine:open_it:big,size=3", "mine:open_it", "big", {"size": "3"}),
+    ],
+)
+def test_a_spec_reads_back_from_its_text(text: str, family: str, model: str, options: dict[str, str]) -> None:
+    spec = EncoderSpec.parse(text)
+    assert spec == EncoderSpec(family, model, options)
+    assert EncoderSpec.parse(spec.text) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "folder"),
+    [
+        ("st:/models/all-MiniLM", "all-MiniLM"),
+        ("st:/models/all-MiniLM/", "all-MiniLM"),
+        ("hf:./.hidden", "hidden"),
+        ("hf:facebook/dinov2-base", "facebook--dinov2-base"),
+        ("timm:hf-hub:o/m", "hf-hub-o--m"),
+        ("timm:vit_small_patch14_dinov2.lvd142m,weights=/x", "vit_small_patch14_dinov2.lvd142m"),
+        ("hf:/", "model"),
+        ("mine:open_it", "open_it"),
+    ],
+)
+def test_the_folder_in_a_cache(text: str, folder: str) -> None:
+    assert EncoderSpec.parse(text).folder == folder
+
+
+def test_a_dot_is_named_after_the_folder_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-model" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "my-model" / "below")
+    assert EncoderSpec.parse("hf:.").folder == "below"
+    assert EncoderSpec.parse("hf:..").folder == "my-model"
+
+
+@pytest.mark.parametrize(
+    ("text", "modality", "error", "words"),
+    [
+        ("all-MiniLM-L6-v2", "text", SettingError, "family:model.*st:all-MiniLM-L6-v2"),
+        ("timm:", "image", SettingError, "family:model"),
+        ("tim:vit", "image", UnknownNameError, "unknown encoder family 'tim'; did you mean 'timm'.*module:attribute"),
+        ("json:nonsense", "image", UnknownNameError, "unknown encoder family 'json'.*no attribute 'nonsense'"),
+        ("json:JSONDecodeError.x", "image", UnknownNameError, "family"),
+        ("json:__name__", "image", SettingError, "is a str, not a function"),
+        ("lite:efficientnet-lite7", "image", UnknownNameError, "did you mean.*efficientnet-lite0"),
+        ("lite:efficientnet-lite0", "text", SettingError, "encodes image, asked for text"),
+        ("lite:efficientnet-lite4", "image", EmbedcacheError, "pip install efficientnet-lite4-pytorch-model"),
+        ("st:all-MiniLM-L6-v2", "image", SettingError, "encodes text, asked for image"),
+        ("timm:vit_tiny_patch16_225", "image", UnknownNameError, "did you mean vit_tiny_patch16_224"),
+        ("timm:test_vit.nope", "image", UnknownNameError, "known: test_vit.r160_in1k"),
+        ("timm:test_vit", "image", PathError, "Hugging Face hub.*weights=PATH"),
+        ("timm:test_vit,weights=/no/such.pth", "image", PathError, "/no/such.pth does not exist"),
+        ("timm:test_vit,weights", "image", SettingError, "name=value"),
+        ("timm:test_vit,weights=a,weights=b", "image", SettingError, "twice"),
+        ("hf:/no/such/folder", "image", PathError, "/no/such/folder does not exist"),
+        ("hf:nobody/nothing", "text", PathError, "nobody/nothing.*local folder"),
+        ("st:nothing", "text", PathError, "sentence-transformers/nothing.*local folder"),
+        ("open_clip:ViT-B-33,pretrained=openai", "image", UnknownNameError, "did you mean 'ViT-B-32"),
+        ("open_clip:ViT-B-32", "image", SettingError, "pretrained=.*laion2b_s34b_b79k"),
+        ("open_clip:ViT-B-32,pretrained=opnai", "text", UnknownNameError, "did you mean 'openai'"),
+        ("open_clip:ViT-B-32,pretrained=/no/such.pt", "text", PathError, "/no/such.pt does not exist"),
+    ],
+)
+def test_a_wrong_spec_ends_in_one_clear_error(
+    text: str, modality: Modality, error: type[EmbedcacheError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        open_encoder(text, modality=modality)
+
+
+def test_weights_of_another_model_are_refused(test_vit: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"do not fit test_resnet"):
+        open_encoder(f"timm:test_resnet,weights={test_vit}", modality="image")
+    with pytest.raises(ArtifactError, match="another model's"):
+        open_encoder(f"lite:efficientnet-lite0,weights={test_vit}", modality="image")
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_that_holds_no_weights_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"broken.{suffix}"
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(CorruptError, match=f"broken.{suffix}"):
+        open_encoder(f"timm:test_vit,weights={path}", modality="image")
+
+
+@pytest.mark.parametrize("spec", ["timm:test_vit,weights={test_vit}"])
+def test_onnxruntime_is_refused_where_there_is_no_export(spec: str, test_vit: Path) -> None:
+    with pytest.raises(SettingError, match="'timm' runs on torch only"):
+        open_encoder(
+            spec.format(test_vit=test_vit), modality="image", settings=EncoderSettings(backend="onnxruntime")
+        )
+
+
+def test_onnxruntime_is_refused_in_bfloat16() -> None:
+    settings = EncoderSettings(backend="onnxruntime", precision="bfloat16")
+    with pytest.raises(SettingError, match="float32"):
+        open_encoder("lite:efficientnet-lite0", modality="image", settings=settings)
+
+
+def test_a_family_may_be_a_function_of_the_users_own(test_vit: Path) -> None:
+    own = open_encoder(f"embedcache.encoders.timm:open_timm:test_vit,weights={test_vit}", modality="image")
+    ours = open_encoder(f"timm:test_vit,weights={test_vit}", modality="image")
+    assert own.fingerprint == ours.fingerprint
+
+
+def test_every_family_of_the_table_is_there() -> None:
+    for name in ENCODERS.paths:
+        assert callable(ENCODERS.load(name))
+
+
+def test_opening_imports_no_heavy_library_before_it_must() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, embedcache.encoders.open; print([m for m in ('torch', 'timm', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_weights_hash_sees_names_shapes_dtypes_and_values() -> None:
+    import torch
+
+    from embedcache.encoders.weights import hash_weights
+
+    weights = torch.arange(6, dtype=torch.float32)
+    states = [
+        {"a": weights},
+        {"b": weights},
+        {"a": weights.reshape(2, 3)},
+        {"a": weights.reshape(3, 2)},
+        {"a": weights.to(torch.bfloat16)},
+        {"a": weights.view(torch.int32)},
+        {"a": torch.from_numpy(np.arange(1, 7, dtype=np.float32))},
+        {"a": weights[0]},
+    ]
+    assert len({hash_weights(state) for state in states}) == len(states)
+    assert hash_weights({"a": weights, "b": weights}) == hash_weights({"b": weights, "a": weights.clone()})
