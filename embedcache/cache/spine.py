@@ -80,7 +80,8 @@ def _refuse_foreign(cache_path: Path) -> None:
     foreign = sorted(entry.name for entry in cache_path.iterdir() if entry.name not in ours)
     if foreign:
         raise PathError(
-            f"{cache_path} is not a cache and not empty: it holds {', '.join(foreign[:3])}; give the path of a new folder"
+            f"{cache_path} is not a cache and not empty: it holds {', '.join(foreign[:3])}; "
+            "give the path of a new folder"
         )
 
 
@@ -205,7 +206,8 @@ class _ItemWriter:
 def _write_samples(tables: list[pa.Table], folder: Path, source: Source) -> None:
     if not tables:
         raise SourceError(
-            f"no sample found in {source.describe().get('path', 'the source')}; give a source that holds images or captions"
+            f"no sample found in {source.describe().get('path', 'the source')}; "
+            "give a source that holds images or captions"
         )
     try:
         samples = pa.concat_tables(tables, promote_options="permissive")

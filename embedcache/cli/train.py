@@ -39,6 +39,7 @@ def train(
     precision: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="bfloat16: autocast.")
     ] = TrainSettings.precision,
+    threads: Annotated[int | None, typer.Option(help="On the CPU. [default: one for small steps, else all]")] = None,
     memory_gb: Annotated[float, typer.Option(help="Larger features are mapped, not read.")] = TrainSettings.memory_gb,
 ) -> None:
     """Train a pair of projectors on two cached features."""
@@ -70,6 +71,7 @@ def train(
         seed=seed,
         device=device,
         precision=precision,
+        threads=threads,
         memory_gb=memory_gb,
     )
     report = run_training(cache, run, image=image, text=text, settings=settings, progress=open_progress())

@@ -105,7 +105,8 @@ def _embed(queries: Sequence[str], card: IndexCard, run_path: Path | str | None,
     pair, config = load_pair(path)
     if config.weights != card.run_weights:
         raise FingerprintError(
-            f"the index was made from another run than {path}: weights {card.run_weights} there, {config.weights} here; "
+            f"the index was made from another run than {path}: "
+            f"weights {card.run_weights} there, {config.weights} here; "
             "build the index again with: embedcache curate index CACHE INDEX --projected RUN"
         )
     side = config.text

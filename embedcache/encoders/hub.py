@@ -41,26 +41,29 @@ def model_folder(spec: EncoderSpec) -> ModelFolder:
 
 
 @contextmanager
-def hub_errors(model: str) -> Iterator[None]:
+def hub_errors(what: str, *, instead: str) -> Iterator[None]:
     """Turn the hub libraries' words for a missing model or network into ours.
 
+    Args:
+        what: what is wanted from the hub.
+        instead: what the user can give in its place.
+
     Raises:
-        PathError: says to give a local folder.
+        PathError: says what was wanted and what to give in its place.
     """
     try:
         yield
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PathError(
-            f"{model!r} is no local folder and can't be had from the Hugging Face hub: {reason}; "
-            f"check the name and the network, or {_LOCAL_NEXT}"
+            f"{what} can't be had from the Hugging Face hub: {reason}; check the name and the network, or {instead}"
         ) from error
 
 
 def _download(model: str, revision: str | None) -> ModelFolder:
     from huggingface_hub import snapshot_download
 
-    with hub_errors(model):
+    with hub_errors(f"{model!r} is no local folder and", instead=_LOCAL_NEXT):
         for weights in ("*.safetensors", "*.bin"):
             patterns = [*_SMALL_FILES, weights]
             path = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))

@@ -65,11 +65,11 @@ class _TextTower(torch.nn.Module):
 def _load(open_clip: Any, spec: EncoderSpec) -> tuple[Any, Any]:
     pretrained = _pretrained(open_clip, spec)
     try:
-        with hub_errors(f"{spec.model}/{pretrained}"):
+        with hub_errors(f"{spec.model} {pretrained}", instead="give the path of a file as pretrained="):
             model, _, preprocess = open_clip.create_model_and_transforms(spec.model, pretrained=pretrained)
     except UnpicklingError as error:
         raise CorruptError(f"{pretrained} can't be read as weights; save the model's state_dict()") from error
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # open_clip asserts some of the shapes
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(
             f"the weights {pretrained} do not fit {spec.model}: {reason}; name the model that made them"
@@ -114,7 +114,7 @@ def _open_text(
     open_clip: Any, spec: EncoderSpec, model: Any, preprocess: Any, settings: EncoderSettings
 ) -> TextEncoder:
     del preprocess
-    with hub_errors(f"the tokenizer of {spec.model}"):
+    with hub_errors(f"the tokenizer of {spec.model}", instead="choose a model with open_clip's own tokenizer"):
         tokenizer = open_clip.get_tokenizer(spec.model)
     num_tokens = int(tokenizer.context_length)
 

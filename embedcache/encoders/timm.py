@@ -92,7 +92,7 @@ def _load(spec: EncoderSpec) -> Any:
     if not spec.model.startswith(_HUB_PREFIXES):
         _check_name(spec.model, has_file=path is not None)
     if path is None:
-        with hub_errors(spec.model):
+        with hub_errors(spec.model, instead=f"give a file: timm:{spec.model},weights=PATH"):
             return timm.create_model(spec.model, pretrained=True, num_classes=0).eval()
     return _load_file(spec.model, path)
 

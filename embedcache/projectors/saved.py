@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embedcache.arrays import Array, Floats, blocks, normalize
-from embedcache.artifact import digest_file, read_json, replacing, write_json
-from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError
+from embedcache.artifact import check_same, digest_file, read_json, replacing, write_json
+from embedcache.errors import ArtifactError, CorruptError, PathError
 from embedcache.projectors.pair import AlignedPair, Tower
 
 FORMAT_VERSION = 1
@@ -148,13 +148,9 @@ def check_feature(config: PairConfig, modality: str, name: str, fingerprint: Map
         FingerprintError: names the field with both values.
     """
     side = config.side(modality)
-    if fingerprint != side.fingerprint:
-        differing = {
-            field: (side.fingerprint.get(field), fingerprint.get(field))
-            for field in {**side.fingerprint, **fingerprint}
-            if side.fingerprint.get(field) != fingerprint.get(field)
-        }
-        fields = "; ".join(f"{field}: {run!r} there, {here!r} here" for field, (run, here) in differing.items())
-        raise FingerprintError(
-            f"the run was trained on {modality} feature {side.feature}, the cache's {name} comes from another encoder: {fields}"
-        )
+    check_same(
+        f"the run's {modality} feature {side.feature}",
+        side.fingerprint,
+        fingerprint,
+        next_step=f"the cache's {name} comes from another encoder: give the cache that the run was trained on",
+    )

@@ -2,7 +2,6 @@
 
 import base64
 import io
-from functools import lru_cache
 
 from embedcache.cache.cache import Cache
 from embedcache.sources.contract import ImageItem
@@ -22,10 +21,15 @@ class Pictures:
     def __init__(self, cache: Cache) -> None:
         self._source = reopen_source(cache.info.source)
         self._items = cache.items("image").drop_columns("sample")
-        self.data_url = lru_cache(maxsize=None)(self._data_url)
+        self._urls: dict[int, str] = {}
 
-    def _data_url(self, row: int) -> str:
+    def data_url(self, row: int) -> str:
         """Get a thumbnail of the image in a row as a `data:` URL."""
+        if row not in self._urls:
+            self._urls[row] = self._encode(row)
+        return self._urls[row]
+
+    def _encode(self, row: int) -> str:
         item = ImageItem(**self._items.slice(row, 1).to_pylist()[0])
         image = decode_image(self._source.read(item))
         image.thumbnail((_SIZE_PX, _SIZE_PX))

@@ -4,6 +4,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +18,9 @@ from embedcache.extract.extract import extract
 from embedcache.progress import Progress, Silent
 from embedcache.quickstart.page import PageContent, Stage, write_page
 from embedcache.sources.open import open_source
+from embedcache.sources.openmoji import CREDIT
 from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
-from embedcache.train.train import train
+from embedcache.train.train import TrainReport, train
 
 T = TypeVar("T")
 
@@ -28,12 +30,10 @@ SOURCE = "openmoji:en+de+es+fr"
 SEEDS = (0, 1, 2)
 QUERIES = ("an animal with feathers", "something sweet to eat", "a way to travel over water")
 NUM_HITS = 8
-CREDIT = "Pictures: OpenMoji, the open-source emoji and icon project, licence CC BY-SA 4.0 (openmoji.org)."
-
 # Chosen on strict validation splits inside the training part: with 1,200 pairs a high learning rate or little dropout
 # falls below the closed form that training starts from (docs/log.md, 2026-11-25).
 DROPOUT = 0.5
-EPOCHS = 20
+EPOCHS = 10
 BATCH_SIZE = 512
 LEARNING_RATE = 1e-4
 
@@ -73,11 +73,7 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
     stages = _Stages(progress)
     cache_path = workdir / "cache"
     _extract(stages, cache_path)
-    kinds = {
-        "trained": _train(stages, cache_path, workdir / "runs", "seed"),
-        "closed form": _train(stages, cache_path, workdir / "runs", "closed-form", epochs=0, projector="linear"),
-        "shuffled pairs": _train(stages, cache_path, workdir / "runs", "shuffled", shuffle_pairs=True),
-    }
+    kinds = {name: _train(stages, cache_path, workdir / "runs", recipe) for name, recipe in _recipes().items()}
     reports = {name: _evaluate(stages, cache_path, name, run_paths) for name, run_paths in kinds.items()}
     hits = _search(stages, cache_path, workdir / "index", kinds["trained"][0])
     metrics_path, page_path = workdir / "metrics.json", workdir / "report.html"
@@ -133,55 +129,49 @@ def _extract(stages: _Stages, cache_path: Path) -> None:
     )
 
 
-def _train(
-    stages: _Stages,
-    cache_path: Path,
-    runs_path: Path,
-    name: str,
-    *,
-    epochs: int = EPOCHS,
-    projector: str = "mlp",
-    shuffle_pairs: bool = False,
-) -> list[Path]:
-    run_paths = [runs_path / f"{name}-{seed}" for seed in SEEDS]
-    for seed, run_path in zip(SEEDS, run_paths, strict=True):
-        settings = TrainSettings(
-            model=ModelSettings(projector=projector, dropout=DROPOUT),
-            optimizer=OptimizerSettings(epochs=epochs, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE),
+@dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """What to train, once a seed."""
+
+    name: str
+    projector: str = "mlp"
+    epochs: int = EPOCHS
+    shuffle_pairs: bool = False
+
+    def settings(self, seed: int) -> TrainSettings:
+        return TrainSettings(
+            model=ModelSettings(projector=self.projector, dropout=DROPOUT),
+            optimizer=OptimizerSettings(epochs=self.epochs, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE),
             split=SplitSettings(seed=seed),
             language="en",
-            shuffle_pairs=shuffle_pairs,
+            shuffle_pairs=self.shuffle_pairs,
             seed=seed,
         )
-        words = [
-            "train",
-            cache_path,
-            run_path,
-            "--language",
-            "en",
-            "--projector",
-            projector,
-            "--epochs",
-            epochs,
-        ]
-        words += [
-            "--dropout",
-            DROPOUT,
-            "--batch-size",
-            BATCH_SIZE,
-            "--learning-rate",
-            LEARNING_RATE,
-            "--seed",
-            seed,
-        ]
-        words += ["--shuffle-pairs"] if shuffle_pairs else []
+
+    def options(self, seed: int) -> list[str]:
+        text = (
+            f"--language en --projector {self.projector} --epochs {self.epochs} --dropout {DROPOUT} "
+            f"--batch-size {BATCH_SIZE} --learning-rate {LEARNING_RATE} --seed {seed}"
+        )
+        return [*text.split(), *(["--shuffle-pairs"] if self.shuffle_pairs else [])]
+
+
+def _recipes() -> dict[str, _Recipe]:
+    return {
+        "trained": _Recipe(name="seed"),
+        "closed form": _Recipe(name="closed-form", projector="linear", epochs=0),
+        "shuffled pairs": _Recipe(name="shuffled", shuffle_pairs=True),
+    }
+
+
+def _train(stages: _Stages, cache_path: Path, runs_path: Path, recipe: _Recipe) -> list[Path]:
+    run_paths = [runs_path / f"{recipe.name}-{seed}" for seed in SEEDS]
+    for seed, run_path in zip(SEEDS, run_paths, strict=True):
         stages.run(
             f"train {run_path.name}",
-            words,
-            lambda run_path=run_path, settings=settings: train(
-                cache_path, run_path, settings=settings, progress=stages.progress
-            ),
-            lambda report, run_path=run_path: report.line(run_path),
+            ["train", cache_path, run_path, *recipe.options(seed)],
+            partial(train, cache_path, run_path, settings=recipe.settings(seed), progress=stages.progress),
+            partial(TrainReport.line, run_path=run_path),
         )
     return run_paths
 

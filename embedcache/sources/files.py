@@ -64,9 +64,7 @@ def read_beside(path: Path) -> bytes:
         raise PathError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _walk(
-    folder: Path, prefix: str, above: tuple[tuple[int, int], ...]
-) -> Iterator[tuple[str, frozenset[str]]]:
+def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, frozenset[str]]]:
     identity = _identity(folder)
     if identity in above:
         return

@@ -31,9 +31,7 @@ _ACCEPTED = (
 )
 
 
-def open_source(
-    location: str | Path, *, kind: str | None = None, settings: SourceSettings | None = None
-) -> Source:
+def open_source(location: str | Path, *, kind: str | None = None, settings: SourceSettings | None = None) -> Source:
     """Open raw samples.
 
     Args:

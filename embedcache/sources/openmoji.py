@@ -56,7 +56,7 @@ class OpenmojiSource:
     def samples(self) -> Iterator[Sample]:
         """Go through the pictures in the order of the package `emoji`."""
         self._emoji.config.load_language(list(self._languages))
-        emoji_of: dict[str, list[str]] = {}
+        emoji_of: dict[int, list[str]] = {}
         for emoji, glyph in self._drawable():
             emoji_of.setdefault(glyph, []).append(emoji)
         for glyphs in self._font.same_pictures(list(emoji_of)):
@@ -76,7 +76,7 @@ class OpenmojiSource:
         folder = Path(str(self._package.get_openmoji_font_data()))
         return EmojiFont(folder / "glyf_colr0.ttf")
 
-    def _drawable(self) -> Iterator[tuple[str, str]]:
+    def _drawable(self) -> Iterator[tuple[str, int]]:
         """Go through the emoji that make a sample, each with its glyph."""
         qualified = self._emoji.STATUS["fully_qualified"]
         for emoji, entry in self._emoji.EMOJI_DATA.items():
@@ -105,9 +105,7 @@ class OpenmojiSource:
 def _check(languages: tuple[str, ...] | list[str], known: list[str]) -> tuple[str, ...]:
     for language in languages:
         if language not in known:
-            raise SettingError(
-                f"openmoji has no names in language {language!r}; it has {', '.join(sorted(known))}"
-            )
+            raise SettingError(f"openmoji has no names in language {language!r}; it has {', '.join(sorted(known))}")
     return tuple(dict.fromkeys(languages or known))
 
 

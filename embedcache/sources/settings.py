@@ -39,7 +39,8 @@ class SourceSettings:
         for name in given:
             if name not in known:
                 raise SettingError(f"unknown source setting {name!r}; known: {', '.join(known)}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+        settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+        return cls(**settings)
 
     def allow_only(self, kind: str, *names: str) -> None:
         """Refuse a setting that a source of this kind would not look at.

@@ -69,9 +69,7 @@ def text_items(captions: Iterable[str], language: str | None) -> tuple[TextItem,
 def scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:
     """Keep what fits a column of a table; lists and objects are left out."""
     return {
-        name: value
-        for name, value in fields.items()
-        if value is None or isinstance(value, str | int | float | bool)
+        name: value for name, value in fields.items() if value is None or isinstance(value, str | int | float | bool)
     }
 
 

@@ -86,9 +86,7 @@ class TableSource:
             raise SourceError(f"{file.path} row {number} has no key in column {columns.key}")
         return str(key)
 
-    def _images(
-        self, file: TableFile, columns: TableColumns, number: int, row: Row
-    ) -> tuple[ImageItem, ...]:
+    def _images(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> tuple[ImageItem, ...]:
         if columns.image is None:
             return ()
         if columns.holds_bytes:

@@ -98,9 +98,7 @@ def _first(file: TableFile, names: Sequence[str]) -> str | None:
 def _captions(columns: Sequence[str]) -> tuple[str, ...]:
     """Give the caption columns: `caption`, `captions`, `caption_0`, `caption_1`, … or else `text` …"""
     for stem in CAPTION_STEMS:
-        found = [
-            name for name in columns if re.fullmatch(rf"{stem}s?(_?\d+)?", name, re.IGNORECASE)
-        ]
+        found = [name for name in columns if re.fullmatch(rf"{stem}s?(_?\d+)?", name, re.IGNORECASE)]
         if found:
             return tuple(found)
     return ()

@@ -122,9 +122,7 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             yield from batch.to_pylist()
 
 
-def _text_file(
-    path: Path, columns: tuple[str, ...], read: Callable[[Sequence[str]], Iterator[Row]]
-) -> TableFile:
+def _text_file(path: Path, columns: tuple[str, ...], read: Callable[[Sequence[str]], Iterator[Row]]) -> TableFile:
     return TableFile(path=path, columns=columns, image_bytes=frozenset(), plain=columns, read=read)
 
 
@@ -163,8 +161,7 @@ def _read_csv(path: Path, delimiter: str, columns: Sequence[str]) -> Iterator[Ro
     for number, cells in enumerate(lines, start=1):
         if len(cells) != len(header):
             raise SourceError(
-                f"{path} row {number} has {len(cells)} cells, its header {len(header)}: "
-                f"{delimiter.join(cells)!r:.60}"
+                f"{path} row {number} has {len(cells)} cells, its header {len(header)}: {delimiter.join(cells)!r:.60}"
             )
         yield {name: cells[place] for name, place in places}
 

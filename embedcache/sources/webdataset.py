@@ -69,9 +69,7 @@ class WebdatasetSource:
         return Sample(
             key=sidecar.key or key,
             images=tuple(
-                ImageItem(path=path, offset=m.offset, length=m.length)
-                for m in members
-                if m.suffix in IMAGE_SUFFIXES
+                ImageItem(path=path, offset=m.offset, length=m.length) for m in members if m.suffix in IMAGE_SUFFIXES
             ),
             texts=sidecar.texts,
             columns=sidecar.columns,
@@ -99,9 +97,7 @@ def find_shards(location: Path) -> list[Path]:
         raise PathError(f"no .tar file below {location}")
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
-        raise PathError(
-            f"no such shard: {missing[0]} ({len(missing)} of {len(shards)} are missing)"
-        )
+        raise PathError(f"no such shard: {missing[0]} ({len(missing)} of {len(shards)} are missing)")
     return shards
 
 
@@ -161,7 +157,7 @@ def _infos(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError(f"{error} after offset {start}") from None
         if info is None:
             return
-        tar.members = []
+        tar.members = []  # type: ignore[attr-defined]  # public, but not in typeshed
         yield info
 
 

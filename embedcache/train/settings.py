@@ -107,6 +107,7 @@ class TrainSettings:
         seed: of the order, the drawn captions, the initialisation and dropout.
         device: a torch device.
         precision: `bfloat16` trains under autocast.
+        threads: torch threads on the CPU; None is one for small steps, where more cost more than they give, else all.
         memory_gb: features that fit into this many 10^9 bytes are read once; larger ones are mapped.
     """
 
@@ -118,8 +119,15 @@ class TrainSettings:
     seed: int = 0
     device: str = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"
+    threads: int | None = None
     memory_gb: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise SettingError(f"threads is {self.threads}; it must be at least 1")
+        if self.memory_gb < 0:
+            raise SettingError(f"memory is {self.memory_gb} GB; it must be at least 0")
 
     def to_json(self) -> Mapping[str, Any]:
         """Give what decides the result as JSON values."""
-        return {name: value for name, value in asdict(self).items() if name != "memory_gb"}
+        return {name: value for name, value in asdict(self).items() if name not in ("memory_gb", "threads")}

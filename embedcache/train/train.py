@@ -113,7 +113,8 @@ def _config(cache: Cache, image: Feature, text: Feature, settings: TrainSettings
 def _side(feature: Feature) -> Side:
     if len(feature.item_shape) > 1:
         raise DataError(
-            f"feature {feature.name} has several vectors an item; train on a vector feature such as cls, patch_mean or mean"
+            f"feature {feature.name} has several vectors an item; "
+            "train on a vector feature such as cls, patch_mean or mean"
         )
     return Side(
         feature=feature.name,

@@ -1,13 +1,16 @@
 """What every encoder must do, whatever its family. A family's test class subclasses one of the two."""
 
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from embedcache.artifact import canonical_json
 from embedcache.encoders.contract import Encoder, EncoderSettings, Modality
@@ -23,9 +26,9 @@ class EncoderContract:
 
     modality: Modality
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def encoder(self, spec: str) -> Encoder:
-        return open_encoder(spec, modality=self.modality)
+        return _opened(spec, self.modality)
 
     def test_features_are_as_announced(self, encoder: Encoder, items: Sequence[Any]) -> None:
         names = list(encoder.features)
@@ -75,8 +78,6 @@ class EncoderContract:
         assert canonical_json(again.fingerprint.to_json()) == canonical_json(encoder.fingerprint.to_json())
 
     def test_the_fingerprint_survives_json(self, encoder: Encoder) -> None:
-        import json
-
         fields = encoder.fingerprint.to_json()
         assert json.loads(canonical_json(fields)) == fields
         assert set(encoder.fingerprint.pooling) == set(encoder.features)
@@ -106,7 +107,7 @@ class EncoderContract:
 class ImageEncoderContract(EncoderContract):
     modality: Modality = "image"
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def items(self) -> Sequence[Image.Image]:
         return pictures()
 
@@ -121,7 +122,7 @@ class TextEncoderContract(EncoderContract):
     modality: Modality = "text"
     max_tokens: int
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def items(self) -> Sequence[str]:
         return TEXTS
 
@@ -145,6 +146,11 @@ class TextEncoderContract(EncoderContract):
 TEXTS = ["a red cat", "two small dogs on the green hill", "hill", "A RED CAT and a dog, two cats"]
 
 
+@cache
+def _opened(spec: str, modality: Modality) -> Encoder:
+    return open_encoder(spec, modality=modality)
+
+
 def pictures() -> list[Image.Image]:
     """Smooth and noisy pictures, wide, high and tiny."""
     rng = np.random.default_rng(0)
@@ -155,8 +161,6 @@ def pictures() -> list[Image.Image]:
 
 def change_one_weight(path: Path, change: Callable[[Any], Any] = lambda tensor: tensor + 1) -> None:
     """Change one value in a safetensors file, in place."""
-    from safetensors.torch import load_file, save_file
-
     state = load_file(path)
     name = min(key for key, tensor in state.items() if tensor.is_floating_point())
     first = state[name].clone()

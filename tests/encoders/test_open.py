@@ -1,12 +1,16 @@
 """Specs, and what open_encoder says when something is wrong with one."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from embedcache.encoders.contract import EncoderSettings, Modality
 from embedcache.encoders.open import ENCODERS, EncoderSpec, open_encoder
+from embedcache.encoders.weights import hash_weights
 from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, PathError, SettingError, UnknownNameError
 
 
@@ -104,9 +108,7 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path: Path, suffix: str) ->
 @pytest.mark.parametrize("spec", ["timm:test_vit,weights={test_vit}"])
 def test_onnxruntime_is_refused_where_there_is_no_export(spec: str, test_vit: Path) -> None:
     with pytest.raises(SettingError, match="'timm' runs on torch only"):
-        open_encoder(
-            spec.format(test_vit=test_vit), modality="image", settings=EncoderSettings(backend="onnxruntime")
-        )
+        open_encoder(spec.format(test_vit=test_vit), modality="image", settings=EncoderSettings(backend="onnxruntime"))
 
 
 def test_onnxruntime_is_refused_in_bfloat16() -> None:
@@ -127,19 +129,12 @@ def test_every_family_of_the_table_is_there() -> None:
 
 
 def test_opening_imports_no_heavy_library_before_it_must() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, embedcache.encoders.open; print([m for m in ('torch', 'timm', 'transformers') if m in sys.modules])"
+    code = "import sys, embedcache.encoders.open; print({'torch', 'timm', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"
 
 
 def test_weights_hash_sees_names_shapes_dtypes_and_values() -> None:
-    import torch
-
-    from embedcache.encoders.weights import hash_weights
-
     weights = torch.arange(6, dtype=torch.float32)
     states = [
         {"a": weights},

