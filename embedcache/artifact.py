@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -72,8 +73,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; after the block it is flushed to the disk and takes its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = f"{_NODE}.{os.getpid()}.{uuid4().hex[:8]}"
-    temporary = path.with_name(f".{path.name}.{writer}.partial")
+    temporary = partial_path(path)
     try:
         with disk_errors(path):
             yield temporary
@@ -85,12 +85,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def partial_path(path: Path) -> Path:
+    """Name a hidden sibling of `path` that `remove_partials` knows as unfinished work of this process."""
+    return path.with_name(f".{path.name}.{_NODE}.{os.getpid()}.{uuid4().hex[:8]}.partial")
+
+
 def remove_partials(folder: Path) -> None:
     """Remove what killed processes of this machine left below a folder; a living one's files stay."""
-    for path in folder.rglob(".*.partial"):
+    for path in list(folder.rglob(".*.partial")):
         *_, node, process, _unique, _suffix = path.name.split(".")
         if node == _NODE and not _is_alive(int(process)):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:

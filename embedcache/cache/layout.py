@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.artifact import read_json, write_json
-from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
+from embedcache.errors import ArtifactError, CorruptError, PathError
 
 FORMAT_VERSION = 1
 DEFAULT_CHUNK_SIZE = 2048
@@ -32,10 +32,6 @@ class CacheInfo:
     num_samples: int
     num_items: Mapping[str, int]
     format: int = FORMAT_VERSION
-
-    def __post_init__(self) -> None:
-        if self.chunk_size < 1:
-            raise SettingError(f"chunk size is {self.chunk_size}; it must be at least 1")
 
     def num_chunks(self, modality: str) -> int:
         """Count the chunks of a modality."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.artifact import canonical_json, check_same, disk_errors, make_folder
+from embedcache.artifact import canonical_json, check_same, disk_errors, make_folder, partial_path
 from embedcache.cache.layout import (
     DEFAULT_CHUNK_SIZE,
     CacheInfo,
@@ -23,7 +23,7 @@ from embedcache.cache.layout import (
     samples_path,
     write_info,
 )
-from embedcache.errors import FingerprintError, PathError, SourceError
+from embedcache.errors import FingerprintError, PathError, SettingError, SourceError
 from embedcache.progress import Progress, Silent
 from embedcache.sources.contract import Sample, Source
 
@@ -33,7 +33,7 @@ _IMAGE_SCHEMA = pa.schema(
 _TEXT_SCHEMA = pa.schema([("sample", pa.int64()), ("text", pa.string()), ("language", pa.string())])
 _SCHEMAS = {"image": _IMAGE_SCHEMA, "text": _TEXT_SCHEMA}
 _BATCH = 65_536
-_UNFINISHED = ".indexing"
+_OURS = {"samples.parquet", *_SCHEMAS}
 
 
 def index(
@@ -56,18 +56,20 @@ def index(
     Raises:
         PathError: the folder holds something else, or a file is in the way.
         FingerprintError: the cache numbers another source, or the source changed since, or the chunk size differs.
+        SettingError: a chunk of no item.
         SourceError: no sample, a key that stands twice, or columns of mixed types.
     """
     progress = progress or Silent()
     if info_path(cache_path).is_file():
         return _check(source, cache_path, chunk_size, progress)
+    if chunk_size is not None and chunk_size < 1:
+        raise SettingError(f"chunk size is {chunk_size}; it must be at least 1")
     make_folder(cache_path)
     _refuse_foreign(cache_path)
-    folder = cache_path / _UNFINISHED
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = partial_path(cache_path / "indexing")
     try:
         with disk_errors(cache_path):
-            info = _write_tables(source, folder, chunk_size or DEFAULT_CHUNK_SIZE, progress)
+            info = _write_tables(source, folder, DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size, progress)
             _move_into_place(folder, cache_path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -76,8 +78,8 @@ def index(
 
 
 def _refuse_foreign(cache_path: Path) -> None:
-    ours = {_UNFINISHED, "samples.parquet", *_SCHEMAS}
-    foreign = sorted(entry.name for entry in cache_path.iterdir() if entry.name not in ours)
+    names = (entry.name for entry in cache_path.iterdir())
+    foreign = sorted(name for name in names if name not in _OURS and not name.endswith(".partial"))
     if foreign:
         raise PathError(
             f"{cache_path} is not a cache and not empty: it holds {', '.join(foreign[:3])}; "

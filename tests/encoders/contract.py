@@ -96,7 +96,7 @@ class EncoderContract:
         assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
 
     def test_a_device_that_is_not_there_is_refused(self, spec: str) -> None:
-        with pytest.raises(SettingError, match="cuda:63.*cpu"):
+        with pytest.raises(SettingError, match=r"cuda:63.*cpu"):
             open_encoder(spec, modality=self.modality, settings=EncoderSettings(device="cuda:63"))
 
     def test_an_unknown_option_is_refused(self, spec: str) -> None:

@@ -50,12 +50,18 @@ def test_torch_and_onnxruntime_agree_and_differ_in_the_fingerprint(photographs: 
 
 
 def test_the_transform_sees_what_the_weights_were_trained_on(photographs: Sequence[Image.Image]) -> None:
-    """With a wrong mean, channel order or crop the classifier head names far fewer of the photographs."""
+    """The classifier head names most of the photographs."""
     prepared = np.stack([crop_and_scale(image, 224) for image in photographs])
     with torch.no_grad():
         named = _by_the_package()(torch.from_numpy(prepared)).argmax(dim=1).tolist()
     right = [int(image.info["class"]) == label for image, label in zip(photographs, named, strict=True)]
     assert sum(right) >= 15
+
+
+def test_pixels_are_red_green_blue_minus_127_over_128() -> None:
+    scaled = crop_and_scale(Image.new("RGB", (30, 50), (255, 127, 0)), 8)
+    assert scaled.shape == (3, 8, 8)
+    assert scaled[:, 4, 4].tolist() == [1.0, 0.0, -127 / 128]
 
 
 def test_the_crop_is_the_centre_square() -> None:

@@ -94,7 +94,7 @@ def test_max_tokens_is_an_option_and_in_the_fingerprint(bert: Path, tmp_path: Pa
     encoder = open_encoder(f"st:{folder},max_tokens=5", modality="text", settings=TORCH)
     assert len(encoder.prepare(["a red cat on the hill"])[0]) == 5
     assert encoder.fingerprint.preprocessing["max_tokens"] == 5
-    with pytest.raises(SettingError, match="max_tokens=900.*at most 24"):
+    with pytest.raises(SettingError, match=r"max_tokens=900.*at most 24"):
         open_encoder(f"st:{folder},max_tokens=900", modality="text", settings=TORCH)
     with pytest.raises(SettingError, match="max_tokens=five"):
         open_encoder(f"st:{folder},max_tokens=five", modality="text", settings=TORCH)
@@ -116,5 +116,5 @@ def test_modules_we_do_not_know_are_refused_with_a_way_out(bert: Path, tmp_path:
     rows = json.loads((folder / "modules.json").read_text())
     rows[1]["type"] = "sentence_transformers.models.CNN"
     (folder / "modules.json").write_text(json.dumps(rows))
-    with pytest.raises(SettingError, match="built from Transformer, CNN, Normalize.*hf:"):
+    with pytest.raises(SettingError, match=r"built from Transformer, CNN, Normalize.*hf:"):
         open_encoder(f"st:{folder}", modality="text", settings=TORCH)

@@ -52,10 +52,8 @@ def _by_timm(name: str, path: Path, images: Sequence[Image.Image]) -> dict[str, 
     with torch.no_grad():
         states = model.forward_features(torch.stack([transform(image) for image in images]))
         pooled = model.forward_head(states, pre_logits=True)
-    if states.ndim == 4:
-        tokens = states.flatten(2).transpose(1, 2)
-    else:
-        tokens = states[:, model.num_prefix_tokens :]
+    is_map = states.ndim == 4
+    tokens = states.flatten(2).transpose(1, 2) if is_map else states[:, model.num_prefix_tokens :]
     return {
         "pooled": pooled.numpy(),
         "cls": pooled.numpy(),

@@ -1,0 +1,5 @@
+"""python -m embedcache"""
+
+from embedcache.cli.main import main
+
+main()

@@ -1,0 +1,52 @@
+"""Writes features into a new cache, as extraction does, from arrays."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from embedcache.arrays import Array
+from embedcache.artifact import digest
+from embedcache.cache.commit import Commit, write_commit
+from embedcache.cache.feature import Feature
+from embedcache.cache.group import add_feature, create_group, fit_item, write_feature_chunk
+from embedcache.cache.layout import CacheInfo
+
+FINGERPRINT = {"family": "test", "weights": "w"}
+
+
+def write_feature(
+    path: Path,
+    items: Sequence[Array | None],
+    item_shape: tuple[int, ...],
+    *,
+    chunk_size: int,
+    dtype: str = "float16",
+    skip_chunks: Sequence[int] = (),
+) -> Feature:
+    """Write one feature `test/f`; None is a failed item, chunks of `skip_chunks` are not committed."""
+    info = CacheInfo(chunk_size=chunk_size, source={}, spine="s", num_samples=len(items), num_items={"image": len(items)})
+    group = create_group(path, "image", "test", info, spec="test:m", fingerprint=FINGERPRINT)
+    add_feature(group, "f", item_shape, dtype)
+    for chunk in range(info.num_chunks("image")):
+        rows = info.chunk_rows("image", chunk)
+        fitted = [None if item is None else fit_item(item, item_shape, dtype, "test/f") for item in items[rows]]
+        files = write_feature_chunk(group, "f", chunk, fitted)
+        if chunk not in skip_chunks:
+            failures = [None if item is not None else "broken" for item in fitted]
+            hashes = [None if item is None else row.to_bytes(16, "big") for row, item in enumerate(fitted)]
+            commit = Commit(
+                chunk=chunk, encoder=digest(FINGERPRINT), features={"f": files}, hashes=hashes, failures=failures
+            )
+            write_commit(group.path, commit)
+    return Feature(group, "f")
+
+
+def random_items(count: int, item_shape: tuple[int, ...], *, seed: int, failed: Sequence[int] = ()) -> list[Array | None]:
+    """Make float32 items; ragged ones have 0 to 4 tokens."""
+    rng = np.random.default_rng(seed)
+    items: list[Array | None] = []
+    for row in range(count):
+        shape = (int(rng.integers(5)), *item_shape[1:]) if item_shape[0] < 0 else item_shape
+        items.append(None if row in failed else rng.standard_normal(shape).astype(np.float32))
+    return items

@@ -1,0 +1,36 @@
+"""Shared by all tests: Hypothesis profiles, and small caches made by the real pipeline."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: without it each look-up waits for the network
+
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.sources import open_source
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
+
+settings.register_profile("dev", max_examples=50, deadline=None)
+settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+FEATURES = ("cls", "patches", "mean", "tokens")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three hundred pictures with a caption each."""
+    return write_pictures(tmp_path_factory.mktemp("source") / "pictures", 300)
+
+
+@pytest.fixture(scope="session")
+def cache_path(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the pictures with vectors, fixed tokens and ragged tokens, in chunks of 64. Not to be changed."""
+    path = tmp_path_factory.mktemp("caches") / "cache"
+    settings = ExtractSettings(features=FEATURES, chunk_size=64)
+    extract(open_source(pictures), path, image=[IMAGE], text=[TEXT], settings=settings)
+    return path

@@ -1,0 +1,31 @@
+"""Folders of real image files with captions that say what is in them."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 70, 210),
+    "yellow": (240, 210, 40),
+    "black": (20, 20, 20),
+    "white": (245, 245, 245),
+}
+PLACES = {"left": (0, 0, 16, 32), "right": (16, 0, 32, 32), "top": (0, 0, 32, 16), "bottom": (0, 16, 32, 32)}
+
+
+def write_pictures(folder: Path, count: int, *, seed: int = 0) -> Path:
+    """Write `count` PNG files, a background with a bar, each with a caption beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        back, front = rng.choice(list(COLOURS), 2, replace=False)
+        place = rng.choice(list(PLACES))
+        image = Image.new("RGB", (32, 32), COLOURS[back])
+        image.paste(COLOURS[front], PLACES[place])
+        noise = rng.integers(0, 12, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(np.maximum(np.asarray(image), 12) - noise).save(folder / f"{number:05d}.png")
+        (folder / f"{number:05d}.txt").write_text(f"{front} bar {place} on {back}\n")
+    return folder

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from embedcache.arrays import blocks, check_finite, normalize
+from embedcache.errors import DataError
+
+vectors = arrays(
+    np.float32, st.tuples(st.integers(0, 6), st.integers(1, 5)), elements=st.floats(-1e3, 1e3, width=32, allow_subnormal=False)
+)
+
+
+@given(vectors)
+def test_normalized_rows_have_length_one_and_keep_their_direction(vectors_ND: np.ndarray) -> None:
+    unit = normalize(vectors_ND)
+    assert unit.dtype == np.float32
+    for row, before in zip(unit, vectors_ND, strict=True):
+        length = np.linalg.norm(before.astype(np.float64))
+        if length > 1e-15:  # below, float32 squares underflow
+            np.testing.assert_allclose(row, before / length, atol=1e-5)
+
+
+def test_a_zero_row_stays_zero() -> None:
+    assert not normalize(np.zeros((1, 3))).any()
+
+
+def test_check_finite_says_which_row() -> None:
+    values = np.ones((4, 2))
+    check_finite(values, "x")
+    values[2, 1] = np.nan
+    with pytest.raises(DataError, match="lite/cls holds NaN or infinity in 1 of 4 rows, first row 2"):
+        check_finite(values, "lite/cls")
+
+
+@given(st.integers(0, 50), st.integers(1, 20))
+def test_blocks_cover_all_rows_once(num_rows: int, size: int) -> None:
+    rows = [row for block in blocks(num_rows, size) for row in range(block.start, block.stop)]
+    assert rows == list(range(num_rows))

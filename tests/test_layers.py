@@ -1,0 +1,88 @@
+"""The rooms import downwards only, and each heavy library has one door."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import embedcache
+
+PACKAGE = Path(embedcache.__file__).parent
+LAYERS = [
+    {"errors"},
+    {"arrays", "registry", "progress"},
+    {"metrics", "artifact"},
+    {"sources", "encoders", "projectors"},
+    {"cache"},
+    {"extract", "train", "evaluate", "curate"},
+    {"quickstart"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+BELOW_CACHE = {"sources", "encoders", "projectors"}
+DOORS = {
+    "zarr": {"cache"},
+    "google_crc32c": {"cache"},
+    "faiss": {"curate"},
+    "timm": {"encoders"},
+    "transformers": {"encoders"},
+    "sentence_transformers": {"encoders"},
+    "open_clip": {"encoders"},
+    "onnxruntime": {"encoders"},
+    "efficientnet_lite_pytorch": {"encoders"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "jinja2": {"quickstart"},
+    "matplotlib": {"quickstart"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in the file, and every name it asks `require` for."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module != "embedcache":
+            found.add(node.module)
+        elif isinstance(node, ast.ImportFrom) and node.module == "embedcache":
+            found |= {f"embedcache.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
+            found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downwards_only(path: Path) -> None:
+    here = room(path)
+    if here == "__init__":
+        return
+    for module in imports(path):
+        if not module.startswith("embedcache."):
+            continue
+        there = module.split(".")[1]
+        if there != here:
+            assert LEVEL[there] < LEVEL[here], f"{path} is in {here} and imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_libraries_have_one_door(path: Path) -> None:
+    for module in imports(path):
+        library = module.split(".")[0]
+        assert room(path) in DOORS.get(library, {room(path)}), f"{path} imports {module}"
+
+
+def test_every_room_has_a_place() -> None:
+    assert {room(path) for path in FILES} - {"__init__"} == set(LEVEL)
+
+
+def test_a_wrong_import_would_be_seen(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text("def f():\n    from embedcache.cli import main\n    import faiss\n")
+    assert imports(file) == {"embedcache.cli", "faiss"}

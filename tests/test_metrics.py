@@ -1,0 +1,85 @@
+import doctest
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache import metrics
+from embedcache.errors import DataError
+from embedcache.metrics import best_ranks, bootstrap_mean, chance_recall, recall_at
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(metrics).failed == 0
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Queries and candidates of small integers, so that ties are frequent, each query with a positive."""
+    num_queries, num_candidates = draw(st.integers(1, 6)), draw(st.integers(1, 7))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    queries = rng.integers(-2, 3, (num_queries, 2)).astype(np.float32)
+    candidates = rng.integers(-2, 3, (num_candidates, 2)).astype(np.float32)
+    relation = rng.random((num_queries, num_candidates)) < 0.3
+    relation[np.arange(num_queries), rng.integers(num_candidates, size=num_queries)] = True
+    return queries, candidates, np.nonzero(relation)
+
+
+@given(problems(), st.integers(1, 200))
+def test_ranks_agree_with_the_obvious_loop(
+    problem: tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]], block_bytes: int
+) -> None:
+    queries, candidates, (query_M, candidate_M) = problem
+    ranks = []
+    for number, query in enumerate(queries):
+        positives = set(candidate_M[query_M == number])
+        best = max(float(query @ candidates[positive]) for positive in positives)
+        before = [c for c in range(len(candidates)) if c not in positives and float(query @ candidates[c]) >= best]
+        ranks.append(1 + len(before))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_BLOCK_BYTES", block_bytes)  # any tiling gives the same
+        assert best_ranks(queries, candidates, (query_M, candidate_M)).tolist() == ranks
+
+
+def test_a_constant_embedding_earns_nothing() -> None:
+    same = np.ones((50, 4), np.float32)
+    ranks = best_ranks(same, same, (np.arange(50), np.arange(50)))
+    assert recall_at(ranks, 10) == 0
+
+
+def test_a_query_without_a_positive_is_refused() -> None:
+    one = np.ones((2, 1), np.float32)
+    with pytest.raises(DataError, match="1 queries have no positive candidate, first query 1"):
+        best_ranks(one, one, (np.array([0]), np.array([0])))
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(6, 12), st.integers(1, 12))
+def test_chance_agrees_with_counting_orders(num_positives: list[int], num_candidates: int, k: int) -> None:
+    rng = np.random.default_rng(0)
+    draws = [rng.permutation(num_candidates)[:k] for _ in range(2000)]
+    counted = np.mean([[(draw < count).any() for draw in draws] for count in num_positives])
+    assert chance_recall(np.array(num_positives), num_candidates, k) == pytest.approx(counted, abs=0.05)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for trial in range(100):
+        estimate = bootstrap_mean(rng.random(200) < 0.3, num_draws=300, seed=trial)
+        inside += estimate.low <= 0.3 <= estimate.high
+    assert 88 <= inside <= 100
+
+
+def test_items_of_one_cluster_are_not_independent() -> None:
+    rng = np.random.default_rng(1)
+    values = np.repeat(rng.random(100) < 0.5, 5)
+    alone = bootstrap_mean(values)
+    clustered = bootstrap_mean(values, np.repeat(np.arange(100), 5))
+    assert clustered.value == alone.value
+    assert clustered.high - clustered.low > 1.7 * (alone.high - alone.low)
+
+
+def test_no_values_are_refused() -> None:
+    with pytest.raises(DataError, match="no value"):
+        bootstrap_mean(np.array([]))
