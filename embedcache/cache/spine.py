@@ -33,7 +33,7 @@ _IMAGE_SCHEMA = pa.schema(
 _TEXT_SCHEMA = pa.schema([("sample", pa.int64()), ("text", pa.string()), ("language", pa.string())])
 _SCHEMAS = {"image": _IMAGE_SCHEMA, "text": _TEXT_SCHEMA}
 _BATCH = 65_536
-_OURS = {"samples.parquet", *_SCHEMAS}
+_OURS = {"cache.json", "samples.parquet", *_SCHEMAS}
 
 
 def index(

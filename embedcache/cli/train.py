@@ -31,6 +31,12 @@ def train(
     ] = SplitSettings.kind,
     val_share: Annotated[float, typer.Option(help="Share of the samples for validation.")] = SplitSettings.val_share,
     test_share: Annotated[float, typer.Option(help="Share of the samples for test.")] = SplitSettings.test_share,
+    image_cosine: Annotated[
+        float, typer.Option(help="strict: images above this cosine are near-duplicates.")
+    ] = SplitSettings.image_cosine,
+    text_cosine: Annotated[
+        float, typer.Option(help="strict: captions above this cosine are near-duplicates.")
+    ] = SplitSettings.text_cosine,
     split_seed: Annotated[int | None, typer.Option(help="Which cut. [default: the seed]")] = None,
     language: Annotated[str | None, typer.Option(help="Captions of this language only.")] = None,
     shuffle_pairs: Annotated[bool, typer.Option("--shuffle-pairs", help="Train on wrong pairs, as a control.")] = False,
@@ -64,6 +70,8 @@ def train(
             kind=split,
             val_share=val_share,
             test_share=test_share,
+            image_cosine=image_cosine,
+            text_cosine=text_cosine,
             seed=seed if split_seed is None else split_seed,
         ),
         language=language,

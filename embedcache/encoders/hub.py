@@ -60,6 +60,26 @@ def hub_errors(what: str, *, instead: str) -> Iterator[None]:
         ) from error
 
 
+def hub_commit(repository: str, *, what: str, instead: str) -> str:
+    """Get the commit of a model on the hub, before a library fetches the weights in a way of its own.
+
+    Where the hub can't be reached this fails at once; the libraries' own downloads retry for most of a minute.
+
+    Args:
+        repository: `owner/name`, or `owner/name@revision`.
+        what: what is wanted from the hub, for the message.
+        instead: what the user can give in its place.
+
+    Raises:
+        PathError: the hub does not know it, or can't be reached and this machine's copy of the hub lacks it.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = repository.partition("@")
+    with hub_errors(what, instead=instead):
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["config.json"])).name
+
+
 def _download(model: str, revision: str | None) -> ModelFolder:
     from huggingface_hub import snapshot_download
 

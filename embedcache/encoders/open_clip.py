@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError
 
 from embedcache.arrays import Floats, Ints
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
 from embedcache.encoders.graph import torch_graph
-from embedcache.encoders.hub import hub_errors
+from embedcache.encoders.hub import hub_commit, hub_errors
 from embedcache.encoders.image import ImageEncoder, plain_json
 from embedcache.encoders.open import EncoderSpec, check_options
 from embedcache.encoders.text import TextEncoder
@@ -67,7 +68,7 @@ def _load(open_clip: Any, spec: EncoderSpec) -> tuple[Any, Any]:
     try:
         with hub_errors(f"{spec.model} {pretrained}", instead="give the path of a file as pretrained="):
             model, _, preprocess = open_clip.create_model_and_transforms(spec.model, pretrained=pretrained)
-    except UnpicklingError as error:
+    except (UnpicklingError, SafetensorError) as error:
         raise CorruptError(f"{pretrained} can't be read as weights; save the model's state_dict()") from error
     except (RuntimeError, AssertionError) as error:  # open_clip asserts some of the shapes
         reason = " ".join(str(error).split())[:200]
@@ -86,12 +87,20 @@ def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
         )
     pretrained = spec.options["pretrained"]
     if pretrained in tags:
+        _check_published(open_clip, spec.model, pretrained)
         return pretrained
     path = Path(pretrained).expanduser()
     if not path.exists() and "/" not in pretrained and not path.suffix:
         raise unknown_name(f"published weights of {spec.model}", pretrained, tags)
     check_file(path)
     return str(path)
+
+
+def _check_published(open_clip: Any, model: str, tag: str) -> None:
+    owner, _, rest = open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "").partition("/")
+    if owner:
+        repository = f"{owner}/{rest.partition('/')[0]}"
+        hub_commit(repository, what=f"{model} {tag}", instead="give the path of a file as pretrained=")
 
 
 def _open_image(

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from embedcache.encoders.weights import hash_weights
-from embedcache.errors import ArtifactError, PathError
+from embedcache.errors import ArtifactError, CorruptError, PathError
 
 _UNUSED = ("pooler.", "lm_head.")
 """Weights a checkpoint may lack: what they would make is no feature of ours."""
@@ -44,6 +46,7 @@ def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Mo
 
     Raises:
         PathError: there are no weights.
+        CorruptError: a file of weights is cut short or is no such file.
         ArtifactError: the weights are another model's.
     """
     with _quietly():
@@ -52,6 +55,8 @@ def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Mo
         except OSError as error:
             reason = " ".join(str(error).split())[:200]
             raise PathError(f"no weights in {folder}: {reason}; give a folder with model.safetensors") from error
+        except (SafetensorError, UnpicklingError, EOFError) as error:
+            raise CorruptError(f"the weights in {folder} can't be read; get the folder again") from error
         except (RuntimeError, ValueError) as error:
             raise _misfit(folder, " ".join(str(error).split())[:200]) from error
     missing = set(info["missing_keys"])

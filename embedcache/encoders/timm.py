@@ -17,7 +17,7 @@ from PIL.Image import Image
 from embedcache.arrays import Floats
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
 from embedcache.encoders.graph import torch_graph
-from embedcache.encoders.hub import hub_errors
+from embedcache.encoders.hub import hub_commit, hub_errors
 from embedcache.encoders.image import ImageEncoder, Transform, image_features, plain_json
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.weights import hash_weights, read_weights
@@ -43,7 +43,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     """
     check_options(spec, ("weights",))
     check_modality(spec, modality, "image")
-    model = _load(spec)
+    model, revision = _load(spec)
     transform, preprocessing = _transform(model)
     module = _Features(model).eval()
     return ImageEncoder(
@@ -53,7 +53,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
         fingerprint=Fingerprint(
             family="timm",
             model=spec.model,
-            revision=None,
+            revision=revision,
             weights=hash_weights(model.state_dict()),
             preprocessing=preprocessing,
             pooling={name: POOLING[name] for name in features},
@@ -85,16 +85,22 @@ class _Features(torch.nn.Module):
         return states.flatten(1, 2) if self._is_nhwc else states.flatten(2).transpose(1, 2)
 
 
-def _load(spec: EncoderSpec) -> Any:
-    import timm
-
+def _load(spec: EncoderSpec) -> tuple[Any, str | None]:
     path = Path(spec.options["weights"]).expanduser() if "weights" in spec.options else None
     if not spec.model.startswith(_HUB_PREFIXES):
         _check_name(spec.model, has_file=path is not None)
-    if path is None:
-        with hub_errors(spec.model, instead=f"give a file: timm:{spec.model},weights=PATH"):
-            return timm.create_model(spec.model, pretrained=True, num_classes=0).eval()
-    return _load_file(spec.model, path)
+    return _load_published(spec.model) if path is None else (_load_file(spec.model, path), None)
+
+
+def _load_published(name: str) -> tuple[Any, str | None]:
+    import timm
+
+    is_on_hub = name.startswith(_HUB_PREFIXES)
+    repository = name.partition(":")[2] if is_on_hub else timm.get_pretrained_cfg(name).hf_hub_id
+    instead = f"give a file: timm:{name},weights=PATH"
+    revision = hub_commit(repository, what=name, instead=instead) if repository else None
+    with hub_errors(name, instead=instead):
+        return timm.create_model(name, pretrained=True, num_classes=0).eval(), revision
 
 
 def _load_file(name: str, path: Path) -> Any:

@@ -46,7 +46,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             tensors: dict[str, torch.Tensor] = load_file(path)
             return tensors
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # torch's own text advises to run what is in the file
+        raise CorruptError(f"{path} holds no plain table of weights; save the model's state_dict()") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         first_line = str(error).partition("\n")[0]
         raise CorruptError(f"{path} can't be read as weights: {first_line}; get the file again") from error
     return _tensors(path, state)

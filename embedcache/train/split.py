@@ -36,7 +36,7 @@ def make_split(cache: Cache, pairs: Pairs, image: Feature, text: Feature, settin
 
     Raises:
         UnknownNameError: the kind is neither known nor a file.
-        SettingError: `strict` on more than 200,000 items, which compares all pairs.
+        SettingError: `strict` on more than 200,000 items, which compares all pairs; or nothing is held out.
         SourceError: `column` without a usable column.
     """
     keys = cache.samples["key"].to_pylist()
@@ -44,10 +44,23 @@ def make_split(cache: Cache, pairs: Pairs, image: Feature, text: Feature, settin
         return _by_column(cache, keys, pairs.samples)
     if settings.kind in _KINDS:
         groups = _near_duplicates(pairs, image, text, settings) if settings.kind == "strict" else pairs.samples
-        return _by_groups(keys, pairs.samples, groups, settings)
+        split = _by_groups(keys, pairs.samples, groups, settings)
+        _require_parts(split, groups, settings)
+        return split
     if not Path(settings.kind).is_file():
         raise unknown_name("split", settings.kind, _KINDS, hint="or give the path of another run's split.parquet")
     return read_split(Path(settings.kind), keys)
+
+
+def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
+    if {"val", "test"} <= set(split.parts):
+        return
+    largest = int(np.bincount(groups).max()) if settings.kind == "strict" else 1
+    raise SettingError(
+        f"--split {settings.kind} leaves nothing to hold out: {len(groups)} samples, the largest group of near-duplicates "
+        f"has {largest} (image cosine above {settings.image_cosine}, caption cosine above {settings.text_cosine}); "
+        "raise --image-cosine and --text-cosine, or use --split key"
+    )
 
 
 def _by_column(cache: Cache, keys: list[str], samples: Ints) -> Split:

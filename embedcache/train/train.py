@@ -12,6 +12,7 @@ from embedcache.cache.pairs import Pairs, pair_items
 from embedcache.cache.split import PARTS, Split, write_split
 from embedcache.errors import DataError
 from embedcache.progress import Progress, Silent
+from embedcache.projectors.contract import PROJECTORS
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, Side, build, config_path, read_config, save_pair
 from embedcache.train.batches import Batches, reader
@@ -77,10 +78,12 @@ def train(
         UnknownNameError: a feature, projector, language or split of that name does not exist.
         UnfinishedError: a feature has missing chunks.
         FingerprintError: the folder holds a finished run made with other settings.
+        SettingError: near-duplicates leave nothing to hold out.
         DataError: too few samples, features of several tokens, or a loss that is no number.
     """
     cache, run_path = Cache(cache_path), Path(run_path)
     settings, progress = settings or TrainSettings(), progress or Silent()
+    PROJECTORS.load(settings.model.projector)
     image_feature, text_feature = cache.feature("image", image), cache.feature("text", text)
     config = _config(cache, image_feature, text_feature, settings)
     if config_path(run_path).is_file():

@@ -90,6 +90,12 @@ def test_a_wrong_spec_ends_in_one_clear_error(
         open_encoder(text, modality=modality)
 
 
+def test_a_file_of_objects_is_refused_without_advice_to_run_it(tmp_path: Path) -> None:
+    (tmp_path / "objects.pth").write_bytes(b"no weights at all")
+    with pytest.raises(CorruptError, match="no plain table of weights; save the model's state_dict"):
+        open_encoder(f"timm:test_vit,weights={tmp_path / 'objects.pth'}", modality="image")
+
+
 def test_weights_of_another_model_are_refused(test_vit: Path) -> None:
     with pytest.raises(ArtifactError, match=r"do not fit test_resnet"):
         open_encoder(f"timm:test_resnet,weights={test_vit}", modality="image")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from embedcache.encoders.open import open_encoder
-from embedcache.errors import ArtifactError, CorruptError
+from embedcache.errors import ArtifactError, CorruptError, PathError
 from tests.encoders.checkpoints import write_clip_config
 from tests.encoders.contract import TEXTS, ImageEncoderContract, TextEncoderContract, pictures
 
@@ -53,10 +53,16 @@ def test_weights_of_another_model_are_refused(weights: Path) -> None:
         open_encoder(f"open_clip:RN50,pretrained={weights}", modality="image")
 
 
-def test_a_file_that_holds_no_weights_is_refused(tmp_path: Path, weights: Path) -> None:
-    (tmp_path / "broken.pt").write_bytes(b"no weights at all")
-    with pytest.raises(CorruptError, match=r"broken\.pt"):
-        open_encoder(f"open_clip:tiny-clip,pretrained={tmp_path / 'broken.pt'}", modality="image")
+@pytest.mark.parametrize("name", ["broken.pt", "broken.safetensors"])
+def test_a_file_that_holds_no_weights_is_refused(name: str, tmp_path: Path, weights: Path) -> None:
+    (tmp_path / name).write_bytes(b"no weights at all")
+    with pytest.raises(CorruptError, match=name.replace(".", r"\.")):
+        open_encoder(f"open_clip:tiny-clip,pretrained={tmp_path / name}", modality="image")
+
+
+def test_published_weights_without_the_hub_ask_for_a_file() -> None:
+    with pytest.raises(PathError, match="give the path of a file as pretrained="):
+        open_encoder("open_clip:ViT-B-32,pretrained=laion2b_s34b_b79k", modality="text")
 
 
 @pytest.fixture(scope="module")

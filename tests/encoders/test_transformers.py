@@ -9,7 +9,7 @@ import torch
 
 from embedcache.encoders.contract import EncoderSettings
 from embedcache.encoders.open import open_encoder
-from embedcache.errors import ArtifactError, PathError, SettingError
+from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
 from tests.encoders.checkpoints import MAX_TOKENS, save_dinov2
 from tests.encoders.contract import (
     TEXTS,
@@ -92,6 +92,14 @@ def test_a_checkpoint_that_lacks_weights_is_refused(bert: Path, tmp_path: Path) 
     del state["encoder.layer.0.output.dense.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=r"1 are missing, such as encoder\.layer\.0\.output\.dense\.weight"):
+        open_encoder(f"hf:{folder}", modality="text")
+
+
+def test_a_checkpoint_that_is_cut_short_is_refused(bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CorruptError, match="get the folder again"):
         open_encoder(f"hf:{folder}", modality="text")
 
 

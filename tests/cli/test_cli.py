@@ -1,0 +1,165 @@
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from embedcache.cli.main import main
+from tests.pictures import write_pictures
+
+TOY = ["--image", "tests.toy:open_toy", "--text", "tests.toy:open_toy"]
+
+
+def embedcache(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "embedcache", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos, a cache, a run and an index, made as a newcomer would."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    write_pictures(folder / "photos", 150)
+    for words in (
+        ["extract", "photos", "cache", *TOY],
+        ["train", "cache", "run", "--projector", "mlp", "--split", "key", "--epochs", "5", "--batch-size", "64"],
+        ["evaluate", "retrieval", "cache", "run", "--json", "figures.json"],
+        ["curate", "index", "cache", "index", "--projected", "run"],
+    ):
+        done = embedcache(*words, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        (folder / f"{words[0]}.out").write_text(done.stdout)
+    return folder
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; sys.argv = ['embedcache', '--help']\n"
+        "from embedcache.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'timm', 'transformers', 'faiss', 'zarr', 'pyarrow', 'scipy', 'matplotlib', 'PIL'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    for name in ("quickstart", "extract", "train", "evaluate", "curate", "inspect"):
+        assert name in done.stdout
+
+
+def test_a_newcomers_commands_give_figures_and_hits(folder: Path) -> None:
+    assert "encoded 150 images" in (folder / "extract.out").read_text()
+    assert "best epoch" in (folder / "train.out").read_text()
+    assert "chance" in (folder / "evaluate.out").read_text()
+    figures = json.loads((folder / "figures.json").read_text())["retrieval"]
+    assert figures["num_images"] == 38
+    assert "recall@10" in (folder / "curate.out").read_text()
+    found = embedcache("curate", "search", "index", "red bar left on white", "-k", "3", "--json", cwd=folder)
+    hits = json.loads(found.stdout)["hits"]
+    assert len(hits) == 3
+    assert hits[0]["score"] >= hits[1]["score"]
+
+
+def test_inspect_shows_what_there_is(folder: Path) -> None:
+    shown = embedcache("inspect", "cache", cwd=folder).stdout
+    assert "150 samples with 150 images, 150 texts" in shown
+    for words in ("open_toy/cls", "150 × 48", "float16", "1/1"):
+        assert words in shown
+
+
+MISTAKES = [
+    (["extract", "nowhere", "c", *TOY], "nowhere"),
+    (["extract", "photos", "c", "--image", "tim:resnet18"], "unknown encoder family 'tim'; did you mean 'timm'"),
+    (["extract", "photos", "c", "--image", "timm:resnet81"], "resnet81"),
+    (["extract", "photos", "c"], "no encoder is named"),
+    (["extract", "photos", "c", *TOY, "--feature", "patchs"], "did you mean 'patches'"),
+    (["extract", "photos", "c", *TOY, "--source-type", "foldr"], "did you mean 'folder'"),
+    (["extract", "photos", "cache", "--image", "tests.toy:open_toy,scale=2"], "weights:"),
+    (["extract", "photos", "photos/00000.png", *TOY], "is a file"),
+    (["extract", "photos", "photos", *TOY], "not a cache and not empty"),
+    (["train", "cache", "r", "--projector", "mpl"], "did you mean 'mlp'"),
+    (["train", "cache", "r", "--image", "open_toy/csl"], "did you mean 'open_toy/cls'"),
+    (["train", "cache", "r", "--split", "stricct"], "did you mean 'strict'"),
+    (["train", "cache", "r"], "leaves nothing to hold out"),
+    (["evaluate", "retrieval", "cache", "run", "--json", "figures.json/x"], "is a file"),
+    (["train", "cache", "r", "--batch-size", "1"], "batch size is 1"),
+    (["train", "photos", "r"], "has no cache.json"),
+    (["train", "cache", "run", "--seed", "7"], "'seed': 7"),
+    (["evaluate", "retrieval", "cache", "nowhere"], "nowhere does not exist"),
+    (["curate", "search", "index", "x", "-k", "9999"], "k is 9999"),
+    (["curate", "search", "cache", "x"], "has no card.json"),
+    (["inspect", "nowhere"], "nowhere does not exist"),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES, ids=[" ".join(words)[:60] for words, _ in MISTAKES])
+def test_a_mistake_is_one_clear_line_and_exit_1(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["embedcache", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert expected in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_a_full_disk_is_one_clear_line_and_loses_nothing(folder: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine does not let tests mount a small disk")
+    words = ["extract", "photos", disk / "cache", *TOY, "--chunk-size", "8", "--feature", "tokens", "--feature", "patches"]
+    try:
+        done = embedcache(*words, cwd=folder)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert "no space left on the disk" in line
+        assert "run the same command again" in line
+        assert not list(disk.rglob("*.partial"))
+        committed = len(list(disk.rglob("chunks/*.parquet")))
+        assert committed > 0
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        done = embedcache(*words, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        reused = sum(map(int, re.findall(r"reused (\d+)", done.stdout)))
+        assert 8 * (committed - 1) < reused <= 8 * committed  # the last chunk may be a short one
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_our_own_bug_shows_its_traceback(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken_plugin.py").write_text("def source(location, settings):\n    raise ZeroDivisionError('ours')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    command = [sys.executable, "-m", "embedcache", "extract", "photos", "c", *TOY, "--source-type", "broken_plugin:source"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "ZeroDivisionError: ours" in done.stderr
+
+
+def test_plain_progress_has_no_escape_codes(folder: Path) -> None:
+    done = embedcache("extract", "photos", "cache2", *TOY, cwd=folder)
+    assert re.search(r"encoding images: 150 images in [\d.]+ s, [\d,]+ images/s", done.stderr)
+    assert "\x1b" not in done.stderr + done.stdout
+
+
+@pytest.mark.bench
+def test_help_takes_less_than_half_a_second() -> None:
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        embedcache("--help")
+        seconds.append(time.perf_counter() - started)
+    assert statistics.median(seconds) < 0.5

@@ -1,0 +1,115 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.cache.cache import Cache
+from embedcache.curate import faiss_index
+from embedcache.curate.index import build_index, read_card
+from embedcache.curate.search import search
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
+from embedcache.projectors.saved import load_pair, project
+from tests.evaluate.test_retrieval import train_run
+
+
+@pytest.fixture(scope="module")
+def run_path(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_run(cache_path, tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="module")
+def index_path(cache_path: Path, run_path: Path) -> Path:
+    build_index(cache_path, run_path.parent / "index", run_path=run_path)
+    return run_path.parent / "index"
+
+
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 8), st.integers(0, 99))
+def test_exact_search_agrees_with_sorting_everything(count: int, k: int, block: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    vectors, queries = rng.standard_normal((count, 4)).astype(np.float32), rng.standard_normal((3, 4)).astype(np.float32)
+    rows = np.arange(count) + 7
+    cut = [(rows[start : start + block], vectors[start : start + block]) for start in range(0, count, block)]
+    expected = rows[np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :k]]
+    np.testing.assert_array_equal(faiss_index.exact_search(queries, cut, k), expected)
+
+
+def test_the_card_says_what_is_in_it_and_how_good_it_is(cache_path: Path, index_path: Path) -> None:
+    card = read_card(index_path)
+    assert card.feature == "open_toy/cls"
+    assert (card.num_vectors, card.width, card.factory) == (300, 16, "Flat")
+    assert card.recall_at_10 > 0.98  # exact but for ties
+    assert card.num_queries == 200
+    assert card.run_weights == load_pair(Path(str(card.run)))[1].weights
+
+
+def test_a_poor_index_is_measured_as_poor(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    card = build_index(cache_path, tmp_path / "pq", run_path=run_path, factory="PQ1x4")
+    assert card.recall_at_10 < 0.6
+
+
+def test_search_finds_what_projecting_everything_finds(cache_path: Path, run_path: Path, index_path: Path) -> None:
+    cache = Cache(cache_path)
+    pair, _ = load_pair(run_path)
+    texts = cache.items("text")["text"].to_pylist()
+    images = project(pair.image, cache.feature("image", "open_toy/cls").load())
+    queries = project(pair.text, cache.feature("text", "open_toy/mean").load()[:3])
+    found = search(index_path, texts[:3], k=5)
+    for query, hits in zip(queries, found, strict=True):
+        scores = images @ query
+        np.testing.assert_allclose([hit.score for hit in hits], np.sort(scores)[::-1][:5], atol=2e-3)  # float16 at rest
+        for hit in hits:
+            assert hit.key == f"{hit.row:05d}"
+            assert hit.captions == [texts[hit.row]]
+
+
+def test_texts_can_be_indexed_plain(cache_path: Path, tmp_path: Path) -> None:
+    card = build_index(cache_path, tmp_path / "index", feature="open_toy/mean", modality="text")
+    assert card.run is None
+    caption = Cache(cache_path).items("text")["text"][5].as_py()
+    (hits,) = search(tmp_path / "index", [caption], k=1)
+    assert hits[0].score == pytest.approx(1, abs=1e-3)
+    assert hits[0].captions == [caption]
+
+
+def test_an_index_of_another_run_is_refused(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
+    other = train_run(cache_path, tmp_path / "other", seed=1)
+    with pytest.raises(FingerprintError, match="the index was made from another run than .*other.*build the index again"):
+        search(index_path, ["red"], run_path=other)
+
+
+def test_a_plain_image_index_takes_no_text(cache_path: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", feature="open_toy/cls")
+    with pytest.raises(DataError, match="plain image feature open_toy/cls, which no text can be compared with.*--projected RUN"):
+        search(tmp_path / "index", ["red"])
+
+
+def test_mistakes_are_named(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="k is 301; the index holds 300 items"):
+        search(index_path, ["red"], k=301)
+    with pytest.raises(SettingError, match="no query"):
+        search(index_path, [])
+    with pytest.raises(DataError, match="a query is empty"):
+        search(index_path, ["red", " "])
+    with pytest.raises(PathError, match="does not exist; make one with: embedcache curate index"):
+        search(tmp_path / "no", ["red"])
+    with pytest.raises(SettingError, match="FAISS cannot make an index 'HNS32' of width"):
+        build_index(cache_path, tmp_path / "x", feature="open_toy/cls", factory="HNS32")
+    with pytest.raises(DataError, match="open_toy/patches has several vectors an item"):
+        build_index(cache_path, tmp_path / "x", feature="open_toy/patches")
+
+
+def test_damaged_indexes_are_named(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "index"
+    copy.mkdir()
+    for path in index_path.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "index.faiss").write_bytes(b"xxxx")
+    with pytest.raises(CorruptError, match="is no FAISS index"):
+        search(copy, ["red"])
+    card = json.loads((copy / "card.json").read_text())
+    (copy / "card.json").write_text(json.dumps({**card, "format": 9}))
+    with pytest.raises(ValueError, match="has index format 9"):
+        search(copy, ["red"])

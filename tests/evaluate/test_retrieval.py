@@ -1,0 +1,128 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.cache.cache import Cache
+from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.evaluate.gallery import draw_examples
+from embedcache.evaluate.report import format_estimate, retrieval_json, retrieval_rows
+from embedcache.evaluate.retrieval import evaluate_retrieval, rank
+from embedcache.extract.extract import extract
+from embedcache.metrics import Estimate
+from embedcache.projectors.saved import load_pair
+from embedcache.sources import open_source
+from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.train import train
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
+
+
+def train_run(cache_path: Path, run_path: Path, *, seed: int = 0, image: str = "open_toy/cls") -> Path:
+    settings = TrainSettings(
+        model=ModelSettings(shared_width=16, projector="linear", shrinkage=0.01),
+        optimizer=OptimizerSettings(epochs=0),
+        split=SplitSettings(kind="key", seed=seed),
+        seed=seed,
+    )
+    train(cache_path, run_path, image=image, text="open_toy/mean", settings=settings)
+    return run_path
+
+
+@pytest.fixture(scope="module")
+def runs(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return [train_run(cache_path, folder / f"seed-{seed}", seed=seed) for seed in range(2)]
+
+
+def test_recall_is_what_counting_by_hand_gives(cache_path: Path, runs: list[Path]) -> None:
+    report = evaluate_retrieval(cache_path, runs[:1])
+    cache = Cache(cache_path)
+    ranking = rank(cache, runs[0], *load_pair(runs[0]), part="test")
+    texts = np.array(cache.items("text")["text"].to_pylist())[ranking.pairs.text.rows]
+    own = texts[np.argsort(ranking.pairs.text.samples)]  # one caption a picture, in the pictures' order
+    hits = 0
+    for image, caption in zip(ranking.images, own, strict=True):
+        scores = ranking.texts @ image
+        best = scores[texts == caption].max()
+        hits += int((scores[texts != caption] >= best).sum() < 5)
+    assert report.recalls["i2t"]["r@5"].value == pytest.approx(hits / len(own))
+    assert report.num_images == report.num_texts == [75]
+
+
+def test_seeds_are_averaged_and_the_interval_holds_the_mean(cache_path: Path, runs: list[Path]) -> None:
+    one, other, both = (evaluate_retrieval(cache_path, paths) for paths in (runs[:1], runs[1:], runs))
+    for way in ("i2t", "t2i"):
+        for name, estimate in both.recalls[way].items():
+            mean = (one.recalls[way][name].value + other.recalls[way][name].value) / 2
+            assert estimate.value == pytest.approx(mean)
+            assert estimate.low <= estimate.value <= estimate.high
+    assert both.seeds == [0, 1]
+
+
+def test_captions_that_are_in_training_too_are_said_aloud(cache_path: Path, runs: list[Path]) -> None:
+    report = evaluate_retrieval(cache_path, runs[:1])
+    assert report.overlap > 0  # a split by key of pictures whose captions repeat
+    assert f"WARNING: {report.overlap} samples share an image or a caption with the training part" in report.line()
+    assert evaluate_retrieval(cache_path, runs[:1], part="train").overlap == 0
+
+
+def test_figures_as_json_and_as_rows(cache_path: Path, runs: list[Path]) -> None:
+    report = evaluate_retrieval(cache_path, runs)
+    figures = json.loads(json.dumps(retrieval_json(report, shuffled=report)))
+    for place in (figures, figures["chance"], figures["shuffled"]):
+        for way in ("i2t", "t2i"):
+            for name in ("r@1", "r@5", "r@10"):
+                low, high = place[way]["intervals"][name]
+                assert 0 <= low <= place[way][name] <= high <= 1
+    assert figures["num_images"] == 75
+    columns, rows = retrieval_rows({"run": report})
+    assert columns == ["", "i2t R@1", "i2t R@5", "i2t R@10", "t2i R@1", "t2i R@5", "t2i R@10"]
+    assert [row[0] for row in rows] == ["run", "chance"]
+    assert format_estimate(Estimate(0.1234, 0, 1)) == ".123 [.000, 1.000]"
+
+
+def test_the_gallery_shows_what_is_right_and_what_is_wrong(cache_path: Path, runs: list[Path]) -> None:
+    ranking = rank(Cache(cache_path), runs[0], *load_pair(runs[0]), part="test")
+    for way in ("i2t", "t2i"):
+        examples = draw_examples(ranking, way, num_each=3, num_shown=4)
+        assert len(examples) == 6
+        for example in examples:
+            assert len(example.shown) == 4
+            assert example.is_right[0] == (example.rank == 1)
+            assert (example.answer in example.shown[: example.rank]) or example.rank > 4 or any(example.is_right)
+    assert draw_examples(ranking, "i2t", num_each=3, num_shown=4) == draw_examples(
+        ranking, "i2t", num_each=3, num_shown=4
+    )
+
+
+def test_mistakes_are_named(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="no run to evaluate"):
+        evaluate_retrieval(cache_path, [])
+    other = tmp_path / "other"
+    extract(open_source(write_pictures(tmp_path / "s", 60, seed=9)), other, image=[IMAGE], text=[TEXT])
+    with pytest.raises(FingerprintError, match="was trained on other samples"):
+        evaluate_retrieval(other, runs)
+
+
+def test_a_run_of_another_encoder_than_the_cache_holds_is_refused(tmp_path: Path) -> None:
+    source = open_source(write_pictures(tmp_path / "s", 60))
+    for name, scale in (("a", 1), ("b", 2)):
+        extract(source, tmp_path / name, image=[f"{IMAGE},scale={scale}"], text=[TEXT])
+    run = train_run(tmp_path / "a", tmp_path / "run")
+    with pytest.raises(FingerprintError, match="image feature open_toy/cls .*weights: '.*' there, '.*' asked"):
+        evaluate_retrieval(tmp_path / "b", [run])
+
+
+def test_an_empty_part_is_refused(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
+    from embedcache.cache.split import read_split, write_split
+
+    run = tmp_path / "run"
+    run.mkdir()
+    for path in runs[0].iterdir():
+        (run / path.name).write_bytes(path.read_bytes())
+    split = read_split(run / "split.parquet", Cache(cache_path).samples["key"].to_pylist())
+    write_split(run / "split.parquet", type(split)(keys=split.keys, parts=["train"] * 300, groups=split.groups))
+    with pytest.raises(DataError, match="the split has no test samples"):
+        evaluate_retrieval(cache_path, [run])

@@ -1,0 +1,54 @@
+"""Makes the golden cache of the format that this version writes: `just golden`.
+
+Run it once when a format is new. The cache of an old format is never made again: readers must open it for ever.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from embedcache.cache.cache import Cache
+from embedcache.cache.layout import FORMAT_VERSION
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.sources import open_source
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
+
+FOLDER = Path(__file__).parent
+FEATURES = {"image": ("cls", "patches"), "text": ("mean", "tokens")}
+
+
+def make() -> Path:
+    """Write `cache-N` and `cache-N.npz`, and give the cache's path."""
+    path = FOLDER / f"cache-{FORMAT_VERSION}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_pictures(Path(folder) / "golden", 10)
+        (source / "00003.png").write_bytes(b"")
+        (source / "00006.txt").write_text("")
+        (source / "00001.txt").write_text("a first caption\nand a second one\n")
+        names = tuple(name for names in FEATURES.values() for name in names)
+        extract(open_source(source), path, image=[IMAGE], text=[TEXT], settings=ExtractSettings(features=names, chunk_size=4))
+    for record in (path / "records").iterdir():
+        record.unlink()
+    (path / "records").rmdir()
+    np.savez(path.with_suffix(".npz"), **expected(Cache(path)))  # type: ignore[arg-type]
+    return path
+
+
+def expected(cache: Cache) -> dict[str, np.ndarray]:
+    """Every valid row of every feature; ragged ones end to end, with their lengths."""
+    arrays = {}
+    for modality, names in FEATURES.items():
+        for name in names:
+            feature = cache.feature(modality, f"open_toy/{name}")
+            items = feature.gather_tokens(np.flatnonzero(feature.valid))
+            arrays[name] = np.concatenate([np.atleast_2d(item) for item in items])
+            arrays[f"{name} lengths"] = np.array([len(np.atleast_2d(item)) for item in items])
+            arrays[f"{name} valid"] = feature.valid
+    return arrays
+
+
+if __name__ == "__main__":
+    make()

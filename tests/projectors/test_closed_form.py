@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.cross_decomposition import CCA
+from sklearn.linear_model import Ridge
+
+from embedcache.errors import DataError, SettingError
+from embedcache.projectors.closed_form import Moments, cca, ridge, solve
+
+
+def aligned(rows: int, *, seed: int, widths: tuple[int, int] = (6, 5)) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shared = rng.standard_normal((rows, 3))
+    images = shared @ rng.standard_normal((3, widths[0])) + 0.5 * rng.standard_normal((rows, widths[0])) + 2
+    texts = shared @ rng.standard_normal((3, widths[1])) + 0.5 * rng.standard_normal((rows, widths[1])) - 1
+    return images, texts
+
+
+def moments(images: np.ndarray, texts: np.ndarray) -> Moments:
+    result = Moments(images.shape[1], texts.shape[1])
+    result.add(images, texts)
+    return result
+
+
+@given(st.integers(2, 40), st.integers(1, 39), st.integers(0, 100))
+def test_moments_do_not_depend_on_how_rows_are_cut(rows: int, cut: int, seed: int) -> None:
+    images, texts = aligned(rows, seed=seed)
+    parts = Moments(6, 5)
+    for part in (slice(cut), slice(cut, None)):
+        parts.add(images[part].astype(np.float32), texts[part].astype(np.float32))
+    for found, expected in zip(parts.covariances(), moments(images, texts).covariances(), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(parts.image_mean, images.mean(axis=0), atol=1e-5)
+
+
+def test_covariances_are_numpys() -> None:
+    images, texts = aligned(50, seed=0)
+    image, text, cross = moments(images, texts).covariances()
+    full = np.cov(np.hstack([images, texts]).T, bias=True)
+    np.testing.assert_allclose(np.block([[image, cross], [cross.T, text]]), full, atol=1e-9)
+
+
+def test_cca_without_shrinkage_finds_scikit_learns_correlations() -> None:
+    images, texts = aligned(500, seed=1)
+    image_DP, text_DP = cca(moments(images, texts), 3, shrinkage=1e-9)
+    ours = [
+        np.corrcoef((images - images.mean(0)) @ image_DP[:, axis], (texts - texts.mean(0)) @ text_DP[:, axis])[0, 1]
+        for axis in range(3)
+    ]
+    theirs_image, theirs_text = CCA(3, tol=1e-9, max_iter=5000).fit(images, texts).transform(images, texts)
+    theirs = [np.corrcoef(theirs_image[:, axis], theirs_text[:, axis])[0, 1] for axis in range(3)]
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def test_ridge_predicts_what_scikit_learn_predicts() -> None:
+    images, texts = aligned(200, seed=2)
+    image_DP, text_DP = ridge(moments(images, texts), 5, shrinkage=0.3)
+    penalty = 0.3 * np.trace(np.cov(images.T, bias=True)) / 6 * len(images)
+    theirs = Ridge(alpha=penalty).fit(images, texts)
+    predicted = (images - images.mean(0)) @ image_DP @ text_DP.T + texts.mean(0)
+    np.testing.assert_allclose(predicted, theirs.predict(images), atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["cca", "ridge"])
+def test_a_wider_shared_space_is_filled_with_zeros(name: str) -> None:
+    image_DP, text_DP = solve(name, moments(*aligned(50, seed=3)), 8, shrinkage=0.5)
+    assert image_DP.shape == (6, 8)
+    assert text_DP.shape == (5, 8)
+    assert not image_DP[:, 5:].any()
+
+
+def test_one_pair_is_too_few() -> None:
+    with pytest.raises(DataError, match="1 pairs are too few"):
+        moments(*aligned(1, seed=0)).covariances()
+    with pytest.raises(SettingError, match="shrinkage is 0; it must be above 0"):
+        solve("cca", moments(*aligned(5, seed=0)), 2, shrinkage=0)

@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.cache.cache import Cache
+from embedcache.cache.pairs import Pairs, Side
+from embedcache.train.batches import Batches, reader
+
+
+def make_pairs(samples: int, *, seed: int) -> Pairs:
+    rng = np.random.default_rng(seed)
+    text_samples = np.sort(np.concatenate([np.arange(samples), rng.integers(samples, size=samples)]))
+    return Pairs(
+        image=Side(rows=np.arange(samples) + 100, samples=np.arange(samples), contents=np.arange(samples)),
+        text=Side(
+            rows=np.arange(len(text_samples)) + 500,
+            samples=text_samples,
+            contents=rng.integers(samples, size=len(text_samples)),
+        ),
+    )
+
+
+@given(st.integers(2, 30), st.integers(2, 40), st.integers(0, 5), st.integers(0, 3))
+def test_an_epoch_takes_every_sample_once_with_its_own_items(samples: int, size: int, seed: int, epoch: int) -> None:
+    pairs = make_pairs(samples, seed=seed)
+    batches = Batches(pairs, batch_size=size, seed=seed)
+    epoch_batches = list(batches.epoch(epoch))
+    assert len(epoch_batches) == batches.num_steps
+    assert all(len(batch.image_rows) <= size for batch in epoch_batches)
+    image_rows = np.concatenate([batch.image_rows for batch in epoch_batches])
+    text_rows = np.concatenate([batch.text_rows for batch in epoch_batches])
+    assert sorted(image_rows) == list(range(100, 100 + samples))
+    assert (pairs.text.samples[text_rows - 500] == image_rows - 100).all()
+    again = list(Batches(pairs, batch_size=size, seed=seed).epoch(epoch))
+    for one, other in zip(epoch_batches, again, strict=True):
+        np.testing.assert_array_equal(one.text_rows, other.text_rows)
+
+
+def test_epochs_differ_in_order_and_in_drawn_captions() -> None:
+    pairs = make_pairs(50, seed=0)
+    first, second = (
+        {int(i): int(t) for batch in Batches(pairs, batch_size=50, seed=0).epoch(epoch) for i, t in zip(batch.image_rows, batch.text_rows, strict=True)}
+        for epoch in (0, 1)
+    )
+    assert list(first) != list(second)
+    assert first != second
+
+
+def test_positives_follow_contents() -> None:
+    pairs = make_pairs(20, seed=1)
+    (batch,) = Batches(pairs, batch_size=20, seed=0).epoch(0)
+    together = set(zip(pairs.text.samples.tolist(), pairs.text.contents.tolist(), strict=True))
+    for row, image in enumerate(batch.image_rows - 100):
+        for column, text in enumerate(batch.text_rows - 500):
+            assert batch.positive_BB[row, column] == ((image, pairs.text.contents[text]) in together)
+    assert batch.positive_BB.diagonal().all()
+
+
+def test_read_from_memory_or_from_maps_rows_are_the_same(cache_path: Path) -> None:
+    feature = Cache(cache_path).feature("image", "open_toy/cls")
+    rows = np.random.default_rng(0).permutation(300)[:50]
+    np.testing.assert_array_equal(
+        reader(feature, memory_bytes=0)(rows), reader(feature, memory_bytes=1e9)(rows)
+    )

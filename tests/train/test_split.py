@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.arrays import normalize
+from embedcache.cache.cache import Cache
+from embedcache.cache.pairs import Pairs, pair_items
+from embedcache.cache.split import PARTS, Split, read_split, write_split
+from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
+from embedcache.train.settings import SplitSettings
+from embedcache.train.split import make_split
+
+
+def opened(cache_path: Path) -> tuple[Cache, Pairs, Split]:
+    cache = Cache(cache_path)
+    image, text = cache.feature("image", "open_toy/cls"), cache.feature("text", "open_toy/mean")
+    pairs = pair_items(cache, image, text)
+    settings = SplitSettings(image_cosine=0.995, text_cosine=0.95)
+    return cache, pairs, make_split(cache, pairs, image, text, settings)
+
+
+def test_strict_leaves_no_near_duplicate_across_parts(cache_path: Path) -> None:
+    cache, _, split = opened(cache_path)
+    parts = np.array(split.parts)
+    assert {part: (parts == part).sum() for part in PARTS}["test"] > 30
+    for name, modality, threshold in (("open_toy/cls", "image", 0.995), ("open_toy/mean", "text", 0.95)):
+        vectors = normalize(cache.feature(modality, name).load())
+        for part in PARTS:
+            across = vectors[parts == part] @ vectors[parts != part].T
+            assert across.max() <= threshold + 1e-6
+
+
+def test_strict_groups_are_the_connected_components(cache_path: Path) -> None:
+    cache, _, split = opened(cache_path)
+    images = normalize(cache.feature("image", "open_toy/cls").load())
+    texts = normalize(cache.feature("text", "open_toy/mean").load())
+    near = (images @ images.T > 0.995) | (texts @ texts.T > 0.95)
+    reached = np.linalg.matrix_power(near.astype(float), 1) > 0
+    for _ in range(10):
+        reached = (reached.astype(float) @ reached.astype(float)) > 0
+    groups = np.array(split.groups)
+    np.testing.assert_array_equal(reached, groups[:, None] == groups[None, :])
+
+
+@pytest.mark.parametrize("kind", ["strict", "key"])
+def test_a_split_is_the_same_every_time_and_another_seed_is_another(cache_path: Path, kind: str) -> None:
+    cache, pairs, _ = opened(cache_path)
+    image, text = cache.feature("image", "open_toy/cls"), cache.feature("text", "open_toy/mean")
+
+    def parts(seed: int) -> list[str]:
+        settings = SplitSettings(kind=kind, seed=seed, image_cosine=0.995, text_cosine=0.95)
+        return make_split(cache, pairs, image, text, settings).parts
+
+    assert parts(0) == parts(0) != parts(1)
+
+
+def test_shares_are_kept_by_key(cache_path: Path) -> None:
+    cache, pairs, _ = opened(cache_path)
+    features = cache.feature("image", "open_toy/cls"), cache.feature("text", "open_toy/mean")
+    split = make_split(cache, pairs, *features, SplitSettings(kind="key", val_share=0.2, test_share=0.3))
+    assert [split.parts.count(part) for part in PARTS] == [150, 60, 90]
+
+
+def test_a_split_is_written_and_read(tmp_path: Path) -> None:
+    split = Split(keys=["a", "b", "c"], parts=["train", "test", ""], groups=[0, 1, -1])
+    write_split(tmp_path / "split.parquet", split)
+    assert read_split(tmp_path / "split.parquet", ["a", "b", "c"]) == split
+    with pytest.raises(DataError, match="is of other samples: it has 3 keys, the cache has 2"):
+        read_split(tmp_path / "split.parquet", ["a", "b"])
+    with pytest.raises(PathError, match="does not exist"):
+        read_split(tmp_path / "no", [])
+    with pytest.raises(DataError, match=r"the split has no val samples \(train: 1, val: 0, test: 1\)"):
+        split.rows("val")
+
+
+def test_mistakes_are_named(cache_path: Path) -> None:
+    cache, pairs, _ = opened(cache_path)
+    features = cache.feature("image", "open_toy/cls"), cache.feature("text", "open_toy/mean")
+    with pytest.raises(UnknownNameError, match="unknown split 'strickt'; did you mean 'strict'"):
+        make_split(cache, pairs, *features, SplitSettings(kind="strickt"))
+    with pytest.raises(SourceError, match="have no column 'split'; use --split strict or --split key"):
+        make_split(cache, pairs, *features, SplitSettings(kind="column"))
+    with pytest.raises(SettingError, match="leave nothing for training"):
+        SplitSettings(val_share=0.5, test_share=0.5)
+    with pytest.raises(SettingError, match="test_share is 0"):
+        SplitSettings(test_share=0)

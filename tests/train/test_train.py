@@ -1,0 +1,138 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedcache.cache.cache import Cache
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
+from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.projectors.saved import load_pair, project, read_config
+from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.train import TrainReport, train
+
+IMAGE, TEXT = "open_toy/cls", "open_toy/mean"
+SPLIT = SplitSettings(kind="key")
+
+
+def run(cache_path: Path, run_path: Path, *, epochs: int = 3, **settings: object) -> TrainReport:
+    given = {
+        "model": ModelSettings(shared_width=16),
+        "optimizer": OptimizerSettings(epochs=epochs, batch_size=64),
+        "split": SPLIT,
+        **settings,
+    }
+    return train(cache_path, run_path, image=IMAGE, text=TEXT, settings=TrainSettings(**given))  # type: ignore[arg-type]
+
+
+def test_a_run_leaves_all_that_says_what_it_is(cache_path: Path, tmp_path: Path) -> None:
+    report = run(cache_path, tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "model.safetensors", "losses.jsonl", "record.json", "split.parquet"}
+    assert report.num_samples == {"train": 195, "val": 30, "test": 75}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "losses.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 3 * 4
+    assert losses[-1] < losses[0]
+    assert [line["epoch"] for line in lines if "validation" in line] == [0, 1, 2, 3]
+    config = read_config(tmp_path / "run")
+    assert config.image.feature == IMAGE
+    assert config.spine == Cache(cache_path).info.spine
+    assert report.num_parameters == sum(p.numel() for p in load_pair(tmp_path / "run")[0].parameters())
+
+
+@pytest.mark.parametrize("projector", ["linear", "mlp"])
+@pytest.mark.parametrize("start", ["cca", "ridge", "random"])
+def test_it_learns_what_pictures_and_captions_share(
+    cache_path: Path, tmp_path: Path, projector: str, start: str
+) -> None:
+    model = ModelSettings(projector=projector, start=start, shared_width=16, shrinkage=0.01)  # type: ignore[arg-type]
+    run(cache_path, tmp_path / "run", epochs=20, model=model)
+    report = evaluate_retrieval(cache_path, [tmp_path / "run"])
+    assert report.recalls["i2t"]["r@5"].value > 2 * report.chance["i2t"]["r@5"].high
+
+
+def test_pairs_that_were_shuffled_teach_nothing(cache_path: Path, tmp_path: Path) -> None:
+    run(cache_path, tmp_path / "run", epochs=5, shuffle_pairs=True)
+    report = evaluate_retrieval(cache_path, [tmp_path / "run"])
+    assert report.recalls["i2t"]["r@5"].value < report.chance["i2t"]["r@5"].high + 0.1
+
+
+def test_the_same_seed_gives_the_same_weights(cache_path: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        torch.manual_seed(len(name) * seed)  # what the caller's generator holds does not matter
+        run(cache_path, tmp_path / name, seed=seed)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_no_epochs_keep_the_closed_form(cache_path: Path, tmp_path: Path) -> None:
+    assert run(cache_path, tmp_path / "run", epochs=0).best_epoch == 0
+    cache = Cache(cache_path)
+    pair, _ = load_pair(tmp_path / "run")
+    vectors = cache.feature("image", IMAGE).load()
+    unit = vectors.astype(np.float32) / np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
+    linear = (unit - pair.image.mean.numpy()) @ pair.image.projector.linear.weight.detach().numpy().T
+    linear /= np.linalg.norm(linear, axis=1, keepdims=True)
+    np.testing.assert_allclose(project(pair.image, vectors), linear, atol=1e-5)
+
+
+def test_mapped_features_train_the_same(cache_path: Path, tmp_path: Path) -> None:
+    run(cache_path, tmp_path / "a")
+    run(cache_path, tmp_path / "b", memory_gb=0.0)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_bfloat16_trains(cache_path: Path, tmp_path: Path) -> None:
+    report = run(cache_path, tmp_path / "run", precision="bfloat16", model=ModelSettings(start="random", shared_width=16))
+    assert report.best_epoch > 0
+
+
+def test_a_finished_run_is_used_again_and_another_is_refused(cache_path: Path, tmp_path: Path) -> None:
+    first = run(cache_path, tmp_path / "run")
+    again = run(cache_path, tmp_path / "run", memory_gb=1.0)
+    assert not first.reused
+    assert again.reused
+    assert again.recalls == first.recalls
+    with pytest.raises(FingerprintError, match=r"run .*training: .*'seed': 0.* there, .*'seed': 1.* asked; give the path"):
+        run(cache_path, tmp_path / "run", seed=1)
+
+
+def test_a_run_that_was_stopped_is_trained_again(cache_path: Path, tmp_path: Path) -> None:
+    run(cache_path, tmp_path / "run")
+    weights = (tmp_path / "run/model.safetensors").read_bytes()
+    (tmp_path / "run/config.json").unlink()
+    with pytest.raises(PathError, match=r"is not a finished run: it has no config\.json"):
+        load_pair(tmp_path / "run")
+    assert not run(cache_path, tmp_path / "run").reused
+    assert (tmp_path / "run/model.safetensors").read_bytes() == weights
+
+
+def test_weights_that_were_exchanged_are_refused(cache_path: Path, tmp_path: Path) -> None:
+    run(cache_path, tmp_path / "a")
+    run(cache_path, tmp_path / "b", seed=1)
+    (tmp_path / "a/model.safetensors").write_bytes((tmp_path / "b/model.safetensors").read_bytes())
+    with pytest.raises(CorruptError, match="not the file that config.json was written for"):
+        load_pair(tmp_path / "a")
+
+
+def test_mistakes_are_named(cache_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"'open_toy/clss'; did you mean 'open_toy/cls'\?; known: .*open_toy/patches"):
+        train(cache_path, tmp_path / "run", image="open_toy/clss", text=TEXT)
+    with pytest.raises(UnknownNameError, match="none named; choose one with --image: open_toy/cls, open_toy/patches"):
+        train(cache_path, tmp_path / "run")
+    with pytest.raises(DataError, match="open_toy/patches has several vectors an item; train on a vector feature"):
+        train(cache_path, tmp_path / "run", image="open_toy/patches", text=TEXT)
+    with pytest.raises(UnknownNameError, match="unknown projector 'lineal'; did you mean 'linear'"):
+        run(cache_path, tmp_path / "run", model=ModelSettings(projector="lineal"))
+    with pytest.raises(UnknownNameError, match="caption language.*'xx'"):
+        run(cache_path, tmp_path / "run", language="xx")
+    with pytest.raises(SettingError, match="batch size is 1"):
+        OptimizerSettings(batch_size=1)
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_temperature(cache_path: Path, tmp_path: Path) -> None:
+    optimizer = OptimizerSettings(epochs=5, batch_size=64, learning_rate=1e30)
+    with pytest.raises(DataError, match=r"the loss is nan at step \d+ with temperature .*lower --learning-rate"):
+        run(cache_path, tmp_path / "run", optimizer=optimizer)
