@@ -8,7 +8,9 @@ from embedcache.arrays import blocks, check_finite, normalize
 from embedcache.errors import DataError
 
 vectors = arrays(
-    np.float32, st.tuples(st.integers(0, 6), st.integers(1, 5)), elements=st.floats(-1e3, 1e3, width=32, allow_subnormal=False)
+    np.float32,
+    st.tuples(st.integers(0, 6), st.integers(1, 5)),
+    elements=st.floats(-1e3, 1e3, width=32, allow_subnormal=False),
 )
 
 

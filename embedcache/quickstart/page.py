@@ -112,7 +112,7 @@ def _text_to_image(ranking: Ranking, pictures: Pictures, texts: Sequence[str]) -
 
 def _image_to_text(ranking: Ranking, pictures: Pictures, texts: Sequence[str]) -> list[dict[str, Any]]:
     def caption(position: int) -> str:
-        return texts[ranking.pairs.text.rows[position]]
+        return texts[int(ranking.pairs.text.rows[position])]
 
     return [
         {

@@ -57,8 +57,8 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
         return
     largest = int(np.bincount(groups).max()) if settings.kind == "strict" else 1
     raise SettingError(
-        f"--split {settings.kind} leaves nothing to hold out: {len(groups)} samples, the largest group of near-duplicates "
-        f"has {largest} (image cosine above {settings.image_cosine}, caption cosine above {settings.text_cosine}); "
+        f"--split {settings.kind} leaves nothing to hold out: {len(groups)} samples, the largest group of "
+        f"near-duplicates has {largest} (image cosine above {settings.image_cosine}, caption cosine above {settings.text_cosine}); "
         "raise --image-cosine and --text-cosine, or use --split key"
     )
 

@@ -25,7 +25,9 @@ def write_feature(
     skip_chunks: Sequence[int] = (),
 ) -> Feature:
     """Write one feature `test/f`; None is a failed item, chunks of `skip_chunks` are not committed."""
-    info = CacheInfo(chunk_size=chunk_size, source={}, spine="s", num_samples=len(items), num_items={"image": len(items)})
+    info = CacheInfo(
+        chunk_size=chunk_size, source={}, spine="s", num_samples=len(items), num_items={"image": len(items)}
+    )
     group = create_group(path, "image", "test", info, spec="test:m", fingerprint=FINGERPRINT)
     add_feature(group, "f", item_shape, dtype)
     for chunk in range(info.num_chunks("image")):
@@ -42,7 +44,9 @@ def write_feature(
     return Feature(group, "f")
 
 
-def random_items(count: int, item_shape: tuple[int, ...], *, seed: int, failed: Sequence[int] = ()) -> list[Array | None]:
+def random_items(
+    count: int, item_shape: tuple[int, ...], *, seed: int, failed: Sequence[int] = ()
+) -> list[Array | None]:
     """Make float32 items; ragged ones have 0 to 4 tokens."""
     rng = np.random.default_rng(seed)
     items: list[Array | None] = []

@@ -156,7 +156,10 @@ def test_another_encoder_of_that_name_is_refused_with_both_values(tmp_path: Path
 @pytest.mark.parametrize(
     ("item", "words"),
     [
-        (np.full(3, 70_000, np.float32), "feature a/b holds 70000, beyond the range of float16; extract with --dtype float32"),
+        (
+            np.full(3, 70_000, np.float32),
+            "feature a/b holds 70000, beyond the range of float16; extract with --dtype float32",
+        ),
         (np.array([1, np.nan, 1], np.float32), "NaN or infinity for feature a/b"),
         (np.ones(4, np.float32), r"feature a/b should be shaped \(3,\), the encoder gave \(4,\)"),
     ],

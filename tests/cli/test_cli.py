@@ -119,7 +119,18 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(folder: Path, tmp_path:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk], check=False)
     if mounted.returncode:
         pytest.skip("this machine does not let tests mount a small disk")
-    words = ["extract", "photos", disk / "cache", *TOY, "--chunk-size", "8", "--feature", "tokens", "--feature", "patches"]
+    words = [
+        "extract",
+        "photos",
+        disk / "cache",
+        *TOY,
+        "--chunk-size",
+        "8",
+        "--feature",
+        "tokens",
+        "--feature",
+        "patches",
+    ]
     try:
         done = embedcache(*words, cwd=folder)
         assert done.returncode == 1
@@ -142,7 +153,17 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(folder: Path, tmp_path:
 def test_our_own_bug_shows_its_traceback(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "broken_plugin.py").write_text("def source(location, settings):\n    raise ZeroDivisionError('ours')\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
-    command = [sys.executable, "-m", "embedcache", "extract", "photos", "c", *TOY, "--source-type", "broken_plugin:source"]
+    command = [
+        sys.executable,
+        "-m",
+        "embedcache",
+        "extract",
+        "photos",
+        "c",
+        *TOY,
+        "--source-type",
+        "broken_plugin:source",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
     assert done.returncode != 0
     assert "Traceback" in done.stderr

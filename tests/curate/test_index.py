@@ -29,7 +29,10 @@ def index_path(cache_path: Path, run_path: Path) -> Path:
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 8), st.integers(0, 99))
 def test_exact_search_agrees_with_sorting_everything(count: int, k: int, block: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    vectors, queries = rng.standard_normal((count, 4)).astype(np.float32), rng.standard_normal((3, 4)).astype(np.float32)
+    vectors, queries = (
+        rng.standard_normal((count, 4)).astype(np.float32),
+        rng.standard_normal((3, 4)).astype(np.float32),
+    )
     rows = np.arange(count) + 7
     cut = [(rows[start : start + block], vectors[start : start + block]) for start in range(0, count, block)]
     expected = rows[np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :k]]
@@ -76,13 +79,17 @@ def test_texts_can_be_indexed_plain(cache_path: Path, tmp_path: Path) -> None:
 
 def test_an_index_of_another_run_is_refused(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
     other = train_run(cache_path, tmp_path / "other", seed=1)
-    with pytest.raises(FingerprintError, match="the index was made from another run than .*other.*build the index again"):
+    with pytest.raises(
+        FingerprintError, match="the index was made from another run than .*other.*build the index again"
+    ):
         search(index_path, ["red"], run_path=other)
 
 
 def test_a_plain_image_index_takes_no_text(cache_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "index", feature="open_toy/cls")
-    with pytest.raises(DataError, match="plain image feature open_toy/cls, which no text can be compared with.*--projected RUN"):
+    with pytest.raises(
+        DataError, match="plain image feature open_toy/cls, which no text can be compared with.*--projected RUN"
+    ):
         search(tmp_path / "index", ["red"])
 
 

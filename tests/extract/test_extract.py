@@ -18,7 +18,11 @@ from tests.toy import IMAGE, TEXT
 
 def run(source: Path, cache: Path, **settings: object) -> list[str]:
     reports = extract(
-        open_source(source), cache, image=[IMAGE], text=[TEXT], settings=ExtractSettings(**settings)  # type: ignore[arg-type]
+        open_source(source),
+        cache,
+        image=[IMAGE],
+        text=[TEXT],
+        settings=ExtractSettings(**settings),  # type: ignore[arg-type]
     )
     return [report.line() for report in reports]
 
@@ -102,7 +106,9 @@ def test_another_encoder_under_the_same_name_is_refused(pictures: Path, tmp_path
 
 def test_values_beyond_float16_ask_for_float32(pictures: Path, tmp_path: Path) -> None:
     image = f"{IMAGE},scale=1e5"
-    with pytest.raises(ValueError, match="feature open_toy/cls holds .* beyond the range of float16; .*--dtype float32"):
+    with pytest.raises(
+        ValueError, match="feature open_toy/cls holds .* beyond the range of float16; .*--dtype float32"
+    ):
         extract(open_source(pictures), tmp_path / "c", image=[image])
     settings = ExtractSettings(dtype="float32")
     extract(open_source(pictures), tmp_path / "d", image=[image], settings=settings)

@@ -85,6 +85,8 @@ def test_two_processes_on_one_cache_leave_the_same_bytes(
     source: Path, uninterrupted: dict[str, str], tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    both = [subprocess.Popen(command(source, cache), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for _ in "ab"]
+    both = [
+        subprocess.Popen(command(source, cache), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for _ in "ab"
+    ]
     assert [process.wait() for process in both] == [0, 0]
     assert tree(cache) == uninterrupted

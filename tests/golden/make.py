@@ -3,13 +3,15 @@
 Run it once when a format is new. The cache of an old format is never made again: readers must open it for ever.
 """
 
+import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from embedcache.cache.cache import Cache
-from embedcache.cache.layout import FORMAT_VERSION
+from embedcache.cache.layout import FORMAT_VERSION, write_info
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
@@ -23,16 +25,22 @@ FEATURES = {"image": ("cls", "patches"), "text": ("mean", "tokens")}
 def make() -> Path:
     """Write `cache-N` and `cache-N.npz`, and give the cache's path."""
     path = FOLDER / f"cache-{FORMAT_VERSION}"
+    shutil.rmtree(path, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         source = write_pictures(Path(folder) / "golden", 10)
         (source / "00003.png").write_bytes(b"")
         (source / "00006.txt").write_text("")
         (source / "00001.txt").write_text("a first caption\nand a second one\n")
         names = tuple(name for names in FEATURES.values() for name in names)
-        extract(open_source(source), path, image=[IMAGE], text=[TEXT], settings=ExtractSettings(features=names, chunk_size=4))
-    for record in (path / "records").iterdir():
-        record.unlink()
-    (path / "records").rmdir()
+        extract(
+            open_source(source),
+            path,
+            image=[IMAGE],
+            text=[TEXT],
+            settings=ExtractSettings(features=names, chunk_size=4),
+        )
+    shutil.rmtree(path / "records")
+    write_info(path, replace(Cache(path).info, source={"type": "folder", "path": "golden", "settings": {}}))
     np.savez(path.with_suffix(".npz"), **expected(Cache(path)))  # type: ignore[arg-type]
     return path
 

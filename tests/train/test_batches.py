@@ -41,7 +41,11 @@ def test_an_epoch_takes_every_sample_once_with_its_own_items(samples: int, size:
 def test_epochs_differ_in_order_and_in_drawn_captions() -> None:
     pairs = make_pairs(50, seed=0)
     first, second = (
-        {int(i): int(t) for batch in Batches(pairs, batch_size=50, seed=0).epoch(epoch) for i, t in zip(batch.image_rows, batch.text_rows, strict=True)}
+        {
+            int(i): int(t)
+            for batch in Batches(pairs, batch_size=50, seed=0).epoch(epoch)
+            for i, t in zip(batch.image_rows, batch.text_rows, strict=True)
+        }
         for epoch in (0, 1)
     )
     assert list(first) != list(second)
@@ -61,6 +65,4 @@ def test_positives_follow_contents() -> None:
 def test_read_from_memory_or_from_maps_rows_are_the_same(cache_path: Path) -> None:
     feature = Cache(cache_path).feature("image", "open_toy/cls")
     rows = np.random.default_rng(0).permutation(300)[:50]
-    np.testing.assert_array_equal(
-        reader(feature, memory_bytes=0)(rows), reader(feature, memory_bytes=1e9)(rows)
-    )
+    np.testing.assert_array_equal(reader(feature, memory_bytes=0)(rows), reader(feature, memory_bytes=1e9)(rows))

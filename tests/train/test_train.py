@@ -85,7 +85,9 @@ def test_mapped_features_train_the_same(cache_path: Path, tmp_path: Path) -> Non
 
 
 def test_bfloat16_trains(cache_path: Path, tmp_path: Path) -> None:
-    report = run(cache_path, tmp_path / "run", precision="bfloat16", model=ModelSettings(start="random", shared_width=16))
+    report = run(
+        cache_path, tmp_path / "run", precision="bfloat16", model=ModelSettings(start="random", shared_width=16)
+    )
     assert report.best_epoch > 0
 
 
@@ -95,7 +97,9 @@ def test_a_finished_run_is_used_again_and_another_is_refused(cache_path: Path, t
     assert not first.reused
     assert again.reused
     assert again.recalls == first.recalls
-    with pytest.raises(FingerprintError, match=r"run .*training: .*'seed': 0.* there, .*'seed': 1.* asked; give the path"):
+    with pytest.raises(
+        FingerprintError, match=r"run .*training: .*'seed': 0.* there, .*'seed': 1.* asked; give the path"
+    ):
         run(cache_path, tmp_path / "run", seed=1)
 
 
@@ -118,7 +122,9 @@ def test_weights_that_were_exchanged_are_refused(cache_path: Path, tmp_path: Pat
 
 
 def test_mistakes_are_named(cache_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match=r"'open_toy/clss'; did you mean 'open_toy/cls'\?; known: .*open_toy/patches"):
+    with pytest.raises(
+        UnknownNameError, match=r"'open_toy/clss'; did you mean 'open_toy/cls'\?; known: .*open_toy/patches"
+    ):
         train(cache_path, tmp_path / "run", image="open_toy/clss", text=TEXT)
     with pytest.raises(UnknownNameError, match="none named; choose one with --image: open_toy/cls, open_toy/patches"):
         train(cache_path, tmp_path / "run")
