@@ -49,7 +49,7 @@ def build(factory: str, width: int, training_NP: Floats, blocks: Iterable[tuple[
 
 
 def search(index: Any, queries_QP: Floats, k: int) -> tuple[Floats, Ints]:
-    """Get the k best rows of each query, best first: scores (Q, K) float32, rows (Q, K) int64, -1 where none is left."""
+    """Get the k best rows of each query, best first: scores (Q, K) float32, rows (Q, K) int64 (-1: none left)."""
     scores, rows = index.search(np.ascontiguousarray(queries_QP), k)
     return scores, rows
 

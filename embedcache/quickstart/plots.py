@@ -37,7 +37,7 @@ def curves(run_paths: Sequence[Path]) -> str:
             label=path.name,
         )
     _label(loss_axes, "step", "training loss")
-    _label(recall_axes, "epoch (0 is the closed form)", "validation recall, mean of R@1, 5, 10")
+    _label(recall_axes, "epoch; 0 is the closed form; mean of R@1, 5, 10", "validation recall")
     loss_axes.legend(frameon=False, labelcolor=_INK)
     return _svg(figure)
 

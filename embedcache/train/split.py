@@ -55,11 +55,10 @@ def make_split(cache: Cache, pairs: Pairs, image: Feature, text: Feature, settin
 def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
     if {"val", "test"} <= set(split.parts):
         return
-    largest = int(np.bincount(groups).max()) if settings.kind == "strict" else 1
     raise SettingError(
-        f"--split {settings.kind} leaves nothing to hold out: {len(groups)} samples, the largest group of "
-        f"near-duplicates has {largest} (image cosine above {settings.image_cosine}, caption cosine above {settings.text_cosine}); "
-        "raise --image-cosine and --text-cosine, or use --split key"
+        f"--split {settings.kind} leaves nothing to hold out of {len(groups)} samples: the largest group that must stay "
+        f"together has {np.bincount(groups).max()}; raise --image-cosine {settings.image_cosine} and "
+        f"--text-cosine {settings.text_cosine}, or use --split key"
     )
 
 

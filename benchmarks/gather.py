@@ -1,0 +1,56 @@
+"""Random and block-wise rows of a cached feature: 200,000 x 768 float16, warm, one process.
+
+The floor is one NumPy map over one file of the same rows; the peer is zarr-python over the very same chunks.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from benchmarks.table import median_seconds, show
+from embedcache.artifact import digest
+from embedcache.cache.commit import Commit, write_commit
+from embedcache.cache.feature import Feature
+from embedcache.cache.group import add_feature, create_group, write_feature_chunk
+from embedcache.cache.layout import CacheInfo
+
+ROWS, WIDTH, BATCH, BLOCK = 200_000, 768, 4096, 64
+
+
+def main() -> None:
+    """Print rows a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = np.random.default_rng(0).standard_normal((ROWS, WIDTH), np.float32).astype(np.float16)
+        feature = _write(Path(folder), values)
+        np.save(Path(folder) / "floor.npy", values)
+        floor = np.asarray(np.load(Path(folder) / "floor.npy", mmap_mode="r"))
+        array = zarr.open_array(feature.group.path / "f", mode="r")
+        rng = np.random.default_rng(1)
+        random = rng.integers(ROWS, size=BATCH)
+        starts = rng.permutation(ROWS // BLOCK)[: BATCH // BLOCK] * BLOCK
+        in_blocks = (starts[:, None] + np.arange(BLOCK)).ravel()
+        for title, rows in (("random rows", random), (f"blocks of {BLOCK} rows", in_blocks)):
+            readers = {
+                "one NumPy map": lambda rows=rows: floor[rows],
+                "Feature.gather": lambda rows=rows: feature.gather(rows),
+            }
+            rates = [(name, BATCH / median_seconds(call, repeats=20)) for name, call in readers.items()]
+            peer = median_seconds(lambda rows=rows: array.oindex[np.unique(rows)], repeats=2)  # type: ignore[misc]
+            show(title, "rows/s", [*rates, ("zarr-python", BATCH / peer)])
+
+
+def _write(path: Path, values: np.ndarray) -> Feature:
+    fingerprint = {"family": "random"}
+    info = CacheInfo(chunk_size=2048, source={}, spine="", num_samples=ROWS, num_items={"image": ROWS})
+    group = create_group(path, "image", "random", info, spec="random:r", fingerprint=fingerprint)
+    add_feature(group, "f", (WIDTH,), "float16")
+    for chunk in range(info.num_chunks("image")):
+        items = list(values[info.chunk_rows("image", chunk)])
+        files = {"f": write_feature_chunk(group, "f", chunk, items)}
+        none = [None] * len(items)
+        write_commit(
+            group.path, Commit(chunk=chunk, encoder=digest(fingerprint), features=files, hashes=none, failures=none)
+        )
+    return Feature(group, "f")
