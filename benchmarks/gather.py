@@ -4,6 +4,7 @@ The floor is one NumPy map over one file of the same rows; the peer is zarr-pyth
 """
 
 import tempfile
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +29,20 @@ def main() -> None:
         floor = np.asarray(np.load(Path(folder) / "floor.npy", mmap_mode="r"))
         array = zarr.open_array(feature.group.path / "f", mode="r")
         rng = np.random.default_rng(1)
-        random = rng.integers(ROWS, size=BATCH)
-        starts = rng.permutation(ROWS // BLOCK)[: BATCH // BLOCK] * BLOCK
-        in_blocks = (starts[:, None] + np.arange(BLOCK)).ravel()
-        for title, rows in (("random rows", random), (f"blocks of {BLOCK} rows", in_blocks)):
+        for title, block in (("random rows", 1), (f"blocks of {BLOCK} rows", BLOCK)):
+            batches = cycle([_rows(rng, block) for _ in range(50)])
             readers = {
-                "one NumPy map": lambda rows=rows: floor[rows],
-                "Feature.gather": lambda rows=rows: feature.gather(rows),
+                "one NumPy map": lambda batches=batches: floor[next(batches)],
+                "Feature.gather": lambda batches=batches: feature.gather(next(batches)),
             }
-            rates = [(name, BATCH / median_seconds(call, repeats=20)) for name, call in readers.items()]
-            peer = median_seconds(lambda rows=rows: array.oindex[np.unique(rows)], repeats=2)  # type: ignore[misc]
+            rates = [(name, BATCH / median_seconds(call, repeats=50)) for name, call in readers.items()]
+            peer = median_seconds(lambda batches=batches: array.oindex[np.unique(next(batches))], repeats=2)  # type: ignore[misc]
             show(title, "rows/s", [*rates, ("zarr-python", BATCH / peer)])
+
+
+def _rows(rng: np.random.Generator, block: int) -> np.ndarray:
+    starts = rng.permutation(ROWS // block)[: BATCH // block] * block
+    return (starts[:, None] + np.arange(block)).ravel()
 
 
 def _write(path: Path, values: np.ndarray) -> Feature:

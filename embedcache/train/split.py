@@ -56,8 +56,8 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
     if {"val", "test"} <= set(split.parts):
         return
     raise SettingError(
-        f"--split {settings.kind} leaves nothing to hold out of {len(groups)} samples: the largest group that must stay "
-        f"together has {np.bincount(groups).max()}; raise --image-cosine {settings.image_cosine} and "
+        f"--split {settings.kind} leaves nothing to hold out of {len(groups)} samples: the largest group that must "
+        f"stay together has {np.bincount(groups).max()}; raise --image-cosine {settings.image_cosine} and "
         f"--text-cosine {settings.text_cosine}, or use --split key"
     )
 
