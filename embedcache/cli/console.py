@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -16,38 +16,40 @@ class TerminalProgress:
     """Draws a bar with rate and time left."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]} · {task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self._task: TaskID | None = None
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
 
     def start(self, what: str, total: int, unit: str) -> None:
-        """Begin a bar."""
+        """Begin a bar; without a total it only counts."""
         self.finish()
         self._rate = _Rate(unit)
-        self._progress.start()
-        self._task = self._progress.add_task(what, total=total or None, unit=unit, rate="")
+        self._total = total
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[done]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(what, total=total or None, done="")
 
     def advance(self, count: int) -> None:
         """Move the bar."""
-        if self._task is not None:
-            self._rate.add(count)
-            self._progress.update(self._task, advance=count, rate=self._rate.text())
+        self._rate.add(count)
+        if self._bar is not None:
+            done = f"{self._rate.done:,}{_of(self._total)} · {self._rate.text()}"
+            self._bar.update(self._task, advance=count, done=done)
 
     def finish(self) -> None:
         """Leave the bar as it is."""
-        if self._task is not None:
-            self._progress.stop()
-            self._progress.remove_task(self._task)
-            self._task = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def note(self, line: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(line, highlight=False, markup=False)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class PlainProgress:
@@ -64,7 +66,9 @@ class PlainProgress:
         self._rate.add(count)
         if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            self.note(f"{self._what}: {self._rate.done:,}{self._of()} {self._unit}, {self._rate.text()}{self._left()}")
+            self.note(
+                f"{self._what}: {self._rate.done:,}{_of(self._total)} {self._unit}, {self._rate.text()}{self._left()}"
+            )
 
     def finish(self) -> None:
         """Say how long it took."""
@@ -78,13 +82,14 @@ class PlainProgress:
         """Write a line."""
         print(line, file=sys.stderr, flush=True)
 
-    def _of(self) -> str:
-        return f"/{self._total:,}" if self._total else ""
-
     def _left(self) -> str:
         if not self._total:
             return ""
         return f", {self._rate.seconds * (self._total - self._rate.done) / self._rate.done:.0f} s left"
+
+
+def _of(total: int) -> str:
+    return f"/{total:,}" if total else ""
 
 
 class _Rate:

@@ -47,6 +47,7 @@ def search(
     query: Annotated[list[str], typer.Argument(help="One or more texts.")],
     k: Annotated[int, typer.Option("-k", help="Hits a query.")] = 10,
     run: Annotated[Path | None, typer.Option(help="Where the index's run is, if it has moved.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where the index's cache is, if it has moved.")] = None,
     device: Annotated[str, typer.Option(help="Where the text encoder runs.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a query.")] = False,
 ) -> None:
@@ -54,7 +55,7 @@ def search(
     from embedcache.cli.console import say, show_table
     from embedcache.curate.search import search as run_search
 
-    found = run_search(index, query, k=k, run_path=run, device=device)
+    found = run_search(index, query, k=k, run_path=run, cache_path=cache, device=device)
     for text, hits in zip(query, found, strict=True):
         if as_json:
             say(json.dumps({"query": text, "hits": [asdict(hit) for hit in hits]}, ensure_ascii=False))

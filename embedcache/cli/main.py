@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from pathlib import Path
 
 import typer
 
@@ -33,6 +34,7 @@ _USER_ERRNOS = {
 
 def main() -> None:
     """Run the command line: a user's mistake is one line and exit 1, our bug is a traceback."""
+    sys.path.append(str(Path.cwd()))  # so that module:attribute finds a plug-in that lies beside the data
     try:
         app()
     except EmbedcacheError as error:

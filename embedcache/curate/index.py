@@ -1,5 +1,6 @@
 """Building an index over one feature of a cache, with a card that says what it holds and how good it is."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,13 +29,13 @@ class IndexCard:
     """The content of an index's `card.json`, written after the index.
 
     Args:
-        cache: path of the cache.
+        cache: path of the cache, seen from the index's folder: what moves together goes on working.
         spine: identity of its rows.
         modality: of the indexed items.
         feature: `encoder/feature` that was indexed.
         spec: what opens that feature's encoder again.
         fingerprint: what decided the feature.
-        run: path of the run whose tower projected it; None for the plain feature.
+        run: path of the run whose tower projected it, alike; None for the plain feature.
         run_weights: SHA-256 of that run's weights.
         factory: FAISS factory string.
         num_vectors: how many items.
@@ -176,13 +177,13 @@ def _build(
     exact = faiss_index.exact_search(queries, _vectors(feature, run), k)
     _, found = faiss_index.search(index, queries, k)
     return IndexCard(
-        cache=str(cache.path.resolve()),
+        cache=_relative(cache.path, index_path),
         spine=cache.info.spine,
         modality=feature.modality,
         feature=feature.name,
         spec=feature.group.spec,
         fingerprint=feature.fingerprint,
-        run=None if run is None else str(run.path.resolve()),
+        run=None if run is None else _relative(run.path, index_path),
         run_weights=None if run is None else run.config.weights,
         factory=factory,
         num_vectors=num_vectors,
@@ -191,6 +192,10 @@ def _build(
         num_queries=len(queries),
         latency_ms=round(faiss_index.latency_ms(index, queries, k), 4),
     )
+
+
+def _relative(path: Path, index_path: Path) -> str:
+    return os.path.relpath(path.resolve(), index_path.resolve())
 
 
 def _vectors(feature: Feature, run: _Run | None) -> Iterator[tuple[Ints, Floats]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Floats, normalize
+from embedcache.arrays import Floats, Ints, normalize
 from embedcache.artifact import check_same
 from embedcache.cache.cache import Cache
 from embedcache.curate import faiss_index
@@ -16,6 +16,8 @@ from embedcache.encoders.contract import EncoderSettings
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.projectors.saved import load_pair, project
+
+_MOST_CAPTIONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ def search(
     *,
     k: int = 10,
     run_path: Path | str | None = None,
+    cache_path: Path | str | None = None,
     device: str = "cpu",
 ) -> list[list[Hit]]:
     """Find the items that fit each query best.
@@ -49,7 +52,8 @@ def search(
         index_path: what `build_index` made.
         queries: texts.
         k: how many hits a query.
-        run_path: where the run that projected the index is now, if it has moved.
+        run_path: where the run that projected the index is now, if it has moved away from the index.
+        cache_path: where the cache is now, alike.
         device: where the text encoder runs.
 
     Returns:
@@ -63,14 +67,13 @@ def search(
     index_path = Path(index_path)
     card = read_card(index_path)
     _check_queries(queries, k, card)
-    cache = _open_cache(card)
+    if run_path is None and card.run is not None:
+        run_path = index_path / card.run
+    answers = _Answers(_open_cache(Path(cache_path or index_path / card.cache), card), card.modality)
     vectors = _embed(queries, card, run_path, device)
     index = faiss_index.read_index(index_path / "index.faiss")
     scores, rows = faiss_index.search(index, vectors, k)
-    return [
-        _hits(cache, card.modality, score_K.tolist(), row_K.tolist())
-        for score_K, row_K in zip(scores, rows, strict=True)
-    ]
+    return [answers.hits(score_K, row_K) for score_K, row_K in zip(scores, rows, strict=True)]
 
 
 def _check_queries(queries: Sequence[str], k: int, card: IndexCard) -> None:
@@ -82,15 +85,15 @@ def _check_queries(queries: Sequence[str], k: int, card: IndexCard) -> None:
         raise SettingError(f"k is {k}; the index holds {card.num_vectors} items, so k must be 1 to {card.num_vectors}")
 
 
-def _open_cache(card: IndexCard) -> Cache:
-    cache = Cache(card.cache)
+def _open_cache(path: Path, card: IndexCard) -> Cache:
+    cache = Cache(path)
     if cache.info.spine != card.spine:
-        raise FingerprintError(f"the index was made from other samples than {card.cache} holds now; build it again")
+        raise FingerprintError(f"the index was made from other samples than {path} holds; build it again")
     return cache
 
 
 def _embed(queries: Sequence[str], card: IndexCard, run_path: Path | str | None, device: str) -> Floats:
-    if card.run is None:
+    if card.run is None or run_path is None:
         if run_path is not None:
             raise FingerprintError(
                 f"the index was made from the plain feature {card.feature}, not from run {run_path}; leave --run out"
@@ -101,11 +104,10 @@ def _embed(queries: Sequence[str], card: IndexCard, run_path: Path | str | None,
                 "build one with: embedcache curate index CACHE INDEX --projected RUN"
             )
         return normalize(encode_texts(queries, card.feature, card.spec, card.fingerprint, device))
-    path = Path(run_path or card.run)
-    pair, config = load_pair(path)
+    pair, config = load_pair(Path(run_path))
     if config.weights != card.run_weights:
         raise FingerprintError(
-            f"the index was made from another run than {path}: "
+            f"the index was made from another run than {run_path}: "
             f"weights {card.run_weights} there, {config.weights} here; "
             "build the index again with: embedcache curate index CACHE INDEX --projected RUN"
         )
@@ -140,25 +142,26 @@ def encode_texts(
     return np.stack(encoder.encode(encoder.prepare(list(texts)), [name])[name])
 
 
-def _hits(cache: Cache, modality: str, scores: list[float], rows: list[int]) -> list[Hit]:
-    samples = cache.items(modality)["sample"]
-    return [
-        Hit(
-            score=score,
-            row=row,
-            key=cache.samples["key"][samples[row].as_py()].as_py(),
-            captions=captions(cache, samples[row].as_py())[:3],
-        )
-        for score, row in zip(scores, rows, strict=True)
-        if row >= 0
-    ]
+class _Answers:
+    """Turns rows into hits; reads each table of the cache once."""
 
+    def __init__(self, cache: Cache, modality: str) -> None:
+        self._keys = cache.samples["key"]
+        self._samples = cache.items(modality)["sample"].to_numpy()
+        self._texts = cache.items("text") if "text" in cache.info.num_items else None
 
-def captions(cache: Cache, sample: int) -> list[str]:
-    """Get the captions of a sample, in row order."""
-    if "text" not in cache.info.num_items:
-        return []
-    texts = cache.items("text")
-    start, stop = np.searchsorted(texts["sample"].to_numpy(), [sample, sample + 1])
-    captions: list[str] = texts["text"][start:stop].to_pylist()
-    return captions
+    def hits(self, scores_K: Floats, rows_K: Ints) -> list[Hit]:
+        pairs = zip(scores_K.tolist(), rows_K.tolist(), strict=True)
+        return [self._hit(score, row) for score, row in pairs if row >= 0]
+
+    def _hit(self, score: float, row: int) -> Hit:
+        sample = int(self._samples[row])
+        captions = self._captions(sample)[:_MOST_CAPTIONS]
+        return Hit(score=score, row=row, key=self._keys[sample].as_py(), captions=captions)
+
+    def _captions(self, sample: int) -> list[str]:
+        if self._texts is None:
+            return []
+        start, stop = np.searchsorted(self._texts["sample"].to_numpy(), [sample, sample + 1])
+        captions: list[str] = self._texts["text"][start:stop].to_pylist()
+        return captions

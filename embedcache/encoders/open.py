@@ -72,6 +72,13 @@ class EncoderSpec:
         return ",".join([name, *(f"{key}={value}" for key, value in sorted(self.options.items()))])
 
     @property
+    def absolute(self) -> "EncoderSpec":
+        """The same spec with every local path from the root, so that it opens from any working folder."""
+        model = _absolute(self.model) if self.is_path else self.model
+        options = {key: _absolute(value) if _is_file(value) else value for key, value in self.options.items()}
+        return EncoderSpec(self.family, model, options)
+
+    @property
     def is_path(self) -> bool:
         """Whether the model is written as a path: from the root, the home or a dot."""
         return self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)
@@ -84,6 +91,14 @@ class EncoderSpec:
             path = Path(self.model).expanduser()
             name = (path.resolve() if path.name in {"", ".."} else path).name
         return re.sub(r"[^\w.=+-]", "-", name.replace("/", "--")).lstrip(".") or "model"
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _is_file(value: str) -> bool:
+    return Path(value).expanduser().exists()
 
 
 def open_encoder(spec: str | EncoderSpec, *, modality: Modality, settings: EncoderSettings | None = None) -> Encoder:

@@ -93,7 +93,7 @@ def open_target(cache: Cache, spec: EncoderSpec, encoder: Encoder, asked: Sequen
         encoder.modality,
         spec.folder,
         cache.info,
-        spec=spec.text,
+        spec=spec.absolute.text,
         fingerprint=fingerprint,
     )
     features = choose_features(encoder, asked)

@@ -10,7 +10,7 @@ from scipy.sparse.csgraph import connected_components
 from embedcache.arrays import Array, Ints, blocks, normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
-from embedcache.cache.pairs import Pairs, Side, number_equal
+from embedcache.cache.pairs import Pairs, Side
 from embedcache.cache.split import Split, read_split
 from embedcache.errors import SettingError, SourceError
 from embedcache.registry import unknown_name
@@ -146,5 +146,5 @@ def _join(vectors_ND: Array, nodes: Ints, labels: Ints, threshold: float) -> Int
         size = int(labels.max()) + 1
         edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))
         _, component = connected_components(edges, directed=False)
-        labels = number_equal(component[labels].tolist())
+        labels = component[labels].astype(np.int64)
     return labels

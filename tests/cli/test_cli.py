@@ -1,5 +1,6 @@
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -166,6 +167,24 @@ def test_our_own_bug_shows_its_traceback(folder: Path, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "Traceback" in done.stderr
     assert "ZeroDivisionError: ours" in done.stderr
+
+
+def test_a_terminal_shows_bars_with_rates(folder: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "embedcache", "extract", "photos", "cache3", *TOY]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm", "COLUMNS": "150"}
+    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, cwd=folder, env=environment)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 65_536):
+            shown += part
+    except OSError:  # how a closed terminal ends
+        pass
+    assert process.wait() == 0, shown
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert re.search(r"indexing.*150 · [\d,]+ samples/s", text)
+    assert re.search(r"encoding images.*150/150 · [\d,]+ images/s", text)
 
 
 def test_plain_progress_has_no_escape_codes(folder: Path) -> None:

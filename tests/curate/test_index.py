@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def test_the_card_says_what_is_in_it_and_how_good_it_is(cache_path: Path, index_
     assert (card.num_vectors, card.width, card.factory) == (300, 16, "Flat")
     assert card.recall_at_10 > 0.98  # exact but for ties
     assert card.num_queries == 200
-    assert card.run_weights == load_pair(Path(str(card.run)))[1].weights
+    assert card.run_weights == load_pair(index_path / str(card.run))[1].weights
 
 
 def test_a_poor_index_is_measured_as_poor(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
@@ -93,6 +94,20 @@ def test_a_plain_image_index_takes_no_text(cache_path: Path, tmp_path: Path) -> 
         search(tmp_path / "index", ["red"])
 
 
+def test_what_is_moved_together_goes_on_working(cache_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache_path, tmp_path / "here" / "cache")
+    run_path = train_run(tmp_path / "here" / "cache", tmp_path / "here" / "run")
+    build_index(tmp_path / "here" / "cache", tmp_path / "here" / "index", run_path=run_path)
+    before = search(tmp_path / "here" / "index", ["red bar"], k=3)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert search(tmp_path / "there" / "index", ["red bar"], k=3) == before
+    (tmp_path / "there" / "index").rename(tmp_path / "index")
+    with pytest.raises(PathError, match="does not exist"):
+        search(tmp_path / "index", ["red bar"])
+    moved = {"run_path": tmp_path / "there" / "run", "cache_path": tmp_path / "there" / "cache"}
+    assert search(tmp_path / "index", ["red bar"], k=3, **moved) == before  # type: ignore[arg-type]
+
+
 def test_mistakes_are_named(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="k is 301; the index holds 300 items"):
         search(index_path, ["red"], k=301)
@@ -108,8 +123,8 @@ def test_mistakes_are_named(cache_path: Path, index_path: Path, tmp_path: Path) 
         build_index(cache_path, tmp_path / "x", feature="open_toy/patches")
 
 
-def test_damaged_indexes_are_named(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "index"
+def test_damaged_indexes_are_named(index_path: Path) -> None:
+    copy = index_path.parent / "damaged"
     copy.mkdir()
     for path in index_path.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
