@@ -11,10 +11,8 @@ import numpy as np
 import zarr
 
 from benchmarks.table import median_seconds, show
-from embedcache.artifact import digest
-from embedcache.cache.commit import Commit, write_commit
 from embedcache.cache.feature import Feature
-from embedcache.cache.group import add_feature, create_group, write_feature_chunk
+from embedcache.cache.group import add_feature, commit_chunk, create_group, write_feature_chunk
 from embedcache.cache.layout import CacheInfo
 
 ROWS, WIDTH, BATCH, BLOCK = 200_000, 768, 4096, 64
@@ -54,7 +52,5 @@ def _write(path: Path, values: np.ndarray) -> Feature:
         items = list(values[info.chunk_rows("image", chunk)])
         files = {"f": write_feature_chunk(group, "f", chunk, items)}
         none = [None] * len(items)
-        write_commit(
-            group.path, Commit(chunk=chunk, encoder=digest(fingerprint), features=files, hashes=none, failures=none)
-        )
+        commit_chunk(group, chunk, files, none, none)
     return Feature(group, "f")

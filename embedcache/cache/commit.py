@@ -26,6 +26,7 @@ class Commit:
     Args:
         chunk: its number.
         encoder: digest of the encoder's fingerprint.
+        spine: identity of the cache's rows.
         features: feature name -> file below the encoder's folder -> CRC-32C of its rows.
         hashes: BLAKE2b-128 of each item's raw bytes or UTF-8 text; None where they could not be read.
         failures: why an item has no feature; None where it has one.
@@ -33,6 +34,7 @@ class Commit:
 
     chunk: int
     encoder: str
+    spine: str
     features: Mapping[str, Mapping[str, str]]
     hashes: Sequence[bytes | None]
     failures: Sequence[str | None]
@@ -40,7 +42,12 @@ class Commit:
 
 def write_commit(encoder_folder: Path, commit: Commit) -> None:
     """Commit a chunk. Its arrays must be on the disk already."""
-    about = {"chunk": commit.chunk, "encoder": commit.encoder, "features": commit.features}
+    about = {
+        "chunk": commit.chunk,
+        "encoder": commit.encoder,
+        "spine": commit.spine,
+        "features": commit.features,
+    }
     schema = _SCHEMA.with_metadata({_METADATA_KEY: canonical_json(about)})
     table = pa.table({"hash": list(commit.hashes), "failure": list(commit.failures)}, schema=schema)
     buffer = io.BytesIO()
@@ -67,6 +74,7 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
     return Commit(
         chunk=chunk,
         encoder=about["encoder"],
+        spine=about["spine"],
         features=about["features"],
         hashes=table["hash"].to_pylist(),
         failures=table["failure"].to_pylist(),

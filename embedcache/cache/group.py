@@ -9,10 +9,10 @@ import numpy as np
 
 from embedcache.arrays import Array
 from embedcache.artifact import check_same, digest
-from embedcache.cache.commit import Commit, read_commit
+from embedcache.cache.commit import Commit, read_commit, write_commit
 from embedcache.cache.layout import FORMAT_VERSION, CacheInfo, encoder_path
 from embedcache.cache.store import read_metadata, write_array, write_chunk, write_group
-from embedcache.errors import CorruptError, DataError
+from embedcache.errors import CorruptError, DataError, FingerprintError
 
 _TOKEN_CHUNK_BYTES = 16 * 2**20
 _ATTRIBUTE = "embedcache"
@@ -50,13 +50,15 @@ class EncoderGroup:
         """Get the commit of a chunk, or None.
 
         Raises:
-            CorruptError: it was written by another encoder, or does not count the chunk's rows.
+            CorruptError: it was written by another encoder or for other rows, or does not count the chunk's rows.
         """
         commit = read_commit(self.path, chunk)
         if commit is None:
             return None
         if commit.encoder != digest(self.fingerprint):
             raise CorruptError(f"chunk {chunk} in {self.path} was written by another encoder than the folder's")
+        if commit.spine != self.info.spine:
+            raise CorruptError(f"chunk {chunk} in {self.path} was written for other rows than this cache numbers")
         rows = self.info.chunk_rows(self.modality, chunk)
         if len(commit.failures) != rows.stop - rows.start:
             raise CorruptError(
@@ -207,6 +209,55 @@ def _write_ragged(
         f"{feature}/{name}/0": write_chunk(path / name, 0, values, shape),
         f"{feature}/lengths/{chunk}": write_chunk(path / "lengths", chunk, lengths, (group.info.chunk_size,)),
     }
+
+
+def commit_chunk(
+    group: EncoderGroup,
+    chunk: int,
+    files: Mapping[str, Mapping[str, str]],
+    hashes: Sequence[bytes | None],
+    failures: Sequence[str | None],
+) -> None:
+    """Make a chunk exist, after its features are written; features that it had before are kept.
+
+    An item is valid where it failed neither now nor before: an encoder has one mask for all of its features.
+
+    Args:
+        group: the encoder's folder.
+        chunk: which chunk.
+        files: feature -> what `write_feature_chunk` gave.
+        hashes: of each item's raw bytes or text; None where they could not be read.
+        failures: why an item has no feature; None where it has one.
+
+    Raises:
+        FingerprintError: an item's bytes are no longer those that the earlier features were made from.
+    """
+    before = group.commit(chunk)
+    if before is not None:
+        _refuse_changed(group, chunk, before.hashes, hashes)
+        files = {**before.features, **files}
+        failures = [earlier or now for earlier, now in zip(before.failures, failures, strict=True)]
+    record = Commit(
+        chunk=chunk,
+        encoder=digest(group.fingerprint),
+        spine=group.info.spine,
+        features=files,
+        hashes=hashes,
+        failures=failures,
+    )
+    write_commit(group.path, record)
+
+
+def _refuse_changed(
+    group: EncoderGroup, chunk: int, before: Sequence[bytes | None], now: Sequence[bytes | None]
+) -> None:
+    first = group.info.chunk_rows(group.modality, chunk).start
+    for offset, (old, new) in enumerate(zip(before, now, strict=True)):
+        if old is not None and new is not None and old != new:
+            raise FingerprintError(
+                f"{group.modality} row {first + offset} has other bytes now than when {group.name} was extracted; "
+                "put the old file back, or extract into a new folder"
+            )
 
 
 def fit_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -> Array:

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embedcache.arrays import Array
-from embedcache.artifact import digest
 from embedcache.cache.cache import Cache
-from embedcache.cache.commit import Commit, write_commit
 from embedcache.cache.group import (
     EncoderGroup,
     add_feature,
+    commit_chunk,
     create_group,
     fit_item,
     write_feature_chunk,
@@ -53,15 +52,8 @@ class Target:
         failures: Sequence[str | None],
     ) -> None:
         """Write a chunk's features, then the record that makes them exist."""
-        before = self.group.commit(chunk)
-        files = dict(before.features) if before is not None else {}
-        for name, items in features.items():
-            files[name] = write_feature_chunk(self.group, name, chunk, items)
-        encoder = digest(self.group.fingerprint)
-        write_commit(
-            self.group.path,
-            Commit(chunk=chunk, encoder=encoder, features=files, hashes=hashes, failures=failures),
-        )
+        files = {name: write_feature_chunk(self.group, name, chunk, items) for name, items in features.items()}
+        commit_chunk(self.group, chunk, files, hashes, failures)
 
 
 def choose_features(encoder: Encoder, asked: Sequence[str]) -> list[str]:

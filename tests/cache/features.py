@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.artifact import digest
-from embedcache.cache.commit import Commit, write_commit
 from embedcache.cache.feature import Feature
-from embedcache.cache.group import add_feature, create_group, fit_item, write_feature_chunk
+from embedcache.cache.group import add_feature, commit_chunk, create_group, fit_item, write_feature_chunk
 from embedcache.cache.layout import CacheInfo
 
 FINGERPRINT = {"family": "test", "weights": "w"}
@@ -37,10 +35,7 @@ def write_feature(
         if chunk not in skip_chunks:
             failures = [None if item is not None else "broken" for item in fitted]
             hashes = [None if item is None else row.to_bytes(16, "big") for row, item in enumerate(fitted)]
-            commit = Commit(
-                chunk=chunk, encoder=digest(FINGERPRINT), features={"f": files}, hashes=hashes, failures=failures
-            )
-            write_commit(group.path, commit)
+            commit_chunk(group, chunk, {"f": files}, hashes, failures)
     return Feature(group, "f")
 
 

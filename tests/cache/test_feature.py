@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -141,6 +142,13 @@ def test_a_chunk_of_a_foreign_encoder_is_found(tmp_path: Path) -> None:
     meta.write_text(meta.read_text().replace('"w"', '"other"'))
     group = group_module.open_group(tmp_path, "image", "test", feature.group.info)
     with pytest.raises(CorruptError, match="was written by another encoder"):
+        Feature(group, "f").load()
+
+
+def test_a_chunk_of_other_rows_is_found(tmp_path: Path) -> None:
+    feature = write_feature(tmp_path, random_items(4, (5,), seed=1), (5,), chunk_size=4)
+    group = replace(feature.group, info=replace(feature.group.info, spine="other"))
+    with pytest.raises(CorruptError, match="was written for other rows than this cache numbers"):
         Feature(group, "f").load()
 
 

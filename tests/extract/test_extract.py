@@ -61,6 +61,16 @@ def test_a_feature_added_later_leaves_the_others_as_they_are(pictures: Path, tmp
     np.testing.assert_array_equal(patches.reshape(300, -1), cls)
 
 
+def test_an_item_that_changed_before_a_feature_is_added_is_refused(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "s", 6)
+    whole = (folder / "00002.png").read_bytes()
+    (folder / "00002.png").write_bytes(b"x" * len(whole))
+    run(folder, tmp_path / "c")
+    (folder / "00002.png").write_bytes(whole)
+    with pytest.raises(FingerprintError, match="image row 2 has other bytes now than when open_toy was extracted"):
+        run(folder, tmp_path / "c", features=("patches",))
+
+
 def test_equal_captions_get_equal_features(cache_path: Path) -> None:
     cache = Cache(cache_path)
     texts = cache.items("text")["text"].to_pylist()
