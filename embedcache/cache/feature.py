@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,7 @@ class Feature:
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         numbers, starts = np.unique(ordered // size, return_index=True)
-        for number, start, stop in zip(numbers, starts, [*starts[1:], len(rows)], strict=True):
+        for number, (start, stop) in zip(numbers, pairwise([*starts, len(rows)]), strict=True):
             out[order[start:stop]] = self._map(int(number))[ordered[start:stop] - number * size]
         return out
 
