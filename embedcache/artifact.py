@@ -9,17 +9,18 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
-from embedcache.errors import CorruptError, DiskFullError, FingerprintError, PathError
+from embedcache.errors import ArtifactError, CorruptError, DiskFullError, FingerprintError, PathError
 
 _RECORDED_PACKAGES = ("embedcache", "numpy", "torch", "zarr", "pyarrow", "onnxruntime", "faiss-cpu")
+T = TypeVar("T")
 _NODE = platform.node().replace(".", "-")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -134,6 +135,44 @@ def read_json(path: Path) -> Any:
         raise PathError(f"{path} does not exist") from error
     except ValueError as error:
         raise CorruptError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_manifest(path: Path, *, kind: str, latest_format: int, make: str) -> dict[str, Any]:
+    """Read the JSON file whose presence says that its folder is complete.
+
+    Args:
+        path: the file.
+        kind: what the folder is: `cache`, `run`, `index`.
+        latest_format: the newest format that this version reads.
+        make: the command that makes such a folder.
+
+    Raises:
+        PathError: there is no such folder, or it is not complete.
+        ArtifactError: it is of a later format.
+        CorruptError: the file is not JSON.
+    """
+    if not path.is_file():
+        state = f"is not a finished {kind}: it has no {path.name}" if path.parent.exists() else "does not exist"
+        raise PathError(f"{path.parent} {state}; make one with: {make}")
+    values = read_json(path)
+    found = values.get("format") if isinstance(values, dict) else None
+    if not isinstance(found, int) or not 1 <= found <= latest_format:
+        raise ArtifactError(
+            f"{path.parent} has {kind} format {found}; this version reads 1 to {latest_format}: upgrade embedcache"
+        )
+    return dict(values)
+
+
+def fields_of(path: Path, make: Callable[[], T]) -> T:
+    """Build a dataclass from what `read_manifest` gave.
+
+    Raises:
+        CorruptError: fields are missing, or there are others.
+    """
+    try:
+        return make()
+    except (KeyError, TypeError) as error:
+        raise CorruptError(f"{path} does not hold the fields of its format: {error}") from error
 
 
 def make_folder(path: Path) -> None:

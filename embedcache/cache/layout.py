@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.artifact import read_json, write_json
-from embedcache.errors import ArtifactError, CorruptError, PathError
+from embedcache.artifact import fields_of, read_manifest, write_json
 
 FORMAT_VERSION = 1
 DEFAULT_CHUNK_SIZE = 2048
@@ -81,16 +80,7 @@ def read_info(cache_path: Path) -> CacheInfo:
         ArtifactError: the cache is of a later format than this version reads.
         CorruptError: the file does not hold what it should.
     """
-    if not info_path(cache_path).is_file():
-        state = "is not a cache: it has no cache.json" if cache_path.exists() else "does not exist"
-        raise PathError(f"{cache_path} {state}; make one with: embedcache extract SOURCE {cache_path}")
-    values = read_json(info_path(cache_path))
-    found = values.get("format") if isinstance(values, dict) else None
-    if not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
-        raise ArtifactError(
-            f"{cache_path} has cache format {found}; this version reads 1 to {FORMAT_VERSION}: upgrade embedcache"
-        )
-    try:
-        return CacheInfo(**values)
-    except TypeError as error:
-        raise CorruptError(f"{info_path(cache_path)} does not hold the fields of format {found}: {error}") from error
+    path = info_path(cache_path)
+    make = f"embedcache extract SOURCE {cache_path}"
+    values = read_manifest(path, kind="cache", latest_format=FORMAT_VERSION, make=make)
+    return fields_of(path, lambda: CacheInfo(**values))

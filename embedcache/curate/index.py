@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, normalize
-from embedcache.artifact import make_folder, read_json, run_record, write_json
+from embedcache.artifact import fields_of, make_folder, read_manifest, run_record, write_json
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
 from embedcache.curate import faiss_index
-from embedcache.errors import ArtifactError, CorruptError, DataError, PathError
+from embedcache.errors import DataError
 from embedcache.progress import Progress, Silent
 from embedcache.projectors.pair import Tower
 from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project
@@ -117,19 +117,9 @@ def read_card(index_path: Path) -> IndexCard:
         CorruptError: it does not hold what it should.
     """
     path = index_path / "card.json"
-    if not path.is_file():
-        state = "is not a finished index: it has no card.json" if index_path.exists() else "does not exist"
-        raise PathError(f"{index_path} {state}; make one with: embedcache curate index CACHE {index_path}")
-    values = read_json(path)
-    found = values.get("format") if isinstance(values, dict) else None
-    if not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
-        raise ArtifactError(
-            f"{index_path} has index format {found}; this version reads 1 to {FORMAT_VERSION}: upgrade embedcache"
-        )
-    try:
-        return IndexCard(**values)
-    except TypeError as error:
-        raise CorruptError(f"{path} does not hold the fields of format {found}: {error}") from error
+    make = f"embedcache curate index CACHE {index_path}"
+    values = read_manifest(path, kind="index", latest_format=FORMAT_VERSION, make=make)
+    return fields_of(path, lambda: IndexCard(**values))
 
 
 @dataclass(frozen=True)

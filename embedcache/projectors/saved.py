@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embedcache.arrays import Array, Floats, blocks, normalize
-from embedcache.artifact import check_same, digest_file, read_json, replacing, write_json
-from embedcache.errors import ArtifactError, CorruptError, PathError
+from embedcache.artifact import check_same, digest_file, fields_of, read_manifest, replacing, write_json
+from embedcache.errors import CorruptError
 from embedcache.projectors.pair import AlignedPair, Tower
 
 FORMAT_VERSION = 1
@@ -97,20 +97,12 @@ def read_config(run_path: Path) -> PairConfig:
         ArtifactError: it is of a later format.
         CorruptError: it does not hold what it should.
     """
-    if not config_path(run_path).is_file():
-        state = "is not a finished run: it has no config.json" if run_path.exists() else "does not exist"
-        raise PathError(f"{run_path} {state}; make one with: embedcache train CACHE {run_path}")
-    values = read_json(config_path(run_path))
-    found = values.get("format") if isinstance(values, dict) else None
-    if not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
-        raise ArtifactError(
-            f"{run_path} has run format {found}; this version reads 1 to {FORMAT_VERSION}: upgrade embedcache"
-        )
-    try:
-        sides = {name: Side(**values[name]) for name in ("image", "text")}
-        return PairConfig(**{**values, **sides})
-    except (KeyError, TypeError) as error:
-        raise CorruptError(f"{config_path(run_path)} does not hold the fields of format {found}: {error}") from error
+    path = config_path(run_path)
+    make = f"embedcache train CACHE {run_path}"
+    values = read_manifest(path, kind="run", latest_format=FORMAT_VERSION, make=make)
+    return fields_of(
+        path, lambda: PairConfig(**{**values, "image": Side(**values["image"]), "text": Side(**values["text"])})
+    )
 
 
 def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, PairConfig]:

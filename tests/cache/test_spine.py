@@ -118,7 +118,7 @@ def test_chunks_have_at_least_one_item(tmp_path: Path) -> None:
     ("text", "error", "words"),
     [
         ('{"format": 2}', ArtifactError, "has cache format 2; this version reads 1 to 1: upgrade"),
-        ('{"format": 1}', CorruptError, "does not hold the fields of format 1"),
+        ('{"format": 1}', CorruptError, "does not hold the fields of its format"),
         ("[]", ArtifactError, "has cache format None"),
         ("{", CorruptError, "not valid JSON"),
     ],
@@ -130,7 +130,9 @@ def test_a_cache_that_cannot_be_read(tmp_path: Path, text: str, error: type[Exce
 
 
 def test_what_is_no_cache(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match=r"has no cache\.json; make one with: embedcache extract"):
+    with pytest.raises(
+        PathError, match=r"is not a finished cache: it has no cache\.json; make one with: embedcache extract"
+    ):
         Cache(tmp_path)
     with pytest.raises(PathError, match="does not exist"):
         Cache(tmp_path / "no")
