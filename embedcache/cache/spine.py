@@ -4,7 +4,6 @@ import hashlib
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,13 @@ def _batches(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
 
 
 def _digest_input(batch: Sequence[Sample]) -> bytes:
-    return b"\n".join(canonical_json(asdict(sample)) for sample in batch) + b"\n"
+    return b"".join(canonical_json(_identity(sample)) + b"\n" for sample in batch)
+
+
+def _identity(sample: Sample) -> list[Any]:
+    images = [[item.path, item.offset, item.length] for item in sample.images]
+    texts = [[item.text, item.language] for item in sample.texts]
+    return [sample.key, images, texts, dict(sample.columns)]
 
 
 def _sample_table(batch: Sequence[Sample]) -> pa.Table:

@@ -32,10 +32,11 @@ def walk_files(root: Path) -> Iterator[tuple[str, frozenset[str]]]:
     return _walk(root, "", ())
 
 
-def relative_to(root: Path, path: Path) -> str:
-    """Give `path` relative to `root` with `/`; as it is, absolute, where it does not lie below."""
-    path = Path(os.path.normpath(path))
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+def relative_to(root: Path, path: str | Path) -> str:
+    """Give the path below the root as text, or the whole path where it lies elsewhere. Text only: rows are many."""
+    normal = os.path.normpath(path)
+    prefix = os.path.join(root, "")  # noqa: PTH118
+    return normal.removeprefix(prefix)
 
 
 def read_file(path: Path) -> bytes:

@@ -79,8 +79,7 @@ class TableSource:
 
     def _key(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> str:
         if columns.key is None:
-            stem = file.path.relative_to(self._root).with_suffix("").as_posix()
-            return f"{stem}/{number}"
+            return f"{relative_to(self._root, file.path.with_suffix(''))}/{number}"
         key = row.get(columns.key)
         if key is None or key == "":
             raise SourceError(f"{file.path} row {number} has no key in column {columns.key}")
@@ -99,7 +98,11 @@ class TableSource:
                 f"{file.path} row {number}: column {columns.image} must hold a path, not "
                 f"{value!r:.60}; name another with --image-column"
             )
-        return (ImageItem(path=relative_to(self._root, file.path.parent / value)),)
+        return (
+            ImageItem(
+                path=relative_to(self._root, f"{file.path.parent}/{value}" if not value.startswith("/") else value)
+            ),
+        )
 
     def _find_image_column(self, path: Path) -> str:
         try:
