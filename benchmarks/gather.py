@@ -12,7 +12,7 @@ import zarr
 
 from benchmarks.table import median_seconds, show
 from embedcache.cache.feature import Feature
-from embedcache.cache.group import add_feature, commit_chunk, create_group, write_feature_chunk
+from embedcache.cache.group import add_feature, commit_chunk, create_group
 from embedcache.cache.layout import CacheInfo
 
 ROWS, WIDTH, BATCH, BLOCK = 200_000, 768, 4096, 64
@@ -50,7 +50,6 @@ def _write(path: Path, values: np.ndarray) -> Feature:
     add_feature(group, "f", (WIDTH,), "float16")
     for chunk in range(info.num_chunks("image")):
         items = list(values[info.chunk_rows("image", chunk)])
-        files = {"f": write_feature_chunk(group, "f", chunk, items)}
         none = [None] * len(items)
-        commit_chunk(group, chunk, files, none, none)
+        commit_chunk(group, chunk, {"f": items}, none, none)
     return Feature(group, "f")

@@ -1,10 +1,12 @@
 """What every stage leaves on disk: files that are whole or absent, fingerprints, and a record of the run."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -21,6 +23,7 @@ from embedcache.errors import ArtifactError, CorruptError, DiskFullError, Finger
 
 _RECORDED_PACKAGES = ("embedcache", "numpy", "torch", "zarr", "pyarrow", "onnxruntime", "faiss-cpu")
 T = TypeVar("T")
+_PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
 _NODE = platform.node().replace(".", "-")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -78,9 +81,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with disk_errors(path):
             yield temporary
-            _flush(temporary)
+            flush(temporary)
             temporary.replace(path)
-            _flush(path.parent)
+            flush(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -93,10 +96,12 @@ def partial_path(path: Path) -> Path:
 
 def remove_partials(folder: Path) -> None:
     """Remove what killed processes of this machine left below a folder; a living one's files stay."""
-    for path in list(folder.rglob(".*.partial")):
-        *_, node, process, _unique, _suffix = path.name.split(".")
-        if node == _NODE and not _is_alive(int(process)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            writer = _PARTIAL.fullmatch(name)
+            if writer and writer["node"] == _NODE and not _is_alive(int(writer["process"])):
+                path = Path(parent, name)
+                shutil.rmtree(path, ignore_errors=True) if name in folders else path.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:
@@ -109,12 +114,22 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time into a folder; others wait. A killed process holds nothing."""
+    make_folder(folder)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -181,8 +196,11 @@ def make_folder(path: Path) -> None:
     Raises:
         PathError: a file is in the way.
     """
+    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
+        for created in missing:
+            flush(created.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise PathError(f"{path} is a file, or lies below one; give the path of a folder") from error
 

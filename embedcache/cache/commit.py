@@ -15,7 +15,7 @@ from embedcache.cache.layout import commit_path
 from embedcache.errors import CorruptError
 
 HASH_BYTES = 16
-_SCHEMA = pa.schema([("hash", pa.binary(HASH_BYTES)), ("failure", pa.string())])
+_FAILURE = "failure of "
 _METADATA_KEY = b"embedcache"
 
 
@@ -29,7 +29,7 @@ class Commit:
         spine: identity of the cache's rows.
         features: feature name -> file below the encoder's folder -> CRC-32C of its rows.
         hashes: BLAKE2b-128 of each item's raw bytes or UTF-8 text; None where they could not be read.
-        failures: why an item has no feature; None where it has one.
+        failures: feature name -> why each item has none; None where it has one.
     """
 
     chunk: int
@@ -37,7 +37,7 @@ class Commit:
     spine: str
     features: Mapping[str, Mapping[str, str]]
     hashes: Sequence[bytes | None]
-    failures: Sequence[str | None]
+    failures: Mapping[str, Sequence[str | None]]
 
 
 def write_commit(encoder_folder: Path, commit: Commit) -> None:
@@ -48,8 +48,10 @@ def write_commit(encoder_folder: Path, commit: Commit) -> None:
         "spine": commit.spine,
         "features": commit.features,
     }
-    schema = _SCHEMA.with_metadata({_METADATA_KEY: canonical_json(about)})
-    table = pa.table({"hash": list(commit.hashes), "failure": list(commit.failures)}, schema=schema)
+    columns = {"hash": pa.array(commit.hashes, pa.binary(HASH_BYTES))}
+    for feature in sorted(commit.features):
+        columns[f"{_FAILURE}{feature}"] = pa.array(commit.failures[feature], pa.string())
+    table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: canonical_json(about)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_atomic(commit_path(encoder_folder, commit.chunk), buffer.getvalue())
@@ -77,5 +79,5 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
         spine=about["spine"],
         features=about["features"],
         hashes=table["hash"].to_pylist(),
-        failures=table["failure"].to_pylist(),
+        failures={feature: table[f"{_FAILURE}{feature}"].to_pylist() for feature in about["features"]},
     )

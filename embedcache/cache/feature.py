@@ -1,5 +1,6 @@
 """Reading features: gather any rows from memory maps, or go through verified chunks in order."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
@@ -10,14 +11,14 @@ import numpy as np
 from embedcache.arrays import Array, Bools, Ints
 from embedcache.cache.commit import Commit
 from embedcache.cache.group import EncoderGroup, chunk_shape, feature_about
-from embedcache.cache.store import check_chunk, map_chunk, read_metadata
+from embedcache.cache.store import check_chunk, map_chunk, most_maps, read_metadata
 from embedcache.errors import DataError, UnfinishedError
 
 
 class Feature:
     """One named output of one encoder over all items of its modality, read-only.
 
-    Opening reads no vector. Memory: the commits (about 50 bytes an item) once rows are asked for, and maps,
+    Opening reads no vector. Memory: the commits (under 100 bytes an item) once rows are asked for, and maps,
     which the system may drop at any time.
     """
 
@@ -28,7 +29,7 @@ class Feature:
         self.item_shape: tuple[int, ...] = tuple(about["item_shape"])
         self.dtype: str = about["dtype"]
         self.num_items = group.info.num_items[group.modality]
-        self._maps: dict[int, Array] = {}
+        self._maps: OrderedDict[int, Array] = OrderedDict()
 
     @property
     def name(self) -> str:
@@ -67,7 +68,7 @@ class Feature:
         valid = np.zeros(self.num_items, bool)
         for chunk, commit in enumerate(self.commits):
             if commit is not None:
-                valid[self._rows(chunk)] = [failure is None for failure in commit.failures]
+                valid[self._rows(chunk)] = [failure is None for failure in commit.failures[self.feature]]
         return valid
 
     @property
@@ -77,7 +78,7 @@ class Feature:
             self._rows(commit.chunk).start + offset: failure
             for commit in self.commits
             if commit is not None
-            for offset, failure in enumerate(commit.failures)
+            for offset, failure in enumerate(commit.failures[self.feature])
             if failure is not None
         }
 
@@ -107,8 +108,7 @@ class Feature:
         Raises:
             DataError: the feature is ragged, or a row is out of range, failed or not committed.
         """
-        if self.is_ragged:
-            raise DataError(f"feature {self.name} has items of different lengths; use gather_tokens")
+        self._require_fixed()
         rows = self._check_rows(rows)
         out = np.empty((len(rows), *self.item_shape), self.dtype)
         size = self._chunk_shape[0]
@@ -134,6 +134,7 @@ class Feature:
             items = self._ragged_chunk(int(chunk), verify=False)
             for position in np.flatnonzero(rows // self.group.info.chunk_size == chunk):
                 tokens[position] = items[rows[position] - start]
+        assert all(array is not None for array in tokens)  # every row is valid, so every item has tokens
         return [array for array in tokens if array is not None]
 
     def chunks(self) -> Iterator[tuple[slice, Any]]:
@@ -160,12 +161,18 @@ class Feature:
         Raises:
             UnfinishedError: chunks are missing.
             CorruptError: bytes differ from their checksum.
+            DataError: the feature is ragged.
         """
+        self._require_fixed()
         self.require_complete()
         out = np.empty(self.shape, self.dtype)
         for rows, values in self.chunks():
             out[rows] = values
         return out
+
+    def _require_fixed(self) -> None:
+        if self.is_ragged:
+            raise DataError(f"feature {self.name} has items of different lengths; use gather_tokens or chunks")
 
     def _rows(self, chunk: int) -> slice:
         return self.group.info.chunk_rows(self.modality, chunk)
@@ -191,13 +198,15 @@ class Feature:
         if number not in self._maps:
             path = self.group.path / self.feature
             self._maps[number] = map_chunk(path, number, self._chunk_shape, self.dtype)
+            if len(self._maps) > most_maps():
+                self._maps.popitem(last=False)
         return self._maps[number]
 
     def _dense_chunks(self, commit: Commit) -> Iterator[tuple[slice, Array]]:
         rows, size = self._rows(commit.chunk), self._chunk_shape[0]
         for start in range(rows.start, rows.stop, size):
             number = start // size
-            values = self._map(number)
+            values = map_chunk(self.group.path / self.feature, number, self._chunk_shape, self.dtype)
             crc = commit.features[self.feature][f"{self.feature}/{number}"]
             check_chunk(self.group.path / self.feature, number, values, crc)
             stop = min(start + size, rows.stop)

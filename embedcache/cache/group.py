@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.artifact import check_same, digest
+from embedcache.artifact import check_same, digest, locked
 from embedcache.cache.commit import Commit, read_commit, write_commit
 from embedcache.cache.layout import FORMAT_VERSION, CacheInfo, encoder_path
 from embedcache.cache.store import read_metadata, write_array, write_chunk, write_group
@@ -60,9 +60,9 @@ class EncoderGroup:
         if commit.spine != self.info.spine:
             raise CorruptError(f"chunk {chunk} in {self.path} was written for other rows than this cache numbers")
         rows = self.info.chunk_rows(self.modality, chunk)
-        if len(commit.failures) != rows.stop - rows.start:
+        if len(commit.hashes) != rows.stop - rows.start:
             raise CorruptError(
-                f"chunk {chunk} in {self.path} has {len(commit.failures)} rows; it should have {rows.stop - rows.start}"
+                f"chunk {chunk} in {self.path} has {len(commit.hashes)} rows; it should have {rows.stop - rows.start}"
             )
         return commit
 
@@ -96,13 +96,13 @@ def create_group(
     spec: str,
     fingerprint: Mapping[str, Any],
 ) -> EncoderGroup:
-    """Make one encoder's folder, or open it where the same encoder made it.
+    """Make one encoder's folder, or open it where the same encoder made it. One without a commit is made anew.
 
     Raises:
         FingerprintError: another encoder made it; each differing field is named with both values.
     """
     path = encoder_path(cache_path, modality, name)
-    if (path / "zarr.json").exists():
+    if (path / "zarr.json").exists() and any(path.glob("chunks/*.parquet")):
         group = open_group(cache_path, modality, name, info)
         check_same(
             f"encoder {name!r} of cache {cache_path}",
@@ -117,7 +117,7 @@ def create_group(
 
 
 def add_feature(group: EncoderGroup, feature: str, item_shape: tuple[int, ...], dtype: str) -> None:
-    """Write the metadata of a feature that the group does not have yet.
+    """Write the metadata of a feature that the group does not have yet, or has no committed chunk of.
 
     Args:
         group: the encoder's folder.
@@ -130,7 +130,7 @@ def add_feature(group: EncoderGroup, feature: str, item_shape: tuple[int, ...], 
     """
     path = group.path / feature
     about = {"item_shape": list(item_shape), "dtype": dtype}
-    if (path / "zarr.json").exists():
+    if (path / "zarr.json").exists() and _is_begun(group, feature, about):
         found = feature_about(group, feature)
         next_step = "ask for the same, or extract into another folder"
         check_same(f"feature {group.name}/{feature}", found, about, next_step=next_step)
@@ -144,6 +144,14 @@ def add_feature(group: EncoderGroup, feature: str, item_shape: tuple[int, ...], 
     else:
         chunks = chunk_shape(group.info, item_shape, dtype)
         write_array(path, (num_items, *item_shape), chunks, dtype, {_ATTRIBUTE: about})
+
+
+def _is_begun(group: EncoderGroup, feature: str, about: Mapping[str, Any]) -> bool:
+    """Say whether a feature must stay as it is: it is as asked, or a chunk of it is committed."""
+    if feature_about(group, feature) == about:
+        return True
+    commits = (group.commit(chunk) for chunk in range(group.info.num_chunks(group.modality)))
+    return any(commit is not None and feature in commit.features for commit in commits)
 
 
 def feature_about(group: EncoderGroup, feature: str) -> dict[str, Any]:
@@ -165,7 +173,7 @@ def chunk_shape(info: CacheInfo, item_shape: tuple[int, ...], dtype: str) -> tup
 
 
 def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Sequence[Array | None]) -> dict[str, str]:
-    """Write one feature of one chunk. It does not exist before `write_commit`.
+    """Write one feature of one chunk. It does not exist before its commit; `commit_chunk` does both.
 
     Args:
         group: the encoder's folder.
@@ -214,38 +222,44 @@ def _write_ragged(
 def commit_chunk(
     group: EncoderGroup,
     chunk: int,
-    files: Mapping[str, Mapping[str, str]],
+    features: Mapping[str, Sequence[Array | None]],
     hashes: Sequence[bytes | None],
     failures: Sequence[str | None],
 ) -> None:
-    """Make a chunk exist, after its features are written; features that it had before are kept.
+    """Write features of one chunk, then the record that makes them exist.
 
-    An item is valid where it failed neither now nor before: an encoder has one mask for all of its features.
+    Features that the chunk has already stay as they are, those that another process committed meanwhile too. One
+    writer at a time: the encoder's folder is locked.
 
     Args:
         group: the encoder's folder.
         chunk: which chunk.
-        files: feature -> what `write_feature_chunk` gave.
+        features: feature -> one array an item from `fit_item`, in row order; None for a failed item.
         hashes: of each item's raw bytes or text; None where they could not be read.
-        failures: why an item has no feature; None where it has one.
+        failures: why an item has none of these features; None where it has them.
 
     Raises:
         FingerprintError: an item's bytes are no longer those that the earlier features were made from.
     """
-    before = group.commit(chunk)
-    if before is not None:
-        _refuse_changed(group, chunk, before.hashes, hashes)
-        files = {**before.features, **files}
-        failures = [earlier or now for earlier, now in zip(before.failures, failures, strict=True)]
-    record = Commit(
-        chunk=chunk,
-        encoder=digest(group.fingerprint),
-        spine=group.info.spine,
-        features=files,
-        hashes=hashes,
-        failures=failures,
-    )
-    write_commit(group.path, record)
+    with locked(group.path / "chunks"):
+        before = group.commit(chunk)
+        if before is not None:
+            _refuse_changed(group, chunk, before.hashes, hashes)
+            features = {name: items for name, items in features.items() if name not in before.features}
+            hashes = [now if now is not None else earlier for now, earlier in zip(hashes, before.hashes, strict=True)]
+        if not features:
+            return
+        files = {name: write_feature_chunk(group, name, chunk, items) for name, items in features.items()}
+        reasons = dict.fromkeys(features, failures)
+        record = Commit(
+            chunk=chunk,
+            encoder=digest(group.fingerprint),
+            spine=group.info.spine,
+            features=files if before is None else {**before.features, **files},
+            hashes=hashes,
+            failures=reasons if before is None else {**before.failures, **reasons},
+        )
+        write_commit(group.path, record)
 
 
 def _refuse_changed(

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.artifact import canonical_json, check_same, disk_errors, make_folder, partial_path
+from embedcache.artifact import canonical_json, check_same, disk_errors, flush, locked, make_folder, partial_path
 from embedcache.cache.layout import (
     DEFAULT_CHUNK_SIZE,
     CacheInfo,
@@ -32,7 +32,7 @@ _IMAGE_SCHEMA = pa.schema(
 _TEXT_SCHEMA = pa.schema([("sample", pa.int64()), ("text", pa.string()), ("language", pa.string())])
 _SCHEMAS = {"image": _IMAGE_SCHEMA, "text": _TEXT_SCHEMA}
 _BATCH = 65_536
-_OURS = {"cache.json", "samples.parquet", *_SCHEMAS}
+_OURS = {".lock", "cache.json", "samples.parquet", *_SCHEMAS}
 
 
 def index(
@@ -59,17 +59,22 @@ def index(
         SourceError: no sample, a key that stands twice, or columns of mixed types.
     """
     progress = progress or Silent()
-    if info_path(cache_path).is_file():
-        return _check(source, cache_path, chunk_size, progress)
     if chunk_size is not None and chunk_size < 1:
         raise SettingError(f"chunk size is {chunk_size}; it must be at least 1")
-    make_folder(cache_path)
-    _refuse_foreign(cache_path)
+    if not info_path(cache_path).is_file():
+        make_folder(cache_path)
+        _refuse_foreign(cache_path)
+        with locked(cache_path), disk_errors(cache_path):
+            if not info_path(cache_path).is_file():  # another process may have made it meanwhile
+                return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, progress)
+    return _check(source, cache_path, chunk_size, progress)
+
+
+def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progress) -> CacheInfo:
     folder = partial_path(cache_path / "indexing")
     try:
-        with disk_errors(cache_path):
-            info = _write_tables(source, folder, DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size, progress)
-            _move_into_place(folder, cache_path)
+        info = _write_tables(source, folder, chunk_size, progress)
+        _move_into_place(folder, cache_path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     write_info(cache_path, info)
@@ -144,7 +149,16 @@ def _batches(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
 
 
 def _digest_input(batch: Sequence[Sample]) -> bytes:
-    return b"".join(canonical_json(_identity(sample)) + b"\n" for sample in batch)
+    return b"".join(_line(sample) for sample in batch)
+
+
+def _line(sample: Sample) -> bytes:
+    try:
+        return canonical_json(_identity(sample)) + b"\n"
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"sample {sample.key!r} holds text that is not Unicode: {error.reason}; mend the source"
+        ) from error
 
 
 def _identity(sample: Sample) -> list[Any]:
@@ -165,7 +179,7 @@ def _sample_table(batch: Sequence[Sample]) -> pa.Table:
 def _column(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # mixed types: keep what people would read
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types: keep what people would read
         return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
@@ -237,7 +251,10 @@ def _refuse_duplicates(keys: pa.ChunkedArray) -> None:
 
 
 def _move_into_place(folder: Path, cache_path: Path) -> None:
-    samples_path(folder).replace(samples_path(cache_path))
-    for modality in _SCHEMAS:
-        items_path(cache_path, modality).parent.mkdir(exist_ok=True)
-        items_path(folder, modality).replace(items_path(cache_path, modality))
+    moves = {samples_path(folder): samples_path(cache_path)}
+    moves |= {items_path(folder, modality): items_path(cache_path, modality) for modality in _SCHEMAS}
+    for made, place in moves.items():
+        flush(made)
+        make_folder(place.parent)
+        made.replace(place)
+        flush(place.parent)

@@ -5,9 +5,10 @@ flushed and whole before they are committed, and are gathered from memory maps, 
 zarr-python costs a whole chunk.
 """
 
-import asyncio
 import mmap
+import resource
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import google_crc32c
 import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.core.buffer import default_buffer_prototype
+from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from embedcache.arrays import Array
@@ -23,26 +24,23 @@ from embedcache.artifact import read_json, write_atomic
 from embedcache.errors import CorruptError, UnfinishedError
 
 CRC_BYTES = 4
+_MOST_OPEN_FILES = 32_768
 
 
 def write_group(path: Path, attributes: Mapping[str, Any]) -> None:
     """Write the metadata of a Zarr group."""
-    store = MemoryStore()
-    zarr.create_group(store, attributes=dict(attributes))
-    write_atomic(path / "zarr.json", _metadata(store))
+    files: dict[str, Buffer] = {}
+    zarr.create_group(MemoryStore(files), attributes=dict(attributes))
+    write_atomic(path / "zarr.json", files["zarr.json"].to_bytes())
 
 
 def write_array(
-    path: Path,
-    shape: tuple[int, ...],
-    chunks: tuple[int, ...],
-    dtype: str,
-    attributes: Mapping[str, Any],
+    path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, attributes: Mapping[str, Any]
 ) -> None:
     """Write the metadata of a Zarr array. What no chunk holds reads as NaN, or -1 for integers."""
-    store = MemoryStore()
+    files: dict[str, Buffer] = {}
     zarr.create_array(
-        store,
+        MemoryStore(files),
         shape=shape,
         chunks=chunks,
         dtype=dtype,
@@ -52,13 +50,7 @@ def write_array(
         fill_value=-1 if dtype.startswith("int") else np.nan,
         attributes=dict(attributes),
     )
-    write_atomic(path / "zarr.json", _metadata(store))
-
-
-def _metadata(store: MemoryStore) -> bytes:
-    buffer = asyncio.run(store.get("zarr.json", default_buffer_prototype()))
-    assert buffer is not None
-    return buffer.to_bytes()
+    write_atomic(path / "zarr.json", files["zarr.json"].to_bytes())
 
 
 def read_metadata(path: Path) -> Any:
@@ -113,6 +105,19 @@ def map_chunk(array_path: Path, number: int, chunk_shape: tuple[int, ...], dtype
     if len(mapped) != num_bytes + CRC_BYTES:
         raise CorruptError(f"{path} holds {len(mapped)} bytes; it should hold {num_bytes + CRC_BYTES}")
     return np.frombuffer(mapped, dtype, num_bytes // np.dtype(dtype).itemsize).reshape(chunk_shape)
+
+
+@cache
+def most_maps() -> int:
+    """Say how many chunks one feature may keep mapped: each holds an open file, of which a process has few.
+
+    Raises the process's own limit of open files to what the system allows it, once.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(16, wanted // 8)
 
 
 def check_chunk(array_path: Path, number: int, chunk: Array, committed_crc: str) -> None:

@@ -6,6 +6,8 @@ from itertools import islice
 
 from embedcache.arrays import Array
 from embedcache.cache.cache import Cache
+from embedcache.cache.group import commit_chunk
+from embedcache.encoders.contract import Encoder
 from embedcache.extract.load import Loaded, ahead, load_image, load_texts
 from embedcache.extract.target import Target
 from embedcache.progress import Progress
@@ -22,21 +24,25 @@ def encode_images(
     executor: Executor,
     progress: Progress,
 ) -> None:
-    """Encode chunks of images: each image is read and decoded once, in row order.
+    """Encode chunks of images: each image is read and decoded once for all encoders that miss it, in row order.
 
     Memory: `_BATCHES_AHEAD` batches of inputs an encoder, and one chunk of outputs.
     """
-    encoders = [target.encoder for target in targets]
-    window = _BATCHES_AHEAD * max(encoder.batch_size for encoder in encoders)
-    items = (item for chunk in chunks for item in _image_items(cache, chunk))
-    stream = ahead(executor, lambda item: load_image(source, item, encoders), items, window=window)
+    window = _BATCHES_AHEAD * max(target.encoder.batch_size for target in targets)
+    stream = ahead(
+        executor,
+        lambda job: load_image(source, *job),
+        ((item, _encoders(targets, chunk)) for chunk in chunks for item in _image_items(cache, chunk)),
+        window=window,
+    )
     for chunk in chunks:
         rows = cache.info.chunk_rows("image", chunk)
-        outputs = [_Outputs(target, chunk, rows.stop - rows.start) for target in targets]
+        outputs = _open_outputs(targets, chunk, rows.stop - rows.start)
         loaded = []
         for row, item in enumerate(islice(stream, rows.stop - rows.start)):
-            for output, array in zip(outputs, item.inputs, strict=False):
-                output.add(row, array)
+            if item.failure is None:
+                for output, array in zip(outputs, item.inputs, strict=True):
+                    output.add(row, array)
             loaded.append(Loaded(hash=item.hash, failure=item.failure))
             progress.advance(1)
         _commit(outputs, chunk, loaded)
@@ -53,17 +59,24 @@ def encode_texts(
 
     Memory: two chunks of token ids, and one chunk of outputs.
     """
-    encoders = [target.encoder for target in targets]
 
     def load(chunk: int) -> list[Loaded]:
-        return load_texts(cache.items("text", chunk=chunk)["text"].to_pylist(), encoders)
+        return load_texts(cache.items("text", chunk=chunk)["text"].to_pylist(), _encoders(targets, chunk))
 
     for chunk, loaded in zip(chunks, ahead(executor, load, chunks, window=2), strict=True):
-        outputs = [_Outputs(target, chunk, len(loaded)) for target in targets]
+        outputs = _open_outputs(targets, chunk, len(loaded))
         for number, output in enumerate(outputs):
             _add_texts(output, loaded, number)
         progress.advance(len(loaded))
         _commit(outputs, chunk, loaded)
+
+
+def _encoders(targets: Sequence[Target], chunk: int) -> list[Encoder]:
+    return [target.encoder for target in targets if target.missing(chunk)]
+
+
+def _open_outputs(targets: Sequence[Target], chunk: int, num_rows: int) -> list["_Outputs"]:
+    return [_Outputs(target, chunk, num_rows) for target in targets if target.missing(chunk)]
 
 
 def _image_items(cache: Cache, chunk: int) -> Iterator[ImageItem]:
@@ -89,7 +102,7 @@ def _commit(outputs: Sequence["_Outputs"], chunk: int, loaded: Sequence[Loaded])
     failures = [item.failure for item in loaded]
     for output in outputs:
         output.flush()
-        output.target.commit(chunk, dict(output.features), hashes, failures)
+        commit_chunk(output.target.group, chunk, output.features, hashes, failures)
 
 
 class _Outputs:
@@ -102,8 +115,6 @@ class _Outputs:
         self._batch: list[Array] = []
 
     def add(self, row: int, inputs: Array) -> None:
-        if not self.features:
-            return
         self._rows.append(row)
         self._batch.append(inputs)
         if len(self._batch) == self.target.encoder.batch_size:

@@ -8,10 +8,8 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.group import (
     EncoderGroup,
     add_feature,
-    commit_chunk,
     create_group,
     fit_item,
-    write_feature_chunk,
 )
 from embedcache.encoders.contract import Encoder
 from embedcache.encoders.open import EncoderSpec
@@ -43,17 +41,6 @@ class Target:
         """Turn the encoder's output for one item into what is stored."""
         name = f"{self.group.name}/{feature}"
         return fit_item(item, self.encoder.features[feature], self.dtype, name)
-
-    def commit(
-        self,
-        chunk: int,
-        features: dict[str, list[Array | None]],
-        hashes: Sequence[bytes | None],
-        failures: Sequence[str | None],
-    ) -> None:
-        """Write a chunk's features, then the record that makes them exist."""
-        files = {name: write_feature_chunk(self.group, name, chunk, items) for name, items in features.items()}
-        commit_chunk(self.group, chunk, files, hashes, failures)
 
 
 def choose_features(encoder: Encoder, asked: Sequence[str]) -> list[str]:
