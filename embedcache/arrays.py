@@ -35,7 +35,7 @@ def check_finite(values: Array, name: str) -> None:
     Raises:
         DataError: names the array, how many rows are bad and the first of them.
     """
-    bad = np.atleast_1d(~np.isfinite(values).reshape(len(values), -1).all(axis=1))
+    bad = np.atleast_1d(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
     if bad.any():
         first = int(np.flatnonzero(bad)[0])
         raise DataError(f"{name} holds NaN or infinity in {int(bad.sum())} of {len(bad)} rows, first row {first}")

@@ -57,9 +57,11 @@ def best_ranks(queries_QP: Floats, candidates_CP: Floats, positives: tuple[Ints,
         )
         row, column = query_M[inside] - block.start, candidate_M[inside]
         best_B = np.full(len(sims_BC), -np.inf, np.float32)
-        np.maximum.at(best_B, row, sims_BC[row, column])
-        sims_BC[row, column] = -np.inf
-        ranks_Q[block] = 1 + (sims_BC >= best_B[:, None]).sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            np.maximum.at(best_B, row, sims_BC[row, column])
+        is_before_BC = ~(sims_BC < best_B[:, None])  # so that NaN counts as before
+        is_before_BC[row, column] = False
+        ranks_Q[block] = 1 + is_before_BC.sum(axis=1)
     return ranks_Q
 
 

@@ -48,6 +48,14 @@ def test_a_constant_embedding_earns_nothing() -> None:
     assert recall_at(ranks, 10) == 0
 
 
+@pytest.mark.parametrize("where", ["queries", "candidates", "both"])
+def test_embeddings_that_are_no_numbers_earn_nothing(where: str) -> None:
+    good, bad = np.eye(20, dtype=np.float32), np.full((20, 20), np.nan, np.float32)
+    queries, candidates = good if where == "candidates" else bad, good if where == "queries" else bad
+    ranks = best_ranks(queries, candidates, (np.arange(20), np.arange(20)))
+    assert recall_at(ranks, 10) == 0
+
+
 def test_a_query_without_a_positive_is_refused() -> None:
     one = np.ones((2, 1), np.float32)
     with pytest.raises(DataError, match="1 queries have no positive candidate, first query 1"):

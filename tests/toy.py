@@ -29,6 +29,11 @@ def open_toy(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings
     return kind(scale, delay_s)
 
 
+def open_other(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
+    """The same under another name: a second encoder in one cache."""
+    return open_toy(spec, modality=modality, settings=settings)
+
+
 def _fingerprint(modality: str, scale: float) -> Fingerprint:
     return Fingerprint(
         family="tests.toy:open_toy",

@@ -83,7 +83,7 @@ class PlainProgress:
         print(line, file=sys.stderr, flush=True)
 
     def _left(self) -> str:
-        if not self._total:
+        if not (self._total and self._rate.done):
             return ""
         return f", {self._rate.seconds * (self._total - self._rate.done) / self._rate.done:.0f} s left"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, normalize
-from embedcache.artifact import fields_of, make_folder, read_manifest, run_record, write_json
+from embedcache.artifact import fields_of, make_folder, read_manifest, remove_partials, run_record, write_json
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
 from embedcache.curate import faiss_index
@@ -95,6 +95,8 @@ def build_index(
     run = _Run.open(run_path) if run_path is not None else None
     indexed = _open_feature(cache, modality, feature, run)
     make_folder(index_path)
+    remove_partials(index_path)
+    (index_path / "card.json").unlink(missing_ok=True)  # it must not vouch for the index that comes
     about = {
         "cache": str(cache_path),
         "feature": indexed.name,

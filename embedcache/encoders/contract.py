@@ -1,5 +1,6 @@
 """What an encoder is to the rest of the package."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -36,8 +37,9 @@ class Fingerprint:
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def to_json(self) -> dict[str, Any]:
-        """Give the fields as JSON values."""
-        return asdict(self)
+        """Give the fields as JSON reads them back."""
+        fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True)

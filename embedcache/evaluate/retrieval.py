@@ -3,19 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import binom
 
 from embedcache.arrays import Floats, Ints
+from embedcache.artifact import check_same, digest_file
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
 from embedcache.cache.pairs import Pairs, pair_items
-from embedcache.cache.split import read_split
-from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.cache.split import Split, read_split
+from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError
 from embedcache.metrics import Estimate, best_ranks, bootstrap_mean, chance_recall
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project
+from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project, split_path
 
 KS = (1, 5, 10)
 WAYS = ("i2t", "t2i")
@@ -28,18 +30,22 @@ class Ranking:
     Args:
         seed: of the run.
         pairs: the items of the part.
+        groups: (S,) int64, a number for each sample of the cache; near-duplicates share one.
         images: (I, P) float32, rows of length 1, in the order of `pairs.image`.
         texts: (T, P) alike, of `pairs.text`.
         positives: two (M,) arrays: image i and text j of each positive pair.
         ranks: `i2t` (I,) and `t2i` (T,): rank of the best positive among all candidates, 1 is the top.
+        overlap: samples of the part whose image or caption is also, byte for byte, in the training part.
     """
 
     seed: int
     pairs: Pairs
+    groups: Ints
     images: Floats
     texts: Floats
     positives: tuple[Ints, Ints]
     ranks: dict[str, Ints]
+    overlap: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +54,12 @@ class RetrievalReport:
 
     Args:
         part: which part of the split.
-        recalls: way -> `r@k` -> mean over runs and queries, with a 95 % interval over samples.
+        recalls: way -> `r@k` -> mean over runs and queries, with a 95 % interval from resampling the split's groups.
         chance: alike, of a random order: its expectation, and where 95 % of random orders lie.
         num_images: per run.
         num_texts: per run.
         seeds: of the runs.
-        overlap: samples of the part whose image or caption is also, byte for byte, in the training part.
+        overlap: the most of any run's.
     """
 
     part: str
@@ -73,7 +79,7 @@ class RetrievalReport:
             if self.overlap
             else ""
         )
-        return f"part {self.part}: {counts} a run; seeds {seeds}; 95 % intervals over samples{leak}"
+        return f"part {self.part}: {counts} a run; seeds {seeds}; 95 % intervals over groups of near-duplicates{leak}"
 
 
 def evaluate_retrieval(
@@ -103,7 +109,7 @@ def evaluate_retrieval(
     if not run_paths:
         raise SettingError("no run to evaluate; give at least one run folder")
     loaded = [load_pair(Path(path)) for path in run_paths]
-    _refuse_mixed(loaded, run_paths)
+    _refuse_mixed([config for _, config in loaded], run_paths)
     rankings = [
         rank(cache, Path(path), pair, config, part=part, language=language)
         for path, (pair, config) in zip(run_paths, loaded, strict=True)
@@ -115,9 +121,7 @@ def evaluate_retrieval(
         num_images=[len(ranking.images) for ranking in rankings],
         num_texts=[len(ranking.texts) for ranking in rankings],
         seeds=[ranking.seed for ranking in rankings],
-        overlap=sum(
-            _overlap(cache, Path(path), config, part) for path, (_, config) in zip(run_paths, loaded, strict=True)
-        ),
+        overlap=max(ranking.overlap for ranking in rankings),
     )
 
 
@@ -136,20 +140,36 @@ def rank(
         FingerprintError: the run was trained on other features or samples.
         DataError: the part is empty.
     """
-    image, text, pairs = _trained_pairs(cache, config, language)
-    keys = cache.samples["key"].to_pylist()
-    pairs = pairs.of(read_split(run_path / "split.parquet", keys).rows(part))
+    image, text, all_pairs = _trained_pairs(cache, config, language)
+    split = _split_of(cache, run_path, config)
+    pairs = all_pairs.of(split.rows(part))
     if not len(pairs.samples):
         raise DataError(f"part {part} of {run_path} has no sample with both features")
     images = project(pair.image, image.gather(pairs.image.rows))
     texts = project(pair.text, text.gather(pairs.text.rows))
     image_M, text_M = pairs.positives()
-    ranks = {
-        "i2t": best_ranks(images, texts, (image_M, text_M)),
-        "t2i": best_ranks(texts, images, (text_M, image_M)),
-    }
-    seed = int(config.training["seed"])
-    return Ranking(seed=seed, pairs=pairs, images=images, texts=texts, positives=(image_M, text_M), ranks=ranks)
+    return Ranking(
+        seed=int(config.training["seed"]),
+        pairs=pairs,
+        groups=np.array(split.groups),
+        images=images,
+        texts=texts,
+        positives=(image_M, text_M),
+        ranks={
+            "i2t": best_ranks(images, texts, (image_M, text_M)),
+            "t2i": best_ranks(texts, images, (text_M, image_M)),
+        },
+        overlap=0 if part == "train" else _overlap(pairs, all_pairs.of(split.rows("train"))),
+    )
+
+
+def _split_of(cache: Cache, run_path: Path, config: PairConfig) -> Split:
+    path = split_path(run_path)
+    if not path.is_file() or digest_file(path) != config.split:
+        raise CorruptError(
+            f"{path} is missing or not the split that the run was trained on; train again into a new folder"
+        )
+    return read_split(path, cache.samples["key"].to_pylist())
 
 
 def _trained_pairs(cache: Cache, config: PairConfig, language: str | None) -> tuple[Feature, Feature, Pairs]:
@@ -177,23 +197,30 @@ def trained_feature(cache: Cache, config: PairConfig, modality: str) -> Feature:
     return feature
 
 
-def _refuse_mixed(loaded: Sequence[tuple[AlignedPair, PairConfig]], run_paths: Sequence[Path | str]) -> None:
-    first = loaded[0][1]
-    for path, (_, config) in zip(run_paths, loaded, strict=True):
-        for modality in ("image", "text"):
-            if config.side(modality).feature != first.side(modality).feature:
-                raise FingerprintError(
-                    f"runs cannot be averaged: {run_paths[0]} was trained on {first.side(modality).feature}, "
-                    f"{path} on {config.side(modality).feature}; evaluate them one by one"
-                )
+def _refuse_mixed(configs: Sequence[PairConfig], run_paths: Sequence[Path | str]) -> None:
+    """Refuse to average runs that differ in more than their seeds."""
+    first = _without_seeds(configs[0])
+    for path, config in zip(run_paths[1:], configs[1:], strict=True):
+        next_step = f"average only seeds of one recipe: evaluate {run_paths[0]} and {path} one by one"
+        check_same(f"run {run_paths[0]}", first, _without_seeds(config), next_step=next_step)
+
+
+def _without_seeds(config: PairConfig) -> dict[str, Any]:
+    split = {**config.training["split"], "seed": None}
+    return {
+        "image": config.image.feature,
+        "text": config.text.feature,
+        "spine": config.spine,
+        "training": {**config.training, "seed": None, "split": split},
+    }
 
 
 def _recalls(rankings: Sequence[Ranking]) -> dict[str, dict[str, Estimate]]:
     recalls: dict[str, dict[str, Estimate]] = {}
     for way in WAYS:
         ranks = np.concatenate([ranking.ranks[way] for ranking in rankings])
-        samples = np.concatenate([_queries(ranking, way) for ranking in rankings])
-        recalls[way] = {f"r@{k}": bootstrap_mean(ranks <= k, samples) for k in KS}
+        groups = np.concatenate([ranking.groups[_queries(ranking, way)] for ranking in rankings])
+        recalls[way] = {f"r@{k}": bootstrap_mean(ranks <= k, groups) for k in KS}
     return recalls
 
 
@@ -222,15 +249,10 @@ def _binomial_interval(share: float, num_queries: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _overlap(cache: Cache, run_path: Path, config: PairConfig, part: str) -> int:
-    """Count samples of the part whose image bytes or caption are in the training part too."""
-    if part == "train":
-        return 0
-    _, _, pairs = _trained_pairs(cache, config, None)
-    split = read_split(run_path / "split.parquet", cache.samples["key"].to_pylist())
-    train, held = pairs.of(split.rows("train")), pairs.of(split.rows(part))
+def _overlap(held: Pairs, trained: Pairs) -> int:
+    """Count held-out samples whose image bytes or caption are in the training part too."""
     seen = [
-        side.samples[np.isin(side.contents, trained.contents)]
-        for side, trained in ((held.image, train.image), (held.text, train.text))
+        side.samples[np.isin(side.contents, other.contents)]
+        for side, other in ((held.image, trained.image), (held.text, trained.text))
     ]
     return len(np.unique(np.concatenate(seen)))

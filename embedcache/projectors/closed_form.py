@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from embedcache.arrays import check_finite
 from embedcache.errors import DataError, SettingError
 
 Matrix = npt.NDArray[np.float64]
@@ -34,8 +35,13 @@ class Moments:
         self._products = np.zeros((len(self._sum), len(self._sum)))
 
     def add(self, images_BD: npt.NDArray[np.floating], texts_BD: npt.NDArray[np.floating]) -> None:
-        """Add aligned rows: two arrays of equal length, any float dtype."""
+        """Add aligned rows: two arrays of equal length, any float dtype.
+
+        Raises:
+            DataError: a row is no number.
+        """
         rows = np.concatenate([images_BD, texts_BD], axis=1, dtype=np.float64)
+        check_finite(rows, "the training pairs")
         self.num_rows += len(rows)
         self._sum += rows.sum(axis=0)
         self._products += rows.T @ rows

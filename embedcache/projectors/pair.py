@@ -28,6 +28,7 @@ class Tower(nn.Module):
 
     def __init__(self, projector: str, input_width: int, output_width: int, *, dropout: float) -> None:
         super().__init__()
+        self.output_width = output_width
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("mean", torch.zeros(input_width))
         self.projector = PROJECTORS.load(projector)(input_width, output_width)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedcache.arrays import Array, Floats, blocks, normalize
+from embedcache.arrays import Array, Floats, blocks, check_finite, normalize
 from embedcache.artifact import check_same, digest_file, fields_of, read_manifest, replacing, write_json
 from embedcache.errors import CorruptError
 from embedcache.projectors.pair import AlignedPair, Tower
@@ -46,6 +46,7 @@ class PairConfig:
         text: what the text tower takes.
         spine: identity of the rows of the cache that it was trained on.
         training: every setting of the training run.
+        split: SHA-256 of `split.parquet`.
         weights: SHA-256 of `model.safetensors`.
         format: version of the format on disk.
     """
@@ -56,6 +57,7 @@ class PairConfig:
     text: Side
     spine: str
     training: Mapping[str, Any]
+    split: str = ""
     weights: str = ""
     format: int = FORMAT_VERSION
 
@@ -80,13 +82,23 @@ def config_path(run_path: Path) -> Path:
     return run_path / "config.json"
 
 
+def split_path(run_path: Path) -> Path:
+    """Get the table that says which samples the run was trained on."""
+    return run_path / "split.parquet"
+
+
 def save_pair(run_path: Path, pair: AlignedPair, config: PairConfig) -> None:
-    """Write the weights, then the config that says the run is complete."""
+    """Write the weights, then the config, with the digests of weights and split, that says the run is complete."""
     model_path = run_path / "model.safetensors"
     state = {name: value.contiguous() for name, value in pair.state_dict().items()}
     with replacing(model_path) as temporary:
         save_file(state, temporary)
-    write_json(config_path(run_path), {**asdict(config), "weights": digest_file(model_path)})
+    content = {
+        **asdict(config),
+        "split": digest_file(split_path(run_path)),
+        "weights": digest_file(model_path),
+    }
+    write_json(config_path(run_path), content)
 
 
 def read_config(run_path: Path) -> PairConfig:
@@ -125,12 +137,18 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, Pair
 
 @torch.inference_mode()
 def project(tower: Tower, vectors_ND: Array, *, device: str = "cpu") -> Floats:
-    """Project rows block by block: (N, D) any float -> (N, P) float32, rows of length 1."""
-    out_NP = [
-        normalize(tower(torch.from_numpy(np.asarray(vectors_ND[block], np.float32)).to(device)).cpu().numpy())
-        for block in blocks(len(vectors_ND), _BLOCK)
-    ]
-    return np.concatenate(out_NP) if out_NP else np.empty((0, 0), np.float32)
+    """Project rows block by block: (N, D) any float -> (N, P) float32, rows of length 1.
+
+    Raises:
+        DataError: a row is no number, in the feature or after projection.
+    """
+    out_NP = [np.empty((0, tower.output_width), np.float32)]
+    for block in blocks(len(vectors_ND), _BLOCK):
+        vectors_BD = torch.from_numpy(np.asarray(vectors_ND[block], np.float32)).to(device)
+        out_NP.append(tower(vectors_BD).float().cpu().numpy())
+    projected_NP = np.concatenate(out_NP)
+    check_finite(projected_NP, "the projected feature")
+    return normalize(projected_NP)
 
 
 def check_feature(config: PairConfig, modality: str, name: str, fingerprint: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from embedcache.errors import ItemError
 from embedcache.sources.quiet import no_warnings
 
+MAX_ASPECT_RATIO = 100
 MAX_PIXELS = 89_478_485
 """More pixels are refused from the header: Pillow's own limit, 256 MiB as RGB."""
 
@@ -73,6 +74,8 @@ def _load(data: bytes) -> Image.Image:
 
 
 def _check_pixels(width: int, height: int) -> None:
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):  # resizing by the short side would fill memory
+        raise ItemError(f"too narrow: {width} x {height} pixels, more than {MAX_ASPECT_RATIO} to 1")
     if width * height > MAX_PIXELS:
         raise ItemError(f"too many pixels: {width} x {height}, more than {MAX_PIXELS:,}")
 

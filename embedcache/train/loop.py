@@ -55,15 +55,14 @@ def fit(
     Raises:
         DataError: the loss is no number any more; step and temperature are named.
     """
-    with log_path.open("w") as log, seeded(settings.seed), _threads(pair, settings):
+    with log_path.open("w") as log, seeded(settings.seed, settings.device), _threads(pair, settings):
         best = _Best(pair, validation, log)
         optimizer, schedule = _optimizer(pair, settings.optimizer, batches.num_steps)
         for epoch in range(settings.optimizer.epochs):
             pair.train()
             for number, batch in enumerate(batches.epoch(epoch)):
                 step = epoch * batches.num_steps + number
-                with _autocast(settings):
-                    loss = _loss(pair, batch, image, text, settings.device)
+                loss = _loss(pair, batch, image, text, settings)
                 _write(
                     log,
                     {
@@ -82,9 +81,10 @@ def fit(
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw torch's random numbers from a seed, and put the caller's generator back afterwards."""
-    with torch.random.fork_rng():
+def seeded(seed: int, device: str) -> Iterator[None]:
+    """Draw torch's random numbers from a seed, and put the caller's generators back afterwards."""
+    where = torch.device(device)
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
@@ -101,9 +101,11 @@ def _threads(pair: AlignedPair, settings: TrainSettings) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _loss(pair: AlignedPair, batch: Batch, image: Reader, text: Reader, device: str) -> Tensor:
-    images = pair.image(_to_device(image, batch.image_rows, device))
-    texts = pair.text(_to_device(text, batch.text_rows, device))
+def _loss(pair: AlignedPair, batch: Batch, image: Reader, text: Reader, settings: TrainSettings) -> Tensor:
+    device = settings.device
+    with _autocast(settings):  # the towers only: similarities and the softmax need float32
+        images = pair.image(_to_device(image, batch.image_rows, device))
+        texts = pair.text(_to_device(text, batch.text_rows, device))
     positive_BB = torch.from_numpy(batch.positive_BB).to(device)
     return info_nce(
         normalize(images.float(), dim=-1),

@@ -41,7 +41,7 @@ def make_split(cache: Cache, pairs: Pairs, image: Feature, text: Feature, settin
     """
     keys = cache.samples["key"].to_pylist()
     if settings.kind == "column":
-        return _by_column(cache, keys, pairs.samples)
+        return _by_column(cache, keys, pairs.samples, settings)
     if settings.kind in _KINDS:
         groups = _near_duplicates(pairs, image, text, settings) if settings.kind == "strict" else pairs.samples
         split = _by_groups(keys, pairs.samples, groups, settings)
@@ -62,7 +62,7 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
     )
 
 
-def _by_column(cache: Cache, keys: list[str], samples: Ints) -> Split:
+def _by_column(cache: Cache, keys: list[str], samples: Ints, settings: SplitSettings) -> Split:
     if "split" not in cache.samples.column_names:
         raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
     values = [str(value).lower() for value in cache.samples["split"].to_pylist()]
@@ -73,14 +73,13 @@ def _by_column(cache: Cache, keys: list[str], samples: Ints) -> Split:
     for row in samples:
         parts[row] = known[row]
     if "val" not in parts:
-        parts = _carve_validation(keys, parts)
+        parts = _carve_validation(keys, parts, settings)
     return Split(keys=keys, parts=parts, groups=list(range(len(keys))))
 
 
-def _carve_validation(keys: list[str], parts: list[str]) -> list[str]:
-    share = SplitSettings().val_share
+def _carve_validation(keys: list[str], parts: list[str], settings: SplitSettings) -> list[str]:
     train = np.array([row for row, part in enumerate(parts) if part == "train"])
-    held = _fill([[int(row)] for row in train], keys, round(share * len(train)), seed=0)
+    held = _fill([[int(row)] for row in train], keys, round(settings.val_share * len(train)), settings.seed)
     return ["val" if row in held else part for row, part in enumerate(parts)]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.artifact import check_same, make_folder, read_json, run_record
+from embedcache.artifact import check_same, digest_file, make_folder, read_json, remove_partials, run_record
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
 from embedcache.cache.pairs import Pairs, pair_items
@@ -14,7 +14,7 @@ from embedcache.errors import DataError
 from embedcache.progress import Progress, Silent
 from embedcache.projectors.contract import PROJECTORS
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, Side, build, config_path, read_config, save_pair
+from embedcache.projectors.saved import PairConfig, Side, build, config_path, read_config, save_pair, split_path
 from embedcache.train.batches import Batches, reader
 from embedcache.train.loop import fit, seeded
 from embedcache.train.recalls import Validation
@@ -89,6 +89,7 @@ def train(
     if config_path(run_path).is_file():
         return _reuse(run_path, config)
     make_folder(run_path)
+    remove_partials(run_path)
     about = {
         "cache": str(cache_path),
         "image": image_feature.name,
@@ -128,16 +129,17 @@ def _side(feature: Feature) -> Side:
 
 
 def _reuse(run_path: Path, config: PairConfig) -> TrainReport:
-    found = asdict(read_config(run_path))
+    found = read_config(run_path)
+    asked = replace(config, weights=found.weights, split=_asked_split(config) or found.split)
     next_step = "give the path of a new folder, or ask for the same"
-    check_same(
-        f"run {run_path}",
-        found,
-        {**asdict(config), "weights": found["weights"]},
-        next_step=next_step,
-    )
+    check_same(f"run {run_path}", asdict(found), asdict(asked), next_step=next_step)
     outcome = read_json(run_path / "record.json")["outcome"]
     return TrainReport(**{**outcome, "reused": True})
+
+
+def _asked_split(config: PairConfig) -> str | None:
+    path = Path(config.training["split"]["kind"])
+    return digest_file(path) if path.is_file() else None
 
 
 def _train(
@@ -151,11 +153,11 @@ def _train(
 ) -> tuple[AlignedPair, TrainReport]:
     pairs = pair_items(cache, image, text, language=settings.language)
     split = make_split(cache, pairs, image, text, settings.split)
-    write_split(run_path / "split.parquet", split)
+    write_split(split_path(run_path), split)
     parts = {part: _part(pairs, split, part, settings) for part in ("train", "val")}
     memory_bytes = settings.memory_gb * 1e9 / 2
     read_image, read_text = (reader(feature, memory_bytes=memory_bytes) for feature in (image, text))
-    with seeded(settings.seed):
+    with seeded(settings.seed, settings.device):
         pair = build(config, dropout=settings.model.dropout).to(settings.device)
     start(pair, parts["train"], read_image, read_text, settings.model)
     batches = Batches(parts["train"], batch_size=settings.optimizer.batch_size, seed=settings.seed)
@@ -166,11 +168,17 @@ def _train(
     progress.finish()
     report = TrainReport(
         reused=False,
-        num_samples={part: split.parts.count(part) for part in PARTS},
+        num_samples=_count(split),
         num_parameters=sum(parameter.numel() for parameter in pair.parameters()),
         **outcome,
     )
     return pair, report
+
+
+def _count(split: Split) -> dict[str, int]:
+    counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
+    left_out = split.parts.count("")
+    return {**counts, "left out": left_out} if left_out else counts
 
 
 def _part(pairs: Pairs, split: Split, part: str, settings: TrainSettings) -> Pairs:

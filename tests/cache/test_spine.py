@@ -81,7 +81,7 @@ def test_a_duplicate_key_is_named_with_both_rows(tmp_path: Path) -> None:
     source.rows[4] = replace(source.rows[4], key="k1")
     with pytest.raises(SourceError, match="'k1' is the key of rows 1 and 4"):
         index(source, tmp_path / "c")
-    assert not list((tmp_path / "c").iterdir())
+    assert [path.name for path in (tmp_path / "c").iterdir()] == [".lock"]
 
 
 def test_an_empty_source_is_refused(tmp_path: Path) -> None:
@@ -94,6 +94,20 @@ def test_a_folder_with_other_things_is_refused_and_untouched(tmp_path: Path) -> 
     with pytest.raises(PathError, match=r"not a cache and not empty: it holds thesis\.tex"):
         index(rows(2), tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("sample", "words"),
+    [(Sample(key="bad", texts=(TextItem(text="\ud800"),)), "sample 'bad' holds text that is not Unicode")],
+)
+def test_text_that_no_table_could_hold_is_named(tmp_path: Path, sample: Sample, words: str) -> None:
+    with pytest.raises(SourceError, match=words):
+        index(Rows([*rows(2).rows, sample]), tmp_path / "c")
+
+
+def test_whole_numbers_beyond_64_bits_are_kept_as_text(tmp_path: Path) -> None:
+    index(Rows([Sample(key="a", columns={"uid": 2**70}), Sample(key="b", columns={"uid": 1})]), tmp_path / "c")
+    assert Cache(tmp_path / "c").samples["uid"].to_pylist() == [str(2**70), "1"]
 
 
 def test_what_a_killed_indexing_left_is_no_obstacle(tmp_path: Path) -> None:

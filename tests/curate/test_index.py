@@ -7,13 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedcache.arrays import normalize
 from embedcache.cache.cache import Cache
 from embedcache.curate import faiss_index
 from embedcache.curate.index import build_index, read_card
 from embedcache.curate.search import search
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair, project
+from embedcache.sources import open_source
 from tests.evaluate.test_retrieval import train_run
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,43 @@ def test_search_finds_what_projecting_everything_finds(cache_path: Path, run_pat
         for hit in hits:
             assert hit.key == f"{hit.row:05d}"
             assert hit.captions == [texts[hit.row]]
+
+
+def test_failed_items_are_not_in_an_index(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "s", 30)
+    (folder / "00004.png").write_bytes(b"")
+    extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT], settings=ExtractSettings(chunk_size=8))
+    card = build_index(tmp_path / "c", tmp_path / "index", modality="text")
+    assert card.num_vectors == 30
+    assert build_index(tmp_path / "c", tmp_path / "index").num_vectors == 29
+    vectors = Cache(tmp_path / "c").feature("image").load()
+    index = faiss_index.read_index(tmp_path / "index" / "index.faiss")
+    for row in (3, 5, 29):
+        _, found = faiss_index.search(index, normalize(vectors[row : row + 1]), 1)
+        assert found[0, 0] == row
+    _, found = faiss_index.search(index, normalize(vectors[:1]), 29)
+    assert 4 not in found
+
+
+def test_an_index_whose_cache_was_made_anew_is_refused(cache_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache_path, tmp_path / "cache")
+    build_index(tmp_path / "cache", tmp_path / "index", feature="open_toy/mean", modality="text")
+    shutil.rmtree(tmp_path / "cache")
+    source = open_source(write_pictures(tmp_path / "s", 30, seed=5))
+    extract(source, tmp_path / "cache", text=[TEXT])
+    with pytest.raises(FingerprintError, match="made from other samples"):
+        search(tmp_path / "index", ["red"])
+
+
+def test_a_query_is_encoded_by_the_very_encoder_of_the_index(tmp_path: Path) -> None:
+    source = open_source(write_pictures(tmp_path / "s", 30))
+    extract(source, tmp_path / "c", text=[TEXT])
+    build_index(tmp_path / "c", tmp_path / "index", modality="text")
+    card = json.loads((tmp_path / "index" / "card.json").read_text())
+    card["spec"] = f"{TEXT},scale=2"  # as if the weights behind the name had changed
+    (tmp_path / "index" / "card.json").write_text(json.dumps(card))
+    with pytest.raises(FingerprintError, match="feature open_toy/mean was made with other settings: weights"):
+        search(tmp_path / "index", ["red"])
 
 
 def test_texts_can_be_indexed_plain(cache_path: Path, tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from embedcache.cache.cache import Cache
-from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.errors import CorruptError, FingerprintError, SettingError
 from embedcache.evaluate.gallery import draw_examples
 from embedcache.evaluate.report import format_estimate, retrieval_json, retrieval_rows
-from embedcache.evaluate.retrieval import evaluate_retrieval, rank
+from embedcache.evaluate.retrieval import _recalls, evaluate_retrieval, rank
 from embedcache.extract.extract import extract
 from embedcache.metrics import Estimate
 from embedcache.projectors.saved import load_pair
@@ -115,14 +117,30 @@ def test_a_run_of_another_encoder_than_the_cache_holds_is_refused(tmp_path: Path
         evaluate_retrieval(tmp_path / "b", [run])
 
 
-def test_an_empty_part_is_refused(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
-    from embedcache.cache.split import read_split, write_split
-
-    run = tmp_path / "run"
-    run.mkdir()
-    for path in runs[0].iterdir():
-        (run / path.name).write_bytes(path.read_bytes())
-    split = read_split(run / "split.parquet", Cache(cache_path).samples["key"].to_pylist())
-    write_split(run / "split.parquet", type(split)(keys=split.keys, parts=["train"] * 300, groups=split.groups))
-    with pytest.raises(DataError, match="the split has no test samples"):
+def test_a_split_that_was_exchanged_is_refused(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    shutil.copy(runs[1] / "split.parquet", run)
+    with pytest.raises(CorruptError, match="split.parquet is missing or not the split that the run was trained on"):
         evaluate_retrieval(cache_path, [run])
+
+
+def test_runs_that_differ_in_more_than_their_seeds_are_not_averaged(
+    cache_path: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    settings = TrainSettings(
+        model=ModelSettings(shared_width=16, projector="linear", shrinkage=0.01),
+        optimizer=OptimizerSettings(epochs=0),
+        split=SplitSettings(kind="key", seed=5),
+        shuffle_pairs=True,
+        seed=5,
+    )
+    train(cache_path, tmp_path / "run", image="open_toy/cls", text="open_toy/mean", settings=settings)
+    with pytest.raises(FingerprintError, match="average only seeds of one recipe"):
+        evaluate_retrieval(cache_path, [*runs, tmp_path / "run"])
+
+
+def test_intervals_are_over_groups_of_near_duplicates(cache_path: Path, runs: list[Path]) -> None:
+    ranking = rank(Cache(cache_path), runs[0], *load_pair(runs[0]), part="test")
+    one_group = replace(ranking, groups=np.zeros_like(ranking.groups))
+    assert _recalls([ranking])["i2t"]["r@5"].high > _recalls([ranking])["i2t"]["r@5"].low
+    assert _recalls([one_group])["i2t"]["r@5"].high == _recalls([one_group])["i2t"]["r@5"].low

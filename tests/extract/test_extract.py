@@ -71,6 +71,19 @@ def test_an_item_that_changed_before_a_feature_is_added_is_refused(tmp_path: Pat
         run(folder, tmp_path / "c", features=("patches",))
 
 
+def test_an_encoder_that_lacks_nothing_is_left_alone(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "s", 6)
+    run(folder, tmp_path / "c")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c/image/open_toy").rglob("*.parquet")}
+    whole = (folder / "00002.png").read_bytes()
+    (folder / "00002.png").write_bytes(b"x" * len(whole))  # cannot be decoded any more
+    extract(open_source(folder), tmp_path / "c", image=[IMAGE, "tests.toy:open_other"], text=[TEXT])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    cache = Cache(tmp_path / "c")
+    assert cache.feature("image", "open_toy/cls").valid.all()
+    assert cache.feature("image", "open_other/cls").failures.keys() == {2}
+
+
 def test_equal_captions_get_equal_features(cache_path: Path) -> None:
     cache = Cache(cache_path)
     texts = cache.items("text")["text"].to_pylist()
@@ -121,8 +134,8 @@ def test_values_beyond_float16_ask_for_float32(pictures: Path, tmp_path: Path) -
     ):
         extract(open_source(pictures), tmp_path / "c", image=[image])
     settings = ExtractSettings(dtype="float32")
-    extract(open_source(pictures), tmp_path / "d", image=[image], settings=settings)
-    assert Cache(tmp_path / "d").feature("image").load().max() > 65_504
+    extract(open_source(pictures), tmp_path / "c", image=[image], settings=settings)
+    assert Cache(tmp_path / "c").feature("image").load().max() > 65_504
 
 
 def test_mistakes_are_named(pictures: Path, tmp_path: Path) -> None:

@@ -161,7 +161,12 @@ def test_a_huge_image_is_refused_from_its_header() -> None:
 
 def test_an_image_of_the_most_pixels_allowed_is_not_refused_for_its_size() -> None:
     with pytest.raises(ItemError, match=r"truncated|damaged"):
-        decode_image(png_header(MAX_PIXELS, 1))
+        decode_image(png_header(MAX_PIXELS // 9_000, 9_000))
+
+
+def test_a_sliver_is_refused_before_anything_resizes_it() -> None:
+    with pytest.raises(ItemError, match="too narrow: 1 x 3000 pixels, more than 100 to 1"):
+        decode_image(encode(Image.new("RGB", (1, 3000)), "PNG"))
 
 
 @pytest.mark.parametrize("action", ["error", "always"])

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,12 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.pairs import Pairs, pair_items
 from embedcache.cache.split import PARTS, Split, read_split, write_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.sources import open_source
 from embedcache.train.settings import SplitSettings
 from embedcache.train.split import make_split
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
 
 
 def opened(cache_path: Path) -> tuple[Cache, Pairs, Split]:
@@ -60,6 +65,39 @@ def test_shares_are_kept_by_key(cache_path: Path) -> None:
     features = cache.feature("image", "open_toy/cls"), cache.feature("text", "open_toy/mean")
     split = make_split(cache, pairs, *features, SplitSettings(kind="key", val_share=0.2, test_share=0.3))
     assert [split.parts.count(part) for part in PARTS] == [150, 60, 90]
+
+
+def test_the_column_decides_and_validation_is_carved_from_train_alone(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "s", 60)
+    for number, path in enumerate(sorted(folder.glob("*.txt"))):
+        part = "test" if number % 3 == 0 else "restval" if number % 10 == 1 else "train"
+        path.with_suffix(".json").write_text(json.dumps({"split": part}))
+    extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT])
+    cache = Cache(tmp_path / "c")
+    features = cache.feature("image"), cache.feature("text")
+    asked = np.array(cache.samples["split"].to_pylist())
+    for share in (0.1, 0.4):
+        settings = SplitSettings(kind="column", val_share=share)
+        parts = np.array(make_split(cache, pair_items(cache, *features), *features, settings).parts)
+        assert ((parts == "test") == (asked == "test")).all()
+        assert ((parts == "") == (asked == "restval")).all()
+        assert (parts == "val").sum() == round(share * (asked == "train").sum())
+
+
+def test_strict_joins_samples_through_any_of_their_captions(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "s", 40)
+    (folder / "00003.txt").write_text("something of its own\nthe very same words\n")
+    (folder / "00020.txt").write_text("the very same words\nsomething else again\n")
+    (folder / "00007.txt").unlink()  # a sample without captions: rows and positions differ
+    extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT])
+    cache = Cache(tmp_path / "c")
+    features = cache.feature("image"), cache.feature("text")
+    settings = SplitSettings(image_cosine=0.9999, text_cosine=0.999, val_share=0.2)
+    split = make_split(cache, pair_items(cache, *features), *features, settings)
+    assert split.groups[3] == split.groups[20]
+    assert split.parts[3] == split.parts[20]
+    assert split.groups[7] == -1
+    assert split.parts[7] == ""
 
 
 def test_a_split_is_written_and_read(tmp_path: Path) -> None:

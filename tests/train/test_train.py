@@ -6,10 +6,18 @@ import pytest
 import torch
 
 from embedcache.cache.cache import Cache
+from embedcache.cache.pairs import Pairs
+from embedcache.cache.split import read_split
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import load_pair, project, read_config
+from embedcache.train import train as train_module
+from embedcache.train.batches import Batches
+from embedcache.train.loop import _optimizer
+from embedcache.train.recalls import Validation
 from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.start import start
 from embedcache.train.train import TrainReport, train
 
 IMAGE, TEXT = "open_toy/cls", "open_toy/mean"
@@ -136,6 +144,91 @@ def test_mistakes_are_named(cache_path: Path, tmp_path: Path) -> None:
         run(cache_path, tmp_path / "run", language="xx")
     with pytest.raises(SettingError, match="batch size is 1"):
         OptimizerSettings(batch_size=1)
+
+
+def test_the_split_of_another_run_is_taken_over(cache_path: Path, tmp_path: Path) -> None:
+    run(cache_path, tmp_path / "a", split=SplitSettings(kind="key", seed=3))
+    taken = SplitSettings(kind=str(tmp_path / "a" / "split.parquet"))
+    run(cache_path, tmp_path / "b", split=taken)
+    assert (tmp_path / "a/split.parquet").read_bytes() == (tmp_path / "b/split.parquet").read_bytes()
+    assert run(cache_path, tmp_path / "b", split=taken).reused
+    run(cache_path, tmp_path / "c", split=SplitSettings(kind="key", seed=4))
+    (tmp_path / "a/split.parquet").write_bytes((tmp_path / "c/split.parquet").read_bytes())
+    with pytest.raises(FingerprintError, match="split: '.*' there, '.*' asked"):
+        run(cache_path, tmp_path / "b", split=taken)
+
+
+def test_training_sees_its_own_part_only(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[int]] = {"start": set(), "validation": set(), "batches": set()}
+    monkeypatch.setattr(
+        train_module,
+        "start",
+        lambda pair, pairs, *rest: (seen["start"].update(pairs.samples), start(pair, pairs, *rest)),
+    )
+
+    class Watched(Validation):
+        def __init__(self, pairs: Pairs, *rest: object, **more: object) -> None:
+            seen["validation"].update(pairs.samples)
+            super().__init__(pairs, *rest, **more)  # type: ignore[arg-type]
+
+    class WatchedBatches(Batches):
+        def __init__(self, pairs: Pairs, **more: int) -> None:
+            seen["batches"].update(pairs.samples)
+            super().__init__(pairs, **more)
+
+    monkeypatch.setattr(train_module, "Validation", Watched)
+    monkeypatch.setattr(train_module, "Batches", WatchedBatches)
+    run(cache_path, tmp_path / "run")
+    split = read_split(tmp_path / "run/split.parquet", Cache(cache_path).samples["key"].to_pylist())
+    assert seen["start"] == seen["batches"] == set(split.rows("train"))
+    assert seen["validation"] == set(split.rows("val"))
+
+
+def test_the_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path) -> None:
+    optimizer = OptimizerSettings(epochs=6, batch_size=64, learning_rate=0.05)  # far too high: recall falls at once
+    report = run(cache_path, tmp_path / "run", optimizer=optimizer)
+    lines = [json.loads(line) for line in (tmp_path / "run/losses.jsonl").read_text().splitlines()]
+    scores = {line["epoch"]: line["validation"] for line in lines if "validation" in line}
+    best = max(scores, key=lambda epoch: sum(scores[epoch].values()))
+    assert report.best_epoch == best != 6
+    found = evaluate_retrieval(cache_path, [tmp_path / "run"], part="val").recalls
+    assert {f"{way} {name}": found[way][name].value for way in found for name in found[way]} == pytest.approx(
+        scores[best]
+    )
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero_and_vectors_do_not_decay() -> None:
+    pair = AlignedPair("mlp", image_width=8, text_width=6, shared_width=4)
+    optimizer, schedule = _optimizer(pair, OptimizerSettings(epochs=10, warmup_share=0.2, weight_decay=0.3), 10)
+    rates = []
+    for _ in range(100):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] < rates[10] < rates[19] == max(rates) == 1e-3
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[-1] < 1e-5
+    decayed = {id(parameter) for parameter in optimizer.param_groups[0]["params"]}
+    for name, parameter in pair.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim > 1), name
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+
+
+def test_the_temperature_stays_in_its_range() -> None:
+    pair = AlignedPair("linear", image_width=2, text_width=2, shared_width=2)
+    assert pair.temperature.item() == pytest.approx(0.07)
+    for log_scale, expected in ((50.0, 0.001), (-50.0, 0.5)):
+        torch.nn.init.constant_(pair.log_scale, log_scale)
+        assert pair.temperature.item() == pytest.approx(expected)
+
+
+def test_weights_that_are_no_numbers_are_refused(cache_path: Path, tmp_path: Path) -> None:
+    run(cache_path, tmp_path / "run")
+    pair, _ = load_pair(tmp_path / "run")
+    assert not pair.training
+    torch.nn.init.constant_(pair.image.projector.linear.weight, float("nan"))
+    with pytest.raises(DataError, match="the projected feature holds NaN or infinity in 3 of 3 rows"):
+        project(pair.image, np.ones((3, 48)))
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_temperature(cache_path: Path, tmp_path: Path) -> None:
