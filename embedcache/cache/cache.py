@@ -27,6 +27,7 @@ class Cache:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.info: CacheInfo = read_info(self.path)
+        self._footers: dict[str, pq.FileMetaData] = {}  # parsing one takes longer than reading a chunk's rows
 
     @cached_property
     def samples(self) -> pa.Table:
@@ -43,7 +44,9 @@ class Cache:
         path = items_path(self.path, modality)
         if chunk is None:
             return pq.read_table(path)
-        with pq.ParquetFile(path) as file:
+        if modality not in self._footers:
+            self._footers[modality] = pq.read_metadata(path)
+        with pq.ParquetFile(path, metadata=self._footers[modality]) as file:
             return file.read_row_group(chunk)
 
     def encoders(self, modality: str) -> list[EncoderGroup]:

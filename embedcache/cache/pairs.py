@@ -15,7 +15,7 @@ from embedcache.registry import unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class Items:
     """The usable items of one modality, in row order. All arrays are (M,) int64.
 
     Args:
@@ -28,21 +28,21 @@ class Side:
     samples: Ints
     contents: Ints
 
-    def of(self, samples: Ints) -> "Side":
+    def of(self, samples: Ints) -> "Items":
         """Keep the items of some samples."""
         return self.where(np.isin(self.samples, samples))
 
-    def where(self, mask: Bools) -> "Side":
+    def where(self, mask: Bools) -> "Items":
         """Keep the items where the (M,) mask is true."""
-        return Side(rows=self.rows[mask], samples=self.samples[mask], contents=self.contents[mask])
+        return Items(rows=self.rows[mask], samples=self.samples[mask], contents=self.contents[mask])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
     """Images and texts of samples that have at least one of each."""
 
-    image: Side
-    text: Side
+    image: Items
+    text: Items
 
     @property
     def samples(self) -> Ints:
@@ -93,13 +93,13 @@ def pair_items(cache: Cache, image: Feature, text: Feature, *, language: str | N
     """
     image.require_complete()
     text.require_complete()
-    image_side, text_side = _side(cache, image), _side(cache, text)
+    images, texts = _items(cache, image), _items(cache, text)
     if language is not None:
-        text_side = text_side.where(_is_language(cache, language)[text_side.rows])
-    both = np.intersect1d(image_side.samples, text_side.samples)
+        texts = texts.where(_is_language(cache, language)[texts.rows])
+    both = np.intersect1d(images.samples, texts.samples)
     if not len(both):
         raise DataError(f"no sample of {cache.path} has both an image with {image.name} and a caption with {text.name}")
-    return Pairs(image=image_side.of(both), text=text_side.of(both))
+    return Pairs(image=images.of(both), text=texts.of(both))
 
 
 def _members(samples: Ints, size: int) -> csr_array:
@@ -115,12 +115,12 @@ def _where(matrix: csr_array) -> tuple[Ints, Ints]:
     return rows[order].astype(np.int64), columns[order].astype(np.int64)
 
 
-def _side(cache: Cache, feature: Feature) -> Side:
+def _items(cache: Cache, feature: Feature) -> Items:
     samples = cache.items(feature.modality)["sample"].to_numpy()
     if len(samples) != feature.num_items:
         raise DataError(f"feature {feature.name} has {feature.num_items} rows, its items table has {len(samples)}")
     rows = np.flatnonzero(feature.valid)
-    return Side(rows=rows, samples=samples[rows], contents=number_equal(feature.hashes)[rows])
+    return Items(rows=rows, samples=samples[rows], contents=number_equal(feature.hashes)[rows])
 
 
 def number_equal(values: Sequence[Any]) -> Ints:

@@ -8,7 +8,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Bools, Ints
 from embedcache.cache.feature import Feature
-from embedcache.cache.pairs import Pairs, Side
+from embedcache.cache.pairs import Items, Pairs
 
 Reader: TypeAlias = Callable[[Ints], Array]
 """Gathers rows of one feature: (B,) int64 -> (B, D)."""
@@ -68,7 +68,7 @@ class Batches:
         )
 
 
-def _draw(side: Side, samples: Ints, rng: np.random.Generator) -> Ints:
+def _draw(side: Items, samples: Ints, rng: np.random.Generator) -> Ints:
     order = np.argsort(side.samples, kind="stable")
     ordered = side.samples[order]
     first = np.searchsorted(ordered, samples)

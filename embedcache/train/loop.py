@@ -28,6 +28,7 @@ _SMALL_STEP_FLOPS = 2e10
 def fit(
     pair: AlignedPair,
     batches: Batches,
+    *,
     image: Reader,
     text: Reader,
     validation: Validation,

@@ -10,7 +10,7 @@ from scipy.sparse.csgraph import connected_components
 from embedcache.arrays import Array, Ints, blocks, normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
-from embedcache.cache.pairs import Pairs, Side
+from embedcache.cache.pairs import Pairs
 from embedcache.cache.split import Split, read_split
 from embedcache.errors import SettingError, SourceError
 from embedcache.registry import unknown_name
@@ -124,16 +124,9 @@ def _near_duplicates(pairs: Pairs, image: Feature, text: Feature, settings: Spli
         (pairs.image, image, settings.image_cosine),
         (pairs.text, text, settings.text_cosine),
     ):
-        vectors = normalize(pool_items(feature, side))
+        vectors = normalize(feature.gather(side.rows))
         labels = _join(vectors, np.searchsorted(samples, side.samples), labels, threshold)
     return labels
-
-
-def pool_items(feature: Feature, side: Side) -> Array:
-    """Gather one vector an item; tokens are averaged: (M, D) float."""
-    if len(feature.item_shape) == 1:
-        return feature.gather(side.rows)
-    return np.stack([tokens.astype(np.float32).mean(axis=0) for tokens in feature.gather_tokens(side.rows)])
 
 
 def _join(vectors_ND: Array, nodes: Ints, labels: Ints, threshold: float) -> Ints:

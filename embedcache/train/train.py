@@ -163,8 +163,16 @@ def _train(
     batches = Batches(parts["train"], batch_size=settings.optimizer.batch_size, seed=settings.seed)
     validation = Validation(parts["val"], read_image, read_text, device=settings.device)
     progress.start("training", settings.optimizer.epochs * len(parts["train"].samples), "pairs")
-    log_path = run_path / "losses.jsonl"
-    outcome = fit(pair, batches, read_image, read_text, validation, settings, log_path, progress)
+    outcome = fit(
+        pair,
+        batches,
+        image=read_image,
+        text=read_text,
+        validation=validation,
+        settings=settings,
+        log_path=run_path / "losses.jsonl",
+        progress=progress,
+    )
     progress.finish()
     report = TrainReport(
         reused=False,

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.cache.pairs import Pairs, Side
+from embedcache.cache.pairs import Items, Pairs
 
 
 @st.composite
@@ -11,10 +11,10 @@ def pairs(draw: st.DrawFn) -> Pairs:
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
     count = draw(st.integers(1, 6))
 
-    def side() -> Side:
+    def side() -> Items:
         samples = np.sort(np.concatenate([np.arange(count), rng.integers(count, size=draw(st.integers(0, 5)))]))
         contents = rng.integers(5, size=len(samples))
-        return Side(rows=np.arange(len(samples)), samples=samples, contents=contents)
+        return Items(rows=np.arange(len(samples)), samples=samples, contents=contents)
 
     return Pairs(image=side(), text=side())
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.cache.cache import Cache
-from embedcache.cache.pairs import Pairs, Side
+from embedcache.cache.pairs import Items, Pairs
 from embedcache.train.batches import Batches, reader
 
 
@@ -13,8 +13,8 @@ def make_pairs(samples: int, *, seed: int) -> Pairs:
     rng = np.random.default_rng(seed)
     text_samples = np.sort(np.concatenate([np.arange(samples), rng.integers(samples, size=samples)]))
     return Pairs(
-        image=Side(rows=np.arange(samples) + 100, samples=np.arange(samples), contents=np.arange(samples)),
-        text=Side(
+        image=Items(rows=np.arange(samples) + 100, samples=np.arange(samples), contents=np.arange(samples)),
+        text=Items(
             rows=np.arange(len(text_samples)) + 500,
             samples=text_samples,
             contents=rng.integers(samples, size=len(text_samples)),
