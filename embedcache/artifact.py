@@ -11,7 +11,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -54,13 +54,18 @@ def disk_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
+    except Exception as error:
+        if not _is_full(error):
             raise
         raise DiskFullError(
             f"no space left on the disk of {path}; what is committed is kept: "
             "free some space and run the same command again"
         ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Say whether a disk is full, by number or, for libraries that write on their own, by text."""
+    return getattr(error, "errno", None) in _NO_SPACE or "No space left on device" in str(error)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -171,6 +176,10 @@ def read_manifest(path: Path, *, kind: str, latest_format: int, make: str) -> di
         raise PathError(f"{path.parent} {state}; make one with: {make}")
     values = read_json(path)
     found = values.get("format") if isinstance(values, dict) else None
+    if found is None:
+        raise ArtifactError(
+            f"{path} was not written by embedcache; give the path of a {kind}, or make one with: {make}"
+        )
     if not isinstance(found, int) or not 1 <= found <= latest_format:
         raise ArtifactError(
             f"{path.parent} has {kind} format {found}; this version reads 1 to {latest_format}: upgrade embedcache"
@@ -188,6 +197,28 @@ def fields_of(path: Path, make: Callable[[], T]) -> T:
         return make()
     except (KeyError, TypeError) as error:
         raise CorruptError(f"{path} does not hold the fields of its format: {error}") from error
+
+
+def claim_folder(path: Path, *, kind: str, sign: str, ours: Collection[str]) -> None:
+    """Create a folder for a stage's output, or take one that an earlier try of the same stage left.
+
+    Args:
+        path: the folder.
+        kind: what it becomes, with its article: `a run`, `an index`.
+        sign: the file that every earlier try has left.
+        ours: names that the stage writes.
+
+    Raises:
+        PathError: a file is in the way, or the folder holds other things; nothing is touched.
+    """
+    make_folder(path)
+    remove_partials(path)
+    names = {entry.name for entry in path.iterdir()}
+    foreign = sorted(names - set(ours) if sign in names else names)
+    if foreign:
+        raise PathError(
+            f"{path} is not {kind} and not empty: it holds {', '.join(foreign[:3])}; give the path of a new folder"
+        )
 
 
 def make_folder(path: Path) -> None:
@@ -211,10 +242,23 @@ def check_same(what: str, found: Mapping[str, Any], asked: Mapping[str, Any], *,
     Raises:
         FingerprintError: names each field that differs with both values.
     """
-    differing = [name for name in {**found, **asked} if found.get(name) != asked.get(name)]
+    flat_found, flat_asked = _flatten(found), _flatten(asked)
+    differing = [name for name in {**flat_found, **flat_asked} if flat_found.get(name) != flat_asked.get(name)]
     if differing:
-        fields = "; ".join(f"{name}: {found.get(name)!r} there, {asked.get(name)!r} asked" for name in differing)
+        fields = "; ".join(
+            f"{name}: {flat_found.get(name)!r} there, {flat_asked.get(name)!r} asked" for name in differing
+        )
         raise FingerprintError(f"{what} was made with other settings: {fields}; {next_step}")
+
+
+def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 @contextmanager

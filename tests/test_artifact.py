@@ -51,6 +51,13 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_a_full_disk_is_known_by_the_text_of_libraries_too(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError), disk_errors(tmp_path):
+        raise RuntimeError("Error in faiss: write error: No space left on device")
+    with pytest.raises(RuntimeError, match="another"), disk_errors(tmp_path):
+        raise RuntimeError("another")
+
+
 def test_equal_values_have_equal_digests() -> None:
     assert digest({"a": 1, "b": [1.5, "é"]}) == digest({"b": [1.5, "é"], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
@@ -58,6 +65,8 @@ def test_equal_values_have_equal_digests() -> None:
 
 def test_a_difference_is_named_with_both_values() -> None:
     check_same("cache c", {"a": 1}, {"a": 1}, next_step="")
+    with pytest.raises(FingerprintError, match=r"x\.y: 1 there, 2 asked"):
+        check_same("cache c", {"x": {"y": 1, "z": 3}}, {"x": {"y": 2, "z": 3}}, next_step="")
     with pytest.raises(FingerprintError, match=r"cache c .*a: 1 there, 2 asked; b: None there, 3 asked; do this"):
         check_same("cache c", {"a": 1}, {"a": 2, "b": 3}, next_step="do this")
 

@@ -1,5 +1,7 @@
 """Opening a cache: its tables, and its features by the names people give them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -9,8 +11,23 @@ import pyarrow.parquet as pq
 from embedcache.cache.feature import Feature
 from embedcache.cache.group import EncoderGroup, open_group
 from embedcache.cache.layout import CacheInfo, items_path, read_info, samples_path
-from embedcache.errors import UnknownNameError
+from embedcache.errors import CorruptError, UnknownNameError
 from embedcache.registry import unknown_name
+
+
+@contextmanager
+def table_errors(path: Path) -> Iterator[None]:
+    """Turn a table that cannot be read into our error.
+
+    Raises:
+        CorruptError: names the file.
+    """
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorruptError(
+            f"{path} cannot be read: {error}; get the file again, or extract into a new folder"
+        ) from error
 
 
 class Cache:
@@ -32,7 +49,8 @@ class Cache:
     @cached_property
     def samples(self) -> pa.Table:
         """One row a sample, in row order: `key`, and the source's columns."""
-        return pq.read_table(samples_path(self.path))
+        with table_errors(samples_path(self.path)):
+            return pq.read_table(samples_path(self.path))
 
     def items(self, modality: str, *, chunk: int | None = None) -> pa.Table:
         """Get one row an item, in row order.
@@ -42,12 +60,13 @@ class Cache:
             chunk: only the rows of one chunk; None is all of them.
         """
         path = items_path(self.path, modality)
-        if chunk is None:
-            return pq.read_table(path)
-        if modality not in self._footers:
-            self._footers[modality] = pq.read_metadata(path)
-        with pq.ParquetFile(path, metadata=self._footers[modality]) as file:
-            return file.read_row_group(chunk)
+        with table_errors(path):
+            if chunk is None:
+                return pq.read_table(path)
+            if modality not in self._footers:
+                self._footers[modality] = pq.read_metadata(path)
+            with pq.ParquetFile(path, metadata=self._footers[modality]) as file:
+                return file.read_row_group(chunk)
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
         """Get the encoders that have features of a modality, by name."""
@@ -74,6 +93,10 @@ class Cache:
         if len(matches) == 1:
             return matches[0]
         names = [feature.name for feature in features]
+        if not features:
+            raise UnknownNameError(
+                f"{self.path} has no {modality} features; add some: embedcache extract --{modality} ENCODER"
+            )
         if not matches:
             raise unknown_name(kind, name or "", names)
         raise UnknownNameError(

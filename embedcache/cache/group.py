@@ -11,7 +11,7 @@ from embedcache.arrays import Array
 from embedcache.artifact import check_same, digest, locked
 from embedcache.cache.commit import Commit, read_commit, write_commit
 from embedcache.cache.layout import FORMAT_VERSION, CacheInfo, encoder_path
-from embedcache.cache.store import read_metadata, write_array, write_chunk, write_group
+from embedcache.cache.store import CRC_BYTES, chunk_path, read_metadata, write_array, write_chunk, write_group
 from embedcache.errors import CorruptError, DataError, FingerprintError
 
 _TOKEN_CHUNK_BYTES = 16 * 2**20
@@ -65,6 +65,20 @@ class EncoderGroup:
                 f"chunk {chunk} in {self.path} has {len(commit.hashes)} rows; it should have {rows.stop - rows.start}"
             )
         return commit
+
+    def has(self, commit: Commit | None, feature: str) -> bool:
+        """Say whether a committed chunk has a feature, with files that are there and as long as they should be."""
+        if commit is None or feature not in commit.features:
+            return False
+        return all(_is_whole(self.path / file) for file in commit.features[feature])
+
+
+def _is_whole(file: Path) -> bool:
+    grid = read_metadata(file.parent)
+    shape = grid["chunk_grid"]["configuration"]["chunk_shape"]
+    path = chunk_path(file.parent, int(file.name), len(shape))
+    num_bytes = int(np.prod(shape)) * np.dtype(grid["data_type"]).itemsize + CRC_BYTES
+    return path.is_file() and path.stat().st_size == num_bytes
 
 
 def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> EncoderGroup:
@@ -245,7 +259,7 @@ def commit_chunk(
         before = group.commit(chunk)
         if before is not None:
             _refuse_changed(group, chunk, before.hashes, hashes)
-            features = {name: items for name, items in features.items() if name not in before.features}
+            features = {name: items for name, items in features.items() if not group.has(before, name)}
             hashes = [now if now is not None else earlier for now, earlier in zip(hashes, before.hashes, strict=True)]
         if not features:
             return

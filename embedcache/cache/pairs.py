@@ -10,7 +10,7 @@ from scipy.sparse import csr_array
 from embedcache.arrays import Bools, Ints
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
-from embedcache.errors import DataError
+from embedcache.errors import DataError, UnknownNameError
 from embedcache.registry import unknown_name
 
 
@@ -134,5 +134,7 @@ def _is_language(cache: Cache, language: str) -> Bools:
     mask: Bools = languages == language
     if not mask.any():
         known = {str(name) for name in set(languages) if name is not None}
+        if not known:
+            raise UnknownNameError(f"the captions of {cache.path} name no language; leave --language out")
         raise unknown_name(f"caption language in {cache.path}", language, known)
     return mask

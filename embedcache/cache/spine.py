@@ -48,7 +48,7 @@ def index(
 
     Args:
         source: where the samples come from.
-        cache_path: a folder that is new, empty, or a cache of this source.
+        cache_path: a folder that is new, empty, or a cache of this source; a cache without features is made anew.
         chunk_size: items in a chunk; None is the cache's own, or 2,048 for a new one.
         progress: told the number of samples.
 
@@ -67,7 +67,15 @@ def index(
         with locked(cache_path), disk_errors(cache_path):
             if not info_path(cache_path).is_file():  # another process may have made it meanwhile
                 return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, progress)
-    return _check(source, cache_path, chunk_size, progress)
+    try:
+        return _check(source, cache_path, chunk_size, progress)
+    except FingerprintError:
+        if any(cache_path.glob("*/*/chunks/*.parquet")):
+            raise
+    with locked(cache_path), disk_errors(cache_path):  # nothing was extracted: a first try with a mistake in it
+        for group in cache_path.glob("*/*/zarr.json"):
+            shutil.rmtree(group.parent)
+        return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, progress)
 
 
 def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progress) -> CacheInfo:
@@ -245,8 +253,8 @@ def _refuse_duplicates(keys: pa.ChunkedArray) -> None:
         key = repeated[0]["values"].as_py()
         rows = pc.indices_nonzero(pc.equal(keys, key)).to_pylist()
         raise SourceError(
-            f"{len(repeated)} keys stand for more than one sample; {key!r} is the key of rows {rows[0]} and {rows[1]}; "
-            "make keys unique (rename a file, or name another key column)"
+            f"keys must be unique; {key!r} is the key of rows {rows[0]} and {rows[1]}, and {len(repeated)} keys in all "
+            "stand more than once; rename a file (a.jpg and a.png have one key), or name another --key-column"
         )
 
 

@@ -24,6 +24,7 @@ from embedcache.artifact import read_json, write_atomic
 from embedcache.errors import CorruptError, UnfinishedError
 
 CRC_BYTES = 4
+_REPAIR = "remove that file and run the same embedcache extract again"
 _MOST_OPEN_FILES = 32_768
 
 
@@ -99,11 +100,11 @@ def map_chunk(array_path: Path, number: int, chunk_shape: tuple[int, ...], dtype
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
-        raise UnfinishedError(f"{path} is committed but missing; extract into a new folder") from error
+        raise UnfinishedError(f"{path} is committed but missing; run the same embedcache extract again") from error
     except ValueError as error:  # an empty file cannot be mapped
-        raise CorruptError(f"{path} is empty; it should hold {num_bytes + CRC_BYTES} bytes") from error
+        raise CorruptError(f"{path} is empty; it should hold {num_bytes + CRC_BYTES} bytes; {_REPAIR}") from error
     if len(mapped) != num_bytes + CRC_BYTES:
-        raise CorruptError(f"{path} holds {len(mapped)} bytes; it should hold {num_bytes + CRC_BYTES}")
+        raise CorruptError(f"{path} holds {len(mapped)} bytes; it should hold {num_bytes + CRC_BYTES}; {_REPAIR}")
     return np.frombuffer(mapped, dtype, num_bytes // np.dtype(dtype).itemsize).reshape(chunk_shape)
 
 
@@ -129,4 +130,6 @@ def check_chunk(array_path: Path, number: int, chunk: Array, committed_crc: str)
     found = f"{google_crc32c.value(chunk.tobytes()):08x}"
     if found != committed_crc:
         path = chunk_path(array_path, number, chunk.ndim)
-        raise CorruptError(f"{path} has checksum {found}, its commit says {committed_crc}; the bytes changed on disk")
+        raise CorruptError(
+            f"{path} has checksum {found}, its commit says {committed_crc}: the bytes changed on disk; {_REPAIR}"
+        )

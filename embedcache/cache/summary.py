@@ -31,12 +31,24 @@ def describe_feature(feature: Feature) -> list[str]:
     ]
 
 
-def failure_reasons(feature: Feature) -> dict[str, list[int]]:
-    """Give the reasons of failed items, each with its rows, the most frequent first."""
+def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list[str]:
+    """Say why items failed: a line a kind of reason, the most frequent first, and below it some of the items."""
     rows: dict[str, list[int]] = {}
     for row, reason in feature.failures.items():
-        rows.setdefault(reason, []).append(row)
-    return dict(sorted(rows.items(), key=lambda item: -len(item[1])))
+        rows.setdefault(reason.partition(":")[0], []).append(row)
+    lines = []
+    for kind, members in sorted(rows.items(), key=lambda item: -len(item[1])):
+        lines.append(f"  {len(members):,} failed: {kind}")
+        lines += [f"    {_name(cache, feature, row)}: {feature.failures[row]}" for row in members[:num_shown]]
+        if len(members) > num_shown:
+            lines.append(f"    … and {len(members) - num_shown:,} more")
+    return lines
+
+
+def _name(cache: Cache, feature: Feature, row: int) -> str:
+    item = cache.items(feature.modality).slice(row, 1).to_pylist()[0]
+    key = cache.samples["key"][item["sample"]].as_py()
+    return f"row {row}, key {key}" + (f", {item['path']}" if "path" in item else "")
 
 
 def _num_bytes(folder: Path) -> int:

@@ -45,7 +45,7 @@ def index(
 def search(
     index: Annotated[Path, typer.Argument(help="The index.")],
     query: Annotated[list[str], typer.Argument(help="One or more texts.")],
-    k: Annotated[int, typer.Option("-k", help="Hits a query.")] = 10,
+    k: Annotated[int | None, typer.Option("-k", help="Hits a query. [default: 10]")] = None,
     run: Annotated[Path | None, typer.Option(help="Where the index's run is, if it has moved.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where the index's cache is, if it has moved.")] = None,
     device: Annotated[str, typer.Option(help="Where the text encoder runs.")] = "cpu",

@@ -32,7 +32,7 @@ def retrieval(
 
     reports = {"run": evaluate_retrieval(cache, run, part=part, language=language)}
     if control:
-        reports["shuffled pairs"] = evaluate_retrieval(cache, control, part=part, language=language)
+        reports["shuffled pairs"] = evaluate_retrieval(cache, control, part=part, language=language, is_control=True)
     say(reports["run"].line())
     columns, rows = retrieval_rows(reports)
     show_table(columns, rows)

@@ -9,7 +9,7 @@ import typer
 def inspect(cache: Annotated[Path, typer.Argument(help="The cache.")]) -> None:
     """Show what a cache holds, how complete it is, and why items failed."""
     from embedcache.cache.cache import Cache
-    from embedcache.cache.summary import describe_feature, describe_spine, failure_reasons
+    from embedcache.cache.summary import describe_feature, describe_spine, failure_lines
     from embedcache.cli.console import say, show_table
 
     opened = Cache(cache)
@@ -24,5 +24,5 @@ def inspect(cache: Annotated[Path, typer.Argument(help="The cache.")]) -> None:
     )
     for feature in features:
         say(f"{feature.name}: {feature.group.spec}")
-        for reason, rows in failure_reasons(feature).items():
-            say(f"  {len(rows)} failed: {reason} (rows {', '.join(map(str, rows[:5]))}{' …' if len(rows) > 5 else ''})")
+        for line in failure_lines(opened, feature):
+            say(line)

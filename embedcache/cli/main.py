@@ -39,6 +39,8 @@ def main() -> None:
         app()
     except EmbedcacheError as error:
         _fail(str(error))
+    except MemoryError as error:
+        _fail(f"not enough memory: {error}; ask for less, or give this process more")
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             raise

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, normalize
-from embedcache.artifact import fields_of, make_folder, read_manifest, remove_partials, run_record, write_json
+from embedcache.artifact import check_same, claim_folder, disk_errors, fields_of, read_manifest, run_record, write_json
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
 from embedcache.curate import faiss_index
@@ -22,6 +22,7 @@ FORMAT_VERSION = 1
 _NUM_QUERIES = 200
 _K = 10
 _NUM_TRAINING = 100_000
+_FILES = ("index.faiss", "record.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def build_index(
 
     Args:
         cache_path: the cache.
-        index_path: a folder for `index.faiss` and `card.json`; what was there is replaced.
+        index_path: a folder for `index.faiss` and `card.json`; an index of the same is used again.
         run_path: project the feature with this run; None indexes the plain feature.
         feature: `encoder/feature`; None is the run's, or the only one of the modality.
         modality: `image` or `text`.
@@ -87,23 +88,25 @@ def build_index(
         progress: told about items.
 
     Raises:
-        FingerprintError: the run was trained on another encoder's features.
+        FingerprintError: the run was trained on another encoder's features, or the folder holds another index.
+        PathError: the folder holds other things.
         UnfinishedError: the feature has missing chunks.
         DataError: the feature has several vectors an item, or no valid item.
     """
     cache, index_path, progress = Cache(cache_path), Path(index_path), progress or Silent()
     run = _Run.open(run_path) if run_path is not None else None
     indexed = _open_feature(cache, modality, feature, run)
-    make_folder(index_path)
-    remove_partials(index_path)
-    (index_path / "card.json").unlink(missing_ok=True)  # it must not vouch for the index that comes
+    factory = factory or faiss_index.choose_factory(int(indexed.valid.sum()))
+    if (index_path / "card.json").is_file():
+        return _reuse(index_path, _about(cache, index_path, indexed, run, factory))
+    claim_folder(index_path, kind="an index", sign="index.faiss", ours=_FILES)
     about = {
         "cache": str(cache_path),
         "feature": indexed.name,
         "run": str(run_path),
         "factory": factory,
     }
-    with run_record(index_path / "record.json", "index", about) as outcome:
+    with run_record(index_path / "record.json", "index", about) as outcome, disk_errors(index_path):
         card = _build(cache, index_path, indexed, run, factory, progress)
         outcome.update({"recall_at_10": card.recall_at_10, "num_vectors": card.num_vectors})
     write_json(index_path / "card.json", asdict(card))
@@ -155,11 +158,10 @@ def _build(
     index_path: Path,
     feature: Feature,
     run: _Run | None,
-    factory: str | None,
+    factory: str,
     progress: Progress,
 ) -> IndexCard:
     num_vectors = int(feature.valid.sum())
-    factory = factory or faiss_index.choose_factory(num_vectors)
     training = _sample(feature, run, _NUM_TRAINING)
     progress.start("indexing", num_vectors, f"{feature.modality}s")
     index = faiss_index.build(factory, training.shape[1], training, _told(_vectors(feature, run), progress))
@@ -167,23 +169,37 @@ def _build(
     faiss_index.write_index(index_path / "index.faiss", index)
     queries, k = _queries(cache, feature, run), min(_K, num_vectors)
     exact = faiss_index.exact_search(queries, _vectors(feature, run), k)
-    _, found = faiss_index.search(index, queries, k)
+    scores, _ = faiss_index.search(index, queries, k)
     return IndexCard(
-        cache=_relative(cache.path, index_path),
-        spine=cache.info.spine,
-        modality=feature.modality,
-        feature=feature.name,
-        spec=feature.group.spec,
-        fingerprint=feature.fingerprint,
-        run=None if run is None else _relative(run.path, index_path),
-        run_weights=None if run is None else run.config.weights,
-        factory=factory,
+        **_about(cache, index_path, feature, run, factory),
         num_vectors=num_vectors,
         width=training.shape[1],
-        recall_at_10=faiss_index.recall_against(exact, found),
+        recall_at_10=faiss_index.recall_against(exact, scores),
         num_queries=len(queries),
         latency_ms=round(faiss_index.latency_ms(index, queries, k), 4),
     )
+
+
+def _about(cache: Cache, index_path: Path, feature: Feature, run: _Run | None, factory: str) -> dict[str, Any]:
+    """Say what an index is made from: all of its card but what is measured."""
+    return {
+        "cache": _relative(cache.path, index_path),
+        "spine": cache.info.spine,
+        "modality": feature.modality,
+        "feature": feature.name,
+        "spec": feature.group.spec,
+        "fingerprint": feature.fingerprint,
+        "run": None if run is None else _relative(run.path, index_path),
+        "run_weights": None if run is None else run.config.weights,
+        "factory": factory,
+    }
+
+
+def _reuse(index_path: Path, about: Mapping[str, Any]) -> IndexCard:
+    card = read_card(index_path)
+    found = {name: getattr(card, name) for name in about}
+    check_same(f"index {index_path}", found, about, next_step="give the path of a new folder")
+    return card
 
 
 def _relative(path: Path, index_path: Path) -> str:

@@ -17,6 +17,7 @@ from embedcache.encoders.open import open_encoder
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.projectors.saved import load_pair, project
 
+_USUAL_HITS = 10
 _MOST_CAPTIONS = 3
 
 
@@ -28,7 +29,7 @@ class Hit:
         score: cosine to the query.
         row: of the item in its modality's table.
         key: of its sample.
-        captions: of its sample, at most three.
+        captions: of an image, its sample's, at most three; of a caption, itself.
     """
 
     score: float
@@ -41,7 +42,7 @@ def search(
     index_path: Path | str,
     queries: Sequence[str],
     *,
-    k: int = 10,
+    k: int | None = None,
     run_path: Path | str | None = None,
     cache_path: Path | str | None = None,
     device: str = "cpu",
@@ -51,7 +52,7 @@ def search(
     Args:
         index_path: what `build_index` made.
         queries: texts.
-        k: how many hits a query.
+        k: how many hits a query; None is 10, or all where there are fewer.
         run_path: where the run that projected the index is now, if it has moved away from the index.
         cache_path: where the cache is now, alike.
         device: where the text encoder runs.
@@ -66,6 +67,7 @@ def search(
     """
     index_path = Path(index_path)
     card = read_card(index_path)
+    k = min(_USUAL_HITS, card.num_vectors) if k is None else k
     _check_queries(queries, k, card)
     if run_path is None and card.run is not None:
         run_path = index_path / card.run
@@ -146,6 +148,7 @@ class _Answers:
     """Turns rows into hits; reads each table of the cache once."""
 
     def __init__(self, cache: Cache, modality: str) -> None:
+        self._modality = modality
         self._keys = cache.samples["key"]
         self._samples = cache.items(modality)["sample"].to_numpy()
         self._texts = cache.items("text") if "text" in cache.info.num_items else None
@@ -156,12 +159,14 @@ class _Answers:
 
     def _hit(self, score: float, row: int) -> Hit:
         sample = int(self._samples[row])
-        captions = self._captions(sample)[:_MOST_CAPTIONS]
+        captions = self._captions(row, sample)[:_MOST_CAPTIONS]
         return Hit(score=score, row=row, key=self._keys[sample].as_py(), captions=captions)
 
-    def _captions(self, sample: int) -> list[str]:
+    def _captions(self, row: int, sample: int) -> list[str]:
         if self._texts is None:
             return []
+        if self._modality == "text":
+            return [self._texts["text"][row].as_py()]
         start, stop = np.searchsorted(self._texts["sample"].to_numpy(), [sample, sample + 1])
         captions: list[str] = self._texts["text"][start:stop].to_pylist()
         return captions

@@ -1,6 +1,7 @@
 """What a model's weights are: one hash over all of them, and reading them from a local file."""
 
 import hashlib
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         CorruptError: it holds no weights.
     """
     check_file(path)
+    if not os.access(path, os.R_OK):  # safetensors says that the file does not exist
+        raise PathError(f"{path} cannot be read: permission denied")
     try:
         if path.suffix == ".safetensors":
             tensors: dict[str, torch.Tensor] = load_file(path)

@@ -88,6 +88,7 @@ def evaluate_retrieval(
     *,
     part: str = "test",
     language: str | None = None,
+    is_control: bool = False,
 ) -> RetrievalReport:
     """Rank the held-out items of a cache with trained runs.
 
@@ -99,9 +100,10 @@ def evaluate_retrieval(
         run_paths: runs trained on it.
         part: `test`, `val` or `train`.
         language: captions of this language; None is the language that the run was trained on.
+        is_control: the runs must have been trained on shuffled pairs.
 
     Raises:
-        SettingError: no run.
+        SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
         FingerprintError: a run was trained on another encoder's features, on other samples, or unlike the others.
         DataError: the part is empty.
     """
@@ -109,6 +111,8 @@ def evaluate_retrieval(
     if not run_paths:
         raise SettingError("no run to evaluate; give at least one run folder")
     loaded = [load_pair(Path(path)) for path in run_paths]
+    if is_control and not all(config.training["shuffle_pairs"] for _, config in loaded):
+        raise SettingError("a control must be trained with --shuffle-pairs; one of these runs was not")
     _refuse_mixed([config for _, config in loaded], run_paths)
     rankings = [
         rank(cache, Path(path), pair, config, part=part, language=language)
@@ -200,6 +204,9 @@ def trained_feature(cache: Cache, config: PairConfig, modality: str) -> Feature:
 def _refuse_mixed(configs: Sequence[PairConfig], run_paths: Sequence[Path | str]) -> None:
     """Refuse to average runs that differ in more than their seeds."""
     first = _without_seeds(configs[0])
+    seeds = [config.training["seed"] for config in configs]
+    if len(set(seeds)) < len(seeds):
+        raise SettingError(f"runs to average must differ in their seed; these have {', '.join(map(str, seeds))}")
     for path, config in zip(run_paths[1:], configs[1:], strict=True):
         next_step = f"average only seeds of one recipe: evaluate {run_paths[0]} and {path} one by one"
         check_same(f"run {run_paths[0]}", first, _without_seeds(config), next_step=next_step)

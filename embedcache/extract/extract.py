@@ -32,7 +32,7 @@ class EncoderReport:
         features: what is stored.
         encoded: items in the chunks worked on now.
         reused: items in the chunks that were there before.
-        failures: reason -> number of items, over the whole cache.
+        failures: kind of reason -> number of items, over the whole cache.
     """
 
     modality: str
@@ -79,7 +79,7 @@ def extract(
     Raises:
         SettingError: no encoder is named.
         UnknownNameError: an encoder or feature is unknown.
-        SourceError: the source cannot be numbered, or lacks a modality.
+        SourceError: the source cannot be numbered, lacks a modality, or no item of it can be read.
         FingerprintError: the cache holds other samples, or features of another encoder of that name.
         DiskFullError: what is committed stays; run again with more space.
     """
@@ -112,7 +112,18 @@ def extract(
             for report in _run(cache, source, modality, targets[modality], settings, progress)
         ]
         outcome["encoders"] = [vars(report) for report in reports]
+    _require_some(cache, reports)
     return reports
+
+
+def _require_some(cache: Cache, reports: Sequence[EncoderReport]) -> None:
+    for report in reports:
+        num_items = cache.info.num_items[report.modality]
+        if sum(report.failures.values()) == num_items:
+            reasons = "; ".join(f"{count} {reason}" for reason, count in report.failures.items())
+            raise SourceError(
+                f"all {num_items} {report.modality}s failed: {reasons}; mend the source and extract into a new folder"
+            )
 
 
 def _open_targets(
@@ -173,5 +184,5 @@ def _report(cache: Cache, target: Target, encoded: int) -> EncoderReport:
         features=list(target.features),
         encoded=encoded,
         reused=cache.info.num_items[modality] - encoded,
-        failures=dict(Counter(failures.values()).most_common()),
+        failures=dict(Counter(reason.partition(":")[0] for reason in failures.values()).most_common()),
     )

@@ -35,7 +35,7 @@ class Target:
     def missing(self, chunk: int) -> list[str]:
         """Name the features that a chunk does not have yet."""
         commit = self.group.commit(chunk)
-        return [name for name in self.features if commit is None or name not in commit.features]
+        return [name for name in self.features if not self.group.has(commit, name)]
 
     def fit(self, feature: str, item: Array) -> Array:
         """Turn the encoder's output for one item into what is stored."""

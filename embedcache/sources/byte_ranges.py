@@ -31,7 +31,7 @@ class ByteRanges:
         try:
             data = self._file(path).read(offset, length)
         except FileNotFoundError:
-            raise ItemError(f"no such file: {path}") from None
+            raise ItemError("no such file") from None
         except OSError as error:
             raise ItemError(f"cannot read {path}: {error.strerror}") from None
         if len(data) < length:

@@ -48,7 +48,7 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise ItemError(f"no such file: {path}") from None
+        raise ItemError("no such file") from None
     except OSError as error:
         raise ItemError(f"cannot read {path}: {error.strerror}") from None
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.artifact import check_same, digest_file, make_folder, read_json, remove_partials, run_record
+from embedcache.artifact import check_same, claim_folder, digest_file, disk_errors, read_json, run_record
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
 from embedcache.cache.pairs import Pairs, pair_items
 from embedcache.cache.split import PARTS, Split, write_split
+from embedcache.encoders.graph import torch_device
 from embedcache.errors import DataError
 from embedcache.progress import Progress, Silent
 from embedcache.projectors.contract import PROJECTORS
@@ -21,6 +22,8 @@ from embedcache.train.recalls import Validation
 from embedcache.train.settings import TrainSettings
 from embedcache.train.split import make_split
 from embedcache.train.start import start
+
+_FILES = ("split.parquet", "losses.jsonl", "record.json", "model.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +47,10 @@ class TrainReport:
     def line(self, run_path: Path) -> str:
         """Say it in one line."""
         counts = ", ".join(f"{count:,} {part}" for part, count in self.num_samples.items())
+        kept = f"best epoch {self.best_epoch}" if self.best_epoch else "no epoch beat the start, which was kept"
         recalls = ", ".join(f"{name} {value:.3f}" for name, value in self.recalls.items())
         start = f"{run_path} is there already, made with the same settings" if self.reused else f"{run_path}: trained"
-        return (
-            f"{start}: {self.num_parameters:,} parameters; samples: {counts}; "
-            f"best epoch {self.best_epoch}; validation {recalls}"
-        )
+        return f"{start}: {self.num_parameters:,} parameters; samples: {counts}; {kept}; validation {recalls}"
 
 
 def train(
@@ -78,25 +79,26 @@ def train(
         UnknownNameError: a feature, projector, language or split of that name does not exist.
         UnfinishedError: a feature has missing chunks.
         FingerprintError: the folder holds a finished run made with other settings.
-        SettingError: near-duplicates leave nothing to hold out.
+        PathError: the folder holds other things.
+        SettingError: a device that is not there, or near-duplicates leave nothing to hold out.
         DataError: too few samples, features of several tokens, or a loss that is no number.
     """
     cache, run_path = Cache(cache_path), Path(run_path)
     settings, progress = settings or TrainSettings(), progress or Silent()
     PROJECTORS.load(settings.model.projector)
+    torch_device(settings.device)
     image_feature, text_feature = cache.feature("image", image), cache.feature("text", text)
     config = _config(cache, image_feature, text_feature, settings)
     if config_path(run_path).is_file():
         return _reuse(run_path, config)
-    make_folder(run_path)
-    remove_partials(run_path)
+    claim_folder(run_path, kind="a run", sign="split.parquet", ours=_FILES)
     about = {
         "cache": str(cache_path),
         "image": image_feature.name,
         "text": text_feature.name,
         **config.training,
     }
-    with run_record(run_path / "record.json", "train", about) as outcome:
+    with run_record(run_path / "record.json", "train", about) as outcome, disk_errors(run_path):
         pair, report = _train(cache, run_path, image_feature, text_feature, config, settings, progress)
         outcome.update(asdict(report))
     save_pair(run_path, pair, config)

@@ -61,8 +61,26 @@ def test_indexing_the_same_source_again_changes_no_byte(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "c").rglob("*.*")} == before
 
 
+def begin_a_feature(cache_path: Path) -> None:
+    commit = cache_path / "image" / "encoder" / "chunks" / "00000.parquet"
+    commit.parent.mkdir(parents=True)
+    commit.write_bytes(b"")
+    (commit.parents[1] / "zarr.json").write_text("{}")
+
+
+def test_a_cache_without_features_is_made_anew_for_a_source_that_changed(tmp_path: Path) -> None:
+    index(rows(10), tmp_path / "c", chunk_size=2)
+    group = tmp_path / "c" / "image" / "encoder"
+    group.mkdir()
+    (group / "zarr.json").write_text("{}")
+    assert index(rows(11), tmp_path / "c", chunk_size=3).num_samples == 11
+    assert not group.exists()
+    assert Cache(tmp_path / "c").items("image").num_rows == 11
+
+
 def test_a_source_that_changed_is_refused(tmp_path: Path) -> None:
     index(rows(10), tmp_path / "c")
+    begin_a_feature(tmp_path / "c")
     changed = rows(10)
     changed.rows[3] = replace(changed.rows[3], texts=(TextItem(text="other"),))
     for source in (rows(11), changed):
@@ -72,6 +90,7 @@ def test_a_source_that_changed_is_refused(tmp_path: Path) -> None:
 
 def test_another_chunk_size_is_refused_with_both_values(tmp_path: Path) -> None:
     index(rows(3), tmp_path / "c", chunk_size=2)
+    begin_a_feature(tmp_path / "c")
     with pytest.raises(FingerprintError, match="chunk_size: 2 there, 3 asked"):
         index(rows(3), tmp_path / "c", chunk_size=3)
 
@@ -133,7 +152,7 @@ def test_chunks_have_at_least_one_item(tmp_path: Path) -> None:
     [
         ('{"format": 2}', ArtifactError, "has cache format 2; this version reads 1 to 1: upgrade"),
         ('{"format": 1}', CorruptError, "does not hold the fields of its format"),
-        ("[]", ArtifactError, "has cache format None"),
+        ("[]", ArtifactError, "was not written by embedcache"),
         ("{", CorruptError, "not valid JSON"),
     ],
 )

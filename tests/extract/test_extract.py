@@ -113,6 +113,32 @@ def test_bad_items_are_rows_with_reasons(tmp_path: Path) -> None:
     assert run(folder, tmp_path / "c")[0].startswith("open_toy (cls): encoded 0 images, reused 8, failed 4: 1 ")
 
 
+@pytest.mark.parametrize("damage", ["gone", "short"])
+def test_a_chunk_whose_file_is_damaged_is_made_again(pictures: Path, tmp_path: Path, damage: str) -> None:
+    names = ("cls", "tokens")
+    run(pictures, tmp_path / "c", chunk_size=64, features=names)
+    whole = {path: path.read_bytes() for path in (tmp_path / "c").rglob("c/**/*") if path.is_file()}
+    for file in (
+        "image/open_toy/cls/c/2/0",
+        "text/open_toy/tokens/values/00001/c/0/0",
+        "text/open_toy/tokens/lengths/c/3",
+    ):
+        path = tmp_path / "c" / file
+        path.unlink() if damage == "gone" else path.write_bytes(path.read_bytes()[:-5])
+    lines = run(pictures, tmp_path / "c", features=names)
+    assert "encoded 64 images, reused 236" in lines[0]
+    assert "encoded 128 texts, reused 172" in lines[1]
+    assert {path: path.read_bytes() for path in whole} == whole
+
+
+def test_a_source_of_which_nothing_can_be_read_is_an_error(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "s", 3)
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(SourceError, match="all 3 images failed: 3 empty file; mend the source"):
+        run(folder, tmp_path / "c")
+
+
 def test_hashes_say_which_items_are_equal(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "s", 3)
     (folder / "00002.png").write_bytes((folder / "00000.png").read_bytes())
