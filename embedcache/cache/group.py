@@ -122,7 +122,7 @@ def create_group(
             f"encoder {name!r} of cache {cache_path}",
             group.fingerprint,
             fingerprint,
-            next_step="ask for the same encoder as before, or extract into another folder",
+            next_step="ask for the same encoder as before, --backend and --precision too, or extract elsewhere",
         )
         return group
     about = {"format": FORMAT_VERSION, "spec": spec, "fingerprint": dict(fingerprint)}

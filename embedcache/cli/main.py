@@ -2,7 +2,9 @@
 
 import errno
 import sys
+from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -10,12 +12,28 @@ from embedcache.cli import curate, evaluate, extract, inspect, quickstart, train
 from embedcache.errors import EmbedcacheError
 
 app = typer.Typer(
-    help="Encode once, align for ever: cache frozen encoders, train projectors on the features, search and curate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"embedcache {metadata.version('embedcache')}")
+        raise typer.Exit
+
+
+@app.callback()
+def embedcache(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Encode once, align for ever: cache frozen encoders, train projectors on the features, search and curate."""
+
+
 app.command(name="quickstart")(quickstart.quickstart)
 app.command(name="extract")(extract.extract)
 app.command(name="train")(train.train)

@@ -9,7 +9,7 @@ from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import PathError
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-_LOCAL_NEXT = "give the path of a local folder instead"
+LOCAL_NEXT = "give the path of a local folder instead"
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,12 @@ class ModelFolder:
     revision: str | None = None
 
 
-def model_folder(spec: EncoderSpec) -> ModelFolder:
+def model_folder(spec: EncoderSpec, *, instead: str = LOCAL_NEXT) -> ModelFolder:
     """Find a model's folder, or get it from the hub at the commit, tag or branch in the option `revision`.
+
+    Args:
+        spec: names the folder or the model.
+        instead: what the user can do where the hub does not give it.
 
     Raises:
         PathError: a local path that is no folder, or a name the hub does not know, or no hub to be reached.
@@ -37,7 +41,7 @@ def model_folder(spec: EncoderSpec) -> ModelFolder:
     if spec.is_path or path.exists():
         what = "is a file" if path.exists() else "does not exist"
         raise PathError(f"the model folder {path} {what}; give a folder with config.json and weights in it")
-    return _download(spec.model, spec.options.get("revision"))
+    return _download(spec.model, spec.options.get("revision"), instead)
 
 
 @contextmanager
@@ -54,7 +58,7 @@ def hub_errors(what: str, *, instead: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).partition(". ")[0]
         raise PathError(
             f"{what} can't be had from the Hugging Face hub: {reason}; check the name and the network, or {instead}"
         ) from error
@@ -80,13 +84,13 @@ def hub_commit(repository: str, *, what: str, instead: str) -> str:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=["config.json"])).name
 
 
-def _download(model: str, revision: str | None) -> ModelFolder:
+def _download(model: str, revision: str | None, instead: str) -> ModelFolder:
     from huggingface_hub import snapshot_download
 
-    with hub_errors(f"{model!r} is no local folder and", instead=_LOCAL_NEXT):
+    with hub_errors(f"{model!r} is no local folder and", instead=instead):
         for weights in ("*.safetensors", "*.bin"):
             patterns = [*_SMALL_FILES, weights]
             path = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
             if any(path.rglob(weights)):
                 return ModelFolder(path, revision=path.name)
-    raise PathError(f"the hub's {model!r} holds no .safetensors or .bin weights; choose another, or {_LOCAL_NEXT}")
+    raise PathError(f"the hub's {model!r} holds no .safetensors or .bin weights; choose another, or {instead}")

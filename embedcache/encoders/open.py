@@ -80,8 +80,9 @@ class EncoderSpec:
 
     @property
     def is_path(self) -> bool:
-        """Whether the model is written as a path: from the root, the home or a dot."""
-        return self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)
+        """Whether the model is a path: from the root, the home or a dot, or with a `/` and a folder that is there."""
+        is_folder = "/" in self.model and Path(self.model).is_dir()
+        return is_folder or self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)
 
     @property
     def folder(self) -> str:

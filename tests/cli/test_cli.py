@@ -4,6 +4,7 @@ import pty
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,10 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert "HEAVY []" in done.stdout
     for name in ("quickstart", "extract", "train", "evaluate", "curate", "inspect"):
         assert name in done.stdout
+
+
+def test_the_version_is_the_packages() -> None:
+    assert embedcache("--version").stdout == f"embedcache {version('embedcache')}\n"
 
 
 def test_a_newcomers_commands_give_figures_and_hits(folder: Path) -> None:

