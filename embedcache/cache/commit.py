@@ -1,5 +1,6 @@
 """The record that ends a chunk: written last, and without it the chunk does not exist."""
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,11 @@ class Commit:
     features: Mapping[str, Mapping[str, str]]
     hashes: Sequence[bytes | None]
     failures: Mapping[str, Sequence[str | None]]
+
+
+def hash_item(data: bytes) -> bytes:
+    """Get the BLAKE2b-128 of an item's raw bytes, or of its text as UTF-8."""
+    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
 
 
 def write_commit(encoder_folder: Path, commit: Commit) -> None:

@@ -131,7 +131,7 @@ class Feature:
         tokens: list[Array | None] = [None] * len(rows)
         for chunk in np.unique(rows // self.group.info.chunk_size):
             start = self._rows(int(chunk)).start
-            items = self._ragged_chunk(int(chunk), verify=False)
+            items = self._ragged_chunk(int(chunk))
             for position in np.flatnonzero(rows // self.group.info.chunk_size == chunk):
                 tokens[position] = items[rows[position] - start]
         assert all(array is not None for array in tokens)  # every row is valid, so every item has tokens
@@ -147,13 +147,21 @@ class Feature:
         Raises:
             CorruptError: bytes differ from their checksum.
         """
-        for chunk, commit in enumerate(self.commits):
-            if commit is None:
-                continue
-            if self.is_ragged:
-                yield self._rows(chunk), self._ragged_chunk(chunk, verify=True)
-            else:
-                yield from self._dense_chunks(commit)
+        for commit in self.commits:
+            if commit is not None:
+                yield from self.read_chunk(commit)
+
+    def read_chunk(self, commit: Commit) -> Iterator[tuple[slice, Any]]:
+        """Read one committed chunk, checksums compared, as `chunks` yields it.
+
+        Raises:
+            CorruptError: bytes differ from their checksum.
+            UnfinishedError: a file is missing.
+        """
+        if self.is_ragged:
+            yield self._rows(commit.chunk), self._ragged_chunk(commit.chunk, commit=commit)
+        else:
+            yield from self._dense_chunks(commit)
 
     def load(self) -> Array:
         """Read the whole feature into memory: (N, D) or (N, T, D), NaN in failed rows, checksums compared.
@@ -212,14 +220,15 @@ class Feature:
             stop = min(start + size, rows.stop)
             yield slice(start, stop), values[: stop - start]
 
-    def _ragged_chunk(self, chunk: int, *, verify: bool) -> list[Array | None]:
+    def _ragged_chunk(self, chunk: int, *, commit: Commit | None = None) -> list[Array | None]:
+        """Map one chunk of tokens; its checksums are compared where its commit is given."""
         path = self.group.path / self.feature
         values_path = path / "values" / f"{chunk:05d}"
         num_tokens, width = read_metadata(values_path)["shape"]
         values = map_chunk(values_path, 0, (max(num_tokens, 1), width), self.dtype)
         lengths = map_chunk(path / "lengths", chunk, (self.group.info.chunk_size,), "int32")
-        if verify:
-            crcs = self._commit(chunk).features[self.feature]
+        if commit is not None:
+            crcs = commit.features[self.feature]
             check_chunk(values_path, 0, values, crcs[f"{self.feature}/values/{chunk:05d}/0"])
             check_chunk(path / "lengths", chunk, lengths, crcs[f"{self.feature}/lengths/{chunk}"])
         rows = self._rows(chunk)
@@ -228,8 +237,3 @@ class Feature:
         return [
             None if length < 0 else values[stop - length : stop] for length, stop in zip(lengths, stops, strict=True)
         ]
-
-    def _commit(self, chunk: int) -> Commit:
-        commit = self.commits[chunk]
-        assert commit is not None
-        return commit

@@ -1,6 +1,5 @@
 """Raw items to model inputs, ahead of the encoder, on threads."""
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from embedcache.arrays import Array
-from embedcache.cache.commit import HASH_BYTES
+from embedcache.cache.commit import hash_item
 from embedcache.encoders.contract import Encoder
 from embedcache.errors import ItemError
 from embedcache.sources.contract import ImageItem, Source
@@ -58,11 +57,6 @@ def load_texts(texts: Sequence[str], encoders: Sequence[Encoder]) -> list[Loaded
         )
         for text in texts
     ]
-
-
-def hash_item(data: bytes) -> bytes:
-    """Get the BLAKE2b-128 of an item's raw bytes."""
-    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
 
 
 def ahead(executor: Executor, call: Callable[[T], R], items: Iterable[T], *, window: int) -> Iterator[R]:

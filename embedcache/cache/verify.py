@@ -1,0 +1,74 @@
+"""Going through every byte of a cache: what is missing, short, changed, foreign or out of order."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from embedcache.cache.cache import Cache
+from embedcache.cache.commit import hash_item
+from embedcache.cache.feature import Feature
+from embedcache.errors import ArtifactError
+from embedcache.progress import Progress, Silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One chunk that is not as it should be.
+
+    Args:
+        feature: `encoder/feature`.
+        chunk: its number.
+        is_damage: whether bytes are wrong; a chunk that was never extracted is none.
+        reason: what is wrong, with the next step.
+    """
+
+    feature: str
+    chunk: int
+    is_damage: bool
+    reason: str
+
+
+def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
+    """Compare every committed chunk with its commit, and every commit with the cache. Reads all features once.
+
+    Finds a missing chunk, a changed byte, a file cut short, a chunk of another encoder or of other rows, and captions
+    whose order or text changed after they were encoded. Memory: one chunk.
+
+    Args:
+        cache: the cache.
+        progress: told about chunks.
+
+    Raises:
+        CorruptError: a table, or an encoder's metadata, cannot be read at all.
+    """
+    progress = progress or Silent()
+    features = [feature for modality in cache.info.num_items for feature in cache.features(modality)]
+    progress.start("verifying", sum(cache.info.num_chunks(feature.modality) for feature in features), "chunks")
+    findings = []
+    for feature in features:
+        for chunk in range(cache.info.num_chunks(feature.modality)):
+            findings += list(_check_chunk(cache, feature, chunk))
+            progress.advance(1)
+    progress.finish()
+    return findings
+
+
+def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding]:
+    def finding(reason: str, *, is_damage: bool = True) -> Finding:
+        return Finding(feature=feature.name, chunk=chunk, is_damage=is_damage, reason=reason)
+
+    try:
+        commit = feature.group.commit(chunk)
+        if commit is None or feature.feature not in commit.features:
+            yield finding("not extracted yet; run the same embedcache extract again", is_damage=False)
+            return
+        for _ in feature.read_chunk(commit):
+            pass
+    except ArtifactError as error:
+        yield finding(str(error))
+        return
+    if feature.modality == "text":
+        texts = cache.items("text", chunk=chunk)["text"].to_pylist()
+        if [hash_item(text.encode()) for text in texts] != commit.hashes:
+            yield finding(
+                "the captions are not those that were encoded, or not in that order; extract into a new folder"
+            )

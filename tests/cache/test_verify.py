@@ -1,0 +1,81 @@
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from embedcache.cache.cache import Cache
+from embedcache.cache.layout import items_path
+from embedcache.cache.verify import verify
+from embedcache.extract.extract import extract
+from embedcache.sources import open_source
+from tests.toy import IMAGE, TEXT
+
+
+@pytest.fixture
+def copy(cache_path: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cache_path, tmp_path / "cache"))
+
+
+def flip_a_bit(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:9] + bytes([data[9] ^ 1]) + data[10:])
+
+
+def test_a_whole_cache_has_no_findings(copy: Path) -> None:
+    assert verify(Cache(copy)) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "feature", "chunk", "words"),
+    [
+        (lambda c: flip_a_bit(c / "image/open_toy/cls/c/2/0"), "open_toy/cls", 2, "the bytes changed on disk"),
+        (
+            lambda c: flip_a_bit(c / "text/open_toy/tokens/lengths/c/1"),
+            "open_toy/tokens",
+            1,
+            "the bytes changed on disk",
+        ),
+        (lambda c: (c / "image/open_toy/patches/c/1/0/0").unlink(), "open_toy/patches", 1, "is committed but missing"),
+        (lambda c: (c / "text/open_toy/mean/c/4/0").write_bytes(b"x"), "open_toy/mean", 4, "holds 1 bytes; it should"),
+    ],
+)
+def test_each_damage_is_found_where_it_is(copy: Path, damage: object, feature: str, chunk: int, words: str) -> None:
+    damage(copy)  # type: ignore[operator]
+    (finding,) = verify(Cache(copy))
+    assert (finding.feature, finding.chunk, finding.is_damage) == (feature, chunk, True)
+    assert words in finding.reason
+
+
+def test_a_foreign_commit_and_a_missing_one_are_told_apart(copy: Path) -> None:
+    commits = copy / "image/open_toy/chunks"
+    (commits / "00003.parquet").unlink()
+    shutil.copy(copy / "text/open_toy/chunks/00001.parquet", commits)
+    findings = verify(Cache(copy))
+    assert {(finding.feature, finding.chunk, finding.is_damage) for finding in findings} == {
+        ("open_toy/cls", 1, True),
+        ("open_toy/cls", 3, False),
+        ("open_toy/patches", 1, True),
+        ("open_toy/patches", 3, False),
+    }
+    assert "written by another encoder" in findings[0].reason
+
+
+def test_a_reordered_table_is_found(copy: Path) -> None:
+    path = items_path(copy, "text")
+    table = pq.read_table(path)
+    pq.write_table(table.take([1, 0, *range(2, len(table))]), path, row_group_size=64)
+    assert {finding.chunk for finding in verify(Cache(copy))} == {0}
+    assert "not in that order" in verify(Cache(copy))[0].reason
+
+
+def test_what_it_finds_can_be_made_again(copy: Path, cache_path: Path, pictures: Path) -> None:
+    path = copy / "image/open_toy/cls/c/2/0"
+    flip_a_bit(path)
+    (finding,) = verify(Cache(copy))
+    assert f"{path} has checksum" in finding.reason
+    assert "remove that file and run the same embedcache extract again" in finding.reason
+    path.unlink()
+    extract(open_source(pictures), copy, image=[IMAGE], text=[TEXT])
+    assert verify(Cache(copy)) == []
+    assert path.read_bytes() == (cache_path / "image/open_toy/cls/c/2/0").read_bytes()
