@@ -27,6 +27,7 @@ def extract(
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="On disk.")] = "float16",
     chunk_size: Annotated[int | None, typer.Option(help="Items in a chunk. [default: 2048]")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that decode. [default: one a core]")] = None,
+    worker: Annotated[str, typer.Option(help="This process's share of the chunks, i/n, for job arrays.")] = "0/1",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the forward pass.")] = "float32",
     backend: Annotated[
@@ -56,6 +57,7 @@ def extract(
         dtype=dtype,
         chunk_size=chunk_size,
         threads=threads,
+        worker=worker,
         encoder=EncoderSettings(device=device, precision=precision, backend=backend),
     )
     reports = run(

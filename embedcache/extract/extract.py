@@ -153,9 +153,8 @@ def _run(
     settings: ExtractSettings,
     progress: Progress,
 ) -> list[EncoderReport]:
-    missing = [
-        {chunk for chunk in range(cache.info.num_chunks(modality)) if target.missing(chunk)} for target in targets
-    ]
+    mine = [chunk for chunk in range(cache.info.num_chunks(modality)) if settings.takes(chunk)]
+    missing = [{chunk for chunk in mine if target.missing(chunk)} for target in targets]
     chunks = sorted(set().union(*missing))
     if chunks:
         progress.start(f"encoding {modality}s", _count(cache, modality, set(chunks)), f"{modality}s")
@@ -177,12 +176,13 @@ def _count(cache: Cache, modality: str, chunks: set[int]) -> int:
 
 def _report(cache: Cache, target: Target, encoded: int) -> EncoderReport:
     modality = target.encoder.modality
-    failures = Feature(target.group, target.features[0]).failures
+    feature = Feature(target.group, target.features[0])
+    committed = {commit.chunk for commit in feature.commits if commit is not None}
     return EncoderReport(
         modality=modality,
         encoder=target.group.name,
         features=list(target.features),
         encoded=encoded,
-        reused=cache.info.num_items[modality] - encoded,
-        failures=dict(Counter(reason.partition(":")[0] for reason in failures.values()).most_common()),
+        reused=_count(cache, modality, committed) - encoded,
+        failures=dict(Counter(reason.partition(":")[0] for reason in feature.failures.values()).most_common()),
     )

@@ -139,6 +139,25 @@ def test_a_source_of_which_nothing_can_be_read_is_an_error(tmp_path: Path) -> No
         run(folder, tmp_path / "c")
 
 
+def test_workers_share_the_chunks_and_give_the_bytes_of_one(pictures: Path, tmp_path: Path) -> None:
+    run(pictures, tmp_path / "one", chunk_size=64)
+    encoded = [run(pictures, tmp_path / "many", chunk_size=64, worker=f"{number}/3")[0] for number in (2, 0, 1)]
+    assert [line.partition(": ")[2] for line in encoded] == [
+        "encoded 64 images, reused 0, failed 0",
+        "encoded 128 images, reused 64, failed 0",
+        "encoded 108 images, reused 192, failed 0",
+    ]
+    for path in (tmp_path / "one").rglob("*"):
+        if path.is_file() and "records" not in path.parts:
+            assert (tmp_path / "many" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("worker", ["4/4", "1", "a/b", "-1/2", "0/0"])
+def test_a_worker_that_is_none_is_refused(worker: str) -> None:
+    with pytest.raises(SettingError, match="write i/n with i from 0 to n - 1"):
+        ExtractSettings(worker=worker)
+
+
 def test_hashes_say_which_items_are_equal(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "s", 3)
     (folder / "00002.png").write_bytes((folder / "00000.png").read_bytes())
