@@ -1,7 +1,5 @@
 """Opening a cache: its tables, and its features by the names people give them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -11,23 +9,9 @@ import pyarrow.parquet as pq
 from embedcache.cache.feature import Feature
 from embedcache.cache.group import EncoderGroup, open_group
 from embedcache.cache.layout import CacheInfo, items_path, read_info, samples_path
-from embedcache.errors import CorruptError, UnknownNameError
+from embedcache.cache.tables import read_table, table_errors
+from embedcache.errors import UnknownNameError
 from embedcache.registry import unknown_name
-
-
-@contextmanager
-def table_errors(path: Path) -> Iterator[None]:
-    """Turn a table that cannot be read into our error.
-
-    Raises:
-        CorruptError: names the file.
-    """
-    try:
-        yield
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CorruptError(
-            f"{path} cannot be read: {error}; get the file again, or extract into a new folder"
-        ) from error
 
 
 class Cache:
@@ -50,7 +34,7 @@ class Cache:
     def samples(self) -> pa.Table:
         """One row a sample, in row order: `key`, and the source's columns."""
         with table_errors(samples_path(self.path)):
-            return pq.read_table(samples_path(self.path))
+            return read_table(samples_path(self.path))
 
     def items(self, modality: str, *, chunk: int | None = None) -> pa.Table:
         """Get one row an item, in row order.
@@ -62,11 +46,11 @@ class Cache:
         path = items_path(self.path, modality)
         with table_errors(path):
             if chunk is None:
-                return pq.read_table(path)
+                return read_table(path)
             if modality not in self._footers:
                 self._footers[modality] = pq.read_metadata(path)
             with pq.ParquetFile(path, metadata=self._footers[modality]) as file:
-                return file.read_row_group(chunk)
+                return file.read_row_group(chunk, use_threads=False)
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
         """Get the encoders that have features of a modality, by name."""

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from embedcache.artifact import canonical_json, write_atomic
 from embedcache.cache.layout import commit_path
+from embedcache.cache.tables import read_table
 from embedcache.errors import CorruptError
 
 HASH_BYTES = 16
@@ -71,7 +72,7 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
     """
     path = commit_path(encoder_folder, chunk)
     try:
-        table = pq.read_table(io.BytesIO(path.read_bytes()))
+        table = read_table(io.BytesIO(path.read_bytes()))
     except FileNotFoundError:
         return None
     except (pa.ArrowInvalid, OSError) as error:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints
 from embedcache.artifact import replacing
+from embedcache.cache.tables import read_table
 from embedcache.errors import CorruptError, DataError, PathError
 
 Part: TypeAlias = Literal["train", "val", "test"]
@@ -72,7 +73,7 @@ def read_split(path: Path, keys: list[str]) -> Split:
     if not path.is_file():
         raise PathError(f"{path} does not exist; it is written by embedcache train")
     try:
-        table = pq.read_table(path, columns=["key", "part", "group"])
+        table = read_table(path, ["key", "part", "group"])
     except (pa.ArrowInvalid, OSError) as error:
         raise CorruptError(f"{path} is no split: {error}") from error
     columns = table.to_pydict()

@@ -118,7 +118,7 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         if not columns:
             yield from ({} for _ in range(file.metadata.num_rows))
             return
-        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
             yield from batch.to_pylist()
 
 
