@@ -9,7 +9,6 @@ from embedcache.artifact import fields_of, read_manifest, write_json
 
 FORMAT_VERSION = 1
 DEFAULT_CHUNK_SIZE = 2048
-MODALITIES = ("image", "text")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -253,8 +253,8 @@ def _refuse_duplicates(keys: pa.ChunkedArray) -> None:
         key = repeated[0]["values"].as_py()
         rows = pc.indices_nonzero(pc.equal(keys, key)).to_pylist()
         raise SourceError(
-            f"keys must be unique; {key!r} is the key of rows {rows[0]} and {rows[1]}, and {len(repeated)} keys in all "
-            "stand more than once; rename a file (a.jpg and a.png have one key), or name another --key-column"
+            f"keys must be unique; {key!r} is the key of rows {rows[0]} and {rows[1]} (keys that repeat: {len(repeated)}); "
+            "rename a file (a.jpg and a.png have one key), or name another --key-column"
         )
 
 
