@@ -253,7 +253,7 @@ def _refuse_duplicates(keys: pa.ChunkedArray) -> None:
         key = repeated[0]["values"].as_py()
         rows = pc.indices_nonzero(pc.equal(keys, key)).to_pylist()
         raise SourceError(
-            f"keys must be unique; {key!r} is the key of rows {rows[0]} and {rows[1]} (keys that repeat: {len(repeated)}); "
+            f"keys must be unique; {key!r} is the key of rows {rows[0]} and {rows[1]} ({len(repeated)} such keys); "
             "rename a file (a.jpg and a.png have one key), or name another --key-column"
         )
 
