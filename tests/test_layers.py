@@ -11,6 +11,7 @@ PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
     {"arrays", "registry", "progress"},
+    {"paths"},
     {"metrics", "artifact"},
     {"sources", "encoders", "projectors"},
     {"cache"},
@@ -24,6 +25,7 @@ BELOW_CACHE = {"sources", "encoders", "projectors"}
 DOORS = {
     "zarr": {"cache"},
     "google_crc32c": {"cache"},
+    "upath": {"paths"},
     "faiss": {"curate"},
     "timm": {"encoders"},
     "transformers": {"encoders"},

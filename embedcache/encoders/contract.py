@@ -50,11 +50,17 @@ class EncoderSettings:
         device: a torch device.
         precision: dtype of the forward pass; `bfloat16` uses autocast.
         backend: `auto` is onnxruntime for families that export to it when the device is the CPU, else torch.
+        features: names asked for; one that an encoder can derive, such as `grid:4` or `layer6.cls`, joins its own.
+        batch_size: items in one forward pass; None is the family's choice.
+        compiles: whether torch compiles the model first: slow to start, faster afterwards on a GPU.
     """
 
     device: str = "cpu"
     precision: Literal["float32", "bfloat16"] = "float32"
     backend: Literal["auto", "torch", "onnxruntime"] = "auto"
+    features: tuple[str, ...] = ()
+    batch_size: int | None = None
+    compiles: bool = False
 
 
 class Encoder(Protocol):
