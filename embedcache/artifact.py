@@ -1,14 +1,10 @@
-"""What every stage leaves on disk: files that are whole or absent, fingerprints, and a record of the run."""
+"""What every stage leaves on disk: fingerprints, manifests, and a record of the run."""
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import platform
-import re
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,15 +13,12 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
-from embedcache.errors import ArtifactError, CorruptError, DiskFullError, FingerprintError, PathError
+from embedcache.disk import make_folder, remove_partials, write_atomic
+from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError
 
 _RECORDED_PACKAGES = ("embedcache", "numpy", "torch", "zarr", "pyarrow", "onnxruntime", "faiss-cpu")
 T = TypeVar("T")
-_PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
-_NODE = platform.node().replace(".", "-")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -43,98 +36,6 @@ def digest_file(path: Path) -> str:
     """Get the SHA-256 of a file's bytes as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the system's word for a full disk into ours.
-
-    Raises:
-        DiskFullError: names the path; what was committed before stays.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not _is_full(error):
-            raise
-        raise DiskFullError(
-            f"no space left on the disk of {path}; what is committed is kept: "
-            "free some space and run the same command again"
-        ) from error
-
-
-def _is_full(error: Exception) -> bool:
-    """Say whether a disk is full, by number or, for libraries that write on their own, by text."""
-    return getattr(error, "errno", None) in _NO_SPACE or "No space left on device" in str(error)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one, the new one, or none.
-
-    Raises:
-        DiskFullError: nothing of it is left behind.
-    """
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; after the block it is flushed to the disk and takes its place."""
-    make_folder(path.parent)
-    temporary = partial_path(path)
-    try:
-        with disk_errors(path):
-            yield temporary
-            flush(temporary)
-            temporary.replace(path)
-            flush(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def partial_path(path: Path) -> Path:
-    """Name a hidden sibling of `path` that `remove_partials` knows as unfinished work of this process."""
-    return path.with_name(f".{path.name}.{_NODE}.{os.getpid()}.{uuid4().hex[:8]}.partial")
-
-
-def remove_partials(folder: Path) -> None:
-    """Remove what killed processes of this machine left below a folder; a living one's files stay."""
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            writer = _PARTIAL.fullmatch(name)
-            if writer and writer["node"] == _NODE and not _is_alive(int(writer["process"])):
-                path = Path(parent, name)
-                shutil.rmtree(path, ignore_errors=True) if name in folders else path.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it lives, and is another user's
-        return True
-    return True
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time into a folder; others wait. A killed process holds nothing."""
-    make_folder(folder)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -219,21 +120,6 @@ def claim_folder(path: Path, *, kind: str, sign: str, ours: Collection[str]) -> 
         raise PathError(
             f"{path} is not {kind} and not empty: it holds {', '.join(foreign[:3])}; give the path of a new folder"
         )
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder for a stage's output.
-
-    Raises:
-        PathError: a file is in the way.
-    """
-    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        for created in missing:
-            flush(created.parent)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise PathError(f"{path} is a file, or lies below one; give the path of a folder") from error
 
 
 def check_same(what: str, found: Mapping[str, Any], asked: Mapping[str, Any], *, next_step: str) -> None:

@@ -12,6 +12,7 @@ LAYERS = [
     {"errors"},
     {"arrays", "registry", "progress"},
     {"paths"},
+    {"disk"},
     {"metrics", "artifact"},
     {"sources", "encoders", "projectors"},
     {"cache"},

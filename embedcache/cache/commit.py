@@ -11,9 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedcache.artifact import canonical_json, write_atomic
+from embedcache.artifact import canonical_json
 from embedcache.cache.layout import commit_path
 from embedcache.cache.tables import read_table
+from embedcache.disk import write_atomic
 from embedcache.errors import CorruptError
 
 HASH_BYTES = 16

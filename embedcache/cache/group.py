@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.artifact import check_same, digest, locked
+from embedcache.artifact import check_same, digest
 from embedcache.cache.commit import Commit, read_commit, write_commit
 from embedcache.cache.layout import FORMAT_VERSION, CacheInfo, encoder_path
 from embedcache.cache.store import CRC_BYTES, chunk_path, read_metadata, write_array, write_chunk, write_group
+from embedcache.disk import locked
 from embedcache.errors import CorruptError, DataError, FingerprintError
 
 _TOKEN_CHUNK_BYTES = 16 * 2**20

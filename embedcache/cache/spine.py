@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedcache.artifact import canonical_json, check_same, disk_errors, flush, locked, make_folder, partial_path
+from embedcache.artifact import canonical_json, check_same
 from embedcache.cache.layout import (
     DEFAULT_CHUNK_SIZE,
     CacheInfo,
@@ -22,6 +22,7 @@ from embedcache.cache.layout import (
     samples_path,
     write_info,
 )
+from embedcache.disk import disk_errors, flush, locked, make_folder, partial_path
 from embedcache.errors import FingerprintError, PathError, SettingError, SourceError
 from embedcache.progress import Progress, Silent
 from embedcache.sources.contract import Sample, Source

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints
-from embedcache.artifact import replacing
 from embedcache.cache.tables import read_table
+from embedcache.disk import replacing
 from embedcache.errors import CorruptError, DataError, PathError
 
 Part: TypeAlias = Literal["train", "val", "test"]

@@ -20,7 +20,8 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from embedcache.arrays import Array
-from embedcache.artifact import read_json, write_atomic
+from embedcache.artifact import read_json
+from embedcache.disk import write_atomic
 from embedcache.errors import CorruptError, UnfinishedError
 
 CRC_BYTES = 4

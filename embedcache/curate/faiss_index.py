@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Floats, Ints
-from embedcache.artifact import replacing
+from embedcache.disk import replacing
 from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.registry import require
 

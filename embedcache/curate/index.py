@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, normalize
-from embedcache.artifact import check_same, claim_folder, disk_errors, fields_of, read_manifest, run_record, write_json
+from embedcache.artifact import check_same, claim_folder, fields_of, read_manifest, run_record, write_json
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
 from embedcache.curate import faiss_index
+from embedcache.disk import disk_errors
 from embedcache.errors import DataError
 from embedcache.progress import Progress, Silent
 from embedcache.projectors.pair import Tower

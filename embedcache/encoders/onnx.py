@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from embedcache.arrays import Array, Floats
-from embedcache.artifact import digest, replacing
+from embedcache.artifact import digest
+from embedcache.disk import replacing
 from embedcache.errors import ArtifactError, CorruptError
 from embedcache.registry import require
 

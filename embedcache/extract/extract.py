@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from embedcache.artifact import remove_partials, run_record
+from embedcache.artifact import run_record
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
 from embedcache.cache.spine import index
+from embedcache.disk import remove_partials
 from embedcache.encoders.contract import Modality
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.errors import SettingError, SourceError

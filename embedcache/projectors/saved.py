@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embedcache.arrays import Array, Floats, blocks, check_finite, normalize
-from embedcache.artifact import check_same, digest_file, fields_of, read_manifest, replacing, write_json
+from embedcache.artifact import check_same, digest_file, fields_of, read_manifest, write_json
+from embedcache.disk import replacing
 from embedcache.errors import CorruptError
 from embedcache.projectors.pair import AlignedPair, Tower
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from embedcache.artifact import write_atomic
 from embedcache.cache.cache import Cache
 from embedcache.curate.search import Hit
+from embedcache.disk import write_atomic
 from embedcache.evaluate.gallery import Example, draw_examples
 from embedcache.evaluate.report import retrieval_rows
 from embedcache.evaluate.retrieval import Ranking, RetrievalReport, rank

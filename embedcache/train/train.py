@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.artifact import check_same, claim_folder, digest_file, disk_errors, read_json, run_record
+from embedcache.artifact import check_same, claim_folder, digest_file, read_json, run_record
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
 from embedcache.cache.pairs import Pairs, pair_items
 from embedcache.cache.split import PARTS, Split, write_split
+from embedcache.disk import disk_errors
 from embedcache.encoders.graph import torch_device
 from embedcache.errors import DataError
 from embedcache.progress import Progress, Silent

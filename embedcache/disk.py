@@ -1,0 +1,200 @@
+"""Files that are whole or absent, here or behind a URL; locks between processes; and what a full disk says."""
+
+import errno
+import fcntl
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+from uuid import uuid4
+
+from embedcache.errors import DiskFullError, PathError
+from embedcache.paths import is_remote
+
+_PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
+_NODE = platform.node().replace(".", "-")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the system's word for a full disk into ours.
+
+    Raises:
+        DiskFullError: names the path; what was committed before stays.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise DiskFullError(
+            f"no space left on the disk of {path}; what is committed is kept: "
+            "free some space and run the same command again"
+        ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Say whether a disk is full, by number or, for libraries that write on their own, by text."""
+    return getattr(error, "errno", None) in _NO_SPACE or "No space left on device" in str(error)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old one, the new one, or none.
+
+    Raises:
+        DiskFullError: nothing of it is left behind.
+    """
+    if is_remote(path):
+        _put(path, data)
+        return
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path on this machine; after the block its file is flushed and takes the place of `path`."""
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            put_file(temporary, path)
+        return
+    make_folder(path.parent)
+    temporary = partial_path(path)
+    try:
+        with disk_errors(path):
+            yield temporary
+            put_file(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def put_file(file: Path, path: Path) -> None:
+    """Put a file of this machine in the place of `path`, flushed; a URL's object appears whole or not at all."""
+    if is_remote(path):
+        make_folder(path.parent)
+        path.fs.put_file(str(file), path.path)  # type: ignore[attr-defined]
+        return
+    flush(file)
+    make_folder(path.parent)
+    file.replace(path)
+    flush(path.parent)
+
+
+def _put(path: Path, data: bytes) -> None:
+    make_folder(path.parent)
+    path.fs.pipe_file(path.path, data)  # type: ignore[attr-defined]
+
+
+def partial_path(path: Path) -> Path:
+    """Name a hidden sibling of `path` that `remove_partials` knows as unfinished work of this process."""
+    return path.with_name(f".{path.name}.{_NODE}.{os.getpid()}.{uuid4().hex[:8]}.partial")
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes of this machine left below a folder; a living one's files stay."""
+    if is_remote(folder):
+        return
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            writer = _PARTIAL.fullmatch(name)
+            if writer and writer["node"] == _NODE and not _is_alive(int(writer["process"])):
+                path = Path(parent, name)
+                shutil.rmtree(path, ignore_errors=True) if name in folders else path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it lives, and is another user's
+        return True
+    return True
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder for a stage's output.
+
+    Raises:
+        PathError: a file is in the way.
+    """
+    if is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for created in missing:
+            flush(created.parent)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise PathError(f"{path} is a file, or lies below one; give the path of a folder") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time into a folder; others wait. A killed process holds nothing.
+
+    Behind a URL there are no locks, so nobody waits: there the last writer wins, and all write the same.
+    """
+    if is_remote(folder):
+        yield
+        return
+    make_folder(folder)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Claims:
+    """Which of a folder's numbered pieces of work this process has taken. A killed process has taken nothing.
+
+    They are record locks on one file, so they hold between the processes of a machine and, where the file system
+    supports it, of a cluster. Behind a URL everything can be taken by everybody.
+
+    Args:
+        folder: where the file `.claims` lies; it is made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = None if is_remote(folder) else _open_for_locks(folder / ".claims")
+
+    def take(self, number: int, *, waits: bool = False) -> bool:
+        """Take a piece of work unless another process has it; or wait until that is done with it."""
+        if self._file is None:
+            return True
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB), 1, number)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+            return False
+        return True
+
+    def give_back(self, number: int) -> None:
+        """Let others have it."""
+        if self._file is not None:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
+
+
+def _open_for_locks(path: Path) -> IO[bytes]:
+    make_folder(path.parent)
+    return path.open("ab")
