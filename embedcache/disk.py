@@ -123,7 +123,9 @@ def _is_alive(process: int) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until a file's bytes, or a folder's names, are on the disk; behind a URL they are there once written."""
+    if is_remote(path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -147,6 +149,14 @@ def make_folder(path: Path) -> None:
             flush(created.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise PathError(f"{path} is a file, or lies below one; give the path of a folder") from error
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all that is in it."""
+    if is_remote(path):
+        path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
+    else:
+        shutil.rmtree(path)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 from embedcache.cache.feature import Feature
 from embedcache.cache.group import EncoderGroup, open_group
 from embedcache.cache.layout import CacheInfo, items_path, read_info, samples_path
-from embedcache.cache.tables import read_table, table_errors
+from embedcache.cache.tables import open_table, read_table, table_errors
 from embedcache.errors import UnknownNameError
+from embedcache.paths import open_path
 from embedcache.registry import unknown_name
 
 
@@ -26,15 +27,19 @@ class Cache:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = open_path(path)
         self.info: CacheInfo = read_info(self.path)
         self._footers: dict[str, pq.FileMetaData] = {}  # parsing one takes longer than reading a chunk's rows
 
     @cached_property
     def samples(self) -> pa.Table:
-        """One row a sample, in row order: `key`, and the source's columns."""
+        """One row a sample, in row order: `key`, and the source's columns.
+
+        A process killed while it added samples leaves longer tables than `cache.json` counts; only what it counts is
+        there.
+        """
         with table_errors(samples_path(self.path)):
-            return read_table(samples_path(self.path))
+            return read_table(samples_path(self.path)).slice(0, self.info.num_samples)
 
     def items(self, modality: str, *, chunk: int | None = None) -> pa.Table:
         """Get one row an item, in row order.
@@ -46,11 +51,11 @@ class Cache:
         path = items_path(self.path, modality)
         with table_errors(path):
             if chunk is None:
-                return read_table(path)
-            if modality not in self._footers:
-                self._footers[modality] = pq.read_metadata(path)
-            with pq.ParquetFile(path, metadata=self._footers[modality]) as file:
-                return file.read_row_group(chunk, use_threads=False)
+                return read_table(path).slice(0, self.info.num_items.get(modality, 0))
+            rows = self.info.chunk_rows(modality, chunk)
+            with open_table(path, self._footers.get(modality)) as file:
+                self._footers[modality] = file.metadata
+                return file.read_row_group(chunk, use_threads=False).slice(0, rows.stop - rows.start)
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
         """Get the encoders that have features of a modality, by name."""

@@ -3,8 +3,8 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ import pyarrow.parquet as pq
 from embedcache.artifact import canonical_json
 from embedcache.cache.layout import commit_path
 from embedcache.cache.tables import read_table
-from embedcache.disk import write_atomic
+from embedcache.disk import flush, write_atomic
 from embedcache.errors import CorruptError
 
 HASH_BYTES = 16
+NOT_YET = "not extracted yet"
+"""Why an item that was added to a chunk after its commit has no feature: the next extraction makes the chunk anew."""
+
 _FAILURE = "failure of "
 _METADATA_KEY = b"embedcache"
 
@@ -42,6 +45,16 @@ class Commit:
     hashes: Sequence[bytes | None]
     failures: Mapping[str, Sequence[str | None]]
 
+    def padded(self, num_rows: int) -> "Commit":
+        """Give the same for a chunk that has more rows by now."""
+        added = num_rows - len(self.hashes)
+        failures = {feature: [*reasons, *[NOT_YET] * added] for feature, reasons in self.failures.items()}
+        return replace(self, hashes=[*self.hashes, *[None] * added], failures=failures) if added else self
+
+    def without(self, features: Collection[str]) -> "Commit":
+        """Give the same without some features."""
+        return replace(self, features={name: files for name, files in self.features.items() if name not in features})
+
 
 def hash_item(data: bytes) -> bytes:
     """Get the BLAKE2b-128 of an item's raw bytes, or of its text as UTF-8."""
@@ -63,6 +76,13 @@ def write_commit(encoder_folder: Path, commit: Commit) -> None:
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_atomic(commit_path(encoder_folder, commit.chunk), buffer.getvalue())
+
+
+def remove_commit(encoder_folder: Path, chunk: int) -> None:
+    """Make a chunk not exist."""
+    path = commit_path(encoder_folder, chunk)
+    path.unlink(missing_ok=True)
+    flush(path.parent)
 
 
 def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:

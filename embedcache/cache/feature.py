@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array, Bools, Ints
-from embedcache.cache.commit import Commit
+from embedcache.cache.commit import NOT_YET, Commit
 from embedcache.cache.group import EncoderGroup, chunk_shape, feature_about
 from embedcache.cache.store import check_chunk, map_chunk, most_maps, read_metadata
 from embedcache.errors import DataError, UnfinishedError
@@ -93,7 +93,7 @@ class Feature:
         Raises:
             UnfinishedError: says how many chunks are missing and how to get them.
         """
-        missing = sum(commit is None for commit in self.commits)
+        missing = sum(commit is None or NOT_YET in commit.failures[self.feature] for commit in self.commits)
         if missing:
             raise UnfinishedError(
                 f"feature {self.name} is not finished: {missing} of {len(self.commits)} chunks are missing; "
@@ -206,7 +206,8 @@ class Feature:
         if number not in self._maps:
             path = self.group.path / self.feature
             self._maps[number] = map_chunk(path, number, self._chunk_shape, self.dtype)
-            if len(self._maps) > most_maps():
+            chunk_bytes = int(np.prod(self._chunk_shape)) * np.dtype(self.dtype).itemsize
+            if len(self._maps) > most_maps(path, chunk_bytes):
                 self._maps.popitem(last=False)
         return self._maps[number]
 

@@ -1,7 +1,7 @@
 """One encoder's folder in a cache: a Zarr group whose attributes are the fingerprint, with an array a feature."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from embedcache.arrays import Array
 from embedcache.artifact import check_same, digest
-from embedcache.cache.commit import Commit, read_commit, write_commit
+from embedcache.cache.commit import NOT_YET, Commit, read_commit, remove_commit, write_commit
 from embedcache.cache.layout import FORMAT_VERSION, CacheInfo, encoder_path
 from embedcache.cache.store import CRC_BYTES, chunk_path, read_metadata, write_array, write_chunk, write_group
 from embedcache.disk import locked
@@ -58,18 +58,17 @@ class EncoderGroup:
             return None
         if commit.encoder != digest(self.fingerprint):
             raise CorruptError(f"chunk {chunk} in {self.path} was written by another encoder than the folder's")
-        if commit.spine != self.info.spine:
+        num_rows = self.info.num_rows_then(commit.spine, self.modality, chunk)
+        if num_rows is None:
             raise CorruptError(f"chunk {chunk} in {self.path} was written for other rows than this cache numbers")
+        if len(commit.hashes) != num_rows:
+            raise CorruptError(f"chunk {chunk} in {self.path} has {len(commit.hashes)} rows; it should have {num_rows}")
         rows = self.info.chunk_rows(self.modality, chunk)
-        if len(commit.hashes) != rows.stop - rows.start:
-            raise CorruptError(
-                f"chunk {chunk} in {self.path} has {len(commit.hashes)} rows; it should have {rows.stop - rows.start}"
-            )
-        return commit
+        return commit.padded(rows.stop - rows.start)
 
     def has(self, commit: Commit | None, feature: str) -> bool:
-        """Say whether a committed chunk has a feature, with files that are there and as long as they should be."""
-        if commit is None or feature not in commit.features:
+        """Say whether a chunk has a feature for all its rows, with files that are there and as long as they should be."""
+        if commit is None or feature not in commit.features or NOT_YET in commit.failures[feature]:
             return False
         return all(_is_whole(self.path / file) for file in commit.features[feature])
 
@@ -79,7 +78,10 @@ def _is_whole(file: Path) -> bool:
     shape = grid["chunk_grid"]["configuration"]["chunk_shape"]
     path = chunk_path(file.parent, int(file.name), len(shape))
     num_bytes = int(np.prod(shape)) * np.dtype(grid["data_type"]).itemsize + CRC_BYTES
-    return path.is_file() and path.stat().st_size == num_bytes
+    try:
+        return bool(path.stat().st_size == num_bytes)
+    except FileNotFoundError:
+        return False
 
 
 def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> EncoderGroup:
@@ -145,12 +147,14 @@ def add_feature(group: EncoderGroup, feature: str, item_shape: tuple[int, ...], 
     """
     path = group.path / feature
     about = {"item_shape": list(item_shape), "dtype": dtype}
+    num_items = group.info.num_items[group.modality]
     if (path / "zarr.json").exists() and _is_begun(group, feature, about):
         found = feature_about(group, feature)
         next_step = "ask for the same, or extract into another folder"
         check_same(f"feature {group.name}/{feature}", found, about, next_step=next_step)
-        return
-    num_items = group.info.num_items[group.modality]
+        first_axis = path / "lengths" if item_shape[0] < 0 else path
+        if read_metadata(first_axis)["shape"][0] == num_items:
+            return  # else samples were added since
     if item_shape[0] < 0:
         chunk_size = group.info.chunk_size
         write_array(path / "lengths", (num_items,), (chunk_size,), "int32", {})
@@ -240,11 +244,13 @@ def commit_chunk(
     features: Mapping[str, Sequence[Array | None]],
     hashes: Sequence[bytes | None],
     failures: Sequence[str | None],
+    *,
+    replaces: bool = False,
 ) -> None:
     """Write features of one chunk, then the record that makes them exist.
 
     Features that the chunk has already stay as they are, those that another process committed meanwhile too. One
-    writer at a time: the encoder's folder is locked.
+    writer at a time: the encoder's folder is locked. What is written again does not exist meanwhile.
 
     Args:
         group: the encoder's folder.
@@ -252,6 +258,7 @@ def commit_chunk(
         features: feature -> one array an item from `fit_item`, in row order; None for a failed item.
         hashes: of each item's raw bytes or text; None where they could not be read.
         failures: why an item has none of these features; None where it has them.
+        replaces: write features again that the chunk has.
 
     Raises:
         FingerprintError: an item's bytes are no longer those that the earlier features were made from.
@@ -259,11 +266,14 @@ def commit_chunk(
     with locked(group.path / "chunks"):
         before = group.commit(chunk)
         if before is not None:
-            _refuse_changed(group, chunk, before.hashes, hashes)
-            features = {name: items for name, items in features.items() if not group.has(before, name)}
+            _refuse_changed(group, before, hashes)
+            if not replaces:
+                features = {name: items for name, items in features.items() if not group.has(before, name)}
             hashes = [now if now is not None else earlier for now, earlier in zip(hashes, before.hashes, strict=True)]
         if not features:
             return
+        if before is not None:
+            before = _withdraw(group, before, features)
         files = {name: write_feature_chunk(group, name, chunk, items) for name, items in features.items()}
         reasons = dict.fromkeys(features, failures)
         record = Commit(
@@ -277,12 +287,35 @@ def commit_chunk(
         write_commit(group.path, record)
 
 
-def _refuse_changed(
-    group: EncoderGroup, chunk: int, before: Sequence[bytes | None], now: Sequence[bytes | None]
-) -> None:
-    first = group.info.chunk_rows(group.modality, chunk).start
-    for offset, (old, new) in enumerate(zip(before, now, strict=True)):
-        if old is not None and new is not None and old != new:
+def withdraw(group: EncoderGroup, chunk: int, features: Collection[str]) -> None:
+    """Make features of one chunk not exist, so that the next extraction makes them again."""
+    with locked(group.path / "chunks"):
+        try:
+            before = group.commit(chunk)
+        except CorruptError:
+            remove_commit(group.path, chunk)
+            return
+        if before is not None:
+            _withdraw(group, before, features)
+
+
+def _withdraw(group: EncoderGroup, before: Commit, features: Collection[str]) -> Commit | None:
+    """Take features out of a commit; give what is left of it."""
+    left = before.without(features)
+    if not left.features:
+        remove_commit(group.path, before.chunk)
+        return None
+    if len(left.features) < len(before.features):
+        write_commit(group.path, replace(left, spine=group.info.spine))
+    return left
+
+
+def _refuse_changed(group: EncoderGroup, before: Commit, now: Sequence[bytes | None]) -> None:
+    """Refuse items with other bytes than some feature was made from."""
+    first = group.info.chunk_rows(group.modality, before.chunk).start
+    for offset, (old, new) in enumerate(zip(before.hashes, now, strict=True)):
+        is_used = any(reasons[offset] is None for reasons in before.failures.values())
+        if is_used and old is not None and new is not None and old != new:
             raise FingerprintError(
                 f"{group.modality} row {first + offset} has other bytes now than when {group.name} was extracted; "
                 "put the old file back, or extract into a new folder"

@@ -1,14 +1,40 @@
 """Where things lie in a cache, and what `cache.json` says. The page docs/formats.md describes every byte."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.artifact import fields_of, read_manifest, write_json
+from embedcache.artifact import digest, fields_of, read_manifest, write_json
 
 FORMAT_VERSION = 1
 DEFAULT_CHUNK_SIZE = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Samples that were numbered together: those of the first indexing, or those that one `--extend` added.
+
+    Args:
+        num_samples: how many.
+        digest: SHA-256 over them in row order.
+    """
+
+    num_samples: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """A state of the numbering before samples were added or items mended: commits made then are still good.
+
+    Args:
+        spine: its identity, as those commits have it.
+        num_items: modality -> how many items it had.
+    """
+
+    spine: str
+    num_items: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +48,8 @@ class CacheInfo:
         num_samples: rows of `samples.parquet`.
         num_items: rows of each modality's `items.parquet`; a modality without items is absent.
         format: version of the format on disk.
+        parts: in row order; none where all samples were numbered together.
+        earlier: the states before this one, the first first.
     """
 
     chunk_size: int
@@ -30,6 +58,13 @@ class CacheInfo:
     num_samples: int
     num_items: Mapping[str, int]
     format: int = FORMAT_VERSION
+    parts: Sequence[Part] = ()
+    earlier: Sequence[Earlier] = ()
+
+    @property
+    def all_parts(self) -> list[Part]:
+        """The parts; one where all samples were numbered together."""
+        return list(self.parts) or [Part(num_samples=self.num_samples, digest=self.spine)]
 
     def num_chunks(self, modality: str) -> int:
         """Count the chunks of a modality."""
@@ -39,6 +74,20 @@ class CacheInfo:
         """Get the rows of one chunk."""
         start = chunk * self.chunk_size
         return slice(start, min(start + self.chunk_size, self.num_items[modality]))
+
+    def num_rows_then(self, spine: str, modality: str, chunk: int) -> int | None:
+        """Count the rows that a chunk had when the numbering had that identity; None where it never had it."""
+        states = [*self.earlier, Earlier(spine=self.spine, num_items=self.num_items)]
+        for state in states:
+            if state.spine == spine:
+                rows_left = state.num_items.get(modality, 0) - chunk * self.chunk_size
+                return min(max(rows_left, 0), self.chunk_size)
+        return None
+
+
+def spine_of(parts: Sequence[Part]) -> str:
+    """Get the identity of the rows that some parts make up."""
+    return parts[0].digest if len(parts) == 1 else digest([part.digest for part in parts])
 
 
 def info_path(cache_path: Path) -> Path:
@@ -67,8 +116,8 @@ def commit_path(encoder_folder: Path, chunk: int) -> Path:
 
 
 def write_info(cache_path: Path, info: CacheInfo) -> None:
-    """Write `cache.json`: from now on the spine exists."""
-    write_json(info_path(cache_path), asdict(info))
+    """Write `cache.json`: from now on the spine exists. Fields that a cache in one part does not need are left out."""
+    write_json(info_path(cache_path), {name: value for name, value in asdict(info).items() if value not in ((), [])})
 
 
 def read_info(cache_path: Path) -> CacheInfo:
@@ -82,4 +131,10 @@ def read_info(cache_path: Path) -> CacheInfo:
     path = info_path(cache_path)
     make = f"embedcache extract SOURCE {cache_path}"
     values = read_manifest(path, kind="cache", latest_format=FORMAT_VERSION, make=make)
-    return fields_of(path, lambda: CacheInfo(**values))
+    return fields_of(path, lambda: _info(**values))
+
+
+def _info(*, parts: Sequence[Any] = (), earlier: Sequence[Any] = (), **values: Any) -> CacheInfo:
+    return CacheInfo(
+        parts=tuple(Part(**part) for part in parts), earlier=tuple(Earlier(**state) for state in earlier), **values
+    )

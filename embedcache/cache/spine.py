@@ -2,38 +2,35 @@
 
 import hashlib
 import shutil
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import islice
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from embedcache.artifact import canonical_json, check_same
+from embedcache.artifact import check_same, read_json, write_json
+from embedcache.cache.cache import Cache
+from embedcache.cache.changes import Changes, batches, changed, find_changes
 from embedcache.cache.layout import (
     DEFAULT_CHUNK_SIZE,
     CacheInfo,
+    Earlier,
+    Part,
     info_path,
     items_path,
     read_info,
     samples_path,
+    spine_of,
     write_info,
 )
-from embedcache.disk import disk_errors, flush, locked, make_folder, partial_path
-from embedcache.errors import FingerprintError, PathError, SettingError, SourceError
+from embedcache.cache.spine_tables import ITEM_SCHEMAS, SpineWriter, digest_input
+from embedcache.disk import disk_errors, locked, make_folder, partial_path, put_file, remove_folder
+from embedcache.errors import PathError, SettingError, SourceError
+from embedcache.paths import is_remote
 from embedcache.progress import Progress, Silent
 from embedcache.sources.contract import Sample, Source
 
-_IMAGE_SCHEMA = pa.schema(
-    [("sample", pa.int64()), ("path", pa.string()), ("offset", pa.int64()), ("length", pa.int64())]
-)
-_TEXT_SCHEMA = pa.schema([("sample", pa.int64()), ("text", pa.string()), ("language", pa.string())])
-_SCHEMAS = {"image": _IMAGE_SCHEMA, "text": _TEXT_SCHEMA}
-_BATCH = 65_536
-_OURS = {".lock", "cache.json", "samples.parquet", *_SCHEMAS}
+_OURS = {".lock", "cache.json", "mending.json", "samples.parquet", *ITEM_SCHEMAS}
 
 
 def index(
@@ -41,16 +38,21 @@ def index(
     cache_path: Path,
     *,
     chunk_size: int | None = None,
+    extends: bool = False,
+    mends: bool = False,
     progress: Progress | None = None,
 ) -> CacheInfo:
     """Number a source into a new cache, or check that a cache still numbers this source.
 
-    Memory: one Arrow row a sample, about 100 bytes each, while the cache is made; a batch while it is checked.
+    Rows never change: samples that are added later get the rows behind. Memory: one Arrow row a sample, about 100
+    bytes each, while tables are written; a batch while a cache is checked.
 
     Args:
         source: where the samples come from.
         cache_path: a folder that is new, empty, or a cache of this source; a cache without features is made anew.
         chunk_size: items in a chunk; None is the cache's own, or 2,048 for a new one.
+        extends: take in samples that the cache does not number yet.
+        mends: take in other bytes of images that no feature was made from, since all encoders failed on them.
         progress: told the number of samples.
 
     Raises:
@@ -68,26 +70,66 @@ def index(
         with locked(cache_path), disk_errors(cache_path):
             if not info_path(cache_path).is_file():  # another process may have made it meanwhile
                 return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, progress)
-    try:
-        return _check(source, cache_path, chunk_size, progress)
-    except FingerprintError:
-        if any(cache_path.glob("*/*/chunks/*.parquet")):
-            raise
-    with locked(cache_path), disk_errors(cache_path):  # nothing was extracted: a first try with a mistake in it
-        for group in cache_path.glob("*/*/zarr.json"):
-            shutil.rmtree(group.parent)
-        return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, progress)
+    info = read_info(cache_path)
+    is_begun = any(cache_path.glob("*/*/chunks/*.parquet"))
+    if is_begun:
+        _check_chunk_size(cache_path, info, chunk_size)
+    is_same = chunk_size in (None, info.chunk_size) and len(info.all_parts) == 1
+    if is_same and _digest(source, info, progress) == info.spine:
+        return info
+    with locked(cache_path), disk_errors(cache_path):
+        if is_begun:
+            return _take_in(source, cache_path, extends=extends, mends=mends, progress=progress)
+        for group in cache_path.glob("*/*/zarr.json"):  # nothing was extracted: a first try with a mistake in it
+            remove_folder(group.parent)
+        return _create(source, cache_path, chunk_size or info.chunk_size, progress)
 
 
 def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progress) -> CacheInfo:
-    folder = partial_path(cache_path / "indexing")
-    try:
-        info = _write_tables(source, folder, chunk_size, progress)
-        _move_into_place(folder, cache_path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    spine = hashlib.sha256()
+    with _scratch(cache_path) as folder:
+        writer = SpineWriter(folder, chunk_size)
+        progress.start("indexing", 0, "samples")
+        for batch in batches(source.samples()):
+            spine.update(digest_input(batch))
+            writer.add(batch)
+            progress.advance(len(batch))
+        progress.finish()
+        if not writer.num_samples:
+            raise SourceError(
+                f"no sample found in {source.describe().get('path', 'the source')}; "
+                "give a source that holds images or captions"
+            )
+        info = CacheInfo(
+            chunk_size=chunk_size,
+            source=dict(source.describe()),
+            spine=spine.hexdigest(),
+            num_samples=writer.num_samples,
+            num_items=writer.close(),
+        )
+        _put_tables(folder, cache_path)
     write_info(cache_path, info)
     return info
+
+
+def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None) -> None:
+    if chunk_size is not None:
+        check_same(
+            f"cache {cache_path}",
+            {"chunk_size": info.chunk_size},
+            {"chunk_size": chunk_size},
+            next_step="leave --chunk-size out, or extract into a new folder",
+        )
+
+
+def _digest(source: Source, info: CacheInfo, progress: Progress) -> str:
+    spine = hashlib.sha256()
+    progress.start("checking samples", info.num_samples, "samples")
+    for batch in batches(source.samples()):
+        spine.update(digest_input(batch))
+        progress.advance(len(batch))
+    progress.finish()
+    return spine.hexdigest()
 
 
 def _refuse_foreign(cache_path: Path) -> None:
@@ -100,170 +142,115 @@ def _refuse_foreign(cache_path: Path) -> None:
         )
 
 
-def _check(source: Source, cache_path: Path, chunk_size: int | None, progress: Progress) -> CacheInfo:
-    info = read_info(cache_path)
-    if chunk_size is not None:
-        check_same(
-            f"cache {cache_path}",
-            {"chunk_size": info.chunk_size},
-            {"chunk_size": chunk_size},
-            next_step="leave --chunk-size out, or extract into a new folder",
-        )
-    spine = hashlib.sha256()
-    progress.start("checking samples", info.num_samples, "samples")
-    for batch in _batches(source.samples()):
-        spine.update(_digest_input(batch))
-        progress.advance(len(batch))
-    progress.finish()
-    if spine.hexdigest() != info.spine:
-        raise FingerprintError(
-            f"cache {cache_path} numbers other samples than this source has now: it was made from "
-            f"{info.source.get('type')} {info.source.get('path', '')}, or that source changed since; "
-            "extract into a new folder"
-        )
+def _take_in(source: Source, cache_path: Path, *, extends: bool, mends: bool, progress: Progress) -> CacheInfo:
+    """Compare a source with a cache that has features, and take in what is allowed to have changed."""
+    info = read_info(cache_path)  # anew: another process may have taken the same in before we got the lock
+    with _scratch(cache_path) as folder:
+        longer = _Longer(cache_path, info, folder / "longer")
+        on_new = longer.add if extends else _ignore
+        changes = find_changes(cache_path, info, source.samples(), on_new=on_new, progress=progress)
+        if not (changes.num_new or changes.moved or _is_half_mended(cache_path, changes)):
+            _check_columns(cache_path, info, changes)
+            return info
+        _check_allowed(cache_path, info, changes, extends=extends, mends=mends)
+        tables, num_items = longer.close()
+        if changes.moved:
+            write_json(_mending_path(cache_path), list(changes.digests))
+            writer = SpineWriter(folder / "moved", info.chunk_size)
+            writer.copy(tables, info.num_samples + changes.num_new, changes.moved)
+            tables, num_items = folder / "moved", writer.close()
+        if tables != cache_path:
+            _put_tables(tables, cache_path)
+    parts = [replace(part, digest=now) for part, now in zip(info.all_parts, changes.digests, strict=True)]
+    if changes.num_new:
+        parts.append(Part(num_samples=changes.num_new, digest=changes.new_digest))
+    info = replace(
+        info,
+        spine=spine_of(parts),
+        num_samples=info.num_samples + changes.num_new,
+        num_items=num_items,
+        parts=parts,
+        earlier=[*info.earlier, Earlier(spine=info.spine, num_items=info.num_items)],
+    )
+    write_info(cache_path, info)
+    _mending_path(cache_path).unlink(missing_ok=True)
     return info
 
 
-def _write_tables(source: Source, folder: Path, chunk_size: int, progress: Progress) -> CacheInfo:
+def _mending_path(cache_path: Path) -> Path:
+    return cache_path / "mending.json"
+
+
+def _is_half_mended(cache_path: Path, changes: Changes) -> bool:
+    """Say whether a process was killed between the tables with other bytes in them and `cache.json`."""
+    path = _mending_path(cache_path)
+    return path.is_file() and read_json(path) == list(changes.digests)
+
+
+class _Longer:
+    """The tables of a cache with more samples behind; written once there is one."""
+
+    def __init__(self, cache_path: Path, info: CacheInfo, folder: Path) -> None:
+        self._cache_path, self._info, self._folder = cache_path, info, folder
+        self._writer: SpineWriter | None = None
+
+    def add(self, batch: list[Sample]) -> None:
+        if self._writer is None:
+            self._writer = SpineWriter(self._folder, self._info.chunk_size)
+            self._writer.copy(self._cache_path, self._info.num_samples, {})
+        self._writer.add(batch)
+
+    def close(self) -> tuple[Path, Mapping[str, int]]:
+        """Give the folder of the tables, the cache itself where nothing was added, and modality -> items."""
+        if self._writer is None:
+            return self._cache_path, self._info.num_items
+        return self._folder, self._writer.close()
+
+
+def _ignore(_: list[Sample]) -> None:
+    """Leave new samples alone: they are counted, and refused."""
+
+
+def _check_columns(cache_path: Path, info: CacheInfo, changes: Changes) -> None:
+    if list(changes.digests) != [part.digest for part in info.all_parts]:
+        raise changed(cache_path, info, "columns or languages of its samples differ")
+
+
+def _check_allowed(cache_path: Path, info: CacheInfo, changes: Changes, *, extends: bool, mends: bool) -> None:
+    if changes.num_new and not extends:
+        step = "number them behind the others with --extend, or extract into a new folder"
+        raise changed(cache_path, info, f"it has {changes.num_new:,} more", next_step=step)
+    used = [row for row in changes.moved if _is_used(cache_path, info, row)]
+    if used:
+        raise changed(cache_path, info, f"{len(used):,} images have other bytes now, the first is row {used[0]:,}")
+    if changes.moved and not mends:
+        reason = f"{len(changes.moved):,} images that had failed have other bytes now"
+        raise changed(cache_path, info, reason, next_step="take them in with --retry-failed")
+
+
+def _is_used(cache_path: Path, info: CacheInfo, row: int) -> bool:
+    """Say whether any feature was made from an image."""
+    chunk, offset = divmod(row, info.chunk_size)
+    commits = (group.commit(chunk) for group in Cache(cache_path).encoders("image"))
+    return any(reasons[offset] is None for commit in commits if commit for reasons in commit.failures.values())
+
+
+@contextmanager
+def _scratch(cache_path: Path) -> Iterator[Path]:
+    """Give a folder on this machine for tables in the making: beside the cache's where it can be."""
+    if is_remote(cache_path):
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+        return
+    folder = partial_path(cache_path / "indexing")
     folder.mkdir(parents=True)
-    spine = hashlib.sha256()
-    num_items = dict.fromkeys(_SCHEMAS, 0)
-    tables: list[pa.Table] = []
-    num_samples = 0
-    writers = {name: _ItemWriter(items_path(folder, name), schema, chunk_size) for name, schema in _SCHEMAS.items()}
-    progress.start("indexing", 0, "samples")
-    for batch in _batches(source.samples()):
-        spine.update(_digest_input(batch))
-        tables.append(_sample_table(batch))
-        for modality, writer in writers.items():
-            num_items[modality] += writer.write(_item_rows(batch, num_samples, modality))
-        num_samples += len(batch)
-        progress.advance(len(batch))
-    for writer in writers.values():
-        writer.close()
-    progress.finish()
-    _write_samples(tables, folder, source)
-    return CacheInfo(
-        chunk_size=chunk_size,
-        source=dict(source.describe()),
-        spine=spine.hexdigest(),
-        num_samples=num_samples,
-        num_items={name: count for name, count in num_items.items() if count},
-    )
-
-
-def _batches(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
-    while batch := list(islice(samples, _BATCH)):
-        yield batch
-
-
-def _digest_input(batch: Sequence[Sample]) -> bytes:
-    return b"".join(_line(sample) for sample in batch)
-
-
-def _line(sample: Sample) -> bytes:
     try:
-        return canonical_json(_identity(sample)) + b"\n"
-    except UnicodeEncodeError as error:
-        raise SourceError(
-            f"sample {sample.key!r} holds text that is not Unicode: {error.reason}; mend the source"
-        ) from error
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _identity(sample: Sample) -> list[Any]:
-    images = [[item.path, item.offset, item.length] for item in sample.images]
-    texts = [[item.text, item.language] for item in sample.texts]
-    return [sample.key, images, texts, dict(sample.columns)]
-
-
-def _sample_table(batch: Sequence[Sample]) -> pa.Table:
-    columns: dict[str, list[Any]] = defaultdict(lambda: [None] * len(batch))
-    for row, sample in enumerate(batch):
-        for name, value in sample.columns.items():
-            columns[name][row] = value
-    arrays = {name: _column(values) for name, values in sorted(columns.items()) if name != "key"}
-    return pa.table({"key": pa.array([sample.key for sample in batch], pa.string()), **arrays})
-
-
-def _column(values: list[Any]) -> pa.Array:
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types: keep what people would read
-        return pa.array([None if value is None else str(value) for value in values], pa.string())
-
-
-def _item_rows(batch: Sequence[Sample], first: int, modality: str) -> list[dict[str, Any]]:
-    if modality == "image":
-        return [
-            {"sample": row, "path": item.path, "offset": item.offset, "length": item.length}
-            for row, sample in enumerate(batch, first)
-            for item in sample.images
-        ]
-    return [
-        {"sample": row, "text": item.text, "language": item.language}
-        for row, sample in enumerate(batch, first)
-        for item in sample.texts
-    ]
-
-
-class _ItemWriter:
-    """Writes one row group a chunk, so that a worker reads just the rows of its chunk."""
-
-    def __init__(self, path: Path, schema: pa.Schema, chunk_size: int) -> None:
-        path.parent.mkdir(parents=True)
-        self._writer = pq.ParquetWriter(path, schema)
-        self._schema = schema
-        self._chunk_size = chunk_size
-        self._waiting: list[dict[str, Any]] = []
-
-    def write(self, rows: list[dict[str, Any]]) -> int:
-        self._waiting += rows
-        whole = len(self._waiting) // self._chunk_size * self._chunk_size
-        self._write_groups(self._waiting[:whole])
-        self._waiting = self._waiting[whole:]
-        return len(rows)
-
-    def close(self) -> None:
-        self._write_groups(self._waiting)
-        self._writer.close()
-
-    def _write_groups(self, rows: list[dict[str, Any]]) -> None:
-        if rows:
-            table = pa.Table.from_pylist(rows, schema=self._schema)
-            self._writer.write_table(table, row_group_size=self._chunk_size)
-
-
-def _write_samples(tables: list[pa.Table], folder: Path, source: Source) -> None:
-    if not tables:
-        raise SourceError(
-            f"no sample found in {source.describe().get('path', 'the source')}; "
-            "give a source that holds images or captions"
-        )
-    try:
-        samples = pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SourceError(f"a column of the source changes its type on the way: {error}") from error
-    _refuse_duplicates(samples["key"])
-    pq.write_table(samples, samples_path(folder), row_group_size=_BATCH)
-
-
-def _refuse_duplicates(keys: pa.ChunkedArray) -> None:
-    counts = pc.value_counts(keys)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(repeated):
-        key = repeated[0]["values"].as_py()
-        rows = pc.indices_nonzero(pc.equal(keys, key)).to_pylist()
-        raise SourceError(
-            f"keys must be unique; {key!r} is the key of rows {rows[0]} and {rows[1]} ({len(repeated)} such keys); "
-            "rename a file (a.jpg and a.png have one key), or name another --key-column"
-        )
-
-
-def _move_into_place(folder: Path, cache_path: Path) -> None:
-    moves = {samples_path(folder): samples_path(cache_path)}
-    moves |= {items_path(folder, modality): items_path(cache_path, modality) for modality in _SCHEMAS}
-    for made, place in moves.items():
-        flush(made)
-        make_folder(place.parent)
-        made.replace(place)
-        flush(place.parent)
+def _put_tables(folder: Path, cache_path: Path) -> None:
+    put_file(samples_path(folder), samples_path(cache_path))
+    for modality in ITEM_SCHEMAS:
+        put_file(items_path(folder, modality), items_path(cache_path, modality))

@@ -23,10 +23,12 @@ from embedcache.arrays import Array
 from embedcache.artifact import read_json
 from embedcache.disk import write_atomic
 from embedcache.errors import CorruptError, UnfinishedError
+from embedcache.paths import is_remote
 
 CRC_BYTES = 4
 _REPAIR = "remove that file and run the same embedcache extract again"
 _MOST_OPEN_FILES = 32_768
+_REMOTE_BYTES = 2**30
 
 
 def write_group(path: Path, attributes: Mapping[str, Any]) -> None:
@@ -89,7 +91,7 @@ def write_chunk(array_path: Path, number: int, values: Array, chunk_shape: tuple
 
 
 def map_chunk(array_path: Path, number: int, chunk_shape: tuple[int, ...], dtype: str) -> Array:
-    """Map one chunk into memory, read-only, without reading it.
+    """Map one chunk into memory, read-only, without reading it; behind a URL, read it.
 
     Raises:
         UnfinishedError: the chunk's file is missing though its commit is there.
@@ -98,8 +100,7 @@ def map_chunk(array_path: Path, number: int, chunk_shape: tuple[int, ...], dtype
     path = chunk_path(array_path, number, len(chunk_shape))
     num_bytes = int(np.prod(chunk_shape)) * np.dtype(dtype).itemsize
     try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = path.read_bytes() if is_remote(path) else _map(path)
     except FileNotFoundError as error:
         raise UnfinishedError(f"{path} is committed but missing; run the same embedcache extract again") from error
     except ValueError as error:  # an empty file cannot be mapped
@@ -109,17 +110,26 @@ def map_chunk(array_path: Path, number: int, chunk_shape: tuple[int, ...], dtype
     return np.frombuffer(mapped, dtype, num_bytes // np.dtype(dtype).itemsize).reshape(chunk_shape)
 
 
-@cache
-def most_maps() -> int:
-    """Say how many chunks one feature may keep mapped: each holds an open file, of which a process has few.
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    Raises the process's own limit of open files to what the system allows it, once.
-    """
+
+def most_maps(array_path: Path, chunk_bytes: int) -> int:
+    """Say how many chunks one feature may keep: behind a URL they take memory, here each holds an open file."""
+    if is_remote(array_path):
+        return max(1, _REMOTE_BYTES // chunk_bytes)
+    return _most_open_files() // 8
+
+
+@cache
+def _most_open_files() -> int:
+    """Raise the process's own limit of open files to what the system allows it, once, and give it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(16, wanted // 8)
+    return max(128, wanted)
 
 
 def check_chunk(array_path: Path, number: int, chunk: Array, committed_crc: str) -> None:

@@ -1,24 +1,44 @@
 """Reading our Parquet tables, on the calling thread alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.errors import CorruptError
+from embedcache.paths import is_remote
+
+
+@contextmanager
+def open_table(file: Path | BytesIO, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+    """Open a table of this machine or behind a URL.
+
+    Always read it with `use_threads=False`: our tables are small, and a process that ended right after Arrow's thread
+    pool had started aborted in 2 of 30 runs (pyarrow 26, with torch imported).
+    """
+    if isinstance(file, BytesIO) or not is_remote(file):
+        with pq.ParquetFile(file, metadata=metadata) as table:
+            yield table
+        return
+    with file.open("rb") as opened, pq.ParquetFile(opened, metadata=metadata) as table:
+        yield table
 
 
 def read_table(file: Path | BytesIO, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a whole table.
+    """Read a whole table."""
+    with open_table(file) as table:
+        return table.read(columns=columns, use_threads=False)
 
-    Without Arrow's thread pool: our tables are small, and a process that ended right after the pool had started
-    aborted in 2 of 30 runs (pyarrow 26, with torch imported).
-    """
-    with pq.ParquetFile(file) as opened:
-        return opened.read(columns=columns, use_threads=False)
+
+def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
+    """Go through the rows of a table. Memory: one batch."""
+    with table_errors(path), open_table(path) as table:
+        for batch in table.iter_batches(columns=columns, use_threads=False):
+            yield from batch.to_pylist()
 
 
 @contextmanager

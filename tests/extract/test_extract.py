@@ -63,10 +63,9 @@ def test_a_feature_added_later_leaves_the_others_as_they_are(pictures: Path, tmp
 
 def test_an_item_that_changed_before_a_feature_is_added_is_refused(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "s", 6)
-    whole = (folder / "00002.png").read_bytes()
-    (folder / "00002.png").write_bytes(b"x" * len(whole))
     run(folder, tmp_path / "c")
-    (folder / "00002.png").write_bytes(whole)
+    size = (folder / "00002.png").stat().st_size
+    (folder / "00002.png").write_bytes(b"x" * size)
     with pytest.raises(FingerprintError, match="image row 2 has other bytes now than when open_toy was extracted"):
         run(folder, tmp_path / "c", features=("patches",))
 
