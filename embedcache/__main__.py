@@ -2,4 +2,5 @@
 
 from embedcache.cli.main import main
 
-main()
+if __name__ == "__main__":  # a spawned process imports this file too
+    main()

@@ -128,13 +128,16 @@ def check_same(what: str, found: Mapping[str, Any], asked: Mapping[str, Any], *,
     Raises:
         FingerprintError: names each field that differs with both values.
     """
+    differences = name_differences(found, asked)
+    if differences:
+        raise FingerprintError(f"{what} was made with other settings: {'; '.join(differences)}; {next_step}")
+
+
+def name_differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Name each field that differs, with both values."""
     flat_found, flat_asked = _flatten(found), _flatten(asked)
     differing = [name for name in {**flat_found, **flat_asked} if flat_found.get(name) != flat_asked.get(name)]
-    if differing:
-        fields = "; ".join(
-            f"{name}: {flat_found.get(name)!r} there, {flat_asked.get(name)!r} asked" for name in differing
-        )
-        raise FingerprintError(f"{what} was made with other settings: {fields}; {next_step}")
+    return [f"{name}: {flat_found.get(name)!r} there, {flat_asked.get(name)!r} asked" for name in differing]
 
 
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

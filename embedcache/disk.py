@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 from uuid import uuid4
 
 from embedcache.errors import DiskFullError, PathError
@@ -185,14 +184,21 @@ class Claims:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = None if is_remote(folder) else _open_for_locks(folder / ".claims")
+        self._descriptor: int | None = None
+        if not is_remote(folder):
+            make_folder(folder)
+            self._descriptor = os.open(folder / ".claims", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            os.close(self._descriptor)  # type: ignore[arg-type]
 
     def take(self, number: int, *, waits: bool = False) -> bool:
         """Take a piece of work unless another process has it; or wait until that is done with it."""
-        if self._file is None:
+        if self._descriptor is None:
             return True
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB), 1, number)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB), 1, number)
         except OSError as error:
             if error.errno not in _TAKEN:
                 raise
@@ -201,10 +207,5 @@ class Claims:
 
     def give_back(self, number: int) -> None:
         """Let others have it."""
-        if self._file is not None:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
-
-
-def _open_for_locks(path: Path) -> IO[bytes]:
-    make_folder(path.parent)
-    return path.open("ab")
+        if self._descriptor is not None:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, number)

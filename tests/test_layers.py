@@ -27,6 +27,7 @@ DOORS = {
     "zarr": {"cache"},
     "google_crc32c": {"cache"},
     "upath": {"paths"},
+    "ray": {"extract"},
     "faiss": {"curate"},
     "timm": {"encoders"},
     "transformers": {"encoders"},

@@ -67,7 +67,7 @@ class EncoderGroup:
         return commit.padded(rows.stop - rows.start)
 
     def has(self, commit: Commit | None, feature: str) -> bool:
-        """Say whether a chunk has a feature for all its rows, with files that are there and as long as they should be."""
+        """Say whether a chunk has a feature for all its rows, in files that are there and as long as they should be."""
         if commit is None or feature not in commit.features or NOT_YET in commit.failures[feature]:
             return False
         return all(_is_whole(self.path / file) for file in commit.features[feature])

@@ -222,9 +222,9 @@ def _check_allowed(cache_path: Path, info: CacheInfo, changes: Changes, *, exten
         raise changed(cache_path, info, f"it has {changes.num_new:,} more", next_step=step)
     used = [row for row in changes.moved if _is_used(cache_path, info, row)]
     if used:
-        raise changed(cache_path, info, f"{len(used):,} images have other bytes now, the first is row {used[0]:,}")
+        raise changed(cache_path, info, f"other bytes in {len(used):,} of its images, the first in row {used[0]:,}")
     if changes.moved and not mends:
-        reason = f"{len(changes.moved):,} images that had failed have other bytes now"
+        reason = f"{len(changes.moved):,} of its failed images have other bytes now"
         raise changed(cache_path, info, reason, next_step="take them in with --retry-failed")
 
 

@@ -26,7 +26,7 @@ from embedcache.errors import CorruptError, UnfinishedError
 from embedcache.paths import is_remote
 
 CRC_BYTES = 4
-_REPAIR = "remove that file and run the same embedcache extract again"
+_REPAIR = "make it again with: embedcache verify CACHE --repair"
 _MOST_OPEN_FILES = 32_768
 _REMOTE_BYTES = 2**30
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from embedcache.cache.cache import Cache
-from embedcache.cache.commit import hash_item
+from embedcache.cache.commit import NOT_YET, hash_item
 from embedcache.cache.feature import Feature
 from embedcache.errors import ArtifactError
 from embedcache.progress import Progress, Silent
@@ -15,16 +16,27 @@ class Finding:
     """One chunk that is not as it should be.
 
     Args:
-        feature: `encoder/feature`.
+        modality: `image` or `text`.
+        encoder: name of its folder.
+        name: name of the feature there.
         chunk: its number.
         is_damage: whether bytes are wrong; a chunk that was never extracted is none.
+        can_repair: whether encoding the chunk again mends it.
         reason: what is wrong, with the next step.
     """
 
-    feature: str
+    modality: str
+    encoder: str
+    name: str
     chunk: int
-    is_damage: bool
+    is_damage: bool = True
+    can_repair: bool = True
     reason: str
+
+    @property
+    def feature(self) -> str:
+        """`encoder/feature`."""
+        return f"{self.encoder}/{self.name}"
 
 
 def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
@@ -53,22 +65,19 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
 
 
 def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding]:
-    def finding(reason: str, *, is_damage: bool = True) -> Finding:
-        return Finding(feature=feature.name, chunk=chunk, is_damage=is_damage, reason=reason)
-
+    finding = partial(Finding, modality=feature.modality, encoder=feature.group.name, name=feature.feature, chunk=chunk)
     try:
         commit = feature.group.commit(chunk)
-        if commit is None or feature.feature not in commit.features:
-            yield finding("not extracted yet; run the same embedcache extract again", is_damage=False)
+        if commit is None or NOT_YET in commit.failures.get(feature.feature, [NOT_YET]):
+            yield finding(is_damage=False, reason="not extracted yet; run the same embedcache extract again")
             return
         for _ in feature.read_chunk(commit):
             pass
     except ArtifactError as error:
-        yield finding(str(error))
+        yield finding(reason=str(error))
         return
     if feature.modality == "text":
         texts = cache.items("text", chunk=chunk)["text"].to_pylist()
         if [hash_item(text.encode()) for text in texts] != commit.hashes:
-            yield finding(
-                "the captions are not those that were encoded, or not in that order; extract into a new folder"
-            )
+            reason = "the captions are not those that were encoded, or not in that order; extract into a new folder"
+            yield finding(can_repair=False, reason=reason)

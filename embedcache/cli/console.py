@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from embedcache.errors import SettingError
+
 _SECONDS_BETWEEN_LINES = 10.0
 _PLAIN_WIDTH = 160
 
@@ -127,3 +129,15 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False).print(table)
+
+
+def read_share(text: str) -> float:
+    """Read a share of a whole, `0.1%` or `0.001`.
+
+    Raises:
+        SettingError: it is neither.
+    """
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise SettingError(f"{text!r} is no share; write it as 0.1% or as 0.001") from None

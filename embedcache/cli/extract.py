@@ -1,23 +1,35 @@
 """embedcache extract"""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+if TYPE_CHECKING:
+    from embedcache.extract.plan import Plan
+
 
 def extract(
-    source: Annotated[str, typer.Argument(help="A folder of images, a table, WebDataset tars, or openmoji:")],
-    cache: Annotated[Path, typer.Argument(help="A new folder, or a cache of this source.")],
+    source: Annotated[str, typer.Argument(help="A folder, a table, WebDataset tars, a dataset on disk; or its URL.")],
+    cache: Annotated[str, typer.Argument(help="A new folder, or a cache of this source; or its URL.")],
     image: Annotated[list[str] | None, typer.Option(help="Encoder of images, family:model. May be repeated.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Encoder of captions, family:model. May be repeated.")] = None,
     feature: Annotated[
         list[str] | None,
-        typer.Option(help="Feature to store, such as cls or patches. May be repeated. [default: each encoder's first]"),
+        typer.Option(help="Features to store, such as cls,patches,grid:4,layer6.cls. [default: each encoder's first]"),
     ] = None,
+    view: Annotated[
+        list[str] | None, typer.Option(help="Another look at each item, stored too: crop:0.5, flip, module:function.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Number the source, say what it will take, and stop.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try the items again that failed, and nothing else.")
+    ] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Number samples that were added to the source behind the others.")
+    ] = False,
     source_type: Annotated[
-        str | None,
-        typer.Option(help="folder, table, webdataset, openmoji, or module:attribute. [default: by its content]"),
+        str | None, typer.Option(help="A kind of source, or module:attribute. [default: by its content]")
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Table: column of paths or bytes.")] = None,
     caption_column: Annotated[
@@ -28,8 +40,15 @@ def extract(
     chunk_size: Annotated[int | None, typer.Option(help="Items in a chunk. [default: 2048]")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that decode. [default: one a core]")] = None,
     worker: Annotated[str, typer.Option(help="This process's share of the chunks, i/n, for job arrays.")] = "0/1",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
+    engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. [default: one on this machine]")] = None,
+    actors: Annotated[int | None, typer.Option(help="Ray: processes that hold encoders. [default: by GPUs]")] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help="cpu, cuda:0,cuda:1 …, a process each. [default: all GPUs, else cpu]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Items in one forward pass. [default: the family's]")] = None,
     precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the forward pass.")] = "float32",
+    compile_: Annotated[bool, typer.Option("--compile", help="Let torch compile the models first.")] = False,
     backend: Annotated[
         Literal["auto", "torch", "onnxruntime"],
         typer.Option(help="auto: onnxruntime on the CPU where the family exports to it."),
@@ -38,10 +57,11 @@ def extract(
     """Run frozen encoders over a source, once, into a cache. Run it again to go on after a stop."""
     from embedcache.cli.console import open_progress, say
     from embedcache.encoders.contract import EncoderSettings
-    from embedcache.extract.extract import extract as run
+    from embedcache.extract import extract as stage
+    from embedcache.extract import plan as planning
+    from embedcache.extract import retry
     from embedcache.extract.settings import ExtractSettings
-    from embedcache.sources.open import open_source
-    from embedcache.sources.settings import SourceSettings
+    from embedcache.sources import SourceSettings, open_source
 
     opened = open_source(
         source,
@@ -53,20 +73,50 @@ def extract(
         ),
     )
     settings = ExtractSettings(
-        features=tuple(feature or ()),
+        features=_listed(feature),
+        views=_listed(view),
         dtype=dtype,
         chunk_size=chunk_size,
         threads=threads,
         worker=worker,
-        encoder=EncoderSettings(device=device, precision=precision, backend=backend),
+        devices=_listed(device),
+        engine=engine,
+        address=address,
+        num_actors=actors,
+        encoder=EncoderSettings(precision=precision, backend=backend, batch_size=batch_size, compiles=compile_),
     )
-    reports = run(
-        opened,
-        cache,
-        image=image or (),
-        text=text or (),
-        settings=settings,
-        progress=open_progress(),
-    )
-    for report in reports:
-        say(report.line())
+    encoders = {"image": image or (), "text": text or ()}
+    progress = open_progress()
+    if plan:
+        made = planning.plan(opened, cache, **encoders, settings=settings, extends=extend, progress=progress)
+        _show_plan(made)
+        made.require_space()
+    elif retry_failed:
+        for retried in retry.retry_failed(opened, cache, **encoders, settings=settings, progress=progress):
+            say(retried.line())
+    else:
+        for report in stage.extract(opened, cache, **encoders, settings=settings, extends=extend, progress=progress):
+            say(report.line())
+
+
+def _show_plan(plan: "Plan") -> None:
+    from embedcache.cli.console import say, show_table
+
+    if not plan.features:
+        say(f"{plan.cache}: nothing is missing")
+        return
+    rows = [
+        [feature.name, f"{feature.num_items:,}", f"{feature.item_bytes:,.0f}", f"{feature.num_bytes / 1e9:,.3f}"]
+        for feature in plan.features
+    ]
+    show_table(["feature", "items", "bytes an item", "GB"], rows)
+    for modality, rate in plan.rates.items():
+        processes = f" on each of {plan.num_processes} devices" if plan.num_processes > 1 else ""
+        say(f"{modality}s: {rate:,.1f} a second{processes}, measured; {plan.hours(modality):,.2f} hours")
+    free = "" if plan.free_bytes is None else f"; {plan.free_bytes / 1e9:,.2f} GB are free"
+    say(f"disk: {plan.num_bytes / 1e9:,.3f} GB{free}")
+
+
+def _listed(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Take an option that may be repeated and hold several names, `cls,patches`, apart."""
+    return tuple(name.strip() for value in values or () for name in value.split(",") if name.strip())

@@ -1,21 +1,38 @@
 """embedcache verify"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
-def verify(cache: Annotated[Path, typer.Argument(help="The cache.")]) -> None:
-    """Compare every chunk of a cache with the checksum that was written with it. Exit 1 where bytes are wrong."""
+def verify(
+    cache: Annotated[str, typer.Argument(help="The cache.")],
+    probe: Annotated[
+        str | None, typer.Option(help="Encode this share of the items again, as 0.1%, and compare.")
+    ] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Make the damaged chunks again.")] = False,
+    device: Annotated[str, typer.Option(help="For --probe and --repair: cpu, cuda, cuda:1 …")] = "cpu",
+) -> None:
+    """Compare every chunk of a cache with the checksum that was written with it. Exit 1 where something is wrong."""
     from embedcache.cache.cache import Cache
-    from embedcache.cache.verify import verify as run
-    from embedcache.cli.console import open_progress, say
+    from embedcache.cache.verify import verify as check
+    from embedcache.cli.console import open_progress, read_share, say
+    from embedcache.extract.drift import measure_drift
+    from embedcache.extract.repair import repair as mend
 
-    findings = run(Cache(cache), progress=open_progress())
+    opened, progress = Cache(cache), open_progress()
+    share = None if probe is None else read_share(probe)
+    findings = check(opened, progress=progress)
     for finding in findings:
         say(f"{finding.feature} chunk {finding.chunk}: {finding.reason}")
+    if repair:
+        for line in mend(opened, findings, device=device, progress=progress):
+            say(line)
+        findings = check(opened, progress=progress)
     num_damaged = sum(finding.is_damage for finding in findings)
     say(f"{cache}: {num_damaged:,} damaged chunks, {len(findings) - num_damaged:,} not extracted yet")
-    if num_damaged:
+    drifts = [] if share is None else measure_drift(opened, share, device=device, progress=progress)
+    for drift in drifts:
+        say(drift.line())
+    if num_damaged or any(drift.is_bad for drift in drifts):
         raise typer.Exit(1)

@@ -1,31 +1,31 @@
 """A source and some encoders in, a cache out."""
 
-import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from embedcache.artifact import run_record
 from embedcache.cache.cache import Cache
-from embedcache.cache.feature import Feature
+from embedcache.cache.group import open_group
 from embedcache.cache.spine import index
 from embedcache.disk import remove_partials
-from embedcache.encoders.contract import Modality
-from embedcache.encoders.open import EncoderSpec, open_encoder
+from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import SettingError, SourceError
-from embedcache.extract.loop import encode_images, encode_texts
+from embedcache.extract.engines.open import ENGINES
+from embedcache.extract.job import Done, Job
 from embedcache.extract.settings import ExtractSettings
-from embedcache.extract.target import Target, check_features, open_target
+from embedcache.paths import open_path
 from embedcache.progress import Progress, Silent
 from embedcache.sources.contract import Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderReport:
-    """What an extraction did for one encoder.
+    """What an extraction did for one encoder, or one view of it.
 
     Args:
         modality: `image` or `text`.
@@ -59,23 +59,25 @@ def extract(
     image: Sequence[str] = (),
     text: Sequence[str] = (),
     settings: ExtractSettings | None = None,
+    extends: bool = False,
     progress: Progress | None = None,
 ) -> list[EncoderReport]:
     """Run frozen encoders over a source, once, and keep what they give in a cache.
 
-    Chunks that are committed are not made again, so a run that was stopped goes on where it was. An item that
-    cannot be read is a row with a reason.
+    Chunks that are committed are not made again, so a run that was stopped goes on where it was, and several processes
+    on one cache share the work. An item that cannot be read is a row with a reason.
 
     Args:
         source: the raw samples.
-        cache_path: a new folder, or a cache of this source.
+        cache_path: a new folder, or a cache of this source; or its URL.
         image: encoders of images, as `family:model`.
         text: encoders of texts.
         settings: how features are made and stored.
+        extends: number samples that were added to the source behind those that the cache has.
         progress: told about items.
 
     Returns:
-        One report an encoder.
+        One report an encoder and view.
 
     Raises:
         SettingError: no encoder is named.
@@ -84,37 +86,84 @@ def extract(
         FingerprintError: the cache holds other samples, or features of another encoder of that name.
         DiskFullError: what is committed stays; run again with more space.
     """
-    cache_path = Path(cache_path)
-    settings = settings or ExtractSettings()
     progress = progress or Silent()
-    specs = {
-        "image": [EncoderSpec.parse(spec) for spec in image],
-        "text": [EncoderSpec.parse(spec) for spec in text],
-    }
+    job = open_job(source, cache_path, image=image, text=text, settings=settings, extends=extends, progress=progress)
+    cache = Cache(job.cache)
+    remove_partials(cache.path)
+    with record(cache, job, "extract") as outcome:
+        done = ENGINES.load(job.settings.engine)(job, source, progress)
+        reports = [_report(cache, one) for one in done]
+        outcome["encoders"] = [vars(report) for report in reports]
+    _require_some(cache, reports)
+    return reports
+
+
+def open_job(
+    source: Source,
+    cache_path: Path | str,
+    *,
+    image: Sequence[str],
+    text: Sequence[str],
+    settings: ExtractSettings | None = None,
+    extends: bool = False,
+    mends: bool = False,
+    progress: Progress,
+) -> Job:
+    """Number the source, or check that the cache numbers it, and say what is to be done there.
+
+    Raises:
+        SettingError: no encoder is named, or a name is none.
+    """
+    settings = settings or ExtractSettings()
     if not image and not text:
         raise SettingError(
             "no encoder is named; give at least one with --image or --text, such as --text st:all-MiniLM-L6-v2"
         )
-    index(source, cache_path, chunk_size=settings.chunk_size, progress=progress)
-    cache = Cache(cache_path)
-    remove_partials(cache_path)
+    for spec in (*image, *text):
+        EncoderSpec.parse(spec)
+    path = open_path(cache_path)
+    index(source, path, chunk_size=settings.chunk_size, extends=extends, mends=mends, progress=progress)
+    return Job(cache=str(path), source=source.describe(), image=tuple(image), text=tuple(text), settings=settings)
+
+
+def record(cache: Cache, job: Job, stage: str) -> AbstractContextManager[dict[str, Any]]:
+    """Keep who did what with a cache in its folder `records`."""
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     about = {
-        "source": source.describe(),
-        "image": list(image),
-        "text": list(text),
-        "dtype": settings.dtype,
+        "source": job.source,
+        "image": list(job.image),
+        "text": list(job.text),
+        "features": list(job.settings.features),
+        "views": list(job.settings.views),
+        "dtype": job.settings.dtype,
     }
-    with run_record(cache_path / "records" / f"extract-{started}.json", "extract", about) as outcome:
-        targets = _open_targets(cache, specs, settings)
-        reports = [
-            report
-            for modality in targets
-            for report in _run(cache, source, modality, targets[modality], settings, progress)
-        ]
-        outcome["encoders"] = [vars(report) for report in reports]
-    _require_some(cache, reports)
-    return reports
+    return run_record(cache.path / "records" / f"{stage}-{started}.json", stage, about)
+
+
+def _report(cache: Cache, done: Done) -> EncoderReport:
+    """Count over the commits, one at a time: at 20 million items they do not fit in memory together."""
+    group = open_group(cache.path, done.modality, done.encoder, cache.info)
+    encoded = reused = 0
+    failures: Counter[str] = Counter()
+    for chunk in range(cache.info.num_chunks(done.modality)):
+        commit = group.commit(chunk)
+        if not group.has(commit, done.features[0]):
+            continue
+        assert commit is not None
+        if chunk in done.chunks:
+            encoded += len(commit.hashes)
+        else:
+            reused += len(commit.hashes)
+        reasons = commit.failures[done.features[0]]
+        failures.update(reason.partition(":")[0] for reason in reasons if reason is not None)
+    return EncoderReport(
+        modality=done.modality,
+        encoder=done.encoder,
+        features=list(done.features),
+        encoded=encoded,
+        reused=reused,
+        failures=dict(failures.most_common()),
+    )
 
 
 def _require_some(cache: Cache, reports: Sequence[EncoderReport]) -> None:
@@ -125,65 +174,3 @@ def _require_some(cache: Cache, reports: Sequence[EncoderReport]) -> None:
             raise SourceError(
                 f"all {num_items} {report.modality}s failed: {reasons}; mend the source and extract into a new folder"
             )
-
-
-def _open_targets(
-    cache: Cache, specs: dict[str, list[EncoderSpec]], settings: ExtractSettings
-) -> dict[Modality, list[Target]]:
-    modalities: tuple[Modality, ...] = ("image", "text")
-    wanted = [(modality, spec) for modality in modalities for spec in specs[modality]]
-    for modality, _ in wanted:
-        if not cache.info.num_items.get(modality):
-            raise SourceError(
-                f"cache {cache.path} has no {modality} items; leave --{modality} out, or check the source"
-            )
-    encoders = [open_encoder(spec, modality=modality, settings=settings.encoder) for modality, spec in wanted]
-    check_features(encoders, settings.features)
-    targets: dict[Modality, list[Target]] = {}
-    for (modality, spec), encoder in zip(wanted, encoders, strict=True):
-        target = open_target(cache, spec, encoder, settings.features, settings.dtype)
-        targets.setdefault(modality, []).append(target)
-    return targets
-
-
-def _run(
-    cache: Cache,
-    source: Source,
-    modality: Modality,
-    targets: Sequence[Target],
-    settings: ExtractSettings,
-    progress: Progress,
-) -> list[EncoderReport]:
-    mine = [chunk for chunk in range(cache.info.num_chunks(modality)) if settings.takes(chunk)]
-    missing = [{chunk for chunk in mine if target.missing(chunk)} for target in targets]
-    chunks = sorted(set().union(*missing))
-    if chunks:
-        progress.start(f"encoding {modality}s", _count(cache, modality, set(chunks)), f"{modality}s")
-        with ThreadPoolExecutor(settings.threads or os.cpu_count()) as executor:
-            if modality == "image":
-                encode_images(cache, source, targets, chunks, executor, progress)
-            else:
-                encode_texts(cache, targets, chunks, executor, progress)
-        progress.finish()
-    return [
-        _report(cache, target, _count(cache, modality, done)) for target, done in zip(targets, missing, strict=True)
-    ]
-
-
-def _count(cache: Cache, modality: str, chunks: set[int]) -> int:
-    rows = [cache.info.chunk_rows(modality, chunk) for chunk in chunks]
-    return sum(row.stop - row.start for row in rows)
-
-
-def _report(cache: Cache, target: Target, encoded: int) -> EncoderReport:
-    modality = target.encoder.modality
-    feature = Feature(target.group, target.features[0])
-    committed = {commit.chunk for commit in feature.commits if commit is not None}
-    return EncoderReport(
-        modality=modality,
-        encoder=target.group.name,
-        features=list(target.features),
-        encoded=encoded,
-        reused=_count(cache, modality, committed) - encoded,
-        failures=dict(Counter(reason.partition(":")[0] for reason in feature.failures.values()).most_common()),
-    )

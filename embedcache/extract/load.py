@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from embedcache.arrays import Array
 from embedcache.cache.commit import hash_item
-from embedcache.encoders.contract import Encoder
 from embedcache.errors import ItemError
+from embedcache.extract.target import Target
 from embedcache.sources.contract import ImageItem, Source
 from embedcache.sources.media import decode_image
 
@@ -19,12 +19,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """One item, ready for every encoder, or the reason why it is not.
+    """One item, ready for every target, or the reason why it is not.
 
     Args:
         hash: BLAKE2b-128 of the raw bytes or text; None where they could not be read.
         failure: the reason; None where all is well.
-        inputs: one array an encoder; empty after a failure.
+        inputs: one array a target; empty after a failure.
     """
 
     hash: bytes | None
@@ -32,8 +32,8 @@ class Loaded:
     inputs: Sequence[Array] = ()
 
 
-def load_image(source: Source, item: ImageItem, encoders: Sequence[Encoder]) -> Loaded:
-    """Read, decode and prepare one image once for all encoders."""
+def load_image(source: Source, item: ImageItem, targets: Sequence[Target]) -> Loaded:
+    """Read, decode and prepare one image once for all targets."""
     content_hash = None
     try:
         data = source.read(item)
@@ -41,13 +41,13 @@ def load_image(source: Source, item: ImageItem, encoders: Sequence[Encoder]) -> 
         image = decode_image(data)
     except ItemError as error:
         return Loaded(hash=content_hash, failure=str(error))
-    return Loaded(hash=content_hash, inputs=[encoder.prepare([image])[0] for encoder in encoders])
+    return Loaded(hash=content_hash, inputs=[target.encoder.prepare([target.look(image)])[0] for target in targets])
 
 
-def load_texts(texts: Sequence[str], encoders: Sequence[Encoder]) -> list[Loaded]:
-    """Tokenise a chunk of texts for all encoders; equal texts share their inputs."""
+def load_texts(texts: Sequence[str], targets: Sequence[Target]) -> list[Loaded]:
+    """Tokenise a chunk of texts for all targets; equal texts share their inputs."""
     distinct = [text for text in dict.fromkeys(texts) if text.strip()]
-    prepared = [encoder.prepare(distinct) for encoder in encoders]
+    prepared = [target.encoder.prepare([target.look(text) for text in distinct]) for target in targets]
     inputs = {text: list(arrays) for text, *arrays in zip(distinct, *prepared, strict=True)}
     return [
         Loaded(

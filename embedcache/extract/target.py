@@ -1,19 +1,19 @@
 """One encoder's share of an extraction: what it should store, and what is still missing."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from embedcache.arrays import Array
 from embedcache.cache.cache import Cache
-from embedcache.cache.group import (
-    EncoderGroup,
-    add_feature,
-    create_group,
-    fit_item,
-)
+from embedcache.cache.group import EncoderGroup, add_feature, create_group, fit_item
+from embedcache.disk import Claims
 from embedcache.encoders.contract import Encoder
 from embedcache.encoders.open import EncoderSpec
+from embedcache.extract.views import View
 from embedcache.registry import unknown_name
+
+_DERIVED = "a model may also give grid:K, K × K averages of its patches, and layerN.NAME, from the state after block N"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +25,16 @@ class Target:
         group: where they go.
         features: which of its features to store.
         dtype: dtype on disk.
+        view: how it looks at items; None is as they are.
+        claims: which of the folder's chunks this process works on.
     """
 
     encoder: Encoder
     group: EncoderGroup
     features: Sequence[str]
     dtype: str
+    view: View | None
+    claims: Claims
 
     def missing(self, chunk: int) -> list[str]:
         """Name the features that a chunk does not have yet."""
@@ -42,13 +46,17 @@ class Target:
         name = f"{self.group.name}/{feature}"
         return fit_item(item, self.encoder.features[feature], self.dtype, name)
 
+    def look(self, item: Any) -> Any:
+        """Give an item as this target wants to see it."""
+        return item if self.view is None else self.view.look(item)
+
 
 def choose_features(encoder: Encoder, asked: Sequence[str]) -> list[str]:
     """Choose what an encoder stores: those of the asked features that it has, else its first."""
     return [name for name in asked if name in encoder.features] or [next(iter(encoder.features))]
 
 
-def check_features(encoders: Sequence[Encoder], asked: Sequence[str]) -> None:
+def check_features(encoders: Collection[Encoder], asked: Sequence[str]) -> None:
     """Refuse a feature that no encoder has.
 
     Raises:
@@ -57,25 +65,33 @@ def check_features(encoders: Sequence[Encoder], asked: Sequence[str]) -> None:
     known = {name for encoder in encoders for name in encoder.features}
     for name in asked:
         if name not in known:
-            raise unknown_name("feature", name, known)
+            raise unknown_name("feature", name, known, hint=_DERIVED)
 
 
-def open_target(cache: Cache, spec: EncoderSpec, encoder: Encoder, asked: Sequence[str], dtype: str) -> Target:
+def open_target(
+    cache: Cache, spec: EncoderSpec, encoder: Encoder, asked: Sequence[str], dtype: str, view: View | None = None
+) -> Target:
     """Make an encoder's folder in a cache, or open it where the same encoder made it.
 
     Raises:
         FingerprintError: another encoder made it.
     """
-    fingerprint = encoder.fingerprint.to_json()
     group = create_group(
         cache.path,
         encoder.modality,
-        spec.folder,
+        spec.folder + ("" if view is None else view.suffix),
         cache.info,
         spec=spec.absolute.text,
-        fingerprint=fingerprint,
+        fingerprint=view_fingerprint(encoder, view),
     )
     features = choose_features(encoder, asked)
     for name in features:
         add_feature(group, name, encoder.features[name], dtype)
-    return Target(encoder=encoder, group=group, features=features, dtype=dtype)
+    claims = Claims(group.path / "chunks")
+    return Target(encoder=encoder, group=group, features=features, dtype=dtype, view=view, claims=claims)
+
+
+def view_fingerprint(encoder: Encoder, view: View | None) -> Mapping[str, Any]:
+    """Get all that decides what an encoder gives for a view."""
+    fingerprint = encoder.fingerprint.to_json()
+    return fingerprint if view is None else {**fingerprint, "view": dict(view.about)}

@@ -1,0 +1,143 @@
+"""This machine: one process a device. With one device it is this process itself."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from embedcache.errors import EmbedcacheError, UnfinishedError
+from embedcache.extract.job import Done, Job, merge_done
+from embedcache.extract.worker import Worker
+from embedcache.progress import Progress
+from embedcache.sources.contract import Source
+
+_SECONDS_BETWEEN_WORDS = 0.2
+
+
+def run(job: Job, source: Source, progress: Progress) -> list[Done]:
+    """Encode all that is missing, on all the job's devices.
+
+    Several processes take chunks as they go; what one that was killed leaves undone, the others finish.
+
+    Raises:
+        UnfinishedError: all processes were killed.
+        EmbedcacheError: what went wrong in one of them; the others are stopped.
+    """
+    devices = job.settings.devices or all_devices()
+    if len(devices) == 1:
+        return Worker(job, source=source, device=devices[0]).run(progress)
+    return _run_many(job, devices, progress)
+
+
+def all_devices() -> tuple[str, ...]:
+    """List the CUDA devices of this machine, or the CPU where there is none."""
+    import torch
+
+    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("cpu",)
+
+
+def _run_many(job: Job, devices: Sequence[str], progress: Progress) -> list[Done]:
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    processes: dict[Connection, Any] = {}
+    for device in devices:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(job, device, len(devices), theirs), daemon=True)
+        process.start()
+        theirs.close()
+        processes[ours] = process
+    try:
+        return _listen(list(processes), progress)
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.join()
+
+
+def _listen(pipes: list[Connection], progress: Progress) -> list[Done]:
+    """Pass on what the processes say until each has ended."""
+    finished, told, lost = [], _Told(progress), 0
+    while pipes:
+        for pipe in wait(pipes):
+            assert isinstance(pipe, Connection)
+            try:
+                kind, *content = pipe.recv()
+            except EOFError:
+                pipes.remove(pipe)
+                lost += 1
+                continue
+            if kind == "error":
+                raise content[0]
+            if kind == "done":
+                pipes.remove(pipe)
+                finished.append(content[0])
+            else:
+                told.tell(kind, *content)
+    progress.finish()
+    if not finished:
+        raise UnfinishedError(f"all {lost} processes died; what is committed is kept: run the same command again")
+    if lost:
+        progress.note(f"{lost} of {lost + len(finished)} processes died; the others did their work")
+    return merge_done(finished)
+
+
+class _Told:
+    """One progress of what several processes tell: the first to start a piece of work starts it for all."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._begun: list[str] = []
+
+    def tell(self, kind: str, what: str, *content: Any) -> None:
+        if kind == "note":
+            self._progress.note(what)
+        elif kind == "start" and what not in self._begun:
+            self._begun.append(what)
+            self._progress.start(what, *content)
+        elif kind == "advance" and what == self._begun[-1]:
+            self._progress.advance(*content)
+
+
+def _work(job: Job, device: str, num_processes: int, pipe: Connection) -> None:
+    """Be one of the processes."""
+    import torch
+
+    if device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
+    try:
+        pipe.send(("done", Worker(job, device=device).run(_PipedProgress(pipe))))
+    except EmbedcacheError as error:
+        pipe.send(("error", error))
+    except BrokenPipeError:  # the process that started us was killed
+        os._exit(1)
+
+
+class _PipedProgress:
+    """Tells the process that started us, a few times a second."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._what = ""
+        self._count = 0
+        self._last = 0.0
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        """Begin a piece of work."""
+        self._what = what
+        self._pipe.send(("start", what, total, unit))
+
+    def advance(self, count: int) -> None:
+        """Say that `count` more units are done."""
+        self._count += count
+        if time.monotonic() - self._last > _SECONDS_BETWEEN_WORDS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Say what was not said yet; others may still be at it."""
+        self._pipe.send(("advance", self._what, self._count))
+        self._count, self._last = 0, time.monotonic()
+
+    def note(self, line: str) -> None:
+        """Say a line."""
+        self._pipe.send(("note", line))

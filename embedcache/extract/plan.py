@@ -1,0 +1,171 @@
+"""What an extraction will take: items, bytes, time, before it is run."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from embedcache.encoders.contract import Modality
+from embedcache.errors import DiskFullError
+from embedcache.extract.engines.local import all_devices
+from embedcache.extract.extract import open_job
+from embedcache.extract.load import Loaded, load_image, load_texts
+from embedcache.extract.loop import Outputs, add_texts, image_items
+from embedcache.extract.settings import ExtractSettings
+from embedcache.extract.target import Target
+from embedcache.extract.worker import Worker
+from embedcache.paths import is_remote
+from embedcache.progress import Progress, Silent
+from embedcache.sources.contract import Source
+
+_PROBE_BATCHES = 4
+_COMMIT_BYTES = 24
+"""Of a commit for one item: its hash, and a failure's reason now and then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedFeature:
+    """What one feature will take.
+
+    Args:
+        name: `encoder/feature`.
+        modality: `image` or `text`.
+        num_items: items in the chunks that miss it.
+        item_bytes: bytes an item on disk; of the probe's mean length where items differ in theirs.
+    """
+
+    name: str
+    modality: Modality
+    num_items: int
+    item_bytes: float
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        return round(self.num_items * (self.item_bytes + _COMMIT_BYTES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an extraction will take.
+
+    Args:
+        cache: where it goes.
+        features: what will be made; none where nothing is missing.
+        rates: modality -> items a second with all its encoders together, measured on one device.
+        num_processes: devices that will share the work.
+        free_bytes: space on the cache's disk; None behind a URL.
+    """
+
+    cache: Path
+    features: Sequence[PlannedFeature]
+    rates: dict[Modality, float]
+    num_processes: int
+    free_bytes: int | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk of all that is missing."""
+        return sum(feature.num_bytes for feature in self.features)
+
+    def hours(self, modality: Modality) -> float:
+        """Time for one modality, on all devices."""
+        num_items = max(feature.num_items for feature in self.features if feature.modality == modality)
+        return num_items / self.rates[modality] / self.num_processes / 3600
+
+    def require_space(self) -> None:
+        """Refuse a plan that the disk cannot hold.
+
+        Raises:
+            DiskFullError: says how much is missing.
+        """
+        if self.free_bytes is not None and self.num_bytes > self.free_bytes:
+            raise DiskFullError(
+                f"the disk of {self.cache} has {self.free_bytes / 1e9:,.2f} GB free and the features take "
+                f"{self.num_bytes / 1e9:,.2f} GB; free {(self.num_bytes - self.free_bytes) / 1e9:,.2f} GB, store fewer "
+                "features, or put the cache elsewhere"
+            )
+
+
+def plan(
+    source: Source,
+    cache_path: Path | str,
+    *,
+    image: Sequence[str] = (),
+    text: Sequence[str] = (),
+    settings: ExtractSettings | None = None,
+    extends: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Number the source, open the encoders and encode a few batches, without keeping what they give.
+
+    The arguments and errors are those of `extract`.
+    """
+    progress = progress or Silent()
+    job = open_job(source, cache_path, image=image, text=text, settings=settings, extends=extends, progress=progress)
+    devices = job.settings.devices or all_devices()
+    worker = Worker(job, source=source, device=devices[0])
+    features: list[PlannedFeature] = []
+    rates: dict[Modality, float] = {}
+    for modality, targets in worker.targets.items():
+        chunks = worker.missing(modality)
+        if chunks:
+            rates[modality], outputs = _probe(worker, modality, chunks[0], job.settings.threads)
+            for target, output in zip(targets, outputs, strict=True):
+                features += _planned(worker, modality, target, output, chunks)
+    free = None if is_remote(worker.cache.path) else shutil.disk_usage(worker.cache.path).free
+    num_processes = job.settings.num_actors or len(devices)
+    return Plan(cache=worker.cache.path, features=features, rates=rates, num_processes=num_processes, free_bytes=free)
+
+
+def _planned(
+    worker: Worker, modality: Modality, target: Target, output: Outputs, chunks: Sequence[int]
+) -> list[PlannedFeature]:
+    missing = {chunk: target.missing(chunk) for chunk in chunks}
+    return [
+        PlannedFeature(
+            name=f"{target.group.name}/{name}",
+            modality=modality,
+            num_items=worker.count_items(modality, [chunk for chunk, names in missing.items() if name in names]),
+            item_bytes=float(np.mean([item.nbytes for item in output.features[name] if item is not None] or [0])),
+        )
+        for name in target.features
+    ]
+
+
+def _probe(worker: Worker, modality: Modality, chunk: int, threads: int | None) -> tuple[float, list[Outputs]]:
+    """Encode the first batches of a chunk; give items a second, the first batch left out, and what was made."""
+    targets = worker.targets[modality]
+    num_items = _PROBE_BATCHES * max(target.encoder.batch_size for target in targets)
+    with ThreadPoolExecutor(threads) as executor:
+        if modality == "image":
+            items = list(islice(image_items(worker.cache, chunk), num_items))
+
+            def encode(first: int, last: int) -> list[Outputs]:
+                load = executor.map(lambda item: load_image(worker.source, item, targets), items[first:last])
+                return _encode(targets, list(load))
+
+        else:
+            items = worker.cache.items("text", chunk=chunk)["text"].to_pylist()[:num_items]
+
+            def encode(first: int, last: int) -> list[Outputs]:
+                return _encode(targets, load_texts(items[first:last], targets))
+
+        warm = max(1, len(items) // _PROBE_BATCHES)
+        outputs = encode(0, warm)
+        started = time.perf_counter()
+        outputs = encode(warm, len(items)) if len(items) > warm else outputs
+        rate = max(len(items) - warm, 1) / max(time.perf_counter() - started, 1e-9)
+    return rate, outputs
+
+
+def _encode(targets: Sequence[Target], loaded: Sequence[Loaded]) -> list[Outputs]:
+    outputs = [Outputs(target, target.features, len(loaded)) for target in targets]
+    for number, output in enumerate(outputs):
+        add_texts(output, loaded, number)
+    return outputs
