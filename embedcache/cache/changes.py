@@ -142,7 +142,7 @@ class _Follower:
     def close(self) -> None:
         self.batch.flush()
         if self._next is not None:
-            reason = f"sample {self._next.key!r} is gone, or stands in another place"
+            reason = f"sample {self._next.key!r} is gone, or stands elsewhere"
             raise changed(self._cache_path, self._info, reason)
 
 

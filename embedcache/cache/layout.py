@@ -117,7 +117,7 @@ def commit_path(encoder_folder: Path, chunk: int) -> Path:
 
 def write_info(cache_path: Path, info: CacheInfo) -> None:
     """Write `cache.json`: from now on the spine exists. Fields that a cache in one part does not need are left out."""
-    write_json(info_path(cache_path), {name: value for name, value in asdict(info).items() if value not in ((), [])})
+    write_json(info_path(cache_path), {name: value for name, value in asdict(info).items() if value != ()})
 
 
 def read_info(cache_path: Path) -> CacheInfo:

@@ -76,6 +76,7 @@ def index(
         _check_chunk_size(cache_path, info, chunk_size)
     is_same = chunk_size in (None, info.chunk_size) and len(info.all_parts) == 1
     if is_same and _digest(source, info, progress) == info.spine:
+        _mending_path(cache_path).unlink(missing_ok=True)
         return info
     with locked(cache_path), disk_errors(cache_path):
         if is_begun:
@@ -169,8 +170,8 @@ def _take_in(source: Source, cache_path: Path, *, extends: bool, mends: bool, pr
         spine=spine_of(parts),
         num_samples=info.num_samples + changes.num_new,
         num_items=num_items,
-        parts=parts,
-        earlier=[*info.earlier, Earlier(spine=info.spine, num_items=info.num_items)],
+        parts=tuple(parts),
+        earlier=(*info.earlier, Earlier(spine=info.spine, num_items=info.num_items)),
     )
     write_info(cache_path, info)
     _mending_path(cache_path).unlink(missing_ok=True)

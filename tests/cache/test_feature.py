@@ -104,7 +104,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path, kind: str) -> None:
             continue
         data = path.read_bytes()
         path.write_bytes(data[:3] + bytes([data[3] ^ 16]) + data[4:])
-        with pytest.raises(CorruptError, match=rf"{path}.*the bytes changed on disk; remove that file and run"):
+        with pytest.raises(CorruptError, match=rf"{path}.*the bytes changed on disk; make it again with"):
             list(Feature(feature.group, "f").chunks())
         path.write_bytes(data)
     list(Feature(feature.group, "f").chunks())

@@ -74,7 +74,7 @@ def test_what_it_finds_can_be_made_again(copy: Path, cache_path: Path, pictures:
     flip_a_bit(path)
     (finding,) = verify(Cache(copy))
     assert f"{path} has checksum" in finding.reason
-    assert "remove that file and run the same embedcache extract again" in finding.reason
+    assert "make it again with: embedcache verify CACHE --repair" in finding.reason
     path.unlink()
     extract(open_source(pictures), copy, image=[IMAGE], text=[TEXT])
     assert verify(Cache(copy)) == []

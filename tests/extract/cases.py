@@ -1,0 +1,32 @@
+"""Caches made by the real extraction of toy encoders, and what their files hold."""
+
+import hashlib
+from pathlib import Path
+
+from embedcache.extract.extract import EncoderReport, extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.sources import open_source
+from tests.toy import IMAGE, TEXT
+
+FEATURES = ("cls", "patches", "tokens")
+
+
+def run(source: Path, cache: Path, *, extends: bool = False, **settings: object) -> list[EncoderReport]:
+    """Extract with the toy encoders, in this process unless told otherwise."""
+    return extract(
+        open_source(source),
+        cache,
+        image=[IMAGE],
+        text=[TEXT],
+        settings=ExtractSettings(**settings),  # type: ignore[arg-type]
+        extends=extends,
+    )
+
+
+def tree(cache: Path) -> dict[str, str]:
+    """Every file with its SHA-256, but for locks and the records of runs, which hold times."""
+    return {
+        str(path.relative_to(cache)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file() and path.relative_to(cache).parts[0] != "records" and path.name not in (".lock", ".claims")
+    }

@@ -1,0 +1,133 @@
+"""Failed items tried again, and samples added, with real encoders and files."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.cache.cache import Cache
+from embedcache.errors import FingerprintError
+from embedcache.extract.retry import retry_failed
+from embedcache.extract.settings import ExtractSettings
+from embedcache.sources import open_source
+from tests.extract.cases import FEATURES, run, tree
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Twenty pictures, of which 3 and 9 are broken; the good files lie in `good`."""
+    folder = write_pictures(tmp_path / "source", 20)
+    (tmp_path / "good").mkdir()
+    for number in (3, 9):
+        name = f"{number:05d}.png"
+        shutil.copy(folder / name, tmp_path / "good" / name)
+        (folder / name).write_bytes(b"junk")
+    return folder
+
+
+def retry(source: Path, cache: Path) -> list[str]:
+    settings = ExtractSettings(features=FEATURES)
+    reports = retry_failed(open_source(source), cache, image=[IMAGE], text=[TEXT], settings=settings)
+    return [report.line() for report in reports]
+
+
+def test_only_failed_rows_are_tried_again_and_the_rest_is_untouched(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
+    before = tree(tmp_path / "c")
+    shutil.copy(tmp_path / "good/00003.png", source / "00003.png")
+    (line,) = retry(source, tmp_path / "c")
+    assert line.startswith("open_toy: tried 2 failed images again, 1 have features now, 1 failed again: 1 not an image")
+    after = tree(tmp_path / "c")
+    differing = {name for name in after if before.get(name) != after[name]}
+    assert differing == {
+        "cache.json",
+        "image/items.parquet",
+        "image/open_toy/chunks/00000.parquet",
+        "image/open_toy/cls/c/0/0",
+        "image/open_toy/patches/c/0/0/0",
+    }
+    assert set(after) == set(before)
+
+
+def test_a_mended_cache_holds_what_one_made_of_good_files_holds(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
+    for path in (tmp_path / "good").iterdir():
+        shutil.copy(path, source / path.name)
+    retry(source, tmp_path / "c")
+    run(source, tmp_path / "whole", features=FEATURES, chunk_size=8)
+    for name in ("cls", "patches"):
+        mended, whole = (Cache(tmp_path / cache).feature("image", f"open_toy/{name}") for cache in ("c", "whole"))
+        np.testing.assert_array_equal(mended.load(), whole.load())
+        assert mended.hashes == whole.hashes
+        assert mended.failures == {}
+    assert [report.encoded for report in run(source, tmp_path / "c", features=FEATURES)] == [0, 0]
+
+
+def test_where_nothing_was_mended_nothing_is_written(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
+    before = tree(tmp_path / "c")
+    (line,) = retry(source, tmp_path / "c")
+    assert "tried 2 failed images again, 0 have features now" in line
+    assert tree(tmp_path / "c") == before
+
+
+def test_a_good_file_that_changed_is_refused_by_a_retry_too(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "c", chunk_size=8)
+    shutil.copy(source / "00005.png", source / "00006.png")
+    (source / "00006.png").write_bytes((source / "00006.png").read_bytes() + b"more")
+    before = tree(tmp_path / "c")
+    with pytest.raises(FingerprintError, match="other bytes in 1 of its images, the first in row 6"):
+        retry(source, tmp_path / "c")
+    assert tree(tmp_path / "c") == before
+
+
+def test_an_extended_cache_encodes_what_is_new_and_keeps_every_row(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "source", 20)
+    run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
+    before = Cache(tmp_path / "c").feature("image", "open_toy/cls").load()
+    first = (tmp_path / "c/image/open_toy/cls/c/1/0").stat().st_mtime_ns
+    for number in (0, 7):
+        shutil.copy(source / f"{number:05d}.png", source / f"{number:05d}-again.png")
+        (source / f"{number:05d}-again.txt").write_text("once more\n")
+    reports = run(source, tmp_path / "c", features=FEATURES, extends=True)
+    assert [report.line() for report in reports] == [
+        "open_toy (cls, patches): encoded 6 images, reused 16, failed 0",
+        "open_toy (tokens): encoded 6 texts, reused 16, failed 0",
+    ]
+    cache = Cache(tmp_path / "c")
+    after = cache.feature("image", "open_toy/cls").load()
+    np.testing.assert_array_equal(after[:20], before)
+    np.testing.assert_array_equal(after[20:], before[[0, 7]])
+    assert cache.samples["key"].to_pylist()[20:] == ["00000-again", "00007-again"]
+    assert (tmp_path / "c/image/open_toy/cls/c/1/0").stat().st_mtime_ns == first
+    tokens = cache.feature("text", "open_toy/tokens").gather_tokens(np.array([19, 20, 21]))
+    np.testing.assert_array_equal(tokens[1], tokens[2])
+
+
+def test_a_feature_that_is_not_extended_yet_says_so_and_is_extended_later(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "source", 20)
+    run(source, tmp_path / "c", features=("cls", "patches"), chunk_size=8)
+    shutil.copy(source / "00000.png", source / "a.png")
+    run(source, tmp_path / "c", features=("cls",), extends=True)
+    patches = Cache(tmp_path / "c").feature("image", "open_toy/patches")
+    assert patches.valid.tolist() == [True] * 20 + [False]
+    assert patches.failures == {20: "not extracted yet"}
+    run(source, tmp_path / "c", features=("patches",))
+    patches = Cache(tmp_path / "c").feature("image", "open_toy/patches")
+    np.testing.assert_array_equal(patches.load()[20], patches.load()[0])
+
+
+def test_plain_zarr_reads_an_extended_cache(tmp_path: Path) -> None:
+    import zarr
+
+    source = write_pictures(tmp_path / "source", 20)
+    run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
+    shutil.copy(source / "00000.png", source / "a.png")
+    (source / "a.txt").write_text("a red bar")
+    run(source, tmp_path / "c", features=FEATURES, extends=True)
+    group = zarr.open_group(tmp_path / "c/image/open_toy", mode="r")
+    np.testing.assert_array_equal(group["cls"][20], group["cls"][0])
+    assert zarr.open_array(tmp_path / "c/text/open_toy/tokens/lengths", mode="r")[20] == 3

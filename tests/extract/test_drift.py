@@ -1,0 +1,113 @@
+"""verify --probe and --repair: what is stored against what comes out now."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from embedcache.cache.cache import Cache
+from embedcache.cache.verify import verify
+from embedcache.errors import FingerprintError, SettingError
+from embedcache.extract.drift import MIN_COSINE, measure_drift
+from embedcache.extract.repair import repair
+from tests import toy
+from tests.extract.cases import FEATURES, run, tree
+from tests.pictures import write_pictures
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_pictures(tmp_path / "source", 40)
+
+
+@pytest.fixture
+def cache(source: Path, tmp_path: Path) -> Path:
+    """Views and features of all shapes, in chunks of 16."""
+    run(source, tmp_path / "c", features=FEATURES, views=("crop:0.5",), chunk_size=16)
+    return tmp_path / "c"
+
+
+def test_an_unchanged_encoder_gives_what_is_stored(cache: Path) -> None:
+    drifts = measure_drift(Cache(cache), 0.1)
+    assert [drift.feature for drift in drifts] == [
+        "open_toy/cls", "open_toy/patches", "open_toy@crop-0.5/cls", "open_toy@crop-0.5/patches", "open_toy/tokens",
+    ]  # fmt: skip
+    for drift in drifts:
+        assert len(drift.cosines) == 4
+        assert drift.cosines.min() > 1 - 1e-6
+        assert not drift.is_bad
+        assert "4 items encoded again, cosine to what is stored: mean 1.000000" in drift.line()
+
+
+def test_changed_preprocessing_shows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(self: toy.ToyImages, items: list[Image.Image]) -> list[np.ndarray]:
+        return [255 - np.asarray(image.resize((4, 4)), np.float32).transpose(2, 0, 1) for image in items]
+
+    monkeypatch.setattr(toy.ToyImages, "prepare", prepare)
+    drifts = {drift.feature: drift for drift in measure_drift(Cache(cache), 1)}
+    assert drifts["open_toy/cls"].cosines.mean() < MIN_COSINE
+    assert drifts["open_toy/cls"].line().startswith("DRIFT open_toy/cls: 40 items encoded again, cosine")
+    assert not drifts["open_toy/tokens"].is_bad
+
+
+def test_changed_weights_are_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fingerprint = toy._fingerprint
+    monkeypatch.setattr(toy, "_fingerprint", lambda modality, scale: fingerprint(modality, scale + 1))
+    drift = measure_drift(Cache(cache), 0.1)[0]
+    assert not drift.is_bad
+    assert "the encoder is another: weights:" in drift.line()
+
+
+def test_a_source_that_changed_shows(cache: Path, source: Path) -> None:
+    shutil.copy(source / "00001.png", source / "00000.png")
+    (source / "00002.png").unlink()
+    drift = measure_drift(Cache(cache), 1)[0]
+    assert (drift.num_changed, drift.num_gone, len(drift.cosines)) == (1, 1, 39)
+    assert "1 items cannot be read any more, 1 items have other bytes now" in drift.line()
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.1])
+def test_a_share_of_nothing_is_refused(cache: Path, share: float) -> None:
+    with pytest.raises(SettingError, match="must be above 0 and at most 1"):
+        measure_drift(Cache(cache), share)
+
+
+DAMAGES = {
+    "bit": ("image/open_toy/cls/c/1/0", lambda data: data[:9] + bytes([data[9] ^ 1]) + data[10:]),
+    "view": ("image/open_toy@crop-0.5/patches/c/2/0/0", lambda data: data[:-1]),
+    "tokens": ("text/open_toy/tokens/values/00001/c/0/0", lambda data: data + b"x"),
+    "lengths": ("text/open_toy/tokens/lengths/c/0", lambda data: bytes(len(data))),
+    "commit": ("image/open_toy/chunks/00002.parquet", lambda data: data[:-20]),
+    "missing": ("image/open_toy/patches/c/0/0/0", None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_only_the_bad_chunk_is_made_again_to_the_same_bytes(cache: Path, damage: str) -> None:
+    before = tree(cache)
+    times = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    file, change = DAMAGES[damage]
+    path = cache / file
+    path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
+    findings = verify(Cache(cache))
+    assert findings
+    (line,) = repair(Cache(cache), findings)
+    assert line.endswith("made 1 chunks again")
+    assert tree(cache) == before
+    assert verify(Cache(cache)) == []
+    group = path.relative_to(cache).parts[1]
+    written = {path for path, time in times.items() if path.stat().st_mtime_ns != time and path.suffix != ".claims"}
+    assert {path.relative_to(cache).parts[1] for path in written if path.name not in (".lock", ".claims")} == {group}
+
+
+def test_an_encoder_that_changed_repairs_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = cache / "image/open_toy/cls/c/1/0"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = tree(cache)
+    fingerprint = toy._fingerprint
+    monkeypatch.setattr(toy, "_fingerprint", lambda modality, scale: fingerprint(modality, scale + 1))
+    with pytest.raises(FingerprintError, match="weights: .* there, .* asked; bring back the versions"):
+        repair(Cache(cache), verify(Cache(cache)))
+    assert tree(cache) == before

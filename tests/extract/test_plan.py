@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+
+from embedcache.errors import DiskFullError
+from embedcache.extract.plan import Plan, PlannedFeature, plan
+from embedcache.extract.settings import ExtractSettings
+from embedcache.sources import open_source
+from tests.extract.cases import FEATURES, run, tree
+from tests.toy import IMAGE, TEXT
+
+SETTINGS = ExtractSettings(features=FEATURES, chunk_size=64)
+
+
+def made(pictures: Path, cache: Path, settings: ExtractSettings = SETTINGS) -> Plan:
+    return plan(open_source(pictures), cache, image=[IMAGE], text=[TEXT], settings=settings)
+
+
+def test_bytes_are_those_that_the_features_then_take(pictures: Path, tmp_path: Path) -> None:
+    planned = made(pictures, tmp_path / "c")
+    assert [feature.name for feature in planned.features] == ["open_toy/cls", "open_toy/patches", "open_toy/tokens"]
+    assert [feature.num_items for feature in planned.features] == [300, 300, 300]
+    run(pictures, tmp_path / "c", features=FEATURES)
+    for feature in planned.features:
+        folder = tmp_path / "c" / feature.modality / feature.name
+        stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "zarr.json")
+        assert 300 * feature.item_bytes == pytest.approx(stored, rel=0.1)  # the last chunk is padded
+
+
+def test_it_encodes_without_keeping_and_measures_a_rate(pictures: Path, tmp_path: Path) -> None:
+    planned = made(pictures, tmp_path / "c")
+    assert not [name for name in tree(tmp_path / "c") if "chunks" in name or "/c/" in name]
+    assert planned.rates["image"] > 1
+    assert planned.hours("image") == pytest.approx(300 / planned.rates["image"] / 3600)
+
+
+def test_only_what_is_missing_is_planned(pictures: Path, tmp_path: Path) -> None:
+    run(pictures, tmp_path / "c", features=("cls",), chunk_size=64, worker="0/5")
+    planned = made(pictures, tmp_path / "c")
+    assert {feature.name: feature.num_items for feature in planned.features}["open_toy/cls"] == 236
+    run(pictures, tmp_path / "c", features=FEATURES)
+    assert made(pictures, tmp_path / "c").features == []
+
+
+def test_a_plan_that_the_disk_cannot_hold_is_refused() -> None:
+    feature = PlannedFeature(name="e/patches", modality="image", num_items=20_000_000, item_bytes=530_000)
+    planned = Plan(cache=Path("c"), features=[feature], rates={"image": 1000.0}, num_processes=2, free_bytes=10**12)
+    assert planned.hours("image") == pytest.approx(2.78, abs=0.01)
+    with pytest.raises(
+        DiskFullError, match=r"1,000\.00 GB free and the features take 10,600\.48 GB; free 9,600\.48 GB"
+    ):
+        planned.require_space()
+    Plan(cache=Path("c"), features=[feature], rates={}, num_processes=1, free_bytes=None).require_space()
