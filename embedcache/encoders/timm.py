@@ -5,21 +5,23 @@ positions row by row. Where the model pools in a way of its own (attention, or a
 `pooled` and the default. Register and distillation tokens are in none of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 
-from embedcache.arrays import Floats
+from embedcache.arrays import Array
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.derived import asked_layers, at_layer, own_features
 from embedcache.encoders.graph import torch_graph
 from embedcache.encoders.hub import hub_commit, hub_errors
-from embedcache.encoders.image import ImageEncoder, Transform, image_features, plain_json
+from embedcache.encoders.image import ImageEncoder, ImageModel, plain_json
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.pixels import Scale, Transform, cut_at_pixels
 from embedcache.encoders.weights import hash_weights, read_weights
 from embedcache.errors import ArtifactError, SettingError, UnknownNameError
 
@@ -44,45 +46,70 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     check_options(spec, ("weights",))
     check_modality(spec, modality, "image")
     model, revision = _load(spec)
-    transform, preprocessing = _transform(model)
-    module = _Features(model).eval()
+    transform, scale, preprocessing = _transform(model)
+    module = ImageModel(
+        _Features(model, asked_layers(settings.features)),
+        scale,
+        input_size=preprocessing["input_size"],
+        asked=settings.features,
+    )
     return ImageEncoder(
         graph=torch_graph(module, settings, "timm"),
         transform=transform,
-        features=(features := image_features(module, preprocessing["input_size"])),
+        features=module.features,
+        settings=settings,
         fingerprint=Fingerprint(
             family="timm",
             model=spec.model,
             revision=revision,
             weights=hash_weights(model.state_dict()),
             preprocessing=preprocessing,
-            pooling={name: POOLING[name] for name in features},
+            pooling={name: POOLING[name] for name in own_features(module.features)},
             precision=settings.precision,
         ),
     )
 
 
 class _Features(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layers: Sequence[int]) -> None:
         super().__init__()
         self._model = model
         has_class_token = getattr(model, "cls_token", None) is not None
         self._has_cls = bool(getattr(model, "has_class_token", has_class_token))
         self._num_prefix = int(getattr(model, "num_prefix_tokens", has_class_token))
         self._is_nhwc = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+        can_stop = hasattr(model, "forward_intermediates")
+        self._layers = [layer for layer in layers if can_stop and layer <= len(model.feature_info)]
+        if self._layers:
+            has_prefix = "return_prefix_tokens" in signature(model.forward_intermediates).parameters
+            self._options = {"return_prefix_tokens": True} if has_prefix else {}
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        states = self._model.forward_features(images)
+        if not self._layers:
+            return self._own(self._model.forward_features(images))
+        indices = [layer - 1 for layer in self._layers]
+        states, levels = self._model.forward_intermediates(images, indices=indices, norm=False, **self._options)
+        outputs = self._own(states)
+        for layer, level in zip(self._layers, levels, strict=True):
+            maps_BDHW, prefix_BTD = level if isinstance(level, tuple) else (level, None)
+            vectors = {"cls": prefix_BTD[:, 0]} if self._has_cls and prefix_BTD is not None else {}
+            outputs |= at_layer(layer, {**vectors, **_with_mean(maps_BDHW.flatten(2).transpose(1, 2))})
+        return outputs
+
+    def _own(self, states: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = {"pooled": self._model.forward_head(states, pre_logits=True)}
         if states.ndim == 3 and self._has_cls:
             outputs["cls"] = states[:, 0]
-        patches_BTD = self._patches(states)
-        return {**outputs, "patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
+        return {**outputs, **_with_mean(self._patches(states))}
 
     def _patches(self, states: torch.Tensor) -> torch.Tensor:
         if states.ndim == 3:
             return states[:, self._num_prefix :]
         return states.flatten(1, 2) if self._is_nhwc else states.flatten(2).transpose(1, 2)
+
+
+def _with_mean(patches_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
 
 
 def _load(spec: EncoderSpec) -> tuple[Any, str | None]:
@@ -149,14 +176,21 @@ def _check_name(name: str, *, has_file: bool) -> None:
         raise SettingError(f"timm publishes no weights for {name}; give a file of your own: timm:{name},weights=PATH")
 
 
-def _transform(model: Any) -> tuple[Transform, dict[str, Any]]:
+def _transform(model: Any) -> tuple[Transform, torch.nn.Module, dict[str, Any]]:
     from timm.data import create_transform, resolve_model_data_config
 
     config = resolve_model_data_config(model)
-    published = create_transform(**config, is_training=False)
+    transform, scale = cut_at_pixels(
+        _as_array(create_transform(**config, is_training=False)),
+        _as_array(create_transform(**config, is_training=False, normalize=False)),
+        Scale(config["mean"], config["std"], divisor=255),
+    )
+    return transform, scale, plain_json(config)
 
-    def transform(image: Image) -> Floats:
-        array: Floats = np.asarray(published(image).numpy(), dtype=np.float32)
+
+def _as_array(published: Callable[[Image], torch.Tensor]) -> Transform:
+    def transform(image: Image) -> Array:
+        array: Array = published(image).numpy()
         return array
 
-    return transform, plain_json(config)
+    return transform
