@@ -155,7 +155,7 @@ def _check_published(open_clip: Any, model: str, tag: str) -> None:
 
 def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: _Checkpoint, settings: EncoderSettings) -> ImageEncoder:
     published = dict(open_clip.get_model_preprocess_cfg(checkpoint.model))
-    transform, scale = _transform(checkpoint.preprocess, published)
+    transform, scale = pixel_transform(checkpoint.preprocess, published)
     return ImageEncoder(
         graph=torch_graph(_ImageTower(checkpoint.model, scale), settings, "open_clip"),
         transform=transform,
@@ -165,7 +165,14 @@ def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: _Checkpoint, sett
     )
 
 
-def _transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Transform, torch.nn.Module]:
+def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Transform, torch.nn.Module]:
+    """Give open_clip's transform up to uint8, and what scales its result.
+
+    Args:
+        preprocess: the transform for evaluation that came with the model.
+        published: its settings.
+    """
+
     def whole(image: Image) -> Array:
         array: Array = preprocess(image).numpy()
         return array

@@ -2,7 +2,8 @@
 
 Transformers give `cls`, `patch_mean` and `patches`; networks that end in a map give `patch_mean` and `patches`, its
 positions row by row. Where the model pools in a way of its own (attention, or a norm after the mean), that is
-`pooled` and the default. Register and distillation tokens are in none of them.
+`pooled` and the default. Register and distillation tokens are in none of them. `layerN.` counts the blocks of a
+transformer, and timm's feature levels (`model.feature_info`) of other networks: stages, or the stem and the stages.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +47,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     check_options(spec, ("weights",))
     check_modality(spec, modality, "image")
     model, revision = _load(spec)
-    transform, scale, preprocessing = _transform(model)
+    transform, scale, preprocessing = pixel_transform(model)
     module = ImageModel(
         _Features(model, asked_layers(settings.features)),
         scale,
@@ -78,23 +79,27 @@ class _Features(torch.nn.Module):
         self._has_cls = bool(getattr(model, "has_class_token", has_class_token))
         self._num_prefix = int(getattr(model, "num_prefix_tokens", has_class_token))
         self._is_nhwc = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
-        can_stop = hasattr(model, "forward_intermediates")
-        self._layers = [layer for layer in layers if can_stop and layer <= len(model.feature_info)]
-        if self._layers:
-            has_prefix = "return_prefix_tokens" in signature(model.forward_intermediates).parameters
-            self._options = {"return_prefix_tokens": True} if has_prefix else {}
+        num_levels = len(model.feature_info) if hasattr(model, "forward_intermediates") else 0
+        self._layers = [layer for layer in layers if layer <= num_levels]
+        # Some models stop after the last level named, so the last one always is.
+        self._levels = sorted({*self._layers, num_levels}) if self._layers else []
+        self._options = _prefix_option(model) if self._layers and self._num_prefix else {}
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         if not self._layers:
             return self._own(self._model.forward_features(images))
-        indices = [layer - 1 for layer in self._layers]
-        states, levels = self._model.forward_intermediates(images, indices=indices, norm=False, **self._options)
+        indices = [level - 1 for level in self._levels]
+        states, found = self._model.forward_intermediates(images, indices=indices, norm=False, **self._options)
+        levels = dict(zip(self._levels, found, strict=True))
         outputs = self._own(states)
-        for layer, level in zip(self._layers, levels, strict=True):
-            maps_BDHW, prefix_BTD = level if isinstance(level, tuple) else (level, None)
-            vectors = {"cls": prefix_BTD[:, 0]} if self._has_cls and prefix_BTD is not None else {}
-            outputs |= at_layer(layer, {**vectors, **_with_mean(maps_BDHW.flatten(2).transpose(1, 2))})
+        for layer in self._layers:
+            outputs |= at_layer(layer, self._from_level(levels[layer]))
         return outputs
+
+    def _from_level(self, level: Any) -> dict[str, torch.Tensor]:
+        maps_BDHW, prefix_BTD = level if isinstance(level, tuple) else (level, None)
+        outputs = {"cls": prefix_BTD[:, 0]} if self._has_cls and prefix_BTD is not None else {}
+        return {**outputs, **_with_mean(maps_BDHW.flatten(2).transpose(1, 2))}
 
     def _own(self, states: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = {"pooled": self._model.forward_head(states, pre_logits=True)}
@@ -106,6 +111,11 @@ class _Features(torch.nn.Module):
         if states.ndim == 3:
             return states[:, self._num_prefix :]
         return states.flatten(1, 2) if self._is_nhwc else states.flatten(2).transpose(1, 2)
+
+
+def _prefix_option(model: Any) -> dict[str, bool]:
+    takes_it = "return_prefix_tokens" in signature(model.forward_intermediates).parameters
+    return {"return_prefix_tokens": True} if takes_it else {}
 
 
 def _with_mean(patches_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -176,7 +186,8 @@ def _check_name(name: str, *, has_file: bool) -> None:
         raise SettingError(f"timm publishes no weights for {name}; give a file of your own: timm:{name},weights=PATH")
 
 
-def _transform(model: Any) -> tuple[Transform, torch.nn.Module, dict[str, Any]]:
+def pixel_transform(model: Any) -> tuple[Transform, torch.nn.Module, dict[str, Any]]:
+    """Give a model's transform up to uint8, what scales its result, and its published settings."""
     from timm.data import create_transform, resolve_model_data_config
 
     config = resolve_model_data_config(model)

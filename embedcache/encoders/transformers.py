@@ -139,7 +139,7 @@ def _num_prefix(config: Any, names: set[str], *, has_cls: bool) -> int:
 def _open_image(
     spec: EncoderSpec, folder: ModelFolder, model: torch.nn.Module, weights: str, settings: EncoderSettings
 ) -> ImageEncoder:
-    transform, scale, published, input_size = _image_transform(folder.path)
+    transform, scale, published, input_size = pixel_transform(folder.path)
     layers = asked_layers(settings.features)
     untie(model, layers)
     module = ImageModel(_ImageFeatures(model, layers), scale, input_size=input_size, asked=settings.features)
@@ -160,7 +160,13 @@ def _open_image(
     )
 
 
-def _image_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str, Any], tuple[int, ...]]:
+def pixel_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str, Any], tuple[int, ...]]:
+    """Open a folder's image processor: up to uint8, what scales its result, its settings, and the shape it gives.
+
+    Raises:
+        PathError: there is none.
+        SettingError: it gives each picture a shape of its own.
+    """
     from transformers import AutoImageProcessor
 
     try:
