@@ -6,7 +6,8 @@ positions row by row. Where the model pools in a way of its own (attention, or a
 transformer, and timm's feature levels (`model.feature_info`) of other networks: stages, or the stem and the stages.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -36,24 +37,28 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 
 def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open an image model. Option: `weights`, a local .safetensors or .pth file instead of the hub's.
+    """Open an image model.
+
+    Options: `weights`, a local .safetensors or .pth file instead of the hub's; `image_size`, in pixels, instead of the
+    published one: position embeddings are resized to it.
 
     Raises:
         UnknownNameError: no such model or option.
         PathError: no such file, or no hub to get the weights from.
         ArtifactError: weights that are another model's.
-        SettingError: asked for text or onnxruntime.
+        SettingError: asked for text or onnxruntime, or for an image size that the model can't take.
     """
-    check_options(spec, ("weights",))
+    check_options(spec, ("image_size", "weights"))
     check_modality(spec, modality, "image")
     model, revision = _load(spec)
-    transform, scale, preprocessing = pixel_transform(model)
-    module = ImageModel(
-        _Features(model, asked_layers(settings.features)),
-        scale,
-        input_size=preprocessing["input_size"],
-        asked=settings.features,
-    )
+    with _resizing(spec, model) as size_px:
+        transform, scale, preprocessing = pixel_transform(model, size_px)
+        module = ImageModel(
+            _Features(model, asked_layers(settings.features)),
+            scale,
+            input_size=preprocessing["input_size"],
+            asked=settings.features,
+        )
     return ImageEncoder(
         graph=torch_graph(module, settings, "timm"),
         transform=transform,
@@ -186,11 +191,31 @@ def _check_name(name: str, *, has_file: bool) -> None:
         raise SettingError(f"timm publishes no weights for {name}; give a file of your own: timm:{name},weights=PATH")
 
 
-def pixel_transform(model: Any) -> tuple[Transform, torch.nn.Module, dict[str, Any]]:
-    """Give a model's transform up to uint8, what scales its result, and its published settings."""
+@contextmanager
+def _resizing(spec: EncoderSpec, model: Any) -> Iterator[int | None]:
+    """Resize a model to the option `image_size`; a failure in the block, the model's first trial, is that option's."""
+    text = spec.options.get("image_size")
+    if text is None:
+        yield None
+        return
+    if not text.isdecimal() or int(text) < 1:
+        raise SettingError(f"image_size={text} in {spec.text}; give a whole number of pixels, such as 518")
+    try:
+        if hasattr(model, "set_input_size"):  # networks without it take any size
+            model.set_input_size(img_size=(int(text), int(text)))
+        yield int(text)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SettingError(
+            f"{spec.model} can't take image_size={text}: {reason}; try a multiple of its patch or window"
+        ) from error
+
+
+def pixel_transform(model: Any, size_px: int | None = None) -> tuple[Transform, torch.nn.Module, dict[str, Any]]:
+    """Give a model's transform up to uint8, what scales its result, and its published settings, at their own size."""
     from timm.data import create_transform, resolve_model_data_config
 
-    config = resolve_model_data_config(model)
+    config = resolve_model_data_config(model, args={} if size_px is None else {"img_size": size_px})
     transform, scale = cut_at_pixels(
         _as_array(create_transform(**config, is_training=False)),
         _as_array(create_transform(**config, is_training=False, normalize=False)),
