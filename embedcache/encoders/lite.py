@@ -3,6 +3,8 @@
 Preprocessing is that of the TensorFlow EfficientNet-Lite code the weights were converted from: the centre square
 of size / (size + 32) of the shorter side, bicubic to the model's size, then (rgb - 127) / 128. One difference:
 Pillow's bicubic filter widens when it shrinks a picture (no aliasing), TensorFlow's did not.
+
+`layerN.` counts the network's inverted-residual blocks.
 """
 
 import importlib
