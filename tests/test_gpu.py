@@ -2,12 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from embedcache.encoders.contract import Encoder, EncoderSettings, Modality
+from embedcache.encoders.graph import TorchGraph
+from embedcache.encoders.open import open_encoder
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
 from embedcache.train.train import train
+from tests.encoders.checkpoints import save_bert, save_timm
+from tests.encoders.contract import TEXTS, pictures
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -26,3 +32,82 @@ def test_training_on_a_gpu_reaches_what_the_cpu_reaches(cache_path: Path, tmp_pa
         train(cache_path, tmp_path / device, image="open_toy/cls", text="open_toy/mean", settings=settings)
         recalls[device] = evaluate_retrieval(cache_path, [tmp_path / device]).recalls["i2t"]["r@10"].value
     assert recalls["cuda"] == pytest.approx(recalls["cpu"], abs=0.1)
+
+
+ASKED = ("grid:4", "layer2.cls", "layer2.tokens")
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_features_are_those_of_the_cpu(specs: dict[Modality, str], modality: Modality) -> None:
+    _check_close(specs[modality], modality, EncoderSettings(device="cuda", features=ASKED), relative=2e-3)  # TF32
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_bfloat16_features_are_close(specs: dict[Modality, str], modality: Modality) -> None:
+    settings = EncoderSettings(device="cuda", precision="bfloat16", features=ASKED)
+    _check_close(specs[modality], modality, settings, relative=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_compiled_model_gives_the_same(specs: dict[Modality, str], modality: Modality) -> None:
+    settings = EncoderSettings(device="cuda", compiles=True, features=ASKED)
+    _check_close(specs[modality], modality, settings, relative=2e-3)
+
+
+def test_batches_go_through_pinned_memory_whole() -> None:
+    class Echo(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            assert (images.device.type, images.dtype) == ("cuda", torch.uint8)
+            return {"same": images}
+
+    graph = TorchGraph(Echo(), EncoderSettings(device="cuda"))
+    rng = np.random.default_rng(0)
+    for _ in range(20):  # a copy that nobody waited for would show in one of them
+        images = rng.integers(0, 256, (64, 3, 64, 64), dtype=np.uint8)
+        np.testing.assert_array_equal(graph({"images": images}, ["same"])["same"], images)
+
+
+def test_a_batch_beyond_the_memory_is_run_in_parts(caplog: pytest.LogCaptureFixture) -> None:
+    class Wide(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            _, total_bytes = torch.cuda.mem_get_info()
+            room = torch.empty((len(images), total_bytes // 20), dtype=torch.uint8, device=images.device)
+            room[:, 0] = images[:, 0]
+            return {"first": room[:, :1]}
+
+    images = np.arange(100, dtype=np.uint8).reshape(50, 2)
+    found = TorchGraph(Wide(), EncoderSettings(device="cuda"))({"images": images}, ["first"])
+    np.testing.assert_array_equal(found["first"], images[:, :1])
+    assert "cuda is out of memory at a batch of 50, going on with 25" in caplog.text
+
+
+def test_a_gpu_has_larger_batches(specs: dict[Modality, str]) -> None:
+    for modality in specs:
+        on_gpu = open_encoder(specs[modality], modality=modality, settings=EncoderSettings(device="cuda"))
+        assert on_gpu.batch_size > open_encoder(specs[modality], modality=modality).batch_size
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[Modality, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "image": f"timm:test_vit,weights={save_timm('test_vit', folder, seed=0)}",
+        "text": f"hf:{save_bert(folder / 'bert', seed=0)}",
+    }
+
+
+def _check_close(spec: str, modality: Modality, settings: EncoderSettings, *, relative: float) -> None:
+    on_cpu = open_encoder(spec, modality=modality, settings=EncoderSettings(backend="torch", features=ASKED))
+    on_gpu = open_encoder(spec, modality=modality, settings=settings)
+    assert on_gpu.features == on_cpu.features
+    expected, found = _encode(on_cpu, modality), _encode(on_gpu, modality)
+    for name in on_cpu.features:
+        for one, other in zip(expected[name], found[name], strict=True):
+            assert np.linalg.norm(one - other) < relative * np.linalg.norm(one)
+
+
+def _encode(encoder: Encoder, modality: Modality) -> dict[str, list[np.ndarray]]:
+    prepared = encoder.prepare(pictures() if modality == "image" else TEXTS)
+    return encoder.encode(prepared, list(encoder.features))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from embedcache.arrays import Array
+from embedcache.errors import SettingError
 
 Modality: TypeAlias = Literal["image", "text"]
 ItemShape: TypeAlias = tuple[int, ...]
@@ -22,7 +23,7 @@ class Fingerprint:
         revision: the hub's commit where one is known.
         weights: SHA-256 over the names, dtypes, shapes and bytes of all weights.
         preprocessing: what happens to a raw item before the model: sizes, interpolation, mean, std, longest text.
-        pooling: feature name -> how it is made from the model's last states.
+        pooling: feature name -> how it is made from the model's last states; derived features need no word here.
         backend: what runs the model: `torch` or `onnxruntime`.
         precision: dtype of the forward pass.
     """
@@ -50,9 +51,15 @@ class EncoderSettings:
         device: a torch device.
         precision: dtype of the forward pass; `bfloat16` uses autocast.
         backend: `auto` is onnxruntime for families that export to it when the device is the CPU, else torch.
-        features: names asked for; one that an encoder can derive, such as `grid:4` or `layer6.cls`, joins its own.
-        batch_size: items in one forward pass; None is the family's choice.
-        compiles: whether torch compiles the model first: slow to start, faster afterwards on a GPU.
+        features: names asked for; one that an encoder can derive, such as `grid:4` or `layer6.cls`, joins its own
+            (`encoders/derived.py` has the grammar), one that it can't is left out.
+        batch_size: items in one forward pass; None is the family's choice. Where the device's memory is too small
+            for it, it is halved.
+        compiles: whether torch compiles the model first: slow to start, faster afterwards on a GPU. Nothing to
+            onnxruntime.
+
+    Raises:
+        SettingError: a batch of less than one.
     """
 
     device: str = "cpu"
@@ -61,6 +68,10 @@ class EncoderSettings:
     features: tuple[str, ...] = ()
     batch_size: int | None = None
     compiles: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise SettingError(f"batch_size is {self.batch_size}; it must be at least 1")
 
 
 class Encoder(Protocol):
@@ -83,8 +94,9 @@ class Encoder(Protocol):
             items: RGB `PIL.Image.Image` objects, or strings.
 
         Returns:
-            One array an item: (3, H, W) for an image; (T,) int64 token ids, cut at the model's
-            longest input, for a text.
+            One array an item: (3, H, W) for an image, uint8 where the model scales pixels on its device, float32
+            where the published transform can't be cut there; (T,) int64 token ids, cut at the model's longest
+            input, for a text.
         """
         ...
 

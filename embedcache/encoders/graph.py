@@ -33,23 +33,65 @@ class Graph(Protocol):
 class TorchGraph:
     """A torch module, moved to its device once.
 
+    A batch that does not fit the device's memory is run in halves, and so are those after it.
+
     Args:
         module: takes the inputs by name and gives a dict of tensors.
-        settings: device and precision.
+        settings: device, precision, and whether to compile.
     """
 
     def __init__(self, module: torch.nn.Module, settings: EncoderSettings) -> None:
         self._device = torch_device(settings.device)
         self._module = module.eval().to(self._device)
         self._is_bfloat16 = settings.precision == "bfloat16"
+        self._max_rows: int | None = None
+        if settings.compiles:
+            self._module.compile()
 
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
-        """Run one batch; the outputs are float32 whatever the precision."""
-        tensors = {name: torch.from_numpy(array).to(self._device) for name, array in inputs.items()}
+        """Run one batch; the outputs are float32 whatever the precision.
+
+        Raises:
+            SettingError: the device's memory is too small for a single item.
+        """
+        num_rows = len(next(iter(inputs.values())))
+        parts: list[dict[str, Floats]] = []
+        start = 0
+        while start < num_rows:
+            rows = slice(start, min(start + (self._max_rows or num_rows), num_rows))
+            part = self._try({name: array[rows] for name, array in inputs.items()}, names)
+            if part is None:
+                self._halve(rows.stop - rows.start)
+            else:
+                parts.append(part)
+                start = rows.stop
+        return parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+    def _try(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats] | None:
         half = torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._is_bfloat16)
-        with torch.inference_mode(), half:
-            outputs = self._module(**tensors)
-        return {name: outputs[name].float().cpu().numpy() for name in names}
+        try:
+            with torch.inference_mode(), half:
+                outputs = self._module(**{name: self._to_device(array) for name, array in inputs.items()})
+                return {name: outputs[name].float().cpu().numpy() for name in names}
+        except torch.OutOfMemoryError:
+            return None
+
+    def _to_device(self, array: Array) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cuda":  # copies from pinned memory need not wait for one another
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
+
+    def _halve(self, num_rows: int) -> None:
+        if num_rows == 1:
+            raise SettingError(
+                f"the memory of {self._device} is too small for one item; "
+                "use precision bfloat16, a smaller model or another device"
+            )
+        self._max_rows = num_rows // 2
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        _log.warning("%s is out of memory at a batch of %d, going on with %d", self._device, num_rows, self._max_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +151,11 @@ def torch_graph(module: torch.nn.Module, settings: EncoderSettings, family: str)
     return TorchGraph(module, settings)
 
 
+def batch_size(settings: EncoderSettings, *, cpu: int, other: int) -> int:
+    """Choose how many items one batch has: what was asked for, else what suits the device."""
+    return settings.batch_size or (cpu if torch_device(settings.device).type == "cpu" else other)
+
+
 def torch_device(name: str) -> torch.device:
     """Get a device that is there.
 
@@ -145,7 +192,12 @@ def _onnx_graph(exportable: Exportable, weights: str) -> OnnxGraph:
         example=exportable.example,
         outputs=exportable.outputs,
         axes=exportable.axes,
-        what={**exportable.what, "weights": weights},
+        what={
+            **exportable.what,
+            "weights": weights,
+            "inputs": {name: str(array.dtype) for name, array in exportable.example.items()},
+            "outputs": list(exportable.outputs),
+        },
         check=lambda graph: _check_agrees(exportable, graph),
     )
     return OnnxGraph(path)

@@ -1,23 +1,22 @@
 """An image encoder: a transform for one picture and a graph for a batch."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL.Image import Image
 
-from embedcache.arrays import Array, Floats
-from embedcache.encoders.contract import Fingerprint, ItemShape, Modality
-from embedcache.encoders.graph import Graph
+from embedcache.arrays import Array
+from embedcache.encoders.contract import EncoderSettings, Fingerprint, ItemShape, Modality
+from embedcache.encoders.derived import FeatureName, grid_pool, own_features
+from embedcache.encoders.graph import Graph, batch_size
+from embedcache.encoders.pixels import Transform
 from embedcache.registry import unknown_name
 
-Transform: TypeAlias = Callable[[Image], Floats]
-"""An RGB picture of any size -> (3, H, W) float32, as the model wants it."""
-
 INPUT = "images"
-"""The name of the graph's one input, (B, 3, H, W) float32."""
+"""The name of the graph's one input, (B, 3, H, W), uint8 or float32 as the transform gives it."""
 
 
 class ImageEncoder:
@@ -28,7 +27,7 @@ class ImageEncoder:
         transform: called from many threads at once.
         features: name -> shape of one item, the default first.
         fingerprint: all that decides the output.
-        batch_size: how many pictures one `encode` call should get.
+        settings: how many pictures one `encode` call should get.
     """
 
     modality: Modality = "image"
@@ -40,16 +39,16 @@ class ImageEncoder:
         transform: Transform,
         features: Mapping[str, ItemShape],
         fingerprint: Fingerprint,
-        batch_size: int = 32,
+        settings: EncoderSettings,
     ) -> None:
         self.features = features
         self.fingerprint = fingerprint
-        self.batch_size = batch_size
+        self.batch_size = batch_size(settings, cpu=32, other=128)
         self._graph = graph
         self._transform = transform
 
     def prepare(self, items: Sequence[Image]) -> list[Array]:
-        """Turn RGB pictures of any size into (3, H, W) float32 arrays."""
+        """Turn RGB pictures of any size into (3, H, W) arrays, uint8 or float32."""
         return [self._transform(image) for image in items]
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
@@ -61,28 +60,48 @@ class ImageEncoder:
         return {name: list(outputs[name]) for name in names}
 
 
-def image_features(module: torch.nn.Module, input_size: Sequence[int]) -> dict[str, ItemShape]:
-    """Find what a model gives, and in which shapes, by showing it two pictures of noise.
+class ImageModel(torch.nn.Module):
+    """A model of pictures, with the scaling of pixels before it and what is derived behind it.
 
     Args:
-        module: takes (B, 3, H, W), gives a dict of (B, D) vectors and (B, T, D) tokens.
+        module: takes (B, 3, H, W) float32, gives a dict of (B, D) vectors and (B, T, D) tokens: its own features, and
+            for each block asked for the same ones named `layerN.`.
+        scale: what a batch of `prepare`'s pictures goes through first.
         input_size: (3, H, W).
-
-    Returns:
-        name -> shape of one item, in the model's order, without a `pooled` that only repeats another feature.
+        asked: names of features; those that can't be derived are left out.
     """
-    noise = torch.rand((2, *input_size), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        outputs: dict[str, torch.Tensor] = module(noise)
-    pooled = outputs.get("pooled")
-    others = [output for name, output in outputs.items() if name != "pooled"]
-    if pooled is not None and any(_is_same(pooled, other) for other in others):
-        del outputs["pooled"]
-    return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
 
+    features: dict[str, ItemShape]
+    """Name -> shape of one item: the model's own in its order, then those asked for."""
 
-def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    def __init__(
+        self, module: torch.nn.Module, scale: torch.nn.Module, *, input_size: Sequence[int], asked: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self._module, self._scale = module.eval(), scale
+        self._grids = torch.nn.ModuleDict()
+        self._sources: dict[str, str] = {}
+        shapes = _try_out(module, input_size)
+        self.features = {name: shapes[name] for name in own_features(shapes)}
+        for text in asked:
+            self._add(text, shapes, input_size)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = self._module(self._scale(images))
+        for text, source in self._sources.items():
+            outputs[text] = self._grids[_key(text)](outputs[source])
+        return {text: outputs[text] for text in self.features}
+
+    def _add(self, text: str, shapes: Mapping[str, ItemShape], input_size: Sequence[int]) -> None:
+        name = FeatureName.parse(text)
+        if name is None or name.source not in shapes:
+            return
+        if name.side is None:
+            self.features[text] = shapes[name.source]
+        elif (pool := grid_pool(name.side, shapes[name.source], input_size)) is not None:
+            self._grids[_key(text)] = pool
+            self._sources[text] = name.source
+            self.features[text] = (name.side**2, shapes[name.source][1])
 
 
 def plain_json(published: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,3 +119,24 @@ def check_names(names: Sequence[str], features: Mapping[str, ItemShape]) -> None
     for name in names:
         if name not in features:
             raise unknown_name("feature", name, features)
+
+
+def _try_out(module: torch.nn.Module, input_size: Sequence[int]) -> dict[str, ItemShape]:
+    """Show a model two pictures of noise; a `pooled` that only repeats another feature is left out."""
+    noise = torch.rand((2, *input_size), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        outputs: dict[str, torch.Tensor] = module(noise)
+    pooled = outputs.get("pooled")
+    others = [outputs[name] for name in own_features(outputs) if name != "pooled"]
+    if pooled is not None and any(_is_same(pooled, other) for other in others):
+        del outputs["pooled"]
+    return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def _key(text: str) -> str:
+    """Name a submodule: torch allows no dot in it."""
+    return text.replace(".", "_")

@@ -3,10 +3,12 @@
 Preprocessing is that of the TensorFlow EfficientNet-Lite code the weights were converted from: the centre square
 of size / (size + 32) of the shorter side, bicubic to the model's size, then (rgb - 127) / 128. One difference:
 Pillow's bicubic filter widens when it shrinks a picture (no aliasing), TensorFlow's did not.
+
+`layerN.` counts the network's inverted-residual blocks.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import numpy as np
 import torch
 from PIL.Image import Image, Resampling
 
-from embedcache.arrays import Floats
+from embedcache.arrays import Array
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.derived import asked_layers, at_layer
 from embedcache.encoders.graph import Exportable, make_graph
-from embedcache.encoders.image import INPUT, ImageEncoder
+from embedcache.encoders.image import INPUT, ImageEncoder, ImageModel
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.pixels import Scale
 from embedcache.encoders.weights import hash_weights, load_weights
 from embedcache.errors import MissingExtraError
 from embedcache.registry import require, unknown_name
@@ -30,6 +34,7 @@ MODELS: Mapping[str, tuple[str, str]] = {
 """Model -> the package that holds its weights, and the class there that knows their path."""
 
 CROP_PADDING_PX = 32
+MEAN, STD = 127.0, 128.0
 POOLING = {
     "patch_mean": "mean over all positions of the last convolution's map",
     "patches": "the positions of the last convolution's map, row by row",
@@ -55,26 +60,38 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     return _encoder(spec.model, model.eval(), int(network.get_image_size(spec.model)), settings)
 
 
-def crop_and_scale(image: Image, size_px: int) -> Floats:
-    """Turn an RGB picture into (3, size_px, size_px) float32 about [-1, 1]."""
+def crop(image: Image, size_px: int) -> Array:
+    """Turn an RGB picture into (3, size_px, size_px) uint8."""
     width, height = image.size
-    crop = max(1, int(min(width, height) * size_px / (size_px + CROP_PADDING_PX)))
-    left, top = (width - crop + 1) // 2, (height - crop + 1) // 2
-    box = (left, top, left + crop, top + crop)
+    side = max(1, int(min(width, height) * size_px / (size_px + CROP_PADDING_PX)))
+    left, top = (width - side + 1) // 2, (height - side + 1) // 2
+    box = (left, top, left + side, top + side)
     square = image.resize((size_px, size_px), Resampling.BICUBIC, box=box)
-    pixels_HWC = np.asarray(square, dtype=np.float32)
-    return np.ascontiguousarray((pixels_HWC.transpose(2, 0, 1) - 127.0) / 128.0)
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
 
 class _Features(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layers: Sequence[int]) -> None:
         super().__init__()
         self._model = model
+        self._layers = layers
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        maps_BDHW = self._model.extract_features(images)
-        patches_BTD = maps_BDHW.flatten(2).transpose(1, 2)
-        return {"patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
+        if not self._layers:
+            return _from_maps(self._model.extract_features(images))
+        model = self._model
+        outputs: dict[str, torch.Tensor] = {}
+        maps_BDHW = model._swish(model._bn0(model._conv_stem(images)))
+        for layer, block in enumerate(model._blocks, start=1):
+            maps_BDHW = block(maps_BDHW)
+            if layer in self._layers:
+                outputs |= at_layer(layer, _from_maps(maps_BDHW))
+        return {**_from_maps(model._swish(model._bn1(model._conv_head(maps_BDHW)))), **outputs}
+
+
+def _from_maps(maps_BDHW: torch.Tensor) -> dict[str, torch.Tensor]:
+    patches_BTD = maps_BDHW.flatten(2).transpose(1, 2)
+    return {"patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
 
 
 def _packaged_weights(model: str) -> Path:
@@ -91,23 +108,28 @@ def _packaged_weights(model: str) -> Path:
 
 def _encoder(name: str, model: torch.nn.Module, size_px: int, settings: EncoderSettings) -> ImageEncoder:
     weights = hash_weights(model.state_dict())
-    module = _Features(model).eval()
-    blank = np.zeros((1, 3, size_px, size_px), np.float32)
+    model_of_pixels = ImageModel(
+        _Features(model, asked_layers(settings.features)),
+        Scale([MEAN] * 3, [STD] * 3),
+        input_size=(3, size_px, size_px),
+        asked=settings.features,
+    )
+    shape = (3, size_px, size_px)
+    other = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8)
     exportable = Exportable(
-        module=module,
-        example={INPUT: blank},
-        other={INPUT: np.linspace(-1, 1, 2 * blank.size, dtype=np.float32).reshape(2, *blank.shape[1:])},
-        outputs=tuple(POOLING),
-        axes={name: {0: "batch"} for name in (INPUT, *POOLING)},
+        module=model_of_pixels,
+        example={INPUT: np.zeros((1, *shape), np.uint8)},
+        other={INPUT: other},
+        outputs=tuple(model_of_pixels.features),
+        axes={name: {0: "batch"} for name in (INPUT, *model_of_pixels.features)},
         what={"name": name},
     )
-    with torch.inference_mode():
-        _, num_tokens, width = module(torch.from_numpy(blank))["patches"].shape
     graph, backend = make_graph(exportable, settings, weights)
     return ImageEncoder(
         graph=graph,
-        transform=lambda image: crop_and_scale(image, size_px),
-        features={"patch_mean": (width,), "patches": (num_tokens, width)},
+        transform=lambda image: crop(image, size_px),
+        features=model_of_pixels.features,
+        settings=settings,
         fingerprint=Fingerprint(
             family="lite",
             model=name,
@@ -117,8 +139,8 @@ def _encoder(name: str, model: torch.nn.Module, size_px: int, settings: EncoderS
                 "size_px": size_px,
                 "crop_padding_px": CROP_PADDING_PX,
                 "interpolation": "bicubic (Pillow)",
-                "mean": 127.0,
-                "std": 128.0,
+                "mean": MEAN,
+                "std": STD,
             },
             pooling=POOLING,
             backend=backend,

@@ -1,6 +1,8 @@
 """`open_clip:ViT-B-32,pretrained=/path.pt`: one tower of a CLIP, its joint-space output unnormalised."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -10,12 +12,13 @@ import torch
 from PIL.Image import Image
 from safetensors import SafetensorError
 
-from embedcache.arrays import Floats, Ints
+from embedcache.arrays import Array, Ints
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
 from embedcache.encoders.graph import torch_graph
 from embedcache.encoders.hub import hub_commit, hub_errors
 from embedcache.encoders.image import ImageEncoder, plain_json
 from embedcache.encoders.open import EncoderSpec, check_options
+from embedcache.encoders.pixels import Scale, Transform, cut_at_pixels
 from embedcache.encoders.text import TextEncoder
 from embedcache.encoders.weights import check_file, hash_weights
 from embedcache.errors import ArtifactError, CorruptError, SettingError
@@ -38,44 +41,91 @@ def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
     open_clip = require("open_clip", extra="open-clip")
     if spec.model not in open_clip.list_models():
         raise unknown_name("open_clip model", spec.model, open_clip.list_models())
-    model, preprocess = _load(open_clip, spec)
+    checkpoint = _load(open_clip, spec, settings.device)
     open_tower = _open_image if modality == "image" else _open_text
-    return open_tower(open_clip, spec, model, preprocess, settings)
+    return open_tower(open_clip, spec, checkpoint, settings)
 
 
 class _ImageTower(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, scale: torch.nn.Module) -> None:
         super().__init__()
-        self._model = model
+        self._model, self._scale = model, scale
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"pooled": self._model.encode_image(images)}
+        return {"pooled": self._model.encode_image(self._scale(images))}
 
 
 class _TextTower(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self._model = model
+        self._encode = _EncodeText(model)
+        text = getattr(model, "text", model)
+        # A causal tower that pools at the end of a text never looks behind it.
+        pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
+        is_causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
+        self.end_pool = pool if is_causal and pool in ("argmax", "eos") else None
+        self.end_id = getattr(text, "text_eos_id", getattr(text, "eos_id", None))
+        self._tables = "model.text" if hasattr(model, "text") else "model"
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         # open_clip finds the end of a text by its tokens: the highest id, or the padding.
         del attention_mask
-        return {"pooled": self._model.encode_text(input_ids)}
+        if self.end_pool is None:
+            return {"pooled": self._encode(input_ids)}
+        # open_clip adds tables of all 77 positions: for shorter texts it gets tables cut to their length.
+        length = input_ids.shape[1]
+        text: Any = self._encode.get_submodule(self._tables)
+        tables = {
+            f"{self._tables}.positional_embedding": text.positional_embedding[:length],
+            f"{self._tables}.attn_mask": text.attn_mask[:length, :length],
+        }
+        return {"pooled": torch.func.functional_call(self._encode, tables, (input_ids,))}
+
+    def end(self, ids: Ints) -> int:
+        """Find how many tokens of a padded text decide its vector."""
+        if self.end_pool is None:
+            return len(ids)
+        return int((ids if self.end_pool == "argmax" else ids == self.end_id).argmax()) + 1
 
 
-def _load(open_clip: Any, spec: EncoderSpec) -> tuple[Any, Any]:
+class _EncodeText(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        vectors: torch.Tensor = self.model.encode_text(input_ids)
+        return vectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkpoint:
+    model: Any
+    preprocess: Any
+    weights: str
+
+
+def _load(open_clip: Any, spec: EncoderSpec, device: str) -> _Checkpoint:
     pretrained = _pretrained(open_clip, spec)
+    path = Path(pretrained)
+    return _load_once(spec.model, pretrained, path.stat().st_mtime_ns if path.is_file() else None, device)
+
+
+@lru_cache(maxsize=1)  # for the second tower; a module lies on one device, so each device has its own
+def _load_once(name: str, pretrained: str, _changed_ns: int | None, _device: str) -> _Checkpoint:
+    import open_clip
+
     try:
-        with hub_errors(f"{spec.model} {pretrained}", instead="give the path of a file as pretrained="):
-            model, _, preprocess = open_clip.create_model_and_transforms(spec.model, pretrained=pretrained)
+        with hub_errors(f"{name} {pretrained}", instead="give the path of a file as pretrained="):
+            model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
     except (UnpicklingError, SafetensorError) as error:
         raise CorruptError(f"{pretrained} can't be read as weights; save the model's state_dict()") from error
     except (RuntimeError, AssertionError) as error:  # open_clip asserts some of the shapes
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(
-            f"the weights {pretrained} do not fit {spec.model}: {reason}; name the model that made them"
+            f"the weights {pretrained} do not fit {name}: {reason}; name the model that made them"
         ) from error
-    return model.eval(), preprocess
+    return _Checkpoint(model=model.eval(), preprocess=preprocess, weights=hash_weights(model.state_dict()))
 
 
 def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
@@ -103,40 +153,54 @@ def _check_published(open_clip: Any, model: str, tag: str) -> None:
         hub_commit(repository, what=f"{model} {tag}", instead="give the path of a file as pretrained=")
 
 
-def _open_image(
-    open_clip: Any, spec: EncoderSpec, model: Any, preprocess: Any, settings: EncoderSettings
-) -> ImageEncoder:
-    def transform(image: Image) -> Floats:
-        array: Floats = np.asarray(preprocess(image).numpy(), dtype=np.float32)
-        return array
-
-    published = open_clip.get_model_preprocess_cfg(model)
+def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: _Checkpoint, settings: EncoderSettings) -> ImageEncoder:
+    published = dict(open_clip.get_model_preprocess_cfg(checkpoint.model))
+    transform, scale = pixel_transform(checkpoint.preprocess, published)
     return ImageEncoder(
-        graph=torch_graph(_ImageTower(model), settings, "open_clip"),
+        graph=torch_graph(_ImageTower(checkpoint.model, scale), settings, "open_clip"),
         transform=transform,
         features=_features(open_clip, spec),
-        fingerprint=_fingerprint(spec, model, dict(published), settings),
+        fingerprint=_fingerprint(spec, checkpoint, published, settings),
+        settings=settings,
     )
 
 
-def _open_text(
-    open_clip: Any, spec: EncoderSpec, model: Any, preprocess: Any, settings: EncoderSettings
-) -> TextEncoder:
-    del preprocess
+def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Transform, torch.nn.Module]:
+    """Give open_clip's transform up to uint8, and what scales its result.
+
+    Args:
+        preprocess: the transform for evaluation that came with the model.
+        published: its settings.
+    """
+
+    def whole(image: Image) -> Array:
+        array: Array = preprocess(image).numpy()
+        return array
+
+    def to_pixels(image: Image) -> Array:
+        for step in preprocess.transforms[:-2]:  # the last two make a tensor of [0, 1], and normalise it
+            image = step(image)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+    return cut_at_pixels(whole, to_pixels, Scale(published["mean"], published["std"], divisor=255))
+
+
+def _open_text(open_clip: Any, spec: EncoderSpec, checkpoint: _Checkpoint, settings: EncoderSettings) -> TextEncoder:
     with hub_errors(f"the tokenizer of {spec.model}", instead="choose a model with open_clip's own tokenizer"):
         tokenizer = open_clip.get_tokenizer(spec.model)
     num_tokens = int(tokenizer.context_length)
+    tower = _TextTower(checkpoint.model)
 
     def tokenize(texts: Sequence[str]) -> list[Ints]:
-        return list(tokenizer(list(texts)).numpy().astype(np.int64))
+        return [ids[: tower.end(ids)] for ids in tokenizer(list(texts)).numpy().astype(np.int64)]
 
     return TextEncoder(
-        graph=torch_graph(_TextTower(model), settings, "open_clip"),
+        graph=torch_graph(tower, settings, "open_clip"),
         tokenize=tokenize,
         features=_features(open_clip, spec),
-        fingerprint=_fingerprint(spec, model, {"num_tokens": num_tokens}, settings),
+        fingerprint=_fingerprint(spec, checkpoint, {"num_tokens": num_tokens}, settings),
         pad_id=0,
-        length=num_tokens,
+        settings=settings,
     )
 
 
@@ -145,13 +209,13 @@ def _features(open_clip: Any, spec: EncoderSpec) -> dict[str, ItemShape]:
 
 
 def _fingerprint(
-    spec: EncoderSpec, model: Any, preprocessing: dict[str, Any], settings: EncoderSettings
+    spec: EncoderSpec, checkpoint: _Checkpoint, preprocessing: Mapping[str, Any], settings: EncoderSettings
 ) -> Fingerprint:
     return Fingerprint(
         family="open_clip",
         model=spec.model,
         revision=None,
-        weights=hash_weights(model.state_dict()),
+        weights=checkpoint.weights,
         preprocessing=plain_json(preprocessing),
         pooling=POOLING,
         precision=settings.precision,

@@ -14,10 +14,11 @@ import torch
 
 from embedcache.artifact import digest, read_json
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.derived import asked_layers, at_layer, own_features
 from embedcache.encoders.hub import LOCAL_NEXT, ModelFolder, model_folder
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.pooling import POOLING, POOLS
-from embedcache.encoders.pretrained import load_config, load_pretrained
+from embedcache.encoders.pretrained import hidden_states, hidden_states_option, load_config, load_pretrained, untie
 from embedcache.encoders.text import TextEncoder
 from embedcache.encoders.text_graph import text_graph
 from embedcache.encoders.tokenizer import max_tokens_option, num_positions, open_tokenizer
@@ -63,12 +64,15 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     heads = [_dense(path) for path in parts.dense]
     if heads:
         weights = digest([weights, *(hash_weights(head.state_dict()) for head in heads)])
-    module = _Sentences(transformer, parts.pools, heads)
+    what = {"name": f"st-{spec.folder}", "config": _graph_config(transformer, parts)}
+    layers = asked_layers(settings.features)
+    untie(transformer, layers)
+    module = _Sentences(transformer, parts.pools, heads, layers)
     made = text_graph(
         module,
         settings=settings,
         weights=weights,
-        what={"name": f"st-{spec.folder}", "config": _graph_config(transformer, parts)},
+        what=what,
         pad_id=tokenizer.pad_id,
     )
     return TextEncoder(
@@ -81,11 +85,12 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
             revision=folder.revision,
             weights=weights,
             preprocessing=tokenizer.preprocessing,
-            pooling={name: _pooling_text(name, parts.pools) for name in made.features},
+            pooling={name: _pooling_text(name, parts.pools) for name in own_features(made.features)},
             backend=made.backend,
             precision=settings.precision,
         ),
         pad_id=tokenizer.pad_id,
+        settings=settings,
     )
 
 
@@ -99,23 +104,37 @@ class _Parts:
 
 
 class _Sentences(torch.nn.Module):
-    def __init__(self, transformer: torch.nn.Module, pools: Sequence[str], heads: Sequence[torch.nn.Module]) -> None:
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        pools: Sequence[str],
+        heads: Sequence[torch.nn.Module],
+        layers: Sequence[int],
+    ) -> None:
         super().__init__()
         self._transformer = transformer
         self._pools = pools
         self._heads = torch.nn.ModuleList(heads)
+        self._layers = layers
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        states = self._transformer(input_ids=input_ids, attention_mask=attention_mask)
-        hidden_BTD = states.last_hidden_state.float()
+        states = self._transformer(
+            input_ids=input_ids, attention_mask=attention_mask, **hidden_states_option(self._layers)
+        )
+        outputs = self._pool(states.last_hidden_state, attention_mask)
+        if len(self._heads):
+            dense = outputs["_".join(self._pools)]
+            for head in self._heads:
+                dense = head(dense)
+            outputs = {"dense": dense, **outputs}
+        for layer, state in hidden_states(states, self._layers):
+            outputs |= at_layer(layer, self._pool(state, attention_mask))
+        return outputs
+
+    def _pool(self, state: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden_BTD = state.float()
         pooled = torch.cat([POOLS[name](hidden_BTD, attention_mask) for name in self._pools], dim=-1)
-        outputs = {"_".join(self._pools): pooled, "tokens": hidden_BTD}
-        if not len(self._heads):
-            return outputs
-        dense = pooled
-        for head in self._heads:
-            dense = head(dense)
-        return {"dense": dense, **outputs}
+        return {"_".join(self._pools): pooled, "tokens": hidden_BTD}
 
 
 class _Dense(torch.nn.Module):

@@ -6,8 +6,8 @@ from typing import TypeAlias
 import numpy as np
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.contract import Fingerprint, ItemShape, Modality
-from embedcache.encoders.graph import Graph
+from embedcache.encoders.contract import EncoderSettings, Fingerprint, ItemShape, Modality
+from embedcache.encoders.graph import Graph, batch_size
 from embedcache.encoders.image import check_names
 
 Tokenize: TypeAlias = Callable[[Sequence[str]], list[Ints]]
@@ -26,8 +26,7 @@ class TextEncoder:
         features: name -> shape of one item, the default first; `(-1, D)` is cut to each text's own tokens.
         fingerprint: all that decides the output.
         pad_id: the token that fills short texts up.
-        length: pad every batch to this many tokens; None: to the longest text in it.
-        batch_size: how many texts one `encode` call should get.
+        settings: how many texts one `encode` call should get.
     """
 
     modality: Modality = "text"
@@ -40,16 +39,14 @@ class TextEncoder:
         features: Mapping[str, ItemShape],
         fingerprint: Fingerprint,
         pad_id: int,
-        length: int | None = None,
-        batch_size: int = 64,
+        settings: EncoderSettings,
     ) -> None:
         self.features = features
         self.fingerprint = fingerprint
-        self.batch_size = batch_size
+        self.batch_size = batch_size(settings, cpu=64, other=512)
         self._graph = graph
         self._tokenize = tokenize
         self._pad_id = pad_id
-        self._length = length
 
     def prepare(self, items: Sequence[str]) -> list[Array]:
         """Turn texts into (T,) int64 token ids, cut at the model's longest input."""
@@ -60,7 +57,7 @@ class TextEncoder:
         check_names(names, self.features)
         if not prepared:
             return {name: [] for name in names}
-        outputs = self._graph(pad(prepared, self._pad_id, self._length), names)
+        outputs = self._graph(pad(prepared, self._pad_id), names)
         return {name: self._items(name, outputs[name], prepared) for name in names}
 
     def _items(self, name: str, output: Array, prepared: Sequence[Array]) -> list[Array]:
@@ -69,10 +66,10 @@ class TextEncoder:
         return [tokens_TD[: len(ids)] for tokens_TD, ids in zip(output, prepared, strict=True)]
 
 
-def pad(ids: Sequence[Array], pad_id: int, length: int | None = None) -> dict[str, Ints]:
+def pad(ids: Sequence[Array], pad_id: int) -> dict[str, Ints]:
     """Put token ids of several lengths, at least one, into one (B, T) array, filled up on the right, and mask it."""
     lengths = np.array([len(row) for row in ids])
-    num_tokens = int(lengths.max()) if length is None else length
+    num_tokens = int(lengths.max())
     padded = np.full((len(ids), num_tokens), pad_id, dtype=np.int64)
     for row, tokens in zip(padded, ids, strict=True):
         row[: len(tokens)] = tokens

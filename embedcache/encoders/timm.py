@@ -2,24 +2,28 @@
 
 Transformers give `cls`, `patch_mean` and `patches`; networks that end in a map give `patch_mean` and `patches`, its
 positions row by row. Where the model pools in a way of its own (attention, or a norm after the mean), that is
-`pooled` and the default. Register and distillation tokens are in none of them.
+`pooled` and the default. Register and distillation tokens are in none of them. `layerN.` counts the blocks of a
+transformer, and timm's feature levels (`model.feature_info`) of other networks: stages, or the stem and the stages.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 
-from embedcache.arrays import Floats
+from embedcache.arrays import Array
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.derived import asked_layers, at_layer, own_features
 from embedcache.encoders.graph import torch_graph
 from embedcache.encoders.hub import hub_commit, hub_errors
-from embedcache.encoders.image import ImageEncoder, Transform, image_features, plain_json
+from embedcache.encoders.image import ImageEncoder, ImageModel, plain_json
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.pixels import Scale, Transform, cut_at_pixels
 from embedcache.encoders.weights import hash_weights, read_weights
 from embedcache.errors import ArtifactError, SettingError, UnknownNameError
 
@@ -33,56 +37,94 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 
 def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open an image model. Option: `weights`, a local .safetensors or .pth file instead of the hub's.
+    """Open an image model.
+
+    Options: `weights`, a local .safetensors or .pth file instead of the hub's; `image_size`, in pixels, instead of the
+    published one: position embeddings are resized to it.
 
     Raises:
         UnknownNameError: no such model or option.
         PathError: no such file, or no hub to get the weights from.
         ArtifactError: weights that are another model's.
-        SettingError: asked for text or onnxruntime.
+        SettingError: asked for text or onnxruntime, or for an image size that the model can't take.
     """
-    check_options(spec, ("weights",))
+    check_options(spec, ("image_size", "weights"))
     check_modality(spec, modality, "image")
     model, revision = _load(spec)
-    transform, preprocessing = _transform(model)
-    module = _Features(model).eval()
+    with _resizing(spec, model) as size_px:
+        transform, scale, preprocessing = pixel_transform(model, size_px)
+        module = ImageModel(
+            _Features(model, asked_layers(settings.features)),
+            scale,
+            input_size=preprocessing["input_size"],
+            asked=settings.features,
+        )
     return ImageEncoder(
         graph=torch_graph(module, settings, "timm"),
         transform=transform,
-        features=(features := image_features(module, preprocessing["input_size"])),
+        features=module.features,
+        settings=settings,
         fingerprint=Fingerprint(
             family="timm",
             model=spec.model,
             revision=revision,
             weights=hash_weights(model.state_dict()),
             preprocessing=preprocessing,
-            pooling={name: POOLING[name] for name in features},
+            pooling={name: POOLING[name] for name in own_features(module.features)},
             precision=settings.precision,
         ),
     )
 
 
 class _Features(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layers: Sequence[int]) -> None:
         super().__init__()
         self._model = model
         has_class_token = getattr(model, "cls_token", None) is not None
         self._has_cls = bool(getattr(model, "has_class_token", has_class_token))
         self._num_prefix = int(getattr(model, "num_prefix_tokens", has_class_token))
         self._is_nhwc = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+        num_levels = len(model.feature_info) if hasattr(model, "forward_intermediates") else 0
+        self._layers = [layer for layer in layers if layer <= num_levels]
+        # Some models stop after the last level named, so the last one always is.
+        self._levels = sorted({*self._layers, num_levels}) if self._layers else []
+        self._options = _prefix_option(model) if self._layers and self._num_prefix else {}
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        states = self._model.forward_features(images)
+        if not self._layers:
+            return self._own(self._model.forward_features(images))
+        indices = [level - 1 for level in self._levels]
+        states, found = self._model.forward_intermediates(images, indices=indices, norm=False, **self._options)
+        levels = dict(zip(self._levels, found, strict=True))
+        outputs = self._own(states)
+        for layer in self._layers:
+            outputs |= at_layer(layer, self._from_level(levels[layer]))
+        return outputs
+
+    def _from_level(self, level: Any) -> dict[str, torch.Tensor]:
+        maps_BDHW, prefix_BTD = level if isinstance(level, tuple) else (level, None)
+        outputs = {"cls": prefix_BTD[:, 0]} if self._has_cls and prefix_BTD is not None else {}
+        return {**outputs, **_with_mean(maps_BDHW.flatten(2).transpose(1, 2))}
+
+    def _own(self, states: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = {"pooled": self._model.forward_head(states, pre_logits=True)}
         if states.ndim == 3 and self._has_cls:
             outputs["cls"] = states[:, 0]
-        patches_BTD = self._patches(states)
-        return {**outputs, "patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
+        return {**outputs, **_with_mean(self._patches(states))}
 
     def _patches(self, states: torch.Tensor) -> torch.Tensor:
         if states.ndim == 3:
             return states[:, self._num_prefix :]
         return states.flatten(1, 2) if self._is_nhwc else states.flatten(2).transpose(1, 2)
+
+
+def _prefix_option(model: Any) -> dict[str, bool]:
+    takes_it = "return_prefix_tokens" in signature(model.forward_intermediates).parameters
+    return {"return_prefix_tokens": True} if takes_it else {}
+
+
+def _with_mean(patches_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
 
 
 def _load(spec: EncoderSpec) -> tuple[Any, str | None]:
@@ -149,14 +191,42 @@ def _check_name(name: str, *, has_file: bool) -> None:
         raise SettingError(f"timm publishes no weights for {name}; give a file of your own: timm:{name},weights=PATH")
 
 
-def _transform(model: Any) -> tuple[Transform, dict[str, Any]]:
+@contextmanager
+def _resizing(spec: EncoderSpec, model: Any) -> Iterator[int | None]:
+    """Resize a model to the option `image_size`; a failure in the block, the model's first trial, is that option's."""
+    text = spec.options.get("image_size")
+    if text is None:
+        yield None
+        return
+    if not text.isdecimal() or int(text) < 1:
+        raise SettingError(f"image_size={text} in {spec.text}; give a whole number of pixels, such as 518")
+    try:
+        if hasattr(model, "set_input_size"):  # networks without it take any size
+            model.set_input_size(img_size=(int(text), int(text)))
+        yield int(text)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SettingError(
+            f"{spec.model} can't take image_size={text}: {reason}; try a multiple of its patch or window"
+        ) from error
+
+
+def pixel_transform(model: Any, size_px: int | None = None) -> tuple[Transform, torch.nn.Module, dict[str, Any]]:
+    """Give a model's transform up to uint8, what scales its result, and its published settings, at their own size."""
     from timm.data import create_transform, resolve_model_data_config
 
-    config = resolve_model_data_config(model)
-    published = create_transform(**config, is_training=False)
+    config = resolve_model_data_config(model, args={} if size_px is None else {"img_size": size_px})
+    transform, scale = cut_at_pixels(
+        _as_array(create_transform(**config, is_training=False)),
+        _as_array(create_transform(**config, is_training=False, normalize=False)),
+        Scale(config["mean"], config["std"], divisor=255),
+    )
+    return transform, scale, plain_json(config)
 
-    def transform(image: Image) -> Floats:
-        array: Floats = np.asarray(published(image).numpy(), dtype=np.float32)
+
+def _as_array(published: Callable[[Image], torch.Tensor]) -> Transform:
+    def transform(image: Image) -> Array:
+        array: Array = published(image).numpy()
         return array
 
-    return transform, plain_json(config)
+    return transform

@@ -1,6 +1,6 @@
 """`hf:facebook/dinov2-base` or `hf:/local/folder`: image and text models of transformers, with their own processor."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from PIL.Image import Image, new
 
-from embedcache.arrays import Floats
+from embedcache.arrays import Array
 from embedcache.artifact import digest
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.derived import asked_layers, at_layer, own_features
 from embedcache.encoders.graph import torch_graph
 from embedcache.encoders.hub import ModelFolder, model_folder
-from embedcache.encoders.image import ImageEncoder, Transform, image_features, plain_json
+from embedcache.encoders.image import ImageEncoder, ImageModel, plain_json
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.pixels import Scale, Transform, cut_at_pixels
 from embedcache.encoders.pooling import POOLING as TEXT_POOLING
 from embedcache.encoders.pooling import cls, mean
-from embedcache.encoders.pretrained import load_config, load_pretrained
+from embedcache.encoders.pretrained import hidden_states, hidden_states_option, load_config, load_pretrained, untie
 from embedcache.encoders.text import TextEncoder
 from embedcache.encoders.text_graph import text_graph
 from embedcache.encoders.tokenizer import max_tokens_option, open_tokenizer
@@ -51,9 +53,10 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
 
 
 class _ImageFeatures(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layers: Sequence[int]) -> None:
         super().__init__()
         self._model = model
+        self._layers = layers
         names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
         # CLIP calls its class token class_embedding; the others of the library cls_token.
         self._has_cls = bool(names & {"cls_token", "class_embedding"})
@@ -62,27 +65,37 @@ class _ImageFeatures(torch.nn.Module):
         self._has_pool = not any(name.startswith("pooler.") for name, _ in model.named_parameters())
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        states = self._model(pixel_values=images)
-        last = states.last_hidden_state
+        states = self._model(pixel_values=images, **hidden_states_option(self._layers))
         pooled = getattr(states, "pooler_output", None) if self._has_pool else None
         outputs = {} if pooled is None else {"pooled": pooled.flatten(1)}
-        if last.ndim == 4:
-            patches_BTD = last.flatten(2).transpose(1, 2)
+        outputs |= self._from_state(states.last_hidden_state)
+        for layer, state in hidden_states(states, self._layers):
+            outputs |= at_layer(layer, self._from_state(state))
+        return outputs
+
+    def _from_state(self, state: torch.Tensor) -> dict[str, torch.Tensor]:
+        if state.ndim == 4:
+            outputs, patches_BTD = {}, state.flatten(2).transpose(1, 2)
         else:
-            patches_BTD = last[:, self._num_prefix :]
-            if self._has_cls:
-                outputs["cls"] = last[:, 0]
+            outputs, patches_BTD = {"cls": state[:, 0]} if self._has_cls else {}, state[:, self._num_prefix :]
         return {**outputs, "patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
 
 
 class _TextFeatures(torch.nn.Module):
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, layers: Sequence[int]) -> None:
         super().__init__()
         self._model = model
+        self._layers = layers
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        states = self._model(input_ids=input_ids, attention_mask=attention_mask)
-        hidden_BTD = states.last_hidden_state.float()
+        states = self._model(input_ids=input_ids, attention_mask=attention_mask, **hidden_states_option(self._layers))
+        outputs = self._from_state(states.last_hidden_state, attention_mask)
+        for layer, state in hidden_states(states, self._layers):
+            outputs |= at_layer(layer, self._from_state(state, attention_mask))
+        return outputs
+
+    def _from_state(self, state: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden_BTD = state.float()
         return {
             "mean": mean(hidden_BTD, attention_mask),
             "cls": cls(hidden_BTD, attention_mask),
@@ -126,26 +139,34 @@ def _num_prefix(config: Any, names: set[str], *, has_cls: bool) -> int:
 def _open_image(
     spec: EncoderSpec, folder: ModelFolder, model: torch.nn.Module, weights: str, settings: EncoderSettings
 ) -> ImageEncoder:
-    transform, published, input_size = _image_transform(folder.path)
-    module = _ImageFeatures(model).eval()
-    features = image_features(module, input_size)
+    transform, scale, published, input_size = pixel_transform(folder.path)
+    layers = asked_layers(settings.features)
+    untie(model, layers)
+    module = ImageModel(_ImageFeatures(model, layers), scale, input_size=input_size, asked=settings.features)
     return ImageEncoder(
         graph=torch_graph(module, settings, "hf image"),
         transform=transform,
-        features=features,
+        features=module.features,
+        settings=settings,
         fingerprint=Fingerprint(
             family="hf",
             model=spec.folder if spec.is_path else spec.model,
             revision=folder.revision,
             weights=weights,
             preprocessing=published,
-            pooling={name: IMAGE_POOLING[name] for name in features},
+            pooling={name: IMAGE_POOLING[name] for name in own_features(module.features)},
             precision=settings.precision,
         ),
     )
 
 
-def _image_transform(folder: Path) -> tuple[Transform, dict[str, Any], tuple[int, ...]]:
+def pixel_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str, Any], tuple[int, ...]]:
+    """Open a folder's image processor: up to uint8, what scales its result, its settings, and the shape it gives.
+
+    Raises:
+        PathError: there is none.
+        SettingError: it gives each picture a shape of its own.
+    """
     from transformers import AutoImageProcessor
 
     try:
@@ -154,18 +175,31 @@ def _image_transform(folder: Path) -> tuple[Transform, dict[str, Any], tuple[int
         reason = " ".join(str(error).split())[:200]
         raise PathError(f"no image processor in {folder}: {reason}; it needs preprocessor_config.json") from error
 
-    def transform(image: Image) -> Floats:
+    def whole(image: Image) -> Array:
         pixels = processor(images=image, return_tensors="np")["pixel_values"][0]
         return np.ascontiguousarray(pixels, dtype=np.float32)
 
+    def to_pixels(image: Image) -> Array:
+        pixels = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+        return np.ascontiguousarray(pixels[0])
+
     published = {name: value for name, value in processor.to_dict().items() if not name.startswith("_")}
-    sizes = {transform(new("RGB", size)).shape for size in ((320, 200), (200, 320))}
+    sizes = {whole(new("RGB", size)).shape for size in ((320, 200), (200, 320))}
     if len(sizes) != 1:
         raise SettingError(
             f"the image processor in {folder} keeps each picture's own shape {sorted(sizes)}; "
             "a batch needs one: set do_center_crop, or a size with height and width, in preprocessor_config.json"
         )
-    return transform, plain_json(published), sizes.pop()
+    transform, scale = cut_at_pixels(whole, to_pixels, _scale(published))
+    return transform, scale, plain_json(published), sizes.pop()
+
+
+def _scale(published: Mapping[str, Any]) -> Scale:
+    # The library's processors bring mean and std to the range of the pixels, instead of the pixels to [0, 1].
+    pixel_range = 1.0 / published["rescale_factor"] if published.get("do_rescale") else 1.0
+    is_normalized = published.get("do_normalize")
+    mean, std = (published["image_mean"], published["image_std"]) if is_normalized else ([0.0] * 3, [1.0] * 3)
+    return Scale(*(torch.tensor(values) * pixel_range for values in (mean, std)))
 
 
 def _open_text(
@@ -173,11 +207,14 @@ def _open_text(
 ) -> TextEncoder:
     tokenizer = open_tokenizer(folder.path, max_tokens=max_tokens_option(spec), model=model)
     config: Any = model.config
+    what = {"name": f"hf-{spec.folder}", "config": digest(config.to_dict())}
+    layers = asked_layers(settings.features)
+    untie(model, layers)
     made = text_graph(
-        _TextFeatures(model).eval(),
+        _TextFeatures(model, layers).eval(),
         settings=settings,
         weights=weights,
-        what={"name": f"hf-{spec.folder}", "config": digest(config.to_dict())},
+        what=what,
         pad_id=tokenizer.pad_id,
     )
     return TextEncoder(
@@ -190,9 +227,10 @@ def _open_text(
             revision=folder.revision,
             weights=weights,
             preprocessing=tokenizer.preprocessing,
-            pooling={name: TEXT_POOLING[name] for name in made.features},
+            pooling={name: TEXT_POOLING[name] for name in own_features(made.features)},
             backend=made.backend,
             precision=settings.precision,
         ),
         pad_id=tokenizer.pad_id,
+        settings=settings,
     )

@@ -115,7 +115,7 @@ class ImageEncoderContract(EncoderContract):
         shapes = {array.shape for array in encoder.prepare(items)}
         assert len(shapes) == 1
         assert next(iter(shapes))[0] == 3
-        assert {array.dtype for array in encoder.prepare(items)} == {np.dtype(np.float32)}
+        assert {array.dtype for array in encoder.prepare(items)} == {np.dtype(np.uint8)}
 
 
 class TextEncoderContract(EncoderContract):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from embedcache.encoders.contract import EncoderSettings
-from embedcache.encoders.lite import crop_and_scale
+from embedcache.encoders.lite import crop
 from embedcache.encoders.open import open_encoder
 from tests.encoders.contract import ImageEncoderContract
 
@@ -34,7 +34,7 @@ def test_values_are_those_of_the_package_on_photographs(photographs: Sequence[Im
     prepared = encoder.prepare(photographs)
     found = encoder.encode(prepared, ["patch_mean", "patches"])
     with torch.no_grad():
-        maps = _by_the_package().extract_features(torch.from_numpy(np.stack(prepared))).numpy()
+        maps = _by_the_package().extract_features(_scaled(prepared)).numpy()
     np.testing.assert_allclose(np.stack(found["patch_mean"]), maps.mean(axis=(2, 3)), atol=1e-4)
     np.testing.assert_allclose(found["patches"][0][8], maps[0, :, 1, 1], atol=1e-4)
 
@@ -51,23 +51,23 @@ def test_torch_and_onnxruntime_agree_and_differ_in_the_fingerprint(photographs: 
 
 def test_the_transform_sees_what_the_weights_were_trained_on(photographs: Sequence[Image.Image]) -> None:
     """The classifier head names most of the photographs."""
-    prepared = np.stack([crop_and_scale(image, 224) for image in photographs])
+    prepared = [crop(image, 224) for image in photographs]
     with torch.no_grad():
-        named = _by_the_package()(torch.from_numpy(prepared)).argmax(dim=1).tolist()
+        named = _by_the_package()(_scaled(prepared)).argmax(dim=1).tolist()
     right = [int(image.info["class"]) == label for image, label in zip(photographs, named, strict=True)]
     assert sum(right) >= 15
 
 
-def test_pixels_are_red_green_blue_minus_127_over_128() -> None:
-    scaled = crop_and_scale(Image.new("RGB", (30, 50), (255, 127, 0)), 8)
-    assert scaled.shape == (3, 8, 8)
-    assert scaled[:, 4, 4].tolist() == [1.0, 0.0, -127 / 128]
+def test_pixels_are_red_green_blue() -> None:
+    pixels = crop(Image.new("RGB", (30, 50), (255, 127, 0)), 8)
+    assert (pixels.shape, pixels.dtype) == ((3, 8, 8), np.uint8)
+    assert pixels[:, 4, 4].tolist() == [255, 127, 0]
 
 
 def test_the_crop_is_the_centre_square() -> None:
     pixels = np.zeros((256, 400, 3), np.uint8)
     pixels[16:240, 88:312] = 255  # 224 = 256 * 224 / (224 + 32), in the middle
-    np.testing.assert_array_equal(crop_and_scale(Image.fromarray(pixels), 224), np.float32(1.0))
+    np.testing.assert_array_equal(crop(Image.fromarray(pixels), 224), np.uint8(255))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,10 @@ def photographs() -> list[Image.Image]:
         images.append(image)
     assert len(images) == 20
     return images
+
+
+def _scaled(pixels: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy((np.stack(pixels).astype(np.float32) - 127) / 128)
 
 
 def _packaged() -> str:

@@ -1,5 +1,8 @@
 """open_clip's towers against its own encode_image and encode_text."""
 
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,58 @@ def test_values_are_those_of_open_clip(weights: Path) -> None:
     np.testing.assert_allclose(_pooled(text, TEXTS), texts, atol=1e-4)
 
 
+TOWERS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "causal in a tower of its own": {"custom_text": True},
+    "causal, pooled at the end token": {"text": {"pool_type": "eos", "eos_id": 49407}},
+    "bidirectional as SigLIP's": {"custom_text": True, "text": {"no_causal_mask": True, "pool_type": "last"}},
+    "bidirectional": {"text": {"no_causal_mask": True}},
+    "with a class token as CoCa's": {"custom_text": True, "text": {"embed_cls": True}},
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_texts_without_padding_give_the_librarys_values_with_it(tower: str, tmp_path: Path) -> None:
+    config = json.loads(write_clip_config(tmp_path).read_text())
+    changes = dict(TOWERS[tower])
+    config["text_cfg"] |= changes.pop("text", {})
+    name = f"tower-{list(TOWERS).index(tower)}"
+    (tmp_path / f"{name}.json").write_text(json.dumps({**config, **changes}))
+    open_clip.add_model_config(tmp_path / f"{name}.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model(name).eval()
+    torch.save(model.state_dict(), tmp_path / "tower.pt")
+    texts = [*TEXTS, "a red cat " * 50, ""]
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.get_tokenizer(name)(texts)).numpy()
+    encoder = open_encoder(f"open_clip:{name},pretrained={tmp_path / 'tower.pt'}", modality="text")
+    np.testing.assert_allclose(_pooled(encoder, texts), expected, atol=1e-5)
+    np.testing.assert_allclose(_pooled(encoder, texts[:1]), expected[:1], atol=1e-5)
+    lengths = [len(ids) for ids in encoder.prepare(texts)]
+    assert lengths == ([5, 9, 3, 11, 16, 2] if tower.startswith("causal") else [16] * 6)
+
+
+@pytest.mark.slow
+def test_texts_of_a_full_sized_clip_without_padding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32").eval()
+    torch.save(model.state_dict(), tmp_path / "b32.pt")
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.get_tokenizer("ViT-B-32")(TEXTS)).numpy()
+    encoder = open_encoder(f"open_clip:ViT-B-32,pretrained={tmp_path / 'b32.pt'}", modality="text")
+    np.testing.assert_allclose(_pooled(encoder, TEXTS), expected, atol=1e-5)
+
+
+def test_both_towers_of_a_file_share_one_model_until_the_file_changes(weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "shared.pt"
+    shutil.copy(weights, path)
+    spec = f"open_clip:tiny-clip,pretrained={path}"
+    image, text = (open_encoder(spec, modality="image"), open_encoder(spec, modality="text"))
+    assert _parameters(image) & _parameters(text)
+    os.utime(path, ns=(0, 0))
+    assert not _parameters(open_encoder(spec, modality="text")) & _parameters(text)
+
+
 def test_weights_of_another_model_are_refused(weights: Path) -> None:
     with pytest.raises(ArtifactError, match="do not fit RN50"):
         open_encoder(f"open_clip:RN50,pretrained={weights}", modality="image")
@@ -80,6 +135,10 @@ def _other(weights: Path) -> str:
     path = weights.with_name("other.pt")
     torch.save(state, path)
     return f"open_clip:tiny-clip,pretrained={path}"
+
+
+def _parameters(encoder: Any) -> set[int]:
+    return {parameter.data_ptr() for parameter in encoder._graph._module.parameters()}
 
 
 def _pooled(encoder: Any, items: Any) -> np.ndarray:

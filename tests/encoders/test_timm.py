@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from embedcache.encoders.open import open_encoder
+from embedcache.errors import SettingError
 from tests.encoders.checkpoints import save_timm
 from tests.encoders.contract import ImageEncoderContract, pictures
 
@@ -60,6 +61,33 @@ def _by_timm(name: str, path: Path, images: Sequence[Image.Image]) -> dict[str, 
         "patch_mean": tokens.mean(dim=1).numpy(),
         "patches": tokens.numpy(),
     }
+
+
+@pytest.mark.parametrize(("name", "num_tokens"), [("test_vit", 36), ("test_resnet", 9)])
+def test_the_image_size_is_an_option_and_in_the_fingerprint(name: str, num_tokens: int, tmp_path: Path) -> None:
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    path = save_timm(name, tmp_path, seed=0)
+    encoder = open_encoder(f"timm:{name},weights={path},image_size=96", modality="image")
+    assert encoder.fingerprint.preprocessing["input_size"] == [3, 96, 96]
+    assert encoder.features["patches"][0] == num_tokens
+    found = encoder.encode(encoder.prepare(pictures()), ["patches"])["patches"]
+    size = {"img_size": 96} if name == "test_vit" else {}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **size).eval()
+    transform = create_transform(**resolve_data_config({"img_size": 96}, model=model))
+    with torch.no_grad():
+        states = model.forward_features(torch.stack([transform(image) for image in pictures()]))
+    expected = states[:, 1:] if states.ndim == 3 else states.flatten(2).transpose(1, 2)
+    np.testing.assert_allclose(np.stack(found), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [("big", "whole number of pixels"), ("0", "whole number"), ("4", "can't take")]
+)
+def test_an_image_size_that_does_not_go_is_refused(size: str, words: str, test_vit: Path) -> None:
+    with pytest.raises(SettingError, match=words):
+        open_encoder(f"timm:test_vit,weights={test_vit},image_size={size}", modality="image")
 
 
 def test_a_checkpoint_without_its_classifier_opens_too(tmp_path: Path) -> None:

@@ -1,0 +1,253 @@
+"""Features derived by name, against plain pooling and against hooks on the libraries' own blocks."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.encoders.contract import EncoderSettings, Modality
+from embedcache.encoders.derived import FeatureName, GridPool, asked_layers, own_features, patch_grid
+from embedcache.encoders.image import ImageModel
+from embedcache.encoders.open import open_encoder
+from tests.encoders.checkpoints import save_dinov2, save_sentence_transformer, save_timm
+from tests.encoders.contract import TEXTS, pictures
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("cls", FeatureName("cls")),
+        ("grid:4", FeatureName("patches", side=4)),
+        ("layer6.cls", FeatureName("cls", layer=6)),
+        ("layer11.grid:2", FeatureName("patches", layer=11, side=2)),
+        ("layer0.cls", None),
+        ("layer3", None),
+        ("layer3.", None),
+        ("grid:0", None),
+        ("grid:", None),
+        ("layer3.layer2.cls", None),
+        ("Cls", None),
+    ],
+)
+def test_names_are_read(text: str, name: FeatureName | None) -> None:
+    assert FeatureName.parse(text) == name
+
+
+def test_own_features_and_layers_of_names() -> None:
+    names = ["cls", "layer6.cls", "grid:2", "layer11.grid:2", "patches", "layer6.patches", "no sense"]
+    assert own_features(names) == ["cls", "patches"]
+    assert asked_layers(names) == [6, 11]
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+def test_a_grid_is_adaptive_average_pooling(height: int, width: int, data: st.DataObject) -> None:
+    side = data.draw(st.integers(1, min(height, width)))
+    maps_BDHW = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(height * 10 + width))
+    expected = torch.nn.functional.adaptive_avg_pool2d(maps_BDHW, side).flatten(2).transpose(1, 2)
+    found = GridPool((height, width), side)(maps_BDHW.flatten(2).transpose(1, 2))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 32), st.data())
+def test_the_patches_of_a_picture_are_found_whatever_is_left_over(
+    height: int, width: int, patch_px: int, data: st.DataObject
+) -> None:
+    rest_px = st.integers(0, patch_px - 1)
+    size_px = height * patch_px + data.draw(rest_px), width * patch_px + data.draw(rest_px)
+    assert patch_grid(height * width, *size_px) == (height, width)
+
+
+def test_patches_that_fill_no_grid_have_none() -> None:
+    assert patch_grid(17, 224, 224) is None
+
+
+@pytest.mark.parametrize(("height_px", "width_px"), [(16, 48), (48, 16)])
+def test_a_grid_of_a_picture_that_is_no_square(height_px: int, width_px: int) -> None:
+    model = ImageModel(
+        _EightPx(), torch.nn.Identity(), input_size=(3, height_px, width_px), asked=["grid:2", "grid:3", "grid:1"]
+    )
+    assert model.features == {"patches": (12, 3), "grid:2": (4, 3), "grid:1": (1, 3)}
+    images = torch.rand(2, 3, height_px, width_px, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(2).transpose(1, 2)
+    np.testing.assert_allclose(model(images)["grid:2"], expected, atol=1e-6)
+
+
+class _EightPx(torch.nn.Module):
+    """The mean colour of each 8 × 8 pixels."""
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"patches": torch.nn.functional.avg_pool2d(images, 8).flatten(2).transpose(1, 2)}
+
+
+ASKED = ("layer1.cls", "layer2.patches", "grid:2", "layer1.grid:3", "layer2.patch_mean", "layer2.tokens", "layer1.mean",
+         "layer99.cls", "grid:99", "nonsense", "cls")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_vit_relpos"])
+def test_blocks_of_a_timm_transformer(name: str, tmp_path: Path) -> None:
+    spec = f"timm:{name},weights={save_timm(name, tmp_path, seed=0)}"
+    encoder, prepared, found = _check_own(spec, "image", ASKED)
+    model = _inner(encoder)
+    states = _states(model, model.blocks, prepared, encoder)
+    num_prefix = model.num_prefix_tokens
+    assert ("layer1.cls" in found) == ("cls" in found)
+    if "cls" in found:
+        np.testing.assert_allclose(found["layer1.cls"], states[0][:, 0], atol=1e-6)
+    np.testing.assert_allclose(found["layer2.patches"], states[1][:, num_prefix:], atol=1e-6)
+    np.testing.assert_allclose(found["layer2.patch_mean"], states[1][:, num_prefix:].mean(1), atol=1e-5)
+    np.testing.assert_allclose(found["layer1.grid:3"], _grid(states[0][:, num_prefix:], 3), atol=1e-5)
+    np.testing.assert_allclose(found["grid:2"], _grid(torch.tensor(found["patches"]), 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
+def test_levels_of_other_timm_networks(name: str, tmp_path: Path) -> None:
+    spec = f"timm:{name},weights={save_timm(name, tmp_path, seed=0)}"
+    encoder, prepared, found = _check_own(spec, "image", ("layer2.patches", "layer1.patch_mean", "layer1.cls"))
+    assert "layer1.cls" not in found
+    model = _inner(encoder)
+    block = model.stages[1] if name == "test_convnext" else model.layer1  # a ResNet's first level is its stem
+    states = _states(model, [block], prepared, encoder)
+    np.testing.assert_allclose(found["layer2.patches"], states[0].flatten(2).transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_timm_network_that_stops_after_the_last_level_named(tmp_path: Path) -> None:
+    spec = f"timm:hiera_tiny_224,weights={save_timm('hiera_tiny_224', tmp_path, seed=0)}"
+    encoder, _, _ = _check_own(spec, "image", ("layer1.patch_mean",))
+    assert encoder.features["layer1.patch_mean"] == (96,)
+
+
+@pytest.mark.parametrize("num_registers", [0, 3])
+def test_blocks_of_a_transformers_image_model(num_registers: int, tmp_path: Path) -> None:
+    spec = f"hf:{save_dinov2(tmp_path / 'dinov2', num_registers=num_registers)}"
+    encoder, prepared, found = _check_own(spec, "image", ASKED)
+    model = _inner(encoder)
+    states = _states(model, _blocks(model), prepared, encoder)
+    np.testing.assert_allclose(found["layer1.cls"], states[0][:, 0], atol=1e-6)
+    np.testing.assert_allclose(found["layer2.patches"], states[1][:, 1 + num_registers :], atol=1e-6)
+    np.testing.assert_allclose(found["layer1.grid:3"], _grid(states[0][:, 1 + num_registers :], 3), atol=1e-5)
+
+
+def test_blocks_of_efficientnet_lite() -> None:
+    torch_settings = EncoderSettings(backend="torch")
+    asked = ("layer3.patches", "layer1.grid:2", "layer16.patch_mean", "layer17.patch_mean", "layer1.cls")
+    encoder, prepared, found = _check_own("lite:efficientnet-lite0", "image", asked, torch_settings)
+    assert list(found) == ["patch_mean", "patches", "layer3.patches", "layer1.grid:2", "layer16.patch_mean"]
+    model = _inner(encoder)
+    states = _states(model, model._blocks, prepared, encoder)
+    np.testing.assert_allclose(found["layer3.patches"], states[2].flatten(2).transpose(1, 2), atol=1e-6)
+    expected = _grid(states[0].flatten(2).transpose(1, 2), 2)
+    np.testing.assert_allclose(found["layer1.grid:2"], expected, rtol=1e-4, atol=1e-4)  # means of 3,136 values
+    on_onnx = open_encoder("lite:efficientnet-lite0", modality="image", settings=EncoderSettings(features=asked))
+    assert on_onnx.fingerprint.backend == "onnxruntime"
+    for name, values in on_onnx.encode(prepared, list(found)).items():
+        np.testing.assert_allclose(values, found[name], atol=1e-3)  # values of up to 30
+
+
+def test_a_grid_changes_no_value_on_onnxruntime() -> None:
+    plain = open_encoder("lite:efficientnet-lite0", modality="image")
+    asked = open_encoder("lite:efficientnet-lite0", modality="image", settings=EncoderSettings(features=("grid:4",)))
+    prepared = plain.prepare(pictures())
+    one, other = (encoder.encode(prepared, ["patch_mean", "patches"]) for encoder in (plain, asked))
+    np.testing.assert_allclose(other["patch_mean"], one["patch_mean"], rtol=1e-6, atol=1e-6)
+    grid = asked.encode(prepared, ["grid:4"])["grid:4"]
+    np.testing.assert_allclose(grid, _grid(torch.tensor(np.stack(other["patches"])), 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("family", ["hf", "st"])
+def test_blocks_of_a_text_model(family: str, backend: Any, bert: Path, tmp_path: Path) -> None:
+    if family == "st":
+        bert = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=16)
+    settings = EncoderSettings(backend=backend)
+    encoder, prepared, found = _check_own(f"{family}:{bert}", "text", ASKED, settings, atol=1e-5)
+    own = ["mean", "cls", "tokens"] if family == "hf" else ["mean", "tokens"]
+    blocks = ["layer1.cls", "layer2.tokens", "layer1.mean"] if family == "hf" else ["layer2.tokens", "layer1.mean"]
+    assert list(encoder.features) == [*own, *blocks]
+    assert encoder.features["layer2.tokens"] == (-1, 32)
+    model = _bert(bert)
+    for row, ids in enumerate(prepared):
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor(ids)[None], output_hidden_states=True).hidden_states
+        np.testing.assert_allclose(found["layer2.tokens"][row], states[2][0], atol=1e-5)
+        np.testing.assert_allclose(found["layer1.mean"][row], states[1][0].mean(0), atol=1e-5)
+
+
+def test_the_last_block_of_a_text_model_is_before_its_final_norm(tmp_path: Path) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    from embedcache.encoders.pretrained import hidden_states, hidden_states_option, untie
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    model = T5EncoderModel(config).eval()
+    untie(model, [2])
+    with torch.no_grad():
+        states = model(input_ids=torch.arange(6)[None], **hidden_states_option([2]))
+        ((layer, state),) = hidden_states(states, [2, 3])
+        np.testing.assert_allclose(model.encoder.final_layer_norm(state), states.last_hidden_state, atol=1e-6)
+    assert layer == 2
+    assert not torch.allclose(state, states.last_hidden_state)
+
+
+def _check_own(
+    spec: str, modality: Modality, asked: Sequence[str], settings: EncoderSettings | None = None, atol: float = 0
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Open with and without names asked for: the same fingerprint, the same own features, the same values."""
+    settings = settings or EncoderSettings()
+    plain = open_encoder(spec, modality=modality, settings=settings)
+    more = EncoderSettings(backend=settings.backend, features=tuple(asked))
+    encoder = open_encoder(spec, modality=modality, settings=more)
+    own = list(plain.features)
+    assert list(encoder.features)[: len(own)] == own
+    assert set(encoder.features) <= {*own, *asked}
+    assert encoder.fingerprint == plain.fingerprint
+    prepared = plain.prepare(pictures() if modality == "image" else TEXTS)
+    expected, found = plain.encode(prepared, own), encoder.encode(prepared, list(encoder.features))
+    for name in own:
+        for one, other in zip(expected[name], found[name], strict=True):
+            np.testing.assert_allclose(other, one, rtol=0, atol=atol)
+    if modality == "text":
+        return encoder, prepared, found
+    return encoder, prepared, {name: np.stack(values) for name, values in found.items()}
+
+
+def _inner(encoder: Any) -> Any:
+    return encoder._graph._module._module._model
+
+
+def _states(model: Any, blocks: Any, prepared: Any, encoder: Any) -> list[torch.Tensor]:
+    states: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(_keep_in(states)) for block in blocks]
+    encoder.encode(prepared, list(encoder.features)[:1])
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
+def _keep_in(states: list[torch.Tensor]) -> Callable[..., None]:
+    def hook(module: Any, given: Any, output: Any) -> None:
+        states.append((output[0] if isinstance(output, tuple) else output).clone())
+
+    return hook
+
+
+def _blocks(model: Any) -> Any:
+    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 2)
+
+
+def _grid(patches_BTD: torch.Tensor, side: int) -> torch.Tensor:
+    size = round(patches_BTD.shape[1] ** 0.5)
+    maps_BDHW = patches_BTD.transpose(1, 2).unflatten(2, (size, size))
+    return torch.nn.functional.adaptive_avg_pool2d(maps_BDHW, side).flatten(2).transpose(1, 2)
+
+
+def _bert(folder: Path) -> Any:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(folder).eval()

@@ -1,0 +1,128 @@
+"""uint8 pictures scaled by the model, against each library's own whole transform."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from embedcache.encoders.pixels import Scale, cut_at_pixels
+from tests.encoders.contract import pictures
+
+ATOL = 1e-6
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"crop_pct": 0.9},
+        {"crop_pct": 1.0},
+        {"crop_pct": 0.95, "crop_mode": "squash"},
+        {"crop_pct": 1.0, "crop_mode": "border"},
+        {"crop_pct": 0.875, "input_size": (3, 64, 96)},
+        {"crop_pct": 1.0, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    ],
+    ids=str,
+)
+def test_timm(config: Mapping[str, Any], interpolation: str) -> None:
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    from embedcache.encoders.timm import pixel_transform
+
+    model = timm.create_model("test_vit", pretrained_cfg_overlay={**config, "interpolation": interpolation})
+    whole = create_transform(**resolve_model_data_config(model), is_training=False)
+    transform, scale, _ = pixel_transform(model)
+    for image in _in_all_modes():
+        _check(transform(image), scale, whole(image).numpy())
+
+
+PROCESSORS: Mapping[str, Mapping[str, Any]] = {
+    "ViTImageProcessor": {"size": {"height": 32, "width": 32}},
+    "CLIPImageProcessor": {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
+    "BitImageProcessor": {"size": {"shortest_edge": 40}, "crop_size": {"height": 28, "width": 28}},
+    "ConvNextImageProcessor": {"size": {"shortest_edge": 32}, "crop_pct": 0.875},
+    "SiglipImageProcessor": {"size": {"height": 32, "width": 32}},
+    "DPTImageProcessor": {"size": {"height": 32, "width": 32}, "do_normalize": False},
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_transformers(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    from embedcache.encoders.transformers import pixel_transform
+
+    getattr(transformers, name)(**PROCESSORS[name]).save_pretrained(tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    transform, scale, _, input_size = pixel_transform(tmp_path)
+    for image in pictures():
+        expected = processor(images=image, return_tensors="np")["pixel_values"][0]
+        assert expected.shape == input_size
+        _check(transform(image), scale, expected)
+
+
+def test_a_processor_that_does_more_than_scaling_stays_float32(tmp_path: Path) -> None:
+    import transformers
+
+    from embedcache.encoders.transformers import pixel_transform
+
+    # EfficientNet's processor normalises twice.
+    made = transformers.EfficientNetImageProcessor(size={"height": 32, "width": 32})
+    made.save_pretrained(tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    transform, scale, _, _ = pixel_transform(tmp_path)
+    for image in pictures():
+        found = transform(image)
+        assert found.dtype == np.float32
+        assert isinstance(scale, torch.nn.Identity)
+        np.testing.assert_array_equal(found, processor(images=image, return_tensors="np")["pixel_values"][0])
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+def test_open_clip(resize_mode: str) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    from embedcache.encoders.open_clip import pixel_transform
+
+    published = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
+    whole = open_clip.image_transform(32, is_train=False, resize_mode=resize_mode, **published)
+    transform, scale = pixel_transform(whole, published)
+    for image in pictures():
+        _check(transform(image), scale, whole(image).numpy())
+
+
+def test_scaling_on_noise_that_differs_keeps_the_whole_transform() -> None:
+    def whole(image: Image.Image) -> np.ndarray:
+        return np.asarray(image, np.float32).transpose(2, 0, 1) / 255
+
+    def to_pixels(image: Image.Image) -> np.ndarray:
+        return np.array(image).transpose(2, 0, 1)
+
+    right, wrong = Scale([0.0], [1.0], divisor=255), Scale([0.001], [1.0], divisor=255)
+    assert cut_at_pixels(whole, to_pixels, right) == (to_pixels, right)
+    assert cut_at_pixels(whole, to_pixels, wrong)[0] is whole
+
+
+def test_scaling_is_in_float32_under_autocast() -> None:
+    scale = Scale([0.5] * 3, [0.25] * 3, divisor=255)
+    images = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = scale(images)
+    np.testing.assert_array_equal(found, scale(images))
+    assert found.dtype == torch.float32
+
+
+def _check(pixels: np.ndarray, scale: torch.nn.Module, expected: np.ndarray) -> None:
+    assert pixels.dtype == np.uint8
+    found = scale(torch.from_numpy(pixels)[None])[0].numpy()
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=ATOL)
+
+
+def _in_all_modes() -> list[Image.Image]:
+    modes = ("RGB", "L", "RGBA", "CMYK", "P")
+    return [image.convert(mode).convert("RGB") for image in pictures() for mode in modes]
