@@ -15,6 +15,7 @@ SIDECAR_SUFFIXES = frozenset({".json", ".txt"})
 CAPTION_ERROR = "caption_error"
 
 Scalar: TypeAlias = str | int | float | bool | None
+_SCALARS = (str, int, float, bool, type(None))
 
 _CAPTION_FIELDS = ("caption", "captions", "text", "texts")
 
@@ -35,7 +36,7 @@ class Sidecar:
 
 
 def read_sidecar(beside: Mapping[str, bytes | ItemError], name: str) -> Sidecar:
-    """Join what the files beside one image say.
+    """Join what the files beside one image say; a caption that both say is one.
 
     A file that cannot be read, is not UTF-8 or not a JSON object of captions gives nothing but the reason, in the
     column `caption_error`: one of a million must not stop the others.
@@ -68,9 +69,7 @@ def text_items(captions: Iterable[str], language: str | None) -> tuple[TextItem,
 
 def scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:
     """Keep what fits a column of a table; lists and objects are left out."""
-    return {
-        name: value for name, value in fields.items() if value is None or isinstance(value, str | int | float | bool)
-    }
+    return {name: value for name, value in fields.items() if isinstance(value, _SCALARS)}
 
 
 def _read_one(content: bytes | ItemError, name: str) -> Sidecar:
@@ -87,7 +86,7 @@ def _joined(said: Sequence[Sidecar]) -> Sidecar:
     errors = [str(one.columns[CAPTION_ERROR]) for one in said if CAPTION_ERROR in one.columns]
     return Sidecar(
         key=next((one.key for one in said if one.key), None),
-        texts=tuple(text for one in said for text in one.texts),
+        texts=tuple(dict.fromkeys(text for one in said for text in one.texts)),
         columns={**columns, CAPTION_ERROR: "; ".join(errors)} if errors else columns,
     )
 

@@ -4,6 +4,7 @@ The headers are those of POSIX (ustar and pax) and GNU, 512 bytes each. What pla
 ten times as fast as by `tarfile`; a member that has anything else (a long name, a size beyond 8 GiB) goes by it.
 """
 
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ BLOCK_BYTES = 512
 WINDOW_BYTES = 128 * 1024
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _CHECKSUM_BLANKS = 8 * ord(" ")
-_LOOK_CLOSER = (b" path=", b" size=", b"GNU.sparse", b"hdrcharset")  # pax records that change what comes next
+_CHANGES_A_MEMBER = re.compile(rb" path=| size=|GNU\.sparse|hdrcharset")  # pax records that a header must be read with
 
 
 class Member(NamedTuple):
@@ -85,7 +86,7 @@ def _plain_member(tar: TarBytes, offset: int, header: bytes) -> tuple[Member, in
         if size is None or not _is_sound(header):
             return None
         records = tar.read(offset + BLOCK_BYTES, size)
-        if any(word in records for word in _LOOK_CLOSER):
+        if _CHANGES_A_MEMBER.search(records):
             return None
         offset += BLOCK_BYTES + _padded(size)
         header = tar.read(offset, BLOCK_BYTES)
