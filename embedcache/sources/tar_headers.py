@@ -47,7 +47,9 @@ class TarBytes:
         """Get `length` bytes from `offset` on, or those up to the end."""
         first = offset - self._start
         if first < 0 or first + length > len(self._data):
-            available = max(0, self.size - offset)
+            available = self.size - offset
+            if available <= 0:
+                return b""
             self._data = self._fetch(offset, min(available, max(length, WINDOW_BYTES)))
             self._start, first = offset, 0
         return self._data[first : first + length]
