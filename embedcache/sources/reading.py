@@ -21,19 +21,20 @@ def reading(path: Path | str, error_class: type[EmbedcacheError] = PathError) ->
         yield
     except (PathError, ItemError) as error:
         raise error_class(str(error)) from None
-    except FileNotFoundError as error:
-        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ else ""
-        raise error_class(f"no such file: {path}{cause}") from None
     except Exception as error:  # the services' own errors share no base
-        if not is_reading_error(error):
+        if not _is_reading_error(error):
             raise
+        if is_missing(error):
+            raise error_class(f"no such file: {path}") from None
         raise error_class(f"cannot read {path}: {_reason(error)}") from None
 
 
-def is_reading_error(error: BaseException) -> bool:
-    """Say whether an error is a disk's or a service's, rather than a mistake of ours."""
-    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return isinstance(error, OSError) or bool(modules & _SERVICES)
+def is_missing(error: BaseException) -> bool:
+    """Say whether an error means that there is no file; fsspec says so of every answer of a web server, or none."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and cause is not None and _library(type(cause)) == "aiohttp":
+        return getattr(cause, "status", None) == _NOT_FOUND
+    return isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
 def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
@@ -61,10 +62,10 @@ def file_size(path: Path) -> int | None:
             if is_remote(path):
                 return _remote_size(path)
             return path.stat().st_size if path.is_file() else None
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if getattr(error.__cause__, "status", _NOT_FOUND) != _NOT_FOUND:  # fsspec calls every answer so
-                raise
-            return None
+        except OSError as error:
+            if is_missing(error):
+                return None
+            raise
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -104,7 +105,20 @@ def _remote_size(path: Path) -> int | None:
     return int(info["size"])
 
 
+def _is_reading_error(error: BaseException) -> bool:
+    """Say whether an error is a disk's or a service's, rather than a mistake of ours."""
+    gives_no_parts = isinstance(error, ValueError) and "range requests" in str(error)  # fsspec, of a web server
+    return isinstance(error, OSError) or gives_no_parts or any(_library(k) in _SERVICES for k in type(error).__mro__)
+
+
+def _library(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
 def _reason(error: BaseException) -> str:
+    """Give the reason in one line; fsspec hides that of a web server in the cause."""
+    if isinstance(error, FileNotFoundError) and error.__cause__:
+        return _one_line(error.__cause__)
     return (isinstance(error, OSError) and error.strerror) or _one_line(error)
 
 

@@ -118,8 +118,5 @@ class _Handler(SimpleHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
-        self.wfile.write(part)
         self._sent.append(len(part))
-
-    def do_HEAD(self) -> None:
-        super().do_HEAD()
+        self.wfile.write(part)
