@@ -17,7 +17,7 @@ _AT_ONCE = 32  # shards that a service is asked about at the same time
 
 def is_pattern(location: str) -> bool:
     """Say whether a location names tars by braces or as a list."""
-    return has_suffix(location, TAR_SUFFIXES) and ("{" in location or BETWEEN in location)
+    return BETWEEN in location or ("{" in location and has_suffix(location, TAR_SUFFIXES))
 
 
 def absolute(location: str) -> str:
