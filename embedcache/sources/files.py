@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from embedcache.errors import ItemError, SourceError
 from embedcache.paths import is_remote, is_url, open_path
-from embedcache.sources.reading import reading, remote_parts
+from embedcache.sources.reading import read_bytes, reading, remote_parts
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
@@ -74,7 +74,7 @@ def read_file(path: Path) -> bytes:
         ItemError: says why they cannot be had.
     """
     with reading(path, ItemError):
-        return path.read_bytes()
+        return read_bytes(path)
 
 
 def check_name(name: str, place: Path | str) -> str:

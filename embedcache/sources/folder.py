@@ -10,7 +10,7 @@ from embedcache.errors import ItemError, PathError
 from embedcache.paths import is_remote, open_path
 from embedcache.sources.contract import ImageItem, Sample
 from embedcache.sources.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, TAR_SUFFIXES, has_suffix, read_file, walk_files
-from embedcache.sources.reading import is_folder, reading
+from embedcache.sources.reading import is_folder, read_bytes, reading
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.sidecar import SIDECAR_SUFFIXES, read_sidecar
 
@@ -83,7 +83,7 @@ class FolderSource:
         path = self._root / name
         with reading(path):
             try:
-                return path.read_bytes()
+                return read_bytes(path)
             except (FileNotFoundError, PermissionError) as error:
                 if is_remote(self._root):  # a service says so of expired credentials, too
                     raise

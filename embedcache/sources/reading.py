@@ -68,6 +68,14 @@ def file_size(path: Path) -> int | None:
             raise
 
 
+def read_bytes(path: Path) -> bytes:
+    """Get all bytes of a file, from a service by one request. What goes wrong is raised as it comes."""
+    if not is_remote(path):
+        return path.read_bytes()
+    filesystem, name = remote_parts(path)
+    return cast(bytes, filesystem.cat_file(name))
+
+
 def open_binary(path: Path) -> BinaryIO:
     """Open a file to read any part of it; of a remote one, only the parts read are fetched.
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.paths import open_path
 from embedcache.sources import ImageItem, Source, open_source, reopen_source
+from embedcache.sources.remote_blocks import RemoteBlocks
 from tests.sources.contract import SourceContract
 from tests.sources.files import COLOURS, jpeg, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, upload
@@ -195,11 +198,49 @@ def test_items_side_by_side_cost_a_request_a_block(tmp_path: Path, web: WebServe
     write_tar(tmp_path / "web" / "0.tar", [(f"{n:03d}.jpg", data) for n in range(200)])
     source = open_source(f"{web.url}/0.tar")
     items = [sample.images[0] for sample in source.samples()]
+    assert len(web.sent) == 3  # of 8 MiB, for 20 MB
     web.sent.clear()
     with ThreadPoolExecutor(16) as executor:
         assert set(executor.map(open_source(f"{web.url}/0.tar").read, items)) == {data}
-    assert len(web.sent) == 3  # of 8 MiB, for 20 MB
+    assert len(web.sent) == 3
     assert sum(web.sent) / (200 * len(data)) < 1.05
+
+
+def blocks_of(web: WebServer, folder: Path, *, num_blocks: int) -> tuple[RemoteBlocks, Path, bytes]:
+    data = np.random.default_rng(0).bytes(1000 * num_blocks - 500)
+    write(folder, {"x.bin": data})
+    return RemoteBlocks(block_bytes=1000, max_blocks=4), open_path(f"{web.url}/x.bin"), data
+
+
+@given(ranges=st.lists(st.tuples(st.integers(0, 9_600), st.integers(0, 4_000)), min_size=1, max_size=8))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+def test_blocks_give_the_bytes_of_the_file(tmp_path: Path, web: WebServer, ranges: list[tuple[int, int]]) -> None:
+    blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=10)
+    for offset, length in ranges:
+        if offset < len(data):
+            assert blocks.read(path, offset, length) == data[offset : offset + length]
+
+
+def test_reading_forwards_fetches_ahead_and_each_block_once(tmp_path: Path, web: WebServer) -> None:
+    blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=20)
+    assert b"".join(blocks.read(path, offset, 100) for offset in range(0, len(data), 100)) == data
+    assert sorted(web.sent) == [500] + [1000] * 19
+
+
+def test_jumping_about_fetches_nothing_ahead(tmp_path: Path, web: WebServer) -> None:
+    blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=20)
+    for number in (15, 3, 9):
+        assert blocks.read(path, 1000 * number, 10) == data[1000 * number : 1000 * number + 10]
+    assert web.sent == [1000] * 3
+
+
+def test_a_block_that_failed_is_asked_for_again(tmp_path: Path, web: WebServer) -> None:
+    blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=2)
+    (tmp_path / "web" / "x.bin").rename(tmp_path / "web" / "away")
+    with pytest.raises(ItemError, match="no such file"):
+        blocks.read(path, 0, 10)
+    (tmp_path / "web" / "away").rename(tmp_path / "web" / "x.bin")
+    assert blocks.read(path, 0, 10) == data[:10]
 
 
 def test_row_groups_are_read_without_their_neighbours(tmp_path: Path, web: WebServer) -> None:
