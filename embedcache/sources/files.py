@@ -92,7 +92,7 @@ def check_name(name: str, place: Path | str) -> str:
 
 def _normal(path: str) -> str:
     """Take `.`, `..` and doubled slashes out of a path, but for those of `s3://`."""
-    scheme, mark, rest = path.rpartition("://")
+    scheme, mark, rest = path.partition("://") if is_url(path) else ("", "", path)
     return scheme + mark + posixpath.normpath(rest)
 
 

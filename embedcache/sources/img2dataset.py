@@ -1,7 +1,7 @@
 """The table that img2dataset writes beside each tar: `00000.parquet` beside `00000.tar`.
 
-It has a row for every URL of the shard. The rows with the status "success" have files in the tar, named after their
-`key`; the others have none and are no samples.
+It has a row for every URL of the shard. The files in the tar are named after a row's `key`; a row whose picture could
+not be had (its `status` says so) has none and is no sample.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ def read_beside_shard(shard: Path) -> Mapping[str, Sidecar]:
         PathError: it cannot be read.
     """
     path = shard.with_suffix(".parquet")
-    if file_size(path) is None:
+    if file_size(path, forbidden_is_missing=True) is None:
         return {}
     file = open_table_file(path)
     if not set(file.columns) >= _MARKS:
@@ -35,7 +35,6 @@ def read_beside_shard(shard: Path) -> Mapping[str, Sidecar]:
 
 def _said(rows: Iterator[Row], place: str) -> Iterator[tuple[str, Sidecar]]:
     for row in rows:
-        if row["status"] == "success":
-            columns: dict[str, Scalar] = scalar_columns({n: row[n] for n in row if n not in _NOT_COLUMNS})
-            texts = text_items(caption_list(row.get("caption"), f"{place}: caption"), None)
-            yield row["key"], Sidecar(texts=texts, columns=columns)
+        columns: dict[str, Scalar] = scalar_columns({n: row[n] for n in row if n not in _NOT_COLUMNS})
+        texts = text_items(caption_list(row.get("caption"), f"{place}: caption"), None)
+        yield row["key"], Sidecar(texts=texts, columns=columns)

@@ -11,6 +11,7 @@ from embedcache.paths import is_remote
 _SERVICES = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs"})
 _LONGEST_REASON = 300
 _NOT_FOUND = 404
+_FORBIDDEN = 403
 _READ_AHEAD_BYTES = 2**18  # joins small columns that lie side by side
 
 
@@ -24,17 +25,9 @@ def reading(path: Path | str, error_class: type[EmbedcacheError] = PathError) ->
     except Exception as error:  # the services' own errors share no base
         if not _is_reading_error(error):
             raise
-        if is_missing(error):
+        if _is_missing(error):
             raise error_class(f"no such file: {path}") from None
         raise error_class(f"cannot read {path}: {_reason(error)}") from None
-
-
-def is_missing(error: BaseException) -> bool:
-    """Say whether an error means that there is no file; fsspec says so of every answer of a web server, or none."""
-    cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and cause is not None and _library(type(cause)) == "aiohttp":
-        return getattr(cause, "status", None) == _NOT_FOUND
-    return isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
 def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
@@ -51,8 +44,13 @@ def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
         return path.is_dir()
 
 
-def file_size(path: Path) -> int | None:
+def file_size(path: Path, *, forbidden_is_missing: bool = False) -> int | None:
     """Get the size of a file in bytes; None where there is no file.
+
+    Args:
+        path: the file.
+        forbidden_is_missing: takes a service's "forbidden" for "there is no file": S3 answers so to those who may
+            read files but not list them.
 
     Raises:
         PathError: it cannot be asked.
@@ -63,7 +61,7 @@ def file_size(path: Path) -> int | None:
                 return _remote_size(path)
             return path.stat().st_size if path.is_file() else None
         except OSError as error:
-            if is_missing(error):
+            if _is_missing(error) or (forbidden_is_missing and _is_forbidden(error)):
                 return None
             raise
 
@@ -111,6 +109,18 @@ def _remote_size(path: Path) -> int | None:
     if info["size"] is None:
         raise PathError(no_parts(path))
     return int(info["size"])
+
+
+def _is_missing(error: BaseException) -> bool:
+    """Say whether an error means that there is no file; fsspec says so of every answer of a web server, or none."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and cause is not None and _library(type(cause)) == "aiohttp":
+        return getattr(cause, "status", None) == _NOT_FOUND
+    return isinstance(error, FileNotFoundError | NotADirectoryError)
+
+
+def _is_forbidden(error: OSError) -> bool:
+    return isinstance(error, PermissionError) or getattr(error.__cause__, "status", None) == _FORBIDDEN
 
 
 def _is_reading_error(error: BaseException) -> bool:

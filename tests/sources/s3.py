@@ -65,11 +65,12 @@ class WebServer:
     Args:
         folder: what is served.
         gives_parts: whether ranges are honoured.
+        missing: the answer where there is no file.
     """
 
-    def __init__(self, folder: Path, *, gives_parts: bool = True) -> None:
+    def __init__(self, folder: Path, *, gives_parts: bool = True, missing: int = 404) -> None:
         self.sent: list[int] = []
-        handler = partial(_Handler, folder=folder, sent=self.sent, gives_parts=gives_parts)
+        handler = partial(_Handler, folder=folder, sent=self.sent, gives_parts=gives_parts, missing=missing)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
@@ -95,13 +96,17 @@ def web(tmp_path: Path) -> Iterator[WebServer]:
 class _Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, *arguments: Any, folder: Path, sent: list[int], gives_parts: bool) -> None:
+    def __init__(self, *arguments: Any, folder: Path, sent: list[int], gives_parts: bool, missing: int) -> None:
         self._sent = sent
+        self._missing = missing
         self._gives_parts = gives_parts
         super().__init__(*arguments, directory=str(folder))
 
     def log_message(self, *arguments: Any) -> None:
         pass
+
+    def send_error(self, code: int, *arguments: Any) -> None:
+        super().send_error(self._missing if code == 404 else code, *arguments)
 
     def do_GET(self) -> None:
         path = Path(self.directory) / unquote(self.path).lstrip("/")

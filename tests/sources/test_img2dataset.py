@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from embedcache.errors import SourceError
+from embedcache.errors import PathError, SourceError
 from embedcache.sources import Source, TextItem, open_source
 from tests.sources.contract import SourceContract
 from tests.sources.files import COLOURS, jpeg, write, write_parquet, write_tar
-from tests.sources.s3 import upload
+from tests.sources.s3 import WebServer, upload
 
 ROWS = 5
 FAILED = 2  # the row whose URL gave no picture
@@ -102,3 +102,16 @@ def test_a_damaged_table_beside_a_shard_is_named(tmp_path: Path) -> None:
     write(tmp_path, {"00001.parquet": b"PAR1 no table"})
     with pytest.raises(SourceError, match=r"00001\.parquet cannot be read as parquet"):
         list(open_source(tmp_path).samples())
+
+
+def test_a_server_that_forbids_what_is_not_there_has_no_table(tmp_path: Path) -> None:
+    shards = write_output(tmp_path / "web", (".jpg", ".txt"))
+    (shards / "00000.parquet").unlink()
+    server = WebServer(shards, missing=403)
+    try:
+        samples = list(open_source(f"{server.url}/00000.tar").samples())
+        with pytest.raises(PathError, match=r"cannot read .*00009\.tar: 403"):
+            open_source(f"{server.url}/00009.tar")
+    finally:
+        server.stop()
+    assert [sample.columns for sample in samples] == [{}] * (ROWS - 1)
