@@ -224,6 +224,7 @@ def test_blocks_give_the_bytes_of_the_file(tmp_path: Path, web: WebServer, range
 def test_reading_forwards_fetches_ahead_and_each_block_once(tmp_path: Path, web: WebServer) -> None:
     blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=20)
     assert b"".join(blocks.read(path, offset, 100) for offset in range(0, len(data), 100)) == data
+    blocks._ahead.shutdown()  # waits for what is on the way
     assert sorted(web.sent) == [500] + [1000] * 19
 
 
