@@ -255,6 +255,7 @@ def test_row_groups_are_read_without_their_neighbours(tmp_path: Path, web: WebSe
     assert sum(web.sent) < 2_000_000
 
 
+@pytest.mark.slow
 def test_a_process_started_anew_reads_the_same(tmp_path: Path, bucket: str) -> None:
     source = open_source(upload(shards(tmp_path, 1), bucket))
     items = [sample.images[0] for sample in source.samples()]
