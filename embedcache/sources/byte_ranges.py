@@ -1,4 +1,4 @@
-"""Ranges of bytes of many large files, read from many threads through a few open files."""
+"""Ranges of bytes of many large files here or elsewhere, read from many threads."""
 
 import os
 from collections import OrderedDict
@@ -6,12 +6,15 @@ from pathlib import Path
 from threading import Lock
 
 from embedcache.errors import ItemError
+from embedcache.paths import is_remote
+from embedcache.sources.reading import reading
+from embedcache.sources.remote_blocks import RemoteBlocks
 
 MAX_OPEN_FILES = 32
 
 
 class ByteRanges:
-    """Reads ranges of bytes; keeps the files used last open.
+    """Reads ranges of bytes; keeps the files used last open, and of remote ones a few blocks.
 
     Args:
         max_open: files kept open. A thread in the middle of a read holds its own one besides.
@@ -21,6 +24,7 @@ class ByteRanges:
         self._max_open = max_open
         self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
         self._lock = Lock()
+        self._blocks = RemoteBlocks()
 
     def read(self, path: Path, offset: int, length: int) -> bytes:
         """Get `length` bytes of a file from `offset` on. Safe from many threads.
@@ -28,12 +32,11 @@ class ByteRanges:
         Raises:
             ItemError: the file is gone, cannot be read or is shorter than that.
         """
-        try:
-            data = self._file(path).read(offset, length)
-        except FileNotFoundError:
-            raise ItemError("no such file") from None
-        except OSError as error:
-            raise ItemError(f"cannot read {path}: {error.strerror}") from None
+        if is_remote(path):
+            data = self._blocks.read(path, offset, length)
+        else:
+            with reading(path, ItemError):
+                data = self._file(path).read(offset, length)
         if len(data) < length:
             raise ItemError(f"{path} ends {length - len(data)} bytes before the image does")
         return data

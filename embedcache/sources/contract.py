@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ImageItem:
     """Where the bytes of one image are.
 
@@ -20,7 +20,7 @@ class ImageItem:
     length: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TextItem:
     """One caption and, where known, its language (an ISO 639-1 code)."""
 
@@ -28,7 +28,7 @@ class TextItem:
     language: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """One row of a dataset.
 

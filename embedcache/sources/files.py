@@ -1,10 +1,13 @@
-"""Files below a folder, in an order that never changes, and the bytes of one of them."""
+"""Files below a folder here or elsewhere, in an order that never changes, and the bytes of one of them."""
 
 import os
-from collections.abc import Iterator
+import posixpath
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.errors import ItemError, SourceError
+from embedcache.paths import is_remote, is_url, open_path
+from embedcache.sources.reading import read_bytes, reading, remote_parts
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
@@ -16,14 +19,15 @@ def has_suffix(name: str, suffixes: frozenset[str]) -> bool:
     return PurePosixPath(name).suffix.lower() in suffixes
 
 
-def walk_files(root: Path) -> Iterator[tuple[str, frozenset[str]]]:
+def walk_files(root: Path) -> Iterator[tuple[str, Mapping[str, int]]]:
     """Go through all files below a folder, sorted by path.
 
     Hidden files and folders are left out, and so is a link that leads back to a folder above it.
     Only one folder's names are held at a time (and those of the folders above it).
 
     Yields:
-        the path relative to `root`, with `/`, and the names of all files of the same folder.
+        the path relative to `root`, with `/`, and all files of the same folder: name -> size in bytes, where the
+        listing says it; else -1.
 
     Raises:
         PathError: a folder cannot be listed.
@@ -32,11 +36,35 @@ def walk_files(root: Path) -> Iterator[tuple[str, frozenset[str]]]:
     return _walk(root, "", ())
 
 
-def relative_to(root: Path, path: str | Path) -> str:
+def relative_to(root: str, path: str) -> str:
     """Give the path below the root as text, or the whole path where it lies elsewhere. Text only: rows are many."""
-    normal = os.path.normpath(path)
-    prefix = os.path.join(root, "")  # noqa: PTH118
-    return normal.removeprefix(prefix)
+    return _normal(path).removeprefix(f"{_normal(root).rstrip('/')}/")
+
+
+def item_path(root: str, folder: str, written: str) -> str:
+    """Give the path of an item as it is written down: relative to the root where it lies below it, else whole.
+
+    Args:
+        root: the source's folder, a path or a URL.
+        folder: what `written` is relative to.
+        written: a path relative to `folder`, an absolute path or a URL, which stays as it is.
+    """
+    if is_url(written):
+        return written
+    return relative_to(root, written if written.startswith("/") else f"{folder}/{written}")
+
+
+def place_of(root: Path, written: str) -> Path:
+    """Turn what `item_path` gave back into a path.
+
+    Raises:
+        ItemError: a URL of a kind that cannot be read.
+        MissingExtraError: a URL, and the packages that read it are not installed.
+    """
+    if not is_url(written) and not written.startswith("/"):
+        return root / written
+    with reading(written, ItemError):
+        return open_path(written)
 
 
 def read_file(path: Path) -> bytes:
@@ -45,47 +73,8 @@ def read_file(path: Path) -> bytes:
     Raises:
         ItemError: says why they cannot be had.
     """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise ItemError("no such file") from None
-    except OSError as error:
-        raise ItemError(f"cannot read {path}: {error.strerror}") from None
-
-
-def read_beside(path: Path) -> bytes:
-    """Get all bytes of a caption file.
-
-    Raises:
-        PathError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise PathError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, frozenset[str]]]:
-    identity = _identity(folder)
-    if identity in above:
-        return
-    names = _list(folder)
-    files = frozenset(name for name in names if not name.endswith("/"))
-    for name in names:
-        if name.endswith("/"):
-            yield from _walk(folder / name, prefix + name, (*above, identity))
-        else:
-            yield prefix + name, files
-
-
-def _list(folder: Path) -> list[str]:
-    """List a folder, sorted; a folder's name ends in `/`, which sorts it as its files' paths do."""
-    try:
-        with os.scandir(folder) as entries:
-            names = [_typed_name(entry) for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise PathError(f"cannot list {folder}: {error.strerror}") from None
-    return sorted(check_name(name, folder) for name in names if name)
+    with reading(path, ItemError):
+        return read_bytes(path)
 
 
 def check_name(name: str, place: Path | str) -> str:
@@ -101,6 +90,46 @@ def check_name(name: str, place: Path | str) -> str:
     return name
 
 
+def _normal(path: str) -> str:
+    """Take `.`, `..` and doubled slashes out of a path, but for those of `s3://`."""
+    scheme, mark, rest = path.partition("://") if is_url(path) else ("", "", path)
+    return scheme + mark + posixpath.normpath(rest)
+
+
+def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, Mapping[str, int]]]:
+    identity = _identity(folder)
+    if identity in above:
+        return
+    names = _list_remote(folder) if is_remote(folder) else _list(folder)
+    files = {name: size for name, size in names.items() if not name.endswith("/")}
+    for name in sorted(names):
+        if name.endswith("/"):
+            yield from _walk(folder / name[:-1], prefix + name, (*above, identity) if identity else ())
+        else:
+            yield prefix + name, files
+
+
+def _list(folder: Path) -> dict[str, int]:
+    """List a folder; a folder's name ends in `/`, which sorts it as its files' paths do."""
+    with reading(folder), os.scandir(folder) as entries:
+        names = [_typed_name(entry) for entry in entries if not entry.name.startswith(".")]
+    return {check_name(name, folder): -1 for name in names if name}
+
+
+def _list_remote(folder: Path) -> dict[str, int]:
+    """List a remote folder, sizes included: asking for each would be a request a file."""
+    filesystem, here = remote_parts(folder)
+    with reading(folder):
+        entries = filesystem.ls(here, detail=True)
+        filesystem.invalidate_cache(here)  # fsspec would keep the listing of every folder there is
+    found = {}
+    for entry in entries:
+        name = entry["name"].rstrip("/").removeprefix(here.rstrip("/") + "/")
+        if not name.startswith(".") and "/" not in name:  # the folder itself is listed where it is an object
+            found[name + "/" * (entry["type"] == "directory")] = -1 if entry["size"] is None else entry["size"]
+    return found
+
+
 def _typed_name(entry: os.DirEntry[str]) -> str:
     """Give the name of a file, or of a folder with `/`, or nothing for a pipe or a device."""
     try:
@@ -111,9 +140,10 @@ def _typed_name(entry: os.DirEntry[str]) -> str:
         return entry.name
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    try:
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Tell folders apart that links lead to; None elsewhere, where there are no links."""
+    if is_remote(folder):
+        return None
+    with reading(folder):
         status = folder.stat()
-    except OSError as error:
-        raise PathError(f"cannot open {folder}: {error.strerror}") from None
     return status.st_dev, status.st_ino

@@ -1,20 +1,20 @@
 """Images below a folder, with captions in `.txt` or `.json` files beside them."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import PurePosixPath
 from typing import Any
 
-from embedcache.errors import PathError
+from embedcache.errors import ItemError, PathError
+from embedcache.paths import is_remote, open_path
 from embedcache.sources.contract import ImageItem, Sample
-from embedcache.sources.files import (
-    IMAGE_SUFFIXES,
-    has_suffix,
-    read_beside,
-    read_file,
-    walk_files,
-)
+from embedcache.sources.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, TAR_SUFFIXES, has_suffix, read_file, walk_files
+from embedcache.sources.reading import is_folder, read_bytes, reading
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.sidecar import SIDECAR_SUFFIXES, read_sidecar
+
+_AT_ONCE = 32  # captions asked of a server at the same time: each takes tens of milliseconds
 
 
 class FolderSource:
@@ -24,7 +24,7 @@ class FolderSource:
     no file beside it has no captions. Hidden files are left out.
 
     Args:
-        location: the top folder.
+        location: the top folder, a path or a URL.
         settings: none of them is used.
 
     Raises:
@@ -33,48 +33,67 @@ class FolderSource:
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.allow_only("folder")
-        self._root = Path(location).absolute()
-        if not self._root.is_dir():
+        self._root = open_path(location).absolute()
+        if not is_folder(self._root, TABLE_SUFFIXES | TAR_SUFFIXES):
             raise PathError(f"no such folder: {self._root}")
 
     def describe(self) -> Mapping[str, Any]:
         """Give what reopens it."""
-        return {"type": "folder", "path": self._root.as_posix(), "settings": {}}
+        return {"type": "folder", "path": str(self._root), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
         """Go through the images. Memory holds the names of one folder and of those above it."""
-        for path, siblings in walk_files(self._root):
-            if has_suffix(path, IMAGE_SUFFIXES):
-                yield self._sample(PurePosixPath(path), siblings)
+        found = (
+            (PurePosixPath(path), siblings)
+            for path, siblings in walk_files(self._root)
+            if has_suffix(path, IMAGE_SUFFIXES)
+        )
+        if not is_remote(self._root):
+            yield from (self._sample(path, siblings) for path, siblings in found)
+            return
+        with ThreadPoolExecutor(_AT_ONCE) as executor:
+            while batch := list(islice(found, 8 * _AT_ONCE)):
+                yield from executor.map(lambda image: self._sample(*image), batch)
 
     def read(self, item: ImageItem) -> bytes:
         """Get the bytes of one image file."""
         return read_file(self._root / item.path)
 
-    def _sample(self, path: PurePosixPath, siblings: frozenset[str]) -> Sample:
+    def _sample(self, path: PurePosixPath, siblings: Mapping[str, int]) -> Sample:
         key = path.with_suffix("")
-        sidecar = read_sidecar(self._beside(key, siblings), str(self._root / key))
+        sidecar = read_sidecar(self._beside(key, siblings), str(key))
         place = {"folder": str(path.parent)} if len(path.parts) > 1 else {}
         return Sample(
             key=str(key),
-            images=(ImageItem(path=str(path), length=_size(self._root / path)),),
+            images=(ImageItem(path=str(path), length=self._size(path, siblings)),),
             texts=sidecar.texts,
             columns={**sidecar.columns, **place},
         )
 
-    def _beside(self, key: PurePosixPath, siblings: frozenset[str]) -> dict[str, bytes]:
+    def _beside(self, key: PurePosixPath, siblings: Mapping[str, int]) -> dict[str, bytes | ItemError]:
         """Read the caption files of an image: suffix in lower case -> content."""
         spellings = (s for suffix in SIDECAR_SUFFIXES for s in (suffix, suffix.upper()))
         return {
-            spelling.lower(): read_beside(self._root / f"{key}{spelling}")
+            spelling.lower(): self._caption_file(f"{key}{spelling}")
             for spelling in spellings
             if f"{key.name}{spelling}" in siblings
         }
 
+    def _caption_file(self, name: str) -> bytes | ItemError:
+        path = self._root / name
+        with reading(path):
+            try:
+                return read_bytes(path)
+            except (FileNotFoundError, PermissionError) as error:
+                if is_remote(self._root):  # a service says so of expired credentials, too
+                    raise
+                return ItemError(f"cannot read {name}: {error.strerror}")
 
-def _size(path: Path) -> int:
-    """Give the size of a file; 0 of a link to nothing, which is reported once it is read."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+    def _size(self, path: PurePosixPath, siblings: Mapping[str, int]) -> int:
+        """Give the size of an image; 0 of a link to nothing, which is reported once it is read, or where none says."""
+        if is_remote(self._root):
+            return max(siblings[path.name], 0)
+        try:
+            return (self._root / path).stat().st_size
+        except OSError:
+            return 0

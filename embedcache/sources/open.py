@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import PathError, SourceError
+from embedcache.paths import open_path
 from embedcache.registry import Registry
 from embedcache.sources.contract import Source
 from embedcache.sources.files import (
@@ -14,7 +15,9 @@ from embedcache.sources.files import (
     has_suffix,
     walk_files,
 )
+from embedcache.sources.reading import file_size, is_folder
 from embedcache.sources.settings import SourceSettings
+from embedcache.sources.shards import is_pattern
 
 SOURCES = Registry(
     "source",
@@ -27,7 +30,7 @@ SOURCES = Registry(
 )
 _ACCEPTED = (
     "a source is a folder of images, a .parquet/.csv/.tsv/.jsonl table or a folder of such, "
-    "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, or openmoji:"
+    "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, any of these as a URL, or openmoji:"
 )
 
 
@@ -35,7 +38,7 @@ def open_source(location: str | Path, *, kind: str | None = None, settings: Sour
     """Open raw samples.
 
     Args:
-        location: a path, or `name:rest` for a source of the table (`openmoji:en+de`).
+        location: a path, a URL, or `name:rest` for a source of the table (`openmoji:en+de`).
         kind: a name of the table, or `module:attribute` of the user's own, which is called with
             the location and the settings. Found out from the location where it is not given.
         settings: how to read it.
@@ -66,13 +69,15 @@ def split_kind(location: str) -> tuple[str, str]:
     kind, colon, rest = location.partition(":")
     if colon and kind in SOURCES.paths:
         return kind, rest
-    path = Path(location)
-    if path.is_dir():
-        return _kind_of_folder(path), location
-    if has_suffix(location, TAR_SUFFIXES) and ("{" in location or path.is_file()):
+    if is_pattern(location):
         return "webdataset", location
-    if not path.exists():
+    path = open_path(location)
+    if is_folder(path, TAR_SUFFIXES | TABLE_SUFFIXES):
+        return _kind_of_folder(path), location
+    if file_size(path) is None:
         raise PathError(f"no such file or folder: {location}; {_ACCEPTED}")
+    if has_suffix(location, TAR_SUFFIXES):
+        return "webdataset", location
     if has_suffix(location, TABLE_SUFFIXES):
         return "table", location
     raise SourceError(f"{location} is a file of another kind; {_ACCEPTED}")

@@ -8,10 +8,9 @@ from threading import Lock
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from embedcache.errors import EmbedcacheError, ItemError
-from embedcache.sources.table_files import damage_named
+from embedcache.sources.table_files import damage_named, open_parquet
 
 CACHE_BYTES = 256 * 2**20
 
@@ -60,7 +59,7 @@ class RowGroups:
     def _group(self, path: Path, column: str, group: int) -> pa.ChunkedArray:
         name = (path, column, group)
         if name not in self._groups:
-            with damage_named(path), pq.ParquetFile(path) as file:
+            with damage_named(path), open_parquet(path) as file:
                 self._groups[name] = file.read_row_group(group, columns=[column]).column(column)
         self._groups.move_to_end(name)
         self._drop_oldest()
@@ -76,6 +75,6 @@ class RowGroups:
 
 def _group_starts(path: Path) -> list[int]:
     """Give the first row of each row group, and at the end the number of rows."""
-    metadata = pq.read_metadata(path)
-    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    with open_parquet(path) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     return list(accumulate(sizes, initial=0))

@@ -4,28 +4,30 @@ The checks of captions and columns are those of tables, too.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from embedcache.errors import SourceError
+from embedcache.errors import ItemError, SourceError
 from embedcache.sources.contract import TextItem
 
 SIDECAR_SUFFIXES = frozenset({".json", ".txt"})
+CAPTION_ERROR = "caption_error"
 
 Scalar: TypeAlias = str | int | float | bool | None
+_SCALARS = (str, int, float, bool, type(None))
 
 _CAPTION_FIELDS = ("caption", "captions", "text", "texts")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sidecar:
     """What the files beside one image say of it.
 
     Args:
         key: the sample's key, where a `.json` has one.
         texts: captions, those of the `.json` first.
-        columns: all other fields of the `.json` that are JSON scalars.
+        columns: all other fields of the `.json` that are JSON scalars, and `caption_error` where a file is broken.
     """
 
     key: str | None = None
@@ -33,19 +35,18 @@ class Sidecar:
     columns: Mapping[str, Scalar] = field(default_factory=dict)
 
 
-def read_sidecar(beside: Mapping[str, bytes], place: str) -> Sidecar:
-    """Join what the files beside one image say.
+def read_sidecar(beside: Mapping[str, bytes | ItemError], name: str) -> Sidecar:
+    """Join what the files beside one image say; a caption that both say is one.
+
+    A file that cannot be read, is not UTF-8 or not a JSON object of captions gives nothing but the reason, in the
+    column `caption_error`: one of a million must not stop the others.
 
     Args:
-        beside: suffix, `.json` or `.txt`, -> content of the file.
-        place: the files' common name as the user knows it, without the suffix.
-
-    Raises:
-        SourceError: a file is not UTF-8, or not a JSON object of captions; the message names it.
+        beside: suffix, `.json` or `.txt`, -> content of the file, or why there is none.
+        name: the files' common name in the source, without the suffix.
     """
-    said = _read_json(beside[".json"], f"{place}.json") if ".json" in beside else Sidecar()
-    lines = _read_lines(beside[".txt"], f"{place}.txt") if ".txt" in beside else ()
-    return Sidecar(key=said.key, texts=said.texts + lines, columns=said.columns)
+    said = [_read_one(beside[suffix], name + suffix) for suffix in (".json", ".txt") if suffix in beside]
+    return said[0] if len(said) == 1 else _joined(said)
 
 
 def caption_list(value: Any, place: str) -> list[str]:
@@ -68,15 +69,32 @@ def text_items(captions: Iterable[str], language: str | None) -> tuple[TextItem,
 
 def scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:
     """Keep what fits a column of a table; lists and objects are left out."""
-    return {
-        name: value for name, value in fields.items() if value is None or isinstance(value, str | int | float | bool)
-    }
+    return {name: value for name, value in fields.items() if isinstance(value, _SCALARS)}
 
 
-def _read_lines(content: bytes, name: str) -> tuple[TextItem, ...]:
+def _read_one(content: bytes | ItemError, name: str) -> Sidecar:
+    try:
+        if isinstance(content, ItemError):
+            raise content
+        return _read_json(content, name) if name.endswith(".json") else _read_lines(content, name)
+    except (ItemError, SourceError) as error:
+        return Sidecar(columns={CAPTION_ERROR: str(error)})
+
+
+def _joined(said: Sequence[Sidecar]) -> Sidecar:
+    columns = {name: value for one in said for name, value in one.columns.items()}
+    errors = [str(one.columns[CAPTION_ERROR]) for one in said if CAPTION_ERROR in one.columns]
+    return Sidecar(
+        key=next((one.key for one in said if one.key), None),
+        texts=tuple(dict.fromkeys(text for one in said for text in one.texts)),
+        columns={**columns, CAPTION_ERROR: "; ".join(errors)} if errors else columns,
+    )
+
+
+def _read_lines(content: bytes, name: str) -> Sidecar:
     """Make each line that is not blank a caption; a file without one is one empty caption."""
     lines = [line for line in _decode(content, name).splitlines() if line.strip()]
-    return text_items(lines or [""], None)
+    return Sidecar(texts=text_items(lines or [""], None))
 
 
 def _read_json(content: bytes, name: str) -> Sidecar:

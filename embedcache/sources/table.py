@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.paths import open_path
 from embedcache.sources.contract import ImageItem, Sample
 from embedcache.sources.files import (
     TABLE_SUFFIXES,
     has_suffix,
+    item_path,
+    place_of,
     read_file,
     relative_to,
     walk_files,
 )
+from embedcache.sources.reading import file_size, is_folder
 from embedcache.sources.row_groups import RowGroups
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.sidecar import caption_list, scalar_columns, text_items
@@ -25,11 +29,11 @@ class TableSource:
     """The rows of a table, file after file sorted by path, each a sample.
 
     A key is the cell of the key column, else `<path of the file without suffix>/<row>`. An image
-    column holds bytes, a struct of `bytes` and `path` as Hugging Face writes it, or paths: absolute or
-    relative to the table's folder. Going through the samples reads no image.
+    column holds bytes, a struct of `bytes` and `path` as Hugging Face writes it, or paths: absolute,
+    relative to the table's folder, or URLs. Going through the samples reads no image.
 
     Args:
-        location: a table file or a folder of such.
+        location: a table file or a folder of such, a path or a URL.
         settings: `image_column`, `caption_columns`, `key_column`.
 
     Raises:
@@ -39,16 +43,17 @@ class TableSource:
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.allow_only("table", "image_column", "caption_columns", "key_column")
         self._settings = settings
-        self._location = Path(location).absolute()
-        self._root = self._location if self._location.is_dir() else self._location.parent
+        self._location = open_path(location).absolute()
         self._files = _find_files(self._location)
+        self._root = self._location.parent if self._files == [self._location] else self._location
+        self._root_text = str(self._root)
         self._row_groups = RowGroups()
         self._image_column = lru_cache(maxsize=4096)(self._find_image_column)
 
     def describe(self) -> Mapping[str, Any]:
         """Give what reopens it."""
         settings = self._settings.given()
-        return {"type": "table", "path": self._location.as_posix(), "settings": settings}
+        return {"type": "table", "path": str(self._location), "settings": settings}
 
     def samples(self) -> Iterator[Sample]:
         """Go through all rows. Memory holds one batch of rows, without images."""
@@ -60,7 +65,7 @@ class TableSource:
 
     def read(self, item: ImageItem) -> bytes:
         """Get the bytes of one image: a file of its own, or a cell of a Parquet file."""
-        path = self._root / item.path
+        path = place_of(self._root, item.path)
         if path.suffix.lower() != ".parquet":
             return read_file(path)
         return self._cell(path, self._image_column(path), item.offset)
@@ -79,7 +84,7 @@ class TableSource:
 
     def _key(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> str:
         if columns.key is None:
-            return f"{relative_to(self._root, file.path.with_suffix(''))}/{number}"
+            return f"{relative_to(self._root_text, file.stem)}/{number}"
         key = row.get(columns.key)
         if key is None or key == "":
             raise SourceError(f"{file.path} row {number} has no key in column {columns.key}")
@@ -89,7 +94,7 @@ class TableSource:
         if columns.image is None:
             return ()
         if columns.holds_bytes:
-            return (ImageItem(path=relative_to(self._root, file.path), offset=number),)
+            return (ImageItem(path=relative_to(self._root_text, str(file.path)), offset=number),)
         value = row.get(columns.image)
         if value is None or value == "":
             return ()
@@ -98,11 +103,7 @@ class TableSource:
                 f"{file.path} row {number}: column {columns.image} must hold a path, not "
                 f"{value!r:.60}; name another with --image-column"
             )
-        return (
-            ImageItem(
-                path=relative_to(self._root, f"{file.path.parent}/{value}" if not value.startswith("/") else value)
-            ),
-        )
+        return (ImageItem(path=item_path(self._root_text, file.folder, value)),)
 
     def _find_image_column(self, path: Path) -> str:
         try:
@@ -119,7 +120,7 @@ class TableSource:
         if isinstance(data, bytes):
             return data
         if isinstance(cell, dict) and cell.get("path"):
-            return read_file(path.parent / cell["path"])
+            return read_file(place_of(path.parent, cell["path"]))
         raise ItemError(f"no image in column {column}, row {row} of {path}")
 
 
@@ -134,9 +135,9 @@ def _captions(columns: TableColumns, row: Row, place: str) -> list[str]:
 
 
 def _find_files(location: Path) -> list[Path]:
-    if not location.exists():
-        raise PathError(f"no such table: {location}")
-    if not location.is_dir():
+    if not is_folder(location, TABLE_SUFFIXES):
+        if file_size(location) is None:
+            raise PathError(f"no such table: {location}")
         return [location]
     names = [name for name, _ in walk_files(location) if has_suffix(name, TABLE_SUFFIXES)]
     if not names:

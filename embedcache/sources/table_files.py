@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedcache.errors import PathError, SourceError
+from embedcache.errors import SourceError
+from embedcache.sources.reading import open_binary, reading
 
 Row: TypeAlias = Mapping[str, Any]
 BATCH_ROWS = 1024
@@ -37,6 +38,16 @@ class TableFile:
     image_bytes: frozenset[str]
     plain: tuple[str, ...]
     read: Callable[[Sequence[str]], Iterator[Row]]
+
+    @cached_property
+    def folder(self) -> str:
+        """The folder it is in."""
+        return str(self.path.parent)
+
+    @cached_property
+    def stem(self) -> str:
+        """Its path without the suffix."""
+        return str(self.path.with_suffix(""))
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
         """Go through the rows in order, reading only `columns` where the format lets one.
@@ -72,13 +83,19 @@ def open_table_file(path: Path) -> TableFile:
 def damage_named(path: Path) -> Iterator[None]:
     """Turn what the readers raise on a damaged file into errors that name it."""
     try:
-        yield
+        with reading(path):  # pyarrow raises OSError for damaged pages too
+            yield
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from None
     except (pa.ArrowException, csv.Error) as error:
         raise SourceError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from None
-    except OSError as error:  # pyarrow raises it for damaged pages too
-        raise PathError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file here or elsewhere; only what is asked of it is read."""
+    with open_binary(path) as file, pq.ParquetFile(file) as parquet:
+        yield parquet
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
@@ -103,7 +120,8 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _parquet_file(path: Path) -> TableFile:
-    schema = pq.read_schema(path)
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
     return TableFile(
         path=path,
         columns=tuple(schema.names),
@@ -114,7 +132,7 @@ def _parquet_file(path: Path) -> TableFile:
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         if not columns:
             yield from ({} for _ in range(file.metadata.num_rows))
             return

@@ -1,9 +1,10 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from embedcache.errors import ItemError, PathError, SettingError, SourceError
+from embedcache.errors import ItemError, PathError, SettingError
 from embedcache.sources import ImageItem, Sample, Source, SourceSettings, TextItem, open_source
 from tests.sources.contract import SourceContract
 from tests.sources.files import jpeg, write
@@ -82,16 +83,32 @@ def test_hidden_files_and_loops_of_links_are_left_out(tmp_path: Path) -> None:
         (b"[" * 100_000, "not valid JSON"),
     ],
 )
-def test_a_broken_json_file_is_named(tmp_path: Path, content: bytes, words: str) -> None:
-    write(tmp_path, {"x.jpg": jpeg(), "x.json": content})
-    with pytest.raises(SourceError, match=rf"x\.json.*{words}"):
-        list(open_source(tmp_path).samples())
+def test_a_broken_json_file_is_a_sample_with_the_reason(tmp_path: Path, content: bytes, words: str) -> None:
+    write(tmp_path, {"sub/x.jpg": jpeg(), "sub/x.json": content})
+    sample = only_sample(tmp_path)
+    assert sample.texts == ()
+    assert re.match(rf"sub/x\.json.*{words}", str(sample.columns["caption_error"]))
 
 
-def test_a_caption_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    write(tmp_path, {"x.jpg": jpeg(), "x.txt": "Käse".encode("latin-1")})
-    with pytest.raises(SourceError, match=r"x\.txt is not UTF-8.*save it as UTF-8"):
-        list(open_source(tmp_path).samples())
+def test_of_two_caption_files_the_good_one_counts(tmp_path: Path) -> None:
+    write(tmp_path, {"x.jpg": jpeg(), "x.txt": "Käse".encode("latin-1"), "x.json": '{"caption": "cheese", "n": 1}'})
+    sample = only_sample(tmp_path)
+    assert sample.texts == (TextItem(text="cheese"),)
+    assert sample.columns["n"] == 1
+    assert re.match(r"x\.txt is not UTF-8.*save it as UTF-8", str(sample.columns["caption_error"]))
+
+
+def test_two_broken_caption_files_are_both_named(tmp_path: Path) -> None:
+    write(tmp_path, {"x.jpg": jpeg(), "x.txt": b"\xff", "x.json": "{"})
+    assert re.match(r"x\.json is.*; x\.txt is", str(only_sample(tmp_path).columns["caption_error"]))
+
+
+def test_a_caption_file_that_is_gone_is_a_sample_with_the_reason(tmp_path: Path) -> None:
+    write(tmp_path, {"x.jpg": jpeg(), "y.jpg": jpeg(), "y.txt": "words"})
+    (tmp_path / "x.txt").symlink_to(tmp_path / "nowhere")
+    first, second = open_source(tmp_path).samples()
+    assert first.columns == {"caption_error": "cannot read x.txt: No such file or directory"}
+    assert second.texts == (TextItem(text="words"),)
 
 
 def test_a_file_that_is_gone_is_an_item_with_a_reason(tmp_path: Path) -> None:

@@ -94,10 +94,11 @@ def test_a_file_that_is_no_tar_is_named(tmp_path: Path) -> None:
         list(open_source(path).samples())
 
 
-def test_broken_captions_are_named_with_shard_and_member(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "x.tar", [("0001.jpg", jpeg()), ("0001.json", "{")])
-    with pytest.raises(SourceError, match=r"x\.tar.*0001\.json is not valid JSON"):
-        list(open_source(path).samples())
+def test_broken_captions_are_a_sample_with_the_reason(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("0001.jpg", jpeg()), ("0001.json", "{"), ("0002.txt", "words")])
+    first, second = open_source(path).samples()
+    assert str(first.columns["caption_error"]).startswith("0001.json is not valid JSON")
+    assert second.texts == (TextItem(text="words"),)
 
 
 def test_a_shard_missing_from_a_pattern_is_named(shards: Path) -> None:

@@ -1,0 +1,5 @@
+"""The servers that the tests of remote sources ask."""
+
+from tests.sources.s3 import bucket, s3_server, web
+
+__all__ = ["bucket", "s3_server", "web"]

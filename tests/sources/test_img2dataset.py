@@ -1,0 +1,117 @@
+"""Shards as img2dataset writes them, by its documentation: a tar, a table of all URLs, and statistics."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.errors import PathError, SourceError
+from embedcache.sources import Source, TextItem, open_source
+from tests.sources.contract import SourceContract
+from tests.sources.files import COLOURS, jpeg, write, write_parquet, write_tar
+from tests.sources.s3 import WebServer, upload
+
+ROWS = 5
+FAILED = 2  # the row whose URL gave no picture
+
+
+def row(shard: int, n: int) -> dict[str, Any]:
+    is_good = n != FAILED
+    return {
+        "caption": f"caption {n}",
+        "url": f"https://example.org/{shard}/{n}.jpg",
+        "key": f"{shard:05d}{n:04d}",
+        "status": "success" if is_good else "failed_to_download",
+        "error_message": None if is_good else "HTTP Error 404: Not Found",
+        "width": 20 if is_good else None,
+        "height": 10 if is_good else None,
+        "similarity": 0.25 + n,
+        "exif": "{}" if is_good else None,
+    }
+
+
+def write_shard(folder: Path, shard: int, suffixes: tuple[str, ...]) -> None:
+    rows = [row(shard, n) for n in range(ROWS)]
+    members: list[tuple[str, bytes | str]] = []
+    for n, one in enumerate(rows):
+        if one["status"] == "success":
+            said = {".jpg": jpeg(COLOURS[n]), ".txt": one["caption"], ".json": json.dumps(one)}
+            members += [(one["key"] + suffix, said[suffix]) for suffix in suffixes]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tar(folder / f"{shard:05d}.tar", members)
+    write_parquet(folder / f"{shard:05d}.parquet", **{name: [one[name] for one in rows] for name in rows[0]})
+    write(folder, {f"{shard:05d}_stats.json": json.dumps({"count": ROWS, "successes": ROWS - 1})})
+
+
+def write_output(folder: Path, suffixes: tuple[str, ...] = (".jpg",)) -> Path:
+    for shard in range(2):
+        write_shard(folder, shard, suffixes)
+    return folder
+
+
+class TestOutputWithoutCaptionFiles(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(write_output(tmp_path))
+
+
+class TestOutputOnS3(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path, bucket: str) -> Source:
+        return open_source(upload(write_output(tmp_path), f"{bucket}/laion"))
+
+
+@pytest.mark.parametrize("suffixes", [(".jpg",), (".jpg", ".txt"), (".jpg", ".txt", ".json")])
+def test_a_sample_has_one_caption_and_the_columns_of_the_table(tmp_path: Path, suffixes: tuple[str, ...]) -> None:
+    source = open_source(write_output(tmp_path, suffixes))
+    assert source.describe()["type"] == "webdataset"
+    samples = list(source.samples())
+    assert [sample.key for sample in samples] == [
+        f"{shard:05d}{n:04d}" for shard in range(2) for n in range(ROWS) if n != FAILED
+    ]
+    last = samples[-1]
+    assert last.texts == (TextItem(text="caption 4"),)
+    expected = {"url": "https://example.org/1/4.jpg", "width": 20, "height": 10, "similarity": 4.25, "exif": "{}"}
+    assert {name: last.columns[name] for name in expected} == expected
+
+
+def test_a_caption_in_the_tar_comes_before_that_of_the_table(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, (".jpg",))
+    write_tar(tmp_path / "00000.tar", [("000000000.jpg", jpeg()), ("000000000.txt", "better words")])
+    (sample,) = open_source(tmp_path).samples()
+    assert sample.texts == (TextItem(text="better words"),)
+
+
+def test_files_without_a_row_are_samples_all_the_same(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, (".jpg",))
+    write_tar(tmp_path / "00000.tar", [("other.jpg", jpeg()), ("other.txt", "words")])
+    (sample,) = open_source(tmp_path).samples()
+    assert (sample.key, sample.columns) == ("other", {})
+
+
+def test_another_table_beside_a_tar_is_left_alone(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.jpg", jpeg())])
+    write_parquet(tmp_path / "0.parquet", key=["a"], caption=["not said by img2dataset"])
+    (sample,) = open_source(tmp_path).samples()
+    assert (sample.texts, sample.columns) == ((), {})
+
+
+def test_a_damaged_table_beside_a_shard_is_named(tmp_path: Path) -> None:
+    write_shard(tmp_path, 1, (".jpg",))
+    write(tmp_path, {"00001.parquet": b"PAR1 no table"})
+    with pytest.raises(SourceError, match=r"00001\.parquet cannot be read as parquet"):
+        list(open_source(tmp_path).samples())
+
+
+def test_a_server_that_forbids_what_is_not_there_has_no_table(tmp_path: Path) -> None:
+    shards = write_output(tmp_path / "web", (".jpg", ".txt"))
+    (shards / "00000.parquet").unlink()
+    server = WebServer(shards, missing=403)
+    try:
+        samples = list(open_source(f"{server.url}/00000.tar").samples())
+        with pytest.raises(PathError, match=r"cannot read .*00009\.tar: 403"):
+            open_source(f"{server.url}/00009.tar")
+    finally:
+        server.stop()
+    assert [sample.columns for sample in samples] == [{}] * (ROWS - 1)

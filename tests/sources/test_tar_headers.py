@@ -1,0 +1,121 @@
+import io
+import tarfile
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.errors import SourceError
+from embedcache.sources.tar_headers import BLOCK_BYTES, Member, TarBytes, members
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+KINDS = (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CONTTYPE)
+letters = st.characters(codec="utf-8", exclude_characters="/\0")
+parts = st.one_of(st.text(letters, min_size=1, max_size=20), st.text("ab0._", min_size=60, max_size=130))
+names = st.lists(parts, min_size=1, max_size=3).map("/".join)
+files = st.tuples(names, st.integers(0, 1500), st.sampled_from(KINDS), st.sampled_from([0, 1_690_000_000.25]))
+
+
+def write(entries: list[tuple[str, int, bytes, float]], form: str) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=FORMATS[form]) as tar:
+        for name, size, kind, mtime in entries:
+            info = tarfile.TarInfo(name)
+            info.type, info.mtime = kind, mtime if form == "pax" else int(mtime)
+            info.size = size if info.isreg() else 0
+            try:
+                tar.addfile(info, io.BytesIO(bytes([len(name) % 256]) * info.size))
+            except ValueError:  # ustar holds no longer names
+                continue
+    return out.getvalue()
+
+
+def ours(data: bytes, reads: list[int] | None = None) -> list[Member]:
+    def fetch(offset: int, length: int) -> bytes:
+        if reads is not None:
+            reads.append(length)
+        assert offset + length <= len(data)
+        return data[offset : offset + length]
+
+    return list(members(TarBytes("x.tar", len(data), fetch)))
+
+
+def by_tarfile(data: bytes) -> list[Member]:
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        return [Member(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
+
+
+@given(st.lists(files, max_size=8), st.sampled_from(sorted(FORMATS)))
+def test_the_files_are_those_that_tarfile_finds(entries: list[tuple[str, int, bytes, float]], form: str) -> None:
+    data = write(entries, form)
+    assert ours(data) == by_tarfile(data)
+
+
+@given(st.lists(files, min_size=1, max_size=4), st.sampled_from(sorted(FORMATS)), st.data())
+def test_a_tar_cut_anywhere_is_refused(
+    entries: list[tuple[str, int, bytes, float]], form: str, data: st.DataObject
+) -> None:
+    whole = write([(f"n{name}", *rest) for name, *rest in entries], form)
+    end = len(whole.rstrip(b"\0")) // BLOCK_BYTES * BLOCK_BYTES  # at most the last block that is not zero
+    cut = data.draw(st.integers(0, end))
+    with pytest.raises(SourceError, match=r"x\.tar is no tar, or is cut short or damaged: .*offset \d+"):
+        ours(whole[:cut])
+
+
+@given(st.lists(files, min_size=1, max_size=4), st.sampled_from(sorted(FORMATS)), st.data())
+def test_a_changed_byte_is_never_another_error(
+    entries: list[tuple[str, int, bytes, float]], form: str, data: st.DataObject
+) -> None:
+    whole = bytearray(write(entries, form))
+    whole[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
+    with suppress(SourceError):
+        ours(bytes(whole))
+
+
+def test_files_of_the_first_tars_are_read() -> None:
+    data = write([("a.jpg", 5, tarfile.AREGTYPE, 0), ("folder/", 0, tarfile.AREGTYPE, 0)], "gnu")
+    assert ours(data) == by_tarfile(data) == [Member("a.jpg", 512, 5)]
+
+
+@pytest.mark.parametrize("place", [0, 60, 124, 156, 300])
+def test_a_changed_header_is_refused_with_its_offset(place: int) -> None:
+    data = bytearray(write([("a.jpg", 100, tarfile.REGTYPE, 0), ("b.jpg", 100, tarfile.REGTYPE, 0)], "gnu"))
+    data[1024 + place] ^= 1
+    with pytest.raises(SourceError, match="offset 1024"):
+        ours(bytes(data))
+
+
+def test_a_size_in_binary_is_read() -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 2**33 + 5  # more than 11 octal digits say
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    size = BLOCK_BYTES + 2**33 + 512 + 1024
+
+    def fetch(offset: int, length: int) -> bytes:
+        return header + bytes(length - 512) if offset == 0 else bytes(length)
+
+    assert list(members(TarBytes("x.tar", size, fetch))) == [Member("a.jpg", 512, 2**33 + 5)]
+
+
+def test_a_size_below_zero_ends_the_tar_not_the_patience() -> None:
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 10 + b"\xf0\x00"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    with pytest.raises(SourceError, match="offset 0"):
+        ours(bytes(header) + bytes(4096))
+
+
+def test_a_sparse_file_is_refused() -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.type = tarfile.GNUTYPE_SPARSE
+    with pytest.raises(SourceError, match="sparse file; make the tar without --sparse"):
+        ours(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+
+
+def test_what_lies_between_headers_is_not_read() -> None:
+    data = write([(f"{n}.jpg", 400_000, tarfile.REGTYPE, 0) for n in range(10)], "gnu")
+    reads: list[int] = []
+    assert len(ours(data, reads)) == 10
+    assert sum(reads) < len(data) / 2
