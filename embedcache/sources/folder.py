@@ -1,6 +1,6 @@
 """Images below a folder, with captions in `.txt` or `.json` files beside them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,12 +16,16 @@ from embedcache.sources.files import (
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.sidecar import SIDECAR_SUFFIXES, read_sidecar
 
+SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
+
 
 class FolderSource:
     """One sample an image, sorted by relative path, which without its suffix is the key.
 
-    The column `folder` names the image's folder; images in the top folder have none. An image with
-    no file beside it has no captions. Hidden files are left out.
+    The column `folder` is the path of the image's folder and `label` that folder's name, as of a folder of class
+    folders; images in the top folder have none. Below a top folder named `train`, `val`, `valid`, `validation` or
+    `test`, in either case, the column `split` is that name. A `label` or `split` in the `.json` beside an image comes
+    first; an image right in `train` has no label. An image with no file beside it has no captions. Hidden files are left out.
 
     Args:
         location: the top folder.
@@ -53,13 +57,14 @@ class FolderSource:
 
     def _sample(self, path: PurePosixPath, siblings: frozenset[str]) -> Sample:
         key = path.with_suffix("")
+        folders = path.parts[:-1]
+        place = {"folder": str(path.parent)} if folders else {}
         sidecar = read_sidecar(self._beside(key, siblings), str(self._root / key))
-        place = {"folder": str(path.parent)} if len(path.parts) > 1 else {}
         return Sample(
             key=str(key),
             images=(ImageItem(path=str(path), length=_size(self._root / path)),),
             texts=sidecar.texts,
-            columns={**sidecar.columns, **place},
+            columns={**_class_columns(folders), **sidecar.columns, **place},
         )
 
     def _beside(self, key: PurePosixPath, siblings: frozenset[str]) -> dict[str, bytes]:
@@ -70,6 +75,14 @@ class FolderSource:
             for spelling in spellings
             if f"{key.name}{spelling}" in siblings
         }
+
+
+def _class_columns(folders: Sequence[str]) -> dict[str, str]:
+    """Give the split and the label that the folders of an image say; they are named from the top one down."""
+    has_split = bool(folders) and folders[0].lower() in SPLIT_FOLDERS
+    split = {"split": folders[0]} if has_split else {}
+    label = {"label": folders[-1]} if len(folders) > has_split else {}
+    return split | label
 
 
 def _size(path: Path) -> int:
