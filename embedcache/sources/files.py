@@ -9,6 +9,7 @@ from embedcache.errors import ItemError, PathError, SourceError
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
 TAR_SUFFIXES = frozenset({".tar"})
+TEXT_SUFFIXES = frozenset({".npy", ".txt"})
 
 
 def has_suffix(name: str, suffixes: frozenset[str]) -> bool:

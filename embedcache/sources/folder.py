@@ -25,7 +25,8 @@ class FolderSource:
     The column `folder` is the path of the image's folder and `label` that folder's name, as of a folder of class
     folders; images in the top folder have none. Below a top folder named `train`, `val`, `valid`, `validation` or
     `test`, in either case, the column `split` is that name. A `label` or `split` in the `.json` beside an image comes
-    first; an image right in `train` has no label. An image with no file beside it has no captions. Hidden files are left out.
+    first; an image right in `train` has no label. An image with no file beside it has no captions. Hidden files are
+    left out.
 
     Args:
         location: the top folder.

@@ -11,6 +11,7 @@ from embedcache.sources.files import (
     IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
+    TEXT_SUFFIXES,
     has_suffix,
     walk_files,
 )
@@ -22,12 +23,14 @@ SOURCES = Registry(
         "folder": "embedcache.sources.folder:FolderSource",
         "openmoji": "embedcache.sources.openmoji:OpenmojiSource",
         "table": "embedcache.sources.table:TableSource",
+        "texts": "embedcache.sources.texts:TextsSource",
         "webdataset": "embedcache.sources.webdataset:WebdatasetSource",
     },
 )
 _ACCEPTED = (
     "a source is a folder of images, a .parquet/.csv/.tsv/.jsonl table or a folder of such, "
-    "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, or openmoji:"
+    "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, a .txt of lines or a .npy of strings, "
+    "or openmoji:"
 )
 
 
@@ -75,6 +78,8 @@ def split_kind(location: str) -> tuple[str, str]:
         raise PathError(f"no such file or folder: {location}; {_ACCEPTED}")
     if has_suffix(location, TABLE_SUFFIXES):
         return "table", location
+    if has_suffix(location, TEXT_SUFFIXES):
+        return "texts", location
     raise SourceError(f"{location} is a file of another kind; {_ACCEPTED}")
 
 
