@@ -29,7 +29,7 @@ SOURCES = Registry(
 )
 _ACCEPTED = (
     "a source is a folder of images, a .parquet/.csv/.tsv/.jsonl table or a folder of such, "
-    "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, a .txt of lines or a .npy of strings, "
+    "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, a .txt or .npy of texts, "
     "or openmoji:"
 )
 

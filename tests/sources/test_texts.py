@@ -64,7 +64,7 @@ def test_more_texts_than_a_batch_come_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.array(["a", None], object), "is a pickle.*dtype=str"),
+        (np.array(["a", None], object), "are a pickle.*dtype=str"),
         (np.arange(3), r"holds int64 of shape \(3,\); expected strings"),
         (np.array([["a"]]), r"of shape \(1, 1\); expected strings of shape \(N,\)"),
         (np.array("a"), r"of shape \(\)"),
