@@ -26,6 +26,7 @@ DOORS = {
     "zarr": {"cache"},
     "google_crc32c": {"cache"},
     "upath": {"paths"},
+    "datasets": {"sources"},
     "faiss": {"curate"},
     "timm": {"encoders"},
     "transformers": {"encoders"},

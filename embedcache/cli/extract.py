@@ -8,7 +8,10 @@ import typer
 
 def extract(
     source: Annotated[
-        str, typer.Argument(help="A folder of images, a table, WebDataset tars, a list of texts, or openmoji:")
+        str,
+        typer.Argument(
+            help="A folder of images, a table, WebDataset tars, a saved Hugging Face dataset, texts, or openmoji:"
+        ),
     ],
     cache: Annotated[Path, typer.Argument(help="A new folder, or a cache of this source.")],
     image: Annotated[list[str] | None, typer.Option(help="Encoder of images, family:model. May be repeated.")] = None,
@@ -19,7 +22,9 @@ def extract(
     ] = None,
     source_type: Annotated[
         str | None,
-        typer.Option(help="folder, table, webdataset, texts, openmoji or module:attribute. [default: by its content]"),
+        typer.Option(
+            help="folder, table, webdataset, huggingface, texts, openmoji or module:attribute. [default: by its content]"
+        ),
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Table: column of paths or bytes.")] = None,
     caption_column: Annotated[

@@ -1,4 +1,4 @@
-"""Which columns of a table are images, captions and keys: the user's word, else the usual names. And what a row of them says."""
+"""Which columns of a table are images, captions and keys, by the user's word or the usual names; what a row says."""
 
 import re
 from collections.abc import Sequence
