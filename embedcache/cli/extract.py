@@ -23,7 +23,7 @@ def extract(
     source_type: Annotated[
         str | None,
         typer.Option(
-            help="folder, table, webdataset, huggingface, texts, openmoji or module:attribute. [default: by its content]"
+            help="folder, table, webdataset, huggingface, texts, openmoji, module:attribute. [default: by its content]"
         ),
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Table: column of paths or bytes.")] = None,
