@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("help", "gather", "extract")
+NAMES = ("help", "gather", "extract", "decode")
 
 for name in sys.argv[1:] or NAMES:
     if name not in NAMES:

@@ -28,6 +28,7 @@ DOORS = {
     "google_crc32c": {"cache"},
     "upath": {"paths"},
     "ray": {"extract"},
+    "datasets": {"sources"},
     "faiss": {"curate"},
     "timm": {"encoders"},
     "transformers": {"encoders"},

@@ -12,6 +12,7 @@ from embedcache.sources.reading import read_bytes, reading, remote_parts
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
 TAR_SUFFIXES = frozenset({".tar"})
+TEXT_SUFFIXES = frozenset({".npy", ".txt"})
 
 
 def has_suffix(name: str, suffixes: frozenset[str]) -> bool:

@@ -1,6 +1,6 @@
 """Images below a folder, with captions in `.txt` or `.json` files beside them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import PurePosixPath
@@ -14,14 +14,18 @@ from embedcache.sources.reading import is_folder, read_bytes, reading
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.sidecar import SIDECAR_SUFFIXES, read_sidecar
 
+SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 _AT_ONCE = 32  # captions asked of a server at the same time: each takes tens of milliseconds
 
 
 class FolderSource:
     """One sample an image, sorted by relative path, which without its suffix is the key.
 
-    The column `folder` names the image's folder; images in the top folder have none. An image with
-    no file beside it has no captions. Hidden files are left out.
+    The column `folder` is the path of the image's folder and `label` that folder's name, as of a folder of class
+    folders; images in the top folder have none. Below a top folder named `train`, `val`, `valid`, `validation` or
+    `test`, in either case, the column `split` is that name. A `label` or `split` in the `.json` beside an image comes
+    first; an image right in `train` has no label. An image with no file beside it has no captions. Hidden files are
+    left out.
 
     Args:
         location: the top folder, a path or a URL.
@@ -61,13 +65,14 @@ class FolderSource:
 
     def _sample(self, path: PurePosixPath, siblings: Mapping[str, int]) -> Sample:
         key = path.with_suffix("")
+        folders = path.parts[:-1]
+        place = {"folder": str(path.parent)} if folders else {}
         sidecar = read_sidecar(self._beside(key, siblings), str(key))
-        place = {"folder": str(path.parent)} if len(path.parts) > 1 else {}
         return Sample(
             key=str(key),
             images=(ImageItem(path=str(path), length=self._size(path, siblings)),),
             texts=sidecar.texts,
-            columns={**sidecar.columns, **place},
+            columns={**_class_columns(folders), **sidecar.columns, **place},
         )
 
     def _beside(self, key: PurePosixPath, siblings: Mapping[str, int]) -> dict[str, bytes | ItemError]:
@@ -97,3 +102,11 @@ class FolderSource:
             return (self._root / path).stat().st_size
         except OSError:
             return 0
+
+
+def _class_columns(folders: Sequence[str]) -> dict[str, str]:
+    """Give the split and the label that the folders of an image say; they are named from the top one down."""
+    has_split = bool(folders) and folders[0].lower() in SPLIT_FOLDERS
+    split = {"split": folders[0]} if has_split else {}
+    label = {"label": folders[-1]} if len(folders) > has_split else {}
+    return split | label

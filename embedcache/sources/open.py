@@ -12,6 +12,7 @@ from embedcache.sources.files import (
     IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
+    TEXT_SUFFIXES,
     has_suffix,
     walk_files,
 )
@@ -23,22 +24,29 @@ SOURCES = Registry(
     "source",
     {
         "folder": "embedcache.sources.folder:FolderSource",
+        "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
         "openmoji": "embedcache.sources.openmoji:OpenmojiSource",
         "table": "embedcache.sources.table:TableSource",
+        "texts": "embedcache.sources.texts:TextsSource",
         "webdataset": "embedcache.sources.webdataset:WebdatasetSource",
     },
 )
 _ACCEPTED = (
     "a source is a folder of images, a .parquet/.csv/.tsv/.jsonl table or a folder of such, "
-    "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, any of these as a URL, or openmoji:"
+    "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, a .txt or .npy of texts, any of "
+    "these as a URL, a folder that save_to_disk of Hugging Face datasets wrote, or openmoji:"
 )
 
+_SAVED_DATASETS = (("dataset_dict.json",), ("dataset_info.json", "state.json"))
+"""The files that `save_to_disk` writes beside the data, of a `DatasetDict` and of a `Dataset`."""
 
-def open_source(location: str | Path, *, kind: str | None = None, settings: SourceSettings | None = None) -> Source:
+
+def open_source(location: object, *, kind: str | None = None, settings: SourceSettings | None = None) -> Source:
     """Open raw samples.
 
     Args:
-        location: a path, a URL, or `name:rest` for a source of the table (`openmoji:en+de`).
+        location: a path as `str` or `Path`, a URL, `name:rest` for a source of the table (`openmoji:en+de`), or a
+            `datasets.Dataset` or `DatasetDict`.
         kind: a name of the table, or `module:attribute` of the user's own, which is called with
             the location and the settings. Found out from the location where it is not given.
         settings: how to read it.
@@ -49,8 +57,10 @@ def open_source(location: str | Path, *, kind: str | None = None, settings: Sour
         UnknownNameError: there is no such kind.
         SettingError: a setting that this kind does not take.
     """
-    name, place = split_kind(str(location)) if kind is None else (kind, str(location))
-    source: Source = SOURCES.load(name)(place, settings or SourceSettings())
+    place = str(location) if isinstance(location, str | Path) else location
+    if kind is None:
+        kind, place = split_kind(place) if isinstance(place, str) else ("huggingface", place)
+    source: Source = SOURCES.load(kind)(place, settings or SourceSettings())
     return source
 
 
@@ -80,14 +90,18 @@ def split_kind(location: str) -> tuple[str, str]:
         return "webdataset", location
     if has_suffix(location, TABLE_SUFFIXES):
         return "table", location
+    if has_suffix(location, TEXT_SUFFIXES):
+        return "texts", location
     raise SourceError(f"{location} is a file of another kind; {_ACCEPTED}")
 
 
 def _kind_of_folder(folder: Path) -> str:
-    """Name the kind of a folder: one image makes it a folder of images, else one tar, else one table.
+    """Name the kind of a folder: a saved dataset; else one image makes it a folder of images, or one tar, or one table.
 
     Stops at the first image, so a folder of millions of images is not gone through.
     """
+    if any(all((folder / name).is_file() for name in names) for names in _SAVED_DATASETS):
+        return "huggingface"
     found = _first_kinds(name for name, _ in walk_files(folder))
     for kind in ("folder", "webdataset", "table"):
         if kind in found:

@@ -20,8 +20,8 @@ from embedcache.sources.files import (
 from embedcache.sources.reading import file_size, is_folder
 from embedcache.sources.row_groups import RowGroups
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.sidecar import caption_list, scalar_columns, text_items
-from embedcache.sources.table_columns import TableColumns, find_columns
+from embedcache.sources.sidecar import scalar_columns
+from embedcache.sources.table_columns import TableColumns, find_columns, row_key, row_texts
 from embedcache.sources.table_files import Row, TableFile, open_table_file
 
 
@@ -73,22 +73,11 @@ class TableSource:
     def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> Sample:
         place = f"{file.path} row {number}"
         return Sample(
-            key=self._key(file, columns, number, row),
+            key=row_key(columns, row, place) or f"{relative_to(self._root_text, file.stem)}/{number}",
             images=self._images(file, columns, number, row),
-            texts=text_items(
-                _captions(columns, row, place),
-                row.get(columns.language) if columns.language else None,
-            ),
+            texts=row_texts(columns, row, place),
             columns=scalar_columns({name: row.get(name) for name in columns.others}),
         )
-
-    def _key(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> str:
-        if columns.key is None:
-            return f"{relative_to(self._root_text, file.stem)}/{number}"
-        key = row.get(columns.key)
-        if key is None or key == "":
-            raise SourceError(f"{file.path} row {number} has no key in column {columns.key}")
-        return str(key)
 
     def _images(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> tuple[ImageItem, ...]:
         if columns.image is None:
@@ -122,16 +111,6 @@ class TableSource:
         if isinstance(cell, dict) and cell.get("path"):
             return read_file(place_of(path.parent, cell["path"]))
         raise ItemError(f"no image in column {column}, row {row} of {path}")
-
-
-def _captions(columns: TableColumns, row: Row, place: str) -> list[str]:
-    """Give the captions of a row. Blank cells count only where all cells are blank: a row of CSV may
-    have fewer captions than the table has columns for them.
-    """
-    cells = [caption_list(row.get(name), f"{place}: {name}") for name in columns.captions]
-    captions = [caption for cell in cells for caption in cell]
-    said = [caption for caption in captions if caption.strip()]
-    return said or captions if len(columns.captions) > 1 else captions
 
 
 def _find_files(location: Path) -> list[Path]:

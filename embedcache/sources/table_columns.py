@@ -1,12 +1,14 @@
-"""Which columns of a table are images, captions and keys: the user's word, else the usual names."""
+"""Which columns of a table are images, captions and keys, by the user's word or the usual names; what a row says."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embedcache.errors import SourceError
+from embedcache.sources.contract import TextItem
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_files import TableFile
+from embedcache.sources.sidecar import caption_list, text_items
+from embedcache.sources.table_files import Row, TableFile
 
 IMAGE_NAMES = (
     "image", "image_path", "path", "file", "filepath", "file_name", "filename",
@@ -73,6 +75,36 @@ def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
         language=language,
         others=tuple(name for name in file.plain if name not in used),
     )
+
+
+def row_key(columns: TableColumns, row: Row, place: str) -> str | None:
+    """Give the key in a row; None where no column has keys.
+
+    Raises:
+        SourceError: the cell is blank; the message holds `place`.
+    """
+    if columns.key is None:
+        return None
+    key = row.get(columns.key)
+    if key is None or key == "":
+        raise SourceError(f"{place} has no key in column {columns.key}")
+    return str(key)
+
+
+def row_texts(columns: TableColumns, row: Row, place: str) -> tuple[TextItem, ...]:
+    """Give the captions of a row, in its language where a column has that.
+
+    Blank cells count only where all cells are blank: a row of CSV may have fewer captions than the table has columns
+    for them.
+
+    Raises:
+        SourceError: a cell holds no captions but something else; the message holds `place`.
+    """
+    cells = [caption_list(row.get(name), f"{place}: {name}") for name in columns.captions]
+    captions = [caption for cell in cells for caption in cell]
+    said = [caption for caption in captions if caption.strip()]
+    kept = said or captions if len(columns.captions) > 1 else captions
+    return text_items(kept, row.get(columns.language) if columns.language else None)
 
 
 def _named(file: TableFile, name: str | None, option: str) -> str | None:

@@ -71,7 +71,9 @@ def open_table_file(path: Path) -> TableFile:
     suffix = path.suffix.lower()
     with damage_named(path):
         if suffix == ".parquet":
-            return _parquet_file(path)
+            with open_parquet(path) as file:
+                schema = file.schema_arrow
+            return arrow_table(path, schema, partial(_read_parquet, path))
         if suffix == ".jsonl":
             return _text_file(path, _first_names(_jsonl_rows(path)), partial(_read_jsonl, path))
         delimiter = "\t" if suffix == ".tsv" else ","
@@ -119,15 +121,14 @@ def _is_plain(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _parquet_file(path: Path) -> TableFile:
-    with open_parquet(path) as file:
-        schema = file.schema_arrow
+def arrow_table(path: Path, schema: pa.Schema, read: Callable[[Sequence[str]], Iterator[Row]]) -> TableFile:
+    """Describe a table whose columns have Arrow types."""
     return TableFile(
         path=path,
         columns=tuple(schema.names),
         image_bytes=frozenset(field.name for field in schema if holds_bytes(field.type)),
         plain=tuple(field.name for field in schema if _is_plain(field.type)),
-        read=partial(_read_parquet, path),
+        read=read,
     )
 
 

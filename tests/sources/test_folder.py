@@ -44,7 +44,31 @@ def test_an_item_knows_its_length_and_a_sample_its_folder(tmp_path: Path) -> Non
     write(tmp_path, {"cats/x.jpg": jpeg()})
     sample = only_sample(tmp_path)
     assert sample.images == (ImageItem(path="cats/x.jpg", length=len(jpeg())),)
-    assert sample.columns == {"folder": "cats"}
+    assert sample.columns == {"folder": "cats", "label": "cats"}
+
+
+@pytest.mark.parametrize(
+    ("path", "columns"),
+    [
+        ("x.jpg", {}),
+        ("cat/x.jpg", {"folder": "cat", "label": "cat"}),
+        ("pets/cat/x.jpg", {"folder": "pets/cat", "label": "cat"}),
+        ("train/cat/x.jpg", {"folder": "train/cat", "label": "cat", "split": "train"}),
+        ("Validation/a/b/x.jpg", {"folder": "Validation/a/b", "label": "b", "split": "Validation"}),
+        ("test/x.jpg", {"folder": "test", "split": "test"}),
+        ("cat/test/x.jpg", {"folder": "cat/test", "label": "test"}),
+    ],
+)
+def test_class_folders_give_labels_and_a_top_folder_the_split(
+    tmp_path: Path, path: str, columns: dict[str, str]
+) -> None:
+    write(tmp_path, {path: jpeg()})
+    assert only_sample(tmp_path).columns == columns
+
+
+def test_a_json_file_says_more_than_the_folders(tmp_path: Path) -> None:
+    write(tmp_path, {"train/cat/x.jpg": jpeg(), "train/cat/x.json": '{"label": "lynx", "split": "test"}'})
+    assert only_sample(tmp_path).columns == {"folder": "train/cat", "label": "lynx", "split": "test"}
 
 
 def test_each_line_of_a_text_file_is_a_caption(tmp_path: Path) -> None:

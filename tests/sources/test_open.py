@@ -32,6 +32,8 @@ class OwnSource:
         ({"t.csv": "caption\nx"}, "", "table"),
         ({"t.csv": "caption\nx"}, "t.csv", "table"),
         ({"t.jsonl": '{"text": "x"}'}, "t.jsonl", "table"),
+        ({"prompts.txt": "x"}, "prompts.txt", "texts"),
+        ({"captions.NPY": b""}, "captions.NPY", "texts"),
     ],
 )
 def test_the_kind_is_found_from_what_is_there(
@@ -54,14 +56,16 @@ def test_a_path_is_written_down_as_absolute(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_path_where_nothing_is_says_what_is_accepted(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match=r"nowhere.*folder of images.*\.parquet.*\.tar.*openmoji:"):
+    with pytest.raises(
+        PathError, match=r"nowhere.*folder of images.*\.parquet.*\.tar.*\.txt.*\.npy.*save_to_disk.*openmoji:"
+    ):
         open_source(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(("files", "location"), [({"a.docx": b""}, "a.docx"), ({"a.docx": b""}, "")])
 def test_what_is_no_source_says_what_is_accepted(tmp_path: Path, files: dict[str, bytes], location: str) -> None:
     write(tmp_path, files)
-    with pytest.raises(SourceError, match=r"folder of images.*\.parquet.*\.tar.*openmoji:"):
+    with pytest.raises(SourceError, match=r"folder of images.*\.parquet.*\.tar.*\.txt.*\.npy.*save_to_disk.*openmoji:"):
         open_source(tmp_path / location)
 
 
@@ -90,7 +94,7 @@ def test_reopening_with_a_setting_that_does_not_exist_is_refused(tmp_path: Path)
 
 
 def test_importing_the_sources_loads_no_heavy_library() -> None:
-    heavy = ("pyarrow", "PIL", "numpy", "emoji", "fontTools")
+    heavy = ("pyarrow", "PIL", "numpy", "emoji", "fontTools", "datasets")
     code = f"import sys, embedcache.sources; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -1,0 +1,95 @@
+"""Texts without images, such as prompts and class names: a `.txt` with a text a line, or a `.npy` of strings."""
+
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.paths import is_remote, open_path
+from embedcache.sources.contract import ImageItem, Sample
+from embedcache.sources.files import TEXT_SUFFIXES, has_suffix
+from embedcache.sources.reading import file_size
+from embedcache.sources.settings import SourceSettings
+from embedcache.sources.sidecar import text_items
+from embedcache.sources.table_files import damage_named
+
+_BATCH_ROWS = 1024
+_SAVE = "save the texts with numpy.save(path, numpy.array(texts, dtype=str))"
+
+
+class TextsSource:
+    """One sample a text, in the order of the file; `<name of the file without suffix>/<row>` is the key.
+
+    A blank line of a `.txt` is an empty caption, so that rows stay those of the file; spaces around a text are taken
+    off. A `.npy` holds a one-dimensional array of strings, or of bytes that are UTF-8, and is memory-mapped.
+
+    Args:
+        location: the file.
+        settings: none of them is used.
+
+    Raises:
+        PathError: there is no such file.
+        SourceError: the file is neither a `.txt` nor a `.npy`.
+    """
+
+    def __init__(self, location: str, settings: SourceSettings) -> None:
+        settings.allow_only("texts")
+        self._path = open_path(location).absolute()
+        if file_size(self._path) is None:
+            raise PathError(f"no such file: {self._path}")
+        if not has_suffix(location, TEXT_SUFFIXES):
+            raise SourceError(f"{self._path} is no list of texts; it must be {' or '.join(sorted(TEXT_SUFFIXES))}")
+
+    def describe(self) -> Mapping[str, Any]:
+        """Give what reopens it."""
+        return {"type": "texts", "path": str(self._path), "settings": {}}
+
+    def samples(self) -> Iterator[Sample]:
+        """Go through the texts. Memory holds one line, or a batch of an array."""
+        is_array = self._path.suffix.lower() == ".npy"
+        with damage_named(self._path):
+            for row, text in enumerate(_array_texts(self._path) if is_array else _lines(self._path)):
+                yield Sample(key=f"{self._path.stem}/{row}", texts=text_items([text], None))
+
+    def read(self, item: ImageItem) -> bytes:
+        """Refuse: there is no image."""
+        raise ItemError(f"{self._path} holds texts, no image such as {item.path}")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig") as lines:
+        yield from lines
+
+
+def _array_texts(path: Path) -> Iterator[str]:
+    texts_N = _open_array(path)
+    for start in range(0, len(texts_N), _BATCH_ROWS):
+        for text in texts_N[start : start + _BATCH_ROWS].tolist():
+            yield text.decode() if isinstance(text, bytes) else text
+
+
+def _open_array(path: Path) -> npt.NDArray[Any]:
+    """Map a .npy file.
+
+    Raises:
+        SourceError: it is damaged, or is no one-dimensional array of strings.
+    """
+    try:
+        texts_N: npt.NDArray[Any] = np.load(
+            BytesIO(path.read_bytes()) if is_remote(path) else path,
+            mmap_mode=None if is_remote(path) else "r",
+            allow_pickle=False,
+        )
+    except (ValueError, EOFError) as error:
+        is_pickle = "allow_pickle" in str(error) or "Python objects" in str(error)
+        reason = "objects in it are a pickle, which may run code" if is_pickle else f"it is damaged: {error}"
+        raise SourceError(f"{path} cannot be read: {reason}; {_SAVE}") from None
+    if texts_N.dtype.kind not in "US" or texts_N.ndim != 1:
+        raise SourceError(
+            f"{path} holds {texts_N.dtype} of shape {texts_N.shape}; expected strings of shape (N,); {_SAVE}"
+        )
+    return texts_N

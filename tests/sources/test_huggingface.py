@@ -1,0 +1,189 @@
+import tracemalloc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from embedcache.cache.cache import Cache
+from embedcache.errors import ItemError, PathError, SettingError, SourceError
+from embedcache.extract.extract import extract
+from embedcache.sources import ImageItem, Source, SourceSettings, TextItem, open_source, reopen_source
+from embedcache.sources.media import decode_image
+from tests.sources.contract import SourceContract
+from tests.sources.files import COLOURS, encode, jpeg, noise, write
+from tests.toy import IMAGE, TEXT
+
+IMAGES = [jpeg(colour) for colour in COLOURS]
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars() -> None:
+    datasets.disable_progress_bars()
+
+
+def dataset(**columns: object) -> Any:
+    """Make a dataset in memory; `image` holds images, `label` classes."""
+    known = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    made = datasets.Dataset.from_dict(columns)
+    for name in columns:
+        made = made.cast_column(name, known[name]) if name in known else made
+    return made
+
+
+def coloured(start: int = 0, stop: int = 5) -> Any:
+    """Make a dataset of images with two captions each."""
+    captions = [[colour, f"all {colour}"] for colour in COLOURS]
+    return dataset(image=IMAGES, sentences=captions, label=[0, 1, 0, 1, 0]).select(range(start, stop))
+
+
+def saved(folder: Path, given: Any) -> Path:
+    given.save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+class TestSavedDataset(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(saved(tmp_path, coloured()))
+
+
+class TestSavedDatasetDict(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(saved(tmp_path, datasets.DatasetDict(train=coloured(0, 3), test=coloured(3))))
+
+
+class TestSavedWithSettings(SourceContract):
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        given = coloured().rename_columns({"image": "photo", "sentences": "said"}).add_column("n", list("abcde"))
+        settings = SourceSettings(image_column="photo", caption_columns=("said",), key_column="n")
+        return open_source(saved(tmp_path, given), settings=settings)
+
+
+def test_splits_labels_keys_and_rows(tmp_path: Path) -> None:
+    source = open_source(saved(tmp_path, datasets.DatasetDict(train=coloured(0, 2), test=coloured(3))))
+    first, _, third, _ = source.samples()
+    assert (first.key, third.key) == ("train/0", "test/0")
+    assert first.columns == {"split": "train", "label": "cat"}
+    assert third.columns == {"split": "test", "label": "dog"}
+    assert third.images == (ImageItem(path="test", offset=0),)
+    assert third.texts == (TextItem(text="black"), TextItem(text="all black"))
+
+
+@pytest.mark.parametrize("number", [-1, None])
+def test_a_row_without_a_label_has_none(number: int | None) -> None:
+    (sample,) = open_source(dataset(caption=["x"], label=[number])).samples()
+    assert sample.columns == {"label": None}
+
+
+def test_a_dataset_in_memory_is_extracted_but_not_reopened(tmp_path: Path) -> None:
+    source = open_source(coloured().shuffle(seed=1))
+    for _ in range(2):
+        extract(source, tmp_path / "cache", image=[IMAGE], text=[TEXT])
+    assert Cache(tmp_path / "cache").info.num_items == {"image": 5, "text": 10}
+    with pytest.raises(SourceError, match=r"in memory \([0-9a-f]+\).*open_source\(dataset\).*save_to_disk"):
+        reopen_source(Cache(tmp_path / "cache").info.source)
+
+
+def test_rows_are_those_the_dataset_shows_after_select(tmp_path: Path) -> None:
+    source = open_source(coloured().select([4, 0]))
+    samples = list(source.samples())
+    assert [sample.texts[0].text for sample in samples] == ["white", "red"]
+    assert [source.read(sample.images[0]) for sample in samples] == [IMAGES[4], IMAGES[0]]
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+def test_the_format_of_a_dataset_does_not_matter(form: str) -> None:
+    assert list(open_source(coloured().with_format(form)).samples()) == list(open_source(coloured()).samples())
+
+
+def test_images_given_as_pictures_paths_and_bytes_are_read_without_decoding(tmp_path: Path) -> None:
+    write(tmp_path, {"x.jpg": IMAGES[0]})
+    picture = noise()
+    source = open_source(dataset(image=[picture, str(tmp_path / "x.jpg"), b"no image"]))
+    items = [sample.images[0] for sample in source.samples()]
+    assert decode_image(source.read(items[0])).tobytes() == picture.tobytes()
+    assert [source.read(item) for item in items[1:]] == [IMAGES[0], b"no image"]
+
+
+def test_a_column_of_images_is_found_by_its_feature() -> None:
+    given = dataset(file_name=["nowhere.jpg"], image=[IMAGES[1]], caption=["x"]).rename_column("image", "img")
+    source = open_source(given)
+    (sample,) = source.samples()
+    assert source.read(sample.images[0]) == IMAGES[1]
+    assert sample.columns == {"file_name": "nowhere.jpg"}
+
+
+def test_a_column_of_bytes_or_paths_holds_images_as_in_a_table(tmp_path: Path) -> None:
+    write(tmp_path, {"x.jpg": IMAGES[0]})
+    for column in ({"jpg": [IMAGES[0]]}, {"path": [str(tmp_path / "x.jpg")]}):
+        source = open_source(datasets.Dataset.from_dict(column))
+        (sample,) = source.samples()
+        assert source.read(sample.images[0]) == IMAGES[0]
+
+
+def test_what_cannot_be_read_is_an_item_with_a_reason() -> None:
+    source = open_source(dataset(image=[None, "/nowhere/x.jpg"]))
+    empty, gone = (sample.images[0] for sample in source.samples())
+    for item, words in (
+        (empty, "no image in row 0"),
+        (gone, "no such file"),
+        (ImageItem(path="", offset=2), "no image in row 2"),
+        (ImageItem(path="test"), "split 'test'"),
+    ):
+        with pytest.raises(ItemError, match=words):
+            source.read(item)
+
+
+def test_going_through_the_samples_loads_no_image() -> None:
+    big = encode(noise(size=(600, 600)), "BMP")
+    source = open_source(dataset(image=[big] * 20, caption=list("abcdefghijklmnopqrst")))
+    tracemalloc.start()
+    try:
+        assert len(list(source.samples())) == 20
+        assert tracemalloc.get_traced_memory()[1] < len(big)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"dataset_dict.json": "{"}, "cannot be read as a saved dataset"),
+        ({"dataset_dict.json": '{"splits": ["train"]}'}, "cannot be read as a saved dataset"),
+        ({"dataset_info.json": "{}", "state.json": "{}"}, "cannot be read as a saved dataset"),
+    ],
+)
+def test_a_damaged_folder_is_named(tmp_path: Path, files: Mapping[str, str], words: str) -> None:
+    write(tmp_path, dict(files))
+    with pytest.raises(SourceError, match=rf"{tmp_path}.*{words}"):
+        open_source(tmp_path)
+
+
+def test_a_folder_without_its_data_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path, coloured())
+    next(folder.glob("*.arrow")).write_bytes(b"no arrow")
+    with pytest.raises(SourceError, match="saved cannot be read as a saved dataset"):
+        open_source(folder)
+
+
+def test_a_name_that_neither_the_disk_nor_the_hub_has_is_refused() -> None:
+    with pytest.raises(PathError, match=r"no folder org/nowhere.*Hub.*save_to_disk"):
+        open_source("huggingface:org/nowhere")
+
+
+def test_what_cannot_be_read_by_row_is_refused() -> None:
+    with pytest.raises(SourceError, match=r"IterableDataset.*Dataset or DatasetDict"):
+        open_source(coloured().to_iterable_dataset())
+
+
+def test_columns_and_settings_are_checked_on_opening() -> None:
+    with pytest.raises(SourceError, match=r"--image-column and --caption-column"):
+        open_source(datasets.Dataset.from_dict({"words": ["x"]}))
+    with pytest.raises(SourceError, match=r"--caption-column said: no such column.*image, sentences, label"):
+        open_source(coloured(), settings=SourceSettings(caption_columns=("said",)))
+    with pytest.raises(SettingError, match="languages"):
+        open_source(coloured(), settings=SourceSettings(languages=("de",)))

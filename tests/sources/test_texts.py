@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.errors import ItemError, PathError, SettingError, SourceError
+from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
+from tests.sources.contract import SourceContract
+from tests.sources.files import write
+
+TEXTS = ["a photo of a cat", "ein Käse", "猫"]
+
+
+class TestTextFile(SourceContract):
+    has_images = False
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(write(tmp_path, {"prompts.txt": "\n".join(TEXTS)}) / "prompts.txt")
+
+
+class TestArray(SourceContract):
+    has_images = False
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(save(tmp_path, np.array(TEXTS)))
+
+
+def save(folder: Path, array: np.ndarray) -> Path:
+    np.save(folder / "t.npy", array)
+    return folder / "t.npy"
+
+
+def texts(samples: list[Sample]) -> list[str]:
+    return [item.text for sample in samples for item in sample.texts]
+
+
+def test_each_line_is_a_sample_and_blank_ones_keep_their_row(tmp_path: Path) -> None:
+    write(tmp_path, {"p.txt": "\ufeffone \r\n\r\nthree\n"})
+    samples = list(open_source(tmp_path / "p.txt").samples())
+    assert texts(samples) == ["one", "", "three"]
+    assert [sample.key for sample in samples] == ["p/0", "p/1", "p/2"]
+
+
+@given(said=st.lists(st.text(st.characters(exclude_categories=["C", "Z"]))), as_bytes=st.booleans())
+def test_an_array_gives_its_strings_in_order(
+    tmp_path_factory: pytest.TempPathFactory, said: list[str], as_bytes: bool
+) -> None:
+    array = np.array([text.encode() for text in said], "S") if as_bytes else np.array(said, "U")
+    path = save(tmp_path_factory.mktemp("texts"), array)
+    samples = list(open_source(path).samples())
+    assert texts(samples) == said
+    assert [sample.key for sample in samples] == [f"t/{row}" for row in range(len(said))]
+
+
+def test_more_texts_than_a_batch_come_in_order(tmp_path: Path) -> None:
+    said = [str(row) for row in range(3000)]
+    assert texts(list(open_source(save(tmp_path, np.array(said))).samples())) == said
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.array(["a", None], object), "are a pickle.*dtype=str"),
+        (np.arange(3), r"holds int64 of shape \(3,\); expected strings"),
+        (np.array([["a"]]), r"of shape \(1, 1\); expected strings of shape \(N,\)"),
+        (np.array("a"), r"of shape \(\)"),
+        (np.array([b"\xff"]), "not UTF-8"),
+    ],
+)
+def test_an_array_of_something_else_is_refused(tmp_path: Path, array: np.ndarray, words: str) -> None:
+    path = save(tmp_path, array)
+    with pytest.raises(SourceError, match=rf"t\.npy.*{words}"):
+        list(open_source(path).samples())
+
+
+@pytest.mark.parametrize("length", [0, 4, 40, 130])
+def test_a_damaged_array_is_named(tmp_path: Path, length: int) -> None:
+    path = save(tmp_path, np.array(TEXTS))
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(SourceError, match=r"t\.npy.*damaged"):
+        list(open_source(path).samples())
+
+
+def test_a_text_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {"p.txt": "Käse".encode("latin-1")})
+    with pytest.raises(SourceError, match=r"p\.txt is not UTF-8"):
+        list(open_source(tmp_path / "p.txt").samples())
+
+
+def test_asking_for_an_image_is_an_item_error(tmp_path: Path) -> None:
+    write(tmp_path, {"p.txt": "x"})
+    with pytest.raises(ItemError, match="texts, no image"):
+        open_source(tmp_path / "p.txt").read(ImageItem(path="x.jpg"))
+
+
+def test_what_is_no_list_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"p.md": "x", "p.txt": "x"})
+    with pytest.raises(PathError, match="no such file"):
+        open_source(tmp_path / "q.txt", kind="texts")
+    with pytest.raises(SourceError, match=r"\.npy or \.txt"):
+        open_source(tmp_path / "p.md", kind="texts")
+    with pytest.raises(SettingError, match="key_column"):
+        open_source(tmp_path / "p.txt", settings=SourceSettings(key_column="x"))
