@@ -16,16 +16,17 @@ from embedcache.sources import open_source
 _IMAGENET = [f"imagenet_{number:02d}" for number in range(20)]
 
 
-def write_pictures(path: Path, count: int) -> Path:
-    """Write a WebDataset tar of `count` JPEGs, each with a caption beside it.
+def write_pictures(path: Path, count: int, *, first: int = 0) -> Path:
+    """Write a WebDataset tar of `count` JPEGs, numbered from `first`, each with a caption beside it.
 
     The pictures are the package foolbox's 20 of ImageNet (512 x 512 and larger) and one of iscc-samples: each time
     another crop, shorter side 256 to 512 px, quality 80 to 95, about 50 kB.
     """
-    originals = list(_originals())
+    originals, numbers = list(_originals()), range(first, first + count)
+    captions = write_captions(first + count)[first:]
     with tarfile.open(path, "w") as tar, ThreadPoolExecutor(os.cpu_count()) as executor:
-        jpegs = executor.map(lambda number: _variation(originals[number % len(originals)], number), range(count))
-        for number, (jpeg, caption) in enumerate(zip(jpegs, write_captions(count), strict=True)):
+        jpegs = executor.map(lambda number: _variation(originals[number % len(originals)], number), numbers)
+        for number, jpeg, caption in zip(numbers, jpegs, captions, strict=True):
             add_member(tar, f"{number:07d}.jpg", jpeg)
             add_member(tar, f"{number:07d}.txt", caption.encode())
     return path
