@@ -1,11 +1,17 @@
-"""python -m benchmarks [name …]"""
+"""python -m benchmarks [--quick] [name …]
+
+`--quick` takes a tenth of the data and one run: to see that a benchmark works, not to compare.
+"""
 
 import importlib
 import sys
 
-NAMES = ("help", "gather", "extract", "decode")
+NAMES = ("help", "gather", "extract", "index", "decode")
+PARTS = ("images", "texts", "peers", "precision")
+"""Of `extract`, to be run alone."""
 
-for name in sys.argv[1:] or NAMES:
-    if name not in NAMES:
-        sys.exit(f"unknown benchmark {name!r}; known: {', '.join(NAMES)}")
-    importlib.import_module(f"benchmarks.{name}").main()
+quick = "--quick" in sys.argv
+for name in [word for word in sys.argv[1:] if word != "--quick"] or NAMES:
+    if name not in (*NAMES, *PARTS):
+        sys.exit(f"unknown benchmark {name!r}; known: {', '.join((*NAMES, *PARTS))}")
+    importlib.import_module(f"benchmarks.{name}").main(quick=quick)

@@ -43,7 +43,7 @@ REPEATS = 3
 PEER = "Pillow, as embedcache decodes"
 
 
-def main() -> None:
+def main(*, quick: bool) -> None:
     """Print CPU milliseconds an image, and the distance of the embeddings."""
     torch.set_num_threads(1)
     encoder = open_encoder("lite:efficientnet-lite0", modality="image")

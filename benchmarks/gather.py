@@ -18,7 +18,7 @@ from embedcache.cache.layout import CacheInfo
 ROWS, WIDTH, BATCH, BLOCK = 200_000, 768, 4096, 64
 
 
-def main() -> None:
+def main(*, quick: bool) -> None:
     """Print rows a second."""
     with tempfile.TemporaryDirectory() as folder:
         values = np.random.default_rng(0).standard_normal((ROWS, WIDTH), np.float32).astype(np.float16)

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from embedcache.artifact import peak_memory_bytes
 from embedcache.cli.console import say, show_table
@@ -17,6 +17,15 @@ def median_seconds(call: Callable[[], object], *, repeats: int = 5) -> float:
         call()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
+
+
+def median_rates(calls: Mapping[str, Callable[[], float]], *, repeats: int) -> dict[str, float]:
+    """Take turns: call each in order, `repeats` times over, so that a slow minute hits all; give each one's median."""
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            rates[name].append(call())
+    return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def show(title: str, unit: str, rates: Sequence[tuple[str, float]]) -> None:

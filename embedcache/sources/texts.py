@@ -79,13 +79,13 @@ def _open_array(path: Path) -> npt.NDArray[Any]:
         SourceError: it is damaged, or is no one-dimensional array of strings.
     """
     try:
-        texts_N: npt.NDArray[Any] = np.load(
-            BytesIO(path.read_bytes()) if is_remote(path) else path,
-            mmap_mode=None if is_remote(path) else "r",
-            allow_pickle=False,
+        texts_N: npt.NDArray[Any] = (
+            np.lib.format.read_array(BytesIO(path.read_bytes()), allow_pickle=False)
+            if is_remote(path)
+            else np.lib.format.open_memmap(path, mode="r")
         )
-    except (ValueError, EOFError) as error:
-        is_pickle = "allow_pickle" in str(error) or "Python objects" in str(error)
+    except ValueError as error:
+        is_pickle = "Python objects" in str(error) or "Object arrays" in str(error)
         reason = "objects in it are a pickle, which may run code" if is_pickle else f"it is damaged: {error}"
         raise SourceError(f"{path} cannot be read: {reason}; {_SAVE}") from None
     if texts_N.dtype.kind not in "US" or texts_N.ndim != 1:

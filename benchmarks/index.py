@@ -1,0 +1,62 @@
+"""Numbering a million samples of WebDataset tars: samples a second and the peak memory of a process of its own.
+
+The tars hold 10,000 samples each: a picture of a few hundred bytes and a caption, so that headers are all the work.
+"""
+
+import io
+import tarfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from PIL import Image
+
+from benchmarks.data import add_member
+from embedcache.artifact import peak_memory_bytes
+from embedcache.cache.spine import index
+from embedcache.cli.console import say, show_table
+from embedcache.sources import open_source
+
+SAMPLES_IN_A_TAR = 10_000
+
+
+def main(*, quick: bool) -> None:
+    """Print samples a second."""
+    num_tars = 2 if quick else 100
+    with TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        say(f"writing {num_tars * SAMPLES_IN_A_TAR:,} samples")
+        write_tars(Path(folder) / "tars", num_tars)
+        samples = executor.submit(_go_through, Path(folder) / "tars").result()
+        whole, peak = executor.submit(_index, Path(folder) / "tars", Path(folder) / "cache").result()
+    rates = [("source alone", samples), ("index", whole)]
+    rows = [[name, f"{num_tars * SAMPLES_IN_A_TAR / seconds:,.0f}", f"{seconds:.1f}"] for name, seconds in rates]
+    show_table([f"{num_tars * SAMPLES_IN_A_TAR:,} samples", "samples/s", "seconds"], rows)
+    say(f"peak memory {peak / 1e9:.2f} GB")
+
+
+def write_tars(folder: Path, num_tars: int) -> None:
+    """Write tars of 10,000 samples, a tiny JPEG and a caption each."""
+    folder.mkdir()
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), "white").save(out, "JPEG")
+    for number in range(num_tars):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for row in range(SAMPLES_IN_A_TAR):
+                key = f"{number:05d}{row:04d}"
+                add_member(tar, f"{key}.jpg", out.getvalue())
+                add_member(tar, f"{key}.txt", f"a picture with the number {key}".encode())
+
+
+def _go_through(tars: Path) -> float:
+    started = time.perf_counter()
+    for _ in open_source(tars).samples():
+        pass
+    return time.perf_counter() - started
+
+
+def _index(tars: Path, cache_path: Path) -> tuple[float, int]:
+    started = time.perf_counter()
+    index(open_source(tars), cache_path)
+    return time.perf_counter() - started, peak_memory_bytes()
