@@ -13,7 +13,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from embedcache.errors import DiskFullError, PathError
-from embedcache.paths import is_remote
+from embedcache.paths import has_no_folders, io_reason, is_io_error, is_remote
 
 _PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
 _NODE = platform.node().replace(".", "-")
@@ -80,8 +80,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def put_file(file: Path, path: Path) -> None:
     """Put a file of this machine in the place of `path`, flushed; a URL's object appears whole or not at all."""
     if is_remote(path):
-        make_folder(path.parent)
-        path.fs.put_file(str(file), path.path)  # type: ignore[attr-defined]
+        with _service_errors(path):
+            make_folder(path.parent)
+            path.fs.put_file(str(file), path.path)  # type: ignore[attr-defined]
         return
     flush(file)
     make_folder(path.parent)
@@ -90,8 +91,24 @@ def put_file(file: Path, path: Path) -> None:
 
 
 def _put(path: Path, data: bytes) -> None:
-    make_folder(path.parent)
-    path.fs.pipe_file(path.path, data)  # type: ignore[attr-defined]
+    with _service_errors(path):
+        make_folder(path.parent)
+        path.fs.pipe_file(path.path, data)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _service_errors(path: Path) -> Iterator[None]:
+    """Turn what a service says when it does not take a file into our error.
+
+    Raises:
+        PathError: names the URL and the reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_io_error(error):
+            raise
+        raise PathError(f"cannot write {path}: {io_reason(error)}; what is committed is kept") from error
 
 
 def partial_path(path: Path) -> Path:
@@ -139,7 +156,8 @@ def make_folder(path: Path) -> None:
         PathError: a file is in the way.
     """
     if is_remote(path):
-        path.mkdir(parents=True, exist_ok=True)
+        if not has_no_folders(path):
+            path.mkdir(parents=True, exist_ok=True)
         return
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:

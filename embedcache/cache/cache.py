@@ -13,6 +13,7 @@ from embedcache.cache.tables import open_table, read_table, table_errors
 from embedcache.errors import UnknownNameError
 from embedcache.paths import open_path
 from embedcache.registry import unknown_name
+from embedcache.sources.reading import reading
 
 
 class Cache:
@@ -28,7 +29,8 @@ class Cache:
 
     def __init__(self, path: Path | str) -> None:
         self.path = open_path(path)
-        self.info: CacheInfo = read_info(self.path)
+        with reading(self.path):
+            self.info: CacheInfo = read_info(self.path)
         self._footers: dict[str, pq.FileMetaData] = {}  # parsing one takes longer than reading a chunk's rows
 
     @cached_property

@@ -29,6 +29,7 @@ from embedcache.errors import PathError, SettingError, SourceError
 from embedcache.paths import is_remote
 from embedcache.progress import Progress, Silent
 from embedcache.sources.contract import Sample, Source
+from embedcache.sources.reading import reading
 
 _OURS = {".lock", "cache.json", "mending.json", "samples.parquet", *ITEM_SCHEMAS}
 
@@ -64,9 +65,12 @@ def index(
     progress = progress or Silent()
     if chunk_size is not None and chunk_size < 1:
         raise SettingError(f"chunk size is {chunk_size}; it must be at least 1")
-    if not info_path(cache_path).is_file():
-        make_folder(cache_path)
-        _refuse_foreign(cache_path)
+    with reading(cache_path):
+        is_there = info_path(cache_path).is_file()
+        if not is_there:
+            make_folder(cache_path)
+            _refuse_foreign(cache_path)
+    if not is_there:
         with locked(cache_path), disk_errors(cache_path):
             if not info_path(cache_path).is_file():  # another process may have made it meanwhile
                 return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, progress)
@@ -134,7 +138,8 @@ def _digest(source: Source, info: CacheInfo, progress: Progress) -> str:
 
 
 def _refuse_foreign(cache_path: Path) -> None:
-    names = (entry.name for entry in cache_path.iterdir())
+    entries = cache_path.iterdir() if cache_path.is_dir() else ()  # an object store has no empty folders
+    names = (entry.name for entry in entries)
     foreign = sorted(name for name in names if name not in _OURS and not name.endswith(".partial"))
     if foreign:
         raise PathError(

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from embedcache.errors import EmbedcacheError, ItemError, PathError
-from embedcache.paths import is_remote
+from embedcache.paths import io_reason, is_io_error, is_remote, library_of
 
-_SERVICES = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs"})
-_LONGEST_REASON = 300
 _NOT_FOUND = 404
 _FORBIDDEN = 403
 _READ_AHEAD_BYTES = 2**18  # joins small columns that lie side by side
@@ -23,11 +21,11 @@ def reading(path: Path | str, error_class: type[EmbedcacheError] = PathError) ->
     except (PathError, ItemError) as error:
         raise error_class(str(error)) from None
     except Exception as error:  # the services' own errors share no base
-        if not _is_reading_error(error):
+        if not is_io_error(error):
             raise
         if _is_missing(error):
             raise error_class(f"no such file: {path}") from None
-        raise error_class(f"cannot read {path}: {_reason(error)}") from None
+        raise error_class(f"cannot read {path}: {io_reason(error)}") from None
 
 
 def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
@@ -114,31 +112,10 @@ def _remote_size(path: Path) -> int | None:
 def _is_missing(error: BaseException) -> bool:
     """Say whether an error means that there is no file; fsspec says so of every answer of a web server, or none."""
     cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and cause is not None and _library(type(cause)) == "aiohttp":
+    if isinstance(error, FileNotFoundError) and cause is not None and library_of(type(cause)) == "aiohttp":
         return getattr(cause, "status", None) == _NOT_FOUND
     return isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
 def _is_forbidden(error: OSError) -> bool:
     return isinstance(error, PermissionError) or getattr(error.__cause__, "status", None) == _FORBIDDEN
-
-
-def _is_reading_error(error: BaseException) -> bool:
-    """Say whether an error is a disk's or a service's, rather than a mistake of ours."""
-    gives_no_parts = isinstance(error, ValueError) and "range requests" in str(error)  # fsspec, of a web server
-    return isinstance(error, OSError) or gives_no_parts or any(_library(k) in _SERVICES for k in type(error).__mro__)
-
-
-def _library(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
-
-
-def _reason(error: BaseException) -> str:
-    """Give the reason in one line; fsspec hides that of a web server in the cause."""
-    if isinstance(error, FileNotFoundError) and error.__cause__:
-        return _one_line(error.__cause__)
-    return (isinstance(error, OSError) and error.strerror) or _one_line(error)
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).partition("\n")[0] or type(error).__name__)[:_LONGEST_REASON]

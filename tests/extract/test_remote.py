@@ -1,0 +1,111 @@
+"""Source and cache behind a URL, on a server that speaks S3."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.cache.cache import Cache
+from embedcache.cache.verify import verify
+from embedcache.errors import FingerprintError, PathError
+from embedcache.extract.drift import measure_drift
+from embedcache.extract.extract import extract
+from embedcache.extract.repair import repair
+from embedcache.extract.settings import ExtractSettings
+from embedcache.paths import open_path
+from embedcache.sources import open_source
+from tests.extract.cases import FEATURES
+from tests.pictures import write_pictures
+from tests.sources.s3 import bucket, s3_server, upload
+from tests.toy import IMAGE, TEXT
+
+__all__ = ["bucket", "s3_server"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Three tars of ten pictures each."""
+    pictures, folder = write_pictures(tmp_path / "pictures", 30), tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for path in sorted(pictures.iterdir())[20 * shard : 20 * (shard + 1)]:
+                tar.add(path, path.name)
+    return folder
+
+
+def run(source: str, cache: str, **options: bool) -> list[str]:
+    settings = ExtractSettings(features=FEATURES, chunk_size=8)
+    reports = extract(open_source(source), cache, image=[IMAGE], text=[TEXT], settings=settings, **options)
+    return [report.line() for report in reports]
+
+
+def bytes_of(cache: str) -> dict[str, bytes]:
+    """Every file of a cache but its numbering, which names the source, locks and records."""
+    root = open_path(cache)
+    files = {str(path)[len(str(root)) + 1 :]: path for path in root.rglob("*") if path.is_file()}
+    unlike = ("cache.json", "records/", ".lock", ".claims")
+    return {name: path.read_bytes() for name, path in files.items() if not any(part in name for part in unlike)}
+
+
+def test_a_cache_behind_a_url_holds_the_bytes_of_a_local_one(shards: Path, bucket: str, tmp_path: Path) -> None:
+    source = upload(shards, f"{bucket}/shards")
+    lines = run(f"{source}/{{00000..00002}}.tar", f"{bucket}/cache")
+    assert lines[0] == "open_toy (cls, patches): encoded 30 images, reused 0, failed 0"
+    run(f"{source}/{{00000..00002}}.tar", str(tmp_path / "local"))
+    assert bytes_of(f"{bucket}/cache") == bytes_of(str(tmp_path / "local"))
+    assert "encoded 0 images, reused 30" in run(f"{source}/{{00000..00002}}.tar", f"{bucket}/cache")[0]
+
+
+def test_it_is_read_as_a_local_one_is(shards: Path, bucket: str) -> None:
+    run(str(shards), f"{bucket}/cache")
+    cache = Cache(f"{bucket}/cache")
+    feature = cache.feature("image", "open_toy/cls")
+    whole = feature.load()
+    assert np.isfinite(whole).all()
+    rows = np.array([29, 0, 17, 17])
+    np.testing.assert_array_equal(feature.gather(rows), whole[rows])
+    assert len(cache.feature("text").gather_tokens(rows)) == 4
+
+
+def test_it_is_resumed_extended_verified_and_repaired(shards: Path, bucket: str) -> None:
+    source, cache = upload(shards, f"{bucket}/shards"), f"{bucket}/cache"
+    last = open_path(f"{source}/00002.tar")
+    data = last.read_bytes()
+    last.unlink()
+    run(source, cache)
+    for file in ("image/open_toy/chunks/00001.parquet", "text/open_toy/tokens/values/00000/c/0/0"):
+        open_path(f"{cache}/{file}").unlink()
+    assert "encoded 8 images, reused 12" in run(source, cache)[0]
+    last.write_bytes(data)
+    with pytest.raises(FingerprintError, match="it has 10 more"):
+        run(source, cache)
+    assert "encoded 14 images, reused 16" in run(source, cache, extends=True)[0]
+    before = bytes_of(cache)
+    chunk = open_path(f"{cache}/image/open_toy/cls/c/3/0")
+    chunk.write_bytes(bytes(len(chunk.read_bytes())))
+    repair(Cache(cache), verify(Cache(cache)))
+    assert bytes_of(cache) == before
+    assert [drift.is_bad for drift in measure_drift(Cache(cache), 0.2)] == [False] * 3
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"])
+def test_a_service_that_does_not_answer_is_one_clear_error(
+    shards: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import s3fs
+
+    monkeypatch.setenv(name, "http://127.0.0.1:9" if "URL" in name else "")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(PathError, match=f"{bucket}/cache"):
+        run(str(shards), f"{bucket}/cache")
+    with pytest.raises(PathError, match=f"{bucket}/cache"):
+        Cache(f"{bucket}/cache")
+
+
+def test_a_bucket_that_is_not_there_is_one_clear_error(shards: Path, bucket: str) -> None:
+    with pytest.raises(PathError, match=f"cannot write {bucket}-none/cache/.*what is committed is kept"):
+        run(str(shards), f"{bucket}-none/cache")
