@@ -12,7 +12,7 @@ app = typer.Typer(help="Index and search a cache.", no_args_is_help=True, rich_m
 
 @app.command()
 def index(
-    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    cache: Annotated[str, typer.Argument(help="The cache, or its URL.")],
     index: Annotated[Path, typer.Argument(help="A folder for the index.")],
     projected: Annotated[Path | None, typer.Option(help="Project the feature with this run.")] = None,
     feature: Annotated[str | None, typer.Option(help="encoder/feature. [default: the run's, or the only one]")] = None,
@@ -47,7 +47,7 @@ def search(
     query: Annotated[list[str], typer.Argument(help="One or more texts.")],
     k: Annotated[int | None, typer.Option("-k", help="Hits a query. [default: 10]")] = None,
     run: Annotated[Path | None, typer.Option(help="Where the index's run is, if it has moved.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Where the index's cache is, if it has moved.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Where the index's cache is, if it has moved.")] = None,
     device: Annotated[str, typer.Option(help="Where the text encoder runs.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a query.")] = False,
 ) -> None:

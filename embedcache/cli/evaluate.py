@@ -15,7 +15,7 @@ def evaluate() -> None:
 
 @app.command()
 def retrieval(
-    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    cache: Annotated[str, typer.Argument(help="The cache, or its URL.")],
     run: Annotated[list[Path], typer.Argument(help="One run, or several seeds of it to average.")],
     part: Annotated[Literal["test", "val", "train"], typer.Option(help="Part of the run's split.")] = "test",
     language: Annotated[str | None, typer.Option(help="Captions of this language. [default: the run's]")] = None,

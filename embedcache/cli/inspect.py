@@ -1,12 +1,11 @@
 """embedcache inspect"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
-def inspect(cache: Annotated[Path, typer.Argument(help="The cache.")]) -> None:
+def inspect(cache: Annotated[str, typer.Argument(help="The cache, or its URL.")]) -> None:
     """Show what a cache holds, how complete it is, and why items failed."""
     from embedcache.cache.cache import Cache
     from embedcache.cache.summary import describe_feature, describe_spine, failure_lines

@@ -9,7 +9,7 @@ from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSet
 
 
 def train(
-    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    cache: Annotated[str, typer.Argument(help="The cache, or its URL.")],
     run: Annotated[Path, typer.Argument(help="A folder for the run.")],
     image: Annotated[str | None, typer.Option(help="encoder/feature. [default: the only one]")] = None,
     text: Annotated[str | None, typer.Option(help="encoder/feature. [default: the only one]")] = None,

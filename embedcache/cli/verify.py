@@ -6,7 +6,7 @@ import typer
 
 
 def verify(
-    cache: Annotated[str, typer.Argument(help="The cache.")],
+    cache: Annotated[str, typer.Argument(help="The cache, or its URL.")],
     probe: Annotated[
         str | None, typer.Option(help="Encode this share of the items again, as 0.1%, and compare.")
     ] = None,

@@ -15,6 +15,7 @@ from embedcache.cache.feature import Feature
 from embedcache.curate import faiss_index
 from embedcache.disk import disk_errors
 from embedcache.errors import DataError
+from embedcache.paths import is_remote
 from embedcache.progress import Progress, Silent
 from embedcache.projectors.pair import Tower
 from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project
@@ -204,7 +205,7 @@ def _reuse(index_path: Path, about: Mapping[str, Any]) -> IndexCard:
 
 
 def _relative(path: Path, index_path: Path) -> str:
-    return os.path.relpath(path.resolve(), index_path.resolve())
+    return str(path) if is_remote(path) else os.path.relpath(path.resolve(), index_path.resolve())
 
 
 def _vectors(feature: Feature, run: _Run | None) -> Iterator[tuple[Ints, Floats]]:

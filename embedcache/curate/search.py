@@ -15,6 +15,7 @@ from embedcache.curate.index import IndexCard, read_card
 from embedcache.encoders.contract import EncoderSettings
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.paths import is_url
 from embedcache.projectors.saved import load_pair, project
 
 _USUAL_HITS = 10
@@ -71,7 +72,9 @@ def search(
     _check_queries(queries, k, card)
     if run_path is None and card.run is not None:
         run_path = index_path / card.run
-    answers = _Answers(_open_cache(Path(cache_path or index_path / card.cache), card), card.modality)
+    if cache_path is None:
+        cache_path = card.cache if is_url(card.cache) else index_path / card.cache
+    answers = _Answers(_open_cache(cache_path, card), card.modality)
     vectors = _embed(queries, card, run_path, device)
     index = faiss_index.read_index(index_path / "index.faiss")
     scores, rows = faiss_index.search(index, vectors, k)
@@ -87,7 +90,7 @@ def _check_queries(queries: Sequence[str], k: int, card: IndexCard) -> None:
         raise SettingError(f"k is {k}; the index holds {card.num_vectors} items, so k must be 1 to {card.num_vectors}")
 
 
-def _open_cache(path: Path, card: IndexCard) -> Cache:
+def _open_cache(path: Path | str, card: IndexCard) -> Cache:
     cache = Cache(path)
     if cache.info.spine != card.spine:
         raise FingerprintError(f"the index was made from other samples than {path} holds; build it again")
@@ -136,11 +139,14 @@ def encode_texts(
     Raises:
         FingerprintError: the encoder that opens now is another.
     """
-    settings = EncoderSettings(device=device, backend=fingerprint["backend"], precision=fingerprint["precision"])
+    name = feature.rpartition("/")[2]
+    settings = EncoderSettings(
+        device=device, backend=fingerprint["backend"], precision=fingerprint["precision"], features=(name,)
+    )
     encoder = open_encoder(spec, modality="text", settings=settings)
     next_step = "use the weights and libraries that it was extracted with, or extract again"
-    check_same(f"feature {feature}", fingerprint, encoder.fingerprint.to_json(), next_step=next_step)
-    name = feature.rpartition("/")[2]
+    plain = {field: value for field, value in fingerprint.items() if field != "view"}  # a query is as it is
+    check_same(f"feature {feature}", plain, encoder.fingerprint.to_json(), next_step=next_step)
     return np.stack(encoder.encode(encoder.prepare(list(texts)), [name])[name])
 
 
