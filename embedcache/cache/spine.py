@@ -45,8 +45,8 @@ def index(
 ) -> CacheInfo:
     """Number a source into a new cache, or check that a cache still numbers this source.
 
-    Rows never change: samples that are added later get the rows behind. Memory: one Arrow row a sample, about 100
-    bytes each, while tables are written; a batch while a cache is checked.
+    Rows never change: samples that are added later get the rows behind. Memory: the keys while tables are written, a
+    batch while a cache is checked.
 
     Args:
         source: where the samples come from.

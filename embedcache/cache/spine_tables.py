@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.cache.layout import items_path, samples_path
-from embedcache.cache.tables import iterate_rows, open_table
+from embedcache.cache.tables import iterate_rows, open_table, read_table
 from embedcache.errors import SourceError
 from embedcache.sources.contract import ImageItem, Sample
 
@@ -56,7 +56,7 @@ def _refuse_not_unicode(batch: Sequence[Sample]) -> None:
 class SpineWriter:
     """Writes the tables of a cache, new ones or longer ones.
 
-    Memory: one Arrow row a sample, about 100 bytes each, and a batch.
+    Memory: the keys, to see that they are unique, and a batch.
 
     Args:
         folder: a new folder on this machine for the tables.
@@ -65,8 +65,7 @@ class SpineWriter:
 
     def __init__(self, folder: Path, chunk_size: int) -> None:
         self.num_samples = 0
-        self._folder = folder
-        self._samples: list[pa.Table] = []
+        self._samples = _SampleWriter(samples_path(folder))
         self._items = {
             name: _ItemWriter(items_path(folder, name), schema, chunk_size) for name, schema in ITEM_SCHEMAS.items()
         }
@@ -80,7 +79,9 @@ class SpineWriter:
             moved: image row -> where its bytes are now.
         """
         with open_table(samples_path(cache_path)) as file:
-            self._samples.append(file.read(use_threads=False).slice(0, num_samples))
+            for batch in file.iter_batches(BATCH, use_threads=False):
+                left = num_samples - self._samples.num_rows
+                self._samples.write(pa.table(batch).slice(0, left))
         for modality, writer in self._items.items():
             with open_table(items_path(cache_path, modality)) as file:
                 for group in range(file.num_row_groups):
@@ -91,7 +92,7 @@ class SpineWriter:
 
     def add(self, batch: Sequence[Sample]) -> None:
         """Append samples."""
-        self._samples.append(_sample_table(batch))
+        self._samples.write(_sample_table(batch))
         self._items["image"].write(_image_table(batch, self.num_samples))
         self._items["text"].write(_text_table(batch, self.num_samples))
         self.num_samples += len(batch)
@@ -104,13 +105,41 @@ class SpineWriter:
         """
         for writer in self._items.values():
             writer.close()
+        self._samples.close()
+        return {name: writer.num_rows for name, writer in self._items.items() if writer.num_rows}
+
+
+class _SampleWriter:
+    """Spools batches, each with the columns it has, until all columns are known."""
+
+    def __init__(self, path: Path) -> None:
+        self.num_rows = 0
+        self._path = path
+        self._keys: list[pa.ChunkedArray] = []
+        self._schemas: list[pa.Schema] = []
+
+    def write(self, rows: pa.Table) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(rows, self._spool(len(self._keys)))
+        self._keys.append(rows["key"])
+        self._schemas.append(rows.schema)
+        self.num_rows += len(rows)
+
+    def close(self) -> None:
+        _refuse_duplicates(pa.chunked_array([chunk for keys in self._keys for chunk in keys.chunks], pa.string()))
         try:
-            samples = pa.concat_tables(self._samples, promote_options="permissive")
+            schema = pa.unify_schemas(self._schemas, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise SourceError(f"a column of the source changes its type on the way: {error}") from error
-        _refuse_duplicates(samples["key"])
-        pq.write_table(samples, samples_path(self._folder), row_group_size=BATCH)
-        return {name: writer.num_rows for name, writer in self._items.items() if writer.num_rows}
+        with pq.ParquetWriter(self._path, schema) as writer:
+            for number in range(len(self._keys)):
+                rows = read_table(self._spool(number))
+                whole = pa.concat_tables([schema.empty_table(), rows], promote_options="permissive")
+                writer.write_table(whole, row_group_size=BATCH)
+                self._spool(number).unlink()
+
+    def _spool(self, number: int) -> Path:
+        return self._path.with_name(f"samples-{number:05d}.parquet")
 
 
 class _ItemWriter:
