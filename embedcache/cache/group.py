@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, blocks
 from embedcache.artifact import check_same, digest
 from embedcache.cache.commit import NOT_YET, Commit, read_commit, remove_commit, write_commit
 from embedcache.cache.layout import FORMAT_VERSION, CacheInfo, encoder_path
@@ -208,13 +208,12 @@ def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Se
     if item_shape[0] < 0:
         return _write_ragged(group, feature, chunk, items, item_shape[1], dtype)
     missing = np.full(item_shape, np.nan, dtype)
-    values = np.stack([missing if item is None else item for item in items])
     shape = chunk_shape(group.info, item_shape, dtype)
-    first = chunk * group.info.chunk_size // shape[0]
-    return {
-        f"{feature}/{number}": write_chunk(group.path / feature, number, values[start : start + shape[0]], shape)
-        for number, start in enumerate(range(0, len(values), shape[0]), first)
-    }
+    files = {}
+    for number, rows in enumerate(blocks(len(items), shape[0]), chunk * group.info.chunk_size // shape[0]):
+        values = np.stack([missing if item is None else item for item in items[rows]])
+        files[f"{feature}/{number}"] = write_chunk(group.path / feature, number, values, shape)
+    return files
 
 
 def _write_ragged(

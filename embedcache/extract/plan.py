@@ -60,6 +60,7 @@ class Plan:
         rates: modality -> items a second with all its encoders together, measured on one device.
         num_processes: devices that will share the work.
         free_bytes: space on the cache's disk; None behind a URL.
+        chunk_size: items in a chunk.
     """
 
     cache: Path
@@ -67,6 +68,16 @@ class Plan:
     rates: dict[Modality, float]
     num_processes: int
     free_bytes: int | None
+    chunk_size: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory for one chunk of outputs, which a process holds until it is committed."""
+        totals = [
+            sum(feature.item_bytes for feature in self.features if feature.modality == modality)
+            for modality in self.rates
+        ]
+        return round(self.chunk_size * max(totals, default=0))
 
     @property
     def num_bytes(self) -> int:
@@ -120,7 +131,14 @@ def plan(
                 features += _planned(worker, modality, target, output, chunks)
     free = None if is_remote(worker.cache.path) else shutil.disk_usage(worker.cache.path).free
     num_processes = job.settings.num_actors or len(devices)
-    return Plan(cache=worker.cache.path, features=features, rates=rates, num_processes=num_processes, free_bytes=free)
+    return Plan(
+        cache=worker.cache.path,
+        features=features,
+        rates=rates,
+        num_processes=num_processes,
+        free_bytes=free,
+        chunk_size=worker.cache.info.chunk_size,
+    )
 
 
 def _planned(

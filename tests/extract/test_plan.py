@@ -44,10 +44,18 @@ def test_only_what_is_missing_is_planned(pictures: Path, tmp_path: Path) -> None
 
 def test_a_plan_that_the_disk_cannot_hold_is_refused() -> None:
     feature = PlannedFeature(name="e/patches", modality="image", num_items=20_000_000, item_bytes=530_000)
-    planned = Plan(cache=Path("c"), features=[feature], rates={"image": 1000.0}, num_processes=2, free_bytes=10**12)
+    planned = Plan(
+        cache=Path("c"),
+        features=[feature],
+        rates={"image": 1000.0},
+        num_processes=2,
+        free_bytes=10**12,
+        chunk_size=2048,
+    )
     assert planned.hours("image") == pytest.approx(2.78, abs=0.01)
+    assert planned.memory_bytes == 2048 * 530_000
     with pytest.raises(
         DiskFullError, match=r"1,000\.00 GB free and the features take 10,600\.48 GB; free 9,600\.48 GB"
     ):
         planned.require_space()
-    Plan(cache=Path("c"), features=[feature], rates={}, num_processes=1, free_bytes=None).require_space()
+    Plan(cache=Path("c"), features=[feature], rates={}, free_bytes=None, **machine).require_space()
