@@ -27,7 +27,7 @@ def open_path(location: str | Path) -> Path:
         return Path(location)
     upath = require("upath", extra="remote")
     try:
-        path = upath.UPath(str(location))
+        path = upath.UPath(str(location), use_listings_cache=False)  # other processes write there too
         path.fs  # noqa: B018  # imports what reads such URLs
     except ValueError as error:
         raise PathError(f"{location} is a URL of a kind that cannot be read: {error}") from None
