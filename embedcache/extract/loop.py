@@ -1,7 +1,7 @@
 """The loop: chunk by chunk, loading ahead on threads while the encoders run."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from itertools import groupby
 from operator import itemgetter
 
@@ -91,7 +91,7 @@ def _commit(outputs: Sequence["Outputs"], chunk: int, loaded: Sequence[Loaded]) 
 
 
 class Outputs:
-    """What one encoder gave for some rows so far, and the batch that waits for it.
+    """What one encoder gave for some rows so far, the batch it is at, and the batch that waits for it.
 
     Args:
         target: the encoder.
@@ -104,23 +104,37 @@ class Outputs:
         self.features: Mapping[str, list[Array | None]] = {name: [None] * num_rows for name in features}
         self._rows: list[int] = []
         self._batch: list[Array] = []
+        self._running: tuple[list[int], Future[dict[str, list[Array]]]] | None = None
 
     def add(self, row: int, inputs: Array) -> None:
-        """Take one item; a full batch is encoded."""
+        """Take one item; a full batch is given to the encoder, once it has done the one before."""
         self._rows.append(row)
         self._batch.append(inputs)
         if len(self._batch) == self.target.encoder.batch_size:
-            self.flush()
+            self._start()
 
     def flush(self) -> None:
-        """Encode what waits."""
-        if not self._batch:
-            return
-        encoded = self.target.encoder.encode(self._batch, list(self.features))
-        for name, items in self.features.items():
-            for row, item in zip(self._rows, encoded[name], strict=True):
-                items[row] = self.target.fit(name, item)
+        """Wait until all items that were added are encoded."""
+        if self._batch:
+            self._start()
+        self._collect()
+
+    def _start(self) -> None:
+        rows, batch = self._rows, self._batch
         self._rows, self._batch = [], []
+        started = self.target.executor.submit(self.target.encoder.encode, batch, list(self.features))
+        self._collect()
+        self._running = rows, started
+
+    def _collect(self) -> None:
+        if self._running is None:
+            return
+        rows, running = self._running
+        self._running = None
+        encoded = running.result()
+        for name, items in self.features.items():
+            for row, item in zip(rows, encoded[name], strict=True):
+                items[row] = self.target.fit(name, item)
 
     def copy(self, from_row: int, to_row: int) -> None:
         """Give one row what another has."""

@@ -1,6 +1,7 @@
 """Opening again what made a folder of features, from what the cache remembers of it."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from embedcache.artifact import check_same
 from embedcache.cache.feature import Feature
@@ -28,6 +29,7 @@ def reopen_target(group: EncoderGroup, features: Sequence[str], *, device: str) 
         dtype=Feature(group, features[0]).dtype,
         view=open_view(fingerprint["view"]["name"]) if "view" in fingerprint else None,
         claims=Claims(group.path / "chunks"),
+        executor=ThreadPoolExecutor(1),
     )
 
 

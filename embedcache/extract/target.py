@@ -1,6 +1,7 @@
 """One encoder's share of an extraction: what it should store, and what is still missing."""
 
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class Target:
         dtype: dtype on disk.
         view: how it looks at items; None is as they are.
         claims: which of the folder's chunks this process works on.
+        executor: the one thread on which the encoder runs, whatever else this process does meanwhile.
     """
 
     encoder: Encoder
@@ -35,6 +37,7 @@ class Target:
     dtype: str
     view: View | None
     claims: Claims
+    executor: Executor
 
     def missing(self, chunk: int) -> list[str]:
         """Name the features that a chunk does not have yet."""
@@ -69,7 +72,14 @@ def check_features(encoders: Collection[Encoder], asked: Sequence[str]) -> None:
 
 
 def open_target(
-    cache: Cache, spec: EncoderSpec, encoder: Encoder, asked: Sequence[str], dtype: str, view: View | None = None
+    cache: Cache,
+    spec: EncoderSpec,
+    encoder: Encoder,
+    asked: Sequence[str],
+    dtype: str,
+    *,
+    view: View | None,
+    executor: Executor,
 ) -> Target:
     """Make an encoder's folder in a cache, or open it where the same encoder made it.
 
@@ -88,7 +98,9 @@ def open_target(
     for name in features:
         add_feature(group, name, encoder.features[name], dtype)
     claims = Claims(group.path / "chunks")
-    return Target(encoder=encoder, group=group, features=features, dtype=dtype, view=view, claims=claims)
+    return Target(
+        encoder=encoder, group=group, features=features, dtype=dtype, view=view, claims=claims, executor=executor
+    )
 
 
 def view_fingerprint(encoder: Encoder, view: View | None) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from embedcache.errors import SourceError
 from embedcache.extract.claim import Work, claim_free, claim_one
 from embedcache.extract.job import Done, Job, merge_done
 from embedcache.extract.loop import encode_images, encode_texts
+from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.target import Target, check_features, open_target
 from embedcache.extract.views import open_view
 from embedcache.progress import Progress, Silent
@@ -121,22 +122,30 @@ def _open_targets(cache: Cache, job: Job, device: str) -> dict[Modality, list[Ta
     }
     _check_modalities(cache, specs)
     settings = replace(job.settings.encoder, device=device, features=job.settings.features)
-    opened: dict[Modality, list[tuple[EncoderSpec, Encoder]]] = {
-        modality: [(spec, open_encoder(spec, modality=modality, settings=settings)) for spec in asked]
+    encoders: dict[Modality, list[Encoder]] = {
+        modality: [open_encoder(spec, modality=modality, settings=settings) for spec in asked]
         for modality, asked in specs.items()
         if asked
     }
-    check_features([encoder for pairs in opened.values() for _, encoder in pairs], job.settings.features)
-    views = [None, *(open_view(name) for name in job.settings.views)]
+    check_features([encoder for some in encoders.values() for encoder in some], job.settings.features)
     return {
         modality: [
-            open_target(cache, spec, encoder, job.settings.features, job.settings.dtype, view)
-            for spec, encoder in pairs
-            for view in views
-            if view is None or view.modality == modality
+            target
+            for spec, encoder in zip(specs[modality], some, strict=True)
+            for target in _views(cache, spec, encoder, job.settings)
         ]
-        for modality, pairs in opened.items()
+        for modality, some in encoders.items()
     }
+
+
+def _views(cache: Cache, spec: EncoderSpec, encoder: Encoder, settings: ExtractSettings) -> list[Target]:
+    """Open the targets of one encoder: the plain one, and one a view."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix=spec.folder)
+    views = [None, *(view for view in map(open_view, settings.views) if view.modality == encoder.modality)]
+    return [
+        open_target(cache, spec, encoder, settings.features, settings.dtype, view=view, executor=executor)
+        for view in views
+    ]
 
 
 def _check_modalities(cache: Cache, specs: Mapping[Modality, Sequence[EncoderSpec]]) -> None:
