@@ -75,6 +75,10 @@ class CacheInfo:
         start = chunk * self.chunk_size
         return slice(start, min(start + self.chunk_size, self.num_items[modality]))
 
+    def has_rows_of(self, spine: str) -> bool:
+        """Say whether rows mean here what they meant under that identity: samples may have been added since."""
+        return spine == self.spine or any(state.spine == spine for state in self.earlier)
+
     def num_rows_then(self, spine: str, modality: str, chunk: int) -> int | None:
         """Count the rows that a chunk had when the numbering had that identity; None where it never had it."""
         states = [*self.earlier, Earlier(spine=self.spine, num_items=self.num_items)]

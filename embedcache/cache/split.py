@@ -59,7 +59,7 @@ def write_split(path: Path, split: Split) -> None:
 
 
 def read_split(path: Path, keys: list[str]) -> Split:
-    """Read a split and check that it is of these samples.
+    """Read a split and check that it is of these samples. Those that were added to the cache since are in no part.
 
     Args:
         path: what `write_split` wrote.
@@ -77,8 +77,13 @@ def read_split(path: Path, keys: list[str]) -> Split:
     except (pa.ArrowInvalid, OSError) as error:
         raise CorruptError(f"{path} is no split: {error}") from error
     columns = table.to_pydict()
-    if columns["key"] != keys:
+    if columns["key"] != keys[: len(table)]:
         raise DataError(
             f"split {path} is of other samples: it has {len(table)} keys, the cache has {len(keys)}, and they differ"
         )
-    return Split(keys=keys, parts=columns["part"], groups=columns["group"])
+    num_added, first_group = len(keys) - len(table), max(columns["group"], default=-1) + 1
+    return Split(
+        keys=keys,
+        parts=[*columns["part"], *[""] * num_added],
+        groups=[*columns["group"], *range(first_group, first_group + num_added)],
+    )

@@ -177,7 +177,7 @@ def _split_of(cache: Cache, run_path: Path, config: PairConfig) -> Split:
 
 
 def _trained_pairs(cache: Cache, config: PairConfig, language: str | None) -> tuple[Feature, Feature, Pairs]:
-    if config.spine != cache.info.spine:
+    if not cache.info.has_rows_of(config.spine):
         raise FingerprintError(
             f"the run was trained on other samples than those of {cache.path}; give the cache it was trained on"
         )

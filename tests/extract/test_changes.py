@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 
 from embedcache.cache.cache import Cache
+from embedcache.cache.tables import read_table
+from embedcache.curate.index import build_index
+from embedcache.curate.search import search
 from embedcache.errors import FingerprintError
+from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.retry import retry_failed
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
+from embedcache.train.settings import OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.train import train
 from tests.extract.cases import FEATURES, run, tree
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
@@ -131,3 +137,23 @@ def test_plain_zarr_reads_an_extended_cache(tmp_path: Path) -> None:
     group = zarr.open_group(tmp_path / "c/image/open_toy", mode="r")
     np.testing.assert_array_equal(group["cls"][20], group["cls"][0])
     assert zarr.open_array(tmp_path / "c/text/open_toy/tokens/lengths", mode="r")[20] == 3
+
+
+def test_a_run_and_an_index_stay_good_when_the_cache_grows(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "source", 120)
+    run(source, tmp_path / "c", chunk_size=32)
+    settings = TrainSettings(split=SplitSettings(kind="key"), optimizer=OptimizerSettings(epochs=2, batch_size=32))
+    train(tmp_path / "c", tmp_path / "run", settings=settings)
+    build_index(tmp_path / "c", tmp_path / "index", run_path=tmp_path / "run")
+    before = evaluate_retrieval(tmp_path / "c", [tmp_path / "run"]).recalls
+    hits = search(tmp_path / "index", ["a red bar"])
+    for suffix in ("png", "txt"):
+        shutil.copy(source / f"00000.{suffix}", source / f"00000-again.{suffix}")
+    run(source, tmp_path / "c", extends=True)
+    assert evaluate_retrieval(tmp_path / "c", [tmp_path / "run"]).recalls == before
+    assert search(tmp_path / "index", ["a red bar"]) == hits
+    later = TrainSettings(
+        split=SplitSettings(kind=str(tmp_path / "run/split.parquet")), optimizer=OptimizerSettings(epochs=0)
+    )
+    train(tmp_path / "c", tmp_path / "later", settings=later)
+    assert read_table(tmp_path / "later/split.parquet")["part"].to_pylist()[-1] == ""
