@@ -1,7 +1,7 @@
 """kill -9 at any moment, then the same command again: the same bytes as a run that was never stopped."""
 
-import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.extract.cases import tree
 from tests.pictures import write_pictures
 
 ENCODERS = ["--image", "tests.toy:open_toy,delay_ms=20", "--text", "tests.toy:open_toy,delay_ms=5"]
@@ -19,15 +20,6 @@ MOMENTS_S = (0.0, 0.05, 0.2, 0.45, 0.8)
 
 def command(source: Path, cache: Path) -> list[str]:
     return [sys.executable, "-m", "embedcache", "extract", str(source), str(cache), *ENCODERS]
-
-
-def tree(cache: Path) -> dict[str, str]:
-    """Every file but the records of runs, which hold times."""
-    return {
-        str(path.relative_to(cache)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(cache.rglob("*"))
-        if path.is_file() and path.relative_to(cache).parts[0] != "records"
-    }
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +73,17 @@ def test_killed_five_times_in_a_row_it_still_gets_there(
 
 
 @pytest.mark.slow
-def test_two_processes_on_one_cache_leave_the_same_bytes(
+def test_two_processes_on_one_cache_share_the_chunks_and_leave_the_same_bytes(
     source: Path, uninterrupted: dict[str, str], tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
     both = [
-        subprocess.Popen(command(source, cache), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for _ in "ab"
+        subprocess.Popen(command(source, cache), stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        for _ in "ab"
     ]
-    assert [process.wait() for process in both] == [0, 0]
+    said = "".join(process.communicate()[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    encoded = re.findall(r"encoded (\d+) (image|text)s", said)
+    for modality in ("image", "text"):
+        assert sum(int(count) for count, kind in encoded if kind == modality) == 200, "no chunk was encoded twice"
     assert tree(cache) == uninterrupted
