@@ -43,7 +43,7 @@ def encode_texts(cache: Cache, works: Iterable[Work], executor: Executor, progre
     for work, loaded in ahead(executor, load, works, window=2):
         outputs = [Outputs(target, target.missing(work.chunk), len(loaded)) for target in work.targets]
         for number, output in enumerate(outputs):
-            add_texts(output, loaded, number)
+            add_distinct(output, loaded, number)
         progress.advance(len(loaded))
         _commit(outputs, work.chunk, loaded)
         work.give_back()
@@ -55,8 +55,8 @@ def image_items(cache: Cache, chunk: int) -> Iterator[ImageItem]:
         yield ImageItem(**row)
 
 
-def add_texts(output: "Outputs", loaded: Sequence[Loaded], number: int) -> None:
-    """Encode the texts that were loaded, equal ones once and the longest first."""
+def add_distinct(output: "Outputs", loaded: Sequence[Loaded], number: int) -> None:
+    """Encode what was loaded: equal items once, and the longest first."""
     first_row: dict[bytes | None, int] = {}
     for row, item in enumerate(loaded):
         if item.failure is None:

@@ -3,10 +3,11 @@
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +15,8 @@ from embedcache.encoders.contract import Modality
 from embedcache.errors import DiskFullError
 from embedcache.extract.engines.local import all_devices
 from embedcache.extract.extract import open_job
-from embedcache.extract.load import Loaded, load_image, load_texts
-from embedcache.extract.loop import Outputs, add_texts, image_items
+from embedcache.extract.load import load_image, load_texts
+from embedcache.extract.loop import Outputs, add_distinct, image_items
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.target import Target
 from embedcache.extract.worker import Worker
@@ -157,33 +158,33 @@ def _planned(
 
 
 def _probe(worker: Worker, modality: Modality, chunk: int, threads: int | None) -> tuple[float, list[Outputs]]:
-    """Encode the first batches of a chunk; give items a second, the first batch left out, and what was made."""
+    """Encode the first batches of a chunk; give items a second, the first batch left out, and what was made.
+
+    Loading and encoding are timed one after the other: on a device of its own they overlap, and the truth is better.
+    """
     targets = worker.targets[modality]
     num_items = _PROBE_BATCHES * max(target.encoder.batch_size for target in targets)
     with ThreadPoolExecutor(threads) as executor:
         if modality == "image":
-            items = list(islice(image_items(worker.cache, chunk), num_items))
-
-            def encode(first: int, last: int) -> list[Outputs]:
-                load = executor.map(lambda item: load_image(worker.source, item, targets), items[first:last])
-                return _encode(targets, list(load))
-
+            items: list[Any] = list(islice(image_items(worker.cache, chunk), num_items))
         else:
             items = worker.cache.items("text", chunk=chunk)["text"].to_pylist()[:num_items]
-
-            def encode(first: int, last: int) -> list[Outputs]:
-                return _encode(targets, load_texts(items[first:last], targets))
-
-        warm = max(1, len(items) // _PROBE_BATCHES)
-        outputs = encode(0, warm)
+        num_warm = max(1, len(items) // _PROBE_BATCHES)
+        outputs = _encode(worker, modality, items[:num_warm], executor)
         started = time.perf_counter()
-        outputs = encode(warm, len(items)) if len(items) > warm else outputs
-        rate = max(len(items) - warm, 1) / max(time.perf_counter() - started, 1e-9)
+        if len(items) > num_warm:
+            outputs = _encode(worker, modality, items[num_warm:], executor)
+        rate = max(len(items) - num_warm, 1) / max(time.perf_counter() - started, 1e-9)
     return rate, outputs
 
 
-def _encode(targets: Sequence[Target], loaded: Sequence[Loaded]) -> list[Outputs]:
+def _encode(worker: Worker, modality: Modality, items: Sequence[Any], executor: Executor) -> list[Outputs]:
+    targets = worker.targets[modality]
+    if modality == "image":
+        loaded = list(executor.map(lambda item: load_image(worker.source, item, targets), items))
+    else:
+        loaded = load_texts(items, targets)
     outputs = [Outputs(target, target.features, len(loaded)) for target in targets]
     for number, output in enumerate(outputs):
-        add_texts(output, loaded, number)
+        add_distinct(output, loaded, number)
     return outputs
