@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
@@ -101,6 +102,7 @@ class _Told:
 
 def _work(job: Job, device: str, num_processes: int, pipe: Connection) -> None:
     """Be one of the processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started us ends us
     import torch
 
     if device == "cpu":
