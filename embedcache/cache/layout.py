@@ -1,7 +1,7 @@
 """Where things lie in a cache, and what `cache.json` says. The page docs/formats.md describes every byte."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from embedcache.artifact import digest, fields_of, read_manifest, write_json
 
 FORMAT_VERSION = 1
 DEFAULT_CHUNK_SIZE = 2048
+_LEFT_OUT_EMPTY = ("parts", "earlier", "tables")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class CacheInfo:
         format: version of the format on disk.
         parts: in row order; none where all samples were numbered together.
         earlier: the states before this one, the first first.
+        tables: `samples`, `image`, `text` -> digest of the keys, or of all items, in row order.
     """
 
     chunk_size: int
@@ -60,6 +62,7 @@ class CacheInfo:
     format: int = FORMAT_VERSION
     parts: Sequence[Part] = ()
     earlier: Sequence[Earlier] = ()
+    tables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def all_parts(self) -> list[Part]:
@@ -121,7 +124,10 @@ def commit_path(encoder_folder: Path, chunk: int) -> Path:
 
 def write_info(cache_path: Path, info: CacheInfo) -> None:
     """Write `cache.json`: from now on the spine exists. Fields that a cache in one part does not need are left out."""
-    write_json(info_path(cache_path), {name: value for name, value in asdict(info).items() if value != ()})
+    values = asdict(info)
+    write_json(
+        info_path(cache_path), {name: value for name, value in values.items() if value or name not in _LEFT_OUT_EMPTY}
+    )
 
 
 def read_info(cache_path: Path) -> CacheInfo:

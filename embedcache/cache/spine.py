@@ -84,7 +84,7 @@ def index(
         return info
     with locked(cache_path), disk_errors(cache_path):
         if is_begun:
-            return _take_in(source, cache_path, extends=extends, mends=mends, progress=progress)
+            return _take_in(source, cache_path, extends=extends, may_mend=mends, progress=progress)
         for group in cache_path.glob("*/*/zarr.json"):  # nothing was extracted: a first try with a mistake in it
             remove_folder(group.parent)
         return _create(source, cache_path, chunk_size or info.chunk_size, progress)
@@ -111,6 +111,7 @@ def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progres
             spine=spine.hexdigest(),
             num_samples=writer.num_samples,
             num_items=writer.close(),
+            tables=writer.digests,
         )
         _put_tables(folder, cache_path)
     write_info(cache_path, info)
@@ -148,23 +149,24 @@ def _refuse_foreign(cache_path: Path) -> None:
         )
 
 
-def _take_in(source: Source, cache_path: Path, *, extends: bool, mends: bool, progress: Progress) -> CacheInfo:
+def _take_in(source: Source, cache_path: Path, *, extends: bool, may_mend: bool, progress: Progress) -> CacheInfo:
     """Compare a source with a cache that has features, and take in what is allowed to have changed."""
     info = read_info(cache_path)  # anew: another process may have taken the same in before we got the lock
     with _scratch(cache_path) as folder:
         longer = _Longer(cache_path, info, folder / "longer")
         on_new = longer.add if extends else _ignore
         changes = find_changes(cache_path, info, source.samples(), on_new=on_new, progress=progress)
-        if not (changes.num_new or changes.moved or _is_half_mended(cache_path, changes)):
+        mends = bool(changes.moved) or _is_half_mended(cache_path, changes)
+        if not (changes.num_new or mends):
             _check_columns(cache_path, info, changes)
             return info
-        _check_allowed(cache_path, info, changes, extends=extends, mends=mends)
-        tables, num_items = longer.close()
-        if changes.moved:
+        _check_allowed(cache_path, info, changes, extends=extends, mends=may_mend)
+        tables, num_items, digests = longer.close()
+        if mends:
             write_json(_mending_path(cache_path), list(changes.digests))
             writer = SpineWriter(folder / "moved", info.chunk_size)
             writer.copy(tables, info.num_samples + changes.num_new, changes.moved)
-            tables, num_items = folder / "moved", writer.close()
+            tables, num_items, digests = folder / "moved", writer.close(), writer.digests
         if tables != cache_path:
             _put_tables(tables, cache_path)
     parts = [replace(part, digest=now) for part, now in zip(info.all_parts, changes.digests, strict=True)]
@@ -175,6 +177,7 @@ def _take_in(source: Source, cache_path: Path, *, extends: bool, mends: bool, pr
         spine=spine_of(parts),
         num_samples=info.num_samples + changes.num_new,
         num_items=num_items,
+        tables=digests,
         parts=tuple(parts),
         earlier=(*info.earlier, Earlier(spine=info.spine, num_items=info.num_items)),
     )
@@ -206,11 +209,11 @@ class _Longer:
             self._writer.copy(self._cache_path, self._info.num_samples, {})
         self._writer.add(batch)
 
-    def close(self) -> tuple[Path, Mapping[str, int]]:
-        """Give the folder of the tables, the cache itself where nothing was added, and modality -> items."""
+    def close(self) -> tuple[Path, Mapping[str, int], Mapping[str, str]]:
+        """Give the folder of the tables, the cache itself where nothing was added; their items; and their digests."""
         if self._writer is None:
-            return self._cache_path, self._info.num_items
-        return self._folder, self._writer.close()
+            return self._cache_path, self._info.num_items, self._info.tables
+        return self._folder, self._writer.close(), self._writer.digests
 
 
 def _ignore(_: list[Sample]) -> None:

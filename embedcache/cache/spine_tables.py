@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedcache.cache.layout import items_path, samples_path
-from embedcache.cache.tables import iterate_rows, open_table, read_table
+from embedcache.cache.tables import TableDigest, iterate_rows, open_table, read_table
 from embedcache.errors import SourceError
 from embedcache.sources.contract import ImageItem, Sample
 
@@ -97,6 +97,12 @@ class SpineWriter:
         self._items["text"].write(_text_table(batch, self.num_samples))
         self.num_samples += len(batch)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the keys, and of each modality's items."""
+        items = {name: table.digest.hexdigest() for name, table in self._items.items() if table.num_rows}
+        return {"samples": self._samples.digest.hexdigest(), **items}
+
     def close(self) -> dict[str, int]:
         """Write what waits, and give modality -> number of items.
 
@@ -114,6 +120,7 @@ class _SampleWriter:
 
     def __init__(self, path: Path) -> None:
         self.num_rows = 0
+        self.digest = TableDigest()
         self._path = path
         self._keys: list[pa.ChunkedArray] = []
         self._schemas: list[pa.Schema] = []
@@ -122,6 +129,7 @@ class _SampleWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(rows, self._spool(len(self._keys)))
         self._keys.append(rows["key"])
+        self.digest.update(rows.select(["key"]))
         self._schemas.append(rows.schema)
         self.num_rows += len(rows)
 
@@ -146,6 +154,7 @@ class _ItemWriter:
     def __init__(self, path: Path, schema: pa.Schema, chunk_size: int) -> None:
         path.parent.mkdir(parents=True)
         self.num_rows = 0
+        self.digest = TableDigest()
         self._writer = pq.ParquetWriter(path, schema)
         self._schema = schema
         self._chunk_size = chunk_size
@@ -153,6 +162,7 @@ class _ItemWriter:
 
     def write(self, rows: pa.Table) -> None:
         self.num_rows += len(rows)
+        self.digest.update(rows)
         waiting = pa.concat_tables([self._waiting, rows.cast(self._schema)])
         whole = len(waiting) // self._chunk_size * self._chunk_size
         if whole:

@@ -1,5 +1,7 @@
 """Reading our Parquet tables, on the calling thread alone."""
 
+import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -9,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedcache.artifact import digest
 from embedcache.errors import CorruptError
 from embedcache.paths import is_remote
 
@@ -39,6 +42,27 @@ def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[M
     with table_errors(path), open_table(path) as table:
         for batch in table.iter_batches(columns=columns, use_threads=False):
             yield from batch.to_pylist()
+
+
+class TableDigest:
+    """SHA-256 over the values of a table's columns in row order, however the rows are cut into batches."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, Any] = defaultdict(hashlib.sha256)
+
+    def update(self, rows: pa.Table) -> None:
+        """Take more rows, of int64 and string columns."""
+        for name in rows.column_names:
+            if pa.types.is_integer(rows.schema.field(name).type):
+                data = rows[name].to_numpy().astype("<i8").tobytes()
+            else:
+                values = rows[name].to_pylist()
+                data = "".join("\1\0" if value is None else f"{value}\0" for value in values).encode()
+            self._columns[name].update(data)
+
+    def hexdigest(self) -> str:
+        """Give it as 64 hex digits."""
+        return digest({name: column.hexdigest() for name, column in self._columns.items()})
 
 
 @contextmanager

@@ -24,13 +24,13 @@ def verify(
     share = None if probe is None else read_share(probe)
     findings = check(opened, progress=progress)
     for finding in findings:
-        say(f"{finding.feature} chunk {finding.chunk}: {finding.reason}")
+        say(finding.line())
     if repair:
         for line in mend(opened, findings, device=device, progress=progress):
             say(line)
         findings = check(opened, progress=progress)
     num_damaged = sum(finding.is_damage for finding in findings)
-    say(f"{cache}: {num_damaged:,} damaged chunks, {len(findings) - num_damaged:,} not extracted yet")
+    say(f"{cache}: {num_damaged:,} damaged chunks or tables, {len(findings) - num_damaged:,} chunks not extracted yet")
     drifts = [] if share is None else measure_drift(opened, share, device=device, progress=progress)
     for drift in drifts:
         say(drift.line())

@@ -1,11 +1,11 @@
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from embedcache.cache.cache import Cache
-from embedcache.cache.layout import items_path
 from embedcache.cache.verify import verify
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -43,7 +43,7 @@ def test_a_whole_cache_has_no_findings(copy: Path) -> None:
 def test_each_damage_is_found_where_it_is(copy: Path, damage: object, feature: str, chunk: int, words: str) -> None:
     damage(copy)  # type: ignore[operator]
     (finding,) = verify(Cache(copy))
-    assert (finding.feature, finding.chunk, finding.is_damage) == (feature, chunk, True)
+    assert (finding.place, finding.chunk, finding.is_damage) == (feature, chunk, True)
     assert words in finding.reason
 
 
@@ -52,7 +52,7 @@ def test_a_foreign_commit_and_a_missing_one_are_told_apart(copy: Path) -> None:
     (commits / "00003.parquet").unlink()
     shutil.copy(copy / "text/open_toy/chunks/00001.parquet", commits)
     findings = verify(Cache(copy))
-    assert {(finding.feature, finding.chunk, finding.is_damage) for finding in findings} == {
+    assert {(finding.place, finding.chunk, finding.is_damage) for finding in findings} == {
         ("open_toy/cls", 1, True),
         ("open_toy/cls", 3, False),
         ("open_toy/patches", 1, True),
@@ -61,12 +61,21 @@ def test_a_foreign_commit_and_a_missing_one_are_told_apart(copy: Path) -> None:
     assert "written by another encoder" in findings[0].reason
 
 
-def test_a_reordered_table_is_found(copy: Path) -> None:
-    path = items_path(copy, "text")
-    table = pq.read_table(path)
-    pq.write_table(table.take([1, 0, *range(2, len(table))]), path, row_group_size=64)
-    assert {finding.chunk for finding in verify(Cache(copy))} == {0}
-    assert "not in that order" in verify(Cache(copy))[0].reason
+@pytest.mark.parametrize("name", ["samples.parquet", "image/items.parquet", "text/items.parquet"])
+def test_a_reordered_table_is_found(copy: Path, name: str) -> None:
+    table = pq.read_table(copy / name)
+    pq.write_table(table.take([1, 0, *range(2, len(table))]), copy / name, row_group_size=64)
+    findings = verify(Cache(copy))
+    assert (findings[0].place, findings[0].can_repair) == (name, False)
+    assert findings[0].line().startswith(f"{name}: its rows are not those that were numbered, or not in that order")
+    assert {finding.chunk for finding in findings[1:]} == ({0} if name.startswith("text") else set())
+
+
+def test_a_table_with_more_rows_than_are_counted_is_as_it_was(copy: Path) -> None:
+    """What a process leaves that was killed while it added samples."""
+    table = pq.read_table(copy / "image/items.parquet")
+    pq.write_table(pa.concat_tables([table, table.slice(0, 5)]), copy / "image/items.parquet", row_group_size=64)
+    assert verify(Cache(copy)) == []
 
 
 def test_what_it_finds_can_be_made_again(copy: Path, cache_path: Path, pictures: Path) -> None:

@@ -80,13 +80,13 @@ def test_inspect_shows_what_there_is(folder: Path) -> None:
 
 def test_verify_says_what_is_wrong_and_exits_with_1(folder: Path, tmp_path: Path) -> None:
     whole = embedcache("verify", "cache", cwd=folder)
-    assert (whole.returncode, whole.stdout) == (0, "cache: 0 damaged chunks, 0 not extracted yet\n")
+    assert (whole.returncode, whole.stdout) == (0, "cache: 0 damaged chunks or tables, 0 chunks not extracted yet\n")
     shutil.copytree(folder / "cache", tmp_path / "cache")
     (tmp_path / "cache/image/open_toy/cls/c/0/0").unlink()
     damaged = embedcache("verify", tmp_path / "cache")
     assert damaged.returncode == 1
     assert "open_toy/cls chunk 0:" in damaged.stdout
-    assert "1 damaged chunks, 0 not extracted yet" in damaged.stdout
+    assert "1 damaged chunks or tables, 0 chunks not extracted yet" in damaged.stdout
 
 
 MISTAKES = [
