@@ -12,8 +12,9 @@ import zarr
 
 from benchmarks.table import median_seconds, show
 from embedcache.cache.feature import Feature
-from embedcache.cache.group import add_feature, commit_chunk, create_group
+from embedcache.cache.group import add_feature, create_group
 from embedcache.cache.layout import CacheInfo
+from embedcache.cache.writing import commit_chunk
 
 ROWS, WIDTH, BATCH, BLOCK = 200_000, 768, 4096, 64
 
@@ -51,5 +52,5 @@ def _write(path: Path, values: np.ndarray) -> Feature:
     for chunk in range(info.num_chunks("image")):
         items = list(values[info.chunk_rows("image", chunk)])
         none = [None] * len(items)
-        commit_chunk(group, chunk, {"f": items}, none, none)
+        commit_chunk(group, chunk, {"f": items}, none, {"f": none})
     return Feature(group, "f")

@@ -7,10 +7,15 @@ import platform
 import re
 import shutil
 import tempfile
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 from uuid import uuid4
+from weakref import WeakValueDictionary
 
 from embedcache.errors import DiskFullError, PathError
 from embedcache.paths import has_no_folders, io_reason, is_io_error, is_remote
@@ -176,19 +181,50 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(path)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time into a folder; others wait. A killed process holds nothing.
+_IN_THIS_PROCESS: dict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
 
-    Behind a URL there are no locks, so nobody waits: there the last writer wins, and all write the same.
+
+@contextmanager
+def locked(folder: Path, number: int = 0) -> Iterator[None]:
+    """Let one thread of one process at a time at a numbered piece of a folder; others wait. The killed hold nothing.
+
+    Behind a URL there are no locks, so nobody waits: there the last writer wins.
     """
     if is_remote(folder):
         yield
         return
-    make_folder(folder)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    with _IN_THIS_PROCESS[str(folder.absolute()), number]:
+        file = _LockFile.of(folder, ".lock")
+        fcntl.lockf(file.descriptor, fcntl.LOCK_EX, 1, number)
+        try:
+            yield
+        finally:
+            fcntl.lockf(file.descriptor, fcntl.LOCK_UN, 1, number)
+
+
+class _LockFile:
+    """A file for record locks, open once in a process: closing any descriptor of it would drop all its locks."""
+
+    _opened: ClassVar[WeakValueDictionary[str, "_LockFile"]] = WeakValueDictionary()
+    _guard: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, path: Path) -> None:
+        make_folder(path.parent)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> "_LockFile":
+        """Get the open file, or open it."""
+        path = str((folder / name).absolute())
+        with cls._guard:
+            file = cls._opened.get(path)
+            if file is None:
+                file = cls._opened[path] = cls(Path(path))
+            return file
 
 
 class Claims:
@@ -198,25 +234,22 @@ class Claims:
     supports it, of a cluster. Behind a URL everything can be taken by everybody.
 
     Args:
-        folder: where the file `.claims` lies; it is made.
+        folder: where the file `.claims` lies; it is made when something is taken.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._descriptor: int | None = None
-        if not is_remote(folder):
-            make_folder(folder)
-            self._descriptor = os.open(folder / ".claims", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        self._folder = folder
 
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)  # type: ignore[arg-type]
+    @cached_property
+    def _file(self) -> _LockFile | None:
+        return None if is_remote(self._folder) else _LockFile.of(self._folder, ".claims")
 
     def take(self, number: int, *, waits: bool = False) -> bool:
         """Take a piece of work unless another process has it; or wait until that is done with it."""
-        if self._descriptor is None:
+        if self._file is None:
             return True
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB), 1, number)
+            fcntl.lockf(self._file.descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB), 1, number)
         except OSError as error:
             if error.errno not in _TAKEN:
                 raise
@@ -225,5 +258,5 @@ class Claims:
 
     def give_back(self, number: int) -> None:
         """Let others have it."""
-        if self._descriptor is not None:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, number)
+        if self._file is not None:
+            fcntl.lockf(self._file.descriptor, fcntl.LOCK_UN, 1, number)

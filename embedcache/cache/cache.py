@@ -31,7 +31,8 @@ class Cache:
         self.path = open_path(path)
         with reading(self.path):
             self.info: CacheInfo = read_info(self.path)
-        self._footers: dict[str, pq.FileMetaData] = {}  # parsing one takes longer than reading a chunk's rows
+        # Parsing a footer takes longer than reading a chunk's rows.
+        self._footers: dict[tuple[str, int, float], pq.FileMetaData] = {}
 
     @cached_property
     def samples(self) -> pa.Table:
@@ -55,8 +56,10 @@ class Cache:
             if chunk is None:
                 return read_table(path).slice(0, self.info.num_items.get(modality, 0))
             rows = self.info.chunk_rows(modality, chunk)
-            with open_table(path, self._footers.get(modality)) as file:
-                self._footers[modality] = file.metadata
+            status = path.stat()
+            stamp = (modality, status.st_size, status.st_mtime)  # another process may add samples at any time
+            with open_table(path, self._footers.get(stamp)) as file:
+                self._footers = {stamp: file.metadata}
                 return file.read_row_group(chunk, use_threads=False).slice(0, rows.stop - rows.start)
 
     def encoders(self, modality: str) -> list[EncoderGroup]:

@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedcache.artifact import canonical_json
+from embedcache.artifact import canonical_json, digest
 from embedcache.cache.layout import commit_path
 from embedcache.cache.tables import read_table
 from embedcache.disk import flush, write_atomic
-from embedcache.errors import CorruptError
+from embedcache.errors import CorruptError, PathError
+from embedcache.paths import io_reason
 
 HASH_BYTES = 16
 NOT_YET = "not extracted yet"
@@ -23,6 +24,7 @@ NOT_YET = "not extracted yet"
 
 _FAILURE = "failure of "
 _METADATA_KEY = b"embedcache"
+_REPAIR = "make it again with: embedcache verify CACHE --repair"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +47,15 @@ class Commit:
     hashes: Sequence[bytes | None]
     failures: Mapping[str, Sequence[str | None]]
 
-    def padded(self, num_rows: int) -> "Commit":
-        """Give the same for a chunk that has more rows by now."""
+    def of_rows(self, num_rows: int) -> "Commit":
+        """Give the same for a chunk that has more rows, added since, or fewer, for one who has not seen them yet."""
         added = num_rows - len(self.hashes)
-        failures = {feature: [*reasons, *[NOT_YET] * added] for feature, reasons in self.failures.items()}
-        return replace(self, hashes=[*self.hashes, *[None] * added], failures=failures) if added else self
+        if not added:
+            return self
+        failures = {
+            feature: [*reasons[:num_rows], *[NOT_YET] * max(added, 0)] for feature, reasons in self.failures.items()
+        }
+        return replace(self, hashes=[*self.hashes[:num_rows], *[None] * max(added, 0)], failures=failures)
 
     def without(self, features: Collection[str]) -> "Commit":
         """Give the same without some features."""
@@ -68,6 +74,7 @@ def write_commit(encoder_folder: Path, commit: Commit) -> None:
         "encoder": commit.encoder,
         "spine": commit.spine,
         "features": commit.features,
+        "digest": _digest(commit),
     }
     columns = {"hash": pa.array(commit.hashes, pa.binary(HASH_BYTES))}
     for feature in sorted(commit.features):
@@ -93,19 +100,38 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
     """
     path = commit_path(encoder_folder, chunk)
     try:
-        table = read_table(io.BytesIO(path.read_bytes()))
+        data = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CorruptError(f"{path} cannot be read: {error}; remove it and extract again") from error
-    about: dict[str, Any] = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
-    if about.get("chunk") != chunk:
-        raise CorruptError(f"{path} is not the commit of chunk {chunk}; remove it and extract again")
-    return Commit(
-        chunk=chunk,
+    except OSError as error:
+        raise PathError(f"cannot read {path}: {io_reason(error)}") from error
+    try:
+        commit, written = _parse(data)
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise CorruptError(f"{path} cannot be read as a commit: {error}; {_REPAIR}") from error
+    if written not in (None, _digest(commit)):  # caches of the first day have none
+        raise CorruptError(f"{path} has other content than was written; {_REPAIR}")
+    if commit.chunk != chunk:
+        raise CorruptError(f"{path} is not the commit of chunk {chunk}; {_REPAIR}")
+    return commit
+
+
+def _parse(data: bytes) -> tuple[Commit, str | None]:
+    table = read_table(io.BytesIO(data))
+    about: dict[str, Any] = json.loads(table.schema.metadata[_METADATA_KEY])
+    commit = Commit(
+        chunk=about["chunk"],
         encoder=about["encoder"],
         spine=about["spine"],
         features=about["features"],
         hashes=table["hash"].to_pylist(),
         failures={feature: table[f"{_FAILURE}{feature}"].to_pylist() for feature in about["features"]},
     )
+    return commit, about.get("digest")
+
+
+def _digest(commit: Commit) -> str:
+    """Get the SHA-256 over all that a commit says."""
+    hashes = [None if value is None else value.hex() for value in commit.hashes]
+    failures = {feature: commit.failures[feature] for feature in commit.features}
+    return digest([commit.chunk, commit.encoder, commit.spine, commit.features, hashes, failures])

@@ -163,6 +163,12 @@ class Feature:
         else:
             yield from self._dense_chunks(commit)
 
+    def items(self, commit: Commit) -> list[Array | None]:
+        """Read one committed chunk as one array an item, None where it has none; errors as of `read_chunk`."""
+        items = [item for _, values in self.read_chunk(commit) for item in values]
+        reasons = commit.failures[self.feature][: len(items)]
+        return [item if reason is None else None for item, reason in zip(items, reasons, strict=True)]
+
     def load(self) -> Array:
         """Read the whole feature into memory: (N, D) or (N, T, D), NaN in failed rows, checksums compared.
 
@@ -215,6 +221,8 @@ class Feature:
         rows, size = self._rows(commit.chunk), self._chunk_shape[0]
         for start in range(rows.start, rows.stop, size):
             number = start // size
+            if f"{self.feature}/{number}" not in commit.features[self.feature]:
+                return  # of samples that were added since
             values = map_chunk(self.group.path / self.feature, number, self._chunk_shape, self.dtype)
             crc = commit.features[self.feature][f"{self.feature}/{number}"]
             check_chunk(self.group.path / self.feature, number, values, crc)

@@ -1,22 +1,21 @@
 """One encoder's folder in a cache: a Zarr group whose attributes are the fingerprint, with an array a feature."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, blocks
 from embedcache.artifact import check_same, digest
-from embedcache.cache.commit import NOT_YET, Commit, read_commit, remove_commit, write_commit
-from embedcache.cache.layout import FORMAT_VERSION, CacheInfo, encoder_path
-from embedcache.cache.store import CRC_BYTES, chunk_path, read_metadata, write_array, write_chunk, write_group
-from embedcache.disk import locked
-from embedcache.errors import CorruptError, DataError, FingerprintError
+from embedcache.cache.commit import NOT_YET, Commit, read_commit
+from embedcache.cache.layout import FORMAT_VERSION, CacheInfo, encoder_path, read_info
+from embedcache.cache.store import CRC_BYTES, chunk_path, read_metadata, write_array, write_group
+from embedcache.errors import CorruptError, PathError
 
 _TOKEN_CHUNK_BYTES = 16 * 2**20
 _ATTRIBUTE = "embedcache"
+_ASK_FOR_THE_SAME = "ask for the same encoder as before, --backend and --precision too, or extract elsewhere"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,28 +58,46 @@ class EncoderGroup:
         if commit.encoder != digest(self.fingerprint):
             raise CorruptError(f"chunk {chunk} in {self.path} was written by another encoder than the folder's")
         num_rows = self.info.num_rows_then(commit.spine, self.modality, chunk)
+        if num_rows is None:  # another process may have added samples since this one opened the cache
+            num_rows = read_info(self.path.parents[1]).num_rows_then(commit.spine, self.modality, chunk)
         if num_rows is None:
             raise CorruptError(f"chunk {chunk} in {self.path} was written for other rows than this cache numbers")
         if len(commit.hashes) != num_rows:
             raise CorruptError(f"chunk {chunk} in {self.path} has {len(commit.hashes)} rows; it should have {num_rows}")
         rows = self.info.chunk_rows(self.modality, chunk)
-        return commit.padded(rows.stop - rows.start)
+        return commit.of_rows(rows.stop - rows.start)
 
     def has(self, commit: Commit | None, feature: str) -> bool:
         """Say whether a chunk has a feature for all its rows, in files that are there and as long as they should be."""
         if commit is None or feature not in commit.features or NOT_YET in commit.failures[feature]:
             return False
-        return all(_is_whole(self.path / file) for file in commit.features[feature])
+        return self.is_whole(commit, feature)
+
+    def is_whole(self, commit: Commit, feature: str) -> bool:
+        """Say whether the files of a feature of a chunk are there, and as long as they should be."""
+        arrays: dict[str, list[int]] = {}
+        for file in commit.features[feature]:
+            array, _, number = file.rpartition("/")
+            arrays.setdefault(array, []).append(int(number))
+        return all(_are_whole(self.path / array, numbers) for array, numbers in arrays.items())
+
+    def check_same_maker(self) -> None:
+        """Refuse to go on where the folder is another encoder's by now: two processes may have begun it together.
+
+        Raises:
+            FingerprintError: names each field that differs with both values.
+        """
+        now = open_group(self.path.parents[1], self.modality, self.name, self.info)
+        check_same(f"encoder {self.path}", now.fingerprint, self.fingerprint, next_step=_ASK_FOR_THE_SAME)
 
 
-def _is_whole(file: Path) -> bool:
-    grid = read_metadata(file.parent)
-    shape = grid["chunk_grid"]["configuration"]["chunk_shape"]
-    path = chunk_path(file.parent, int(file.name), len(shape))
-    num_bytes = int(np.prod(shape)) * np.dtype(grid["data_type"]).itemsize + CRC_BYTES
+def _are_whole(array_path: Path, numbers: Sequence[int]) -> bool:
     try:
-        return bool(path.stat().st_size == num_bytes)
-    except FileNotFoundError:
+        grid = read_metadata(array_path)
+        shape = grid["chunk_grid"]["configuration"]["chunk_shape"]
+        num_bytes = int(np.prod(shape)) * np.dtype(grid["data_type"]).itemsize + CRC_BYTES
+        return all(chunk_path(array_path, number, len(shape)).stat().st_size == num_bytes for number in numbers)
+    except (FileNotFoundError, PathError):
         return False
 
 
@@ -92,9 +109,7 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
         CorruptError: its attributes are not ours.
     """
     path = encoder_path(cache_path, modality, name)
-    attributes = read_metadata(path).get("attributes", {}).get(_ATTRIBUTE)
-    if attributes is None:
-        raise CorruptError(f"{path} is a Zarr group without a fingerprint; it was not written by embedcache")
+    attributes = _attributes(path)
     return EncoderGroup(
         path=path,
         modality=modality,
@@ -125,7 +140,7 @@ def create_group(
             f"encoder {name!r} of cache {cache_path}",
             group.fingerprint,
             fingerprint,
-            next_step="ask for the same encoder as before, --backend and --precision too, or extract elsewhere",
+            next_step=_ASK_FOR_THE_SAME,
         )
         return group
     about = {"format": FORMAT_VERSION, "spec": spec, "fingerprint": dict(fingerprint)}
@@ -175,10 +190,15 @@ def _is_begun(group: EncoderGroup, feature: str, about: Mapping[str, Any]) -> bo
 
 def feature_about(group: EncoderGroup, feature: str) -> dict[str, Any]:
     """Read a feature's `item_shape` and `dtype`."""
-    about = read_metadata(group.path / feature).get("attributes", {}).get(_ATTRIBUTE)
-    if about is None:
-        raise CorruptError(f"{group.path / feature} was not written by embedcache: it has no attributes of ours")
-    return dict(about)
+    return _attributes(group.path / feature)
+
+
+def _attributes(path: Path) -> dict[str, Any]:
+    metadata = read_metadata(path)
+    about = metadata.get("attributes", {}).get(_ATTRIBUTE) if isinstance(metadata, dict) else None
+    if not isinstance(about, dict):
+        raise CorruptError(f"{path} was not written by embedcache: it has no attributes of ours; extract elsewhere")
+    return about
 
 
 def chunk_shape(info: CacheInfo, item_shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
@@ -189,159 +209,3 @@ def chunk_shape(info: CacheInfo, item_shape: tuple[int, ...], dtype: str) -> tup
         while rows % 2 == 0 and rows * item_bytes > _TOKEN_CHUNK_BYTES:
             rows //= 2
     return (rows, *item_shape)
-
-
-def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Sequence[Array | None]) -> dict[str, str]:
-    """Write one feature of one chunk. It does not exist before its commit; `commit_chunk` does both.
-
-    Args:
-        group: the encoder's folder.
-        feature: a feature that `add_feature` made.
-        chunk: which chunk.
-        items: one array an item from `fit_item`, in row order; None for a failed item.
-
-    Returns:
-        The files written, relative to the group, with the CRC-32C of their rows.
-    """
-    about = feature_about(group, feature)
-    item_shape, dtype = tuple(about["item_shape"]), about["dtype"]
-    if item_shape[0] < 0:
-        return _write_ragged(group, feature, chunk, items, item_shape[1], dtype)
-    missing = np.full(item_shape, np.nan, dtype)
-    shape = chunk_shape(group.info, item_shape, dtype)
-    files = {}
-    for number, rows in enumerate(blocks(len(items), shape[0]), chunk * group.info.chunk_size // shape[0]):
-        values = np.stack([missing if item is None else item for item in items[rows]])
-        files[f"{feature}/{number}"] = write_chunk(group.path / feature, number, values, shape)
-    return files
-
-
-def _write_ragged(
-    group: EncoderGroup,
-    feature: str,
-    chunk: int,
-    items: Sequence[Array | None],
-    width: int,
-    dtype: str,
-) -> dict[str, str]:
-    path = group.path / feature
-    lengths = np.array([-1 if item is None else len(item) for item in items], np.int32)
-    tokens = [item for item in items if item is not None]
-    values = np.concatenate(tokens) if tokens else np.empty((0, width), dtype)
-    shape = (max(len(values), 1), width)
-    name = f"values/{chunk:05d}"
-    write_array(path / name, values.shape, shape, dtype, {})
-    return {
-        f"{feature}/{name}/0": write_chunk(path / name, 0, values, shape),
-        f"{feature}/lengths/{chunk}": write_chunk(path / "lengths", chunk, lengths, (group.info.chunk_size,)),
-    }
-
-
-def commit_chunk(
-    group: EncoderGroup,
-    chunk: int,
-    features: Mapping[str, Sequence[Array | None]],
-    hashes: Sequence[bytes | None],
-    failures: Sequence[str | None],
-    *,
-    replaces: bool = False,
-) -> None:
-    """Write features of one chunk, then the record that makes them exist.
-
-    Features that the chunk has already stay as they are, those that another process committed meanwhile too. One
-    writer at a time: the encoder's folder is locked. What is written again does not exist meanwhile.
-
-    Args:
-        group: the encoder's folder.
-        chunk: which chunk.
-        features: feature -> one array an item from `fit_item`, in row order; None for a failed item.
-        hashes: of each item's raw bytes or text; None where they could not be read.
-        failures: why an item has none of these features; None where it has them.
-        replaces: write features again that the chunk has.
-
-    Raises:
-        FingerprintError: an item's bytes are no longer those that the earlier features were made from.
-    """
-    with locked(group.path / "chunks"):
-        before = group.commit(chunk)
-        if before is not None:
-            _refuse_changed(group, before, hashes)
-            if not replaces:
-                features = {name: items for name, items in features.items() if not group.has(before, name)}
-            hashes = [now if now is not None else earlier for now, earlier in zip(hashes, before.hashes, strict=True)]
-        if not features:
-            return
-        if before is not None:
-            before = _withdraw(group, before, features)
-        files = {name: write_feature_chunk(group, name, chunk, items) for name, items in features.items()}
-        reasons = dict.fromkeys(features, failures)
-        record = Commit(
-            chunk=chunk,
-            encoder=digest(group.fingerprint),
-            spine=group.info.spine,
-            features=files if before is None else {**before.features, **files},
-            hashes=hashes,
-            failures=reasons if before is None else {**before.failures, **reasons},
-        )
-        write_commit(group.path, record)
-
-
-def withdraw(group: EncoderGroup, chunk: int, features: Collection[str]) -> None:
-    """Make features of one chunk not exist, so that the next extraction makes them again."""
-    with locked(group.path / "chunks"):
-        try:
-            before = group.commit(chunk)
-        except CorruptError:
-            remove_commit(group.path, chunk)
-            return
-        if before is not None:
-            _withdraw(group, before, features)
-
-
-def _withdraw(group: EncoderGroup, before: Commit, features: Collection[str]) -> Commit | None:
-    """Take features out of a commit; give what is left of it."""
-    left = before.without(features)
-    if not left.features:
-        remove_commit(group.path, before.chunk)
-        return None
-    if len(left.features) < len(before.features):
-        write_commit(group.path, replace(left, spine=group.info.spine))
-    return left
-
-
-def _refuse_changed(group: EncoderGroup, before: Commit, now: Sequence[bytes | None]) -> None:
-    """Refuse items with other bytes than some feature was made from."""
-    first = group.info.chunk_rows(group.modality, before.chunk).start
-    for offset, (old, new) in enumerate(zip(before.hashes, now, strict=True)):
-        is_used = any(reasons[offset] is None for reasons in before.failures.values())
-        if is_used and old is not None and new is not None and old != new:
-            raise FingerprintError(
-                f"{group.modality} row {first + offset} has other bytes now than when {group.name} was extracted; "
-                "put the old file back, or extract into a new folder"
-            )
-
-
-def fit_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -> Array:
-    """Turn what an encoder gave for one item into what is stored.
-
-    Args:
-        item: (D,) or (T, D) float.
-        item_shape: the shape the feature should have, -1 where it may vary.
-        dtype: the dtype on disk.
-        name: the feature's name, for errors.
-
-    Raises:
-        DataError: the shape differs, or a value is NaN or beyond the range of the dtype on disk.
-    """
-    if item.shape[-1] != item_shape[-1] or (item_shape[0] >= 0 and item.shape != item_shape):
-        raise DataError(f"feature {name} should be shaped {item_shape}, the encoder gave {item.shape}")
-    with np.errstate(over="ignore"):
-        stored = item.astype(dtype)
-    if not np.isfinite(stored).all():
-        largest = float(np.abs(item).max())
-        if np.isfinite(largest):
-            raise DataError(
-                f"feature {name} holds {largest:.6g}, beyond the range of {dtype}; extract with --dtype float32"
-            )
-        raise DataError(f"the encoder gave NaN or infinity for feature {name}; check its weights and its precision")
-    return stored

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.artifact import digest
-from embedcache.errors import CorruptError
-from embedcache.paths import is_remote
+from embedcache.errors import CorruptError, EmbedcacheError, PathError
+from embedcache.paths import io_reason, is_remote
 
 
 @contextmanager
@@ -70,11 +70,16 @@ def table_errors(path: Path) -> Iterator[None]:
     """Turn a table that cannot be read into our error.
 
     Raises:
-        CorruptError: names the file.
+        PathError: the system does not give it.
+        CorruptError: it is no such table.
     """
     try:
         yield
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        if isinstance(error, EmbedcacheError):
+            raise
+        if getattr(error, "errno", None) is not None:
+            raise PathError(f"cannot read {path}: {io_reason(error)}") from error
         raise CorruptError(
             f"{path} cannot be read: {error}; get the file again, or extract into a new folder"
         ) from error

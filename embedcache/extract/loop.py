@@ -7,7 +7,7 @@ from operator import itemgetter
 
 from embedcache.arrays import Array
 from embedcache.cache.cache import Cache
-from embedcache.cache.group import commit_chunk
+from embedcache.cache.writing import commit_chunk
 from embedcache.extract.claim import Work
 from embedcache.extract.load import Loaded, ahead, load_image, load_texts
 from embedcache.extract.target import Target
@@ -87,7 +87,7 @@ def _commit(outputs: Sequence["Outputs"], chunk: int, loaded: Sequence[Loaded]) 
     failures = [item.failure for item in loaded]
     for output in outputs:
         output.flush()
-        commit_chunk(output.target.group, chunk, output.features, hashes, failures)
+        commit_chunk(output.target.group, chunk, output.features, hashes, dict.fromkeys(output.features, failures))
 
 
 class Outputs:

@@ -4,8 +4,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from embedcache.cache.cache import Cache
-from embedcache.cache.group import open_group, withdraw
+from embedcache.cache.group import open_group
 from embedcache.cache.verify import Finding
+from embedcache.cache.writing import withdraw
 from embedcache.extract.claim import claim_free
 from embedcache.extract.reopen import check_unchanged, reopen_target
 from embedcache.extract.worker import encode_chunks

@@ -6,10 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from embedcache.arrays import Array
-from embedcache.cache.commit import NOT_YET, Commit
-from embedcache.cache.feature import Feature
-from embedcache.cache.group import commit_chunk
+from embedcache.cache.commit import NOT_YET
+from embedcache.cache.writing import commit_chunk
 from embedcache.extract.engines.local import all_devices
 from embedcache.extract.extract import open_job, record
 from embedcache.extract.load import Loaded, load_image
@@ -104,33 +102,21 @@ def _failed_rows(target: Target, chunk: int) -> set[int]:
     commit = target.group.commit(chunk)
     if commit is None:
         return set()
-    reasons = [commit.failures[name] for name in target.features if name in commit.failures]
+    reasons = [commit.failures[name] for name in target.features if target.group.has(commit, name)]
     return {row for failures in reasons for row, reason in enumerate(failures) if reason not in (None, NOT_YET)}
 
 
 def _mend(target: Target, chunk: int, again: Mapping[int, Loaded], number: int) -> None:
     """Write a chunk again with the rows that have features now."""
     commit = target.group.commit(chunk)
-    assert commit is not None
+    assert commit is not None  # some of its rows failed
     features = [name for name in target.features if target.group.has(commit, name)]
     output = Outputs(target, features, len(commit.hashes))
     for row, item in again.items():
         if item.failure is None:
             output.add(row, item.inputs[number])
     output.flush()
-    stored = {name: _stored(Feature(target.group, name), commit) for name in features}
-    merged = {
-        name: [new if new is not None else old for new, old in zip(output.features[name], stored[name], strict=True)]
-        for name in features
-    }
-    hashes, failures = list(commit.hashes), list(commit.failures[features[0]])
-    for row, item in again.items():
-        hashes[row], failures[row] = item.hash, item.failure
-    commit_chunk(target.group, chunk, merged, hashes, failures, replaces=True)
-
-
-def _stored(feature: Feature, commit: Commit) -> list[Array | None]:
-    """Read what a chunk holds, None for what failed."""
-    items = [item for _, values in feature.read_chunk(commit) for item in values]
-    reasons = commit.failures[feature.feature]
-    return [item if reason is None else None for item, reason in zip(items, reasons, strict=True)]
+    rows = range(len(commit.hashes))
+    hashes = [again[row].hash if row in again else None for row in rows]
+    failures = [again[row].failure if row in again else NOT_YET for row in rows]
+    commit_chunk(target.group, chunk, output.features, hashes, dict.fromkeys(features, failures), mends=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 from embedcache.arrays import Array
 from embedcache.cache.cache import Cache
-from embedcache.cache.group import EncoderGroup, add_feature, create_group, fit_item
+from embedcache.cache.group import EncoderGroup, add_feature, create_group
+from embedcache.cache.writing import fit_item
 from embedcache.disk import Claims
 from embedcache.encoders.contract import Encoder
 from embedcache.encoders.open import EncoderSpec

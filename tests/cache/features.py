@@ -7,8 +7,9 @@ import numpy as np
 
 from embedcache.arrays import Array
 from embedcache.cache.feature import Feature
-from embedcache.cache.group import add_feature, commit_chunk, create_group, fit_item, write_feature_chunk
-from embedcache.cache.layout import CacheInfo
+from embedcache.cache.group import add_feature, create_group
+from embedcache.cache.layout import CacheInfo, write_info
+from embedcache.cache.writing import commit_chunk, fit_item, write_feature_chunk
 
 FINGERPRINT = {"family": "test", "weights": "w"}
 
@@ -26,6 +27,7 @@ def write_feature(
     info = CacheInfo(
         chunk_size=chunk_size, source={}, spine="s", num_samples=len(items), num_items={"image": len(items)}
     )
+    write_info(path, info)
     group = create_group(path, "image", "test", info, spec="test:m", fingerprint=FINGERPRINT)
     add_feature(group, "f", item_shape, dtype)
     for chunk in range(info.num_chunks("image")):
@@ -36,7 +38,7 @@ def write_feature(
             continue
         failures = [None if item is not None else "broken" for item in fitted]
         hashes = [None if item is None else row.to_bytes(16, "big") for row, item in enumerate(fitted)]
-        commit_chunk(group, chunk, {"f": fitted}, hashes, failures)
+        commit_chunk(group, chunk, {"f": fitted}, hashes, {"f": failures})
     return Feature(group, "f")
 
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Array
 from embedcache.cache.cache import Cache
-from embedcache.cache.group import add_feature, commit_chunk, create_group
+from embedcache.cache.group import add_feature, create_group
 from embedcache.cache.layout import read_info
 from embedcache.cache.spine import index
+from embedcache.cache.writing import commit_chunk
 from embedcache.errors import FingerprintError
 from embedcache.sources import ImageItem, Sample, TextItem
 from tests.cache.test_spine import Rows, rows
@@ -30,7 +31,7 @@ def begin(path: Path, source: Rows, *, failed: tuple[int, ...] = ()) -> None:
         numbers = range(span.start, span.stop)
         items: list[Array | None] = [None if row in failed else vector(row) for row in numbers]
         reasons = ["broken" if row in failed else None for row in numbers]
-        commit_chunk(group, chunk, {"f": items}, [row.to_bytes(16, "big") for row in numbers], reasons)
+        commit_chunk(group, chunk, {"f": items}, [row.to_bytes(16, "big") for row in numbers], {"f": reasons})
 
 
 def vector(row: int) -> Array:

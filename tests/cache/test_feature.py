@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from embedcache.cache import group as group_module
 from embedcache.cache.feature import Feature
-from embedcache.cache.group import add_feature, create_group, fit_item
+from embedcache.cache.group import add_feature, create_group
+from embedcache.cache.layout import write_info
+from embedcache.cache.writing import fit_item
 from embedcache.errors import CorruptError, DataError, FingerprintError, UnfinishedError
 from tests.cache.features import random_items, write_feature
 
@@ -132,7 +134,7 @@ def test_a_damaged_commit_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="is not the commit of chunk 1"):
         feature.load()
     path.write_bytes(b"PAR1")
-    with pytest.raises(CorruptError, match="00001.parquet cannot be read.*extract again"):
+    with pytest.raises(CorruptError, match="00001.parquet cannot be read.*verify CACHE --repair"):
         Feature(feature.group, "f").load()
 
 
@@ -148,6 +150,7 @@ def test_a_chunk_of_a_foreign_encoder_is_found(tmp_path: Path) -> None:
 def test_a_chunk_of_other_rows_is_found(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(4, (5,), seed=1), (5,), chunk_size=4)
     group = replace(feature.group, info=replace(feature.group.info, spine="other"))
+    write_info(tmp_path, group.info)
     with pytest.raises(CorruptError, match="was written for other rows than this cache numbers"):
         Feature(group, "f").load()
 
