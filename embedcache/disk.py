@@ -8,14 +8,13 @@ import re
 import shutil
 import tempfile
 import threading
-from collections import defaultdict
+import weakref
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
 from uuid import uuid4
-from weakref import WeakValueDictionary
 
 from embedcache.errors import DiskFullError, PathError
 from embedcache.paths import has_no_folders, io_reason, is_io_error, is_remote
@@ -193,38 +192,46 @@ def locked(folder: Path, number: int = 0) -> Iterator[None]:
     if is_remote(folder):
         yield
         return
+    path = folder / ".lock"
     with _IN_THIS_PROCESS[str(folder.absolute()), number]:
-        file = _LockFile.of(folder, ".lock")
-        fcntl.lockf(file.descriptor, fcntl.LOCK_EX, 1, number)
+        descriptor = _open_shared(path)
         try:
-            yield
+            fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, number)
+            try:
+                yield
+            finally:
+                fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, number)
         finally:
-            fcntl.lockf(file.descriptor, fcntl.LOCK_UN, 1, number)
+            _close_shared(path)
 
 
-class _LockFile:
-    """A file for record locks, open once in a process: closing any descriptor of it would drop all its locks."""
+_SHARED: dict[Path, int] = {}
+_USERS: Counter[Path] = Counter()
+_SHARED_GUARD = threading.RLock()  # a thread that holds it may be made to collect garbage, claims too
 
-    _opened: ClassVar[WeakValueDictionary[str, "_LockFile"]] = WeakValueDictionary()
-    _guard: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, path: Path) -> None:
-        make_folder(path.parent)
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+def _open_shared(path: Path) -> int:
+    """Open a file for record locks once in a process: closing any descriptor of it would drop all its locks."""
+    path = path.absolute()
+    with _SHARED_GUARD:
+        _USERS[path] += 1
+        try:
+            if path not in _SHARED:
+                make_folder(path.parent)
+                _SHARED[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        except BaseException:
+            _USERS[path] -= 1
+            raise
+        return _SHARED[path]
 
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
 
-    @classmethod
-    def of(cls, folder: Path, name: str) -> "_LockFile":
-        """Get the open file, or open it."""
-        path = str((folder / name).absolute())
-        with cls._guard:
-            file = cls._opened.get(path)
-            if file is None:
-                file = cls._opened[path] = cls(Path(path))
-            return file
+def _close_shared(path: Path) -> None:
+    """Close it with the last who opened it."""
+    path = path.absolute()
+    with _SHARED_GUARD:
+        _USERS[path] -= 1
+        if not _USERS[path]:
+            os.close(_SHARED.pop(path))
 
 
 class Claims:
@@ -241,15 +248,20 @@ class Claims:
         self._folder = folder
 
     @cached_property
-    def _file(self) -> _LockFile | None:
-        return None if is_remote(self._folder) else _LockFile.of(self._folder, ".claims")
+    def _descriptor(self) -> int | None:
+        if is_remote(self._folder):
+            return None
+        path = self._folder / ".claims"
+        descriptor = _open_shared(path)
+        weakref.finalize(self, _close_shared, path)
+        return descriptor
 
     def take(self, number: int, *, waits: bool = False) -> bool:
         """Take a piece of work unless another process has it; or wait until that is done with it."""
-        if self._file is None:
+        if self._descriptor is None:
             return True
         try:
-            fcntl.lockf(self._file.descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB), 1, number)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB), 1, number)
         except OSError as error:
             if error.errno not in _TAKEN:
                 raise
@@ -258,5 +270,5 @@ class Claims:
 
     def give_back(self, number: int) -> None:
         """Let others have it."""
-        if self._file is not None:
-            fcntl.lockf(self._file.descriptor, fcntl.LOCK_UN, 1, number)
+        if self._descriptor is not None:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, number)

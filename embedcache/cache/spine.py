@@ -3,9 +3,10 @@
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from embedcache.artifact import check_same, read_json, write_json
@@ -24,8 +25,8 @@ from embedcache.cache.layout import (
     write_info,
 )
 from embedcache.cache.spine_tables import ITEM_SCHEMAS, SpineWriter, digest_input
-from embedcache.disk import disk_errors, locked, make_folder, partial_path, put_file, remove_folder
-from embedcache.errors import PathError, SettingError, SourceError
+from embedcache.disk import disk_errors, flush, locked, make_folder, partial_path, put_file, remove_folder
+from embedcache.errors import FingerprintError, PathError, SettingError, SourceError
 from embedcache.paths import is_remote
 from embedcache.progress import Progress, Silent
 from embedcache.sources.contract import Sample, Source
@@ -70,24 +71,52 @@ def index(
         if not is_there:
             make_folder(cache_path)
             _refuse_foreign(cache_path)
-    if not is_there:
-        with locked(cache_path), disk_errors(cache_path):
-            if not info_path(cache_path).is_file():  # another process may have made it meanwhile
-                return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, progress)
-    info = read_info(cache_path)
-    is_begun = any(cache_path.glob("*/*/chunks/*.parquet"))
-    if is_begun:
-        _check_chunk_size(cache_path, info, chunk_size)
-    is_same = chunk_size in (None, info.chunk_size) and len(info.all_parts) == 1
-    if is_same and _digest(source, info, progress) == info.spine:
-        _mending_path(cache_path).unlink(missing_ok=True)
-        return info
-    with locked(cache_path), disk_errors(cache_path):
-        if is_begun:
+    if is_there:
+        info = read_info(cache_path)
+        if _is_begun(cache_path):
+            _check_chunk_size(cache_path, info, chunk_size)
+        if _is_as_asked(info, chunk_size) and _is_unchanged(source, cache_path, info, progress):
+            return info
+    with locked(cache_path), disk_errors(cache_path):  # anew from here: another process may have been before us
+        if not info_path(cache_path).is_file():
+            return _create(source, cache_path, chunk_size or DEFAULT_CHUNK_SIZE, progress)
+        info = read_info(cache_path)
+        if _is_begun(cache_path):
+            _check_chunk_size(cache_path, info, chunk_size)
             return _take_in(source, cache_path, extends=extends, may_mend=mends, progress=progress)
-        for group in cache_path.glob("*/*/zarr.json"):  # nothing was extracted: a first try with a mistake in it
-            remove_folder(group.parent)
+        if _is_as_asked(info, chunk_size) and _is_unchanged(source, cache_path, info, progress):
+            return info
+        _forget(cache_path)
         return _create(source, cache_path, chunk_size or info.chunk_size, progress)
+
+
+def _is_begun(cache_path: Path) -> bool:
+    return any(cache_path.glob("*/*/chunks/*.parquet"))
+
+
+def _is_as_asked(info: CacheInfo, chunk_size: int | None) -> bool:
+    return chunk_size in (None, info.chunk_size)
+
+
+def _is_unchanged(source: Source, cache_path: Path, info: CacheInfo, progress: Progress) -> bool:
+    """Say whether a cache numbers what a source has now, and nothing is half done there."""
+    if _mending_path(cache_path).is_file():
+        return False
+    if len(info.all_parts) == 1:
+        return _digest(source, info, progress) == info.spine
+    try:
+        changes = find_changes(cache_path, info, source.samples(), on_new=_ignore, progress=progress)
+    except FingerprintError:
+        return False  # it is told once nobody else is at work here
+    return not changes.num_new and _has_digests(info, changes)
+
+
+def _forget(cache_path: Path) -> None:
+    """Take a cache without a feature, a first try with a mistake in it, away: its `cache.json` first."""
+    info_path(cache_path).unlink()
+    flush(cache_path)
+    for group in cache_path.glob("*/*/zarr.json"):
+        remove_folder(group.parent)
 
 
 def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progress) -> CacheInfo:
@@ -156,9 +185,10 @@ def _take_in(source: Source, cache_path: Path, *, extends: bool, may_mend: bool,
         longer = _Longer(cache_path, info, folder / "longer")
         on_new = longer.add if extends else _ignore
         changes = find_changes(cache_path, info, source.samples(), on_new=on_new, progress=progress)
-        mends = bool(changes.moved) or _is_half_mended(cache_path, changes)
+        mends = bool(changes.moved) or _is_half_mended(cache_path, info, changes)
         if not (changes.num_new or mends):
             _check_columns(cache_path, info, changes)
+            _mending_path(cache_path).unlink(missing_ok=True)
             return info
         _check_allowed(cache_path, info, changes, extends=extends, mends=may_mend)
         tables, num_items, digests = longer.close()
@@ -190,10 +220,14 @@ def _mending_path(cache_path: Path) -> Path:
     return cache_path / "mending.json"
 
 
-def _is_half_mended(cache_path: Path, changes: Changes) -> bool:
+def _is_half_mended(cache_path: Path, info: CacheInfo, changes: Changes) -> bool:
     """Say whether a process was killed between the tables with other bytes in them and `cache.json`."""
     path = _mending_path(cache_path)
-    return path.is_file() and read_json(path) == list(changes.digests)
+    return not _has_digests(info, changes) and path.is_file() and read_json(path) == list(changes.digests)
+
+
+def _has_digests(info: CacheInfo, changes: Changes) -> bool:
+    return list(changes.digests) == [part.digest for part in info.all_parts]
 
 
 class _Longer:
@@ -221,7 +255,7 @@ def _ignore(_: list[Sample]) -> None:
 
 
 def _check_columns(cache_path: Path, info: CacheInfo, changes: Changes) -> None:
-    if list(changes.digests) != [part.digest for part in info.all_parts]:
+    if not _has_digests(info, changes):
         raise changed(cache_path, info, "columns or languages of its samples differ")
 
 
@@ -229,19 +263,23 @@ def _check_allowed(cache_path: Path, info: CacheInfo, changes: Changes, *, exten
     if changes.num_new and not extends:
         step = "number them behind the others with --extend, or extract into a new folder"
         raise changed(cache_path, info, f"it has {changes.num_new:,} more", next_step=step)
-    used = [row for row in changes.moved if _is_used(cache_path, info, row)]
-    if used:
-        raise changed(cache_path, info, f"other bytes in {len(used):,} of its images, the first in row {used[0]:,}")
+    used = next(_used_rows(cache_path, info, sorted(changes.moved)), None)
+    if used is not None:
+        path = changes.moved[used].path
+        reason = f"other bytes in {len(changes.moved):,} of its images, such as {path} in row {used:,}"
+        raise changed(cache_path, info, reason, next_step="put the old files back, or extract into a new folder")
     if changes.moved and not mends:
         reason = f"{len(changes.moved):,} of its failed images have other bytes now"
         raise changed(cache_path, info, reason, next_step="take them in with --retry-failed")
 
 
-def _is_used(cache_path: Path, info: CacheInfo, row: int) -> bool:
-    """Say whether any feature was made from an image."""
-    chunk, offset = divmod(row, info.chunk_size)
-    commits = (group.commit(chunk) for group in Cache(cache_path).encoders("image"))
-    return any(reasons[offset] is None for commit in commits if commit for reasons in commit.failures.values())
+def _used_rows(cache_path: Path, info: CacheInfo, rows: Sequence[int]) -> Iterator[int]:
+    """Keep the images that any feature was made from. Memory: the commits of one chunk."""
+    groups = Cache(cache_path).encoders("image")
+    for chunk, some in groupby(rows, key=lambda row: row // info.chunk_size):
+        commits = [commit for group in groups if (commit := group.commit(chunk)) is not None]
+        failures = [reasons for commit in commits for reasons in commit.failures.values()]
+        yield from (row for row in some if any(reasons[row % info.chunk_size] is None for reasons in failures))
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def _show_plan(plan: "Plan") -> None:
     for modality, rate in plan.rates.items():
         processes = f" on each of {plan.num_processes} devices" if plan.num_processes > 1 else ""
         say(f"{modality}s: {rate:,.1f} a second{processes}, measured; {plan.hours(modality):,.2f} hours")
-    say(f"memory: {plan.memory_bytes / 1e9:,.3f} GB a process for the outputs of a chunk; see --chunk-size")
+    say(f"memory: {plan.memory_bytes / 1e9:,.3f} GB a process for the outputs of two chunks; see --chunk-size")
     free = "" if plan.free_bytes is None else f"; {plan.free_bytes / 1e9:,.2f} GB are free"
     say(f"disk: {plan.num_bytes / 1e9:,.3f} GB{free}")
 

@@ -68,6 +68,8 @@ def patch_grid(num_patches: int, height_px: int, width_px: int) -> tuple[int, in
     Returns:
         (H, W) with H * W = num_patches, or None where there is none.
     """
+    if not num_patches:
+        return None
     # The shorter side is off by less than half a patch, even where the picture is no multiple of the patch.
     ratio = min(height_px, width_px) / max(height_px, width_px)
     shorter = max(1, round(sqrt(num_patches * ratio)))

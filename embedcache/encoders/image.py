@@ -10,9 +10,10 @@ from PIL.Image import Image
 
 from embedcache.arrays import Array
 from embedcache.encoders.contract import EncoderSettings, Fingerprint, ItemShape, Modality
-from embedcache.encoders.derived import FeatureName, grid_pool, own_features
+from embedcache.encoders.derived import FeatureName, grid_pool, own_features, patch_grid
 from embedcache.encoders.graph import Graph, batch_size
 from embedcache.encoders.pixels import Transform
+from embedcache.errors import SettingError
 from embedcache.registry import unknown_name
 
 INPUT = "images"
@@ -122,10 +123,27 @@ def check_names(names: Sequence[str], features: Mapping[str, ItemShape]) -> None
 
 
 def _try_out(module: torch.nn.Module, input_size: Sequence[int]) -> dict[str, ItemShape]:
-    """Show a model two pictures of noise; a `pooled` that only repeats another feature is left out."""
+    """Show a model two pictures of noise, twice.
+
+    Left out are a `pooled` that only repeats another feature, and patches that lie in no grid, as where some token
+    that is none stands among them.
+
+    Raises:
+        SettingError: the second answer is another than the first.
+    """
     noise = torch.rand((2, *input_size), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         outputs: dict[str, torch.Tensor] = module(noise)
+        again: dict[str, torch.Tensor] = module(noise)
+    for name in [name for name in outputs if name.endswith("patches")]:
+        if patch_grid(outputs[name].shape[1], *input_size[-2:]) is None:
+            del outputs[name]
+            outputs.pop(name.replace("patches", "patch_mean"), None)
+    if not all(_is_same(output, again[name]) for name, output in outputs.items()):
+        raise SettingError(
+            "this model gives another answer each time it sees the same picture, as one does that masks patches at "
+            "random; take the encoder of another architecture"
+        )
     pooled = outputs.get("pooled")
     others = [outputs[name] for name in own_features(outputs) if name != "pooled"]
     if pooled is not None and any(_is_same(pooled, other) for other in others):

@@ -106,7 +106,11 @@ class _Features(torch.nn.Module):
         outputs = {"cls": prefix_BTD[:, 0]} if self._has_cls and prefix_BTD is not None else {}
         return {**outputs, **_with_mean(maps_BDHW.flatten(2).transpose(1, 2))}
 
-    def _own(self, states: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _own(self, states: Any) -> dict[str, torch.Tensor]:
+        if not isinstance(states, torch.Tensor):
+            raise SettingError(
+                f"{type(self._model).__name__} gives several maps of tokens; take an encoder of another architecture"
+            )
         outputs = {"pooled": self._model.forward_head(states, pre_logits=True)}
         if states.ndim == 3 and self._has_cls:
             outputs["cls"] = states[:, 0]

@@ -95,6 +95,8 @@ def _drift(
     if not features:
         return
     rows_there = np.flatnonzero(np.logical_and.reduce([feature.valid for feature in features]))
+    if not len(rows_there):
+        return
     rows = np.sort(rng.choice(rows_there, max(1, round(share * len(rows_there))), replace=False))
     target = reopen_target(group, [feature.feature for feature in features], device=device)
     hashes, loaded = _load(cache, source, target, rows)
@@ -142,5 +144,7 @@ def _load(cache: Cache, source: Source, target: Target, rows: Ints) -> tuple[lis
 def _cosine(stored: Array, again: Array) -> float:
     if stored.shape != again.shape:
         return -1.0
+    if np.array_equal(stored, again.astype(stored.dtype)):  # of zeros, too
+        return 1.0
     one, other = (normalize(array.astype(np.float32).reshape(1, -1)) for array in (stored, again))
     return float((one * other).sum())

@@ -13,11 +13,13 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.group import open_group
 from embedcache.cache.spine import index
 from embedcache.disk import remove_partials
+from embedcache.encoders.graph import torch_device
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import SettingError, SourceError
 from embedcache.extract.engines.open import ENGINES
 from embedcache.extract.job import Done, Job
 from embedcache.extract.settings import ExtractSettings
+from embedcache.extract.views import open_view
 from embedcache.paths import open_path
 from embedcache.progress import Progress, Silent
 from embedcache.sources.contract import Source
@@ -112,18 +114,41 @@ def open_job(
     """Number the source, or check that the cache numbers it, and say what is to be done there.
 
     Raises:
-        SettingError: no encoder is named, or a name is none.
+        SettingError: no encoder is named, a name is none, or two would be stored as one.
+        UnknownNameError: a view or an engine is unknown.
     """
     settings = settings or ExtractSettings()
     if not image and not text:
         raise SettingError(
             "no encoder is named; give at least one with --image or --text, such as --text st:all-MiniLM-L6-v2"
         )
-    for spec in (*image, *text):
-        EncoderSpec.parse(spec)
+    _check_asked(image, text, settings)
     path = open_path(cache_path)
     index(source, path, chunk_size=settings.chunk_size, extends=extends, mends=mends, progress=progress)
     return Job(cache=str(path), source=source.describe(), image=tuple(image), text=tuple(text), settings=settings)
+
+
+def _check_asked(image: Sequence[str], text: Sequence[str], settings: ExtractSettings) -> None:
+    """Refuse what cannot be meant before hours of numbering."""
+    views = [open_view(name) for name in settings.views]
+    asked = {"image": image, "text": text}
+    for view in views:
+        if not asked[view.modality]:
+            raise SettingError(
+                f"the view {view.name} is of {view.modality}s, and no encoder of {view.modality}s is named"
+            )
+    for modality, specs in asked.items():
+        suffixes = ["", *(view.suffix for view in views if view.modality == modality)]
+        folders = Counter(EncoderSpec.parse(spec).folder + suffix for spec in specs for suffix in suffixes)
+        for folder, count in folders.items():
+            if count > 1:
+                raise SettingError(
+                    f"{count} {modality} encoders or views would be stored as {folder}; name each once, and extract "
+                    "the others into a cache of their own"
+                )
+    ENGINES.load(settings.engine)
+    for device in settings.devices:
+        torch_device(device)
 
 
 def record(cache: Cache, job: Job, stage: str) -> AbstractContextManager[dict[str, Any]]:

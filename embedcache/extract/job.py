@@ -1,7 +1,7 @@
 """What to extract, so that any process on any machine can take part; and what was done."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from embedcache.extract.settings import ExtractSettings
@@ -24,6 +24,10 @@ class Job:
     image: tuple[str, ...]
     text: tuple[str, ...]
     settings: ExtractSettings
+
+    def share(self, number: int, count: int) -> "Job":
+        """Give one of `count` equal parts of this job."""
+        return replace(self, settings=self.settings.share(number, count))
 
 
 @dataclass(frozen=True, kw_only=True)

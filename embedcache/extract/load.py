@@ -1,7 +1,7 @@
 """Raw items to model inputs, ahead of the encoder, on threads."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import TypeVar
@@ -59,7 +59,7 @@ def load_texts(texts: Sequence[str], targets: Sequence[Target]) -> list[Loaded]:
     ]
 
 
-def ahead(executor: Executor, call: Callable[[T], R], items: Iterable[T], *, window: int) -> Iterator[R]:
+def ahead(executor: Executor, call: Callable[[T], R], items: Iterable[T], *, window: int) -> Generator[R, None, None]:
     """Map in order with at most `window` calls under way or waiting to be taken."""
     waiting: deque[Future[R]] = deque()
     try:

@@ -1,7 +1,8 @@
 """The loop: chunk by chunk, loading ahead on threads while the encoders run."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import groupby
 from operator import itemgetter
 
@@ -20,33 +21,35 @@ _IMAGES_AHEAD = 256
 def encode_images(cache: Cache, source: Source, works: Iterable[Work], executor: Executor, progress: Progress) -> None:
     """Encode chunks of images: each image is read and decoded once for all encoders that miss it, in row order.
 
-    Memory: `_IMAGES_AHEAD` images prepared for each encoder, and one chunk of outputs.
+    Memory: `_IMAGES_AHEAD` images prepared for each encoder, and two chunks of outputs.
     """
+
+    def load(job: tuple[Work, ImageItem]) -> tuple[Work, Loaded]:
+        work, item = job
+        return work, load_image(source, item, work.targets)
+
     jobs = ((work, item) for work in works for item in image_items(cache, work.chunk))
-    stream = ahead(
-        executor, lambda job: (job[0], load_image(source, job[1], job[0].targets)), jobs, window=_IMAGES_AHEAD
-    )
-    for work, loaded in groupby(stream, key=itemgetter(0)):
-        _encode_images(cache, work, (item for _, item in loaded), progress)
-        work.give_back()
+    with _Writer() as writer, closing(ahead(executor, load, jobs, window=_IMAGES_AHEAD)) as stream:
+        for work, loaded in groupby(stream, key=itemgetter(0)):
+            writer.write(work, *_encode_images(cache, work, (item for _, item in loaded), progress))
 
 
 def encode_texts(cache: Cache, works: Iterable[Work], executor: Executor, progress: Progress) -> None:
     """Encode chunks of texts: in each chunk equal texts once, and longest first, so that batches hold little padding.
 
-    Memory: two chunks of token ids, and one chunk of outputs.
+    Memory: two chunks of token ids, and two chunks of outputs.
     """
 
     def load(work: Work) -> tuple[Work, list[Loaded]]:
         return work, load_texts(cache.items("text", chunk=work.chunk)["text"].to_pylist(), work.targets)
 
-    for work, loaded in ahead(executor, load, works, window=2):
-        outputs = [Outputs(target, target.missing(work.chunk), len(loaded)) for target in work.targets]
-        for number, output in enumerate(outputs):
-            add_distinct(output, loaded, number)
-        progress.advance(len(loaded))
-        _commit(outputs, work.chunk, loaded)
-        work.give_back()
+    with _Writer() as writer, closing(ahead(executor, load, works, window=2)) as stream:
+        for work, loaded in stream:
+            outputs = [Outputs(target, target.missing(work.chunk), len(loaded)) for target in work.targets]
+            for number, output in enumerate(outputs):
+                add_distinct(output, loaded, number)
+            progress.advance(len(loaded))
+            writer.write(work, outputs, loaded)
 
 
 def image_items(cache: Cache, chunk: int) -> Iterator[ImageItem]:
@@ -69,7 +72,10 @@ def add_distinct(output: "Outputs", loaded: Sequence[Loaded], number: int) -> No
             output.copy(first_row[item.hash], row)
 
 
-def _encode_images(cache: Cache, work: Work, items: Iterable[Loaded], progress: Progress) -> None:
+def _encode_images(
+    cache: Cache, work: Work, items: Iterable[Loaded], progress: Progress
+) -> tuple[list["Outputs"], list[Loaded]]:
+    """Give the images of a chunk to its encoders; give what will hold their outputs, and what was loaded."""
     rows = cache.info.chunk_rows("image", work.chunk)
     outputs = [Outputs(target, target.missing(work.chunk), rows.stop - rows.start) for target in work.targets]
     kept = []
@@ -79,15 +85,42 @@ def _encode_images(cache: Cache, work: Work, items: Iterable[Loaded], progress: 
                 output.add(row, array)
         kept.append(Loaded(hash=item.hash, failure=item.failure))
         progress.advance(1)
-    _commit(outputs, work.chunk, kept)
+    return outputs, kept
 
 
-def _commit(outputs: Sequence["Outputs"], chunk: int, loaded: Sequence[Loaded]) -> None:
+class _Writer:
+    """Commits chunks, one after the other, on a thread of its own, so that no encoder waits for a disk."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._wait()
+
+    def write(self, work: Work, outputs: Sequence["Outputs"], loaded: Sequence[Loaded]) -> None:
+        """Commit a chunk once its outputs are there, and the chunk before is committed."""
+        self._wait()
+        self._running = self._thread.submit(_commit, work, outputs, loaded)
+
+    def _wait(self) -> None:
+        if self._running is not None:
+            self._running.result()
+
+
+def _commit(work: Work, outputs: Sequence["Outputs"], loaded: Sequence[Loaded]) -> None:
     hashes = [item.hash for item in loaded]
     failures = [item.failure for item in loaded]
     for output in outputs:
         output.flush()
-        commit_chunk(output.target.group, chunk, output.features, hashes, dict.fromkeys(output.features, failures))
+        reasons = dict.fromkeys(output.features, failures)
+        commit_chunk(output.target.group, work.chunk, output.features, hashes, reasons)
+    work.give_back()
 
 
 class Outputs:

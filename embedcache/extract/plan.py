@@ -73,12 +73,12 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory for one chunk of outputs, which a process holds until it is committed."""
+        """Memory for two chunks of outputs: one that is being encoded, and one that is being committed."""
         totals = [
             sum(feature.item_bytes for feature in self.features if feature.modality == modality)
             for modality in self.rates
         ]
-        return round(self.chunk_size * max(totals, default=0))
+        return round(2 * self.chunk_size * max(totals, default=0))
 
     @property
     def num_bytes(self) -> int:

@@ -26,7 +26,7 @@ def reopen_target(group: EncoderGroup, features: Sequence[str], *, device: str) 
         encoder=open_encoder(group.spec, modality="image" if group.modality == "image" else "text", settings=settings),
         group=group,
         features=features,
-        dtype=Feature(group, features[0]).dtype,
+        dtypes={name: Feature(group, name).dtype for name in features},
         view=open_view(fingerprint["view"]["name"]) if "view" in fingerprint else None,
         claims=Claims(group.path / "chunks"),
         executor=ThreadPoolExecutor(1),

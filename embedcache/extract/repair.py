@@ -7,7 +7,8 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.group import open_group
 from embedcache.cache.verify import Finding
 from embedcache.cache.writing import withdraw
-from embedcache.extract.claim import claim_free
+from embedcache.errors import CorruptError
+from embedcache.extract.claim import claim_one
 from embedcache.extract.reopen import check_unchanged, reopen_target
 from embedcache.extract.worker import encode_chunks
 from embedcache.progress import Progress, Silent
@@ -30,7 +31,11 @@ def repair(
 
     Raises:
         FingerprintError: an encoder is not the same any more; nothing of it is touched.
+        CorruptError: a table is damaged, so that nobody knows which rows the chunks hold; nothing is touched.
     """
+    tables = [finding for finding in findings if finding.is_damage and not finding.encoder]
+    if tables:
+        raise CorruptError(f"nothing is repaired while {tables[0].line()}")
     progress = progress or Silent()
     source = reopen_source(cache.info.source)
     damaged: dict[tuple[str, str], list[Finding]] = defaultdict(list)
@@ -47,7 +52,8 @@ def repair(
         chunks = sorted({finding.chunk for finding in some})
         rows = [cache.info.chunk_rows(modality, chunk) for chunk in chunks]
         progress.start(f"repairing {encoder}", sum(row.stop - row.start for row in rows), f"{modality}s")
-        encode_chunks(cache, source, modality, claim_free([target], chunks), progress)
+        works = (work for chunk in chunks if (work := claim_one(target, chunk)).targets)
+        encode_chunks(cache, source, modality, works, progress)
         progress.finish()
         lines.append(f"{encoder} ({', '.join(target.features)}): made {len(chunks):,} chunks again")
     return lines

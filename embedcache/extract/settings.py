@@ -1,6 +1,6 @@
 """How features are made and stored."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from embedcache.encoders.contract import EncoderSettings
@@ -44,6 +44,11 @@ class ExtractSettings:
                 raise SettingError(f"{name} is {value}; it must be at least 1")
         self.takes(0)
 
+    def share(self, number: int, count: int) -> "ExtractSettings":
+        """Give one of `count` equal parts of this worker's share."""
+        mine, _, workers = self.worker.partition("/")
+        return replace(self, worker=f"{int(mine) + int(workers) * number}/{int(workers) * count}")
+
     def takes(self, chunk: int) -> bool:
         """Say whether a chunk is this worker's.
 
@@ -51,6 +56,6 @@ class ExtractSettings:
             SettingError: the worker is not i/n with i from 0 to n - 1.
         """
         number, slash, count = self.worker.partition("/")
-        if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
+        if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise SettingError(f"worker is {self.worker!r}; write i/n with i from 0 to n - 1, such as 0/4 to 3/4")
         return chunk % int(count) == int(number)

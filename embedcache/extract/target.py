@@ -26,7 +26,7 @@ class Target:
         encoder: makes the features.
         group: where they go.
         features: which of its features to store.
-        dtype: dtype on disk.
+        dtypes: feature -> dtype on disk.
         view: how it looks at items; None is as they are.
         claims: which of the folder's chunks this process works on.
         executor: the one thread on which the encoder runs, whatever else this process does meanwhile.
@@ -35,7 +35,7 @@ class Target:
     encoder: Encoder
     group: EncoderGroup
     features: Sequence[str]
-    dtype: str
+    dtypes: Mapping[str, str]
     view: View | None
     claims: Claims
     executor: Executor
@@ -48,7 +48,7 @@ class Target:
     def fit(self, feature: str, item: Array) -> Array:
         """Turn the encoder's output for one item into what is stored."""
         name = f"{self.group.name}/{feature}"
-        return fit_item(item, self.encoder.features[feature], self.dtype, name)
+        return fit_item(item, self.encoder.features[feature], self.dtypes[feature], name)
 
     def look(self, item: Any) -> Any:
         """Give an item as this target wants to see it."""
@@ -57,7 +57,7 @@ class Target:
 
 def choose_features(encoder: Encoder, asked: Sequence[str]) -> list[str]:
     """Choose what an encoder stores: those of the asked features that it has, else its first."""
-    return [name for name in asked if name in encoder.features] or [next(iter(encoder.features))]
+    return [name for name in dict.fromkeys(asked) if name in encoder.features] or [next(iter(encoder.features))]
 
 
 def check_features(encoders: Collection[Encoder], asked: Sequence[str]) -> None:
@@ -100,7 +100,13 @@ def open_target(
         add_feature(group, name, encoder.features[name], dtype)
     claims = Claims(group.path / "chunks")
     return Target(
-        encoder=encoder, group=group, features=features, dtype=dtype, view=view, claims=claims, executor=executor
+        encoder=encoder,
+        group=group,
+        features=features,
+        dtypes=dict.fromkeys(features, dtype),
+        view=view,
+        claims=claims,
+        executor=executor,
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from embedcache.cache.cache import Cache
 from embedcache.cache.verify import verify
 from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from tests.toy import IMAGE, TEXT
 
@@ -88,3 +89,41 @@ def test_what_it_finds_can_be_made_again(copy: Path, cache_path: Path, pictures:
     extract(open_source(pictures), copy, image=[IMAGE], text=[TEXT])
     assert verify(Cache(copy)) == []
     assert path.read_bytes() == (cache_path / "image/open_toy/cls/c/2/0").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("samples.parquet", {"samples.parquet"}),
+        ("image/items.parquet", {"image/items.parquet"}),
+        ("image/open_toy/cls/zarr.json", {"open_toy/cls"}),
+        ("image/open_toy/zarr.json", {"open_toy/cls", "open_toy/patches"}),
+        ("image/open_toy/chunks/00002.parquet", {"open_toy/cls", "open_toy/patches"}),
+    ],
+)
+@pytest.mark.parametrize("damage", ["gone", "cut", "other"])
+def test_a_file_that_cannot_be_read_is_found(copy: Path, name: str, places: set[str], damage: str) -> None:
+    path = copy / name
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"{}" * 99)
+    findings = verify(Cache(copy))
+    assert {finding.place for finding in findings} == places
+    assert all(finding.is_damage != (damage == "gone" and "chunks" in name) for finding in findings)
+
+
+def test_metadata_that_is_gone_comes_back_with_the_same_extraction(copy: Path, pictures: Path) -> None:
+    for name in ("image/open_toy/zarr.json", "image/open_toy/cls/zarr.json"):
+        (copy / name).unlink()
+    assert "run the same embedcache extract again" in verify(Cache(copy))[0].line()
+    reports = extract(
+        open_source(pictures),
+        copy,
+        image=[IMAGE],
+        text=[TEXT],
+        settings=ExtractSettings(features=("cls", "patches", "mean", "tokens")),
+    )
+    assert {report.encoded for report in reports} == {0}
+    assert verify(Cache(copy)) == []

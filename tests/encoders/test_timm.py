@@ -90,6 +90,17 @@ def test_an_image_size_that_does_not_go_is_refused(size: str, words: str, test_v
         open_encoder(f"timm:test_vit,weights={test_vit},image_size={size}", modality="image")
 
 
+def test_patches_that_lie_in_no_grid_are_left_out(tmp_path: Path) -> None:
+    encoder = open_encoder(f"timm:pit_ti_224,weights={save_timm('pit_ti_224', tmp_path, seed=0)}", modality="image")
+    assert encoder.features == {"cls": (256,)}, "no patch comes out of this one"
+
+
+def test_a_model_of_several_maps_is_refused(tmp_path: Path) -> None:
+    path = save_timm("crossvit_tiny_240", tmp_path, seed=0)
+    with pytest.raises(SettingError, match="CrossVit gives several maps of tokens; take an encoder of another"):
+        open_encoder(f"timm:crossvit_tiny_240,weights={path}", modality="image")
+
+
 def test_a_checkpoint_without_its_classifier_opens_too(tmp_path: Path) -> None:
     import timm
 

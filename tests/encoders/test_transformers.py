@@ -44,6 +44,16 @@ class TestTransformersText(TextEncoderContract):
         return f"hf:{_changed(bert, tmp_path_factory.mktemp('changed') / 'bert')}"
 
 
+def test_a_model_that_masks_patches_at_random_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    save_dinov2(tmp_path, num_registers=0)  # for its image processor
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    transformers.ViTMAEModel(transformers.ViTMAEConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(SettingError, match="another answer each time it sees the same picture"):
+        open_encoder(f"hf:{tmp_path}", modality="image")
+
+
 @pytest.mark.parametrize("num_registers", [0, NUM_REGISTERS])
 def test_image_values_are_those_of_the_library(num_registers: int, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, AutoModel

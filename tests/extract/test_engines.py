@@ -6,9 +6,13 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from embedcache.encoders.contract import Encoder
 from embedcache.errors import EmbedcacheError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -101,7 +105,7 @@ def test_a_process_that_is_killed_leaves_its_chunks_to_the_others(
     told, killer = Told(), threading.Thread(target=kill)
     killer.start()
     if num_killed == 2:
-        with pytest.raises(UnfinishedError, match="all 2 processes died; what is committed is kept: run the same"):
+        with pytest.raises(UnfinishedError, match="2 of 2 processes died; what is committed is kept: run the same"):
             slow(source, tmp_path / "c", told, delay_ms=200, devices=("cpu", "cpu"))
     else:
         slow(source, tmp_path / "c", told, delay_ms=200, devices=("cpu", "cpu"))
@@ -116,6 +120,50 @@ def test_a_process_that_is_killed_leaves_its_chunks_to_the_others(
 def test_what_goes_wrong_in_a_process_is_told_as_it_is(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown option of the encoder family 'tests.toy:open_toy' 'nonsense'"):
         slow(source, tmp_path / "c", Told(), delay_ms=0, image=f"{IMAGE},nonsense=1", devices=("cpu", "cpu"))
+
+
+def open_with_a_bug(spec: object, **_: object) -> Encoder:
+    raise ZeroDivisionError("a bug")
+
+
+@pytest.mark.slow
+def test_a_bug_in_a_process_shows_where_it_was(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)in open_with_a_bug.*ZeroDivisionError: a bug"):
+        extract(
+            open_source(source),
+            tmp_path / "c",
+            image=["tests.extract.test_engines:open_with_a_bug"],
+            settings=ExtractSettings(devices=("cpu", "cpu")),
+        )
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_shares_of_a_worker_are_its_chunks_each_once(num_workers: int, num_devices: int, data: st.DataObject) -> None:
+    worker = data.draw(st.integers(0, num_workers - 1))
+    whole = ExtractSettings(worker=f"{worker}/{num_workers}")
+    shares = [whole.share(number, num_devices) for number in range(num_devices)]
+    for chunk in range(40):
+        assert sum(share.takes(chunk) for share in shares) == whole.takes(chunk)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"image": [IMAGE, f"{IMAGE},scale=2"]}, "2 image encoders or views would be stored as open_toy"),
+        ({"image": [IMAGE], "views": ("flip", "flip")}, "2 image encoders or views would be stored as open_toy@flip"),
+        ({"text": [TEXT], "views": ("flip",)}, "the view flip is of images, and no encoder of images is named"),
+        ({"image": [IMAGE], "devices": ("cuda:7",)}, "no device 'cuda:7' here"),
+        ({"image": [IMAGE], "views": ("flop",)}, "unknown view 'flop'; did you mean 'flip'"),
+        ({"image": ["toy"]}, "'toy' does not name an encoder"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_numbered(
+    source: Path, tmp_path: Path, asked: dict[str, Any], words: str
+) -> None:
+    encoders = {name: asked.pop(name) for name in ("image", "text") if name in asked}
+    with pytest.raises(EmbedcacheError, match=words):
+        extract(open_source(source), tmp_path / "c", **encoders, settings=ExtractSettings(**asked))
+    assert not (tmp_path / "c").exists()
 
 
 def test_an_unknown_engine_is_refused(source: Path, tmp_path: Path) -> None:

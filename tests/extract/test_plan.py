@@ -54,7 +54,7 @@ def test_a_plan_that_the_disk_cannot_hold_is_refused() -> None:
         chunk_size=2048,
     )
     assert planned.hours("image") == pytest.approx(2.78, abs=0.01)
-    assert planned.memory_bytes == 2048 * 530_000
+    assert planned.memory_bytes == 2 * 2048 * 530_000
     with pytest.raises(DiskFullError, match=r"1,000\.00 GB free .* take 10,600\.48 GB; free 9,600\.48 GB"):
         planned.require_space()
     replace(planned, free_bytes=None).require_space()

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from embedcache.errors import EmbedcacheError, UnfinishedError
 from embedcache.extract.job import Done, Job, merge_done
 from embedcache.extract.worker import Worker
+from embedcache.paths import is_remote, open_path
 from embedcache.progress import Progress
 from embedcache.sources.contract import Source
 
@@ -20,10 +22,11 @@ _SECONDS_BETWEEN_WORDS = 0.2
 def run(job: Job, source: Source, progress: Progress) -> list[Done]:
     """Encode all that is missing, on all the job's devices.
 
-    Several processes take chunks as they go; what one that was killed leaves undone, the others finish.
+    Several processes take chunks as they go; what one that was killed leaves undone, the others finish. Behind a URL,
+    where nothing can be claimed, each has a share of the chunks instead.
 
     Raises:
-        UnfinishedError: all processes were killed.
+        UnfinishedError: all processes were killed, or one that had a share of its own.
         EmbedcacheError: what went wrong in one of them; the others are stopped.
     """
     devices = job.settings.devices or all_devices()
@@ -42,23 +45,33 @@ def all_devices() -> tuple[str, ...]:
 def _run_many(job: Job, devices: Sequence[str], progress: Progress) -> list[Done]:
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     processes: dict[Connection, Any] = {}
-    for device in devices:
+    has_shares = is_remote(open_path(job.cache))
+    for number, device in enumerate(devices):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(job, device, len(devices), theirs), daemon=True)
+        share = job.share(number, len(devices)) if has_shares else job
+        process = context.Process(target=_work, args=(share, device, len(devices), theirs), daemon=True)
         process.start()
         theirs.close()
         processes[ours] = process
     try:
-        return _listen(list(processes), progress)
+        finished, num_lost = _listen(list(processes), progress)
     finally:
         for process in processes.values():
             process.terminate()
             process.join()
+    if num_lost and (has_shares or not finished):
+        raise UnfinishedError(
+            f"{num_lost} of {len(devices)} processes died; what is committed is kept: run the same command again"
+        )
+    if num_lost:
+        progress.note(f"{num_lost} of {len(devices)} processes died; the others did their work")
+    return merge_done(finished)
 
 
-def _listen(pipes: list[Connection], progress: Progress) -> list[Done]:
-    """Pass on what the processes say until each has ended."""
-    finished, told, lost = [], _Told(progress), 0
+def _listen(pipes: list[Connection], progress: Progress) -> tuple[list[list[Done]], int]:
+    """Pass on what the processes say until each has ended; give what was done, and how many just died."""
+    finished: list[list[Done]] = []
+    told, lost = _Told(progress), 0
     while pipes:
         for pipe in wait(pipes):
             assert isinstance(pipe, Connection)
@@ -70,17 +83,15 @@ def _listen(pipes: list[Connection], progress: Progress) -> list[Done]:
                 continue
             if kind == "error":
                 raise content[0]
+            if kind == "bug":
+                raise RuntimeError(f"a process of the extraction failed:\n{content[0]}")
             if kind == "done":
                 pipes.remove(pipe)
                 finished.append(content[0])
             else:
                 told.tell(kind, *content)
     progress.finish()
-    if not finished:
-        raise UnfinishedError(f"all {lost} processes died; what is committed is kept: run the same command again")
-    if lost:
-        progress.note(f"{lost} of {lost + len(finished)} processes died; the others did their work")
-    return merge_done(finished)
+    return finished, lost
 
 
 class _Told:
@@ -113,6 +124,8 @@ def _work(job: Job, device: str, num_processes: int, pipe: Connection) -> None:
         pipe.send(("error", error))
     except BrokenPipeError:  # the process that started us was killed
         os._exit(1)
+    except Exception:  # noqa: BLE001 - it is raised by the process that started us
+        pipe.send(("bug", traceback.format_exc()))
 
 
 class _PipedProgress:
