@@ -13,10 +13,13 @@ from benchmarks.data import save_vit, write_pictures
 from benchmarks.rates import decode_rate, encode_rate, extract_rate, floor, prepare
 from benchmarks.table import median_rates, show
 from embedcache.encoders.open import open_encoder
+from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import Source, open_source
 
 LIGHT = "lite:efficientnet-lite0"
 _PREPARED = 512
+_CHUNKS = 4
+"""Of so many pictures, so that most chunks are committed while the next is encoded, as in longer runs."""
 
 
 def main(*, quick: bool) -> None:
@@ -26,10 +29,10 @@ def main(*, quick: bool) -> None:
         source = open_source(write_pictures(Path(folder) / "pictures.tar", count))
         heavy = save_vit(Path(folder) / "vit.pt")
         for title, specs in (("light", [LIGHT]), ("heavy", [heavy]), ("both in one pass", [LIGHT, heavy])):
-            _show(title, source, specs, repeats)
+            _show(title, source, specs, repeats, ExtractSettings(chunk_size=count // _CHUNKS))
 
 
-def _show(title: str, source: Source, specs: Sequence[str], repeats: int) -> None:
+def _show(title: str, source: Source, specs: Sequence[str], repeats: int, settings: ExtractSettings) -> None:
     encoders = [open_encoder(spec, modality="image") for spec in specs]
     items = [item for sample in source.samples() for item in sample.images]
     inputs = list(zip(*(prepare(source, item, encoders) for item in items[:_PREPARED]), strict=True))
@@ -38,6 +41,8 @@ def _show(title: str, source: Source, specs: Sequence[str], repeats: int) -> Non
         for spec, encoder, prepared in zip(specs, encoders, inputs, strict=True)
     }
     calls = {"decode": partial(decode_rate, source, items, encoders), **alone}
-    rates = median_rates({**calls, "extract": partial(extract_rate, source, image=specs)}, repeats=repeats)
+    rates = median_rates(
+        {**calls, "extract": partial(extract_rate, source, image=specs, settings=settings)}, repeats=repeats
+    )
     parts = [rates[name] for name in calls]
     show(f"images, {title}", "images/s", [("floor", floor(*parts)), *rates.items()])

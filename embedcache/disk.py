@@ -161,7 +161,8 @@ def make_folder(path: Path) -> None:
     """
     if is_remote(path):
         if not has_no_folders(path):
-            path.mkdir(parents=True, exist_ok=True)
+            with _service_errors(path):
+                path.mkdir(parents=True, exist_ok=True)
         return
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:

@@ -21,7 +21,7 @@ def open_path(location: str | Path) -> Path:
 
     Raises:
         MissingExtraError: a URL, and the packages that read it are not installed.
-        PathError: a URL of a kind that fsspec does not know.
+        PathError: a URL of a kind that fsspec does not know, or of a server that does not answer.
     """
     if isinstance(location, Path) or not is_url(str(location)):
         return Path(location)
@@ -31,6 +31,8 @@ def open_path(location: str | Path) -> Path:
         path.fs  # noqa: B018  # imports what reads such URLs
     except ValueError as error:
         raise PathError(f"{location} is a URL of a kind that cannot be read: {error}") from None
+    except OSError as error:  # some file systems connect at once
+        raise PathError(f"cannot reach {location}: {io_reason(error)}") from None
     except ImportError as error:
         raise PathError(f"{location} needs a package that is not installed: {error}") from None
     return cast(Path, path)

@@ -35,6 +35,13 @@ class Cache:
         self._footers: dict[tuple[str, int, float], pq.FileMetaData] = {}
 
     @cached_property
+    def columns(self) -> list[str]:
+        """Names of the columns of `samples`, without reading it."""
+        path = samples_path(self.path)
+        with table_errors(path), open_table(path) as table:
+            return list(table.schema_arrow.names)
+
+    @cached_property
     def samples(self) -> pa.Table:
         """One row a sample, in row order: `key`, and the source's columns.
 

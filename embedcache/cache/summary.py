@@ -16,6 +16,19 @@ def describe_spine(cache: Cache) -> str:
     )
 
 
+def caption_error_lines(cache: Cache, *, num_shown: int = 5) -> list[str]:
+    """Say which samples have captions that could not be read; no line where all could."""
+    if "caption_error" not in cache.columns:
+        return []
+    errors = cache.samples.select(["key", "caption_error"]).to_pylist()
+    broken = [row for row in errors if row["caption_error"] is not None]
+    if not broken:
+        return []
+    lines = [f"{len(broken):,} samples have captions that cannot be read, and count as having none"]
+    lines += [f"  key {row['key']}: {row['caption_error']}" for row in broken[:num_shown]]
+    return [*lines, f"  … and {len(broken) - num_shown:,} more"] if len(broken) > num_shown else lines
+
+
 def describe_feature(feature: Feature) -> list[str]:
     """Give a feature's name, modality, shape, dtype, committed chunks, failed items and bytes on disk."""
     committed = [commit for commit in feature.commits if commit is not None]

@@ -10,7 +10,9 @@ from embedcache.artifact import digest
 from embedcache.cache.commit import NOT_YET, Commit, remove_commit, write_commit
 from embedcache.cache.feature import Feature
 from embedcache.cache.group import EncoderGroup, chunk_shape, feature_about
+from embedcache.cache.layout import items_path
 from embedcache.cache.store import write_array, write_chunk
+from embedcache.cache.tables import open_table, table_errors
 from embedcache.disk import locked
 from embedcache.errors import CorruptError, DataError, FingerprintError
 
@@ -171,10 +173,20 @@ def _refuse_changed(group: EncoderGroup, before: Commit, now: Sequence[bytes | N
     for offset, (old, new) in enumerate(zip(before.hashes, now, strict=True)):
         is_used = any(reasons[offset] is None for reasons in before.failures.values())
         if is_used and old is not None and new is not None and old != new:
+            path = _path(group, before.chunk, offset)
             raise FingerprintError(
-                f"{group.modality} row {first + offset} has other bytes now than when {group.name} was extracted; "
-                "put the old file back, or extract into a new folder"
+                f"{group.modality} {path}in row {first + offset} has other bytes now than when {group.name} was "
+                "extracted; put the old file back, or extract into a new folder"
             )
+
+
+def _path(group: EncoderGroup, chunk: int, offset: int) -> str:
+    """Get the path of an image, and a space; texts have none."""
+    if group.modality != "image":
+        return ""
+    path = items_path(group.path.parents[1], group.modality)
+    with table_errors(path), open_table(path) as table:
+        return f"{table.read_row_group(chunk, columns=['path'], use_threads=False)['path'][offset]} "
 
 
 def fit_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -> Array:

@@ -2,8 +2,10 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -12,6 +14,7 @@ from embedcache.errors import SettingError
 
 _SECONDS_BETWEEN_LINES = 10.0
 _PLAIN_WIDTH = 160
+_INTERRUPTED = 130
 
 
 class TerminalProgress:
@@ -114,6 +117,16 @@ class _Rate:
 def open_progress() -> TerminalProgress | PlainProgress:
     """Choose bars on a terminal and plain lines elsewhere."""
     return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
+
+
+@contextmanager
+def going_on_later() -> Iterator[None]:
+    """Let Ctrl-C stop work that a later run goes on with."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; what is committed is kept: run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(_INTERRUPTED) from None
 
 
 def say(line: str) -> None:

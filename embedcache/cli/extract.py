@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from embedcache.errors import SettingError
+
 if TYPE_CHECKING:
     from embedcache.extract.plan import Plan
 
@@ -55,7 +57,9 @@ def extract(
     ] = "auto",
 ) -> None:
     """Run frozen encoders over a source, once, into a cache. Run it again to go on after a stop."""
-    from embedcache.cli.console import open_progress, say
+    from embedcache.cache.cache import Cache
+    from embedcache.cache.summary import caption_error_lines
+    from embedcache.cli.console import going_on_later, open_progress, say
     from embedcache.encoders.contract import EncoderSettings
     from embedcache.extract import extract as stage
     from embedcache.extract import plan as planning
@@ -63,6 +67,8 @@ def extract(
     from embedcache.extract.settings import ExtractSettings
     from embedcache.sources import SourceSettings, open_source
 
+    if retry_failed and (plan or extend):
+        raise SettingError("--retry-failed tries failed items again and nothing else; leave --plan and --extend out")
     opened = open_source(
         source,
         kind=source_type,
@@ -87,16 +93,18 @@ def extract(
     )
     encoders = {"image": image or (), "text": text or ()}
     progress = open_progress()
-    if plan:
-        made = planning.plan(opened, cache, **encoders, settings=settings, extends=extend, progress=progress)
-        _show_plan(made)
-        made.require_space()
-    elif retry_failed:
-        for retried in retry.retry_failed(opened, cache, **encoders, settings=settings, progress=progress):
-            say(retried.line())
-    else:
-        for report in stage.extract(opened, cache, **encoders, settings=settings, extends=extend, progress=progress):
-            say(report.line())
+    with going_on_later():
+        if plan:
+            made = planning.plan(opened, cache, **encoders, settings=settings, extends=extend, progress=progress)
+            _show_plan(made)
+            made.require_space()
+        elif retry_failed:
+            for retried in retry.retry_failed(opened, cache, **encoders, settings=settings, progress=progress):
+                say(retried.line())
+        else:
+            reports = stage.extract(opened, cache, **encoders, settings=settings, extends=extend, progress=progress)
+            for line in [*(report.line() for report in reports), *caption_error_lines(Cache(cache))]:
+                say(line)
 
 
 def _show_plan(plan: "Plan") -> None:
@@ -106,16 +114,26 @@ def _show_plan(plan: "Plan") -> None:
         say(f"{plan.cache}: nothing is missing")
         return
     rows = [
-        [feature.name, f"{feature.num_items:,}", f"{feature.item_bytes:,.0f}", f"{feature.num_bytes / 1e9:,.3f}"]
+        [feature.name, f"{feature.num_items:,}", f"{feature.item_bytes:,.0f}", _bytes(feature.num_bytes)]
         for feature in plan.features
     ]
-    show_table(["feature", "items", "bytes an item", "GB"], rows)
+    show_table(["feature", "items", "bytes an item", "disk"], rows)
     for modality, rate in plan.rates.items():
         processes = f" on each of {plan.num_processes} devices" if plan.num_processes > 1 else ""
-        say(f"{modality}s: {rate:,.1f} a second{processes}, measured; {plan.hours(modality):,.2f} hours")
-    say(f"memory: {plan.memory_bytes / 1e9:,.3f} GB a process for the outputs of two chunks; see --chunk-size")
-    free = "" if plan.free_bytes is None else f"; {plan.free_bytes / 1e9:,.2f} GB are free"
-    say(f"disk: {plan.num_bytes / 1e9:,.3f} GB{free}")
+        say(f"{modality}s: {rate:,.1f} a second{processes}, measured; {_time(plan.hours(modality))}")
+    say(f"memory: {_bytes(plan.memory_bytes)} a process for the outputs of two chunks; see --chunk-size")
+    free = "" if plan.free_bytes is None else f"; {_bytes(plan.free_bytes)} are free"
+    say(f"disk: {_bytes(plan.num_bytes)}{free}")
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
+
+
+def _time(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{hours * 60:.1f} minutes" if hours >= 1 / 60 else f"{hours * 3600:.1f} seconds"
 
 
 def _listed(values: Sequence[str] | None) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ import typer
 def inspect(cache: Annotated[str, typer.Argument(help="The cache, or its URL.")]) -> None:
     """Show what a cache holds, how complete it is, and why items failed."""
     from embedcache.cache.cache import Cache
-    from embedcache.cache.summary import describe_feature, describe_spine, failure_lines
+    from embedcache.cache.summary import caption_error_lines, describe_feature, describe_spine, failure_lines
     from embedcache.cli.console import say, show_table
 
     opened = Cache(cache)
-    say(describe_spine(opened))
+    for line in [describe_spine(opened), *caption_error_lines(opened)]:
+        say(line)
     features = [feature for modality in ("image", "text") for feature in opened.features(modality)]
     if not features:
         say("no features yet: add some with embedcache extract")

@@ -45,6 +45,8 @@ class TorchGraph:
         self._module = module.eval().to(self._device)
         self._is_bfloat16 = settings.precision == "bfloat16"
         self._max_rows: int | None = None
+        if self._device.type == "cuda" and not self._is_bfloat16:
+            torch.backends.cudnn.allow_tf32 = False  # else float32 convolutions keep 10 bits
         if settings.compiles:
             self._module.compile()
 

@@ -12,6 +12,7 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
 from embedcache.cache.group import EncoderGroup
 from embedcache.errors import SettingError
+from embedcache.extract.cores import num_cores
 from embedcache.extract.load import Loaded, load_image, load_texts
 from embedcache.extract.loop import Outputs
 from embedcache.extract.reopen import reopen_target
@@ -29,6 +30,7 @@ class Drift:
 
     Args:
         feature: `encoder/feature`.
+        rows: (n,) int64, the items that could be read.
         cosines: (n,) float32, one an item; of token features over all tokens together.
         num_gone: items that cannot be read any more.
         num_changed: items whose bytes are others now.
@@ -36,6 +38,7 @@ class Drift:
     """
 
     feature: str
+    rows: Ints
     cosines: Floats
     num_gone: int
     num_changed: int
@@ -51,6 +54,7 @@ class Drift:
         parts = [f"{self.feature}: {len(self.cosines):,} items encoded again"]
         if len(self.cosines):
             parts.append(f"cosine to what is stored: mean {self.cosines.mean():.6f}, least {self.cosines.min():.6f}")
+            parts += [f"in row {self.rows[self.cosines.argmin()]:,}"] * bool(self.cosines.min() < MIN_COSINE)
         parts += [f"{self.num_gone:,} items cannot be read any more"] * bool(self.num_gone)
         parts += [f"{self.num_changed:,} items have other bytes now"] * bool(self.num_changed)
         parts += [f"the encoder is another: {'; '.join(self.differences)}"] * bool(self.differences)
@@ -112,6 +116,7 @@ def _drift(
         stored = feature.gather_tokens(rows[is_read]) if feature.is_ragged else list(feature.gather(rows[is_read]))
         yield Drift(
             feature=feature.name,
+            rows=rows[is_read],
             cosines=np.array([_cosine(*pair) for pair in zip(stored, again, strict=True)], np.float32),
             num_gone=int((~is_read).sum()),
             num_changed=sum(
@@ -126,7 +131,7 @@ def _load(cache: Cache, source: Source, target: Target, rows: Ints) -> tuple[lis
     hashes: list[bytes | None] = []
     loaded: list[Loaded] = []
     size, modality = cache.info.chunk_size, target.encoder.modality
-    with ThreadPoolExecutor() as executor:
+    with ThreadPoolExecutor(num_cores()) as executor:
         for chunk in np.unique(rows // size).tolist():
             offsets = (rows[rows // size == chunk] - chunk * size).tolist()
             commit = target.group.commit(chunk)

@@ -38,6 +38,7 @@ def load_image(source: Source, item: ImageItem, targets: Sequence[Target]) -> Lo
     try:
         data = source.read(item)
         content_hash = hash_item(data)
+        targets[0].turns.wait()
         image = decode_image(data)
     except ItemError as error:
         return Loaded(hash=content_hash, failure=str(error))

@@ -155,7 +155,7 @@ class Outputs:
     def _start(self) -> None:
         rows, batch = self._rows, self._batch
         self._rows, self._batch = [], []
-        started = self.target.executor.submit(self.target.encoder.encode, batch, list(self.features))
+        started = self.target.executor.submit(self.target.encode, batch, list(self.features))
         self._collect()
         self._running = rows, started
 

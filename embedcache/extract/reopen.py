@@ -9,6 +9,7 @@ from embedcache.cache.group import EncoderGroup
 from embedcache.disk import Claims
 from embedcache.encoders.contract import EncoderSettings
 from embedcache.encoders.open import open_encoder
+from embedcache.extract.cores import Turns
 from embedcache.extract.target import Target, view_fingerprint
 from embedcache.extract.views import open_view
 
@@ -30,6 +31,7 @@ def reopen_target(group: EncoderGroup, features: Sequence[str], *, device: str) 
         view=open_view(fingerprint["view"]["name"]) if "view" in fingerprint else None,
         claims=Claims(group.path / "chunks"),
         executor=ThreadPoolExecutor(1),
+        turns=Turns(device),
     )
 
 

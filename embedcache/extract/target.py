@@ -12,6 +12,7 @@ from embedcache.cache.writing import fit_item
 from embedcache.disk import Claims
 from embedcache.encoders.contract import Encoder
 from embedcache.encoders.open import EncoderSpec
+from embedcache.extract.cores import Turns
 from embedcache.extract.views import View
 from embedcache.registry import unknown_name
 
@@ -30,6 +31,7 @@ class Target:
         view: how it looks at items; None is as they are.
         claims: which of the folder's chunks this process works on.
         executor: the one thread on which the encoder runs, whatever else this process does meanwhile.
+        turns: when it runs, and when others decode; one for all targets of a process.
     """
 
     encoder: Encoder
@@ -39,11 +41,17 @@ class Target:
     view: View | None
     claims: Claims
     executor: Executor
+    turns: Turns
 
     def missing(self, chunk: int) -> list[str]:
         """Name the features that a chunk does not have yet."""
         commit = self.group.commit(chunk)
         return [name for name in self.features if not self.group.has(commit, name)]
+
+    def encode(self, batch: Sequence[Array], features: Sequence[str]) -> dict[str, list[Array]]:
+        """Run the encoder on prepared items."""
+        with self.turns.model():
+            return self.encoder.encode(batch, features)
 
     def fit(self, feature: str, item: Array) -> Array:
         """Turn the encoder's output for one item into what is stored."""
@@ -81,6 +89,7 @@ def open_target(
     *,
     view: View | None,
     executor: Executor,
+    turns: Turns,
 ) -> Target:
     """Make an encoder's folder in a cache, or open it where the same encoder made it.
 
@@ -107,6 +116,7 @@ def open_target(
         view=view,
         claims=claims,
         executor=executor,
+        turns=turns,
     )
 
 

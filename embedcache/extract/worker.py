@@ -1,6 +1,5 @@
 """A process's share of an extraction: its open encoders, and the chunks it works on."""
 
-import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from embedcache.encoders.contract import Encoder, Modality
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.errors import SourceError
 from embedcache.extract.claim import Work, claim_free, claim_one
+from embedcache.extract.cores import Turns, num_cores
 from embedcache.extract.job import Done, Job, merge_done
 from embedcache.extract.loop import encode_images, encode_texts
 from embedcache.extract.settings import ExtractSettings
@@ -99,7 +99,7 @@ def encode_chunks(
     threads: int | None = None,
 ) -> None:
     """Encode claimed chunks, loading on threads: one a core where their number is not given."""
-    with ThreadPoolExecutor(threads or os.cpu_count()) as executor:
+    with ThreadPoolExecutor(threads or num_cores()) as executor:
         if modality == "image":
             encode_images(cache, source, works, executor, progress)
         else:
@@ -128,22 +128,23 @@ def _open_targets(cache: Cache, job: Job, device: str) -> dict[Modality, list[Ta
         if asked
     }
     check_features([encoder for some in encoders.values() for encoder in some], job.settings.features)
+    turns = Turns(device)
     return {
         modality: [
             target
             for spec, encoder in zip(specs[modality], some, strict=True)
-            for target in _views(cache, spec, encoder, job.settings)
+            for target in _views(cache, spec, encoder, job.settings, turns)
         ]
         for modality, some in encoders.items()
     }
 
 
-def _views(cache: Cache, spec: EncoderSpec, encoder: Encoder, settings: ExtractSettings) -> list[Target]:
+def _views(cache: Cache, spec: EncoderSpec, encoder: Encoder, settings: ExtractSettings, turns: Turns) -> list[Target]:
     """Open the targets of one encoder: the plain one, and one a view."""
     executor = ThreadPoolExecutor(1, thread_name_prefix=spec.folder)
     views = [None, *(view for view in map(open_view, settings.views) if view.modality == encoder.modality)]
     return [
-        open_target(cache, spec, encoder, settings.features, settings.dtype, view=view, executor=executor)
+        open_target(cache, spec, encoder, settings.features, settings.dtype, view=view, executor=executor, turns=turns)
         for view in views
     ]
 

@@ -58,6 +58,8 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
         SettingError: a setting that this kind does not take.
     """
     place = str(location) if isinstance(location, str | Path) else location
+    if isinstance(place, str) and not place.strip():
+        raise SourceError(f"the source is an empty text; {_ACCEPTED}")
     if kind is None:
         kind, place = split_kind(place) if isinstance(place, str) else ("huggingface", place)
     source: Source = SOURCES.load(kind)(place, settings or SourceSettings())

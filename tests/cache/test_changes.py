@@ -21,10 +21,10 @@ from tests.cache.test_spine import Rows, rows
 CHUNK = 4
 
 
-def begin(path: Path, source: Rows, *, failed: tuple[int, ...] = ()) -> None:
+def begin(path: Path, source: Rows, *, failed: tuple[int, ...] = (), encoder: str = "test") -> None:
     """Index a source, and commit a feature of all its images, of which some failed."""
     info = index(source, path, chunk_size=CHUNK)
-    group = create_group(path, "image", "test", info, spec="test:m", fingerprint={"weights": "w"})
+    group = create_group(path, "image", encoder, info, spec="test:m", fingerprint={"weights": "w"})
     add_feature(group, "f", (2,), "float32")
     for chunk in range(info.num_chunks("image")):
         span = info.chunk_rows("image", chunk)
@@ -128,6 +128,14 @@ def test_other_bytes_of_an_image_that_failed_are_taken_in_when_asked(tmp_path: P
     cache = Cache(tmp_path)
     assert cache.items("image")["length"].to_pylist() == [0, 1, 9, 3, 4, 5]
     assert cache.feature("image").valid.tolist() == [True, True, False, True, True, True], "commits are good still"
+
+
+def test_other_bytes_are_refused_where_any_encoder_has_a_feature_of_them(tmp_path: Path) -> None:
+    begin(tmp_path, rows(6), failed=(2,))
+    begin(tmp_path, rows(6), encoder="other")
+    mended = changed(rows(6), 2, images=(ImageItem(path="2.png", length=9),))
+    with pytest.raises(FingerprintError, match="other bytes in 1 of its images, such as 2.png in row 2"):
+        index(mended, tmp_path, mends=True)
 
 
 def test_other_bytes_of_an_image_that_has_features_are_refused_even_then(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -30,6 +31,8 @@ def group_of(path: Path, num_items: int, *, earlier: int | None = None) -> Encod
         chunk_size=4, source={}, spine=spine, num_samples=num_items, num_items={"image": num_items}, earlier=states
     )
     write_info(path, info)
+    (path / "image").mkdir(exist_ok=True)
+    pq.write_table(pa.table({"path": [f"{row}.png" for row in range(num_items)]}), path / "image/items.parquet")
     return create_group(path, "image", "test", info, spec="test:m", fingerprint=FINGERPRINT)
 
 
@@ -134,7 +137,7 @@ def test_items_with_other_bytes_are_refused(tmp_path: Path) -> None:
     new = [item(0, (3,))] * 4
     reasons = {"g": [None] * 4}
     commit_chunk(group, 0, {"g": new}, [bytes(16), b"1" * 16, bytes(16), bytes(16)], reasons)  # row 1 was never used
-    with pytest.raises(FingerprintError, match="image row 2 has other bytes now than when test was extracted"):
+    with pytest.raises(FingerprintError, match="image 2.png in row 2 has other bytes now than when test was extracted"):
         commit_chunk(group, 0, {"g": new}, [bytes(16), b"1" * 16, b"1" * 16, bytes(16)], reasons, mends=True)
 
 

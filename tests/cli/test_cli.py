@@ -3,8 +3,10 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -213,3 +215,54 @@ def test_plain_progress_has_no_escape_codes(folder: Path) -> None:
     done = embedcache("extract", "photos", "cache2", *TOY, cwd=folder)
     assert re.search(r"encoding images: 150 images in [\d.]+ s, [\d,]+ images/s", done.stderr)
     assert "\x1b" not in done.stderr + done.stdout
+
+
+def test_a_plan_says_bytes_and_time_and_writes_no_feature(folder: Path, tmp_path: Path) -> None:
+    done = embedcache("extract", folder / "photos", tmp_path / "c", *TOY, "--plan", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"open_toy/cls +│ +150 +│ +96 +│ 0\.02 MB", done.stdout)
+    assert re.search(r"images: [\d,.]+ a second, measured; [\d.]+ seconds", done.stdout)
+    assert re.search(r"memory: 0\.39 MB a process for the outputs of two chunks", done.stdout)
+    assert re.search(r"disk: 0\.03 MB; [\d,.]+ GB are free", done.stdout)
+    assert not list(tmp_path.glob("c/*/*/chunks/*"))
+
+
+def test_a_retry_is_nothing_else(folder: Path) -> None:
+    done = embedcache("extract", "photos", "cache", *TOY, "--retry-failed", "--plan", cwd=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "leave --plan and --extend out" in done.stderr
+
+
+def test_an_empty_source_is_refused(tmp_path: Path) -> None:
+    done = embedcache("extract", "", "c", *TOY, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the source is an empty text; a source is a folder of images")
+
+
+def test_captions_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "photos", 8)
+    for number in range(6):
+        (tmp_path / f"photos/{number:05d}.txt").write_bytes(b"\xff")
+    done = embedcache("extract", "photos", "c", *TOY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = "6 samples have captions that cannot be read, and count as having none\n  key 00000: 00000.txt is not UTF-8"
+    for output in (done.stdout, embedcache("inspect", "c", cwd=tmp_path).stdout):
+        assert told in output
+        assert "  … and 1 more" in output
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "photos", 64)
+    command = [sys.executable, "-m", "embedcache", "extract", "photos", "c", "--chunk-size", "8"]
+    command += ["--image", "tests.toy:open_toy,delay_ms=300"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("c/image/*/chunks/*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert process.stderr.read().endswith(
+            "stopped; what is committed is kept: run the same command again to go on\n"
+        )
+    assert process.returncode == 130

@@ -4,14 +4,18 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from embedcache.cache.cache import Cache
 from embedcache.cache.verify import verify
-from embedcache.errors import FingerprintError, SettingError
+from embedcache.errors import CorruptError, FingerprintError, SettingError
 from embedcache.extract.drift import MIN_COSINE, measure_drift
+from embedcache.extract.extract import extract
 from embedcache.extract.repair import repair
+from embedcache.extract.settings import ExtractSettings
+from embedcache.sources import open_source
 from tests import toy
 from tests.extract.cases import FEATURES, run, tree
 from tests.pictures import write_pictures
@@ -48,8 +52,49 @@ def test_changed_preprocessing_shows(cache: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(toy.ToyImages, "prepare", prepare)
     drifts = {drift.feature: drift for drift in measure_drift(Cache(cache), 1)}
     assert drifts["open_toy/cls"].cosines.mean() < MIN_COSINE
+    worst = drifts["open_toy/cls"].cosines.argmin()
     assert drifts["open_toy/cls"].line().startswith("DRIFT open_toy/cls: 40 items encoded again, cosine")
+    assert drifts["open_toy/cls"].line().endswith(f", in row {worst}")
     assert not drifts["open_toy/tokens"].is_bad
+
+
+def test_vectors_of_zeros_that_come_out_again_are_no_drift(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy.ToyImages, "prepare", lambda self, items: [np.zeros((3, 4, 4), np.float32)] * len(items))
+    run(source, tmp_path / "c")
+    assert not any(drift.is_bad for drift in measure_drift(Cache(tmp_path / "c"), 0.1))
+
+
+def test_an_encoder_of_which_nothing_is_there_is_left_out(cache: Path) -> None:
+    for path in (cache / "image/open_toy/chunks").glob("*.parquet"):
+        path.unlink()
+    assert [drift.feature for drift in measure_drift(Cache(cache), 0.1)] == [
+        "open_toy@crop-0.5/cls",
+        "open_toy@crop-0.5/patches",
+        "open_toy/tokens",
+    ]
+
+
+def test_nothing_is_repaired_while_a_table_is_damaged(cache: Path) -> None:
+    table = pq.read_table(cache / "image/items.parquet")
+    pq.write_table(table.take([1, 0, *range(2, len(table))]), cache / "image/items.parquet", row_group_size=16)
+    (cache / "image/open_toy/cls/c/1/0").unlink()
+    before = tree(cache)
+    with pytest.raises(CorruptError, match="nothing is repaired while image/items.parquet: its rows are not those"):
+        repair(Cache(cache), verify(Cache(cache)))
+    assert tree(cache) == before
+
+
+def test_features_of_several_dtypes_are_repaired_as_they_were(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "c", features=("cls",), chunk_size=16)
+    settings = ExtractSettings(features=("patches",), dtype="float32")
+    extract(open_source(source), tmp_path / "c", image=[toy.IMAGE], settings=settings)
+    whole = tree(tmp_path / "c")
+    for name in ("cls/c/1/0", "patches/c/1/0/0"):
+        (tmp_path / "c/image/open_toy" / name).unlink()
+    repair(Cache(tmp_path / "c"), verify(Cache(tmp_path / "c")))
+    assert tree(tmp_path / "c") == whole
 
 
 def test_changed_weights_are_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,9 @@ def test_an_item_that_changed_before_a_feature_is_added_is_refused(tmp_path: Pat
     run(folder, tmp_path / "c")
     size = (folder / "00002.png").stat().st_size
     (folder / "00002.png").write_bytes(b"x" * size)
-    with pytest.raises(FingerprintError, match="image row 2 has other bytes now than when open_toy was extracted"):
+    with pytest.raises(
+        FingerprintError, match="image 00002.png in row 2 has other bytes now than when open_toy was extracted"
+    ):
         run(folder, tmp_path / "c", features=("patches",))
 
 

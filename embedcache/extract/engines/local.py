@@ -6,10 +6,12 @@ import signal
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from embedcache.errors import EmbedcacheError, UnfinishedError
+from embedcache.extract.cores import num_cores
 from embedcache.extract.job import Done, Job, merge_done
 from embedcache.extract.worker import Worker
 from embedcache.paths import is_remote, open_path
@@ -49,7 +51,8 @@ def _run_many(job: Job, devices: Sequence[str], progress: Progress) -> list[Done
     for number, device in enumerate(devices):
         ours, theirs = context.Pipe(duplex=False)
         share = job.share(number, len(devices)) if has_shares else job
-        process = context.Process(target=_work, args=(share, device, len(devices), theirs), daemon=True)
+        num_threads = max(1, num_cores() // len(devices))
+        process = context.Process(target=_work, args=(share, device, num_threads, theirs), daemon=True)
         process.start()
         theirs.close()
         processes[ours] = process
@@ -111,13 +114,15 @@ class _Told:
             self._progress.advance(*content)
 
 
-def _work(job: Job, device: str, num_processes: int, pipe: Connection) -> None:
+def _work(job: Job, device: str, num_threads: int, pipe: Connection) -> None:
     """Be one of the processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started us ends us
     import torch
 
     if device == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
+        torch.set_num_threads(num_threads)
+    settings = replace(job.settings, threads=job.settings.threads or num_threads)
+    job = replace(job, settings=settings)
     try:
         pipe.send(("done", Worker(job, device=device).run(_PipedProgress(pipe))))
     except EmbedcacheError as error:
