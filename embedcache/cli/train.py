@@ -13,12 +13,15 @@ def train(
     run: Annotated[Path, typer.Argument(help="A folder for the run.")],
     image: Annotated[str | None, typer.Option(help="encoder/feature. [default: the only one]")] = None,
     text: Annotated[str | None, typer.Option(help="encoder/feature. [default: the only one]")] = None,
-    projector: Annotated[str, typer.Option(help="linear, mlp, or module:attribute.")] = ModelSettings.projector,
+    projector: Annotated[str, typer.Option(help="linear, mlp, glu, fusemix …; IMAGE+TEXT.")] = ModelSettings.projector,
     shared_width: Annotated[int, typer.Option(help="Width of the shared space.")] = ModelSettings.shared_width,
+    loss: Annotated[
+        str, typer.Option(help="multi_positive, info_nce, siglip, sail, or module:attribute.")
+    ] = TrainSettings.loss,
     start: Annotated[
-        Literal["cca", "ridge", "random"],
-        typer.Option(help="The closed form that training starts from."),
-    ] = ModelSettings.start,
+        Literal["cca", "procrustes", "ridge", "random"] | None,
+        typer.Option(help="The closed form that training starts from. [default: cca where the projectors can]"),
+    ] = None,
     shrinkage: Annotated[float, typer.Option(help="Of the closed form.")] = ModelSettings.shrinkage,
     dropout: Annotated[float, typer.Option(help="Of the input; more for fewer pairs.")] = ModelSettings.dropout,
     epochs: Annotated[int, typer.Option(help="0 keeps the closed form as it is.")] = OptimizerSettings.epochs,
@@ -74,6 +77,7 @@ def train(
             text_cosine=text_cosine,
             seed=seed if split_seed is None else split_seed,
         ),
+        loss=loss,
         language=language,
         shuffle_pairs=shuffle_pairs,
         seed=seed,

@@ -122,15 +122,37 @@ def ridge(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Ma
     return _pad(weights @ axes, width), _pad(axes, width)
 
 
+def procrustes(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
+    """Orthogonal Procrustes: the rotation that brings the images nearest to their texts, rows centred.
+
+    With U diag(s) V' the singular value decomposition of Sxy, images are turned by U and texts by V: the rotation U V'
+    seen from both sides, so that the strongest directions come first. Schönemann, "A generalized solution of the
+    orthogonal Procrustes problem" (1966).
+
+    Args:
+        moments: of the training pairs.
+        width: P of the shared space; directions beyond the smaller width are left zero.
+        shrinkage: unused, as a rotation has no scale to shrink.
+
+    Returns:
+        (D, P) for images, (E, P) for texts, float64.
+    """
+    del shrinkage
+    _, _, cross = moments.covariances()
+    left, _, right = scipy.linalg.svd(cross, full_matrices=False)
+    rank = min(width, len(right))
+    return _pad(left[:, :rank], width), _pad(right[:rank].T, width)
+
+
 def solve(name: str, moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Solve the closed form of a name: `cca` or `ridge`.
+    """Solve the closed form of a name: `cca`, `procrustes` or `ridge`.
 
     Raises:
         SettingError: the shrinkage is not positive.
     """
     if shrinkage <= 0:
         raise SettingError(f"shrinkage is {shrinkage}; it must be above 0")
-    return {"cca": cca, "ridge": ridge}[name](moments, width, shrinkage=shrinkage)
+    return {"cca": cca, "procrustes": procrustes, "ridge": ridge}[name](moments, width, shrinkage=shrinkage)
 
 
 def _whitener(covariance: Matrix, shrinkage: float) -> Matrix:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from embedcache.projectors.contract import PROJECTORS
+from embedcache.projectors.contract import PROJECTORS, split_names
 
 _START_TEMPERATURE = 0.07
 _TEMPERATURE_RANGE = (0.001, 0.5)
@@ -47,7 +47,7 @@ class AlignedPair(nn.Module):
     Unimodal to Multimodal" (CVPR 2025).
 
     Args:
-        projector: of both towers.
+        projector: of both towers, or `IMAGE+TEXT`.
         image_width: D of the image feature.
         text_width: D of the text feature.
         shared_width: P of the shared space.
@@ -64,14 +64,20 @@ class AlignedPair(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.image = Tower(projector, image_width, shared_width, dropout=dropout)
-        self.text = Tower(projector, text_width, shared_width, dropout=dropout)
+        image_projector, text_projector = split_names(projector)
+        self.image = Tower(image_projector, image_width, shared_width, dropout=dropout)
+        self.text = Tower(text_projector, text_width, shared_width, dropout=dropout)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(_START_TEMPERATURE)))
 
     @property
     def temperature(self) -> Tensor:
         """The temperature, a scalar."""
         return torch.exp(-self.log_scale).clamp(*_TEMPERATURE_RANGE)
+
+    @property
+    def scale(self) -> Tensor:
+        """What similarities are multiplied by, a scalar."""
+        return 1 / self.temperature
 
     def tower(self, modality: str) -> Tower:
         """Get the tower of `image` or `text`."""

@@ -41,7 +41,7 @@ class PairConfig:
     """The content of a run's `config.json`.
 
     Args:
-        projector: name of both towers' projector.
+        projector: name of both towers' projector, or `IMAGE+TEXT`.
         shared_width: P.
         image: what the image tower takes.
         text: what the text tower takes.

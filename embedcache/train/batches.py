@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from embedcache.arrays import Array, Bools, Ints
+from embedcache.arrays import Array, Ints
 from embedcache.cache.feature import Feature
 from embedcache.cache.pairs import Items, Pairs
 
@@ -21,12 +22,13 @@ class Batch:
     Args:
         image_rows: (B,) int64.
         text_rows: (B,) int64.
-        positive_BB: (B, B) bool.
+        related: two (E,) int64 arrays of positions in the batch, image and text, the first ascending: those that
+            belong together, by `Pairs.relation`.
     """
 
     image_rows: Ints
     text_rows: Ints
-    positive_BB: Bools
+    related: tuple[Ints, Ints]
 
 
 class Batches:
@@ -60,12 +62,30 @@ class Batches:
 
     def _batch(self, image: Ints, text: Ints) -> Batch:
         sides = self._pairs
-        relation = self._relation[sides.image.contents[image]][:, sides.text.contents[text]]
         return Batch(
             image_rows=sides.image.rows[image],
             text_rows=sides.text.rows[text],
-            positive_BB=relation.toarray(),
+            related=_related(self._relation, sides.image.contents[image], sides.text.contents[text]),
         )
+
+
+def _related(relation: csr_array, images: Ints, texts: Ints) -> tuple[Ints, Ints]:
+    """Find all pairs of positions whose contents belong together. Time and memory grow with the batch alone."""
+    starts = relation.indptr[images]
+    position, found = _spread(starts, relation.indptr[images + 1] - starts)
+    contents = relation.indices[found]
+    order = np.argsort(texts, kind="stable")
+    first = np.searchsorted(texts[order], contents)
+    count = np.searchsorted(texts[order], contents, side="right") - first
+    again, place = _spread(first, count)
+    return position[again], order[place]
+
+
+def _spread(starts: Ints, counts: Ints) -> tuple[Ints, Ints]:
+    """Give counts[k] numbers from starts[k] on, for each range k: (E,) the k of each, and (E,) the numbers."""
+    which = np.repeat(np.arange(len(starts)), counts)
+    before = np.cumsum(counts) - counts
+    return which, starts[which] + np.arange(len(which)) - before[which]
 
 
 def _draw(side: Items, samples: Ints, rng: np.random.Generator) -> Ints:

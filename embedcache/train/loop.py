@@ -17,7 +17,7 @@ from embedcache.errors import DataError
 from embedcache.progress import Progress
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train.batches import Batch, Batches, Reader
-from embedcache.train.losses import info_nce
+from embedcache.train.losses.contract import LOSSES, Loss, Related
 from embedcache.train.recalls import Validation
 from embedcache.train.settings import OptimizerSettings, TrainSettings
 
@@ -58,12 +58,14 @@ def fit(
     """
     with log_path.open("w") as log, seeded(settings.seed, settings.device), _threads(pair, settings):
         best = _Best(pair, validation, log)
-        optimizer, schedule = _optimizer(pair, settings.optimizer, batches.num_steps)
+        loss_function = LOSSES.load(settings.loss)().to(settings.device)
+        trained = nn.ModuleList([pair, loss_function])
+        optimizer, schedule = _optimizer(trained, settings.optimizer, batches.num_steps)
         for epoch in range(settings.optimizer.epochs):
             pair.train()
             for number, batch in enumerate(batches.epoch(epoch)):
                 step = epoch * batches.num_steps + number
-                loss = _loss(pair, batch, image, text, settings)
+                loss = _loss(pair, loss_function, batch, image, text, settings)
                 _write(
                     log,
                     {
@@ -74,7 +76,7 @@ def fit(
                     },
                 )
                 _check(loss, step, pair)
-                _step(loss, pair, optimizer, settings.optimizer.gradient_norm)
+                _step(loss, trained, optimizer, settings.optimizer.gradient_norm)
                 schedule.step()
                 progress.advance(len(batch.image_rows))
             best.update(epoch + 1)
@@ -102,17 +104,19 @@ def _threads(pair: AlignedPair, settings: TrainSettings) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _loss(pair: AlignedPair, batch: Batch, image: Reader, text: Reader, settings: TrainSettings) -> Tensor:
+def _loss(
+    pair: AlignedPair, loss_function: Loss, batch: Batch, image: Reader, text: Reader, settings: TrainSettings
+) -> Tensor:
     device = settings.device
     with _autocast(settings):  # the towers only: similarities and the softmax need float32
         images = pair.image(_to_device(image, batch.image_rows, device))
         texts = pair.text(_to_device(text, batch.text_rows, device))
-    positive_BB = torch.from_numpy(batch.positive_BB).to(device)
-    return info_nce(
+    related_images, related_texts = (torch.from_numpy(positions).to(device) for positions in batch.related)
+    return loss_function(
         normalize(images.float(), dim=-1),
         normalize(texts.float(), dim=-1),
-        pair.temperature,
-        positive_BB,
+        pair.scale,
+        Related(images=related_images, texts=related_texts),
     )
 
 
@@ -138,18 +142,18 @@ def _check(loss: Tensor, step: int, pair: AlignedPair) -> None:
         )
 
 
-def _step(loss: Tensor, pair: AlignedPair, optimizer: torch.optim.Optimizer, gradient_norm: float) -> None:
+def _step(loss: Tensor, trained: nn.Module, optimizer: torch.optim.Optimizer, gradient_norm: float) -> None:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(pair.parameters(), gradient_norm)
+    nn.utils.clip_grad_norm_(trained.parameters(), gradient_norm)
     optimizer.step()
 
 
 def _optimizer(
-    pair: AlignedPair, settings: OptimizerSettings, steps_per_epoch: int
+    trained: nn.Module, settings: OptimizerSettings, steps_per_epoch: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    matrices = [parameter for parameter in pair.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in pair.parameters() if parameter.ndim <= 1]
+    matrices = [parameter for parameter in trained.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in trained.parameters() if parameter.ndim <= 1]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},

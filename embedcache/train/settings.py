@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from embedcache.errors import SettingError
+
+Start: TypeAlias = Literal["cca", "procrustes", "ridge", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,16 +14,16 @@ class ModelSettings:
     """What is trained and where it starts.
 
     Args:
-        projector: `linear`, `mlp`, or `module:attribute`.
+        projector: a name in `PROJECTORS` or `module:attribute`, for both sides, or `IMAGE+TEXT`.
         shared_width: P of the shared space.
-        start: the closed form that the projectors start from, or `random`.
+        start: the closed form that the projectors start from, or `random`; None is `cca` where both sides can start so.
         shrinkage: of the closed form, in units of the mean eigenvalue.
         dropout: share of each tower's input set to zero in training; more for fewer pairs.
     """
 
     projector: str = "mlp"
     shared_width: int = 256
-    start: Literal["cca", "ridge", "random"] = "cca"
+    start: Start | None = None
     shrinkage: float = 1.0
     dropout: float = 0.1
 
@@ -102,6 +104,7 @@ class TrainSettings:
         model: what is trained.
         optimizer: how.
         split: which samples are held out.
+        loss: `multi_positive`, `info_nce`, `siglip`, `sail`, or `module:attribute`.
         language: captions of this language only; None takes all.
         shuffle_pairs: train on wrong pairs: the control that must end at chance.
         seed: of the order, the drawn captions, the initialisation and dropout.
@@ -114,6 +117,7 @@ class TrainSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     split: SplitSettings = field(default_factory=SplitSettings)
+    loss: str = "multi_positive"
     language: str | None = None
     shuffle_pairs: bool = False
     seed: int = 0

@@ -5,7 +5,9 @@ import torch
 
 from embedcache.arrays import Array, blocks, normalize
 from embedcache.cache.pairs import Pairs
+from embedcache.errors import SettingError
 from embedcache.projectors.closed_form import Matrix, Moments, solve
+from embedcache.projectors.contract import Startable
 from embedcache.projectors.pair import AlignedPair, Tower
 from embedcache.train.batches import Reader
 from embedcache.train.settings import ModelSettings
@@ -24,16 +26,29 @@ def start(pair: AlignedPair, pairs: Pairs, image: Reader, text: Reader, settings
         image: gathers rows of the image feature.
         text: gathers rows of the text feature.
         settings: which closed form; `random` keeps the initialisation.
+
+    Raises:
+        SettingError: a projector that cannot start from a closed form.
     """
     moments = _moments(pairs, image, text, pair.image.mean.numel(), pair.text.mean.numel())
     image_cov, text_cov, _ = moments.covariances()
     _centre(pair.image, moments.image_mean)
     _centre(pair.text, moments.text_mean)
-    if settings.start == "random":
+    kind = settings.start or ("cca" if _can_start(pair) else "random")
+    if kind == "random":
         return
-    weights = solve(settings.start, moments, settings.shared_width, shrinkage=settings.shrinkage)
+    weights = solve(kind, moments, settings.shared_width, shrinkage=settings.shrinkage)
     for tower, weights_DP, covariance in zip((pair.image, pair.text), weights, (image_cov, text_cov), strict=True):
+        if not isinstance(tower.projector, Startable):
+            raise SettingError(
+                f"a projector of {settings.projector} has no linear branch that --start {kind} could set; "
+                "use --start random"
+            )
         tower.projector.start_from(torch.from_numpy(weights_DP / _rms_length(weights_DP, covariance)))
+
+
+def _can_start(pair: AlignedPair) -> bool:
+    return all(isinstance(tower.projector, Startable) for tower in (pair.image, pair.text))
 
 
 def _moments(pairs: Pairs, image: Reader, text: Reader, image_width: int, text_width: int) -> Moments:

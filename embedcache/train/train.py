@@ -14,11 +14,12 @@ from embedcache.disk import disk_errors
 from embedcache.encoders.graph import torch_device
 from embedcache.errors import DataError
 from embedcache.progress import Progress, Silent
-from embedcache.projectors.contract import PROJECTORS
+from embedcache.projectors.contract import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, Side, build, config_path, read_config, save_pair, split_path
 from embedcache.train.batches import Batches, reader
 from embedcache.train.loop import fit, seeded
+from embedcache.train.losses.contract import LOSSES
 from embedcache.train.recalls import Validation
 from embedcache.train.settings import TrainSettings
 from embedcache.train.split import make_split
@@ -77,7 +78,7 @@ def train(
         progress: told about pairs.
 
     Raises:
-        UnknownNameError: a feature, projector, language or split of that name does not exist.
+        UnknownNameError: a feature, projector, loss, language or split of that name does not exist.
         UnfinishedError: a feature has missing chunks.
         FingerprintError: the folder holds a finished run made with other settings.
         PathError: the folder holds other things.
@@ -86,7 +87,9 @@ def train(
     """
     cache, run_path = Cache(cache_path), Path(run_path)
     settings, progress = settings or TrainSettings(), progress or Silent()
-    PROJECTORS.load(settings.model.projector)
+    for name in split_names(settings.model.projector):
+        PROJECTORS.load(name)
+    LOSSES.load(settings.loss)
     torch_device(settings.device)
     image_feature, text_feature = cache.feature("image", image), cache.feature("text", text)
     config = _config(cache, image_feature, text_feature, settings)

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.cross_decomposition import CCA
@@ -62,7 +63,14 @@ def test_ridge_predicts_what_scikit_learn_predicts() -> None:
     np.testing.assert_allclose(predicted, theirs.predict(images), atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["cca", "ridge"])
+def test_procrustes_is_scipys_rotation() -> None:
+    images, texts = aligned(50, seed=1, widths=(5, 5))
+    rotation, _ = scipy.linalg.orthogonal_procrustes(images - images.mean(axis=0), texts - texts.mean(axis=0))
+    image_DP, text_DP = solve("procrustes", moments(images, texts), 5, shrinkage=1.0)
+    np.testing.assert_allclose(image_DP @ text_DP.T, rotation, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["cca", "procrustes", "ridge"])
 def test_a_wider_shared_space_is_filled_with_zeros(name: str) -> None:
     image_DP, text_DP = solve(name, moments(*aligned(50, seed=3)), 8, shrinkage=0.5)
     assert image_DP.shape == (6, 8)

@@ -55,11 +55,25 @@ def test_epochs_differ_in_order_and_in_drawn_captions() -> None:
 def test_positives_follow_contents() -> None:
     pairs = make_pairs(20, seed=1)
     (batch,) = Batches(pairs, batch_size=20, seed=0).epoch(0)
+    related = set(zip(*(positions.tolist() for positions in batch.related), strict=True))
     together = set(zip(pairs.text.samples.tolist(), pairs.text.contents.tolist(), strict=True))
     for row, image in enumerate(batch.image_rows - 100):
         for column, text in enumerate(batch.text_rows - 500):
-            assert batch.positive_BB[row, column] == ((image, pairs.text.contents[text]) in together)
-    assert batch.positive_BB.diagonal().all()
+            assert ((row, column) in related) == ((image, pairs.text.contents[text]) in together)
+    assert {(row, row) for row in range(20)} <= related
+    assert (np.diff(batch.related[0]) >= 0).all()
+    assert len(related) == len(batch.related[0])
+
+
+@given(st.integers(1, 30), st.integers(0, 50))
+def test_related_items_are_those_of_the_whole_relation(samples: int, seed: int) -> None:
+    pairs = make_pairs(samples, seed=seed)
+    relation = pairs.relation().toarray()
+    for batch in Batches(pairs, batch_size=7, seed=seed).epoch(seed):
+        dense = np.zeros((len(batch.image_rows), len(batch.text_rows)), bool)
+        dense[batch.related] = True
+        contents = pairs.image.contents[batch.image_rows - 100], pairs.text.contents[batch.text_rows - 500]
+        np.testing.assert_array_equal(dense, relation[np.ix_(*contents)])
 
 
 def test_read_from_memory_or_from_maps_rows_are_the_same(cache_path: Path) -> None:

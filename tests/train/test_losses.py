@@ -1,44 +1,147 @@
+"""What every loss keeps to: each beside its plain formula on (B, B) matrices."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import cross_entropy, normalize
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from embedcache.train.losses import info_nce
+from embedcache.train.losses import tiles
+from embedcache.train.losses.contract import LOSSES, Related
+
+WIDTH = 5
+TILE_ROWS = 3
 
 
-def batch(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_info_nce(logits_BB: Tensor, related_BB: Tensor) -> Tensor:
+    others = related_BB & ~torch.eye(len(logits_BB), dtype=torch.bool)
+    logits_BB = logits_BB.masked_fill(others, -torch.inf)
+    labels = torch.arange(len(logits_BB))
+    return (cross_entropy(logits_BB, labels) + cross_entropy(logits_BB.T, labels)) / 2
+
+
+def plain_multi_positive(logits_BB: Tensor, related_BB: Tensor) -> Tensor:
+    def one_way(logits_BB: Tensor, related_BB: Tensor) -> Tensor:
+        return cross_entropy(logits_BB, related_BB.double() / related_BB.sum(dim=1, keepdim=True))
+
+    return (one_way(logits_BB, related_BB) + one_way(logits_BB.T, related_BB.T)) / 2
+
+
+def plain_siglip(logits_BB: Tensor, related_BB: Tensor) -> Tensor:
+    return -logsigmoid(torch.where(related_BB, logits_BB, -logits_BB)).sum() / len(logits_BB)
+
+
+def plain_sail(logits_BB: Tensor, related_BB: Tensor) -> Tensor:
+    return -logsigmoid(torch.where(related_BB, logits_BB, -logits_BB)).mean()
+
+
+PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "info_nce": plain_info_nce,
+    "multi_positive": plain_multi_positive,
+    "sail": plain_sail,
+    "siglip": plain_siglip,
+}
+every_loss = pytest.mark.parametrize("name", PLAIN)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "TILE_ROWS", TILE_ROWS)
+        yield
+
+
+def draw(size: int, seed: int, *, num_contents: int | None = None) -> tuple[Tensor, Tensor, Related]:
+    """Draw a batch of float64 unit rows; with few contents many items are equal, and belong together."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        normalize(torch.randn(size, 4, generator=generator, dtype=torch.float64), dim=1).requires_grad_() for _ in "it"
-    )  # type: ignore[return-value]
+    images, texts = (
+        normalize(torch.randn(size, WIDTH, generator=generator, dtype=torch.float64), dim=1).requires_grad_()
+        for _ in "it"
+    )
+    contents = torch.randint(num_contents, (size,), generator=generator) if num_contents else torch.arange(size)
+    rows, columns = (contents[:, None] == contents).nonzero(as_tuple=True)
+    return images, texts, Related(images=rows, texts=columns)
 
 
-@given(st.integers(1, 6), st.integers(0, 100), st.floats(0.02, 1))
-def test_with_one_positive_a_row_it_is_clips_loss(size: int, seed: int, temperature: float) -> None:
-    images, texts = batch(size, seed)
-    logits = images @ texts.T / temperature
-    labels = torch.arange(size)
-    clip = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
-    ours = info_nce(images, texts, torch.tensor(temperature), torch.eye(size, dtype=torch.bool))
-    torch.testing.assert_close(ours, clip)
+def dense(related: Related, size: int) -> Tensor:
+    """Give the same as a (B, B) bool matrix."""
+    matrix = torch.zeros(size, size, dtype=torch.bool)
+    matrix[related.images, related.texts] = True
+    return matrix
 
 
-def test_a_second_positive_is_pulled_and_not_pushed() -> None:
-    def pull(positive: torch.Tensor) -> float:
-        images, texts = batch(4, 0)[0], torch.eye(4, dtype=torch.float64)
-        (gradient,) = torch.autograd.grad(info_nce(images, texts, torch.tensor(1.0), positive), images)
-        return float(-gradient[0] @ texts[1])
-
-    one = torch.eye(4, dtype=torch.bool)
-    two = one.clone()
-    two[0, 1] = True
-    assert pull(one) < 0 < pull(two)
+def test_every_loss_of_the_table_has_its_plain_formula_here() -> None:
+    assert set(PLAIN) == set(LOSSES.paths)
 
 
-@given(st.integers(2, 5), st.integers(0, 100))
-def test_gradients_are_those_of_finite_differences(size: int, seed: int) -> None:
-    images, texts = batch(size, seed)
-    positive = torch.rand(size, size, generator=torch.Generator().manual_seed(seed)) < 0.3
-    positive |= torch.eye(size, dtype=torch.bool)
-    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *inputs: info_nce(*inputs, positive), (images, texts, temperature))
+@every_loss
+@given(st.integers(1, 11), st.integers(0, 1000), st.sampled_from([None, 2, 5]), st.floats(0.5, 1000))
+def test_value_and_gradients_are_those_of_the_plain_formula(
+    name: str, size: int, seed: int, num_contents: int | None, scale: float
+) -> None:
+    loss = LOSSES.load(name)().double()
+    images, texts, related = draw(size, seed, num_contents=num_contents)
+    factor = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    inputs = [images, texts, factor, *loss.parameters()]
+    ours = loss(images, texts, factor, related)
+    bias = next(loss.parameters(), torch.zeros(()))
+    plain = PLAIN[name](factor * images @ texts.T + bias, dense(related, size))
+    torch.testing.assert_close(ours, plain)
+    gradients = (torch.autograd.grad(value, inputs) for value in (ours, plain))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+@every_loss
+@given(st.integers(1, 5), st.integers(0, 100), st.sampled_from([None, 2]), st.sampled_from([2.0, 20.0, 90.0]))
+def test_gradients_are_those_of_finite_differences(
+    name: str, size: int, seed: int, num_contents: int | None, scale: float
+) -> None:
+    loss = LOSSES.load(name)().double()
+    images, texts, related = draw(size, seed, num_contents=num_contents)
+    factor = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+
+    def value(images: Tensor, texts: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
+        result: Tensor = loss(images, texts, factor, related)
+        return result
+
+    assert torch.autograd.gradcheck(value, (images, texts, factor, *loss.parameters()), atol=1e-4)
+
+
+@every_loss
+@given(st.integers(2, 9), st.integers(0, 100), st.floats(0.5, 1000))
+def test_float32_is_close(name: str, size: int, seed: int, scale: float) -> None:
+    loss = LOSSES.load(name)()
+    images, texts, related = draw(size, seed, num_contents=3)
+    factor = torch.tensor(scale)
+    exact = loss.double()(images, texts, factor.double(), related)
+    ours = loss.float()(images.float(), texts.float(), factor, related)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6 * scale)
+
+
+@every_loss
+def test_pairs_that_match_cost_less(name: str) -> None:
+    loss, (images, texts, related) = LOSSES.load(name)().double(), draw(8, 0)
+    scale = torch.tensor(10.0, dtype=torch.float64)
+    assert loss(images, images, scale, related) < loss(images, texts, scale, related)
+
+
+def test_others_that_belong_together_are_pulled_or_left_alone() -> None:
+    images, texts, related = draw(6, 1, num_contents=3)
+    row, column = dense(related, 6).fill_diagonal_(0).nonzero()[0]
+    scale, pulls = torch.tensor(5.0, dtype=torch.float64), {}
+    for name in ("info_nce", "multi_positive"):
+        (gradient,) = torch.autograd.grad(LOSSES.load(name)()(images, texts, scale, related), texts)
+        pulls[name] = float(-gradient[column] @ images[row].detach())
+    assert pulls["multi_positive"] > pulls["info_nce"]
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_sails_loss_is_siglips_over_the_batch_size(size: int) -> None:
+    images, texts, related = draw(size, 0)
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    siglip, sail = (LOSSES.load(name)().double()(images, texts, scale, related) for name in ("siglip", "sail"))
+    torch.testing.assert_close(siglip, sail * size)

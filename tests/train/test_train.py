@@ -23,6 +23,7 @@ from embedcache.projectors.saved import load_pair, project, read_config
 from embedcache.train import train as train_module
 from embedcache.train.batches import Batches
 from embedcache.train.loop import _optimizer
+from embedcache.train.losses.contract import LOSSES
 from embedcache.train.recalls import Validation
 from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
 from embedcache.train.start import start
@@ -59,7 +60,7 @@ def test_a_run_leaves_all_that_says_what_it_is(cache_path: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp"])
-@pytest.mark.parametrize("start", ["cca", "ridge", "random"])
+@pytest.mark.parametrize("start", ["cca", "procrustes", "ridge", "random"])
 def test_it_learns_what_pictures_and_captions_share(
     cache_path: Path, tmp_path: Path, projector: str, start: str
 ) -> None:
@@ -67,6 +68,34 @@ def test_it_learns_what_pictures_and_captions_share(
     run(cache_path, tmp_path / "run", epochs=20, model=model)
     report = evaluate_retrieval(cache_path, [tmp_path / "run"])
     assert report.recalls["i2t"]["r@5"].value > 2 * report.chance["i2t"]["r@5"].high
+
+
+@pytest.mark.parametrize("loss", LOSSES.paths)
+def test_it_learns_with_every_loss(cache_path: Path, tmp_path: Path, loss: str) -> None:
+    model = ModelSettings(start="random", shared_width=16)
+    report = run(cache_path, tmp_path / "run", epochs=20, model=model, loss=loss)
+    assert report.best_epoch > 0
+    found = evaluate_retrieval(cache_path, [tmp_path / "run"])
+    assert found.recalls["i2t"]["r@5"].value > 2 * found.chance["i2t"]["r@5"].high
+
+
+@pytest.mark.parametrize("projector", ["fusemix", "glu", "identity+sharelock", "mlp+linear"])
+def test_it_learns_with_every_projector(cache_path: Path, tmp_path: Path, projector: str) -> None:
+    model = ModelSettings(projector=projector, shared_width=48, shrinkage=0.01)
+    run(cache_path, tmp_path / "run", epochs=20, model=model)
+    report = evaluate_retrieval(cache_path, [tmp_path / "run"])
+    assert report.recalls["i2t"]["r@5"].value > 2 * report.chance["i2t"]["r@5"].high
+
+
+def test_a_closed_form_that_a_projector_cannot_start_from_is_refused(cache_path: Path, tmp_path: Path) -> None:
+    model = ModelSettings(projector="glu", start="cca", shared_width=16)
+    with pytest.raises(SettingError, match="a projector of glu has no linear branch that --start cca could set"):
+        run(cache_path, tmp_path / "run", model=model)
+
+
+def test_an_unknown_loss_is_refused(cache_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="unknown loss 'siglib'; did you mean 'siglip'"):
+        run(cache_path, tmp_path / "run", loss="siglib")
 
 
 def test_pairs_that_were_shuffled_teach_nothing(cache_path: Path, tmp_path: Path) -> None:
