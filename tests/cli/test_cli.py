@@ -15,6 +15,8 @@ import pytest
 from embedcache.cli.main import main
 from tests.pictures import write_pictures
 
+pytestmark = pytest.mark.slow
+
 TOY = ["--image", "tests.toy:open_toy", "--text", "tests.toy:open_toy"]
 
 

@@ -19,6 +19,8 @@ from tests.sources.contract import SourceContract
 from tests.sources.files import COLOURS, jpeg, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, upload
 
+pytestmark = pytest.mark.slow
+
 IMAGES = [jpeg(colour) for colour in COLOURS]
 
 

@@ -79,10 +79,11 @@ def test_it_learns_with_every_loss(cache_path: Path, tmp_path: Path, loss: str) 
     assert found.recalls["i2t"]["r@5"].value > 2 * found.chance["i2t"]["r@5"].high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector", ["fusemix", "glu", "identity+sharelock", "mlp+linear"])
 def test_it_learns_with_every_projector(cache_path: Path, tmp_path: Path, projector: str) -> None:
     model = ModelSettings(projector=projector, shared_width=48, shrinkage=0.01)
-    run(cache_path, tmp_path / "run", epochs=20, model=model)
+    run(cache_path, tmp_path / "run", epochs=8, model=model)
     report = evaluate_retrieval(cache_path, [tmp_path / "run"])
     assert report.recalls["i2t"]["r@5"].value > 2 * report.chance["i2t"]["r@5"].high
 
