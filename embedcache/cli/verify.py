@@ -17,11 +17,13 @@ def verify(
     from embedcache.cache.cache import Cache
     from embedcache.cache.verify import verify as check
     from embedcache.cli.console import open_progress, read_share, say
-    from embedcache.extract.drift import measure_drift
+    from embedcache.extract.drift import check_share, measure_drift
     from embedcache.extract.repair import repair as mend
 
     opened, progress = Cache(cache), open_progress()
     share = None if probe is None else read_share(probe)
+    if share is not None:
+        check_share(share)  # before hours of reading
     findings = check(opened, progress=progress)
     for finding in findings:
         say(finding.line())

@@ -78,8 +78,7 @@ def measure_drift(
     Raises:
         SettingError: a share of nothing.
     """
-    if not 0 < share <= 1:
-        raise SettingError(f"the share to encode again is {share:g}; it must be above 0 and at most 1, as 0.1%")
+    check_share(share)
     progress = progress or Silent()
     source = reopen_source(cache.info.source)
     groups = [group for modality in cache.info.num_items for group in cache.encoders(modality)]
@@ -90,6 +89,16 @@ def measure_drift(
         progress.advance(1)
     progress.finish()
     return found
+
+
+def check_share(share: float) -> None:
+    """Refuse a share of nothing, or of more than there is.
+
+    Raises:
+        SettingError: says what is allowed.
+    """
+    if not 0 < share <= 1:
+        raise SettingError(f"the share to encode again is {share:g}; it must be above 0 and at most 1, as 0.1%")
 
 
 def _drift(

@@ -235,6 +235,12 @@ def test_a_retry_is_nothing_else(folder: Path) -> None:
     assert "leave --plan and --extend out" in done.stderr
 
 
+def test_a_share_of_nothing_is_refused_before_anything_is_read(folder: Path) -> None:
+    done = embedcache("verify", "cache", "--probe", "0", cwd=folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: the share to encode again is 0; it must be above 0 and at most 1")
+
+
 def test_an_empty_source_is_refused(tmp_path: Path) -> None:
     done = embedcache("extract", "", "c", *TOY, cwd=tmp_path)
     assert done.returncode == 1
