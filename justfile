@@ -18,9 +18,9 @@ lint:
 types:
     mypy
 
-# The tests; extra words go to pytest, such as: just test -m "not slow"
+# The tests, on two cores; extra words go to pytest, such as: just test -m "not slow"
 test *args:
-    python -m pytest {{ args }}
+    python -m pytest -n 2 --dist loadfile {{ args }}
 
 # Repair style and format.
 fix:

@@ -8,7 +8,7 @@ The shape letters used everywhere in this package:
 """
 
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,22 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
 
+class Inputs(NamedTuple):
+    """What a projector takes of B items: one vector each, or tokens.
+
+    Args:
+        values: (B, D), or (B, T, D) with zeros behind the last token of shorter items.
+        lengths: (B,) tokens of each item; None where there is one vector, or T tokens each.
+    """
+
+    values: Array
+    lengths: Ints | None = None
+
+    def take(self, rows: slice) -> "Inputs":
+        """Keep some of the items."""
+        return Inputs(self.values[rows], None if self.lengths is None else self.lengths[rows])
+
+
 def normalize(vectors_ND: Array) -> Floats:
     """Scale each row to length 1: (N, D) any float -> (N, D) float32. A zero row stays zero."""
     vectors_ND = np.asarray(vectors_ND, dtype=np.float32)
@@ -29,16 +45,28 @@ def normalize(vectors_ND: Array) -> Floats:
     return unit_ND
 
 
-def check_finite(values: Array, name: str) -> None:
+def check_finite(values: Array, name: str, *, rows: Ints | None = None) -> None:
     """Refuse NaN and infinity in an array of any shape.
+
+    Args:
+        values: the array.
+        name: what it is, for the message.
+        rows: numbers that the message gives its rows; None counts from 0.
 
     Raises:
         DataError: names the array, how many rows are bad and the first of them.
     """
     bad = np.atleast_1d(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
     if bad.any():
-        first = int(np.flatnonzero(bad)[0])
+        first = int(np.flatnonzero(bad)[0] if rows is None else rows[bad][0])
         raise DataError(f"{name} holds NaN or infinity in {int(bad.sum())} of {len(bad)} rows, first row {first}")
+
+
+def concatenated_ranges(starts: Ints, counts: Ints) -> tuple[Ints, Ints]:
+    """Give counts[k] numbers from starts[k] on, for each range k: (E,) the k of each, and (E,) the numbers."""
+    which = np.repeat(np.arange(len(starts)), counts)
+    before = np.cumsum(counts) - counts
+    return which, starts[which] + np.arange(len(which)) - before[which]
 
 
 def blocks(num_rows: int, size: int) -> Iterator[slice]:

@@ -18,7 +18,7 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
-from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
 from embedcache.train.train import train
 
 IMAGE = "timm:vit_large_patch14_dinov2.lvd142m"  # 1,024 wide
@@ -58,7 +58,7 @@ def main() -> None:
                 split=SplitSettings(kind=options.split, seed=seed),
                 shuffle_pairs=shuffle_pairs,
                 seed=seed,
-                device=options.device,
+                machine=MachineSettings(device=options.device),
             )
             say(train(cache_path, run_path, settings=recipe, progress=progress).line(run_path))
         return run_paths

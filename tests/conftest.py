@@ -34,3 +34,14 @@ def cache_path(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     settings = ExtractSettings(features=FEATURES, chunk_size=64)
     extract(open_source(pictures), path, image=[IMAGE], text=[TEXT], settings=settings)
     return path
+
+
+@pytest.fixture(scope="session")
+def two_caches(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two caches of one encoder, 40 and 80 pictures with equal keys at their start. Not to be changed."""
+    folder = tmp_path_factory.mktemp("two")
+    for name, count, seed in (("a", 40, 1), ("b", 80, 2)):
+        pictures = write_pictures(folder / f"{name}-source", count, seed=seed)
+        settings = ExtractSettings(features=FEATURES, chunk_size=32)
+        extract(open_source(pictures), folder / name, image=[IMAGE], text=[TEXT], settings=settings)
+    return [folder / "a", folder / "b"]

@@ -10,7 +10,7 @@ from embedcache.encoders.contract import Encoder, EncoderSettings, Modality
 from embedcache.encoders.graph import TorchGraph
 from embedcache.encoders.open import open_encoder
 from embedcache.evaluate.retrieval import evaluate_retrieval
-from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
 from embedcache.train.train import train
 from tests.encoders.checkpoints import save_bert, save_timm
 from tests.encoders.contract import TEXTS, pictures
@@ -26,8 +26,7 @@ def test_training_on_a_gpu_reaches_what_the_cpu_reaches(cache_path: Path, tmp_pa
             model=ModelSettings(shared_width=16),
             optimizer=OptimizerSettings(epochs=5, batch_size=64),
             split=SplitSettings(kind="key"),
-            device=device,
-            precision=precision,  # type: ignore[arg-type]
+            machine=MachineSettings(device=device, precision=precision),  # type: ignore[arg-type]
         )
         train(cache_path, tmp_path / device, image="open_toy/cls", text="open_toy/mean", settings=settings)
         recalls[device] = evaluate_retrieval(cache_path, [tmp_path / device]).recalls["i2t"]["r@10"].value

@@ -38,6 +38,7 @@ DOORS = {
     "efficientnet_lite_pytorch": {"encoders"},
     "typer": {"cli"},
     "rich": {"cli"},
+    "tensorboard": {"train"},
     "jinja2": {"quickstart"},
     "matplotlib": {"quickstart"},
 }

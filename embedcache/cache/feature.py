@@ -52,6 +52,15 @@ class Feature:
         return self.item_shape[0] < 0
 
     @property
+    def num_tokens(self) -> int:
+        """Vectors of all committed items together."""
+        if not self.is_ragged:
+            return self.num_items * (self.item_shape[0] if len(self.item_shape) > 1 else 1)
+        folder = self.group.path / self.feature / "values"
+        chunks = [commit.chunk for commit in self.commits if commit is not None]
+        return sum(int(read_metadata(folder / f"{chunk:05d}")["shape"][0]) for chunk in chunks)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Items first, then the shape of one item; -1 where it varies."""
         return (self.num_items, *self.item_shape)

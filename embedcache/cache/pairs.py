@@ -9,7 +9,7 @@ from scipy.sparse import csr_array
 
 from embedcache.arrays import Bools, Ints
 from embedcache.cache.cache import Cache
-from embedcache.cache.feature import Feature
+from embedcache.cache.side import SideFeature
 from embedcache.errors import DataError, UnknownNameError
 from embedcache.registry import unknown_name
 
@@ -77,13 +77,19 @@ class Pairs:
         return Pairs(image=self.image.of(samples), text=self.text.of(samples))
 
 
-def pair_items(cache: Cache, image: Feature, text: Feature, *, language: str | None = None) -> Pairs:
-    """Pair the items of a cache that have both features.
+def pair_items(
+    caches: Sequence[Cache],
+    images: Sequence[SideFeature],
+    texts: Sequence[SideFeature],
+    *,
+    language: str | None = None,
+) -> Pairs:
+    """Pair the items of caches that have both features. Rows and samples are counted on from cache to cache.
 
     Args:
-        cache: the cache.
-        image: a finished image feature.
-        text: a finished text feature.
+        caches: the caches.
+        images: a finished image side of each.
+        texts: a finished text side of each.
         language: keep only captions of this language; None keeps all.
 
     Raises:
@@ -91,15 +97,23 @@ def pair_items(cache: Cache, image: Feature, text: Feature, *, language: str | N
         UnknownNameError: no caption is of that language.
         DataError: no sample has both.
     """
-    image.require_complete()
-    text.require_complete()
-    images, texts = _items(cache, image), _items(cache, text)
+    for side in (*images, *texts):
+        side.require_complete()
+    image_items, text_items = _items(caches, images), _items(caches, texts)
     if language is not None:
-        texts = texts.where(_is_language(cache, language)[texts.rows])
-    both = np.intersect1d(images.samples, texts.samples)
+        text_items = text_items.where(_is_language(caches, language)[text_items.rows])
+    both = np.intersect1d(image_items.samples, text_items.samples)
     if not len(both):
-        raise DataError(f"no sample of {cache.path} has both an image with {image.name} and a caption with {text.name}")
-    return Pairs(image=images.of(both), text=texts.of(both))
+        raise DataError(
+            f"no sample of {name_caches(caches)} has both an image with {images[0].name} and a caption with "
+            f"{texts[0].name}"
+        )
+    return Pairs(image=image_items.of(both), text=text_items.of(both))
+
+
+def name_caches(caches: Sequence[Cache]) -> str:
+    """Name caches in a message."""
+    return " and ".join(str(cache.path) for cache in caches)
 
 
 def _members(samples: Ints, size: int) -> csr_array:
@@ -115,12 +129,17 @@ def _where(matrix: csr_array) -> tuple[Ints, Ints]:
     return rows[order].astype(np.int64), columns[order].astype(np.int64)
 
 
-def _items(cache: Cache, feature: Feature) -> Items:
-    samples = cache.items(feature.modality)["sample"].to_numpy()
-    if len(samples) != feature.num_items:
-        raise DataError(f"feature {feature.name} has {feature.num_items} rows, its items table has {len(samples)}")
-    rows = np.flatnonzero(feature.valid)
-    return Items(rows=rows, samples=samples[rows], contents=number_equal(feature.hashes)[rows])
+def _items(caches: Sequence[Cache], sides: Sequence[SideFeature]) -> Items:
+    samples, num_before = [], 0
+    for cache, side in zip(caches, sides, strict=True):
+        found = cache.items(side.modality)["sample"].to_numpy()
+        if len(found) != side.num_items:
+            raise DataError(f"feature {side.name} has {side.num_items} rows, its items table has {len(found)}")
+        samples.append(found + num_before)
+        num_before += cache.info.num_samples
+    rows = np.flatnonzero(np.concatenate([side.valid for side in sides]))
+    contents = number_equal([value for side in sides for value in side.hashes])
+    return Items(rows=rows, samples=np.concatenate(samples)[rows], contents=contents[rows])
 
 
 def number_equal(values: Sequence[Any]) -> Ints:
@@ -129,12 +148,12 @@ def number_equal(values: Sequence[Any]) -> Ints:
     return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
 
 
-def _is_language(cache: Cache, language: str) -> Bools:
-    languages = np.array(cache.items("text")["language"].to_pylist(), object)
+def _is_language(caches: Sequence[Cache], language: str) -> Bools:
+    languages = np.array([name for cache in caches for name in cache.items("text")["language"].to_pylist()], object)
     mask: Bools = languages == language
     if not mask.any():
         known = {str(name) for name in set(languages) if name is not None}
         if not known:
-            raise UnknownNameError(f"the captions of {cache.path} name no language; leave --language out")
-        raise unknown_name(f"caption language in {cache.path}", language, known)
+            raise UnknownNameError(f"the captions of {name_caches(caches)} name no language; leave --language out")
+        raise unknown_name(f"caption language in {name_caches(caches)}", language, known)
     return mask

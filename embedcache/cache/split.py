@@ -1,6 +1,7 @@
 """Which samples are for training, validation and test: a table in the run, written down once."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints
+from embedcache.cache.cache import Cache
 from embedcache.cache.tables import read_table
 from embedcache.disk import replacing
 from embedcache.errors import CorruptError, DataError, PathError
@@ -19,17 +21,19 @@ PARTS: tuple[Part, ...] = ("train", "val", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One part for each sample of a cache.
+    """One part for each sample of a cache, or of several caches, one after another.
 
     Args:
         keys: the samples' keys, in row order.
         parts: `train`, `val`, `test`, or `` for a sample left out.
         groups: samples with the same number stay together.
+        spines: identity of each sample's cache; none where all are of one.
     """
 
     keys: list[str]
     parts: list[str]
     groups: list[int]
+    spines: list[str] = field(default_factory=list)
 
     def rows(self, part: str) -> Ints:
         """Get the sample rows of one part, ascending.
@@ -45,25 +49,24 @@ class Split:
 
 
 def write_split(path: Path, split: Split) -> None:
-    """Write a split as Parquet: `row`, `key`, `part`, `group`."""
-    table = pa.table(
-        {
-            "row": range(len(split.keys)),
-            "key": split.keys,
-            "part": split.parts,
-            "group": split.groups,
-        }
-    )
+    """Write a split as Parquet: `row`, `key`, `part`, `group`, and `spine` where it is of several caches."""
+    columns = {
+        "row": range(len(split.keys)),
+        "key": split.keys,
+        "part": split.parts,
+        "group": split.groups,
+    }
+    table = pa.table({**columns, "spine": split.spines} if split.spines else columns)
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
 
-def read_split(path: Path, keys: list[str]) -> Split:
-    """Read a split and check that it is of these samples. Those that were added to the cache since are in no part.
+def read_split(path: Path, caches: Sequence[Cache]) -> Split:
+    """Read a split of some caches' samples. Those that were added to a cache since are in no part.
 
     Args:
         path: what `write_split` wrote.
-        keys: the keys of the cache that it should be of, in row order.
+        caches: of all whose samples it holds, or some.
 
     Raises:
         PathError: there is no such file.
@@ -73,17 +76,42 @@ def read_split(path: Path, keys: list[str]) -> Split:
     if not path.is_file():
         raise PathError(f"{path} does not exist; it is written by embedcache train")
     try:
-        table = read_table(path, ["key", "part", "group"])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CorruptError(f"{path} is no split: {error}") from error
-    columns = table.to_pydict()
-    if columns["key"] != keys[: len(table)]:
-        raise DataError(
-            f"split {path} is of other samples: it has {len(table)} keys, the cache has {len(keys)}, and they differ"
+        columns = read_table(path).to_pydict()
+        found = Split(
+            keys=columns["key"], parts=columns["part"], groups=columns["group"], spines=columns.get("spine", [])
         )
-    num_added, first_group = len(keys) - len(table), max(columns["group"], default=-1) + 1
+    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        raise CorruptError(f"{path} is no split: {error}") from error
+    parts = [_of_cache(path, found, cache) for cache in caches]
+    if len(parts) == 1:
+        return parts[0]
     return Split(
+        keys=[key for part in parts for key in part.keys],
+        parts=[name for part in parts for name in part.parts],
+        groups=[group for part in parts for group in part.groups],
+        spines=[cache.info.spine for cache, part in zip(caches, parts, strict=True) for _ in part.keys],
+    )
+
+
+def _of_cache(path: Path, split: Split, cache: Cache) -> Split:
+    """Give the part of a split that is of one cache's samples, longer by those that were added since."""
+    keys = cache.samples["key"].to_pylist()
+    rows = [row for row, spine in enumerate(split.spines) if cache.info.has_rows_of(spine)]
+    if split.spines:
+        split = Split(
+            keys=[split.keys[row] for row in rows],
+            parts=[split.parts[row] for row in rows],
+            groups=[split.groups[row] for row in rows],
+        )
+    if split.keys != keys[: len(split.keys)] or not split.keys:
+        raise DataError(
+            f"split {path} is of other samples: it has {len(split.keys)} keys, {cache.path} has {len(keys)}, and they "
+            "differ"
+        )
+    num_added, first_group = len(keys) - len(split.keys), max(split.groups, default=-1) + 1
+    return replace(
+        split,
         keys=keys,
-        parts=[*columns["part"], *[""] * num_added],
-        groups=[*columns["group"], *range(first_group, first_group + num_added)],
+        parts=[*split.parts, *[""] * num_added],
+        groups=[*split.groups, *range(first_group, first_group + num_added)],
     )

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Floats, Ints, normalize
+from embedcache.arrays import Floats, Inputs, Ints, normalize
 from embedcache.artifact import check_same, claim_folder, fields_of, read_manifest, run_record, write_json
 from embedcache.cache.cache import Cache
-from embedcache.cache.feature import Feature
+from embedcache.cache.side import SideFeature, open_side
 from embedcache.curate import faiss_index
 from embedcache.disk import disk_errors
 from embedcache.errors import DataError
 from embedcache.paths import is_remote
 from embedcache.progress import Progress, Silent
-from embedcache.projectors.pair import Tower
+from embedcache.projectors.pair import TokenTower, Tower
 from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project
 
 FORMAT_VERSION = 1
@@ -132,7 +132,7 @@ def read_card(index_path: Path) -> IndexCard:
 @dataclass(frozen=True)
 class _Run:
     path: Path
-    towers: Mapping[str, Tower]
+    towers: Mapping[str, Tower | TokenTower]
     config: PairConfig
 
     @classmethod
@@ -141,14 +141,14 @@ class _Run:
         return cls(Path(path), {"image": pair.image, "text": pair.text}, config)
 
 
-def _open_feature(cache: Cache, modality: str, name: str | None, run: _Run | None) -> Feature:
+def _open_feature(cache: Cache, modality: str, name: str | None, run: _Run | None) -> SideFeature:
     if name is None and run is not None:
         name = run.config.side(modality).feature
-    feature = cache.feature(modality, name)
+    feature = open_side(cache, modality, name)
     feature.require_complete()
     if run is not None:
         check_feature(run.config, modality, feature.name, feature.fingerprint)
-    if len(feature.item_shape) > 1:
+    elif feature.has_tokens:
         raise DataError(f"feature {feature.name} has several vectors an item; index a vector feature")
     if not feature.valid.any():
         raise DataError(f"feature {feature.name} has no valid item to index")
@@ -158,7 +158,7 @@ def _open_feature(cache: Cache, modality: str, name: str | None, run: _Run | Non
 def _build(
     cache: Cache,
     index_path: Path,
-    feature: Feature,
+    feature: SideFeature,
     run: _Run | None,
     factory: str,
     progress: Progress,
@@ -182,14 +182,14 @@ def _build(
     )
 
 
-def _about(cache: Cache, index_path: Path, feature: Feature, run: _Run | None, factory: str) -> dict[str, Any]:
+def _about(cache: Cache, index_path: Path, feature: SideFeature, run: _Run | None, factory: str) -> dict[str, Any]:
     """Say what an index is made from: all of its card but what is measured."""
     return {
         "cache": _relative(cache.path, index_path),
         "spine": cache.info.spine,
         "modality": feature.modality,
         "feature": feature.name,
-        "spec": feature.group.spec,
+        "spec": feature.spec,
         "fingerprint": feature.fingerprint,
         "run": None if run is None else _relative(run.path, index_path),
         "run_weights": None if run is None else run.config.weights,
@@ -208,14 +208,13 @@ def _relative(path: Path, index_path: Path) -> str:
     return str(path) if is_remote(path) else os.path.relpath(path.resolve(), index_path.resolve())
 
 
-def _vectors(feature: Feature, run: _Run | None) -> Iterator[tuple[Ints, Floats]]:
-    for rows, values in feature.chunks():
-        valid = feature.valid[rows]
-        yield np.flatnonzero(valid) + rows.start, _unit(values[valid], feature.modality, run)
+def _vectors(feature: SideFeature, run: _Run | None) -> Iterator[tuple[Ints, Floats]]:
+    for rows, inputs in feature.blocks():
+        yield rows, _unit(inputs, feature.modality, run)
 
 
-def _unit(vectors: Any, modality: str, run: _Run | None) -> Floats:
-    return normalize(vectors) if run is None else project(run.towers[modality], vectors)
+def _unit(inputs: Inputs, modality: str, run: _Run | None) -> Floats:
+    return normalize(inputs.values) if run is None else project(run.towers[modality], inputs)
 
 
 def _told(blocks: Iterator[tuple[Ints, Floats]], progress: Progress) -> Iterator[tuple[Ints, Floats]]:
@@ -224,13 +223,13 @@ def _told(blocks: Iterator[tuple[Ints, Floats]], progress: Progress) -> Iterator
         progress.advance(len(rows))
 
 
-def _sample(feature: Feature, run: _Run | None, size: int) -> Floats:
+def _sample(feature: SideFeature, run: _Run | None, size: int) -> Floats:
     valid = np.flatnonzero(feature.valid)
     chosen = np.sort(np.random.default_rng(0).permutation(valid)[:size])
-    return _unit(feature.gather(chosen), feature.modality, run)
+    return _unit(feature.read(chosen), feature.modality, run)
 
 
-def _queries(cache: Cache, feature: Feature, run: _Run | None) -> Floats:
+def _queries(cache: Cache, feature: SideFeature, run: _Run | None) -> Floats:
     """Take what people will ask with: the other modality where a run gives it, else the items themselves."""
     if run is None:
         return _sample(feature, run, _NUM_QUERIES)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Floats, Ints, normalize
+from embedcache.arrays import Floats, Inputs, Ints, normalize
 from embedcache.artifact import check_same
 from embedcache.cache.cache import Cache
+from embedcache.cache.side import inputs_of
 from embedcache.curate import faiss_index
 from embedcache.curate.index import IndexCard, read_card
 from embedcache.encoders.contract import EncoderSettings
@@ -108,7 +109,7 @@ def _embed(queries: Sequence[str], card: IndexCard, run_path: Path | str | None,
                 f"the index holds the plain image feature {card.feature}, which no text can be compared with; "
                 "build one with: embedcache curate index CACHE INDEX --projected RUN"
             )
-        return normalize(encode_texts(queries, card.feature, card.spec, card.fingerprint, device))
+        return normalize(encode_texts(queries, card.feature, card.spec, card.fingerprint, device).values)
     pair, config = load_pair(Path(run_path))
     if config.weights != card.run_weights:
         raise FingerprintError(
@@ -126,12 +127,12 @@ def encode_texts(
     spec: str,
     fingerprint: Mapping[str, Any],
     device: str = "cpu",
-) -> Floats:
-    """Encode texts with the very encoder that made a cached feature: (Q, D) float32, not normalised.
+) -> Inputs:
+    """Encode texts with the very encoder that made a cached feature: Q items, float32, not normalised.
 
     Args:
         texts: what to encode.
-        feature: `encoder/feature`.
+        feature: `encoder/feature`, or several with `+` between.
         spec: what opens the encoder.
         fingerprint: what the encoder must be.
         device: where it runs.
@@ -139,15 +140,16 @@ def encode_texts(
     Raises:
         FingerprintError: the encoder that opens now is another.
     """
-    name = feature.rpartition("/")[2]
+    names = tuple(part.rpartition("/")[2] for part in feature.split("+"))
     settings = EncoderSettings(
-        device=device, backend=fingerprint["backend"], precision=fingerprint["precision"], features=(name,)
+        device=device, backend=fingerprint["backend"], precision=fingerprint["precision"], features=names
     )
     encoder = open_encoder(spec, modality="text", settings=settings)
     next_step = "use the weights and libraries that it was extracted with, or extract again"
     plain = {field: value for field, value in fingerprint.items() if field != "view"}  # a query is as it is
     check_same(f"feature {feature}", plain, encoder.fingerprint.to_json(), next_step=next_step)
-    return np.stack(encoder.encode(encoder.prepare(list(texts)), [name])[name])
+    encoded = encoder.encode(encoder.prepare(list(texts)), names)
+    return inputs_of([encoded[name] for name in names])
 
 
 class _Answers:

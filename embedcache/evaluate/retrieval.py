@@ -11,8 +11,8 @@ from scipy.stats import binom
 from embedcache.arrays import Floats, Ints
 from embedcache.artifact import check_same, digest_file
 from embedcache.cache.cache import Cache
-from embedcache.cache.feature import Feature
 from embedcache.cache.pairs import Pairs, pair_items
+from embedcache.cache.side import SideFeature, open_side
 from embedcache.cache.split import Split, read_split
 from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError
 from embedcache.metrics import Estimate, best_ranks, bootstrap_mean, chance_recall
@@ -149,8 +149,8 @@ def rank(
     pairs = all_pairs.of(split.rows(part))
     if not len(pairs.samples):
         raise DataError(f"part {part} of {run_path} has no sample with both features")
-    images = project(pair.image, image.gather(pairs.image.rows))
-    texts = project(pair.text, text.gather(pairs.text.rows))
+    images = project(pair.image, image.read(pairs.image.rows))
+    texts = project(pair.text, text.read(pairs.text.rows))
     image_M, text_M = pairs.positives()
     return Ranking(
         seed=int(config.training["seed"]),
@@ -173,32 +173,32 @@ def _split_of(cache: Cache, run_path: Path, config: PairConfig) -> Split:
         raise CorruptError(
             f"{path} is missing or not the split that the run was trained on; train again into a new folder"
         )
-    return read_split(path, cache.samples["key"].to_pylist())
+    return read_split(path, [cache])
 
 
-def _trained_pairs(cache: Cache, config: PairConfig, language: str | None) -> tuple[Feature, Feature, Pairs]:
-    if not cache.info.has_rows_of(config.spine):
+def _trained_pairs(cache: Cache, config: PairConfig, language: str | None) -> tuple[SideFeature, SideFeature, Pairs]:
+    if not any(map(cache.info.has_rows_of, config.spine.split("+"))):
         raise FingerprintError(
             f"the run was trained on other samples than those of {cache.path}; give the cache it was trained on"
         )
-    image, text = trained_feature(cache, config, "image"), trained_feature(cache, config, "text")
+    image, text = trained_side(cache, config, "image"), trained_side(cache, config, "text")
     return (
         image,
         text,
-        pair_items(cache, image, text, language=language or config.training["language"]),
+        pair_items([cache], [image], [text], language=language or config.training["language"]),
     )
 
 
-def trained_feature(cache: Cache, config: PairConfig, modality: str) -> Feature:
-    """Get the feature of a cache that one side of a run was trained on.
+def trained_side(cache: Cache, config: PairConfig, modality: str) -> SideFeature:
+    """Get what one side of a run was trained on.
 
     Raises:
         UnknownNameError: the cache has no feature of that name.
         FingerprintError: another encoder made it.
     """
-    feature = cache.feature(modality, config.side(modality).feature)
-    check_feature(config, modality, feature.name, feature.fingerprint)
-    return feature
+    side = open_side(cache, modality, config.side(modality).feature)
+    check_feature(config, modality, side.name, side.fingerprint)
+    return side
 
 
 def _refuse_mixed(configs: Sequence[PairConfig], run_paths: Sequence[Path | str]) -> None:

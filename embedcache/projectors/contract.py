@@ -1,6 +1,6 @@
 """What a projector is to the rest of the package."""
 
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -9,12 +9,16 @@ from embedcache.registry import Registry
 PROJECTORS = Registry(
     "projector",
     {
+        "asif": "embedcache.projectors.asif:AsifProjector",
+        "cls_token": "embedcache.projectors.token:ClsTokenProjector",
         "fusemix": "embedcache.projectors.fusemix:FuseMixProjector",
         "glu": "embedcache.projectors.glu:GluProjector",
         "identity": "embedcache.projectors.identity:IdentityProjector",
         "linear": "embedcache.projectors.linear:LinearProjector",
         "mlp": "embedcache.projectors.mlp:MlpProjector",
         "sharelock": "embedcache.projectors.sharelock:ShareLockProjector",
+        "token": "embedcache.projectors.token:TokenProjector",
+        "token_mlp": "embedcache.projectors.token:TokenMlpProjector",
     },
 )
 
@@ -27,12 +31,36 @@ class Projector(Protocol):
         ...
 
 
+class TokenProjector(Protocol):
+    """A module for several vectors an item, built as `TokenProjector(input_width, output_width, dropout=0.1)`."""
+
+    takes_tokens: ClassVar[bool] = True
+
+    def __call__(self, tokens_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
+        """Project a batch to (B, P) float32.
+
+        Args:
+            tokens_BTD: float32; what lies behind an item's length is not looked at.
+            lengths_B: int64, tokens of each item, at least 1; None: all have T.
+        """
+        ...
+
+
 @runtime_checkable
 class Startable(Protocol):
     """What a projector with a linear branch offers too."""
 
     def start_from(self, weights_DP: Tensor) -> None:
         """Make it compute x @ weights, to the rounding of float32; training goes on from there."""
+        ...
+
+
+@runtime_checkable
+class Anchored(Protocol):
+    """What a projector offers that compares items with those of training pairs."""
+
+    def set_anchors(self, anchors_PD: Tensor) -> None:
+        """Take the (P, D) vectors that items are compared with; those of both sides are aligned."""
         ...
 
 

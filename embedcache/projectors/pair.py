@@ -28,16 +28,49 @@ class Tower(nn.Module):
 
     def __init__(self, projector: str, input_width: int, output_width: int, *, dropout: float) -> None:
         super().__init__()
-        self.output_width = output_width
+        self.input_width, self.output_width = input_width, output_width
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("mean", torch.zeros(input_width))
         self.projector = PROJECTORS.load(projector)(input_width, output_width)
 
-    def forward(self, vectors_BD: Tensor) -> Tensor:
+    def forward(self, vectors_BD: Tensor, lengths_B: None = None) -> Tensor:
         """Project a batch: (B, D) any float -> (B, P) float32, not normalised."""
+        del lengths_B
         centred = normalize(vectors_BD.float(), dim=-1) - self.mean
         projected: Tensor = self.projector(self.dropout(centred))
         return projected
+
+
+class TokenTower(nn.Module):
+    """One side whose projector takes all tokens of an item, as the encoder gave them.
+
+    Args:
+        projector: a name of `PROJECTORS`, or `module:attribute`.
+        input_width: D of the tokens.
+        output_width: P of the shared space.
+        dropout: share of each token set to zero in training.
+    """
+
+    def __init__(self, projector: str, input_width: int, output_width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.input_width, self.output_width = input_width, output_width
+        self.projector = PROJECTORS.load(projector)(input_width, output_width, dropout=dropout)
+
+    def forward(self, values: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """Project a batch: (B, T, D), or (B, D) as one token each -> (B, P) float32, not normalised."""
+        tokens_BTD = values.float() if values.ndim == 3 else values.float()[:, None]
+        projected: Tensor = self.projector(tokens_BTD, lengths_B)
+        return projected
+
+
+def takes_tokens(projector: str) -> bool:
+    """Say whether a projector of that name takes several vectors an item."""
+    return bool(getattr(PROJECTORS.load(projector), "takes_tokens", False))
+
+
+def _tower(projector: str, input_width: int, output_width: int, dropout: float) -> Tower | TokenTower:
+    kind = TokenTower if takes_tokens(projector) else Tower
+    return kind(projector, input_width, output_width, dropout=dropout)
 
 
 class AlignedPair(nn.Module):
@@ -65,8 +98,8 @@ class AlignedPair(nn.Module):
     ) -> None:
         super().__init__()
         image_projector, text_projector = split_names(projector)
-        self.image = Tower(image_projector, image_width, shared_width, dropout=dropout)
-        self.text = Tower(text_projector, text_width, shared_width, dropout=dropout)
+        self.image = _tower(image_projector, image_width, shared_width, dropout)
+        self.text = _tower(text_projector, text_width, shared_width, dropout)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(_START_TEMPERATURE)))
 
     @property
@@ -79,6 +112,6 @@ class AlignedPair(nn.Module):
         """What similarities are multiplied by, a scalar."""
         return 1 / self.temperature
 
-    def tower(self, modality: str) -> Tower:
+    def tower(self, modality: str) -> Tower | TokenTower:
         """Get the tower of `image` or `text`."""
         return {"image": self.image, "text": self.text}[modality]

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedcache.arrays import Array, Floats, blocks, check_finite, normalize
+from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.artifact import check_same, digest_file, fields_of, read_manifest, write_json
 from embedcache.disk import replacing
 from embedcache.errors import CorruptError
-from embedcache.projectors.pair import AlignedPair, Tower
+from embedcache.projectors.pair import AlignedPair, TokenTower, Tower
 
 FORMAT_VERSION = 1
 _BLOCK = 8192
@@ -45,7 +45,7 @@ class PairConfig:
         shared_width: P.
         image: what the image tower takes.
         text: what the text tower takes.
-        spine: identity of the rows of the cache that it was trained on.
+        spine: identity of the rows that it was trained on: a cache's, or those of several with `+` between.
         training: every setting of the training run.
         split: SHA-256 of `split.parquet`.
         weights: SHA-256 of `model.safetensors`.
@@ -91,15 +91,20 @@ def split_path(run_path: Path) -> Path:
 def save_pair(run_path: Path, pair: AlignedPair, config: PairConfig) -> None:
     """Write the weights, then the config, with the digests of weights and split, that says the run is complete."""
     model_path = run_path / "model.safetensors"
-    state = {name: value.contiguous() for name, value in pair.state_dict().items()}
-    with replacing(model_path) as temporary:
-        save_file(state, temporary)
+    save_weights(model_path, pair)
     content = {
         **asdict(config),
         "split": digest_file(split_path(run_path)),
         "weights": digest_file(model_path),
     }
     write_json(config_path(run_path), content)
+
+
+def save_weights(path: Path, pair: AlignedPair) -> None:
+    """Write a pair's weights in the place of whatever is there."""
+    state = {name: value.contiguous() for name, value in pair.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary)
 
 
 def read_config(run_path: Path) -> PairConfig:
@@ -137,16 +142,19 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, Pair
 
 
 @torch.inference_mode()
-def project(tower: Tower, vectors_ND: Array, *, device: str = "cpu") -> Floats:
-    """Project rows block by block: (N, D) any float -> (N, P) float32, rows of length 1.
+def project(tower: Tower | TokenTower, inputs: Inputs, *, device: str = "cpu") -> Floats:
+    """Project items block by block, of any float dtype -> (N, P) float32, rows of length 1.
 
     Raises:
         DataError: a row is no number, in the feature or after projection.
     """
     out_NP = [np.empty((0, tower.output_width), np.float32)]
-    for block in blocks(len(vectors_ND), _BLOCK):
-        vectors_BD = torch.from_numpy(np.asarray(vectors_ND[block], np.float32)).to(device)
-        out_NP.append(tower(vectors_BD).float().cpu().numpy())
+    num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
+    for block in blocks(len(inputs.values), max(1, _BLOCK // num_tokens)):
+        part = inputs.take(block)
+        values = torch.from_numpy(np.asarray(part.values, np.float32)).to(device)
+        lengths = None if part.lengths is None else torch.from_numpy(part.lengths).to(device)
+        out_NP.append(tower(values, lengths).float().cpu().numpy())
     projected_NP = np.concatenate(out_NP)
     check_finite(projected_NP, "the projected feature")
     return normalize(projected_NP)

@@ -1,196 +1,237 @@
-"""The training loop: one pair of projectors on rows from a cache."""
+"""The training loop: one pair of projectors on rows from caches, from its start or its last checkpoint to its end."""
 
-import copy
-import json
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Any, TextIO
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
 
+from embedcache.arrays import check_finite
 from embedcache.errors import DataError
 from embedcache.progress import Progress
 from embedcache.projectors.pair import AlignedPair
-from embedcache.train.batches import Batch, Batches, Reader
-from embedcache.train.losses.contract import LOSSES, Loss, Related
-from embedcache.train.recalls import Validation
-from embedcache.train.settings import OptimizerSettings, TrainSettings
+from embedcache.projectors.saved import save_weights
+from embedcache.train.checkpoint import load_checkpoint, save_checkpoint
+from embedcache.train.distributed import from_first, num_processes, process_number
+from embedcache.train.loader import LoadedBatch, Loader
+from embedcache.train.log import RunLog
+from embedcache.train.objective import Objective
+from embedcache.train.optimizer import learning_rate, make_optimizer, update
+from embedcache.train.recalls import Best, Validation
+from embedcache.train.settings import TrainSettings
+
+OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
+"""Told an epoch's number and validation recalls; what it raises ends the training."""
 
 _SMALL_STEP_FLOPS = 2e10
 """Below this, threads spend their time waiting for each other: two were 5 times slower than one on busy cores."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How training went.
+
+    Args:
+        best_epoch: whose weights the pair has now; 0 is the start.
+        recalls: on validation, at that epoch.
+        pairs_per_s: trained by all processes, since this process began.
+        waited_share: of the time of training, spent waiting for data.
+    """
+
+    best_epoch: int
+    recalls: dict[str, float]
+    pairs_per_s: float
+    waited_share: float
+
+
 def fit(
     pair: AlignedPair,
-    batches: Batches,
-    *,
-    image: Reader,
-    text: Reader,
+    loader: Loader,
     validation: Validation,
+    *,
     settings: TrainSettings,
-    log_path: Path,
+    run_path: Path,
+    keys: Sequence[str],
+    flops_a_pair: float,
     progress: Progress,
-) -> dict[str, Any]:
+    on_epoch: OnEpoch | None = None,
+) -> Outcome:
     """Train a pair in place; it ends as it was at its best validation recall, its start included.
 
-    Deterministic for a seed on one kind of device.
+    Deterministic for a seed on one kind of device, and where it goes on from a checkpoint: to the bit.
 
     Args:
         pair: trained in place.
-        batches: of the training pairs.
-        image: gathers rows of the image feature.
-        text: gathers rows of the text feature.
+        loader: of the training pairs.
         validation: of the validation pairs.
         settings: of the run.
-        log_path: gets a JSON line a step and one a validation.
+        run_path: gets a JSON line a step and one a validation, and checkpoints; the last weights at the end.
+        keys: of the samples, for messages.
+        flops_a_pair: of the towers, forward.
         progress: told about pairs.
-
-    Returns:
-        `best_epoch`, and `recalls` on validation at that epoch. Epoch 0 is the start.
+        on_epoch: told about each validation.
 
     Raises:
-        DataError: the loss is no number any more; step and temperature are named.
+        DataError: the loss is no number any more; step, keys and temperature are named.
+        CorruptError: the checkpoint cannot be read.
     """
-    with log_path.open("w") as log, seeded(settings.seed, settings.device), _threads(pair, settings):
-        best = _Best(pair, validation, log)
-        loss_function = LOSSES.load(settings.loss)().to(settings.device)
-        trained = nn.ModuleList([pair, loss_function])
-        optimizer, schedule = _optimizer(trained, settings.optimizer, batches.num_steps)
-        for epoch in range(settings.optimizer.epochs):
-            pair.train()
-            for number, batch in enumerate(batches.epoch(epoch)):
-                step = epoch * batches.num_steps + number
-                loss = _loss(pair, loss_function, batch, image, text, settings)
-                _write(
-                    log,
-                    {
-                        "step": step,
-                        "epoch": epoch,
-                        "loss": loss.item(),
-                        "temperature": pair.temperature.item(),
-                    },
-                )
-                _check(loss, step, pair)
-                _step(loss, trained, optimizer, settings.optimizer.gradient_norm)
-                schedule.step()
-                progress.advance(len(batch.image_rows))
-            best.update(epoch + 1)
-    return best.restore()
+    with seeded(settings.seed, settings.machine.device), _threads(flops_a_pair * loader.batch_size, settings):
+        return _Run(pair, loader, validation, settings, run_path, keys, progress, on_epoch).to_its_end()
 
 
 @contextmanager
 def seeded(seed: int, device: str) -> Iterator[None]:
-    """Draw torch's random numbers from a seed, and put the caller's generators back afterwards."""
+    """Draw torch's random numbers from a seed and the process's number, and put the caller's generators back."""
     where = torch.device(device)
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + 1_000_003 * process_number())
         yield
 
 
 @contextmanager
-def _threads(pair: AlignedPair, settings: TrainSettings) -> Iterator[None]:
+def _threads(forward_flops: float, settings: TrainSettings) -> Iterator[None]:
     """Set torch's threads for the loop, and put the caller's number back."""
     before = torch.get_num_threads()
-    step_flops = 6 * settings.optimizer.batch_size * sum(parameter.numel() for parameter in pair.parameters())
-    torch.set_num_threads(settings.threads or (1 if step_flops < _SMALL_STEP_FLOPS else before))
+    torch.set_num_threads(settings.machine.threads or (1 if 3 * forward_flops < _SMALL_STEP_FLOPS else before))
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _loss(
-    pair: AlignedPair, loss_function: Loss, batch: Batch, image: Reader, text: Reader, settings: TrainSettings
-) -> Tensor:
-    device = settings.device
-    with _autocast(settings):  # the towers only: similarities and the softmax need float32
-        images = pair.image(_to_device(image, batch.image_rows, device))
-        texts = pair.text(_to_device(text, batch.text_rows, device))
-    related_images, related_texts = (torch.from_numpy(positions).to(device) for positions in batch.related)
-    return loss_function(
-        normalize(images.float(), dim=-1),
-        normalize(texts.float(), dim=-1),
-        pair.scale,
-        Related(images=related_images, texts=related_texts),
-    )
+class _Run:
+    def __init__(
+        self,
+        pair: AlignedPair,
+        loader: Loader,
+        validation: Validation,
+        settings: TrainSettings,
+        run_path: Path,
+        keys: Sequence[str],
+        progress: Progress,
+        on_epoch: OnEpoch | None,
+    ) -> None:
+        self._pair, self._loader, self._validation = pair, loader, validation
+        self._settings, self._run_path, self._keys = settings, run_path, keys
+        self._progress, self._on_epoch = progress, on_epoch
+        self._objective = Objective(pair, settings.loss, precision=settings.machine.precision)
+        self._objective.to(settings.machine.device)
+        self._optimizer = make_optimizer(self._objective, settings.optimizer)
+        self._best = Best()
+        self._learns = any(True for tower in (pair.image, pair.text) for _ in tower.parameters())
+        self._step = self._epoch = self._log_bytes = self._num_before = self._num_pairs = 0
+        self._checked = self._started = time.perf_counter()
 
+    def to_its_end(self) -> Outcome:
+        self._resume()
+        total = self._settings.optimizer.epochs * self._loader.num_samples
+        self._progress.start("training", total - self._num_before, "pairs")
+        with RunLog(
+            self._run_path,
+            num_bytes=self._log_bytes,
+            step=self._step,
+            tensorboard=self._settings.machine.tensorboard,
+        ) as self._log:
+            if self._best.score < 0:
+                self._validate()
+            trained = DistributedDataParallel(self._objective) if num_processes() > 1 else self._objective
+            self._started, validated_s = time.perf_counter(), 0.0
+            while not self._is_over():
+                self._train_epoch(trained)
+                self._epoch += 1
+                before = time.perf_counter()
+                self._validate()
+                validated_s += time.perf_counter() - before
+        self._progress.finish()
+        return self._outcome(time.perf_counter() - self._started - validated_s)
 
-def _to_device(read: Reader, rows: Any, device: str) -> Tensor:
-    vectors = torch.from_numpy(read(rows))
-    if torch.device(device).type == "cuda":
-        vectors = vectors.pin_memory()
-    return vectors.to(device, non_blocking=True)
+    def _is_over(self) -> bool:
+        optimizer = self._settings.optimizer
+        is_patient = optimizer.patience is None or self._epoch - self._best.epoch < optimizer.patience
+        return self._epoch >= optimizer.epochs or not is_patient or not self._learns
 
+    def _train_epoch(self, trained: nn.Module) -> None:
+        self._pair.train()
+        for loaded in self._loader.epoch(self._epoch, first_step=self._step - self._epoch * self._loader.num_steps):
+            loss = trained(loaded)
+            self._log_step(loss, loaded)
+            loss.backward()
+            optimizer = self._settings.optimizer
+            update(self._objective, self._optimizer, self._rate(), optimizer.gradient_norm)
+            self._step += 1
+            self._num_pairs += len(loaded.batch.samples)
+            self._progress.advance(len(loaded.batch.samples))
+            self._checkpoint()
 
-@contextmanager
-def _autocast(settings: TrainSettings) -> Iterator[None]:
-    kind = torch.device(settings.device).type
-    with torch.autocast(kind, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16"):
-        yield
+    def _rate(self) -> float:
+        optimizer = self._settings.optimizer
+        return learning_rate(optimizer, self._step, optimizer.epochs * self._loader.num_steps)
 
+    def _log_step(self, loss: Tensor, loaded: LoadedBatch) -> None:
+        value, temperature = loss.item(), self._pair.temperature.item()
+        if not math.isfinite(value):
+            self._explain(value, temperature, loaded)
+        values = {"epoch": self._epoch, "loss": value, "temperature": temperature, "learning_rate": self._rate()}
+        self._log.step(self._step, values)
 
-def _check(loss: Tensor, step: int, pair: AlignedPair) -> None:
-    if not math.isfinite(loss.item()):
+    def _explain(self, value: float, temperature: float, loaded: LoadedBatch) -> None:
+        for name, side in (("image", loaded.image), ("text", loaded.text)):
+            check_finite(side.values.float().cpu().numpy(), f"at step {self._step}, the {name} feature", rows=side.rows)
+        keys = [self._keys[sample] for sample in loaded.batch.samples[:5].tolist()]
         raise DataError(
-            f"the loss is {loss.item()} at step {step} with temperature {pair.temperature.item():.4g}; "
-            "lower --learning-rate, or look at the features with: embedcache inspect"
+            f"the loss is {value} at step {self._step} with temperature {temperature:.4g}, in the batch of the "
+            f"{len(loaded.batch.samples):,} keys {', '.join(keys)} …; lower --learning-rate, or look at the features "
+            "with: embedcache inspect"
         )
 
+    def _validate(self) -> None:
+        recalls = from_first(self._validation.recalls(self._pair) if process_number() == 0 else {})
+        self._log.validation(self._step, self._epoch, recalls)
+        self._best.offer(self._epoch, recalls, self._pair)
+        if self._on_epoch is not None:
+            self._on_epoch(self._epoch, recalls)
 
-def _step(loss: Tensor, trained: nn.Module, optimizer: torch.optim.Optimizer, gradient_norm: float) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(trained.parameters(), gradient_norm)
-    optimizer.step()
+    def _checkpoint(self) -> None:
+        if not from_first(time.perf_counter() - self._checked >= self._settings.machine.checkpoint_s):
+            return
+        save_checkpoint(
+            self._run_path,
+            {
+                "objective": self._objective.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "best": self._best.state(),
+                "step": self._step,
+                "epoch": self._epoch,
+                "pairs": self._num_before + self._num_pairs,
+                "log_bytes": self._log.num_bytes(),
+            },
+        )
+        self._checked = time.perf_counter()
 
+    def _resume(self) -> None:
+        state = load_checkpoint(self._run_path, self._settings.machine.device)
+        if state is None:
+            return
+        self._objective.load_state_dict(state["objective"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._best.load_state(state["best"])
+        self._step, self._epoch, self._log_bytes = state["step"], state["epoch"], state["log_bytes"]
+        self._num_before = state["pairs"]
+        self._progress.note(f"going on from the checkpoint after step {self._step:,}")
 
-def _optimizer(
-    trained: nn.Module, settings: OptimizerSettings, steps_per_epoch: int
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    matrices = [parameter for parameter in trained.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in trained.parameters() if parameter.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
-    num_steps = settings.epochs * steps_per_epoch
-    warmup = max(1, round(settings.warmup_share * num_steps))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _write(log: TextIO, line: Mapping[str, Any]) -> None:
-    log.write(json.dumps(line) + "\n")
-
-
-class _Best:
-    """Keeps the weights of the best validation recall: the mean of R@1, R@5 and R@10 of both directions."""
-
-    def __init__(self, pair: AlignedPair, validation: Validation, log: TextIO) -> None:
-        self._pair, self._validation, self._log = pair, validation, log
-        self._score = -1.0
-        self.update(0)
-
-    def update(self, epoch: int) -> None:
-        recalls = self._validation.recalls(self._pair)
-        _write(self._log, {"epoch": epoch, "validation": recalls})
-        self._log.flush()
-        if fmean(recalls.values()) > self._score:
-            self._score = fmean(recalls.values())
-            self._outcome = {"best_epoch": epoch, "recalls": recalls}
-            self._state = copy.deepcopy(self._pair.state_dict())
-
-    def restore(self) -> dict[str, Any]:
-        self._pair.load_state_dict(self._state)
-        return self._outcome
+    def _outcome(self, seconds: float) -> Outcome:
+        if process_number() == 0:
+            save_weights(self._run_path / "last.safetensors", self._pair)
+        self._best.restore(self._pair)
+        return Outcome(
+            best_epoch=self._best.epoch,
+            recalls=self._best.recalls,
+            pairs_per_s=round(self._num_pairs / seconds, 1) if self._num_pairs else 0.0,
+            waited_share=round(self._loader.waited_s / seconds, 4) if self._num_pairs else 0.0,
+        )

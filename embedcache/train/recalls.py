@@ -1,12 +1,17 @@
-"""Recall on the validation part while training goes on."""
+"""Recall on the validation part while training goes on, and the weights that reached the best."""
+
+import copy
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 
 from embedcache.cache.pairs import Pairs
+from embedcache.cache.side import Reader
 from embedcache.metrics import best_ranks, recall_at
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import project
-from embedcache.train.batches import Reader
 
 KS = (1, 5, 10)
 _MOST_SAMPLES = 5000
@@ -17,8 +22,8 @@ class Validation:
 
     Args:
         pairs: the validation pairs; of more than 5,000 samples, 5,000 evenly spaced ones are used.
-        image: gathers rows of the image feature.
-        text: gathers rows of the text feature.
+        image: gathers rows of the image side.
+        text: gathers rows of the text side.
         device: where the pair is.
     """
 
@@ -42,3 +47,31 @@ class Validation:
             "t2i": best_ranks(texts, images, (text, image)),
         }
         return {f"{way} r@{k}": recall_at(ranks[way], k) for way in ranks for k in KS}
+
+
+class Best:
+    """Keeps the weights of the best validation recall: the mean of R@1, R@5 and R@10 of both directions."""
+
+    def __init__(self) -> None:
+        self.epoch, self.score = 0, -1.0
+        self.recalls: dict[str, float] = {}
+        self._weights: dict[str, Any] = {}
+
+    def offer(self, epoch: int, recalls: Mapping[str, float], pair: AlignedPair) -> None:
+        """Keep what a pair is after an epoch, if it is better than all before."""
+        if fmean(recalls.values()) > self.score:
+            self.epoch, self.score, self.recalls = epoch, fmean(recalls.values()), dict(recalls)
+            self._weights = copy.deepcopy(pair.state_dict())
+
+    def restore(self, pair: AlignedPair) -> None:
+        """Give a pair the weights that were kept."""
+        pair.load_state_dict(self._weights)
+
+    def state(self) -> dict[str, Any]:
+        """Give all that a checkpoint must hold."""
+        return {"epoch": self.epoch, "score": self.score, "recalls": self.recalls, "weights": self._weights}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave."""
+        self.epoch, self.score, self.recalls = state["epoch"], state["score"], state["recalls"]
+        self._weights = state["weights"]

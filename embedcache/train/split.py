@@ -1,6 +1,7 @@
 """Making a split: by near-duplicate groups, by key, or by the source's own column."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ from scipy.sparse.csgraph import connected_components
 
 from embedcache.arrays import Array, Ints, blocks, normalize
 from embedcache.cache.cache import Cache
-from embedcache.cache.feature import Feature
-from embedcache.cache.pairs import Pairs
+from embedcache.cache.pairs import Pairs, name_caches
+from embedcache.cache.side import Reader, mean_vectors
 from embedcache.cache.split import Split, read_split
 from embedcache.errors import SettingError, SourceError
 from embedcache.registry import unknown_name
+from embedcache.train.data import TrainData
 from embedcache.train.settings import SplitSettings
 
 _KINDS = ("strict", "key", "column")
@@ -29,8 +31,8 @@ _PART_NAMES = {
 }
 
 
-def make_split(cache: Cache, pairs: Pairs, image: Feature, text: Feature, settings: SplitSettings) -> Split:
-    """Cut the samples of a cache that have both features.
+def make_split(data: TrainData, pairs: Pairs, settings: SplitSettings) -> Split:
+    """Cut the samples that have both sides.
 
     Deterministic: the same features and settings give the same split. Memory: a tile of similarities.
 
@@ -39,17 +41,24 @@ def make_split(cache: Cache, pairs: Pairs, image: Feature, text: Feature, settin
         SettingError: `strict` on more than 200,000 items, which compares all pairs; or nothing is held out.
         SourceError: `column` without a usable column.
     """
-    keys = cache.samples["key"].to_pylist()
+    split = _cut(data, pairs, settings)
+    if len(data.caches) == 1:
+        return split
+    return replace(split, spines=[cache.info.spine for cache in data.caches for _ in range(cache.info.num_samples)])
+
+
+def _cut(data: TrainData, pairs: Pairs, settings: SplitSettings) -> Split:
+    keys = data.keys
     if settings.kind == "column":
-        return _by_column(cache, keys, pairs.samples, settings)
+        return _by_column(data, pairs.samples, settings)
     if settings.kind in _KINDS:
-        groups = _near_duplicates(pairs, image, text, settings) if settings.kind == "strict" else pairs.samples
+        groups = _near_duplicates(data, pairs, settings) if settings.kind == "strict" else pairs.samples
         split = _by_groups(keys, pairs.samples, groups, settings)
         _require_parts(split, groups, settings)
         return split
     if not Path(settings.kind).is_file():
         raise unknown_name("split", settings.kind, _KINDS, hint="or give the path of another run's split.parquet")
-    return read_split(Path(settings.kind), keys)
+    return read_split(Path(settings.kind), data.caches)
 
 
 def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
@@ -62,19 +71,24 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
     )
 
 
-def _by_column(cache: Cache, keys: list[str], samples: Ints, settings: SplitSettings) -> Split:
-    if "split" not in cache.samples.column_names:
-        raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
-    values = [str(value).lower() for value in cache.samples["split"].to_pylist()]
+def _by_column(data: TrainData, samples: Ints, settings: SplitSettings) -> Split:
+    values = [value for cache in data.caches for value in _split_column(cache)]
     known = [_PART_NAMES.get(value, "") for value in values]
     if not {"train", "test"} <= set(known):
-        raise SourceError(f"column 'split' of {cache.path} holds {sorted(set(values))}; it must name train and test")
-    parts = [""] * len(keys)
+        where = name_caches(data.caches)
+        raise SourceError(f"column 'split' of {where} holds {sorted(set(values))}; it must name train and test")
+    parts = [""] * len(data.keys)
     for row in samples:
         parts[row] = known[row]
     if "val" not in parts:
-        parts = _carve_validation(keys, parts, settings)
-    return Split(keys=keys, parts=parts, groups=list(range(len(keys))))
+        parts = _carve_validation(data.keys, parts, settings)
+    return Split(keys=data.keys, parts=parts, groups=list(range(len(data.keys))))
+
+
+def _split_column(cache: Cache) -> list[str]:
+    if "split" not in cache.samples.column_names:
+        raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
+    return [str(value).lower() for value in cache.samples["split"].to_pylist()]
 
 
 def _carve_validation(keys: list[str], parts: list[str], settings: SplitSettings) -> list[str]:
@@ -111,7 +125,7 @@ def _fill(groups: list[list[int]], keys: list[str], quota: int, seed: int) -> se
     return taken
 
 
-def _near_duplicates(pairs: Pairs, image: Feature, text: Feature, settings: SplitSettings) -> Ints:
+def _near_duplicates(data: TrainData, pairs: Pairs, settings: SplitSettings) -> Ints:
     num_items = len(pairs.image.rows) + len(pairs.text.rows)
     if num_items > _MOST_STRICT_ITEMS:
         raise SettingError(
@@ -120,13 +134,18 @@ def _near_duplicates(pairs: Pairs, image: Feature, text: Feature, settings: Spli
         )
     samples = pairs.samples
     labels = np.arange(len(samples))
-    for side, feature, threshold in (
-        (pairs.image, image, settings.image_cosine),
-        (pairs.text, text, settings.text_cosine),
+    for side, read, threshold in (
+        (pairs.image, data.read_image, settings.image_cosine),
+        (pairs.text, data.read_text, settings.text_cosine),
     ):
-        vectors = normalize(feature.gather(side.rows))
+        vectors = _vectors(read, side.rows)
         labels = _join(vectors, np.searchsorted(samples, side.samples), labels, threshold)
     return labels
+
+
+def _vectors(read: Reader, rows: Ints) -> Array:
+    """Read one vector of length 1 an item, the mean where it has tokens."""
+    return np.concatenate([normalize(mean_vectors(read(rows[block]))) for block in blocks(len(rows), _BLOCK)])
 
 
 def _join(vectors_ND: Array, nodes: Ints, labels: Ints, threshold: float) -> Ints:

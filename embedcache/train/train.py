@@ -1,31 +1,50 @@
-"""Two cached features in, an aligned pair of projectors out."""
+"""Two cached sides in, an aligned pair of projectors out."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from embedcache.artifact import check_same, claim_folder, digest_file, read_json, run_record
-from embedcache.cache.cache import Cache
-from embedcache.cache.feature import Feature
-from embedcache.cache.pairs import Pairs, pair_items
-from embedcache.cache.split import PARTS, Split, write_split
+from embedcache.arrays import Ints
+from embedcache.artifact import check_same, claim_folder, digest_file, read_json, run_record, write_json
+from embedcache.cache.pairs import Pairs
+from embedcache.cache.selection import read_selection
+from embedcache.cache.split import PARTS, Split, read_split, write_split
 from embedcache.disk import disk_errors
 from embedcache.encoders.graph import torch_device
-from embedcache.errors import DataError
+from embedcache.errors import DataError, SettingError
 from embedcache.progress import Progress, Silent
 from embedcache.projectors.contract import PROJECTORS, split_names
-from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, Side, build, config_path, read_config, save_pair, split_path
-from embedcache.train.batches import Batches, reader
-from embedcache.train.loop import fit, seeded
+from embedcache.projectors.cost import Cost, cost
+from embedcache.projectors.pair import AlignedPair, takes_tokens
+from embedcache.projectors.saved import PairConfig, build, config_path, read_config, save_pair, split_path
+from embedcache.train.batches import Batches
+from embedcache.train.checkpoint import checkpoint_path
+from embedcache.train.data import Paths, TrainData, open_data
+from embedcache.train.distributed import joined_processes, process_number, wait_for_all
+from embedcache.train.loader import Loader
+from embedcache.train.log import require_tensorboard
+from embedcache.train.loop import OnEpoch, Outcome, fit, seeded
 from embedcache.train.losses.contract import LOSSES
 from embedcache.train.recalls import Validation
 from embedcache.train.settings import TrainSettings
 from embedcache.train.split import make_split
 from embedcache.train.start import start
 
-_FILES = ("split.parquet", "losses.jsonl", "record.json", "model.safetensors")
+_FILES = (
+    "started.json",
+    "split.parquet",
+    "losses.jsonl",
+    "checkpoint.pt",
+    "last.safetensors",
+    "record.json",
+    "model.safetensors",
+    "tensorboard",
+)
+_DEFAULT_BATCH_SIZE = 1024
+_DEFAULT_BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +55,21 @@ class TrainReport:
         reused: the run was there already, made with the same settings from the same features.
         num_samples: part -> samples with both features.
         num_parameters: trainable, the temperature included.
+        flops_a_pair: of both towers, forward, for an image and a text.
         best_epoch: whose weights were kept; 0 is the start.
         recalls: on validation, at that epoch.
+        pairs_per_s: of the training, since it began or went on.
+        waited_share: of the training time, spent waiting for data.
     """
 
     reused: bool
     num_samples: dict[str, int]
     num_parameters: int
+    flops_a_pair: int
     best_epoch: int
     recalls: dict[str, float]
+    pairs_per_s: float
+    waited_share: float
 
     def line(self, run_path: Path) -> str:
         """Say it in one line."""
@@ -52,11 +77,12 @@ class TrainReport:
         kept = f"best epoch {self.best_epoch}" if self.best_epoch else "no epoch beat the start, which was kept"
         recalls = ", ".join(f"{name} {value:.3f}" for name, value in self.recalls.items())
         start = f"{run_path} is there already, made with the same settings" if self.reused else f"{run_path}: trained"
-        return f"{start}: {self.num_parameters:,} parameters; samples: {counts}; {kept}; validation {recalls}"
+        size = f"{self.num_parameters:,} parameters, {self.flops_a_pair / 1e6:,.1f} MFLOP a pair"
+        return f"{start}: {size}; samples: {counts}; {kept}; validation {recalls}"
 
 
 def train(
-    cache_path: Path | str,
+    cache_paths: Paths,
     run_path: Path | str,
     *,
     image: str | None = None,
@@ -64,15 +90,18 @@ def train(
     settings: TrainSettings | None = None,
     progress: Progress | None = None,
 ) -> TrainReport:
-    """Train projectors on two features of a cache.
+    """Train projectors on two sides of a cache, or of several caches that the same encoders made.
 
-    The run folder gets `split.parquet`, `losses.jsonl`, `record.json`, `model.safetensors` and, last, `config.json`.
-    A finished run with the same settings is left as it is. Memory: the features, or `memory_gb`.
+    The run folder gets `started.json`, `split.parquet`, `losses.jsonl`, `last.safetensors`, `record.json`,
+    `model.safetensors` and, last, `config.json`; until then `checkpoint.pt`, from which a killed run goes on. A
+    finished run with the same settings is left as it is. Memory: the features, or `memory_gb`. Under torchrun all
+    processes call it.
 
     Args:
-        cache_path: the cache.
+        cache_paths: the cache, or several.
         run_path: a folder for the run.
-        image: image feature, `encoder/feature`; None where there is only one.
+        image: image feature, `encoder/feature`, or several of one encoder with `+` between; None where there is only
+            one.
         text: text feature, alike.
         settings: of the run.
         progress: told about pairs.
@@ -80,57 +109,89 @@ def train(
     Raises:
         UnknownNameError: a feature, projector, loss, language or split of that name does not exist.
         UnfinishedError: a feature has missing chunks.
-        FingerprintError: the folder holds a finished run made with other settings.
-        PathError: the folder holds other things.
-        SettingError: a device that is not there, or near-duplicates leave nothing to hold out.
-        DataError: too few samples, features of several tokens, or a loss that is no number.
+        FingerprintError: the folder holds a run with other settings, or the caches come from different encoders.
+        PathError: the folder holds other things, or there is no such selection.
+        SettingError: a device that is not there, a batch larger than the data, settings that contradict each other, or
+            near-duplicates leave nothing to hold out.
+        DataError: too few samples, a feature that does not fit its projector, or a loss that is no number.
+        MissingExtraError: TensorBoard was asked for and is not installed.
     """
-    cache, run_path = Cache(cache_path), Path(run_path)
-    settings, progress = settings or TrainSettings(), progress or Silent()
+    settings = settings or TrainSettings()
     for name in split_names(settings.model.projector):
         PROJECTORS.load(name)
-    LOSSES.load(settings.loss)
-    torch_device(settings.device)
-    image_feature, text_feature = cache.feature("image", image), cache.feature("text", text)
-    config = _config(cache, image_feature, text_feature, settings)
+    LOSSES.load(settings.loss.name)
+    torch_device(settings.machine.device)
+    with joined_processes(settings.machine.device) as device:
+        settings = replace(settings, machine=replace(settings.machine, device=device))
+        data = open_data(cache_paths, image=image, text=text, memory_gb=settings.machine.memory_gb)
+        return train_on(data, run_path, settings, progress=progress)
+
+
+def train_on(
+    data: TrainData,
+    run_path: Path | str,
+    settings: TrainSettings,
+    *,
+    progress: Progress | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> TrainReport:
+    """Train on data that is open already, as `train` does; many runs can share it.
+
+    Args:
+        data: what to train on.
+        run_path: a folder for the run.
+        settings: of the run; `memory_gb` was decided when the data was opened.
+        progress: told about pairs.
+        on_epoch: told about each validation; what it raises ends the training.
+    """
+    run_path = Path(run_path)
+    settings = _resolved(data, settings)
+    _check_fits(data, settings)
+    config = _config(data, settings)
     if config_path(run_path).is_file():
         return _reuse(run_path, config)
-    claim_folder(run_path, kind="a run", sign="split.parquet", ours=_FILES)
-    about = {
-        "cache": str(cache_path),
-        "image": image_feature.name,
-        "text": text_feature.name,
-        **config.training,
-    }
-    with run_record(run_path / "record.json", "train", about) as outcome, disk_errors(run_path):
-        pair, report = _train(cache, run_path, image_feature, text_feature, config, settings, progress)
-        outcome.update(asdict(report))
-    save_pair(run_path, pair, config)
+    if process_number() == 0:
+        _begin(run_path, config)
+    about = {"caches": [str(cache.path) for cache in data.caches], **asdict(config)}
+    with disk_errors(run_path):
+        if process_number():
+            return _train(data, run_path, config, settings, progress or Silent(), on_epoch)[1]
+        with run_record(run_path / "record.json", "train", about) as outcome:
+            pair, report = _train(data, run_path, config, settings, progress or Silent(), on_epoch)
+            outcome.update(asdict(report))
+        save_pair(run_path, pair, config)
+        checkpoint_path(run_path).unlink(missing_ok=True)
     return report
 
 
-def _config(cache: Cache, image: Feature, text: Feature, settings: TrainSettings) -> PairConfig:
+def _resolved(data: TrainData, settings: TrainSettings) -> TrainSettings:
+    if settings.block_rows is not None:
+        return settings
+    return replace(settings, block_rows=_DEFAULT_BLOCK_ROWS if data.is_mapped else 1)
+
+
+def _check_fits(data: TrainData, settings: TrainSettings) -> None:
+    if settings.machine.tensorboard:
+        require_tensorboard()
+    for side, name in zip((data.images[0], data.texts[0]), split_names(settings.model.projector), strict=True):
+        if side.has_tokens and not takes_tokens(name):
+            raise DataError(
+                f"{side.name} has several vectors an item, and the projector {name} takes one; train on a vector "
+                "feature such as cls, patch_mean or mean, or with --projector token, cls_token or token_mlp"
+            )
+        for option, value in (("mixup", settings.loss.mixup), ("structure", settings.loss.structure)):
+            if side.has_tokens and value:
+                raise SettingError(f"--{option} is for vectors, and {side.name} has several vectors an item")
+
+
+def _config(data: TrainData, settings: TrainSettings) -> PairConfig:
     return PairConfig(
         projector=settings.model.projector,
         shared_width=settings.model.shared_width,
-        image=_side(image),
-        text=_side(text),
-        spine=cache.info.spine,
+        image=data.image,
+        text=data.text,
+        spine=data.spine,
         training=settings.to_json(),
-    )
-
-
-def _side(feature: Feature) -> Side:
-    if len(feature.item_shape) > 1:
-        raise DataError(
-            f"feature {feature.name} has several vectors an item; "
-            "train on a vector feature such as cls, patch_mean or mean"
-        )
-    return Side(
-        feature=feature.name,
-        spec=feature.group.spec,
-        fingerprint=feature.fingerprint,
-        width=feature.item_shape[0],
     )
 
 
@@ -148,45 +209,93 @@ def _asked_split(config: PairConfig) -> str | None:
     return digest_file(path) if path.is_file() else None
 
 
+def _begin(run_path: Path, config: PairConfig) -> None:
+    """Take the folder, for a new run or for one that was stopped and was asked for with the same settings."""
+    claim_folder(run_path, kind="a run", sign="started.json", ours=_FILES)
+    asked: Mapping[str, Any] = {**asdict(config), "split": _asked_split(config) or ""}
+    path = run_path / "started.json"
+    if checkpoint_path(run_path).is_file():
+        next_step = "ask for the same to go on, or give the path of a new folder"
+        check_same(f"the unfinished run {run_path}", read_json(path), asked, next_step=next_step)
+    write_json(path, asked)
+
+
 def _train(
-    cache: Cache,
+    data: TrainData,
     run_path: Path,
-    image: Feature,
-    text: Feature,
     config: PairConfig,
     settings: TrainSettings,
     progress: Progress,
+    on_epoch: OnEpoch | None,
 ) -> tuple[AlignedPair, TrainReport]:
-    pairs = pair_items(cache, image, text, language=settings.language)
-    split = make_split(cache, pairs, image, text, settings.split)
-    write_split(split_path(run_path), split)
-    parts = {part: _part(pairs, split, part, settings) for part in ("train", "val")}
-    memory_bytes = settings.memory_gb * 1e9 / 2
-    read_image, read_text = (reader(feature, memory_bytes=memory_bytes) for feature in (image, text))
-    with seeded(settings.seed, settings.device):
-        pair = build(config, dropout=settings.model.dropout).to(settings.device)
-    start(pair, parts["train"], read_image, read_text, settings.model)
-    batches = Batches(parts["train"], batch_size=settings.optimizer.batch_size, seed=settings.seed)
-    validation = Validation(parts["val"], read_image, read_text, device=settings.device)
-    progress.start("training", settings.optimizer.epochs * len(parts["train"].samples), "pairs")
+    pairs = data.pairs(settings.language)
+    split = _split(data, run_path, pairs, settings)
+    training = _training_part(data, pairs, split, settings)
+    validation = _shuffled_if_asked(pairs.of(split.rows("val")), settings)
+    device = settings.machine.device
+    with seeded(settings.seed, device):
+        pair = build(config, dropout=settings.model.dropout).to(device)
+    size = cost(config, data.images[0].item_shape, data.texts[0].item_shape)
+    start(pair, training, data.read_image, data.read_text, settings.model, seed=settings.seed)
     outcome = fit(
         pair,
-        batches,
-        image=read_image,
-        text=read_text,
-        validation=validation,
+        _loader(data, training, settings),
+        Validation(validation, data.read_image, data.read_text, device=device),
         settings=settings,
-        log_path=run_path / "losses.jsonl",
+        run_path=run_path,
+        keys=data.keys,
+        flops_a_pair=size.flops_a_pair,
         progress=progress,
+        on_epoch=on_epoch,
     )
-    progress.finish()
-    report = TrainReport(
+    return pair, _report(split, training, size, outcome)
+
+
+def _split(data: TrainData, run_path: Path, pairs: Pairs, settings: TrainSettings) -> Split:
+    """Make the split and write it down; of several processes, the first does."""
+    if process_number() == 0:
+        write_split(split_path(run_path), make_split(data, pairs, settings.split))
+    wait_for_all()
+    return read_split(split_path(run_path), data.caches)
+
+
+def _training_part(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:
+    rows: Ints = split.rows("train")
+    if settings.selection is not None:
+        rows = np.intersect1d(rows, read_selection(Path(settings.selection), data.caches))
+    training = pairs.of(rows)
+    if not len(training.samples):
+        raise DataError(f"selection {settings.selection} names no sample of the training part")
+    return _shuffled_if_asked(training, settings)
+
+
+def _loader(data: TrainData, training: Pairs, settings: TrainSettings) -> Loader:
+    num_samples, asked = len(training.samples), settings.optimizer.batch_size
+    if asked is not None and asked > num_samples:
+        raise SettingError(
+            f"batch size is {asked:,}, and there are {num_samples:,} samples to train on; "
+            f"use --batch-size {num_samples} or fewer"
+        )
+    batches = Batches(
+        training,
+        batch_size=asked or min(_DEFAULT_BATCH_SIZE, num_samples),
+        seed=settings.seed,
+        captions=settings.captions,
+        block_rows=settings.block_rows or 1,
+        mixup=settings.loss.mixup,
+    )
+    return Loader(batches, image=data.read_image, text=data.read_text, device=settings.machine.device)
+
+
+def _report(split: Split, training: Pairs, size: Cost, outcome: Outcome) -> TrainReport:
+    counts = {**_count(split), "train": len(training.samples)}
+    return TrainReport(
         reused=False,
-        num_samples=_count(split),
-        num_parameters=sum(parameter.numel() for parameter in pair.parameters()),
-        **outcome,
+        num_samples=counts,
+        num_parameters=size.parameters,
+        flops_a_pair=size.flops_a_pair,
+        **asdict(outcome),
     )
-    return pair, report
 
 
 def _count(split: Split) -> dict[str, int]:
@@ -195,11 +304,8 @@ def _count(split: Split) -> dict[str, int]:
     return {**counts, "left out": left_out} if left_out else counts
 
 
-def _part(pairs: Pairs, split: Split, part: str, settings: TrainSettings) -> Pairs:
-    part_pairs = pairs.of(split.rows(part))
-    if settings.shuffle_pairs:
-        return _shuffle(part_pairs, settings.seed)
-    return part_pairs
+def _shuffled_if_asked(pairs: Pairs, settings: TrainSettings) -> Pairs:
+    return _shuffle(pairs, settings.seed) if settings.shuffle_pairs else pairs
 
 
 def _shuffle(pairs: Pairs, seed: int) -> Pairs:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.arrays import normalize
+from embedcache.arrays import Inputs, normalize
 from embedcache.cache.cache import Cache
 from embedcache.curate import faiss_index
 from embedcache.curate.index import build_index, read_card
@@ -81,8 +81,8 @@ def test_search_finds_what_projecting_everything_finds(cache_path: Path, run_pat
     cache = Cache(cache_path)
     pair, _ = load_pair(run_path)
     texts = cache.items("text")["text"].to_pylist()
-    images = project(pair.image, cache.feature("image", "open_toy/cls").load())
-    queries = project(pair.text, cache.feature("text", "open_toy/mean").load()[:3])
+    images = project(pair.image, Inputs(cache.feature("image", "open_toy/cls").load()))
+    queries = project(pair.text, Inputs(cache.feature("text", "open_toy/mean").load()[:3]))
     found = search(index_path, texts[:3], k=5)
     for query, hits in zip(queries, found, strict=True):
         scores = images @ query

@@ -54,6 +54,19 @@ def test_cca_without_shrinkage_finds_scikit_learns_correlations() -> None:
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
+def test_csa_weights_each_canonical_direction_once() -> None:
+    images, texts = aligned(300, seed=4)
+    found = solve("csa", moments(images, texts), 5, shrinkage=0.2)
+    squared = solve("cca", moments(images, texts), 5, shrinkage=0.2)
+    for side, rows in enumerate((images, texts)):
+        norms = [np.linalg.norm(weights[side], axis=0) for weights in (found, squared)]
+        correlations = (norms[1] / norms[0]) ** 2
+        np.testing.assert_allclose(found[side] * np.sqrt(correlations), squared[side], atol=1e-10)
+        variance = np.var(rows @ (found[side] / np.sqrt(correlations)), axis=0)
+        assert (variance < 1).all()
+        assert (np.diff(correlations) <= 1e-12).all()
+
+
 def test_ridge_predicts_what_scikit_learn_predicts() -> None:
     images, texts = aligned(200, seed=2)
     image_DP, text_DP = ridge(moments(images, texts), 5, shrinkage=0.3)
@@ -70,7 +83,7 @@ def test_procrustes_is_scipys_rotation() -> None:
     np.testing.assert_allclose(image_DP @ text_DP.T, rotation, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["cca", "procrustes", "ridge"])
+@pytest.mark.parametrize("name", ["cca", "csa", "procrustes", "ridge"])
 def test_a_wider_shared_space_is_filled_with_zeros(name: str) -> None:
     image_DP, text_DP = solve(name, moments(*aligned(50, seed=3)), 8, shrinkage=0.5)
     assert image_DP.shape == (6, 8)

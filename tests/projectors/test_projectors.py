@@ -1,9 +1,14 @@
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm
 
 from embedcache.errors import SettingError, UnknownNameError
 from embedcache.projectors.contract import PROJECTORS, split_names
-from tests.projectors.contract import ProjectorContract
+from embedcache.projectors.cost import cost
+from embedcache.projectors.pair import AlignedPair
+from embedcache.projectors.saved import PairConfig, Side
+from tests.projectors.contract import ProjectorContract, TokenProjectorContract
 
 
 class TestLinear(ProjectorContract):
@@ -31,12 +36,29 @@ class TestIdentity(ProjectorContract):
     widths = (24, 24)
 
 
+class TestAsif(ProjectorContract):
+    name = "asif"
+
+
+class TestToken(TokenProjectorContract):
+    name = "token"
+
+
+class TestClsToken(TokenProjectorContract):
+    name = "cls_token"
+
+
+class TestTokenMlp(TokenProjectorContract):
+    name = "token_mlp"
+
+
 class TestOnesOwn(ProjectorContract):
     name = "embedcache.projectors.linear:LinearProjector"
 
 
 def test_every_projector_of_the_table_is_tested() -> None:
-    assert {kind.name for kind in ProjectorContract.__subclasses__()} >= set(PROJECTORS.paths)
+    tested = [*ProjectorContract.__subclasses__(), *TokenProjectorContract.__subclasses__()]
+    assert {kind.name for kind in tested} >= set(PROJECTORS.paths)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +89,66 @@ def test_both_sides_or_one_each_are_named() -> None:
 def test_an_unknown_projector_names_the_near_miss() -> None:
     with pytest.raises(UnknownNameError, match="unknown projector 'mpl'; did you mean 'mlp'"):
         PROJECTORS.load("mpl")
+
+
+def test_the_papers_pair_has_11_553_793_parameters() -> None:
+    with torch.device("meta"):
+        pair = AlignedPair("cls_token+token_mlp", image_width=1024, text_width=1024, shared_width=1024)
+    assert sum(parameter.numel() for parameter in pair.parameters() if parameter.requires_grad) == 11_553_793
+
+
+def plain_token(projector: torch.nn.Module, token: Tensor) -> Tensor:
+    """The paper's T of one token."""
+    normed = layer_norm(token, token.shape, projector.norm[0].weight, projector.norm[0].bias)
+    hidden = gelu(projector.hidden.weight @ normed + projector.hidden.bias)
+    linear = projector.linear.weight @ normed + projector.linear.bias
+    return linear + projector.output.weight @ hidden + projector.output.bias
+
+
+def test_token_projectors_are_the_papers_formulas() -> None:
+    torch.manual_seed(1)
+    tokens, lengths = torch.randn(4, 5, 6), torch.tensor([5, 3, 1, 2])
+    token, cls_token, token_mlp = (PROJECTORS.load(name)(6, 3).eval() for name in ("token", "cls_token", "token_mlp"))
+    for number, length in enumerate(lengths.tolist()):
+        item = tokens[number, :length]
+        mean = torch.stack([plain_token(token, row) for row in item]).mean(dim=0)
+        torch.testing.assert_close(token(tokens, lengths)[number], mean)
+        expected = plain_token(cls_token.cls, item[0])
+        if length > 1:
+            expected = expected + torch.stack([plain_token(cls_token.patches, row) for row in item[1:]]).mean(dim=0)
+        torch.testing.assert_close(cls_token(tokens, lengths)[number], expected)
+        linear = token_mlp.linear(torch.stack([plain_token(token_mlp.tokens, row) for row in item]).mean(dim=0))
+        head = layer_norm(
+            token_mlp.residual[1](gelu(linear)) + linear, (3,), token_mlp.norm.weight, token_mlp.norm.bias
+        )
+        torch.testing.assert_close(token_mlp(tokens, lengths)[number], head)
+
+
+def test_dropout_is_that_of_the_pair() -> None:
+    for name, dropout in (("cls_token", 0.3), ("token_mlp", 0.0)):
+        pair = AlignedPair(name, image_width=4, text_width=4, shared_width=4, dropout=dropout)
+        assert {module.p for module in pair.modules() if isinstance(module, torch.nn.Dropout)} == {dropout}
+
+
+def test_asif_keeps_the_largest_cosines_to_the_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.projectors.asif._MOST_KEPT", 2)
+    projector = PROJECTORS.load("asif")(2, 4)
+    projector.set_anchors(torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0], [-1.0, 0.0]]))
+    found = projector(torch.tensor([[4.0, 0.0], [0.0, -1.0]]))
+    expected = torch.tensor([[1.0, 0.0, 0.5**4, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(found, expected)
+
+
+def config(projector: str) -> PairConfig:
+    image, text = (Side(feature="f", spec="s", fingerprint={}, width=width) for width in (6, 5))
+    return PairConfig(projector=projector, shared_width=4, image=image, text=text, spine="", training={})
+
+
+def test_cost_is_counted_by_hand() -> None:
+    linear = cost(config("linear"), (6,), (5,))
+    assert (linear.parameters, linear.flops_a_pair) == (6 * 4 + 5 * 4 + 1, 2 * (6 * 4 + 5 * 4))
+    token = cost(config("token+linear"), (49, 6), (5,))
+    assert token.flops_a_pair == 2 * (49 * 6 * 4 + 6 * 4 + 4 * 4 + 5 * 4)
+    assert token.parameters == 12 + 2 * (6 * 4 + 4) + 4 * 4 + 4 + 5 * 4 + 1
+    asif = cost(config("asif"), (6,), (5,))
+    assert (asif.parameters, asif.flops_a_pair) == (1, 2 * (6 * 4 + 5 * 4))

@@ -1,12 +1,15 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedcache.arrays import Inputs
 from embedcache.cache.cache import Cache
 from embedcache.cache.pairs import Items, Pairs
-from embedcache.train.batches import Batches, reader
+from embedcache.train.batches import Batches
+from embedcache.train.data import open_data
 
 
 def make_pairs(samples: int, *, seed: int) -> Pairs:
@@ -76,7 +79,24 @@ def test_related_items_are_those_of_the_whole_relation(samples: int, seed: int) 
         np.testing.assert_array_equal(dense, relation[np.ix_(*contents)])
 
 
-def test_read_from_memory_or_from_maps_rows_are_the_same(cache_path: Path) -> None:
-    feature = Cache(cache_path).feature("image", "open_toy/cls")
-    rows = np.random.default_rng(0).permutation(300)[:50]
-    np.testing.assert_array_equal(reader(feature, memory_bytes=0)(rows), reader(feature, memory_bytes=1e9)(rows))
+@pytest.mark.parametrize("image", ["cls", "patches"])
+@pytest.mark.parametrize("text", ["mean", "tokens"])
+def test_read_from_memory_or_from_maps_rows_are_the_same(two_caches: list[Path], image: str, text: str) -> None:
+    names = {"image": f"open_toy/{image}", "text": f"open_toy/{text}"}
+    mapped, loaded = (open_data(two_caches, **names, memory_gb=size) for size in (0.0, 1.0))
+    assert mapped.is_mapped
+    assert not loaded.is_mapped
+    rows = np.random.default_rng(0).permutation(120)[:50]
+    for one, other in ((mapped.read_image, loaded.read_image), (mapped.read_text, loaded.read_text)):
+        assert_same(one(rows), other(rows))
+    caches = [Cache(path) for path in two_caches]
+    for row, tokens in zip(rows, zip(*mapped.read_text(rows), strict=True) if text == "tokens" else [], strict=False):
+        cache, own = (caches[0], row) if row < 40 else (caches[1], row - 40)
+        (expected,) = cache.feature("text", "open_toy/tokens").gather_tokens(np.array([own]))
+        np.testing.assert_array_equal(tokens[0][: tokens[1]], expected)
+        assert not tokens[0][tokens[1] :].any()
+
+
+def assert_same(one: Inputs, other: Inputs) -> None:
+    np.testing.assert_array_equal(one.values, other.values)
+    np.testing.assert_array_equal(one.lengths, other.lengths)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,27 +7,28 @@ import pytest
 
 from embedcache.arrays import normalize
 from embedcache.cache.cache import Cache
-from embedcache.cache.pairs import Pairs, pair_items
 from embedcache.cache.split import PARTS, Split, read_split, write_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
+from embedcache.train.data import open_data
 from embedcache.train.settings import SplitSettings
 from embedcache.train.split import make_split
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 
 
-def opened(cache_path: Path) -> tuple[Cache, Pairs, Split]:
-    cache = Cache(cache_path)
-    image, text = cache.feature("image", "open_toy/cls"), cache.feature("text", "open_toy/mean")
-    pairs = pair_items(cache, image, text)
-    settings = SplitSettings(image_cosine=0.995, text_cosine=0.95)
-    return cache, pairs, make_split(cache, pairs, image, text, settings)
+def split_of(cache_path: Path, settings: SplitSettings) -> Split:
+    data = open_data(cache_path, image="open_toy/cls", text="open_toy/mean", memory_gb=1)
+    return make_split(data, data.pairs(None), settings)
+
+
+def opened(cache_path: Path) -> tuple[Cache, Split]:
+    return Cache(cache_path), split_of(cache_path, SplitSettings(image_cosine=0.995, text_cosine=0.95))
 
 
 def test_strict_leaves_no_near_duplicate_across_parts(cache_path: Path) -> None:
-    cache, _, split = opened(cache_path)
+    cache, split = opened(cache_path)
     parts = np.array(split.parts)
     assert {part: (parts == part).sum() for part in PARTS}["test"] > 30
     for name, modality, threshold in (("open_toy/cls", "image", 0.995), ("open_toy/mean", "text", 0.95)):
@@ -37,7 +39,7 @@ def test_strict_leaves_no_near_duplicate_across_parts(cache_path: Path) -> None:
 
 
 def test_strict_groups_are_the_connected_components(cache_path: Path) -> None:
-    cache, _, split = opened(cache_path)
+    cache, split = opened(cache_path)
     images = normalize(cache.feature("image", "open_toy/cls").load())
     texts = normalize(cache.feature("text", "open_toy/mean").load())
     near = (images @ images.T > 0.995) | (texts @ texts.T > 0.95)
@@ -50,20 +52,14 @@ def test_strict_groups_are_the_connected_components(cache_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["strict", "key"])
 def test_a_split_is_the_same_every_time_and_another_seed_is_another(cache_path: Path, kind: str) -> None:
-    cache, pairs, _ = opened(cache_path)
-    image, text = cache.feature("image", "open_toy/cls"), cache.feature("text", "open_toy/mean")
-
     def parts(seed: int) -> list[str]:
-        settings = SplitSettings(kind=kind, seed=seed, image_cosine=0.995, text_cosine=0.95)
-        return make_split(cache, pairs, image, text, settings).parts
+        return split_of(cache_path, SplitSettings(kind=kind, seed=seed, image_cosine=0.995, text_cosine=0.95)).parts
 
     assert parts(0) == parts(0) != parts(1)
 
 
 def test_shares_are_kept_by_key(cache_path: Path) -> None:
-    cache, pairs, _ = opened(cache_path)
-    features = cache.feature("image", "open_toy/cls"), cache.feature("text", "open_toy/mean")
-    split = make_split(cache, pairs, *features, SplitSettings(kind="key", val_share=0.2, test_share=0.3))
+    split = split_of(cache_path, SplitSettings(kind="key", val_share=0.2, test_share=0.3))
     assert [split.parts.count(part) for part in PARTS] == [150, 60, 90]
 
 
@@ -74,11 +70,10 @@ def test_the_column_decides_and_validation_is_carved_from_train_alone(tmp_path: 
         path.with_suffix(".json").write_text(json.dumps({"split": part}))
     extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT])
     cache = Cache(tmp_path / "c")
-    features = cache.feature("image"), cache.feature("text")
     asked = np.array(cache.samples["split"].to_pylist())
     for share in (0.1, 0.4):
         settings = SplitSettings(kind="column", val_share=share)
-        parts = np.array(make_split(cache, pair_items(cache, *features), *features, settings).parts)
+        parts = np.array(split_of(tmp_path / "c", settings).parts)
         assert ((parts == "test") == (asked == "test")).all()
         assert ((parts == "") == (asked == "restval")).all()
         assert (parts == "val").sum() == round(share * (asked == "train").sum())
@@ -90,35 +85,44 @@ def test_strict_joins_samples_through_any_of_their_captions(tmp_path: Path) -> N
     (folder / "00020.txt").write_text("the very same words\nsomething else again\n")
     (folder / "00007.txt").unlink()  # a sample without captions: rows and positions differ
     extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT])
-    cache = Cache(tmp_path / "c")
-    features = cache.feature("image"), cache.feature("text")
-    settings = SplitSettings(image_cosine=0.9999, text_cosine=0.999, val_share=0.2)
-    split = make_split(cache, pair_items(cache, *features), *features, settings)
+    split = split_of(tmp_path / "c", SplitSettings(image_cosine=0.9999, text_cosine=0.999, val_share=0.2))
     assert split.groups[3] == split.groups[20]
     assert split.parts[3] == split.parts[20]
     assert split.groups[7] == -1
     assert split.parts[7] == ""
 
 
-def test_a_split_is_written_and_read(tmp_path: Path) -> None:
-    split = Split(keys=["a", "b", "c"], parts=["train", "test", ""], groups=[0, 1, -1])
+def test_a_split_is_written_and_read(cache_path: Path, tmp_path: Path) -> None:
+    cache, split = opened(cache_path)
     write_split(tmp_path / "split.parquet", split)
-    assert read_split(tmp_path / "split.parquet", ["a", "b", "c"]) == split
-    with pytest.raises(DataError, match="is of other samples: it has 3 keys, the cache has 2"):
-        read_split(tmp_path / "split.parquet", ["a", "b"])
+    assert read_split(tmp_path / "split.parquet", [cache]) == split
+    other = replace(split, keys=split.keys[1:], parts=split.parts[1:], groups=split.groups[1:])
+    write_split(tmp_path / "other.parquet", other)
+    with pytest.raises(DataError, match="is of other samples: it has 299 keys, .* has 300, and they differ"):
+        read_split(tmp_path / "other.parquet", [cache])
     with pytest.raises(PathError, match="does not exist"):
-        read_split(tmp_path / "no", [])
+        read_split(tmp_path / "no", [cache])
     with pytest.raises(DataError, match=r"the split has no val samples \(train: 1, val: 0, test: 1\)"):
-        split.rows("val")
+        Split(keys=["a", "b", "c"], parts=["train", "test", ""], groups=[0, 1, -1]).rows("val")
+
+
+def test_a_split_of_two_caches_is_read_for_each(cache_path: Path, two_caches: list[Path], tmp_path: Path) -> None:
+    data = open_data(two_caches, image="open_toy/cls", text="open_toy/mean", memory_gb=1)
+    split = make_split(data, data.pairs(None), SplitSettings(kind="key"))
+    write_split(tmp_path / "split.parquet", split)
+    first, second = data.caches
+    assert read_split(tmp_path / "split.parquet", [first, second]) == split
+    assert read_split(tmp_path / "split.parquet", [second, first]).parts == split.parts[40:] + split.parts[:40]
+    assert read_split(tmp_path / "split.parquet", [second]).parts == split.parts[40:]
+    with pytest.raises(DataError, match="it has 0 keys, .* has 300"):
+        read_split(tmp_path / "split.parquet", [Cache(cache_path)])
 
 
 def test_mistakes_are_named(cache_path: Path) -> None:
-    cache, pairs, _ = opened(cache_path)
-    features = cache.feature("image", "open_toy/cls"), cache.feature("text", "open_toy/mean")
     with pytest.raises(UnknownNameError, match="unknown split 'strickt'; did you mean 'strict'"):
-        make_split(cache, pairs, *features, SplitSettings(kind="strickt"))
+        split_of(cache_path, SplitSettings(kind="strickt"))
     with pytest.raises(SourceError, match="have no column 'split'; use --split strict or --split key"):
-        make_split(cache, pairs, *features, SplitSettings(kind="column"))
+        split_of(cache_path, SplitSettings(kind="column"))
     with pytest.raises(SettingError, match="leave nothing for training"):
         SplitSettings(val_share=0.5, test_share=0.5)
     with pytest.raises(SettingError, match="test_share is 0"):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from embedcache.arrays import Inputs
 from embedcache.cache.cache import Cache
 from embedcache.cache.pairs import Pairs
 from embedcache.cache.split import read_split
@@ -22,10 +23,17 @@ from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import load_pair, project, read_config
 from embedcache.train import train as train_module
 from embedcache.train.batches import Batches
-from embedcache.train.loop import _optimizer
 from embedcache.train.losses.contract import LOSSES
+from embedcache.train.optimizer import learning_rate, make_optimizer
 from embedcache.train.recalls import Validation
-from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.settings import (
+    LossSettings,
+    MachineSettings,
+    ModelSettings,
+    OptimizerSettings,
+    SplitSettings,
+    TrainSettings,
+)
 from embedcache.train.start import start
 from embedcache.train.train import TrainReport, train
 
@@ -46,7 +54,15 @@ def run(cache_path: Path, run_path: Path, *, epochs: int = 3, **settings: object
 def test_a_run_leaves_all_that_says_what_it_is(cache_path: Path, tmp_path: Path) -> None:
     report = run(cache_path, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "model.safetensors", "losses.jsonl", "record.json", "split.parquet"}
+    assert names == {
+        "config.json",
+        "last.safetensors",
+        "losses.jsonl",
+        "model.safetensors",
+        "record.json",
+        "split.parquet",
+        "started.json",
+    }
     assert report.num_samples == {"train": 195, "val": 30, "test": 75}
     lines = [json.loads(line) for line in (tmp_path / "run" / "losses.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -73,7 +89,7 @@ def test_it_learns_what_pictures_and_captions_share(
 @pytest.mark.parametrize("loss", LOSSES.paths)
 def test_it_learns_with_every_loss(cache_path: Path, tmp_path: Path, loss: str) -> None:
     model = ModelSettings(start="random", shared_width=16)
-    report = run(cache_path, tmp_path / "run", epochs=20, model=model, loss=loss)
+    report = run(cache_path, tmp_path / "run", epochs=20, model=model, loss=LossSettings(name=loss))
     assert report.best_epoch > 0
     found = evaluate_retrieval(cache_path, [tmp_path / "run"])
     assert found.recalls["i2t"]["r@5"].value > 2 * found.chance["i2t"]["r@5"].high
@@ -96,7 +112,7 @@ def test_a_closed_form_that_a_projector_cannot_start_from_is_refused(cache_path:
 
 def test_an_unknown_loss_is_refused(cache_path: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown loss 'siglib'; did you mean 'siglip'"):
-        run(cache_path, tmp_path / "run", loss="siglib")
+        run(cache_path, tmp_path / "run", loss=LossSettings(name="siglib"))
 
 
 def test_pairs_that_were_shuffled_teach_nothing(cache_path: Path, tmp_path: Path) -> None:
@@ -121,25 +137,28 @@ def test_no_epochs_keep_the_closed_form(cache_path: Path, tmp_path: Path) -> Non
     unit = vectors.astype(np.float32) / np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
     linear = (unit - pair.image.mean.numpy()) @ pair.image.projector.linear.weight.detach().numpy().T
     linear /= np.linalg.norm(linear, axis=1, keepdims=True)
-    np.testing.assert_allclose(project(pair.image, vectors), linear, atol=1e-5)
+    np.testing.assert_allclose(project(pair.image, Inputs(vectors)), linear, atol=1e-5)
 
 
 def test_mapped_features_train_the_same(cache_path: Path, tmp_path: Path) -> None:
     run(cache_path, tmp_path / "a")
-    run(cache_path, tmp_path / "b", memory_gb=0.0)
+    run(cache_path, tmp_path / "b", machine=MachineSettings(memory_gb=0.0), block_rows=1)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
 def test_bfloat16_trains(cache_path: Path, tmp_path: Path) -> None:
     report = run(
-        cache_path, tmp_path / "run", precision="bfloat16", model=ModelSettings(start="random", shared_width=16)
+        cache_path,
+        tmp_path / "run",
+        machine=MachineSettings(precision="bfloat16"),
+        model=ModelSettings(start="random", shared_width=16),
     )
     assert report.best_epoch > 0
 
 
 def test_a_finished_run_is_used_again_and_another_is_refused(cache_path: Path, tmp_path: Path) -> None:
     first = run(cache_path, tmp_path / "run")
-    again = run(cache_path, tmp_path / "run", memory_gb=1.0)
+    again = run(cache_path, tmp_path / "run", machine=MachineSettings(memory_gb=1.0))
     assert not first.reused
     assert again.reused
     assert again.recalls == first.recalls
@@ -160,7 +179,7 @@ def test_a_folder_with_other_things_is_refused_and_untouched(cache_path: Path, t
 
 def test_a_device_that_is_not_there_is_named(cache_path: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="no device 'cuda:77' here"):
-        run(cache_path, tmp_path / "run", device="cuda:77")
+        run(cache_path, tmp_path / "run", machine=MachineSettings(device="cuda:77"))
 
 
 def test_a_run_that_was_stopped_is_trained_again(cache_path: Path, tmp_path: Path) -> None:
@@ -188,7 +207,9 @@ def test_mistakes_are_named(cache_path: Path, tmp_path: Path) -> None:
         train(cache_path, tmp_path / "run", image="open_toy/clss", text=TEXT)
     with pytest.raises(UnknownNameError, match="none named; choose one with --image: open_toy/cls, open_toy/patches"):
         train(cache_path, tmp_path / "run")
-    with pytest.raises(DataError, match="open_toy/patches has several vectors an item; train on a vector feature"):
+    with pytest.raises(
+        DataError, match="open_toy/patches has several vectors an item, and the projector mlp takes one"
+    ):
         train(cache_path, tmp_path / "run", image="open_toy/patches", text=TEXT)
     with pytest.raises(UnknownNameError, match="unknown projector 'lineal'; did you mean 'linear'"):
         run(cache_path, tmp_path / "run", model=ModelSettings(projector="lineal"))
@@ -215,7 +236,7 @@ def test_training_sees_its_own_part_only(cache_path: Path, tmp_path: Path, monke
     monkeypatch.setattr(
         train_module,
         "start",
-        lambda pair, pairs, *rest: (seen["start"].update(pairs.samples), start(pair, pairs, *rest)),
+        lambda pair, pairs, *rest, **more: (seen["start"].update(pairs.samples), start(pair, pairs, *rest, **more)),
     )
 
     class Watched(Validation):
@@ -231,7 +252,7 @@ def test_training_sees_its_own_part_only(cache_path: Path, tmp_path: Path, monke
     monkeypatch.setattr(train_module, "Validation", Watched)
     monkeypatch.setattr(train_module, "Batches", WatchedBatches)
     run(cache_path, tmp_path / "run")
-    split = read_split(tmp_path / "run/split.parquet", Cache(cache_path).samples["key"].to_pylist())
+    split = read_split(tmp_path / "run/split.parquet", [Cache(cache_path)])
     assert seen["start"] == seen["batches"] == set(split.rows("train"))
     assert seen["validation"] == set(split.rows("val"))
 
@@ -251,12 +272,9 @@ def test_the_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path
 
 def test_the_learning_rate_warms_up_and_falls_to_zero_and_vectors_do_not_decay() -> None:
     pair = AlignedPair("mlp", image_width=8, text_width=6, shared_width=4)
-    optimizer, schedule = _optimizer(pair, OptimizerSettings(epochs=10, warmup_share=0.2, weight_decay=0.3), 10)
-    rates = []
-    for _ in range(100):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+    settings = OptimizerSettings(epochs=10, warmup_share=0.2, weight_decay=0.3)
+    optimizer = make_optimizer(pair, settings)
+    rates = [learning_rate(settings, step, 100) for step in range(100)]
     assert rates[0] < rates[10] < rates[19] == max(rates) == 1e-3
     assert rates[20:] == sorted(rates[20:], reverse=True)
     assert rates[-1] < 1e-5
@@ -280,7 +298,7 @@ def test_weights_that_are_no_numbers_are_refused(cache_path: Path, tmp_path: Pat
     assert not pair.training
     torch.nn.init.constant_(pair.image.projector.linear.weight, float("nan"))
     with pytest.raises(DataError, match="the projected feature holds NaN or infinity in 3 of 3 rows"):
-        project(pair.image, np.ones((3, 48)))
+        project(pair.image, Inputs(np.ones((3, 48))))
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_temperature(cache_path: Path, tmp_path: Path) -> None:

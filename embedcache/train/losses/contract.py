@@ -20,7 +20,7 @@ LOSSES = Registry(
 
 @dataclass(frozen=True, kw_only=True)
 class Related:
-    """Which images and texts of a batch belong together: item k of both sides do, and others with equal content.
+    """Which images and texts of a batch belong together: those of one sample, and others with equal content.
 
     Args:
         images: (E,) int64 positions in the batch, ascending.
@@ -34,15 +34,15 @@ class Related:
 class Loss(Protocol):
     """A `torch.nn.Module` built without arguments; parameters of its own are trained with the projectors'.
 
-    It holds no B × B matrix: memory grows with B.
+    It holds no B × M matrix: memory grows with B and M.
     """
 
-    def __call__(self, images_BP: Tensor, texts_BP: Tensor, scale: Tensor, related: Related) -> Tensor:
+    def __call__(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, related: Related) -> Tensor:
         """Give the loss of a batch, a scalar.
 
         Args:
             images_BP: (B, P) float32 or float64, rows of length 1.
-            texts_BP: (B, P), alike; row k is the text of image k.
+            texts_MP: (M, P), alike. M is B, and row k the text of image k, unless all captions are positives.
             scale: scalar, the inverse of the temperature.
             related: who else belongs together.
         """

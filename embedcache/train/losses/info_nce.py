@@ -31,12 +31,13 @@ class MultiPositive(nn.Module):
     (2020), equation 2, between two modalities.
     """
 
-    def forward(self, images_BP: Tensor, texts_BP: Tensor, scale: Tensor, related: Related) -> Tensor:
+    def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, related: Related) -> Tensor:
         """Give the mean over both directions of the cross-entropy, a scalar."""
-        over_texts, over_images = log_sum_exp(images_BP, texts_BP, scale)
-        logits_E = logits_of(images_BP, texts_BP, scale, (related.images, related.texts))
-        share_E = _share(related.images, logits_E.dtype) + _share(related.texts, logits_E.dtype)
-        return (over_texts + over_images).mean() / 2 - (share_E @ logits_E) / (2 * len(images_BP))
+        over_texts, over_images = log_sum_exp(images_BP, texts_MP, scale)
+        logits_E = logits_of(images_BP, texts_MP, scale, (related.images, related.texts))
+        of_images = over_texts.mean() - _share(related.images, logits_E.dtype) @ logits_E / len(images_BP)
+        of_texts = over_images.mean() - _share(related.texts, logits_E.dtype) @ logits_E / len(texts_MP)
+        return (of_images + of_texts) / 2
 
 
 def _share(positions_E: Tensor, dtype: torch.dtype) -> Tensor:

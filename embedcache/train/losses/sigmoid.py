@@ -20,23 +20,23 @@ class SigLip(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.tensor(_START_BIAS))
 
-    def forward(self, images_BP: Tensor, texts_BP: Tensor, scale: Tensor, related: Related) -> Tensor:
+    def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, related: Related) -> Tensor:
         """Give the loss, a scalar."""
-        return self._sum(images_BP, texts_BP, scale, related) / len(images_BP)
+        return self._sum(images_BP, texts_MP, scale, related) / len(images_BP)
 
-    def _sum(self, images_BP: Tensor, texts_BP: Tensor, scale: Tensor, related: Related) -> Tensor:
+    def _sum(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, related: Related) -> Tensor:
         bias = self.bias.to(images_BP.dtype)
-        logits_E = logits_of(images_BP, texts_BP, scale, (related.images, related.texts))
+        logits_E = logits_of(images_BP, texts_MP, scale, (related.images, related.texts))
         # As log sigmoid(x) = x - softplus(x) and log sigmoid(-x) = -softplus(x).
-        return softplus_sum(images_BP, texts_BP, scale, bias) - (logits_E + bias).sum()
+        return softplus_sum(images_BP, texts_MP, scale, bias) - (logits_E + bias).sum()
 
 
 class Sail(SigLip):
-    """SigLIP's loss as the mean over all B² pairs.
+    """SigLIP's loss as the mean over all B × M pairs.
 
     As in SAIL, "Assessing and Learning Alignment of Unimodal Vision and Language Models" (CVPR 2025).
     """
 
-    def forward(self, images_BP: Tensor, texts_BP: Tensor, scale: Tensor, related: Related) -> Tensor:
+    def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, related: Related) -> Tensor:
         """Give the loss, a scalar."""
-        return self._sum(images_BP, texts_BP, scale, related) / len(images_BP) ** 2
+        return self._sum(images_BP, texts_MP, scale, related) / (len(images_BP) * len(texts_MP))

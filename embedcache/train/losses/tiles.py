@@ -1,6 +1,7 @@
 """Sums over all pairs of a batch, a tile of rows at a time: exact, and no (B, N) matrix is ever held.
 
-Backward makes each tile again. Memory: two tiles of `TILE_ROWS` × N.
+Backward makes each tile again. Processes that train together share the tiles out. Memory: two tiles of
+`TILE_ROWS` × N.
 """
 
 import math
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
+
+from embedcache.train.distributed import log_sum_over_processes, num_processes, process_number, sum_over_processes
 
 TILE_ROWS = 256
 
@@ -54,7 +57,7 @@ class _LogSumExp(torch.autograd.Function):
     def forward(
         ctx: Any, left: Tensor, right: Tensor, scale: Tensor, rows: Tensor, columns: Tensor
     ) -> tuple[Tensor, Tensor]:
-        over_rows = left.new_empty(len(left))
+        over_rows = left.new_zeros(len(left))
         over_columns = left.new_full((len(right),), 0.0 if _is_safe(scale) else -math.inf)
         for tile, logits in _tiles(left, right, scale, rows, columns):
             if _is_safe(scale):
@@ -64,8 +67,12 @@ class _LogSumExp(torch.autograd.Function):
             else:
                 over_rows[tile] = logits.logsumexp(dim=1)
                 over_columns = torch.logaddexp(over_columns, logits.logsumexp(dim=0))
+        sum_over_processes(over_rows)
         if _is_safe(scale):
+            sum_over_processes(over_columns)
             over_rows, over_columns = (sums.log_().add_(scale) for sums in (over_rows, over_columns))
+        else:
+            over_columns = log_sum_over_processes(over_columns)
         ctx.save_for_backward(left, right, scale, rows, columns, over_rows, over_columns)
         return over_rows, over_columns
 
@@ -94,6 +101,7 @@ class _SoftplusSum(torch.autograd.Function):
         total = left.new_zeros(())
         for _, logits in _tiles(left, right, scale):
             total += softplus(logits.add_(bias)).sum()
+        sum_over_processes(total)
         return total
 
     @staticmethod
@@ -105,6 +113,7 @@ class _SoftplusSum(torch.autograd.Function):
             weights = logits.add_(bias).sigmoid_().mul_(gradient)
             bias_gradient += weights.sum()
             gradients.add(tile, weights)
+        sum_over_processes(bias_gradient)
         return (*gradients.result(scale), bias_gradient)
 
 
@@ -113,13 +122,14 @@ class _Gradients:
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
         self._left, self._right = left, right
-        self._left_sum, self._right_sum = torch.empty_like(left), torch.zeros_like(right)
+        self._left_sum, self._right_sum = torch.zeros_like(left), torch.zeros_like(right)
 
     def add(self, tile: slice, weights_TN: Tensor) -> None:
         torch.mm(weights_TN, self._right, out=self._left_sum[tile])
         self._right_sum.addmm_(weights_TN.T, self._left[tile])
 
     def result(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sum_over_processes(self._left_sum, self._right_sum)
         scale_gradient = (self._left_sum * self._left).sum()
         return self._left_sum.mul_(scale), self._right_sum.mul_(scale), scale_gradient
 
@@ -127,13 +137,13 @@ class _Gradients:
 def _tiles(
     left: Tensor, right: Tensor, scale: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Go through tiles of logits, each a new (T, N) tensor, -inf where hidden."""
+    """Go through this process's tiles of logits, each a new (T, N) tensor, -inf where hidden."""
     starts = range(0, len(left), TILE_ROWS)
     bounds = [0] * (len(starts) + 1)
     if rows is not None and len(rows):
         edges = torch.tensor([*starts, len(left)], device=rows.device)
         bounds = torch.searchsorted(rows, edges).tolist()
-    for number, start in enumerate(starts):
+    for number, start in list(enumerate(starts))[process_number() :: num_processes()]:
         tile = slice(start, start + TILE_ROWS)
         logits = (left[tile] * scale) @ right.T
         if rows is not None and columns is not None and bounds[number] < bounds[number + 1]:

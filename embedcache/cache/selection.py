@@ -1,0 +1,48 @@
+"""A selection: some samples of a cache, by key, with the reason each was kept."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from embedcache.arrays import Ints
+from embedcache.cache.cache import Cache
+from embedcache.cache.tables import read_table
+from embedcache.errors import CorruptError, DataError, PathError
+
+
+def read_selection(path: Path, caches: Sequence[Cache]) -> Ints:
+    """Get the samples that a selection names, counted on from cache to cache, ascending.
+
+    Args:
+        path: Parquet with a column `key`, or text with a key a line.
+        caches: where the keys are looked for. A key that several hold is selected in each.
+
+    Raises:
+        PathError: there is no such file.
+        CorruptError: it cannot be read.
+        DataError: it names a key that no cache has, or none at all.
+    """
+    selected = set(_read_keys(path))
+    keys = [key for cache in caches for key in cache.samples["key"].to_pylist()]
+    unknown = selected.difference(keys)
+    if unknown or not selected:
+        shown = ", ".join(repr(key) for key in sorted(unknown)[:3]) or "nothing"
+        where = " and ".join(str(cache.path) for cache in caches)
+        raise DataError(
+            f"selection {path} of {len(selected):,} keys names {shown}; {len(unknown):,} are no keys of {where}, which "
+            f"has {len(keys):,}, such as {keys[0]!r}"
+        )
+    return np.flatnonzero([key in selected for key in keys])
+
+
+def _read_keys(path: Path) -> list[str]:
+    if not path.is_file():
+        raise PathError(f"selection {path} does not exist; give Parquet with a column key, or text with a key a line")
+    try:
+        if path.suffix == ".parquet":
+            return list(map(str, read_table(path, ["key"])["key"].to_pylist()))
+        return [line for line in path.read_text().split("\n") if line]
+    except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{path} is no selection: {error}; it must be Parquet with a column key, or text") from error

@@ -1,0 +1,69 @@
+"""Run by torchrun: writes the gradients of every loss, with and without mixup and the regulariser, of a fixed batch."""
+
+import sys
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from embedcache.arrays import Inputs, Ints
+from embedcache.cache.pairs import Items, Pairs
+from embedcache.projectors.pair import AlignedPair
+from embedcache.train.batches import Batches
+from embedcache.train.distributed import joined_processes, process_number
+from embedcache.train.loader import Loader
+from embedcache.train.losses import tiles
+from embedcache.train.losses.contract import LOSSES
+from embedcache.train.objective import Objective
+from embedcache.train.settings import LossSettings
+
+SAMPLES, WIDTH = 23, 6
+
+
+def main(path: str) -> None:
+    """Write loss and options -> parameter -> gradient."""
+    torch.manual_seed(0)
+    tiles.TILE_ROWS = 4
+    pair = AlignedPair("linear", image_width=WIDTH, text_width=WIDTH, shared_width=4)
+    gradients = {}
+    for name in LOSSES.paths:
+        for mixup in (0.0, 1.0):
+            for weight in (0.0, 0.5):
+                objective = Objective(pair, LossSettings(name=name, mixup=mixup, structure=weight), precision="float32")
+                gradients[f"{name} {mixup} {weight}"] = _gradients(objective, mixup)
+    for name in ("multi_positive", "siglip", "sail"):
+        objective = Objective(pair, LossSettings(name=name), precision="float32")
+        gradients[f"{name} all captions"] = _gradients(objective, 0.0, captions="all")
+    if process_number() == 0:
+        torch.save(gradients, path)
+
+
+def _gradients(objective: Objective, mixup: float, captions: str = "draw") -> dict[str, torch.Tensor]:
+    objective.zero_grad()
+    loaded = next(iter(_loader(mixup, captions).epoch(0)))
+    trained = DistributedDataParallel(objective) if torch.distributed.is_initialized() else objective
+    trained(loaded).backward()
+    return {name: value.grad.clone() for name, value in objective.named_parameters()}
+
+
+def _loader(mixup: float, captions: str) -> Loader:
+    rng = np.random.default_rng(0)
+    images, texts = rng.standard_normal((2, 2 * SAMPLES, WIDTH))
+    text_samples = np.sort(np.concatenate([np.arange(SAMPLES), rng.integers(SAMPLES, size=SAMPLES)]))
+    pairs = Pairs(
+        image=Items(rows=np.arange(SAMPLES), samples=np.arange(SAMPLES), contents=np.arange(SAMPLES) // 2),
+        text=Items(rows=np.arange(2 * SAMPLES), samples=text_samples, contents=rng.integers(SAMPLES, size=2 * SAMPLES)),
+    )
+    batches = Batches(pairs, batch_size=SAMPLES, seed=0, mixup=mixup, captions=captions)  # type: ignore[arg-type]
+
+    def reader(values: np.ndarray):
+        def read(rows: Ints) -> Inputs:
+            return Inputs(values[rows])
+
+        return read
+
+    return Loader(batches, image=reader(images), text=reader(texts), device="cpu")
+
+
+with joined_processes("cpu"):
+    main(sys.argv[1])
