@@ -18,7 +18,9 @@ def extract(
     text: Annotated[list[str] | None, typer.Option(help="Encoder of captions, family:model. May be repeated.")] = None,
     feature: Annotated[
         list[str] | None,
-        typer.Option(help="Features to store, such as cls,patches,grid:4,layer6.cls. [default: each encoder's first]"),
+        typer.Option(
+            help="Features to store, such as cls,patches,grid:4,kmeans:4,layer6.cls. [default: each encoder's first]"
+        ),
     ] = None,
     view: Annotated[
         list[str] | None, typer.Option(help="Another look at each item, stored too: crop:0.5, flip, module:function.")

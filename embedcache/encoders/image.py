@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from embedcache.arrays import Array
 from embedcache.encoders.contract import EncoderSettings, Fingerprint, ItemShape, Modality
-from embedcache.encoders.derived import FeatureName, grid_pool, own_features, patch_grid
+from embedcache.encoders.derived import FeatureName, own_features, patch_grid, patch_pool
 from embedcache.encoders.graph import Graph, batch_size
 from embedcache.encoders.pixels import Transform
 from embedcache.errors import SettingError
@@ -80,7 +80,7 @@ class ImageModel(torch.nn.Module):
     ) -> None:
         super().__init__()
         self._module, self._scale = module.eval(), scale
-        self._grids = torch.nn.ModuleDict()
+        self._pools = torch.nn.ModuleDict()
         self._sources: dict[str, str] = {}
         shapes = _try_out(module, input_size)
         self.features = {name: shapes[name] for name in own_features(shapes)}
@@ -90,19 +90,19 @@ class ImageModel(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = self._module(self._scale(images))
         for text, source in self._sources.items():
-            outputs[text] = self._grids[_key(text)](outputs[source])
+            outputs[text] = self._pools[_key(text)](outputs[source])
         return {text: outputs[text] for text in self.features}
 
     def _add(self, text: str, shapes: Mapping[str, ItemShape], input_size: Sequence[int]) -> None:
         name = FeatureName.parse(text)
         if name is None or name.source not in shapes:
             return
-        if name.side is None:
+        if name.side is None and name.clusters is None:
             self.features[text] = shapes[name.source]
-        elif (pool := grid_pool(name.side, shapes[name.source], input_size)) is not None:
-            self._grids[_key(text)] = pool
+        elif (pool := patch_pool(name, shapes[name.source], input_size)) is not None:
+            self._pools[_key(text)] = pool
             self._sources[text] = name.source
-            self.features[text] = (name.side**2, shapes[name.source][1])
+            self.features[text] = (pool.num_tokens, shapes[name.source][1])
 
 
 def plain_json(published: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,10 @@ from embedcache.extract.cores import Turns
 from embedcache.extract.views import View
 from embedcache.registry import unknown_name
 
-_DERIVED = "a model may also give grid:K, K × K averages of its patches, and layerN.NAME, from the state after block N"
+_DERIVED = (
+    "a model may also give grid:K, K × K averages of its patches, kmeans:K, averages of K clusters of them, "
+    "and layerN.NAME, from the state after block N"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.encoders.contract import EncoderSettings, Modality
-from embedcache.encoders.derived import FeatureName, GridPool, asked_layers, own_features, patch_grid
+from embedcache.encoders.derived import FeatureName, GridPool, KMeansPool, asked_layers, own_features, patch_grid
 from embedcache.encoders.image import ImageModel
 from embedcache.encoders.open import open_encoder
 from tests.encoders.checkpoints import save_dinov2, save_sentence_transformer, save_timm
@@ -25,11 +25,15 @@ from tests.encoders.contract import TEXTS, pictures
         ("grid:4", FeatureName("patches", side=4)),
         ("layer6.cls", FeatureName("cls", layer=6)),
         ("layer11.grid:2", FeatureName("patches", layer=11, side=2)),
+        ("kmeans:8", FeatureName("patches", clusters=8)),
+        ("layer11.kmeans:2", FeatureName("patches", layer=11, clusters=2)),
         ("layer0.cls", None),
         ("layer3", None),
         ("layer3.", None),
         ("grid:0", None),
         ("grid:", None),
+        ("kmeans:0", None),
+        ("kmeans:", None),
         ("layer3.layer2.cls", None),
         ("Cls", None),
     ],
@@ -40,8 +44,9 @@ def test_names_are_read(text: str, name: FeatureName | None) -> None:
 
 def test_own_features_and_layers_of_names() -> None:
     names = ["cls", "layer6.cls", "grid:2", "layer11.grid:2", "patches", "layer6.patches", "no sense"]
+    names += ["kmeans:2", "layer7.kmeans:2"]
     assert own_features(names) == ["cls", "patches"]
-    assert asked_layers(names) == [6, 11]
+    assert asked_layers(names) == [6, 7, 11]
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
@@ -51,6 +56,63 @@ def test_a_grid_is_adaptive_average_pooling(height: int, width: int, data: st.Da
     expected = torch.nn.functional.adaptive_avg_pool2d(maps_BDHW, side).flatten(2).transpose(1, 2)
     found = GridPool((height, width), side)(maps_BDHW.flatten(2).transpose(1, 2))
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@given(st.integers(1, 30), st.data())
+def test_clusters_are_those_of_the_plain_algorithm(num_patches: int, data: st.DataObject) -> None:
+    num_clusters = data.draw(st.integers(1, num_patches))
+    patches_BTD = _draw(2, num_patches, seed=num_patches * 100 + num_clusters)
+    found = KMeansPool(num_patches, num_clusters)(patches_BTD)
+    assert found.shape == (2, num_clusters, 5)
+    np.testing.assert_allclose(found, _clusters(patches_BTD, num_clusters), atol=1e-5)
+
+
+@given(st.integers(1, 30), st.integers(0, 5), st.integers(1, 9), st.data())
+def test_clusters_of_a_picture_are_the_same_in_any_batch(
+    num_patches: int, row: int, num_others: int, data: st.DataObject
+) -> None:
+    pool = KMeansPool(num_patches, data.draw(st.integers(1, num_patches)))
+    alone_1TD, *batches = (_draw(size, num_patches, seed) for seed, size in enumerate((1, num_others, num_others)))
+    row = min(row, num_others)
+    one, other = (pool(torch.cat([batch[:row], alone_1TD, batch[row:]]))[row] for batch in batches)
+    assert torch.equal(one, other)
+    np.testing.assert_allclose(one, pool(alone_1TD)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("num_patches", [1, 4, 20])
+def test_as_many_clusters_as_patches_are_the_patches(num_patches: int) -> None:
+    patches_BTD = _draw(3, num_patches, seed=0)
+    np.testing.assert_allclose(KMeansPool(num_patches, num_patches)(patches_BTD), patches_BTD, atol=1e-6)
+
+
+def test_one_cluster_is_the_mean() -> None:
+    patches_BTD = _draw(3, 20, seed=0)
+    np.testing.assert_allclose(KMeansPool(20, 1)(patches_BTD), patches_BTD.mean(1, keepdim=True), atol=1e-6)
+
+
+def test_patches_far_apart_are_clusters_in_the_order_of_their_starts() -> None:
+    patches_BTD = torch.tensor([90.0, 50, 10, 11, 51, 91])[None, :, None]
+    np.testing.assert_allclose(KMeansPool(6, 3)(patches_BTD).flatten(), [50.5, 10.5, 90.5])  # starts: 50, 11, 91
+
+
+def test_a_cluster_without_patches_stays_where_it_was() -> None:
+    patches_BTD = torch.tensor([5.0, 5, 9, 9])[None, :, None]
+    np.testing.assert_allclose(KMeansPool(4, 4)(patches_BTD).flatten(), [5, 5, 9, 9])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_shares_no_plain_area_out(seed: int) -> None:
+    """As a convolution gives equal patches, and other digits in another batch."""
+    patches_BTD = _draw(4, 100, seed)
+    patches_BTD[:, 20:90] = patches_BTD[:, :1]
+    others_BTD = patches_BTD + 1e-6 * _draw(4, 100, seed + 5)
+    np.testing.assert_allclose(KMeansPool(100, 9)(others_BTD), KMeansPool(100, 9)(patches_BTD), atol=1e-5)
+
+
+def test_clusters_are_found_however_far_all_patches_are_from_nought() -> None:
+    patches_BTD = _draw(2, 20, seed=0)
+    expected = KMeansPool(20, 4)(patches_BTD)
+    np.testing.assert_allclose(KMeansPool(20, 4)(patches_BTD + 1000) - 1000, expected, atol=1e-3)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 32), st.data())
@@ -77,6 +139,11 @@ def test_a_grid_of_a_picture_that_is_no_square(height_px: int, width_px: int) ->
     np.testing.assert_allclose(model(images)["grid:2"], expected, atol=1e-6)
 
 
+def test_more_clusters_than_patches_are_left_out() -> None:
+    model = ImageModel(_EightPx(), torch.nn.Identity(), input_size=(3, 16, 48), asked=["kmeans:12", "kmeans:13"])
+    assert model.features == {"patches": (12, 3), "kmeans:12": (12, 3)}
+
+
 class _EightPx(torch.nn.Module):
     """The mean colour of each 8 × 8 pixels."""
 
@@ -85,7 +152,7 @@ class _EightPx(torch.nn.Module):
 
 
 ASKED = ("layer1.cls", "layer2.patches", "grid:2", "layer1.grid:3", "layer2.patch_mean", "layer2.tokens", "layer1.mean",
-         "layer99.cls", "grid:99", "nonsense", "cls")  # fmt: skip
+         "layer99.cls", "grid:99", "kmeans:3", "layer1.kmeans:2", "kmeans:9999", "nonsense", "cls")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_vit_relpos"])
@@ -102,6 +169,9 @@ def test_blocks_of_a_timm_transformer(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(found["layer2.patch_mean"], states[1][:, num_prefix:].mean(1), atol=1e-5)
     np.testing.assert_allclose(found["layer1.grid:3"], _grid(states[0][:, num_prefix:], 3), atol=1e-5)
     np.testing.assert_allclose(found["grid:2"], _grid(torch.tensor(found["patches"]), 2), atol=1e-5)
+    np.testing.assert_allclose(found["layer1.kmeans:2"], _clusters(states[0][:, num_prefix:], 2), atol=1e-5)
+    np.testing.assert_allclose(found["kmeans:3"], _clusters(torch.tensor(found["patches"]), 3), atol=1e-5)
+    assert "kmeans:9999" not in found
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
@@ -131,6 +201,7 @@ def test_blocks_of_a_transformers_image_model(num_registers: int, tmp_path: Path
     np.testing.assert_allclose(found["layer1.cls"], states[0][:, 0], atol=1e-6)
     np.testing.assert_allclose(found["layer2.patches"], states[1][:, 1 + num_registers :], atol=1e-6)
     np.testing.assert_allclose(found["layer1.grid:3"], _grid(states[0][:, 1 + num_registers :], 3), atol=1e-5)
+    np.testing.assert_allclose(found["layer1.kmeans:2"], _clusters(states[0][:, 1 + num_registers :], 2), atol=1e-5)
 
 
 def test_blocks_of_efficientnet_lite() -> None:
@@ -157,6 +228,21 @@ def test_a_grid_changes_no_value_on_onnxruntime() -> None:
     np.testing.assert_allclose(other["patch_mean"], one["patch_mean"], rtol=1e-6, atol=1e-6)
     grid = asked.encode(prepared, ["grid:4"])["grid:4"]
     np.testing.assert_allclose(grid, _grid(torch.tensor(np.stack(other["patches"])), 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_clusters_of_efficientnet_lite(backend: Any) -> None:
+    encoder, prepared, found = _check_own(
+        "lite:efficientnet-lite0", "image", ("kmeans:6", "layer11.patches", "layer11.kmeans:16", "kmeans:50"),
+        EncoderSettings(backend=backend), atol=1e-5,
+    )  # fmt: skip
+    assert encoder.fingerprint.backend == backend
+    assert list(found) == ["patch_mean", "patches", "kmeans:6", "layer11.patches", "layer11.kmeans:16"]
+    np.testing.assert_allclose(found["kmeans:6"], _clusters(torch.tensor(found["patches"]), 6), atol=1e-4)
+    expected = _clusters(torch.tensor(found["layer11.patches"]), 16)
+    np.testing.assert_allclose(found["layer11.kmeans:16"], expected, atol=1e-3)  # values of up to 30
+    again = encoder.encode(prepared, ["kmeans:6"])["kmeans:6"]
+    np.testing.assert_array_equal(again, encoder.encode(prepared, ["kmeans:6"])["kmeans:6"])
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
@@ -245,6 +331,30 @@ def _grid(patches_BTD: torch.Tensor, side: int) -> torch.Tensor:
     size = round(patches_BTD.shape[1] ** 0.5)
     maps_BDHW = patches_BTD.transpose(1, 2).unflatten(2, (size, size))
     return torch.nn.functional.adaptive_avg_pool2d(maps_BDHW, side).flatten(2).transpose(1, 2)
+
+
+def _draw(num_pictures: int, num_patches: int, seed: int) -> torch.Tensor:
+    return torch.randn(num_pictures, num_patches, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def _clusters(patches_BTD: torch.Tensor, num_clusters: int) -> np.ndarray[Any, Any]:
+    return np.stack([_lloyd(patches_TD.double().numpy(), num_clusters) for patches_TD in patches_BTD])
+
+
+def _lloyd(patches_TD: Any, num_clusters: int) -> Any:
+    """Ten rounds in float64, a patch and a cluster at a time."""
+    rounding = 1e-4 * ((patches_TD - patches_TD.mean(0)) ** 2).sum(1).mean()
+    odd_numbers_K = np.arange(1, 2 * num_clusters, 2)
+    centres_KD = patches_TD[odd_numbers_K * len(patches_TD) // (2 * num_clusters)]
+    for _ in range(10):
+        labels = []
+        for patch_D in patches_TD:
+            distances_K = ((centres_KD - patch_D) ** 2).sum(1)
+            labels.append(int(np.flatnonzero(distances_K <= distances_K.min() + rounding)[0]))
+        for cluster in range(num_clusters):
+            if cluster in labels:
+                centres_KD[cluster] = patches_TD[np.array(labels) == cluster].mean(0)
+    return centres_KD
 
 
 def _bert(folder: Path) -> Any:

@@ -1,11 +1,13 @@
 """Keep the geometry of a frozen encoder: what is near before a projector should be near after it."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
-from torch.utils.checkpoint import checkpoint
 
 from embedcache.train.losses import tiles
 
@@ -20,7 +22,7 @@ def structure(inputs_BD: Tensor, outputs_BP: Tensor, *, temperature: float = 0.0
     Only the paper's first level: level l compares the l-th powers of both (B, B) matrices, at a cost cubic in B. The
     authors' code scales first and centres then.
 
-    No (B, B) matrix is held, and backward makes each tile again. Memory: some ten tiles of `tiles.TILE_ROWS` × B.
+    No (B, B) matrix is held, and backward makes each tile again. Memory: some fifteen tiles of `tiles.TILE_ROWS` × B.
 
     Args:
         inputs_BD: (B, D) float32 or float64, what the projector was given; no gradient flows into it.
@@ -30,26 +32,43 @@ def structure(inputs_BD: Tensor, outputs_BP: Tensor, *, temperature: float = 0.0
     Returns:
         A scalar, differentiable in the outputs.
     """
-    inputs_BD, outputs_BP = _directions(inputs_BD.detach()), _directions(outputs_BP)
-    total = outputs_BP.new_zeros(())
-    for start in range(0, len(outputs_BP), tiles.TILE_ROWS):
-        rows = slice(start, start + tiles.TILE_ROWS)
-        # The tile draws no random numbers, whose state would cost a copy.
-        total = total + checkpoint(
-            _divergence, inputs_BD, outputs_BP, rows, temperature, use_reentrant=False, preserve_rng_state=False
-        )
-    return total / len(outputs_BP)
+    before_BD, after_BP = _directions(inputs_BD), _directions(outputs_BP)
+    result: Tensor = _Divergence.apply(before_BD, after_BP, temperature)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Divergence(torch.autograd.Function):
+    # One node for all tiles: with a checkpoint each, what lives on between them keeps malloc from using freed tiles
+    # again, and a batch of 16,384 took as much as the (B, B) matrix.
+    @staticmethod
+    def forward(ctx: Any, before: Tensor, after: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(before, after)
+        ctx.temperature = temperature
+        total = after.new_zeros(())
+        for _, log_p, log_q, log_middle in _tiles(before, after, temperature):
+            total += (log_p.exp() * (log_p - log_middle)).sum() + (log_q.exp() * (log_q - log_middle)).sum()
+        return total / (2 * len(after))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        before, after = ctx.saved_tensors
+        total = torch.zeros_like(after)
+        for rows, _, log_q, log_middle in _tiles(before, after, ctx.temperature):
+            q, slopes = log_q.exp(), log_q - log_middle  # slopes: twice the divergence by q
+            weights = q * (slopes - (q * slopes).sum(dim=1, keepdim=True))
+            total.addmm_(weights.T, after[rows])
+            total[rows].addmm_(weights, after)
+        return None, total * (gradient / (2 * len(after) * ctx.temperature)), None
 
 
 def _directions(vectors_BD: Tensor) -> Tensor:
     return normalize(vectors_BD - vectors_BD.mean(dim=0), dim=1)
 
 
-def _divergence(inputs_BD: Tensor, outputs_BP: Tensor, rows: slice, temperature: float) -> Tensor:
-    """Sum the Jensen-Shannon divergences of some rows."""
-    before_TB, after_TB = (
-        torch.log_softmax(vectors[rows] @ vectors.T / temperature, dim=1) for vectors in (inputs_BD, outputs_BP)
-    )
-    middle_TB = torch.logaddexp(before_TB, after_TB) - math.log(2)
-    to_middle = (side_TB.exp() * (side_TB - middle_TB) for side_TB in (before_TB, after_TB))
-    return sum(to_middle, torch.zeros_like(middle_TB)).sum() / 2
+def _tiles(before: Tensor, after: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Go through tiles of rows: the logarithms, (T, B) each, of both neighbourhoods and of the mean of both."""
+    for start in range(0, len(after), tiles.TILE_ROWS):
+        rows = slice(start, start + tiles.TILE_ROWS)
+        log_p, log_q = (torch.log_softmax(side[rows] @ side.T / temperature, dim=1) for side in (before, after))
+        yield rows, log_p, log_q, torch.logaddexp(log_p, log_q) - math.log(2)
