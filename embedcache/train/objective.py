@@ -15,7 +15,7 @@ from embedcache.train.losses.contract import LOSSES
 from embedcache.train.losses.structure import structure
 from embedcache.train.settings import LossSettings
 
-PART_VECTORS = 16_384
+PART_VECTORS = 32_768
 """Vectors that a tower takes at once: a larger batch goes through it in parts, which backward makes again."""
 
 

@@ -1,6 +1,5 @@
-"""Fitting the closed form that training starts from."""
+"""What training starts from: the mean of each feature, and a closed form or anchors from the training pairs."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,11 +7,11 @@ import torch
 
 from embedcache.arrays import Array, Floats, Ints, blocks, check_finite, normalize
 from embedcache.cache.pairs import Pairs
-from embedcache.cache.side import Reader, mean_vectors
+from embedcache.cache.side import Reader
 from embedcache.errors import SettingError
 from embedcache.projectors.closed_form import Matrix, Moments, solve
 from embedcache.projectors.contract import Anchored, Startable
-from embedcache.projectors.pair import AlignedPair, Tower
+from embedcache.projectors.pair import AlignedPair, TokenTower, Tower
 from embedcache.train.settings import ModelSettings
 
 _BLOCK = 8192
@@ -21,95 +20,104 @@ _BLOCK = 8192
 def start(pair: AlignedPair, pairs: Pairs, image: Reader, text: Reader, settings: ModelSettings, *, seed: int) -> None:
     """Centre both towers on the training pairs, and set their projectors to the closed form, or to anchors.
 
-    One pass over all pairs of an image and a caption of its sample. Memory: a block of rows, and the anchors. A tower
-    that takes tokens has no closed form.
+    One pass over all pairs of an image and a caption of its sample. A tower that takes tokens is left as it is, and
+    its feature is not read. Memory: a block of rows, and the anchors.
 
     Args:
         pair: changed in place.
         pairs: the training pairs.
-        image: gathers rows of the image side.
-        text: gathers rows of the text side.
+        image: gathers rows of the image feature.
+        text: gathers rows of the text feature.
         settings: which closed form; `random` keeps the initialisation.
-        seed: of the anchors' choice.
+        seed: which pairs are the anchors.
 
     Raises:
-        SettingError: a projector that cannot start from a closed form, or more anchors than pairs.
-        DataError: a vector is no number.
+        SettingError: a projector that cannot start from a closed form, or fewer pairs than anchors.
+        DataError: a row is no number, or fewer than two pairs.
     """
-    towers = (pair.image, pair.text)
-    if not any(isinstance(tower, Tower) for tower in towers):
-        _refuse_closed_form(settings)
-        return
-    moments = _moments(pairs, _Vectors(image, "image"), _Vectors(text, "text"), pair)
-    for tower, mean in zip(towers, (moments.image_mean, moments.text_mean), strict=True):
-        if isinstance(tower, Tower):
-            tower.mean.copy_(torch.from_numpy(mean))
-    projectors = [tower.projector for tower in towers]
-    if all(isinstance(projector, Anchored) for projector in projectors):
-        _set_anchors(pair, pairs, (image, text), seed)
-    elif any(isinstance(projector, Anchored) for projector in projectors):
-        raise SettingError(f"{settings.projector} compares with anchors on one side alone; name it for both")
-    elif settings.start == "random":
-        return
-    elif all(isinstance(projector, Startable) for projector in projectors):
-        _set_closed_form(projectors, moments, settings)
-    else:
-        _refuse_closed_form(settings)
+    image_positions, text_positions = pairs.joined()
+    sides = (
+        _Side(name="image", tower=pair.image, read=image, rows=pairs.image.rows[image_positions]),
+        _Side(name="text", tower=pair.text, read=text, rows=pairs.text.rows[text_positions]),
+    )
+    kind = settings.start or ("cca" if all(side.can_start for side in sides) else "random")
+    _check(sides, kind, settings)
+    moments = _moments(*sides)
+    covariances = moments.covariances()[:2]
+    for side, mean in zip(sides, (moments.image_mean, moments.text_mean), strict=True):
+        if isinstance(side.tower, Tower):
+            side.tower.mean.copy_(torch.from_numpy(mean))
+    if kind != "random":
+        weights = solve(kind, moments, settings.shared_width, shrinkage=settings.shrinkage)
+        for side, weights_DP, covariance in zip(sides, weights, covariances, strict=True):
+            length = _rms_length(weights_DP, covariance)
+            side.tower.projector.start_from(torch.from_numpy(weights_DP / length))
+    if any(side.is_anchored for side in sides):
+        _set_anchors(sides, settings.shared_width, seed)
 
 
-def _refuse_closed_form(settings: ModelSettings) -> None:
-    if settings.start not in (None, "random"):
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """A tower, and the rows of its feature in all training pairs: (M,) int64, as long as the other side's."""
+
+    name: str
+    tower: Tower | TokenTower
+    read: Reader
+    rows: Ints
+
+    @property
+    def width(self) -> int:
+        """D of the vectors; tokens have none to centre, and count as 0 wide."""
+        return self.tower.mean.numel() if isinstance(self.tower, Tower) else 0
+
+    @property
+    def can_start(self) -> bool:
+        return isinstance(self.tower, Tower) and isinstance(self.tower.projector, Startable)
+
+    @property
+    def is_anchored(self) -> bool:
+        return isinstance(self.tower, Tower) and isinstance(self.tower.projector, Anchored)
+
+    def vectors(self, which: slice | Ints) -> Floats:
+        """Read some of the rows, scaled to length 1: (B, D)."""
+        rows = self.rows[which]
+        if not self.width:
+            return np.empty((len(rows), 0), np.float32)
+        values = self.read(rows).values
+        check_finite(values, f"the {self.name} feature", rows=rows)
+        return normalize(values)
+
+
+def _check(sides: tuple[_Side, _Side], kind: str, settings: ModelSettings) -> None:
+    if kind != "random" and not all(side.can_start for side in sides):
         raise SettingError(
-            f"a projector of {settings.projector} has no linear branch that --start {settings.start} could set; "
+            f"a projector of {settings.projector} has no linear branch that --start {kind} could set; "
             "use --start random"
         )
-
-
-def _set_closed_form(projectors: Sequence[Startable], moments: Moments, settings: ModelSettings) -> None:
-    weights = solve(settings.start or "cca", moments, settings.shared_width, shrinkage=settings.shrinkage)
-    image_cov, text_cov, _ = moments.covariances()
-    for projector, weights_DP, covariance in zip(projectors, weights, (image_cov, text_cov), strict=True):
-        projector.start_from(torch.from_numpy(weights_DP / _rms_length(weights_DP, covariance)))
-
-
-def _set_anchors(pair: AlignedPair, pairs: Pairs, readers: tuple[Reader, Reader], seed: int) -> None:
-    positions = pairs.joined()
-    asked, num_pairs = pair.image.output_width, len(positions[0])
-    if asked > num_pairs:
+    num_pairs = len(sides[0].rows)
+    if num_pairs < settings.shared_width and any(side.is_anchored for side in sides):
         raise SettingError(
-            f"the shared width of {asked:,} asks for as many anchors, and there are {num_pairs:,} training pairs; "
-            f"use --shared-width {num_pairs} or fewer"
+            f"a projector of {settings.projector} needs as many training pairs as the shared space is wide: "
+            f"{settings.shared_width} are asked for, and there are {num_pairs}; use --shared-width {num_pairs} or less"
         )
-    chosen = np.sort(np.random.default_rng(seed).permutation(num_pairs)[:asked])
-    for tower, read, side, position in zip(
-        (pair.image, pair.text), readers, (pairs.image, pairs.text), positions, strict=True
-    ):
-        assert isinstance(tower, Tower)  # as its projector takes vectors
-        vectors = torch.from_numpy(normalize(read(side.rows[position[chosen]]).values))
-        tower.projector.set_anchors(vectors.to(tower.mean.device) - tower.mean)
 
 
-@dataclass(frozen=True)
-class _Vectors:
-    """Reads vectors of length 1, the mean of an item's tokens where it has several, and refuses what is no number."""
-
-    read: Reader
-    name: str
-
-    def __call__(self, rows: Ints) -> Floats:
-        vectors = mean_vectors(self.read(rows))
-        check_finite(vectors, f"the {self.name} feature", rows=rows)
-        return normalize(vectors)
-
-
-def _moments(pairs: Pairs, image: _Vectors, text: _Vectors, pair: AlignedPair) -> Moments:
-    image_positions, text_positions = pairs.joined()
-    moments = Moments(pair.image.input_width, pair.text.input_width)
-    for block in blocks(len(image_positions), _BLOCK):
-        moments.add(image(pairs.image.rows[image_positions[block]]), text(pairs.text.rows[text_positions[block]]))
+def _moments(image: _Side, text: _Side) -> Moments:
+    moments = Moments(image.width, text.width)
+    for block in blocks(len(image.rows), _BLOCK):
+        moments.add(image.vectors(block), text.vectors(block))
     return moments
 
 
 def _rms_length(weights_DP: Array, covariance: Matrix) -> float:
     """Root mean square length of the projected training rows: a learned branch adds to vectors of length about 1."""
     return float(np.sqrt(np.trace(weights_DP.T @ covariance @ weights_DP)) + np.finfo(np.float64).tiny)
+
+
+def _set_anchors(sides: tuple[_Side, _Side], num_anchors: int, seed: int) -> None:
+    """Give both sides the vectors of the same pairs, drawn without replacement, as their projectors see them."""
+    drawn = np.sort(np.random.default_rng(seed).choice(len(sides[0].rows), num_anchors, replace=False))
+    for side in sides:
+        if side.is_anchored and isinstance(side.tower, Tower):
+            unit_PD = torch.from_numpy(side.vectors(drawn)).to(side.tower.mean.device)
+            side.tower.projector.set_anchors(unit_PD - side.tower.mean)
