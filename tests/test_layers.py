@@ -40,7 +40,7 @@ DOORS = {
     "rich": {"cli"},
     "tensorboard": {"train"},
     "jinja2": {"quickstart"},
-    "matplotlib": {"quickstart"},
+    "matplotlib": {"evaluate", "quickstart"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -27,7 +27,7 @@ class Objective(nn.Module):
     Args:
         pair: the towers and the temperature.
         settings: which loss; parameters of its own are trained with the pair's.
-        precision: `bfloat16` runs the towers under autocast; similarities and the softmax stay float32.
+        precision: `bfloat16` takes the matrix products of the towers and of the loss in it; the rest stays float32.
     """
 
     def __init__(self, pair: AlignedPair, settings: LossSettings, *, precision: str) -> None:
@@ -45,7 +45,8 @@ class Objective(nn.Module):
             for tower, side in zip((self.pair.image, self.pair.text), sides, strict=True)
         ]
         images, texts = (normalize(output, dim=-1) for output in outputs)
-        loss: Tensor = self.loss(images, texts, self.pair.scale, loaded.related)
+        with self._autocast(images):
+            loss: Tensor = self.loss(images, texts, self.pair.scale, loaded.related)
         if not self._structure:
             return loss
         kept = [
@@ -73,9 +74,12 @@ class Objective(nn.Module):
         )
 
     def _run(self, tower: nn.Module, values: Tensor, lengths: Tensor | None) -> Tensor:
-        with torch.autocast(values.device.type, dtype=torch.bfloat16, enabled=self._bfloat16):
+        with self._autocast(values):
             projected: Tensor = tower(values, lengths)
         return projected.float()
+
+    def _autocast(self, values: Tensor) -> torch.autocast:
+        return torch.autocast(values.device.type, dtype=torch.bfloat16, enabled=self._bfloat16)
 
 
 def _sees_whole_batch(tower: nn.Module) -> bool:

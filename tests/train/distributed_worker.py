@@ -23,7 +23,7 @@ SAMPLES, WIDTH = 23, 6
 def main(path: str) -> None:
     """Write loss and options -> parameter -> gradient."""
     torch.manual_seed(0)
-    tiles.TILE_ROWS = 4
+    tiles.TILE_ROWS, tiles.TILE_COLUMNS = 4, 5
     pair = AlignedPair("linear", image_width=WIDTH, text_width=WIDTH, shared_width=4)
     gradients = {}
     for name in LOSSES.paths:

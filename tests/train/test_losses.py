@@ -51,6 +51,7 @@ every_loss = pytest.mark.parametrize("name", PLAIN)
 def small_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE_ROWS", TILE_ROWS)
+        patch.setattr(tiles, "TILE_COLUMNS", TILE_ROWS + 1)
         yield
 
 
@@ -109,6 +110,49 @@ def test_gradients_are_those_of_finite_differences(
         return result
 
     assert torch.autograd.gradcheck(value, (images, texts, factor, *loss.parameters()), atol=1e-4)
+
+
+def plain_captions(name: str, logits_BM: Tensor, related_BM: Tensor) -> Tensor:
+    """The formulas where texts are more than images."""
+    if name != "multi_positive":
+        total = -logsigmoid(torch.where(related_BM, logits_BM, -logits_BM)).sum()
+        return total / (len(logits_BM) if name == "siglip" else logits_BM.numel())
+    shares = [related.double() / related.sum(dim=1, keepdim=True) for related in (related_BM, related_BM.T)]
+    return (cross_entropy(logits_BM, shares[0]) + cross_entropy(logits_BM.T, shares[1])) / 2
+
+
+@pytest.mark.parametrize("name", ["multi_positive", "sail", "siglip"])
+@given(st.integers(1, 9), st.integers(0, 100), st.sampled_from([2.0, 90.0]))
+def test_several_captions_an_image_give_the_plain_formulas(name: str, size: int, seed: int, scale: float) -> None:
+    images, texts, _ = draw(size, seed)
+    more = torch.cat([texts, draw(size, seed + 1)[1][: seed % (size + 1)]]).detach().requires_grad_()
+    related = torch.arange(len(more)) % size == torch.arange(size)[:, None]
+    loss, factor = LOSSES.load(name)().double(), torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    rows, columns = related.nonzero(as_tuple=True)
+    bias = next(loss.parameters(), torch.zeros(()))
+    ours = loss(images, more, factor, Related(images=rows, texts=columns))
+    plain = plain_captions(name, factor * images @ more.T + bias, related)
+    torch.testing.assert_close(ours, plain)
+    for one, other in zip(
+        *(torch.autograd.grad(value, [images, more, factor]) for value in (ours, plain)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+@every_loss
+@pytest.mark.parametrize("scale", [14.0, 100.0])
+def test_products_in_bfloat16_are_close(name: str, scale: float) -> None:
+    loss, (images, texts, related) = LOSSES.load(name)(), draw(9, 4, num_contents=5)
+    found = []
+    for enabled in (False, True):
+        rows = [side.detach().float().requires_grad_() for side in (images, texts)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            value = loss(*rows, torch.tensor(scale), related)
+        assert value.dtype == torch.float32
+        found.append([value, *torch.autograd.grad(value, rows)])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 0.02 * one.norm()
+        assert not torch.equal(one, other)
 
 
 @every_loss

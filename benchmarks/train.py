@@ -1,0 +1,226 @@
+"""Training steps beside the matrix products alone, the obvious loop, and a loader of one tensor a row; 512 wide.
+
+The floor of a step is what its matrix products take at the rate that this machine reaches on products of those shapes:
+three products a layer, and four of B x 512 x B in the loss, which makes the similarities again in backward so that no
+B x B matrix is held. With three of those, as if it were held, the ratio is given too.
+"""
+
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from embedcache.arrays import Inputs
+from embedcache.cache.pairs import Items, Pairs
+from embedcache.cli.console import say, show_table
+from embedcache.projectors.pair import AlignedPair
+from embedcache.train.batches import Batches
+from embedcache.train.loader import LoadedBatch, Loader
+from embedcache.train.objective import Objective
+from embedcache.train.optimizer import make_optimizer, update
+from embedcache.train.settings import LossSettings, OptimizerSettings
+
+WIDTH = 512
+PROJECTOR, NUM_LAYERS = "cls_token+token_mlp", 8  # the paper's pair on one vector an item
+BATCHES = (4096, 16_384)
+PRECISIONS = ("float32", "bfloat16")
+
+
+def main(*, quick: bool) -> None:
+    """Print both tables."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("image", "text"):
+            values = np.random.default_rng(len(name)).standard_normal((65_536, WIDTH), np.float32)
+            np.save(Path(folder) / f"{name}.npy", values.astype(np.float16))
+        _floors(folder, quick=quick)
+        _loops(folder, quick=quick)
+
+
+def _floors(folder: str, *, quick: bool) -> None:
+    rows = []
+    for precision in PRECISIONS:
+        for batch_size in BATCHES[:1] if quick else BATCHES:
+            repeats = 1 if quick else 5 if batch_size < 10_000 else 3
+            floor, lower, ours = _in_own_process(_step_against_floor, folder, batch_size, precision, repeats)[0]
+            rows.append(
+                [
+                    precision,
+                    f"{batch_size:,}",
+                    f"{ours:.3f}",
+                    f"{floor:.3f}",
+                    f"{floor / ours:.2f}",
+                    f"{lower / ours:.2f}",
+                ]
+            )
+    show_table(["precision", "batch", "step, s", "products alone, s", "ratio", "ratio, three in the loss"], rows)
+
+
+def _step_against_floor(folder: str, batch_size: int, precision: str, repeats: int) -> tuple[float, float, float]:
+    """Take turns between the products and a step: medians of seconds of four and three products in the loss, a step."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    layer = _product(batch_size, WIDTH, WIDTH, dtype)
+    tile = _product(1024, WIDTH, batch_size, torch.float32)
+    step = _step(folder, batch_size, precision)
+    calls = {"layer": layer, "tile": tile, "step": step}
+    for call in calls.values():
+        call()
+    seconds = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(statistics.median(_time(call) for _ in range(1 if name == "step" else 5)))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    layers, loss = 3 * NUM_LAYERS * median["layer"], median["tile"] * batch_size / 1024
+    return layers + 4 * loss, layers + 3 * loss, median["step"]
+
+
+def _product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> Callable[[], object]:
+    left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+    out = torch.empty(rows, columns, dtype=dtype)
+    return lambda: torch.mm(left, right.T, out=out)
+
+
+def _step(folder: str, batch_size: int, precision: str) -> Callable[[], None]:
+    pair = AlignedPair(PROJECTOR, image_width=WIDTH, text_width=WIDTH, shared_width=WIDTH, dropout=0.1)
+    objective = Objective(pair, LossSettings(), precision=precision)
+    optimizer = make_optimizer(objective, OptimizerSettings())
+    batch = next(iter(_loader(folder, batch_size).epoch(0)))
+
+    def step() -> None:
+        objective(batch).backward()
+        update(objective, optimizer, 1e-3, 1.0)
+
+    return step
+
+
+def _loader(folder: str, batch_size: int) -> Loader:
+    image, text = (np.load(Path(folder) / f"{name}.npy") for name in ("image", "text"))
+    rows = np.arange(len(image))
+    items = Items(rows=rows, samples=rows, contents=rows)
+    batches = Batches(Pairs(image=items, text=items), batch_size=batch_size, seed=0)
+    return Loader(batches, image=lambda rows: Inputs(image[rows]), text=lambda rows: Inputs(text[rows]), device="cpu")
+
+
+def _loops(folder: str, *, quick: bool) -> None:
+    """Whole loops from disk, a process each: pairs a second and the memory that they add."""
+    loops = {"embedcache": _ours, "DataLoader, cross-entropies": _obvious, "a tensor a row, padded": _a_tensor_a_row}
+    for batch_size in (2048,) if quick else (4096, 8192):
+        rates: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
+        for _ in range(1 if quick else 3):
+            for name, loop in loops.items():
+                rates[name].append(_in_own_process(loop, folder, batch_size))
+        medians = {name: np.median(values, axis=0) for name, values in rates.items()}
+        ours = medians["embedcache"][0]
+        rows = [[name, f"{rate:,.0f}", f"{ours / rate:.2f}", f"{peak:.2f}"] for name, (rate, peak) in medians.items()]
+        show_table([f"batch {batch_size:,}", "pairs/s", "ours is so many times as fast", "peak above start, GB"], rows)
+    say("mlp projectors, float32, 65,536 pairs of float16 on disk, two epochs' steps or 20 s, loading included")
+
+
+def _ours(folder: str, batch_size: int) -> float:
+    objective = Objective(_pair(), LossSettings(), precision="float32")
+    optimizer = make_optimizer(objective, OptimizerSettings())
+    loader = _loader(folder, batch_size)
+
+    def batches() -> Iterator[LoadedBatch]:
+        yield from loader.epoch(0)
+        yield from loader.epoch(1)
+
+    def step(batch: LoadedBatch) -> None:
+        objective(batch).backward()
+        update(objective, optimizer, 1e-3, 1.0)
+
+    return _rate(batches(), step, batch_size)
+
+
+def _obvious(folder: str, batch_size: int) -> float:
+    """What most people write first."""
+    sides = [np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("image", "text")]
+    return _plain(DataLoader(_Rows(sides), batch_size=batch_size, shuffle=True, drop_last=True), batch_size)
+
+
+def _a_tensor_a_row(folder: str, batch_size: int) -> float:
+    """What SAIL's loader does: a tensor object a row in a list, padded to equal length at collate."""
+    sides = [list(torch.from_numpy(np.load(Path(folder) / f"{name}.npy"))) for name in ("image", "text")]
+
+    def collate(rows: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        return [pad_sequence(list(side), batch_first=True) for side in zip(*rows, strict=True)]
+
+    loader = DataLoader(_Rows(sides), batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+    return _plain(loader, batch_size)
+
+
+class _Rows(Dataset):  # type: ignore[type-arg]
+    def __init__(self, sides: list) -> None:  # type: ignore[type-arg]
+        self._sides = sides
+
+    def __len__(self) -> int:
+        return len(self._sides[0])
+
+    def __getitem__(self, row: int) -> list:  # type: ignore[type-arg]
+        return [side[row] for side in self._sides]
+
+
+def _plain(loader: DataLoader, batch_size: int) -> float:  # type: ignore[type-arg]
+    pair = _pair()
+    optimizer = torch.optim.AdamW(pair.parameters(), lr=1e-3)
+    labels = torch.arange(batch_size)
+
+    def batches() -> Iterator[list[Tensor]]:
+        for _ in range(2):
+            yield from loader
+
+    def step(batch: list[Tensor]) -> None:
+        images, texts = pair.image(batch[0]), pair.text(batch[1])
+        logits = pair.scale * normalize(images, dim=-1) @ normalize(texts, dim=-1).T
+        loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(pair.parameters(), 1.0)
+        optimizer.step()
+
+    return _rate(batches(), step, batch_size)
+
+
+def _pair() -> AlignedPair:
+    return AlignedPair("mlp", image_width=WIDTH, text_width=WIDTH, shared_width=WIDTH, dropout=0.1)
+
+
+def _rate(batches: Iterator, step: Callable, batch_size: int) -> float:  # type: ignore[type-arg]
+    """Pairs a second after a first step, for at most 20 s."""
+    step(next(batches))
+    started, count = time.perf_counter(), 0
+    for batch in batches:
+        step(batch)
+        count += batch_size
+        if time.perf_counter() - started > 20:
+            break
+    return count / (time.perf_counter() - started)
+
+
+def _time(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _in_own_process(function: Callable, *arguments: object) -> tuple:  # type: ignore[type-arg]
+    """Call in a fresh process on all cores: the result, and how many GB its memory grew above what imports take."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        return executor.submit(_measured, function, arguments).result()
+
+
+def _measured(function: Callable, arguments: tuple) -> tuple:  # type: ignore[type-arg]
+    torch.manual_seed(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = function(*arguments)
+    return result, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
