@@ -17,7 +17,7 @@ LAYERS = [
     {"sources", "encoders", "projectors"},
     {"cache"},
     {"extract", "train", "evaluate", "curate"},
-    {"quickstart"},
+    {"quickstart", "sweep"},
     {"cli"},
     {"__main__"},
 ]
@@ -39,8 +39,11 @@ DOORS = {
     "typer": {"cli"},
     "rich": {"cli"},
     "tensorboard": {"train"},
-    "jinja2": {"quickstart"},
-    "matplotlib": {"evaluate", "quickstart"},
+    "jinja2": {"quickstart", "sweep"},
+    "matplotlib": {"evaluate", "quickstart", "sweep"},
+    "optuna": {"sweep"},
+    "sqlalchemy": {"sweep"},
+    "sklearn": {"sweep"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cli import curate, evaluate, extract, inspect, quickstart, train, verify
+from embedcache.cli import curate, evaluate, extract, inspect, quickstart, sweep, train, verify
 from embedcache.errors import EmbedcacheError
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ def embedcache(
 app.command(name="quickstart")(quickstart.quickstart)
 app.command(name="extract")(extract.extract)
 app.command(name="train")(train.train)
+app.command(name="sweep")(sweep.sweep)
 app.command(name="inspect")(inspect.inspect)
 app.command(name="verify")(verify.verify)
 app.add_typer(evaluate.app, name="evaluate")

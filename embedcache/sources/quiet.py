@@ -14,6 +14,7 @@ from typing import Any
 
 class _ThisThread(threading.local):
     depth = 0
+    pattern = "(?!)"  # which matches nothing, for scikit-learn, which copies filters to its threads by their pattern
 
     def match(self, _text: str) -> bool:
         """Stand where the warnings module expects a pattern for the message."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from embedcache.registry import unknown_name
 from embedcache.train.settings import (
@@ -27,6 +27,12 @@ _RENAMED = {("loss", "name"): "loss", ("split", "kind"): "split", ("split", "see
 def option_names() -> list[str]:
     """Name all settings."""
     return [name for name, _, _ in _places()]
+
+
+def option_types() -> dict[str, Any]:
+    """Give each setting's type, as it is written beside its field."""
+    hints = {"": get_type_hints(TrainSettings), **{group: get_type_hints(kind) for group, kind in _GROUPS.items()}}
+    return {name: hints[group][field] for name, group, field in _places()}
 
 
 def settings_of(options: Mapping[str, Any]) -> TrainSettings:

@@ -1,0 +1,217 @@
+"""A study's plots as SVG text, to be placed inside a page."""
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from embedcache.sweep.trials import outcome_of, score_of
+
+_INK, _SOFT, _BLUE, _ORANGE, _RED = "#52606d", "#9aa5b1", "#2563eb", "#ea580c", "#b91c1c"
+_COLOURS = colormaps["viridis_r"]
+_SCORE = "validation recall, mean of six"
+_MOST_LABEL = 14
+
+
+def history(trials: Sequence[FrozenTrial]) -> str:
+    """Draw every trial's score by its number, and the best so far; pruned and failed trials are marked."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots()
+    complete = _of(trials, TrialState.COMPLETE)
+    axes.scatter(_numbers(complete), _scores(complete), s=16, color=_BLUE, label="complete", zorder=3)
+    axes.step(_numbers(complete), _best_so_far(_scores(complete)), where="post", color=_BLUE, label="best so far")
+    pruned = [trial for trial in _of(trials, TrialState.PRUNED) if trial.value is not None]
+    if pruned:
+        axes.scatter(_numbers(pruned), _scores(pruned), s=22, color=_ORANGE, marker="x", label="pruned, its last score")
+    failed = _of(trials, TrialState.FAIL)
+    if failed:
+        at_the_foot = axes.get_xaxis_transform()  # as they have no score
+        axes.scatter(
+            _numbers(failed),
+            [0.03] * len(failed),
+            s=22,
+            color=_RED,
+            marker="^",
+            transform=at_the_foot,
+            label="failed",
+        )
+    _label(axes, "trial", _SCORE)
+    figure.legend(frameon=False, labelcolor=_INK, loc="outside upper right", ncols=4)
+    return _svg(figure)
+
+
+def importance_bars(importance: Mapping[str, float]) -> str:
+    """Draw each setting's share of what makes scores differ."""
+    figure = Figure(figsize=(9, 0.6 + 0.36 * len(importance)), layout="constrained")
+    axes = figure.subplots()
+    for position, share in enumerate(importance.values()):
+        axes.barh(position, share, color=_BLUE, height=0.6)
+        axes.annotate(
+            f"{share:.2f}",
+            (share, position),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            color=_INK,
+        )
+    axes.set_yticks(range(len(importance)), list(importance))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.1 * max(importance.values()))
+    _label(axes, "share of the variance of scores (fANOVA)", "")
+    return _svg(figure)
+
+
+def parallel_coordinates(trials: Sequence[FrozenTrial]) -> str:
+    """Draw every complete trial as a line through its settings to its score; good ones are dark and in front."""
+    complete = sorted(_of(trials, TrialState.COMPLETE), key=score_of)
+    names = list(complete[0].params)
+    columns = [_Column.of([trial.params[name] for trial in complete], name, complete) for name in names]
+    columns.append(_Column.of(_scores(complete), "", complete))
+    figure = Figure(figsize=(max(9, 1.5 * len(columns)), 4), layout="constrained")
+    axes = figure.subplots()
+    colours = _COLOURS(Normalize(*_range_of(_scores(complete)))(_scores(complete)))
+    for place, colour in enumerate(colours):
+        heights = [column.heights[place] for column in columns]
+        axes.plot(range(len(columns)), heights, color=colour, linewidth=1.3, alpha=0.8)
+    for position, column in enumerate(columns):
+        axes.axvline(position, color=_SOFT, linewidth=0.8, zorder=0)
+        for height, text in column.ticks:
+            axes.annotate(
+                text,
+                (position, height),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color="#1f2933",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
+            )
+    axes.set_xticks(range(len(columns)), [*names, "validation\nrecall"])
+    axes.set_xlim(-0.15, len(columns) - 0.5)
+    _label(axes, "", "")
+    axes.set_yticks([])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+    return _svg(figure)
+
+
+def costs(trials: Sequence[FrozenTrial]) -> str:
+    """Draw each complete trial's score against what it cost, with the line of those that none is better and cheaper."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    complete = _of(trials, TrialState.COMPLETE)
+    prices = {
+        "parameters": [outcome_of(trial).num_parameters for trial in complete],
+        "pairs seen in training": [outcome_of(trial).num_pairs for trial in complete],
+    }
+    for axes, (name, prices_T) in zip(figure.subplots(1, 2, sharey=True), prices.items(), strict=True):
+        axes.scatter(prices_T, _scores(complete), s=16, color=_BLUE, label="trial")
+        front = pareto_front(zip(prices_T, _scores(complete), strict=True))
+        axes.plot(*zip(*front, strict=True), color=_ORANGE, marker=".", label="best for its price", zorder=3)
+        if min(prices_T) > 0 and max(prices_T) > 10 * min(prices_T):
+            axes.set_xscale("log")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+        _label(axes, name, _SCORE if name == "parameters" else "")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, labelcolor=_INK, loc="outside upper right", ncols=2)
+    return _svg(figure)
+
+
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Get the (price, score) points that no other reaches at the same price or less, the cheapest first.
+
+    Example:
+        >>> pareto_front([(1, 0.5), (2, 0.4), (3, 0.7), (1, 0.3)])
+        [(1, 0.5), (3, 0.7)]
+    """
+    front: list[tuple[float, float]] = []
+    for price, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or score > front[-1][1]:
+            front.append((price, score))
+    return front
+
+
+class _Column:
+    """One upright axis of the parallel coordinates.
+
+    Args:
+        heights: of each trial, 0 to 1.
+        ticks: height and text.
+    """
+
+    def __init__(self, heights: list[float], ticks: list[tuple[float, str]]) -> None:
+        self.heights, self.ticks = heights, ticks
+
+    @staticmethod
+    def of(values: Sequence[Any], name: str, trials: Sequence[FrozenTrial]) -> "_Column":
+        """Place numbers by size, by their logarithm where they are drawn so, and other values evenly."""
+        distribution = trials[0].distributions.get(name)
+        if isinstance(distribution, CategoricalDistribution):
+            choices = distribution.choices
+            places = {choice: place / max(1, len(choices) - 1) for place, choice in enumerate(choices)}
+            return _Column([places[value] for value in values], [(y, _shown(choice)) for choice, y in places.items()])
+        is_log = bool(getattr(distribution, "log", False))
+        scaled = [math.log(value) if is_log else float(value) for value in values]
+        low, high = min(scaled), max(scaled)
+        heights = [(value - low) / (high - low) if high > low else 0.5 for value in scaled]
+        middle = math.exp((low + high) / 2) if is_log else (low + high) / 2
+        ends = [(0.0, min(values)), (0.5, middle), (1.0, max(values))] if high > low else [(0.5, values[0])]
+        return _Column(heights, [(height, _short(value)) for height, value in ends])
+
+
+def _shown(value: Any) -> str:
+    text = _short(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return text if len(text) <= _MOST_LABEL else f"{text[: _MOST_LABEL - 1]}…"
+
+
+def _short(value: float) -> str:
+    """Write a number in a few letters: 0.0012, 0.421, 3.2k, 1.5M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.3g}"
+
+
+def _of(trials: Sequence[FrozenTrial], state: TrialState) -> list[FrozenTrial]:
+    return [trial for trial in trials if trial.state == state]
+
+
+def _numbers(trials: Sequence[FrozenTrial]) -> list[int]:
+    return [trial.number for trial in trials]
+
+
+def _scores(trials: Sequence[FrozenTrial]) -> list[float]:
+    return [score_of(trial) for trial in trials]
+
+
+def _best_so_far(scores: Sequence[float]) -> list[float]:
+    return [max(scores[: place + 1]) for place in range(len(scores))]
+
+
+def _range_of(scores: Sequence[float]) -> tuple[float, float]:
+    low, high = min(scores), max(scores)
+    return (low, high) if high > low else (low - 1, high)
+
+
+def _label(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x, color=_INK)
+    axes.set_ylabel(y, color=_INK)
+    axes.tick_params(colors=_INK)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_INK)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

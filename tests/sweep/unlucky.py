@@ -1,0 +1,15 @@
+"""A loss that is no number with every seed but 0."""
+
+import torch
+from torch import Tensor
+
+from embedcache.train.losses.contract import Related
+from embedcache.train.losses.info_nce import MultiPositive
+
+
+class Unlucky(torch.nn.Module):
+    """`multi_positive`, times NaN where torch was seeded with anything but 0."""
+
+    def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, related: Related) -> Tensor:
+        loss: Tensor = MultiPositive()(images_BP, texts_MP, scale, related)
+        return loss * (float("nan") if torch.initial_seed() else 1.0)
