@@ -15,6 +15,7 @@ from embedcache.cache.feature import Feature
 from embedcache.cache.group import add_feature, create_group
 from embedcache.cache.layout import CacheInfo
 from embedcache.cache.writing import commit_chunk
+from embedcache.train.batches import shuffle_blocks
 
 ROWS, WIDTH, BATCH, BLOCK = 200_000, 768, 4096, 64
 
@@ -28,8 +29,16 @@ def main(*, quick: bool) -> None:
         floor = np.asarray(np.load(Path(folder) / "floor.npy", mmap_mode="r"))
         array = zarr.open_array(feature.group.path / "f", mode="r")
         rng = np.random.default_rng(1)
-        for title, block in (("random rows", 1), (f"blocks of {BLOCK} rows", BLOCK)):
-            batches = cycle([_rows(rng, block) for _ in range(50)])
+        shuffled = shuffle_blocks(ROWS, BLOCK, rng)
+        orders = {
+            "random rows": [_rows(rng, 1) for _ in range(50)],
+            f"blocks of {BLOCK} rows": [_rows(rng, BLOCK) for _ in range(50)],
+            "the loader's order of mapped features": [
+                shuffled[start : start + BATCH] for start in range(0, ROWS - BATCH, BATCH)
+            ],
+        }
+        for title, order in orders.items():
+            batches = cycle(order)
             readers = {
                 "one NumPy map": lambda batches=batches: floor[next(batches)],
                 "Feature.gather": lambda batches=batches: feature.gather(next(batches)),

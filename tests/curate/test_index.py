@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Inputs, normalize
 from embedcache.cache.cache import Cache
+from embedcache.cache.side import open_side
 from embedcache.curate import faiss_index
 from embedcache.curate.index import build_index, read_card
 from embedcache.curate.search import search
@@ -17,6 +18,8 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair, project
 from embedcache.sources import open_source
+from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.train import train
 from tests.evaluate.test_retrieval import train_run
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
@@ -90,6 +93,24 @@ def test_search_finds_what_projecting_everything_finds(cache_path: Path, run_pat
         for hit in hits:
             assert hit.key == f"{hit.row:05d}"
             assert hit.captions == [texts[hit.row]]
+
+
+def test_a_run_on_tokens_is_indexed_and_asked(cache_path: Path, tmp_path: Path) -> None:
+    settings = TrainSettings(
+        model=ModelSettings(projector="token", shared_width=16),
+        optimizer=OptimizerSettings(epochs=2, batch_size=64),
+        split=SplitSettings(kind="key"),
+    )
+    train(cache_path, tmp_path / "run", image="open_toy/patches", text="open_toy/tokens", settings=settings)
+    assert build_index(cache_path, tmp_path / "index", run_path=tmp_path / "run").num_vectors == 300
+    cache = Cache(cache_path)
+    pair, _ = load_pair(tmp_path / "run")
+    queries = cache.items("text")["text"].to_pylist()[:2]
+    rows = np.arange(300)
+    images = project(pair.image, open_side(cache, "image", "open_toy/patches").read(rows))
+    asked = project(pair.text, open_side(cache, "text", "open_toy/tokens").read(rows[:2]))
+    for query, hits in zip(asked, search(tmp_path / "index", queries, k=3), strict=True):
+        np.testing.assert_allclose([hit.score for hit in hits], np.sort(images @ query)[::-1][:3], atol=2e-3)
 
 
 def test_failed_items_are_not_in_an_index(tmp_path: Path) -> None:
