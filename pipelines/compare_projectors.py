@@ -2,8 +2,7 @@
 
     python -m pipelines.compare_projectors work/
 
-Writes docs/benchmarks/projectors.md and .svg. What is in the folder already is used again. Learned projectors start
-from random weights, so that they and the losses are what is compared.
+Writes docs/benchmarks/projectors.md and .svg; what is in the folder already is used again.
 """
 
 import argparse
@@ -21,6 +20,7 @@ from embedcache.train.train import train_on
 
 IMAGE, TEXT = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
 SEEDS = (0, 1, 2, 3, 4)
+PAGE = Path("docs/benchmarks/projectors.md")
 Options: TypeAlias = dict[str, object]
 COMMON: Options = {"batch_size": 512, "dropout": 0.3, "start": "random", "epochs": 30, "patience": 8}
 LARGE: Options = {"epochs": 8, "learning_rate": 5e-4, "precision": "bfloat16"}  # tens of millions of parameters
@@ -34,6 +34,7 @@ LEARNED: dict[str, Options] = {
 }
 LOSSES: dict[str, Options] = {name: {"loss": name} for name in ("info_nce", "multi_positive", "siglip", "sail")}
 EXTRAS: dict[str, Options] = {"mixup 1": {"mixup": 1.0}, "STRUCTURE 10": {"structure": 10.0}}
+EXTRAS |= {"shuffled pairs": {"shuffle_pairs": True}}
 CLOSED: dict[str, Options] = {
     **{form: {"projector": "linear", "start": form, "epochs": 0} for form in ("ridge", "procrustes", "cca", "csa")},
     "asif": {"projector": "asif", "start": None, "shared_width": 1200},
@@ -50,34 +51,29 @@ NOTES = (
 
 def recipes() -> dict[tuple[str, str], Options]:
     """Give each method's options, by its group and name."""
-    return {
-        **{("closed form", form): options for form, options in CLOSED.items()},
-        **{(group, loss): options | LOSSES[loss] for group, options in LEARNED.items() for loss in LOSSES},
-        **{("mlp", extra): LEARNED["mlp"] | options for extra, options in EXTRAS.items()},
-        ("mlp", "shuffled pairs"): LEARNED["mlp"] | {"shuffle_pairs": True},
-    }
+    closed = {("closed form", form): options for form, options in CLOSED.items()}
+    learned = {(group, loss): LEARNED[group] | options for group in LEARNED for loss, options in LOSSES.items()}
+    return closed | learned | {("mlp", extra): LEARNED["mlp"] | options for extra, options in EXTRAS.items()}
 
 
 def main() -> None:
     """Extract, train every recipe with every seed on the same data, evaluate on the test part, write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/projectors.md"))
-    options = parser.parse_args()
-    cache_path, progress = options.workdir / "cache", open_progress()
+    workdir, progress = parser.parse_args().workdir, open_progress()
+    cache_path = workdir / "cache"
     extract(open_source("openmoji:en"), cache_path, image=[IMAGE], text=[TEXT], progress=progress)
     data = open_data(cache_path, image="efficientnet-lite0/patch_mean", text="all-MiniLM-L6-v2/mean", memory_gb=1)
     methods = []
     for (group, name), recipe in recipes().items():
-        paths = [options.workdir / "runs" / f"{group}-{name}-{seed}".replace(" ", "-") for seed in SEEDS]
-        runs = [
-            train_on(data, path, settings_of({**COMMON, **recipe, "seed": seed}), progress=progress)
-            for seed, path in zip(SEEDS, paths, strict=True)
-        ]
+        paths = [workdir / "runs" / f"{group}-{name}-{seed}".replace(" ", "-") for seed in SEEDS]
+        seeded = [settings_of({**COMMON, **recipe, "seed": seed}) for seed in SEEDS]
+        runs = [train_on(data, path, one, progress=progress) for path, one in zip(paths, seeded, strict=True)]
+        report = evaluate_retrieval(cache_path, paths)
         about = {"parameters": f"{runs[0].num_parameters:,}", "MFLOP a pair": f"{runs[0].flops_a_pair / 1e6:.1f}"}
-        methods.append(Method(group=group, name=name, about=about, report=evaluate_retrieval(cache_path, paths)))
-        say(f"{group}, {name}: {methods[-1].report.recalls['i2t']['r@10']}")
-    write_comparison(options.page, methods, title="Projectors and losses on OpenMoji", notes=NOTES)
+        methods.append(Method(group=group, name=name, about=about, report=report))
+        say(f"{group}, {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
+    write_comparison(PAGE, methods, title="Projectors and losses on OpenMoji", notes=NOTES)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ TOKENS = ("patch_mean", "grid:2", "kmeans:4", "kmeans:8", "grid:4", "patches")
 WITH_GLOBAL = ("patch_mean+grid:2", "patch_mean+kmeans:4", "patch_mean+grid:4", "patch_mean+patches")
 PROJECTORS = {**dict.fromkeys(TOKENS, "token"), **dict.fromkeys(WITH_GLOBAL, "cls_token")}
 SEEDS = (0, 1, 2)
+PAGE = Path("docs/benchmarks/tokens.md")
 RECIPE = {"batch_size": 512, "dropout": 0.3, "epochs": 30, "patience": 8, "precision": "bfloat16"}
 NOTES = (
     "EfficientNet-Lite0's 7 x 7 map of 1,280-wide patches and MiniLM's `mean`. Made by "
@@ -38,16 +39,15 @@ def main() -> None:
     """Extract all features in one decode, train each with every seed, evaluate on the test part, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks/tokens.md"))
-    options = parser.parse_args()
-    cache_path, progress = options.workdir / "cache", open_progress()
+    workdir, progress = parser.parse_args().workdir, open_progress()
+    cache_path = workdir / "cache"
     stored = ExtractSettings(features=FEATURES)
     extract(open_source("openmoji:en"), cache_path, image=[IMAGE], text=[TEXT], settings=stored, progress=progress)
     methods = []
     for name, projector in PROJECTORS.items():
         image = "+".join(f"efficientnet-lite0/{part}" for part in name.split("+"))
         data = open_data(cache_path, image=image, text="all-MiniLM-L6-v2/mean", memory_gb=4)
-        paths = [options.workdir / "runs" / f"{name}-{seed}".replace(":", "-") for seed in SEEDS]
+        paths = [workdir / "runs" / f"{name}-{seed}".replace(":", "-") for seed in SEEDS]
         runs = [
             train_on(
                 data,
@@ -59,9 +59,10 @@ def main() -> None:
         ]
         num_bytes = round(data.images[0].num_bytes / data.images[0].num_items)
         about = {"bytes an image": f"{num_bytes:,}", "MFLOP a pair": f"{runs[0].flops_a_pair / 1e6:.1f}"}
-        methods.append(Method(group=projector, name=name, about=about, report=evaluate_retrieval(cache_path, paths)))
-        say(f"{name}: {methods[-1].report.recalls['i2t']['r@10']}")
-    write_comparison(options.page, methods, title="Token features for their bytes", notes=NOTES)
+        report = evaluate_retrieval(cache_path, paths)
+        methods.append(Method(group=projector, name=name, about=about, report=report))
+        say(f"{name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
+    write_comparison(PAGE, methods, title="Token features for their bytes", notes=NOTES)
 
 
 if __name__ == "__main__":
