@@ -54,6 +54,11 @@ class SideFeature:
         return (round(sum(feature.num_tokens for feature in self._features) / max(1, self.num_items)), self.width)
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of what is read."""
+        return np.result_type(*(feature.dtype for feature in self._features))
+
+    @property
     def num_bytes(self) -> float:
         """Bytes of all items in memory."""
         return sum(

@@ -149,6 +149,7 @@ def rank(
     pairs = all_pairs.of(split.rows(part))
     if not len(pairs.samples):
         raise DataError(f"part {part} of {run_path} has no sample with both features")
+    trained = np.flatnonzero(np.array(split.parts) == "train")  # none, where the other caches of a run hold them all
     images = project(pair.image, image.read(pairs.image.rows))
     texts = project(pair.text, text.read(pairs.text.rows))
     image_M, text_M = pairs.positives()
@@ -163,7 +164,9 @@ def rank(
             "i2t": best_ranks(images, texts, (image_M, text_M)),
             "t2i": best_ranks(texts, images, (text_M, image_M)),
         },
-        overlap=0 if part == "train" else _overlap(pairs, all_pairs.of(split.rows("train"))),
+        overlap=0
+        if part == "train"
+        else _overlap(pairs, all_pairs.of(np.flatnonzero(np.array(split.parts) == "train"))),
     )
 
 

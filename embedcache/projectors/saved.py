@@ -1,7 +1,7 @@
 """A trained pair on disk: `model.safetensors`, and `config.json` written after it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class PairConfig:
         text: what the text tower takes.
         spine: identity of the rows that it was trained on: a cache's, or those of several with `+` between.
         training: every setting of the training run.
+        given: SHA-256 of the files that settings name: `split` and `selection`, where they do.
         split: SHA-256 of `split.parquet`.
         weights: SHA-256 of `model.safetensors`.
         format: version of the format on disk.
@@ -58,6 +59,7 @@ class PairConfig:
     text: Side
     spine: str
     training: Mapping[str, Any]
+    given: Mapping[str, str] = field(default_factory=dict)
     split: str = ""
     weights: str = ""
     format: int = FORMAT_VERSION

@@ -39,7 +39,7 @@ class Batches:
 
     Args:
         pairs: the training pairs.
-        batch_size: samples in a batch; an epoch is cut into equal batches of at most this size.
+        batch_size: samples in a batch; an epoch is cut into equal batches of at most this size, and at least two.
         seed: of order and drawing.
         captions: `draw` one a sample, or `all`.
         block_rows: samples that stay neighbours: blocks of so many are shuffled, then all samples within 1,024 blocks.
@@ -62,7 +62,7 @@ class Batches:
         self._images, self._texts = _BySample(pairs.image, self._samples), _BySample(pairs.text, self._samples)
         self._seed, self._captions, self._block_rows, self._mixup = seed, captions, block_rows, mixup
         self.num_samples, self.batch_size = len(self._samples), batch_size
-        self.num_steps = -(-self.num_samples // batch_size)
+        self.num_steps = min(-(-self.num_samples // batch_size), max(1, self.num_samples // 2))
 
     def epoch(self, number: int, *, first_step: int = 0) -> Iterator[Batch]:
         """Go through one epoch, from one of its batches on."""

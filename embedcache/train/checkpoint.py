@@ -1,7 +1,9 @@
 """The state of an unfinished run on disk: all that decides how it goes on."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -10,18 +12,22 @@ from embedcache.disk import replacing
 from embedcache.errors import CorruptError, FingerprintError
 from embedcache.train.distributed import num_processes, of_all, process_number
 
+_NAMES = ("objective", "optimizer", "best", "step", "epoch", "pairs", "log_bytes", "generators")
+
 
 def checkpoint_path(run_path: Path) -> Path:
     """Get the file of an unfinished run's state."""
     return run_path / "checkpoint.pt"
 
 
-def save_checkpoint(run_path: Path, state: Mapping[str, Any]) -> None:
+def save_checkpoint(run_path: Path, device: str, state: Mapping[str, Any]) -> None:
     """Write the state, with the random numbers' of every process; all processes call it, the first one writes."""
-    generators = of_all(_generators())
+    generators = of_all(_generators(device))
     if process_number() == 0:
+        buffer = io.BytesIO()  # as torch's own writer does not say that a disk is full
+        torch.save({**state, "generators": generators}, buffer)
         with replacing(checkpoint_path(run_path)) as temporary:
-            torch.save({**state, "generators": generators}, temporary)
+            temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
@@ -36,23 +42,24 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        generators = state["generators"]
-    except (RuntimeError, KeyError, EOFError, ValueError) as error:
+        generators = {name: state[name] for name in _NAMES}["generators"]
+    except (RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError, UnpicklingError) as error:
         raise CorruptError(f"{path} cannot be read: {error}; delete it to train from the start") from error
     if len(generators) != num_processes():
         raise FingerprintError(
             f"{path} was written by {len(generators)} processes, and {num_processes()} go on; start as many, or delete "
             "it to train from the start"
         )
-    _set_generators(generators[process_number()])
+    _set_generators(generators[process_number()], device)
     return state
 
 
-def _generators() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+def _generators(device: str) -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state(device) if device.startswith("cuda") else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def _set_generators(state: Mapping[str, Any]) -> None:
+def _set_generators(state: Mapping[str, Any], device: str) -> None:
     torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+    if state["cuda"] is not None and device.startswith("cuda"):
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

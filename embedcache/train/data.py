@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -92,10 +93,9 @@ def open_data(paths: Paths, *, image: str | None, text: str | None, memory_gb: f
         DataError: a width differs, or a cache is given twice.
     """
     caches = [Cache(path) for path in ([paths] if isinstance(paths, Path | str) else paths)]
-    spines = [cache.info.spine for cache in caches]
-    for number, cache in enumerate(caches):
-        if spines.index(cache.info.spine) < number:
-            raise DataError(f"{cache.path} and {caches[spines.index(cache.info.spine)].path} hold the same samples")
+    for cache, other in combinations(caches, 2):
+        if cache.info.has_rows_of(other.info.spine) or other.info.has_rows_of(cache.info.spine):
+            raise DataError(f"{other.path} and {cache.path} hold the same samples")
     images = [open_side(cache, "image", image) for cache in caches]
     texts = [open_side(cache, "text", text) for cache in caches]
     for sides in (images, texts):
@@ -131,10 +131,11 @@ def _reader(sides: Sequence[SideFeature], memory_bytes: float) -> Reader:
     if len(readers) == 1:
         return readers[0]
     stops = np.cumsum([side.num_items for side in sides])
-    return lambda rows: _gather(readers, stops, rows)
+    dtype = np.result_type(*(side.dtype for side in sides))
+    return lambda rows: _gather(readers, stops, rows, dtype)
 
 
-def _gather(readers: Sequence[Reader], stops: Ints, rows: Ints) -> Inputs:
+def _gather(readers: Sequence[Reader], stops: Ints, rows: Ints, dtype: np.dtype[Any]) -> Inputs:
     """Gather rows that are counted on from reader to reader."""
     which = np.searchsorted(stops, rows, side="right")
     found: list[tuple[Ints, Inputs]] = []
@@ -143,7 +144,7 @@ def _gather(readers: Sequence[Reader], stops: Ints, rows: Ints) -> Inputs:
         if len(places):
             found.append((places, read(rows[places] - (stops[number - 1] if number else 0))))
     shape = np.max([inputs.values.shape[1:] for _, inputs in found], axis=0)
-    values = np.zeros((len(rows), *shape), found[0][1].values.dtype)
+    values = np.zeros((len(rows), *shape), dtype)
     lengths = None if found[0][1].lengths is None else np.zeros(len(rows), np.int64)
     for places, inputs in found:
         _put(values, places, inputs.values)

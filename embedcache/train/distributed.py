@@ -5,7 +5,7 @@ Each process projects its share of every batch and holds all embeddings; the los
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from embedcache.errors import EmbedcacheError
 
 T = TypeVar("T")
 
@@ -57,12 +59,6 @@ def process_number() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def wait_for_all() -> None:
-    """Wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def from_first(value: T) -> T:
     """Give every process what the first one has."""
     if not dist.is_initialized():
@@ -70,6 +66,20 @@ def from_first(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def on_first(call: Callable[[], T]) -> T | None:
+    """Call on the first process alone; a mistake of the user's that it meets is raised on all."""
+    outcome, error = None, None
+    if process_number() == 0:
+        try:
+            outcome = call()
+        except EmbedcacheError as found:
+            error = found
+    error = from_first(error)
+    if error is not None:
+        raise error
+    return outcome
 
 
 def of_all(value: Any) -> list[Any]:

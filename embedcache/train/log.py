@@ -1,6 +1,7 @@
 """What a run writes while it trains: JSON lines, and TensorBoard events where asked."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class RunLog:
         if process_number():
             return
         self._file = (run_path / "losses.jsonl").open("ab")
-        self._file.truncate(num_bytes)
+        self._file.truncate(min(num_bytes, self._file.seek(0, os.SEEK_END)))
         if tensorboard:
             require_tensorboard()
             from torch.utils.tensorboard import SummaryWriter
@@ -52,10 +53,11 @@ class RunLog:
         self._write({"epoch": epoch, "validation": recalls}, step, recalls)
 
     def num_bytes(self) -> int:
-        """Flush, and count the bytes of all lines."""
+        """Bring all lines to the disk, and count their bytes."""
         if self._file is None:
             return 0
         self._file.flush()
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def _write(self, line: Mapping[str, Any], step: int, scalars: Mapping[str, float]) -> None:

@@ -53,7 +53,7 @@ class Outcome:
 def fit(
     pair: AlignedPair,
     loader: Loader,
-    validation: Validation,
+    validation: Validation | None,
     *,
     settings: TrainSettings,
     run_path: Path,
@@ -69,7 +69,7 @@ def fit(
     Args:
         pair: trained in place.
         loader: of the training pairs.
-        validation: of the validation pairs.
+        validation: of the validation pairs; the first of several processes has it.
         settings: of the run.
         run_path: gets a JSON line a step and one a validation, and checkpoints; the last weights at the end.
         keys: of the samples, for messages.
@@ -110,7 +110,7 @@ class _Run:
         self,
         pair: AlignedPair,
         loader: Loader,
-        validation: Validation,
+        validation: Validation | None,
         settings: TrainSettings,
         run_path: Path,
         keys: Sequence[str],
@@ -191,7 +191,7 @@ class _Run:
         )
 
     def _validate(self) -> None:
-        recalls = from_first(self._validation.recalls(self._pair) if process_number() == 0 else {})
+        recalls = from_first({} if self._validation is None else self._validation.recalls(self._pair))
         self._log.validation(self._step, self._epoch, recalls)
         self._best.offer(self._epoch, recalls, self._pair)
         if self._on_epoch is not None:
@@ -202,6 +202,7 @@ class _Run:
             return
         save_checkpoint(
             self._run_path,
+            self._settings.machine.device,
             {
                 "objective": self._objective.state_dict(),
                 "optimizer": self._optimizer.state_dict(),

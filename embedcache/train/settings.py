@@ -1,8 +1,9 @@
 """Every setting of a training run."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from embedcache.errors import SettingError
 
@@ -30,7 +31,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.shared_width < 1:
             raise SettingError(f"shared width is {self.shared_width}; it must be at least 1")
-        if self.shrinkage <= 0:
+        _require_one_of("start", self.start, (None, *get_args(Start)))
+        if not 0 < self.shrinkage < math.inf:
             raise SettingError(f"shrinkage is {self.shrinkage}; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise SettingError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
@@ -64,8 +66,13 @@ class OptimizerSettings:
             raise SettingError(f"epochs is {self.epochs}; it must be at least 0")
         if self.batch_size is not None and self.batch_size < 2:
             raise SettingError(f"batch size is {self.batch_size}; it must be at least 2: the others are the negatives")
-        if self.learning_rate <= 0:
-            raise SettingError(f"learning rate is {self.learning_rate}; it must be above 0")
+        for name in ("learning_rate", "gradient_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise SettingError(f"weight decay is {self.weight_decay}; it must be at least 0")
+        if not 0 <= self.warmup_share <= 1:
+            raise SettingError(f"warmup share is {self.warmup_share}; it must lie between 0 and 1")
         if self.patience is not None and self.patience < 1:
             raise SettingError(f"patience is {self.patience}; it must be at least 1 epoch")
 
@@ -114,9 +121,10 @@ class MachineSettings:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise SettingError(f"threads is {self.threads}; it must be at least 1")
-        if self.memory_gb < 0:
+        _require_one_of("precision", self.precision, ("float32", "bfloat16"))
+        if not self.memory_gb >= 0:
             raise SettingError(f"memory is {self.memory_gb} GB; it must be at least 0")
-        if self.checkpoint_s < 0:
+        if not self.checkpoint_s >= 0:
             raise SettingError(f"checkpoint seconds is {self.checkpoint_s}; it must be at least 0")
 
 
@@ -183,6 +191,9 @@ class TrainSettings:
     machine: MachineSettings = field(default_factory=MachineSettings)
 
     def __post_init__(self) -> None:
+        _require_one_of("captions", self.captions, ("draw", "all"))
+        if not 0 <= self.seed < 2**32:
+            raise SettingError(f"seed is {self.seed}; it must be at least 0 and below 2^32")
         if self.block_rows is not None and self.block_rows < 1:
             raise SettingError(f"block rows is {self.block_rows}; it must be at least 1")
         if self.captions == "all" and (self.loss.name == "info_nce" or self.loss.mixup):
@@ -194,5 +205,10 @@ class TrainSettings:
     def to_json(self) -> Mapping[str, Any]:
         """Give what decides the result as JSON values."""
         values = asdict(self)
-        machine = {name: values["machine"][name] for name in ("device", "precision")}
-        return {**values, "machine": machine}
+        device = self.machine.device.partition(":")[0]  # which of several GPUs decides nothing
+        return {**values, "machine": {"device": device, "precision": self.machine.precision}}
+
+
+def _require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise SettingError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")

@@ -1,9 +1,7 @@
 """Two cached sides in, an aligned pair of projectors out."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,9 +10,9 @@ from embedcache.artifact import check_same, claim_folder, digest_file, read_json
 from embedcache.cache.pairs import Pairs
 from embedcache.cache.selection import read_selection
 from embedcache.cache.split import PARTS, Split, read_split, write_split
-from embedcache.disk import disk_errors
+from embedcache.disk import Claims, disk_errors
 from embedcache.encoders.graph import torch_device
-from embedcache.errors import DataError, SettingError
+from embedcache.errors import DataError, PathError, SettingError
 from embedcache.progress import Progress, Silent
 from embedcache.projectors.contract import PROJECTORS, split_names
 from embedcache.projectors.cost import Cost, cost
@@ -23,7 +21,7 @@ from embedcache.projectors.saved import PairConfig, build, config_path, read_con
 from embedcache.train.batches import Batches
 from embedcache.train.checkpoint import checkpoint_path
 from embedcache.train.data import Paths, TrainData, open_data
-from embedcache.train.distributed import joined_processes, process_number, wait_for_all
+from embedcache.train.distributed import joined_processes, num_processes, on_first, process_number
 from embedcache.train.loader import Loader
 from embedcache.train.log import require_tensorboard
 from embedcache.train.loop import OnEpoch, Outcome, fit, seeded
@@ -34,6 +32,7 @@ from embedcache.train.split import make_split
 from embedcache.train.start import start
 
 _FILES = (
+    ".claims",
     "started.json",
     "split.parquet",
     "losses.jsonl",
@@ -150,17 +149,17 @@ def train_on(
     config = _config(data, settings)
     if config_path(run_path).is_file():
         return _reuse(run_path, config)
-    if process_number() == 0:
-        _begin(run_path, config)
+    claims = on_first(lambda: _begin(run_path, config))
     about = {"caches": [str(cache.path) for cache in data.caches], **asdict(config)}
     with disk_errors(run_path):
-        if process_number():
+        if claims is None:
             return _train(data, run_path, config, settings, progress or Silent(), on_epoch)[1]
         with run_record(run_path / "record.json", "train", about) as outcome:
             pair, report = _train(data, run_path, config, settings, progress or Silent(), on_epoch)
             outcome.update(asdict(report))
         save_pair(run_path, pair, config)
         checkpoint_path(run_path).unlink(missing_ok=True)
+        claims.give_back(0)
     return report
 
 
@@ -192,32 +191,41 @@ def _config(data: TrainData, settings: TrainSettings) -> PairConfig:
         text=data.text,
         spine=data.spine,
         training=settings.to_json(),
+        given=_given(settings),
     )
+
+
+def _given(settings: TrainSettings) -> dict[str, str]:
+    """Get the digests of the files that settings name."""
+    paths = {"split": settings.split.kind, "selection": settings.selection}
+    return {name: digest_file(Path(path)) for name, path in paths.items() if path and Path(path).is_file()}
 
 
 def _reuse(run_path: Path, config: PairConfig) -> TrainReport:
     found = read_config(run_path)
-    asked = replace(config, weights=found.weights, split=_asked_split(config) or found.split)
+    asked = replace(config, weights=found.weights, split=found.split)
     next_step = "give the path of a new folder, or ask for the same"
     check_same(f"run {run_path}", asdict(found), asdict(asked), next_step=next_step)
+    if process_number() == 0:
+        checkpoint_path(run_path).unlink(missing_ok=True)
     outcome = read_json(run_path / "record.json")["outcome"]
     return TrainReport(**{**outcome, "reused": True})
 
 
-def _asked_split(config: PairConfig) -> str | None:
-    path = Path(config.training["split"]["kind"])
-    return digest_file(path) if path.is_file() else None
-
-
-def _begin(run_path: Path, config: PairConfig) -> None:
+def _begin(run_path: Path, config: PairConfig) -> Claims:
     """Take the folder, for a new run or for one that was stopped and was asked for with the same settings."""
     claim_folder(run_path, kind="a run", sign="started.json", ours=_FILES)
-    asked: Mapping[str, Any] = {**asdict(config), "split": _asked_split(config) or ""}
-    path = run_path / "started.json"
+    claims = Claims(run_path)
+    if not claims.take(0):
+        raise PathError(f"another process trains into {run_path}; wait for it, or give the path of a new folder")
+    path, asked = run_path / "started.json", asdict(config)
     if checkpoint_path(run_path).is_file():
         next_step = "ask for the same to go on, or give the path of a new folder"
         check_same(f"the unfinished run {run_path}", read_json(path), asked, next_step=next_step)
+    else:
+        split_path(run_path).unlink(missing_ok=True)
     write_json(path, asked)
+    return claims
 
 
 def _train(
@@ -232,6 +240,8 @@ def _train(
     split = _split(data, run_path, pairs, settings)
     training = _training_part(data, pairs, split, settings)
     validation = _shuffled_if_asked(pairs.of(split.rows("val")), settings)
+    if not len(validation.samples):
+        raise DataError(f"the validation part of {split_path(run_path)} has no sample with both sides")
     device = settings.machine.device
     with seeded(settings.seed, device):
         pair = build(config, dropout=settings.model.dropout).to(device)
@@ -240,7 +250,7 @@ def _train(
     outcome = fit(
         pair,
         _loader(data, training, settings),
-        Validation(validation, data.read_image, data.read_text, device=device),
+        None if process_number() else Validation(validation, data.read_image, data.read_text, device=device),
         settings=settings,
         run_path=run_path,
         keys=data.keys,
@@ -252,11 +262,10 @@ def _train(
 
 
 def _split(data: TrainData, run_path: Path, pairs: Pairs, settings: TrainSettings) -> Split:
-    """Make the split and write it down; of several processes, the first does."""
-    if process_number() == 0:
-        write_split(split_path(run_path), make_split(data, pairs, settings.split))
-    wait_for_all()
-    return read_split(split_path(run_path), data.caches)
+    """Make the split and write it down; a run that goes on has one."""
+    path = split_path(run_path)
+    on_first(lambda: path.is_file() or write_split(path, make_split(data, pairs, settings.split)))
+    return read_split(path, data.caches)
 
 
 def _training_part(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:
@@ -265,7 +274,8 @@ def _training_part(data: TrainData, pairs: Pairs, split: Split, settings: TrainS
         rows = np.intersect1d(rows, read_selection(Path(settings.selection), data.caches))
     training = pairs.of(rows)
     if not len(training.samples):
-        raise DataError(f"selection {settings.selection} names no sample of the training part")
+        named = "" if settings.selection is None else f" that selection {settings.selection} names"
+        raise DataError(f"the training part has no sample with both sides{named}")
     return _shuffled_if_asked(training, settings)
 
 
@@ -275,6 +285,13 @@ def _loader(data: TrainData, training: Pairs, settings: TrainSettings) -> Loader
         raise SettingError(
             f"batch size is {asked:,}, and there are {num_samples:,} samples to train on; "
             f"use --batch-size {num_samples} or fewer"
+        )
+    num_steps = -(-num_samples // (asked or min(_DEFAULT_BATCH_SIZE, num_samples)))
+    smallest = num_samples // num_steps // (2 if settings.loss.mixup else 1)
+    if smallest < num_processes():
+        raise SettingError(
+            f"batches of {smallest} samples are too small for {num_processes()} processes; raise --batch-size, or "
+            "start fewer"
         )
     batches = Batches(
         training,

@@ -112,7 +112,9 @@ def test_selections_that_fit_nothing_are_named(cache_path: Path, tmp_path: Path)
         read_selection(tmp_path / "y.parquet", caches)
     test_keys = [key for key, part in zip(*_parts(cache_path, tmp_path), strict=True) if part == "test"]
     (tmp_path / "test.txt").write_text("\n".join(test_keys))
-    with pytest.raises(DataError, match="names no sample of the training part"):
+    with pytest.raises(
+        DataError, match="the training part has no sample with both sides that selection .*test.txt names"
+    ):
         run(cache_path, tmp_path / "run", selection=str(tmp_path / "test.txt"))
 
 
@@ -141,6 +143,30 @@ def test_it_learns_with_mixup_and_with_the_regulariser(
     run(cache_path, tmp_path / "run", start="random", epochs=20, **options)
     found = evaluate_retrieval(cache_path, [tmp_path / "run"])
     assert found.recalls["i2t"]["r@5"].value > 2 * found.chance["i2t"]["r@5"].high
+
+
+def test_a_selection_that_changed_is_another_run(cache_path: Path, tmp_path: Path) -> None:
+    keys = Cache(cache_path).samples["key"].to_pylist()
+    (tmp_path / "keys.txt").write_text("\n".join(keys[:150]))
+    run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"))
+    assert run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt")).reused
+    (tmp_path / "keys.txt").write_text("\n".join(keys[:100]))
+    with pytest.raises(FingerprintError, match=r"given\.selection: '.*' there, '.*' asked"):
+        run(cache_path, tmp_path / "run", selection=str(tmp_path / "keys.txt"))
+
+
+def test_a_split_that_is_given_and_read_anew_is_the_same_run(two_caches: list[Path], tmp_path: Path) -> None:
+    run(two_caches, tmp_path / "both", epochs=0)
+    given = {"split": str(tmp_path / "both/split.parquet"), "epochs": 0}
+    run(two_caches[1], tmp_path / "one", **given)
+    assert run(two_caches[1], tmp_path / "one", **given).reused
+
+
+def test_several_threads_give_the_same_weights(cache_path: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        run(cache_path, tmp_path / name, threads=2, batch_size=195, shared_width=256, start="random")
+    a, b = ((tmp_path / name / "last.safetensors").read_bytes() for name in "ab")
+    assert a == b
 
 
 def test_training_stops_early_when_recall_does(cache_path: Path, tmp_path: Path) -> None:

@@ -155,6 +155,16 @@ def test_products_in_bfloat16_are_close(name: str, scale: float) -> None:
         assert not torch.equal(one, other)
 
 
+def test_many_positives_are_added_up_in_float32() -> None:
+    rows = normalize(torch.randn(1500, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    related = Related(images=torch.arange(1500), texts=torch.arange(1500))
+    values = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            values.append(LOSSES.load("multi_positive")()(rows, rows, torch.tensor(30.0), related).item())
+    assert values[1] == pytest.approx(values[0], rel=0.02)
+
+
 @every_loss
 @given(st.integers(2, 9), st.integers(0, 100), st.floats(0.5, 1000))
 def test_float32_is_close(name: str, size: int, seed: int, scale: float) -> None:

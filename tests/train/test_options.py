@@ -52,11 +52,20 @@ def test_flat_names_reach_their_groups() -> None:
     assert settings_of({"seed": 4, "split_seed": 1}).split.seed == 1
 
 
+def test_which_gpu_it_was_decides_nothing() -> None:
+    for device in ("cuda", "cuda:1"):
+        assert settings_of({"device": device}).to_json()["machine"]["device"] == "cuda"
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(UnknownNameError, match="unknown training setting 'learnin_rate'; did you mean 'learning_rate'"):
         settings_of({"learnin_rate": 1})
     with pytest.raises(SettingError, match="captions is 'all', but info_nce has one positive an image; use --captions"):
         settings_of({"captions": "all", "loss": "info_nce"})
+    with pytest.raises(SettingError, match="start is 'pca'; it must be one of None, cca, csa"):
+        settings_of({"start": "pca"})
+    with pytest.raises(SettingError, match="precision is 'float16'; it must be one of float32, bfloat16"):
+        settings_of({"precision": "float16"})
     with pytest.raises(SettingError, match="captions is 'all', but mixup mixes single captions"):
         settings_of({"captions": "all", "mixup": 1.0})
     for name, value in (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedcache.errors import CorruptError, FingerprintError
+from embedcache.errors import CorruptError, FingerprintError, PathError
 from embedcache.train import loop
 from embedcache.train.checkpoint import checkpoint_path
 from embedcache.train.settings import (
@@ -89,6 +89,44 @@ def test_going_on_with_other_settings_is_refused(
     assert checkpoint_path(tmp_path / "run").read_bytes() == before
 
 
+def test_a_run_goes_on_with_its_own_split(cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(InterruptedError):
+            run(cache_path, tmp_path / "run")
+    monkeypatch.setattr("embedcache.train.train.make_split", None)  # other samples may have features by now
+    run(cache_path, tmp_path / "run")
+
+
+def test_two_processes_do_not_train_into_one_folder(cache_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    script = (
+        "import sys; from pathlib import Path; from embedcache.disk import Claims; claims = Claims(Path(sys.argv[1])); "
+        "print(claims.take(0), flush=True); input()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        (tmp_path / "run/started.json").write_text("{}")
+        with pytest.raises(PathError, match="another process trains into .*run; wait for it"):
+            run(cache_path, tmp_path / "run")
+        other.communicate("\n")
+    run(cache_path, tmp_path / "run")
+
+
+def test_a_log_that_is_shorter_than_the_checkpoint_says_is_not_filled(
+    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(InterruptedError):
+            run(cache_path, tmp_path / "run")
+    (tmp_path / "run/losses.jsonl").unlink()
+    run(cache_path, tmp_path / "run")
+    assert b"\0" not in (tmp_path / "run/losses.jsonl").read_bytes()
+
+
 def test_a_checkpoint_that_is_broken_or_of_more_processes_is_named(
     cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +139,10 @@ def test_a_checkpoint_that_is_broken_or_of_more_processes_is_named(
     torch.save({**state, "generators": state["generators"] * 2}, path)
     with pytest.raises(FingerprintError, match="was written by 2 processes, and 1 go on; start as many"):
         run(cache_path, tmp_path / "run")
-    path.write_bytes(path.read_bytes()[:1000])
+    torch.save({"step": 3}, path)
+    with pytest.raises(CorruptError, match=r"checkpoint.pt cannot be read: 'objective'; delete it"):
+        run(cache_path, tmp_path / "run")
+    path.write_bytes(bytes(1000))
     with pytest.raises(CorruptError, match=r"checkpoint.pt cannot be read: .*; delete it to train from the start"):
         run(cache_path, tmp_path / "run")
 

@@ -55,6 +55,7 @@ def test_a_run_leaves_all_that_says_what_it_is(cache_path: Path, tmp_path: Path)
     report = run(cache_path, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
+        ".claims",
         "config.json",
         "last.safetensors",
         "losses.jsonl",
@@ -227,7 +228,7 @@ def test_the_split_of_another_run_is_taken_over(cache_path: Path, tmp_path: Path
     assert run(cache_path, tmp_path / "b", split=taken).reused
     run(cache_path, tmp_path / "c", split=SplitSettings(kind="key", seed=4))
     (tmp_path / "a/split.parquet").write_bytes((tmp_path / "c/split.parquet").read_bytes())
-    with pytest.raises(FingerprintError, match="split: '.*' there, '.*' asked"):
+    with pytest.raises(FingerprintError, match=r"given\.split: '.*' there, '.*' asked"):
         run(cache_path, tmp_path / "b", split=taken)
 
 

@@ -35,8 +35,8 @@ class MultiPositive(nn.Module):
         """Give the mean over both directions of the cross-entropy, a scalar."""
         over_texts, over_images = log_sum_exp(images_BP, texts_MP, scale)
         logits_E = logits_of(images_BP, texts_MP, scale, (related.images, related.texts))
-        of_images = over_texts.mean() - _share(related.images, logits_E.dtype) @ logits_E / len(images_BP)
-        of_texts = over_images.mean() - _share(related.texts, logits_E.dtype) @ logits_E / len(texts_MP)
+        of_images = over_texts.mean() - (_share(related.images, logits_E.dtype) * logits_E).sum() / len(images_BP)
+        of_texts = over_images.mean() - (_share(related.texts, logits_E.dtype) * logits_E).sum() / len(texts_MP)
         return (of_images + of_texts) / 2
 
 

@@ -20,6 +20,8 @@ TILE_ROWS = 512
 TILE_COLUMNS = 2048
 """Such a tile of float32 stays in a core's cache between the product and what is made of it."""
 
+_PAIRS_AT_ONCE = 65_536
+
 _MOST_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
 """Below it, e^logit neither vanishes nor overflows in float32, as logits of unit vectors lie in ± scale."""
 
@@ -54,14 +56,41 @@ def softplus_sum(left_BP: Tensor, right_NP: Tensor, scale: Tensor, bias: Tensor)
 
 
 def logits_of(left_BP: Tensor, right_NP: Tensor, scale: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """Get the logits of some pairs: (E,). Memory: E × P."""
-    rows, columns = pairs
-    return scale * (left_BP[rows] * right_NP[columns]).sum(dim=1)
+    """Get the logits of some pairs, (E,) rows and (E,) columns: (E,). The arguments are those of `log_sum_exp`."""
+    cosines_E: Tensor = _Cosines.apply(left_BP, right_NP, *pairs)  # type: ignore[no-untyped-call]
+    return scale * cosines_E
 
 
 def _product_dtype(left: Tensor) -> torch.dtype:
     device = left.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else left.dtype
+
+
+class _Cosines(torch.autograd.Function):
+    # Indexing's own backward adds up in any order where there are several threads, and keeps E × P numbers.
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right, rows, columns)
+        cosines = left.new_empty(len(rows))
+        for part in _parts(len(rows)):
+            cosines[part] = (left[rows[part]] * right[columns[part]]).sum(dim=1)
+        return cosines
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, rows, columns = ctx.saved_tensors
+        left_sum, right_sum = torch.zeros_like(left), torch.zeros_like(right)
+        for part in _parts(len(rows)):
+            weights = gradient[part, None]
+            left_sum.index_add_(0, rows[part], weights * right[columns[part]])
+            right_sum.index_add_(0, columns[part], weights * left[rows[part]])
+        return left_sum, right_sum, None, None
+
+
+def _parts(count: int) -> Iterator[slice]:
+    for start in range(0, count, _PAIRS_AT_ONCE):
+        yield slice(start, start + _PAIRS_AT_ONCE)
 
 
 class _LogSumExp(torch.autograd.Function):
