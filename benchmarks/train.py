@@ -70,7 +70,7 @@ def _step_against_floor(folder: str, batch_size: int, precision: str, repeats: i
     """Take turns between the products and a step: medians of seconds of four and three products in the loss, a step."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     layer = _product(batch_size, WIDTH, WIDTH, dtype)
-    tile = _product(1024, WIDTH, batch_size, torch.float32)
+    tile = _product(1024, WIDTH, batch_size, dtype)
     step = _step(folder, batch_size, precision)
     calls = {"layer": layer, "tile": tile, "step": step}
     for call in calls.values():
@@ -144,7 +144,7 @@ def _ours(folder: str, batch_size: int) -> float:
 
 def _obvious(folder: str, batch_size: int) -> float:
     """What most people write first."""
-    sides = [np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("image", "text")]
+    sides = [np.load(Path(folder) / f"{name}.npy", mmap_mode="c") for name in ("image", "text")]
     return _plain(DataLoader(_Rows(sides), batch_size=batch_size, shuffle=True, drop_last=True), batch_size)
 
 

@@ -164,9 +164,7 @@ def rank(
             "i2t": best_ranks(images, texts, (image_M, text_M)),
             "t2i": best_ranks(texts, images, (text_M, image_M)),
         },
-        overlap=0
-        if part == "train"
-        else _overlap(pairs, all_pairs.of(np.flatnonzero(np.array(split.parts) == "train"))),
+        overlap=0 if part == "train" else _overlap(pairs, all_pairs.of(trained)),
     )
 
 

@@ -264,7 +264,12 @@ def _train(
 def _split(data: TrainData, run_path: Path, pairs: Pairs, settings: TrainSettings) -> Split:
     """Make the split and write it down; a run that goes on has one."""
     path = split_path(run_path)
-    on_first(lambda: path.is_file() or write_split(path, make_split(data, pairs, settings.split)))
+
+    def make() -> None:
+        if not path.is_file():
+            write_split(path, make_split(data, pairs, settings.split))
+
+    on_first(make)
     return read_split(path, data.caches)
 
 

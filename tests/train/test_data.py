@@ -112,9 +112,7 @@ def test_selections_that_fit_nothing_are_named(cache_path: Path, tmp_path: Path)
         read_selection(tmp_path / "y.parquet", caches)
     test_keys = [key for key, part in zip(*_parts(cache_path, tmp_path), strict=True) if part == "test"]
     (tmp_path / "test.txt").write_text("\n".join(test_keys))
-    with pytest.raises(
-        DataError, match="the training part has no sample with both sides that selection .*test.txt names"
-    ):
+    with pytest.raises(DataError, match="the training part has no sample .* that selection .*test.txt names"):
         run(cache_path, tmp_path / "run", selection=str(tmp_path / "test.txt"))
 
 
