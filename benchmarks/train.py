@@ -27,6 +27,7 @@ from embedcache.cli.console import say, show_table
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train.batches import Batches
 from embedcache.train.loader import LoadedBatch, Loader
+from embedcache.train.memory import keep_freed_memory
 from embedcache.train.objective import Objective
 from embedcache.train.optimizer import make_optimizer, update
 from embedcache.train.settings import LossSettings, OptimizerSettings
@@ -94,6 +95,7 @@ def _step(folder: str, batch_size: int, precision: str) -> Callable[[], None]:
     pair = AlignedPair(PROJECTOR, image_width=WIDTH, text_width=WIDTH, shared_width=WIDTH, dropout=0.1)
     objective = Objective(pair, LossSettings(), precision=precision)
     optimizer = make_optimizer(objective, OptimizerSettings())
+    keep_freed_memory()
     batch = next(iter(_loader(folder, batch_size).epoch(0)))
 
     def step() -> None:
@@ -130,6 +132,7 @@ def _ours(folder: str, batch_size: int) -> float:
     objective = Objective(_pair(), LossSettings(), precision="float32")
     optimizer = make_optimizer(objective, OptimizerSettings())
     loader = _loader(folder, batch_size)
+    keep_freed_memory()
 
     def batches() -> Iterator[LoadedBatch]:
         yield from loader.epoch(0)

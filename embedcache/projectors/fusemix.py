@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from embedcache.projectors.dropout import Dropout
+
 _NUM_BLOCKS = 4
 _TIMES_INPUT = 4
 _DROPOUT = 0.6
@@ -45,7 +47,7 @@ class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.hidden = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, _TIMES_INPUT * width), nn.GELU(), nn.Dropout(_DROPOUT)
+            nn.LayerNorm(width), nn.Linear(width, _TIMES_INPUT * width), nn.GELU(), Dropout(_DROPOUT)
         )
         self.output = nn.Linear(_TIMES_INPUT * width, width)
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from embedcache.projectors.dropout import Dropout
+
 _HIDDEN_WIDTH = 512
 _DROPOUT = 0.1
 
@@ -25,7 +27,7 @@ class MlpProjector(nn.Module):
             nn.LayerNorm(input_width),
             nn.Linear(input_width, _HIDDEN_WIDTH),
             nn.GELU(),
-            nn.Dropout(_DROPOUT),
+            Dropout(_DROPOUT),
         )
         self.output = nn.Linear(_HIDDEN_WIDTH, output_width, bias=False)
         nn.init.zeros_(self.output.weight)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from embedcache.projectors.contract import PROJECTORS, split_names
+from embedcache.projectors.dropout import Dropout
 
 _START_TEMPERATURE = 0.07
 _TEMPERATURE_RANGE = (0.001, 0.5)
@@ -29,7 +30,7 @@ class Tower(nn.Module):
     def __init__(self, projector: str, input_width: int, output_width: int, *, dropout: float) -> None:
         super().__init__()
         self.input_width, self.output_width = input_width, output_width
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.register_buffer("mean", torch.zeros(input_width))
         self.projector = PROJECTORS.load(projector)(input_width, output_width)
 

@@ -4,6 +4,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from embedcache.projectors.dropout import Dropout
+
 _HIDDEN_WIDTH = 4096
 _NUM_LAYERS = 4
 _DROPOUT = 0.2
@@ -25,7 +27,7 @@ class ShareLockProjector(nn.Module):
         widths = [input_width, *[_HIDDEN_WIDTH] * (_NUM_LAYERS - 1)]
         hidden: list[nn.Module] = []
         for before, after in pairwise(widths):
-            hidden += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(), nn.Dropout(_DROPOUT)]
+            hidden += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(), Dropout(_DROPOUT)]
         self.layers = nn.Sequential(*hidden, nn.Linear(_HIDDEN_WIDTH, output_width))
 
     def forward(self, vectors_BD: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from embedcache.projectors.dropout import Dropout
+
 
 class TokenProjector(nn.Module):
     """The mean over an item's tokens of T: (B, T, D) -> (B, P) float32.
@@ -22,7 +24,7 @@ class TokenProjector(nn.Module):
 
     def __init__(self, input_width: int, output_width: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.norm = nn.Sequential(nn.LayerNorm(input_width), nn.Dropout(dropout))
+        self.norm = nn.Sequential(nn.LayerNorm(input_width), Dropout(dropout))
         self.linear = nn.Linear(input_width, output_width)
         self.hidden = nn.Linear(input_width, output_width)
         self.output = nn.Linear(output_width, output_width)
@@ -81,7 +83,7 @@ class TokenMlpProjector(nn.Module):
         super().__init__()
         self.tokens = TokenProjector(input_width, output_width, dropout)
         self.linear = nn.Linear(output_width, output_width)
-        self.residual = nn.Sequential(nn.GELU(), nn.Linear(output_width, output_width), nn.Dropout(dropout))
+        self.residual = nn.Sequential(nn.GELU(), nn.Linear(output_width, output_width), Dropout(dropout))
         self.norm = nn.LayerNorm(output_width)
 
     def forward(self, tokens_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from embedcache.train.checkpoint import load_checkpoint, save_checkpoint
 from embedcache.train.distributed import from_first, num_processes, process_number
 from embedcache.train.loader import LoadedBatch, Loader
 from embedcache.train.log import RunLog
+from embedcache.train.memory import keep_freed_memory
 from embedcache.train.objective import Objective
 from embedcache.train.optimizer import learning_rate, make_optimizer, update
 from embedcache.train.recalls import Best, Validation
@@ -81,6 +82,7 @@ def fit(
         DataError: the loss is no number any more; step, keys and temperature are named.
         CorruptError: the checkpoint cannot be read.
     """
+    keep_freed_memory()
     with seeded(settings.seed, settings.machine.device), _threads(flops_a_pair * loader.batch_size, settings):
         return _Run(pair, loader, validation, settings, run_path, keys, progress, on_epoch).to_its_end()
 
