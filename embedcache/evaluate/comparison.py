@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from embedcache.disk import replacing, write_atomic
 from embedcache.evaluate.report import format_estimate
 from embedcache.evaluate.retrieval import WAYS, RetrievalReport
+from embedcache.pages.figures import COLOURS, GRID, INK, SOFT
 
 _KS = (1, 10)
-_INK, _CHANCE = "#52606d", "#9aa5b1"
-_COLOURS = ("#2563eb", "#ea580c", "#0d9488", "#9333ea", "#db2777", "#ca8a04", "#111827")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +72,16 @@ def _plot(methods: Sequence[Method]) -> Figure:
     figure = Figure(figsize=(9, 0.8 + 0.24 * len(methods)), layout="constrained")
     for axes, way in zip(figure.subplots(1, 2, sharey=True), WAYS, strict=True):
         chance = methods[0].report.chance[way]["r@10"]
-        axes.axvspan(chance.low, chance.high, color=_CHANCE, alpha=0.4, linewidth=0)
+        axes.axvspan(chance.low, chance.high, color=SOFT, alpha=0.4, linewidth=0)
         for position, method in enumerate(methods):
             estimate = method.report.recalls[way]["r@10"]
-            colour = _COLOURS[groups.index(method.group) % len(_COLOURS)]
+            colour = COLOURS[groups.index(method.group) % len(COLOURS)]
             axes.plot([estimate.low, estimate.high], [position, position], color=colour, linewidth=1.2)
             axes.plot(estimate.value, position, "o", color=colour, markersize=4)
-        axes.set_xlabel(f"{way} R@10, 95 % interval; grey: chance", color=_INK)
+        axes.set_xlabel(f"{way} R@10, 95 % interval; grey: chance", color=INK)
         axes.set_xlim(left=0)
-        axes.grid(axis="x", color="#e4e7eb")
-        axes.tick_params(colors=_INK, labelsize=8)
+        axes.grid(axis="x", color=GRID)
+        axes.tick_params(colors=INK, labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_yticks(range(len(methods)), [f"{method.group}, {method.name}".strip(", ") for method in methods])
     axes.invert_yaxis()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from embedcache.evaluate.retrieval import KS, WAYS, RetrievalReport
-from embedcache.metrics import Estimate
+from embedcache.metrics.intervals import Estimate
 
 Figures = Mapping[str, Mapping[str, Estimate]]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binom
 
 from embedcache.arrays import Floats, Ints
 from embedcache.artifact import check_same, digest_file
@@ -15,7 +14,8 @@ from embedcache.cache.pairs import Pairs, pair_items
 from embedcache.cache.side import SideFeature, open_side
 from embedcache.cache.split import Split, read_split
 from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError
-from embedcache.metrics import Estimate, best_ranks, bootstrap_mean, chance_recall
+from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate
+from embedcache.metrics.ranks import best_ranks, chance_recall
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project, split_path
 
@@ -247,14 +247,7 @@ def _chance(rankings: Sequence[Ranking], way: str, k: int) -> Estimate:
         num_candidates = len(ranking.texts if way == "i2t" else ranking.images)
         expected.append(chance_recall(np.bincount(query_M), num_candidates, k))
         num_queries += len(ranking.ranks[way])
-    mean = float(np.mean(expected))
-    low, high = _binomial_interval(mean, num_queries)
-    return Estimate(mean, low, high)
-
-
-def _binomial_interval(share: float, num_queries: int) -> tuple[float, float]:
-    low, high = binom.ppf([0.025, 0.975], num_queries, share) / num_queries
-    return float(low), float(high)
+    return chance_estimate(float(np.mean(expected)), num_queries)
 
 
 def _overlap(held: Pairs, trained: Pairs) -> int:

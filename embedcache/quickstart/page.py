@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from embedcache.cache.cache import Cache
 from embedcache.curate.search import Hit
-from embedcache.disk import write_atomic
 from embedcache.evaluate.gallery import Example, draw_examples
 from embedcache.evaluate.report import retrieval_rows
 from embedcache.evaluate.retrieval import Ranking, RetrievalReport, rank
+from embedcache.pages.pictures import Pictures
+from embedcache.pages.write import write_page
 from embedcache.projectors.saved import load_pair
-from embedcache.quickstart.pictures import Pictures
 from embedcache.quickstart.plots import curves, recall_bars
 
 _NUM_EACH = 5
@@ -59,7 +57,7 @@ class PageContent:
     credit: str
 
 
-def write_page(path: Path, cache: Cache, content: PageContent) -> None:
+def write_report(path: Path, cache: Cache, content: PageContent) -> None:
     """Write the page. It asks for nothing from outside."""
     columns, rows = retrieval_rows(content.reports)
     trained = next(iter(content.reports.values()))
@@ -67,12 +65,9 @@ def write_page(path: Path, cache: Cache, content: PageContent) -> None:
     ranking = rank(cache, content.run_paths[0], pair, config, part=trained.part)
     pictures = Pictures(cache)
     texts = cache.items("text")["text"].to_pylist()
-    environment = Environment(
-        loader=PackageLoader("embedcache.quickstart", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-    )
-    html = environment.get_template("report.html.j2").render(
+    write_page(
+        path,
+        "quickstart",
         content=content,
         total_seconds=sum(stage.seconds for stage in content.stages),
         trained=trained,
@@ -92,7 +87,6 @@ def write_page(path: Path, cache: Cache, content: PageContent) -> None:
             for query, found in content.hits.items()
         ],
     )
-    write_atomic(path, html.encode())
 
 
 def _text_to_image(ranking: Ranking, pictures: Pictures, texts: Sequence[str]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from embedcache.evaluate.report import retrieval_json
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.progress import Progress, Silent
-from embedcache.quickstart.page import PageContent, Stage, write_page
+from embedcache.quickstart.page import PageContent, Stage, write_report
 from embedcache.sources.open import open_source
 from embedcache.sources.openmoji import CREDIT
 from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
@@ -86,7 +86,7 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
         peak_memory_bytes=peak_memory_bytes(),
         credit=CREDIT,
     )
-    write_page(page_path, Cache(cache_path), content)
+    write_report(page_path, Cache(cache_path), content)
     return QuickstartReport(
         stages=stages.done,
         reports=reports,

@@ -4,23 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from optuna.trial import TrialState
 
-from embedcache.disk import write_atomic
 from embedcache.evaluate.report import retrieval_rows
+from embedcache.pages.write import write_page
 from embedcache.sweep.best import Best
 from embedcache.sweep.plots import costs, history, importance_bars, parallel_coordinates
 from embedcache.sweep.report import Findings
 from embedcache.sweep.trials import reason_of
 
 
-def write_page(path: Path, findings: Findings) -> None:
+def write_report(path: Path, findings: Findings) -> None:
     """Write the page. It asks for nothing from outside."""
-    environment = Environment(
-        loader=PackageLoader("embedcache.sweep", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    html = environment.get_template("report.html.j2").render(
+    write_page(
+        path,
+        "sweep",
         findings=findings,
         counts=findings.counts(),
         best=best_rows(findings.best),
@@ -35,7 +33,6 @@ def write_page(path: Path, findings: Findings) -> None:
         parallel=parallel_coordinates(findings.trials),
         costs=costs(findings.trials),
     )
-    write_atomic(path, html.encode())
 
 
 def best_rows(best: Sequence[Best]) -> tuple[list[str], list[list[str]]]:

@@ -1,6 +1,5 @@
 """A study's plots as SVG text, to be placed inside a page."""
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,10 +11,11 @@ from matplotlib.ticker import MaxNLocator
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from embedcache.pages.figures import BAD, COLOURS, INK, SOFT, label, svg
 from embedcache.sweep.trials import outcome_of, score_of
 
-_INK, _SOFT, _BLUE, _ORANGE, _RED = "#52606d", "#9aa5b1", "#2563eb", "#ea580c", "#b91c1c"
-_COLOURS = colormaps["viridis_r"]
+_BLUE, _ORANGE = COLOURS[0], COLOURS[3]
+_SHADES = colormaps["viridis_r"]
 _SCORE = "validation recall, mean of six"
 _MOST_LABEL = 14
 
@@ -37,14 +37,14 @@ def history(trials: Sequence[FrozenTrial]) -> str:
             _numbers(failed),
             [0.03] * len(failed),
             s=22,
-            color=_RED,
+            color=BAD,
             marker="^",
             transform=at_the_foot,
             label="failed",
         )
-    _label(axes, "trial", _SCORE)
-    figure.legend(frameon=False, labelcolor=_INK, loc="outside upper right", ncols=4)
-    return _svg(figure)
+    label(axes, "trial", _SCORE)
+    figure.legend(frameon=False, labelcolor=INK, loc="outside upper right", ncols=4)
+    return svg(figure)
 
 
 def importance_bars(importance: Mapping[str, float]) -> str:
@@ -59,13 +59,13 @@ def importance_bars(importance: Mapping[str, float]) -> str:
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
-            color=_INK,
+            color=INK,
         )
     axes.set_yticks(range(len(importance)), list(importance))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1 * max(importance.values()))
-    _label(axes, "share of the variance of scores (fANOVA)", "")
-    return _svg(figure)
+    label(axes, "share of the variance of scores (fANOVA)", "")
+    return svg(figure)
 
 
 def parallel_coordinates(trials: Sequence[FrozenTrial]) -> str:
@@ -76,12 +76,12 @@ def parallel_coordinates(trials: Sequence[FrozenTrial]) -> str:
     columns.append(_Column.of(_scores(complete), "", complete))
     figure = Figure(figsize=(max(9, 1.5 * len(columns)), 4), layout="constrained")
     axes = figure.subplots()
-    colours = _COLOURS(Normalize(*_range_of(_scores(complete)))(_scores(complete)))
+    colours = _SHADES(Normalize(*_range_of(_scores(complete)))(_scores(complete)))
     for place, colour in enumerate(colours):
         heights = [column.heights[place] for column in columns]
         axes.plot(range(len(columns)), heights, color=colour, linewidth=1.3, alpha=0.8)
     for position, column in enumerate(columns):
-        axes.axvline(position, color=_SOFT, linewidth=0.8, zorder=0)
+        axes.axvline(position, color=SOFT, linewidth=0.8, zorder=0)
         for height, text in column.ticks:
             axes.annotate(
                 text,
@@ -95,11 +95,11 @@ def parallel_coordinates(trials: Sequence[FrozenTrial]) -> str:
             )
     axes.set_xticks(range(len(columns)), [*names, "validation\nrecall"])
     axes.set_xlim(-0.15, len(columns) - 0.5)
-    _label(axes, "", "")
+    label(axes, "", "")
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    return _svg(figure)
+    return svg(figure)
 
 
 def costs(trials: Sequence[FrozenTrial]) -> str:
@@ -119,10 +119,10 @@ def costs(trials: Sequence[FrozenTrial]) -> str:
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.xaxis.set_major_formatter(lambda value, _: _short(value))
-        _label(axes, name, _SCORE if name == "parameters" else "")
+        label(axes, name, _SCORE if name == "parameters" else "")
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, labelcolor=_INK, loc="outside upper right", ncols=2)
-    return _svg(figure)
+    figure.legend(handles, labels, frameon=False, labelcolor=INK, loc="outside upper right", ncols=2)
+    return svg(figure)
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -199,19 +199,3 @@ def _best_so_far(scores: Sequence[float]) -> list[float]:
 def _range_of(scores: Sequence[float]) -> tuple[float, float]:
     low, high = min(scores), max(scores)
     return (low, high) if high > low else (low - 1, high)
-
-
-def _label(axes: Any, x: str, y: str) -> None:
-    axes.set_xlabel(x, color=_INK)
-    axes.set_ylabel(y, color=_INK)
-    axes.tick_params(colors=_INK)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_INK)
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

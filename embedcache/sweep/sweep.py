@@ -8,7 +8,7 @@ from embedcache.disk import disk_errors, locked
 from embedcache.progress import Progress, Silent
 from embedcache.registry import require
 from embedcache.sweep.best import Best, measure_best
-from embedcache.sweep.page import write_page
+from embedcache.sweep.page import write_report
 from embedcache.sweep.report import Findings, find, write_figures
 from embedcache.sweep.samplers import grid_points
 from embedcache.sweep.settings import SweepSettings
@@ -95,7 +95,7 @@ def sweep(
         )
         with locked(study_path):
             write_figures(report.figures_path, findings)
-            write_page(report.page_path, findings)
+            write_report(report.page_path, findings)
     return report
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from embedcache.cache.pairs import Pairs
 from embedcache.cache.side import Reader
-from embedcache.metrics import best_ranks, recall_at
+from embedcache.metrics.ranks import best_ranks, recall_at
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import project
 

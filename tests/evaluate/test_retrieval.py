@@ -12,7 +12,7 @@ from embedcache.evaluate.gallery import draw_examples
 from embedcache.evaluate.report import format_estimate, retrieval_json, retrieval_rows
 from embedcache.evaluate.retrieval import _recalls, evaluate_retrieval, rank
 from embedcache.extract.extract import extract
-from embedcache.metrics import Estimate
+from embedcache.metrics.intervals import Estimate
 from embedcache.projectors.saved import load_pair
 from embedcache.sources import open_source
 from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings

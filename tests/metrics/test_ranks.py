@@ -5,13 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache import metrics
 from embedcache.errors import DataError
-from embedcache.metrics import best_ranks, bootstrap_mean, chance_recall, recall_at
+from embedcache.metrics import ranks as ranks_module
+from embedcache.metrics.intervals import bootstrap_mean
+from embedcache.metrics.ranks import best_ranks, chance_recall, recall_at
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(metrics).failed == 0
+    assert doctest.testmod(ranks_module).failed == 0
 
 
 @st.composite
@@ -38,7 +39,7 @@ def test_ranks_agree_with_the_obvious_loop(
         before = [c for c in range(len(candidates)) if c not in positives and float(query @ candidates[c]) >= best]
         ranks.append(1 + len(before))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "_BLOCK_BYTES", block_bytes)  # any tiling gives the same
+        patch.setattr(ranks_module, "_BLOCK_BYTES", block_bytes)  # any tiling gives the same
         assert best_ranks(queries, candidates, (query_M, candidate_M)).tolist() == ranks
 
 

@@ -1,22 +1,11 @@
-"""Retrieval metrics as pure functions of arrays. They know no model, no file and no device."""
-
-from dataclasses import dataclass
+"""Ranks of retrieval, and what is made of them."""
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints, blocks
+from embedcache.arrays import Floats, Ints, blocks
 from embedcache.errors import DataError
 
 _BLOCK_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def best_ranks(queries_QP: Floats, candidates_CP: Floats, positives: tuple[Ints, Ints]) -> Ints:
@@ -87,32 +76,3 @@ def chance_recall(num_positives_Q: Ints, num_candidates: int, k: int) -> float:
         left = num_candidates - drawn
         misses_Q *= np.clip((left - num_positives_Q) / left, 0, 1)
     return float(np.mean(1 - misses_Q))
-
-
-def bootstrap_mean(values: Array, clusters: Ints | None = None, *, num_draws: int = 2000, seed: int = 0) -> Estimate:
-    """Mean with a 95 % percentile interval from resampling whole clusters.
-
-    Values of one cluster (captions of one image, seeds of one item) are drawn together, since they are not
-    independent.
-
-    Args:
-        values: (M,) float or bool.
-        clusters: (M,) int, which cluster each value belongs to; None is each its own.
-        num_draws: how many resamples.
-        seed: of the resampling.
-
-    Raises:
-        DataError: there is no value.
-    """
-    if not len(values):
-        raise DataError("no value to take a mean of")
-    _, cluster_M = np.unique(np.arange(len(values)) if clusters is None else clusters, return_inverse=True)
-    sum_G = np.bincount(cluster_M, weights=values.astype(np.float64))
-    count_G = np.bincount(cluster_M)
-    rng = np.random.default_rng(seed)
-    means = np.empty(num_draws)
-    for draw in range(num_draws):
-        chosen = rng.integers(len(sum_G), size=len(sum_G))
-        means[draw] = sum_G[chosen].sum() / count_G[chosen].sum()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high))

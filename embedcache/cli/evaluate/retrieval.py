@@ -1,19 +1,11 @@
-"""embedcache evaluate"""
+"""embedcache evaluate retrieval"""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-app = typer.Typer(help="Measure trained runs from the cache alone.", no_args_is_help=True, rich_markup_mode=None)
 
-
-@app.callback()
-def evaluate() -> None:
-    """Measure trained runs from the cache alone."""
-
-
-@app.command()
 def retrieval(
     cache: Annotated[str, typer.Argument(help="The cache, or its URL.")],
     run: Annotated[list[Path], typer.Argument(help="One run, or several seeds of it to average.")],

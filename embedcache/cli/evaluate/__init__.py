@@ -1,0 +1,15 @@
+"""embedcache evaluate"""
+
+import typer
+
+from embedcache.cli.evaluate import retrieval
+
+app = typer.Typer(help="Measure from the cache alone.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def evaluate() -> None:
+    """Measure from the cache alone: no encoder runs."""
+
+
+app.command(name="retrieval")(retrieval.retrieval)
