@@ -26,6 +26,7 @@ SOURCES = Registry(
         "folder": "embedcache.sources.folder:FolderSource",
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
         "openmoji": "embedcache.sources.openmoji:OpenmojiSource",
+        "prompts": "embedcache.sources.prompts:PromptsSource",
         "table": "embedcache.sources.table:TableSource",
         "texts": "embedcache.sources.texts:TextsSource",
         "webdataset": "embedcache.sources.webdataset:WebdatasetSource",
@@ -34,7 +35,7 @@ SOURCES = Registry(
 _ACCEPTED = (
     "a source is a folder of images, a .parquet/.csv/.tsv/.jsonl table or a folder of such, "
     "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, a .txt or .npy of texts, any of "
-    "these as a URL, a folder that save_to_disk of Hugging Face datasets wrote, or openmoji:"
+    "these as a URL, a folder that save_to_disk of Hugging Face datasets wrote, openmoji:, or prompts:"
 )
 
 _SAVED_DATASETS = (("dataset_dict.json",), ("dataset_info.json", "state.json"))
