@@ -1,5 +1,6 @@
 """Figures with their intervals."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,18 +34,67 @@ def bootstrap_mean(values: Array, clusters: Ints | None = None, *, num_draws: in
     Raises:
         DataError: there is no value.
     """
+    return bootstrap_means(values[:, None], clusters, num_draws=num_draws, seed=seed)[0]
+
+
+def bootstrap_means(
+    values_MK: Array, clusters: Ints | None = None, *, num_draws: int = 2000, seed: int = 0
+) -> list[Estimate]:
+    """Do what `bootstrap_mean` does for each of K columns, on the same resamples."""
+    if not len(values_MK):
+        raise DataError("no value to take a mean of")
+    cluster_M, count_G = _clusters(clusters, len(values_MK))
+    sum_GK = np.stack([np.bincount(cluster_M, weights=column.astype(np.float64)) for column in values_MK.T], axis=1)
+    means = [weight_G @ sum_GK / (weight_G @ count_G) for weight_G in _resamples(len(count_G), num_draws, seed)]
+    return _estimates(values_MK.mean(axis=0, dtype=np.float64), np.array(means))
+
+
+def bootstrap_class_mean(
+    values: Array, labels: Ints, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0
+) -> Estimate:
+    """Mean over classes of each class's mean, with a 95 % percentile interval from resampling whole clusters.
+
+    Args:
+        values: (M,) float or bool.
+        labels: (M,) int from 0, the class of each; classes without a value are left out.
+        clusters: as of `bootstrap_mean`.
+        num_draws: how many resamples.
+        seed: of the resampling.
+
+    Raises:
+        DataError: there is no value.
+    """
     if not len(values):
         raise DataError("no value to take a mean of")
-    _, cluster_M = np.unique(np.arange(len(values)) if clusters is None else clusters, return_inverse=True)
-    sum_G = np.bincount(cluster_M, weights=values.astype(np.float64))
-    count_G = np.bincount(cluster_M)
+    values = values.astype(np.float64)
+    cluster_M, count_G = _clusters(clusters, len(values))
+
+    def class_mean(weights_M: Array) -> float:
+        sums, counts = np.bincount(labels, weights=weights_M * values), np.bincount(labels, weights=weights_M)
+        return float((sums[counts > 0] / counts[counts > 0]).mean())
+
+    means = [class_mean(weight_G[cluster_M]) for weight_G in _resamples(len(count_G), num_draws, seed)]
+    return _estimates(np.array([class_mean(np.ones(len(values)))]), np.array(means)[:, None])[0]
+
+
+def _clusters(clusters: Ints | None, num_values: int) -> tuple[Ints, Ints]:
+    """Number the clusters from 0: which each value belongs to, and the sizes."""
+    numbers: Ints = np.arange(num_values)
+    if clusters is not None:
+        _, numbers = np.unique(clusters, return_inverse=True)
+    return numbers, np.bincount(numbers)
+
+
+def _resamples(num_clusters: int, num_draws: int, seed: int) -> Iterator[Ints]:
+    """Say for each draw how often each cluster is in it."""
     rng = np.random.default_rng(seed)
-    means = np.empty(num_draws)
-    for draw in range(num_draws):
-        chosen = rng.integers(len(sum_G), size=len(sum_G))
-        means[draw] = sum_G[chosen].sum() / count_G[chosen].sum()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high))
+    for _ in range(num_draws):
+        yield np.bincount(rng.integers(num_clusters, size=num_clusters), minlength=num_clusters)
+
+
+def _estimates(values_K: Array, means_RK: Array) -> list[Estimate]:
+    low_K, high_K = np.quantile(means_RK, [0.025, 0.975], axis=0)
+    return [Estimate(*map(float, figures)) for figures in zip(values_K, low_K, high_K, strict=True)]
 
 
 def chance_estimate(share: float, num_queries: int) -> Estimate:
