@@ -49,6 +49,22 @@ def bootstrap_means(
     return _estimates(values_MK.mean(axis=0, dtype=np.float64), np.array(means))
 
 
+def bootstrap_median(values: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
+    """Do what `bootstrap_mean` does for the median, the lower one of two."""
+    if not len(values):
+        raise DataError("no value to take a median of")
+    order_M = np.argsort(values)
+    cluster_M, count_G = _clusters(clusters, len(values))
+    cluster_M = cluster_M[order_M]
+
+    def median(weights_M: Array) -> float:
+        totals_M = np.cumsum(weights_M)
+        return float(values[order_M[np.searchsorted(totals_M, totals_M[-1] / 2)]])
+
+    medians = [median(weight_G[cluster_M]) for weight_G in _resamples(len(count_G), num_draws, seed)]
+    return _estimates(np.array([median(np.ones(len(values)))]), np.array(medians)[:, None])[0]
+
+
 def bootstrap_class_mean(
     values: Array, labels: Ints, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0
 ) -> Estimate:
