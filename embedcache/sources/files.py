@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +14,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
 TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})
+IDX_IMAGES = re.compile(r"(?P<set>.+)-images[-.]idx3-ubyte(\.gz)?")
 SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 
 
