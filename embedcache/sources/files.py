@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -13,11 +14,19 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
 TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})
+IDX_IMAGES = re.compile(r"(?P<set>.+)-images[-.]idx3-ubyte(\.gz)?")
+SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 
 
 def has_suffix(name: str, suffixes: frozenset[str]) -> bool:
     """Say whether a file name ends in one of `suffixes`, in either case."""
     return PurePosixPath(name).suffix.lower() in suffixes
+
+
+def split_of(path: str) -> str | None:
+    """Give the split that a relative path says: its top folder, where that is a split's name in either case."""
+    top, slash, _ = path.partition("/")
+    return top if slash and top.lower() in SPLIT_FOLDERS else None
 
 
 def walk_files(root: Path) -> Iterator[tuple[str, Mapping[str, int]]]:

@@ -1,6 +1,6 @@
 """Images below a folder, with captions in `.txt` or `.json` files beside them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import PurePosixPath
@@ -9,12 +9,19 @@ from typing import Any
 from embedcache.errors import ItemError, PathError
 from embedcache.paths import is_remote, open_path
 from embedcache.sources.contract import ImageItem, Sample
-from embedcache.sources.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, TAR_SUFFIXES, has_suffix, read_file, walk_files
+from embedcache.sources.files import (
+    IMAGE_SUFFIXES,
+    TABLE_SUFFIXES,
+    TAR_SUFFIXES,
+    has_suffix,
+    read_file,
+    split_of,
+    walk_files,
+)
 from embedcache.sources.reading import is_folder, read_bytes, reading
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.sidecar import SIDECAR_SUFFIXES, read_sidecar
 
-SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 _AT_ONCE = 32  # captions asked of a server at the same time: each takes tens of milliseconds
 
 
@@ -65,14 +72,13 @@ class FolderSource:
 
     def _sample(self, path: PurePosixPath, siblings: Mapping[str, int]) -> Sample:
         key = path.with_suffix("")
-        folders = path.parts[:-1]
-        place = {"folder": str(path.parent)} if folders else {}
+        place = {"folder": str(path.parent)} if len(path.parts) > 1 else {}
         sidecar = read_sidecar(self._beside(key, siblings), str(key))
         return Sample(
             key=str(key),
             images=(ImageItem(path=str(path), length=self._size(path, siblings)),),
             texts=sidecar.texts,
-            columns={**_class_columns(folders), **sidecar.columns, **place},
+            columns={**_class_columns(path), **sidecar.columns, **place},
         )
 
     def _beside(self, key: PurePosixPath, siblings: Mapping[str, int]) -> dict[str, bytes | ItemError]:
@@ -104,9 +110,9 @@ class FolderSource:
             return 0
 
 
-def _class_columns(folders: Sequence[str]) -> dict[str, str]:
+def _class_columns(path: PurePosixPath) -> dict[str, str]:
     """Give the split and the label that the folders of an image say; they are named from the top one down."""
-    has_split = bool(folders) and folders[0].lower() in SPLIT_FOLDERS
-    split = {"split": folders[0]} if has_split else {}
-    label = {"label": folders[-1]} if len(folders) > has_split else {}
-    return split | label
+    folders = path.parts[:-1]
+    split = split_of(str(path))
+    label = {"label": folders[-1]} if len(folders) > bool(split) else {}
+    return {"split": split, **label} if split else label

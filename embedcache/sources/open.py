@@ -9,6 +9,7 @@ from embedcache.paths import open_path
 from embedcache.registry import Registry
 from embedcache.sources.contract import Source
 from embedcache.sources.files import (
+    IDX_IMAGES,
     IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
@@ -25,6 +26,7 @@ SOURCES = Registry(
     {
         "folder": "embedcache.sources.folder:FolderSource",
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
+        "idx": "embedcache.sources.idx:IdxSource",
         "openmoji": "embedcache.sources.openmoji:OpenmojiSource",
         "prompts": "embedcache.sources.prompts:PromptsSource",
         "table": "embedcache.sources.table:TableSource",
@@ -34,8 +36,9 @@ SOURCES = Registry(
 )
 _ACCEPTED = (
     "a source is a folder of images, a .parquet/.csv/.tsv/.jsonl table or a folder of such, "
-    "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, a .txt or .npy of texts, any of "
-    "these as a URL, a folder that save_to_disk of Hugging Face datasets wrote, openmoji:, or prompts:"
+    "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, a .txt or .npy of texts, MNIST's "
+    "IDX files or a folder of such, any of these as a URL, a folder that save_to_disk of Hugging Face datasets wrote, "
+    "openmoji:, or prompts:"
 )
 
 _SAVED_DATASETS = (("dataset_dict.json",), ("dataset_info.json", "state.json"))
@@ -95,21 +98,23 @@ def split_kind(location: str) -> tuple[str, str]:
         return "table", location
     if has_suffix(location, TEXT_SUFFIXES):
         return "texts", location
+    if IDX_IMAGES.fullmatch(location):
+        return "idx", location
     raise SourceError(f"{location} is a file of another kind; {_ACCEPTED}")
 
 
 def _kind_of_folder(folder: Path) -> str:
-    """Name the kind of a folder: a saved dataset; else one image makes it a folder of images, or one tar, or one table.
+    """Name the kind of a folder: a saved dataset; else one image, IDX file, tar or table decides, in this order.
 
     Stops at the first image, so a folder of millions of images is not gone through.
     """
     if any(all((folder / name).is_file() for name in names) for names in _SAVED_DATASETS):
         return "huggingface"
     found = _first_kinds(name for name, _ in walk_files(folder))
-    for kind in ("folder", "webdataset", "table"):
+    for kind in ("folder", "idx", "webdataset", "table"):
         if kind in found:
             return kind
-    raise SourceError(f"{folder} holds no image, no .tar and no table; {_ACCEPTED}")
+    raise SourceError(f"{folder} holds no image, no IDX file, no .tar and no table; {_ACCEPTED}")
 
 
 def _first_kinds(names: Iterable[str]) -> set[str]:
@@ -117,6 +122,8 @@ def _first_kinds(names: Iterable[str]) -> set[str]:
     for name in names:
         if has_suffix(name, IMAGE_SUFFIXES):
             return {"folder"}
+        if IDX_IMAGES.fullmatch(name):
+            found.add("idx")
         if has_suffix(name, TAR_SUFFIXES):
             found.add("webdataset")
         if has_suffix(name, TABLE_SUFFIXES):

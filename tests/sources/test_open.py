@@ -32,6 +32,8 @@ class OwnSource:
         ({"t.csv": "caption\nx"}, "", "table"),
         ({"t.csv": "caption\nx"}, "t.csv", "table"),
         ({"t.jsonl": '{"text": "x"}'}, "t.jsonl", "table"),
+        ({"a/train-images-idx3-ubyte.gz": b"", "t.csv": "caption\nx"}, "", "idx"),
+        ({"t10k-images.idx3-ubyte": b""}, "t10k-images.idx3-ubyte", "idx"),
         ({"prompts.txt": "x"}, "prompts.txt", "texts"),
         ({"captions.NPY": b""}, "captions.NPY", "texts"),
     ],
@@ -57,7 +59,7 @@ def test_a_path_is_written_down_as_absolute(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_path_where_nothing_is_says_what_is_accepted(tmp_path: Path) -> None:
     with pytest.raises(
-        PathError, match=r"nowhere.*folder of images.*\.parquet.*\.tar.*\.txt.*\.npy.*save_to_disk.*openmoji:"
+        PathError, match=r"nowhere.*folder of images.*\.parquet.*\.tar.*\.txt.*\.npy.*IDX.*save_to_disk.*openmoji:"
     ):
         open_source(tmp_path / "nowhere")
 
@@ -65,7 +67,9 @@ def test_a_path_where_nothing_is_says_what_is_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("files", "location"), [({"a.docx": b""}, "a.docx"), ({"a.docx": b""}, "")])
 def test_what_is_no_source_says_what_is_accepted(tmp_path: Path, files: dict[str, bytes], location: str) -> None:
     write(tmp_path, files)
-    with pytest.raises(SourceError, match=r"folder of images.*\.parquet.*\.tar.*\.txt.*\.npy.*save_to_disk.*openmoji:"):
+    with pytest.raises(
+        SourceError, match=r"folder of images.*\.parquet.*\.tar.*\.txt.*\.npy.*IDX.*save_to_disk.*openmoji:"
+    ):
         open_source(tmp_path / location)
 
 

@@ -2,11 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.sources import Source, TextItem, open_source, reopen_source
 from tests.sources.contract import SourceContract
-from tests.sources.files import COLOURS, jpeg, write_tar
+from tests.sources.files import COLOURS, encode, jpeg, write, write_tar
 
 
 def members(first: int, number: int) -> list[tuple[str, bytes | str]]:
@@ -44,6 +45,64 @@ class TestOneShard(SourceContract):
     @pytest.fixture
     def source(self, shards: Path) -> Source:
         return open_source(shards / "00001.tar")
+
+
+class TestClassificationSet(SourceContract):
+    """CLIP_benchmark's layout: shards of a split are numbered from 0, and so are their keys."""
+
+    has_texts = False
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(write_classes(tmp_path))
+
+
+def write_classes(folder: Path) -> Path:
+    write(folder, {"classnames.txt": "cat\ndog\n", "zeroshot_classification_templates.txt": "a photo of a {c}.\n"})
+    for split, labels in (("train", [1, 0]), ("test", [0])):
+        write(folder, {f"{split}/nshards.txt": "1"})
+        names = [(f"s{number:07d}", label) for number, label in enumerate(labels)]
+        members = [m for name, label in names for m in ((f"{name}.cls", str(label)), (f"{name}.webp", webp()))]
+        write_tar(folder / split / "0.tar", members)
+    return folder
+
+
+def webp() -> bytes:
+    return encode(Image.new("RGB", (20, 10), "red"), "WEBP")
+
+
+def test_a_classification_set_gives_labels_and_splits(tmp_path: Path) -> None:
+    samples = list(open_source(write_classes(tmp_path)).samples())
+    assert [(sample.key, dict(sample.columns)) for sample in samples] == [
+        ("test/s0000000", {"split": "test", "label": 0}),
+        ("train/s0000000", {"split": "train", "label": 1}),
+        ("train/s0000001", {"split": "train", "label": 0}),
+    ]
+
+
+def test_one_split_by_its_own_path_has_plain_keys(tmp_path: Path) -> None:
+    samples = list(open_source(write_classes(tmp_path) / "test").samples())
+    assert [(sample.key, dict(sample.columns)) for sample in samples] == [("s0000000", {"label": 0})]
+
+
+@pytest.mark.parametrize(("content", "label"), [("7", 7), (" 12\n", 12), ("-1", -1)])
+def test_a_cls_is_the_number_of_a_class(tmp_path: Path, content: str, label: int) -> None:
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg()), ("0.CLS", content)])
+    assert [dict(sample.columns) for sample in open_source(path).samples()] == [{"label": label}]
+
+
+@pytest.mark.parametrize("content", [b"cat", b"", b"0.5", b"1 2", b"\xff", b"9" * 5000])
+def test_a_cls_that_is_no_number_is_the_reason(tmp_path: Path, content: bytes) -> None:
+    path = write_tar(tmp_path / "x.tar", [("0.cls", content), ("0.jpg", jpeg()), ("1.cls", "3"), ("1.jpg", jpeg())])
+    first, second = open_source(path).samples()
+    assert "label" not in first.columns
+    assert str(first.columns["label_error"]).startswith("0.cls holds b'")
+    assert second.columns == {"label": 3}
+
+
+def test_a_label_in_the_json_comes_first(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("0.cls", "3"), ("0.jpg", jpeg()), ("0.json", '{"label": "cat", "w": 1}')])
+    assert [dict(sample.columns) for sample in open_source(path).samples()] == [{"label": "cat", "w": 1}]
 
 
 def test_a_sample_joins_the_files_of_one_name(shards: Path) -> None:

@@ -1,0 +1,159 @@
+import gzip
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from embedcache.arrays import Array
+from embedcache.errors import ItemError, PathError, SettingError, SourceError
+from embedcache.sources import ImageItem, Source, SourceSettings, open_source
+from embedcache.sources.media import decode_image
+from tests.sources.contract import SourceContract
+from tests.sources.files import write
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (7, 6, 5), np.uint8)
+LABELS = np.array([3, 1, 4, 1, 5, 9, 2], np.uint8)
+
+
+def idx(values: Array) -> bytes:
+    """Give an array of bytes as an IDX file."""
+    return struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
+
+
+def write_idx(folder: Path, *, suffix: str = "") -> Path:
+    """Write a set of 5 pictures, train, and one of 2, t10k."""
+    pack = gzip.compress if suffix else bytes
+    for name, rows in (("train", slice(0, 5)), ("t10k", slice(5, 7))):
+        write(folder, {f"{name}-images-idx3-ubyte{suffix}": pack(idx(PICTURES[rows]))})
+        write(folder, {f"{name}-labels-idx1-ubyte{suffix}": pack(idx(LABELS[rows]))})
+    return folder
+
+
+class TestPlain(SourceContract):
+    has_texts = False
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(f"idx:{write_idx(tmp_path)}")
+
+
+class TestGzipped(SourceContract):
+    has_texts = False
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(write_idx(tmp_path, suffix=".gz"))
+
+
+class TestOneFile(SourceContract):
+    has_texts = False
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(write_idx(tmp_path, suffix=".gz") / "t10k-images-idx3-ubyte.gz")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_samples_have_keys_splits_and_labels(tmp_path: Path, suffix: str) -> None:
+    samples = list(open_source(write_idx(tmp_path, suffix=suffix)).samples())
+    keys = ["t10k/00000", "t10k/00001", *(f"train/0000{row}" for row in range(5))]
+    assert [sample.key for sample in samples] == keys
+    assert [dict(sample.columns) for sample in samples] == [
+        *({"split": "test", "label": label} for label in (9, 2)),
+        *({"split": "train", "label": label} for label in (3, 1, 4, 1, 5)),
+    ]
+
+
+def test_the_pixels_are_those_of_the_file(tmp_path: Path) -> None:
+    source = open_source(write_idx(tmp_path, suffix=".gz"))
+    rows = [5, 6, 0, 1, 2, 3, 4]
+    for sample, row in zip(source.samples(), rows, strict=True):
+        data = source.read(sample.images[0])
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), PICTURES[row])
+        assert np.array_equal(np.asarray(decode_image(data))[..., 1], PICTURES[row])
+
+
+def test_one_file_is_its_set_alone(tmp_path: Path) -> None:
+    source = open_source(write_idx(tmp_path) / "train-images-idx3-ubyte")
+    assert [sample.key for sample in source.samples()] == [f"train/0000{row}" for row in range(5)]
+
+
+def test_folders_and_longer_names_are_part_of_the_set(tmp_path: Path) -> None:
+    write_idx(tmp_path / "raw")
+    for kind, dimensions in (("images", 3), ("labels", 1)):
+        for split in ("train", "extra"):
+            old = tmp_path / "raw" / f"train-{kind}-idx{dimensions}-ubyte"
+            write(tmp_path, {f"emnist-{split}-{kind}.idx{dimensions}-ubyte": old.read_bytes()})
+    found = {(s.key.rpartition("/")[0], s.columns.get("split")) for s in open_source(tmp_path).samples()}
+    assert found == {
+        ("emnist-train", "train"), ("emnist-extra", None), ("raw/train", "train"), ("raw/t10k", "test"),
+    }  # fmt: skip
+
+
+def test_a_set_that_is_there_twice_is_read_once(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    write_idx(tmp_path, suffix=".gz")
+    assert {s.images[0].path for s in open_source(tmp_path).samples()} == {
+        "train-images-idx3-ubyte", "t10k-images-idx3-ubyte",
+    }  # fmt: skip
+
+
+BROKEN = {
+    "another file": (b"not IDX at all", "begins with 6e 6f 74 20, expected 00 00 08 03"),
+    "empty": (b"", "begins with , expected"),
+    "labels": (idx(LABELS), "begins with 00 00 08 01, expected 00 00 08 03"),
+    "header cut short": (idx(PICTURES)[:9], "expected 00 00 08 03 and 3 lengths"),
+    "cut short": (idx(PICTURES[:5])[:-1], "header says 5 x 6 x 5 bytes, 149 follow"),
+    "too long": (idx(PICTURES[:5]) + b"x", "header says 5 x 6 x 5 bytes, 151 follow"),
+    "no pixels": (idx(PICTURES[:5, :0]), "header says 5 x 0 x 5 bytes"),
+    "other count": (idx(PICTURES[:4]), "holds 4 pictures and the file of its labels 5 labels"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_broken_file_is_named_with_the_reason(tmp_path: Path, case: str, suffix: str) -> None:
+    content, message = BROKEN[case]
+    name = f"train-images-idx3-ubyte{suffix}"
+    write(write_idx(tmp_path, suffix=suffix), {name: gzip.compress(content) if suffix else content})
+    with pytest.raises(SourceError, match=f"train-images-idx3-ubyte{suffix} .*{message}"):
+        list(open_source(tmp_path).samples())
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40])
+def test_damaged_gzip_is_named(tmp_path: Path, keep: int) -> None:
+    path = write_idx(tmp_path, suffix=".gz") / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(SourceError, match=r"t10k-images-idx3-ubyte\.gz"):
+        list(open_source(tmp_path).samples())
+
+
+def test_missing_labels_are_named(tmp_path: Path) -> None:
+    write_idx(tmp_path, suffix=".gz")
+    (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(SourceError, match=r"no labels beside it: train-labels-idx1-ubyte or .*\.gz is missing"):
+        list(open_source(tmp_path).samples())
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="nowhere"):
+        open_source(f"idx:{tmp_path / 'nowhere'}")
+    with pytest.raises(SourceError, match="holds no file of pictures such as train-images-idx3-ubyte"):
+        open_source(f"idx:{tmp_path}")
+    with pytest.raises(SourceError, match="not named as a file of pictures"):
+        open_source(f"idx:{write_idx(tmp_path) / 'train-labels-idx1-ubyte'}")
+    with pytest.raises(SettingError, match="idx source has no setting 'key_column'"):
+        open_source(tmp_path, settings=SourceSettings(key_column="x"))
+
+
+def test_a_picture_that_is_not_there_is_a_reason(tmp_path: Path) -> None:
+    source = open_source(write_idx(tmp_path))
+    with pytest.raises(ItemError, match="has no picture 5, but 5"):
+        source.read(ImageItem(path="train-images-idx3-ubyte", offset=5))
+    (tmp_path / "train-images-idx3-ubyte").unlink()
+    again = open_source(tmp_path)
+    with pytest.raises(ItemError, match="no such file"):
+        again.read(ImageItem(path="train-images-idx3-ubyte"))
