@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from embedcache.cache.cache import Cache
+from embedcache.cache.splitting import SplitSettings
 from embedcache.errors import CorruptError, FingerprintError, SettingError
 from embedcache.evaluate.gallery import draw_examples
 from embedcache.evaluate.report import format_estimate, retrieval_json, retrieval_rows
@@ -15,7 +16,7 @@ from embedcache.extract.extract import extract
 from embedcache.metrics.intervals import Estimate
 from embedcache.projectors.saved import load_pair
 from embedcache.sources import open_source
-from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
