@@ -10,7 +10,7 @@ disk that all tokens take. A model hub is needed for the default encoders; name 
 import argparse
 from pathlib import Path
 
-from embedcache.cache.splitting import SplitSettings
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.cli.console import open_progress, say, show_table
 from embedcache.curate.index import build_index
 from embedcache.encoders.contract import EncoderSettings

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from embedcache.artifact import peak_memory_bytes, write_json
 from embedcache.cache.cache import Cache
-from embedcache.cache.splitting import SplitSettings
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.curate.index import build_index
 from embedcache.curate.search import Hit, search
 from embedcache.evaluate.report import retrieval_json

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
-from embedcache.cache.splitting import SplitSettings
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.errors import SettingError
 
 Start: TypeAlias = Literal["cca", "csa", "procrustes", "ridge", "random"]

@@ -8,7 +8,7 @@ import pytest
 from embedcache.arrays import normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.split import PARTS, Split, read_split, write_split
-from embedcache.cache.splitting import SplitSettings, make_split
+from embedcache.cache.split_settings import SplitSettings, make_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source

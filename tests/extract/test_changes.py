@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from embedcache.cache.cache import Cache
-from embedcache.cache.splitting import SplitSettings
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.cache.tables import read_table
 from embedcache.curate.index import build_index
 from embedcache.curate.search import search
