@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binom
+from scipy.stats import binom, t
 
 from embedcache.arrays import Array, Ints
 from embedcache.errors import DataError
@@ -122,3 +122,28 @@ def chance_estimate(share: float, num_queries: int) -> Estimate:
     """
     low, high = binom.ppf([0.025, 0.975], num_queries, share) / num_queries
     return Estimate(share, float(low), float(high))
+
+
+def jackknife(values: Array, sizes: Ints) -> Estimate:
+    """Give a figure with a 95 % interval from leaving out each of some blocks of rows in turn.
+
+    Where a figure compares rows with each other, drawing rows with replacement would make each draw compare rows with
+    copies of themselves; leaving rows out does not. "Delete-m jackknife for unequal m" (Statistics and Computing
+    1999), with Student's t of one degree of freedom less than there are blocks.
+
+    Args:
+        values: (1 + G,) the figure of all rows, then without each block.
+        sizes: (G,) rows of each block; all rows are in one.
+
+    Raises:
+        DataError: fewer than two blocks.
+    """
+    value, without_G = float(values[0]), values[1:]
+    num_blocks = len(without_G)
+    if num_blocks < 2:
+        raise DataError(f"{num_blocks} blocks are too few to see how a figure varies; at least 2 are needed")
+    ratio_G = sizes.sum() / sizes
+    pseudo_G = ratio_G * value - (ratio_G - 1) * without_G
+    mean = num_blocks * value - ((1 - 1 / ratio_G) * without_G).sum()
+    reach = float(t.ppf(0.975, num_blocks - 1) * np.sqrt(np.mean((pseudo_G - mean) ** 2 / (ratio_G - 1))))
+    return Estimate(value, value - reach, value + reach)

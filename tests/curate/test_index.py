@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from embedcache.cache.split_settings import SplitSettings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair, project
 from embedcache.sources import open_source
-from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.evaluate.test_retrieval import train_run
 from tests.pictures import write_pictures

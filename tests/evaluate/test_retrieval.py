@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from embedcache.cache.split_settings import SplitSettings
 
 from embedcache.cache.cache import Cache
 from embedcache.errors import CorruptError, FingerprintError, SettingError
@@ -15,7 +16,7 @@ from embedcache.evaluate.runs import load_runs, recipes
 from embedcache.extract.extract import extract
 from embedcache.metrics.intervals import Estimate
 from embedcache.sources import open_source
-from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT

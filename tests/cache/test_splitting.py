@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from embedcache.cache.split_settings import SplitSettings, make_split
 
 from embedcache.arrays import normalize
 from embedcache.cache.cache import Cache
@@ -12,8 +13,6 @@ from embedcache.errors import DataError, PathError, SettingError, SourceError, U
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.train.data import open_data
-from embedcache.train.settings import SplitSettings
-from embedcache.train.split import make_split
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 
