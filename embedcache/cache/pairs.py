@@ -97,9 +97,7 @@ def pair_items(
         UnknownNameError: no caption is of that language.
         DataError: no sample has both.
     """
-    for side in (*images, *texts):
-        side.require_complete()
-    image_items, text_items = _items(caches, images), _items(caches, texts)
+    image_items, text_items = items_of(caches, images), items_of(caches, texts)
     if language is not None:
         text_items = text_items.where(_is_language(caches, language)[text_items.rows])
     both = np.intersect1d(image_items.samples, text_items.samples)
@@ -129,7 +127,18 @@ def _where(matrix: csr_array) -> tuple[Ints, Ints]:
     return rows[order].astype(np.int64), columns[order].astype(np.int64)
 
 
-def _items(caches: Sequence[Cache], sides: Sequence[SideFeature]) -> Items:
+def items_of(caches: Sequence[Cache], sides: Sequence[SideFeature]) -> Items:
+    """Get the usable items of one modality of caches. Rows and samples are counted on from cache to cache.
+
+    Args:
+        caches: the caches.
+        sides: a finished side of each.
+
+    Raises:
+        UnfinishedError: a feature has uncommitted chunks.
+    """
+    for side in sides:
+        side.require_complete()
     samples, num_before = [], 0
     for cache, side in zip(caches, sides, strict=True):
         found = cache.items(side.modality)["sample"].to_numpy()

@@ -70,6 +70,11 @@ class Overlap:
         return {**asdict(self), "not_compared": list(self.not_compared)}
 
 
+def worst(overlaps: Sequence[Overlap]) -> Overlap | None:
+    """Find the largest overlap of some runs."""
+    return max(overlaps, key=lambda found: (found.exact, found.near), default=None)
+
+
 def find_overlap(run: Run, held: Mapping[str, Looked], *, trained_on: Sequence[Path | str] = ()) -> Overlap:
     """Compare measured items with those that a run was trained on.
 

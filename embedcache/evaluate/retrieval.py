@@ -11,7 +11,7 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.pairs import Pairs, pair_items
 from embedcache.errors import DataError
 from embedcache.evaluate.held import Looked, held_out
-from embedcache.evaluate.overlap import Overlap, find_overlap
+from embedcache.evaluate.overlap import Overlap, find_overlap, worst
 from embedcache.evaluate.runs import Run, load_runs, trained_side
 from embedcache.metrics.intervals import Estimate, bootstrap_means, bootstrap_median, chance_estimate
 from embedcache.metrics.ranks import average_precisions, chance_recall, first_ranks, negatives_before
@@ -96,7 +96,7 @@ class RetrievalReport:
     @property
     def overlap(self) -> Overlap | None:
         """The worst of any run's."""
-        return max(self.overlaps, key=lambda found: (found.exact, found.near), default=None)
+        return worst(self.overlaps)
 
     @property
     def warning(self) -> str | None:

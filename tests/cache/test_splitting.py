@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embedcache.cache.split_settings import SplitSettings, make_split
 
 from embedcache.arrays import normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.split import PARTS, Split, read_split, write_split
+from embedcache.cache.split_settings import SplitSettings
+from embedcache.cache.splitting import make_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source

@@ -2,7 +2,7 @@
 
 import typer
 
-from embedcache.cli.evaluate import retrieval
+from embedcache.cli.evaluate import retrieval, zero_shot
 
 app = typer.Typer(help="Measure from the cache alone.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -13,3 +13,4 @@ def evaluate() -> None:
 
 
 app.command(name="retrieval")(retrieval.retrieval)
+app.command(name="zero-shot")(zero_shot.zero_shot)
