@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Array, Ints
+from embedcache.arrays import Array, Bools, Ints
 from embedcache.cache.cache import Cache
 from embedcache.errors import DataError
 from embedcache.registry import unknown_name
@@ -30,6 +30,19 @@ class Labels:
 
     names: list[str]
     numbers: Ints
+
+
+def has_label(cache: Cache, samples: Ints, *, column: str = "label") -> Bools:
+    """Say of each of some samples whether it has a label: (M,) bool.
+
+    Raises:
+        UnknownNameError: the cache has no such column.
+    """
+    _require_column(cache, column)
+    is_there: Bools = (
+        cache.samples[column].combine_chunks().take(pa.array(samples)).is_valid().to_numpy(zero_copy_only=False)
+    )
+    return is_there
 
 
 def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: Sequence[str] | None = None) -> Labels:
@@ -64,10 +77,7 @@ def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: 
 
 def _distinct(cache: Cache, samples: Ints, column: str, place: str) -> tuple[list[Label], Ints]:
     """Read the labels: each that there is, and (M,) which of them each sample has."""
-    if column not in cache.columns:
-        has = [name for name in cache.columns if name != "key"]
-        hint = "a folder of class folders gives its samples the column 'label'"
-        raise unknown_name(f"column of samples of {cache.path}", column, has, hint=hint)
+    _require_column(cache, column)
     values = cache.samples[column].combine_chunks().take(pa.array(samples))
     if values.null_count:
         first = cache.samples["key"][int(samples[np.flatnonzero(values.is_null())[0]])].as_py()
@@ -82,6 +92,13 @@ def _distinct(cache: Cache, samples: Ints, column: str, place: str) -> tuple[lis
     encoded = values.dictionary_encode()
     which_M: Array = encoded.indices.to_numpy(zero_copy_only=False)
     return encoded.dictionary.to_pylist(), which_M.astype(np.int64)
+
+
+def _require_column(cache: Cache, column: str) -> None:
+    if column not in cache.columns:
+        has = [name for name in cache.columns if name != "key"]
+        hint = "a folder of class folders gives its samples the column 'label'"
+        raise unknown_name(f"column of samples of {cache.path}", column, has, hint=hint)
 
 
 def _numbers(found: Sequence[Label], classes: Sequence[str], place: str) -> dict[Label, int]:
