@@ -31,6 +31,7 @@ def write_retrieval(path: Path, cache: Cache, reports: Mapping[str, RetrievalRep
     first = next(iter(reports.values()))
     write_evaluation(
         path,
+        cache,
         title="Image-text retrieval",
         lead=f"{cache.path.name}, {first.line()}.",
         warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],

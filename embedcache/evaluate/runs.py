@@ -72,8 +72,9 @@ def named_recipes(
     """Go through recipes, then those of controls: a name, its seeds, and whether it is a control."""
     for name, paths in recipes(run_paths).items():
         yield name, paths, False
-    for name, paths in recipes(control_paths).items():
-        yield f"shuffled pairs, {name}", paths, True
+    controls = recipes(control_paths)
+    for name, paths in controls.items():
+        yield "shuffled pairs" if len(controls) == 1 else f"shuffled pairs, {name}", paths, True
 
 
 def trained_side(cache: Cache, config: PairConfig, modality: str) -> SideFeature:

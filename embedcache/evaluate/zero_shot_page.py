@@ -31,6 +31,7 @@ def write_zero_shot(
     bars = {name: report.accuracies["acc1"] for name, report in reports.items()}
     write_evaluation(
         path,
+        cache,
         title="Zero-shot classification",
         lead=f"{cache.path.name}, {first.line()}.",
         warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],
