@@ -47,6 +47,33 @@ def bootstrap_mean(values: Array, clusters: Ints | None = None, *, num_draws: in
     return Estimate(float(values.mean()), float(low), float(high))
 
 
+def bootstrap_runs(values_RM: Array, clusters: Ints, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
+    """Mean of several runs on the same items, with a 95 % percentile interval from resampling both runs and clusters.
+
+    Args:
+        values_RM: (R, M) float or bool, a row a run.
+        clusters: (M,) int, which cluster each item belongs to; those of one are drawn together.
+        num_draws: how many resamples.
+        seed: of the resampling.
+
+    Raises:
+        DataError: there is no value.
+    """
+    if not values_RM.size:
+        raise DataError("no value to take a mean of")
+    _, cluster_M = np.unique(clusters, return_inverse=True)
+    sum_RG = np.stack([np.bincount(cluster_M, weights=row.astype(np.float64)) for row in values_RM])
+    count_G = np.bincount(cluster_M)
+    rng = np.random.default_rng(seed)
+    means = np.empty(num_draws)
+    for draw in range(num_draws):
+        times_G = np.bincount(rng.integers(len(count_G), size=len(count_G)), minlength=len(count_G))
+        mean_R = sum_RG @ times_G / (count_G @ times_G)
+        means[draw] = mean_R[rng.integers(len(mean_R), size=len(mean_R))].mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(values_RM.mean()), float(low), float(high))
+
+
 def chance_estimate(share: float, num_queries: int) -> Estimate:
     """Give what chance is expected to reach, and where 95 % of such draws lie.
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from embedcache.cli.evaluate import retrieval
+from embedcache.cli.evaluate import probe, retrieval
 
 app = typer.Typer(help="Measure from the cache alone.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -12,4 +12,5 @@ def evaluate() -> None:
     """Measure from the cache alone: no encoder runs."""
 
 
+app.command(name="probe")(probe.probe)
 app.command(name="retrieval")(retrieval.retrieval)
