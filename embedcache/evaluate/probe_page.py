@@ -36,6 +36,7 @@ def write_probe(path: Path, report: ProbeReport) -> None:
 
 def _accuracy(report: ProbeReport) -> Section:
     notes = [f"{score.method}: {_about(score.method)}" for score in report.scores]
+    notes.append("Vectors have length 1; for what is linear they are then centred, and divided by one number.")
     if report.controls:
         notes.append("Labels shuffled: fitted the same way on training labels in random order; it must end at chance.")
     return Section(title="Accuracy on the test items", notes=notes, table=score_rows(report), figures=[_bars(report)])
@@ -68,7 +69,7 @@ def _classes(report: ProbeReport) -> Section:
     some = f"The {len(shown)} of {(count_C > 0).sum():,} classes" if len(shown) < (count_C > 0).sum() else "All classes"
     return Section(
         title="Each class",
-        notes=[f"{some}, those first of which {best.method} gets the fewest right."],
+        notes=[f"{some}, the hardest for {best.method} first."],
         table=(columns, rows),
         figures=[_class_bars([data.names[c] for c in shown], best.recalls[shown].tolist(), best)],
     )
