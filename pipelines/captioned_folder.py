@@ -10,6 +10,7 @@ disk that all tokens take. A model hub is needed for the default encoders; name 
 import argparse
 from pathlib import Path
 
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.cli.console import open_progress, say, show_table
 from embedcache.curate.index import build_index
 from embedcache.encoders.contract import EncoderSettings
@@ -18,7 +19,7 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
-from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 
 IMAGE = "timm:vit_large_patch14_dinov2.lvd142m"  # 1,024 wide

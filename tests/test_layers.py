@@ -35,6 +35,7 @@ DOORS = {
     "transformers": {"encoders"},
     "sentence_transformers": {"encoders"},
     "open_clip": {"encoders"},
+    "clip_benchmark": {"exchange", "sources"},
     "onnxruntime": {"encoders"},
     "efficientnet_lite_pytorch": {"encoders"},
     "typer": {"cli"},

@@ -97,9 +97,7 @@ def pair_items(
         UnknownNameError: no caption is of that language.
         DataError: no sample has both.
     """
-    for side in (*images, *texts):
-        side.require_complete()
-    image_items, text_items = usable_items(caches, images), usable_items(caches, texts)
+    image_items, text_items = items_of(caches, images), items_of(caches, texts)
     if language is not None:
         text_items = text_items.where(_is_language(caches, language)[text_items.rows])
     both = np.intersect1d(image_items.samples, text_items.samples)
@@ -109,28 +107,6 @@ def pair_items(
             f"{texts[0].name}"
         )
     return Pairs(image=image_items.of(both), text=text_items.of(both))
-
-
-def usable_items(caches: Sequence[Cache], sides: Sequence[SideFeature]) -> Items:
-    """Get the items that have a feature. Rows and samples are counted on from cache to cache.
-
-    Args:
-        caches: the caches.
-        sides: a finished side of each.
-
-    Raises:
-        DataError: a feature has other rows than the cache has items.
-    """
-    samples, num_before = [], 0
-    for cache, side in zip(caches, sides, strict=True):
-        found = cache.items(side.modality)["sample"].to_numpy()
-        if len(found) != side.num_items:
-            raise DataError(f"feature {side.name} has {side.num_items} rows, its items table has {len(found)}")
-        samples.append(found + num_before)
-        num_before += cache.info.num_samples
-    rows = np.flatnonzero(np.concatenate([side.valid for side in sides]))
-    contents = number_equal([value for side in sides for value in side.hashes])
-    return Items(rows=rows, samples=np.concatenate(samples)[rows], contents=contents[rows])
 
 
 def name_caches(caches: Sequence[Cache]) -> str:
@@ -149,6 +125,30 @@ def _where(matrix: csr_array) -> tuple[Ints, Ints]:
     rows, columns = matrix.nonzero()
     order = np.lexsort((columns, rows))
     return rows[order].astype(np.int64), columns[order].astype(np.int64)
+
+
+def items_of(caches: Sequence[Cache], sides: Sequence[SideFeature]) -> Items:
+    """Get the usable items of one modality of caches. Rows and samples are counted on from cache to cache.
+
+    Args:
+        caches: the caches.
+        sides: a finished side of each.
+
+    Raises:
+        UnfinishedError: a feature has uncommitted chunks.
+    """
+    for side in sides:
+        side.require_complete()
+    samples, num_before = [], 0
+    for cache, side in zip(caches, sides, strict=True):
+        found = cache.items(side.modality)["sample"].to_numpy()
+        if len(found) != side.num_items:
+            raise DataError(f"feature {side.name} has {side.num_items} rows, its items table has {len(found)}")
+        samples.append(found + num_before)
+        num_before += cache.info.num_samples
+    rows = np.flatnonzero(np.concatenate([side.valid for side in sides]))
+    contents = number_equal([value for side in sides for value in side.hashes])
+    return Items(rows=rows, samples=np.concatenate(samples)[rows], contents=contents[rows])
 
 
 def number_equal(values: Sequence[Any]) -> Ints:

@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.train.settings import (
     LossSettings,
     MachineSettings,
     ModelSettings,
     OptimizerSettings,
-    SplitSettings,
     TrainSettings,
 )
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.cache.cache import Cache
-from embedcache.cache.pairs import Items, usable_items
+from embedcache.cache.pairs import Items, items_of
 from embedcache.cache.parts import PART_NAMES, take_groups
 from embedcache.cache.side import SideFeature, mean_vectors, open_side
 from embedcache.cache.split import PARTS
@@ -83,7 +83,7 @@ def read_labelled(
     """
     side = open_side(cache, modality, name)
     side.require_complete()
-    items = usable_items([cache], [side])
+    items = items_of([cache], [side])
     part_S, cut = _parts(cache, items, part, seed)
     parts = part_S[items.samples]
     kept = items.where(parts != "")

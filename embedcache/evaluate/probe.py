@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Bools, Floats, Ints, blocks
+from embedcache.arrays import Array, Ints, blocks
 from embedcache.cache.cache import Cache
 from embedcache.errors import SettingError
 from embedcache.evaluate.classifiers import METHODS, Examples, Fit, Fitted
 from embedcache.evaluate.labelled import HeldOut, Labelled, name_some, read_labelled
-from embedcache.metrics.intervals import Estimate, bootstrap_mean, bootstrap_runs
+from embedcache.metrics.classes import class_means, ranks_of
+from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
 from embedcache.progress import Progress, Silent
 
 _TOP = 5
@@ -60,6 +61,7 @@ class Score:
         method: its name.
         accuracy: share whose best class is right, with a 95 % interval from resampling the samples.
         top5: share whose class is among the best five; None where there are no more than five.
+        mean_per_class: mean of `recalls` over the classes that have test items, with its interval.
         recalls: (C,) float64, share of each class's test items that are right; NaN where it has none.
         chosen: what was chosen on validation.
     """
@@ -67,13 +69,9 @@ class Score:
     method: str
     accuracy: Estimate
     top5: float | None
-    recalls: Floats
+    mean_per_class: Estimate
+    recalls: Array
     chosen: Mapping[str, Any]
-
-    @property
-    def mean_per_class(self) -> float:
-        """Mean over the classes that have test items."""
-        return float(np.nanmean(self.recalls))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,17 +195,12 @@ def evaluate_probe(
     return report
 
 
-def ranks_of(fitted: Fitted, test: Examples) -> Ints:
-    """Rank each item's class among all by its score, 1 is the best: (Q,) int64.
-
-    A class that ties with the right one counts as ranked before it. Memory: the scores of 8,192 items.
-    """
-    ranks_Q = np.empty(len(test.labels), np.int64)
-    for block in blocks(len(test.labels), _BLOCK):
-        scores_BC = fitted.scores(test.vectors[block])
-        right_B1 = np.take_along_axis(scores_BC, test.labels[block, None], axis=1)
-        ranks_Q[block] = (scores_BC >= right_B1).sum(axis=1)
-    return ranks_Q
+def _ranks(fitted: Fitted, test: Examples) -> Ints:
+    """Rank each item's class among all by its score: (Q,) int64. Memory: the scores of 8,192 items."""
+    found = [
+        ranks_of(fitted.scores(test.vectors[block]), test.labels[block]) for block in blocks(len(test.labels), _BLOCK)
+    ]
+    return np.concatenate(found)
 
 
 def _score(name: str, fit: Fit, data: Labelled, labels: Ints, progress: Progress) -> Score:
@@ -215,23 +208,17 @@ def _score(name: str, fit: Fit, data: Labelled, labels: Ints, progress: Progress
     taught = Examples(vectors=data.examples.vectors, labels=labels)
     fitted = fit(taught.take(data.rows("train")), taught.take(data.rows("val")), len(data.names))
     rows = data.rows("test")
-    test = data.examples.take(rows)
-    ranks_Q = ranks_of(fitted, test)
+    test, clusters = data.examples.take(rows), data.items.samples[rows]
+    ranks_Q = _ranks(fitted, test)
     progress.advance(1)
     return Score(
         method=name,
-        accuracy=bootstrap_mean(ranks_Q == 1, data.items.samples[rows]),
+        accuracy=bootstrap_mean(ranks_Q == 1, clusters),
         top5=float(np.mean(ranks_Q <= _TOP)) if len(data.names) > _TOP else None,
-        recalls=_recalls(ranks_Q == 1, test.labels, len(data.names)),
+        mean_per_class=bootstrap_class_mean(ranks_Q == 1, test.labels, clusters),
+        recalls=class_means(ranks_Q == 1, test.labels, len(data.names)),
         chosen=fitted.chosen,
     )
-
-
-def _recalls(is_right_Q: Bools, labels_Q: Ints, num_classes: int) -> Floats:
-    count_C = np.bincount(labels_Q, minlength=num_classes)
-    right_C = np.bincount(labels_Q, weights=is_right_Q, minlength=num_classes)
-    recall_C: Floats = np.where(count_C > 0, right_C / np.maximum(count_C, 1), np.nan)
-    return recall_C
 
 
 def _few_shot(name: str, fit: Fit, data: Labelled, shots: int, settings: ProbeSettings, progress: Progress) -> FewShot:
@@ -240,7 +227,7 @@ def _few_shot(name: str, fit: Fit, data: Labelled, shots: int, settings: ProbeSe
     is_right_RQ = np.empty((settings.num_draws, len(rows)), bool)
     for draw in range(settings.num_draws):
         drawn = draw_shots(data.examples.labels, data.rows("train"), shots, seed=(settings.seed, draw))
-        is_right_RQ[draw] = ranks_of(fit(data.examples.take(drawn), None, len(data.names)), test) == 1
+        is_right_RQ[draw] = _ranks(fit(data.examples.take(drawn), None, len(data.names)), test) == 1
         progress.advance(1)
     return FewShot(method=name, shots=shots, accuracy=bootstrap_runs(is_right_RQ, data.items.samples[rows]))
 

@@ -1,19 +1,17 @@
 """A probe as a page: accuracies beside chance, the few-shot curve, and each class."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from embedcache.arrays import Ints
 from embedcache.evaluate.classifiers import METHODS
 from embedcache.evaluate.page import Section, write_evaluation
-from embedcache.evaluate.probe import ProbeReport, Score
+from embedcache.evaluate.plots import accuracy_bars, class_bars
+from embedcache.evaluate.probe import ProbeReport
 from embedcache.evaluate.probe_report import few_shot_rows, score_rows, share
-from embedcache.pages.figures import COLOURS, GRID, INK, SOFT, label, svg
+from embedcache.pages.figures import COLOURS, GRID, INK, label, svg
 
 _MOST_CLASSES = 40
 
@@ -39,7 +37,10 @@ def _accuracy(report: ProbeReport) -> Section:
     notes.append("Vectors have length 1; for what is linear they are then centred, and divided by one number.")
     if report.controls:
         notes.append("Labels shuffled: fitted the same way on training labels in random order; it must end at chance.")
-    return Section(title="Accuracy on the test items", notes=notes, table=score_rows(report), figures=[_bars(report)])
+    rows = {score.method: score.accuracy for score in report.scores}
+    rows |= {f"{score.method}, labels shuffled": score.accuracy for score in report.controls}
+    figure = accuracy_bars(rows, chance=max(report.majority, report.uniform))
+    return Section(title="Accuracy on the test items", notes=notes, table=score_rows(report), figures=[figure])
 
 
 def _about(method: str) -> str:
@@ -58,61 +59,20 @@ def _few_shots(report: ProbeReport) -> Section:
 
 
 def _classes(report: ProbeReport) -> Section:
-    best = max(report.scores, key=lambda score: score.accuracy.value)
-    data = report.labelled
+    best, data = max(report.scores, key=lambda score: score.accuracy.value), report.labelled
     count_C = np.bincount(data.examples.labels[data.rows("test")], minlength=len(data.names))
-    shown = _worst(best, count_C)
+    hardest = [c for c in np.argsort(best.recalls, kind="stable") if count_C[c]]
+    shown = hardest[:_MOST_CLASSES]
     rows = [
         [data.names[c], f"{count_C[c]:,}", *(share(float(score.recalls[c])) for score in report.scores)] for c in shown
     ]
-    columns = ["", "test items", *(score.method for score in report.scores)]
-    some = f"The {len(shown)} of {(count_C > 0).sum():,} classes" if len(shown) < (count_C > 0).sum() else "All classes"
+    some = f"The {len(shown)} of {len(hardest):,} classes that are" if len(shown) < len(hardest) else "All classes,"
     return Section(
         title="Each class",
-        notes=[f"{some}, the hardest for {best.method} first."],
-        table=(columns, rows),
-        figures=[_class_bars([data.names[c] for c in shown], best.recalls[shown].tolist(), best)],
+        notes=[f"{some} hardest for {best.method} first; the figure is of {best.method}."],
+        table=(["", "test items", *(score.method for score in report.scores)], rows),
+        figures=[class_bars(data.names, best.recalls, chance=max(report.majority, report.uniform))],
     )
-
-
-def _worst(score: Score, count_C: Ints) -> Ints:
-    """Get the classes with the lowest recall, lowest first; those without a test item are left out."""
-    order = np.argsort(score.recalls, kind="stable")
-    worst: Ints = order[count_C[order] > 0][:_MOST_CLASSES]
-    return worst
-
-
-def _bars(report: ProbeReport) -> str:
-    """Draw each accuracy with its interval, and where chance lies."""
-    scores = [(score.method, score, COLOURS[0]) for score in report.scores]
-    scores += [(f"{score.method}, shuffled", score, SOFT) for score in report.controls]
-    figure = Figure(figsize=(9, 1 + 0.36 * len(scores)), layout="constrained")
-    axes = figure.subplots()
-    for position, (_, score, colour) in enumerate(scores):
-        estimate = score.accuracy
-        axes.barh(position, estimate.value, color=colour, height=0.6)
-        axes.plot([estimate.low, estimate.high], [position, position], color=INK, linewidth=1.5)
-    axes.axvline(max(report.majority, report.uniform), color=INK, linestyle=":", linewidth=1)
-    _finish(axes, [name for name, _, _ in scores], "top-1 accuracy; line: 95 % interval; dots: chance")
-    return svg(figure)
-
-
-def _class_bars(names: Sequence[str], recalls: Sequence[float], score: Score) -> str:
-    figure = Figure(figsize=(9, 1 + 0.24 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(range(len(names)), recalls, color=COLOURS[0], height=0.6)
-    axes.axvline(score.mean_per_class, color=INK, linestyle=":", linewidth=1)
-    _finish(axes, names, f"share of the class's test items that {score.method} gets right; dots: mean of all classes")
-    return svg(figure)
-
-
-def _finish(axes: Any, names: Sequence[str], what: str) -> None:
-    axes.set_yticks(range(len(names)), [name if len(name) <= 32 else name[:31] + "…" for name in names])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.grid(axis="x", color=GRID)
-    axes.set_axisbelow(True)
-    label(axes, what)
 
 
 def _curve(report: ProbeReport) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Floats
+from embedcache.arrays import Array
 from embedcache.evaluate.probe import FewShot, ProbeReport, Score
 from embedcache.evaluate.report import format_estimate
 from embedcache.metrics.intervals import Estimate
@@ -18,7 +18,7 @@ _PREFIXES = {"logistic": "lp"}  # as CLIP_benchmark names those of its linear pr
 
 def score_rows(report: ProbeReport) -> Rows:
     """Lay the figures out as a table: a row a method, a row a control, and two of what no feature reaches."""
-    columns = ["", "top-1 [95 %]", "top-5", "mean per class", "chosen on validation"]
+    columns = ["", "top-1 [95 %]", "top-5", "mean per class [95 %]", "chosen on validation"]
     return columns, [
         *[_cells(score, score.method) for score in report.scores],
         *[_cells(score, f"{score.method}, labels shuffled") for score in report.controls],
@@ -66,8 +66,8 @@ def share(value: float | None) -> str:
 def _cells(score: Score, name: str) -> list[str]:
     about = {"C": "C = {:g}", "shrinkage": "shrinkage {:g}"}
     chosen = [text.format(score.chosen[key]) for key, text in about.items() if key in score.chosen]
-    accuracy = format_estimate(score.accuracy)
-    return [name, accuracy, share(score.top5), share(score.mean_per_class), ", ".join(chosen)]
+    accuracy, by_class = format_estimate(score.accuracy), format_estimate(score.mean_per_class)
+    return [name, accuracy, share(score.top5), by_class, ", ".join(chosen)]
 
 
 def _metrics(score: Score) -> dict[str, float | None]:
@@ -75,7 +75,7 @@ def _metrics(score: Score) -> dict[str, float | None]:
     return {
         f"{prefix}_acc1": _round(score.accuracy.value),
         f"{prefix}_acc5": None if score.top5 is None else _round(score.top5),
-        f"{prefix}_mean_per_class_recall": _round(score.mean_per_class),
+        f"{prefix}_mean_per_class_recall": _round(score.mean_per_class.value),
     }
 
 
@@ -107,13 +107,14 @@ def _score_json(score: Score, names: Sequence[str]) -> dict[str, Any]:
     return {
         **_estimate_json(score.accuracy),
         "acc5": None if score.top5 is None else _round(score.top5),
-        "mean_per_class_recall": _round(score.mean_per_class),
+        "mean_per_class_recall": _round(score.mean_per_class.value),
+        "mean_per_class_interval": [_round(score.mean_per_class.low), _round(score.mean_per_class.high)],
         "chosen": dict(score.chosen),
         "recall": _recalls_json(score.recalls, names),
     }
 
 
-def _recalls_json(recalls_C: Floats, names: Sequence[str]) -> dict[str, float | None]:
+def _recalls_json(recalls_C: Array, names: Sequence[str]) -> dict[str, float | None]:
     return {
         name: None if np.isnan(recall) else _round(recall)
         for name, recall in zip(names, recalls_C.tolist(), strict=True)

@@ -3,24 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Floats, Ints
-from embedcache.artifact import check_same, digest_file
+from embedcache.arrays import Array, Floats, Ints
 from embedcache.cache.cache import Cache
 from embedcache.cache.pairs import Pairs, pair_items
-from embedcache.cache.side import SideFeature, open_side
-from embedcache.cache.split import Split, read_split
-from embedcache.errors import CorruptError, DataError, FingerprintError, SettingError
-from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate
-from embedcache.metrics.ranks import best_ranks, chance_recall
-from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project, split_path
+from embedcache.errors import DataError
+from embedcache.evaluate.held import Looked, held_out
+from embedcache.evaluate.overlap import Overlap, find_overlap, worst
+from embedcache.evaluate.runs import Run, load_runs, trained_side
+from embedcache.metrics.intervals import Estimate, bootstrap_means, bootstrap_median, chance_estimate
+from embedcache.metrics.ranks import average_precisions, chance_recall, first_ranks, negatives_before
+from embedcache.projectors.saved import project
 
 KS = (1, 5, 10)
 WAYS = ("i2t", "t2i")
+_MOST_K = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +28,31 @@ class Ranking:
 
     Args:
         seed: of the run.
+        part: what was measured.
         pairs: the items of the part.
         groups: (S,) int64, a number for each sample of the cache; near-duplicates share one.
         images: (I, P) float32, rows of length 1, in the order of `pairs.image`.
         texts: (T, P) alike, of `pairs.text`.
         positives: two (M,) arrays: image i and text j of each positive pair.
         ranks: `i2t` (I,) and `t2i` (T,): rank of the best positive among all candidates, 1 is the top.
-        overlap: samples of the part whose image or caption is also, byte for byte, in the training part.
+        precisions: alike, the average precision of each query.
+        overlap: with the training part; None where it was not asked for.
     """
 
     seed: int
+    part: str
     pairs: Pairs
     groups: Ints
     images: Floats
     texts: Floats
     positives: tuple[Ints, Ints]
     ranks: dict[str, Ints]
-    overlap: int
+    precisions: dict[str, Array]
+    overlap: Overlap | None
+
+    def queries(self, way: str) -> Ints:
+        """Get the sample of each query."""
+        return (self.pairs.image if way == "i2t" else self.pairs.text).samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,191 +60,172 @@ class RetrievalReport:
     """Recalls of one or several runs, with what chance gives on the same items.
 
     Args:
-        part: which part of the split.
+        part: what was measured.
+        language: of the captions; None is all.
         recalls: way -> `r@k` -> mean over runs and queries, with a 95 % interval from resampling the split's groups.
-        chance: alike, of a random order: its expectation, and where 95 % of random orders lie.
+        orders: way -> `map`, the mean average precision, and `median_rank`, alike.
+        curves: way -> the recalls at k of 1, 2, … up to 100 or all candidates, means.
+        chance: as `recalls`, of a random order: its expectation, and where 95 % of random orders lie.
+        by_seed: the mean over both ways and all k of the recalls of each run, in the order of `seeds`.
         num_images: per run.
         num_texts: per run.
         seeds: of the runs.
-        overlap: the most of any run's.
+        overlaps: of each run, where they were asked for.
     """
 
     part: str
+    language: str | None
     recalls: dict[str, dict[str, Estimate]]
+    orders: dict[str, dict[str, Estimate]]
+    curves: dict[str, Array]
     chance: dict[str, dict[str, Estimate]]
+    by_seed: list[float]
     num_images: list[int]
     num_texts: list[int]
     seeds: list[int]
-    overlap: int
+    overlaps: list[Overlap]
 
     def line(self) -> str:
         """Say what was measured, in one line, and warn where the part is not held out."""
-        counts = f"{self.num_images[0]:,} images, {self.num_texts[0]:,} captions"
+        of_language = f" in {self.language}" if self.language else ""
+        counts = f"{self.num_images[0]:,} images, {self.num_texts[0]:,} captions{of_language}"
         seeds = ", ".join(map(str, self.seeds))
-        leak = (
-            f"; WARNING: {self.overlap:,} samples share an image or a caption with the training part"
-            if self.overlap
-            else ""
-        )
-        return f"part {self.part}: {counts} a run; seeds {seeds}; 95 % intervals over groups of near-duplicates{leak}"
+        said = f"{self.part}: {counts} a run; seeds {seeds}; 95 % intervals over groups of near-duplicates"
+        return "; ".join([said, *filter(None, [self.warning])])
+
+    @property
+    def overlap(self) -> Overlap | None:
+        """The worst of any run's."""
+        return worst(self.overlaps)
+
+    @property
+    def warning(self) -> str | None:
+        """What makes the figures doubtful, where something does."""
+        return self.overlap.warning if self.overlap else None
 
 
 def evaluate_retrieval(
     cache_path: Path | str,
     run_paths: Sequence[Path | str],
     *,
-    part: str = "test",
+    part: str | None = None,
     language: str | None = None,
     is_control: bool = False,
+    trained_on: Sequence[Path | str] = (),
+    compares: bool = True,
 ) -> RetrievalReport:
     """Rank the held-out items of a cache with trained runs.
 
-    Several runs (seeds) are averaged; all must have been trained on the same features. Memory: the part's features
-    and tiles of similarities.
+    Several runs (seeds) are averaged; all must have been trained on the same features. The cache may be one that they
+    were trained on, or any other with the same encoders' features. Memory: the part's features and tiles of
+    similarities.
 
     Args:
         cache_path: the cache.
         run_paths: runs trained on it.
-        part: `test`, `val` or `train`.
+        part: `test`, `val`, `train` or `all`; None is `test`, and all of another cache without such a part.
         language: captions of this language; None is the language that the run was trained on.
         is_control: the runs must have been trained on shuffled pairs.
+        trained_on: where the caches of the training lie now; none: where they lay then.
+        compares: look for what was seen in training.
 
     Raises:
         SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
-        FingerprintError: a run was trained on another encoder's features, on other samples, or unlike the others.
+        FingerprintError: a run was trained on another encoder's features, or unlike the others.
         DataError: the part is empty.
     """
-    cache = Cache(cache_path)
-    if not run_paths:
-        raise SettingError("no run to evaluate; give at least one run folder")
-    loaded = [load_pair(Path(path)) for path in run_paths]
-    if is_control and not all(config.training["shuffle_pairs"] for _, config in loaded):
-        raise SettingError("a control must be trained with --shuffle-pairs; one of these runs was not")
-    _refuse_mixed([config for _, config in loaded], run_paths)
+    cache, runs = Cache(cache_path), load_runs(run_paths, is_control=is_control)
     rankings = [
-        rank(cache, Path(path), pair, config, part=part, language=language)
-        for path, (pair, config) in zip(run_paths, loaded, strict=True)
+        rank(cache, run, part=part, language=language, trained_on=trained_on, compares=compares) for run in runs
     ]
     return RetrievalReport(
-        part=part,
-        recalls=_recalls(rankings),
-        chance=_chances(rankings),
+        part=rankings[0].part,
+        language=language or runs[0].config.training["language"],
+        recalls={way: _recalls(rankings, way) for way in WAYS},
+        orders={way: _orders(rankings, way) for way in WAYS},
+        curves={way: _curve(rankings, way) for way in WAYS},
+        chance={way: {f"r@{k}": _chance(rankings, way, k) for k in KS} for way in WAYS},
+        by_seed=[_mean_recall(ranking) for ranking in rankings],
         num_images=[len(ranking.images) for ranking in rankings],
         num_texts=[len(ranking.texts) for ranking in rankings],
         seeds=[ranking.seed for ranking in rankings],
-        overlap=max(ranking.overlap for ranking in rankings),
+        overlaps=[ranking.overlap for ranking in rankings if ranking.overlap],
     )
 
 
 def rank(
     cache: Cache,
-    run_path: Path,
-    pair: AlignedPair,
-    config: PairConfig,
+    run: Run,
     *,
-    part: str,
+    part: str | None = None,
     language: str | None = None,
+    trained_on: Sequence[Path | str] = (),
+    compares: bool = False,
 ) -> Ranking:
-    """Project and rank one part of a cache with one run, both ways.
+    """Project and rank one part of a cache with one run, both ways; the arguments are those of `evaluate_retrieval`.
 
     Raises:
-        FingerprintError: the run was trained on other features or samples.
+        FingerprintError: the run was trained on other features.
         DataError: the part is empty.
     """
-    image, text, all_pairs = _trained_pairs(cache, config, language)
-    split = _split_of(cache, run_path, config)
-    pairs = all_pairs.of(split.rows(part))
+    image, text = trained_side(cache, run.config, "image"), trained_side(cache, run.config, "text")
+    held = held_out(cache, run, part)
+    language = language or run.config.training["language"]
+    pairs = pair_items([cache], [image], [text], language=language).of(held.samples)
     if not len(pairs.samples):
-        raise DataError(f"part {part} of {run_path} has no sample with both features")
-    trained = np.flatnonzero(np.array(split.parts) == "train")  # none, where the other caches of a run hold them all
-    images = project(pair.image, image.read(pairs.image.rows))
-    texts = project(pair.text, text.read(pairs.text.rows))
+        raise DataError(f"{held.part} of {cache.path} has no sample with both features")
+    looked = {"image": Looked(side=image, items=pairs.image), "text": Looked(side=text, items=pairs.text)}
+    images = project(run.pair.image, image.read(pairs.image.rows))
+    texts = project(run.pair.text, text.read(pairs.text.rows))
     image_M, text_M = pairs.positives()
+    before = {
+        "i2t": (image_M, negatives_before(images, texts, (image_M, text_M))),
+        "t2i": (text_M, negatives_before(texts, images, (text_M, image_M))),
+    }
     return Ranking(
-        seed=int(config.training["seed"]),
+        seed=run.seed,
+        part=held.part,
         pairs=pairs,
-        groups=np.array(split.groups),
+        groups=held.groups,
         images=images,
         texts=texts,
         positives=(image_M, text_M),
-        ranks={
-            "i2t": best_ranks(images, texts, (image_M, text_M)),
-            "t2i": best_ranks(texts, images, (text_M, image_M)),
-        },
-        overlap=0 if part == "train" else _overlap(pairs, all_pairs.of(trained)),
+        ranks={way: first_ranks(*found) for way, found in before.items()},
+        precisions={way: average_precisions(*found) for way, found in before.items()},
+        overlap=find_overlap(run, looked, trained_on=trained_on) if compares and part != "train" else None,
     )
 
 
-def _split_of(cache: Cache, run_path: Path, config: PairConfig) -> Split:
-    path = split_path(run_path)
-    if not path.is_file() or digest_file(path) != config.split:
-        raise CorruptError(
-            f"{path} is missing or not the split that the run was trained on; train again into a new folder"
-        )
-    return read_split(path, [cache])
+def _recalls(rankings: Sequence[Ranking], way: str) -> dict[str, Estimate]:
+    ranks = np.concatenate([ranking.ranks[way] for ranking in rankings])
+    estimates = bootstrap_means(ranks[:, None] <= np.array(KS), _groups(rankings, way))
+    return {f"r@{k}": estimate for k, estimate in zip(KS, estimates, strict=True)}
 
 
-def _trained_pairs(cache: Cache, config: PairConfig, language: str | None) -> tuple[SideFeature, SideFeature, Pairs]:
-    if not any(map(cache.info.has_rows_of, config.spine.split("+"))):
-        raise FingerprintError(
-            f"the run was trained on other samples than those of {cache.path}; give the cache it was trained on"
-        )
-    image, text = trained_side(cache, config, "image"), trained_side(cache, config, "text")
-    return (
-        image,
-        text,
-        pair_items([cache], [image], [text], language=language or config.training["language"]),
+def _curve(rankings: Sequence[Ranking], way: str) -> Array:
+    ranks = np.concatenate([ranking.ranks[way] for ranking in rankings])
+    num_candidates = max(len(ranking.texts if way == "i2t" else ranking.images) for ranking in rankings)
+    curve: Array = np.array([np.mean(ranks <= k) for k in range(1, min(_MOST_K, num_candidates) + 1)])
+    return curve
+
+
+def _orders(rankings: Sequence[Ranking], way: str) -> dict[str, Estimate]:
+    groups = _groups(rankings, way)
+    precisions, ranks = (
+        np.concatenate([getattr(ranking, name)[way] for ranking in rankings]) for name in ("precisions", "ranks")
     )
-
-
-def trained_side(cache: Cache, config: PairConfig, modality: str) -> SideFeature:
-    """Get what one side of a run was trained on.
-
-    Raises:
-        UnknownNameError: the cache has no feature of that name.
-        FingerprintError: another encoder made it.
-    """
-    side = open_side(cache, modality, config.side(modality).feature)
-    check_feature(config, modality, side.name, side.fingerprint)
-    return side
-
-
-def _refuse_mixed(configs: Sequence[PairConfig], run_paths: Sequence[Path | str]) -> None:
-    """Refuse to average runs that differ in more than their seeds."""
-    first = _without_seeds(configs[0])
-    seeds = [config.training["seed"] for config in configs]
-    if len(set(seeds)) < len(seeds):
-        raise SettingError(f"runs to average must differ in their seed; these have {', '.join(map(str, seeds))}")
-    for path, config in zip(run_paths[1:], configs[1:], strict=True):
-        next_step = f"average only seeds of one recipe: evaluate {run_paths[0]} and {path} one by one"
-        check_same(f"run {run_paths[0]}", first, _without_seeds(config), next_step=next_step)
-
-
-def _without_seeds(config: PairConfig) -> dict[str, Any]:
-    split = {**config.training["split"], "seed": None}
     return {
-        "image": config.image.feature,
-        "text": config.text.feature,
-        "spine": config.spine,
-        "training": {**config.training, "seed": None, "split": split},
+        "map": bootstrap_means(precisions[:, None], groups)[0],
+        "median_rank": bootstrap_median(ranks, groups),
     }
 
 
-def _recalls(rankings: Sequence[Ranking]) -> dict[str, dict[str, Estimate]]:
-    recalls: dict[str, dict[str, Estimate]] = {}
-    for way in WAYS:
-        ranks = np.concatenate([ranking.ranks[way] for ranking in rankings])
-        groups = np.concatenate([ranking.groups[_queries(ranking, way)] for ranking in rankings])
-        recalls[way] = {f"r@{k}": bootstrap_mean(ranks <= k, groups) for k in KS}
-    return recalls
+def _groups(rankings: Sequence[Ranking], way: str) -> Ints:
+    return np.concatenate([ranking.groups[ranking.queries(way)] for ranking in rankings])
 
 
-def _queries(ranking: Ranking, way: str) -> Ints:
-    return (ranking.pairs.image if way == "i2t" else ranking.pairs.text).samples
-
-
-def _chances(rankings: Sequence[Ranking]) -> dict[str, dict[str, Estimate]]:
-    return {way: {f"r@{k}": _chance(rankings, way, k) for k in KS} for way in WAYS}
+def _mean_recall(ranking: Ranking) -> float:
+    return float(np.mean([np.mean(ranking.ranks[way] <= k) for way in WAYS for k in KS]))
 
 
 def _chance(rankings: Sequence[Ranking], way: str, k: int) -> Estimate:
@@ -248,12 +236,3 @@ def _chance(rankings: Sequence[Ranking], way: str, k: int) -> Estimate:
         expected.append(chance_recall(np.bincount(query_M), num_candidates, k))
         num_queries += len(ranking.ranks[way])
     return chance_estimate(float(np.mean(expected)), num_queries)
-
-
-def _overlap(held: Pairs, trained: Pairs) -> int:
-    """Count held-out samples whose image bytes or caption are in the training part too."""
-    seen = [
-        side.samples[np.isin(side.contents, other.contents)]
-        for side, other in ((held.image, trained.image), (held.text, trained.text))
-    ]
-    return len(np.unique(np.concatenate(seen)))

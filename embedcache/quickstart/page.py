@@ -3,20 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from embedcache.cache.cache import Cache
 from embedcache.curate.search import Hit
-from embedcache.evaluate.gallery import Example, draw_examples
+from embedcache.evaluate.plots import recall_bars
 from embedcache.evaluate.report import retrieval_rows
-from embedcache.evaluate.retrieval import Ranking, RetrievalReport, rank
+from embedcache.evaluate.retrieval import RetrievalReport, rank
+from embedcache.evaluate.retrieval_page import query_sections
+from embedcache.evaluate.runs import load_runs
 from embedcache.pages.pictures import Pictures
 from embedcache.pages.write import write_page
-from embedcache.projectors.saved import load_pair
-from embedcache.quickstart.plots import curves, recall_bars
-
-_NUM_EACH = 5
-_NUM_SHOWN = 5
+from embedcache.quickstart.plots import curves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +58,8 @@ def write_report(path: Path, cache: Cache, content: PageContent) -> None:
     """Write the page. It asks for nothing from outside."""
     columns, rows = retrieval_rows(content.reports)
     trained = next(iter(content.reports.values()))
-    pair, config = load_pair(content.run_paths[0])
-    ranking = rank(cache, content.run_paths[0], pair, config, part=trained.part)
+    ranking = rank(cache, load_runs(content.run_paths[:1])[0])
     pictures = Pictures(cache)
-    texts = cache.items("text")["text"].to_pylist()
     write_page(
         path,
         "quickstart",
@@ -80,44 +75,9 @@ def write_report(path: Path, cache: Cache, content: PageContent) -> None:
                 "chance": trained.chance,
             }
         ),
-        text_to_image=_text_to_image(ranking, pictures, texts),
-        image_to_text=_image_to_text(ranking, pictures, texts),
+        queries=query_sections(cache, ranking),
         hits=[
             (query, [(pictures.data_url(hit.row), hit.captions, hit.score) for hit in found])
             for query, found in content.hits.items()
         ],
     )
-
-
-def _text_to_image(ranking: Ranking, pictures: Pictures, texts: Sequence[str]) -> list[dict[str, Any]]:
-    def picture(position: int) -> str:
-        return str(pictures.data_url(int(ranking.pairs.image.rows[position])))
-
-    return [
-        {
-            "query": texts[ranking.pairs.text.rows[example.query]],
-            "shown": [(picture(shown), right) for shown, right in _shown(example)],
-            "answer": picture(example.answer),
-            "rank": example.rank,
-        }
-        for example in draw_examples(ranking, "t2i", num_each=_NUM_EACH, num_shown=_NUM_SHOWN)
-    ]
-
-
-def _image_to_text(ranking: Ranking, pictures: Pictures, texts: Sequence[str]) -> list[dict[str, Any]]:
-    def caption(position: int) -> str:
-        return texts[int(ranking.pairs.text.rows[position])]
-
-    return [
-        {
-            "query": pictures.data_url(int(ranking.pairs.image.rows[example.query])),
-            "shown": [(caption(shown), right) for shown, right in _shown(example)],
-            "answer": caption(example.answer),
-            "rank": example.rank,
-        }
-        for example in draw_examples(ranking, "i2t", num_each=_NUM_EACH, num_shown=_NUM_SHOWN)
-    ]
-
-
-def _shown(example: Example) -> list[tuple[int, bool]]:
-    return list(zip(example.shown, example.is_right, strict=True))

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from embedcache.evaluate.report import Figures
-from embedcache.evaluate.retrieval import WAYS
 from embedcache.pages.figures import COLOURS, INK, label, svg
 
 
@@ -35,20 +33,6 @@ def curves(run_paths: Sequence[Path]) -> str:
     label(loss_axes, "step", "training loss")
     label(recall_axes, "epoch; 0 is the closed form; mean of R@1, 5, 10", "validation recall")
     loss_axes.legend(frameon=False, labelcolor=INK)
-    return svg(figure)
-
-
-def recall_bars(rows: Mapping[str, Figures]) -> str:
-    """Draw R@10 of each row both ways, with its interval."""
-    figure = Figure(figsize=(9, 0.5 + 0.42 * len(rows)), layout="constrained")
-    for axes, way in zip(figure.subplots(1, 2, sharey=True), WAYS, strict=True):
-        for position, (figures, colour) in enumerate(zip(rows.values(), COLOURS, strict=False)):
-            estimate = figures[way]["r@10"]
-            axes.barh(position, estimate.value, color=colour, height=0.55)
-            axes.plot([estimate.low, estimate.high], [position, position], color="#111827", linewidth=1.5)
-        axes.set_yticks(range(len(rows)), list(rows))
-        axes.invert_yaxis() if way == WAYS[0] else None
-        label(axes, f"{way} R@10 with its 95 % interval", "")
     return svg(figure)
 
 

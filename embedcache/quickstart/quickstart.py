@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from embedcache.artifact import peak_memory_bytes, write_json
 from embedcache.cache.cache import Cache
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.curate.index import build_index
 from embedcache.curate.search import Hit, search
 from embedcache.evaluate.report import retrieval_json
@@ -19,7 +20,7 @@ from embedcache.progress import Progress, Silent
 from embedcache.quickstart.page import PageContent, Stage, write_report
 from embedcache.sources.open import open_source
 from embedcache.sources.openmoji import CREDIT
-from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import TrainReport, train
 
 T = TypeVar("T")

@@ -9,11 +9,11 @@ from uuid import uuid4
 
 from embedcache.artifact import check_same, claim_folder, fields_of, read_manifest, write_json
 from embedcache.cache.split import write_split
+from embedcache.cache.splitting import make_split
 from embedcache.disk import locked
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space
 from embedcache.train.data import TrainData
-from embedcache.train.split import make_split
 
 FORMAT_VERSION = 1
 _LOCK = ".lock"

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.registry import unknown_name
 from embedcache.train.settings import (
     LossSettings,
     MachineSettings,
     ModelSettings,
     OptimizerSettings,
-    SplitSettings,
     TrainSettings,
 )
 

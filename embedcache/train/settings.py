@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.errors import SettingError
 
 Start: TypeAlias = Literal["cca", "csa", "procrustes", "ridge", "random"]
@@ -126,37 +127,6 @@ class MachineSettings:
             raise SettingError(f"memory is {self.memory_gb} GB; it must be at least 0")
         if not self.checkpoint_s >= 0:
             raise SettingError(f"checkpoint seconds is {self.checkpoint_s}; it must be at least 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitSettings:
-    """How samples are cut into train, val and test.
-
-    Args:
-        kind: `strict` keeps near-duplicates on one side; `key` cuts by a hash of each key; `column` takes the
-            source's `split` column; anything else is the path of another run's split.parquet.
-        val_share: share of the samples for validation.
-        test_share: share of the samples for test.
-        image_cosine: `strict`: images above this cosine are near-duplicates.
-        text_cosine: `strict`: captions above this cosine are near-duplicates.
-        seed: which of the possible cuts.
-    """
-
-    kind: str = "strict"
-    val_share: float = 0.1
-    test_share: float = 0.25
-    image_cosine: float = 0.9
-    text_cosine: float = 0.7
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("val_share", "test_share"):
-            if not 0 < getattr(self, name) < 1:
-                raise SettingError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        if self.val_share + self.test_share >= 1:
-            raise SettingError(
-                f"val_share {self.val_share} and test_share {self.test_share} leave nothing for training"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from embedcache.artifact import check_same, claim_folder, digest_file, read_json
 from embedcache.cache.pairs import Pairs
 from embedcache.cache.selection import read_selection
 from embedcache.cache.split import PARTS, Split, read_split, write_split
+from embedcache.cache.splitting import make_split
 from embedcache.disk import Claims, disk_errors
 from embedcache.encoders.graph import torch_device
 from embedcache.errors import DataError, PathError, SettingError
@@ -28,7 +29,6 @@ from embedcache.train.loop import OnEpoch, Outcome, fit, seeded
 from embedcache.train.losses.contract import LOSSES
 from embedcache.train.recalls import Validation
 from embedcache.train.settings import TrainSettings
-from embedcache.train.split import make_split
 from embedcache.train.start import start
 
 _FILES = (

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from embedcache.arrays import Inputs, normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.side import open_side
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.curate import faiss_index
 from embedcache.curate.index import build_index, read_card
 from embedcache.curate.search import search
@@ -18,7 +19,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair, project
 from embedcache.sources import open_source
-from embedcache.train.settings import ModelSettings, OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.evaluate.test_retrieval import train_run
 from tests.pictures import write_pictures

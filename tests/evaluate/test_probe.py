@@ -3,30 +3,32 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from sklearn.metrics import balanced_accuracy_score, recall_score, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
 from embedcache.cache.cache import Cache
 from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
-from embedcache.evaluate.classifiers import Examples, Fitted
+from embedcache.evaluate import probe
+from embedcache.evaluate.classifiers import Examples, Fitted, fit_ridge
 from embedcache.evaluate.labelled import read_labelled
 from embedcache.evaluate.probe import (
     ProbeReport,
     ProbeSettings,
-    _recalls,
+    _ranks,
     draw_shots,
     evaluate_probe,
-    ranks_of,
 )
 from embedcache.evaluate.probe_page import write_probe
 from embedcache.evaluate.probe_report import few_shot_rows, probe_json, score_rows
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.metrics.classes import ranks_of
 from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs
 from embedcache.sources import open_source
 from tests.conftest import FEATURES
@@ -162,26 +164,27 @@ def test_validation_of_the_column_is_used_and_can_be_the_test(tmp_path: Path) ->
     assert "val is held out" in held.cut
 
 
-@given(seed=st.integers(0, 2**32 - 1), num_classes=st.integers(6, 9))
-def test_figures_are_those_of_scikit_learn(seed: int, num_classes: int) -> None:
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(40) % num_classes)
-    scores = rng.standard_normal((40, num_classes)).astype(np.float32)
-    fitted = Fitted(lambda rows: scores[rows[:, 0].astype(int)], {})
-    ranks = ranks_of(fitted, Examples(vectors=np.arange(40, dtype=np.float32)[:, None], labels=labels))
-    for k in (1, 5):
-        assert np.mean(ranks <= k) == pytest.approx(top_k_accuracy_score(labels, scores, k=k))
-    recalls = _recalls(ranks == 1, labels, num_classes + 1)
+def test_figures_are_those_of_scikit_learn(labelled_path: Path) -> None:
+    settings = ProbeSettings(methods=("ridge",))
+    report = evaluate_probe(labelled_path, image=FEATURE, settings=settings)
+    data, score = report.labelled, report.scores[0]
+    train, val, test = (data.examples.take(data.rows(part)) for part in ("train", "val", "test"))
+    scores = fit_ridge(train, val, len(data.names)).scores(test.vectors)
     best = scores.argmax(axis=1)
-    np.testing.assert_allclose(recalls[:-1], recall_score(labels, best, average=None, zero_division=0))
-    assert np.isnan(recalls[-1])  # a class without a test item
-    assert np.nanmean(recalls) == pytest.approx(balanced_accuracy_score(labels, best))
+    assert score.accuracy.value == pytest.approx(accuracy_score(test.labels, best))
+    assert score.top5 == pytest.approx(top_k_accuracy_score(test.labels, scores, k=5))
+    assert score.mean_per_class.value == pytest.approx(balanced_accuracy_score(test.labels, best))
+    np.testing.assert_allclose(score.recalls, recall_score(test.labels, best, average=None))
 
 
-def test_a_class_that_ties_earns_nothing() -> None:
-    fitted = Fitted(lambda rows: np.array([[1, 1, 0], [2, 1, 1], [1, -np.inf, -np.inf]], np.float32), {})
-    test = Examples(vectors=np.zeros((3, 1), np.float32), labels=np.array([0, 0, 2]))
-    assert ranks_of(fitted, test).tolist() == [2, 1, 3]
+@given(seed=st.integers(0, 2**32 - 1), block=st.integers(1, 50))
+def test_ranks_in_blocks_are_those_of_all(seed: int, block: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.integers(0, 4, (40, 6)).astype(np.float32), rng.integers(0, 6, 40)
+    fitted = Fitted(lambda rows: scores[rows[:, 0].astype(int)], {})
+    test = Examples(vectors=np.arange(40, dtype=np.float32)[:, None], labels=labels)
+    with patch.object(probe, "_BLOCK", block):
+        np.testing.assert_array_equal(_ranks(fitted, test), ranks_of(scores, labels))
 
 
 @given(seed=st.integers(0, 2**32 - 1), shots=st.integers(1, 4))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from embedcache.cache.cache import Cache
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.cache.tables import read_table
 from embedcache.curate.index import build_index
 from embedcache.curate.search import search
@@ -15,7 +16,7 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.retry import retry_failed
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
-from embedcache.train.settings import OptimizerSettings, SplitSettings, TrainSettings
+from embedcache.train.settings import OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.extract.cases import FEATURES, run, tree
 from tests.pictures import write_pictures

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score
 
 from embedcache.errors import DataError
 from embedcache.metrics import ranks as ranks_module
 from embedcache.metrics.intervals import bootstrap_mean
-from embedcache.metrics.ranks import best_ranks, chance_recall, recall_at
+from embedcache.metrics.ranks import average_precisions, best_ranks, chance_recall, negatives_before, recall_at
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
@@ -92,3 +93,26 @@ def test_items_of_one_cluster_are_not_independent() -> None:
 def test_no_values_are_refused() -> None:
     with pytest.raises(DataError, match="no value"):
         bootstrap_mean(np.array([]))
+
+
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(2, 15))
+def test_average_precisions_are_those_of_scikit_learn(seed: int, num_queries: int, num_candidates: int) -> None:
+    rng = np.random.default_rng(seed)
+    queries, candidates = (
+        rng.standard_normal((count, 3)).astype(np.float32) for count in (num_queries, num_candidates)
+    )
+    relation = rng.random((num_queries, num_candidates)) < 0.4
+    relation[np.arange(num_queries), rng.integers(num_candidates, size=num_queries)] = True
+    positives = np.nonzero(relation)
+    shuffled = rng.permutation(len(positives[0]))
+    positives = (positives[0][shuffled], positives[1][shuffled])  # in any order
+    found = average_precisions(positives[0], negatives_before(queries, candidates, positives))
+    scores = queries @ candidates.T
+    expected = [average_precision_score(own, row) for own, row in zip(relation, scores, strict=True)]
+    assert found == pytest.approx(expected)
+
+
+def test_a_tie_costs_average_precision_too() -> None:
+    same = np.ones((1, 4), np.float32)
+    positives = (np.array([0]), np.array([2]))
+    assert average_precisions(positives[0], negatives_before(same, np.ones((4, 4), np.float32), positives)) == [0.25]

@@ -25,7 +25,7 @@ def probe(
     control: Annotated[bool, typer.Option("--control", help="Fit on shuffled labels too: ends at chance.")] = False,
     seed: Annotated[int, typer.Option(help="Of cutting, drawing and shuffling.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here, as CLIP_benchmark.")] = None,
-    html_path: Annotated[Path | None, typer.Option("--html", help="Write a page here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the few-shot curve and each class.")] = None,
 ) -> None:
     """What a frozen feature knows of a label: neighbours, linear probes and few-shot curves, with chance."""
     from embedcache.artifact import write_json
@@ -51,10 +51,11 @@ def probe(
         show_table(*few_shot_rows(report))
     if json_path is not None:
         write_json(json_path, probe_json(report, Path(cache).name))
-    if html_path is not None:
+    if html is not None:
         from embedcache.evaluate.probe_page import write_probe
 
-        write_probe(html_path, report)
+        write_probe(html, report)
+        say(f"wrote {html}")
 
 
 def _numbers(values: Sequence[str]) -> tuple[int, ...]:

@@ -7,29 +7,56 @@ import typer
 
 
 def retrieval(
-    cache: Annotated[str, typer.Argument(help="The cache, or its URL.")],
-    run: Annotated[list[Path], typer.Argument(help="One run, or several seeds of it to average.")],
-    part: Annotated[Literal["test", "val", "train"], typer.Option(help="Part of the run's split.")] = "test",
-    language: Annotated[str | None, typer.Option(help="Captions of this language. [default: the run's]")] = None,
-    control: Annotated[
-        list[Path] | None, typer.Option(help="Runs trained with --shuffle-pairs, shown beside it.")
+    cache: Annotated[str, typer.Argument(help="The cache, or its URL; one with the encoders of the runs.")],
+    run: Annotated[list[Path], typer.Argument(help="Runs; seeds of one recipe are averaged.")],
+    part: Annotated[
+        Literal["test", "val", "train", "all"] | None,
+        typer.Option(help="Of the run's split, or of the column split. [default: test, or all]"),
     ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Captions of this language; again for others. [default: the run's]")
+    ] = None,
+    control: Annotated[
+        list[Path] | None, typer.Option(help="Runs trained with --shuffle-pairs, shown beside them.")
+    ] = None,
+    trained_on: Annotated[
+        list[str] | None, typer.Option(help="Where the caches of the training lie now, to look for leaks.")
+    ] = None,
+    leaks: Annotated[bool, typer.Option(help="Compare with what was seen in training.")] = True,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with curves and examples.")] = None,
 ) -> None:
     """Image-text retrieval both ways, with intervals and chance."""
     from embedcache.artifact import write_json
+    from embedcache.cache.cache import Cache
     from embedcache.cli.console import say, show_table
-    from embedcache.evaluate.report import retrieval_json, retrieval_rows
-    from embedcache.evaluate.retrieval import evaluate_retrieval
+    from embedcache.evaluate.report import order_rows, retrieval_json, retrieval_rows
+    from embedcache.evaluate.retrieval import evaluate_retrieval, rank
+    from embedcache.evaluate.retrieval_page import write_retrieval
+    from embedcache.evaluate.runs import load_runs, named_recipes
 
-    reports = {"run": evaluate_retrieval(cache, run, part=part, language=language)}
-    if control:
-        reports["shuffled pairs"] = evaluate_retrieval(cache, control, part=part, language=language, is_control=True)
-    say(reports["run"].line())
-    columns, rows = retrieval_rows(reports)
-    show_table(columns, rows)
+    reports = {}
+    for name, paths, is_control in named_recipes(run, control or []):
+        for code in language or [""]:
+            reports[f"{name}, {code}" if code else name] = evaluate_retrieval(
+                cache,
+                paths,
+                part=part,
+                language=code or None,
+                is_control=is_control,
+                trained_on=trained_on or [],
+                compares=leaks,
+            )
+    for name, report in reports.items():
+        say(f"{name}: {report.line()}")
+        if report.overlap:
+            say(f"  {report.overlap.line()}")
+    show_table(*retrieval_rows(reports))
+    show_table(*order_rows(reports))
     if json_path is not None:
-        write_json(
-            json_path,
-            {"retrieval": retrieval_json(reports["run"], shuffled=reports.get("shuffled pairs"))},
-        )
+        write_json(json_path, {name: retrieval_json(report) for name, report in reports.items()})
+    if html is not None:
+        opened = Cache(cache)
+        ranking = rank(opened, load_runs(run[:1])[0], part=part, language=language[0] if language else None)
+        write_retrieval(html, opened, reports, ranking)
+        say(f"wrote {html}")

@@ -1,7 +1,9 @@
 """Making a split: by near-duplicate groups, by key, or by the source's own column."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -13,17 +15,40 @@ from embedcache.cache.pairs import Pairs, name_caches
 from embedcache.cache.parts import PART_NAMES, take_groups
 from embedcache.cache.side import Reader, mean_vectors
 from embedcache.cache.split import Split, read_split
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.errors import SettingError, SourceError
 from embedcache.registry import unknown_name
-from embedcache.train.data import TrainData
-from embedcache.train.settings import SplitSettings
 
 _KINDS = ("strict", "key", "column")
 _MOST_STRICT_ITEMS = 200_000
 _BLOCK = 1024
 
 
-def make_split(data: TrainData, pairs: Pairs, settings: SplitSettings) -> Split:
+class Paired(Protocol):
+    """The two sides of some caches that a split is made for."""
+
+    @property
+    def caches(self) -> Sequence[Cache]:
+        """The caches; rows and samples are counted on from one to the next."""
+        ...
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all samples."""
+        ...
+
+    @property
+    def read_image(self) -> Reader:
+        """Gathers rows of the image side; only `strict` reads them."""
+        ...
+
+    @property
+    def read_text(self) -> Reader:
+        """Gathers rows of the text side."""
+        ...
+
+
+def make_split(data: Paired, pairs: Pairs, settings: SplitSettings) -> Split:
     """Cut the samples that have both sides.
 
     Deterministic: the same features and settings give the same split. Memory: a tile of similarities.
@@ -39,7 +64,7 @@ def make_split(data: TrainData, pairs: Pairs, settings: SplitSettings) -> Split:
     return replace(split, spines=[cache.info.spine for cache in data.caches for _ in range(cache.info.num_samples)])
 
 
-def _cut(data: TrainData, pairs: Pairs, settings: SplitSettings) -> Split:
+def _cut(data: Paired, pairs: Pairs, settings: SplitSettings) -> Split:
     keys = data.keys
     if settings.kind == "column":
         return _by_column(data, pairs.samples, settings)
@@ -63,7 +88,7 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
     )
 
 
-def _by_column(data: TrainData, samples: Ints, settings: SplitSettings) -> Split:
+def _by_column(data: Paired, samples: Ints, settings: SplitSettings) -> Split:
     values = [value for cache in data.caches for value in _split_column(cache)]
     known = [PART_NAMES.get(value, "") for value in values]
     if not {"train", "test"} <= set(known):
@@ -104,7 +129,7 @@ def _by_groups(keys: list[str], samples: Ints, groups: Ints, settings: SplitSett
     return Split(keys=keys, parts=parts, groups=numbers)
 
 
-def _near_duplicates(data: TrainData, pairs: Pairs, settings: SplitSettings) -> Ints:
+def _near_duplicates(data: Paired, pairs: Pairs, settings: SplitSettings) -> Ints:
     num_items = len(pairs.image.rows) + len(pairs.text.rows)
     if num_items > _MOST_STRICT_ITEMS:
         raise SettingError(

@@ -8,12 +8,12 @@ import pytest
 from embedcache.arrays import normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.split import PARTS, Split, read_split, write_split
+from embedcache.cache.split_settings import SplitSettings
+from embedcache.cache.splitting import make_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.train.data import open_data
-from embedcache.train.settings import SplitSettings
-from embedcache.train.split import make_split
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 

@@ -1,0 +1,61 @@
+"""embedcache evaluate zero-shot"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def zero_shot(
+    cache: Annotated[str, typer.Argument(help="A cache with labels and the image encoder of the runs, or its URL.")],
+    run: Annotated[list[Path], typer.Argument(help="Runs; seeds of one recipe are averaged.")],
+    prompts: Annotated[str, typer.Option(help="A cache that embedcache extract prompts:… made.")],
+    label: Annotated[str, typer.Option(help="Column of labels: class names, or numbers from 0.")] = "label",
+    part: Annotated[
+        Literal["test", "val", "train", "all"] | None,
+        typer.Option(help="Of the run's split, or of the column split. [default: test, or all]"),
+    ] = None,
+    control: Annotated[
+        list[Path] | None, typer.Option(help="Runs trained with --shuffle-pairs, shown beside them.")
+    ] = None,
+    trained_on: Annotated[
+        list[str] | None, typer.Option(help="Where the caches of the training lie now, to look for leaks.")
+    ] = None,
+    leaks: Annotated[bool, typer.Option(help="Compare with what was seen in training.")] = True,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with classes, confusions and examples.")] = None,
+) -> None:
+    """Zero-shot classification by cached prompts, with intervals and chance."""
+    from embedcache.artifact import write_json
+    from embedcache.cache.cache import Cache
+    from embedcache.cli.console import say, show_table
+    from embedcache.evaluate.runs import load_runs, named_recipes
+    from embedcache.evaluate.zero_shot import classify, evaluate_zero_shot
+    from embedcache.evaluate.zero_shot_page import write_zero_shot
+    from embedcache.evaluate.zero_shot_report import zero_shot_json, zero_shot_rows
+
+    reports = {
+        name: evaluate_zero_shot(
+            cache,
+            paths,
+            prompts,
+            label=label,
+            part=part,
+            is_control=is_control,
+            trained_on=trained_on or [],
+            compares=leaks,
+        )
+        for name, paths, is_control in named_recipes(run, control or [])
+    }
+    for name, report in reports.items():
+        say(f"{name}: {report.line()}")
+        if report.overlap:
+            say(f"  {report.overlap.line()}")
+    show_table(*zero_shot_rows(reports))
+    if json_path is not None:
+        write_json(json_path, {name: zero_shot_json(report) for name, report in reports.items()})
+    if html is not None:
+        opened = Cache(cache)
+        shown = classify(opened, load_runs(run[:1])[0], Cache(prompts), label=label, part=part)
+        write_zero_shot(html, opened, reports, shown)
+        say(f"wrote {html}")

@@ -1,0 +1,143 @@
+"""What of the measured samples was seen in training: equal bytes or text, and near-duplicates by cosine."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.arrays import Bools, Floats, Ints, blocks, normalize
+from embedcache.cache.side import mean_vectors
+from embedcache.evaluate.held import Looked, trained_items, training_caches
+from embedcache.evaluate.runs import Run
+
+COSINES = {"image": 0.9, "text": 0.7}
+"""Above these the strict split keeps two samples together."""
+
+_MOST_PRODUCTS = 4e10
+_FEWEST_CHECKED = 200
+_BLOCK = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """How much of what is measured was seen in training.
+
+    Args:
+        num_samples: measured.
+        exact: of these, with an image or a text that is in training too, byte for byte.
+        num_checked: samples that were compared by cosine, drawn at random where there are many.
+        near: of these, with an image or a text above the cosines of `COSINES` to one of training, equal ones counted.
+        not_compared: caches of the training that could not be opened.
+        cosines: the limits.
+    """
+
+    num_samples: int
+    exact: int
+    num_checked: int
+    near: int
+    not_compared: Sequence[str] = ()
+    cosines: Mapping[str, float] = field(default_factory=lambda: dict(COSINES))
+
+    def line(self) -> str:
+        """Say it in one line."""
+        parts = []
+        if self.num_checked:
+            limits = ", ".join(f"{name} > {cosine}" for name, cosine in self.cosines.items())
+            parts.append(
+                f"seen in training: {self.exact:,} of {self.num_samples:,} exactly, {self.near:,} of "
+                f"{self.num_checked:,} nearly (cosine {limits})"
+            )
+        if self.not_compared:
+            gone = ", ".join(self.not_compared)
+            parts.append(f"not compared with training data that is not there: {gone}; name it with --trained-on")
+        return "; ".join(parts)
+
+    @property
+    def warning(self) -> str | None:
+        """What makes the figures doubtful, where something does."""
+        if self.exact:
+            return f"WARNING: {self.exact:,} samples share an image or a caption with the training part" + (
+                f", {self.near:,} of {self.num_checked:,} have a near-duplicate there" if self.near else ""
+            )
+        if self.near:
+            return f"WARNING: {self.near:,} of {self.num_checked:,} samples have a near-duplicate in the training part"
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give all fields as JSON."""
+        return {**asdict(self), "not_compared": list(self.not_compared)}
+
+
+def worst(overlaps: Sequence[Overlap]) -> Overlap | None:
+    """Find the largest overlap of some runs."""
+    return max(overlaps, key=lambda found: (found.exact, found.near), default=None)
+
+
+def find_overlap(run: Run, held: Mapping[str, Looked], *, trained_on: Sequence[Path | str] = ()) -> Overlap:
+    """Compare measured items with those that a run was trained on.
+
+    Memory: the compared vectors, and tiles of their cosines. Where there are many, samples are drawn at random (seed
+    0), so that it takes seconds.
+
+    Args:
+        run: the run.
+        held: `image`, `text` or both -> the measured items.
+        trained_on: where the training caches lie now; none: where they lay then.
+    """
+    caches, missing = training_caches(run, trained_on)
+    trained = [items for cache in caches for items in [trained_items(run, cache)] if items]
+    measured = np.unique(np.concatenate([looked.items.samples for looked in held.values()]))
+    rng = np.random.default_rng(0)
+    checked = _draw(measured, _affordable(held, trained), rng) if trained else measured[:0]
+    exact, near = set[int](), set[int]()
+    for modality, looked in held.items():
+        others = [items[modality] for items in trained]
+        exact |= set(looked.items.samples[_is_equal(looked, others)].tolist())
+        part = looked.items.of(checked)
+        near |= set(part.samples[_is_near(Looked(side=looked.side, items=part), others, COSINES[modality])].tolist())
+    return Overlap(
+        num_samples=len(measured),
+        exact=len(exact),
+        num_checked=len(checked),
+        near=len(near | (exact & set(checked.tolist()))),
+        not_compared=missing,
+    )
+
+
+def _affordable(held: Mapping[str, Looked], trained: Sequence[Mapping[str, Looked]]) -> int:
+    """Count the samples whose comparison takes seconds."""
+    products_a_sample = sum(
+        looked.side.width * sum(len(items[modality].items.rows) for items in trained)
+        for modality, looked in held.items()
+    )
+    return max(_FEWEST_CHECKED, int(_MOST_PRODUCTS / max(1, products_a_sample)))
+
+
+def _draw(rows: Ints, count: int, rng: np.random.Generator) -> Ints:
+    return rows if len(rows) <= count else np.sort(rng.choice(rows, count, replace=False))
+
+
+def _is_equal(looked: Looked, others: Sequence[Looked]) -> Bools:
+    seen = {value for other in others for value in _hashes(other)}
+    return np.array([value in seen for value in _hashes(looked)], bool)
+
+
+def _hashes(looked: Looked) -> list[bytes | None]:
+    hashes = looked.side.hashes
+    return [hashes[row] for row in looked.items.rows]
+
+
+def _is_near(looked: Looked, others: Sequence[Looked], cosine: float) -> Bools:
+    """Say of each item whether one of the others is above a cosine."""
+    vectors_MD = _unit(looked, looked.items.rows)
+    is_near = np.zeros(len(vectors_MD), bool)
+    for other in others:
+        for block in blocks(len(other.items.rows), _BLOCK):
+            is_near |= (vectors_MD @ _unit(other, other.items.rows[block]).T > cosine).any(axis=1)
+    return is_near
+
+
+def _unit(looked: Looked, rows: Ints) -> Floats:
+    return normalize(mean_vectors(looked.side.read(rows)))

@@ -1,0 +1,126 @@
+"""Trained runs that are measured together: seeds of one recipe are averaged, recipes stand side by side."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedcache.artifact import check_same
+from embedcache.cache.cache import Cache
+from embedcache.cache.side import SideFeature, open_side
+from embedcache.errors import SettingError
+from embedcache.projectors.pair import AlignedPair
+from embedcache.projectors.saved import PairConfig, check_feature, load_pair, read_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One trained pair with what it was trained on."""
+
+    path: Path
+    pair: AlignedPair
+    config: PairConfig
+
+    @property
+    def seed(self) -> int:
+        """Of its training."""
+        return int(self.config.training["seed"])
+
+
+def load_runs(run_paths: Sequence[Path | str], *, is_control: bool = False) -> list[Run]:
+    """Load seeds of one recipe.
+
+    Args:
+        run_paths: at least one.
+        is_control: they must have been trained on shuffled pairs.
+
+    Raises:
+        SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
+        FingerprintError: they differ in more than their seeds.
+        PathError: a folder is no finished run.
+        CorruptError: weights are not those that the config was written for.
+    """
+    if not run_paths:
+        raise SettingError("no run to evaluate; give at least one run folder")
+    runs = [Run(path=Path(path), pair=pair, config=config) for path in run_paths for pair, config in [_load(path)]]
+    if is_control and not all(run.config.training["shuffle_pairs"] for run in runs):
+        raise SettingError("a control must be trained with --shuffle-pairs; one of these runs was not")
+    _refuse_mixed(runs)
+    return runs
+
+
+def recipes(run_paths: Sequence[Path | str]) -> dict[str, list[Path]]:
+    """Sort runs by recipe: a name -> its seeds, in the order given.
+
+    Raises:
+        PathError: a folder is no finished run.
+    """
+    found: list[tuple[dict[str, Any], list[Path]]] = []
+    for path in map(Path, run_paths):
+        recipe = _recipe(read_config(path))
+        seeds = next((paths for other, paths in found if other == recipe), None)
+        if seeds is None:
+            found.append((recipe, [path]))
+        else:
+            seeds.append(path)
+    return _named([paths for _, paths in found])
+
+
+def named_recipes(
+    run_paths: Sequence[Path | str], control_paths: Sequence[Path | str]
+) -> Iterator[tuple[str, list[Path], bool]]:
+    """Go through recipes, then those of controls: a name, its seeds, and whether it is a control."""
+    for name, paths in recipes(run_paths).items():
+        yield name, paths, False
+    for name, paths in recipes(control_paths).items():
+        yield f"shuffled pairs, {name}", paths, True
+
+
+def trained_side(cache: Cache, config: PairConfig, modality: str) -> SideFeature:
+    """Get what one side of a run was trained on.
+
+    Raises:
+        UnknownNameError: the cache has no feature of that name.
+        FingerprintError: another encoder made it.
+    """
+    side = open_side(cache, modality, config.side(modality).feature)
+    check_feature(config, modality, side.name, side.fingerprint)
+    return side
+
+
+def _load(path: Path | str) -> tuple[AlignedPair, PairConfig]:
+    return load_pair(Path(path))
+
+
+def _named(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
+    """Name each recipe by what its folders' names have in common; by their paths where that is not unique."""
+    names = [", ".join(dict.fromkeys(_stem(path) for path in paths)) for paths in recipes]
+    if len(set(names)) < len(names):
+        names = [", ".join(map(str, paths)) for paths in recipes]
+    return dict(zip(names, recipes, strict=True))
+
+
+def _stem(path: Path) -> str:
+    """Take the number of a seed off a folder's name: `run-0` -> `run`."""
+    return path.name.rstrip("0123456789").rstrip("-_.") or path.name
+
+
+def _refuse_mixed(runs: Sequence[Run]) -> None:
+    """Refuse to average runs that differ in more than their seeds."""
+    seeds = [run.seed for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise SettingError(f"runs to average must differ in their seed; these have {', '.join(map(str, seeds))}")
+    for run in runs[1:]:
+        next_step = f"average only seeds of one recipe: evaluate {runs[0].path} and {run.path} one by one"
+        check_same(f"run {runs[0].path}", _recipe(runs[0].config), _recipe(run.config), next_step=next_step)
+
+
+def _recipe(config: PairConfig) -> dict[str, Any]:
+    """Give all that decides a run but its seeds."""
+    split = {**config.training["split"], "seed": None}
+    return {
+        "image": config.image.feature,
+        "text": config.text.feature,
+        "spine": config.spine,
+        "training": {**config.training, "seed": None, "split": split},
+    }

@@ -1,0 +1,201 @@
+"""Each figure against its formula with n × n matrices, and against what must not change it."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.errors import DataError
+from embedcache.metrics import alignment
+from embedcache.metrics.alignment import (
+    Blocked,
+    cka,
+    debiased_cka,
+    linear_cka,
+    mutual_knn,
+    nearest,
+    neighbour_overlap,
+    products,
+    shuffled_cka,
+)
+from embedcache.metrics.intervals import jackknife
+
+
+def sides(rows: int, *, seed: int = 0, widths: tuple[int, int] = (7, 5)) -> tuple[np.ndarray, np.ndarray]:
+    """Two features that share three directions, off centre."""
+    rng = np.random.default_rng(seed)
+    shared = rng.standard_normal((rows, 3))
+    return tuple(  # type: ignore[return-value]
+        shared @ rng.standard_normal((3, width)) + rng.standard_normal((rows, width)) + 2 for width in widths
+    )
+
+
+def cka_by_gram_matrices(x: np.ndarray, y: np.ndarray) -> float:
+    centre = np.eye(len(x)) - 1 / len(x)
+    one, other = centre @ x @ x.T @ centre, centre @ y @ y.T @ centre
+    return float((one * other).sum() / np.sqrt((one * one).sum() * (other * other).sum()))
+
+
+def hsic_by_gram_matrices(x: np.ndarray, y: np.ndarray) -> float:
+    n = len(x)
+    one, other = (side @ side.T * (1 - np.eye(n)) for side in (x, y))
+    ends = one.sum() * other.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ other).sum()
+    return float((np.trace(one @ other) + ends) / (n * (n - 3)))
+
+
+def debiased_by_gram_matrices(x: np.ndarray, y: np.ndarray) -> float:
+    squares = hsic_by_gram_matrices(x, x) * hsic_by_gram_matrices(y, y)
+    return hsic_by_gram_matrices(x, y) / float(np.sqrt(squares))
+
+
+@given(st.integers(8, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 1000))
+def test_cka_is_what_the_gram_matrices_give(rows: int, width: int, other: int, seed: int) -> None:
+    x, y = sides(rows, seed=seed, widths=(width, other))
+    assert linear_cka(x, y) == pytest.approx(cka_by_gram_matrices(x, y), abs=1e-9)
+    try:
+        found = debiased_cka(x, y)
+    except DataError:  # an unbiased estimate of a square may be below 0
+        assert min(hsic_by_gram_matrices(x, x), hsic_by_gram_matrices(y, y)) < 1e-9
+    else:
+        assert found == pytest.approx(debiased_by_gram_matrices(x, y), abs=1e-8)
+
+
+@pytest.mark.parametrize("metric", [linear_cka, debiased_cka, lambda x, y: mutual_knn(x - x.mean(0), y, 5)])
+def test_turning_and_scaling_a_side_changes_nothing(metric) -> None:  # type: ignore[no-untyped-def]
+    x, y = sides(60)
+    turn, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((7, 7)))
+    assert metric(3 * x @ turn, y) == pytest.approx(metric(x, y), abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", [linear_cka, debiased_cka])
+def test_moving_a_side_changes_no_cka(metric) -> None:  # type: ignore[no-untyped-def]
+    x, y = sides(60)
+    assert metric(x + 100, y) == pytest.approx(metric(x, y), abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", [linear_cka, debiased_cka, lambda x, y: mutual_knn(x, y, 5)])
+def test_a_side_is_like_itself_and_both_sides_count_alike(metric) -> None:  # type: ignore[no-untyped-def]
+    x, y = sides(60)
+    assert metric(x, x) == pytest.approx(1)
+    assert metric(x, y) == pytest.approx(metric(y, x))
+    assert metric(x, y) < 0.9
+
+
+def test_wide_sides_without_anything_in_common_have_a_cka_but_no_debiased_one() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [(rng.standard_normal((100, 300)), rng.standard_normal((100, 200))) for _ in range(20)]
+    assert min(linear_cka(x, y) for x, y in drawn) > 0.6
+    assert abs(np.mean([debiased_cka(x, y) for x, y in drawn])) < 0.01
+
+
+def test_what_shuffled_rows_give_is_the_mean_over_permutations() -> None:
+    x, y = sides(30)
+    rng = np.random.default_rng(0)
+    drawn = [linear_cka(x, y[rng.permutation(30)]) for _ in range(2000)]
+    assert shuffled_cka(x, y) == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / np.sqrt(2000))
+
+
+@given(st.integers(2, 30), st.data(), st.integers(1, 3000))
+def test_neighbours_are_those_of_the_obvious_loop(rows: int, data: st.DataObject, tile_bytes: int) -> None:
+    k = data.draw(st.integers(1, rows - 1))
+    x, y = sides(rows, seed=rows)
+    expected = []
+    for side in (x, y):
+        unit = side / np.linalg.norm(side, axis=1, keepdims=True)
+        order = np.argsort(-(unit @ unit.T) + 9 * np.eye(rows), axis=1)
+        expected.append([set(row[:k].tolist()) for row in order])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alignment, "_TILE_BYTES", tile_bytes)  # any tiling gives the same
+        found = nearest(x, k), nearest(y, k)
+    assert [set(row.tolist()) for row in found[0]] == expected[0]
+    shares = [len(one & other) / k for one, other in zip(*expected, strict=True)]
+    np.testing.assert_allclose(neighbour_overlap(*found), shares)
+    assert mutual_knn(x, y, k) == pytest.approx(np.mean(shares))
+
+
+def test_neighbours_of_sides_without_anything_in_common_agree_as_often_as_chance_says() -> None:
+    rng = np.random.default_rng(0)
+    found = mutual_knn(rng.standard_normal((800, 10)), rng.standard_normal((800, 10)), 20)
+    assert found == pytest.approx(20 / 799, abs=0.004)
+
+
+@given(st.integers(2, 5), st.integers(0, 100))
+def test_leaving_blocks_out_is_the_figure_of_the_other_rows(num_blocks: int, seed: int) -> None:
+    x, y = sides(40, seed=seed)
+    block_N = np.random.default_rng(seed).permutation(np.arange(40) % num_blocks)
+    one, other = Blocked(x, block_N), Blocked(y, block_N)
+    xy, xx, yy = products(one, other), products(one, one), products(other, other)
+    kept = [np.ones(40, bool), *(block_N != block for block in range(num_blocks))]
+    biased = [cka_by_gram_matrices(x[rows], y[rows]) for rows in kept]
+    np.testing.assert_allclose(cka(xy.biased, xx.biased, yy.biased), biased, atol=1e-9)
+    unbiased = [debiased_by_gram_matrices(x[rows], y[rows]) for rows in kept]
+    np.testing.assert_allclose(cka(xy.unbiased, xx.unbiased, yy.unbiased), unbiased, atol=1e-8)
+
+
+def debiased_with_interval(x: np.ndarray, y: np.ndarray, groups: np.ndarray, num_blocks: int):  # type: ignore[no-untyped-def]
+    block_N = groups % num_blocks
+    one, other = Blocked(x, block_N), Blocked(y, block_N)
+    xy, xx, yy = products(one, other), products(one, one), products(other, other)
+    return jackknife(cka(xy.unbiased, xx.unbiased, yy.unbiased), np.bincount(block_N))
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(copies: int) -> None:
+    """Also where rows come in groups of near-copies, as long as a group is in one block."""
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((3, 7)), rng.standard_normal((3, 5))
+
+    def draw(num_groups: int) -> tuple[np.ndarray, np.ndarray]:
+        shared = rng.standard_normal((num_groups, 3))
+        return shared @ mix[0] + rng.standard_normal((num_groups, 7)), shared @ mix[1] + rng.standard_normal(
+            (num_groups, 5)
+        )
+
+    truth, inside = debiased_cka(*draw(200_000)), 0
+    for _ in range(150):
+        groups = np.repeat(np.arange(120), copies)
+        x, y = (side[groups] + 1e-3 * rng.standard_normal((len(groups), side.shape[1])) for side in draw(120))
+        estimate = debiased_with_interval(x, y, groups, 30)
+        inside += estimate.low <= truth <= estimate.high
+    assert 133 <= inside <= 149
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    values = np.random.default_rng(0).random(50)
+    without = [np.delete(values, row).mean() for row in range(50)]
+    estimate = jackknife(np.array([values.mean(), *without]), np.ones(50, int))
+    error = values.std(ddof=1) / np.sqrt(50)
+    assert estimate.value == values.mean()
+    assert (estimate.high - estimate.value) / error == pytest.approx(2.0096, abs=1e-3)  # t of 49 degrees
+    with pytest.raises(DataError, match="1 blocks are too few"):
+        jackknife(np.array([1.0, 1.0]), np.array([3]))
+
+
+def test_unequal_blocks_count_by_their_size() -> None:
+    """A mean over blocks of unequal size, against the spread of many such means."""
+    rng = np.random.default_rng(0)
+    sizes = np.tile([1, 3, 8], 10)
+    block_N = np.repeat(np.arange(30), sizes)
+    widths, means = [], []
+    for _ in range(300):
+        values = rng.standard_normal(len(block_N))
+        without = [values[block_N != block].mean() for block in range(30)]
+        estimate = jackknife(np.array([values.mean(), *without]), sizes)
+        widths.append((estimate.high - estimate.value) / 2.045)
+        means.append(estimate.value)
+    assert np.mean(widths) == pytest.approx(np.std(means), rel=0.1)
+
+
+def test_mistakes_are_named() -> None:
+    x, y = sides(20)
+    with pytest.raises(DataError, match="20 rows on one side and 19 on the other"):
+        linear_cka(x, y[1:])
+    with pytest.raises(DataError, match="3 rows are too few to compare; at least 4"):
+        debiased_cka(x[:3], y[:3])
+    with pytest.raises(DataError, match="the rows are all equal"):
+        linear_cka(np.full((20, 3), 0.1), y)
+    with pytest.raises(DataError, match="NaN or infinity in 1 of 20 rows"):
+        mutual_knn(np.where(np.arange(20)[:, None] == 3, np.nan, x), y, 3)
+    for k in (0, 20):
+        with pytest.raises(DataError, match=f"k is {k}, and each of 20 rows has 19 others"):
+            mutual_knn(x, y, k)

@@ -1,0 +1,67 @@
+import doctest
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
+
+from embedcache.errors import DataError
+from embedcache.metrics import classes
+from embedcache.metrics.classes import class_means, confusion, ranks_of
+from embedcache.metrics.intervals import bootstrap_class_mean, bootstrap_mean, bootstrap_means
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(classes).failed == 0
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Scores without ties, and labels; every class has an item."""
+    num_classes, num_items = draw(st.integers(3, 8)), draw(st.integers(8, 40))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    labels = np.concatenate([np.arange(num_classes), rng.integers(num_classes, size=num_items - num_classes)])
+    return rng.permuted(np.tile(np.arange(num_classes), (num_items, 1)), axis=1).astype(np.float32), labels
+
+
+@given(problems())
+def test_figures_are_those_of_scikit_learn(problem: tuple[np.ndarray, np.ndarray]) -> None:
+    scores, labels = problem
+    ranks, predicted, num_classes = ranks_of(scores, labels), scores.argmax(axis=1), scores.shape[1]
+    for k in (1, 2):
+        expected = top_k_accuracy_score(labels, scores, k=k, labels=np.arange(num_classes))
+        assert np.mean(ranks <= k) == pytest.approx(expected)
+    assert np.array_equal(confusion(labels, predicted, num_classes), confusion_matrix(labels, predicted))
+    balanced = balanced_accuracy_score(labels, predicted)
+    assert class_means(ranks == 1, labels, num_classes).mean() == pytest.approx(balanced)
+    assert bootstrap_class_mean(ranks == 1, labels, num_draws=2).value == pytest.approx(balanced)
+
+
+def test_what_is_no_number_and_what_ties_earns_nothing() -> None:
+    labels = np.zeros(3, np.int64)
+    scores = np.array([[1, 1, 0], [np.nan, 0, 0], [1, np.nan, 0]], np.float32)
+    assert ranks_of(scores, labels).tolist() == [2, 3, 2]
+
+
+def test_a_class_mean_weighs_each_class_alike_and_covers_the_truth() -> None:
+    rng, hits = np.random.default_rng(0), 0
+    for trial in range(60):
+        labels = np.repeat([0, 1], [900, 100])
+        right = rng.random(1000) < np.where(labels == 0, 0.9, 0.3)
+        estimate = bootstrap_class_mean(right, labels, num_draws=200, seed=trial)
+        hits += estimate.low <= 0.6 <= estimate.high
+    assert hits >= 52  # of 60 intervals of 95 %
+
+
+def test_columns_are_resampled_together() -> None:
+    values = np.random.default_rng(1).random((40, 3))
+    clusters = np.arange(40) // 4
+    for column, estimate in enumerate(bootstrap_means(values, clusters)):
+        alone = bootstrap_mean(values[:, column], clusters)
+        assert astuple(estimate) == pytest.approx(astuple(alone))
+    with pytest.raises(DataError, match="no value"):
+        bootstrap_means(np.empty((0, 2)))
+    with pytest.raises(DataError, match="no value"):
+        bootstrap_class_mean(np.empty(0), np.empty(0, np.int64))

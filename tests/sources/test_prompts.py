@@ -1,0 +1,121 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from embedcache.errors import ItemError, MissingExtraError, PathError, SettingError, SourceError, UnknownNameError
+from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
+from tests.sources.contract import SourceContract
+from tests.sources.files import write
+
+NAMES = "T-shirt/top\nTrouser\nankle boot\n"
+TEMPLATES = "a photo of a {c}.\n{c}, on a table\n"
+
+
+class TestPrompts(SourceContract):
+    has_images = False
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        write(tmp_path, {"names.txt": NAMES, "templates.txt": TEMPLATES})
+        return open_source(f"prompts:{tmp_path}/names.txt+{tmp_path}/templates.txt")
+
+
+def samples_of(location: object, *languages: str) -> list[Sample]:
+    return list(open_source(f"prompts:{location}", settings=SourceSettings(languages=languages)).samples())
+
+
+def prompts(sample: Sample) -> list[str]:
+    return [item.text for item in sample.texts]
+
+
+def test_a_class_is_a_sample_with_its_prompts_and_its_number(tmp_path: Path) -> None:
+    write(tmp_path, {"names.txt": NAMES, "templates.txt": TEMPLATES})
+    found = samples_of(f"{tmp_path}/names.txt+{tmp_path}/templates.txt")
+    assert [sample.columns for sample in found] == [
+        {"class": "T-shirt/top", "label": 0},
+        {"class": "Trouser", "label": 1},
+        {"class": "ankle boot", "label": 2},
+    ]
+    assert prompts(found[2]) == ["a photo of a ankle boot.", "ankle boot, on a table"]
+    assert prompts(samples_of(tmp_path / "names.txt")[1]) == ["a photo of a Trouser."]
+
+
+def test_a_data_set_in_the_layout_of_clip_benchmark_brings_both(tmp_path: Path) -> None:
+    write(tmp_path, {"classnames.txt": NAMES, "zeroshot_classification_templates.txt": TEMPLATES, "test/0.tar": b""})
+    assert [prompts(sample) for sample in samples_of(tmp_path)][1] == ["a photo of a Trouser.", "Trouser, on a table"]
+
+
+def test_sub_folders_are_classes_and_their_names_are_read_with_spaces(tmp_path: Path) -> None:
+    write(tmp_path, {"pecan_pie/1.jpg": b"", "apple_pie/1.jpg": b""})
+    found = samples_of(tmp_path)
+    assert [sample.columns["class"] for sample in found] == ["apple_pie", "pecan_pie"]
+    assert prompts(found[0]) == ["a photo of a apple pie."]
+
+
+def test_prompts_of_ones_own(tmp_path: Path) -> None:
+    write(tmp_path, {"p.json": json.dumps({"cat": ["Eine Katze.", "Sie miaut."], "dog": "Ein Hund."})})
+    assert [prompts(sample) for sample in samples_of(tmp_path / "p.json")] == [
+        ["Eine Katze.", "Sie miaut."],
+        ["Ein Hund."],
+    ]
+
+
+def test_sets_that_clip_benchmark_holds() -> None:
+    found = samples_of("imagenet1k")
+    assert len(found) == 1000
+    assert {len(sample.texts) for sample in found} == {80}
+    assert len({sample.key for sample in found}) == 1000  # two names stand twice
+    assert prompts(found[0])[0] == "a bad photo of a tench."
+    assert sum(len(sample.texts) for sample in samples_of("imagenet1k+cupl")) > 144_000
+    assert samples_of("imagenet1k", "it")[1].texts[0].text == "una brutta foto di un pesce rosso"
+    assert {len(sample.texts) for sample in samples_of("flowers+imagenet1k")} == {80}
+
+
+def test_a_path_may_hold_a_plus(tmp_path: Path) -> None:
+    write(tmp_path, {"c++/names.txt": NAMES})
+    assert len(samples_of(f"{tmp_path}/c++/names.txt")) == 3
+
+
+@pytest.mark.parametrize(
+    ("files", "location", "error", "words"),
+    [
+        ({}, "none.txt", PathError, "no such file: .*none.txt"),
+        ({}, "none.json", PathError, "no such file: .*none.json"),
+        ({}, "", SourceError, "neither classnames.txt nor a sub-folder a class"),
+        ({"n.txt": ""}, "n.txt", SourceError, "n.txt is empty"),
+        ({"n.txt": "a\n\nb"}, "n.txt", SourceError, "n.txt line 2 is blank"),
+        ({"n.txt": "a", "t.txt": "a photo"}, "n.txt+t.txt", SourceError, "template 'a photo' of .* lacks {c}"),
+        ({"p.json": "[1]"}, "p.json", SourceError, "p.json must hold an object"),
+        ({"p.json": "{"}, "p.json", SourceError, "p.json is no JSON"),
+        ({"p.json": '{"cat": ["x"], "dog": []}'}, "p.json", SourceError, "class 'dog' of .* has no prompts"),
+        ({"p.json": '{"cat": "x"}', "t.txt": "{c}"}, "p.json+t.txt", SourceError, "leave the templates .* out"),
+        ({"n.txt": "cat"}, "n.txt+cupl", SourceError, "CuPL has no prompts for 1 of 1 classes, first 'cat'"),
+    ],
+)
+def test_mistakes_are_named(
+    tmp_path: Path, files: dict[str, str], location: str, error: type[Exception], words: str
+) -> None:
+    write(tmp_path, files)
+    place = "+".join(part if part == "cupl" else f"{tmp_path}/{part}" for part in location.split("+"))
+    with pytest.raises(error, match=words):
+        samples_of(place)
+
+
+def test_sets_and_languages_that_are_not_there() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'imagenet1k'.*or give a file"):
+        samples_of("imagenet")
+    with pytest.raises(SourceError, match="no class names in 'de'; it has ar, cn, en, it, jp"):
+        samples_of("imagenet1k", "de")
+    with pytest.raises(SourceError, match="of one language, not of en, it"):
+        samples_of("imagenet1k", "en", "it")
+    with pytest.raises(SettingError, match="prompts source has no setting 'key_column'"):
+        open_source("prompts:imagenet1k", settings=SourceSettings(key_column="x"))
+    with pytest.raises(ItemError, match="prompts have no image"):
+        open_source("prompts:imagenet1k").read(ImageItem(path="x"))
+
+
+def test_without_the_package_the_pip_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "clip_benchmark", None)
+    with pytest.raises(MissingExtraError, match=r"embedcache\[clip-benchmark\]"):
+        samples_of("imagenet1k")
