@@ -33,6 +33,7 @@ from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs
 from embedcache.sources import open_source
 from tests.conftest import FEATURES
 from tests.pictures import COLOURS
+from tests.sources.files import write_tar
 from tests.toy import IMAGE, TEXT
 
 FEATURE = "open_toy/cls"
@@ -361,3 +362,24 @@ def test_failed_items_are_left_out_and_counted(tmp_path: Path) -> None:
     data = read_labelled(Cache(tmp_path / "cache"), "image", FEATURE)
     assert data.num_left_out == 1
     assert 7 not in data.items.rows
+
+
+def test_labelled_tars_are_probed_as_they_lie(tmp_path: Path) -> None:
+    source = write_colours(tmp_path / "source", 120)
+    captions = [path.read_text().split()[0] for path in sorted(source.glob("*.txt"))]
+    for split, numbers in (("train", range(90)), ("test", range(90, 120))):
+        (tmp_path / "tars" / split).mkdir(parents=True)
+        members = [
+            (f"s{place:07d}{suffix}", content)
+            for place, number in enumerate(numbers)
+            for suffix, content in (
+                (".cls", str(list(COLOURS).index(captions[number]))),
+                (".png", (source / f"{number:05d}.png").read_bytes()),
+            )
+        ]
+        write_tar(tmp_path / "tars" / split / "0.tar", members)
+    extract(open_source(tmp_path / "tars"), tmp_path / "cache", image=[IMAGE])
+    report = evaluate_probe(tmp_path / "cache", image="open_toy", settings=ProbeSettings(methods=("knn",)))
+    assert report.counts == {"train": 81, "val": 9, "test": 30}
+    assert report.labelled.names == list("012345")
+    assert report.scores[0].accuracy.value > 0.5
