@@ -1,11 +1,10 @@
-"""The classifiers that a probe fits on frozen features: neighbours, logistic regression, ridge regression.
+"""The classifiers that a probe fits on frozen features: neighbours, ridge regression, and a table with logistic.py's.
 
 All take length away from the vectors first. What is linear then takes off the mean of the training vectors and divides
 by one number, their root mean square length: as good as giving each dimension variance 1 where training data are many,
 and far better where they are few, since a handful of vectors says little about the variance of each dimension.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -14,15 +13,12 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, blocks, normalize
 from embedcache.metrics.neighbours import nearest, vote
-from embedcache.registry import Registry, require
+from embedcache.registry import Registry
 
 NUM_NEIGHBOURS = 20
 TEMPERATURE = 0.07
-C_GRID = tuple(10.0**power for power in range(-2, 6))
-FEW_SHOT_C = 10.0
 SHRINKAGE_GRID = tuple(10.0**power for power in range(-7, 2))
 FEW_SHOT_SHRINKAGE = 0.01
-_MOST_ITERATIONS = 1000
 _NO_SPREAD = 1e-12  # all vectors point one way
 _BLOCK = 8192
 
@@ -62,7 +58,11 @@ validation examples it is a fixed one. The number is that of the classes."""
 
 METHODS = Registry(
     "method",
-    {name: f"embedcache.evaluate.classifiers:fit_{name}" for name in ("knn", "logistic", "ridge")},
+    {
+        "knn": "embedcache.evaluate.classifiers:fit_knn",
+        "logistic": "embedcache.evaluate.logistic:fit_logistic",
+        "ridge": "embedcache.evaluate.classifiers:fit_ridge",
+    },
 )
 
 
@@ -77,33 +77,6 @@ def fit_knn(train: Examples, val: Examples | None, num_classes: int) -> Fitted:
         return vote(both.labels[rows_QK], sims_QK, num_classes, temperature=TEMPERATURE)
 
     return Fitted(scores, {"neighbours": k, "temperature": TEMPERATURE})
-
-
-def fit_logistic(train: Examples, val: Examples | None, num_classes: int) -> Fitted:
-    """Fit multinomial logistic regression by L-BFGS; C is a power of ten, chosen on validation.
-
-    The small ones come first, each starts from the last, and the search ends once two in a row are no better.
-
-    Raises:
-        MissingExtraError: scikit-learn is not installed.
-    """
-    if val is None:
-        model, scale = _logistic(FEW_SHOT_C), Scale.of(train.vectors)
-        iterations = _fit(model, scale(train.vectors), train.labels)
-        return Fitted(_scores_of(model, scale, num_classes), {"C": FEW_SHOT_C, "iterations": iterations})
-    accuracies = _try_strengths(train, val)
-    best = max(accuracies, key=lambda strength: (accuracies[strength], -strength))
-    both = joined(train, val)
-    model, scale = _logistic(best), Scale.of(both.vectors)
-    iterations = _fit(model, scale(both.vectors), both.labels)
-    chosen = {
-        "C": best,
-        "val_accuracy": _by_strength(accuracies),
-        "iterations": iterations,
-        "converged": iterations < _MOST_ITERATIONS,
-        "at_the_edge": _is_at_the_edge(accuracies, C_GRID),
-    }
-    return Fitted(_scores_of(model, scale, num_classes), chosen)
 
 
 def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Fitted:
@@ -121,8 +94,8 @@ def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Fitted
     best = max(accuracies, key=lambda strength: (accuracies[strength], strength))
     chosen = {
         "shrinkage": best,
-        "val_accuracy": _by_strength(accuracies),
-        "at_the_edge": _is_at_the_edge(accuracies, SHRINKAGE_GRID),
+        "val_accuracy": by_strength(accuracies),
+        "at_the_edge": is_at_the_edge(accuracies, SHRINKAGE_GRID),
     }
     return Fitted(Ridge(joined(train, val), num_classes).scores(best), chosen)
 
@@ -209,49 +182,12 @@ def _gram(x_MD: Array) -> Array:
     return gram_DD
 
 
-def _logistic(strength: float) -> Any:
-    linear_model = require("sklearn.linear_model", extra="evaluate")
-    return linear_model.LogisticRegression(C=strength, max_iter=_MOST_ITERATIONS, warm_start=True)
-
-
-def _fit(model: Any, vectors_MD: Floats, labels_M: Ints) -> int:
-    """Fit, and give the number of steps; that they were too few is in the report."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="lbfgs failed to converge")
-        model.fit(vectors_MD, labels_M)
-    return int(model.n_iter_.max())
-
-
-def _try_strengths(train: Examples, val: Examples) -> dict[float, float]:
-    model, scale = _logistic(C_GRID[0]), Scale.of(train.vectors)
-    train_MD, val_MD = scale(train.vectors), scale(val.vectors)
-    accuracies: dict[float, float] = {}
-    for strength in C_GRID:
-        model.set_params(C=strength)
-        _fit(model, train_MD, train.labels)
-        accuracies[strength] = float(np.mean(model.predict(val_MD) == val.labels))
-        if list(accuracies.values()).index(max(accuracies.values())) < len(accuracies) - 2:
-            break
-    return accuracies
-
-
-def _scores_of(model: Any, scale: Scale, num_classes: int) -> Callable[[Floats], Floats]:
-    def scores(vectors_QD: Floats) -> Floats:
-        decision = model.decision_function(scale(vectors_QD)).astype(np.float32)
-        if decision.ndim == 1:  # of two classes scikit-learn scores the second alone
-            decision = np.stack([-decision, decision], axis=1)
-        scores_QC = np.full((len(vectors_QD), num_classes), -np.inf, np.float32)
-        scores_QC[:, model.classes_] = decision
-        return scores_QC
-
-    return scores
-
-
-def _is_at_the_edge(accuracies: Mapping[float, float], grid: Sequence[float]) -> bool:
+def is_at_the_edge(accuracies: Mapping[float, float], grid: Sequence[float]) -> bool:
     """Say whether a strength beyond those tried might well be better: the best is the first or last, and alone."""
     best = [strength for strength in grid if accuracies.get(strength) == max(accuracies.values())]
     return best in ([grid[0]], [grid[-1]])
 
 
-def _by_strength(accuracies: Mapping[float, float]) -> dict[str, float]:
+def by_strength(accuracies: Mapping[float, float]) -> dict[str, float]:
+    """Give the accuracies as JSON."""
     return {f"{strength:g}": round(accuracy, 5) for strength, accuracy in accuracies.items()}

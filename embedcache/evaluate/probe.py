@@ -174,9 +174,7 @@ def evaluate_probe(
         Cache(cache_path), modality, image or text, label=settings.label, part=settings.part, seed=settings.seed
     )
     _require_shots(data, settings)
-    shuffled = data.examples.labels.copy()
-    taught = np.flatnonzero(data.parts != "test")
-    shuffled[taught] = np.random.default_rng(settings.seed).permutation(shuffled[taught])
+    shuffled = _shuffled(data, settings.seed)
     num_fits = 1 + settings.has_control + len(settings.shots) * settings.num_draws
     progress.start("probing", len(methods) * num_fits, "fits")
     report = ProbeReport(
@@ -193,6 +191,14 @@ def evaluate_probe(
     )
     progress.finish()
     return report
+
+
+def _shuffled(data: Labelled, seed: int) -> Ints:
+    """Give the labels with those of training and validation in random order."""
+    labels_M = data.examples.labels.copy()
+    taught = np.flatnonzero(data.parts != "test")
+    labels_M[taught] = np.random.default_rng(seed).permutation(labels_M[taught])
+    return labels_M
 
 
 def _ranks(fitted: Fitted, test: Examples) -> Ints:

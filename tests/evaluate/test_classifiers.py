@@ -11,18 +11,16 @@ from sklearn.neighbors import KNeighborsClassifier
 from embedcache.arrays import normalize
 from embedcache.errors import UnknownNameError
 from embedcache.evaluate.classifiers import (
-    C_GRID,
-    FEW_SHOT_C,
     METHODS,
     SHRINKAGE_GRID,
     Examples,
     Ridge,
     Scale,
     fit_knn,
-    fit_logistic,
     fit_ridge,
     joined,
 )
+from embedcache.evaluate.logistic import C_GRID, FEW_SHOT_C, fit_logistic
 
 CLASSES = 4
 
@@ -154,7 +152,19 @@ def test_an_unknown_method_is_refused_with_the_near_miss() -> None:
         METHODS.load("logistc")
 
 
-def test_neighbours_and_ridge_do_without_scikit_learn() -> None:
-    code = "import sys, embedcache.evaluate.classifiers as c; c.METHODS.load('ridge'); print('sklearn' in sys.modules)"
+def test_without_scikit_learn_only_logistic_is_refused_and_before_anything_is_read() -> None:
+    code = """
+import sys
+sys.modules["sklearn"] = None
+from embedcache.errors import MissingExtraError
+from embedcache.evaluate.classifiers import METHODS
+from embedcache.evaluate.probe import ProbeSettings, evaluate_probe
+print([METHODS.load(name).__name__ for name in ("knn", "ridge")])
+try:
+    evaluate_probe("nowhere", image="x")
+except MissingExtraError as error:
+    print(error)
+"""
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
+    assert "['fit_knn', 'fit_ridge']" in found.stdout
+    assert "run: python -m pip install 'embedcache[evaluate]'" in found.stdout
