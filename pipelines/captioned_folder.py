@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 from embedcache.cache.split_settings import SplitSettings
-
 from embedcache.cli.console import open_progress, say, show_table
 from embedcache.curate.index import build_index
 from embedcache.encoders.contract import EncoderSettings

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from embedcache.cache.split_settings import SplitSettings
 
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.encoders.contract import Encoder, EncoderSettings, Modality
 from embedcache.encoders.graph import TorchGraph
 from embedcache.encoders.open import open_encoder

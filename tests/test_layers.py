@@ -45,7 +45,7 @@ DOORS = {
     "matplotlib": {"evaluate", "pages", "quickstart", "sweep"},
     "optuna": {"sweep"},
     "sqlalchemy": {"sweep"},
-    "sklearn": {"sweep"},
+    "sklearn": {"evaluate", "sweep"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,6 +1,5 @@
 """Making a split: by near-duplicate groups, by key, or by the source's own column."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from embedcache.arrays import Array, Ints, blocks, normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.pairs import Pairs, name_caches
+from embedcache.cache.parts import PART_NAMES, take_groups
 from embedcache.cache.side import Reader, mean_vectors
 from embedcache.cache.split import Split, read_split
 from embedcache.cache.split_settings import SplitSettings
@@ -22,14 +22,6 @@ from embedcache.registry import unknown_name
 _KINDS = ("strict", "key", "column")
 _MOST_STRICT_ITEMS = 200_000
 _BLOCK = 1024
-_PART_NAMES = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-}
 
 
 class Paired(Protocol):
@@ -98,7 +90,7 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
 
 def _by_column(data: Paired, samples: Ints, settings: SplitSettings) -> Split:
     values = [value for cache in data.caches for value in _split_column(cache)]
-    known = [_PART_NAMES.get(value, "") for value in values]
+    known = [PART_NAMES.get(value, "") for value in values]
     if not {"train", "test"} <= set(known):
         where = name_caches(data.caches)
         raise SourceError(f"column 'split' of {where} holds {sorted(set(values))}; it must name train and test")
@@ -118,7 +110,7 @@ def _split_column(cache: Cache) -> list[str]:
 
 def _carve_validation(keys: list[str], parts: list[str], settings: SplitSettings) -> list[str]:
     train = np.array([row for row, part in enumerate(parts) if part == "train"])
-    held = _fill([[int(row)] for row in train], keys, round(settings.val_share * len(train)), settings.seed)
+    held = take_groups([[int(row)] for row in train], keys, round(settings.val_share * len(train)), settings.seed)
     return ["val" if row in held else part for row, part in enumerate(parts)]
 
 
@@ -126,28 +118,15 @@ def _by_groups(keys: list[str], samples: Ints, groups: Ints, settings: SplitSett
     members: dict[int, list[int]] = {}
     for sample, group in zip(samples.tolist(), groups.tolist(), strict=True):
         members.setdefault(group, []).append(sample)
-    test = _fill(list(members.values()), keys, round(settings.test_share * len(samples)), settings.seed)
+    test = take_groups(list(members.values()), keys, round(settings.test_share * len(samples)), settings.seed)
     rest = [group for group in members.values() if group[0] not in test]
-    val = _fill(rest, keys, round(settings.val_share * len(samples)), settings.seed)
+    val = take_groups(rest, keys, round(settings.val_share * len(samples)), settings.seed)
     parts, numbers = [""] * len(keys), [-1] * len(keys)
     for number, group in enumerate(members.values()):
         for row in group:
             parts[row] = "test" if row in test else "val" if row in val else "train"
             numbers[row] = number
     return Split(keys=keys, parts=parts, groups=numbers)
-
-
-def _fill(groups: list[list[int]], keys: list[str], quota: int, seed: int) -> set[int]:
-    """Take whole groups in an order that only keys and the seed decide; one too large for what is left is passed by."""
-
-    def order(group: list[int]) -> bytes:
-        return hashlib.sha256(f"{seed}:{min(keys[row] for row in group)}".encode()).digest()
-
-    taken: set[int] = set()
-    for group in sorted(groups, key=order):
-        if len(taken) + len(group) <= quota:
-            taken.update(group)
-    return taken
 
 
 def _near_duplicates(data: Paired, pairs: Pairs, settings: SplitSettings) -> Ints:

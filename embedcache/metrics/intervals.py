@@ -93,6 +93,28 @@ def bootstrap_class_mean(
     return _estimates(np.array([class_mean(np.ones(len(values)))]), np.array(means)[:, None])[0]
 
 
+def bootstrap_runs(values_RM: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
+    """Mean of several runs on the same items, with a 95 % percentile interval from resampling both runs and clusters.
+
+    Args:
+        values_RM: (R, M) float or bool, a row a run.
+        clusters: (M,) as of `bootstrap_mean`.
+        num_draws: how many resamples.
+        seed: of the resampling.
+
+    Raises:
+        DataError: there is no value.
+    """
+    if not values_RM.size:
+        raise DataError("no value to take a mean of")
+    num_runs, num_items = values_RM.shape
+    cluster_M, count_G = _clusters(clusters, num_items)
+    sum_RG = np.stack([np.bincount(cluster_M, weights=row.astype(np.float64)) for row in values_RM])
+    draws = zip(_resamples(len(count_G), num_draws, seed), _resamples(num_runs, num_draws, seed + 1), strict=True)
+    means = [weight_R @ sum_RG @ weight_G / (num_runs * (weight_G @ count_G)) for weight_G, weight_R in draws]
+    return _estimates(np.array([values_RM.mean(dtype=np.float64)]), np.array(means)[:, None])[0]
+
+
 def _clusters(clusters: Ints | None, num_values: int) -> tuple[Ints, Ints]:
     """Number the clusters from 0: which each value belongs to, and the sizes."""
     numbers: Ints = np.arange(num_values)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embedcache.cache.split_settings import SplitSettings
 from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Inputs, normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.side import open_side
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.curate import faiss_index
 from embedcache.curate.index import build_index, read_card
 from embedcache.curate.search import search

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embedcache.cache.split_settings import SplitSettings
 
 from embedcache.cache.cache import Cache
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.errors import CorruptError, FingerprintError, SettingError
 from embedcache.evaluate.gallery import draw_examples
 from embedcache.evaluate.report import format_estimate, retrieval_json, retrieval_rows

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embedcache.cache.split_settings import SplitSettings
 
 from embedcache.cache.cache import Cache
+from embedcache.cache.split_settings import SplitSettings
 from embedcache.cache.tables import read_table
 from embedcache.curate.index import build_index
 from embedcache.curate.search import search

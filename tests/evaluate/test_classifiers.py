@@ -1,0 +1,170 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.neighbors import KNeighborsClassifier
+
+from embedcache.arrays import normalize
+from embedcache.errors import UnknownNameError
+from embedcache.evaluate.classifiers import (
+    METHODS,
+    SHRINKAGE_GRID,
+    Examples,
+    Ridge,
+    Scale,
+    fit_knn,
+    fit_ridge,
+    joined,
+)
+from embedcache.evaluate.logistic import C_GRID, FEW_SHOT_C, fit_logistic
+
+CLASSES = 4
+
+
+def blobs(seed: int, num: int, *, width: int = 6, noise: float = 1.0, num_classes: int = CLASSES) -> Examples:
+    """Draw vectors around one centre a class; every class is there."""
+    centres = np.random.default_rng(99).standard_normal((num_classes, width))
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(num) % num_classes)
+    vectors = 3 + centres[labels] + noise * rng.standard_normal((num, width))
+    return Examples(vectors=vectors.astype(np.float32), labels=labels)
+
+
+@given(seed=st.integers(0, 2**32 - 1), num=st.integers(CLASSES, 60), noise=st.floats(0.1, 3))
+def test_neighbours_predict_as_scikit_learns_do(seed: int, num: int, noise: float) -> None:
+    train, test = blobs(seed, num, noise=noise), blobs(seed + 1, 20, noise=noise)
+    model = KNeighborsClassifier(
+        n_neighbors=min(20, num), metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(train.vectors.astype(np.float64), train.labels)
+    probabilities = np.sort(model.predict_proba(test.vectors.astype(np.float64)), axis=1)
+    is_clear = probabilities[:, -1] - probabilities[:, -2] > 1e-3
+    found = fit_knn(train, None, CLASSES).scores(test.vectors).argmax(axis=1)
+    np.testing.assert_array_equal(found[is_clear], model.predict(test.vectors)[is_clear])
+
+
+def scaled(train: Examples, test: Examples) -> tuple[np.ndarray, np.ndarray]:
+    unit = normalize(train.vectors).astype(np.float64)
+    mean = unit.mean(axis=0)
+    length = np.sqrt(np.square(unit - mean).sum(axis=1).mean())
+    return (unit - mean) / length, (normalize(test.vectors).astype(np.float64) - mean) / length
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scaled_vectors_have_mean_0_and_mean_square_length_1(seed: int) -> None:
+    train, test = blobs(seed, 50), blobs(seed + 1, 20)
+    scale = Scale.of(train.vectors)
+    for found, expected in zip((scale(train.vectors), scale(test.vectors)), scaled(train, test), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.square(scale(train.vectors)).sum(axis=1).mean() == pytest.approx(1, abs=1e-4)
+
+
+def test_equal_vectors_are_scaled_without_a_warning() -> None:
+    same = np.ones((3, 4), np.float32)
+    np.testing.assert_allclose(Scale.of(same)(same), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_classes", [2, CLASSES])
+def test_logistic_is_what_scikit_learn_gives_at_the_strength_chosen(seed: int, num_classes: int) -> None:
+    train, val, test = (blobs(3 * seed + part, 60, num_classes=num_classes) for part in range(3))
+    fitted = fit_logistic(train, val, num_classes)
+    both = joined(train, val)
+    inputs, held = scaled(both, test)
+    model = LogisticRegression(C=fitted.chosen["C"], max_iter=1000).fit(inputs, both.labels)
+    np.testing.assert_array_equal(fitted.scores(test.vectors).argmax(axis=1), model.predict(held))
+    assert fitted.chosen["converged"]
+
+
+def test_the_strength_is_the_smallest_of_the_best_on_validation() -> None:
+    train, val = blobs(0, 60), blobs(1, 200)
+    fitted = fit_logistic(train, val, CLASSES)
+    inputs, held = scaled(train, val)
+    own = {c: LogisticRegression(C=c, max_iter=1000).fit(inputs, train.labels).score(held, val.labels) for c in C_GRID}
+    tried = {float(c): accuracy for c, accuracy in fitted.chosen["val_accuracy"].items()}
+    assert list(tried) == list(C_GRID[: len(tried)])
+    assert tried == pytest.approx({c: own[c] for c in tried}, abs=0.011)  # two of 200: both stop near the optimum
+    assert fitted.chosen["C"] == min(c for c in tried if tried[c] == max(tried.values()))
+    assert len(tried) == len(C_GRID) or fitted.chosen["C"] == list(tried)[-3]
+
+
+def test_without_validation_the_strength_is_fixed() -> None:
+    train, test = blobs(0, 16), blobs(1, 50)
+    fitted = fit_logistic(train, None, CLASSES)
+    inputs, held = scaled(train, test)
+    model = LogisticRegression(C=FEW_SHOT_C, max_iter=1000).fit(inputs, train.labels)
+    np.testing.assert_array_equal(fitted.scores(test.vectors).argmax(axis=1), model.predict(held))
+    assert fitted.chosen["C"] == FEW_SHOT_C
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num=st.integers(CLASSES, 40),
+    width=st.integers(2, 50),
+    shrinkage=st.sampled_from([1e-3, 1e-1, 1.0]),
+)
+def test_ridge_predicts_as_scikit_learns_does(seed: int, num: int, width: int, shrinkage: float) -> None:
+    train, test = blobs(seed, num, width=width), blobs(seed + 1, 20, width=width)
+    inputs, held = scaled(train, test)
+    model = RidgeClassifier(alpha=shrinkage * num).fit(inputs, train.labels)
+    decision = np.sort(model.decision_function(held), axis=1)
+    is_clear = decision[:, -1] - decision[:, -2] > 1e-2
+    found = Ridge(train, CLASSES).scores(shrinkage)(test.vectors).argmax(axis=1)
+    np.testing.assert_array_equal(found[is_clear], model.predict(held)[is_clear])
+
+
+def test_ridge_chooses_the_largest_shrinkage_that_is_best_on_validation() -> None:
+    train, val, test = blobs(0, 40), blobs(1, 100), blobs(2, 50)
+    fitted = fit_ridge(train, val, CLASSES)
+    tried = {
+        s: np.mean(Ridge(train, CLASSES).scores(s)(val.vectors).argmax(axis=1) == val.labels) for s in SHRINKAGE_GRID
+    }
+    best = max(s for s in tried if tried[s] == max(tried.values()))
+    assert fitted.chosen["shrinkage"] == best
+    expected = Ridge(joined(train, val), CLASSES).scores(best)(test.vectors)
+    np.testing.assert_array_equal(fitted.scores(test.vectors), expected)
+
+
+@pytest.mark.parametrize("method", METHODS.paths)
+def test_a_class_never_seen_is_never_named(method: str) -> None:
+    train, val, test = blobs(0, 40), blobs(1, 40), blobs(2, 40)
+    fitted = METHODS.load(method)(train, val, CLASSES + 2)
+    scores = fitted.scores(test.vectors)
+    assert scores.shape == (40, CLASSES + 2)
+    assert scores.dtype == np.float32
+    assert set(scores.argmax(axis=1)) <= set(range(CLASSES))
+
+
+@pytest.mark.parametrize("method", METHODS.paths)
+def test_nothing_given_is_changed(method: str) -> None:
+    train, val = blobs(0, 40), blobs(1, 40)
+    METHODS.load(method)(train, val, CLASSES).scores(val.vectors)
+    for left, right in ((train, blobs(0, 40)), (val, blobs(1, 40))):
+        np.testing.assert_array_equal(left.vectors, right.vectors)
+        np.testing.assert_array_equal(left.labels, right.labels)
+
+
+def test_an_unknown_method_is_refused_with_the_near_miss() -> None:
+    with pytest.raises(UnknownNameError, match="unknown method 'logistc'; did you mean 'logistic'"):
+        METHODS.load("logistc")
+
+
+def test_without_scikit_learn_only_logistic_is_refused_and_before_anything_is_read() -> None:
+    code = """
+import sys
+sys.modules["sklearn"] = None
+from embedcache.errors import MissingExtraError
+from embedcache.evaluate.classifiers import METHODS
+from embedcache.evaluate.probe import ProbeSettings, evaluate_probe
+print([METHODS.load(name).__name__ for name in ("knn", "ridge")])
+try:
+    evaluate_probe("nowhere", image="x")
+except MissingExtraError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "['fit_knn', 'fit_ridge']" in found.stdout
+    assert "run: python -m pip install 'embedcache[evaluate]'" in found.stdout

@@ -1,0 +1,385 @@
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
+
+from embedcache.cache.cache import Cache
+from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
+from embedcache.evaluate import probe
+from embedcache.evaluate.classifiers import Examples, Fitted, fit_ridge
+from embedcache.evaluate.labelled import read_labelled
+from embedcache.evaluate.probe import (
+    ProbeReport,
+    ProbeSettings,
+    _ranks,
+    draw_shots,
+    evaluate_probe,
+)
+from embedcache.evaluate.probe_page import write_probe
+from embedcache.evaluate.probe_report import few_shot_rows, probe_json, score_rows
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.metrics.classes import ranks_of
+from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs
+from embedcache.sources import open_source
+from tests.conftest import FEATURES
+from tests.pictures import COLOURS
+from tests.sources.files import write_tar
+from tests.toy import IMAGE, TEXT
+
+FEATURE = "open_toy/cls"
+Says = Callable[[int, str], dict[str, object]]
+
+
+def colour(number: int, caption: str) -> dict[str, object]:
+    """Label a picture with its colour, and hold every fourth out."""
+    return {"label": caption.split()[0], "split": "test" if number % 4 == 0 else "train"}
+
+
+def write_colours(folder: Path, count: int) -> Path:
+    """Write pictures of one colour, each a shade of its own, with the colour in the caption."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        name = str(rng.choice(list(COLOURS)))
+        pixels = np.array(COLOURS[name]) + rng.normal(0, 40, 3) + rng.normal(0, 40, (16, 16, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05d}.png")
+        (folder / f"{number:05d}.txt").write_text(f"{name} thing {number}\n")
+    return folder
+
+
+def make_cache(folder: Path, says: Says, *, count: int = 120, copies: int = 0) -> Path:
+    """Make a cache of pictures with columns beside them; copies repeat the first pictures under other keys."""
+    source = write_colours(folder / "source", count)
+    for number in range(copies):
+        for suffix in (".png", ".txt"):
+            shutil.copy(source / f"{number:05d}{suffix}", source / f"copy-{number:05d}{suffix}")
+    for number, path in enumerate(sorted(source.glob("*.txt"))):
+        path.with_suffix(".json").write_text(json.dumps(says(number, path.read_text().strip())))
+    settings = ExtractSettings(features=FEATURES, chunk_size=32)
+    extract(open_source(source), folder / "cache", image=[IMAGE], text=[TEXT], settings=settings)
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def labelled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache whose label is the picture's colour, 240 pictures of which 60 are held out."""
+    return make_cache(tmp_path_factory.mktemp("labelled"), colour, count=240)
+
+
+@pytest.fixture(scope="module")
+def report(labelled_path: Path) -> ProbeReport:
+    settings = ProbeSettings(shots=(1, 4), num_draws=3, has_control=True)
+    return evaluate_probe(labelled_path, image=FEATURE, settings=settings)
+
+
+def test_all_methods_know_the_colour_and_learn_nothing_from_shuffled_labels(report: ProbeReport) -> None:
+    assert [score.method for score in report.scores] == ["knn", "logistic", "ridge"]
+    for score, control in zip(report.scores, report.controls, strict=True):
+        assert score.accuracy.value > 0.65
+        assert score.accuracy.low <= score.accuracy.value <= score.accuracy.high
+        assert control.accuracy.value < 0.45  # of six classes
+        assert control.accuracy.low < max(report.majority, report.uniform) + 0.1
+
+
+def test_more_shots_are_better_and_all_are_best(report: ProbeReport) -> None:
+    for score in report.scores:
+        one, four = (one.accuracy.value for one in report.few_shots if one.method == score.method)
+        assert one < four < score.accuracy.value + 0.05
+
+
+def test_parts_are_those_of_the_column_and_validation_is_cut_from_train(labelled_path: Path) -> None:
+    cache = Cache(labelled_path)
+    data = read_labelled(cache, "image", FEATURE)
+    said = np.array(cache.samples["split"].to_pylist())[data.items.samples]
+    np.testing.assert_array_equal(data.parts == "test", said == "test")
+    assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 162, "val": 18, "test": 60}
+    assert data.cut == "parts by column 'split', 10% of train for validation"
+    np.testing.assert_array_equal(data.parts, read_labelled(cache, "image", FEATURE).parts)
+    assert (data.parts != read_labelled(cache, "image", FEATURE, seed=1).parts).any()
+
+
+def test_vectors_and_labels_are_those_of_their_rows(labelled_path: Path) -> None:
+    cache = Cache(labelled_path)
+    data = read_labelled(cache, "image", FEATURE)
+    np.testing.assert_array_equal(data.examples.vectors, cache.feature("image", FEATURE).load().astype(np.float32))
+    assert [data.names[label] for label in data.examples.labels] == cache.samples["label"].to_pylist()
+
+
+def test_tokens_are_averaged_and_it_is_said(labelled_path: Path) -> None:
+    data = read_labelled(Cache(labelled_path), "text", "open_toy/tokens")
+    tokens = Cache(labelled_path).feature("text", "open_toy/tokens").gather_tokens(np.array([7]))[0]
+    np.testing.assert_allclose(data.examples.vectors[7], tokens.astype(np.float32).mean(axis=0), rtol=1e-6)
+    report = evaluate_probe(labelled_path, text="open_toy/tokens", settings=ProbeSettings(methods=("ridge",)))
+    assert report.line().startswith("open_toy/tokens (mean of its tokens): 6 classes; 162 train, 18 val, 60 test texts")
+    assert report.scores[0].accuracy.value > 0.9
+
+
+def test_without_a_column_a_hash_of_keys_cuts_and_copies_stay_together(tmp_path: Path) -> None:
+    path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=100, copies=60)
+    data = read_labelled(Cache(path), "image", FEATURE)
+    assert data.cut == "parts by a hash of the keys, 25% for test and 10% for validation"
+    assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 104, "val": 16, "test": 40}
+    for content in np.unique(data.items.contents):
+        assert len(set(data.parts[data.items.contents == content].tolist())) == 1
+    assert data.overlap() == 0
+
+
+def test_test_items_that_are_in_training_too_are_said_aloud(tmp_path: Path) -> None:
+    def says(number: int, caption: str) -> dict[str, object]:
+        return {"label": caption.split()[0], "split": "test" if number < 10 or number >= 80 else "train"}
+
+    path = make_cache(tmp_path, says, count=80, copies=20)  # ten copies of test items, ten of training items
+    report = evaluate_probe(path, image=FEATURE, settings=ProbeSettings(methods=("ridge",)))
+    assert report.warnings() == [
+        "WARNING: 10 test items, whose picture is exactly one of training or validation, raise the figures"
+    ]
+    assert probe_json(report, "x")["details"]["overlap"] == 10
+
+
+def test_validation_of_the_column_is_used_and_can_be_the_test(tmp_path: Path) -> None:
+    def says(number: int, caption: str) -> dict[str, object]:
+        return {"label": caption.split()[0], "split": ["train", "train", "validation", "test", "extra"][number % 5]}
+
+    cache = Cache(make_cache(tmp_path, says, count=100))
+    data = read_labelled(cache, "image", FEATURE)
+    said = np.array(cache.samples["split"].to_pylist())[data.items.samples]
+    assert set(zip(said.tolist(), data.parts.tolist(), strict=True)) == {
+        ("train", "train"), ("validation", "val"), ("test", "test"),
+    }  # fmt: skip
+    assert (data.num_left_out, data.cut) == (20, "parts by column 'split'")
+    held = read_labelled(cache, "image", FEATURE, part="val")
+    said = np.array(cache.samples["split"].to_pylist())[held.items.samples]
+    assert set(zip(said.tolist(), held.parts.tolist(), strict=True)) == {
+        ("train", "train"), ("train", "val"), ("validation", "test"),
+    }  # fmt: skip
+    assert "val is held out" in held.cut
+
+
+def test_figures_are_those_of_scikit_learn(labelled_path: Path) -> None:
+    settings = ProbeSettings(methods=("ridge",))
+    report = evaluate_probe(labelled_path, image=FEATURE, settings=settings)
+    data, score = report.labelled, report.scores[0]
+    train, val, test = (data.examples.take(data.rows(part)) for part in ("train", "val", "test"))
+    scores = fit_ridge(train, val, len(data.names)).scores(test.vectors)
+    best = scores.argmax(axis=1)
+    assert score.accuracy.value == pytest.approx(accuracy_score(test.labels, best))
+    assert score.top5 == pytest.approx(top_k_accuracy_score(test.labels, scores, k=5))
+    assert score.mean_per_class.value == pytest.approx(balanced_accuracy_score(test.labels, best))
+    np.testing.assert_allclose(score.recalls, recall_score(test.labels, best, average=None))
+
+
+@given(seed=st.integers(0, 2**32 - 1), block=st.integers(1, 50))
+def test_ranks_in_blocks_are_those_of_all(seed: int, block: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.integers(0, 4, (40, 6)).astype(np.float32), rng.integers(0, 6, 40)
+    fitted = Fitted(lambda rows: scores[rows[:, 0].astype(int)], {})
+    test = Examples(vectors=np.arange(40, dtype=np.float32)[:, None], labels=labels)
+    with patch.object(probe, "_BLOCK", block):
+        np.testing.assert_array_equal(_ranks(fitted, test), ranks_of(scores, labels))
+
+
+@given(seed=st.integers(0, 2**32 - 1), shots=st.integers(1, 4))
+def test_shots_are_so_many_a_class_and_grow_by_adding(seed: int, shots: int) -> None:
+    labels = np.random.default_rng(seed).permutation(np.repeat([0, 1, 3], [4, 7, 30]))
+    rows = np.flatnonzero(np.arange(41) >= 0)
+    drawn = draw_shots(labels, rows, shots, seed=(seed, 0))
+    assert np.bincount(labels[drawn]).tolist() == [shots, shots, 0, shots]
+    assert len(set(drawn.tolist())) == 3 * shots
+    assert set(draw_shots(labels, rows, max(1, shots - 1), seed=(seed, 0)).tolist()) <= set(drawn.tolist())
+
+
+def test_shots_come_from_the_rows_given() -> None:
+    labels = np.arange(40) % 2
+    rows = np.arange(10, 20)
+    assert set(draw_shots(labels, rows, 3, seed=(0, 0)).tolist()) <= set(rows.tolist())
+
+
+def test_intervals_over_runs_and_items_are_wider_than_over_items_alone() -> None:
+    rng = np.random.default_rng(0)
+    shares = np.array([0.2, 0.5, 0.8])[:, None]
+    values = rng.random((3, 400)) < shares
+    both = bootstrap_runs(values, np.arange(400))
+    items = bootstrap_mean(values.mean(axis=0))
+    assert both.value == pytest.approx(items.value)
+    assert both.low < items.low < items.high < both.high
+    same = bootstrap_runs(np.tile(values[1], (5, 1)), np.arange(400))
+    alone = bootstrap_mean(values[1])
+    assert (same.low, same.high) == pytest.approx((alone.low, alone.high), abs=0.01)
+    with pytest.raises(DataError, match="no value"):
+        bootstrap_runs(np.empty((0, 0)), np.empty(0, np.int64))
+
+
+def test_rows_to_print(report: ProbeReport) -> None:
+    columns, rows = score_rows(report)
+    assert [row[0] for row in rows] == [
+        *("knn", "logistic", "ridge"),
+        *(f"{name}, labels shuffled" for name in ("knn", "logistic", "ridge")),
+        "the most frequent class",
+        "a class at random",
+    ]
+    assert rows[-1][1] == ".167"
+    assert rows[1][4].startswith("C = ")
+    assert all(len(row) == len(columns) for row in rows)
+    columns, rows = few_shot_rows(report)
+    assert columns == ["top-1 [95 %]", "1 a class", "4 a class"]
+    assert all(len(row) == 3 for row in rows)
+
+
+def test_json_has_the_fields_of_clip_benchmark_and_all_else_in_details(report: ProbeReport) -> None:
+    figures = json.loads(json.dumps(probe_json(report, "pictures"), allow_nan=False))
+    assert set(figures) == {"dataset", "model", "pretrained", "task", "metrics", "language", "details"}
+    assert (figures["dataset"], figures["task"]) == ("pictures", "linear_probe")
+    assert {"lp_acc1", "lp_acc5", "lp_mean_per_class_recall", "knn_acc1", "ridge_acc1"} <= set(figures["metrics"])
+    assert figures["metrics"]["lp_acc1"] == round(report.scores[1].accuracy.value, 5)
+    details = figures["details"]
+    assert details["num_items"] == {"train": 162, "val": 18, "test": 60}
+    assert set(details["few_shot"]["ridge"]) == {"1", "4"}
+    assert set(details["methods"]["knn"]["recall"]) == set(report.labelled.names)
+    alone = replace(report, scores=report.scores[:1])
+    assert probe_json(alone, "x")["task"] == "knn"
+
+
+def test_the_page_shows_all_and_asks_for_nothing(report: ProbeReport, tmp_path: Path) -> None:
+    write_probe(tmp_path / "page.html", report)
+    page = (tmp_path / "page.html").read_text()
+    for words in (
+        "What open_toy/cls knows of &#39;label&#39;",
+        "labels shuffled",
+        "From a few items a class",
+        "yellow",
+    ):
+        assert words in page
+    assert page.count("<svg") == 3
+    assert "src=" not in page
+    assert "<link" not in page
+    write_probe(tmp_path / "short.html", replace(report, few_shots=[], controls=[]))
+    assert "From a few items" not in (tmp_path / "short.html").read_text()
+
+
+def mistake(path: Path, **settings: object) -> Callable[[], object]:
+    return lambda: evaluate_probe(path, image=FEATURE, settings=ProbeSettings(methods=("ridge",), **settings))  # type: ignore[arg-type]
+
+
+def test_mistakes_in_what_is_asked_are_named(labelled_path: Path) -> None:
+    with pytest.raises(SettingError, match="one feature: give --image ENCODER/FEATURE or --text"):
+        evaluate_probe(labelled_path)
+    with pytest.raises(SettingError, match="one feature"):
+        evaluate_probe(labelled_path, image=FEATURE, text="open_toy/mean")
+    with pytest.raises(UnknownNameError, match="did you mean 'ridge'"):
+        evaluate_probe(labelled_path, image=FEATURE, settings=ProbeSettings(methods=("rigde",)))
+    with pytest.raises(UnknownNameError, match="did you mean 'open_toy/cls'"):
+        evaluate_probe(labelled_path, image="open_toy/csl")
+    with pytest.raises(UnknownNameError, match="'labels'; did you mean 'label'"):
+        mistake(labelled_path, label="labels")()
+    with pytest.raises(SettingError, match=r"1000 shots are more than class '\w+' has in training, \d+; ask"):
+        mistake(labelled_path, shots=(1, 1000))()
+    with pytest.raises(SettingError, match="shots are 0, 2; each must be at least 1"):
+        ProbeSettings(shots=(0, 2))
+    with pytest.raises(SettingError, match="0 drawings"):
+        ProbeSettings(num_draws=0)
+    with pytest.raises(SettingError, match="no method to probe with; name one of knn, logistic, ridge"):
+        ProbeSettings(methods=())
+    with pytest.raises(SettingError, match="seed is -1"):
+        ProbeSettings(seed=-1)
+
+
+BAD = {
+    "one class": (
+        lambda n, c: {**colour(n, c), "label": "red"},
+        DataError,
+        "all training items have the label 'red'",
+    ),
+    "no label": (
+        lambda n, c: {"label": "red" if n % 2 else None, "split": "test" if n % 3 else "train"},
+        DataError,
+        "20 of 40 samples have no label",
+    ),
+    "no column": (lambda n, c: {"colour": "red"}, UnknownNameError, "known: colour"),
+    "empty part": (
+        lambda n, c: {**colour(n, c), "split": "test" if n else "train"},
+        DataError,
+        r"no val items with open_toy/cls \(train: 1, val: 0, test: 39; parts by column",
+    ),
+    "no test": (
+        lambda n, c: {**colour(n, c), "split": "val" if n % 3 else "train"},
+        DataError,
+        "holds train, val; it must name train and test; hold out another part: --part val",
+    ),
+    "no part at all": (
+        lambda n, c: {**colour(n, c), "split": f"fold {n % 2}"},
+        DataError,
+        "holds fold 0, fold 1; it must name train and test$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_data_that_do_not_allow_it_are_named(tmp_path: Path, case: str) -> None:
+    says, error, message = BAD[case]
+    path = make_cache(tmp_path, says, count=40)
+    with pytest.raises(error, match=message):
+        mistake(path)()
+
+
+def test_a_part_that_only_a_column_could_name_is_refused_without_one(tmp_path: Path) -> None:
+    path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=40)
+    with pytest.raises(DataError, match="have no column 'split' that names a part 'val'"):
+        mistake(path, part="val")()
+
+
+def test_an_unfinished_feature_is_refused(labelled_path: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(labelled_path, tmp_path / "cache")
+    (path / "image" / "open_toy" / "chunks" / "00003.parquet").unlink()
+    with pytest.raises(UnfinishedError, match="1 of 8 chunks are missing"):
+        mistake(path)()
+
+
+def test_classes_without_training_items_are_said_aloud(tmp_path: Path) -> None:
+    def says(number: int, caption: str) -> dict[str, object]:
+        return {"label": caption.split()[0], "split": "test" if number % 4 == 0 or "red" in caption else "train"}
+
+    report = evaluate_probe(make_cache(tmp_path, says), image=FEATURE, settings=ProbeSettings(methods=("knn",)))
+    assert report.warnings() == ["WARNING: 1 classes have test items and no training items: 'red'"]
+    assert report.scores[0].recalls[report.labelled.names.index("red")] == 0
+
+
+def test_failed_items_are_left_out_and_counted(tmp_path: Path) -> None:
+    source = write_colours(tmp_path / "source", 60)
+    for number, path in enumerate(sorted(source.glob("*.txt"))):
+        path.with_suffix(".json").write_text(json.dumps(colour(number, path.read_text().strip())))
+    (source / "00007.png").write_bytes(b"no picture")
+    extract(open_source(source), tmp_path / "cache", image=[IMAGE])
+    data = read_labelled(Cache(tmp_path / "cache"), "image", FEATURE)
+    assert data.num_left_out == 1
+    assert 7 not in data.items.rows
+
+
+def test_labelled_tars_are_probed_as_they_lie(tmp_path: Path) -> None:
+    source = write_colours(tmp_path / "source", 120)
+    captions = [path.read_text().split()[0] for path in sorted(source.glob("*.txt"))]
+    for split, numbers in (("train", range(90)), ("test", range(90, 120))):
+        (tmp_path / "tars" / split).mkdir(parents=True)
+        members = [
+            (f"s{place:07d}{suffix}", content)
+            for place, number in enumerate(numbers)
+            for suffix, content in (
+                (".cls", str(list(COLOURS).index(captions[number]))),
+                (".png", (source / f"{number:05d}.png").read_bytes()),
+            )
+        ]
+        write_tar(tmp_path / "tars" / split / "0.tar", members)
+    extract(open_source(tmp_path / "tars"), tmp_path / "cache", image=[IMAGE])
+    report = evaluate_probe(tmp_path / "cache", image="open_toy", settings=ProbeSettings(methods=("knn",)))
+    assert report.counts == {"train": 81, "val": 9, "test": 30}
+    assert report.labelled.names == list("012345")
+    assert report.scores[0].accuracy.value > 0.5
