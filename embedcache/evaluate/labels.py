@@ -40,9 +40,7 @@ def has_label(cache: Cache, samples: Ints, *, column: str = "label") -> Bools:
         UnknownNameError: the cache has no such column.
     """
     _require_column(cache, column)
-    is_there: Bools = (
-        cache.samples[column].combine_chunks().take(pa.array(samples)).is_valid().to_numpy(zero_copy_only=False)
-    )
+    is_there: Bools = _read(cache, samples, column).is_valid().to_numpy(zero_copy_only=False)
     return is_there
 
 

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedcache.cache.cache import Cache
-from embedcache.pages.pictures import credit
 from embedcache.pages.write import write_page
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -59,21 +57,21 @@ class Section:
 
 def write_evaluation(
     path: Path,
-    cache: Cache,
     *,
     title: str,
     lead: str,
     warnings: Sequence[str] = (),
     sections: Sequence[Section],
+    credit: str = "",
 ) -> None:
     """Write the page. It asks for nothing from outside.
 
     Args:
         path: of the page.
-        cache: that was measured; whoever must be credited for its pictures is.
         title: of the page.
         lead: what was measured, in a sentence.
         warnings: what makes its figures doubtful, shown at the top.
         sections: in order.
+        credit: whose the pictures are.
     """
-    write_page(path, "evaluate", title=title, lead=lead, warnings=warnings, sections=sections, credit=credit(cache))
+    write_page(path, "evaluate", title=title, lead=lead, warnings=warnings, sections=sections, credit=credit)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.arrays import normalize
+from embedcache.arrays import Inputs, normalize
 from embedcache.cache.cache import Cache
 from embedcache.errors import DataError, FingerprintError, UnknownNameError
 from embedcache.evaluate.runs import load_runs
@@ -46,8 +46,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prompt_cache(folder, COLOUR_NAMES)
 
 
-def cached(source: object, cache: Path, text: str = TEXT) -> Path:
-    extract(open_source(str(source)), cache, image=[IMAGE] if "prompts:" not in str(source) else [], text=[text])
+def cached(source: object, cache: Path, *, text: str | None = None) -> Path:
+    extract(open_source(str(source)), cache, image=[] if text else [IMAGE], text=[text] if text else [])
     return cache
 
 
@@ -55,22 +55,22 @@ def prompt_cache(folder: Path, names: list[str], text: str = TEXT) -> Path:
     (folder / "names.txt").write_text("\n".join(names))
     fronts = [f"{front} bar {place} on {{c}}" for front in COLOURS for place in PLACES]
     (folder / "templates.txt").write_text("\n".join(fronts))
-    return cached(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}", folder / "prompts", text)
+    return cached(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}", folder / "prompts", text=text)
 
 
 def test_accuracy_is_what_counting_by_hand_gives(labelled: Path, prompts: Path, runs: list[Path]) -> None:
     report, run, cache = evaluate_zero_shot(labelled, runs[:1], prompts), load_runs(runs[:1])[0], Cache(labelled)
     words = Cache(prompts).items("text")["text"].to_pylist()
-    texts = project(run.pair.text, Cache(prompts).feature("text").gather(np.arange(len(words))))  # type: ignore[arg-type]
+    texts = project(run.pair.text, Inputs(Cache(prompts).feature("text").gather(np.arange(len(words)))))
     means = np.stack(
         [texts[[word.endswith(f" {name}") for word in words]].mean(axis=0) for name in COLOUR_NAMES],
     )
-    images = project(run.pair.image, cache.feature("image").gather(np.arange(100)))  # type: ignore[arg-type]
+    images = project(run.pair.image, Inputs(cache.feature("image").gather(np.arange(100))))
     scores = images @ normalize(means).T
     truth = np.array([COLOUR_NAMES.index(label) for label in cache.samples["label"].to_pylist()])
     right = scores.argmax(axis=1) == truth
     assert report.accuracies["acc1"].value == pytest.approx(right.mean())
-    assert report.accuracies["acc1"].value > 3 * report.chance["acc1"].value
+    assert report.accuracies["acc1"].value > 2 * report.chance["acc1"].value
     recalls = [right[truth == number].mean() for number in range(len(COLOUR_NAMES))]
     assert report.accuracies["mean_per_class_recall"].value == pytest.approx(np.mean(recalls))
     assert report.by_class == pytest.approx(recalls)
@@ -135,12 +135,15 @@ def test_mistakes_are_named(labelled: Path, prompts: Path, cache_path: Path, run
         evaluate_zero_shot(labelled, runs[:1], prompt_cache(few, COLOUR_NAMES[:5]))
     other = tmp_path / "other"
     other.mkdir()
-    with pytest.raises(FingerprintError, match=r"text feature open_toy/mean .* was made with other settings"):
+    with pytest.raises(
+        FingerprintError,
+        match=r"text feature open_toy/mean was made with other settings: .* comes from another encoder",
+    ):
         evaluate_zero_shot(labelled, runs[:1], prompt_cache(other, COLOUR_NAMES, f"{TEXT},scale=2"))
 
 
 def test_a_class_whose_prompts_failed_is_named(labelled: Path, runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('{"black": ["x"], "blue": ["  y "]}')
-    cache = cached(f"prompts:{tmp_path / 'p.json'}", tmp_path / "prompts")
+    cache = cached(f"prompts:{tmp_path / 'p.json'}", tmp_path / "prompts", text=TEXT)
     with pytest.raises(DataError, match="that are no class"):
         evaluate_zero_shot(labelled, runs[:1], cache)
