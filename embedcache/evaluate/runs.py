@@ -77,6 +77,13 @@ def named_recipes(
         yield "shuffled pairs" if len(controls) == 1 else f"shuffled pairs, {name}", paths, True
 
 
+def seeds_line(seeds: Sequence[int], figures: Sequence[float], name: str) -> str:
+    """Name seeds, and what each of several reaches."""
+    said = f"seeds {', '.join(map(str, seeds))}"
+    reached = ", ".join(f"{figure:.3f}" for figure in figures)
+    return f"{said} ({name} {reached})" if len(seeds) > 1 else said
+
+
 def trained_side(cache: Cache, config: PairConfig, modality: str) -> SideFeature:
     """Get what one side of a run was trained on.
 

@@ -15,7 +15,7 @@ from embedcache.evaluate.held import Held, Looked, held_out
 from embedcache.evaluate.labels import has_label, read_labels
 from embedcache.evaluate.overlap import Overlap, find_overlap, worst
 from embedcache.evaluate.prompts import Prompts, class_vectors, read_prompts
-from embedcache.evaluate.runs import Run, load_runs, trained_side
+from embedcache.evaluate.runs import Run, load_runs, seeds_line, trained_side
 from embedcache.metrics.classes import class_means, confusion, ranks_of
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate
 from embedcache.projectors.saved import project
@@ -91,9 +91,9 @@ class ZeroShotReport:
         fewest, most = self.num_prompts
         prompts = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
         counts = f"{self.num_images:,} images, {len(self.names):,} classes of {prompts} prompts"
-        seeds = ", ".join(map(str, self.seeds))
         counts += f" ({self.num_unlabelled:,} without a label left out)" if self.num_unlabelled else ""
-        said = f"{self.part}: {counts}; seeds {seeds}; 95 % intervals over images, near-duplicates together"
+        seeds = seeds_line(self.seeds, self.by_seed, "top-1")
+        said = f"{self.part}: {counts}; {seeds}; 95 % intervals over images, near-duplicates together"
         return "; ".join([said, *filter(None, [self.warning])])
 
     @property
