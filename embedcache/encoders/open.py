@@ -24,6 +24,7 @@ ENCODERS = Registry(
         "open_clip": "embedcache.encoders.open_clip:open_open_clip",
         "st": "embedcache.encoders.sentence_transformers:open_sentence_transformers",
         "timm": "embedcache.encoders.timm:open_timm",
+        "wordllama": "embedcache.encoders.wordllama:open_wordllama",
     },
 )
 """Each is a function of a spec, a modality and settings: `open_mine(spec, *, modality, settings) -> Encoder`."""

@@ -1,0 +1,49 @@
+"""The packaged table against the package's own code."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from embedcache.encoders.open import open_encoder
+from embedcache.encoders.wordllama import MAX_TOKENS
+from embedcache.errors import UnknownNameError
+from tests.encoders.contract import TEXTS, TextEncoderContract, change_one_weight
+
+SPEC = "wordllama:l2_supercat_256"
+wordllama = pytest.importorskip("wordllama", reason="an extra of its own")
+FOLDER = Path(wordllama.__file__).parent
+
+
+class TestWordLlama(TextEncoderContract):
+    max_tokens = MAX_TOKENS
+
+    @pytest.fixture
+    def spec(self) -> str:
+        return SPEC
+
+    @pytest.fixture
+    def other_spec(self, tmp_path: Path) -> str:
+        path = tmp_path / "changed.safetensors"
+        save_file(load_file(FOLDER / "weights" / "l2_supercat_256.safetensors"), path)
+        change_one_weight(path)
+        return f"{SPEC},weights={path}"
+
+
+def test_values_are_those_of_the_package() -> None:
+    encoder = open_encoder(SPEC, modality="text")
+    texts = [*TEXTS, "Häuser & 猫, 42!"]
+    found = encoder.encode(encoder.prepare(texts), ["mean"])["mean"]
+    theirs = wordllama.WordLlama.load(cache_dir=FOLDER, disable_download=True)
+    np.testing.assert_allclose(np.stack(found), theirs.embed(texts), atol=1e-6)
+
+
+def test_a_text_without_tokens_is_one_unknown_token() -> None:
+    encoder = open_encoder(SPEC, modality="text")
+    assert [ids.tolist() for ids in encoder.prepare([""])] == [[0]]
+
+
+def test_an_unknown_model_is_named_with_those_there_are() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown wordllama model 'l9_64'; .*known: l2_supercat_256"):
+        open_encoder("wordllama:l9_64", modality="text")
