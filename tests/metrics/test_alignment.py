@@ -151,13 +151,13 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(copies: int) ->
             (num_groups, 5)
         )
 
-    truth, inside = debiased_cka(*draw(200_000)), 0
-    for _ in range(150):
+    truth, inside = debiased_cka(*draw(100_000)), 0
+    for _ in range(100):
         groups = np.repeat(np.arange(120), copies)
         x, y = (side[groups] + 1e-3 * rng.standard_normal((len(groups), side.shape[1])) for side in draw(120))
         estimate = debiased_with_interval(x, y, groups, 30)
         inside += estimate.low <= truth <= estimate.high
-    assert 133 <= inside <= 149
+    assert 88 <= inside <= 100
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
