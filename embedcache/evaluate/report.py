@@ -42,10 +42,12 @@ def _format_rank(estimate: Estimate) -> str:
 
 def format_estimate(estimate: Estimate) -> str:
     """Write a share with its interval: `.123 [.101, .145]`."""
-    value, low, high = (
-        f"{number:.3f}".replace("0.", ".", 1) for number in (estimate.value, estimate.low, estimate.high)
-    )
-    return f"{value} [{low}, {high}]"
+    return f"{format_share(estimate.value)} [{format_share(estimate.low)}, {format_share(estimate.high)}]"
+
+
+def format_share(share: float) -> str:
+    """Write a share: `.123`."""
+    return f"{share:.3f}".replace("0.", ".", 1)
 
 
 def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) -> dict[str, Any]:
