@@ -36,8 +36,9 @@ def promised(shift: float) -> PairsReport:
 def reached(recall: float) -> RetrievalReport:
     recalls = {"i2t": {"r@10": exactly(recall)}, "t2i": {"r@10": exactly(recall + 0.1)}}
     return RetrievalReport(
-        part="test", recalls=recalls, chance=recalls, num_images=[9], num_texts=[9], seeds=[0], overlap=0
-    )
+        part="test", language=None, recalls=recalls, orders={}, curves={}, chance=recalls, by_seed=[recall],
+        num_images=[9], num_texts=[9], seeds=[0], overlaps=[],
+    )  # fmt: skip
 
 
 OUTCOMES = Outcomes(
