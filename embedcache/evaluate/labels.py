@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Ints
+from embedcache.arrays import Array, Bools, Ints
 from embedcache.cache.cache import Cache
 from embedcache.errors import DataError
 from embedcache.registry import unknown_name
@@ -30,6 +31,17 @@ class Labels:
 
     names: list[str]
     numbers: Ints
+
+
+def has_label(cache: Cache, samples: Ints, *, column: str = "label") -> Bools:
+    """Say of each of some samples whether it has a label: (M,) bool.
+
+    Raises:
+        UnknownNameError: the cache has no such column.
+    """
+    _require_column(cache, column)
+    is_there: Bools = _read(cache, samples, column).is_valid().to_numpy(zero_copy_only=False)
+    return is_there
 
 
 def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: Sequence[str] | None = None) -> Labels:
@@ -64,11 +76,8 @@ def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: 
 
 def _distinct(cache: Cache, samples: Ints, column: str, place: str) -> tuple[list[Label], Ints]:
     """Read the labels: each that there is, and (M,) which of them each sample has."""
-    if column not in cache.columns:
-        has = [name for name in cache.columns if name != "key"]
-        hint = "a folder of class folders gives its samples the column 'label'"
-        raise unknown_name(f"column of samples of {cache.path}", column, has, hint=hint)
-    values = cache.samples[column].combine_chunks().take(pa.array(samples))
+    _require_column(cache, column)
+    values = _read(cache, samples, column)
     if values.null_count:
         first = cache.samples["key"][int(samples[np.flatnonzero(values.is_null())[0]])].as_py()
         raise DataError(
@@ -84,10 +93,26 @@ def _distinct(cache: Cache, samples: Ints, column: str, place: str) -> tuple[lis
     return encoded.dictionary.to_pylist(), which_M.astype(np.int64)
 
 
+def _read(cache: Cache, samples: Ints, column: str) -> pa.Array:
+    """Read some samples' labels; an empty text, as a table of text holds where nothing stands, is none."""
+    values = cache.samples[column].combine_chunks().take(pa.array(samples))
+    is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    return pc.if_else(pc.equal(values, ""), None, values) if is_text else values
+
+
+def _require_column(cache: Cache, column: str) -> None:
+    if column not in cache.columns:
+        has = [name for name in cache.columns if name != "key"]
+        hint = "a folder of class folders gives its samples the column 'label'"
+        raise unknown_name(f"column of samples of {cache.path}", column, has, hint=hint)
+
+
 def _numbers(found: Sequence[Label], classes: Sequence[str], place: str) -> dict[Label, int]:
     """Give each class its number, under its name or under its number, whichever the labels are."""
     if found and isinstance(found[0], int):
         return {number: number for number in range(len(classes))}
+    if not set(found) & set(classes) and all(str(label).isdecimal() for label in found):
+        return {str(number): number for number in range(len(classes))}  # as a CSV holds them
     numbers: dict[Label, int] = {}
     for number, name in enumerate(classes):
         if name in numbers and name in found:

@@ -38,7 +38,7 @@ class Overlap:
     num_checked: int
     near: int
     not_compared: Sequence[str] = ()
-    cosines: Mapping[str, float] = field(default_factory=lambda: dict(COSINES))
+    cosines: Mapping[str, float] = field(default_factory=dict)
 
     def line(self) -> str:
         """Say it in one line."""
@@ -103,6 +103,7 @@ def find_overlap(run: Run, held: Mapping[str, Looked], *, trained_on: Sequence[P
         num_checked=len(checked),
         near=len(near | (exact & set(checked.tolist()))),
         not_compared=missing,
+        cosines={modality: COSINES[modality] for modality in held},
     )
 
 

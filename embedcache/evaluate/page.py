@@ -56,7 +56,13 @@ class Section:
 
 
 def write_evaluation(
-    path: Path, *, title: str, lead: str, warnings: Sequence[str], sections: Sequence[Section]
+    path: Path,
+    *,
+    title: str,
+    lead: str,
+    warnings: Sequence[str] = (),
+    sections: Sequence[Section],
+    credit: str = "",
 ) -> None:
     """Write the page. It asks for nothing from outside.
 
@@ -66,5 +72,6 @@ def write_evaluation(
         lead: what was measured, in a sentence.
         warnings: what makes its figures doubtful, shown at the top.
         sections: in order.
+        credit: whose the pictures are.
     """
-    write_page(path, "evaluate", title=title, lead=lead, warnings=warnings, sections=sections)
+    write_page(path, "evaluate", title=title, lead=lead, warnings=warnings, sections=sections, credit=credit)

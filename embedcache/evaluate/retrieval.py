@@ -12,7 +12,7 @@ from embedcache.cache.pairs import Pairs, pair_items
 from embedcache.errors import DataError
 from embedcache.evaluate.held import Looked, held_out
 from embedcache.evaluate.overlap import Overlap, find_overlap, worst
-from embedcache.evaluate.runs import Run, load_runs, trained_side
+from embedcache.evaluate.runs import Run, load_runs, seeds_line, trained_side
 from embedcache.metrics.intervals import Estimate, bootstrap_means, bootstrap_median, chance_estimate
 from embedcache.metrics.ranks import average_precisions, chance_recall, first_ranks, negatives_before
 from embedcache.projectors.saved import project
@@ -89,8 +89,8 @@ class RetrievalReport:
         """Say what was measured, in one line, and warn where the part is not held out."""
         of_language = f" in {self.language}" if self.language else ""
         counts = f"{self.num_images[0]:,} images, {self.num_texts[0]:,} captions{of_language}"
-        seeds = ", ".join(map(str, self.seeds))
-        said = f"{self.part}: {counts} a run; seeds {seeds}; 95 % intervals over groups of near-duplicates"
+        seeds = seeds_line(self.seeds, self.by_seed, "mean recall")
+        said = f"{self.part}: {counts} a run; {seeds}; 95 % intervals over groups of near-duplicates"
         return "; ".join([said, *filter(None, [self.warning])])
 
     @property

@@ -9,7 +9,7 @@ from embedcache.evaluate.page import Case, Section, Shown, write_evaluation
 from embedcache.evaluate.plots import recall_bars, recall_curves
 from embedcache.evaluate.report import order_rows, retrieval_rows
 from embedcache.evaluate.retrieval import Ranking, RetrievalReport
-from embedcache.pages.pictures import Pictures
+from embedcache.pages.pictures import Pictures, credit
 
 _NUM_EACH = 5
 _NUM_SHOWN = 5
@@ -31,6 +31,7 @@ def write_retrieval(path: Path, cache: Cache, reports: Mapping[str, RetrievalRep
     first = next(iter(reports.values()))
     write_evaluation(
         path,
+        credit=credit(cache),
         title="Image-text retrieval",
         lead=f"{cache.path.name}, {first.line()}.",
         warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],

@@ -72,8 +72,16 @@ def named_recipes(
     """Go through recipes, then those of controls: a name, its seeds, and whether it is a control."""
     for name, paths in recipes(run_paths).items():
         yield name, paths, False
-    for name, paths in recipes(control_paths).items():
-        yield f"shuffled pairs, {name}", paths, True
+    controls = recipes(control_paths)
+    for name, paths in controls.items():
+        yield "shuffled pairs" if len(controls) == 1 else f"shuffled pairs, {name}", paths, True
+
+
+def seeds_line(seeds: Sequence[int], figures: Sequence[float], name: str) -> str:
+    """Name seeds, and what each of several reaches."""
+    said = f"seeds {', '.join(map(str, seeds))}"
+    reached = ", ".join(f"{figure:.3f}" for figure in figures)
+    return f"{said} ({name} {reached})" if len(seeds) > 1 else said
 
 
 def trained_side(cache: Cache, config: PairConfig, modality: str) -> SideFeature:

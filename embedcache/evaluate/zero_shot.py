@@ -12,10 +12,10 @@ from embedcache.cache.pairs import Items, items_of
 from embedcache.cache.side import SideFeature
 from embedcache.errors import DataError
 from embedcache.evaluate.held import Held, Looked, held_out
-from embedcache.evaluate.labels import read_labels
+from embedcache.evaluate.labels import has_label, read_labels
 from embedcache.evaluate.overlap import Overlap, find_overlap, worst
 from embedcache.evaluate.prompts import Prompts, class_vectors, read_prompts
-from embedcache.evaluate.runs import Run, load_runs, trained_side
+from embedcache.evaluate.runs import Run, load_runs, seeds_line, trained_side
 from embedcache.metrics.classes import class_means, confusion, ranks_of
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate
 from embedcache.projectors.saved import project
@@ -31,7 +31,8 @@ class Classified:
     Args:
         seed: of the run.
         held: what was measured.
-        items: the images.
+        items: the images that have a label.
+        num_unlabelled: the others.
         names: of the classes.
         num_prompts: (C,) of each class.
         labels: (I,) the true class of each image.
@@ -43,6 +44,7 @@ class Classified:
     seed: int
     held: Held
     items: Items
+    num_unlabelled: int
     names: list[str]
     num_prompts: Ints
     labels: Ints
@@ -59,7 +61,8 @@ class ZeroShotReport:
         part: what was measured.
         names: of the classes.
         num_prompts: fewest and most of a class.
-        num_images: a run.
+        num_images: with a label, a run.
+        num_unlabelled: images without one, left out.
         accuracies: `acc1`, `acc5` and `mean_per_class_recall` -> mean over runs and images, with a 95 % interval from
             resampling groups of near-duplicates.
         chance: alike, of drawing classes at random.
@@ -74,6 +77,7 @@ class ZeroShotReport:
     names: list[str]
     num_prompts: tuple[int, int]
     num_images: int
+    num_unlabelled: int
     accuracies: dict[str, Estimate]
     chance: dict[str, Estimate]
     by_class: Array
@@ -87,8 +91,9 @@ class ZeroShotReport:
         fewest, most = self.num_prompts
         prompts = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
         counts = f"{self.num_images:,} images, {len(self.names):,} classes of {prompts} prompts"
-        seeds = ", ".join(map(str, self.seeds))
-        said = f"{self.part}: {counts}; seeds {seeds}; 95 % intervals over images, near-duplicates together"
+        counts += f" ({self.num_unlabelled:,} without a label left out)" if self.num_unlabelled else ""
+        seeds = seeds_line(self.seeds, self.by_seed, "top-1")
+        said = f"{self.part}: {counts}; {seeds}; 95 % intervals over images, near-duplicates together"
         return "; ".join([said, *filter(None, [self.warning])])
 
     @property
@@ -132,7 +137,7 @@ def evaluate_zero_shot(
         SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
         FingerprintError: a run was trained on another encoder's features, or unlike the others.
         UnknownNameError: there is no such column.
-        DataError: the part is empty, an image has no label or one that is no class, or a class has no prompt.
+        DataError: the part is empty, no image has a label, one has a label that is no class, or a class has no prompt.
     """
     cache, prompts_cache = Cache(cache_path), Cache(prompts_path)
     runs = load_runs(run_paths, is_control=is_control)
@@ -149,6 +154,7 @@ def evaluate_zero_shot(
         names=first.names,
         num_prompts=(int(first.num_prompts.min()), int(first.num_prompts.max())),
         num_images=len(first.labels),
+        num_unlabelled=first.num_unlabelled,
         accuracies=_accuracies(ranks, labels, groups),
         chance=_chances(num_classes, len(labels)),
         by_class=class_means(ranks == 1, labels, num_classes),
@@ -175,12 +181,17 @@ def classify(
     items = items_of([cache], [image]).of(held.samples)
     if not len(items.rows):
         raise DataError(f"{held.part} of {cache.path} has no image with {image.name}")
+    has_one = has_label(cache, items.samples, column=label)
+    items, num_unlabelled = items.where(has_one), int((~has_one).sum())
+    if not len(items.rows):
+        raise DataError(f"none of {num_unlabelled:,} images of {held.part} has a label in column {label!r}")
     labels = read_labels(cache, items.samples, column=label, classes=prompts.names).numbers
     ranks, predicted = _rank(run, image, items.rows, labels, prompts)
     return Classified(
         seed=run.seed,
         held=held,
         items=items,
+        num_unlabelled=num_unlabelled,
         names=prompts.names,
         num_prompts=prompts.counts,
         labels=labels,

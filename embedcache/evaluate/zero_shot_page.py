@@ -10,7 +10,7 @@ from embedcache.evaluate.page import Case, Section, Shown, write_evaluation
 from embedcache.evaluate.plots import accuracy_bars, class_bars, confusion_map
 from embedcache.evaluate.zero_shot import Classified, ZeroShotReport
 from embedcache.evaluate.zero_shot_report import confused_rows, zero_shot_rows
-from embedcache.pages.pictures import Pictures
+from embedcache.pages.pictures import Pictures, credit
 
 _NUM_EACH = 6
 
@@ -31,6 +31,7 @@ def write_zero_shot(
     bars = {name: report.accuracies["acc1"] for name, report in reports.items()}
     write_evaluation(
         path,
+        credit=credit(cache),
         title="Zero-shot classification",
         lead=f"{cache.path.name}, {first.line()}.",
         warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],

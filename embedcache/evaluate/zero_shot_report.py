@@ -49,6 +49,7 @@ def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
         },
         "acc1_by_seed": [round(accuracy, 5) for accuracy in report.by_seed],
         "num_images": report.num_images,
+        "num_unlabelled": report.num_unlabelled,
         "num_classes": len(report.names),
         "num_prompts": list(report.num_prompts),
         "seeds": report.seeds,

@@ -7,8 +7,14 @@ from embedcache.cache.cache import Cache
 from embedcache.sources.contract import ImageItem
 from embedcache.sources.media import decode_image
 from embedcache.sources.open import reopen_source
+from embedcache.sources.openmoji import CREDIT
 
 _SIZE_PX = 88
+
+
+def credit(cache: Cache) -> str:
+    """Say whose the pictures are, where whatever shows them must."""
+    return CREDIT if cache.info.source["type"] == "openmoji" else ""
 
 
 class Pictures:

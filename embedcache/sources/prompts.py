@@ -66,6 +66,15 @@ class PromptsSource:
         raise ItemError(f"prompts have no image such as {item.path}")
 
 
+def template_sets(language: str = "en") -> list[str]:
+    """Name the sets whose templates clip-benchmark holds.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    return sorted(_shipped(f"{language}_zeroshot_classification_templates.json"))
+
+
 def _absolute(location: str) -> str:
     """Make the paths of a location independent of the working directory; names stay."""
     parts = [part for part in _parts(location) if part]

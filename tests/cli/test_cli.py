@@ -75,6 +75,45 @@ def test_a_newcomers_commands_give_figures_and_hits(folder: Path) -> None:
     assert hits[0]["score"] >= hits[1]["score"]
 
 
+def test_classes_are_told_apart_without_training_on_them(folder: Path) -> None:
+    for name, seed in (("red", 1), ("blue", 2)):
+        write_pictures(folder / "labelled" / name, 10, seed=seed)
+    (folder / "classes.txt").write_text("blue\nred\n")
+    evaluate = ["evaluate", "zero-shot", "labelled-cache", "run", "--prompts"]
+    for words in (
+        ["extract", "labelled", "labelled-cache", *TOY[:2]],
+        ["extract", "prompts:classes.txt", "prompts", *TOY[2:]],
+        [
+            "evaluate",
+            "zero-shot",
+            "labelled-cache",
+            "run",
+            "--prompts",
+            "prompts",
+            "--html",
+            "z.html",
+            "--json",
+            "z.json",
+        ],
+    ):
+        done = embedcache(*words, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    assert "all samples: 20 images, 2 classes of 1 prompts" in done.stdout
+    assert "chance" in done.stdout
+    assert (folder / "z.html").read_text().count("<svg") == 3
+    assert (folder / "z.json").is_file()
+    wrong = embedcache(*evaluate, "cache", cwd=folder)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    assert "is no set of prompts" in wrong.stderr
+
+
+def test_retrieval_is_shown_as_a_page(folder: Path) -> None:
+    done = embedcache("evaluate", "retrieval", "cache", "run", "--part", "all", "--html", "page.html", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" in done.stdout  # the training part is among all
+    assert "median rank" in (folder / "page.html").read_text()
+
+
 def test_inspect_shows_what_there_is(folder: Path) -> None:
     shown = embedcache("inspect", "cache", cwd=folder).stdout
     assert "150 samples with 150 images, 150 texts" in shown

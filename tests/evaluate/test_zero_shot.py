@@ -1,0 +1,149 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.arrays import Inputs, normalize
+from embedcache.cache.cache import Cache
+from embedcache.errors import DataError, FingerprintError, UnknownNameError
+from embedcache.evaluate.runs import load_runs
+from embedcache.evaluate.zero_shot import classify, evaluate_zero_shot
+from embedcache.evaluate.zero_shot_page import write_zero_shot
+from embedcache.evaluate.zero_shot_report import confused_rows, zero_shot_json, zero_shot_rows
+from embedcache.extract.extract import extract
+from embedcache.projectors.saved import project
+from embedcache.sources import open_source
+from tests.evaluate.test_retrieval import train_run
+from tests.pictures import COLOURS, PLACES, write_pictures
+from tests.toy import IMAGE, TEXT
+
+COLOUR_NAMES = sorted(COLOURS)
+
+
+@pytest.fixture(scope="module")
+def runs(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return [train_run(cache_path, folder / f"run-{seed}", seed=seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred pictures that no run saw, in a folder for each background."""
+    folder = tmp_path_factory.mktemp("labelled")
+    pictures = write_pictures(folder / "all", 100, seed=5)
+    for picture in sorted(pictures.glob("*.png")):
+        back = picture.with_suffix(".txt").read_text().split()[-1]
+        (folder / "sorted" / back).mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, folder / "sorted" / back)
+    return cached(folder / "sorted", folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All captions that name a background, as its prompts."""
+    folder = tmp_path_factory.mktemp("prompts")
+    return prompt_cache(folder, COLOUR_NAMES)
+
+
+def cached(source: object, cache: Path, *, text: str | None = None) -> Path:
+    extract(open_source(str(source)), cache, image=[] if text else [IMAGE], text=[text] if text else [])
+    return cache
+
+
+def prompt_cache(folder: Path, names: list[str], text: str = TEXT) -> Path:
+    (folder / "names.txt").write_text("\n".join(names))
+    fronts = [f"{front} bar {place} on {{c}}" for front in COLOURS for place in PLACES]
+    (folder / "templates.txt").write_text("\n".join(fronts))
+    return cached(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}", folder / "prompts", text=text)
+
+
+def test_accuracy_is_what_counting_by_hand_gives(labelled: Path, prompts: Path, runs: list[Path]) -> None:
+    report, run, cache = evaluate_zero_shot(labelled, runs[:1], prompts), load_runs(runs[:1])[0], Cache(labelled)
+    words = Cache(prompts).items("text")["text"].to_pylist()
+    texts = project(run.pair.text, Inputs(Cache(prompts).feature("text").gather(np.arange(len(words)))))
+    means = np.stack(
+        [texts[[word.endswith(f" {name}") for word in words]].mean(axis=0) for name in COLOUR_NAMES],
+    )
+    images = project(run.pair.image, Inputs(cache.feature("image").gather(np.arange(100))))
+    scores = images @ normalize(means).T
+    truth = np.array([COLOUR_NAMES.index(label) for label in cache.samples["label"].to_pylist()])
+    right = scores.argmax(axis=1) == truth
+    assert report.accuracies["acc1"].value == pytest.approx(right.mean())
+    assert report.accuracies["acc1"].value > 2 * report.chance["acc1"].value
+    recalls = [right[truth == number].mean() for number in range(len(COLOUR_NAMES))]
+    assert report.accuracies["mean_per_class_recall"].value == pytest.approx(np.mean(recalls))
+    assert report.by_class == pytest.approx(recalls)
+    in_top = [truth[row] in np.argsort(-scores[row])[:5] for row in range(100)]
+    assert report.accuracies["acc5"].value == pytest.approx(np.mean(in_top))
+    assert report.num_prompts == (24, 24)
+    assert report.part == "all samples"
+
+
+def test_seeds_are_averaged_and_their_confusions_added(labelled: Path, prompts: Path, runs: list[Path]) -> None:
+    one, other, both = (evaluate_zero_shot(labelled, paths, prompts) for paths in (runs[:1], runs[1:], runs))
+    assert both.accuracies["acc1"].value == pytest.approx(np.mean([*one.by_seed, *other.by_seed]))
+    assert np.array_equal(both.confusion, one.confusion + other.confusion)
+    assert both.confusion.sum() == 200
+
+
+def test_labels_may_be_numbers_and_some_may_be_missing(prompts: Path, runs: list[Path], tmp_path: Path) -> None:
+    write_pictures(tmp_path / "s", 12, seed=3)
+    rows = ["file_name,caption,label"]
+    for number in range(12):
+        caption = (tmp_path / "s" / f"{number:05d}.txt").read_text().strip()
+        label = "" if number == 0 else COLOUR_NAMES.index(caption.split()[-1])
+        rows.append(f"{number:05d}.png,{caption},{label}")
+    (tmp_path / "s" / "table.csv").write_text("\n".join(rows))
+    cache = cached(tmp_path / "s" / "table.csv", tmp_path / "cache")
+    report = evaluate_zero_shot(cache, runs[:1], prompts)
+    assert (report.num_images, report.num_unlabelled) == (11, 1)
+    assert "(1 without a label left out)" in report.line()
+
+
+def test_figures_as_rows_as_json_and_as_a_page(labelled: Path, prompts: Path, runs: list[Path], tmp_path: Path) -> None:
+    report = evaluate_zero_shot(labelled, runs, prompts)
+    columns, rows = zero_shot_rows({"run": report})
+    assert columns == ["", "top-1", "top-5", "mean per class"]
+    assert [row[0] for row in rows] == ["run", "chance"]
+    figures = zero_shot_json(report)
+    low, high = figures["intervals"]["acc1"]
+    assert low <= figures["acc1"] <= high
+    assert set(figures["by_class"]) == set(COLOUR_NAMES)
+    wrong = report.confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    assert int(confused_rows(report)[1][0][2]) == wrong.max()
+    shown = classify(Cache(labelled), load_runs(runs[:1])[0], Cache(prompts))
+    write_zero_shot(tmp_path / "page.html", Cache(labelled), {"run": report}, shown)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 3
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "https://matplotlib.org", ""
+    ).replace("http://creativecommons.org", "")
+
+
+def test_mistakes_are_named(labelled: Path, prompts: Path, cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"is no set of prompts: it has no column 'class'; make one: embedcache extract"
+    ):
+        evaluate_zero_shot(labelled, runs[:1], cache_path)
+    with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
+        evaluate_zero_shot(labelled, runs[:1], prompts, label="labl")
+    few = tmp_path / "few"
+    few.mkdir()
+    with pytest.raises(DataError, match=r"labels .* that are no class: 'yellow' .*; the classes are 'black'"):
+        evaluate_zero_shot(labelled, runs[:1], prompt_cache(few, COLOUR_NAMES[:5]))
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(
+        FingerprintError,
+        match=r"text feature open_toy/mean was made with other settings: .* comes from another encoder",
+    ):
+        evaluate_zero_shot(labelled, runs[:1], prompt_cache(other, COLOUR_NAMES, f"{TEXT},scale=2"))
+
+
+def test_a_class_whose_prompts_failed_is_named(labelled: Path, runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('{"black": ["x"], "blue": ["  y "]}')
+    cache = cached(f"prompts:{tmp_path / 'p.json'}", tmp_path / "prompts", text=TEXT)
+    with pytest.raises(DataError, match="that are no class"):
+        evaluate_zero_shot(labelled, runs[:1], cache)
