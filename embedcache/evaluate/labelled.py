@@ -16,7 +16,7 @@ from embedcache.cache.side import SideFeature, mean_vectors, open_side
 from embedcache.cache.split import PARTS
 from embedcache.errors import DataError
 from embedcache.evaluate.classifiers import Examples
-from embedcache.evaluate.labels import Labels, read_labels
+from embedcache.evaluate.labels import Labels, has_label, read_labels
 
 HeldOut: TypeAlias = Literal["test", "val"]
 _Parts: TypeAlias = npt.NDArray[Any]
@@ -36,7 +36,8 @@ class Labelled:
         examples: (M, D) vectors, the mean of an item's tokens where it has several, and (M,) classes.
         parts: (M,) `train`, `val` or `test`.
         cut: how they were cut, in words.
-        num_left_out: items that are in no part, or failed.
+        num_unlabelled: items without a label, left out.
+        num_left_out: others that are in no part, or failed.
     """
 
     side: SideFeature
@@ -45,6 +46,7 @@ class Labelled:
     examples: Examples
     parts: _Parts
     cut: str
+    num_unlabelled: int
     num_left_out: int
 
     def rows(self, part: str) -> Ints:
@@ -64,7 +66,7 @@ def read_labelled(
 
     The parts are those of the column `split`, where the cache has one; validation is cut from training where that
     names none. Else a hash of the keys cuts 25 % for test and 10 % for validation. Copies of an item stay together in
-    what is cut. Memory: the vectors in float32.
+    what is cut. Items without a label are left out. Memory: the vectors in float32.
 
     Args:
         cache: the cache.
@@ -78,12 +80,12 @@ def read_labelled(
     Raises:
         UnknownNameError: there is no such feature or column.
         UnfinishedError: the feature has uncommitted chunks.
-        DataError: a part is empty, there is one class only, a label is missing, or the column `split` names no part.
+        DataError: a part is empty, there is one class only, no item has a label, or the column `split` names no part.
         CorruptError: bytes differ from their checksum.
     """
     side = open_side(cache, modality, name)
     side.require_complete()
-    items = items_of([cache], [side])
+    items, num_unlabelled = _with_label(items_of([cache], [side]), cache, label)
     part_S, cut = _parts(cache, items, part, seed)
     parts = part_S[items.samples]
     kept = items.where(parts != "")
@@ -98,8 +100,17 @@ def read_labelled(
         examples=Examples(vectors=_read_vectors(side, kept.rows), labels=labels.numbers),
         parts=parts,
         cut=cut,
-        num_left_out=side.num_items - len(kept.rows),
+        num_unlabelled=num_unlabelled,
+        num_left_out=side.num_items - num_unlabelled - len(kept.rows),
     )
+
+
+def _with_label(items: Items, cache: Cache, label: str) -> tuple[Items, int]:
+    """Keep the items whose sample has a label, and count the others."""
+    has_one = has_label(cache, items.samples, column=label)
+    if not has_one.any():
+        raise DataError(f"none of {len(has_one):,} items of {cache.path} has a label in column {label!r}")
+    return items.where(has_one), int((~has_one).sum())
 
 
 def _parts(cache: Cache, items: Items, part: HeldOut, seed: int) -> tuple[_Parts, str]:

@@ -13,6 +13,7 @@ from embedcache.registry import require
 C_GRID = tuple(10.0**power for power in range(-2, 6))
 FEW_SHOT_C = 10.0
 _MOST_ITERATIONS = 1000
+_TOLERANCE = 1e-4  # scikit-learn's, for dimensions of variance 1
 _LINEAR = require("sklearn.linear_model", extra="evaluate")
 
 
@@ -22,13 +23,13 @@ def fit_logistic(train: Examples, val: Examples | None, num_classes: int) -> Fit
     The small ones come first, each starts from the last, and the search ends once two in a row are no better.
     """
     if val is None:
-        model, scale = _logistic(FEW_SHOT_C), Scale.of(train.vectors)
+        model, scale = _logistic(FEW_SHOT_C, train), Scale.of(train.vectors)
         iterations = _fit(model, scale(train.vectors), train.labels)
         return Fitted(_scores_of(model, scale, num_classes), {"C": FEW_SHOT_C, "iterations": iterations})
     accuracies = _try_strengths(train, val)
     best = max(accuracies, key=lambda strength: (accuracies[strength], -strength))
     both = joined(train, val)
-    model, scale = _logistic(best), Scale.of(both.vectors)
+    model, scale = _logistic(best, both), Scale.of(both.vectors)
     iterations = _fit(model, scale(both.vectors), both.labels)
     chosen = {
         "C": best,
@@ -40,8 +41,10 @@ def fit_logistic(train: Examples, val: Examples | None, num_classes: int) -> Fit
     return Fitted(_scores_of(model, scale, num_classes), chosen)
 
 
-def _logistic(strength: float) -> Any:
-    return _LINEAR.LogisticRegression(C=strength, max_iter=_MOST_ITERATIONS, warm_start=True)
+def _logistic(strength: float, train: Examples) -> Any:
+    """Make the model. Dimensions of scaled vectors have variance 1 / D, so gradients are smaller by its root."""
+    tolerance = _TOLERANCE / float(np.sqrt(train.vectors.shape[1]))
+    return _LINEAR.LogisticRegression(C=strength, max_iter=_MOST_ITERATIONS, tol=tolerance, warm_start=True)
 
 
 def _fit(model: Any, vectors_MD: Floats, labels_M: Ints) -> int:
@@ -53,7 +56,7 @@ def _fit(model: Any, vectors_MD: Floats, labels_M: Ints) -> int:
 
 
 def _try_strengths(train: Examples, val: Examples) -> dict[float, float]:
-    model, scale = _logistic(C_GRID[0]), Scale.of(train.vectors)
+    model, scale = _logistic(C_GRID[0], train), Scale.of(train.vectors)
     train_MD, val_MD = scale(train.vectors), scale(val.vectors)
     accuracies: dict[float, float] = {}
     for strength in C_GRID:

@@ -119,6 +119,7 @@ class ProbeReport:
         data, counts = self.labelled, self.counts
         pooled = " (mean of its tokens)" if data.side.has_tokens else ""
         left = f"; {data.num_left_out:,} items in no part or failed" if data.num_left_out else ""
+        left += f"; {data.num_unlabelled:,} without a label left out" if data.num_unlabelled else ""
         return (
             f"{data.side.name}{pooled}: {len(data.names):,} classes; {counts['train']:,} train, {counts['val']:,} val, "
             f"{counts['test']:,} test {data.side.modality}s; {data.cut}{left}"

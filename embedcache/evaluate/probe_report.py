@@ -91,6 +91,7 @@ def _details(report: ProbeReport) -> dict[str, Any]:
         "cut": data.cut,
         "seed": settings.seed,
         "num_items": report.counts,
+        "num_unlabelled": data.num_unlabelled,
         "num_left_out": data.num_left_out,
         "num_classes": len(data.names),
         "overlap": data.overlap(),

@@ -79,6 +79,19 @@ def test_logistic_is_what_scikit_learn_gives_at_the_strength_chosen(seed: int, n
     assert fitted.chosen["converged"]
 
 
+def test_logistic_does_not_stop_before_the_optimum_of_wide_vectors() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(2000) % CLASSES)
+    spread = np.linspace(1, 0.02, 512)  # what tells classes apart lies in directions of little variance
+    vectors = rng.standard_normal((2000, 512)) * spread
+    vectors[:, -CLASSES:] += 0.05 * np.eye(CLASSES)[labels]
+    train = Examples(vectors=vectors.astype(np.float32), labels=labels)
+    inputs, _ = scaled(train, train)
+    model = LogisticRegression(C=FEW_SHOT_C, max_iter=5000, tol=1e-9).fit(inputs, labels)
+    found, best = fit_logistic(train, None, CLASSES).scores(train.vectors), model.decision_function(inputs)
+    assert np.abs(found - best).max() < 0.005 * np.abs(best).max()
+
+
 def test_the_strength_is_the_smallest_of_the_best_on_validation() -> None:
     train, val = blobs(0, 60), blobs(1, 200)
     fitted = fit_logistic(train, val, CLASSES)

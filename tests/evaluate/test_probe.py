@@ -300,9 +300,9 @@ BAD = {
         "all training items have the label 'red'",
     ),
     "no label": (
-        lambda n, c: {"label": "red" if n % 2 else None, "split": "test" if n % 3 else "train"},
+        lambda n, c: {"label": None, "colour": 1.5},
         DataError,
-        "20 of 40 samples have no label",
+        "none of 40 items of .* has a label in column 'label'",
     ),
     "no column": (lambda n, c: {"colour": "red"}, UnknownNameError, "known: colour"),
     "empty part": (
@@ -351,6 +351,16 @@ def test_classes_without_training_items_are_said_aloud(tmp_path: Path) -> None:
     report = evaluate_probe(make_cache(tmp_path, says), image=FEATURE, settings=ProbeSettings(methods=("knn",)))
     assert report.warnings() == ["WARNING: 1 classes have test items and no training items: 'red'"]
     assert report.scores[0].recalls[report.labelled.names.index("red")] == 0
+
+
+def test_items_without_a_label_are_left_out_and_counted(tmp_path: Path) -> None:
+    def says(number: int, caption: str) -> dict[str, object]:
+        return {"label": caption.split()[0] if number % 3 else None}
+
+    report = evaluate_probe(make_cache(tmp_path, says), image=FEATURE, settings=ProbeSettings(methods=("ridge",)))
+    assert report.counts == {"train": 52, "val": 8, "test": 20}
+    assert report.line().endswith("; 40 without a label left out")
+    assert probe_json(report, "x")["details"]["num_unlabelled"] == 40
 
 
 def test_failed_items_are_left_out_and_counted(tmp_path: Path) -> None:
