@@ -11,6 +11,7 @@ from embedcache.encoders.contract import Encoder, EncoderSettings, Modality
 from embedcache.encoders.graph import TorchGraph
 from embedcache.encoders.open import open_encoder
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.exchange.clip_benchmark import load
 from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.encoders.checkpoints import save_bert, save_timm
@@ -111,3 +112,18 @@ def _check_close(spec: str, modality: Modality, settings: EncoderSettings, *, re
 def _encode(encoder: Encoder, modality: Modality) -> dict[str, list[np.ndarray]]:
     prepared = encoder.prepare(pictures() if modality == "image" else TEXTS)
     return encoder.encode(prepared, list(encoder.features))
+
+
+def test_a_run_in_the_form_of_clip_benchmark_gives_the_same(cache_path: Path, tmp_path: Path) -> None:
+    settings = TrainSettings(
+        model=ModelSettings(projector="linear", shared_width=16),
+        optimizer=OptimizerSettings(epochs=0),
+        split=SplitSettings(kind="key"),
+    )
+    train(cache_path, tmp_path / "run", image="open_toy/cls", text="open_toy/mean", settings=settings)
+    vectors = {}
+    for device in ("cpu", "cuda"):
+        model, _, tokenizer = load("embedcache", tmp_path / "run", device=device)
+        vectors[device] = model.encode_text(tokenizer(["red bar", "blue"]).to(device))
+    assert vectors["cuda"].device.type == "cuda"
+    assert torch.allclose(vectors["cuda"].cpu(), vectors["cpu"], atol=2e-3)

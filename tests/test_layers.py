@@ -18,7 +18,7 @@ LAYERS = [
     {"cache"},
     {"pages"},
     {"extract", "train", "evaluate", "curate"},
-    {"quickstart", "sweep"},
+    {"quickstart", "sweep", "exchange"},
     {"cli"},
     {"__main__"},
 ]

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Floats, Inputs, Ints, normalize
-from embedcache.artifact import check_same
 from embedcache.cache.cache import Cache
 from embedcache.cache.side import inputs_of
 from embedcache.curate import faiss_index
 from embedcache.curate.index import IndexCard, read_card
-from embedcache.encoders.contract import EncoderSettings
-from embedcache.encoders.open import open_encoder
+from embedcache.encoders.open import feature_names, open_again
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.paths import is_url
 from embedcache.projectors.saved import load_pair, project
@@ -140,14 +138,8 @@ def encode_texts(
     Raises:
         FingerprintError: the encoder that opens now is another.
     """
-    names = tuple(part.rpartition("/")[2] for part in feature.split("+"))
-    settings = EncoderSettings(
-        device=device, backend=fingerprint["backend"], precision=fingerprint["precision"], features=names
-    )
-    encoder = open_encoder(spec, modality="text", settings=settings)
-    next_step = "use the weights and libraries that it was extracted with, or extract again"
-    plain = {field: value for field, value in fingerprint.items() if field != "view"}  # a query is as it is
-    check_same(f"feature {feature}", plain, encoder.fingerprint.to_json(), next_step=next_step)
+    encoder = open_again(spec, modality="text", feature=feature, fingerprint=fingerprint, device=device)
+    names = feature_names(feature)
     encoded = encoder.encode(encoder.prepare(list(texts)), names)
     return inputs_of([encoded[name] for name in names])
 

@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from embedcache.artifact import check_same
 from embedcache.encoders.contract import Encoder, EncoderSettings, Modality
 from embedcache.errors import SettingError, UnknownNameError
 from embedcache.registry import Registry, unknown_name
@@ -118,6 +119,44 @@ def open_encoder(spec: str | EncoderSpec, *, modality: Modality, settings: Encod
     if isinstance(spec, str):
         spec = EncoderSpec.parse(spec)
     return _opener(spec)(spec, modality=modality, settings=settings or EncoderSettings())
+
+
+def open_again(
+    spec: str, *, modality: Modality, feature: str, fingerprint: Mapping[str, Any], device: str = "cpu"
+) -> Encoder:
+    """Open the very encoder that made a cached feature, with the precision and the backend it was made with.
+
+    Args:
+        spec: what the cache remembers of it.
+        modality: what it encodes.
+        feature: `encoder/feature`, or several with `+` between.
+        fingerprint: what the encoder must be; a view's is that of the encoder behind it.
+        device: where it runs; what onnxruntime made, it makes again on the CPU.
+
+    Raises:
+        FingerprintError: the encoder that opens now is another; names each field with both values.
+    """
+    settings = EncoderSettings(
+        device="cpu" if fingerprint["backend"] == "onnxruntime" else device,
+        backend=fingerprint["backend"],
+        precision=fingerprint["precision"],
+        features=feature_names(feature),
+    )
+    encoder = open_encoder(spec, modality=modality, settings=settings)
+    plain = {field: value for field, value in fingerprint.items() if field != "view"}
+    next_step = "use the weights and libraries that it was extracted with, or extract again"
+    check_same(f"feature {feature}", plain, encoder.fingerprint.to_json(), next_step=next_step)
+    return encoder
+
+
+def feature_names(feature: str) -> tuple[str, ...]:
+    """Give an encoder's own names of what a cache calls `encoder/feature`, or several with `+` between.
+
+    Example:
+        >>> feature_names("dinov2/cls+dinov2/patches")
+        ('cls', 'patches')
+    """
+    return tuple(part.rpartition("/")[2] for part in feature.split("+"))
 
 
 def check_options(spec: EncoderSpec, known: Collection[str]) -> None:

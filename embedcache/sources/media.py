@@ -56,7 +56,7 @@ def decode_image(data: bytes) -> Image.Image:
     _keep_blocks()
     try:
         with no_warnings():
-            return _rgb(_upright(_load(data)))
+            return rgb_image(_load(data))
     except ItemError:
         raise
     except UnidentifiedImageError:
@@ -65,6 +65,16 @@ def decode_image(data: bytes) -> Image.Image:
         raise ItemError(f"too many pixels: more than {MAX_PIXELS:,}") from None
     except _DAMAGE as error:
         raise ItemError(_reason(error)) from None
+
+
+def rgb_image(image: Image.Image) -> Image.Image:
+    """Turn an open picture of any mode into what `decode_image` gives of its file.
+
+    Raises:
+        ItemError: floating-point pixels, or values beyond 16 bits.
+    """
+    image.load()  # a PNG may say its orientation behind the pixels
+    return _rgb(_upright(image))
 
 
 @cache

@@ -66,8 +66,9 @@ def test_a_newcomers_commands_give_figures_and_hits(folder: Path) -> None:
     assert "encoded 150 images" in (folder / "extract.out").read_text()
     assert "best epoch" in (folder / "train.out").read_text()
     assert "chance" in (folder / "evaluate.out").read_text()
-    figures = json.loads((folder / "figures.json").read_text())["retrieval"]
-    assert figures["num_images"] == 38
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["task"] == "zeroshot_retrieval"
+    assert figures["details"]["num_images"] == 38
     assert "recall@10" in (folder / "curate.out").read_text()
     found = embedcache("curate", "search", "index", "red bar left on white", "-k", "3", "--json", cwd=folder)
     hits = json.loads(found.stdout)["hits"]

@@ -23,22 +23,25 @@ def retrieval(
         list[str] | None, typer.Option(help="Where the caches of the training lie now, to look for leaks.")
     ] = None,
     leaks: Annotated[bool, typer.Option(help="Compare with what was seen in training.")] = True,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures as CLIP_benchmark does: a .json file, or a folder.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with curves and examples.")] = None,
 ) -> None:
     """Image-text retrieval both ways, with intervals and chance."""
-    from embedcache.artifact import write_json
     from embedcache.cache.cache import Cache
     from embedcache.cli.console import say, show_table
-    from embedcache.evaluate.report import order_rows, retrieval_json, retrieval_rows
+    from embedcache.evaluate.report import order_rows, retrieval_rows
     from embedcache.evaluate.retrieval import evaluate_retrieval, rank
     from embedcache.evaluate.retrieval_page import write_retrieval
     from embedcache.evaluate.runs import load_runs, named_recipes
+    from embedcache.exchange.results import retrieval_result, write_results
 
-    reports = {}
+    reports, results = {}, {}
     for name, paths, is_control in named_recipes(run, control or []):
         for code in language or [""]:
-            reports[f"{name}, {code}" if code else name] = evaluate_retrieval(
+            title = f"{name}, {code}" if code else name
+            reports[title] = evaluate_retrieval(
                 cache,
                 paths,
                 part=part,
@@ -47,6 +50,7 @@ def retrieval(
                 trained_on=trained_on or [],
                 compares=leaks,
             )
+            results[title] = retrieval_result(reports[title], cache=cache, runs=paths)
     for name, report in reports.items():
         say(f"{name}: {report.line()}")
         if report.overlap:
@@ -54,7 +58,7 @@ def retrieval(
     show_table(*retrieval_rows(reports))
     show_table(*order_rows(reports))
     if json_path is not None:
-        write_json(json_path, {name: retrieval_json(report) for name, report in reports.items()})
+        write_results(json_path, results)
     if html is not None:
         opened = Cache(cache)
         ranking = rank(opened, load_runs(run[:1])[0], part=part, language=language[0] if language else None)

@@ -22,20 +22,23 @@ def zero_shot(
         list[str] | None, typer.Option(help="Where the caches of the training lie now, to look for leaks.")
     ] = None,
     leaks: Annotated[bool, typer.Option(help="Compare with what was seen in training.")] = True,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures as CLIP_benchmark does: a .json file, or a folder.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with classes, confusions and examples.")] = None,
 ) -> None:
     """Zero-shot classification by cached prompts, with intervals and chance."""
-    from embedcache.artifact import write_json
     from embedcache.cache.cache import Cache
     from embedcache.cli.console import say, show_table
     from embedcache.evaluate.runs import load_runs, named_recipes
     from embedcache.evaluate.zero_shot import classify, evaluate_zero_shot
     from embedcache.evaluate.zero_shot_page import write_zero_shot
-    from embedcache.evaluate.zero_shot_report import zero_shot_json, zero_shot_rows
+    from embedcache.evaluate.zero_shot_report import zero_shot_rows
+    from embedcache.exchange.results import write_results, zero_shot_result
 
-    reports = {
-        name: evaluate_zero_shot(
+    reports, results = {}, {}
+    for name, paths, is_control in named_recipes(run, control or []):
+        reports[name] = evaluate_zero_shot(
             cache,
             paths,
             prompts,
@@ -45,15 +48,14 @@ def zero_shot(
             trained_on=trained_on or [],
             compares=leaks,
         )
-        for name, paths, is_control in named_recipes(run, control or [])
-    }
+        results[name] = zero_shot_result(reports[name], cache=cache, prompts=prompts, runs=paths)
     for name, report in reports.items():
         say(f"{name}: {report.line()}")
         if report.overlap:
             say(f"  {report.overlap.line()}")
     show_table(*zero_shot_rows(reports))
     if json_path is not None:
-        write_json(json_path, {name: zero_shot_json(report) for name, report in reports.items()})
+        write_results(json_path, results)
     if html is not None:
         opened = Cache(cache)
         shown = classify(opened, load_runs(run[:1])[0], Cache(prompts), label=label, part=part)

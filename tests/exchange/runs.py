@@ -1,0 +1,24 @@
+"""Runs on the toy encoder's features, made in a second."""
+
+from pathlib import Path
+
+from embedcache.cache.split_settings import SplitSettings
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
+from embedcache.train.train import train
+
+SIDES = {
+    "vectors": ("open_toy/cls", "open_toy/mean", "linear"),
+    "tokens": ("open_toy/patches+open_toy/patches", "open_toy/tokens", "token"),
+}
+"""What a run is trained on: image feature, text feature, projector."""
+
+
+def train_run(cache_path: Path, run_path: Path, image: str, text: str, projector: str) -> Path:
+    """Train for no time: the closed form, or one epoch on tokens."""
+    settings = TrainSettings(
+        model=ModelSettings(shared_width=16, projector=projector, shrinkage=0.01),
+        optimizer=OptimizerSettings(epochs=1 if projector == "token" else 0, batch_size=64),
+        split=SplitSettings(kind="key"),
+    )
+    train(cache_path, run_path, image=image, text=text, settings=settings)
+    return run_path
