@@ -24,12 +24,12 @@ def run(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eighty samples that the run never saw, with a split; the first is a copy of one of training's."""
     folder = tmp_path_factory.mktemp("other")
     source = write_pictures(folder / "source" / "test", 50, seed=9)
     write_pictures(folder / "source" / "train", 30, seed=8)
-    shutil.copy(tmp_path_factory.getbasetemp() / "source0" / "pictures" / "00000.png", source / "00000.png")
+    shutil.copy(pictures / "00000.png", source / "00000.png")
     extract(open_source(folder / "source"), folder / "cache", image=[IMAGE], text=[TEXT])
     return folder / "cache"
 
