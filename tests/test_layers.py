@@ -28,7 +28,7 @@ DOORS = {
     "zarr": {"cache"},
     "google_crc32c": {"cache"},
     "upath": {"paths"},
-    "ray": {"extract"},
+    "ray": {"curate", "extract"},
     "datasets": {"sources"},
     "faiss": {"curate"},
     "timm": {"encoders"},

@@ -7,6 +7,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Bools, Inputs, Ints, concatenated_ranges
 from embedcache.cache.cache import Cache
+from embedcache.cache.commit import Commit
 from embedcache.cache.feature import Feature
 from embedcache.errors import DataError
 
@@ -99,14 +100,28 @@ class SideFeature:
         Raises:
             CorruptError: bytes differ from their checksum.
         """
-        for commits in zip(*(feature.commits for feature in self._features), strict=True):
-            if None in commits:
-                continue
-            items = [feature.items(commit) for feature, commit in zip(self._features, commits, strict=True)]
-            start = commits[0].chunk * self._features[0].group.info.chunk_size
-            kept = np.flatnonzero([all(part is not None for part in item) for item in zip(*items, strict=True)])
-            if len(kept):
-                yield kept + start, inputs_of([[part[row] for row in kept] for part in items])  # type: ignore[misc]
+        for number, commits in enumerate(zip(*(feature.commits for feature in self._features), strict=True)):
+            if None not in commits:
+                rows, inputs = self.chunk(number)
+                if len(rows):
+                    yield rows, inputs
+
+    def chunk(self, number: int) -> tuple[Ints, Inputs]:
+        """Read the valid items of one committed chunk, checksums compared: rows, and what they hold.
+
+        Raises:
+            CorruptError: bytes differ from their checksum.
+        """
+        start = number * self._features[0].group.info.chunk_size
+        commits = [feature.commits[number] for feature in self._features]
+        if len(self._features) == 1 and not self._features[0].is_ragged and commits[0]:
+            kept, values = _dense_chunk(self._features[0], commits[0])
+            return kept + start, Inputs(values)
+        items = [feature.items(commit) for feature, commit in zip(self._features, commits, strict=True) if commit]
+        kept = np.flatnonzero([all(part is not None for part in item) for item in zip(*items, strict=True)])
+        if not len(kept):
+            return kept, Inputs(np.empty((0, self.width), self.dtype))
+        return kept + start, inputs_of([[part[row] for row in kept] for part in items])  # type: ignore[misc]
 
     def load(self) -> Reader:
         """Read all items into memory once, checksums compared, and get what gathers them from there.
@@ -147,6 +162,14 @@ def mean_vectors(inputs: Inputs) -> Array:
     lengths = values.shape[1] if inputs.lengths is None else inputs.lengths[:, None]
     mean_BD: Array = values.sum(axis=1) / lengths
     return mean_BD
+
+
+def _dense_chunk(feature: Feature, commit: Commit) -> tuple[Ints, Array]:
+    """Read the valid items of a chunk whose items are of one shape, without an object an item."""
+    parts = [values for _, values in feature.read_chunk(commit)]
+    values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    kept = np.flatnonzero([failure is None for failure in commit.failures[feature.feature][: len(values)]])
+    return kept, values if len(kept) == len(values) else values[kept]
 
 
 def _load(feature: Feature) -> Reader:

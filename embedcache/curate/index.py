@@ -6,19 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from embedcache.arrays import Floats, Inputs, Ints, normalize
+from embedcache.arrays import Floats, Ints
 from embedcache.artifact import check_same, claim_folder, fields_of, read_manifest, run_record, write_json
-from embedcache.cache.cache import Cache
-from embedcache.cache.side import SideFeature, open_side
 from embedcache.curate import faiss_index
+from embedcache.curate.vectors import Vectors
 from embedcache.disk import disk_errors
-from embedcache.errors import DataError
 from embedcache.paths import is_remote
 from embedcache.progress import Progress, Silent
-from embedcache.projectors.pair import TokenTower, Tower
-from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project
 
 FORMAT_VERSION = 1
 _NUM_QUERIES = 200
@@ -95,21 +89,20 @@ def build_index(
         UnfinishedError: the feature has missing chunks.
         DataError: the feature has several vectors an item, or no valid item.
     """
-    cache, index_path, progress = Cache(cache_path), Path(index_path), progress or Silent()
-    run = _Run.open(run_path) if run_path is not None else None
-    indexed = _open_feature(cache, modality, feature, run)
-    factory = factory or faiss_index.choose_factory(int(indexed.valid.sum()))
+    index_path, progress = Path(index_path), progress or Silent()
+    vectors = Vectors(cache_path, modality, feature, run_path)
+    factory = factory or faiss_index.choose_factory(len(vectors.rows))
     if (index_path / "card.json").is_file():
-        return _reuse(index_path, _about(cache, index_path, indexed, run, factory))
+        return _reuse(index_path, _about(vectors, index_path, factory))
     claim_folder(index_path, kind="an index", sign="index.faiss", ours=_FILES)
     about = {
         "cache": str(cache_path),
-        "feature": indexed.name,
+        "feature": vectors.side.name,
         "run": str(run_path),
         "factory": factory,
     }
     with run_record(index_path / "record.json", "index", about) as outcome, disk_errors(index_path):
-        card = _build(cache, index_path, indexed, run, factory, progress)
+        card = _build(vectors, index_path, factory, progress)
         outcome.update({"recall_at_10": card.recall_at_10, "num_vectors": card.num_vectors})
     write_json(index_path / "card.json", asdict(card))
     return card
@@ -129,70 +122,36 @@ def read_card(index_path: Path) -> IndexCard:
     return fields_of(path, lambda: IndexCard(**values))
 
 
-@dataclass(frozen=True)
-class _Run:
-    path: Path
-    towers: Mapping[str, Tower | TokenTower]
-    config: PairConfig
-
-    @classmethod
-    def open(cls, path: Path | str) -> "_Run":
-        pair, config = load_pair(Path(path))
-        return cls(Path(path), {"image": pair.image, "text": pair.text}, config)
-
-
-def _open_feature(cache: Cache, modality: str, name: str | None, run: _Run | None) -> SideFeature:
-    if name is None and run is not None:
-        name = run.config.side(modality).feature
-    feature = open_side(cache, modality, name)
-    feature.require_complete()
-    if run is not None:
-        check_feature(run.config, modality, feature.name, feature.fingerprint)
-    elif feature.has_tokens:
-        raise DataError(f"feature {feature.name} has several vectors an item; index a vector feature")
-    if not feature.valid.any():
-        raise DataError(f"feature {feature.name} has no valid item to index")
-    return feature
-
-
-def _build(
-    cache: Cache,
-    index_path: Path,
-    feature: SideFeature,
-    run: _Run | None,
-    factory: str,
-    progress: Progress,
-) -> IndexCard:
-    num_vectors = int(feature.valid.sum())
-    training = _sample(feature, run, _NUM_TRAINING)
-    progress.start("indexing", num_vectors, f"{feature.modality}s")
-    index = faiss_index.build(factory, training.shape[1], training, _told(_vectors(feature, run), progress))
+def _build(vectors: Vectors, index_path: Path, factory: str, progress: Progress) -> IndexCard:
+    training = vectors.sample(_NUM_TRAINING)
+    progress.start("indexing", len(vectors.rows), f"{vectors.modality}s")
+    index = faiss_index.build(factory, vectors.width, training, _told(vectors.blocks(), progress))
     progress.finish()
     faiss_index.write_index(index_path / "index.faiss", index)
-    queries, k = _queries(cache, feature, run), min(_K, num_vectors)
-    exact = faiss_index.exact_search(queries, _vectors(feature, run), k)
+    queries, k = _queries(vectors), min(_K, len(vectors.rows))
+    exact = faiss_index.exact_search(queries, vectors.blocks(), k)
     scores, _ = faiss_index.search(index, queries, k)
     return IndexCard(
-        **_about(cache, index_path, feature, run, factory),
-        num_vectors=num_vectors,
-        width=training.shape[1],
+        **_about(vectors, index_path, factory),
+        num_vectors=len(vectors.rows),
+        width=vectors.width,
         recall_at_10=faiss_index.recall_against(exact, scores),
         num_queries=len(queries),
         latency_ms=round(faiss_index.latency_ms(index, queries, k), 4),
     )
 
 
-def _about(cache: Cache, index_path: Path, feature: SideFeature, run: _Run | None, factory: str) -> dict[str, Any]:
+def _about(vectors: Vectors, index_path: Path, factory: str) -> dict[str, Any]:
     """Say what an index is made from: all of its card but what is measured."""
     return {
-        "cache": _relative(cache.path, index_path),
-        "spine": cache.info.spine,
-        "modality": feature.modality,
-        "feature": feature.name,
-        "spec": feature.spec,
-        "fingerprint": feature.fingerprint,
-        "run": None if run is None else _relative(run.path, index_path),
-        "run_weights": None if run is None else run.config.weights,
+        "cache": _relative(vectors.cache.path, index_path),
+        "spine": vectors.cache.info.spine,
+        "modality": vectors.modality,
+        "feature": vectors.side.name,
+        "spec": vectors.side.spec,
+        "fingerprint": vectors.side.fingerprint,
+        "run": None if vectors.run_path is None else _relative(vectors.run_path, index_path),
+        "run_weights": None if vectors.config is None else vectors.config.weights,
         "factory": factory,
     }
 
@@ -208,30 +167,15 @@ def _relative(path: Path, index_path: Path) -> str:
     return str(path) if is_remote(path) else os.path.relpath(path.resolve(), index_path.resolve())
 
 
-def _vectors(feature: SideFeature, run: _Run | None) -> Iterator[tuple[Ints, Floats]]:
-    for rows, inputs in feature.blocks():
-        yield rows, _unit(inputs, feature.modality, run)
-
-
-def _unit(inputs: Inputs, modality: str, run: _Run | None) -> Floats:
-    return normalize(inputs.values) if run is None else project(run.towers[modality], inputs)
-
-
 def _told(blocks: Iterator[tuple[Ints, Floats]], progress: Progress) -> Iterator[tuple[Ints, Floats]]:
     for rows, vectors in blocks:
         yield rows, vectors
         progress.advance(len(rows))
 
 
-def _sample(feature: SideFeature, run: _Run | None, size: int) -> Floats:
-    valid = np.flatnonzero(feature.valid)
-    chosen = np.sort(np.random.default_rng(0).permutation(valid)[:size])
-    return _unit(feature.read(chosen), feature.modality, run)
-
-
-def _queries(cache: Cache, feature: SideFeature, run: _Run | None) -> Floats:
+def _queries(vectors: Vectors) -> Floats:
     """Take what people will ask with: the other modality where a run gives it, else the items themselves."""
-    if run is None:
-        return _sample(feature, run, _NUM_QUERIES)
-    other = "text" if feature.modality == "image" else "image"
-    return _sample(_open_feature(cache, other, None, run), run, _NUM_QUERIES)
+    if vectors.run_path is None:
+        return vectors.sample(_NUM_QUERIES)
+    other = "text" if vectors.modality == "image" else "image"
+    return Vectors(vectors.cache.path, other, run_path=vectors.run_path).sample(_NUM_QUERIES)

@@ -1,0 +1,116 @@
+"""One pass over the chunks of a feature, on this machine or on a Ray cluster, merged in the order of the chunks.
+
+A pass is a pure function of a chunk and an associative merge of what it gives. Partial results are merged strictly in
+the order of the chunks, so that any number of workers gives the same bits.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+
+from embedcache.arrays import Floats, Ints
+from embedcache.curate.vectors import Vectors
+from embedcache.errors import EmbedcacheError
+from embedcache.progress import Progress, Silent
+from embedcache.registry import require
+
+Engine: TypeAlias = Literal["local", "ray"]
+State = TypeVar("State")
+
+_AHEAD = 2
+"""Tasks a worker: one in work, one waiting."""
+
+
+class Pass(Protocol[State]):
+    """What is done with each chunk. It is pickled where another process works."""
+
+    def take(self, rows_B: Ints, vectors_BP: Floats) -> State:
+        """Make a partial result of one chunk, which may be empty."""
+        ...
+
+    def merge(self, before: State, after: State) -> State:
+        """Join the results of two neighbouring ranges of chunks; may change and return the first."""
+        ...
+
+
+def run_pass(
+    vectors: Vectors,
+    work: Pass[State],
+    *,
+    engine: Engine = "local",
+    address: str | None = None,
+    what: str = "going through vectors",
+    progress: Progress | None = None,
+) -> State:
+    """Go through all chunks once.
+
+    Locally one process does it, and NumPy's products take all cores. Memory: a chunk and its product, and two partial
+    results; with Ray alike in each of its workers, and a few partial results here.
+
+    Args:
+        vectors: what to go through.
+        work: what to do.
+        engine: `local`, or `ray`, whose machines must all see the cache and the run.
+        address: of a Ray cluster; None starts one here, or takes the one that is connected.
+        what: for the progress.
+        progress: told about items.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        EmbedcacheError: there is no Ray cluster at the address.
+    """
+    progress = progress or Silent()
+    progress.start(what, len(vectors.rows), f"{vectors.modality}s")
+    parts = _local(vectors, work) if engine == "local" else _on_ray(vectors, work, address)
+    state: State | None = None
+    for count, part in parts:
+        state = part if state is None else work.merge(state, part)
+        progress.advance(count)
+    progress.finish()
+    assert state is not None  # a finished feature has a chunk
+    return state
+
+
+def _local(vectors: Vectors, work: Pass[State]) -> Iterator[tuple[int, State]]:
+    for rows_B, vectors_BP in vectors.blocks():
+        yield len(rows_B), work.take(rows_B, vectors_BP)
+
+
+def _take(vectors: Vectors, work: Pass[State], chunk: int) -> tuple[int, State]:
+    rows_B, vectors_BP = vectors.chunk(chunk)
+    return len(rows_B), work.take(rows_B, vectors_BP)
+
+
+def _on_ray(vectors: Vectors, work: Pass[State], address: str | None) -> Iterator[tuple[int, State]]:
+    """Give the parts in the order of the chunks; a task whose machine is lost is run again by Ray."""
+    ray = require("ray", extra="ray")
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        _connect(ray, address)
+    try:
+        shared = ray.put(vectors), ray.put(work)
+        task = ray.remote(num_cpus=1, max_retries=-1)(_take)
+        yield from _in_order(ray, lambda chunk: task.remote(*shared, chunk), vectors.num_chunks)
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _in_order(ray: Any, start: Callable[[int], Any], num_chunks: int) -> Iterator[Any]:
+    most = _AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    running: deque[Any] = deque()
+    for chunk in range(num_chunks):
+        running.append(start(chunk))
+        if len(running) >= most:
+            yield ray.get(running.popleft())
+    while running:
+        yield ray.get(running.popleft())
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False)
+    except ConnectionError as error:
+        raise EmbedcacheError(f"no Ray cluster at {address}: {error}; start one with: ray start --head") from error
