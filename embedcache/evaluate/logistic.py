@@ -1,7 +1,7 @@
 """Logistic regression on frozen features, by scikit-learn; importing this needs the extra `evaluate`."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ _LINEAR = require("sklearn.linear_model", extra="evaluate")
 def fit_logistic(train: Examples, val: Examples | None, num_classes: int) -> Fitted:
     """Fit multinomial logistic regression by L-BFGS; C is a power of ten, chosen on validation.
 
-    The small ones come first, each starts from the last, and the search ends once two in a row are no better.
+    The small ones come first, each starts from the last, and the search ends once two in a row are no better or one is
+    worse by more than a standard error: the large ones take longest.
     """
     if val is None:
         model, scale = _logistic(FEW_SHOT_C, train), Scale.of(train.vectors)
@@ -63,9 +64,15 @@ def _try_strengths(train: Examples, val: Examples) -> dict[float, float]:
         model.set_params(C=strength)
         _fit(model, train_MD, train.labels)
         accuracies[strength] = float(np.mean(model.predict(val_MD) == val.labels))
-        if list(accuracies.values()).index(max(accuracies.values())) < len(accuracies) - 2:
+        if _is_past_the_best(list(accuracies.values()), len(val.labels)):
             break
     return accuracies
+
+
+def _is_past_the_best(accuracies: Sequence[float], num_val: int) -> bool:
+    best = max(accuracies)
+    standard_error = np.sqrt(best * (1 - best) / num_val)
+    return accuracies.index(best) < len(accuracies) - 2 or accuracies[-1] < best - standard_error
 
 
 def _scores_of(model: Any, scale: Scale, num_classes: int) -> Callable[[Floats], Floats]:

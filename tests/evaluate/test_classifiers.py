@@ -20,7 +20,7 @@ from embedcache.evaluate.classifiers import (
     fit_ridge,
     joined,
 )
-from embedcache.evaluate.logistic import C_GRID, FEW_SHOT_C, fit_logistic
+from embedcache.evaluate.logistic import C_GRID, FEW_SHOT_C, _is_past_the_best, fit_logistic
 
 CLASSES = 4
 
@@ -101,7 +101,23 @@ def test_the_strength_is_the_smallest_of_the_best_on_validation() -> None:
     assert list(tried) == list(C_GRID[: len(tried)])
     assert tried == pytest.approx({c: own[c] for c in tried}, abs=0.011)  # two of 200: both stop near the optimum
     assert fitted.chosen["C"] == min(c for c in tried if tried[c] == max(tried.values()))
-    assert len(tried) == len(C_GRID) or fitted.chosen["C"] == list(tried)[-3]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "num_val", "is_past"),
+    [
+        ([0.5], 100, False),
+        ([0.5, 0.6], 100, False),
+        ([0.5, 0.6, 0.6], 100, False),
+        ([0.5, 0.6, 0.59], 100, False),
+        ([0.5, 0.6, 0.59, 0.6], 100, True),  # two in a row are no better
+        ([0.5, 0.6, 0.5], 100, True),  # one is worse by more than .049, a standard error of 100 items
+        ([0.5, 0.6, 0.59], 10_000, True),
+        ([1.0, 1.0], 100, False),
+    ],
+)
+def test_the_search_ends_past_the_best(accuracies: list[float], num_val: int, is_past: bool) -> None:
+    assert _is_past_the_best(accuracies, num_val) == is_past
 
 
 def test_without_validation_the_strength_is_fixed() -> None:
