@@ -1,15 +1,54 @@
 """A selection: some samples of a cache, by key, with the reason each was kept."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from embedcache.arrays import Ints
 from embedcache.cache.cache import Cache
 from embedcache.cache.tables import read_table
+from embedcache.disk import replacing
 from embedcache.errors import CorruptError, DataError, PathError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Samples of one cache.
+
+    Args:
+        rows: (M,) int64 rows of `Cache.samples`, ascending, each once.
+        reasons: why each was kept, in a few words.
+    """
+
+    rows: Ints
+    reasons: Sequence[str]
+
+
+def write_selection(path: Path, cache: Cache, selection: Selection, about: Mapping[str, Any]) -> None:
+    """Write a selection as Parquet: `row`, `key`, `reason`; the table's metadata says of which cache, and how it was made.
+
+    Args:
+        path: of the file, in the place of whatever is there.
+        cache: whose samples they are.
+        selection: at least one sample.
+        about: JSON values: the method and its settings.
+
+    Raises:
+        DataError: nothing is selected.
+    """
+    if not len(selection.rows):
+        raise DataError(f"nothing of {cache.path} is selected, so {path} is not written")
+    keys = cache.samples["key"].take(pa.array(selection.rows))
+    table = pa.table({"row": selection.rows, "key": keys, "reason": list(selection.reasons)})
+    made = {"cache": str(cache.path), "spine": cache.info.spine, **about}
+    with replacing(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(made)}), temporary)
 
 
 def read_selection(path: Path, caches: Sequence[Cache]) -> Ints:
