@@ -31,7 +31,7 @@ class Selection:
 
 
 def write_selection(path: Path, cache: Cache, selection: Selection, about: Mapping[str, Any]) -> None:
-    """Write a selection as Parquet: `row`, `key`, `reason`; the table's metadata says of which cache, and how it was made.
+    """Write a selection as Parquet: `row`, `key`, `reason`; its metadata says of which cache, and how it was made.
 
     Args:
         path: of the file, in the place of whatever is there.
