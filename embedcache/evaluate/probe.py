@@ -29,8 +29,8 @@ class ProbeSettings:
         label: the column that holds the labels.
         part: which part of the source's column `split` is held out.
         shots: numbers of training items a class, for a few-shot curve.
-        num_draws: how many drawings of those.
-        has_control: fit on shuffled labels, too: the control that must end at chance.
+        num_draws: how many drawings of those, and how many shuffles of the control.
+        has_control: fit on shuffled labels, too: the control that must end at chance, on average of several shuffles.
         seed: of the cut, the drawings and the shuffling.
     """
 
@@ -90,6 +90,24 @@ class FewShot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Control:
+    """What one method reached on the test items after it was fitted on shuffled labels.
+
+    Items of a class lie together, so a classifier sends most of a class to one label, and one shuffle may end far
+    from chance, to either side, without a leak. The interval is therefore over shuffles, too.
+
+    Args:
+        method: its name.
+        accuracy: mean over shuffles, with a 95 % interval from resampling both shuffles and samples.
+        by_shuffle: the accuracy after each.
+    """
+
+    method: str
+    accuracy: Estimate
+    by_shuffle: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeReport:
     """All that was measured on one feature.
 
@@ -97,7 +115,7 @@ class ProbeReport:
         labelled: the items.
         settings: what was asked for.
         scores: of each method.
-        controls: alike, fitted on shuffled labels; none where not asked for.
+        controls: of each method, fitted on shuffled labels; none where not asked for.
         few_shots: of each method and number of shots.
         majority: share of the test items that are of the class most frequent in training and validation.
     """
@@ -105,7 +123,7 @@ class ProbeReport:
     labelled: Labelled
     settings: ProbeSettings
     scores: Sequence[Score]
-    controls: Sequence[Score]
+    controls: Sequence[Control]
     few_shots: Sequence[FewShot]
     majority: float
 
@@ -175,14 +193,16 @@ def evaluate_probe(
         Cache(cache_path), modality, image or text, label=settings.label, part=settings.part, seed=settings.seed
     )
     _require_shots(data, settings)
-    shuffled = _shuffled(data, settings.seed)
-    num_fits = 1 + settings.has_control + len(settings.shots) * settings.num_draws
+    controlled = methods if settings.has_control else {}
+    num_fits = 1 + (settings.has_control + len(settings.shots)) * settings.num_draws
     progress.start("probing", len(methods) * num_fits, "fits")
     report = ProbeReport(
         labelled=data,
         settings=settings,
-        scores=[_score(name, fit, data, data.examples.labels, progress) for name, fit in methods.items()],
-        controls=[_score(name, fit, data, shuffled, progress) for name, fit in methods.items() if settings.has_control],
+        scores=[_score(name, fit, data, progress) for name, fit in methods.items()],
+        controls=[
+            _control(name, fit, data, settings, progress) for name, fit in methods.items() if settings.has_control
+        ],
         few_shots=[
             _few_shot(name, fit, data, shots, settings, progress)
             for name, fit in methods.items()
@@ -194,14 +214,6 @@ def evaluate_probe(
     return report
 
 
-def _shuffled(data: Labelled, seed: int) -> Ints:
-    """Give the labels with those of training and validation in random order."""
-    labels_M = data.examples.labels.copy()
-    taught = np.flatnonzero(data.parts != "test")
-    labels_M[taught] = np.random.default_rng(seed).permutation(labels_M[taught])
-    return labels_M
-
-
 def _ranks(fitted: Fitted, test: Examples) -> Ints:
     """Rank each item's class among all by its score: (Q,) int64. Memory: the scores of 8,192 items."""
     found = [
@@ -210,10 +222,8 @@ def _ranks(fitted: Fitted, test: Examples) -> Ints:
     return np.concatenate(found)
 
 
-def _score(name: str, fit: Fit, data: Labelled, labels: Ints, progress: Progress) -> Score:
-    """Fit on the training and validation items with these labels, and measure on the test items with the true ones."""
-    taught = Examples(vectors=data.examples.vectors, labels=labels)
-    fitted = fit(taught.take(data.rows("train")), taught.take(data.rows("val")), len(data.names))
+def _score(name: str, fit: Fit, data: Labelled, progress: Progress) -> Score:
+    fitted = _fit(fit, data, data.examples.labels)
     rows = data.rows("test")
     test, clusters = data.examples.take(rows), data.items.samples[rows]
     ranks_Q = _ranks(fitted, test)
@@ -226,6 +236,35 @@ def _score(name: str, fit: Fit, data: Labelled, labels: Ints, progress: Progress
         recalls=class_means(ranks_Q == 1, test.labels, len(data.names)),
         chosen=fitted.chosen,
     )
+
+
+def _control(name: str, fit: Fit, data: Labelled, settings: ProbeSettings, progress: Progress) -> Control:
+    rows = data.rows("test")
+    test = data.examples.take(rows)
+    is_right_RQ = np.empty((settings.num_draws, len(rows)), bool)
+    for draw in range(settings.num_draws):
+        labels_M = shuffle_labels(data, seed=(settings.seed, draw))
+        is_right_RQ[draw] = _ranks(_fit(fit, data, labels_M), test) == 1
+        progress.advance(1)
+    return Control(
+        method=name,
+        accuracy=bootstrap_runs(is_right_RQ, data.items.samples[rows]),
+        by_shuffle=is_right_RQ.mean(axis=1).tolist(),
+    )
+
+
+def _fit(fit: Fit, data: Labelled, labels_M: Ints) -> Fitted:
+    """Fit on the training and validation items with these labels."""
+    taught = Examples(vectors=data.examples.vectors, labels=labels_M)
+    return fit(taught.take(data.rows("train")), taught.take(data.rows("val")), len(data.names))
+
+
+def shuffle_labels(data: Labelled, *, seed: Sequence[int]) -> Ints:
+    """Give the (M,) labels with those of training and validation in random order; test keeps its own."""
+    labels_M = data.examples.labels.copy()
+    taught = np.flatnonzero(data.parts != "test")
+    labels_M[taught] = np.random.default_rng(seed).permutation(labels_M[taught])
+    return labels_M
 
 
 def _few_shot(name: str, fit: Fit, data: Labelled, shots: int, settings: ProbeSettings, progress: Progress) -> FewShot:

@@ -36,9 +36,12 @@ def _accuracy(report: ProbeReport) -> Section:
     notes = [f"{score.method}: {_about(score.method)}" for score in report.scores]
     notes.append("Vectors have length 1; for what is linear they are then centred, and divided by one number.")
     if report.controls:
-        notes.append("Labels shuffled: fitted the same way on training labels in random order; it must end at chance.")
+        notes.append(
+            "Labels shuffled: fitted the same way on training labels in random order. The mean must be at chance; one "
+            "shuffle need not be, as a classifier sends most of a class to one label. Intervals are over shuffles, too."
+        )
     rows = {score.method: score.accuracy for score in report.scores}
-    rows |= {f"{score.method}, labels shuffled": score.accuracy for score in report.controls}
+    rows |= {f"{control.method}, labels shuffled": control.accuracy for control in report.controls}
     figure = accuracy_bars(rows, chance=max(report.majority, report.uniform))
     return Section(title="Accuracy on the test items", notes=notes, table=score_rows(report), figures=[figure])
 

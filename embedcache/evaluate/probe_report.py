@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.evaluate.probe import FewShot, ProbeReport, Score
+from embedcache.evaluate.probe import Control, FewShot, ProbeReport, Score
 from embedcache.evaluate.report import format_estimate
 from embedcache.metrics.intervals import Estimate
 
@@ -20,8 +20,8 @@ def score_rows(report: ProbeReport) -> Rows:
     """Lay the figures out as a table: a row a method, a row a control, and two of what no feature reaches."""
     columns = ["", "top-1 [95 %]", "top-5", "mean per class [95 %]", "chosen on validation"]
     return columns, [
-        *[_cells(score, score.method) for score in report.scores],
-        *[_cells(score, f"{score.method}, labels shuffled") for score in report.controls],
+        *[_cells(score) for score in report.scores],
+        *[[shuffled(control), format_estimate(control.accuracy), "", "", ""] for control in report.controls],
         ["the most frequent class", share(report.majority), "", share(report.uniform), ""],
         ["a class at random", share(report.uniform), "", share(report.uniform), ""],
     ]
@@ -58,16 +58,22 @@ def probe_json(report: ProbeReport, dataset: str) -> dict[str, Any]:
     }
 
 
+def shuffled(control: Control) -> str:
+    """Name a control, and between which accuracies its shuffles lie."""
+    low, high = share(min(control.by_shuffle)), share(max(control.by_shuffle))
+    return f"{control.method}, labels shuffled {len(control.by_shuffle)} times ({low} to {high})"
+
+
 def share(value: float | None) -> str:
     """Write a share with three digits: `.123`; nothing for None."""
     return "" if value is None else f"{value:.3f}".replace("0.", ".", 1)
 
 
-def _cells(score: Score, name: str) -> list[str]:
+def _cells(score: Score) -> list[str]:
     about = {"C": "C = {:g}", "shrinkage": "shrinkage {:g}"}
     chosen = [text.format(score.chosen[key]) for key, text in about.items() if key in score.chosen]
     accuracy, by_class = format_estimate(score.accuracy), format_estimate(score.mean_per_class)
-    return [name, accuracy, share(score.top5), by_class, ", ".join(chosen)]
+    return [score.method, accuracy, share(score.top5), by_class, ", ".join(chosen)]
 
 
 def _metrics(score: Score) -> dict[str, float | None]:
@@ -98,7 +104,7 @@ def _details(report: ProbeReport) -> dict[str, Any]:
         "warnings": report.warnings(),
         "chance": {"majority_acc1": _round(report.majority), "uniform_acc1": _round(report.uniform)},
         "methods": {score.method: _score_json(score, data.names) for score in report.scores},
-        "shuffled_labels": {score.method: _score_json(score, data.names) for score in report.controls},
+        "shuffled_labels": {control.method: _control_json(control) for control in report.controls},
         "few_shot": _few_shot_json(report.few_shots),
         "few_shot_draws": settings.num_draws if settings.shots else 0,
     }
@@ -113,6 +119,10 @@ def _score_json(score: Score, names: Sequence[str]) -> dict[str, Any]:
         "chosen": dict(score.chosen),
         "recall": _recalls_json(score.recalls, names),
     }
+
+
+def _control_json(control: Control) -> dict[str, Any]:
+    return {**_estimate_json(control.accuracy), "by_shuffle": list(map(_round, control.by_shuffle))}
 
 
 def _recalls_json(recalls_C: Array, names: Sequence[str]) -> dict[str, float | None]:

@@ -15,21 +15,24 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_scor
 from embedcache.cache.cache import Cache
 from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.evaluate import probe
-from embedcache.evaluate.classifiers import Examples, Fitted, fit_ridge
+from embedcache.evaluate.classifiers import Examples, Fitted, Ridge, fit_ridge, joined
 from embedcache.evaluate.labelled import read_labelled
 from embedcache.evaluate.probe import (
     ProbeReport,
     ProbeSettings,
+    _control,
     _ranks,
     draw_shots,
     evaluate_probe,
+    shuffle_labels,
 )
 from embedcache.evaluate.probe_page import write_probe
-from embedcache.evaluate.probe_report import few_shot_rows, probe_json, score_rows
+from embedcache.evaluate.probe_report import few_shot_rows, probe_json, score_rows, shuffled
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.classes import ranks_of
 from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs
+from embedcache.progress import Silent
 from embedcache.sources import open_source
 from tests.conftest import FEATURES
 from tests.pictures import COLOURS
@@ -87,8 +90,33 @@ def test_all_methods_know_the_colour_and_learn_nothing_from_shuffled_labels(repo
     for score, control in zip(report.scores, report.controls, strict=True):
         assert score.accuracy.value > 0.65
         assert score.accuracy.low <= score.accuracy.value <= score.accuracy.high
-        assert control.accuracy.value < 0.45  # of six classes
-        assert control.accuracy.low < max(report.majority, report.uniform) + 0.1
+        assert control.accuracy.low <= max(report.majority, report.uniform) + 0.05
+        assert control.accuracy.value < 0.4 < score.accuracy.low
+        assert np.mean(control.by_shuffle) == pytest.approx(control.accuracy.value)
+        assert len(control.by_shuffle) == 3
+
+
+def test_a_shuffle_keeps_the_labels_of_test_and_the_counts_of_the_others(labelled_path: Path) -> None:
+    data = read_labelled(Cache(labelled_path), "image", FEATURE)
+    labels = shuffle_labels(data, seed=(0, 0))
+    is_test = data.parts == "test"
+    np.testing.assert_array_equal(labels[is_test], data.examples.labels[is_test])
+    np.testing.assert_array_equal(np.sort(labels[~is_test]), np.sort(data.examples.labels[~is_test]))
+    assert np.mean(labels[~is_test] == data.examples.labels[~is_test]) < 0.4
+    assert (labels != shuffle_labels(data, seed=(0, 1))).any()
+
+
+def test_the_controls_interval_holds_chance_where_classes_go_together(labelled_path: Path) -> None:
+    """One shuffle sends whole classes to one label: far from chance, with an interval over items that denies it."""
+
+    def rough(train: Examples, val: Examples | None, num_classes: int) -> Fitted:
+        return Fitted(Ridge(joined(train, val), num_classes).scores(0.1), {})
+
+    data = read_labelled(Cache(labelled_path), "image", FEATURE)
+    control = _control("rough", rough, data, ProbeSettings(num_draws=30), Silent())
+    shares = np.array(control.by_shuffle)
+    assert shares.max() - shares.min() > 0.25
+    assert control.accuracy.low <= 1 / 6 <= control.accuracy.high
 
 
 def test_more_shots_are_better_and_all_are_best(report: ProbeReport) -> None:
@@ -223,7 +251,7 @@ def test_rows_to_print(report: ProbeReport) -> None:
     columns, rows = score_rows(report)
     assert [row[0] for row in rows] == [
         *("knn", "logistic", "ridge"),
-        *(f"{name}, labels shuffled" for name in ("knn", "logistic", "ridge")),
+        *map(shuffled, report.controls),
         "the most frequent class",
         "a class at random",
     ]

@@ -21,8 +21,8 @@ def probe(
     shots: Annotated[
         list[str] | None, typer.Option(help="Training items a class, such as 1,2,4,8,16: a few-shot curve.")
     ] = None,
-    draws: Annotated[int, typer.Option(help="Drawings of those items to average.")] = 5,
-    control: Annotated[bool, typer.Option("--control", help="Fit on shuffled labels too: ends at chance.")] = False,
+    draws: Annotated[int, typer.Option(help="Drawings of those items, or shuffles of the control, to average.")] = 5,
+    control: Annotated[bool, typer.Option("--control", help="Fit on shuffled labels too: chance on average.")] = False,
     seed: Annotated[int, typer.Option(help="Of cutting, drawing and shuffling.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here, as CLIP_benchmark.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with the few-shot curve and each class.")] = None,
