@@ -193,7 +193,6 @@ def evaluate_probe(
         Cache(cache_path), modality, image or text, label=settings.label, part=settings.part, seed=settings.seed
     )
     _require_shots(data, settings)
-    controlled = methods if settings.has_control else {}
     num_fits = 1 + (settings.has_control + len(settings.shots)) * settings.num_draws
     progress.start("probing", len(methods) * num_fits, "fits")
     report = ProbeReport(
