@@ -15,7 +15,7 @@ from embedcache.evaluate.runs import Run
 COSINES = {"image": 0.9, "text": 0.7}
 """Above these the strict split keeps two samples together."""
 
-_MOST_PRODUCTS = 4e10
+_MOST_PRODUCTS = 2e10
 _FEWEST_CHECKED = 200
 _BLOCK = 4096
 
