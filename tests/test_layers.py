@@ -42,7 +42,7 @@ DOORS = {
     "rich": {"cli"},
     "tensorboard": {"train"},
     "jinja2": {"pages"},
-    "matplotlib": {"evaluate", "pages", "quickstart", "sweep"},
+    "matplotlib": {"curate", "evaluate", "pages", "quickstart", "sweep"},
     "optuna": {"sweep"},
     "sqlalchemy": {"sweep"},
     "sklearn": {"evaluate", "sweep"},
