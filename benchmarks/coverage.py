@@ -103,9 +103,6 @@ def _pass(folder: Path, num_rows: int) -> float:
 def _command(folder: Path, num_rows: int, peaks: list[float]) -> float:
     """Run it in a process of its own, and note its peak memory in GB."""
     words = [sys.executable, "-m", "embedcache", "curate", "coverage", "pool", "concepts", "--modality", "text"]
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (Path.cwd(), os.environ.get("PYTHONPATH", "")))),
-    }
     started = time.perf_counter()
     process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

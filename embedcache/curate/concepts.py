@@ -30,7 +30,7 @@ class Concepts:
         vectors: (C, P) float32 rows of length 1, in the space of the pool's vectors.
         counts: (C,) prompts or examples that each is the mean of.
         about: where they come from, as JSON values: `cache`, `spine`, `feature`, `fingerprint`, `run`, `run_weights`,
-            and `of`, which is `prompts` or `examples`.
+            and `of`, which is `prompts` or `examples`; of examples also `label`, `most_examples` and `seed`.
     """
 
     names: list[str]
@@ -83,6 +83,8 @@ def open_concepts(
         "run_weights": None if side.config is None else side.config.weights,
         "of": "prompts" if has_prompts(cache) else "examples",
     }
+    if not has_prompts(cache):
+        about |= {"label": label, "most_examples": most_examples, "seed": seed}
     return Concepts(names=names, vectors=vectors_CP, counts=np.bincount(numbers, minlength=len(names)), about=about)
 
 

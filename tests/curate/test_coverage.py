@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from embedcache.arrays import Inputs, normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.selection import Selection, write_selection
+from embedcache.cli.main import app
 from embedcache.curate.coverage import CoverageReport, CoverageSettings, measure_coverage
 from embedcache.curate.coverage_page import write_coverage
 from embedcache.curate.coverage_report import concept_rows, coverage_json, overlap_rows, summary_rows
@@ -207,6 +209,22 @@ def test_mistakes_are_named_with_their_numbers(cache_path: Path, prompts: Path, 
         (name,) = wrong
         with pytest.raises(SettingError, match=f"{name} is {wrong[name]}; it"):
             CoverageSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_command_prints_tables_and_writes_both_files(
+    cache_path: Path, prompts: Path, half: Path, tmp_path: Path
+) -> None:
+    words = ["curate", "coverage", str(cache_path), str(prompts), "--modality", "text", "--feature", "open_toy/mean"]
+    words += ["--threshold", "0.45", "-k", "3", "--min-count", "40", "--selection", str(half)]
+    words += ["--json", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "300 texts, open_toy/mean; 6 concepts of 3 prompts; threshold 0.45 for all" in done.output
+    for said in ("above any threshold", "gaps: concepts with fewer than 40", "Gini", "half.parquet", "yellow"):
+        assert said in done.output
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert [len(concept["best"]) for concept in found["concepts"]] == [3] * len(NAMES)
+    assert (tmp_path / "c.html").is_file()
 
 
 @pytest.mark.slow
