@@ -43,7 +43,7 @@ DOORS = {
     "rich": {"cli"},
     "tensorboard": {"train"},
     "jinja2": {"pages"},
-    "matplotlib": {"evaluate", "pages", "quickstart", "sweep"},
+    "matplotlib": {"curate", "evaluate", "pages", "quickstart", "sweep"},
     "optuna": {"sweep"},
     "sqlalchemy": {"sweep"},
     "sklearn": {"evaluate", "sweep"},
