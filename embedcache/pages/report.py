@@ -1,4 +1,4 @@
-"""An evaluation as one page: tables, figures, and examples to look at."""
+"""A report as one page: tables, figures, and examples to look at."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Section:
     cases: Sequence[Case] = ()
 
 
-def write_evaluation(
+def write_report(
     path: Path,
     *,
     title: str,
@@ -69,9 +69,9 @@ def write_evaluation(
     Args:
         path: of the page.
         title: of the page.
-        lead: what was measured, in a sentence.
+        lead: what it is about, in a sentence.
         warnings: what makes its figures doubtful, shown at the top.
         sections: in order.
         credit: whose the pictures are.
     """
-    write_page(path, "evaluate", title=title, lead=lead, warnings=warnings, sections=sections, credit=credit)
+    write_page(path, "pages", title=title, lead=lead, warnings=warnings, sections=sections, credit=credit)
