@@ -233,6 +233,32 @@ def check_cosine(cosine: float | None, name: str = "--cosine") -> None:
         raise SettingError(f"{name} is {cosine}; it must be above 0 and at most 1, such as 0.95")
 
 
+def check_asked(out: Path | None, cosine: float | None, *, only_copies: bool) -> None:
+    """Refuse a limit without a file to write, and a file without a limit.
+
+    Raises:
+        SettingError: says which is missing.
+    """
+    if cosine is not None and only_copies:
+        raise SettingError("--cosine and --copies: give one; copies go with both")
+    if (out is None) != (cosine is None and not only_copies):
+        missing = (
+            "name a file OUT.parquet for it" if out is None else "give --cosine or --copies, or leave it out to look"
+        )
+        raise SettingError(f"a limit and a file for what stays go together: {missing}")
+
+
+def one_modality(image: str | None, text: str | None) -> str | None:
+    """Say which modality was named by its feature; None where neither was.
+
+    Raises:
+        SettingError: both were.
+    """
+    if image is not None and text is not None:
+        raise SettingError("--image and --text: samples are compared by one of them; leave one out")
+    return "image" if image is not None else "text" if text is not None else None
+
+
 _NO_LINKS = Links(left=np.empty(0, np.int64), right=np.empty(0, np.int64), cosines=np.empty(0, np.float32))
 
 

@@ -15,11 +15,13 @@ class Contents:
     """The items of one feature, and which of them are copies of each other.
 
     Args:
-        samples: (M,) int64, the sample of each usable item, in row order.
+        item_rows: (M,) int64, the row of each usable item, ascending.
+        samples: (M,) int64, its sample, ascending.
         contents: (M,) int64, from 0 to C - 1 in order of first appearance; equal numbers mean equal bytes or text.
         rows: (C,) int64, ascending, the row of the first item of each content.
     """
 
+    item_rows: Ints
     samples: Ints
     contents: Ints
     rows: Ints
@@ -28,11 +30,6 @@ class Contents:
     def num_copies(self) -> int:
         """Items that are copies of an earlier one."""
         return len(self.contents) - len(self.rows)
-
-    def sample_of(self) -> Ints:
-        """The sample of the first item of each content: (C,)."""
-        _, first = np.unique(self.contents, return_index=True)
-        return self.samples[first]
 
 
 def find_contents(cache: Cache, side: SideFeature) -> Contents:
@@ -46,4 +43,6 @@ def find_contents(cache: Cache, side: SideFeature) -> Contents:
     order = np.argsort(first)  # the first item of a content may have failed where a copy of it did not
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
-    return Contents(samples=items.samples, contents=number[contents], rows=items.rows[first[order]])
+    return Contents(
+        item_rows=items.rows, samples=items.samples, contents=number[contents], rows=items.rows[first[order]]
+    )
