@@ -110,9 +110,7 @@ class Assign:
 
     def _visits(self, borders_BK: Floats) -> tuple[Array, Bools]:
         count = self._most_visits
-        if not count:
-            return np.empty((len(borders_BK), 0), np.int32), np.ones(len(borders_BK), bool)
-        nearest = np.argpartition(borders_BK, min(count, borders_BK.shape[1] - 1), axis=1)[:, : count + 1]
+        nearest = np.argpartition(borders_BK, count, axis=1)[:, : count + 1]
         borders = np.take_along_axis(borders_BK, nearest, axis=1)
         order = np.argsort(borders, axis=1, kind="stable")
         nearest, borders = np.take_along_axis(nearest, order, axis=1), np.take_along_axis(borders, order, axis=1)

@@ -1,14 +1,14 @@
 """Duplicates in words and numbers: for a terminal, a page and a file."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from embedcache.curate.dedup import Compared, Deduplicated, Level
 from embedcache.curate.histogram import histogram
+from embedcache.pages.report import Table
 
 
-def level_rows(compared: Compared) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+def level_rows(compared: Compared) -> Table:
     """Say what copies alone and each cosine would do."""
     return (
         ["cosine", "have a near-duplicate", "samples that go", "stay", "share that goes"],

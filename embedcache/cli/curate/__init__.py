@@ -2,9 +2,10 @@
 
 import typer
 
-from embedcache.cli.curate import dedup, index, search
+from embedcache.cli.curate import dedup, index, leaks, search
 
 app = typer.Typer(help="Index, search and choose from a cache.", no_args_is_help=True, rich_markup_mode=None)
 app.command(name="index")(index.index)
 app.command(name="search")(search.search)
 app.command(name="dedup")(dedup.dedup)
+app.command(name="leaks")(leaks.leaks)
