@@ -17,7 +17,7 @@ from embedcache.cache.selection import Selection, write_selection
 from embedcache.cache.side import SideFeature, open_side
 from embedcache.curate.duplicates import Contents, find_contents
 from embedcache.curate.keeping import FAR, FIRST, Removed, check_keep, choose_removed, order_samples
-from embedcache.curate.links import Links
+from embedcache.curate.links import Links, limit_of
 from embedcache.curate.passes import Engine
 from embedcache.curate.semantic import MOST_LINKS, Near, assign, find_near
 from embedcache.curate.vectors import Vectors
@@ -130,7 +130,7 @@ class Compared:
 
     def _level(self, cosine: float) -> Level:
         assert self.near is not None
-        num_near = int((self.near.best >= np.float32(cosine)).sum())
+        num_near = int((self.near.best >= limit_of(cosine)).sum())
         gone = len(self.removed(cosine).samples) if cosine >= self.near.limit else None
         return Level(cosine=cosine, num_near=num_near, num_gone=gone)
 
@@ -320,7 +320,7 @@ def _check_found(compared: Compared, cosine: float | None) -> None:
             f"embedcache curate dedup {compared.cache.path} helps to choose"
         )
     if not len(near.links.left) and not compared.contents.num_copies:
-        highest = "there is only one" if compared.highest is None else f"the highest cosine is {compared.highest:.4f}"
+        highest = "there is only one" if compared.highest is None else f"the highest cosine is {compared.highest:.5f}"
         raise SettingError(
             f"no two {compared.side.modality}s of {compared.cache.path} reach --cosine {cosine}: {highest}; nothing "
             "goes, and nothing is written"

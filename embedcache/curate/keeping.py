@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.cache.cache import Cache
@@ -12,6 +13,7 @@ from embedcache.errors import SettingError
 from embedcache.registry import unknown_name
 
 FIRST, FAR, BEST = "first", "far", "best:"
+_IS_NUMBER = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +144,10 @@ def check_keep(keep: str, cache: Cache) -> None:
 def _column(cache: Cache, name: str) -> Floats:
     if name not in cache.columns:
         raise unknown_name(f"column of {cache.path}", name, cache.columns)
-    try:
-        values = np.array([np.nan if value is None else value for value in cache.samples[name].to_pylist()], np.float64)
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"column {name!r} of {cache.path} holds no numbers: {error}; name another") from error
+    column = cache.samples[name]
+    if not any(is_number(column.type) for is_number in _IS_NUMBER):
+        raise SettingError(
+            f"column {name!r} of {cache.path} is of {column.type}; best:COLUMN takes a column of numbers"
+        )
+    values = np.array([np.nan if value is None else value for value in column.to_pylist()], np.float64)
     return np.where(np.isnan(values), -np.inf, values)

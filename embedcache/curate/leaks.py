@@ -15,6 +15,7 @@ from embedcache.cache.pairs import Items, items_of
 from embedcache.cache.selection import Selection, write_selection
 from embedcache.cache.side import SideFeature, mean_vectors, open_side
 from embedcache.curate.dedup import check_cosine
+from embedcache.curate.links import limit_of
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.metrics.neighbours import Closest, closest
 from embedcache.progress import Progress, Silent
@@ -57,7 +58,7 @@ class Leak:
     @property
     def is_leaked(self) -> Bools:
         """(Q,) whether a test item has a copy or a near-duplicate in training."""
-        return self.is_copy | (self.cosines >= np.float32(self.cosine))
+        return self.is_copy | (self.cosines >= limit_of(self.cosine))
 
     @property
     def copied_samples(self) -> Ints:
@@ -72,7 +73,7 @@ class Leak:
     @property
     def train_samples(self) -> Ints:
         """Training samples with a copy or a near-duplicate in test, ascending."""
-        is_leaked = self.train_is_copy | (self.train_cosines >= np.float32(self.cosine))
+        is_leaked = self.train_is_copy | (self.train_cosines >= limit_of(self.cosine))
         return np.unique(self.train.samples[is_leaked])
 
     @property

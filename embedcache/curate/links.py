@@ -8,6 +8,12 @@ import numpy as np
 from embedcache.arrays import Floats, Ints
 
 _NEVER = np.float32(-2)  # below every cosine
+_ONE = 1 - 1e-5  # what equal vectors reach in spite of rounding
+
+
+def limit_of(cosine: float) -> np.float32:
+    """Give the number that a float32 cosine is compared with: 1 leaves room for the rounding of equal vectors."""
+    return np.float32(cosine if np.isinf(cosine) else min(cosine, _ONE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,7 @@ class Links:
 
     def between(self, low: float, high: float = np.inf) -> "Links":
         """Keep those of at least one cosine and below another."""
-        mask = (self.cosines >= np.float32(low)) & (self.cosines < np.float32(high))
+        mask = (self.cosines >= limit_of(low)) & (self.cosines < limit_of(high))
         return Links(left=self.left[mask], right=self.right[mask], cosines=self.cosines[mask])
 
 
@@ -79,7 +85,7 @@ class Collector:
         self._raise_best(tile.left, best_B)
         if not tile.is_diagonal:
             self._raise_best(tile.right, tile.cosines.max(axis=0, initial=_NEVER))
-        rows = np.flatnonzero(best_B >= np.float32(self.limit))
+        rows = np.flatnonzero(best_B >= limit_of(self.limit))
         if len(rows):
             self._keep(tile, rows)
 
@@ -94,7 +100,7 @@ class Collector:
         self.best[items] = np.maximum(self.best[items], cosines)
 
     def _keep(self, tile: Tile, rows: Ints) -> None:
-        row, column = np.nonzero(tile.cosines[rows] >= np.float32(self.limit))
+        row, column = np.nonzero(tile.cosines[rows] >= limit_of(self.limit))
         row = rows[row]
         if tile.is_diagonal:
             is_above = row < column
@@ -107,6 +113,6 @@ class Collector:
 
     def _rise(self) -> None:
         self._levels = self._levels[1:]
-        kept = [cosines >= np.float32(self.limit) for cosines in self._cosines]
+        kept = [cosines >= limit_of(self.limit) for cosines in self._cosines]
         self._keys = [keys[mask] for keys, mask in zip(self._keys, kept, strict=True)]
         self._cosines = [cosines[mask] for cosines, mask in zip(self._cosines, kept, strict=True)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.curate.clusters import Assign, Assigned, choose_num_clusters, fit_centroids, join, num_training
-from embedcache.curate.links import Collector, Links, Tile
+from embedcache.curate.links import Collector, Links, Tile, limit_of
 from embedcache.curate.passes import Engine, run_pass
 from embedcache.curate.scratch import scratch_matrix
 from embedcache.curate.vectors import Vectors
@@ -28,7 +28,7 @@ MOST_LINKS = 20_000_000
 _MOST_VISITS = 16
 _NUM_PROBES = 2000
 _BLOCK = 2048
-_ROUNDING = 1e-5  # two ways of summing one cosine in float32
+_ROUNDING = 1e-6  # two ways of summing one cosine in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +280,7 @@ def _measure(matrix_NP: Array, plan: _Plan, links: Links, limit: float, seed: in
     true_keys = []
     for block in blocks(num_items, 8 * _BLOCK):
         cosines = probes_QP @ _float32(matrix_NP[block]).T
-        query, other = np.nonzero(cosines >= limit + _ROUNDING)
+        query, other = np.nonzero(cosines >= limit_of(limit) + _ROUNDING)
         left, right = plan.items[places[query]], plan.items[other + block.start]
         is_pair = left != right
         true_keys.append((np.minimum(left, right) * num_items + np.maximum(left, right))[is_pair])
