@@ -146,8 +146,6 @@ def _column(cache: Cache, name: str) -> Floats:
         raise unknown_name(f"column of {cache.path}", name, cache.columns)
     column = cache.samples[name]
     if not any(is_number(column.type) for is_number in _IS_NUMBER):
-        raise SettingError(
-            f"column {name!r} of {cache.path} is of {column.type}; best:COLUMN takes a column of numbers"
-        )
+        raise SettingError(f"column {name!r} of {cache.path} is of {column.type}; best:COLUMN takes numbers")
     values = np.array([np.nan if value is None else value for value in column.to_pylist()], np.float64)
     return np.where(np.isnan(values), -np.inf, values)
