@@ -74,7 +74,7 @@ def open_concepts(
     _refuse_twice(names, cache)
     vectors_CP = _means(side, rows, numbers, len(names))
     _refuse_zero(vectors_CP, names, cache)
-    about = {
+    about: dict[str, Any] = {
         "cache": str(cache.path),
         "spine": cache.info.spine,
         "feature": side.side.name,
