@@ -10,24 +10,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from benchmarks.made import Made, write_made
 from benchmarks.table import median_seconds
 from embedcache.arrays import Inputs, normalize
 from embedcache.cache.cache import Cache
-from embedcache.cache.group import add_feature, create_group
-from embedcache.cache.spine import index
 from embedcache.cache.split_settings import SplitSettings
-from embedcache.cache.writing import commit_chunk
 from embedcache.cli.console import say, show_table
 from embedcache.evaluate.runs import load_runs
 from embedcache.projectors.saved import project
-from embedcache.sources.contract import ImageItem, Sample, TextItem
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 
@@ -39,16 +34,16 @@ def main(*, quick: bool) -> None:
     small = 10 if quick else 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pairs = _write(folder / "pairs", _Made(20_000 // small, num_captions=1), seed=1)
+        pairs = write_made(folder / "pairs", Made(20_000 // small, num_captions=1), WIDTH, seed=1)
         recipe = TrainSettings(
             model=ModelSettings(projector="mlp", shared_width=WIDTH),
             optimizer=OptimizerSettings(epochs=0),
             split=SplitSettings(kind="key"),
         )
         train(pairs, folder / "run", settings=recipe)
-        _write(folder / "images", _Made(50_000 // small, num_classes=NUM_CLASSES), seed=2)
-        _write(folder / "prompts", _Made(NUM_CLASSES, num_captions=NUM_PROMPTS, has_image=False), seed=3)
-        _write(folder / "captioned", _Made(5_000 // small, num_captions=5), seed=4)
+        write_made(folder / "images", Made(50_000 // small, num_classes=NUM_CLASSES), WIDTH, seed=2)
+        write_made(folder / "prompts", Made(NUM_CLASSES, num_captions=NUM_PROMPTS, has_image=False), WIDTH, seed=3)
+        write_made(folder / "captioned", Made(5_000 // small, num_captions=5), WIDTH, seed=4)
         floors: Mapping[str, Callable[[Path], object]] = {"zero-shot": _classify, "retrieval": _retrieve}
         commands = {
             "zero-shot": ["zero-shot", "images", "run", "--prompts", "prompts"],
@@ -57,55 +52,6 @@ def main(*, quick: bool) -> None:
         rows = [_row(folder, task, commands[task], floors[task], 1 if quick else 3) for task in commands]
     show_table(["evaluation", "seconds", "peak, GB", "floor, s", "times the floor"], rows)
     say("targets: 10 s and 2 GB; start-up and imports included")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Shape:
-    num_samples: int
-    num_captions: int = 0
-    num_classes: int = 0
-    has_image: bool = True
-
-
-class _Made:
-    """A source of samples without any bytes: their features are made here too."""
-
-    def __init__(self, num_samples: int, **shape: Any) -> None:
-        self.shape = _Shape(num_samples=num_samples, **shape)
-
-    def describe(self) -> Mapping[str, Any]:
-        return {"type": "made", "path": str(self.shape), "settings": {}}
-
-    def samples(self) -> Iterator[Sample]:
-        for row in range(self.shape.num_samples):
-            columns = {"label": row % self.shape.num_classes} if self.shape.num_classes else {}
-            if not self.shape.has_image:
-                columns = {"class": f"class {row}", "label": row}
-            yield Sample(
-                key=f"{row:07}",
-                images=(ImageItem(path=f"{row:07}.jpg"),) if self.shape.has_image else (),
-                texts=tuple(TextItem(text=f"{row} {number}") for number in range(self.shape.num_captions)),
-                columns=columns,
-            )
-
-    def read(self, item: ImageItem) -> bytes:
-        return item.path.encode()
-
-
-def _write(path: Path, source: _Made, *, seed: int) -> Path:
-    """Number the samples, and write random vectors as what an encoder gave."""
-    info = index(source, path)
-    rng = np.random.default_rng(seed)
-    for modality in [name for name, count in info.num_items.items() if count]:
-        group = create_group(path, modality, "made", info, spec="made:m", fingerprint={"family": "made"})
-        add_feature(group, "vector", (WIDTH,), "float16")
-        for chunk in range(info.num_chunks(modality)):
-            rows = info.chunk_rows(modality, chunk)
-            count = rows.stop - rows.start
-            vectors = rng.standard_normal((count, WIDTH), np.float32).astype(np.float16)
-            hashes = [f"{seed} {row}".encode().ljust(16) for row in range(rows.start, rows.stop)]
-            commit_chunk(group, chunk, {"vector": list(vectors)}, hashes, {"vector": [None] * count})
-    return path
 
 
 def _row(folder: Path, task: str, command: list[str], floor: Callable[[Path], object], repeats: int) -> list[str]:

@@ -45,6 +45,26 @@ def normalize(vectors_ND: Array) -> Floats:
     return unit_ND
 
 
+def mean_directions(vectors_ND: Floats, groups_N: Ints, num_groups: int) -> Floats:
+    """Average the rows of each group, and scale the means to length 1: (num_groups, D) float32.
+
+    Of rows of length 1, this is how the field ensembles prompts: normalise, mean, normalise. Sums are in float64; a
+    group without a row stays zero.
+
+    Args:
+        vectors_ND: (N, D) float32.
+        groups_N: (N,) the group of each row, from 0.
+        num_groups: how many there are.
+
+    Example:
+        >>> mean_directions(np.eye(2, dtype=np.float32), np.array([1, 1]), 2).round(3).tolist()
+        [[0.0, 0.0], [0.7070000171661377, 0.7070000171661377]]
+    """
+    sums_GD: Array = np.zeros((num_groups, vectors_ND.shape[1]), np.float64)
+    np.add.at(sums_GD, groups_N, vectors_ND)
+    return normalize(sums_GD)
+
+
 def check_finite(values: Array, name: str, *, rows: Ints | None = None) -> None:
     """Refuse NaN and infinity in an array of any shape.
 

@@ -18,7 +18,7 @@ class Fingerprint:
     """All that decides an encoder's output.
 
     Args:
-        family: the plug-in that made it: `timm`, `hf`, `st`, `lite`, `open_clip`, `wordllama`.
+        family: the plug-in that made it: `timm`, `hf`, `st`, `lite`, `open_clip`, `use`, `wordllama`.
         model: the model's name inside the family, or the name of a local folder.
         revision: the hub's commit where one is known.
         weights: SHA-256 over the names, dtypes, shapes and bytes of all weights.

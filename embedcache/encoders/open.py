@@ -25,6 +25,7 @@ ENCODERS = Registry(
         "open_clip": "embedcache.encoders.open_clip:open_open_clip",
         "st": "embedcache.encoders.sentence_transformers:open_sentence_transformers",
         "timm": "embedcache.encoders.timm:open_timm",
+        "use": "embedcache.encoders.use:open_use",
         "wordllama": "embedcache.encoders.wordllama:open_wordllama",
     },
 )

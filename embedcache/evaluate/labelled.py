@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.cache.cache import Cache
+from embedcache.cache.labels import Labels, has_label, read_labels
 from embedcache.cache.pairs import Items, items_of
 from embedcache.cache.parts import PART_NAMES, take_groups
 from embedcache.cache.side import SideFeature, mean_vectors, open_side
 from embedcache.cache.split import PARTS
 from embedcache.errors import DataError
 from embedcache.evaluate.classifiers import Examples
-from embedcache.evaluate.labels import Labels, has_label, read_labels
 
 HeldOut: TypeAlias = Literal["test", "val"]
 _Parts: TypeAlias = npt.NDArray[Any]

@@ -11,11 +11,12 @@ from embedcache.arrays import Bools, Floats, Ints, blocks, normalize
 from embedcache.cache.side import mean_vectors
 from embedcache.evaluate.held import Looked, trained_items, training_caches
 from embedcache.evaluate.runs import Run
+from embedcache.metrics.neighbours import closest
 
 COSINES = {"image": 0.9, "text": 0.7}
 """Above these the strict split keeps two samples together."""
 
-_MOST_PRODUCTS = 4e10
+_MOST_PRODUCTS = 2e10
 _FEWEST_CHECKED = 200
 _BLOCK = 4096
 
@@ -132,11 +133,10 @@ def _hashes(looked: Looked) -> list[bytes | None]:
 
 def _is_near(looked: Looked, others: Sequence[Looked], cosine: float) -> Bools:
     """Say of each item whether one of the others is above a cosine."""
-    vectors_MD = _unit(looked, looked.items.rows)
-    is_near = np.zeros(len(vectors_MD), bool)
-    for other in others:
-        for block in blocks(len(other.items.rows), _BLOCK):
-            is_near |= (vectors_MD @ _unit(other, other.items.rows[block]).T > cosine).any(axis=1)
+    candidates = (
+        _unit(other, other.items.rows[block]) for other in others for block in blocks(len(other.items.rows), _BLOCK)
+    )
+    is_near: Bools = closest(_unit(looked, looked.items.rows), candidates).sims > cosine
     return is_near
 
 

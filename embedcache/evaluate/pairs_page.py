@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from embedcache.evaluate.page import Section, write_evaluation
 from embedcache.evaluate.pair_plots import heat_map
 from embedcache.evaluate.pairs_report import METRICS, PairsReport, pairs_rows
+from embedcache.pages.sections import Section, write_sections
 
 _NOTES = {
     "probe": "Recall at 10, mean of both ways, of a CCA that was fitted on the training part and ranks the validation "
@@ -31,7 +31,7 @@ def write_pairs(path: Path, report: PairsReport) -> None:
         *maps,
         Section(title="How each encoder made its vectors", table=(["feature", "pooling"], pooling)),
     ]
-    write_evaluation(
+    write_sections(
         path,
         title="Encoder pairs",
         lead=f"Before any training: {best.image} × {best.text} has the best probe, R@10 {best.probe:.3f}, of "

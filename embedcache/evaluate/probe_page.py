@@ -7,11 +7,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from embedcache.evaluate.classifiers import METHODS
-from embedcache.evaluate.page import Section, write_evaluation
 from embedcache.evaluate.plots import accuracy_bars, class_bars
 from embedcache.evaluate.probe import ProbeReport
 from embedcache.evaluate.probe_report import few_shot_rows, score_rows, share
 from embedcache.pages.figures import COLOURS, GRID, INK, label, svg
+from embedcache.pages.sections import Section, write_sections
 
 _MOST_CLASSES = 40
 
@@ -23,7 +23,7 @@ def write_probe(path: Path, report: ProbeReport) -> None:
         path: of the page.
         report: what was measured.
     """
-    write_evaluation(
+    write_sections(
         path,
         title=f"What {report.labelled.side.name} knows of {report.settings.label!r}",
         lead=report.line(),

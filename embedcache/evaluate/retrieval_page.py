@@ -5,11 +5,11 @@ from pathlib import Path
 
 from embedcache.cache.cache import Cache
 from embedcache.evaluate.gallery import Example, draw_examples
-from embedcache.evaluate.page import Case, Section, Shown, write_evaluation
 from embedcache.evaluate.plots import recall_bars, recall_curves
 from embedcache.evaluate.report import order_rows, retrieval_rows
 from embedcache.evaluate.retrieval import Ranking, RetrievalReport
 from embedcache.pages.pictures import Pictures, credit
+from embedcache.pages.sections import Case, Section, Shown, write_sections
 
 _NUM_EACH = 5
 _NUM_SHOWN = 5
@@ -29,7 +29,7 @@ def write_retrieval(path: Path, cache: Cache, reports: Mapping[str, RetrievalRep
         ranking: whose queries are shown.
     """
     first = next(iter(reports.values()))
-    write_evaluation(
+    write_sections(
         path,
         credit=credit(cache),
         title="Image-text retrieval",

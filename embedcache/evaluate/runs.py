@@ -124,8 +124,8 @@ def _refuse_mixed(runs: Sequence[Run]) -> None:
 
 
 def _recipe(config: PairConfig) -> dict[str, Any]:
-    """Give all that decides a run but its seeds."""
-    split = {**config.training["split"], "seed": None}
+    """Give all that decides a run but its seeds. A split that was given as a file is one cut of many, as a seed is."""
+    split = {**config.training["split"], "seed": None, **({"kind": "a file"} if "split" in config.given else {})}
     return {
         "image": config.image.feature,
         "text": config.text.feature,

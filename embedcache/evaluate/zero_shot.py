@@ -8,13 +8,14 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, blocks
 from embedcache.cache.cache import Cache
+from embedcache.cache.labels import has_label, read_labels
 from embedcache.cache.pairs import Items, items_of
+from embedcache.cache.prompts import Prompts
 from embedcache.cache.side import SideFeature
 from embedcache.errors import DataError
 from embedcache.evaluate.held import Held, Looked, held_out
-from embedcache.evaluate.labels import has_label, read_labels
 from embedcache.evaluate.overlap import Overlap, find_overlap, worst
-from embedcache.evaluate.prompts import Prompts, class_vectors, read_prompts
+from embedcache.evaluate.prompts import class_vectors, read_prompts
 from embedcache.evaluate.runs import Run, load_runs, seeds_line, trained_side
 from embedcache.metrics.classes import class_means, confusion, ranks_of
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.cache.cache import Cache
-from embedcache.evaluate.page import Case, Section, Shown, write_evaluation
 from embedcache.evaluate.plots import accuracy_bars, class_bars, confusion_map
 from embedcache.evaluate.zero_shot import Classified, ZeroShotReport
 from embedcache.evaluate.zero_shot_report import confused_rows, zero_shot_rows
 from embedcache.pages.pictures import Pictures, credit
+from embedcache.pages.sections import Case, Section, Shown, write_sections
 
 _NUM_EACH = 6
 
@@ -29,7 +29,7 @@ def write_zero_shot(
     """
     first = next(iter(reports.values()))
     bars = {name: report.accuracies["acc1"] for name, report in reports.items()}
-    write_evaluation(
+    write_sections(
         path,
         credit=credit(cache),
         title="Zero-shot classification",

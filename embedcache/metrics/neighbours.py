@@ -1,5 +1,8 @@
 """The nearest of many vectors, exactly, and what their labels vote for."""
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, blocks
@@ -44,6 +47,53 @@ def nearest(queries_QP: Floats, candidates_CP: Floats, k: int) -> tuple[Ints, Fl
         rows_QK[tile] = np.take_along_axis(rows_BK, order_BK, axis=1)
         sims_QK[tile] = np.take_along_axis(sims_BK, order_BK, axis=1)
     return rows_QK, sims_QK
+
+
+class Closest(NamedTuple):
+    """Who is closest between two sets of vectors.
+
+    Args:
+        rows: (Q,) int64, each query's closest candidate; -1 where there is none.
+        sims: (Q,) float32, its similarity; -inf where there is none.
+        candidate_sims: (C,) float32, each candidate's similarity to the query that it is closest to.
+    """
+
+    rows: Ints
+    sims: Floats
+    candidate_sims: Floats
+
+
+def closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
+    """Find each query's closest candidate, and how close each candidate comes to any query: of all pairs, in one go.
+
+    Exact and tiled: memory is a block of candidates, its product with 1,024 queries, and the result.
+
+    Args:
+        queries_QP: (Q, P) float32, at least one row; give rows of length 1 for the cosine.
+        candidates: blocks of rows (B, P) float32; rows are counted on from block to block.
+
+    Example:
+        >>> eye = np.eye(3, dtype=np.float32)
+        >>> closest(eye[:2], [eye[2:], 0.5 * eye[:1]]).rows.tolist()
+        [1, 0]
+    """
+    rows_Q = np.full(len(queries_QP), -1, np.int64)
+    sims_Q = np.full(len(queries_QP), -np.inf, np.float32)
+    candidate_sims = [np.empty(0, np.float32)]
+    num_before = 0
+    for block_BP in candidates:
+        best_B = np.full(len(block_BP), -np.inf, np.float32)
+        for tile in blocks(len(queries_QP) if len(block_BP) else 0, _TILE):
+            sims_TB = queries_QP[tile] @ block_BP.T
+            found = sims_TB.argmax(axis=1)
+            sims = sims_TB[np.arange(len(found)), found]
+            is_closer = sims > sims_Q[tile]
+            rows_Q[tile][is_closer] = found[is_closer] + num_before
+            sims_Q[tile][is_closer] = sims[is_closer]
+            best_B = np.maximum(best_B, sims_TB.max(axis=0))
+        candidate_sims.append(best_B)
+        num_before += len(block_BP)
+    return Closest(rows_Q, sims_Q, np.concatenate(candidate_sims))
 
 
 def vote(labels_QK: Ints, sims_QK: Floats, num_classes: int, *, temperature: float) -> Floats:

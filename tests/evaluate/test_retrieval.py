@@ -22,11 +22,11 @@ from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 
 
-def train_run(cache_path: Path, run_path: Path, *, seed: int = 0, shared_width: int = 16) -> Path:
+def train_run(cache_path: Path, run_path: Path, *, seed: int = 0, shared_width: int = 16, split: str = "key") -> Path:
     settings = TrainSettings(
         model=ModelSettings(shared_width=shared_width, projector="linear", shrinkage=0.01),
         optimizer=OptimizerSettings(epochs=0),
-        split=SplitSettings(kind="key", seed=seed),
+        split=SplitSettings(kind=split, seed=seed),
         seed=seed,
     )
     train(cache_path, run_path, image="open_toy/cls", text="open_toy/mean", settings=settings)
@@ -137,6 +137,20 @@ def test_runs_that_differ_in_more_than_their_seeds_are_not_averaged(
     train(cache_path, tmp_path / "run", image="open_toy/cls", text="open_toy/mean", settings=settings)
     with pytest.raises(FingerprintError, match="average only seeds of one recipe"):
         evaluate_retrieval(cache_path, [*runs, tmp_path / "run"])
+
+
+def test_seeds_that_each_took_the_split_of_another_run_are_averaged(
+    cache_path: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    paths = [
+        train_run(cache_path, tmp_path / f"seed-{seed}", seed=seed, split=str(run / "split.parquet"))
+        for seed, run in enumerate(runs)
+    ]
+    both = evaluate_retrieval(cache_path, paths)
+    assert both.seeds == [0, 1]
+    assert both.recalls == evaluate_retrieval(cache_path, runs).recalls
+    with pytest.raises(FingerprintError, match="average only seeds of one recipe"):
+        evaluate_retrieval(cache_path, [paths[0], runs[1]])
 
 
 def test_recipes_stand_side_by_side_and_their_seeds_are_averaged(

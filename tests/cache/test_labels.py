@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from embedcache.cache.cache import Cache
+from embedcache.cache.labels import Labels, read_labels
 from embedcache.errors import DataError, UnknownNameError
-from embedcache.evaluate.labels import Labels, read_labels
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from tests.toy import TEXT

