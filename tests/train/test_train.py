@@ -68,7 +68,7 @@ def test_a_run_leaves_all_that_says_what_it_is(cache_path: Path, tmp_path: Path)
     lines = [json.loads(line) for line in (tmp_path / "run" / "losses.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 3 * 4
-    assert losses[-1] < losses[0]
+    assert sum(losses[-4:]) < sum(losses[:4])  # of whole epochs: batches differ
     assert [line["epoch"] for line in lines if "validation" in line] == [0, 1, 2, 3]
     config = read_config(tmp_path / "run")
     assert config.image.feature == IMAGE
@@ -259,7 +259,7 @@ def test_training_sees_its_own_part_only(cache_path: Path, tmp_path: Path, monke
 
 
 def test_the_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path) -> None:
-    optimizer = OptimizerSettings(epochs=6, batch_size=64, learning_rate=0.05)  # far too high: recall falls at once
+    optimizer = OptimizerSettings(epochs=6, batch_size=64, learning_rate=0.5)  # far too high: recall falls at once
     report = run(cache_path, tmp_path / "run", optimizer=optimizer)
     lines = [json.loads(line) for line in (tmp_path / "run/losses.jsonl").read_text().splitlines()]
     scores = {line["epoch"]: line["validation"] for line in lines if "validation" in line}
