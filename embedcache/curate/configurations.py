@@ -60,8 +60,8 @@ def fitting(num_vectors: int, width: int, memory_bytes: int | None) -> list[Conf
         smallest = min(every, key=lambda one: one.memory_bytes)
         least_kb = math.ceil(smallest.memory_bytes / 1024)
         raise SettingError(
-            f"no index of {num_vectors:,} vectors of width {width} fits {memory_bytes:,} bytes of memory; the smallest, "
-            f"{smallest.factory}, takes {smallest.memory_bytes:,}: give --memory {least_kb}K or more"
+            f"no index of {num_vectors:,} vectors of width {width} fits {memory_bytes:,} bytes of memory; the "
+            f"smallest, {smallest.factory}, takes {smallest.memory_bytes:,}: give --memory {least_kb}K or more"
         )
     return found
 

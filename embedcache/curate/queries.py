@@ -175,8 +175,8 @@ class Asker:
     def _given(self, vectors_QP: Array) -> Floats:
         if vectors_QP.ndim != 2 or vectors_QP.shape[1] != self._card.width:
             raise DataError(
-                f"the vectors to ask with have the shape {vectors_QP.shape}; the index has width {self._card.width}, so "
-                f"they must be (Q, {self._card.width})"
+                f"the vectors to ask with have the shape {vectors_QP.shape}; the index has width {self._card.width}, "
+                f"so they must be (Q, {self._card.width})"
             )
         check_finite(vectors_QP, "the array of vectors to ask with")
         return normalize(vectors_QP)
