@@ -76,7 +76,7 @@ def test_an_item_is_no_answer_to_itself(cache_path: Path, tmp_path: Path) -> Non
         ("IVF4,SQ8", {"nprobe"}),
         ("IVF4,RaBitQ4", {"nprobe"}),
         ("IVF4,RaBitQ,Refine(SQ8)", {"nprobe", "k_factor"}),
-        ("PCA24,IVF2,Flat", {"nprobe"}),
+        ("L2norm,IVF2,Flat", {"nprobe"}),
     ],
 )
 def test_effort_is_tuned_until_the_recall_is_reached(

@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.arrays import Inputs
+from embedcache.arrays import Inputs, normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.side import open_side
 from embedcache.cache.split_settings import SplitSettings
 from embedcache.curate.index import build_index
+from embedcache.curate.queries import Queries, read_vectors
 from embedcache.curate.search import search
-from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import load_pair, project
 from embedcache.sources import open_source
@@ -138,3 +139,91 @@ def test_mistakes_are_named(cache_path: Path, index_path: Path, tmp_path: Path) 
         search(index_path, ["red", " "])
     with pytest.raises(PathError, match="does not exist; make one with: embedcache curate index"):
         search(tmp_path / "no", ["red"])
+
+
+def test_a_projected_index_is_asked_with_images_keys_and_vectors(
+    cache_path: Path, pictures: Path, run_path: Path, index_path: Path
+) -> None:
+    pair, _ = load_pair(run_path)
+    images = project(pair.image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
+    paths = [pictures / "00005.png", pictures / "00012.png"]
+    asked = Queries(images=paths, keys=["00005", "00012"], vectors=3 * images[[5, 12]])
+    assert asked.names == [*map(str, paths), "00005", "00012", "vector 0", "vector 1"]
+    found = search(index_path, asked, k=4)
+    for number, hits in enumerate(found):
+        row = (5, 12)[number % 2]
+        scores = -np.sort(-(images @ images[row]))[:4]
+        np.testing.assert_allclose([hit.score for hit in hits], scores, atol=2e-3)  # float16 at rest
+        assert hits[0].row == row
+
+
+def test_an_index_of_texts_is_asked_with_an_image_by_the_run(
+    cache_path: Path, pictures: Path, run_path: Path, tmp_path: Path
+) -> None:
+    build_index(cache_path, tmp_path / "index", run_path=run_path, modality="text")
+    pair, _ = load_pair(run_path)
+    cache = Cache(cache_path)
+    image = project(pair.image, Inputs(cache.feature("image", "open_toy/cls").load()[5:6]))
+    texts = project(pair.text, Inputs(cache.feature("text", "open_toy/mean").load()))
+    (hits,) = search(tmp_path / "index", Queries(images=[pictures / "00005.png"]), k=3)
+    np.testing.assert_allclose([hit.score for hit in hits], -np.sort(-(texts @ image[0]))[:3], atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("concepts")
+    prompts = {"red": ["red bar left on white", "red bar top on blue"], "sky": ["blue bar top on white"]}
+    (folder / "concepts.json").write_text(json.dumps(prompts))
+    extract(open_source(f"prompts:{folder / 'concepts.json'}"), folder / "cache", text=[TEXT])
+    return folder / "cache"
+
+
+def test_a_concept_is_the_mean_of_its_prompts(
+    cache_path: Path, run_path: Path, index_path: Path, concepts: Path
+) -> None:
+    pair, _ = load_pair(run_path)
+    cache = Cache(concepts)
+    prompts = project(pair.text, Inputs(cache.feature("text", "open_toy/mean").load()))
+    mean = normalize(prompts[:2].mean(axis=0, keepdims=True))[0]
+    images = project(pair.image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
+    found = search(index_path, Queries(concepts=["red", "sky"], concept_cache=concepts), k=3)
+    np.testing.assert_allclose([hit.score for hit in found[0]], -np.sort(-(images @ mean))[:3], atol=1e-5)
+    np.testing.assert_allclose([hit.score for hit in found[1]], -np.sort(-(images @ prompts[2]))[:3], atol=1e-5)
+
+
+def test_a_plain_index_of_texts_takes_concepts_of_its_encoder_only(
+    cache_path: Path, concepts: Path, tmp_path: Path
+) -> None:
+    build_index(cache_path, tmp_path / "index", feature="open_toy/mean", modality="text")
+    (hits,) = search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=concepts), k=1)
+    assert hits[0].captions == ["blue bar top on white"]
+    extract(open_source(f"prompts:{concepts.parent / 'concepts.json'}"), tmp_path / "other", text=[f"{TEXT},scale=2"])
+    with pytest.raises(FingerprintError, match="extract the prompts again with: --text tests.toy:open_toy"):
+        search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=tmp_path / "other"))
+
+
+def test_mistakes_of_queries_are_named(
+    labelled_index: Path, index_path: Path, concepts: Path, pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnknownNameError, match="no sample of .* has the key 'x'; the first has '00000'"):
+        search(index_path, Queries(keys=["00001", "x"]))
+    with pytest.raises(PathError, match=r"image .*no\.png does not exist"):
+        search(index_path, Queries(images=[tmp_path / "no.png"]))
+    with pytest.raises(DataError, match=r"have the shape \(2, 3\); the index has width 16, so they must be \(Q, 16\)"):
+        search(index_path, Queries(vectors=np.ones((2, 3))))
+    with pytest.raises(DataError, match="the array of vectors to ask with holds NaN"):
+        search(index_path, Queries(vectors=np.full((2, 16), np.nan)))
+    with pytest.raises(UnknownNameError, match="unknown concept in .* 'rad'; did you mean 'red'"):
+        search(index_path, Queries(concepts=["rad"], concept_cache=concepts))
+    with pytest.raises(DataError, match="plain image feature open_toy/cls, which no text can be compared with"):
+        search(labelled_index, Queries(concepts=["red"], concept_cache=concepts))
+    (tmp_path / "v.npy").write_bytes(b"no array")
+    with pytest.raises(CorruptError, match=r"v\.npy is no \.npy file of numbers"):
+        read_vectors(tmp_path / "v.npy")
+
+
+def test_more_hits_than_the_first_lists_hold_are_found(cache_path: Path, tmp_path: Path) -> None:
+    card = build_index(cache_path, tmp_path / "i", feature="open_toy/cls", factory="IVF7,Flat", min_recall=0.1)
+    assert card.search["nprobe"] < 7
+    (hits,) = search(tmp_path / "i", Queries(keys=["00000"]), k=300)
+    assert len({hit.key for hit in hits}) == 300
