@@ -6,7 +6,7 @@
 import importlib
 import sys
 
-NAMES = ("help", "gather", "extract", "index", "decode", "train", "evaluate")
+NAMES = ("help", "gather", "extract", "index", "decode", "train", "evaluate", "search")
 PARTS = ("images", "texts", "peers", "precision")
 """Of `extract`, to be run alone."""
 

@@ -84,6 +84,20 @@ def test_killed_and_run_again_gives_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pattern", [r"index\.partial\.faiss", r"/index\.faiss", r"card\.json"])
+def test_killed_while_it_grows_it_answers_as_before_and_then_grows(tmp_path: Path, pattern: str) -> None:
+    cache = write_cache(tmp_path, 40)
+    build_index(cache, tmp_path / "index", factory="Flat", **ASKED)
+    before = search(tmp_path / "index", Queries(keys=["00003"]), k=1)
+    write_cache(tmp_path, 70)
+    kill_at("before", pattern, 1, cache, tmp_path / "index", "Flat")
+    assert search(tmp_path / "index", Queries(keys=["00003"]), k=1) == before
+    assert build_index(cache, tmp_path / "index", factory="Flat", **ASKED).num_vectors == 70
+    build_index(cache, tmp_path / "anew", factory="Flat", **ASKED)
+    assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "anew")
+
+
+@pytest.mark.slow
 def test_an_unfinished_index_of_another_feature_is_refused(cache_path: Path, tmp_path: Path) -> None:
     kill_at("after", r"index\.partial\.faiss", 2, cache_path, tmp_path / "index", "Flat")
     with pytest.raises(FingerprintError, match=r"the unfinished index .* modality: 'image' there, 'text' asked"):
