@@ -4,7 +4,8 @@ Two sets: vectors in clusters (`benchmarks/clusters.py`), a million, or as many 
 EMBEDCACHE_BENCH_VECTORS says; and 144,824 sentences, CuPL's prompts for ImageNet by wordllama, asked with
 `a photo of a …`.
 No query is in an index, and neither tool saw any. A build is a process of its own, training and tuning included.
-autofaiss needs numpy<2, so the benchmark makes it an environment of its own, and leaves it out where pip cannot.
+autofaiss needs numpy<2, so the benchmark makes it an environment of its own, and leaves it out where pip cannot; the
+variable EMBEDCACHE_BENCH_AUTOFAISS names the Python of one that is there.
 """
 
 import os
@@ -31,6 +32,7 @@ from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 
 VARIABLE = "EMBEDCACHE_BENCH_VECTORS"
+PEER_VARIABLE = "EMBEDCACHE_BENCH_AUTOFAISS"
 _NUM_QUERIES = 1000
 _K = 10
 _PEER = Path(__file__).with_name("peer_autofaiss.py")
@@ -150,10 +152,12 @@ def _write_for_peer(folder: Path, vectors: Vectors, queries: Floats) -> None:
 
 
 def _peer_environment(folder: Path) -> Path | None:
+    if PEER_VARIABLE in os.environ:
+        return Path(os.environ[PEER_VARIABLE])
     python = folder / "bin" / "python"
     try:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
-        packages = ["autofaiss==2.18.0", "numpy<2", "setuptools<81"]
+        packages = ["autofaiss==2.18.0", "numpy<2", "pyarrow<20"]
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, capture_output=True)
     except subprocess.CalledProcessError as error:
         last = error.stderr.decode().strip().splitlines()[-1:]
