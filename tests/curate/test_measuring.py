@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,7 +40,7 @@ def test_recall_is_the_share_of_the_true_ones(count: int, seed: int, is_own: boo
     if own is not None:
         assert not (found == own[:, None]).any()
     found[:, 0] = -1
-    assert questions.recall(found, questions.k) == 1 - 1 / questions.k
+    assert questions.recall(found, questions.k) == pytest.approx(1 - 1 / questions.k)
     assert questions.recall(found, 1) == 0
 
 
