@@ -35,7 +35,8 @@ docs:
 smoke workdir="embedcache-quickstart":
     embedcache quickstart {{ workdir }}
 
-# Time the hot paths against a floor or a peer; name one or more of: help gather extract index decode train evaluate coverage dedup
+# Time the hot paths against a floor or a peer; name one or more of: help gather extract index decode train evaluate search
+# coverage dedup
 bench *names:
     python -m benchmarks {{ names }}
 

@@ -6,7 +6,7 @@
 import importlib
 import sys
 
-NAMES = ("help", "gather", "extract", "index", "decode", "train", "evaluate", "coverage", "dedup")
+NAMES = ("help", "gather", "extract", "index", "decode", "train", "evaluate", "search", "coverage", "dedup")
 PARTS = ("images", "texts", "peers", "precision")
 """Of `extract`, to be run alone."""
 

@@ -4,13 +4,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from embedcache.errors import SettingError
+from embedcache.errors import DataError, PathError, SettingError
 
 _SECONDS_BETWEEN_LINES = 10.0
 _PLAIN_WIDTH = 160
@@ -154,3 +155,34 @@ def read_share(text: str) -> float:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         raise SettingError(f"{text!r} is no share; write it as 0.1% or as 0.001") from None
+
+
+def read_size(text: str) -> int:
+    """Read a number of bytes, `500M`, `4G` or `4096`; K, M, G and T are powers of 1024.
+
+    Raises:
+        SettingError: it is no such number above 0.
+    """
+    power = "KMGT".find(text[-1:].upper()) + 1 if text else 0
+    try:
+        size = int(float(text[:-1] if power else text) * 1024**power)
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise SettingError(f"{text!r} is no size; write it as 500M or 4G")
+    return size
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file that hold something.
+
+    Raises:
+        PathError: it does not exist.
+        DataError: it is not UTF-8.
+    """
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError as error:
+        raise PathError(f"{path} does not exist; give a file with a text a line") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8: {error}") from error

@@ -1,93 +1,178 @@
-"""FAISS behind one door: build an index from streamed vectors, search it, measure it."""
+"""FAISS behind one door: an index whose ids are rows of a cache, and exact search."""
 
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Floats, Ints
+from embedcache.arrays import Bools, Floats, Ints
 from embedcache.disk import replacing
 from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.registry import require
 
-_ROUNDING = 1e-5  # two ways of summing one cosine in float32
-FLAT_LIMIT = 200_000
-"""Up to this many vectors the default index is exact: a query takes tens of milliseconds on one core."""
+_TRAINING_A_LIST = 50
+_LEAST_TRAINING = 20_000
+_MAPPED_SHARE = 0.5
 
 
-def choose_factory(num_vectors: int) -> str:
-    """Choose a FAISS factory string: exact where that is quick, else a graph."""
-    return "Flat" if num_vectors <= FLAT_LIMIT else "HNSW32"
-
-
-def build(factory: str, width: int, training_NP: Floats, blocks: Iterable[tuple[Ints, Floats]]) -> Any:
-    """Build an inner-product index whose ids are our rows.
+class RowIndex:
+    """An inner-product index over vectors of length 1. In FAISS's terms an `IndexIDMap` whose ids are our rows.
 
     Args:
-        factory: a FAISS factory string.
-        width: P.
-        training_NP: vectors to train on, for the kinds that train.
-        blocks: rows (B,) and their vectors (B, P) of length 1.
+        wrapped: the `IndexIDMap`.
+    """
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+        self._faiss = import_faiss()
+        self._inner = self._faiss.downcast_index(wrapped.index)
+        self._rows: Ints | None = None
+
+    def __len__(self) -> int:
+        return int(self.wrapped.ntotal)
+
+    @property
+    def rows(self) -> Ints:
+        """Rows in the order they were added: (N,)."""
+        if self._rows is None:
+            self._rows = np.asarray(self._faiss.vector_to_array(self.wrapped.id_map), np.int64)
+        return self._rows
+
+    @property
+    def num_lists(self) -> int:
+        """Lists of an inverted file, which a query looks into some of; 0 where there are none."""
+        lists = self._faiss.try_extract_index_ivf(self._inner)
+        return 0 if lists is None else int(lists.nlist)
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether it is searched from neighbour to neighbour."""
+        return isinstance(self._inner, self._faiss.IndexHNSW)
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether finer codes put the best in order."""
+        return isinstance(self._inner, self._faiss.IndexRefine)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a search compares with every vector, in float32."""
+        return isinstance(self._inner, self._faiss.IndexFlat)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether vectors can be added."""
+        return bool(self._inner.is_trained)
+
+    @property
+    def num_training(self) -> int:
+        """Vectors that it is trained on, where there are as many; 0 for kinds that need none."""
+        needs_none = isinstance(self._inner, self._faiss.IndexFlat | self._faiss.IndexHNSWFlat)
+        return 0 if needs_none else max(_LEAST_TRAINING, _TRAINING_A_LIST * self.num_lists)
+
+    def train(self, vectors_SP: Floats) -> None:
+        """Train on a sample; k-means of an inverted file runs on the GPUs where FAISS has them.
+
+        Raises:
+            SettingError: FAISS cannot train it on this little.
+        """
+        lists = self._faiss.try_extract_index_ivf(self._inner)
+        if lists is not None and num_gpus():
+            lists.clustering_index = self._faiss.index_cpu_to_all_gpus(self._faiss.IndexFlatIP(lists.d))
+        try:
+            self.wrapped.train(vectors_SP)
+        except RuntimeError as error:
+            raise SettingError(f"FAISS cannot train the index: {_reason(error)}; try --factory Flat") from error
+
+    def add(self, rows_B: Ints, vectors_BP: Floats) -> None:
+        """Add vectors of length 1."""
+        self.wrapped.add_with_ids(np.ascontiguousarray(vectors_BP), rows_B)
+        self._rows = None
+
+    def search(
+        self, queries_QP: Floats, k: int, effort: Mapping[str, int], *, kept_N: Bools | None = None
+    ) -> tuple[Floats, Ints]:
+        """Get the k best rows of each query, best first: scores (Q, K) float32, rows (Q, K) int64 (-1: none found).
+
+        Args:
+            queries_QP: of length 1.
+            k: K.
+            effort: `nprobe`, `efSearch`, `k_factor`, where the kind of index has them.
+            kept_N: which vectors may be found, in the order of `rows`; None is all.
+        """
+        selector = None
+        if kept_N is not None:
+            packed = np.packbits(kept_N, bitorder="little")
+            selector = self._faiss.IDSelectorBitmap(packed)
+        parameters = self._parameters(self._inner, effort, selector)
+        scores, positions = self._inner.search(np.ascontiguousarray(queries_QP), k, params=parameters)
+        return scores, np.where(positions < 0, -1, self.rows[positions])
+
+    def _parameters(self, index: Any, effort: Mapping[str, int], selector: Any) -> Any:
+        faiss, index = self._faiss, self._faiss.downcast_index(index)
+        if isinstance(index, faiss.IndexPreTransform):
+            inner = self._parameters(index.index, effort, selector)
+            return faiss.SearchParametersPreTransform(index_params=inner)
+        if isinstance(index, faiss.IndexRefine):
+            inner = self._parameters(index.base_index, effort, selector)
+            return faiss.IndexRefineSearchParameters(k_factor=float(effort.get("k_factor", 1)), base_index_params=inner)
+        chosen = {} if selector is None else {"sel": selector}
+        if isinstance(index, faiss.IndexIVF):
+            return faiss.SearchParametersIVF(nprobe=effort.get("nprobe", 1), **chosen)
+        if isinstance(index, faiss.IndexHNSW):
+            return faiss.SearchParametersHNSW(efSearch=effort.get("efSearch", index.hnsw.efSearch), **chosen)
+        return faiss.SearchParameters(**chosen) if chosen else None
+
+    def latency_ms(self, queries_QP: Floats, k: int, effort: Mapping[str, int]) -> tuple[float, float]:
+        """Measure milliseconds: the median of single queries, and a query of all in one batch."""
+        self.search(queries_QP[:1], k, effort)  # the first one starts threads
+        seconds = []
+        for query in queries_QP:
+            started = time.perf_counter()
+            self.search(query[None], k, effort)
+            seconds.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        self.search(queries_QP, k, effort)
+        return 1000 * float(np.median(seconds)), 1000 * (time.perf_counter() - started) / len(queries_QP)
+
+    def write(self, path: Path) -> None:
+        """Write it, whole or not at all."""
+        with replacing(path) as temporary:
+            self._faiss.write_index(self.wrapped, str(temporary))
+
+    def go_on(self) -> "RowIndex":
+        """Draw a graph's random levels up to where it was, so that adding goes on as if it had never been read."""
+        if self.is_graph:
+            for _ in range(len(self)):
+                self._inner.hnsw.random_level()
+        return self
+
+
+def make_index(factory: str, width: int) -> RowIndex:
+    """Make an empty index.
 
     Raises:
-        SettingError: FAISS does not know the factory string, or cannot train it on this little.
+        SettingError: FAISS does not know the factory string.
     """
     faiss = import_faiss()
     try:
-        index = faiss.IndexIDMap2(faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT))
-        if not index.is_trained:
-            index.train(training_NP)
+        return RowIndex(faiss.IndexIDMap(faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)))
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1]
         raise SettingError(
-            f"FAISS cannot make an index {factory!r} of width {width}: {reason}; try --factory Flat"
+            f"FAISS cannot make an index {factory!r} of width {width}: {_reason(error)}; try --factory Flat"
         ) from error
-    for rows, vectors_BP in blocks:
-        index.add_with_ids(np.ascontiguousarray(vectors_BP), rows)
-    return index
 
 
-def search(index: Any, queries_QP: Floats, k: int) -> tuple[Floats, Ints]:
-    """Get the k best rows of each query, best first: scores (Q, K) float32, rows (Q, K) int64 (-1: none left)."""
-    scores, rows = index.search(np.ascontiguousarray(queries_QP), k)
-    return scores, rows
-
-
-def exact_search(queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], k: int) -> Floats:
-    """Get the true k best scores of each query, best first, by going through all vectors: (Q, K) float32."""
-    scores = np.empty((len(queries_QP), 0), np.float32)
-    for _, vectors_BP in blocks:
-        scores = np.concatenate([scores, queries_QP @ vectors_BP.T], axis=1)
-        scores = -np.sort(-scores, axis=1)[:, :k]
-    return scores
-
-
-def recall_against(exact_QK: Floats, found_QK: Floats) -> float:
-    """Share of the k found that score no less than the true k-th best, 0 to 1: which of equals is found is all one."""
-    return float(np.mean(found_QK >= exact_QK[:, -1:] - _ROUNDING))
-
-
-def latency_ms(index: Any, queries_QP: Floats, k: int) -> float:
-    """Median milliseconds of single queries."""
-    seconds = []
-    search(index, queries_QP[:1], k)  # the first one starts threads
-    for query in queries_QP:
-        started = time.perf_counter()
-        search(index, query[None], k)
-        seconds.append(time.perf_counter() - started)
-    return 1000 * float(np.median(seconds))
-
-
-def write_index(path: Path, index: Any) -> None:
-    """Write an index, whole or not at all."""
-    with replacing(path) as temporary:
-        import_faiss().write_index(index, str(temporary))
-
-
-def read_index(path: Path) -> Any:
+def read_index(path: Path, *, is_mapped: bool | None = None) -> RowIndex:
     """Read an index.
+
+    Args:
+        path: what `RowIndex.write` wrote.
+        is_mapped: leave its vectors on the disk and let the system keep in memory what is asked for; None does so where
+            the file is larger than half of the machine's memory. Such an index is only for searching.
 
     Raises:
         PathError: there is none.
@@ -95,10 +180,49 @@ def read_index(path: Path) -> Any:
     """
     if not path.is_file():
         raise PathError(f"{path} does not exist; make an index with: embedcache curate index CACHE {path.parent}")
+    if is_mapped is None:
+        is_mapped = path.stat().st_size > _MAPPED_SHARE * _machine_bytes()
+    faiss = import_faiss()
     try:
-        return import_faiss().read_index(str(path))
-    except RuntimeError as error:
-        raise CorruptError(f"{path} is no FAISS index: {str(error).splitlines()[-1]}") from error
+        if not is_mapped:
+            return RowIndex(faiss.read_index(str(path)))
+        index = RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC))
+        return index if not index.num_lists else RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP))
+    except (RuntimeError, AttributeError) as error:
+        raise CorruptError(f"{path} is no FAISS index of rows: {_reason(error)}") from error
+
+
+def exact_search(queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], k: int) -> tuple[Floats, Ints]:
+    """Get the true k best of each query, best first, by going through all vectors: scores and rows, (Q, K).
+
+    K is smaller where there are fewer vectors. Memory: a block.
+    """
+    scores_QK, rows_QK = np.empty((len(queries_QP), 0), np.float32), np.empty((len(queries_QP), 0), np.int64)
+    for rows_B, vectors_BP in blocks:
+        if len(rows_B):
+            found_scores, positions = _nearest(queries_QP, vectors_BP, min(k, len(rows_B)))
+            scores_QK = np.concatenate([scores_QK, found_scores], axis=1)
+            rows_QK = np.concatenate([rows_QK, rows_B[positions]], axis=1)
+            order = np.argsort(-scores_QK, axis=1, kind="stable")[:, :k]
+            scores_QK = np.take_along_axis(scores_QK, order, axis=1)
+            rows_QK = np.take_along_axis(rows_QK, order, axis=1)
+    return scores_QK, rows_QK
+
+
+def _nearest(queries_QP: Floats, vectors_BP: Floats, k: int) -> tuple[Floats, Ints]:
+    faiss = import_faiss()
+    queries_QP, vectors_BP = np.ascontiguousarray(queries_QP), np.ascontiguousarray(vectors_BP)
+    if num_gpus() and k <= 2048:  # what FAISS's GPU search keeps at most
+        resources = faiss.StandardGpuResources()
+        scores, rows = faiss.knn_gpu(resources, queries_QP, vectors_BP, k, metric=faiss.METRIC_INNER_PRODUCT)
+    else:
+        scores, rows = faiss.knn(queries_QP, vectors_BP, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return scores, rows
+
+
+def num_gpus() -> int:
+    """Count the GPUs that FAISS can use: 0 with faiss-cpu."""
+    return int(getattr(import_faiss(), "get_num_gpus", lambda: 0)())
 
 
 def import_faiss() -> Any:
@@ -108,3 +232,11 @@ def import_faiss() -> Any:
         MissingExtraError: it is not installed.
     """
     return require("faiss", extra="cpu")
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[-1]

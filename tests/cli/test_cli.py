@@ -10,9 +10,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from embedcache.cli.console import read_size
 from embedcache.cli.main import main
+from embedcache.errors import SettingError
 from tests.pictures import write_pictures
 
 pytestmark = pytest.mark.slow
@@ -74,6 +77,47 @@ def test_a_newcomers_commands_give_figures_and_hits(folder: Path) -> None:
     hits = json.loads(found.stdout)["hits"]
     assert len(hits) == 3
     assert hits[0]["score"] >= hits[1]["score"]
+
+
+def test_an_index_is_asked_with_everything_at_once(folder: Path) -> None:
+    (folder / "queries.txt").write_text("red bar left on white\n\nblue bar top on red\n")
+    (folder / "concepts.json").write_text(json.dumps({"red": ["red bar left on white", "red bar top on blue"]}))
+    assert embedcache("extract", "prompts:concepts.json", "concepts", *TOY[2:], cwd=folder).returncode == 0
+    np.save(folder / "vectors.npy", np.eye(16, dtype=np.float16)[:2])
+    picture = "photos/00007.png"
+    asked = [
+        "--queries",
+        "queries.txt",
+        "--image",
+        picture,
+        "--key",
+        "00009",
+        "--concepts",
+        "concepts",
+        "--concept",
+        "red",
+    ]
+    found = embedcache("curate", "search", "index", *asked, "--vectors", "vectors.npy", "-k", "2", "--json", cwd=folder)
+    assert found.returncode == 0, found.stderr
+    answers = [json.loads(line) for line in found.stdout.splitlines()]
+    names = ["red bar left on white", "blue bar top on red", picture, "00009", "red", "vector 0", "vector 1"]
+    assert [answer["query"] for answer in answers] == names
+    assert answers[2]["hits"][0]["key"] == "00007"
+    assert answers[3]["hits"][0]["key"] == "00009"
+    (folder / "keys.txt").write_text("00001\n00002\n")
+    some = embedcache("curate", "search", "index", "red", "--selection", "keys.txt", "--json", cwd=folder)
+    assert {hit["key"] for hit in json.loads(some.stdout)["hits"]} == {"00001", "00002"}
+
+
+@pytest.mark.parametrize(("text", "size"), [("4096", 4096), ("2K", 2048), ("1.5m", 3 * 2**19), ("4G", 4 * 2**30)])
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert read_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1M", "4GB", "nan", "inf"])
+def test_what_is_no_size_is_said(text: str) -> None:
+    with pytest.raises(SettingError, match="is no size; write it as 500M or 4G"):
+        read_size(text)
 
 
 def test_classes_are_told_apart_without_training_on_them(folder: Path) -> None:
@@ -158,6 +202,16 @@ MISTAKES = [
     (["train", "cache", "run", "--seed", "7"], "training.seed: 0 there, 7 asked"),
     (["evaluate", "retrieval", "cache", "nowhere"], "nowhere does not exist"),
     (["curate", "search", "index", "x", "-k", "9999"], "k is 9999"),
+    (["curate", "search", "index"], "no query; give at least one text, image"),
+    (["curate", "search", "index", "x", "--label", "cat"], "have no column 'label'"),
+    (["curate", "search", "index", "--queries", "nowhere.txt"], "nowhere.txt does not exist"),
+    (["curate", "search", "index", "--concept", "red"], "give it with --concepts CACHE"),
+    (["curate", "index", "cache", "other", "--projected", "run", "--memory", "4X"], "'4X' is no size"),
+    (["curate", "index", "cache", "other", "--projected", "run", "--memory", "1K"], "fits 1,024 bytes of memory"),
+    (
+        ["curate", "index", "cache", "other", "--projected", "run", "--factory", "PQ1x1"],
+        "no index reaches recall@10 0.95",
+    ),
     (["curate", "search", "cache", "x"], "has no card.json"),
     (["inspect", "nowhere"], "nowhere does not exist"),
 ]

@@ -1,0 +1,166 @@
+"""An index chosen by memory, built and asked, beside autofaiss 2.18 with the same memory, vectors and queries.
+
+Two sets: vectors in clusters (`benchmarks/clusters.py`), a million, or as many as the variable
+EMBEDCACHE_BENCH_VECTORS says; and 144,824 sentences, CuPL's prompts for ImageNet by wordllama, asked with
+`a photo of a …`.
+No query is in an index, and neither tool saw any. A build is a process of its own, training and tuning included.
+autofaiss needs numpy<2, so the benchmark makes it an environment of its own, and leaves it out where pip cannot; the
+variable EMBEDCACHE_BENCH_AUTOFAISS names the Python of one that is there.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from benchmarks.clusters import Clusters
+from embedcache.arrays import Floats, Ints, normalize
+from embedcache.artifact import peak_memory_bytes
+from embedcache.cache.cache import Cache
+from embedcache.cli.console import read_size, say, show_table
+from embedcache.curate.faiss_index import exact_search, read_index
+from embedcache.curate.index import build_index, read_card
+from embedcache.curate.vectors import Vectors
+from embedcache.extract.extract import extract
+from embedcache.sources import open_source
+
+VARIABLE = "EMBEDCACHE_BENCH_VECTORS"
+PEER_VARIABLE = "EMBEDCACHE_BENCH_AUTOFAISS"
+_NUM_QUERIES = 1000
+_K = 10
+_PEER = Path(__file__).with_name("peer_autofaiss.py")
+_SENTENCES = "wordllama:l2_supercat_256"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a tool did: rows (Q, K) found, and what it took."""
+
+    kind: str
+    rows: Ints
+    build_s: float
+    peak_bytes: int
+    size_bytes: int
+    single_ms: float
+    batch_ms: float
+
+
+def main(*, quick: bool) -> None:
+    """Print recall, latency, build time and memory side by side, for each set and two budgets of memory."""
+    count = int(os.environ.get(VARIABLE, 1_000_000)) // (10 if quick else 1)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        python = _peer_environment(folder / "autofaiss")
+        for set_name, make, budgets in (
+            ("sentences", _sentences, ("1G", "50M")),
+            ("clusters", _clusters, (f"{4 * count // 1000}M", f"{9 * count // 10_000}M")),
+        ):
+            cache_path, queries = make(folder / set_name, count)
+            vectors = Vectors(cache_path, "text")
+            _, truth = exact_search(queries, vectors.blocks(), _K)
+            _write_for_peer(folder / set_name, vectors, queries)
+            for budget in budgets:
+                _compare(folder / set_name, cache_path, vectors, truth, budget, python)
+
+
+def _compare(folder: Path, cache: Path, vectors: Vectors, truth: Ints, budget: str, python: Path | None) -> None:
+    asked = {"embedcache": _ours(folder, cache, budget)}
+    if python is not None:
+        asked["autofaiss"] = _theirs(folder, budget, python)
+    rows = [[name, one.kind, *_figures(one, truth)] for name, one in asked.items()]
+    title = f"{folder.name}, {len(vectors.rows):,} x {vectors.width}, memory {budget}"
+    columns = ["", "kind", "recall@10", "ms a query", "ms in a batch", "build, s", "index, MB", "peak, GB"]
+    show_table(columns, rows, title=title)
+
+
+def _figures(one: Asked, truth: Ints) -> list[str]:
+    recall = float(np.mean((one.rows[:, :, None] == truth[:, None, :]).any(axis=2)))
+    return [
+        f"{recall:.3f}", f"{one.single_ms:.2f}", f"{one.batch_ms:.3f}", f"{one.build_s:.1f}",
+        f"{one.size_bytes / 1e6:,.0f}", f"{one.peak_bytes / 1e9:.2f}",
+    ]  # fmt: skip
+
+
+def _ours(folder: Path, cache_path: Path, budget: str) -> Asked:
+    index_path = folder / f"index-{budget}"
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        build_s, peak = executor.submit(_build, cache_path, index_path, budget).result()
+    index, card = read_index(index_path / "index.faiss"), read_card(index_path)
+    queries = np.load(folder / "queries.npy")
+    single_ms, batch_ms = index.latency_ms(queries, _K, card.search)
+    effort = " ".join(f"{name} {value}" for name, value in card.search.items())
+    return Asked(
+        kind=f"{card.factory} {effort}",
+        rows=index.search(queries, _K, card.search)[1],
+        build_s=build_s,
+        peak_bytes=peak,
+        size_bytes=(index_path / "index.faiss").stat().st_size,
+        single_ms=single_ms,
+        batch_ms=batch_ms,
+    )
+
+
+def _build(cache_path: Path, index_path: Path, budget: str) -> tuple[float, int]:
+    started = time.perf_counter()
+    build_index(cache_path, index_path, modality="text", memory_bytes=read_size(budget))
+    return time.perf_counter() - started, peak_memory_bytes()
+
+
+def _theirs(folder: Path, budget: str, python: Path) -> Asked:
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([python, _PEER, folder, budget, str(_K)], check=True, env=clean, stdout=subprocess.DEVNULL)
+    with np.load(folder / "answers.npz") as answers:
+        return Asked(
+            kind=str(answers["kind"]),
+            rows=answers["rows"],
+            build_s=float(answers["build_s"]),
+            peak_bytes=int(answers["peak"]),
+            size_bytes=int(answers["size"]),
+            single_ms=float(answers["single_ms"]),
+            batch_ms=float(answers["batch_ms"]),
+        )
+
+
+def _clusters(folder: Path, count: int) -> tuple[Path, Floats]:
+    folder.mkdir()
+    (folder / "numbers.txt").write_text("".join(f"{number}\n" for number in range(count)))
+    extract(open_source(folder / "numbers.txt"), folder / "cache", text=["benchmarks.clusters:open_clusters"])
+    return folder / "cache", normalize(Clusters().vectors(np.arange(count, count + _NUM_QUERIES)))
+
+
+def _sentences(folder: Path, count: int) -> tuple[Path, Floats]:
+    """All of CuPL, whatever the count: it takes seconds."""
+    for name, prompts in (("cache", "imagenet1k+cupl"), ("asked", "imagenet1k+imagenet1k")):
+        extract(open_source(f"prompts:{prompts}"), folder / name, text=[_SENTENCES])
+    asked = Vectors(folder / "asked", "text")
+    texts = Cache(folder / "asked").items("text")["text"].to_pylist()
+    rows = [row for row in asked.rows if texts[row].startswith("a photo of a ")]
+    return folder / "cache", asked.read(np.array(rows)[:_NUM_QUERIES])
+
+
+def _write_for_peer(folder: Path, vectors: Vectors, queries: Floats) -> None:
+    (folder / "vectors").mkdir()
+    np.save(folder / "vectors" / "0.npy", np.concatenate([block for _, block in vectors.blocks()]))
+    np.save(folder / "queries.npy", queries)
+
+
+def _peer_environment(folder: Path) -> Path | None:
+    if PEER_VARIABLE in os.environ:
+        return Path(os.environ[PEER_VARIABLE])
+    python = folder / "bin" / "python"
+    try:
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
+        packages = ["autofaiss==2.18.0", "numpy<2", "pyarrow<20"]
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, capture_output=True)
+    except subprocess.CalledProcessError as error:
+        last = error.stderr.decode().strip().splitlines()[-1:]
+        say(f"autofaiss left out: pip cannot install it here: {''.join(last)}")
+        return None
+    return python
