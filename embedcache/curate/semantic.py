@@ -26,7 +26,7 @@ ALL_PAIRS_LIMIT = 50_000
 
 MOST_LINKS = 20_000_000
 _MOST_VISITS = 16
-_NUM_PROBES = 2000
+_NUM_PROBES = 1000
 _BLOCK = 2048
 _ROUNDING = 1e-6  # two ways of summing one cosine in float32
 

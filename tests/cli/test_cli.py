@@ -120,6 +120,29 @@ def test_what_is_no_size_is_said(text: str) -> None:
         read_size(text)
 
 
+def test_duplicates_and_leaks_are_found_and_training_goes_without_them(folder: Path) -> None:
+    write_pictures(folder / "others", 20, seed=5)
+    shutil.copy(folder / "photos" / "00000.png", folder / "others" / "00000.png")
+    outputs = []
+    for words in (
+        ["extract", "others", "others-cache", *TOY],
+        ["curate", "dedup", "cache", "--html", "look.html", "--json", "look.json"],
+        ["curate", "dedup", "cache", "kept.parquet", "--cosine", "0.999", "--html", "dedup.html"],
+        ["curate", "dedup", "cache", "texts.parquet", "--copies", "--text", "open_toy", "--json", "texts.json"],
+        ["curate", "leaks", "cache", "others-cache", "--selection-out", "clean.parquet", "--html", "leaks.html"],
+        ["train", "cache", "kept-run", "--selection", "kept.parquet", "--split", "key", "--epochs", "1"],
+    ):
+        done = embedcache(*words, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert "copies only" in outputs[1]
+    assert "samples stay" in outputs[2]
+    assert json.loads((folder / "texts.json").read_text())["num_removed"] > 0
+    assert "equal" in outputs[4]
+    for name in ("look", "dedup", "leaks"):
+        assert "data:image/webp" in (folder / f"{name}.html").read_text()
+
+
 def test_classes_are_told_apart_without_training_on_them(folder: Path) -> None:
     for name, seed in (("red", 1), ("blue", 2)):
         write_pictures(folder / "labelled" / name, 10, seed=seed)
@@ -213,6 +236,9 @@ MISTAKES = [
         "no index reaches recall@10 0.95",
     ),
     (["curate", "search", "cache", "x"], "has no card.json"),
+    (["curate", "dedup", "cache", "--cosine", "0.9"], "a limit and a file for what stays go together"),
+    (["curate", "dedup", "cache", "kept.parquet", "--cosine", "95"], "--cosine is 95.0; it must be above 0"),
+    (["curate", "leaks", "cache", "cache"], "hold the same samples"),
     (["inspect", "nowhere"], "nowhere does not exist"),
 ]
 
