@@ -33,7 +33,7 @@ def main(*, quick: bool) -> None:
         folder = Path(name)
         extract(open_source("openmoji:en"), folder / "cache", image=[IMAGE], text=[TEXT])
         cache = Cache(folder / "cache")
-        groups = sorted(set(cache.samples["label"].to_pylist()))
+        groups = sorted(set(cache.samples["label"].drop_null().to_pylist()))
         (folder / "groups.txt").write_text("\n".join(groups))
         extract(open_source(f"prompts:{folder / 'groups.txt'}"), folder / "groups", text=[TEXT])
         train(cache.path, folder / "run", settings=TrainSettings())
@@ -58,9 +58,10 @@ def _prototypes(pool: Vectors, groups: list[str]) -> list[list[str]]:
 
 
 def _labels(pool: Vectors, groups: list[str]) -> Array:
+    """Give each item its group's number; -1 where it is in none."""
     samples = pool.cache.items(pool.modality)["sample"].to_numpy()[pool.rows]
     found = pool.cache.samples["label"].take(pa.array(samples)).to_pylist()
-    return np.array([groups.index(label) for label in found])
+    return np.array([-1 if label is None else groups.index(label) for label in found])
 
 
 def _rows(title: str, concepts_CP: Floats, vectors_NP: Floats, labels_N: Array) -> list[list[str]]:
