@@ -7,8 +7,8 @@ import importlib
 import sys
 
 NAMES = ("help", "gather", "extract", "index", "decode", "train", "evaluate", "search", "coverage", "dedup")
-PARTS = ("images", "texts", "peers", "precision")
-"""Of `extract`, to be run alone."""
+PARTS = ("images", "texts", "peers", "precision", "thresholds")
+"""Of `extract` and `coverage`, to be run alone."""
 
 quick = "--quick" in sys.argv
 for name in [word for word in sys.argv[1:] if word != "--quick"] or NAMES:

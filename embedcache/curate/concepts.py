@@ -19,6 +19,7 @@ MOST_EXAMPLES = 128
 """Examples a concept, as "From Unimodal to Multimodal" (CVPR 2025) averages for its prototypes."""
 
 _BLOCK = 4096
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +143,15 @@ def _refuse_twice(names: list[str], cache: Cache) -> None:
     counts = Counter(names)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
-        places = [number for number, name in enumerate(names) if name == twice[0]]
+        shown = ", ".join(f"{name!r} (numbers {_places(names, name)})" for name in twice[:_MOST_NAMED])
         raise DataError(
-            f"{len(twice):,} of {len(counts):,} concepts of {cache.path} stand twice, first {twice[0]!r} as "
-            f"numbers {' and '.join(map(str, places))}, counted from 0; their counts would be one concept's; name each "
-            "once and extract the list again"
+            f"{len(twice):,} of {len(counts):,} concepts of {cache.path} stand twice, counted from 0: {shown}; nobody "
+            "could tell their counts apart; write each name once into a .txt, a name a line, and extract that"
         )
+
+
+def _places(names: list[str], name: str) -> str:
+    return " and ".join(str(number) for number, other in enumerate(names) if other == name)
 
 
 def _refuse_zero(vectors_CP: Floats, names: list[str], cache: Cache) -> None:

@@ -121,7 +121,7 @@ class CoverageReport:
         scores: (C, k) float32, the most similar items of the pool, best first.
         rows: (C, k) their rows.
         near: (C,) the nearest other concept; -1 where there is none.
-        overlaps: concepts that share most items first; each concept is compared with the 8 nearest to it.
+        overlaps: concepts that share items, by their number times their share; each is compared with the 8 nearest.
     """
 
     pool: Vectors
@@ -204,8 +204,8 @@ def measure_coverage(
 
     Counts, the best k and what concepts share are exact: each vector is multiplied with each concept's. Quantiles and
     calibrated thresholds come from 16,384 items drawn at random, or all where there are no more. Memory: the sample, C
-    × (P + k) numbers, a chunk, a tile of 8 MB of similarities, and a few numbers for each place above a threshold in
-    it.
+    × (P + k) numbers, two chunks, a tile of 16 MB of similarities, and a few numbers for each place above a threshold
+    in it.
 
     Args:
         cache_path: the pool.
@@ -312,7 +312,7 @@ def _counts(tally: Tally, group: int, name: str) -> Counts:
 
 
 def _overlaps(counts_C: Ints, shared_CJ: Ints, near_CJ: Ints, cosines_CJ: Floats) -> list[Shared]:
-    """List each pair of near concepts that share an item once, largest share first."""
+    """List each pair of near concepts that share an item once: first those that share many, and much of theirs."""
     found: dict[tuple[int, int], Shared] = {}
     for one, place in zip(*np.nonzero(shared_CJ), strict=True):
         other, num = int(near_CJ[one, place]), int(shared_CJ[one, place])
@@ -320,4 +320,4 @@ def _overlaps(counts_C: Ints, shared_CJ: Ints, near_CJ: Ints, cosines_CJ: Floats
         union = int(counts_C[one] + counts_C[other]) - num
         cosine = float(cosines_CJ[one, place])
         found[pair] = Shared(one=pair[0], other=pair[1], num=num, jaccard=num / union, cosine=cosine)
-    return sorted(found.values(), key=lambda shared: (-shared.jaccard, -shared.num, shared.one, shared.other))
+    return sorted(found.values(), key=lambda shared: (-shared.jaccard * shared.num, shared.one, shared.other))

@@ -7,6 +7,7 @@ the order of the chunks, so that any number of workers gives the same bits.
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from embedcache.arrays import Floats, Ints
@@ -45,8 +46,9 @@ def run_pass(
 ) -> State:
     """Go through all chunks once.
 
-    Locally one process does it, and NumPy's products take all cores. Memory: a chunk and its product, and two partial
-    results; with Ray alike in each of its workers, and a few partial results here.
+    Locally one process does it, NumPy's products take all cores, and a thread reads a chunk ahead. Memory: two chunks,
+    what is done with one, and two partial results; with Ray alike in each of its workers, and a few partial results
+    here.
 
     Args:
         vectors: what to go through.
@@ -73,8 +75,14 @@ def run_pass(
 
 
 def _local(vectors: Vectors, work: Pass[State]) -> Iterator[tuple[int, State]]:
-    for rows_B, vectors_BP in vectors.blocks():
-        yield len(rows_B), work.take(rows_B, vectors_BP)
+    """Work on each chunk while a thread reads the next one."""
+    with ThreadPoolExecutor(1, "reader") as reader:
+        ahead = reader.submit(vectors.chunk, 0)
+        for number in range(1, vectors.num_chunks + 1):
+            rows_B, vectors_BP = ahead.result()
+            if number < vectors.num_chunks:
+                ahead = reader.submit(vectors.chunk, number)
+            yield len(rows_B), work.take(rows_B, vectors_BP)
 
 
 def _take(vectors: Vectors, work: Pass[State], chunk: int) -> tuple[int, State]:

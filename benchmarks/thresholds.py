@@ -1,0 +1,86 @@
+"""What coverage's thresholds find, by labels: OpenMoji's pictures and names, and its ten groups as concepts.
+
+Precision is the share of what is above a group's threshold that is of the group, recall the share of the group that is
+above it; chance is what a normal background alone would put there. Concepts are the groups' names, or prototypes: the
+means of 128 pictures of each, or of half of a smaller group, which are left out of the pool.
+"""
+
+import tempfile
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pyarrow as pa
+
+from embedcache.arrays import Array, Floats, mean_directions
+from embedcache.cache.cache import Cache
+from embedcache.cli.console import show_table
+from embedcache.curate.background import SAMPLE, look_at
+from embedcache.curate.concepts import MOST_EXAMPLES, open_concepts
+from embedcache.curate.vectors import Vectors
+from embedcache.extract.extract import extract
+from embedcache.sources import open_source
+from embedcache.train.settings import TrainSettings
+from embedcache.train.train import train
+
+IMAGE, TEXT = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
+DEVIATIONS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
+
+
+def main(*, quick: bool) -> None:
+    """Print precision and recall."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        extract(open_source("openmoji:en"), folder / "cache", image=[IMAGE], text=[TEXT])
+        cache = Cache(folder / "cache")
+        groups = sorted(set(cache.samples["label"].drop_null().to_pylist()))
+        (folder / "groups.txt").write_text("\n".join(groups))
+        extract(open_source(f"prompts:{folder / 'groups.txt'}"), folder / "groups", text=[TEXT])
+        train(cache.path, folder / "run", settings=TrainSettings())
+        rows = []
+        for modality, run in (("text", None), ("text", folder / "run"), ("image", folder / "run")):
+            pool = Vectors(cache.path, modality, run_path=run)
+            concepts = open_concepts(Cache(folder / "groups"), pool)
+            through = "names, through the run" if run else "names, plain"
+            rows += _rows(f"{modality}s: {through}", concepts.vectors, pool.read(pool.rows), _labels(pool, groups))
+        rows += _prototypes(Vectors(cache.path, "image"), groups)
+    show_table(["OpenMoji, ten groups", "deviations", "above", "by chance", "precision", "recall", "of the pool"], rows)
+
+
+def _prototypes(pool: Vectors, groups: list[str]) -> list[list[str]]:
+    labels, vectors = _labels(pool, groups), pool.read(pool.rows)
+    rng, is_example = np.random.default_rng(0), np.zeros(len(labels), bool)
+    for group in range(len(groups)):
+        found = rng.permutation(np.flatnonzero(labels == group))
+        is_example[found[: min(MOST_EXAMPLES, len(found) // 2)]] = True
+    concepts = mean_directions(vectors[is_example], labels[is_example], len(groups))
+    return _rows("images: prototypes, plain", concepts, vectors[~is_example], labels[~is_example])
+
+
+def _labels(pool: Vectors, groups: list[str]) -> Array:
+    """Give each item its group's number; -1 where it is in none."""
+    samples = pool.cache.items(pool.modality)["sample"].to_numpy()[pool.rows]
+    found = pool.cache.samples["label"].take(pa.array(samples)).to_pylist()
+    return np.array([-1 if label is None else groups.index(label) for label in found])
+
+
+def _rows(title: str, concepts_CP: Floats, vectors_NP: Floats, labels_N: Array) -> list[list[str]]:
+    background = look_at(concepts_CP, vectors_NP[:SAMPLE], 10)
+    sims = vectors_NP @ concepts_CP.T
+    is_of = labels_N[:, None] == np.arange(len(concepts_CP))
+    rows = []
+    for deviations in DEVIATIONS:
+        is_above = sims > background.thresholds(deviations)
+        both = (is_above & is_of).sum()
+        rows.append(
+            [
+                title,
+                f"{deviations:g}",
+                f"{is_above.sum():,}",
+                f"{is_above.size * NormalDist().cdf(-deviations):.1f}",
+                f"{both / max(1, is_above.sum()):.3f}",
+                f"{both / is_of.sum():.3f}",
+                f"{is_of.mean():.3f}",
+            ]
+        )
+    return rows
