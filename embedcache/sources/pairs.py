@@ -12,8 +12,8 @@ from embedcache.sources.settings import SourceSettings
 class PairsSource:
     """The samples of another source, a sample for each caption with all of the images.
 
-    The key is that of the sample, `#` and the caption's number from 0; the column `sample` keeps the former. A sample
-    without a caption is left out. Each of its images is encoded once a caption.
+    The key is that of the sample, `#` and the caption's number from 0; the column `sample` keeps the former, `language`
+    is the caption's. A sample without a caption is left out. Each of its images is encoded once a caption.
 
     Args:
         location: of the other source, as for `open_source`: `photos/`, `openmoji:en+de`.
@@ -39,7 +39,7 @@ class PairsSource:
         """Go through the captions, in the order of the samples."""
         for sample in self._source.samples():
             for number, text in enumerate(sample.texts):
-                columns = {**sample.columns, "sample": sample.key}
+                columns = {**sample.columns, "sample": sample.key, "language": text.language}
                 yield replace(sample, key=f"{sample.key}#{number}", texts=(text,), columns=columns)
 
     def read(self, item: ImageItem) -> bytes:
