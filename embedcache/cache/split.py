@@ -118,6 +118,12 @@ def spread_split(split: Split, cache: Cache, column: str) -> Split:
     )
 
 
+def swap_parts(split: Split, one: Part, other: Part) -> Split:
+    """Give the samples of two parts each other's part: to train on what was held out."""
+    swapped = {one: other, other: one}
+    return replace(split, parts=[swapped.get(part, part) for part in split.parts])  # type: ignore[call-overload]
+
+
 def _of_cache(path: Path, split: Split, cache: Cache) -> Split:
     """Give the part of a split that is of one cache's samples, longer by those that were added since."""
     keys = cache.samples["key"].to_pylist()

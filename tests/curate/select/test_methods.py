@@ -193,9 +193,7 @@ def test_a_higher_t_keeps_all_that_a_lower_one_keeps(pools: Any) -> None:
 
 
 def test_more_than_the_matching_samples_cannot_be_had(pools: Any) -> None:
-    with pytest.raises(
-        DataError, match=r"only \d+ of 300 samples match .*fewer than the budget of 299"
-    ):
+    with pytest.raises(DataError, match=r"only \d+ of 300 samples match .*fewer than the budget of 299"):
         Metaclip().select(pools("cache", Metaclip()), SelectSettings(budget=299))
     with pytest.raises(DataError, match="none of 300 samples matches any of 4 concepts"):
         Metaclip().select(pools("cache", Metaclip()), SelectSettings(budget=3, threshold=1.0))
