@@ -30,6 +30,16 @@ class Selection:
     reasons: Sequence[str]
 
 
+def check_selection_path(path: Path) -> None:
+    """Refuse a name that `read_selection` would take for a list of keys.
+
+    Raises:
+        PathError: it does not end in `.parquet`.
+    """
+    if path.suffix != ".parquet":
+        raise PathError(f"{path} is no name for a selection; end it in .parquet")
+
+
 def write_selection(path: Path, cache: Cache, selection: Selection, about: Mapping[str, Any]) -> None:
     """Write a selection as Parquet: `row`, `key`, `reason`; its metadata says of which cache, and how it was made.
 
@@ -41,7 +51,9 @@ def write_selection(path: Path, cache: Cache, selection: Selection, about: Mappi
 
     Raises:
         DataError: nothing is selected.
+        PathError: the path does not end in `.parquet`.
     """
+    check_selection_path(path)
     if not len(selection.rows):
         raise DataError(f"nothing of {cache.path} is selected, so {path} is not written")
     keys = cache.samples["key"].take(pa.array(selection.rows))

@@ -1,6 +1,7 @@
 """How a split is to be made. Nothing heavy is imported here, so that the command line can name its defaults."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from embedcache.errors import SettingError
 
@@ -11,7 +12,8 @@ class SplitSettings:
 
     Args:
         kind: `strict` keeps near-duplicates on one side; `key` cuts by a hash of each key; `column` takes the
-            source's `split` column; anything else is the path of another run's split.parquet.
+            source's `split` column; anything else is the path of another run's split.parquet, where `{seed}` stands for
+            the seed.
         val_share: share of the samples for validation.
         test_share: share of the samples for test.
         image_cosine: `strict`: images above this cosine are near-duplicates.
@@ -25,6 +27,11 @@ class SplitSettings:
     image_cosine: float = 0.9
     text_cosine: float = 0.7
     seed: int = 0
+
+    @property
+    def path(self) -> Path:
+        """The file that `kind` names, where it is no kind."""
+        return Path(self.kind.replace("{seed}", str(self.seed)))
 
     def __post_init__(self) -> None:
         for name in ("val_share", "test_share"):

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -73,9 +72,9 @@ def _cut(data: Paired, pairs: Pairs, settings: SplitSettings) -> Split:
         split = _by_groups(keys, pairs.samples, groups, settings)
         _require_parts(split, groups, settings)
         return split
-    if not Path(settings.kind).is_file():
+    if not settings.path.is_file():
         raise unknown_name("split", settings.kind, _KINDS, hint="or give the path of another run's split.parquet")
-    return read_split(Path(settings.kind), data.caches)
+    return read_split(settings.path, data.caches)
 
 
 def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:

@@ -186,3 +186,33 @@ def read_lines(path: Path) -> list[str]:
         raise PathError(f"{path} does not exist; give a file with a text a line") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8: {error}") from error
+
+
+def read_count(text: str | None) -> tuple[int | None, float | None]:
+    """Read a number of things, `1000`, or a share of a whole, `10%`: one of both, or neither of nothing.
+
+    Raises:
+        SettingError: it is neither.
+    """
+    if text is None:
+        return None, None
+    if text.endswith("%"):
+        return None, read_share(text)
+    try:
+        return int(text.replace(",", "")), None
+    except ValueError:
+        raise SettingError(f"{text!r} is no number; write it as 1000, or as 10%") from None
+
+
+def read_counts(text: str | None) -> tuple[int, ...] | None:
+    """Read numbers with commas between, `1000,100`.
+
+    Raises:
+        SettingError: one is no number.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise SettingError(f"{text!r} are no numbers; write them as 1000,100") from None

@@ -28,6 +28,7 @@ SOURCES = Registry(
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
         "idx": "embedcache.sources.idx:IdxSource",
         "openmoji": "embedcache.sources.openmoji:OpenmojiSource",
+        "pairs": "embedcache.sources.pairs:PairsSource",
         "prompts": "embedcache.sources.prompts:PromptsSource",
         "table": "embedcache.sources.table:TableSource",
         "texts": "embedcache.sources.texts:TextsSource",
@@ -38,7 +39,7 @@ _ACCEPTED = (
     "a source is a folder of images, a .parquet/.csv/.tsv/.jsonl table or a folder of such, "
     "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, a .txt or .npy of texts, MNIST's "
     "IDX files or a folder of such, any of these as a URL, a folder that save_to_disk of Hugging Face datasets wrote, "
-    "openmoji:, or prompts:"
+    "openmoji:, prompts:, or pairs: before any of these"
 )
 
 _SAVED_DATASETS = (("dataset_dict.json",), ("dataset_info.json", "state.json"))

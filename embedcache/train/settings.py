@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from embedcache.cache.split_settings import SplitSettings
@@ -140,7 +141,8 @@ class TrainSettings:
         split: which samples are held out.
         language: captions of this language only; None takes all.
         captions: `draw` takes one caption a sample, drawn anew each epoch; `all` takes all of them as positives.
-        selection: path of a selection: only its samples are trained on; what is held out does not change.
+        selection: path of a selection: only its samples are trained on; what is held out does not change. `{seed}` in
+            it stands for the seed: so seeds of one recipe can each have their own.
         shuffle_pairs: train on wrong pairs: the control that must end at chance.
         block_rows: samples that stay neighbours in a batch's order; 1 mixes all. None: 1 where the features fit the
             memory, else 64, as a disk gives neighbours faster.
@@ -171,6 +173,11 @@ class TrainSettings:
                 "info_nce has one positive an image" if self.loss.name == "info_nce" else "mixup mixes single captions"
             )
             raise SettingError(f"captions is 'all', but {other}; use --captions draw or --loss multi_positive")
+
+    @property
+    def selection_path(self) -> Path | None:
+        """The file that `selection` names."""
+        return None if self.selection is None else Path(self.selection.replace("{seed}", str(self.seed)))
 
     def to_json(self) -> Mapping[str, Any]:
         """Give what decides the result as JSON values."""

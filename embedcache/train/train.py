@@ -197,8 +197,8 @@ def _config(data: TrainData, settings: TrainSettings) -> PairConfig:
 
 def _given(settings: TrainSettings) -> dict[str, str]:
     """Get the digests of the files that settings name."""
-    paths = {"split": settings.split.kind, "selection": settings.selection}
-    return {name: digest_file(Path(path)) for name, path in paths.items() if path and Path(path).is_file()}
+    paths = {"split": settings.split.path, "selection": settings.selection_path}
+    return {name: digest_file(path) for name, path in paths.items() if path and path.is_file()}
 
 
 def _reuse(run_path: Path, config: PairConfig) -> TrainReport:
@@ -275,11 +275,11 @@ def _split(data: TrainData, run_path: Path, pairs: Pairs, settings: TrainSetting
 
 def _training_part(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:
     rows: Ints = split.rows("train")
-    if settings.selection is not None:
-        rows = np.intersect1d(rows, read_selection(Path(settings.selection), data.caches))
+    if settings.selection_path is not None:
+        rows = np.intersect1d(rows, read_selection(settings.selection_path, data.caches))
     training = pairs.of(rows)
     if not len(training.samples):
-        named = "" if settings.selection is None else f" that selection {settings.selection} names"
+        named = "" if settings.selection is None else f" that selection {settings.selection_path} names"
         raise DataError(f"the training part has no sample with both sides{named}")
     return _shuffled_if_asked(training, settings)
 

@@ -1,0 +1,67 @@
+"""A pool with real noise: pairs of an OpenMoji picture and its name in one of four languages, for an English encoder.
+
+What `pipelines.curate_concepts` selects from. What is in the folder already is used again.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from embedcache.arrays import Ints
+from embedcache.cache.cache import Cache
+from embedcache.cache.selection import Selection, write_selection
+from embedcache.cache.split import read_split, spread_split, swap_parts, write_split
+from embedcache.cli.console import open_progress
+from embedcache.extract.extract import extract
+from embedcache.projectors.saved import split_path
+from embedcache.sources import open_source
+from embedcache.train.options import settings_of
+from embedcache.train.train import train
+
+IMAGE, TEXT = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
+CLOSED: dict[str, object] = {"projector": "linear", "start": "cca", "epochs": 0}
+GROUPS = (
+    "Activities,Animals & Nature,Flags,Food & Drink,Objects,People & Body,Smileys & Emotion,Symbols,Travel & Places"
+)
+
+
+def make_caches(workdir: Path) -> None:
+    """Extract `clean` (English names), `pool`, `concepts` (ImageNet's names) and `groups` (the classes of pictures)."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "groups.txt").write_text(GROUPS.replace(",", "\n"))
+    (workdir / "name.txt").write_text("{c}")
+    prompts = {
+        name: f"prompts:{classes}+{workdir}/name.txt"
+        for name, classes in (("concepts", "imagenet1k"), ("groups", f"{workdir}/groups.txt"))
+    }
+    pictures = {"clean": "openmoji:en", "pool": "pairs:openmoji:en+de+ar+zh"}
+    for name, location in (pictures | prompts).items():
+        image = [IMAGE] if name in pictures else []
+        extract(open_source(location), workdir / name, image=image, text=[TEXT], progress=open_progress())
+
+
+def make_cut(workdir: Path, seed: int) -> Path:
+    """Cut the pictures strictly, by their English names, and their pairs likewise; train a scorer on validation alone.
+
+    Returns:
+        A folder with `split.parquet` of the pool, the selections `training.parquet` and `english.parquet` of its
+        training part, and the run `scorer`.
+    """
+    cut = workdir / f"cut-{seed}"
+    clean, pool = Cache(workdir / "clean"), Cache(workdir / "pool")
+    train(clean.path, cut / "clean", settings=settings_of({**CLOSED, "seed": seed}))
+    pictures = read_split(split_path(cut / "clean"), [clean])
+    write_split(cut / "swapped.parquet", swap_parts(pictures, "train", "val"))
+    swapped = {**CLOSED, "seed": seed, "split": str(cut / "swapped.parquet")}
+    train(clean.path, cut / "scorer", settings=settings_of(swapped))
+    split = spread_split(pictures, pool, "sample")
+    write_split(cut / "split.parquet", split)
+    rows = split.rows("train")
+    is_english = np.array(pool.samples["language"].to_pylist())[rows] == "en"
+    _write(cut / "training.parquet", pool, rows)
+    _write(cut / "english.parquet", pool, rows[is_english])
+    return cut
+
+
+def _write(path: Path, pool: Cache, rows: Ints) -> None:
+    write_selection(path, pool, Selection(rows=rows, reasons=["training part"] * len(rows)), {})

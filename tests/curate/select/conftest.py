@@ -1,0 +1,49 @@
+"""A pool, the same in chunks of another size, concepts, a target, and a run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.curate.select.contract import Selector
+from embedcache.curate.select.pool import Pool
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.sources import open_source
+from embedcache.train.options import settings_of
+from embedcache.train.train import train
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
+
+CONCEPTS = {"red bar": ["red bar", "a red bar"], "left": ["left"], "white": ["on white"], "zebra": ["a zebra"]}
+FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
+
+
+@pytest.fixture(scope="session")
+def around(cache_path: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Paths: `cache`, `other`, `concepts`, `target`, `run`."""
+    folder = tmp_path_factory.mktemp("around")
+    (folder / "concepts.json").write_text(json.dumps(CONCEPTS))
+    write_pictures(folder / "pictures", 12, seed=5)
+    plain, small = ExtractSettings(features=("cls", "mean")), ExtractSettings(features=("cls", "mean"), chunk_size=17)
+    extract(open_source(pictures), folder / "other", image=[IMAGE], text=[TEXT], settings=small)
+    extract(open_source(f"prompts:{folder}/concepts.json"), folder / "concepts", text=[TEXT])
+    extract(open_source(folder / "pictures"), folder / "target", image=[IMAGE], text=[TEXT], settings=plain)
+    settings = settings_of({"projector": "linear", "epochs": 0, "split": "key"})
+    train(cache_path, folder / "run", image=FEATURES["image"], text=FEATURES["text"], settings=settings)
+    return {"cache": cache_path, **{name: folder / name for name in ("other", "concepts", "target", "run")}}
+
+
+@pytest.fixture
+def pools(around: dict[str, Path]) -> Callable[..., Pool]:
+    """Make a pool with all that a method needs."""
+
+    def make(which: str, selector: Selector, *, within: Path | None = None) -> Pool:
+        modality = selector.modality or "image"
+        given: dict[str, Any] = {f"{name}_path": around[name] for name in selector.needs}
+        feature = None if "run" in selector.needs else FEATURES[modality]
+        return Pool(around[which], modality, feature=feature, within=within, **given)
+
+    return make

@@ -1,0 +1,100 @@
+"""Selections for other tools, and back."""
+
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.cache.cache import Cache
+from embedcache.cache.selection import Selection, read_selection, write_selection
+from embedcache.curate.select.export import export, to_uids
+from embedcache.curate.select.shards import write_shards
+from embedcache.errors import DataError, PathError
+from embedcache.extract.extract import extract
+from embedcache.sources import SourceSettings, open_source
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
+
+UIDS = st.lists(st.binary(min_size=16, max_size=16).map(bytes.hex), min_size=1, max_size=9, unique=True)
+
+
+@given(UIDS)
+def test_uids_are_sorted_halves_of_the_keys(keys: list[str]) -> None:
+    found = to_uids(keys)
+    assert found.dtype == np.dtype("u8,u8")
+    assert [f"{high:016x}{low:016x}" for high, low in found.tolist()] == sorted(keys)
+
+
+def test_other_keys_are_no_uids() -> None:
+    with pytest.raises(DataError, match="1 of 2 keys are no uids of DataComp, .* first 'a/b'; take --format keys"):
+        to_uids(["0" * 32, "a/b"])
+
+
+@pytest.fixture
+def made(cache_path: Path, tmp_path: Path) -> tuple[Cache, Path]:
+    """A cache and a selection of seven of its samples."""
+    cache = Cache(cache_path)
+    rows = np.array([2, 3, 40, 41, 199, 250, 299])
+    write_selection(tmp_path / "s.parquet", cache, Selection(rows=rows, reasons=["x"] * 7), {"method": "hand"})
+    return cache, tmp_path / "s.parquet"
+
+
+def test_keys_select_the_same_samples_again(made: tuple[Cache, Path], tmp_path: Path) -> None:
+    cache, path = made
+    assert export(cache.path, path, tmp_path / "keys.txt", "keys") == 7
+    assert np.array_equal(read_selection(tmp_path / "keys.txt", [cache]), read_selection(path, [cache]))
+
+
+def test_a_pool_of_datacomps_gives_its_uids(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "p", 4)
+    uids = [hashlib.md5(str(number).encode()).hexdigest() for number in range(4)]
+    lines = [json.dumps({"uid": uid, "image": f"p/{number:05d}.png"}) for number, uid in enumerate(uids)]
+    (tmp_path / "table.jsonl").write_text("\n".join(lines))
+    source = open_source(tmp_path / "table.jsonl", settings=SourceSettings(key_column="uid"))
+    extract(source, tmp_path / "cache", image=[IMAGE])
+    (tmp_path / "keys.txt").write_text("\n".join(uids[:3]))
+    assert export(tmp_path / "cache", tmp_path / "keys.txt", tmp_path / "uids.npy", "datacomp") == 3
+    assert [f"{high:016x}{low:016x}" for high, low in np.load(tmp_path / "uids.npy").tolist()] == sorted(uids[:3])
+
+
+def test_shards_hold_the_very_bytes_and_are_extracted_again(
+    made: tuple[Cache, Path], pictures: Path, tmp_path: Path
+) -> None:
+    cache, path = made
+    rows = read_selection(path, [cache])
+    write_shards(cache, rows, tmp_path / "shards", size=3)
+    assert sorted(file.name for file in (tmp_path / "shards").iterdir()) == ["00000.tar", "00001.tar", "00002.tar"]
+    with tarfile.open(tmp_path / "shards" / "00002.tar") as tar:
+        assert tar.getnames() == ["000000299.png", "000000299.txt", "000000299.json"]
+        image = tar.extractfile("000000299.png")
+        assert image is not None
+        assert image.read() == (pictures / "00299.png").read_bytes()
+    extract(open_source(tmp_path / "shards"), tmp_path / "again", image=[IMAGE], text=[TEXT])
+    again = Cache(tmp_path / "again")
+    assert again.samples["key"].to_pylist() == [cache.samples["key"].to_pylist()[row] for row in rows]
+    for modality, feature in (("image", "open_toy/cls"), ("text", "open_toy/mean")):
+        assert np.array_equal(again.feature(modality).load(), cache.feature(modality, feature).load()[rows])
+
+
+def test_the_same_selection_gives_the_same_shards_in_a_new_folder(made: tuple[Cache, Path], tmp_path: Path) -> None:
+    cache, path = made
+    for name in ("a", "b"):
+        export(cache.path, path, tmp_path / name, "webdataset")
+    assert (tmp_path / "a/00000.tar").read_bytes() == (tmp_path / "b/00000.tar").read_bytes()
+    with pytest.raises(PathError, match="is not empty"):
+        export(cache.path, path, tmp_path / "a", "webdataset")
+
+
+def test_an_image_that_is_gone_leaves_no_shards(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "p", 4)
+    extract(open_source(tmp_path / "p"), tmp_path / "cache", image=[IMAGE])
+    (tmp_path / "p" / "00002.png").unlink()
+    with pytest.raises(DataError, match="the image of '00002.*' cannot be read any more"):
+        write_shards(Cache(tmp_path / "cache"), np.arange(4), tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+    assert not list(tmp_path.glob(".shards*"))

@@ -1,0 +1,248 @@
+"""Each method keeps to the contract, and does what its name says."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.curate.select.clip_score import ClipScore, above
+from embedcache.curate.select.contract import SELECTORS, SelectSettings
+from embedcache.curate.select.hierarchical import balanced, default_levels, fill
+from embedcache.curate.select.image_based import near_target
+from embedcache.curate.select.k_centre import farthest_first
+from embedcache.curate.select.match import Matches, match_near, match_words
+from embedcache.curate.select.metaclip import Metaclip, lowest_heads
+from embedcache.curate.select.rare_first import assign, rarest_first, shares
+from embedcache.curate.select.top_score import highest
+from embedcache.errors import DataError
+from tests.curate.select.contract import SelectorContract
+
+
+class TestRandom(SelectorContract):
+    name = "random"
+
+
+class TestTopScore(SelectorContract):
+    name = "top-score"
+
+
+class TestClipScore(SelectorContract):
+    name = "clip-score"
+
+
+class TestClipScoreAbove(SelectorContract):
+    name = "clip-score"
+    budget = None
+    settings: ClassVar[dict[str, Any]] = {"threshold": 0.3}
+
+
+class TestRareFirst(SelectorContract):
+    name = "rare-first"
+
+
+class TestRareFirstPerConcept(SelectorContract):
+    name = "rare-first"
+    budget = None
+    settings: ClassVar[dict[str, Any]] = {"per_concept": 6}
+
+
+class TestMetaclip(SelectorContract):
+    name = "metaclip"
+
+
+class TestMetaclipNear(SelectorContract):
+    name = "metaclip"
+    settings: ClassVar[dict[str, Any]] = {"threshold": 0.2}
+
+
+class TestMetaclipHead(SelectorContract):
+    name = "metaclip"
+    budget = None
+    settings: ClassVar[dict[str, Any]] = {"head": 5.0}
+
+
+class TestImageBased(SelectorContract):
+    name = "image-based"
+    settings: ClassVar[dict[str, Any]] = {"clusters": (12,)}
+
+
+class TestImageBasedWhole(SelectorContract):
+    name = "image-based"
+    budget = None
+    settings: ClassVar[dict[str, Any]] = {"clusters": (30,)}
+
+
+class TestHierarchical(SelectorContract):
+    name = "hierarchical"
+    settings: ClassVar[dict[str, Any]] = {"clusters": (20, 4)}
+
+
+class TestKCentre(SelectorContract):
+    name = "k-centre"
+
+
+def test_every_method_of_the_table_keeps_to_the_contract() -> None:
+    tested = {kind.name for kind in SelectorContract.__subclasses__()}
+    assert tested == set(SELECTORS.paths)
+
+
+# rare first
+
+
+@given(st.data())
+def test_no_quota_is_passed_and_nothing_is_chosen_twice(data: st.DataObject) -> None:
+    num_concepts, num_samples = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12))
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    samples_CK = np.stack([rng.permutation(num_samples) for _ in range(num_concepts)])
+    quota_C = rng.integers(0, 5, num_concepts)
+    order_C = rng.permutation(num_concepts)
+    concepts, ranks = assign(samples_CK, order_C, quota_C)
+    rows = samples_CK[concepts, ranks]
+    assert len(set(rows.tolist())) == len(rows)
+    assert (np.bincount(concepts, minlength=num_concepts) <= quota_C).all()
+    assert len(rows) == min(num_samples, quota_C.sum())  # every sample is a candidate of every concept
+
+
+def test_the_rare_concept_chooses_first() -> None:
+    scores = np.array([[0.9, 0.8, 0.7], [0.6, 0.2, 0.1]], np.float32)
+    samples = np.array([[0, 1, 2], [0, 2, 1]])
+    order = rarest_first(scores, 1)
+    assert order.tolist() == [1, 0]
+    concepts, ranks = assign(samples, order, np.array([1, 1]))
+    assert list(zip(concepts.tolist(), samples[concepts, ranks].tolist(), strict=True)) == [(1, 0), (0, 1)]
+
+
+def test_a_budget_is_cut_into_equal_places() -> None:
+    assert shares(7, 3).tolist() == [3, 2, 2]
+    assert shares(2, 3).tolist() == [1, 1, 0]
+
+
+def test_the_reason_names_concept_cosine_and_rank(pools: Any) -> None:
+    selector = SELECTORS.load("rare-first")()
+    found = selector.select(pools("cache", selector), SelectSettings(per_concept=1))
+    assert len(found.rows) == 4
+    assert any("concept 'red bar', text cosine 0." in reason and "rank 1" in reason for reason in found.reasons)
+
+
+# top score and CLIP score
+
+
+@given(st.lists(st.sampled_from([-0.5, 0.0, -0.0, 0.25, 0.5]), min_size=1, max_size=12), st.integers(1, 14))
+def test_the_highest_are_kept_and_of_equals_the_first(scores: list[float], size: int) -> None:
+    expected = sorted(sorted(range(len(scores)), key=lambda row: (-scores[row], row))[:size])
+    assert highest(np.array(scores, np.float32), size).tolist() == expected
+
+
+def test_a_threshold_that_nothing_reaches_says_where_the_cosines_lie() -> None:
+    with pytest.raises(DataError, match=r"none of 3 cosines reaches 0.9; they lie between 0.100 and 0.500"):
+        above(np.array([0.1, 0.2, 0.5], np.float32), 0.9)
+
+
+def test_pairs_that_fit_score_higher_than_shuffled_ones(pools: Any) -> None:
+    pool = pools("cache", ClipScore())
+    samples, scores = pool.pair_scores()
+    assert len(samples) == 300
+    images = pool.vectors.read(pool.vectors.rows)
+    texts = pool.vectors._pair.text
+    assert images.shape[0] == 300
+    assert texts is not None
+    assert scores.mean() > 0.2
+
+
+# MetaCLIP
+
+
+def test_captions_that_hold_a_name_match_it() -> None:
+    texts = [(4, "A Hot-dog, please!"), (5, "hotdog"), (6, "dogs"), (4, "dog")]
+    found = match_words(texts, ["hot dog", "dog", "!!!"])
+    assert list(zip(*(values.tolist() for values in found), strict=True)) == [(4, 0), (4, 1)]
+
+
+@given(st.integers(0, 99), st.integers(1, 6))
+def test_near_matches_are_the_same_for_all_blocks(seed: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    samples, vectors = np.sort(rng.integers(0, 6, 9)), rng.standard_normal((9, 3)).astype(np.float32)
+    concepts = rng.standard_normal((4, 3)).astype(np.float32)
+    cut = [(samples[start : start + size], vectors[start : start + size]) for start in range(0, 9, size)]
+    found = match_near(cut, concepts, 0.3)
+    hits = vectors.astype(np.float64) @ concepts.T.astype(np.float64) >= 0.3
+    expected = sorted({(int(samples[i]), c) for i, c in zip(*np.nonzero(hits), strict=True)})
+    assert list(zip(*(values.tolist() for values in found), strict=True)) == expected
+
+
+def test_rare_concepts_are_kept_whole_and_frequent_ones_cut_to_t() -> None:
+    matches = Matches(np.arange(1010), np.repeat([0, 1], [1000, 10]))
+    kept = []
+    for seed in range(50):
+        position, heads = lowest_heads(matches, seed=seed)
+        chosen = matches.concepts_M[position[heads < 50]]
+        kept.append([(chosen == 0).sum(), (chosen == 1).sum()])
+    frequent, rare = np.mean(kept, axis=0)
+    assert rare == 10
+    assert frequent == pytest.approx(50, abs=5 * np.sqrt(50 / 50))
+
+
+def test_a_higher_t_keeps_all_that_a_lower_one_keeps(pools: Any) -> None:
+    few, more = (
+        set(Metaclip().select(pools("cache", Metaclip()), SelectSettings(head=head, seed=1)).rows.tolist())
+        for head in (3.0, 9.0)
+    )
+    assert few < more
+
+
+def test_more_than_the_matching_samples_cannot_be_had(pools: Any) -> None:
+    with pytest.raises(DataError, match=r"only \d+ of 300 samples match .*fewer than the budget of 299"):
+        Metaclip().select(pools("cache", Metaclip()), SelectSettings(budget=299))
+    with pytest.raises(DataError, match="none of 300 samples matches any of 4 concepts"):
+        Metaclip().select(pools("cache", Metaclip()), SelectSettings(budget=3, threshold=1.0))
+
+
+# clusters
+
+
+def test_only_clusters_of_the_target_are_kept() -> None:
+    samples, clusters = np.array([0, 1, 1, 2, 3]), np.array([5, 1, 2, 3, 2])
+    kept, cluster = near_target(samples, clusters, np.array([2, 2, 3]))
+    assert (kept.tolist(), cluster.tolist()) == ([1, 2, 3], [2, 3, 2])
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.data())
+def test_a_budget_fills_branches_as_equally_as_their_sizes_allow(sizes: list[int], data: st.DataObject) -> None:
+    budget = data.draw(st.integers(0, sum(sizes)))
+    found = fill(np.array(sizes), budget)
+    assert found.sum() == budget
+    assert (found <= sizes).all()
+    open_ones = [share for share, size in zip(found.tolist(), sizes, strict=True) if share < size]
+    assert not open_ones or max(found.tolist()) - min(open_ones) <= 1
+
+
+@given(st.integers(0, 99), st.integers(0, 40))
+def test_a_tree_gives_equal_branches_equal_shares(seed: int, budget: int) -> None:
+    rng = np.random.default_rng(seed)
+    leaf = np.repeat(np.arange(4), [5, 20, 5, 10])
+    labels = np.stack([leaf, np.array([0, 0, 1, 1])[leaf]], axis=1)
+    shuffled = rng.permutation(40)
+    kept = balanced(labels[shuffled], budget, seed=seed)
+    assert len(set(kept.tolist())) == len(kept) == budget
+    tops = np.bincount(labels[shuffled][kept, 1], minlength=2)
+    assert abs(tops[0] - tops[1]) <= max(1, budget - 30)  # the second has 15 samples
+
+
+def test_levels_shrink_by_ten() -> None:
+    assert default_levels(40_000) == (1000, 100, 10)
+    assert default_levels(30) == (1,)
+
+
+@given(st.integers(0, 99))
+def test_each_next_one_is_the_farthest_from_those_before(seed: int) -> None:
+    vectors = np.random.default_rng(seed).standard_normal((9, 3)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    chosen, cosines = farthest_first(vectors, 9)
+    assert sorted(chosen.tolist()) == list(range(9))
+    assert (np.diff(cosines[1:]) >= -1e-6).all()
+    for number in range(1, 9):
+        nearest = (vectors @ vectors[chosen[:number]].T).max(axis=1)
+        nearest[chosen[:number]] = np.inf
+        assert nearest[chosen[number]] == pytest.approx(nearest.min(), abs=1e-6)
