@@ -23,7 +23,7 @@ from embedcache.evaluate.zero_shot import evaluate_zero_shot
 from embedcache.train.data import TrainData, open_data
 from embedcache.train.options import settings_of
 from embedcache.train.train import train_on
-from pipelines.noisy_openmoji import CLOSED, make_caches, make_cut
+from pipelines.noisy_openmoji import CLOSED, NOTES, make_caches, make_cut
 
 SEEDS, BUDGETS = (0, 1, 2, 3, 4), (300, 600, 1200)
 PAGE = Path("docs/benchmarks/curation.md")
@@ -34,17 +34,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "hierarchical": {"clusters": (100, 10)},
     ENGLISH: {},
 }
-NOTES = (
-    "Made by `python -m pipelines.curate_concepts work/` on 2 CPU cores. The pool is 7,656 pairs of an OpenMoji "
-    "picture and its name in English, German, Arabic or Chinese, under EfficientNet-Lite0 and MiniLM, which reads English: "
-    "most pairs are noise, as in a crawl. Five seeds, five strict cuts by picture; each method selects 300, 600 or 1,200 of "
-    "some 5,000 training pairs, a linear CCA is fitted on them, and it is tested on English pairs held out.",
-    "`top-score`, `rare-first` (the paper's) and `metaclip` (matches at cosine .4) compare captions with the names of "
-    "ImageNet's 1,000 classes. `clip-score` uses a CCA of the 190 English pairs of validation, which no other method "
-    "sees. `hierarchical` (100 clusters under 10) and `k-centre` look at images alone. 'Random of the English' knows "
-    "the language: a perfect filter. 'English' is the share of English pairs selected; '9 classes' the mean accuracy "
-    "over Unicode's groups of emoji, zero-shot, by their bare names (chance .111).",
-)
 
 
 def choose(workdir: Path, name: str, budget: int, seed: int) -> float:
@@ -58,6 +47,7 @@ def choose(workdir: Path, name: str, budget: int, seed: int) -> float:
         method,
         settings=SelectSettings(budget=budget, seed=seed, **METHODS[name]),
         concepts_path=workdir / "concepts" if method in BY_CONCEPTS else None,
+        joins_names=True,  # two names of ImageNet stand twice
         run_path=cut / "scorer" if method == "clip-score" else None,
         within=cut / ("english.parquet" if name == ENGLISH else "training.parquet"),
     )

@@ -41,7 +41,13 @@ class Concepts:
 
 
 def open_concepts(
-    cache: Cache, pool: Vectors, *, label: str = "label", most_examples: int = MOST_EXAMPLES, seed: int = 0
+    cache: Cache,
+    pool: Vectors,
+    *,
+    label: str = "label",
+    most_examples: int = MOST_EXAMPLES,
+    seed: int = 0,
+    joins_names: bool = False,
 ) -> Concepts:
     """Read concepts into the space of a pool's vectors.
 
@@ -56,6 +62,7 @@ def open_concepts(
         label: the column of labels, for examples.
         most_examples: of a label, drawn at random where there are more.
         seed: of the drawing.
+        joins_names: take concepts of one name, as ImageNet has two, as one; they are refused otherwise.
 
     Raises:
         FingerprintError: another encoder made the concepts' feature than the pool's, or than the run was trained on.
@@ -72,6 +79,8 @@ def open_concepts(
         names, rows, numbers = prompts.names, prompts.rows, prompts.classes
     else:
         names, rows, numbers = _examples(side, label, most_examples, np.random.default_rng(seed))
+    if joins_names:
+        names, numbers = _joined(names, numbers)
     _refuse_twice(names, cache)
     vectors_CP = _means(side, rows, numbers, len(names))
     _refuse_zero(vectors_CP, names, cache)
@@ -137,6 +146,12 @@ def _refuse_without(cache: Cache, label: str, num_found: int) -> None:
             f"{num_there - num_found:,} of {num_there:,} labels in column {label!r} of {cache.path} have no example "
             "that was encoded; mend them with extract --retry-failed, or leave these labels out"
         )
+
+
+def _joined(names: list[str], numbers: Ints) -> tuple[list[str], Ints]:
+    """Give concepts of one name the number of the first."""
+    once = list(dict.fromkeys(names))
+    return once, np.array([once.index(name) for name in names], np.int64)[numbers]
 
 
 def _refuse_twice(names: list[str], cache: Cache) -> None:

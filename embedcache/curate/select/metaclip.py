@@ -74,4 +74,4 @@ def _kept(heads_S: Array, settings: SelectSettings) -> Ints:
 def _match(pool: Pool, threshold: float | None) -> Matches:
     if threshold is None:
         return match_words(pool.texts(), pool.concepts.names)
-    return match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors_CP, threshold)
+    return match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors, threshold)

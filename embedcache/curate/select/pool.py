@@ -9,7 +9,7 @@ import numpy as np
 from embedcache.arrays import Array, Floats, Ints, concatenated_ranges
 from embedcache.cache.cache import Cache
 from embedcache.cache.selection import read_selection
-from embedcache.curate.select.concepts import Concepts, open_concepts
+from embedcache.curate.concepts import Concepts, open_concepts
 from embedcache.curate.vectors import Vectors
 from embedcache.errors import DataError, SettingError
 from embedcache.progress import Progress, Silent
@@ -23,7 +23,8 @@ class Pool:
         modality: `image` or `text`: which items are looked at.
         feature: `encoder/feature`; None is the run's, or the only one of the modality.
         run_path: project with this run.
-        concepts_path: a cache of prompts.
+        concepts_path: a cache of prompts, or of labelled examples.
+        joins_names: take concepts of one name as one.
         target_path: a cache with the same feature.
         within: a selection: only its samples are in the pool.
         progress: told about items.
@@ -43,6 +44,7 @@ class Pool:
         feature: str | None = None,
         run_path: Path | None = None,
         concepts_path: Path | str | None = None,
+        joins_names: bool = False,
         target_path: Path | str | None = None,
         within: Path | None = None,
         progress: Progress | None = None,
@@ -50,7 +52,7 @@ class Pool:
         self.cache = Cache(cache_path)
         self.modality = modality
         self.run_path = run_path
-        self._feature = feature
+        self._feature, self._joins_names = feature, joins_names
         self._concepts_path, self._target_path, self._within = concepts_path, target_path, within
         self._progress = progress or Silent()
 
@@ -82,7 +84,7 @@ class Pool:
         """The concepts, in the space of the vectors."""
         if self._concepts_path is None:
             raise SettingError("no concepts were given; add --concepts CACHE")
-        return open_concepts(self._concepts_path, self.vectors)
+        return open_concepts(Cache(self._concepts_path), self.vectors, joins_names=self._joins_names)
 
     @cached_property
     def target(self) -> Vectors:

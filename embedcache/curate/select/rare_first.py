@@ -34,7 +34,7 @@ class RareFirst:
         num_concepts = len(concepts.names)
         most = settings.per_concept or -(-(settings.budget or 0) // num_concepts)
         k = min(len(pool.samples), _CANDIDATES_A_PLACE * most)
-        best = best_samples(pool.blocks("comparing with concepts"), concepts.vectors_CP, k)
+        best = best_samples(pool.blocks("comparing with concepts"), concepts.vectors, k)
         order_C = rarest_first(best.scores_CK, most)
         quota_C = np.full(num_concepts, most)
         if settings.budget is not None:

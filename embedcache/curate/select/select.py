@@ -41,6 +41,7 @@ def select(
     feature: str | None = None,
     run_path: Path | None = None,
     concepts_path: Path | str | None = None,
+    joins_names: bool = False,
     target_path: Path | str | None = None,
     within: Path | None = None,
     progress: Progress | None = None,
@@ -58,7 +59,8 @@ def select(
         modality: `image` or `text`; None is the method's.
         feature: `encoder/feature`; None is the run's, or the only one of the modality.
         run_path: project with this run.
-        concepts_path: a cache of prompts.
+        concepts_path: a cache of prompts, or of labelled examples.
+        joins_names: take concepts of one name as one; they are refused otherwise.
         target_path: a cache of what is wanted.
         within: a selection, or a text with a key a line: only its samples are selected from.
         progress: told about items.
@@ -85,6 +87,7 @@ def select(
         feature=feature,
         run_path=run_path,
         concepts_path=concepts_path,
+        joins_names=joins_names,
         target_path=target_path,
         within=within,
         progress=progress,

@@ -23,7 +23,7 @@ class TopScore:
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select them. Memory: a score and a concept a sample."""
         assert settings.budget is not None
-        scores_S, concept_S = nearest_concepts(pool, pool.concepts.vectors_CP)
+        scores_S, concept_S = nearest_concepts(pool, pool.concepts.vectors)
         kept = highest(scores_S, settings.budget)
         names = pool.concepts.names
         reasons = [

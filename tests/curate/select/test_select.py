@@ -27,7 +27,7 @@ TEXT_FEATURE, IMAGE_FEATURE = FEATURES["text"], FEATURES["image"]
 
 def chosen(around: dict[str, Path], out: Path, method: str = "random", **options: Any) -> np.ndarray:
     """Select from the pool, and read the rows again."""
-    names = ("share", "feature", "concepts_path", "run_path", "target_path", "within", "modality")
+    names = ("share", "feature", "concepts_path", "joins_names", "run_path", "target_path", "within", "modality")
     given = {name: options.pop(name) for name in names if name in options}
     given.setdefault("feature", IMAGE_FEATURE if "concepts_path" not in given else TEXT_FEATURE)
     select(around["cache"], out, method, settings=SelectSettings(**options), **given)
@@ -155,7 +155,9 @@ def test_a_selection_ends_in_parquet(around: dict[str, Path], tmp_path: Path) ->
 
 
 def test_concepts_are_texts_of_the_same_encoder(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="concepts are texts, and open_toy/cls holds images: give --projected RUN"):
+    with pytest.raises(
+        DataError, match="plain image feature open_toy/cls cannot be compared with prompts; project both with"
+    ):
         chosen(
             around,
             tmp_path / "a.parquet",
@@ -167,16 +169,19 @@ def test_concepts_are_texts_of_the_same_encoder(around: dict[str, Path], tmp_pat
         )
     (tmp_path / "names.txt").write_text("red\nblue\nred\n")
     extract(open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "louder", text=["tests.toy:open_toy,scale=2"])
-    with pytest.raises(FingerprintError, match="extract the prompts with the encoder of the captions"):
+    with pytest.raises(FingerprintError, match="extract the concepts with the pool's encoder"):
         chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts_path=tmp_path / "louder")
-    with pytest.raises(DataError, match="is no set of prompts"):
+    with pytest.raises(UnknownNameError, match="column of samples of .* 'label'"):
         chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts_path=around["target"])
 
 
-def test_concepts_of_one_name_are_one(around: dict[str, Path], tmp_path: Path) -> None:
+def test_concepts_of_one_name_are_refused_or_one(around: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("red\nblue\nred\n")
     extract(open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "names", text=["tests.toy:open_toy"])
-    rows = chosen(around, tmp_path / "a.parquet", "rare-first", per_concept=4, concepts_path=tmp_path / "names")
+    path = tmp_path / "a.parquet"
+    with pytest.raises(DataError, match="1 of 2 concepts of .* stand twice, counted from 0: 'red'"):
+        chosen(around, path, "rare-first", per_concept=4, concepts_path=tmp_path / "names")
+    rows = chosen(around, path, "rare-first", per_concept=4, concepts_path=tmp_path / "names", joins_names=True)
     assert len(rows) == 8
 
 
