@@ -73,7 +73,8 @@ def main(*, quick: bool) -> None:
 def _compare(folder: Path, cache: Path, vectors: Vectors, truth: Ints, budget: str, python: Path | None) -> None:
     asked = {"embedcache": _ours(folder, cache, budget)}
     if python is not None:
-        asked["autofaiss"] = _theirs(folder, budget, python)
+        theirs = _theirs(folder, budget, python)
+        asked |= {} if theirs is None else {"autofaiss": theirs}
     rows = [[name, one.kind, *_figures(one, truth)] for name, one in asked.items()]
     title = f"{folder.name}, {len(vectors.rows):,} x {vectors.width}, memory {budget}"
     columns = ["", "kind", "recall@10", "ms a query", "ms in a batch", "build, s", "index, MB", "peak, GB"]
@@ -113,9 +114,13 @@ def _build(cache_path: Path, index_path: Path, budget: str) -> tuple[float, int]
     return time.perf_counter() - started, peak_memory_bytes()
 
 
-def _theirs(folder: Path, budget: str, python: Path) -> Asked:
+def _theirs(folder: Path, budget: str, python: Path) -> Asked | None:
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([python, _PEER, folder, budget, str(_K)], check=True, env=clean, stdout=subprocess.DEVNULL)
+    (folder / "answers.npz").unlink(missing_ok=True)
+    done = subprocess.run([python, _PEER, folder, budget, str(_K)], check=False, env=clean, capture_output=True)
+    if done.returncode:
+        say(f"autofaiss with {budget} failed: {''.join(done.stderr.decode().strip().splitlines()[-1:])}")
+        return None
     with np.load(folder / "answers.npz") as answers:
         return Asked(
             kind=str(answers["kind"]),
@@ -157,7 +162,7 @@ def _peer_environment(folder: Path) -> Path | None:
     python = folder / "bin" / "python"
     try:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
-        packages = ["autofaiss==2.18.0", "numpy<2", "pyarrow<20"]
+        packages = ["autofaiss==2.18.0", "faiss-cpu<1.11", "numpy<2", "pyarrow<20"]
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, capture_output=True)
     except subprocess.CalledProcessError as error:
         last = error.stderr.decode().strip().splitlines()[-1:]

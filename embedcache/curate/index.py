@@ -112,7 +112,8 @@ def build_index(
         progress: told about items.
 
     Raises:
-        SettingError: nothing fits the memory, or nothing that fits reaches the recall; says what would.
+        SettingError: nothing fits the memory, or nothing that fits reaches the recall; says what would. Or a factory
+            string and a memory.
         FingerprintError: the run was trained on another encoder's features, or the folder holds another index.
         PathError: the folder holds other things.
         UnfinishedError: the feature has missing chunks.
@@ -167,6 +168,10 @@ class _Wishes:
     def candidates(self, num_vectors: int, width: int) -> list[Configuration]:
         if self.factory is None:
             return fitting(num_vectors, width, self.memory_bytes)
+        if self.memory_bytes is not None:
+            raise SettingError(
+                f"the factory string {self.factory!r} says how large the index is; give it or a memory, not both"
+            )
         return [Configuration(factory=self.factory, memory_bytes=0, bits=0)]
 
 

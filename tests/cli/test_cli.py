@@ -83,7 +83,7 @@ def test_an_index_is_asked_with_everything_at_once(folder: Path) -> None:
     (folder / "queries.txt").write_text("red bar left on white\n\nblue bar top on red\n")
     (folder / "concepts.json").write_text(json.dumps({"red": ["red bar left on white", "red bar top on blue"]}))
     assert embedcache("extract", "prompts:concepts.json", "concepts", *TOY[2:], cwd=folder).returncode == 0
-    np.save(folder / "vectors.npy", np.eye(16, dtype=np.float16)[:2])
+    np.save(folder / "vectors.npy", np.eye(256, dtype=np.float16)[:2])
     picture = "photos/00007.png"
     asked = [
         "--queries",

@@ -158,5 +158,7 @@ def test_failed_items_are_not_in_an_index(tmp_path: Path) -> None:
 def test_mistakes_are_named(cache_path: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="FAISS cannot make an index 'HNS32' of width"):
         build_index(cache_path, tmp_path / "x", feature="open_toy/cls", factory="HNS32")
+    with pytest.raises(SettingError, match="'Flat' says how large the index is; give it or a memory, not both"):
+        build_index(cache_path, tmp_path / "x", feature="open_toy/cls", factory="Flat", memory_bytes=10**6)
     with pytest.raises(DataError, match="open_toy/patches has several vectors an item"):
         build_index(cache_path, tmp_path / "x", feature="open_toy/patches")
