@@ -82,11 +82,11 @@ class Counting:
 
     def merge(self, before: Tally, after: Tally) -> Tally:
         """Add the second to the first."""
-        before.num_items += after.num_items
-        before.num_covered += after.num_covered
-        before.counts += after.counts
-        before.assigned += after.assigned
-        before.shared += after.shared
+        before.num_items = before.num_items + after.num_items
+        before.num_covered = before.num_covered + after.num_covered
+        before.counts = before.counts + after.counts
+        before.assigned = before.assigned + after.assigned
+        before.shared = before.shared + after.shared
         before.best.merge(after.best)
         return before
 

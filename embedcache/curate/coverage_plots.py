@@ -53,7 +53,7 @@ def coverage_bars(names: Sequence[str], parts: Sequence[Counts], *, min_count: i
     if len(order) < len(names):
         axes.axhline(MOST_BARS // 2 - 0.5, color=SOFT, linewidth=1)
     if len(parts) > 1:
-        axes.legend(frameon=False, labelcolor=INK)
+        axes.legend(frameon=False, labelcolor=INK, loc="lower right")
     label(axes, f"items above the threshold; dashed: {min_count:,}, below are gaps")
     return svg(figure)
 

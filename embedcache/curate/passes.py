@@ -31,7 +31,10 @@ class Pass(Protocol[State]):
         ...
 
     def merge(self, before: State, after: State) -> State:
-        """Join the results of two neighbouring ranges of chunks; may change and return the first."""
+        """Join the results of two neighbouring ranges of chunks.
+
+        May change and return the first, but no array in place: those that come from Ray are read-only.
+        """
         ...
 
 

@@ -102,6 +102,19 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(np.array_equal(one, other) for one, other in zip(whole, tiled, strict=True))
 
 
+def test_results_that_cannot_be_written_are_merged() -> None:
+    """As Ray gives them."""
+    rng = np.random.default_rng(0)
+    concepts, vectors = small(rng, 4, 3), small(rng, 30, 3)
+    floors, near = look_at(concepts, vectors, 2).floors, np.zeros((4, 1), int)
+    work = Counting(concepts, thresholds_C=np.zeros(4, np.float32), floors_C=floors, near_CJ=near, k=2)
+    parts = [work.take(np.arange(start, start + 10), vectors[start : start + 10]) for start in (0, 10, 20)]
+    for array in (getattr(part, name) for part in parts for name in ("num_items", "counts", "assigned", "shared")):
+        array.flags.writeable = False
+    tally = reduce(work.merge, parts)
+    assert tally.counts[0].tolist() == (vectors @ concepts.T > 0).sum(axis=0).tolist()
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-3, 3), st.integers(0, 99)), unique_by=lambda x: x[2]))
 def test_the_best_do_not_depend_on_the_order_they_come_in(candidates: list[tuple[int, int, int]]) -> None:
     best, merged = Best(4, 2), Best(4, 2)
