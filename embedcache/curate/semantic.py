@@ -93,7 +93,7 @@ def find_near(
     """Find the pairs of items whose cosine is at least a limit.
 
     All pairs: every one, N² / 2 products, `4 N P` bytes of scratch. Else 2 √N clusters: nearly every one (measured),
-    about 40 N √N products at most, `2 N P` bytes of scratch in float16, whose rounding moves a cosine by 1e-5. Memory:
+    about 10 N √N products, `2 N P` bytes of scratch in float16, whose rounding moves a cosine by 1e-5. Memory:
     the scratch file's pages, which the system may drop, about 200 bytes an item, and the pairs (at most 20 million,
     0.5 GB). Deterministic for any number of workers.
 
