@@ -6,6 +6,7 @@ members of further clusters too, those whose border it is nearest to, and the pa
 drawn items with all.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,7 +151,8 @@ def assign(
     """Cut items into clusters; arguments and errors as of `find_near`."""
     rng = np.random.default_rng(seed)
     num_clusters = choose_num_clusters(len(rows_N))
-    training = vectors.read(np.sort(rng.permutation(rows_N)[: num_training(num_clusters)]))
+    drawn = np.sort(rng.permutation(rows_N)[: num_training(num_clusters)])
+    training = copy.copy(vectors).read(drawn)  # a copy opens anew, and its maps of the whole feature go with it
     _check(training, vectors)
     centroids_KP = fit_centroids(training, num_clusters, seed=seed)
     work = Assign(centroids_KP, cosine, _MOST_VISITS, _mask(rows_N, vectors))
