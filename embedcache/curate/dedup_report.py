@@ -34,8 +34,9 @@ def how_compared(compared: Compared) -> str:
         return f"{what}; {copies}"
     if near.recall is None:
         return f"{what}; {copies}; every pair was compared"
-    found = f"{near.recall.num_found:,} of the {near.recall.num_pairs:,} pairs that {near.recall.num_items:,} drawn"
-    return f"{what}; {copies}; {near.num_clusters:,} clusters, which find {found} ones are in"
+    recall = near.recall
+    found = f"{recall.num_found:,} of the {recall.num_pairs:,} pairs of {recall.num_items:,} drawn items were found"
+    return f"{what}; {copies}; {near.num_clusters:,} clusters: {found}"
 
 
 def bars(compared: Compared) -> list[str]:

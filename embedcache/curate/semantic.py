@@ -6,6 +6,7 @@ members of further clusters too, those whose border it is nearest to, and the pa
 drawn items with all.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def find_near(
     """Find the pairs of items whose cosine is at least a limit.
 
     All pairs: every one, N² / 2 products, `4 N P` bytes of scratch. Else 2 √N clusters: nearly every one (measured),
-    about 40 N √N products at most, `2 N P` bytes of scratch in float16, whose rounding moves a cosine by 1e-5. Memory:
+    about 10 N √N products, `2 N P` bytes of scratch in float16, whose rounding moves a cosine by 1e-5. Memory:
     the scratch file's pages, which the system may drop, about 200 bytes an item, and the pairs (at most 20 million,
     0.5 GB). Deterministic for any number of workers.
 
@@ -150,7 +151,8 @@ def assign(
     """Cut items into clusters; arguments and errors as of `find_near`."""
     rng = np.random.default_rng(seed)
     num_clusters = choose_num_clusters(len(rows_N))
-    training = vectors.read(np.sort(rng.permutation(rows_N)[: num_training(num_clusters)]))
+    drawn = np.sort(rng.permutation(rows_N)[: num_training(num_clusters)])
+    training = copy.copy(vectors).read(drawn)  # a copy opens anew, and its maps of the whole feature go with it
     _check(training, vectors)
     centroids_KP = fit_centroids(training, num_clusters, seed=seed)
     work = Assign(centroids_KP, cosine, _MOST_VISITS, _mask(rows_N, vectors))
