@@ -1,7 +1,7 @@
 """An index chosen by memory, built and asked, beside autofaiss 2.18 with the same memory, vectors and queries.
 
 Two sets: vectors in clusters (`benchmarks/clusters.py`), a million, or as many as the variable
-EMBEDCACHE_BENCH_VECTORS says; and 144,824 sentences, CuPL's prompts for ImageNet by wordllama, asked with
+EMBEDCACHE_BENCH_VECTORS says; and 150,000 sentences, CuPL's prompts for ImageNet by wordllama, asked with
 `a photo of a …`.
 No query is in an index, and neither tool saw any. A build is a process of its own, training and tuning included.
 autofaiss needs numpy<2, so the benchmark makes it an environment of its own, and leaves it out where pip cannot; the
