@@ -61,6 +61,9 @@ class Counting:
         self._thresholds_C, self._floors_C = thresholds_C, floors_C
         self._lower_C = np.minimum(thresholds_C, floors_C)
         self._near_CJ, self._k, self._is_selected_N = near_CJ, k, is_selected_N
+        # Kept from tile to tile: new memory of this size comes from the system page by page.
+        self._sims_BC: Floats = np.empty((0, len(concepts_CP)), np.float32)
+        self._mask_BC: Bools = np.empty((0, len(concepts_CP)), bool)
 
     def take(self, rows_B: Ints, vectors_BP: Floats) -> Tally:
         """Count a chunk."""
@@ -74,10 +77,14 @@ class Counting:
             best=Best(num_concepts, self._k),
         )
         size = _even(len(rows_B), max(_FEWEST_ROWS, _TILE // num_concepts))
-        sims_BC = np.empty((size, num_concepts), np.float32)
+        if len(self._sims_BC) < size:
+            self._sims_BC = np.empty((size, num_concepts), np.float32)
+            self._mask_BC = np.empty((size, num_concepts), bool)
         for tile in blocks(len(rows_B), size):
-            out_BC = sims_BC[: tile.stop - tile.start]
-            self._add(tally, rows_B[tile], np.matmul(vectors_BP[tile], self._columns_PC, out=out_BC))
+            sims_BC, mask_BC = self._sims_BC[: tile.stop - tile.start], self._mask_BC[: tile.stop - tile.start]
+            np.matmul(vectors_BP[tile], self._columns_PC, out=sims_BC)
+            np.greater_equal(sims_BC, self._lower_C, out=mask_BC)
+            self._add(tally, rows_B[tile], sims_BC, mask_BC)
         return tally
 
     def merge(self, before: Tally, after: Tally) -> Tally:
@@ -90,8 +97,7 @@ class Counting:
         before.best.merge(after.best)
         return before
 
-    def _add(self, tally: Tally, rows_B: Ints, sims_BC: Floats) -> None:
-        mask_BC = sims_BC >= self._lower_C
+    def _add(self, tally: Tally, rows_B: Ints, sims_BC: Floats, mask_BC: Bools) -> None:
         found = np.flatnonzero(mask_BC)
         items, concepts = np.divmod(found, len(self._lower_C))
         scores = sims_BC.ravel()[found]

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Floats, Inputs, Ints, normalize
+from embedcache.arrays import Array, Floats, Inputs, Ints, blocks, normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.side import SideFeature, open_side
 from embedcache.errors import DataError
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project
+
+_BLOCK = 256
 
 
 class Vectors:
@@ -98,8 +100,16 @@ class Vectors:
 
     def _unit(self, inputs: Inputs) -> Floats:
         if self._pair is None:
-            return normalize(inputs.values)
+            return _normalized(inputs.values)
         return project(self._pair.image if self.modality == "image" else self._pair.text, inputs)
+
+
+def _normalized(values_BD: Array) -> Floats:
+    """Do as `normalize`, some rows at a time: whole chunks would take new memory from the system for each step."""
+    unit_BD = np.empty(values_BD.shape, np.float32)
+    for block in blocks(len(values_BD), _BLOCK):
+        unit_BD[block] = normalize(values_BD[block])
+    return unit_BD
 
 
 def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | None) -> SideFeature:
