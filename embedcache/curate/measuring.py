@@ -135,7 +135,10 @@ def tune(index: RowIndex, questions: Questions, target: float) -> dict[str, int]
     """Find the least effort that reaches a recall; where none does, that of the best, or of the first near the best."""
     best: tuple[float, dict[str, int]] = (-1.0, {})
     recalls: list[float] = []
-    for effort in efforts(index):
+    choices = efforts(index)
+    if len(choices) == 1:
+        return choices[0]
+    for effort in choices:
         recalls.append(questions.recall(questions.ask(index, effort), questions.k))
         best = max(best, (recalls[-1], effort), key=lambda pair: pair[0])
         if recalls[-1] >= target or _is_flat(recalls, num_steps=6 if index.is_refined else 2):
