@@ -7,6 +7,7 @@ Writes docs/benchmarks/curation.md and .svg. What is in the folder already is us
 """
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,61 +26,61 @@ from embedcache.train.options import settings_of
 from embedcache.train.train import train_on
 from pipelines.noisy_openmoji import CLOSED, NOTES, make_caches, make_cut
 
-SEEDS, BUDGETS = (0, 1, 2, 3, 4), (300, 600, 1200)
-PAGE = Path("docs/benchmarks/curation.md")
+SEEDS, BUDGETS, PAGE = (0, 1, 2, 3, 4), (300, 600, 1200), Path("docs/benchmarks/curation.md")
 BY_CONCEPTS, ENGLISH = ("top-score", "rare-first", "metaclip"), "random of the English"
 METHODS: dict[str, dict[str, Any]] = {
-    **{name: {} for name in ("random", "top-score", "clip-score", "rare-first", "k-centre")},
+    **{name: {} for name in ("random", "top-score", "clip-score", "rare-first", "k-centre", ENGLISH)},
     "metaclip": {"threshold": 0.4},
     "hierarchical": {"clusters": (100, 10)},
-    ENGLISH: {},
 }
 
 
-def choose(workdir: Path, name: str, budget: int, seed: int) -> float:
-    """Select from the training part of one cut, and say what share of it is English."""
-    method = "random" if name == ENGLISH else name
-    cut = workdir / f"cut-{seed}"
-    path = cut / f"{name}-{budget}.parquet"
-    select(
-        workdir / "pool",
-        path,
-        method,
-        settings=SelectSettings(budget=budget, seed=seed, **METHODS[name]),
-        concepts_path=workdir / "concepts" if method in BY_CONCEPTS else None,
-        joins_names=True,  # two names of ImageNet stand twice
-        run_path=cut / "scorer" if method == "clip-score" else None,
-        within=cut / ("english.parquet" if name == ENGLISH else "training.parquet"),
-    )
-    return combine(workdir / "pool", cut / "both.parquet", path, "and", cut / "english.parquet") / budget
+def choose(workdir: Path, name: str, budget: int, seed: int) -> None:
+    """Select from the training part of one cut."""
+    method, cut = ("random" if name == ENGLISH else name), workdir / f"cut-{seed}"
+    given: dict[str, Any] = {
+        "concepts_path": workdir / "concepts" if method in BY_CONCEPTS else None,
+        "joins_names": True,  # two names of ImageNet stand twice
+        "run_path": cut / "scorer" if method == "clip-score" else None,
+        "within": cut / ("english.parquet" if name == ENGLISH else "training.parquet"),
+    }
+    settings = SelectSettings(budget=budget, seed=seed, **METHODS[name])
+    select(workdir / "pool", cut / f"{name}-{budget}.parquet", method, settings=settings, **given)
 
 
-def measure(workdir: Path, data: TrainData, name: str, budget: int) -> Method:
-    """Select, train and evaluate with every seed."""
-    shares = [choose(workdir, name, budget, seed) for seed in SEEDS]
-    cut = workdir / "cut-{seed}"
-    recipe = {**CLOSED, "split": str(cut / "split.parquet"), "selection": str(cut / f"{name}-{budget}.parquet")}
-    runs = [workdir / f"cut-{seed}" / f"{name}-{budget}" for seed in SEEDS]
-    for seed, run in zip(SEEDS, runs, strict=True):
-        train_on(data, run, settings_of({**recipe, "seed": seed}))
-    report = evaluate_retrieval(workdir / "pool", runs, language="en")
-    classified = evaluate_zero_shot(workdir / "pool", runs, workdir / "groups", compares=False)
+def measure(workdir: Path, data: TrainData, group: str, name: str, file: str) -> Method:
+    """Train on a selection of every cut and evaluate; count its English pairs."""
+    cuts, pool = [workdir / f"cut-{seed}" for seed in SEEDS], workdir / "pool"
+    both = [
+        combine(pool, cut / "both.parquet", cut / f"{file}.parquet", "and", cut / "english.parquet") for cut in cuts
+    ]
+    paths = {
+        option: f"{workdir}/cut-{{seed}}/{one}.parquet" for option, one in (("split", "split"), ("selection", file))
+    }
+    for seed, run in zip(SEEDS, runs := [cut / file for cut in cuts], strict=True):
+        train_on(data, run, settings_of({**CLOSED, **paths, "seed": seed}))
+    report = evaluate_retrieval(pool, runs, language="en")
+    classified = evaluate_zero_shot(pool, runs, workdir / "groups", compares=False)
     accuracy = format_estimate(classified.accuracies["mean_per_class_recall"])
-    about = {"English": f"{np.mean(shares):.0%}", "9 classes": accuracy}
-    say(f"{budget} {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}, {about}")
-    return Method(group=f"{budget:,}", name=name, about=about, report=report)
+    say(f"{group} {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}, classes {accuracy}")
+    about = {"English pairs": f"{np.mean(both):,.0f}", "9 classes": accuracy}
+    return Method(group=group, name=name, about=about, report=report)
 
 
 def main() -> None:
-    """Make the pool, measure every method at every budget, write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Make the pool, measure every method at every budget and all there is, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdir", type=Path)
     workdir = parser.parse_args().workdir
     make_caches(workdir)
     for seed in SEEDS:
         make_cut(workdir, seed)
+        for name, budget in product(METHODS, BUDGETS):
+            choose(workdir, name, budget, seed)
     data = open_data(workdir / "pool", image=None, text=None, memory_gb=1)
-    methods = [measure(workdir, data, name, budget) for budget in BUDGETS for name in METHODS]
+    rows = [(f"{budget:,}", name, f"{name}-{budget}") for budget in BUDGETS for name in METHODS]
+    rows += [("all", "everything", "training"), ("all", "the English", "english")]
+    methods = [measure(workdir, data, *row) for row in rows]
     write_comparison(PAGE, methods, title="Selecting from a noisy pool", notes=NOTES)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.arrays import Ints
 from embedcache.cache.cache import Cache
 from embedcache.cache.selection import Selection, write_selection
 from embedcache.cache.split import read_split, spread_split, swap_parts, write_split
@@ -27,13 +26,12 @@ NOTES = (
     "Made by `python -m pipelines.curate_concepts work/` on 2 CPU cores. The pool is 7,656 pairs of an OpenMoji "
     "picture and its name in English, German, Arabic or Chinese, under EfficientNet-Lite0 and MiniLM, which reads "
     "English: most pairs are noise, as in a crawl. Five seeds, five strict cuts by picture; each method selects 300, "
-    "600 or 1,200 of some 5,000 training pairs, a linear CCA is fitted on them, and it is tested on English pairs held "
-    "out.",
+    "600 or 1,200 of some 5,000 training pairs, a linear CCA is fitted on them, and tested on English pairs held out.",
     "`top-score`, `rare-first` (the paper's) and `metaclip` (matches at cosine .4) compare captions with the names of "
-    "ImageNet's 1,000 classes. `clip-score` uses a CCA of the 190 English pairs of validation, which no other method "
-    "sees. `hierarchical` (100 clusters under 10) and `k-centre` look at images alone. 'Random of the English' knows "
-    "the language: a perfect filter. 'English' is the share of English pairs selected; '9 classes' the mean accuracy "
-    "over Unicode's groups of emoji, zero-shot, by their bare names (chance .111).",
+    "ImageNet's 1,000 classes. `clip-score` uses a CCA of validation's 190 English pairs, which no other method sees. "
+    "`hierarchical` (100 clusters under 10) and `k-centre` look at images alone. 'Random of the English' is a perfect "
+    "filter. 'English pairs' are those selected; '9 classes' is the mean accuracy over Unicode's groups of emoji, "
+    "zero-shot, by their bare names (chance .111).",
 )
 
 
@@ -70,10 +68,7 @@ def make_cut(workdir: Path, seed: int) -> Path:
     write_split(cut / "split.parquet", split)
     rows = split.rows("train")
     is_english = np.array(pool.samples["language"].to_pylist())[rows] == "en"
-    _write(cut / "training.parquet", pool, rows)
-    _write(cut / "english.parquet", pool, rows[is_english])
+    for name, kept in (("training", rows), ("english", rows[is_english])):
+        selection = Selection(rows=kept, reasons=["of the training part"] * len(kept))
+        write_selection(cut / f"{name}.parquet", pool, selection, {})
     return cut
-
-
-def _write(path: Path, pool: Cache, rows: Ints) -> None:
-    write_selection(path, pool, Selection(rows=rows, reasons=["training part"] * len(rows)), {})

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedcache.arrays import Array, Floats, Inputs, blocks, check_finite, normalize
-from embedcache.artifact import check_same
 from embedcache.cache.cache import Cache
 from embedcache.cache.side import inputs_of
+from embedcache.curate.concepts import open_concepts
 from embedcache.curate.index import IndexCard
 from embedcache.curate.vectors import Vectors
 from embedcache.encoders.contract import Modality
@@ -150,27 +150,11 @@ class Asker:
         return self.indexed.read(rows[found])
 
     def _of_concepts(self, names: Sequence[str], path: Path | str) -> Floats:
-        self._require("text")
-        prompts = Vectors(path, "text", self._card.feature if self._run is None else None, self._run_path)
-        if self._run is None:
-            check_same(
-                f"the index's feature {self._card.feature}",
-                self._card.fingerprint,
-                prompts.side.fingerprint,
-                next_step=f"extract the prompts again with: --text {self._card.spec}",
-            )
-        column = "class" if "class" in prompts.cache.columns else "key"
-        known = [str(name) for name in prompts.cache.samples[column].to_pylist()]
-        samples = prompts.cache.items("text")["sample"].to_numpy()[prompts.rows]
-        means = []
+        concepts = open_concepts(Cache(path), self.indexed)
         for name in names:
-            if name not in known:
-                raise unknown_name(f"concept in {path}", name, known)
-            rows = prompts.rows[samples == known.index(name)]
-            if not len(rows):
-                raise DataError(f"concept {name!r} of {path} has no prompt that was encoded")
-            means.append(prompts.read(rows).mean(axis=0, dtype=np.float64))
-        return normalize(np.stack(means))
+            if name not in concepts.names:
+                raise unknown_name(f"concept in {path}", name, concepts.names)
+        return concepts.vectors[[concepts.names.index(name) for name in names]]
 
     def _given(self, vectors_QP: Array) -> Floats:
         if vectors_QP.ndim != 2 or vectors_QP.shape[1] != self._card.width:

@@ -198,7 +198,7 @@ def test_a_plain_index_of_texts_takes_concepts_of_its_encoder_only(
     (hits,) = search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=concepts), k=1)
     assert hits[0].captions == ["blue bar top on white"]
     extract(open_source(f"prompts:{concepts.parent / 'concepts.json'}"), tmp_path / "other", text=[f"{TEXT},scale=2"])
-    with pytest.raises(FingerprintError, match="extract the prompts again with: --text tests.toy:open_toy"):
+    with pytest.raises(FingerprintError, match="extract the concepts with the pool's encoder: --text tests.toy"):
         search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=tmp_path / "other"))
 
 
@@ -215,7 +215,7 @@ def test_mistakes_of_queries_are_named(
         search(index_path, Queries(vectors=np.full((2, 16), np.nan)))
     with pytest.raises(UnknownNameError, match="unknown concept in .* 'rad'; did you mean 'red'"):
         search(index_path, Queries(concepts=["rad"], concept_cache=concepts))
-    with pytest.raises(DataError, match="plain image feature open_toy/cls, which no text can be compared with"):
+    with pytest.raises(DataError, match="plain image feature open_toy/cls cannot be compared with prompts"):
         search(labelled_index, Queries(concepts=["red"], concept_cache=concepts))
     (tmp_path / "v.npy").write_bytes(b"no array")
     with pytest.raises(CorruptError, match=r"v\.npy is no \.npy file of numbers"):

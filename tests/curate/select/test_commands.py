@@ -1,0 +1,87 @@
+"""The commands, as a user types them."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from embedcache.cache.cache import Cache
+from embedcache.cache.selection import read_selection
+from embedcache.cli.main import main
+from tests.curate.select.conftest import FEATURES
+
+Command = Callable[[str], tuple[object, str, str]]
+
+
+@pytest.fixture
+def command(
+    around: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Command:
+    """Run a command in a folder where `cache`, `concepts`, `target` and `run` are: exit status, output, errors."""
+    for name, path in around.items():
+        (tmp_path / name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["embedcache", "curate", *line.format(**FEATURES).split()])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        shown = capsys.readouterr()
+        return stopped.value.code, shown.out, shown.err
+
+    return run
+
+
+def test_select_combine_sample_and_export(command: Command, tmp_path: Path) -> None:
+    for line, expected in (
+        (
+            "select cache a.parquet --method rare-first --concepts concepts --per-concept 9 --feature {text}",
+            "36 of 300",
+        ),
+        ("select cache b.parquet --method metaclip --concepts concepts --budget 20% --feature {text}", "60 of 300"),
+        ("select cache c.parquet --method hierarchical --budget 50 --clusters 20,4 --feature {image}", "50 of 300"),
+        (
+            "select cache d.parquet --method image-based --target target --clusters 9 --feature {image}",
+            "of 300 samples",
+        ),
+        ("select cache e.parquet --method clip-score --projected run --threshold -1", "300 of 300 samples (100.0%)"),
+        ("combine cache f.parquet e.parquet minus a.parquet", "f.parquet: 264 samples"),
+        ("sample cache g.parquet f.parquet 5 --seed 2", "g.parquet: 5 samples"),
+        ("export cache g.parquet keys.txt", "keys.txt: 5 samples"),
+        ("export cache g.parquet shards --format webdataset", "shards: 5 samples"),
+    ):
+        code, out, err = command(line)
+        assert code == 0, err
+        assert expected in out, line
+    kept = read_selection(tmp_path / "keys.txt", [Cache("cache")])
+    assert kept.tolist() == read_selection(tmp_path / "g.parquet", [Cache("cache")]).tolist()
+    assert (tmp_path / "shards" / "00000.tar").is_file()
+
+
+MISTAKES = [
+    ("select cache a.parquet --method rndom --budget 3", "did you mean 'random'"),
+    ("select cache a.parquet --method random --budget many", "'many' is no number; write it as 1000, or as 10%"),
+    ("select cache a.parquet --method random --budget 400 --feature {image}", "budget is 400, and the pool has 300"),
+    ("select cache a.parquet --method random --budget 200% --feature {image}", "at most 1 (100%)"),
+    ("select cache a.parquet --method hierarchical --budget 3 --clusters 5,x", "'5,x' are no numbers"),
+    ("select cache a.parquet --method metaclip --budget 3", "needs --concepts CACHE"),
+    ("select cache a.parquet --method random --per-concept 3", "does not look at --per-concept; it takes --budget"),
+    (
+        "select cache a.parquet --method random --budget 3 --within none.txt --feature {image}",
+        "none.txt does not exist",
+    ),
+    ("combine cache a.parquet x.parquet and y.parquet", "x.parquet does not exist"),
+    ("export cache keys.txt uids.npy --format datacomp", "keys.txt does not exist"),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), MISTAKES)
+def test_a_mistake_is_one_line(command: Command, line: str, expected: str) -> None:
+    code, _, err = command(line)
+    assert code == 1
+    (told,) = [part for part in err.splitlines() if part.startswith("error: ")]
+    assert expected in told
