@@ -121,6 +121,22 @@ def test_all_pairs_are_those_of_brute_force(tmp_path: Path) -> None:
     assert len(near.links.left) > 500
 
 
+@pytest.mark.slow
+def test_fifty_thousand_are_compared_as_brute_force_does(tmp_path: Path) -> None:
+    vectors = made_vectors(semantic.ALL_PAIRS_LIMIT, 1, width=32, noise=0.2)
+    opened = write_vectors(tmp_path / "cache", vectors, chunk_size=2048)
+    near = find_near(opened, np.arange(len(vectors)), [LIMIT], scratch=tmp_path)
+    keys = [np.empty(0, np.int64)]
+    for start in range(0, len(vectors), 1000):
+        one, other = np.nonzero(vectors[start : start + 1000] @ vectors.T >= LIMIT + 1e-6)
+        is_above = one + start < other
+        keys.append((one[is_above] + start) * len(vectors) + other[is_above])
+    found = near.links.left * len(vectors) + near.links.right
+    assert near.num_clusters == 1
+    assert np.isin(np.concatenate(keys), found).all()
+    assert (near.links.cosines < LIMIT + 2e-6).sum() >= len(found) - sum(map(len, keys))
+
+
 def test_the_recall_is_that_of_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(semantic, "_MOST_VISITS", 0)  # as SemDeDup: pairs that a border cuts are missed
     vectors = made_vectors(2000, 5, width=8, noise=0.12)
