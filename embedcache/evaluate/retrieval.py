@@ -77,7 +77,7 @@ class RetrievalReport:
     language: str | None
     recalls: dict[str, dict[str, Estimate]]
     orders: dict[str, dict[str, Estimate]]
-    curves: dict[str, Array]
+    curves: dict[str, list[float]]
     chance: dict[str, dict[str, Estimate]]
     by_seed: list[float]
     num_images: list[int]
@@ -202,11 +202,10 @@ def _recalls(rankings: Sequence[Ranking], way: str) -> dict[str, Estimate]:
     return {f"r@{k}": estimate for k, estimate in zip(KS, estimates, strict=True)}
 
 
-def _curve(rankings: Sequence[Ranking], way: str) -> Array:
+def _curve(rankings: Sequence[Ranking], way: str) -> list[float]:
     ranks = np.concatenate([ranking.ranks[way] for ranking in rankings])
     num_candidates = max(len(ranking.texts if way == "i2t" else ranking.images) for ranking in rankings)
-    curve: Array = np.array([np.mean(ranks <= k) for k in range(1, min(_MOST_K, num_candidates) + 1)])
-    return curve
+    return [float(np.mean(ranks <= k)) for k in range(1, min(_MOST_K, num_candidates) + 1)]
 
 
 def _orders(rankings: Sequence[Ranking], way: str) -> dict[str, Estimate]:
