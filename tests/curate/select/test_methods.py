@@ -246,3 +246,9 @@ def test_each_next_one_is_the_farthest_from_those_before(seed: int) -> None:
         nearest = (vectors @ vectors[chosen[:number]].T).max(axis=1)
         nearest[chosen[:number]] = np.inf
         assert nearest[chosen[number]] == pytest.approx(nearest.min(), abs=1e-6)
+
+
+def test_copies_are_taken_once_each() -> None:
+    chosen, cosines = farthest_first(np.tile(np.array([[1, 0]], np.float32), (5, 1)), 5)
+    assert sorted(chosen.tolist()) == list(range(5))
+    assert cosines[1:].tolist() == [1, 1, 1, 1]
