@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints
-from embedcache.curate.faiss_index import import_faiss
+from embedcache.curate.faiss_index import spherical_kmeans
 
 _ITERATIONS = 10
 _ROUNDING = 1e-4
@@ -36,20 +36,8 @@ def fit_centroids(training_SP: Floats, num_clusters: int, *, seed: int) -> Float
     Raises:
         MissingExtraError: faiss is not installed.
     """
-    faiss = import_faiss()
     count = min(num_clusters, len(training_SP))
-    kmeans = faiss.Kmeans(
-        training_SP.shape[1],
-        count,
-        niter=_ITERATIONS,
-        spherical=True,
-        seed=seed,
-        min_points_per_centroid=1,
-        max_points_per_centroid=_TRAINING_EACH,
-    )
-    kmeans.train(np.ascontiguousarray(training_SP))
-    centroids_KP: Floats = kmeans.centroids
-    return centroids_KP
+    return spherical_kmeans(training_SP, count, seed=seed, iterations=_ITERATIONS, most_each=_TRAINING_EACH)
 
 
 @dataclass(frozen=True, kw_only=True)

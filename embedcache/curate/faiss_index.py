@@ -225,6 +225,33 @@ def num_gpus() -> int:
     return int(getattr(import_faiss(), "get_num_gpus", lambda: 0)())
 
 
+def spherical_kmeans(vectors_NP: Floats, num_clusters: int, *, seed: int, iterations: int, most_each: int) -> Floats:
+    """Cluster vectors by cosine: (K, P) float32 centroids.
+
+    Args:
+        vectors_NP: (N, P) float32 rows of length 1, at least K.
+        num_clusters: K.
+        seed: of the first centroids.
+        iterations: of Lloyd's algorithm.
+        most_each: vectors a cluster that are looked at, drawn where there are more.
+
+    Raises:
+        MissingExtraError: FAISS is not installed.
+    """
+    kmeans = import_faiss().Kmeans(
+        vectors_NP.shape[1],
+        num_clusters,
+        niter=iterations,
+        spherical=True,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=most_each,
+    )
+    kmeans.train(np.ascontiguousarray(vectors_NP))
+    centroids_KP: Floats = kmeans.centroids
+    return centroids_KP
+
+
 def import_faiss() -> Any:
     """Import faiss.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, normalize
-from embedcache.curate.faiss_index import import_faiss
+from embedcache.curate.faiss_index import spherical_kmeans
 from embedcache.errors import SettingError
 
 _ITERATIONS = 20
@@ -39,17 +39,11 @@ def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Float
     """
     if num_clusters > len(vectors_NP):
         raise SettingError(f"{num_clusters:,} clusters of {len(vectors_NP):,} vectors; give fewer --clusters")
-    kmeans = import_faiss().Kmeans(
-        vectors_NP.shape[1],
-        num_clusters,
-        niter=_ITERATIONS,
-        seed=seed % 2**31,
-        spherical=True,
-        min_points_per_centroid=1,
-        max_points_per_centroid=_POINTS_A_CENTROID,
+    return normalize(
+        spherical_kmeans(
+            vectors_NP, num_clusters, seed=seed % 2**31, iterations=_ITERATIONS, most_each=_POINTS_A_CENTROID
+        )
     )
-    kmeans.train(np.ascontiguousarray(vectors_NP))
-    return normalize(kmeans.centroids)
 
 
 def nearest(blocks: Iterable[Floats], centroids_CP: Floats) -> Ints:
