@@ -20,9 +20,9 @@ from benchmarks.table import median_rates
 from embedcache.arrays import Floats, normalize
 from embedcache.cache.cache import Cache
 from embedcache.cli.console import say, show_table
-from embedcache.curate.background import SAMPLE, look_at
 from embedcache.curate.concepts import open_concepts
-from embedcache.curate.counting import Counting
+from embedcache.curate.coverage.background import SAMPLE, look_at
+from embedcache.curate.coverage.counting import Counting
 from embedcache.curate.passes import run_pass
 from embedcache.curate.vectors import Vectors
 from embedcache.metrics.neighbours import nearest

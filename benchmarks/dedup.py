@@ -25,7 +25,7 @@ from embedcache.cache.group import add_feature, create_group
 from embedcache.cache.spine import index
 from embedcache.cache.writing import commit_chunk
 from embedcache.cli.console import say, show_table
-from embedcache.curate.semantic import Near, find_near
+from embedcache.curate.duplicates.semantic import Near, find_near
 from embedcache.curate.vectors import Vectors
 from embedcache.sources.contract import ImageItem, Sample
 

@@ -25,8 +25,8 @@ from embedcache.arrays import Floats, Ints, normalize
 from embedcache.artifact import peak_memory_bytes
 from embedcache.cache.cache import Cache
 from embedcache.cli.console import read_size, say, show_table
-from embedcache.curate.faiss_index import exact_search, read_index
-from embedcache.curate.index import build_index, read_card
+from embedcache.curate.indexes.faiss_index import exact_search, read_index
+from embedcache.curate.indexes.index import build_index, read_card
 from embedcache.curate.vectors import Vectors
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source

@@ -15,8 +15,8 @@ import pyarrow as pa
 from embedcache.arrays import Array, Floats, mean_directions
 from embedcache.cache.cache import Cache
 from embedcache.cli.console import show_table
-from embedcache.curate.background import SAMPLE, look_at
 from embedcache.curate.concepts import MOST_EXAMPLES, open_concepts
+from embedcache.curate.coverage.background import SAMPLE, look_at
 from embedcache.curate.vectors import Vectors
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from embedcache.cache.split_settings import SplitSettings
 from embedcache.cli.console import open_progress, say, show_table
-from embedcache.curate.index import build_index
+from embedcache.curate.indexes.index import build_index
 from embedcache.encoders.contract import EncoderSettings
 from embedcache.evaluate.report import retrieval_rows
 from embedcache.evaluate.retrieval import evaluate_retrieval

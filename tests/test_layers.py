@@ -11,7 +11,7 @@ PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
     {"arrays", "registry", "progress"},
-    {"paths"},
+    {"paths", "ray_cluster"},
     {"disk"},
     {"metrics", "artifact"},
     {"sources", "encoders", "projectors"},
@@ -28,7 +28,7 @@ DOORS = {
     "zarr": {"cache"},
     "google_crc32c": {"cache"},
     "upath": {"paths"},
-    "ray": {"curate", "extract"},
+    "ray": {"ray_cluster"},
     "datasets": {"sources"},
     "faiss": {"curate"},
     "timm": {"encoders"},

@@ -4,7 +4,6 @@ A pass is a pure function of a chunk and an associative merge of what it gives. 
 the order of the chunks, so that any number of workers gives the same bits.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,8 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from embedcache.arrays import Floats, Ints
 from embedcache.curate.vectors import Vectors
-from embedcache.errors import EmbedcacheError
 from embedcache.progress import Progress, Silent
-from embedcache.registry import require
+from embedcache.ray_cluster import connected
 
 Engine: TypeAlias = Literal["local", "ray"]
 State = TypeVar("State")
@@ -95,17 +93,10 @@ def _take(vectors: Vectors, work: Pass[State], chunk: int) -> tuple[int, State]:
 
 def _on_ray(vectors: Vectors, work: Pass[State], address: str | None) -> Iterator[tuple[int, State]]:
     """Give the parts in the order of the chunks; a task whose machine is lost is run again by Ray."""
-    ray = require("ray", extra="ray")
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        _connect(ray, address)
-    try:
+    with connected(address) as ray:
         shared = ray.put(vectors), ray.put(work)
         task = ray.remote(num_cpus=1, max_retries=-1)(_take)
         yield from _in_order(ray, lambda chunk: task.remote(*shared, chunk), vectors.num_chunks)
-    finally:
-        if is_ours:
-            ray.shutdown()
 
 
 def _in_order(ray: Any, start: Callable[[int], Any], num_chunks: int) -> Iterator[Any]:
@@ -117,11 +108,3 @@ def _in_order(ray: Any, start: Callable[[int], Any], num_chunks: int) -> Iterato
             yield ray.get(running.popleft())
     while running:
         yield ray.get(running.popleft())
-
-
-def _connect(ray: Any, address: str | None) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False)
-    except ConnectionError as error:
-        raise EmbedcacheError(f"no Ray cluster at {address}: {error}; start one with: ray start --head") from error

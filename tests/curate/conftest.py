@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.curate.index import build_index
+from embedcache.curate.indexes.index import build_index
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source

@@ -9,8 +9,8 @@ import pytest
 from embedcache.cache.cache import Cache
 from embedcache.cache.split_settings import SplitSettings
 from embedcache.cache.tables import read_table
-from embedcache.curate.index import build_index
-from embedcache.curate.search import search
+from embedcache.curate.indexes.index import build_index
+from embedcache.curate.indexes.search import search
 from embedcache.errors import FingerprintError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.retry import retry_failed

@@ -30,10 +30,10 @@ def coverage(
     """Count the items of a pool for each of many concepts, exactly."""
     from embedcache.artifact import write_json
     from embedcache.cli.console import open_progress, say, show_table
-    from embedcache.curate.coverage import CoverageSettings, measure_coverage
-    from embedcache.curate.coverage_page import write_coverage
-    from embedcache.curate.coverage_plots import largest_first
-    from embedcache.curate.coverage_report import concept_rows, coverage_json, overlap_rows, summary_rows
+    from embedcache.curate.coverage.coverage import CoverageSettings, measure_coverage
+    from embedcache.curate.coverage.page import write_coverage
+    from embedcache.curate.coverage.plots import largest_first
+    from embedcache.curate.coverage.report import concept_rows, coverage_json, overlap_rows, summary_rows
 
     report = measure_coverage(
         cache,

@@ -38,9 +38,9 @@ def dedup(
     """Find copies and near-duplicates: look at the histogram first, then choose a cosine."""
     from embedcache.artifact import write_json
     from embedcache.cli.console import open_progress, say, show_table
-    from embedcache.curate import dedup as stage
-    from embedcache.curate.dedup_page import write_dedup, write_look
-    from embedcache.curate.dedup_report import bars, dedup_line, how_compared, level_rows, look_json
+    from embedcache.curate.duplicates import dedup as stage
+    from embedcache.curate.duplicates.dedup_page import write_dedup, write_look
+    from embedcache.curate.duplicates.dedup_report import bars, dedup_line, how_compared, level_rows, look_json
 
     settings = stage.DedupSettings(
         modality=stage.one_modality(image, text),

@@ -24,9 +24,9 @@ def leaks(
     """Find what of a test cache is in a training cache: copies, and near-duplicates by cosine."""
     from embedcache.artifact import write_json
     from embedcache.cli.console import open_progress, say, show_table
-    from embedcache.curate.leaks import find_leaks, write_clean
-    from embedcache.curate.leaks_page import write_leaks
-    from embedcache.curate.leaks_report import leak_rows, line, notes, pair_rows, worst_pairs
+    from embedcache.curate.duplicates.leaks import find_leaks, write_clean
+    from embedcache.curate.duplicates.leaks_page import write_leaks
+    from embedcache.curate.duplicates.leaks_report import leak_rows, line, notes, pair_rows, worst_pairs
 
     found = find_leaks(
         train,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, normalize
-from embedcache.curate.faiss_index import spherical_kmeans
+from embedcache.curate.indexes.faiss_index import spherical_kmeans
 from embedcache.errors import SettingError
 
 _ITERATIONS = 20

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from embedcache.arrays import Floats, Ints
-from embedcache.curate.select.best import cosines
+from embedcache.curate.select.best_samples import cosines
 
 _WORD = re.compile(r"\w+")
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.cache.selection import Selection
-from embedcache.curate.select.best import best_samples
+from embedcache.curate.select.best_samples import best_samples
 from embedcache.curate.select.contract import SelectSettings
 from embedcache.curate.select.pool import Pool
 

@@ -3,7 +3,6 @@
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from math import ceil
 from typing import Any
 
@@ -12,7 +11,7 @@ from embedcache.errors import EmbedcacheError
 from embedcache.extract.job import Done, Job, merge_done
 from embedcache.extract.worker import Worker
 from embedcache.progress import Progress, Silent
-from embedcache.registry import require
+from embedcache.ray_cluster import connected
 from embedcache.sources.contract import Source
 
 _PATIENCE_S = 30.0
@@ -27,8 +26,7 @@ def run(job: Job, source: Source, progress: Progress) -> list[Done]:
         EmbedcacheError: what went wrong in an actor, other than its machine being lost.
     """
     del source  # every actor opens its own
-    ray = require("ray", extra="ray")
-    with _connected(ray, job.settings.address):
+    with connected(job.settings.address) as ray:
         actors = _start_actors(ray, job)
         try:
             missing: dict[Modality, dict[int, int]] = _get(ray, actors[0].missing.remote())
@@ -71,22 +69,6 @@ class _Actor:
             torch.set_num_threads(self._num_threads)  # Ray allows one thread a CPU asked for
             self._opened = Worker(self._job, device=self._device)
         return self._opened
-
-
-@contextmanager
-def _connected(ray: Any, address: str | None) -> Iterator[None]:
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False)
-    except ConnectionError as error:
-        raise EmbedcacheError(f"no Ray cluster at {address}: {error}; start one with: ray start --head") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _start_actors(ray: Any, job: Job) -> Sequence[Any]:

@@ -1,0 +1,147 @@
+"""The pass that counts, for each concept, the items of a pool above its threshold."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from embedcache.arrays import Bools, Floats, Ints, blocks
+from embedcache.curate.coverage.best import Best
+
+_TILE = 4_000_000  # similarities at a time: 16 MB; smaller ones slow the product down
+_FEWEST_ROWS = 64
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What a range of chunks holds. G is 1, or 2 where a selection is counted beside the whole pool.
+
+    Args:
+        num_items: (G,) items.
+        num_covered: (G,) items above the threshold of at least one concept.
+        counts: (G, C) items above each concept's threshold.
+        assigned: (G, C) of the covered items, those most similar to this concept among the concepts they are above.
+        shared: (C, J) items of the whole pool above the thresholds of both a concept and its j-th nearest concept.
+        best: the most similar items of each concept.
+    """
+
+    num_items: Ints
+    num_covered: Ints
+    counts: Ints
+    assigned: Ints
+    shared: Ints
+    best: Best
+
+
+class Counting:
+    """A pass over a pool; exact.
+
+    A tile of similarities is one matrix product, then compared once: all else is done with the few that are above a
+    threshold or may be among the k best. Memory: a chunk, a tile, C × (k + J), and the places above a threshold.
+
+    Args:
+        concepts_CP: rows of length 1.
+        thresholds_C: an item is counted where its similarity is above.
+        floors_C: no item below is among a concept's k best.
+        near_CJ: numbers of the concepts nearest to each.
+        k: items kept of each concept.
+        is_selected_N: of each row of the pool's modality; None: no selection.
+    """
+
+    def __init__(
+        self,
+        concepts_CP: Floats,
+        *,
+        thresholds_C: Floats,
+        floors_C: Floats,
+        near_CJ: Ints,
+        k: int,
+        is_selected_N: Bools | None = None,
+    ) -> None:
+        self._columns_PC = np.ascontiguousarray(concepts_CP.T)
+        self._thresholds_C, self._floors_C = thresholds_C, floors_C
+        self._lower_C = np.minimum(thresholds_C, floors_C)
+        self._near_CJ, self._k, self._is_selected_N = near_CJ, k, is_selected_N
+        # Kept from tile to tile: new memory of this size comes from the system page by page.
+        self._sims_BC: Floats = np.empty((0, len(concepts_CP)), np.float32)
+        self._mask_BC: Bools = np.empty((0, len(concepts_CP)), bool)
+
+    def take(self, rows_B: Ints, vectors_BP: Floats) -> Tally:
+        """Count a chunk."""
+        num_groups, num_concepts = 1 if self._is_selected_N is None else 2, len(self._lower_C)
+        tally = Tally(
+            num_items=np.zeros(num_groups, np.int64),
+            num_covered=np.zeros(num_groups, np.int64),
+            counts=np.zeros((num_groups, num_concepts), np.int64),
+            assigned=np.zeros((num_groups, num_concepts), np.int64),
+            shared=np.zeros(self._near_CJ.shape, np.int64),
+            best=Best(num_concepts, self._k),
+        )
+        size = _even(len(rows_B), max(_FEWEST_ROWS, _TILE // num_concepts))
+        if len(self._sims_BC) < size:
+            self._sims_BC = np.empty((size, num_concepts), np.float32)
+            self._mask_BC = np.empty((size, num_concepts), bool)
+        for tile in blocks(len(rows_B), size):
+            sims_BC, mask_BC = self._sims_BC[: tile.stop - tile.start], self._mask_BC[: tile.stop - tile.start]
+            np.matmul(vectors_BP[tile], self._columns_PC, out=sims_BC)
+            np.greater_equal(sims_BC, self._lower_C, out=mask_BC)
+            self._add(tally, rows_B[tile], sims_BC, mask_BC)
+        return tally
+
+    def merge(self, before: Tally, after: Tally) -> Tally:
+        """Add the second to the first."""
+        before.num_items = before.num_items + after.num_items
+        before.num_covered = before.num_covered + after.num_covered
+        before.counts = before.counts + after.counts
+        before.assigned = before.assigned + after.assigned
+        before.shared = before.shared + after.shared
+        before.best.merge(after.best)
+        return before
+
+    def _add(self, tally: Tally, rows_B: Ints, sims_BC: Floats, mask_BC: Bools) -> None:
+        found = np.flatnonzero(mask_BC)
+        items, concepts = np.divmod(found, len(self._lower_C))
+        scores = sims_BC.ravel()[found]
+        is_near = scores >= self._floors_C[concepts]
+        tally.best.add(concepts[is_near], scores[is_near], rows_B[items[is_near]])
+        is_above = scores > self._thresholds_C[concepts]
+        mask_BC.ravel()[found[~is_above]] = False
+        self._count(tally, rows_B, items[is_above], concepts[is_above], scores[is_above])
+        self._share(tally, mask_BC, items[is_above], concepts[is_above])
+
+    def _count(self, tally: Tally, rows_B: Ints, items: Ints, concepts: Ints, scores: Floats) -> None:
+        num_concepts = len(self._lower_C)
+        is_top = _first_largest(items, scores)
+        for group, is_in_B in enumerate(self._groups(rows_B)):
+            is_in = is_in_B[items]
+            tally.num_items[group] += is_in_B.sum()
+            tally.num_covered[group] += (is_top & is_in).sum()
+            tally.counts[group] += np.bincount(concepts[is_in], minlength=num_concepts)
+            tally.assigned[group] += np.bincount(concepts[is_top & is_in], minlength=num_concepts)
+
+    def _groups(self, rows_B: Ints) -> list[Bools]:
+        """Say which items are in the pool, and which in the selection."""
+        everything = np.ones(len(rows_B), bool)
+        return [everything] if self._is_selected_N is None else [everything, self._is_selected_N[rows_B]]
+
+    def _share(self, tally: Tally, is_above_BC: Bools, items: Ints, concepts: Ints) -> None:
+        which, places = np.nonzero(is_above_BC[items[:, None], self._near_CJ[concepts]])
+        num_near = self._near_CJ.shape[1]
+        codes = concepts[which] * num_near + places
+        tally.shared += np.bincount(codes, minlength=tally.shared.size).reshape(tally.shared.shape)
+
+
+def _even(num_rows: int, most: int) -> int:
+    """Cut rows into as few tiles as may be, all of about one size: gives the size."""
+    return max(1, -(-num_rows // max(1, -(-num_rows // most))))
+
+
+def _first_largest(groups_M: Ints, values_M: Floats) -> Bools:
+    """Mark the largest value of each run of equal groups; of ties the first. Groups ascend."""
+    is_first_M = np.zeros(len(groups_M), bool)
+    if not len(groups_M):
+        return is_first_M
+    starts = np.flatnonzero(np.diff(groups_M, prepend=-1))
+    largest_M = np.repeat(np.maximum.reduceat(values_M, starts), np.diff(starts, append=len(groups_M)))
+    places = np.flatnonzero(values_M == largest_M)
+    is_first_M[places[np.flatnonzero(np.diff(groups_M[places], prepend=-1))]] = True
+    return is_first_M

@@ -1,0 +1,120 @@
+"""Filling an index chunk by chunk, so that a killed process loses at most what came after its last checkpoint."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.arrays import Ints
+from embedcache.artifact import check_same, read_json, write_json
+from embedcache.cache.layout import CacheInfo
+from embedcache.curate.indexes.faiss_index import RowIndex, make_index, read_index
+from embedcache.curate.vectors import Vectors
+from embedcache.progress import Progress
+
+CHECKPOINT_S = 60.0
+"""Seconds between checkpoints; more where writing one takes more than a tenth of them."""
+
+FILES = ("index.faiss", "index.partial.faiss", "building.json", "record.json")
+
+
+def clean(folder: Path) -> None:
+    """Remove what building leaves, once the card is written."""
+    for name in ("index.partial.faiss", "building.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+class Building:
+    """The unfinished index of a folder. The ids of `index.partial.faiss` say which rows are in.
+
+    Args:
+        folder: of the index.
+        about: what it is made from; another unfinished index in the folder is refused.
+        info: of the cache, which may have grown since.
+
+    Raises:
+        FingerprintError: the folder holds an unfinished index of something else.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any], info: CacheInfo) -> None:
+        self._folder = folder
+        self._state_path = folder / "building.json"
+        self._partial_path = folder / "index.partial.faiss"
+        self._about = dict(about)
+        self._factory: str | None = None
+        self.refused: dict[str, float] = {}
+        if self._state_path.is_file():
+            state = read_json(self._state_path)
+            then = state["about"]["spine"]
+            asked = {**about, "spine": then if info.has_rows_of(then) else about["spine"]}
+            check_same(
+                f"the unfinished index {folder}", state["about"], asked, next_step="give the path of a new folder"
+            )
+            self._factory, self.refused = state["factory"], state["refused"]
+
+    def fill(self, factory: str, vectors: Vectors, progress: Progress, *, checkpoint_s: float) -> RowIndex:
+        """Get an index of all valid rows: go on with the checkpoint, or with the finished index, or begin.
+
+        Args:
+            factory: FAISS factory string.
+            vectors: of the feature.
+            progress: told about items.
+            checkpoint_s: seconds between checkpoints.
+
+        Raises:
+            SettingError: FAISS does not know the factory string, or cannot train it on this little.
+        """
+        index = self._resume(factory)
+        if index is None:
+            index = make_index(factory, vectors.width)
+            self._write_state(factory)
+            if not index.is_trained:
+                progress.note(f"training {factory}")
+                index.train(vectors.sample(index.num_training))
+                index.write(self._partial_path)
+        missing = np.setdiff1d(vectors.rows, index.rows)
+        progress.start(f"indexing as {factory}", len(missing), f"{vectors.modality}s")
+        self._add(index, vectors, missing, progress, checkpoint_s)
+        progress.finish()
+        return index
+
+    def refuse(self, factory: str, recall: float) -> None:
+        """Remember that a kind of index missed the recall, and drop it."""
+        self.refused[factory] = recall
+        self._write_state(None)
+        self._partial_path.unlink(missing_ok=True)
+
+    def finish(self, index: RowIndex) -> None:
+        """Put the index in its place."""
+        index.write(self._folder / "index.faiss")
+
+    def _resume(self, factory: str) -> RowIndex | None:
+        if self._factory == factory and self._partial_path.is_file():
+            return read_index(self._partial_path, is_mapped=False).go_on()
+        finished_path = self._folder / "index.faiss"
+        if not finished_path.is_file() or self._factory not in (None, factory):
+            return None
+        index = read_index(finished_path, is_mapped=False).go_on()
+        self._write_state(factory)
+        return index
+
+    def _add(self, index: RowIndex, vectors: Vectors, missing: Ints, progress: Progress, checkpoint_s: float) -> None:
+        last, took = time.monotonic(), 0.0
+        chunk_size = vectors.cache.info.chunk_size
+        for number in np.unique(missing // chunk_size):
+            rows, vectors_BP = vectors.chunk(int(number))
+            is_new = np.isin(rows, missing)
+            index.add(rows[is_new], vectors_BP[is_new])
+            progress.advance(int(is_new.sum()))
+            if time.monotonic() - last >= max(checkpoint_s, 10 * took):
+                started = time.monotonic()
+                index.write(self._partial_path)
+                last = time.monotonic()
+                took = last - started if checkpoint_s else 0.0
+
+    def _write_state(self, factory: str | None) -> None:
+        self._factory = factory
+        state = {"about": self._about, "factory": factory, "refused": self.refused}
+        write_json(self._state_path, state)

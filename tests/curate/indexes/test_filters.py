@@ -1,0 +1,84 @@
+"""A filtered search is an exact search among what the filter keeps."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.arrays import normalize
+from embedcache.cache.cache import Cache
+from embedcache.cache.selection import Selection, write_selection
+from embedcache.curate.indexes.faiss_index import make_index
+from embedcache.curate.indexes.filters import Filter, kept_samples
+from embedcache.curate.indexes.index import build_index
+from embedcache.curate.indexes.queries import Queries
+from embedcache.curate.indexes.search import search
+from embedcache.curate.vectors import Vectors
+from embedcache.errors import DataError, SettingError, UnknownNameError
+
+
+@given(
+    st.lists(st.booleans(), min_size=2, max_size=60).filter(any),
+    st.sampled_from(["Flat", "HNSW8", "IVF2,Flat", "IVF2,SQfp16,RFlat"]),
+    st.integers(0, 99),
+)
+def test_only_kept_rows_are_found_and_the_best_of_them(kept: list[bool], factory: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    vectors = normalize(rng.standard_normal((len(kept), 8)))
+    rows = np.sort(rng.permutation(1000)[: len(kept)])
+    index = make_index(factory, 8)
+    if not index.is_trained:
+        index.train(np.repeat(vectors, 40, axis=0))
+    index.add(rows, vectors)
+    k = min(5, sum(kept))
+    effort = {"nprobe": 2, "efSearch": 64, "k_factor": 60}
+    scores, found = index.search(vectors[:3], k, effort, kept_N=np.array(kept))
+    expected = -np.sort(-(vectors[:3] @ vectors[np.array(kept)].T), axis=1)[:, :k]
+    np.testing.assert_allclose(scores, expected, atol=2e-3 if "fp16" in factory else 1e-5)
+    assert np.isin(found, rows[np.array(kept)]).all()
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF2,SQ8"])
+def test_labels_and_splits_choose(labelled: Path, tmp_path: Path, factory: str) -> None:
+    build_index(labelled, tmp_path / "index", factory=factory, min_recall=0.0)
+    cache, vectors = Cache(labelled), Vectors(labelled, "image")
+    keys = np.array(cache.samples["key"].to_pylist())
+    queries = Queries(keys=[str(keys[0]), str(keys[40])])
+    asked = vectors.read(np.array([0, 40]))
+    for keep, prefix in (
+        (Filter(labels=["cat"]), ("train/cat", "val/cat")),
+        (Filter(splits=["val"]), ("val/",)),
+        (Filter(labels=["dog", "cat"], splits=["train"]), ("train/",)),
+        (Filter(labels=["dog"], splits=["val"]), ("val/dog",)),
+    ):
+        rows = np.flatnonzero([str(key).startswith(prefix) for key in keys])
+        assert np.flatnonzero(kept_samples(cache, keep)).tolist() == rows.tolist()
+        expected = -np.sort(-(asked @ vectors.read(rows).T), axis=1)[:, :7]
+        for hits, scores in zip(search(tmp_path / "index", queries, k=7, keep=keep), expected, strict=True):
+            np.testing.assert_allclose([hit.score for hit in hits], scores, atol=1e-5)
+            assert all(hit.key.startswith(prefix) for hit in hits)
+            assert all(hit.label == hit.key.split("/")[1] for hit in hits)
+
+
+def test_a_selection_chooses(labelled: Path, labelled_index: Path, tmp_path: Path) -> None:
+    cache = Cache(labelled)
+    selection = Selection(rows=np.array([3, 20, 44]), reasons=["x"] * 3)
+    write_selection(tmp_path / "s.parquet", cache, selection, {})
+    key = cache.samples["key"][0].as_py()
+    (hits,) = search(labelled_index, Queries(keys=[key]), keep=Filter(selection=tmp_path / "s.parquet"))
+    assert sorted(hit.row for hit in hits) == [3, 20, 44]
+
+
+def test_mistakes_of_filters_are_named(labelled: Path, labelled_index: Path, cache_path: Path, tmp_path: Path) -> None:
+    ask = Queries(keys=[Cache(labelled).samples["key"][0].as_py()])
+    with pytest.raises(UnknownNameError, match=r"unknown label in .* 'cta'; did you mean 'cat'\?; known: cat, dog"):
+        search(labelled_index, ask, keep=Filter(labels=["cta"]))
+    with pytest.raises(SettingError, match="k is 16; the filter keeps 15 of 60 items, so k must be 1 to 15"):
+        search(labelled_index, ask, k=16, keep=Filter(labels=["cat"], splits=["val"]))
+    (tmp_path / "s.txt").write_text(ask.keys[0] + "\n")
+    with pytest.raises(DataError, match="the filter keeps none of the 60 items"):
+        search(labelled_index, ask, keep=Filter(splits=["val"], selection=tmp_path / "s.txt"))
+    with pytest.raises(UnknownNameError, match="have no column 'label', so --label cannot choose"):
+        kept_samples(Cache(cache_path), Filter(labels=["cat"]))

@@ -1,0 +1,46 @@
+"""The best samples of each concept, against sorting everything."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.curate.select.best_samples import best_samples, from_keys, to_keys, whole_samples
+
+SCORES = st.floats(-1, 1, width=32)
+
+
+@given(st.lists(st.tuples(SCORES, st.integers(0, 2**32 - 1)), min_size=1, max_size=20))
+def test_a_key_keeps_the_order_of_scores_and_then_of_samples(pairs: list[tuple[float, int]]) -> None:
+    scores, samples = np.array([score for score, _ in pairs], np.float32), np.array([sample for _, sample in pairs])
+    keys = to_keys(scores, samples)
+    by_key = sorted(range(len(pairs)), key=lambda row: -keys[row])
+    assert [pairs[row] for row in by_key] == sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
+    found_scores, found_samples = from_keys(keys)
+    assert np.array_equal(found_scores, scores)
+    assert np.array_equal(found_samples, samples)
+
+
+@given(st.integers(0, 999), st.integers(1, 14), st.integers(1, 8))
+def test_any_blocks_give_what_sorting_everything_gives(seed: int, size: int, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    samples = np.sort(rng.integers(0, 9, 13))
+    vectors = rng.integers(-2, 3, (13, 4)).astype(np.float32)  # small whole numbers: many ties
+    concepts = rng.integers(-2, 3, (3, 4)).astype(np.float32)
+    blocks = [(samples[start : start + size], vectors[start : start + size]) for start in range(0, 13, size)]
+    found = best_samples(blocks, concepts, k)
+    for concept in range(3):
+        best = {int(s): max(float(v @ concepts[concept]) for v in vectors[samples == s]) for s in samples}
+        expected = sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))[:k]
+        assert list(zip(found.samples_CK[concept].tolist(), found.scores_CK[concept].tolist(), strict=True)) == expected
+
+
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 5))
+def test_a_sample_stands_in_one_block(samples: list[int], size: int) -> None:
+    ordered = np.array(sorted(samples), np.int64)
+    cut = [
+        (ordered[start : start + size], np.zeros((len(ordered[start : start + size]), 1), np.float32))
+        for start in range(0, len(ordered), size)
+    ]
+    found = [block.tolist() for block, _ in whole_samples(cut)]
+    assert [sample for block in found for sample in block] == ordered.tolist()
+    assert sum(len(set(block)) for block in found) == len(set(samples))
