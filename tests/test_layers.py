@@ -10,7 +10,7 @@ import embedcache
 PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"arrays", "registry", "progress"},
+    {"arrays", "cores", "registry", "progress"},
     {"paths", "ray_cluster"},
     {"disk"},
     {"metrics", "artifact"},

@@ -6,10 +6,13 @@ the order of the chunks, so that any number of workers gives the same bits.
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
+from threadpoolctl import threadpool_limits
+
 from embedcache.arrays import Floats, Ints
+from embedcache.cores import num_cores
 from embedcache.curate.vectors import Vectors
 from embedcache.progress import Progress, Silent
 from embedcache.ray_cluster import connected
@@ -18,7 +21,7 @@ Engine: TypeAlias = Literal["local", "ray"]
 State = TypeVar("State")
 
 _AHEAD = 2
-"""Tasks a worker: one in work, one waiting."""
+"""Tasks a core: one in work, one waiting."""
 
 
 class Pass(Protocol[State]):
@@ -47,9 +50,8 @@ def run_pass(
 ) -> State:
     """Go through all chunks once.
 
-    Locally one process does it, NumPy's products take all cores, and a thread reads a chunk ahead. Memory: two chunks,
-    what is done with one, and two partial results; with Ray alike in each of its workers, and a few partial results
-    here.
+    Locally one process does it, with a thread and a chunk a core. Memory: a chunk and what is done with it for each
+    core, and two partial results a core; with Ray alike in each of its workers, and these partial results here.
 
     Args:
         vectors: what to go through.
@@ -76,14 +78,12 @@ def run_pass(
 
 
 def _local(vectors: Vectors, work: Pass[State]) -> Iterator[tuple[int, State]]:
-    """Work on each chunk while a thread reads the next one."""
-    with ThreadPoolExecutor(1, "reader") as reader:
-        ahead = reader.submit(vectors.chunk, 0)
-        for number in range(1, vectors.num_chunks + 1):
-            rows_B, vectors_BP = ahead.result()
-            if number < vectors.num_chunks:
-                ahead = reader.submit(vectors.chunk, number)
-            yield len(rows_B), work.take(rows_B, vectors_BP)
+    """Give each core a chunk; a product takes one core then, as reading, comparing and counting do."""
+    cores = num_cores()
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cores, "pass") as pool:
+        yield from _in_order(
+            lambda chunk: pool.submit(_take, vectors, work, chunk), Future.result, vectors.num_chunks, cores
+        )
 
 
 def _take(vectors: Vectors, work: Pass[State], chunk: int) -> tuple[int, State]:
@@ -96,15 +96,15 @@ def _on_ray(vectors: Vectors, work: Pass[State], address: str | None) -> Iterato
     with connected(address) as ray:
         shared = ray.put(vectors), ray.put(work)
         task = ray.remote(num_cpus=1, max_retries=-1)(_take)
-        yield from _in_order(ray, lambda chunk: task.remote(*shared, chunk), vectors.num_chunks)
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        yield from _in_order(lambda chunk: task.remote(*shared, chunk), ray.get, vectors.num_chunks, cores)
 
 
-def _in_order(ray: Any, start: Callable[[int], Any], num_chunks: int) -> Iterator[Any]:
-    most = _AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+def _in_order(start: Callable[[int], Any], wait: Callable[[Any], Any], num_chunks: int, cores: int) -> Iterator[Any]:
     running: deque[Any] = deque()
     for chunk in range(num_chunks):
         running.append(start(chunk))
-        if len(running) >= most:
-            yield ray.get(running.popleft())
+        if len(running) > _AHEAD * cores:
+            yield wait(running.popleft())
     while running:
-        yield ray.get(running.popleft())
+        yield wait(running.popleft())

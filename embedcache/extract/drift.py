@@ -11,8 +11,8 @@ from embedcache.artifact import name_differences
 from embedcache.cache.cache import Cache
 from embedcache.cache.feature import Feature
 from embedcache.cache.group import EncoderGroup
+from embedcache.cores import num_cores
 from embedcache.errors import SettingError
-from embedcache.extract.cores import num_cores
 from embedcache.extract.load import Loaded, load_image, load_texts
 from embedcache.extract.loop import Outputs
 from embedcache.extract.reopen import reopen_target

@@ -9,8 +9,8 @@ from embedcache.cache.group import EncoderGroup
 from embedcache.disk import Claims
 from embedcache.encoders.contract import EncoderSettings
 from embedcache.encoders.open import open_encoder
-from embedcache.extract.cores import Turns
 from embedcache.extract.target import Target, view_fingerprint
+from embedcache.extract.turns import Turns
 from embedcache.extract.views import open_view
 
 

@@ -12,7 +12,7 @@ from embedcache.cache.writing import fit_item
 from embedcache.disk import Claims
 from embedcache.encoders.contract import Encoder
 from embedcache.encoders.open import EncoderSpec
-from embedcache.extract.cores import Turns
+from embedcache.extract.turns import Turns
 from embedcache.extract.views import View
 from embedcache.registry import unknown_name
 

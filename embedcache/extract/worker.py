@@ -6,15 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from embedcache.cache.cache import Cache
+from embedcache.cores import num_cores
 from embedcache.encoders.contract import Encoder, Modality
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.errors import SourceError
 from embedcache.extract.claim import Work, claim_free, claim_one
-from embedcache.extract.cores import Turns, num_cores
 from embedcache.extract.job import Done, Job, merge_done
 from embedcache.extract.loop import encode_images, encode_texts
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.target import Target, check_features, open_target
+from embedcache.extract.turns import Turns
 from embedcache.extract.views import open_view
 from embedcache.progress import Progress, Silent
 from embedcache.sources import Source, reopen_source

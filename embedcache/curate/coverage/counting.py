@@ -1,5 +1,6 @@
 """The pass that counts, for each concept, the items of a pool above its threshold."""
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,8 +8,9 @@ import numpy as np
 from embedcache.arrays import Bools, Floats, Ints, blocks
 from embedcache.curate.coverage.best import Best
 
-_TILE = 4_000_000  # similarities at a time: 16 MB; smaller ones slow the product down
+_TILE = 2_000_000  # similarities at a time: 8 MB a core; smaller ones slow the product down
 _FEWEST_ROWS = 64
+_KEPT = threading.local()
 
 
 @dataclass(kw_only=True)
@@ -61,9 +63,6 @@ class Counting:
         self._thresholds_C, self._floors_C = thresholds_C, floors_C
         self._lower_C = np.minimum(thresholds_C, floors_C)
         self._near_CJ, self._k, self._is_selected_N = near_CJ, k, is_selected_N
-        # Kept from tile to tile: new memory of this size comes from the system page by page.
-        self._sims_BC: Floats = np.empty((0, len(concepts_CP)), np.float32)
-        self._mask_BC: Bools = np.empty((0, len(concepts_CP)), bool)
 
     def take(self, rows_B: Ints, vectors_BP: Floats) -> Tally:
         """Count a chunk."""
@@ -77,11 +76,9 @@ class Counting:
             best=Best(num_concepts, self._k),
         )
         size = _even(len(rows_B), max(_FEWEST_ROWS, _TILE // num_concepts))
-        if len(self._sims_BC) < size:
-            self._sims_BC = np.empty((size, num_concepts), np.float32)
-            self._mask_BC = np.empty((size, num_concepts), bool)
+        sims, mask = _scratch(size, num_concepts)
         for tile in blocks(len(rows_B), size):
-            sims_BC, mask_BC = self._sims_BC[: tile.stop - tile.start], self._mask_BC[: tile.stop - tile.start]
+            sims_BC, mask_BC = sims[: tile.stop - tile.start], mask[: tile.stop - tile.start]
             np.matmul(vectors_BP[tile], self._columns_PC, out=sims_BC)
             np.greater_equal(sims_BC, self._lower_C, out=mask_BC)
             self._add(tally, rows_B[tile], sims_BC, mask_BC)
@@ -128,6 +125,15 @@ class Counting:
         num_near = self._near_CJ.shape[1]
         codes = concepts[which] * num_near + places
         tally.shared += np.bincount(codes, minlength=tally.shared.size).reshape(tally.shared.shape)
+
+
+def _scratch(num_rows: int, num_concepts: int) -> tuple[Floats, Bools]:
+    """Give memory that a thread keeps from tile to tile: new memory of this size comes from the system page by page."""
+    kept: tuple[Floats, Bools] | None = getattr(_KEPT, "arrays", None)
+    if kept is None or len(kept[0]) < num_rows or kept[0].shape[1] != num_concepts:
+        kept = np.empty((num_rows, num_concepts), np.float32), np.empty((num_rows, num_concepts), bool)
+        _KEPT.arrays = kept
+    return kept
 
 
 def _even(num_rows: int, most: int) -> int:

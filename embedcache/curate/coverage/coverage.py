@@ -204,8 +204,8 @@ def measure_coverage(
 
     Counts, the best k and what concepts share are exact: each vector is multiplied with each concept's. Quantiles and
     calibrated thresholds come from 16,384 items drawn at random, or all where there are no more. Memory: the sample, C
-    × (P + k) numbers, two chunks, a tile of 16 MB of similarities, and a few numbers for each place above a threshold
-    in it.
+    × (P + k) numbers, and for each core a chunk, a tile of 8 MB of similarities, and a few numbers for each place above
+    a threshold in it.
 
     Args:
         cache_path: the pool.

@@ -10,8 +10,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from embedcache.cores import num_cores
 from embedcache.errors import EmbedcacheError, UnfinishedError
-from embedcache.extract.cores import num_cores
 from embedcache.extract.job import Done, Job, merge_done
 from embedcache.extract.worker import Worker
 from embedcache.paths import is_remote, open_path

@@ -1,17 +1,13 @@
-"""The cores of this machine, and who has them when: models on the CPU, or the threads that decode."""
+"""Who has the cores when: models on the CPU, or the threads that decode."""
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from embedcache.cores import num_cores
+
 _FEW_CORES = 4
 """On more, a model leaves some of them idle, and decoding fills those."""
-
-
-def num_cores() -> int:
-    """Count the cores that this process may use; a job array's scheduler may give it a few of a machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Turns:

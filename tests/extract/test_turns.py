@@ -2,8 +2,9 @@ import threading
 
 import pytest
 
-from embedcache.extract import cores
-from embedcache.extract.cores import Turns, num_cores
+from embedcache.cores import num_cores
+from embedcache.extract import turns as stage
+from embedcache.extract.turns import Turns
 
 
 def waits(turns: Turns) -> bool:
@@ -16,7 +17,7 @@ def waits(turns: Turns) -> bool:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "num_cores", lambda: 2)
+    monkeypatch.setattr(stage, "num_cores", lambda: 2)
 
 
 @pytest.mark.usefixtures("few")
@@ -40,7 +41,7 @@ def test_a_model_that_fails_leaves_the_cores() -> None:
 
 @pytest.mark.parametrize(("device", "count"), [("cuda:0", 2), ("cpu", 64)])
 def test_nobody_waits_where_cores_are_idle(device: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "num_cores", lambda: count)
+    monkeypatch.setattr(stage, "num_cores", lambda: count)
     turns = Turns(device)
     with turns.model():
         assert not waits(turns)
