@@ -61,13 +61,29 @@ class Counting:
     ) -> None:
         self._columns_PC = np.ascontiguousarray(concepts_CP.T)
         self._thresholds_C, self._floors_C = thresholds_C, floors_C
-        self._lower_C = np.minimum(thresholds_C, floors_C)
+        self.lower_C = np.minimum(thresholds_C, floors_C)
         self._near_CJ, self._k, self._is_selected_N = near_CJ, k, is_selected_N
 
     def take(self, rows_B: Ints, vectors_BP: Floats) -> Tally:
         """Count a chunk."""
-        num_groups, num_concepts = 1 if self._is_selected_N is None else 2, len(self._lower_C)
-        tally = Tally(
+        tally = self.nothing()
+        tally.num_items = self.count_items(rows_B)
+        num_concepts = len(self.lower_C)
+        size = _even(len(rows_B), max(_FEWEST_ROWS, _TILE // num_concepts))
+        sims, mask = _scratch(size, num_concepts)
+        for tile in blocks(len(rows_B), size):
+            sims_BC, mask_BC = sims[: tile.stop - tile.start], mask[: tile.stop - tile.start]
+            np.matmul(vectors_BP[tile], self._columns_PC, out=sims_BC)
+            np.greater_equal(sims_BC, self.lower_C, out=mask_BC)
+            found = np.flatnonzero(mask_BC)
+            items, concepts = np.divmod(found, num_concepts)
+            self.add(tally, rows_B[tile][items], concepts, sims_BC.ravel()[found])
+        return tally
+
+    def nothing(self) -> Tally:
+        """Start a tally."""
+        num_groups, num_concepts = 1 if self._is_selected_N is None else 2, len(self.lower_C)
+        return Tally(
             num_items=np.zeros(num_groups, np.int64),
             num_covered=np.zeros(num_groups, np.int64),
             counts=np.zeros((num_groups, num_concepts), np.int64),
@@ -75,14 +91,19 @@ class Counting:
             shared=np.zeros(self._near_CJ.shape, np.int64),
             best=Best(num_concepts, self._k),
         )
-        size = _even(len(rows_B), max(_FEWEST_ROWS, _TILE // num_concepts))
-        sims, mask = _scratch(size, num_concepts)
-        for tile in blocks(len(rows_B), size):
-            sims_BC, mask_BC = sims[: tile.stop - tile.start], mask[: tile.stop - tile.start]
-            np.matmul(vectors_BP[tile], self._columns_PC, out=sims_BC)
-            np.greater_equal(sims_BC, self._lower_C, out=mask_BC)
-            self._add(tally, rows_B[tile], sims_BC, mask_BC)
-        return tally
+
+    def count_items(self, rows: Ints) -> Ints:
+        """Count items of the pool, and of the selection: (G,)."""
+        return np.array([is_in.sum() for is_in in self._groups(rows)])
+
+    def add(self, tally: Tally, rows_M: Ints, concepts_M: Ints, scores_M: Floats) -> None:
+        """Count matches: all those of an item, by row and then by concept, that are not below `lower_C`."""
+        is_near = scores_M >= self._floors_C[concepts_M]
+        tally.best.add(concepts_M[is_near], scores_M[is_near], rows_M[is_near])
+        is_above = scores_M > self._thresholds_C[concepts_M]
+        rows_A, concepts_A = rows_M[is_above], concepts_M[is_above]
+        self._count(tally, rows_A, concepts_A, scores_M[is_above])
+        self._share(tally, rows_A, concepts_A)
 
     def merge(self, before: Tally, after: Tally) -> Tally:
         """Add the second to the first."""
@@ -94,37 +115,32 @@ class Counting:
         before.best.merge(after.best)
         return before
 
-    def _add(self, tally: Tally, rows_B: Ints, sims_BC: Floats, mask_BC: Bools) -> None:
-        found = np.flatnonzero(mask_BC)
-        items, concepts = np.divmod(found, len(self._lower_C))
-        scores = sims_BC.ravel()[found]
-        is_near = scores >= self._floors_C[concepts]
-        tally.best.add(concepts[is_near], scores[is_near], rows_B[items[is_near]])
-        is_above = scores > self._thresholds_C[concepts]
-        mask_BC.ravel()[found[~is_above]] = False
-        self._count(tally, rows_B, items[is_above], concepts[is_above], scores[is_above])
-        self._share(tally, mask_BC, items[is_above], concepts[is_above])
+    def _count(self, tally: Tally, rows_A: Ints, concepts_A: Ints, scores_A: Floats) -> None:
+        num_concepts = len(self.lower_C)
+        is_top_A = _first_largest(rows_A, scores_A)
+        for group, is_in_A in enumerate(self._groups(rows_A)):
+            tally.num_covered[group] += (is_top_A & is_in_A).sum()
+            tally.counts[group] += np.bincount(concepts_A[is_in_A], minlength=num_concepts)
+            tally.assigned[group] += np.bincount(concepts_A[is_top_A & is_in_A], minlength=num_concepts)
 
-    def _count(self, tally: Tally, rows_B: Ints, items: Ints, concepts: Ints, scores: Floats) -> None:
-        num_concepts = len(self._lower_C)
-        is_top = _first_largest(items, scores)
-        for group, is_in_B in enumerate(self._groups(rows_B)):
-            is_in = is_in_B[items]
-            tally.num_items[group] += is_in_B.sum()
-            tally.num_covered[group] += (is_top & is_in).sum()
-            tally.counts[group] += np.bincount(concepts[is_in], minlength=num_concepts)
-            tally.assigned[group] += np.bincount(concepts[is_top & is_in], minlength=num_concepts)
-
-    def _groups(self, rows_B: Ints) -> list[Bools]:
+    def _groups(self, rows: Ints) -> list[Bools]:
         """Say which items are in the pool, and which in the selection."""
-        everything = np.ones(len(rows_B), bool)
-        return [everything] if self._is_selected_N is None else [everything, self._is_selected_N[rows_B]]
+        everything = np.ones(len(rows), bool)
+        return [everything] if self._is_selected_N is None else [everything, self._is_selected_N[rows]]
 
-    def _share(self, tally: Tally, is_above_BC: Bools, items: Ints, concepts: Ints) -> None:
-        which, places = np.nonzero(is_above_BC[items[:, None], self._near_CJ[concepts]])
-        num_near = self._near_CJ.shape[1]
-        codes = concepts[which] * num_near + places
+    def _share(self, tally: Tally, rows_A: Ints, concepts_A: Ints) -> None:
+        codes_A = rows_A * len(self.lower_C) + concepts_A  # ascending
+        wanted_AJ = rows_A[:, None] * len(self.lower_C) + self._near_CJ[concepts_A]
+        which, places = np.nonzero(_are_in(wanted_AJ, codes_A))
+        codes = concepts_A[which] * self._near_CJ.shape[1] + places
         tally.shared += np.bincount(codes, minlength=tally.shared.size).reshape(tally.shared.shape)
+
+
+def _are_in(wanted: Ints, sorted_A: Ints) -> Bools:
+    if not len(sorted_A):
+        return np.zeros(wanted.shape, bool)
+    found: Bools = sorted_A[np.searchsorted(sorted_A, wanted).clip(max=len(sorted_A) - 1)] == wanted
+    return found
 
 
 def _scratch(num_rows: int, num_concepts: int) -> tuple[Floats, Bools]:

@@ -13,12 +13,14 @@ from embedcache.cache.selection import read_selection
 from embedcache.curate.concepts import Concepts, open_concepts
 from embedcache.curate.coverage.background import SAMPLE, Background, look_at
 from embedcache.curate.coverage.counting import Counting, Tally
+from embedcache.curate.coverage.indexed import count_indexed, open_index
+from embedcache.curate.indexes.index import IndexCard
 from embedcache.curate.passes import Engine, run_pass
 from embedcache.curate.vectors import Vectors
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.inequality import gini, top_share
 from embedcache.metrics.neighbours import nearest
-from embedcache.progress import Progress
+from embedcache.progress import Progress, Silent
 
 _NUM_NEAR = 8
 """Nearest concepts that each is compared with for overlap."""
@@ -122,6 +124,7 @@ class CoverageReport:
         rows: (C, k) their rows.
         near: (C,) the nearest other concept; -1 where there is none.
         overlaps: concepts that share items, by their number times their share; each is compared with the 8 nearest.
+        index: through which items were found; None where each was compared.
     """
 
     pool: Vectors
@@ -135,6 +138,7 @@ class CoverageReport:
     rows: Ints
     near: Ints
     overlaps: Sequence[Shared]
+    index: IndexCard | None = None
 
     def line(self) -> str:
         """Say what was looked at, in one line."""
@@ -166,6 +170,11 @@ class CoverageReport:
     def warnings(self) -> list[str]:
         """Say what makes the counts doubtful."""
         found = []
+        if self.index is not None:
+            found.append(
+                f"through an index, {self.index.factory}, which found {self.index.recall_at_10:.3f} of the 10 nearest "
+                "when it was measured: a count may be too low, never too high"
+            )
         if self.by_chance is not None and self.by_chance >= self.settings.min_count:
             found.append(
                 f"WARNING: where a background is normal, {self.by_chance:,.0f} of {self.whole.num_items:,} items are "
@@ -196,16 +205,17 @@ def measure_coverage(
     label: str = "label",
     settings: CoverageSettings | None = None,
     selection: Path | None = None,
+    index_path: Path | str | None = None,
     engine: Engine = "local",
     address: str | None = None,
     progress: Progress | None = None,
 ) -> CoverageReport:
     """Count the items of a pool above each concept's threshold, in one pass over its vectors.
 
-    Counts, the best k and what concepts share are exact: each vector is multiplied with each concept's. Quantiles and
-    calibrated thresholds come from 16,384 items drawn at random, or all where there are no more. Memory: the sample, C
-    × (P + k) numbers, and for each core a chunk, a tile of 8 MB of similarities, and a few numbers for each place above
-    a threshold in it.
+    Counts, the best k and what concepts share are exact: each vector is multiplied with each concept's. Through an
+    index they lack what it misses. Quantiles and calibrated thresholds come from 16,384 items drawn at random, or all
+    where there are no more. Memory: the sample, C × (P + k) numbers, and for each core a chunk, a tile of 8 MB of
+    similarities, and a few numbers for each place above a threshold in it.
 
     Args:
         cache_path: the pool.
@@ -216,13 +226,14 @@ def measure_coverage(
         label: column of the examples' labels.
         settings: thresholds and what is kept.
         selection: count what a selection of the pool holds too.
+        index_path: look only at what this index of the pool finds; None looks at everything.
         engine: `local` or `ray`.
         address: of a Ray cluster.
         progress: told about items.
 
     Raises:
         SettingError: k beyond the items of the pool.
-        FingerprintError: concepts or pool come from another encoder than asked.
+        FingerprintError: concepts or pool come from another encoder than asked, or the index from something else.
         UnknownNameError: no feature or column of that name.
         UnfinishedError: a feature has missing chunks.
         DataError: no item is above any threshold, a concept that stands twice or is empty, features that cannot be
@@ -248,7 +259,12 @@ def measure_coverage(
         k=settings.k,
         is_selected_N=is_selected,
     )
-    tally = run_pass(pool, work, engine=engine, address=address, what="counting", progress=progress)
+    card = None
+    if index_path is None:
+        tally = run_pass(pool, work, engine=engine, address=address, what="counting", progress=progress)
+    else:
+        index, card = open_index(index_path, pool)
+        tally = count_indexed(pool, work, concepts.vectors, index, card.search, progress or Silent())
     scores, rows = tally.best.table()
     _refuse_nothing(tally, scores, thresholds, concepts, pool)
     names = [f"all {modality}s", *([selection.name] if selection else [])]
@@ -265,6 +281,7 @@ def measure_coverage(
         rows=rows,
         near=near[:, 0] if near.shape[1] else np.full(len(near), -1),
         overlaps=_overlaps(whole.counts, tally.shared, near, cosines),
+        index=card,
     )
 
 

@@ -1,5 +1,6 @@
 """Coverage as one page: figures, gaps, what overlaps, and the best examples of concepts to look at."""
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from embedcache.arrays import Bools, Ints
 from embedcache.curate.coverage.background import QUANTILES
 from embedcache.curate.coverage.coverage import CoverageReport
 from embedcache.curate.coverage.plots import MOST_BARS, coverage_bars, coverage_curve, largest_first
-from embedcache.curate.coverage.report import concept_rows, overlap_rows, summary_rows
+from embedcache.curate.coverage.report import concept_rows, overlap_rows, side_line, side_rows, summary_rows
 from embedcache.pages.pictures import Pictures, credit
 from embedcache.pages.sections import Case, Section, Shown, write_sections
 
@@ -17,27 +18,41 @@ _MOST_GAPS = 100
 _MOST_CASES = 100
 
 
-def write_coverage(path: Path, report: CoverageReport) -> None:
+def write_coverage(path: Path, *reports: CoverageReport) -> None:
     """Write the page. It asks for nothing from outside.
 
     Args:
         path: of the page.
-        report: what was measured; images are read again from the pool's source.
+        reports: what was measured, of images, of captions, or of both in this order; images are read again from the
+            pool's source.
     """
+    sections = [_both(*reports)] if len(reports) == 2 else []
+    for report in reports:
+        side = f"{report.pool.modality.capitalize()}s: " if len(reports) == 2 else ""
+        sections += [replace(section, title=f"{side}{section.title}") for section in _sections(report)]
     write_sections(
         path,
         title="Concept coverage",
-        lead=f"{report.line()}.",
-        warnings=report.warnings(),
-        credit=credit(report.pool.cache) if report.pool.modality == "image" else "",
-        sections=[
-            Section(title="Summary", notes=_notes(report), table=summary_rows(report)),
-            _counts(report),
-            _gaps(report),
-            _overlaps(report),
-            _gallery(report),
-        ],
+        lead=" ".join(f"{report.line()}." for report in reports),
+        warnings=[warning for report in reports for warning in report.warnings()],
+        credit=credit(reports[0].pool.cache) if reports[0].pool.modality == "image" else "",
+        sections=sections,
     )
+
+
+def _sections(report: CoverageReport) -> list[Section]:
+    return [
+        Section(title="Summary", notes=_notes(report), table=summary_rows(report)),
+        _counts(report),
+        _gaps(report),
+        _overlaps(report),
+        _gallery(report),
+    ]
+
+
+def _both(images: CoverageReport, texts: CoverageReport) -> Section:
+    notes = [side_line(images, texts).capitalize() + ".", "Below, where the shares of images and captions differ most."]
+    return Section(title="Images and captions", notes=notes, table=side_rows(images, texts, most=20))
 
 
 def _counts(report: CoverageReport) -> Section:

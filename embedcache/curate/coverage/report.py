@@ -54,6 +54,27 @@ def overlap_rows(report: CoverageReport, *, most: int = 20) -> Table:
     return ["concept", "and", "items of both", "of the items of either", "cosine of the concepts"], rows
 
 
+def side_line(images: CoverageReport, texts: CoverageReport) -> str:
+    """Say how many concepts are gaps by images, by captions and by both."""
+    least = images.settings.min_count
+    by_images, by_texts = (set(report.parts[-1].gaps(least).tolist()) for report in (images, texts))
+    return (
+        f"of {len(images.concepts.names):,} concepts fewer than {least:,} items: {len(by_images):,} by images, "
+        f"{len(by_texts):,} by captions, {len(by_images & by_texts):,} by both"
+    )
+
+
+def side_rows(images: CoverageReport, texts: CoverageReport, *, most: int) -> Table:
+    """List the concepts whose share of the images and share of the captions differ most."""
+    shares = [part.counts / max(1, part.num_items) for part in (images.whole, texts.whole)]
+    order = np.argsort(-np.abs(shares[0] - shares[1]), kind="stable")[:most]
+    rows = [
+        [images.concepts.names[number], f"{images.whole.counts[number]:,}", f"{texts.whole.counts[number]:,}"]
+        for number in order
+    ]
+    return ["concept", "images", "captions"], rows
+
+
 def coverage_json(report: CoverageReport) -> dict[str, Any]:
     """Give all figures as JSON values: what was measured, a summary of each part, each concept, and the overlaps."""
     pool, background = report.pool, report.background
@@ -72,6 +93,9 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
         "deviations": report.settings.deviations if report.settings.threshold is None else None,
         "min_count": report.settings.min_count,
         "num_sampled": background.num_items,
+        "index": None
+        if report.index is None
+        else {"factory": report.index.factory, "recall_at_10": report.index.recall_at_10},
         "by_chance": report.by_chance,
         "warnings": report.warnings(),
         "parts": [_part_json(report, part) for part in report.parts],

@@ -10,9 +10,11 @@ from embedcache.arrays import Inputs, normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.selection import Selection, write_selection
 from embedcache.cli.main import app
+from embedcache.curate.coverage import indexed
 from embedcache.curate.coverage.coverage import CoverageReport, CoverageSettings, measure_coverage
 from embedcache.curate.coverage.page import write_coverage
 from embedcache.curate.coverage.report import concept_rows, coverage_json, overlap_rows, summary_rows
+from embedcache.curate.indexes.index import build_index
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -225,6 +227,54 @@ def test_the_command_prints_tables_and_writes_both_files(
     found = json.loads((tmp_path / "c.json").read_text())
     assert [len(concept["best"]) for concept in found["concepts"]] == [3] * len(NAMES)
     assert (tmp_path / "c.html").is_file()
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF4,SQ8"])
+def test_an_index_names_the_items_and_their_cosines_are_exact(
+    cache_path: Path, prompts: Path, half: Path, tmp_path: Path, factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexed, "_FIRST", 4)
+    build_index(cache_path, tmp_path / "index", modality="text", feature="open_toy/mean", factory=factory)
+    options = {"settings": CoverageSettings(deviations=1, k=7), "selection": half}
+    exact = of_texts(cache_path, prompts, **options)
+    found = of_texts(cache_path, prompts, **options, index_path=tmp_path / "index")
+    assert found.whole.num_items == exact.whole.num_items
+    assert (found.whole.counts <= exact.whole.counts).all()
+    assert found.whole.counts.sum() >= 0.95 * exact.whole.counts.sum()
+    assert "through an index" in found.warnings()[0]
+    assert found.index is not None
+    if factory == "Flat":
+        for here, there in zip(found.parts, exact.parts, strict=True):
+            assert np.array_equal(here.counts, there.counts)
+            assert np.array_equal(here.assigned, there.assigned)
+            assert here.num_covered == there.num_covered
+        assert np.array_equal(found.rows, exact.rows)
+        assert found.overlaps == exact.overlaps
+
+
+def test_an_index_of_something_else_is_refused(cache_path: Path, prompts: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", feature="open_toy/cls", factory="Flat")
+    with pytest.raises(FingerprintError, match="modality: 'image' there, 'text' asked.*--modality text"):
+        of_texts(cache_path, prompts, index_path=tmp_path / "index")
+
+
+def test_images_and_captions_are_counted_side_by_side(
+    cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path
+) -> None:
+    words = ["curate", "coverage", str(cache_path), str(prompts), "--projected", str(run_path), "--modality", "both"]
+    words += ["--deviations", "1.5", "--json", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert "by captions" in done.output
+    found = json.loads((tmp_path / "c.json").read_text())
+    for modality, figures in found.items():
+        settings = CoverageSettings(deviations=1.5)
+        alone = measure_coverage(cache_path, prompts, modality=modality, run_path=run_path, settings=settings)
+        assert figures == json.loads(json.dumps(coverage_json(alone)))
+    page = (tmp_path / "c.html").read_text()
+    for title in ("Images and captions", "Images: Gaps", "Texts: Gaps"):
+        assert title in page
+    with pytest.raises(SettingError, match="--modality both, give neither"):
+        CliRunner().invoke(app, [*words, "--feature", "x"], catch_exceptions=False)
 
 
 @pytest.mark.slow
