@@ -6,9 +6,6 @@ concepts of 3,000. The command is a process of its own, from start to table. Tur
 seconds are the least of any turn, and say what the clock does not where other processes compute.
 """
 
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.made import Made, write_made
+from benchmarks.measured import run_embedcache
 from benchmarks.table import median_rates
 from embedcache.arrays import Floats, normalize
 from embedcache.cache.cache import Cache
@@ -126,11 +124,7 @@ def _pass(folder: Path, num_rows: int, cpu: list[float]) -> float:
 
 def _command(folder: Path, num_rows: int, peaks: list[float], cpu: list[float]) -> float:
     """Run it in a process of its own, and note its peak memory in GB and CPU seconds."""
-    words = [sys.executable, "-m", "embedcache", "curate", "coverage", "pool", "concepts", "--modality", "text"]
-    started = time.perf_counter()
-    process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, f"{' '.join(words)} ended with {status}"
-    peaks.append(usage.ru_maxrss / 1e6)
-    cpu.append(usage.ru_utime + usage.ru_stime)
-    return num_rows / (time.perf_counter() - started)
+    took = run_embedcache(["curate", "coverage", "pool", "concepts", "--modality", "text"], folder=folder)
+    peaks.append(took.peak_gb)
+    cpu.append(took.cpu_s)
+    return num_rows / took.seconds

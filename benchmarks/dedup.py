@@ -5,9 +5,6 @@ near-duplicate of another: moved by an angle of up to that of cosine 0.95, half 
 towards another centre, which is where the borders of clusters are.
 """
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from sklearn.neighbors import NearestNeighbors
 
+from benchmarks.measured import run_embedcache
 from embedcache.arrays import Array, Ints, normalize
 from embedcache.cache.group import add_feature, create_group
 from embedcache.cache.spine import index
@@ -151,18 +149,15 @@ def _command(folder: Path, count: int) -> None:
     say(f"writing {count:,} vectors")
     planted = _write(folder / "large", count)
     out = folder / "kept.parquet"
-    words = ["curate", "dedup", str(folder / "large"), str(out), "--cosine", str(LIMIT), "--scratch", str(folder)]
-    started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "embedcache", *words, "--clusters"])
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, f"dedup ended with {status}"
+    words = ["curate", "dedup", "large", str(out), "--cosine", str(LIMIT), "--scratch", str(folder), "--clusters"]
+    took = run_embedcache(words, folder=folder, is_quiet=False)
     removed = pq.read_table(out.with_suffix(".removed.parquet"))["row"].to_numpy()
     gone = np.isin(planted, removed).any(axis=1)
     table = [
         [
-            f"{time.perf_counter() - started:.0f}",
-            f"{usage.ru_maxrss / 1e6:.2f}",
-            f"{usage.ru_utime + usage.ru_stime:.0f}",
+            f"{took.seconds:.0f}",
+            f"{took.peak_gb:.2f}",
+            f"{took.cpu_s:.0f}",
             f"{len(planted):,}",
             f"{gone.mean():.5f}",
             f"{len(removed) - int(gone.sum()):,}",

@@ -5,17 +5,14 @@ intervals, average precision or confusions, and the search for leaks in 20,000 t
 NumPy on arrays in memory: projections, one product, a count, and nothing else.
 """
 
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.made import Made, write_made
+from benchmarks.measured import run_embedcache
 from benchmarks.table import median_seconds
 from embedcache.arrays import Inputs, normalize
 from embedcache.cache.cache import Cache
@@ -55,21 +52,10 @@ def main(*, quick: bool) -> None:
 
 
 def _row(folder: Path, task: str, command: list[str], floor: Callable[[Path], object], repeats: int) -> list[str]:
-    runs = [_run(folder, command) for _ in range(repeats)]
-    seconds, peak = np.median([run[0] for run in runs]), max(run[1] for run in runs)
+    runs = [run_embedcache(["evaluate", *command], folder=folder) for _ in range(repeats)]
+    seconds, peak = np.median([run.seconds for run in runs]), max(run.peak_gb for run in runs)
     least = median_seconds(lambda: floor(folder), repeats=repeats)
     return [task, f"{seconds:.1f}", f"{peak:.2f}", f"{least:.2f}", f"{seconds / least:.1f}"]
-
-
-def _run(folder: Path, command: list[str]) -> tuple[float, float]:
-    """Run the command in a process of its own: seconds, and its peak memory in GB."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "embedcache", "evaluate", *command], cwd=folder, stdout=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, f"evaluate {command} ended with {status}"
-    return time.perf_counter() - started, usage.ru_maxrss / 1e6
 
 
 def _classify(folder: Path) -> object:

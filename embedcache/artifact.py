@@ -182,7 +182,10 @@ def run_record(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterator[
 
 
 def peak_memory_bytes() -> int:
-    """Get the largest resident size this process has had."""
+    """Get the largest resident size this process has had, without that of the process that started it on Linux."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
