@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,7 +108,7 @@ def claim_folder(path: Path, *, kind: str, sign: str, ours: Collection[str]) -> 
         path: the folder.
         kind: what it becomes, with its article: `a run`, `an index`.
         sign: the file that every earlier try has left.
-        ours: names that the stage writes.
+        ours: names that the stage writes, or patterns of them.
 
     Raises:
         PathError: a file is in the way, or the folder holds other things; nothing is touched.
@@ -115,7 +116,8 @@ def claim_folder(path: Path, *, kind: str, sign: str, ours: Collection[str]) -> 
     make_folder(path)
     remove_partials(path)
     names = {entry.name for entry in path.iterdir()}
-    foreign = sorted(names - set(ours) if sign in names else names)
+    is_ours = sign in names
+    foreign = sorted(name for name in names if not (is_ours and any(fnmatch(name, pattern) for pattern in ours)))
     if foreign:
         raise PathError(
             f"{path} is not {kind} and not empty: it holds {', '.join(foreign[:3])}; give the path of a new folder"

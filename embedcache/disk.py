@@ -21,6 +21,9 @@ from embedcache.paths import has_no_folders, io_reason, is_io_error, is_remote
 
 _PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
 _NODE = platform.node().replace(".", "-")
+LOCK = ".lock"
+"""The file in a folder that its locks stand in."""
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 
@@ -193,7 +196,7 @@ def locked(folder: Path, number: int = 0) -> Iterator[None]:
     if is_remote(folder):
         yield
         return
-    path = folder / ".lock"
+    path = folder / LOCK
     with _IN_THIS_PROCESS[str(folder.absolute()), number]:
         descriptor = _open_shared(path)
         try:

@@ -25,14 +25,14 @@ from embedcache.cache.layout import (
     write_info,
 )
 from embedcache.cache.spine_tables import ITEM_SCHEMAS, SpineWriter, digest_input
-from embedcache.disk import disk_errors, flush, locked, make_folder, partial_path, put_file, remove_folder
+from embedcache.disk import LOCK, disk_errors, flush, locked, make_folder, partial_path, put_file, remove_folder
 from embedcache.errors import FingerprintError, PathError, SettingError, SourceError
 from embedcache.paths import is_remote
 from embedcache.progress import Progress, Silent
 from embedcache.sources.contract import Sample, Source
 from embedcache.sources.reading import reading
 
-_OURS = {".lock", "cache.json", "mending.json", "samples.parquet", *ITEM_SCHEMAS}
+_OURS = {LOCK, "cache.json", "mending.json", "samples.parquet", *ITEM_SCHEMAS}
 
 
 def index(

@@ -10,15 +10,14 @@ from uuid import uuid4
 from embedcache.artifact import check_same, claim_folder, fields_of, read_manifest, write_json
 from embedcache.cache.split import write_split
 from embedcache.cache.splitting import make_split
-from embedcache.disk import locked
+from embedcache.disk import LOCK, locked
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space
 from embedcache.train.data import TrainData
 
 FORMAT_VERSION = 1
-_LOCK = ".lock"
 _FILES = (
-    _LOCK,
+    LOCK,
     ".claims",
     "best",
     "report.html",
@@ -71,7 +70,7 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
         PathError: the folder holds other things.
     """
     asked = _asked(data, space, settings)
-    if not (path / _LOCK).is_file():  # so that nothing is put into a folder of others
+    if not (path / LOCK).is_file():  # so that nothing is put into a folder of others
         _claim(path)
     with locked(path):
         _claim(path)
@@ -102,7 +101,7 @@ def best_path(path: Path, number: int, seed: int) -> Path:
 
 
 def _claim(path: Path) -> None:
-    claim_folder(path, kind="a study", sign=_LOCK, ours=_FILES)
+    claim_folder(path, kind="a study", sign=LOCK, ours=_FILES)
 
 
 def _read_study(path: Path) -> Study:

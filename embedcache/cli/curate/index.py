@@ -18,6 +18,9 @@ def index(
     memory: Annotated[
         str | None, typer.Option(help="Most that the index may take while it is searched: 500M, 4G. [default: any]")
     ] = None,
+    on_disk: Annotated[
+        bool, typer.Option("--on-disk", help="Leave the vectors on the disk: --memory is of the rest.")
+    ] = False,
     min_recall: Annotated[
         float, typer.Option(help="Least share of the true 10 nearest that it must find, or it is refused.")
     ] = 0.95,
@@ -35,10 +38,12 @@ def index(
             modality=modality,
             factory=factory,
             memory_bytes=None if memory is None else read_size(memory),
+            leaves_on_disk=on_disk,
             min_recall=min_recall,
             progress=open_progress(),
         )
-    size = "" if card.file_bytes is None else f"{card.file_bytes / 1e6:,.1f} MB, "
+    where = " on the disk" if card.lists else ""
+    size = "" if card.file_bytes is None else f"{card.file_bytes / 1e6:,.1f} MB{where}, "
     say(
         f"{index}: {card.num_vectors:,} {card.modality}s of {card.feature}, {card.factory}, {size}"
         f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries} queries, "

@@ -10,6 +10,8 @@ import numpy as np
 from embedcache.arrays import Ints
 from embedcache.artifact import check_same, read_json, write_json
 from embedcache.cache.layout import CacheInfo
+from embedcache.curate.indexes import on_disk
+from embedcache.curate.indexes.configurations import Configuration
 from embedcache.curate.indexes.faiss_index import RowIndex, make_index, read_index
 from embedcache.curate.vectors import Vectors
 from embedcache.progress import Progress
@@ -17,11 +19,12 @@ from embedcache.progress import Progress
 CHECKPOINT_S = 60.0
 """Seconds between checkpoints; more where writing one takes more than a tenth of them."""
 
-FILES = ("index.faiss", "index.partial.faiss", "building.json", "record.json")
+FILES = ("index.faiss", "index.partial.faiss", "building.json", "record.json", *on_disk.FILES)
 
 
-def clean(folder: Path) -> None:
-    """Remove what building leaves, once the card is written."""
+def clean(folder: Path, *, lists: str | None) -> None:
+    """Remove what building leaves, once the card is written; not the file of lists that the index has on the disk."""
+    on_disk.clean(folder, keeps=lists)
     for name in ("index.partial.faiss", "building.json"):
         (folder / name).unlink(missing_ok=True)
 
@@ -32,14 +35,15 @@ class Building:
     Args:
         folder: of the index.
         about: what it is made from; another unfinished index in the folder is refused.
+        lists: the file of lists that a finished index there has on the disk.
         info: of the cache, which may have grown since.
 
     Raises:
         FingerprintError: the folder holds an unfinished index of something else.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], info: CacheInfo) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, about: Mapping[str, Any], info: CacheInfo, *, lists: str | None = None) -> None:
+        self._folder, self._lists = folder, lists
         self._state_path = folder / "building.json"
         self._partial_path = folder / "index.partial.faiss"
         self._about = dict(about)
@@ -54,18 +58,41 @@ class Building:
             )
             self._factory, self.refused = state["factory"], state["refused"]
 
-    def fill(self, factory: str, vectors: Vectors, progress: Progress, *, checkpoint_s: float) -> RowIndex:
+    def fill(self, kind: Configuration, vectors: Vectors, progress: Progress, *, checkpoint_s: float) -> RowIndex:
         """Get an index of all valid rows: go on with the checkpoint, or with the finished index, or begin.
 
+        One whose lists are a file has no checkpoints: a build that was stopped keeps its finished parts.
+
         Args:
-            factory: FAISS factory string.
+            kind: what to make.
             vectors: of the feature.
             progress: told about items.
             checkpoint_s: seconds between checkpoints.
 
         Raises:
-            SettingError: FAISS does not know the factory string, or cannot train it on this little.
+            SettingError: FAISS does not know the factory string, cannot train it on this little, or it has no lists to
+                leave on the disk.
         """
+        if kind.is_on_disk:
+            return self._fill_on_disk(kind.factory, vectors, progress)
+        return self._fill(kind.factory, vectors, progress, checkpoint_s)
+
+    def _fill_on_disk(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
+        finished_path = self._folder / "index.faiss"
+        old = read_index(finished_path, is_mapped=False) if finished_path.is_file() else None
+        if self._factory != factory or not self._partial_path.is_file():
+            index = make_index(factory, vectors.width)
+            on_disk.check_lists(index, factory)
+            self._write_state(factory)
+            if old is None:
+                progress.note(f"training {factory}")
+                index.train(vectors.sample(index.num_training))
+            else:
+                index = read_index(finished_path, is_mapped=False).emptied()
+            index.write(self._partial_path)
+        return on_disk.fill(self._folder, self._partial_path, old, vectors, progress)
+
+    def _fill(self, factory: str, vectors: Vectors, progress: Progress, checkpoint_s: float) -> RowIndex:
         index = self._resume(factory)
         if index is None:
             index = make_index(factory, vectors.width)
@@ -85,6 +112,7 @@ class Building:
         self.refused[factory] = recall
         self._write_state(None)
         self._partial_path.unlink(missing_ok=True)
+        on_disk.clean(self._folder, keeps=self._lists)
 
     def finish(self, index: RowIndex) -> None:
         """Put the index in its place."""

@@ -11,6 +11,7 @@ FLAT_LIMIT = 200_000
 
 _ID = 8
 _LINKS = 272  # HNSW32: 64 neighbours of 4 bytes on the ground, about 2 above, and 12 bytes of book-keeping
+_DISK_LIST = 24  # where a list lies in its file
 _RABITQ = 20  # factors that RaBitQ keeps beside a vector's bits; 8 with one bit a number
 _MANY_LISTS = 2**14  # from here on a graph over the centroids is quicker than comparing with all
 _POINTS_A_LIST = 39  # fewer, and FAISS warns that k-means has too little to go by
@@ -24,11 +25,13 @@ class Configuration:
         factory: FAISS factory string.
         memory_bytes: of the finished index, as far as a formula says.
         bits: kept of each number: with fewer, no search however long finds more.
+        is_on_disk: whether its lists lie in a file of their own, which is not counted as memory.
     """
 
     factory: str
     memory_bytes: int
     bits: int
+    is_on_disk: bool = False
 
     @property
     def is_graph(self) -> bool:
@@ -48,22 +51,35 @@ def configurations(num_vectors: int, width: int) -> list[Configuration]:
     return [*([exact] if num_vectors <= FLAT_LIMIT else []), graph, *_in_lists(num_vectors, width)]
 
 
-def fitting(num_vectors: int, width: int, memory_bytes: int | None) -> list[Configuration]:
-    """List those that fit a memory; None is any.
+def on_disk(num_vectors: int, width: int) -> list[Configuration]:
+    """List the kinds whose vectors stay on the disk: one, as near to exact as float16 is.
+
+    In memory are the centroids, and the items' rows twice.
+    """
+    coarse, fixed = _coarse(num_vectors, width)
+    size = num_vectors * 2 * _ID + fixed + num_lists(num_vectors) * _DISK_LIST
+    return [Configuration(factory=f"{coarse},SQfp16", memory_bytes=size, bits=16, is_on_disk=True)]
+
+
+def fitting(every: Sequence[Configuration], memory_bytes: int | None) -> list[Configuration]:
+    """Choose those that fit a memory; None is any.
 
     Raises:
         SettingError: none does; says what the smallest takes.
     """
-    every = configurations(num_vectors, width)
     found = [one for one in every if memory_bytes is None or one.memory_bytes <= memory_bytes]
     if not found:
         smallest = min(every, key=lambda one: one.memory_bytes)
         least_kb = math.ceil(smallest.memory_bytes / 1024)
         raise SettingError(
-            f"no index of {num_vectors:,} vectors of width {width} fits {memory_bytes:,} bytes of memory; the "
-            f"smallest, {smallest.factory}, takes {smallest.memory_bytes:,}: give --memory {least_kb}K or more"
+            f"no index of these vectors fits {memory_bytes:,} bytes of memory; the smallest, {smallest.factory}, takes "
+            f"{smallest.memory_bytes:,}: give --memory {least_kb}K or more{_elsewhere(smallest)}"
         )
     return found
+
+
+def _elsewhere(smallest: Configuration) -> str:
+    return "" if smallest.is_on_disk else ", or leave the vectors --on-disk"
 
 
 def still_worth_trying(rest: Sequence[Configuration], failed: Configuration) -> list[Configuration]:
@@ -78,12 +94,18 @@ def num_lists(num_vectors: int) -> int:
 
 
 def _in_lists(num_vectors: int, width: int) -> Iterator[Configuration]:
-    lists = num_lists(num_vectors)
-    coarse = f"IVF{lists}" if lists < _MANY_LISTS else f"IVF{lists}_HNSW32"
-    fixed = lists * (4 * width + (0 if lists < _MANY_LISTS else _LINKS))
+    coarse, fixed = _coarse(num_vectors, width)
     for codes, bits, code_bytes, table_bytes in _codes(num_vectors, width):
         size = round(num_vectors * (code_bytes + 2 * _ID)) + fixed + table_bytes
         yield Configuration(factory=f"{coarse},{codes}", memory_bytes=size, bits=bits)
+
+
+def _coarse(num_vectors: int, width: int) -> tuple[str, int]:
+    """Name the part of a factory string that finds lists, and the bytes of its centroids."""
+    lists = num_lists(num_vectors)
+    if lists < _MANY_LISTS:
+        return f"IVF{lists}", lists * 4 * width
+    return f"IVF{lists}_HNSW32", lists * (4 * width + _LINKS)
 
 
 def _codes(num_vectors: int, width: int) -> Iterator[tuple[str, int, float, int]]:

@@ -1,8 +1,10 @@
 """FAISS behind one door: an index whose ids are rows of a cache, and exact search."""
 
 import os
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from embedcache.registry import require
 _TRAINING_A_LIST = 50
 _LEAST_TRAINING = 20_000
 _MAPPED_SHARE = 0.5
+_OWNS = True  # FAISS takes no names
 
 
 class RowIndex:
@@ -63,6 +66,11 @@ class RowIndex:
         return isinstance(self._inner, self._faiss.IndexFlat)
 
     @property
+    def code_size(self) -> int:
+        """Bytes of a vector in the lists of an inverted file."""
+        return int(self._faiss.extract_index_ivf(self._inner).code_size)
+
+    @property
     def is_trained(self) -> bool:
         """Whether vectors can be added."""
         return bool(self._inner.is_trained)
@@ -91,6 +99,13 @@ class RowIndex:
         """Add vectors of length 1."""
         self.wrapped.add_with_ids(np.ascontiguousarray(vectors_BP), rows_B)
         self._rows = None
+
+    def add_part(self, rows_B: Ints, vectors_BP: Floats, first: int) -> None:
+        """Add vectors to a part of an inverted file that is merged later: the first is the `first` of the whole."""
+        self._inner.add_with_ids(np.ascontiguousarray(vectors_BP), first + np.arange(len(rows_B)))
+        self._rows = np.concatenate([self.rows, rows_B])
+        self._faiss.copy_array_to_vector(self._rows, self.wrapped.id_map)
+        self.wrapped.ntotal = len(self._rows)
 
     def search(
         self, queries_QP: Floats, k: int, effort: Mapping[str, int], *, kept_N: Bools | None = None
@@ -139,9 +154,39 @@ class RowIndex:
         return 1000 * float(np.median(seconds)), 1000 * (time.perf_counter() - started) / len(queries_QP)
 
     def write(self, path: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write it, whole or not at all; lists that are a file are found beside it again, wherever that is."""
+        inverted = self._faiss.try_extract_index_ivf(self._inner)
+        lists = None if inverted is None else self._faiss.downcast_InvertedLists(inverted.invlists)
+        if isinstance(lists, self._faiss.OnDiskInvertedLists):
+            lists.filename = Path(lists.filename).name
         with replacing(path) as temporary:
             self._faiss.write_index(self.wrapped, str(temporary))
+
+    def emptied(self) -> "RowIndex":
+        """Make an inverted file that is trained alike, and holds nothing; this one is of no use any more."""
+        lists = self._faiss.extract_index_ivf(self._inner)
+        empty = self._faiss.ArrayInvertedLists(lists.nlist, lists.code_size)
+        lists.replace_invlists(empty, _OWNS)
+        empty.this.disown()
+        lists.ntotal = self._inner.ntotal = self.wrapped.ntotal = 0
+        self._faiss.copy_array_to_vector(np.empty(0, np.int64), self.wrapped.id_map)
+        return RowIndex(self.wrapped)
+
+    def merge_on_disk(self, parts: Sequence["RowIndex"], path: Path) -> "RowIndex":
+        """Fill this inverted file, which is trained and empty, with those of others; its lists become a file."""
+        faiss = self._faiss
+        inverted = faiss.extract_index_ivf(self._inner)
+        lists = faiss.OnDiskInvertedLists(inverted.nlist, inverted.code_size, str(path))
+        every = faiss.InvertedListsPtrVector()
+        for part in parts:
+            every.push_back(faiss.extract_index_ivf(part.wrapped.index).invlists)
+        with _no_output():
+            total = lists.merge_from_multiple(every.data(), every.size())
+        inverted.replace_invlists(lists, _OWNS)
+        lists.this.disown()
+        inverted.ntotal = self._inner.ntotal = self.wrapped.ntotal = total
+        faiss.copy_array_to_vector(np.concatenate([part.rows for part in parts]), self.wrapped.id_map)
+        return RowIndex(self.wrapped)
 
     def go_on(self) -> "RowIndex":
         """Draw a graph's random levels up to where it was, so that adding goes on as if it had never been read."""
@@ -185,7 +230,8 @@ def read_index(path: Path, *, is_mapped: bool | None = None) -> RowIndex:
     faiss = import_faiss()
     try:
         if not is_mapped:
-            return RowIndex(faiss.read_index(str(path)))
+            with _no_output():
+                return RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY))
         index = RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC))
         return index if not index.num_lists else RowIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP))
     except (RuntimeError, AttributeError) as error:
@@ -259,6 +305,20 @@ def import_faiss() -> Any:
         MissingExtraError: it is not installed.
     """
     return require("faiss", extra="cpu")
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """Silence what FAISS prints about files of lists, which no setting of its does."""
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _machine_bytes() -> int:

@@ -2,23 +2,24 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from embedcache.artifact import check_same, claim_folder, fields_of, read_manifest, run_record, write_json
 from embedcache.curate.indexes.building import CHECKPOINT_S, FILES, Building, clean
-from embedcache.curate.indexes.configurations import Configuration, fitting, still_worth_trying
+from embedcache.curate.indexes.configurations import Configuration, configurations, fitting, on_disk, still_worth_trying
 from embedcache.curate.indexes.faiss_index import RowIndex
 from embedcache.curate.indexes.measuring import Measured, measure, pose
+from embedcache.curate.indexes.on_disk import lists_name
 from embedcache.curate.vectors import Vectors
-from embedcache.disk import disk_errors
+from embedcache.disk import LOCK, disk_errors, locked
 from embedcache.errors import FingerprintError, SettingError
 from embedcache.paths import is_remote
 from embedcache.progress import Progress, Silent
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MIN_RECALL = 0.95
 
 
@@ -48,9 +49,10 @@ class IndexCard:
         recall_at_1: share of queries whose nearest is found first; from here on None in format 1.
         batch_latency_ms: a query, of all in one batch.
         memory_bytes: by formula, while searching; None for a factory string of one's own.
-        file_bytes: size of `index.faiss`.
+        file_bytes: size of `index.faiss`, and of its lists where these are a file.
         num_training: vectors it was trained on.
         seconds: that this build took; of one that was stopped, since it went on.
+        lists: the file beside the index that its lists are left in, while it is searched too; None: all is in memory.
         format: version of the format on disk.
     """
 
@@ -76,6 +78,7 @@ class IndexCard:
     file_bytes: int | None = None
     num_training: int | None = None
     seconds: float | None = None
+    lists: str | None = None
     format: int = FORMAT_VERSION
 
 
@@ -88,6 +91,7 @@ def build_index(
     modality: str = "image",
     factory: str | None = None,
     memory_bytes: int | None = None,
+    leaves_on_disk: bool = False,
     min_recall: float = MIN_RECALL,
     checkpoint_s: float = CHECKPOINT_S,
     progress: Progress | None = None,
@@ -97,7 +101,7 @@ def build_index(
     A build that was stopped goes on from its last checkpoint, and a finished index of the same gains the items that it
     lacks. An index that misses the recall is not kept.
 
-    Memory: the index, a chunk of the feature, and a sample to train on.
+    Memory: the index, a chunk of the feature, and a sample to train on; of one left on the disk, 256 MB of its codes.
 
     Args:
         cache_path: the cache.
@@ -107,6 +111,7 @@ def build_index(
         modality: `image` or `text`.
         factory: FAISS factory string; None tries the kinds of `configurations`, in their order.
         memory_bytes: what the index may take while it is searched; None is any.
+        leaves_on_disk: whether the vectors' codes stay in a file, and are no memory; a finished index stays as it is.
         min_recall: least share of the true 10 nearest that it must find, 0 to 1.
         checkpoint_s: seconds between checkpoints.
         progress: told about items.
@@ -123,26 +128,24 @@ def build_index(
         raise SettingError(f"the least recall is {min_recall}; it must be 0 to 1")
     index_path, progress = Path(index_path), progress or Silent()
     vectors = Vectors(cache_path, modality, feature, run_path)
-    about = _about(vectors, index_path)
-    wishes = _Wishes(factory=factory, memory_bytes=memory_bytes, min_recall=min_recall)
-    if (index_path / "card.json").is_file():
-        card = read_card(index_path)
-        _check_again(index_path, card, about, vectors, wishes)
-        if card.num_vectors == len(vectors.rows):
-            clean(index_path)
-            return card
-        candidates = [_grown(card, len(vectors.rows))]
-    else:
-        candidates = wishes.candidates(len(vectors.rows), vectors.width)
-        claim_folder(index_path, kind="an index", sign="building.json", ours=FILES)
-    settings = {**about, "cache": str(cache_path), "run": str(run_path), **asdict(wishes)}
-    with run_record(index_path / "record.json", "index", settings) as outcome, disk_errors(index_path):
-        building = Building(index_path, about, vectors.cache.info)
-        card = _build(building, candidates, vectors, index_path, wishes, checkpoint_s, progress)
-        outcome.update({"recall_at_10": card.recall_at_10, "num_vectors": card.num_vectors})
-    write_json(index_path / "card.json", asdict(card))
-    clean(index_path)
+    wishes = _Wishes(factory=factory, memory_bytes=memory_bytes, min_recall=min_recall, on_disk=leaves_on_disk)
+    if not (index_path / "card.json").is_file():  # so that nothing is put into a folder of others
+        wishes.candidates(len(vectors.rows), vectors.width)
+        if not (index_path / LOCK).is_file():
+            _claim(index_path)
+    with locked(index_path):
+        card = read_card(index_path) if (index_path / "card.json").is_file() else None
+        if card is not None:
+            _check_again(index_path, card, _about(vectors, index_path), vectors, wishes)
+        if card is None or card.num_vectors < len(vectors.rows):
+            card = _build(index_path, vectors, card, wishes, checkpoint_s, progress)
+            write_json(index_path / "card.json", asdict(card))
+        clean(index_path, lists=card.lists)
     return card
+
+
+def _claim(index_path: Path) -> None:
+    claim_folder(index_path, kind="an index", sign=LOCK, ours=[LOCK, "card.json", *FILES])
 
 
 def read_card(index_path: Path) -> IndexCard:
@@ -164,41 +167,53 @@ class _Wishes:
     factory: str | None
     memory_bytes: int | None
     min_recall: float
+    on_disk: bool
 
     def candidates(self, num_vectors: int, width: int) -> list[Configuration]:
         if self.factory is None:
-            return fitting(num_vectors, width, self.memory_bytes)
+            kinds = on_disk if self.on_disk else configurations
+            return fitting(kinds(num_vectors, width), self.memory_bytes)
         if self.memory_bytes is not None:
             raise SettingError(
                 f"the factory string {self.factory!r} says how large the index is; give it or a memory, not both"
             )
-        return [Configuration(factory=self.factory, memory_bytes=0, bits=0)]
+        return [Configuration(factory=self.factory, memory_bytes=0, bits=0, is_on_disk=self.on_disk)]
 
 
 def _build(
-    building: Building,
-    candidates: Sequence[Configuration],
-    vectors: Vectors,
     index_path: Path,
+    vectors: Vectors,
+    old: IndexCard | None,
     wishes: _Wishes,
     checkpoint_s: float,
     progress: Progress,
 ) -> IndexCard:
-    """Build one candidate after another until one reaches the recall."""
-    started, questions, left = time.perf_counter(), None, list(candidates)
-    while left:
-        candidate, left = left[0], left[1:]
-        if building.refused.get(candidate.factory, 1) >= wishes.min_recall:
-            index = building.fill(candidate.factory, vectors, progress, checkpoint_s=checkpoint_s)
-            questions = questions or pose(vectors)
-            measured = measure(index, questions, wishes.min_recall)
-            if measured.recall_at_10 >= wishes.min_recall:
-                building.finish(index)
-                return _card(vectors, index_path, candidate, index, measured, wishes, time.perf_counter() - started)
-            building.refuse(candidate.factory, measured.recall_at_10)
-            progress.note(f"{candidate.factory} finds {measured.recall_at_10:.3f} of the 10 nearest, and is dropped")
-        left = still_worth_trying(left, candidate)
-    raise SettingError(_too_poor(building.refused, index_path, wishes))
+    """Build one candidate after another until one reaches the recall; of a finished index, its own kind alone."""
+    if old is None:
+        _claim(index_path)
+    about, num = _about(vectors, index_path), len(vectors.rows)
+    left = wishes.candidates(num, vectors.width) if old is None else [_grown(old, num)]
+    settings = {**about, "cache": str(vectors.cache.path), "run": str(vectors.run_path), **asdict(wishes)}
+    started, questions = time.perf_counter(), None
+    with run_record(index_path / "record.json", "index", settings) as outcome, disk_errors(index_path):
+        building = Building(index_path, about, vectors.cache.info, lists=None if old is None else old.lists)
+        while left:
+            candidate, left = left[0], left[1:]
+            if building.refused.get(candidate.factory, 1) >= wishes.min_recall:
+                index = building.fill(candidate, vectors, progress, checkpoint_s=checkpoint_s)
+                questions = questions or pose(vectors)
+                measured = measure(index, questions, wishes.min_recall)
+                if measured.recall_at_10 >= wishes.min_recall:
+                    building.finish(index)
+                    outcome.update({"recall_at_10": measured.recall_at_10, "num_vectors": num})
+                    seconds = time.perf_counter() - started
+                    return _card(vectors, index_path, candidate, index, measured, wishes, seconds)
+                building.refuse(candidate.factory, measured.recall_at_10)
+                progress.note(
+                    f"{candidate.factory} finds {measured.recall_at_10:.3f} of the 10 nearest, and is dropped"
+                )
+            left = still_worth_trying(left, candidate)
+        raise SettingError(_too_poor(building.refused, index_path, wishes))
 
 
 def _too_poor(refused: Mapping[str, float], index_path: Path, wishes: _Wishes) -> str:
@@ -220,6 +235,7 @@ def _card(
     wishes: _Wishes,
     seconds: float,
 ) -> IndexCard:
+    lists = lists_name(len(index)) if candidate.is_on_disk else None
     return IndexCard(
         **_about(vectors, index_path),
         factory=candidate.factory,
@@ -233,9 +249,10 @@ def _card(
         recall_at_1=measured.recall_at_1,
         batch_latency_ms=measured.batch_latency_ms,
         memory_bytes=candidate.memory_bytes or None,
-        file_bytes=(index_path / "index.faiss").stat().st_size,
+        file_bytes=sum((index_path / name).stat().st_size for name in ("index.faiss", lists) if name),
         num_training=min(index.num_training, len(index)),
         seconds=round(seconds, 3),
+        lists=lists,
     )
 
 
@@ -281,7 +298,7 @@ def _check_again(
 def _grown(card: IndexCard, num_vectors: int) -> Configuration:
     """Give an index's kind for the items that there are now."""
     memory_bytes = round((card.memory_bytes or 0) * num_vectors / card.num_vectors)
-    return Configuration(factory=card.factory, memory_bytes=memory_bytes, bits=0)
+    return Configuration(factory=card.factory, memory_bytes=memory_bytes, bits=0, is_on_disk=card.lists is not None)
 
 
 def _relative(path: Path, index_path: Path) -> str:

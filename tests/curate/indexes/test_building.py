@@ -5,11 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from embedcache.curate.indexes import on_disk
 from embedcache.curate.indexes.faiss_index import read_index
 from embedcache.curate.indexes.index import build_index, read_card
 from embedcache.curate.indexes.queries import Queries
@@ -28,9 +30,13 @@ ASKED: dict[str, Any] = {"feature": "open_toy/cls", "min_recall": 0.0}
 PROGRAM = """
 import sys
 from tests.extract.crash import crash_at
+from embedcache.curate.indexes import on_disk
 from embedcache.curate.indexes.index import build_index
 moment, pattern, number, cache, index, factory = sys.argv[1:]
 crash_at(moment, pattern, int(number))
+if factory == "on disk":
+    on_disk.PART_BYTES = 100 * 96
+    build_index(cache, index, feature="open_toy/cls", factory="IVF4,SQfp16", min_recall=0.0, leaves_on_disk=True)
 build_index(cache, index, feature="open_toy/cls", factory=factory, min_recall=0.0, checkpoint_s=0)
 """
 
@@ -80,7 +86,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert card.num_vectors == 300
     assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "whole")
     names = {path.name for path in (tmp_path / "index").iterdir()}
-    assert names == {"index.faiss", "card.json", "record.json"} or pattern == r"card\.json"
+    assert names == {".lock", "index.faiss", "card.json", "record.json"} or pattern == r"card\.json"
 
 
 @pytest.mark.slow
@@ -162,6 +168,81 @@ def test_an_index_of_a_cache_made_anew_is_refused(tmp_path: Path) -> None:
     extract(open_source(tmp_path / "source"), cache, image=[IMAGE])
     with pytest.raises(FingerprintError, match="was made from other samples than .*; give the path of a new folder"):
         build_index(cache, tmp_path / "index", **ASKED)
+
+
+ON_DISK: dict[str, Any] = {**ASKED, "factory": "IVF4,SQfp16", "leaves_on_disk": True}
+
+
+def files_of(index_path: Path) -> dict[str, bytes]:
+    unlike = (".lock", "record.json", "card.json")
+    return {path.name: path.read_bytes() for path in index_path.iterdir() if path.name not in unlike}
+
+
+def test_lists_on_the_disk_hold_what_those_in_memory_do(
+    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_disk, "PART_BYTES", 100 * 96)  # two chunks of 64 a part
+    card = build_index(cache_path, tmp_path / "built", **ON_DISK)
+    within = build_index(cache_path, tmp_path / "within", factory="IVF4,SQfp16", **ASKED)
+    assert card.lists == "lists-300.ivfdata"
+    assert set(files_of(tmp_path / "built")) == {"index.faiss", "lists-300.ivfdata"}
+    assert (tmp_path / "built" / "index.faiss").stat().st_size < 0.5 * (within.file_bytes or 0)
+    shutil.move(tmp_path / "built", tmp_path / "moved")
+    one, other = (read_index(tmp_path / name / "index.faiss") for name in ("moved", "within"))
+    assert one.rows.tolist() == other.rows.tolist()
+    queries = Vectors(cache_path, "image", "open_toy/cls").read(one.rows[:40])
+    here, there = (index.search(queries, 9, {"nprobe": 3})[0] for index in (one, other))
+    assert here == pytest.approx(there, abs=1e-6)
+    assert search(tmp_path / "moved", Queries(keys=["00007"]), k=1, cache_path=cache_path)[0][0].key == "00007"
+
+
+def test_lists_on_the_disk_gain_samples_that_were_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_disk, "PART_BYTES", 20 * 96)
+    cache = write_cache(tmp_path, 40)
+    build_index(cache, tmp_path / "index", **ON_DISK)
+    write_cache(tmp_path, 70)
+    card = build_index(cache, tmp_path / "index", **ASKED)
+    assert (card.num_vectors, card.lists) == (70, "lists-70.ivfdata")
+    assert set(files_of(tmp_path / "index")) == {"index.faiss", "lists-70.ivfdata"}
+    index = read_index(tmp_path / "index" / "index.faiss")
+    assert sorted(index.rows.tolist()) == list(range(70))
+    vectors = Vectors(cache, "image", "open_toy/cls").read(index.rows)
+    scores, rows = index.search(vectors, 10, {"nprobe": 4})
+    assert (rows == index.rows[:, None]).any(axis=1).all()  # some pictures look alike
+    assert scores[:, 0] == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize(
+    ("pattern", "number"),
+    [(r"index\.partial\.faiss", 1), (r"index\.part-.*", 2), (r"/index\.faiss", 1), (r"card\.json", 1)],
+)
+def test_killed_while_parts_are_made_it_goes_on_to_the_same_bytes(
+    cache_path: Path, tmp_path: Path, moment: str, pattern: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_disk, "PART_BYTES", 100 * 96)
+    build_index(cache_path, tmp_path / "whole", **ON_DISK)
+    kill_at(moment, pattern, number, cache_path, tmp_path / "index", "on disk")
+    build_index(cache_path, tmp_path / "index", **ON_DISK)
+    assert files_of(tmp_path / "index") == files_of(tmp_path / "whole")
+
+
+def test_two_that_build_into_one_folder_wait_for_each_other(cache_path: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        cards = pool.map(lambda _: build_index(cache_path, tmp_path / "index", factory="Flat", **ASKED), range(2))
+        first, second = list(cards)
+    assert first == second  # the seconds it took too: one was built
+    build_index(cache_path, tmp_path / "alone", factory="Flat", **ASKED)
+    assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "alone")
+
+
+def test_only_lists_are_left_on_the_disk(cache_path: Path, tmp_path: Path) -> None:
+    for factory in ("Flat", "HNSW8", "IVF4,RaBitQ,Refine(SQ8)"):
+        with pytest.raises(SettingError, match="has no lists to leave on the disk; give one such as IVF4096,SQfp16"):
+            build_index(
+                cache_path, tmp_path / factory[:4], factory=factory, leaves_on_disk=True, feature="open_toy/cls"
+            )
 
 
 @pytest.mark.parametrize("factory", KINDS)

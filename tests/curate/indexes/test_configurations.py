@@ -9,6 +9,7 @@ from embedcache.curate.indexes.configurations import (
     configurations,
     fitting,
     num_lists,
+    on_disk,
     still_worth_trying,
 )
 from embedcache.curate.indexes.faiss_index import make_index
@@ -37,17 +38,25 @@ GB = 1024**3
     ],
 )
 def test_memory_chooses_the_kind(num_vectors: int, width: int, memory: int | None, first: str) -> None:
-    assert fitting(num_vectors, width, memory)[0].factory == first
+    assert fitting(configurations(num_vectors, width), memory)[0].factory == first
 
 
 @given(st.integers(1, 10**9), st.integers(1, 4096))
 def test_lists_are_never_more_than_can_be_trained(num_vectors: int, width: int) -> None:
     lists = num_lists(num_vectors)
     assert lists == 1 or lists * 39 <= num_vectors
-    smallest = min(one.memory_bytes for one in configurations(num_vectors, width))
-    assert fitting(num_vectors, width, smallest)
+    every = configurations(num_vectors, width)
+    smallest = min(one.memory_bytes for one in every)
+    assert fitting(every, smallest)
     with pytest.raises(SettingError, match=f"takes {smallest:,}: give --memory"):
-        fitting(num_vectors, width, smallest - 1)
+        fitting(every, smallest - 1)
+
+
+def test_on_the_disk_only_centroids_and_rows_are_memory() -> None:
+    (kind,) = fitting(on_disk(100_000_000, 768), 2 * GB)
+    assert (kind.factory, kind.is_on_disk) == ("IVF16384_HNSW32,SQfp16", True)
+    with pytest.raises(SettingError, match=r"the smallest, IVF16384_HNSW32,SQfp16, takes 1,6\d\d,.*K or more$"):
+        fitting(on_disk(100_000_000, 768), GB)
 
 
 @pytest.mark.parametrize("configuration", configurations(2000, 64), ids=lambda one: one.factory)

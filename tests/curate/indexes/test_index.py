@@ -31,7 +31,7 @@ def test_the_card_says_what_is_in_it_and_how_good_it_is(cache_path: Path, index_
     assert card.search == {}
     assert card.memory_bytes == 300 * (16 * 4 + 8)
     assert card.file_bytes == (index_path / "index.faiss").stat().st_size == pytest.approx(card.memory_bytes, rel=0.01)
-    assert {path.name for path in index_path.iterdir()} == {"index.faiss", "card.json", "record.json"}
+    assert {path.name for path in index_path.iterdir()} == {".lock", "index.faiss", "card.json", "record.json"}
     assert card.run_weights == load_pair(index_path / str(card.run))[1].weights
 
 
@@ -57,7 +57,7 @@ def test_a_poor_index_is_refused_with_what_it_reaches(cache_path: Path, run_path
     for _ in range(2):  # the second time it is known
         with pytest.raises(SettingError, match=asked):
             build_index(cache_path, tmp_path / "pq", run_path=run_path, factory="PQ1x4")
-    assert [path.name for path in (tmp_path / "pq").iterdir()] == ["building.json"]
+    assert {path.name for path in (tmp_path / "pq").iterdir()} == {".lock", "building.json"}
     card = build_index(cache_path, tmp_path / "pq", run_path=run_path, factory="PQ1x4", min_recall=0.0)
     assert card.recall_at_10 < 0.6
 
@@ -93,7 +93,7 @@ def test_effort_is_tuned_until_the_recall_is_reached(
 
 def test_memory_and_recall_choose_and_are_checked_again(cache_path: Path, tmp_path: Path) -> None:
     path, feature = tmp_path / "index", "open_toy/cls"
-    with pytest.raises(SettingError, match=r"no index of 300 vectors of width 48 fits 1,000 bytes.*RaBitQ, takes"):
+    with pytest.raises(SettingError, match=r"no index of these vectors fits 1,000 bytes.*RaBitQ, takes"):
         build_index(cache_path, path, feature=feature, memory_bytes=1000)
     card = build_index(cache_path, path, feature=feature, memory_bytes=40_000, min_recall=0.9)
     assert card.factory.startswith("IVF7,")
