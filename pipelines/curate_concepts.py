@@ -11,10 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from embedcache.cli.console import say
-from embedcache.curate.select.combine import combine
 from embedcache.curate.select.contract import SelectSettings
 from embedcache.curate.select.select import select
 from embedcache.evaluate.comparison import Method, write_comparison
@@ -24,7 +21,7 @@ from embedcache.evaluate.zero_shot import evaluate_zero_shot
 from embedcache.train.data import TrainData, open_data
 from embedcache.train.options import settings_of
 from embedcache.train.train import train_on
-from pipelines.noisy_openmoji import CLOSED, NOTES, make_caches, make_cut
+from pipelines.noisy_openmoji import CLOSED, NOTES, count_english, make_caches, make_cut
 
 SEEDS, BUDGETS, PAGE = (0, 1, 2, 3, 4), (300, 600, 1200), Path("docs/benchmarks/curation.md")
 BY_CONCEPTS, ENGLISH = ("top-score", "rare-first", "metaclip"), "random of the English"
@@ -49,21 +46,16 @@ def choose(workdir: Path, name: str, budget: int, seed: int) -> None:
 
 
 def measure(workdir: Path, data: TrainData, group: str, name: str, file: str) -> Method:
-    """Train on a selection of every cut and evaluate; count its English pairs."""
-    cuts, pool = [workdir / f"cut-{seed}" for seed in SEEDS], workdir / "pool"
-    both = [
-        combine(pool, cut / "both.parquet", cut / f"{file}.parquet", "and", cut / "english.parquet") for cut in cuts
-    ]
-    paths = {
-        option: f"{workdir}/cut-{{seed}}/{one}.parquet" for option, one in (("split", "split"), ("selection", file))
-    }
-    for seed, run in zip(SEEDS, runs := [cut / file for cut in cuts], strict=True):
+    """Train on a selection of every cut and evaluate."""
+    cuts, runs = f"{workdir}/cut-{{seed}}", [workdir / f"cut-{seed}" / file for seed in SEEDS]
+    paths = {"split": f"{cuts}/split.parquet", "selection": f"{cuts}/{file}.parquet"}
+    for seed, run in zip(SEEDS, runs, strict=True):
         train_on(data, run, settings_of({**CLOSED, **paths, "seed": seed}))
-    report = evaluate_retrieval(pool, runs, language="en")
-    classified = evaluate_zero_shot(pool, runs, workdir / "groups", compares=False)
+    report = evaluate_retrieval(workdir / "pool", runs, language="en")
+    classified = evaluate_zero_shot(workdir / "pool", runs, workdir / "groups", compares=False)
     accuracy = format_estimate(classified.accuracies["mean_per_class_recall"])
     say(f"{group} {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}, classes {accuracy}")
-    about = {"English pairs": f"{np.mean(both):,.0f}", "9 classes": accuracy}
+    about = {"English pairs": f"{count_english(workdir, file, SEEDS):,.0f}", "9 classes": accuracy}
     return Method(group=group, name=name, about=about, report=report)
 
 
