@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--captions", help="a table of a crawl's captions, to choose from")
-    parser.add_argument("--concepts", default="prompts:imagenet1k", help="names to cover")
+    parser.add_argument("--concepts", default="prompts:imagenet1k+voc2007", help="names to cover")
     parser.add_argument("--pairs", help="images with captions: those that were chosen, and others")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tiny", action="store_true", help="all of it on OpenMoji, with small encoders")
