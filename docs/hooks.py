@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
-import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+from typer.testing import CliRunner
 
 DOCS = Path(__file__).parent
 
@@ -21,16 +22,16 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def command_reference() -> str:
-    """Describe every command of `embedcache`: what it does, its arguments and options, as Markdown."""
+    """Give what `--help` says of every command of `embedcache`, as Markdown."""
     from embedcache.cli.main import app
 
-    return "\n".join(_describe(words, command) for words, command in commands(typer.main.get_command(app)))
+    return "\n".join(f"## {words}\n\n```text\n{_help(app, words)}```\n" for words in commands(get_command(app)))
 
 
-def commands(command: click.Command, words: str = "embedcache") -> Iterator[tuple[str, click.Command]]:
-    """Go through a command and all below it, each with the words that call it."""
-    yield words, command
-    if isinstance(command, click.Group):
+def commands(command: Any, words: str = "embedcache") -> Iterator[str]:
+    """Name a command and all below it by the words that call them."""
+    yield words
+    if isinstance(command, TyperGroup):
         for name, below in command.commands.items():
             yield from commands(below, f"{words} {name}")
 
@@ -41,25 +42,7 @@ def decision_list() -> str:
     return "\n".join(f"- [{path.read_text().splitlines()[0].removeprefix('# ')}]({path.name})" for path in paths)
 
 
-def _describe(words: str, command: click.Command) -> str:
-    context = click.Context(command, info_name=words)
-    usage = " ".join([words, *command.collect_usage_pieces(context)])
-    rows = [_row(parameter, context) for parameter in command.params]
-    table = ["| | | |", "| --- | --- | --- |", *rows] if rows else []
-    return "\n".join([f"## {words}", "", command.help or "", "", f"    {usage}", "", *table, ""])
-
-
-def _row(parameter: click.Parameter, context: click.Context) -> str:
-    names = [*parameter.opts, *parameter.secondary_opts]
-    called = parameter.make_metavar(context) if isinstance(parameter, click.Argument) else "`, `".join(names)
-    kind = "" if getattr(parameter, "is_flag", False) else _kind(parameter)
-    says = getattr(parameter, "help", None) or ""
-    default = parameter.default
-    if isinstance(parameter, click.Option) and default not in (None, False, ()) and "[default" not in says:
-        says += f" [default: {default}]"
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{called}`", kind, says)) + " |"
-
-
-def _kind(parameter: click.Parameter) -> str:
-    choices = getattr(parameter.type, "choices", None)
-    return ", ".join(f"`{choice}`" for choice in choices) if choices else parameter.type.name.replace("text", "")
+def _help(app: Any, words: str) -> str:
+    program, *rest = words.split()
+    said = CliRunner().invoke(app, [*rest, "--help"], prog_name=program, env={"COLUMNS": "100"})
+    return said.output.strip() + "\n"

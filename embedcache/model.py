@@ -90,7 +90,7 @@ class Model:
             MissingExtraError: the encoder's package is not installed.
         """
         listed = [images] if isinstance(images, str | Path | Image) else images
-        return self.image_side.encode(listed, _open_picture)
+        return self._image_side.encode(listed, _open_picture)
 
     def encode_text(self, texts: str | Sequence[str]) -> Floats:
         """Embed texts, a batch of the encoder at a time.
@@ -106,7 +106,7 @@ class Model:
             FingerprintError: the encoder that opens now is not the one whose features the run was trained on.
             MissingExtraError: the encoder's package is not installed.
         """
-        return self.text_side.encode([texts] if isinstance(texts, str) else texts, _check_text)
+        return self._text_side.encode([texts] if isinstance(texts, str) else texts, _check_text)
 
     def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Floats:
         """Compare every picture with every text; of vectors that you have, this is `images @ texts.T`.
@@ -125,12 +125,12 @@ class Model:
         return similarities_NM
 
     @cached_property
-    def image_side(self) -> "OpenSide":
+    def _image_side(self) -> "OpenSide":
         """The image encoder and its projector."""
         return open_side("image", self.config.image, self._pair.image, self._device)
 
     @cached_property
-    def text_side(self) -> "OpenSide":
+    def _text_side(self) -> "OpenSide":
         """The text encoder and its projector."""
         return open_side("text", self.config.text, self._pair.text, self._device)
 

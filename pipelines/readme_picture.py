@@ -1,6 +1,6 @@
 """Four questions in words, and the held-out pictures that the tutorial's run finds: docs/pictures/search.png.
 
-    python -m pipelines.readme_picture tutorial/      # a folder in which docs/tutorial.md was followed to its search
+python -m pipelines.readme_picture tutorial/      # a folder in which docs/tutorial.md was followed to its search
 """
 
 import argparse
@@ -38,7 +38,9 @@ def main() -> None:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
     figure.supxlabel(f"cosine below each name; held-out pictures only. {credit(cache)}", fontsize=7)
-    figure.savefig(PAGE, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110)
+    Image.open(drawn).convert("RGB").quantize(96).save(PAGE, optimize=True)
 
 
 def held_out_answers(folder: Path) -> list[list[Hit]]:

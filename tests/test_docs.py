@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import click
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from embedcache.cli.main import app
 from tests.pictures import write_pictures
@@ -85,13 +85,23 @@ COMMANDS = [(block.page, line) for block, line in LINES if line.startswith("embe
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_command_lines_are_understood(page: str, line: str) -> None:
-    command: click.Command = typer.main.get_command(app)
-    words = shlex.split(line)[1:]
-    context = click.Context(command)
-    while isinstance(command, click.Group):
-        found = command.get_command(context, words.pop(0))
-        assert found is not None, f"{page}: {line}"
-        command = found
+    parse(line)
+
+
+@pytest.mark.parametrize(
+    "line", ["embedcache exrtact a b", "embedcache train cache/ run/ --epoks 3", "embedcache verify"]
+)
+def test_a_wrong_command_line_would_be_seen(line: str) -> None:
+    usage_error = typer.BadParameter.__mro__[1]
+    with pytest.raises((KeyError, usage_error)):
+        parse(line)
+
+
+def parse(line: str) -> None:
+    """Let the command's own parser read a line, without running it."""
+    command, words = typer.main.get_command(app), shlex.split(line)[1:]
+    while isinstance(command, TyperGroup):  # typer has a click of its own, whose groups are not click's
+        command = command.commands[words.pop(0)]
     command.make_context("embedcache", words)
 
 

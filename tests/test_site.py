@@ -1,14 +1,16 @@
 """The documentation is built strictly, from the code, and asks nobody for anything."""
 
+import html
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
+from typer.core import TyperGroup
 
 import embedcache
 from embedcache.cli.main import app
@@ -32,12 +34,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_reference_has_every_command_and_option(site: Path) -> None:
-    page = (site / "reference" / "cli.html").read_text()
+    page = html.unescape((site / "reference" / "cli.html").read_text())
     for words, command in leaves(typer.main.get_command(app)):
-        assert f">{words}<a" in page.replace("\n", ""), words
+        assert f"Usage: {words}" in page
         for parameter in command.params:
-            for name in parameter.opts if isinstance(parameter, click.Option) else []:
-                assert f"<code>{name}</code>" in page, f"{words} {name}"
+            assert parameter.opts[0] in page, f"{words} {parameter.opts[0]}"
 
 
 @pytest.mark.slow
@@ -58,8 +59,8 @@ def test_a_reader_asks_no_other_machine(site: Path) -> None:
         assert not asked.search(page.read_text()), page
 
 
-def leaves(command: click.Command, words: str = "embedcache") -> Iterator[tuple[str, click.Command]]:
-    if isinstance(command, click.Group):
+def leaves(command: Any, words: str = "embedcache") -> Iterator[tuple[str, Any]]:
+    if isinstance(command, TyperGroup):
         for name, below in command.commands.items():
             yield from leaves(below, f"{words} {name}")
     else:
