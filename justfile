@@ -31,6 +31,10 @@ fix:
 docs:
     python -m pytest -q tests/test_docs.py
 
+# Build the documentation into build/site, strictly: a broken link or name stops it.
+site *args:
+    NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet {{ args }}
+
 # The whole system on packaged data.
 smoke workdir="embedcache-quickstart":
     embedcache quickstart {{ workdir }}

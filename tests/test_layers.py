@@ -18,6 +18,7 @@ LAYERS = [
     {"cache"},
     {"pages"},
     {"extract", "train", "evaluate", "curate"},
+    {"model"},
     {"quickstart", "sweep", "exchange"},
     {"cli"},
     {"__main__"},

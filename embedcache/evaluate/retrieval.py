@@ -12,7 +12,7 @@ from embedcache.cache.pairs import Pairs, pair_items
 from embedcache.errors import DataError
 from embedcache.evaluate.held import Looked, held_out
 from embedcache.evaluate.overlap import Overlap, find_overlap, worst
-from embedcache.evaluate.runs import Run, load_runs, seeds_line, trained_side
+from embedcache.evaluate.runs import Run, RunPaths, load_runs, seeds_line, trained_side
 from embedcache.metrics.intervals import Estimate, bootstrap_means, bootstrap_median, chance_estimate
 from embedcache.metrics.ranks import average_precisions, chance_recall, first_ranks, negatives_before
 from embedcache.projectors.saved import project
@@ -106,7 +106,7 @@ class RetrievalReport:
 
 def evaluate_retrieval(
     cache_path: Path | str,
-    run_paths: Sequence[Path | str],
+    run_paths: RunPaths,
     *,
     part: str | None = None,
     language: str | None = None,
@@ -122,7 +122,7 @@ def evaluate_retrieval(
 
     Args:
         cache_path: the cache.
-        run_paths: runs trained on it.
+        run_paths: a run, or several: seeds of one recipe.
         part: `test`, `val`, `train` or `all`; None is `test`, and all of another cache without such a part.
         language: captions of this language; None is the language that the run was trained on.
         is_control: the runs must have been trained on shuffled pairs.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from embedcache.artifact import check_same
 from embedcache.cache.cache import Cache
@@ -11,6 +11,9 @@ from embedcache.cache.side import SideFeature, open_side
 from embedcache.errors import SettingError
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, check_feature, load_pair, read_config
+
+RunPaths: TypeAlias = Path | str | Sequence[Path | str]
+"""One run, or seeds of one recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +30,11 @@ class Run:
         return int(self.config.training["seed"])
 
 
-def load_runs(run_paths: Sequence[Path | str], *, is_control: bool = False) -> list[Run]:
+def load_runs(run_paths: RunPaths, *, is_control: bool = False) -> list[Run]:
     """Load seeds of one recipe.
 
     Args:
-        run_paths: at least one.
+        run_paths: one, or several.
         is_control: they must have been trained on shuffled pairs.
 
     Raises:
@@ -40,6 +43,7 @@ def load_runs(run_paths: Sequence[Path | str], *, is_control: bool = False) -> l
         PathError: a folder is no finished run.
         CorruptError: weights are not those that the config was written for.
     """
+    run_paths = [run_paths] if isinstance(run_paths, Path | str) else run_paths
     if not run_paths:
         raise SettingError("no run to evaluate; give at least one run folder")
     runs = [Run(path=Path(path), pair=pair, config=config) for path in run_paths for pair, config in [_load(path)]]

@@ -16,7 +16,7 @@ from embedcache.errors import DataError
 from embedcache.evaluate.held import Held, Looked, held_out
 from embedcache.evaluate.overlap import Overlap, find_overlap, worst
 from embedcache.evaluate.prompts import class_vectors, read_prompts
-from embedcache.evaluate.runs import Run, load_runs, seeds_line, trained_side
+from embedcache.evaluate.runs import Run, RunPaths, load_runs, seeds_line, trained_side
 from embedcache.metrics.classes import class_means, confusion, ranks_of
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate
 from embedcache.projectors.saved import project
@@ -110,7 +110,7 @@ class ZeroShotReport:
 
 def evaluate_zero_shot(
     cache_path: Path | str,
-    run_paths: Sequence[Path | str],
+    run_paths: RunPaths,
     prompts_path: Path | str,
     *,
     label: str = "label",
@@ -126,7 +126,7 @@ def evaluate_zero_shot(
 
     Args:
         cache_path: a cache with the runs' image feature, and labels.
-        run_paths: seeds of one recipe.
+        run_paths: a run, or several: seeds of one recipe.
         prompts_path: a cache with the runs' text feature, made by `extract prompts:…`.
         label: the column of labels: names of classes, or their numbers from 0.
         part: `test`, `val`, `train` or `all`; None is `test`, and all of another cache without such a part.

@@ -204,7 +204,7 @@ def measure_coverage(
     run_path: Path | str | None = None,
     label: str = "label",
     settings: CoverageSettings | None = None,
-    selection: Path | None = None,
+    selection: Path | str | None = None,
     index_path: Path | str | None = None,
     engine: Engine = "local",
     address: str | None = None,
@@ -246,6 +246,7 @@ def measure_coverage(
             f"k is {settings.k}; {pool.cache.path} holds {len(pool.rows):,} {modality}s with {pool.side.name}, so k "
             f"must be 1 to {len(pool.rows)}"
         )
+    selection = None if selection is None else Path(selection)
     is_selected = None if selection is None else _selected(pool, selection)
     concepts = open_concepts(Cache(concepts_path), pool, label=label)
     background = look_at(concepts.vectors, pool.sample(max(SAMPLE, settings.k)), settings.k)

@@ -181,7 +181,7 @@ def look(
 
 def dedup(
     cache_path: Path | str,
-    out: Path,
+    out: Path | str,
     *,
     cosine: float | None,
     settings: DedupSettings | None = None,
@@ -204,6 +204,7 @@ def dedup(
         DataError, UnfinishedError, FingerprintError, UnknownNameError: as of `look`.
         DiskFullError: the scratch file does not fit.
     """
+    out = Path(out)
     check_cosine(cosine)
     if out.suffix != ".parquet":
         raise SettingError(f"{out} is to be a selection: give it a name that ends with .parquet")

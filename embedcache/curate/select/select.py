@@ -32,18 +32,18 @@ class SelectReport:
 
 def select(
     cache_path: Path | str,
-    out_path: Path,
+    out_path: Path | str,
     method: str,
     *,
     settings: SelectSettings | None = None,
     share: float | None = None,
     modality: str | None = None,
     feature: str | None = None,
-    run_path: Path | None = None,
+    run_path: Path | str | None = None,
     concepts_path: Path | str | None = None,
     joins_names: bool = False,
     target_path: Path | str | None = None,
-    within: Path | None = None,
+    within: Path | str | None = None,
     progress: Progress | None = None,
 ) -> SelectReport:
     """Select some samples of a cache.
@@ -73,6 +73,7 @@ def select(
         FingerprintError: the run, the concepts or the target have features of another encoder.
         UnfinishedError: a feature has missing chunks.
     """
+    out_path = Path(out_path)
     check_selection_path(out_path)
     selector: Selector = SELECTORS.load(method)()
     settings = settings or SelectSettings()
@@ -85,11 +86,11 @@ def select(
         cache_path,
         modality or selector.modality or "image",
         feature=feature,
-        run_path=run_path,
+        run_path=None if run_path is None else Path(run_path),
         concepts_path=concepts_path,
         joins_names=joins_names,
         target_path=target_path,
-        within=within,
+        within=None if within is None else Path(within),
         progress=progress,
     )
     num_pool = len(pool.samples)

@@ -1,0 +1,215 @@
+"""What `import embedcache` gives: names, types, and a run that encodes as its cache says."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import embedcache
+from embedcache.cache.side import open_side
+from embedcache.errors import DataError, FingerprintError, PathError
+from embedcache.projectors.saved import load_pair, project
+from tests.exchange.runs import SIDES, train_run
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "reference" / "api.md"
+
+
+def test_every_name_is_there_and_documented_on_one_page() -> None:
+    documented = re.findall(r"^::: embedcache\.(\w+)$", PAGE.read_text(), re.MULTILINE)
+    documented.remove("errors")  # the module, for the tree in its docstring
+    assert sorted(documented) == sorted(embedcache.__all__)
+    assert set(embedcache.__all__) == set(embedcache._HOMES)
+    for name in embedcache.__all__:
+        assert getattr(embedcache, name).__doc__, name
+    assert set(embedcache.__all__) <= set(dir(embedcache))
+
+
+def test_type_checkers_see_the_very_objects() -> None:
+    imported = re.findall(r"^    from (\S+) import (.+?)$", Path(embedcache.__file__).read_text(), re.MULTILINE)
+    assert imported
+    for module, names in imported:
+        for one in names.strip("()").split(","):
+            name, _, alias = one.strip().partition(" as ")
+            if name:
+                home = embedcache._HOMES[alias or name]
+                assert home == f"{module}:{name}"
+
+
+def test_no_room_hides_a_name() -> None:
+    rooms = {path.stem for path in (ROOT / "embedcache").iterdir()}
+    assert not rooms & set(embedcache.__all__)
+
+
+def test_an_unknown_name_says_what_there_is() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'train_pair'; it has .*train_projectors"):
+        _ = embedcache.train_pair
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, time; start = time.process_time(); import embedcache; took = time.process_time() - start;"
+        "print(took, *sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'pyarrow', 'zarr', "
+        "'faiss', 'timm', 'transformers', 'PIL', 'matplotlib'}), *(n for n in sys.modules if n[:11] == 'embedcache.'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    took, *loaded = done.stdout.split()
+    assert loaded == []
+    assert float(took) < 0.2
+
+
+@pytest.fixture(scope="module")
+def exact_cache(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the pictures that keeps every bit of the encoder's float32."""
+    path = tmp_path_factory.mktemp("api") / "cache"
+    settings = embedcache.ExtractSettings(features=("cls", "patches", "mean", "tokens"), dtype="float32")
+    embedcache.extract_features(embedcache.open_source(pictures), path, image=[IMAGE], text=[TEXT], settings=settings)
+    return path
+
+
+@pytest.fixture(scope="module", params=SIDES)
+def run_path(request: pytest.FixtureRequest, exact_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_run(exact_cache, tmp_path_factory.mktemp("runs") / request.param, *SIDES[request.param])
+
+
+def cached_vectors(cache_path: Path, run_path: Path, modality: str, count: int) -> np.ndarray:
+    pair, config = load_pair(run_path)
+    side = open_side(embedcache.Cache(cache_path), modality, config.side(modality).feature)
+    return project(pair.tower(modality), side.read(np.arange(count)))
+
+
+def test_a_run_encodes_what_its_cache_holds(exact_cache: Path, pictures: Path, run_path: Path) -> None:
+    model, paths = embedcache.load(run_path), sorted(pictures.glob("*.png"))[:20]
+    texts = embedcache.Cache(exact_cache).items("text")["text"].to_pylist()[:20]
+    images_NP = cached_vectors(exact_cache, run_path, "image", 20)
+    texts_MP = cached_vectors(exact_cache, run_path, "text", 20)
+    np.testing.assert_allclose(model.encode_image(paths), images_NP, atol=1e-4)
+    np.testing.assert_allclose(model.encode_image([Image.open(path) for path in paths]), images_NP, atol=1e-4)
+    np.testing.assert_allclose(model.encode_text(texts), texts_MP, atol=1e-4)
+    np.testing.assert_allclose(model.similarity(paths[:3], texts), images_NP[:3] @ texts_MP.T, atol=1e-4)
+
+
+def test_shapes_and_lengths(pictures: Path, run_path: Path) -> None:
+    model, path = embedcache.load(run_path), min(pictures.glob("*.png"))
+    for one, some, none in (
+        (model.encode_image(str(path)), model.encode_image([path, str(path)]), model.encode_image([])),
+        (model.encode_text("a red box"), model.encode_text(("a", "b")), model.encode_text([])),
+    ):
+        assert [part.shape for part in (one, some, none)] == [(1, model.width), (2, model.width), (0, model.width)]
+        assert one.dtype == some.dtype == none.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(some, axis=1), 1, atol=1e-5)
+    assert model.similarity([], "a").shape == (0, 1)
+    assert model.scale > 1
+
+
+def test_bad_items_are_named(run_path: Path, tmp_path: Path) -> None:
+    model = embedcache.load(run_path)
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    with pytest.raises(PathError, match=r"image .*missing.png is no file here; give the path"):
+        model.encode_image("missing.png")
+    with pytest.raises(DataError, match=r"x.png: not an image"):
+        model.encode_image([tmp_path / "x.png"])
+    with pytest.raises(DataError, match="a text is empty"):
+        model.encode_text(["a", " "])
+
+
+def test_another_encoder_of_that_name_is_refused_on_first_use(run_path: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    copied.mkdir()
+    for file in run_path.iterdir():
+        if file.is_file():
+            (copied / file.name).write_bytes(file.read_bytes())
+    config = copied / "config.json"
+    config.write_text(config.read_text().replace(f'"spec": "{IMAGE}"', f'"spec": "{IMAGE},scale=2"'))
+    model = embedcache.load(copied)  # opens no encoder
+    with pytest.raises(FingerprintError, match="weights"):
+        model.encode_text("red")
+
+
+def test_the_whole_api_goes_together(two_caches: list[Path], tmp_path: Path) -> None:
+    """Every function, as a notebook calls them: paths as text, one run as a path."""
+    folder = str(tmp_path)
+    source = embedcache.open_source(write_pictures(tmp_path / "photos", 90))
+    embedcache.extract_features(source, f"{folder}/cache", image=[IMAGE], text=[TEXT])
+    settings = embedcache.TrainSettings(
+        split=embedcache.SplitSettings(kind="key"),
+        optimizer=embedcache.OptimizerSettings(epochs=2, batch_size=32),
+        model=embedcache.ModelSettings(shared_width=16),
+    )
+    embedcache.train_projectors(f"{folder}/cache", f"{folder}/run", settings=settings)
+    report = embedcache.evaluate_retrieval(f"{folder}/cache", f"{folder}/run")
+    assert 0 <= report.recalls["i2t"]["r@10"].value <= 1
+    card = embedcache.build_index(f"{folder}/cache", f"{folder}/index", run_path=f"{folder}/run")
+    assert card.num_vectors == 90
+    (hits,) = embedcache.search_index(f"{folder}/index", ["a red box"], k=3)
+    assert len(hits) == 3
+    chosen = embedcache.select_samples(
+        f"{folder}/cache", f"{folder}/some.parquet", "random", settings=embedcache.SelectSettings(budget=10)
+    )
+    assert chosen.num_selected == 10
+    names = tmp_path / "names.txt"
+    names.write_text("red\ngreen\n")
+    embedcache.extract_features(embedcache.open_source(f"prompts:{names}"), f"{folder}/concepts", text=[TEXT])
+    coverage = embedcache.measure_coverage(
+        f"{folder}/cache",
+        f"{folder}/concepts",
+        modality="text",
+        selection=f"{folder}/some.parquet",
+        settings=embedcache.CoverageSettings(threshold=-1.0),
+    )
+    assert coverage.whole.num_items == 90
+    done = embedcache.remove_duplicates(f"{folder}/cache", f"{folder}/kept.parquet", cosine=0.999)
+    assert done.path.is_file()
+    features = {"image": "open_toy/cls", "text": "open_toy/mean"}
+    leaks = embedcache.find_leaks(*two_caches, features=features)
+    assert {leak.modality for leak in leaks.leaks} == {"image", "text"}
+
+
+USER = """
+from pathlib import Path
+
+import embedcache
+
+model = embedcache.load(Path("run"), device="cpu")
+similarities = model.similarity(["a.jpg"], "a dog")
+rows: int = similarities.shape[0]
+for hits in embedcache.search_index("index", ["a dog"], k=3):
+    key: str = hits[0].key
+settings = embedcache.TrainSettings(optimizer=embedcache.OptimizerSettings(epochs=3))
+line: str = embedcache.train_projectors("cache", "run", settings=settings).line(Path("run"))
+"""
+WRONG = {"model.encode_text(3)": "arg-type", 'embedcache.load("run", "cpu")': "call-arg|misc", "embedcache.lod": "attr"}
+
+
+@pytest.mark.slow
+def test_code_of_a_user_is_type_checked(tmp_path: Path) -> None:
+    lines = (USER + "\n".join(WRONG) + "\n").splitlines()
+    (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports", "silent", "user.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    found = re.findall(r"^user.py:(\d+): error: .*\[([\w-]+)\]$", done.stdout, re.MULTILINE)
+    wrong = [(lines.index(line) + 1, kinds) for line, kinds in WRONG.items()]
+    assert len(found) == len(wrong), done.stdout
+    for (line, kind), (expected_line, kinds) in zip(found, wrong, strict=True):
+        assert int(line) == expected_line
+        assert re.match(kinds, kind), done.stdout
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (ROOT / "embedcache" / "py.typed").is_file()
+    assert distribution("embedcache")
