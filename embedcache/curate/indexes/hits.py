@@ -11,6 +11,7 @@ from embedcache.arrays import Array, Floats, Ints
 from embedcache.cache.cache import Cache
 
 _MOST_CAPTIONS = 3
+_NO_TEXTS = pa.table({"text": pa.array([], pa.string()), "language": pa.array([], pa.string())})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,27 +60,29 @@ class Hits:
         pairs = zip(scores_K.tolist(), rows_K.tolist(), strict=True)
         return [self._hit(score, row, languages) for score, row in pairs if row >= 0]
 
-    def captions(self, row: int, languages: Sequence[str] = ()) -> list[str]:
-        """Give all captions of the sample of an image, or a caption itself."""
-        if self._texts is None:
-            return []
-        if self._modality == "text":
-            return [self._texts["text"][row].as_py()]
-        sample = int(self.samples[row])
-        start, stop = np.searchsorted(self._text_samples, [sample, sample + 1])
-        texts = self._texts.slice(start, stop - start)
-        if languages:
-            texts = texts.filter(pc.is_in(texts["language"], value_set=pa.array(languages, pa.string())))
-        captions: list[str] = texts["text"].to_pylist()
+    def captions(self, row: int) -> list[dict[str, str | None]]:
+        """Give the captions of the sample of an image, or a caption itself: `text` and `language` of each."""
+        captions: list[dict[str, str | None]] = self._captions(row).select(["text", "language"]).to_pylist()
         return captions
 
-    def _hit(self, score: float, row: int, languages: Sequence[str]) -> Hit:
+    def _captions(self, row: int) -> pa.Table:
+        if self._texts is None:
+            return _NO_TEXTS
+        if self._modality == "text":
+            return self._texts.slice(row, 1)
         sample = int(self.samples[row])
+        start, stop = np.searchsorted(self._text_samples, [sample, sample + 1])
+        return self._texts.slice(start, stop - start)
+
+    def _hit(self, score: float, row: int, languages: Sequence[str]) -> Hit:
+        sample, captions = int(self.samples[row]), self._captions(row)
+        if languages:
+            captions = captions.filter(pc.is_in(captions["language"], value_set=pa.array(languages, pa.string())))
         label = None if self._labels is None else self._labels[sample].as_py()
         return Hit(
             score=score,
             row=row,
             key=self._keys[sample].as_py(),
-            captions=self.captions(row, languages)[:_MOST_CAPTIONS],
+            captions=captions["text"].slice(0, _MOST_CAPTIONS).to_pylist(),
             label=None if label is None else str(label),
         )

@@ -14,7 +14,7 @@ from embedcache.curate.indexes.filters import Filter, Filters
 from embedcache.curate.indexes.hits import Hit, Hits
 from embedcache.curate.indexes.index import IndexCard, read_card
 from embedcache.curate.indexes.queries import Asker, Queries
-from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.paths import is_url
 
 _USUAL_HITS = 10
@@ -83,9 +83,11 @@ class OpenIndex:
         self.path = Path(index_path)
         self.card = read_card(self.path)
         if run_path is None and self.card.run is not None:
-            run_path = self.path / self.card.run
-        if cache_path is None:
-            cache_path = self.card.cache if is_url(self.card.cache) else self.path / self.card.cache
+            run_path = _not_moved(self.path / self.card.run, "config.json", "run")
+        if cache_path is None and is_url(self.card.cache):
+            cache_path = self.card.cache
+        elif cache_path is None:
+            cache_path = _not_moved(self.path / self.card.cache, "cache.json", "cache")
         self.cache = _open_cache(cache_path, self.card)
         self.run_path = None if run_path is None else Path(run_path)
         self.asker = Asker(self.card, self.cache, self.run_path, device)
@@ -190,6 +192,12 @@ def _choose_k(k: int | None, num_kept: int, num: int) -> int:
         raise DataError(f"the filter keeps none of the {num} items of the index; ask for less")
     _check_k(k, num_kept, f"the filter keeps {num_kept} of {num} items")
     return min(_USUAL_HITS, num_kept) if k is None else k
+
+
+def _not_moved(path: Path, sign: str, what: str) -> Path:
+    if not (path / sign).is_file():
+        raise PathError(f"{what} {path}, which the index was made from, does not exist; if it has moved, give --{what}")
+    return path
 
 
 def _open_cache(path: Path | str, card: IndexCard) -> Cache:
