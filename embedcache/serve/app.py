@@ -37,7 +37,7 @@ from embedcache.serve.served import Served
 from embedcache.sources.media import decode_image
 
 T = TypeVar("T")
-Row = Annotated[int, Path(ge=0, lt=2**62)]
+Row = Annotated[int, Path(ge=0, le=10**12)]
 
 log = logging.getLogger("embedcache.serve")
 
@@ -46,7 +46,7 @@ _NUM_READERS = 2
 
 _ABOUT = """Search one index of frozen embeddings with words, pictures or items.
 
-Answers are JSON; an error is `{"error": "one line"}`."""
+Answers are JSON; an error is {"error": "one line"}."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut, "description": said}
     for status, said in {

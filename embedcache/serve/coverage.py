@@ -74,7 +74,7 @@ def _served(values: Mapping[str, Any]) -> ServedCoverage:
             "number": number,
             "name": str(one["name"]),
             "counts": [int(count) for count in one["counts"]],
-            "assigned": int(one["assigned"]),
+            "assigned": int(one["assigned"][0]),
             "threshold": float(one["threshold"]),
             "is_gap": int(one["counts"][-1]) < least,
         }

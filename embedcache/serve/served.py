@@ -54,9 +54,7 @@ class Served:
         self.version = index.cache.info.spine[:16]
         self.takes = [modality for modality in MODALITIES if index.asker.takes(modality)]
         self.selections = _by_name(selections)
-        self.values: dict[str, dict[str, int]] = {
-            name: values for name in FILTERS if len(values := index.filters.values(name)) > 1
-        }
+        self.values = {name: values for name in FILTERS if _chooses(values := index.filters.values(name), index)}
         self.credit = credit(index.cache)
         self.pictures, self.pictures_are_missing = _open_pictures(index, settings)
         self._image_samples: Ints = np.empty(0, np.int64)
@@ -206,6 +204,11 @@ def _open_pictures(index: OpenIndex, settings: ServeSettings) -> tuple[ServedPic
     except EmbedcacheError as error:
         log.warning("%s", error)
         return None, "the pictures cannot be read; the server's log says why"
+
+
+def _chooses(values: Mapping[str, int], index: OpenIndex) -> bool:
+    """Say whether a filter would leave anything out."""
+    return len(values) > 1 or any(num < len(index.hits.samples) for num in values.values())
 
 
 def _by_name(paths: Sequence[Path]) -> Mapping[str, Path]:

@@ -1,11 +1,13 @@
 """Where the page is served, to whom, and what it takes at most."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from embedcache.errors import SettingError
 
 _SHORTEST_TOKEN = 16
+_TOKEN = re.compile(r"[A-Za-z0-9_-]+")
 _LAST_PORT = 65535
 
 
@@ -45,9 +47,7 @@ class ServeSettings:
                 f"the token has {len(self.token)} characters; it must have at least {_SHORTEST_TOKEN}: leave --token "
                 "out, and one is drawn"
             )
-        if self.token is not None and not (
-            self.token.isascii() and self.token.replace("-", "").replace("_", "").isalnum()
-        ):
+        if self.token is not None and not _TOKEN.fullmatch(self.token):
             raise SettingError("the token must be of ASCII letters, digits, - and _, as it stands in a link")
         for name in ("max_upload_bytes", "max_pixels", "timeout_s"):
             if not getattr(self, name) > 0:
