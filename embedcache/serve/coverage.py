@@ -52,16 +52,17 @@ def read_coverage(path: Path, index: OpenIndex) -> ServedCoverage:
     return served
 
 
-def compute_coverage(concepts_path: Path | str, index: OpenIndex, progress: Progress) -> ServedCoverage:
-    """Measure how well the cache covers some concepts, in the index's space."""
-    settings = CoverageSettings(k=min(_NUM_BEST, index.card.num_vectors))
+def compute_coverage(
+    concepts_path: Path | str, index: OpenIndex, progress: Progress, *, settings: CoverageSettings | None = None
+) -> ServedCoverage:
+    """Measure how well the cache covers some concepts, in the index's space; see `measure_coverage`."""
     report = measure_coverage(
         index.cache.path,
         concepts_path,
         modality=index.card.modality,
         feature=index.card.feature,
         run_path=index.run_path,
-        settings=settings,
+        settings=settings or CoverageSettings(k=min(_NUM_BEST, index.card.num_vectors)),
         progress=progress,
     )
     return _served(coverage_json(report))
@@ -98,5 +99,5 @@ def _served(values: Mapping[str, Any]) -> ServedCoverage:
 
 def _rule(values: Mapping[str, Any]) -> str:
     if values["threshold"] is not None:
-        return f"an item counts above a cosine of {values['threshold']:g}"
-    return f"an item counts {values['deviations']:g} deviations above the concept's background"
+        return f"{values['threshold']:g} for all concepts"
+    return f"{values['deviations']:g} deviations above each concept's background"

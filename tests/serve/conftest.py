@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from embedcache.artifact import write_json
+from embedcache.curate.coverage.coverage import CoverageSettings, measure_coverage
+from embedcache.curate.coverage.report import coverage_json
 from embedcache.curate.indexes.index import build_index
 from embedcache.extract.extract import extract
 from embedcache.progress import Silent
@@ -43,6 +46,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = {"red": ["red bar left on white"], "sky": ["blue bar top on white"]}
     (place / "concepts.json").write_text(json.dumps(prompts))
     extract(open_source(f"prompts:{place / 'concepts.json'}"), place / "concepts", text=[TEXT])
+    settings = CoverageSettings(threshold=0.5, k=24)
+    report = measure_coverage(place / "cache", place / "concepts", run_path=place / "run", settings=settings)
+    write_json(place / "coverage.json", coverage_json(report))
     key = open_source(place / "photos").samples()
     (place / "few.txt").write_text("".join(f"{sample.key}\n" for sample, _ in zip(key, range(7), strict=False)))
     return place
@@ -50,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(place: Path) -> Served:
-    places = Places(index=place / "index", concepts=str(place / "concepts"), selections=[place / "few.txt"])
+    places = Places(index=place / "index", coverage=place / "coverage.json", selections=[place / "few.txt"])
     return open_served(places, ServeSettings(max_upload_bytes=200_000), device="cpu", progress=Silent())
 
 

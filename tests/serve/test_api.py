@@ -13,15 +13,14 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from embedcache.artifact import write_json
 from embedcache.curate.coverage.coverage import CoverageSettings, measure_coverage
-from embedcache.curate.coverage.report import coverage_json
 from embedcache.curate.indexes.filters import Filter
 from embedcache.curate.indexes.index import build_index
 from embedcache.curate.indexes.queries import Queries
 from embedcache.curate.indexes.search import search
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
 from embedcache.progress import Silent
+from embedcache.serve.coverage import compute_coverage
 from embedcache.serve.served import Places, Served, open_served
 from embedcache.serve.settings import ServeSettings
 from tests.serve.conftest import visit
@@ -158,9 +157,8 @@ def test_the_server_says_what_it_holds(client: TestClient) -> None:
 
 
 def test_coverage_is_what_the_command_measures(client: TestClient, place: Path) -> None:
-    report = measure_coverage(
-        place / "cache", place / "concepts", run_path=place / "run", settings=CoverageSettings(k=24)
-    )
+    settings = CoverageSettings(threshold=0.5, k=24)
+    report = measure_coverage(place / "cache", place / "concepts", run_path=place / "run", settings=settings)
     found = client.get("/api/coverage").json()
     assert [concept["counts"] for concept in found["concepts"]] == [[count] for count in report.whole.counts.tolist()]
     sky = client.get("/api/coverage/1").json()
@@ -169,15 +167,17 @@ def test_coverage_is_what_the_command_measures(client: TestClient, place: Path) 
     assert client.get("/api/coverage/2").status_code == 404
 
 
-def test_coverage_is_read_from_a_file_of_the_same_samples(place: Path, cache_path: Path, tmp_path: Path) -> None:
-    report = measure_coverage(place / "cache", place / "concepts", run_path=place / "run")
-    write_json(tmp_path / "coverage.json", coverage_json(report))
-    read = start(index=place / "index", coverage=tmp_path / "coverage.json")
-    assert read.coverage is not None
-    assert [one["name"] for one in read.coverage.concepts] == ["red", "sky"]
+def test_coverage_is_measured_at_the_start_as_from_a_file(place: Path, served: Served) -> None:
+    settings = CoverageSettings(threshold=0.5, k=24)
+    assert compute_coverage(place / "concepts", served.index, Silent(), settings=settings) == served.coverage
+    with pytest.raises(DataError, match="none of 80 images .* is above the threshold"):
+        start(index=place / "index", concepts=str(place / "concepts"))
+
+
+def test_coverage_of_other_samples_is_refused(place: Path, cache_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "other", feature="open_toy/cls")
     for path, index, error, message in (
-        (tmp_path / "coverage.json", tmp_path / "other", FingerprintError, "is of other samples"),
+        (place / "coverage.json", tmp_path / "other", FingerprintError, "is of other samples"),
         (tmp_path / "no.json", place / "index", PathError, "does not exist; make it with"),
         (place / "concepts.json", place / "index", CorruptError, "does not hold the fields"),
     ):
@@ -230,7 +230,7 @@ def test_the_api_page_describes_every_operation(client: TestClient) -> None:
 
 def test_mistakes_at_the_start_are_named(place: Path, tmp_path: Path) -> None:
     index = place / "index"
-    with pytest.raises(PathError, match="does not exist; make it with: embedcache curate index"):
+    with pytest.raises(PathError, match="make one with: embedcache curate index"):
         start(index=tmp_path / "no")
     with pytest.raises(SettingError, match="give --coverage or --concepts"):
         start(index=index, coverage=tmp_path / "x", concepts="y")

@@ -28,7 +28,7 @@ TEXT = "red bar left on white"
 def address(place: Path) -> Iterator[str]:
     """A server as people start it."""
     command = [sys.executable, "-m", "embedcache", "serve", str(place / "index"), "--port", "0"]
-    command += ["--concepts", str(place / "concepts"), "--selection", str(place / "few.txt")]
+    command += ["--coverage", str(place / "coverage.json"), "--selection", str(place / "few.txt")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as server:
         assert server.stdout is not None
         found = next(line.split()[1] for line in server.stdout if line.startswith("open http"))

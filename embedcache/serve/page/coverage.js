@@ -45,7 +45,7 @@ export class CoverageView {
     this.all = element("button", { type: "button", onclick: () => { this.most = Infinity; this.draw(); } }, "Show all");
     this.gallery = element("div", { class: "gallery" });
     this.panel.replaceChildren(
-      element("p", {}, `${rule[0].toUpperCase()}${rule.slice(1)}; for every concept that it is above, and most similar to one of them.`),
+      element("p", {}, `An item counts for every concept whose threshold its cosine is above: ${rule}.`),
       ...warnings.map((warning) => element("p", { class: "warning" }, warning)),
       element("div", { class: "scroll" }, table(rows, { head: ["", ...parts.map((part) => part.name)] })),
       element("div", { class: "tools" }, this.find, this.order, element("label", {}, this.gaps, "gaps only"), this.said),
