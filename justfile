@@ -40,7 +40,7 @@ smoke workdir="embedcache-quickstart":
     embedcache quickstart {{ workdir }}
 
 # Time the hot paths against a floor or a peer; name one or more of: help gather extract index decode train evaluate search
-# coverage dedup
+# coverage dedup serve
 bench *names:
     python -m benchmarks {{ names }}
 

@@ -6,7 +6,7 @@
 import importlib
 import sys
 
-NAMES = ("help", "gather", "extract", "index", "decode", "train", "evaluate", "search", "coverage", "dedup")
+NAMES = ("help", "gather", "extract", "index", "decode", "train", "evaluate", "search", "coverage", "dedup", "serve")
 PARTS = ("images", "texts", "peers", "precision", "thresholds")
 """Of `extract` and `coverage`, to be run alone."""
 

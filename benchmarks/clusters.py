@@ -1,4 +1,7 @@
-"""An encoder of numbers: text `17` is the seventeenth of many 768-wide vectors in clusters, everywhere the same."""
+"""An encoder of numbers: text `17` is the seventeenth of many vectors in clusters, everywhere the same.
+
+768 wide, or as the option `width` says.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -8,7 +11,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
-from embedcache.encoders.open import EncoderSpec
+from embedcache.encoders.open import EncoderSpec, check_options
 
 WIDTH = 768
 _CLUSTERS = 2000
@@ -18,18 +21,20 @@ _DIRECTIONS = 64
 
 def open_clusters(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
     """Open it as `benchmarks.clusters:open_clusters`."""
-    return Clusters()
+    check_options(spec, ("width",))
+    return Clusters(int(spec.options.get("width", WIDTH)))
 
 
 class Clusters:
-    """`vector` (768,)."""
+    """`vector` (D,), 768 unless it is said."""
 
     modality: Modality = "text"
-    features: Mapping[str, ItemShape] = {"vector": (WIDTH,)}
     batch_size = 1024
 
-    def __init__(self) -> None:
-        weights = hashlib.sha256(f"{_CLUSTERS} {_DIRECTIONS}".encode()).hexdigest()
+    def __init__(self, width: int = WIDTH) -> None:
+        self.features: Mapping[str, ItemShape] = {"vector": (width,)}
+        self._width = width
+        weights = hashlib.sha256(f"{_CLUSTERS} {_DIRECTIONS} {width}".encode()).hexdigest()
         self.fingerprint = Fingerprint(
             family="benchmarks.clusters:open_clusters",
             model="clusters",
@@ -46,7 +51,7 @@ class Clusters:
         return {"vector": list(self.vectors(np.concatenate(list(prepared))))}
 
     def vectors(self, numbers_B: Array) -> Floats:
-        """Give the vectors of some numbers, of about length 1.4: (B,) -> (B, 768) float32."""
+        """Give the vectors of some numbers, of about length 1.4: (B,) -> (B, D) float32."""
         centres_CP, directions_RP = self._tables
         out = [np.random.default_rng(int(number)) for number in numbers_B]
         clusters = np.array([rng.integers(_CLUSTERS) for rng in out])
@@ -57,6 +62,7 @@ class Clusters:
     @cached_property
     def _tables(self) -> tuple[Floats, Floats]:
         rng = np.random.default_rng(0)
-        centres_CP = rng.standard_normal((_CLUSTERS, WIDTH), np.float32) / np.float32(np.sqrt(WIDTH))
-        directions_RP = rng.standard_normal((_DIRECTIONS, WIDTH), np.float32) / np.float32(np.sqrt(_DIRECTIONS * WIDTH))
+        width = self._width
+        centres_CP = rng.standard_normal((_CLUSTERS, width), np.float32) / np.float32(np.sqrt(width))
+        directions_RP = rng.standard_normal((_DIRECTIONS, width), np.float32) / np.float32(np.sqrt(_DIRECTIONS * width))
         return centres_CP, directions_RP

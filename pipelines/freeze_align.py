@@ -65,8 +65,9 @@ def choose(workdir: Path, captions: str, concepts: str, recipe: dict[str, Any], 
 def align(workdir: Path, pairs: str, recipe: dict[str, Any], training: dict[str, Any]) -> None:
     """Encode once, train the paper's projectors and the control on shuffled pairs, rank what was held out."""
     stored = embedcache.ExtractSettings(features=recipe["features"], devices=(training["device"],))
-    encoders, cache, progress = {side: [recipe[side]] for side in ("image", "text")}, workdir / "pairs", open_progress()
-    embedcache.extract_features(embedcache.open_source(pairs), cache, **encoders, settings=stored, progress=progress)
+    source, cache, progress = embedcache.open_source(pairs), workdir / "pairs", open_progress()
+    image, text = [recipe["image"]], [recipe["text"]]
+    embedcache.extract_features(source, cache, image=image, text=text, settings=stored, progress=progress)
     reports = {}
     for name, shuffles in (("run", False), ("shuffled", True)):
         settings, run = settings_of({**training, "shuffle_pairs": shuffles}), workdir / name

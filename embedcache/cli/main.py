@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cli import curate, evaluate, exchange, extract, inspect, quickstart, sweep, train, verify
+from embedcache.cli import curate, evaluate, exchange, extract, inspect, quickstart, serve, sweep, train, verify
 from embedcache.errors import EmbedcacheError
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ app.command(name="train")(train.train)
 app.command(name="sweep")(sweep.sweep)
 app.command(name="inspect")(inspect.inspect)
 app.command(name="verify")(verify.verify)
+app.command(name="serve")(serve.serve)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(curate.app, name="curate")
 app.add_typer(exchange.app, name="exchange")

@@ -32,13 +32,19 @@ class Pictures:
     def data_url(self, row: int) -> str:
         """Get a thumbnail of the image in a row as a `data:` URL."""
         if row not in self._urls:
-            self._urls[row] = self._encode(row)
+            data = self.webp(row, _SIZE_PX)
+            self._urls[row] = "data:image/webp;base64," + base64.b64encode(data).decode()
         return self._urls[row]
 
-    def _encode(self, row: int) -> str:
+    def webp(self, row: int, size_px: int) -> bytes:
+        """Get the image in a row as a WebP file that fits a square of that size. Safe from many threads.
+
+        Raises:
+            ItemError: it cannot be read; the text is the reason.
+        """
         item = ImageItem(**self._items.slice(row, 1).to_pylist()[0])
         image = decode_image(self._source.read(item))
-        image.thumbnail((_SIZE_PX, _SIZE_PX))
+        image.thumbnail((size_px, size_px))
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", quality=80)
-        return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return buffer.getvalue()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedcache.cache.cache import Cache
-from embedcache.curate.indexes.search import Hit
+from embedcache.curate.indexes.hits import Hit
 from embedcache.evaluate.plots import recall_bars
 from embedcache.evaluate.report import retrieval_rows
 from embedcache.evaluate.retrieval import RetrievalReport, rank

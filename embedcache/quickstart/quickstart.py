@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from embedcache.artifact import peak_memory_bytes, write_json
 from embedcache.cache.cache import Cache
 from embedcache.cache.split_settings import SplitSettings
+from embedcache.curate.indexes.hits import Hit
 from embedcache.curate.indexes.index import build_index
-from embedcache.curate.indexes.search import Hit, search
+from embedcache.curate.indexes.search import search
 from embedcache.evaluate.report import retrieval_json
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract

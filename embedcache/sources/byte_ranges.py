@@ -7,7 +7,7 @@ from threading import Lock
 
 from embedcache.errors import ItemError
 from embedcache.paths import is_remote
-from embedcache.sources.reading import reading
+from embedcache.sources.reading import check_reach, reading
 from embedcache.sources.remote_blocks import RemoteBlocks
 
 MAX_OPEN_FILES = 32
@@ -32,6 +32,7 @@ class ByteRanges:
         Raises:
             ItemError: the file is gone, cannot be read or is shorter than that.
         """
+        check_reach(path, length)
         if is_remote(path):
             data = self._blocks.read(path, offset, length)
         else:

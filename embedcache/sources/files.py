@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from embedcache.errors import ItemError, SourceError
 from embedcache.paths import is_remote, is_url, open_path
-from embedcache.sources.reading import read_bytes, reading, remote_parts
+from embedcache.sources.reading import check_reach, read_bytes, reading, remote_parts
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
@@ -73,6 +73,8 @@ def place_of(root: Path, written: str) -> Path:
     """
     if not is_url(written) and not written.startswith("/"):
         return root / written
+    if is_url(written):
+        check_reach(written)
     with reading(written, ItemError):
         return open_path(written)
 

@@ -42,11 +42,15 @@ _DAMAGE = (
 )
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the bytes of an image file to an RGB image of 8 bits a channel. Safe from many threads.
 
     EXIF orientation is applied, transparency laid on white, grey and CMYK converted, 16-bit grey
     scaled, and of an animation the first frame taken. An EXIF block that cannot be read is ignored.
+
+    Args:
+        data: the whole file.
+        max_pixels: more are refused from the header, before memory is taken for them.
 
     Raises:
         ItemError: the bytes give no such image; the text is a short reason.
@@ -56,13 +60,13 @@ def decode_image(data: bytes) -> Image.Image:
     _keep_blocks()
     try:
         with no_warnings():
-            return rgb_image(_load(data))
+            return rgb_image(_load(data, max_pixels))
     except ItemError:
         raise
     except UnidentifiedImageError:
         raise ItemError(f"not an image ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
-        raise ItemError(f"too many pixels: more than {MAX_PIXELS:,}") from None
+        raise ItemError(f"too many pixels: more than {max_pixels:,}") from None
     except _DAMAGE as error:
         raise ItemError(_reason(error)) from None
 
@@ -83,19 +87,19 @@ def _keep_blocks() -> None:
     Image.core.set_blocks_max(4)  # type: ignore[attr-defined]
 
 
-def _load(data: bytes) -> Image.Image:
+def _load(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header, then the pixels."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_pixels(image.width, image.height)
+    _check_pixels(image.width, image.height, max_pixels)
     image.load()
     return image
 
 
-def _check_pixels(width: int, height: int) -> None:
+def _check_pixels(width: int, height: int, most: int) -> None:
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):  # resizing by the short side would fill memory
         raise ItemError(f"too narrow: {width} x {height} pixels, more than {MAX_ASPECT_RATIO} to 1")
-    if width * height > MAX_PIXELS:
-        raise ItemError(f"too many pixels: {width} x {height}, more than {MAX_PIXELS:,}")
+    if width * height > most:
+        raise ItemError(f"too many pixels: {width} x {height}, more than {most:,}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

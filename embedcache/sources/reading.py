@@ -1,7 +1,8 @@
 """What goes wrong when a file here or elsewhere is read, as our errors; and what a path is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -11,6 +12,11 @@ from embedcache.paths import io_reason, is_io_error, is_remote, library_of
 _NOT_FOUND = 404
 _FORBIDDEN = 403
 _READ_AHEAD_BYTES = 2**18  # joins small columns that lie side by side
+
+MOST_WITHIN_BYTES = 2**28
+"""The longest file, or part of one, that is read as a whole within `reading_within`."""
+
+_REACH: ContextVar[tuple[Path, ...] | None] = ContextVar("reach", default=None)
 
 
 @contextmanager
@@ -26,6 +32,45 @@ def reading(path: Path | str, error_class: type[EmbedcacheError] = PathError) ->
         if _is_missing(error):
             raise error_class(f"no such file: {path}") from None
         raise error_class(f"cannot read {path}: {io_reason(error)}") from None
+
+
+@contextmanager
+def reading_within(folders: Sequence[Path]) -> Iterator[None]:
+    """Let this thread read nothing but files of this machine that lie, links followed, below some folders.
+
+    For sources of a cache that a stranger may have made: what its tables name is read for others to see. Anything else
+    is an `ItemError`; so is what is no regular file, and what is longer than 256 MiB.
+    """
+    token = _REACH.set(tuple(folder.resolve() for folder in folders))
+    try:
+        yield
+    finally:
+        _REACH.reset(token)
+
+
+def check_reach(place: Path | str, num_bytes: int | None = None) -> None:
+    """Refuse what `reading_within` does not let this thread read; nothing outside of it.
+
+    Args:
+        place: a path, or the text of a URL.
+        num_bytes: how many are to be read; None is the whole file.
+
+    Raises:
+        ItemError: it lies elsewhere, is no regular file, or is too long.
+    """
+    folders = _REACH.get()
+    if folders is None:
+        return
+    if isinstance(place, str) or is_remote(place):
+        raise ItemError(f"{place} is a URL, and only files of the source's folder are read")
+    real = place.resolve()
+    if not any(real.is_relative_to(folder) for folder in folders):
+        raise ItemError(f"{place} leads out of the source's folder")
+    if real.exists() and not real.is_file():
+        raise ItemError(f"{place} is no regular file")
+    size = num_bytes if num_bytes is not None else real.stat().st_size if real.exists() else 0
+    if size > MOST_WITHIN_BYTES:
+        raise ItemError(f"{place} has {size:,} bytes to read, more than {MOST_WITHIN_BYTES:,}")
 
 
 def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
@@ -66,6 +111,7 @@ def file_size(path: Path, *, forbidden_is_missing: bool = False) -> int | None:
 
 def read_bytes(path: Path) -> bytes:
     """Get all bytes of a file, from a service by one request. What goes wrong is raised as it comes."""
+    check_reach(path)
     if not is_remote(path):
         return path.read_bytes()
     filesystem, name = remote_parts(path)
@@ -78,6 +124,7 @@ def open_binary(path: Path) -> BinaryIO:
     Raises:
         PathError: a web server that gives whole files only. What else goes wrong is raised as it comes.
     """
+    check_reach(path, 0)
     if not is_remote(path):
         return path.open("rb")
     filesystem, name = remote_parts(path)

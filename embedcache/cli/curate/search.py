@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from embedcache.curate.indexes.search import Hit
+    from embedcache.curate.indexes.hits import Hit
 
 
 def search(
@@ -24,6 +24,7 @@ def search(
     vectors: Annotated[Path | None, typer.Option(help="Ask with each row of a .npy file.")] = None,
     label: Annotated[list[str] | None, typer.Option(help="Find samples with this label only.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Find samples of this split only.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Find what has captions in this language only.")] = None,
     selection: Annotated[Path | None, typer.Option(help="Find samples of this selection only.")] = None,
     run: Annotated[Path | None, typer.Option(help="Where the index's run is, if it has moved.")] = None,
     cache: Annotated[str | None, typer.Option(help="Where the index's cache is, if it has moved.")] = None,
@@ -44,7 +45,7 @@ def search(
         concept_cache=concepts,
         vectors=None if vectors is None else read_vectors(vectors),
     )
-    keep = Filter(labels=label or (), splits=split or (), selection=selection)
+    keep = Filter(labels=label or (), splits=split or (), languages=language or (), selection=selection)
     found = run_search(index, asked, k=k, keep=keep, run_path=run, cache_path=cache, device=device)
     for name, hits in zip(asked.names, found, strict=True):
         if as_json:

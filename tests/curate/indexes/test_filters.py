@@ -11,7 +11,7 @@ from embedcache.arrays import normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.selection import Selection, write_selection
 from embedcache.curate.indexes.faiss_index import make_index
-from embedcache.curate.indexes.filters import Filter, kept_samples
+from embedcache.curate.indexes.filters import Filter, Filters
 from embedcache.curate.indexes.index import build_index
 from embedcache.curate.indexes.queries import Queries
 from embedcache.curate.indexes.search import search
@@ -54,7 +54,7 @@ def test_labels_and_splits_choose(labelled: Path, tmp_path: Path, factory: str) 
         (Filter(labels=["dog"], splits=["val"]), ("val/dog",)),
     ):
         rows = np.flatnonzero([str(key).startswith(prefix) for key in keys])
-        assert np.flatnonzero(kept_samples(cache, keep)).tolist() == rows.tolist()
+        assert np.flatnonzero(Filters(cache, "image").kept(keep)).tolist() == rows.tolist()
         expected = -np.sort(-(asked @ vectors.read(rows).T), axis=1)[:, :7]
         for hits, scores in zip(search(tmp_path / "index", queries, k=7, keep=keep), expected, strict=True):
             np.testing.assert_allclose([hit.score for hit in hits], scores, atol=1e-5)
@@ -81,4 +81,4 @@ def test_mistakes_of_filters_are_named(labelled: Path, labelled_index: Path, cac
     with pytest.raises(DataError, match="the filter keeps none of the 60 items"):
         search(labelled_index, ask, keep=Filter(splits=["val"], selection=tmp_path / "s.txt"))
     with pytest.raises(UnknownNameError, match="have no column 'label', so --label cannot choose"):
-        kept_samples(Cache(cache_path), Filter(labels=["cat"]))
+        Filters(Cache(cache_path), "image").kept(Filter(labels=["cat"]))

@@ -1,0 +1,179 @@
+"""The search page under load on loopback: queries a second, latency, errors and memory; and over a million vectors.
+
+A server is started as people start it, and asked by its own JSON API over kept-alive connections, each of which asks
+again as soon as it is answered. First OpenMoji with its real encoders and texts that are all different; then vectors
+of width 256 in clusters (`benchmarks/clusters.py`), a million, or as many as the variable EMBEDCACHE_BENCH_VECTORS
+says, where the encoder costs nothing and the search is what is left: with no filter, one that keeps half, and one that
+keeps a hundredth. The client runs on the same machine and takes its share of it.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from benchmarks.data import write_captions
+from benchmarks.search import VARIABLE
+from embedcache.cache.cache import Cache
+from embedcache.cache.split_settings import SplitSettings
+from embedcache.cli.console import say, show_table
+from embedcache.curate.indexes.index import build_index
+from embedcache.extract.extract import extract
+from embedcache.sources import open_source
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
+from embedcache.train.train import train
+
+_ENCODER = "benchmarks.clusters:open_clusters,width=256"
+_FACTORY = "IVF2048,SQ8"
+_COLUMNS = [
+    "", "connections", "queries", "errors", "queries/s", "p50, ms", "p99, ms", "search p50, ms", "search p99, ms",
+    "memory first, MB", "last, MB",
+]  # fmt: skip
+
+
+@dataclass
+class Load:
+    """What clients saw: milliseconds of each answer, and what the server says that its search took."""
+
+    answers_ms: list[float] = field(default_factory=list)
+    search_ms: list[float] = field(default_factory=list)
+    errors: int = 0
+
+
+def main(*, quick: bool) -> None:
+    """Print a row a load."""
+    seconds = 2.0 if quick else 15.0
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        index = _openmoji(folder / "openmoji")
+        texts = write_captions(5_000 if quick else 50_000)
+        with _server(index) as (address, process):
+            loads = ((f"{connections} at a time", connections, seconds) for connections in (1, 8, 32))
+            rows = [_row(*load, address, process, texts, {}) for load in loads]
+            rows.append(_row("for long", 32, 8 * seconds, address, process, texts, {}))
+        show_table(_COLUMNS, rows, title="OpenMoji, 1,893 images, MiniLM, 60 hits a query")
+        num = int(os.environ.get(VARIABLE, 1_000_000)) // (20 if quick else 1)
+        index, selections = _clusters(folder / "clusters", num)
+        numbers = [str(number) for number in range(num, num + 50_000)]
+        with _server(index, *(word for path in selections for word in ("--selection", str(path)))) as (
+            address,
+            process,
+        ):
+            rows = [
+                _row(title, connections, seconds, address, process, numbers, wishes)
+                for connections in (1, 16)
+                for title, wishes in (
+                    ("all", {}),
+                    ("half", {"selection": "half"}),
+                    ("a hundredth", {"selection": "hundredth"}),
+                )
+            ]
+        show_table(_COLUMNS, rows, title=f"{num:,} x 256, {_FACTORY}, 60 hits a query")
+
+
+def _row(
+    title: str,
+    connections: int,
+    seconds: float,
+    address: str,
+    process: "subprocess.Popen[str]",
+    texts: Sequence[str],
+    wishes: Mapping[str, Any],
+) -> list[str]:
+    asyncio.run(_load(address, connections, 0.1 * seconds, texts, wishes))  # a filter is read once, memory fills
+    first, started = _memory_mb(process), time.perf_counter()
+    load = asyncio.run(_load(address, connections, seconds, texts, wishes))
+    took = time.perf_counter() - started
+    answered = len(load.answers_ms)
+    return [
+        title, str(connections), f"{answered:,}", str(load.errors), f"{answered / took:,.0f}",
+        *(f"{np.percentile(values, share):.1f}" for values in (load.answers_ms, load.search_ms) for share in (50, 99)),
+        f"{first:,.0f}", f"{_memory_mb(process):,.0f}",
+    ]  # fmt: skip
+
+
+async def _load(
+    address: str, connections: int, seconds: float, texts: Sequence[str], wishes: Mapping[str, Any]
+) -> Load:
+    load, numbers, until = Load(), count(), time.perf_counter() + seconds
+    await asyncio.gather(*(_client(address, load, numbers, until, texts, wishes) for _ in range(connections)))
+    return load
+
+
+async def _client(
+    address: str, load: Load, numbers: Iterator[int], until: float, texts: Sequence[str], wishes: Mapping[str, Any]
+) -> None:
+    parts = urlsplit(address)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    while time.perf_counter() < until:
+        body = json.dumps({"text": texts[next(numbers) % len(texts)], **wishes}).encode()
+        started = time.perf_counter()
+        head = f"POST /api/search HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        status, answer = await _read(reader)
+        found = json.loads(answer)
+        if status != 200 or not found.get("hits"):  # a wrong answer is an error, too
+            load.errors += 1
+            continue
+        load.answers_ms.append(1000 * (time.perf_counter() - started))
+        load.search_ms.append(found["search_ms"])
+    writer.close()
+
+
+async def _read(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    length = next(int(line.split(":")[1]) for line in lines if line.lower().startswith("content-length:"))
+    return int(lines[0].split()[1]), await reader.readexactly(length)
+
+
+@contextmanager
+def _server(index: Path, *words: str) -> "Iterator[tuple[str, subprocess.Popen[str]]]":
+    command = [sys.executable, "-m", "embedcache", "serve", str(index), "--port", "0", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield next(line.split()[1] for line in process.stdout if line.startswith("open http")), process
+        process.terminate()
+
+
+def _memory_mb(process: "subprocess.Popen[str]") -> float:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1000
+
+
+def _openmoji(folder: Path) -> Path:
+    extract(
+        open_source("openmoji:en"), folder / "cache", image=["lite:efficientnet-lite0"], text=["st:all-MiniLM-L6-v2"]
+    )
+    settings = TrainSettings(
+        model=ModelSettings(projector="linear"), optimizer=OptimizerSettings(epochs=0), split=SplitSettings(kind="key")
+    )
+    train(folder / "cache", folder / "run", settings=settings)
+    build_index(folder / "cache", folder / "index", run_path=folder / "run")
+    return folder / "index"
+
+
+def _clusters(folder: Path, num: int) -> tuple[Path, list[Path]]:
+    folder.mkdir()
+    started = time.perf_counter()
+    (folder / "numbers.txt").write_text("".join(f"{number}\n" for number in range(num)))
+    extract(open_source(folder / "numbers.txt"), folder / "cache", text=[_ENCODER])
+    extracted = time.perf_counter()
+    card = build_index(folder / "cache", folder / "index", modality="text", factory=_FACTORY)
+    built = time.perf_counter() - extracted
+    say(f"{num:,}: extracted in {extracted - started:.0f} s, indexed in {built:.0f} s, recall {card.recall_at_10:.3f}")
+    keys = Cache(folder / "cache").samples["key"].to_pylist()
+    for name, step in (("half", 2), ("hundredth", 100)):
+        (folder / f"{name}.txt").write_text("".join(f"{key}\n" for key in keys[::step]))
+    return folder / "index", [folder / "half.txt", folder / "hundredth.txt"]

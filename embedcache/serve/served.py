@@ -1,0 +1,218 @@
+"""All that the server answers from, opened once."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.arrays import Ints
+from embedcache.curate.indexes.filters import Filter
+from embedcache.curate.indexes.hits import Hit
+from embedcache.curate.indexes.search import OpenIndex
+from embedcache.encoders.contract import Modality
+from embedcache.errors import EmbedcacheError, SettingError, UnknownNameError
+from embedcache.pages.pictures import credit
+from embedcache.progress import Progress
+from embedcache.serve.coverage import ServedCoverage, compute_coverage, read_coverage
+from embedcache.serve.pictures import ServedPictures
+from embedcache.serve.settings import ServeSettings
+
+FILTERS = ("split", "label", "language")
+MODALITIES: tuple[Modality, ...] = ("text", "image")
+
+log = logging.getLogger("embedcache.serve")
+
+
+class Served:
+    """An index with its encoders, pictures, filters and coverage. It only reads.
+
+    Args:
+        index: open.
+        settings: whether the cache is trusted.
+        selections: files that may be chosen from; each is named by its stem.
+        coverage: None where none was asked for.
+
+    Raises:
+        SettingError: two selections of one name.
+        PathError, CorruptError, DataError: a selection cannot be read, or names other keys.
+        FingerprintError: an encoder that opens now is not the one that made the index.
+    """
+
+    def __init__(
+        self,
+        index: OpenIndex,
+        settings: ServeSettings,
+        *,
+        selections: Sequence[Path] = (),
+        coverage: ServedCoverage | None = None,
+    ) -> None:
+        self.index, self.settings, self.coverage = index, settings, coverage
+        self.name = index.path.resolve().name
+        self.version = index.cache.info.spine[:16]
+        self.takes = [modality for modality in MODALITIES if index.asker.takes(modality)]
+        self.selections = _by_name(selections)
+        self.values = {name: values for name in FILTERS if _chooses(values := index.filters.values(name), index)}
+        self.credit = credit(index.cache)
+        self.pictures, self.pictures_are_missing = _open_pictures(index, settings)
+        self._image_samples: Ints = np.empty(0, np.int64)
+        if "image" in index.cache.info.num_items:
+            self._image_samples = index.cache.items("image")["sample"].to_numpy()
+        for modality in self.takes:
+            index.asker.encoder(modality)
+        for path in self.selections.values():
+            index.filters.kept(Filter(selection=path))
+        index.asker.has_row(0)  # reads which rows are valid
+
+    def filter(
+        self,
+        *,
+        labels: Sequence[str] = (),
+        splits: Sequence[str] = (),
+        languages: Sequence[str] = (),
+        selection: str | None = None,
+    ) -> Filter:
+        """Make a filter of what a visitor names.
+
+        Raises:
+            UnknownNameError: there is nothing of that name.
+        """
+        for name, values in (("label", labels), ("split", splits), ("language", languages)):
+            known = self.values.get(name, {})
+            for value in values:
+                if value not in known:
+                    raise UnknownNameError(f"there is no {name} {value!r} here; GET /api/info lists those that are")
+        if selection is not None and selection not in self.selections:
+            raise UnknownNameError(f"there is no selection {selection!r} here; GET /api/info lists those that are")
+        path = None if selection is None else self.selections[selection]
+        return Filter(labels=labels, splits=splits, languages=languages, selection=path)
+
+    def info(self) -> dict[str, Any]:
+        """Say what is here as the API does, without `most_hits`."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "modality": self.index.card.modality,
+            "num_items": self.index.card.num_vectors,
+            "takes": self.takes,
+            "has_pictures": self.pictures is not None,
+            "pictures_are_missing": self.pictures_are_missing,
+            "credit": self.credit,
+            "filters": self.values,
+            "selections": list(self.selections),
+            "has_coverage": self.coverage is not None,
+            "max_upload_bytes": self.settings.max_upload_bytes,
+        }
+
+    def item(self, row: int) -> dict[str, Any]:
+        """Give all that the cache says of an item as the API does."""
+        sample = int(self.index.hits.samples[row])
+        columns = self.index.cache.samples.slice(sample, 1).to_pylist()[0]
+        return {
+            "row": row,
+            "key": columns.pop("key"),
+            "image": self.image_row(row),
+            "captions": self.index.hits.captions(row),
+            "columns": columns,
+        }
+
+    def image_row(self, row: int) -> int | None:
+        """Get the row of the picture that shows an item: itself, or of a caption its sample's first; None without."""
+        if self.pictures is None:
+            return None
+        if self.index.card.modality == "image":
+            return row
+        sample = self.index.hits.samples[row]
+        place = int(np.searchsorted(self._image_samples, sample))
+        is_there = place < len(self._image_samples) and self._image_samples[place] == sample
+        return place if is_there else None
+
+    def hit(self, hit: Hit) -> dict[str, Any]:
+        """Give a hit as the API does."""
+        return {
+            "score": hit.score,
+            "row": hit.row,
+            "key": hit.key,
+            "captions": list(hit.captions),
+            "label": hit.label,
+            "image": self.image_row(hit.row),
+        }
+
+    def concept(self, number: int) -> dict[str, Any]:
+        """Give the best items of a concept as the API does.
+
+        Raises:
+            UnknownNameError: there is no coverage here, or no such concept.
+        """
+        if self.coverage is None or not 0 <= number < len(self.coverage.concepts):
+            raise UnknownNameError(f"there is no concept {number} here")
+        concept, best = self.coverage.concepts[number], self.coverage.best[number]
+        num_items = len(self.index.hits.samples)
+        kept = [one for one in best if 0 <= one["row"] < num_items]
+        scores, rows = np.array([one["cosine"] for one in kept]), np.array([one["row"] for one in kept], np.int64)
+        hits = [self.hit(hit) for hit in self.index.hits.of(scores, rows)]
+        return {"name": concept["name"], "threshold": concept["threshold"], "hits": hits}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where what is served lies.
+
+    Args:
+        index: the index.
+        run: where its run is, if it has moved.
+        cache: where its cache is, alike.
+        selections: files to choose from.
+        coverage: a file of `embedcache curate coverage --json`.
+        concepts: a cache of concepts, to measure coverage of now.
+    """
+
+    index: Path
+    run: Path | None = None
+    cache: str | None = None
+    selections: Sequence[Path] = ()
+    coverage: Path | None = None
+    concepts: str | None = None
+
+
+def open_served(places: Places, settings: ServeSettings, *, device: str, progress: Progress) -> Served:
+    """Open all that is served.
+
+    Raises:
+        SettingError: coverage from a file and from concepts.
+        EmbedcacheError: a leaf of it for whatever is missing or does not fit; see `OpenIndex`, `Served`.
+    """
+    if places.coverage is not None and places.concepts is not None:
+        raise SettingError("coverage from a file and of concepts are both given; give --coverage or --concepts")
+    index = OpenIndex(places.index, run_path=places.run, cache_path=places.cache, device=device)
+    coverage = None
+    if places.coverage is not None:
+        coverage = read_coverage(places.coverage, index)
+    elif places.concepts is not None:
+        coverage = compute_coverage(places.concepts, index, progress)
+    return Served(index, settings, selections=places.selections, coverage=coverage)
+
+
+def _open_pictures(index: OpenIndex, settings: ServeSettings) -> tuple[ServedPictures | None, str | None]:
+    """Open the pictures; where they cannot be, search works without, and the page says why."""
+    if not index.cache.info.num_items.get("image"):
+        return None, None
+    try:
+        return ServedPictures(index.cache, trusts_cache=settings.trusts_cache), None
+    except EmbedcacheError as error:
+        log.warning("%s", error)
+        return None, "the pictures cannot be read; the server's log says why"
+
+
+def _chooses(values: Mapping[str, int], index: OpenIndex) -> bool:
+    """Say whether a filter would leave anything out."""
+    return len(values) > 1 or any(num < len(index.hits.samples) for num in values.values())
+
+
+def _by_name(paths: Sequence[Path]) -> Mapping[str, Path]:
+    found = {path.stem: path for path in paths}
+    if len(found) < len(paths):
+        raise SettingError("two selections have the same name; give files of different names")
+    return found

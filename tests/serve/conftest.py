@@ -1,0 +1,66 @@
+"""A server's parts over the tests' small caches, asked through the real app behind its guard."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from embedcache.artifact import write_json
+from embedcache.curate.coverage.coverage import CoverageSettings, measure_coverage
+from embedcache.curate.coverage.report import coverage_json
+from embedcache.curate.indexes.index import build_index
+from embedcache.extract.extract import extract
+from embedcache.progress import Silent
+from embedcache.serve.app import make_app
+from embedcache.serve.guard import Guard
+from embedcache.serve.served import Places, Served, open_served
+from embedcache.serve.settings import ServeSettings
+from embedcache.sources import open_source
+from tests.evaluate.test_retrieval import train_run
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
+
+PORT = 8000
+
+
+def visit(served: Served, *, token: str | None = None, app: object = None) -> TestClient:
+    """Open a client of the app behind its guard; use it with `with`."""
+    guard = Guard(app or make_app(served), served.settings, token=token, port=PORT)  # type: ignore[arg-type]
+    return TestClient(guard, base_url=f"http://127.0.0.1:{PORT}", follow_redirects=False)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eighty captioned pictures in two splits and two classes, with a run, an index and concepts. Not to be changed."""
+    place = tmp_path_factory.mktemp("serve")
+    for number, name in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
+        folder = write_pictures(place / "photos" / name, 20, seed=number)
+        for path in sorted(folder.glob("*.txt"))[:5]:
+            english = path.read_text().strip()
+            path.with_suffix(".json").write_text(json.dumps({"caption": f"{english} auf deutsch", "language": "de"}))
+    extract(open_source(place / "photos"), place / "cache", image=[IMAGE], text=[TEXT])
+    train_run(place / "cache", place / "run")
+    build_index(place / "cache", place / "index", run_path=place / "run")
+    prompts = {"red": ["red bar left on white"], "sky": ["blue bar top on white"]}
+    (place / "concepts.json").write_text(json.dumps(prompts))
+    extract(open_source(f"prompts:{place / 'concepts.json'}"), place / "concepts", text=[TEXT])
+    settings = CoverageSettings(threshold=0.5, k=24)
+    report = measure_coverage(place / "cache", place / "concepts", run_path=place / "run", settings=settings)
+    write_json(place / "coverage.json", coverage_json(report))
+    key = open_source(place / "photos").samples()
+    (place / "few.txt").write_text("".join(f"{sample.key}\n" for sample, _ in zip(key, range(7), strict=False)))
+    return place
+
+
+@pytest.fixture(scope="session")
+def served(place: Path) -> Served:
+    places = Places(index=place / "index", coverage=place / "coverage.json", selections=[place / "few.txt"])
+    return open_served(places, ServeSettings(max_upload_bytes=200_000), device="cpu", progress=Silent())
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[TestClient]:
+    with visit(served) as client:
+        yield client

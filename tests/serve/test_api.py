@@ -1,0 +1,250 @@
+"""The API answers what `embedcache curate search` answers."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from embedcache.curate.coverage.coverage import CoverageSettings, measure_coverage
+from embedcache.curate.indexes.filters import Filter
+from embedcache.curate.indexes.index import build_index
+from embedcache.curate.indexes.queries import Queries
+from embedcache.curate.indexes.search import search
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
+from embedcache.progress import Silent
+from embedcache.serve.coverage import compute_coverage
+from embedcache.serve.served import Places, Served, open_served
+from embedcache.serve.settings import ServeSettings
+from tests.serve.conftest import visit
+
+TEXT = "red bar left on white"
+
+
+def ask(client: TestClient, **asked: Any) -> list[dict[str, Any]]:
+    answer = client.post("/api/search", json=asked)
+    assert answer.status_code == 200, answer.text
+    hits: list[dict[str, Any]] = answer.json()["hits"]
+    return hits
+
+
+def start(**places: Any) -> Served:
+    return open_served(Places(**places), ServeSettings(), device="cpu", progress=Silent())
+
+
+def as_found(place: Path, queries: Queries | list[str], **wishes: Any) -> list[dict[str, Any]]:
+    (hits,) = search(place / "index", queries, **wishes)
+    return json.loads(json.dumps([asdict(hit) for hit in hits]))  # type: ignore[no-any-return]
+
+
+def without_image(hits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in hit.items() if name != "image"} for hit in hits]
+
+
+def test_words_find_what_the_command_finds(client: TestClient, place: Path) -> None:
+    hits = ask(client, text=TEXT, k=9)
+    assert without_image(hits) == as_found(place, [TEXT], k=9)
+    assert all(hit["image"] == hit["row"] for hit in hits)
+
+
+def test_a_picture_finds_what_the_command_finds(client: TestClient, place: Path) -> None:
+    path = place / "photos" / "val" / "dog" / "00003.png"
+    answer = client.post("/api/search/image?k=5", content=path.read_bytes(), headers={"Content-Type": "image/png"})
+    assert without_image(answer.json()["hits"]) == as_found(place, Queries(images=[path]), k=5)
+    assert answer.json()["hits"][0]["key"] == "val/dog/00003"
+
+
+def test_more_like_this_is_asking_with_the_row(client: TestClient, place: Path) -> None:
+    hits = ask(client, row=33, k=4)
+    assert hits[0]["row"] == 33
+    assert without_image(hits) == as_found(place, Queries(rows=[33]), k=4)
+    assert client.post("/api/search", json={"row": 80}).status_code == 404
+
+
+def test_filters_choose_as_the_command_does(client: TestClient, place: Path) -> None:
+    for wishes, keep in (
+        ({"labels": ["cat"]}, Filter(labels=["cat"])),
+        ({"splits": ["val"], "labels": ["cat", "dog"]}, Filter(splits=["val"], labels=["cat", "dog"])),
+        ({"selection": "few"}, Filter(selection=place / "few.txt")),
+        ({"languages": ["de"]}, Filter(languages=["de"])),
+    ):
+        hits = ask(client, text=TEXT, k=6, **wishes)
+        assert without_image(hits) == as_found(place, [TEXT], k=6, keep=keep)
+    german = ask(client, text=TEXT, k=500, languages=["de"])
+    assert len(german) == 20
+    assert all(caption.endswith("auf deutsch") for hit in german for caption in hit["captions"])
+
+
+def test_a_picture_is_asked_with_filters(client: TestClient, place: Path) -> None:
+    data = (place / "photos" / "train" / "cat" / "00000.png").read_bytes()
+    hits = client.post("/api/search/image?k=50&labels=dog&splits=val", content=data).json()["hits"]
+    assert len(hits) == 20
+    assert all(hit["key"].startswith("val/dog/") for hit in hits)
+
+
+def test_more_hits_than_the_filter_leaves_are_what_it_leaves(client: TestClient) -> None:
+    assert len(ask(client, text=TEXT, k=500, selection="few")) == 7
+    assert ask(client, text=TEXT, selection="few", splits=["val"]) == []
+
+
+def test_questions_at_the_same_time_get_each_their_own_answer(client: TestClient, place: Path) -> None:
+    texts = [f"{front} bar {side} on white" for front in ("red", "blue", "green") for side in ("left", "top", "right")]
+    expected = search(place / "index", texts, k=3)
+    labels: list[list[str]] = [[], ["cat"]]
+    asked = [{"text": text, "k": 3, "labels": labels[number % 2]} for number, text in enumerate(4 * texts)]
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda one: ask(client, **one), asked))
+    for number, answer in enumerate(answers):
+        if number % 2:
+            assert all(hit["label"] == "cat" for hit in answer)
+        else:
+            assert [hit["key"] for hit in answer] == [hit.key for hit in expected[number % len(texts)]]
+
+
+def test_questions_are_gathered_into_batches(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real, first = served.index.asker.vectors, threading.Event()
+
+    def counting(queries: Queries) -> Any:
+        sizes.append(len(queries.names))
+        if not first.is_set():
+            first.set()
+            threading.Event().wait(0.3)  # while the first is answered, others gather
+        return real(queries)
+
+    monkeypatch.setattr(served.index.asker, "vectors", counting)
+    with visit(served) as client, ThreadPoolExecutor(12) as threads:
+        list(threads.map(lambda number: ask(client, text=f"red {number}", k=1), range(12)))
+    assert sum(sizes) == 12
+    assert max(sizes) > 4
+
+
+def test_an_item_is_all_that_the_cache_says(client: TestClient) -> None:
+    item = client.get("/api/items/0").json()
+    assert item["key"] == "train/cat/00000"
+    assert [one["language"] for one in item["captions"]] == ["de", None]
+    assert item["columns"] == {"split": "train", "label": "cat", "folder": "train/cat"}
+    assert client.get("/api/items/80").status_code == 404
+
+
+def test_pictures_are_small_and_written_anew(client: TestClient, place: Path) -> None:
+    answer = client.get("/api/images/3/thumbnail")
+    assert answer.headers["content-type"] == "image/webp"
+    shown = np.asarray(Image.open(BytesIO(answer.content)).convert("RGB"), np.int64)
+    real = np.asarray(Image.open(place / "photos" / "train" / "cat" / "00003.png").convert("RGB"), np.int64)
+    assert abs(shown - real).mean() < 12
+    assert client.get("/api/images/3/picture").status_code == 200
+    assert client.get("/api/images/80/thumbnail").status_code == 404
+
+
+def test_the_server_says_what_it_holds(client: TestClient) -> None:
+    info = client.get("/api/info").json()
+    assert info["num_items"] == 80
+    assert info["takes"] == ["text", "image"]
+    assert info["filters"]["label"] == {"cat": 40, "dog": 40}
+    assert info["filters"]["split"] == {"train": 40, "val": 40}
+    assert info["filters"]["language"] == {"de": 20}
+    assert info["selections"] == ["few"]
+    titles = [card["title"] for card in client.get("/api/cards").json()]
+    assert titles == ["Index", "Run", "Cache"]
+
+
+def test_coverage_is_what_the_command_measures(client: TestClient, place: Path) -> None:
+    settings = CoverageSettings(threshold=0.5, k=24)
+    report = measure_coverage(place / "cache", place / "concepts", run_path=place / "run", settings=settings)
+    found = client.get("/api/coverage").json()
+    assert [concept["counts"] for concept in found["concepts"]] == [[count] for count in report.whole.counts.tolist()]
+    sky = client.get("/api/coverage/1").json()
+    assert sky["name"] == "sky"
+    assert [hit["row"] for hit in sky["hits"]] == report.rows[1].tolist()
+    assert client.get("/api/coverage/2").status_code == 404
+
+
+def test_coverage_is_measured_at_the_start_as_from_a_file(place: Path, served: Served) -> None:
+    settings = CoverageSettings(threshold=0.5, k=24)
+    assert compute_coverage(place / "concepts", served.index, Silent(), settings=settings) == served.coverage
+    with pytest.raises(DataError, match="none of 80 images .* is above the threshold"):
+        start(index=place / "index", concepts=str(place / "concepts"))
+
+
+def test_coverage_of_other_samples_is_refused(place: Path, cache_path: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "other", feature="open_toy/cls")
+    for path, index, error, message in (
+        (place / "coverage.json", tmp_path / "other", FingerprintError, "is of other samples"),
+        (tmp_path / "no.json", place / "index", PathError, "does not exist; make it with"),
+        (place / "concepts.json", place / "index", CorruptError, "does not hold the fields"),
+    ):
+        with pytest.raises(error, match=message):
+            start(index=index, coverage=path)
+
+
+def test_an_index_of_captions_shows_their_samples_pictures(place: Path, tmp_path: Path) -> None:
+    build_index(place / "cache", tmp_path / "index", feature="open_toy/mean", modality="text")
+    with visit(start(index=tmp_path / "index")) as client:
+        (hit,) = ask(client, text=TEXT, k=1)
+        assert hit["captions"] == [TEXT] or hit["score"] < 1
+        item = client.get(f"/api/items/{hit['row']}").json()
+        assert item["key"] == hit["key"]
+        assert client.get(f"/api/items/{hit['image']}").status_code == 200
+        refused = client.post("/api/search/image", content=b"x")
+        assert refused.status_code == 400
+        assert "cannot be compared with pictures" in refused.json()["error"]
+        german = ask(client, text=TEXT, k=100, languages=["de"])
+        assert len(german) == 20
+
+
+def test_bad_questions_are_told_in_one_line(client: TestClient) -> None:
+    for body, status, message in (
+        ({}, 422, "give either text or row"),
+        ({"text": "a", "row": 1}, 422, "give either text or row"),
+        ({"text": "  "}, 422, "the text is empty"),
+        ({"text": "a", "k": 0}, 422, "k: Input should be greater than or equal to 1"),
+        ({"text": "a", "k": 501}, 422, "k: Input should be less than or equal to 500"),
+        ({"text": "a", "x": 1}, 422, "x: Extra inputs are not permitted"),
+        ({"text": "a" * 2001}, 422, "text: String should have at most 2000"),
+        ({"text": "a", "labels": ["bird"]}, 404, "there is no label 'bird' here"),
+        ({"text": "a", "selection": "../few"}, 404, "there is no selection '../few' here"),
+        ({"row": -1}, 422, "row: Input should be greater"),
+    ):
+        answer = client.post("/api/search", json=body)
+        assert (answer.status_code, message in answer.json()["error"]) == (status, True), answer.text
+
+
+def test_the_api_page_describes_every_operation(client: TestClient) -> None:
+    operations = client.get("/openapi.json").json()["paths"]
+    assert set(operations) == {
+        "/api/search", "/api/search/image", "/api/items/{row}", "/api/images/{row}/thumbnail",
+        "/api/images/{row}/picture", "/api/info", "/api/cards", "/api/coverage", "/api/coverage/{number}",
+    }  # fmt: skip
+    assert "image/*" in operations["/api/search/image"]["post"]["requestBody"]["content"]
+    for page in ("/", "/api"):
+        assert client.get(page).headers["content-type"].startswith("text/html")
+
+
+def test_mistakes_at_the_start_are_named(place: Path, tmp_path: Path) -> None:
+    index = place / "index"
+    with pytest.raises(PathError, match="make one with: embedcache curate index"):
+        start(index=tmp_path / "no")
+    with pytest.raises(SettingError, match="give --coverage or --concepts"):
+        start(index=index, coverage=tmp_path / "x", concepts="y")
+    with pytest.raises(SettingError, match="two selections have the same name"):
+        start(index=index, selections=[place / "few.txt", tmp_path / "few.txt"])
+    with pytest.raises(PathError, match="selection .* does not exist"):
+        start(index=index, selections=[tmp_path / "no.txt"])
+    (tmp_path / "other.txt").write_text("strange\n")
+    with pytest.raises(DataError, match="1 are no keys of"):
+        start(index=index, selections=[tmp_path / "other.txt"])
+    (tmp_path / "moved").mkdir()
+    for name in ("card.json", "index.faiss"):
+        (tmp_path / "moved" / name).write_bytes((place / "index" / name).read_bytes())
+    with pytest.raises(PathError, match="run .* does not exist; if it has moved, give --run"):
+        start(index=tmp_path / "moved")
+    with pytest.raises(PathError, match="cache .* does not exist; if it has moved, give --cache"):
+        start(index=tmp_path / "moved", run=place / "run")

@@ -1,0 +1,213 @@
+"""The page in a real browser, headless Chromium, over a real server: what people see is what the command finds."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.curate.indexes.filters import Filter
+from embedcache.curate.indexes.queries import Queries
+from embedcache.curate.indexes.search import search
+from tests.serve.browser import Browsing, open_browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium"),
+]
+TEXT = "red bar left on white"
+
+
+@pytest.fixture(scope="module")
+def address(place: Path) -> Iterator[str]:
+    """A server as people start it."""
+    command = [sys.executable, "-m", "embedcache", "serve", str(place / "index"), "--port", "0"]
+    command += ["--coverage", str(place / "coverage.json"), "--selection", str(place / "few.txt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as server:
+        assert server.stdout is not None
+        found = next(line.split()[1] for line in server.stdout if line.startswith("open http"))
+        yield found.rstrip("/")
+        server.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    assert CHROMIUM is not None
+    with open_browser(CHROMIUM) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Browsing]:
+    """A page that has loaded; at its end, nothing was asked of anyone else and nothing went wrong in it."""
+    browsing = Browsing(browser, address)
+    yield browsing
+    browsing.close()
+    assert browsing.elsewhere == []
+    assert browsing.errors == []
+
+
+def captions_of(place: Path, queries: Any, **wishes: Any) -> list[str]:
+    (hits,) = search(place / "index", queries, **wishes)
+    return [" · ".join(hit.captions) for hit in hits]
+
+
+def test_what_is_typed_finds_what_the_command_finds(page: Browsing, place: Path) -> None:
+    page.type(TEXT)
+    assert page.captions()[:10] == captions_of(place, [TEXT])
+    assert "60 results, best first" in page.text("#status")
+    assert page.shown_pictures() > 3
+    assert page.page.url.endswith("/?q=red+bar+left+on+white")
+    page.page.click("#more")
+    page.wait_for("#status", "80 results")
+    page.type("blue bar")
+    page.page.go_back()
+    page.wait_for("#status", "80 results")
+    assert page.captions()[:10] == captions_of(place, [TEXT])
+
+
+def test_a_picture_is_chosen_pasted_and_dropped(page: Browsing, place: Path) -> None:
+    path = place / "photos" / "val" / "dog" / "00003.png"
+    expected = captions_of(place, Queries(images=[path]))
+    page.page.set_input_files("#file", path)
+    page.wait_for("#asked-text", "Like your picture 00003.png")
+    page.wait_for("#status", "results")
+    assert page.captions()[:10] == expected
+    for way in ("paste", "drop"):
+        page.page.click("#clear")
+        assert page.captions() == []
+        page.give_file(path, way)
+        page.wait_for("#status", "results")
+        assert page.captions()[:10] == expected
+
+
+def test_filters_choose(page: Browsing, place: Path) -> None:
+    page.type(TEXT)
+    page.page.select_option("select[name=label]", "dog")
+    page.page.select_option("select[name=split]", "val")
+    page.wait_for("#status", "20 results")
+    keep = Filter(labels=["dog"], splits=["val"])
+    assert page.captions()[:10] == captions_of(place, [TEXT], keep=keep)
+    page.page.select_option("select[name=selection]", "few")
+    page.wait_for("#status", "Nothing passes these filters")
+    page.page.reload()
+    page.wait_for("#status", "Nothing passes these filters")
+    assert page.page.input_value("select[name=label]") == "dog"
+
+
+def test_more_like_this_and_the_keyboard_alone(page: Browsing, place: Path) -> None:
+    page.page.keyboard.press("Escape")
+    page.page.keyboard.press("/")
+    page.page.keyboard.type(TEXT)
+    page.page.keyboard.press("Enter")
+    page.wait_for("#status", "results")
+    (hits,) = search(place / "index", [TEXT], k=20)
+    page.page.keyboard.press("ArrowDown")
+    assert page.focused_row() == hits[0].row
+    page.page.keyboard.press("ArrowRight")
+    assert page.focused_row() == hits[1].row
+    page.page.keyboard.press("ArrowDown")
+    assert page.focused_row() == hits[1 + page.num_columns()].row
+    page.page.keyboard.press("ArrowUp")
+    page.page.keyboard.press("Enter")
+    page.wait_for("#item-columns", hits[1].key)
+    assert page.page.is_visible("#item")
+    page.page.keyboard.press("ArrowRight")
+    page.wait_for("#item-columns", hits[2].key)
+    page.page.keyboard.press("Escape")
+    assert not page.page.is_visible("#item")
+    assert page.focused_row() == hits[2].row
+    page.page.keyboard.press("m")
+    page.wait_for("#asked-text", "Like ")
+    page.wait_for("#status", "results")
+    assert page.captions()[:10] == captions_of(place, Queries(rows=[hits[2].row]))
+
+
+def test_coverage_shows_bars_gaps_and_a_gallery(page: Browsing) -> None:
+    page.page.click("#tab-coverage")
+    page.page.wait_for_selector(".bars button")
+    names = page.page.eval_on_selector_all(".bars .name", "all => all.map(one => one.textContent)")
+    assert sorted(names) == ["red", "sky"]
+    page.page.click(".bars button:has-text('sky')")
+    page.wait_for(".gallery h2", "sky")
+    found = page.page.evaluate("fetch('/api/coverage/1').then(answer => answer.json())")
+    rows = page.page.eval_on_selector_all(".gallery .hit", "all => all.map(one => Number(one.dataset.row))")
+    assert rows == [hit["row"] for hit in found["hits"]]
+    page.page.click("text=Search for it")
+    page.wait_for("#status", "results")
+    assert page.page.input_value("#query") == "sky"
+
+
+def test_cards_say_what_the_index_is(page: Browsing) -> None:
+    page.page.click("#tab-cards")
+    page.page.wait_for_selector(".cards h2")
+    assert "80 images" in page.text(".cards")
+    assert "open_toy/cls" in page.text(".cards")
+
+
+def test_the_api_page_lists_every_operation(page: Browsing) -> None:
+    page.page.goto(f"{page.address}/api")
+    page.page.wait_for_selector(".operations section")
+    text = page.text(".operations")
+    for path in page.page.evaluate(
+        "fetch('/openapi.json').then(one => one.json()).then(one => Object.keys(one.paths))"
+    ):
+        assert path in text
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_narrow_screens_and_colours(browser: Any, address: str, scheme: str) -> None:
+    page = Browsing(browser, address, viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    page.type(TEXT)
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.num_columns() == 2
+    red, green, blue = page.page.evaluate(
+        "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).slice(0, 3).map(Number)"
+    )
+    assert (red + green + blue > 600) == (scheme == "light")
+    assert page.page.eval_on_selector_all("button, input, select, img", _NAMELESS) == []
+    page.close()
+    assert page.elsewhere == page.errors == []
+
+
+_NAMELESS = """all => all.filter(one => !one.closest('[hidden]')).filter(one =>
+  one.tagName === 'IMG' ? !one.hasAttribute('alt')
+  : !(one.textContent.trim() || one.getAttribute('aria-label') || one.closest('label'))).map(one => one.outerHTML)"""
+
+
+def test_captions_are_text_and_never_markup(browser: Any, tmp_path: Path) -> None:
+    """A caption of a stranger's that holds a script is shown as it is written."""
+    from embedcache.curate.indexes.index import build_index
+    from embedcache.extract.extract import extract
+    from embedcache.sources import open_source
+    from tests.pictures import write_pictures
+    from tests.toy import IMAGE
+    from tests.toy import TEXT as TOY_TEXT
+
+    evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+    write_pictures(tmp_path / "photos", 5)
+    for path in (tmp_path / "photos").glob("*.txt"):
+        path.write_text(evil)
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image=[IMAGE], text=[TOY_TEXT])
+    build_index(tmp_path / "cache", tmp_path / "index", feature="open_toy/mean", modality="text")
+    command = [sys.executable, "-m", "embedcache", "serve", str(tmp_path / "index"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as server:
+        assert server.stdout is not None
+        found = next(line.split()[1] for line in server.stdout if line.startswith("open http"))
+        page = Browsing(browser, found.rstrip("/"))
+        page.type("red")
+        page.page.keyboard.press("ArrowDown")
+        page.page.keyboard.press("Enter")
+        page.wait_for("#item-title", "onerror")
+        time.sleep(0.2)
+        assert page.page.title() == "index · embedcache"
+        assert page.captions()[0] == evil
+        page.close()
+        server.terminate()
+    assert page.elsewhere == page.errors == []

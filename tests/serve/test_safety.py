@@ -1,0 +1,389 @@
+"""What a stranger, a stranger's page, or a stranger's cache tries."""
+
+import logging
+import os
+import socket
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from embedcache.artifact import read_json, write_json
+from embedcache.curate.indexes.index import build_index
+from embedcache.errors import PathError, SettingError
+from embedcache.extract.extract import extract
+from embedcache.progress import Silent
+from embedcache.serve.app import make_app
+from embedcache.serve.pictures import source_folders
+from embedcache.serve.served import Places, Served, open_served
+from embedcache.serve.server import bind
+from embedcache.serve.settings import ServeSettings
+from embedcache.sources import open_source
+from tests.pictures import write_pictures
+from tests.serve.conftest import visit
+from tests.toy import IMAGE, TEXT
+
+TOKEN = "a-token-of-the-test-0123456789"
+
+
+# A stranger
+
+
+def test_every_answer_carries_the_headers_that_protect_it(client: TestClient) -> None:
+    for path in ("/", "/page.js", "/api/info", "/api/images/0/thumbnail", "/nothing", "/api/items/x"):
+        headers = client.get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+        assert "access-control-allow-origin" not in headers
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/../cache.json", "/%2e%2e/%2e%2e/etc/passwd", "/page/page.js", "/..%2fserve.py", "/api/images/-1/thumbnail",
+     "/api/images/..%2f0/thumbnail", "/api/images/99999999999999999999/thumbnail", "/docs", "/redoc", "//etc/passwd"],
+)  # fmt: skip
+def test_paths_lead_nowhere(client: TestClient, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code in (404, 422)
+    assert "root:" not in answer.text
+
+
+def test_a_stranger_needs_the_token(served: Served) -> None:
+    with visit(served, token=TOKEN) as client:
+        for path in ("/", "/page.js", "/api/info", "/openapi.json", "/api/images/0/thumbnail", "/?token=wrong"):
+            answer = client.get(path)
+            assert answer.status_code == 401, path
+            assert "a token is needed" in answer.json()["error"]
+        assert client.get("/api/info", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+        assert client.get("/api/info", headers={"Authorization": f"Bearer {TOKEN}x"}).status_code == 401
+        assert client.get(f"/api/info?token={TOKEN}").status_code == 401
+        link = client.get(f"/?token={TOKEN}")
+        assert (link.status_code, link.headers["location"]) == (303, "/")
+        assert "HttpOnly" in link.headers["set-cookie"]
+        assert "samesite=lax" in link.headers["set-cookie"].lower()
+        assert client.get("/api/info").status_code == 200  # by the cookie
+        client.cookies.clear()
+        assert client.get("/api/info", headers={"Cookie": "embedcache-8000=é".encode()}).status_code == 401
+
+
+def test_who_binds_for_others_gets_a_token() -> None:
+    for host, is_local in (
+        ("127.0.0.1", True), ("127.3.2.1", True), ("::1", True), ("localhost", True),
+        ("0.0.0.0", False), ("::", False), ("192.168.1.5", False), ("search.example.org", False),
+    ):  # fmt: skip
+        assert ServeSettings(host=host).is_local == is_local, host
+
+
+# A stranger's page
+
+
+def test_a_name_that_a_strangers_dns_leads_here_is_refused(client: TestClient) -> None:
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example:8000", "localhost.evil.example", ""):
+        answer = client.get("/api/info", headers={"Host": host})
+        assert answer.status_code == 421, host
+        assert "--name" in answer.json()["error"]
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST"):
+        assert client.get("/api/info", headers={"Host": host}).status_code == 200, host
+
+
+def test_a_name_that_is_given_is_answered(served: Served) -> None:
+    named = Served(served.index, ServeSettings(names=("search.example.org",)))
+    with visit(named) as client:
+        assert client.get("/api/info", headers={"Host": "search.example.org"}).status_code == 200
+
+
+def test_another_sites_page_may_not_ask(client: TestClient) -> None:
+    body = {"text": "red"}
+    for headers in (
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:3000"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"},
+    ):
+        assert client.post("/api/search", json=body, headers=headers).status_code == 403, headers
+    assert client.get("/api/images/0/thumbnail", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+    assert client.post("/api/search", json=body, headers={"Origin": "http://127.0.0.1:8000"}).status_code == 200
+    assert client.get("/", headers={"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}).status_code == 200
+    assert client.options("/api/search", headers={"Origin": "http://evil.example"}).status_code == 403
+
+
+# Too much, too long, broken
+
+
+def test_bodies_that_are_too_long_are_refused(client: TestClient) -> None:
+    picture = "/api/search/image"
+    assert client.post(picture, content=b"x" * 200_001).status_code == 413
+    assert client.post("/api/search", content=b"x" * 65_537).status_code == 413
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(300):
+            yield b"x" * 1000
+
+    answer = client.post(picture, content=chunks())  # no Content-Length
+    assert answer.status_code == 413
+    assert "no more are taken" in answer.json()["error"]
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few kilobytes that says it has that many pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\0" * 1_000_000, 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_pictures_that_are_none_or_too_large_are_refused_by_reason(client: TestClient) -> None:
+    for data, message in (
+        (bomb(50_000, 50_000), "too many pixels"),
+        (bomb(7_000, 6_000), "too many pixels: 7000 x 6000, more than 40,000,000"),
+        (bomb(40_000, 1), "too narrow"),
+        (b"", "empty file"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"GIF89a" + b"\0" * 20, "image"),
+    ):
+        answer = client.post("/api/search/image", content=data)
+        assert answer.status_code == 400, message
+        assert message in answer.json()["error"]
+
+
+def test_a_bug_is_logged_and_not_shown(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    app = make_app(served)
+
+    @app.get("/bug")
+    async def bug() -> None:
+        raise RuntimeError("a secret of the server")
+
+    with visit(served, app=app) as client, caplog.at_level(logging.ERROR):
+        answer = client.get("/bug")
+    assert answer.status_code == 500
+    assert answer.json() == {"error": "something went wrong; the server's log says what"}
+    assert "a secret of the server" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+def test_a_search_that_fails_is_told_and_the_next_is_answered(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = served.index.asker.vectors
+
+    def failing(queries: Any) -> Any:
+        if "fail" in queries.names:
+            raise RuntimeError("a secret of the search")
+        return real(queries)
+
+    monkeypatch.setattr(served.index.asker, "vectors", failing)
+    with visit(served) as client, caplog.at_level(logging.ERROR):
+        answer = client.post("/api/search", json={"text": "fail"})
+        assert answer.status_code == 500
+        assert "secret" not in answer.text
+        assert client.post("/api/search", json={"text": "red"}).status_code == 200
+    assert "a secret of the search" in caplog.text
+
+
+def test_what_takes_too_long_is_given_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, go_on = served.index.asker.vectors, threading.Event()
+    monkeypatch.setattr(served.index.asker, "vectors", lambda queries: (go_on.wait(10), real(queries))[1])
+    hasty = Served(served.index, ServeSettings(timeout_s=0.3))
+    with visit(hasty) as client:
+        answer = client.post("/api/search", json={"text": "red"})
+        assert answer.status_code == 503
+        assert "took too long" in answer.json()["error"]
+        go_on.set()
+        assert client.post("/api/search", json={"text": "red"}).status_code == 200
+
+
+# A stranger's cache
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A cache of a folder of eight pictures, its index of plain features, and a secret picture outside."""
+    write_pictures(tmp_path / "photos", 8)
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image=[IMAGE], text=[TEXT])
+    build_index(tmp_path / "cache", tmp_path / "index", feature="open_toy/cls")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "secret.png")
+    return tmp_path
+
+
+def tamper(cache: Path, *, path: str | None = None, source: dict[str, Any] | None = None, **changes: int) -> None:
+    """Make a cache say that its first picture, or all of them, are elsewhere."""
+    if source is not None:
+        info = read_json(cache / "cache.json")
+        write_json(cache / "cache.json", {**info, "source": {**info["source"], **source}})
+    table = pq.read_table(cache / "image" / "items.parquet")
+    columns = table.to_pydict()
+    if path is not None:
+        columns["path"][0] = path
+    for name, value in changes.items():
+        columns[name][0] = value
+    pq.write_table(pa.table(columns, schema=table.schema), cache / "image" / "items.parquet", row_group_size=2048)
+
+
+def open_hostile(place: Path, **settings: Any) -> Served:
+    return open_served(Places(index=place / "index"), ServeSettings(**settings), device="cpu", progress=Silent())
+
+
+@pytest.mark.parametrize("kind", ["climbing", "absolute", "link", "link of a folder", "pipe", "device", "folder"])
+def test_pictures_outside_of_the_sources_folder_are_not_served(
+    hostile: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = hostile / "photos"
+    if kind == "link":
+        (photos / "x.png").symlink_to(hostile / "secret.png")
+    elif kind == "link of a folder":
+        (photos / "x").symlink_to(hostile)
+    elif kind == "pipe":
+        os.mkfifo(photos / "pipe.png")
+    written = {
+        "climbing": "../secret.png", "absolute": str(hostile / "secret.png"), "link": "x.png",
+        "link of a folder": "x/secret.png", "pipe": "pipe.png", "device": "/dev/zero", "folder": "../photos",
+    }[kind]  # fmt: skip
+    tamper(hostile / "cache", path=written)
+    with visit(open_hostile(hostile)) as client:
+        for size in ("thumbnail", "picture"):
+            answer = client.get(f"/api/images/0/{size}")
+            assert answer.status_code == 404
+            assert str(hostile) not in answer.text
+        assert client.get("/api/images/1/thumbnail").status_code == 200
+    assert "leads out of the source's folder" in caplog.text or "is no regular file" in caplog.text
+
+
+def test_a_link_that_stays_inside_is_served(hostile: Path) -> None:
+    (hostile / "photos" / "x.png").symlink_to(hostile / "photos" / "00001.png")
+    tamper(hostile / "cache", path="x.png")
+    with visit(open_hostile(hostile)) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 200
+
+
+def test_a_cache_that_is_trusted_may_lead_out(hostile: Path) -> None:
+    (hostile / "photos" / "x.png").symlink_to(hostile / "secret.png")
+    tamper(hostile / "cache", path="x.png")
+    with visit(open_hostile(hostile, trusts_cache=True)) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 200
+
+
+@pytest.fixture
+def trap() -> Iterator[tuple[str, list[str]]]:
+    """A web server that must not be asked: its address, and the paths that it was asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_no_url_of_a_hostile_source_is_asked_for(hostile: Path, trap: tuple[str, list[str]]) -> None:
+    address, asked = trap
+    for kind, path in (
+        ("folder", f"{address}/photos"),
+        ("table", f"{address}/pairs.parquet"),
+        ("webdataset", f"{hostile}/a.tar::{address}/b.tar"),
+        ("webdataset", f"simplecache::{address}/b.tar"),
+        ("pairs", f"folder:{address}/photos"),
+        ("huggingface", "a-strangers/dataset"),
+        ("os:system", "touch pwned"),
+        ("subprocess:Popen", "touch pwned"),
+    ):
+        tamper(hostile / "cache", source={"type": kind, "path": path})
+        served = open_hostile(hostile)
+        assert served.pictures is None, (kind, path)
+        assert "cannot be read" in served.info()["pictures_are_missing"]
+        with visit(served) as client:
+            assert client.get("/api/images/0/thumbnail").status_code == 404
+            assert client.post("/api/search", json={"row": 0}).status_code == 200
+    assert asked == []
+    assert not Path("pwned").exists()
+
+
+def test_no_url_of_a_hostile_table_is_asked_for(hostile: Path, trap: tuple[str, list[str]]) -> None:
+    address, asked = trap
+    folder = hostile / "table"
+    folder.mkdir()
+    cells = [{"bytes": None, "path": f"{address}/cell.png"}, {"bytes": None, "path": str(hostile / "secret.png")}]
+    pq.write_table(pa.table({"image": cells}), folder / "cells.parquet")
+    tamper(hostile / "cache", source={"type": "table", "path": str(folder)}, path=f"{address}/item.png")
+    with visit(open_hostile(hostile)) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 404
+        tamper(hostile / "cache", path="cells.parquet", offset=0)
+    with visit(open_hostile(hostile)) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 404
+        tamper(hostile / "cache", path="cells.parquet", offset=1)
+    with visit(open_hostile(hostile)) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 404
+    assert asked == []
+
+
+def test_lengths_of_a_hostile_tar_take_no_memory(hostile: Path) -> None:
+    (hostile / "photos" / "a.tar").write_bytes(b"\0" * 10_240)
+    tamper(
+        hostile / "cache",
+        source={"type": "webdataset", "path": str(hostile / "photos" / "a.tar")},
+        path="a.tar",
+        length=2**50,
+    )
+    with visit(open_hostile(hostile)) as client:
+        assert client.get("/api/images/0/thumbnail").status_code == 404
+
+
+def test_sources_of_ones_own_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="'os:system' reads them.*--trust-cache"):
+        source_folders({"type": "os:system", "path": "x"})
+    with pytest.raises(PathError, match="they are at s3://bucket/photos.*--trust-cache"):
+        source_folders({"type": "folder", "path": "s3://bucket/photos"})
+    assert source_folders({"type": "openmoji", "path": "en"}) == []
+    assert source_folders({"type": "table", "path": str(tmp_path / "a.csv")}) == [tmp_path]
+
+
+# Mistakes at the start
+
+
+def test_settings_out_of_range_are_named() -> None:
+    for message, wrong in (
+        ("port is 70000", {"port": 70000}),
+        ("the token has 5 characters", {"token": "short"}),
+        ("the token must be of ASCII letters", {"token": "with a space in the middle"}),
+        ("timeout_s is 0", {"timeout_s": 0}),
+        ("max_pixels is -1", {"max_pixels": -1}),
+    ):
+        with pytest.raises(SettingError, match=message):
+            ServeSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingError, match=f"port {port} of 127.0.0.1 is taken; give another with --port"):
+            bind(ServeSettings(port=port))
+    with pytest.raises(SettingError, match="cannot bind 203.0.113.1.*must be an address of this machine"):
+        bind(ServeSettings(host="203.0.113.1", port=0))
