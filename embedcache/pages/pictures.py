@@ -22,9 +22,11 @@ class Pictures:
 
     Args:
         cache: the cache.
+        size_px: of the longer side, at most.
     """
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, *, size_px: int = _SIZE_PX) -> None:
+        self._size_px = size_px
         self._source = reopen_source(cache.info.source)
         self._items = cache.items("image").drop_columns("sample")
         self._urls: dict[int, str] = {}
@@ -32,13 +34,18 @@ class Pictures:
     def data_url(self, row: int) -> str:
         """Get a thumbnail of the image in a row as a `data:` URL."""
         if row not in self._urls:
-            self._urls[row] = self._encode(row)
+            self._urls[row] = "data:image/webp;base64," + base64.b64encode(self.webp(row)).decode()
         return self._urls[row]
 
-    def _encode(self, row: int) -> str:
+    def webp(self, row: int) -> bytes:
+        """Make a thumbnail of the image in a row: the bytes of a WebP file.
+
+        Raises:
+            ItemError: the image cannot be read.
+        """
         item = ImageItem(**self._items.slice(row, 1).to_pylist()[0])
         image = decode_image(self._source.read(item))
-        image.thumbnail((_SIZE_PX, _SIZE_PX))
+        image.thumbnail((self._size_px, self._size_px))
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", quality=80)
-        return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return buffer.getvalue()

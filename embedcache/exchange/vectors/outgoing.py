@@ -158,11 +158,12 @@ class Outgoing:
 
     def _is_usable(self, modality: str) -> Bools:
         """Say which items have a vector, and are of the language: (N,) bool."""
-        usable = self._vectors[modality].side.valid if modality in self._vectors else np.True_
-        table = self._tables[modality]
-        return usable & (
-            _is_language(table, self._settings.language) if modality == "text" else np.ones(len(table), bool)
-        )
+        table, usable = self._tables[modality], np.ones(self.cache.info.num_items[modality], bool)
+        if modality in self._vectors:
+            usable &= self._vectors[modality].side.valid
+        if modality == "text" and self._settings.language is not None:
+            usable &= _is_language(table, self._settings.language)
+        return usable
 
     def _choose(self, selection: Path | None) -> Ints:
         samples = np.arange(self.cache.info.num_samples)
