@@ -59,7 +59,7 @@ def write_atlas(
     places, near = lay_out(vectors, method, seed=seed), nearest(vectors)
     shows = images if "image" in outgoing.cache.info.num_items and modality == "image" else "none"
     with replacing(path) as temporary:
-        tables = _tables(outgoing, modality, shows, vectors, places, near, progress)
+        tables = _tables(outgoing, shows, vectors, places, near, progress)
         write_rows(temporary, tables, metadata_of(outgoing))
     return len(vectors)
 
@@ -70,7 +70,6 @@ def _load(outgoing: Outgoing, modality: Modality) -> Floats:
 
 def _tables(
     outgoing: Outgoing,
-    modality: Modality,
     images: Images,
     vectors: Floats,
     places: Floats,

@@ -21,9 +21,11 @@ from embedcache.disk import disk_errors, flush, make_folder, partial_path
 from embedcache.encoders.contract import Modality
 from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
 from embedcache.exchange.vectors.incoming import recut
+from embedcache.paths import is_url
 from embedcache.registry import unknown_name
 
 MODALITIES: Sequence[Modality] = ("image", "text")
+_WITH_FILES = ("folder", "table")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +202,12 @@ class Outgoing:
         return table.take(pa.array(first[place] if len(having) else place, mask=~is_there))
 
     def _image_paths(self, images: pa.Table) -> pa.ChunkedArray:
-        """Give whole paths where the source is a folder here and an image a file of its own; else as they are."""
-        root = Path(str(self.cache.info.source.get("path", "")))
-        if not (root.is_absolute() and root.is_dir()):
+        """Give whole paths where the images are files of their own, below a folder or a table; else as they are."""
+        source = self.cache.info.source
+        if source.get("type") not in _WITH_FILES or is_url(source["path"]):
             return images["path"]
+        path = Path(source["path"])
+        root = path if path.is_dir() else path.parent
         is_relative = pc.and_(pc.equal(images["length"], 0), pc.invert(pc.starts_with(images["path"], "/")))
         is_relative = pc.and_(is_relative, pc.greater(pc.utf8_length(images["path"]), 0))
         whole = pc.binary_join_element_wise(f"{root}/", images["path"], "")
