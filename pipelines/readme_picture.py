@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import embedcache
-from embedcache.curate.indexes.search import Hit
+from embedcache.curate.indexes.hits import Hit
 from embedcache.pages.pictures import Pictures, credit
 
 QUESTIONS = ("an animal with feathers", "a vehicle on the water", "something sweet to eat", "a broken promise")

@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cli import curate, evaluate, exchange, extract, inspect, quickstart, serve, sweep, train, verify
+from embedcache.cli import (
+    curate,
+    evaluate,
+    exchange,
+    export,
+    extract,
+    import_,
+    inspect,
+    quickstart,
+    serve,
+    sweep,
+    train,
+    verify,
+)
 from embedcache.errors import EmbedcacheError
 
 app = typer.Typer(
@@ -44,6 +57,8 @@ app.command(name="serve")(serve.serve)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(curate.app, name="curate")
 app.add_typer(exchange.app, name="exchange")
+app.add_typer(import_.app, name="import")
+app.add_typer(export.app, name="export")
 
 _GO_ON = "what is committed is kept: free some space and run the same command again"
 _USER_ERRNOS = {

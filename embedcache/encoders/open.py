@@ -21,6 +21,7 @@ ENCODERS = Registry(
     "encoder family",
     {
         "hf": "embedcache.encoders.transformers:open_transformers",
+        "imported": "embedcache.encoders.imported:open_imported",
         "lite": "embedcache.encoders.lite:open_lite",
         "open_clip": "embedcache.encoders.open_clip:open_open_clip",
         "st": "embedcache.encoders.sentence_transformers:open_sentence_transformers",

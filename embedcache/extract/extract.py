@@ -11,6 +11,7 @@ from typing import Any
 from embedcache.artifact import run_record
 from embedcache.cache.cache import Cache
 from embedcache.cache.group import open_group
+from embedcache.cache.layout import info_path, read_info
 from embedcache.cache.spine import index
 from embedcache.disk import remove_partials
 from embedcache.encoders.graph import torch_device
@@ -23,6 +24,7 @@ from embedcache.extract.views import open_view
 from embedcache.paths import open_path
 from embedcache.progress import Progress, Silent
 from embedcache.sources.contract import Source
+from embedcache.sources.imported import KIND
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ def extract(
         One report an encoder and view.
 
     Raises:
-        SettingError: no encoder is named.
+        SettingError: no encoder is named, or the cache was imported.
         UnknownNameError: an encoder or feature is unknown.
         SourceError: the source cannot be numbered, lacks a modality, or no item of it can be read.
         FingerprintError: the cache holds other samples, or features of another encoder of that name.
@@ -114,7 +116,7 @@ def open_job(
     """Number the source, or check that the cache numbers it, and say what is to be done there.
 
     Raises:
-        SettingError: no encoder is named, a name is none, or two would be stored as one.
+        SettingError: no encoder is named, a name is none, or two would be stored as one; or the cache was imported.
         UnknownNameError: a view or an engine is unknown.
     """
     settings = settings or ExtractSettings()
@@ -124,8 +126,20 @@ def open_job(
         )
     _check_asked(image, text, settings)
     path = open_path(cache_path)
+    _refuse_imported(path)
     index(source, path, chunk_size=settings.chunk_size, extends=extends, mends=mends, progress=progress)
     return Job(cache=str(path), source=source.describe(), image=tuple(image), text=tuple(text), settings=settings)
+
+
+def _refuse_imported(cache_path: Path) -> None:
+    """Refuse a cache of vectors that were imported: it numbers rows of those, and has nothing to encode."""
+    if info_path(cache_path).is_file():
+        source = read_info(cache_path).source
+        if source.get("type") == KIND:
+            raise SettingError(
+                f"{cache_path} was imported from {source['path']}: it has vectors, and no images or texts to encode; "
+                "extract the images and captions themselves into a new folder"
+            )
 
 
 def _check_asked(image: Sequence[str], text: Sequence[str], settings: ExtractSettings) -> None:

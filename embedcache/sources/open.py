@@ -27,6 +27,7 @@ SOURCES = Registry(
         "folder": "embedcache.sources.folder:FolderSource",
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
         "idx": "embedcache.sources.idx:IdxSource",
+        "imported": "embedcache.sources.imported:ImportedSource",
         "openmoji": "embedcache.sources.openmoji:OpenmojiSource",
         "pairs": "embedcache.sources.pairs:PairsSource",
         "prompts": "embedcache.sources.prompts:PromptsSource",

@@ -47,21 +47,31 @@ class TableColumns:
 
 
 def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
-    """Find out what each column of a file is for.
+    """Find out what each column of a table of images and captions is for.
 
     Raises:
         SourceError: a column the user named is not there, is of no use as such, or there is neither
             an image nor a caption; the message lists the columns that are there.
     """
-    image = _named(file, settings.image_column, "--image-column") or _first(file, IMAGE_NAMES)
-    captions = tuple(settings.caption_columns) or _captions(file.columns)
-    for name in captions:
-        _check_plain(file, _named(file, name, "--caption-column"), "--caption-column")
-    if image is None and not captions:
+    columns = name_columns(file, settings)
+    if columns.image is None and not columns.captions:
         raise SourceError(
             f"{file.path} has no column of a usual name for images or captions; it has "
             f"{_listed(file)}; name them with --image-column and --caption-column"
         )
+    return columns
+
+
+def name_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
+    """Find out what each column of any table is for.
+
+    Raises:
+        SourceError: a column the user named is not there, or is of no use as such.
+    """
+    image = _named(file, settings.image_column, "--image-column") or _first(file, IMAGE_NAMES)
+    captions = tuple(settings.caption_columns) or _captions(file.columns)
+    for name in captions:
+        _check_plain(file, _named(file, name, "--caption-column"), "--caption-column")
     if image not in file.image_bytes:
         _check_plain(file, image, "--image-column")
     key = _named(file, settings.key_column, "--key-column") or _first(file, KEY_NAMES)
