@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, Bools
 from embedcache.artifact import check_same, digest, digest_file, run_record
 from embedcache.cache.cache import Cache
 from embedcache.cache.commit import hash_item
@@ -229,7 +229,8 @@ def _commit(cache: Cache, group: EncoderGroup, chunk: int, vectors: Array) -> No
 
 
 def _failures(vectors: Array, texts: Sequence[str | None]) -> Iterator[str | None]:
-    for is_finite, text in zip(np.isfinite(vectors).all(axis=1).tolist(), texts, strict=True):
+    finite: Bools = np.isfinite(vectors).all(axis=1)
+    for is_finite, text in zip(finite.tolist(), texts, strict=True):
         if text is not None and not text.strip():
             yield EMPTY
         else:
