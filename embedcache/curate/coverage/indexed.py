@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints, blocks
-from embedcache.artifact import check_same
 from embedcache.curate.coverage.counting import Counting, Tally
 from embedcache.curate.indexes.faiss_index import RowIndex, read_index
-from embedcache.curate.indexes.index import IndexCard, read_card
+from embedcache.curate.indexes.index import IndexCard, check_card, read_card
 from embedcache.curate.vectors import Vectors
 from embedcache.errors import FingerprintError
 from embedcache.progress import Progress
@@ -38,14 +37,15 @@ def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
     card = read_card(path)
     if not pool.cache.info.has_rows_of(card.spine):
         raise FingerprintError(f"index {path} was made from other samples than {pool.cache.path} holds")
-    asked: dict[str, Any] = {"modality": pool.modality, "feature": pool.side.name}
-    found = {name: getattr(card, name) for name in asked}
-    if found == asked:
-        weights = None if pool.config is None else pool.config.weights
-        asked |= {"fingerprint": pool.side.fingerprint, "run_weights": weights, "num_vectors": len(pool.rows)}
-        found = {name: getattr(card, name) for name in asked}
+    asked = {
+        "modality": pool.modality,
+        "feature": pool.side.name,
+        "fingerprint": pool.side.fingerprint,
+        "run_weights": None if pool.config is None else pool.config.weights,
+        "num_vectors": len(pool.rows),
+    }
     make = f"build one: embedcache curate index {pool.cache.path} NEW-INDEX --modality {pool.modality}"
-    check_same(f"index {path}", found, asked, next_step=make)
+    check_card(path, card, asked, next_step=make)
     return read_index(path / "index.faiss"), card
 
 

@@ -326,4 +326,4 @@ def _machine_bytes() -> int:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).splitlines()[-1]
+    return str(error).splitlines()[-1].rpartition("failed: ")[2]

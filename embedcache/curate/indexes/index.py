@@ -162,6 +162,23 @@ def read_card(index_path: Path) -> IndexCard:
     return fields_of(path, lambda: IndexCard(**values))
 
 
+def check_card(index_path: Path, card: IndexCard, asked: Mapping[str, Any], *, next_step: str) -> None:
+    """Refuse an index of something else than asked; where it is of another feature, that alone is said.
+
+    Args:
+        index_path: of the index.
+        card: its card.
+        asked: fields of the card, `modality` and `feature` among them.
+        next_step: what to do.
+
+    Raises:
+        FingerprintError: names each field that differs with both values.
+    """
+    for names in (("modality", "feature"), asked):
+        found = {name: getattr(card, name) for name in names}
+        check_same(f"index {index_path}", found, {name: asked[name] for name in names}, next_step=next_step)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Wishes:
     factory: str | None
@@ -280,8 +297,7 @@ def _check_again(
             "give the path of a new folder"
         )
     asked = {**about, "spine": card.spine, "factory": wishes.factory or card.factory}
-    found = {name: getattr(card, name) for name in asked}
-    check_same(f"index {index_path}", found, asked, next_step="give the path of a new folder")
+    check_card(index_path, card, asked, next_step="give the path of a new folder")
     takes = _grown(card, len(vectors.rows)).memory_bytes or card.file_bytes or 0
     if wishes.memory_bytes is not None and takes > wishes.memory_bytes:
         raise SettingError(

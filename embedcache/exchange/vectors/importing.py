@@ -229,7 +229,7 @@ def _commit(cache: Cache, group: EncoderGroup, chunk: int, vectors: Array) -> No
 
 
 def _failures(vectors: Array, texts: Sequence[str | None]) -> Iterator[str | None]:
-    finite: Bools = np.isfinite(vectors).all(axis=1)
+    finite: Bools = np.logical_and.reduce(np.isfinite(vectors), axis=1)
     for is_finite, text in zip(finite.tolist(), texts, strict=True):
         if text is not None and not text.strip():
             yield EMPTY
