@@ -46,7 +46,8 @@ DOORS = {
     "matplotlib": {"curate", "evaluate", "pages", "quickstart", "sweep"},
     "optuna": {"sweep"},
     "sqlalchemy": {"sweep"},
-    "sklearn": {"evaluate", "sweep"},
+    "sklearn": {"evaluate", "exchange", "sweep"},
+    "umap": {"exchange"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -136,7 +136,7 @@ def _read_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np
     try:
         version = npy_format.read_magic(file)
         read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-        return read(file)  # type: ignore[no-any-return]
+        return read(file)
     except ValueError as error:
         raise CorruptError(f"{path} is no array that NumPy wrote: {error}; get the file again") from error
 
