@@ -51,7 +51,8 @@ DOORS = {
     "uvicorn": {"serve"},
     "optuna": {"sweep"},
     "sqlalchemy": {"sweep"},
-    "sklearn": {"evaluate", "sweep"},
+    "sklearn": {"evaluate", "exchange", "sweep"},
+    "umap": {"exchange"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

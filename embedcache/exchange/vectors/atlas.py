@@ -16,7 +16,8 @@ from embedcache.disk import replacing
 from embedcache.encoders.contract import Modality
 from embedcache.errors import ItemError
 from embedcache.exchange.vectors.layout import Method, lay_out, nearest
-from embedcache.exchange.vectors.outgoing import Outgoing, check_new_file, metadata_of
+from embedcache.exchange.vectors.new_files import check_new_file
+from embedcache.exchange.vectors.outgoing import Outgoing
 from embedcache.exchange.vectors.parquet import vector_lists, write_rows
 from embedcache.pages.pictures import Pictures
 from embedcache.progress import Progress
@@ -60,7 +61,7 @@ def write_atlas(
     shows = images if "image" in outgoing.cache.info.num_items and modality == "image" else "none"
     with replacing(path) as temporary:
         tables = _tables(outgoing, shows, vectors, places, near, progress)
-        write_rows(temporary, tables, metadata_of(outgoing))
+        write_rows(temporary, tables, outgoing.metadata)
     return len(vectors)
 
 

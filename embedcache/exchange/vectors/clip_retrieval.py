@@ -9,6 +9,7 @@ names, through embedding-reader, which parses the first line of a `.npy` by itse
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +21,12 @@ from embedcache.encoders.contract import Modality
 from embedcache.errors import DataError, PathError
 from embedcache.exchange.vectors.importing import UNIT_TOLERANCE
 from embedcache.exchange.vectors.incoming import Incoming, Part
+from embedcache.exchange.vectors.new_files import new_folder
 from embedcache.exchange.vectors.npy_rows import open_npy, write_header
-from embedcache.exchange.vectors.outgoing import Outgoing, new_folder
 from embedcache.progress import Progress
+
+if TYPE_CHECKING:
+    from embedcache.exchange.vectors.outgoing import Outgoing
 
 FORM = "clip-retrieval"
 ROWS_A_FILE = 1_000_000
@@ -57,7 +61,7 @@ def open_tree(path: Path) -> Incoming:
     return Incoming(form=FORM, path=path, modalities={name: _ARRAYS[name] for name in names}, parts=parts)
 
 
-def write_tree(outgoing: Outgoing, folder: Path, *, rows_a_file: int = ROWS_A_FILE, progress: Progress) -> int:
+def write_tree(outgoing: "Outgoing", folder: Path, *, rows_a_file: int = ROWS_A_FILE, progress: Progress) -> int:
     """Write the tree into a new folder, whole or not at all; give the number of rows.
 
     Vectors have length 1: a row whose length differs from it by more than 0.001 is scaled, others are as they are, so
@@ -104,7 +108,7 @@ def _common_numbers(path: Path, files: Mapping[str, Mapping[str, Path]]) -> list
     return every
 
 
-def _metadata(outgoing: Outgoing, rows: slice) -> pa.Table:
+def _metadata(outgoing: "Outgoing", rows: slice) -> pa.Table:
     """Give the columns of some rows; clip-retrieval's own are `image_path` and `caption`, without nulls."""
     table = outgoing.table(rows)
     for name in ("image_path", "caption"):
@@ -125,7 +129,7 @@ def _unit(vectors_ND: Array) -> Array:
 
 
 def _write_arrays(
-    folder: Path, name: str, numbers: Mapping[str, slice], outgoing: Outgoing, modality: Modality, progress: Progress
+    folder: Path, name: str, numbers: Mapping[str, slice], outgoing: "Outgoing", modality: Modality, progress: Progress
 ) -> None:
     """Write `name_NUMBER.npy` for each range of rows from one stream of vectors."""
     progress.start(f"writing {name}", len(outgoing.samples), "vectors")

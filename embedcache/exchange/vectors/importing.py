@@ -176,7 +176,7 @@ def _import_feature(
     group = create_group(cache.path, modality, folder, cache.info, spec=f"{KIND}:{folder}", fingerprint=fingerprint)
     add_feature(group, FEATURE, (rows.width,), rows.dtype)
     taken = _commit_chunks(cache, group, incoming, name, progress)
-    failures = Counter(Feature(group, FEATURE).failures.values())
+    failures = _count_failures(cache, group)
     if failures.total() == incoming.num_rows:
         raise SourceError(f"none of {incoming.num_rows:,} rows of {name} in {incoming.path} has a usable vector")
     return Imported(
@@ -189,14 +189,24 @@ def _import_feature(
     )
 
 
+def _count_failures(cache: Cache, group: EncoderGroup) -> Counter[str]:
+    """Count over the commits, one at a time."""
+    failures: Counter[str] = Counter()
+    for chunk in range(cache.info.num_chunks(group.modality)):
+        commit = group.commit(chunk)
+        if commit is not None:
+            failures.update(reason for reason in commit.failures[FEATURE] if reason is not None)
+    return failures
+
+
 def _commit_chunks(cache: Cache, group: EncoderGroup, incoming: Incoming, name: str, progress: Progress) -> int:
     """Write the chunks that are not there or not sound; give how many vectors those hold."""
-    missing = [chunk for chunk in range(cache.info.num_chunks(group.modality)) if not _is_sound(group, chunk)]
+    missing = {chunk for chunk in range(cache.info.num_chunks(group.modality)) if not _is_sound(group, chunk)}
     if not missing:
         return 0
-    size, taken = cache.info.chunk_size, 0
-    progress.start(f"importing {name}", incoming.num_rows - missing[0] * size, "vectors")
-    for chunk, vectors in enumerate(incoming.blocks(name, missing[0] * size, size), start=missing[0]):
+    first, size, taken = min(missing), cache.info.chunk_size, 0
+    progress.start(f"importing {name}", incoming.num_rows - first * size, "vectors")
+    for chunk, vectors in enumerate(incoming.blocks(name, first * size, size), start=first):
         if chunk in missing:
             _commit(cache, group, chunk, vectors)
             taken += len(vectors)

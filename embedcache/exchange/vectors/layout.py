@@ -36,10 +36,10 @@ def lay_out(vectors_NP: Floats, method: Method, *, seed: int = 0) -> Floats:
         pca = require("sklearn.decomposition", extra=EXTRA).PCA(n_components=2, random_state=seed)
         places = pca.fit_transform(vectors_NP)
     else:
-        umap = require("umap", extra=EXTRA)
         near = min(_NUM_NEIGHBORS, len(vectors_NP) - 1)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of numba, and of few points
+            warnings.simplefilter("ignore")  # that TensorFlow is missing, and of few points
+            umap = require("umap", extra=EXTRA)
             places = umap.UMAP(metric="cosine", n_neighbors=near, random_state=seed, n_jobs=1).fit_transform(vectors_NP)
     return np.ascontiguousarray(places, np.float32)
 

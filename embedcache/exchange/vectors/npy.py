@@ -1,6 +1,7 @@
 """Arrays in `.npy` files, with a table of keys and captions beside them."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,9 +9,12 @@ import pyarrow.parquet as pq
 from embedcache.encoders.contract import Modality
 from embedcache.errors import SettingError
 from embedcache.exchange.vectors.incoming import Incoming, Part
+from embedcache.exchange.vectors.new_files import new_folder
 from embedcache.exchange.vectors.npy_rows import open_npy, write_header
-from embedcache.exchange.vectors.outgoing import Outgoing, metadata_of, new_folder
 from embedcache.progress import Progress
+
+if TYPE_CHECKING:
+    from embedcache.exchange.vectors.outgoing import Outgoing
 
 FORM = "npy"
 _BLOCK = 8192
@@ -39,7 +43,7 @@ def open_arrays(*, image: Path | None = None, text: Path | None = None, table: P
     return Incoming(form=FORM, path=first, modalities=modalities, parts=[Part(vectors=vectors, table=table)])
 
 
-def write_arrays(outgoing: Outgoing, folder: Path, *, progress: Progress) -> int:
+def write_arrays(outgoing: "Outgoing", folder: Path, *, progress: Progress) -> int:
     """Write `image.npy`, `text.npy` and `rows.parquet` into a new folder, whole or not at all; give the number of rows.
 
     Vectors are as they are in the cache. Memory: a block, and the cache's tables.
@@ -50,7 +54,7 @@ def write_arrays(outgoing: Outgoing, folder: Path, *, progress: Progress) -> int
     num_rows = len(outgoing.samples)
     with new_folder(folder) as temporary:
         table: pa.Table = outgoing.table(slice(0, num_rows))
-        pq.write_table(table.replace_schema_metadata(metadata_of(outgoing)), temporary / "rows.parquet")
+        pq.write_table(table.replace_schema_metadata(outgoing.metadata), temporary / "rows.parquet")
         for modality in outgoing.modalities:
             progress.start(f"writing {modality}.npy", num_rows, "vectors")
             with (temporary / f"{modality}.npy").open("wb") as file:

@@ -1,9 +1,7 @@
 """What an export writes: one row a sample, with its keys, captions and columns, and a vector of each modality."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +15,8 @@ from embedcache.arrays import Array, Bools, Ints
 from embedcache.cache.cache import Cache
 from embedcache.cache.selection import read_selection
 from embedcache.curate.vectors import Vectors
-from embedcache.disk import disk_errors, flush, make_folder, partial_path
 from embedcache.encoders.contract import Modality
-from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
+from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.exchange.vectors.incoming import recut
 from embedcache.paths import is_url
 from embedcache.registry import unknown_name
@@ -118,6 +115,11 @@ class Outgoing:
             "run": None if run is None else str(run),
         }
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the schema of a Parquet file remembers of an export."""
+        return {"embedcache": json.dumps(self.about)}
+
     def width(self, modality: Modality) -> int:
         """Numbers in a vector."""
         return self._vectors[modality].width
@@ -212,46 +214,6 @@ class Outgoing:
         is_relative = pc.and_(is_relative, pc.greater(pc.utf8_length(images["path"]), 0))
         whole = pc.binary_join_element_wise(f"{root}/", images["path"], "")
         return pc.if_else(is_relative, whole, images["path"])
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into; after the block it is flushed and becomes `folder`, and after an error it is gone.
-
-    Raises:
-        PathError: `folder` is there and not empty, or is a file.
-    """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise PathError(f"{folder} is not empty, or no folder; give the path of a new one")
-    make_folder(folder.parent)
-    temporary = partial_path(folder)
-    temporary.mkdir()
-    try:
-        with disk_errors(folder):
-            yield temporary
-            for path in temporary.rglob("*"):
-                flush(path)
-            temporary.rename(folder)
-            flush(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_new_file(path: Path, suffix: str) -> None:
-    """Refuse to write over a file, or under a name that says something else.
-
-    Raises:
-        PathError: the file is there, or its name does not end so.
-    """
-    if path.suffix != suffix:
-        raise PathError(f"{path} is no name for this file; end it in {suffix}")
-    if path.exists():
-        raise PathError(f"{path} is there already; give the path of a new file")
-
-
-def metadata_of(outgoing: Outgoing) -> dict[str, str]:
-    """Give what the schema of a Parquet file remembers of an export."""
-    return {"embedcache": json.dumps(outgoing.about)}
 
 
 def _exported(cache: Cache, settings: ExportSettings) -> list[Modality]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,10 +13,13 @@ from embedcache.disk import replacing
 from embedcache.encoders.contract import Modality
 from embedcache.errors import PathError, SettingError
 from embedcache.exchange.vectors.incoming import Incoming, Part
-from embedcache.exchange.vectors.outgoing import Outgoing, check_new_file, metadata_of
+from embedcache.exchange.vectors.new_files import check_new_file
 from embedcache.exchange.vectors.parquet_rows import open_column, vector_columns
 from embedcache.progress import Progress
 from embedcache.sources.table_files import damage_named, open_parquet
+
+if TYPE_CHECKING:
+    from embedcache.exchange.vectors.outgoing import Outgoing
 
 FORM = "parquet"
 COLUMNS: Mapping[Modality, str] = {"image": "image_vector", "text": "text_vector"}
@@ -48,7 +51,7 @@ def open_parquet_vectors(path: Path, *, image: str | None = None, text: str | No
     return Incoming(form=FORM, path=path, modalities=modalities, parts=parts, about=_origin(schema))
 
 
-def write_parquet(outgoing: Outgoing, path: Path, *, progress: Progress) -> int:
+def write_parquet(outgoing: "Outgoing", path: Path, *, progress: Progress) -> int:
     """Write one Parquet file, whole or not at all; give the number of rows. Vectors are as they are in the cache.
 
     Memory: a block, and the cache's tables.
@@ -58,12 +61,12 @@ def write_parquet(outgoing: Outgoing, path: Path, *, progress: Progress) -> int:
     """
     check_new_file(path, ".parquet")
     with replacing(path) as temporary:
-        write_rows(temporary, table_blocks(outgoing, progress), metadata_of(outgoing))
+        write_rows(temporary, table_blocks(outgoing, progress), outgoing.metadata)
     return len(outgoing.samples)
 
 
 def table_blocks(
-    outgoing: Outgoing, progress: Progress, *, names: Mapping[Modality, str] = COLUMNS
+    outgoing: "Outgoing", progress: Progress, *, names: Mapping[Modality, str] = COLUMNS
 ) -> Iterator[pa.Table]:
     """Go through an export's rows, columns and vectors together."""
     num_rows = len(outgoing.samples)
