@@ -54,8 +54,7 @@ def main() -> None:
 def choose(workdir: Path, captions: str, concepts: str, recipe: dict[str, Any], device: str) -> None:
     """Select captions, as many for each concept, rare concepts first; no image is looked at."""
     stored, paths = embedcache.ExtractSettings(devices=(device,)), (workdir / "captions", workdir / "concepts")
-    for path, location in zip(paths, (captions, concepts), strict=True):
-        source = embedcache.open_source(location)
+    for path, source in zip(paths, map(embedcache.open_source, (captions, concepts)), strict=True):
         embedcache.extract_features(source, path, text=[recipe["text"]], settings=stored, progress=open_progress())
     settings, out = embedcache.SelectSettings(per_concept=recipe["each"]), workdir / "chosen.parquet"
     by_concept: dict[str, Any] = {"concepts_path": paths[1], "joins_names": True}  # two names of ImageNet stand twice
@@ -65,8 +64,9 @@ def choose(workdir: Path, captions: str, concepts: str, recipe: dict[str, Any], 
 def align(workdir: Path, pairs: str, recipe: dict[str, Any], training: dict[str, Any]) -> None:
     """Encode once, train the paper's projectors and the control on shuffled pairs, rank what was held out."""
     stored = embedcache.ExtractSettings(features=recipe["features"], devices=(training["device"],))
-    encoders, cache, progress = {side: [recipe[side]] for side in ("image", "text")}, workdir / "pairs", open_progress()
-    embedcache.extract_features(embedcache.open_source(pairs), cache, **encoders, settings=stored, progress=progress)
+    source, cache, progress = embedcache.open_source(pairs), workdir / "pairs", open_progress()
+    image, text = [recipe["image"]], [recipe["text"]]
+    embedcache.extract_features(source, cache, image=image, text=text, settings=stored, progress=progress)
     reports = {}
     for name, shuffles in (("run", False), ("shuffled", True)):
         settings, run = settings_of({**training, "shuffle_pairs": shuffles}), workdir / name
