@@ -101,12 +101,13 @@ __all__ = [
     "train_projectors",
 ]
 
+if not TYPE_CHECKING:  # a type checker that saw this would take any name for one of ours
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'embedcache' has no attribute {name!r}; it has {', '.join(__all__)}")
-    module, _, attribute = _HOMES[name].partition(":")
-    return getattr(import_module(module), attribute)
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'embedcache' has no attribute {name!r}; it has {', '.join(__all__)}")
+        module, _, attribute = _HOMES[name].partition(":")
+        return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

@@ -54,8 +54,7 @@ def main() -> None:
 def choose(workdir: Path, captions: str, concepts: str, recipe: dict[str, Any], device: str) -> None:
     """Select captions, as many for each concept, rare concepts first; no image is looked at."""
     stored, paths = embedcache.ExtractSettings(devices=(device,)), (workdir / "captions", workdir / "concepts")
-    for path, location in zip(paths, (captions, concepts), strict=True):
-        source = embedcache.open_source(location)
+    for path, source in zip(paths, map(embedcache.open_source, (captions, concepts)), strict=True):
         embedcache.extract_features(source, path, text=[recipe["text"]], settings=stored, progress=open_progress())
     settings, out = embedcache.SelectSettings(per_concept=recipe["each"]), workdir / "chosen.parquet"
     by_concept: dict[str, Any] = {"concepts_path": paths[1], "joins_names": True}  # two names of ImageNet stand twice

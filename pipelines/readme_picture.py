@@ -40,7 +40,7 @@ def main() -> None:
     figure.supxlabel(f"cosine below each name; held-out pictures only. {credit(cache)}", fontsize=7)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=110)
-    Image.open(drawn).convert("RGB").quantize(96).save(PAGE, optimize=True)
+    Image.open(drawn).convert("RGB").quantize(256).save(PAGE, optimize=True)
 
 
 def held_out_answers(folder: Path) -> list[list[Hit]]:

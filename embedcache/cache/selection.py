@@ -63,7 +63,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, about: Mappi
         pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(made)}), temporary)
 
 
-def read_selection(path: Path, caches: Sequence[Cache]) -> Ints:
+def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     """Get the samples that a selection names, counted on from cache to cache, ascending.
 
     Args:
@@ -75,7 +75,7 @@ def read_selection(path: Path, caches: Sequence[Cache]) -> Ints:
         CorruptError: it cannot be read.
         DataError: it names a key that no cache has, or none at all.
     """
-    selected = set(_read_keys(path))
+    selected = set(_read_keys(Path(path)))
     keys = [key for cache in caches for key in cache.samples["key"].to_pylist()]
     unknown = selected.difference(keys)
     if unknown or not selected:
