@@ -41,6 +41,9 @@ Row = Annotated[int, Path(ge=0, le=10**12)]
 
 log = logging.getLogger("embedcache.serve")
 
+_NUM_QUESTIONS = 4
+"""Pictures to ask with that are in memory at the same time, from the first byte to the answer; others wait."""
+
 _NUM_READERS = 2
 """Pictures decoded at the same time: each may take a quarter of a gigabyte."""
 
@@ -95,6 +98,8 @@ async def _on(threads: ThreadPoolExecutor, call: Callable[..., T], *arguments: A
 
 
 def _add_search(app: FastAPI, served: Served, batcher: Batcher[Question, Answer], read: Callable[..., Any]) -> None:
+    turns = asyncio.Semaphore(_NUM_QUESTIONS)
+
     async def ask(wishes: Wishes, **question: Any) -> SearchResponse:
         keep = served.filter(
             labels=wishes.labels, splits=wishes.splits, languages=wishes.languages, selection=wishes.selection
@@ -126,9 +131,10 @@ def _add_search(app: FastAPI, served: Served, batcher: Batcher[Question, Answer]
         """Find what is like a picture: the body is the file, JPEG, PNG, WebP, GIF, BMP or TIFF."""
         if "image" not in served.takes:
             raise HTTPException(400, "this index cannot be compared with pictures; ask with words or a row")
-        most = served.settings.max_pixels
-        picture: Image = await read(partial(decode_image, await request.body(), max_pixels=most))
-        return await ask(wishes, picture=picture)
+        async with turns:
+            most = served.settings.max_pixels
+            picture: Image = await read(partial(decode_image, await request.body(), max_pixels=most))
+            return await ask(wishes, picture=picture)
 
 
 def _add_items(app: FastAPI, served: Served, read: Callable[..., Any]) -> None:

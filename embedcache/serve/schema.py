@@ -29,7 +29,7 @@ class SearchRequest(Wishes):
     """A question: either words or a row."""
 
     text: str | None = Field(None, max_length=_MOST_LETTERS, description="What to look for, in words.")
-    row: int | None = Field(None, ge=0, description="Find what is like the item in this row of the index's modality.")
+    row: int | None = Field(None, ge=0, le=10**12, description="Find what is like the item in this row.")
 
 
 class HitOut(BaseModel):

@@ -122,7 +122,7 @@ def _lines(served: Served, settings: ServeSettings, token: str | None, port: int
     host = _shown(settings.host)
     lines.append(f"open http://{host}:{port}/" + (f"?token={token}" if token else ""))
     if token:
-        lines.append("whoever has this link can search here; what is sent can be read on the way: docs/howto/serve.md")
+        lines.append("whoever has this link can search here; nothing is encrypted, so others on the way can read it")
     return lines
 
 

@@ -212,9 +212,14 @@ def test_bad_questions_are_told_in_one_line(client: TestClient) -> None:
         ({"text": "a", "labels": ["bird"]}, 404, "there is no label 'bird' here"),
         ({"text": "a", "selection": "../few"}, 404, "there is no selection '../few' here"),
         ({"row": -1}, 422, "row: Input should be greater"),
+        ({"row": 10**30}, 422, "row: Input should be less"),
     ):
         answer = client.post("/api/search", json=body)
         assert (answer.status_code, message in answer.json()["error"]) == (status, True), answer.text
+    for body in (b"", b"{", b"[]", b'{"text": "\\ud800"}', b'{"text": "a", "labels": ["\\udfff"]}', b"\xff"):
+        answer = client.post("/api/search", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (400, 404, 422), answer.text
+        assert "\n" not in answer.json()["error"]
 
 
 def test_the_api_page_describes_every_operation(client: TestClient) -> None:

@@ -1,5 +1,6 @@
 """A filtered search is an exact search among what the filter keeps."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from embedcache.arrays import normalize
 from embedcache.cache.cache import Cache
 from embedcache.cache.selection import Selection, write_selection
+from embedcache.cache.split import read_split
 from embedcache.curate.indexes.faiss_index import make_index
 from embedcache.curate.indexes.filters import Filter, Filters
 from embedcache.curate.indexes.index import build_index
@@ -17,6 +19,10 @@ from embedcache.curate.indexes.queries import Queries
 from embedcache.curate.indexes.search import search
 from embedcache.curate.vectors import Vectors
 from embedcache.errors import DataError, SettingError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.sources import open_source
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
 
 
 @given(
@@ -69,6 +75,38 @@ def test_a_selection_chooses(labelled: Path, labelled_index: Path, tmp_path: Pat
     key = cache.samples["key"][0].as_py()
     (hits,) = search(labelled_index, Queries(keys=[key]), keep=Filter(selection=tmp_path / "s.parquet"))
     assert sorted(hit.row for hit in hits) == [3, 20, 44]
+
+
+def test_without_a_column_the_runs_split_chooses(
+    cache_path: Path, run_path: Path, index_path: Path
+) -> None:
+    cache = Cache(cache_path)
+    rows = read_split(run_path / "split.parquet", [cache]).rows("test")
+    filters = Filters(cache, "image", run_path)
+    assert np.flatnonzero(filters.kept(Filter(splits=["test"]))).tolist() == rows.tolist()
+    assert filters.values("split")["test"] == len(rows)
+    (hits,) = search(index_path, ["red bar"], k=len(rows), keep=Filter(splits=["test"]))
+    assert sorted(hit.row for hit in hits) == rows.tolist()
+    with pytest.raises(UnknownNameError, match="unknown split in .* 'tset'; did you mean 'test'"):
+        filters.kept(Filter(splits=["tset"]))
+
+
+def test_languages_choose_captions_and_the_images_that_have_them(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "photos", 12)
+    for path in sorted((tmp_path / "photos").glob("*.txt"))[:4]:
+        path.with_suffix(".json").write_text(json.dumps({"caption": f"rot {path.stem}", "language": "de"}))
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image=[IMAGE], text=[TEXT])
+    for modality in ("image", "text"):
+        build_index(tmp_path / "cache", tmp_path / modality, modality=modality)
+    ask = Queries(keys=["00000"])
+    (hits,) = search(tmp_path / "image", ask, keep=Filter(languages=["de"]))
+    assert sorted(hit.row for hit in hits) == [0, 1, 2, 3]
+    assert all(list(hit.captions) == [f"rot {hit.key}"] for hit in hits)
+    (hits,) = search(tmp_path / "text", ask, keep=Filter(languages=["de"]))
+    assert sorted(hit.captions[0] for hit in hits) == [f"rot 0000{number}" for number in range(4)]
+    assert Filters(Cache(tmp_path / "cache"), "image").values("language") == {"de": 4}
+    with pytest.raises(UnknownNameError, match="unknown language in .* 'fr'; known: de"):
+        search(tmp_path / "image", ask, keep=Filter(languages=["fr"]))
 
 
 def test_mistakes_of_filters_are_named(labelled: Path, labelled_index: Path, cache_path: Path, tmp_path: Path) -> None:

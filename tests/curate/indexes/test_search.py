@@ -11,7 +11,7 @@ from embedcache.cache.side import open_side
 from embedcache.cache.split_settings import SplitSettings
 from embedcache.curate.indexes.index import build_index
 from embedcache.curate.indexes.queries import Queries, read_vectors
-from embedcache.curate.indexes.search import search
+from embedcache.curate.indexes.search import OpenIndex, search
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import load_pair, project
@@ -227,3 +227,21 @@ def test_more_hits_than_the_first_lists_hold_are_found(cache_path: Path, tmp_pat
     assert card.search["nprobe"] < 7
     (hits,) = search(tmp_path / "i", Queries(keys=["00000"]), k=300)
     assert len({hit.key for hit in hits}) == 300
+
+
+def test_an_open_index_answers_many_times_with_one_encoder(index_path: Path) -> None:
+    index = OpenIndex(index_path)
+    encoder = index.asker.encoder("text")
+    for texts in (["red bar left on white"], ["blue bar", "green bar"]):
+        assert index.search(Queries(texts=texts), k=4) == search(index_path, texts, k=4)
+    assert index.asker.encoder("text") is encoder
+
+
+def test_a_row_is_asked_with_as_its_key_and_must_be_there(index_path: Path) -> None:
+    index = OpenIndex(index_path)
+    asked = Queries(keys=["00005"], rows=[5])
+    assert asked.names == ["00005", "row 5"]
+    by_key, by_row = index.search(asked, k=3)
+    assert by_key == by_row
+    with pytest.raises(UnknownNameError, match="no image with the feature open_toy/cls has row 300"):
+        index.search(Queries(rows=[300]))
