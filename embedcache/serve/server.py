@@ -57,7 +57,7 @@ def bind(settings: ServeSettings) -> socket.socket:
     """
     address = as_address(settings.host)
     family = socket.AF_INET6 if address is not None and address.version == 6 else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio delays small answers of others
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((settings.host, settings.port))

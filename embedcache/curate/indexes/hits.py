@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from embedcache.arrays import Array, Floats, Ints
+from embedcache.arrays import Floats, Ints, concatenated_ranges
 from embedcache.cache.cache import Cache
+from embedcache.cache.spine_tables import ITEM_SCHEMAS
 
 _MOST_CAPTIONS = 3
-_NO_TEXTS = pa.table({"text": pa.array([], pa.string()), "language": pa.array([], pa.string())})
+_NO_TEXTS = ITEM_SCHEMAS["text"].empty_table()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,12 @@ class Hits:
 
     def __init__(self, cache: Cache, modality: str) -> None:
         self._modality = modality
-        self._keys = cache.samples["key"]
-        self._labels = cache.samples["label"] if "label" in cache.columns else None
+        self._keys = _whole(cache.samples["key"])
+        self._labels = _whole(cache.samples["label"]) if "label" in cache.columns else None
         self.samples: Ints = cache.items(modality)["sample"].to_numpy()
-        self._texts: pa.Table | None = cache.items("text") if "text" in cache.info.num_items else None
-        self._text_samples: Array = np.empty(0, np.int64) if self._texts is None else self._texts["sample"].to_numpy()
+        texts = cache.items("text") if "text" in cache.info.num_items else _NO_TEXTS
+        self._texts, self._languages = _whole(texts["text"]), _whole(texts["language"])
+        self._text_samples: Ints = texts["sample"].to_numpy()
 
     def of(self, scores_K: Floats, rows_K: Ints, languages: Sequence[str] = ()) -> list[Hit]:
         """Give the hits of one query; a row of -1 is none.
@@ -57,32 +59,48 @@ class Hits:
             rows_K: (K,) alike.
             languages: show captions in these only; none is all.
         """
-        pairs = zip(scores_K.tolist(), rows_K.tolist(), strict=True)
-        return [self._hit(score, row, languages) for score, row in pairs if row >= 0]
+        scores, rows = scores_K[rows_K >= 0].tolist(), rows_K[rows_K >= 0]
+        samples = self.samples[rows]
+        labels = [None] * len(rows) if self._labels is None else _taken(self._labels, samples)
+        captions = self._captions(rows, None if languages else _MOST_CAPTIONS)
+        return [
+            Hit(
+                score=score,
+                row=row,
+                key=key,
+                captions=[text for text, language in said if not languages or language in languages][:_MOST_CAPTIONS],
+                label=None if label is None else str(label),
+            )
+            for score, row, key, label, said in zip(
+                scores, rows.tolist(), _taken(self._keys, samples), labels, captions, strict=True
+            )
+        ]
 
     def captions(self, row: int) -> list[dict[str, str | None]]:
         """Give the captions of the sample of an image, or a caption itself: `text` and `language` of each."""
-        captions: list[dict[str, str | None]] = self._captions(row).select(["text", "language"]).to_pylist()
-        return captions
+        (said,) = self._captions(np.array([row]), None)
+        return [{"text": text, "language": language} for text, language in said]
 
-    def _captions(self, row: int) -> pa.Table:
-        if self._texts is None:
-            return _NO_TEXTS
+    def _captions(self, rows_K: Ints, most: int | None) -> list[list[tuple[str, str | None]]]:
+        """Give text and language of the captions of each item, or of the first of them."""
         if self._modality == "text":
-            return self._texts.slice(row, 1)
-        sample = int(self.samples[row])
-        start, stop = np.searchsorted(self._text_samples, [sample, sample + 1])
-        return self._texts.slice(start, stop - start)
+            starts, counts = rows_K, np.ones(len(rows_K), np.int64)
+        else:
+            samples = self.samples[rows_K]
+            starts = np.searchsorted(self._text_samples, samples)
+            counts = np.searchsorted(self._text_samples, samples + 1) - starts
+        counts = counts if most is None else np.minimum(counts, most)
+        _, places = concatenated_ranges(starts, counts)
+        said = list(zip(_taken(self._texts, places), _taken(self._languages, places), strict=True))
+        ends = np.cumsum(counts).tolist()
+        return [said[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
 
-    def _hit(self, score: float, row: int, languages: Sequence[str]) -> Hit:
-        sample, captions = int(self.samples[row]), self._captions(row)
-        if languages:
-            captions = captions.filter(pc.is_in(captions["language"], value_set=pa.array(languages, pa.string())))
-        label = None if self._labels is None else self._labels[sample].as_py()
-        return Hit(
-            score=score,
-            row=row,
-            key=self._keys[sample].as_py(),
-            captions=captions["text"].slice(0, _MOST_CAPTIONS).to_pylist(),
-            label=None if label is None else str(label),
-        )
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """Join a column's chunks, so that a row is found without looking for its chunk; text may pass 2 GiB."""
+    return (column.cast(pa.large_string()) if pa.types.is_string(column.type) else column).combine_chunks()
+
+
+def _taken(column: pa.Array, places: Ints) -> list[Any]:
+    values: list[Any] = column.take(pa.array(places)).to_pylist()
+    return values
