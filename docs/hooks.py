@@ -1,5 +1,6 @@
 """What mkdocs makes while it builds: the reference of the command line, and the list of decisions."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if path == "decisions/README.md":
         return f"{markdown}\n{decision_list()}"
     return markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep each option of a command in one piece where a long line is wrapped."""
+    block = re.compile(r'<div class="language-sh.*?</pre>', re.DOTALL)
+    return block.sub(lambda found: re.sub(r"(?<= </span>)(--?[a-z][\w-]*)", r"<span>\1</span>", found[0]), html)
 
 
 def command_reference() -> str:
