@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -212,4 +211,3 @@ def test_code_of_a_user_is_type_checked(tmp_path: Path) -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (ROOT / "embedcache" / "py.typed").is_file()
-    assert distribution("embedcache")

@@ -20,7 +20,7 @@ from embedcache.cli.main import app
 from tests.pictures import write_pictures
 
 ROOT = Path(__file__).parents[1]
-OTHERS = re.compile(r"#|(\w+=\S+ )?(just|python -m pip install) ")
+OTHERS = re.compile(r"#|(\w+=\S+ )?(just|(python -m )?pip install) ")
 """How lines begin that are comments, or that CI runs."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
