@@ -239,8 +239,8 @@ def _commit(cache: Cache, group: EncoderGroup, chunk: int, vectors: Array) -> No
 
 
 def _failures(vectors: Array, texts: Sequence[str | None]) -> Iterator[str | None]:
-    finite: Bools = np.logical_and.reduce(np.isfinite(vectors), axis=1)
-    for is_finite, text in zip(finite.tolist(), texts, strict=True):
+    is_finite_N: Bools = np.asarray(np.isfinite(vectors).all(axis=1))
+    for is_finite, text in zip(is_finite_N, texts, strict=True):
         if text is not None and not text.strip():
             yield EMPTY
         else:
