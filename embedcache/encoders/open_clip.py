@@ -13,12 +13,13 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
+from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
 from embedcache.encoders.graph import torch_graph
 from embedcache.encoders.hub import hub_commit, hub_errors
 from embedcache.encoders.image import ImageEncoder, plain_json
 from embedcache.encoders.open import EncoderSpec, check_options
 from embedcache.encoders.pixels import Scale, Transform, cut_at_pixels
+from embedcache.encoders.shapes import ItemShape
 from embedcache.encoders.text import TextEncoder
 from embedcache.encoders.weights import check_file, hash_weights
 from embedcache.errors import ArtifactError, CorruptError, SettingError

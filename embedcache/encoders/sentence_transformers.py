@@ -14,11 +14,13 @@ import torch
 
 from embedcache.artifact import digest, read_json
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.derived import asked_layers, at_layer, own_features
+from embedcache.encoders.derived import asked_layers, own_features
+from embedcache.encoders.hidden_states import untie
 from embedcache.encoders.hub import LOCAL_NEXT, ModelFolder, model_folder
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.pooling import POOLING, POOLS
-from embedcache.encoders.pretrained import hidden_states, hidden_states_option, load_config, load_pretrained, untie
+from embedcache.encoders.pooling import POOLING
+from embedcache.encoders.pretrained import load_config, load_pretrained
+from embedcache.encoders.sentences import Dense, Sentences
 from embedcache.encoders.text import TextEncoder
 from embedcache.encoders.text_graph import text_graph
 from embedcache.encoders.tokenizer import max_tokens_option, num_positions, open_tokenizer
@@ -67,7 +69,7 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     what = {"name": f"st-{spec.folder}", "config": _graph_config(transformer, parts)}
     layers = asked_layers(settings.features)
     untie(transformer, layers)
-    module = _Sentences(transformer, parts.pools, heads, layers)
+    module = Sentences(transformer, parts.pools, heads, layers)
     made = text_graph(
         module,
         settings=settings,
@@ -101,52 +103,6 @@ class _Parts:
     pools: Sequence[str]
     dense: Sequence[Path]
     prompt: str
-
-
-class _Sentences(torch.nn.Module):
-    def __init__(
-        self,
-        transformer: torch.nn.Module,
-        pools: Sequence[str],
-        heads: Sequence[torch.nn.Module],
-        layers: Sequence[int],
-    ) -> None:
-        super().__init__()
-        self._transformer = transformer
-        self._pools = pools
-        self._heads = torch.nn.ModuleList(heads)
-        self._layers = layers
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        states = self._transformer(
-            input_ids=input_ids, attention_mask=attention_mask, **hidden_states_option(self._layers)
-        )
-        outputs = self._pool(states.last_hidden_state, attention_mask)
-        if len(self._heads):
-            dense = outputs["_".join(self._pools)]
-            for head in self._heads:
-                dense = head(dense)
-            outputs = {"dense": dense, **outputs}
-        for layer, state in hidden_states(states, self._layers):
-            outputs |= at_layer(layer, self._pool(state, attention_mask))
-        return outputs
-
-    def _pool(self, state: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden_BTD = state.float()
-        pooled = torch.cat([POOLS[name](hidden_BTD, attention_mask) for name in self._pools], dim=-1)
-        return {"_".join(self._pools): pooled, "tokens": hidden_BTD}
-
-
-class _Dense(torch.nn.Module):
-    def __init__(self, config: Mapping[str, Any], activation: torch.nn.Module) -> None:
-        super().__init__()
-        num_in, num_out = int(config["in_features"]), int(config["out_features"])
-        self.linear = torch.nn.Linear(num_in, num_out, bias=bool(config.get("bias", True)))
-        self.activation = activation
-
-    def forward(self, vectors_BD: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.activation(self.linear(vectors_BD))
-        return out
 
 
 def _find(spec: EncoderSpec) -> ModelFolder:
@@ -244,7 +200,12 @@ def _dense(folder: Path) -> torch.nn.Module:
         raise unknown_name(f"activation in {folder}", activation, ACTIVATIONS)
     if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
         raise SettingError(f"the Dense module in {folder} is residual or works on tokens; take another model")
-    head = _Dense(config, ACTIVATIONS[activation]())
+    head = Dense(
+        int(config["in_features"]),
+        int(config["out_features"]),
+        has_bias=bool(config.get("bias", True)),
+        activation=ACTIVATIONS[activation](),
+    )
     paths = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     load_weights(head, paths[0] if paths[0].is_file() else paths[1])
     return head.eval()

@@ -3,26 +3,19 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from embedcache.arrays import Array, Floats, blocks
-from embedcache.artifact import check_same
-from embedcache.cache.side import inputs_of
-from embedcache.encoders.contract import Encoder, Modality
+from embedcache.arrays import Array, Floats
 from embedcache.encoders.graph import torch_device
-from embedcache.encoders.open import feature_names, open_again
 from embedcache.errors import SettingError
 from embedcache.exchange.results import MODEL
-from embedcache.extract.views import open_view
-from embedcache.projectors.pair import TokenTower, Tower
-from embedcache.projectors.saved import Side, load_pair, project, read_config
+from embedcache.exchange.sides import OpenSide, open_side
+from embedcache.projectors.saved import load_pair, read_config
 from embedcache.registry import require
 from embedcache.sources.media import rgb_image
 
@@ -59,7 +52,7 @@ class RunModel:
         device: where vectors are given.
     """
 
-    def __init__(self, image: "_OpenSide", text: "_OpenSide", device: str) -> None:
+    def __init__(self, image: "OpenSide", text: "OpenSide", device: str) -> None:
         self._image, self._text, self._device = image, text, device
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -111,8 +104,8 @@ def load(
     del model_name, cache_dir
     device = str(torch_device(str(device)))
     pair, config = load_pair(Path(pretrained), device=device)
-    image = _open_side("image", config.image, pair.image, device)
-    text = _open_side("text", config.text, pair.text, device)
+    image = open_side("image", config.image, pair.image, device)
+    text = open_side("text", config.text, pair.text, device)
     return (
         RunModel(image, text, device),
         lambda picture: torch.from_numpy(image.prepare([rgb_image(picture)])[0]),
@@ -168,51 +161,9 @@ def top_k_accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -
     return [is_hit_NK[:, :k].any(dim=1).double().mean().item() for k in topk]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _OpenSide:
-    """One side of a run, from raw items to the shared space."""
-
-    encoder: Encoder
-    look: Callable[[Any], Any]
-    names: Sequence[str]
-    tower: Tower | TokenTower
-    device: str
-
-    def prepare(self, items: Sequence[Any]) -> list[Array]:
-        return self.encoder.prepare([self.look(item) for item in items])
-
-    def embed(self, prepared: Sequence[Array]) -> Floats:
-        """Encode and project: (B, P) float32, rows of length 1."""
-        parts = [np.empty((0, self.tower.output_width), np.float32)]
-        with torch.autocast(torch.device(self.device).type, enabled=False):
-            for block in blocks(len(prepared), self.encoder.batch_size):
-                encoded = self.encoder.encode(prepared[block], self.names)
-                inputs = inputs_of([encoded[name] for name in self.names])
-                parts.append(project(self.tower, inputs, device=self.device))
-        return np.concatenate(parts)
-
-
 def _place(device: str | torch.device) -> torch.device:
     """Tell `cuda` and `cuda:0` apart from other devices, not from each other."""
     return torch.empty(0, device=torch_device(str(device))).device
-
-
-def _open_side(modality: Modality, side: Side, tower: Tower | TokenTower, device: str) -> _OpenSide:
-    encoder = open_again(
-        side.spec, modality=modality, feature=side.feature, fingerprint=side.fingerprint, device=device
-    )
-    names = feature_names(side.feature)
-    return _OpenSide(encoder=encoder, look=_open_look(side), names=names, tower=tower, device=device)
-
-
-def _open_look(side: Side) -> Callable[[Any], Any]:
-    about = side.fingerprint.get("view")
-    if about is None:
-        return lambda item: item
-    view = open_view(about["name"])
-    next_step = "bring back the function as it was, or extract again"
-    check_same(f"the view of feature {side.feature}", about, view.about, next_step=next_step)
-    return view.look
 
 
 def _mend_accuracy() -> None:
