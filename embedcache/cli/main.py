@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cli import curate, evaluate, exchange, extract, inspect, quickstart, sweep, train, verify
+from embedcache.cli import curate, evaluate, exchange, export, extract, inspect, quickstart, sweep, train, verify
 from embedcache.errors import EmbedcacheError
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ app.command(name="inspect")(inspect.inspect)
 app.command(name="verify")(verify.verify)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(curate.app, name="curate")
+app.add_typer(export.app, name="export")
 app.add_typer(exchange.app, name="exchange")
 
 _GO_ON = "what is committed is kept: free some space and run the same command again"

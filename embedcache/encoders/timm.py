@@ -33,7 +33,7 @@ POOLING: Mapping[str, str] = {
     "patch_mean": "mean over the patch tokens, or over the positions of the last map",
     "patches": "the patch tokens, or the positions of the last map, row by row",
 }
-_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 
 def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
@@ -50,7 +50,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     """
     check_options(spec, ("image_size", "weights"))
     check_modality(spec, modality, "image")
-    model, revision = _load(spec)
+    model, revision = load_model(spec)
     with _resizing(spec, model) as size_px:
         transform, scale, preprocessing = pixel_transform(model, size_px)
         module = ImageModel(
@@ -76,9 +76,21 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     )
 
 
-def _load(spec: EncoderSpec) -> tuple[Any, str | None]:
+def make_model(name: str) -> Any:
+    """Make a model of an architecture without its classifier, with random weights."""
+    import timm
+
+    return timm.create_model(name, pretrained=False, num_classes=0).eval()
+
+
+def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
+    """Load a model without its classifier, at its published size, and the hub's commit where it comes from there.
+
+    Raises:
+        EmbedcacheError: what `open_timm` raises.
+    """
     path = Path(spec.options["weights"]).expanduser() if "weights" in spec.options else None
-    if not spec.model.startswith(_HUB_PREFIXES):
+    if not spec.model.startswith(HUB_PREFIXES):
         _check_name(spec.model, has_file=path is not None)
     return _load_published(spec.model) if path is None else (_load_file(spec.model, path), None)
 
@@ -86,7 +98,7 @@ def _load(spec: EncoderSpec) -> tuple[Any, str | None]:
 def _load_published(name: str) -> tuple[Any, str | None]:
     import timm
 
-    is_on_hub = name.startswith(_HUB_PREFIXES)
+    is_on_hub = name.startswith(HUB_PREFIXES)
     repository = name.partition(":")[2] if is_on_hub else timm.get_pretrained_cfg(name).hf_hub_id
     instead = f"give a file: timm:{name},weights=PATH"
     revision = hub_commit(repository, what=name, instead=instead) if repository else None
@@ -95,9 +107,7 @@ def _load_published(name: str) -> tuple[Any, str | None]:
 
 
 def _load_file(name: str, path: Path) -> Any:
-    import timm
-
-    model = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    model = make_model(name)
     state = read_weights(path)
     heads = model.pretrained_cfg.get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))

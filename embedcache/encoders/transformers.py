@@ -46,14 +46,20 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
     """
     check_options(spec, ("revision",) if modality == "image" else ("max_tokens", "revision"))
     folder = model_folder(spec)
-    config, loader = _tower(folder.path, modality)
+    config, loader = tower_of(folder.path, modality)
     check_modality(spec, modality, "image" if _is_vision(config) else "text")
     model, weights = load_pretrained(loader, folder.path, config)
     open_tower = _open_image if modality == "image" else _open_text
     return open_tower(spec, folder, model, weights, settings)
 
 
-def _tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
+def tower_of(folder: Path, modality: Modality) -> tuple[Any, Any]:
+    """Find the config of a folder's model, or of the half that a modality asks for, and what loads it.
+
+    Raises:
+        PathError: there is no model.
+        SettingError: it has no such half that stands alone.
+    """
     import transformers
 
     config = load_config(folder)
@@ -103,6 +109,13 @@ def _open_image(
             precision=settings.precision,
         ),
     )
+
+
+def save_processor(folder: Path, out: Path) -> None:
+    """Write a folder's image processor into another."""
+    from transformers import AutoImageProcessor
+
+    AutoImageProcessor.from_pretrained(folder).save_pretrained(out)
 
 
 def pixel_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str, Any], tuple[int, ...]]:

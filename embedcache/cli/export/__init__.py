@@ -1,0 +1,12 @@
+"""embedcache export"""
+
+import typer
+
+from embedcache.cli.export import onnx, open_clip, safetensors, sentence_transformers, transformers
+
+app = typer.Typer(help="Write a run for other tools.", no_args_is_help=True, rich_markup_mode=None)
+app.command(name="transformers")(transformers.transformers)
+app.command(name="open-clip")(open_clip.open_clip)
+app.command(name="sentence-transformers")(sentence_transformers.sentence_transformers)
+app.command(name="onnx")(onnx.onnx)
+app.command(name="safetensors")(safetensors.safetensors)
