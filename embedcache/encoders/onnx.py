@@ -120,7 +120,7 @@ def export_graph(
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
-                _Ordered(module, list(example), outputs),
+                _Ordered(module, list(example), outputs).eval(),  # afterwards the exporter puts back the mode it found
                 arguments,
                 str(path),
                 input_names=list(example),

@@ -29,7 +29,7 @@ def write_card(path: Path, run: Run, written: Written, form: str, figures: Any) 
         form: the format's name.
         figures: what `embedcache evaluate` wrote as JSON; None: nothing was given.
     """
-    licences = {modality: licence(run.config.side(modality)) for modality in MODALITIES}
+    licences: dict[str, str | None] = {modality: licence(run.config.side(modality)) for modality in MODALITIES}
     parts = [
         _front_matter(written, licences),
         f"# {path.parent.name}\n",
@@ -77,8 +77,8 @@ def _about(run: Run, written: Written, form: str) -> str:
             1: "A frozen text encoder with a trained projector into a space shared with images",
             0: "Two trained projectors into one space, without their frozen encoders"}[len(written.sides)]  # fmt: skip
     lines = [
-        f"{what} of {config.shared_width} numbers: projector `{config.projector}`. Trained with embedcache, exported as "
-        f"`{form}`; embedcache is not needed to load it.\n",
+        f"{what} of {config.shared_width} numbers: projector `{config.projector}`. Trained with embedcache, exported "
+        f"as `{form}`; embedcache is not needed to load it.\n",
         *(f"- {note}" for note in written.notes),
     ]
     if written.differences:

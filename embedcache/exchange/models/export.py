@@ -84,6 +84,8 @@ def export(
         check_repository(push_to)
     run = Run.open(run_path)
     figures = None if metrics is None else read_json(metrics)
+    if form == "open-clip":  # its config names the folder, or the repository, that it lies in
+        options = {**options, "final": str(folder.absolute()), "hub_name": push_to}
     asked = {"form": form, "run": digest(read_json(config_path(run_path))), "metrics": digest(figures), **options}
     differences, is_new = _again(folder, asked), False
     if differences is None:

@@ -52,7 +52,8 @@ ids = AutoTokenizer.from_pretrained(folder)(
 )
 image = onnxruntime.InferenceSession(f"{{folder}}/image.onnx").run(None, {{"pixel_values": pixels}})[0]
 names = ("input_ids", "attention_mask")
-text = onnxruntime.InferenceSession(f"{{folder}}/text.onnx").run(None, {{name: ids[name].astype(np.int64) for name in names}})[0]
+tokens = {{name: ids[name].astype(np.int64) for name in names}}
+text = onnxruntime.InferenceSession(f"{{folder}}/text.onnx").run(None, tokens)[0]
 print(image @ text.T)
 """
 _NUM_ROWS, _NUM_TOKENS = 7, 5
@@ -89,7 +90,7 @@ class _Projection(nn.Module):
 
 
 def _write_projectors(run: Run, folder: Path) -> Written:
-    differences = {}
+    differences: dict[str, float] = {}
     for modality in MODALITIES:
         tower, path = run.pair.tower(modality), folder / f"{modality}_projector.onnx"
         example = _features(run, modality, 3, 4)
@@ -146,10 +147,11 @@ class _Half(nn.Module):
 def _write_towers(run: Run, folder: Path) -> Written:
     write_transformers(run, folder)
     model = load_exported(folder)
-    differences = {}
+    differences: dict[str, float] = {}
     for modality, inputs in _prepared(folder).items():
         path = folder / f"{modality}.onnx"
         axes = {name: {0: "batch"} | ({1: "tokens"} if array.ndim == 2 else {}) for name, array in inputs.items()}
+        axes["embeds"] = {0: "batch"}
         example = {name: array[:2] for name, array in inputs.items()}
         export_graph(
             path, _Half(model, modality), example=example, outputs=["embeds"], axes={**axes, "embeds": {0: "batch"}}
@@ -169,7 +171,7 @@ def _write_towers(run: Run, folder: Path) -> Written:
         notes=(
             "`image.onnx` takes `pixel_values`, `text.onnx` takes `input_ids` and `attention_mask`; both give "
             "`embeds`, rows of length 1. The processor and the tokenizer of this folder make their inputs.",
-        ),  # fmt: skip
+        ),
     )
 
 

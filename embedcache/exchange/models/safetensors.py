@@ -32,10 +32,11 @@ def write_safetensors(run: Run, folder: Path) -> Written:
     save_weights(folder / "model.safetensors", run.pair)
     state = run.pair.state_dict()
     temperature = float(run.pair.temperature.detach())
-    config = {
+    config: dict[str, Any] = {
         "shared_width": run.config.shared_width,
         "temperature": temperature,
-        **{modality: _side(run, modality) for modality in MODALITIES},
+        "image": _side(run, "image"),
+        "text": _side(run, "text"),
         "tensors": {name: {"shape": list(value.shape), "dtype": str(value.dtype)[6:]} for name, value in state.items()},
         "recipe": [
             *(line for modality in MODALITIES for line in _recipe(run, modality)),

@@ -22,6 +22,8 @@ from embedcache.encoders.transformers_features import ImageFeatures, TextFeature
 from embedcache.exchange.models.run import Run, check_plain, refusal
 from embedcache.projectors.towers import BareTower, TokenTower
 
+_STALE = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")
+"""What a tokenizer remembers of another use; a processor would cut texts at that `max_length`."""
 _TEXT_KINDS = "hf and st"
 _IMAGE_KINDS = "timm, hf and lite"
 
@@ -34,7 +36,6 @@ class OpenTower:
         about: JSON values that `hub_code/modeling_embedcache.py` builds it from.
         module: gives a dict of features; the weights are in it.
         save: writes its processor or tokenizer into a folder.
-        licence: what its author says; None: nothing is known.
     """
 
     about: Mapping[str, Any]
@@ -210,6 +211,11 @@ def _tokenizer_saver(source: Path, max_tokens: int) -> Callable[[Path], None]:
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        for name in _STALE:
+            tokenizer.init_kwargs.pop(name, None)
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
         tokenizer.save_pretrained(folder)
 
     return save
