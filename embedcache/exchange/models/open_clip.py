@@ -238,13 +238,23 @@ def _own_towers(run: Run, folder: Path) -> _Model:
 
 @torch.inference_mode()
 def _check(run: Run, folder: Path) -> dict[str, float]:
+    try:
+        found = _vectors(folder)
+    except RuntimeError as error:  # some networks of timm give open_clip another width than they announce
+        reason = " ".join(str(error).split())[:150]
+        spec = run.config.image.spec
+        raise refusal(_FORM, f"open_clip can't run {spec} with {run.config.text.spec}: {reason}") from error
+    return {modality: check_parity("open_clip", found[modality], expected(run, modality)) for modality in MODALITIES}
+
+
+def _vectors(folder: Path) -> dict[Modality, Tensor]:
+    """Embed the example pictures and texts with open_clip."""
     library = require("open_clip", extra=_FORM)
     name = f"local-dir:{folder}"
     model, _, preprocess = library.create_model_and_transforms(name)
     tokenizer = library.get_tokenizer(name)
     model.eval()
-    found = {
+    return {
         "image": model.encode_image(torch.stack([preprocess(picture) for picture in pictures()]), normalize=True),
         "text": model.encode_text(tokenizer(list(TEXTS)), normalize=True),
     }
-    return {modality: check_parity("open_clip", found[modality], expected(run, modality)) for modality in MODALITIES}
