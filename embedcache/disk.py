@@ -84,6 +84,30 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill, of the same name and on the same disk; after the block it is `folder`, or nothing is.
+
+    Raises:
+        DiskFullError: nothing of it is left behind.
+    """
+    make_folder(folder.parent)
+    for left in folder.parent.glob(f".{folder.name}.*.partial"):
+        _remove_left(left)
+    scratch = partial_path(folder)
+    temporary = scratch / folder.name
+    try:
+        with disk_errors(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                flush(path)
+            temporary.rename(folder)
+            flush(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def put_file(file: Path, path: Path) -> None:
     """Put a file of this machine in the place of `path`, flushed; a URL's object appears whole or not at all."""
     if is_remote(path):
@@ -129,10 +153,14 @@ def remove_partials(folder: Path) -> None:
         return
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            writer = _PARTIAL.fullmatch(name)
-            if writer and writer["node"] == _NODE and not _is_alive(int(writer["process"])):
-                path = Path(parent, name)
-                shutil.rmtree(path, ignore_errors=True) if name in folders else path.unlink(missing_ok=True)
+            _remove_left(Path(parent, name))
+
+
+def _remove_left(path: Path) -> None:
+    """Remove a file or folder whose name says that a process wrote it that is no more."""
+    writer = _PARTIAL.fullmatch(path.name)
+    if writer and writer["node"] == _NODE and not _is_alive(int(writer["process"])):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:

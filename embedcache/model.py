@@ -18,7 +18,7 @@ from embedcache.encoders.graph import torch_device
 from embedcache.encoders.open import feature_names, open_again
 from embedcache.errors import DataError, ItemError, PathError
 from embedcache.extract.views import open_view
-from embedcache.projectors.pair import AlignedPair, TokenTower, Tower
+from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.saved import PairConfig, Side, load_pair, project
 from embedcache.sources.media import decode_image, rgb_image
 
@@ -150,7 +150,7 @@ class OpenSide:
     encoder: Encoder
     look: Callable[[Any], Any]
     names: Sequence[str]
-    tower: Tower | TokenTower
+    tower: AnyTower
     device: str
 
     def encode(self, items: Sequence[Any], open_item: Callable[[Any], Any]) -> Floats:
@@ -174,7 +174,7 @@ class OpenSide:
         return np.concatenate(parts)
 
 
-def open_side(modality: Modality, side: Side, tower: Tower | TokenTower, device: str) -> OpenSide:
+def open_side(modality: Modality, side: Side, tower: AnyTower, device: str) -> OpenSide:
     """Open the encoder of one side of a run, and the view it looked through.
 
     Raises:

@@ -11,8 +11,9 @@ import numpy as np
 from PIL.Image import Image, Resampling
 
 from embedcache.arrays import Array
-from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
+from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
 from embedcache.encoders.open import EncoderSpec, check_options
+from embedcache.encoders.shapes import ItemShape
 
 IMAGE = "tests.toy:open_toy"
 TEXT = "tests.toy:open_toy"

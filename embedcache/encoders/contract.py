@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from embedcache.arrays import Array
+from embedcache.encoders.shapes import ItemShape
 from embedcache.errors import SettingError
 
 Modality: TypeAlias = Literal["image", "text"]
-ItemShape: TypeAlias = tuple[int, ...]
-"""Shape of one item's feature: `(D,)` a vector, `(T, D)` a fixed number of tokens, `(-1, D)` any number of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

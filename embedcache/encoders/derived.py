@@ -14,7 +14,7 @@ from math import sqrt
 
 import torch
 
-from embedcache.encoders.contract import ItemShape
+from embedcache.encoders.shapes import ItemShape
 
 _NAME = re.compile(
     r"(?:layer(?P<layer>[1-9]\d*)\.)?(?:grid:(?P<side>[1-9]\d*)|kmeans:(?P<clusters>[1-9]\d*)|(?P<own>[a-z_]+))"

@@ -9,10 +9,11 @@ import torch
 from PIL.Image import Image
 
 from embedcache.arrays import Array
-from embedcache.encoders.contract import EncoderSettings, Fingerprint, ItemShape, Modality
+from embedcache.encoders.contract import EncoderSettings, Fingerprint, Modality
 from embedcache.encoders.derived import FeatureName, own_features, patch_grid, patch_pool
 from embedcache.encoders.graph import Graph, batch_size
 from embedcache.encoders.pixels import Transform
+from embedcache.encoders.shapes import ItemShape
 from embedcache.errors import SettingError
 from embedcache.registry import unknown_name
 

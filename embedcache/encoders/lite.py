@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image, Resampling
 
-from embedcache.arrays import Array
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
 from embedcache.encoders.derived import asked_layers, at_layer
 from embedcache.encoders.graph import Exportable, make_graph
 from embedcache.encoders.image import INPUT, ImageEncoder, ImageModel
+from embedcache.encoders.lite_crop import CROP_PADDING_PX, crop
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.pixels import Scale
 from embedcache.encoders.weights import hash_weights, load_weights
@@ -33,7 +32,6 @@ MODELS: Mapping[str, tuple[str, str]] = {
 }
 """Model -> the package that holds its weights, and the class there that knows their path."""
 
-CROP_PADDING_PX = 32
 MEAN, STD = 127.0, 128.0
 POOLING = {
     "patch_mean": "mean over all positions of the last convolution's map",
@@ -49,25 +47,25 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
         MissingExtraError: the packages with the model or its weights are not installed.
         SettingError: asked for text.
     """
-    check_options(spec, ("weights",))
     check_modality(spec, modality, "image")
+    model, size_px = load_model(spec)
+    return _encoder(spec.model, model, size_px, settings)
+
+
+def load_model(spec: EncoderSpec) -> tuple[Any, int]:
+    """Load a model in eval mode, and the side of the pictures it takes, in pixels.
+
+    Raises:
+        EmbedcacheError: what `open_lite` raises.
+    """
+    check_options(spec, ("weights",))
     if spec.model not in MODELS:
         raise unknown_name("lite model", spec.model, MODELS)
     network = require("efficientnet_lite_pytorch", extra="demo").EfficientNet
     path = Path(spec.options["weights"]).expanduser() if "weights" in spec.options else _packaged_weights(spec.model)
     model = network.from_name(spec.model)
     load_weights(model, path)
-    return _encoder(spec.model, model.eval(), int(network.get_image_size(spec.model)), settings)
-
-
-def crop(image: Image, size_px: int) -> Array:
-    """Turn an RGB picture into (3, size_px, size_px) uint8."""
-    width, height = image.size
-    side = max(1, int(min(width, height) * size_px / (size_px + CROP_PADDING_PX)))
-    left, top = (width - side + 1) // 2, (height - side + 1) // 2
-    box = (left, top, left + side, top + side)
-    square = image.resize((size_px, size_px), Resampling.BICUBIC, box=box)
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+    return model.eval(), int(network.get_image_size(spec.model))
 
 
 class _Features(torch.nn.Module):

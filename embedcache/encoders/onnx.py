@@ -80,7 +80,7 @@ def export_once(
     if not path.is_file():
         require("onnx", extra="cpu")
         with replacing(path) as temporary:
-            _export(_Ordered(module, list(example), outputs), example, outputs, axes, temporary)
+            export_graph(temporary, module, example=example, outputs=outputs, axes=axes)
             check(OnnxGraph(temporary))
     return path
 
@@ -101,20 +101,26 @@ def _exporter() -> dict[str, Any]:
     return {"torch": torch.__version__, "opset": _OPSET}
 
 
-def _export(
+def export_graph(
+    path: Path,
     module: torch.nn.Module,
+    *,
     example: Mapping[str, Array],
     outputs: Sequence[str],
     axes: Mapping[str, Mapping[int, str]],
-    path: Path,
 ) -> None:
+    """Write a module as an ONNX file; the arguments are those of `export_once`.
+
+    Raises:
+        ArtifactError: the module can't be traced.
+    """
     arguments = tuple(torch.from_numpy(array) for array in example.values())
     # The exporter warns that it is the older one, and of every Python branch it follows; `check` is the judge.
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
-                module,
+                _Ordered(module, list(example), outputs).eval(),  # afterwards the exporter puts back the mode it found
                 arguments,
                 str(path),
                 input_names=list(example),

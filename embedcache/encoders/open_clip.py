@@ -13,12 +13,13 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
+from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
 from embedcache.encoders.graph import torch_graph
 from embedcache.encoders.hub import hub_commit, hub_errors
 from embedcache.encoders.image import ImageEncoder, plain_json
 from embedcache.encoders.open import EncoderSpec, check_options
 from embedcache.encoders.pixels import Scale, Transform, cut_at_pixels
+from embedcache.encoders.shapes import ItemShape
 from embedcache.encoders.text import TextEncoder
 from embedcache.encoders.weights import check_file, hash_weights
 from embedcache.errors import ArtifactError, CorruptError, SettingError
@@ -41,7 +42,7 @@ def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
     open_clip = require("open_clip", extra="open-clip")
     if spec.model not in open_clip.list_models():
         raise unknown_name("open_clip model", spec.model, open_clip.list_models())
-    checkpoint = _load(open_clip, spec, settings.device)
+    checkpoint = load_checkpoint(open_clip, spec, settings.device)
     open_tower = _open_image if modality == "image" else _open_text
     return open_tower(open_clip, spec, checkpoint, settings)
 
@@ -99,20 +100,23 @@ class _EncodeText(torch.nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Checkpoint:
+class Checkpoint:
+    """A CLIP with its transform, and the hash of its weights."""
+
     model: Any
     preprocess: Any
     weights: str
 
 
-def _load(open_clip: Any, spec: EncoderSpec, device: str) -> _Checkpoint:
+def load_checkpoint(open_clip: Any, spec: EncoderSpec, device: str) -> Checkpoint:
+    """Load both towers, once for the two."""
     pretrained = _pretrained(open_clip, spec)
     path = Path(pretrained)
     return _load_once(spec.model, pretrained, path.stat().st_mtime_ns if path.is_file() else None, device)
 
 
 @lru_cache(maxsize=1)  # for the second tower; a module lies on one device, so each device has its own
-def _load_once(name: str, pretrained: str, _changed_ns: int | None, _device: str) -> _Checkpoint:
+def _load_once(name: str, pretrained: str, _changed_ns: int | None, _device: str) -> Checkpoint:
     import open_clip
 
     try:
@@ -125,7 +129,7 @@ def _load_once(name: str, pretrained: str, _changed_ns: int | None, _device: str
         raise ArtifactError(
             f"the weights {pretrained} do not fit {name}: {reason}; name the model that made them"
         ) from error
-    return _Checkpoint(model=model.eval(), preprocess=preprocess, weights=hash_weights(model.state_dict()))
+    return Checkpoint(model=model.eval(), preprocess=preprocess, weights=hash_weights(model.state_dict()))
 
 
 def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
@@ -153,7 +157,7 @@ def _check_published(open_clip: Any, model: str, tag: str) -> None:
         hub_commit(repository, what=f"{model} {tag}", instead="give the path of a file as pretrained=")
 
 
-def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: _Checkpoint, settings: EncoderSettings) -> ImageEncoder:
+def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> ImageEncoder:
     published = dict(open_clip.get_model_preprocess_cfg(checkpoint.model))
     transform, scale = pixel_transform(checkpoint.preprocess, published)
     return ImageEncoder(
@@ -185,7 +189,7 @@ def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Tran
     return cut_at_pixels(whole, to_pixels, Scale(published["mean"], published["std"], divisor=255))
 
 
-def _open_text(open_clip: Any, spec: EncoderSpec, checkpoint: _Checkpoint, settings: EncoderSettings) -> TextEncoder:
+def _open_text(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> TextEncoder:
     with hub_errors(f"the tokenizer of {spec.model}", instead="choose a model with open_clip's own tokenizer"):
         tokenizer = open_clip.get_tokenizer(spec.model)
     num_tokens = int(tokenizer.context_length)
@@ -209,7 +213,7 @@ def _features(open_clip: Any, spec: EncoderSpec) -> dict[str, ItemShape]:
 
 
 def _fingerprint(
-    spec: EncoderSpec, checkpoint: _Checkpoint, preprocessing: Mapping[str, Any], settings: EncoderSettings
+    spec: EncoderSpec, checkpoint: Checkpoint, preprocessing: Mapping[str, Any], settings: EncoderSettings
 ) -> Fingerprint:
     return Fingerprint(
         family="open_clip",

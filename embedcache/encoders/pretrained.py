@@ -1,6 +1,6 @@
 """A transformers model from a folder on this machine, quietly, with every weight accounted for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -64,24 +64,6 @@ def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Mo
         raise _misfit(folder, f"{len(missing)} are missing, such as {min(missing)}")
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
     return model.eval(), hash_weights(state)
-
-
-def untie(model: torch.nn.Module, layers: Sequence[int]) -> None:
-    """Where blocks are asked for, let the last hidden state be the last block's, not the one after the final norm."""
-    if layers:
-        config: Any = model.config
-        config.tie_last_hidden_states = False
-
-
-def hidden_states_option(layers: Sequence[int]) -> dict[str, bool]:
-    """What to call a model with so that `hidden_states` finds these blocks; nothing where there are none."""
-    return {"output_hidden_states": True} if layers else {}
-
-
-def hidden_states(states: Any, layers: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
-    """Get the states after blocks, counted from 1, from a model's output; those beyond its depth are left out."""
-    found: Sequence[torch.Tensor] = (states.hidden_states if layers else None) or ()
-    return [(layer, found[layer]) for layer in layers if layer < len(found)]
 
 
 def _misfit(folder: Path, reason: str) -> ArtifactError:

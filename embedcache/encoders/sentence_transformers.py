@@ -14,11 +14,13 @@ import torch
 
 from embedcache.artifact import digest, read_json
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.derived import asked_layers, at_layer, own_features
+from embedcache.encoders.derived import asked_layers, own_features
+from embedcache.encoders.hidden_states import untie
 from embedcache.encoders.hub import LOCAL_NEXT, ModelFolder, model_folder
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.pooling import POOLING, POOLS
-from embedcache.encoders.pretrained import hidden_states, hidden_states_option, load_config, load_pretrained, untie
+from embedcache.encoders.pooling import POOLING
+from embedcache.encoders.pretrained import load_config, load_pretrained
+from embedcache.encoders.sentences import Dense, Sentences
 from embedcache.encoders.text import TextEncoder
 from embedcache.encoders.text_graph import text_graph
 from embedcache.encoders.tokenizer import max_tokens_option, num_positions, open_tokenizer
@@ -51,9 +53,9 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     """
     check_options(spec, ("max_tokens", "revision"))
     check_modality(spec, modality, "text")
-    folder = _find(spec)
-    parts = _read_parts(folder.path)
-    transformer, weights = load_pretrained(*_loader(parts.transformer))
+    folder = find_folder(spec)
+    parts = read_parts(folder.path)
+    transformer, weights = load_pretrained(*loader_of(parts.transformer))
     tokenizer = open_tokenizer(
         folder.path if (folder.path / "tokenizer_config.json").exists() else parts.transformer,
         max_tokens=max_tokens_option(spec) or _published_length(parts, transformer),
@@ -61,13 +63,13 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
         prefix=parts.prompt,
         is_lower=bool(parts.config.get("do_lower_case", False)),
     )
-    heads = [_dense(path) for path in parts.dense]
+    heads = [open_dense(path) for path in parts.dense]
     if heads:
         weights = digest([weights, *(hash_weights(head.state_dict()) for head in heads)])
     what = {"name": f"st-{spec.folder}", "config": _graph_config(transformer, parts)}
     layers = asked_layers(settings.features)
     untie(transformer, layers)
-    module = _Sentences(transformer, parts.pools, heads, layers)
+    module = Sentences(transformer, parts.pools, heads, layers)
     made = text_graph(
         module,
         settings=settings,
@@ -95,7 +97,9 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Parts:
+class Parts:
+    """A folder's modules: where the transformer lies and its settings, poolings by our names, dense layers, prompt."""
+
     transformer: Path
     config: Mapping[str, Any]
     pools: Sequence[str]
@@ -103,53 +107,8 @@ class _Parts:
     prompt: str
 
 
-class _Sentences(torch.nn.Module):
-    def __init__(
-        self,
-        transformer: torch.nn.Module,
-        pools: Sequence[str],
-        heads: Sequence[torch.nn.Module],
-        layers: Sequence[int],
-    ) -> None:
-        super().__init__()
-        self._transformer = transformer
-        self._pools = pools
-        self._heads = torch.nn.ModuleList(heads)
-        self._layers = layers
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        states = self._transformer(
-            input_ids=input_ids, attention_mask=attention_mask, **hidden_states_option(self._layers)
-        )
-        outputs = self._pool(states.last_hidden_state, attention_mask)
-        if len(self._heads):
-            dense = outputs["_".join(self._pools)]
-            for head in self._heads:
-                dense = head(dense)
-            outputs = {"dense": dense, **outputs}
-        for layer, state in hidden_states(states, self._layers):
-            outputs |= at_layer(layer, self._pool(state, attention_mask))
-        return outputs
-
-    def _pool(self, state: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden_BTD = state.float()
-        pooled = torch.cat([POOLS[name](hidden_BTD, attention_mask) for name in self._pools], dim=-1)
-        return {"_".join(self._pools): pooled, "tokens": hidden_BTD}
-
-
-class _Dense(torch.nn.Module):
-    def __init__(self, config: Mapping[str, Any], activation: torch.nn.Module) -> None:
-        super().__init__()
-        num_in, num_out = int(config["in_features"]), int(config["out_features"])
-        self.linear = torch.nn.Linear(num_in, num_out, bias=bool(config.get("bias", True)))
-        self.activation = activation
-
-    def forward(self, vectors_BD: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.activation(self.linear(vectors_BD))
-        return out
-
-
-def _find(spec: EncoderSpec) -> ModelFolder:
+def find_folder(spec: EncoderSpec) -> ModelFolder:
+    """Find a model: the package's, a folder's, or the hub's."""
     is_packaged = spec.model == PACKAGED and "revision" not in spec.options
     if is_packaged and not Path(spec.model).is_dir():
         try:
@@ -169,7 +128,13 @@ def _find_named(spec: EncoderSpec) -> ModelFolder:
     return model_folder(EncoderSpec(spec.family, model, spec.options), instead=instead)
 
 
-def _read_parts(folder: Path) -> _Parts:
+def read_parts(folder: Path) -> Parts:
+    """Read a folder's list of modules.
+
+    Raises:
+        PathError: there is none.
+        SettingError: it lists others than the common ones.
+    """
     if not (folder / "modules.json").is_file():
         raise PathError(
             f"{folder} has no modules.json, so it is no sentence-transformers model; open it with hf:{folder}"
@@ -185,7 +150,7 @@ def _read_parts(folder: Path) -> _Parts:
             f"{folder} is built from {', '.join(kinds)}; only Transformer, Pooling, Dense, Normalize in this order "
             f"can be opened; take another model, or its transformer alone with hf:{modules[0][1]}"
         )
-    return _Parts(
+    return Parts(
         transformer=modules[0][1],
         config=_transformer_config(modules[0][1]),
         pools=_read_pools(modules[1][1] / "config.json"),
@@ -216,7 +181,8 @@ def _read_prompt(path: Path) -> str:
     return str(config.get("prompts", {}).get(name, "")) if name else ""
 
 
-def _loader(folder: Path) -> tuple[Any, Path, Any]:
+def loader_of(folder: Path) -> tuple[Any, Path, Any]:
+    """Give the arguments of `load_pretrained` for a transformer's folder."""
     import transformers
 
     config = load_config(folder)
@@ -230,27 +196,38 @@ def _loader(folder: Path) -> tuple[Any, Path, Any]:
     return getattr(transformers, encoders[config.model_type]), folder, config
 
 
-def _published_length(parts: _Parts, transformer: torch.nn.Module) -> int | None:
+def _published_length(parts: Parts, transformer: torch.nn.Module) -> int | None:
     published, positions = parts.config.get("max_seq_length"), num_positions(transformer)
     if published is None:
         return None
     return int(published) if positions is None else min(int(published), positions)
 
 
-def _dense(folder: Path) -> torch.nn.Module:
+def open_dense(folder: Path) -> Dense:
+    """Load a dense layer.
+
+    Raises:
+        SettingError: it is none of the plain ones.
+    """
     config = read_json(folder / "config.json")
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     if activation not in ACTIVATIONS:
         raise unknown_name(f"activation in {folder}", activation, ACTIVATIONS)
     if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
         raise SettingError(f"the Dense module in {folder} is residual or works on tokens; take another model")
-    head = _Dense(config, ACTIVATIONS[activation]())
+    head = Dense(
+        int(config["in_features"]),
+        int(config["out_features"]),
+        has_bias=bool(config.get("bias", True)),
+        activation=ACTIVATIONS[activation](),
+    )
     paths = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     load_weights(head, paths[0] if paths[0].is_file() else paths[1])
-    return head.eval()
+    head.eval()
+    return head
 
 
-def _graph_config(transformer: torch.nn.Module, parts: _Parts) -> dict[str, Any]:
+def _graph_config(transformer: torch.nn.Module, parts: Parts) -> dict[str, Any]:
     heads = [read_json(path / "config.json") for path in parts.dense]
     config: Any = transformer.config
     return {"transformer": digest(config.to_dict()), "pools": list(parts.pools), "heads": digest(heads)}

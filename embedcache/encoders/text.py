@@ -6,9 +6,10 @@ from typing import TypeAlias
 import numpy as np
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.contract import EncoderSettings, Fingerprint, ItemShape, Modality
+from embedcache.encoders.contract import EncoderSettings, Fingerprint, Modality
 from embedcache.encoders.graph import Graph, batch_size
 from embedcache.encoders.image import check_names
+from embedcache.encoders.shapes import ItemShape
 
 Tokenize: TypeAlias = Callable[[Sequence[str]], list[Ints]]
 """Texts -> (T,) int64 token ids each, special tokens included, cut at the model's longest input."""

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Ints
-from embedcache.encoders.contract import EncoderSettings, ItemShape
+from embedcache.encoders.contract import EncoderSettings
 from embedcache.encoders.derived import own_features
 from embedcache.encoders.graph import Backend, Exportable, Graph, make_graph
+from embedcache.encoders.shapes import ItemShape
 from embedcache.encoders.text import IDS, MASK, pad
 
 

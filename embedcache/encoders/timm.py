@@ -6,10 +6,9 @@ positions row by row. Where the model pools in a way of its own (attention, or a
 transformer, and timm's feature levels (`model.feature_info`) of other networks: stages, or the stem and the stages.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from PIL.Image import Image
 
 from embedcache.arrays import Array
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.derived import asked_layers, at_layer, own_features
+from embedcache.encoders.derived import asked_layers, own_features
 from embedcache.encoders.graph import torch_graph
 from embedcache.encoders.hub import hub_commit, hub_errors
 from embedcache.encoders.image import ImageEncoder, ImageModel, plain_json
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.pixels import Scale, Transform, cut_at_pixels
+from embedcache.encoders.timm_features import TimmFeatures
 from embedcache.encoders.weights import hash_weights, read_weights
 from embedcache.errors import ArtifactError, SettingError, UnknownNameError
 
@@ -33,7 +33,7 @@ POOLING: Mapping[str, str] = {
     "patch_mean": "mean over the patch tokens, or over the positions of the last map",
     "patches": "the patch tokens, or the positions of the last map, row by row",
 }
-_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 
 def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
@@ -50,11 +50,11 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     """
     check_options(spec, ("image_size", "weights"))
     check_modality(spec, modality, "image")
-    model, revision = _load(spec)
+    model, revision = load_model(spec)
     with _resizing(spec, model) as size_px:
         transform, scale, preprocessing = pixel_transform(model, size_px)
         module = ImageModel(
-            _Features(model, asked_layers(settings.features)),
+            TimmFeatures(model, asked_layers(settings.features)),
             scale,
             input_size=preprocessing["input_size"],
             asked=settings.features,
@@ -76,64 +76,21 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     )
 
 
-class _Features(torch.nn.Module):
-    def __init__(self, model: Any, layers: Sequence[int]) -> None:
-        super().__init__()
-        self._model = model
-        has_class_token = getattr(model, "cls_token", None) is not None
-        self._has_cls = bool(getattr(model, "has_class_token", has_class_token))
-        self._num_prefix = int(getattr(model, "num_prefix_tokens", has_class_token))
-        self._is_nhwc = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
-        num_levels = len(model.feature_info) if hasattr(model, "forward_intermediates") else 0
-        self._layers = [layer for layer in layers if layer <= num_levels]
-        # Some models stop after the last level named, so the last one always is.
-        self._levels = sorted({*self._layers, num_levels}) if self._layers else []
-        self._options = _prefix_option(model) if self._layers and self._num_prefix else {}
+def make_model(name: str) -> Any:
+    """Make a model of an architecture without its classifier, with random weights."""
+    import timm
 
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        if not self._layers:
-            return self._own(self._model.forward_features(images))
-        indices = [level - 1 for level in self._levels]
-        states, found = self._model.forward_intermediates(images, indices=indices, norm=False, **self._options)
-        levels = dict(zip(self._levels, found, strict=True))
-        outputs = self._own(states)
-        for layer in self._layers:
-            outputs |= at_layer(layer, self._from_level(levels[layer]))
-        return outputs
-
-    def _from_level(self, level: Any) -> dict[str, torch.Tensor]:
-        maps_BDHW, prefix_BTD = level if isinstance(level, tuple) else (level, None)
-        outputs = {"cls": prefix_BTD[:, 0]} if self._has_cls and prefix_BTD is not None else {}
-        return {**outputs, **_with_mean(maps_BDHW.flatten(2).transpose(1, 2))}
-
-    def _own(self, states: Any) -> dict[str, torch.Tensor]:
-        if not isinstance(states, torch.Tensor):
-            raise SettingError(
-                f"{type(self._model).__name__} gives several maps of tokens; take an encoder of another architecture"
-            )
-        outputs = {"pooled": self._model.forward_head(states, pre_logits=True)}
-        if states.ndim == 3 and self._has_cls:
-            outputs["cls"] = states[:, 0]
-        return {**outputs, **_with_mean(self._patches(states))}
-
-    def _patches(self, states: torch.Tensor) -> torch.Tensor:
-        if states.ndim == 3:
-            return states[:, self._num_prefix :]
-        return states.flatten(1, 2) if self._is_nhwc else states.flatten(2).transpose(1, 2)
+    return timm.create_model(name, pretrained=False, num_classes=0).eval()
 
 
-def _prefix_option(model: Any) -> dict[str, bool]:
-    takes_it = "return_prefix_tokens" in signature(model.forward_intermediates).parameters
-    return {"return_prefix_tokens": True} if takes_it else {}
+def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
+    """Load a model without its classifier, at its published size, and the hub's commit where it comes from there.
 
-
-def _with_mean(patches_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
-
-
-def _load(spec: EncoderSpec) -> tuple[Any, str | None]:
+    Raises:
+        EmbedcacheError: what `open_timm` raises.
+    """
     path = Path(spec.options["weights"]).expanduser() if "weights" in spec.options else None
-    if not spec.model.startswith(_HUB_PREFIXES):
+    if not spec.model.startswith(HUB_PREFIXES):
         _check_name(spec.model, has_file=path is not None)
     return _load_published(spec.model) if path is None else (_load_file(spec.model, path), None)
 
@@ -141,7 +98,7 @@ def _load(spec: EncoderSpec) -> tuple[Any, str | None]:
 def _load_published(name: str) -> tuple[Any, str | None]:
     import timm
 
-    is_on_hub = name.startswith(_HUB_PREFIXES)
+    is_on_hub = name.startswith(HUB_PREFIXES)
     repository = name.partition(":")[2] if is_on_hub else timm.get_pretrained_cfg(name).hf_hub_id
     instead = f"give a file: timm:{name},weights=PATH"
     revision = hub_commit(repository, what=name, instead=instead) if repository else None
@@ -150,9 +107,7 @@ def _load_published(name: str) -> tuple[Any, str | None]:
 
 
 def _load_file(name: str, path: Path) -> Any:
-    import timm
-
-    model = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    model = make_model(name)
     state = read_weights(path)
     heads = model.pretrained_cfg.get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))

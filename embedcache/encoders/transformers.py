@@ -1,6 +1,6 @@
 """`hf:facebook/dinov2-base` or `hf:/local/folder`: image and text models of transformers, with their own processor."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,19 @@ from PIL.Image import Image, new
 from embedcache.arrays import Array
 from embedcache.artifact import digest
 from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.derived import asked_layers, at_layer, own_features
+from embedcache.encoders.derived import asked_layers, own_features
 from embedcache.encoders.graph import torch_graph
+from embedcache.encoders.hidden_states import untie
 from embedcache.encoders.hub import ModelFolder, model_folder
 from embedcache.encoders.image import ImageEncoder, ImageModel, plain_json
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.pixels import Scale, Transform, cut_at_pixels
 from embedcache.encoders.pooling import POOLING as TEXT_POOLING
-from embedcache.encoders.pooling import cls, mean
-from embedcache.encoders.pretrained import hidden_states, hidden_states_option, load_config, load_pretrained, untie
+from embedcache.encoders.pretrained import load_config, load_pretrained
 from embedcache.encoders.text import TextEncoder
 from embedcache.encoders.text_graph import text_graph
 from embedcache.encoders.tokenizer import max_tokens_option, open_tokenizer
+from embedcache.encoders.transformers_features import ImageFeatures, TextFeatures
 from embedcache.errors import PathError, SettingError
 
 IMAGE_POOLING: Mapping[str, str] = {
@@ -45,65 +46,20 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
     """
     check_options(spec, ("revision",) if modality == "image" else ("max_tokens", "revision"))
     folder = model_folder(spec)
-    config, loader = _tower(folder.path, modality)
+    config, loader = tower_of(folder.path, modality)
     check_modality(spec, modality, "image" if _is_vision(config) else "text")
     model, weights = load_pretrained(loader, folder.path, config)
     open_tower = _open_image if modality == "image" else _open_text
     return open_tower(spec, folder, model, weights, settings)
 
 
-class _ImageFeatures(torch.nn.Module):
-    def __init__(self, model: Any, layers: Sequence[int]) -> None:
-        super().__init__()
-        self._model = model
-        self._layers = layers
-        names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
-        # CLIP calls its class token class_embedding; the others of the library cls_token.
-        self._has_cls = bool(names & {"cls_token", "class_embedding"})
-        self._num_prefix = _num_prefix(model.config, names, has_cls=self._has_cls)
-        # A pooler with weights is often missing from checkpoints, or made for another task.
-        self._has_pool = not any(name.startswith("pooler.") for name, _ in model.named_parameters())
+def tower_of(folder: Path, modality: Modality) -> tuple[Any, Any]:
+    """Find the config of a folder's model, or of the half that a modality asks for, and what loads it.
 
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        states = self._model(pixel_values=images, **hidden_states_option(self._layers))
-        pooled = getattr(states, "pooler_output", None) if self._has_pool else None
-        outputs = {} if pooled is None else {"pooled": pooled.flatten(1)}
-        outputs |= self._from_state(states.last_hidden_state)
-        for layer, state in hidden_states(states, self._layers):
-            outputs |= at_layer(layer, self._from_state(state))
-        return outputs
-
-    def _from_state(self, state: torch.Tensor) -> dict[str, torch.Tensor]:
-        if state.ndim == 4:
-            outputs, patches_BTD = {}, state.flatten(2).transpose(1, 2)
-        else:
-            outputs, patches_BTD = {"cls": state[:, 0]} if self._has_cls else {}, state[:, self._num_prefix :]
-        return {**outputs, "patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
-
-
-class _TextFeatures(torch.nn.Module):
-    def __init__(self, model: torch.nn.Module, layers: Sequence[int]) -> None:
-        super().__init__()
-        self._model = model
-        self._layers = layers
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        states = self._model(input_ids=input_ids, attention_mask=attention_mask, **hidden_states_option(self._layers))
-        outputs = self._from_state(states.last_hidden_state, attention_mask)
-        for layer, state in hidden_states(states, self._layers):
-            outputs |= at_layer(layer, self._from_state(state, attention_mask))
-        return outputs
-
-    def _from_state(self, state: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden_BTD = state.float()
-        return {
-            "mean": mean(hidden_BTD, attention_mask),
-            "cls": cls(hidden_BTD, attention_mask),
-            "tokens": hidden_BTD,
-        }
-
-
-def _tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
+    Raises:
+        PathError: there is no model.
+        SettingError: it has no such half that stands alone.
+    """
     import transformers
 
     config = load_config(folder)
@@ -131,18 +87,13 @@ def _is_vision(config: Any) -> bool:
     return hasattr(config, "num_channels") and not hasattr(config, "vocab_size")
 
 
-def _num_prefix(config: Any, names: set[str], *, has_cls: bool) -> int:
-    num_registers = int(getattr(config, "num_register_tokens", 0) or 0)
-    return int(has_cls) + num_registers + int("distillation_token" in names)
-
-
 def _open_image(
     spec: EncoderSpec, folder: ModelFolder, model: torch.nn.Module, weights: str, settings: EncoderSettings
 ) -> ImageEncoder:
     transform, scale, published, input_size = pixel_transform(folder.path)
     layers = asked_layers(settings.features)
     untie(model, layers)
-    module = ImageModel(_ImageFeatures(model, layers), scale, input_size=input_size, asked=settings.features)
+    module = ImageModel(ImageFeatures(model, layers), scale, input_size=input_size, asked=settings.features)
     return ImageEncoder(
         graph=torch_graph(module, settings, "hf image"),
         transform=transform,
@@ -158,6 +109,13 @@ def _open_image(
             precision=settings.precision,
         ),
     )
+
+
+def save_processor(folder: Path, out: Path) -> None:
+    """Write a folder's image processor into another."""
+    from transformers import AutoImageProcessor
+
+    AutoImageProcessor.from_pretrained(folder).save_pretrained(out)
 
 
 def pixel_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str, Any], tuple[int, ...]]:
@@ -211,7 +169,7 @@ def _open_text(
     layers = asked_layers(settings.features)
     untie(model, layers)
     made = text_graph(
-        _TextFeatures(model, layers).eval(),
+        TextFeatures(model, layers).eval(),
         settings=settings,
         weights=weights,
         what=what,

@@ -16,6 +16,9 @@ PROJECTORS = Registry(
         "identity": "embedcache.projectors.identity:IdentityProjector",
         "linear": "embedcache.projectors.linear:LinearProjector",
         "mlp": "embedcache.projectors.mlp:MlpProjector",
+        "openclip-linear": "embedcache.projectors.openclip:OpenClipLinear",
+        "openclip-mlp-image": "embedcache.projectors.openclip:OpenClipImageMlp",
+        "openclip-mlp-text": "embedcache.projectors.openclip:OpenClipTextMlp",
         "sharelock": "embedcache.projectors.sharelock:ShareLockProjector",
         "token": "embedcache.projectors.token:TokenProjector",
         "token_mlp": "embedcache.projectors.token:TokenMlpProjector",
@@ -64,7 +67,11 @@ class Anchored(Protocol):
         ...
 
 
+_PRESETS = {"openclip-mlp": "openclip-mlp-image+openclip-mlp-text"}
+"""One name for two projectors."""
+
+
 def split_names(names: str) -> tuple[str, str]:
     """Tell the projectors of images and texts apart: `glu` is both, `identity+sharelock` one each."""
-    image, _, text = names.partition("+")
+    image, _, text = _PRESETS.get(names, names).partition("+")
     return image, text or image

@@ -1,67 +1,18 @@
 """Two projectors and a temperature: an aligned model."""
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from embedcache.projectors.contract import PROJECTORS, split_names
-from embedcache.projectors.dropout import Dropout
+from embedcache.projectors.towers import BareTower, TokenTower, Tower
+
+AnyTower: TypeAlias = Tower | BareTower | TokenTower
 
 _START_TEMPERATURE = 0.07
 _TEMPERATURE_RANGE = (0.001, 0.5)
-
-
-class Tower(nn.Module):
-    """One side: a frozen feature into the shared space.
-
-    Each row is scaled to length 1, the training rows' mean is taken off, and the projector does the rest.
-
-    Args:
-        projector: a name of `PROJECTORS`, or `module:attribute`.
-        input_width: D of the feature.
-        output_width: P of the shared space.
-        dropout: share of the centred input set to zero in training.
-    """
-
-    mean: Tensor
-
-    def __init__(self, projector: str, input_width: int, output_width: int, *, dropout: float) -> None:
-        super().__init__()
-        self.input_width, self.output_width = input_width, output_width
-        self.dropout = Dropout(dropout)
-        self.register_buffer("mean", torch.zeros(input_width))
-        self.projector = PROJECTORS.load(projector)(input_width, output_width)
-
-    def forward(self, vectors_BD: Tensor, lengths_B: None = None) -> Tensor:
-        """Project a batch: (B, D) any float -> (B, P) float32, not normalised."""
-        del lengths_B
-        centred = normalize(vectors_BD.float(), dim=-1) - self.mean
-        projected: Tensor = self.projector(self.dropout(centred))
-        return projected
-
-
-class TokenTower(nn.Module):
-    """One side whose projector takes all tokens of an item, as the encoder gave them.
-
-    Args:
-        projector: a name of `PROJECTORS`, or `module:attribute`.
-        input_width: D of the tokens.
-        output_width: P of the shared space.
-        dropout: share of each token set to zero in training.
-    """
-
-    def __init__(self, projector: str, input_width: int, output_width: int, *, dropout: float) -> None:
-        super().__init__()
-        self.input_width, self.output_width = input_width, output_width
-        self.projector = PROJECTORS.load(projector)(input_width, output_width, dropout=dropout)
-
-    def forward(self, values: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        """Project a batch: (B, T, D), or (B, D) as one token each -> (B, P) float32, not normalised."""
-        tokens_BTD = values.float() if values.ndim == 3 else values.float()[:, None]
-        projected: Tensor = self.projector(tokens_BTD, lengths_B)
-        return projected
 
 
 def takes_tokens(projector: str) -> bool:
@@ -69,9 +20,17 @@ def takes_tokens(projector: str) -> bool:
     return bool(getattr(PROJECTORS.load(projector), "takes_tokens", False))
 
 
-def _tower(projector: str, input_width: int, output_width: int, dropout: float) -> Tower | TokenTower:
-    kind = TokenTower if takes_tokens(projector) else Tower
-    return kind(projector, input_width, output_width, dropout=dropout)
+def takes_vectors_as_they_are(projector: str) -> bool:
+    """Say whether a projector of that name takes vectors that are neither scaled to length 1 nor centred."""
+    return bool(getattr(PROJECTORS.load(projector), "takes_vectors_as_they_are", False))
+
+
+def _tower(projector: str, input_width: int, output_width: int, dropout: float) -> AnyTower:
+    kind = PROJECTORS.load(projector)
+    if takes_tokens(projector):
+        return TokenTower(kind(input_width, output_width, dropout=dropout), input_width, output_width)
+    tower = BareTower if takes_vectors_as_they_are(projector) else Tower
+    return tower(kind(input_width, output_width), input_width, output_width, dropout=dropout)
 
 
 class AlignedPair(nn.Module):
@@ -113,6 +72,6 @@ class AlignedPair(nn.Module):
         """What similarities are multiplied by, a scalar."""
         return 1 / self.temperature
 
-    def tower(self, modality: str) -> Tower | TokenTower:
+    def tower(self, modality: str) -> AnyTower:
         """Get the tower of `image` or `text`."""
         return {"image": self.image, "text": self.text}[modality]

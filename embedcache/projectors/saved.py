@@ -13,7 +13,7 @@ from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.artifact import check_same, digest_file, fields_of, read_manifest, write_json
 from embedcache.disk import replacing
 from embedcache.errors import CorruptError
-from embedcache.projectors.pair import AlignedPair, TokenTower, Tower
+from embedcache.projectors.pair import AlignedPair, AnyTower
 
 FORMAT_VERSION = 1
 _BLOCK = 8192
@@ -144,7 +144,7 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, Pair
 
 
 @torch.inference_mode()
-def project(tower: Tower | TokenTower, inputs: Inputs, *, device: str = "cpu") -> Floats:
+def project(tower: AnyTower, inputs: Inputs, *, device: str = "cpu") -> Floats:
     """Project items block by block, of any float dtype -> (N, P) float32, rows of length 1.
 
     Raises:

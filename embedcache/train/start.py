@@ -11,7 +11,8 @@ from embedcache.cache.side import Reader
 from embedcache.errors import SettingError
 from embedcache.projectors.closed_form import Matrix, Moments, solve
 from embedcache.projectors.contract import Anchored, Startable
-from embedcache.projectors.pair import AlignedPair, TokenTower, Tower
+from embedcache.projectors.pair import AlignedPair, AnyTower
+from embedcache.projectors.towers import BareTower, Tower
 from embedcache.train.settings import ModelSettings
 
 _BLOCK = 8192
@@ -20,8 +21,9 @@ _BLOCK = 8192
 def start(pair: AlignedPair, pairs: Pairs, image: Reader, text: Reader, settings: ModelSettings, *, seed: int) -> None:
     """Centre both towers on the training pairs, and set their projectors to the closed form, or to anchors.
 
-    One pass over all pairs of an image and a caption of its sample. A tower that takes tokens is left as it is, and
-    its feature is not read. Memory: a block of rows, and the anchors.
+    One pass over all pairs of an image and a caption of its sample. A tower that takes vectors as they are learns their
+    root mean square length, in a pass of its own; one that takes tokens is left as it is, and its feature is not read.
+    Memory: a block of rows, and the anchors.
 
     Args:
         pair: changed in place.
@@ -44,6 +46,9 @@ def start(pair: AlignedPair, pairs: Pairs, image: Reader, text: Reader, settings
     _check(sides, kind, settings)
     moments = _moments(*sides)
     covariances = moments.covariances()[:2]
+    for side in sides:
+        if isinstance(side.tower, BareTower):
+            side.tower.length.fill_(side.rms_length())
     for side, mean in zip(sides, (moments.image_mean, moments.text_mean), strict=True):
         if isinstance(side.tower, Tower):
             side.tower.mean.copy_(torch.from_numpy(mean))
@@ -61,7 +66,7 @@ class _Side:
     """A tower, and the rows of its feature in all training pairs: (M,) int64, as long as the other side's."""
 
     name: str
-    tower: Tower | TokenTower
+    tower: AnyTower
     read: Reader
     rows: Ints
 
@@ -77,6 +82,15 @@ class _Side:
     @property
     def is_anchored(self) -> bool:
         return isinstance(self.tower, Tower) and isinstance(self.tower.projector, Anchored)
+
+    def rms_length(self) -> float:
+        """Root mean square length of the rows as they are, one pass over them."""
+        total = 0.0
+        for block in blocks(len(self.rows), _BLOCK):
+            values = np.asarray(self.read(self.rows[block]).values, np.float64)
+            check_finite(values, f"the {self.name} feature", rows=self.rows[block])
+            total += float((values**2).sum())
+        return float(np.sqrt(total / len(self.rows))) or 1.0
 
     def vectors(self, which: slice | Ints) -> Floats:
         """Read some of the rows, scaled to length 1: (B, D)."""

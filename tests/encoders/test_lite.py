@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from embedcache.encoders.contract import EncoderSettings
-from embedcache.encoders.lite import crop
+from embedcache.encoders.lite_crop import crop
 from embedcache.encoders.open import open_encoder
 from tests.encoders.contract import ImageEncoderContract
 

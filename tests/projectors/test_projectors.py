@@ -40,6 +40,18 @@ class TestAsif(ProjectorContract):
     name = "asif"
 
 
+class TestOpenClipLinear(ProjectorContract):
+    name = "openclip-linear"
+
+
+class TestOpenClipImageMlp(ProjectorContract):
+    name = "openclip-mlp-image"
+
+
+class TestOpenClipTextMlp(ProjectorContract):
+    name = "openclip-mlp-text"
+
+
 class TestToken(TokenProjectorContract):
     name = "token"
 

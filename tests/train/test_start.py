@@ -8,7 +8,8 @@ from embedcache.arrays import Inputs, Ints, normalize
 from embedcache.cache.pairs import Items, Pairs
 from embedcache.cache.side import Reader
 from embedcache.errors import DataError, SettingError
-from embedcache.projectors.pair import AlignedPair, TokenTower, Tower
+from embedcache.projectors.pair import AlignedPair, AnyTower
+from embedcache.projectors.towers import Tower
 from embedcache.train.settings import ModelSettings, Start
 from embedcache.train.start import start
 
@@ -56,7 +57,7 @@ def started(
     return pair
 
 
-def anchors(tower: Tower | TokenTower) -> torch.Tensor:
+def anchors(tower: AnyTower) -> torch.Tensor:
     found: torch.Tensor = tower.projector.anchors
     return found
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from embedcache.cli.export.options import CacheArgument, Chosen, Language, Projected, run_export
+from embedcache.cli.export.vector_options import CacheArgument, Chosen, Language, Projected, run_export
 
 
 def atlas(

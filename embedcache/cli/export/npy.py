@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cli.export.options import CacheArgument, Chosen, Image, Language, Only, Projected, Text, run_export
+from embedcache.cli.export.vector_options import (
+    CacheArgument,
+    Chosen,
+    Image,
+    Language,
+    Only,
+    Projected,
+    Text,
+    run_export,
+)
 
 
 def npy(

@@ -1,0 +1,22 @@
+"""embedcache export safetensors"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from embedcache.cli.export.model_options import Metrics, Public, PushTo
+
+
+def safetensors(
+    run: Annotated[Path, typer.Argument(help="The run.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    metrics: Metrics = None,
+    push_to_hub: PushTo = None,
+    public: Public = False,
+) -> None:
+    """The projectors as plain tensors, with the recipe in words."""
+    from embedcache.cli.export.model_options import show
+    from embedcache.exchange.models.export import export
+
+    show(folder, export("safetensors", run, folder, metrics=metrics, push_to=push_to_hub, is_public=public))

@@ -1,0 +1,1 @@
+"""A trained pair in formats that others load without embedcache."""
