@@ -77,9 +77,7 @@ def test_a_selection_chooses(labelled: Path, labelled_index: Path, tmp_path: Pat
     assert sorted(hit.row for hit in hits) == [3, 20, 44]
 
 
-def test_without_a_column_the_runs_split_chooses(
-    cache_path: Path, run_path: Path, index_path: Path
-) -> None:
+def test_without_a_column_the_runs_split_chooses(cache_path: Path, run_path: Path, index_path: Path) -> None:
     cache = Cache(cache_path)
     rows = read_split(run_path / "split.parquet", [cache]).rows("test")
     filters = Filters(cache, "image", run_path)
