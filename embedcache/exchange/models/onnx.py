@@ -180,7 +180,8 @@ def _prepared(folder: Path) -> Mapping[Modality, dict[str, Array]]:
 
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     pixels = processor(images=pictures(), return_tensors="pt")["pixel_values"].numpy()
-    tokens = AutoTokenizer.from_pretrained(folder)(list(TEXTS), padding=True, truncation=True, return_tensors="np")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokens = tokenizer(list(TEXTS), padding=True, truncation=True, return_tensors="np")
     ids = {name: np.asarray(tokens[name], np.int64) for name in ("input_ids", "attention_mask")}
     return {"image": {"pixel_values": pixels}, "text": ids}
 

@@ -37,7 +37,7 @@ texts = tokenizer(["a red picture", "two dogs on a hill"])
 with torch.inference_mode():
     image = model.encode_image(pictures, normalize=True)
     text = model.encode_text(texts, normalize=True)
-print((model.logit_scale.exp() * image @ text.T).softmax(dim=-1))
+    print((model.logit_scale.exp() * image @ text.T).softmax(dim=-1))
 """
 _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
 _ARCHITECTURES = ("bert", "roberta", "xlm-roberta")

@@ -58,14 +58,14 @@ def _check_loads(folder: Path, run: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("projector", ["openclip-linear", "openclip-mlp"])
 def test_a_preset_trained_on_cached_features_is_exported(projector: str, tiny: dict[str, str], tmp_path: Path) -> None:
-    source = open_source(write_pictures(tmp_path / "pictures", 60))
+    source = open_source(write_pictures(tmp_path / "pictures", 24))
     extract(
         source, tmp_path / "cache", image=[tiny["whole"]], text=[tiny["bert"]],
         settings=ExtractSettings(features=("patch_mean", "mean")),
     )  # fmt: skip
     settings = TrainSettings(
         model=ModelSettings(projector=projector, shared_width=16),
-        optimizer=OptimizerSettings(epochs=3, batch_size=16),
+        optimizer=OptimizerSettings(epochs=3, batch_size=8),
         split=SplitSettings(kind="key"),
     )
     report = train(tmp_path / "cache", tmp_path / "run", settings=settings)
