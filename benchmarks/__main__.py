@@ -10,8 +10,15 @@ NAMES = ("help", "gather", "extract", "index", "decode", "train", "evaluate", "s
 PARTS = ("images", "texts", "peers", "precision", "thresholds")
 """Of `extract` and `coverage`, to be run alone."""
 
-quick = "--quick" in sys.argv
-for name in [word for word in sys.argv[1:] if word != "--quick"] or NAMES:
-    if name not in (*NAMES, *PARTS):
-        sys.exit(f"unknown benchmark {name!r}; known: {', '.join((*NAMES, *PARTS))}")
-    importlib.import_module(f"benchmarks.{name}").main(quick=quick)
+
+def main() -> None:
+    """Run those that are named, or all."""
+    quick = "--quick" in sys.argv
+    for name in [word for word in sys.argv[1:] if word != "--quick"] or NAMES:
+        if name not in (*NAMES, *PARTS):
+            sys.exit(f"unknown benchmark {name!r}; known: {', '.join((*NAMES, *PARTS))}")
+        importlib.import_module(f"benchmarks.{name}").main(quick=quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from embedcache.arrays import Floats
+from embedcache.arrays import Array, Floats
 from embedcache.cli.console import say, show_table
 from embedcache.encoders.contract import Encoder
-from embedcache.encoders.lite import CROP_PADDING_PX, crop_and_scale
+from embedcache.encoders.lite_crop import CROP_PADDING_PX, crop
 from embedcache.encoders.open import open_encoder
 from embedcache.sources.media import decode_image
 
-Prepare: TypeAlias = Callable[[bytes], Floats]
-"""The bytes of a JPEG -> (3, 224, 224) float32, as Lite0 takes it."""
+Prepare: TypeAlias = Callable[[bytes], Array]
+"""The bytes of a JPEG -> (3, 224, 224) uint8, as Lite0 takes it."""
 
 MODEL_PX = 224
 SIDES_PX = (256, 512, 1024)
@@ -79,13 +79,13 @@ def _decoders() -> Iterator[tuple[str, Prepare]]:
 
 
 def _full(decode: Callable[[bytes], Image.Image]) -> Prepare:
-    return lambda data: crop_and_scale(decode(data), MODEL_PX)
+    return lambda data: crop(decode(data), MODEL_PX)
 
 
 def _with_blocks(prepare: Prepare) -> Prepare:
     """Let Pillow keep memory that it frees, as PILLOW_BLOCKS_MAX in the environment does."""
 
-    def prepare_with_blocks(data: bytes) -> Floats:
+    def prepare_with_blocks(data: bytes) -> Array:
         Image.core.set_blocks_max(BLOCKS)
         return prepare(data)
 
@@ -95,22 +95,21 @@ def _with_blocks(prepare: Prepare) -> Prepare:
 def _same_crop(decode: Callable[[bytes], Image.Image]) -> Prepare:
     """Prepare a picture that is decoded to some eighths of its size."""
 
-    def prepare(data: bytes) -> Floats:
+    def prepare(data: bytes) -> Array:
         image = decode(data)
         width, height = Image.open(io.BytesIO(data)).size
         scale = round(8 * image.width / width) / 8
         square = image.resize((MODEL_PX, MODEL_PX), Image.Resampling.BICUBIC, box=_centre_box(width, height, scale))
-        pixels_HWC = np.asarray(square, dtype=np.float32)
-        return np.ascontiguousarray((pixels_HWC.transpose(2, 0, 1) - 127.0) / 128.0)
+        return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
     return prepare
 
 
 def _centre_box(width: int, height: int, scale: float) -> tuple[float, float, float, float]:
-    """Give the square that `crop_and_scale` takes of the full picture, in pixels of the reduced one."""
-    crop = int(min(width, height) * MODEL_PX / (MODEL_PX + CROP_PADDING_PX))
-    left, top = (width - crop + 1) // 2, (height - crop + 1) // 2
-    return left * scale, top * scale, (left + crop) * scale, (top + crop) * scale
+    """Give the square that `crop` takes of the full picture, in pixels of the reduced one."""
+    side = int(min(width, height) * MODEL_PX / (MODEL_PX + CROP_PADDING_PX))
+    left, top = (width - side + 1) // 2, (height - side + 1) // 2
+    return left * scale, top * scale, (left + side) * scale, (top + side) * scale
 
 
 def _draft(data: bytes, *, side_px: int) -> Image.Image:
