@@ -18,9 +18,9 @@ lint:
 types:
     mypy
 
-# The tests, on two cores; extra words go to pytest, such as: just test -m "not slow"
+# The tests, on two cores, a thread each; extra words go to pytest, such as: just test -m "not slow"
 test *args:
-    python -m pytest -n 2 --dist loadfile {{ args }}
+    OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile {{ args }}
 
 # Repair style and format.
 fix:

@@ -67,6 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PYTHON = [block for block in blocks("python") if block.is_run]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.code[:30].replace("\n", " "))
 def test_python_examples_run(folder: Path, block: Block) -> None:
     done = run_block(block, folder)

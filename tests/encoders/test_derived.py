@@ -267,7 +267,7 @@ def test_blocks_of_a_text_model(family: str, backend: Any, bert: Path, tmp_path:
 def test_the_last_block_of_a_text_model_is_before_its_final_norm(tmp_path: Path) -> None:
     from transformers import T5Config, T5EncoderModel
 
-    from embedcache.encoders.pretrained import hidden_states, hidden_states_option, untie
+    from embedcache.encoders.hidden_states import hidden_states, hidden_states_option, untie
 
     torch.manual_seed(0)
     config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)

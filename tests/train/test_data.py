@@ -184,6 +184,7 @@ def test_tensorboard_gets_what_the_lines_say(cache_path: Path, tmp_path: Path) -
     assert len(events.Scalars("i2t r@1")) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image", "text", "projector"),
     [

@@ -97,6 +97,7 @@ def test_no_neighbour_lies_behind_a_border_out_of_reach(count: int, num: int, se
             assert cluster == assigned.clusters[here] or cluster in assigned.visits[here]
 
 
+@pytest.mark.slow
 @given(st.integers(30, 150), st.integers(0, 99))
 def test_clusters_agree_with_comparing_all_pairs_where_all_borders_are_crossed(count: int, seed: int) -> None:
     vectors = made_vectors(count, seed)

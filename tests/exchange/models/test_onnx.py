@@ -12,6 +12,8 @@ from embedcache.exchange.models.export import export
 from embedcache.exchange.models.parity import TOLERANCE
 from tests.exchange.models.runs import make_run
 
+pytestmark = pytest.mark.slow
+
 VECTORS = ("linear", "mlp", "glu", "fusemix", "sharelock", "asif", "openclip-linear", "openclip-mlp")
 TOKENS = ("token", "cls_token", "token_mlp")
 

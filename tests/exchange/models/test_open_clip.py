@@ -21,6 +21,8 @@ from tests.encoders.checkpoints import write_clip_config
 from tests.exchange.models.runs import make_run
 from tests.pictures import write_pictures
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("image", "text", "feature", "projector"),
@@ -55,7 +57,6 @@ def _check_loads(folder: Path, run: Path) -> None:
     torch.testing.assert_close(model.logit_scale.exp(), opened.pair.scale)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("projector", ["openclip-linear", "openclip-mlp"])
 def test_a_preset_trained_on_cached_features_is_exported(projector: str, tiny: dict[str, str], tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "pictures", 24))

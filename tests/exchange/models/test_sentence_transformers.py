@@ -11,6 +11,8 @@ from embedcache.exchange.models.parity import TEXTS, TOLERANCE, expected
 from embedcache.exchange.models.run import Run
 from tests.exchange.models.runs import make_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("text", "feature", "projector", "kinds"),

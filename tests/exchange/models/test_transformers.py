@@ -11,6 +11,8 @@ from embedcache.exchange.models.parity import TEXTS, TOLERANCE, expected, pictur
 from embedcache.exchange.models.run import Run
 from tests.exchange.models.runs import make_run
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "mlp": ("vit", "cls", "st", "mean", "mlp"),
     "linear on derived": ("vit", "layer1.patch_mean", "st", "layer1.mean", "linear"),
