@@ -14,14 +14,15 @@ from tests.exchange.models.runs import make_run
 
 pytestmark = pytest.mark.slow
 
-VECTORS = ("linear", "mlp", "glu", "fusemix", "sharelock", "asif", "openclip-linear", "openclip-mlp")
+VECTORS = ("linear", "linear+identity", "mlp", "glu", "fusemix", "sharelock", "asif", "openclip-linear", "openclip-mlp")
 TOKENS = ("token", "cls_token", "token_mlp")
 
 
 @pytest.mark.parametrize("projector", [*VECTORS, *TOKENS])
 def test_projectors_alone_give_what_the_run_gives(projector: str, tiny: dict[str, str], tmp_path: Path) -> None:
     image, text = ("cls+patches", "tokens") if projector in TOKENS else ("cls", "mean")
-    run = make_run(tmp_path / "run", (tiny["vit"], image), (tiny["bert"], text), projector)
+    width = 32 if "identity" in projector else 16
+    run = make_run(tmp_path / "run", (tiny["vit"], image), (tiny["bert"], text), projector, width=width)
     exported = export("onnx", run, tmp_path / "model")
     assert set(exported.differences) == {"image", "text"}
     assert max(exported.differences.values()) < TOLERANCE

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
         ("dense", "dense", "sharelock", "TPDNDDDDN"),
         ("dense", "cls", "linear", "TPNDN"),
         ("bert", "mean", "openclip-mlp", "TPDDN"),
+        ("bert", "mean", "openclip-linear", "TPDN"),
     ],
 )
 def test_values_are_those_of_the_run(

@@ -23,6 +23,8 @@ CASES = {
     "fusemix": ("mamba", "patch_mean", "bert", "cls", "fusemix"),
     "asif": ("vit", "patch_mean", "st", "mean", "asif"),
     "identity": ("vit", "cls", "bert", "mean", "linear+identity"),
+    "sharelock": ("vit", "cls", "bert", "mean", "linear+sharelock"),
+    "openclip-linear": ("vit", "cls", "bert", "mean", "openclip-linear"),
     "openclip-mlp": ("mamba", "pooled", "bert", "mean", "openclip-mlp"),
 }
 
