@@ -77,8 +77,9 @@ class Browsing:
         )
         return found
 
-    def focused_row(self) -> int:
-        return int(self.page.evaluate("Number(document.activeElement.dataset.row)"))
+    def wait_for_focus(self, row: int) -> None:
+        """Wait until the result of a row has the focus: a dialog that closes gives it back a moment later."""
+        self.page.wait_for_function("row => Number(document.activeElement.dataset.row) === row", arg=row)
 
     def num_columns(self) -> int:
         columns = "getComputedStyle(document.querySelector('#results')).gridTemplateColumns.split(' ').length"

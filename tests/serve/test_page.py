@@ -109,11 +109,11 @@ def test_more_like_this_and_the_keyboard_alone(page: Browsing, place: Path) -> N
     page.wait_for("#status", "results")
     (hits,) = search(place / "index", [TEXT], k=20)
     page.page.keyboard.press("ArrowDown")
-    assert page.focused_row() == hits[0].row
+    page.wait_for_focus(hits[0].row)
     page.page.keyboard.press("ArrowRight")
-    assert page.focused_row() == hits[1].row
+    page.wait_for_focus(hits[1].row)
     page.page.keyboard.press("ArrowDown")
-    assert page.focused_row() == hits[1 + page.num_columns()].row
+    page.wait_for_focus(hits[1 + page.num_columns()].row)
     page.page.keyboard.press("ArrowUp")
     page.page.keyboard.press("Enter")
     page.wait_for("#item-columns", hits[1].key)
@@ -122,7 +122,7 @@ def test_more_like_this_and_the_keyboard_alone(page: Browsing, place: Path) -> N
     page.wait_for("#item-columns", hits[2].key)
     page.page.keyboard.press("Escape")
     assert not page.page.is_visible("#item")
-    assert page.focused_row() == hits[2].row
+    page.wait_for_focus(hits[2].row)
     page.page.keyboard.press("m")
     page.wait_for("#asked-text", "Like ")
     page.wait_for("#status", "results")
