@@ -1,0 +1,208 @@
+"""Tests that artifacts made by commit 0991751 open, resume and give the same numbers; see `make_artifacts.py`.
+
+Each test runs in a copy of `artifacts/` and calls only the command line and `embedcache.load`, by way of
+`commands.py`. Numbers are compared to a relative 1e-4, as processors round differently.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.golden import commands
+from tests.golden.commands import ARTIFACTS, read_json
+
+pytest.importorskip("faiss")
+
+RELATIVE, ABSOLUTE = 1e-4, 1e-5
+MEASURED = {"seconds", "latency_ms", "batch_latency_ms"}
+
+
+@pytest.fixture(autouse=True)
+def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of the artifacts, which is the working directory."""
+    folder = tmp_path / "artifacts"
+    shutil.copytree(ARTIFACTS, folder)
+    (folder / "out").mkdir()
+    commands.replace_in_study(folder / "study", commands.PLACE, str(folder))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def assert_close(found: Any, golden: Any, place: str = "") -> None:
+    """Check that JSON values are the same: keys, texts and whole numbers exactly, other numbers closely."""
+    if isinstance(golden, dict):
+        assert set(found) == set(golden), place
+        for name in golden.keys() - MEASURED:
+            assert_close(found[name], golden[name], f"{place}/{name}")
+    elif isinstance(golden, list):
+        assert len(found) == len(golden), place
+        for number, value in enumerate(golden):
+            assert_close(found[number], value, f"{place}[{number}]")
+    elif isinstance(golden, float):
+        assert found == pytest.approx(golden, rel=RELATIVE, abs=ABSOLUTE), place
+    else:
+        assert found == golden, place
+
+
+def assert_losses_close(found: Path, golden: Path) -> None:
+    """Check that two `losses.jsonl` have the same lines."""
+    assert_close(*([json.loads(line) for line in path.read_text().splitlines()] for path in (found, golden)))
+
+
+def assert_same_table(found: Path, golden: Path) -> None:
+    """Check that two Parquet files have the same rows, and metadata that are close."""
+    found_table, golden_table = pq.read_table(found), pq.read_table(golden)
+    assert found_table.equals(golden_table)
+    found_about, golden_about = (
+        {name.decode(): json.loads(value) for name, value in (table.schema.metadata or {}).items()}
+        for table in (found_table, golden_table)
+    )
+    assert_close(found_about, golden_about)
+
+
+def test_cache_verifies() -> None:
+    for name in ("cache", "other", "concepts"):
+        commands.embedcache("verify", name)
+
+
+def test_extraction_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "extracted"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    commands.extract_toy(folder)
+    digests = read_json(ARTIFACTS / "digests.json")
+    for name in ("cache", "other", "concepts"):
+        assert commands.identity_of(name) == digests[name]
+        files = {path.relative_to(ARTIFACTS) for path in (ARTIFACTS / name).rglob("*") if path.is_file()}
+        for path in files:
+            assert (folder / path).is_file(), path
+        for path in files:
+            if "c" in path.parts:  # chunks of Zarr arrays
+                assert (folder / path).read_bytes() == (ARTIFACTS / path).read_bytes(), path
+
+
+def test_extraction_resumes() -> None:
+    before = {path: path.read_bytes() for path in Path("cache").rglob("c/*") if path.is_file()}
+    commands.write_samples(Path("source"), range(commands.NUM_SAMPLES))
+    info = read_json(Path("cache/cache.json"))
+    info["source"]["path"] = str(Path("source").resolve())
+    commands.write_json(Path("cache/cache.json"), info)
+    commit = Path("cache/image/open_toy/chunks/00001.parquet")
+    golden = pq.read_table(commit)
+    commit.unlink()
+    commands.extract("source", "cache", options=commands.FEATURES)
+    assert pq.read_table(commit).equals(golden)
+    assert pq.read_table(commit).schema.metadata == golden.schema.metadata
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_run_is_reused() -> None:
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert "is there already" in commands.train("run", commands.TRAIN_RUN)
+    assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+
+
+def test_run_encodes_the_same() -> None:
+    assert_close(commands.encode("run"), read_json(ARTIFACTS / "vectors.json"))
+
+
+def test_run_trains_the_same() -> None:
+    commands.train("again", commands.TRAIN_RUN)
+    assert commands.config_of(Path("again")) == commands.config_of(Path("run"))
+    assert_losses_close(Path("again/losses.jsonl"), Path("run/losses.jsonl"))
+    assert_close(commands.tensors_of(Path("again")), commands.tensors_of(Path("run")))
+
+
+def test_run_resumes() -> None:
+    log = Path("stopped/losses.jsonl")
+    assert not Path("stopped/config.json").exists()
+    kept = log.read_text().replace('"step": 1,', '"step":01,')  # of the same length: steps that are done stay
+    log.write_text(kept)
+    commands.train("stopped", commands.TRAIN_STOPPED)
+    assert log.read_text().startswith(kept.splitlines()[0])
+    assert '"step":01,' in log.read_text()
+    log.write_text(log.read_text().replace('"step":01,', '"step": 1,'))
+    assert_losses_close(log, Path("stopped.jsonl"))
+
+
+@pytest.mark.parametrize("recipe", commands.RECIPES)
+def test_losses_are_unchanged(recipe: str) -> None:
+    run, golden = Path("runs") / recipe, ARTIFACTS / "losses"
+    commands.train(run, commands.RECIPES[recipe])
+    assert commands.config_of(run) == read_json(golden / f"{recipe}.config.json")
+    assert_same_table(run / "split.parquet", golden / f"{recipe}.split.parquet")
+    assert_losses_close(run / "losses.jsonl", golden / f"{recipe}.jsonl")
+
+
+@pytest.mark.parametrize("projector", commands.PROJECTORS)
+def test_projector_tensors_are_unchanged(projector: str) -> None:
+    commands.train_projector(Path("trained"), projector)
+    found, golden = commands.tensors_of(Path("trained")), read_json(ARTIFACTS / "projectors.json")[projector]
+    assert {name: shape for name, (shape, _) in found.items()} == {name: shape for name, (shape, _) in golden.items()}
+    for name, (_, norm) in golden.items():
+        assert found[name][1] == pytest.approx(norm, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("index", commands.INDEXES)
+def test_index_is_reused(index: str) -> None:
+    before = {path: path.read_bytes() for path in Path(index).iterdir()}
+    commands.build_index(index)
+    assert before == {path: path.read_bytes() for path in Path(index).iterdir()}
+
+
+@pytest.mark.parametrize("index", commands.INDEXES)
+def test_index_builds_the_same(index: str) -> None:
+    shutil.rmtree(index)
+    commands.build_index(index)
+    assert_close(read_json(Path(index) / "card.json"), read_json(ARTIFACTS / index / "card.json"))
+
+
+def test_selection_is_unchanged() -> None:
+    commands.select("selection.parquet", "rare-first")
+    assert_same_table(Path("selection.parquet"), ARTIFACTS / "selection.parquet")
+
+
+def test_duplicates_are_unchanged() -> None:
+    commands.deduplicate("kept.parquet", "out/figures.json")
+    assert_same_table(Path("kept.parquet"), ARTIFACTS / "kept.parquet")
+    removed = Path("kept.removed.parquet")
+    found, golden = (pq.read_table(path).to_pydict() for path in (removed, ARTIFACTS / removed))
+    np.testing.assert_allclose(found.pop("cosine"), golden.pop("cosine"), atol=1e-4)
+    assert found == golden
+
+
+def test_leaks_are_unchanged() -> None:
+    commands.find_leaks("clean.parquet", "out/figures.json")
+    assert_same_table(Path("clean.parquet"), ARTIFACTS / "clean.parquet")
+
+
+def test_figures_are_unchanged() -> None:
+    assert_close(dict(commands.measure(Path("out"))), read_json(ARTIFACTS / "figures.json"))
+
+
+def test_study_resumes() -> None:
+    golden = read_json(Path("study/report.json"))
+    written = {path: path.stat().st_mtime_ns for path in Path("study").rglob("*.safetensors")}
+    same = commands.sweep("study", 2)
+    assert written == {path: path.stat().st_mtime_ns for path in Path("study").rglob("*.safetensors")}
+    assert same["winner"]["weights"] == golden["winner"]["weights"]
+    assert_close(same["trials"], golden["trials"])
+    longer = commands.sweep("study", 3)
+    assert longer["counts"]["complete"] == 3
+    assert_close(longer["trials"][:2], golden["trials"])
+
+
+@pytest.mark.slow
+def test_real_fingerprints_are_unchanged(artifacts: Path) -> None:
+    assert commands.real_fingerprints(artifacts) == read_json(ARTIFACTS / "digests.json")["real encoders"]
+
+
+@pytest.mark.slow
+def test_quickstart_is_unchanged() -> None:
+    commands.embedcache("quickstart", "quickstart")
+    assert read_json(Path("quickstart/metrics.json")) == read_json(ARTIFACTS / "quickstart-metrics.json")
