@@ -156,12 +156,12 @@ def sweep(study: str, num_trials: int) -> dict[str, Any]:
 
 
 def deduplicate(kept: Path | str, figures: Path | str) -> None:
-    """Write the selection of what stays without near-duplicates."""
+    """Write a selection of `cache` without near-duplicates."""
     embedcache("curate", "dedup", "cache", kept, f"--cosine 0.995 --json {figures} --image open_toy/cls")
 
 
 def find_leaks(clean: Path | str, figures: Path | str) -> None:
-    """Write the selection of `cache` without what is in `other`."""
+    """Write a selection of `cache` without the samples that are in `other`."""
     features = "--image open_toy/cls --text open_toy/mean --image-cosine 0.995 --text-cosine 0.9"
     embedcache("curate", "leaks", "cache", "other", f"--selection-out {clean} --json {figures} {features}")
 
@@ -238,7 +238,7 @@ def real_fingerprints(folder: Path) -> dict[str, Any]:
 
 
 def encode(run: str) -> dict[str, Any]:
-    """Return what a trained model says of three texts and two images."""
+    """Return vectors of three texts and two images from a trained model, and their similarities."""
     model = load(run)
     images = [Image.new("RGB", (8, 8), color) for color in ((200, 30, 90), (10, 180, 60))]
     return {
@@ -249,7 +249,7 @@ def encode(run: str) -> dict[str, Any]:
 
 
 def config_of(run: Path) -> dict[str, Any]:
-    """Return what decides a run: its `config.json` without the digest of the weights, which differ among machines."""
+    """Return the settings and inputs of a run: its `config.json` without the digest of the weights, which differ among machines."""
     return {name: value for name, value in read_json(run / "config.json").items() if name != "weights"}
 
 

@@ -1,24 +1,29 @@
-"""Made the golden artifacts in `artifacts/`: what the code of commit 0991751 wrote and computed.
+"""Write the golden artifacts in `artifacts/`, as the code of commit 0991751 did once.
 
-They were made once, before the package was restructured, and are never made again: later code must open them and must
-compute the same. `test_artifacts.py` checks that. With a worktree of that commit that has this folder as its
-`tests/golden`, and the extras `cpu`, `demo`, `sweep` and `wordllama` installed, they were made by
+They were written before the package was restructured and are never written again: later code must open them and
+compute the same numbers, which `test_artifacts.py` checks. To repeat it, take a worktree of that commit with this
+folder as its `tests/golden`, install the extras `cpu`, `demo`, `sweep` and `wordllama`, and run
 
     HF_HUB_OFFLINE=1 python -m tests.golden.make_artifacts
 
-| below `artifacts/` | what it is |
+(`quickstart-metrics.json` was copied from a separate `embedcache quickstart` run of the same commit on that machine.)
+
+| below `artifacts/` | content |
 | --- | --- |
-| `cache/`, `other/`, `concepts/` | caches of toy encoders: 96 samples; 16, eight of them of the first; 12 concepts |
-| `run/` | a trained run of MLPs |
-| `stopped/`, `stopped.jsonl` | a run stopped after its fifth checkpoint, of 12 steps; the losses of the same run without a stop |
-| `index/`, `disk-index/` | HNSW in memory over projected vectors; inverted lists on the disk over the plain ones |
-| `study/`, `space.toml` | a sweep of two trials |
-| `selection.parquet`, `kept.parquet`, `kept.removed.parquet`, `clean.parquet` | of `curate select`, `dedup`, `leaks` |
-| `losses/` | of each recipe `losses.jsonl`, `split.parquet`, and `config.json` without the digest of the weights |
-| `projectors.json` | names, shapes and norms of every projector's tensors |
-| `figures.json` | what evaluation, coverage, search, deduplication and leak detection report; rows of selections |
-| `vectors.json` | what the model that `run/` holds says of three texts and two images |
-| `digests.json` | sample digests and fingerprints of the caches, and of real encoders |
+| `cache/`, `other/`, `concepts/` | caches of toy encoders: 96 samples; 16 samples, 8 of them from the first; 12 concepts |
+| `run/` | a trained run with MLP projectors |
+| `stopped/` | a run interrupted after its fifth checkpoint, 5 of 12 steps |
+| `stopped.jsonl` | losses of the same run without the interruption |
+| `index/`, `disk-index/` | HNSW in memory over projected vectors; on-disk IVF over a plain feature |
+| `study/`, `space.toml` | a sweep with two trials; `@FOLDER@` stands for the absolute path of `artifacts/` |
+| `selection.parquet` | written by `curate select` |
+| `kept.parquet`, `kept.removed.parquet` | written by `curate dedup` |
+| `clean.parquet` | written by `curate leaks` |
+| `losses/` | per recipe: `losses.jsonl`, `split.parquet`, and `config.json` without the digest of the weights |
+| `projectors.json` | names, shapes and L2 norms of the tensors of every projector |
+| `figures.json` | output of evaluation, coverage, search, deduplication, leak detection and selection |
+| `vectors.json` | vectors of three texts and two images from the model in `run/`, and their similarities |
+| `digests.json` | sample digests and fingerprints of the caches, and fingerprints of real encoders |
 | `quickstart-metrics.json` | `metrics.json` of `embedcache quickstart` |
 """
 
