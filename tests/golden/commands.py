@@ -249,7 +249,7 @@ def encode(run: str) -> dict[str, Any]:
 
 
 def config_of(run: Path) -> dict[str, Any]:
-    """Return the settings and inputs of a run: its `config.json` without the digest of the weights, which differ among machines."""
+    """Return `config.json` of a run without the digest of the weights, which differs among machines."""
     return {name: value for name, value in read_json(run / "config.json").items() if name != "weights"}
 
 

@@ -10,7 +10,7 @@ folder as its `tests/golden`, install the extras `cpu`, `demo`, `sweep` and `wor
 
 | below `artifacts/` | content |
 | --- | --- |
-| `cache/`, `other/`, `concepts/` | caches of toy encoders: 96 samples; 16 samples, 8 of them from the first; 12 concepts |
+| `cache/`, `other/`, `concepts/` | caches of toy encoders: 96 samples; 16, 8 of them from the first; 12 concepts |
 | `run/` | a trained run with MLP projectors |
 | `stopped/` | a run interrupted after its fifth checkpoint, 5 of 12 steps |
 | `stopped.jsonl` | losses of the same run without the interruption |
