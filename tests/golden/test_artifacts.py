@@ -16,8 +16,6 @@ import pytest
 from tests.golden import commands
 from tests.golden.commands import ARTIFACTS, read_json
 
-pytest.importorskip("faiss")
-
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
 MEASURED = {"seconds", "latency_ms", "batch_latency_ms"}
 
