@@ -10,9 +10,8 @@ from functools import cached_property
 import numpy as np
 
 from embedcache.arrays import Array, Floats
-from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
 from embedcache.encoders.open import EncoderSpec, check_options
-from embedcache.encoders.shapes import ItemShape
 
 WIDTH = 768
 _CLUSTERS = 2000

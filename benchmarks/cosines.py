@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.cache.cache import Cache
+from embedcache.store.cache import Cache
 
 MAX_DRIFT = 1e-3
 """Largest 1 - cosine at which two ways to compute a vector are the same; float16 on disk alone gives about 1e-7."""

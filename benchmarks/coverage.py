@@ -17,14 +17,12 @@ from benchmarks.made import Made, write_made
 from benchmarks.measured import run_embedcache
 from benchmarks.table import median_rates
 from embedcache.arrays import Floats, normalize
-from embedcache.cache.cache import Cache
 from embedcache.cli.console import say, show_table
-from embedcache.curate.concepts import open_concepts
-from embedcache.curate.coverage.background import SAMPLE, look_at
-from embedcache.curate.coverage.counting import Counting
-from embedcache.curate.passes import run_pass
-from embedcache.curate.vectors import Vectors
-from embedcache.metrics.neighbours import nearest
+from embedcache.curate.counting import SAMPLE, Counting, look_at
+from embedcache.metrics.neighbors import nearest
+from embedcache.search.concepts import open_concepts
+from embedcache.search.vectors import Vectors, run_pass
+from embedcache.store.cache import Cache
 
 ROWS, WIDTH, NUM_CONCEPTS, CHUNK, K = 300_000, 512, 3_000, 2_048, 10
 LARGE = 10_000_000

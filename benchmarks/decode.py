@@ -5,7 +5,7 @@ Pictures: foolbox's ImageNet photographs and the one of iscc-samples, enlarged w
 4:2:0. Time is CPU time of one thread, which other processes on the machine disturb least. Packages that are not
 installed are left out with a line: simplejpeg, PyTurboJPEG (1.x for libturbojpeg 2, 2.x for 3).
 
-"same crop": the centre square is taken where it lies in the full picture, to a fraction of a pixel of the reduced one.
+"same crop": the center square is taken where it lies in the full picture, to a fraction of a pixel of the reduced one.
 """
 
 import io
@@ -24,10 +24,10 @@ from PIL import Image
 
 from embedcache.arrays import Array, Floats
 from embedcache.cli.console import say, show_table
-from embedcache.encoders.contract import Encoder
-from embedcache.encoders.lite_crop import CROP_PADDING_PX, crop
+from embedcache.encoders.base import Encoder
+from embedcache.encoders.image_features import CROP_PADDING_PX, crop
 from embedcache.encoders.open import open_encoder
-from embedcache.sources.media import decode_image
+from embedcache.sources.images import decode_image
 
 Prepare: TypeAlias = Callable[[bytes], Array]
 """The bytes of a JPEG -> (3, 224, 224) uint8, as Lite0 takes it."""

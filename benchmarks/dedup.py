@@ -1,8 +1,8 @@
 """Near-duplicates by cosine, 768 wide, with planted ones: 50,000 beside brute force, and a million as a command.
 
-Vectors lie around 20,000 centres, as strongly as the cosine 0.55 between two of one centre. One in twenty is a
+Vectors lie around 20,000 centers, as strongly as the cosine 0.55 between two of one center. One in twenty is a
 near-duplicate of another: moved by an angle of up to that of cosine 0.95, half of them in a random direction, half
-towards another centre, which is where the borders of clusters are.
+towards another center, which is where the borders of clusters are.
 """
 
 import time
@@ -19,13 +19,13 @@ from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.measured import run_embedcache
 from embedcache.arrays import Array, Ints, normalize
-from embedcache.cache.group import add_feature, create_group
-from embedcache.cache.spine import index
-from embedcache.cache.writing import commit_chunk
 from embedcache.cli.console import say, show_table
-from embedcache.curate.duplicates.semantic import Near, find_near
-from embedcache.curate.vectors import Vectors
-from embedcache.sources.contract import ImageItem, Sample
+from embedcache.curate.near_duplicates import Near, find_near
+from embedcache.search.vectors import Vectors
+from embedcache.sources.base import ImageItem, Sample
+from embedcache.store.group import add_feature, create_group
+from embedcache.store.indexing import index
+from embedcache.store.writer import commit_chunk
 
 WIDTH, NUM_CENTRES, SHARE, LIMIT = 768, 20_000, 0.05, 0.95
 
@@ -71,22 +71,22 @@ def _write(path: Path, count: int) -> Ints:
 
 def _vectors(count: int) -> tuple[Array, Ints]:
     rng = np.random.default_rng(0)
-    centres = _directions(rng, NUM_CENTRES)
+    centers = _directions(rng, NUM_CENTRES)
     values = np.empty((count, WIDTH), np.float16)
     for start in range(0, count, 10_000):
         block = values[start : start + 10_000]
-        near = centres[rng.integers(0, NUM_CENTRES, len(block))]
+        near = centers[rng.integers(0, NUM_CENTRES, len(block))]
         block[:] = normalize(np.sqrt(0.55) * near + np.sqrt(0.45) * _directions(rng, len(block)))
     pairs = rng.permutation(count)[: 2 * int(SHARE * count)].reshape(-1, 2)
     for block in np.array_split(pairs, max(1, len(pairs) // 10_000)):
-        values[block[:, 1]] = _moved(rng, normalize(values[block[:, 0]]), centres)
+        values[block[:, 1]] = _moved(rng, normalize(values[block[:, 0]]), centers)
     return values, pairs
 
 
-def _moved(rng: np.random.Generator, vectors: Array, centres: Array) -> Array:
+def _moved(rng: np.random.Generator, vectors: Array, centers: Array) -> Array:
     aim = _directions(rng, len(vectors))
     half = len(vectors) // 2
-    aim[:half] = centres[rng.integers(0, NUM_CENTRES, half)]
+    aim[:half] = centers[rng.integers(0, NUM_CENTRES, half)]
     aim = normalize(aim - (aim * vectors).sum(axis=1, keepdims=True) * vectors)
     angle = rng.uniform(0, np.arccos(LIMIT + 0.001), (len(vectors), 1))
     return np.cos(angle) * vectors + np.sin(angle) * aim

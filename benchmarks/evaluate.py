@@ -15,11 +15,11 @@ from benchmarks.made import Made, write_made
 from benchmarks.measured import run_embedcache
 from benchmarks.table import median_seconds
 from embedcache.arrays import Inputs, normalize
-from embedcache.cache.cache import Cache
-from embedcache.cache.split_settings import SplitSettings
 from embedcache.cli.console import say, show_table
+from embedcache.dataset.settings import SplitSettings
 from embedcache.evaluate.runs import load_runs
 from embedcache.projectors.saved import project
+from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 

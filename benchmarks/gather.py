@@ -11,10 +11,10 @@ import numpy as np
 import zarr
 
 from benchmarks.table import median_seconds, show
-from embedcache.cache.feature import Feature
-from embedcache.cache.group import add_feature, create_group
-from embedcache.cache.layout import CacheInfo
-from embedcache.cache.writing import commit_chunk
+from embedcache.store.feature import Feature
+from embedcache.store.group import add_feature, create_group
+from embedcache.store.layout import CacheInfo
+from embedcache.store.writer import commit_chunk
 from embedcache.train.batches import shuffle_blocks
 
 ROWS, WIDTH, BATCH, BLOCK = 200_000, 768, 4096, 64

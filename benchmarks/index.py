@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 from benchmarks.data import add_member
-from embedcache.artifact import peak_memory_bytes
-from embedcache.cache.spine import index
 from embedcache.cli.console import say, show_table
+from embedcache.provenance import peak_memory_bytes
 from embedcache.sources import open_source
+from embedcache.store.indexing import index
 
 SAMPLES_IN_A_TAR = 10_000
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.cache.group import add_feature, create_group
-from embedcache.cache.spine import index
-from embedcache.cache.writing import commit_chunk
-from embedcache.sources.contract import ImageItem, Sample, TextItem
+from embedcache.sources.base import ImageItem, Sample, TextItem
+from embedcache.store.group import add_feature, create_group
+from embedcache.store.indexing import index
+from embedcache.store.writer import commit_chunk
 
 Draw = Callable[[np.random.Generator, range], Array]
 """Gives the vectors of a range of rows: (B, D)."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from embedcache.artifact import peak_memory_bytes
+from embedcache.provenance import peak_memory_bytes
 
 
 class Took(NamedTuple):

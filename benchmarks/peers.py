@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from benchmarks.cosines import MAX_DRIFT, check_cosines, vectors
 from benchmarks.data import save_open_clip, write_pictures
 from benchmarks.table import median_rates, show
-from embedcache.cache.cache import Cache
 from embedcache.cli.console import say
+from embedcache.store.cache import Cache
 
 VARIABLE = "EMBEDCACHE_BENCH_CLIP_RETRIEVAL"
 _SHARDS = 4

@@ -16,7 +16,7 @@ from benchmarks.rates import encode_rate, prepare
 from benchmarks.table import median_rates, show
 from embedcache.arrays import Array
 from embedcache.cli.console import say
-from embedcache.encoders.contract import Encoder, EncoderSettings, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Modality
 from embedcache.encoders.open import open_encoder
 from embedcache.sources import open_source
 

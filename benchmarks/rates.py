@@ -9,11 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from embedcache.arrays import Array
-from embedcache.encoders.contract import Encoder
+from embedcache.encoders.base import Encoder
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import ImageItem, Source
-from embedcache.sources.media import decode_image
+from embedcache.sources.images import decode_image
 
 
 def decode_rate(source: Source, items: Sequence[ImageItem], encoders: Sequence[Encoder]) -> float:

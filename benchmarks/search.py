@@ -22,14 +22,14 @@ import numpy as np
 
 from benchmarks.clusters import Clusters
 from embedcache.arrays import Floats, Ints, normalize
-from embedcache.artifact import peak_memory_bytes
-from embedcache.cache.cache import Cache
 from embedcache.cli.console import read_size, say, show_table
-from embedcache.curate.indexes.faiss_index import exact_search, read_index
-from embedcache.curate.indexes.index import build_index, read_card
-from embedcache.curate.vectors import Vectors
 from embedcache.extract.extract import extract
+from embedcache.provenance import peak_memory_bytes
+from embedcache.search.faiss_index import exact_search, read_index
+from embedcache.search.index import build_index, read_card
+from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 
 VARIABLE = "EMBEDCACHE_BENCH_VECTORS"
 PEER_VARIABLE = "EMBEDCACHE_BENCH_AUTOFAISS"

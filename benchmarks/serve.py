@@ -26,12 +26,12 @@ import numpy as np
 
 from benchmarks.data import write_captions
 from benchmarks.search import VARIABLE
-from embedcache.cache.cache import Cache
-from embedcache.cache.split_settings import SplitSettings
 from embedcache.cli.console import say, show_table
-from embedcache.curate.indexes.index import build_index
+from embedcache.dataset.settings import SplitSettings
 from embedcache.extract.extract import extract
+from embedcache.search.index import build_index
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 

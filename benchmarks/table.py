@@ -4,8 +4,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from embedcache.artifact import peak_memory_bytes
 from embedcache.cli.console import say, show_table
+from embedcache.provenance import peak_memory_bytes
 
 
 def median_seconds(call: Callable[[], object], *, repeats: int = 5) -> float:

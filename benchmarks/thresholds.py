@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Array, Floats, mean_directions
-from embedcache.cache.cache import Cache
 from embedcache.cli.console import show_table
-from embedcache.curate.concepts import MOST_EXAMPLES, open_concepts
-from embedcache.curate.coverage.background import SAMPLE, look_at
-from embedcache.curate.vectors import Vectors
+from embedcache.curate.counting import SAMPLE, look_at
 from embedcache.extract.extract import extract
+from embedcache.search.concepts import MOST_EXAMPLES, open_concepts
+from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from embedcache.train.settings import TrainSettings
 from embedcache.train.train import train
 

@@ -22,15 +22,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from embedcache.arrays import Inputs
-from embedcache.cache.pairs import Items, Pairs
 from embedcache.cli.console import say, show_table
+from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train.batches import Batches
 from embedcache.train.loader import LoadedBatch, Loader
-from embedcache.train.memory import keep_freed_memory
 from embedcache.train.objective import Objective
-from embedcache.train.optimizer import make_optimizer, update
 from embedcache.train.settings import LossSettings, OptimizerSettings
+from embedcache.train.trainer import keep_freed_memory, make_optimizer, update
 
 WIDTH = 512
 PROJECTOR, NUM_LAYERS = "cls_token+token_mlp", 8  # the paper's pair on one vector an item

@@ -7,27 +7,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embedcache.cache.cache import Cache
-    from embedcache.cache.split_settings import SplitSettings
-    from embedcache.curate.coverage.coverage import CoverageSettings, measure_coverage
-    from embedcache.curate.duplicates.dedup import DedupSettings
-    from embedcache.curate.duplicates.dedup import dedup as remove_duplicates
-    from embedcache.curate.duplicates.leaks import find_leaks
-    from embedcache.curate.indexes.filters import Filter
-    from embedcache.curate.indexes.index import build_index
-    from embedcache.curate.indexes.queries import Queries
-    from embedcache.curate.indexes.search import search as search_index
-    from embedcache.curate.select.contract import SelectSettings
+    from embedcache.curate.coverage import CoverageSettings, measure_coverage
+    from embedcache.curate.dedup import DedupSettings
+    from embedcache.curate.dedup import dedup as remove_duplicates
+    from embedcache.curate.leaks import find_leaks
+    from embedcache.curate.select.select import SelectSettings
     from embedcache.curate.select.select import select as select_samples
-    from embedcache.encoders.contract import EncoderSettings
+    from embedcache.dataset.settings import SplitSettings
+    from embedcache.encoders.base import EncoderSettings
     from embedcache.errors import EmbedcacheError
     from embedcache.evaluate.retrieval import evaluate_retrieval
     from embedcache.evaluate.zero_shot import evaluate_zero_shot
     from embedcache.extract.extract import extract as extract_features
     from embedcache.extract.settings import ExtractSettings
-    from embedcache.model import Model, load
+    from embedcache.inference import Model, load
+    from embedcache.search.filters import Filter
+    from embedcache.search.index import build_index
+    from embedcache.search.queries import Queries
+    from embedcache.search.search import search as search_index
     from embedcache.sources.open import open_source
     from embedcache.sources.settings import SourceSettings
+    from embedcache.store.cache import Cache
     from embedcache.train.settings import (
         LossSettings,
         MachineSettings,
@@ -38,33 +38,33 @@ if TYPE_CHECKING:
     from embedcache.train.train import train as train_projectors
 
 _HOMES = {
-    "Cache": "embedcache.cache.cache:Cache",
-    "CoverageSettings": "embedcache.curate.coverage.coverage:CoverageSettings",
-    "DedupSettings": "embedcache.curate.duplicates.dedup:DedupSettings",
+    "Cache": "embedcache.store.cache:Cache",
+    "CoverageSettings": "embedcache.curate.coverage:CoverageSettings",
+    "DedupSettings": "embedcache.curate.dedup:DedupSettings",
     "EmbedcacheError": "embedcache.errors:EmbedcacheError",
-    "EncoderSettings": "embedcache.encoders.contract:EncoderSettings",
+    "EncoderSettings": "embedcache.encoders.base:EncoderSettings",
     "ExtractSettings": "embedcache.extract.settings:ExtractSettings",
-    "Filter": "embedcache.curate.indexes.filters:Filter",
+    "Filter": "embedcache.search.filters:Filter",
     "LossSettings": "embedcache.train.settings:LossSettings",
     "MachineSettings": "embedcache.train.settings:MachineSettings",
-    "Model": "embedcache.model:Model",
+    "Model": "embedcache.inference:Model",
     "ModelSettings": "embedcache.train.settings:ModelSettings",
     "OptimizerSettings": "embedcache.train.settings:OptimizerSettings",
-    "Queries": "embedcache.curate.indexes.queries:Queries",
-    "SelectSettings": "embedcache.curate.select.contract:SelectSettings",
+    "Queries": "embedcache.search.queries:Queries",
+    "SelectSettings": "embedcache.curate.select.select:SelectSettings",
     "SourceSettings": "embedcache.sources.settings:SourceSettings",
-    "SplitSettings": "embedcache.cache.split_settings:SplitSettings",
+    "SplitSettings": "embedcache.dataset.settings:SplitSettings",
     "TrainSettings": "embedcache.train.settings:TrainSettings",
-    "build_index": "embedcache.curate.indexes.index:build_index",
+    "build_index": "embedcache.search.index:build_index",
     "evaluate_retrieval": "embedcache.evaluate.retrieval:evaluate_retrieval",
     "evaluate_zero_shot": "embedcache.evaluate.zero_shot:evaluate_zero_shot",
     "extract_features": "embedcache.extract.extract:extract",
-    "find_leaks": "embedcache.curate.duplicates.leaks:find_leaks",
-    "load": "embedcache.model:load",
-    "measure_coverage": "embedcache.curate.coverage.coverage:measure_coverage",
+    "find_leaks": "embedcache.curate.leaks:find_leaks",
+    "load": "embedcache.inference:load",
+    "measure_coverage": "embedcache.curate.coverage:measure_coverage",
     "open_source": "embedcache.sources.open:open_source",
-    "remove_duplicates": "embedcache.curate.duplicates.dedup:dedup",
-    "search_index": "embedcache.curate.indexes.search:search",
+    "remove_duplicates": "embedcache.curate.dedup:dedup",
+    "search_index": "embedcache.search.search:search",
     "select_samples": "embedcache.curate.select.select:select",
     "train_projectors": "embedcache.train.train:train",
 }

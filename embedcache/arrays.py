@@ -4,7 +4,7 @@ The shape letters used everywhere in this package:
 
     N  rows of a feature          D  width of a feature       T  tokens of an item
     B  rows of a batch            P  width of the shared space
-    Q  queries                    C  candidates               K  neighbours or ranks kept
+    Q  queries                    C  candidates               K  neighbors or ranks kept
 """
 
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def normalize(vectors_ND: Array) -> Floats:
 def mean_directions(vectors_ND: Floats, groups_N: Ints, num_groups: int) -> Floats:
     """Average the rows of each group, and scale the means to length 1: (num_groups, D) float32.
 
-    Of rows of length 1, this is how the field ensembles prompts: normalise, mean, normalise. Sums are in float64; a
+    Of rows of length 1, this is how the field ensembles prompts: normalize, mean, normalize. Sums are in float64; a
     group without a row stays zero.
 
     Args:

@@ -10,14 +10,14 @@ disk that all tokens take. A model hub is needed for the default encoders; name 
 import argparse
 from pathlib import Path
 
-from embedcache.cache.split_settings import SplitSettings
 from embedcache.cli.console import open_progress, say, show_table
-from embedcache.curate.indexes.index import build_index
-from embedcache.encoders.contract import EncoderSettings
-from embedcache.evaluate.report import retrieval_rows
+from embedcache.dataset.settings import SplitSettings
+from embedcache.encoders.base import EncoderSettings
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.reports.retrieval import retrieval_rows
+from embedcache.search.index import build_index
 from embedcache.sources import open_source
 from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
@@ -55,7 +55,7 @@ def main() -> None:
         for seed, run_path in zip(SEEDS, run_paths, strict=True):
             recipe = TrainSettings(
                 model=ModelSettings(shared_width=SHARED_WIDTH),
-                optimizer=OptimizerSettings(epochs=options.epochs, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE),
+                optimizer=OptimizerSettings(epochs=options.epochs, batch_size=BATCH_SIZE, lr=LEARNING_RATE),
                 split=SplitSettings(kind=options.split, seed=seed),
                 shuffle_pairs=shuffle_pairs,
                 seed=seed,

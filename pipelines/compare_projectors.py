@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import TypeAlias
 
 from embedcache.cli.console import open_progress, say
-from embedcache.evaluate.comparison import Method, write_comparison
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.train.data import open_data
-from embedcache.train.options import settings_of
+from embedcache.train.settings import train_settings
 from embedcache.train.train import train_on
+from pipelines.comparison import Method, write_comparison
 
 IMAGE, TEXT = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
 SEEDS = (0, 1, 2, 3, 4)
 PAGE = Path("docs/benchmarks/projectors.md")
 Options: TypeAlias = dict[str, object]
-COMMON: Options = {"batch_size": 512, "dropout": 0.3, "start": "random", "epochs": 30, "patience": 8}
-LARGE: Options = {"epochs": 8, "learning_rate": 5e-4, "precision": "bfloat16"}  # tens of millions of parameters
+COMMON: Options = {"batch_size": 512, "dropout": 0.3, "initialization": "random", "epochs": 30, "patience": 8}
+LARGE: Options = {"epochs": 8, "lr": 5e-4, "precision": "bfloat16"}  # tens of millions of parameters
 LEARNED: dict[str, Options] = {
     "linear": {"projector": "linear"},
     "mlp": {"projector": "mlp"},
@@ -36,13 +36,16 @@ LOSSES: dict[str, Options] = {name: {"loss": name} for name in ("info_nce", "mul
 EXTRAS: dict[str, Options] = {"mixup 1": {"mixup": 1.0}, "STRUCTURE 10": {"structure": 10.0}}
 EXTRAS |= {"shuffled pairs": {"shuffle_pairs": True}}
 CLOSED: dict[str, Options] = {
-    **{form: {"projector": "linear", "start": form, "epochs": 0} for form in ("ridge", "procrustes", "cca", "csa")},
-    "asif": {"projector": "asif", "start": None, "shared_width": 1200},
+    **{
+        form: {"projector": "linear", "initialization": form, "epochs": 0}
+        for form in ("ridge", "procrustes", "cca", "csa")
+    },
+    "asif": {"projector": "asif", "initialization": None, "shared_width": 1200},
 }
 NOTES = (
     "EfficientNet-Lite0's `patch_mean` and MiniLM's `mean`, both frozen and cached once. Made by "
     "`python -m pipelines.compare_projectors work/` on 2 CPU cores.",
-    "Five seeds: five cuts, orders and initialisations. Learned projectors start from random weights and keep those of "
+    "Five seeds: five cuts, orders and initializations. Learned projectors start from random weights and keep those of "
     "the best validation recall: the small ones of 30 epochs at learning rate 1e-3, the large ones (sharelock, glu, "
     "fusemix) of 8 at 5e-4 in bfloat16, which is what two cores allow and fewer than they want. `token` takes one "
     "pooled vector an image. Closed forms have shrinkage 1. The control is trained on shuffled pairs.",
@@ -67,7 +70,7 @@ def main() -> None:
     methods = []
     for (group, name), recipe in recipes().items():
         paths = [workdir / "runs" / f"{group}-{name}-{seed}".replace(" ", "-") for seed in SEEDS]
-        seeded = [settings_of({**COMMON, **recipe, "seed": seed}) for seed in SEEDS]
+        seeded = [train_settings({**COMMON, **recipe, "seed": seed}) for seed in SEEDS]
         runs = [train_on(data, path, one, progress=progress) for path, one in zip(paths, seeded, strict=True)]
         report = evaluate_retrieval(cache_path, paths)
         about = {"parameters": f"{runs[0].num_parameters:,}", "MFLOP a pair": f"{runs[0].flops_a_pair / 1e6:.1f}"}

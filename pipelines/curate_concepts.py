@@ -12,21 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.cli.console import say
-from embedcache.curate.select.contract import SelectSettings
-from embedcache.curate.select.select import select
-from embedcache.evaluate.comparison import Method, write_comparison
-from embedcache.evaluate.report import format_estimate
+from embedcache.curate.select.select import SelectSettings, select
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.zero_shot import evaluate_zero_shot
+from embedcache.reports.retrieval import format_estimate
 from embedcache.train.data import TrainData, open_data
-from embedcache.train.options import settings_of
+from embedcache.train.settings import train_settings
 from embedcache.train.train import train_on
+from pipelines.comparison import Method, write_comparison
 from pipelines.noisy_openmoji import CLOSED, NOTES, count_english, make_caches, make_cut
 
 SEEDS, BUDGETS, PAGE = (0, 1, 2, 3, 4), (300, 600, 1200), Path("docs/benchmarks/curation.md")
 BY_CONCEPTS, ENGLISH = ("top-score", "rare-first", "metaclip"), "random of the English"
 METHODS: dict[str, dict[str, Any]] = {
-    **{name: {} for name in ("random", "top-score", "clip-score", "rare-first", "k-centre", ENGLISH)},
+    **{name: {} for name in ("random", "top-score", "clip-score", "rare-first", "k-center", ENGLISH)},
     "metaclip": {"threshold": 0.4},
     "hierarchical": {"clusters": (100, 10)},
 }
@@ -50,7 +49,7 @@ def measure(workdir: Path, data: TrainData, group: str, name: str, file: str) ->
     cuts, runs = f"{workdir}/cut-{{seed}}", [workdir / f"cut-{seed}" / file for seed in SEEDS]
     paths = {"split": f"{cuts}/split.parquet", "selection": f"{cuts}/{file}.parquet"}
     for seed, run in zip(SEEDS, runs, strict=True):
-        train_on(data, run, settings_of({**CLOSED, **paths, "seed": seed}))
+        train_on(data, run, train_settings({**CLOSED, **paths, "seed": seed}))
     report = evaluate_retrieval(workdir / "pool", runs, language="en")
     classified = evaluate_zero_shot(workdir / "pool", runs, workdir / "groups", compares=False)
     accuracy = format_estimate(classified.accuracies["mean_per_class_recall"])

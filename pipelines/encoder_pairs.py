@@ -10,7 +10,6 @@ import argparse
 from pathlib import Path
 
 from embedcache.cli.console import open_progress, say, show_table
-from embedcache.evaluate.correlation import Outcomes, correlation_rows, write_correlations
 from embedcache.evaluate.encoder_pairs import evaluate_pairs
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
@@ -18,8 +17,9 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import split_path
 from embedcache.sources import open_source
 from embedcache.train.data import open_data
-from embedcache.train.options import settings_of
+from embedcache.train.settings import train_settings
 from embedcache.train.train import train_on
+from pipelines.correlation import Outcomes, correlation_rows, write_correlations
 
 LITE0, LITE1 = "lite:efficientnet-lite0", "lite:efficientnet-lite1"
 MINILM, WORDLLAMA = "st:all-MiniLM-L6-v2", "wordllama:l2_supercat_256"
@@ -31,7 +31,7 @@ TEXTS = [*(f"all-MiniLM-L6-v2/{name}mean" for name in ("", "layer4.", "layer2.")
 SEEDS = (0, 1, 2)
 RECIPES: dict[str, dict[str, object]] = {
     "defaults": {},
-    "random start": {"start": "random", "dropout": 0.3, "patience": 8},
+    "random start": {"initialization": "random", "dropout": 0.3, "patience": 8},
 }
 PAGE = Path("docs/benchmarks/encoder_pairs.md")
 NOTES = (
@@ -64,7 +64,7 @@ def main() -> None:
             name = f"{recipe}-{image}-{text}".replace("/", "-").replace(" ", "-")
             runs = [workdir / "runs" / f"{name}-{seed}" for seed in SEEDS]
             for seed, run in zip(SEEDS, runs, strict=True):
-                settings = settings_of({**options, "seed": seed, "split": splits.get(seed, "strict")})
+                settings = train_settings({**options, "seed": seed, "split": splits.get(seed, "strict")})
                 train_on(data, run, settings, progress=progress)
                 splits.setdefault(seed, str(split_path(run)))
             reports[image, text] = [evaluate_retrieval(cache_path, [run]) for run in runs]

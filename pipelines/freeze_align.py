@@ -16,18 +16,24 @@ from typing import Any
 
 import embedcache
 from embedcache.cli.console import open_progress, say, show_table
-from embedcache.evaluate.report import retrieval_rows
-from embedcache.train.options import settings_of
+from embedcache.reports.retrieval import retrieval_rows
+from embedcache.train.settings import train_settings
 
 FULL: dict[str, Any] = {"image": "hf:facebook/dinov2-large", "text": "st:sentence-transformers/all-roberta-large-v1"}
 FULL |= {"features": ("cls", "kmeans:4", "mean"), "side": "dinov2-large/cls+dinov2-large/kmeans:4", "each": 2000}
-TRAINING: dict[str, Any] = {"projector": "cls_token+token_mlp", "start": "random", "loss": "info_nce"}
-TRAINING |= {"epochs": 15, "batch_size": 14_400, "learning_rate": 1e-3, "weight_decay": 0.02, "warmup_share": 0.056}
-TRAINING |= {"shared_width": 1024, "dropout": 0.1, "split": "key", "val_share": 5e-4, "test_share": 5e-4}
+TRAINING: dict[str, Any] = {"projector": "cls_token+token_mlp", "initialization": "random", "loss": "info_nce"}
+TRAINING |= {"epochs": 15, "batch_size": 14_400, "lr": 1e-3, "weight_decay": 0.02, "warmup_fraction": 0.056}
+TRAINING |= {"shared_width": 1024, "dropout": 0.1, "split": "key", "val_fraction": 5e-4, "test_fraction": 5e-4}
 TINY: dict[str, Any] = {"image": "lite:efficientnet-lite0", "text": "st:all-MiniLM-L6-v2", "each": 3}
 TINY |= {"features": ("patch_mean", "kmeans:4", "mean")}
 TINY |= {"side": "efficientnet-lite0/patch_mean+efficientnet-lite0/kmeans:4"}
-TINY_TRAINING = TRAINING | {"epochs": 8, "batch_size": 512, "split": "strict", "val_share": 0.1, "test_share": 0.25}
+TINY_TRAINING = TRAINING | {
+    "epochs": 8,
+    "batch_size": 512,
+    "split": "strict",
+    "val_fraction": 0.1,
+    "test_fraction": 0.25,
+}
 
 
 def main() -> None:
@@ -69,7 +75,7 @@ def align(workdir: Path, pairs: str, recipe: dict[str, Any], training: dict[str,
     embedcache.extract_features(source, cache, image=image, text=text, settings=stored, progress=progress)
     reports = {}
     for name, shuffles in (("run", False), ("shuffled", True)):
-        settings, run = settings_of({**training, "shuffle_pairs": shuffles}), workdir / name
+        settings, run = train_settings({**training, "shuffle_pairs": shuffles}), workdir / name
         report = embedcache.train_projectors(cache, run, image=recipe["side"], settings=settings, progress=progress)
         say(report.line(run))
         reports[name] = embedcache.evaluate_retrieval(cache, run, is_control=shuffles)

@@ -10,13 +10,13 @@ import argparse
 from pathlib import Path
 
 from embedcache.cli.console import open_progress, say
-from embedcache.evaluate.comparison import Method, write_comparison
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.train.data import open_data
-from embedcache.train.options import settings_of
+from embedcache.train.settings import train_settings
 from embedcache.train.train import train_on
+from pipelines.comparison import Method, write_comparison
 
 IMAGE = "lite:efficientnet-lite0"
 TEXT = {"USE": "use:multilingual-v3", "MiniLM": "st:all-MiniLM-L6-v2"}
@@ -25,7 +25,7 @@ LANGUAGES = ("en", "de", "fr", "es", "pt", "it", "id", "tr", "ru", "ar", "fa", "
 NAMED = {"USE": set(LANGUAGES) - {"fa", "id"}, "MiniLM": {"en"}}  # by those who published the encoder
 SEEDS = (0, 1, 2)
 PAGE = Path("docs/benchmarks/multilingual.md")
-RECIPE = {"projector": "mlp", "language": "en", "dropout": 0.5, "learning_rate": 1e-4}  # for a thousand pairs
+RECIPE = {"projector": "mlp", "language": "en", "dropout": 0.5, "lr": 1e-4}  # for a thousand pairs
 NOTES = (
     "EfficientNet-Lite0's `patch_mean`, and two text encoders in one cache: USE, the multilingual Universal Sentence "
     "Encoder (`dense`), and MiniLM, an English one (`mean`). Made by `python -m pipelines.multilingual work/` on 2 "
@@ -54,7 +54,7 @@ def main() -> None:
         paths = [workdir / "runs" / f"{name}-{seed}" for seed in SEEDS]
         for seed, path in zip(SEEDS, paths, strict=True):
             split = "strict" if name == "USE" else str(workdir / "runs" / f"USE-{seed}" / "split.parquet")
-            recipe = settings_of({**RECIPE, "split": split, "shuffle_pairs": shuffle_pairs, "seed": seed})
+            recipe = train_settings({**RECIPE, "split": split, "shuffle_pairs": shuffle_pairs, "seed": seed})
             say(train_on(data, path, recipe, progress=progress).line(path))
         return paths
 

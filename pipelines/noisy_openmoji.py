@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.selection import Selection, write_selection
-from embedcache.cache.split import read_split, spread_split, swap_parts, write_split
 from embedcache.cli.console import open_progress
 from embedcache.curate.select.combine import combine
+from embedcache.dataset.selections import Selection, write_selection
+from embedcache.dataset.splits import read_split, spread_split, swap_parts, write_split
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import split_path
 from embedcache.sources import open_source
-from embedcache.train.options import settings_of
+from embedcache.store.cache import Cache
+from embedcache.train.settings import train_settings
 from embedcache.train.train import train
 
 IMAGE, TEXT = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
-CLOSED: dict[str, object] = {"projector": "linear", "start": "cca", "epochs": 0}
+CLOSED: dict[str, object] = {"projector": "linear", "initialization": "cca", "epochs": 0}
 GROUPS = (
     "Activities,Animals & Nature,Flags,Food & Drink,Objects,People & Body,Smileys & Emotion,Symbols,Travel & Places"
 )
@@ -31,7 +31,7 @@ NOTES = (
     "the training pairs, a linear CCA is fitted on them, and tested on English pairs held out.",
     "`top-score`, `rare-first` (the paper's) and `metaclip` (matches at cosine .4) compare captions with the names of "
     "ImageNet's 1,000 classes. `clip-score` uses a CCA of validation's 190 English pairs, which no other method sees. "
-    "`hierarchical` (100 clusters under 10) and `k-centre` look at images alone; `image-based` has nothing to go by, "
+    "`hierarchical` (100 clusters under 10) and `k-center` look at images alone; `image-based` has nothing to go by, "
     "as every language shows the same pictures. 'Random of the English' is a perfect filter. 'English pairs' are those "
     "selected; '9 classes' is the mean accuracy over Unicode's groups of emoji, zero-shot, by their bare names (chance "
     ".111).",
@@ -68,11 +68,11 @@ def make_cut(workdir: Path, seed: int) -> Path:
     """
     cut = workdir / f"cut-{seed}"
     clean, pool = Cache(workdir / "clean"), Cache(workdir / "pool")
-    train(clean.path, cut / "clean", settings=settings_of({**CLOSED, "seed": seed}))
+    train(clean.path, cut / "clean", settings=train_settings({**CLOSED, "seed": seed}))
     pictures = read_split(split_path(cut / "clean"), [clean])
     write_split(cut / "swapped.parquet", swap_parts(pictures, "train", "val"))
     swapped = {**CLOSED, "seed": seed, "split": str(cut / "swapped.parquet")}
-    train(clean.path, cut / "scorer", settings=settings_of(swapped))
+    train(clean.path, cut / "scorer", settings=train_settings(swapped))
     split = spread_split(pictures, pool, "sample")
     write_split(cut / "split.parquet", split)
     rows = split.rows("train")

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import embedcache
-from embedcache.curate.indexes.hits import Hit
-from embedcache.pages.pictures import Pictures, credit
+from embedcache.reports.thumbnails import Pictures, credit
+from embedcache.search.filters import Hit
 
 QUESTIONS = ("an animal with feathers", "a vehicle on the water", "something sweet to eat", "a broken promise")
 K = 6

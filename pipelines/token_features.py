@@ -9,14 +9,14 @@ import argparse
 from pathlib import Path
 
 from embedcache.cli.console import open_progress, say
-from embedcache.evaluate.comparison import Method, write_comparison
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from embedcache.train.data import open_data
-from embedcache.train.options import settings_of
+from embedcache.train.settings import train_settings
 from embedcache.train.train import train_on
+from pipelines.comparison import Method, write_comparison
 
 IMAGE, TEXT = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
 FEATURES = ("patch_mean", "grid:2", "kmeans:4", "kmeans:8", "grid:4", "patches", "mean")
@@ -52,7 +52,7 @@ def main() -> None:
             train_on(
                 data,
                 path,
-                settings_of({**RECIPE, "projector": f"{projector}+token_mlp", "seed": seed}),
+                train_settings({**RECIPE, "projector": f"{projector}+token_mlp", "seed": seed}),
                 progress=progress,
             )
             for seed, path in zip(SEEDS, paths, strict=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 from embedcache.cli.console import open_progress, say, show_table
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
-from embedcache.evaluate.zero_shot_report import zero_shot_rows
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import PairConfig
+from embedcache.reports.zero_shot import zero_shot_rows
 from embedcache.sources import open_source
 from embedcache.sources.prompts import CLASS_NAMES, template_sets
 

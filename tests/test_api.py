@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import embedcache
-from embedcache.cache.side import open_side
+from embedcache.dataset.inputs import open_side
 from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.projectors.saved import load_pair, project
 from tests.exchange.runs import SIDES, train_run

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.artifact import check_same, digest, read_json, run_record
-from embedcache.disk import disk_errors, make_folder, remove_partials, write_atomic
 from embedcache.errors import CorruptError, DiskFullError, FingerprintError, PathError
+from embedcache.files import disk_errors, make_folder, remove_partials, write_atomic
+from embedcache.provenance import check_same, digest, read_json, run_record
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_stays(tmp_path:
     program = (
         "import sys, os, signal\n"
         "from pathlib import Path\n"
-        "from embedcache.disk import replacing\n"
+        "from embedcache.files import replacing\n"
         "with replacing(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

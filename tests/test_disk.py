@@ -2,13 +2,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from embedcache.disk import Claims, locked, put_file, remove_folder, replacing, write_atomic
-from embedcache.paths import open_path
+from embedcache.files import Claims, locked, open_path, put_file, remove_folder, replacing, write_atomic
 
 OTHER = """
 import sys, time
 from pathlib import Path
-from embedcache.disk import Claims
+from embedcache.files import Claims
 claims = Claims(Path(sys.argv[1]))
 print([claims.take(number) for number in (0, 1, 2)], flush=True)
 sys.stdin.read()

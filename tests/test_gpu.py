@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.cache.split_settings import SplitSettings
-from embedcache.encoders.contract import Encoder, EncoderSettings, Modality
-from embedcache.encoders.graph import TorchGraph
+from embedcache.dataset.settings import SplitSettings
+from embedcache.encoders.backends import TorchGraph
+from embedcache.encoders.base import Encoder, EncoderSettings, Modality
 from embedcache.encoders.open import open_encoder
 from embedcache.evaluate.retrieval import evaluate_retrieval
-from embedcache.exchange.clip_benchmark import load
+from embedcache.interop.clip_benchmark import load
 from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.encoders.checkpoints import save_bert, save_timm

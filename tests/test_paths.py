@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from embedcache.errors import PathError
-from embedcache.paths import is_remote, open_path
+from embedcache.files import is_remote, open_path
 
 
 def test_a_local_path_stays_a_path(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A whole encoder plug-in of both modalities, small enough to read: an image's 4 x 4 colours, a text's letters.
+"""A whole encoder plug-in of both modalities, small enough to read: an image's 4 x 4 colors, a text's letters.
 
 Named `tests.toy:open_toy` on the command line. Option `delay_ms` makes each batch slow, for tests that kill.
 """
@@ -11,9 +11,8 @@ import numpy as np
 from PIL.Image import Image, Resampling
 
 from embedcache.arrays import Array
-from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
 from embedcache.encoders.open import EncoderSpec, check_options
-from embedcache.encoders.shapes import ItemShape
 
 IMAGE = "tests.toy:open_toy"
 TEXT = "tests.toy:open_toy"

@@ -23,6 +23,6 @@ def clip_benchmark(
     All that follows the run is for CLIP_benchmark, such as --dataset cifar10 --dataset_root data/;
     `clip_benchmark eval --help` lists it.
     """
-    from embedcache.exchange.clip_benchmark import evaluate
+    from embedcache.interop.clip_benchmark import evaluate
 
     evaluate(run, context.args)

@@ -59,15 +59,14 @@ def extract(
     ] = "auto",
 ) -> None:
     """Run frozen encoders over a source, once, into a cache. Run it again to go on after a stop."""
-    from embedcache.cache.cache import Cache
-    from embedcache.cache.summary import caption_error_lines
     from embedcache.cli.console import going_on_later, open_progress, say
-    from embedcache.encoders.contract import EncoderSettings
+    from embedcache.encoders.base import EncoderSettings
     from embedcache.extract import extract as stage
     from embedcache.extract import plan as planning
-    from embedcache.extract import retry
+    from embedcache.extract import repair as retry
     from embedcache.extract.settings import ExtractSettings
     from embedcache.sources import SourceSettings, open_source
+    from embedcache.store.cache import Cache, caption_error_lines
 
     if retry_failed and (plan or extend):
         raise SettingError("--retry-failed tries failed items again and nothing else; leave --plan and --extend out")

@@ -7,9 +7,8 @@ import typer
 
 def inspect(cache: Annotated[str, typer.Argument(help="The cache, or its URL.")]) -> None:
     """Show what a cache holds, how complete it is, and why items failed."""
-    from embedcache.cache.cache import Cache
-    from embedcache.cache.summary import caption_error_lines, describe_feature, describe_spine, failure_lines
     from embedcache.cli.console import say, show_table
+    from embedcache.store.cache import Cache, caption_error_lines, describe_feature, describe_spine, failure_lines
 
     opened = Cache(cache)
     for line in [describe_spine(opened), *caption_error_lines(opened)]:

@@ -11,8 +11,8 @@ def quickstart(
 ) -> None:
     """Align two packaged encoders on OpenMoji: extract, train, evaluate, index, search, and a report to look at."""
     from embedcache.cli.console import open_progress, say, show_table
-    from embedcache.evaluate.report import retrieval_rows
     from embedcache.quickstart.quickstart import quickstart as run
+    from embedcache.reports.retrieval import retrieval_rows
 
     report = run(workdir, progress=open_progress())
     columns, rows = retrieval_rows(report.reports)

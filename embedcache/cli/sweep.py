@@ -30,12 +30,12 @@ def sweep(
 ) -> None:
     """Train on a cache with many settings, and report which are best and what matters.
 
-    SPACE.toml: [fixed] epochs = 20 … [space] learning_rate = {low = 1e-4, high = 1e-2, log = true}, projector =
+    SPACE.toml: [fixed] epochs = 20 … [space] lr = {low = 1e-4, high = 1e-2, log = true}, projector =
     ["linear", "mlp"] … A study that was stopped goes on, given the same command; more --trials make it longer.
     """
     from embedcache.cli.console import going_on_later, open_progress, say, show_table
     from embedcache.errors import SettingError
-    from embedcache.sweep.page import best_rows, test_tables
+    from embedcache.reports.sweep import best_rows, test_tables
     from embedcache.sweep.settings import SweepSettings
     from embedcache.sweep.sweep import sweep as run
 

@@ -1,6 +1,6 @@
 """The family of vectors that were imported: nothing here can encode as they were."""
 
-from embedcache.encoders.contract import Encoder, EncoderSettings, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Modality
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import SettingError
 

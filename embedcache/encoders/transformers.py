@@ -9,22 +9,17 @@ import torch
 from PIL.Image import Image, new
 
 from embedcache.arrays import Array
-from embedcache.artifact import digest
-from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.derived import asked_layers, own_features
-from embedcache.encoders.graph import torch_graph
-from embedcache.encoders.hidden_states import untie
-from embedcache.encoders.hub import ModelFolder, model_folder
-from embedcache.encoders.image import ImageEncoder, ImageModel, plain_json
+from embedcache.encoders.backends import torch_graph
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.image import ImageEncoder, ImageModel, Scale, Transform, cut_at_pixels, plain_json
+from embedcache.encoders.image_features import ImageFeatures, asked_layers, own_features, untie
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.pixels import Scale, Transform, cut_at_pixels
-from embedcache.encoders.pooling import POOLING as TEXT_POOLING
-from embedcache.encoders.pretrained import load_config, load_pretrained
-from embedcache.encoders.text import TextEncoder
-from embedcache.encoders.text_graph import text_graph
-from embedcache.encoders.tokenizer import max_tokens_option, open_tokenizer
-from embedcache.encoders.transformers_features import ImageFeatures, TextFeatures
+from embedcache.encoders.text import TextEncoder, max_tokens_option, open_tokenizer, text_graph
+from embedcache.encoders.text_features import POOLING as TEXT_POOLING
+from embedcache.encoders.text_features import TextFeatures
+from embedcache.encoders.weights import ModelFolder, load_config, load_pretrained, model_folder
 from embedcache.errors import PathError, SettingError
+from embedcache.provenance import digest
 
 IMAGE_POOLING: Mapping[str, str] = {
     "pooled": "the model's own pooled output",

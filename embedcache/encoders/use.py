@@ -14,12 +14,10 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array
-from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.pooling import mean_sqrt_len
-from embedcache.encoders.text import TextEncoder
-from embedcache.encoders.text_graph import text_graph
-from embedcache.encoders.tokenizer import Tokenizer
+from embedcache.encoders.text import TextEncoder, Tokenizer, text_graph
+from embedcache.encoders.text_features import mean_sqrt_len
 from embedcache.encoders.weights import hash_weights, load_weights
 from embedcache.registry import require, unknown_name
 

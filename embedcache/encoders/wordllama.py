@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
-from embedcache.encoders.contract import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.pooling import mean
-from embedcache.encoders.text import TextEncoder
-from embedcache.encoders.text_graph import text_graph
-from embedcache.encoders.tokenizer import Tokenizer, max_tokens_option
+from embedcache.encoders.text import TextEncoder, Tokenizer, max_tokens_option, text_graph
+from embedcache.encoders.text_features import mean
 from embedcache.encoders.weights import hash_weights, load_weights
 from embedcache.errors import MissingExtraError
 from embedcache.registry import unknown_name

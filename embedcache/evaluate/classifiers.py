@@ -1,4 +1,4 @@
-"""The classifiers that a probe fits on frozen features: neighbours, ridge regression, and a table with logistic.py's.
+"""The classifiers that a probe fits on frozen features: neighbors, ridge regression, and a table with logistic.py's.
 
 All take length away from the vectors first. What is linear then takes off the mean of the training vectors and divides
 by one number, their root mean square length: as good as giving each dimension variance 1 where training data are many,
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, blocks, normalize
-from embedcache.metrics.neighbours import nearest, vote
+from embedcache.metrics.neighbors import nearest, vote
 from embedcache.registry import Registry
 
 NUM_NEIGHBOURS = 20
@@ -76,7 +76,7 @@ def fit_knn(train: Examples, val: Examples | None, num_classes: int) -> Fitted:
         rows_QK, sims_QK = nearest(normalize(vectors_QD), candidates, k)
         return vote(both.labels[rows_QK], sims_QK, num_classes, temperature=TEMPERATURE)
 
-    return Fitted(scores, {"neighbours": k, "temperature": TEMPERATURE})
+    return Fitted(scores, {"neighbors": k, "temperature": TEMPERATURE})
 
 
 def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Fitted:

@@ -7,19 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Inputs, Ints, blocks, check_finite, normalize
-from embedcache.cache.cache import Cache
-from embedcache.cache.pairs import Items
-from embedcache.cache.side import SideFeature, mean_vectors, open_side
-from embedcache.cache.split_settings import SplitSettings
-from embedcache.encoders.derived import FeatureName
+from embedcache.dataset.inputs import SideFeature, mean_vectors, open_side
+from embedcache.dataset.pairs import Items
+from embedcache.dataset.settings import SplitSettings
+from embedcache.encoders.image_features import FeatureName
 from embedcache.errors import DataError, SettingError, UnfinishedError
-from embedcache.evaluate.drawn import LEAST_SAMPLES, Drawn, cut, draw
-from embedcache.evaluate.pairs_report import PairFigures, PairsReport
-from embedcache.metrics.alignment import Blocked, Products, cka, nearest, neighbour_overlap, products, shuffled
+from embedcache.evaluate.pair_samples import LEAST_SAMPLES, Drawn, cut, draw
+from embedcache.metrics.alignment import Blocked, Products, cka, nearest, neighbor_overlap, products, shuffled
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, jackknife
-from embedcache.metrics.ranks import best_ranks
+from embedcache.metrics.ranking import best_ranks
 from embedcache.progress import Progress, Silent
 from embedcache.projectors.closed_form import Moments, solve
+from embedcache.store.cache import Cache
 
 VAL_SHARE = 0.25
 """Of the split that is made here: a probe needs more held-out samples than a choice of epochs does."""
@@ -27,6 +26,100 @@ VAL_SHARE = 0.25
 _RECALL_K = 10
 _SHARED_WIDTH, _SHRINKAGE = 256, 1.0  # as training starts
 _BLOCK = 1024
+
+
+ROWS = "each item scaled to length 1, then the mean over a sample's images and over its captions"
+"""How a sample becomes one row of a side; the paper averages five captions too, and does not scale images first."""
+
+METRICS: Mapping[str, str] = {
+    "probe": "probe R@10",
+    "mutual_knn": "mutual kNN",
+    "debiased_cka": "debiased CKA",
+    "linear_cka": "linear CKA",
+}
+"""Metric -> what it is called in tables and figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairFigures:
+    """What was measured of one image feature and one text feature.
+
+    Args:
+        image: `encoder/feature`.
+        text: alike.
+        i2t: recall at 10 of the probe, image to text.
+        t2i: text to image.
+        mutual_knn: share of nearest neighbors in common.
+        debiased_cka: linear CKA from unbiased HSIC.
+        linear_cka: linear CKA as the paper has it.
+        shuffled_cka: what linear CKA is expected to be with shuffled pairs.
+    """
+
+    image: str
+    text: str
+    i2t: Estimate
+    t2i: Estimate
+    mutual_knn: Estimate
+    debiased_cka: Estimate
+    linear_cka: Estimate
+    shuffled_cka: float
+
+    @property
+    def probe(self) -> float:
+        """Recall at 10, mean of both ways."""
+        return (self.i2t.value + self.t2i.value) / 2
+
+    def value(self, metric: str) -> float:
+        """Get the value of one of `METRICS`."""
+        found = getattr(self, metric)
+        return float(found.value if isinstance(found, Estimate) else found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsReport:
+    """All pairs of a cache's features, the best probe first, and what decided the figures.
+
+    Args:
+        pairs: the figures.
+        pooling: feature -> how its encoder made one vector, or several that were averaged.
+        num_drawn: samples that were drawn from the cache.
+        num_compared: those of them outside the split's test part, which all metrics are of.
+        num_trained: those that the probe was fitted on.
+        num_held: those that it was measured on.
+        num_groups: groups of near-duplicates that intervals are over.
+        split: how the parts were cut, in words.
+        language: of the captions; None is all.
+        k: neighbors of mutual kNN.
+        seed: of the drawing and the split.
+        knn_chance: mutual kNN of sides that have nothing in common.
+        chance: of the probe: `i2t`, `t2i`.
+        skipped: a line for each feature that was left out.
+    """
+
+    pairs: Sequence[PairFigures]
+    pooling: Mapping[str, str]
+    num_drawn: int
+    num_compared: int
+    num_trained: int
+    num_held: int
+    num_groups: int
+    split: str
+    language: str | None
+    k: int
+    seed: int
+    knn_chance: float
+    chance: Mapping[str, Estimate]
+    skipped: Sequence[str] = ()
+
+    def line(self) -> str:
+        """Say what was measured, in one line."""
+        language = "" if self.language is None else f" in {self.language}"
+        return (
+            f"{self.num_compared:,} samples outside the test part of {self.num_drawn:,} drawn (seed {self.seed}), "
+            f"split {self.split}; rows: {ROWS}{language}; CKA centered; kNN by cosine, k {self.k}; probe: CCA fitted "
+            f"on {self.num_trained:,} samples, ranked on {self.num_held:,} others; 95 % intervals over "
+            f"{self.num_groups:,} groups of near-duplicates"
+        )
 
 
 def evaluate_pairs(
@@ -59,7 +152,7 @@ def evaluate_pairs(
         texts: text features, alike.
         language: captions of this language; None is all.
         num_samples: how many to draw, at most.
-        k: neighbours of mutual kNN.
+        k: neighbors of mutual kNN.
         seed: of the drawing, and of the split that is made where none is given.
         num_draws: resamples of the bootstrap.
         split: how to cut; None is strict with a quarter each for validation and test.
@@ -80,7 +173,7 @@ def evaluate_pairs(
     for line in (skipped := [*skipped_images, *skipped_texts]):
         progress.note(line)
     pairs = draw(cache, image_sides, text_sides, language, num_samples, seed)
-    settings = split or SplitSettings(val_share=VAL_SHARE, seed=seed)
+    settings = split or SplitSettings(val_fraction=VAL_SHARE, seed=seed)
     drawn = cut(pairs, cache, (image_sides[0], text_sides[0]), settings)
     drawn.check(k)
     progress.start("encoder pairs", len(image_sides) * len(text_sides), "pairs")
@@ -134,13 +227,13 @@ class _Side:
     Args:
         items: (I, D) float32, the vectors of all items, of length 1.
         rows: (S, D) float32, their mean in each sample.
-        neighbours: (S, K) int64, of the rows.
+        neighbors: (S, K) int64, of the rows.
         own: products of the rows with themselves.
     """
 
     items: Floats
     rows: Array
-    neighbours: Ints
+    neighbors: Ints
     own: Products
 
 
@@ -174,7 +267,7 @@ def _prepare(side: SideFeature, items: Items, drawn: Drawn, k: int) -> _Side:
         blocked = Blocked(rows_SD, drawn.blocks)
     except DataError as error:
         raise DataError(f"{side.modality} feature {side.name}: {error}") from error
-    return _Side(items=unit_ID, rows=rows_SD, neighbours=nearest(rows_SD, k), own=products(blocked, blocked))
+    return _Side(items=unit_ID, rows=rows_SD, neighbors=nearest(rows_SD, k), own=products(blocked, blocked))
 
 
 def _read(side: SideFeature, rows: Ints) -> Inputs:
@@ -186,7 +279,7 @@ def _read(side: SideFeature, rows: Ints) -> Inputs:
 def _measure(drawn: Drawn, names: tuple[str, str], image: _Side, text: _Side, num_draws: int) -> PairFigures:
     x, y = Blocked(image.rows, drawn.blocks), Blocked(text.rows, drawn.blocks)
     both, sizes = products(x, y), np.bincount(drawn.blocks)
-    overlap_S = neighbour_overlap(image.neighbours, text.neighbours)
+    overlap_S = neighbor_overlap(image.neighbors, text.neighbors)
     i2t, t2i = _probe(drawn, image.items, text.items, num_draws)
     return PairFigures(
         image=names[0],

@@ -1,4 +1,4 @@
-"""How much a frozen feature knows of a label: neighbours and linear classifiers fitted on it, and few-shot curves."""
+"""How much a frozen feature knows of a label: neighbors and linear classifiers fitted on it, and few-shot curves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array, Ints, blocks
-from embedcache.cache.cache import Cache
 from embedcache.errors import SettingError
 from embedcache.evaluate.classifiers import METHODS, Examples, Fit, Fitted
-from embedcache.evaluate.labelled import HeldOut, Labelled, name_some, read_labelled
-from embedcache.metrics.classes import class_means, ranks_of
+from embedcache.evaluate.labeled import HeldOut, Labeled, name_some, read_labeled
+from embedcache.metrics.classification import class_means, ranks_of
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
 from embedcache.progress import Progress, Silent
+from embedcache.store.cache import Cache
 
 _TOP = 5
 _BLOCK = 8192
@@ -112,7 +112,7 @@ class ProbeReport:
     """All that was measured on one feature.
 
     Args:
-        labelled: the items.
+        labeled: the items.
         settings: what was asked for.
         scores: of each method.
         controls: of each method, fitted on shuffled labels; none where not asked for.
@@ -120,7 +120,7 @@ class ProbeReport:
         majority: share of the test items that are of the class most frequent in training and validation.
     """
 
-    labelled: Labelled
+    labeled: Labeled
     settings: ProbeSettings
     scores: Sequence[Score]
     controls: Sequence[Control]
@@ -130,14 +130,14 @@ class ProbeReport:
     @property
     def uniform(self) -> float:
         """What guessing one of the classes at random reaches."""
-        return 1 / len(self.labelled.names)
+        return 1 / len(self.labeled.names)
 
     def line(self) -> str:
         """Say what was measured, in one line."""
-        data, counts = self.labelled, self.counts
+        data, counts = self.labeled, self.counts
         pooled = " (mean of its tokens)" if data.side.has_tokens else ""
         left = f"; {data.num_left_out:,} items in no part or failed" if data.num_left_out else ""
-        left += f"; {data.num_unlabelled:,} without a label left out" if data.num_unlabelled else ""
+        left += f"; {data.num_unlabeled:,} without a label left out" if data.num_unlabeled else ""
         return (
             f"{data.side.name}{pooled}: {len(data.names):,} classes; {counts['train']:,} train, {counts['val']:,} val, "
             f"{counts['test']:,} test {data.side.modality}s; {data.cut}{left}"
@@ -146,11 +146,11 @@ class ProbeReport:
     @property
     def counts(self) -> dict[str, int]:
         """Items of each part."""
-        return {part: len(self.labelled.rows(part)) for part in ("train", "val", "test")}
+        return {part: len(self.labeled.rows(part)) for part in ("train", "val", "test")}
 
     def warnings(self) -> list[str]:
         """Say what makes the figures doubtful."""
-        return [*_overlap_warning(self.labelled), *_class_warning(self.labelled), *map(_fit_warning, self._doubtful())]
+        return [*_overlap_warning(self.labeled), *_class_warning(self.labeled), *map(_fit_warning, self._doubtful())]
 
     def _doubtful(self) -> list[Score]:
         return [s for s in self.scores if s.chosen.get("at_the_edge") or not s.chosen.get("converged", True)]
@@ -189,14 +189,14 @@ def evaluate_probe(
         raise SettingError("a probe looks at one feature: give --image ENCODER/FEATURE or --text ENCODER/FEATURE")
     methods = {name: METHODS.load(name) for name in dict.fromkeys(settings.methods)}
     modality = "text" if image is None else "image"
-    data = read_labelled(
+    data = read_labeled(
         Cache(cache_path), modality, image or text, label=settings.label, part=settings.part, seed=settings.seed
     )
     _require_shots(data, settings)
     num_fits = 1 + (settings.has_control + len(settings.shots)) * settings.num_draws
     progress.start("probing", len(methods) * num_fits, "fits")
     report = ProbeReport(
-        labelled=data,
+        labeled=data,
         settings=settings,
         scores=[_score(name, fit, data, progress) for name, fit in methods.items()],
         controls=[
@@ -221,7 +221,7 @@ def _ranks(fitted: Fitted, test: Examples) -> Ints:
     return np.concatenate(found)
 
 
-def _score(name: str, fit: Fit, data: Labelled, progress: Progress) -> Score:
+def _score(name: str, fit: Fit, data: Labeled, progress: Progress) -> Score:
     fitted = _fit(fit, data, data.examples.labels)
     rows = data.rows("test")
     test, clusters = data.examples.take(rows), data.items.samples[rows]
@@ -237,7 +237,7 @@ def _score(name: str, fit: Fit, data: Labelled, progress: Progress) -> Score:
     )
 
 
-def _control(name: str, fit: Fit, data: Labelled, settings: ProbeSettings, progress: Progress) -> Control:
+def _control(name: str, fit: Fit, data: Labeled, settings: ProbeSettings, progress: Progress) -> Control:
     rows = data.rows("test")
     test = data.examples.take(rows)
     is_right_RQ = np.empty((settings.num_draws, len(rows)), bool)
@@ -252,13 +252,13 @@ def _control(name: str, fit: Fit, data: Labelled, settings: ProbeSettings, progr
     )
 
 
-def _fit(fit: Fit, data: Labelled, labels_M: Ints) -> Fitted:
+def _fit(fit: Fit, data: Labeled, labels_M: Ints) -> Fitted:
     """Fit on the training and validation items with these labels."""
     taught = Examples(vectors=data.examples.vectors, labels=labels_M)
     return fit(taught.take(data.rows("train")), taught.take(data.rows("val")), len(data.names))
 
 
-def shuffle_labels(data: Labelled, *, seed: Sequence[int]) -> Ints:
+def shuffle_labels(data: Labeled, *, seed: Sequence[int]) -> Ints:
     """Give the (M,) labels with those of training and validation in random order; test keeps its own."""
     labels_M = data.examples.labels.copy()
     taught = np.flatnonzero(data.parts != "test")
@@ -266,7 +266,7 @@ def shuffle_labels(data: Labelled, *, seed: Sequence[int]) -> Ints:
     return labels_M
 
 
-def _few_shot(name: str, fit: Fit, data: Labelled, shots: int, settings: ProbeSettings, progress: Progress) -> FewShot:
+def _few_shot(name: str, fit: Fit, data: Labeled, shots: int, settings: ProbeSettings, progress: Progress) -> FewShot:
     rows = data.rows("test")
     test = data.examples.take(rows)
     is_right_RQ = np.empty((settings.num_draws, len(rows)), bool)
@@ -295,7 +295,7 @@ def draw_shots(labels_M: Ints, rows: Ints, shots: int, *, seed: Sequence[int]) -
     return drawn
 
 
-def _require_shots(data: Labelled, settings: ProbeSettings) -> None:
+def _require_shots(data: Labeled, settings: ProbeSettings) -> None:
     classes, counts = np.unique(data.examples.labels[data.rows("train")], return_counts=True)
     if max(settings.shots, default=0) > counts.min():
         least = data.names[classes[counts.argmin()]]
@@ -305,20 +305,20 @@ def _require_shots(data: Labelled, settings: ProbeSettings) -> None:
         )
 
 
-def _majority(data: Labelled) -> float:
+def _majority(data: Labeled) -> float:
     is_test = data.parts == "test"
     most = np.bincount(data.examples.labels[~is_test]).argmax()
     return float(np.mean(data.examples.labels[is_test] == most))
 
 
-def _overlap_warning(data: Labelled) -> list[str]:
+def _overlap_warning(data: Labeled) -> list[str]:
     overlap = data.overlap()
     what = "picture is" if data.side.modality == "image" else "text is"
     said = f"WARNING: {overlap:,} test items, whose {what} exactly one of training or validation, raise the figures"
     return [said] if overlap else []
 
 
-def _class_warning(data: Labelled) -> list[str]:
+def _class_warning(data: Labeled) -> list[str]:
     is_test = data.parts == "test"
     unseen = np.setdiff1d(data.examples.labels[is_test], data.examples.labels[~is_test])
     names = name_some([data.names[number] for number in unseen])

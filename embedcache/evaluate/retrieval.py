@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints
-from embedcache.cache.cache import Cache
-from embedcache.cache.pairs import Pairs, pair_items
+from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.errors import DataError
-from embedcache.evaluate.held import Looked, held_out
-from embedcache.evaluate.overlap import Overlap, find_overlap, worst
+from embedcache.evaluate.held_out import Looked, Overlap, find_overlap, held_out, worst
 from embedcache.evaluate.runs import Run, RunPaths, load_runs, seeds_line, trained_side
 from embedcache.metrics.intervals import Estimate, bootstrap_means, bootstrap_median, chance_estimate
-from embedcache.metrics.ranks import average_precisions, chance_recall, first_ranks, negatives_before
+from embedcache.metrics.ranking import average_precisions, chance_recall, first_ranks, negatives_before
 from embedcache.projectors.saved import project
+from embedcache.store.cache import Cache
 
 KS = (1, 5, 10)
 WAYS = ("i2t", "t2i")
@@ -24,7 +23,7 @@ _MOST_K = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """One run on one part: every query's rank, and what is needed to look at its neighbours.
+    """One run on one part: every query's rank, and what is needed to look at its neighbors.
 
     Args:
         seed: of the run.

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from embedcache.artifact import check_same
-from embedcache.cache.cache import Cache
-from embedcache.cache.side import SideFeature, open_side
+from embedcache.dataset.inputs import SideFeature, open_side
 from embedcache.errors import SettingError
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, check_feature, load_pair, read_config
+from embedcache.provenance import check_same
+from embedcache.store.cache import Cache
 
 RunPaths: TypeAlias = Path | str | Sequence[Path | str]
 """One run, or seeds of one recipe."""

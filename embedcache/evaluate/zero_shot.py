@@ -1,4 +1,7 @@
-"""Zero-shot classification of trained runs, from two caches: the images, and the prompts of the classes."""
+"""Zero-shot classification of trained runs, from two caches: the images, and the prompts of the classes.
+
+One vector a class, from cached prompts that a run projects.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,20 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints, blocks
-from embedcache.cache.cache import Cache
-from embedcache.cache.labels import has_label, read_labels
-from embedcache.cache.pairs import Items, items_of
-from embedcache.cache.prompts import Prompts
-from embedcache.cache.side import SideFeature
+from embedcache.arrays import Array, Floats, Ints, blocks, mean_directions
+from embedcache.dataset import prompts as cached
+from embedcache.dataset.inputs import SideFeature
+from embedcache.dataset.labels import has_label, read_labels
+from embedcache.dataset.pairs import Items, items_of
+from embedcache.dataset.prompts import Prompts
 from embedcache.errors import DataError
-from embedcache.evaluate.held import Held, Looked, held_out
-from embedcache.evaluate.overlap import Overlap, find_overlap, worst
-from embedcache.evaluate.prompts import class_vectors, read_prompts
+from embedcache.evaluate.held_out import Held, Looked, Overlap, find_overlap, held_out, worst
 from embedcache.evaluate.runs import Run, RunPaths, load_runs, seeds_line, trained_side
-from embedcache.metrics.classes import class_means, confusion, ranks_of
+from embedcache.metrics.classification import class_means, confusion, ranks_of
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate
 from embedcache.projectors.saved import project
+from embedcache.store.cache import Cache
 
 KS = (1, 5)
 _BLOCK = 4096
@@ -33,7 +35,7 @@ class Classified:
         seed: of the run.
         held: what was measured.
         items: the images that have a label.
-        num_unlabelled: the others.
+        num_unlabeled: the others.
         names: of the classes.
         num_prompts: (C,) of each class.
         labels: (I,) the true class of each image.
@@ -45,7 +47,7 @@ class Classified:
     seed: int
     held: Held
     items: Items
-    num_unlabelled: int
+    num_unlabeled: int
     names: list[str]
     num_prompts: Ints
     labels: Ints
@@ -63,7 +65,7 @@ class ZeroShotReport:
         names: of the classes.
         num_prompts: fewest and most of a class.
         num_images: with a label, a run.
-        num_unlabelled: images without one, left out.
+        num_unlabeled: images without one, left out.
         accuracies: `acc1`, `acc5` and `mean_per_class_recall` -> mean over runs and images, with a 95 % interval from
             resampling groups of near-duplicates.
         chance: alike, of drawing classes at random.
@@ -78,7 +80,7 @@ class ZeroShotReport:
     names: list[str]
     num_prompts: tuple[int, int]
     num_images: int
-    num_unlabelled: int
+    num_unlabeled: int
     accuracies: dict[str, Estimate]
     chance: dict[str, Estimate]
     by_class: Array
@@ -92,7 +94,7 @@ class ZeroShotReport:
         fewest, most = self.num_prompts
         prompts = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
         counts = f"{self.num_images:,} images, {len(self.names):,} classes of {prompts} prompts"
-        counts += f" ({self.num_unlabelled:,} without a label left out)" if self.num_unlabelled else ""
+        counts += f" ({self.num_unlabeled:,} without a label left out)" if self.num_unlabeled else ""
         seeds = seeds_line(self.seeds, self.by_seed, "top-1")
         said = f"{self.part}: {counts}; {seeds}; 95 % intervals over images, near-duplicates together"
         return "; ".join([said, *filter(None, [self.warning])])
@@ -155,7 +157,7 @@ def evaluate_zero_shot(
         names=first.names,
         num_prompts=(int(first.num_prompts.min()), int(first.num_prompts.max())),
         num_images=len(first.labels),
-        num_unlabelled=first.num_unlabelled,
+        num_unlabeled=first.num_unlabeled,
         accuracies=_accuracies(ranks, labels, groups),
         chance=_chances(num_classes, len(labels)),
         by_class=class_means(ranks == 1, labels, num_classes),
@@ -183,16 +185,16 @@ def classify(
     if not len(items.rows):
         raise DataError(f"{held.part} of {cache.path} has no image with {image.name}")
     has_one = has_label(cache, items.samples, column=label)
-    items, num_unlabelled = items.where(has_one), int((~has_one).sum())
+    items, num_unlabeled = items.where(has_one), int((~has_one).sum())
     if not len(items.rows):
-        raise DataError(f"none of {num_unlabelled:,} images of {held.part} has a label in column {label!r}")
+        raise DataError(f"none of {num_unlabeled:,} images of {held.part} has a label in column {label!r}")
     labels = read_labels(cache, items.samples, column=label, classes=prompts.names).numbers
     ranks, predicted = _rank(run, image, items.rows, labels, prompts)
     return Classified(
         seed=run.seed,
         held=held,
         items=items,
-        num_unlabelled=num_unlabelled,
+        num_unlabeled=num_unlabeled,
         names=prompts.names,
         num_prompts=prompts.counts,
         labels=labels,
@@ -239,3 +241,21 @@ def _accuracies(ranks: Ints, labels: Ints, groups: Ints) -> dict[str, Estimate]:
 def _chances(num_classes: int, num_images: int) -> dict[str, Estimate]:
     shares = {"acc1": 1 / num_classes, "acc5": min(1, 5 / num_classes), "mean_per_class_recall": 1 / num_classes}
     return {name: chance_estimate(share, num_images) for name, share in shares.items()}
+
+
+def read_prompts(cache: Cache, run: Run) -> Prompts:
+    """Find the prompts that a run can project.
+
+    Raises:
+        DataError: the cache is no prompt set, or a class has no prompt with the run's text feature.
+        FingerprintError: another text encoder made the cache's feature.
+        UnfinishedError: the feature has missing chunks.
+    """
+    cached.require_prompts(cache, run.config.text.spec)
+    return cached.read_prompts(cache, trained_side(cache, run.config, "text"))
+
+
+def class_vectors(prompts: Prompts, run: Run) -> Floats:
+    """Project the prompts and ensemble them as the field does: normalize, mean, normalize: (C, P) float32."""
+    projected_TP = project(run.pair.text, prompts.side.read(prompts.rows))
+    return mean_directions(projected_TP, prompts.classes, len(prompts.names))

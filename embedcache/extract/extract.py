@@ -1,4 +1,7 @@
-"""A source and some encoders in, a cache out."""
+"""A source and some encoders in, a cache out.
+
+What to extract, so that any process on any machine can take part; and what was done.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,23 +11,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from embedcache.artifact import run_record
-from embedcache.cache.cache import Cache
-from embedcache.cache.group import open_group
-from embedcache.cache.layout import info_path, read_info
-from embedcache.cache.spine import index
-from embedcache.disk import remove_partials
-from embedcache.encoders.graph import torch_device
+from embedcache.encoders.backends import torch_device
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import SettingError, SourceError
-from embedcache.extract.engines.open import ENGINES
+from embedcache.extract.engines import ENGINES
 from embedcache.extract.job import Done, Job
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.views import open_view
-from embedcache.paths import open_path
+from embedcache.files import open_path, remove_partials
 from embedcache.progress import Progress, Silent
-from embedcache.sources.contract import Source
-from embedcache.sources.imported import KIND
+from embedcache.provenance import run_record
+from embedcache.sources.base import IMPORTED, Source
+from embedcache.store.cache import Cache
+from embedcache.store.group import open_group
+from embedcache.store.indexing import index
+from embedcache.store.layout import info_path, read_info
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def _refuse_imported(cache_path: Path) -> None:
     """Refuse a cache of vectors that were imported: it numbers rows of those, and has nothing to encode."""
     if info_path(cache_path).is_file():
         source = read_info(cache_path).source
-        if source.get("type") == KIND:
+        if source.get("type") == IMPORTED:
             raise SettingError(
                 f"{cache_path} was imported from {source['path']}: it has vectors, and no images or texts to encode; "
                 "extract the images and captions themselves into a new folder"

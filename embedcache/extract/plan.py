@@ -11,18 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.encoders.contract import Modality
+from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
-from embedcache.extract.engines.local import all_devices
+from embedcache.extract.engines import all_devices
 from embedcache.extract.extract import open_job
-from embedcache.extract.load import load_image, load_texts
-from embedcache.extract.loop import Outputs, add_distinct, image_items
+from embedcache.extract.loop import Outputs, add_distinct, image_items, load_image, load_texts
+from embedcache.extract.outputs import Target
 from embedcache.extract.settings import ExtractSettings
-from embedcache.extract.target import Target
 from embedcache.extract.worker import Worker
-from embedcache.paths import is_remote
+from embedcache.files import is_remote
 from embedcache.progress import Progress, Silent
-from embedcache.sources.contract import Source
+from embedcache.sources.base import Source
 
 _PROBE_BATCHES = 4
 _COMMIT_BYTES = 24

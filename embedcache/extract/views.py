@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL.Image import Image, Transpose
 
-from embedcache.artifact import digest
-from embedcache.encoders.contract import Modality
+from embedcache.encoders.base import Modality
 from embedcache.errors import SettingError
+from embedcache.provenance import digest
 from embedcache.registry import Registry
 
 VIEWS = Registry(

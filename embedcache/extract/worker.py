@@ -1,24 +1,27 @@
-"""A process's share of an extraction: its open encoders, and the chunks it works on."""
+"""A process's share of an extraction: its open encoders, and the chunks it works on.
+
+Who has the cores when: models on the CPU, or the threads that decode.
+
+Which chunks this process works on: none that another works on at the same time.
+"""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from embedcache.cache.cache import Cache
-from embedcache.cores import num_cores
-from embedcache.encoders.contract import Encoder, Modality
+from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.errors import SourceError
-from embedcache.extract.claim import Work, claim_free, claim_one
 from embedcache.extract.job import Done, Job, merge_done
 from embedcache.extract.loop import encode_images, encode_texts
+from embedcache.extract.outputs import Target, Turns, Work, check_features, claim_free, claim_one, open_target
 from embedcache.extract.settings import ExtractSettings
-from embedcache.extract.target import Target, check_features, open_target
-from embedcache.extract.turns import Turns
 from embedcache.extract.views import open_view
+from embedcache.processes import num_cores
 from embedcache.progress import Progress, Silent
 from embedcache.sources import Source, reopen_source
+from embedcache.store.cache import Cache
 
 
 class Worker:

@@ -19,9 +19,9 @@ _ROUNDING = 1e-24  # of float64, squared
 
 
 def linear_cka(x_ND: Array, y_NE: Array) -> float:
-    """Linear centred kernel alignment, from 0 to 1.
+    """Linear centered kernel alignment, from 0 to 1.
 
-    ‖X'Y‖² / (‖X'X‖ ‖Y'Y‖) of centred columns, Frobenius norms: "Similarity of Neural Network Representations
+    ‖X'Y‖² / (‖X'X‖ ‖Y'Y‖) of centered columns, Frobenius norms: "Similarity of Neural Network Representations
     Revisited" (ICML 2019). It grows with D / N even where the sides have nothing in common: `shuffled_cka`
     says how far. Memory: both in float64, and three D × D matrices.
 
@@ -43,7 +43,7 @@ def debiased_cka(x_ND: Array, y_NE: Array) -> float:
 def shuffled_cka(x_ND: Array, y_NE: Array) -> float:
     """Linear CKA that is to be expected once the rows of one side are shuffled.
 
-    With centred Gram matrices K and L, the mean of tr(K P L P') over all permutations P is tr K tr L / (N - 1), so
+    With centered Gram matrices K and L, the mean of tr(K P L P') over all permutations P is tr K tr L / (N - 1), so
     this is exact. Errors: those of `linear_cka`.
     """
     (x, y), (_, _), (_, _) = _sides(x_ND, y_NE)
@@ -51,7 +51,7 @@ def shuffled_cka(x_ND: Array, y_NE: Array) -> float:
 
 
 def mutual_knn(x_ND: Array, y_NE: Array, k: int) -> float:
-    """Share of each row's k nearest neighbours that both sides agree on, averaged over rows; chance is k / (N - 1).
+    """Share of each row's k nearest neighbors that both sides agree on, averaged over rows; chance is k / (N - 1).
 
     Cosine, the row itself left out: "The Platonic Representation Hypothesis" (ICML 2024).
 
@@ -59,7 +59,7 @@ def mutual_knn(x_ND: Array, y_NE: Array, k: int) -> float:
         DataError: k is not below the number of rows, unequal numbers of rows, or a row that is no number.
     """
     _check_paired(x_ND, y_NE)
-    return float(neighbour_overlap(nearest(x_ND, k), nearest(y_NE, k)).mean())
+    return float(neighbor_overlap(nearest(x_ND, k), nearest(y_NE, k)).mean())
 
 
 def nearest(rows_ND: Array, k: int) -> Ints:
@@ -83,11 +83,11 @@ def nearest(rows_ND: Array, k: int) -> Ints:
     return np.sort(found_NK, axis=1)
 
 
-def neighbour_overlap(one_NK: Ints, other_NK: Ints) -> Doubles:
-    """Share of neighbours in common, row by row: two (N, K) of row numbers -> (N,) float64."""
+def neighbor_overlap(one_NK: Ints, other_NK: Ints) -> Doubles:
+    """Share of neighbors in common, row by row: two (N, K) of row numbers -> (N,) float64."""
     num_rows, k = one_NK.shape
     ids = np.concatenate([one_NK, other_NK], axis=1)
-    ids.sort(axis=1)  # no side holds a number twice, so equal neighbours are one of each side
+    ids.sort(axis=1)  # no side holds a number twice, so equal neighbors are one of each side
     overlap_N: Doubles = (ids[:, 1:] == ids[:, :-1]).sum(axis=1).reshape(num_rows) / k
     return overlap_N
 
@@ -96,7 +96,7 @@ class Blocked:
     """Rows made ready to be compared with others, whole and without each of some blocks.
 
     Args:
-        rows: (N, D) any float; kept as float64, centred.
+        rows: (N, D) any float; kept as float64, centered.
         block_N: (N,) int64, the block of each row, from 0; None: there are no blocks.
 
     Raises:
@@ -125,7 +125,7 @@ class Blocked:
 
 @dataclass(frozen=True)
 class Products:
-    """Inner products of two centred kernels, HSIC up to one factor: of all rows first, then without each block.
+    """Inner products of two centered kernels, HSIC up to one factor: of all rows first, then without each block.
 
     Args:
         biased: (1 + G,) float64.

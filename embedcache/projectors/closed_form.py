@@ -74,7 +74,7 @@ class Moments:
 
 
 def cca(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Canonical correlation analysis, regularised, each direction weighted by its correlation.
+    """Canonical correlation analysis, regularized, each direction weighted by its correlation.
 
     With whiteners Wx = (Sxx + s·mean(eig Sxx)·I)^-1/2 and Wy alike, and U diag(r) V' the singular value
     decomposition of Wx Sxy Wy, the projectors are Wx U diag(r) and Wy V diag(r). Hotelling, "Relations between two
@@ -131,7 +131,7 @@ def ridge(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Ma
 
 
 def procrustes(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Orthogonal Procrustes: the rotation that brings the images nearest to their texts, rows centred.
+    """Orthogonal Procrustes: the rotation that brings the images nearest to their texts, rows centered.
 
     With U diag(s) V' the singular value decomposition of Sxy, images are turned by U and texts by V: the rotation U V'
     seen from both sides, so that the strongest directions come first. Schönemann, "A generalized solution of the

@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from embedcache.projectors.contract import PROJECTORS, split_names
+from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.towers import BareTower, TokenTower, Tower
 
 AnyTower: TypeAlias = Tower | BareTower | TokenTower
@@ -21,7 +21,7 @@ def takes_tokens(projector: str) -> bool:
 
 
 def takes_vectors_as_they_are(projector: str) -> bool:
-    """Say whether a projector of that name takes vectors that are neither scaled to length 1 nor centred."""
+    """Say whether a projector of that name takes vectors that are neither scaled to length 1 nor centered."""
     return bool(getattr(PROJECTORS.load(projector), "takes_vectors_as_they_are", False))
 
 

@@ -1,4 +1,7 @@
-"""A trained pair on disk: `model.safetensors`, and `config.json` written after it."""
+"""A trained pair on disk: `model.safetensors`, and `config.json` written after it.
+
+What a pair of projectors costs.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -8,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
-from embedcache.artifact import check_same, digest_file, fields_of, read_manifest, write_json
-from embedcache.disk import replacing
 from embedcache.errors import CorruptError
+from embedcache.files import replacing
 from embedcache.projectors.pair import AlignedPair, AnyTower
+from embedcache.provenance import check_same, digest_file, fields_of, read_manifest, write_json
 
 FORMAT_VERSION = 1
 _BLOCK = 8192
@@ -175,3 +179,32 @@ def check_feature(config: PairConfig, modality: str, name: str, fingerprint: Map
         fingerprint,
         next_step=f"the cache's {name} comes from another encoder: give the cache that the run was trained on",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of both towers.
+
+    Args:
+        parameters: trained, the temperature included.
+        flops_a_pair: of matrix products, forward, for one image and one text; a multiply-add is two.
+    """
+
+    parameters: int
+    flops_a_pair: int
+
+
+def cost(config: PairConfig, image_shape: tuple[int, ...], text_shape: tuple[int, ...]) -> Cost:
+    """Count without memory for the weights.
+
+    Args:
+        config: of the pair.
+        image_shape: of one item: (D,) or (T, D).
+        text_shape: alike.
+    """
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        pair = build(config).eval()
+        pair.image(torch.zeros(1, *image_shape))
+        pair.text(torch.zeros(1, *text_shape))
+    parameters = sum(parameter.numel() for parameter in pair.parameters() if parameter.requires_grad)
+    return Cost(parameters=parameters, flops_a_pair=counter.get_total_flops())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from embedcache.projectors.dropout import Dropout
+from embedcache.projectors.heads import Dropout
 
 
 class Tower(nn.Module):
@@ -16,7 +16,7 @@ class Tower(nn.Module):
         projector: maps (B, D) to (B, P).
         input_width: D of the feature.
         output_width: P of the shared space.
-        dropout: share of the centred input set to zero in training.
+        dropout: share of the centered input set to zero in training.
     """
 
     mean: Tensor
@@ -29,10 +29,10 @@ class Tower(nn.Module):
         self.projector: Any = projector
 
     def forward(self, vectors_BD: Tensor, lengths_B: None = None) -> Tensor:
-        """Project a batch: (B, D) any float -> (B, P) float32, not normalised."""
+        """Project a batch: (B, D) any float -> (B, P) float32, not normalized."""
         del lengths_B
-        centred = normalize(vectors_BD.float(), dim=-1) - self.mean
-        projected: Tensor = self.projector(self.dropout(centred))
+        centered = normalize(vectors_BD.float(), dim=-1) - self.mean
+        projected: Tensor = self.projector(self.dropout(centered))
         return projected
 
 
@@ -57,7 +57,7 @@ class BareTower(nn.Module):
         self.projector: Any = projector
 
     def forward(self, vectors_BD: Tensor, lengths_B: None = None) -> Tensor:
-        """Project a batch: (B, D) any float -> (B, P) float32, not normalised."""
+        """Project a batch: (B, D) any float -> (B, P) float32, not normalized."""
         del lengths_B
         projected: Tensor = self.projector(self.dropout(vectors_BD.float() / self.length))
         return projected
@@ -78,7 +78,7 @@ class TokenTower(nn.Module):
         self.projector: Any = projector
 
     def forward(self, values: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        """Project a batch: (B, T, D), or (B, D) as one token each -> (B, P) float32, not normalised."""
+        """Project a batch: (B, T, D), or (B, D) as one token each -> (B, P) float32, not normalized."""
         tokens_BTD = values.float() if values.ndim == 3 else values.float()[:, None]
         projected: Tensor = self.projector(tokens_BTD, lengths_B)
         return projected

@@ -8,19 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from embedcache.artifact import peak_memory_bytes, write_json
-from embedcache.cache.cache import Cache
-from embedcache.cache.split_settings import SplitSettings
-from embedcache.curate.indexes.hits import Hit
-from embedcache.curate.indexes.index import build_index
-from embedcache.curate.indexes.search import search
-from embedcache.evaluate.report import retrieval_json
+from embedcache.dataset.settings import SplitSettings
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.progress import Progress, Silent
-from embedcache.quickstart.page import PageContent, Stage, write_report
+from embedcache.provenance import peak_memory_bytes, write_json
+from embedcache.quickstart.openmoji import CREDIT
+from embedcache.reports.quickstart import PageContent, Stage, write_report
+from embedcache.reports.retrieval import retrieval_json
+from embedcache.search.filters import Hit
+from embedcache.search.index import build_index
+from embedcache.search.search import search
 from embedcache.sources.open import open_source
-from embedcache.sources.openmoji import CREDIT
+from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import TrainReport, train
 
@@ -143,7 +143,7 @@ class _Recipe:
     def settings(self, seed: int) -> TrainSettings:
         return TrainSettings(
             model=ModelSettings(projector=self.projector, dropout=DROPOUT),
-            optimizer=OptimizerSettings(epochs=self.epochs, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE),
+            optimizer=OptimizerSettings(epochs=self.epochs, batch_size=BATCH_SIZE, lr=LEARNING_RATE),
             split=SplitSettings(seed=seed),
             language="en",
             shuffle_pairs=self.shuffle_pairs,
@@ -153,7 +153,7 @@ class _Recipe:
     def options(self, seed: int) -> list[str]:
         text = (
             f"--language en --projector {self.projector} --epochs {self.epochs} --dropout {DROPOUT} "
-            f"--batch-size {BATCH_SIZE} --learning-rate {LEARNING_RATE} --seed {seed}"
+            f"--batch-size {BATCH_SIZE} --lr {LEARNING_RATE} --seed {seed}"
         )
         return [*text.split(), *(["--shuffle-pairs"] if self.shuffle_pairs else [])]
 

@@ -1,4 +1,7 @@
-"""The app: one page, and the API behind it."""
+"""The app: one page, and the API behind it.
+
+The files of the pages, as they lie in the package: nothing else can be asked for.
+"""
 
 import asyncio
 import logging
@@ -7,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.metadata import version
+from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Path, Query, Request, Response
@@ -16,11 +20,8 @@ from PIL.Image import Image
 from starlette.exceptions import HTTPException
 
 from embedcache.errors import EmbedcacheError, ItemError, UnknownNameError
-from embedcache.serve.batcher import Batcher, BusyError
-from embedcache.serve.cards import Card, cards
+from embedcache.serve.batching import Answer, Batcher, BusyError, Question, answer_all
 from embedcache.serve.guard import BUG, PICTURE_PATH
-from embedcache.serve.pages import add_pages
-from embedcache.serve.questions import Answer, Question, answer_all
 from embedcache.serve.schema import (
     MOST_HITS,
     CardOut,
@@ -33,8 +34,8 @@ from embedcache.serve.schema import (
     SearchResponse,
     Wishes,
 )
-from embedcache.serve.served import Served
-from embedcache.sources.media import decode_image
+from embedcache.serve.served import Card, Served, cards
+from embedcache.sources.images import decode_image
 
 T = TypeVar("T")
 Row = Annotated[int, Path(ge=0, le=10**12)]
@@ -224,3 +225,21 @@ _PICTURE_BODY = {
         "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+
+_PAGES = {"/": "index.html", "/api": "api.html"}
+_FILES = ("page.css", "page.js", "search.js", "grid.js", "coverage.js", "cards.js", "dom.js", "api.js", "icon.svg")
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+
+
+def add_pages(app: FastAPI) -> None:
+    """Serve the pages and what they load."""
+    folder = files("embedcache.serve") / "page"
+    for url, name in {**_PAGES, **{f"/{name}": name for name in _FILES}}.items():
+        _add_file(app, url, (folder / name).read_bytes(), _TYPES[name.rpartition(".")[2]])
+
+
+def _add_file(app: FastAPI, url: str, content: bytes, media_type: str) -> None:
+    async def give() -> Response:
+        return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+    app.add_api_route(url, give, methods=["GET", "HEAD"], include_in_schema=False)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.artifact import fields_of, read_json
-from embedcache.curate.coverage.coverage import CoverageSettings, measure_coverage
-from embedcache.curate.coverage.report import coverage_json
-from embedcache.curate.indexes.search import OpenIndex
+from embedcache.curate.coverage import CoverageSettings, measure_coverage
 from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.progress import Progress
+from embedcache.provenance import fields_of, read_json
+from embedcache.reports.coverage import coverage_json
+from embedcache.search.search import OpenIndex
 
 _NUM_BEST = 24
 

@@ -5,12 +5,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from embedcache.cache.cache import Cache
 from embedcache.errors import PathError
-from embedcache.pages.pictures import Pictures
+from embedcache.reports.thumbnails import Pictures
+from embedcache.sources.files import reading_within
 from embedcache.sources.open import SOURCES
-from embedcache.sources.reading import reading_within
-from embedcache.sources.shards import BETWEEN, root_of
+from embedcache.sources.webdataset import BETWEEN, root_of
+from embedcache.store.cache import Cache
 
 THUMBNAIL_PX = 224
 PICTURE_PX = 1280

@@ -1,6 +1,6 @@
 """Raw samples in: where they come from, in which order, and the bytes of each image."""
 
-from embedcache.sources.contract import ImageItem, Sample, Source, TextItem
+from embedcache.sources.base import ImageItem, Sample, Source, TextItem
 from embedcache.sources.open import SOURCES, open_source, reopen_source
 from embedcache.sources.settings import SourceSettings
 

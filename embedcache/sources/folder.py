@@ -7,20 +7,22 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from embedcache.errors import ItemError, PathError
-from embedcache.paths import is_remote, open_path
-from embedcache.sources.contract import ImageItem, Sample
+from embedcache.files import is_remote, open_path
+from embedcache.sources.base import ImageItem, Sample
+from embedcache.sources.captions import SIDECAR_SUFFIXES, read_sidecar
 from embedcache.sources.files import (
     IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
     has_suffix,
+    is_folder,
+    read_bytes,
     read_file,
+    reading,
     split_of,
     walk_files,
 )
-from embedcache.sources.reading import is_folder, read_bytes, reading
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.sidecar import SIDECAR_SUFFIXES, read_sidecar
 
 _AT_ONCE = 32  # captions asked of a server at the same time: each takes tens of milliseconds
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.registry import require
-from embedcache.sources.contract import ImageItem, Sample
+from embedcache.sources.base import ImageItem, Sample
+from embedcache.sources.captions import scalar_columns
 from embedcache.sources.files import read_file
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.sidecar import scalar_columns
-from embedcache.sources.table_columns import IMAGE_NAMES, TableColumns, find_columns, row_key, row_texts
+from embedcache.sources.table import IMAGE_NAMES, TableColumns, find_columns, row_key, row_texts
 from embedcache.sources.table_files import BATCH_ROWS, Row, TableFile, arrow_table
 
 _MEMORY = "memory:"

@@ -14,10 +14,9 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.paths import open_path
-from embedcache.sources.contract import ImageItem, Sample
-from embedcache.sources.files import IDX_IMAGES, walk_files
-from embedcache.sources.reading import file_size, is_folder, read_bytes, reading
+from embedcache.files import open_path
+from embedcache.sources.base import ImageItem, Sample
+from embedcache.sources.files import IDX_IMAGES, file_size, is_folder, read_bytes, reading, walk_files
 from embedcache.sources.settings import SourceSettings
 
 _ZIPPED = ".gz"
@@ -74,7 +73,7 @@ class IdxSource:
                 yield Sample(key=f"{name}/{row:0{width}}", images=(image,), columns={**columns, "label": label})
 
     def read(self, item: ImageItem) -> bytes:
-        """Get one picture: the bytes of a grey PNG, the same on every machine, as nothing in it is compressed."""
+        """Get one picture: the bytes of a gray PNG, the same on every machine, as nothing in it is compressed."""
         try:
             pictures_NHW = self._open(item.path)
         except (SourceError, PathError) as error:

@@ -5,21 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import PathError, SourceError
-from embedcache.paths import open_path
+from embedcache.files import open_path
 from embedcache.registry import Registry
-from embedcache.sources.contract import Source
+from embedcache.sources.base import Source
 from embedcache.sources.files import (
     IDX_IMAGES,
     IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
     TEXT_SUFFIXES,
+    file_size,
     has_suffix,
+    is_folder,
     walk_files,
 )
-from embedcache.sources.reading import file_size, is_folder
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.shards import is_pattern
+from embedcache.sources.webdataset import is_pattern
 
 SOURCES = Registry(
     "source",
@@ -27,9 +28,9 @@ SOURCES = Registry(
         "folder": "embedcache.sources.folder:FolderSource",
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
         "idx": "embedcache.sources.idx:IdxSource",
-        "imported": "embedcache.sources.imported:ImportedSource",
-        "openmoji": "embedcache.sources.openmoji:OpenmojiSource",
-        "pairs": "embedcache.sources.pairs:PairsSource",
+        "imported": "embedcache.interop.incoming:ImportedSource",
+        "openmoji": "embedcache.quickstart.openmoji:OpenmojiSource",
+        "pairs": "embedcache.sources.texts:PairsSource",
         "prompts": "embedcache.sources.prompts:PromptsSource",
         "table": "embedcache.sources.table:TableSource",
         "texts": "embedcache.sources.texts:TextsSource",

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.paths import open_path
+from embedcache.files import open_path
 from embedcache.registry import require, unknown_name
-from embedcache.sources.contract import ImageItem, Sample, TextItem
+from embedcache.sources.base import ImageItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
 
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"

@@ -7,11 +7,11 @@ from statistics import fmean
 
 from optuna.trial import FrozenTrial
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.split import read_split
-from embedcache.disk import Claims
+from embedcache.dataset.splits import read_split
 from embedcache.errors import SettingError
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
+from embedcache.files import Claims
+from embedcache.store.cache import Cache
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, Value
 from embedcache.sweep.study import best_path, split_path

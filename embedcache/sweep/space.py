@@ -7,17 +7,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
-from embedcache.encoders.graph import torch_device
+from embedcache.encoders.backends import torch_device
 from embedcache.errors import EmbedcacheError, PathError, SettingError
-from embedcache.projectors.contract import PROJECTORS, split_names
+from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.registry import unknown_name
-from embedcache.train.losses.contract import LOSSES
-from embedcache.train.options import option_names, option_types, settings_of
-from embedcache.train.settings import TrainSettings
+from embedcache.settings import flat_settings
+from embedcache.train.losses import LOSSES
+from embedcache.train.settings import TrainSettings, train_settings
 
 Number: TypeAlias = int | float
 Value: TypeAlias = str | int | float | bool
 
+_TYPES = {item.name: item.type for item in flat_settings(TrainSettings)}
 _EXAMPLE = "learning_rate = {low = 1e-4, high = 1e-2, log = true}, or projector = ['linear', 'mlp']"
 _COMPARED_BY = (
     "split",
@@ -40,7 +41,7 @@ class Range:
         low: the lowest.
         high: the highest.
         log: drawn evenly by their logarithm.
-        step: between neighbours; None: 1 of whole numbers, else none.
+        step: between neighbors; None: 1 of whole numbers, else none.
     """
 
     low: Number
@@ -92,7 +93,7 @@ class Space:
         Raises:
             SettingError: they contradict each other.
         """
-        return settings_of({**self.fixed, **params})
+        return train_settings({**self.fixed, **params})
 
     def most_epochs(self) -> int:
         """Get the most epochs that a trial can have."""
@@ -120,8 +121,8 @@ def read_space(path: Path) -> Space:
     tables = _read_tables(path)
     fixed, given = tables.get("fixed", {}), tables.get("space", {})
     for name in {**fixed, **given}:
-        if name not in option_names():
-            raise unknown_name("training setting", name, option_names(), hint=f"named in {path}")
+        if name not in _TYPES:
+            raise unknown_name("training setting", name, _TYPES, hint=f"named in {path}")
     for name in given:
         _check_place(path, name, fixed)
     ranges = {name: _over(path, name, value) for name, value in given.items()}
@@ -195,7 +196,7 @@ def _ends(over: Range) -> tuple[Number, Number]:
 
 
 def _check_value(path: Path, space: Space, name: str, value: Any) -> None:
-    hint = option_types()[name]
+    hint = _TYPES[name]
     if not _is_of(hint, value):
         raise SettingError(f"{path}: {name} is {value!r}; it must be {_allowed(hint)}")
     try:

@@ -7,10 +7,9 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
-from embedcache.artifact import check_same, claim_folder, fields_of, read_manifest, write_json
-from embedcache.cache.split import write_split
-from embedcache.cache.splitting import make_split
-from embedcache.disk import LOCK, locked
+from embedcache.dataset.splits import make_split, write_split
+from embedcache.files import LOCK, locked
+from embedcache.provenance import check_same, claim_folder, fields_of, read_manifest, write_json
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space
 from embedcache.train.data import TrainData

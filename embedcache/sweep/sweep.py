@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from embedcache.disk import disk_errors, locked
+from embedcache.files import disk_errors, locked
 from embedcache.progress import Progress, Silent
 from embedcache.registry import require
+from embedcache.reports.sweep import Findings, find, write_figures, write_report
 from embedcache.sweep.best import Best, measure_best
-from embedcache.sweep.page import write_report
-from embedcache.sweep.report import Findings, find, write_figures
-from embedcache.sweep.samplers import grid_points
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import open_study
-from embedcache.sweep.workers import Job, best_trials, run_workers, work
+from embedcache.sweep.trials import grid_points
+from embedcache.sweep.worker import Job, best_trials, run_workers, work
 from embedcache.train.data import Paths, TrainData, open_data
 
 _NEIGHBOURS_ON_DISK = 64
@@ -100,7 +99,7 @@ def sweep(
 
 
 def _with_blocks(space: Space, data: TrainData) -> Space:
-    """Fix which samples stay neighbours, by the size of the features alone.
+    """Fix which samples stay neighbors, by the size of the features alone.
 
     Else `train` would decide by whether they are mapped, and as workers map them, their number would change the result.
     """

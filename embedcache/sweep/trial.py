@@ -1,4 +1,4 @@
-"""One trial: a training run on data that is open already, told to the study epoch by epoch."""
+"""One trial of a study: a training run on open data, reported to the study epoch by epoch."""
 
 import time
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from embedcache.sweep.space import Space, Value
 from embedcache.sweep.study import split_path, trial_path
 from embedcache.sweep.trials import Outcome, Trials, remove_trial
 from embedcache.train.data import TrainData
-from embedcache.train.loop import OnEpoch
 from embedcache.train.settings import TrainSettings
 from embedcache.train.train import TrainReport, train_on
+from embedcache.train.trainer import OnEpoch
 
 
 def settings_in(path: Path, space: Space, params: Mapping[str, Value]) -> TrainSettings:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from embedcache.arrays import Ints, concatenated_ranges
-from embedcache.cache.pairs import Items, Pairs
+from embedcache.dataset.pairs import Items, Pairs
 
 _BUFFER_BLOCKS = 1024
 
@@ -42,7 +42,7 @@ class Batches:
         batch_size: samples in a batch; an epoch is cut into equal batches of at most this size, and at least two.
         seed: of order and drawing.
         captions: `draw` one a sample, or `all`.
-        block_rows: samples that stay neighbours: blocks of so many are shuffled, then all samples within 1,024 blocks.
+        block_rows: samples that stay neighbors: blocks of so many are shuffled, then all samples within 1,024 blocks.
         mixup: a of Beta(a, a), from which each batch's share is drawn; 0: no mixup.
     """
 
@@ -117,11 +117,11 @@ class _BySample:
 
 
 def shuffle_blocks(count: int, block_rows: int, rng: np.random.Generator) -> Ints:
-    """Put 0 … count - 1 in a new order in which those within 1,024 blocks of neighbours stay near each other.
+    """Put 0 … count - 1 in a new order in which those within 1,024 blocks of neighbors stay near each other.
 
     Args:
         count: how many numbers.
-        block_rows: neighbours in a block; 1 is an even shuffle of all.
+        block_rows: neighbors in a block; 1 is an even shuffle of all.
         rng: where the order comes from.
     """
     if block_rows == 1:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from embedcache.disk import replacing
 from embedcache.errors import CorruptError, FingerprintError
+from embedcache.files import replacing
 from embedcache.train.distributed import num_processes, of_all, process_number
 
 _NAMES = ("objective", "optimizer", "best", "step", "epoch", "pairs", "log_bytes", "generators")

@@ -10,12 +10,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Array, Inputs, Ints
-from embedcache.artifact import check_same
-from embedcache.cache.cache import Cache
-from embedcache.cache.pairs import Pairs, pair_items
-from embedcache.cache.side import Reader, SideFeature, open_side
+from embedcache.dataset.inputs import Reader, SideFeature, open_side
+from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.errors import DataError
 from embedcache.projectors.saved import Side
+from embedcache.provenance import check_same
+from embedcache.store.cache import Cache
 
 Paths: TypeAlias = Path | str | Sequence[Path | str]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from embedcache.arrays import Ints
-from embedcache.cache.side import Reader
+from embedcache.dataset.inputs import Reader
 from embedcache.train.batches import Batch, Batches
 from embedcache.train.distributed import own_share
-from embedcache.train.losses.contract import Related
+from embedcache.train.losses import Related
 
 _NUM_AHEAD = 2
 

@@ -1,4 +1,4 @@
-"""From a loaded batch to a loss: mixup, both towers, embeddings gathered over processes, the loss, its regulariser."""
+"""From a loaded batch to a loss: mixup, both towers, embeddings gathered over processes, the loss, its regularizer."""
 
 from dataclasses import replace
 
@@ -11,8 +11,7 @@ from embedcache.arrays import blocks
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train.distributed import gather_rows
 from embedcache.train.loader import LoadedBatch, LoadedSide
-from embedcache.train.losses.contract import LOSSES
-from embedcache.train.losses.structure import structure
+from embedcache.train.losses import LOSSES, structure
 from embedcache.train.settings import LossSettings
 
 PART_VECTORS = 32_768
@@ -83,7 +82,7 @@ class Objective(nn.Module):
 
 
 def _sees_whole_batch(tower: nn.Module) -> bool:
-    """Say whether a tower has batch normalisation, which parts of a batch would change."""
+    """Say whether a tower has batch normalization, which parts of a batch would change."""
     return any(isinstance(module, nn.BatchNorm1d) for module in tower.modules())
 
 

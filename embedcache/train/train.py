@@ -6,30 +6,28 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.artifact import check_same, claim_folder, digest_file, read_json, run_record, write_json
-from embedcache.cache.pairs import Pairs
-from embedcache.cache.selection import read_selection
-from embedcache.cache.split import PARTS, Split, read_split, write_split
-from embedcache.cache.splitting import make_split
-from embedcache.disk import Claims, disk_errors
-from embedcache.encoders.graph import torch_device
+from embedcache.dataset.pairs import Pairs
+from embedcache.dataset.selections import read_selection
+from embedcache.dataset.splits import PARTS, Split, make_split, read_split, write_split
+from embedcache.encoders.backends import torch_device
 from embedcache.errors import DataError, PathError, SettingError
+from embedcache.files import Claims, disk_errors
 from embedcache.progress import Progress, Silent
-from embedcache.projectors.contract import PROJECTORS, split_names
-from embedcache.projectors.cost import Cost, cost
+from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair, takes_tokens
-from embedcache.projectors.saved import PairConfig, build, config_path, read_config, save_pair, split_path
+from embedcache.projectors.saved import Cost, PairConfig, build, config_path, cost, read_config, save_pair, split_path
+from embedcache.provenance import check_same, claim_folder, digest_file, read_json, run_record, write_json
 from embedcache.train.batches import Batches
 from embedcache.train.checkpoint import checkpoint_path
 from embedcache.train.data import Paths, TrainData, open_data
 from embedcache.train.distributed import joined_processes, num_processes, on_first, process_number
+from embedcache.train.initialization import start
 from embedcache.train.loader import Loader
 from embedcache.train.log import require_tensorboard
-from embedcache.train.loop import OnEpoch, Outcome, fit, seeded
-from embedcache.train.losses.contract import LOSSES
-from embedcache.train.recalls import Validation
+from embedcache.train.losses import LOSSES
 from embedcache.train.settings import TrainSettings
-from embedcache.train.start import start
+from embedcache.train.trainer import OnEpoch, Outcome, fit, seeded
+from embedcache.train.validation import Validation
 
 _FILES = (
     ".claims",

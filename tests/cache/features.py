@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array
-from embedcache.cache.feature import Feature
-from embedcache.cache.group import add_feature, create_group
-from embedcache.cache.layout import CacheInfo, write_info
-from embedcache.cache.writing import commit_chunk, fit_item, write_feature_chunk
+from embedcache.store.feature import Feature
+from embedcache.store.group import add_feature, create_group
+from embedcache.store.layout import CacheInfo, write_info
+from embedcache.store.writer import commit_chunk, fit_item, write_feature_chunk
 
 FINGERPRINT = {"family": "test", "weights": "w"}
 

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Array
-from embedcache.cache.cache import Cache
-from embedcache.cache.group import add_feature, create_group
-from embedcache.cache.layout import read_info
-from embedcache.cache.spine import index
-from embedcache.cache.writing import commit_chunk
 from embedcache.errors import FingerprintError
 from embedcache.sources import ImageItem, Sample, TextItem
+from embedcache.store.cache import Cache
+from embedcache.store.group import add_feature, create_group
+from embedcache.store.indexing import index
+from embedcache.store.layout import read_info
+from embedcache.store.writer import commit_chunk
 from tests.cache.test_spine import Rows, rows
 
 CHUNK = 4

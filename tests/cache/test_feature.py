@@ -8,12 +8,12 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.cache import group as group_module
-from embedcache.cache.feature import Feature
-from embedcache.cache.group import add_feature, create_group
-from embedcache.cache.layout import write_info
-from embedcache.cache.writing import fit_item
 from embedcache.errors import CorruptError, DataError, FingerprintError, UnfinishedError
+from embedcache.store import group as group_module
+from embedcache.store.feature import Feature
+from embedcache.store.group import add_feature, create_group
+from embedcache.store.layout import write_info
+from embedcache.store.writer import fit_item
 from tests.cache.features import random_items, write_feature
 
 SHAPES = {"vector": (5,), "tokens": (3, 4), "ragged": (-1, 4)}

@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.labels import Labels, read_labels
+from embedcache.dataset.labels import Labels, read_labels
 from embedcache.errors import DataError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from tests.toy import TEXT
 
 PETS = ["cat", "dog", "cat", "newt", "dog"]

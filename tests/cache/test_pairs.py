@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.cache.pairs import Items, Pairs
+from embedcache.dataset.pairs import Items, Pairs
 
 
 @st.composite

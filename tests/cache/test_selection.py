@@ -5,9 +5,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.selection import Selection, read_selection, write_selection
+from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.errors import DataError
+from embedcache.store.cache import Cache
 
 
 def test_what_is_written_is_read(cache_path: Path, tmp_path: Path) -> None:

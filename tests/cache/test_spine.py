@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.spine import index
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, SourceError
 from embedcache.sources import ImageItem, Sample, TextItem
+from embedcache.store.cache import Cache
+from embedcache.store.indexing import index
 
 
 @dataclass

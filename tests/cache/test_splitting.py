@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import normalize
-from embedcache.cache.cache import Cache
-from embedcache.cache.split import PARTS, Split, read_split, spread_split, swap_parts, write_split
-from embedcache.cache.split_settings import SplitSettings
-from embedcache.cache.splitting import make_split
+from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.splits import PARTS, Split, make_split, read_split, spread_split, swap_parts, write_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from embedcache.train.data import open_data
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
@@ -59,7 +58,7 @@ def test_a_split_is_the_same_every_time_and_another_seed_is_another(cache_path: 
 
 
 def test_shares_are_kept_by_key(cache_path: Path) -> None:
-    split = split_of(cache_path, SplitSettings(kind="key", val_share=0.2, test_share=0.3))
+    split = split_of(cache_path, SplitSettings(kind="key", val_fraction=0.2, test_fraction=0.3))
     assert [split.parts.count(part) for part in PARTS] == [150, 60, 90]
 
 
@@ -72,7 +71,7 @@ def test_the_column_decides_and_validation_is_carved_from_train_alone(tmp_path: 
     cache = Cache(tmp_path / "c")
     asked = np.array(cache.samples["split"].to_pylist())
     for share in (0.1, 0.4):
-        settings = SplitSettings(kind="column", val_share=share)
+        settings = SplitSettings(kind="column", val_fraction=share)
         parts = np.array(split_of(tmp_path / "c", settings).parts)
         assert ((parts == "test") == (asked == "test")).all()
         assert ((parts == "") == (asked == "restval")).all()
@@ -85,7 +84,7 @@ def test_strict_joins_samples_through_any_of_their_captions(tmp_path: Path) -> N
     (folder / "00020.txt").write_text("the very same words\nsomething else again\n")
     (folder / "00007.txt").unlink()  # a sample without captions: rows and positions differ
     extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT])
-    split = split_of(tmp_path / "c", SplitSettings(image_cosine=0.9999, text_cosine=0.999, val_share=0.2))
+    split = split_of(tmp_path / "c", SplitSettings(image_cosine=0.9999, text_cosine=0.999, val_fraction=0.2))
     assert split.groups[3] == split.groups[20]
     assert split.parts[3] == split.parts[20]
     assert split.groups[7] == -1
@@ -124,9 +123,9 @@ def test_mistakes_are_named(cache_path: Path) -> None:
     with pytest.raises(SourceError, match="have no column 'split'; use --split strict or --split key"):
         split_of(cache_path, SplitSettings(kind="column"))
     with pytest.raises(SettingError, match="leave nothing for training"):
-        SplitSettings(val_share=0.5, test_share=0.5)
+        SplitSettings(val_fraction=0.5, test_fraction=0.5)
     with pytest.raises(SettingError, match="test_share is 0"):
-        SplitSettings(test_share=0)
+        SplitSettings(test_fraction=0)
 
 
 def test_samples_made_of_others_get_their_parts(tmp_path: Path) -> None:

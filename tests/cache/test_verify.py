@@ -5,11 +5,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.verify import verify
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
 from tests.toy import IMAGE, TEXT
 
 

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.arrays import Array
-from embedcache.cache.commit import NOT_YET
-from embedcache.cache.feature import Feature
-from embedcache.cache.group import EncoderGroup, add_feature, create_group
-from embedcache.cache.layout import CacheInfo, Earlier, write_info
-from embedcache.cache.writing import commit_chunk
 from embedcache.errors import CorruptError, FingerprintError
+from embedcache.store.commit import NOT_YET
+from embedcache.store.feature import Feature
+from embedcache.store.group import EncoderGroup, add_feature, create_group
+from embedcache.store.layout import CacheInfo, Earlier, write_info
+from embedcache.store.writer import commit_chunk
 from tests.cache.features import FINGERPRINT
 
 SHAPES = pytest.mark.parametrize("shape", [(3,), (2, 3), (-1, 3)])
@@ -113,7 +113,7 @@ def test_threads_and_processes_that_commit_to_one_chunk_lose_nothing(tmp_path: P
     for name in names:
         add_feature(group, name, (3,), "float16")
     code = (
-        "import sys; from pathlib import Path; from embedcache.cache.cache import Cache\n"
+        "import sys; from pathlib import Path; from embedcache.store.cache import Cache\n"
         "from tests.cache.test_writing import commit, item\n"
         "(group,) = Cache(Path(sys.argv[1])).encoders('image')\n"
         "for name in sys.argv[2:]:\n"

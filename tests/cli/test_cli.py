@@ -145,16 +145,16 @@ def test_duplicates_and_leaks_are_found_and_training_goes_without_them(folder: P
 
 def test_classes_are_told_apart_without_training_on_them(folder: Path) -> None:
     for name, seed in (("red", 1), ("blue", 2)):
-        write_pictures(folder / "labelled" / name, 10, seed=seed)
+        write_pictures(folder / "labeled" / name, 10, seed=seed)
     (folder / "classes.txt").write_text("blue\nred\n")
-    evaluate = ["evaluate", "zero-shot", "labelled-cache", "run", "--prompts"]
+    evaluate = ["evaluate", "zero-shot", "labeled-cache", "run", "--prompts"]
     for words in (
-        ["extract", "labelled", "labelled-cache", *TOY[:2]],
+        ["extract", "labeled", "labeled-cache", *TOY[:2]],
         ["extract", "prompts:classes.txt", "prompts", *TOY[2:]],
         [
             "evaluate",
             "zero-shot",
-            "labelled-cache",
+            "labeled-cache",
             "run",
             "--prompts",
             "prompts",

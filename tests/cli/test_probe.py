@@ -4,16 +4,16 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_cli import embedcache
-from tests.evaluate.test_probe import colour, make_cache
+from tests.evaluate.test_probe import color, make_cache
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a cache of labelled pictures."""
+    """A folder with a cache of labeled pictures."""
     folder = tmp_path_factory.mktemp("probe")
-    make_cache(folder, colour)
+    make_cache(folder, color)
     return folder
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.curate.indexes.index import build_index
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.search.index import build_index
 from embedcache.sources import open_source
 from tests.evaluate.test_retrieval import train_run
 from tests.pictures import write_pictures
@@ -25,9 +25,9 @@ def index_path(cache_path: Path, run_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty pictures in two splits and two classes, in chunks of 16. Not to be changed."""
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labeled")
     for number, name in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
         write_pictures(folder / "s" / name, 15, seed=number)
     settings = ExtractSettings(chunk_size=16)
@@ -36,6 +36,6 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def labelled_index(labelled: Path) -> Path:
-    build_index(labelled, labelled.parent / "index", feature="open_toy/cls")
-    return labelled.parent / "index"
+def labeled_index(labeled: Path) -> Path:
+    build_index(labeled, labeled.parent / "index", feature="open_toy/cls")
+    return labeled.parent / "index"

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs, normalize
-from embedcache.cache.cache import Cache
-from embedcache.curate.concepts import open_concepts
-from embedcache.curate.vectors import Vectors
 from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import load_pair, project
+from embedcache.search.concepts import open_concepts
+from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from tests.exchange.runs import SIDES, train_run
 from tests.pictures import COLOURS, write_pictures
 from tests.toy import IMAGE, TEXT
@@ -32,10 +32,10 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty pictures in a folder for each background, one of them broken."""
-    folder = tmp_path_factory.mktemp("labelled")
-    return labelled_cache(folder, 60, broken=["00007"])
+    folder = tmp_path_factory.mktemp("labeled")
+    return labeled_cache(folder, 60, broken=["00007"])
 
 
 def prompt_cache(folder: Path, names: Sequence[str], text: str = TEXT) -> Path:
@@ -46,7 +46,7 @@ def prompt_cache(folder: Path, names: Sequence[str], text: str = TEXT) -> Path:
     return folder / "prompts"
 
 
-def labelled_cache(folder: Path, count: int, *, broken: Sequence[str] = (), image: str = IMAGE) -> Path:
+def labeled_cache(folder: Path, count: int, *, broken: Sequence[str] = (), image: str = IMAGE) -> Path:
     pictures = write_pictures(folder / "all", count, seed=5)
     for picture in sorted(pictures.glob("*.png")):
         back = picture.with_suffix(".txt").read_text().split()[-1]
@@ -82,10 +82,10 @@ def test_a_run_projects_prompts_by_its_text_tower(
     assert concepts.about["run_weights"] == config.weights
 
 
-def test_prototypes_are_means_of_the_examples_of_a_label(cache_path: Path, labelled: Path) -> None:
-    concepts = open_concepts(Cache(labelled), Vectors(cache_path, "image", "open_toy/cls"))
-    feature = Cache(labelled).feature("image", "open_toy/cls")
-    labels = np.array(Cache(labelled).samples["label"].to_pylist())
+def test_prototypes_are_means_of_the_examples_of_a_label(cache_path: Path, labeled: Path) -> None:
+    concepts = open_concepts(Cache(labeled), Vectors(cache_path, "image", "open_toy/cls"))
+    feature = Cache(labeled).feature("image", "open_toy/cls")
+    labels = np.array(Cache(labeled).samples["label"].to_pylist())
     images = normalize(np.nan_to_num(feature.load()))
     assert concepts.names == NAMES
     for number, name in enumerate(NAMES):
@@ -96,36 +96,36 @@ def test_prototypes_are_means_of_the_examples_of_a_label(cache_path: Path, label
     assert concepts.about["of"] == "examples"
 
 
-def test_of_many_examples_some_are_drawn(cache_path: Path, labelled: Path) -> None:
+def test_of_many_examples_some_are_drawn(cache_path: Path, labeled: Path) -> None:
     pool = Vectors(cache_path, "image", "open_toy/cls")
-    one, again, other = (open_concepts(Cache(labelled), pool, most_examples=3, seed=seed) for seed in (0, 0, 1))
+    one, again, other = (open_concepts(Cache(labeled), pool, most_examples=3, seed=seed) for seed in (0, 0, 1))
     assert one.counts.tolist() == [3] * len(NAMES)
     assert np.array_equal(one.vectors, again.vectors)
     assert not np.array_equal(one.vectors, other.vectors)
     with pytest.raises(SettingError, match="most_examples is 0"):
-        open_concepts(Cache(labelled), pool, most_examples=0)
+        open_concepts(Cache(labeled), pool, most_examples=0)
 
 
-def test_a_run_projects_examples_by_its_image_tower(cache_path: Path, labelled: Path, run_path: Path) -> None:
-    concepts = open_concepts(Cache(labelled), Vectors(cache_path, "text", run_path=run_path))
-    feature = Cache(labelled).feature("image", "open_toy/cls")
-    labels = np.array(Cache(labelled).samples["label"].to_pylist())
+def test_a_run_projects_examples_by_its_image_tower(cache_path: Path, labeled: Path, run_path: Path) -> None:
+    concepts = open_concepts(Cache(labeled), Vectors(cache_path, "text", run_path=run_path))
+    feature = Cache(labeled).feature("image", "open_toy/cls")
+    labels = np.array(Cache(labeled).samples["label"].to_pylist())
     rows = np.flatnonzero((labels == NAMES[0]) & feature.valid)
     images = project(load_pair(run_path)[0].image, Inputs(feature.gather(rows)))
     np.testing.assert_allclose(concepts.vectors[0], normalize(images.mean(axis=0)), atol=1e-5)
 
 
 def test_what_cannot_be_compared_is_refused(
-    cache_path: Path, prompts: Path, labelled: Path, run_path: Path, tmp_path: Path
+    cache_path: Path, prompts: Path, labeled: Path, run_path: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
         DataError, match="plain image feature open_toy/cls cannot be compared with prompts.*--projected"
     ):
         open_concepts(Cache(prompts), Vectors(cache_path, "image", "open_toy/cls"))
     with pytest.raises(UnknownNameError, match="no text features"):
-        open_concepts(Cache(labelled), Vectors(cache_path, "text", "open_toy/mean"))
+        open_concepts(Cache(labeled), Vectors(cache_path, "text", "open_toy/mean"))
     with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
-        open_concepts(Cache(labelled), Vectors(cache_path, "image", "open_toy/cls"), label="labl")
+        open_concepts(Cache(labeled), Vectors(cache_path, "image", "open_toy/cls"), label="labl")
     other = Cache(prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2"))
     message = r"open_toy/mean.* made with other settings: weights: '.*' there, '.*' asked; extract the concepts with"
     with pytest.raises(FingerprintError, match=message):
@@ -146,6 +146,6 @@ def test_a_concept_without_a_prompt_or_example_is_refused(cache_path: Path, tmp_
     with pytest.raises(DataError, match="1 of 2 classes .* have no prompt that was encoded, first 'blue'"):
         open_concepts(Cache(tmp_path / "prompts"), Vectors(cache_path, "text", "open_toy/mean"))
     reds = [f"{number:05d}" for number in range(60)]
-    broken = Cache(labelled_cache(tmp_path, 2, broken=reds[1:]))
+    broken = Cache(labeled_cache(tmp_path, 2, broken=reds[1:]))
     with pytest.raises(DataError, match="1 of 2 labels in column 'label' .* have no example that was encoded"):
         open_concepts(broken, Vectors(cache_path, "image", "open_toy/cls"))

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Floats, Ints
-from embedcache.curate.passes import run_pass
-from embedcache.curate.vectors import Vectors
 from embedcache.errors import DataError, MissingExtraError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.search.vectors import Vectors, run_pass
 from embedcache.sources import open_source
 from tests.pictures import write_pictures
 from tests.toy import IMAGE

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from embedcache.artifact import canonical_json
-from embedcache.encoders.contract import Encoder, EncoderSettings, Modality
+from embedcache.encoders.base import Encoder, EncoderSettings, Modality
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.errors import SettingError, UnknownNameError
+from embedcache.provenance import canonical_json
 
 TOLERANCE = 2e-5
 """float32 sums in another order, on values of about 1."""

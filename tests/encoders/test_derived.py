@@ -10,9 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.encoders.contract import EncoderSettings, Modality
-from embedcache.encoders.derived import FeatureName, GridPool, KMeansPool, asked_layers, own_features, patch_grid
+from embedcache.encoders.base import EncoderSettings, Modality
 from embedcache.encoders.image import ImageModel
+from embedcache.encoders.image_features import (
+    FeatureName,
+    GridPool,
+    KMeansPool,
+    asked_layers,
+    own_features,
+    patch_grid,
+)
 from embedcache.encoders.open import open_encoder
 from tests.encoders.checkpoints import save_dinov2, save_sentence_transformer, save_timm
 from tests.encoders.contract import TEXTS, pictures
@@ -145,7 +152,7 @@ def test_more_clusters_than_patches_are_left_out() -> None:
 
 
 class _EightPx(torch.nn.Module):
-    """The mean colour of each 8 × 8 pixels."""
+    """The mean color of each 8 × 8 pixels."""
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"patches": torch.nn.functional.avg_pool2d(images, 8).flatten(2).transpose(1, 2)}
@@ -267,7 +274,7 @@ def test_blocks_of_a_text_model(family: str, backend: Any, bert: Path, tmp_path:
 def test_the_last_block_of_a_text_model_is_before_its_final_norm(tmp_path: Path) -> None:
     from transformers import T5Config, T5EncoderModel
 
-    from embedcache.encoders.hidden_states import hidden_states, hidden_states_option, untie
+    from embedcache.encoders.image_features import hidden_states, hidden_states_option, untie
 
     torch.manual_seed(0)
     config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)

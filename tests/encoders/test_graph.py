@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.encoders.contract import EncoderSettings
-from embedcache.encoders.graph import TorchGraph
+from embedcache.encoders.backends import TorchGraph
+from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import SettingError
 from tests.encoders.contract import TEXTS

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from embedcache.encoders.contract import EncoderSettings
-from embedcache.encoders.lite_crop import crop
+from embedcache.encoders.base import EncoderSettings
+from embedcache.encoders.image_features import crop
 from embedcache.encoders.open import open_encoder
 from tests.encoders.contract import ImageEncoderContract
 

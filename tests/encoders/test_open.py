@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.encoders.contract import EncoderSettings, Modality
+from embedcache.encoders.base import EncoderSettings, Modality
 from embedcache.encoders.open import ENCODERS, EncoderSpec, open_encoder
 from embedcache.encoders.weights import hash_weights
 from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, PathError, SettingError, UnknownNameError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from embedcache.encoders.pixels import Scale, cut_at_pixels
+from embedcache.encoders.image import Scale, cut_at_pixels
 from tests.encoders.contract import pictures
 
 ATOL = 1e-6
@@ -71,7 +71,7 @@ def test_a_processor_that_does_more_than_scaling_stays_float32(tmp_path: Path) -
 
     from embedcache.encoders.transformers import pixel_transform
 
-    # EfficientNet's processor normalises twice.
+    # EfficientNet's processor normalizes twice.
     made = transformers.EfficientNetImageProcessor(size={"height": 32, "width": 32})
     made.save_pretrained(tmp_path)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import normalize
-from embedcache.encoders.contract import EncoderSettings
+from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import PathError, SettingError
 from tests.encoders.checkpoints import save_sentence_transformer

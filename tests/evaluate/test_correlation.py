@@ -1,9 +1,9 @@
 from pathlib import Path
 
-from embedcache.evaluate.correlation import Outcomes, correlation_rows, write_correlations
-from embedcache.evaluate.pairs_report import METRICS, PairFigures, PairsReport
+from embedcache.evaluate.encoder_pairs import METRICS, PairFigures, PairsReport
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.metrics.intervals import Estimate
+from pipelines.correlation import Outcomes, correlation_rows, write_correlations
 
 NAMES = [(f"a/{image}", f"b/{text}") for image in "xyz" for text in "uv"]
 

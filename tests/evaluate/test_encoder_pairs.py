@@ -7,27 +7,26 @@ import pytest
 from typer.testing import CliRunner
 
 from embedcache.arrays import Array, Ints, normalize
-from embedcache.cache.cache import Cache
-from embedcache.cache.split import read_split
-from embedcache.cache.split_settings import SplitSettings
 from embedcache.cli.main import app
+from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
-from embedcache.evaluate.drawn import _blocks
-from embedcache.evaluate.encoder_pairs import evaluate_pairs
-from embedcache.evaluate.pairs_page import write_pairs
-from embedcache.evaluate.pairs_report import METRICS, PairFigures, PairsReport, pairs_json, pairs_rows
+from embedcache.evaluate.encoder_pairs import METRICS, PairFigures, PairsReport, evaluate_pairs
+from embedcache.evaluate.pair_samples import _blocks
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.alignment import debiased_cka, linear_cka, mutual_knn, shuffled_cka
 from embedcache.projectors.saved import split_path
+from embedcache.reports.encoder_pairs import pairs_json, pairs_rows, write_pairs
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 
-SPLIT = SplitSettings(val_share=0.25, image_cosine=0.995, text_cosine=0.95)
+SPLIT = SplitSettings(val_fraction=0.25, image_cosine=0.995, text_cosine=0.95)
 IMAGES, TEXTS = ["open_toy/cls", "open_toy/patches"], ["open_toy/mean", "open_toy/tokens"]
 OTHER = "tests.toy:open_other"
 
@@ -53,7 +52,9 @@ def report(cache_path: Path) -> PairsReport:
 def trained_run(cache_path: Path, run_path: Path, split: SplitSettings) -> Path:
     """The closed form alone, as a run."""
     settings = TrainSettings(
-        model=ModelSettings(projector="linear", start="cca"), optimizer=OptimizerSettings(epochs=0), split=split
+        model=ModelSettings(projector="linear", initialization="cca"),
+        optimizer=OptimizerSettings(epochs=0),
+        split=split,
     )
     train(cache_path, run_path, image=IMAGES[0], text=TEXTS[0], settings=settings)
     return run_path
@@ -116,7 +117,7 @@ def test_all_pairs_are_compared_best_probe_first(report: PairsReport) -> None:
     assert probes == sorted(probes, reverse=True)
     assert probes[0] > probes[-1]
     cls, patches = of(report, IMAGES[0], TEXTS[0]), of(report, IMAGES[1], TEXTS[0])
-    assert cls.probe > patches.probe + 0.1  # the mean colour does not say where the bar is
+    assert cls.probe > patches.probe + 0.1  # the mean color does not say where the bar is
     for pair in report.pairs:
         for estimate in (pair.i2t, pair.t2i, pair.mutual_knn, pair.debiased_cka, pair.linear_cka):
             assert estimate.low < estimate.value < estimate.high
@@ -125,14 +126,14 @@ def test_all_pairs_are_compared_best_probe_first(report: PairsReport) -> None:
 
 
 def test_pairs_are_in_order_of_their_probe_however_they_were_named(cache_path: Path) -> None:
-    key = SplitSettings(kind="key", val_share=0.25)
+    key = SplitSettings(kind="key", val_fraction=0.25)
     report = evaluate_pairs(cache_path, images=IMAGES[::-1], texts=TEXTS[:1], split=key, num_draws=20)
     assert [pair.image for pair in report.pairs] == IMAGES
 
 
 def test_a_draw_is_decided_by_the_seed_and_bounded(cache_path: Path) -> None:
     def drawn(seed: int) -> PairsReport:
-        key = SplitSettings(kind="key", val_share=0.25)
+        key = SplitSettings(kind="key", val_fraction=0.25)
         return evaluate_pairs(
             cache_path, images=IMAGES[:1], texts=TEXTS[:1], num_samples=100, seed=seed, split=key, num_draws=20
         )
@@ -144,8 +145,8 @@ def test_a_draw_is_decided_by_the_seed_and_bounded(cache_path: Path) -> None:
 
 def test_what_decided_the_figures_is_recorded(report: PairsReport) -> None:
     assert report.pooling == {
-        "open_toy/cls": "all colours",
-        "open_toy/patches": "one colour a cell, mean of the tokens",
+        "open_toy/cls": "all colors",
+        "open_toy/patches": "one color a cell, mean of the tokens",
         "open_toy/mean": "mean of tokens",
         "open_toy/tokens": "letters, mean of the tokens",
     }
@@ -154,7 +155,7 @@ def test_what_decided_the_figures_is_recorded(report: PairsReport) -> None:
     assert 225 <= report.num_compared == report.num_trained + report.num_held < 235
     assert "split strict by open_toy/cls and open_toy/mean (cosine above 0.995 and 0.95)" in line
     assert "each item scaled to length 1, then the mean over a sample's images and over its captions" in line
-    assert "CKA centred; kNN by cosine, k 10" in line
+    assert "CKA centered; kNN by cosine, k 10" in line
     assert f"95 % intervals over {report.num_groups} groups of near-duplicates" in line
     figures = json.loads(json.dumps(pairs_json(report)))
     assert figures["pairs"][0]["linear_cka"]["low"] == report.pairs[0].linear_cka.low
@@ -177,14 +178,14 @@ def test_the_page_has_a_heat_map_a_metric_with_every_number(report: PairsReport,
     for pair in report.pairs:
         for metric in METRICS:
             assert f"<!-- {pair.value(metric):.3f} -->" in page  # matplotlib says in a comment what it draws
-    assert "one colour a cell, mean of the tokens" in page
+    assert "one color a cell, mean of the tokens" in page
 
 
 def test_an_unfinished_feature_is_left_out_with_a_line_or_refused_by_name(tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "s", 60))
     extract(source, tmp_path / "c", image=[IMAGE, OTHER], text=[TEXT])
     next((tmp_path / "c" / "image" / "open_other" / "chunks").glob("*.parquet")).unlink()
-    key = SplitSettings(kind="key", val_share=0.25)
+    key = SplitSettings(kind="key", val_fraction=0.25)
     report = evaluate_pairs(tmp_path / "c", split=key, num_draws=20)
     assert [pair.image for pair in report.pairs] == ["open_toy/cls"]
     assert report.skipped == ["left out: feature open_other/cls is not finished: 1 of 1 chunks are missing; "
@@ -207,7 +208,7 @@ def test_a_cache_without_one_modality_is_refused(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_named(cache_path: Path, captioned: Path, tmp_path: Path) -> None:
-    key = SplitSettings(kind="key", val_share=0.25)
+    key = SplitSettings(kind="key", val_fraction=0.25)
     with pytest.raises(UnknownNameError, match=r"unknown image feature .*; did you mean 'open_toy/cls'"):
         evaluate_pairs(cache_path, images=["open_toy/clz"])
     with pytest.raises(SettingError, match="num samples is 19; at least 20 are needed"):

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.cache.cache import Cache
 from embedcache.errors import DataError
-from embedcache.evaluate import overlap
-from embedcache.evaluate.held import held_out, trained_items
+from embedcache.evaluate import held_out as overlap
+from embedcache.evaluate.held_out import held_out, trained_items
 from embedcache.evaluate.retrieval import evaluate_retrieval, rank
 from embedcache.evaluate.runs import Run, load_runs
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from tests.evaluate.test_retrieval import train_run
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score, top_k_accuracy_score
 
-from embedcache.cache.cache import Cache
 from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.evaluate import probe
 from embedcache.evaluate.classifiers import Examples, Fitted, Ridge, fit_ridge, joined
-from embedcache.evaluate.labelled import read_labelled
+from embedcache.evaluate.labeled import read_labeled
 from embedcache.evaluate.probe import (
     ProbeReport,
     ProbeSettings,
@@ -26,14 +25,14 @@ from embedcache.evaluate.probe import (
     evaluate_probe,
     shuffle_labels,
 )
-from embedcache.evaluate.probe_page import write_probe
-from embedcache.evaluate.probe_report import few_shot_rows, probe_json, score_rows, shuffled
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.metrics.classes import ranks_of
+from embedcache.metrics.classification import ranks_of
 from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs
 from embedcache.progress import Silent
+from embedcache.reports.probe import few_shot_rows, probe_json, score_rows, shuffled, write_probe
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from tests.conftest import FEATURES
 from tests.pictures import COLOURS
 from tests.sources.files import write_tar
@@ -43,13 +42,13 @@ FEATURE = "open_toy/cls"
 Says = Callable[[int, str], dict[str, object]]
 
 
-def colour(number: int, caption: str) -> dict[str, object]:
-    """Label a picture with its colour, and hold every fourth out."""
+def color(number: int, caption: str) -> dict[str, object]:
+    """Label a picture with its color, and hold every fourth out."""
     return {"label": caption.split()[0], "split": "test" if number % 4 == 0 else "train"}
 
 
-def write_colours(folder: Path, count: int) -> Path:
-    """Write pictures of one colour, each a shade of its own, with the colour in the caption."""
+def write_colors(folder: Path, count: int) -> Path:
+    """Write pictures of one color, each a shade of its own, with the color in the caption."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -62,7 +61,7 @@ def write_colours(folder: Path, count: int) -> Path:
 
 def make_cache(folder: Path, says: Says, *, count: int = 120, copies: int = 0) -> Path:
     """Make a cache of pictures with columns beside them; copies repeat the first pictures under other keys."""
-    source = write_colours(folder / "source", count)
+    source = write_colors(folder / "source", count)
     for number in range(copies):
         for suffix in (".png", ".txt"):
             shutil.copy(source / f"{number:05d}{suffix}", source / f"copy-{number:05d}{suffix}")
@@ -74,18 +73,18 @@ def make_cache(folder: Path, says: Says, *, count: int = 120, copies: int = 0) -
 
 
 @pytest.fixture(scope="module")
-def labelled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache whose label is the picture's colour, 240 pictures of which 60 are held out."""
-    return make_cache(tmp_path_factory.mktemp("labelled"), colour, count=240)
+def labeled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache whose label is the picture's color, 240 pictures of which 60 are held out."""
+    return make_cache(tmp_path_factory.mktemp("labeled"), color, count=240)
 
 
 @pytest.fixture(scope="module")
-def report(labelled_path: Path) -> ProbeReport:
+def report(labeled_path: Path) -> ProbeReport:
     settings = ProbeSettings(shots=(1, 4), num_draws=3, has_control=True)
-    return evaluate_probe(labelled_path, image=FEATURE, settings=settings)
+    return evaluate_probe(labeled_path, image=FEATURE, settings=settings)
 
 
-def test_all_methods_know_the_colour_and_learn_nothing_from_shuffled_labels(report: ProbeReport) -> None:
+def test_all_methods_know_the_color_and_learn_nothing_from_shuffled_labels(report: ProbeReport) -> None:
     assert [score.method for score in report.scores] == ["knn", "logistic", "ridge"]
     for score, control in zip(report.scores, report.controls, strict=True):
         assert score.accuracy.value > 0.65
@@ -96,8 +95,8 @@ def test_all_methods_know_the_colour_and_learn_nothing_from_shuffled_labels(repo
         assert len(control.by_shuffle) == 3
 
 
-def test_a_shuffle_keeps_the_labels_of_test_and_the_counts_of_the_others(labelled_path: Path) -> None:
-    data = read_labelled(Cache(labelled_path), "image", FEATURE)
+def test_a_shuffle_keeps_the_labels_of_test_and_the_counts_of_the_others(labeled_path: Path) -> None:
+    data = read_labeled(Cache(labeled_path), "image", FEATURE)
     labels = shuffle_labels(data, seed=(0, 0))
     is_test = data.parts == "test"
     np.testing.assert_array_equal(labels[is_test], data.examples.labels[is_test])
@@ -106,13 +105,13 @@ def test_a_shuffle_keeps_the_labels_of_test_and_the_counts_of_the_others(labelle
     assert (labels != shuffle_labels(data, seed=(0, 1))).any()
 
 
-def test_the_controls_interval_holds_chance_where_classes_go_together(labelled_path: Path) -> None:
+def test_the_controls_interval_holds_chance_where_classes_go_together(labeled_path: Path) -> None:
     """One shuffle sends whole classes to one label: far from chance, with an interval over items that denies it."""
 
     def rough(train: Examples, val: Examples | None, num_classes: int) -> Fitted:
         return Fitted(Ridge(joined(train, val), num_classes).scores(0.1), {})
 
-    data = read_labelled(Cache(labelled_path), "image", FEATURE)
+    data = read_labeled(Cache(labeled_path), "image", FEATURE)
     control = _control("rough", rough, data, ProbeSettings(num_draws=30), Silent())
     shares = np.array(control.by_shuffle)
     assert shares.max() - shares.min() > 0.25
@@ -125,36 +124,36 @@ def test_more_shots_are_better_and_all_are_best(report: ProbeReport) -> None:
         assert one < four < score.accuracy.value + 0.05
 
 
-def test_parts_are_those_of_the_column_and_validation_is_cut_from_train(labelled_path: Path) -> None:
-    cache = Cache(labelled_path)
-    data = read_labelled(cache, "image", FEATURE)
+def test_parts_are_those_of_the_column_and_validation_is_cut_from_train(labeled_path: Path) -> None:
+    cache = Cache(labeled_path)
+    data = read_labeled(cache, "image", FEATURE)
     said = np.array(cache.samples["split"].to_pylist())[data.items.samples]
     np.testing.assert_array_equal(data.parts == "test", said == "test")
     assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 162, "val": 18, "test": 60}
     assert data.cut == "parts by column 'split', 10% of train for validation"
-    np.testing.assert_array_equal(data.parts, read_labelled(cache, "image", FEATURE).parts)
-    assert (data.parts != read_labelled(cache, "image", FEATURE, seed=1).parts).any()
+    np.testing.assert_array_equal(data.parts, read_labeled(cache, "image", FEATURE).parts)
+    assert (data.parts != read_labeled(cache, "image", FEATURE, seed=1).parts).any()
 
 
-def test_vectors_and_labels_are_those_of_their_rows(labelled_path: Path) -> None:
-    cache = Cache(labelled_path)
-    data = read_labelled(cache, "image", FEATURE)
+def test_vectors_and_labels_are_those_of_their_rows(labeled_path: Path) -> None:
+    cache = Cache(labeled_path)
+    data = read_labeled(cache, "image", FEATURE)
     np.testing.assert_array_equal(data.examples.vectors, cache.feature("image", FEATURE).load().astype(np.float32))
     assert [data.names[label] for label in data.examples.labels] == cache.samples["label"].to_pylist()
 
 
-def test_tokens_are_averaged_and_it_is_said(labelled_path: Path) -> None:
-    data = read_labelled(Cache(labelled_path), "text", "open_toy/tokens")
-    tokens = Cache(labelled_path).feature("text", "open_toy/tokens").gather_tokens(np.array([7]))[0]
+def test_tokens_are_averaged_and_it_is_said(labeled_path: Path) -> None:
+    data = read_labeled(Cache(labeled_path), "text", "open_toy/tokens")
+    tokens = Cache(labeled_path).feature("text", "open_toy/tokens").gather_tokens(np.array([7]))[0]
     np.testing.assert_allclose(data.examples.vectors[7], tokens.astype(np.float32).mean(axis=0), rtol=1e-6)
-    report = evaluate_probe(labelled_path, text="open_toy/tokens", settings=ProbeSettings(methods=("ridge",)))
+    report = evaluate_probe(labeled_path, text="open_toy/tokens", settings=ProbeSettings(methods=("ridge",)))
     assert report.line().startswith("open_toy/tokens (mean of its tokens): 6 classes; 162 train, 18 val, 60 test texts")
     assert report.scores[0].accuracy.value > 0.9
 
 
 def test_without_a_column_a_hash_of_keys_cuts_and_copies_stay_together(tmp_path: Path) -> None:
     path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=100, copies=60)
-    data = read_labelled(Cache(path), "image", FEATURE)
+    data = read_labeled(Cache(path), "image", FEATURE)
     assert data.cut == "parts by a hash of the keys, 25% for test and 10% for validation"
     assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 104, "val": 16, "test": 40}
     for content in np.unique(data.items.contents):
@@ -179,13 +178,13 @@ def test_validation_of_the_column_is_used_and_can_be_the_test(tmp_path: Path) ->
         return {"label": caption.split()[0], "split": ["train", "train", "validation", "test", "extra"][number % 5]}
 
     cache = Cache(make_cache(tmp_path, says, count=100))
-    data = read_labelled(cache, "image", FEATURE)
+    data = read_labeled(cache, "image", FEATURE)
     said = np.array(cache.samples["split"].to_pylist())[data.items.samples]
     assert set(zip(said.tolist(), data.parts.tolist(), strict=True)) == {
         ("train", "train"), ("validation", "val"), ("test", "test"),
     }  # fmt: skip
     assert (data.num_left_out, data.cut) == (20, "parts by column 'split'")
-    held = read_labelled(cache, "image", FEATURE, part="val")
+    held = read_labeled(cache, "image", FEATURE, part="val")
     said = np.array(cache.samples["split"].to_pylist())[held.items.samples]
     assert set(zip(said.tolist(), held.parts.tolist(), strict=True)) == {
         ("train", "train"), ("train", "val"), ("validation", "test"),
@@ -193,10 +192,10 @@ def test_validation_of_the_column_is_used_and_can_be_the_test(tmp_path: Path) ->
     assert "val is held out" in held.cut
 
 
-def test_figures_are_those_of_scikit_learn(labelled_path: Path) -> None:
+def test_figures_are_those_of_scikit_learn(labeled_path: Path) -> None:
     settings = ProbeSettings(methods=("ridge",))
-    report = evaluate_probe(labelled_path, image=FEATURE, settings=settings)
-    data, score = report.labelled, report.scores[0]
+    report = evaluate_probe(labeled_path, image=FEATURE, settings=settings)
+    data, score = report.labeled, report.scores[0]
     train, val, test = (data.examples.take(data.rows(part)) for part in ("train", "val", "test"))
     scores = fit_ridge(train, val, len(data.names)).scores(test.vectors)
     best = scores.argmax(axis=1)
@@ -272,7 +271,7 @@ def test_json_has_the_fields_of_clip_benchmark_and_all_else_in_details(report: P
     details = figures["details"]
     assert details["num_items"] == {"train": 162, "val": 18, "test": 60}
     assert set(details["few_shot"]["ridge"]) == {"1", "4"}
-    assert set(details["methods"]["knn"]["recall"]) == set(report.labelled.names)
+    assert set(details["methods"]["knn"]["recall"]) == set(report.labeled.names)
     alone = replace(report, scores=report.scores[:1])
     assert probe_json(alone, "x")["task"] == "knn"
 
@@ -298,19 +297,19 @@ def mistake(path: Path, **settings: object) -> Callable[[], object]:
     return lambda: evaluate_probe(path, image=FEATURE, settings=ProbeSettings(methods=("ridge",), **settings))  # type: ignore[arg-type]
 
 
-def test_mistakes_in_what_is_asked_are_named(labelled_path: Path) -> None:
+def test_mistakes_in_what_is_asked_are_named(labeled_path: Path) -> None:
     with pytest.raises(SettingError, match="one feature: give --image ENCODER/FEATURE or --text"):
-        evaluate_probe(labelled_path)
+        evaluate_probe(labeled_path)
     with pytest.raises(SettingError, match="one feature"):
-        evaluate_probe(labelled_path, image=FEATURE, text="open_toy/mean")
+        evaluate_probe(labeled_path, image=FEATURE, text="open_toy/mean")
     with pytest.raises(UnknownNameError, match="did you mean 'ridge'"):
-        evaluate_probe(labelled_path, image=FEATURE, settings=ProbeSettings(methods=("rigde",)))
+        evaluate_probe(labeled_path, image=FEATURE, settings=ProbeSettings(methods=("rigde",)))
     with pytest.raises(UnknownNameError, match="did you mean 'open_toy/cls'"):
-        evaluate_probe(labelled_path, image="open_toy/csl")
+        evaluate_probe(labeled_path, image="open_toy/csl")
     with pytest.raises(UnknownNameError, match="'labels'; did you mean 'label'"):
-        mistake(labelled_path, label="labels")()
+        mistake(labeled_path, label="labels")()
     with pytest.raises(SettingError, match=r"1000 shots are more than class '\w+' has in training, \d+; ask"):
-        mistake(labelled_path, shots=(1, 1000))()
+        mistake(labeled_path, shots=(1, 1000))()
     with pytest.raises(SettingError, match="shots are 0, 2; each must be at least 1"):
         ProbeSettings(shots=(0, 2))
     with pytest.raises(SettingError, match="0 drawings"):
@@ -323,28 +322,28 @@ def test_mistakes_in_what_is_asked_are_named(labelled_path: Path) -> None:
 
 BAD = {
     "one class": (
-        lambda n, c: {**colour(n, c), "label": "red"},
+        lambda n, c: {**color(n, c), "label": "red"},
         DataError,
         "all training items have the label 'red'",
     ),
     "no label": (
-        lambda n, c: {"label": None, "colour": 1.5},
+        lambda n, c: {"label": None, "color": 1.5},
         DataError,
         "none of 40 items of .* has a label in column 'label'",
     ),
-    "no column": (lambda n, c: {"colour": "red"}, UnknownNameError, "known: colour"),
+    "no column": (lambda n, c: {"color": "red"}, UnknownNameError, "known: color"),
     "empty part": (
-        lambda n, c: {**colour(n, c), "split": "test" if n else "train"},
+        lambda n, c: {**color(n, c), "split": "test" if n else "train"},
         DataError,
         r"no val items with open_toy/cls \(train: 1, val: 0, test: 39; parts by column",
     ),
     "no test": (
-        lambda n, c: {**colour(n, c), "split": "val" if n % 3 else "train"},
+        lambda n, c: {**color(n, c), "split": "val" if n % 3 else "train"},
         DataError,
         "holds train, val; it must name train and test; hold out another part: --part val",
     ),
     "no part at all": (
-        lambda n, c: {**colour(n, c), "split": f"fold {n % 2}"},
+        lambda n, c: {**color(n, c), "split": f"fold {n % 2}"},
         DataError,
         "holds fold 0, fold 1; it must name train and test$",
     ),
@@ -365,8 +364,8 @@ def test_a_part_that_only_a_column_could_name_is_refused_without_one(tmp_path: P
         mistake(path, part="val")()
 
 
-def test_an_unfinished_feature_is_refused(labelled_path: Path, tmp_path: Path) -> None:
-    path = shutil.copytree(labelled_path, tmp_path / "cache")
+def test_an_unfinished_feature_is_refused(labeled_path: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(labeled_path, tmp_path / "cache")
     (path / "image" / "open_toy" / "chunks" / "00003.parquet").unlink()
     with pytest.raises(UnfinishedError, match="1 of 8 chunks are missing"):
         mistake(path)()
@@ -378,7 +377,7 @@ def test_classes_without_training_items_are_said_aloud(tmp_path: Path) -> None:
 
     report = evaluate_probe(make_cache(tmp_path, says), image=FEATURE, settings=ProbeSettings(methods=("knn",)))
     assert report.warnings() == ["WARNING: 1 classes have test items and no training items: 'red'"]
-    assert report.scores[0].recalls[report.labelled.names.index("red")] == 0
+    assert report.scores[0].recalls[report.labeled.names.index("red")] == 0
 
 
 def test_items_without_a_label_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -392,18 +391,18 @@ def test_items_without_a_label_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_failed_items_are_left_out_and_counted(tmp_path: Path) -> None:
-    source = write_colours(tmp_path / "source", 60)
+    source = write_colors(tmp_path / "source", 60)
     for number, path in enumerate(sorted(source.glob("*.txt"))):
-        path.with_suffix(".json").write_text(json.dumps(colour(number, path.read_text().strip())))
+        path.with_suffix(".json").write_text(json.dumps(color(number, path.read_text().strip())))
     (source / "00007.png").write_bytes(b"no picture")
     extract(open_source(source), tmp_path / "cache", image=[IMAGE])
-    data = read_labelled(Cache(tmp_path / "cache"), "image", FEATURE)
+    data = read_labeled(Cache(tmp_path / "cache"), "image", FEATURE)
     assert data.num_left_out == 1
     assert 7 not in data.items.rows
 
 
-def test_labelled_tars_are_probed_as_they_lie(tmp_path: Path) -> None:
-    source = write_colours(tmp_path / "source", 120)
+def test_labeled_tars_are_probed_as_they_lie(tmp_path: Path) -> None:
+    source = write_colors(tmp_path / "source", 120)
     captions = [path.read_text().split()[0] for path in sorted(source.glob("*.txt"))]
     for split, numbers in (("train", range(90)), ("test", range(90, 120))):
         (tmp_path / "tars" / split).mkdir(parents=True)
@@ -419,5 +418,5 @@ def test_labelled_tars_are_probed_as_they_lie(tmp_path: Path) -> None:
     extract(open_source(tmp_path / "tars"), tmp_path / "cache", image=[IMAGE])
     report = evaluate_probe(tmp_path / "cache", image="open_toy", settings=ProbeSettings(methods=("knn",)))
     assert report.counts == {"train": 81, "val": 9, "test": 30}
-    assert report.labelled.names == list("012345")
+    assert report.labeled.names == list("012345")
     assert report.scores[0].accuracy.value > 0.5

@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.split_settings import SplitSettings
+from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, FingerprintError, SettingError
-from embedcache.evaluate.gallery import draw_examples
-from embedcache.evaluate.report import format_estimate, retrieval_json, retrieval_rows
 from embedcache.evaluate.retrieval import _recalls, evaluate_retrieval, rank
 from embedcache.evaluate.runs import load_runs, recipes
 from embedcache.extract.extract import extract
 from embedcache.metrics.intervals import Estimate
+from embedcache.reports.retrieval import draw_examples, format_estimate, retrieval_json, retrieval_rows
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.pictures import write_pictures

@@ -5,15 +5,14 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs, normalize
-from embedcache.cache.cache import Cache
 from embedcache.errors import DataError, FingerprintError, UnknownNameError
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.zero_shot import classify, evaluate_zero_shot
-from embedcache.evaluate.zero_shot_page import write_zero_shot
-from embedcache.evaluate.zero_shot_report import confused_rows, zero_shot_json, zero_shot_rows
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import project
+from embedcache.reports.zero_shot import confused_rows, write_zero_shot, zero_shot_json, zero_shot_rows
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from tests.evaluate.test_retrieval import train_run
 from tests.pictures import COLOURS, PLACES, write_pictures
 from tests.toy import IMAGE, TEXT
@@ -28,9 +27,9 @@ def runs(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hundred pictures that no run saw, in a folder for each background."""
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labeled")
     pictures = write_pictures(folder / "all", 100, seed=5)
     for picture in sorted(pictures.glob("*.png")):
         back = picture.with_suffix(".txt").read_text().split()[-1]
@@ -58,8 +57,8 @@ def prompt_cache(folder: Path, names: list[str], text: str = TEXT) -> Path:
     return cached(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}", folder / "prompts", text=text)
 
 
-def test_accuracy_is_what_counting_by_hand_gives(labelled: Path, prompts: Path, runs: list[Path]) -> None:
-    report, run, cache = evaluate_zero_shot(labelled, runs[:1], prompts), load_runs(runs[:1])[0], Cache(labelled)
+def test_accuracy_is_what_counting_by_hand_gives(labeled: Path, prompts: Path, runs: list[Path]) -> None:
+    report, run, cache = evaluate_zero_shot(labeled, runs[:1], prompts), load_runs(runs[:1])[0], Cache(labeled)
     words = Cache(prompts).items("text")["text"].to_pylist()
     texts = project(run.pair.text, Inputs(Cache(prompts).feature("text").gather(np.arange(len(words)))))
     means = np.stack(
@@ -80,8 +79,8 @@ def test_accuracy_is_what_counting_by_hand_gives(labelled: Path, prompts: Path, 
     assert report.part == "all samples"
 
 
-def test_seeds_are_averaged_and_their_confusions_added(labelled: Path, prompts: Path, runs: list[Path]) -> None:
-    one, other, both = (evaluate_zero_shot(labelled, paths, prompts) for paths in (runs[:1], runs[1:], runs))
+def test_seeds_are_averaged_and_their_confusions_added(labeled: Path, prompts: Path, runs: list[Path]) -> None:
+    one, other, both = (evaluate_zero_shot(labeled, paths, prompts) for paths in (runs[:1], runs[1:], runs))
     assert both.accuracies["acc1"].value == pytest.approx(np.mean([*one.by_seed, *other.by_seed]))
     assert np.array_equal(both.confusion, one.confusion + other.confusion)
     assert both.confusion.sum() == 200
@@ -97,12 +96,12 @@ def test_labels_may_be_numbers_and_some_may_be_missing(prompts: Path, runs: list
     (tmp_path / "s" / "table.csv").write_text("\n".join(rows))
     cache = cached(tmp_path / "s" / "table.csv", tmp_path / "cache")
     report = evaluate_zero_shot(cache, runs[:1], prompts)
-    assert (report.num_images, report.num_unlabelled) == (11, 1)
+    assert (report.num_images, report.num_unlabeled) == (11, 1)
     assert "(1 without a label left out)" in report.line()
 
 
-def test_figures_as_rows_as_json_and_as_a_page(labelled: Path, prompts: Path, runs: list[Path], tmp_path: Path) -> None:
-    report = evaluate_zero_shot(labelled, runs, prompts)
+def test_figures_as_rows_as_json_and_as_a_page(labeled: Path, prompts: Path, runs: list[Path], tmp_path: Path) -> None:
+    report = evaluate_zero_shot(labeled, runs, prompts)
     columns, rows = zero_shot_rows({"run": report})
     assert columns == ["", "top-1", "top-5", "mean per class"]
     assert [row[0] for row in rows] == ["run", "chance"]
@@ -113,8 +112,8 @@ def test_figures_as_rows_as_json_and_as_a_page(labelled: Path, prompts: Path, ru
     wrong = report.confusion.copy()
     np.fill_diagonal(wrong, 0)
     assert int(confused_rows(report)[1][0][2]) == wrong.max()
-    shown = classify(Cache(labelled), load_runs(runs[:1])[0], Cache(prompts))
-    write_zero_shot(tmp_path / "page.html", Cache(labelled), {"run": report}, shown)
+    shown = classify(Cache(labeled), load_runs(runs[:1])[0], Cache(prompts))
+    write_zero_shot(tmp_path / "page.html", Cache(labeled), {"run": report}, shown)
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 3
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
@@ -122,28 +121,28 @@ def test_figures_as_rows_as_json_and_as_a_page(labelled: Path, prompts: Path, ru
     ).replace("http://creativecommons.org", "")
 
 
-def test_mistakes_are_named(labelled: Path, prompts: Path, cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_mistakes_are_named(labeled: Path, prompts: Path, cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"is no set of prompts: it has no column 'class'; make one: embedcache extract"
     ):
-        evaluate_zero_shot(labelled, runs[:1], cache_path)
+        evaluate_zero_shot(labeled, runs[:1], cache_path)
     with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
-        evaluate_zero_shot(labelled, runs[:1], prompts, label="labl")
+        evaluate_zero_shot(labeled, runs[:1], prompts, label="labl")
     few = tmp_path / "few"
     few.mkdir()
     with pytest.raises(DataError, match=r"labels .* that are no class: 'yellow' .*; the classes are 'black'"):
-        evaluate_zero_shot(labelled, runs[:1], prompt_cache(few, COLOUR_NAMES[:5]))
+        evaluate_zero_shot(labeled, runs[:1], prompt_cache(few, COLOUR_NAMES[:5]))
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(
         FingerprintError,
         match=r"text feature open_toy/mean was made with other settings: .* comes from another encoder",
     ):
-        evaluate_zero_shot(labelled, runs[:1], prompt_cache(other, COLOUR_NAMES, f"{TEXT},scale=2"))
+        evaluate_zero_shot(labeled, runs[:1], prompt_cache(other, COLOUR_NAMES, f"{TEXT},scale=2"))
 
 
-def test_a_class_whose_prompts_failed_is_named(labelled: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_a_class_whose_prompts_failed_is_named(labeled: Path, runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('{"black": ["x"], "blue": ["  y "]}')
     cache = cached(f"prompts:{tmp_path / 'p.json'}", tmp_path / "prompts", text=TEXT)
     with pytest.raises(DataError, match="that are no class"):
-        evaluate_zero_shot(labelled, runs[:1], cache)
+        evaluate_zero_shot(labeled, runs[:1], cache)

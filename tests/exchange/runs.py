@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from embedcache.cache.split_settings import SplitSettings
+from embedcache.dataset.settings import SplitSettings
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 

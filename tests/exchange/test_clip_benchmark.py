@@ -16,18 +16,18 @@ from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
 from torch.utils.data import default_collate
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.side import open_side
+from embedcache.dataset.inputs import open_side
 from embedcache.errors import FingerprintError, MissingExtraError, PathError, SettingError
-from embedcache.evaluate.prompts import class_vectors, read_prompts
 from embedcache.evaluate.runs import load_runs
-from embedcache.exchange.clip_benchmark import evaluate, load, top_k_accuracy
+from embedcache.evaluate.zero_shot import class_vectors, read_prompts
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.metrics.ranks import best_ranks, recall_at
+from embedcache.interop.clip_benchmark import evaluate, load, top_k_accuracy
+from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.projectors.saved import load_pair, project
 from embedcache.sources import open_source
-from embedcache.sources.media import decode_image
+from embedcache.sources.images import decode_image
+from embedcache.store.cache import Cache
 from tests.conftest import FEATURES
 from tests.exchange.layout import write_layout
 from tests.exchange.runs import SIDES, train_run
@@ -87,14 +87,14 @@ def test_mixed_precision_changes_no_vector(pictures: Path, runs: dict[str, Path]
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("kind", ["transparent", "palette", "grey", "16 bit", "turned"])
+@pytest.mark.parametrize("kind", ["transparent", "palette", "gray", "16 bit", "turned"])
 def test_pictures_of_any_mode_are_prepared_as_they_were_extracted(kind: str, runs: dict[str, Path]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8)
     image = Image.fromarray(pixels)
     options: dict[str, object] = {"format": "PNG"}
     if kind == "palette":
         image = image.convert("RGB").quantize(16)
-    elif kind == "grey":
+    elif kind == "gray":
         image = image.convert("L")
     elif kind == "16 bit":
         image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)

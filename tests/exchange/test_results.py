@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.artifact import read_json, write_json
 from embedcache.errors import SettingError
 from embedcache.evaluate.probe import ProbeSettings, evaluate_probe
-from embedcache.evaluate.probe_report import probe_json
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
-from embedcache.exchange.results import clip_benchmark_result, retrieval_result, write_results, zero_shot_result
 from embedcache.extract.extract import extract
+from embedcache.provenance import read_json, write_json
+from embedcache.reports.probe import probe_json
+from embedcache.reports.results import clip_benchmark_result, retrieval_result, write_results, zero_shot_result
 from embedcache.sources import open_source
 from tests.exchange.runs import SIDES, train_run
 from tests.pictures import write_pictures
@@ -27,12 +27,12 @@ CLASSES = ("red", "green", "blue", "yellow", "black")
 
 @pytest.fixture(scope="module")
 def folder(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, `labelled` with pictures in class folders, and `prompts` for these classes."""
+    """A run, `labeled` with pictures in class folders, and `prompts` for these classes."""
     folder = tmp_path_factory.mktemp("results")
     train_run(cache_path, folder / "run", *SIDES["vectors"])
     for number, name in enumerate(CLASSES):
         write_pictures(folder / "source" / name, 6, seed=number)
-    extract(open_source(folder / "source"), folder / "labelled", image=[IMAGE])
+    extract(open_source(folder / "source"), folder / "labeled", image=[IMAGE])
     (folder / "names.txt").write_text("\n".join(CLASSES) + "\n")
     extract(open_source(f"prompts:{folder / 'names.txt'}"), folder / "prompts", text=[TEXT])
     return folder
@@ -45,7 +45,7 @@ def retrieved(cache_path: Path, folder: Path) -> RetrievalReport:
 
 @pytest.fixture(scope="module")
 def classified(folder: Path) -> ZeroShotReport:
-    return evaluate_zero_shot(folder / "labelled", [folder / "run"], folder / "prompts", compares=False)
+    return evaluate_zero_shot(folder / "labeled", [folder / "run"], folder / "prompts", compares=False)
 
 
 def test_recall_of_images_is_asked_by_texts_and_the_other_way_round(retrieved: RetrievalReport) -> None:
@@ -61,12 +61,12 @@ def test_recall_of_images_is_asked_by_texts_and_the_other_way_round(retrieved: R
 
 
 def test_accuracies_have_their_names_and_the_language_of_the_prompts(classified: ZeroShotReport, folder: Path) -> None:
-    places = {"cache": folder / "labelled", "prompts": folder / "prompts", "runs": [folder / "run"]}
+    places = {"cache": folder / "labeled", "prompts": folder / "prompts", "runs": [folder / "run"]}
     result = zero_shot_result(classified, **places)
     assert set(result) == {*FIELDS, "details"}
     assert result["metrics"] == {name: estimate.value for name, estimate in classified.accuracies.items()}
     assert set(result["metrics"]) == {"acc1", "acc5", "mean_per_class_recall"}
-    assert (result["dataset"], result["task"], result["language"]) == ("labelled", "zeroshot_classification", "en")
+    assert (result["dataset"], result["task"], result["language"]) == ("labeled", "zeroshot_classification", "en")
     of_four = replace(classified, names=classified.names[:4], by_class=classified.by_class[:4])
     assert "acc5" not in zero_shot_result(of_four, **places)["metrics"]
 
@@ -97,7 +97,7 @@ def test_clip_benchmarks_build_makes_one_table_of_all_our_figures(
     write_results(tmp_path / "retrieval", languages)
     accuracies = zero_shot_result(classified, cache="cache", prompts=folder / "prompts", runs=["run-0"])
     write_results(tmp_path / "zero-shot.json", {"run": accuracies})
-    probe = evaluate_probe(folder / "labelled", image="open_toy/cls", settings=ProbeSettings(methods=("ridge",)))
+    probe = evaluate_probe(folder / "labeled", image="open_toy/cls", settings=ProbeSettings(methods=("ridge",)))
     write_json(tmp_path / "probe.json", probe_json(probe, "cache"))
 
     first, second, *others = build(tmp_path / "zero-shot.json", tmp_path / "probe.json", tmp_path / "retrieval")

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.split_settings import SplitSettings
-from embedcache.cache.tables import read_table
-from embedcache.curate.indexes.index import build_index
-from embedcache.curate.indexes.search import search
+from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import FingerprintError
 from embedcache.evaluate.retrieval import evaluate_retrieval
-from embedcache.extract.retry import retry_failed
+from embedcache.extract.repair import retry_failed
 from embedcache.extract.settings import ExtractSettings
+from embedcache.search.index import build_index
+from embedcache.search.search import search
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from embedcache.store.tables import read_table
 from embedcache.train.settings import OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.extract.cases import FEATURES, run, tree

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.verify import verify
 from embedcache.cli.main import app
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
 from tests.extract.cases import tree
 from tests.pictures import write_pictures
 

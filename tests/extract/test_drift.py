@@ -8,14 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.verify import verify
 from embedcache.errors import CorruptError, FingerprintError, SettingError
-from embedcache.extract.drift import MIN_COSINE, measure_drift
 from embedcache.extract.extract import extract
-from embedcache.extract.repair import repair
+from embedcache.extract.repair import MIN_COSINE, measure_drift, repair
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
 from tests import toy
 from tests.extract.cases import FEATURES, run, tree
 from tests.pictures import write_pictures

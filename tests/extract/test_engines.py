@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.encoders.contract import Encoder
+from embedcache.encoders.base import Encoder
 from embedcache.errors import EmbedcacheError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embedcache.cache.cache import Cache
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import FingerprintError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
-from embedcache.sources.media import decode_image
+from embedcache.sources.images import decode_image
+from embedcache.store.cache import Cache
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 

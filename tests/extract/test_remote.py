@@ -6,15 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.verify import verify
 from embedcache.errors import FingerprintError, PathError
-from embedcache.extract.drift import measure_drift
 from embedcache.extract.extract import extract
-from embedcache.extract.repair import repair
+from embedcache.extract.repair import measure_drift, repair
 from embedcache.extract.settings import ExtractSettings
-from embedcache.paths import open_path
+from embedcache.files import open_path
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
 from tests.extract.cases import FEATURES
 from tests.pictures import write_pictures
 from tests.sources.s3 import bucket, s3_server, upload

@@ -2,9 +2,9 @@ import threading
 
 import pytest
 
-from embedcache.cores import num_cores
-from embedcache.extract import turns as stage
-from embedcache.extract.turns import Turns
+from embedcache.extract import outputs as stage
+from embedcache.extract.outputs import Turns
+from embedcache.processes import num_cores
 
 
 def waits(turns: Turns) -> bool:

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from embedcache.cache.cache import Cache
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import FingerprintError, SettingError, UnknownNameError
 from embedcache.extract.views import open_view
-from embedcache.sources.media import decode_image
+from embedcache.sources.images import decode_image
+from embedcache.store.cache import Cache
 from tests.extract.cases import run
 from tests.pictures import write_pictures
 from tests.toy import IMAGE
 
 
-def grey(image: Image.Image) -> Image.Image:
+def gray(image: Image.Image) -> Image.Image:
     """A view of a user."""
     return ImageOps.grayscale(image).convert("RGB")
 
@@ -29,12 +29,12 @@ shout.modality = "text"  # type: ignore[attr-defined]
 
 def test_a_view_stands_beside_the_plain_feature_and_holds_what_it_shows(tmp_path: Path) -> None:
     source = write_pictures(tmp_path / "s", 6)
-    views = ("crop:0.5", "flip", "tests.extract.test_views:grey", "tests.extract.test_views:shout")
+    views = ("crop:0.5", "flip", "tests.extract.test_views:gray", "tests.extract.test_views:shout")
     run(source, tmp_path / "c", views=views)
     cache, encoder = Cache(tmp_path / "c"), open_encoder(IMAGE, modality="image")
     folder = "open_toy@tests.extract.test_views-"
     assert [group.name for group in cache.encoders("image")] == [
-        "open_toy", "open_toy@crop-0.5", "open_toy@flip", f"{folder}grey",
+        "open_toy", "open_toy@crop-0.5", "open_toy@flip", f"{folder}gray",
     ]  # fmt: skip
     assert [group.name for group in cache.encoders("text")] == ["open_toy", f"{folder}shout"]
     picture = decode_image((source / "00002.png").read_bytes())
@@ -42,7 +42,7 @@ def test_a_view_stands_beside_the_plain_feature_and_holds_what_it_shows(tmp_path
         "open_toy": picture,
         "open_toy@crop-0.5": picture.crop((8, 8, 24, 24)),
         "open_toy@flip": ImageOps.mirror(picture),
-        f"{folder}grey": grey(picture),
+        f"{folder}gray": gray(picture),
     }
     for name, image in expected.items():
         value = encoder.encode(encoder.prepare([image]), ["cls"])["cls"][0]
@@ -53,11 +53,11 @@ def test_a_view_stands_beside_the_plain_feature_and_holds_what_it_shows(tmp_path
 
 def test_another_version_of_a_users_view_is_another_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_pictures(tmp_path / "s", 4)
-    run(source, tmp_path / "c", views=("tests.extract.test_views:grey",))
-    monkeypatch.setattr("tests.extract.test_views.grey", shout)
+    run(source, tmp_path / "c", views=("tests.extract.test_views:gray",))
+    monkeypatch.setattr("tests.extract.test_views.gray", shout)
     monkeypatch.delattr(shout, "modality")
     with pytest.raises(FingerprintError, match="view.code"):
-        run(source, tmp_path / "c", views=("tests.extract.test_views:grey",))
+        run(source, tmp_path / "c", views=("tests.extract.test_views:gray",))
 
 
 @pytest.mark.parametrize("name", ["crop:0", "crop:1.5", "crop:", "crop:half", "flip:x"])

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.layout import FORMAT_VERSION, write_info
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from embedcache.store.layout import FORMAT_VERSION, write_info
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 

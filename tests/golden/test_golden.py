@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import zarr
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.layout import FORMAT_VERSION
+from embedcache.store.cache import Cache
+from embedcache.store.layout import FORMAT_VERSION
 from tests.golden.make import FOLDER, expected
 
 VERSIONS = range(1, FORMAT_VERSION + 1)

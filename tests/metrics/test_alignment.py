@@ -14,7 +14,7 @@ from embedcache.metrics.alignment import (
     linear_cka,
     mutual_knn,
     nearest,
-    neighbour_overlap,
+    neighbor_overlap,
     products,
     shuffled_cka,
 )
@@ -22,7 +22,7 @@ from embedcache.metrics.intervals import jackknife
 
 
 def sides(rows: int, *, seed: int = 0, widths: tuple[int, int] = (7, 5)) -> tuple[np.ndarray, np.ndarray]:
-    """Two features that share three directions, off centre."""
+    """Two features that share three directions, off center."""
     rng = np.random.default_rng(seed)
     shared = rng.standard_normal((rows, 3))
     return tuple(  # type: ignore[return-value]
@@ -31,8 +31,8 @@ def sides(rows: int, *, seed: int = 0, widths: tuple[int, int] = (7, 5)) -> tupl
 
 
 def cka_by_gram_matrices(x: np.ndarray, y: np.ndarray) -> float:
-    centre = np.eye(len(x)) - 1 / len(x)
-    one, other = centre @ x @ x.T @ centre, centre @ y @ y.T @ centre
+    center = np.eye(len(x)) - 1 / len(x)
+    one, other = center @ x @ x.T @ center, center @ y @ y.T @ center
     return float((one * other).sum() / np.sqrt((one * one).sum() * (other * other).sum()))
 
 
@@ -96,7 +96,7 @@ def test_what_shuffled_rows_give_is_the_mean_over_permutations() -> None:
 
 
 @given(st.integers(2, 30), st.data(), st.integers(1, 3000))
-def test_neighbours_are_those_of_the_obvious_loop(rows: int, data: st.DataObject, tile_bytes: int) -> None:
+def test_neighbors_are_those_of_the_obvious_loop(rows: int, data: st.DataObject, tile_bytes: int) -> None:
     k = data.draw(st.integers(1, rows - 1))
     x, y = sides(rows, seed=rows)
     expected = []
@@ -109,11 +109,11 @@ def test_neighbours_are_those_of_the_obvious_loop(rows: int, data: st.DataObject
         found = nearest(x, k), nearest(y, k)
     assert [set(row.tolist()) for row in found[0]] == expected[0]
     shares = [len(one & other) / k for one, other in zip(*expected, strict=True)]
-    np.testing.assert_allclose(neighbour_overlap(*found), shares)
+    np.testing.assert_allclose(neighbor_overlap(*found), shares)
     assert mutual_knn(x, y, k) == pytest.approx(np.mean(shares))
 
 
-def test_neighbours_of_sides_without_anything_in_common_agree_as_often_as_chance_says() -> None:
+def test_neighbors_of_sides_without_anything_in_common_agree_as_often_as_chance_says() -> None:
     rng = np.random.default_rng(0)
     found = mutual_knn(rng.standard_normal((800, 10)), rng.standard_normal((800, 10)), 20)
     assert found == pytest.approx(20 / 799, abs=0.004)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
 from embedcache.errors import DataError
-from embedcache.metrics import classes
-from embedcache.metrics.classes import class_means, confusion, ranks_of
+from embedcache.metrics import classification as classes
+from embedcache.metrics.classification import class_means, confusion, ranks_of
 from embedcache.metrics.intervals import bootstrap_class_mean, bootstrap_mean, bootstrap_means
 
 

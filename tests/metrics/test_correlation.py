@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import kendalltau, spearmanr
 
 from embedcache.errors import DataError
-from embedcache.metrics.correlation import rank_correlation
+from embedcache.metrics.intervals import rank_correlation
 
 
 def test_equal_and_opposite_orders_are_one_and_minus_one() -> None:

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
 from embedcache.errors import DataError
-from embedcache.metrics import ranks as ranks_module
+from embedcache.metrics import ranking as ranks_module
 from embedcache.metrics.intervals import bootstrap_mean
-from embedcache.metrics.ranks import average_precisions, best_ranks, chance_recall, negatives_before, recall_at
+from embedcache.metrics.ranking import average_precisions, best_ranks, chance_recall, negatives_before, recall_at
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:

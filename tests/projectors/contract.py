@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.projectors.contract import PROJECTORS, Anchored, Startable
+from embedcache.projectors.base import PROJECTORS, Anchored, Startable
 from embedcache.projectors.pair import takes_tokens
 
 
@@ -50,7 +50,7 @@ class ProjectorContract:
             optimizer.step()
         assert [name for name, value in projector.named_parameters() if torch.equal(value, before[name])] == []
 
-    def test_rows_do_not_depend_on_their_neighbours(self, projector: torch.nn.Module) -> None:
+    def test_rows_do_not_depend_on_their_neighbors(self, projector: torch.nn.Module) -> None:
         rows = torch.randn(6, self.widths[0])
         projector.eval()
         np.testing.assert_allclose(projector(rows)[2:3].detach(), projector(rows[2:3]).detach(), atol=1e-6)
@@ -95,7 +95,7 @@ class TokenProjectorContract:
             assert not values.grad[behind].any()
             assert all(parameter.grad.isfinite().all() for parameter in projector.parameters())
 
-    def test_items_do_not_depend_on_their_neighbours(self, projector: torch.nn.Module) -> None:
+    def test_items_do_not_depend_on_their_neighbors(self, projector: torch.nn.Module) -> None:
         tokens, lengths = torch.randn(6, 5, self.widths[0]), torch.tensor([5, 2, 3, 1, 4, 5])
         whole = projector.eval()(tokens, lengths)
         torch.testing.assert_close(projector(tokens[2:3, :3], None), whole[2:3], atol=1e-6, rtol=1e-5)

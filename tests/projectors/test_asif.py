@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from embedcache.projectors.asif import AsifProjector
+from embedcache.projectors.heads import AsifProjector
 
 
 def made(num_anchors: int, num_rows: int) -> tuple[AsifProjector, np.ndarray, np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from embedcache.projectors.dropout import Dropout
+from embedcache.projectors.heads import Dropout
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.6])
@@ -17,7 +17,7 @@ def test_share_and_scale(share: float) -> None:
     assert dropped.mean().item() == pytest.approx(1, abs=0.01)
     is_dropped = dropped == 0
     assert is_dropped.double().mean().item() == pytest.approx(share, abs=0.003)
-    for step in range(1, 9):  # neighbours share a random word, and nothing else
+    for step in range(1, 9):  # neighbors share a random word, and nothing else
         both = (is_dropped[:, step:] & is_dropped[:, :-step]).double().mean().item()
         assert both == pytest.approx(share**2, abs=0.005)
 

@@ -4,10 +4,9 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 from embedcache.errors import SettingError, UnknownNameError
-from embedcache.projectors.contract import PROJECTORS, split_names
-from embedcache.projectors.cost import cost
+from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, Side
+from embedcache.projectors.saved import PairConfig, Side, cost
 from tests.projectors.contract import ProjectorContract, TokenProjectorContract
 
 
@@ -65,7 +64,7 @@ class TestTokenMlp(TokenProjectorContract):
 
 
 class TestOnesOwn(ProjectorContract):
-    name = "embedcache.projectors.linear:LinearProjector"
+    name = "embedcache.projectors.heads:LinearProjector"
 
 
 def test_every_projector_of_the_table_is_tested() -> None:

@@ -74,7 +74,7 @@ def test_the_page_holds_everything_it_shows(report: QuickstartReport) -> None:
 
 
 def test_several_languages_are_kept(report: QuickstartReport, workdir: Path) -> None:
-    from embedcache.cache.cache import Cache
+    from embedcache.store.cache import Cache
 
     languages = Cache(workdir / "cache").items("text")["language"].to_pylist()
     assert {"en", "de", "es", "fr"} == set(languages)

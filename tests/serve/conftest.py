@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from embedcache.artifact import write_json
-from embedcache.curate.coverage.coverage import CoverageSettings, measure_coverage
-from embedcache.curate.coverage.report import coverage_json
-from embedcache.curate.indexes.index import build_index
+from embedcache.curate.coverage import CoverageSettings, measure_coverage
 from embedcache.extract.extract import extract
 from embedcache.progress import Silent
+from embedcache.provenance import write_json
+from embedcache.reports.coverage import coverage_json
+from embedcache.search.index import build_index
 from embedcache.serve.app import make_app
 from embedcache.serve.guard import Guard
 from embedcache.serve.served import Places, Served, open_served

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from embedcache.curate.coverage.coverage import CoverageSettings, measure_coverage
-from embedcache.curate.indexes.filters import Filter
-from embedcache.curate.indexes.index import build_index
-from embedcache.curate.indexes.queries import Queries
-from embedcache.curate.indexes.search import search
+from embedcache.curate.coverage import CoverageSettings, measure_coverage
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
 from embedcache.progress import Silent
+from embedcache.search.filters import Filter
+from embedcache.search.index import build_index
+from embedcache.search.queries import Queries
+from embedcache.search.search import search
 from embedcache.serve.coverage import compute_coverage
 from embedcache.serve.served import Places, Served, open_served
 from embedcache.serve.settings import ServeSettings

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from embedcache.curate.indexes.filters import Filter
-from embedcache.curate.indexes.queries import Queries
-from embedcache.curate.indexes.search import search
+from embedcache.search.filters import Filter
+from embedcache.search.queries import Queries
+from embedcache.search.search import search
 from tests.serve.browser import Browsing, open_browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -162,7 +162,7 @@ def test_the_api_page_lists_every_operation(page: Browsing) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_screens_and_colours(browser: Any, address: str, scheme: str) -> None:
+def test_narrow_screens_and_colors(browser: Any, address: str, scheme: str) -> None:
     page = Browsing(browser, address, viewport={"width": 360, "height": 740}, color_scheme=scheme)
     page.type(TEXT)
     assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -183,8 +183,8 @@ _NAMELESS = """all => all.filter(one => !one.closest('[hidden]')).filter(one =>
 
 def test_captions_are_text_and_never_markup(browser: Any, tmp_path: Path) -> None:
     """A caption of a stranger's that holds a script is shown as it is written."""
-    from embedcache.curate.indexes.index import build_index
     from embedcache.extract.extract import extract
+    from embedcache.search.index import build_index
     from embedcache.sources import open_source
     from tests.pictures import write_pictures
     from tests.toy import IMAGE

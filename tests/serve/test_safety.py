@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from embedcache.artifact import read_json, write_json
-from embedcache.curate.indexes.index import build_index
 from embedcache.errors import PathError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.progress import Silent
+from embedcache.provenance import read_json, write_json
+from embedcache.search.index import build_index
 from embedcache.serve.app import make_app
 from embedcache.serve.pictures import source_folders
 from embedcache.serve.served import Places, Served, open_served

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from embedcache.sources import ImageItem, Source, reopen_source
-from embedcache.sources.media import decode_image
+from embedcache.sources.images import decode_image
 
 
 class SourceContract:

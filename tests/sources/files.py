@@ -20,9 +20,9 @@ def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     return file.getvalue()
 
 
-def jpeg(colour: str = "red") -> bytes:
-    """Get a JPEG of 20 x 10 pixels in one colour."""
-    return encode(Image.new("RGB", (20, 10), colour))
+def jpeg(color: str = "red") -> bytes:
+    """Get a JPEG of 20 x 10 pixels in one color."""
+    return encode(Image.new("RGB", (20, 10), color))
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = (30, 20)) -> Image.Image:

@@ -6,16 +6,16 @@ from typing import Any
 import datasets
 import pytest
 
-from embedcache.cache.cache import Cache
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.extract.extract import extract
 from embedcache.sources import ImageItem, Source, SourceSettings, TextItem, open_source, reopen_source
-from embedcache.sources.media import decode_image
+from embedcache.sources.images import decode_image
+from embedcache.store.cache import Cache
 from tests.sources.contract import SourceContract
 from tests.sources.files import COLOURS, encode, jpeg, noise, write
 from tests.toy import IMAGE, TEXT
 
-IMAGES = [jpeg(colour) for colour in COLOURS]
+IMAGES = [jpeg(color) for color in COLOURS]
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +32,9 @@ def dataset(**columns: object) -> Any:
     return made
 
 
-def coloured(start: int = 0, stop: int = 5) -> Any:
+def colored(start: int = 0, stop: int = 5) -> Any:
     """Make a dataset of images with two captions each."""
-    captions = [[colour, f"all {colour}"] for colour in COLOURS]
+    captions = [[color, f"all {color}"] for color in COLOURS]
     return dataset(image=IMAGES, sentences=captions, label=[0, 1, 0, 1, 0]).select(range(start, stop))
 
 
@@ -46,25 +46,25 @@ def saved(folder: Path, given: Any) -> Path:
 class TestSavedDataset(SourceContract):
     @pytest.fixture
     def source(self, tmp_path: Path) -> Source:
-        return open_source(saved(tmp_path, coloured()))
+        return open_source(saved(tmp_path, colored()))
 
 
 class TestSavedDatasetDict(SourceContract):
     @pytest.fixture
     def source(self, tmp_path: Path) -> Source:
-        return open_source(saved(tmp_path, datasets.DatasetDict(train=coloured(0, 3), test=coloured(3))))
+        return open_source(saved(tmp_path, datasets.DatasetDict(train=colored(0, 3), test=colored(3))))
 
 
 class TestSavedWithSettings(SourceContract):
     @pytest.fixture
     def source(self, tmp_path: Path) -> Source:
-        given = coloured().rename_columns({"image": "photo", "sentences": "said"}).add_column("n", list("abcde"))
+        given = colored().rename_columns({"image": "photo", "sentences": "said"}).add_column("n", list("abcde"))
         settings = SourceSettings(image_column="photo", caption_columns=("said",), key_column="n")
         return open_source(saved(tmp_path, given), settings=settings)
 
 
 def test_splits_labels_keys_and_rows(tmp_path: Path) -> None:
-    source = open_source(saved(tmp_path, datasets.DatasetDict(train=coloured(0, 2), test=coloured(3))))
+    source = open_source(saved(tmp_path, datasets.DatasetDict(train=colored(0, 2), test=colored(3))))
     first, _, third, _ = source.samples()
     assert (first.key, third.key) == ("train/0", "test/0")
     assert first.columns == {"split": "train", "label": "cat"}
@@ -80,7 +80,7 @@ def test_a_row_without_a_label_has_none(number: int | None) -> None:
 
 
 def test_a_dataset_in_memory_is_extracted_but_not_reopened(tmp_path: Path) -> None:
-    source = open_source(coloured().shuffle(seed=1))
+    source = open_source(colored().shuffle(seed=1))
     for _ in range(2):
         extract(source, tmp_path / "cache", image=[IMAGE], text=[TEXT])
     assert Cache(tmp_path / "cache").info.num_items == {"image": 5, "text": 10}
@@ -89,7 +89,7 @@ def test_a_dataset_in_memory_is_extracted_but_not_reopened(tmp_path: Path) -> No
 
 
 def test_rows_are_those_the_dataset_shows_after_select(tmp_path: Path) -> None:
-    source = open_source(coloured().select([4, 0]))
+    source = open_source(colored().select([4, 0]))
     samples = list(source.samples())
     assert [sample.texts[0].text for sample in samples] == ["white", "red"]
     assert [source.read(sample.images[0]) for sample in samples] == [IMAGES[4], IMAGES[0]]
@@ -97,7 +97,7 @@ def test_rows_are_those_the_dataset_shows_after_select(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["numpy", "torch"])
 def test_the_format_of_a_dataset_does_not_matter(form: str) -> None:
-    assert list(open_source(coloured().with_format(form)).samples()) == list(open_source(coloured()).samples())
+    assert list(open_source(colored().with_format(form)).samples()) == list(open_source(colored()).samples())
 
 
 def test_images_given_as_pictures_paths_and_bytes_are_read_without_decoding(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_damaged_folder_is_named(tmp_path: Path, files: Mapping[str, str], wor
 
 
 def test_a_folder_without_its_data_is_named(tmp_path: Path) -> None:
-    folder = saved(tmp_path, coloured())
+    folder = saved(tmp_path, colored())
     next(folder.glob("*.arrow")).write_bytes(b"no arrow")
     with pytest.raises(SourceError, match="saved cannot be read as a saved dataset"):
         open_source(folder)
@@ -177,13 +177,13 @@ def test_a_name_that_neither_the_disk_nor_the_hub_has_is_refused() -> None:
 
 def test_what_cannot_be_read_by_row_is_refused() -> None:
     with pytest.raises(SourceError, match=r"IterableDataset.*Dataset or DatasetDict"):
-        open_source(coloured().to_iterable_dataset())
+        open_source(colored().to_iterable_dataset())
 
 
 def test_columns_and_settings_are_checked_on_opening() -> None:
     with pytest.raises(SourceError, match=r"--image-column and --caption-column"):
         open_source(datasets.Dataset.from_dict({"words": ["x"]}))
     with pytest.raises(SourceError, match=r"--caption-column said: no such column.*image, sentences, label"):
-        open_source(coloured(), settings=SourceSettings(caption_columns=("said",)))
+        open_source(colored(), settings=SourceSettings(caption_columns=("said",)))
     with pytest.raises(SettingError, match="languages"):
-        open_source(coloured(), settings=SourceSettings(languages=("de",)))
+        open_source(colored(), settings=SourceSettings(languages=("de",)))

@@ -10,7 +10,7 @@ from PIL import Image
 from embedcache.arrays import Array
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.sources import ImageItem, Source, SourceSettings, open_source
-from embedcache.sources.media import decode_image
+from embedcache.sources.images import decode_image
 from tests.sources.contract import SourceContract
 from tests.sources.files import write
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from embedcache.errors import ItemError
-from embedcache.sources.media import MAX_PIXELS, decode_image
+from embedcache.sources.images import MAX_PIXELS, decode_image
 from tests.sources.files import encode, noise
 
 ORIENTATION = 0x0112
@@ -87,7 +87,7 @@ def test_half_transparent_black_becomes_mid_grey() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P"])
-def test_a_transparent_colour_of_a_png_becomes_white(mode: str) -> None:
+def test_a_transparent_color_of_a_png_becomes_white(mode: str) -> None:
     image = Image.new("L", (4, 4), 0).convert(mode)
     transparent = (0, 0, 0) if mode == "RGB" else 0
     data = encode(image, "PNG", transparency=transparent)
@@ -100,7 +100,7 @@ def test_grey_becomes_three_equal_channels(mode: str) -> None:
     assert np.array_equal(decoded, pixels(noise(mode).convert("RGB")))
 
 
-def test_cmyk_becomes_the_colours_pillow_gives_it() -> None:
+def test_cmyk_becomes_the_colors_pillow_gives_it() -> None:
     data = encode(noise("CMYK"))  # Pillow writes the Adobe marker and inverts, as Photoshop does
     assert b"Adobe" in data
     expected = Image.open(io.BytesIO(data)).convert("RGB")
@@ -122,7 +122,7 @@ def test_floating_point_pixels_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_an_animation_gives_its_first_frame(kind: str) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
     red, _, blue = decode_image(data).getpixel((4, 4))
     assert red > 200 > 50 > blue

@@ -92,8 +92,8 @@ def test_reopening_what_is_gone_names_the_path(tmp_path: Path) -> None:
 
 
 def test_reopening_with_a_setting_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    description = {"type": "table", "path": str(tmp_path), "settings": {"colour": "red"}}
-    with pytest.raises(SettingError, match=r"'colour'.*image_column"):
+    description = {"type": "table", "path": str(tmp_path), "settings": {"color": "red"}}
+    with pytest.raises(SettingError, match=r"'color'.*image_column"):
         reopen_source(description)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from embedcache.errors import ItemError, SettingError
 from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
-from embedcache.sources.media import decode_image
+from embedcache.sources.images import decode_image
 from tests.sources.contract import SourceContract
 
 pytestmark = pytest.mark.slow

@@ -12,16 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embedcache.errors import ItemError, PathError, SourceError
-from embedcache.paths import open_path
+from embedcache.files import open_path
 from embedcache.sources import ImageItem, Source, open_source, reopen_source
-from embedcache.sources.remote_blocks import RemoteBlocks
+from embedcache.sources.byte_ranges import RemoteBlocks
 from tests.sources.contract import SourceContract
 from tests.sources.files import COLOURS, jpeg, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, upload
 
 pytestmark = pytest.mark.slow
 
-IMAGES = [jpeg(colour) for colour in COLOURS]
+IMAGES = [jpeg(color) for color in COLOURS]
 
 
 def shards(folder: Path, number: int = 3) -> Path:
@@ -246,7 +246,7 @@ def test_a_block_that_failed_is_asked_for_again(tmp_path: Path, web: WebServer) 
     assert blocks.read(path, 0, 10) == data[:10]
 
 
-def test_row_groups_are_read_without_their_neighbours(tmp_path: Path, web: WebServer) -> None:
+def test_row_groups_are_read_without_their_neighbors(tmp_path: Path, web: WebServer) -> None:
     images = [np.random.default_rng(n).bytes(500_000) for n in range(20)]
     write_parquet(tmp_path / "web" / "t.parquet", row_group_size=2, image=images, caption=["x"] * 20)
     source = open_source(f"{web.url}/t.parquet")

@@ -4,7 +4,7 @@ import pytest
 
 from embedcache.errors import PathError
 from embedcache.sources import open_source, reopen_source
-from embedcache.sources.shards import expand_braces
+from embedcache.sources.webdataset import expand_braces
 from tests.sources.files import jpeg, write_tar
 
 

@@ -9,7 +9,7 @@ from embedcache.sources import ImageItem, Source, SourceSettings, TextItem, open
 from tests.sources.contract import SourceContract
 from tests.sources.files import COLOURS, jpeg, write, write_parquet
 
-IMAGES = [jpeg(colour) for colour in COLOURS]
+IMAGES = [jpeg(color) for color in COLOURS]
 
 
 class TestParquetOfBytes(SourceContract):
@@ -24,7 +24,7 @@ class TestFolderOfHuggingFaceParquet(SourceContract):
     def source(self, tmp_path: Path) -> Source:
         for part in ("train-0", "train-1"):
             cells = [{"bytes": data, "path": "x.jpg"} for data in IMAGES]
-            captions = [["one", colour] for colour in COLOURS]
+            captions = [["one", color] for color in COLOURS]
             write_parquet(tmp_path / f"{part}.parquet", image=cells, caption=captions)
         return open_source(tmp_path)
 

@@ -13,7 +13,7 @@ split = "key"
 epochs = 2
 
 [space]
-learning_rate = {low = 1e-4, high = 1e-1, log = true}
+lr = {low = 1e-4, high = 1e-1, log = true}
 shared_width = {low = 8, high = 24, step = 8}
 projector = ["linear", "mlp"]
 """

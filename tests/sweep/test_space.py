@@ -5,9 +5,9 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from embedcache.errors import EmbedcacheError, PathError, SettingError, UnknownNameError
-from embedcache.sweep.samplers import distributions, grid_points
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Range, read_space
+from embedcache.sweep.trials import distributions, grid_points
 
 WHOLE = """
 [fixed]
@@ -15,7 +15,7 @@ epochs = 7
 split = "key"
 
 [space]
-learning_rate = {low = 1e-4, high = 1e-2, log = true}
+lr = {low = 1e-4, high = 1e-2, log = true}
 batch_size = {low = 128, high = 1024, step = 128}
 dropout = {low = 0, high = 0.5}
 projector = ["linear", "mlp"]
@@ -33,7 +33,7 @@ def test_a_space_is_what_its_toml_says(tmp_path: Path) -> None:
     space = read_space(written(tmp_path, WHOLE))
     assert space.fixed == {"epochs": 7, "split": "key", "split_seed": 0}
     assert distributions(space) == {
-        "learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
+        "lr": FloatDistribution(1e-4, 1e-2, log=True),
         "batch_size": IntDistribution(128, 1024, step=128),
         "dropout": FloatDistribution(0.0, 0.5),
         "projector": CategoricalDistribution(("linear", "mlp")),
@@ -145,7 +145,7 @@ def test_a_grid_has_every_point_once_and_its_order_is_the_seeds(tmp_path: Path) 
 
 
 def test_a_grid_needs_an_end_of_values(tmp_path: Path) -> None:
-    text = "[space]\nlearning_rate = {low = 0.1, high = 0.2}"
+    text = "[space]\nlr = {low = 0.1, high = 0.2}"
     with pytest.raises(SettingError, match=r"learning_rate is a range without steps; give it a step, or choices such"):
         grid_points(read_space(written(tmp_path, text)), SweepSettings(sampler="grid"))
     text = "[space]\nshared_width = {low = 1, high = 1000}\nbatch_size = {low = 2, high = 1001}"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.artifact import digest_file, read_json
 from embedcache.cli.main import main
 from embedcache.errors import FingerprintError, PathError, SettingError
 from embedcache.projectors.saved import read_config
+from embedcache.provenance import digest_file, read_json
 from embedcache.sweep.sweep import SweepReport, sweep
 from tests.sweep.conftest import RANDOM, SIDES, SPACE, Notes
 
@@ -30,9 +30,9 @@ def test_figures_tell_every_trial_the_best_and_what_chance_gives(swept: Swept) -
     figures = read_json(study_path / "report.json")
     assert figures["counts"] == {"complete": 6, "pruned": 0, "failed": 0}
     assert [trial["trial"] for trial in figures["trials"]] == list(range(6))
-    assert set(figures["trials"][0]["params"]) == {"learning_rate", "shared_width", "projector"}
+    assert set(figures["trials"][0]["params"]) == {"lr", "shared_width", "projector"}
     assert figures["trials"][0]["num_pairs"] == 2 * 195
-    assert set(figures["importance"]) == {"learning_rate", "shared_width", "projector"}
+    assert set(figures["importance"]) == {"lr", "shared_width", "projector"}
     assert sum(figures["importance"].values()) == pytest.approx(1, abs=1e-3)
     assert len(figures["best"]) == 2
     for best in figures["best"]:
@@ -101,7 +101,7 @@ def test_trials_share_one_split_and_go_by_their_settings(swept: Swept) -> None:
     assert digests == {digest_file(split_path)}
     for trial in report.findings.trials:
         config = read_config(study_path / "trials" / f"{trial.number:05d}")
-        assert config.training["optimizer"]["learning_rate"] == trial.params["learning_rate"]
+        assert config.training["optimizer"]["lr"] == trial.params["learning_rate"]
         assert config.training["split"]["kind"] == str(split_path)
         assert (config.projector, config.shared_width) == (trial.params["projector"], trial.params["shared_width"])
 
@@ -206,14 +206,14 @@ def test_a_configuration_that_another_seed_fails_on_is_left_out(cache_path: Path
 def test_trials_that_lie_behind_are_pruned(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "space.toml").write_text(
         "[fixed]\nsplit = 'key'\nepochs = 3\nshared_width = 8\nstart = 'random'\n"
-        "[space]\nlearning_rate = [1e-9, 1e-2]\ndropout = [0.0, 0.1, 0.2, 0.3, 0.4]"
+        "[space]\nlr = [1e-9, 1e-2]\ndropout = [0.0, 0.1, 0.2, 0.3, 0.4]"
     )
     settings = replace(RANDOM, sampler="grid", num_trials=10, pruner="median", top=1, num_seeds=1)
     notes = Notes()
     report = sweep(cache_path, tmp_path / "study", tmp_path / "space.toml", **SIDES, settings=settings, progress=notes)
     pruned = [trial for trial in report.findings.trials if trial.state.name == "PRUNED"]
     assert pruned
-    assert report.best[0].params["learning_rate"] == 1e-2
+    assert report.best[0].params["lr"] == 1e-2
     assert sum("pruned after epoch" in line for line in notes.lines) == len(pruned)
     for trial in pruned:
         assert not (tmp_path / f"study/trials/{trial.number:05d}").exists()

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from embedcache.cache.split import read_split
-from embedcache.disk import make_folder
+from embedcache.dataset.splits import read_split
 from embedcache.errors import PathError
-from embedcache.sweep.plots import pareto_front
+from embedcache.files import make_folder
+from embedcache.reports.sweep import pareto_front
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import Study, open_study, split_path, trial_path, without_password
@@ -52,7 +52,7 @@ def test_a_seed_decides_what_is_tried(tmp_path: Path, space: Space, sampler: str
     )
     assert a == b
     assert a[:3] != c
-    assert len({params["learning_rate"] for params in a}) == num_trials
+    assert len({params["lr"] for params in a}) == num_trials
 
 
 def test_a_restart_does_not_draw_the_same_again(tmp_path: Path, space: Space) -> None:

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from embedcache.train.losses.contract import Related
-from embedcache.train.losses.info_nce import MultiPositive
+from embedcache.train.losses import MultiPositive, Related
 
 
 class Unlucky(torch.nn.Module):

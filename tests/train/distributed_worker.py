@@ -1,4 +1,4 @@
-"""Run by torchrun: writes the gradients of every loss, with and without mixup and the regulariser, of a fixed batch."""
+"""Run by torchrun: writes the gradients of every loss, with and without mixup and the regularizer, of a fixed batch."""
 
 import sys
 
@@ -7,13 +7,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from embedcache.arrays import Inputs, Ints
-from embedcache.cache.pairs import Items, Pairs
+from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
+from embedcache.train import tiles
 from embedcache.train.batches import Batches
 from embedcache.train.distributed import joined_processes, process_number
 from embedcache.train.loader import Loader
-from embedcache.train.losses import tiles
-from embedcache.train.losses.contract import LOSSES
+from embedcache.train.losses import LOSSES
 from embedcache.train.objective import Objective
 from embedcache.train.settings import LossSettings
 

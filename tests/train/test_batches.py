@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Inputs
-from embedcache.cache.cache import Cache
-from embedcache.cache.pairs import Items, Pairs
+from embedcache.dataset.pairs import Items, Pairs
+from embedcache.store.cache import Cache
 from embedcache.train.batches import Batches
 from embedcache.train.data import open_data
 

@@ -8,15 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.selection import read_selection
-from embedcache.cache.split import read_split
+from embedcache.dataset.selections import read_selection
+from embedcache.dataset.splits import read_split
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnfinishedError
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from embedcache.train.data import open_data
-from embedcache.train.options import settings_of
+from embedcache.train.settings import train_settings
 from embedcache.train.train import TrainReport, train
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
@@ -30,7 +30,7 @@ def run(
     text: str = "open_toy/mean",
     **options: object,
 ) -> TrainReport:
-    settings = settings_of({"shared_width": 16, "epochs": 2, "batch_size": 32, "split": "key", **options})
+    settings = train_settings({"shared_width": 16, "epochs": 2, "batch_size": 32, "split": "key", **options})
     return train(caches, run_path, image=image, text=text, settings=settings)  # type: ignore[arg-type]
 
 
@@ -128,17 +128,17 @@ def test_all_captions_are_positives(tmp_path: Path, loss: str) -> None:
     for path in sorted(folder.glob("*.txt"))[::2]:
         path.write_text(path.read_text() + "a picture with a " + path.read_text())
     extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT])
-    report = run(tmp_path / "c", tmp_path / "run", captions="all", loss=loss, epochs=20, start="random")
+    report = run(tmp_path / "c", tmp_path / "run", captions="all", loss=loss, epochs=20, initialization="random")
     assert report.best_epoch > 0
     found = evaluate_retrieval(tmp_path / "c", [tmp_path / "run"])
     assert found.recalls["i2t"]["r@5"].value > 2 * found.chance["i2t"]["r@5"].high
 
 
 @pytest.mark.parametrize("options", [{"mixup": 1.0}, {"structure": 1.0}, {"mixup": 0.3, "structure": 2.0}])
-def test_it_learns_with_mixup_and_with_the_regulariser(
+def test_it_learns_with_mixup_and_with_the_regularizer(
     cache_path: Path, tmp_path: Path, options: dict[str, float]
 ) -> None:
-    run(cache_path, tmp_path / "run", start="random", epochs=20, **options)
+    run(cache_path, tmp_path / "run", initialization="random", epochs=20, **options)
     found = evaluate_retrieval(cache_path, [tmp_path / "run"])
     assert found.recalls["i2t"]["r@5"].value > 2 * found.chance["i2t"]["r@5"].high
 
@@ -162,13 +162,13 @@ def test_a_split_that_is_given_and_read_anew_is_the_same_run(two_caches: list[Pa
 
 def test_several_threads_give_the_same_weights(cache_path: Path, tmp_path: Path) -> None:
     for name in "ab":
-        run(cache_path, tmp_path / name, threads=2, batch_size=195, shared_width=256, start="random")
+        run(cache_path, tmp_path / name, threads=2, batch_size=195, shared_width=256, initialization="random")
     a, b = ((tmp_path / name / "last.safetensors").read_bytes() for name in "ab")
     assert a == b
 
 
 def test_training_stops_early_when_recall_does(cache_path: Path, tmp_path: Path) -> None:
-    report = run(cache_path, tmp_path / "run", epochs=50, learning_rate=0.05, patience=2)
+    report = run(cache_path, tmp_path / "run", epochs=50, lr=0.05, patience=2)
     lines = [json.loads(line) for line in (tmp_path / "run/losses.jsonl").read_text().splitlines()]
     assert max(line["epoch"] for line in lines if "validation" in line) == report.best_epoch + 2 < 50
 
@@ -197,7 +197,7 @@ def test_tensorboard_gets_what_the_lines_say(cache_path: Path, tmp_path: Path) -
 def test_token_features_train_and_rank(
     cache_path: Path, two_caches: list[Path], tmp_path: Path, image: str, text: str, projector: str
 ) -> None:
-    run(cache_path, tmp_path / "run", image=image, text=text, projector=projector, epochs=30, learning_rate=0.01)
+    run(cache_path, tmp_path / "run", image=image, text=text, projector=projector, epochs=30, lr=0.01)
     found = evaluate_retrieval(cache_path, [tmp_path / "run"])
     assert found.recalls["i2t"]["r@5"].value > 2 * found.chance["i2t"]["r@5"].high
     run(two_caches, tmp_path / "two", image=image, text=text, projector=projector, epochs=1, memory_gb=0)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from embedcache.train.losses import tiles
-from embedcache.train.losses.contract import LOSSES, Related
+from embedcache.train import tiles
+from embedcache.train.losses import LOSSES, Related
 
 WIDTH = 5
 TILE_ROWS = 3

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from embedcache.errors import CorruptError, FingerprintError, PathError
-from embedcache.train import loop
+from embedcache.train import trainer as loop
 from embedcache.train.checkpoint import checkpoint_path
 from embedcache.train.settings import (
     LossSettings,
@@ -28,7 +28,7 @@ SAME = ("model.safetensors", "last.safetensors", "losses.jsonl", "split.parquet"
 
 def settings(*, seed: int = 0) -> TrainSettings:
     return TrainSettings(
-        model=ModelSettings(shared_width=16, start="random"),
+        model=ModelSettings(shared_width=16, initialization="random"),
         loss=LossSettings(name="siglip", mixup=0.5),
         optimizer=OptimizerSettings(epochs=3, batch_size=64),
         split=SplitSettings(kind="key"),
@@ -101,7 +101,8 @@ def test_a_run_goes_on_with_its_own_split(cache_path: Path, tmp_path: Path, monk
 def test_two_processes_do_not_train_into_one_folder(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     script = (
-        "import sys; from pathlib import Path; from embedcache.disk import Claims; claims = Claims(Path(sys.argv[1])); "
+        "import sys; from pathlib import Path; from embedcache.files import Claims; "
+        "claims = Claims(Path(sys.argv[1])); "
         "print(claims.take(0), flush=True); input()"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
@@ -152,7 +153,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(cache_path: Path, tmp_path: 
     def command(run_path: Path) -> list[str]:
         options = (
             "--image open_toy/cls --text open_toy/mean --split key --epochs 40 --batch-size 32 --checkpoint-s 0 "
-            "--learning-rate 1e-3"
+            "--lr 1e-3"
         )
         return [sys.executable, "-m", "embedcache", "train", str(cache_path), str(run_path), *options.split()]
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from embedcache.arrays import Inputs, Ints, normalize
-from embedcache.cache.pairs import Items, Pairs
-from embedcache.cache.side import Reader
+from embedcache.dataset.inputs import Reader
+from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import DataError, SettingError
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.towers import Tower
+from embedcache.train.initialization import start
 from embedcache.train.settings import ModelSettings, Start
-from embedcache.train.start import start
 
 NUM_SAMPLES = 30
 RNG = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def started(
 ) -> AlignedPair:
     torch.manual_seed(0)
     pair = AlignedPair(projector, image_width=6, text_width=5, shared_width=shared_width).eval()
-    settings = ModelSettings(projector=projector, shared_width=shared_width, start=kind)
+    settings = ModelSettings(projector=projector, shared_width=shared_width, initialization=kind)
     start(pair, pairs or make_pairs(), image, text, settings, seed=seed)
     return pair
 
@@ -62,17 +62,17 @@ def anchors(tower: AnyTower) -> torch.Tensor:
     return found
 
 
-def centred(values: np.ndarray) -> np.ndarray:
+def centered(values: np.ndarray) -> np.ndarray:
     rows = normalize(values)
     return normalize(rows - rows.mean(axis=0))
 
 
 def test_anchor_j_of_both_sides_is_one_pair_of_centred_rows() -> None:
     pair = started("asif", shared_width=40)
-    images = (anchors(pair.image).numpy() @ centred(IMAGES).T).argmax(axis=1)
-    texts = (anchors(pair.text).numpy() @ centred(TEXTS).T).argmax(axis=1)
-    np.testing.assert_allclose(anchors(pair.image), centred(IMAGES)[images], atol=1e-5)
-    np.testing.assert_allclose(anchors(pair.text), centred(TEXTS)[texts], atol=1e-5)
+    images = (anchors(pair.image).numpy() @ centered(IMAGES).T).argmax(axis=1)
+    texts = (anchors(pair.text).numpy() @ centered(TEXTS).T).argmax(axis=1)
+    np.testing.assert_allclose(anchors(pair.image), centered(IMAGES)[images], atol=1e-5)
+    np.testing.assert_allclose(anchors(pair.text), centered(TEXTS)[texts], atol=1e-5)
     np.testing.assert_array_equal(images, texts // 2)
     assert len(set(texts)) == 40
 
@@ -119,7 +119,7 @@ def test_towers_of_tokens_are_left_as_they_are_and_not_read() -> None:
     started("cls_token+token_mlp", image=unread, text=unread)
 
 
-def test_a_tower_of_vectors_beside_one_of_tokens_is_centred() -> None:
+def test_a_tower_of_vectors_beside_one_of_tokens_is_centered() -> None:
     pair = started("token+mlp", image=unread)
     assert isinstance(pair.text, Tower)
     np.testing.assert_allclose(pair.text.mean, normalize(TEXTS).mean(axis=0), atol=1e-6)
@@ -129,7 +129,9 @@ def test_a_tower_of_vectors_beside_one_of_tokens_is_centred() -> None:
 
 @pytest.mark.parametrize("projector", ["token", "token+linear", "asif", "linear+glu"])
 def test_a_closed_form_needs_two_linear_branches(projector: str) -> None:
-    with pytest.raises(SettingError, match="has no linear branch that --start csa could set; use --start random"):
+    with pytest.raises(
+        SettingError, match="has no linear branch that --initialization csa could set; use --initialization random"
+    ):
         started(projector, kind="csa", image=unread, text=unread)
 
 

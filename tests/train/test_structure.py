@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import kl_div, softmax
 
-from embedcache.train.losses import tiles
-from embedcache.train.losses.structure import structure
+from embedcache.train import tiles
+from embedcache.train.losses import structure
 
 TILE_ROWS = 3
 
@@ -24,12 +24,12 @@ def small_tiles() -> Iterator[None]:
 
 
 def plain(inputs_BD: Tensor, outputs_BP: Tensor, temperature: float) -> Tensor:
-    def neighbours(vectors: Tensor) -> Tensor:
+    def neighbors(vectors: Tensor) -> Tensor:
         vectors = vectors - vectors.mean(dim=0, keepdim=True)
         vectors = vectors / vectors.norm(dim=1, keepdim=True)
         return softmax(vectors @ vectors.T / temperature, dim=1)
 
-    before_BB, after_BB = neighbours(inputs_BD), neighbours(outputs_BP)
+    before_BB, after_BB = neighbors(inputs_BD), neighbors(outputs_BP)
     middle_BB = (before_BB + after_BB) / 2
     both = [kl_div(middle_BB.log(), side_BB, reduction="batchmean") for side_BB in (before_BB, after_BB)]
     return (both[0] + both[1]) / 2
@@ -87,10 +87,10 @@ def test_it_is_from_nought_to_log_2(size: int, seed: int, temperature: float) ->
     assert -1e-12 <= structure(*draw(size, seed), temperature=temperature).item() <= math.log(2) + 1e-12
 
 
-def test_neighbourhoods_with_nothing_in_common_are_log_2_apart() -> None:
+def test_neighborhoods_with_nothing_in_common_are_log_2_apart() -> None:
     corners = torch.eye(2, dtype=torch.float64)
     pairs, crossed = corners[[0, 0, 1, 1]], corners[[0, 1, 0, 1]]
-    # Each item has itself in common with itself: half of either neighbourhood.
+    # Each item has itself in common with itself: half of either neighborhood.
     assert structure(pairs, crossed, temperature=0.01).item() == pytest.approx(math.log(2) / 2)
 
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from embedcache.arrays import Inputs
-from embedcache.cache.cache import Cache
-from embedcache.cache.pairs import Pairs
-from embedcache.cache.split import read_split
+from embedcache.dataset.pairs import Pairs
+from embedcache.dataset.splits import read_split
 from embedcache.errors import (
     ArtifactError,
     CorruptError,
@@ -21,11 +20,11 @@ from embedcache.errors import (
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import load_pair, project, read_config
+from embedcache.store.cache import Cache
 from embedcache.train import train as train_module
 from embedcache.train.batches import Batches
-from embedcache.train.losses.contract import LOSSES
-from embedcache.train.optimizer import learning_rate, make_optimizer
-from embedcache.train.recalls import Validation
+from embedcache.train.initialization import start
+from embedcache.train.losses import LOSSES
 from embedcache.train.settings import (
     LossSettings,
     MachineSettings,
@@ -34,8 +33,9 @@ from embedcache.train.settings import (
     SplitSettings,
     TrainSettings,
 )
-from embedcache.train.start import start
 from embedcache.train.train import TrainReport, train
+from embedcache.train.trainer import lr, make_optimizer
+from embedcache.train.validation import Validation
 
 IMAGE, TEXT = "open_toy/cls", "open_toy/mean"
 SPLIT = SplitSettings(kind="key")
@@ -81,7 +81,7 @@ def test_a_run_leaves_all_that_says_what_it_is(cache_path: Path, tmp_path: Path)
 def test_it_learns_what_pictures_and_captions_share(
     cache_path: Path, tmp_path: Path, projector: str, start: str
 ) -> None:
-    model = ModelSettings(projector=projector, start=start, shared_width=16, shrinkage=0.01)  # type: ignore[arg-type]
+    model = ModelSettings(projector=projector, initialization=start, shared_width=16, shrinkage=0.01)  # type: ignore[arg-type]
     run(cache_path, tmp_path / "run", epochs=20, model=model)
     report = evaluate_retrieval(cache_path, [tmp_path / "run"])
     assert report.recalls["i2t"]["r@5"].value > 2 * report.chance["i2t"]["r@5"].high
@@ -89,7 +89,7 @@ def test_it_learns_what_pictures_and_captions_share(
 
 @pytest.mark.parametrize("loss", LOSSES.paths)
 def test_it_learns_with_every_loss(cache_path: Path, tmp_path: Path, loss: str) -> None:
-    model = ModelSettings(start="random", shared_width=16)
+    model = ModelSettings(initialization="random", shared_width=16)
     report = run(cache_path, tmp_path / "run", epochs=20, model=model, loss=LossSettings(name=loss))
     assert report.best_epoch > 0
     found = evaluate_retrieval(cache_path, [tmp_path / "run"])
@@ -106,8 +106,10 @@ def test_it_learns_with_every_projector(cache_path: Path, tmp_path: Path, projec
 
 
 def test_a_closed_form_that_a_projector_cannot_start_from_is_refused(cache_path: Path, tmp_path: Path) -> None:
-    model = ModelSettings(projector="glu", start="cca", shared_width=16)
-    with pytest.raises(SettingError, match="a projector of glu has no linear branch that --start cca could set"):
+    model = ModelSettings(projector="glu", initialization="cca", shared_width=16)
+    with pytest.raises(
+        SettingError, match="a projector of glu has no linear branch that --initialization cca could set"
+    ):
         run(cache_path, tmp_path / "run", model=model)
 
 
@@ -152,7 +154,7 @@ def test_bfloat16_trains(cache_path: Path, tmp_path: Path) -> None:
         cache_path,
         tmp_path / "run",
         machine=MachineSettings(precision="bfloat16"),
-        model=ModelSettings(start="random", shared_width=16),
+        model=ModelSettings(initialization="random", shared_width=16),
     )
     assert report.best_epoch > 0
 
@@ -259,7 +261,7 @@ def test_training_sees_its_own_part_only(cache_path: Path, tmp_path: Path, monke
 
 
 def test_the_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path) -> None:
-    optimizer = OptimizerSettings(epochs=6, batch_size=64, learning_rate=0.5)  # far too high: recall falls at once
+    optimizer = OptimizerSettings(epochs=6, batch_size=64, lr=0.5)  # far too high: recall falls at once
     report = run(cache_path, tmp_path / "run", optimizer=optimizer)
     lines = [json.loads(line) for line in (tmp_path / "run/losses.jsonl").read_text().splitlines()]
     scores = {line["epoch"]: line["validation"] for line in lines if "validation" in line}
@@ -273,9 +275,9 @@ def test_the_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path
 
 def test_the_learning_rate_warms_up_and_falls_to_zero_and_vectors_do_not_decay() -> None:
     pair = AlignedPair("mlp", image_width=8, text_width=6, shared_width=4)
-    settings = OptimizerSettings(epochs=10, warmup_share=0.2, weight_decay=0.3)
+    settings = OptimizerSettings(epochs=10, warmup_fraction=0.2, weight_decay=0.3)
     optimizer = make_optimizer(pair, settings)
-    rates = [learning_rate(settings, step, 100) for step in range(100)]
+    rates = [lr(settings, step, 100) for step in range(100)]
     assert rates[0] < rates[10] < rates[19] == max(rates) == 1e-3
     assert rates[20:] == sorted(rates[20:], reverse=True)
     assert rates[-1] < 1e-5
@@ -303,6 +305,6 @@ def test_weights_that_are_no_numbers_are_refused(cache_path: Path, tmp_path: Pat
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_temperature(cache_path: Path, tmp_path: Path) -> None:
-    optimizer = OptimizerSettings(epochs=5, batch_size=64, learning_rate=1e30)
-    with pytest.raises(DataError, match=r"the loss is nan at step \d+ with temperature .*lower --learning-rate"):
+    optimizer = OptimizerSettings(epochs=5, batch_size=64, lr=1e30)
+    with pytest.raises(DataError, match=r"the loss is nan at step \d+ with temperature .*lower --lr"):
         run(cache_path, tmp_path / "run", optimizer=optimizer)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from embedcache.curate.coverage.coverage import CoverageReport
+    from embedcache.curate.coverage import CoverageReport
 
 
 def coverage(
     cache: Annotated[str, typer.Argument(help="The pool: a cache, or its URL.")],
-    concepts: Annotated[str, typer.Argument(help="A cache of embedcache extract prompts:…, or of labelled examples.")],
+    concepts: Annotated[str, typer.Argument(help="A cache of embedcache extract prompts:…, or of labeled examples.")],
     modality: Annotated[Literal["image", "text", "both"], typer.Option(help="What of the pool to look at.")] = "image",
     feature: Annotated[str | None, typer.Option(help="encoder/feature. [default: the run's, or the only one]")] = None,
     projected: Annotated[Path | None, typer.Option(help="Project pool and concepts with this run.")] = None,
@@ -34,12 +34,11 @@ def coverage(
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster. [default: one on this machine]")] = None,
 ) -> None:
     """Count the items of a pool for each of many concepts, exactly."""
-    from embedcache.artifact import write_json
     from embedcache.cli.console import open_progress, say
-    from embedcache.curate.coverage.coverage import CoverageSettings, measure_coverage
-    from embedcache.curate.coverage.page import write_coverage
-    from embedcache.curate.coverage.report import coverage_json
+    from embedcache.curate.coverage import CoverageSettings, measure_coverage
     from embedcache.errors import SettingError
+    from embedcache.provenance import write_json
+    from embedcache.reports.coverage import coverage_json, write_coverage
 
     if modality == "both" and (feature or index):
         raise SettingError("a feature and an index are of one modality; with --modality both, give neither")
@@ -75,8 +74,7 @@ def coverage(
 
 def _show(report: "CoverageReport") -> None:
     from embedcache.cli.console import say, show_table
-    from embedcache.curate.coverage.plots import largest_first
-    from embedcache.curate.coverage.report import concept_rows, overlap_rows, summary_rows
+    from embedcache.reports.coverage import concept_rows, largest_first, overlap_rows, summary_rows
 
     say(report.line())
     for warning in report.warnings():
@@ -90,7 +88,7 @@ def _show(report: "CoverageReport") -> None:
 
 def _show_sides(images: "CoverageReport", texts: "CoverageReport") -> None:
     from embedcache.cli.console import say, show_table
-    from embedcache.curate.coverage.report import side_line, side_rows
+    from embedcache.reports.coverage import side_line, side_rows
 
     say(side_line(images, texts))
     show_table(*side_rows(images, texts, most=10), title="where images and captions differ most")

@@ -20,7 +20,7 @@ def dedup(
     text: Annotated[str | None, typer.Option(help="Compare texts by this encoder/feature.")] = None,
     projected: Annotated[Path | None, typer.Option(help="Project the feature with this run.")] = None,
     keep: Annotated[
-        str, typer.Option(help="What stays: first, far (from its cluster's centre) or best:COLUMN (largest number).")
+        str, typer.Option(help="What stays: first, far (from its cluster's center) or best:COLUMN (largest number).")
     ] = "first",
     all_pairs: Annotated[
         bool | None,
@@ -36,11 +36,10 @@ def dedup(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
 ) -> None:
     """Find copies and near-duplicates: look at the histogram first, then choose a cosine."""
-    from embedcache.artifact import write_json
     from embedcache.cli.console import open_progress, say, show_table
-    from embedcache.curate.duplicates import dedup as stage
-    from embedcache.curate.duplicates.dedup_page import write_dedup, write_look
-    from embedcache.curate.duplicates.dedup_report import bars, dedup_line, how_compared, level_rows, look_json
+    from embedcache.curate import dedup as stage
+    from embedcache.provenance import write_json
+    from embedcache.reports.dedup import bars, dedup_line, how_compared, level_rows, look_json, write_dedup, write_look
 
     settings = stage.DedupSettings(
         modality=stage.one_modality(image, text),

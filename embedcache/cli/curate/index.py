@@ -27,7 +27,7 @@ def index(
 ) -> None:
     """Build a FAISS index and measure it against exact search; stopped, or with new items, it goes on."""
     from embedcache.cli.console import going_on_later, open_progress, read_size, say
-    from embedcache.curate.indexes.index import build_index
+    from embedcache.search.index import build_index
 
     with going_on_later():
         card = build_index(

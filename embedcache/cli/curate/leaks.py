@@ -22,11 +22,10 @@ def leaks(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
 ) -> None:
     """Find what of a test cache is in a training cache: copies, and near-duplicates by cosine."""
-    from embedcache.artifact import write_json
     from embedcache.cli.console import open_progress, say, show_table
-    from embedcache.curate.duplicates.leaks import find_leaks, write_clean
-    from embedcache.curate.duplicates.leaks_page import write_leaks
-    from embedcache.curate.duplicates.leaks_report import leak_rows, line, notes, pair_rows, worst_pairs
+    from embedcache.curate.leaks import find_leaks, write_clean
+    from embedcache.provenance import write_json
+    from embedcache.reports.leaks import leak_rows, line, notes, pair_rows, worst_pairs, write_leaks
 
     found = find_leaks(
         train,

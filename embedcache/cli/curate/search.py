@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from embedcache.curate.indexes.hits import Hit
+    from embedcache.search.filters import Hit
 
 
 def search(
@@ -33,9 +33,9 @@ def search(
 ) -> None:
     """Find the items that fit texts, images, samples, concepts or vectors."""
     from embedcache.cli.console import read_lines, say, show_table
-    from embedcache.curate.indexes.filters import Filter
-    from embedcache.curate.indexes.queries import Queries, read_vectors
-    from embedcache.curate.indexes.search import search as run_search
+    from embedcache.search.filters import Filter
+    from embedcache.search.queries import Queries, read_vectors
+    from embedcache.search.search import search as run_search
 
     asked = Queries(
         texts=[*(query or ()), *(read_lines(queries) if queries else ())],

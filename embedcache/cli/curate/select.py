@@ -13,7 +13,7 @@ def select(
         str,
         typer.Option(
             help="random, top-score, clip-score, rare-first (the paper's), metaclip, image-based (DataComp's), "
-            "hierarchical, k-centre, or module:attribute."
+            "hierarchical, k-center, or module:attribute."
         ),
     ],
     budget: Annotated[str | None, typer.Option(help="Samples to select: 1000, or 10% of the pool.")] = None,
@@ -25,7 +25,7 @@ def select(
     clusters: Annotated[
         str | None, typer.Option(help="image-based, hierarchical: centroids; levels as 1000,100, finest first.")
     ] = None,
-    drawn: Annotated[int | None, typer.Option(help="k-centre: samples it looks at. [default: 20,000]")] = None,
+    drawn: Annotated[int | None, typer.Option(help="k-center: samples it looks at. [default: 20,000]")] = None,
     concepts: Annotated[str | None, typer.Option(help="A cache of prompts: what is looked for.")] = None,
     join_names: Annotated[bool, typer.Option("--join-names", help="Concepts of one name are one.")] = False,
     target: Annotated[str | None, typer.Option(help="image-based: a cache of what is wanted.")] = None,
@@ -39,7 +39,7 @@ def select(
 ) -> None:
     """Select samples to train on, with a reason for each."""
     from embedcache.cli.console import open_progress, read_count, read_counts, say
-    from embedcache.curate.select.contract import SelectSettings
+    from embedcache.curate.select.select import SelectSettings
     from embedcache.curate.select.select import select as run_select
 
     count, share = read_count(budget)

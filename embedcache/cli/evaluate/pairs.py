@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cache.split_settings import SplitSettings
+from embedcache.dataset.settings import SplitSettings
 
 
 def pairs(
@@ -16,12 +16,12 @@ def pairs(
     text: Annotated[list[str] | None, typer.Option(help="encoder/feature; again for several.")] = None,
     language: Annotated[str | None, typer.Option(help="Captions of this language only.")] = None,
     num_samples: Annotated[int, typer.Option(help="Samples to draw, at most.")] = 5000,
-    k: Annotated[int, typer.Option(help="Neighbours of mutual kNN.")] = 10,
+    k: Annotated[int, typer.Option(help="Neighbors of mutual kNN.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the drawing and of the split.")] = 0,
     split: Annotated[
         str, typer.Option(help="strict (by the first image and text feature), key, column, or a run's split.parquet.")
     ] = SplitSettings.kind,
-    val_share: Annotated[float, typer.Option(help="Share of the samples that the probe is ranked on.")] = 0.25,
+    val_fraction: Annotated[float, typer.Option(help="Share of the samples that the probe is ranked on.")] = 0.25,
     image_cosine: Annotated[
         float, typer.Option(help="strict: images above this cosine are near-duplicates.")
     ] = SplitSettings.image_cosine,
@@ -32,14 +32,13 @@ def pairs(
     html_path: Annotated[Path | None, typer.Option("--html", help="Write a page with heat maps here.")] = None,
 ) -> None:
     """Which encoders go together: CKA, mutual kNN and a closed-form probe of every pair, before any training."""
-    from embedcache.artifact import write_json
     from embedcache.cli.console import open_progress, say, show_table
     from embedcache.evaluate.encoder_pairs import evaluate_pairs
-    from embedcache.evaluate.pairs_page import write_pairs
-    from embedcache.evaluate.pairs_report import pairs_json, pairs_rows
+    from embedcache.provenance import write_json
+    from embedcache.reports.encoder_pairs import pairs_json, pairs_rows, write_pairs
 
     settings = SplitSettings(
-        kind=split, val_share=val_share, image_cosine=image_cosine, text_cosine=text_cosine, seed=seed
+        kind=split, val_fraction=val_fraction, image_cosine=image_cosine, text_cosine=text_cosine, seed=seed
     )
     report = evaluate_pairs(
         cache,

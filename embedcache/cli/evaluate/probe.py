@@ -27,12 +27,12 @@ def probe(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here, as CLIP_benchmark.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with the few-shot curve and each class.")] = None,
 ) -> None:
-    """What a frozen feature knows of a label: neighbours, linear probes and few-shot curves, with chance."""
-    from embedcache.artifact import write_json
+    """What a frozen feature knows of a label: neighbors, linear probes and few-shot curves, with chance."""
     from embedcache.cli.console import open_progress, say, show_table
     from embedcache.evaluate.classifiers import METHODS
     from embedcache.evaluate.probe import ProbeSettings, evaluate_probe
-    from embedcache.evaluate.probe_report import few_shot_rows, probe_json, score_rows
+    from embedcache.provenance import write_json
+    from embedcache.reports.probe import few_shot_rows, probe_json, score_rows
 
     settings = ProbeSettings(
         methods=tuple(method or METHODS.paths),
@@ -52,7 +52,7 @@ def probe(
     if json_path is not None:
         write_json(json_path, probe_json(report, Path(cache).name))
     if html is not None:
-        from embedcache.evaluate.probe_page import write_probe
+        from embedcache.reports.probe import write_probe
 
         write_probe(html, report)
         say(f"wrote {html}")

@@ -29,13 +29,12 @@ def retrieval(
     html: Annotated[Path | None, typer.Option(help="Write a page with curves and examples.")] = None,
 ) -> None:
     """Image-text retrieval both ways, with intervals and chance."""
-    from embedcache.cache.cache import Cache
     from embedcache.cli.console import say, show_table
-    from embedcache.evaluate.report import order_rows, retrieval_rows
     from embedcache.evaluate.retrieval import evaluate_retrieval, rank
-    from embedcache.evaluate.retrieval_page import write_retrieval
     from embedcache.evaluate.runs import load_runs, named_recipes
-    from embedcache.exchange.results import retrieval_result, write_results
+    from embedcache.reports.results import retrieval_result, write_results
+    from embedcache.reports.retrieval import order_rows, retrieval_rows, write_retrieval
+    from embedcache.store.cache import Cache
 
     reports, results = {}, {}
     for name, paths, is_control in named_recipes(run, control or []):

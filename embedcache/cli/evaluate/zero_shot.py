@@ -28,13 +28,12 @@ def zero_shot(
     html: Annotated[Path | None, typer.Option(help="Write a page with classes, confusions and examples.")] = None,
 ) -> None:
     """Zero-shot classification by cached prompts, with intervals and chance."""
-    from embedcache.cache.cache import Cache
     from embedcache.cli.console import say, show_table
     from embedcache.evaluate.runs import load_runs, named_recipes
     from embedcache.evaluate.zero_shot import classify, evaluate_zero_shot
-    from embedcache.evaluate.zero_shot_page import write_zero_shot
-    from embedcache.evaluate.zero_shot_report import zero_shot_rows
-    from embedcache.exchange.results import write_results, zero_shot_result
+    from embedcache.reports.results import write_results, zero_shot_result
+    from embedcache.reports.zero_shot import write_zero_shot, zero_shot_rows
+    from embedcache.store.cache import Cache
 
     reports, results = {}, {}
     for name, paths, is_control in named_recipes(run, control or []):

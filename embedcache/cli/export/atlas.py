@@ -22,9 +22,9 @@ def atlas(
     ] = "thumbnails",
     seed: Annotated[int, typer.Option(help="Of the places.")] = 0,
 ) -> None:
-    """Write the Parquet that embedding-atlas opens: vectors, captions, pictures, places on a plane, neighbours."""
-    from embedcache.exchange.vectors.atlas import write_atlas
-    from embedcache.exchange.vectors.outgoing import ExportSettings
+    """Write the Parquet that embedding-atlas opens: vectors, captions, pictures, places on a plane, neighbors."""
+    from embedcache.interop.atlas import write_atlas
+    from embedcache.interop.outgoing import ExportSettings
 
     settings = ExportSettings(
         image=feature if modality == "image" else None,

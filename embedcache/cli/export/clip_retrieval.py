@@ -28,8 +28,8 @@ def clip_retrieval(
     language: Language = None,
 ) -> None:
     """Write clip-retrieval's tree: img_emb, text_emb and metadata, vectors of length 1, for its index command."""
-    from embedcache.exchange.vectors.clip_retrieval import write_tree
-    from embedcache.exchange.vectors.outgoing import ExportSettings
+    from embedcache.interop.clip_retrieval import write_tree
+    from embedcache.interop.outgoing import ExportSettings
 
     settings = ExportSettings(image=image, text=text, only=only, run=projected, selection=selection, language=language)
     run_export(cache, out, settings, lambda rows, path, progress: write_tree(rows, path, progress=progress))

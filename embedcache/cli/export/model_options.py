@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from embedcache.exchange.models.export import Exported
+    from embedcache.export.export import Exported
 
 Metrics = Annotated[
     Path | None, typer.Option(help="What `embedcache evaluate … --json` wrote, for the card.", dir_okay=False)

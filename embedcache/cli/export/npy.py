@@ -28,8 +28,8 @@ def npy(
     language: Language = None,
 ) -> None:
     """Write image.npy, text.npy and rows.parquet into a new folder."""
-    from embedcache.exchange.vectors.npy import write_arrays
-    from embedcache.exchange.vectors.outgoing import ExportSettings
+    from embedcache.interop.npy import write_arrays
+    from embedcache.interop.outgoing import ExportSettings
 
     settings = ExportSettings(image=image, text=text, only=only, run=projected, selection=selection, language=language)
     run_export(cache, out, settings, lambda rows, path, progress: write_arrays(rows, path, progress=progress))

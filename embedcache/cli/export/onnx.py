@@ -18,6 +18,6 @@ def onnx(
 ) -> None:
     """ONNX graphs of the projectors, or of the whole towers."""
     from embedcache.cli.export.model_options import show
-    from embedcache.exchange.models.export import export
+    from embedcache.export.export import export
 
     show(folder, export("onnx", run, folder, metrics=metrics, push_to=push_to_hub, is_public=public, towers=towers))

@@ -17,6 +17,6 @@ def open_clip(
 ) -> None:
     """A folder that open_clip opens as local-dir:FOLDER."""
     from embedcache.cli.export.model_options import show
-    from embedcache.exchange.models.export import export
+    from embedcache.export.export import export
 
     show(folder, export("open-clip", run, folder, metrics=metrics, push_to=push_to_hub, is_public=public))

@@ -28,8 +28,8 @@ def parquet(
     language: Language = None,
 ) -> None:
     """Write Parquet: key, caption, columns, image_vector and text_vector as lists of one length."""
-    from embedcache.exchange.vectors.outgoing import ExportSettings
-    from embedcache.exchange.vectors.parquet import write_parquet
+    from embedcache.interop.outgoing import ExportSettings
+    from embedcache.interop.parquet import write_parquet
 
     settings = ExportSettings(image=image, text=text, only=only, run=projected, selection=selection, language=language)
     run_export(cache, out, settings, lambda rows, path, progress: write_parquet(rows, path, progress=progress))

@@ -17,6 +17,6 @@ def safetensors(
 ) -> None:
     """The projectors as plain tensors, with the recipe in words."""
     from embedcache.cli.export.model_options import show
-    from embedcache.exchange.models.export import export
+    from embedcache.export.export import export
 
     show(folder, export("safetensors", run, folder, metrics=metrics, push_to=push_to_hub, is_public=public))

@@ -17,6 +17,6 @@ def sentence_transformers(
 ) -> None:
     """The text side as a sentence-transformers model."""
     from embedcache.cli.export.model_options import show
-    from embedcache.exchange.models.export import export
+    from embedcache.export.export import export
 
     show(folder, export("sentence-transformers", run, folder, metrics=metrics, push_to=push_to_hub, is_public=public))

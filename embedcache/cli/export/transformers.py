@@ -17,6 +17,6 @@ def transformers(
 ) -> None:
     """A model folder that transformers opens: AutoModel, AutoProcessor, AutoTokenizer."""
     from embedcache.cli.export.model_options import show
-    from embedcache.exchange.models.export import export
+    from embedcache.export.export import export
 
     show(folder, export("transformers", run, folder, metrics=metrics, push_to=push_to_hub, is_public=public))

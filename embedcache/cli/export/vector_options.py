@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 import typer
 
 if TYPE_CHECKING:
-    from embedcache.exchange.vectors.outgoing import ExportSettings, Outgoing
+    from embedcache.interop.outgoing import ExportSettings, Outgoing
     from embedcache.progress import Progress
 
 CacheArgument: TypeAlias = Annotated[str, typer.Argument(help="The cache, or its URL.")]
@@ -27,7 +27,7 @@ def run_export(
 ) -> None:
     """Export, and say how many rows there are, and what is not among them."""
     from embedcache.cli.console import open_progress, say
-    from embedcache.exchange.vectors.outgoing import Outgoing
+    from embedcache.interop.outgoing import Outgoing
 
     outgoing = Outgoing(cache, settings)
     num_rows = write(outgoing, out, open_progress())

@@ -17,7 +17,7 @@ def clip_retrieval(
     chunk_size: ChunkSize = None,
 ) -> None:
     """Import what clip-retrieval wrote. Run it again to go on after a stop."""
-    from embedcache.exchange.vectors.clip_retrieval import open_tree
+    from embedcache.interop.clip_retrieval import open_tree
 
     run_import(
         open_tree(tree),

@@ -19,7 +19,7 @@ def datacomp(
     chunk_size: ChunkSize = None,
 ) -> None:
     """Import DataComp's metadata and the vectors in it. Run it again to go on after a stop."""
-    from embedcache.exchange.vectors.datacomp import open_metadata
+    from embedcache.interop.datacomp import open_metadata
 
     run_import(
         open_metadata(folder, image=image or (), text=text or ()),

@@ -19,7 +19,7 @@ def npy(
     chunk_size: ChunkSize = None,
 ) -> None:
     """Import arrays that NumPy wrote. Run it again to go on after a stop."""
-    from embedcache.exchange.vectors.npy import open_arrays
+    from embedcache.interop.npy import open_arrays
 
     run_import(
         open_arrays(image=image, text=text, table=table),

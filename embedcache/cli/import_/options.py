@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 if TYPE_CHECKING:
-    from embedcache.exchange.vectors.incoming import Incoming
+    from embedcache.interop.incoming import Incoming
 
 CacheArgument: TypeAlias = Annotated[str, typer.Argument(help="A new folder, or a cache of the same import.")]
 Model: TypeAlias = Annotated[str | None, typer.Option(help="What made the vectors, in words, for the record.")]
@@ -26,7 +26,7 @@ def run_import(
 ) -> None:
     """Import, and say what came of it."""
     from embedcache.cli.console import going_on_later, open_progress, say
-    from embedcache.exchange.vectors.importing import import_vectors
+    from embedcache.interop.importing import import_vectors
     from embedcache.sources import SourceSettings
 
     settings = SourceSettings(key_column=key_column, caption_columns=tuple(caption_column or ()))

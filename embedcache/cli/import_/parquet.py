@@ -19,7 +19,7 @@ def parquet(
     chunk_size: ChunkSize = None,
 ) -> None:
     """Import vectors that are lists in Parquet, with keys, captions and columns. Run it again to go on after a stop."""
-    from embedcache.exchange.vectors.parquet import open_parquet_vectors
+    from embedcache.interop.parquet import open_parquet_vectors
 
     run_import(
         open_parquet_vectors(path, image=image, text=text),

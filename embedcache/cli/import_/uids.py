@@ -13,6 +13,6 @@ def uids(
 ) -> None:
     """Make a selection of a list of DataComp's uids; curate export --format datacomp writes one."""
     from embedcache.cli.console import say
-    from embedcache.exchange.vectors.datacomp import import_uids
+    from embedcache.interop.datacomp import import_uids
 
     say(f"{out}: {import_uids(path, cache, out):,} samples")

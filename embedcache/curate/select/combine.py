@@ -7,11 +7,11 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.cache.cache import Cache
-from embedcache.cache.selection import Selection, read_selection, write_selection
-from embedcache.cache.tables import read_table
-from embedcache.curate.select.random_choice import draw
+from embedcache.curate.select.baselines import draw
+from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.errors import DataError, SettingError
+from embedcache.store.cache import Cache
+from embedcache.store.tables import read_table
 
 Operation: TypeAlias = Literal["and", "minus"]
 

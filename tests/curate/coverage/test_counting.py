@@ -9,10 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Array, normalize
-from embedcache.curate.coverage import counting
-from embedcache.curate.coverage.background import QUANTILES, look_at
-from embedcache.curate.coverage.best import Best
-from embedcache.curate.coverage.counting import Counting, Tally
+from embedcache.curate import counting
+from embedcache.curate.counting import QUANTILES, Best, Counting, Tally, look_at
 
 
 def small(rng: np.random.Generator, *shape: int) -> Array:

@@ -7,20 +7,19 @@ import pytest
 from typer.testing import CliRunner
 
 from embedcache.arrays import Inputs, normalize
-from embedcache.cache.cache import Cache
-from embedcache.cache.selection import Selection, write_selection
 from embedcache.cli.main import app
-from embedcache.curate.coverage import indexed
-from embedcache.curate.coverage.coverage import CoverageReport, CoverageSettings, measure_coverage
-from embedcache.curate.coverage.page import write_coverage
-from embedcache.curate.coverage.report import concept_rows, coverage_json, overlap_rows, summary_rows
-from embedcache.curate.indexes.index import build_index
+from embedcache.curate import indexed_coverage as indexed
+from embedcache.curate.coverage import CoverageReport, CoverageSettings, measure_coverage
+from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair, project
+from embedcache.reports.coverage import concept_rows, coverage_json, overlap_rows, summary_rows, write_coverage
+from embedcache.search.index import build_index
 from embedcache.sources import open_source
-from tests.curate.test_concepts import NAMES, labelled_cache, prompt_cache
+from embedcache.store.cache import Cache
+from tests.curate.test_concepts import NAMES, labeled_cache, prompt_cache
 from tests.exchange.runs import SIDES, train_run
 from tests.toy import TEXT
 
@@ -38,8 +37,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return labelled_cache(tmp_path_factory.mktemp("labelled"), 60)
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return labeled_cache(tmp_path_factory.mktemp("labeled"), 60)
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +81,9 @@ def test_images_are_counted_through_a_run(cache_path: Path, prompts: Path, run_p
     assert np.mean(right) > 0.4  # chance is a sixth
 
 
-def test_plain_images_are_counted_by_prototypes(cache_path: Path, labelled: Path) -> None:
+def test_plain_images_are_counted_by_prototypes(cache_path: Path, labeled: Path) -> None:
     settings = CoverageSettings(deviations=1, k=5)
-    report = measure_coverage(cache_path, labelled, feature="open_toy/cls", settings=settings)
+    report = measure_coverage(cache_path, labeled, feature="open_toy/cls", settings=settings)
     images = normalize(Cache(cache_path).feature("image", "open_toy/cls").load())
     sims = images @ report.concepts.vectors.T
     assert report.whole.counts.tolist() == (sims > report.thresholds).sum(axis=0).tolist()
@@ -136,7 +135,7 @@ def test_gaps_and_overlaps(cache_path: Path, tmp_path: Path) -> None:
     assert first.cosine == pytest.approx(report.concepts.vectors[0] @ report.concepts.vectors[1], abs=1e-5)
 
 
-def test_one_concept_has_no_neighbour(cache_path: Path, tmp_path: Path) -> None:
+def test_one_concept_has_no_neighbor(cache_path: Path, tmp_path: Path) -> None:
     report = of_texts(cache_path, prompt_cache(tmp_path, ["red"]), settings=CoverageSettings(deviations=1, k=300))
     assert report.near.tolist() == [-1]
     assert report.overlaps == []
@@ -193,7 +192,7 @@ def test_what_makes_counts_doubtful_is_said(cache_path: Path, prompts: Path) -> 
     assert of_texts(cache_path, prompts, settings=CoverageSettings(deviations=2)).warnings() == []
 
 
-def test_mistakes_are_named_with_their_numbers(cache_path: Path, prompts: Path, labelled: Path, tmp_path: Path) -> None:
+def test_mistakes_are_named_with_their_numbers(cache_path: Path, prompts: Path, labeled: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="k is 301; .* holds 300 texts with open_toy/mean, so k must be 1 to 300"):
         of_texts(cache_path, prompts, settings=CoverageSettings(k=301))
     with pytest.raises(

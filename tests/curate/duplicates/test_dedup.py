@@ -8,17 +8,16 @@ import pytest
 from PIL import Image
 
 from embedcache.arrays import Floats, normalize
-from embedcache.cache.cache import Cache
-from embedcache.cache.selection import read_selection
-from embedcache.cache.side import open_side
-from embedcache.curate.duplicates.contents import find_contents
-from embedcache.curate.duplicates.dedup import DedupSettings, check_asked, dedup, look, one_modality
-from embedcache.curate.duplicates.dedup_page import write_dedup, write_look
-from embedcache.curate.duplicates.dedup_report import bars, dedup_line, how_compared, level_rows, look_json
+from embedcache.curate.dedup import DedupSettings, check_asked, dedup, look, one_modality
+from embedcache.curate.keep import find_contents
+from embedcache.dataset.inputs import open_side
+from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
+from embedcache.reports.dedup import bars, dedup_line, how_compared, level_rows, look_json, write_dedup, write_look
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from tests.evaluate.test_retrieval import train_run
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
@@ -31,8 +30,8 @@ def distinct(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of three pictures that have nothing in common."""
     folder = tmp_path_factory.mktemp("distinct")
     (folder / "source").mkdir()
-    for number, colour in enumerate(("red", "lime", "blue")):
-        Image.new("RGB", (32, 32), colour).save(folder / "source" / f"{number}.png")
+    for number, color in enumerate(("red", "lime", "blue")):
+        Image.new("RGB", (32, 32), color).save(folder / "source" / f"{number}.png")
     extract(open_source(folder / "source"), folder / "cache", image=[IMAGE])
     return folder / "cache"
 
@@ -123,7 +122,7 @@ def test_looking_says_what_each_cosine_would_do(copied: Path, tmp_path: Path) ->
 
 
 def test_too_many_pairs_are_said(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.curate.duplicates.semantic.MOST_LINKS", 2)
+    monkeypatch.setattr("embedcache.curate.near_duplicates.MOST_LINKS", 2)
     assert level_rows(look(copied))[1][-1][2:] == ["too many pairs", "", ""]
     with pytest.raises(SettingError, match=r"pairs lie above --cosine 0.5; give a higher one"):
         dedup(copied, tmp_path / "kept.parquet", cosine=0.5)

@@ -9,17 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, normalize
-from embedcache.cache.cache import Cache
-from embedcache.cache.selection import read_selection
-from embedcache.curate.duplicates import leaks as stage
-from embedcache.curate.duplicates.leaks import find_leaks, write_clean
-from embedcache.curate.duplicates.leaks_page import write_leaks
-from embedcache.curate.duplicates.leaks_report import leak_rows, line, notes, pair_rows, worst_pairs
+from embedcache.curate import leaks as stage
+from embedcache.curate.leaks import find_leaks, write_clean
+from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.metrics.neighbours import closest
+from embedcache.metrics.neighbors import closest
+from embedcache.reports.leaks import leak_rows, line, notes, pair_rows, worst_pairs, write_leaks
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 

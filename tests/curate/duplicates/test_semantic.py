@@ -7,19 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints, normalize
-from embedcache.cache.group import add_feature, create_group
-from embedcache.cache.layout import CacheInfo, write_info
-from embedcache.cache.writing import commit_chunk
-from embedcache.curate.duplicates import semantic
-from embedcache.curate.duplicates.clusters import Assign, fit_centroids, join
-from embedcache.curate.duplicates.contents import Contents
-from embedcache.curate.duplicates.histogram import histogram
-from embedcache.curate.duplicates.keeping import choose_removed
-from embedcache.curate.duplicates.links import Collector, Links, Tile
-from embedcache.curate.duplicates.scratch import scratch_matrix
-from embedcache.curate.duplicates.semantic import find_near
-from embedcache.curate.vectors import Vectors
+from embedcache.curate import near_duplicates as semantic
+from embedcache.curate.keep import Contents, choose_removed
+from embedcache.curate.links import Assign, Collector, Links, Tile, fit_centroids, histogram, join, scratch_matrix
+from embedcache.curate.near_duplicates import find_near
 from embedcache.errors import DataError, DiskFullError, PathError
+from embedcache.search.vectors import Vectors
+from embedcache.store.group import add_feature, create_group
+from embedcache.store.layout import CacheInfo, write_info
+from embedcache.store.writer import commit_chunk
 
 LIMIT = 0.9
 
@@ -28,8 +24,8 @@ def made_vectors(count: int, seed: int, *, width: int = 16, noise: float = 0.08)
     """Vectors in groups of one to five near-duplicates."""
     rng = np.random.default_rng(seed)
     groups = np.repeat(np.arange(count), rng.integers(1, 6, count))[:count]
-    centres = rng.standard_normal((count, width))
-    return normalize(centres[groups] + noise * rng.standard_normal((count, width)))[rng.permutation(count)]
+    centers = rng.standard_normal((count, width))
+    return normalize(centers[groups] + noise * rng.standard_normal((count, width)))[rng.permutation(count)]
 
 
 def write_vectors(path: Path, vectors_NP: Floats, *, chunk_size: int = 64) -> Vectors:
@@ -86,7 +82,7 @@ def test_too_many_pairs_raise_the_limit_to_the_next_level() -> None:
 
 
 @given(st.integers(5, 120), st.integers(1, 9), st.integers(0, 999), st.floats(0.5, 0.999))
-def test_no_neighbour_lies_behind_a_border_out_of_reach(count: int, num: int, seed: int, limit: float) -> None:
+def test_no_neighbor_lies_behind_a_border_out_of_reach(count: int, num: int, seed: int, limit: float) -> None:
     vectors = made_vectors(count, seed, width=5)
     centroids = normalize(np.random.default_rng(seed).standard_normal((num, 5)))
     assigned = join(Assign(centroids, limit, num, np.ones(count, bool)).take(np.arange(count), vectors))

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from embedcache.curate.indexes import on_disk
-from embedcache.curate.indexes.faiss_index import read_index
-from embedcache.curate.indexes.index import build_index, read_card
-from embedcache.curate.indexes.queries import Queries
-from embedcache.curate.indexes.search import search
-from embedcache.curate.vectors import Vectors
 from embedcache.errors import FingerprintError, SettingError
 from embedcache.extract.extract import extract
-from embedcache.extract.retry import retry_failed
+from embedcache.extract.repair import retry_failed
 from embedcache.extract.settings import ExtractSettings
+from embedcache.search import building as on_disk
+from embedcache.search.faiss_index import read_index
+from embedcache.search.index import build_index, read_card
+from embedcache.search.queries import Queries
+from embedcache.search.search import search
+from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from tests.pictures import write_pictures
 from tests.toy import IMAGE
@@ -31,7 +31,7 @@ PROGRAM = """
 import sys
 from tests.extract.crash import crash_at
 from embedcache.curate.indexes import on_disk
-from embedcache.curate.indexes.index import build_index
+from embedcache.search.index import build_index
 moment, pattern, number, cache, index, factory = sys.argv[1:]
 crash_at(moment, pattern, int(number))
 if factory == "on disk":

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import normalize
-from embedcache.curate.indexes.configurations import (
+from embedcache.errors import SettingError
+from embedcache.search.configurations import (
     Configuration,
     configurations,
     fitting,
@@ -12,8 +13,7 @@ from embedcache.curate.indexes.configurations import (
     on_disk,
     still_worth_trying,
 )
-from embedcache.curate.indexes.faiss_index import make_index
-from embedcache.errors import SettingError
+from embedcache.search.faiss_index import make_index
 
 GB = 1024**3
 

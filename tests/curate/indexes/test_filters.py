@@ -9,18 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import normalize
-from embedcache.cache.cache import Cache
-from embedcache.cache.selection import Selection, write_selection
-from embedcache.cache.split import read_split
-from embedcache.curate.indexes.faiss_index import make_index
-from embedcache.curate.indexes.filters import Filter, Filters
-from embedcache.curate.indexes.index import build_index
-from embedcache.curate.indexes.queries import Queries
-from embedcache.curate.indexes.search import search
-from embedcache.curate.vectors import Vectors
+from embedcache.dataset.selections import Selection, write_selection
+from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
+from embedcache.search.faiss_index import make_index
+from embedcache.search.filters import Filter, Filters
+from embedcache.search.index import build_index
+from embedcache.search.queries import Queries
+from embedcache.search.search import search
+from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 
@@ -47,9 +47,9 @@ def test_only_kept_rows_are_found_and_the_best_of_them(kept: list[bool], factory
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF2,SQ8"])
-def test_labels_and_splits_choose(labelled: Path, tmp_path: Path, factory: str) -> None:
-    build_index(labelled, tmp_path / "index", factory=factory, min_recall=0.0)
-    cache, vectors = Cache(labelled), Vectors(labelled, "image")
+def test_labels_and_splits_choose(labeled: Path, tmp_path: Path, factory: str) -> None:
+    build_index(labeled, tmp_path / "index", factory=factory, min_recall=0.0)
+    cache, vectors = Cache(labeled), Vectors(labeled, "image")
     keys = np.array(cache.samples["key"].to_pylist())
     queries = Queries(keys=[str(keys[0]), str(keys[40])])
     asked = vectors.read(np.array([0, 40]))
@@ -68,12 +68,12 @@ def test_labels_and_splits_choose(labelled: Path, tmp_path: Path, factory: str) 
             assert all(hit.label == hit.key.split("/")[1] for hit in hits)
 
 
-def test_a_selection_chooses(labelled: Path, labelled_index: Path, tmp_path: Path) -> None:
-    cache = Cache(labelled)
+def test_a_selection_chooses(labeled: Path, labeled_index: Path, tmp_path: Path) -> None:
+    cache = Cache(labeled)
     selection = Selection(rows=np.array([3, 20, 44]), reasons=["x"] * 3)
     write_selection(tmp_path / "s.parquet", cache, selection, {})
     key = cache.samples["key"][0].as_py()
-    (hits,) = search(labelled_index, Queries(keys=[key]), keep=Filter(selection=tmp_path / "s.parquet"))
+    (hits,) = search(labeled_index, Queries(keys=[key]), keep=Filter(selection=tmp_path / "s.parquet"))
     assert sorted(hit.row for hit in hits) == [3, 20, 44]
 
 
@@ -107,14 +107,14 @@ def test_languages_choose_captions_and_the_images_that_have_them(tmp_path: Path)
         search(tmp_path / "image", ask, keep=Filter(languages=["fr"]))
 
 
-def test_mistakes_of_filters_are_named(labelled: Path, labelled_index: Path, cache_path: Path, tmp_path: Path) -> None:
-    ask = Queries(keys=[Cache(labelled).samples["key"][0].as_py()])
+def test_mistakes_of_filters_are_named(labeled: Path, labeled_index: Path, cache_path: Path, tmp_path: Path) -> None:
+    ask = Queries(keys=[Cache(labeled).samples["key"][0].as_py()])
     with pytest.raises(UnknownNameError, match=r"unknown label in .* 'cta'; did you mean 'cat'\?; known: cat, dog"):
-        search(labelled_index, ask, keep=Filter(labels=["cta"]))
+        search(labeled_index, ask, keep=Filter(labels=["cta"]))
     with pytest.raises(SettingError, match="k is 16; the filter keeps 15 of 60 items, so k must be 1 to 15"):
-        search(labelled_index, ask, k=16, keep=Filter(labels=["cat"], splits=["val"]))
+        search(labeled_index, ask, k=16, keep=Filter(labels=["cat"], splits=["val"]))
     (tmp_path / "s.txt").write_text(ask.keys[0] + "\n")
     with pytest.raises(DataError, match="the filter keeps none of the 60 items"):
-        search(labelled_index, ask, keep=Filter(splits=["val"], selection=tmp_path / "s.txt"))
+        search(labeled_index, ask, keep=Filter(splits=["val"], selection=tmp_path / "s.txt"))
     with pytest.raises(UnknownNameError, match="have no column 'label', so --label cannot choose"):
         Filters(Cache(cache_path), "image").kept(Filter(labels=["cat"]))

@@ -5,18 +5,18 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import normalize
-from embedcache.cache.cache import Cache
-from embedcache.curate.indexes import faiss_index
-from embedcache.curate.indexes.faiss_index import read_index
-from embedcache.curate.indexes.index import build_index, read_card
-from embedcache.curate.indexes.queries import Queries
-from embedcache.curate.indexes.search import search
-from embedcache.curate.vectors import Vectors
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair
+from embedcache.search import faiss_index
+from embedcache.search.faiss_index import read_index
+from embedcache.search.index import build_index, read_card
+from embedcache.search.queries import Queries
+from embedcache.search.search import search
+from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 

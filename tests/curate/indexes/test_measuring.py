@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, normalize
-from embedcache.curate.indexes.faiss_index import exact_search, make_index
-from embedcache.curate.indexes.measuring import answer, efforts, without
+from embedcache.search.faiss_index import exact_search, make_index
+from embedcache.search.measuring import answer, efforts, without
 
 
 def unit(count: int, width: int, seed: int) -> Floats:

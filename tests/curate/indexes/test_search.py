@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs, normalize
-from embedcache.cache.cache import Cache
-from embedcache.cache.side import open_side
-from embedcache.cache.split_settings import SplitSettings
-from embedcache.curate.indexes.index import build_index
-from embedcache.curate.indexes.queries import Queries, read_vectors
-from embedcache.curate.indexes.search import OpenIndex, search
+from embedcache.dataset.inputs import open_side
+from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import load_pair, project
+from embedcache.search.index import build_index
+from embedcache.search.queries import Queries, read_vectors
+from embedcache.search.search import OpenIndex, search
 from embedcache.sources import open_source
+from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.evaluate.test_retrieval import train_run
@@ -203,7 +203,7 @@ def test_a_plain_index_of_texts_takes_concepts_of_its_encoder_only(
 
 
 def test_mistakes_of_queries_are_named(
-    labelled_index: Path, index_path: Path, concepts: Path, pictures: Path, tmp_path: Path
+    labeled_index: Path, index_path: Path, concepts: Path, pictures: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UnknownNameError, match="no sample of .* has the key 'x'; the first has '00000'"):
         search(index_path, Queries(keys=["00001", "x"]))
@@ -216,7 +216,7 @@ def test_mistakes_of_queries_are_named(
     with pytest.raises(UnknownNameError, match="unknown concept in .* 'rad'; did you mean 'red'"):
         search(index_path, Queries(concepts=["rad"], concept_cache=concepts))
     with pytest.raises(DataError, match="plain image feature open_toy/cls cannot be compared with prompts"):
-        search(labelled_index, Queries(concepts=["red"], concept_cache=concepts))
+        search(labeled_index, Queries(concepts=["red"], concept_cache=concepts))
     (tmp_path / "v.npy").write_bytes(b"no array")
     with pytest.raises(CorruptError, match=r"v\.npy is no \.npy file of numbers"):
         read_vectors(tmp_path / "v.npy")

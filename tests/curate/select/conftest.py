@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from embedcache.curate.select.contract import Selector
 from embedcache.curate.select.pool import Pool
+from embedcache.curate.select.select import Selector
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
-from embedcache.train.options import settings_of
+from embedcache.train.settings import train_settings
 from embedcache.train.train import train
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
@@ -31,7 +31,7 @@ def around(cache_path: Path, pictures: Path, tmp_path_factory: pytest.TempPathFa
     extract(open_source(pictures), folder / "other", image=[IMAGE], text=[TEXT], settings=small)
     extract(open_source(f"prompts:{folder}/concepts.json"), folder / "concepts", text=[TEXT])
     extract(open_source(folder / "pictures"), folder / "target", image=[IMAGE], text=[TEXT], settings=plain)
-    settings = settings_of({"projector": "linear", "epochs": 0, "split": "key"})
+    settings = train_settings({"projector": "linear", "epochs": 0, "split": "key"})
     train(cache_path, folder / "run", image=FEATURES["image"], text=FEATURES["text"], settings=settings)
     return {"cache": cache_path, **{name: folder / name for name in ("other", "concepts", "target", "run")}}
 

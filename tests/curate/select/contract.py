@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from embedcache.cache.selection import Selection
-from embedcache.curate.select.contract import SELECTORS, Selector, SelectSettings, check_settings
 from embedcache.curate.select.pool import Pool
+from embedcache.curate.select.select import SELECTORS, Selector, SelectSettings, check_settings
+from embedcache.dataset.selections import Selection
 from embedcache.errors import SettingError
 
 

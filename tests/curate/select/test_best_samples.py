@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.curate.select.best_samples import best_samples, from_keys, to_keys, whole_samples
+from embedcache.curate.select.pool import best_samples, from_keys, to_keys, whole_samples
 
 SCORES = st.floats(-1, 1, width=32)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.selection import read_selection
 from embedcache.cli.main import main
+from embedcache.dataset.selections import read_selection
+from embedcache.store.cache import Cache
 from tests.curate.select.conftest import FEATURES
 
 Command = Callable[[str], tuple[object, str, str]]

@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.selection import Selection, read_selection, write_selection
-from embedcache.curate.select.export import export, to_uids
-from embedcache.curate.select.shards import write_shards
+from embedcache.curate.select.export import export, to_uids, write_shards
+from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.errors import DataError, PathError
 from embedcache.extract.extract import extract
 from embedcache.sources import SourceSettings, open_source
+from embedcache.store.cache import Cache
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 

@@ -7,15 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.curate.select.clip_score import ClipScore, above
-from embedcache.curate.select.contract import SELECTORS, SelectSettings
-from embedcache.curate.select.hierarchical import balanced, default_levels, fill
-from embedcache.curate.select.image_based import near_target
-from embedcache.curate.select.k_centre import farthest_first
-from embedcache.curate.select.match import Matches, match_near, match_words
-from embedcache.curate.select.metaclip import Metaclip, lowest_heads
-from embedcache.curate.select.rare_first import assign, rarest_first, shares
-from embedcache.curate.select.top_score import highest
+from embedcache.curate.select.baselines import ClipScore, above, highest
+from embedcache.curate.select.cluster_methods import balanced, default_levels, farthest_first, fill, near_target
+from embedcache.curate.select.concept_methods import (
+    Matches,
+    Metaclip,
+    assign,
+    lowest_heads,
+    match_near,
+    match_words,
+    rarest_first,
+    shares,
+)
+from embedcache.curate.select.select import SELECTORS, SelectSettings
 from embedcache.errors import DataError
 from tests.curate.select.contract import SelectorContract
 
@@ -80,7 +84,7 @@ class TestHierarchical(SelectorContract):
 
 
 class TestKCentre(SelectorContract):
-    name = "k-centre"
+    name = "k-center"
 
 
 def test_every_method_of_the_table_keeps_to_the_contract() -> None:

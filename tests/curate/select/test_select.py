@@ -8,17 +8,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.selection import read_selection
 from embedcache.curate.select.combine import combine, draw_some
-from embedcache.curate.select.contract import SelectSettings
-from embedcache.curate.select.select import select
+from embedcache.curate.select.select import SelectSettings, select
+from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.runs import recipes
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import read_config
 from embedcache.sources import open_source
-from embedcache.train.options import settings_of
+from embedcache.store.cache import Cache
+from embedcache.train.settings import train_settings
 from embedcache.train.train import train
 from tests.curate.select.conftest import FEATURES
 
@@ -50,7 +49,7 @@ def test_a_share_of_the_pool_is_a_budget(around: dict[str, Path], tmp_path: Path
 
 def test_the_same_command_writes_the_same_bytes(around: dict[str, Path], tmp_path: Path) -> None:
     for name in ("a.parquet", "b.parquet"):
-        chosen(around, tmp_path / name, "k-centre", budget=9, seed=2)
+        chosen(around, tmp_path / name, "k-center", budget=9, seed=2)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
@@ -64,7 +63,7 @@ def test_a_selection_is_selected_from_and_trained_on(around: dict[str, Path], tm
     recipe = {"projector": "linear", "epochs": 0, "split": "key", "selection": pattern}
     runs = [tmp_path / f"run-{seed}" for seed in (0, 1)]
     for seed, run in enumerate(runs):
-        settings = settings_of({**recipe, "seed": seed})
+        settings = train_settings({**recipe, "seed": seed})
         train(around["cache"], run, image=IMAGE_FEATURE, text=TEXT_FEATURE, settings=settings)
     assert len({read_config(run).given["selection"] for run in runs}) == 2
     assert list(recipes(runs).values()) == [runs]  # seeds of one recipe, each with a selection of its own
@@ -124,7 +123,7 @@ MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "each level must have fewer than the one before it",
     ),
     ("hierarchical", {"budget": 3, "clusters": (999,)}, SettingError, "999 clusters of 300 vectors"),
-    ("k-centre", {"budget": 9, "drawn": 5}, SettingError, "--drawn 5 is fewer than the budget of 9"),
+    ("k-center", {"budget": 9, "drawn": 5}, SettingError, "--drawn 5 is fewer than the budget of 9"),
 ]
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from embedcache.exchange.models.dense import Chain, dense_chain
-from embedcache.projectors.openclip import OpenClipLinear
+from embedcache.export.dense import Chain, dense_chain
+from embedcache.projectors.heads import OpenClipLinear
 from embedcache.projectors.towers import BareTower, Tower
 
 PIECES = st.lists(st.sampled_from(["linear", "plain", "norm", "relu", "gelu", "dropout"]), min_size=0, max_size=6)

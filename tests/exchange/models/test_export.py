@@ -15,10 +15,9 @@ from safetensors.numpy import load_file
 
 from embedcache.arrays import Inputs
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, UnknownNameError
-from embedcache.exchange.models import export as module
-from embedcache.exchange.models.export import export
-from embedcache.exchange.models.parity import check_parity
-from embedcache.exchange.models.run import Run
+from embedcache.export import export as module
+from embedcache.export.base import Run, check_parity
+from embedcache.export.export import export
 from embedcache.projectors.saved import project
 from tests.exchange.models.runs import make_run
 
@@ -123,7 +122,7 @@ def test_vectors_that_differ_are_never_written(run: Path, tmp_path: Path, monkey
     for found in (ones + 2e-4, ones * np.nan):
         with pytest.raises(ArtifactError, match="x gives vectors that differ by"):
             check_parity("x", found, ones)
-    from embedcache.exchange.models import onnx
+    from embedcache.export import onnx
 
     monkeypatch.setattr(onnx, "project", lambda *_: np.zeros((1, 16), np.float32))
     with pytest.raises(ArtifactError, match="nothing was written"):
@@ -198,7 +197,7 @@ PUSH = """\
 import sys
 from pathlib import Path
 from embedcache.errors import PathError
-from embedcache.exchange.models.export import export
+from embedcache.export.export import export
 try:
     print(export("safetensors", Path(sys.argv[1]), Path(sys.argv[2]), push_to="me/pair").url)
 except PathError as error:

@@ -8,8 +8,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from embedcache.exchange.models.export import export
-from embedcache.exchange.models.parity import TOLERANCE
+from embedcache.export.base import TOLERANCE
+from embedcache.export.export import export
 from tests.exchange.models.runs import make_run
 
 pytestmark = pytest.mark.slow

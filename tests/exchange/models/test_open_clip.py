@@ -7,11 +7,10 @@ import open_clip
 import pytest
 import torch
 
-from embedcache.cache.split_settings import SplitSettings
+from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import SettingError
-from embedcache.exchange.models.export import export
-from embedcache.exchange.models.parity import TEXTS, TOLERANCE, expected, pictures
-from embedcache.exchange.models.run import Run
+from embedcache.export.base import TEXTS, TOLERANCE, Run, expected, pictures
+from embedcache.export.export import export
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
@@ -100,7 +99,7 @@ def test_towers_of_its_own_take_a_linear_projector_in(tiny_clip: str, tmp_path: 
 @pytest.mark.parametrize(
     ("image", "text", "projector", "words"),
     [
-        (("whole", "patch_mean"), ("bert", "mean"), "linear", "linear takes vectors of length 1, centred"),
+        (("whole", "patch_mean"), ("bert", "mean"), "linear", "linear takes vectors of length 1, centered"),
         (("whole", "patch_mean"), ("bert", "mean"), "mlp", "MlpProjector adds a linear branch"),
         (("vit", "cls"), ("bert", "mean"), "openclip-linear", "crop_pct 0.95"),
         (("dino", "cls"), ("bert", "mean"), "openclip-linear", "its image encoder is of the family 'hf'"),

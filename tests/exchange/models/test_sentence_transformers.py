@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from embedcache.errors import SettingError
-from embedcache.exchange.models.export import export
-from embedcache.exchange.models.parity import TEXTS, TOLERANCE, expected
-from embedcache.exchange.models.run import Run
+from embedcache.export.base import TEXTS, TOLERANCE, Run, expected
+from embedcache.export.export import export
 from tests.exchange.models.runs import make_run
 
 pytestmark = pytest.mark.slow
@@ -42,7 +41,7 @@ def test_values_are_those_of_the_run(
 @pytest.mark.parametrize(
     ("feature", "projector", "words"),
     [
-        ("mean", "mlp", "MlpProjector adds a linear branch to one that stands behind a layer normalisation"),
+        ("mean", "mlp", "MlpProjector adds a linear branch to one that stands behind a layer normalization"),
         ("mean", "glu", "GluProjector multiplies two branches"),
         ("mean", "fusemix", "FuseMixProjector adds each block"),
         ("mean", "asif", "AsifProjector keeps the largest of its cosines"),

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from embedcache.errors import SettingError
-from embedcache.exchange.models.export import export
-from embedcache.exchange.models.parity import TEXTS, TOLERANCE, expected, pictures
-from embedcache.exchange.models.run import Run
+from embedcache.export.base import TEXTS, TOLERANCE, Run, expected, pictures
+from embedcache.export.export import export
 from tests.exchange.models.runs import make_run
 
 pytestmark = pytest.mark.slow

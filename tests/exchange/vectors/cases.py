@@ -8,14 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Array
-from embedcache.cache.cache import Cache
-from embedcache.exchange.vectors.clip_retrieval import open_tree, write_tree
-from embedcache.exchange.vectors.importing import Imported, import_vectors
-from embedcache.exchange.vectors.incoming import Incoming
-from embedcache.exchange.vectors.npy import open_arrays, write_arrays
-from embedcache.exchange.vectors.outgoing import ExportSettings, Outgoing
-from embedcache.exchange.vectors.parquet import open_parquet_vectors, write_parquet
+from embedcache.interop.clip_retrieval import open_tree, write_tree
+from embedcache.interop.importing import Imported, import_vectors
+from embedcache.interop.incoming import Incoming
+from embedcache.interop.npy import open_arrays, write_arrays
+from embedcache.interop.outgoing import ExportSettings, Outgoing
+from embedcache.interop.parquet import open_parquet_vectors, write_parquet
 from embedcache.progress import Silent
+from embedcache.store.cache import Cache
 
 Format = tuple[Callable[[Outgoing, Path], int], Callable[[Path], Incoming], tuple[str, str], str]
 

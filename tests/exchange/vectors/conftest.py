@@ -17,9 +17,9 @@ TWO_CAPTIONS = 3
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty pictures with a caption each and columns `label` and `split`, in chunks of 16. Not to be changed."""
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labeled")
     pictures = write_pictures(folder / "pictures", NUM_SAMPLES)
     rows = []
     for number, path in enumerate(sorted(pictures.glob("*.png"))):

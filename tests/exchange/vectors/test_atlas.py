@@ -10,12 +10,11 @@ import pytest
 from PIL import Image
 
 from embedcache.arrays import normalize
-from embedcache.cache.cache import Cache
 from embedcache.errors import DataError, PathError
-from embedcache.exchange.vectors import layout
-from embedcache.exchange.vectors.atlas import Images, write_atlas
-from embedcache.exchange.vectors.layout import lay_out, nearest
+from embedcache.interop import atlas as layout
+from embedcache.interop.atlas import Images, lay_out, nearest, write_atlas
 from embedcache.progress import Silent
+from embedcache.store.cache import Cache
 from tests.exchange.vectors.cases import outgoing, unit_rows
 
 NUM_POINTS = 39
@@ -26,8 +25,8 @@ def write(cache: Path, path: Path, *, only: str = "image", images: Images = "thu
     return pd.read_parquet(path)
 
 
-def test_it_is_as_the_loader_wants_it(labelled: Path, tmp_path: Path) -> None:
-    points = write(labelled, tmp_path / "atlas.parquet")
+def test_it_is_as_the_loader_wants_it(labeled: Path, tmp_path: Path) -> None:
+    points = write(labeled, tmp_path / "atlas.parquet")
     assert len(points) == NUM_POINTS
     assert {"key", "text", "image", "vector", "projection_x", "projection_y", "neighbors"} <= set(points.columns)
     assert "float16" not in str(pq.read_schema(tmp_path / "atlas.parquet"))  # DuckDB has none
@@ -40,7 +39,7 @@ def test_it_is_as_the_loader_wants_it(labelled: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(1 - (vectors[ids[:, 1]] * vectors).sum(axis=1), distances[:, 1], atol=1e-5)
     assert np.isfinite(points[["projection_x", "projection_y"]].to_numpy()).all()
 
-    cache = Cache(labelled)
+    cache = Cache(labeled)
     expected = normalize(cache.feature("image").gather(np.flatnonzero(cache.feature("image").valid)))
     np.testing.assert_allclose(vectors, expected, atol=1e-6)
     picture = Image.open(io.BytesIO(points["image"][0]["bytes"]))
@@ -48,34 +47,34 @@ def test_it_is_as_the_loader_wants_it(labelled: Path, tmp_path: Path) -> None:
     assert points["text"][0] == cache.items("text")["text"][0].as_py()
 
 
-def test_paths_or_no_pictures(labelled: Path, tmp_path: Path) -> None:
-    points = write(labelled, tmp_path / "paths.parquet", images="paths")
+def test_paths_or_no_pictures(labeled: Path, tmp_path: Path) -> None:
+    points = write(labeled, tmp_path / "paths.parquet", images="paths")
     assert all(Path(path).is_file() for path in points["image"])
-    assert "image" not in write(labelled, tmp_path / "none.parquet", images="none").columns
+    assert "image" not in write(labeled, tmp_path / "none.parquet", images="none").columns
 
 
-def test_a_picture_that_is_gone_is_null(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = labelled.parent / "pictures" / "00002.png"
+def test_a_picture_that_is_gone_is_null(labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = labeled.parent / "pictures" / "00002.png"
     moved = path.rename(tmp_path / "00002.png")
     try:
-        points = write(labelled, tmp_path / "atlas.parquet")
+        points = write(labeled, tmp_path / "atlas.parquet")
     finally:
         moved.rename(path)
     assert [row for row, picture in enumerate(points["image"]) if picture is None] == [2]
 
 
-def test_points_are_captions(labelled: Path, tmp_path: Path) -> None:
-    points = write(labelled, tmp_path / "atlas.parquet", only="text")
+def test_points_are_captions(labeled: Path, tmp_path: Path) -> None:
+    points = write(labeled, tmp_path / "atlas.parquet", only="text")
     assert len(points) == 40
     assert "image" not in points.columns
 
 
-def test_an_export_is_new_and_has_points(labelled: Path, tmp_path: Path) -> None:
+def test_an_export_is_new_and_has_points(labeled: Path, tmp_path: Path) -> None:
     (tmp_path / "atlas.parquet").write_text("mine")
     with pytest.raises(PathError, match="there already"):
-        write(labelled, tmp_path / "atlas.parquet")
+        write(labeled, tmp_path / "atlas.parquet")
     (tmp_path / "three.txt").write_text("\n".join(f"{row:032x}" for row in range(3)))
-    rows = outgoing(labelled, only="image", selection=tmp_path / "three.txt")
+    rows = outgoing(labeled, only="image", selection=tmp_path / "three.txt")
     with pytest.raises(DataError, match="3 vectors make no map"):
         write_atlas(rows, tmp_path / "few.parquet", progress=Silent())
     assert not (tmp_path / "few.parquet").exists()
@@ -92,8 +91,8 @@ def test_the_graph_finds_what_comparing_all_finds(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_umap_keeps_clusters_together_and_a_seed_gives_the_same_map() -> None:
-    centres = normalize(unit_rows(3, 16))[np.arange(150) % 3]
-    vectors = normalize(centres + 0.1 * unit_rows(150, 16, seed=1))
+    centers = normalize(unit_rows(3, 16))[np.arange(150) % 3]
+    vectors = normalize(centers + 0.1 * unit_rows(150, 16, seed=1))
     places = lay_out(vectors, "umap")
     np.testing.assert_array_equal(places, lay_out(vectors, "umap"))
     nearest_place = ((places[:, None] - places[None]) ** 2).sum(axis=2)

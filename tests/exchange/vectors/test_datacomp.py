@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.arrays import Array
-from embedcache.cache.cache import Cache
-from embedcache.cache.selection import read_selection
 from embedcache.curate.select.export import export
+from embedcache.dataset.selections import read_selection
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, UnknownNameError
-from embedcache.exchange.vectors.datacomp import import_uids, open_metadata
+from embedcache.interop.datacomp import import_uids, open_metadata
+from embedcache.store.cache import Cache
 from tests.exchange.vectors.cases import take_in, unit_rows
 
 UIDS = [f"{row * 0x9E3779B97F4A7C15 % 2**128:032x}" for row in range(1, 21)]

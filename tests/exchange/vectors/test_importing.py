@@ -11,19 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.cache.cache import Cache
-from embedcache.cache.feature import Feature
-from embedcache.cache.split_settings import SplitSettings
-from embedcache.cache.verify import verify
-from embedcache.curate.indexes.index import build_index
-from embedcache.curate.indexes.queries import Queries
-from embedcache.curate.indexes.search import search
+from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, FingerprintError, SettingError, SourceError
-from embedcache.exchange.vectors.clip_retrieval import open_tree
-from embedcache.exchange.vectors.npy import open_arrays
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import repair
+from embedcache.interop.clip_retrieval import open_tree
+from embedcache.interop.npy import open_arrays
+from embedcache.search.index import build_index
+from embedcache.search.queries import Queries
+from embedcache.search.search import search
 from embedcache.sources import SourceSettings, open_source
+from embedcache.store.cache import Cache
+from embedcache.store.feature import Feature
+from embedcache.store.verify import verify
 from embedcache.train.settings import OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.exchange.vectors.cases import take_in, unit_rows, write_tree_of
@@ -64,7 +64,7 @@ def test_a_blank_caption_is_a_failed_item_as_in_extract(tmp_path: Path) -> None:
     assert not verify(cache)
 
 
-def test_whether_it_is_normalised_is_recorded(tmp_path: Path) -> None:
+def test_whether_it_is_normalized_is_recorded(tmp_path: Path) -> None:
     tree = write_tree_of(tmp_path / "tree", unit_rows(40) * np.float16(2))
     cache, [report] = take_in(open_tree(tree), tmp_path / "cache")
     assert not report.is_normalized

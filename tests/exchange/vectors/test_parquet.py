@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
-from embedcache.exchange.vectors.parquet import open_parquet_vectors, write_parquet
+from embedcache.interop.parquet import open_parquet_vectors, write_parquet
 from embedcache.progress import Silent
 from tests.exchange.vectors.cases import outgoing, take_in, unit_rows
 
@@ -59,8 +59,8 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
     assert cache.samples["key"][19].as_py() == "000000019"
 
 
-def test_where_it_came_from_is_kept(labelled: Path, tmp_path: Path) -> None:
-    write_parquet(outgoing(labelled), tmp_path / "rows.parquet", progress=Silent())
+def test_where_it_came_from_is_kept(labeled: Path, tmp_path: Path) -> None:
+    write_parquet(outgoing(labeled), tmp_path / "rows.parquet", progress=Silent())
     cache, _ = take_in(open_parquet_vectors(tmp_path / "rows.parquet"), tmp_path / "cache")
     assert cache.info.source["origin"]["features"]["image"]["spec"] == "tests.toy:open_toy"
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import normalize
-from embedcache.cache.cache import Cache
-from embedcache.cache.verify import verify
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
 from tests.exchange.vectors.cases import FORMATS, outgoing, take_in
 from tests.exchange.vectors.conftest import FAILED, NUM_SAMPLES
 
@@ -16,10 +16,10 @@ KEPT = [row for row in range(NUM_SAMPLES) if row != FAILED]
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_export_imported_again_is_the_same(form: str, labelled: Path, tmp_path: Path) -> None:
+def test_an_export_imported_again_is_the_same(form: str, labeled: Path, tmp_path: Path) -> None:
     write, read, features, name = FORMATS[form]
-    assert write(outgoing(labelled), tmp_path / name) == len(KEPT)
-    there, back = Cache(labelled), take_in(read(tmp_path / name), tmp_path / "cache")[0]
+    assert write(outgoing(labeled), tmp_path / name) == len(KEPT)
+    there, back = Cache(labeled), take_in(read(tmp_path / name), tmp_path / "cache")[0]
 
     for column in ("key", "label", "split"):
         assert back.samples[column].to_pylist() == there.samples[column].take(KEPT).to_pylist()
@@ -41,9 +41,9 @@ def test_an_export_imported_again_is_the_same(form: str, labelled: Path, tmp_pat
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_what_was_imported_goes_out_and_in_again_to_the_bit(form: str, labelled: Path, tmp_path: Path) -> None:
+def test_what_was_imported_goes_out_and_in_again_to_the_bit(form: str, labeled: Path, tmp_path: Path) -> None:
     write, read, features, name = FORMATS[form]
-    write(outgoing(labelled), tmp_path / "1" / name)
+    write(outgoing(labeled), tmp_path / "1" / name)
     once = take_in(read(tmp_path / "1" / name), tmp_path / "one")[0]
     write(outgoing(once.path), tmp_path / "2" / name)
     twice = take_in(read(tmp_path / "2" / name), tmp_path / "two")[0]
@@ -54,11 +54,11 @@ def test_what_was_imported_goes_out_and_in_again_to_the_bit(form: str, labelled:
         )
 
 
-def test_a_selection_and_one_modality(labelled: Path, tmp_path: Path) -> None:
+def test_a_selection_and_one_modality(labeled: Path, tmp_path: Path) -> None:
     write, read, *_ = FORMATS["parquet"]
     chosen = [f"{row:032x}" for row in (5, 6, FAILED, 20)]
     (tmp_path / "chosen.txt").write_text("\n".join(chosen))
-    rows = outgoing(labelled, selection=tmp_path / "chosen.txt", only="image")
+    rows = outgoing(labeled, selection=tmp_path / "chosen.txt", only="image")
     assert write(rows, tmp_path / "some.parquet") == 3
     assert rows.left_out == "1 samples without a vector"
     back = take_in(read(tmp_path / "some.parquet"), tmp_path / "cache")[0]
@@ -67,27 +67,27 @@ def test_a_selection_and_one_modality(labelled: Path, tmp_path: Path) -> None:
     assert len(back.items("text")) == 3  # their captions came along
 
 
-def test_it_says_what_is_left_out(labelled: Path) -> None:
-    assert outgoing(labelled).left_out == "1 samples without a vector, 1 captions beyond a sample's first"
+def test_it_says_what_is_left_out(labeled: Path) -> None:
+    assert outgoing(labeled).left_out == "1 samples without a vector, 1 captions beyond a sample's first"
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_nothing_is_written_over(form: str, labelled: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_over(form: str, labeled: Path, tmp_path: Path) -> None:
     write, _, _, name = FORMATS[form]
     path = tmp_path / name
     path.mkdir() if form != "parquet" else None
     other = path if form == "parquet" else path / "other"
     other.write_text("mine")
     with pytest.raises(PathError, match="not empty|there already"):
-        write(outgoing(labelled), path)
+        write(outgoing(labeled), path)
     assert other.read_text() == "mine"
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_failed_export_leaves_nothing(form: str, labelled: Path, tmp_path: Path) -> None:
+def test_a_failed_export_leaves_nothing(form: str, labeled: Path, tmp_path: Path) -> None:
     write, read, _, name = FORMATS[form]
-    write(outgoing(labelled), tmp_path / "out" / name)
+    write(outgoing(labeled), tmp_path / "out" / name)
     back = take_in(read(tmp_path / "out" / name), tmp_path / "cache")[0]
     feature = back.features("image")[0]
     chunk = feature.group.path / feature.feature / "c" / "2" / "0"
@@ -109,13 +109,13 @@ def test_a_failed_export_leaves_nothing(form: str, labelled: Path, tmp_path: Pat
     ],
 )
 def test_what_cannot_be_exported(
-    labelled: Path, settings: dict[str, object], error: type[EmbedcacheError], words: str
+    labeled: Path, settings: dict[str, object], error: type[EmbedcacheError], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        outgoing(labelled, **settings)
+        outgoing(labeled, **settings)
 
 
-def test_a_selection_of_failed_samples_only(labelled: Path, tmp_path: Path) -> None:
+def test_a_selection_of_failed_samples_only(labeled: Path, tmp_path: Path) -> None:
     (tmp_path / "failed.txt").write_text(f"{FAILED:032x}\n")
     with pytest.raises(DataError, match="no sample of .* has image and text vectors"):
-        outgoing(labelled, selection=tmp_path / "failed.txt")
+        outgoing(labeled, selection=tmp_path / "failed.txt")

@@ -1,0 +1,126 @@
+"""The baseline that every method must beat: samples drawn at random.
+
+A baseline: the samples that fit any concept best, however unevenly.
+
+CLIP-score filtering: samples whose caption fits their image by a trained run.
+"""
+
+from typing import ClassVar
+
+import numpy as np
+
+from embedcache.arrays import Array, Floats, Ints
+from embedcache.curate.select.pool import Pool, cosines, to_keys, whole_samples
+from embedcache.curate.select.select import SelectSettings
+from embedcache.dataset.selections import Selection
+from embedcache.errors import DataError
+
+
+class RandomChoice:
+    """As many samples as the budget says, each as likely as any other."""
+
+    takes: ClassVar[tuple[str, ...]] = ("budget",)
+    needs_one_of: ClassVar[tuple[str, ...]] = ("budget",)
+    modality: ClassVar[str | None] = "image"
+    needs: ClassVar[tuple[str, ...]] = ()
+    draws: ClassVar[bool] = True
+
+    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
+        """Draw them."""
+        assert settings.budget is not None
+        rows = draw(pool.samples, settings.budget, seed=settings.seed)
+        return Selection(rows=rows, reasons=[f"drawn at random, seed {settings.seed}"] * len(rows))
+
+
+def draw(samples_S: Ints, size: int, *, seed: int) -> Ints:
+    """Draw `size` of some samples without replacement, or all where there are no more: ascending."""
+    drawn: Ints = np.sort(np.random.default_rng(seed).permutation(samples_S)[:size])
+    return drawn
+
+
+class TopScore:
+    """The samples whose best cosine with any concept is highest."""
+
+    takes: ClassVar[tuple[str, ...]] = ("budget",)
+    needs_one_of: ClassVar[tuple[str, ...]] = ("budget",)
+    modality: ClassVar[str | None] = "text"
+    needs: ClassVar[tuple[str, ...]] = ("concepts",)
+    draws: ClassVar[bool] = False
+
+    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
+        """Select them. Memory: a score and a concept a sample."""
+        assert settings.budget is not None
+        scores_S, concept_S = nearest_concepts(pool, pool.concepts.vectors)
+        kept = highest(scores_S, settings.budget)
+        names = pool.concepts.names
+        reasons = [
+            f"concept {names[concept]!r}, {pool.modality} cosine {score:.3f}"
+            for concept, score in zip(concept_S[kept].tolist(), scores_S[kept].tolist(), strict=True)
+        ]
+        return Selection(rows=pool.samples[kept], reasons=reasons)
+
+
+def highest(scores_S: Array, size: int) -> Ints:
+    """Find the `size` highest scores, or all where there are no more; of equals the first. Ascending positions."""
+    keys_S = to_keys(scores_S, np.arange(len(scores_S)))
+    kept: Ints = np.sort(np.argsort(-keys_S)[:size])
+    return kept
+
+
+def nearest_concepts(pool: Pool, concepts_CP: Floats) -> tuple[Floats, Ints]:
+    """Find what concept fits each sample of a pool best, by its best item: (S,) cosine and (S,) concept."""
+    scores, concepts = [], []
+    for samples_B, vectors_BP in whole_samples(pool.blocks("comparing with concepts")):
+        _, starts_S = np.unique(samples_B, return_index=True)
+        scores_SC = np.maximum.reduceat(cosines(vectors_BP, concepts_CP), starts_S, axis=0)
+        scores.append(scores_SC.max(axis=1))
+        concepts.append(scores_SC.argmax(axis=1))
+    return np.concatenate(scores), np.concatenate(concepts)
+
+
+class ClipScore:
+    """The CLIP-score filter of "DataComp" (NeurIPS 2023): the best cosine of a sample's images and captions.
+
+    The run says what fits, so it must not have been trained on what is measured afterwards. Its own training pairs
+    score higher than others.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("budget", "threshold")
+    needs_one_of: ClassVar[tuple[str, ...]] = ("budget", "threshold")
+    modality: ClassVar[str | None] = None
+    needs: ClassVar[tuple[str, ...]] = ("run",)
+    draws: ClassVar[bool] = False
+
+    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
+        """Select them. Memory: a score a sample."""
+        samples_M, scores_M = pool.pair_scores()
+        if settings.budget is not None:
+            _refuse_few(settings.budget, len(samples_M))
+            kept = highest(scores_M, settings.budget)
+        else:
+            kept = above(scores_M, settings.threshold or 0.0)
+        reasons = [f"image and caption cosine {score:.3f}" for score in scores_M[kept].tolist()]
+        return Selection(rows=samples_M[kept], reasons=reasons)
+
+
+def above(scores_M: Floats, threshold: float) -> Ints:
+    """Find the scores of at least a threshold: ascending positions.
+
+    Raises:
+        DataError: there are none; says where the scores lie.
+    """
+    kept: Ints = np.flatnonzero(scores_M >= threshold)
+    if not len(kept):
+        low, middle, high = np.quantile(scores_M, [0, 0.5, 1])
+        raise DataError(
+            f"none of {len(scores_M):,} cosines reaches {threshold}; they lie between {low:.3f} and {high:.3f}, "
+            f"half of them above {middle:.3f}"
+        )
+    return kept
+
+
+def _refuse_few(budget: int, num_scored: int) -> None:
+    if budget > num_scored:
+        raise DataError(
+            f"the budget is {budget:,}, and {num_scored:,} samples have both an image and a caption; lower it"
+        )

@@ -1,0 +1,214 @@
+"""Which samples belong to which concepts: captions that name them, or items that lie near them.
+
+The paper's curation: the best samples of each concept, concepts that have few good ones first.
+
+MetaCLIP's balancing: of concepts that many samples show only some are kept, of rare ones all.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from embedcache.arrays import Array, Bools, Floats, Ints
+from embedcache.curate.select.pool import Pool, best_samples, cosines
+from embedcache.curate.select.select import SelectSettings
+from embedcache.dataset.selections import Selection
+from embedcache.errors import DataError
+
+_WORD = re.compile(r"\w+")
+
+
+class Matches(NamedTuple):
+    """M matches, each once, by sample and then concept: two (M,) int64 arrays."""
+
+    samples_M: Ints
+    concepts_M: Ints
+
+
+def match_words(texts: Iterable[tuple[int, str]], names: Sequence[str]) -> Matches:
+    """Match captions that hold a concept's name: whole words, in either case, punctuation aside.
+
+    As the substring match of "Demystifying CLIP Data" (ICLR 2024); like it, it knows no plurals, and nothing of
+    languages that set no spaces. One look-up for each run of words of a caption.
+
+    Args:
+        texts: sample and caption.
+        names: of the concepts.
+    """
+    concept_of = {_words(name): concept for concept, name in enumerate(names)}
+    lengths = {len(words) for words in concept_of} - {0}
+    found = {
+        (sample, concept_of[run]) for sample, text in texts for run in _runs(_words(text), lengths) if run in concept_of
+    }
+    return _sorted(found)
+
+
+def match_near(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, threshold: float) -> Matches:
+    """Match items whose cosine with a concept is at least a threshold.
+
+    Memory: the products of a block, and 16 bytes a match.
+
+    Args:
+        blocks: the sample of each item (B,), and its vector (B, P).
+        concepts_CP: (C, P) float32 unit rows.
+        threshold: of the cosine.
+    """
+    samples, concepts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for samples_B, vectors_BP in blocks:
+        item, concept = np.nonzero(cosines(vectors_BP, concepts_CP) >= threshold)
+        samples.append(samples_B[item])
+        concepts.append(concept)
+    pairs_M2 = np.unique(np.stack([np.concatenate(samples), np.concatenate(concepts)], axis=1), axis=0)
+    return Matches(pairs_M2[:, 0], pairs_M2[:, 1])
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(text.lower()))
+
+
+def _runs(words: tuple[str, ...], lengths: set[int]) -> Iterable[tuple[str, ...]]:
+    for length in lengths:
+        for start in range(len(words) - length + 1):
+            yield words[start : start + length]
+
+
+def _sorted(pairs: set[tuple[int, int]]) -> Matches:
+    pairs_M2 = np.array(sorted(pairs), np.int64).reshape(-1, 2)
+    return Matches(pairs_M2[:, 0], pairs_M2[:, 1])
+
+
+_CANDIDATES_A_PLACE = 25
+
+
+class RareFirst:
+    """The curation of "Harnessing Frozen Unimodal Encoders for Flexible Multimodal Alignment" (CVPR 2025).
+
+    About n samples a concept, each sample once.
+    As there, a concept's candidates are the 25 n samples that fit it best, and concepts choose one after another, the
+    rarest first. Unlike there, a concept's rarity is its score at rank n, the last that it hopes for, where the code
+    takes the last candidate, whose rank memory decides; and cosines are kept as float32, not in steps of .0027.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
+    needs_one_of: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
+    modality: ClassVar[str | None] = "text"
+    needs: ClassVar[tuple[str, ...]] = ("concepts",)
+    draws: ClassVar[bool] = False
+
+    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
+        """Select them. Memory: 16 bytes for each of C x 25 n candidates."""
+        concepts = pool.concepts
+        num_concepts = len(concepts.names)
+        most = settings.per_concept or -(-(settings.budget or 0) // num_concepts)
+        k = min(len(pool.samples), _CANDIDATES_A_PLACE * most)
+        best = best_samples(pool.blocks("comparing with concepts"), concepts.vectors, k)
+        order_C = rarest_first(best.scores_CK, most)
+        quota_C = np.full(num_concepts, most)
+        if settings.budget is not None:
+            quota_C[order_C] = shares(settings.budget, num_concepts)
+        concept_M, rank_M = assign(best.samples_CK, order_C, quota_C)
+        rows_M = best.samples_CK[concept_M, rank_M]
+        by_row = np.argsort(rows_M)
+        reasons = [
+            f"concept {concepts.names[concept]!r}, {pool.modality} cosine {best.scores_CK[concept, rank]:.3f}, "
+            f"rank {rank + 1}"
+            for concept, rank in zip(concept_M[by_row].tolist(), rank_M[by_row].tolist(), strict=True)
+        ]
+        return Selection(rows=rows_M[by_row], reasons=reasons)
+
+
+def shares(budget: int, num_concepts: int) -> Ints:
+    """Cut a budget into equal places, one more for the first where it does not divide: (C,) int64, their sum it."""
+    return budget // num_concepts + (np.arange(num_concepts) < budget % num_concepts).astype(np.int64)
+
+
+def rarest_first(scores_CK: Floats, quota: int) -> Ints:
+    """Order concepts by their score at rank `quota`, or at the last rank there is, lowest first: (C,) int64."""
+    return np.argsort(scores_CK[:, min(quota, scores_CK.shape[1]) - 1], kind="stable")
+
+
+def assign(samples_CK: Ints, order_C: Ints, quota_C: Ints) -> tuple[Ints, Ints]:
+    """Let concepts choose one after another, each its best candidates that no other has chosen.
+
+    Args:
+        samples_CK: (C, K) each concept's candidates, best first.
+        order_C: the concepts in the order in which they choose.
+        quota_C: (C,) the most that each chooses; one whose candidates are taken gets fewer.
+
+    Returns:
+        Two (M,) arrays: the concept that chose, and the rank of its candidate, from 0.
+    """
+    is_taken: Bools = np.zeros(int(samples_CK.max(initial=-1)) + 1, bool)
+    chosen = []
+    for concept in order_C.tolist():
+        ranks = np.flatnonzero(~is_taken[samples_CK[concept]])[: quota_C[concept]]
+        is_taken[samples_CK[concept, ranks]] = True
+        chosen.append((np.full(len(ranks), concept), ranks))
+    return np.concatenate([concept for concept, _ in chosen]), np.concatenate([ranks for _, ranks in chosen])
+
+
+class Metaclip:
+    """The balancing of "Demystifying CLIP Data" (ICLR 2024), Algorithm 1.
+
+    Samples match concepts by the words of their captions or, with `threshold`, by cosine. Each match of a concept with
+    n matches is kept with probability min(1, t / n), and a sample with any of its matches. t is `head`, or the one that
+    keeps `budget` samples. What matches no concept is never kept.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("budget", "head", "threshold")
+    needs_one_of: ClassVar[tuple[str, ...]] = ("budget", "head")
+    modality: ClassVar[str | None] = "text"
+    needs: ClassVar[tuple[str, ...]] = ("concepts",)
+    draws: ClassVar[bool] = True
+
+    def select(self, pool: Pool, settings: SelectSettings) -> Selection:
+        """Select them. Memory: some 50 bytes a match."""
+        names = pool.concepts.names
+        matches = _match(pool, settings.threshold)
+        if not len(matches.samples_M):
+            raise DataError(
+                f"none of {len(pool.samples):,} samples matches any of {len(names):,} concepts, such as {names[0]!r}; "
+                "lower --threshold, or give other concepts"
+            )
+        first_M, heads_M = lowest_heads(matches, seed=settings.seed)
+        if settings.budget is not None and settings.budget > len(first_M):
+            raise DataError(
+                f"only {len(first_M):,} of {len(pool.samples):,} samples match one of {len(names):,} concepts, fewer "
+                f"than the budget of {settings.budget:,}; lower it, or match by a lower --threshold"
+            )
+        kept = first_M[_kept(heads_M, settings)]
+        kept = kept[np.argsort(matches.samples_M[kept])]
+        counts_C = np.bincount(matches.concepts_M)
+        reasons = [f"concept {names[c]!r}, one of {counts_C[c]:,} matches" for c in matches.concepts_M[kept].tolist()]
+        return Selection(rows=matches.samples_M[kept], reasons=reasons)
+
+
+def lowest_heads(matches: Matches, *, seed: int) -> tuple[Ints, Array]:
+    """Find the t from which on each sample is kept, and the match that keeps it then.
+
+    A match of a concept with n of them is kept where its draw u, uniform in [0, 1), is below t / n: where t is above
+    u n. So one draw gives nested selections for all t, and any budget is met exactly.
+
+    Returns:
+        (S,) position in the matches of each matching sample's first one, and (S,) float64 its t; by sample.
+    """
+    counts_C = np.bincount(matches.concepts_M)
+    heads_M = np.random.default_rng(seed).random(len(matches.samples_M)) * counts_C[matches.concepts_M]
+    order_M = np.lexsort((heads_M, matches.samples_M))
+    _, first_S = np.unique(matches.samples_M[order_M], return_index=True)
+    kept_S: Ints = order_M[first_S]
+    return kept_S, heads_M[kept_S]
+
+
+def _kept(heads_S: Array, settings: SelectSettings) -> Ints:
+    if settings.budget is not None:
+        return np.argsort(heads_S, kind="stable")[: settings.budget]
+    return np.flatnonzero(heads_S < settings.head)
+
+
+def _match(pool: Pool, threshold: float | None) -> Matches:
+    if threshold is None:
+        return match_words(pool.texts(), pool.concepts.names)
+    return match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors, threshold)

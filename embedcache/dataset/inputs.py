@@ -1,0 +1,213 @@
+"""What one side of a pair is trained on: a feature, or an encoder's vector and its tokens read as one."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from embedcache.arrays import Array, Bools, Inputs, Ints, concatenated_ranges
+from embedcache.errors import DataError
+from embedcache.store.cache import Cache
+from embedcache.store.commit import Commit
+from embedcache.store.feature import Feature
+
+Reader: TypeAlias = Callable[[Ints], Inputs]
+"""Gathers rows of one side: (B,) int64 -> what a projector takes."""
+
+
+class SideFeature:
+    """One or several features of one encoder over the items of a modality; tokens of several stand one after another.
+
+    Args:
+        features: of one encoder and one width; in `dinov2/cls+dinov2/patches` the vector comes first.
+
+    Raises:
+        DataError: features of two encoders or of two widths.
+    """
+
+    def __init__(self, features: Sequence[Feature]) -> None:
+        first = features[0]
+        for other in features[1:]:
+            if other.group.name != first.group.name or other.item_shape[-1] != first.item_shape[-1]:
+                raise DataError(
+                    f"{first.name} is {first.item_shape[-1]} wide and {other.name} {other.item_shape[-1]}: only "
+                    "features of one encoder and one width can be read as one"
+                )
+        self._features = list(features)
+        self.name = "+".join(feature.name for feature in features)
+        self.modality = first.modality
+        self.num_items = first.num_items
+        self.width = first.item_shape[-1]
+        self.spec = first.group.spec
+        self.fingerprint: Mapping[str, Any] = first.fingerprint
+        self.hashes = first.hashes
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether an item has several vectors."""
+        return len(self._features) > 1 or len(self._features[0].item_shape) > 1
+
+    @property
+    def item_shape(self) -> tuple[int, ...]:
+        """(D,), or (T, D); T is the mean number of tokens where it varies."""
+        if not self.has_tokens:
+            return (self.width,)
+        return (round(sum(feature.num_tokens for feature in self._features) / max(1, self.num_items)), self.width)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of what is read."""
+        return np.result_type(*(feature.dtype for feature in self._features))
+
+    @property
+    def num_bytes(self) -> float:
+        """Bytes of all items in memory."""
+        return sum(
+            float(feature.num_tokens) * self.width * np.dtype(feature.dtype).itemsize for feature in self._features
+        )
+
+    @property
+    def valid(self) -> Bools:
+        """(N,) bool: which items have all of the features."""
+        valid: Bools = np.logical_and.reduce([feature.valid for feature in self._features])
+        return valid
+
+    def require_complete(self) -> None:
+        """Refuse a feature with uncommitted chunks.
+
+        Raises:
+            UnfinishedError: says how many chunks are missing and how to get them.
+        """
+        for feature in self._features:
+            feature.require_complete()
+
+    def read(self, rows: Ints) -> Inputs:
+        """Gather rows from the maps, in the order asked for.
+
+        Raises:
+            DataError: a row is out of range, failed or not committed.
+        """
+        return _join(
+            [
+                _padded(feature.gather_tokens(rows)) if feature.is_ragged else Inputs(feature.gather(rows))
+                for feature in self._features
+            ]
+        )
+
+    def blocks(self) -> Iterator[tuple[Ints, Inputs]]:
+        """Go through the valid items of committed chunks in row order, checksums compared: rows, and what they hold.
+
+        Raises:
+            CorruptError: bytes differ from their checksum.
+        """
+        for number, commits in enumerate(zip(*(feature.commits for feature in self._features), strict=True)):
+            if None not in commits:
+                rows, inputs = self.chunk(number)
+                if len(rows):
+                    yield rows, inputs
+
+    def chunk(self, number: int) -> tuple[Ints, Inputs]:
+        """Read the valid items of one committed chunk, checksums compared: rows, and what they hold.
+
+        Raises:
+            CorruptError: bytes differ from their checksum.
+        """
+        start = number * self._features[0].group.info.chunk_size
+        commits = [feature.commits[number] for feature in self._features]
+        if len(self._features) == 1 and not self._features[0].is_ragged and commits[0]:
+            kept, values = _dense_chunk(self._features[0], commits[0])
+            return kept + start, Inputs(values)
+        items = [feature.items(commit) for feature, commit in zip(self._features, commits, strict=True) if commit]
+        kept = np.flatnonzero([all(part is not None for part in item) for item in zip(*items, strict=True)])
+        if not len(kept):
+            return kept, Inputs(np.empty((0, self.width), self.dtype))
+        return kept + start, inputs_of([[part[row] for row in kept] for part in items])  # type: ignore[misc]
+
+    def load(self) -> Reader:
+        """Read all items into memory once, checksums compared, and get what gathers them from there.
+
+        Raises:
+            CorruptError: bytes differ from their checksum.
+        """
+        readers = [_load_ragged(feature) if feature.is_ragged else _load(feature) for feature in self._features]
+        return lambda rows: _join([read(rows) for read in readers])
+
+
+def open_side(cache: Cache, modality: str, name: str | None = None) -> SideFeature:
+    """Find the features of one side by name.
+
+    Args:
+        cache: the cache.
+        modality: `image` or `text`.
+        name: as of `Cache.feature`, or several such names with `+` between.
+
+    Raises:
+        UnknownNameError: no feature is named so, or the name fits several; all that exist are listed.
+        DataError: features of two encoders or of two widths.
+    """
+    names = [None] if name is None else name.split("+")
+    return SideFeature([cache.feature(modality, part) for part in names])
+
+
+def inputs_of(features: Sequence[Sequence[Array]]) -> Inputs:
+    """Put items side by side, given one array an item of each feature: (D,) or (T, D)."""
+    return _join([_stacked(items) for items in features])
+
+
+def mean_vectors(inputs: Inputs) -> Array:
+    """Give one vector an item, the mean of its tokens: (B, D) float32."""
+    values = np.asarray(inputs.values, np.float32)
+    if values.ndim == 2:
+        return values
+    lengths = values.shape[1] if inputs.lengths is None else inputs.lengths[:, None]
+    mean_BD: Array = values.sum(axis=1) / lengths
+    return mean_BD
+
+
+def _dense_chunk(feature: Feature, commit: Commit) -> tuple[Ints, Array]:
+    """Read the valid items of a chunk whose items are of one shape, without an object an item."""
+    parts = [values for _, values in feature.read_chunk(commit)]
+    values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    kept = np.flatnonzero([failure is None for failure in commit.failures[feature.feature][: len(values)]])
+    return kept, values if len(kept) == len(values) else values[kept]
+
+
+def _load(feature: Feature) -> Reader:
+    loaded = feature.load()
+    return lambda rows: Inputs(loaded[rows])
+
+
+def _load_ragged(feature: Feature) -> Reader:
+    items = [tokens for _, chunk in feature.chunks() for tokens in chunk]
+    lengths = np.array([0 if tokens is None else len(tokens) for tokens in items], np.int64)
+    values = np.concatenate([tokens for tokens in items if tokens is not None])
+    starts = np.cumsum(lengths) - lengths
+    return lambda rows: _pad(values, starts[rows], lengths[rows])
+
+
+def _stacked(items: Sequence[Array]) -> Inputs:
+    return Inputs(np.stack(items)) if len({item.shape for item in items}) == 1 else _padded(items)
+
+
+def _padded(tokens: Sequence[Array]) -> Inputs:
+    lengths = np.array([len(array) for array in tokens], np.int64)
+    return _pad(np.concatenate(tokens), np.cumsum(lengths) - lengths, lengths)
+
+
+def _pad(values_ND: Array, starts: Ints, lengths: Ints) -> Inputs:
+    """Put ranges of rows side by side, with zeros behind the shorter ones."""
+    padded = np.zeros((len(lengths), int(lengths.max(initial=1)), values_ND.shape[1]), values_ND.dtype)
+    item, row = concatenated_ranges(starts, lengths)
+    padded[item, row - starts[item]] = values_ND[row]
+    return Inputs(padded, lengths)
+
+
+def _join(parts: Sequence[Inputs]) -> Inputs:
+    if len(parts) == 1:
+        return parts[0]
+    if any(part.lengths is not None for part in parts[:-1]):
+        raise DataError("tokens of varying number can only stand last: name the vector first")
+    values = [part.values if part.values.ndim == 3 else part.values[:, None] for part in parts]
+    num_before = sum(part.shape[1] for part in values[:-1])
+    lengths = parts[-1].lengths
+    return Inputs(np.concatenate(values, axis=1), None if lengths is None else lengths + num_before)

@@ -1,0 +1,49 @@
+"""Settings of a split. Nothing heavy is imported here, so that the command line starts quickly."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedcache.errors import SettingError
+from embedcache.settings import check_settings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings:
+    """How samples are divided into training, validation and test parts."""
+
+    kind: str = setting(
+        "strict",
+        "How to split: strict (near-duplicates stay in one part), key (hash of the key), column (the source's split "
+        "column), or the split.parquet of another run, where {seed} stands for the seed.",
+        flat_name="split",
+        metavar="strict|key|column|FILE",
+    )
+    val_fraction: float = setting(0.1, "Fraction of the samples for validation.", gt=0, lt=1, stored_as="val_share")
+    test_fraction: float = setting(0.25, "Fraction of the samples for test.", gt=0, lt=1, stored_as="test_share")
+    image_cosine: float = setting(
+        0.9, "Strict split: images above this cosine similarity are near-duplicates.", ge=-1, le=1
+    )
+    text_cosine: float = setting(
+        0.7, "Strict split: captions above this cosine similarity are near-duplicates.", ge=-1, le=1
+    )
+    seed: int = setting(
+        0,
+        "Random seed of the split.",
+        ge=0,
+        lt=2**32,
+        flat_name="split_seed",
+        default_text="the value of --seed",
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.val_fraction + self.test_fraction >= 1:
+            raise SettingError(
+                f"val_fraction + test_fraction: expected a sum below 1, got {self.val_fraction} + "
+                f"{self.test_fraction}, which leaves no samples for training"
+            )
+
+    @property
+    def path(self) -> Path:
+        """Path of the split file, if `kind` is a path."""
+        return Path(self.kind.replace("{seed}", str(self.seed)))

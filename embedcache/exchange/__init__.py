@@ -1,1 +1,0 @@
-"""In and out of other tools' formats and code."""

@@ -1,6 +1,0 @@
-"""The projectors of both sides. In an export, this file names those of the pair."""
-
-from embedcache.projectors.mlp import MlpProjector as ImageProjector
-from embedcache.projectors.mlp import MlpProjector as TextProjector
-
-__all__ = ["ImageProjector", "TextProjector"]

@@ -1,0 +1,205 @@
+"""Two frozen encoders with trained projectors on them, in one space; called as transformers' CLIPModel is."""
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers.models.clip.modeling_clip import CLIPOutput
+
+from embedcache.encoders.image_features import FeatureName, ImageFeatures, TimmFeatures, patch_pool
+from embedcache.encoders.text_features import Dense, Sentences, TextFeatures
+from embedcache.export.hub_code.projectors import ImageProjector, TextProjector
+from embedcache.projectors.towers import BareTower, TokenTower, Tower
+
+
+class EmbedcacheConfig(transformers.PretrainedConfig):  # type: ignore[misc]
+    """What both sides are made of.
+
+    Args:
+        image: encoder, features and projector of pictures.
+        text: the same of texts.
+        projection_dim: width of the shared space.
+    """
+
+    model_type = "embedcache"
+
+    def __init__(
+        self,
+        image: Mapping[str, Any] | None = None,
+        text: Mapping[str, Any] | None = None,
+        projection_dim: int = 0,
+        **others: Any,
+    ) -> None:
+        self.image, self.text, self.projection_dim = dict(image or {}), dict(text or {}), projection_dim
+        super().__init__(**others)
+
+
+class EmbedcacheModel(transformers.PreTrainedModel):  # type: ignore[misc]
+    """An aligned pair: `get_image_features`, `get_text_features`, and `logits_per_image` of both.
+
+    Args:
+        config: as an export writes it.
+    """
+
+    config_class = EmbedcacheConfig
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
+    def __init__(self, config: EmbedcacheConfig) -> None:
+        super().__init__(config)
+        with torch.device("cpu"):  # some networks count with their tensors while they are built
+            self.image_side = ImageSide(config.image, config.projection_dim)
+            self.text_side = TextSide(config.text, config.projection_dim)
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        for module in self.modules():
+            module._non_persistent_buffers_set.clear()  # all that decides an answer is in the file of weights
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave it: every weight comes from the file."""
+
+    def get_image_features(self, pixel_values: Tensor, **_: Any) -> Tensor:
+        """Embed prepared pictures: (B, 3, H, W) float32 -> (B, P) float32, rows of length 1."""
+        return normalize(self.image_side(pixel_values), dim=-1)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+        """Embed token ids: (B, T), padded on the right -> (B, P) float32, rows of length 1."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return normalize(self.text_side(input_ids, mask), dim=-1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> CLIPOutput:
+        """Compare pictures with texts; either may be left out.
+
+        Returns:
+            `image_embeds` and `text_embeds`, rows of length 1; `logits_per_image`, their scaled cosines;
+            `logits_per_text`, the same the other way round.
+        """
+        image = None if pixel_values is None else self.get_image_features(pixel_values)
+        text = None if input_ids is None else self.get_text_features(input_ids, attention_mask)
+        logits = None if image is None or text is None else self.logit_scale.exp() * image @ text.t()
+        return CLIPOutput(
+            logits_per_image=logits,
+            logits_per_text=None if logits is None else logits.t(),
+            image_embeds=image,
+            text_embeds=text,
+        )
+
+
+class ImageSide(nn.Module):
+    """Pictures into the shared space: (B, 3, H, W) -> (B, P).
+
+    Args:
+        about: the side's part of the config.
+        width: P.
+    """
+
+    def __init__(self, about: Mapping[str, Any], width: int) -> None:
+        super().__init__()
+        self.encoder = _image_encoder(about)
+        self.tower = _tower(ImageProjector, about, width)
+        self._texts = about["features"]
+        self.pools = patch_pools(about)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode and project."""
+        outputs = self.encoder(pixel_values)
+        parts = [self._part(outputs, text) for text in self._texts]
+        projected: Tensor = self.tower(_joined(parts))
+        return projected
+
+    def _part(self, outputs: Mapping[str, Tensor], text: str) -> Tensor:
+        name, key = FeatureName.parse(text), text.replace(".", "_")
+        assert name is not None
+        source = outputs[name.source]
+        part: Tensor = self.pools[key](source) if key in self.pools else source
+        return part
+
+
+def patch_pools(about: Mapping[str, Any]) -> nn.ModuleDict:
+    """Make what features such as `grid:4` are derived by."""
+    pools = nn.ModuleDict()
+    for text in about["features"]:
+        name = FeatureName.parse(text)
+        if name is not None and (name.side or name.clusters):
+            pool = patch_pool(name, tuple(about["shapes"][name.source]), about["input_size"])
+            assert pool is not None
+            pools[text.replace(".", "_")] = pool
+    return pools
+
+
+class TextSide(nn.Module):
+    """Texts into the shared space: ids and mask, (B, T) -> (B, P).
+
+    Args:
+        about: the side's part of the config.
+        width: P.
+    """
+
+    def __init__(self, about: Mapping[str, Any], width: int) -> None:
+        super().__init__()
+        self.encoder = _text_encoder(about)
+        self.tower = _tower(TextProjector, about, width)
+        self._names = about["features"]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encode and project."""
+        outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+        parts = [outputs[name] for name in self._names]
+        lengths_B = attention_mask.sum(dim=1)
+        num_before = sum(1 if part.ndim == 2 else part.shape[1] for part in parts[:-1])
+        projected: Tensor = self.tower(_joined(parts), None if parts[-1].ndim == 2 else lengths_B + num_before)
+        return projected
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Put vectors and tokens one behind the other; a vector alone stays one."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part if part.ndim == 3 else part[:, None] for part in parts], dim=1)
+
+
+def _image_encoder(about: Mapping[str, Any]) -> nn.Module:
+    if about["kind"] == "transformers":
+        return ImageFeatures(_pretrained(about), about["layers"])
+    timm = importlib.import_module("timm")  # in a string, as transformers asks for all that is imported by name
+    model = timm.create_model(about["model"], pretrained=False, num_classes=0)
+    if about.get("image_size"):
+        model.set_input_size(img_size=(about["image_size"], about["image_size"]))
+    return TimmFeatures(model, about["layers"])
+
+
+def _text_encoder(about: Mapping[str, Any]) -> nn.Module:
+    if about["kind"] == "transformers":
+        return TextFeatures(_pretrained(about), about["layers"])
+    heads = [
+        Dense(head["num_in"], head["num_out"], has_bias=head["has_bias"], activation=getattr(nn, head["activation"])())
+        for head in about["heads"]
+    ]
+    return Sentences(_pretrained(about), about["pools"], heads, about["layers"])
+
+
+def _pretrained(about: Mapping[str, Any]) -> nn.Module:
+    settings = dict(about["config"])
+    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if about["layers"]:
+        config.tie_last_hidden_states = False
+    model: nn.Module = getattr(transformers, about["class"])._from_config(config)
+    return model
+
+
+def _tower(projector: Any, about: Mapping[str, Any], width: int) -> nn.Module:
+    made = projector(about["width"], width)
+    if about["takes"] == "tokens":
+        return TokenTower(made, about["width"], width)
+    return {"centred": Tower, "bare": BareTower}[about["takes"]](made, about["width"], width)

@@ -1,0 +1,149 @@
+"""clip-retrieval's tree, as its version 2.45 writes and reads it.
+
+    img_emb/img_emb_00.npy  text_emb/text_emb_00.npy  metadata/metadata_00.parquet
+
+Row i of all files of one number belongs together. Its index command reads the arrays of a folder in the order of their
+names, through embedding-reader, which parses the first line of a `.npy` by itself: at most 300 bytes, `<f2` or `<f4`.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from embedcache.arrays import Array, blocks, normalize
+from embedcache.encoders.base import Modality
+from embedcache.errors import DataError, PathError
+from embedcache.interop.importing import UNIT_TOLERANCE
+from embedcache.interop.incoming import Incoming, Part
+from embedcache.interop.npy import open_npy, write_header
+from embedcache.interop.outgoing import new_folder
+from embedcache.progress import Progress
+
+if TYPE_CHECKING:
+    from embedcache.interop.outgoing import Outgoing
+
+FORM = "clip-retrieval"
+ROWS_A_FILE = 1_000_000
+_ARRAYS: Mapping[str, Modality] = {"img_emb": "image", "text_emb": "text"}
+_METADATA = "metadata"
+_BLOCK = 8192
+
+
+def open_tree(path: Path) -> Incoming:
+    """Look at a tree: `img_emb`, `text_emb` and `metadata`, or those of them that there are.
+
+    Raises:
+        PathError: there is neither `img_emb` nor `text_emb`.
+        DataError: the folders have files of other numbers, or files of one number differ in their rows.
+        CorruptError: an array is damaged.
+    """
+    names = [name for name in _ARRAYS if any((path / name).glob("*.npy"))]
+    if not names:
+        raise PathError(
+            f"{path} is no output of clip-retrieval: it has no img_emb/*.npy and no text_emb/*.npy; give the folder "
+            "that clip-retrieval inference wrote"
+        )
+    files = {name: _by_number(path, name, ".npy") for name in names}
+    tables = _by_number(path, _METADATA, ".parquet")
+    if tables:
+        files[_METADATA] = tables
+    numbers = _common_numbers(path, files)
+    parts = [
+        Part(vectors={name: open_npy(files[name][number]) for name in names}, table=tables.get(number))
+        for number in numbers
+    ]
+    return Incoming(form=FORM, path=path, modalities={name: _ARRAYS[name] for name in names}, parts=parts)
+
+
+def write_tree(outgoing: "Outgoing", folder: Path, *, rows_a_file: int = ROWS_A_FILE, progress: Progress) -> int:
+    """Write the tree into a new folder, whole or not at all; give the number of rows.
+
+    Vectors have length 1: a row whose length differs from it by more than 0.001 is scaled, others are as they are, so
+    that what was imported from such a tree goes out to the bit. Memory: a block, and the cache's tables.
+
+    Args:
+        outgoing: what is exported.
+        folder: there must be none, or an empty one.
+        rows_a_file: rows of each file but the last.
+        progress: told about rows.
+
+    Raises:
+        PathError: the folder is not empty.
+    """
+    ranges = list(blocks(len(outgoing.samples), rows_a_file))
+    digits = int(math.log10(len(ranges))) + 1
+    numbers = {f"{number:0{digits}d}": rows for number, rows in enumerate(ranges)}
+    names = {name: modality for name, modality in _ARRAYS.items() if modality in outgoing.modalities}
+    with new_folder(folder) as temporary:
+        for name in (*names, _METADATA):
+            (temporary / name).mkdir()
+        for number, rows in numbers.items():
+            pq.write_table(_metadata(outgoing, rows), temporary / _METADATA / f"{_METADATA}_{number}.parquet")
+        for name, modality in names.items():
+            _write_arrays(temporary / name, name, numbers, outgoing, modality, progress)
+    return len(outgoing.samples)
+
+
+def _by_number(path: Path, name: str, suffix: str) -> dict[str, Path]:
+    """Find the files `name/name_NUMBER.suffix`, by their number as it is written, in the order of their names."""
+    return {file.stem.removeprefix(f"{name}_"): file for file in sorted((path / name).glob(f"*{suffix}"))}
+
+
+def _common_numbers(path: Path, files: Mapping[str, Mapping[str, Path]]) -> list[str]:
+    every = sorted(set().union(*files.values()))
+    for name, found in files.items():
+        missing = [number for number in every if number not in found]
+        if missing:
+            counts = ", ".join(f"{len(numbers)} in {folder}" for folder, numbers in files.items())
+            raise DataError(
+                f"{path} lacks the file of number {missing[0]} in {name} ({counts}): rows would not belong together; "
+                "get the tree again"
+            )
+    return every
+
+
+def _metadata(outgoing: "Outgoing", rows: slice) -> pa.Table:
+    """Give the columns of some rows; clip-retrieval's own are `image_path` and `caption`, without nulls."""
+    table = outgoing.table(rows)
+    for name in ("image_path", "caption"):
+        if name in table.column_names:
+            table = table.set_column(table.schema.get_field_index(name), name, pc.fill_null(table[name], ""))
+    return table
+
+
+def _unit(vectors_ND: Array) -> Array:
+    """Scale rows to length 1, and leave those as they are that have it as far as float16 can say."""
+    lengths = np.linalg.norm(np.asarray(vectors_ND, np.float32), axis=1)
+    is_off = np.abs(lengths - 1) > UNIT_TOLERANCE
+    if not is_off.any():
+        return vectors_ND
+    unit_ND = vectors_ND.copy()
+    unit_ND[is_off] = normalize(vectors_ND[is_off]).astype(vectors_ND.dtype)
+    return unit_ND
+
+
+def _write_arrays(
+    folder: Path, name: str, numbers: Mapping[str, slice], outgoing: "Outgoing", modality: Modality, progress: Progress
+) -> None:
+    """Write `name_NUMBER.npy` for each range of rows from one stream of vectors."""
+    progress.start(f"writing {name}", len(outgoing.samples), "vectors")
+    stream = outgoing.vectors(modality, _BLOCK)
+    waiting = np.empty((0, outgoing.width(modality)), outgoing.dtype(modality))
+    for number, rows in numbers.items():
+        left = rows.stop - rows.start
+        with (folder / f"{name}_{number}.npy").open("wb") as file:
+            write_header(file, (left, outgoing.width(modality)), outgoing.dtype(modality))
+            while left:
+                if not len(waiting):
+                    waiting = _unit(next(stream))
+                block, waiting = waiting[:left], waiting[left:]
+                file.write(block.tobytes())
+                left -= len(block)
+                progress.advance(len(block))
+    progress.finish()

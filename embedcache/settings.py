@@ -1,0 +1,266 @@
+"""Settings declared once: a dataclass field carries its type, default, bounds, help and effect on results.
+
+A settings class is a frozen, keyword-only dataclass whose fields are made by `setting` and whose `__post_init__` calls
+`check_settings`. From that one declaration come
+
+- validation: type, bounds, finite numbers, integers that fit 64 bits (`check_settings`);
+- flat names for the command line, TOML files and sweeps (`flat_settings`, `from_flat`, `to_flat`);
+- the JSON record on disk (`to_json`), under the stored name where that differs from today's name;
+- the options of a command (`embedcache.cli.options`) and the tables of the reference documentation.
+
+A field that is itself a settings class is a group; its fields join those of the outer class.
+"""
+
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from embedcache.errors import SettingError
+from embedcache.registry import unknown_name
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
+
+_METADATA = "embedcache.setting"
+_INT64 = 2**63
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declaration:
+    """What a settings field declares beside its type and default.
+
+    Args:
+        help: one full sentence, as printed by `--help` and in the reference.
+        ge: smallest allowed number.
+        gt: the number must be above this.
+        le: largest allowed number.
+        lt: the number must be below this.
+        affects_result: whether the value changes what is computed; only those values are recorded and compared.
+        stored_as: key in JSON records; None: the field's name.
+        flat_name: name on the command line and in TOML, where the field's own name is ambiguous outside its class.
+        default_text: what `--help` shows as the default where the value is chosen at run time.
+        metavar: placeholder of the value in `--help`; None: chosen from the type.
+    """
+
+    help: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    affects_result: bool = True
+    stored_as: str | None = None
+    flat_name: str | None = None
+    default_text: str | None = None
+    metavar: str | None = None
+
+
+def setting(default: Any, help: str, **declared: Any) -> Any:
+    """Return a dataclass field with a declaration; `declared` are the other fields of `Declaration`."""
+    return field(default=default, metadata={_METADATA: Declaration(help=help, **declared)})
+
+
+def group(kind: type[S]) -> S:
+    """Return a dataclass field that holds a group of settings, by default all of its defaults."""
+    made: S = field(default_factory=kind)
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatSetting:
+    """One setting of a class or of its groups.
+
+    Args:
+        name: flat name, unique within the outer class, such as `split_seed`.
+        path: names of the groups that lead to the field, then the field's own name.
+        type: annotated type.
+        default: default value.
+        declared: the declaration.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    type: Any
+    default: Any
+    declared: Declaration
+
+    @property
+    def stored_name(self) -> str:
+        """Flat name in records on disk."""
+        return self.declared.stored_as or self.name
+
+    @property
+    def stored_path(self) -> tuple[str, ...]:
+        """Keys in JSON records."""
+        return (*self.path[:-1], self.declared.stored_as or self.path[-1])
+
+
+def flat_settings(kind: type[Any]) -> tuple[FlatSetting, ...]:
+    """Return all settings of a class and its groups, in order of declaration."""
+    return tuple(_flatten(kind, ()))
+
+
+def _flatten(kind: type[Any], above: tuple[str, ...]) -> Iterator[FlatSetting]:
+    hints = get_type_hints(kind)
+    for item in fields(kind):
+        path = (*above, item.name)
+        declared = item.metadata.get(_METADATA)
+        if declared is not None:
+            default = None if item.default is MISSING else item.default
+            name = declared.flat_name or item.name
+            yield FlatSetting(name=name, path=path, type=hints[item.name], default=default, declared=declared)
+        elif is_dataclass(hints[item.name]):
+            yield from _flatten(hints[item.name], path)
+
+
+def check_settings(settings: Any) -> None:
+    """Check every value of a settings instance against its declaration; call it in `__post_init__`.
+
+    Raises:
+        SettingError: a value of another type, out of its bounds, not finite, or too large for 64 bits.
+    """
+    hints = get_type_hints(type(settings))
+    for item in fields(settings):
+        declared = item.metadata.get(_METADATA)
+        if declared is not None:
+            name = declared.flat_name or item.name
+            check_value(name, getattr(settings, item.name), hints[item.name], declared)
+
+
+def check_value(name: str, value: Any, hint: Any, declared: Declaration) -> None:
+    """Check one value against its type and declaration.
+
+    Raises:
+        SettingError: it does not fit; the message names the setting, the value and what was expected.
+    """
+    if not _has_type(value, hint):
+        raise SettingError(f"{name}: expected {expectation(hint, declared)}, got {value!r}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        fits = math.isfinite(value) and (isinstance(value, float) or -_INT64 <= value < _INT64)
+        if not fits or not _is_within(value, declared):
+            raise SettingError(f"{name}: expected {expectation(hint, declared)}, got {value}")
+
+
+def expectation(hint: Any, declared: Declaration) -> str:
+    """Describe the values that a setting takes, such as `a number of at least 0 and below 1`."""
+    kinds = _alternatives(hint)
+    choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices:
+        return f"one of {', '.join(choices)}"
+    noun = next((text for kind, text in _NOUNS if kind in kinds), "a value")
+    bounds = [
+        f"{words} {_short(bound)}"
+        for words, bound in (
+            ("of at least", declared.ge),
+            ("above", declared.gt),
+            ("of at most", declared.le),
+            ("below", declared.lt),
+        )
+        if bound is not None
+    ]
+    return " and ".join([f"{noun} {bounds[0]}", *bounds[1:]]) if bounds else noun
+
+
+_NOUNS: tuple[tuple[Any, str], ...] = (
+    (float, "a number"),
+    (int, "a whole number"),
+    (bool, "true or false"),
+    (str, "a text"),
+)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    return any(_is_instance(value, kind) for kind in _alternatives(hint))
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    origin = get_origin(kind)
+    if origin is Literal:
+        return value in get_args(kind)
+    if kind is Any:
+        return True
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_has_type(element, get_args(kind)[0]) for element in value)
+    return isinstance(value, origin or kind)
+
+
+def _is_within(value: float, declared: Declaration) -> bool:
+    return (
+        (declared.ge is None or value >= declared.ge)
+        and (declared.gt is None or value > declared.gt)
+        and (declared.le is None or value <= declared.le)
+        and (declared.lt is None or value < declared.lt)
+    )
+
+
+def _short(bound: float) -> str:
+    exponent = round(math.log2(bound)) if bound >= 2**31 else 0
+    return f"2^{exponent}" if exponent and bound == 2**exponent else f"{bound:g}"
+
+
+def from_flat(kind: type[S], values: Mapping[str, Any]) -> S:
+    """Build settings from flat names; a name that is left out, or None, keeps its default.
+
+    Raises:
+        UnknownNameError: there is no setting of that name.
+        SettingError: a value does not fit its declaration.
+    """
+    names = [item.name for item in flat_settings(kind)]
+    for name in values:
+        if name not in names:
+            raise unknown_name("setting", name, names)
+    nested: dict[str, Any] = {}
+    for item in flat_settings(kind):
+        if values.get(item.name) is not None:
+            target = nested
+            for key in item.path[:-1]:
+                target = target.setdefault(key, {})
+            target[item.path[-1]] = values[item.name]
+    return _build(kind, nested)
+
+
+def _build(kind: type[S], nested: Mapping[str, Any]) -> S:
+    hints = get_type_hints(kind)
+    made = {
+        name: _build(hints[name], value) if is_dataclass(hints[name]) and isinstance(value, Mapping) else value
+        for name, value in nested.items()
+    }
+    return kind(**made)
+
+
+def get_setting(settings: Any, item: FlatSetting) -> Any:
+    """Return the value of one setting."""
+    for name in item.path:
+        settings = getattr(settings, name)
+    return settings
+
+
+def to_flat(settings: Any) -> dict[str, Any]:
+    """Return every value that differs from its default, by flat name."""
+    values = {item: get_setting(settings, item) for item in flat_settings(type(settings))}
+    return {item.name: value for item, value in values.items() if value != item.default}
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+    """Return the values that affect results as nested JSON values, under their stored names."""
+    record: dict[str, Any] = {}
+    for item in flat_settings(type(settings)):
+        if item.declared.affects_result:
+            target = record
+            for key in item.stored_path[:-1]:
+                target = target.setdefault(key, {})
+            value = get_setting(settings, item)
+            target[item.stored_path[-1]] = list(value) if isinstance(value, tuple) else value
+    return record

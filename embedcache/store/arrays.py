@@ -1,0 +1,144 @@
+"""Arrays on disk: plain Zarr v3 whose chunks are raw little-endian rows and a CRC-32C, so that they can be mapped.
+
+zarr-python makes the metadata and any Zarr reader reads the arrays. Chunks are written here, since they must be
+flushed and whole before they are committed, and are gathered from memory maps, since a random row through
+zarr-python costs a whole chunk."""
+
+import mmap
+import resource
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
+
+from embedcache.arrays import Array
+from embedcache.errors import CorruptError, UnfinishedError
+from embedcache.files import is_remote, write_atomic
+from embedcache.provenance import read_json
+
+CRC_BYTES = 4
+_REPAIR = "make it again with: embedcache verify CACHE --repair"
+_MOST_OPEN_FILES = 32_768
+_REMOTE_BYTES = 2**30
+
+
+def write_group(path: Path, attributes: Mapping[str, Any]) -> None:
+    """Write the metadata of a Zarr group."""
+    files: dict[str, Buffer] = {}
+    zarr.create_group(MemoryStore(files), attributes=dict(attributes))
+    write_atomic(path / "zarr.json", files["zarr.json"].to_bytes())
+
+
+def write_array(
+    path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, attributes: Mapping[str, Any]
+) -> None:
+    """Write the metadata of a Zarr array. What no chunk holds reads as NaN, or -1 for integers."""
+    files: dict[str, Buffer] = {}
+    zarr.create_array(
+        MemoryStore(files),
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        filters=None,
+        serializer=BytesCodec(endian="little"),
+        compressors=Crc32cCodec(),
+        fill_value=-1 if dtype.startswith("int") else np.nan,
+        attributes=dict(attributes),
+    )
+    write_atomic(path / "zarr.json", files["zarr.json"].to_bytes())
+
+
+def read_metadata(path: Path) -> Any:
+    """Read the metadata of a Zarr group or array."""
+    return read_json(path / "zarr.json")
+
+
+def chunk_path(array_path: Path, number: int, ndim: int) -> Path:
+    """Get the file of a chunk that is cut along the first axis only."""
+    return array_path.joinpath("c", str(number), *["0"] * (ndim - 1))
+
+
+def write_chunk(array_path: Path, number: int, values: Array, chunk_shape: tuple[int, ...]) -> str:
+    """Write one chunk, flushed to the disk.
+
+    Args:
+        array_path: the array's folder.
+        number: which chunk along the first axis.
+        values: rows of the array's own dtype; fewer than the chunk holds are padded with the fill value.
+        chunk_shape: the array's chunks.
+
+    Returns:
+        The CRC-32C of the rows as 8 hex digits: the same 4 bytes, little-endian, end the file.
+    """
+    if len(values) < chunk_shape[0]:
+        fill = -1 if values.dtype.kind == "i" else np.nan
+        padded = np.full(chunk_shape, fill, values.dtype)
+        padded[: len(values)] = values
+        values = padded
+    data = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()
+    crc = google_crc32c.value(data)
+    write_atomic(chunk_path(array_path, number, len(chunk_shape)), data + crc.to_bytes(CRC_BYTES, "little"))
+    return f"{crc:08x}"
+
+
+def map_chunk(array_path: Path, number: int, chunk_shape: tuple[int, ...], dtype: str) -> Array:
+    """Map one chunk into memory, read-only, without reading it; behind a URL, read it.
+
+    Raises:
+        UnfinishedError: the chunk's file is missing though its commit is there.
+        CorruptError: the file is too short or too long.
+    """
+    path = chunk_path(array_path, number, len(chunk_shape))
+    num_bytes = int(np.prod(chunk_shape)) * np.dtype(dtype).itemsize
+    try:
+        mapped = path.read_bytes() if is_remote(path) else _map(path)
+    except FileNotFoundError as error:
+        raise UnfinishedError(f"{path} is committed but missing; run the same embedcache extract again") from error
+    except ValueError as error:  # an empty file cannot be mapped
+        raise CorruptError(f"{path} is empty; it should hold {num_bytes + CRC_BYTES} bytes; {_REPAIR}") from error
+    if len(mapped) != num_bytes + CRC_BYTES:
+        raise CorruptError(f"{path} holds {len(mapped)} bytes; it should hold {num_bytes + CRC_BYTES}; {_REPAIR}")
+    return np.frombuffer(mapped, dtype, num_bytes // np.dtype(dtype).itemsize).reshape(chunk_shape)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def most_maps(array_path: Path, chunk_bytes: int) -> int:
+    """Say how many chunks one feature may keep: behind a URL they take memory, here each holds an open file."""
+    if is_remote(array_path):
+        return max(1, _REMOTE_BYTES // chunk_bytes)
+    return _most_open_files() // 8
+
+
+@cache
+def _most_open_files() -> int:
+    """Raise the process's own limit of open files to what the system allows it, once, and give it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(128, wanted)
+
+
+def check_chunk(array_path: Path, number: int, chunk: Array, committed_crc: str) -> None:
+    """Compare a mapped chunk with the checksum in its commit.
+
+    Raises:
+        CorruptError: names the file and both checksums.
+    """
+    found = f"{google_crc32c.value(chunk.tobytes()):08x}"
+    if found != committed_crc:
+        path = chunk_path(array_path, number, chunk.ndim)
+        raise CorruptError(
+            f"{path} has checksum {found}, its commit says {committed_crc}: the bytes changed on disk; {_REPAIR}"
+        )

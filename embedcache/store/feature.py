@@ -1,0 +1,257 @@
+"""Reading features: gather any rows from memory maps, or go through verified chunks in order."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from embedcache.arrays import Array, Bools, Ints
+from embedcache.errors import DataError, UnfinishedError
+from embedcache.store.arrays import check_chunk, map_chunk, most_maps, read_metadata
+from embedcache.store.commit import NOT_YET, Commit
+from embedcache.store.group import EncoderGroup, chunk_shape, feature_about
+
+
+class Feature:
+    """One named output of one encoder over all items of its modality, read-only.
+
+    Opening reads no vector. Memory: the commits (under 100 bytes an item) once rows are asked for, and maps,
+    which the system may drop at any time.
+    """
+
+    def __init__(self, group: EncoderGroup, feature: str) -> None:
+        about = feature_about(group, feature)
+        self.group = group
+        self.feature = feature
+        self.item_shape: tuple[int, ...] = tuple(about["item_shape"])
+        self.dtype: str = about["dtype"]
+        self.num_items = group.info.num_items[group.modality]
+        self._maps: OrderedDict[int, Array] = OrderedDict()
+
+    @property
+    def name(self) -> str:
+        """`encoder/feature`, as it is named on the command line."""
+        return f"{self.group.name}/{self.feature}"
+
+    @property
+    def modality(self) -> str:
+        """`image` or `text`."""
+        return self.group.modality
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What decided its values."""
+        return self.group.fingerprint
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether items differ in their number of tokens."""
+        return self.item_shape[0] < 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Vectors of all committed items together."""
+        if not self.is_ragged:
+            return self.num_items * (self.item_shape[0] if len(self.item_shape) > 1 else 1)
+        folder = self.group.path / self.feature / "values"
+        chunks = [commit.chunk for commit in self.commits if commit is not None]
+        return sum(int(read_metadata(folder / f"{chunk:05d}")["shape"][0]) for chunk in chunks)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Items first, then the shape of one item; -1 where it varies."""
+        return (self.num_items, *self.item_shape)
+
+    @cached_property
+    def commits(self) -> list[Commit | None]:
+        """The commit of each chunk; None where this feature is not committed."""
+        commits = [self.group.commit(chunk) for chunk in range(self.group.info.num_chunks(self.modality))]
+        return [commit if commit is not None and self.feature in commit.features else None for commit in commits]
+
+    @cached_property
+    def valid(self) -> Bools:
+        """(N,) bool: which items have this feature."""
+        valid = np.zeros(self.num_items, bool)
+        for chunk, commit in enumerate(self.commits):
+            if commit is not None:
+                valid[self._rows(chunk)] = [failure is None for failure in commit.failures[self.feature]]
+        return valid
+
+    @property
+    def failures(self) -> dict[int, str]:
+        """Row of each failed item -> reason."""
+        return {
+            self._rows(commit.chunk).start + offset: failure
+            for commit in self.commits
+            if commit is not None
+            for offset, failure in enumerate(commit.failures[self.feature])
+            if failure is not None
+        }
+
+    @property
+    def hashes(self) -> list[bytes | None]:
+        """One BLAKE2b-128 an item over its raw bytes or text, in row order; of committed chunks only."""
+        return [value for commit in self.commits if commit is not None for value in commit.hashes]
+
+    def require_complete(self) -> None:
+        """Refuse a feature with uncommitted chunks.
+
+        Raises:
+            UnfinishedError: says how many chunks are missing and how to get them.
+        """
+        missing = sum(commit is None or NOT_YET in commit.failures[self.feature] for commit in self.commits)
+        if missing:
+            raise UnfinishedError(
+                f"feature {self.name} is not finished: {missing} of {len(self.commits)} chunks are missing; "
+                "run the same embedcache extract again, it goes on where it stopped"
+            )
+
+    def gather(self, rows: Ints) -> Array:
+        """Copy any rows, in the order asked for: (B,) int -> (B, D) or (B, T, D) of the dtype on disk.
+
+        Checksums are not compared here; `chunks` and `load` do.
+
+        Raises:
+            DataError: the feature is ragged, or a row is out of range, failed or not committed.
+        """
+        self._require_fixed()
+        rows = self._check_rows(rows)
+        out = np.empty((len(rows), *self.item_shape), self.dtype)
+        size = self._chunk_shape[0]
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        numbers, starts = np.unique(ordered // size, return_index=True)
+        for number, (start, stop) in zip(numbers, pairwise([*starts, len(rows)]), strict=True):
+            out[order[start:stop]] = self._map(int(number))[ordered[start:stop] - number * size]
+        return out
+
+    def gather_tokens(self, rows: Ints) -> list[Array]:
+        """Copy any rows of a token feature: one (T, D) array an item, in the order asked for.
+
+        Raises:
+            DataError: a row is out of range, failed or not committed.
+        """
+        if not self.is_ragged:
+            return list(self.gather(rows))
+        rows = self._check_rows(rows)
+        tokens: list[Array | None] = [None] * len(rows)
+        for chunk in np.unique(rows // self.group.info.chunk_size):
+            start = self._rows(int(chunk)).start
+            items = self._ragged_chunk(int(chunk))
+            for position in np.flatnonzero(rows // self.group.info.chunk_size == chunk):
+                tokens[position] = items[rows[position] - start]
+        assert all(array is not None for array in tokens)  # every row is valid, so every item has tokens
+        return [array for array in tokens if array is not None]
+
+    def chunks(self) -> Iterator[tuple[slice, Any]]:
+        """Go through the committed chunks in row order, checksums compared.
+
+        Yields:
+            The rows, and their (rows, D) or (rows, T, D) array: a read-only view, NaN in failed rows. For a ragged
+            feature a list of (T, D) arrays, None for a failed item.
+
+        Raises:
+            CorruptError: bytes differ from their checksum.
+        """
+        for commit in self.commits:
+            if commit is not None:
+                yield from self.read_chunk(commit)
+
+    def read_chunk(self, commit: Commit) -> Iterator[tuple[slice, Any]]:
+        """Read one committed chunk, checksums compared, as `chunks` yields it.
+
+        Raises:
+            CorruptError: bytes differ from their checksum.
+            UnfinishedError: a file is missing.
+        """
+        if self.is_ragged:
+            yield self._rows(commit.chunk), self._ragged_chunk(commit.chunk, commit=commit)
+        else:
+            yield from self._dense_chunks(commit)
+
+    def items(self, commit: Commit) -> list[Array | None]:
+        """Read one committed chunk as one array an item, None where it has none; errors as of `read_chunk`."""
+        items = [item for _, values in self.read_chunk(commit) for item in values]
+        reasons = commit.failures[self.feature][: len(items)]
+        return [item if reason is None else None for item, reason in zip(items, reasons, strict=True)]
+
+    def load(self) -> Array:
+        """Read the whole feature into memory: (N, D) or (N, T, D), NaN in failed rows, checksums compared.
+
+        Raises:
+            UnfinishedError: chunks are missing.
+            CorruptError: bytes differ from their checksum.
+            DataError: the feature is ragged.
+        """
+        self._require_fixed()
+        self.require_complete()
+        out = np.empty(self.shape, self.dtype)
+        for rows, values in self.chunks():
+            out[rows] = values
+        return out
+
+    def _require_fixed(self) -> None:
+        if self.is_ragged:
+            raise DataError(f"feature {self.name} has items of different lengths; use gather_tokens or chunks")
+
+    def _rows(self, chunk: int) -> slice:
+        return self.group.info.chunk_rows(self.modality, chunk)
+
+    @cached_property
+    def _chunk_shape(self) -> tuple[int, ...]:
+        return chunk_shape(self.group.info, self.item_shape, self.dtype)
+
+    def _check_rows(self, rows: Ints) -> Ints:
+        rows = np.asarray(rows, np.int64)
+        outside = (rows < 0) | (rows >= self.num_items)
+        if outside.any():
+            raise DataError(
+                f"row {rows[outside][0]} is outside of feature {self.name}, which has {self.num_items} rows"
+            )
+        if not self.valid[rows].all():
+            row = int(rows[~self.valid[rows]][0])
+            reason = self.failures.get(row, "its chunk is not committed")
+            raise DataError(f"row {row} has no feature {self.name}: {reason}")
+        return rows
+
+    def _map(self, number: int) -> Array:
+        if number not in self._maps:
+            path = self.group.path / self.feature
+            self._maps[number] = map_chunk(path, number, self._chunk_shape, self.dtype)
+            chunk_bytes = int(np.prod(self._chunk_shape)) * np.dtype(self.dtype).itemsize
+            if len(self._maps) > most_maps(path, chunk_bytes):
+                self._maps.popitem(last=False)
+        return self._maps[number]
+
+    def _dense_chunks(self, commit: Commit) -> Iterator[tuple[slice, Array]]:
+        rows, size = self._rows(commit.chunk), self._chunk_shape[0]
+        for start in range(rows.start, rows.stop, size):
+            number = start // size
+            if f"{self.feature}/{number}" not in commit.features[self.feature]:
+                return  # of samples that were added since
+            values = map_chunk(self.group.path / self.feature, number, self._chunk_shape, self.dtype)
+            crc = commit.features[self.feature][f"{self.feature}/{number}"]
+            check_chunk(self.group.path / self.feature, number, values, crc)
+            stop = min(start + size, rows.stop)
+            yield slice(start, stop), values[: stop - start]
+
+    def _ragged_chunk(self, chunk: int, *, commit: Commit | None = None) -> list[Array | None]:
+        """Map one chunk of tokens; its checksums are compared where its commit is given."""
+        path = self.group.path / self.feature
+        values_path = path / "values" / f"{chunk:05d}"
+        num_tokens, width = read_metadata(values_path)["shape"]
+        values = map_chunk(values_path, 0, (max(num_tokens, 1), width), self.dtype)
+        lengths = map_chunk(path / "lengths", chunk, (self.group.info.chunk_size,), "int32")
+        if commit is not None:
+            crcs = commit.features[self.feature]
+            check_chunk(values_path, 0, values, crcs[f"{self.feature}/values/{chunk:05d}/0"])
+            check_chunk(path / "lengths", chunk, lengths, crcs[f"{self.feature}/lengths/{chunk}"])
+        rows = self._rows(chunk)
+        lengths = lengths[: rows.stop - rows.start]
+        stops = np.cumsum(np.maximum(lengths, 0))
+        return [
+            None if length < 0 else values[stop - length : stop] for length, stop in zip(lengths, stops, strict=True)
+        ]

@@ -1,0 +1,354 @@
+"""Reading our Parquet tables, on the calling thread alone.
+
+The tables of samples and items: from a source's samples to Parquet, and back in row order.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from json import JSONEncoder
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from embedcache.errors import CorruptError, EmbedcacheError, PathError, SourceError
+from embedcache.files import io_reason, is_remote
+from embedcache.provenance import digest
+from embedcache.sources.base import ImageItem, Sample
+from embedcache.store.layout import items_path, samples_path
+
+
+@contextmanager
+def open_table(file: Path | BytesIO, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+    """Open a table of this machine or behind a URL.
+
+    Always read it with `use_threads=False`: our tables are small, and a process that ended right after Arrow's thread
+    pool had started aborted in 2 of 30 runs (pyarrow 26, with torch imported).
+    """
+    if isinstance(file, BytesIO) or not is_remote(file):
+        with pq.ParquetFile(file, metadata=metadata) as table:
+            yield table
+        return
+    with file.open("rb") as opened, pq.ParquetFile(opened, metadata=metadata) as table:
+        yield table
+
+
+def read_table(file: Path | BytesIO, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a whole table."""
+    with open_table(file) as table:
+        return table.read(columns=columns, use_threads=False)
+
+
+def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
+    """Go through the rows of a table. Memory: one batch."""
+    with table_errors(path), open_table(path) as table:
+        for batch in table.iter_batches(columns=columns, use_threads=False):
+            yield from batch.to_pylist()
+
+
+class TableDigest:
+    """SHA-256 over the values of a table's columns in row order, however the rows are cut into batches."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, Any] = defaultdict(hashlib.sha256)
+
+    def update(self, rows: pa.Table) -> None:
+        """Take more rows, of int64 and string columns."""
+        for name in rows.column_names:
+            if pa.types.is_integer(rows.schema.field(name).type):
+                data = rows[name].to_numpy().astype("<i8").tobytes()
+            else:
+                values = rows[name].to_pylist()
+                data = "".join("\1\0" if value is None else f"{value}\0" for value in values).encode()
+            self._columns[name].update(data)
+
+    def hexdigest(self) -> str:
+        """Give it as 64 hex digits."""
+        return digest({name: column.hexdigest() for name, column in self._columns.items()})
+
+
+@contextmanager
+def table_errors(path: Path) -> Iterator[None]:
+    """Turn a table that cannot be read into our error.
+
+    Raises:
+        PathError: the system does not give it.
+        CorruptError: it is no such table.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        if isinstance(error, EmbedcacheError):
+            raise
+        if getattr(error, "errno", None) is not None:
+            raise PathError(f"cannot read {path}: {io_reason(error)}") from error
+        raise CorruptError(
+            f"{path} cannot be read: {error}; get the file again, or extract into a new folder"
+        ) from error
+
+
+ITEM_SCHEMAS = {
+    "image": pa.schema([("sample", pa.int64()), ("path", pa.string()), ("offset", pa.int64()), ("length", pa.int64())]),
+    "text": pa.schema([("sample", pa.int64()), ("text", pa.string()), ("language", pa.string())]),
+}
+BATCH = 65_536
+_JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest_input(batch: Sequence[Sample]) -> bytes:
+    """Write samples as the lines that the spine's digest is taken of: canonical JSON of all that they say.
+
+    Raises:
+        SourceError: text that is not Unicode.
+    """
+    try:
+        return "".join(map(_line, batch)).encode()
+    except UnicodeEncodeError:
+        _refuse_not_unicode(batch)
+        raise
+
+
+def _line(sample: Sample) -> str:
+    images = [[item.path, item.offset, item.length] for item in sample.images]
+    texts = [[item.text, item.language] for item in sample.texts]
+    return _JSON.encode([sample.key, images, texts, dict(sample.columns)]) + "\n"
+
+
+def _refuse_not_unicode(batch: Sequence[Sample]) -> None:
+    for sample in batch:
+        try:
+            _line(sample).encode()
+        except UnicodeEncodeError as error:
+            raise SourceError(
+                f"sample {sample.key!r} holds text that is not Unicode: {error.reason}; mend the source"
+            ) from error
+
+
+class SpineWriter:
+    """Writes the tables of a cache, new ones or longer ones.
+
+    Memory: the keys, to see that they are unique, and a batch.
+
+    Args:
+        folder: a new folder on this machine for the tables.
+        chunk_size: items in a row group, so that a worker reads just the rows of its chunk.
+    """
+
+    def __init__(self, folder: Path, chunk_size: int) -> None:
+        self.num_samples = 0
+        self._samples = _SampleWriter(samples_path(folder))
+        self._items = {
+            name: _ItemWriter(items_path(folder, name), schema, chunk_size) for name, schema in ITEM_SCHEMAS.items()
+        }
+
+    def copy(self, cache_path: Path, num_samples: int, moved: Mapping[int, ImageItem]) -> None:
+        """Begin with the first samples of a cache's tables.
+
+        Args:
+            cache_path: the cache.
+            num_samples: how many.
+            moved: image row -> where its bytes are now.
+        """
+        with open_table(samples_path(cache_path)) as file:
+            for batch in file.iter_batches(BATCH, use_threads=False):
+                left = num_samples - self._samples.num_rows
+                self._samples.write(pa.table(batch).slice(0, left))
+        for modality, writer in self._items.items():
+            with open_table(items_path(cache_path, modality)) as file:
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group, use_threads=False)
+                    table = table.filter(pc.less(table["sample"], num_samples))
+                    writer.write(_moved(table, writer.num_rows, moved if modality == "image" else {}))
+        self.num_samples = num_samples
+
+    def add(self, batch: Sequence[Sample]) -> None:
+        """Append samples."""
+        self._samples.write(_sample_table(batch))
+        self._items["image"].write(_image_table(batch, self.num_samples))
+        self._items["text"].write(_text_table(batch, self.num_samples))
+        self.num_samples += len(batch)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the keys, and of each modality's items."""
+        items = {name: table.digest.hexdigest() for name, table in self._items.items() if table.num_rows}
+        return {"samples": self._samples.digest.hexdigest(), **items}
+
+    def close(self) -> dict[str, int]:
+        """Write what waits, and give modality -> number of items.
+
+        Raises:
+            SourceError: a key stands twice, or a column has types that do not go together.
+        """
+        for writer in self._items.values():
+            writer.close()
+        self._samples.close()
+        return {name: writer.num_rows for name, writer in self._items.items() if writer.num_rows}
+
+
+class _SampleWriter:
+    """Spools batches, each with the columns it has, until all columns are known."""
+
+    def __init__(self, path: Path) -> None:
+        self.num_rows = 0
+        self.digest = TableDigest()
+        self._path = path
+        self._keys: list[pa.ChunkedArray] = []
+        self._schemas: list[pa.Schema] = []
+
+    def write(self, rows: pa.Table) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(rows, self._spool(len(self._keys)))
+        self._keys.append(rows["key"])
+        self.digest.update(rows.select(["key"]))
+        self._schemas.append(rows.schema)
+        self.num_rows += len(rows)
+
+    def close(self) -> None:
+        _refuse_duplicates(pa.chunked_array([chunk for keys in self._keys for chunk in keys.chunks], pa.string()))
+        try:
+            schema = pa.unify_schemas(self._schemas, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise SourceError(f"a column of the source changes its type on the way: {error}") from error
+        with pq.ParquetWriter(self._path, schema) as writer:
+            for number in range(len(self._keys)):
+                rows = read_table(self._spool(number))
+                whole = pa.concat_tables([schema.empty_table(), rows], promote_options="permissive")
+                writer.write_table(whole, row_group_size=BATCH)
+                self._spool(number).unlink()
+
+    def _spool(self, number: int) -> Path:
+        return self._path.with_name(f"samples-{number:05d}.parquet")
+
+
+class _ItemWriter:
+    def __init__(self, path: Path, schema: pa.Schema, chunk_size: int) -> None:
+        path.parent.mkdir(parents=True)
+        self.num_rows = 0
+        self.digest = TableDigest()
+        self._writer = pq.ParquetWriter(path, schema)
+        self._schema = schema
+        self._chunk_size = chunk_size
+        self._waiting: pa.Table = schema.empty_table()
+
+    def write(self, rows: pa.Table) -> None:
+        self.num_rows += len(rows)
+        self.digest.update(rows)
+        waiting = pa.concat_tables([self._waiting, rows.cast(self._schema)])
+        whole = len(waiting) // self._chunk_size * self._chunk_size
+        if whole:
+            self._writer.write_table(waiting.slice(0, whole), row_group_size=self._chunk_size)
+        self._waiting = waiting.slice(whole).combine_chunks()
+
+    def close(self) -> None:
+        if len(self._waiting):
+            self._writer.write_table(self._waiting, row_group_size=self._chunk_size)
+        self._writer.close()
+
+
+def _image_table(batch: Sequence[Sample], first: int) -> pa.Table:
+    rows = [(row, item) for row, sample in enumerate(batch, first) for item in sample.images]
+    columns = [
+        [row for row, _ in rows],
+        [item.path for _, item in rows],
+        [item.offset for _, item in rows],
+        [item.length for _, item in rows],
+    ]
+    return pa.table(columns, schema=ITEM_SCHEMAS["image"])
+
+
+def _text_table(batch: Sequence[Sample], first: int) -> pa.Table:
+    rows = [(row, item) for row, sample in enumerate(batch, first) for item in sample.texts]
+    columns = [[row for row, _ in rows], [item.text for _, item in rows], [item.language for _, item in rows]]
+    return pa.table(columns, schema=ITEM_SCHEMAS["text"])
+
+
+def _sample_table(batch: Sequence[Sample]) -> pa.Table:
+    columns: dict[str, list[Any]] = defaultdict(lambda: [None] * len(batch))
+    for row, sample in enumerate(batch):
+        for name, value in sample.columns.items():
+            columns[name][row] = value
+    arrays = {name: _column(values) for name, values in sorted(columns.items()) if name != "key"}
+    return pa.table({"key": pa.array([sample.key for sample in batch], pa.string()), **arrays})
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types: keep what people would read
+        return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def _moved(table: pa.Table, first_row: int, moved: Mapping[int, ImageItem]) -> pa.Table:
+    here = {row - first_row: item for row, item in moved.items() if first_row <= row < first_row + len(table)}
+    for name in ("offset", "length") if here else ():
+        values = table[name].to_pylist()
+        for row, item in here.items():
+            values[row] = getattr(item, name)
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.int64()))
+    return table
+
+
+def _refuse_duplicates(keys: pa.ChunkedArray) -> None:
+    counts = pc.value_counts(keys)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        key = repeated[0]["values"].as_py()
+        rows = pc.indices_nonzero(pc.equal(keys, key)).to_pylist()
+        raise SourceError(
+            f"keys must be unique; {key!r} is the key of rows {rows[0]} and {rows[1]} ({len(repeated)} such keys); "
+            "rename a file (a.jpg and a.png have one key), or name another --key-column"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbered:
+    """One sample as a cache's tables have it.
+
+    Args:
+        key: its key.
+        image_row: the row of its first image.
+        images: where their bytes are.
+        texts: its captions, each with its language.
+    """
+
+    key: str
+    image_row: int
+    images: Sequence[ImageItem]
+    texts: Sequence[tuple[str, str | None]]
+
+
+def read_numbered(cache_path: Path, rows: range) -> Iterator[Numbered]:
+    """Go through samples of a cache in row order. Memory: one batch of each table."""
+    keys = (row["key"] for row in iterate_rows(samples_path(cache_path), ["key"]))
+    images = _Sorted(iterate_rows(items_path(cache_path, "image")))
+    texts = _Sorted(iterate_rows(items_path(cache_path, "text")))
+    for number, key in zip(range(rows.stop), keys, strict=False):
+        image_row = images.num_taken
+        mine = [ImageItem(path=row["path"], offset=row["offset"], length=row["length"]) for row in images.take(number)]
+        said = [(row["text"], row["language"]) for row in texts.take(number)]
+        if number >= rows.start:
+            yield Numbered(key=key, image_row=image_row, images=mine, texts=said)
+
+
+class _Sorted:
+    """Rows sorted by their sample, taken sample by sample."""
+
+    def __init__(self, rows: Iterator[Mapping[str, Any]]) -> None:
+        self.num_taken = 0
+        self._rows = rows
+        self._next = next(rows, None)
+
+    def take(self, sample: int) -> list[Mapping[str, Any]]:
+        taken = []
+        while self._next is not None and self._next["sample"] == sample:
+            taken.append(self._next)
+            self._next = next(self._rows, None)
+        self.num_taken += len(taken)
+        return taken

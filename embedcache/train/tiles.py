@@ -1,0 +1,246 @@
+"""Sums over all pairs of a batch, a tile at a time: exact, and no (B, N) matrix is ever held.
+
+Backward makes each tile again. Processes that train together share the tiles out. Under autocast the matrix products
+are taken in its dtype, and everything else in float32. Memory: a few tiles of `TILE_ROWS` × `TILE_COLUMNS`, and a
+gradient a side."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
+
+from embedcache.train.distributed import log_sum_over_processes, num_processes, process_number, sum_over_processes
+
+TILE_ROWS = 512
+TILE_COLUMNS = 2048
+"""Such a tile of float32 stays in a core's cache between the product and what is made of it."""
+
+_PAIRS_AT_ONCE = 65_536
+
+_MOST_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
+"""Below it, e^logit neither vanishes nor overflows in float32, as logits of unit vectors lie in ± scale."""
+
+
+def log_sum_exp(
+    left_BP: Tensor, right_NP: Tensor, scale: Tensor, hidden: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Get log Σ exp of all logits, over each row and over each column.
+
+    Args:
+        left_BP: (B, P) rows of length 1.
+        right_NP: (N, P) rows of length 1.
+        scale: scalar; logits are scale · left · right'.
+        hidden: (E,) rows, ascending, and (E,) columns of logits that are left out; every row and column keeps one.
+
+    Returns:
+        (B,) and (N,), differentiable in both sides and the scale.
+    """
+    rows, columns = hidden or (torch.empty(0, dtype=torch.int64, device=left_BP.device),) * 2
+    dtype = _product_dtype(left_BP)
+    with torch.autocast(left_BP.device.type, enabled=False):
+        result: tuple[Tensor, Tensor] = _LogSumExp.apply(left_BP, right_NP, scale, rows, columns, dtype)  # type: ignore[no-untyped-call]
+    return result
+
+
+def softplus_sum(left_BP: Tensor, right_NP: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Get Σ log(1 + exp(logit + bias)) over all pairs, a scalar; the arguments are those of `log_sum_exp`."""
+    dtype = _product_dtype(left_BP)
+    with torch.autocast(left_BP.device.type, enabled=False):
+        result: Tensor = _SoftplusSum.apply(left_BP, right_NP, scale, bias, dtype)  # type: ignore[no-untyped-call]
+    return result
+
+
+def logits_of(left_BP: Tensor, right_NP: Tensor, scale: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Get the logits of some pairs, (E,) rows and (E,) columns: (E,). The arguments are those of `log_sum_exp`."""
+    cosines_E: Tensor = _Cosines.apply(left_BP, right_NP, *pairs)  # type: ignore[no-untyped-call]
+    return scale * cosines_E
+
+
+def _product_dtype(left: Tensor) -> torch.dtype:
+    device = left.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else left.dtype
+
+
+class _Cosines(torch.autograd.Function):
+    # Indexing's own backward adds up in any order where there are several threads, and keeps E × P numbers.
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right, rows, columns)
+        cosines = left.new_empty(len(rows))
+        for part in _parts(len(rows)):
+            cosines[part] = (left[rows[part]] * right[columns[part]]).sum(dim=1)
+        return cosines
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, rows, columns = ctx.saved_tensors
+        left_sum, right_sum = torch.zeros_like(left), torch.zeros_like(right)
+        for part in _parts(len(rows)):
+            weights = gradient[part, None]
+            left_sum.index_add_(0, rows[part], weights * right[columns[part]])
+            right_sum.index_add_(0, columns[part], weights * left[rows[part]])
+        return left_sum, right_sum, None, None
+
+
+def _parts(count: int) -> Iterator[slice]:
+    for start in range(0, count, _PAIRS_AT_ONCE):
+        yield slice(start, start + _PAIRS_AT_ONCE)
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, left: Tensor, right: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        sums = _sum_powers if _is_safe(scale) else _sum_logs
+        over_rows, over_columns = sums(_Tiles(left, right, scale, dtype, (rows, columns)))
+        ctx.save_for_backward(left, right, scale, rows, columns, over_rows, over_columns)
+        ctx.dtype = dtype
+        return over_rows, over_columns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, row_gradient: Tensor, column_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, scale, rows, columns, over_rows, over_columns = ctx.saved_tensors
+        gradients = _Gradients(left, right, ctx.dtype)
+        if _is_safe(scale):
+            by_row, by_column = row_gradient * (-over_rows).exp(), column_gradient * (-over_columns).exp()
+        for across, down, logits in _Tiles(left, right, scale, ctx.dtype, (rows, columns)):
+            if _is_safe(scale):
+                weights = logits.exp_().mul_(by_row[across, None] + by_column[down])
+            else:
+                weights = (logits - over_rows[across, None]).exp_().mul_(row_gradient[across, None])
+                weights += logits.sub_(over_columns[down]).exp_().mul_(column_gradient[down])
+            gradients.add(across, down, weights)
+        return (*gradients.result(scale), None, None, None)
+
+
+class _SoftplusSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(left, right, scale, bias)
+        ctx.dtype = dtype
+        total = left.new_zeros(())
+        for _, _, logits in _Tiles(left, right, scale, dtype):
+            total += softplus(logits.add_(bias)).sum()
+        sum_over_processes(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, scale, bias = ctx.saved_tensors
+        gradients, bias_gradient = _Gradients(left, right, ctx.dtype), torch.zeros_like(bias)
+        for across, down, logits in _Tiles(left, right, scale, ctx.dtype):
+            weights = logits.add_(bias).sigmoid_().mul_(gradient)
+            bias_gradient += weights.sum()
+            gradients.add(across, down, weights)
+        sum_over_processes(bias_gradient)
+        return (*gradients.result(scale), bias_gradient, None)
+
+
+class _Gradients:
+    """Adds up what the gradient of each tile's logits gives to both sides and the scale."""
+
+    def __init__(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+        self._sides, self._left, self._right = (left, right), left.to(dtype), right.to(dtype)
+        self._left_sum, self._right_sum = torch.zeros_like(left), torch.zeros_like(right)
+
+    def add(self, across: slice, down: slice, weights_TU: Tensor) -> None:
+        """Take the gradient of the logits of some rows and columns."""
+        weights_TU = weights_TU.to(self._left.dtype)
+        _add_product(self._left_sum[across], weights_TU, self._right[down])
+        _add_product(self._right_sum[down], weights_TU.T, self._left[across])
+
+    def result(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the gradients of left, right and scale."""
+        sum_over_processes(self._left_sum, self._right_sum)
+        of_scale = (self._left_sum * self._sides[0]).sum()
+        return self._left_sum.mul_(scale), self._right_sum.mul_(scale), of_scale
+
+
+class _Tiles:
+    """Goes through this process's tiles of logits.
+
+    Args:
+        left: (B, P).
+        right: (N, P).
+        scale: scalar.
+        dtype: of the products.
+        hidden: as of `log_sum_exp`: logits that are -inf.
+    """
+
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        hidden: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.left, self.right = left, right
+        self._scaled, self._right = (left * scale).to(dtype), right.to(dtype)
+        self._hidden_pairs = hidden if hidden is not None and len(hidden[0]) else None
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Give the rows and columns of each tile, and its logits: a new (T, U) tensor of the sides' dtype."""
+        starts = range(0, len(self.left), TILE_ROWS)
+        for start in starts[process_number() :: num_processes()]:
+            across = slice(start, start + TILE_ROWS)
+            hidden = self._hidden(start)
+            for first in range(0, len(self.right), TILE_COLUMNS):
+                down = slice(first, first + TILE_COLUMNS)
+                logits = (self._scaled[across] @ self._right[down].T).to(self.left.dtype)
+                if hidden is not None:
+                    _hide(logits, hidden, first)
+                yield across, down, logits
+
+    def _hidden(self, start: int) -> tuple[Tensor, Tensor] | None:
+        """Find what is hidden in some rows: rows of the tiles, and columns."""
+        if self._hidden_pairs is None:
+            return None
+        rows, columns = self._hidden_pairs
+        edges = torch.tensor([start, start + TILE_ROWS], device=rows.device)
+        part = slice(*torch.searchsorted(rows, edges).tolist())
+        return (rows[part] - start, columns[part]) if part.stop > part.start else None
+
+
+def _hide(logits_TU: Tensor, hidden: tuple[Tensor, Tensor], first: int) -> None:
+    rows, columns = hidden
+    is_here = (columns >= first) & (columns < first + logits_TU.shape[1])
+    logits_TU[rows[is_here], columns[is_here] - first] = -math.inf
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _sum_powers(tiles: _Tiles) -> tuple[Tensor, Tensor]:
+    over_rows, over_columns = tiles.left.new_zeros(len(tiles.left)), tiles.left.new_zeros(len(tiles.right))
+    for across, down, logits in tiles:
+        powers = logits.exp_()
+        over_rows[across] += powers.sum(dim=1)
+        over_columns[down] += powers.sum(dim=0)
+    sum_over_processes(over_rows, over_columns)
+    return over_rows.log_(), over_columns.log_()
+
+
+def _sum_logs(tiles: _Tiles) -> tuple[Tensor, Tensor]:
+    over_rows, over_columns = (tiles.left.new_full((len(side),), -math.inf) for side in (tiles.left, tiles.right))
+    for across, down, logits in tiles:
+        over_rows[across] = torch.logaddexp(over_rows[across], logits.logsumexp(dim=1))
+        over_columns[down] = torch.logaddexp(over_columns[down], logits.logsumexp(dim=0))
+    return log_sum_over_processes(over_rows), log_sum_over_processes(over_columns)
+
+
+def _is_safe(scale: Tensor) -> bool:
+    """Say whether no logit can overflow. Asking a GPU would make it wait, so there the answer is no."""
+    return scale.device.type == "cpu" and abs(scale.item()) <= _MOST_SAFE_SCALE

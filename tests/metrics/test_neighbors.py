@@ -1,0 +1,63 @@
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
+
+from embedcache.arrays import Floats, normalize
+from embedcache.metrics import neighbors as neighbors
+from embedcache.metrics.neighbors import nearest, vote
+
+
+def vectors(rng: np.random.Generator, num: int, width: int) -> Floats:
+    return normalize(rng.standard_normal((num, width)))
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_queries=st.integers(0, 12),
+    num_candidates=st.integers(1, 40),
+    k=st.integers(1, 40),
+    tile=st.integers(1, 7),
+)
+def test_the_nearest_are_those_of_a_full_sort(
+    seed: int, num_queries: int, num_candidates: int, k: int, tile: int
+) -> None:
+    rng, k = np.random.default_rng(seed), min(k, num_candidates)
+    queries, candidates = vectors(rng, num_queries, 5), vectors(rng, num_candidates, 5)
+    with patch.object(neighbors, "_TILE", tile), patch.object(neighbors, "_CANDIDATES", 2 * tile):
+        rows, sims = nearest(queries, candidates, k)
+    exact = queries @ candidates.T
+    np.testing.assert_allclose(sims, -np.sort(-exact, axis=1)[:, :k], atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(exact, rows, axis=1), sims, atol=1e-6)
+    assert all(len(set(row)) == k for row in rows.tolist())
+
+
+@given(seed=st.integers(0, 2**32 - 1), num_classes=st.integers(2, 6), k=st.integers(1, 25))
+def test_votes_are_those_of_scikit_learns_weighted_neighbors(seed: int, num_classes: int, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    candidates, queries = vectors(rng, 30, 4), vectors(rng, 9, 4)
+    labels = np.concatenate([np.arange(num_classes), rng.integers(num_classes, size=30 - num_classes)])
+    model = KNeighborsClassifier(
+        n_neighbors=k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(candidates, labels)
+    rows, sims = nearest(queries, candidates, k)
+    votes = vote(labels[rows], sims, num_classes, temperature=0.07)
+    expected = model.predict_proba(queries)
+    np.testing.assert_allclose(votes / votes.sum(axis=1, keepdims=True), expected, atol=1e-4)
+
+
+def test_a_colder_vote_is_the_nearest_neighbors() -> None:
+    labels, sims = np.array([[1, 0, 0]]), np.array([[0.9, 0.8, 0.8]], np.float32)
+    assert vote(labels, sims, 3, temperature=1.0).argmax() == 0
+    assert vote(labels, sims, 3, temperature=0.01).argmax() == 1
+    assert vote(labels, sims, 3, temperature=1e-6).tolist() == [[0.0, 1.0, 0.0]]
+    assert vote(labels, sims, 3, temperature=0.07)[0, 2] == 0
+
+
+def test_a_tie_is_no_reason_to_count_twice() -> None:
+    rows, sims = nearest(np.ones((1, 2), np.float32), np.ones((5, 2), np.float32), 3)
+    assert len(set(rows[0].tolist())) == 3
+    assert sims[0].tolist() == pytest.approx([2, 2, 2])
