@@ -32,7 +32,7 @@ def cache_path(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A cache of the pictures with vectors, fixed tokens and ragged tokens, in chunks of 64. Not to be changed."""
     path = tmp_path_factory.mktemp("caches") / "cache"
     settings = ExtractSettings(features=FEATURES, chunk_size=64)
-    extract(open_source(pictures), path, image=[IMAGE], text=[TEXT], settings=settings)
+    extract(open_source(pictures), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return path
 
 
@@ -43,5 +43,5 @@ def two_caches(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name, count, seed in (("a", 40, 1), ("b", 80, 2)):
         pictures = write_pictures(folder / f"{name}-source", count, seed=seed)
         settings = ExtractSettings(features=FEATURES, chunk_size=32)
-        extract(open_source(pictures), folder / name, image=[IMAGE], text=[TEXT], settings=settings)
+        extract(open_source(pictures), folder / name, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return [folder / "a", folder / "b"]

@@ -44,7 +44,7 @@ def extract(
     chunk_size: Annotated[int | None, typer.Option(help="Items in a chunk. [default: 2048]")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads that decode. [default: one a core]")] = None,
     worker: Annotated[str, typer.Option(help="This process's share of the chunks, i/n, for job arrays.")] = "0/1",
-    engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="local, or ray.")] = "local",
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster. [default: one on this machine]")] = None,
     actors: Annotated[int | None, typer.Option(help="Ray: processes that hold encoders. [default: by GPUs]")] = None,
     device: Annotated[
@@ -85,25 +85,26 @@ def extract(
         dtype=dtype,
         chunk_size=chunk_size,
         threads=threads,
-        worker=worker,
+        shard=worker,
+        extend=extend,
         devices=_listed(device),
         engine=engine,
         address=address,
-        num_actors=actors,
+        actors=actors,
         encoder=EncoderSettings(precision=precision, backend=backend, batch_size=batch_size, compiles=compile_),
     )
-    encoders = {"image": image or (), "text": text or ()}
+    encoders = {"image_encoders": image or (), "text_encoders": text or ()}
     progress = open_progress()
     with going_on_later():
         if plan:
-            made = planning.plan(opened, cache, **encoders, settings=settings, extends=extend, progress=progress)
+            made = planning.plan(opened, cache, **encoders, settings=settings, progress=progress)
             _show_plan(made)
-            made.require_space()
+            made.check_space()
         elif retry_failed:
             for retried in retry.retry_failed(opened, cache, **encoders, settings=settings, progress=progress):
                 say(retried.line())
         else:
-            reports = stage.extract(opened, cache, **encoders, settings=settings, extends=extend, progress=progress)
+            reports = stage.extract(opened, cache, **encoders, settings=settings, progress=progress)
             for line in [*(report.line() for report in reports), *caption_error_lines(Cache(cache))]:
                 say(line)
 

@@ -15,7 +15,7 @@ def verify(
 ) -> None:
     """Compare every chunk of a cache with the checksum that was written with it. Exit 1 where something is wrong."""
     from embedcache.cli.console import open_progress, read_share, say
-    from embedcache.extract.repair import check_share, measure_drift
+    from embedcache.extract.repair import check_fraction, measure_drift
     from embedcache.extract.repair import repair as mend
     from embedcache.store.cache import Cache
     from embedcache.store.verify import verify as check
@@ -23,7 +23,7 @@ def verify(
     opened, progress = Cache(cache), open_progress()
     share = None if probe is None else read_share(probe)
     if share is not None:
-        check_share(share)  # before hours of reading
+        check_fraction(share)  # before hours of reading
     findings = check(opened, progress=progress)
     for finding in findings:
         say(finding.line())

@@ -31,7 +31,9 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
         write_pictures(folder / "s" / name, 15, seed=number)
     settings = ExtractSettings(chunk_size=16)
-    extract(open_source(folder / "s"), folder / "cache", image=[IMAGE], text=[TEXT], settings=settings)
+    extract(
+        open_source(folder / "s"), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings
+    )
     return folder / "cache"
 
 
