@@ -11,7 +11,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.towers import Tower
 from embedcache.train.initialization import start
-from embedcache.train.settings import ModelSettings, Initialization
+from embedcache.train.settings import Initialization, ModelSettings
 
 NUM_SAMPLES = 30
 RNG = np.random.default_rng(0)
