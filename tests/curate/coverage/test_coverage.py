@@ -263,7 +263,7 @@ def test_images_and_captions_are_counted_side_by_side(
     words = ["curate", "coverage", str(cache_path), str(prompts), "--projected", str(run_path), "--modality", "both"]
     words += ["--deviations", "1.5", "--json", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
-    assert "by captions" in done.output
+    assert "among captions" in done.output
     found = json.loads((tmp_path / "c.json").read_text())
     for modality, figures in found.items():
         settings = CoverageSettings(deviations=1.5)

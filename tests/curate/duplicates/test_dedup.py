@@ -10,7 +10,7 @@ from PIL import Image
 from embedcache.arrays import Floats, normalize
 from embedcache.curate.dedup import DedupSettings, check_asked, dedup, look, one_modality
 from embedcache.curate.keep import find_contents
-from embedcache.dataset.inputs import open_side
+from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
@@ -147,34 +147,34 @@ def test_texts_and_projected_images_are_compared_too(cache_path: Path, copied: P
 
 
 def test_an_item_that_failed_is_in_no_group(copied: Path) -> None:
-    contents = find_contents(Cache(copied), open_side(Cache(copied), "image"))
+    contents = find_contents(Cache(copied), open_input(Cache(copied), "image"))
     assert 30 not in contents.item_rows
     assert len(contents.item_rows) == NUM - 1
     assert contents.num_copies == 3
     assert (np.diff(contents.rows) > 0).all()
 
 
-def test_the_pages_hold_pictures_side_by_side(copied: Path, tmp_path: Path) -> None:
+def test_pages_show_images(copied: Path, tmp_path: Path) -> None:
     write_threshold_page(tmp_path / "look.html", look(copied))
     page = (tmp_path / "look.html").read_text()
     assert page.count("data:image/webp") >= 20
-    assert "Pairs of cosine 0.995 to 1" in page
+    assert "Pairs with a cosine of 0.995 to 1" in page
     assert "<svg" in page
     write_dedup_page(tmp_path / "dedup.html", dedup(copied, tmp_path / "kept.parquet", cosine=0.97))
     page = (tmp_path / "dedup.html").read_text()
-    assert "Near the limit" in page
+    assert "Borderline cases" in page
     assert "equal bytes" in page
     write_dedup_page(tmp_path / "copies.html", dedup(copied, tmp_path / "kept.parquet", cosine=None))
 
 
-def test_a_page_without_the_source_says_that_pictures_are_missing(copied: Path, tmp_path: Path) -> None:
+def test_page_without_source_warns(copied: Path, tmp_path: Path) -> None:
     source = copied.parent / "source"
     source.rename(copied.parent / "moved")
     try:
         write_threshold_page(tmp_path / "look.html", look(copied))
     finally:
         (copied.parent / "moved").rename(source)
-    assert "pictures are missing: " in (tmp_path / "look.html").read_text()
+    assert "some images cannot be shown: " in (tmp_path / "look.html").read_text()
 
 
 @pytest.mark.parametrize("cosine", [0.0, -0.1, 1.5, float("nan")])

@@ -120,12 +120,12 @@ def test_the_selection_holds_what_is_clean_and_how_close_it_comes(caches: tuple[
         write_clean(tmp_path / "none.parquet", find_leaks(*caches, cosines={"image": 0.01}, features=FEATURES))
 
 
-def test_the_page_shows_pictures_of_both_side_by_side(caches: tuple[Path, Path], tmp_path: Path) -> None:
+def test_page_shows_images(caches: tuple[Path, Path], tmp_path: Path) -> None:
     write_leak_page(tmp_path / "leaks.html", find_leaks(*caches, features=FEATURES))
     page = (tmp_path / "leaks.html").read_text()
     assert page.count("data:image/webp") >= 4
-    assert "The images that leak" in page
-    assert "The texts that leak" in page
+    assert "Leaked images" in page
+    assert "Leaked texts" in page
 
 
 def test_token_features_are_averaged(caches: tuple[Path, Path]) -> None:
@@ -139,7 +139,7 @@ def test_features_of_another_encoder_leave_copies(caches: tuple[Path, Path], tmp
     extract(open_source(test.parent / "test-source"), tmp_path / "other", image=["tests.toy:open_other"])
     found = find_leaks(train, tmp_path / "other")
     assert len(found.leaks[0].copied_samples) == 2
-    assert leak_table(found)[1][0][1:5] == ["hashes alone", "", "2", "not known"]
+    assert leak_table(found)[1][0][1:5] == ["hashes only", "", "2", "unknown"]
     assert (
         "images: searched for copies only: no encoder made image features of both: open_toy/cls" in leak_notes(found)[0]
     )
