@@ -65,7 +65,7 @@ class Queries:
         return [*self.texts, *images, *self.keys, *rows, *self.concepts, *vectors]
 
 
-class Asker:
+class QueryEncoder:
     """Turns queries into vectors of an index's space. Each encoder is opened once, when it is first needed.
 
     Args:
