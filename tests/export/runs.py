@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from embedcache.encoders.base import EncoderSettings, Modality
+from embedcache.encoders.base import Modality
 from embedcache.encoders.open import feature_names, open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.projectors.base import Anchored
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, Side, save_pair, split_path
@@ -35,7 +36,7 @@ def make_run(
         pair.log_scale.fill_(2.5)
     split_path(path).write_bytes(b"a split")
     training = {"loss": {"name": "multi_positive"}, "optimizer": {"epochs": 3}, "split": {"kind": "key"}, "seed": 0}
-    config = PairConfig(projector=projector, shared_width=width, spine="rows", training=training, **sides)
+    config = PairConfig(projector=projector, shared_width=width, index_digest="rows", training=training, **sides)
     save_pair(path, pair, config)
     return path
 
