@@ -22,7 +22,7 @@ LAYERS = [
     {"reports"},
     {"inference"},
     {"quickstart", "sweep", "export", "interop", "serve"},
-    {"cli"},
+    {"cli", "testing"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
