@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints, blocks, normalize
-from embedcache.dataset.inputs import SideFeature, mean_vectors
+from embedcache.dataset.inputs import InputFeature, mean_vectors
 from embedcache.dataset.pairs import Items, pair_items
 from embedcache.dataset.splits import Split, read_split
 from embedcache.errors import CorruptError, DataError, PathError
@@ -43,7 +43,7 @@ class Held:
 class Looked:
     """Items of one modality, with the feature that tells them apart."""
 
-    side: SideFeature
+    side: InputFeature
     items: Items
 
 

@@ -93,7 +93,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
     return {
         "pool": {
             "cache": str(pool.cache.path),
-            "spine": pool.cache.info.spine,
+            "spine": pool.cache.info.index_digest,
             "modality": pool.modality,
             "feature": pool.side.name,
             "fingerprint": dict(pool.side.fingerprint),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs, normalize
-from embedcache.dataset.inputs import open_side
+from embedcache.dataset.inputs import open_input
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
@@ -50,8 +50,8 @@ def test_a_run_on_tokens_is_indexed_and_asked(cache_path: Path, tmp_path: Path) 
     pair, _ = load_pair(tmp_path / "run")
     queries = cache.items("text")["text"].to_pylist()[:2]
     rows = np.arange(300)
-    images = project(pair.image, open_side(cache, "image", "open_toy/patches").read(rows))
-    asked = project(pair.text, open_side(cache, "text", "open_toy/tokens").read(rows[:2]))
+    images = project(pair.image, open_input(cache, "image", "open_toy/patches").read(rows))
+    asked = project(pair.text, open_input(cache, "text", "open_toy/tokens").read(rows[:2]))
     for query, hits in zip(asked, search(tmp_path / "index", queries, k=3), strict=True):
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(images @ query)[::-1][:3], atol=2e-3)
 
