@@ -21,8 +21,8 @@ LAYERS = [
     {"evaluate", "curate"},
     {"reports"},
     {"inference"},
-    {"quickstart", "sweep", "export", "interop", "serve"},
-    {"cli", "testing"},
+    {"quickstart", "sweep", "export", "interop", "serve", "testing"},
+    {"cli"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -55,6 +55,7 @@ DOORS = {
     "sqlalchemy": {"sweep"},
     "sklearn": {"evaluate", "interop", "sweep"},
     "umap": {"interop"},
+    "pytest": {"testing"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
