@@ -98,7 +98,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
             "feature": pool.side.name,
             "fingerprint": dict(pool.side.fingerprint),
             "run": None if pool.run_path is None else str(pool.run_path),
-            "run_weights": None if pool.config is None else pool.config.weights,
+            "run_weights": None if pool.config is None else pool.config.weights_digest,
         },
         "concepts_from": report.concepts.about,
         "threshold": report.settings.threshold,

@@ -303,7 +303,7 @@ def _about(vectors: Vectors, index_path: Path) -> dict[str, Any]:
         "spec": vectors.side.spec,
         "fingerprint": vectors.side.fingerprint,
         "run": None if vectors.run_path is None else _relative(vectors.run_path, index_path),
-        "run_weights": None if vectors.config is None else vectors.config.weights,
+        "run_weights": None if vectors.config is None else vectors.config.weights_digest,
     }
 
 

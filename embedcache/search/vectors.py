@@ -125,7 +125,7 @@ def _normalized(values_BD: Array) -> Floats:
 
 def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | None) -> InputFeature:
     if name is None and config is not None:
-        name = config.side(modality).feature
+        name = config.tower_input(modality).feature
     side = open_input(cache, modality, name)
     side.require_complete()
     if config is not None:

@@ -267,7 +267,7 @@ def _run_card(index: OpenIndex) -> Card:
             ["shared width", f"{config.shared_width:,}"],
             ["images", f"{config.image.feature} of {config.image.spec}"],
             ["texts", f"{config.text.feature} of {config.text.spec}"],
-            ["weights (SHA-256)", config.weights],
+            ["weights (SHA-256)", config.weights_digest],
             *_flat("", outcome),
         ],
     }
