@@ -12,7 +12,7 @@ from matplotlib.ticker import StrMethodFormatter
 
 from embedcache.arrays import Array, Ints
 from embedcache.curate.counting import QUANTILES
-from embedcache.curate.coverage import Counts, CoverageReport
+from embedcache.curate.coverage import ConceptCounts, CoverageReport
 from embedcache.reports.base import (
     BAD,
     COLORS,
@@ -66,7 +66,7 @@ def summary_table(report: CoverageReport) -> Table:
     return ["", *(part.name for part in parts)], rows
 
 
-def _top_percent(part: Counts, fraction: float) -> str:
+def _top_percent(part: ConceptCounts, fraction: float) -> str:
     return format_percent(part.top_share(fraction))
 
 
@@ -147,7 +147,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
             "feature": pool.side.name,
             "fingerprint": dict(pool.side.fingerprint),
             "run": None if pool.run_path is None else str(pool.run_path),
-            "run_weights": None if pool.config is None else pool.config.weights,
+            "run_weights": None if pool.config is None else pool.config.weights_digest,
         },
         "concepts_from": report.concepts.about,
         "threshold": report.settings.threshold,
@@ -173,7 +173,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
     }
 
 
-def _part_json(report: CoverageReport, part: Counts) -> dict[str, Any]:
+def _part_json(report: CoverageReport, part: ConceptCounts) -> dict[str, Any]:
     return {
         "name": part.name,
         "items": part.num_items,
@@ -331,7 +331,7 @@ def _concept_example(report: CoverageReport, renderer: ItemRenderer, number: int
     )
 
 
-def coverage_curve(parts: Sequence[Counts], *, min_count: int) -> str:
+def coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     """Draw the items per concept, the largest first: one curve per part, dashed where gaps begin; an SVG element."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -347,7 +347,7 @@ def coverage_curve(parts: Sequence[Counts], *, min_count: int) -> str:
     return svg(figure)
 
 
-def coverage_bars(names: Sequence[str], parts: Sequence[Counts], *, min_count: int) -> str:
+def coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     """Draw one bar per concept and part as an SVG element; of many concepts the largest and the smallest."""
     order = largest_first(parts[0].counts)
     if len(order) > MAX_BARS:

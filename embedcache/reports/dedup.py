@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.curate.dedup import LEVELS, Compared, Deduplicated, Level
-from embedcache.curate.keep import Removed
+from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupLevel, DedupReport
+from embedcache.curate.keep import RemovedSamples
 from embedcache.curate.links import histogram
 from embedcache.reports.base import (
     QueryExample,
@@ -30,13 +30,13 @@ _NUM_GROUPS = 24
 _MAX_SHOWN_PER_GROUP = 8
 
 
-def threshold_table(compared: Compared) -> Table:
+def threshold_table(analysis: DedupAnalysis) -> Table:
     """Return what removing copies only, and removing at each cosine, would do."""
     columns = ["cosine", "samples with a near-duplicate", "removed", "kept", "removed of all"]
-    return columns, [_threshold_row(level, compared.cache.info.num_samples) for level in compared.levels()]
+    return columns, [_threshold_row(level, analysis.cache.info.num_samples) for level in analysis.levels()]
 
 
-def _threshold_row(level: Level, num_samples: int) -> list[str]:
+def _threshold_row(level: DedupLevel, num_samples: int) -> list[str]:
     name = "copies only" if level.cosine is None else f"{level.cosine:g}"
     near = "" if level.num_near is None else format_count(level.num_near)
     if level.num_gone is None:
@@ -51,10 +51,10 @@ def _threshold_row(level: Level, num_samples: int) -> list[str]:
     ]
 
 
-def comparison_line(compared: Compared) -> str:
+def comparison_line(analysis: DedupAnalysis) -> str:
     """Return what was compared, and how completely, in one line."""
-    near, contents = compared.near, compared.contents
-    items = f"{len(contents.contents):,} {compared.side.modality}s of {compared.side.name}"
+    near, contents = analysis.near, analysis.contents
+    items = f"{len(contents.contents):,} {analysis.side.modality}s of {analysis.side.name}"
     copies = f"{contents.num_copies:,} are byte-identical copies"
     if near is None:
         return f"{items}; {copies}"
@@ -65,88 +65,88 @@ def comparison_line(compared: Compared) -> str:
     return f"{items}; {copies}; {near.num_clusters:,} clusters {found}"
 
 
-def histogram_lines(compared: Compared) -> list[str]:
+def histogram_lines(analysis: DedupAnalysis) -> list[str]:
     """Return a histogram of each item's largest cosine, one line per bin; none if only copies were searched."""
-    if compared.near is None:
+    if analysis.near is None:
         return []
-    return ["largest cosine to another item (logarithmic bars)", *histogram(compared.near.best).bars()]
+    return ["largest cosine to another item (logarithmic bars)", *histogram(analysis.near.best).bars()]
 
 
-def threshold_json(compared: Compared) -> dict[str, Any]:
+def threshold_json(analysis: DedupAnalysis) -> dict[str, Any]:
     """Return the histogram and what each cosine would do as JSON values."""
-    assert compared.near is not None
-    counted = histogram(compared.near.best)
+    assert analysis.near is not None
+    counted = histogram(analysis.near.best)
     lows = [round(float(low), 4) for low in counted.lows]
     return {
-        **compared.about(),
+        **analysis.about(),
         "histogram": {"lows": lows, "width": counted.width, "counts": counted.counts.tolist()},
-        "levels": [asdict(level) for level in compared.levels()],
+        "levels": [asdict(level) for level in analysis.levels()],
     }
 
 
-def dedup_line(result: Deduplicated) -> str:
+def dedup_line(result: DedupReport) -> str:
     """Return how many samples are kept and removed, in one line."""
-    num_removed, num_samples = len(result.removed.samples), result.compared.cache.info.num_samples
+    num_removed, num_samples = len(result.removed.samples), result.analysis.cache.info.num_samples
     return (
         f"{result.path}: kept {num_samples - num_removed:,} of {num_samples:,} samples; removed {num_removed:,}, of "
         f"which {int(result.removed.is_copy.sum()):,} are copies; {result.removed_path} names what each one duplicates"
     )
 
 
-def write_threshold_page(path: Path, compared: Compared) -> None:
+def write_threshold_page(path: Path, analysis: DedupAnalysis) -> None:
     """Write a page to choose a cosine by: similarities, what each cosine would remove, and example pairs."""
-    renderer = ItemRenderer(compared.cache, compared.side.modality)
+    renderer = ItemRenderer(analysis.cache, analysis.side.modality)
     thresholds = Section(
         title="What each cosine would remove",
         notes=["A sample is removed if each of its items is that close to an item of a sample that is kept."],
-        table=threshold_table(compared),
+        table=threshold_table(analysis),
     )
-    sections = [_similarity_section(compared, None), thresholds, *_band_sections(compared, renderer)]
-    _write(path, compared, "Duplicates: choose a cosine", renderer, sections)
+    sections = [_similarity_section(analysis, None), thresholds, *_band_sections(analysis, renderer)]
+    _write(path, analysis, "Duplicates: choose a cosine", renderer, sections)
 
 
-def write_dedup_page(path: Path, result: Deduplicated) -> None:
+def write_dedup_page(path: Path, result: DedupReport) -> None:
     """Write a page of the samples that are removed: counts, borderline cases, and random groups."""
-    compared, removed = result.compared, result.removed
-    renderer = ItemRenderer(compared.cache, compared.side.modality)
+    analysis, removed = result.analysis, result.removed
+    renderer = ItemRenderer(analysis.cache, analysis.side.modality)
     num_removed = len(removed.samples)
     counts = [
         "copies only" if result.cosine is None else f"{result.cosine:g}",
         format_count(num_removed),
         format_count(int(removed.is_copy.sum())),
-        format_count(compared.cache.info.num_samples - num_removed),
+        format_count(analysis.cache.info.num_samples - num_removed),
     ]
     sections = [
         Section(title="Removed samples", table=(["cosine", "removed", "of these copies", "kept"], [counts])),
-        *([] if compared.near is None else [_similarity_section(compared, result.cosine)]),
+        *([] if analysis.near is None else [_similarity_section(analysis, result.cosine)]),
         Section(
             title="Borderline cases",
             notes=["The removed samples closest to the threshold; left what is kept, right what is removed."],
-            examples=_borderline_examples(compared, removed, renderer),
+            examples=_borderline_examples(analysis, removed, renderer),
         ),
         Section(
             title="Drawn at random",
             notes=["Left what is kept, right what is removed as its duplicate."],
-            examples=_group_examples(compared, removed, renderer),
+            examples=_group_examples(analysis, removed, renderer),
         ),
     ]
-    _write(path, compared, "Duplicates", renderer, sections)
+    _write(path, analysis, "Duplicates", renderer, sections)
 
 
-def _write(path: Path, compared: Compared, title: str, renderer: ItemRenderer, sections: list[Section]) -> None:
+def _write(path: Path, analysis: DedupAnalysis, title: str, renderer: ItemRenderer, sections: list[Section]) -> None:
     write_report(
         path,
         title=title,
-        summary=f"{compared.cache.path.name}: {comparison_line(compared)}.",
+        summary=f"{analysis.cache.path.name}: {comparison_line(analysis)}.",
         warnings=renderer.warnings(),
         sections=sections,
-        credit=credit(compared.cache),
+        credit=credit(analysis.cache),
     )
 
 
-def _similarity_section(compared: Compared, limit: float | None) -> Section:
-    assert compared.near is not None
-    counted = histogram(compared.near.best)
+def _similarity_section(analysis: DedupAnalysis, limit: float | None) -> Section:
+    assert analysis.near is not None
+    counted = histogram(analysis.near.best)
     figure = count_histogram(
         counted.lows, counted.width, counted.counts, x="largest cosine to another item", y="items", limit=limit
     )
@@ -154,15 +154,15 @@ def _similarity_section(compared: Compared, limit: float | None) -> Section:
     return Section(title="Similarity", notes=[note], figures=[figure])
 
 
-def _band_sections(compared: Compared, renderer: ItemRenderer) -> Iterator[Section]:
+def _band_sections(analysis: DedupAnalysis, renderer: ItemRenderer) -> Iterator[Section]:
     """Return one section for each band of cosines that has pairs, the closest first."""
-    assert compared.near is not None
-    rng = np.random.default_rng(compared.settings.seed)
-    rows = compared.contents.rows
+    assert analysis.near is not None
+    rng = np.random.default_rng(analysis.settings.seed)
+    rows = analysis.contents.rows
     for low, high in reversed(list(pairwise((*LEVELS, np.inf)))):
-        if low < compared.near.limit:
+        if low < analysis.near.limit:
             continue
-        links = compared.near.links.between(low, high)
+        links = analysis.near.links.between(low, high)
         sampled = np.sort(rng.permutation(len(links.left))[:_EXAMPLES_PER_BAND])
         if len(sampled):
             yield Section(
@@ -180,19 +180,21 @@ def _band_sections(compared: Compared, renderer: ItemRenderer) -> Iterator[Secti
             )
 
 
-def _borderline_examples(compared: Compared, removed: Removed, renderer: ItemRenderer) -> list[QueryExample]:
+def _borderline_examples(
+    analysis: DedupAnalysis, removed: RemovedSamples, renderer: ItemRenderer
+) -> list[QueryExample]:
     near = np.flatnonzero(~removed.is_copy)
     order = near[np.argsort(removed.cosines[near], kind="stable")][:_NUM_BORDERLINE]
-    return [_example(compared, removed, np.array([place]), renderer) for place in order.tolist()]
+    return [_example(analysis, removed, np.array([place]), renderer) for place in order.tolist()]
 
 
-def _group_examples(compared: Compared, removed: Removed, renderer: ItemRenderer) -> list[QueryExample]:
-    rng = np.random.default_rng(compared.settings.seed)
+def _group_examples(analysis: DedupAnalysis, removed: RemovedSamples, renderer: ItemRenderer) -> list[QueryExample]:
+    rng = np.random.default_rng(analysis.settings.seed)
     kept = np.sort(rng.permutation(np.unique(removed.kept))[:_NUM_GROUPS]).tolist()
-    return [_example(compared, removed, np.flatnonzero(removed.kept == sample), renderer) for sample in kept]
+    return [_example(analysis, removed, np.flatnonzero(removed.kept == sample), renderer) for sample in kept]
 
 
-def _example(compared: Compared, removed: Removed, places: Ints, renderer: ItemRenderer) -> QueryExample:
+def _example(analysis: DedupAnalysis, removed: RemovedSamples, places: Ints, renderer: ItemRenderer) -> QueryExample:
     """Return a kept sample beside the samples that are removed as its duplicates."""
     shown = places[np.argsort(-removed.cosines[places], kind="stable")][:_MAX_SHOWN_PER_GROUP]
     cosines = removed.cosines[places]
@@ -202,13 +204,13 @@ def _example(compared: Compared, removed: Removed, places: Ints, renderer: ItemR
         similarity = "equal bytes"
     count = f", {len(places):,} removed" if len(places) > 1 else ""
     return QueryExample(
-        query=renderer.render(_first_row(compared, int(removed.kept[places[0]]))),
+        query=renderer.render(_first_row(analysis, int(removed.kept[places[0]]))),
         outcome=similarity + count,
         is_correct=True,
-        results=[renderer.render(_first_row(compared, sample)) for sample in removed.samples[shown].tolist()],
+        results=[renderer.render(_first_row(analysis, sample)) for sample in removed.samples[shown].tolist()],
     )
 
 
-def _first_row(compared: Compared, sample: int) -> int:
+def _first_row(analysis: DedupAnalysis, sample: int) -> int:
     """Return the row of a sample's first usable item."""
-    return int(compared.contents.item_rows[np.searchsorted(compared.contents.samples, sample)])
+    return int(analysis.contents.item_rows[np.searchsorted(analysis.contents.samples, sample)])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.curate.leaks import Leak, Leaks
+from embedcache.curate.leaks import LeakReport, ModalityLeaks
 from embedcache.reports.base import (
     QueryExample,
     Section,
@@ -40,25 +40,25 @@ class LeakedPair:
     similarity: str
 
 
-def leak_line(leaks: Leaks) -> str:
+def leak_line(leaks: LeakReport) -> str:
     """Return how many test samples leaked, in one line."""
     count, num_samples = len(leaks.leaked_samples), leaks.test.info.num_samples
     percent = format_percent(count / max(1, num_samples))
     return f"{count:,} of {num_samples:,} samples of {leaks.test.path} ({percent}) are in {leaks.train.path}"
 
 
-def leak_notes(leaks: Leaks) -> list[str]:
+def leak_notes(leaks: LeakReport) -> list[str]:
     """Return the modalities in which only copies were searched, and why."""
     return [f"{leak.modality}s: searched for copies only: {leak.reason}" for leak in leaks.leaks if leak.reason]
 
 
-def leak_table(leaks: Leaks) -> Table:
+def leak_table(leaks: LeakReport) -> Table:
     """Return the number of test samples with copies or near-duplicates in training, one row per modality."""
     columns = ["compared", "feature", "cosine", "test samples copied", "copied or near", "training samples"]
     return [*columns, "highest cosine"], [_leak_row(leak) for leak in leaks.leaks]
 
 
-def _leak_row(leak: Leak) -> list[str]:
+def _leak_row(leak: ModalityLeaks) -> list[str]:
     return [
         f"{len(leak.test.rows):,} × {len(leak.train.rows):,} {leak.modality}s",
         leak.feature or "hashes only",
@@ -70,7 +70,7 @@ def _leak_row(leak: Leak) -> list[str]:
     ]
 
 
-def closest_pairs(leaks: Leaks, leak: Leak, num_pairs: int) -> list[LeakedPair]:
+def closest_pairs(leaks: LeakReport, leak: ModalityLeaks, num_pairs: int) -> list[LeakedPair]:
     """Return the leaked test items closest to training, copies first, each with its closest training item.
 
     Args:
@@ -102,7 +102,7 @@ def leaked_pair_table(pairs: Sequence[LeakedPair]) -> Table:
     return ["test", "train", "cosine"], [[pair.test, pair.train, pair.similarity] for pair in pairs]
 
 
-def write_leak_page(path: Path, leaks: Leaks) -> None:
+def write_leak_page(path: Path, leaks: LeakReport) -> None:
     """Write a page with the number of leaked samples and the closest pairs of each modality."""
     renderers = [
         (ItemRenderer(leaks.test, leak.modality), ItemRenderer(leaks.train, leak.modality)) for leak in leaks.leaks
@@ -122,7 +122,7 @@ def write_leak_page(path: Path, leaks: Leaks) -> None:
     )
 
 
-def _pair_section(leaks: Leaks, leak: Leak, test: ItemRenderer, train: ItemRenderer) -> Section:
+def _pair_section(leaks: LeakReport, leak: ModalityLeaks, test: ItemRenderer, train: ItemRenderer) -> Section:
     pairs = closest_pairs(leaks, leak, _MAX_PAIRS)
     return Section(
         title=f"Leaked {leak.modality}s",

@@ -15,7 +15,7 @@ from embedcache.evaluate.runs import load_runs
 from embedcache.reports.base import COLORS, INK, label, svg, write_page
 from embedcache.reports.retrieval import query_sections, recall_bars, retrieval_table
 from embedcache.reports.thumbnails import Thumbnails
-from embedcache.search.filters import Hit
+from embedcache.search.search import Hit
 from embedcache.store.cache import Cache
 
 

@@ -62,16 +62,16 @@ def dedup(
     )
     stage.check_asked(out, cosine, only_copies=copies)
     if out is None:
-        compared = stage.look(cache, settings, progress=open_progress())
-        figures, write_page = threshold_json(compared), partial(write_threshold_page, compared=compared)
-        for line in (comparison_line(compared), *histogram_lines(compared)):
+        analysis = stage.analyze(cache, settings, progress=open_progress())
+        figures, write_page = threshold_json(analysis), partial(write_threshold_page, analysis=analysis)
+        for line in (comparison_line(analysis), *histogram_lines(analysis)):
             say(line)
-        show_table(*threshold_table(compared))
+        show_table(*threshold_table(analysis))
         say("choose one: embedcache curate dedup CACHE OUT.parquet --cosine …")
     else:
         done = stage.dedup(cache, out, cosine=cosine, settings=settings, progress=open_progress())
         figures, write_page = done.to_json(), partial(write_dedup_page, result=done)
-        say(comparison_line(done.compared))
+        say(comparison_line(done.analysis))
         say(dedup_line(done))
     if json_path is not None:
         write_json(json_path, figures)
