@@ -14,7 +14,7 @@ from PIL.Image import Image
 from embedcache.arrays import Array, Floats, Inputs, blocks, check_finite, normalize
 from embedcache.dataset.inputs import inputs_of
 from embedcache.encoders.base import Encoder, Modality
-from embedcache.encoders.open import feature_names, open_again
+from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, Side, load_pair, project
@@ -114,7 +114,7 @@ class Asker:
         if modality not in self._encoders:
             self._require(modality)
             side = self._side(modality)
-            self._encoders[modality] = open_again(
+            self._encoders[modality] = reopen_encoder(
                 side.spec,
                 modality=modality,
                 feature=side.feature,

@@ -17,7 +17,7 @@ from embedcache.sources import open_source
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.encoders.checkpoints import write_clip_config
-from tests.exchange.models.runs import make_run
+from tests.export.runs import make_run
 from tests.pictures import write_pictures
 
 pytestmark = pytest.mark.slow

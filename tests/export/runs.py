@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from embedcache.encoders.base import EncoderSettings, Modality
+from embedcache.encoders.base import Modality
 from embedcache.encoders.open import feature_names, open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.projectors.base import Anchored
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, Side, save_pair, split_path

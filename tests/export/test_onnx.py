@@ -10,7 +10,7 @@ import pytest
 
 from embedcache.export.base import TOLERANCE
 from embedcache.export.export import export
-from tests.exchange.models.runs import make_run
+from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
 

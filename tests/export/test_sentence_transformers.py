@@ -8,7 +8,7 @@ import pytest
 from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, Run, expected
 from embedcache.export.export import export
-from tests.exchange.models.runs import make_run
+from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import torch
 from embedcache.errors import SettingError
 from embedcache.export.base import TEXTS, TOLERANCE, Run, expected, pictures
 from embedcache.export.export import export
-from tests.exchange.models.runs import make_run
+from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
 

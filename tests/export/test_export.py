@@ -19,7 +19,7 @@ from embedcache.export import export as module
 from embedcache.export.base import Run, check_parity
 from embedcache.export.export import export
 from embedcache.projectors.saved import project
-from tests.exchange.models.runs import make_run
+from tests.export.runs import make_run
 
 BLOCKED = """\
 import re, sys
