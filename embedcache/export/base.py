@@ -20,7 +20,7 @@ from embedcache.errors import ArtifactError, SettingError
 from embedcache.inference import ProjectedEncoder, open_projected_encoder
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, Side, load_pair
+from embedcache.projectors.saved import PairConfig, TowerInput, load_pair
 
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
 
@@ -69,7 +69,7 @@ class Run:
         return kind
 
 
-def check_plain(side: Side, form: str) -> None:
+def check_plain(side: TowerInput, form: str) -> None:
     """Refuse a feature that no model gives by itself: of a view, or rounded on its way.
 
     Raises:

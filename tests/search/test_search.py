@@ -231,10 +231,10 @@ def test_more_hits_than_the_first_lists_hold_are_found(cache_path: Path, tmp_pat
 
 def test_an_open_index_answers_many_times_with_one_encoder(index_path: Path) -> None:
     index = OpenIndex(index_path)
-    encoder = index.asker.encoder("text")
+    encoder = index.query_encoder.encoder("text")
     for texts in (["red bar left on white"], ["blue bar", "green bar"]):
         assert index.search(Queries(texts=texts), k=4) == search(index_path, texts, k=4)
-    assert index.asker.encoder("text") is encoder
+    assert index.query_encoder.encoder("text") is encoder
 
 
 def test_a_row_is_asked_with_as_its_key_and_must_be_there(index_path: Path) -> None:

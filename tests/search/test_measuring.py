@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, normalize
+from embedcache.search.autotune import efforts, make_query_set, without
 from embedcache.search.faiss_index import exact_search, make_index
-from embedcache.search.measuring import answer, efforts, without
 
 
 def unit(count: int, width: int, seed: int) -> Floats:
@@ -32,7 +32,7 @@ def test_recall_is_the_share_of_the_true_ones(count: int, seed: int, is_own: boo
     vectors, rows = unit(count, 4, seed), np.arange(count) + 3
     own = rows[:6] if is_own else None
     queries = vectors[:6] if is_own else unit(6, 4, seed + 100)
-    questions = answer(queries, [(rows, vectors)], own=own)
+    questions = make_query_set(queries, [(rows, vectors)], own=own)
     index = make_index("Flat", 4)
     index.add(rows, vectors)
     found = questions.ask(index, {})
@@ -46,7 +46,7 @@ def test_recall_is_the_share_of_the_true_ones(count: int, seed: int, is_own: boo
 
 def test_any_of_equal_vectors_counts_as_found() -> None:
     vectors = np.repeat(unit(2, 4, 0), 30, axis=0)
-    questions = answer(vectors[:1], [(np.arange(60), vectors)], own=None)
+    questions = make_query_set(vectors[:1], [(np.arange(60), vectors)], own=None)
     assert questions.recall(np.arange(15, 25)[None], 10) == 1
     assert questions.recall(np.arange(25, 35)[None], 10) == 0.5
 

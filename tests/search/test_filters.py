@@ -14,7 +14,7 @@ from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.search.faiss_index import make_index
-from embedcache.search.filters import Filter, Filters
+from embedcache.search.filters import CacheFilters, Filter
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
@@ -60,7 +60,7 @@ def test_labels_and_splits_choose(labeled: Path, tmp_path: Path, factory: str) -
         (Filter(labels=["dog"], splits=["val"]), ("val/dog",)),
     ):
         rows = np.flatnonzero([str(key).startswith(prefix) for key in keys])
-        assert np.flatnonzero(Filters(cache, "image").kept(keep)).tolist() == rows.tolist()
+        assert np.flatnonzero(CacheFilters(cache, "image").kept(keep)).tolist() == rows.tolist()
         expected = -np.sort(-(asked @ vectors.read(rows).T), axis=1)[:, :7]
         for hits, scores in zip(search(tmp_path / "index", queries, k=7, keep=keep), expected, strict=True):
             np.testing.assert_allclose([hit.score for hit in hits], scores, atol=1e-5)
@@ -80,7 +80,7 @@ def test_a_selection_chooses(labeled: Path, labeled_index: Path, tmp_path: Path)
 def test_without_a_column_the_runs_split_chooses(cache_path: Path, run_path: Path, index_path: Path) -> None:
     cache = Cache(cache_path)
     rows = read_split(run_path / "split.parquet", [cache]).rows("test")
-    filters = Filters(cache, "image", run_path)
+    filters = CacheFilters(cache, "image", run_path)
     assert np.flatnonzero(filters.kept(Filter(splits=["test"]))).tolist() == rows.tolist()
     assert filters.values("split")["test"] == len(rows)
     (hits,) = search(index_path, ["red bar"], k=len(rows), keep=Filter(splits=["test"]))
@@ -102,7 +102,7 @@ def test_languages_choose_captions_and_the_images_that_have_them(tmp_path: Path)
     assert all(list(hit.captions) == [f"rot {hit.key}"] for hit in hits)
     (hits,) = search(tmp_path / "text", ask, keep=Filter(languages=["de"]))
     assert sorted(hit.captions[0] for hit in hits) == [f"rot 0000{number}" for number in range(4)]
-    assert Filters(Cache(tmp_path / "cache"), "image").values("language") == {"de": 4}
+    assert CacheFilters(Cache(tmp_path / "cache"), "image").values("language") == {"de": 4}
     with pytest.raises(UnknownNameError, match="unknown language in .* 'fr'; known: de"):
         search(tmp_path / "image", ask, keep=Filter(languages=["fr"]))
 
@@ -117,4 +117,4 @@ def test_mistakes_of_filters_are_named(labeled: Path, labeled_index: Path, cache
     with pytest.raises(DataError, match="the filter keeps none of the 60 items"):
         search(labeled_index, ask, keep=Filter(splits=["val"], selection=tmp_path / "s.txt"))
     with pytest.raises(UnknownNameError, match="have no column 'label', so --label cannot choose"):
-        Filters(Cache(cache_path), "image").kept(Filter(labels=["cat"]))
+        CacheFilters(Cache(cache_path), "image").kept(Filter(labels=["cat"]))

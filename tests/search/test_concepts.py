@@ -79,7 +79,7 @@ def test_a_run_projects_prompts_by_its_text_tower(
     texts = project(pair.text, Inputs(Cache(prompts).feature("text").load()))
     expected = normalize(texts.reshape(len(NAMES), len(TEMPLATES), -1).mean(axis=1))
     np.testing.assert_allclose(concepts.vectors, expected, atol=1e-5)
-    assert concepts.about["run_weights"] == config.weights
+    assert concepts.about["run_weights"] == config.weights_digest
 
 
 def test_prototypes_are_means_of_the_examples_of_a_label(cache_path: Path, labeled: Path) -> None:

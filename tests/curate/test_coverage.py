@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from embedcache.arrays import Inputs, normalize
 from embedcache.cli.main import app
-from embedcache.curate import indexed_coverage as indexed
+from embedcache.curate import counting as indexed
 from embedcache.curate.coverage import CoverageReport, CoverageSettings, measure_coverage
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, FingerprintError, SettingError
@@ -19,8 +19,8 @@ from embedcache.reports.coverage import concept_rows, coverage_json, overlap_row
 from embedcache.search.index import build_index
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.curate.test_concepts import NAMES, labeled_cache, prompt_cache
 from tests.exchange.runs import SIDES, train_run
+from tests.search.test_concepts import NAMES, labeled_cache, prompt_cache
 from tests.toy import TEXT
 
 FIXED = CoverageSettings(threshold=0.45, k=5)

@@ -5,13 +5,13 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import normalize
 from embedcache.errors import SettingError
-from embedcache.search.configurations import (
+from embedcache.search.autotune import (
     Configuration,
     configurations,
-    fitting,
+    fit_memory,
     num_lists,
     on_disk,
-    still_worth_trying,
+    remaining_candidates,
 )
 from embedcache.search.faiss_index import make_index
 
@@ -38,7 +38,7 @@ GB = 1024**3
     ],
 )
 def test_memory_chooses_the_kind(num_vectors: int, width: int, memory: int | None, first: str) -> None:
-    assert fitting(configurations(num_vectors, width), memory)[0].factory == first
+    assert fit_memory(configurations(num_vectors, width), memory)[0].factory == first
 
 
 @given(st.integers(1, 10**9), st.integers(1, 4096))
@@ -47,16 +47,16 @@ def test_lists_are_never_more_than_can_be_trained(num_vectors: int, width: int) 
     assert lists == 1 or lists * 39 <= num_vectors
     every = configurations(num_vectors, width)
     smallest = min(one.memory_bytes for one in every)
-    assert fitting(every, smallest)
+    assert fit_memory(every, smallest)
     with pytest.raises(SettingError, match=f"takes {smallest:,}: give --memory"):
-        fitting(every, smallest - 1)
+        fit_memory(every, smallest - 1)
 
 
 def test_on_the_disk_only_centroids_and_rows_are_memory() -> None:
-    (kind,) = fitting(on_disk(100_000_000, 768), 2 * GB)
+    (kind,) = fit_memory(on_disk(100_000_000, 768), 2 * GB)
     assert (kind.factory, kind.is_on_disk) == ("IVF16384_HNSW32,SQfp16", True)
     with pytest.raises(SettingError, match=r"the smallest, IVF16384_HNSW32,SQfp16, takes 1,6\d\d,.*K or more$"):
-        fitting(on_disk(100_000_000, 768), GB)
+        fit_memory(on_disk(100_000_000, 768), GB)
 
 
 @pytest.mark.parametrize("configuration", configurations(2000, 64), ids=lambda one: one.factory)
@@ -73,5 +73,5 @@ def test_an_index_is_as_large_as_the_formula_says(configuration: Configuration, 
 def test_after_lists_that_failed_only_finer_codes_are_tried() -> None:
     kinds = configurations(1_000_000, 768)
     graph, lists = kinds[0], kinds[1]
-    assert still_worth_trying(kinds[1:], graph) == kinds[1:]
-    assert still_worth_trying(kinds[2:], lists) == []
+    assert remaining_candidates(kinds[1:], graph) == kinds[1:]
+    assert remaining_candidates(kinds[2:], lists) == []

@@ -8,9 +8,18 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints, normalize
 from embedcache.curate import near_duplicates as semantic
-from embedcache.curate.keep import Contents, choose_removed
-from embedcache.curate.links import Assign, Collector, Links, Tile, fit_centroids, histogram, join, scratch_matrix
-from embedcache.curate.near_duplicates import find_near
+from embedcache.curate.keep import Copies, choose_removed
+from embedcache.curate.links import (
+    ClusterAssigner,
+    CosineTile,
+    PairCollector,
+    SimilarPairs,
+    fit_centroids,
+    histogram,
+    join,
+    scratch_matrix,
+)
+from embedcache.curate.near_duplicates import find_near_duplicates
 from embedcache.errors import DataError, DiskFullError, PathError
 from embedcache.search.vectors import Vectors
 from embedcache.store.group import add_feature, create_group
@@ -51,20 +60,22 @@ def brute(vectors_NP: Floats, limit: float) -> set[tuple[int, int]]:
     return {(int(i), int(j)) for i, j in zip(*np.nonzero(cosines >= limit), strict=True) if i < j}
 
 
-def pairs_of(links: Links) -> set[tuple[int, int]]:
+def pairs_of(links: SimilarPairs) -> set[tuple[int, int]]:
     return set(zip(links.left.tolist(), links.right.tolist(), strict=True))
 
 
 @given(st.integers(2, 60), st.integers(1, 7), st.integers(0, 999))
 def test_all_tiles_give_each_pair_once_and_the_largest_cosines(count: int, size: int, seed: int) -> None:
     vectors = made_vectors(count, seed, width=6)
-    collector = Collector(count, [LIMIT], 10**6)
+    collector = PairCollector(count, [LIMIT], 10**6)
     items = np.random.default_rng(seed).permutation(count)
     starts = range(0, count, size)
     for a in starts:
         for b in starts[a // size :]:
             left, right = items[a : a + size], items[b : b + size]
-            collector.take(Tile(left=left, right=right, cosines=vectors[left] @ vectors[right].T, is_diagonal=a == b))
+            collector.take(
+                CosineTile(left=left, right=right, cosines=vectors[left] @ vectors[right].T, is_diagonal=a == b)
+            )
     assert pairs_of(collector.links()) == brute(vectors, LIMIT)
     cosines = vectors @ vectors.T
     np.fill_diagonal(cosines, -2)
@@ -74,20 +85,20 @@ def test_all_tiles_give_each_pair_once_and_the_largest_cosines(count: int, size:
 def test_too_many_pairs_raise_the_limit_to_the_next_level() -> None:
     vectors = made_vectors(80, 1, width=4)
     few = len(brute(vectors, 0.99))
-    collector = Collector(80, [0.5, 0.9, 0.99], few)
+    collector = PairCollector(80, [0.5, 0.9, 0.99], few)
     for half in (np.arange(40), np.arange(40, 80)):
-        collector.take(Tile(left=half, right=half, cosines=vectors[half] @ vectors[half].T, is_diagonal=True))
-    collector.take(Tile(left=np.arange(40), right=np.arange(40, 80), cosines=vectors[:40] @ vectors[40:].T))
+        collector.take(CosineTile(left=half, right=half, cosines=vectors[half] @ vectors[half].T, is_diagonal=True))
+    collector.take(CosineTile(left=np.arange(40), right=np.arange(40, 80), cosines=vectors[:40] @ vectors[40:].T))
     assert collector.limit == 0.99
     assert pairs_of(collector.links()) == brute(vectors, 0.99)
-    assert Collector(80, [], 0).limit == np.inf
+    assert PairCollector(80, [], 0).limit == np.inf
 
 
 @given(st.integers(5, 120), st.integers(1, 9), st.integers(0, 999), st.floats(0.5, 0.999))
 def test_no_neighbor_lies_behind_a_border_out_of_reach(count: int, num: int, seed: int, limit: float) -> None:
     vectors = made_vectors(count, seed, width=5)
     centroids = normalize(np.random.default_rng(seed).standard_normal((num, 5)))
-    assigned = join(Assign(centroids, limit, num, np.ones(count, bool)).take(np.arange(count), vectors))
+    assigned = join(ClusterAssigner(centroids, limit, num, np.ones(count, bool)).take(np.arange(count), vectors))
     assert assigned.is_complete.all()
     for one, other in brute(vectors, limit):
         for here, there in ((one, other), (other, one)):
@@ -101,7 +112,7 @@ def test_clusters_agree_with_comparing_all_pairs_where_all_borders_are_crossed(c
     vectors = made_vectors(count, seed)
     with tempfile.TemporaryDirectory() as folder:
         opened = write_vectors(Path(folder) / "cache", vectors, chunk_size=16)
-        near = find_near(opened, np.arange(count), [LIMIT], all_pairs=False, scratch=Path(folder))
+        near = find_near_duplicates(opened, np.arange(count), [LIMIT], all_pairs=False, scratch=Path(folder))
     doubtful = brute(vectors, LIMIT - 1e-4) - brute(vectors, LIMIT + 1e-4)  # float16 in the scratch file
     assert pairs_of(near.links) - doubtful <= brute(vectors, LIMIT)
     assert near.recall is not None
@@ -112,7 +123,7 @@ def test_clusters_agree_with_comparing_all_pairs_where_all_borders_are_crossed(c
 
 def test_all_pairs_are_those_of_brute_force(tmp_path: Path) -> None:
     vectors = made_vectors(5000, 3, width=24, noise=0.15)
-    near = find_near(
+    near = find_near_duplicates(
         write_vectors(tmp_path / "cache", vectors, chunk_size=2048), np.arange(5000), [LIMIT], scratch=tmp_path
     )
     assert near.num_clusters == 1
@@ -124,7 +135,7 @@ def test_all_pairs_are_those_of_brute_force(tmp_path: Path) -> None:
 def test_fifty_thousand_are_compared_as_brute_force_does(tmp_path: Path) -> None:
     vectors = made_vectors(semantic.ALL_PAIRS_LIMIT, 1, width=32, noise=0.2)
     opened = write_vectors(tmp_path / "cache", vectors, chunk_size=2048)
-    near = find_near(opened, np.arange(len(vectors)), [LIMIT], scratch=tmp_path)
+    near = find_near_duplicates(opened, np.arange(len(vectors)), [LIMIT], scratch=tmp_path)
     keys = [np.empty(0, np.int64)]
     for start in range(0, len(vectors), 1000):
         one, other = np.nonzero(vectors[start : start + 1000] @ vectors.T >= LIMIT + 1e-6)
@@ -140,7 +151,7 @@ def test_the_recall_is_that_of_brute_force(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(semantic, "_MOST_VISITS", 0)  # as SemDeDup: pairs that a border cuts are missed
     vectors = made_vectors(2000, 5, width=8, noise=0.12)
     opened = write_vectors(tmp_path / "cache", vectors)
-    near = find_near(opened, np.arange(2000), [LIMIT], all_pairs=False, scratch=tmp_path)
+    near = find_near_duplicates(opened, np.arange(2000), [LIMIT], all_pairs=False, scratch=tmp_path)
     true = brute(vectors, LIMIT)
     assert near.recall is not None
     assert near.recall.value == pytest.approx(len(pairs_of(near.links) & true) / len(true), abs=0.01)
@@ -155,7 +166,7 @@ def test_any_chunks_and_any_block_give_the_same(tmp_path: Path, monkeypatch: pyt
     for name, chunk_size, block in (("a", 64, 2048), ("b", 600, 16), ("c", 7, 100)):
         monkeypatch.setattr(semantic, "_BLOCK", block)
         opened = write_vectors(tmp_path / name, vectors, chunk_size=chunk_size)
-        found.append(find_near(opened, rows, [LIMIT], all_pairs=False, scratch=tmp_path, seed=4))
+        found.append(find_near_duplicates(opened, rows, [LIMIT], all_pairs=False, scratch=tmp_path, seed=4))
     for other in found[1:]:
         assert pairs_of(other.links) == pairs_of(found[0].links)
         assert other.best == pytest.approx(found[0].best, abs=1e-6)
@@ -164,7 +175,7 @@ def test_any_chunks_and_any_block_give_the_same(tmp_path: Path, monkeypatch: pyt
 
 
 @st.composite
-def duplicates(draw: st.DrawFn) -> tuple[Contents, Links, Ints]:
+def duplicates(draw: st.DrawFn) -> tuple[Copies, SimilarPairs, Ints]:
     """Items of some samples, copies among them, links between their contents, and an order of the samples."""
     num_samples = draw(st.integers(1, 12))
     samples = np.sort(np.array(draw(st.lists(st.integers(0, num_samples - 1), min_size=1, max_size=30))))
@@ -176,12 +187,12 @@ def duplicates(draw: st.DrawFn) -> tuple[Contents, Links, Ints]:
     left, right = (np.array([edge[k] for edge in sorted(edges)], np.int64) for k in (0, 1))
     cosines = np.array([0.9 + 0.01 * (k % 9) for k in range(len(left))], np.float32)
     order = np.array(draw(st.permutations(np.unique(samples).tolist())))
-    items = Contents(item_rows=np.arange(len(samples)), samples=samples, contents=rank[contents], rows=np.sort(first))
-    return items, Links(left=left, right=right, cosines=cosines), order
+    items = Copies(item_rows=np.arange(len(samples)), samples=samples, contents=rank[contents], rows=np.sort(first))
+    return items, SimilarPairs(left=left, right=right, cosines=cosines), order
 
 
 @given(duplicates())
-def test_whatever_goes_is_close_to_what_stays(made: tuple[Contents, Links, Ints]) -> None:
+def test_whatever_goes_is_close_to_what_stays(made: tuple[Copies, SimilarPairs, Ints]) -> None:
     items, links, order = made
     removed = choose_removed(items, links, order)
     close = {(a, a): 1.0 for a in range(len(items.rows))}
@@ -209,8 +220,8 @@ def test_whatever_goes_is_close_to_what_stays(made: tuple[Contents, Links, Ints]
 
 
 def test_a_chain_keeps_both_ends() -> None:
-    items = Contents(item_rows=np.arange(3), samples=np.arange(3), contents=np.arange(3), rows=np.arange(3))
-    links = Links(left=np.array([0, 1]), right=np.array([1, 2]), cosines=np.array([0.96, 0.97], np.float32))
+    items = Copies(item_rows=np.arange(3), samples=np.arange(3), contents=np.arange(3), rows=np.arange(3))
+    links = SimilarPairs(left=np.array([0, 1]), right=np.array([1, 2]), cosines=np.array([0.96, 0.97], np.float32))
     removed = choose_removed(items, links, np.arange(3))
     assert (removed.samples.tolist(), removed.kept.tolist()) == ([1], [0])
     from_the_middle = choose_removed(items, links, np.array([1, 0, 2]))
@@ -221,7 +232,7 @@ def test_vectors_without_a_direction_are_refused(tmp_path: Path) -> None:
     vectors = made_vectors(20, 0)
     vectors[7] = 0
     with pytest.raises(DataError, match="feature made/f has 1 vectors of length zero"):
-        find_near(write_vectors(tmp_path / "cache", vectors), np.arange(20), [LIMIT], scratch=tmp_path)
+        find_near_duplicates(write_vectors(tmp_path / "cache", vectors), np.arange(20), [LIMIT], scratch=tmp_path)
 
 
 def test_a_disk_without_room_is_said_before_anything_is_compared(

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from embedcache.arrays import Floats, normalize
-from embedcache.curate.dedup import DedupSettings, check_asked, dedup, look, one_modality
-from embedcache.curate.keep import find_contents
+from embedcache.curate.dedup import DedupSettings, analyze, check_asked, dedup, one_modality
+from embedcache.curate.keep import find_copies
 from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError, UnknownNameError
@@ -95,35 +95,35 @@ def test_the_keep_rule_decides_which_stays(copied: Path, tmp_path: Path) -> None
     done = dedup(copied, tmp_path / "kept.parquet", cosine=None, settings=DedupSettings(keep="best:score"))
     rows = {row["key"]: row["kept_key"] for row in pq.read_table(done.removed_path).to_pylist()}
     assert rows == {"00003": "00051", "00050": "00051", "00020": "00057"}
-    compared = look(copied, DedupSettings(keep="far", all_pairs=False))
-    assert compared.near is not None
-    assert compared.near.centroid_cosines is not None
-    first_of = compared.contents.rows[compared.contents.contents]
-    cosines = dict(zip(compared.contents.rows.tolist(), compared.near.centroid_cosines.tolist(), strict=True))
-    by_sample = [cosines[int(first_of[np.searchsorted(compared.contents.samples, row)])] for row in compared.order]
+    analysis = analyze(copied, DedupSettings(keep="far", all_pairs=False))
+    assert analysis.near is not None
+    assert analysis.near.centroid_cosines is not None
+    first_of = analysis.contents.rows[analysis.contents.contents]
+    cosines = dict(zip(analysis.contents.rows.tolist(), analysis.near.centroid_cosines.tolist(), strict=True))
+    by_sample = [cosines[int(first_of[np.searchsorted(analysis.contents.samples, row)])] for row in analysis.order]
     assert by_sample == sorted(by_sample)
 
 
 def test_looking_says_what_each_cosine_would_do(copied: Path, tmp_path: Path) -> None:
-    compared = look(copied)
-    levels = {level.cosine: level for level in compared.levels()}
+    analysis = analyze(copied)
+    levels = {level.cosine: level for level in analysis.levels()}
     assert levels[None].num_gone == 3
     for cosine in (0.9, 0.97, 0.99):
         done = dedup(copied, tmp_path / "kept.parquet", cosine=cosine)
         assert levels[cosine].num_gone == len(done.removed.samples)
-        row = next(row for row in level_rows(compared)[1] if row[0] == f"{cosine:g}")
+        row = next(row for row in level_rows(analysis)[1] if row[0] == f"{cosine:g}")
         assert row[2] == f"{len(done.removed.samples)}"
-    written = look_json(compared)
+    written = look_json(analysis)
     assert sum(written["histogram"]["counts"]) == NUM - 4
-    assert len(bars(compared)) == 1 + len(written["histogram"]["counts"])
-    assert how_compared(compared).endswith("3 are copies, byte for byte; every pair was compared")
-    assert "drawn items were found" in how_compared(look(copied, DedupSettings(all_pairs=False)))
+    assert len(bars(analysis)) == 1 + len(written["histogram"]["counts"])
+    assert how_compared(analysis).endswith("3 are copies, byte for byte; every pair was compared")
+    assert "drawn items were found" in how_compared(analyze(copied, DedupSettings(all_pairs=False)))
     json.dumps(written)
 
 
 def test_too_many_pairs_are_said(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.curate.near_duplicates.MOST_LINKS", 2)
-    assert level_rows(look(copied))[1][-1][2:] == ["too many pairs", "", ""]
+    assert level_rows(analyze(copied))[1][-1][2:] == ["too many pairs", "", ""]
     with pytest.raises(SettingError, match=r"pairs lie above --cosine 0.5; give a higher one"):
         dedup(copied, tmp_path / "kept.parquet", cosine=0.5)
 
@@ -133,13 +133,13 @@ def test_texts_and_projected_images_are_compared_too(cache_path: Path, copied: P
     captions = Cache(copied).items("text")["text"].to_pylist()
     assert NUM - len(done.removed.samples) == len(set(captions))
     run = train_run(cache_path, tmp_path / "run")
-    projected = look(cache_path, DedupSettings(run_path=run))
+    projected = analyze(cache_path, DedupSettings(run_path=run))
     assert projected.side.name == "open_toy/cls"
     assert projected.about()["run"] == str(run)
 
 
 def test_an_item_that_failed_is_in_no_group(copied: Path) -> None:
-    contents = find_contents(Cache(copied), open_input(Cache(copied), "image"))
+    contents = find_copies(Cache(copied), open_input(Cache(copied), "image"))
     assert 30 not in contents.item_rows
     assert len(contents.item_rows) == NUM - 1
     assert contents.num_copies == 3
@@ -147,7 +147,7 @@ def test_an_item_that_failed_is_in_no_group(copied: Path) -> None:
 
 
 def test_the_pages_hold_pictures_side_by_side(copied: Path, tmp_path: Path) -> None:
-    write_look(tmp_path / "look.html", look(copied))
+    write_look(tmp_path / "look.html", analyze(copied))
     page = (tmp_path / "look.html").read_text()
     assert page.count("data:image/webp") >= 20
     assert "Pairs of cosine 0.995 to 1" in page
@@ -163,7 +163,7 @@ def test_a_page_without_the_source_says_that_pictures_are_missing(copied: Path, 
     source = copied.parent / "source"
     source.rename(copied.parent / "moved")
     try:
-        write_look(tmp_path / "look.html", look(copied))
+        write_look(tmp_path / "look.html", analyze(copied))
     finally:
         (copied.parent / "moved").rename(source)
     assert "pictures are missing: " in (tmp_path / "look.html").read_text()
@@ -179,11 +179,11 @@ def test_what_cannot_be_meant_is_refused(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="give it a name that ends with .parquet"):
         dedup(copied, tmp_path / "kept.txt", cosine=0.9)
     with pytest.raises(UnknownNameError, match="unknown keep rule 'last'"):
-        look(copied, DedupSettings(keep="last"))
+        analyze(copied, DedupSettings(keep="last"))
     with pytest.raises(UnknownNameError, match="unknown column .* 'scoer'; did you mean 'score'"):
-        look(copied, DedupSettings(keep="best:scoer"))
+        analyze(copied, DedupSettings(keep="best:scoer"))
     with pytest.raises(SettingError, match="column 'key' of .* is of string; best:COLUMN takes numbers"):
-        look(copied, DedupSettings(keep="best:key"))
+        analyze(copied, DedupSettings(keep="best:key"))
     with pytest.raises(SettingError, match="--cosine and --copies: give one"):
         check_asked(tmp_path / "x.parquet", 0.9, only_copies=True)
     with pytest.raises(SettingError, match="go together: name a file OUT.parquet"):
@@ -199,15 +199,15 @@ def test_a_cosine_that_nothing_reaches_names_the_highest(cache_path: Path, disti
         dedup(distinct, tmp_path / "kept.parquet", cosine=0.5)
     assert not list(tmp_path.iterdir())
     with pytest.raises(DataError, match="open_toy/patches has several vectors an item"):
-        look(cache_path, DedupSettings(feature="open_toy/patches"))
+        analyze(cache_path, DedupSettings(feature="open_toy/patches"))
 
 
 def test_a_cache_of_texts_alone_is_compared_by_them(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\na red bar\n")
     extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text=[TEXT])
     done = dedup(tmp_path / "cache", tmp_path / "kept.parquet", cosine=None)
-    assert done.compared.side.modality == "text"
+    assert done.analysis.side.modality == "text"
     assert (done.removed.samples.tolist(), done.removed.kept.tolist()) == ([2], [0])
-    write_look(tmp_path / "look.html", look(tmp_path / "cache"))
+    write_look(tmp_path / "look.html", analyze(tmp_path / "cache"))
     with pytest.raises(UnknownNameError, match="has no image features"):
-        look(tmp_path / "cache", DedupSettings(modality="image"))
+        analyze(tmp_path / "cache", DedupSettings(modality="image"))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, normalize
 from embedcache.curate import leaks as stage
-from embedcache.curate.leaks import find_leaks, write_clean
+from embedcache.curate.leaks import find_leaks, write_clean_selection
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
@@ -99,7 +99,7 @@ def test_copies_are_found_and_come_first(caches: tuple[Path, Path]) -> None:
 
 def test_the_selection_holds_what_is_clean_and_how_close_it_comes(caches: tuple[Path, Path], tmp_path: Path) -> None:
     found = find_leaks(*caches, cosines={"image": 1.0, "text": 1.0}, features={**FEATURES, "text": None})
-    write_clean(tmp_path / "clean.parquet", found)
+    write_clean_selection(tmp_path / "clean.parquet", found)
     table = pq.read_table(tmp_path / "clean.parquet")
     assert len(read_selection(tmp_path / "clean.parquet", [Cache(caches[0])])) == len(table)
     keys = set(table["key"].to_pylist())
@@ -108,9 +108,11 @@ def test_the_selection_holds_what_is_clean_and_how_close_it_comes(caches: tuple[
     made = json.loads(table.schema.metadata[b"embedcache"])
     assert made["by"]["image"]["num_samples_copied"] == 2
     with pytest.raises(SettingError, match="ends with .parquet"):
-        write_clean(tmp_path / "clean.txt", found)
+        write_clean_selection(tmp_path / "clean.txt", found)
     with pytest.raises(DataError, match="nothing of .* is selected"):
-        write_clean(tmp_path / "none.parquet", find_leaks(*caches, cosines={"image": 0.01}, features=FEATURES))
+        write_clean_selection(
+            tmp_path / "none.parquet", find_leaks(*caches, cosines={"image": 0.01}, features=FEATURES)
+        )
 
 
 def test_the_page_shows_pictures_of_both_side_by_side(caches: tuple[Path, Path], tmp_path: Path) -> None:

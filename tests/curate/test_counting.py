@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Array, normalize
 from embedcache.curate import counting
-from embedcache.curate.counting import QUANTILES, Best, Counting, Tally, look_at
+from embedcache.curate.counting import QUANTILES, CoverageCounter, PartialCoverage, TopItems, estimate_background
 
 
 def small(rng: np.random.Generator, *shape: int) -> Array:
@@ -26,7 +26,7 @@ def best_of(sims_NC: Array, k: int) -> tuple[Array, Array]:
     return np.pad(scores, padding, constant_values=-np.inf), np.pad(order, padding, constant_values=-1)
 
 
-def count(work: Counting, rows: Array, vectors: Array, cuts: Sequence[int]) -> Tally:
+def count(work: CoverageCounter, rows: Array, vectors: Array, cuts: Sequence[int]) -> PartialCoverage:
     parts = [work.take(*part) for part in zip(np.split(rows, cuts), np.split(vectors, cuts), strict=True)]
     return reduce(work.merge, parts)
 
@@ -45,7 +45,7 @@ def problems(draw: st.DrawFn) -> dict[str, Array]:
         "vectors": vectors,
         "concepts": concepts,
         "thresholds": rng.integers(-5, 9, num_concepts).astype(np.float32),
-        "floors": look_at(concepts, vectors[sampled], k).floors,
+        "floors": estimate_background(concepts, vectors[sampled], k).floors,
         "near": others.reshape(num_concepts, -1)[:, : draw(st.integers(0, max(0, num_concepts - 1)))],
         "selected": rng.random(num_items + 20) < draw(st.floats(0, 1)),
         "k": np.array(k),
@@ -56,7 +56,7 @@ def problems(draw: st.DrawFn) -> dict[str, Array]:
 @given(problems())
 def test_any_chunking_gives_what_comparing_everything_gives(problem: dict[str, Array]) -> None:
     rows, thresholds, near, k = problem["rows"], problem["thresholds"], problem["near"], int(problem["k"])
-    work = Counting(
+    work = CoverageCounter(
         problem["concepts"],
         thresholds_C=thresholds,
         floors_C=problem["floors"],
@@ -91,8 +91,8 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, tile in ((whole, 10**6), (tiled, 15)):
         monkeypatch.setattr(counting, "_TILE", tile)
         monkeypatch.setattr(counting, "_FEWEST_ROWS", 1)
-        floors = look_at(concepts, vectors[:20], 3).floors
-        work = Counting(
+        floors = estimate_background(concepts, vectors[:20], 3).floors
+        work = CoverageCounter(
             concepts, thresholds_C=np.full(5, 1, np.float32), floors_C=floors, near_CJ=np.zeros((5, 1), int), k=3
         )
         tally = work.take(rows, vectors)
@@ -104,8 +104,8 @@ def test_results_that_cannot_be_written_are_merged() -> None:
     """As Ray gives them."""
     rng = np.random.default_rng(0)
     concepts, vectors = small(rng, 4, 3), small(rng, 30, 3)
-    floors, near = look_at(concepts, vectors, 2).floors, np.zeros((4, 1), int)
-    work = Counting(concepts, thresholds_C=np.zeros(4, np.float32), floors_C=floors, near_CJ=near, k=2)
+    floors, near = estimate_background(concepts, vectors, 2).floors, np.zeros((4, 1), int)
+    work = CoverageCounter(concepts, thresholds_C=np.zeros(4, np.float32), floors_C=floors, near_CJ=near, k=2)
     parts = [work.take(np.arange(start, start + 10), vectors[start : start + 10]) for start in (0, 10, 20)]
     for array in (getattr(part, name) for part in parts for name in ("num_items", "counts", "assigned", "shared")):
         array.flags.writeable = False
@@ -115,10 +115,10 @@ def test_results_that_cannot_be_written_are_merged() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-3, 3), st.integers(0, 99)), unique_by=lambda x: x[2]))
 def test_the_best_do_not_depend_on_the_order_they_come_in(candidates: list[tuple[int, int, int]]) -> None:
-    best, merged = Best(4, 2), Best(4, 2)
+    best, merged = TopItems(4, 2), TopItems(4, 2)
     for concept, score, row in candidates:
         best.add(np.array([concept]), np.array([score], np.float32), np.array([row]))
-        other = Best(4, 2)
+        other = TopItems(4, 2)
         other.add(np.array([concept]), np.array([score], np.float32), np.array([row]))
         other.merge(merged)
         merged = other
@@ -135,9 +135,9 @@ def test_memory_does_not_grow_with_the_pool() -> None:
     concepts = normalize(rng.standard_normal((40, 16)))
     peaks = []
     for num_chunks in (40, 400):
-        floors = look_at(concepts, normalize(rng.standard_normal((1000, 16))), 5).floors
+        floors = estimate_background(concepts, normalize(rng.standard_normal((1000, 16))), 5).floors
         near = np.tile(np.arange(8), (40, 1))
-        work = Counting(concepts, thresholds_C=np.full(40, 0.8, np.float32), floors_C=floors, near_CJ=near, k=5)
+        work = CoverageCounter(concepts, thresholds_C=np.full(40, 0.8, np.float32), floors_C=floors, near_CJ=near, k=5)
         tracemalloc.start()
         tally = work.take(np.arange(0), concepts[:0])
         for chunk in range(num_chunks):
@@ -152,7 +152,7 @@ def test_memory_does_not_grow_with_the_pool() -> None:
 def test_the_background_is_that_of_the_sample() -> None:
     rng = np.random.default_rng(0)
     concepts, sample = normalize(rng.standard_normal((200, 8))), normalize(rng.standard_normal((1001, 8)))
-    background = look_at(concepts, sample, 7)
+    background = estimate_background(concepts, sample, 7)
     sims = concepts @ sample.T
     expected = np.quantile(sims, QUANTILES, axis=1, method="closest_observation").T
     np.testing.assert_allclose(background.quantiles[:, 0], np.median(sims, axis=1), atol=1e-6)
@@ -165,7 +165,7 @@ def test_items_of_a_concept_do_not_move_its_threshold_much() -> None:
     """A tenth of the pool shows the concept: mean and deviation of all would put the threshold beyond most of it."""
     rng = np.random.default_rng(0)
     sims = np.where(np.arange(20_000) < 2000, rng.normal(0.5, 0.05, 20_000), rng.normal(0.1, 0.05, 20_000))
-    background = look_at(np.ones((1, 1), np.float32), sims[:, None].astype(np.float32), 5)
+    background = estimate_background(np.ones((1, 1), np.float32), sims[:, None].astype(np.float32), 5)
     threshold = background.thresholds(4)[0]
     assert threshold == pytest.approx(0.1 + 4 * 0.05, abs=0.03)
     assert sims.mean() + 4 * sims.std() > 0.6

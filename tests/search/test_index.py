@@ -106,7 +106,7 @@ def test_memory_and_recall_choose_and_are_checked_again(cache_path: Path, tmp_pa
     with pytest.raises(SettingError, match=r"the least recall is 1.2; it must be 0 to 1"):
         build_index(cache_path, path, feature=feature, min_recall=1.2)
     assert card.recall_at_10 < 1
-    with pytest.raises(SettingError, match=r"has recall@10 .*, asked for 1; give the path of a new folder"):
+    with pytest.raises(SettingError, match=r"has recall@10 .*, requested 1; give the path of a new folder"):
         build_index(cache_path, path, feature=feature, min_recall=1.0)
 
 
