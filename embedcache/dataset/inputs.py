@@ -1,11 +1,12 @@
 """What one side of a pair is trained on: a feature, or an encoder's vector and its tokens read as one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Inputs, Ints, concatenated_ranges
+from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, concatenated_ranges, normalize
 from embedcache.errors import DataError
 from embedcache.store.cache import Cache
 from embedcache.store.commit import Commit
@@ -15,7 +16,7 @@ Reader: TypeAlias = Callable[[Ints], Inputs]
 """Gathers rows of one side: (B,) int64 -> what a projector takes."""
 
 
-class SideFeature:
+class InputFeature:
     """One or several features of one encoder over the items of a modality; tokens of several stand one after another.
 
     Args:
@@ -40,7 +41,15 @@ class SideFeature:
         self.width = first.item_shape[-1]
         self.spec = first.group.spec
         self.fingerprint: Mapping[str, Any] = first.fingerprint
-        self.hashes = first.hashes
+
+    @cached_property
+    def hashes(self) -> list[bytes | None]:
+        """BLAKE2b-128 of each item's raw bytes or text, in row order. Memory: a Python object per item."""
+        return self._features[0].hashes
+
+    def hashes_of(self, rows: Ints) -> list[bytes | None]:
+        """Return the hashes of some rows."""
+        return [self.hashes[row] for row in rows]
 
     @property
     def has_tokens(self) -> bool:
@@ -133,7 +142,7 @@ class SideFeature:
         return lambda rows: _join([read(rows) for read in readers])
 
 
-def open_side(cache: Cache, modality: str, name: str | None = None) -> SideFeature:
+def open_input(cache: Cache, modality: str, name: str | None = None) -> InputFeature:
     """Find the features of one side by name.
 
     Args:
@@ -146,7 +155,7 @@ def open_side(cache: Cache, modality: str, name: str | None = None) -> SideFeatu
         DataError: features of two encoders or of two widths.
     """
     names = [None] if name is None else name.split("+")
-    return SideFeature([cache.feature(modality, part) for part in names])
+    return InputFeature([cache.feature(modality, part) for part in names])
 
 
 def inputs_of(features: Sequence[Sequence[Array]]) -> Inputs:
@@ -162,6 +171,11 @@ def mean_vectors(inputs: Inputs) -> Array:
     lengths = values.shape[1] if inputs.lengths is None else inputs.lengths[:, None]
     mean_BD: Array = values.sum(axis=1) / lengths
     return mean_BD
+
+
+def unit_vectors(inputs: Inputs) -> Floats:
+    """Return one vector of length 1 per item, the mean of its tokens: (B, D) float32."""
+    return normalize(mean_vectors(inputs))
 
 
 def _dense_chunk(feature: Feature, commit: Commit) -> tuple[Ints, Array]:

@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from embedcache.arrays import Array, Ints, blocks, normalize
-from embedcache.dataset.inputs import Reader, mean_vectors
+from embedcache.arrays import Floats, Ints, blocks
+from embedcache.dataset.inputs import Reader, unit_vectors
 from embedcache.dataset.pairs import Pairs, name_caches
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError
 from embedcache.files import replacing
+from embedcache.metrics.neighbors import pairs_above
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table
@@ -39,13 +40,13 @@ class Split:
         keys: the samples' keys, in row order.
         parts: `train`, `val`, `test`, or `` for a sample left out.
         groups: samples with the same number stay together.
-        spines: identity of each sample's cache; none where all are of one.
+        index_digests: identity of each sample's cache; none where all are of one.
     """
 
     keys: list[str]
     parts: list[str]
     groups: list[int]
-    spines: list[str] = field(default_factory=list)
+    index_digests: list[str] = field(default_factory=list)
 
     def rows(self, part: str) -> Ints:
         """Get the sample rows of one part, ascending.
@@ -61,14 +62,14 @@ class Split:
 
 
 def write_split(path: Path, split: Split) -> None:
-    """Write a split as Parquet: `row`, `key`, `part`, `group`, and `spine` where it is of several caches."""
+    """Write a split as Parquet: `row`, `key`, `part`, `group`, and `index_digest` where it is of several caches."""
     columns = {
         "row": range(len(split.keys)),
         "key": split.keys,
         "part": split.parts,
         "group": split.groups,
     }
-    table = pa.table({**columns, "spine": split.spines} if split.spines else columns)
+    table = pa.table({**columns, "spine": split.index_digests} if split.index_digests else columns)
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -90,7 +91,7 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     try:
         columns = read_table(path).to_pydict()
         found = Split(
-            keys=columns["key"], parts=columns["part"], groups=columns["group"], spines=columns.get("spine", [])
+            keys=columns["key"], parts=columns["part"], groups=columns["group"], index_digests=columns.get("spine", [])
         )
     except (pa.ArrowInvalid, OSError, KeyError) as error:
         raise CorruptError(f"{path} is no split: {error}") from error
@@ -101,7 +102,7 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
         keys=[key for part in parts for key in part.keys],
         parts=[name for part in parts for name in part.parts],
         groups=[group for part in parts for group in part.groups],
-        spines=[cache.info.spine for cache, part in zip(caches, parts, strict=True) for _ in part.keys],
+        index_digests=[cache.info.index_digest for cache, part in zip(caches, parts, strict=True) for _ in part.keys],
     )
 
 
@@ -139,8 +140,8 @@ def swap_parts(split: Split, one: Part, other: Part) -> Split:
 def _of_cache(path: Path, split: Split, cache: Cache) -> Split:
     """Give the part of a split that is of one cache's samples, longer by those that were added since."""
     keys = cache.samples["key"].to_pylist()
-    rows = [row for row, spine in enumerate(split.spines) if cache.info.has_rows_of(spine)]
-    if split.spines:
+    rows = [row for row, index_digest in enumerate(split.index_digests) if cache.info.has_rows_of(index_digest)]
+    if split.index_digests:
         split = Split(
             keys=[split.keys[row] for row in rows],
             parts=[split.parts[row] for row in rows],
@@ -202,7 +203,9 @@ def make_split(data: Paired, pairs: Pairs, settings: SplitSettings) -> Split:
     split = _cut(data, pairs, settings)
     if len(data.caches) == 1:
         return split
-    return replace(split, spines=[cache.info.spine for cache in data.caches for _ in range(cache.info.num_samples)])
+    return replace(
+        split, index_digests=[cache.info.index_digest for cache in data.caches for _ in range(cache.info.num_samples)]
+    )
 
 
 def _cut(data: Paired, pairs: Pairs, settings: SplitSettings) -> Split:
@@ -283,21 +286,15 @@ def _near_duplicates(data: Paired, pairs: Pairs, settings: SplitSettings) -> Int
         (pairs.image, data.read_image, settings.image_cosine),
         (pairs.text, data.read_text, settings.text_cosine),
     ):
-        vectors = _vectors(read, side.rows)
-        labels = _join(vectors, np.searchsorted(samples, side.samples), labels, threshold)
+        vectors = np.concatenate([unit_vectors(read(side.rows[block])) for block in blocks(len(side.rows), _BLOCK)])
+        labels = _merge_groups(vectors, np.searchsorted(samples, side.samples), labels, threshold)
     return labels
 
 
-def _vectors(read: Reader, rows: Ints) -> Array:
-    """Read one vector of length 1 an item, the mean where it has tokens."""
-    return np.concatenate([normalize(mean_vectors(read(rows[block]))) for block in blocks(len(rows), _BLOCK)])
-
-
-def _join(vectors_ND: Array, nodes: Ints, labels: Ints, threshold: float) -> Ints:
-    """Merge the groups of all nodes whose vectors lie above the threshold. One tile of similarities in memory."""
-    for block in blocks(len(vectors_ND), _BLOCK):
-        row, column = np.nonzero(vectors_ND[block] @ vectors_ND.T > threshold)
-        left = np.concatenate([labels[nodes[row + block.start]], labels])
+def _merge_groups(vectors_ND: Floats, nodes: Ints, labels: Ints, threshold: float) -> Ints:
+    """Merge the groups of all nodes with vectors above the threshold: (S,) int64."""
+    for row, column in pairs_above(vectors_ND, threshold):
+        left = np.concatenate([labels[nodes[row]], labels])
         right = np.concatenate([labels[nodes[column]], labels])
         size = int(labels.max()) + 1
         edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))

@@ -15,7 +15,7 @@ from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.worker import ShardReport, Worker, merge_reports, step_name
 from embedcache.files import is_remote, open_path
 from embedcache.processes import connected, num_cores, run_processes
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import Source
 
 _PATIENCE_S = 30.0
@@ -131,7 +131,7 @@ class _Actor:
         }
 
     def encode(self, modality: Modality, chunk: int) -> list[ShardReport]:
-        return self._worker().encode(modality, [chunk], Silent())
+        return self._worker().encode(modality, [chunk], NullProgress())
 
     def empty_reports(self) -> list[ShardReport]:
         return self._worker().empty_reports()

@@ -16,7 +16,7 @@ from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.extract.worker import ShardReport
 from embedcache.files import open_path, remove_partials
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import run_record
 from embedcache.sources.base import IMPORTED, Source
 from embedcache.store.cache import Cache
@@ -86,7 +86,7 @@ def extract(
         FingerprintError: the cache holds other samples, or features of another encoder of that name.
         DiskFullError: the disk is full; committed chunks are kept, so run again with more space.
     """
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     job = open_job(source, cache_path, image_encoders, text_encoders, settings=settings, progress=progress)
     cache = Cache(job.cache)
     remove_partials(cache.path)

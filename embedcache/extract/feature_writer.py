@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embedcache.arrays import Array
-from embedcache.encoders.base import Encoder, EncoderSettings
+from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import EncoderSpec, open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.views import View, open_view
-from embedcache.files import Claims
+from embedcache.files import Leases
 from embedcache.processes import num_cores
 from embedcache.provenance import check_same
 from embedcache.registry import unknown_name
@@ -89,7 +90,7 @@ class FeatureWriter:
     features: Sequence[str]
     dtypes: Mapping[str, str]
     view: View | None
-    leases: Claims
+    leases: Leases
     executor: Executor
     gate: CpuGate
     _missing: dict[int, Sequence[str]] = field(default_factory=dict, init=False)
@@ -173,7 +174,7 @@ def create_writer(
         features=features,
         dtypes=dict.fromkeys(features, dtype),
         view=view,
-        leases=Claims(group.path / "chunks"),
+        leases=Leases(group.path / "chunks"),
         executor=executor,
         gate=gate,
     )
@@ -194,7 +195,7 @@ def reopen_writer(group: EncoderGroup, features: Sequence[str], *, device: str) 
         features=features,
         dtypes={name: Feature(group, name).dtype for name in features},
         view=open_view(fingerprint["view"]["name"]) if "view" in fingerprint else None,
-        leases=Claims(group.path / "chunks"),
+        leases=Leases(group.path / "chunks"),
         executor=ThreadPoolExecutor(1),
         gate=CpuGate(device),
     )

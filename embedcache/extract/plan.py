@@ -20,7 +20,7 @@ from embedcache.extract.loop import BatchBuffer, add_distinct, image_items, load
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker
 from embedcache.files import is_remote
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import Source
 
 _PROBE_BATCHES = 4
@@ -116,7 +116,7 @@ def plan(
 
     The arguments and errors are those of `extract`.
     """
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     job = open_job(source, cache_path, image_encoders, text_encoders, settings=settings, progress=progress)
     worker = Worker(job, source=source, device=(job.settings.devices or all_devices())[0])
     features: list[PlannedFeature] = []

@@ -31,7 +31,7 @@ from embedcache.extract.loop import (
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker
 from embedcache.processes import num_cores
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
 from embedcache.sources import ImageItem, reopen_source
 from embedcache.sources.base import Source
@@ -67,7 +67,7 @@ def repair(
     tables = [finding for finding in findings if finding.is_damage and not finding.encoder]
     if tables:
         raise CorruptError(f"nothing is repaired while {tables[0].line()}")
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     source = reopen_source(cache.info.source)
     damaged: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for finding in findings:
@@ -138,7 +138,7 @@ def retry_failed(
     Captions that failed are blank and stay so, because captions are part of the item table. The arguments and errors
     are those of `extract`.
     """
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     job = open_job(
         source, cache_path, image_encoders, text_encoders, settings=settings, repair_items=True, progress=progress
     )
@@ -259,7 +259,7 @@ def measure_drift(
         SettingError: the fraction is out of range.
     """
     check_fraction(fraction)
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     source = reopen_source(cache.info.source)
     groups = [group for modality in cache.info.num_items for group in cache.encoders(modality)]
     progress.start("encoding a sample again", len(groups), "encoders")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from embedcache.encoders.base import EncoderSettings
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.processes import num_cores
 from embedcache.settings import check_settings, flat_settings, from_flat, group, setting

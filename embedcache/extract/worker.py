@@ -21,7 +21,7 @@ from embedcache.extract.feature_writer import (
 from embedcache.extract.loop import encode_chunks
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.sources import Source, reopen_source
 from embedcache.store.cache import Cache
 
@@ -84,7 +84,7 @@ class Worker:
 
     def run(self, progress: Progress | None = None) -> list[ShardReport]:
         """Encode every missing chunk of the shard."""
-        progress = progress or Silent()
+        progress = progress or NullProgress()
         reports = self.empty_reports()
         for modality in self.writers:
             chunks = self.missing(modality)

@@ -26,8 +26,8 @@ def start(arguments: Sequence[str], *, output: Path | None = None) -> BaseProces
 def crash(arguments: Sequence[str], moment: str, pattern: str, number: int = 1) -> None:
     """Run a command that is killed with SIGKILL `before` or `after` a file that matches takes its place.
 
-    Every file of a cache takes its place by a rename; the pattern is matched with the end of its path, and `number` counts
-    the matches from 1.
+    Every file of a cache takes its place by a rename; the pattern is matched with the end of its path. With a
+    `number` above 1, earlier matches are passed over.
     """
     process = _CONTEXT.Process(target=_run_and_die, args=(list(arguments), moment, pattern, number))
     process.start()

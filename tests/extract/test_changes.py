@@ -99,7 +99,7 @@ def test_extend_encodes_new_rows_only(tmp_path: Path) -> None:
     for number in (0, 7):
         shutil.copy(source / f"{number:05d}.png", source / f"{number:05d}-again.png")
         (source / f"{number:05d}-again.txt").write_text("once more\n")
-    reports = run(source, tmp_path / "c", features=FEATURES, extends=True)
+    reports = run(source, tmp_path / "c", features=FEATURES, extend=True)
     assert [report.line() for report in reports] == [
         "open_toy (cls, patches): encoded 6 images, reused 16, failed 0",
         "open_toy (tokens): encoded 6 texts, reused 16, failed 0",
@@ -118,7 +118,7 @@ def test_extend_one_feature_then_the_other(tmp_path: Path) -> None:
     source = write_pictures(tmp_path / "source", 20)
     run(source, tmp_path / "c", features=("cls", "patches"), chunk_size=8)
     shutil.copy(source / "00000.png", source / "a.png")
-    run(source, tmp_path / "c", features=("cls",), extends=True)
+    run(source, tmp_path / "c", features=("cls",), extend=True)
     patches = Cache(tmp_path / "c").feature("image", "open_toy/patches")
     assert patches.valid.tolist() == [True] * 20 + [False]
     assert patches.failures == {20: "not extracted yet"}
@@ -134,7 +134,7 @@ def test_extended_cache_opens_with_zarr(tmp_path: Path) -> None:
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     shutil.copy(source / "00000.png", source / "a.png")
     (source / "a.txt").write_text("a red bar")
-    run(source, tmp_path / "c", features=FEATURES, extends=True)
+    run(source, tmp_path / "c", features=FEATURES, extend=True)
     group = zarr.open_group(tmp_path / "c/image/open_toy", mode="r")
     np.testing.assert_array_equal(group["cls"][20], group["cls"][0])
     assert zarr.open_array(tmp_path / "c/text/open_toy/tokens/lengths", mode="r")[20] == 3
@@ -150,7 +150,7 @@ def test_run_and_index_survive_extend(tmp_path: Path) -> None:
     hits = search(tmp_path / "index", ["a red bar"])
     for suffix in ("png", "txt"):
         shutil.copy(source / f"00000.{suffix}", source / f"00000-again.{suffix}")
-    run(source, tmp_path / "c", extends=True)
+    run(source, tmp_path / "c", extend=True)
     assert evaluate_retrieval(tmp_path / "c", [tmp_path / "run"]).recalls == before
     assert search(tmp_path / "index", ["a red bar"]) == hits
     later = TrainSettings(

@@ -41,7 +41,7 @@ def test_plan_measures_a_rate_and_stores_nothing(pictures: Path, tmp_path: Path)
 
 
 def test_plan_skips_existing_chunks(pictures: Path, tmp_path: Path) -> None:
-    run(pictures, tmp_path / "c", features=("cls",), chunk_size=64, worker="0/5")
+    run(pictures, tmp_path / "c", features=("cls",), chunk_size=64, shard="0/5")
     planned = planned_for(pictures, tmp_path / "c")
     assert {feature.name: feature.num_items for feature in planned.features}["open_toy/cls"] == 236
     run(pictures, tmp_path / "c", features=FEATURES)
@@ -61,8 +61,8 @@ def test_plan_beyond_disk_space_raises() -> None:
     assert planned.hours("image") == pytest.approx(2.78, abs=0.01)
     assert planned.memory_bytes == 2 * 2048 * 530_000
     with pytest.raises(DiskFullError, match=r"1,000\.00 GB free, but .* take 10,600\.48 GB; free 9,600\.48 GB"):
-        planned.require_space()
-    replace(planned, free_bytes=None).require_space()
+        planned.check_space()
+    replace(planned, free_bytes=None).check_space()
 
 
 @pytest.mark.parametrize("threads", [None, 2])
