@@ -62,7 +62,7 @@ def _write_shards(folder: Path, count: int) -> str:
 
 def _ours(tars: str, folder: Path, encoder: str) -> list[str]:
     program = [sys.executable, "-m", "embedcache", "extract", tars, str(folder)]
-    return [*program, "--image", encoder, "--text", encoder]
+    return [*program, "--image-encoder", encoder, "--text-encoder", encoder]
 
 
 def _theirs(tars: str, folder: Path, encoder: str) -> list[str]:

@@ -127,12 +127,12 @@ class Model:
     @cached_property
     def _image_side(self) -> "OpenSide":
         """The image encoder and its projector."""
-        return open_side("image", self.config.image, self._pair.image, self._device)
+        return open_input("image", self.config.image, self._pair.image, self._device)
 
     @cached_property
     def _text_side(self) -> "OpenSide":
         """The text encoder and its projector."""
-        return open_side("text", self.config.text, self._pair.text, self._device)
+        return open_input("text", self.config.text, self._pair.text, self._device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ class OpenSide:
         return np.concatenate(parts)
 
 
-def open_side(modality: Modality, side: Side, tower: AnyTower, device: str) -> OpenSide:
+def open_input(modality: Modality, side: Side, tower: AnyTower, device: str) -> OpenSide:
     """Open the encoder of one side of a run, and the view it looked through.
 
     Raises:

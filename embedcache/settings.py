@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="DataclassInstance")
 
 _METADATA = "embedcache.setting"
+_DEFAULTS = "embedcache.group_defaults"
 _INT64 = 2**63
 
 
@@ -63,9 +64,14 @@ def setting(default: Any, help: str, **declared: Any) -> Any:
     return field(default=default, metadata={_METADATA: Declaration(help=help, **declared)})
 
 
-def group(kind: type[S]) -> S:
-    """Return a dataclass field that holds a group of settings, by default all of its defaults."""
-    made: S = field(default_factory=kind)
+def group(kind: type[S], **defaults: Any) -> S:
+    """Return a dataclass field that holds a group of settings.
+
+    Args:
+        kind: settings class of the group.
+        defaults: defaults that differ from those of the class, by field name.
+    """
+    made: S = field(default_factory=lambda: kind(**defaults), metadata={_DEFAULTS: defaults})
     return made
 
 
@@ -100,20 +106,20 @@ class FlatSetting:
 
 def flat_settings(kind: type[Any]) -> tuple[FlatSetting, ...]:
     """Return all settings of a class and its groups, in order of declaration."""
-    return tuple(_flatten(kind, ()))
+    return tuple(_flatten(kind, (), {}))
 
 
-def _flatten(kind: type[Any], above: tuple[str, ...]) -> Iterator[FlatSetting]:
+def _flatten(kind: type[Any], above: tuple[str, ...], defaults: Mapping[str, Any]) -> Iterator[FlatSetting]:
     hints = get_type_hints(kind)
     for item in fields(kind):
         path = (*above, item.name)
         declared = item.metadata.get(_METADATA)
         if declared is not None:
-            default = None if item.default is MISSING else item.default
+            default = defaults.get(item.name, None if item.default is MISSING else item.default)
             name = declared.flat_name or item.name
             yield FlatSetting(name=name, path=path, type=hints[item.name], default=default, declared=declared)
         elif is_dataclass(hints[item.name]):
-            yield from _flatten(hints[item.name], path)
+            yield from _flatten(hints[item.name], path, item.metadata.get(_DEFAULTS, {}))
 
 
 def check_settings(settings: Any) -> None:
@@ -233,10 +239,11 @@ def from_flat(kind: type[S], values: Mapping[str, Any]) -> S:
 
 def _build(kind: type[S], nested: Mapping[str, Any]) -> S:
     hints = get_type_hints(kind)
-    made = {
-        name: _build(hints[name], value) if is_dataclass(hints[name]) and isinstance(value, Mapping) else value
-        for name, value in nested.items()
-    }
+    made = dict(nested)
+    for item in fields(kind):
+        value = nested.get(item.name)
+        if is_dataclass(hints[item.name]) and isinstance(value, Mapping):
+            made[item.name] = _build(hints[item.name], {**item.metadata.get(_DEFAULTS, {}), **value})
     return kind(**made)
 
 

@@ -71,7 +71,7 @@ def main() -> None:
     columns, rows = retrieval_rows(reports)
     print_table(columns, rows, title=reports["run"].line())
     card = build_index(cache_path, options.workdir / "index", run_path=trained[0], progress=progress)
-    print_line(f"{options.workdir / 'index'}: {card.num_vectors:,} images; ask it with: embedcache curate search")
+    print_line(f"{options.workdir / 'index'}: {card.num_vectors:,} images; search it with: embedcache search")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from embedcache.errors import DataError, PathError, SettingError
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 
 log = logging.getLogger("embedcache")
 
@@ -46,7 +46,7 @@ def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
 def open_progress() -> Progress:
     """Return bars on a terminal, plain lines elsewhere, and nothing with `--quiet`."""
     if log.level == logging.ERROR:
-        return Silent()
+        return NullProgress()
     return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
 
 

@@ -362,7 +362,7 @@ def dedup(
     cache: CacheArgument,
     out: Annotated[
         Path | None,
-        typer.Argument(metavar="[OUT]", help="Selection of the samples that stay: a new .parquet file."),
+        typer.Argument(metavar="OUT", help="Selection of the samples that stay: a new .parquet file."),
     ] = None,
     cosine: Annotated[
         float | None,
@@ -460,7 +460,7 @@ def leaks(
     test: Annotated[str, typer.Argument(metavar="TEST", help="Test cache: a folder or a URL.")],
     out: Annotated[
         Path | None,
-        typer.Argument(metavar="[OUT]", help="Selection of TRAIN without what leaks: a new .parquet file."),
+        typer.Argument(metavar="OUT", help="Selection of TRAIN without what leaks: a new .parquet file."),
     ] = None,
     image_cosine: Annotated[
         float, typer.Option(metavar="FLOAT", help="Images at or above this cosine similarity are near-duplicates.")

@@ -45,9 +45,8 @@ TrainedOn = Annotated[
     list[str] | None,
     typer.Option(metavar="CACHE", help="Where a training cache is now, if it has moved. May be repeated."),
 ]
-CheckOverlap = Annotated[
-    bool,
-    typer.Option("--check-overlap/--no-check-overlap", metavar="", help="Check for overlap with the training data."),
+NoOverlapCheck = Annotated[
+    bool, typer.Option("--no-overlap-check", metavar="", help="Skip the check for overlap with the training data.")
 ]
 
 
@@ -58,7 +57,7 @@ def retrieval(
     language: Languages = None,
     control_run: ControlRuns = None,
     trained_on: TrainedOn = None,
-    check_overlap: CheckOverlap = True,
+    no_overlap_check: NoOverlapCheck = False,
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
@@ -88,7 +87,7 @@ def retrieval(
                 language=code or None,
                 is_control=is_control,
                 trained_on=trained_on or [],
-                compares=check_overlap,
+                compares=not no_overlap_check,
             )
             results[title] = retrieval_result(reports[title], cache=cache, runs=paths)
 
@@ -113,7 +112,7 @@ def zero_shot(
     part: Part = None,
     control_run: ControlRuns = None,
     trained_on: TrainedOn = None,
-    check_overlap: CheckOverlap = True,
+    no_overlap_check: NoOverlapCheck = False,
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
@@ -142,7 +141,7 @@ def zero_shot(
             part=part,
             is_control=is_control,
             trained_on=trained_on or [],
-            compares=check_overlap,
+            compares=not no_overlap_check,
         )
         results[name] = zero_shot_result(reports[name], cache=cache, prompts=prompts, runs=paths)
 

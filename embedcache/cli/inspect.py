@@ -15,10 +15,10 @@ def inspect(cache: CacheArgument) -> None:
     Example: embedcache inspect cache/
     """
     from embedcache.cli.console import print_line, print_table
-    from embedcache.store.cache import Cache, caption_error_lines, describe_feature, describe_spine, failure_lines
+    from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
 
     opened = Cache(cache)
-    for line in [describe_spine(opened), *caption_error_lines(opened)]:
+    for line in [describe_cache(opened), *caption_error_lines(opened)]:
         print_line(line)
     features = [feature for modality in ("image", "text") for feature in opened.features(modality)]
     if not features:

@@ -228,7 +228,7 @@ def with_settings(
                     for item in items[key]
                     if _is_given(context, item.name)
                 }
-                values[key] = (build or {}).get(key, functools.partial(from_flat, kind))(flat)
+                values[key] = build[key](flat) if build and key in build else from_flat(kind, flat)
             command(**values)
 
         own = inspect.signature(command, eval_str=True).parameters
@@ -284,24 +284,27 @@ def _option(item: FlatSetting, panel: str | None) -> inspect.Parameter:
     option = typer.Option(
         _flags(item, kind),
         help=help,
-        metavar=metavar or _METAVARS.get(element, "NAME"),
-        show_default=declared.default_text or (item.default not in (None, (), False)),
+        metavar=_METAVARS.get(element, "NAME") if metavar is None else metavar,
+        show_default=declared.default_text or not (item.default is None or item.default == () or kind is bool),
         rich_help_panel=f"{title.capitalize()} options" if title and title != "settings" else None,
     )
     if is_list:
         element = Path if element is Path else str
         return _keyword(item.name, Annotated[list[element] | None, option], list(item.default or ()) or None)  # type: ignore[valid-type]
-    if kind is bool and item.default is None:
-        return _keyword(item.name, Annotated[bool | None, option], None)
-    return _keyword(item.name, Annotated[kind if kind is bool else kind | None, option], item.default)
+    if kind is bool:
+        default = None if item.default is None else False
+        return _keyword(item.name, Annotated[bool | None if default is None else bool, option], default)
+    return _keyword(item.name, Annotated[kind | None, option], item.default)
 
 
 def _flags(item: FlatSetting, kind: Any) -> str:
-    """Return the option's name on the command line; a flag that can be true by default has an opposite."""
+    """Return the option's name on the command line; a flag that is true by default is switched off by `--no-NAME`."""
     name = item.name.replace("_", "-")
     if len(name) == 1:
         return f"-{name}"
-    return f"--{name}/--no-{name}" if kind is bool and item.default is not False else f"--{name}"
+    if kind is bool and item.default is True:
+        return f"--no-{name}"
+    return f"--{name}/--no-{name}" if kind is bool and item.default is None else f"--{name}"
 
 
 def _plain_type(kind: Any) -> Any:
@@ -313,6 +316,8 @@ def _plain_type(kind: Any) -> Any:
 def _setting_value(item: FlatSetting, value: Any) -> Any:
     """Return an option's value as the setting holds it: elements of a list may be separated by commas."""
     kind = _plain_type(item.type)
+    if kind is bool and item.default is True:
+        return not value
     if get_origin(kind) is not tuple:
         return value
     element = get_args(kind)[0]

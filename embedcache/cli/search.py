@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def search(
     index: IndexArgument,
-    query: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]", help="Texts to search for.")] = None,
+    query: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Texts to search for.")] = None,
     queries: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Search for each line of this text file too.")
     ] = None,

@@ -27,7 +27,7 @@ def train(
     Example: embedcache train cache/ run/ --projector mlp --lr 0.001
     """
     from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
-    from embedcache.progress import Silent
+    from embedcache.progress import NullProgress
     from embedcache.train.distributed import is_first_process
     from embedcache.train.train import train as run_training
 
@@ -39,7 +39,7 @@ def train(
             image=image_feature,
             text=text_feature,
             settings=settings,
-            progress=open_progress() if is_first else Silent(),
+            progress=open_progress() if is_first else NullProgress(),
         )
     if is_first:
         publish(lambda: print_line(report.line(run)), lambda: to_plain(report), as_json=as_json, output=output)

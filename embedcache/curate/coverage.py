@@ -14,7 +14,7 @@ from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.inequality import gini, top_share
 from embedcache.metrics.neighbors import nearest
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.index import IndexCard
 from embedcache.search.vectors import Engine, Vectors, run_pass
@@ -263,7 +263,7 @@ def measure_coverage(
         tally = run_pass(pool, work, engine=engine, address=address, what="counting", progress=progress)
     else:
         index, card = open_index(index_path, pool)
-        tally = count_indexed(pool, work, concepts.vectors, index, card.search, progress or Silent())
+        tally = count_indexed(pool, work, concepts.vectors, index, card.search, progress or NullProgress())
     scores, rows = tally.best.table()
     _refuse_nothing(tally, scores, thresholds, concepts, pool)
     names = [f"all {modality}s", *([selection.name] if selection else [])]

@@ -23,7 +23,7 @@ from embedcache.curate.keep import (
 )
 from embedcache.curate.links import Links, limit_of
 from embedcache.curate.near_duplicates import MOST_LINKS, Near, assign, find_near
-from embedcache.dataset.inputs import SideFeature, open_side
+from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, SettingError
 from embedcache.files import replacing
@@ -92,7 +92,7 @@ class Compared:
     """
 
     cache: Cache
-    side: SideFeature
+    side: InputFeature
     contents: Contents
     order: Ints
     near: Near | None
@@ -263,7 +263,7 @@ def one_modality(image: str | None, text: str | None) -> str | None:
         SettingError: both were.
     """
     if image is not None and text is not None:
-        raise SettingError("--image and --text: samples are compared by one of them; leave one out")
+        raise SettingError("--image-feature and --text-feature: samples are compared by one of them; leave one out")
     return "image" if image is not None else "text" if text is not None else None
 
 
@@ -278,7 +278,7 @@ def _compare(
     check_keep(settings.keep, cache)
     needs_vectors = bool(levels) or settings.keep == FAR
     vectors = Vectors(cache_path, modality, settings.feature, settings.run_path) if needs_vectors else None
-    side = open_side(cache, modality, settings.feature) if vectors is None else vectors.side
+    side = open_input(cache, modality, settings.feature) if vectors is None else vectors.side
     contents = find_contents(cache, side)
     if not len(contents.rows):
         raise DataError(f"feature {side.name} has no valid item")

@@ -35,7 +35,7 @@ def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
     """
     path = Path(path)
     card = read_card(path)
-    if not pool.cache.info.has_rows_of(card.spine):
+    if not pool.cache.info.has_rows_of(card.index_digest):
         raise FingerprintError(f"index {path} was made from other samples than {pool.cache.path} holds")
     asked = {
         "modality": pool.modality,

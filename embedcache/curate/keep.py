@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.curate.links import Links
-from embedcache.dataset.inputs import SideFeature
+from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import items_of
 from embedcache.errors import SettingError
 from embedcache.registry import unknown_name
@@ -39,7 +39,7 @@ class Contents:
         return len(self.contents) - len(self.rows)
 
 
-def find_contents(cache: Cache, side: SideFeature) -> Contents:
+def find_contents(cache: Cache, side: InputFeature) -> Contents:
     """Find the copies among the usable items of a feature.
 
     Raises:

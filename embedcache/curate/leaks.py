@@ -10,12 +10,12 @@ import numpy as np
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks, normalize
 from embedcache.curate.dedup import check_cosine
 from embedcache.curate.links import limit_of
-from embedcache.dataset.inputs import SideFeature, mean_vectors, open_side
+from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
 from embedcache.dataset.pairs import Items, items_of
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.metrics.neighbors import Closest, closest
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
@@ -158,7 +158,7 @@ def find_leaks(
     for modality, cosine in cosines.items():
         check_cosine(cosine, f"--{modality}-cosine")
     train, test = Cache(train_path), Cache(test_path)
-    if train.info.has_rows_of(test.info.spine):
+    if train.info.has_rows_of(test.info.index_digest):
         raise SettingError(f"{train_path} and {test_path} hold the same samples; give a cache to train on and another")
     common = [name for name in MODALITIES if train.features(name) and test.features(name)]
     if not common:
@@ -167,7 +167,7 @@ def find_leaks(
             "compared"
         )
     asked = features or {}
-    leaks = [_find(train, test, name, cosines[name], asked.get(name), progress or Silent()) for name in common]
+    leaks = [_find(train, test, name, cosines[name], asked.get(name), progress or NullProgress()) for name in common]
     return Leaks(train=train, test=test, leaks=leaks)
 
 
@@ -210,7 +210,9 @@ def _find(train: Cache, test: Cache, modality: str, cosine: float, name: str | N
     )
 
 
-def _choose(train: Cache, test: Cache, modality: str, name: str | None) -> tuple[SideFeature, SideFeature, str | None]:
+def _choose(
+    train: Cache, test: Cache, modality: str, name: str | None
+) -> tuple[InputFeature, InputFeature, str | None]:
     """Open a feature of both caches; where it is not of one encoder, say so: then hashes are all that is compared."""
     if name is None:
         name = _only_common(train, test, modality)
@@ -218,7 +220,7 @@ def _choose(train: Cache, test: Cache, modality: str, name: str | None) -> tuple
         sides = _any(train, modality), _any(test, modality)
         names = [", ".join(feature.name for feature in cache.features(modality)) for cache in (train, test)]
         return *sides, f"no encoder made {modality} features of both: {names[0]} there, {names[1]} here"
-    train_side, test_side = open_side(train, modality, name), open_side(test, modality, name)
+    train_side, test_side = open_input(train, modality, name), open_input(test, modality, name)
     differences = name_differences(train_side.fingerprint, test_side.fingerprint)
     if not differences and train_side.name == test_side.name:
         return train_side, test_side, None
@@ -228,7 +230,7 @@ def _choose(train: Cache, test: Cache, modality: str, name: str | None) -> tuple
 
 
 def _only_common(train: Cache, test: Cache, modality: str) -> str | None:
-    """Name the feature that both have by one encoder; None where there is none, and leave the error to `open_side`."""
+    """Name the feature that both have by one encoder; None where there is none, and leave the error to `open_input`."""
     others = {feature.name: feature for feature in train.features(modality)}
     both = [
         feature.name
@@ -237,7 +239,7 @@ def _only_common(train: Cache, test: Cache, modality: str) -> str | None:
     ]
     if len(both) > 1:
         raise SettingError(
-            f"both caches have several {modality} features; choose one with --{modality}: {', '.join(both)}"
+            f"both caches have several {modality} features; choose one with --{modality}-feature: {', '.join(both)}"
         )
     return both[0] if both else None
 
@@ -246,7 +248,7 @@ def _is_same(one: Feature, other: Feature) -> bool:
     return not name_differences(one.fingerprint, other.fingerprint)
 
 
-def _any(cache: Cache, modality: str) -> SideFeature:
+def _any(cache: Cache, modality: str) -> InputFeature:
     """Open a finished feature, for its hashes."""
     problem: UnfinishedError | None = None
     for feature in cache.features(modality):
@@ -255,19 +257,19 @@ def _any(cache: Cache, modality: str) -> SideFeature:
         except UnfinishedError as error:
             problem = error
             continue
-        return SideFeature([feature])
+        return InputFeature([feature])
     assert problem is not None
     raise problem
 
 
-def _items(cache: Cache, side: SideFeature) -> Items:
+def _items(cache: Cache, side: InputFeature) -> Items:
     items = items_of([cache], [side])
     if not len(items.rows):
         raise DataError(f"feature {side.name} of {cache.path} has no valid item")
     return items
 
 
-def _hashes(side: SideFeature, items: Items) -> list[bytes | None]:
+def _hashes(side: InputFeature, items: Items) -> list[bytes | None]:
     hashes = side.hashes
     return [hashes[row] for row in items.rows]
 
@@ -278,7 +280,7 @@ def _none(num_queries: int, num_candidates: int) -> Closest:
 
 
 def _closest(
-    train_side: SideFeature, train_items: Items, test_side: SideFeature, test_items: Items, progress: Progress
+    train_side: InputFeature, train_items: Items, test_side: InputFeature, test_items: Items, progress: Progress
 ) -> Closest:
     """Compare all with all; rows are places in the training items."""
     num_pairs = len(test_items.rows) * len(train_items.rows)
@@ -295,7 +297,7 @@ def _closest(
     )
 
 
-def _told(side: SideFeature, num_queries: int, progress: Progress) -> Iterator[Floats]:
+def _told(side: InputFeature, num_queries: int, progress: Progress) -> Iterator[Floats]:
     for rows, inputs in side.blocks():
         yield _unit(inputs)
         progress.advance(num_queries * len(rows))

@@ -27,7 +27,7 @@ from embedcache.curate.links import (
     scratch_matrix,
 )
 from embedcache.errors import DataError
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.search.vectors import Engine, Vectors, run_pass
 
 ALL_PAIRS_LIMIT = 50_000
@@ -122,7 +122,7 @@ def find_near(
         DiskFullError, PathError: as of `scratch_matrix`.
         MissingExtraError: clusters without faiss, or Ray without ray.
     """
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     if all_pairs is None:
         all_pairs = len(rows_N) <= ALL_PAIRS_LIMIT
     assigned = None

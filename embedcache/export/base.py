@@ -17,7 +17,7 @@ from PIL import Image
 from embedcache.arrays import Floats
 from embedcache.encoders.base import Modality
 from embedcache.errors import ArtifactError, SettingError
-from embedcache.inference import OpenSide, open_side
+from embedcache.inference import OpenSide, open_input
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, Side, load_pair
@@ -52,12 +52,12 @@ class Run:
     @cached_property
     def image(self) -> OpenSide:
         """The image side, from pictures to the shared space."""
-        return open_side("image", self.config.image, self.pair.image, "cpu")
+        return open_input("image", self.config.image, self.pair.image, "cpu")
 
     @cached_property
     def text(self) -> OpenSide:
         """The text side, from texts to the shared space."""
-        return open_side("text", self.config.text, self.pair.text, "cpu")
+        return open_input("text", self.config.text, self.pair.text, "cpu")
 
     def projector(self, modality: Modality) -> str:
         """Name one side's projector."""

@@ -121,7 +121,7 @@ def _data(run: Run) -> str:
     path = run.path / "record.json"
     outcome = read_json(path) if path.is_file() else {}
     names = [Path(name).name for name in outcome.get("settings", {}).get("caches", [])]
-    return ", ".join(f"the cache `{name}`" for name in names) or f"the rows `{run.config.spine}`"
+    return ", ".join(f"the cache `{name}`" for name in names) or f"the rows `{run.config.index_digest}`"
 
 
 def _metrics(figures: Any) -> str:

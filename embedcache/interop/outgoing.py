@@ -54,7 +54,9 @@ class ExportSettings:
         named = {"image": self.image, "text": self.text}
         for modality, name in named.items():
             if name is not None and self.only not in (None, modality):
-                raise SettingError(f"--{modality} names a feature and --only {self.only} leaves it out; give one")
+                raise SettingError(
+                    f"--{modality}-feature names a feature and --modality {self.only} leaves it out; give one"
+                )
 
 
 class Outgoing:
@@ -115,7 +117,7 @@ class Outgoing:
         run = self._settings.run
         return {
             "cache": str(self.cache.path),
-            "spine": self.cache.info.spine,
+            "spine": self.cache.info.index_digest,
             "features": features,
             "run": None if run is None else str(run),
         }

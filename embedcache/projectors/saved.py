@@ -4,7 +4,7 @@ What a pair of projectors costs.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.errors import CorruptError
 from embedcache.files import replacing
 from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.provenance import check_same, digest_file, fields_of, read_manifest, write_json
+from embedcache.provenance import check_same, digest_file, fields_of, from_record, read_manifest, to_record, write_json
 
 FORMAT_VERSION = 1
 _BLOCK = 8192
@@ -49,7 +49,7 @@ class PairConfig:
         shared_width: P.
         image: what the image tower takes.
         text: what the text tower takes.
-        spine: identity of the rows that it was trained on: a cache's, or those of several with `+` between.
+        index_digest: identity of the rows that it was trained on: a cache's, or those of several with `+` between.
         training: every setting of the training run.
         given: SHA-256 of the files that settings name: `split` and `selection`, where they do.
         split: SHA-256 of `split.parquet`.
@@ -61,7 +61,7 @@ class PairConfig:
     shared_width: int
     image: Side
     text: Side
-    spine: str
+    index_digest: str
     training: Mapping[str, Any]
     given: Mapping[str, str] = field(default_factory=dict)
     split: str = ""
@@ -99,7 +99,7 @@ def save_pair(run_path: Path, pair: AlignedPair, config: PairConfig) -> None:
     model_path = run_path / "model.safetensors"
     save_weights(model_path, pair)
     content = {
-        **asdict(config),
+        **to_record(config),
         "split": digest_file(split_path(run_path)),
         "weights": digest_file(model_path),
     }
@@ -125,7 +125,8 @@ def read_config(run_path: Path) -> PairConfig:
     make = f"embedcache train CACHE {run_path}"
     values = read_manifest(path, kind="run", latest_format=FORMAT_VERSION, make=make)
     return fields_of(
-        path, lambda: PairConfig(**{**values, "image": Side(**values["image"]), "text": Side(**values["text"])})
+        path,
+        lambda: PairConfig(**{**from_record(values), "image": Side(**values["image"]), "text": Side(**values["text"])}),
     )
 
 

@@ -93,7 +93,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
     return {
         "pool": {
             "cache": str(pool.cache.path),
-            "spine": pool.cache.info.spine,
+            "spine": pool.cache.info.index_digest,
             "modality": pool.modality,
             "feature": pool.side.name,
             "fingerprint": dict(pool.side.fingerprint),
@@ -317,7 +317,7 @@ def _gaps(report: CoverageReport) -> Section:
         return Section(title="Gaps", notes=[f"No concept has fewer than {report.settings.min_count:,} items."])
     notes = [f"Concepts with fewer than {report.settings.min_count:,} items in {part.name}, the emptiest first."]
     if len(gaps) > _MOST_GAPS:
-        notes.append(f"The first {_MOST_GAPS} of {len(gaps):,}; --json has all.")
+        notes.append(f"The first {_MOST_GAPS} of {len(gaps):,}; the report of --output has all.")
     return Section(title="Gaps", notes=notes, table=concept_rows(report, gaps[:_MOST_GAPS]))
 
 

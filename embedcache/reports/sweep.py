@@ -22,7 +22,7 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from embedcache.files import is_remote
-from embedcache.provenance import digest_file, write_json
+from embedcache.provenance import digest_file, to_record, write_json
 from embedcache.reports.base import BAD, COLOURS, INK, SOFT, label, svg, write_page
 from embedcache.reports.retrieval import retrieval_json, retrieval_rows
 from embedcache.sweep.best import Best
@@ -95,7 +95,7 @@ def write_figures(path: Path, findings: Findings) -> None:
     write_json(
         path,
         {
-            "study": asdict(findings.study),
+            "study": to_record(findings.study),
             "counts": findings.counts(),
             "winner": {
                 "trial": findings.winner.number,
@@ -124,7 +124,7 @@ def _importance(trials: Trials) -> dict[str, float]:
 
 def _command(path: Path, data: TrainData, winner: Best) -> str:
     caches = [str(cache.path if is_remote(cache.path) else cache.path.resolve()) for cache in data.caches]
-    sides = ["--image", data.image.feature, "--text", data.text.feature]
+    sides = ["--image-feature", data.image.feature, "--text-feature", data.text.feature]
     run = str(path.resolve() / "winner")
     return shlex.join(["embedcache", "train", *caches, run, *sides, *command_line(winner.settings)])
 

@@ -9,8 +9,17 @@ from typing import Any
 
 from embedcache.errors import FingerprintError, SettingError
 from embedcache.files import LOCK, disk_errors, is_remote, locked
-from embedcache.progress import Progress, Silent
-from embedcache.provenance import check_same, claim_folder, fields_of, read_manifest, run_record, write_json
+from embedcache.progress import NullProgress, Progress
+from embedcache.provenance import (
+    check_same,
+    claim_folder,
+    fields_of,
+    from_record,
+    read_manifest,
+    run_record,
+    to_record,
+    write_json,
+)
 from embedcache.search.building import CHECKPOINT_S, FILES, Building, clean, lists_name
 from embedcache.search.configurations import Configuration, configurations, fitting, on_disk, still_worth_trying
 from embedcache.search.faiss_index import RowIndex
@@ -27,7 +36,7 @@ class IndexCard:
 
     Args:
         cache: path of the cache, seen from the index's folder: what moves together goes on working.
-        spine: identity of its rows.
+        index_digest: identity of its rows.
         modality: of the indexed items.
         feature: `encoder/feature` that was indexed.
         spec: what opens that feature's encoder again.
@@ -55,7 +64,7 @@ class IndexCard:
     """
 
     cache: str
-    spine: str
+    index_digest: str
     modality: str
     feature: str
     spec: str
@@ -124,7 +133,7 @@ def build_index(
     """
     if not 0 <= min_recall <= 1:
         raise SettingError(f"the least recall is {min_recall}; it must be 0 to 1")
-    index_path, progress = Path(index_path), progress or Silent()
+    index_path, progress = Path(index_path), progress or NullProgress()
     vectors = Vectors(cache_path, modality, feature, run_path)
     wishes = _Wishes(factory=factory, memory_bytes=memory_bytes, min_recall=min_recall, on_disk=leaves_on_disk)
     if not (index_path / "card.json").is_file():  # so that nothing is put into a folder of others
@@ -137,7 +146,7 @@ def build_index(
             _check_again(index_path, card, _about(vectors, index_path), vectors, wishes)
         if card is None or card.num_vectors < len(vectors.rows):
             card = _build(index_path, vectors, card, wishes, checkpoint_s, progress)
-            write_json(index_path / "card.json", asdict(card))
+            write_json(index_path / "card.json", to_record(card))
         clean(index_path, lists=card.lists)
     return card
 
@@ -157,7 +166,7 @@ def read_card(index_path: Path) -> IndexCard:
     path = index_path / "card.json"
     make = f"embedcache curate index CACHE {index_path}"
     values = read_manifest(path, kind="index", latest_format=FORMAT_VERSION, make=make)
-    return fields_of(path, lambda: IndexCard(**values))
+    return fields_of(path, lambda: IndexCard(**from_record(values)))
 
 
 def check_card(index_path: Path, card: IndexCard, asked: Mapping[str, Any], *, next_step: str) -> None:
@@ -166,15 +175,20 @@ def check_card(index_path: Path, card: IndexCard, asked: Mapping[str, Any], *, n
     Args:
         index_path: of the index.
         card: its card.
-        asked: fields of the card, `modality` and `feature` among them.
+        asked: fields of the card as on disk, `modality` and `feature` among them.
         next_step: what to do.
 
     Raises:
         FingerprintError: names each field that differs with both values.
     """
+    record = to_record(card)
     for names in (("modality", "feature"), asked):
-        found = {name: getattr(card, name) for name in names}
-        check_same(f"index {index_path}", found, {name: asked[name] for name in names}, next_step=next_step)
+        check_same(
+            f"index {index_path}",
+            {name: record[name] for name in names},
+            {name: asked[name] for name in names},
+            next_step=next_step,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +266,7 @@ def _card(
 ) -> IndexCard:
     lists = lists_name(len(index)) if candidate.is_on_disk else None
     return IndexCard(
-        **_about(vectors, index_path),
+        **from_record(_about(vectors, index_path)),
         factory=candidate.factory,
         num_vectors=len(index),
         width=vectors.width,
@@ -275,7 +289,7 @@ def _about(vectors: Vectors, index_path: Path) -> dict[str, Any]:
     """Say what an index is made from."""
     return {
         "cache": _relative(vectors.cache.path, index_path),
-        "spine": vectors.cache.info.spine,
+        "spine": vectors.cache.info.index_digest,
         "modality": vectors.modality,
         "feature": vectors.side.name,
         "spec": vectors.side.spec,
@@ -289,12 +303,12 @@ def _check_again(
     index_path: Path, card: IndexCard, about: Mapping[str, Any], vectors: Vectors, wishes: _Wishes
 ) -> None:
     """Refuse to use a finished index for something that it is not."""
-    if not vectors.cache.info.has_rows_of(card.spine):
+    if not vectors.cache.info.has_rows_of(card.index_digest):
         raise FingerprintError(
             f"index {index_path} was made from other samples than {vectors.cache.path} holds; "
             "give the path of a new folder"
         )
-    asked = {**about, "spine": card.spine, "factory": wishes.factory or card.factory}
+    asked = {**about, "spine": card.index_digest, "factory": wishes.factory or card.factory}
     check_card(index_path, card, asked, next_step="give the path of a new folder")
     takes = _grown(card, len(vectors.rows)).memory_bytes or card.file_bytes or 0
     if wishes.memory_bytes is not None and takes > wishes.memory_bytes:

@@ -201,6 +201,6 @@ def _not_moved(path: Path, sign: str, what: str) -> Path:
 
 def _open_cache(path: Path | str, card: IndexCard) -> Cache:
     cache = Cache(path)
-    if not cache.info.has_rows_of(card.spine):
+    if not cache.info.has_rows_of(card.index_digest):
         raise FingerprintError(f"the index was made from other samples than {path} holds; build it again")
     return cache

@@ -17,10 +17,10 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from embedcache.arrays import Array, Floats, Inputs, Ints, blocks, normalize
-from embedcache.dataset.inputs import SideFeature, open_side
+from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.errors import DataError
 from embedcache.processes import connected, num_cores
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, check_feature, load_pair, project
 from embedcache.store.cache import Cache
@@ -123,10 +123,10 @@ def _normalized(values_BD: Array) -> Floats:
     return unit_BD
 
 
-def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | None) -> SideFeature:
+def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | None) -> InputFeature:
     if name is None and config is not None:
         name = config.side(modality).feature
-    side = open_side(cache, modality, name)
+    side = open_input(cache, modality, name)
     side.require_complete()
     if config is not None:
         check_feature(config, modality, side.name, side.fingerprint)
@@ -187,7 +187,7 @@ def run_pass(
         MissingExtraError: Ray is not installed.
         EmbedcacheError: there is no Ray cluster at the address.
     """
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     progress.start(what, len(vectors.rows), f"{vectors.modality}s")
     parts = _local(vectors, work) if engine == "local" else _on_ray(vectors, work, address)
     state: State | None = None

@@ -54,7 +54,7 @@ class Served:
     ) -> None:
         self.index, self.settings, self.coverage = index, settings, coverage
         self.name = index.path.resolve().name
-        self.version = index.cache.info.spine[:16]
+        self.version = index.cache.info.index_digest[:16]
         self.takes = [modality for modality in MODALITIES if index.asker.takes(modality)]
         self.selections = _by_name(selections)
         self.values = {name: values for name in FILTERS if _chooses(values := index.filters.values(name), index)}
@@ -168,7 +168,7 @@ class Places:
         run: where its run is, if it has moved.
         cache: where its cache is, alike.
         selections: files to choose from.
-        coverage: a file of `embedcache curate coverage --json`.
+        coverage: a file of `embedcache curate coverage --output`.
         concepts: a cache of concepts, to measure coverage of now.
     """
 
@@ -283,7 +283,7 @@ def _cache_card(index: OpenIndex) -> Card:
             ["samples", f"{info.num_samples:,}"],
             *([f"{modality}s", f"{num:,}"] for modality, num in info.num_items.items()),
             ["columns", ", ".join(index.cache.columns)],
-            ["rows (SHA-256)", info.spine],
+            ["rows (SHA-256)", info.index_digest],
         ],
     }
 

@@ -11,12 +11,12 @@ from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import PARTS, Split, make_split, read_split, write_split
 from embedcache.encoders.backends import torch_device
 from embedcache.errors import DataError, PathError, SettingError
-from embedcache.files import Claims, disk_errors
-from embedcache.progress import Progress, Silent
+from embedcache.files import Leases, disk_errors
+from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair, takes_tokens
 from embedcache.projectors.saved import Cost, PairConfig, build, config_path, cost, read_config, save_pair, split_path
-from embedcache.provenance import check_same, claim_folder, digest_file, read_json, run_record, write_json
+from embedcache.provenance import check_same, claim_folder, digest_file, read_json, run_record, to_record, write_json
 from embedcache.train.batches import Batches
 from embedcache.train.checkpoint import checkpoint_path
 from embedcache.train.data import Paths, TrainData, open_data
@@ -148,12 +148,12 @@ def train_on(
     if config_path(run_path).is_file():
         return _reuse(run_path, config)
     claims = on_first(lambda: _begin(run_path, config))
-    about = {"caches": [str(cache.path) for cache in data.caches], **asdict(config)}
+    about = {"caches": [str(cache.path) for cache in data.caches], **to_record(config)}
     with disk_errors(run_path):
         if claims is None:
-            return _train(data, run_path, config, settings, progress or Silent(), on_epoch)[1]
+            return _train(data, run_path, config, settings, progress or NullProgress(), on_epoch)[1]
         with run_record(run_path / "record.json", "train", about) as outcome:
-            pair, report = _train(data, run_path, config, settings, progress or Silent(), on_epoch)
+            pair, report = _train(data, run_path, config, settings, progress or NullProgress(), on_epoch)
             outcome.update(asdict(report))
         save_pair(run_path, pair, config)
         checkpoint_path(run_path).unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def _config(data: TrainData, settings: TrainSettings) -> PairConfig:
         shared_width=settings.model.shared_width,
         image=data.image,
         text=data.text,
-        spine=data.spine,
+        index_digest=data.index_digest,
         training=settings.to_json(),
         given=_given(settings),
     )
@@ -210,13 +210,13 @@ def _reuse(run_path: Path, config: PairConfig) -> TrainReport:
     return TrainReport(**{**outcome, "reused": True})
 
 
-def _begin(run_path: Path, config: PairConfig) -> Claims:
+def _begin(run_path: Path, config: PairConfig) -> Leases:
     """Take the folder, for a new run or for one that was stopped and was asked for with the same settings."""
     claim_folder(run_path, kind="a run", sign="started.json", ours=_FILES)
-    claims = Claims(run_path)
+    claims = Leases(run_path)
     if not claims.take(0):
         raise PathError(f"another process trains into {run_path}; wait for it, or give the path of a new folder")
-    path, asked = run_path / "started.json", asdict(config)
+    path, asked = run_path / "started.json", to_record(config)
     if checkpoint_path(run_path).is_file():
         next_step = "ask for the same to go on, or give the path of a new folder"
         check_same(f"the unfinished run {run_path}", read_json(path), asked, next_step=next_step)

@@ -66,7 +66,7 @@ def test_prompts_are_scaled_averaged_and_scaled(cache_path: Path, prompts: Path)
     assert concepts.names == NAMES
     assert concepts.counts.tolist() == [len(TEMPLATES)] * len(NAMES)
     assert concepts.about["of"] == "prompts"
-    assert concepts.about["spine"] == Cache(prompts).info.spine
+    assert concepts.about["spine"] == Cache(prompts).info.index_digest
     assert concepts.about["run"] is None
 
 

@@ -31,18 +31,21 @@ FEATURES = "--feature cls,patches,mean,tokens --chunk-size 32"
 NUM_SAMPLES = 96
 FIRST_NEAR_DUPLICATE, FIRST_COPY = 80, 88
 
-_TRAIN = "--image open_toy/cls --text open_toy/mean --shared-width 16 --batch-size 16 --threads 1"
+_TRAIN = "--image-feature open_toy/cls --text-feature open_toy/mean --shared-width 16 --batch-size 16 --threads 1"
+_TOKENS = "--image-feature open_toy/patches --text-feature open_toy/tokens"
 _STRICT = "--split strict --image-cosine 0.995 --text-cosine 0.9"
-TRAIN_RUN = f"{_TRAIN} {_STRICT} --projector mlp --start random --learning-rate 3e-3 --epochs 10 --seed 3"
-TRAIN_STOPPED = f"{_TRAIN} --projector linear --loss siglip --start random --epochs 3 --split key --checkpoint-s 0"
+TRAIN_RUN = f"{_TRAIN} {_STRICT} --projector mlp --initialization random --lr 3e-3 --epochs 10 --seed 3"
+TRAIN_STOPPED = (
+    f"{_TRAIN} --projector linear --loss siglip --initialization random --epochs 3 --split key --checkpoint-s 0"
+)
 RECIPES = {
     "mlp": f"{_TRAIN} --projector mlp --loss info_nce --epochs 4 {_STRICT}",
-    "token": "--image open_toy/patches --text open_toy/tokens --shared-width 16 --batch-size 16 --threads 1 "
-    "--projector token --loss siglip --epochs 3 --split key --seed 1",
+    "token": f"{_TOKENS} --shared-width 16 --batch-size 16 --threads 1 --projector token --loss siglip --epochs 3 "
+    "--split key --seed 1",
     "fusemix": f"{_TRAIN} --projector fusemix --loss multi_positive --mixup 0.5 --structure 0.1 --epochs 3 --split key",
-    "glu": f"{_TRAIN} --projector linear+glu --loss sail --captions all --start random --epochs 3 --split key "
+    "glu": f"{_TRAIN} --projector linear+glu --loss sail --captions all --initialization random --epochs 3 --split key "
     "--split-seed 5 --selection selection.parquet",
-    "linear": f"{_TRAIN} --projector linear --start procrustes --dropout 0.3 --weight-decay 0.1 --language en "
+    "linear": f"{_TRAIN} --projector linear --initialization procrustes --dropout 0.3 --weight-decay 0.1 --language en "
     "--epochs 3 --patience 2 --split key --shuffle-pairs --block-rows 4",
 }
 PROJECTORS = {
@@ -54,22 +57,22 @@ PROJECTORS = {
     "mlp": "--epochs 1",
     "openclip-linear": "--epochs 1",
     "openclip-mlp": "--epochs 1",
-    "linear+sharelock": "--epochs 0 --start random",
-    "cls_token": "--epochs 1 --image open_toy/patches --text open_toy/tokens",
-    "token": "--epochs 1 --image open_toy/patches --text open_toy/tokens",
-    "token_mlp": "--epochs 1 --image open_toy/patches --text open_toy/tokens",
+    "linear+sharelock": "--epochs 0 --initialization random",
+    "cls_token": f"--epochs 1 {_TOKENS}",
+    "token": f"--epochs 1 {_TOKENS}",
+    "token_mlp": f"--epochs 1 {_TOKENS}",
 }
 SELECTIONS = {
-    "rare-first": "--concepts concepts --projected run --per-concept 4",
-    "clip-score": "--projected run --budget 25%",
+    "rare-first": "--concepts concepts --run run --per-concept 4",
+    "clip-score": "--run run --budget 25%",
     "random": "--feature open_toy/cls --budget 20 --seed 5",
     "k-centre": "--budget 12 --modality image --feature open_toy/cls",
     "metaclip": "--concepts concepts --feature open_toy/mean --modality text --threshold 0.4 --head 6",
 }
 COVERAGES = {"calibrated": "--deviations 1.5 --min-count 6", "one threshold": "--threshold 0.3 -k 3"}
-SWEEP = "--image open_toy/cls --text open_toy/mean --sampler random --seeds 2 --top 1"
+SWEEP = "--image-feature open_toy/cls --text-feature open_toy/mean --sampler random --seeds 2 --top 1"
 INDEXES = {
-    "index": "--projected run --factory HNSW8 --min-recall 0.5",
+    "index": "--run run --factory HNSW8 --min-recall 0.5",
     "disk-index": "--feature open_toy/cls --factory IVF2,SQfp16 --on-disk --min-recall 0.5",
 }
 SPACE = """[fixed]
@@ -101,8 +104,8 @@ def embedcache(*words: object) -> str:
 
 def extract(source: str, cache: Path | str, *, image: str | None = TOY, text: str = TOY, options: str = "") -> None:
     """Extract features of a source into a cache."""
-    encoders = [f"--image {image}"] if image else []
-    embedcache("extract", source, cache, *encoders, f"--text {text}", *([options] if options else []))
+    encoders = [f"--image-encoder {image}"] if image else []
+    embedcache("extract", source, cache, *encoders, f"--text-encoder {text}", *([options] if options else []))
 
 
 def extract_toy(folder: Path) -> None:
@@ -124,14 +127,14 @@ def train(run: Path | str, options: str) -> str:
 def train_projector(run: Path, name: str) -> None:
     """Train one kind of projector for an epoch at most."""
     options = PROJECTORS[name]
-    sides = "" if "--image" in options else " --image open_toy/cls --text open_toy/mean"
+    sides = "" if "--image-feature" in options else " --image-feature open_toy/cls --text-feature open_toy/mean"
     width = "" if "--shared-width" in options else " --shared-width 8"
     train(run, f"{options}{sides}{width} --projector {name} --split key --batch-size 16 --threads 1")
 
 
 def select(out: Path | str, method: str) -> None:
     """Select samples of `cache` by a method of `SELECTIONS`."""
-    embedcache("curate", "select", "cache", out, f"--method {method}", SELECTIONS[method])
+    embedcache("curate", "select", "cache", out, f"--method {method.replace('centre', 'center')}", SELECTIONS[method])
 
 
 def build_index(index: str) -> str:
@@ -141,8 +144,7 @@ def build_index(index: str) -> str:
 
 def search(index: str, *options: str) -> list[dict[str, Any]]:
     """Search an index and return one object per query; hits of equal scores are sorted by row."""
-    lines = embedcache("curate", "search", index, *options, "--json").splitlines()
-    found: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    found: list[dict[str, Any]] = json.loads(embedcache("search", index, *options, "--json"))
     for query in found:
         query["hits"].sort(key=lambda hit: (-round(hit["score"], 4), hit["row"]))
     return found
@@ -150,20 +152,20 @@ def search(index: str, *options: str) -> list[dict[str, Any]]:
 
 def sweep(study: str, num_trials: int) -> dict[str, Any]:
     """Run a sweep up to a number of trials and return its report."""
-    embedcache("sweep", "cache", study, "space.toml", f"--trials {num_trials} {SWEEP}")
+    embedcache("sweep", "cache", "space.toml", study, f"--trials {num_trials} {SWEEP}")
     report: dict[str, Any] = read_json(Path(study) / "report.json")
     return report
 
 
 def deduplicate(kept: Path | str, figures: Path | str) -> None:
     """Write a selection of `cache` without near-duplicates."""
-    embedcache("curate", "dedup", "cache", kept, f"--cosine 0.995 --json {figures} --image open_toy/cls")
+    embedcache("curate", "dedup", "cache", kept, f"--cosine 0.995 --output {figures} --feature open_toy/cls")
 
 
 def find_leaks(clean: Path | str, figures: Path | str) -> None:
     """Write a selection of `cache` without the samples that are in `other`."""
-    features = "--image open_toy/cls --text open_toy/mean --image-cosine 0.995 --text-cosine 0.9"
-    embedcache("curate", "leaks", "cache", "other", f"--selection-out {clean} --json {figures} {features}")
+    features = "--image-feature open_toy/cls --text-feature open_toy/mean --image-cosine 0.995 --text-cosine 0.9"
+    embedcache("curate", "leaks", "cache", "other", clean, f"--output {figures} {features}")
 
 
 def measure(out: Path) -> Iterator[tuple[str, Any]]:
@@ -174,19 +176,19 @@ def measure(out: Path) -> Iterator[tuple[str, Any]]:
     """
     path = out / "figures.json"
     for part in ("test", "all"):
-        embedcache("evaluate", "retrieval", "cache", "run", f"--part {part} --json {path}")
+        embedcache("evaluate", "retrieval", "cache", "run", f"--part {part} --output {path}")
         yield f"retrieval {part}", read_json(path)
-    embedcache("evaluate", "zero-shot", "cache", "run", f"--prompts concepts --part all --json {path}")
+    embedcache("evaluate", "zero-shot", "cache", "run", f"--prompts concepts --part all --output {path}")
     yield "zero-shot", read_json(path)
     for name, thresholds in COVERAGES.items():
-        of_run = "--projected run --selection selection.parquet"
-        embedcache("curate", "coverage", "cache", "concepts", f"{of_run} {thresholds} --json {path}")
+        of_run = "--run run --selection selection.parquet"
+        embedcache("curate", "coverage", "cache", "concepts", f"{of_run} {thresholds} --output {path}")
         yield f"coverage, {name}", read_json(path)
     yield "search by text", search("index", *QUERIES, "-k", "5")
-    yield "search by key", search("index", "--key 00002", "-k", "5")
+    yield "search by key", search("index", "--query-key 00002", "-k", "5")
     yield "search in a selection", search("index", *QUERIES, "-k", "5", "--selection selection.parquet")
-    yield "search by label", search("index", "kite", "-k", "5", "--label apple")
-    yield "search on the disk", search("disk-index", "--key 00002", "-k", "5")
+    yield "search by label", search("index", "kite", "-k", "5", "--label-value apple")
+    yield "search on the disk", search("disk-index", "--query-key 00002", "-k", "5")
     deduplicate(out / "kept.parquet", path)
     yield "duplicates", read_json(path)
     find_leaks(out / "clean.parquet", path)

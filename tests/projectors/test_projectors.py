@@ -153,7 +153,7 @@ def test_dropout_is_that_of_the_pair() -> None:
 
 def config(projector: str) -> PairConfig:
     image, text = (Side(feature="f", spec="s", fingerprint={}, width=width) for width in (6, 5))
-    return PairConfig(projector=projector, shared_width=4, image=image, text=text, spine="", training={})
+    return PairConfig(projector=projector, shared_width=4, image=image, text=text, index_digest="", training={})
 
 
 def test_cost_is_counted_by_hand() -> None:

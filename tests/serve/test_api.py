@@ -1,4 +1,4 @@
-"""The API answers what `embedcache curate search` answers."""
+"""The API answers what `embedcache search` answers."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from embedcache.curate.coverage import CoverageSettings, measure_coverage
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
-from embedcache.progress import Silent
+from embedcache.progress import NullProgress
 from embedcache.search.filters import Filter
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
@@ -36,7 +36,7 @@ def ask(client: TestClient, **asked: Any) -> list[dict[str, Any]]:
 
 
 def start(**places: Any) -> Served:
-    return open_served(Places(**places), ServeSettings(), device="cpu", progress=Silent())
+    return open_served(Places(**places), ServeSettings(), device="cpu", progress=NullProgress())
 
 
 def as_found(place: Path, queries: Queries | list[str], **wishes: Any) -> list[dict[str, Any]]:
@@ -169,7 +169,7 @@ def test_coverage_is_what_the_command_measures(client: TestClient, place: Path) 
 
 def test_coverage_is_measured_at_the_start_as_from_a_file(place: Path, served: Served) -> None:
     settings = CoverageSettings(threshold=0.5, k=24)
-    assert compute_coverage(place / "concepts", served.index, Silent(), settings=settings) == served.coverage
+    assert compute_coverage(place / "concepts", served.index, NullProgress(), settings=settings) == served.coverage
     with pytest.raises(DataError, match="none of 80 images .* is above the threshold"):
         start(index=place / "index", concepts=str(place / "concepts"))
 

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 
 from embedcache.errors import PathError, SettingError
 from embedcache.extract.extract import extract
-from embedcache.progress import Silent
+from embedcache.progress import NullProgress
 from embedcache.provenance import read_json, write_json
 from embedcache.search.index import build_index
 from embedcache.serve.app import make_app
@@ -237,7 +237,7 @@ def tamper(cache: Path, *, path: str | None = None, source: dict[str, Any] | Non
 
 
 def open_hostile(place: Path, **settings: Any) -> Served:
-    return open_served(Places(index=place / "index"), ServeSettings(**settings), device="cpu", progress=Silent())
+    return open_served(Places(index=place / "index"), ServeSettings(**settings), device="cpu", progress=NullProgress())
 
 
 @pytest.mark.parametrize("kind", ["climbing", "absolute", "link", "link of a folder", "pipe", "device", "folder"])

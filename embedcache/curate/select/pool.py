@@ -15,7 +15,7 @@ import numpy as np
 from embedcache.arrays import Array, Floats, Ints, concatenated_ranges, normalize
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.faiss_index import spherical_kmeans
 from embedcache.search.vectors import Vectors
@@ -61,7 +61,7 @@ class Pool:
         self.run_path = run_path
         self._feature, self._joins_names = feature, joins_names
         self._concepts_path, self._target_path, self._within = concepts_path, target_path, within
-        self._progress = progress or Silent()
+        self._progress = progress or NullProgress()
 
     @cached_property
     def vectors(self) -> Vectors:

@@ -10,7 +10,7 @@ from PIL import Image
 from embedcache.arrays import Floats, normalize
 from embedcache.curate.dedup import DedupSettings, check_asked, dedup, look, one_modality
 from embedcache.curate.keep import find_contents
-from embedcache.dataset.inputs import open_side
+from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
@@ -139,7 +139,7 @@ def test_texts_and_projected_images_are_compared_too(cache_path: Path, copied: P
 
 
 def test_an_item_that_failed_is_in_no_group(copied: Path) -> None:
-    contents = find_contents(Cache(copied), open_side(Cache(copied), "image"))
+    contents = find_contents(Cache(copied), open_input(Cache(copied), "image"))
     assert 30 not in contents.item_rows
     assert len(contents.item_rows) == NUM - 1
     assert contents.num_copies == 3
@@ -190,7 +190,7 @@ def test_what_cannot_be_meant_is_refused(copied: Path, tmp_path: Path) -> None:
         check_asked(None, 0.9, only_copies=False)
     with pytest.raises(SettingError, match="go together: give --cosine or --copies"):
         check_asked(tmp_path / "x.parquet", None, only_copies=False)
-    with pytest.raises(SettingError, match="--image and --text"):
+    with pytest.raises(SettingError, match="--image-feature and --text-feature"):
         one_modality("a", "b")
 
 

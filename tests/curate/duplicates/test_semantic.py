@@ -31,7 +31,9 @@ def made_vectors(count: int, seed: int, *, width: int = 16, noise: float = 0.08)
 def write_vectors(path: Path, vectors_NP: Floats, *, chunk_size: int = 64) -> Vectors:
     """A cache of vectors, float32, without a source."""
     count, width = vectors_NP.shape
-    info = CacheInfo(chunk_size=chunk_size, source={}, spine="made", num_samples=count, num_items={"image": count})
+    info = CacheInfo(
+        chunk_size=chunk_size, source={}, index_digest="made", num_samples=count, num_items={"image": count}
+    )
     path.mkdir(parents=True)
     write_info(path, info)
     group = create_group(path, "image", "made", info, spec="made:m", fingerprint={"family": "made"})

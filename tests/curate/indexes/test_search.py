@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs, normalize
-from embedcache.dataset.inputs import open_side
+from embedcache.dataset.inputs import open_input
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
@@ -50,8 +50,8 @@ def test_a_run_on_tokens_is_indexed_and_asked(cache_path: Path, tmp_path: Path) 
     pair, _ = load_pair(tmp_path / "run")
     queries = cache.items("text")["text"].to_pylist()[:2]
     rows = np.arange(300)
-    images = project(pair.image, open_side(cache, "image", "open_toy/patches").read(rows))
-    asked = project(pair.text, open_side(cache, "text", "open_toy/tokens").read(rows[:2]))
+    images = project(pair.image, open_input(cache, "image", "open_toy/patches").read(rows))
+    asked = project(pair.text, open_input(cache, "text", "open_toy/tokens").read(rows[:2]))
     for query, hits in zip(asked, search(tmp_path / "index", queries, k=3), strict=True):
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(images @ query)[::-1][:3], atol=2e-3)
 
@@ -97,7 +97,7 @@ def test_an_index_of_another_run_is_refused(cache_path: Path, index_path: Path, 
 def test_a_plain_image_index_takes_no_text(cache_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "index", feature="open_toy/cls")
     with pytest.raises(
-        DataError, match="plain image feature open_toy/cls, which no text can be compared with.*--projected RUN"
+        DataError, match="plain image feature open_toy/cls, which no text can be compared with.*--run RUN"
     ):
         search(tmp_path / "index", ["red"])
 
@@ -198,7 +198,7 @@ def test_a_plain_index_of_texts_takes_concepts_of_its_encoder_only(
     (hits,) = search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=concepts), k=1)
     assert hits[0].captions == ["blue bar top on white"]
     extract(open_source(f"prompts:{concepts.parent / 'concepts.json'}"), tmp_path / "other", text=[f"{TEXT},scale=2"])
-    with pytest.raises(FingerprintError, match="extract the concepts with the pool's encoder: --text tests.toy"):
+    with pytest.raises(FingerprintError, match="with the pool's encoder: --text-encoder tests.toy"):
         search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=tmp_path / "other"))
 
 

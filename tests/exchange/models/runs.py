@@ -35,7 +35,7 @@ def make_run(
         pair.log_scale.fill_(2.5)
     split_path(path).write_bytes(b"a split")
     training = {"loss": {"name": "multi_positive"}, "optimizer": {"epochs": 3}, "split": {"kind": "key"}, "seed": 0}
-    config = PairConfig(projector=projector, shared_width=width, spine="rows", training=training, **sides)
+    config = PairConfig(projector=projector, shared_width=width, index_digest="rows", training=training, **sides)
     save_pair(path, pair, config)
     return path
 
