@@ -65,8 +65,9 @@ def index(
 
     Example: embedcache curate index cache/ index/ --run run/ --memory 4GB
     """
-    from embedcache.cli.console import open_progress, print_line, publish, read_size, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
     from embedcache.search.index import build_index
+    from embedcache.units import parse_size
 
     with resumable():
         card = build_index(
@@ -76,7 +77,7 @@ def index(
             feature=feature,
             modality=modality,
             factory=factory,
-            memory_bytes=None if memory is None else read_size(memory),
+            memory_bytes=None if memory is None else parse_size(memory),
             leaves_on_disk=on_disk,
             min_recall=min_recall,
             progress=open_progress(),
@@ -255,25 +256,18 @@ def select(
 
     Example: embedcache curate select cache/ selection.parquet --method clip-score --run run/ --budget 25%
     """
-    from embedcache.cli.console import (
-        open_progress,
-        print_line,
-        publish,
-        read_count,
-        read_counts,
-        resumable,
-        to_plain,
-    )
+    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
     from embedcache.curate.select.select import SelectSettings
     from embedcache.curate.select.select import select as run_select
+    from embedcache.units import parse_count_or_fraction, parse_counts
 
-    count, fraction = read_count(budget)
+    amount = None if budget is None else parse_count_or_fraction(budget)
     settings = SelectSettings(
-        budget=count,
+        budget=amount if isinstance(amount, int) else None,
         per_concept=per_concept,
         threshold=threshold,
         head=head,
-        clusters=read_counts(clusters),
+        clusters=None if clusters is None else parse_counts(clusters),
         drawn=drawn,
         seed=seed,
     )
@@ -283,7 +277,7 @@ def select(
             out,
             method,
             settings=settings,
-            share=fraction,
+            share=amount if isinstance(amount, float) else None,
             modality=modality,
             feature=feature,
             run_path=run,
@@ -313,9 +307,9 @@ def combine(
     Example: embedcache curate combine cache/ first.parquet and second.parquet both.parquet
     """
     from embedcache.cli.console import print_line
-    from embedcache.curate.select.combine import combine as run_combine
+    from embedcache.curate.select.combine import combine_selections
 
-    print_line(f"{out}: {run_combine(cache, out, first, operation, second):,} samples")
+    print_line(f"{out}: {combine_selections(cache, out, first, operation, second):,} samples")
 
 
 def sample(
@@ -330,9 +324,9 @@ def sample(
     Example: embedcache curate sample cache/ selection.parquet 1000 some.parquet
     """
     from embedcache.cli.console import print_line
-    from embedcache.curate.select.combine import draw_some
+    from embedcache.curate.select.combine import sample_selection
 
-    print_line(f"{out}: {draw_some(cache, out, selection, size, seed=seed):,} samples")
+    print_line(f"{out}: {sample_selection(cache, out, selection, size, seed=seed):,} samples")
 
 
 def export(
@@ -434,22 +428,22 @@ def dedup(
     stage.check_asked(out, cosine, only_copies=copies)
     publish_report = partial(publish, as_json=as_json, output=output, html=html)
     if out is None:
-        compared = stage.look(cache, settings, progress=open_progress())
+        analysis = stage.analyze(cache, settings, progress=open_progress())
 
         def show_levels() -> None:
-            for line in (how_compared(compared), *bars(compared)):
+            for line in (how_compared(analysis), *bars(analysis)):
                 print_line(line)
-            print_table(*level_rows(compared))
+            print_table(*level_rows(analysis))
             print_line("choose a cosine, then: embedcache curate dedup CACHE OUT.parquet --cosine …")
 
         publish_report(
-            show_levels, lambda: look_json(compared), write_page=lambda path: write_look(path, compared=compared)
+            show_levels, lambda: look_json(analysis), write_page=lambda path: write_look(path, analysis=analysis)
         )
         return
     done = stage.dedup(cache, out, cosine=cosine, settings=settings, progress=open_progress())
 
     def show() -> None:
-        print_line(how_compared(done.compared))
+        print_line(how_compared(done.analysis))
         print_line(dedup_line(done))
 
     publish_report(show, done.to_json, write_page=lambda path: write_dedup(path, done=done))
@@ -491,7 +485,7 @@ def leaks(
     Example: embedcache curate leaks train/ test/ clean.parquet --html leaks.html
     """
     from embedcache.cli.console import open_progress, print_line, print_table, publish
-    from embedcache.curate.leaks import find_leaks, write_clean
+    from embedcache.curate.leaks import find_leaks, write_clean_selection
     from embedcache.reports.leaks import leak_rows, line, notes, pair_rows, worst_pairs, write_leaks
 
     found = find_leaks(
@@ -502,7 +496,7 @@ def leaks(
         progress=open_progress(),
     )
     if out is not None:
-        write_clean(out, found)
+        write_clean_selection(out, found)
 
     def show() -> None:
         for text in (line(found), *notes(found)):

@@ -110,7 +110,7 @@ def extract(
     Example: embedcache extract photos/ cache/ --image-encoder timm:resnet18 --text-encoder st:all-MiniLM-L6-v2
     """
     from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
-    from embedcache.encoders.base import EncoderSettings
+    from embedcache.encoders.settings import EncoderSettings
     from embedcache.extract import extract as stage
     from embedcache.extract import plan as planning
     from embedcache.extract import repair as retry
@@ -140,7 +140,7 @@ def extract(
         engine=engine,
         address=address,
         num_actors=actors,
-        encoder=EncoderSettings(precision=precision, backend=backend, batch_size=batch_size, compiles=compile_),
+        encoder=EncoderSettings(precision=precision, backend=backend, batch_size=batch_size, compile=compile_),
     )
     encoders: dict[str, Any] = {"image": image_encoder or (), "text": text_encoder or ()}
     progress = open_progress()

@@ -269,7 +269,8 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 def _option(item: FlatSetting, panel: str | None) -> inspect.Parameter:
     """Return the parameter of one setting, as typer reads it."""
-    declared, kind = item.declared, _plain_type(item.type)
+    declared = item.declared
+    kind = _plain_type(item.type) if declared.parse is None else str
     choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     metavar, help = declared.metavar, declared.help
     if kind is bool:
@@ -315,7 +316,7 @@ def _plain_type(kind: Any) -> Any:
 
 def _setting_value(item: FlatSetting, value: Any) -> Any:
     """Return an option's value as the setting holds it: elements of a list may be separated by commas."""
-    kind = _plain_type(item.type)
+    kind = _plain_type(item.type) if item.declared.parse is None else str
     if kind is bool and item.default is True:
         return not value
     if get_origin(kind) is not tuple:

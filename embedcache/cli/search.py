@@ -21,7 +21,7 @@ from embedcache.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from embedcache.search.filters import Hit
+    from embedcache.search.search import Hit
 
 
 def search(

@@ -47,17 +47,18 @@ def serve(
     """
     from contextlib import suppress
 
-    from embedcache.cli.console import open_progress, print_line, read_size
+    from embedcache.cli.console import open_progress, print_line
     from embedcache.serve.served import Places
     from embedcache.serve.server import serve as run_server
     from embedcache.serve.settings import ServeSettings
+    from embedcache.units import parse_size
 
     settings = ServeSettings(
         host=host,
         port=port,
         token=token,
         names=tuple(name or ()),
-        max_upload_bytes=read_size(max_upload),
+        max_upload_bytes=parse_size(max_upload),
         max_pixels=max_pixels,
         timeout_s=timeout,
         trusts_cache=trust_cache,

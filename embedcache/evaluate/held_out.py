@@ -90,7 +90,7 @@ def split_of(run: Run, cache: Cache) -> Split:
         CorruptError: it is not the split that the run was trained on.
     """
     path = split_path(run.path)
-    if not path.is_file() or digest_file(path) != run.config.split:
+    if not path.is_file() or digest_file(path) != run.config.split_digest:
         raise CorruptError(
             f"{path} is missing or not the split that the run was trained on; train again into a new folder"
         )

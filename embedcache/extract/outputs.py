@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedcache.arrays import Array
-from embedcache.encoders.base import Encoder, EncoderSettings
+from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import EncoderSpec, open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.views import View, open_view
 from embedcache.files import Leases
 from embedcache.processes import num_cores

@@ -16,9 +16,8 @@ from embedcache.provenance import peak_memory_bytes, write_json
 from embedcache.quickstart.openmoji import CREDIT
 from embedcache.reports.quickstart import PageContent, Stage, write_report
 from embedcache.reports.retrieval import retrieval_json
-from embedcache.search.filters import Hit
 from embedcache.search.index import build_index
-from embedcache.search.search import search
+from embedcache.search.search import Hit, search
 from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings

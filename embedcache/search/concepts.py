@@ -90,7 +90,7 @@ def open_concepts(
         "feature": side.side.name,
         "fingerprint": dict(side.side.fingerprint),
         "run": None if side.run_path is None else str(side.run_path),
-        "run_weights": None if side.config is None else side.config.weights,
+        "run_weights": None if side.config is None else side.config.weights_digest,
         "of": "prompts" if has_prompts(cache) else "examples",
     }
     if not has_prompts(cache):

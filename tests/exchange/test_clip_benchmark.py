@@ -56,7 +56,7 @@ def runs(exact_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def cached_vectors(cache_path: Path, run_path: Path, modality: str) -> np.ndarray:
     """Project the features of a cache, in row order."""
     pair, config = load_pair(run_path)
-    side = open_input(Cache(cache_path), modality, config.side(modality).feature)
+    side = open_input(Cache(cache_path), modality, config.tower_input(modality).feature)
     return project(pair.tower(modality), side.read(np.arange(side.num_items)))
 
 

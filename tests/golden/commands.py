@@ -133,8 +133,9 @@ def train_projector(run: Path, name: str) -> None:
 
 
 def select(out: Path | str, method: str) -> None:
-    """Select samples of `cache` by a method of `SELECTIONS`."""
-    embedcache("curate", "select", "cache", out, f"--method {method.replace('centre', 'center')}", SELECTIONS[method])
+    """Select samples of `cache` by a method of `SELECTIONS`; the golden figures still spell one of them `k-centre`."""
+    name = method.replace("centre", "center")
+    embedcache("curate", "select", "cache", out, f"--method {name}", SELECTIONS[method])
 
 
 def build_index(index: str) -> str:

@@ -5,7 +5,7 @@ import pytest
 
 from embedcache.errors import ItemError, MissingExtraError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
-from tests.sources.contract import SourceContract
+from embedcache.testing.sources import SourceContract
 from tests.sources.files import write
 
 NAMES = "T-shirt/top\nTrouser\nankle boot\n"
