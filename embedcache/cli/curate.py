@@ -136,7 +136,7 @@ def coverage(
     """
     from embedcache.cli.console import open_progress, publish
     from embedcache.curate.coverage import CoverageSettings, measure_coverage
-    from embedcache.reports.coverage import coverage_json, write_coverage
+    from embedcache.reports.coverage import coverage_json, write_coverage_page
 
     if modality == "both" and (feature or index):
         raise SettingError("--modality both: expected neither --feature nor --index, which are of one modality")
@@ -174,32 +174,32 @@ def coverage(
         as_json=as_json,
         output=output,
         html=html,
-        write_page=lambda path: write_coverage(path, *reports),
+        write_page=lambda path: write_coverage_page(path, *reports),
     )
 
 
 def _show_coverage(report: "CoverageReport") -> None:
     from embedcache.cli.console import print_line, print_table
-    from embedcache.reports.coverage import concept_rows, largest_first, overlap_rows, summary_rows
+    from embedcache.reports.coverage import concept_table, largest_first, overlap_table, summary_table
 
     print_line(report.line())
     for warning in report.warnings():
         print_line(warning)
-    print_table(*summary_rows(report))
+    print_table(*summary_table(report))
     order = largest_first(report.whole.counts)
-    print_table(*concept_rows(report, order[:10]), title="largest concepts")
+    print_table(*concept_table(report, order[:10]), title="largest concepts")
     if len(order) > 10:
-        print_table(*concept_rows(report, order[10:][-10:]), title="smallest concepts")
+        print_table(*concept_table(report, order[10:][-10:]), title="smallest concepts")
     if report.overlaps:
-        print_table(*overlap_rows(report, most=5), title="concepts that share items")
+        print_table(*overlap_table(report, num_rows=5), title="concepts that share items")
 
 
 def _show_difference(images: "CoverageReport", texts: "CoverageReport") -> None:
     from embedcache.cli.console import print_line, print_table
-    from embedcache.reports.coverage import side_line, side_rows
+    from embedcache.reports.coverage import modality_line, modality_table
 
-    print_line(side_line(images, texts))
-    print_table(*side_rows(images, texts, most=10), title="concepts where images and captions differ most")
+    print_line(modality_line(images, texts))
+    print_table(*modality_table(images, texts, num_rows=10), title="concepts where images and captions differ most")
 
 
 def select(
@@ -412,7 +412,15 @@ def dedup(
     """
     from embedcache.cli.console import open_progress, print_line, print_table, publish
     from embedcache.curate import dedup as stage
-    from embedcache.reports.dedup import bars, dedup_line, how_compared, level_rows, look_json, write_dedup, write_look
+    from embedcache.reports.dedup import (
+        comparison_line,
+        dedup_line,
+        histogram_lines,
+        threshold_json,
+        threshold_table,
+        write_dedup_page,
+        write_threshold_page,
+    )
 
     settings = stage.DedupSettings(
         modality=modality,
@@ -431,22 +439,24 @@ def dedup(
         analysis = stage.analyze(cache, settings, progress=open_progress())
 
         def show_levels() -> None:
-            for line in (how_compared(analysis), *bars(analysis)):
+            for line in (comparison_line(analysis), *histogram_lines(analysis)):
                 print_line(line)
-            print_table(*level_rows(analysis))
+            print_table(*threshold_table(analysis))
             print_line("choose a cosine, then: embedcache curate dedup CACHE OUT.parquet --cosine …")
 
         publish_report(
-            show_levels, lambda: look_json(analysis), write_page=lambda path: write_look(path, analysis=analysis)
+            show_levels,
+            lambda: threshold_json(analysis),
+            write_page=lambda path: write_threshold_page(path, analysis=analysis),
         )
         return
     done = stage.dedup(cache, out, cosine=cosine, settings=settings, progress=open_progress())
 
     def show() -> None:
-        print_line(how_compared(done.analysis))
+        print_line(comparison_line(done.analysis))
         print_line(dedup_line(done))
 
-    publish_report(show, done.to_json, write_page=lambda path: write_dedup(path, done=done))
+    publish_report(show, done.to_json, write_page=lambda path: write_dedup_page(path, result=done))
 
 
 def leaks(
@@ -486,7 +496,14 @@ def leaks(
     """
     from embedcache.cli.console import open_progress, print_line, print_table, publish
     from embedcache.curate.leaks import find_leaks, write_clean_selection
-    from embedcache.reports.leaks import leak_rows, line, notes, pair_rows, worst_pairs, write_leaks
+    from embedcache.reports.leaks import (
+        closest_pairs,
+        leak_line,
+        leak_notes,
+        leak_table,
+        leaked_pair_table,
+        write_leak_page,
+    )
 
     found = find_leaks(
         train,
@@ -499,11 +516,11 @@ def leaks(
         write_clean_selection(out, found)
 
     def show() -> None:
-        for text in (line(found), *notes(found)):
+        for text in (leak_line(found), *leak_notes(found)):
             print_line(text)
-        print_table(*leak_rows(found))
+        print_table(*leak_table(found))
         for leak in filter(lambda leak: leak.is_leaked.any(), found.leaks):
-            print_table(*pair_rows(worst_pairs(found, leak, 10)), title=f"{leak.modality}s that leak most")
+            print_table(*leaked_pair_table(closest_pairs(found, leak, 10)), title=f"{leak.modality}s that leak most")
         if out is not None:
             print_line(f"wrote {out}: {len(found.clean().rows):,} of {found.train.info.num_samples:,} samples stay")
 
@@ -513,7 +530,7 @@ def leaks(
         as_json=as_json,
         output=output,
         html=html,
-        write_page=lambda path: write_leaks(path, found),
+        write_page=lambda path: write_leak_page(path, found),
     )
 
 

@@ -73,7 +73,7 @@ def retrieval(
     from embedcache.evaluate.retrieval import evaluate_retrieval, rank
     from embedcache.evaluate.runs import load_runs, named_recipes
     from embedcache.reports.results import retrieval_result
-    from embedcache.reports.retrieval import order_rows, retrieval_rows, write_retrieval
+    from embedcache.reports.retrieval import rank_table, retrieval_table, write_retrieval_page
     from embedcache.store.cache import Cache
 
     reports, results = {}, {}
@@ -93,13 +93,13 @@ def retrieval(
 
     def show() -> None:
         _show_lines(reports)
-        print_table(*retrieval_rows(reports))
-        print_table(*order_rows(reports))
+        print_table(*retrieval_table(reports))
+        print_table(*rank_table(reports))
 
     def write_page(path: Path) -> None:
         opened = Cache(cache)
         ranking = rank(opened, load_runs(run[:1])[0], part=part, language=language[0] if language else None)
-        write_retrieval(path, opened, reports, ranking)
+        write_retrieval_page(path, opened, reports, ranking)
 
     _publish_results(show, results, as_json=as_json, output=output, html=html, write_page=write_page)
 
@@ -128,7 +128,7 @@ def zero_shot(
     from embedcache.evaluate.runs import load_runs, named_recipes
     from embedcache.evaluate.zero_shot import classify, evaluate_zero_shot
     from embedcache.reports.results import zero_shot_result
-    from embedcache.reports.zero_shot import write_zero_shot, zero_shot_rows
+    from embedcache.reports.zero_shot import write_zero_shot_page, zero_shot_table
     from embedcache.store.cache import Cache
 
     reports, results = {}, {}
@@ -147,12 +147,12 @@ def zero_shot(
 
     def show() -> None:
         _show_lines(reports)
-        print_table(*zero_shot_rows(reports))
+        print_table(*zero_shot_table(reports))
 
     def write_page(path: Path) -> None:
         opened = Cache(cache)
         shown = classify(opened, load_runs(run[:1])[0], Cache(prompts), label=label, part=part)
-        write_zero_shot(path, opened, reports, shown)
+        write_zero_shot_page(path, opened, reports, shown)
 
     _publish_results(show, results, as_json=as_json, output=output, html=html, write_page=write_page)
 
@@ -226,7 +226,7 @@ def probe(
     from embedcache.cli.console import open_progress, print_line, print_table, publish
     from embedcache.evaluate.classifiers import METHODS
     from embedcache.evaluate.probe import ProbeSettings, evaluate_probe
-    from embedcache.reports.probe import few_shot_rows, probe_json, score_rows, write_probe
+    from embedcache.reports.probe import few_shot_table, probe_json, probe_table, write_probe_page
 
     settings = ProbeSettings(
         methods=tuple(method or METHODS.paths),
@@ -249,9 +249,9 @@ def probe(
     def show() -> None:
         for line in (report.line(), *report.warnings()):
             print_line(line)
-        print_table(*score_rows(report))
+        print_table(*probe_table(report))
         if report.few_shots:
-            print_table(*few_shot_rows(report))
+            print_table(*few_shot_table(report))
 
     publish(
         show,
@@ -259,7 +259,7 @@ def probe(
         as_json=as_json,
         output=output,
         html=html,
-        write_page=lambda path: write_probe(path, report),
+        write_page=lambda path: write_probe_page(path, report),
     )
 
 
@@ -316,7 +316,7 @@ def pairs(
     """
     from embedcache.cli.console import open_progress, print_line, print_table, publish
     from embedcache.evaluate.encoder_pairs import evaluate_pairs
-    from embedcache.reports.encoder_pairs import pairs_json, pairs_rows, write_pairs
+    from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table, write_encoder_pairs_page
 
     settings = SplitSettings(
         kind=split, val_fraction=val_fraction, image_cosine=image_cosine, text_cosine=text_cosine, seed=seed
@@ -335,15 +335,15 @@ def pairs(
 
     def show() -> None:
         print_line(report.line())
-        print_table(*pairs_rows(report))
+        print_table(*encoder_pairs_table(report))
 
     publish(
         show,
-        lambda: {"pairs": pairs_json(report)},
+        lambda: {"pairs": encoder_pairs_json(report)},
         as_json=as_json,
         output=output,
         html=html,
-        write_page=lambda path: write_pairs(path, report),
+        write_page=lambda path: write_encoder_pairs_page(path, report),
     )
 
 

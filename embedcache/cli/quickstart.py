@@ -24,14 +24,14 @@ def quickstart(
     from embedcache.cli.console import open_progress, print_line, print_table, publish, resumable
     from embedcache.provenance import read_json
     from embedcache.quickstart.quickstart import quickstart as run
-    from embedcache.reports.retrieval import retrieval_rows
+    from embedcache.reports.retrieval import retrieval_table
 
     with resumable():
         report = run(folder, progress=open_progress())
 
     def show() -> None:
         title = "Held-out retrieval, strict split, mean of 3 seeds [95 % interval]"
-        print_table(*retrieval_rows(report.reports), title=title)
+        print_table(*retrieval_table(report.reports), title=title)
         print_line(f"figures: {report.metrics_path}")
         print_line(f"open {report.page_path} in a browser")
 
