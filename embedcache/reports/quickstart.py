@@ -15,7 +15,7 @@ from embedcache.evaluate.runs import load_runs
 from embedcache.reports.base import COLOURS, INK, label, svg, write_page
 from embedcache.reports.plots import recall_bars
 from embedcache.reports.retrieval import query_sections, retrieval_rows
-from embedcache.reports.thumbnails import Pictures
+from embedcache.reports.thumbnails import Pictures, credit
 from embedcache.search.filters import Hit
 from embedcache.store.cache import Cache
 
@@ -47,7 +47,7 @@ class PageContent:
         run_paths: the trained runs; the gallery shows the first.
         hits: query -> what the index found.
         peak_memory_bytes: of the whole process.
-        credit: whose pictures these are.
+
     """
 
     stages: Sequence[Stage]
@@ -55,7 +55,6 @@ class PageContent:
     run_paths: Sequence[Path]
     hits: Mapping[str, Sequence[Hit]]
     peak_memory_bytes: int
-    credit: str
 
 
 def write_report(path: Path, cache: Cache, content: PageContent) -> None:
@@ -68,6 +67,7 @@ def write_report(path: Path, cache: Cache, content: PageContent) -> None:
         path,
         "quickstart.html.j2",
         content=content,
+        credit=credit(cache),
         total_seconds=sum(stage.seconds for stage in content.stages),
         trained=trained,
         columns=columns,

@@ -7,19 +7,18 @@ import base64
 import io
 
 from embedcache.errors import EmbedcacheError
-from embedcache.quickstart.openmoji import CREDIT
 from embedcache.reports.base import Shown
 from embedcache.sources.base import ImageItem
 from embedcache.sources.images import decode_image
-from embedcache.sources.open import reopen_source
+from embedcache.sources.open import reopen_source, source_credit
 from embedcache.store.cache import Cache
 
 _SIZE_PX = 88
 
 
 def credit(cache: Cache) -> str:
-    """Say whose the pictures are, where whatever shows them must."""
-    return CREDIT if cache.info.source["type"] == "openmoji" else ""
+    """Return the attribution that pages showing the cache's images must carry, or an empty text."""
+    return source_credit(cache.info.source)
 
 
 class Pictures:
