@@ -10,8 +10,9 @@ from functools import cached_property
 import numpy as np
 
 from embedcache.arrays import Array, Floats
-from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
+from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
 from embedcache.encoders.open import EncoderSpec, check_options
+from embedcache.encoders.settings import EncoderSettings
 
 WIDTH = 768
 _CLUSTERS = 2000

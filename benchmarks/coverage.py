@@ -18,7 +18,7 @@ from benchmarks.measured import run_embedcache
 from benchmarks.table import median_rates
 from embedcache.arrays import Floats, normalize
 from embedcache.cli.console import say, show_table
-from embedcache.curate.counting import SAMPLE, Counting, look_at
+from embedcache.curate.counting import SAMPLE, CoverageCounter, estimate_background
 from embedcache.metrics.neighbors import nearest
 from embedcache.search.concepts import open_concepts
 from embedcache.search.vectors import Vectors, run_pass
@@ -102,9 +102,9 @@ def _torch_product(num_rows: int, directions: Floats, cpu: list[float]) -> float
 def _pass(folder: Path, num_rows: int, cpu: list[float]) -> float:
     pool = Vectors(folder / "pool", "text")
     concepts = open_concepts(Cache(folder / "concepts"), pool)
-    background = look_at(concepts.vectors, pool.sample(SAMPLE), K)
+    background = estimate_background(concepts.vectors, pool.sample(SAMPLE), K)
     near, _ = nearest(concepts.vectors, concepts.vectors, 8)
-    work = Counting(
+    work = CoverageCounter(
         concepts.vectors,
         thresholds_C=background.thresholds(4),
         floors_C=background.floors,

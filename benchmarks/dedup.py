@@ -20,7 +20,7 @@ from sklearn.neighbors import NearestNeighbors
 from benchmarks.measured import run_embedcache
 from embedcache.arrays import Array, Ints, normalize
 from embedcache.cli.console import say, show_table
-from embedcache.curate.near_duplicates import Near, find_near
+from embedcache.curate.near_duplicates import NearDuplicates, find_near_duplicates
 from embedcache.search.vectors import Vectors
 from embedcache.sources.base import ImageItem, Sample
 from embedcache.store.group import add_feature, create_group
@@ -104,7 +104,7 @@ def _compare(folder: Path, count: int) -> None:
     found: dict[str, set[tuple[int, int]]] = {}
 
     def ours(*, all_pairs: bool) -> set[tuple[int, int]]:
-        near: Near = find_near(vectors, rows, [LIMIT], all_pairs=all_pairs, scratch=folder)
+        near: NearDuplicates = find_near_duplicates(vectors, rows, [LIMIT], all_pairs=all_pairs, scratch=folder)
         return set(zip(near.links.left.tolist(), near.links.right.tolist(), strict=True))
 
     def flat() -> set[tuple[int, int]]:

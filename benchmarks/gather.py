@@ -55,7 +55,7 @@ def _rows(rng: np.random.Generator, block: int) -> np.ndarray:
 
 def _write(path: Path, values: np.ndarray) -> Feature:
     fingerprint = {"family": "random"}
-    info = CacheInfo(chunk_size=2048, source={}, spine="", num_samples=ROWS, num_items={"image": ROWS})
+    info = CacheInfo(chunk_size=2048, source={}, index_digest="", num_samples=ROWS, num_items={"image": ROWS})
     group = create_group(path, "image", "random", info, spec="random:r", fingerprint=fingerprint)
     add_feature(group, "f", (WIDTH,), "float16")
     for chunk in range(info.num_chunks("image")):

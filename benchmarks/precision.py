@@ -16,8 +16,9 @@ from benchmarks.rates import encode_rate, prepare
 from benchmarks.table import median_rates, show
 from embedcache.arrays import Array
 from embedcache.cli.console import say
-from embedcache.encoders.base import Encoder, EncoderSettings, Modality
+from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.sources import open_source
 
 _ANY_DRIFT = 2.0

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.clusters import Clusters
 from embedcache.arrays import Floats, Ints, normalize
-from embedcache.cli.console import read_size, say, show_table
+from embedcache.cli.console import say, show_table
 from embedcache.extract.extract import extract
 from embedcache.provenance import peak_memory_bytes
 from embedcache.search.faiss_index import exact_search, read_index
@@ -30,6 +30,7 @@ from embedcache.search.index import build_index, read_card
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.units import parse_size
 
 VARIABLE = "EMBEDCACHE_BENCH_VECTORS"
 PEER_VARIABLE = "EMBEDCACHE_BENCH_AUTOFAISS"
@@ -110,7 +111,7 @@ def _ours(folder: Path, cache_path: Path, budget: str) -> Asked:
 
 def _build(cache_path: Path, index_path: Path, budget: str) -> tuple[float, int]:
     started = time.perf_counter()
-    build_index(cache_path, index_path, modality="text", memory_bytes=read_size(budget))
+    build_index(cache_path, index_path, modality="text", memory_bytes=parse_size(budget))
     return time.perf_counter() - started, peak_memory_bytes()
 
 

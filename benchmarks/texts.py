@@ -18,7 +18,7 @@ from benchmarks.data import write_captions
 from benchmarks.rates import extract_rate
 from benchmarks.table import median_rates, show
 from embedcache.cli.console import say
-from embedcache.encoders.base import EncoderSettings
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import Source, open_source

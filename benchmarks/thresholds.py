@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from embedcache.arrays import Array, Floats, mean_directions
 from embedcache.cli.console import show_table
-from embedcache.curate.counting import SAMPLE, look_at
+from embedcache.curate.counting import SAMPLE, estimate_background
 from embedcache.extract.extract import extract
 from embedcache.search.concepts import MOST_EXAMPLES, open_concepts
 from embedcache.search.vectors import Vectors
@@ -65,7 +65,7 @@ def _labels(pool: Vectors, groups: list[str]) -> Array:
 
 
 def _rows(title: str, concepts_CP: Floats, vectors_NP: Floats, labels_N: Array) -> list[list[str]]:
-    background = look_at(concepts_CP, vectors_NP[:SAMPLE], 10)
+    background = estimate_background(concepts_CP, vectors_NP[:SAMPLE], 10)
     sims = vectors_NP @ concepts_CP.T
     is_of = labels_N[:, None] == np.arange(len(concepts_CP))
     rows = []

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from embedcache.curate.select.select import SelectSettings
     from embedcache.curate.select.select import select as select_samples
     from embedcache.dataset.settings import SplitSettings
-    from embedcache.encoders.base import EncoderSettings
+    from embedcache.encoders.settings import EncoderSettings
     from embedcache.errors import EmbedcacheError
     from embedcache.evaluate.retrieval import evaluate_retrieval
     from embedcache.evaluate.zero_shot import evaluate_zero_shot
@@ -42,7 +42,7 @@ _HOMES = {
     "CoverageSettings": "embedcache.curate.coverage:CoverageSettings",
     "DedupSettings": "embedcache.curate.dedup:DedupSettings",
     "EmbedcacheError": "embedcache.errors:EmbedcacheError",
-    "EncoderSettings": "embedcache.encoders.base:EncoderSettings",
+    "EncoderSettings": "embedcache.encoders.settings:EncoderSettings",
     "ExtractSettings": "embedcache.extract.settings:ExtractSettings",
     "Filter": "embedcache.search.filters:Filter",
     "LossSettings": "embedcache.train.settings:LossSettings",

@@ -1,10 +1,19 @@
 """Small array helpers. NumPy only.
 
-The shape letters used everywhere in this package:
+Shape letters: a suffix such as `vectors_BP` names the axes of an array, in order. Every letter that the package uses:
 
-    N  rows of a feature          D  width of a feature       T  tokens of an item
-    B  rows of a batch            P  width of the shared space
-    Q  queries                    C  candidates               K  neighbors or ranks kept
+    A  matches above a threshold                     N  items: rows of a feature
+    B  rows of a batch or block                      P  width of the shared space
+    C  candidates: items, classes or concepts        Q  queries
+    D  width of a stored feature                     R  runs, resamples or settings
+    E  width of a second feature; related pairs      S  samples
+    F  distinct values                               T  tokens or texts; rows of a tile
+    G  groups or left-out blocks                     U  columns of a tile
+    H  height, rows of a grid, bars of a histogram   V  values of one setting
+    I  images                                        W  width of an image, columns of a grid
+    J  neighbors of a concept                        X  candidates gathered so far
+    K  neighbors, ranks or clusters                  L  levels of a hierarchy
+    M  pairs of rows; values under a statistic
 """
 
 from collections.abc import Iterator

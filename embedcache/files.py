@@ -339,7 +339,7 @@ def _close_shared(path: Path) -> None:
             os.close(_SHARED.pop(path))
 
 
-class Claims:
+class Leases:
     """Which of a folder's numbered pieces of work this process has taken. A killed process has taken nothing.
 
     They are record locks on one file, so they hold between the processes of a machine and, where the file system

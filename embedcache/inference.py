@@ -14,11 +14,11 @@ from embedcache.arrays import Array, Floats, blocks
 from embedcache.dataset.inputs import inputs_of
 from embedcache.encoders.backends import torch_device
 from embedcache.encoders.base import Encoder, Modality
-from embedcache.encoders.open import feature_names, open_again
+from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, ItemError, PathError
 from embedcache.extract.views import open_view
 from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.projectors.saved import PairConfig, Side, load_pair, project
+from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project
 from embedcache.provenance import check_same
 from embedcache.sources.images import decode_image, rgb_image
 
@@ -125,18 +125,18 @@ class Model:
         return similarities_NM
 
     @cached_property
-    def _image_side(self) -> "OpenSide":
+    def _image_side(self) -> "ProjectedEncoder":
         """The image encoder and its projector."""
-        return open_side("image", self.config.image, self._pair.image, self._device)
+        return open_projected_encoder("image", self.config.image, self._pair.image, self._device)
 
     @cached_property
-    def _text_side(self) -> "OpenSide":
+    def _text_side(self) -> "ProjectedEncoder":
         """The text encoder and its projector."""
-        return open_side("text", self.config.text, self._pair.text, self._device)
+        return open_projected_encoder("text", self.config.text, self._pair.text, self._device)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenSide:
+class ProjectedEncoder:
     """One side of a run, from raw items to the shared space.
 
     Args:
@@ -174,21 +174,21 @@ class OpenSide:
         return np.concatenate(parts)
 
 
-def open_side(modality: Modality, side: Side, tower: AnyTower, device: str) -> OpenSide:
+def open_projected_encoder(modality: Modality, side: TowerInput, tower: AnyTower, device: str) -> ProjectedEncoder:
     """Open the encoder of one side of a run, and the view it looked through.
 
     Raises:
         FingerprintError: the encoder or view that opens now is not the one that the run was trained on.
         MissingExtraError: the encoder's package is not installed.
     """
-    encoder = open_again(
+    encoder = reopen_encoder(
         side.spec, modality=modality, feature=side.feature, fingerprint=side.fingerprint, device=device
     )
     names = feature_names(side.feature)
-    return OpenSide(encoder=encoder, look=_open_look(side), names=names, tower=tower, device=device)
+    return ProjectedEncoder(encoder=encoder, look=_open_look(side), names=names, tower=tower, device=device)
 
 
-def _open_look(side: Side) -> Callable[[Any], Any]:
+def _open_look(side: TowerInput) -> Callable[[Any], Any]:
     about = side.fingerprint.get("view")
     if about is None:
         return lambda item: item

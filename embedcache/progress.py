@@ -23,7 +23,7 @@ class Progress(Protocol):
         ...
 
 
-class Silent:
+class NullProgress:
     """Says nothing."""
 
     def start(self, what: str, total: int, unit: str) -> None:

@@ -9,16 +9,21 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError
 from embedcache.files import make_folder, remove_partials, write_atomic
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 _RECORDED_PACKAGES = ("embedcache", "numpy", "torch", "zarr", "pyarrow", "onnxruntime", "faiss-cpu")
+_STORED_NAMES = {"index_digest": "spine"}  # format 1, kept so that old artifacts open
 T = TypeVar("T")
 
 
@@ -99,6 +104,17 @@ def fields_of(path: Path, make: Callable[[], T]) -> T:
         return make()
     except (KeyError, TypeError) as error:
         raise CorruptError(f"{path} does not hold the fields of its format: {error}") from error
+
+
+def to_record(artifact: "DataclassInstance") -> dict[str, Any]:
+    """Return a dataclass as JSON values, under the names that its fields have on disk."""
+    return {_STORED_NAMES.get(name, name): value for name, value in asdict(artifact).items()}
+
+
+def from_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record on disk, under the names that they have in code."""
+    names = {stored: name for name, stored in _STORED_NAMES.items()}
+    return {names.get(stored, stored): value for stored, value in record.items()}
 
 
 def claim_folder(path: Path, *, kind: str, sign: str, ours: Collection[str]) -> None:

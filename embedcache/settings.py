@@ -13,7 +13,7 @@ A field that is itself a settings class is a group; its fields join those of the
 
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="DataclassInstance")
 
 _METADATA = "embedcache.setting"
+_DEFAULTS = "embedcache.group_defaults"
 _INT64 = 2**63
 
 
@@ -44,6 +45,7 @@ class Declaration:
         flat_name: name on the command line and in TOML, where the field's own name is ambiguous outside its class.
         default_text: what `--help` shows as the default where the value is chosen at run time.
         metavar: placeholder of the value in `--help`; None: chosen from the type.
+        parse: converts text from the command line or a TOML file, such as `4GB`; see `embedcache.units`.
     """
 
     help: str
@@ -56,6 +58,7 @@ class Declaration:
     flat_name: str | None = None
     default_text: str | None = None
     metavar: str | None = None
+    parse: Callable[[str], Any] | None = None
 
 
 def setting(default: Any, help: str, **declared: Any) -> Any:
@@ -63,9 +66,14 @@ def setting(default: Any, help: str, **declared: Any) -> Any:
     return field(default=default, metadata={_METADATA: Declaration(help=help, **declared)})
 
 
-def group(kind: type[S]) -> S:
-    """Return a dataclass field that holds a group of settings, by default all of its defaults."""
-    made: S = field(default_factory=kind)
+def group(kind: type[S], **defaults: Any) -> S:
+    """Return a dataclass field that holds a group of settings.
+
+    Args:
+        kind: settings class of the group.
+        defaults: defaults that differ from those of the class, by field name.
+    """
+    made: S = field(default_factory=lambda: kind(**defaults), metadata={_DEFAULTS: defaults})
     return made
 
 
@@ -100,20 +108,20 @@ class FlatSetting:
 
 def flat_settings(kind: type[Any]) -> tuple[FlatSetting, ...]:
     """Return all settings of a class and its groups, in order of declaration."""
-    return tuple(_flatten(kind, ()))
+    return tuple(_flatten(kind, (), {}))
 
 
-def _flatten(kind: type[Any], above: tuple[str, ...]) -> Iterator[FlatSetting]:
+def _flatten(kind: type[Any], above: tuple[str, ...], defaults: Mapping[str, Any]) -> Iterator[FlatSetting]:
     hints = get_type_hints(kind)
     for item in fields(kind):
         path = (*above, item.name)
         declared = item.metadata.get(_METADATA)
         if declared is not None:
-            default = None if item.default is MISSING else item.default
+            default = defaults.get(item.name, None if item.default is MISSING else item.default)
             name = declared.flat_name or item.name
             yield FlatSetting(name=name, path=path, type=hints[item.name], default=default, declared=declared)
         elif is_dataclass(hints[item.name]):
-            yield from _flatten(hints[item.name], path)
+            yield from _flatten(hints[item.name], path, item.metadata.get(_DEFAULTS, {}))
 
 
 def check_settings(settings: Any) -> None:
@@ -227,16 +235,18 @@ def from_flat(kind: type[S], values: Mapping[str, Any]) -> S:
             target = nested
             for key in item.path[:-1]:
                 target = target.setdefault(key, {})
-            target[item.path[-1]] = values[item.name]
+            value, parse = values[item.name], item.declared.parse
+            target[item.path[-1]] = parse(value) if parse is not None and isinstance(value, str) else value
     return _build(kind, nested)
 
 
 def _build(kind: type[S], nested: Mapping[str, Any]) -> S:
     hints = get_type_hints(kind)
-    made = {
-        name: _build(hints[name], value) if is_dataclass(hints[name]) and isinstance(value, Mapping) else value
-        for name, value in nested.items()
-    }
+    made = dict(nested)
+    for item in fields(kind):
+        value = nested.get(item.name)
+        if is_dataclass(hints[item.name]) and isinstance(value, Mapping):
+            made[item.name] = _build(hints[item.name], {**item.metadata.get(_DEFAULTS, {}), **value})
     return kind(**made)
 
 

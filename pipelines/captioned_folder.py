@@ -12,7 +12,7 @@ from pathlib import Path
 
 from embedcache.cli.console import open_progress, say, show_table
 from embedcache.dataset.settings import SplitSettings
-from embedcache.encoders.base import EncoderSettings
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings

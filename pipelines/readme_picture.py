@@ -15,7 +15,7 @@ from PIL import Image
 
 import embedcache
 from embedcache.reports.thumbnails import Pictures, credit
-from embedcache.search.filters import Hit
+from embedcache.search.search import Hit
 
 QUESTIONS = ("an animal with feathers", "a vehicle on the water", "something sweet to eat", "a broken promise")
 K = 6

@@ -50,7 +50,7 @@ def measure(folder: Path, work: Path, runs: list[Path]) -> ZeroShotReport:
 
 def cache_side(source: str, cache: Path, config: PairConfig, modality: str) -> None:
     """Extract what one side of the run takes."""
-    side = config.side(modality)
+    side = config.tower_input(modality)
     settings = ExtractSettings(features=tuple(name.partition("/")[2] for name in side.feature.split("+")))
     image, text = ([side.spec], []) if modality == "image" else ([], [side.spec])
     reports = extract(open_source(source), cache, image=image, text=text, settings=settings, progress=open_progress())

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import embedcache
-from embedcache.dataset.inputs import open_side
+from embedcache.dataset.inputs import open_input
 from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.projectors.saved import load_pair, project
 from tests.exchange.runs import SIDES, train_run
@@ -83,7 +83,7 @@ def run_path(request: pytest.FixtureRequest, exact_cache: Path, tmp_path_factory
 
 def cached_vectors(cache_path: Path, run_path: Path, modality: str, count: int) -> np.ndarray:
     pair, config = load_pair(run_path)
-    side = open_side(embedcache.Cache(cache_path), modality, config.side(modality).feature)
+    side = open_input(embedcache.Cache(cache_path), modality, config.tower_input(modality).feature)
     return project(pair.tower(modality), side.read(np.arange(count)))
 
 

@@ -1,9 +1,13 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import embedcache.arrays
 from embedcache.arrays import blocks, check_finite, normalize
 from embedcache.errors import DataError
 
@@ -40,3 +44,10 @@ def test_check_finite_says_which_row() -> None:
 def test_blocks_cover_all_rows_once(num_rows: int, size: int) -> None:
     rows = [row for block in blocks(num_rows, size) for row in range(block.start, block.stop)]
     assert rows == list(range(num_rows))
+
+
+def test_legend_has_all_shape_letters() -> None:
+    legend = set(re.findall(r"\b([A-Z])  ", embedcache.arrays.__doc__ or ""))
+    sources = Path(embedcache.arrays.__file__).parent.rglob("*.py")
+    suffixes = {suffix for path in sources for suffix in re.findall(r"\b[a-z]\w*_([A-Z]{1,4})\b", path.read_text())}
+    assert not set("".join(suffixes)) - legend

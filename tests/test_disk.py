@@ -2,13 +2,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from embedcache.files import Claims, locked, open_path, put_file, remove_folder, replacing, write_atomic
+from embedcache.files import Leases, locked, open_path, put_file, remove_folder, replacing, write_atomic
 
 OTHER = """
 import sys, time
 from pathlib import Path
-from embedcache.files import Claims
-claims = Claims(Path(sys.argv[1]))
+from embedcache.files import Leases
+claims = Leases(Path(sys.argv[1]))
 print([claims.take(number) for number in (0, 1, 2)], flush=True)
 sys.stdin.read()
 """
@@ -21,7 +21,7 @@ def other_process(folder: Path) -> "subprocess.Popen[str]":
 
 
 def test_what_one_process_has_taken_another_does_not_get(tmp_path: Path) -> None:
-    claims = Claims(tmp_path)
+    claims = Leases(tmp_path)
     assert claims.take(1)
     with other_process(tmp_path) as other:
         assert other.stdout is not None
@@ -34,7 +34,7 @@ def test_what_one_process_has_taken_another_does_not_get(tmp_path: Path) -> None
 
 
 def test_what_is_given_back_can_be_taken(tmp_path: Path) -> None:
-    claims = Claims(tmp_path)
+    claims = Leases(tmp_path)
     claims.take(1)
     claims.give_back(1)
     with other_process(tmp_path) as other:
@@ -56,6 +56,6 @@ def test_behind_a_url_files_appear_whole_and_nobody_waits(tmp_path: Path) -> Non
         "three": b"3",
     }
     with locked(folder), locked(folder):
-        assert Claims(folder).take(1)
+        assert Leases(folder).take(1)
     remove_folder(folder)
     assert not (folder / "a" / "two").exists()

@@ -8,14 +8,15 @@ import torch
 
 from embedcache.dataset.settings import SplitSettings
 from embedcache.encoders.backends import TorchGraph
-from embedcache.encoders.base import Encoder, EncoderSettings, Modality
+from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.interop.clip_benchmark import load
+from embedcache.testing.encoders import TEXTS, example_images
 from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.encoders.checkpoints import save_bert, save_timm
-from tests.encoders.contract import TEXTS, pictures
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -53,7 +54,7 @@ def test_bfloat16_features_are_close(specs: dict[Modality, str], modality: Modal
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_a_compiled_model_gives_the_same(specs: dict[Modality, str], modality: Modality) -> None:
-    settings = EncoderSettings(device="cuda", compiles=True, features=ASKED)
+    settings = EncoderSettings(device="cuda", compile=True, features=ASKED)
     _check_close(specs[modality], modality, settings, relative=2e-3)
 
 
@@ -110,7 +111,7 @@ def _check_close(spec: str, modality: Modality, settings: EncoderSettings, *, re
 
 
 def _encode(encoder: Encoder, modality: Modality) -> dict[str, list[np.ndarray]]:
-    prepared = encoder.prepare(pictures() if modality == "image" else TEXTS)
+    prepared = encoder.prepare(example_images() if modality == "image" else TEXTS)
     return encoder.encode(prepared, list(encoder.features))
 
 

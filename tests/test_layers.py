@@ -10,7 +10,7 @@ import embedcache
 PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"arrays", "registry", "progress"},
+    {"arrays", "registry", "progress", "units"},
     {"settings", "processes"},
     {"files"},
     {"metrics", "provenance"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"evaluate", "curate"},
     {"reports"},
     {"inference"},
-    {"quickstart", "sweep", "export", "interop", "serve"},
+    {"quickstart", "sweep", "export", "interop", "serve", "testing"},
     {"cli"},
     {"__main__"},
 ]
@@ -56,6 +56,7 @@ DOORS = {
     "sqlalchemy": {"sweep"},
     "sklearn": {"evaluate", "interop", "sweep"},
     "umap": {"interop"},
+    "pytest": {"testing"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

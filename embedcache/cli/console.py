@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from embedcache.errors import DataError, PathError, SettingError
+from embedcache.errors import DataError, PathError
 
 _SECONDS_BETWEEN_LINES = 10.0
 _PLAIN_WIDTH = 160
@@ -145,34 +145,6 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
     Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False).print(table)
 
 
-def read_share(text: str) -> float:
-    """Read a share of a whole, `0.1%` or `0.001`.
-
-    Raises:
-        SettingError: it is neither.
-    """
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise SettingError(f"{text!r} is no share; write it as 0.1% or as 0.001") from None
-
-
-def read_size(text: str) -> int:
-    """Read a number of bytes, `500M`, `4G` or `4096`; K, M, G and T are powers of 1024.
-
-    Raises:
-        SettingError: it is no such number above 0.
-    """
-    power = "KMGT".find(text[-1:].upper()) + 1 if text else 0
-    try:
-        size = int(float(text[:-1] if power else text) * 1024**power)
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise SettingError(f"{text!r} is no size; write it as 500M or 4G")
-    return size
-
-
 def read_lines(path: Path) -> list[str]:
     """Read the lines of a text file that hold something.
 
@@ -186,33 +158,3 @@ def read_lines(path: Path) -> list[str]:
         raise PathError(f"{path} does not exist; give a file with a text a line") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8: {error}") from error
-
-
-def read_count(text: str | None) -> tuple[int | None, float | None]:
-    """Read a number of things, `1000`, or a share of a whole, `10%`: one of both, or neither of nothing.
-
-    Raises:
-        SettingError: it is neither.
-    """
-    if text is None:
-        return None, None
-    if text.endswith("%"):
-        return None, read_share(text)
-    try:
-        return int(text.replace(",", "")), None
-    except ValueError:
-        raise SettingError(f"{text!r} is no number; write it as 1000, or as 10%") from None
-
-
-def read_counts(text: str | None) -> tuple[int, ...] | None:
-    """Read numbers with commas between, `1000,100`.
-
-    Raises:
-        SettingError: one is no number.
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise SettingError(f"{text!r} are no numbers; write them as 1000,100") from None

@@ -60,7 +60,7 @@ def extract(
 ) -> None:
     """Run frozen encoders over a source, once, into a cache. Run it again to go on after a stop."""
     from embedcache.cli.console import going_on_later, open_progress, say
-    from embedcache.encoders.base import EncoderSettings
+    from embedcache.encoders.settings import EncoderSettings
     from embedcache.extract import extract as stage
     from embedcache.extract import plan as planning
     from embedcache.extract import repair as retry
@@ -90,7 +90,7 @@ def extract(
         engine=engine,
         address=address,
         num_actors=actors,
-        encoder=EncoderSettings(precision=precision, backend=backend, batch_size=batch_size, compiles=compile_),
+        encoder=EncoderSettings(precision=precision, backend=backend, batch_size=batch_size, compile=compile_),
     )
     encoders = {"image": image or (), "text": text or ()}
     progress = open_progress()

@@ -8,10 +8,10 @@ import typer
 def inspect(cache: Annotated[str, typer.Argument(help="The cache, or its URL.")]) -> None:
     """Show what a cache holds, how complete it is, and why items failed."""
     from embedcache.cli.console import say, show_table
-    from embedcache.store.cache import Cache, caption_error_lines, describe_feature, describe_spine, failure_lines
+    from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
 
     opened = Cache(cache)
-    for line in [describe_spine(opened), *caption_error_lines(opened)]:
+    for line in [describe_cache(opened), *caption_error_lines(opened)]:
         say(line)
     features = [feature for modality in ("image", "text") for feature in opened.features(modality)]
     if not features:

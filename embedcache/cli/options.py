@@ -80,9 +80,11 @@ def _option(name: str, annotation: Any) -> inspect.Parameter:
 def _annotation(item: FlatSetting) -> Any:
     """Return the annotation that typer reads: the type or None, and the option's help."""
     kind = item.type
-    if get_origin(kind) is tuple:
-        kind = list[get_args(kind)[0]]  # type: ignore[misc]
     declared = item.declared
+    if declared.parse is not None:
+        kind = str
+    elif get_origin(kind) is tuple:
+        kind = list[get_args(kind)[0]]  # type: ignore[misc]
     is_flag = item.type is bool
     option = typer.Option(
         f"--{item.name.replace('_', '-')}",

@@ -28,17 +28,18 @@ def serve(
     """Serve a page to search an index with words and pictures, and its JSON API."""
     from contextlib import suppress
 
-    from embedcache.cli.console import open_progress, read_size, say
+    from embedcache.cli.console import open_progress, say
     from embedcache.serve.served import Places
     from embedcache.serve.server import serve as run_server
     from embedcache.serve.settings import ServeSettings
+    from embedcache.units import parse_size
 
     settings = ServeSettings(
         host=host,
         port=port,
         token=token,
         names=tuple(name or ()),
-        max_upload_bytes=read_size(max_upload),
+        max_upload_bytes=parse_size(max_upload),
         max_pixels=max_pixels,
         timeout_s=timeout,
         trusts_cache=trust_cache,

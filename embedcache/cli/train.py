@@ -34,14 +34,14 @@ def train(
     """
     from embedcache.cli.console import going_on_later, open_progress, say
     from embedcache.errors import SettingError
-    from embedcache.progress import Silent
+    from embedcache.progress import NullProgress
     from embedcache.train.distributed import is_first_process
     from embedcache.train.train import train as run_training
 
     *caches, run = paths
     if not caches:
         raise SettingError(f"expected one or more caches and then the folder of the run, got one path: {run}")
-    progress = open_progress() if is_first_process() else Silent()
+    progress = open_progress() if is_first_process() else NullProgress()
     with going_on_later():
         report = run_training(caches, run, image=image_feature, text=text_feature, settings=settings, progress=progress)
     if is_first_process():

@@ -14,14 +14,15 @@ def verify(
     device: Annotated[str, typer.Option(help="For --probe and --repair: cpu, cuda, cuda:1 …")] = "cpu",
 ) -> None:
     """Compare every chunk of a cache with the checksum that was written with it. Exit 1 where something is wrong."""
-    from embedcache.cli.console import open_progress, read_share, say
+    from embedcache.cli.console import open_progress, say
     from embedcache.extract.repair import check_share, measure_drift
     from embedcache.extract.repair import repair as mend
     from embedcache.store.cache import Cache
     from embedcache.store.verify import verify as check
+    from embedcache.units import parse_fraction
 
     opened, progress = Cache(cache), open_progress()
-    share = None if probe is None else read_share(probe)
+    share = None if probe is None else parse_fraction(probe)
     if share is not None:
         check_share(share)  # before hours of reading
     findings = check(opened, progress=progress)

@@ -9,13 +9,13 @@ import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks, normalize
 from embedcache.curate.dedup import check_cosine
-from embedcache.curate.links import limit_of
-from embedcache.dataset.inputs import SideFeature, mean_vectors, open_side
+from embedcache.curate.links import cosine_limit
+from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
 from embedcache.dataset.pairs import Items, items_of
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.metrics.neighbors import Closest, closest
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
@@ -26,7 +26,7 @@ _MOST_QUERIES = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leak:
+class ModalityLeaks:
     """What of the test items of one modality is in training.
 
     Args:
@@ -58,7 +58,7 @@ class Leak:
     @property
     def is_leaked(self) -> Bools:
         """(Q,) whether a test item has a copy or a near-duplicate in training."""
-        return self.is_copy | (self.cosines >= limit_of(self.cosine))
+        return self.is_copy | (self.cosines >= cosine_limit(self.cosine))
 
     @property
     def copied_samples(self) -> Ints:
@@ -73,7 +73,7 @@ class Leak:
     @property
     def train_samples(self) -> Ints:
         """Training samples with a copy or a near-duplicate in test, ascending."""
-        is_leaked = self.train_is_copy | (self.train_cosines >= limit_of(self.cosine))
+        is_leaked = self.train_is_copy | (self.train_cosines >= cosine_limit(self.cosine))
         return np.unique(self.train.samples[is_leaked])
 
     @property
@@ -84,7 +84,7 @@ class Leak:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leaks:
+class LeakReport:
     """What of a test cache is in a training cache.
 
     Args:
@@ -95,7 +95,7 @@ class Leaks:
 
     train: Cache
     test: Cache
-    leaks: Sequence[Leak]
+    leaks: Sequence[ModalityLeaks]
 
     @property
     def leaked_samples(self) -> Ints:
@@ -133,7 +133,7 @@ def find_leaks(
     cosines: Mapping[str, float] | None = None,
     features: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
-) -> Leaks:
+) -> LeakReport:
     """Find what of a test cache is in a training cache.
 
     Copies are found by the hashes of bytes and texts, whatever the encoders. Near-duplicates need one feature, by one
@@ -158,7 +158,7 @@ def find_leaks(
     for modality, cosine in cosines.items():
         check_cosine(cosine, f"--{modality}-cosine")
     train, test = Cache(train_path), Cache(test_path)
-    if train.info.has_rows_of(test.info.spine):
+    if train.info.has_rows_of(test.info.index_digest):
         raise SettingError(f"{train_path} and {test_path} hold the same samples; give a cache to train on and another")
     common = [name for name in MODALITIES if train.features(name) and test.features(name)]
     if not common:
@@ -167,11 +167,11 @@ def find_leaks(
             "compared"
         )
     asked = features or {}
-    leaks = [_find(train, test, name, cosines[name], asked.get(name), progress or Silent()) for name in common]
-    return Leaks(train=train, test=test, leaks=leaks)
+    leaks = [_find(train, test, name, cosines[name], asked.get(name), progress or NullProgress()) for name in common]
+    return LeakReport(train=train, test=test, leaks=leaks)
 
 
-def write_clean(path: Path, leaks: Leaks) -> None:
+def write_clean_selection(path: Path, leaks: LeakReport) -> None:
     """Write a selection of the training samples of which nothing is in test.
 
     Raises:
@@ -183,7 +183,9 @@ def write_clean(path: Path, leaks: Leaks) -> None:
     write_selection(path, leaks.train, leaks.clean(), {"method": "leaks", **leaks.to_json()})
 
 
-def _find(train: Cache, test: Cache, modality: str, cosine: float, name: str | None, progress: Progress) -> Leak:
+def _find(
+    train: Cache, test: Cache, modality: str, cosine: float, name: str | None, progress: Progress
+) -> ModalityLeaks:
     train_side, test_side, reason = _choose(train, test, modality, name)
     train_items, test_items = _items(train, train_side), _items(test, test_side)
     train_hashes, test_hashes = _hashes(train_side, train_items), _hashes(test_side, test_items)
@@ -195,7 +197,7 @@ def _find(train: Cache, test: Cache, modality: str, cosine: float, name: str | N
     if reason is None:
         found = _closest(train_side, train_items, test_side, test_items, progress)
     rows = np.where(found.rows >= 0, train_items.rows[found.rows], -1)
-    return Leak(
+    return ModalityLeaks(
         modality=modality,
         feature=None if reason else test_side.name,
         reason=reason,
@@ -210,7 +212,9 @@ def _find(train: Cache, test: Cache, modality: str, cosine: float, name: str | N
     )
 
 
-def _choose(train: Cache, test: Cache, modality: str, name: str | None) -> tuple[SideFeature, SideFeature, str | None]:
+def _choose(
+    train: Cache, test: Cache, modality: str, name: str | None
+) -> tuple[InputFeature, InputFeature, str | None]:
     """Open a feature of both caches; where it is not of one encoder, say so: then hashes are all that is compared."""
     if name is None:
         name = _only_common(train, test, modality)
@@ -218,7 +222,7 @@ def _choose(train: Cache, test: Cache, modality: str, name: str | None) -> tuple
         sides = _any(train, modality), _any(test, modality)
         names = [", ".join(feature.name for feature in cache.features(modality)) for cache in (train, test)]
         return *sides, f"no encoder made {modality} features of both: {names[0]} there, {names[1]} here"
-    train_side, test_side = open_side(train, modality, name), open_side(test, modality, name)
+    train_side, test_side = open_input(train, modality, name), open_input(test, modality, name)
     differences = name_differences(train_side.fingerprint, test_side.fingerprint)
     if not differences and train_side.name == test_side.name:
         return train_side, test_side, None
@@ -228,7 +232,7 @@ def _choose(train: Cache, test: Cache, modality: str, name: str | None) -> tuple
 
 
 def _only_common(train: Cache, test: Cache, modality: str) -> str | None:
-    """Name the feature that both have by one encoder; None where there is none, and leave the error to `open_side`."""
+    """Name the feature that both have by one encoder; None where there is none, and leave the error to `open_input`."""
     others = {feature.name: feature for feature in train.features(modality)}
     both = [
         feature.name
@@ -246,7 +250,7 @@ def _is_same(one: Feature, other: Feature) -> bool:
     return not name_differences(one.fingerprint, other.fingerprint)
 
 
-def _any(cache: Cache, modality: str) -> SideFeature:
+def _any(cache: Cache, modality: str) -> InputFeature:
     """Open a finished feature, for its hashes."""
     problem: UnfinishedError | None = None
     for feature in cache.features(modality):
@@ -255,19 +259,19 @@ def _any(cache: Cache, modality: str) -> SideFeature:
         except UnfinishedError as error:
             problem = error
             continue
-        return SideFeature([feature])
+        return InputFeature([feature])
     assert problem is not None
     raise problem
 
 
-def _items(cache: Cache, side: SideFeature) -> Items:
+def _items(cache: Cache, side: InputFeature) -> Items:
     items = items_of([cache], [side])
     if not len(items.rows):
         raise DataError(f"feature {side.name} of {cache.path} has no valid item")
     return items
 
 
-def _hashes(side: SideFeature, items: Items) -> list[bytes | None]:
+def _hashes(side: InputFeature, items: Items) -> list[bytes | None]:
     hashes = side.hashes
     return [hashes[row] for row in items.rows]
 
@@ -278,7 +282,7 @@ def _none(num_queries: int, num_candidates: int) -> Closest:
 
 
 def _closest(
-    train_side: SideFeature, train_items: Items, test_side: SideFeature, test_items: Items, progress: Progress
+    train_side: InputFeature, train_items: Items, test_side: InputFeature, test_items: Items, progress: Progress
 ) -> Closest:
     """Compare all with all; rows are places in the training items."""
     num_pairs = len(test_items.rows) * len(train_items.rows)
@@ -295,7 +299,7 @@ def _closest(
     )
 
 
-def _told(side: SideFeature, num_queries: int, progress: Progress) -> Iterator[Floats]:
+def _told(side: InputFeature, num_queries: int, progress: Progress) -> Iterator[Floats]:
     for rows, inputs in side.blocks():
         yield _unit(inputs)
         progress.advance(num_queries * len(rows))
@@ -305,7 +309,7 @@ def _unit(inputs: Any) -> Floats:
     return normalize(mean_vectors(inputs))
 
 
-def _by_sample(leak: Leak, cache: Cache) -> Array:
+def _by_sample(leak: ModalityLeaks, cache: Cache) -> Array:
     """Give how close each sample of the training cache comes to a test item."""
     cosines_S = np.full(cache.info.num_samples, -np.inf, np.float32)
     np.maximum.at(cosines_S, leak.train.samples, leak.train_cosines)
@@ -316,7 +320,7 @@ def _modalities(cache: Cache) -> str:
     return " and ".join(f"{name}s" for name in MODALITIES if cache.features(name)) or "nothing"
 
 
-def _to_json(leak: Leak) -> dict[str, Any]:
+def _to_json(leak: ModalityLeaks) -> dict[str, Any]:
     return {
         "feature": leak.feature,
         "only_copies_because": leak.reason,

@@ -15,7 +15,7 @@ Reader: TypeAlias = Callable[[Ints], Inputs]
 """Gathers rows of one side: (B,) int64 -> what a projector takes."""
 
 
-class SideFeature:
+class InputFeature:
     """One or several features of one encoder over the items of a modality; tokens of several stand one after another.
 
     Args:
@@ -133,7 +133,7 @@ class SideFeature:
         return lambda rows: _join([read(rows) for read in readers])
 
 
-def open_side(cache: Cache, modality: str, name: str | None = None) -> SideFeature:
+def open_input(cache: Cache, modality: str, name: str | None = None) -> InputFeature:
     """Find the features of one side by name.
 
     Args:
@@ -146,7 +146,7 @@ def open_side(cache: Cache, modality: str, name: str | None = None) -> SideFeatu
         DataError: features of two encoders or of two widths.
     """
     names = [None] if name is None else name.split("+")
-    return SideFeature([cache.feature(modality, part) for part in names])
+    return InputFeature([cache.feature(modality, part) for part in names])
 
 
 def inputs_of(features: Sequence[Sequence[Array]]) -> Inputs:

@@ -1,4 +1,4 @@
-"""Which items of two modalities belong together: by the row numbers of the spine, and by equal content."""
+"""Which items of two modalities belong together: by the sample numbers of the item tables, and by equal content."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from embedcache.arrays import Bools, Ints
-from embedcache.dataset.inputs import SideFeature
+from embedcache.dataset.inputs import InputFeature
 from embedcache.errors import DataError, UnknownNameError
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
@@ -79,8 +79,8 @@ class Pairs:
 
 def pair_items(
     caches: Sequence[Cache],
-    images: Sequence[SideFeature],
-    texts: Sequence[SideFeature],
+    images: Sequence[InputFeature],
+    texts: Sequence[InputFeature],
     *,
     language: str | None = None,
 ) -> Pairs:
@@ -127,7 +127,7 @@ def _where(matrix: csr_array) -> tuple[Ints, Ints]:
     return rows[order].astype(np.int64), columns[order].astype(np.int64)
 
 
-def items_of(caches: Sequence[Cache], sides: Sequence[SideFeature]) -> Items:
+def items_of(caches: Sequence[Cache], sides: Sequence[InputFeature]) -> Items:
     """Get the usable items of one modality of caches. Rows and samples are counted on from cache to cache.
 
     Args:

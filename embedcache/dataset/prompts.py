@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.dataset.inputs import SideFeature
+from embedcache.dataset.inputs import InputFeature
 from embedcache.errors import DataError
 from embedcache.store.cache import Cache
 
@@ -23,7 +23,7 @@ class Prompts:
         classes: (T,) the class of each.
     """
 
-    side: SideFeature
+    side: InputFeature
     names: list[str]
     rows: Ints
     classes: Ints
@@ -57,7 +57,7 @@ def require_prompts(cache: Cache, spec: str) -> None:
         )
 
 
-def read_prompts(cache: Cache, side: SideFeature) -> Prompts:
+def read_prompts(cache: Cache, side: InputFeature) -> Prompts:
     """Find the encoded prompts of each class.
 
     Args:

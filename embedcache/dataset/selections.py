@@ -58,7 +58,7 @@ def write_selection(path: Path, cache: Cache, selection: Selection, about: Mappi
         raise DataError(f"nothing of {cache.path} is selected, so {path} is not written")
     keys = cache.samples["key"].take(pa.array(selection.rows))
     table = pa.table({"row": selection.rows, "key": keys, "reason": list(selection.reasons)})
-    made = {"cache": str(cache.path), "spine": cache.info.spine, **about}
+    made = {"cache": str(cache.path), "spine": cache.info.index_digest, **about}
     with replacing(path) as temporary:
         pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(made)}), temporary)
 

@@ -39,13 +39,13 @@ class Split:
         keys: the samples' keys, in row order.
         parts: `train`, `val`, `test`, or `` for a sample left out.
         groups: samples with the same number stay together.
-        spines: identity of each sample's cache; none where all are of one.
+        index_digests: identity of each sample's cache; none where all are of one.
     """
 
     keys: list[str]
     parts: list[str]
     groups: list[int]
-    spines: list[str] = field(default_factory=list)
+    index_digests: list[str] = field(default_factory=list)
 
     def rows(self, part: str) -> Ints:
         """Get the sample rows of one part, ascending.
@@ -61,14 +61,14 @@ class Split:
 
 
 def write_split(path: Path, split: Split) -> None:
-    """Write a split as Parquet: `row`, `key`, `part`, `group`, and `spine` where it is of several caches."""
+    """Write a split as Parquet: `row`, `key`, `part`, `group`, and `index_digest` where it is of several caches."""
     columns = {
         "row": range(len(split.keys)),
         "key": split.keys,
         "part": split.parts,
         "group": split.groups,
     }
-    table = pa.table({**columns, "spine": split.spines} if split.spines else columns)
+    table = pa.table({**columns, "spine": split.index_digests} if split.index_digests else columns)
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -90,7 +90,7 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     try:
         columns = read_table(path).to_pydict()
         found = Split(
-            keys=columns["key"], parts=columns["part"], groups=columns["group"], spines=columns.get("spine", [])
+            keys=columns["key"], parts=columns["part"], groups=columns["group"], index_digests=columns.get("spine", [])
         )
     except (pa.ArrowInvalid, OSError, KeyError) as error:
         raise CorruptError(f"{path} is no split: {error}") from error
@@ -101,7 +101,7 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
         keys=[key for part in parts for key in part.keys],
         parts=[name for part in parts for name in part.parts],
         groups=[group for part in parts for group in part.groups],
-        spines=[cache.info.spine for cache, part in zip(caches, parts, strict=True) for _ in part.keys],
+        index_digests=[cache.info.index_digest for cache, part in zip(caches, parts, strict=True) for _ in part.keys],
     )
 
 
@@ -139,8 +139,8 @@ def swap_parts(split: Split, one: Part, other: Part) -> Split:
 def _of_cache(path: Path, split: Split, cache: Cache) -> Split:
     """Give the part of a split that is of one cache's samples, longer by those that were added since."""
     keys = cache.samples["key"].to_pylist()
-    rows = [row for row, spine in enumerate(split.spines) if cache.info.has_rows_of(spine)]
-    if split.spines:
+    rows = [row for row, index_digest in enumerate(split.index_digests) if cache.info.has_rows_of(index_digest)]
+    if split.index_digests:
         split = Split(
             keys=[split.keys[row] for row in rows],
             parts=[split.parts[row] for row in rows],
@@ -202,7 +202,9 @@ def make_split(data: Paired, pairs: Pairs, settings: SplitSettings) -> Split:
     split = _cut(data, pairs, settings)
     if len(data.caches) == 1:
         return split
-    return replace(split, spines=[cache.info.spine for cache in data.caches for _ in range(cache.info.num_samples)])
+    return replace(
+        split, index_digests=[cache.info.index_digest for cache in data.caches for _ in range(cache.info.num_samples)]
+    )
 
 
 def _cut(data: Paired, pairs: Pairs, settings: SplitSettings) -> Split:

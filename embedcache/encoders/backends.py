@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Floats
-from embedcache.encoders.base import EncoderSettings
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.files import replacing
 from embedcache.provenance import digest
@@ -175,7 +175,7 @@ class TorchGraph:
         self._max_rows: int | None = None
         if self._device.type == "cuda" and not self._is_bfloat16:
             torch.backends.cudnn.allow_tf32 = False  # else float32 convolutions keep 10 bits
-        if settings.compiles:
+        if settings.compile:
             self._module.compile()
 
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from embedcache.arrays import Array
-from embedcache.errors import SettingError
 
 ItemShape: TypeAlias = tuple[int, ...]
 """`(D,)` a vector, `(T, D)` a fixed number of tokens, `(-1, D)` any number of tokens."""
@@ -45,37 +44,6 @@ class Fingerprint:
         """Give the fields as JSON reads them back."""
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return fields
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderSettings:
-    """How an encoder is run. None of it but backend and precision changes what comes out.
-
-    Args:
-        device: a torch device.
-        precision: dtype of the forward pass; `bfloat16` uses autocast.
-        backend: `auto` is onnxruntime for families that export to it when the device is the CPU, else torch.
-        features: names asked for; one that an encoder can derive, such as `grid:4` or `layer6.cls`, joins its own
-            (`encoders/derived.py` has the grammar), one that it can't is left out.
-        batch_size: items in one forward pass; None is the family's choice. Where the device's memory is too small
-            for it, it is halved.
-        compiles: whether torch compiles the model first: slow to start, faster afterwards on a GPU. Nothing to
-            onnxruntime.
-
-    Raises:
-        SettingError: a batch of less than one.
-    """
-
-    device: str = "cpu"
-    precision: Literal["float32", "bfloat16"] = "float32"
-    backend: Literal["auto", "torch", "onnxruntime"] = "auto"
-    features: tuple[str, ...] = ()
-    batch_size: int | None = None
-    compiles: bool = False
-
-    def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise SettingError(f"batch_size is {self.batch_size}; it must be at least 1")
 
 
 class Encoder(Protocol):

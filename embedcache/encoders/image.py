@@ -13,8 +13,9 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.encoders.backends import Graph, batch_size
-from embedcache.encoders.base import EncoderSettings, Fingerprint, ItemShape, Modality
-from embedcache.encoders.image_features import FeatureName, own_features, patch_grid, patch_pool
+from embedcache.encoders.base import Fingerprint, ItemShape, Modality
+from embedcache.encoders.image_features import FeatureName, native_features, patch_grid, patch_pool
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.registry import unknown_name
 
@@ -54,7 +55,7 @@ class Scale(torch.nn.Module):
         return (pixels - self.mean) / self.std
 
 
-def cut_at_pixels(whole: Transform, to_pixels: Transform, scale: Scale) -> tuple[Transform, torch.nn.Module]:
+def split_transform(whole: Transform, to_pixels: Transform, scale: Scale) -> tuple[Transform, torch.nn.Module]:
     """Stop a published transform at uint8 where that gives the same.
 
     Args:
@@ -150,7 +151,7 @@ class ImageModel(torch.nn.Module):
         self._pools = torch.nn.ModuleDict()
         self._sources: dict[str, str] = {}
         shapes = _try_out(module, input_size)
-        self.features = {name: shapes[name] for name in own_features(shapes)}
+        self.features = {name: shapes[name] for name in native_features(shapes)}
         for text in asked:
             self._add(text, shapes, input_size)
 
@@ -212,7 +213,7 @@ def _try_out(module: torch.nn.Module, input_size: Sequence[int]) -> dict[str, It
             "random; take the encoder of another architecture"
         )
     pooled = outputs.get("pooled")
-    others = [outputs[name] for name in own_features(outputs) if name != "pooled"]
+    others = [outputs[name] for name in native_features(outputs) if name != "pooled"]
     if pooled is not None and any(_is_same(pooled, other) for other in others):
         del outputs["pooled"]
     return {name: tuple(output.shape[1:]) for name, output in outputs.items()}

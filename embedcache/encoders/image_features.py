@@ -64,18 +64,18 @@ class FeatureName:
         return self.own if self.layer is None else f"layer{self.layer}.{self.own}"
 
 
-def own_features(names: Iterable[str]) -> list[str]:
+def native_features(names: Iterable[str]) -> list[str]:
     """Keep the names of features that are a model's own."""
     return [name for name in names if FeatureName.parse(name) == FeatureName(name)]
 
 
-def asked_layers(asked: Sequence[str]) -> list[int]:
+def requested_layers(asked: Sequence[str]) -> list[int]:
     """Get the blocks that names ask for, in order."""
     names = [FeatureName.parse(text) for text in asked]
     return sorted({name.layer for name in names if name is not None and name.layer is not None})
 
 
-def at_layer(layer: int, outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def prefix_layer(layer: int, outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Name what was made from the state after a block."""
     return {FeatureName(name, layer).source: output for name, output in outputs.items()}
 
@@ -224,7 +224,7 @@ class TimmFeatures(torch.nn.Module):
         levels = dict(zip(self._levels, found, strict=True))
         outputs = self._own(states)
         for layer in self._layers:
-            outputs |= at_layer(layer, self._from_level(levels[layer]))
+            outputs |= prefix_layer(layer, self._from_level(levels[layer]))
         return outputs
 
     def _from_level(self, level: Any) -> dict[str, torch.Tensor]:
@@ -295,7 +295,7 @@ class ImageFeatures(torch.nn.Module):
         outputs = {} if pooled is None else {"pooled": pooled.flatten(1)}
         outputs |= self._from_state(states.last_hidden_state)
         for layer, state in hidden_states(states, self._layers):
-            outputs |= at_layer(layer, self._from_state(state))
+            outputs |= prefix_layer(layer, self._from_state(state))
         return outputs
 
     def _from_state(self, state: torch.Tensor) -> dict[str, torch.Tensor]:

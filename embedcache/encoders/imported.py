@@ -1,7 +1,8 @@
 """The family of vectors that were imported: nothing here can encode as they were."""
 
-from embedcache.encoders.base import Encoder, EncoderSettings, Modality
+from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import EncoderSpec
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 
 

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from embedcache.encoders.backends import Exportable, make_graph
-from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.image import INPUT, ImageEncoder, ImageModel, Scale
-from embedcache.encoders.image_features import CROP_PADDING_PX, asked_layers, at_layer, crop
+from embedcache.encoders.image_features import CROP_PADDING_PX, crop, prefix_layer, requested_layers
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import hash_weights, load_weights
 from embedcache.errors import MissingExtraError
 from embedcache.registry import require, unknown_name
@@ -81,7 +82,7 @@ class _Features(torch.nn.Module):
         for layer, block in enumerate(model._blocks, start=1):
             maps_BDHW = block(maps_BDHW)
             if layer in self._layers:
-                outputs |= at_layer(layer, _from_maps(maps_BDHW))
+                outputs |= prefix_layer(layer, _from_maps(maps_BDHW))
         return {**_from_maps(model._swish(model._bn1(model._conv_head(maps_BDHW)))), **outputs}
 
 
@@ -105,7 +106,7 @@ def _packaged_weights(model: str) -> Path:
 def _encoder(name: str, model: torch.nn.Module, size_px: int, settings: EncoderSettings) -> ImageEncoder:
     weights = hash_weights(model.state_dict())
     model_of_pixels = ImageModel(
-        _Features(model, asked_layers(settings.features)),
+        _Features(model, requested_layers(settings.features)),
         Scale([MEAN] * 3, [STD] * 3),
         input_size=(3, size_px, size_px),
         asked=settings.features,

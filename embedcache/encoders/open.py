@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from embedcache.encoders.base import Encoder, EncoderSettings, Modality
+from embedcache.encoders.base import Encoder, Modality
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError, UnknownNameError
 from embedcache.provenance import check_same
 from embedcache.registry import Registry, unknown_name
@@ -123,7 +124,7 @@ def open_encoder(spec: str | EncoderSpec, *, modality: Modality, settings: Encod
     return _opener(spec)(spec, modality=modality, settings=settings or EncoderSettings())
 
 
-def open_again(
+def reopen_encoder(
     spec: str, *, modality: Modality, feature: str, fingerprint: Mapping[str, Any], device: str = "cpu"
 ) -> Encoder:
     """Open the very encoder that made a cached feature, with the precision and the backend it was made with.

@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.backends import torch_graph
-from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, ItemShape, Modality
-from embedcache.encoders.image import ImageEncoder, Scale, Transform, cut_at_pixels, plain_json
+from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
+from embedcache.encoders.image import ImageEncoder, Scale, Transform, plain_json, split_transform
 from embedcache.encoders.open import EncoderSpec, check_options
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import TextEncoder
-from embedcache.encoders.weights import check_file, hash_weights, hub_commit, hub_errors
+from embedcache.encoders.weights import check_file, find_hub_commit, hash_weights, translate_hub_errors
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.registry import require, unknown_name
 
@@ -117,7 +118,7 @@ def _load_once(name: str, pretrained: str, _changed_ns: int | None, _device: str
     import open_clip
 
     try:
-        with hub_errors(f"{name} {pretrained}", instead="give the path of a file as pretrained="):
+        with translate_hub_errors(f"{name} {pretrained}", instead="give the path of a file as pretrained="):
             model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
     except (UnpicklingError, SafetensorError) as error:
         raise CorruptError(f"{pretrained} can't be read as weights; save the model's state_dict()") from error
@@ -151,7 +152,7 @@ def _check_published(open_clip: Any, model: str, tag: str) -> None:
     owner, _, rest = open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "").partition("/")
     if owner:
         repository = f"{owner}/{rest.partition('/')[0]}"
-        hub_commit(repository, what=f"{model} {tag}", instead="give the path of a file as pretrained=")
+        find_hub_commit(repository, what=f"{model} {tag}", instead="give the path of a file as pretrained=")
 
 
 def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> ImageEncoder:
@@ -183,11 +184,13 @@ def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Tran
             image = step(image)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
-    return cut_at_pixels(whole, to_pixels, Scale(published["mean"], published["std"], divisor=255))
+    return split_transform(whole, to_pixels, Scale(published["mean"], published["std"], divisor=255))
 
 
 def _open_text(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> TextEncoder:
-    with hub_errors(f"the tokenizer of {spec.model}", instead="choose a model with open_clip's own tokenizer"):
+    with translate_hub_errors(
+        f"the tokenizer of {spec.model}", instead="choose a model with open_clip's own tokenizer"
+    ):
         tokenizer = open_clip.get_tokenizer(spec.model)
     num_tokens = int(tokenizer.context_length)
     tower = _TextTower(checkpoint.model)

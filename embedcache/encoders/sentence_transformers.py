@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.image_features import asked_layers, own_features, untie
+from embedcache.encoders.base import Encoder, Fingerprint, Modality
+from embedcache.encoders.image_features import native_features, requested_layers, untie
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import TextEncoder, max_tokens_option, num_positions, open_tokenizer, text_graph
 from embedcache.encoders.text_features import POOLING, Dense, Sentences
 from embedcache.encoders.weights import (
@@ -69,7 +70,7 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     if heads:
         weights = digest([weights, *(hash_weights(head.state_dict()) for head in heads)])
     what = {"name": f"st-{spec.folder}", "config": _graph_config(transformer, parts)}
-    layers = asked_layers(settings.features)
+    layers = requested_layers(settings.features)
     untie(transformer, layers)
     module = Sentences(transformer, parts.pools, heads, layers)
     made = text_graph(
@@ -89,7 +90,7 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
             revision=folder.revision,
             weights=weights,
             preprocessing=tokenizer.preprocessing,
-            pooling={name: _pooling_text(name, parts.pools) for name in own_features(made.features)},
+            pooling={name: _pooling_text(name, parts.pools) for name in native_features(made.features)},
             backend=made.backend,
             precision=settings.precision,
         ),

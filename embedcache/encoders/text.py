@@ -16,10 +16,11 @@ import torch
 
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.backends import Backend, Exportable, Graph, batch_size, make_graph
-from embedcache.encoders.base import EncoderSettings, Fingerprint, ItemShape, Modality
+from embedcache.encoders.base import Fingerprint, ItemShape, Modality
 from embedcache.encoders.image import check_names
-from embedcache.encoders.image_features import own_features
+from embedcache.encoders.image_features import native_features
 from embedcache.encoders.open import EncoderSpec
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import PathError, SettingError
 
 Tokenize: TypeAlias = Callable[[Sequence[str]], list[Ints]]
@@ -122,7 +123,7 @@ def text_graph(
         outputs = module.eval()(**{name: torch.from_numpy(array) for name, array in example.items()})
     shapes = {name: _item_shape(output) for name, output in outputs.items()}
     asked = [name for name in settings.features if name in shapes]
-    features = {name: shapes[name] for name in [*own_features(shapes), *asked]}
+    features = {name: shapes[name] for name in [*native_features(shapes), *asked]}
     exportable = Exportable(
         module=module,
         example=example,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from embedcache.encoders.image_features import at_layer, hidden_states, hidden_states_option
+from embedcache.encoders.image_features import hidden_states, hidden_states_option, prefix_layer
 
 
 class Sentences(torch.nn.Module):
@@ -44,7 +44,7 @@ class Sentences(torch.nn.Module):
                 dense = head(dense)
             outputs = {"dense": dense, **outputs}
         for layer, state in hidden_states(states, self._layers):
-            outputs |= at_layer(layer, self._pool(state, attention_mask))
+            outputs |= prefix_layer(layer, self._pool(state, attention_mask))
         return outputs
 
     def _pool(self, state: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -156,7 +156,7 @@ class TextFeatures(torch.nn.Module):
         states = self._model(input_ids=input_ids, attention_mask=attention_mask, **hidden_states_option(self._layers))
         outputs = self._from_state(states.last_hidden_state, attention_mask)
         for layer, state in hidden_states(states, self._layers):
-            outputs |= at_layer(layer, self._from_state(state, attention_mask))
+            outputs |= prefix_layer(layer, self._from_state(state, attention_mask))
         return outputs
 
     def _from_state(self, state: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:

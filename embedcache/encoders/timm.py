@@ -17,11 +17,12 @@ from PIL.Image import Image
 
 from embedcache.arrays import Array
 from embedcache.encoders.backends import torch_graph
-from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.image import ImageEncoder, ImageModel, Scale, Transform, cut_at_pixels, plain_json
-from embedcache.encoders.image_features import TimmFeatures, asked_layers, own_features
+from embedcache.encoders.base import Encoder, Fingerprint, Modality
+from embedcache.encoders.image import ImageEncoder, ImageModel, Scale, Transform, plain_json, split_transform
+from embedcache.encoders.image_features import TimmFeatures, native_features, requested_layers
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
-from embedcache.encoders.weights import hash_weights, hub_commit, hub_errors, read_weights
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.weights import find_hub_commit, hash_weights, read_weights, translate_hub_errors
 from embedcache.errors import ArtifactError, SettingError, UnknownNameError
 
 POOLING: Mapping[str, str] = {
@@ -51,7 +52,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     with _resizing(spec, model) as size_px:
         transform, scale, preprocessing = pixel_transform(model, size_px)
         module = ImageModel(
-            TimmFeatures(model, asked_layers(settings.features)),
+            TimmFeatures(model, requested_layers(settings.features)),
             scale,
             input_size=preprocessing["input_size"],
             asked=settings.features,
@@ -67,7 +68,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
             revision=revision,
             weights=hash_weights(model.state_dict()),
             preprocessing=preprocessing,
-            pooling={name: POOLING[name] for name in own_features(module.features)},
+            pooling={name: POOLING[name] for name in native_features(module.features)},
             precision=settings.precision,
         ),
     )
@@ -98,8 +99,8 @@ def _load_published(name: str) -> tuple[Any, str | None]:
     is_on_hub = name.startswith(HUB_PREFIXES)
     repository = name.partition(":")[2] if is_on_hub else timm.get_pretrained_cfg(name).hf_hub_id
     instead = f"give a file: timm:{name},weights=PATH"
-    revision = hub_commit(repository, what=name, instead=instead) if repository else None
-    with hub_errors(name, instead=instead):
+    revision = find_hub_commit(repository, what=name, instead=instead) if repository else None
+    with translate_hub_errors(name, instead=instead):
         return timm.create_model(name, pretrained=True, num_classes=0).eval(), revision
 
 
@@ -172,7 +173,7 @@ def pixel_transform(model: Any, size_px: int | None = None) -> tuple[Transform, 
     from timm.data import create_transform, resolve_model_data_config
 
     config = resolve_model_data_config(model, args={} if size_px is None else {"img_size": size_px})
-    transform, scale = cut_at_pixels(
+    transform, scale = split_transform(
         _as_array(create_transform(**config, is_training=False)),
         _as_array(create_transform(**config, is_training=False, normalize=False)),
         Scale(config["mean"], config["std"], divisor=255),

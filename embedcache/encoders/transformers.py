@@ -10,10 +10,11 @@ from PIL.Image import Image, new
 
 from embedcache.arrays import Array
 from embedcache.encoders.backends import torch_graph
-from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality
-from embedcache.encoders.image import ImageEncoder, ImageModel, Scale, Transform, cut_at_pixels, plain_json
-from embedcache.encoders.image_features import ImageFeatures, asked_layers, own_features, untie
+from embedcache.encoders.base import Encoder, Fingerprint, Modality
+from embedcache.encoders.image import ImageEncoder, ImageModel, Scale, Transform, plain_json, split_transform
+from embedcache.encoders.image_features import ImageFeatures, native_features, requested_layers, untie
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import TextEncoder, max_tokens_option, open_tokenizer, text_graph
 from embedcache.encoders.text_features import POOLING as TEXT_POOLING
 from embedcache.encoders.text_features import TextFeatures
@@ -86,7 +87,7 @@ def _open_image(
     spec: EncoderSpec, folder: ModelFolder, model: torch.nn.Module, weights: str, settings: EncoderSettings
 ) -> ImageEncoder:
     transform, scale, published, input_size = pixel_transform(folder.path)
-    layers = asked_layers(settings.features)
+    layers = requested_layers(settings.features)
     untie(model, layers)
     module = ImageModel(ImageFeatures(model, layers), scale, input_size=input_size, asked=settings.features)
     return ImageEncoder(
@@ -100,7 +101,7 @@ def _open_image(
             revision=folder.revision,
             weights=weights,
             preprocessing=published,
-            pooling={name: IMAGE_POOLING[name] for name in own_features(module.features)},
+            pooling={name: IMAGE_POOLING[name] for name in native_features(module.features)},
             precision=settings.precision,
         ),
     )
@@ -143,7 +144,7 @@ def pixel_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str,
             f"the image processor in {folder} keeps each picture's own shape {sorted(sizes)}; "
             "a batch needs one: set do_center_crop, or a size with height and width, in preprocessor_config.json"
         )
-    transform, scale = cut_at_pixels(whole, to_pixels, _scale(published))
+    transform, scale = split_transform(whole, to_pixels, _scale(published))
     return transform, scale, plain_json(published), sizes.pop()
 
 
@@ -161,7 +162,7 @@ def _open_text(
     tokenizer = open_tokenizer(folder.path, max_tokens=max_tokens_option(spec), model=model)
     config: Any = model.config
     what = {"name": f"hf-{spec.folder}", "config": digest(config.to_dict())}
-    layers = asked_layers(settings.features)
+    layers = requested_layers(settings.features)
     untie(model, layers)
     made = text_graph(
         TextFeatures(model, layers).eval(),
@@ -180,7 +181,7 @@ def _open_text(
             revision=folder.revision,
             weights=weights,
             preprocessing=tokenizer.preprocessing,
-            pooling={name: TEXT_POOLING[name] for name in own_features(made.features)},
+            pooling={name: TEXT_POOLING[name] for name in native_features(made.features)},
             backend=made.backend,
             precision=settings.precision,
         ),

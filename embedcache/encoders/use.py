@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array
-from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import TextEncoder, Tokenizer, text_graph
 from embedcache.encoders.text_features import mean_sqrt_len
 from embedcache.encoders.weights import hash_weights, load_weights

@@ -130,7 +130,7 @@ def model_folder(spec: EncoderSpec, *, instead: str = LOCAL_NEXT) -> ModelFolder
 
 
 @contextmanager
-def hub_errors(what: str, *, instead: str) -> Iterator[None]:
+def translate_hub_errors(what: str, *, instead: str) -> Iterator[None]:
     """Turn the hub libraries' words for a missing model or network into ours.
 
     Args:
@@ -149,7 +149,7 @@ def hub_errors(what: str, *, instead: str) -> Iterator[None]:
         ) from error
 
 
-def hub_commit(repository: str, *, what: str, instead: str) -> str:
+def find_hub_commit(repository: str, *, what: str, instead: str) -> str:
     """Get the commit of a model on the hub, before a library fetches the weights in a way of its own.
 
     Where the hub can't be reached this fails at once; the libraries' own downloads retry for most of a minute.
@@ -165,14 +165,14 @@ def hub_commit(repository: str, *, what: str, instead: str) -> str:
     from huggingface_hub import snapshot_download
 
     name, _, revision = repository.partition("@")
-    with hub_errors(what, instead=instead):
+    with translate_hub_errors(what, instead=instead):
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=["config.json"])).name
 
 
 def _download(model: str, revision: str | None, instead: str) -> ModelFolder:
     from huggingface_hub import snapshot_download
 
-    with hub_errors(f"{model!r} is no local folder and", instead=instead):
+    with translate_hub_errors(f"{model!r} is no local folder and", instead=instead):
         for weights in ("*.safetensors", "*.bin"):
             patterns = [*_SMALL_FILES, weights]
             path = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))

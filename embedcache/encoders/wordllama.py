@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from embedcache.encoders.base import Encoder, EncoderSettings, Fingerprint, Modality
+from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import TextEncoder, Tokenizer, max_tokens_option, text_graph
 from embedcache.encoders.text_features import mean
 from embedcache.encoders.weights import hash_weights, load_weights

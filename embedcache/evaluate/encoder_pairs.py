@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Inputs, Ints, blocks, check_finite, normalize
-from embedcache.dataset.inputs import SideFeature, mean_vectors, open_side
+from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
 from embedcache.dataset.pairs import Items
 from embedcache.dataset.settings import SplitSettings
 from embedcache.encoders.image_features import FeatureName
@@ -16,7 +16,7 @@ from embedcache.evaluate.pair_samples import LEAST_SAMPLES, Drawn, cut, draw
 from embedcache.metrics.alignment import Blocked, Products, cka, nearest, neighbor_overlap, products, shuffled
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, jackknife
 from embedcache.metrics.ranking import best_ranks
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.store.cache import Cache
 
@@ -166,7 +166,7 @@ def evaluate_pairs(
     """
     if num_samples < LEAST_SAMPLES:
         raise SettingError(f"num samples is {num_samples}; at least {LEAST_SAMPLES} are needed")
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     cache = Cache(cache_path)
     image_sides, skipped_images = _open_sides(cache, "image", images)
     text_sides, skipped_texts = _open_sides(cache, "text", texts)
@@ -197,19 +197,19 @@ def evaluate_pairs(
     )
 
 
-def _open_sides(cache: Cache, modality: str, names: Sequence[str] | None) -> tuple[list[SideFeature], list[str]]:
+def _open_sides(cache: Cache, modality: str, names: Sequence[str] | None) -> tuple[list[InputFeature], list[str]]:
     """Open the named sides, or all finished ones: the sides, and a line for each that was left out."""
     if names:
-        named = {side.name: side for side in (open_side(cache, modality, name) for name in names)}
+        named = {side.name: side for side in (open_input(cache, modality, name) for name in names)}
         for side in named.values():
             side.require_complete()
         return list(named.values()), []
     features = cache.features(modality)
     if not features:
-        open_side(cache, modality)  # raises, and says how to get some
+        open_input(cache, modality)  # raises, and says how to get some
     found, skipped = [], []
     for feature in features:
-        side = SideFeature([feature])
+        side = InputFeature([feature])
         try:
             side.require_complete()
             found.append(side)
@@ -239,8 +239,8 @@ class _Side:
 
 def _compare(
     drawn: Drawn,
-    images: Sequence[SideFeature],
-    texts: Sequence[SideFeature],
+    images: Sequence[InputFeature],
+    texts: Sequence[InputFeature],
     k: int,
     num_draws: int,
     advance: Callable[[], None],
@@ -256,7 +256,7 @@ def _compare(
     return figures
 
 
-def _prepare(side: SideFeature, items: Items, drawn: Drawn, k: int) -> _Side:
+def _prepare(side: InputFeature, items: Items, drawn: Drawn, k: int) -> _Side:
     parts = [normalize(mean_vectors(_read(side, items.rows[block]))) for block in blocks(len(items.rows), _BLOCK)]
     unit_ID = np.concatenate(parts)
     row_I = np.searchsorted(drawn.samples, items.samples)
@@ -270,7 +270,7 @@ def _prepare(side: SideFeature, items: Items, drawn: Drawn, k: int) -> _Side:
     return _Side(items=unit_ID, rows=rows_SD, neighbors=nearest(rows_SD, k), own=products(blocked, blocked))
 
 
-def _read(side: SideFeature, rows: Ints) -> Inputs:
+def _read(side: InputFeature, rows: Ints) -> Inputs:
     inputs = side.read(rows)
     check_finite(inputs.values, f"the {side.modality} feature {side.name}", rows=rows)
     return inputs
@@ -314,7 +314,7 @@ def _probe(drawn: Drawn, images_ID: Floats, texts_TE: Floats, num_draws: int) ->
     )
 
 
-def _pooling(side: SideFeature) -> str:
+def _pooling(side: InputFeature) -> str:
     """Say how a side's encoder made its vectors, in the words of the fingerprint."""
     said = side.fingerprint.get("pooling", {})
     words = " and ".join(_made(part.partition("/")[2], said) for part in side.name.split("+"))
@@ -330,7 +330,7 @@ def _made(name: str, said: Mapping[str, str]) -> str:
     return f"{layer}{cells}{said.get(parsed.own, parsed.own)}"
 
 
-def _split_line(settings: SplitSettings, image: SideFeature, text: SideFeature) -> str:
+def _split_line(settings: SplitSettings, image: InputFeature, text: InputFeature) -> str:
     if settings.kind != "strict":
         return settings.kind
     limits = f"{settings.image_cosine:g} and {settings.text_cosine:g}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints, blocks, normalize
-from embedcache.dataset.inputs import SideFeature, mean_vectors
+from embedcache.dataset.inputs import InputFeature, mean_vectors
 from embedcache.dataset.pairs import Items, pair_items
 from embedcache.dataset.splits import Split, read_split
 from embedcache.errors import CorruptError, DataError, PathError
@@ -43,7 +43,7 @@ class Held:
 class Looked:
     """Items of one modality, with the feature that tells them apart."""
 
-    side: SideFeature
+    side: InputFeature
     items: Items
 
 
@@ -80,7 +80,7 @@ def held_out(cache: Cache, run: Run, part: str | None = None) -> Held:
 
 def was_trained_on(run: Run, cache: Cache) -> bool:
     """Say whether a cache is one of those that a run was trained on."""
-    return any(map(cache.info.has_rows_of, run.config.spine.split("+")))
+    return any(map(cache.info.has_rows_of, run.config.index_digest.split("+")))
 
 
 def split_of(run: Run, cache: Cache) -> Split:
@@ -90,7 +90,7 @@ def split_of(run: Run, cache: Cache) -> Split:
         CorruptError: it is not the split that the run was trained on.
     """
     path = split_path(run.path)
-    if not path.is_file() or digest_file(path) != run.config.split:
+    if not path.is_file() or digest_file(path) != run.config.split_digest:
         raise CorruptError(
             f"{path} is missing or not the split that the run was trained on; train again into a new folder"
         )

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.arrays import Bools, Floats, Ints
-from embedcache.dataset.inputs import SideFeature, mean_vectors, open_side
+from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
 from embedcache.dataset.labels import Labels, has_label, read_labels
 from embedcache.dataset.pairs import Items, items_of
 from embedcache.dataset.splits import PART_NAMES, PARTS, take_groups
@@ -39,7 +39,7 @@ class Labeled:
         num_left_out: others that are in no part, or failed.
     """
 
-    side: SideFeature
+    side: InputFeature
     names: list[str]
     items: Items
     examples: Examples
@@ -70,7 +70,7 @@ def read_labeled(
     Args:
         cache: the cache.
         modality: `image` or `text`.
-        name: as of `open_side`.
+        name: as of `open_input`.
         label: the column that holds the labels.
         part: which part of the column `split` is the test; of `val`, validation is cut from training, and `test` is
             left out.
@@ -82,7 +82,7 @@ def read_labeled(
         DataError: a part is empty, there is one class only, no item has a label, or the column `split` names no part.
         CorruptError: bytes differ from their checksum.
     """
-    side = open_side(cache, modality, name)
+    side = open_input(cache, modality, name)
     side.require_complete()
     items, num_unlabeled = _with_label(items_of([cache], [side]), cache, label)
     part_S, cut = _parts(cache, items, part, seed)
@@ -164,7 +164,7 @@ def _groups(items: Items, mask: Bools) -> list[list[int]]:
     return list(groups.values())
 
 
-def _require_parts(parts: _Parts, cache: Cache, side: SideFeature, cut: str) -> None:
+def _require_parts(parts: _Parts, cache: Cache, side: InputFeature, cut: str) -> None:
     counts = {part: int((parts == part).sum()) for part in PARTS}
     empty = [part for part, count in counts.items() if not count]
     if empty:
@@ -178,7 +178,7 @@ def _require_classes(labels: Labels, is_train: Bools, place: str) -> None:
         raise DataError(f"all training items have the label {labels.names[classes[0]]!r} in {place}; a probe needs two")
 
 
-def _read_vectors(side: SideFeature, rows: Ints) -> Floats:
+def _read_vectors(side: InputFeature, rows: Ints) -> Floats:
     """Read the vectors of some rows, checksums compared: (M, D) float32."""
     position_N = np.full(side.num_items, -1)
     position_N[rows] = np.arange(len(rows))

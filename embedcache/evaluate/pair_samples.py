@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.dataset.inputs import Reader, SideFeature
+from embedcache.dataset.inputs import InputFeature, Reader
 from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import make_split
@@ -21,8 +21,8 @@ _NUM_BLOCKS = 50
 
 def draw(
     cache: Cache,
-    images: Sequence[SideFeature],
-    texts: Sequence[SideFeature],
+    images: Sequence[InputFeature],
+    texts: Sequence[InputFeature],
     language: str | None,
     num_samples: int,
     seed: int,
@@ -105,7 +105,7 @@ class Drawn:
         }
 
 
-def cut(pairs: Pairs, cache: Cache, sides: tuple[SideFeature, SideFeature], settings: SplitSettings) -> Drawn:
+def cut(pairs: Pairs, cache: Cache, sides: tuple[InputFeature, InputFeature], settings: SplitSettings) -> Drawn:
     """Cut samples into parts, and leave the test part out.
 
     Args:
@@ -136,8 +136,8 @@ class _Paired:
     """What a split is made for: the two sides that decide what near-duplicates are."""
 
     caches: Sequence[Cache]
-    image: SideFeature
-    text: SideFeature
+    image: InputFeature
+    text: InputFeature
 
     @property
     def keys(self) -> list[str]:

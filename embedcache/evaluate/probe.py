@@ -13,7 +13,7 @@ from embedcache.evaluate.classifiers import METHODS, Examples, Fit, Fitted
 from embedcache.evaluate.labeled import HeldOut, Labeled, name_some, read_labeled
 from embedcache.metrics.classification import class_means, ranks_of
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.store.cache import Cache
 
 _TOP = 5
@@ -184,7 +184,7 @@ def evaluate_probe(
         DataError: the labels or parts do not allow it.
         MissingExtraError: logistic regression, and scikit-learn is not installed.
     """
-    settings, progress = settings or ProbeSettings(), progress or Silent()
+    settings, progress = settings or ProbeSettings(), progress or NullProgress()
     if (image is None) == (text is None):
         raise SettingError("a probe looks at one feature: give --image ENCODER/FEATURE or --text ENCODER/FEATURE")
     methods = {name: METHODS.load(name) for name in dict.fromkeys(settings.methods)}

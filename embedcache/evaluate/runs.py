@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from embedcache.dataset.inputs import SideFeature, open_side
+from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.errors import SettingError
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, check_feature, load_pair, read_config
@@ -88,14 +88,14 @@ def seeds_line(seeds: Sequence[int], figures: Sequence[float], name: str) -> str
     return f"{said} ({name} {reached})" if len(seeds) > 1 else said
 
 
-def trained_side(cache: Cache, config: PairConfig, modality: str) -> SideFeature:
+def trained_side(cache: Cache, config: PairConfig, modality: str) -> InputFeature:
     """Get what one side of a run was trained on.
 
     Raises:
         UnknownNameError: the cache has no feature of that name.
         FingerprintError: another encoder made it.
     """
-    side = open_side(cache, modality, config.side(modality).feature)
+    side = open_input(cache, modality, config.tower_input(modality).feature)
     check_feature(config, modality, side.name, side.fingerprint)
     return side
 
@@ -129,10 +129,10 @@ def _refuse_mixed(runs: Sequence[Run]) -> None:
 
 def _recipe(config: PairConfig) -> dict[str, Any]:
     """Give all that decides a run but its seeds. A split that was given as a file is one cut of many, as a seed is."""
-    split = {**config.training["split"], "seed": None, **({"kind": "a file"} if "split" in config.given else {})}
+    split = {**config.training["split"], "seed": None, **({"kind": "a file"} if "split" in config.file_digests else {})}
     return {
         "image": config.image.feature,
         "text": config.text.feature,
-        "spine": config.spine,
+        "spine": config.index_digest,
         "training": {**config.training, "seed": None, "split": split},
     }

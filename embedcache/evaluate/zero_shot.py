@@ -11,7 +11,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, blocks, mean_directions
 from embedcache.dataset import prompts as cached
-from embedcache.dataset.inputs import SideFeature
+from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.pairs import Items, items_of
 from embedcache.dataset.prompts import Prompts
@@ -208,14 +208,14 @@ def classify(
     )
 
 
-def _rank(run: Run, image: SideFeature, rows: Ints, labels: Ints, prompts: Prompts) -> tuple[Ints, Ints]:
+def _rank(run: Run, image: InputFeature, rows: Ints, labels: Ints, prompts: Prompts) -> tuple[Ints, Ints]:
     """Rank each image's class, and find the classes that score best: (I,) and (I, K)."""
     found = list(_ranked_blocks(run, image, rows, labels, class_vectors(prompts, run)))
     return np.concatenate([ranks for ranks, _ in found]), np.concatenate([best for _, best in found])
 
 
 def _ranked_blocks(
-    run: Run, image: SideFeature, rows: Ints, labels: Ints, classes_CP: Floats
+    run: Run, image: InputFeature, rows: Ints, labels: Ints, classes_CP: Floats
 ) -> Iterator[tuple[Ints, Ints]]:
     for block in blocks(len(rows), _BLOCK):
         scores_BC = project(run.pair.image, image.read(rows[block])) @ classes_CP.T

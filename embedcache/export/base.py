@@ -17,10 +17,10 @@ from PIL import Image
 from embedcache.arrays import Floats
 from embedcache.encoders.base import Modality
 from embedcache.errors import ArtifactError, SettingError
-from embedcache.inference import OpenSide, open_side
+from embedcache.inference import ProjectedEncoder, open_projected_encoder
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, Side, load_pair
+from embedcache.projectors.saved import PairConfig, TowerInput, load_pair
 
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
 
@@ -50,14 +50,14 @@ class Run:
         return cls(path, *load_pair(path))
 
     @cached_property
-    def image(self) -> OpenSide:
+    def image(self) -> ProjectedEncoder:
         """The image side, from pictures to the shared space."""
-        return open_side("image", self.config.image, self.pair.image, "cpu")
+        return open_projected_encoder("image", self.config.image, self.pair.image, "cpu")
 
     @cached_property
-    def text(self) -> OpenSide:
+    def text(self) -> ProjectedEncoder:
         """The text side, from texts to the shared space."""
-        return open_side("text", self.config.text, self.pair.text, "cpu")
+        return open_projected_encoder("text", self.config.text, self.pair.text, "cpu")
 
     def projector(self, modality: Modality) -> str:
         """Name one side's projector."""
@@ -69,7 +69,7 @@ class Run:
         return kind
 
 
-def check_plain(side: Side, form: str) -> None:
+def check_plain(side: TowerInput, form: str) -> None:
     """Refuse a feature that no model gives by itself: of a view, or rounded on its way.
 
     Raises:

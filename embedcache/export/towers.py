@@ -10,12 +10,12 @@ from torch import nn
 
 from embedcache.encoders import lite, sentence_transformers, timm, transformers
 from embedcache.encoders.base import Modality
-from embedcache.encoders.image_features import CROP_PADDING_PX, ImageFeatures, TimmFeatures, asked_layers, untie
+from embedcache.encoders.image_features import CROP_PADDING_PX, ImageFeatures, TimmFeatures, requested_layers, untie
 from embedcache.encoders.open import EncoderSpec, feature_names
 from embedcache.encoders.text_features import Dense, Sentences, TextFeatures
 from embedcache.encoders.weights import load_pretrained, model_folder
 from embedcache.export.base import Run, check_plain, refusal
-from embedcache.projectors.towers import BareTower, TokenTower
+from embedcache.projectors.towers import RawTower, TokenTower
 
 _STALE = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")
 """What a tokenizer remembers of another use; a processor would cut texts at that `max_length`."""
@@ -73,16 +73,16 @@ def open_text_tower(run: Run, form: str) -> OpenTower:
 
 
 def _checked(run: Run, modality: Modality, form: str) -> tuple[EncoderSpec, tuple[str, ...]]:
-    side = run.config.side(modality)
+    side = run.config.tower_input(modality)
     check_plain(side, form)
     return EncoderSpec.parse(side.spec), feature_names(side.feature)
 
 
 def _about(run: Run, modality: Modality) -> dict[str, Any]:
-    side, tower = run.config.side(modality), run.pair.tower(modality)
-    takes = "tokens" if isinstance(tower, TokenTower) else "bare" if isinstance(tower, BareTower) else "centred"
+    side, tower = run.config.tower_input(modality), run.pair.tower(modality)
+    takes = "tokens" if isinstance(tower, TokenTower) else "bare" if isinstance(tower, RawTower) else "centred"
     names = list(feature_names(side.feature))
-    return {"features": names, "layers": asked_layers(names), "width": side.width, "takes": takes}
+    return {"features": names, "layers": requested_layers(names), "width": side.width, "takes": takes}
 
 
 def _shapes(module: nn.Module, input_size: Sequence[int]) -> dict[str, list[int]]:
@@ -108,13 +108,13 @@ def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Image:
         "image_size": size_px if resizes else None,
         "input_size": settings["input_size"],
     }
-    return TimmFeatures(model, asked_layers(names)).eval(), about, _processor_saver("timm", settings)
+    return TimmFeatures(model, requested_layers(names)).eval(), about, _processor_saver("timm", settings)
 
 
 def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _Image:
     """Put the package's weights into timm's network of the same architecture: the order of layers is the same."""
     model, size_px = lite.load_model(spec)
-    if asked_layers(names):
+    if requested_layers(names):
         raise refusal("an export of lite", "layerN counts its blocks, and timm's network counts stages")
     name = f"tf_{spec.model.replace('-', '_')}"
     network = timm.make_model(name)
@@ -129,7 +129,7 @@ def _open_hf_image(spec: EncoderSpec, names: Sequence[str]) -> _Image:
     folder = model_folder(spec).path
     config, loader = transformers.tower_of(folder, "image")
     model, _ = _loaded(loader, folder, config)
-    layers = asked_layers(names)
+    layers = requested_layers(names)
     untie(model, layers)
     input_size = list(transformers.pixel_transform(folder)[3])
     about = {"kind": "transformers", **_class(model), "input_size": input_size}
@@ -143,7 +143,7 @@ def _open_hf_text(spec: EncoderSpec, names: Sequence[str]) -> _Text:
     folder = model_folder(spec).path
     config, loader = transformers.tower_of(folder, "text")
     model, _ = _loaded(loader, folder, config)
-    layers = asked_layers(names)
+    layers = requested_layers(names)
     untie(model, layers)
     return TextFeatures(model, layers).eval(), {"kind": "transformers", **_class(model)}, folder
 
@@ -152,7 +152,7 @@ def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _Text:
     folder = sentence_transformers.find_folder(spec).path
     parts = sentence_transformers.read_parts(folder)
     model, _ = _loaded(*sentence_transformers.loader_of(parts.transformer))
-    layers = asked_layers(names)
+    layers = requested_layers(names)
     untie(model, layers)
     heads = [sentence_transformers.open_dense(path) for path in parts.dense]
     about = {

@@ -19,7 +19,7 @@ from embedcache.extract.job import Done, Job
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.files import open_path, remove_partials
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import run_record
 from embedcache.sources.base import IMPORTED, Source
 from embedcache.store.cache import Cache
@@ -91,7 +91,7 @@ def extract(
         FingerprintError: the cache holds other samples, or features of another encoder of that name.
         DiskFullError: what is committed stays; run again with more space.
     """
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     job = open_job(source, cache_path, image=image, text=text, settings=settings, extends=extends, progress=progress)
     cache = Cache(job.cache)
     remove_partials(cache.path)

@@ -12,7 +12,7 @@ class Job:
     """What to extract.
 
     Args:
-        cache: path or URL of the cache, whose spine is there.
+        cache: path or URL of the cache, whose sample and item tables are written.
         source: what reopens the source.
         image: specs of the encoders of images.
         text: specs of the encoders of texts.

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedcache.arrays import Array
-from embedcache.encoders.base import Encoder, EncoderSettings
+from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import EncoderSpec, open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.views import View, open_view
-from embedcache.files import Claims
+from embedcache.files import Leases
 from embedcache.processes import num_cores
 from embedcache.provenance import check_same
 from embedcache.registry import unknown_name
@@ -93,7 +94,7 @@ class Target:
     features: Sequence[str]
     dtypes: Mapping[str, str]
     view: View | None
-    claims: Claims
+    claims: Leases
     executor: Executor
     turns: Turns
 
@@ -161,7 +162,7 @@ def open_target(
     features = choose_features(encoder, asked)
     for name in features:
         add_feature(group, name, encoder.features[name], dtype)
-    claims = Claims(group.path / "chunks")
+    claims = Leases(group.path / "chunks")
     return Target(
         encoder=encoder,
         group=group,
@@ -195,7 +196,7 @@ def reopen_target(group: EncoderGroup, features: Sequence[str], *, device: str) 
         features=features,
         dtypes={name: Feature(group, name).dtype for name in features},
         view=open_view(fingerprint["view"]["name"]) if "view" in fingerprint else None,
-        claims=Claims(group.path / "chunks"),
+        claims=Leases(group.path / "chunks"),
         executor=ThreadPoolExecutor(1),
         turns=Turns(device),
     )

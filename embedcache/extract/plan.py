@@ -20,7 +20,7 @@ from embedcache.extract.outputs import Target
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker
 from embedcache.files import is_remote
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import Source
 
 _PROBE_BATCHES = 4
@@ -117,7 +117,7 @@ def plan(
 
     The arguments and errors are those of `extract`.
     """
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     job = open_job(source, cache_path, image=image, text=text, settings=settings, extends=extends, progress=progress)
     devices = job.settings.devices or all_devices()
     worker = Worker(job, source=source, device=devices[0])

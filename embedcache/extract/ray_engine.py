@@ -11,7 +11,7 @@ from embedcache.errors import EmbedcacheError
 from embedcache.extract.job import Done, Job, merge_done
 from embedcache.extract.worker import Worker
 from embedcache.processes import connected
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import Source
 
 _PATIENCE_S = 30.0
@@ -57,7 +57,7 @@ class _Actor:
         }
 
     def encode(self, modality: Modality, chunk: int) -> list[Done]:
-        return self._worker().encode(modality, [chunk], Silent())
+        return self._worker().encode(modality, [chunk], NullProgress())
 
     def nothing_done(self) -> list[Done]:
         return self._worker().done({})

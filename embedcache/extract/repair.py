@@ -22,7 +22,7 @@ from embedcache.extract.outputs import Target, check_unchanged, claim_one, reope
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker, encode_chunks
 from embedcache.processes import num_cores
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
 from embedcache.sources import ImageItem, reopen_source
 from embedcache.sources.base import Source
@@ -55,7 +55,7 @@ def repair(
     tables = [finding for finding in findings if finding.is_damage and not finding.encoder]
     if tables:
         raise CorruptError(f"nothing is repaired while {tables[0].line()}")
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     source = reopen_source(cache.info.source)
     damaged: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for finding in findings:
@@ -117,7 +117,7 @@ def retry_failed(
     Captions that failed are blank, and stay so: captions are part of the numbering. The arguments and errors are those
     of `extract`.
     """
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     job = open_job(source, cache_path, image=image, text=text, settings=settings, mends=True, progress=progress)
     device = (job.settings.devices or all_devices())[0]
     worker = Worker(job, source=source, device=device)
@@ -240,7 +240,7 @@ def measure_drift(
         SettingError: a share of nothing.
     """
     check_share(share)
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     source = reopen_source(cache.info.source)
     groups = [group for modality in cache.info.num_items for group in cache.encoders(modality)]
     progress.start("encoding a sample again", len(groups), "encoders")

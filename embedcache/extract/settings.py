@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from embedcache.encoders.base import EncoderSettings
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 
 

@@ -19,7 +19,7 @@ from embedcache.extract.outputs import Target, Turns, Work, check_features, clai
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.processes import num_cores
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.sources import Source, reopen_source
 from embedcache.store.cache import Cache
 
@@ -56,7 +56,7 @@ class Worker:
 
     def run(self, progress: Progress | None = None) -> list[Done]:
         """Encode all that is missing, and give what was done."""
-        progress = progress or Silent()
+        progress = progress or NullProgress()
         parts = [self.done({})]
         for modality in self.targets:
             chunks = self.missing(modality)

@@ -13,7 +13,7 @@ from torch import Tensor
 from embedcache.arrays import Array, Floats
 from embedcache.encoders.backends import torch_device
 from embedcache.errors import SettingError
-from embedcache.inference import OpenSide, open_side
+from embedcache.inference import ProjectedEncoder, open_projected_encoder
 from embedcache.projectors.saved import load_pair, read_config
 from embedcache.registry import require
 from embedcache.reports.results import MODEL
@@ -52,7 +52,7 @@ class RunModel:
         device: where vectors are given.
     """
 
-    def __init__(self, image: OpenSide, text: OpenSide, device: str) -> None:
+    def __init__(self, image: ProjectedEncoder, text: ProjectedEncoder, device: str) -> None:
         self._image, self._text, self._device = image, text, device
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ def load(
     del model_name, cache_dir
     device = str(torch_device(str(device)))
     pair, config = load_pair(Path(pretrained), device=device)
-    image = open_side("image", config.image, pair.image, device)
-    text = open_side("text", config.text, pair.text, device)
+    image = open_projected_encoder("image", config.image, pair.image, device)
+    text = open_projected_encoder("text", config.text, pair.text, device)
     return (
         RunModel(image, text, device),
         lambda picture: torch.from_numpy(image.prepare([rgb_image(picture)])[0]),

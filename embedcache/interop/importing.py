@@ -15,7 +15,7 @@ from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import CorruptError, SourceError, UnfinishedError
 from embedcache.files import open_path, remove_partials
 from embedcache.interop.incoming import ImportedRows, Incoming
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, digest, digest_file, run_record
 from embedcache.sources.base import IMPORTED
 from embedcache.sources.settings import SourceSettings
@@ -97,7 +97,7 @@ def import_vectors(
         SettingError: vectors of texts without their captions.
         CorruptError: a file is damaged.
     """
-    progress, settings = progress or Silent(), settings or SourceSettings()
+    progress, settings = progress or NullProgress(), settings or SourceSettings()
     path = open_path(cache_path)
     hashes = _hash_files(incoming, progress)
     source = _describe(incoming, hashes, model, settings)

@@ -115,7 +115,7 @@ class Outgoing:
         run = self._settings.run
         return {
             "cache": str(self.cache.path),
-            "spine": self.cache.info.spine,
+            "spine": self.cache.info.index_digest,
             "features": features,
             "run": None if run is None else str(run),
         }

@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 from embedcache.dataset.settings import SplitSettings
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import peak_memory_bytes, write_json
 from embedcache.reports.quickstart import PageContent, Stage, write_report
 from embedcache.reports.retrieval import retrieval_json
-from embedcache.search.filters import Hit
 from embedcache.search.index import build_index
-from embedcache.search.search import search
+from embedcache.search.search import Hit, search
 from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
@@ -70,7 +69,7 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
     Raises:
         MissingExtraError: the packages with the weights and pictures are not installed.
     """
-    workdir, progress = Path(workdir), progress or Silent()
+    workdir, progress = Path(workdir), progress or NullProgress()
     stages = _Stages(progress)
     cache_path = workdir / "cache"
     _extract(stages, cache_path)

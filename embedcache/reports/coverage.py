@@ -18,7 +18,7 @@ from matplotlib.ticker import StrMethodFormatter
 
 from embedcache.arrays import Array, Bools, Ints
 from embedcache.curate.counting import QUANTILES
-from embedcache.curate.coverage import Counts, CoverageReport
+from embedcache.curate.coverage import ConceptCounts, CoverageReport
 from embedcache.reports.base import BAD, COLOURS, INK, SOFT, Case, Section, Shown, label, svg, write_sections
 from embedcache.reports.thumbnails import Pictures, credit
 
@@ -93,12 +93,12 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
     return {
         "pool": {
             "cache": str(pool.cache.path),
-            "spine": pool.cache.info.spine,
+            "spine": pool.cache.info.index_digest,
             "modality": pool.modality,
             "feature": pool.side.name,
             "fingerprint": dict(pool.side.fingerprint),
             "run": None if pool.run_path is None else str(pool.run_path),
-            "run_weights": None if pool.config is None else pool.config.weights,
+            "run_weights": None if pool.config is None else pool.config.weights_digest,
         },
         "concepts_from": report.concepts.about,
         "threshold": report.settings.threshold,
@@ -145,7 +145,7 @@ def _concept_row(report: CoverageReport, number: int) -> list[str]:
     ]
 
 
-def _part_json(report: CoverageReport, part: Counts) -> dict[str, Any]:
+def _part_json(report: CoverageReport, part: ConceptCounts) -> dict[str, Any]:
     gaps = part.gaps(report.settings.min_count)
     return {
         "name": part.name,
@@ -183,7 +183,7 @@ def _of(num: int, total: int) -> str:
     return f"{num:,} ({num / total:.1%})" if total else "0"
 
 
-def _percent(part: Counts, share: float) -> str:
+def _percent(part: ConceptCounts, share: float) -> str:
     found = part.top_share(share)
     return "-" if np.isnan(found) else f"{found:.1%}"
 
@@ -198,7 +198,7 @@ MOST_BARS = 50
 _COUNT = StrMethodFormatter("{x:,.0f}")
 
 
-def coverage_curve(parts: Sequence[Counts], *, min_count: int) -> str:
+def coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     """Draw the items of each concept, the largest first: a line a part, and one where gaps begin."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -214,7 +214,7 @@ def coverage_curve(parts: Sequence[Counts], *, min_count: int) -> str:
     return svg(figure)
 
 
-def coverage_bars(names: Sequence[str], parts: Sequence[Counts], *, min_count: int) -> str:
+def coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     """Draw a bar a concept and part, the largest first; of many concepts the largest and the smallest."""
     order = largest_first(parts[0].counts)
     if len(order) > MOST_BARS:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.curate.leaks import Leak, Leaks
+from embedcache.curate.leaks import LeakReport, ModalityLeaks
 from embedcache.reports.base import Case, Section, Table, write_sections
 from embedcache.reports.thumbnails import Showing, credit
 from embedcache.store.cache import Cache
@@ -34,19 +34,19 @@ class Pair:
     said: str
 
 
-def line(leaks: Leaks) -> str:
+def line(leaks: LeakReport) -> str:
     """Say in a line how many samples leak."""
     count, num_samples = len(leaks.leaked_samples), leaks.test.info.num_samples
     share = 100 * count / max(1, num_samples)
     return f"{count:,} of {num_samples:,} samples of {leaks.test.path} ({share:.1f} %) are in {leaks.train.path}"
 
 
-def notes(leaks: Leaks) -> list[str]:
+def notes(leaks: LeakReport) -> list[str]:
     """Say where only copies could be looked for, and why."""
     return [f"{leak.modality}s: only copies were looked for: {leak.reason}" for leak in leaks.leaks if leak.reason]
 
 
-def leak_rows(leaks: Leaks) -> Table:
+def leak_rows(leaks: LeakReport) -> Table:
     """Count, for each modality, the test samples that are copied, or nearly, and the training samples that leak."""
     return (
         ["compared", "feature", "limit", "test samples copied", "copied or near", "training samples", "highest cosine"],
@@ -54,7 +54,7 @@ def leak_rows(leaks: Leaks) -> Table:
     )
 
 
-def _leak_row(leak: Leak) -> list[str]:
+def _leak_row(leak: ModalityLeaks) -> list[str]:
     return [
         f"{len(leak.test.rows):,} × {len(leak.train.rows):,} {leak.modality}s",
         leak.feature or "hashes alone",
@@ -66,7 +66,7 @@ def _leak_row(leak: Leak) -> list[str]:
     ]
 
 
-def worst_pairs(leaks: Leaks, leak: Leak, most: int) -> list[Pair]:
+def worst_pairs(leaks: LeakReport, leak: ModalityLeaks, most: int) -> list[Pair]:
     """Give the test items that are closest to training, copies first, each with what it is closest to.
 
     Args:
@@ -108,7 +108,7 @@ class _Names:
 _MOST_PAIRS = 40
 
 
-def write_leaks(path: Path, leaks: Leaks) -> None:
+def write_leaks(path: Path, leaks: LeakReport) -> None:
     """Write the page.
 
     Args:
@@ -138,7 +138,7 @@ def write_leaks(path: Path, leaks: Leaks) -> None:
     )
 
 
-def _worst(leaks: Leaks, leak: Leak, test: Showing, train: Showing) -> Section:
+def _worst(leaks: LeakReport, leak: ModalityLeaks, test: Showing, train: Showing) -> Section:
     pairs = worst_pairs(leaks, leak, _MOST_PAIRS)
     count = int(leak.is_leaked.sum())
     return Section(

@@ -16,7 +16,7 @@ from embedcache.reports.base import COLOURS, INK, label, svg, write_page
 from embedcache.reports.plots import recall_bars
 from embedcache.reports.retrieval import query_sections, retrieval_rows
 from embedcache.reports.thumbnails import Pictures, credit
-from embedcache.search.filters import Hit
+from embedcache.search.search import Hit
 from embedcache.store.cache import Cache
 
 

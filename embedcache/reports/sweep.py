@@ -22,7 +22,7 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from embedcache.files import is_remote
-from embedcache.provenance import digest_file, write_json
+from embedcache.provenance import digest_file, to_record, write_json
 from embedcache.reports.base import BAD, COLOURS, INK, SOFT, label, svg, write_page
 from embedcache.reports.retrieval import retrieval_json, retrieval_rows
 from embedcache.sweep.best import Best
@@ -95,7 +95,7 @@ def write_figures(path: Path, findings: Findings) -> None:
     write_json(
         path,
         {
-            "study": asdict(findings.study),
+            "study": to_record(findings.study),
             "counts": findings.counts(),
             "winner": {
                 "trial": findings.winner.number,

@@ -86,11 +86,11 @@ def open_concepts(
     _refuse_zero(vectors_CP, names, cache)
     about: dict[str, Any] = {
         "cache": str(cache.path),
-        "spine": cache.info.spine,
+        "spine": cache.info.index_digest,
         "feature": side.side.name,
         "fingerprint": dict(side.side.fingerprint),
         "run": None if side.run_path is None else str(side.run_path),
-        "run_weights": None if side.config is None else side.config.weights,
+        "run_weights": None if side.config is None else side.config.weights_digest,
         "of": "prompts" if has_prompts(cache) else "examples",
     }
     if not has_prompts(cache):

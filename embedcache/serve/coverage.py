@@ -42,10 +42,10 @@ def read_coverage(path: Path, index: OpenIndex) -> ServedCoverage:
     if not path.is_file():
         raise PathError(f"{path} does not exist; make it with: embedcache curate coverage CACHE CONCEPTS --json {path}")
     values = read_json(path)
-    served, spine, modality = fields_of(
+    served, index_digest, modality = fields_of(
         path, lambda: (_served(values), str(values["pool"]["spine"]), str(values["pool"]["modality"]))
     )
-    if not index.cache.info.has_rows_of(spine):
+    if not index.cache.info.has_rows_of(index_digest):
         raise FingerprintError(f"{path} is of other samples than {index.cache.path} holds; measure coverage again")
     if modality != index.card.modality:
         raise DataError(f"{path} counts {modality}s, and the index holds {index.card.modality}s")

@@ -140,9 +140,7 @@ def _read(path: Path, *, num_dimensions: int) -> Array:
     values = np.frombuffer(data, np.uint8, offset=header_bytes)
     if len(values) != np.prod(shape, dtype=np.int64) or 0 in shape[1:]:
         sizes = " x ".join(map(str, shape))
-        raise SourceError(
-            f"{path} is damaged: expected {sizes} bytes of pixels, got {len(values):,}; copy it again"
-        )
+        raise SourceError(f"{path} is damaged: expected {sizes} bytes of pixels, got {len(values):,}; copy it again")
     return values.reshape(shape)
 
 

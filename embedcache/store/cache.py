@@ -109,7 +109,7 @@ class Cache:
         )
 
 
-def describe_spine(cache: Cache) -> str:
+def describe_cache(cache: Cache) -> str:
     """Say what the cache numbers, in one line."""
     items = ", ".join(f"{count:,} {modality}s" for modality, count in cache.info.num_items.items())
     source = f"{cache.info.source.get('type')} {cache.info.source.get('path', '')}".strip()

@@ -33,7 +33,7 @@ class Commit:
     Args:
         chunk: its number.
         encoder: digest of the encoder's fingerprint.
-        spine: identity of the cache's rows.
+        index_digest: identity of the cache's rows.
         features: feature name -> file below the encoder's folder -> CRC-32C of its rows.
         hashes: BLAKE2b-128 of each item's raw bytes or UTF-8 text; None where they could not be read.
         failures: feature name -> why each item has none; None where it has one.
@@ -41,7 +41,7 @@ class Commit:
 
     chunk: int
     encoder: str
-    spine: str
+    index_digest: str
     features: Mapping[str, Mapping[str, str]]
     hashes: Sequence[bytes | None]
     failures: Mapping[str, Sequence[str | None]]
@@ -71,7 +71,7 @@ def write_commit(encoder_folder: Path, commit: Commit) -> None:
     about = {
         "chunk": commit.chunk,
         "encoder": commit.encoder,
-        "spine": commit.spine,
+        "spine": commit.index_digest,
         "features": commit.features,
         "digest": _digest(commit),
     }
@@ -121,7 +121,7 @@ def _parse(data: bytes) -> tuple[Commit, str | None]:
     commit = Commit(
         chunk=about["chunk"],
         encoder=about["encoder"],
-        spine=about["spine"],
+        index_digest=about["spine"],
         features=about["features"],
         hashes=table["hash"].to_pylist(),
         failures={feature: table[f"{_FAILURE}{feature}"].to_pylist() for feature in about["features"]},
@@ -133,4 +133,4 @@ def _digest(commit: Commit) -> str:
     """Get the SHA-256 over all that a commit says."""
     hashes = [None if value is None else value.hex() for value in commit.hashes]
     failures = {feature: commit.failures[feature] for feature in commit.features}
-    return digest([commit.chunk, commit.encoder, commit.spine, commit.features, hashes, failures])
+    return digest([commit.chunk, commit.encoder, commit.index_digest, commit.features, hashes, failures])

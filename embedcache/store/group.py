@@ -57,9 +57,9 @@ class EncoderGroup:
             return None
         if commit.encoder != digest(self.fingerprint):
             raise CorruptError(f"chunk {chunk} in {self.path} was written by another encoder than the folder's")
-        num_rows = self.info.num_rows_then(commit.spine, self.modality, chunk)
+        num_rows = self.info.num_rows_then(commit.index_digest, self.modality, chunk)
         if num_rows is None:  # another process may have added samples since this one opened the cache
-            num_rows = read_info(self.path.parents[1]).num_rows_then(commit.spine, self.modality, chunk)
+            num_rows = read_info(self.path.parents[1]).num_rows_then(commit.index_digest, self.modality, chunk)
         if num_rows is None:
             raise CorruptError(f"chunk {chunk} in {self.path} was written for other rows than this cache numbers")
         if len(commit.hashes) != num_rows:

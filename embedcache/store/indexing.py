@@ -21,7 +21,7 @@ from embedcache.files import (
     put_file,
     remove_folder,
 )
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, read_json, write_json
 from embedcache.sources.base import Sample, Source
 from embedcache.sources.files import wrap_io_errors
@@ -32,14 +32,14 @@ from embedcache.store.layout import (
     CacheInfo,
     Earlier,
     Part,
+    index_digest_of,
     info_path,
     items_path,
     read_info,
     samples_path,
-    spine_of,
     write_info,
 )
-from embedcache.store.tables import ITEM_SCHEMAS, SpineWriter, digest_input
+from embedcache.store.tables import ITEM_SCHEMAS, TableWriter, digest_input
 
 _OURS = {LOCK, "cache.json", "mending.json", "samples.parquet", *ITEM_SCHEMAS}
 
@@ -72,7 +72,7 @@ def index(
         SettingError: a chunk of no item.
         SourceError: no sample, a key that stands twice, or columns of mixed types.
     """
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     if chunk_size is not None and chunk_size < 1:
         raise SettingError(f"chunk size is {chunk_size}; it must be at least 1")
     with wrap_io_errors(cache_path):
@@ -112,7 +112,7 @@ def _is_unchanged(source: Source, cache_path: Path, info: CacheInfo, progress: P
     if _mending_path(cache_path).is_file():
         return False
     if len(info.all_parts) == 1:
-        return _digest(source, info, progress) == info.spine
+        return _digest(source, info, progress) == info.index_digest
     try:
         changes = find_changes(cache_path, info, source.samples(), on_new=_ignore, progress=progress)
     except FingerprintError:
@@ -129,12 +129,12 @@ def _forget(cache_path: Path) -> None:
 
 
 def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progress) -> CacheInfo:
-    spine = hashlib.sha256()
+    index_digest = hashlib.sha256()
     with _scratch(cache_path) as folder:
-        writer = SpineWriter(folder, chunk_size)
+        writer = TableWriter(folder, chunk_size)
         progress.start("indexing", 0, "samples")
         for batch in batches(source.samples()):
-            spine.update(digest_input(batch))
+            index_digest.update(digest_input(batch))
             writer.add(batch)
             progress.advance(len(batch))
         progress.finish()
@@ -146,7 +146,7 @@ def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progres
         info = CacheInfo(
             chunk_size=chunk_size,
             source=dict(source.describe()),
-            spine=spine.hexdigest(),
+            index_digest=index_digest.hexdigest(),
             num_samples=writer.num_samples,
             num_items=writer.close(),
             tables=writer.digests,
@@ -167,13 +167,13 @@ def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None)
 
 
 def _digest(source: Source, info: CacheInfo, progress: Progress) -> str:
-    spine = hashlib.sha256()
+    index_digest = hashlib.sha256()
     progress.start("checking samples", info.num_samples, "samples")
     for batch in batches(source.samples()):
-        spine.update(digest_input(batch))
+        index_digest.update(digest_input(batch))
         progress.advance(len(batch))
     progress.finish()
-    return spine.hexdigest()
+    return index_digest.hexdigest()
 
 
 def _refuse_foreign(cache_path: Path) -> None:
@@ -203,7 +203,7 @@ def _take_in(source: Source, cache_path: Path, *, extends: bool, may_mend: bool,
         tables, num_items, digests = longer.close()
         if mends:
             write_json(_mending_path(cache_path), list(changes.digests))
-            writer = SpineWriter(folder / "moved", info.chunk_size)
+            writer = TableWriter(folder / "moved", info.chunk_size)
             writer.copy(tables, info.num_samples + changes.num_new, changes.moved)
             tables, num_items, digests = folder / "moved", writer.close(), writer.digests
         if tables != cache_path:
@@ -213,12 +213,12 @@ def _take_in(source: Source, cache_path: Path, *, extends: bool, may_mend: bool,
         parts.append(Part(num_samples=changes.num_new, digest=changes.new_digest))
     info = replace(
         info,
-        spine=spine_of(parts),
+        index_digest=index_digest_of(parts),
         num_samples=info.num_samples + changes.num_new,
         num_items=num_items,
         tables=digests,
         parts=tuple(parts),
-        earlier=(*info.earlier, Earlier(spine=info.spine, num_items=info.num_items)),
+        earlier=(*info.earlier, Earlier(index_digest=info.index_digest, num_items=info.num_items)),
     )
     write_info(cache_path, info)
     _mending_path(cache_path).unlink(missing_ok=True)
@@ -244,11 +244,11 @@ class _Longer:
 
     def __init__(self, cache_path: Path, info: CacheInfo, folder: Path) -> None:
         self._cache_path, self._info, self._folder = cache_path, info, folder
-        self._writer: SpineWriter | None = None
+        self._writer: TableWriter | None = None
 
     def add(self, batch: list[Sample]) -> None:
         if self._writer is None:
-            self._writer = SpineWriter(self._folder, self._info.chunk_size)
+            self._writer = TableWriter(self._folder, self._info.chunk_size)
             self._writer.copy(self._cache_path, self._info.num_samples, {})
         self._writer.add(batch)
 

@@ -1,11 +1,11 @@
 """Where things lie in a cache, and what `cache.json` says. The page docs/formats.md describes every byte."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedcache.provenance import digest, fields_of, read_manifest, write_json
+from embedcache.provenance import digest, fields_of, from_record, read_manifest, to_record, write_json
 
 FORMAT_VERSION = 1
 DEFAULT_CHUNK_SIZE = 2048
@@ -30,11 +30,11 @@ class Earlier:
     """A state of the numbering before samples were added or items mended: commits made then are still good.
 
     Args:
-        spine: its identity, as those commits have it.
+        index_digest: its identity, as those commits have it.
         num_items: modality -> how many items it had.
     """
 
-    spine: str
+    index_digest: str
     num_items: Mapping[str, int]
 
 
@@ -45,7 +45,7 @@ class CacheInfo:
     Args:
         chunk_size: items in a chunk; the last chunk of a modality may hold fewer.
         source: what reopens the source.
-        spine: digest of all samples and items in row order: the identity of the rows.
+        index_digest: digest of all samples and items in row order: the identity of the rows.
         num_samples: rows of `samples.parquet`.
         num_items: rows of each modality's `items.parquet`; a modality without items is absent.
         format: version of the format on disk.
@@ -56,7 +56,7 @@ class CacheInfo:
 
     chunk_size: int
     source: Mapping[str, Any]
-    spine: str
+    index_digest: str
     num_samples: int
     num_items: Mapping[str, int]
     format: int = FORMAT_VERSION
@@ -67,7 +67,7 @@ class CacheInfo:
     @property
     def all_parts(self) -> list[Part]:
         """The parts; one where all samples were numbered together."""
-        return list(self.parts) or [Part(num_samples=self.num_samples, digest=self.spine)]
+        return list(self.parts) or [Part(num_samples=self.num_samples, digest=self.index_digest)]
 
     def num_chunks(self, modality: str) -> int:
         """Count the chunks of a modality."""
@@ -78,27 +78,27 @@ class CacheInfo:
         start = chunk * self.chunk_size
         return slice(start, min(start + self.chunk_size, self.num_items[modality]))
 
-    def has_rows_of(self, spine: str) -> bool:
+    def has_rows_of(self, index_digest: str) -> bool:
         """Say whether rows mean here what they meant under that identity: samples may have been added since."""
-        return spine == self.spine or any(state.spine == spine for state in self.earlier)
+        return index_digest == self.index_digest or any(state.index_digest == index_digest for state in self.earlier)
 
-    def num_rows_then(self, spine: str, modality: str, chunk: int) -> int | None:
+    def num_rows_then(self, index_digest: str, modality: str, chunk: int) -> int | None:
         """Count the rows that a chunk had when the numbering had that identity; None where it never had it."""
-        states = [*self.earlier, Earlier(spine=self.spine, num_items=self.num_items)]
+        states = [*self.earlier, Earlier(index_digest=self.index_digest, num_items=self.num_items)]
         for state in states:
-            if state.spine == spine:
+            if state.index_digest == index_digest:
                 rows_left = state.num_items.get(modality, 0) - chunk * self.chunk_size
                 return min(max(rows_left, 0), self.chunk_size)
         return None
 
 
-def spine_of(parts: Sequence[Part]) -> str:
+def index_digest_of(parts: Sequence[Part]) -> str:
     """Get the identity of the rows that some parts make up."""
     return parts[0].digest if len(parts) == 1 else digest([part.digest for part in parts])
 
 
 def info_path(cache_path: Path) -> Path:
-    """Get the file whose presence says that the spine is complete."""
+    """Get the file whose presence says that the sample and item tables are complete."""
     return cache_path / "cache.json"
 
 
@@ -123,8 +123,9 @@ def commit_path(encoder_folder: Path, chunk: int) -> Path:
 
 
 def write_info(cache_path: Path, info: CacheInfo) -> None:
-    """Write `cache.json`: from now on the spine exists. Fields that a cache in one part does not need are left out."""
-    values = asdict(info)
+    """Write `cache.json`, which completes the cache; fields that a cache in one part does not need are left out."""
+    values = to_record(info)
+    values["earlier"] = [to_record(state) for state in info.earlier]
     write_json(
         info_path(cache_path), {name: value for name, value in values.items() if value or name not in _LEFT_OUT_EMPTY}
     )
@@ -146,5 +147,7 @@ def read_info(cache_path: Path) -> CacheInfo:
 
 def _info(*, parts: Sequence[Any] = (), earlier: Sequence[Any] = (), **values: Any) -> CacheInfo:
     return CacheInfo(
-        parts=tuple(Part(**part) for part in parts), earlier=tuple(Earlier(**state) for state in earlier), **values
+        parts=tuple(Part(**part) for part in parts),
+        earlier=tuple(Earlier(**from_record(state)) for state in earlier),
+        **from_record(values),
     )

@@ -102,7 +102,7 @@ _JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def digest_input(batch: Sequence[Sample]) -> bytes:
-    """Write samples as the lines that the spine's digest is taken of: canonical JSON of all that they say.
+    """Write samples as the lines that the index digest is taken of: canonical JSON of all that they say.
 
     Raises:
         SourceError: text that is not Unicode.
@@ -130,7 +130,7 @@ def _refuse_not_unicode(batch: Sequence[Sample]) -> None:
             ) from error
 
 
-class SpineWriter:
+class TableWriter:
     """Writes the tables of a cache, new ones or longer ones.
 
     Memory: the keys, to see that they are unique, and a batch.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from embedcache.errors import ArtifactError, CorruptError, PathError
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.store.cache import Cache
 from embedcache.store.commit import NOT_YET, hash_item, read_commit
 from embedcache.store.feature import Feature
@@ -63,7 +63,7 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
         progress: told about chunks.
 
     """
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     findings, features = list(_check_tables(cache)), []
     for modality in cache.info.num_items:
         for encoder in _encoders(cache, modality):

@@ -114,7 +114,7 @@ def commit_chunk(
         record = Commit(
             chunk=chunk,
             encoder=digest(group.fingerprint),
-            spine=group.info.spine,
+            index_digest=group.info.index_digest,
             features=files if before is None else {**before.features, **files},
             hashes=hashes,
             failures=reasons if before is None else {**before.failures, **reasons},
@@ -163,7 +163,7 @@ def _withdraw(group: EncoderGroup, before: Commit, features: Collection[str]) ->
         remove_commit(group.path, before.chunk)
         return None
     if len(left.features) < len(before.features):
-        write_commit(group.path, replace(left, spine=group.info.spine))
+        write_commit(group.path, replace(left, index_digest=group.info.index_digest))
     return left
 
 

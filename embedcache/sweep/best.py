@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 from embedcache.dataset.splits import read_split
 from embedcache.errors import SettingError
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
-from embedcache.files import Claims
+from embedcache.files import Leases
 from embedcache.store.cache import Cache
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, Value
@@ -64,7 +64,7 @@ def train_best(
     Returns:
         For each trial a report a seed, or why the seed cannot be trained.
     """
-    claims = Claims(path)
+    claims = Leases(path)
     reports: dict[Path, TrainReport | str] = {}
     for waits in (False, True):
         for trial in trials:

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from embedcache.dataset.splits import make_split, write_split
 from embedcache.files import LOCK, locked
-from embedcache.provenance import check_same, claim_folder, fields_of, read_manifest, write_json
+from embedcache.provenance import check_same, claim_folder, fields_of, from_record, read_manifest, to_record, write_json
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space
 from embedcache.train.data import TrainData
@@ -36,7 +36,7 @@ class Study:
 
     Args:
         space: what is tried, and what is fixed.
-        spine: identity of the caches' rows.
+        index_digest: identity of the caches' rows.
         image: feature and fingerprint of the image side.
         text: of the text side.
         sampler: by name.
@@ -48,7 +48,7 @@ class Study:
     """
 
     space: Mapping[str, Any]
-    spine: str
+    index_digest: str
     image: Mapping[str, Any]
     text: Mapping[str, Any]
     sampler: str
@@ -80,7 +80,7 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
             return found
         split = make_split(data, data.pairs(space.settings({}).language), space.settings({}).split)
         write_split(split_path(path), split)
-        write_json(path / "study.json", asdict(asked))
+        write_json(path / "study.json", to_record(asked))
     return asked
 
 
@@ -107,13 +107,13 @@ def _read_study(path: Path) -> Study:
     values = read_manifest(
         path / "study.json", kind="study", latest_format=FORMAT_VERSION, make="embedcache sweep CACHE STUDY SPACE.toml"
     )
-    return fields_of(path / "study.json", lambda: Study(**values))
+    return fields_of(path / "study.json", lambda: Study(**from_record(values)))
 
 
 def _asked(data: TrainData, space: Space, settings: SweepSettings) -> Study:
     return Study(
         space=space.to_json(),
-        spine=data.spine,
+        index_digest=data.index_digest,
         image={"feature": data.image.feature, "fingerprint": data.image.fingerprint},
         text={"feature": data.text.feature, "fingerprint": data.text.fingerprint},
         sampler=settings.sampler,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from embedcache.files import disk_errors, locked
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.registry import require
 from embedcache.reports.sweep import Findings, find, write_figures, write_report
 from embedcache.sweep.best import Best, measure_best
@@ -72,7 +72,7 @@ def sweep(
         UnfinishedError: a feature has missing chunks, or all workers died.
     """
     require("sklearn", extra="sweep")  # measures importance at the end, when it is late to learn that it is missing
-    study_path, settings, progress = Path(study_path), settings or SweepSettings(), progress or Silent()
+    study_path, settings, progress = Path(study_path), settings or SweepSettings(), progress or NullProgress()
     space = read_space(Path(space_path))
     grid_points(space, settings)  # refuses a space without an end before a folder is made
     memory_gb = space.settings({}).machine.memory_gb

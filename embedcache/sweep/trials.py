@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from embedcache.errors import PathError, SettingError
-from embedcache.files import Claims, locked, remove_folder
+from embedcache.files import Leases, locked, remove_folder
 from embedcache.sweep.settings import Pruner, Sampler, SweepSettings
 from embedcache.sweep.space import Range, Space, Value
 from embedcache.sweep.study import Study, trial_path, without_password
@@ -68,7 +68,7 @@ class Trials:
 
     def __init__(self, path: Path, study: Study, space: Space, settings: SweepSettings) -> None:
         self._path, self._space, self._settings = path, space, settings
-        self._claims = Claims(path)
+        self._claims = Leases(path)
         self._grid = grid_points(space, settings)
         self.total = settings.num_trials if self._grid is None else min(settings.num_trials, len(self._grid))
         self.are_pruned = settings.pruner != "none"

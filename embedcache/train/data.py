@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Array, Inputs, Ints
-from embedcache.dataset.inputs import Reader, SideFeature, open_side
+from embedcache.dataset.inputs import InputFeature, Reader, open_input
 from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.errors import DataError
-from embedcache.projectors.saved import Side
+from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
 
@@ -34,24 +34,24 @@ class TrainData:
     """
 
     caches: Sequence[Cache]
-    images: Sequence[SideFeature]
-    texts: Sequence[SideFeature]
+    images: Sequence[InputFeature]
+    texts: Sequence[InputFeature]
     memory_bytes: float
 
     @property
-    def image(self) -> Side:
+    def image(self) -> TowerInput:
         """What the image tower takes."""
         return _side(self.images[0])
 
     @property
-    def text(self) -> Side:
+    def text(self) -> TowerInput:
         """What the text tower takes."""
         return _side(self.texts[0])
 
     @property
-    def spine(self) -> str:
+    def index_digest(self) -> str:
         """Identity of the rows: that of the cache, or those of all with `+` between."""
-        return "+".join(cache.info.spine for cache in self.caches)
+        return "+".join(cache.info.index_digest for cache in self.caches)
 
     @cached_property
     def keys(self) -> list[str]:
@@ -94,17 +94,17 @@ def open_data(paths: Paths, *, image: str | None, text: str | None, memory_gb: f
     """
     caches = [Cache(path) for path in ([paths] if isinstance(paths, Path | str) else paths)]
     for cache, other in combinations(caches, 2):
-        if cache.info.has_rows_of(other.info.spine) or other.info.has_rows_of(cache.info.spine):
+        if cache.info.has_rows_of(other.info.index_digest) or other.info.has_rows_of(cache.info.index_digest):
             raise DataError(f"{other.path} and {cache.path} hold the same samples")
-    images = [open_side(cache, "image", image) for cache in caches]
-    texts = [open_side(cache, "text", text) for cache in caches]
+    images = [open_input(cache, "image", image) for cache in caches]
+    texts = [open_input(cache, "text", text) for cache in caches]
     for sides in (images, texts):
         for cache, side in zip(caches[1:], sides[1:], strict=True):
             _check_joinable(caches[0], sides[0], cache, side)
     return TrainData(caches=caches, images=images, texts=texts, memory_bytes=memory_gb * 1e9)
 
 
-def _check_joinable(first_cache: Cache, first: SideFeature, cache: Cache, side: SideFeature) -> None:
+def _check_joinable(first_cache: Cache, first: InputFeature, cache: Cache, side: InputFeature) -> None:
     if first.name != side.name or first.width != side.width:
         raise DataError(
             f"{first_cache.path} has {first.name} of width {first.width}, {cache.path} has {side.name} of width "
@@ -118,15 +118,15 @@ def _check_joinable(first_cache: Cache, first: SideFeature, cache: Cache, side: 
     )
 
 
-def _side(side: SideFeature) -> Side:
-    return Side(feature=side.name, spec=side.spec, fingerprint=side.fingerprint, width=side.width)
+def _side(side: InputFeature) -> TowerInput:
+    return TowerInput(feature=side.name, spec=side.spec, fingerprint=side.fingerprint, width=side.width)
 
 
-def _fits(sides: Sequence[SideFeature], memory_bytes: float) -> bool:
+def _fits(sides: Sequence[InputFeature], memory_bytes: float) -> bool:
     return sum(side.num_bytes for side in sides) <= memory_bytes
 
 
-def _reader(sides: Sequence[SideFeature], memory_bytes: float) -> Reader:
+def _reader(sides: Sequence[InputFeature], memory_bytes: float) -> Reader:
     readers = [side.load() for side in sides] if _fits(sides, memory_bytes) else [side.read for side in sides]
     if len(readers) == 1:
         return readers[0]

@@ -25,7 +25,7 @@ def write_feature(
 ) -> Feature:
     """Write one feature `test/f`; None is a failed item, chunks of `skip_chunks` are not committed."""
     info = CacheInfo(
-        chunk_size=chunk_size, source={}, spine="s", num_samples=len(items), num_items={"image": len(items)}
+        chunk_size=chunk_size, source={}, index_digest="s", num_samples=len(items), num_items={"image": len(items)}
     )
     write_info(path, info)
     group = create_group(path, "image", "test", info, spec="test:m", fingerprint=FINGERPRINT)

@@ -149,7 +149,7 @@ def test_a_chunk_of_a_foreign_encoder_is_found(tmp_path: Path) -> None:
 
 def test_a_chunk_of_other_rows_is_found(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(4, (5,), seed=1), (5,), chunk_size=4)
-    group = replace(feature.group, info=replace(feature.group.info, spine="other"))
+    group = replace(feature.group, info=replace(feature.group.info, index_digest="other"))
     write_info(tmp_path, group.info)
     with pytest.raises(CorruptError, match="was written for other rows than this cache numbers"):
         Feature(group, "f").load()

@@ -17,7 +17,7 @@ def test_what_is_written_is_read(cache_path: Path, tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "s.parquet")
     assert table["reason"].to_pylist() == ["a", "b", "c"]
     about = json.loads(table.schema.metadata[b"embedcache"])
-    assert (about["method"], about["spine"]) == ("random", cache.info.spine)
+    assert (about["method"], about["spine"]) == ("random", cache.info.index_digest)
 
 
 def test_nothing_is_no_selection(cache_path: Path, tmp_path: Path) -> None:

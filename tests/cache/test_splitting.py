@@ -122,9 +122,9 @@ def test_mistakes_are_named(cache_path: Path) -> None:
         split_of(cache_path, SplitSettings(kind="strickt"))
     with pytest.raises(SourceError, match="have no column 'split'; use --split strict or --split key"):
         split_of(cache_path, SplitSettings(kind="column"))
-    with pytest.raises(SettingError, match="leave nothing for training"):
+    with pytest.raises(SettingError, match="leaves no samples for training"):
         SplitSettings(val_fraction=0.5, test_fraction=0.5)
-    with pytest.raises(SettingError, match="test_share is 0"):
+    with pytest.raises(SettingError, match="test_fraction: expected"):
         SplitSettings(test_fraction=0)
 
 

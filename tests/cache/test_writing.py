@@ -25,10 +25,15 @@ SHAPES = pytest.mark.parametrize("shape", [(3,), (2, 3), (-1, 3)])
 
 def group_of(path: Path, num_items: int, *, earlier: int | None = None) -> EncoderGroup:
     """Make a cache of chunks of four; with `earlier`, one that had so many items when its identity was `s`."""
-    spine = "s" if earlier is None else "longer"
-    states = () if earlier is None else (Earlier(spine="s", num_items={"image": earlier}),)
+    index_digest = "s" if earlier is None else "longer"
+    states = () if earlier is None else (Earlier(index_digest="s", num_items={"image": earlier}),)
     info = CacheInfo(
-        chunk_size=4, source={}, spine=spine, num_samples=num_items, num_items={"image": num_items}, earlier=states
+        chunk_size=4,
+        source={},
+        index_digest=index_digest,
+        num_samples=num_items,
+        num_items={"image": num_items},
+        earlier=states,
     )
     write_info(path, info)
     (path / "image").mkdir(exist_ok=True)
@@ -68,7 +73,7 @@ def test_rows_that_are_there_stay_when_samples_were_added(tmp_path: Path, shape:
     after = longer.commit(0)
     assert after is not None
     assert after.failures["f"] == [None, "broken", None, None]
-    assert after.spine == "longer"
+    assert after.index_digest == "longer"
 
 
 def test_what_cannot_be_kept_is_made_again(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Tiny checkpoints with random weights, written to disk as each library writes its own."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "cat", "##s", "two", "small", "dog",
          "on", "the", "green", "hill", "and", ",", "."]  # fmt: skip
@@ -83,3 +84,12 @@ def write_clip_config(folder: Path) -> Path:
     path = folder / "tiny-clip.json"
     path.write_text(json.dumps({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}))
     return path
+
+
+def change_one_weight(path: Path, change: Callable[[Any], Any] = lambda tensor: tensor + 1) -> None:
+    """Change one value in a safetensors file, in place."""
+    state = load_file(path)
+    name = min(key for key, tensor in state.items() if tensor.is_floating_point())
+    first = state[name].clone()
+    first.view(-1)[0] = change(first.view(-1)[0])
+    save_file({**state, name: first}, path, metadata={"format": "pt"})

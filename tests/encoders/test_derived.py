@@ -10,19 +10,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.encoders.base import EncoderSettings, Modality
+from embedcache.encoders.base import Modality
 from embedcache.encoders.image import ImageModel
 from embedcache.encoders.image_features import (
     FeatureName,
     GridPool,
     KMeansPool,
-    asked_layers,
-    own_features,
+    native_features,
     patch_grid,
+    requested_layers,
 )
 from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.testing.encoders import TEXTS, example_images
 from tests.encoders.checkpoints import save_dinov2, save_sentence_transformer, save_timm
-from tests.encoders.contract import TEXTS, pictures
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,8 @@ def test_names_are_read(text: str, name: FeatureName | None) -> None:
 def test_own_features_and_layers_of_names() -> None:
     names = ["cls", "layer6.cls", "grid:2", "layer11.grid:2", "patches", "layer6.patches", "no sense"]
     names += ["kmeans:2", "layer7.kmeans:2"]
-    assert own_features(names) == ["cls", "patches"]
-    assert asked_layers(names) == [6, 7, 11]
+    assert native_features(names) == ["cls", "patches"]
+    assert requested_layers(names) == [6, 7, 11]
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
@@ -230,7 +231,7 @@ def test_blocks_of_efficientnet_lite() -> None:
 def test_a_grid_changes_no_value_on_onnxruntime() -> None:
     plain = open_encoder("lite:efficientnet-lite0", modality="image")
     asked = open_encoder("lite:efficientnet-lite0", modality="image", settings=EncoderSettings(features=("grid:4",)))
-    prepared = plain.prepare(pictures())
+    prepared = plain.prepare(example_images())
     one, other = (encoder.encode(prepared, ["patch_mean", "patches"]) for encoder in (plain, asked))
     np.testing.assert_allclose(other["patch_mean"], one["patch_mean"], rtol=1e-6, atol=1e-6)
     grid = asked.encode(prepared, ["grid:4"])["grid:4"]
@@ -300,7 +301,7 @@ def _check_own(
     assert list(encoder.features)[: len(own)] == own
     assert set(encoder.features) <= {*own, *asked}
     assert encoder.fingerprint == plain.fingerprint
-    prepared = plain.prepare(pictures() if modality == "image" else TEXTS)
+    prepared = plain.prepare(example_images() if modality == "image" else TEXTS)
     expected, found = plain.encode(prepared, own), encoder.encode(prepared, list(encoder.features))
     for name in own:
         for one, other in zip(expected[name], found[name], strict=True):

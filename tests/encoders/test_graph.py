@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.encoders.backends import TorchGraph
-from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
-from tests.encoders.contract import TEXTS
+from embedcache.testing.encoders import TEXTS
 
 
 class Small(torch.nn.Module):
@@ -70,7 +70,7 @@ def test_every_family_takes_the_batch_size(batch_size: int | None, test_vit: Pat
 
 
 def test_a_batch_of_none_is_refused() -> None:
-    with pytest.raises(SettingError, match="batch_size is 0; it must be at least 1"):
+    with pytest.raises(SettingError, match="batch_size: expected a whole number of at least 1, got 0"):
         EncoderSettings(batch_size=0)
 
 
@@ -82,7 +82,7 @@ def test_a_compiled_model_gives_the_same(bert: Path) -> None:
         open_encoder(
             f"hf:{bert}",
             modality="text",
-            settings=EncoderSettings(backend="torch", compiles=compiles, features=asked),
+            settings=EncoderSettings(backend="torch", compile=compiles, features=asked),
         )
         for compiles in (False, True)
     )

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.image_features import crop
 from embedcache.encoders.open import open_encoder
-from tests.encoders.contract import ImageEncoderContract
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.testing.encoders import ImageEncoderContract
 
 
 class TestLite(ImageEncoderContract):

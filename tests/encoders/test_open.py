@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.encoders.base import EncoderSettings, Modality
+from embedcache.encoders.base import Modality
 from embedcache.encoders.open import ENCODERS, EncoderSpec, open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import hash_weights
 from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, PathError, SettingError, UnknownNameError
 

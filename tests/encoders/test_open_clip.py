@@ -12,8 +12,8 @@ import torch
 
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import ArtifactError, CorruptError, PathError
+from embedcache.testing.encoders import TEXTS, ImageEncoderContract, TextEncoderContract, example_images
 from tests.encoders.checkpoints import write_clip_config
-from tests.encoders.contract import TEXTS, ImageEncoderContract, TextEncoderContract, pictures
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -45,9 +45,9 @@ def test_values_are_those_of_open_clip(weights: Path) -> None:
     spec = f"open_clip:tiny-clip,pretrained={weights}"
     image, text = (open_encoder(spec, modality="image"), open_encoder(spec, modality="text"))
     with torch.no_grad():
-        images = model.eval().encode_image(torch.stack([preprocess(picture) for picture in pictures()])).numpy()
+        images = model.eval().encode_image(torch.stack([preprocess(picture) for picture in example_images()])).numpy()
         texts = model.encode_text(open_clip.get_tokenizer("tiny-clip")(TEXTS)).numpy()
-    np.testing.assert_allclose(_pooled(image, pictures()), images, atol=1e-4)
+    np.testing.assert_allclose(_pooled(image, example_images()), images, atol=1e-4)
     np.testing.assert_allclose(_pooled(text, TEXTS), texts, atol=1e-4)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from embedcache.encoders.image import Scale, cut_at_pixels
-from tests.encoders.contract import pictures
+from embedcache.encoders.image import Scale, split_transform
+from embedcache.testing.encoders import example_images
 
 ATOL = 1e-6
 
@@ -60,7 +60,7 @@ def test_transformers(name: str, tmp_path: Path) -> None:
     getattr(transformers, name)(**PROCESSORS[name]).save_pretrained(tmp_path)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     transform, scale, _, input_size = pixel_transform(tmp_path)
-    for image in pictures():
+    for image in example_images():
         expected = processor(images=image, return_tensors="np")["pixel_values"][0]
         assert expected.shape == input_size
         _check(transform(image), scale, expected)
@@ -76,7 +76,7 @@ def test_a_processor_that_does_more_than_scaling_stays_float32(tmp_path: Path) -
     made.save_pretrained(tmp_path)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     transform, scale, _, _ = pixel_transform(tmp_path)
-    for image in pictures():
+    for image in example_images():
         found = transform(image)
         assert found.dtype == np.float32
         assert isinstance(scale, torch.nn.Identity)
@@ -91,7 +91,7 @@ def test_open_clip(resize_mode: str) -> None:
     published = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
     whole = open_clip.image_transform(32, is_train=False, resize_mode=resize_mode, **published)
     transform, scale = pixel_transform(whole, published)
-    for image in pictures():
+    for image in example_images():
         _check(transform(image), scale, whole(image).numpy())
 
 
@@ -103,8 +103,8 @@ def test_scaling_on_noise_that_differs_keeps_the_whole_transform() -> None:
         return np.array(image).transpose(2, 0, 1)
 
     right, wrong = Scale([0.0], [1.0], divisor=255), Scale([0.001], [1.0], divisor=255)
-    assert cut_at_pixels(whole, to_pixels, right) == (to_pixels, right)
-    assert cut_at_pixels(whole, to_pixels, wrong)[0] is whole
+    assert split_transform(whole, to_pixels, right) == (to_pixels, right)
+    assert split_transform(whole, to_pixels, wrong)[0] is whole
 
 
 def test_scaling_is_in_float32_under_autocast() -> None:
@@ -125,4 +125,4 @@ def _check(pixels: np.ndarray, scale: torch.nn.Module, expected: np.ndarray) -> 
 
 def _in_all_modes() -> list[Image.Image]:
     modes = ("RGB", "L", "RGBA", "CMYK", "P")
-    return [image.convert(mode).convert("RGB") for image in pictures() for mode in modes]
+    return [image.convert(mode).convert("RGB") for image in example_images() for mode in modes]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import normalize
-from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import PathError, SettingError
-from tests.encoders.checkpoints import save_sentence_transformer
-from tests.encoders.contract import TEXTS, TextEncoderContract, change_one_weight
+from embedcache.testing.encoders import TEXTS, TextEncoderContract
+from tests.encoders.checkpoints import change_one_weight, save_sentence_transformer
 
 MAX_TOKENS = 16
 TORCH = EncoderSettings(backend="torch")

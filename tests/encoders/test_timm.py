@@ -10,8 +10,8 @@ from PIL import Image
 
 from embedcache.encoders.open import open_encoder
 from embedcache.errors import SettingError
+from embedcache.testing.encoders import ImageEncoderContract, example_images
 from tests.encoders.checkpoints import save_timm
-from tests.encoders.contract import ImageEncoderContract, pictures
 
 
 class TestTimm(ImageEncoderContract):
@@ -38,8 +38,8 @@ def test_values_are_those_of_timm(name: str, features: Sequence[str], tmp_path: 
     path = save_timm(name, tmp_path, seed=0)
     encoder = open_encoder(f"timm:{name},weights={path}", modality="image")
     assert list(encoder.features) == features
-    found = encoder.encode(encoder.prepare(pictures()), features)
-    for feature, expected in _by_timm(name, path, pictures()).items():
+    found = encoder.encode(encoder.prepare(example_images()), features)
+    for feature, expected in _by_timm(name, path, example_images()).items():
         if feature in features:
             np.testing.assert_allclose(np.stack(found[feature]), expected, atol=1e-4)
 
@@ -72,12 +72,12 @@ def test_the_image_size_is_an_option_and_in_the_fingerprint(name: str, num_token
     encoder = open_encoder(f"timm:{name},weights={path},image_size=96", modality="image")
     assert encoder.fingerprint.preprocessing["input_size"] == [3, 96, 96]
     assert encoder.features["patches"][0] == num_tokens
-    found = encoder.encode(encoder.prepare(pictures()), ["patches"])["patches"]
+    found = encoder.encode(encoder.prepare(example_images()), ["patches"])["patches"]
     size = {"img_size": 96} if name == "test_vit" else {}
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **size).eval()
     transform = create_transform(**resolve_data_config({"img_size": 96}, model=model))
     with torch.no_grad():
-        states = model.forward_features(torch.stack([transform(image) for image in pictures()]))
+        states = model.forward_features(torch.stack([transform(image) for image in example_images()]))
     expected = states[:, 1:] if states.ndim == 3 else states.flatten(2).transpose(1, 2)
     np.testing.assert_allclose(np.stack(found), expected, atol=1e-4)
 

@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.encoders.base import EncoderSettings
 from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
-from tests.encoders.checkpoints import MAX_TOKENS, save_dinov2
-from tests.encoders.contract import (
+from embedcache.testing.encoders import (
     TEXTS,
     ImageEncoderContract,
     TextEncoderContract,
-    change_one_weight,
-    pictures,
+    example_images,
 )
+from tests.encoders.checkpoints import MAX_TOKENS, change_one_weight, save_dinov2
 
 NUM_REGISTERS = 3
 
@@ -61,8 +60,8 @@ def test_image_values_are_those_of_the_library(num_registers: int, tmp_path: Pat
     folder = save_dinov2(tmp_path / "dinov2", num_registers=num_registers)
     encoder = open_encoder(f"hf:{folder}", modality="image")
     assert encoder.features == {"cls": (32,), "patch_mean": (32,), "patches": (16, 32)}
-    found = encoder.encode(encoder.prepare(pictures()), list(encoder.features))
-    pixels = AutoImageProcessor.from_pretrained(folder)(images=pictures(), return_tensors="pt")
+    found = encoder.encode(encoder.prepare(example_images()), list(encoder.features))
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=example_images(), return_tensors="pt")
     with torch.no_grad():
         states = AutoModel.from_pretrained(folder).eval()(**pixels).last_hidden_state.numpy()
     np.testing.assert_allclose(np.stack(found["cls"]), states[:, 0], atol=1e-4)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from embedcache.encoders.base import Encoder, EncoderSettings
+from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.use import MAX_TOKENS, packaged_weights
 from embedcache.errors import SettingError, UnknownNameError
-from tests.encoders.contract import TEXTS, TextEncoderContract, change_one_weight
+from embedcache.testing.encoders import TEXTS, TextEncoderContract
+from tests.encoders.checkpoints import change_one_weight
 
 pytestmark = pytest.mark.slow
 

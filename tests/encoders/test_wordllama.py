@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.wordllama import MAX_TOKENS
 from embedcache.errors import UnknownNameError
-from tests.encoders.contract import TEXTS, TextEncoderContract, change_one_weight
+from embedcache.testing.encoders import TEXTS, TextEncoderContract
+from tests.encoders.checkpoints import change_one_weight
 
 SPEC = "wordllama:l2_supercat_256"
 wordllama = pytest.importorskip("wordllama", reason="an extra of its own")

@@ -29,7 +29,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.classification import ranks_of
 from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs
-from embedcache.progress import Silent
+from embedcache.progress import NullProgress
 from embedcache.reports.probe import few_shot_rows, probe_json, score_rows, shuffled, write_probe
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -112,7 +112,7 @@ def test_the_controls_interval_holds_chance_where_classes_go_together(labeled_pa
         return Fitted(Ridge(joined(train, val), num_classes).scores(0.1), {})
 
     data = read_labeled(Cache(labeled_path), "image", FEATURE)
-    control = _control("rough", rough, data, ProbeSettings(num_draws=30), Silent())
+    control = _control("rough", rough, data, ProbeSettings(num_draws=30), NullProgress())
     shares = np.array(control.by_shuffle)
     assert shares.max() - shares.min() > 0.25
     assert control.accuracy.low <= 1 / 6 <= control.accuracy.high

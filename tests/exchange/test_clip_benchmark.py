@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
 from torch.utils.data import default_collate
 
-from embedcache.dataset.inputs import open_side
+from embedcache.dataset.inputs import open_input
 from embedcache.errors import FingerprintError, MissingExtraError, PathError, SettingError
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.zero_shot import class_vectors, read_prompts
@@ -56,7 +56,7 @@ def runs(exact_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def cached_vectors(cache_path: Path, run_path: Path, modality: str) -> np.ndarray:
     """Project the features of a cache, in row order."""
     pair, config = load_pair(run_path)
-    side = open_side(Cache(cache_path), modality, config.side(modality).feature)
+    side = open_input(Cache(cache_path), modality, config.tower_input(modality).feature)
     return project(pair.tower(modality), side.read(np.arange(side.num_items)))
 
 

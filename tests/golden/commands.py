@@ -31,18 +31,21 @@ FEATURES = "--feature cls,patches,mean,tokens --chunk-size 32"
 NUM_SAMPLES = 96
 FIRST_NEAR_DUPLICATE, FIRST_COPY = 80, 88
 
-_TRAIN = "--image open_toy/cls --text open_toy/mean --shared-width 16 --batch-size 16 --threads 1"
+_TRAIN = "--image-feature open_toy/cls --text-feature open_toy/mean --shared-width 16 --batch-size 16 --threads 1"
+_TOKENS = "--image-feature open_toy/patches --text-feature open_toy/tokens"
 _STRICT = "--split strict --image-cosine 0.995 --text-cosine 0.9"
-TRAIN_RUN = f"{_TRAIN} {_STRICT} --projector mlp --start random --learning-rate 3e-3 --epochs 10 --seed 3"
-TRAIN_STOPPED = f"{_TRAIN} --projector linear --loss siglip --start random --epochs 3 --split key --checkpoint-s 0"
+TRAIN_RUN = f"{_TRAIN} {_STRICT} --projector mlp --initialization random --lr 3e-3 --epochs 10 --seed 3"
+TRAIN_STOPPED = (
+    f"{_TRAIN} --projector linear --loss siglip --initialization random --epochs 3 --split key --checkpoint-s 0"
+)
 RECIPES = {
     "mlp": f"{_TRAIN} --projector mlp --loss info_nce --epochs 4 {_STRICT}",
-    "token": "--image open_toy/patches --text open_toy/tokens --shared-width 16 --batch-size 16 --threads 1 "
-    "--projector token --loss siglip --epochs 3 --split key --seed 1",
+    "token": f"{_TOKENS} --shared-width 16 --batch-size 16 --threads 1 --projector token --loss siglip --epochs 3 "
+    "--split key --seed 1",
     "fusemix": f"{_TRAIN} --projector fusemix --loss multi_positive --mixup 0.5 --structure 0.1 --epochs 3 --split key",
-    "glu": f"{_TRAIN} --projector linear+glu --loss sail --captions all --start random --epochs 3 --split key "
+    "glu": f"{_TRAIN} --projector linear+glu --loss sail --captions all --initialization random --epochs 3 --split key "
     "--split-seed 5 --selection selection.parquet",
-    "linear": f"{_TRAIN} --projector linear --start procrustes --dropout 0.3 --weight-decay 0.1 --language en "
+    "linear": f"{_TRAIN} --projector linear --initialization procrustes --dropout 0.3 --weight-decay 0.1 --language en "
     "--epochs 3 --patience 2 --split key --shuffle-pairs --block-rows 4",
 }
 PROJECTORS = {
@@ -54,10 +57,10 @@ PROJECTORS = {
     "mlp": "--epochs 1",
     "openclip-linear": "--epochs 1",
     "openclip-mlp": "--epochs 1",
-    "linear+sharelock": "--epochs 0 --start random",
-    "cls_token": "--epochs 1 --image open_toy/patches --text open_toy/tokens",
-    "token": "--epochs 1 --image open_toy/patches --text open_toy/tokens",
-    "token_mlp": "--epochs 1 --image open_toy/patches --text open_toy/tokens",
+    "linear+sharelock": "--epochs 0 --initialization random",
+    "cls_token": f"--epochs 1 {_TOKENS}",
+    "token": f"--epochs 1 {_TOKENS}",
+    "token_mlp": f"--epochs 1 {_TOKENS}",
 }
 SELECTIONS = {
     "rare-first": "--concepts concepts --projected run --per-concept 4",
@@ -124,14 +127,15 @@ def train(run: Path | str, options: str) -> str:
 def train_projector(run: Path, name: str) -> None:
     """Train one kind of projector for an epoch at most."""
     options = PROJECTORS[name]
-    sides = "" if "--image" in options else " --image open_toy/cls --text open_toy/mean"
+    sides = "" if "--image-feature" in options else " --image-feature open_toy/cls --text-feature open_toy/mean"
     width = "" if "--shared-width" in options else " --shared-width 8"
     train(run, f"{options}{sides}{width} --projector {name} --split key --batch-size 16 --threads 1")
 
 
 def select(out: Path | str, method: str) -> None:
-    """Select samples of `cache` by a method of `SELECTIONS`."""
-    embedcache("curate", "select", "cache", out, f"--method {method}", SELECTIONS[method])
+    """Select samples of `cache` by a method of `SELECTIONS`; the golden figures still spell one of them `k-centre`."""
+    name = method.replace("centre", "center")
+    embedcache("curate", "select", "cache", out, f"--method {name}", SELECTIONS[method])
 
 
 def build_index(index: str) -> str:

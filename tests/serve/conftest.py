@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from embedcache.curate.coverage import CoverageSettings, measure_coverage
 from embedcache.extract.extract import extract
-from embedcache.progress import Silent
+from embedcache.progress import NullProgress
 from embedcache.provenance import write_json
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.index import build_index
@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def served(place: Path) -> Served:
     places = Places(index=place / "index", coverage=place / "coverage.json", selections=[place / "few.txt"])
-    return open_served(places, ServeSettings(max_upload_bytes=200_000), device="cpu", progress=Silent())
+    return open_served(places, ServeSettings(max_upload_bytes=200_000), device="cpu", progress=NullProgress())
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from embedcache.curate.coverage import CoverageSettings, measure_coverage
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
-from embedcache.progress import Silent
+from embedcache.progress import NullProgress
 from embedcache.search.filters import Filter
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
@@ -36,7 +36,7 @@ def ask(client: TestClient, **asked: Any) -> list[dict[str, Any]]:
 
 
 def start(**places: Any) -> Served:
-    return open_served(Places(**places), ServeSettings(), device="cpu", progress=Silent())
+    return open_served(Places(**places), ServeSettings(), device="cpu", progress=NullProgress())
 
 
 def as_found(place: Path, queries: Queries | list[str], **wishes: Any) -> list[dict[str, Any]]:
@@ -110,7 +110,7 @@ def test_questions_at_the_same_time_get_each_their_own_answer(client: TestClient
 
 def test_questions_are_gathered_into_batches(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    real, first = served.index.asker.vectors, threading.Event()
+    real, first = served.index.query_encoder.vectors, threading.Event()
 
     def counting(queries: Queries) -> Any:
         sizes.append(len(queries.names))
@@ -119,7 +119,7 @@ def test_questions_are_gathered_into_batches(served: Served, monkeypatch: pytest
             threading.Event().wait(0.3)  # while the first is answered, others gather
         return real(queries)
 
-    monkeypatch.setattr(served.index.asker, "vectors", counting)
+    monkeypatch.setattr(served.index.query_encoder, "vectors", counting)
     with visit(served) as client, ThreadPoolExecutor(12) as threads:
         list(threads.map(lambda number: ask(client, text=f"red {number}", k=1), range(12)))
     assert sum(sizes) == 12
@@ -169,7 +169,7 @@ def test_coverage_is_what_the_command_measures(client: TestClient, place: Path) 
 
 def test_coverage_is_measured_at_the_start_as_from_a_file(place: Path, served: Served) -> None:
     settings = CoverageSettings(threshold=0.5, k=24)
-    assert compute_coverage(place / "concepts", served.index, Silent(), settings=settings) == served.coverage
+    assert compute_coverage(place / "concepts", served.index, NullProgress(), settings=settings) == served.coverage
     with pytest.raises(DataError, match="none of 80 images .* is above the threshold"):
         start(index=place / "index", concepts=str(place / "concepts"))
 

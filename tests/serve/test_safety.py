@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 
 from embedcache.errors import PathError, SettingError
 from embedcache.extract.extract import extract
-from embedcache.progress import Silent
+from embedcache.progress import NullProgress
 from embedcache.provenance import read_json, write_json
 from embedcache.search.index import build_index
 from embedcache.serve.app import make_app
@@ -181,14 +181,14 @@ def test_a_bug_is_logged_and_not_shown(served: Served, caplog: pytest.LogCapture
 def test_a_search_that_fails_is_told_and_the_next_is_answered(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = served.index.asker.vectors
+    real = served.index.query_encoder.vectors
 
     def failing(queries: Any) -> Any:
         if "fail" in queries.names:
             raise RuntimeError("a secret of the search")
         return real(queries)
 
-    monkeypatch.setattr(served.index.asker, "vectors", failing)
+    monkeypatch.setattr(served.index.query_encoder, "vectors", failing)
     with visit(served) as client, caplog.at_level(logging.ERROR):
         answer = client.post("/api/search", json={"text": "fail"})
         assert answer.status_code == 500
@@ -198,8 +198,8 @@ def test_a_search_that_fails_is_told_and_the_next_is_answered(
 
 
 def test_what_takes_too_long_is_given_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, go_on = served.index.asker.vectors, threading.Event()
-    monkeypatch.setattr(served.index.asker, "vectors", lambda queries: (go_on.wait(10), real(queries))[1])
+    real, go_on = served.index.query_encoder.vectors, threading.Event()
+    monkeypatch.setattr(served.index.query_encoder, "vectors", lambda queries: (go_on.wait(10), real(queries))[1])
     hasty = Served(served.index, ServeSettings(timeout_s=0.3))
     with visit(hasty) as client:
         answer = client.post("/api/search", json={"text": "red"})
@@ -237,7 +237,7 @@ def tamper(cache: Path, *, path: str | None = None, source: dict[str, Any] | Non
 
 
 def open_hostile(place: Path, **settings: Any) -> Served:
-    return open_served(Places(index=place / "index"), ServeSettings(**settings), device="cpu", progress=Silent())
+    return open_served(Places(index=place / "index"), ServeSettings(**settings), device="cpu", progress=NullProgress())
 
 
 @pytest.mark.parametrize("kind", ["climbing", "absolute", "link", "link of a folder", "pipe", "device", "folder"])

@@ -6,7 +6,7 @@ import pytest
 
 from embedcache.errors import ItemError, PathError, SettingError
 from embedcache.sources import ImageItem, Sample, Source, SourceSettings, TextItem, open_source
-from tests.sources.contract import SourceContract
+from embedcache.testing.sources import SourceContract
 from tests.sources.files import jpeg, write
 
 

@@ -11,7 +11,7 @@ from embedcache.extract.extract import extract
 from embedcache.sources import ImageItem, Source, SourceSettings, TextItem, open_source, reopen_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
-from tests.sources.contract import SourceContract
+from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, encode, jpeg, noise, write
 from tests.toy import IMAGE, TEXT
 

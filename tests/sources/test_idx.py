@@ -11,7 +11,7 @@ from embedcache.arrays import Array
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.sources import ImageItem, Source, SourceSettings, open_source
 from embedcache.sources.images import decode_image
-from tests.sources.contract import SourceContract
+from embedcache.testing.sources import SourceContract
 from tests.sources.files import write
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (7, 6, 5), np.uint8)

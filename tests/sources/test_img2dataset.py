@@ -8,7 +8,7 @@ import pytest
 
 from embedcache.errors import PathError, SourceError
 from embedcache.sources import Source, TextItem, open_source
-from tests.sources.contract import SourceContract
+from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, jpeg, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, upload
 

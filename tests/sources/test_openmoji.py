@@ -7,7 +7,7 @@ import pytest
 from embedcache.errors import ItemError, SettingError
 from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
 from embedcache.sources.images import decode_image
-from tests.sources.contract import SourceContract
+from embedcache.testing.sources import SourceContract
 
 pytestmark = pytest.mark.slow
 

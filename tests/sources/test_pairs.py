@@ -4,8 +4,8 @@ import pytest
 
 from embedcache.errors import SourceError
 from embedcache.sources import Source, open_source
+from embedcache.testing.sources import SourceContract
 from tests.pictures import write_pictures
-from tests.sources.contract import SourceContract
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 
 from embedcache.errors import ItemError, MissingExtraError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
-from tests.sources.contract import SourceContract
+from embedcache.testing.sources import SourceContract
 from tests.sources.files import write
 
 NAMES = "T-shirt/top\nTrouser\nankle boot\n"
@@ -89,7 +89,12 @@ def test_a_path_may_hold_a_plus(tmp_path: Path) -> None:
         ({"p.json": "[1]"}, "p.json", SourceError, "p.json: expected a JSON object"),
         ({"p.json": "{"}, "p.json", SourceError, "p.json is not valid JSON"),
         ({"p.json": '{"cat": ["x"], "dog": []}'}, "p.json", SourceError, "class 'dog' of .* has no prompts"),
-        ({"p.json": '{"cat": "x"}', "t.txt": "{c}"}, "p.json+t.txt", SourceError, "already holds prompts; remove the templates"),
+        (
+            {"p.json": '{"cat": "x"}', "t.txt": "{c}"},
+            "p.json+t.txt",
+            SourceError,
+            "already holds prompts; remove",
+        ),
         ({"n.txt": "cat"}, "n.txt+cupl", SourceError, "CuPL has no prompts for 1 of 1 classes, first 'cat'"),
     ],
 )

@@ -15,7 +15,7 @@ from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import open_path
 from embedcache.sources import ImageItem, Source, open_source, reopen_source
 from embedcache.sources.byte_ranges import RemoteBlocks
-from tests.sources.contract import SourceContract
+from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, jpeg, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, upload
 

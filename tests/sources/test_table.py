@@ -6,7 +6,7 @@ import pytest
 
 from embedcache.errors import ItemError, SourceError
 from embedcache.sources import ImageItem, Source, SourceSettings, TextItem, open_source
-from tests.sources.contract import SourceContract
+from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, jpeg, write, write_parquet
 
 IMAGES = [jpeg(color) for color in COLORS]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
-from tests.sources.contract import SourceContract
+from embedcache.testing.sources import SourceContract
 from tests.sources.files import write
 
 TEXTS = ["a photo of a cat", "ein Käse", "猫"]

@@ -6,7 +6,7 @@ from PIL import Image
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.sources import Source, TextItem, open_source, reopen_source
-from tests.sources.contract import SourceContract
+from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, encode, jpeg, write, write_tar
 
 

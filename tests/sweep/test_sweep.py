@@ -227,7 +227,7 @@ def test_several_caches_are_measured_each(two_caches: list[Path], tmp_path: Path
     settings = replace(RANDOM, num_trials=2, sampler="grid", top=1)
     report = sweep(two_caches, tmp_path / "study", tmp_path / "space.toml", **SIDES, settings=settings)
     assert list(report.best[0].test) == [str(path) for path in two_caches]
-    assert len(read_config(tmp_path / "study/trials/00000").spine.split("+")) == 2
+    assert len(read_config(tmp_path / "study/trials/00000").index_digest.split("+")) == 2
 
 
 def words(cache_path: Path, *more: str) -> list[str]:

@@ -27,7 +27,14 @@ def opened(path: Path, space: Space, **settings: object) -> Trials:
     make_folder(path)
     given = SweepSettings(**{"num_trials": 5, "sampler": "random", **settings})  # type: ignore[arg-type]
     study = Study(
-        space={}, spine="", image={}, text={}, sampler=given.sampler, pruner="none", seed=given.seed, storage=None
+        space={},
+        index_digest="",
+        image={},
+        text={},
+        sampler=given.sampler,
+        pruner="none",
+        seed=given.seed,
+        storage=None,
     )
     return Trials(path, study, space, given)
 

@@ -41,7 +41,7 @@ def test_two_caches_train_as_one_and_each_is_evaluated_with_the_run(two_caches: 
     for path, parts in zip(two_caches, (split.parts[:40], split.parts[40:]), strict=True):
         assert evaluate_retrieval(path, [tmp_path / "run"]).num_images == [parts.count("test")]
     assert run(two_caches, tmp_path / "run").reused
-    with pytest.raises(FingerprintError, match="spine: '.*' there, '.*' asked"):
+    with pytest.raises(FingerprintError, match="index_digest: '.*' there, '.*' asked"):
         run(two_caches[::-1], tmp_path / "run")
 
 

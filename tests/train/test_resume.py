@@ -101,8 +101,8 @@ def test_a_run_goes_on_with_its_own_split(cache_path: Path, tmp_path: Path, monk
 def test_two_processes_do_not_train_into_one_folder(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     script = (
-        "import sys; from pathlib import Path; from embedcache.files import Claims; "
-        "claims = Claims(Path(sys.argv[1])); "
+        "import sys; from pathlib import Path; from embedcache.files import Leases; "
+        "claims = Leases(Path(sys.argv[1])); "
         "print(claims.take(0), flush=True); input()"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "run")]

@@ -11,7 +11,7 @@ from embedcache.errors import DataError, SettingError
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.towers import Tower
 from embedcache.train.initialization import start
-from embedcache.train.settings import ModelSettings, Start
+from embedcache.train.settings import Initialization, ModelSettings
 
 NUM_SAMPLES = 30
 RNG = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def unread(rows: Ints) -> Inputs:
 def started(
     projector: str,
     *,
-    kind: Start | None = None,
+    kind: Initialization | None = None,
     shared_width: int = 8,
     pairs: Pairs | None = None,
     image: Reader = READ_IMAGES,
@@ -107,7 +107,7 @@ def test_a_vector_that_is_no_number_is_named_by_its_row() -> None:
 def test_one_pair_is_too_few_to_centre_on() -> None:
     rows = np.zeros(1, np.int64)
     one = Items(rows=rows, samples=rows, contents=rows)
-    with pytest.raises(DataError, match="1 pairs are too few"):
+    with pytest.raises(DataError, match="got 1"):
         started("linear", kind="random", pairs=Pairs(image=one, text=one))
 
 
@@ -136,7 +136,7 @@ def test_a_closed_form_needs_two_linear_branches(projector: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cca", "csa", "procrustes", "ridge"])
-def test_a_closed_form_brings_pairs_together(kind: Start) -> None:
+def test_a_closed_form_brings_pairs_together(kind: Initialization) -> None:
     texts = np.repeat(IMAGES[:, :5], 2, axis=0)
     pair = started("linear", kind=kind, text=reader(texts))
     with torch.no_grad():

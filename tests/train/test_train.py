@@ -72,7 +72,7 @@ def test_a_run_leaves_all_that_says_what_it_is(cache_path: Path, tmp_path: Path)
     assert [line["epoch"] for line in lines if "validation" in line] == [0, 1, 2, 3]
     config = read_config(tmp_path / "run")
     assert config.image.feature == IMAGE
-    assert config.spine == Cache(cache_path).info.spine
+    assert config.index_digest == Cache(cache_path).info.index_digest
     assert report.num_parameters == sum(p.numel() for p in load_pair(tmp_path / "run")[0].parameters())
 
 

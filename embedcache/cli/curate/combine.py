@@ -15,9 +15,9 @@ def combine(
 ) -> None:
     """Keep what is in two selections (and), or in one and not in another (minus)."""
     from embedcache.cli.console import say
-    from embedcache.curate.select.combine import combine as run_combine
+    from embedcache.curate.select.combine import combine_selections
 
-    say(f"{out}: {run_combine(cache, out, first, operation, second):,} samples")
+    say(f"{out}: {combine_selections(cache, out, first, operation, second):,} samples")
 
 
 def sample(
@@ -29,6 +29,6 @@ def sample(
 ) -> None:
     """Draw some samples of a selection at random."""
     from embedcache.cli.console import say
-    from embedcache.curate.select.combine import draw_some
+    from embedcache.curate.select.combine import sample_selection
 
-    say(f"{out}: {draw_some(cache, out, selection, size, seed=seed):,} samples")
+    say(f"{out}: {sample_selection(cache, out, selection, size, seed=seed):,} samples")

@@ -54,16 +54,16 @@ def dedup(
     )
     stage.check_asked(out, cosine, only_copies=copies)
     if out is None:
-        compared = stage.look(cache, settings, progress=open_progress())
-        figures, write_page = look_json(compared), partial(write_look, compared=compared)
-        for line in (how_compared(compared), *bars(compared)):
+        analysis = stage.analyze(cache, settings, progress=open_progress())
+        figures, write_page = look_json(analysis), partial(write_look, analysis=analysis)
+        for line in (how_compared(analysis), *bars(analysis)):
             say(line)
-        show_table(*level_rows(compared))
+        show_table(*level_rows(analysis))
         say("choose one: embedcache curate dedup CACHE OUT.parquet --cosine …")
     else:
         done = stage.dedup(cache, out, cosine=cosine, settings=settings, progress=open_progress())
         figures, write_page = done.to_json(), partial(write_dedup, done=done)
-        say(how_compared(done.compared))
+        say(how_compared(done.analysis))
         say(dedup_line(done))
     if json_path is not None:
         write_json(json_path, figures)

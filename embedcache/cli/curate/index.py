@@ -26,8 +26,9 @@ def index(
     ] = 0.95,
 ) -> None:
     """Build a FAISS index and measure it against exact search; stopped, or with new items, it goes on."""
-    from embedcache.cli.console import going_on_later, open_progress, read_size, say
+    from embedcache.cli.console import going_on_later, open_progress, say
     from embedcache.search.index import build_index
+    from embedcache.units import parse_size
 
     with going_on_later():
         card = build_index(
@@ -37,7 +38,7 @@ def index(
             feature=feature,
             modality=modality,
             factory=factory,
-            memory_bytes=None if memory is None else read_size(memory),
+            memory_bytes=None if memory is None else parse_size(memory),
             leaves_on_disk=on_disk,
             min_recall=min_recall,
             progress=open_progress(),

@@ -23,7 +23,7 @@ def leaks(
 ) -> None:
     """Find what of a test cache is in a training cache: copies, and near-duplicates by cosine."""
     from embedcache.cli.console import open_progress, say, show_table
-    from embedcache.curate.leaks import find_leaks, write_clean
+    from embedcache.curate.leaks import find_leaks, write_clean_selection
     from embedcache.provenance import write_json
     from embedcache.reports.leaks import leak_rows, line, notes, pair_rows, worst_pairs, write_leaks
 
@@ -41,7 +41,7 @@ def leaks(
     for leak in filter(lambda leak: leak.is_leaked.any(), found.leaks):
         show_table(*pair_rows(worst_pairs(found, leak, 10)), title=f"the {leak.modality}s that leak most")
     if selection_out is not None:
-        write_clean(selection_out, found)
+        write_clean_selection(selection_out, found)
         say(f"wrote {selection_out}: {len(found.clean().rows):,} of {found.train.info.num_samples:,} samples stay")
     if json_path is not None:
         write_json(json_path, found.to_json())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from embedcache.search.filters import Hit
+    from embedcache.search.search import Hit
 
 
 def search(

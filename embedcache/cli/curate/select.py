@@ -38,25 +38,26 @@ def select(
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
 ) -> None:
     """Select samples to train on, with a reason for each."""
-    from embedcache.cli.console import open_progress, read_count, read_counts, say
+    from embedcache.cli.console import open_progress, say
     from embedcache.curate.select.select import SelectSettings
     from embedcache.curate.select.select import select as run_select
+    from embedcache.units import parse_count_or_fraction, parse_counts
 
-    count, share = read_count(budget)
+    amount = None if budget is None else parse_count_or_fraction(budget)
     report = run_select(
         cache,
         out,
         method,
         settings=SelectSettings(
-            budget=count,
+            budget=amount if isinstance(amount, int) else None,
             per_concept=per_concept,
             threshold=threshold,
             head=head,
-            clusters=read_counts(clusters),
+            clusters=None if clusters is None else parse_counts(clusters),
             drawn=drawn,
             seed=seed,
         ),
-        share=share,
+        share=amount if isinstance(amount, float) else None,
         modality=modality,
         feature=feature,
         run_path=projected,

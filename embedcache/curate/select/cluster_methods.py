@@ -19,18 +19,18 @@ from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError, SettingError
 
 
-class ImageBased:
+class ImageBasedSelector:
     """The image-based filter of "DataComp" (NeurIPS 2023).
 
     The pool is cut into clusters; those that hold the nearest centroid of an item of the target are kept whole, and
     `budget`, where it is given, is drawn from them. The target must not hold what is measured afterwards.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("budget", "clusters")
-    needs_one_of: ClassVar[tuple[str, ...]] = ()
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "clusters")
+    requires_one_of: ClassVar[tuple[str, ...]] = ()
     modality: ClassVar[str | None] = "image"
-    needs: ClassVar[tuple[str, ...]] = ("target",)
-    draws: ClassVar[bool] = True
+    required_inputs: ClassVar[tuple[str, ...]] = ("target",)
+    uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select them. Memory: 256 vectors a cluster, and two integers an item."""
@@ -82,7 +82,7 @@ _RATIO = 10
 _BLOCK = 4096
 
 
-class Hierarchical:
+class HierarchicalSelector:
     """The balancing of "Automatic Data Curation for Self-Supervised Learning: A Clustering-Based Approach" (TMLR 2024).
 
     k-means on the samples, then on its centroids, and so on; then the budget is cut from the top into equal shares of
@@ -90,11 +90,11 @@ class Hierarchical:
     random. Unlike there, no level is clustered again on the points nearest its centroids. A sample is its first item.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("budget", "clusters")
-    needs_one_of: ClassVar[tuple[str, ...]] = ("budget",)
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "clusters")
+    requires_one_of: ClassVar[tuple[str, ...]] = ("budget",)
     modality: ClassVar[str | None] = "image"
-    needs: ClassVar[tuple[str, ...]] = ()
-    draws: ClassVar[bool] = True
+    required_inputs: ClassVar[tuple[str, ...]] = ()
+    uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select them. Memory: 256 vectors a cluster of the finest level, and an integer a sample and level."""
@@ -185,18 +185,18 @@ def _reason(path: Sequence[int], size: int) -> str:
 _DRAWN = 20_000
 
 
-class KCentre:
+class KCenterSelector:
     """The greedy k-center coreset of "Active Learning for Convolutional Neural Networks" (ICLR 2018), Algorithm 1.
 
     On samples drawn from the pool, as its time is budget x drawn. It starts from one drawn at random. Noise is far
     from everything, so it is chosen early: clean the pool first. A sample is its first item.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("budget", "drawn")
-    needs_one_of: ClassVar[tuple[str, ...]] = ("budget",)
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "drawn")
+    requires_one_of: ClassVar[tuple[str, ...]] = ("budget",)
     modality: ClassVar[str | None] = "image"
-    needs: ClassVar[tuple[str, ...]] = ()
-    draws: ClassVar[bool] = True
+    required_inputs: ClassVar[tuple[str, ...]] = ()
+    uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select them. Memory: the vectors of those drawn."""

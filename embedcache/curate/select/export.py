@@ -20,7 +20,7 @@ from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, ItemError, PathError
 from embedcache.files import disk_errors, partial_path, replacing, write_atomic
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import ImageItem, Source
 from embedcache.sources.open import reopen_source
 from embedcache.store.cache import Cache
@@ -125,7 +125,7 @@ def write_shards(
         PathError: the source is gone, or the folder is not empty.
         DataError: an image cannot be read any more, or a sample has several images: a tar has one file of a suffix.
     """
-    progress = progress or Silent()
+    progress = progress or NullProgress()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise PathError(f"{folder} is not empty, or no folder; give the path of a new one")
     source = reopen_source(cache.info.source)

@@ -15,7 +15,7 @@ import numpy as np
 from embedcache.arrays import Array, Floats, Ints, concatenated_ranges, normalize
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
-from embedcache.progress import Progress, Silent
+from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.faiss_index import spherical_kmeans
 from embedcache.search.vectors import Vectors
@@ -61,7 +61,7 @@ class Pool:
         self.run_path = run_path
         self._feature, self._joins_names = feature, joins_names
         self._concepts_path, self._target_path, self._within = concepts_path, target_path, within
-        self._progress = progress or Silent()
+        self._progress = progress or NullProgress()
 
     @cached_property
     def vectors(self) -> Vectors:
@@ -162,7 +162,7 @@ class Pool:
 _MOST_SAMPLES = 2**32
 
 
-class Best(NamedTuple):
+class TopSamples(NamedTuple):
     """For each of C concepts the K samples that fit it best, best first; equal scores by sample.
 
     Args:
@@ -174,7 +174,7 @@ class Best(NamedTuple):
     samples_CK: Ints
 
 
-def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: int) -> Best:
+def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: int) -> TopSamples:
     """Find the `k` best samples of each concept, or all where there are fewer. A sample counts once, by its best item.
 
     Exact, and the same however the items are cut into blocks. Memory: the products of a block in float64, and 8 bytes
@@ -232,11 +232,11 @@ def to_keys(scores: Array, samples: Ints) -> Ints:
     return keys
 
 
-def from_keys(keys: Ints) -> Best:
+def from_keys(keys: Ints) -> TopSamples:
     """Take the scores and samples out of keys again."""
     ordered, rest = np.divmod(keys, _MOST_SAMPLES)
     bits = np.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-    return Best(bits.astype(np.int32).view(np.float32), _MOST_SAMPLES - 1 - rest)
+    return TopSamples(bits.astype(np.int32).view(np.float32), _MOST_SAMPLES - 1 - rest)
 
 
 def _largest(keys_CN: Ints, k: int) -> Ints:

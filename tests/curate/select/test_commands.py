@@ -64,10 +64,10 @@ def test_select_combine_sample_and_export(command: Command, tmp_path: Path) -> N
 
 MISTAKES = [
     ("select cache a.parquet --method rndom --budget 3", "did you mean 'random'"),
-    ("select cache a.parquet --method random --budget many", "'many' is no number; write it as 1000, or as 10%"),
+    ("select cache a.parquet --method random --budget many", "invalid count 'many'"),
     ("select cache a.parquet --method random --budget 400 --feature {image}", "budget is 400, and the pool has 300"),
-    ("select cache a.parquet --method random --budget 200% --feature {image}", "at most 1 (100%)"),
-    ("select cache a.parquet --method hierarchical --budget 3 --clusters 5,x", "'5,x' are no numbers"),
+    ("select cache a.parquet --method random --budget 200% --feature {image}", "invalid fraction '200%'"),
+    ("select cache a.parquet --method hierarchical --budget 3 --clusters 5,x", "invalid count 'x'"),
     ("select cache a.parquet --method metaclip --budget 3", "needs --concepts CACHE"),
     ("select cache a.parquet --method random --per-concept 3", "does not look at --per-concept; it takes --budget"),
     (

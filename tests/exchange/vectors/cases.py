@@ -14,26 +14,26 @@ from embedcache.interop.incoming import Incoming
 from embedcache.interop.npy import open_arrays, write_arrays
 from embedcache.interop.outgoing import ExportSettings, Outgoing
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
-from embedcache.progress import Silent
+from embedcache.progress import NullProgress
 from embedcache.store.cache import Cache
 
 Format = tuple[Callable[[Outgoing, Path], int], Callable[[Path], Incoming], tuple[str, str], str]
 
 FORMATS: dict[str, Format] = {
     "clip-retrieval": (
-        lambda rows, path: write_tree(rows, path, rows_a_file=15, progress=Silent()),
+        lambda rows, path: write_tree(rows, path, rows_a_file=15, progress=NullProgress()),
         open_tree,
         ("img_emb", "text_emb"),
         "tree",
     ),
     "parquet": (
-        lambda rows, path: write_parquet(rows, path, progress=Silent()),
+        lambda rows, path: write_parquet(rows, path, progress=NullProgress()),
         open_parquet_vectors,
         ("image_vector", "text_vector"),
         "rows.parquet",
     ),
     "npy": (
-        lambda rows, path: write_arrays(rows, path, progress=Silent()),
+        lambda rows, path: write_arrays(rows, path, progress=NullProgress()),
         lambda path: open_arrays(image=path / "image.npy", text=path / "text.npy", table=path / "rows.parquet"),
         ("image", "text"),
         "arrays",

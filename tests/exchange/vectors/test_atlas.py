@@ -13,7 +13,7 @@ from embedcache.arrays import normalize
 from embedcache.errors import DataError, PathError
 from embedcache.interop import atlas as layout
 from embedcache.interop.atlas import Images, lay_out, nearest, write_atlas
-from embedcache.progress import Silent
+from embedcache.progress import NullProgress
 from embedcache.store.cache import Cache
 from tests.exchange.vectors.cases import outgoing, unit_rows
 
@@ -21,7 +21,7 @@ NUM_POINTS = 39
 
 
 def write(cache: Path, path: Path, *, only: str = "image", images: Images = "thumbnails") -> pd.DataFrame:
-    write_atlas(outgoing(cache, only=only), path, method="pca", images=images, progress=Silent())
+    write_atlas(outgoing(cache, only=only), path, method="pca", images=images, progress=NullProgress())
     return pd.read_parquet(path)
 
 
@@ -76,7 +76,7 @@ def test_an_export_is_new_and_has_points(labeled: Path, tmp_path: Path) -> None:
     (tmp_path / "three.txt").write_text("\n".join(f"{row:032x}" for row in range(3)))
     rows = outgoing(labeled, only="image", selection=tmp_path / "three.txt")
     with pytest.raises(DataError, match="3 vectors make no map"):
-        write_atlas(rows, tmp_path / "few.parquet", progress=Silent())
+        write_atlas(rows, tmp_path / "few.parquet", progress=NullProgress())
     assert not (tmp_path / "few.parquet").exists()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from embedcache.errors import CorruptError, DataError, PathError, SourceError
 from embedcache.interop.clip_retrieval import open_tree, write_tree
-from embedcache.progress import Silent
+from embedcache.progress import NullProgress
 from tests.exchange.vectors.cases import outgoing, take_in, unit_rows, write_tree_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "clip-retrieval-2.45"
@@ -31,7 +31,7 @@ def test_what_clip_retrieval_wrote_is_imported(tmp_path: Path) -> None:
 
 
 def test_every_array_is_as_embedding_reader_parses_it(labeled: Path, tmp_path: Path) -> None:
-    write_tree(outgoing(labeled), tmp_path / "tree", rows_a_file=3, progress=Silent())
+    write_tree(outgoing(labeled), tmp_path / "tree", rows_a_file=3, progress=NullProgress())
     names = sorted(path.name for path in (tmp_path / "tree" / "img_emb").iterdir())
     assert names == [f"img_emb_{number:02d}.npy" for number in range(13)]  # int(log10(13)) + 1 digits
     for name in ("img_emb", "text_emb"):
@@ -51,7 +51,7 @@ def test_every_array_is_as_embedding_reader_parses_it(labeled: Path, tmp_path: P
 
 
 def test_image_paths_are_whole(labeled: Path, tmp_path: Path) -> None:
-    write_tree(outgoing(labeled), tmp_path / "tree", progress=Silent())
+    write_tree(outgoing(labeled), tmp_path / "tree", progress=NullProgress())
     paths = pq.read_table(tmp_path / "tree" / "metadata" / "metadata_0.parquet")["image_path"].to_pylist()
     assert len(paths) == 39
     assert paths[0].endswith("pictures/00000.png")

@@ -11,7 +11,7 @@ import pytest
 
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
-from embedcache.progress import Silent
+from embedcache.progress import NullProgress
 from tests.exchange.vectors.cases import outgoing, take_in, unit_rows
 
 
@@ -60,7 +60,7 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
 
 
 def test_where_it_came_from_is_kept(labeled: Path, tmp_path: Path) -> None:
-    write_parquet(outgoing(labeled), tmp_path / "rows.parquet", progress=Silent())
+    write_parquet(outgoing(labeled), tmp_path / "rows.parquet", progress=NullProgress())
     cache, _ = take_in(open_parquet_vectors(tmp_path / "rows.parquet"), tmp_path / "cache")
     assert cache.info.source["origin"]["features"]["image"]["spec"] == "tests.toy:open_toy"
 
@@ -98,4 +98,4 @@ def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(PathError, match=r"holds no \.parquet"):
         open_parquet_vectors(tmp_path)
     with pytest.raises(PathError, match=r"end it in \.parquet"):
-        write_parquet(None, tmp_path / "x.csv", progress=Silent())  # type: ignore[arg-type]
+        write_parquet(None, tmp_path / "x.csv", progress=NullProgress())  # type: ignore[arg-type]

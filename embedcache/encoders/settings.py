@@ -1,0 +1,42 @@
+"""Settings of an encoder. Nothing heavy is imported here, so that the command line starts quickly."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from embedcache.settings import check_settings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """How an encoder runs. Only the backend and the precision change its output.
+
+    Args:
+        device: torch device.
+        features: names of requested features; one that an encoder can derive, such as `grid:4` or `layer6.cls`, joins
+            its native ones (grammar: `embedcache/encoders/image_features.py`), one that it cannot is left out.
+    """
+
+    device: str = "cpu"
+    features: tuple[str, ...] = ()
+    batch_size: int | None = setting(
+        None,
+        "Items per forward pass; halved automatically if the device runs out of memory.",
+        ge=1,
+        affects_result=False,
+        default_text="on a CPU 32 images or 64 texts, on a GPU 128 or 512",
+    )
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", "Precision of the forward pass; bfloat16 uses autocast."
+    )
+    backend: Literal["auto", "torch", "onnxruntime"] = setting(
+        "auto",
+        "Library that runs the encoder; auto is onnxruntime on a CPU for the encoders that export to it, else torch.",
+    )
+    compile: bool = setting(
+        False,
+        "Compile torch models: a slower start, then faster on a GPU; onnxruntime ignores it.",
+        affects_result=False,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)

@@ -1,0 +1,14 @@
+"""Contract tests for plug-in authors: subclass the class of your kind of plug-in in a file that pytest collects.
+
+- a source: `embedcache.testing.sources.SourceContract`;
+- an encoder: `embedcache.testing.encoders.ImageEncoderContract` or `TextEncoderContract`;
+- a projector: `embedcache.testing.projectors.ProjectorContract` or `TokenProjectorContract`;
+- a loss: `embedcache.testing.losses.LossContract`.
+
+pytest must be installed; nothing else in the package imports these modules.
+"""
+
+import pytest
+
+# Without it, a failed assert in these modules would not show the values that it compared.
+pytest.register_assert_rewrite(*(f"{__name__}.{name}" for name in ("encoders", "losses", "projectors", "sources")))

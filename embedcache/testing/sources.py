@@ -1,0 +1,57 @@
+"""Contract tests of a source."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from embedcache.sources import ImageItem, Source, reopen_source
+from embedcache.sources.images import decode_image
+
+
+class SourceContract:
+    """Tests that every source must pass.
+
+    Subclasses override the fixture `source`: a small source in which every image decodes. A source without images or
+    without texts sets `has_images` or `has_texts` to False.
+    """
+
+    has_images = True
+    has_texts = True
+
+    @pytest.fixture
+    def source(self) -> Source:
+        """Return a small source in which every image decodes."""
+        raise NotImplementedError("override the fixture `source`")
+
+    def test_order_is_deterministic(self, source: Source) -> None:
+        assert list(source.samples()) == list(source.samples())
+
+    def test_modalities(self, source: Source) -> None:
+        samples = list(source.samples())
+        assert any(sample.images for sample in samples) == self.has_images
+        assert any(sample.texts for sample in samples) == self.has_texts
+
+    def test_keys_are_unique(self, source: Source) -> None:
+        keys = [sample.key for sample in source.samples()]
+        assert len(set(keys)) == len(keys)
+
+    def test_images_decode(self, source: Source) -> None:
+        for item in _image_items(source):
+            assert decode_image(source.read(item)).mode == "RGB"
+
+    def test_reopens_from_its_description(self, source: Source) -> None:
+        reopened = reopen_source(json.loads(json.dumps(source.describe())))
+        assert list(reopened.samples()) == list(source.samples())
+        assert reopened.describe() == source.describe()
+        images = [source.read(item) for item in _image_items(source)]
+        assert [reopened.read(item) for item in _image_items(reopened)] == images
+
+    def test_read_is_thread_safe(self, source: Source) -> None:
+        items = _image_items(source) * 8
+        with ThreadPoolExecutor(8) as executor:
+            assert list(executor.map(source.read, items)) == [source.read(item) for item in items]
+
+
+def _image_items(source: Source) -> list[ImageItem]:
+    return [item for sample in source.samples() for item in sample.images]

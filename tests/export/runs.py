@@ -1,0 +1,56 @@
+"""Runs on tiny real encoders, with weights that nothing in a projector can hide behind."""
+
+from pathlib import Path
+
+import torch
+
+from embedcache.encoders.base import Modality
+from embedcache.encoders.open import feature_names, open_encoder
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.projectors.base import HasAnchors
+from embedcache.projectors.pair import AlignedPair
+from embedcache.projectors.saved import PairConfig, TowerInput, save_pair, split_path
+from embedcache.projectors.towers import RawTower, Tower
+
+
+def side(modality: Modality, spec: str, feature: str) -> TowerInput:
+    names = feature_names(feature)
+    settings = EncoderSettings(features=names, backend="torch")
+    encoder = open_encoder(spec, modality=modality, settings=settings)
+    name = "+".join(f"encoder/{part}" for part in names)
+    width = encoder.features[names[0]][-1]
+    return TowerInput(feature=name, spec=spec, fingerprint=encoder.fingerprint.to_json(), width=width)
+
+
+def make_run(
+    path: Path, image: tuple[str, str], text: tuple[str, str], projector: str = "mlp", *, width: int = 16, seed: int = 0
+) -> Path:
+    """Write a run whose every weight is random, means and norms too."""
+    path.mkdir(parents=True)
+    sides = {"image": side("image", *image), "text": side("text", *text)}
+    torch.manual_seed(seed)
+    pair = AlignedPair(projector, image_width=sides["image"].width, text_width=sides["text"].width, shared_width=width)
+    with torch.no_grad():
+        for tower in (pair.image, pair.text):
+            _stir(tower)
+        pair.log_scale.fill_(2.5)
+    split_path(path).write_bytes(b"a split")
+    training = {"loss": {"name": "multi_positive"}, "optimizer": {"epochs": 3}, "split": {"kind": "key"}, "seed": 0}
+    config = PairConfig(projector=projector, shared_width=width, index_digest="rows", training=training, **sides)
+    save_pair(path, pair, config)
+    return path
+
+
+def _stir(tower: torch.nn.Module) -> None:
+    for name, value in [*tower.named_parameters(), *tower.named_buffers()]:
+        if name.endswith("num_batches_tracked"):
+            continue
+        value.copy_(torch.randn_like(value) / max(1, value.shape[-1] if value.ndim else 1) ** 0.5)
+        if name.endswith("running_var"):
+            value.abs_().add_(0.5)
+    if isinstance(tower, Tower):
+        tower.mean.mul_(0.3)
+    if isinstance(tower, RawTower):
+        tower.length.fill_(3.0)
+    if isinstance(tower, (Tower, RawTower)) and isinstance(tower.projector, HasAnchors):
+        tower.projector.set_anchors(torch.randn_like(tower.projector.anchors))

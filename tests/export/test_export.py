@@ -1,0 +1,249 @@
+"""What holds for every export."""
+
+import http.server
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from embedcache.arrays import Inputs
+from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, UnknownNameError
+from embedcache.export import export as module
+from embedcache.export.base import Run, check_parity
+from embedcache.export.export import export
+from embedcache.projectors.saved import project
+from tests.export.runs import make_run
+
+BLOCKED = """\
+import re, sys
+sys.modules["embedcache"] = None
+for name in sys.argv[1:]:
+    card = open(f"{name}/README.md", encoding="utf-8").read()
+    code = re.search(r"^```python\\n(.*?)^```", card, re.MULTILINE | re.DOTALL)[1]
+    print("==", name)
+    exec(compile(code, name, "exec"), {})
+assert not [name for name in sys.modules if name.startswith("embedcache.")]
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    return make_run(path, (tiny["whole"], "cls"), (tiny["bert"], "mean"), "openclip-mlp")
+
+
+@pytest.mark.slow
+def test_the_code_of_every_card_runs_without_embedcache(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:
+    for form in ("transformers", "sentence-transformers", "open-clip", "onnx", "safetensors"):
+        export(form, run, tmp_path / form)
+    export("onnx", run, tmp_path / "towers", towers=True)
+    tokens = make_run(tmp_path / "tokens", (tiny["vit"], "patches"), (tiny["bert"], "tokens"), "token")
+    export("onnx", tokens, tmp_path / "token-onnx")
+    export("transformers", tokens, tmp_path / "token-model")
+    names = sorted(path.parent.name for path in tmp_path.glob("*/README.md"))
+    assert len(names) == 8
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, *names], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("==") == 8
+
+
+def test_the_plain_form_says_what_to_do(tiny: dict[str, str], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "linear")
+    export("safetensors", run, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert {name: list(value.shape) for name, value in tensors.items()} == {
+        name: about["shape"] for name, about in config["tensors"].items()
+    }
+    assert config["recipe"][:3] == [
+        "image: take the feature encoder/cls of the encoder, in float32",
+        "image: scale to length 1",
+        "image: take image.mean off",
+    ]
+    features = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+    out = features / np.linalg.norm(features, axis=1, keepdims=True) - tensors["image.mean"]
+    out = out @ tensors["image.projector.linear.weight"].T
+    out /= np.linalg.norm(out, axis=1, keepdims=True)
+    np.testing.assert_allclose(out, project(Run.open(run).pair.image, Inputs(features)), atol=1e-5)
+
+
+def test_the_same_again_is_left_as_it_is_and_another_refused(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    assert export("safetensors", run, folder).is_new
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "README.md").write_text("edited")
+    assert not export("safetensors", run, folder).is_new
+    assert (folder / "README.md").read_text() == "edited"
+    other = tmp_path / "again"
+    export("safetensors", run, other)
+    assert {path.name: path.read_bytes() for path in other.iterdir() if path.name != "README.md"} == {
+        name: data for name, data in before.items() if name != "README.md"
+    }
+    another = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"))
+    with pytest.raises(FingerprintError, match=r"was made with other settings: run: .* give the path of a new folder"):
+        export("safetensors", another, folder)
+    with pytest.raises(FingerprintError, match="form: 'safetensors' there, 'onnx' asked"):
+        export("onnx", run, folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CorruptError, match=r"config.json is missing or was changed after the export"):
+        export("safetensors", run, folder)
+
+
+def test_bad_input_is_one_clear_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(PathError, match="is no export and not empty; give the path of a new folder"):
+        export("safetensors", run, tmp_path / "full")
+    with pytest.raises(PathError, match="is a file"):
+        export("safetensors", run, tmp_path / "full" / "mine.txt")
+    with pytest.raises(PathError, match=r"does not exist; make one with: embedcache train"):
+        export("safetensors", tmp_path / "none", tmp_path / "out")
+    with pytest.raises(PathError, match=r"figures.json does not exist"):
+        export("safetensors", run, tmp_path / "out", metrics=tmp_path / "figures.json")
+    with pytest.raises(SettingError, match="names no repository of the hub; write OWNER/NAME"):
+        export("safetensors", run, tmp_path / "out", push_to="name")
+    with pytest.raises(UnknownNameError, match="unknown export format 'tflite'"):
+        export("tflite", run, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_vectors_that_differ_are_never_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = np.ones((2, 4), np.float32) / 2
+    assert check_parity("x", ones + 5e-5, ones) == pytest.approx(5e-5, rel=0.1)
+    for found in (ones + 2e-4, ones * np.nan):
+        with pytest.raises(ArtifactError, match="x gives vectors that differ by"):
+            check_parity("x", found, ones)
+    from embedcache.export import onnx
+
+    monkeypatch.setattr(onnx, "project", lambda *_: np.zeros((1, 16), np.float32))
+    with pytest.raises(ArtifactError, match="nothing was written"):
+        export("onnx", run, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_says_what_is_known_and_what_is_not(run: Path, tmp_path: Path) -> None:
+    chance = {"r@1": 0.01, "intervals": {"r@1": [0.1, 0.2]}}
+    figures = {
+        "dataset": "birds", "task": "zeroshot_retrieval", "metrics": {"image_retrieval_recall@5": 0.5},
+        "details": {"i2t": {**chance, "r@1": 0.15}, "chance": {"i2t": chance}},
+    }  # fmt: skip
+    (tmp_path / "figures.json").write_text(json.dumps(figures))
+    export("safetensors", run, tmp_path / "out", metrics=tmp_path / "figures.json")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: safetensors\nlicense: other\n")
+    for words in (
+        "| i2t r@1 | 0.15 | [0.1, 0.2] |",
+        "| chance i2t r@1 | 0.01 | [0.1, 0.2] |",
+        "| image_retrieval_recall@5 | 0.5 | |",
+        "| text | `hf:bert` | `mean` | not known: ask its authors | no |",
+        "`zeroshot_retrieval` on `birds`",
+        "selection: none, all samples of the training part",
+    ):
+        assert words in card
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """The few answers of a hub that a push asks for; files come inside the commit."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length) if length else b"".join(self._chunks())
+        self.server.calls.append((self.path, body))  # type: ignore[attr-defined]
+        url = f"http://127.0.0.1:{self.server.server_address[1]}"  # type: ignore[index]
+        if self.server.is_closed:  # type: ignore[attr-defined]
+            self._answer({"error": "You have no rights here"}, status=403)
+        elif self.path == "/api/repos/create":
+            self._answer({"url": f"{url}/me/pair"})
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            self._answer({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                                    for file in files]})  # fmt: skip
+        else:
+            self._answer({"commitUrl": f"{url}/me/pair/commit/1", "commitOid": "1" * 40, "success": True})
+
+    def do_GET(self) -> None:
+        self._answer({"id": "me/pair", "sha": "0" * 40, "siblings": [], "private": True})
+
+    def _chunks(self) -> Iterator[bytes]:
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
+    def _answer(self, value: object, *, status: int = 200) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+PUSH = """\
+import sys
+from pathlib import Path
+from embedcache.errors import PathError
+from embedcache.export.export import export
+try:
+    print(export("safetensors", Path(sys.argv[1]), Path(sys.argv[2]), push_to="me/pair").url)
+except PathError as error:
+    print("refused:", error)
+"""
+
+
+def _push(run: Path, folder: Path, *, is_closed: bool) -> tuple[str, list[tuple[str, bytes]]]:
+    """Push to a hub on this machine, from a process of its own, as the hub's address is read at the import."""
+    import os
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server.calls, server.is_closed = [], is_closed  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_of_a_test",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    try:
+        done = subprocess.run([sys.executable, "-c", PUSH, str(run), str(folder)], env=environment,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    return done.stdout, server.calls  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_a_push_makes_a_private_repository_and_one_commit(run: Path, tmp_path: Path) -> None:
+    output, calls = _push(run, tmp_path / "model", is_closed=False)
+    assert output.strip().endswith("/me/pair")
+    created = json.loads(calls[0][1])
+    assert created["name"] == "pair"
+    assert created.get("private") is True or created["visibility"] == "private"
+    commits = [body for path, body in calls if "/commit/" in path]
+    assert len(commits) == 1
+    names = {json.loads(line)["value"].get("path") for line in commits[0].splitlines() if line}
+    assert {"README.md", "config.json", "model.safetensors", module.RECORD} <= names
+
+
+@pytest.mark.slow
+def test_a_push_that_is_refused_leaves_the_export(run: Path, tmp_path: Path) -> None:
+    output, _ = _push(run, tmp_path / "model", is_closed=True)
+    assert re.search(r"refused: me/pair can't be pushed to: .*the export is in .*model: run `hf auth login`", output)
+    assert (tmp_path / "model" / "model.safetensors").is_file()

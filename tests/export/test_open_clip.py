@@ -1,0 +1,119 @@
+"""A run as a folder that open_clip opens."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from embedcache.dataset.settings import SplitSettings
+from embedcache.errors import SettingError
+from embedcache.export.base import TEXTS, TOLERANCE, Run, expected, pictures
+from embedcache.export.export import export
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.sources import open_source
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
+from embedcache.train.train import train
+from tests.encoders.checkpoints import write_clip_config
+from tests.export.runs import make_run
+from tests.pictures import write_pictures
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "feature", "projector"),
+    [
+        ("cls", "bert", "mean", "openclip-linear"),
+        ("patch_mean", "bert", "cls", "openclip-mlp"),
+        ("cls", "st", "mean", "openclip-mlp-image+openclip-linear"),
+    ],
+)
+def test_values_are_those_of_the_run(
+    image: str, text: str, feature: str, projector: str, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", (tiny["whole"], image), (tiny[text], feature), projector)
+    folder = tmp_path / "model"
+    exported = export("open-clip", run, folder)
+    assert max(exported.differences.values()) < TOLERANCE
+    _check_loads(folder, run)
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    assert config["text_cfg"]["hf_model_name"] == str(folder)
+
+
+def _check_loads(folder: Path, run: Path) -> None:
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    model.eval()
+    with torch.inference_mode():
+        image = model.encode_image(torch.stack([preprocess(picture) for picture in pictures()]), normalize=True)
+        text = model.encode_text(open_clip.get_tokenizer(name)(list(TEXTS)), normalize=True)
+    opened = Run.open(run)
+    torch.testing.assert_close(image, torch.from_numpy(expected(opened, "image")), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(text, torch.from_numpy(expected(opened, "text")), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(model.logit_scale.exp(), opened.pair.scale)
+
+
+@pytest.mark.parametrize("projector", ["openclip-linear", "openclip-mlp"])
+def test_a_preset_trained_on_cached_features_is_exported(projector: str, tiny: dict[str, str], tmp_path: Path) -> None:
+    source = open_source(write_pictures(tmp_path / "pictures", 24))
+    extract(
+        source, tmp_path / "cache", image=[tiny["whole"]], text=[tiny["bert"]],
+        settings=ExtractSettings(features=("patch_mean", "mean")),
+    )  # fmt: skip
+    settings = TrainSettings(
+        model=ModelSettings(projector=projector, shared_width=16),
+        optimizer=OptimizerSettings(epochs=3, batch_size=8),
+        split=SplitSettings(kind="key"),
+    )
+    report = train(tmp_path / "cache", tmp_path / "run", settings=settings)
+    assert report is not None
+    run = Run.open(tmp_path / "run")
+    assert run.pair.image.length != 1, "the features' length was learned"
+    exported = export("open-clip", tmp_path / "run", tmp_path / "model")
+    assert max(exported.differences.values()) < TOLERANCE
+    _check_loads(tmp_path / "model", tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("clip")
+    open_clip.add_model_config(write_clip_config(folder))
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-clip").state_dict(), folder / "clip.pt")
+    return f"open_clip:tiny-clip,pretrained={folder / 'clip.pt'}"
+
+
+def test_towers_of_its_own_take_a_linear_projector_in(tiny_clip: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", (tiny_clip, "pooled"), (tiny_clip, "pooled"), "openclip-linear")
+    exported = export("open-clip", run, tmp_path / "model")
+    assert max(exported.differences.values()) < TOLERANCE
+    _check_loads(tmp_path / "model", run)
+    deep = make_run(tmp_path / "deep", (tiny_clip, "pooled"), (tiny_clip, "pooled"), "openclip-mlp")
+    with pytest.raises(SettingError, match="the image projector is more than a linear map"):
+        export("open-clip", deep, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "projector", "words"),
+    [
+        (("whole", "patch_mean"), ("bert", "mean"), "linear", "linear takes vectors of length 1, centered"),
+        (("whole", "patch_mean"), ("bert", "mean"), "mlp", "MlpProjector adds a linear branch"),
+        (("vit", "cls"), ("bert", "mean"), "openclip-linear", "crop_pct 0.95"),
+        (("dino", "cls"), ("bert", "mean"), "openclip-linear", "its image encoder is of the family 'hf'"),
+        (("whole", "patch_mean"), ("dense", "dense"), "openclip-linear", "its text feature is encoder/dense"),
+        (("whole", "patch_mean"), ("bert", "mean"), "openclip-mlp-text+openclip-linear", "twice the shared width"),
+        (("whole", "patch_mean"), ("bert", "mean"), "openclip-linear+openclip-mlp-image", "no linear map without"),
+        (("mamba", "patch_mean"), ("bert", "mean"), "openclip-linear", "open_clip can't run timm:test_mambaout"),
+        (("whole", "layer1.patch_mean"), ("bert", "mean"), "openclip-linear", "its image feature is layer1.patch_mean"),
+    ],
+)  # fmt: skip
+def test_what_it_cannot_hold_is_refused(
+    image: tuple[str, str], text: tuple[str, str], projector: str, words: str, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", (tiny[image[0]], image[1]), (tiny[text[0]], text[1]), projector)
+    with pytest.raises(SettingError, match=words):
+        export("open-clip", run, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

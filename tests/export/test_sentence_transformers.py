@@ -1,0 +1,58 @@
+"""The text side of a run as a sentence-transformers model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.errors import SettingError
+from embedcache.export.base import TEXTS, TOLERANCE, Run, expected
+from embedcache.export.export import export
+from tests.export.runs import make_run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("text", "feature", "projector", "kinds"),
+    [
+        ("st", "mean", "linear", "TPNDN"),
+        ("bert", "cls", "linear+identity", "TPNDN"),
+        ("dense", "dense", "sharelock", "TPDNDDDDN"),
+        ("dense", "cls", "linear", "TPNDN"),
+        ("bert", "mean", "openclip-mlp", "TPDDN"),
+        ("bert", "mean", "openclip-linear", "TPDN"),
+    ],
+)
+def test_values_are_those_of_the_run(
+    text: str, feature: str, projector: str, kinds: str, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    width = 32 if "identity" in projector else 16
+    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny[text], feature), projector, width=width)
+    exported = export("sentence-transformers", run, tmp_path / "model")
+    assert exported.differences["text"] < TOLERANCE
+    model = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert "".join(type(module).__name__[0] for module in model) == kinds
+    np.testing.assert_allclose(model.encode(list(TEXTS)), expected(Run.open(run), "text"), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("feature", "projector", "words"),
+    [
+        ("mean", "mlp", "MlpProjector adds a linear branch to one that stands behind a layer normalization"),
+        ("mean", "glu", "GluProjector multiplies two branches"),
+        ("mean", "fusemix", "FuseMixProjector adds each block"),
+        ("mean", "asif", "AsifProjector keeps the largest of its cosines"),
+        ("tokens", "linear+token", "TokenProjector maps every token"),
+        ("layer1.mean", "linear", "its text feature is encoder/layer1.mean"),
+    ],
+)
+def test_what_it_cannot_hold_is_refused(
+    feature: str, projector: str, words: str, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], feature), projector)
+    with pytest.raises(SettingError, match=words):
+        export("sentence-transformers", run, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

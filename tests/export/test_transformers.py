@@ -1,0 +1,91 @@
+"""A run as a model folder of transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedcache.errors import SettingError
+from embedcache.export.base import TEXTS, TOLERANCE, Run, expected, pictures
+from embedcache.export.export import export
+from tests.export.runs import make_run
+
+pytestmark = pytest.mark.slow
+
+CASES = {
+    "mlp": ("vit", "cls", "st", "mean", "mlp"),
+    "linear on derived": ("vit", "layer1.patch_mean", "st", "layer1.mean", "linear"),
+    "tokens": ("vit", "cls+patches", "bert", "cls+tokens", "cls_token+token_mlp"),
+    "grid": ("dino", "grid:2", "bert", "tokens", "token"),
+    "kmeans": ("vit", "kmeans:3", "bert", "tokens", "token"),
+    "glu": ("dino", "cls", "dense", "dense", "glu"),
+    "fusemix": ("mamba", "patch_mean", "bert", "cls", "fusemix"),
+    "asif": ("vit", "patch_mean", "st", "mean", "asif"),
+    "identity": ("vit", "cls", "bert", "mean", "linear+identity"),
+    "sharelock": ("vit", "cls", "bert", "mean", "linear+sharelock"),
+    "openclip-linear": ("vit", "cls", "bert", "mean", "openclip-linear"),
+    "openclip-mlp": ("mamba", "pooled", "bert", "mean", "openclip-mlp"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_are_those_of_the_run(case: str, tiny: dict[str, str], tmp_path: Path) -> None:
+    image, feature, text, text_feature, projector = CASES[case]
+    width = 32 if "identity" in projector else 16
+    run = make_run(tmp_path / "run", (tiny[image], feature), (tiny[text], text_feature), projector, width=width)
+    exported = export("transformers", run, tmp_path / "model")
+    assert set(exported.differences) == {"image", "text"}
+    assert max(exported.differences.values()) < TOLERANCE
+
+
+def test_it_is_called_as_a_clip_model(tiny: dict[str, str], tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+
+    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["st"], "mean"))
+    folder = tmp_path / "model"
+    export("transformers", run, folder)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(images=pictures(), text=list(TEXTS), return_tensors="pt", padding=True, truncation=True)
+    with torch.inference_mode():
+        output = model(**inputs)
+    opened = Run.open(run)
+    image, text = (torch.from_numpy(expected(opened, modality)) for modality in ("image", "text"))
+    torch.testing.assert_close(output.image_embeds, image, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(output.text_embeds, text, atol=TOLERANCE, rtol=0)
+    logits = opened.pair.scale.detach() * image @ text.T
+    torch.testing.assert_close(output.logits_per_image, logits, atol=1e-3, rtol=0)
+    torch.testing.assert_close(output.logits_per_text, logits.T, atol=1e-3, rtol=0)
+    alone = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(pictures()[:1], return_tensors="pt")
+    torch.testing.assert_close(alone["pixel_values"], inputs["pixel_values"][:1])
+    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(TEXTS[0])["input_ids"]
+    assert ids == inputs["input_ids"][0, : len(ids)].tolist()
+    assert not (folder / "embedcache").exists()
+
+
+class Own(torch.nn.Module):
+    """A projector whose file imports more than torch."""
+
+    def __init__(self, input_width: int, output_width: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(input_width, output_width)
+
+    def forward(self, vectors_BD: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.linear(vectors_BD)
+        return projected
+
+
+@pytest.mark.parametrize(
+    ("text", "projector", "words"),
+    [
+        ("wordllama:l2_supercat_256", "linear", "its text encoder is of the family 'wordllama', and hf and st"),
+        ("st", f"{__name__}:Own", "which a model folder can't bring"),
+    ],
+)
+def test_what_it_cannot_hold_is_refused(
+    text: str, projector: str, words: str, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny.get(text, text), "mean"), projector)
+    with pytest.raises(SettingError, match=words):
+        export("transformers", run, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

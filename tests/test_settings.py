@@ -1,0 +1,198 @@
+"""Settings that are declared once: validation, flat names, JSON records, command-line options and TOML files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.cli.options import read_config, with_settings
+from embedcache.errors import PathError, SettingError, UnknownNameError
+from embedcache.settings import check_settings, flat_settings, from_flat, group, setting, to_flat, to_json
+from embedcache.train.settings import OptimizerSettings, TrainSettings, command_line, train_settings
+
+GOLDEN_RUN = Path(__file__).parent / "golden" / "artifacts" / "run" / "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    fraction: float = setting(0.5, "A fraction.", ge=0, lt=1, stored_as="share")
+    seed: int = setting(0, "A seed.", flat_name="inner_seed")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    count: int = setting(3, "A count.", gt=0, le=9)
+    size: int | None = setting(None, "A size.", ge=1)
+    mode: Literal["a", "b"] = setting("a", "A mode.")
+    is_on: bool = setting(False, "A flag.", affects_result=False)
+    names: tuple[str, ...] = setting((), "Some names.")
+    inner: Inner = group(Inner, fraction=0.25)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 0}, "count: expected a whole number above 0 and of at most 9, got 0"),
+        ({"count": 10}, "count: expected a whole number above 0 and of at most 9, got 10"),
+        ({"count": True}, "count: expected a whole number .*, got True"),
+        ({"count": 1.0}, "count: expected a whole number .*, got 1.0"),
+        ({"count": "1"}, "count: expected a whole number .*, got '1'"),
+        ({"size": 0}, "size: expected a whole number of at least 1, got 0"),
+        ({"size": 2**63}, f"size: expected a whole number of at least 1, got {2**63}"),
+        ({"inner_seed": 10**30}, f"inner_seed: expected a whole number, got {10**30}"),
+        ({"fraction": float("nan")}, "fraction: expected a number of at least 0 and below 1, got nan"),
+        ({"fraction": float("inf")}, "fraction: expected a number .*, got inf"),
+        ({"fraction": -0.1}, "fraction: expected a number .*, got -0.1"),
+        ({"fraction": False}, "fraction: expected a number .*, got False"),
+        ({"mode": "c"}, "mode: expected one of a, b, got 'c'"),
+        ({"is_on": 1}, "is_on: expected true or false, got 1"),
+        ({"names": ("a", 1)}, r"names: expected a value, got \('a', 1\)"),
+    ],
+)
+def test_invalid_value_raises(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        from_flat(Outer, values)
+
+
+@pytest.mark.parametrize("values", [{"count": 9}, {"size": 2**63 - 1}, {"fraction": 0}, {"inner_seed": -(2**63)}])
+def test_values_at_the_bounds_are_accepted(values: dict[str, Any]) -> None:
+    assert to_flat(from_flat(Outer, values)) == values
+
+
+def test_unknown_setting_suggests_a_name() -> None:
+    with pytest.raises(UnknownNameError, match="unknown setting 'fractoin'; did you mean 'fraction'"):
+        from_flat(Outer, {"fractoin": 0.1})
+    with pytest.raises(UnknownNameError, match="unknown setting 'learnin_rate'"):
+        train_settings({"learnin_rate": 1})
+
+
+def test_every_train_setting_is_declared_once() -> None:
+    names = [item.name for item in flat_settings(TrainSettings)]
+    assert len(set(names)) == len(names)
+    assert all(item.declared.help.endswith(".") for item in flat_settings(TrainSettings))
+
+
+def test_group_overrides_defaults() -> None:
+    assert Outer().inner.fraction == from_flat(Outer, {"inner_seed": 1}).inner.fraction == 0.25
+    assert next(item.default for item in flat_settings(Outer) if item.name == "fraction") == 0.25
+    assert to_flat(from_flat(Outer, {"fraction": 0.5})) == {"fraction": 0.5}
+
+
+def test_json_has_stored_names_and_only_results() -> None:
+    assert to_json(Outer(names=("x",))) == {
+        "count": 3,
+        "size": None,
+        "mode": "a",
+        "names": ["x"],
+        "inner": {"share": 0.25, "seed": 0},
+    }
+
+
+def test_json_of_a_run_keeps_its_keys() -> None:
+    golden = json.loads(GOLDEN_RUN.read_text())["training"]
+    given = {
+        "projector": "mlp", "shared_width": 16, "initialization": "random", "epochs": 10, "batch_size": 16, "lr": 3e-3,
+        "split": "strict", "image_cosine": 0.995, "text_cosine": 0.9, "seed": 3, "block_rows": 1,
+    }  # fmt: skip
+    found = train_settings(given).to_json()
+    assert found == golden
+    assert [list(value) if isinstance(value, dict) else name for name, value in found.items()] == [
+        list(value) if isinstance(value, dict) else name for name, value in golden.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"captions": "all", "loss": "info_nce"},
+            "captions: .* one positive per image; use captions=draw",
+        ),
+        ({"captions": "all", "mixup": 1.0}, "captions: .* mixup mixes single captions"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "val_fraction .* test_fraction"),
+        ({"initialization": "pca"}, "initialization: expected one of cca, csa"),
+        ({"batch_size": 1}, "batch_size: expected a whole number of at least 2, got 1"),
+    ],
+)
+def test_contradictory_train_settings_raise(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        train_settings(values)
+
+
+def test_split_seed_defaults_to_seed() -> None:
+    assert train_settings({"seed": 4}).split.seed == 4
+    assert train_settings({"seed": 4, "split_seed": 1}).split.seed == 1
+    assert train_settings({"epochs": 3, "patience": None}).optimizer == OptimizerSettings(epochs=3)
+
+
+def test_gpu_number_is_not_recorded() -> None:
+    assert {train_settings({"device": name}).to_json()["machine"]["device"] for name in ("cuda", "cuda:1")} == {"cuda"}
+
+
+def parse(words: list[str]) -> TrainSettings:
+    """Return the settings that a command with the options of `TrainSettings` gets from a command line."""
+    app, found = typer.Typer(), []
+
+    @app.command()
+    @with_settings(TrainSettings, build=train_settings)
+    def command(*, settings: TrainSettings) -> None:
+        found.append(settings)
+
+    app(words, standalone_mode=False)
+    return found[0]
+
+
+@given(
+    st.floats(1e-5, 1), st.sampled_from(["mlp", "glu"]), st.integers(0, 9), st.booleans(), st.sampled_from([0.0, 2.5])
+)
+def test_command_line_restores_settings(
+    rate: float, projector: str, seed: int, is_shuffled: bool, mixup: float
+) -> None:
+    settings = train_settings(
+        {"lr": rate, "projector": projector, "seed": seed, "shuffle_pairs": is_shuffled, "mixup": mixup}
+    )
+    assert parse(command_line(settings)) == settings
+
+
+def test_command_line_defaults_are_the_declared_ones() -> None:
+    assert parse([]) == TrainSettings()
+
+
+def test_config_file_gives_values_and_options_win(tmp_path: Path) -> None:
+    path = tmp_path / "train.toml"
+    path.write_text('lr = 0.5\nmax-grad-norm = 2\nshuffle_pairs = true\nloss = "siglip"\n')
+    settings = parse(["--config", str(path), "--lr", "0.25"])
+    assert settings == train_settings({"lr": 0.25, "max_grad_norm": 2, "shuffle_pairs": True, "loss": "siglip"})
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("lr = ", SettingError, "expected TOML such as `lr = 0.001`"),
+        ("lrr = 1", UnknownNameError, "unknown setting 'lrr'; did you mean 'lr'"),
+        ("epochs = 1.5", SettingError, "epochs: expected a whole number of at least 0, got 1.5"),
+        (None, PathError, "cannot read .*train.toml: No such file"),
+    ],
+)
+def test_bad_config_file_raises(tmp_path: Path, text: str | None, error: type[Exception], message: str) -> None:
+    path = tmp_path / "train.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(error, match=message):
+        parse(["--config", str(path)])
+
+
+def test_config_lists_become_tuples(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('names = ["a", "b"]')
+    assert from_flat(Outer, read_config(tmp_path / "c.toml")).names == ("a", "b")
