@@ -19,7 +19,7 @@ from benchmarks.table import median_rates
 from embedcache.arrays import Floats, normalize
 from embedcache.cli.console import say, show_table
 from embedcache.curate.counting import SAMPLE, CoverageCounter, estimate_background
-from embedcache.metrics.neighbors import nearest
+from embedcache.metrics.neighbors import top_k
 from embedcache.search.concepts import open_concepts
 from embedcache.search.vectors import Vectors, run_pass
 from embedcache.store.cache import Cache
@@ -103,7 +103,7 @@ def _pass(folder: Path, num_rows: int, cpu: list[float]) -> float:
     pool = Vectors(folder / "pool", "text")
     concepts = open_concepts(Cache(folder / "concepts"), pool)
     background = estimate_background(concepts.vectors, pool.sample(SAMPLE), K)
-    near, _ = nearest(concepts.vectors, concepts.vectors, 8)
+    near, _ = top_k(concepts.vectors, concepts.vectors, 8)
     work = CoverageCounter(
         concepts.vectors,
         thresholds_C=background.thresholds(4),

@@ -16,7 +16,7 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.reports.retrieval import retrieval_rows
+from embedcache.reports.retrieval import retrieval_table
 from embedcache.search.index import build_index
 from embedcache.sources import open_source
 from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
@@ -68,7 +68,7 @@ def main() -> None:
     reports = {
         name: evaluate_retrieval(cache_path, runs) for name, runs in (("run", trained), ("shuffled pairs", shuffled))
     }
-    columns, rows = retrieval_rows(reports)
+    columns, rows = retrieval_table(reports)
     show_table(columns, rows, title=reports["run"].line())
     card = build_index(cache_path, options.workdir / "index", run_path=trained[0], progress=progress)
     say(f"{options.workdir / 'index'}: {card.num_vectors:,} images; ask it with: embedcache curate search")

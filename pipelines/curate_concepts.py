@@ -15,7 +15,7 @@ from embedcache.cli.console import say
 from embedcache.curate.select.select import SelectSettings, select
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.zero_shot import evaluate_zero_shot
-from embedcache.reports.retrieval import format_estimate
+from embedcache.reports.base import format_estimate
 from embedcache.train.data import TrainData, open_data
 from embedcache.train.settings import train_settings
 from embedcache.train.train import train_on

@@ -16,7 +16,7 @@ from typing import Any
 
 import embedcache
 from embedcache.cli.console import open_progress, say, show_table
-from embedcache.reports.retrieval import retrieval_rows
+from embedcache.reports.retrieval import retrieval_table
 from embedcache.train.settings import train_settings
 
 FULL: dict[str, Any] = {"image": "hf:facebook/dinov2-large", "text": "st:sentence-transformers/all-roberta-large-v1"}
@@ -79,7 +79,7 @@ def align(workdir: Path, pairs: str, recipe: dict[str, Any], training: dict[str,
         report = embedcache.train_projectors(cache, run, image=recipe["side"], settings=settings, progress=progress)
         say(report.line(run))
         reports[name] = embedcache.evaluate_retrieval(cache, run, is_control=shuffles)
-    show_table(*retrieval_rows(reports))
+    show_table(*retrieval_table(reports))
 
 
 if __name__ == "__main__":

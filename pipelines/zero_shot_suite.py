@@ -17,7 +17,7 @@ from embedcache.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import PairConfig
-from embedcache.reports.zero_shot import zero_shot_rows
+from embedcache.reports.zero_shot import zero_shot_table
 from embedcache.sources import open_source
 from embedcache.sources.prompts import CLASS_NAMES, clip_benchmark_file
 
@@ -35,7 +35,7 @@ def main() -> None:
     reports = {folder.name: measure(folder, options.workdir / folder.name, options.runs) for folder in folders}
     for name, report in reports.items():
         say(f"{name}: {report.line()}")
-        columns, (row, chance) = zero_shot_rows({name: report})
+        columns, (row, chance) = zero_shot_table({name: report})
         show_table(columns, [row, chance])
 
 

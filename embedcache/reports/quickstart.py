@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 
 from embedcache.evaluate.retrieval import RetrievalReport, rank
 from embedcache.evaluate.runs import load_runs
-from embedcache.reports.base import COLOURS, INK, label, svg, write_page
-from embedcache.reports.plots import recall_bars
-from embedcache.reports.retrieval import query_sections, retrieval_rows
-from embedcache.reports.thumbnails import Pictures, credit
+from embedcache.reports.base import COLORS, INK, label, svg, write_page
+from embedcache.reports.retrieval import query_sections, recall_bars, retrieval_table
+from embedcache.reports.thumbnails import Thumbnails, credit
 from embedcache.search.search import Hit
 from embedcache.store.cache import Cache
 
@@ -59,10 +58,10 @@ class PageContent:
 
 def write_report(path: Path, cache: Cache, content: PageContent) -> None:
     """Write the page. It asks for nothing from outside."""
-    columns, rows = retrieval_rows(content.reports)
+    columns, rows = retrieval_table(content.reports)
     trained = next(iter(content.reports.values()))
     ranking = rank(cache, load_runs(content.run_paths[:1])[0])
-    pictures = Pictures(cache)
+    pictures = Thumbnails(cache)
     write_page(
         path,
         "quickstart.html.j2",
@@ -91,7 +90,7 @@ def curves(run_paths: Sequence[Path]) -> str:
     """Draw the training loss by step and the validation recall by epoch, one line a run."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     loss_axes, recall_axes = figure.subplots(1, 2)
-    for path, color in zip(run_paths, COLOURS, strict=False):
+    for path, color in zip(run_paths, COLORS, strict=False):
         lines = [json.loads(line) for line in (path / "losses.jsonl").read_text().splitlines()]
         losses = [line for line in lines if "loss" in line]
         recalls = [line for line in lines if "validation" in line]

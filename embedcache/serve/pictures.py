@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import PathError
-from embedcache.reports.thumbnails import Pictures
+from embedcache.reports.thumbnails import Thumbnails
 from embedcache.sources.base import IMPORTED
 from embedcache.sources.files import SHARD_SEPARATOR, restrict_reads
 from embedcache.sources.open import SOURCES, base_source
@@ -35,10 +35,10 @@ class ServedPictures:
         self.num = cache.info.num_items.get("image", 0)
         self.folders = None if trusts_cache else source_folders(cache.info.source)
         if self.folders is None:
-            self._pictures = Pictures(cache)
+            self._pictures = Thumbnails(cache)
         else:
             with restrict_reads(self.folders):
-                self._pictures = Pictures(cache)
+                self._pictures = Thumbnails(cache)
         self.thumbnail = lru_cache(maxsize=_KEPT_THUMBNAILS)(self._thumbnail)
 
     def picture(self, row: int) -> bytes:

@@ -14,10 +14,10 @@ from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.exchange.runs import SIDES, train_run
-from tests.pictures import COLOURS, write_pictures
+from tests.pictures import COLORS, write_pictures
 from tests.toy import IMAGE, TEXT
 
-NAMES = sorted(COLOURS)
+NAMES = sorted(COLORS)
 TEMPLATES = ("bar on {c}", "a {c} ground", "{c}")
 
 

@@ -38,7 +38,7 @@ def coverage(
     from embedcache.curate.coverage import CoverageSettings, measure_coverage
     from embedcache.errors import SettingError
     from embedcache.provenance import write_json
-    from embedcache.reports.coverage import coverage_json, write_coverage
+    from embedcache.reports.coverage import coverage_json, write_coverage_page
 
     if modality == "both" and (feature or index):
         raise SettingError("a feature and an index are of one modality; with --modality both, give neither")
@@ -68,27 +68,27 @@ def coverage(
         write_json(json_path, figures if modality == "both" else figures[modality])
         say(f"wrote {json_path}")
     if html is not None:
-        write_coverage(html, *reports)
+        write_coverage_page(html, *reports)
         say(f"wrote {html}")
 
 
 def _show(report: "CoverageReport") -> None:
     from embedcache.cli.console import say, show_table
-    from embedcache.reports.coverage import concept_rows, largest_first, overlap_rows, summary_rows
+    from embedcache.reports.coverage import concept_table, largest_first, overlap_table, summary_table
 
     say(report.line())
     for warning in report.warnings():
         say(warning)
-    show_table(*summary_rows(report))
+    show_table(*summary_table(report))
     order = largest_first(report.whole.counts)
-    show_table(*concept_rows(report, order[:10]), title="the largest concepts")
-    show_table(*concept_rows(report, order[10:][-10:]), title="the smallest concepts") if len(order) > 10 else None
-    show_table(*overlap_rows(report, most=5), title="concepts that share items") if report.overlaps else None
+    show_table(*concept_table(report, order[:10]), title="the largest concepts")
+    show_table(*concept_table(report, order[10:][-10:]), title="the smallest concepts") if len(order) > 10 else None
+    show_table(*overlap_table(report, num_rows=5), title="concepts that share items") if report.overlaps else None
 
 
 def _show_sides(images: "CoverageReport", texts: "CoverageReport") -> None:
     from embedcache.cli.console import say, show_table
-    from embedcache.reports.coverage import side_line, side_rows
+    from embedcache.reports.coverage import modality_line, modality_table
 
-    say(side_line(images, texts))
-    show_table(*side_rows(images, texts, most=10), title="where images and captions differ most")
+    say(modality_line(images, texts))
+    show_table(*modality_table(images, texts, num_rows=10), title="where images and captions differ most")

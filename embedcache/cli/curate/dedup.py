@@ -39,7 +39,15 @@ def dedup(
     from embedcache.cli.console import open_progress, say, show_table
     from embedcache.curate import dedup as stage
     from embedcache.provenance import write_json
-    from embedcache.reports.dedup import bars, dedup_line, how_compared, level_rows, look_json, write_dedup, write_look
+    from embedcache.reports.dedup import (
+        comparison_line,
+        dedup_line,
+        histogram_lines,
+        threshold_json,
+        threshold_table,
+        write_dedup_page,
+        write_threshold_page,
+    )
 
     settings = stage.DedupSettings(
         modality=stage.one_modality(image, text),
@@ -55,15 +63,15 @@ def dedup(
     stage.check_asked(out, cosine, only_copies=copies)
     if out is None:
         analysis = stage.analyze(cache, settings, progress=open_progress())
-        figures, write_page = look_json(analysis), partial(write_look, analysis=analysis)
-        for line in (how_compared(analysis), *bars(analysis)):
+        figures, write_page = threshold_json(analysis), partial(write_threshold_page, analysis=analysis)
+        for line in (comparison_line(analysis), *histogram_lines(analysis)):
             say(line)
-        show_table(*level_rows(analysis))
+        show_table(*threshold_table(analysis))
         say("choose one: embedcache curate dedup CACHE OUT.parquet --cosine …")
     else:
         done = stage.dedup(cache, out, cosine=cosine, settings=settings, progress=open_progress())
-        figures, write_page = done.to_json(), partial(write_dedup, done=done)
-        say(how_compared(done.analysis))
+        figures, write_page = done.to_json(), partial(write_dedup_page, result=done)
+        say(comparison_line(done.analysis))
         say(dedup_line(done))
     if json_path is not None:
         write_json(json_path, figures)

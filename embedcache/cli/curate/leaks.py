@@ -25,7 +25,14 @@ def leaks(
     from embedcache.cli.console import open_progress, say, show_table
     from embedcache.curate.leaks import find_leaks, write_clean_selection
     from embedcache.provenance import write_json
-    from embedcache.reports.leaks import leak_rows, line, notes, pair_rows, worst_pairs, write_leaks
+    from embedcache.reports.leaks import (
+        closest_pairs,
+        leak_line,
+        leak_notes,
+        leak_table,
+        leaked_pair_table,
+        write_leak_page,
+    )
 
     found = find_leaks(
         train,
@@ -34,17 +41,17 @@ def leaks(
         features={"image": image, "text": text},
         progress=open_progress(),
     )
-    say(line(found))
-    for note in notes(found):
+    say(leak_line(found))
+    for note in leak_notes(found):
         say(note)
-    show_table(*leak_rows(found))
+    show_table(*leak_table(found))
     for leak in filter(lambda leak: leak.is_leaked.any(), found.leaks):
-        show_table(*pair_rows(worst_pairs(found, leak, 10)), title=f"the {leak.modality}s that leak most")
+        show_table(*leaked_pair_table(closest_pairs(found, leak, 10)), title=f"the {leak.modality}s that leak most")
     if selection_out is not None:
         write_clean_selection(selection_out, found)
         say(f"wrote {selection_out}: {len(found.clean().rows):,} of {found.train.info.num_samples:,} samples stay")
     if json_path is not None:
         write_json(json_path, found.to_json())
     if html is not None:
-        write_leaks(html, found)
+        write_leak_page(html, found)
         say(f"wrote {html}")

@@ -35,7 +35,7 @@ def pairs(
     from embedcache.cli.console import open_progress, say, show_table
     from embedcache.evaluate.encoder_pairs import evaluate_pairs
     from embedcache.provenance import write_json
-    from embedcache.reports.encoder_pairs import pairs_json, pairs_rows, write_pairs
+    from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table, write_encoder_pairs_page
 
     settings = SplitSettings(
         kind=split, val_fraction=val_fraction, image_cosine=image_cosine, text_cosine=text_cosine, seed=seed
@@ -52,10 +52,10 @@ def pairs(
         progress=open_progress(),
     )
     say(report.line())
-    columns, rows = pairs_rows(report)
+    columns, rows = encoder_pairs_table(report)
     show_table(columns, rows)
     if json_path is not None:
-        write_json(json_path, {"pairs": pairs_json(report)})
+        write_json(json_path, {"pairs": encoder_pairs_json(report)})
     if html_path is not None:
-        write_pairs(html_path, report)
+        write_encoder_pairs_page(html_path, report)
         say(f"{html_path}: a heat map for each metric")

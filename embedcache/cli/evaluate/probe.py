@@ -32,7 +32,7 @@ def probe(
     from embedcache.evaluate.classifiers import METHODS
     from embedcache.evaluate.probe import ProbeSettings, evaluate_probe
     from embedcache.provenance import write_json
-    from embedcache.reports.probe import few_shot_rows, probe_json, score_rows
+    from embedcache.reports.probe import few_shot_table, probe_json, probe_table
 
     settings = ProbeSettings(
         methods=tuple(method or METHODS.paths),
@@ -46,15 +46,15 @@ def probe(
     report = evaluate_probe(cache, image=image, text=text, settings=settings, progress=open_progress())
     for line in (report.line(), *report.warnings()):
         say(line)
-    show_table(*score_rows(report))
+    show_table(*probe_table(report))
     if report.few_shots:
-        show_table(*few_shot_rows(report))
+        show_table(*few_shot_table(report))
     if json_path is not None:
         write_json(json_path, probe_json(report, Path(cache).name))
     if html is not None:
-        from embedcache.reports.probe import write_probe
+        from embedcache.reports.probe import write_probe_page
 
-        write_probe(html, report)
+        write_probe_page(html, report)
         say(f"wrote {html}")
 
 

@@ -33,7 +33,7 @@ def retrieval(
     from embedcache.evaluate.retrieval import evaluate_retrieval, rank
     from embedcache.evaluate.runs import load_runs, named_recipes
     from embedcache.reports.results import retrieval_result, write_results
-    from embedcache.reports.retrieval import order_rows, retrieval_rows, write_retrieval
+    from embedcache.reports.retrieval import rank_table, retrieval_table, write_retrieval_page
     from embedcache.store.cache import Cache
 
     reports, results = {}, {}
@@ -54,12 +54,12 @@ def retrieval(
         say(f"{name}: {report.line()}")
         if report.overlap:
             say(f"  {report.overlap.line()}")
-    show_table(*retrieval_rows(reports))
-    show_table(*order_rows(reports))
+    show_table(*retrieval_table(reports))
+    show_table(*rank_table(reports))
     if json_path is not None:
         write_results(json_path, results)
     if html is not None:
         opened = Cache(cache)
         ranking = rank(opened, load_runs(run[:1])[0], part=part, language=language[0] if language else None)
-        write_retrieval(html, opened, reports, ranking)
+        write_retrieval_page(html, opened, reports, ranking)
         say(f"wrote {html}")

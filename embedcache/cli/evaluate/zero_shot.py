@@ -32,7 +32,7 @@ def zero_shot(
     from embedcache.evaluate.runs import load_runs, named_recipes
     from embedcache.evaluate.zero_shot import classify, evaluate_zero_shot
     from embedcache.reports.results import write_results, zero_shot_result
-    from embedcache.reports.zero_shot import write_zero_shot, zero_shot_rows
+    from embedcache.reports.zero_shot import write_zero_shot_page, zero_shot_table
     from embedcache.store.cache import Cache
 
     reports, results = {}, {}
@@ -52,11 +52,11 @@ def zero_shot(
         say(f"{name}: {report.line()}")
         if report.overlap:
             say(f"  {report.overlap.line()}")
-    show_table(*zero_shot_rows(reports))
+    show_table(*zero_shot_table(reports))
     if json_path is not None:
         write_results(json_path, results)
     if html is not None:
         opened = Cache(cache)
         shown = classify(opened, load_runs(run[:1])[0], Cache(prompts), label=label, part=part)
-        write_zero_shot(html, opened, reports, shown)
+        write_zero_shot_page(html, opened, reports, shown)
         say(f"wrote {html}")
