@@ -19,7 +19,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import PairConfig
 from embedcache.reports.zero_shot import zero_shot_table
 from embedcache.sources import open_source
-from embedcache.sources.prompts import CLASS_NAMES, template_sets
+from embedcache.sources.prompts import CLASS_NAMES, clip_benchmark_file
 
 SHIPPED = {"imagenetv2": "imagenet1k"}  # whose classes they have
 
@@ -64,7 +64,8 @@ def prompts_of(folder: Path, images: Path) -> str:
         return str(folder)
     name = SHIPPED.get(folder.name, folder.name)
     classes = name if folder.name in SHIPPED else str(images)
-    return f"{classes}+{name}" if name in template_sets() else classes
+    has_templates = name in clip_benchmark_file("en_zeroshot_classification_templates.json")
+    return f"{classes}+{name}" if has_templates else classes
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import peak_memory_bytes, write_json
-from embedcache.quickstart.openmoji import CREDIT
 from embedcache.reports.quickstart import PageContent, Stage, write_report
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.search.index import build_index
@@ -85,7 +84,6 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
         run_paths=kinds["trained"],
         hits=hits,
         peak_memory_bytes=peak_memory_bytes(),
-        credit=CREDIT,
     )
     write_report(page_path, Cache(cache_path), content)
     return QuickstartReport(
