@@ -125,8 +125,7 @@ def open_job(
     settings = settings or ExtractSettings()
     if not image_encoders and not text_encoders:
         raise SettingError(
-            "no encoder is named; give at least one with --image-encoder or --text-encoder, such as "
-            "--text-encoder st:all-MiniLM-L6-v2"
+            "expected at least one encoder, got none; name one such as --text-encoder st:all-MiniLM-L6-v2"
         )
     _check_encoders({"image": image_encoders, "text": text_encoders}, settings)
     for device in settings.devices:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.processes import num_cores
-from embedcache.settings import check_settings, flat_settings, from_flat, group, setting
+from embedcache.settings import check_settings, group, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +22,14 @@ class ExtractSettings:
         "Features to store, such as cls,patches,grid:4,kmeans:4,layer6.cls; an encoder without any of them stores its "
         "first. May be repeated.",
         flat_name="feature",
-        metavar="NAME,…",
+        metavar="NAME",
         default_text="the first of each encoder",
     )
     views: tuple[str, ...] = setting(
         (),
         "Also encode an altered version of each item: crop:0.5, flip or module:function. May be repeated.",
         flat_name="view",
-        metavar="VIEW,…",
+        metavar="NAME",
     )
     dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored features.")
     chunk_size: int | None = setting(
@@ -47,7 +47,7 @@ class ExtractSettings:
         "Torch devices, such as cpu or cuda:0,cuda:1; one worker process runs on each. May be repeated.",
         flat_name="device",
         affects_result=False,
-        metavar="DEVICE,…",
+        metavar="DEVICE",
         default_text="all GPUs, else cpu",
     )
     threads: int | None = setting(
@@ -96,27 +96,6 @@ class ExtractSettings:
         if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise SettingError(f"shard: expected i/n with i from 0 to n - 1, such as 0/4 to 3/4, got {self.shard!r}")
         return int(number), int(count)
-
-
-def extract_settings(options: Mapping[str, Any]) -> ExtractSettings:
-    """Build settings from flat names; a value such as `cls,patches` of a repeatable option names several things.
-
-    Raises:
-        UnknownNameError: there is no setting of that name.
-        SettingError: a value does not fit its declaration.
-    """
-    repeatable = {item.name for item in flat_settings(ExtractSettings) if isinstance(item.default, tuple)}
-    return from_flat(
-        ExtractSettings,
-        {name: _split(value) if name in repeatable else value for name, value in options.items()},
-    )
-
-
-def _split(values: Any) -> tuple[str, ...] | None:
-    if values is None:
-        return None
-    listed = [values] if isinstance(values, str) else values
-    return tuple(name.strip() for value in listed for name in value.split(",") if name.strip())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -204,7 +204,7 @@ def test_what_cannot_be_meant_is_refused(copied: Path, tmp_path: Path) -> None:
         check_asked(None, 0.9, only_copies=False)
     with pytest.raises(SettingError, match="go together: give --cosine or --copies"):
         check_asked(tmp_path / "x.parquet", None, only_copies=False)
-    with pytest.raises(SettingError, match="--image and --text"):
+    with pytest.raises(SettingError, match="--image-feature and --text-feature"):
         one_modality("a", "b")
 
 

@@ -200,10 +200,10 @@ def test_an_unfinished_feature_is_left_out_with_a_line_or_refused_by_name(tmp_pa
 def test_a_cache_without_one_modality_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
     extract(open_source(tmp_path / "prompts.txt"), tmp_path / "texts", text_encoders=[TEXT])
-    with pytest.raises(UnknownNameError, match="has no image features; add some: embedcache extract --image ENCODER"):
+    with pytest.raises(UnknownNameError, match="no image features; add some: embedcache extract --image-encoder SPEC"):
         evaluate_pairs(tmp_path / "texts")
     extract(open_source(write_pictures(tmp_path / "s", 30)), tmp_path / "images", image_encoders=[IMAGE])
-    with pytest.raises(UnknownNameError, match="has no text features; add some: embedcache extract --text ENCODER"):
+    with pytest.raises(UnknownNameError, match="no text features; add some: embedcache extract --text-encoder SPEC"):
         evaluate_pairs(tmp_path / "images")
 
 
@@ -246,9 +246,10 @@ def test_whole_groups_share_a_block_and_blocks_are_about_equal() -> None:
 
 
 def test_the_command_prints_the_table_and_writes_both_files(cache_path: Path, tmp_path: Path) -> None:
-    words = ["evaluate", "pairs", str(cache_path), "--image", IMAGES[0], "--text", TEXTS[0], "--text", TEXTS[1]]
-    words += ["--image-cosine", "0.995", "--text-cosine", "0.95", "--k", "5"]
-    words += ["--json", str(tmp_path / "p.json"), "--html", str(tmp_path / "p.html")]
+    words = ["evaluate", "pairs", str(cache_path), "--image-feature", IMAGES[0]]
+    words += ["--text-feature", TEXTS[0], "--text-feature", TEXTS[1]]
+    words += ["--image-cosine", "0.995", "--text-cosine", "0.95", "-k", "5"]
+    words += ["--output", str(tmp_path / "p.json"), "--html", str(tmp_path / "p.html")]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0
     assert "samples outside the test part of 300 drawn" in result.output

@@ -298,7 +298,7 @@ def mistake(path: Path, **settings: object) -> Callable[[], object]:
 
 
 def test_mistakes_in_what_is_asked_are_named(labeled_path: Path) -> None:
-    with pytest.raises(SettingError, match="one feature: give --image ENCODER/FEATURE or --text"):
+    with pytest.raises(SettingError, match="expected the name of one feature"):
         evaluate_probe(labeled_path)
     with pytest.raises(SettingError, match="one feature"):
         evaluate_probe(labeled_path, image=FEATURE, text="open_toy/mean")

@@ -254,8 +254,8 @@ def test_their_code_and_ours_give_one_accuracy_on_photographs(tmp_path: Path) ->
 
     data = ["--dataset", "wds/photos", "--dataset_root", "photos", "--task", "zeroshot_classification"]
     options = [*data, "--num_workers", 0, "--quiet", "--save_clf", "classes.pt"]
-    embedcache("exchange", "clip-benchmark", "run", *options, cwd=tmp_path)
-    embedcache("evaluate", "zero-shot", "images", "run", "--prompts", "prompts", "--json", "ours.json", cwd=tmp_path)
+    embedcache("evaluate", "clip-benchmark", "run", *options, cwd=tmp_path)
+    embedcache("evaluate", "zero-shot", "images", "run", "--prompts", "prompts", "--output", "ours.json", cwd=tmp_path)
     theirs = json.loads((tmp_path / "photos_run_en_zeroshot_classification.json").read_text())
     ours = json.loads((tmp_path / "ours.json").read_text())
     assert theirs["metrics"] == pytest.approx(ours["metrics"], abs=1e-3)

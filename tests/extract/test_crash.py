@@ -12,7 +12,7 @@ from tests.extract.cases import tree
 from tests.extract.crash import crash
 from tests.pictures import write_pictures
 
-ENCODERS = ["--image", "tests.toy:open_toy", "--text", "tests.toy:open_toy", "--device", "cpu"]
+ENCODERS = ["--image-encoder", "tests.toy:open_toy", "--text-encoder", "tests.toy:open_toy", "--device", "cpu"]
 FEATURES = ["--feature", "cls,patches,tokens"]
 CHUNKS = ["--chunk-size", "8"]
 MOMENTS = ("before", "after")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from embedcache.errors import EmbedcacheError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.extract.engines import count_processes
 from embedcache.extract.extract import extract
-from embedcache.extract.settings import ExtractSettings, extract_settings
+from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from tests.extract.cases import FEATURES, run, tree
 from tests.pictures import write_pictures
@@ -137,7 +137,7 @@ def test_parts_of_a_shard_cover_it_once(num_shards: int, num_parts: int, data: s
         ({"image": [IMAGE]}, {"devices": ("cuda:7",)}, "no device 'cuda:7' here"),
         ({"image": [IMAGE]}, {"views": ("flop",)}, "unknown view 'flop'; did you mean 'flip'"),
         ({"image": ["toy"]}, {}, "'toy' does not name an encoder"),
-        ({}, {}, "no encoder is named; give at least one with --image-encoder or --text-encoder"),
+        ({}, {}, "expected at least one encoder, got none; name one"),
     ],
 )
 def test_invalid_request_is_rejected_before_indexing(
@@ -166,13 +166,6 @@ def test_invalid_request_is_rejected_before_indexing(
 def test_invalid_setting_raises(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         ExtractSettings(**settings)
-
-
-def test_repeated_options_hold_several_names() -> None:
-    settings = extract_settings({"feature": ("cls, patches", "grid:4"), "device": "cpu,cpu", "dtype": "float32"})
-    assert settings.features == ("cls", "patches", "grid:4")
-    assert settings.devices == ("cpu", "cpu")
-    assert settings.dtype == "float32"
 
 
 @pytest.mark.slow

@@ -116,5 +116,5 @@ def test_mistakes_of_filters_are_named(labeled: Path, labeled_index: Path, cache
     (tmp_path / "s.txt").write_text(ask.keys[0] + "\n")
     with pytest.raises(DataError, match="the filter keeps none of the 60 items"):
         search(labeled_index, ask, keep=Filter(splits=["val"], selection=tmp_path / "s.txt"))
-    with pytest.raises(UnknownNameError, match="have no column 'label', so --label cannot choose"):
+    with pytest.raises(UnknownNameError, match="have no column 'label', so --label-value cannot choose"):
         CacheFilters(Cache(cache_path), "image").kept(Filter(labels=["cat"]))

@@ -97,7 +97,7 @@ def test_an_index_of_another_run_is_refused(cache_path: Path, index_path: Path, 
 def test_a_plain_image_index_takes_no_text(cache_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "index", feature="open_toy/cls")
     with pytest.raises(
-        DataError, match="plain image feature open_toy/cls, which no text can be compared with.*--projected RUN"
+        DataError, match="plain image feature open_toy/cls, which no text can be compared with.*--run RUN"
     ):
         search(tmp_path / "index", ["red"])
 
@@ -202,7 +202,7 @@ def test_a_plain_index_of_texts_takes_concepts_of_its_encoder_only(
         tmp_path / "other",
         text_encoders=[f"{TEXT},scale=2"],
     )
-    with pytest.raises(FingerprintError, match="extract the concepts with the pool's encoder: --text tests.toy"):
+    with pytest.raises(FingerprintError, match="with the pool's encoder: --text-encoder tests.toy"):
         search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=tmp_path / "other"))
 
 

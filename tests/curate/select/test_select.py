@@ -115,7 +115,7 @@ MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("random", {"share": 1.5}, SettingError, "share of 1.5; it must be above 0 and at most 1"),
     ("random", {"share": 0.5, "budget": 3}, SettingError, "as a number and as a share"),
     ("rare-first", {"budget": 3}, SettingError, "--method rare-first needs --concepts CACHE, made by"),
-    ("clip-score", {"budget": 3}, SettingError, "--method clip-score needs --projected RUN"),
+    ("clip-score", {"budget": 3}, SettingError, "--method clip-score needs --run RUN"),
     ("image-based", {"budget": 3}, SettingError, "--method image-based needs --target CACHE"),
     ("clip-score", {"threshold": 1.5}, SettingError, "threshold is 1.5; a cosine lies between -1 and 1"),
     (
