@@ -15,7 +15,7 @@ def quickstart(
     from embedcache.reports.retrieval import retrieval_table
 
     report = run(workdir, progress=open_progress())
-    columns, rows = retrieval_table(report.reports)
+    columns, rows = retrieval_table(report.retrieval)
     show_table(columns, rows, title="Held-out retrieval, strict split, mean of 3 seeds [95 % interval]")
     say(f"figures: {report.metrics_path}")
     say(f"open {report.page_path} in a browser")
