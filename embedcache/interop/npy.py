@@ -49,7 +49,7 @@ def open_arrays(*, image: Path | None = None, text: Path | None = None, table: P
     vectors = {str(modality): open_npy(path) for modality, path in given if path is not None}
     first = image or text
     if first is None:
-        raise SettingError("no array is given; give one with --image or --text, or one with each")
+        raise SettingError("no array is given; give one with --image-file or --text-file, or one with each")
     modalities = {str(modality): modality for modality, path in given if path is not None}
     return Incoming(form=FORM, path=first, modalities=modalities, parts=[Part(vectors=vectors, table=table)])
 

@@ -105,11 +105,15 @@ def _modalities(schema: pa.Schema, image: str | None, text: str | None, path: Pa
         image, text = (name if name in schema.names else None for name in COLUMNS.values())
     if image is None and text is None:
         raise SettingError(
-            f"{path} has no column {' or '.join(COLUMNS.values())}; name a column of vectors with --image or --text: "
+            f"{path} has no column {' or '.join(COLUMNS.values())}; name a column of vectors with "
+            f"--image-vector-column or --text-vector-column: "
             f"{', '.join(vector_columns(schema)) or 'it has none'}"
         )
     if image == text:
-        raise SettingError(f"column {image} is named with --image and with --text; a column is of one of them")
+        raise SettingError(
+            f"column {image} is named with --image-vector-column and with --text-vector-column; "
+            "a column is of one of them"
+        )
     named: list[tuple[str | None, Modality]] = [(image, "image"), (text, "text")]
     return {name: modality for name, modality in named if name is not None}
 

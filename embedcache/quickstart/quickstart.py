@@ -105,12 +105,12 @@ class _Stages:
 def _extract(stages: _Stages, cache_path: Path) -> None:
     stages.run(
         "extract",
-        ["extract", SOURCE, cache_path, "--image", IMAGE_ENCODER, "--text", TEXT_ENCODER],
+        ["extract", SOURCE, cache_path, "--image-encoder", IMAGE_ENCODER, "--text-encoder", TEXT_ENCODER],
         lambda: extract(
             open_source(SOURCE),
             cache_path,
-            image=[IMAGE_ENCODER],
-            text=[TEXT_ENCODER],
+            image_encoders=[IMAGE_ENCODER],
+            text_encoders=[TEXT_ENCODER],
             progress=stages.progress,
         ),
         lambda reports: "; ".join(report.line() for report in reports),
@@ -158,13 +158,13 @@ def _evaluate(stages: _Stages, cache_path: Path, name: str, run_paths: Sequence[
 def _search(stages: _Stages, cache_path: Path, index_path: Path, run_path: Path) -> dict[str, list[Hit]]:
     stages.run(
         "index",
-        ["curate", "index", cache_path, index_path, "--projected", run_path],
+        ["curate", "index", cache_path, index_path, "--run", run_path],
         lambda: build_index(cache_path, index_path, run_path=run_path, progress=stages.progress),
         lambda card: f"{card.num_vectors:,} images, recall@10 {card.recall_at_10:.3f} against exact search",
     )
     results = stages.run(
         "search",
-        ["curate", "search", index_path, *QUERIES, "-k", NUM_HITS],
+        ["search", index_path, *QUERIES, "-k", NUM_HITS],
         lambda: search(index_path, QUERIES, k=NUM_HITS),
         lambda results: "; ".join(
             f"{query}: {hits[0].captions[0]}" for query, hits in zip(QUERIES, results, strict=True)

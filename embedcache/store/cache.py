@@ -99,13 +99,13 @@ class Cache:
         names = [feature.name for feature in features]
         if not features:
             raise UnknownNameError(
-                f"{self.path} has no {modality} features; add some: embedcache extract --{modality} ENCODER"
+                f"{self.path} has no {modality} features; add some: embedcache extract --{modality}-encoder SPEC"
             )
         if not matches:
             raise unknown_name(kind, name or "", names)
         raise UnknownNameError(
             f"{kind}: {'none named' if name is None else repr(name) + ' fits several'}; "
-            f"choose one with --{modality}: {', '.join(feature.name for feature in matches)}"
+            f"choose one with --{modality}-feature or --feature: {', '.join(feature.name for feature in matches)}"
         )
 
 
