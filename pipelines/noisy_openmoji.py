@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.cli.console import open_progress
-from embedcache.curate.select.combine import combine
+from embedcache.curate.select.combine import combine_selections
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.splits import read_split, spread_split, swap_parts, write_split
 from embedcache.extract.extract import extract
@@ -50,13 +50,18 @@ def make_caches(workdir: Path) -> None:
     pictures = {"clean": "openmoji:en", "pool": "pairs:openmoji:"}
     for name, location in (pictures | prompts).items():
         image = [IMAGE] if name in pictures else []
-        extract(open_source(location), workdir / name, image=image, text=[TEXT], progress=open_progress())
+        extract(
+            open_source(location), workdir / name, image_encoders=image, text_encoders=[TEXT], progress=open_progress()
+        )
 
 
 def count_english(workdir: Path, file: str, seeds: Sequence[int]) -> float:
     """Count the English pairs of a selection: the mean over the cuts."""
     parts = [(workdir / f"cut-{seed}" / f"{file}.parquet", workdir / f"cut-{seed}") for seed in seeds]
-    both = [combine(workdir / "pool", cut / "both.parquet", one, "and", cut / "english.parquet") for one, cut in parts]
+    both = [
+        combine_selections(workdir / "pool", cut / "both.parquet", one, "and", cut / "english.parquet")
+        for one, cut in parts
+    ]
     return float(np.mean(both))
 
 

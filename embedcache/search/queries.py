@@ -65,7 +65,7 @@ class Queries:
         return [*self.texts, *images, *self.keys, *rows, *self.concepts, *vectors]
 
 
-class Asker:
+class QueryEncoder:
     """Turns queries into vectors of an index's space. Each encoder is opened once, when it is first needed.
 
     Args:
@@ -173,7 +173,7 @@ class Asker:
         if not self.takes(modality):
             raise DataError(
                 f"the index holds the plain {self._card.modality} feature {self._card.feature}, which no {modality} "
-                "can be compared with; build one with: embedcache curate index CACHE INDEX --projected RUN"
+                "can be compared with; build one with: embedcache curate index CACHE INDEX --run RUN"
             )
 
     def _of_keys(self, keys: Sequence[str]) -> Floats:
@@ -235,7 +235,7 @@ def _check_run(card: IndexCard, config: PairConfig, run_path: Path) -> None:
         raise FingerprintError(
             f"the index was made from another run than {run_path}: "
             f"weights {card.run_weights} there, {config.weights_digest} here; "
-            "build the index again with: embedcache curate index CACHE INDEX --projected RUN"
+            "build the index again with: embedcache curate index CACHE INDEX --run RUN"
         )
 
 

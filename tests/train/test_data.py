@@ -38,7 +38,7 @@ def test_other_cache_is_evaluated_as_a_whole(cache_path: Path, two_caches: list[
 
 def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "s", 10))
-    extract(source, tmp_path / "c", image=["tests.toy:open_toy,scale=2"], text=[TEXT])
+    extract(source, tmp_path / "c", image_encoders=["tests.toy:open_toy,scale=2"], text_encoders=[TEXT])
     with pytest.raises(FingerprintError, match=r"open_toy/cls of .*a .*c"):
         open_data([two_caches[0], tmp_path / "c"], image="open_toy/cls", text="open_toy/mean", memory_gb=1)
     with pytest.raises(DataError, match="expected caches of different samples: .*a and .*a hold the same"):
@@ -47,7 +47,7 @@ def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_pa
 
 def test_unfinished_feature_is_named(two_caches: list[Path], tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "s", 10))
-    extract(source, tmp_path / "c", image=[IMAGE], text=[TEXT])
+    extract(source, tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT])
     next((tmp_path / "c/image/open_toy/chunks").iterdir()).unlink()
     with pytest.raises(UnfinishedError, match="open_toy/cls .*1 of 1 chunks"):
         run([two_caches[0], tmp_path / "c"], tmp_path / "run")
@@ -105,7 +105,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in sorted(folder.glob("*.txt"))[::2]:
         path.write_text(path.read_text() + "a picture with a " + path.read_text())
     path = tmp_path_factory.mktemp("captioned") / "cache"
-    extract(open_source(folder), path, image=[IMAGE], text=[TEXT])
+    extract(open_source(folder), path, image_encoders=[IMAGE], text_encoders=[TEXT])
     return path
 
 
