@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     workdir, progress = parser.parse_args().workdir, open_progress()
     cache_path = workdir / "cache"
-    extract(open_source("openmoji:en"), cache_path, image=[IMAGE], text=[TEXT], progress=progress)
+    extract(open_source("openmoji:en"), cache_path, image_encoders=[IMAGE], text_encoders=[TEXT], progress=progress)
     data = open_data(cache_path, image="efficientnet-lite0/patch_mean", text="all-MiniLM-L6-v2/mean", memory_gb=1)
     methods = []
     for (group, name), recipe in recipes().items():

@@ -42,7 +42,14 @@ def main() -> None:
     workdir, progress = parser.parse_args().workdir, open_progress()
     cache_path = workdir / "cache"
     stored = ExtractSettings(features=FEATURES)
-    extract(open_source("openmoji:en"), cache_path, image=[IMAGE], text=[TEXT], settings=stored, progress=progress)
+    extract(
+        open_source("openmoji:en"),
+        cache_path,
+        image_encoders=[IMAGE],
+        text_encoders=[TEXT],
+        settings=stored,
+        progress=progress,
+    )
     methods = []
     for name, projector in PROJECTORS.items():
         image = "+".join(f"efficientnet-lite0/{part}" for part in name.split("+"))
