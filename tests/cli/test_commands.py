@@ -70,7 +70,7 @@ def test_commands_report_what_they_did(folder: Path) -> None:
         ("evaluate pairs cache --split key", "pairs"),
         ("search index red", "hits"),
         ("curate index cache index --run run", "factory"),
-        ("curate coverage cache concepts --run run", "concepts"),
+        ("curate coverage cache concepts --run run --threshold 0.5", "concepts"),
         ("curate select cache some.parquet --method random --budget 5 --feature open_toy/cls", "num_selected"),
         ("curate dedup cache --modality image", "levels"),
         ("verify cache", "findings"),
