@@ -163,12 +163,12 @@ def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Tri
         recalls=report.recalls,
         best_epoch=report.best_epoch,
         num_parameters=report.num_parameters,
-        flops_per_pair=report.flops_a_pair,
+        flops_per_pair=report.flops_per_pair,
         num_pairs=reporter.epoch * report.num_samples["train"],
         seconds=round(time.perf_counter() - started, 3),
     )
     trials.complete(trial, score, outcome)
-    return f"score {score:.4f}"
+    return f"score {score:.3f}"
 
 
 def _try_to_train(
@@ -206,8 +206,8 @@ class _EpochReporter:
 
 
 def _summary(trials: Trials, result: str) -> str:
-    """Return one line such as `trial 12 of 50: score 0.4120 (best 0.4310 in trials/00007)`."""
+    """Return one line such as `trial 12 of 50: score 0.412 (best 0.431 in trials/00007)`."""
     finished = trials.finished()
     best = rank_complete(finished)[:1]
-    record = f" (best {score_of(best[0]):.4f} in trials/{best[0].number:05d})" if best else ""
+    record = f" (best {score_of(best[0]):.3f} in trials/{best[0].number:05d})" if best else ""
     return f"trial {len(finished)} of {trials.total}: {result}{record}"
