@@ -191,7 +191,7 @@ def atlas(
     feature: Feature = None,
     selection: SelectionOption = None,
     language: Language = None,
-    method: Annotated[
+    projection: Annotated[
         Literal["umap", "pca"], typer.Option(metavar="umap|pca", help="Projection of the vectors to the plane.")
     ] = "umap",
     images: Annotated[
@@ -210,7 +210,7 @@ def atlas(
 
     features = {modality: feature}
     settings = _settings(features.get("image"), features.get("text"), modality, run, selection, language)
-    _export_vectors(cache, out, settings, write_atlas, method=method, images=images, seed=seed)
+    _export_vectors(cache, out, settings, write_atlas, method=projection, images=images, seed=seed)
 
 
 def _settings(

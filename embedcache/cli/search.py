@@ -14,9 +14,9 @@ from embedcache.cli.options import (
     IndexArgument,
     Json,
     Languages,
+    MovedRun,
     NumResults,
     Output,
-    Run,
     SelectionOption,
 )
 
@@ -51,7 +51,7 @@ def search(
     ] = None,
     language: Languages = None,
     selection: SelectionOption = None,
-    run: Run = None,
+    run: MovedRun = None,
     cache: Cache = None,
     device: Device = "cpu",
     as_json: Json = False,
