@@ -323,7 +323,7 @@ def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
         "modality": pool.modality,
         "feature": pool.side.name,
         "fingerprint": pool.side.fingerprint,
-        "run_weights": None if pool.config is None else pool.config.weights,
+        "run_weights": None if pool.config is None else pool.config.weights_digest,
         "num_vectors": len(pool.rows),
     }
     make = f"build one: embedcache curate index {pool.cache.path} NEW-INDEX --modality {pool.modality}"
