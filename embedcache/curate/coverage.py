@@ -20,7 +20,7 @@ from embedcache.curate.counting import (
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.inequality import gini, top_share
-from embedcache.metrics.neighbors import nearest
+from embedcache.metrics.neighbors import top_k
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.index import IndexCard
@@ -307,9 +307,7 @@ def _thresholds(background: Background, settings: CoverageSettings) -> Floats:
 def _near(concepts_CP: Floats) -> tuple[Ints, Floats]:
     """Find the concepts nearest to each, without itself, and their cosines: (C, J)."""
     num_near = min(_NUM_NEAR, len(concepts_CP) - 1)
-    near_CJ, cosines_CJ = nearest(concepts_CP, concepts_CP, num_near + 1)
-    itself_last = np.argsort(near_CJ == np.arange(len(near_CJ))[:, None], axis=1, kind="stable")[:, :num_near]
-    return np.take_along_axis(near_CJ, itself_last, axis=1), np.take_along_axis(cosines_CJ, itself_last, axis=1)
+    return top_k(concepts_CP, concepts_CP, num_near, exclude_self=True)
 
 
 def _refuse_nothing(

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks, normalize
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.curate.dedup import check_cosine
 from embedcache.curate.links import cosine_limit
-from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
+from embedcache.dataset.inputs import InputFeature, open_input, unit_vectors
 from embedcache.dataset.pairs import Items, items_of
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, SettingError, UnfinishedError
@@ -188,7 +188,7 @@ def _find(
 ) -> ModalityLeaks:
     train_side, test_side, reason = _choose(train, test, modality, name)
     train_items, test_items = _items(train, train_side), _items(test, test_side)
-    train_hashes, test_hashes = _hashes(train_side, train_items), _hashes(test_side, test_items)
+    train_hashes, test_hashes = train_side.hashes_of(train_items.rows), test_side.hashes_of(test_items.rows)
     first = dict(zip(reversed(train_hashes), reversed(train_items.rows.tolist()), strict=True))
     copies = np.array([first.get(value, -1) for value in test_hashes], np.int64)
     seen = set(test_hashes)
@@ -241,7 +241,7 @@ def _only_common(train: Cache, test: Cache, modality: str) -> str | None:
     ]
     if len(both) > 1:
         raise SettingError(
-            f"both caches have several {modality} features; choose one with --{modality}: {', '.join(both)}"
+            f"both caches have several {modality} features; choose one with --{modality}-feature: {', '.join(both)}"
         )
     return both[0] if both else None
 
@@ -271,11 +271,6 @@ def _items(cache: Cache, side: InputFeature) -> Items:
     return items
 
 
-def _hashes(side: InputFeature, items: Items) -> list[bytes | None]:
-    hashes = side.hashes
-    return [hashes[row] for row in items.rows]
-
-
 def _none(num_queries: int, num_candidates: int) -> Closest:
     none = np.float32(-np.inf)
     return Closest(np.full(num_queries, -1), np.full(num_queries, none), np.full(num_candidates, none))
@@ -289,7 +284,7 @@ def _closest(
     progress.start(f"comparing {test_side.modality}s", num_pairs, "pairs")
     parts = []
     for block in blocks(len(test_items.rows), _MOST_QUERIES):
-        queries_QP = _unit(test_side.read(test_items.rows[block]))
+        queries_QP = unit_vectors(test_side.read(test_items.rows[block]))
         parts.append(closest(queries_QP, _told(train_side, len(queries_QP), progress)))
     progress.finish()
     return Closest(
@@ -301,12 +296,8 @@ def _closest(
 
 def _told(side: InputFeature, num_queries: int, progress: Progress) -> Iterator[Floats]:
     for rows, inputs in side.blocks():
-        yield _unit(inputs)
+        yield unit_vectors(inputs)
         progress.advance(num_queries * len(rows))
-
-
-def _unit(inputs: Any) -> Floats:
-    return normalize(mean_vectors(inputs))
 
 
 def _by_sample(leak: ModalityLeaks, cache: Cache) -> Array:

@@ -282,9 +282,3 @@ def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Float
             vectors_NP, num_clusters, seed=seed % 2**31, iterations=_ITERATIONS, most_each=_POINTS_A_CENTROID
         )
     )
-
-
-def nearest(blocks: Iterable[Floats], centroids_CP: Floats) -> Ints:
-    """Find the nearest centroid of each vector: (N,) int64. Memory: the products of a block."""
-    found = [np.empty(0, np.int64), *((vectors_BP @ centroids_CP.T).argmax(axis=1) for vectors_BP in blocks)]
-    return np.concatenate(found)
