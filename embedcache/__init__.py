@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from embedcache.extract.extract import extract as extract_features
     from embedcache.extract.settings import ExtractSettings
     from embedcache.inference import Model, load
-    from embedcache.search.filters import Filter
     from embedcache.search.index import build_index
     from embedcache.search.queries import Queries
     from embedcache.search.search import search as search_index
+    from embedcache.search.settings import Filter, IndexSettings, SearchSettings
     from embedcache.sources.open import open_source
     from embedcache.sources.settings import SourceSettings
     from embedcache.store.cache import Cache
@@ -44,13 +44,15 @@ _HOMES = {
     "EmbedcacheError": "embedcache.errors:EmbedcacheError",
     "EncoderSettings": "embedcache.encoders.settings:EncoderSettings",
     "ExtractSettings": "embedcache.extract.settings:ExtractSettings",
-    "Filter": "embedcache.search.filters:Filter",
+    "Filter": "embedcache.search.settings:Filter",
+    "IndexSettings": "embedcache.search.settings:IndexSettings",
     "LossSettings": "embedcache.train.settings:LossSettings",
     "MachineSettings": "embedcache.train.settings:MachineSettings",
     "Model": "embedcache.inference:Model",
     "ModelSettings": "embedcache.train.settings:ModelSettings",
     "OptimizerSettings": "embedcache.train.settings:OptimizerSettings",
     "Queries": "embedcache.search.queries:Queries",
+    "SearchSettings": "embedcache.search.settings:SearchSettings",
     "SelectSettings": "embedcache.curate.select.select:SelectSettings",
     "SourceSettings": "embedcache.sources.settings:SourceSettings",
     "SplitSettings": "embedcache.dataset.settings:SplitSettings",
@@ -77,12 +79,14 @@ __all__ = [
     "EncoderSettings",
     "ExtractSettings",
     "Filter",
+    "IndexSettings",
     "LossSettings",
     "MachineSettings",
     "Model",
     "ModelSettings",
     "OptimizerSettings",
     "Queries",
+    "SearchSettings",
     "SelectSettings",
     "SourceSettings",
     "SplitSettings",

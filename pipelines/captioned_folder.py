@@ -18,6 +18,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.reports.retrieval import retrieval_table
 from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
 from embedcache.sources import open_source
 from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
@@ -75,7 +76,7 @@ def main() -> None:
     }
     columns, rows = retrieval_table(reports)
     print_table(columns, rows, title=reports["run"].line())
-    card = build_index(cache_path, options.workdir / "index", run_path=trained[0], progress=progress)
+    card = build_index(cache_path, options.workdir / "index", IndexSettings(run=trained[0]), progress=progress)
     print_line(f"{options.workdir / 'index'}: {card.num_vectors:,} images; search it with: embedcache search")
 
 

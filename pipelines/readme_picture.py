@@ -49,7 +49,9 @@ def held_out_answers(folder: Path) -> list[list[Hit]]:
     with TemporaryDirectory() as scratch:
         keys = Path(scratch) / "test.txt"
         keys.write_text("\n".join(split["key"].to_pylist()))
-        return embedcache.search_index(folder / "index", QUESTIONS, k=K, keep=embedcache.Filter(selection=keys))
+        return embedcache.search_index(
+            folder / "index", QUESTIONS, embedcache.SearchSettings(k=K, filter=embedcache.Filter(selection=keys))
+        )
 
 
 def decode(url: str) -> Image.Image:

@@ -111,7 +111,11 @@ class Outgoing:
     def about(self) -> dict[str, Any]:
         """Say what was exported, as JSON: the cache, its rows, and what made each feature."""
         features = {
-            modality: {"feature": vectors.side.name, "spec": vectors.side.spec, "fingerprint": vectors.side.fingerprint}
+            modality: {
+                "feature": vectors.feature.name,
+                "spec": vectors.feature.spec,
+                "fingerprint": vectors.feature.fingerprint,
+            }
             for modality, vectors in self._vectors.items()
         }
         run = self._settings.run
@@ -133,7 +137,7 @@ class Outgoing:
 
     def dtype(self, modality: Modality) -> str:
         """Of the vectors: as they are stored; float16 where a run projects them."""
-        return "float16" if self._settings.run is not None else str(self._vectors[modality].side.dtype)
+        return "float16" if self._settings.run is not None else str(self._vectors[modality].feature.dtype)
 
     def item_rows(self, modality: Modality) -> Ints:
         """Give the row of each sample's item: (M,) int64, ascending."""
@@ -171,7 +175,7 @@ class Outgoing:
         """Say which items have a vector, and are of the language: (N,) bool."""
         table, usable = self._tables[modality], np.ones(self.cache.info.num_items[modality], bool)
         if modality in self._vectors:
-            usable &= self._vectors[modality].side.valid
+            usable &= self._vectors[modality].feature.valid
         if modality == "text" and self._settings.language is not None:
             usable &= _is_language(table, self._settings.language)
         return usable
@@ -193,7 +197,7 @@ class Outgoing:
         wanted, vectors, size = self.item_rows(modality), self._vectors[modality], self.cache.info.chunk_size
         for number in np.unique(wanted // size).tolist():
             if self._settings.run is None:
-                rows, inputs = vectors.side.chunk(number)
+                rows, inputs = vectors.feature.chunk(number)
                 values = inputs.values
             else:
                 rows, values = vectors.chunk(number)

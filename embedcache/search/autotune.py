@@ -1,4 +1,4 @@
-"""Choosing an index: candidate configurations with their memory, measured recall, and search parameters that reach it."""
+"""Index selection: candidate configurations and their memory, measured recall, and search parameters that reach it."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence

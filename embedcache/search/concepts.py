@@ -51,11 +51,11 @@ def open_concepts(
 ) -> Concepts:
     """Read concepts in the space of a pool's vectors.
 
-    In a cache made from `prompts:…`, each sample is a concept, the mean of its prompts. In any other cache, each label
-    is a concept, the mean of its examples (a prototype). Vectors are normalized, averaged and normalized again. If a run
-    projects the pool, it projects prompts with its text tower and examples with its image tower (text tower if there
-    are no images). If the pool is a plain feature, the concepts must have the same feature. Memory: the concepts, and a
-    block of items.
+    In a cache made from `prompts:…`, each sample is a concept, the mean of its prompts. In other caches, each label
+    is a concept, the mean of its examples (a prototype). Vectors are normalized, averaged and normalized again. If a
+    run projects the pool, its text tower projects prompts, and its image tower projects examples (or its text tower, if
+    there are no images). If the pool is a plain feature, the concepts must have the same feature. Memory: the concepts,
+    and a block of items.
 
     Args:
         cache: cache of prompts or of labeled examples.
@@ -148,8 +148,8 @@ def _check_encoded(cache: Cache, label: str, num_encoded: int) -> None:
     num_labels = len([value for value in pc.unique(values).to_pylist() if value not in (None, "")])
     if num_encoded < num_labels:
         raise DataError(
-            f"{num_labels - num_encoded:,} of {num_labels:,} labels in column {label!r} of {cache.path} have no encoded "
-            "example; encode them with extract --retry-failed, or leave these labels out"
+            f"{num_labels - num_encoded:,} of {num_labels:,} labels in column {label!r} of {cache.path} have no "
+            "encoded example; retry with extract --retry-failed, or leave these labels out"
         )
 
 
@@ -166,7 +166,7 @@ def _check_unique(names: list[str], cache: Cache) -> None:
         shown = ", ".join(f"{name!r} (numbers {_positions(names, name)})" for name in repeated[:_MAX_NAMED])
         raise DataError(
             f"{len(repeated):,} of {len(counts):,} concepts of {cache.path} are repeated, counted from 0: {shown}; "
-            "extract a list that has each name once, or merge them with --join-names where the command has it"
+            "extract a list with each name once"
         )
 
 

@@ -1,4 +1,4 @@
-"""FAISS: an inner-product index whose ids are rows of a cache, exact search, and k-means. Only this module imports it."""
+"""FAISS: an inner-product index whose ids are rows of a cache, exact search, and k-means."""
 
 import os
 import sys
@@ -102,7 +102,7 @@ class RowIndex:
         self._rows = None
 
     def add_part(self, rows_B: Ints, vectors_BP: Floats, first: int) -> None:
-        """Add vectors to a part of an inverted file that is merged later, at positions `first`, `first + 1`, … of the whole."""
+        """Add vectors to a part of an inverted file that is merged later, at positions from `first` on."""
         self._inner.add_with_ids(np.ascontiguousarray(vectors_BP), first + np.arange(len(rows_B)))
         self._rows = np.concatenate([self.rows, rows_B])
         self._faiss.copy_array_to_vector(self._rows, self.wrapped.id_map)
@@ -111,7 +111,7 @@ class RowIndex:
     def search(
         self, queries_QP: Floats, k: int, parameters: Mapping[str, int], *, is_allowed_N: Bools | None = None
     ) -> tuple[Floats, Ints]:
-        """Search for the k best rows of each query, best first: scores (Q, K) float32, rows (Q, K) int64 (-1: none found).
+        """Return the k best rows of each query, best first: scores (Q, K) float32, rows (Q, K) int64 (-1: none found).
 
         Args:
             queries_QP: query vectors of length 1.
@@ -191,7 +191,7 @@ class RowIndex:
         return RowIndex(self.wrapped)
 
     def resume(self) -> "RowIndex":
-        """Advance a graph's random levels to where they were, so that adding continues as if it had not been interrupted."""
+        """Advance a graph's random levels to where they were, so that adding continues as without an interruption."""
         if self.is_graph:
             for _ in range(len(self)):
                 self._inner.hnsw.random_level()
@@ -274,7 +274,9 @@ def num_gpus() -> int:
     return int(getattr(import_faiss(), "get_num_gpus", lambda: 0)())
 
 
-def spherical_kmeans(vectors_NP: Floats, num_clusters: int, *, seed: int, iterations: int, max_per_cluster: int) -> Floats:
+def spherical_kmeans(
+    vectors_NP: Floats, num_clusters: int, *, seed: int, iterations: int, max_per_cluster: int
+) -> Floats:
     """Cluster vectors by cosine similarity: (K, P) float32 centroids.
 
     Args:

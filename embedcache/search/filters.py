@@ -19,6 +19,7 @@ from embedcache.search.settings import Filter
 from embedcache.store.cache import Cache
 
 _CACHED_SELECTIONS = 16
+_OPTIONS = {"label": "label-value", "split": "part"}  # column -> option of `embedcache search`
 
 
 class CacheFilters:
@@ -97,8 +98,8 @@ class CacheFilters:
             parts = read_split(split_path(self._run_path), [self._cache]).parts
             return _encode(pa.chunked_array([pa.array([part or None for part in parts], pa.string())]))
         raise UnknownNameError(
-            f"the samples of {self._cache.path} have no column {name!r} to filter by; columns: "
-            f"{', '.join(self._cache.columns)}"
+            f"the samples of {self._cache.path} have no column {name!r}, so --{_OPTIONS[name]} cannot filter by "
+            f"it; columns: {', '.join(self._cache.columns)}"
         )
 
     def _read_languages(self) -> "_Column":

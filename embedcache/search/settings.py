@@ -83,7 +83,7 @@ class SearchSettings:
     run: Path | str | None = setting(
         None, "Where the run of the index is now.", metavar="RUN", default_text="where it was when the index was built"
     )
-    cache: Path | str | None = setting(
+    cache: str | Path | None = setting(
         None,
         "Where the cache of the index is now.",
         metavar="CACHE",
@@ -93,5 +93,3 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-
-

@@ -130,8 +130,8 @@ def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | No
         check_feature(config, modality, feature.name, feature.fingerprint)
     elif feature.has_tokens:
         raise DataError(
-            f"feature {feature.name} has several vectors per item, expected one; choose a vector feature, or a run that "
-            "projects this one"
+            f"feature {feature.name} has several vectors per item, expected one; choose a vector feature, or a run "
+            "that projects it"
         )
     if not feature.valid.any():
         raise DataError(f"feature {feature.name} has no valid item")
