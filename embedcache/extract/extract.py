@@ -128,7 +128,7 @@ def open_job(
     _check_asked(image, text, settings)
     path = open_path(cache_path)
     _refuse_imported(path)
-    index(source, path, chunk_size=settings.chunk_size, extends=extends, mends=mends, progress=progress)
+    index(source, path, chunk_size=settings.chunk_size, extend=extends, accept_replaced=mends, progress=progress)
     return Job(cache=str(path), source=source.describe(), image=tuple(image), text=tuple(text), settings=settings)
 
 

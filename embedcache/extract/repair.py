@@ -27,9 +27,8 @@ from embedcache.provenance import name_differences
 from embedcache.sources import ImageItem, reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
-from embedcache.store.commit import NOT_YET
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, open_group
+from embedcache.store.group import NOT_YET, EncoderGroup, open_group
 from embedcache.store.verify import Finding
 from embedcache.store.writer import commit_chunk, withdraw
 
@@ -178,7 +177,7 @@ def _mend(target: Target, chunk: int, again: Mapping[int, Loaded], number: int) 
     rows = range(len(commit.hashes))
     hashes = [again[row].hash if row in again else None for row in rows]
     failures = [again[row].failure if row in again else NOT_YET for row in rows]
-    commit_chunk(target.group, chunk, output.features, hashes, dict.fromkeys(features, failures), mends=True)
+    commit_chunk(target.group, chunk, output.features, hashes, dict.fromkeys(features, failures), overwrite_failed=True)
 
 
 MIN_COSINE = 0.999

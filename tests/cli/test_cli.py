@@ -360,7 +360,7 @@ def test_captions_that_cannot_be_read_are_told(tmp_path: Path) -> None:
         (tmp_path / f"photos/{number:05d}.txt").write_bytes(b"\xff")
     done = embedcache("extract", "photos", "c", *TOY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = "6 samples have captions that cannot be read, and count as having none\n  key 00000: 00000.txt is not UTF-8"
+    told = "6 samples have captions that cannot be read; they count as having none\n  key 00000: 00000.txt is not UTF-8"
     for output in (done.stdout, embedcache("inspect", "c", cwd=tmp_path).stdout):
         assert told in output
         assert "  … and 1 more" in output

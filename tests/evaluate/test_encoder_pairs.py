@@ -189,7 +189,7 @@ def test_an_unfinished_feature_is_left_out_with_a_line_or_refused_by_name(tmp_pa
     report = evaluate_pairs(tmp_path / "c", split=key, num_draws=20)
     assert [pair.image for pair in report.pairs] == ["open_toy/cls"]
     assert report.skipped == ["left out: feature open_other/cls is not finished: 1 of 1 chunks are missing; "
-                              "run the same embedcache extract again, it goes on where it stopped"]  # fmt: skip
+                              "run the same embedcache extract again to resume it"]  # fmt: skip
     with pytest.raises(UnfinishedError, match="feature open_other/cls is not finished"):
         evaluate_pairs(tmp_path / "c", images=["open_other"], split=key)
     next((tmp_path / "c" / "image" / "open_toy" / "chunks").glob("*.parquet")).unlink()
@@ -200,10 +200,14 @@ def test_an_unfinished_feature_is_left_out_with_a_line_or_refused_by_name(tmp_pa
 def test_a_cache_without_one_modality_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
     extract(open_source(tmp_path / "prompts.txt"), tmp_path / "texts", text=[TEXT])
-    with pytest.raises(UnknownNameError, match="has no image features; add some: embedcache extract --image ENCODER"):
+    with pytest.raises(
+        UnknownNameError, match="has no image features; add some: embedcache extract --image-encoder SPEC"
+    ):
         evaluate_pairs(tmp_path / "texts")
     extract(open_source(write_pictures(tmp_path / "s", 30)), tmp_path / "images", image=[IMAGE])
-    with pytest.raises(UnknownNameError, match="has no text features; add some: embedcache extract --text ENCODER"):
+    with pytest.raises(
+        UnknownNameError, match="has no text features; add some: embedcache extract --text-encoder SPEC"
+    ):
         evaluate_pairs(tmp_path / "images")
 
 
