@@ -15,7 +15,7 @@ from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair, project
-from embedcache.reports.coverage import concept_rows, coverage_json, overlap_rows, summary_rows, write_coverage
+from embedcache.reports.coverage import concept_table, coverage_json, overlap_table, summary_table, write_coverage_page
 from embedcache.search.index import build_index
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -93,7 +93,7 @@ def test_plain_images_are_counted_by_prototypes(cache_path: Path, labeled: Path)
 
 def test_the_size_of_chunks_changes_nothing(pictures: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(features=("mean",), chunk_size=7)
-    extract(open_source(pictures), tmp_path / "small", text=[TEXT], settings=settings)
+    extract(open_source(pictures), tmp_path / "small", text_encoders=[TEXT], settings=settings)
     one = of_texts(cache_path, prompts, settings=FIXED)
     other = measure_coverage(tmp_path / "small", prompts, modality="text", settings=FIXED)
     assert np.array_equal(one.whole.counts, other.whole.counts)
@@ -140,7 +140,7 @@ def test_one_concept_has_no_neighbor(cache_path: Path, tmp_path: Path) -> None:
     assert report.near.tolist() == [-1]
     assert report.overlaps == []
     assert sorted(report.rows[0].tolist()) == list(range(300))
-    assert concept_rows(report, [0])[1][0][-1] == ""
+    assert concept_table(report, [0])[1][0][-1] == ""
 
 
 def test_figures_as_rows_as_json_and_as_a_page(
@@ -148,14 +148,14 @@ def test_figures_as_rows_as_json_and_as_a_page(
 ) -> None:
     settings = CoverageSettings(deviations=1.5, k=4, min_count=25)
     report = measure_coverage(cache_path, prompts, run_path=run_path, settings=settings, selection=half)
-    columns, rows = summary_rows(report)
+    columns, rows = summary_table(report)
     assert columns == ["", "all images", "half.parquet"]
     assert rows[0] == ["items", "300", "150"]
     assert {len(row) for row in rows} == {3}
-    columns, rows = concept_rows(report, [2, 0])
+    columns, rows = concept_table(report, [2, 0])
     assert [row[0] for row in rows] == [NAMES[2], NAMES[0]]
     assert {len(row) for row in rows} == {len(columns)}
-    assert {len(row) for row in overlap_rows(report)[1]} <= {5}
+    assert {len(row) for row in overlap_table(report)[1]} <= {5}
     found = json.loads(json.dumps(coverage_json(report)))
     assert [concept["name"] for concept in found["concepts"]] == NAMES
     assert found["concepts"][0]["counts"] == [int(part.counts[0]) for part in report.parts]
@@ -163,7 +163,7 @@ def test_figures_as_rows_as_json_and_as_a_page(
     assert found["parts"][1]["gaps"] == [NAMES[number] for number in report.parts[1].gaps(25)]
     assert found["pool"]["run_weights"] == load_pair(run_path)[1].weights
     assert found["concepts_from"]["of"] == "prompts"
-    write_coverage(tmp_path / "page.html", report)
+    write_coverage_page(tmp_path / "page.html", report)
     page = (tmp_path / "page.html").read_text()
     assert page.count("data:image/webp") == 4 * len(NAMES)
     assert page.count("<svg") == 1
@@ -173,7 +173,7 @@ def test_figures_as_rows_as_json_and_as_a_page(
 def test_a_page_of_texts_shows_captions(cache_path: Path, tmp_path: Path) -> None:
     many = [f"{name} {place} {number}" for name in NAMES for place in ("bar", "left") for number in range(9)]
     report = of_texts(cache_path, prompt_cache(tmp_path, many), settings=CoverageSettings(deviations=1, k=2))
-    write_coverage(tmp_path / "page.html", report)
+    write_coverage_page(tmp_path / "page.html", report)
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 2
     assert "<img" not in page
@@ -217,7 +217,7 @@ def test_the_command_prints_tables_and_writes_both_files(
 ) -> None:
     words = ["curate", "coverage", str(cache_path), str(prompts), "--modality", "text", "--feature", "open_toy/mean"]
     words += ["--threshold", "0.45", "-k", "3", "--min-count", "40", "--selection", str(half)]
-    words += ["--json", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
+    words += ["--output", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0
     assert "300 texts, open_toy/mean; 6 concepts of 3 prompts; threshold 0.45 for all" in done.output
@@ -260,10 +260,10 @@ def test_an_index_of_something_else_is_refused(cache_path: Path, prompts: Path, 
 def test_images_and_captions_are_counted_side_by_side(
     cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path
 ) -> None:
-    words = ["curate", "coverage", str(cache_path), str(prompts), "--projected", str(run_path), "--modality", "both"]
-    words += ["--deviations", "1.5", "--json", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
+    words = ["curate", "coverage", str(cache_path), str(prompts), "--run", str(run_path), "--modality", "both"]
+    words += ["--deviations", "1.5", "--output", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
-    assert "by captions" in done.output
+    assert "among captions" in done.output
     found = json.loads((tmp_path / "c.json").read_text())
     for modality, figures in found.items():
         settings = CoverageSettings(deviations=1.5)
@@ -272,7 +272,7 @@ def test_images_and_captions_are_counted_side_by_side(
     page = (tmp_path / "c.html").read_text()
     for title in ("Images and captions", "Images: Gaps", "Texts: Gaps"):
         assert title in page
-    with pytest.raises(SettingError, match="--modality both, give neither"):
+    with pytest.raises(SettingError, match="--modality both: expected neither"):
         CliRunner().invoke(app, [*words, "--feature", "x"], catch_exceptions=False)
 
 

@@ -15,7 +15,15 @@ from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.reports.dedup import bars, dedup_line, how_compared, level_rows, look_json, write_dedup, write_look
+from embedcache.reports.dedup import (
+    comparison_line,
+    dedup_line,
+    histogram_lines,
+    threshold_json,
+    threshold_table,
+    write_dedup_page,
+    write_threshold_page,
+)
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.evaluate.test_retrieval import train_run
@@ -32,7 +40,7 @@ def distinct(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "source").mkdir()
     for number, color in enumerate(("red", "lime", "blue")):
         Image.new("RGB", (32, 32), color).save(folder / "source" / f"{number}.png")
-    extract(open_source(folder / "source"), folder / "cache", image=[IMAGE])
+    extract(open_source(folder / "source"), folder / "cache", image_encoders=[IMAGE])
     return folder / "cache"
 
 
@@ -46,7 +54,13 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "00030.png").write_bytes(b"no picture")
     for number in range(NUM):
         (source / f"{number:05d}.json").write_text(json.dumps({"score": number if number % 7 else None}))
-    extract(open_source(source), folder / "cache", image=[IMAGE], text=[TEXT], settings=ExtractSettings(chunk_size=16))
+    extract(
+        open_source(source),
+        folder / "cache",
+        image_encoders=[IMAGE],
+        text_encoders=[TEXT],
+        settings=ExtractSettings(chunk_size=16),
+    )
     return folder / "cache"
 
 
@@ -67,7 +81,7 @@ def test_copies_are_found_by_their_bytes_alone(copied: Path, tmp_path: Path) -> 
     assert kept["00030"] == "no image to compare"
     assert kept["00000"] == "no duplicate"
     assert len(read_selection(done.path, [Cache(copied)])) == NUM - 3
-    assert "3 go, of these 3 copies" in dedup_line(done)
+    assert "removed 3, of which 3 are copies" in dedup_line(done)
 
 
 @pytest.mark.parametrize("all_pairs", [True, False])
@@ -111,19 +125,19 @@ def test_looking_says_what_each_cosine_would_do(copied: Path, tmp_path: Path) ->
     for cosine in (0.9, 0.97, 0.99):
         done = dedup(copied, tmp_path / "kept.parquet", cosine=cosine)
         assert levels[cosine].num_gone == len(done.removed.samples)
-        row = next(row for row in level_rows(analysis)[1] if row[0] == f"{cosine:g}")
+        row = next(row for row in threshold_table(analysis)[1] if row[0] == f"{cosine:g}")
         assert row[2] == f"{len(done.removed.samples)}"
-    written = look_json(analysis)
+    written = threshold_json(analysis)
     assert sum(written["histogram"]["counts"]) == NUM - 4
-    assert len(bars(analysis)) == 1 + len(written["histogram"]["counts"])
-    assert how_compared(analysis).endswith("3 are copies, byte for byte; every pair was compared")
-    assert "drawn items were found" in how_compared(analyze(copied, DedupSettings(all_pairs=False)))
+    assert len(histogram_lines(analysis)) == 1 + len(written["histogram"]["counts"])
+    assert comparison_line(analysis).endswith("3 are byte-identical copies; every pair was compared")
+    assert "clusters found" in comparison_line(analyze(copied, DedupSettings(all_pairs=False)))
     json.dumps(written)
 
 
 def test_too_many_pairs_are_said(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.curate.near_duplicates.MOST_LINKS", 2)
-    assert level_rows(analyze(copied))[1][-1][2:] == ["too many pairs", "", ""]
+    assert threshold_table(analyze(copied))[1][-1][2:] == ["too many pairs", "", ""]
     with pytest.raises(SettingError, match=r"pairs lie above --cosine 0.5; give a higher one"):
         dedup(copied, tmp_path / "kept.parquet", cosine=0.5)
 
@@ -146,27 +160,27 @@ def test_an_item_that_failed_is_in_no_group(copied: Path) -> None:
     assert (np.diff(contents.rows) > 0).all()
 
 
-def test_the_pages_hold_pictures_side_by_side(copied: Path, tmp_path: Path) -> None:
-    write_look(tmp_path / "look.html", analyze(copied))
+def test_pages_show_images(copied: Path, tmp_path: Path) -> None:
+    write_threshold_page(tmp_path / "look.html", analyze(copied))
     page = (tmp_path / "look.html").read_text()
     assert page.count("data:image/webp") >= 20
-    assert "Pairs of cosine 0.995 to 1" in page
+    assert "Pairs with a cosine of 0.995 to 1" in page
     assert "<svg" in page
-    write_dedup(tmp_path / "dedup.html", dedup(copied, tmp_path / "kept.parquet", cosine=0.97))
+    write_dedup_page(tmp_path / "dedup.html", dedup(copied, tmp_path / "kept.parquet", cosine=0.97))
     page = (tmp_path / "dedup.html").read_text()
-    assert "Near the limit" in page
+    assert "Borderline cases" in page
     assert "equal bytes" in page
-    write_dedup(tmp_path / "copies.html", dedup(copied, tmp_path / "kept.parquet", cosine=None))
+    write_dedup_page(tmp_path / "copies.html", dedup(copied, tmp_path / "kept.parquet", cosine=None))
 
 
-def test_a_page_without_the_source_says_that_pictures_are_missing(copied: Path, tmp_path: Path) -> None:
+def test_page_without_source_warns(copied: Path, tmp_path: Path) -> None:
     source = copied.parent / "source"
     source.rename(copied.parent / "moved")
     try:
-        write_look(tmp_path / "look.html", analyze(copied))
+        write_threshold_page(tmp_path / "look.html", analyze(copied))
     finally:
         (copied.parent / "moved").rename(source)
-    assert "pictures are missing: " in (tmp_path / "look.html").read_text()
+    assert "some images cannot be shown: " in (tmp_path / "look.html").read_text()
 
 
 @pytest.mark.parametrize("cosine", [0.0, -0.1, 1.5, float("nan")])
@@ -190,7 +204,7 @@ def test_what_cannot_be_meant_is_refused(copied: Path, tmp_path: Path) -> None:
         check_asked(None, 0.9, only_copies=False)
     with pytest.raises(SettingError, match="go together: give --cosine or --copies"):
         check_asked(tmp_path / "x.parquet", None, only_copies=False)
-    with pytest.raises(SettingError, match="--image and --text"):
+    with pytest.raises(SettingError, match="--image-feature and --text-feature"):
         one_modality("a", "b")
 
 
@@ -204,10 +218,10 @@ def test_a_cosine_that_nothing_reaches_names_the_highest(cache_path: Path, disti
 
 def test_a_cache_of_texts_alone_is_compared_by_them(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\na red bar\n")
-    extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text=[TEXT])
+    extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text_encoders=[TEXT])
     done = dedup(tmp_path / "cache", tmp_path / "kept.parquet", cosine=None)
     assert done.analysis.side.modality == "text"
     assert (done.removed.samples.tolist(), done.removed.kept.tolist()) == ([2], [0])
-    write_look(tmp_path / "look.html", analyze(tmp_path / "cache"))
+    write_threshold_page(tmp_path / "look.html", analyze(tmp_path / "cache"))
     with pytest.raises(UnknownNameError, match="has no image features"):
         analyze(tmp_path / "cache", DedupSettings(modality="image"))

@@ -16,7 +16,14 @@ from embedcache.errors import DataError, SettingError, SourceError, UnknownNameE
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.neighbors import closest
-from embedcache.reports.leaks import leak_rows, line, notes, pair_rows, worst_pairs, write_leaks
+from embedcache.reports.leaks import (
+    closest_pairs,
+    leak_line,
+    leak_notes,
+    leak_table,
+    leaked_pair_table,
+    write_leak_page,
+)
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.pictures import write_pictures
@@ -37,7 +44,13 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (test / "00005.png").write_bytes(b"no picture")
     settings = ExtractSettings(features=("cls", "patches", "mean"), chunk_size=32)
     for name in ("train", "test"):
-        extract(open_source(folder / f"{name}-source"), folder / name, image=[IMAGE], text=[TEXT], settings=settings)
+        extract(
+            open_source(folder / f"{name}-source"),
+            folder / name,
+            image_encoders=[IMAGE],
+            text_encoders=[TEXT],
+            settings=settings,
+        )
     return folder / "train", folder / "test"
 
 
@@ -79,7 +92,7 @@ def test_leaks_are_those_of_comparing_all_with_all(
         dirty |= set(leak.train_samples.tolist())
     assert set(found.leaked_samples.tolist()) == leaked
     assert found.clean().rows.tolist() == sorted(set(range(80)) - dirty)
-    assert f"{len(leaked)} of 30 samples" in line(found)
+    assert f"{len(leaked)} of 30 samples" in leak_line(found)
 
 
 def test_copies_are_found_and_come_first(caches: tuple[Path, Path]) -> None:
@@ -87,14 +100,14 @@ def test_copies_are_found_and_come_first(caches: tuple[Path, Path]) -> None:
     images = found.leaks[0]
     keys = Cache(caches[1]).samples["key"].to_pylist()
     assert {keys[row] for row in images.copied_samples} == set(PLANTED)
-    pairs = worst_pairs(found, images, 3)
-    assert {pair.test: pair.train for pair in pairs if pair.said == "equal"} == PLANTED
-    assert [pair.said for pair in pairs][:2] == ["equal", "equal"]
-    assert 0.9 < float(pairs[2].said) <= 1
-    texts = worst_pairs(found, found.leaks[1], 1)
+    pairs = closest_pairs(found, images, 3)
+    assert {pair.test: pair.train for pair in pairs if pair.similarity == "equal"} == PLANTED
+    assert [pair.similarity for pair in pairs][:2] == ["equal", "equal"]
+    assert 0.9 < float(pairs[2].similarity) <= 1
+    texts = closest_pairs(found, found.leaks[1], 1)
     assert texts[0].test == texts[0].train
     assert "bar" in texts[0].test
-    assert pair_rows(texts)[1][0][2] == "equal"
+    assert leaked_pair_table(texts)[1][0][2] == "equal"
 
 
 def test_the_selection_holds_what_is_clean_and_how_close_it_comes(caches: tuple[Path, Path], tmp_path: Path) -> None:
@@ -115,12 +128,12 @@ def test_the_selection_holds_what_is_clean_and_how_close_it_comes(caches: tuple[
         )
 
 
-def test_the_page_shows_pictures_of_both_side_by_side(caches: tuple[Path, Path], tmp_path: Path) -> None:
-    write_leaks(tmp_path / "leaks.html", find_leaks(*caches, features=FEATURES))
+def test_page_shows_images(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    write_leak_page(tmp_path / "leaks.html", find_leaks(*caches, features=FEATURES))
     page = (tmp_path / "leaks.html").read_text()
     assert page.count("data:image/webp") >= 4
-    assert "The images that leak" in page
-    assert "The texts that leak" in page
+    assert "Leaked images" in page
+    assert "Leaked texts" in page
 
 
 def test_token_features_are_averaged(caches: tuple[Path, Path]) -> None:
@@ -131,18 +144,20 @@ def test_token_features_are_averaged(caches: tuple[Path, Path]) -> None:
 
 def test_features_of_another_encoder_leave_copies(caches: tuple[Path, Path], tmp_path: Path) -> None:
     train, test = caches
-    extract(open_source(test.parent / "test-source"), tmp_path / "other", image=["tests.toy:open_other"])
+    extract(open_source(test.parent / "test-source"), tmp_path / "other", image_encoders=["tests.toy:open_other"])
     found = find_leaks(train, tmp_path / "other")
     assert len(found.leaks[0].copied_samples) == 2
-    assert leak_rows(found)[1][0][1:5] == ["hashes alone", "", "2", "not known"]
+    assert leak_table(found)[1][0][1:5] == ["hashes only", "", "2", "unknown"]
     assert (
-        "images: only copies were looked for: no encoder made image features of both: open_toy/cls" in notes(found)[0]
+        "images: searched for copies only: no encoder made image features of both: open_toy/cls" in leak_notes(found)[0]
     )
-    assert "open_other/cls" in notes(found)[0]
-    extract(open_source(test.parent / "test-source"), tmp_path / "scaled", image=["tests.toy:open_toy,scale=2"])
+    assert "open_other/cls" in leak_notes(found)[0]
+    extract(
+        open_source(test.parent / "test-source"), tmp_path / "scaled", image_encoders=["tests.toy:open_toy,scale=2"]
+    )
     found = find_leaks(train, tmp_path / "scaled", features=FEATURES)
-    assert "are of other encoders (weights: " in notes(found)[0]
-    assert "tests.toy:open_toy,scale=2" in notes(found)[0]
+    assert "are of other encoders (weights: " in leak_notes(found)[0]
+    assert "tests.toy:open_toy,scale=2" in leak_notes(found)[0]
     assert len(found.leaked_samples) == 2
 
 
@@ -158,17 +173,17 @@ def test_what_cannot_be_compared_is_refused(caches: tuple[Path, Path], tmp_path:
     with pytest.raises(UnknownNameError, match="unknown image feature of .*'open_toy/cl'"):
         find_leaks(*caches, features={"image": "open_toy/cl"})
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\n")
-    extract(open_source(tmp_path / "texts.txt"), tmp_path / "texts", text=[TEXT])
+    extract(open_source(tmp_path / "texts.txt"), tmp_path / "texts", text_encoders=[TEXT])
     write_pictures(tmp_path / "source", 3)
     for file in (tmp_path / "source").glob("*.txt"):
         file.unlink()
-    extract(open_source(tmp_path / "source"), tmp_path / "images", image=[IMAGE])
+    extract(open_source(tmp_path / "source"), tmp_path / "images", image_encoders=[IMAGE])
     with pytest.raises(DataError, match=r"texts has features of texts and .*images of images: nothing can be compared"):
         find_leaks(tmp_path / "texts", tmp_path / "images")
     assert find_leaks(caches[0], tmp_path / "texts").leaks[0].modality == "text"
     for file in (tmp_path / "source").glob("*.png"):
         file.write_bytes(b"no picture")
     with pytest.raises(SourceError, match="all 3 images failed"):
-        extract(open_source(tmp_path / "source"), tmp_path / "broken", image=[IMAGE])
+        extract(open_source(tmp_path / "source"), tmp_path / "broken", image_encoders=[IMAGE])
     with pytest.raises(DataError, match=r"feature open_toy/cls of .*broken has no valid item"):
         find_leaks(tmp_path / "images", tmp_path / "broken")

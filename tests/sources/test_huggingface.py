@@ -12,10 +12,10 @@ from embedcache.sources import ImageItem, Source, SourceSettings, TextItem, open
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from embedcache.testing.sources import SourceContract
-from tests.sources.files import COLOURS, encode, jpeg, noise, write
+from tests.sources.files import COLORS, encode, jpeg, noise, write
 from tests.toy import IMAGE, TEXT
 
-IMAGES = [jpeg(color) for color in COLOURS]
+IMAGES = [jpeg(color) for color in COLORS]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def dataset(**columns: object) -> Any:
 
 def colored(start: int = 0, stop: int = 5) -> Any:
     """Make a dataset of images with two captions each."""
-    captions = [[color, f"all {color}"] for color in COLOURS]
+    captions = [[color, f"all {color}"] for color in COLORS]
     return dataset(image=IMAGES, sentences=captions, label=[0, 1, 0, 1, 0]).select(range(start, stop))
 
 
@@ -82,7 +82,7 @@ def test_a_row_without_a_label_has_none(number: int | None) -> None:
 def test_a_dataset_in_memory_is_extracted_but_not_reopened(tmp_path: Path) -> None:
     source = open_source(colored().shuffle(seed=1))
     for _ in range(2):
-        extract(source, tmp_path / "cache", image=[IMAGE], text=[TEXT])
+        extract(source, tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     assert Cache(tmp_path / "cache").info.num_items == {"image": 5, "text": 10}
     with pytest.raises(SourceError, match=r"in memory \([0-9a-f]+\).*open_source\(dataset\).*save_to_disk"):
         reopen_source(Cache(tmp_path / "cache").info.source)

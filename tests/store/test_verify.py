@@ -86,7 +86,7 @@ def test_repair_after_verify(copy: Path, cache_path: Path, pictures: Path) -> No
     assert f"{path}: expected checksum" in finding.reason
     assert "repair it with: embedcache verify CACHE --repair" in finding.reason
     path.unlink()
-    extract(open_source(pictures), copy, image=[IMAGE], text=[TEXT])
+    extract(open_source(pictures), copy, image_encoders=[IMAGE], text_encoders=[TEXT])
     assert verify(Cache(copy)) == []
     assert path.read_bytes() == (cache_path / "image/open_toy/cls/c/2/0").read_bytes()
 
@@ -121,8 +121,8 @@ def test_extract_restores_metadata(copy: Path, pictures: Path) -> None:
     reports = extract(
         open_source(pictures),
         copy,
-        image=[IMAGE],
-        text=[TEXT],
+        image_encoders=[IMAGE],
+        text_encoders=[TEXT],
         settings=ExtractSettings(features=("cls", "patches", "mean", "tokens")),
     )
     assert {report.encoded for report in reports} == {0}

@@ -208,7 +208,7 @@ def test_mistakes_are_named(cache_path: Path, tmp_path: Path) -> None:
         UnknownNameError, match=r"'open_toy/clss'; did you mean 'open_toy/cls'\?; known: .*open_toy/patches"
     ):
         train(cache_path, tmp_path / "run", image="open_toy/clss", text=TEXT)
-    with pytest.raises(UnknownNameError, match="choose one with --image-feature: open_toy/cls, open_toy/patches"):
+    with pytest.raises(UnknownNameError, match="or --feature: open_toy/cls, open_toy/patches"):
         train(cache_path, tmp_path / "run")
     with pytest.raises(
         DataError, match="open_toy/patches has several vectors an item, and the projector mlp takes one"
