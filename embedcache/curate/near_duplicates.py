@@ -237,8 +237,8 @@ def _check(vectors_BP: Floats, vectors: Vectors) -> None:
     if not (lengths > 0.5).all():
         count = int((~(lengths > 0.5)).sum())
         raise DataError(
-            f"feature {vectors.feature.name} has {count:,} vectors of length zero, or that are no numbers, in one chunk: "
-            "they have no cosine"
+            f"feature {vectors.feature.name} has {count:,} vectors of length zero or NaN in one chunk, expected finite "
+            "vectors that have a cosine; extract it again"
         )
 
 
