@@ -17,7 +17,7 @@ from benchmarks.made import Made, write_made
 from benchmarks.measured import run_embedcache
 from benchmarks.table import median_rates
 from embedcache.arrays import Floats, normalize
-from embedcache.cli.console import say, show_table
+from embedcache.cli.console import print_line, print_table
 from embedcache.curate.counting import SAMPLE, CoverageCounter, estimate_background
 from embedcache.metrics.neighbors import top_k
 from embedcache.search.concepts import open_concepts
@@ -66,9 +66,9 @@ def main(*, quick: bool) -> None:
         for name, rate in rates.items()
     ]
     title = f"{num_rows:,} x {WIDTH}, {NUM_CONCEPTS:,} concepts"
-    show_table([title, "items/s", "of the product", "CPU s", "of the product's"], rows)
-    say(f"peak memory of the command {max(peaks):.2f} GB")
-    say(f"{LARGE:,} items at the pass's rate, extrapolated: {LARGE / rates['the pass'] / 3600:.2f} hours")
+    print_table([title, "items/s", "of the product", "CPU s", "of the product's"], rows)
+    print_line(f"peak memory of the command {max(peaks):.2f} GB")
+    print_line(f"{LARGE:,} items at the pass's rate, extrapolated: {LARGE / rates['the pass'] / 3600:.2f} hours")
 
 
 def _near_two(rng: np.random.Generator, num: int, directions: Floats) -> Floats:

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.clusters import Clusters
 from embedcache.arrays import Floats, Ints, normalize
-from embedcache.cli.console import say, show_table
+from embedcache.cli.console import print_line, print_table
 from embedcache.extract.extract import extract
 from embedcache.provenance import peak_memory_bytes
 from embedcache.search.faiss_index import exact_search, read_index
@@ -79,7 +79,7 @@ def _compare(folder: Path, cache: Path, vectors: Vectors, truth: Ints, budget: s
     rows = [[name, one.kind, *_figures(one, truth)] for name, one in asked.items()]
     title = f"{folder.name}, {len(vectors.rows):,} x {vectors.width}, memory {budget}"
     columns = ["", "kind", "recall@10", "ms a query", "ms in a batch", "build, s", "index, MB", "peak, GB"]
-    show_table(columns, rows, title=title)
+    print_table(columns, rows, title=title)
 
 
 def _figures(one: Asked, truth: Ints) -> list[str]:
@@ -120,7 +120,7 @@ def _theirs(folder: Path, budget: str, python: Path) -> Asked | None:
     (folder / "answers.npz").unlink(missing_ok=True)
     done = subprocess.run([python, _PEER, folder, budget, str(_K)], check=False, env=clean, capture_output=True)
     if done.returncode:
-        say(f"autofaiss with {budget} failed: {''.join(done.stderr.decode().strip().splitlines()[-1:])}")
+        print_line(f"autofaiss with {budget} failed: {''.join(done.stderr.decode().strip().splitlines()[-1:])}")
         return None
     with np.load(folder / "answers.npz") as answers:
         return Asked(
@@ -137,14 +137,14 @@ def _theirs(folder: Path, budget: str, python: Path) -> Asked | None:
 def _clusters(folder: Path, count: int) -> tuple[Path, Floats]:
     folder.mkdir()
     (folder / "numbers.txt").write_text("".join(f"{number}\n" for number in range(count)))
-    extract(open_source(folder / "numbers.txt"), folder / "cache", text=["benchmarks.clusters:open_clusters"])
+    extract(open_source(folder / "numbers.txt"), folder / "cache", text_encoders=["benchmarks.clusters:open_clusters"])
     return folder / "cache", normalize(Clusters().vectors(np.arange(count, count + _NUM_QUERIES)))
 
 
 def _sentences(folder: Path, count: int) -> tuple[Path, Floats]:
     """All of CuPL, whatever the count: it takes seconds."""
     for name, prompts in (("cache", "imagenet1k+cupl"), ("asked", "imagenet1k+imagenet1k")):
-        extract(open_source(f"prompts:{prompts}"), folder / name, text=[_SENTENCES])
+        extract(open_source(f"prompts:{prompts}"), folder / name, text_encoders=[_SENTENCES])
     asked = Vectors(folder / "asked", "text")
     texts = Cache(folder / "asked").items("text")["text"].to_pylist()
     rows = [row for row in asked.rows if texts[row].startswith("a photo of a ")]
@@ -167,6 +167,6 @@ def _peer_environment(folder: Path) -> Path | None:
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, capture_output=True)
     except subprocess.CalledProcessError as error:
         last = error.stderr.decode().strip().splitlines()[-1:]
-        say(f"autofaiss left out: pip cannot install it here: {''.join(last)}")
+        print_line(f"autofaiss left out: pip cannot install it here: {''.join(last)}")
         return None
     return python

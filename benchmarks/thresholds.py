@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Array, Floats, mean_directions
-from embedcache.cli.console import show_table
+from embedcache.cli.console import print_table
 from embedcache.curate.counting import SAMPLE, estimate_background
 from embedcache.extract.extract import extract
 from embedcache.search.concepts import MOST_EXAMPLES, open_concepts
@@ -31,11 +31,11 @@ def main(*, quick: bool) -> None:
     """Print precision and recall."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        extract(open_source("openmoji:en"), folder / "cache", image=[IMAGE], text=[TEXT])
+        extract(open_source("openmoji:en"), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
         cache = Cache(folder / "cache")
         groups = sorted(set(cache.samples["label"].drop_null().to_pylist()))
         (folder / "groups.txt").write_text("\n".join(groups))
-        extract(open_source(f"prompts:{folder / 'groups.txt'}"), folder / "groups", text=[TEXT])
+        extract(open_source(f"prompts:{folder / 'groups.txt'}"), folder / "groups", text_encoders=[TEXT])
         train(cache.path, folder / "run", settings=TrainSettings())
         rows = []
         for modality, run in (("text", None), ("text", folder / "run"), ("image", folder / "run")):
@@ -44,7 +44,9 @@ def main(*, quick: bool) -> None:
             through = "names, through the run" if run else "names, plain"
             rows += _rows(f"{modality}s: {through}", concepts.vectors, pool.read(pool.rows), _labels(pool, groups))
         rows += _prototypes(Vectors(cache.path, "image"), groups)
-    show_table(["OpenMoji, ten groups", "deviations", "above", "by chance", "precision", "recall", "of the pool"], rows)
+    print_table(
+        ["OpenMoji, ten groups", "deviations", "above", "by chance", "precision", "recall", "of the pool"], rows
+    )
 
 
 def _prototypes(pool: Vectors, groups: list[str]) -> list[list[str]]:

@@ -113,10 +113,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         if not _is_full(error):
             raise
-        raise DiskFullError(
-            f"no space left on the disk of {path}; what is committed is kept: "
-            "free some space and run the same command again"
-        ) from error
+        raise DiskFullError(disk_full_message(f" of {path}")) from error
+
+
+def disk_full_message(disk: str = "") -> str:
+    """Return the text of a full disk's error."""
+    return f"no space left on the disk{disk}; finished work is kept: free some space and rerun the same command"
 
 
 def _is_full(error: Exception) -> bool:
@@ -229,7 +231,7 @@ def remove_partials(folder: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes of this machine left beside `path` while they wrote it; a living one's files stay."""
+    """Remove what killed processes of this machine left beside `path` when they wrote it; living ones keep theirs."""
     if not is_remote(path):
         for left in path.parent.glob(f".{path.name}.*.partial"):
             _remove_left(left)

@@ -194,8 +194,8 @@ def _open_look(side: TowerInput) -> Callable[[Any], Any]:
         return lambda item: item
     view = open_view(about["name"])
     next_step = "bring back the function as it was, or extract again"
-    check_same(f"the view of feature {side.feature}", about, view.about, next_step=next_step)
-    return view.look
+    check_same(f"the view of feature {side.feature}", about, view.fingerprint, next_step=next_step)
+    return view.apply
 
 
 def _open_picture(image: ImageLike) -> Image:

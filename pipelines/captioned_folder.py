@@ -10,7 +10,7 @@ disk that all tokens take. A model hub is needed for the default encoders; name 
 import argparse
 from pathlib import Path
 
-from embedcache.cli.console import open_progress, say, show_table
+from embedcache.cli.console import open_progress, print_line, print_table
 from embedcache.dataset.settings import SplitSettings
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.evaluate.retrieval import evaluate_retrieval
@@ -46,9 +46,14 @@ def main() -> None:
     settings = ExtractSettings(encoder=EncoderSettings(device=options.device))
     source = open_source(options.source)
     for report in extract(
-        source, cache_path, image=[options.image], text=[options.text], settings=settings, progress=progress
+        source,
+        cache_path,
+        image_encoders=[options.image],
+        text_encoders=[options.text],
+        settings=settings,
+        progress=progress,
     ):
-        say(report.line())
+        print_line(report.line())
 
     def train_seeds(name: str, *, shuffle_pairs: bool) -> list[Path]:
         run_paths = [options.workdir / f"{name}-{seed}" for seed in SEEDS]
@@ -61,7 +66,7 @@ def main() -> None:
                 seed=seed,
                 machine=MachineSettings(device=options.device),
             )
-            say(train(cache_path, run_path, settings=recipe, progress=progress).line(run_path))
+            print_line(train(cache_path, run_path, settings=recipe, progress=progress).line(run_path))
         return run_paths
 
     trained, shuffled = train_seeds("run", shuffle_pairs=False), train_seeds("shuffled", shuffle_pairs=True)
@@ -69,9 +74,9 @@ def main() -> None:
         name: evaluate_retrieval(cache_path, runs) for name, runs in (("run", trained), ("shuffled pairs", shuffled))
     }
     columns, rows = retrieval_table(reports)
-    show_table(columns, rows, title=reports["run"].line())
+    print_table(columns, rows, title=reports["run"].line())
     card = build_index(cache_path, options.workdir / "index", run_path=trained[0], progress=progress)
-    say(f"{options.workdir / 'index'}: {card.num_vectors:,} images; ask it with: embedcache curate search")
+    print_line(f"{options.workdir / 'index'}: {card.num_vectors:,} images; search it with: embedcache search")
 
 
 if __name__ == "__main__":

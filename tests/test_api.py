@@ -14,7 +14,7 @@ import embedcache
 from embedcache.dataset.inputs import open_input
 from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.projectors.saved import load_pair, project
-from tests.exchange.runs import SIDES, train_run
+from tests.interop.runs import SIDES, train_run
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 
@@ -72,7 +72,9 @@ def exact_cache(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A cache of the pictures that keeps every bit of the encoder's float32."""
     path = tmp_path_factory.mktemp("api") / "cache"
     settings = embedcache.ExtractSettings(features=("cls", "patches", "mean", "tokens"), dtype="float32")
-    embedcache.extract_features(embedcache.open_source(pictures), path, image=[IMAGE], text=[TEXT], settings=settings)
+    embedcache.extract_features(
+        embedcache.open_source(pictures), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings
+    )
     return path
 
 
@@ -139,7 +141,7 @@ def test_the_whole_api_goes_together(two_caches: list[Path], tmp_path: Path) -> 
     """Every function, as a notebook calls them: paths as text, one run as a path."""
     folder = str(tmp_path)
     source = embedcache.open_source(write_pictures(tmp_path / "photos", 90))
-    embedcache.extract_features(source, f"{folder}/cache", image=[IMAGE], text=[TEXT])
+    embedcache.extract_features(source, f"{folder}/cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     settings = embedcache.TrainSettings(
         split=embedcache.SplitSettings(kind="key"),
         optimizer=embedcache.OptimizerSettings(epochs=2, batch_size=32),
@@ -158,7 +160,7 @@ def test_the_whole_api_goes_together(two_caches: list[Path], tmp_path: Path) -> 
     assert chosen.num_selected == 10
     names = tmp_path / "names.txt"
     names.write_text("red\ngreen\n")
-    embedcache.extract_features(embedcache.open_source(f"prompts:{names}"), f"{folder}/concepts", text=[TEXT])
+    embedcache.extract_features(embedcache.open_source(f"prompts:{names}"), f"{folder}/concepts", text_encoders=[TEXT])
     coverage = embedcache.measure_coverage(
         f"{folder}/cache",
         f"{folder}/concepts",

@@ -33,6 +33,7 @@ DOORS = {
     "upath": {"files"},
     "ray": {"processes"},
     "datasets": {"sources"},
+    "fontTools": {"quickstart"},
     "faiss": {"search"},
     "timm": {"encoders"},
     "transformers": {"encoders", "export"},

@@ -263,7 +263,7 @@ def one_modality(image: str | None, text: str | None) -> str | None:
         SettingError: both were.
     """
     if image is not None and text is not None:
-        raise SettingError("--image and --text: samples are compared by one of them; leave one out")
+        raise SettingError("--image-feature and --text-feature: samples are compared by one of them; leave one out")
     return "image" if image is not None else "text" if text is not None else None
 
 

@@ -241,7 +241,7 @@ def _only_common(train: Cache, test: Cache, modality: str) -> str | None:
     ]
     if len(both) > 1:
         raise SettingError(
-            f"both caches have several {modality} features; choose one with --{modality}: {', '.join(both)}"
+            f"both caches have several {modality} features; choose one with --{modality}-feature: {', '.join(both)}"
         )
     return both[0] if both else None
 

@@ -15,6 +15,7 @@ def open_imported(spec: EncoderSpec, *, modality: Modality, settings: EncoderSet
     del settings
     raise SettingError(
         f"the feature {spec.model} was imported, so the encoder that made it is not here and no {modality} can be "
-        f"encoded as it was: ask with --key or --vectors, and mend damage by the same embedcache import again; for "
+        f"encoded as it was: search with --query-key or --query-vectors, and "
+        "repair damage by running the same embedcache import again; for "
         f"new {modality}s, extract with an encoder of your own into a cache of its own"
     )

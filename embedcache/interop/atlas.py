@@ -33,9 +33,7 @@ _BLOCK = 1024
 _SIZE_PX = 128
 
 
-def write_atlas(
-    export: VectorExport, path: Path, settings: AtlasSettings | None = None, *, progress: Progress
-) -> int:
+def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None = None, *, progress: Progress) -> int:
     """Write the file, whole or not at all; return the number of points. An image that cannot be read is null.
 
     Memory: all vectors as float32, and one block of images.

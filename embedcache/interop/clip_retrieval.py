@@ -3,7 +3,7 @@
     img_emb/img_emb_00.npy  text_emb/text_emb_00.npy  metadata/metadata_00.parquet
 
 Row i of all files with one number describes one sample. Its index command reads the arrays of a folder in the order of
-their names, through embedding-reader, which parses the first line of a `.npy` itself: at most 300 bytes, `<f2` or `<f4`.
+their names, through embedding-reader, which parses the first line of a `.npy` itself: up to 300 bytes, `<f2` or `<f4`.
 """
 
 import math
@@ -61,7 +61,9 @@ def open_clip_retrieval(path: Path) -> VectorImport:
     return VectorImport(form=FORM, path=path, modalities={name: _ARRAYS[name] for name in names}, groups=groups)
 
 
-def write_clip_retrieval(export: "VectorExport", folder: Path, *, rows_per_file: int = ROWS_PER_FILE, progress: Progress) -> int:
+def write_clip_retrieval(
+    export: "VectorExport", folder: Path, *, rows_per_file: int = ROWS_PER_FILE, progress: Progress
+) -> int:
     """Write clip-retrieval's files into a new folder, whole or not at all; return the number of rows.
 
     Vectors have length 1: a row whose length differs by more than 0.001 is scaled, others are kept as they are, so that
@@ -129,7 +131,12 @@ def _unit(vectors_ND: Array) -> Array:
 
 
 def _write_arrays(
-    folder: Path, name: str, numbers: Mapping[str, slice], export: "VectorExport", modality: Modality, progress: Progress
+    folder: Path,
+    name: str,
+    numbers: Mapping[str, slice],
+    export: "VectorExport",
+    modality: Modality,
+    progress: Progress,
 ) -> None:
     """Write `name_NUMBER.npy` for each range of rows from one stream of vectors."""
     progress.start(f"writing {name}", len(export.samples), "vectors")

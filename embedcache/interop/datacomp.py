@@ -18,9 +18,7 @@ FORM = "datacomp"
 REASON = "in the list of uids"
 
 
-def open_datacomp(
-    path: Path, *, image_array: Sequence[str] = (), text_array: Sequence[str] = ()
-) -> VectorImport:
+def open_datacomp(path: Path, *, image_array: Sequence[str] = (), text_array: Sequence[str] = ()) -> VectorImport:
     """Open a folder of DataComp's metadata.
 
     Args:
@@ -76,8 +74,8 @@ def import_uids(uids_path: Path, cache_path: Path | str, out_path: Path) -> int:
     if unknown:
         first = f"{unknown[0][0]:016x}{unknown[0][1]:016x}"
         raise DataError(
-            f"{len(unknown):,} of {len(wanted):,} uids in {uids_path} are not keys of {cache.path}, first {first}; name the "
-            "cache that they were selected from"
+            f"{len(unknown):,} of {len(wanted):,} uids in {uids_path} are not keys of {cache.path}, first {first}; name"
+            " the cache that they were selected from"
         )
     rows = np.array(sorted(known[uid] for uid in wanted.tolist()), np.int64)
     write_selection(

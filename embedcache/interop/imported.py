@@ -1,4 +1,4 @@
-"""What an import reads: files of vectors whose rows belong together, and the samples that tables beside them describe."""
+"""What an import reads: files of vectors whose rows belong together, and samples described by tables beside them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,9 +12,9 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, ItemError, SettingError, SourceError
 from embedcache.sources.base import IMPORTED, ImageItem, Sample, TextItem
 from embedcache.sources.captions import scalar_columns
-from embedcache.sources.files import place_of, read_file
+from embedcache.sources.files import read_item_file, resolve_item
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table import TableColumns, name_columns, row_key, row_texts
+from embedcache.sources.table import TableColumns, assign_columns, row_key, row_texts
 from embedcache.sources.table_files import Row, TableFile, open_table_file
 
 DTYPES = ("float16", "float32")
@@ -45,7 +45,7 @@ class VectorFile(Protocol):
         ...
 
     def blocks(self, first: int, size: int) -> Iterator[Array]:
-        """Iterate over the rows from `first` on: arrays (B, D) of at most `size` rows; a row without a vector is NaN."""
+        """Iterate over the rows from `first` on in arrays (B, D) of up to `size` rows; a missing vector is NaN."""
         ...
 
 
@@ -109,7 +109,7 @@ class VectorImport:
         return list(dict.fromkeys(path for path in paths if path is not None))
 
     def blocks(self, name: str, first: int, size: int) -> Iterator[Array]:
-        """Iterate over the vectors of a feature from row `first` on, in arrays of `size` rows; the last may be shorter."""
+        """Iterate over a feature from row `first` on in arrays of `size` rows; the last may be shorter."""
         return rechunk(self._blocks(name, first, size), size)
 
     def _blocks(self, name: str, first: int, size: int) -> Iterator[Array]:
@@ -257,7 +257,7 @@ class _SampleTable:
     def open(cls, path: Path, settings: SourceSettings, features: set[str]) -> "_SampleTable":
         """Open a table without its columns of vectors."""
         file = open_table_file(path)
-        columns = name_columns(file, settings)
+        columns = assign_columns(file, settings)
         others = tuple(name for name in columns.others if name not in features)
         return cls(file=file, columns=replace(columns, others=others))
 
@@ -286,7 +286,7 @@ class ImportedSource:
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.allow_only(IMPORTED)
+        settings.check_supported(IMPORTED)
         self._location = Path(location)
         self._root = self._location if self._location.is_dir() else self._location.parent
 
@@ -313,4 +313,4 @@ class ImportedSource:
         """
         if not item.path:
             raise ItemError("the import named no file for this image")
-        return read_file(place_of(self._root, item.path))
+        return read_item_file(resolve_item(self._root, item.path))

@@ -106,7 +106,7 @@ def import_vectors(
         CorruptError: a file is damaged.
     """
     progress, settings = progress or NullProgress(), settings or ImportSettings()
-    columns = SourceSettings(key_column=settings.key_column, caption_columns=settings.caption_column)
+    columns = SourceSettings(key_column=settings.key_column, caption_columns=settings.caption_columns)
     path = open_path(cache_path)
     hashes = _hash_files(vectors, progress)
     source = _describe(vectors, hashes, settings.model, columns)
@@ -150,7 +150,7 @@ def _describe(
         "path": str(vectors.path.absolute()),
         "settings": {},
         "format": vectors.form,
-        "columns": columns.given(),
+        "columns": columns.to_json(),
         "features": dict(vectors.modalities),
         "files": digest(hashes),
         "model": model,

@@ -20,7 +20,7 @@ from embedcache.interop.exporting import new_folder
 from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
-from embedcache.sources.files import reading
+from embedcache.sources.files import wrap_io_errors
 
 if TYPE_CHECKING:
     from embedcache.interop.exporting import VectorExport
@@ -170,7 +170,7 @@ def write_header(file: IO[bytes], shape: tuple[int, int], dtype: str) -> None:
 def damage_named(path: Path) -> Iterator[None]:
     """Raise a damaged file as an error that names it."""
     try:
-        with reading(path):
+        with wrap_io_errors(path):
             yield
     except (zipfile.BadZipFile, EOFError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path} is damaged: {error or 'it ends too early'}; get the file again") from error
@@ -198,7 +198,9 @@ def _read_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np
         read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
         return read(file)
     except ValueError as error:
-        raise CorruptError(f"{path}: expected an array written by NumPy, got an error: {error}; get the file again") from error
+        raise CorruptError(
+            f"{path}: expected an array written by NumPy, got an error: {error}; get the file again"
+        ) from error
 
 
 def _skip(file: IO[bytes], num_bytes: int) -> None:

@@ -18,7 +18,7 @@ from embedcache.interop.exporting import check_new_file
 from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
-from embedcache.sources.table_files import damage_named, open_parquet
+from embedcache.sources.table_files import open_parquet, wrap_table_errors
 
 if TYPE_CHECKING:
     from embedcache.interop.exporting import VectorExport
@@ -48,7 +48,7 @@ def open_parquet_vectors(
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise PathError(f"{path}: expected a Parquet file or a folder of them, got a folder without .parquet files")
-    with damage_named(files[0]), open_parquet(files[0]) as file:
+    with wrap_table_errors(files[0]), open_parquet(files[0]) as file:
         schema = file.schema_arrow
     modalities = _modalities(schema, image_vector_column, text_vector_column, files[0])
     groups = [FileGroup(vectors={name: open_column(file, name) for name in modalities}, table=file) for file in files]
@@ -112,8 +112,8 @@ def _modalities(
         )
     if image_column == text_column:
         raise SettingError(
-            f"text_vector_column: expected another column than image_vector_column, got {text_column} for both; a column holds "
-            "vectors of one modality"
+            f"text_vector_column: expected another column than image_vector_column, got {text_column} for both; a "
+            "column holds vectors of one modality"
         )
     named: list[tuple[str | None, Modality]] = [(image_column, "image"), (text_column, "text")]
     return {name: modality for name, modality in named if name is not None}
@@ -155,7 +155,7 @@ class ParquetColumn:
         Raises:
             DataError: a list differs in length from the first.
         """
-        with damage_named(self.path), open_parquet(self.path) as file:
+        with wrap_table_errors(self.path), open_parquet(self.path) as file:
             groups, row = _groups_from(file, first)
             for batch in file.iter_batches(size, row_groups=groups, columns=[self.column], use_threads=False):
                 yield self._values(batch.column(0), row)[max(0, first - row) :]
@@ -175,8 +175,8 @@ class ParquetColumn:
         wrong = np.flatnonzero(lengths != self.width)
         if len(wrong):
             raise DataError(
-                f"{self.path}, column {self.column}, row {first + wrong[0]:,}: expected {self.width:,} numbers as in the "
-                f"first row, got {lengths[wrong[0]]:,}; vectors of a feature have one width"
+                f"{self.path}, column {self.column}, row {first + wrong[0]:,}: expected {self.width:,} numbers as in "
+                f"the first row, got {lengths[wrong[0]]:,}; vectors of a feature have one width"
             )
 
 
@@ -189,7 +189,7 @@ def open_column(path: Path, column: str) -> ParquetColumn:
         UnknownNameError: it has no such column; the message lists its columns of vectors.
         DataError: the column does not hold lists of float16 or float32, or has no list at all.
     """
-    with damage_named(path), open_parquet(path) as file:
+    with wrap_table_errors(path), open_parquet(path) as file:
         schema = file.schema_arrow
         if column not in schema.names:
             raise unknown_name("column of vectors", column, vector_columns(schema), hint=f"in {path}")

@@ -1,4 +1,4 @@
-"""Settings of imports and exports of vectors. Nothing heavy is imported here, so that the command line starts quickly."""
+"""Settings of imports and exports of vectors. Nothing heavy is imported here."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,17 +7,25 @@ from typing import Literal
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
+_SELECTION_HELP = "Use only the samples of this selection: Parquet, or a text file with one key per line."
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSettings:
     """How vectors that another tool computed become a cache."""
 
-    model: str | None = setting(None, "Description of the model that computed the vectors, for the record.", metavar="TEXT")
+    model: str | None = setting(
+        None, "Description of the model that computed the vectors, for the record.", metavar="TEXT"
+    )
     key_column: str | None = setting(
         None, "Table: column of unique keys.", default_text="key, id or uid", metavar="COLUMN"
     )
-    caption_column: tuple[str, ...] = setting(
-        (), "Table: column of captions. May be repeated.", default_text="caption, text or sentence", metavar="COLUMN"
+    caption_columns: tuple[str, ...] = setting(
+        (),
+        "Table: column of captions. May be repeated.",
+        flat_name="caption_column",
+        default_text="caption, text or sentence",
+        metavar="COLUMN",
     )
     chunk_size: int | None = setting(
         None, "Items per chunk of a new cache.", ge=1, default_text="2048", affects_result=False
@@ -37,11 +45,9 @@ class VectorExportSettings:
     text_feature: str | None = setting(
         None, "Text feature, as encoder/feature.", default_text="the run's, or the only one", metavar="NAME"
     )
-    modality: Literal["image", "text"] | None = setting(
-        None, "Modality to export.", default_text="both"
-    )
+    modality: Literal["image", "text"] | None = setting(None, "Modality to export.", default_text="both")
     run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
-    selection: Path | None = setting(None, "Use only the samples of this selection: Parquet, or a text file with one key per line.", metavar="FILE")
+    selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
 
     def __post_init__(self) -> None:
@@ -63,7 +69,7 @@ class AtlasSettings:
         None, "Feature, as encoder/feature.", default_text="the run's, or the only one", metavar="NAME"
     )
     run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
-    selection: Path | None = setting(None, "Use only the samples of this selection: Parquet, or a text file with one key per line.", metavar="FILE")
+    selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     method: Literal["umap", "pca"] = setting("umap", "Projection of the vectors to the plane.")
     images: Literal["thumbnails", "paths", "none"] = setting(

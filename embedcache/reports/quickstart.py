@@ -14,7 +14,7 @@ from embedcache.evaluate.retrieval import RetrievalReport, rank
 from embedcache.evaluate.runs import load_runs
 from embedcache.reports.base import COLORS, INK, label, svg, write_page
 from embedcache.reports.retrieval import query_sections, recall_bars, retrieval_table
-from embedcache.reports.thumbnails import Thumbnails
+from embedcache.reports.thumbnails import Thumbnails, credit
 from embedcache.search.search import Hit
 from embedcache.store.cache import Cache
 
@@ -46,7 +46,7 @@ class PageContent:
         run_paths: the trained runs; the gallery shows the first.
         hits: query -> what the index found.
         peak_memory_bytes: of the whole process.
-        credit: whose pictures these are.
+
     """
 
     stages: Sequence[Stage]
@@ -54,7 +54,6 @@ class PageContent:
     run_paths: Sequence[Path]
     hits: Mapping[str, Sequence[Hit]]
     peak_memory_bytes: int
-    credit: str
 
 
 def write_report(path: Path, cache: Cache, content: PageContent) -> None:
@@ -67,6 +66,7 @@ def write_report(path: Path, cache: Cache, content: PageContent) -> None:
         path,
         "quickstart.html.j2",
         content=content,
+        credit=credit(cache),
         total_seconds=sum(stage.seconds for stage in content.stages),
         trained=trained,
         columns=columns,

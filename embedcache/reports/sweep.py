@@ -124,7 +124,7 @@ def _importance(trials: Trials) -> dict[str, float]:
 
 def _command(path: Path, data: TrainData, winner: Best) -> str:
     caches = [str(cache.path if is_remote(cache.path) else cache.path.resolve()) for cache in data.caches]
-    sides = ["--image", data.image.feature, "--text", data.text.feature]
+    sides = ["--image-feature", data.image.feature, "--text-feature", data.text.feature]
     run = str(path.resolve() / "winner")
     return shlex.join(["embedcache", "train", *caches, run, *sides, *command_line(winner.settings)])
 

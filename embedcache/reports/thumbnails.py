@@ -4,11 +4,10 @@ import base64
 import io
 
 from embedcache.errors import EmbedcacheError
-from embedcache.quickstart.openmoji import CREDIT
 from embedcache.reports.base import PageItem
 from embedcache.sources.base import ImageItem
 from embedcache.sources.images import decode_image
-from embedcache.sources.open import reopen_source
+from embedcache.sources.open import reopen_source, source_credit
 from embedcache.store.cache import Cache
 
 _SIZE_PX = 88
@@ -16,7 +15,7 @@ _SIZE_PX = 88
 
 def credit(cache: Cache) -> str:
     """Return the attribution that must be shown with the images of a cache; empty if none is required."""
-    return CREDIT if cache.info.source["type"] == "openmoji" else ""
+    return source_credit(cache.info.source)
 
 
 class Thumbnails:

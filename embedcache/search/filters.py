@@ -23,6 +23,10 @@ from embedcache.store.cache import Cache
 _KEPT_SELECTIONS = 16
 
 
+_OPTIONS = {"label": "label-value", "split": "part"}
+"""Column -> option of `embedcache search` that filters by it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Filter:
     """What is asked of an item; all that is given must hold.
@@ -124,8 +128,8 @@ class CacheFilters:
             parts = read_split(split_path(self._run_path), [self._cache]).parts
             return _coded(pa.chunked_array([pa.array([part or None for part in parts], pa.string())]))
         raise UnknownNameError(
-            f"the samples of {self._cache.path} have no column {name!r}, so --{name} cannot choose from them; "
-            f"columns: {', '.join(self._cache.columns)}"
+            f"the samples of {self._cache.path} have no column {name!r}, so --{_OPTIONS[name]} cannot choose from "
+            f"them; columns: {', '.join(self._cache.columns)}"
         )
 
     def _read_languages(self) -> "_Column":

@@ -173,7 +173,7 @@ class QueryEncoder:
         if not self.takes(modality):
             raise DataError(
                 f"the index holds the plain {self._card.modality} feature {self._card.feature}, which no {modality} "
-                "can be compared with; build one with: embedcache curate index CACHE INDEX --projected RUN"
+                "can be compared with; build one with: embedcache curate index CACHE INDEX --run RUN"
             )
 
     def _of_keys(self, keys: Sequence[str]) -> Floats:
@@ -235,7 +235,7 @@ def _check_run(card: IndexCard, config: PairConfig, run_path: Path) -> None:
         raise FingerprintError(
             f"the index was made from another run than {run_path}: "
             f"weights {card.run_weights} there, {config.weights_digest} here; "
-            "build the index again with: embedcache curate index CACHE INDEX --projected RUN"
+            "build the index again with: embedcache curate index CACHE INDEX --run RUN"
         )
 
 

@@ -168,7 +168,7 @@ class Places:
         run: where its run is, if it has moved.
         cache: where its cache is, alike.
         selections: files to choose from.
-        coverage: a file of `embedcache curate coverage --json`.
+        coverage: a file of `embedcache curate coverage --output`.
         concepts: a cache of concepts, to measure coverage of now.
     """
 

@@ -67,7 +67,7 @@ def test_the_column_decides_and_validation_is_carved_from_train_alone(tmp_path: 
     for number, path in enumerate(sorted(folder.glob("*.txt"))):
         part = "test" if number % 3 == 0 else "restval" if number % 10 == 1 else "train"
         path.with_suffix(".json").write_text(json.dumps({"split": part}))
-    extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT])
+    extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT])
     cache = Cache(tmp_path / "c")
     asked = np.array(cache.samples["split"].to_pylist())
     for share in (0.1, 0.4):
@@ -83,7 +83,7 @@ def test_strict_joins_samples_through_any_of_their_captions(tmp_path: Path) -> N
     (folder / "00003.txt").write_text("something of its own\nthe very same words\n")
     (folder / "00020.txt").write_text("the very same words\nsomething else again\n")
     (folder / "00007.txt").unlink()  # a sample without captions: rows and positions differ
-    extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT])
+    extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT])
     split = split_of(tmp_path / "c", SplitSettings(image_cosine=0.9999, text_cosine=0.999, val_fraction=0.2))
     assert split.groups[3] == split.groups[20]
     assert split.parts[3] == split.parts[20]
@@ -131,7 +131,7 @@ def test_mistakes_are_named(cache_path: Path) -> None:
 def test_samples_made_of_others_get_their_parts(tmp_path: Path) -> None:
     pictures = write_pictures(tmp_path / "p", 4)
     (pictures / "00001.json").write_text(json.dumps({"captions": ["one", "two"]}))
-    extract(open_source(f"pairs:{pictures}"), tmp_path / "pairs", text=[TEXT])
+    extract(open_source(f"pairs:{pictures}"), tmp_path / "pairs", text_encoders=[TEXT])
     pairs = Cache(tmp_path / "pairs")
     keys = list(dict.fromkeys(pairs.samples["sample"].to_pylist()))
     split = Split(keys=keys[:3], parts=["train", "val", "test"], groups=[0, 5, 2])

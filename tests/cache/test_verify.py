@@ -86,7 +86,7 @@ def test_what_it_finds_can_be_made_again(copy: Path, cache_path: Path, pictures:
     assert f"{path} has checksum" in finding.reason
     assert "make it again with: embedcache verify CACHE --repair" in finding.reason
     path.unlink()
-    extract(open_source(pictures), copy, image=[IMAGE], text=[TEXT])
+    extract(open_source(pictures), copy, image_encoders=[IMAGE], text_encoders=[TEXT])
     assert verify(Cache(copy)) == []
     assert path.read_bytes() == (cache_path / "image/open_toy/cls/c/2/0").read_bytes()
 
@@ -121,8 +121,8 @@ def test_metadata_that_is_gone_comes_back_with_the_same_extraction(copy: Path, p
     reports = extract(
         open_source(pictures),
         copy,
-        image=[IMAGE],
-        text=[TEXT],
+        image_encoders=[IMAGE],
+        text_encoders=[TEXT],
         settings=ExtractSettings(features=("cls", "patches", "mean", "tokens")),
     )
     assert {report.encoded for report in reports} == {0}

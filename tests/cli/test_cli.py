@@ -18,7 +18,7 @@ from tests.pictures import write_pictures
 
 pytestmark = pytest.mark.slow
 
-TOY = ["--image", "tests.toy:open_toy", "--text", "tests.toy:open_toy"]
+TOY = ["--image", "tests.toy:open_toy", "--text-encoder", "tests.toy:open_toy"]
 
 
 def embedcache(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ from embedcache.reports.coverage import concept_table, coverage_json, overlap_ta
 from embedcache.search.index import build_index
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.exchange.runs import SIDES, train_run
+from tests.interop.runs import SIDES, train_run
 from tests.search.test_concepts import NAMES, labeled_cache, prompt_cache
 from tests.toy import TEXT
 
@@ -93,7 +93,7 @@ def test_plain_images_are_counted_by_prototypes(cache_path: Path, labeled: Path)
 
 def test_the_size_of_chunks_changes_nothing(pictures: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(features=("mean",), chunk_size=7)
-    extract(open_source(pictures), tmp_path / "small", text=[TEXT], settings=settings)
+    extract(open_source(pictures), tmp_path / "small", text_encoders=[TEXT], settings=settings)
     one = of_texts(cache_path, prompts, settings=FIXED)
     other = measure_coverage(tmp_path / "small", prompts, modality="text", settings=FIXED)
     assert np.array_equal(one.whole.counts, other.whole.counts)
@@ -217,7 +217,7 @@ def test_the_command_prints_tables_and_writes_both_files(
 ) -> None:
     words = ["curate", "coverage", str(cache_path), str(prompts), "--modality", "text", "--feature", "open_toy/mean"]
     words += ["--threshold", "0.45", "-k", "3", "--min-count", "40", "--selection", str(half)]
-    words += ["--json", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
+    words += ["--output", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0
     assert "300 texts, open_toy/mean; 6 concepts of 3 prompts; threshold 0.45 for all" in done.output
@@ -260,8 +260,8 @@ def test_an_index_of_something_else_is_refused(cache_path: Path, prompts: Path, 
 def test_images_and_captions_are_counted_side_by_side(
     cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path
 ) -> None:
-    words = ["curate", "coverage", str(cache_path), str(prompts), "--projected", str(run_path), "--modality", "both"]
-    words += ["--deviations", "1.5", "--json", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
+    words = ["curate", "coverage", str(cache_path), str(prompts), "--run", str(run_path), "--modality", "both"]
+    words += ["--deviations", "1.5", "--output", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert "among captions" in done.output
     found = json.loads((tmp_path / "c.json").read_text())
@@ -272,7 +272,7 @@ def test_images_and_captions_are_counted_side_by_side(
     page = (tmp_path / "c.html").read_text()
     for title in ("Images and captions", "Images: Gaps", "Texts: Gaps"):
         assert title in page
-    with pytest.raises(SettingError, match="--modality both, give neither"):
+    with pytest.raises(SettingError, match="--modality both: expected neither"):
         CliRunner().invoke(app, [*words, "--feature", "x"], catch_exceptions=False)
 
 

@@ -93,7 +93,7 @@ def test_languages_choose_captions_and_the_images_that_have_them(tmp_path: Path)
     write_pictures(tmp_path / "photos", 12)
     for path in sorted((tmp_path / "photos").glob("*.txt"))[:4]:
         path.with_suffix(".json").write_text(json.dumps({"caption": f"rot {path.stem}", "language": "de"}))
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image=[IMAGE], text=[TEXT])
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     for modality in ("image", "text"):
         build_index(tmp_path / "cache", tmp_path / modality, modality=modality)
     ask = Queries(keys=["00000"])
@@ -116,5 +116,5 @@ def test_mistakes_of_filters_are_named(labeled: Path, labeled_index: Path, cache
     (tmp_path / "s.txt").write_text(ask.keys[0] + "\n")
     with pytest.raises(DataError, match="the filter keeps none of the 60 items"):
         search(labeled_index, ask, keep=Filter(splits=["val"], selection=tmp_path / "s.txt"))
-    with pytest.raises(UnknownNameError, match="have no column 'label', so --label cannot choose"):
+    with pytest.raises(UnknownNameError, match="have no column 'label', so --label-value cannot choose"):
         CacheFilters(Cache(cache_path), "image").kept(Filter(labels=["cat"]))

@@ -1,4 +1,4 @@
-"""The API answers what `embedcache curate search` answers."""
+"""The API answers what `embedcache search` answers."""
 
 import json
 import threading

@@ -216,7 +216,7 @@ def test_what_takes_too_long_is_given_up(served: Served, monkeypatch: pytest.Mon
 def hostile(tmp_path: Path) -> Path:
     """A cache of a folder of eight pictures, its index of plain features, and a secret picture outside."""
     write_pictures(tmp_path / "photos", 8)
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image=[IMAGE], text=[TEXT])
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     build_index(tmp_path / "cache", tmp_path / "index", feature="open_toy/cls")
     Image.new("RGB", (32, 32), "red").save(tmp_path / "secret.png")
     return tmp_path
@@ -262,7 +262,7 @@ def test_pictures_outside_of_the_sources_folder_are_not_served(
             assert answer.status_code == 404
             assert str(hostile) not in answer.text
         assert client.get("/api/images/1/thumbnail").status_code == 200
-    assert "leads out of the source's folder" in caplog.text or "is no regular file" in caplog.text
+    assert "is outside the source's folder" in caplog.text or "is not a regular file" in caplog.text
 
 
 def test_a_link_that_stays_inside_is_served(hostile: Path) -> None:

@@ -191,7 +191,7 @@ def test_a_server_that_gives_whole_files_only_is_refused(tmp_path: Path, name: s
 def test_a_remote_shard_that_is_cut_short_is_named(tmp_path: Path, web: WebServer) -> None:
     path = shards(tmp_path / "web", 1) / "00000.tar"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(SourceError, match=rf"{web.url}/00000.tar is no tar, or is cut short"):
+    with pytest.raises(SourceError, match=rf"{web.url}/00000.tar is not a tar, or is truncated"):
         list(open_source(f"{web.url}/00000.tar").samples())
 
 

@@ -149,7 +149,7 @@ def test_a_truncated_shard_is_named_with_the_offset(tmp_path: Path, keep: int) -
 def test_a_file_that_is_no_tar_is_named(tmp_path: Path) -> None:
     path = tmp_path / "no.tar"
     path.write_bytes(b"no tar at all" * 100)
-    with pytest.raises(SourceError, match=r"no\.tar is no tar"):
+    with pytest.raises(SourceError, match=r"no\.tar is not a tar"):
         list(open_source(path).samples())
 
 

@@ -55,7 +55,7 @@ def test_a_cache_that_the_run_was_not_trained_on_is_measured_whole(
 
 def test_caches_of_different_encoders_are_not_joined(two_caches: list[Path], tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "s", 10))
-    extract(source, tmp_path / "c", image=["tests.toy:open_toy,scale=2"], text=[TEXT])
+    extract(source, tmp_path / "c", image_encoders=["tests.toy:open_toy,scale=2"], text_encoders=[TEXT])
     with pytest.raises(FingerprintError, match=r"open_toy/cls of .*a was made with other settings: .* asked; .*c"):
         open_data([two_caches[0], tmp_path / "c"], image="open_toy/cls", text="open_toy/mean", memory_gb=1)
     with pytest.raises(DataError, match="a and .*a hold the same samples"):
@@ -64,7 +64,7 @@ def test_caches_of_different_encoders_are_not_joined(two_caches: list[Path], tmp
 
 def test_a_feature_that_is_not_finished_is_named(two_caches: list[Path], tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "s", 10))
-    extract(source, tmp_path / "c", image=[IMAGE], text=[TEXT])
+    extract(source, tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT])
     next((tmp_path / "c/image/open_toy/chunks").iterdir()).unlink()
     with pytest.raises(UnfinishedError, match="open_toy/cls is not finished: 1 of 1 chunks are missing"):
         run([two_caches[0], tmp_path / "c"], tmp_path / "run")
@@ -127,7 +127,7 @@ def test_all_captions_are_positives(tmp_path: Path, loss: str) -> None:
     folder = write_pictures(tmp_path / "s", 120)
     for path in sorted(folder.glob("*.txt"))[::2]:
         path.write_text(path.read_text() + "a picture with a " + path.read_text())
-    extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT])
+    extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT])
     report = run(tmp_path / "c", tmp_path / "run", captions="all", loss=loss, epochs=20, initialization="random")
     assert report.best_epoch > 0
     found = evaluate_retrieval(tmp_path / "c", [tmp_path / "run"])

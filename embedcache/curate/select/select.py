@@ -229,9 +229,9 @@ def _budget(share: float, num_pool: int) -> int:
 
 
 _OPTIONS = {
-    "concepts": "--concepts CACHE, made by: embedcache extract prompts:concepts.txt CACHE --text ENCODER",
+    "concepts": "--concepts CACHE, made by: embedcache extract prompts:concepts.txt CACHE --text-encoder SPEC",
     "target": "--target CACHE, with the features of the pool's encoder",
-    "run": "--projected RUN, a run of embedcache train",
+    "run": "--run RUN, a run of embedcache train",
 }
 
 

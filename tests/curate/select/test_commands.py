@@ -48,9 +48,9 @@ def test_select_combine_sample_and_export(command: Command, tmp_path: Path) -> N
             "select cache d.parquet --method image-based --target target --clusters 9 --feature {image}",
             "of 300 samples",
         ),
-        ("select cache e.parquet --method clip-score --projected run --threshold -1", "300 of 300 samples (100.0%)"),
-        ("combine cache f.parquet e.parquet minus a.parquet", "f.parquet: 264 samples"),
-        ("sample cache g.parquet f.parquet 5 --seed 2", "g.parquet: 5 samples"),
+        ("select cache e.parquet --method clip-score --run run --threshold -1", "300 of 300 samples (100.0%)"),
+        ("combine cache e.parquet minus a.parquet f.parquet", "f.parquet: 264 samples"),
+        ("sample cache f.parquet 5 g.parquet --seed 2", "g.parquet: 5 samples"),
         ("export cache g.parquet keys.txt", "keys.txt: 5 samples"),
         ("export cache g.parquet shards --format webdataset", "shards: 5 samples"),
     ):
@@ -71,10 +71,10 @@ MISTAKES = [
     ("select cache a.parquet --method metaclip --budget 3", "needs --concepts CACHE"),
     ("select cache a.parquet --method random --per-concept 3", "does not look at --per-concept; it takes --budget"),
     (
-        "select cache a.parquet --method random --budget 3 --within none.txt --feature {image}",
+        "select cache a.parquet --method random --budget 3 --selection none.txt --feature {image}",
         "none.txt does not exist",
     ),
-    ("combine cache a.parquet x.parquet and y.parquet", "x.parquet does not exist"),
+    ("combine cache x.parquet and y.parquet a.parquet", "x.parquet does not exist"),
     ("export cache keys.txt uids.npy --format datacomp", "keys.txt does not exist"),
 ]
 

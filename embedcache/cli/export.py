@@ -1,0 +1,179 @@
+"""embedcache export"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from embedcache.cli.options import (
+    CacheArgument,
+    RunArgument,
+    add_command,
+    new_group,
+    with_settings,
+)
+from embedcache.interop.settings import AtlasSettings, VectorExportSettings
+
+app = new_group("Write a run, or vectors, for other tools.")
+
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")]
+NewParquet = Annotated[Path, typer.Argument(metavar="OUT", help="New .parquet file to write.")]
+Metrics = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", dir_okay=False, help="Report of evaluate --output, for the model card."),
+]
+PushToHub = Annotated[
+    str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this repository of the Hugging Face Hub.")
+]
+Public = Annotated[
+    bool, typer.Option("--public", metavar="", help="Make a new repository public; it is private otherwise.")
+]
+
+
+def transformers(
+    run: RunArgument, out: NewFolder, metrics: Metrics = None, push_to_hub: PushToHub = None, public: Public = False
+) -> None:
+    """Write a model for transformers.
+
+    AutoModel, AutoProcessor and AutoTokenizer open the folder.
+
+    Example: embedcache export transformers run/ model/
+    """
+    _export_model("transformers", run, out, metrics=metrics, push_to=push_to_hub, is_public=public)
+
+
+def open_clip(
+    run: RunArgument, out: NewFolder, metrics: Metrics = None, push_to_hub: PushToHub = None, public: Public = False
+) -> None:
+    """Write a model for open_clip.
+
+    It opens the folder as local-dir:OUT.
+
+    Example: embedcache export open-clip run/ model/
+    """
+    _export_model("open-clip", run, out, metrics=metrics, push_to=push_to_hub, is_public=public)
+
+
+def sentence_transformers(
+    run: RunArgument, out: NewFolder, metrics: Metrics = None, push_to_hub: PushToHub = None, public: Public = False
+) -> None:
+    """Write the text tower for sentence-transformers.
+
+    Example: embedcache export sentence-transformers run/ model/
+    """
+    _export_model("sentence-transformers", run, out, metrics=metrics, push_to=push_to_hub, is_public=public)
+
+
+def onnx(
+    run: RunArgument,
+    out: NewFolder,
+    towers: Annotated[bool, typer.Option("--towers", metavar="", help="Include the encoders.")] = False,
+    metrics: Metrics = None,
+    push_to_hub: PushToHub = None,
+    public: Public = False,
+) -> None:
+    """Write ONNX graphs of the projectors or the towers.
+
+    Example: embedcache export onnx run/ model/ --towers
+    """
+    _export_model("onnx", run, out, metrics=metrics, push_to=push_to_hub, is_public=public, towers=towers)
+
+
+def safetensors(
+    run: RunArgument, out: NewFolder, metrics: Metrics = None, push_to_hub: PushToHub = None, public: Public = False
+) -> None:
+    """Write the projectors as plain tensors.
+
+    The model card says how they are computed with.
+
+    Example: embedcache export safetensors run/ model/
+    """
+    _export_model("safetensors", run, out, metrics=metrics, push_to=push_to_hub, is_public=public)
+
+
+def _export_model(form: str, run: Path, out: Path, **options: Any) -> None:
+    from embedcache.cli.console import print_line
+    from embedcache.export.export import export
+
+    exported = export(form, run, out, **options)
+    print_line(f"{out}: {'written' if exported.is_new else 'already exists, unchanged'}")
+    for what, difference in exported.differences.items():
+        print_line(f"  {what}: differs from the run by at most {difference:.1e}")
+    if exported.url is not None:
+        print_line(f"  {exported.url}")
+
+
+@with_settings(settings=VectorExportSettings)
+def clip_retrieval(cache: CacheArgument, out: NewFolder, *, settings: VectorExportSettings) -> None:
+    """Write vectors of length 1 for clip-retrieval.
+
+    The folders img_emb, text_emb and metadata, for its index command.
+
+    Example: embedcache export clip-retrieval cache/ tree/ --run run/
+    """
+    from embedcache.interop.clip_retrieval import write_clip_retrieval
+
+    _export_vectors(cache, out, settings, write_clip_retrieval)
+
+
+@with_settings(settings=VectorExportSettings)
+def parquet(cache: CacheArgument, out: NewParquet, *, settings: VectorExportSettings) -> None:
+    """Write vectors, keys and captions to Parquet.
+
+    Columns key, caption, those of the source, and image_vector and text_vector as lists of fixed length.
+
+    Example: embedcache export parquet cache/ vectors.parquet --run run/
+    """
+    from embedcache.interop.parquet import write_parquet
+
+    _export_vectors(cache, out, settings, write_parquet)
+
+
+@with_settings(settings=VectorExportSettings)
+def npy(cache: CacheArgument, out: NewFolder, *, settings: VectorExportSettings) -> None:
+    """Write vectors as NumPy arrays.
+
+    Files image.npy, text.npy and rows.parquet in a new folder.
+
+    Example: embedcache export npy cache/ arrays/ --image-feature resnet18/pooled
+    """
+    from embedcache.interop.npy import write_npy
+
+    _export_vectors(cache, out, settings, write_npy)
+
+
+@with_settings(settings=AtlasSettings)
+def atlas(cache: CacheArgument, out: NewParquet, *, settings: AtlasSettings) -> None:
+    """Write a map of the dataset for embedding-atlas.
+
+    A Parquet file with vectors, captions, thumbnails, positions on the plane and neighbors.
+
+    Example: embedcache export atlas cache/ atlas.parquet --run run/
+    """
+    from embedcache.interop.atlas import write_atlas
+
+    _export_vectors(cache, out, settings.vectors, write_atlas, settings=settings)
+
+
+def _export_vectors(
+    cache: str, out: Path, chosen: VectorExportSettings, write: Callable[..., int], **options: Any
+) -> None:
+    from embedcache.cli.console import open_progress, print_line
+    from embedcache.interop.exporting import VectorExport
+
+    export = VectorExport(cache, chosen)
+    num_rows = write(export, out, progress=open_progress(), **options)
+    left_out = export.left_out
+    print_line(f"{out}: {num_rows:,} rows" + (f"; left out: {left_out}" if left_out else ""))
+
+
+add_command(app, "transformers", transformers)
+add_command(app, "open-clip", open_clip)
+add_command(app, "sentence-transformers", sentence_transformers)
+add_command(app, "onnx", onnx)
+add_command(app, "safetensors", safetensors)
+add_command(app, "clip-retrieval", clip_retrieval)
+add_command(app, "parquet", parquet)
+add_command(app, "npy", npy)
+add_command(app, "atlas", atlas)

@@ -1,0 +1,175 @@
+"""embedcache import"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from embedcache.cli.options import (
+    CacheArgument,
+    Json,
+    Output,
+    SelectionOutput,
+    add_command,
+    new_group,
+    with_settings,
+)
+from embedcache.interop.settings import ImportSettings
+
+if TYPE_CHECKING:
+    from embedcache.interop.imported import VectorImport
+
+app = new_group("Make a cache of vectors from other tools.")
+
+NewCache = Annotated[
+    str, typer.Argument(metavar="CACHE", help="New folder, or existing cache of the same import; may be a URL.")
+]
+
+
+@with_settings(settings=ImportSettings)
+def clip_retrieval(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder of clip-retrieval inference: img_emb, text_emb, metadata.")
+    ],
+    cache: NewCache,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: ImportSettings,
+) -> None:
+    """Import vectors of clip-retrieval.
+
+    Run the same command again to resume an interrupted import.
+
+    Example: embedcache import clip-retrieval embeddings/ cache/
+    """
+    from embedcache.interop.clip_retrieval import open_clip_retrieval
+
+    _import(open_clip_retrieval(folder), cache, settings, as_json=as_json, output=output)
+
+
+@with_settings(settings=ImportSettings)
+def datacomp(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Metadata of DataComp: NAME.parquet beside NAME.npz.")
+    ],
+    cache: NewCache,
+    image_array: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Array of image vectors, such as l14_img. May be repeated."),
+    ] = None,
+    text_array: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Array of text vectors, such as l14_txt. May be repeated."),
+    ] = None,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: ImportSettings,
+) -> None:
+    """Import metadata and vectors of DataComp.
+
+    Run the same command again to resume an interrupted import.
+
+    Example: embedcache import datacomp metadata/ cache/ --image-array l14_img --text-array l14_txt
+    """
+    from embedcache.interop.datacomp import open_datacomp
+
+    vectors = open_datacomp(folder, image_array=image_array or (), text_array=text_array or ())
+    _import(vectors, cache, settings, as_json=as_json, output=output)
+
+
+@with_settings(settings=ImportSettings)
+def parquet(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A .parquet file, or a folder of them.")],
+    cache: NewCache,
+    image_vector_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of image vectors.", show_default="image_vector")
+    ] = None,
+    text_vector_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of text vectors.", show_default="text_vector")
+    ] = None,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: ImportSettings,
+) -> None:
+    """Import vectors in list columns of Parquet.
+
+    With keys, captions and other columns. Run the same command again to resume an interrupted import.
+
+    Example: embedcache import parquet vectors.parquet cache/
+    """
+    from embedcache.interop.parquet import open_parquet_vectors
+
+    vectors = open_parquet_vectors(path, image_vector_column=image_vector_column, text_vector_column=text_vector_column)
+    _import(vectors, cache, settings, as_json=as_json, output=output)
+
+
+@with_settings(settings=ImportSettings)
+def npy(
+    cache: NewCache,
+    image_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A .npy file of image vectors, (rows, width).")
+    ] = None,
+    text_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A .npy file of text vectors; requires --table.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Table with the keys, captions and columns of the rows.")
+    ] = None,
+    as_json: Json = False,
+    output: Output = None,
+    *,
+    settings: ImportSettings,
+) -> None:
+    """Import NumPy arrays.
+
+    Run the same command again to resume an interrupted import.
+
+    Example: embedcache import npy cache/ --image-file images.npy --table rows.parquet
+    """
+    from embedcache.interop.npy import open_npy_vectors
+
+    vectors = open_npy_vectors(image_file=image_file, text_file=text_file, table=table)
+    _import(vectors, cache, settings, as_json=as_json, output=output)
+
+
+def _import(
+    vectors: "VectorImport", cache: str, settings: ImportSettings, *, as_json: bool, output: Path | None
+) -> None:
+    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.interop.importing import import_vectors
+
+    with resumable():
+        reports = import_vectors(vectors, cache, settings, progress=open_progress())
+
+    def show() -> None:
+        for report in reports:
+            print_line(report.line())
+
+    publish(show, lambda: to_plain(reports), as_json=as_json, output=output)
+
+
+def uids(
+    path: Annotated[Path, typer.Argument(metavar="UIDS", help="List of uids of DataComp: a .npy file of dtype u8,u8.")],
+    cache: CacheArgument,
+    out: SelectionOutput,
+) -> None:
+    """Turn a list of uids of DataComp into a selection.
+
+    `embedcache curate export --format datacomp` writes such a list.
+
+    Example: embedcache import uids uids.npy cache/ selection.parquet
+    """
+    from embedcache.cli.console import print_line
+    from embedcache.interop.datacomp import import_uids
+
+    print_line(f"{out}: {import_uids(path, cache, out):,} samples")
+
+
+add_command(app, "clip-retrieval", clip_retrieval)
+add_command(app, "datacomp", datacomp)
+add_command(app, "parquet", parquet)
+add_command(app, "npy", npy)
+add_command(app, "uids", uids)
