@@ -73,7 +73,7 @@ def main() -> None:
         seeded = [train_settings({**COMMON, **recipe, "seed": seed}) for seed in SEEDS]
         runs = [train_on(data, path, one, progress=progress) for path, one in zip(paths, seeded, strict=True)]
         report = evaluate_retrieval(cache_path, paths)
-        about = {"parameters": f"{runs[0].num_parameters:,}", "MFLOP a pair": f"{runs[0].flops_a_pair / 1e6:.1f}"}
+        about = {"parameters": f"{runs[0].num_parameters:,}", "MFLOP per pair": f"{runs[0].flops_per_pair / 1e6:.1f}"}
         methods.append(Method(group=group, name=name, about=about, report=report))
         print_line(f"{group}, {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
     write_comparison(PAGE, methods, title="Projectors and losses on OpenMoji", notes=NOTES)
