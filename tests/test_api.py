@@ -15,7 +15,7 @@ import embedcache
 from embedcache.dataset.inputs import open_input
 from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.projectors.saved import load_pair, project
-from tests.exchange.runs import SIDES, train_run
+from tests.interop.runs import SIDES, train_run
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 
@@ -177,7 +177,7 @@ import embedcache
 model = embedcache.load(Path("run"), device="cpu")
 similarities = model.similarity(["a.jpg"], "a dog")
 rows: int = similarities.shape[0]
-for hits in embedcache.search_index("index", ["a dog"], k=3):
+for hits in embedcache.search_index("index", ["a dog"], embedcache.SearchSettings(k=3)):
     key: str = hits[0].key
 settings = embedcache.TrainSettings(optimizer=embedcache.OptimizerSettings(epochs=3))
 line: str = embedcache.train_projectors("cache", "run", settings=settings).line(Path("run"))

@@ -20,7 +20,7 @@ from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.exchange.runs import SIDES, train_run
+from tests.interop.runs import SIDES, train_run
 from tests.search.test_concepts import NAMES, labeled_cache, prompt_cache
 from tests.toy import TEXT
 
