@@ -69,7 +69,7 @@ def main() -> None:
     for (group, name), settings in methods().items():
         run_paths, runs = train_seeds(data, workdir / "runs" / f"{group}-{name}".replace(" ", "-"), settings, SEEDS)
         report = evaluate_retrieval(cache_path, run_paths)
-        about = {"parameters": f"{runs[0].num_parameters:,}", "MFLOP per pair": f"{runs[0].flops_a_pair / 1e6:.1f}"}
+        about = {"parameters": f"{runs[0].num_parameters:,}", "MFLOP per pair": f"{runs[0].flops_per_pair / 1e6:.1f}"}
         results.append(Method(group=group, name=name, about=about, report=report))
         print_line(f"{group}, {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
     write_comparison(PAGE, results, title="Projectors and losses on OpenMoji", notes=NOTES)

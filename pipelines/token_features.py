@@ -43,7 +43,7 @@ def main() -> None:
         settings = with_options(BASE, projector=f"{projector}+token_mlp")
         run_paths, runs = train_seeds(data, workdir / "runs" / name.replace(":", "-"), settings, SEEDS)
         num_bytes = round(data.images[0].num_bytes / data.images[0].num_items)
-        about = {"bytes per image": f"{num_bytes:,}", "MFLOP per pair": f"{runs[0].flops_a_pair / 1e6:.1f}"}
+        about = {"bytes per image": f"{num_bytes:,}", "MFLOP per pair": f"{runs[0].flops_per_pair / 1e6:.1f}"}
         report = evaluate_retrieval(cache_path, run_paths)
         methods.append(Method(group=projector, name=name, about=about, report=report))
         print_line(f"{name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
