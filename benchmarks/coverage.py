@@ -17,9 +17,9 @@ from benchmarks.made import Made, write_made
 from benchmarks.measured import run_embedcache
 from benchmarks.table import median_rates
 from embedcache.arrays import Floats, normalize
-from embedcache.cli.console import say, show_table
-from embedcache.curate.counting import SAMPLE, Counting, look_at
-from embedcache.metrics.neighbors import nearest
+from embedcache.cli.console import print_line, print_table
+from embedcache.curate.counting import SAMPLE, CoverageCounter, estimate_background
+from embedcache.metrics.neighbors import top_k
 from embedcache.search.concepts import open_concepts
 from embedcache.search.vectors import Vectors, run_pass
 from embedcache.store.cache import Cache
@@ -66,9 +66,9 @@ def main(*, quick: bool) -> None:
         for name, rate in rates.items()
     ]
     title = f"{num_rows:,} x {WIDTH}, {NUM_CONCEPTS:,} concepts"
-    show_table([title, "items/s", "of the product", "CPU s", "of the product's"], rows)
-    say(f"peak memory of the command {max(peaks):.2f} GB")
-    say(f"{LARGE:,} items at the pass's rate, extrapolated: {LARGE / rates['the pass'] / 3600:.2f} hours")
+    print_table([title, "items/s", "of the product", "CPU s", "of the product's"], rows)
+    print_line(f"peak memory of the command {max(peaks):.2f} GB")
+    print_line(f"{LARGE:,} items at the pass's rate, extrapolated: {LARGE / rates['the pass'] / 3600:.2f} hours")
 
 
 def _near_two(rng: np.random.Generator, num: int, directions: Floats) -> Floats:
@@ -102,9 +102,9 @@ def _torch_product(num_rows: int, directions: Floats, cpu: list[float]) -> float
 def _pass(folder: Path, num_rows: int, cpu: list[float]) -> float:
     pool = Vectors(folder / "pool", "text")
     concepts = open_concepts(Cache(folder / "concepts"), pool)
-    background = look_at(concepts.vectors, pool.sample(SAMPLE), K)
-    near, _ = nearest(concepts.vectors, concepts.vectors, 8)
-    work = Counting(
+    background = estimate_background(concepts.vectors, pool.sample(SAMPLE), K)
+    near, _ = top_k(concepts.vectors, concepts.vectors, 8)
+    work = CoverageCounter(
         concepts.vectors,
         thresholds_C=background.thresholds(4),
         floors_C=background.floors,

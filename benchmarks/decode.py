@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from embedcache.arrays import Array, Floats
-from embedcache.cli.console import say, show_table
+from embedcache.cli.console import print_line, print_table
 from embedcache.encoders.base import Encoder
 from embedcache.encoders.image_features import LITE_CROP_PADDING_PX, lite_crop
 from embedcache.encoders.open import open_encoder
@@ -54,7 +54,7 @@ def main(*, quick: bool) -> None:
     sizes = []
     for size, jpegs in islice(_jpegs(), 2 if quick else None):
         sizes.append(size)
-        say(f"{size}: {len(jpegs)} pictures, {np.mean([len(data) for data in jpegs]) / 1000:,.0f} kB each")
+        print_line(f"{size}: {len(jpegs)} pictures, {np.mean([len(data) for data in jpegs]) / 1000:,.0f} kB each")
         ours = _features(encoder, decoders[PEER], jpegs)
         for name, prepare in decoders.items():
             Image.core.set_blocks_max(0)  # Pillow's default; one of the decoders sets another
@@ -75,7 +75,7 @@ def _decoders() -> Iterator[tuple[str, Prepare]]:
         try:
             yield from find().items()
         except (ImportError, RuntimeError) as error:
-            say(f"left out: {find.__name__.removeprefix('_')}: {str(error).splitlines()[0]}")
+            print_line(f"left out: {find.__name__.removeprefix('_')}: {str(error).splitlines()[0]}")
 
 
 def _full(decode: Callable[[bytes], Image.Image]) -> Prepare:
@@ -214,7 +214,7 @@ def _cosines(a_ND: Floats, b_ND: Floats) -> Floats:
 
 def _show_times(times: Mapping[str, Sequence[float]], sizes: Sequence[str]) -> None:
     rows = [[name, *(f"{ms:.1f}" for ms in row), f"{times[PEER][-1] / row[-1]:.2f}"] for name, row in times.items()]
-    show_table(["CPU ms an image", *sizes, f"times as fast, {sizes[-1]}"], rows)
+    print_table(["CPU ms an image", *sizes, f"times as fast, {sizes[-1]}"], rows)
 
 
 def _show_drifts(drifts: Mapping[str, Sequence[Floats]], sizes: Sequence[str]) -> None:
@@ -222,4 +222,4 @@ def _show_drifts(drifts: Mapping[str, Sequence[Floats]], sizes: Sequence[str]) -
         [name, *(f"{max(np.max(row), 0):.0e} / {max(np.median(row), 0):.0e}" for row in by_size)]
         for name, by_size in drifts.items()
     ]
-    show_table(["1 - cosine, worst / median", *sizes], rows)
+    print_table(["1 - cosine, worst / median", *sizes], rows)

@@ -19,8 +19,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.measured import run_embedcache
 from embedcache.arrays import Array, Ints, normalize
-from embedcache.cli.console import say, show_table
-from embedcache.curate.near_duplicates import Near, find_near
+from embedcache.cli.console import print_line, print_table
+from embedcache.curate.near_duplicates import NearDuplicates, find_near_duplicates
 from embedcache.search.vectors import Vectors
 from embedcache.sources.base import ImageItem, Sample
 from embedcache.store.group import add_feature, create_group
@@ -104,7 +104,7 @@ def _compare(folder: Path, count: int) -> None:
     found: dict[str, set[tuple[int, int]]] = {}
 
     def ours(*, all_pairs: bool) -> set[tuple[int, int]]:
-        near: Near = find_near(vectors, rows, [LIMIT], all_pairs=all_pairs, scratch=folder)
+        near: NearDuplicates = find_near_duplicates(vectors, rows, [LIMIT], all_pairs=all_pairs, scratch=folder)
         return set(zip(near.links.left.tolist(), near.links.right.tolist(), strict=True))
 
     def flat() -> set[tuple[int, int]]:
@@ -141,15 +141,15 @@ def _compare(folder: Path, count: int) -> None:
         ]
         for name, pairs in found.items()
     ]
-    show_table([f"{count:,} × {WIDTH}", "seconds", "CPU s", "pairs", "of FAISS's pairs", "others"], table)
+    print_table([f"{count:,} × {WIDTH}", "seconds", "CPU s", "pairs", "of FAISS's pairs", "others"], table)
 
 
 def _command(folder: Path, count: int) -> None:
     """The whole command in a process of its own."""
-    say(f"writing {count:,} vectors")
+    print_line(f"writing {count:,} vectors")
     planted = _write(folder / "large", count)
     out = folder / "kept.parquet"
-    words = ["curate", "dedup", "large", str(out), "--cosine", str(LIMIT), "--scratch", str(folder), "--clusters"]
+    words = ["curate", "dedup", "large", str(out), "--cosine", str(LIMIT), "--scratch", str(folder), "--no-all-pairs"]
     took = run_embedcache(words, folder=folder, is_quiet=False)
     removed = pq.read_table(out.with_suffix(".removed.parquet"))["row"].to_numpy()
     gone = np.isin(planted, removed).any(axis=1)
@@ -163,6 +163,6 @@ def _command(folder: Path, count: int) -> None:
             f"{len(removed) - int(gone.sum()):,}",
         ]
     ]
-    show_table(
+    print_table(
         ["seconds", "peak, GB", "CPU s", "planted", "recall", "removed besides"], table, title=f"{count:,} × {WIDTH}"
     )

@@ -15,7 +15,7 @@ from benchmarks.made import Made, write_made
 from benchmarks.measured import run_embedcache
 from benchmarks.table import median_seconds
 from embedcache.arrays import Inputs, normalize
-from embedcache.cli.console import say, show_table
+from embedcache.cli.console import print_line, print_table
 from embedcache.dataset.settings import SplitSettings
 from embedcache.evaluate.runs import load_runs
 from embedcache.projectors.saved import project
@@ -47,8 +47,8 @@ def main(*, quick: bool) -> None:
             "retrieval": ["retrieval", "captioned", "run"],
         }
         rows = [_row(folder, task, commands[task], floors[task], 1 if quick else 3) for task in commands]
-    show_table(["evaluation", "seconds", "peak, GB", "floor, s", "times the floor"], rows)
-    say("targets: 10 s and 2 GB; start-up and imports included")
+    print_table(["evaluation", "seconds", "peak, GB", "floor, s", "times the floor"], rows)
+    print_line("targets: 10 s and 2 GB; start-up and imports included")
 
 
 def _row(folder: Path, task: str, command: list[str], floor: Callable[[Path], object], repeats: int) -> list[str]:

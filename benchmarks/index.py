@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 from benchmarks.data import add_member
-from embedcache.cli.console import say, show_table
+from embedcache.cli.console import print_line, print_table
 from embedcache.provenance import peak_memory_bytes
 from embedcache.sources import open_source
 from embedcache.store.indexing import index
@@ -26,14 +26,14 @@ def main(*, quick: bool) -> None:
     """Print samples a second."""
     num_tars = 2 if quick else 100
     with TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-        say(f"writing {num_tars * SAMPLES_IN_A_TAR:,} samples")
+        print_line(f"writing {num_tars * SAMPLES_IN_A_TAR:,} samples")
         write_tars(Path(folder) / "tars", num_tars)
         samples = executor.submit(_go_through, Path(folder) / "tars").result()
         whole, peak = executor.submit(_index, Path(folder) / "tars", Path(folder) / "cache").result()
     rates = [("source alone", samples), ("index", whole)]
     rows = [[name, f"{num_tars * SAMPLES_IN_A_TAR / seconds:,.0f}", f"{seconds:.1f}"] for name, seconds in rates]
-    show_table([f"{num_tars * SAMPLES_IN_A_TAR:,} samples", "samples/s", "seconds"], rows)
-    say(f"peak memory {peak / 1e9:.2f} GB")
+    print_table([f"{num_tars * SAMPLES_IN_A_TAR:,} samples", "samples/s", "seconds"], rows)
+    print_line(f"peak memory {peak / 1e9:.2f} GB")
 
 
 def write_tars(folder: Path, num_tars: int) -> None:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from benchmarks.cosines import MAX_DRIFT, check_cosines, vectors
 from benchmarks.data import save_open_clip, write_pictures
 from benchmarks.table import median_rates, show
-from embedcache.cli.console import say
+from embedcache.cli.console import print_line
 from embedcache.store.cache import Cache
 
 VARIABLE = "EMBEDCACHE_BENCH_CLIP_RETRIEVAL"
@@ -36,7 +36,7 @@ _LIMIT_S = 3600
 def main(*, quick: bool) -> None:
     """Print samples a second of whole processes: for few samples, where start-up is most of the time, and for many."""
     if VARIABLE not in os.environ:
-        say(f"clip-retrieval left out: {VARIABLE} does not name its binary, see benchmarks/peers.py")
+        print_line(f"clip-retrieval left out: {VARIABLE} does not name its binary, see benchmarks/peers.py")
         return
     counts, repeats = ((64,), 1) if quick else ((64, 2000), 3)
     with TemporaryDirectory() as name:
@@ -50,7 +50,7 @@ def main(*, quick: bool) -> None:
             }
             show(f"{count} samples", "samples/s", list(median_rates(calls, repeats=repeats).items()))
             for modality in ("image", "text"):
-                say(f"{modality}s: {_compare(folder / 'ours', folder / 'theirs', modality)}")
+                print_line(f"{modality}s: {_compare(folder / 'ours', folder / 'theirs', modality)}")
 
 
 def _write_shards(folder: Path, count: int) -> str:
@@ -62,7 +62,7 @@ def _write_shards(folder: Path, count: int) -> str:
 
 def _ours(tars: str, folder: Path, encoder: str) -> list[str]:
     program = [sys.executable, "-m", "embedcache", "extract", tars, str(folder)]
-    return [*program, "--image", encoder, "--text", encoder]
+    return [*program, "--image-encoder", encoder, "--text-encoder", encoder]
 
 
 def _theirs(tars: str, folder: Path, encoder: str) -> list[str]:

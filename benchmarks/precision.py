@@ -15,7 +15,7 @@ from benchmarks.data import save_vit, write_captions, write_pictures
 from benchmarks.rates import encode_rate, prepare
 from benchmarks.table import median_rates, show
 from embedcache.arrays import Array
-from embedcache.cli.console import say
+from embedcache.cli.console import print_line
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
@@ -47,7 +47,7 @@ def _show(title: str, unit: str, encoders: dict[str, Encoder], prepared: Sequenc
     calls = {name: partial(encode_rate, encoder, prepared) for name, encoder in encoders.items()}
     show(title, unit, list(median_rates(calls, repeats=repeats).items()))
     plain, half = (_encode(encoder, prepared) for encoder in encoders.values())
-    say(f"{title}: {check_cosines(plain, half, _ANY_DRIFT)}")
+    print_line(f"{title}: {check_cosines(plain, half, _ANY_DRIFT)}")
 
 
 def _encode(encoder: Encoder, prepared: Sequence[Array]) -> Array:

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.clusters import Clusters
 from embedcache.arrays import Floats, Ints, normalize
-from embedcache.cli.console import read_size, say, show_table
+from embedcache.cli.console import print_line, print_table
 from embedcache.extract.extract import extract
 from embedcache.provenance import peak_memory_bytes
 from embedcache.search.faiss_index import exact_search, read_index
@@ -30,6 +30,7 @@ from embedcache.search.index import build_index, read_card
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.units import parse_size
 
 VARIABLE = "EMBEDCACHE_BENCH_VECTORS"
 PEER_VARIABLE = "EMBEDCACHE_BENCH_AUTOFAISS"
@@ -78,7 +79,7 @@ def _compare(folder: Path, cache: Path, vectors: Vectors, truth: Ints, budget: s
     rows = [[name, one.kind, *_figures(one, truth)] for name, one in asked.items()]
     title = f"{folder.name}, {len(vectors.rows):,} x {vectors.width}, memory {budget}"
     columns = ["", "kind", "recall@10", "ms a query", "ms in a batch", "build, s", "index, MB", "peak, GB"]
-    show_table(columns, rows, title=title)
+    print_table(columns, rows, title=title)
 
 
 def _figures(one: Asked, truth: Ints) -> list[str]:
@@ -110,7 +111,7 @@ def _ours(folder: Path, cache_path: Path, budget: str) -> Asked:
 
 def _build(cache_path: Path, index_path: Path, budget: str) -> tuple[float, int]:
     started = time.perf_counter()
-    build_index(cache_path, index_path, modality="text", memory_bytes=read_size(budget))
+    build_index(cache_path, index_path, modality="text", memory_bytes=parse_size(budget))
     return time.perf_counter() - started, peak_memory_bytes()
 
 
@@ -119,7 +120,7 @@ def _theirs(folder: Path, budget: str, python: Path) -> Asked | None:
     (folder / "answers.npz").unlink(missing_ok=True)
     done = subprocess.run([python, _PEER, folder, budget, str(_K)], check=False, env=clean, capture_output=True)
     if done.returncode:
-        say(f"autofaiss with {budget} failed: {''.join(done.stderr.decode().strip().splitlines()[-1:])}")
+        print_line(f"autofaiss with {budget} failed: {''.join(done.stderr.decode().strip().splitlines()[-1:])}")
         return None
     with np.load(folder / "answers.npz") as answers:
         return Asked(
@@ -166,6 +167,6 @@ def _peer_environment(folder: Path) -> Path | None:
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, capture_output=True)
     except subprocess.CalledProcessError as error:
         last = error.stderr.decode().strip().splitlines()[-1:]
-        say(f"autofaiss left out: pip cannot install it here: {''.join(last)}")
+        print_line(f"autofaiss left out: pip cannot install it here: {''.join(last)}")
         return None
     return python

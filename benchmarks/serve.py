@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks.data import write_captions
 from benchmarks.search import VARIABLE
-from embedcache.cli.console import say, show_table
+from embedcache.cli.console import print_line, print_table
 from embedcache.dataset.settings import SplitSettings
 from embedcache.extract.extract import extract
 from embedcache.search.index import build_index
@@ -63,7 +63,7 @@ def main(*, quick: bool) -> None:
             loads = ((f"{connections} at a time", connections, seconds) for connections in (1, 8, 32))
             rows = [_row(*load, address, process, texts, {}) for load in loads]
             rows.append(_row("for long", 32, 8 * seconds, address, process, texts, {}))
-        show_table(_COLUMNS, rows, title="OpenMoji, 1,893 images, MiniLM, 60 hits a query")
+        print_table(_COLUMNS, rows, title="OpenMoji, 1,893 images, MiniLM, 60 hits a query")
         num = int(os.environ.get(VARIABLE, 1_000_000)) // (20 if quick else 1)
         index, selections = _clusters(folder / "clusters", num)
         numbers = [str(number) for number in range(num, num + 50_000)]
@@ -80,7 +80,7 @@ def main(*, quick: bool) -> None:
                     ("a hundredth", {"selection": "hundredth"}),
                 )
             ]
-        show_table(_COLUMNS, rows, title=f"{num:,} x 256, {_FACTORY}, 60 hits a query")
+        print_table(_COLUMNS, rows, title=f"{num:,} x 256, {_FACTORY}, 60 hits a query")
 
 
 def _row(
@@ -172,7 +172,9 @@ def _clusters(folder: Path, num: int) -> tuple[Path, list[Path]]:
     extracted = time.perf_counter()
     card = build_index(folder / "cache", folder / "index", modality="text", factory=_FACTORY)
     built = time.perf_counter() - extracted
-    say(f"{num:,}: extracted in {extracted - started:.0f} s, indexed in {built:.0f} s, recall {card.recall_at_10:.3f}")
+    print_line(
+        f"{num:,}: extracted in {extracted - started:.0f} s, indexed in {built:.0f} s, recall {card.recall_at_10:.3f}"
+    )
     keys = Cache(folder / "cache").samples["key"].to_pylist()
     for name, step in (("half", 2), ("hundredth", 100)):
         (folder / f"{name}.txt").write_text("".join(f"{key}\n" for key in keys[::step]))

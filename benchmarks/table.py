@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from embedcache.cli.console import say, show_table
+from embedcache.cli.console import print_line, print_table
 from embedcache.provenance import peak_memory_bytes
 
 
@@ -32,5 +32,5 @@ def show(title: str, unit: str, rates: Sequence[tuple[str, float]]) -> None:
     """Print rates, each with its ratio to the first, which is the floor or the peer; and the peak memory so far."""
     floor = rates[0][1]
     rows = [[name, f"{rate:,.1f}", f"{rate / floor:.3f}"] for name, rate in rates]
-    show_table([title, unit, f"ratio to {rates[0][0]}"], rows)
-    say(f"peak memory {peak_memory_bytes() / 1e9:.2f} GB")
+    print_table([title, unit, f"ratio to {rates[0][0]}"], rows)
+    print_line(f"peak memory {peak_memory_bytes() / 1e9:.2f} GB")

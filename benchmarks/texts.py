@@ -17,7 +17,7 @@ from benchmarks.cosines import MAX_DRIFT, check_cosines, vectors
 from benchmarks.data import write_captions
 from benchmarks.rates import extract_rate
 from benchmarks.table import median_rates, show
-from embedcache.cli.console import say
+from embedcache.cli.console import print_line
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -36,7 +36,7 @@ def main(*, quick: bool) -> None:
         for backend in BACKENDS:
             extract(source, Path(folder) / backend, text=[ENCODER], settings=_settings(backend))
             drift = check_cosines(vectors(Path(folder) / backend, "text"), model.encode(captions), MAX_DRIFT)
-            say(f"{backend}: {drift}")
+            print_line(f"{backend}: {drift}")
         ours = {
             f"extract on {backend}": partial(extract_rate, source, text=[ENCODER], settings=_settings(backend))
             for backend in BACKENDS

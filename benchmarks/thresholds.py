@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Array, Floats, mean_directions
-from embedcache.cli.console import show_table
-from embedcache.curate.counting import SAMPLE, look_at
+from embedcache.cli.console import print_table
+from embedcache.curate.counting import SAMPLE, estimate_background
 from embedcache.extract.extract import extract
 from embedcache.search.concepts import MOST_EXAMPLES, open_concepts
 from embedcache.search.vectors import Vectors
@@ -44,7 +44,9 @@ def main(*, quick: bool) -> None:
             through = "names, through the run" if run else "names, plain"
             rows += _rows(f"{modality}s: {through}", concepts.vectors, pool.read(pool.rows), _labels(pool, groups))
         rows += _prototypes(Vectors(cache.path, "image"), groups)
-    show_table(["OpenMoji, ten groups", "deviations", "above", "by chance", "precision", "recall", "of the pool"], rows)
+    print_table(
+        ["OpenMoji, ten groups", "deviations", "above", "by chance", "precision", "recall", "of the pool"], rows
+    )
 
 
 def _prototypes(pool: Vectors, groups: list[str]) -> list[list[str]]:
@@ -65,7 +67,7 @@ def _labels(pool: Vectors, groups: list[str]) -> Array:
 
 
 def _rows(title: str, concepts_CP: Floats, vectors_NP: Floats, labels_N: Array) -> list[list[str]]:
-    background = look_at(concepts_CP, vectors_NP[:SAMPLE], 10)
+    background = estimate_background(concepts_CP, vectors_NP[:SAMPLE], 10)
     sims = vectors_NP @ concepts_CP.T
     is_of = labels_N[:, None] == np.arange(len(concepts_CP))
     rows = []

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from embedcache.arrays import Inputs
-from embedcache.cli.console import say, show_table
+from embedcache.cli.console import print_line, print_table
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train.batches import Batches
@@ -63,7 +63,7 @@ def _floors(folder: str, *, quick: bool) -> None:
                     f"{lower / ours:.2f}",
                 ]
             )
-    show_table(["precision", "batch", "step, s", "products alone, s", "ratio", "ratio, three in the loss"], rows)
+    print_table(["precision", "batch", "step, s", "products alone, s", "ratio", "ratio, three in the loss"], rows)
 
 
 def _step_against_floor(folder: str, batch_size: int, precision: str, repeats: int) -> tuple[float, float, float]:
@@ -123,8 +123,8 @@ def _loops(folder: str, *, quick: bool) -> None:
         medians = {name: np.median(values, axis=0) for name, values in rates.items()}
         ours = medians["embedcache"][0]
         rows = [[name, f"{rate:,.0f}", f"{ours / rate:.2f}", f"{peak:.2f}"] for name, (rate, peak) in medians.items()]
-        show_table([f"batch {batch_size:,}", "pairs/s", "ours is so many times as fast", "peak above start, GB"], rows)
-    say("mlp projectors, float32, 65,536 pairs of float16 on disk, two epochs' steps or 20 s, loading included")
+        print_table([f"batch {batch_size:,}", "pairs/s", "ours is so many times as fast", "peak above start, GB"], rows)
+    print_line("mlp projectors, float32, 65,536 pairs of float16 on disk, two epochs' steps or 20 s, loading included")
 
 
 def _ours(folder: str, batch_size: int) -> float:

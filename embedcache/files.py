@@ -113,10 +113,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         if not _is_full(error):
             raise
-        raise DiskFullError(
-            f"no space left on the disk of {path}; what is committed is kept: "
-            "free some space and run the same command again"
-        ) from error
+        raise DiskFullError(disk_full_message(f" of {path}")) from error
+
+
+def disk_full_message(disk: str = "") -> str:
+    """Return the text of a full disk's error."""
+    return f"no space left on the disk{disk}; finished work is kept: free some space and rerun the same command"
 
 
 def _is_full(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import DataError, ItemError, PathError
 from embedcache.extract.views import open_view
 from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.projectors.saved import PairConfig, Side, load_pair, project
+from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project
 from embedcache.provenance import check_same
 from embedcache.sources.images import decode_image, rgb_image
 
@@ -174,7 +174,7 @@ class ProjectedEncoder:
         return np.concatenate(parts)
 
 
-def open_projected_encoder(modality: Modality, side: Side, tower: AnyTower, device: str) -> ProjectedEncoder:
+def open_projected_encoder(modality: Modality, side: TowerInput, tower: AnyTower, device: str) -> ProjectedEncoder:
     """Open the encoder of one side of a run, and the view it looked through.
 
     Raises:
@@ -188,7 +188,7 @@ def open_projected_encoder(modality: Modality, side: Side, tower: AnyTower, devi
     return ProjectedEncoder(encoder=encoder, look=_open_look(side), names=names, tower=tower, device=device)
 
 
-def _open_look(side: Side) -> Callable[[Any], Any]:
+def _open_look(side: TowerInput) -> Callable[[Any], Any]:
     about = side.fingerprint.get("view")
     if about is None:
         return lambda item: item

@@ -13,7 +13,7 @@ A field that is itself a settings class is a group; its fields join those of the
 
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -45,6 +45,7 @@ class Declaration:
         flat_name: name on the command line and in TOML, where the field's own name is ambiguous outside its class.
         default_text: what `--help` shows as the default where the value is chosen at run time.
         metavar: placeholder of the value in `--help`; None: chosen from the type.
+        parse: converts text from the command line or a TOML file, such as `4GB`; see `embedcache.units`.
     """
 
     help: str
@@ -57,6 +58,7 @@ class Declaration:
     flat_name: str | None = None
     default_text: str | None = None
     metavar: str | None = None
+    parse: Callable[[str], Any] | None = None
 
 
 def setting(default: Any, help: str, **declared: Any) -> Any:
@@ -233,7 +235,8 @@ def from_flat(kind: type[S], values: Mapping[str, Any]) -> S:
             target = nested
             for key in item.path[:-1]:
                 target = target.setdefault(key, {})
-            target[item.path[-1]] = values[item.name]
+            value, parse = values[item.name], item.declared.parse
+            target[item.path[-1]] = parse(value) if parse is not None and isinstance(value, str) else value
     return _build(kind, nested)
 
 

@@ -10,13 +10,13 @@ disk that all tokens take. A model hub is needed for the default encoders; name 
 import argparse
 from pathlib import Path
 
-from embedcache.cli.console import open_progress, say, show_table
+from embedcache.cli.console import open_progress, print_line, print_table
 from embedcache.dataset.settings import SplitSettings
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.reports.retrieval import retrieval_rows
+from embedcache.reports.retrieval import retrieval_table
 from embedcache.search.index import build_index
 from embedcache.sources import open_source
 from embedcache.train.settings import MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
@@ -48,7 +48,7 @@ def main() -> None:
     for report in extract(
         source, cache_path, image=[options.image], text=[options.text], settings=settings, progress=progress
     ):
-        say(report.line())
+        print_line(report.line())
 
     def train_seeds(name: str, *, shuffle_pairs: bool) -> list[Path]:
         run_paths = [options.workdir / f"{name}-{seed}" for seed in SEEDS]
@@ -61,17 +61,17 @@ def main() -> None:
                 seed=seed,
                 machine=MachineSettings(device=options.device),
             )
-            say(train(cache_path, run_path, settings=recipe, progress=progress).line(run_path))
+            print_line(train(cache_path, run_path, settings=recipe, progress=progress).line(run_path))
         return run_paths
 
     trained, shuffled = train_seeds("run", shuffle_pairs=False), train_seeds("shuffled", shuffle_pairs=True)
     reports = {
         name: evaluate_retrieval(cache_path, runs) for name, runs in (("run", trained), ("shuffled pairs", shuffled))
     }
-    columns, rows = retrieval_rows(reports)
-    show_table(columns, rows, title=reports["run"].line())
+    columns, rows = retrieval_table(reports)
+    print_table(columns, rows, title=reports["run"].line())
     card = build_index(cache_path, options.workdir / "index", run_path=trained[0], progress=progress)
-    say(f"{options.workdir / 'index'}: {card.num_vectors:,} images; ask it with: embedcache curate search")
+    print_line(f"{options.workdir / 'index'}: {card.num_vectors:,} images; search it with: embedcache search")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TypeAlias
 
-from embedcache.cli.console import open_progress, say
+from embedcache.cli.console import open_progress, print_line
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -75,7 +75,7 @@ def main() -> None:
         report = evaluate_retrieval(cache_path, paths)
         about = {"parameters": f"{runs[0].num_parameters:,}", "MFLOP a pair": f"{runs[0].flops_a_pair / 1e6:.1f}"}
         methods.append(Method(group=group, name=name, about=about, report=report))
-        say(f"{group}, {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
+        print_line(f"{group}, {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
     write_comparison(PAGE, methods, title="Projectors and losses on OpenMoji", notes=NOTES)
 
 

@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 
 from embedcache.evaluate.retrieval import WAYS, RetrievalReport
 from embedcache.files import replacing, write_atomic
-from embedcache.reports.base import COLOURS, GRID, INK, SOFT
-from embedcache.reports.retrieval import format_estimate
+from embedcache.reports.base import COLORS, GRID, INK, SOFT, format_estimate
 
 _KS = (1, 10)
 
@@ -75,7 +74,7 @@ def _plot(methods: Sequence[Method]) -> Figure:
         axes.axvspan(chance.low, chance.high, color=SOFT, alpha=0.4, linewidth=0)
         for position, method in enumerate(methods):
             estimate = method.report.recalls[way]["r@10"]
-            color = COLOURS[groups.index(method.group) % len(COLOURS)]
+            color = COLORS[groups.index(method.group) % len(COLORS)]
             axes.plot([estimate.low, estimate.high], [position, position], color=color, linewidth=1.2)
             axes.plot(estimate.value, position, "o", color=color, markersize=4)
         axes.set_xlabel(f"{way} R@10, 95 % interval; gray: chance", color=INK)

@@ -12,8 +12,7 @@ from embedcache.evaluate.encoder_pairs import METRICS, PairsReport
 from embedcache.evaluate.retrieval import WAYS, RetrievalReport
 from embedcache.files import replacing, write_atomic
 from embedcache.metrics.intervals import rank_correlation
-from embedcache.reports.base import COLOURS, GRID, INK, label
-from embedcache.reports.retrieval import format_estimate, format_share
+from embedcache.reports.base import COLORS, GRID, INK, format_estimate, format_fraction, label
 
 Pair = tuple[str, str]
 """An image feature and a text feature."""
@@ -64,7 +63,7 @@ def correlation_rows(outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:
         for metric, name in METRICS.items():
             values = outcomes.metric(metric)
             found = rank_correlation(values, recalls)
-            chosen = [format_share(recalls[values.argmax()]), format_share(recalls.max())]
+            chosen = [format_fraction(recalls[values.argmax()]), format_fraction(recalls.max())]
             rows.append([name, recipe, format_estimate(found.spearman), format_estimate(found.kendall), *chosen])
     return ["metric", "training", "Spearman", "Kendall", "its choice reached", "best of all"], rows
 
@@ -90,7 +89,7 @@ def write_correlations(path: Path, outcomes: Outcomes, *, title: str, notes: Seq
 def _pair_rows(outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:
     columns = [*(f"test R@10, {recipe}" for recipe in outcomes.reached), *METRICS.values()]
     figures = [*map(outcomes.recall, outcomes.reached), *map(outcomes.metric, METRICS)]
-    rows = [[*pair, *(format_share(values[row]) for values in figures)] for row, pair in enumerate(outcomes.pairs)]
+    rows = [[*pair, *(format_fraction(values[row]) for values in figures)] for row, pair in enumerate(outcomes.pairs)]
     return ["image", "text", *columns], rows
 
 
@@ -107,7 +106,7 @@ def _plot(outcomes: Outcomes) -> Figure:
         recalls = outcomes.recall(recipe)
         for column, (metric, name) in enumerate(METRICS.items()):
             axes, values = grid[row, column], outcomes.metric(metric)
-            for color, image in zip(COLOURS, images, strict=False):
+            for color, image in zip(COLORS, images, strict=False):
                 here = np.array([pair[0] == image for pair in outcomes.pairs])
                 axes.scatter(values[here], recalls[here], s=18, color=color, label=image)
             label(axes, name if row == len(outcomes.reached) - 1 else "", "" if column else f"test R@10, {recipe}")

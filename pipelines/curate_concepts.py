@@ -11,11 +11,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from embedcache.cli.console import say
+from embedcache.cli.console import print_line
 from embedcache.curate.select.select import SelectSettings, select
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.zero_shot import evaluate_zero_shot
-from embedcache.reports.retrieval import format_estimate
+from embedcache.reports.base import format_estimate
 from embedcache.train.data import TrainData, open_data
 from embedcache.train.settings import train_settings
 from embedcache.train.train import train_on
@@ -53,7 +53,7 @@ def measure(workdir: Path, data: TrainData, group: str, name: str, file: str) ->
     report = evaluate_retrieval(workdir / "pool", runs, language="en")
     classified = evaluate_zero_shot(workdir / "pool", runs, workdir / "groups", compares=False)
     accuracy = format_estimate(classified.accuracies["mean_per_class_recall"])
-    say(f"{group} {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}, classes {accuracy}")
+    print_line(f"{group} {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}, classes {accuracy}")
     about = {"English pairs": f"{count_english(workdir, file, SEEDS):,.0f}", "9 classes": accuracy}
     return Method(group=group, name=name, about=about, report=report)
 

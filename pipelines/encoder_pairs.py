@@ -9,7 +9,7 @@ Writes docs/benchmarks/encoder_pairs.md and .svg. What is in the folder already 
 import argparse
 from pathlib import Path
 
-from embedcache.cli.console import open_progress, say, show_table
+from embedcache.cli.console import open_progress, print_line, print_table
 from embedcache.evaluate.encoder_pairs import evaluate_pairs
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
@@ -70,8 +70,8 @@ def main() -> None:
             reports[image, text] = [evaluate_retrieval(cache_path, [run]) for run in runs]
         reached[recipe] = reports
     outcomes = Outcomes(promised=promised, reached=reached)
-    say(promised[0].line())
-    show_table(*correlation_rows(outcomes))
+    print_line(promised[0].line())
+    print_table(*correlation_rows(outcomes))
     write_correlations(PAGE, outcomes, title="What predicts an encoder pair's recall", notes=NOTES)
 
 

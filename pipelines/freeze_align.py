@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import embedcache
-from embedcache.cli.console import open_progress, say, show_table
-from embedcache.reports.retrieval import retrieval_rows
+from embedcache.cli.console import open_progress, print_line, print_table
+from embedcache.reports.retrieval import retrieval_table
 from embedcache.train.settings import train_settings
 
 FULL: dict[str, Any] = {"image": "hf:facebook/dinov2-large", "text": "st:sentence-transformers/all-roberta-large-v1"}
@@ -64,7 +64,7 @@ def choose(workdir: Path, captions: str, concepts: str, recipe: dict[str, Any], 
         embedcache.extract_features(source, path, text=[recipe["text"]], settings=stored, progress=open_progress())
     settings, out = embedcache.SelectSettings(per_concept=recipe["each"]), workdir / "chosen.parquet"
     by_concept: dict[str, Any] = {"concepts_path": paths[1], "joins_names": True}  # two names of ImageNet stand twice
-    say(embedcache.select_samples(paths[0], out, "rare-first", settings=settings, **by_concept).line())
+    print_line(embedcache.select_samples(paths[0], out, "rare-first", settings=settings, **by_concept).line())
 
 
 def align(workdir: Path, pairs: str, recipe: dict[str, Any], training: dict[str, Any]) -> None:
@@ -77,9 +77,9 @@ def align(workdir: Path, pairs: str, recipe: dict[str, Any], training: dict[str,
     for name, shuffles in (("run", False), ("shuffled", True)):
         settings, run = train_settings({**training, "shuffle_pairs": shuffles}), workdir / name
         report = embedcache.train_projectors(cache, run, image=recipe["side"], settings=settings, progress=progress)
-        say(report.line(run))
+        print_line(report.line(run))
         reports[name] = embedcache.evaluate_retrieval(cache, run, is_control=shuffles)
-    show_table(*retrieval_rows(reports))
+    print_table(*retrieval_table(reports))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ docs/benchmarks/multilingual.md and .svg; what is in the folder already is used 
 import argparse
 from pathlib import Path
 
-from embedcache.cli.console import open_progress, say
+from embedcache.cli.console import open_progress, print_line
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -55,12 +55,12 @@ def main() -> None:
         for seed, path in zip(SEEDS, paths, strict=True):
             split = "strict" if name == "USE" else str(workdir / "runs" / f"USE-{seed}" / "split.parquet")
             recipe = train_settings({**RECIPE, "split": split, "shuffle_pairs": shuffle_pairs, "seed": seed})
-            say(train_on(data, path, recipe, progress=progress).line(path))
+            print_line(train_on(data, path, recipe, progress=progress).line(path))
         return paths
 
     def measure(encoder: str, name: str, paths: list[Path], *, language: str) -> Method:
         report = evaluate_retrieval(cache_path, paths, language=language)
-        say(f"{encoder}, {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
+        print_line(f"{encoder}, {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
         assert report.overlap is not None
         about = {
             "made for it": "yes" if language in NAMED[encoder] else "no",

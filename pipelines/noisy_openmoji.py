@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.cli.console import open_progress
-from embedcache.curate.select.combine import combine
+from embedcache.curate.select.combine import combine_selections
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.splits import read_split, spread_split, swap_parts, write_split
 from embedcache.extract.extract import extract
@@ -56,7 +56,10 @@ def make_caches(workdir: Path) -> None:
 def count_english(workdir: Path, file: str, seeds: Sequence[int]) -> float:
     """Count the English pairs of a selection: the mean over the cuts."""
     parts = [(workdir / f"cut-{seed}" / f"{file}.parquet", workdir / f"cut-{seed}") for seed in seeds]
-    both = [combine(workdir / "pool", cut / "both.parquet", one, "and", cut / "english.parquet") for one, cut in parts]
+    both = [
+        combine_selections(workdir / "pool", cut / "both.parquet", one, "and", cut / "english.parquet")
+        for one, cut in parts
+    ]
     return float(np.mean(both))
 
 

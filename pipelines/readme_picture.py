@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import embedcache
-from embedcache.reports.thumbnails import Pictures, credit
-from embedcache.search.filters import Hit
+from embedcache.reports.thumbnails import Thumbnails, credit
+from embedcache.search.search import Hit
 
 QUESTIONS = ("an animal with feathers", "a vehicle on the water", "something sweet to eat", "a broken promise")
 K = 6
@@ -29,7 +29,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     cache = embedcache.Cache(folder / "emoji")
     answers = held_out_answers(folder)
-    pictures, figure = Pictures(cache), Figure(figsize=(8.4, 6.4), layout="constrained", facecolor="white")
+    pictures, figure = Thumbnails(cache), Figure(figsize=(8.4, 6.4), layout="constrained", facecolor="white")
     for axes_K, question, hits in zip(figure.subplots(len(QUESTIONS), K), QUESTIONS, answers, strict=True):
         axes_K[0].set_title(f"“{question}”", loc="left", fontsize=12, pad=10)
         for axes, hit in zip(axes_K, hits, strict=True):

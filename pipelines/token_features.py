@@ -8,7 +8,7 @@ Writes docs/benchmarks/tokens.md and .svg. What is in the folder already is used
 import argparse
 from pathlib import Path
 
-from embedcache.cli.console import open_progress, say
+from embedcache.cli.console import open_progress, print_line
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
@@ -61,7 +61,7 @@ def main() -> None:
         about = {"bytes an image": f"{num_bytes:,}", "MFLOP a pair": f"{runs[0].flops_a_pair / 1e6:.1f}"}
         report = evaluate_retrieval(cache_path, paths)
         methods.append(Method(group=projector, name=name, about=about, report=report))
-        say(f"{name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
+        print_line(f"{name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
     write_comparison(PAGE, methods, title="Token features for their bytes", notes=NOTES)
 
 

@@ -11,15 +11,15 @@ that are cached in `work/` are used again.
 import argparse
 from pathlib import Path
 
-from embedcache.cli.console import open_progress, say, show_table
+from embedcache.cli.console import open_progress, print_line, print_table
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import PairConfig
-from embedcache.reports.zero_shot import zero_shot_rows
+from embedcache.reports.zero_shot import zero_shot_table
 from embedcache.sources import open_source
-from embedcache.sources.prompts import CLASS_NAMES, template_sets
+from embedcache.sources.prompts import CLASS_NAMES, clip_benchmark_file
 
 SHIPPED = {"imagenetv2": "imagenet1k"}  # whose classes they have
 
@@ -34,9 +34,9 @@ def main() -> None:
     folders = sorted(path for path in options.sets.iterdir() if path.is_dir())
     reports = {folder.name: measure(folder, options.workdir / folder.name, options.runs) for folder in folders}
     for name, report in reports.items():
-        say(f"{name}: {report.line()}")
-        columns, (row, chance) = zero_shot_rows({name: report})
-        show_table(columns, [row, chance])
+        print_line(f"{name}: {report.line()}")
+        columns, (row, chance) = zero_shot_table({name: report})
+        print_table(columns, [row, chance])
 
 
 def measure(folder: Path, work: Path, runs: list[Path]) -> ZeroShotReport:
@@ -50,12 +50,12 @@ def measure(folder: Path, work: Path, runs: list[Path]) -> ZeroShotReport:
 
 def cache_side(source: str, cache: Path, config: PairConfig, modality: str) -> None:
     """Extract what one side of the run takes."""
-    side = config.side(modality)
+    side = config.tower_input(modality)
     settings = ExtractSettings(features=tuple(name.partition("/")[2] for name in side.feature.split("+")))
     image, text = ([side.spec], []) if modality == "image" else ([], [side.spec])
     reports = extract(open_source(source), cache, image=image, text=text, settings=settings, progress=open_progress())
     for report in reports:
-        say(report.line())
+        print_line(report.line())
 
 
 def prompts_of(folder: Path, images: Path) -> str:
@@ -64,7 +64,8 @@ def prompts_of(folder: Path, images: Path) -> str:
         return str(folder)
     name = SHIPPED.get(folder.name, folder.name)
     classes = name if folder.name in SHIPPED else str(images)
-    return f"{classes}+{name}" if name in template_sets() else classes
+    has_templates = name in clip_benchmark_file("en_zeroshot_classification_templates.json")
+    return f"{classes}+{name}" if has_templates else classes
 
 
 if __name__ == "__main__":

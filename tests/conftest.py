@@ -45,3 +45,22 @@ def two_caches(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         settings = ExtractSettings(features=FEATURES, chunk_size=32)
         extract(open_source(pictures), folder / name, image=[IMAGE], text=[TEXT], settings=settings)
     return [folder / "a", folder / "b"]
+
+
+@pytest.fixture(scope="session")
+def run_path(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained on the shared cache. Not to be changed."""
+    from tests.evaluate.test_retrieval import train_run
+
+    return train_run(cache_path, tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="session")
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty images in two splits and two classes, in chunks of 16. Not to be changed."""
+    folder = tmp_path_factory.mktemp("labeled")
+    for number, name in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
+        write_pictures(folder / "s" / name, 15, seed=number)
+    settings = ExtractSettings(chunk_size=16)
+    extract(open_source(folder / "s"), folder / "cache", image=[IMAGE], text=[TEXT], settings=settings)
+    return folder / "cache"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 160, 60),
     "blue": (40, 70, 210),
@@ -21,10 +21,10 @@ def write_pictures(folder: Path, count: int, *, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for number in range(count):
-        back, front = rng.choice(list(COLOURS), 2, replace=False)
+        back, front = rng.choice(list(COLORS), 2, replace=False)
         place = rng.choice(list(PLACES))
-        image = Image.new("RGB", (32, 32), COLOURS[back])
-        image.paste(COLOURS[front], PLACES[place])
+        image = Image.new("RGB", (32, 32), COLORS[back])
+        image.paste(COLORS[front], PLACES[place])
         noise = rng.integers(0, 12, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(np.maximum(np.asarray(image), 12) - noise).save(folder / f"{number:05d}.png")
         (folder / f"{number:05d}.txt").write_text(f"{front} bar {place} on {back}\n")

@@ -83,7 +83,7 @@ def run_path(request: pytest.FixtureRequest, exact_cache: Path, tmp_path_factory
 
 def cached_vectors(cache_path: Path, run_path: Path, modality: str, count: int) -> np.ndarray:
     pair, config = load_pair(run_path)
-    side = open_input(embedcache.Cache(cache_path), modality, config.side(modality).feature)
+    side = open_input(embedcache.Cache(cache_path), modality, config.tower_input(modality).feature)
     return project(pair.tower(modality), side.read(np.arange(count)))
 
 

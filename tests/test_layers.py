@@ -10,7 +10,7 @@ import embedcache
 PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"arrays", "registry", "progress"},
+    {"arrays", "registry", "progress", "units"},
     {"settings", "processes"},
     {"files"},
     {"metrics", "provenance"},
@@ -33,6 +33,7 @@ DOORS = {
     "upath": {"files"},
     "ray": {"processes"},
     "datasets": {"sources"},
+    "fontTools": {"quickstart"},
     "faiss": {"search"},
     "timm": {"encoders"},
     "transformers": {"encoders", "export"},

@@ -140,13 +140,13 @@ def test_gpu_number_is_not_recorded() -> None:
     assert {train_settings({"device": name}).to_json()["machine"]["device"] for name in ("cuda", "cuda:1")} == {"cuda"}
 
 
-def parse(words: list[str]) -> TrainSettings:
-    """Return the settings that a command with the options of `TrainSettings` gets from a command line."""
+def parse(words: list[str], kind: type[Any] = TrainSettings) -> Any:
+    """Return the settings that a command with the options of a class gets from a command line."""
     app, found = typer.Typer(), []
 
     @app.command()
-    @with_settings(TrainSettings, build=train_settings)
-    def command(*, settings: TrainSettings) -> None:
+    @with_settings(settings=kind, build={"settings": train_settings} if kind is TrainSettings else None)
+    def command(*, settings: Any) -> None:
         found.append(settings)
 
     app(words, standalone_mode=False)
@@ -180,8 +180,8 @@ def test_config_file_gives_values_and_options_win(tmp_path: Path) -> None:
     ("text", "error", "message"),
     [
         ("lr = ", SettingError, "expected TOML such as `lr = 0.001`"),
-        ("lrr = 1", UnknownNameError, "unknown setting 'lrr'; did you mean 'lr'"),
-        ("epochs = 1.5", SettingError, "epochs: expected a whole number of at least 0, got 1.5"),
+        ("lrr = 1", UnknownNameError, "unknown option 'lrr'; did you mean 'lr'"),
+        ("epochs = -1", SettingError, "epochs: expected a whole number of at least 0, got -1"),
         (None, PathError, "cannot read .*train.toml: No such file"),
     ],
 )
@@ -194,5 +194,14 @@ def test_bad_config_file_raises(tmp_path: Path, text: str | None, error: type[Ex
 
 
 def test_config_lists_become_tuples(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text('names = ["a", "b"]')
-    assert from_flat(Outer, read_config(tmp_path / "c.toml")).names == ("a", "b")
+    path = tmp_path / "c.toml"
+    path.write_text('names = ["a", "b"]')
+    assert parse(["--config", str(path)], Outer).names == ("a", "b")
+    assert parse(["--names", "a,b", "--names", "c"], Outer).names == ("a", "b", "c")
+
+
+def test_config_of_a_run_restores_its_settings() -> None:
+    golden = json.loads(GOLDEN_RUN.read_text())["training"]
+    values = {name: value for name, value in read_config(GOLDEN_RUN).items() if not name.endswith("_feature")}
+    assert train_settings(values).to_json() == golden
+    assert read_config(GOLDEN_RUN)["image_feature"] == "open_toy/cls"

@@ -1,54 +1,185 @@
-"""What the command line shows: progress on standard error, results on standard output."""
+"""What the command line prints: progress and log messages on standard error, results on standard output."""
 
+import json
+import logging
+import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from embedcache.errors import DataError, PathError, SettingError
+from embedcache.errors import DataError, PathError
+from embedcache.progress import NullProgress, Progress
+
+log = logging.getLogger("embedcache")
 
 _SECONDS_BETWEEN_LINES = 10.0
 _PLAIN_WIDTH = 160
 _INTERRUPTED = 130
 
 
+@contextmanager
+def verbosity(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Set what is printed beside results while a command runs."""
+    level, started = log.level, time.monotonic()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    if quiet:
+        log.setLevel(logging.ERROR)
+    elif verbose:
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        log.info("run time %.1f s, peak memory %.0f MB", time.monotonic() - started, peak_mb)
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def open_progress() -> Progress:
+    """Return bars on a terminal, plain lines elsewhere, and nothing with `--quiet`."""
+    if log.level == logging.ERROR:
+        return NullProgress()
+    return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Explain on Ctrl-C that the same command resumes the work, and exit with code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("Interrupted. Finished work is kept; rerun the same command to resume.", file=sys.stderr)
+        raise typer.Exit(_INTERRUPTED) from None
+
+
+def print_line(line: str) -> None:
+    """Print one line of a result."""
+    print(line, flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    """Print a table; the first column is left-aligned, the others right-aligned."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False).print(table)
+
+
+def print_json(record: Any) -> None:
+    """Print JSON on standard output."""
+    print(json.dumps(record, indent=1, ensure_ascii=False), flush=True)
+
+
+def publish(
+    show: Callable[[], None],
+    record: Callable[[], Any],
+    *,
+    as_json: bool,
+    output: Path | None = None,
+    write_output: Callable[[Path], None] | None = None,
+    html: Path | None = None,
+    write_page: Callable[[Path], None] | None = None,
+) -> None:
+    """Print a report for people or as JSON, and write the files that were asked for.
+
+    Args:
+        show: prints the report for people.
+        record: returns the report as JSON values.
+        as_json: print the JSON values instead.
+        output: JSON file to write.
+        write_output: writes it; None: the JSON values in one file.
+        html: page to write.
+        write_page: writes the page.
+    """
+    from embedcache.provenance import write_json
+
+    if as_json:
+        print_json(record())
+    else:
+        show()
+    if output is not None and write_output is not None:
+        write_output(output)
+    elif output is not None:
+        write_json(output, record())
+    if html is not None and write_page is not None:
+        write_page(html)
+    for path in filter(None, (output, html)):
+        print(f"wrote {path}", file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def to_plain(value: Any) -> Any:
+    """Return a report as JSON values: dataclasses become objects, arrays and sequences lists, paths text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(one) for one in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file that are not empty.
+
+    Raises:
+        PathError: the file does not exist.
+        DataError: it is not UTF-8.
+    """
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError as error:
+        raise PathError(f"{path} does not exist; expected a text file with one text per line") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text, got other bytes: {error}") from error
+
+
 class TerminalProgress:
-    """Draws a bar with rate and time left."""
+    """Draw a bar with the rate and the time left."""
 
     def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+
         self._console = Console(stderr=True)
-        self._bar: Progress | None = None
+        self._bar: Bar | None = None
 
     def start(self, what: str, total: int, unit: str) -> None:
-        """Begin a bar; without a total it only counts."""
+        """Start a bar; without a total it only counts."""
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
         self.finish()
         self._rate = _Rate(unit)
         self._total = total
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[done]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}")
+        self._bar = Bar(*columns, TimeRemainingColumn(), console=self._console)
         self._bar.start()
         self._task = self._bar.add_task(what, total=total or None, done="")
 
     def advance(self, count: int) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         self._rate.add(count)
         if self._bar is not None:
             done = f"{self._rate.done:,}{_of(self._total)} · {self._rate.text()}"
             self._bar.update(self._task, advance=count, done=done)
 
     def finish(self) -> None:
-        """Leave the bar as it is."""
+        """Stop the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -59,29 +190,27 @@ class TerminalProgress:
 
 
 class PlainProgress:
-    """Writes a line now and then, for logs."""
+    """Write a line every ten seconds, for logs."""
 
     def start(self, what: str, total: int, unit: str) -> None:
-        """Begin a piece of work."""
+        """Start a piece of work."""
         self._what, self._total, self._unit = what, total, unit
         self._rate = _Rate(unit)
         self._last = time.monotonic()
 
     def advance(self, count: int) -> None:
-        """Say how far it is, at most every ten seconds."""
+        """Write the count, the rate and the time left, at most every ten seconds."""
         self._rate.add(count)
         if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            self.note(
-                f"{self._what}: {self._rate.done:,}{_of(self._total)} {self._unit}, {self._rate.text()}{self._left()}"
-            )
+            done = f"{self._rate.done:,}{_of(self._total)} {self._unit}"
+            self.note(f"{self._what}: {done}, {self._rate.text()}{self._left()}")
 
     def finish(self) -> None:
-        """Say how long it took."""
+        """Write the total time."""
         if self._rate.done:
-            self.note(
-                f"{self._what}: {self._rate.done:,} {self._unit} in {self._rate.seconds:.1f} s, {self._rate.text()}"
-            )
+            done = f"{self._rate.done:,} {self._unit} in {self._rate.seconds:.1f} s"
+            self.note(f"{self._what}: {done}, {self._rate.text()}")
         self._rate = _Rate(self._unit)
 
     def note(self, line: str) -> None:
@@ -92,10 +221,6 @@ class PlainProgress:
         if not (self._total and self._rate.done):
             return ""
         return f", {self._rate.seconds * (self._total - self._rate.done) / self._rate.done:.0f} s left"
-
-
-def _of(total: int) -> str:
-    return f"/{total:,}" if total else ""
 
 
 class _Rate:
@@ -115,104 +240,5 @@ class _Rate:
         return f"{self.done / self.seconds:,.0f} {self._unit}/s"
 
 
-def open_progress() -> TerminalProgress | PlainProgress:
-    """Choose bars on a terminal and plain lines elsewhere."""
-    return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
-
-
-@contextmanager
-def going_on_later() -> Iterator[None]:
-    """Let Ctrl-C stop work that a later run goes on with."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("stopped; what is committed is kept: run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(_INTERRUPTED) from None
-
-
-def say(line: str) -> None:
-    """Print one result line."""
-    print(line, flush=True)
-
-
-def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """Print a table; the first column is left-aligned, the others right-aligned."""
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, markup=False).print(table)
-
-
-def read_share(text: str) -> float:
-    """Read a share of a whole, `0.1%` or `0.001`.
-
-    Raises:
-        SettingError: it is neither.
-    """
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise SettingError(f"{text!r} is no share; write it as 0.1% or as 0.001") from None
-
-
-def read_size(text: str) -> int:
-    """Read a number of bytes, `500M`, `4G` or `4096`; K, M, G and T are powers of 1024.
-
-    Raises:
-        SettingError: it is no such number above 0.
-    """
-    power = "KMGT".find(text[-1:].upper()) + 1 if text else 0
-    try:
-        size = int(float(text[:-1] if power else text) * 1024**power)
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise SettingError(f"{text!r} is no size; write it as 500M or 4G")
-    return size
-
-
-def read_lines(path: Path) -> list[str]:
-    """Read the lines of a text file that hold something.
-
-    Raises:
-        PathError: it does not exist.
-        DataError: it is not UTF-8.
-    """
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError as error:
-        raise PathError(f"{path} does not exist; give a file with a text a line") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8: {error}") from error
-
-
-def read_count(text: str | None) -> tuple[int | None, float | None]:
-    """Read a number of things, `1000`, or a share of a whole, `10%`: one of both, or neither of nothing.
-
-    Raises:
-        SettingError: it is neither.
-    """
-    if text is None:
-        return None, None
-    if text.endswith("%"):
-        return None, read_share(text)
-    try:
-        return int(text.replace(",", "")), None
-    except ValueError:
-        raise SettingError(f"{text!r} is no number; write it as 1000, or as 10%") from None
-
-
-def read_counts(text: str | None) -> tuple[int, ...] | None:
-    """Read numbers with commas between, `1000,100`.
-
-    Raises:
-        SettingError: one is no number.
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise SettingError(f"{text!r} are no numbers; write them as 1000,100") from None
+def _of(total: int) -> str:
+    return f"/{total:,}" if total else ""

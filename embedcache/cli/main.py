@@ -1,35 +1,42 @@
-"""The command `embedcache`. Commands import what they need when they run, so that --help is quick."""
+"""The command `embedcache`. Commands import what they need when they run, so that `--help` is quick."""
 
 import errno
+import os
 import sys
+import traceback
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from embedcache.cli import (
-    curate,
-    evaluate,
-    exchange,
-    export,
-    extract,
-    import_,
-    inspect,
-    quickstart,
-    serve,
-    sweep,
-    train,
-    verify,
-)
+from embedcache.cli import curate, evaluate, export, import_
+from embedcache.cli.extract import extract
+from embedcache.cli.inspect import inspect, verify
+from embedcache.cli.options import CommandGroup, add_command
+from embedcache.cli.quickstart import quickstart
+from embedcache.cli.search import search
+from embedcache.cli.serve import serve
+from embedcache.cli.sweep import sweep
+from embedcache.cli.train import train
 from embedcache.errors import EmbedcacheError
+from embedcache.files import disk_full_message
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+_BUG = 70
+_USER_ERRNOS = {
+    errno.ENOSPC: disk_full_message(),
+    errno.EDQUOT: disk_full_message(),
+    errno.EACCES: "permission denied",
+    errno.EROFS: "the file system is read-only",
+}
 
 
 def _show_version(is_asked: bool) -> None:
@@ -41,49 +48,60 @@ def _show_version(is_asked: bool) -> None:
 @app.callback()
 def embedcache(
     _version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+        bool, typer.Option("--version", metavar="", help="Print the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """Encode once, align for ever: cache frozen encoders, train projectors on the features, search and curate."""
+    """Encode once, align many times.
+
+    Cache the embeddings of frozen encoders, train projectors on the cached features, evaluate, search and curate.
+
+    Example: embedcache quickstart
+    """
 
 
-app.command(name="quickstart")(quickstart.quickstart)
-app.command(name="extract")(extract.extract)
-app.command(name="train")(train.train)
-app.command(name="sweep")(sweep.sweep)
-app.command(name="inspect")(inspect.inspect)
-app.command(name="verify")(verify.verify)
-app.command(name="serve")(serve.serve)
+add_command(app, "quickstart", quickstart)
+add_command(app, "extract", extract)
+add_command(app, "inspect", inspect)
+add_command(app, "verify", verify)
+add_command(app, "train", train)
+add_command(app, "sweep", sweep)
 app.add_typer(evaluate.app, name="evaluate")
+add_command(app, "search", search)
+add_command(app, "serve", serve)
 app.add_typer(curate.app, name="curate")
-app.add_typer(exchange.app, name="exchange")
-app.add_typer(import_.app, name="import")
 app.add_typer(export.app, name="export")
-
-_GO_ON = "what is committed is kept: free some space and run the same command again"
-_USER_ERRNOS = {
-    errno.ENOSPC: f"no space left on the disk; {_GO_ON}",
-    errno.EDQUOT: f"the disk quota is used up; {_GO_ON}",
-    errno.EACCES: "permission denied",
-    errno.EROFS: "the file system is read-only",
-}
+app.add_typer(import_.app, name="import")
 
 
 def main() -> None:
-    """Run the command line: a user's mistake is one line and exit 1, our bug is a traceback."""
-    sys.path.append(str(Path.cwd()))  # so that module:attribute finds a plug-in that lies beside the data
+    """Run the command line.
+
+    Exit codes: 0 success; 1 a user's error, printed as one line, or findings of `verify`; 2 wrong usage; 70 a bug, with
+    its traceback; 130 interrupted. EMBEDCACHE_DEBUG=1 prints the traceback of a user's error too.
+    """
+    sys.path.append(str(Path.cwd()))  # so that module:attribute finds a plug-in beside the data
     try:
         app()
     except EmbedcacheError as error:
         _fail(str(error))
     except MemoryError as error:
-        _fail(f"not enough memory: {error}; ask for less, or give this process more")
+        _fail(f"out of memory: {error}; use smaller settings, or give this process more memory")
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
-            raise
+            _report_bug()
         _fail(f"{error.filename}: {_USER_ERRNOS[error.errno]}" if error.filename else _USER_ERRNOS[error.errno])
+    except Exception:  # noqa: BLE001
+        _report_bug()
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
+    if os.environ.get("EMBEDCACHE_DEBUG", "0") != "0":
+        traceback.print_exc()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(1)
+
+
+def _report_bug() -> NoReturn:
+    traceback.print_exc()
+    print("This is a bug in embedcache, not an error of yours: please report it with the text above.", file=sys.stderr)
+    sys.exit(_BUG)

@@ -1,98 +1,404 @@
-"""Command-line options generated from settings classes, and a TOML file as their source.
+"""Building of commands: options from settings classes, options shared by commands, configuration files, help.
 
-    @app.command()
-    @with_settings(TrainSettings)
-    def train(caches: ..., run: ..., settings: TrainSettings) -> None: ...
+    @with_settings(settings=TrainSettings)
+    def train(caches: ..., run: ..., *, settings: TrainSettings) -> None: ...
 
-The parameter `settings` is replaced by one option per setting; a group of settings becomes a panel in `--help`.
+    add_command(app, "train", train)
+
+Each parameter that `with_settings` names is replaced by one option per setting of its class; a group of settings
+becomes a panel of `--help`. An option that several commands declare by hand is an alias here, with one meaning in all.
 """
 
 import functools
 import inspect
+import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 import typer
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from embedcache.errors import PathError, SettingError
+from embedcache.registry import unknown_name
 from embedcache.settings import FlatSetting, flat_settings, from_flat
 
-Command = TypeVar("Command", bound=Callable[..., None])
+CacheArgument: TypeAlias = Annotated[str, typer.Argument(metavar="CACHE", help="Cache: a folder or a URL.")]
+RunArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="RUN", help="Run: a folder written by train.")]
+IndexArgument: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="INDEX", help="Index: a folder written by curate index.")
+]
+SelectionArgument: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="SELECTION", help="Selection: Parquet, or a text file with one key per line.")
+]
+SelectionOutput: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Selection to write: a new .parquet file.")
+]
+Run: TypeAlias = Annotated[
+    Path | None, typer.Option("--run", metavar="RUN", help="Run that projects the features into the shared space.")
+]
+Cache: TypeAlias = Annotated[
+    str | None, typer.Option("--cache", metavar="CACHE", help="Where the cache of the index is, if it has moved.")
+]
+Concepts: TypeAlias = Annotated[
+    str | None, typer.Option("--concepts", metavar="CACHE", help="Cache of prompts, one sample per concept.")
+]
+SelectionOption: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--selection",
+        metavar="FILE",
+        help="Use only the samples of this selection: Parquet, or a text file with one key per line.",
+    ),
+]
+Modality: TypeAlias = Annotated[
+    Literal["image", "text"], typer.Option("--modality", metavar="image|text", help="Modality to read.")
+]
+Feature: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--feature",
+        metavar="NAME",
+        help="Feature, as encoder/feature.",
+        show_default="the run's, or the only one",
+    ),
+]
+ImageFeature: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--image-feature",
+        metavar="NAME",
+        help="Image feature, as encoder/feature.",
+        show_default="the run's, or the only one",
+    ),
+]
+TextFeature: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--text-feature",
+        metavar="NAME",
+        help="Text feature, as encoder/feature.",
+        show_default="the run's, or the only one",
+    ),
+]
+Label: TypeAlias = Annotated[str, typer.Option("--label", metavar="COLUMN", help="Column of class labels.")]
+Language: TypeAlias = Annotated[
+    str | None, typer.Option("--language", metavar="CODE", help="Use only captions of this language.")
+]
+Languages: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--language", metavar="CODE", help="Use only captions of this language. May be repeated."),
+]
+KeyColumn: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--key-column", metavar="COLUMN", help="Table: column of unique keys.", show_default="key, id or uid"),
+]
+CaptionColumns: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--caption-column", metavar="COLUMN", help="Table: column of captions. May be repeated."),
+]
+ChunkSize: TypeAlias = Annotated[
+    int | None, typer.Option("--chunk-size", metavar="N", help="Items per chunk of a new cache.", show_default="2048")
+]
+NumResults: TypeAlias = Annotated[
+    int | None, typer.Option("-k", metavar="N", help="Results per query or concept.", show_default="10")
+]
+Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")]
+Device: TypeAlias = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="Torch device: cpu, cuda, cuda:1, …")
+]
+Engine: TypeAlias = Annotated[
+    Literal["local", "ray"], typer.Option("--engine", metavar="local|ray", help="Execution backend.")
+]
+Address: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--address", metavar="URL", help="Address of a Ray cluster.", show_default="one on this machine"),
+]
+Json: TypeAlias = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print the report as JSON on standard output.")
+]
+Output: TypeAlias = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="Write the report as JSON to this file.")
+]
+Html: TypeAlias = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write the report as an HTML page to this file.")
+]
 
-_CONFIG_HELP = "TOML file with values for these options, such as lr = 0.001; options on the command line win."
+_CONFIG_HELP = "Read options from this TOML file, or from the config.json of a run; the command line takes precedence."
+_WIDEST_CHOICES = 24
+_METAVARS: Mapping[Any, str] = {int: "N", float: "FLOAT", str: "NAME", Path: "FILE"}
+
+
+class Command(TyperCommand):
+    """A command whose help shows plain metavars."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the parts of the usage line, without braces around required arguments."""
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option `--help`, without a metavar."""
+        return _without_metavar(super().get_help_option(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, without Python types beside the arguments."""
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument):
+                parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign]  # noqa: ARG005
+        super().format_help(ctx, formatter)
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands whose help shows plain metavars."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option `--help`, without a metavar."""
+        return _without_metavar(super().get_help_option(ctx))
+
+
+def _without_metavar(option: Any) -> Any:
+    if option is not None:
+        option.metavar = ""
+    return option
+
+
+def new_group(help: str, **options: Any) -> typer.Typer:
+    """Return an empty group of commands; `options` are those of `typer.Typer`."""
+    return typer.Typer(help=help, cls=CommandGroup, no_args_is_help=True, **options)
+
+
+def add_command(app: typer.Typer, name: str, command: Callable[..., None], **options: Any) -> None:
+    """Add a command with the options that all have; its help is its docstring.
+
+    Args:
+        app: application or group.
+        name: name of the command.
+        command: function with typer's annotations.
+        options: further arguments of `typer.Typer.command`.
+    """
+    app.command(name=name, help=_help_text(command), cls=Command, **options)(_with_verbosity(command))
+
+
+def _help_text(command: Callable[..., None]) -> str:
+    """Return the docstring with every paragraph on one line, but for examples."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    return "\n\n".join(text if text.startswith("Example") else " ".join(text.split()) for text in paragraphs)
+
+
+def _with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
+    from embedcache.cli.console import verbosity
+
+    @functools.wraps(command)
+    def run(*, quiet: bool, verbose: bool, **values: Any) -> None:
+        with verbosity(quiet=quiet, verbose=verbose):
+            command(**values)
+
+    quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print no progress.")]
+    verbose = Annotated[
+        bool, typer.Option("--verbose", "-v", metavar="", help="Print log messages, run time and peak memory.")
+    ]
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    _set_parameters(run, [*own, _keyword("quiet", quiet, False), _keyword("verbose", verbose, False)])
+    return run
 
 
 def with_settings(
-    kind: type[Any], *, skip: tuple[str, ...] = (), build: Callable[[Mapping[str, Any]], Any] | None = None
-) -> Callable[[Command], Callable[..., None]]:
-    """Return a decorator that turns a command's parameter `settings` into one option per setting.
+    *,
+    skip: Sequence[str] = (),
+    build: Mapping[str, Callable[[Mapping[str, Any]], Any]] | None = None,
+    **kinds: type[Any],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that replaces parameters of a command by one option per setting, and adds `--config`.
 
     Args:
-        kind: settings class.
         skip: flat names that get no option.
-        build: makes the settings from flat values; None: `from_flat`.
+        build: parameter -> function that builds its settings from flat values; `from_flat` if not given.
+        kinds: parameter -> settings class.
     """
-    items = [item for item in flat_settings(kind) if item.name not in skip]
+    items = {key: [item for item in flat_settings(kind) if item.name not in skip] for key, kind in kinds.items()}
 
-    def decorate(command: Command) -> Callable[..., None]:
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
-        def run(*args: Any, config: Path | None = None, **values: Any) -> None:
-            given = {item.name: values.pop(item.name) for item in items}
-            given = {name: _as_tuple(value) for name, value in given.items() if value is not None}
-            flat = {**(read_config(config) if config is not None else {}), **given}
-            settings = build(flat) if build is not None else from_flat(kind, flat)
-            command(*args, settings=settings, **values)
+        def run(*, context: typer.Context, config: Path | None, **values: Any) -> None:  # noqa: ARG001
+            for key, kind in kinds.items():
+                given = {item.name: values.pop(item.name) for item in items[key]}
+                flat = {
+                    item.name: _setting_value(item, given[item.name])
+                    for item in items[key]
+                    if _is_given(context, item.name)
+                }
+                values[key] = build[key](flat) if build and key in build else from_flat(kind, flat)
+            command(**values)
 
         own = inspect.signature(command, eval_str=True).parameters
-        parameters = [parameter for name, parameter in own.items() if name != "settings"]
-        config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help=_CONFIG_HELP)]
-        parameters += [_option(item.name, _annotation(item)) for item in items]
-        parameters.append(_option("config", config))
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        generated = [_option(item, key if len(kinds) > 1 else None) for key in kinds for item in items[key]]
+        config = Annotated[
+            Path | None,
+            typer.Option("--config", metavar="FILE", help=_CONFIG_HELP, is_eager=True, callback=_use_config),
+        ]
+        _set_parameters(
+            run,
+            [
+                inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+                *(parameter for name, parameter in own.items() if name not in kinds),
+                *generated,
+                _keyword("config", config, None),
+            ],
+        )
         return run
 
     return decorate
 
 
+def _set_parameters(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
+    """Set the signature that typer reads."""
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _option(item: FlatSetting, panel: str | None) -> inspect.Parameter:
+    """Return the parameter of one setting, as typer reads it."""
+    declared = item.declared
+    kind = _plain_type(item.type) if declared.parse is None else str
+    choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+    metavar, help = declared.metavar, declared.help
+    if kind is bool:
+        metavar = ""
+    elif choices and len("|".join(choices)) <= _WIDEST_CHOICES:
+        metavar = metavar or "|".join(choices)
+    elif choices:
+        help = f"{help} One of: {', '.join(choices)}."
+    is_list = get_origin(kind) is tuple
+    element = get_args(kind)[0] if is_list else kind
+    title = item.path[0] if len(item.path) > 1 else panel
+    option = typer.Option(
+        _flags(item, kind),
+        help=help,
+        metavar=_METAVARS.get(element, "NAME") if metavar is None else metavar,
+        show_default=declared.default_text or not (item.default is None or item.default == () or kind is bool),
+        rich_help_panel=f"{title.capitalize()} options" if title and title != "settings" else None,
+    )
+    if is_list:
+        element = Path if element is Path else str
+        return _keyword(item.name, Annotated[list[element] | None, option], list(item.default or ()) or None)  # type: ignore[valid-type]
+    if kind is bool:
+        default = None if item.default is None else False
+        return _keyword(item.name, Annotated[bool | None if default is None else bool, option], default)
+    return _keyword(item.name, Annotated[kind | None, option], item.default)
+
+
+def _flags(item: FlatSetting, kind: Any) -> str:
+    """Return the option's name on the command line; a flag that is true by default is switched off by `--no-NAME`."""
+    name = item.name.replace("_", "-")
+    if len(name) == 1:
+        return f"-{name}"
+    if kind is bool and item.default is True:
+        return f"--no-{name}"
+    return f"--{name}/--no-{name}" if kind is bool and item.default is None else f"--{name}"
+
+
+def _plain_type(kind: Any) -> Any:
+    """Return a type without None."""
+    kinds = [one for one in get_args(kind) if one is not type(None)] if type(None) in get_args(kind) else [kind]
+    return kinds[0]
+
+
+def _setting_value(item: FlatSetting, value: Any) -> Any:
+    """Return an option's value as the setting holds it: elements of a list may be separated by commas."""
+    kind = _plain_type(item.type) if item.declared.parse is None else str
+    if kind is bool and item.default is True:
+        return not value
+    if get_origin(kind) is not tuple:
+        return value
+    element = get_args(kind)[0]
+    return tuple(value) if element is Path else tuple(_elements(item.name, element, value))
+
+
+def _elements(name: str, kind: Any, values: Sequence[Any]) -> Iterator[Any]:
+    for word in split_names(values):
+        try:
+            yield kind(word) if kind in (int, float) else word
+        except ValueError:
+            raise SettingError(f"--{name.replace('_', '-')}: expected numbers such as 1,2,4, got {word!r}") from None
+
+
+def split_names(values: Sequence[Any] | None) -> tuple[str, ...]:
+    """Split the values of an option that may be repeated and may hold several names with commas between them."""
+    return tuple(name.strip() for value in values or () for name in str(value).split(",") if name.strip())
+
+
+def _use_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the options that are not on the command line from a file.
+
+    Raises:
+        UnknownNameError: the command has no option of that name.
+    """
+    if path is not None:
+        options = {parameter.name: parameter for parameter in context.command.params}
+        values = read_config(path)
+        for name in values:
+            if name not in options or name in ("config", "context"):
+                raise unknown_name("option", name, sorted(filter(None, options)))
+        context.default_map = {name: _as_words(value) for name, value in values.items()}
+    return path
+
+
+def _as_words(value: Any) -> Any:
+    """Return a value as the command line's parser takes it."""
+    if isinstance(value, list):
+        return [str(element) for element in value]
+    return value if isinstance(value, bool) else str(value)
+
+
 def read_config(path: Path) -> dict[str, Any]:
-    """Read option values from a TOML file; `lr` and `max-grad-norm` are written as on the command line.
+    """Read option values from a TOML file, or from the `config.json` of a run.
+
+    In TOML, `lr` and `max-grad-norm` are written as on the command line, without the dashes in front.
 
     Raises:
         PathError: the file cannot be read.
-        SettingError: it is not TOML.
+        SettingError: it is not TOML, or not JSON of a run.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise PathError(f"cannot read {path}: {error.strerror}; give the path of a TOML file to --config") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PathError(
+            f"cannot read {path}: {error.strerror}; pass a TOML file or a run's config.json to --config"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise SettingError(f"{path}: expected UTF-8 text, got other bytes: {error}") from error
+    if path.suffix == ".json":
+        return _read_run_config(path, text)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise SettingError(f"{path}: expected TOML such as `lr = 0.001`, got an error: {error}") from error
-    return {name.replace("-", "_"): _as_tuple(value) for name, value in values.items()}
+    return {name.replace("-", "_"): value for name, value in values.items()}
 
 
-def _option(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _read_run_config(path: Path, text: str) -> dict[str, Any]:
+    """Return the settings and features of a run by option name."""
+    from embedcache.train.settings import TrainSettings
 
-
-def _annotation(item: FlatSetting) -> Any:
-    """Return the annotation that typer reads: the type or None, and the option's help."""
-    kind = item.type
-    if get_origin(kind) is tuple:
-        kind = list[get_args(kind)[0]]  # type: ignore[misc]
-    declared = item.declared
-    is_flag = item.type is bool
-    option = typer.Option(
-        f"--{item.name.replace('_', '-')}",
-        help=declared.help,
-        metavar=declared.metavar,
-        show_default=declared.default_text or (False if is_flag or item.default in (None, ()) else str(item.default)),
-        rich_help_panel=f"{item.path[0].capitalize()} options" if len(item.path) > 1 else None,
-    )
-    return Annotated[kind | None, option]
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    try:
+        record = json.loads(text)
+        settings = {
+            item.name: functools.reduce(lambda values, key: values[key], item.stored_path, record["training"])
+            for item in flat_settings(TrainSettings)
+            if item.declared.affects_result
+        }
+        settings |= {f"{modality}_feature": record[modality]["feature"] for modality in ("image", "text")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingError(f"{path}: expected the config.json of a run, got other content: {error!r}") from error
+    return {name: value for name, value in settings.items() if value is not None}

@@ -5,17 +5,34 @@ from typing import Annotated
 
 import typer
 
+from embedcache.cli.options import Json, Output
+
 
 def quickstart(
-    workdir: Annotated[Path, typer.Argument(help="Where everything goes.")] = Path("embedcache-quickstart"),
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder for the cache, the run, the index and the report.")
+    ] = Path("embedcache-quickstart"),
+    as_json: Json = False,
+    output: Output = None,
 ) -> None:
-    """Align two packaged encoders on OpenMoji: extract, train, evaluate, index, search, and a report to look at."""
-    from embedcache.cli.console import open_progress, say, show_table
-    from embedcache.quickstart.quickstart import quickstart as run
-    from embedcache.reports.retrieval import retrieval_rows
+    """Run the whole system on 4,000 packaged images.
 
-    report = run(workdir, progress=open_progress())
-    columns, rows = retrieval_rows(report.reports)
-    show_table(columns, rows, title="Held-out retrieval, strict split, mean of 3 seeds [95 % interval]")
-    say(f"figures: {report.metrics_path}")
-    say(f"open {report.page_path} in a browser")
+    Extract OpenMoji with two packaged encoders, train projectors, evaluate, index, search and write an HTML report.
+
+    Example: embedcache quickstart
+    """
+    from embedcache.cli.console import open_progress, print_line, print_table, publish, resumable
+    from embedcache.provenance import read_json
+    from embedcache.quickstart.quickstart import quickstart as run
+    from embedcache.reports.retrieval import retrieval_table
+
+    with resumable():
+        report = run(folder, progress=open_progress())
+
+    def show() -> None:
+        title = "Held-out retrieval, strict split, mean of 3 seeds [95 % interval]"
+        print_table(*retrieval_table(report.reports), title=title)
+        print_line(f"figures: {report.metrics_path}")
+        print_line(f"open {report.page_path} in a browser")
+
+    publish(show, lambda: read_json(report.metrics_path), as_json=as_json, output=output)

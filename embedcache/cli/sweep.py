@@ -5,46 +5,49 @@ from typing import Annotated, Literal
 
 import typer
 
+from embedcache.cli.options import ImageFeature, Json, Output, Seed, TextFeature
+
 
 def sweep(
-    paths: Annotated[
-        list[str],
-        typer.Argument(metavar="CACHE … STUDY SPACE.toml", help="One cache or several; a study's folder; its space."),
-    ],
-    image: Annotated[str | None, typer.Option(help="encoder/feature. [default: the only one]")] = None,
-    text: Annotated[str | None, typer.Option(help="encoder/feature. [default: the only one]")] = None,
-    trials: Annotated[int, typer.Option(help="Of the study, by all workers together.")] = 50,
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="One or more caches: folders or URLs.")],
+    space: Annotated[Path, typer.Argument(metavar="SPACE", help="TOML file with the tables fixed and space.")],
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Folder to write the study to.")],
+    image_feature: ImageFeature = None,
+    text_feature: TextFeature = None,
+    trials: Annotated[int, typer.Option(metavar="N", help="Trials of the study, by all workers together.")] = 50,
     sampler: Annotated[
-        Literal["tpe", "random", "grid"], typer.Option(help="tpe learns from the trials before; grid tries all.")
+        Literal["tpe", "random", "grid"],
+        typer.Option(metavar="tpe|random|grid", help="How settings are chosen; tpe learns from earlier trials."),
     ] = "tpe",
     pruner: Annotated[
-        Literal["none", "median", "hyperband"], typer.Option(help="Ends trials that lie behind.")
+        Literal["none", "median", "hyperband"],
+        typer.Option(metavar="none|median|hyperband", help="Stop underperforming trials early."),
     ] = "none",
-    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
-    workers: Annotated[int, typer.Option(help="Processes of this machine.")] = 1,
-    seeds: Annotated[int, typer.Option(help="That the best are trained with again.")] = 3,
-    top: Annotated[int, typer.Option(help="How many are the best.")] = 3,
+    seed: Seed = 0,
+    workers: Annotated[int, typer.Option(metavar="N", help="Worker processes on this machine.")] = 1,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Seeds used to retrain each top configuration.")] = 3,
+    top: Annotated[int, typer.Option(metavar="N", help="Number of top configurations to retrain.")] = 3,
     storage: Annotated[
-        str | None, typer.Option(help="Of Optuna, by URL. [default: SQLite in the study's folder]")
+        str | None,
+        typer.Option(metavar="URL", help="Storage of Optuna.", show_default="SQLite in the folder of the study"),
     ] = None,
+    as_json: Json = False,
+    output: Output = None,
 ) -> None:
-    """Train on a cache with many settings, and report which are best and what matters.
+    """Search training settings, and report the best.
 
-    SPACE.toml: [fixed] epochs = 20 … [space] lr = {low = 1e-4, high = 1e-2, log = true}, projector =
-    ["linear", "mlp"] … A study that was stopped goes on, given the same command; more --trials make it longer.
+    SPACE.toml fixes some settings of train and gives ranges or choices for others, such as
+    lr = {low = 1e-4, high = 1e-2, log = true} and projector = {choices: linear, mlp}. Run the same command again to
+    resume an interrupted study, or with more --trials to extend it.
+
+    Example: embedcache sweep cache/ space.toml study/ --trials 50
     """
-    from embedcache.cli.console import going_on_later, open_progress, say, show_table
-    from embedcache.errors import SettingError
+    from embedcache.cli.console import open_progress, print_line, print_table, publish, resumable
+    from embedcache.provenance import read_json
     from embedcache.reports.sweep import best_rows, test_tables
     from embedcache.sweep.settings import SweepSettings
     from embedcache.sweep.sweep import sweep as run
 
-    if len(paths) < 3:
-        raise SettingError(
-            f"{len(paths)} paths were given, {' '.join(paths)}; give a cache, or several, then a folder for the study, "
-            "then the TOML file of the space"
-        )
-    *caches, study, space = paths
     settings = SweepSettings(
         num_trials=trials,
         sampler=sampler,
@@ -55,11 +58,23 @@ def sweep(
         top=top,
         storage=storage,
     )
-    with going_on_later():
-        report = run(caches, Path(study), space, image=image, text=text, settings=settings, progress=open_progress())
-    show_table(*best_rows(report.best), title="Best on validation, each trained with several seeds")
-    for cache, table in test_tables(report.best).items():
-        show_table(*table, title=f"{cache}: held-out retrieval [95 % interval]")
-    say(f"train the best again: {report.findings.command}")
-    say(f"figures: {report.figures_path}")
-    say(f"open {report.page_path} in a browser")
+    with resumable():
+        report = run(
+            caches,
+            study,
+            space,
+            image=image_feature,
+            text=text_feature,
+            settings=settings,
+            progress=open_progress(),
+        )
+
+    def show() -> None:
+        print_table(*best_rows(report.best), title="Best on validation, each trained with several seeds")
+        for cache, table in test_tables(report.best).items():
+            print_table(*table, title=f"{cache}: held-out retrieval [95 % interval]")
+        print_line(f"to train the best again: {report.findings.command}")
+        print_line(f"figures: {report.figures_path}")
+        print_line(f"open {report.page_path} in a browser")
+
+    publish(show, lambda: read_json(report.figures_path), as_json=as_json, output=output)

@@ -5,24 +5,18 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cli.options import with_settings
+from embedcache.cli.options import ImageFeature, Json, Output, TextFeature, with_settings
 from embedcache.train.settings import TrainSettings, train_settings
 
 
-@with_settings(TrainSettings, build=train_settings)
+@with_settings(settings=TrainSettings, build={"settings": train_settings})
 def train(
-    paths: Annotated[
-        list[str], typer.Argument(metavar="CACHE... RUN", help="One or more caches, then the folder of the run.")
-    ],
-    image_feature: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Image feature, as encoder/feature or vector+tokens.", show_default="the only one"
-        ),
-    ] = None,
-    text_feature: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Text feature, as encoder/feature.", show_default="the only one")
-    ] = None,
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="One or more caches: folders or URLs.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder to write the run to.")],
+    image_feature: ImageFeature = None,
+    text_feature: TextFeature = None,
+    as_json: Json = False,
+    output: Output = None,
     *,
     settings: TrainSettings,
 ) -> None:
@@ -32,17 +26,20 @@ def train(
 
     Example: embedcache train cache/ run/ --projector mlp --lr 0.001
     """
-    from embedcache.cli.console import going_on_later, open_progress, say
-    from embedcache.errors import SettingError
+    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
     from embedcache.progress import NullProgress
     from embedcache.train.distributed import is_first_process
     from embedcache.train.train import train as run_training
 
-    *caches, run = paths
-    if not caches:
-        raise SettingError(f"expected one or more caches and then the folder of the run, got one path: {run}")
-    progress = open_progress() if is_first_process() else NullProgress()
-    with going_on_later():
-        report = run_training(caches, run, image=image_feature, text=text_feature, settings=settings, progress=progress)
-    if is_first_process():
-        say(report.line(Path(run)))
+    is_first = is_first_process()
+    with resumable():
+        report = run_training(
+            caches,
+            run,
+            image=image_feature,
+            text=text_feature,
+            settings=settings,
+            progress=open_progress() if is_first else NullProgress(),
+        )
+    if is_first:
+        publish(lambda: print_line(report.line(run)), lambda: to_plain(report), as_json=as_json, output=output)

@@ -3,17 +3,27 @@
 The k best items of each concept, kept while a pool streams by.
 
 What the similarities of each concept look like on a random sample of the pool, and the thresholds this gives.
+
+Coverage through an index: it names the items to look at, and their exact cosines are counted.
 """
 
 import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
+from embedcache.errors import FingerprintError
+from embedcache.progress import Progress
+from embedcache.search.faiss_index import RowIndex, read_index
+from embedcache.search.index import IndexCard, check_card, read_card
+from embedcache.search.vectors import Vectors
 
 
-class Best:
+class TopItems:
     """Collects candidates, and forgets those that k others of their concept beat. Ties go to the lower row.
 
     What is kept does not depend on the order or the parts in which candidates come. Memory: 2 C × k candidates, and
@@ -34,7 +44,7 @@ class Best:
         if sum(len(part[0]) for part in self._parts) > 2 * self._num_concepts * self._k:
             self._shrink()
 
-    def merge(self, other: "Best") -> None:
+    def merge(self, other: "TopItems") -> None:
         """Add another's."""
         for part in other._parts:
             self.add(*part)
@@ -103,7 +113,7 @@ class Background:
         return thresholds_C
 
 
-def look_at(concepts_CP: Floats, sample_SP: Floats, k: int) -> Background:
+def estimate_background(concepts_CP: Floats, sample_SP: Floats, k: int) -> Background:
     """Compare concepts with a sample. Memory: 128 concepts' similarities with it.
 
     Args:
@@ -131,7 +141,7 @@ _KEPT = threading.local()
 
 
 @dataclass(kw_only=True)
-class Tally:
+class PartialCoverage:
     """What a range of chunks holds. G is 1, or 2 where a selection is counted beside the whole pool.
 
     Args:
@@ -148,10 +158,10 @@ class Tally:
     counts: Ints
     assigned: Ints
     shared: Ints
-    best: Best
+    best: TopItems
 
 
-class Counting:
+class CoverageCounter:
     """A pass over a pool; exact.
 
     A tile of similarities is one matrix product, then compared once: all else is done with the few that are above a
@@ -181,7 +191,7 @@ class Counting:
         self.lower_C = np.minimum(thresholds_C, floors_C)
         self._near_CJ, self._k, self._is_selected_N = near_CJ, k, is_selected_N
 
-    def take(self, rows_B: Ints, vectors_BP: Floats) -> Tally:
+    def take(self, rows_B: Ints, vectors_BP: Floats) -> PartialCoverage:
         """Count a chunk."""
         tally = self.nothing()
         tally.num_items = self.count_items(rows_B)
@@ -197,23 +207,23 @@ class Counting:
             self.add(tally, rows_B[tile][items], concepts, sims_BC.ravel()[found])
         return tally
 
-    def nothing(self) -> Tally:
+    def nothing(self) -> PartialCoverage:
         """Start a tally."""
         num_groups, num_concepts = 1 if self._is_selected_N is None else 2, len(self.lower_C)
-        return Tally(
+        return PartialCoverage(
             num_items=np.zeros(num_groups, np.int64),
             num_covered=np.zeros(num_groups, np.int64),
             counts=np.zeros((num_groups, num_concepts), np.int64),
             assigned=np.zeros((num_groups, num_concepts), np.int64),
             shared=np.zeros(self._near_CJ.shape, np.int64),
-            best=Best(num_concepts, self._k),
+            best=TopItems(num_concepts, self._k),
         )
 
     def count_items(self, rows: Ints) -> Ints:
         """Count items of the pool, and of the selection: (G,)."""
         return np.array([is_in.sum() for is_in in self._groups(rows)])
 
-    def add(self, tally: Tally, rows_M: Ints, concepts_M: Ints, scores_M: Floats) -> None:
+    def add(self, tally: PartialCoverage, rows_M: Ints, concepts_M: Ints, scores_M: Floats) -> None:
         """Count matches: all those of an item, by row and then by concept, that are not below `lower_C`."""
         is_near = scores_M >= self._floors_C[concepts_M]
         tally.best.add(concepts_M[is_near], scores_M[is_near], rows_M[is_near])
@@ -222,7 +232,7 @@ class Counting:
         self._count(tally, rows_A, concepts_A, scores_M[is_above])
         self._share(tally, rows_A, concepts_A)
 
-    def merge(self, before: Tally, after: Tally) -> Tally:
+    def merge(self, before: PartialCoverage, after: PartialCoverage) -> PartialCoverage:
         """Add the second to the first."""
         before.num_items = before.num_items + after.num_items
         before.num_covered = before.num_covered + after.num_covered
@@ -232,7 +242,7 @@ class Counting:
         before.best.merge(after.best)
         return before
 
-    def _count(self, tally: Tally, rows_A: Ints, concepts_A: Ints, scores_A: Floats) -> None:
+    def _count(self, tally: PartialCoverage, rows_A: Ints, concepts_A: Ints, scores_A: Floats) -> None:
         num_concepts = len(self.lower_C)
         is_top_A = _first_largest(rows_A, scores_A)
         for group, is_in_A in enumerate(self._groups(rows_A)):
@@ -245,7 +255,7 @@ class Counting:
         everything = np.ones(len(rows), bool)
         return [everything] if self._is_selected_N is None else [everything, self._is_selected_N[rows]]
 
-    def _share(self, tally: Tally, rows_A: Ints, concepts_A: Ints) -> None:
+    def _share(self, tally: PartialCoverage, rows_A: Ints, concepts_A: Ints) -> None:
         codes_A = rows_A * len(self.lower_C) + concepts_A  # ascending
         wanted_AJ = rows_A[:, None] * len(self.lower_C) + self._near_CJ[concepts_A]
         which, places = np.nonzero(_are_in(wanted_AJ, codes_A))
@@ -284,3 +294,108 @@ def _first_largest(groups_M: Ints, values_M: Floats) -> Bools:
     places = np.flatnonzero(values_M == largest_M)
     is_first_M[places[np.flatnonzero(np.diff(groups_M[places], prepend=-1))]] = True
     return is_first_M
+
+
+_Matches: TypeAlias = tuple[Ints, Ints, Floats]
+"""Rows, concepts and exact cosines: (M,) each."""
+
+_FIRST = 256
+"""Items asked for at first; twice as many as long as some of the last half are above."""
+
+_MORE_LISTS = 4
+
+_AT_ONCE = 2**17
+"""Items that are looked at together, of as many concepts as that is."""
+
+
+def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
+    """Open an index of the very vectors of a pool.
+
+    Raises:
+        PathError: there is no finished index.
+        FingerprintError: it was made from other samples, another feature or run, or holds fewer items.
+    """
+    path = Path(path)
+    card = read_card(path)
+    if not pool.cache.info.has_rows_of(card.index_digest):
+        raise FingerprintError(f"index {path} was made from other samples than {pool.cache.path} holds")
+    asked = {
+        "modality": pool.modality,
+        "feature": pool.side.name,
+        "fingerprint": pool.side.fingerprint,
+        "run_weights": None if pool.config is None else pool.config.weights_digest,
+        "num_vectors": len(pool.rows),
+    }
+    make = f"build one: embedcache curate index {pool.cache.path} NEW-INDEX --modality {pool.modality}"
+    check_card(path, card, asked, next_step=make)
+    return read_index(path / "index.faiss"), card
+
+
+def count_indexed(
+    pool: Vectors,
+    work: CoverageCounter,
+    concepts_CP: Floats,
+    index: RowIndex,
+    effort: Mapping[str, int],
+    progress: Progress,
+) -> PartialCoverage:
+    """Count what an index finds of each concept: never too much, and too little by what the index misses.
+
+    Memory: 20 bytes a match, and the vectors of 131,072 items.
+
+    Args:
+        pool: whose vectors the index holds.
+        work: what is counted.
+        concepts_CP: rows of length 1.
+        index: of the pool.
+        effort: search parameters.
+        progress: told about concepts.
+    """
+    tally = work.nothing()
+    tally.num_items = work.count_items(pool.rows)
+    progress.start("searching", len(concepts_CP), "concepts")
+    parts = list(_matches(pool, concepts_CP, work.lower_C, index, effort, progress))
+    progress.finish()
+    rows_M, concepts_M = (np.concatenate([part[column] for part in parts]) for column in (0, 1))
+    order = np.lexsort((concepts_M, rows_M))
+    work.add(tally, rows_M[order], concepts_M[order], np.concatenate([part[2] for part in parts])[order])
+    return tally
+
+
+def _matches(
+    pool: Vectors,
+    concepts_CP: Floats,
+    lower_C: Floats,
+    index: RowIndex,
+    effort: Mapping[str, int],
+    progress: Progress,
+) -> Iterator[_Matches]:
+    """Find the items that are not below a concept's limit."""
+    numbers, k = np.arange(len(concepts_CP)), min(_FIRST, len(index))
+    while len(numbers):
+        unfinished = []
+        for block in blocks(len(numbers), max(1, _AT_ONCE // k)):
+            part = numbers[block]
+            rows_BK = index.search(concepts_CP[part], k, _deeper(effort, k))[1]
+            sims_BK = _exact(pool, concepts_CP[part], rows_BK)
+            is_match_BK: Bools = (rows_BK >= 0) & (sims_BK >= lower_C[part, None])
+            goes_on_B = is_match_BK[:, k // 2 :].max(axis=1) * (k < len(index))
+            which, places = np.nonzero(is_match_BK & ~goes_on_B[:, None])
+            yield rows_BK[which, places], part[which], sims_BK[which, places]
+            unfinished.append(part[goes_on_B])
+            progress.advance(int((~goes_on_B).sum()))
+        numbers, k = np.concatenate(unfinished), min(2 * k, len(index))
+
+
+def _exact(pool: Vectors, concepts_BP: Floats, rows_BK: Ints) -> Floats:
+    """Compare concepts with the very vectors of what was found for each: (B, K); anything where nothing was found."""
+    rows_U, places = np.unique(rows_BK.clip(min=pool.rows[0]), return_inverse=True)
+    sims_BU = concepts_BP @ pool.read(rows_U).T
+    sims_BK: Floats = np.take_along_axis(sims_BU, places.reshape(rows_BK.shape), axis=1)
+    return sims_BK
+
+
+def _deeper(effort: Mapping[str, int], k: int) -> dict[str, int]:
+    """Look further: the effort was chosen for the 10 nearest, and what is above a threshold lies in more lists."""
+    further = {"nprobe": _MORE_LISTS * -(-k // _FIRST), "efSearch": -(-2 * k // effort.get("efSearch", 1))}
+    return {name: value * max(1, further.get(name, 1)) for name, value in effort.items()}

@@ -8,12 +8,19 @@ from statistics import NormalDist
 import numpy as np
 
 from embedcache.arrays import Bools, Floats, Ints
-from embedcache.curate.counting import SAMPLE, Background, Counting, Tally, look_at
-from embedcache.curate.indexed_coverage import count_indexed, open_index
+from embedcache.curate.counting import (
+    SAMPLE,
+    Background,
+    CoverageCounter,
+    PartialCoverage,
+    count_indexed,
+    estimate_background,
+    open_index,
+)
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.inequality import gini, top_share
-from embedcache.metrics.neighbors import nearest
+from embedcache.metrics.neighbors import top_k
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.index import IndexCard
@@ -55,7 +62,7 @@ class CoverageSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
+class ConceptCounts:
     """What a pool, or a selection of it, holds of each concept.
 
     Args:
@@ -88,7 +95,7 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
+class ConceptOverlap:
     """Two concepts that share items.
 
     Args:
@@ -130,12 +137,12 @@ class CoverageReport:
     settings: CoverageSettings
     background: Background
     thresholds: Floats
-    whole: Counts
-    selected: Counts | None
+    whole: ConceptCounts
+    selected: ConceptCounts | None
     scores: Floats
     rows: Ints
     near: Ints
-    overlaps: Sequence[Shared]
+    overlaps: Sequence[ConceptOverlap]
     index: IndexCard | None = None
 
     def line(self) -> str:
@@ -188,7 +195,7 @@ class CoverageReport:
         return found
 
     @property
-    def parts(self) -> list[Counts]:
+    def parts(self) -> list[ConceptCounts]:
         """The pool, and the selection where there is one."""
         return [self.whole] if self.selected is None else [self.whole, self.selected]
 
@@ -247,10 +254,10 @@ def measure_coverage(
     selection = None if selection is None else Path(selection)
     is_selected = None if selection is None else _selected(pool, selection)
     concepts = open_concepts(Cache(concepts_path), pool, label=label)
-    background = look_at(concepts.vectors, pool.sample(max(SAMPLE, settings.k)), settings.k)
+    background = estimate_background(concepts.vectors, pool.sample(max(SAMPLE, settings.k)), settings.k)
     thresholds = _thresholds(background, settings)
     near, cosines = _near(concepts.vectors)
-    work = Counting(
+    work = CoverageCounter(
         concepts.vectors,
         thresholds_C=thresholds,
         floors_C=background.floors,
@@ -300,12 +307,12 @@ def _thresholds(background: Background, settings: CoverageSettings) -> Floats:
 def _near(concepts_CP: Floats) -> tuple[Ints, Floats]:
     """Find the concepts nearest to each, without itself, and their cosines: (C, J)."""
     num_near = min(_NUM_NEAR, len(concepts_CP) - 1)
-    near_CJ, cosines_CJ = nearest(concepts_CP, concepts_CP, num_near + 1)
-    itself_last = np.argsort(near_CJ == np.arange(len(near_CJ))[:, None], axis=1, kind="stable")[:, :num_near]
-    return np.take_along_axis(near_CJ, itself_last, axis=1), np.take_along_axis(cosines_CJ, itself_last, axis=1)
+    return top_k(concepts_CP, concepts_CP, num_near, exclude_self=True)
 
 
-def _refuse_nothing(tally: Tally, scores_CK: Floats, thresholds_C: Floats, concepts: Concepts, pool: Vectors) -> None:
+def _refuse_nothing(
+    tally: PartialCoverage, scores_CK: Floats, thresholds_C: Floats, concepts: Concepts, pool: Vectors
+) -> None:
     if tally.num_covered[0]:
         return
     closest = int(np.argmax(scores_CK[:, 0] - thresholds_C))
@@ -317,8 +324,8 @@ def _refuse_nothing(tally: Tally, scores_CK: Floats, thresholds_C: Floats, conce
     )
 
 
-def _counts(tally: Tally, group: int, name: str) -> Counts:
-    return Counts(
+def _counts(tally: PartialCoverage, group: int, name: str) -> ConceptCounts:
+    return ConceptCounts(
         name=name,
         num_items=int(tally.num_items[group]),
         num_covered=int(tally.num_covered[group]),
@@ -327,13 +334,13 @@ def _counts(tally: Tally, group: int, name: str) -> Counts:
     )
 
 
-def _overlaps(counts_C: Ints, shared_CJ: Ints, near_CJ: Ints, cosines_CJ: Floats) -> list[Shared]:
+def _overlaps(counts_C: Ints, shared_CJ: Ints, near_CJ: Ints, cosines_CJ: Floats) -> list[ConceptOverlap]:
     """List each pair of near concepts that share an item once: first those that share many, and much of theirs."""
-    found: dict[tuple[int, int], Shared] = {}
+    found: dict[tuple[int, int], ConceptOverlap] = {}
     for one, place in zip(*np.nonzero(shared_CJ), strict=True):
         other, num = int(near_CJ[one, place]), int(shared_CJ[one, place])
         pair = (min(int(one), other), max(int(one), other))
         union = int(counts_C[one] + counts_C[other]) - num
         cosine = float(cosines_CJ[one, place])
-        found[pair] = Shared(one=pair[0], other=pair[1], num=num, jaccard=num / union, cosine=cosine)
+        found[pair] = ConceptOverlap(one=pair[0], other=pair[1], num=num, jaccard=num / union, cosine=cosine)
     return sorted(found.values(), key=lambda shared: (-shared.jaccard * shared.num, shared.one, shared.other))

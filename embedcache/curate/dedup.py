@@ -14,15 +14,15 @@ from embedcache.arrays import Array, Floats, Ints
 from embedcache.curate.keep import (
     FAR,
     FIRST,
-    Contents,
-    Removed,
+    Copies,
+    RemovedSamples,
     check_keep,
     choose_removed,
-    find_contents,
+    find_copies,
     order_samples,
 )
-from embedcache.curate.links import Links, limit_of
-from embedcache.curate.near_duplicates import MOST_LINKS, Near, assign, find_near
+from embedcache.curate.links import SimilarPairs, cosine_limit
+from embedcache.curate.near_duplicates import MOST_LINKS, NearDuplicates, assign, find_near_duplicates
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, SettingError
@@ -64,7 +64,7 @@ class DedupSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Level:
+class DedupLevel:
     """What one cosine would do.
 
     Args:
@@ -79,7 +79,7 @@ class Level:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared:
+class DedupAnalysis:
     """The items of a cache, compared with each other.
 
     Args:
@@ -93,19 +93,19 @@ class Compared:
 
     cache: Cache
     side: InputFeature
-    contents: Contents
+    contents: Copies
     order: Ints
-    near: Near | None
+    near: NearDuplicates | None
     settings: DedupSettings = field(default_factory=DedupSettings)
 
-    def removed(self, cosine: float | None) -> Removed:
+    def removed(self, cosine: float | None) -> RemovedSamples:
         """Choose the samples that go at a cosine; None is copies alone."""
         links = _NO_LINKS if self.near is None or cosine is None else self.near.links.between(cosine)
         return choose_removed(self.contents, links, self.order)
 
-    def levels(self) -> list[Level]:
+    def levels(self) -> list[DedupLevel]:
         """Say what copies alone and each of the cosines would do."""
-        copies = Level(cosine=None, num_near=None, num_gone=len(self.removed(None).samples))
+        copies = DedupLevel(cosine=None, num_near=None, num_gone=len(self.removed(None).samples))
         return [copies, *map(self._level, reversed(LEVELS))]
 
     def about(self) -> dict[str, Any]:
@@ -135,15 +135,15 @@ class Compared:
             return None
         return min(1.0, float(self.near.best.max()))
 
-    def _level(self, cosine: float) -> Level:
+    def _level(self, cosine: float) -> DedupLevel:
         assert self.near is not None
-        num_near = int((self.near.best >= limit_of(cosine)).sum())
+        num_near = int((self.near.best >= cosine_limit(cosine)).sum())
         gone = len(self.removed(cosine).samples) if cosine >= self.near.limit else None
-        return Level(cosine=cosine, num_near=num_near, num_gone=gone)
+        return DedupLevel(cosine=cosine, num_near=num_near, num_gone=gone)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deduplicated:
+class DedupReport:
     """What was written.
 
     Args:
@@ -154,16 +154,16 @@ class Deduplicated:
         removed_path: the table of those that go.
     """
 
-    compared: Compared
+    analysis: DedupAnalysis
     cosine: float | None
-    removed: Removed
+    removed: RemovedSamples
     path: Path
     removed_path: Path
 
     def to_json(self) -> dict[str, Any]:
         """Give what was compared, and how many samples go, as JSON values."""
         return {
-            **self.compared.about(),
+            **self.analysis.about(),
             "cosine": self.cosine,
             "num_removed": len(self.removed.samples),
             "num_removed_copies": int(self.removed.is_copy.sum()),
@@ -172,10 +172,10 @@ class Deduplicated:
         }
 
 
-def look(
+def analyze(
     cache_path: Path | str, settings: DedupSettings | None = None, *, progress: Progress | None = None
-) -> Compared:
-    """Compare the items of a cache, to choose a cosine by; `Compared.levels` says what each would do.
+) -> DedupAnalysis:
+    """Compare the items of a cache, to choose a cosine by; `DedupAnalysis.levels` says what each would do.
 
     Time and memory as of `semantic.find_near`.
 
@@ -193,7 +193,7 @@ def dedup(
     cosine: float | None,
     settings: DedupSettings | None = None,
     progress: Progress | None = None,
-) -> Deduplicated:
+) -> DedupReport:
     """Write a selection of the samples that stay, and beside it, in `OUT.removed.parquet`, those that go.
 
     A sample goes where each of its items has the bytes, or a cosine of at least the limit, of an item of a sample that
@@ -208,7 +208,7 @@ def dedup(
 
     Raises:
         SettingError: the cosine is out of its range, nothing lies above it, or too many pairs do.
-        DataError, UnfinishedError, FingerprintError, UnknownNameError: as of `look`.
+        DataError, UnfinishedError, FingerprintError, UnknownNameError: as of `analyze`.
         DiskFullError: the scratch file does not fit.
     """
     out = Path(out)
@@ -216,18 +216,18 @@ def dedup(
     if out.suffix != ".parquet":
         raise SettingError(f"{out} is to be a selection: give it a name that ends with .parquet")
     levels = [] if cosine is None else [cosine]
-    compared = _compare(cache_path, settings or DedupSettings(), levels, progress)
-    _check_found(compared, cosine)
-    removed = compared.removed(cosine)
-    done = Deduplicated(
-        compared=compared,
+    analysis = _compare(cache_path, settings or DedupSettings(), levels, progress)
+    _check_found(analysis, cosine)
+    removed = analysis.removed(cosine)
+    done = DedupReport(
+        analysis=analysis,
         cosine=cosine,
         removed=removed,
         path=out,
         removed_path=out.with_suffix(".removed.parquet"),
     )
-    _write_removed(done.removed_path, compared.cache, removed)
-    write_selection(out, compared.cache, _selection(compared, removed), {"method": "dedup", **done.to_json()})
+    _write_removed(done.removed_path, analysis.cache, removed)
+    write_selection(out, analysis.cache, _selection(analysis, removed), {"method": "dedup", **done.to_json()})
     return done
 
 
@@ -263,23 +263,23 @@ def one_modality(image: str | None, text: str | None) -> str | None:
         SettingError: both were.
     """
     if image is not None and text is not None:
-        raise SettingError("--image and --text: samples are compared by one of them; leave one out")
+        raise SettingError("--image-feature and --text-feature: samples are compared by one of them; leave one out")
     return "image" if image is not None else "text" if text is not None else None
 
 
-_NO_LINKS = Links(left=np.empty(0, np.int64), right=np.empty(0, np.int64), cosines=np.empty(0, np.float32))
+_NO_LINKS = SimilarPairs(left=np.empty(0, np.int64), right=np.empty(0, np.int64), cosines=np.empty(0, np.float32))
 
 
 def _compare(
     cache_path: Path | str, settings: DedupSettings, levels: Sequence[float], progress: Progress | None
-) -> Compared:
+) -> DedupAnalysis:
     cache = Cache(cache_path)
     modality = settings.modality or ("image" if cache.features("image") or not cache.features("text") else "text")
     check_keep(settings.keep, cache)
     needs_vectors = bool(levels) or settings.keep == FAR
     vectors = Vectors(cache_path, modality, settings.feature, settings.run_path) if needs_vectors else None
     side = open_input(cache, modality, settings.feature) if vectors is None else vectors.side
-    contents = find_contents(cache, side)
+    contents = find_copies(cache, side)
     if not len(contents.rows):
         raise DataError(f"feature {side.name} has no valid item")
     near = _find(vectors, contents, settings, levels, progress) if vectors is not None and levels else None
@@ -287,13 +287,13 @@ def _compare(
     if settings.keep == FAR and vectors is not None:
         centroid_cosines = _centroid_cosines(vectors, contents, near, settings, progress)
     order = order_samples(settings.keep, contents, cache, centroid_cosines)
-    return Compared(cache=cache, side=side, contents=contents, order=order, near=near, settings=settings)
+    return DedupAnalysis(cache=cache, side=side, contents=contents, order=order, near=near, settings=settings)
 
 
 def _find(
-    vectors: Vectors, contents: Contents, settings: DedupSettings, levels: Sequence[float], progress: Progress | None
-) -> Near:
-    return find_near(
+    vectors: Vectors, contents: Copies, settings: DedupSettings, levels: Sequence[float], progress: Progress | None
+) -> NearDuplicates:
+    return find_near_duplicates(
         vectors,
         contents.rows,
         levels,
@@ -307,7 +307,7 @@ def _find(
 
 
 def _centroid_cosines(
-    vectors: Vectors, contents: Contents, near: Near | None, settings: DedupSettings, progress: Progress | None
+    vectors: Vectors, contents: Copies, near: NearDuplicates | None, settings: DedupSettings, progress: Progress | None
 ) -> Floats:
     if near is not None and near.centroid_cosines is not None:
         return near.centroid_cosines
@@ -318,37 +318,37 @@ def _centroid_cosines(
     return assigned.cosines
 
 
-def _check_found(compared: Compared, cosine: float | None) -> None:
-    near = compared.near
+def _check_found(analysis: DedupAnalysis, cosine: float | None) -> None:
+    near = analysis.near
     if near is None or cosine is None:
         return
     if near.limit > cosine:
         raise SettingError(
             f"more than {MOST_LINKS:,} pairs lie above --cosine {cosine}; give a higher one, which "
-            f"embedcache curate dedup {compared.cache.path} helps to choose"
+            f"embedcache curate dedup {analysis.cache.path} helps to choose"
         )
-    if not len(near.links.left) and not compared.contents.num_copies:
-        highest = "there is only one" if compared.highest is None else f"the highest cosine is {compared.highest:.5f}"
+    if not len(near.links.left) and not analysis.contents.num_copies:
+        highest = "there is only one" if analysis.highest is None else f"the highest cosine is {analysis.highest:.5f}"
         raise SettingError(
-            f"no two {compared.side.modality}s of {compared.cache.path} reach --cosine {cosine}: {highest}; nothing "
+            f"no two {analysis.side.modality}s of {analysis.cache.path} reach --cosine {cosine}: {highest}; nothing "
             "goes, and nothing is written"
         )
 
 
-def _selection(compared: Compared, removed: Removed) -> Selection:
-    num_samples = compared.cache.info.num_samples
+def _selection(analysis: DedupAnalysis, removed: RemovedSamples) -> Selection:
+    num_samples = analysis.cache.info.num_samples
     rows = np.setdiff1d(np.arange(num_samples), removed.samples)
     has_items = np.zeros(num_samples, bool)
-    has_items[compared.contents.samples] = True
+    has_items[analysis.contents.samples] = True
     reasons = _reasons(removed)
-    none = f"no {compared.side.modality} to compare"
+    none = f"no {analysis.side.modality} to compare"
     return Selection(
         rows=rows,
         reasons=[reasons.get(row, "no duplicate" if has_items[row] else none) for row in rows.tolist()],
     )
 
 
-def _reasons(removed: Removed) -> Mapping[int, str]:
+def _reasons(removed: RemovedSamples) -> Mapping[int, str]:
     """Say of each sample that something goes for, what."""
     order = np.argsort(removed.kept, kind="stable")
     kept, starts = np.unique(removed.kept[order], return_index=True)
@@ -356,7 +356,7 @@ def _reasons(removed: Removed) -> Mapping[int, str]:
     return {int(sample): _reason(removed, group) for sample, group in zip(kept, groups, strict=True)}
 
 
-def _reason(removed: Removed, group: Array) -> str:
+def _reason(removed: RemovedSamples, group: Array) -> str:
     num_copies = int(removed.is_copy[group].sum())
     near = group[~removed.is_copy[group]]
     parts = [f"{num_copies} {'copy' if num_copies == 1 else 'copies'}"] if num_copies else []
@@ -366,7 +366,7 @@ def _reason(removed: Removed, group: Array) -> str:
     return f"kept; {' and '.join(parts)} {goes}{closest}"
 
 
-def _write_removed(path: Path, cache: Cache, removed: Removed) -> None:
+def _write_removed(path: Path, cache: Cache, removed: RemovedSamples) -> None:
     keys = cache.samples["key"]
     table = pa.table(
         {

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Bools, Floats, Ints
-from embedcache.curate.links import Links
+from embedcache.curate.links import SimilarPairs
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import items_of
 from embedcache.errors import SettingError
@@ -18,7 +18,7 @@ from embedcache.store.cache import Cache
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
+class Copies:
     """The items of one feature, and which of them are copies of each other.
 
     Args:
@@ -39,7 +39,7 @@ class Contents:
         return len(self.contents) - len(self.rows)
 
 
-def find_contents(cache: Cache, side: InputFeature) -> Contents:
+def find_copies(cache: Cache, side: InputFeature) -> Copies:
     """Find the copies among the usable items of a feature.
 
     Raises:
@@ -50,9 +50,7 @@ def find_contents(cache: Cache, side: InputFeature) -> Contents:
     order = np.argsort(first)  # the first item of a content may have failed where a copy of it did not
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
-    return Contents(
-        item_rows=items.rows, samples=items.samples, contents=number[contents], rows=items.rows[first[order]]
-    )
+    return Copies(item_rows=items.rows, samples=items.samples, contents=number[contents], rows=items.rows[first[order]])
 
 
 FIRST, FAR, BEST = "first", "far", "best:"
@@ -60,7 +58,7 @@ _IS_NUMBER = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa
 
 
 @dataclass(frozen=True, kw_only=True)
-class Removed:
+class RemovedSamples:
     """The samples that go, in row order, and who they duplicate. All arrays are (R,).
 
     Args:
@@ -76,7 +74,7 @@ class Removed:
     is_copy: Bools
 
 
-def choose_removed(contents: Contents, links: Links, order: Ints) -> Removed:
+def choose_removed(contents: Copies, links: SimilarPairs, order: Ints) -> RemovedSamples:
     """Go through samples in an order; one goes if each of its items equals, or is linked to, an item of one that stays.
 
     So whatever goes has a partner that stays, which connected components do not give: of a chain a - b - c, a and c
@@ -101,7 +99,7 @@ def choose_removed(contents: Contents, links: Links, order: Ints) -> Removed:
             holder_C[own[holder_C[own] < 0]] = sample
     found.sort()
     samples, kept_samples, cosines = zip(*found, strict=True) if found else ((), (), ())
-    return Removed(
+    return RemovedSamples(
         samples=np.array(samples, np.int64),
         kept=np.array(kept_samples, np.int64),
         cosines=np.minimum(np.array(cosines, np.float32), 1),
@@ -115,7 +113,7 @@ _COPY = 2.0  # stands before every cosine
 class _Graph:
     """Links of each content, the closest first."""
 
-    def __init__(self, links: Links, num_contents: int) -> None:
+    def __init__(self, links: SimilarPairs, num_contents: int) -> None:
         ends = np.concatenate([links.left, links.right])
         cosines = np.concatenate([links.cosines, links.cosines])
         order = np.lexsort((-cosines, ends))
@@ -135,20 +133,20 @@ class _Graph:
         return int(holders[first]), float(self._cosines[here][first])
 
 
-def _by_sample(contents: Contents) -> tuple[Ints, Ints]:
+def _by_sample(contents: Copies) -> tuple[Ints, Ints]:
     """Give contents sample by sample, and where each sample's begin."""
     order = np.argsort(contents.samples, kind="stable")
     counts = np.bincount(contents.samples)
     return np.concatenate([[0], np.cumsum(counts)]), contents.contents[order]
 
 
-def _is_in_doubt(contents: Contents, graph: _Graph) -> Bools:
+def _is_in_doubt(contents: Copies, graph: _Graph) -> Bools:
     """Say of each sample whether an item of it has a copy or a link: the others stay."""
     is_shared = (np.bincount(contents.contents) > 1) | (np.diff(graph.starts) > 0)
     return np.bincount(contents.samples, weights=is_shared[contents.contents]) > 0
 
 
-def order_samples(keep: str, contents: Contents, cache: Cache, centroid_cosines: Floats | None) -> Ints:
+def order_samples(keep: str, contents: Copies, cache: Cache, centroid_cosines: Floats | None) -> Ints:
     """Put the samples that have items in the order of a keep rule.
 
     Args:

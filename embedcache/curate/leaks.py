@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Floats, Ints, blocks, normalize
+from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.curate.dedup import check_cosine
-from embedcache.curate.links import limit_of
-from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
+from embedcache.curate.links import cosine_limit
+from embedcache.dataset.inputs import InputFeature, open_input, unit_vectors
 from embedcache.dataset.pairs import Items, items_of
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, SettingError, UnfinishedError
@@ -26,7 +26,7 @@ _MOST_QUERIES = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leak:
+class ModalityLeaks:
     """What of the test items of one modality is in training.
 
     Args:
@@ -58,7 +58,7 @@ class Leak:
     @property
     def is_leaked(self) -> Bools:
         """(Q,) whether a test item has a copy or a near-duplicate in training."""
-        return self.is_copy | (self.cosines >= limit_of(self.cosine))
+        return self.is_copy | (self.cosines >= cosine_limit(self.cosine))
 
     @property
     def copied_samples(self) -> Ints:
@@ -73,7 +73,7 @@ class Leak:
     @property
     def train_samples(self) -> Ints:
         """Training samples with a copy or a near-duplicate in test, ascending."""
-        is_leaked = self.train_is_copy | (self.train_cosines >= limit_of(self.cosine))
+        is_leaked = self.train_is_copy | (self.train_cosines >= cosine_limit(self.cosine))
         return np.unique(self.train.samples[is_leaked])
 
     @property
@@ -84,7 +84,7 @@ class Leak:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leaks:
+class LeakReport:
     """What of a test cache is in a training cache.
 
     Args:
@@ -95,7 +95,7 @@ class Leaks:
 
     train: Cache
     test: Cache
-    leaks: Sequence[Leak]
+    leaks: Sequence[ModalityLeaks]
 
     @property
     def leaked_samples(self) -> Ints:
@@ -133,7 +133,7 @@ def find_leaks(
     cosines: Mapping[str, float] | None = None,
     features: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
-) -> Leaks:
+) -> LeakReport:
     """Find what of a test cache is in a training cache.
 
     Copies are found by the hashes of bytes and texts, whatever the encoders. Near-duplicates need one feature, by one
@@ -168,10 +168,10 @@ def find_leaks(
         )
     asked = features or {}
     leaks = [_find(train, test, name, cosines[name], asked.get(name), progress or NullProgress()) for name in common]
-    return Leaks(train=train, test=test, leaks=leaks)
+    return LeakReport(train=train, test=test, leaks=leaks)
 
 
-def write_clean(path: Path, leaks: Leaks) -> None:
+def write_clean_selection(path: Path, leaks: LeakReport) -> None:
     """Write a selection of the training samples of which nothing is in test.
 
     Raises:
@@ -183,10 +183,12 @@ def write_clean(path: Path, leaks: Leaks) -> None:
     write_selection(path, leaks.train, leaks.clean(), {"method": "leaks", **leaks.to_json()})
 
 
-def _find(train: Cache, test: Cache, modality: str, cosine: float, name: str | None, progress: Progress) -> Leak:
+def _find(
+    train: Cache, test: Cache, modality: str, cosine: float, name: str | None, progress: Progress
+) -> ModalityLeaks:
     train_side, test_side, reason = _choose(train, test, modality, name)
     train_items, test_items = _items(train, train_side), _items(test, test_side)
-    train_hashes, test_hashes = _hashes(train_side, train_items), _hashes(test_side, test_items)
+    train_hashes, test_hashes = train_side.hashes_of(train_items.rows), test_side.hashes_of(test_items.rows)
     first = dict(zip(reversed(train_hashes), reversed(train_items.rows.tolist()), strict=True))
     copies = np.array([first.get(value, -1) for value in test_hashes], np.int64)
     seen = set(test_hashes)
@@ -195,7 +197,7 @@ def _find(train: Cache, test: Cache, modality: str, cosine: float, name: str | N
     if reason is None:
         found = _closest(train_side, train_items, test_side, test_items, progress)
     rows = np.where(found.rows >= 0, train_items.rows[found.rows], -1)
-    return Leak(
+    return ModalityLeaks(
         modality=modality,
         feature=None if reason else test_side.name,
         reason=reason,
@@ -239,7 +241,7 @@ def _only_common(train: Cache, test: Cache, modality: str) -> str | None:
     ]
     if len(both) > 1:
         raise SettingError(
-            f"both caches have several {modality} features; choose one with --{modality}: {', '.join(both)}"
+            f"both caches have several {modality} features; choose one with --{modality}-feature: {', '.join(both)}"
         )
     return both[0] if both else None
 
@@ -269,11 +271,6 @@ def _items(cache: Cache, side: InputFeature) -> Items:
     return items
 
 
-def _hashes(side: InputFeature, items: Items) -> list[bytes | None]:
-    hashes = side.hashes
-    return [hashes[row] for row in items.rows]
-
-
 def _none(num_queries: int, num_candidates: int) -> Closest:
     none = np.float32(-np.inf)
     return Closest(np.full(num_queries, -1), np.full(num_queries, none), np.full(num_candidates, none))
@@ -287,7 +284,7 @@ def _closest(
     progress.start(f"comparing {test_side.modality}s", num_pairs, "pairs")
     parts = []
     for block in blocks(len(test_items.rows), _MOST_QUERIES):
-        queries_QP = _unit(test_side.read(test_items.rows[block]))
+        queries_QP = unit_vectors(test_side.read(test_items.rows[block]))
         parts.append(closest(queries_QP, _told(train_side, len(queries_QP), progress)))
     progress.finish()
     return Closest(
@@ -299,15 +296,11 @@ def _closest(
 
 def _told(side: InputFeature, num_queries: int, progress: Progress) -> Iterator[Floats]:
     for rows, inputs in side.blocks():
-        yield _unit(inputs)
+        yield unit_vectors(inputs)
         progress.advance(num_queries * len(rows))
 
 
-def _unit(inputs: Any) -> Floats:
-    return normalize(mean_vectors(inputs))
-
-
-def _by_sample(leak: Leak, cache: Cache) -> Array:
+def _by_sample(leak: ModalityLeaks, cache: Cache) -> Array:
     """Give how close each sample of the training cache comes to a test item."""
     cosines_S = np.full(cache.info.num_samples, -np.inf, np.float32)
     np.maximum.at(cosines_S, leak.train.samples, leak.train_cosines)
@@ -318,7 +311,7 @@ def _modalities(cache: Cache) -> str:
     return " and ".join(f"{name}s" for name in MODALITIES if cache.features(name)) or "nothing"
 
 
-def _to_json(leak: Leak) -> dict[str, Any]:
+def _to_json(leak: ModalityLeaks) -> dict[str, Any]:
     return {
         "feature": leak.feature,
         "only_copies_because": leak.reason,

@@ -28,13 +28,13 @@ _NEVER = np.float32(-2)  # below every cosine
 _ONE = 1 - 1e-5  # what equal vectors reach in spite of rounding
 
 
-def limit_of(cosine: float) -> np.float32:
+def cosine_limit(cosine: float) -> np.float32:
     """Give the number that a float32 cosine is compared with: 1 leaves room for the rounding of equal vectors."""
     return np.float32(cosine if np.isinf(cosine) else min(cosine, _ONE))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tile:
+class CosineTile:
     """The cosines of some items with others.
 
     Args:
@@ -51,7 +51,7 @@ class Tile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Links:
+class SimilarPairs:
     """Pairs of items whose cosine is at least a limit: each once, the smaller number first, in that order.
 
     Args:
@@ -64,13 +64,13 @@ class Links:
     right: Ints
     cosines: Floats
 
-    def between(self, low: float, high: float = np.inf) -> "Links":
+    def between(self, low: float, high: float = np.inf) -> "SimilarPairs":
         """Keep those of at least one cosine and below another."""
-        mask = (self.cosines >= limit_of(low)) & (self.cosines < limit_of(high))
-        return Links(left=self.left[mask], right=self.right[mask], cosines=self.cosines[mask])
+        mask = (self.cosines >= cosine_limit(low)) & (self.cosines < cosine_limit(high))
+        return SimilarPairs(left=self.left[mask], right=self.right[mask], cosines=self.cosines[mask])
 
 
-class Collector:
+class PairCollector:
     """Takes tiles, and keeps the pairs above a limit and each item's largest cosine.
 
     Memory: 12 bytes a pair, 4 an item, and as much again for a moment. Where there are more pairs than allowed, the
@@ -94,7 +94,7 @@ class Collector:
         """The cosine that all pairs have been kept from; infinite where even the last level has too many."""
         return self._levels[0]
 
-    def take(self, tile: Tile) -> None:
+    def take(self, tile: CosineTile) -> None:
         """Look at the cosines of a tile; those of an item with itself do not count."""
         if tile.is_diagonal:
             np.fill_diagonal(tile.cosines, _NEVER)
@@ -102,22 +102,22 @@ class Collector:
         self._raise_best(tile.left, best_B)
         if not tile.is_diagonal:
             self._raise_best(tile.right, tile.cosines.max(axis=0, initial=_NEVER))
-        rows = np.flatnonzero(best_B >= limit_of(self.limit))
+        rows = np.flatnonzero(best_B >= cosine_limit(self.limit))
         if len(rows):
             self._keep(tile, rows)
 
-    def links(self) -> Links:
+    def links(self) -> SimilarPairs:
         """Give all pairs, each once."""
         keys, first = np.unique(np.concatenate([np.empty(0, np.int64), *self._keys]), return_index=True)
         cosines = np.concatenate([np.empty(0, np.float32), *self._cosines])[first]
         left, right = np.divmod(keys, max(1, len(self.best)))
-        return Links(left=left, right=right, cosines=cosines)
+        return SimilarPairs(left=left, right=right, cosines=cosines)
 
     def _raise_best(self, items: Ints, cosines: Floats) -> None:
         self.best[items] = np.maximum(self.best[items], cosines)
 
-    def _keep(self, tile: Tile, rows: Ints) -> None:
-        row, column = np.nonzero(tile.cosines[rows] >= limit_of(self.limit))
+    def _keep(self, tile: CosineTile, rows: Ints) -> None:
+        row, column = np.nonzero(tile.cosines[rows] >= cosine_limit(self.limit))
         row = rows[row]
         if tile.is_diagonal:
             is_above = row < column
@@ -130,7 +130,7 @@ class Collector:
 
     def _rise(self) -> None:
         self._levels = self._levels[1:]
-        kept = [cosines >= limit_of(self.limit) for cosines in self._cosines]
+        kept = [cosines >= cosine_limit(self.limit) for cosines in self._cosines]
         self._keys = [keys[mask] for keys, mask in zip(self._keys, kept, strict=True)]
         self._cosines = [cosines[mask] for cosines, mask in zip(self._cosines, kept, strict=True)]
 
@@ -168,7 +168,7 @@ def fit_centroids(training_SP: Floats, num_clusters: int, *, seed: int) -> Float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assigned:
+class ClusterAssignment:
     """Where some items belong.
 
     Args:
@@ -184,7 +184,7 @@ class Assigned:
     is_complete: Bools
 
 
-class Assign:
+class ClusterAssigner:
     """A pass (see `passes`) that assigns items to clusters.
 
     Two items of two clusters a and b lie on both sides of the plane where the cosines to both centroids are equal. So
@@ -206,7 +206,7 @@ class Assign:
         self._is_taken = is_taken
         self._inverse_KK = _inverse_distances(centroids_KP)
 
-    def take(self, rows_B: Ints, vectors_BP: Floats) -> list[Assigned]:
+    def take(self, rows_B: Ints, vectors_BP: Floats) -> list[ClusterAssignment]:
         """Assign the items of a chunk."""
         vectors_BP = vectors_BP[self._is_taken[rows_B]]
         cosines_BK = vectors_BP @ self._centroids.T
@@ -216,9 +216,13 @@ class Assign:
         borders_BK *= self._inverse_KK[clusters]
         borders_BK[np.arange(len(clusters)), clusters] = np.inf
         visits, is_complete = self._visits(borders_BK)
-        return [Assigned(clusters=clusters.astype(np.int32), cosines=own[:, 0], visits=visits, is_complete=is_complete)]
+        return [
+            ClusterAssignment(
+                clusters=clusters.astype(np.int32), cosines=own[:, 0], visits=visits, is_complete=is_complete
+            )
+        ]
 
-    def merge(self, before: list[Assigned], after: list[Assigned]) -> list[Assigned]:
+    def merge(self, before: list[ClusterAssignment], after: list[ClusterAssignment]) -> list[ClusterAssignment]:
         """Put those of later chunks behind."""
         before.extend(after)
         return before
@@ -233,9 +237,9 @@ class Assign:
         return visits, borders[:, count] > self._reach
 
 
-def join(parts: list[Assigned]) -> Assigned:
+def join(parts: list[ClusterAssignment]) -> ClusterAssignment:
     """Put the results of a pass into one."""
-    return Assigned(
+    return ClusterAssignment(
         clusters=np.concatenate([part.clusters for part in parts]),
         cosines=np.concatenate([part.cosines for part in parts]),
         visits=np.concatenate([part.visits for part in parts]),

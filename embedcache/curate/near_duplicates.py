@@ -14,15 +14,15 @@ import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.curate.links import (
-    Assign,
-    Assigned,
-    Collector,
-    Links,
-    Tile,
+    ClusterAssigner,
+    ClusterAssignment,
+    CosineTile,
+    PairCollector,
+    SimilarPairs,
     choose_num_clusters,
+    cosine_limit,
     fit_centroids,
     join,
-    limit_of,
     num_training,
     scratch_matrix,
 )
@@ -65,7 +65,7 @@ class Recall:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Near:
+class NearDuplicates:
     """The near-duplicates of N items.
 
     Args:
@@ -78,7 +78,7 @@ class Near:
         centroid_cosines: (N,) float32, to the item's own centroid; None where all pairs were compared.
     """
 
-    links: Links
+    links: SimilarPairs
     limit: float
     best: Floats
     num_clusters: int
@@ -87,7 +87,7 @@ class Near:
     centroid_cosines: Floats | None
 
 
-def find_near(
+def find_near_duplicates(
     vectors: Vectors,
     rows_N: Ints,
     levels: Sequence[float],
@@ -98,7 +98,7 @@ def find_near(
     engine: Engine = "local",
     address: str | None = None,
     progress: Progress | None = None,
-) -> Near:
+) -> NearDuplicates:
     """Find the pairs of items whose cosine is at least a limit.
 
     All pairs: every one, N² / 2 products, `4 N P` bytes of scratch. Else 2 √N clusters: nearly every one (measured),
@@ -135,7 +135,7 @@ def find_near(
         collector = _search(matrix_NP, plan, levels, progress)
         links = collector.links()
         recall = None if all_pairs else _measure(matrix_NP, plan, links, collector.limit, seed)
-    return Near(
+    return NearDuplicates(
         links=links,
         limit=collector.limit,
         best=collector.best,
@@ -155,15 +155,15 @@ def assign(
     engine: Engine = "local",
     address: str | None = None,
     progress: Progress | None = None,
-) -> Assigned:
-    """Cut items into clusters; arguments and errors as of `find_near`."""
+) -> ClusterAssignment:
+    """Cut items into clusters; arguments and errors as of `find_near_duplicates`."""
     rng = np.random.default_rng(seed)
     num_clusters = choose_num_clusters(len(rows_N))
     drawn = np.sort(rng.permutation(rows_N)[: num_training(num_clusters)])
     training = copy.copy(vectors).read(drawn)  # a copy opens anew, and its maps of the whole feature go with it
     _check(training, vectors)
     centroids_KP = fit_centroids(training, num_clusters, seed=seed)
-    work = Assign(centroids_KP, cosine, _MOST_VISITS, _mask(rows_N, vectors))
+    work = ClusterAssigner(centroids_KP, cosine, _MOST_VISITS, _mask(rows_N, vectors))
     what = f"assigning to {len(centroids_KP):,} clusters"
     return join(run_pass(vectors, work, engine=engine, address=address, what=what, progress=progress))
 
@@ -185,7 +185,7 @@ class _Plan:
     visitor_starts: Ints
 
     @staticmethod
-    def of(assigned: Assigned | None, num_items: int) -> "_Plan":
+    def of(assigned: ClusterAssignment | None, num_items: int) -> "_Plan":
         if assigned is None:
             return _Plan(
                 items=np.arange(num_items),
@@ -242,8 +242,8 @@ def _check(vectors_BP: Floats, vectors: Vectors) -> None:
         )
 
 
-def _search(matrix_NP: Array, plan: _Plan, levels: Sequence[float], progress: Progress) -> Collector:
-    collector = Collector(len(matrix_NP), levels, MOST_LINKS)
+def _search(matrix_NP: Array, plan: _Plan, levels: Sequence[float], progress: Progress) -> PairCollector:
+    collector = PairCollector(len(matrix_NP), levels, MOST_LINKS)
     progress.start("comparing", len(matrix_NP), "items")
     for cluster in range(len(plan.starts) - 1):
         members = np.arange(plan.starts[cluster], plan.starts[cluster + 1])
@@ -256,33 +256,33 @@ def _search(matrix_NP: Array, plan: _Plan, levels: Sequence[float], progress: Pr
     return collector
 
 
-def _within(matrix_NP: Array, items_N: Ints, members: Ints, progress: Progress) -> Iterator[Tile]:
+def _within(matrix_NP: Array, items_N: Ints, members: Ints, progress: Progress) -> Iterator[CosineTile]:
     """Compare each pair of members once."""
     for one in blocks(len(members), _BLOCK):
         left, left_BP = items_N[members[one]], _float32(matrix_NP[members[one][0] : members[one][-1] + 1])
-        yield Tile(left=left, right=left, cosines=left_BP @ left_BP.T, is_diagonal=True)
+        yield CosineTile(left=left, right=left, cosines=left_BP @ left_BP.T, is_diagonal=True)
         for two in blocks(len(members) - one.stop, _BLOCK):
             right = members[one.stop :][two]
             right_BP = _float32(matrix_NP[right[0] : right[-1] + 1])
-            yield Tile(left=left, right=items_N[right], cosines=left_BP @ right_BP.T)
+            yield CosineTile(left=left, right=items_N[right], cosines=left_BP @ right_BP.T)
         progress.advance(len(left))
 
 
-def _across(matrix_NP: Array, items_N: Ints, visitors: Array, members: Ints) -> Iterator[Tile]:
+def _across(matrix_NP: Array, items_N: Ints, visitors: Array, members: Ints) -> Iterator[CosineTile]:
     """Compare each visitor with each member."""
     for two in blocks(len(members) if len(visitors) else 0, _BLOCK):
         right = members[two]
         right_BP = _float32(matrix_NP[right[0] : right[-1] + 1])
         for one in blocks(len(visitors), _BLOCK):
             left = visitors[one]
-            yield Tile(left=items_N[left], right=items_N[right], cosines=_float32(matrix_NP[left]) @ right_BP.T)
+            yield CosineTile(left=items_N[left], right=items_N[right], cosines=_float32(matrix_NP[left]) @ right_BP.T)
 
 
 def _float32(values: Array) -> Floats:
     return np.asarray(values, np.float32)
 
 
-def _measure(matrix_NP: Array, plan: _Plan, links: Links, limit: float, seed: int) -> Recall:
+def _measure(matrix_NP: Array, plan: _Plan, links: SimilarPairs, limit: float, seed: int) -> Recall:
     """Compare drawn items with all, and see which of their pairs were found."""
     num_items = len(matrix_NP)
     places = np.sort(np.random.default_rng(seed).permutation(num_items)[:_NUM_PROBES])
@@ -290,7 +290,7 @@ def _measure(matrix_NP: Array, plan: _Plan, links: Links, limit: float, seed: in
     true_keys = []
     for block in blocks(num_items, 8 * _BLOCK):
         cosines = probes_QP @ _float32(matrix_NP[block]).T
-        query, other = np.nonzero(cosines >= limit_of(limit) + _ROUNDING)
+        query, other = np.nonzero(cosines >= cosine_limit(limit) + _ROUNDING)
         left, right = plan.items[places[query]], plan.items[other + block.start]
         is_pair = left != right
         true_keys.append((np.minimum(left, right) * num_items + np.maximum(left, right))[is_pair])

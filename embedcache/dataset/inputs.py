@@ -1,11 +1,12 @@
 """What one side of a pair is trained on: a feature, or an encoder's vector and its tokens read as one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Inputs, Ints, concatenated_ranges
+from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, concatenated_ranges, normalize
 from embedcache.errors import DataError
 from embedcache.store.cache import Cache
 from embedcache.store.commit import Commit
@@ -40,7 +41,15 @@ class InputFeature:
         self.width = first.item_shape[-1]
         self.spec = first.group.spec
         self.fingerprint: Mapping[str, Any] = first.fingerprint
-        self.hashes = first.hashes
+
+    @cached_property
+    def hashes(self) -> list[bytes | None]:
+        """BLAKE2b-128 of each item's raw bytes or text, in row order. Memory: a Python object per item."""
+        return self._features[0].hashes
+
+    def hashes_of(self, rows: Ints) -> list[bytes | None]:
+        """Return the hashes of some rows."""
+        return [self.hashes[row] for row in rows]
 
     @property
     def has_tokens(self) -> bool:
@@ -162,6 +171,11 @@ def mean_vectors(inputs: Inputs) -> Array:
     lengths = values.shape[1] if inputs.lengths is None else inputs.lengths[:, None]
     mean_BD: Array = values.sum(axis=1) / lengths
     return mean_BD
+
+
+def unit_vectors(inputs: Inputs) -> Floats:
+    """Return one vector of length 1 per item, the mean of its tokens: (B, D) float32."""
+    return normalize(mean_vectors(inputs))
 
 
 def _dense_chunk(feature: Feature, commit: Commit) -> tuple[Ints, Array]:

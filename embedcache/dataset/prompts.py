@@ -53,7 +53,7 @@ def require_prompts(cache: Cache, spec: str) -> None:
     if not has_prompts(cache):
         raise DataError(
             f"{cache.path} is no set of prompts: it has no column {CLASS!r}; make one: embedcache extract "
-            f"prompts:CLASSES+TEMPLATES {cache.path.name}-prompts --text {spec}"
+            f"prompts:CLASSES+TEMPLATES {cache.path.name}-prompts --text-encoder {spec}"
         )
 
 

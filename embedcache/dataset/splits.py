@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from embedcache.arrays import Array, Ints, blocks, normalize
-from embedcache.dataset.inputs import Reader, mean_vectors
+from embedcache.arrays import Floats, Ints, blocks
+from embedcache.dataset.inputs import Reader, unit_vectors
 from embedcache.dataset.pairs import Pairs, name_caches
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError
 from embedcache.files import replacing
+from embedcache.metrics.neighbors import pairs_above
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table
@@ -285,21 +286,15 @@ def _near_duplicates(data: Paired, pairs: Pairs, settings: SplitSettings) -> Int
         (pairs.image, data.read_image, settings.image_cosine),
         (pairs.text, data.read_text, settings.text_cosine),
     ):
-        vectors = _vectors(read, side.rows)
-        labels = _join(vectors, np.searchsorted(samples, side.samples), labels, threshold)
+        vectors = np.concatenate([unit_vectors(read(side.rows[block])) for block in blocks(len(side.rows), _BLOCK)])
+        labels = _merge_groups(vectors, np.searchsorted(samples, side.samples), labels, threshold)
     return labels
 
 
-def _vectors(read: Reader, rows: Ints) -> Array:
-    """Read one vector of length 1 an item, the mean where it has tokens."""
-    return np.concatenate([normalize(mean_vectors(read(rows[block]))) for block in blocks(len(rows), _BLOCK)])
-
-
-def _join(vectors_ND: Array, nodes: Ints, labels: Ints, threshold: float) -> Ints:
-    """Merge the groups of all nodes whose vectors lie above the threshold. One tile of similarities in memory."""
-    for block in blocks(len(vectors_ND), _BLOCK):
-        row, column = np.nonzero(vectors_ND[block] @ vectors_ND.T > threshold)
-        left = np.concatenate([labels[nodes[row + block.start]], labels])
+def _merge_groups(vectors_ND: Floats, nodes: Ints, labels: Ints, threshold: float) -> Ints:
+    """Merge the groups of all nodes with vectors above the threshold: (S,) int64."""
+    for row, column in pairs_above(vectors_ND, threshold):
+        left = np.concatenate([labels[nodes[row]], labels])
         right = np.concatenate([labels[nodes[column]], labels])
         size = int(labels.max()) + 1
         edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(size, size))

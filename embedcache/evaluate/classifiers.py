@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, blocks, normalize
-from embedcache.metrics.neighbors import nearest, vote
+from embedcache.metrics.neighbors import top_k, vote
 from embedcache.registry import Registry
 
 NUM_NEIGHBOURS = 20
@@ -73,7 +73,7 @@ def fit_knn(train: Examples, val: Examples | None, num_classes: int) -> Fitted:
     k = min(NUM_NEIGHBOURS, len(candidates))
 
     def scores(vectors_QD: Floats) -> Floats:
-        rows_QK, sims_QK = nearest(normalize(vectors_QD), candidates, k)
+        rows_QK, sims_QK = top_k(normalize(vectors_QD), candidates, k)
         return vote(both.labels[rows_QK], sims_QK, num_classes, temperature=TEMPERATURE)
 
     return Fitted(scores, {"neighbors": k, "temperature": TEMPERATURE})

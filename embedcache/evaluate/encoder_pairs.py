@@ -13,7 +13,7 @@ from embedcache.dataset.settings import SplitSettings
 from embedcache.encoders.image_features import FeatureName
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.evaluate.pair_samples import LEAST_SAMPLES, Drawn, cut, draw
-from embedcache.metrics.alignment import Blocked, Products, cka, nearest, neighbor_overlap, products, shuffled
+from embedcache.metrics.alignment import Blocked, Products, cka, nearest_others, neighbor_overlap, products, shuffled
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, jackknife
 from embedcache.metrics.ranking import best_ranks
 from embedcache.progress import NullProgress, Progress
@@ -267,7 +267,7 @@ def _prepare(side: InputFeature, items: Items, drawn: Drawn, k: int) -> _Side:
         blocked = Blocked(rows_SD, drawn.blocks)
     except DataError as error:
         raise DataError(f"{side.modality} feature {side.name}: {error}") from error
-    return _Side(items=unit_ID, rows=rows_SD, neighbors=nearest(rows_SD, k), own=products(blocked, blocked))
+    return _Side(items=unit_ID, rows=rows_SD, neighbors=nearest_others(rows_SD, k), own=products(blocked, blocked))
 
 
 def _read(side: InputFeature, rows: Ints) -> Inputs:

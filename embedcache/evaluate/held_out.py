@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Bools, Floats, Ints, blocks, normalize
-from embedcache.dataset.inputs import InputFeature, mean_vectors
+from embedcache.arrays import Bools, Ints, blocks
+from embedcache.dataset.inputs import InputFeature, unit_vectors
 from embedcache.dataset.pairs import Items, pair_items
 from embedcache.dataset.splits import Split, read_split
 from embedcache.errors import CorruptError, DataError, PathError
@@ -90,7 +90,7 @@ def split_of(run: Run, cache: Cache) -> Split:
         CorruptError: it is not the split that the run was trained on.
     """
     path = split_path(run.path)
-    if not path.is_file() or digest_file(path) != run.config.split:
+    if not path.is_file() or digest_file(path) != run.config.split_digest:
         raise CorruptError(
             f"{path} is missing or not the split that the run was trained on; train again into a new folder"
         )
@@ -245,23 +245,16 @@ def _draw(rows: Ints, count: int, rng: np.random.Generator) -> Ints:
 
 
 def _is_equal(looked: Looked, others: Sequence[Looked]) -> Bools:
-    seen = {value for other in others for value in _hashes(other)}
-    return np.array([value in seen for value in _hashes(looked)], bool)
-
-
-def _hashes(looked: Looked) -> list[bytes | None]:
-    hashes = looked.side.hashes
-    return [hashes[row] for row in looked.items.rows]
+    seen = {value for other in others for value in other.side.hashes_of(other.items.rows)}
+    return np.array([value in seen for value in looked.side.hashes_of(looked.items.rows)], bool)
 
 
 def _is_near(looked: Looked, others: Sequence[Looked], cosine: float) -> Bools:
     """Say of each item whether one of the others is above a cosine."""
     candidates = (
-        _unit(other, other.items.rows[block]) for other in others for block in blocks(len(other.items.rows), _BLOCK)
+        unit_vectors(other.side.read(other.items.rows[block]))
+        for other in others
+        for block in blocks(len(other.items.rows), _BLOCK)
     )
-    is_near: Bools = closest(_unit(looked, looked.items.rows), candidates).sims > cosine
+    is_near: Bools = closest(unit_vectors(looked.side.read(looked.items.rows)), candidates).sims > cosine
     return is_near
-
-
-def _unit(looked: Looked, rows: Ints) -> Floats:
-    return normalize(mean_vectors(looked.side.read(rows)))

@@ -186,7 +186,7 @@ def evaluate_probe(
     """
     settings, progress = settings or ProbeSettings(), progress or NullProgress()
     if (image is None) == (text is None):
-        raise SettingError("a probe looks at one feature: give --image ENCODER/FEATURE or --text ENCODER/FEATURE")
+        raise SettingError("feature: expected the name of one feature, as encoder/feature, got none")
     methods = {name: METHODS.load(name) for name in dict.fromkeys(settings.methods)}
     modality = "text" if image is None else "image"
     data = read_labeled(

@@ -95,7 +95,7 @@ def trained_side(cache: Cache, config: PairConfig, modality: str) -> InputFeatur
         UnknownNameError: the cache has no feature of that name.
         FingerprintError: another encoder made it.
     """
-    side = open_input(cache, modality, config.side(modality).feature)
+    side = open_input(cache, modality, config.tower_input(modality).feature)
     check_feature(config, modality, side.name, side.fingerprint)
     return side
 
@@ -129,7 +129,7 @@ def _refuse_mixed(runs: Sequence[Run]) -> None:
 
 def _recipe(config: PairConfig) -> dict[str, Any]:
     """Give all that decides a run but its seeds. A split that was given as a file is one cut of many, as a seed is."""
-    split = {**config.training["split"], "seed": None, **({"kind": "a file"} if "split" in config.given else {})}
+    split = {**config.training["split"], "seed": None, **({"kind": "a file"} if "split" in config.file_digests else {})}
     return {
         "image": config.image.feature,
         "text": config.text.feature,

@@ -15,7 +15,7 @@ from embedcache.errors import ArtifactError, SettingError
 from embedcache.inference import ProjectedEncoder, open_projected_encoder
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, Side, load_pair
+from embedcache.projectors.saved import PairConfig, TowerInput, load_pair
 
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
 
@@ -98,7 +98,7 @@ class ExportNotes:
     encoders: Sequence[str] = MODALITIES
 
 
-def check_plain(side: Side, format_name: str) -> None:
+def check_plain(side: TowerInput, format_name: str) -> None:
     """Check that a feature is an encoder's plain output: not of a view, and computed in float32.
 
     Raises:

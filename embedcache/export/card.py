@@ -28,7 +28,7 @@ def write_card(path: Path, run: Run, written: Written, form: str, figures: Any) 
         form: the format's name.
         figures: what `embedcache evaluate` wrote as JSON; None: nothing was given.
     """
-    licenses: dict[str, str | None] = {modality: license(run.config.side(modality)) for modality in MODALITIES}
+    licenses: dict[str, str | None] = {modality: license(run.config.tower_input(modality)) for modality in MODALITIES}
     parts = [
         _front_matter(written, licenses),
         f"# {path.parent.name}\n",
@@ -90,14 +90,14 @@ def _about(run: Run, written: Written, form: str) -> str:
 def _encoders(run: Run, written: Written, licenses: Mapping[str, str | None]) -> str:
     rows = ["## Encoders\n", "| | encoder | feature | license | inside |", "| --- | --- | --- | --- | --- |"]
     for modality in MODALITIES:
-        side = run.config.side(modality)
+        side = run.config.tower_input(modality)
         name = f"{side.fingerprint['family']}:{side.fingerprint['model']}"
         feature = side.feature.rpartition("/")[2] if "+" not in side.feature else side.feature
         inside = "yes" if modality in written.sides else "no"
         rows.append(f"| {modality} | `{name}` | `{feature}` | {licenses[modality] or _UNKNOWN} | {inside} |")
-    weights = [f"- {modality} weights: SHA-256 `{run.config.side(modality).fingerprint['weights']}`"
+    weights = [f"- {modality} weights: SHA-256 `{run.config.tower_input(modality).fingerprint['weights']}`"
                for modality in MODALITIES]  # fmt: skip
-    return "\n".join([*rows, "", *weights, f"- run: weights SHA-256 `{run.config.weights}`", ""])
+    return "\n".join([*rows, "", *weights, f"- run: weights SHA-256 `{run.config.weights_digest}`", ""])
 
 
 def _training(run: Run) -> str:

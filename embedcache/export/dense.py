@@ -20,7 +20,7 @@ from embedcache.projectors.heads import (
     ShareLockProjector,
 )
 from embedcache.projectors.pair import AnyTower
-from embedcache.projectors.towers import BareTower, TokenTower
+from embedcache.projectors.towers import RawTower, TokenTower
 
 _ACTIVATIONS = (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid)
 _CHAINS = (OpenClipLinear, OpenClipImageMlp, OpenClipTextMlp, ShareLockProjector)
@@ -75,7 +75,7 @@ def dense_chain(tower: AnyTower, form: str) -> Chain:
     if isinstance(tower, TokenTower):
         raise refusal(form, f"{_name(tower)} maps every token, and a dense layer takes one vector")
     modules = list(_modules(tower, form))
-    if isinstance(tower, BareTower):
+    if isinstance(tower, RawTower):
         return Chain(layers=tuple(_folded(modules, _scaling(tower), form)), is_scaled=False)
     centering = (torch.ones_like(tower.mean).double(), -tower.mean.double())
     return Chain(layers=tuple(_folded(modules, centering, form)), is_scaled=True)
@@ -97,7 +97,7 @@ def _name(tower: AnyTower) -> str:
     return type(tower.projector).__name__
 
 
-def _scaling(tower: BareTower) -> tuple[Tensor, Tensor]:
+def _scaling(tower: RawTower) -> tuple[Tensor, Tensor]:
     ones_D = torch.ones(tower.input_width, dtype=torch.float64)
     return ones_D / tower.length.double(), torch.zeros_like(ones_D)
 

@@ -110,7 +110,7 @@ def _write_projectors(run: Run, folder: Path) -> Written:
 
 
 def _features(run: Run, modality: Modality, num_rows: int, num_tokens: int) -> dict[str, Array]:
-    width = run.config.side(modality).width
+    width = run.config.tower_input(modality).width
     random = np.random.default_rng(num_rows)
     if not isinstance(run.pair.tower(modality), TokenTower):
         return {"features": random.normal(size=(num_rows, width)).astype(np.float32)}
@@ -187,14 +187,14 @@ def _prepared(folder: Path) -> Mapping[Modality, dict[str, Array]]:
 def _describe(path: Path, run: Run, modality: Modality) -> None:
     """Write into the graph where it comes from."""
     onnx = require("onnx", extra="cpu")
-    side = run.config.side(modality)
+    side = run.config.tower_input(modality)
     graph = onnx.load(path)
     about = {
         "producer": "embedcache",
         "feature": side.feature,
         "projector": run.projector(modality),
         "fingerprint": json.dumps(dict(side.fingerprint), sort_keys=True),
-        "run_weights": run.config.weights,
+        "run_weights": run.config.weights_digest,
         "temperature": f"{float(run.pair.temperature.detach()):.9g}",
     }
     onnx.helper.set_model_props(graph, about)

@@ -88,8 +88,8 @@ def write_open_clip(run: Run, folder: Path, *, final: str, hub_name: str | None)
     """
     require("open_clip", extra=_FORM)
     for modality in MODALITIES:
-        check_plain(run.config.side(modality), _FORM)
-    families = {EncoderSpec.parse(run.config.side(modality).spec).family for modality in MODALITIES}
+        check_plain(run.config.tower_input(modality), _FORM)
+    families = {EncoderSpec.parse(run.config.tower_input(modality).spec).family for modality in MODALITIES}
     model = _own_towers(run, folder) if families == {"open_clip"} else _timm_and_transformer(run, folder)
     state = {**model.state, "logit_scale": run.pair.scale.detach().log()}
     save_file({name: value.detach().clone().contiguous() for name, value in state.items()},
@@ -231,7 +231,7 @@ def _pooler(about: Mapping[str, Any], run: Run) -> str:
 
 def _own_towers(run: Run, folder: Path) -> _Model:
     """Fold both projectors into the linear maps that a CLIP's towers end in."""
-    specs = {modality: EncoderSpec.parse(run.config.side(modality).spec) for modality in MODALITIES}
+    specs = {modality: EncoderSpec.parse(run.config.tower_input(modality).spec) for modality in MODALITIES}
     if specs["image"] != specs["text"]:
         raise refusal(_FORM, f"its towers are of two models, {specs['image'].text} and {specs['text'].text}")
     library = require("open_clip", extra=_FORM)

@@ -7,7 +7,7 @@ from typing import Any
 from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, Run, Written
 from embedcache.projectors.saved import save_weights
-from embedcache.projectors.towers import BareTower, TokenTower
+from embedcache.projectors.towers import RawTower, TokenTower
 from embedcache.provenance import write_json
 
 _CODE = """\
@@ -54,7 +54,7 @@ def write_safetensors(run: Run, folder: Path) -> Written:
 
 
 def _side(run: Run, modality: Modality) -> dict[str, Any]:
-    side = run.config.side(modality)
+    side = run.config.tower_input(modality)
     return {
         "encoder": dict(side.fingerprint),
         "feature": side.feature,
@@ -65,7 +65,7 @@ def _side(run: Run, modality: Modality) -> dict[str, Any]:
 
 def _recipe(run: Run, modality: Modality) -> list[str]:
     """Say in words what a feature goes through."""
-    side, tower = run.config.side(modality), run.pair.tower(modality)
+    side, tower = run.config.tower_input(modality), run.pair.tower(modality)
     kind = run.projector_class(modality)
     meaning = " ".join((inspect.getdoc(kind) or kind.__name__).split("Args:")[0].split())
     return [
@@ -79,6 +79,6 @@ def _recipe(run: Run, modality: Modality) -> list[str]:
 def _first_steps(modality: Modality, tower: object) -> list[str]:
     if isinstance(tower, TokenTower):
         return ["take all tokens as they are, without padding"]
-    if isinstance(tower, BareTower):
+    if isinstance(tower, RawTower):
         return [f"divide by {modality}.length"]
     return ["scale to length 1", f"take {modality}.mean off"]

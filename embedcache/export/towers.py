@@ -15,7 +15,7 @@ from embedcache.encoders.open import EncoderSpec, feature_names
 from embedcache.encoders.text_features import Dense, Sentences, TextFeatures
 from embedcache.encoders.weights import load_pretrained, model_folder
 from embedcache.export.base import Run, check_plain, refusal
-from embedcache.projectors.towers import BareTower, TokenTower
+from embedcache.projectors.towers import RawTower, TokenTower
 
 _STALE = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")
 """What a tokenizer remembers of another use; a processor would cut texts at that `max_length`."""
@@ -73,14 +73,14 @@ def open_text_tower(run: Run, form: str) -> OpenTower:
 
 
 def _checked(run: Run, modality: Modality, form: str) -> tuple[EncoderSpec, tuple[str, ...]]:
-    side = run.config.side(modality)
+    side = run.config.tower_input(modality)
     check_plain(side, form)
     return EncoderSpec.parse(side.spec), feature_names(side.feature)
 
 
 def _about(run: Run, modality: Modality) -> dict[str, Any]:
-    side, tower = run.config.side(modality), run.pair.tower(modality)
-    takes = "tokens" if isinstance(tower, TokenTower) else "bare" if isinstance(tower, BareTower) else "centred"
+    side, tower = run.config.tower_input(modality), run.pair.tower(modality)
+    takes = "tokens" if isinstance(tower, TokenTower) else "bare" if isinstance(tower, RawTower) else "centred"
     names = list(feature_names(side.feature))
     return {"features": names, "layers": requested_layers(names), "width": side.width, "takes": takes}
 

@@ -123,7 +123,7 @@ def open_job(
     settings = settings or ExtractSettings()
     if not image and not text:
         raise SettingError(
-            "no encoder is named; give at least one with --image or --text, such as --text st:all-MiniLM-L6-v2"
+            "expected at least one encoder, got none; name one such as --text-encoder st:all-MiniLM-L6-v2"
         )
     _check_asked(image, text, settings)
     path = open_path(cache_path)

@@ -157,5 +157,5 @@ def _check_modalities(cache: Cache, specs: Mapping[Modality, Sequence[EncoderSpe
     for modality, asked in specs.items():
         if asked and not cache.info.num_items.get(modality):
             raise SourceError(
-                f"cache {cache.path} has no {modality} items; leave --{modality} out, or check the source"
+                f"cache {cache.path} has no {modality} items; leave --{modality}-encoder out, or check the source"
             )

@@ -22,7 +22,7 @@ from embedcache.interop.outgoing import Outgoing, check_new_file
 from embedcache.interop.parquet import vector_lists, write_rows
 from embedcache.progress import Progress
 from embedcache.registry import require
-from embedcache.reports.thumbnails import Pictures
+from embedcache.reports.thumbnails import Thumbnails
 from embedcache.search.faiss_index import exact_search, make_index
 
 EXTRA = "atlas"
@@ -173,7 +173,7 @@ class _Thumbnails:
     _KIND = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
     def __init__(self, outgoing: Outgoing) -> None:
-        self._pictures = Pictures(outgoing.cache)
+        self._pictures = Thumbnails(outgoing.cache)
         self._rows = outgoing.item_rows("image")
 
     def column(self, rows: slice) -> pa.Array:

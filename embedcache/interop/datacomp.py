@@ -87,8 +87,8 @@ def _modalities(image: Sequence[str], text: Sequence[str]) -> Mapping[str, Modal
     names = [*image, *text]
     if not names or len(set(names)) < len(names):
         raise SettingError(
-            "name the arrays to import, each once, with --image and --text; DataComp has l14_img, b32_img, l14_txt and "
-            "b32_txt"
+            "name the arrays to import, each once, with --image-array and --text-array; DataComp has "
+            "l14_img, b32_img, l14_txt and b32_txt"
         )
     return {name: "image" if name in image else "text" for name in names}
 

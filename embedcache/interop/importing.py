@@ -141,7 +141,7 @@ def _describe(
         "path": str(incoming.path.absolute()),
         "settings": {},
         "format": incoming.form,
-        "columns": settings.given(),
+        "columns": settings.to_json(),
         "features": dict(incoming.modalities),
         "files": digest(hashes),
         "model": model,

@@ -17,9 +17,9 @@ from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, ItemError, SettingError, SourceError
 from embedcache.sources.base import IMPORTED, ImageItem, Sample, TextItem
 from embedcache.sources.captions import scalar_columns
-from embedcache.sources.files import place_of, read_file
+from embedcache.sources.files import read_item_file, resolve_item
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table import TableColumns, name_columns, row_key, row_texts
+from embedcache.sources.table import TableColumns, assign_columns, row_key, row_texts
 from embedcache.sources.table_files import Row, TableFile, open_table_file
 
 DTYPES = ("float16", "float32")
@@ -268,7 +268,7 @@ class _Table:
     def open(cls, path: Path, settings: SourceSettings, vectors: set[str]) -> "_Table":
         """Look at a table, but not at its columns of vectors."""
         file = open_table_file(path)
-        columns = name_columns(file, settings)
+        columns = assign_columns(file, settings)
         columns = replace(columns, others=tuple(name for name in columns.others if name not in vectors))
         return cls(file=file, columns=columns)
 
@@ -297,7 +297,7 @@ class ImportedSource:
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.allow_only(IMPORTED)
+        settings.check_supported(IMPORTED)
         self._location = Path(location)
         self._root = self._location if self._location.is_dir() else self._location.parent
 
@@ -324,4 +324,4 @@ class ImportedSource:
         """
         if not item.path:
             raise ItemError("the import named no file of this image")
-        return read_file(place_of(self._root, item.path))
+        return read_item_file(resolve_item(self._root, item.path))

@@ -22,7 +22,7 @@ from embedcache.errors import CorruptError, DataError, SettingError, UnknownName
 from embedcache.interop.incoming import Incoming, Part, check_dtype
 from embedcache.interop.outgoing import new_folder
 from embedcache.progress import Progress
-from embedcache.sources.files import reading
+from embedcache.sources.files import wrap_io_errors
 
 if TYPE_CHECKING:
     from embedcache.interop.outgoing import Outgoing
@@ -49,7 +49,7 @@ def open_arrays(*, image: Path | None = None, text: Path | None = None, table: P
     vectors = {str(modality): open_npy(path) for modality, path in given if path is not None}
     first = image or text
     if first is None:
-        raise SettingError("no array is given; give one with --image or --text, or one with each")
+        raise SettingError("no array is given; give one with --image-file or --text-file, or one with each")
     modalities = {str(modality): modality for modality, path in given if path is not None}
     return Incoming(form=FORM, path=first, modalities=modalities, parts=[Part(vectors=vectors, table=table)])
 
@@ -171,7 +171,7 @@ def write_header(file: IO[bytes], shape: tuple[int, int], dtype: str) -> None:
 def damage_named(path: Path) -> Iterator[None]:
     """Turn what a damaged file gives into an error that names it."""
     try:
-        with reading(path):
+        with wrap_io_errors(path):
             yield
     except (zipfile.BadZipFile, EOFError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path} cannot be read: {error or 'it ends too early'}; get the file again") from error

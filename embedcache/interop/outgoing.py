@@ -54,7 +54,9 @@ class ExportSettings:
         named = {"image": self.image, "text": self.text}
         for modality, name in named.items():
             if name is not None and self.only not in (None, modality):
-                raise SettingError(f"--{modality} names a feature and --only {self.only} leaves it out; give one")
+                raise SettingError(
+                    f"--{modality}-feature names a feature and --modality {self.only} leaves it out; give one"
+                )
 
 
 class Outgoing:

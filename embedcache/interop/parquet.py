@@ -20,7 +20,7 @@ from embedcache.files import replacing
 from embedcache.interop.incoming import Incoming, Part, check_dtype
 from embedcache.interop.outgoing import check_new_file
 from embedcache.progress import Progress
-from embedcache.sources.table_files import damage_named, open_parquet
+from embedcache.sources.table_files import open_parquet, wrap_table_errors
 
 if TYPE_CHECKING:
     from embedcache.interop.outgoing import Outgoing
@@ -48,7 +48,7 @@ def open_parquet_vectors(path: Path, *, image: str | None = None, text: str | No
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise PathError(f"{path} holds no .parquet; give a file, or a folder of such")
-    with damage_named(files[0]), open_parquet(files[0]) as file:
+    with wrap_table_errors(files[0]), open_parquet(files[0]) as file:
         schema = file.schema_arrow
     modalities = _modalities(schema, image, text, files[0])
     parts = [Part(vectors={name: open_column(file, name) for name in modalities}, table=file) for file in files]
@@ -105,11 +105,15 @@ def _modalities(schema: pa.Schema, image: str | None, text: str | None, path: Pa
         image, text = (name if name in schema.names else None for name in COLUMNS.values())
     if image is None and text is None:
         raise SettingError(
-            f"{path} has no column {' or '.join(COLUMNS.values())}; name a column of vectors with --image or --text: "
+            f"{path} has no column {' or '.join(COLUMNS.values())}; name a column of vectors with "
+            f"--image-vector-column or --text-vector-column: "
             f"{', '.join(vector_columns(schema)) or 'it has none'}"
         )
     if image == text:
-        raise SettingError(f"column {image} is named with --image and with --text; a column is of one of them")
+        raise SettingError(
+            f"column {image} is named with --image-vector-column and with --text-vector-column; "
+            "a column is of one of them"
+        )
     named: list[tuple[str | None, Modality]] = [(image, "image"), (text, "text")]
     return {name: modality for name, modality in named if name is not None}
 
@@ -150,7 +154,7 @@ class ParquetRows:
         Raises:
             DataError: a list has another length than the first.
         """
-        with damage_named(self.path), open_parquet(self.path) as file:
+        with wrap_table_errors(self.path), open_parquet(self.path) as file:
             groups, row = _groups_from(file, first)
             for batch in file.iter_batches(size, row_groups=groups, columns=[self.column], use_threads=False):
                 yield self._values(batch.column(0), row)[max(0, first - row) :]
@@ -184,7 +188,7 @@ def open_column(path: Path, column: str) -> ParquetRows:
         UnknownNameError: it has no such column; those that hold lists of numbers are listed.
         DataError: the column holds no lists of float16 or float32, or no row has one.
     """
-    with damage_named(path), open_parquet(path) as file:
+    with wrap_table_errors(path), open_parquet(path) as file:
         schema = file.schema_arrow
         if column not in schema.names:
             raise UnknownNameError(

@@ -9,12 +9,12 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.arrays import Array, Ints, blocks, check_finite, normalize
+from embedcache.arrays import Array, Ints, check_finite, normalize
 from embedcache.errors import DataError
+from embedcache.metrics.neighbors import top_k
 
 Doubles = npt.NDArray[np.float64]
 
-_TILE_BYTES = 64 * 2**20
 _ROUNDING = 1e-24  # of float64, squared
 
 
@@ -59,13 +59,11 @@ def mutual_knn(x_ND: Array, y_NE: Array, k: int) -> float:
         DataError: k is not below the number of rows, unequal numbers of rows, or a row that is no number.
     """
     _check_paired(x_ND, y_NE)
-    return float(neighbor_overlap(nearest(x_ND, k), nearest(y_NE, k)).mean())
+    return float(neighbor_overlap(nearest_others(x_ND, k), nearest_others(y_NE, k)).mean())
 
 
-def nearest(rows_ND: Array, k: int) -> Ints:
-    """Find each row's k nearest others by cosine: (N, K) int64, in ascending order of row number.
-
-    Exact and tiled: memory is about 64 MB above the input. Of rows equally near any may be taken.
+def nearest_others(rows_ND: Array, k: int) -> Ints:
+    """Find the k nearest other rows of each row by cosine: (N, K) int64. Memory: that of `top_k`.
 
     Raises:
         DataError: k is not from 1 to N - 1, or a row is no number.
@@ -75,12 +73,7 @@ def nearest(rows_ND: Array, k: int) -> Ints:
         raise DataError(f"k is {k}, and each of {num_rows} rows has {num_rows - 1} others; take k from 1 to that")
     check_finite(rows_ND, "the rows")
     unit_ND = normalize(rows_ND)
-    found_NK = np.empty((num_rows, k), np.int64)
-    for block in blocks(num_rows, max(1, _TILE_BYTES // (4 * num_rows))):
-        sims_BN = unit_ND[block] @ unit_ND.T
-        sims_BN[np.arange(len(sims_BN)), np.arange(block.start, block.stop)] = -np.inf
-        found_NK[block] = np.argpartition(sims_BN, -k, axis=1)[:, -k:]
-    return np.sort(found_NK, axis=1)
+    return top_k(unit_ND, unit_ND, k, exclude_self=True)[0]
 
 
 def neighbor_overlap(one_NK: Ints, other_NK: Ints) -> Doubles:

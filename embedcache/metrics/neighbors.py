@@ -1,33 +1,34 @@
-"""The nearest of many vectors, exactly, and what their labels vote for."""
+"""Exact nearest neighbors by dot product: the top k, the closest pair of rows, pairs above a cosine, and kNN votes.
 
-from collections.abc import Iterable
+Rows of length 1 make the dot product the cosine. Everything is tiled; a tie goes to the candidate with the lower row.
+"""
+
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, blocks
 
-_TILE = 1024  # queries at a time
-_CANDIDATES = 16_384  # at a time: a tile of similarities is 64 MB
+_TILE = 1024  # queries per tile
+_CANDIDATES = 16_384  # candidates per tile: 64 MB of similarities
 
 
-def nearest(queries_QP: Floats, candidates_CP: Floats, k: int) -> tuple[Ints, Floats]:
-    """Find the candidates with the largest dot product: give rows of length 1 for the cosine.
-
-    Exact and tiled: memory is about 200 MB above the inputs and the result. Of candidates that tie at the end of the
-    list, any may be in it.
+def top_k(queries_QP: Floats, candidates_CP: Floats, k: int, *, exclude_self: bool = False) -> tuple[Ints, Floats]:
+    """Find the k candidates with the largest dot product. Memory: about 200 MB above the inputs and the result.
 
     Args:
         queries_QP: (Q, P) float32.
         candidates_CP: (C, P) float32.
-        k: how many, from 1 to C.
+        k: number of candidates per query, from 1 to C, or to C - 1 with `exclude_self`.
+        exclude_self: queries and candidates are the same rows; a row is not its own neighbor.
 
     Returns:
-        (Q, k) int64 rows of candidates, best first, and (Q, k) float32 their similarities.
+        (Q, K) int64 rows of candidates, best first, and (Q, K) float32 their similarities.
 
     Example:
         >>> eye = np.eye(3, dtype=np.float32)
-        >>> nearest(eye[:1], 2 * eye + eye[[1, 2, 0]], 2)[0].tolist()
+        >>> top_k(eye[:1], 2 * eye + eye[[1, 2, 0]], 2)[0].tolist()
         [[0, 2]]
     """
     rows_QK = np.empty((len(queries_QP), k), np.int64)
@@ -37,25 +38,39 @@ def nearest(queries_QP: Floats, candidates_CP: Floats, k: int) -> tuple[Ints, Fl
         sims_BK = np.empty(rows_BK.shape, np.float32)
         for block in blocks(len(candidates_CP), _CANDIDATES):
             sims_BC = queries_QP[tile] @ candidates_CP[block].T
+            if exclude_self:
+                own = np.arange(max(tile.start, block.start), min(tile.stop, block.stop))
+                sims_BC[own - tile.start, own - block.start] = -np.inf
             rows_BC = _largest(sims_BC, k)
             rows_BK = np.concatenate([rows_BK, rows_BC + block.start], axis=1)
             sims_BK = np.concatenate([sims_BK, np.take_along_axis(sims_BC, rows_BC, axis=1)], axis=1)
             kept_BK = _largest(sims_BK, k)
             rows_BK = np.take_along_axis(rows_BK, kept_BK, axis=1)
             sims_BK = np.take_along_axis(sims_BK, kept_BK, axis=1)
-        order_BK = np.argsort(-sims_BK, axis=1, kind="stable")
+        order_BK = np.argsort(-sims_BK, axis=1, kind="stable")  # rows ascend, so ties stay in order of rows
         rows_QK[tile] = np.take_along_axis(rows_BK, order_BK, axis=1)
         sims_QK[tile] = np.take_along_axis(sims_BK, order_BK, axis=1)
     return rows_QK, sims_QK
 
 
+def _largest(values_BC: Floats, k: int) -> Ints:
+    """Return the columns of the k largest values of each row, ascending; of equal values the first columns."""
+    if values_BC.shape[1] <= k:
+        return np.broadcast_to(np.arange(values_BC.shape[1]), values_BC.shape)
+    columns_BK: Ints = np.sort(np.argpartition(values_BC, -k, axis=1)[:, -k:], axis=1)
+    lowest_B = np.take_along_axis(values_BC, columns_BK, axis=1).min(axis=1)
+    for row in np.flatnonzero((values_BC >= lowest_B[:, None]).sum(axis=1) > k):  # a tie at the end of the list
+        columns_BK[row] = np.sort(np.argsort(-values_BC[row], kind="stable")[:k])
+    return columns_BK
+
+
 class Closest(NamedTuple):
-    """Who is closest between two sets of vectors.
+    """The closest pairs between queries and candidates.
 
     Args:
-        rows: (Q,) int64, each query's closest candidate; -1 where there is none.
-        sims: (Q,) float32, its similarity; -inf where there is none.
-        candidate_sims: (C,) float32, each candidate's similarity to the query that it is closest to.
+        rows: (Q,) int64, closest candidate of each query; -1 without candidates.
+        sims: (Q,) float32, its similarity; -inf without candidates.
+        candidate_sims: (C,) float32, similarity of each candidate to its closest query.
     """
 
     rows: Ints
@@ -64,13 +79,13 @@ class Closest(NamedTuple):
 
 
 def closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
-    """Find each query's closest candidate, and how close each candidate comes to any query: of all pairs, in one go.
+    """Find the closest candidate of each query and the similarity of each candidate to its closest query.
 
-    Exact and tiled: memory is a block of candidates, its product with 1,024 queries, and the result.
+    Memory: a block of candidates, its product with 1,024 queries, and the result.
 
     Args:
-        queries_QP: (Q, P) float32, at least one row; give rows of length 1 for the cosine.
-        candidates: blocks of rows (B, P) float32; rows are counted on from block to block.
+        queries_QP: (Q, P) float32, at least one row.
+        candidates: blocks of (B, P) float32 rows; rows are counted across blocks.
 
     Example:
         >>> eye = np.eye(3, dtype=np.float32)
@@ -96,27 +111,36 @@ def closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
     return Closest(rows_Q, sims_Q, np.concatenate(candidate_sims))
 
 
-def vote(labels_QK: Ints, sims_QK: Floats, num_classes: int, *, temperature: float) -> Floats:
-    """Add up the votes of each query's neighbors: (Q, num_classes) float32, exp(similarity / temperature) a neighbor.
+def pairs_above(vectors_NP: Floats, cosine: float) -> Iterator[tuple[Ints, Ints]]:
+    """Iterate over all pairs of rows above a cosine, each row with itself included, in tiles of 1,024 rows.
 
-    As in "Emerging Properties in Self-Supervised Vision Transformers" (DINO), Caron et al. 2021; here relative to the
-    nearest neighbor's vote, which is 1, so that no temperature is too small.
+    Memory: one tile of 1,024 x N similarities and its pairs.
 
     Args:
-        labels_QK: (Q, K) int64, the class of each neighbor.
-        sims_QK: (Q, K) float32, its similarity, best first.
-        num_classes: how many classes there are.
-        temperature: the smaller, the more the nearest neighbor decides.
+        vectors_NP: (N, P) float32 rows of length 1.
+        cosine: lower limit, exclusive.
+
+    Yields:
+        Two (M,) int64 arrays of row numbers.
+    """
+    for block in blocks(len(vectors_NP), _TILE):
+        left, right = np.nonzero(vectors_NP[block] @ vectors_NP.T > cosine)
+        yield left + block.start, right
+
+
+def vote(labels_QK: Ints, sims_QK: Floats, num_classes: int, *, temperature: float) -> Floats:
+    """Compute the score of each class for each query, exp(similarity / temperature) per neighbor: (Q, C) float32.
+
+    The weights are those of "Emerging Properties in Self-Supervised Vision Transformers" (DINO, ICCV 2021), divided by
+    the nearest neighbor's weight so that no temperature overflows.
+
+    Args:
+        labels_QK: (Q, K) int64, class of each neighbor.
+        sims_QK: (Q, K) float32, similarity of each neighbor, best first.
+        num_classes: number of classes.
+        temperature: a lower temperature gives more weight to the nearest neighbors.
     """
     weights_QK = np.exp((sims_QK - sims_QK[:, :1]) / temperature)
     votes_QC = np.zeros((len(labels_QK), num_classes), np.float32)
     np.add.at(votes_QC, (np.arange(len(labels_QK))[:, None], labels_QK), weights_QK)
     return votes_QC
-
-
-def _largest(values_BC: Floats, k: int) -> Ints:
-    """Find the columns of the k largest values of each row, in no order; all where there are fewer."""
-    if values_BC.shape[1] <= k:
-        return np.broadcast_to(np.arange(values_BC.shape[1]), values_BC.shape)
-    columns_BK: Ints = np.argpartition(values_BC, -k, axis=1)[:, -k:]
-    return columns_BK

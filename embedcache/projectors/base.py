@@ -1,4 +1,7 @@
-"""What a projector is to the rest of the package."""
+"""The projectors by name, and the interface of a projector from a plug-in.
+
+A projector is a `torch.nn.Module`. `embedcache.testing.projectors` has the tests that a plug-in must pass.
+"""
 
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -20,58 +23,70 @@ PROJECTORS = Registry(
         "openclip-mlp-image": "embedcache.projectors.heads:OpenClipImageMlp",
         "openclip-mlp-text": "embedcache.projectors.heads:OpenClipTextMlp",
         "sharelock": "embedcache.projectors.heads:ShareLockProjector",
-        "token": "embedcache.projectors.tokens:TokenProjector",
+        "token": "embedcache.projectors.tokens:MeanTokenProjector",
         "token_mlp": "embedcache.projectors.tokens:TokenMlpProjector",
     },
 )
 
+_PRESETS = {"openclip-mlp": "openclip-mlp-image+openclip-mlp-text"}
+
+
+def split_names(names: str) -> tuple[str, str]:
+    """Return the image and the text projector of a name: `glu` is both, `identity+sharelock` is one for each."""
+    image, _, text = _PRESETS.get(names, names).partition("+")
+    return image, text or image
+
+
+def has_token_input(projector: str) -> bool:
+    """Return whether the projector of this name maps token sequences."""
+    return bool(getattr(PROJECTORS.load(projector), "has_token_input", False))
+
+
+def has_raw_input(projector: str) -> bool:
+    """Return whether the projector of this name maps vectors that are neither normalized nor centered."""
+    return bool(getattr(PROJECTORS.load(projector), "has_raw_input", False))
+
 
 class Projector(Protocol):
-    """A `torch.nn.Module` built as `Projector(input_width, output_width)`; it maps (B, D) to (B, P) float32."""
+    """A module for one vector per item, built as `Projector(input_width, output_width)`.
+
+    A class attribute `has_raw_input = True` asks for vectors as the encoder returned them; otherwise they are scaled
+    to length 1 and centered.
+    """
 
     def __call__(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, D) float32 -> (B, P) float32."""
         ...
 
 
 class TokenProjector(Protocol):
-    """A module for several vectors an item, built as `TokenProjector(input_width, output_width, dropout=0.1)`."""
+    """A module for token features, built as `TokenProjector(input_width, output_width, dropout=0.1)`."""
 
-    takes_tokens: ClassVar[bool] = True
+    has_token_input: ClassVar[bool] = True
 
     def __call__(self, tokens_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
         """Project a batch to (B, P) float32.
 
         Args:
-            tokens_BTD: float32; what lies behind an item's length is not looked at.
-            lengths_B: int64, tokens of each item, at least 1; None: all have T.
+            tokens_BTD: float32; values after the last token of an item are padding and must not matter.
+            lengths_B: int64 number of tokens of each item, at least 1; None: every item has T tokens.
         """
         ...
 
 
 @runtime_checkable
-class Startable(Protocol):
-    """What a projector with a linear branch offers too."""
+class HasLinearBranch(Protocol):
+    """A projector that can be initialized with a closed form."""
 
-    def start_from(self, weights_DP: Tensor) -> None:
-        """Make it compute x @ weights, to the rounding of float32; training goes on from there."""
+    def set_linear_map(self, weights_DP: Tensor) -> None:
+        """Make the projector compute x @ weights, up to float32 rounding."""
         ...
 
 
 @runtime_checkable
-class Anchored(Protocol):
-    """What a projector offers that compares items with those of training pairs."""
+class HasAnchors(Protocol):
+    """A projector that compares items with those of training pairs."""
 
     def set_anchors(self, anchors_PD: Tensor) -> None:
-        """Take the (P, D) vectors that items are compared with; those of both sides are aligned."""
+        """Set the (P, D) anchor vectors; row j of both towers comes from the same training pair."""
         ...
-
-
-_PRESETS = {"openclip-mlp": "openclip-mlp-image+openclip-mlp-text"}
-"""One name for two projectors."""
-
-
-def split_names(names: str) -> tuple[str, str]:
-    """Tell the projectors of images and texts apart: `glu` is both, `identity+sharelock` one each."""
-    image, _, text = _PRESETS.get(names, names).partition("+")
-    return image, text or image

@@ -1,6 +1,6 @@
-"""Projectors that are solved for instead of trained. NumPy and SciPy, float64, one pass over the data.
+"""Closed-form linear projectors: NumPy and SciPy, float64, one pass over the data.
 
-Each takes the second moments of aligned rows and gives one matrix a side.
+Each form maps the second moments of aligned rows to one matrix per modality.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,38 @@ from embedcache.errors import DataError, SettingError
 Matrix = npt.NDArray[np.float64]
 
 
+def solve(name: str, moments: "Moments", width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
+    """Solve `cca`, `csa`, `procrustes` or `ridge`.
+
+    Args:
+        name: closed form.
+        moments: second moments of the training pairs.
+        width: P of the shared space; directions beyond the rank of the solution are zero.
+        shrinkage: regularization in units of the mean eigenvalue; use more for fewer pairs.
+
+    Returns:
+        (D, P) for images and (E, P) for texts, float64.
+
+    Raises:
+        SettingError: the shrinkage is not positive.
+        DataError: fewer than two rows.
+    """
+    if shrinkage <= 0:
+        raise SettingError(f"shrinkage: expected a number above 0, got {shrinkage}")
+    forms = {"cca": cca, "csa": csa, "procrustes": procrustes, "ridge": ridge}
+    return forms[name](moments, width, shrinkage=shrinkage)
+
+
 @dataclass
 class Moments:
     """Sums over aligned rows of two features, from which every closed form is solved.
 
-    Add batches in any cut: the result is the same up to float64 rounding. Memory: three D × D matrices.
+    The result does not depend on how rows are divided into batches, up to float64 rounding. Memory: three D × D
+    matrices.
 
     Args:
         image_width: D of the image feature.
-        text_width: D of the text feature.
+        text_width: E of the text feature.
     """
 
     image_width: int
@@ -34,13 +57,13 @@ class Moments:
         self._sum = np.zeros(self.image_width + self.text_width)
         self._products = np.zeros((len(self._sum), len(self._sum)))
 
-    def add(self, images_BD: npt.NDArray[np.floating], texts_BD: npt.NDArray[np.floating]) -> None:
-        """Add aligned rows: two arrays of equal length, any float dtype.
+    def add(self, images_BD: npt.NDArray[np.floating], texts_BE: npt.NDArray[np.floating]) -> None:
+        """Add aligned rows: two arrays of equal length and any float dtype.
 
         Raises:
-            DataError: a row is no number.
+            DataError: a value is NaN or infinite.
         """
-        rows = np.concatenate([images_BD, texts_BD], axis=1, dtype=np.float64)
+        rows = np.concatenate([images_BD, texts_BE], axis=1, dtype=np.float64)
         check_finite(rows, "the training pairs")
         self.num_rows += len(rows)
         self._sum += rows.sum(axis=0)
@@ -53,17 +76,17 @@ class Moments:
 
     @property
     def text_mean(self) -> Matrix:
-        """(D,) mean of the text rows."""
+        """(E,) mean of the text rows."""
         return self._mean[self.image_width :]
 
     def covariances(self) -> tuple[Matrix, Matrix, Matrix]:
-        """Give the image, text and cross covariance: (D, D), (E, E), (D, E).
+        """Return the image, text and cross covariance: (D, D), (E, E), (D, E).
 
         Raises:
             DataError: fewer than two rows.
         """
         if self.num_rows < 2:
-            raise DataError(f"{self.num_rows} pairs are too few to fit a projector; at least 2 are needed")
+            raise DataError(f"expected at least 2 pairs to fit a projector, got {self.num_rows}; add training samples")
         covariance = self._products / self.num_rows - np.outer(self._mean, self._mean)
         image, text = slice(self.image_width), slice(self.image_width, None)
         return covariance[image, image], covariance[text, text], covariance[image, text]
@@ -74,53 +97,29 @@ class Moments:
 
 
 def cca(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Canonical correlation analysis, regularized, each direction weighted by its correlation.
+    """Solve regularized canonical correlation analysis, with each direction weighted by its correlation.
 
-    With whiteners Wx = (Sxx + s·mean(eig Sxx)·I)^-1/2 and Wy alike, and U diag(r) V' the singular value
+    With whiteners Wx = (Sxx + s mean(eig Sxx) I)^-1/2 and Wy likewise, and U diag(r) V' the singular value
     decomposition of Wx Sxy Wy, the projectors are Wx U diag(r) and Wy V diag(r). Hotelling, "Relations between two
-    sets of variates" (1936); the weighting is ours, stronger than that of `csa`.
-
-    Args:
-        moments: of the training pairs.
-        width: P of the shared space; directions beyond the smaller width are left zero.
-        shrinkage: s, in units of the mean eigenvalue; more for fewer pairs.
-
-    Returns:
-        (D, P) for images, (E, P) for texts, float64.
+    sets of variates" (1936); the weighting is our choice and stronger than that of `csa`.
     """
     return _canonical(moments, width, shrinkage=shrinkage, power=1.0)
 
 
 def csa(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Canonical similarity analysis: as `cca`, but each inner product weights a direction by its correlation once.
+    """Solve canonical similarity analysis: as `cca`, but inner products weight a direction by its correlation once.
 
     The projectors are Wx U diag(r)^1/2 and Wy V diag(r)^1/2. CSA, "Canonical Similarity Analysis" (ICLR 2025), which
-    takes the lengths that a cosine divides by before the weighting; here they are taken after it.
-
-    Args:
-        moments: of the training pairs.
-        width: P of the shared space; directions beyond the smaller width are left zero.
-        shrinkage: s, in units of the mean eigenvalue.
-
-    Returns:
-        (D, P) for images, (E, P) for texts, float64.
+    normalizes before the weighting; here vectors are normalized after it.
     """
     return _canonical(moments, width, shrinkage=shrinkage, power=0.5)
 
 
 def ridge(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Ridge regression of the text feature on the image feature.
+    """Solve ridge regression of the text feature on the image feature.
 
-    The image projector is (Sxx + s·mean(eig Sxx)·I)^-1 Sxy. Both sides are then turned onto the text feature's
-    principal axes, which changes no cosine unless fewer than all of them fit into the shared space.
-
-    Args:
-        moments: of the training pairs.
-        width: P of the shared space.
-        shrinkage: s, in units of the mean eigenvalue.
-
-    Returns:
-        (D, P) for images, (E, P) for texts, float64.
+    The image projector is (Sxx + s mean(eig Sxx) I)^-1 Sxy. Both sides are then rotated onto the principal axes of the
+    text feature, which changes no cosine unless the shared space is narrower than the text feature.
     """
     image, text, cross = moments.covariances()
     penalty = shrinkage * np.trace(image) / len(image)
@@ -131,19 +130,11 @@ def ridge(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Ma
 
 
 def procrustes(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Orthogonal Procrustes: the rotation that brings the images nearest to their texts, rows centered.
+    """Solve orthogonal Procrustes: the rotation that minimizes the distance of centered images to their texts.
 
-    With U diag(s) V' the singular value decomposition of Sxy, images are turned by U and texts by V: the rotation U V'
-    seen from both sides, so that the strongest directions come first. Schönemann, "A generalized solution of the
-    orthogonal Procrustes problem" (1966).
-
-    Args:
-        moments: of the training pairs.
-        width: P of the shared space; directions beyond the smaller width are left zero.
-        shrinkage: unused, as a rotation has no scale to shrink.
-
-    Returns:
-        (D, P) for images, (E, P) for texts, float64.
+    With U diag(s) V' the singular value decomposition of Sxy, images are rotated by U and texts by V, so that the
+    strongest directions come first; U V' is the usual rotation. Schönemann, "A generalized solution of the orthogonal
+    Procrustes problem" (1966). The shrinkage is unused.
     """
     del shrinkage
     _, _, cross = moments.covariances()
@@ -152,20 +143,7 @@ def procrustes(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matri
     return _pad(left[:, :rank], width), _pad(right[:rank].T, width)
 
 
-def solve(name: str, moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Solve the closed form of a name: `cca`, `csa`, `procrustes` or `ridge`.
-
-    Raises:
-        SettingError: the shrinkage is not positive.
-    """
-    if shrinkage <= 0:
-        raise SettingError(f"shrinkage is {shrinkage}; it must be above 0")
-    forms = {"cca": cca, "csa": csa, "procrustes": procrustes, "ridge": ridge}
-    return forms[name](moments, width, shrinkage=shrinkage)
-
-
 def _canonical(moments: Moments, width: int, *, shrinkage: float, power: float) -> tuple[Matrix, Matrix]:
-    """Find the canonical directions of both sides, each weighted by a power of its correlation."""
     image, text, cross = moments.covariances()
     white_image, white_text = _whitener(image, shrinkage), _whitener(text, shrinkage)
     left, correlation, right = scipy.linalg.svd(white_image @ cross @ white_text, full_matrices=False)

@@ -1,22 +1,16 @@
-"""A linear map.
+"""Projection heads for one vector per item: PyTorch modules built as `Head(input_width, output_width)`.
 
-The feature as it is.
+Each maps a (B, D) float tensor x to (B, P) float32. Heads with a linear branch can be initialized with a closed form
+(`set_linear_map`). Heads for token features are in `tokens.py`.
 
-A residual multi-layer perceptron.
-
-A gated perceptron, wide.
-
-Inverted bottlenecks, and a linear map.
-
-A plain deep perceptron with batch normalization.
-
-Similarities to known pairs, in place of a learned map.
-
-The heads that open_clip has, so that a trained pair can be exported to it as it is.
-
-They take vectors as the encoder gave them: open_clip neither scales nor centers what a head gets.
-
-Dropout that costs a CPU little.
+    linear       W x
+    identity     x
+    mlp          W x + V gelu(U layernorm(x))
+    glu          V (relu6(U x') * W x'),  x' = layernorm(x)             SAIL
+    fusemix      W f(x),  f = four blocks x + V gelu(U layernorm(x))    FuseMix
+    sharelock    four linear layers with batch normalization            ShareLock
+    asif         sparse cosine similarities to anchor pairs             ASIF
+    openclip-*   the heads of open_clip, for export
 """
 
 from itertools import pairwise
@@ -29,109 +23,86 @@ from embedcache.errors import SettingError
 
 
 class LinearProjector(nn.Module):
-    """y = W x: (B, D) -> (B, P) float32.
-
-    Args:
-        input_width: D.
-        output_width: P.
-    """
+    """y = W x, without a bias."""
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(input_width, output_width, bias=False)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, D) -> (B, P)."""
         projected: Tensor = self.linear(vectors_BD)
         return projected
 
     @torch.no_grad()
-    def start_from(self, weights_DP: Tensor) -> None:
-        """Make the projector compute exactly x @ weights."""
+    def set_linear_map(self, weights_DP: Tensor) -> None:
+        """Set the projector to x @ weights."""
         self.linear.weight.copy_(weights_DP.T)
 
 
 class IdentityProjector(nn.Module):
-    """y = x: (B, D) -> (B, D) float32. Nothing is learned on this side.
-
-    Args:
-        input_width: D.
-        output_width: the same.
+    """y = x, without parameters.
 
     Raises:
-        SettingError: the shared space has another width.
+        SettingError: the shared width differs from the feature's.
     """
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
         if input_width != output_width:
             raise SettingError(
-                f"the projector identity keeps the feature's width of {input_width}, and the shared space has "
+                f"projector identity: expected a shared width equal to the feature's width {input_width}, got "
                 f"{output_width}; use --shared-width {input_width}"
             )
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Give the batch."""
+        """Return the batch."""
         return vectors_BD
 
 
-_HIDDEN_WIDTH = 512
-_DROPOUT = 0.1
-
-
 class MlpProjector(nn.Module):
-    """y = W x + V gelu(U layernorm(x)): (B, D) -> (B, P) float32.
+    """y = W x + V gelu(U layernorm(x)), hidden width 512, dropout 0.1 on the hidden layer.
 
     V starts at zero, so that training starts from the linear map. The linear branch in place of an identity skip
     follows the token projector of "From Unimodal to Multimodal" (CVPR 2025).
-
-    Args:
-        input_width: D.
-        output_width: P.
     """
+
+    HIDDEN_WIDTH = 512
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(input_width, output_width, bias=False)
         self.hidden = nn.Sequential(
-            nn.LayerNorm(input_width),
-            nn.Linear(input_width, _HIDDEN_WIDTH),
-            nn.GELU(),
-            Dropout(_DROPOUT),
+            nn.LayerNorm(input_width), nn.Linear(input_width, self.HIDDEN_WIDTH), nn.GELU(), Dropout(0.1)
         )
-        self.output = nn.Linear(_HIDDEN_WIDTH, output_width, bias=False)
+        self.output = nn.Linear(self.HIDDEN_WIDTH, output_width, bias=False)
         nn.init.zeros_(self.output.weight)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, D) -> (B, P)."""
         projected: Tensor = self.linear(vectors_BD) + self.output(self.hidden(vectors_BD))
         return projected
 
     @torch.no_grad()
-    def start_from(self, weights_DP: Tensor) -> None:
-        """Make the projector compute exactly x @ weights."""
+    def set_linear_map(self, weights_DP: Tensor) -> None:
+        """Set the projector to x @ weights."""
         self.linear.weight.copy_(weights_DP.T)
         self.output.weight.zero_()
 
 
-_TIMES_INPUT = 8
-_LARGEST = 1e3
-
-
 class GluProjector(nn.Module):
-    """y = V (relu6(U x') ⊙ W x') with x' = layernorm(x), 8 times as wide as the input inside: (B, D) -> (B, P) float32.
+    """y = V (relu6(U x') * W x') with x' = layernorm(x), hidden width 8 D.
 
-    The projector of SAIL, "Assessing and Learning Alignment of Unimodal Vision and Language Models" (CVPR 2025): for
-    2,048 and 4,096 -> 1,024 the two have 386.0 M parameters. It has no linear branch that a closed form could start.
-
-    Args:
-        input_width: D.
-        output_width: P.
+    The projector of SAIL, "Assessing and Learning Alignment of Unimodal Vision and Language Models" (CVPR 2025): the
+    two for 2,048 and 4,096 -> 1,024 have 386.0 M parameters. It has no linear branch for a closed form.
     """
+
+    EXPANSION = 8
+    LARGEST = 1e3
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
-        hidden_width = _TIMES_INPUT * input_width
+        hidden_width = self.EXPANSION * input_width
         self.norm = nn.LayerNorm(input_width)
         self.gate = nn.Linear(input_width, hidden_width)
         self.value = nn.Linear(input_width, hidden_width)
@@ -140,44 +111,37 @@ class GluProjector(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, D) -> (B, P)."""
         normed = self.norm(vectors_BD)
-        gated = (relu6(self.gate(normed)) * self.value(normed)).clamp(-_LARGEST, _LARGEST)
+        gated = (relu6(self.gate(normed)) * self.value(normed)).clamp(-self.LARGEST, self.LARGEST)
         projected: Tensor = self.output(gated)
         return projected
 
 
-_NUM_BLOCKS = 4
-_fusemix_TIMES_INPUT = 4
-_fusemix_DROPOUT = 0.6
-
-
 class FuseMixProjector(nn.Module):
-    """Four residual blocks x + V gelu(U layernorm(x)), 4 times as wide inside, then a linear map: (B, D) -> (B, P).
+    """y = W f(x) + b, where f is four residual blocks x + V gelu(U layernorm(x)) of hidden width 4 D, dropout 0.6.
 
     The projector of FuseMix, "Data-Efficient Multimodal Fusion on a Single GPU" (CVPR 2024), with the dropout of its
-    configuration: for 1,536 and 1,024 -> 512 the two have 110.4 M parameters.
-
-    Args:
-        input_width: D.
-        output_width: P.
+    configuration: the two for 1,536 and 1,024 -> 512 have 110.4 M parameters.
     """
+
+    NUM_BLOCKS = 4
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Block(input_width) for _ in range(_NUM_BLOCKS))
+        self.blocks = nn.ModuleList(_FuseMixBlock(input_width) for _ in range(self.NUM_BLOCKS))
         self.linear = nn.Linear(input_width, output_width)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, D) -> (B, P)."""
         for block in self.blocks:
             vectors_BD = vectors_BD + block(vectors_BD)
         projected: Tensor = self.linear(vectors_BD)
         return projected
 
     @torch.no_grad()
-    def start_from(self, weights_DP: Tensor) -> None:
-        """Make the projector compute exactly x @ weights: its blocks add nothing yet."""
+    def set_linear_map(self, weights_DP: Tensor) -> None:
+        """Set the projector to x @ weights, with blocks that add zero."""
         self.linear.weight.copy_(weights_DP.T)
         self.linear.bias.zero_()
         for block in self.blocks:
@@ -185,66 +149,50 @@ class FuseMixProjector(nn.Module):
             block.output.bias.zero_()  # type: ignore[union-attr, operator]
 
 
-class _Block(nn.Module):
+class _FuseMixBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hidden = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, _fusemix_TIMES_INPUT * width), nn.GELU(), Dropout(_fusemix_DROPOUT)
-        )
-        self.output = nn.Linear(_fusemix_TIMES_INPUT * width, width)
+        self.hidden = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), Dropout(0.6))
+        self.output = nn.Linear(4 * width, width)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
         added: Tensor = self.output(self.hidden(vectors_BD))
         return added
 
 
-_sharelock_HIDDEN_WIDTH = 4096
-_NUM_LAYERS = 4
-_sharelock_DROPOUT = 0.2
-
-
 class ShareLockProjector(nn.Module):
-    """Four linear layers, 4,096 wide, with batch normalization, ReLU and dropout between them: (B, D) -> (B, P).
+    """Four linear layers of width 4,096, with batch normalization, ReLU and dropout 0.2 between them.
 
-    The text side of ShareLock, "Better Language Models Exhibit Higher Visual Alignment" (TMLR 2026), whose image side
-    is the frozen feature itself: name the pair `identity+sharelock`. For 4,096 -> 1,024 it has 54.6 M parameters.
-
-    Args:
-        input_width: D.
-        output_width: P.
+    The text head of ShareLock, "Better Language Models Exhibit Higher Visual Alignment" (TMLR 2026), whose image side
+    is the frozen feature itself: use `identity+sharelock`. For 4,096 -> 1,024 it has 54.6 M parameters.
     """
+
+    HIDDEN_WIDTH, NUM_LAYERS = 4096, 4
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
-        widths = [input_width, *[_sharelock_HIDDEN_WIDTH] * (_NUM_LAYERS - 1)]
+        widths = [input_width, *[self.HIDDEN_WIDTH] * (self.NUM_LAYERS - 1)]
         hidden: list[nn.Module] = []
         for before, after in pairwise(widths):
-            hidden += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(), Dropout(_sharelock_DROPOUT)]
-        self.layers = nn.Sequential(*hidden, nn.Linear(_sharelock_HIDDEN_WIDTH, output_width))
+            hidden += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(), Dropout(0.2)]
+        self.layers = nn.Sequential(*hidden, nn.Linear(self.HIDDEN_WIDTH, output_width))
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, D) -> (B, P)."""
         projected: Tensor = self.layers(vectors_BD)
         return projected
 
 
-_NUM_KEPT = 800
-_POWER = 8
-
-
 class AsifProjector(nn.Module):
-    """Cosines to P anchors, the 800 largest kept, negatives zero, to the power 8: (B, D) -> (B, P) float32.
+    """Cosine similarities to P anchors, to the power 8; only the 800 largest are kept, negative ones become zero.
 
     The sparse relative representation of "ASIF: Coupled Data Turns Unimodal Models to Multimodal Without Training"
-    (NeurIPS 2023) with its 800 and 8: both sides hold the vectors of the same pairs, so that entry j says how near
-    an item is to pair j. Nothing is learned. We differ in that cosines are taken of centered vectors, as a tower
-    gives them.
-
-    Args:
-        input_width: D.
-        output_width: P, the number of anchors. Until they are set, every item is projected to zero.
+    (NeurIPS 2023) with its 800 and 8: the anchors of both towers are the same training pairs, so that entry j measures
+    how close an item is to pair j. Nothing is trained. Unlike the paper, cosines are between centered vectors, as a
+    tower centers its input. Until anchors are set, every item is projected to zero.
     """
 
+    NUM_KEPT, POWER = 800, 8
     anchors: Tensor
 
     def __init__(self, input_width: int, output_width: int) -> None:
@@ -252,47 +200,37 @@ class AsifProjector(nn.Module):
         self.register_buffer("anchors", torch.zeros(output_width, input_width))
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, D) -> (B, P)."""
         cosines_BP = normalize(vectors_BD, dim=-1) @ self.anchors.T
-        largest_BK, where_BK = cosines_BP.topk(min(_NUM_KEPT, len(self.anchors)), dim=-1)
-        kept_BK = largest_BK.float().clamp(min=0) ** _POWER
+        largest_BK, where_BK = cosines_BP.topk(min(self.NUM_KEPT, len(self.anchors)), dim=-1)
+        kept_BK = largest_BK.float().clamp(min=0) ** self.POWER
         return torch.zeros_like(cosines_BP, dtype=torch.float32).scatter(-1, where_BK, kept_BK)
 
     @torch.no_grad()
     def set_anchors(self, anchors_PD: Tensor) -> None:
-        """Take the vectors of P pairs as anchors, of any length."""
+        """Set the anchors to P vectors of any length."""
         self.anchors.copy_(normalize(anchors_PD, dim=-1))
 
 
 class OpenClipLinear(nn.Module):
-    """y = W x: (B, D) -> (B, P) float32. open_clip's `linear`, of images and of texts.
+    """y = W x: open_clip's `linear` head for images and for texts."""
 
-    Args:
-        input_width: D.
-        output_width: P.
-    """
-
-    takes_vectors_as_they_are = True
+    has_raw_input = True
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(input_width, output_width, bias=False))
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, D) -> (B, P)."""
         projected: Tensor = self.layers(vectors_BD)
         return projected
 
 
 class OpenClipImageMlp(nn.Module):
-    """y = V gelu(U x + b), 2 P wide inside: (B, D) -> (B, P) float32. open_clip's `timm_proj: mlp`.
+    """y = V gelu(U x + b), hidden width 2 P: open_clip's `timm_proj: mlp`."""
 
-    Args:
-        input_width: D.
-        output_width: P.
-    """
-
-    takes_vectors_as_they_are = True
+    has_raw_input = True
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
@@ -302,20 +240,15 @@ class OpenClipImageMlp(nn.Module):
         )
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, D) -> (B, P)."""
         projected: Tensor = self.layers(vectors_BD)
         return projected
 
 
 class OpenClipTextMlp(nn.Module):
-    """y = V gelu(U x), (D + P) / 2 wide inside: (B, D) -> (B, P) float32. open_clip's `hf_proj_type: mlp`.
+    """y = V gelu(U x), hidden width (D + P) / 2: open_clip's `hf_proj_type: mlp`."""
 
-    Args:
-        input_width: D.
-        output_width: P.
-    """
-
-    takes_vectors_as_they_are = True
+    has_raw_input = True
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
@@ -327,19 +260,19 @@ class OpenClipTextMlp(nn.Module):
         )
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, D) -> (B, P)."""
         projected: Tensor = self.layers(vectors_BD)
         return projected
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` with sixteen random bits a number on CPU, where drawing them is a third of its time.
+    """`nn.Dropout` that draws 16 random bits per number on the CPU, where drawing takes a third of its time.
 
-    The share set to zero is `p` to within 1 / 65,536.
+    The fraction set to zero is `p` to within 1 / 65,536.
     """
 
     def forward(self, values: Tensor) -> Tensor:
-        """Set some numbers to zero and scale the others up, in training: any shape -> the same."""
+        """Set a fraction of the numbers to zero and scale up the others, in training; any shape."""
         if not self.training or not 0 < self.p < 1 or values.device.type != "cpu":
             return super().forward(values)
         bits = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(2**63), None)

@@ -1,10 +1,10 @@
 """A trained pair on disk: `model.safetensors`, and `config.json` written after it.
 
-What a pair of projectors costs.
+This module is the only one that knows the keys of `config.json`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,27 @@ from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
 from embedcache.errors import CorruptError
 from embedcache.files import replacing
 from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.provenance import check_same, digest_file, fields_of, from_record, read_manifest, to_record, write_json
+from embedcache.provenance import check_same, digest_file, fields_of, read_manifest, write_json
 
 FORMAT_VERSION = 1
 _BLOCK = 8192
+_STORED_NAMES = {
+    "index_digest": "spine",
+    "file_digests": "given",
+    "split_digest": "split",
+    "weights_digest": "weights",
+}
+"""Field of `PairConfig` -> key in `config.json`, where they differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
-    """Which frozen feature a tower was trained on.
+class TowerInput:
+    """The frozen feature that a tower was trained on.
 
     Args:
         feature: `encoder/feature` in the cache.
-        spec: what opens the encoder again.
-        fingerprint: all that decided the feature.
+        spec: specification that opens the encoder again.
+        fingerprint: fingerprint of the encoder.
         width: D.
     """
 
@@ -45,36 +52,47 @@ class PairConfig:
     """The content of a run's `config.json`.
 
     Args:
-        projector: name of both towers' projector, or `IMAGE+TEXT`.
+        projector: name of the projector of both towers, or `IMAGE+TEXT`.
         shared_width: P.
-        image: what the image tower takes.
-        text: what the text tower takes.
-        index_digest: identity of the rows that it was trained on: a cache's, or those of several with `+` between.
-        training: every setting of the training run.
-        given: SHA-256 of the files that settings name: `split` and `selection`, where they do.
-        split: SHA-256 of `split.parquet`.
-        weights: SHA-256 of `model.safetensors`.
+        image: input of the image tower.
+        text: input of the text tower.
+        index_digest: digest of the sample and item tables of the cache, joined by `+` for several caches.
+        training: all settings of the training run that affect its result.
+        file_digests: SHA-256 of the files named by the settings `split` and `selection`, if any.
+        split_digest: SHA-256 of `split.parquet`.
+        weights_digest: SHA-256 of `model.safetensors`.
         format: version of the format on disk.
     """
 
     projector: str
     shared_width: int
-    image: Side
-    text: Side
+    image: TowerInput
+    text: TowerInput
     index_digest: str
     training: Mapping[str, Any]
-    given: Mapping[str, str] = field(default_factory=dict)
-    split: str = ""
-    weights: str = ""
+    file_digests: Mapping[str, str] = field(default_factory=dict)
+    split_digest: str = ""
+    weights_digest: str = ""
     format: int = FORMAT_VERSION
 
-    def side(self, modality: str) -> Side:
-        """Get the side of `image` or `text`."""
+    def tower_input(self, modality: str) -> TowerInput:
+        """Return the input of the tower of `image` or `text`."""
         return {"image": self.image, "text": self.text}[modality]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON values of `config.json`."""
+        return {_STORED_NAMES.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "PairConfig":
+        """Build a config from the values of `to_json`."""
+        names = {stored: name for name, stored in _STORED_NAMES.items()}
+        inputs = {modality: TowerInput(**values[modality]) for modality in ("image", "text")}
+        return cls(**{**{names.get(key, key): value for key, value in values.items()}, **inputs})
 
 
 def build(config: PairConfig, *, dropout: float = 0.0) -> AlignedPair:
-    """Make an untrained pair of the shapes that a config names."""
+    """Create an untrained pair of the shapes in a config."""
     return AlignedPair(
         config.projector,
         image_width=config.image.width,
@@ -85,29 +103,25 @@ def build(config: PairConfig, *, dropout: float = 0.0) -> AlignedPair:
 
 
 def config_path(run_path: Path) -> Path:
-    """Get the file whose presence says that a run is complete."""
+    """Return the path of the file whose presence marks a run as complete."""
     return run_path / "config.json"
 
 
 def split_path(run_path: Path) -> Path:
-    """Get the table that says which samples the run was trained on."""
+    """Return the path of the table of the samples that the run was trained on."""
     return run_path / "split.parquet"
 
 
 def save_pair(run_path: Path, pair: AlignedPair, config: PairConfig) -> None:
-    """Write the weights, then the config, with the digests of weights and split, that says the run is complete."""
+    """Write the weights, then the config with the digests of weights and split, which marks the run as complete."""
     model_path = run_path / "model.safetensors"
     save_weights(model_path, pair)
-    content = {
-        **to_record(config),
-        "split": digest_file(split_path(run_path)),
-        "weights": digest_file(model_path),
-    }
-    write_json(config_path(run_path), content)
+    digests = {"split": digest_file(split_path(run_path)), "weights": digest_file(model_path)}
+    write_json(config_path(run_path), {**config.to_json(), **digests})
 
 
 def save_weights(path: Path, pair: AlignedPair) -> None:
-    """Write a pair's weights in the place of whatever is there."""
+    """Write the weights of a pair, replacing the file."""
     state = {name: value.contiguous() for name, value in pair.state_dict().items()}
     with replacing(path) as temporary:
         save_file(state, temporary)
@@ -117,29 +131,26 @@ def read_config(run_path: Path) -> PairConfig:
     """Read a run's `config.json`.
 
     Raises:
-        PathError: the folder is no finished run.
-        ArtifactError: it is of a later format.
-        CorruptError: it does not hold what it should.
+        PathError: the folder is not a finished run.
+        ArtifactError: the format is newer than this version reads.
+        CorruptError: fields are missing or unknown.
     """
     path = config_path(run_path)
     make = f"embedcache train CACHE {run_path}"
     values = read_manifest(path, kind="run", latest_format=FORMAT_VERSION, make=make)
-    return fields_of(
-        path,
-        lambda: PairConfig(**{**from_record(values), "image": Side(**values["image"]), "text": Side(**values["text"])}),
-    )
+    return fields_of(path, lambda: PairConfig.from_json(values))
 
 
 def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, PairConfig]:
-    """Load a trained pair, ready to project.
+    """Load a trained pair in evaluation mode.
 
     Raises:
-        PathError: the folder is no finished run.
-        CorruptError: the weights are not those that the config was written for.
+        PathError: the folder is not a finished run.
+        CorruptError: the weights differ from those that `config.json` was written for.
     """
     config = read_config(run_path)
     model_path = run_path / "model.safetensors"
-    if not model_path.is_file() or digest_file(model_path) != config.weights:
+    if not model_path.is_file() or digest_file(model_path) != config.weights_digest:
         raise CorruptError(
             f"{model_path} is missing or not the file that config.json was written for; train again into a new folder"
         )
@@ -150,10 +161,10 @@ def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, Pair
 
 @torch.inference_mode()
 def project(tower: AnyTower, inputs: Inputs, *, device: str = "cpu") -> Floats:
-    """Project items block by block, of any float dtype -> (N, P) float32, rows of length 1.
+    """Project items block by block: N items of any float dtype -> (N, P) float32, rows of length 1.
 
     Raises:
-        DataError: a row is no number, in the feature or after projection.
+        DataError: a value is NaN or infinite after projection.
     """
     out_NP = [np.empty((0, tower.output_width), np.float32)]
     num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
@@ -168,44 +179,45 @@ def project(tower: AnyTower, inputs: Inputs, *, device: str = "cpu") -> Floats:
 
 
 def check_feature(config: PairConfig, modality: str, name: str, fingerprint: Mapping[str, Any]) -> None:
-    """Refuse to project a feature that the tower was not trained on.
+    """Check that a feature comes from the encoder that the tower was trained on.
 
     Raises:
-        FingerprintError: names the field with both values.
+        FingerprintError: another encoder made it; names the field with both values.
     """
-    side = config.side(modality)
+    expected = config.tower_input(modality)
     check_same(
-        f"the run's {modality} feature {side.feature}",
-        side.fingerprint,
+        f"the run's {modality} feature {expected.feature}",
+        expected.fingerprint,
         fingerprint,
-        next_step=f"the cache's {name} comes from another encoder: give the cache that the run was trained on",
+        next_step=f"the cache's {name} comes from another encoder: use the cache that the run was trained on",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of both towers.
+    """Size of a pair.
 
     Args:
-        parameters: trained, the temperature included.
-        flops_a_pair: of matrix products, forward, for one image and one text; a multiply-add is two.
+        parameters: number of trained parameters, the temperature included.
+        flops_per_pair: operations of matrix products in a forward pass of one image and one text; a multiply-add
+            counts as two.
     """
 
     parameters: int
-    flops_a_pair: int
+    flops_per_pair: int
 
 
 def cost(config: PairConfig, image_shape: tuple[int, ...], text_shape: tuple[int, ...]) -> Cost:
-    """Count without memory for the weights.
+    """Count parameters and operations without allocating the weights.
 
     Args:
-        config: of the pair.
-        image_shape: of one item: (D,) or (T, D).
-        text_shape: alike.
+        config: config of the pair.
+        image_shape: shape of one item, (D,) or (T, D).
+        text_shape: likewise.
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         pair = build(config).eval()
         pair.image(torch.zeros(1, *image_shape))
         pair.text(torch.zeros(1, *text_shape))
     parameters = sum(parameter.numel() for parameter in pair.parameters() if parameter.requires_grad)
-    return Cost(parameters=parameters, flops_a_pair=counter.get_total_flops())
+    return Cost(parameters=parameters, flops_per_pair=counter.get_total_flops())

@@ -1,7 +1,11 @@
-"""The token projector of "From Unimodal to Multimodal: Scaling up Projectors to Align Modalities" (CVPR 2025).
+"""Projection heads for token features, from "From Unimodal to Multimodal: Scaling up Projectors to Align Modalities".
 
-T(x) = A x' + C gelu(B x') with x' = dropout(layernorm(x)) maps each token, and the mean is taken behind it. As A and C
-are linear, the mean of T is A mean(x') + C mean(gelu(B x')): only B is applied to every token."""
+T(x) = A x' + C gelu(B x') with x' = dropout(layernorm(x)) maps each token, followed by the mean over an item's tokens.
+As A and C are linear, the mean of T is A mean(x') + C mean(gelu(B x')): only B is applied to every token (CVPR 2025).
+
+Each head is built as `Head(input_width, output_width, dropout=0.1)` and maps (B, T, D) float32 tokens with (B,) lengths
+to (B, P) float32; `dropout` is the fraction of each normalized token that is set to zero in training.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +14,10 @@ from torch.nn.functional import gelu
 from embedcache.projectors.heads import Dropout
 
 
-class TokenProjector(nn.Module):
-    """The mean over an item's tokens of T: (B, T, D) -> (B, P) float32.
+class MeanTokenProjector(nn.Module):
+    """Mean of T over the tokens of an item."""
 
-    Args:
-        input_width: D.
-        output_width: P, also T's width inside.
-        dropout: share of each normed token set to zero in training.
-    """
-
-    takes_tokens = True
+    has_token_input = True
 
     def __init__(self, input_width: int, output_width: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -29,7 +27,7 @@ class TokenProjector(nn.Module):
         self.output = nn.Linear(output_width, output_width)
 
     def forward(self, tokens_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, T, D) -> (B, P)."""
         is_token = None if lengths_B is None else _is_token(tokens_BTD, lengths_B)
         normed = self.norm(tokens_BTD if is_token is None else tokens_BTD[is_token])
         hidden = gelu(self.hidden(normed))
@@ -38,25 +36,20 @@ class TokenProjector(nn.Module):
 
 
 class ClsTokenProjector(nn.Module):
-    """T of the first token, the encoder's CLS, plus another T's mean over the others: (B, T, D) -> (B, P) float32.
+    """T of the first token (the encoder's CLS) plus the mean of a second T over the other tokens.
 
-    The paper's vision side. An item of one token has no such mean.
-
-    Args:
-        input_width: D.
-        output_width: P.
-        dropout: share of each normed token set to zero in training.
+    The vision head of the paper. An item of one token has no such mean.
     """
 
-    takes_tokens = True
+    has_token_input = True
 
     def __init__(self, input_width: int, output_width: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.cls = TokenProjector(input_width, output_width, dropout)
-        self.patches = TokenProjector(input_width, output_width, dropout)
+        self.cls = MeanTokenProjector(input_width, output_width, dropout)
+        self.patches = MeanTokenProjector(input_width, output_width, dropout)
 
     def forward(self, tokens_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, T, D) -> (B, P)."""
         cls: Tensor = self.cls(tokens_BTD[:, :1], None)
         if lengths_B is None:
             return cls if tokens_BTD.shape[1] == 1 else cls + self.patches(tokens_BTD[:, 1:], None)
@@ -66,39 +59,34 @@ class ClsTokenProjector(nn.Module):
 
 
 class TokenMlpProjector(nn.Module):
-    """The mean over an item's tokens of T, then layernorm(dropout(V gelu(p)) + p) with p = U x: (B, T, D) -> (B, P).
+    """layernorm(dropout(V gelu(p)) + p) with p = U t, where t is the mean of T over the tokens of an item.
 
-    The paper's text side.
-
-    Args:
-        input_width: D.
-        output_width: P.
-        dropout: share of each normed token, and of the last layer's input, set to zero in training.
+    The text head of the paper. Dropout is also applied to the output of V.
     """
 
-    takes_tokens = True
+    has_token_input = True
 
     def __init__(self, input_width: int, output_width: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.tokens = TokenProjector(input_width, output_width, dropout)
+        self.tokens = MeanTokenProjector(input_width, output_width, dropout)
         self.linear = nn.Linear(output_width, output_width)
         self.residual = nn.Sequential(nn.GELU(), nn.Linear(output_width, output_width), Dropout(dropout))
         self.norm = nn.LayerNorm(output_width)
 
     def forward(self, tokens_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
-        """Project a batch."""
+        """Project a batch: (B, T, D) -> (B, P)."""
         linear = self.linear(self.tokens(tokens_BTD, lengths_B))
         projected: Tensor = self.norm(self.residual(linear) + linear)
         return projected
 
 
 def _is_token(tokens_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-    """Tell tokens from what lies behind an item's last one: (B, T) bool."""
+    """Return a (B, T) mask that is false for padding."""
     return torch.arange(tokens_BTD.shape[1], device=tokens_BTD.device) < lengths_B[:, None]
 
 
 def _mean(values: Tensor, is_token: Tensor | None) -> Tensor:
-    """Take each item's mean: of (B, T, D), or of the (N, D) tokens that a mask keeps, in order -> (B, D)."""
+    """Average over the tokens of each item: of (B, T, D), or of the (N, D) tokens selected by a mask -> (B, D)."""
     if is_token is None:
         return values.mean(dim=1)
     padded_BTD = values.new_zeros(*is_token.shape, values.shape[-1]).masked_scatter(is_token[..., None], values)

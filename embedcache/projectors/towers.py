@@ -1,4 +1,4 @@
-"""One side of a pair: from a frozen feature into the shared space. What is learned of it is its projector."""
+"""A tower maps a frozen feature into the shared space: it prepares the input of a projector."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from embedcache.projectors.heads import Dropout
 
 
 class Tower(nn.Module):
-    """Each row is scaled to length 1, the training rows' mean is taken off, and the projector does the rest.
+    """Scale each vector to length 1, subtract the mean of the training vectors, and project.
 
     Args:
         projector: maps (B, D) to (B, P).
         input_width: D of the feature.
         output_width: P of the shared space.
-        dropout: share of the centered input set to zero in training.
+        dropout: fraction of the centered input set to zero in training.
     """
 
     mean: Tensor
@@ -36,18 +36,18 @@ class Tower(nn.Module):
         return projected
 
 
-class BareTower(nn.Module):
-    """The feature as the encoder gave it, over one number: what tools have that put a head on an encoder.
+class RawTower(nn.Module):
+    """Project vectors as the encoder returned them, divided by one number, as tools do that put a head on an encoder.
 
     Args:
         projector: maps (B, D) to (B, P).
         input_width: D of the feature.
         output_width: P of the shared space.
-        dropout: share of the input set to zero in training.
+        dropout: fraction of the input set to zero in training.
     """
 
     length: Tensor
-    """The training rows' root mean square length; a first linear layer can take it in."""
+    """Root mean square length of the training vectors; an export folds it into the first linear layer."""
 
     def __init__(self, projector: nn.Module, input_width: int, output_width: int, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class BareTower(nn.Module):
 
 
 class TokenTower(nn.Module):
-    """One side whose projector takes all tokens of an item, as the encoder gave them.
+    """Project all tokens of an item as the encoder returned them.
 
     Args:
         projector: maps (B, T, D) and lengths to (B, P).
@@ -78,7 +78,7 @@ class TokenTower(nn.Module):
         self.projector: Any = projector
 
     def forward(self, values: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        """Project a batch: (B, T, D), or (B, D) as one token each -> (B, P) float32, not normalized."""
+        """Project a batch: (B, T, D), or (B, D) as one token per item -> (B, P) float32, not normalized."""
         tokens_BTD = values.float() if values.ndim == 3 else values.float()[:, None]
         projected: Tensor = self.projector(tokens_BTD, lengths_B)
         return projected

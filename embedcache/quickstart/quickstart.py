@@ -13,12 +13,10 @@ from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import peak_memory_bytes, write_json
-from embedcache.quickstart.openmoji import CREDIT
 from embedcache.reports.quickstart import PageContent, Stage, write_report
 from embedcache.reports.retrieval import retrieval_json
-from embedcache.search.filters import Hit
 from embedcache.search.index import build_index
-from embedcache.search.search import search
+from embedcache.search.search import Hit, search
 from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
@@ -86,7 +84,6 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
         run_paths=kinds["trained"],
         hits=hits,
         peak_memory_bytes=peak_memory_bytes(),
-        credit=CREDIT,
     )
     write_report(page_path, Cache(cache_path), content)
     return QuickstartReport(
@@ -119,7 +116,7 @@ class _Stages:
 def _extract(stages: _Stages, cache_path: Path) -> None:
     stages.run(
         "extract",
-        ["extract", SOURCE, cache_path, "--image", IMAGE_ENCODER, "--text", TEXT_ENCODER],
+        ["extract", SOURCE, cache_path, "--image-encoder", IMAGE_ENCODER, "--text-encoder", TEXT_ENCODER],
         lambda: extract(
             open_source(SOURCE),
             cache_path,
@@ -190,13 +187,13 @@ def _evaluate(stages: _Stages, cache_path: Path, name: str, run_paths: Sequence[
 def _search(stages: _Stages, cache_path: Path, index_path: Path, run_path: Path) -> dict[str, list[Hit]]:
     stages.run(
         "index",
-        ["curate", "index", cache_path, index_path, "--projected", run_path],
+        ["curate", "index", cache_path, index_path, "--run", run_path],
         lambda: build_index(cache_path, index_path, run_path=run_path, progress=stages.progress),
         lambda card: f"{card.num_vectors:,} images, recall@10 {card.recall_at_10:.3f} against exact search",
     )
     found = stages.run(
         "search",
-        ["curate", "search", index_path, *QUERIES, "-k", NUM_HITS],
+        ["search", index_path, *QUERIES, "-k", NUM_HITS],
         lambda: search(index_path, QUERIES, k=NUM_HITS),
         lambda found: "; ".join(f"{query}: {hits[0].captions[0]}" for query, hits in zip(QUERIES, found, strict=True)),
     )

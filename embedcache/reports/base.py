@@ -1,15 +1,14 @@
-"""A report as one page of sections: tables, figures, and examples to look at.
+"""Building blocks of every report: numbers and tables as text, JSON values, pages, and the look of figures.
 
-Filling a page's template in.
-
-The look of all figures, and figures as SVG text to be placed inside a page.
+Numbers are written one way everywhere: fractions and cosines with three decimals (`0.066`), estimates with their 95%
+interval (`0.066 [0.046, 0.101]`), percentages with one decimal (`12.3%`), counts with thousands separators (`12,345`).
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,80 +16,144 @@ from matplotlib.figure import Figure
 
 from embedcache.arrays import Array
 from embedcache.files import write_atomic
+from embedcache.metrics.intervals import Estimate
 
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-"""The names of the columns, and rows of text."""
+Table: TypeAlias = tuple[list[str], list[list[str]]]
+"""Column names, and rows of text."""
+
+
+def format_fraction(value: float | None) -> str:
+    """Return a fraction, cosine or score as text, such as `0.066`; empty for None and NaN."""
+    return "" if value is None or np.isnan(value) else f"{value:.3f}"
+
+
+def format_estimate(estimate: Estimate) -> str:
+    """Return a value with its 95% interval as text, such as `0.066 [0.046, 0.101]`."""
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def format_percent(fraction: float) -> str:
+    """Return a fraction as a percentage, such as `12.3%`; empty for NaN."""
+    return "" if np.isnan(fraction) else f"{fraction:.1%}"
+
+
+def format_count(count: float) -> str:
+    """Return a count as text, such as `12,345`."""
+    return f"{count:,.0f}"
+
+
+def format_part(count: int, total: int) -> str:
+    """Return a count and its percentage of a total, such as `12 (3.4%)`."""
+    return f"{count:,} ({format_percent(count / total)})" if total else f"{count:,}"
+
+
+def round_json(value: float | None) -> float | None:
+    """Return a number as a JSON value with five decimals; None for None and NaN."""
+    return None if value is None or np.isnan(value) else round(float(value), 5)
+
+
+def estimates_json(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Return estimates as JSON values: each by its name, and `intervals` with the 95% interval of each."""
+    return {
+        **{name: round_json(estimate.value) for name, estimate in estimates.items()},
+        "intervals": {name: interval_json(estimate) for name, estimate in estimates.items()},
+    }
+
+
+def interval_json(estimate: Estimate) -> list[float | None]:
+    """Return the 95% interval of an estimate as a JSON value."""
+    return [round_json(estimate.low), round_json(estimate.high)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """A picture or a text among a query's answers.
+class PageItem:
+    """An image or a text on a page.
 
     Args:
-        text: shown below the picture, or alone.
-        picture: a `data:` URL.
-        is_right: marked where true.
+        text: caption below the image, or the text itself.
+        image_url: a `data:` URL; None for a text.
+        is_correct: whether the item is marked as correct.
     """
 
     text: str = ""
-    picture: str | None = None
-    is_right: bool = False
+    image_url: str | None = None
+    is_correct: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """A query, what was ranked first for it, and what would have been right.
+class QueryExample:
+    """A query with its top results.
 
     Args:
-        query: what was asked.
-        said: how it went, in a few words.
-        is_right: whether it went well.
-        shown: what was ranked first, best first.
-        answer: what is right, where it is not among those.
+        query: the query.
+        outcome: how it went, in a few words.
+        is_correct: whether it went well.
+        results: top results, best first.
+        answer: a correct item, if none is among the results.
     """
 
-    query: Shown
-    said: str
-    is_right: bool
-    shown: Sequence[Shown]
-    answer: Shown | None = None
+    query: PageItem
+    outcome: str
+    is_correct: bool
+    results: Sequence[PageItem]
+    answer: PageItem | None = None
+
+
+def ranked_example(query: PageItem, results: Sequence[PageItem], *, rank: int, answer: PageItem) -> QueryExample:
+    """Return the example of a query whose best correct item has `rank`; 1 is the top.
+
+    Args:
+        query: the query.
+        results: top results, best first.
+        rank: rank of the best correct item.
+        answer: a correct item, shown if none is among the results.
+    """
+    return QueryExample(
+        query=query,
+        outcome="correct at rank 1" if rank == 1 else f"first correct result at rank {rank:,}",
+        is_correct=rank == 1,
+        results=results,
+        answer=None if any(result.is_correct for result in results) else answer,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One part of the page, in this order: title, notes, table, figures, cases."""
+    """One section of a page, shown in this order: title, notes, table, figures (SVG), examples."""
 
     title: str
     notes: Sequence[str] = ()
     table: Table | None = None
     figures: Sequence[str] = ()
-    cases: Sequence[Case] = ()
+    examples: Sequence[QueryExample] = ()
 
 
-def write_sections(
+def write_report(
     path: Path,
     *,
     title: str,
-    lead: str,
-    warnings: Sequence[str] = (),
+    summary: str,
+    warnings: Iterable[str] = (),
     sections: Sequence[Section],
     credit: str = "",
 ) -> None:
-    """Write the page. It asks for nothing from outside.
+    """Write a report as one self-contained HTML page.
 
     Args:
-        path: of the page.
-        title: of the page.
-        lead: what was measured, in a sentence.
-        warnings: what makes its figures doubtful, shown at the top.
-        sections: in order.
-        credit: whose the pictures are.
+        path: file to write.
+        title: title of the page.
+        summary: what was measured, in one sentence.
+        warnings: reasons to doubt the numbers, shown at the top.
+        sections: sections in order.
+        credit: attribution of the images.
     """
-    write_page(path, "report.html.j2", title=title, lead=lead, warnings=warnings, sections=sections, credit=credit)
+    write_page(
+        path, "report.html.j2", title=title, summary=summary, warnings=warnings, sections=sections, credit=credit
+    )
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Render a page template and write the page atomically.
+    """Render a template and write the page atomically; it loads nothing from elsewhere.
 
     Args:
         path: file to write.
@@ -104,18 +167,19 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"fraction": format_fraction, "percent": format_percent, "count": format_count}
     write_atomic(path, environment.get_template(template).render(**values).encode())
 
 
-INK, SOFT, GRID = "#52606d", "#9aa5b1", "#e4e7eb"
-COLOURS = ("#2563eb", "#0d9488", "#9333ea", "#ea580c", "#db2777", "#ca8a04", "#111827")
-"""For series, in this order."""
+INK, SOFT, GRID, INTERVAL = "#52606d", "#9aa5b1", "#e4e7eb", "#111827"
+COLORS = ("#2563eb", "#0d9488", "#9333ea", "#ea580c", "#db2777", "#ca8a04", "#111827")
+"""Colors of series, in this order."""
 
 GOOD, BAD = "#15803d", "#b91c1c"
 
 
 def label(axes: Any, x: str, y: str = "") -> None:
-    """Name both axes, and keep only their two lines."""
+    """Label both axes and hide the top and right spines."""
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.tick_params(colors=INK)
@@ -124,21 +188,28 @@ def label(axes: Any, x: str, y: str = "") -> None:
         spine.set_color(INK)
 
 
-def count_bars(lows_H: Array, width: float, counts_H: Array, *, x: str, y: str, limit: float | None = None) -> str:
-    """Draw counts as bars on a logarithmic scale; those from a limit on in red.
+def estimate_bars(axes: Any, estimates: Sequence[Estimate], *, height: float, colors: Sequence[str] = COLORS) -> None:
+    """Draw one horizontal bar per estimate with its interval as a line, the first one at the top."""
+    for position, estimate in enumerate(estimates):
+        axes.barh(position, estimate.value, color=colors[position % len(colors)], height=height)
+        axes.plot([estimate.low, estimate.high], [position, position], color=INTERVAL, linewidth=1.5)
+
+
+def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: str, limit: float | None = None) -> str:
+    """Draw a histogram with a logarithmic count axis as an SVG element; bars from `limit` upward are red.
 
     Args:
-        lows_H: (H,) where each bar begins.
-        width: of a bar.
-        counts_H: (H,) its count.
-        x: what is counted.
-        y: what the counts are of.
-        limit: None draws all bars alike.
+        lows_H: (H,) lower edge of each bin.
+        width: width of a bin.
+        counts_H: (H,) count of each bin.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+        limit: value from which bars are red; None draws all bars alike.
     """
     figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots()
     is_above = np.zeros(len(lows_H), bool) if limit is None else lows_H + width / 2 >= limit
-    colors = np.where(is_above, BAD, COLOURS[0])
+    colors = np.where(is_above, BAD, COLORS[0])
     axes.bar(lows_H, counts_H, width=0.92 * width, align="edge", color=colors)
     if limit is not None:
         axes.axvline(limit, color=BAD, linestyle="--")
@@ -148,7 +219,7 @@ def count_bars(lows_H: Array, width: float, counts_H: Array, *, x: str, y: str, 
 
 
 def svg(figure: Figure) -> str:
-    """Write a figure as an SVG element."""
+    """Return a figure as an SVG element to be placed inside a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()

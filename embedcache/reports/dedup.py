@@ -1,7 +1,4 @@
-"""Duplicates in words and numbers: for a terminal, a page and a file.
-
-Duplicates as one page: how close items lie, what each cosine would do, and pairs to look at.
-"""
+"""Duplicates as tables, lines of text, JSON and two pages: one to choose a cosine by, one of what is removed."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,218 +9,208 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.curate.dedup import LEVELS, Compared, Deduplicated, Level
-from embedcache.curate.keep import Removed
+from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupLevel, DedupReport
+from embedcache.curate.keep import RemovedSamples
 from embedcache.curate.links import histogram
-from embedcache.reports.base import Case, Section, Table, count_bars, write_sections
-from embedcache.reports.thumbnails import Showing, credit
+from embedcache.reports.base import (
+    QueryExample,
+    Section,
+    Table,
+    count_histogram,
+    format_count,
+    format_fraction,
+    format_percent,
+    write_report,
+)
+from embedcache.reports.thumbnails import ItemRenderer, credit
+
+_EXAMPLES_PER_BAND = 5
+_NUM_BORDERLINE = 10
+_NUM_GROUPS = 24
+_MAX_SHOWN_PER_GROUP = 8
 
 
-def level_rows(compared: Compared) -> Table:
-    """Say what copies alone and each cosine would do."""
-    return (
-        ["cosine", "have a near-duplicate", "samples that go", "stay", "share that goes"],
-        [_level_row(level, compared.cache.info.num_samples) for level in compared.levels()],
-    )
+def threshold_table(analysis: DedupAnalysis) -> Table:
+    """Return what removing copies only, and removing at each cosine, would do."""
+    columns = ["cosine", "samples with a near-duplicate", "removed", "kept", "removed of all"]
+    return columns, [_threshold_row(level, analysis.cache.info.num_samples) for level in analysis.levels()]
 
 
-def _level_row(level: Level, num_samples: int) -> list[str]:
+def _threshold_row(level: DedupLevel, num_samples: int) -> list[str]:
     name = "copies only" if level.cosine is None else f"{level.cosine:g}"
-    near = "" if level.num_near is None else f"{level.num_near:,}"
+    near = "" if level.num_near is None else format_count(level.num_near)
     if level.num_gone is None:
         return [name, near, "too many pairs", "", ""]
-    share = f"{100 * level.num_gone / num_samples:.1f} %"
-    return [name, near, f"{level.num_gone:,}", f"{num_samples - level.num_gone:,}", share]
+    num_kept = num_samples - level.num_gone
+    return [
+        name,
+        near,
+        format_count(level.num_gone),
+        format_count(num_kept),
+        format_percent(level.num_gone / num_samples),
+    ]
 
 
-def how_compared(compared: Compared) -> str:
-    """Say in a sentence what was compared, and how well."""
-    near, contents = compared.near, compared.contents
-    what = f"{len(contents.contents):,} {compared.side.modality}s of {compared.side.name}"
-    copies = f"{contents.num_copies:,} are copies, byte for byte"
+def comparison_line(analysis: DedupAnalysis) -> str:
+    """Return what was compared, and how completely, in one line."""
+    near, contents = analysis.near, analysis.contents
+    items = f"{len(contents.contents):,} {analysis.side.modality}s of {analysis.side.name}"
+    copies = f"{contents.num_copies:,} are byte-identical copies"
     if near is None:
-        return f"{what}; {copies}"
+        return f"{items}; {copies}"
     if near.recall is None:
-        return f"{what}; {copies}; every pair was compared"
+        return f"{items}; {copies}; every pair was compared"
     recall = near.recall
-    found = f"{recall.num_found:,} of the {recall.num_pairs:,} pairs of {recall.num_items:,} drawn items were found"
-    return f"{what}; {copies}; {near.num_clusters:,} clusters: {found}"
+    found = f"found {recall.num_found:,} of the {recall.num_pairs:,} pairs of {recall.num_items:,} sampled items"
+    return f"{items}; {copies}; {near.num_clusters:,} clusters {found}"
 
 
-def bars(compared: Compared) -> list[str]:
-    """Draw how close each item lies to its nearest other, a line a bin; none where only copies were looked for."""
-    if compared.near is None:
+def histogram_lines(analysis: DedupAnalysis) -> list[str]:
+    """Return a histogram of each item's largest cosine, one line per bin; none if only copies were searched."""
+    if analysis.near is None:
         return []
-    return ["largest cosine of an item to another; bars are logarithms", *histogram(compared.near.best).bars()]
+    return ["largest cosine to another item (logarithmic bars)", *histogram(analysis.near.best).bars()]
 
 
-def look_json(compared: Compared) -> dict[str, Any]:
-    """Give the histogram and what each cosine would do as JSON values."""
-    assert compared.near is not None
-    counted = histogram(compared.near.best)
+def threshold_json(analysis: DedupAnalysis) -> dict[str, Any]:
+    """Return the histogram and what each cosine would do as JSON values."""
+    assert analysis.near is not None
+    counted = histogram(analysis.near.best)
     lows = [round(float(low), 4) for low in counted.lows]
     return {
-        **compared.about(),
+        **analysis.about(),
         "histogram": {"lows": lows, "width": counted.width, "counts": counted.counts.tolist()},
-        "levels": [asdict(level) for level in compared.levels()],
+        "levels": [asdict(level) for level in analysis.levels()],
     }
 
 
-def dedup_line(done: Deduplicated) -> str:
-    """Say in a line what goes."""
-    num_gone, num_samples = len(done.removed.samples), done.compared.cache.info.num_samples
+def dedup_line(result: DedupReport) -> str:
+    """Return how many samples are kept and removed, in one line."""
+    num_removed, num_samples = len(result.removed.samples), result.analysis.cache.info.num_samples
     return (
-        f"{done.path}: {num_samples - num_gone:,} of {num_samples:,} samples stay; {num_gone:,} go, of these "
-        f"{int(done.removed.is_copy.sum()):,} copies; who they duplicate is in {done.removed_path}"
+        f"{result.path}: kept {num_samples - num_removed:,} of {num_samples:,} samples; removed {num_removed:,}, of "
+        f"which {int(result.removed.is_copy.sum()):,} are copies; {result.removed_path} names what each one duplicates"
     )
 
 
-_NUM_EACH = 5
-_NUM_GROUPS = 24
-_MOST_SHOWN = 8
+def write_threshold_page(path: Path, analysis: DedupAnalysis) -> None:
+    """Write a page to choose a cosine by: similarities, what each cosine would remove, and example pairs."""
+    renderer = ItemRenderer(analysis.cache, analysis.side.modality)
+    thresholds = Section(
+        title="What each cosine would remove",
+        notes=["A sample is removed if each of its items is that close to an item of a sample that is kept."],
+        table=threshold_table(analysis),
+    )
+    sections = [_similarity_section(analysis, None), thresholds, *_band_sections(analysis, renderer)]
+    _write(path, analysis, "Duplicates: choose a cosine", renderer, sections)
 
 
-def write_look(path: Path, compared: Compared) -> None:
-    """Write the page to choose a cosine by.
-
-    Args:
-        path: of the page.
-        compared: what `look` gave.
-    """
-    showing = Showing(compared.cache, compared.side.modality)
-    sections = [
-        _closeness(compared, None),
-        Section(
-            title="What each cosine would do",
-            notes=["A sample goes where each of its items is that close to an item of a sample that stays."],
-            table=level_rows(compared),
-        ),
-        *_examples(compared, showing),
+def write_dedup_page(path: Path, result: DedupReport) -> None:
+    """Write a page of the samples that are removed: counts, borderline cases, and random groups."""
+    analysis, removed = result.analysis, result.removed
+    renderer = ItemRenderer(analysis.cache, analysis.side.modality)
+    num_removed = len(removed.samples)
+    counts = [
+        "copies only" if result.cosine is None else f"{result.cosine:g}",
+        format_count(num_removed),
+        format_count(int(removed.is_copy.sum())),
+        format_count(analysis.cache.info.num_samples - num_removed),
     ]
-    _write(path, compared, "Duplicates: choose a cosine", showing, sections)
-
-
-def write_dedup(path: Path, done: Deduplicated) -> None:
-    """Write the page of what goes.
-
-    Args:
-        path: of the page.
-        done: what `dedup` gave.
-    """
-    compared, removed = done.compared, done.removed
-    showing = Showing(compared.cache, compared.side.modality)
-    limit = "copies only" if done.cosine is None else f"cosine {done.cosine:g}"
     sections = [
+        Section(title="Removed samples", table=(["cosine", "removed", "of these copies", "kept"], [counts])),
+        *([] if analysis.near is None else [_similarity_section(analysis, result.cosine)]),
         Section(
-            title="What goes",
-            table=(
-                ["limit", "samples that go", "of these copies", "stay"],
-                [
-                    [
-                        limit,
-                        f"{len(removed.samples):,}",
-                        f"{int(removed.is_copy.sum()):,}",
-                        f"{compared.cache.info.num_samples - len(removed.samples):,}",
-                    ]
-                ],
-            ),
-        ),
-        *([] if compared.near is None else [_closeness(compared, done.cosine)]),
-        Section(
-            title="Near the limit",
-            notes=["The samples that went by the least; left what stays, right what goes."],
-            cases=list(_near_limit(compared, removed, showing)),
+            title="Borderline cases",
+            notes=["The removed samples closest to the threshold; left what is kept, right what is removed."],
+            examples=_borderline_examples(analysis, removed, renderer),
         ),
         Section(
             title="Drawn at random",
-            notes=["Left what stays, right what goes for it."],
-            cases=list(_groups(compared, removed, showing)),
+            notes=["Left what is kept, right what is removed as its duplicate."],
+            examples=_group_examples(analysis, removed, renderer),
         ),
     ]
-    _write(path, compared, "Duplicates", showing, sections)
+    _write(path, analysis, "Duplicates", renderer, sections)
 
 
-def _write(path: Path, compared: Compared, title: str, showing: Showing, sections: list[Section]) -> None:
-    write_sections(
+def _write(path: Path, analysis: DedupAnalysis, title: str, renderer: ItemRenderer, sections: list[Section]) -> None:
+    write_report(
         path,
         title=title,
-        lead=f"{compared.cache.path.name}: {how_compared(compared)}.",
-        warnings=showing.warnings(),
+        summary=f"{analysis.cache.path.name}: {comparison_line(analysis)}.",
+        warnings=renderer.warnings(),
         sections=sections,
-        credit=credit(compared.cache),
+        credit=credit(analysis.cache),
     )
 
 
-def _closeness(compared: Compared, limit: float | None) -> Section:
-    assert compared.near is not None
-    counted = histogram(compared.near.best)
-    return Section(
-        title="How close items lie",
-        notes=[
-            "Each item's largest cosine to another; copies are counted once. The scale of the counts is logarithmic."
-        ],
-        figures=[
-            count_bars(
-                counted.lows, counted.width, counted.counts, x="largest cosine to another", y="items", limit=limit
-            )
-        ],
+def _similarity_section(analysis: DedupAnalysis, limit: float | None) -> Section:
+    assert analysis.near is not None
+    counted = histogram(analysis.near.best)
+    figure = count_histogram(
+        counted.lows, counted.width, counted.counts, x="largest cosine to another item", y="items", limit=limit
     )
+    note = "Each item's largest cosine to another item; copies are counted once. The count axis is logarithmic."
+    return Section(title="Similarity", notes=[note], figures=[figure])
 
 
-def _examples(compared: Compared, showing: Showing) -> Iterator[Section]:
-    """Give a section for each band of cosines that has pairs, the closest first."""
-    assert compared.near is not None
-    rng = np.random.default_rng(compared.settings.seed)
+def _band_sections(analysis: DedupAnalysis, renderer: ItemRenderer) -> Iterator[Section]:
+    """Return one section for each band of cosines that has pairs, the closest first."""
+    assert analysis.near is not None
+    rng = np.random.default_rng(analysis.settings.seed)
+    rows = analysis.contents.rows
     for low, high in reversed(list(pairwise((*LEVELS, np.inf)))):
-        if low < compared.near.limit:
+        if low < analysis.near.limit:
             continue
-        links = compared.near.links.between(low, high)
-        drawn = np.sort(rng.permutation(len(links.left))[:_NUM_EACH])
-        rows = compared.contents.rows
-        if len(drawn):
+        links = analysis.near.links.between(low, high)
+        sampled = np.sort(rng.permutation(len(links.left))[:_EXAMPLES_PER_BAND])
+        if len(sampled):
             yield Section(
-                title=f"Pairs of cosine {low:g} to {min(high, 1):g}",
-                notes=[f"{len(drawn)} of {len(links.left):,}, drawn at random."],
-                cases=[
-                    Case(
-                        query=showing.item(int(rows[links.left[pair]])),
-                        said=f"cosine {min(links.cosines[pair], 1):.4f}",
-                        is_right=True,
-                        shown=[showing.item(int(rows[links.right[pair]]))],
+                title=f"Pairs with a cosine of {low:g} to {min(high, 1):g}",
+                notes=[f"{len(sampled)} of {len(links.left):,}, drawn at random."],
+                examples=[
+                    QueryExample(
+                        query=renderer.render(int(rows[links.left[pair]])),
+                        outcome=f"cosine {format_fraction(min(links.cosines[pair], 1))}",
+                        is_correct=True,
+                        results=[renderer.render(int(rows[links.right[pair]]))],
                     )
-                    for pair in drawn.tolist()
+                    for pair in sampled.tolist()
                 ],
             )
 
 
-def _near_limit(compared: Compared, removed: Removed, showing: Showing) -> Iterator[Case]:
+def _borderline_examples(
+    analysis: DedupAnalysis, removed: RemovedSamples, renderer: ItemRenderer
+) -> list[QueryExample]:
     near = np.flatnonzero(~removed.is_copy)
-    for place in near[np.argsort(removed.cosines[near], kind="stable")][: 2 * _NUM_EACH].tolist():
-        yield _case(compared, removed, np.array([place]), showing)
+    order = near[np.argsort(removed.cosines[near], kind="stable")][:_NUM_BORDERLINE]
+    return [_example(analysis, removed, np.array([place]), renderer) for place in order.tolist()]
 
 
-def _groups(compared: Compared, removed: Removed, showing: Showing) -> Iterator[Case]:
-    rng = np.random.default_rng(compared.settings.seed)
-    for sample in np.sort(rng.permutation(np.unique(removed.kept))[:_NUM_GROUPS]).tolist():
-        yield _case(compared, removed, np.flatnonzero(removed.kept == sample), showing)
+def _group_examples(analysis: DedupAnalysis, removed: RemovedSamples, renderer: ItemRenderer) -> list[QueryExample]:
+    rng = np.random.default_rng(analysis.settings.seed)
+    kept = np.sort(rng.permutation(np.unique(removed.kept))[:_NUM_GROUPS]).tolist()
+    return [_example(analysis, removed, np.flatnonzero(removed.kept == sample), renderer) for sample in kept]
 
 
-def _case(compared: Compared, removed: Removed, places: Ints, showing: Showing) -> Case:
-    shown = places[np.argsort(-removed.cosines[places], kind="stable")][:_MOST_SHOWN]
+def _example(analysis: DedupAnalysis, removed: RemovedSamples, places: Ints, renderer: ItemRenderer) -> QueryExample:
+    """Return a kept sample beside the samples that are removed as its duplicates."""
+    shown = places[np.argsort(-removed.cosines[places], kind="stable")][:_MAX_SHOWN_PER_GROUP]
+    cosines = removed.cosines[places]
+    lowest, highest = format_fraction(cosines.min()), format_fraction(cosines.max())
+    similarity = f"cosine {highest}" if len(places) == 1 else f"cosine {lowest} to {highest}"
     if removed.is_copy[places].all():
-        said = "equal bytes"
-    else:
-        least, most = removed.cosines[places].min(), removed.cosines[places].max()
-        said = f"cosine {most:.4f}" if len(places) == 1 else f"cosine {least:.4f} to {most:.4f}"
-    many = f", {len(places):,} go" if len(places) > 1 else ""
-    return Case(
-        query=showing.item(_first_row(compared, int(removed.kept[places[0]]))),
-        said=said + many,
-        is_right=True,
-        shown=[showing.item(_first_row(compared, sample)) for sample in removed.samples[shown].tolist()],
+        similarity = "equal bytes"
+    count = f", {len(places):,} removed" if len(places) > 1 else ""
+    return QueryExample(
+        query=renderer.render(_first_row(analysis, int(removed.kept[places[0]]))),
+        outcome=similarity + count,
+        is_correct=True,
+        results=[renderer.render(_first_row(analysis, sample)) for sample in removed.samples[shown].tolist()],
     )
 
 
-def _first_row(compared: Compared, sample: int) -> int:
-    """Find the row of a sample's first usable item."""
-    return int(compared.contents.item_rows[np.searchsorted(compared.contents.samples, sample)])
+def _first_row(analysis: DedupAnalysis, sample: int) -> int:
+    """Return the row of a sample's first usable item."""
+    return int(analysis.contents.item_rows[np.searchsorted(analysis.contents.samples, sample)])

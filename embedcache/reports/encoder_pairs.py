@@ -1,9 +1,4 @@
-"""Encoder pairs side by side: what was measured of each, and what decided it.
-
-Encoder pairs as a page: the table, a heat map for each metric, and what decided the figures.
-
-Encoder pairs as figures, SVG text to be placed inside a page.
-"""
+"""A comparison of encoder pairs as a table, JSON and one page with a heat map per metric."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,92 +12,82 @@ from matplotlib.figure import Figure
 
 from embedcache.evaluate.encoder_pairs import METRICS, ROWS, PairFigures, PairsReport
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import INK, Section, svg, write_sections
-from embedcache.reports.retrieval import format_estimate, format_share
-
-
-def pairs_rows(report: PairsReport) -> tuple[list[str], list[list[str]]]:
-    """Lay a report out as a table: a row a pair, the best probe first, and a last row of what chance gives.
-
-    Returns:
-        The column names, and the rows of text: `value [low, high]`.
-    """
-    columns = ["image × text", "probe i2t R@10", "probe t2i R@10", "mutual kNN", "debiased CKA", "linear CKA"]
-    columns.append("shuffled")
-    rows = [[f"{pair.image} × {pair.text}", *_cells(pair)] for pair in report.pairs]
-    chance = [format_estimate(report.chance[way]) for way in ("i2t", "t2i")]
-    return columns, [*rows, ["chance", *chance, format_share(report.knn_chance), format_share(0.0), "as shuffled", ""]]
-
-
-def pairs_json(report: PairsReport) -> dict[str, Any]:
-    """Give a report as JSON values: all its fields, and `rows`, how a sample became a row; estimates with intervals."""
-    return {**asdict(report), "rows": ROWS, "centred": True}
-
-
-def _cells(pair: PairFigures) -> list[str]:
-    estimates = (pair.i2t, pair.t2i, pair.mutual_knn, pair.debiased_cka, pair.linear_cka)
-    return [*(format_estimate(estimate) for estimate in estimates), format_share(pair.shuffled_cka)]
-
+from embedcache.reports.base import INK, Section, Table, format_estimate, format_fraction, svg, write_report
 
 _NOTES = {
-    "probe": "Recall at 10, mean of both ways, of a CCA that was fitted on the training part and ranks the validation "
-    "part: the start of training, and the only one of these that learns a map.",
-    "mutual_knn": "The share of a sample's nearest neighbors that both sides agree on (The Platonic Representation "
+    "probe": "Recall at 10, mean of both directions, of a CCA fitted on the training part that ranks the validation "
+    "part: the initialization of training, and the only one of these metrics that learns a map.",
+    "mutual_knn": "The fraction of a sample's nearest neighbors that both features share (The Platonic Representation "
     "Hypothesis, ICML 2024). It depends on k and on the number of samples.",
-    "debiased_cka": "Linear CKA from unbiased estimates: 0 for sides that have nothing in common, whatever their "
+    "debiased_cka": "Linear CKA from unbiased estimates: 0 for features that have nothing in common, whatever their "
     "width.",
-    "linear_cka": "CKA as it is mostly reported. It grows with the width of the features over the number of samples; "
-    "the column 'shuffled' of the table is how much of it would be there with shuffled pairs.",
+    "linear_cka": "CKA as it is usually reported. It grows with the width of the features over the number of samples; "
+    "the column 'shuffled' of the table is the value expected for shuffled pairs.",
 }
 
 
-def write_pairs(path: Path, report: PairsReport) -> None:
-    """Write the page. It asks for nothing from outside."""
+def encoder_pairs_table(report: PairsReport) -> Table:
+    """Return all metrics with their 95% intervals: one row per pair, best probe first, and a last row for chance."""
+    columns = ["image × text", "probe i2t R@10", "probe t2i R@10", "mutual kNN", "debiased CKA", "linear CKA"]
+    columns.append("shuffled")
+    rows = [_pair_row(pair) for pair in report.pairs]
+    chance = [*(format_estimate(report.chance[way]) for way in ("i2t", "t2i")), format_fraction(report.knn_chance)]
+    return columns, [*rows, ["chance", *chance, format_fraction(0.0), "as shuffled", ""]]
+
+
+def _pair_row(pair: PairFigures) -> list[str]:
+    estimates = (pair.i2t, pair.t2i, pair.mutual_knn, pair.debiased_cka, pair.linear_cka)
+    return [f"{pair.image} × {pair.text}", *map(format_estimate, estimates), format_fraction(pair.shuffled_cka)]
+
+
+def encoder_pairs_json(report: PairsReport) -> dict[str, Any]:
+    """Return all fields of a report as JSON values, and `rows`: how a sample becomes one row."""
+    return {**asdict(report), "rows": ROWS, "centred": True}
+
+
+def write_encoder_pairs_page(path: Path, report: PairsReport) -> None:
+    """Write a page with the table, one heat map per metric, and how each encoder pools its vectors."""
     best = report.pairs[0]
-    maps = [
+    table = Section(title="All pairs, best probe first", notes=[f"{report.line()}."], table=encoder_pairs_table(report))
+    heat_maps = [
         Section(title=name, notes=[_NOTES[metric]], figures=[heat_map(report, metric)])
         for metric, name in METRICS.items()
     ]
     pooling = [[feature, words] for feature, words in report.pooling.items()]
-    sections = [
-        Section(title="All pairs, best probe first", notes=[report.line()], table=pairs_rows(report)),
-        *maps,
-        Section(title="How each encoder made its vectors", table=(["feature", "pooling"], pooling)),
-    ]
-    write_sections(
+    write_report(
         path,
         title="Encoder pairs",
-        lead=f"Before any training: {best.image} × {best.text} has the best probe, R@10 {best.probe:.3f}, of "
-        f"{len(report.pairs)} pairs.",
-        warnings=list(report.skipped),
-        sections=sections,
+        summary=f"Before any training: {best.image} × {best.text} has the best probe, R@10 "
+        f"{format_fraction(best.probe)}, of {len(report.pairs)} pairs.",
+        warnings=report.skipped,
+        sections=[table, *heat_maps, Section(title="Pooling", table=(["feature", "pooling"], pooling))],
     )
 
 
 _SHADES = colormaps["Blues"]
-_DARKEST = 0.6  # of the shades, so that dark letters can be read on all
-_LETTERS = "#1f2933"
+_DARKEST = 0.6  # of the shades, so that dark text is readable on all of them
+_TEXT = "#1f2933"
 
 
 def heat_map(report: PairsReport, metric: str) -> str:
-    """Draw one of `METRICS`: an image feature a row, a text feature a column, with the numbers in the cells.
+    """Draw one of `METRICS` as an SVG element: one row per image feature, one column per text feature.
 
-    Both are in order of their mean probe, best first, so that all metrics are laid out alike.
+    Both are in order of their mean probe, best first, so that the heat maps of all metrics have the same layout.
     """
     images = _by_probe(report.pairs, lambda pair: pair.image)
     texts = _by_probe(report.pairs, lambda pair: pair.text)
     figure = Figure(figsize=(2.6 + 1.35 * len(texts), 0.9 + 0.55 * len(images)), layout="constrained")
     axes = figure.subplots()
-    values = {(pair.image, pair.text): pair for pair in report.pairs}
-    shown = np.array([[values[image, text].value(metric) for text in texts] for image in images])
-    lowest = min(0.0, shown.min())  # colors count from 0: a small difference looks small
-    scale = Normalize(lowest, lowest + (shown.max() - lowest) / _DARKEST)
-    axes.imshow(shown, cmap=_SHADES, norm=scale, aspect="auto")
+    pairs = {(pair.image, pair.text): pair for pair in report.pairs}
+    values = np.array([[pairs[image, text].value(metric) for text in texts] for image in images])
+    lowest = min(0.0, values.min())  # colors start at 0, so that a small difference looks small
+    scale = Normalize(lowest, lowest + (values.max() - lowest) / _DARKEST)
+    axes.imshow(values, cmap=_SHADES, norm=scale, aspect="auto")
+    centered: dict[str, Any] = {"ha": "center", "va": "center", "color": _TEXT}
     for row, image in enumerate(images):
         for column, text in enumerate(texts):
-            axes.text(column, row - 0.12, f"{shown[row, column]:.3f}", ha="center", va="center", color=_LETTERS)
-            interval = _interval(values[image, text], metric)
-            axes.text(column, row + 0.25, interval, ha="center", va="center", color=_LETTERS, fontsize=7)
+            axes.text(column, row - 0.12, format_fraction(values[row, column]), **centered)
+            axes.text(column, row + 0.25, _interval(pairs[image, text], metric), fontsize=7, **centered)
     axes.set_xticks(range(len(texts)), [text.replace("/", "/\n", 1) for text in texts], fontsize=8)
     axes.set_yticks(range(len(images)), [image.replace("/", "/\n", 1) for image in images], fontsize=8)
     axes.tick_params(length=0, colors=INK)
@@ -110,15 +95,14 @@ def heat_map(report: PairsReport, metric: str) -> str:
     return svg(figure)
 
 
-def _by_probe(pairs: Sequence[PairFigures], name: Callable[[PairFigures], str]) -> list[str]:
-    means = {one: np.mean([pair.probe for pair in pairs if name(pair) == one]) for one in map(name, pairs)}
-    return sorted(means, key=lambda one: -means[one])
+def _by_probe(pairs: Sequence[PairFigures], name_of: Callable[[PairFigures], str]) -> list[str]:
+    means = {name: np.mean([pair.probe for pair in pairs if name_of(pair) == name]) for name in map(name_of, pairs)}
+    return sorted(means, key=lambda name: -means[name])
 
 
 def _interval(pair: PairFigures, metric: str) -> str:
-    found = getattr(pair, metric)
-    return f"{found.low:.3f} to {found.high:.3f}" if isinstance(found, Estimate) else _both_ways(pair)
-
-
-def _both_ways(pair: PairFigures) -> str:
-    return f"i2t {pair.i2t.value:.3f}, t2i {pair.t2i.value:.3f}"
+    """Return the interval of a metric; of the probe, which has none, the value of each direction."""
+    estimate = getattr(pair, metric)
+    if isinstance(estimate, Estimate):
+        return f"[{format_fraction(estimate.low)}, {format_fraction(estimate.high)}]"
+    return f"i2t {format_fraction(pair.i2t.value)}, t2i {format_fraction(pair.t2i.value)}"

@@ -1,7 +1,4 @@
-"""Leaks in words and numbers: for a terminal and a page.
-
-Leaks as one page: counts, and test items beside what they are closest to in training.
-"""
+"""Test samples that leaked into training, as tables, lines of text and one page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,148 +6,134 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.curate.leaks import Leak, Leaks
-from embedcache.reports.base import Case, Section, Table, write_sections
-from embedcache.reports.thumbnails import Showing, credit
-from embedcache.store.cache import Cache
+from embedcache.curate.leaks import LeakReport, ModalityLeaks
+from embedcache.reports.base import (
+    QueryExample,
+    Section,
+    Table,
+    format_count,
+    format_fraction,
+    format_percent,
+    write_report,
+)
+from embedcache.reports.thumbnails import ItemRenderer, credit
+
+_MAX_PAIRS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
-    """A test item and what it is closest to in training.
+class LeakedPair:
+    """A test item and the training item closest to it.
 
     Args:
-        test_row: of the test item.
-        train_row: of the training item.
-        test: the key of its sample; the text itself of a text.
-        train: alike.
-        said: `equal` or the cosine.
+        test_row: row of the test item.
+        train_row: row of the training item.
+        test: key of the test item's sample, or the text itself.
+        train: the same for the training item.
+        similarity: `equal` or the cosine.
     """
 
     test_row: int
     train_row: int
     test: str
     train: str
-    said: str
+    similarity: str
 
 
-def line(leaks: Leaks) -> str:
-    """Say in a line how many samples leak."""
+def leak_line(leaks: LeakReport) -> str:
+    """Return how many test samples leaked, in one line."""
     count, num_samples = len(leaks.leaked_samples), leaks.test.info.num_samples
-    share = 100 * count / max(1, num_samples)
-    return f"{count:,} of {num_samples:,} samples of {leaks.test.path} ({share:.1f} %) are in {leaks.train.path}"
+    percent = format_percent(count / max(1, num_samples))
+    return f"{count:,} of {num_samples:,} samples of {leaks.test.path} ({percent}) are in {leaks.train.path}"
 
 
-def notes(leaks: Leaks) -> list[str]:
-    """Say where only copies could be looked for, and why."""
-    return [f"{leak.modality}s: only copies were looked for: {leak.reason}" for leak in leaks.leaks if leak.reason]
+def leak_notes(leaks: LeakReport) -> list[str]:
+    """Return the modalities in which only copies were searched, and why."""
+    return [f"{leak.modality}s: searched for copies only: {leak.reason}" for leak in leaks.leaks if leak.reason]
 
 
-def leak_rows(leaks: Leaks) -> Table:
-    """Count, for each modality, the test samples that are copied, or nearly, and the training samples that leak."""
-    return (
-        ["compared", "feature", "limit", "test samples copied", "copied or near", "training samples", "highest cosine"],
-        [_leak_row(leak) for leak in leaks.leaks],
-    )
+def leak_table(leaks: LeakReport) -> Table:
+    """Return the number of test samples with copies or near-duplicates in training, one row per modality."""
+    columns = ["compared", "feature", "cosine", "test samples copied", "copied or near", "training samples"]
+    return [*columns, "highest cosine"], [_leak_row(leak) for leak in leaks.leaks]
 
 
-def _leak_row(leak: Leak) -> list[str]:
+def _leak_row(leak: ModalityLeaks) -> list[str]:
     return [
         f"{len(leak.test.rows):,} × {len(leak.train.rows):,} {leak.modality}s",
-        leak.feature or "hashes alone",
+        leak.feature or "hashes only",
         f"{leak.cosine:g}" if leak.feature else "",
-        f"{len(leak.copied_samples):,}",
-        f"{len(leak.leaked_samples):,}" if leak.feature else "not known",
-        f"{len(leak.train_samples):,}",
-        "" if leak.highest is None else f"{leak.highest:.4f}",
+        format_count(len(leak.copied_samples)),
+        format_count(len(leak.leaked_samples)) if leak.feature else "unknown",
+        format_count(len(leak.train_samples)),
+        format_fraction(leak.highest),
     ]
 
 
-def worst_pairs(leaks: Leaks, leak: Leak, most: int) -> list[Pair]:
-    """Give the test items that are closest to training, copies first, each with what it is closest to.
+def closest_pairs(leaks: LeakReport, leak: ModalityLeaks, num_pairs: int) -> list[LeakedPair]:
+    """Return the leaked test items closest to training, copies first, each with its closest training item.
 
     Args:
-        leaks: the caches.
-        leak: of one modality.
-        most: how many; fewer where fewer leak.
+        leaks: comparison of the two caches.
+        leak: comparison in one modality.
+        num_pairs: pairs to return, or as many as there are.
     """
     leaked = np.flatnonzero(leak.is_leaked)
-    order = leaked[np.lexsort((leaked, -leak.cosines[leaked], ~leak.is_copy[leaked]))][:most]
-    test, train = _Names(leaks.test, leak.modality), _Names(leaks.train, leak.modality)
+    order = leaked[np.lexsort((leaked, -leak.cosines[leaked], ~leak.is_copy[leaked]))][:num_pairs]
+    items = [(leaks.test, leak.test.rows[order]), (leaks.train, leak.train_rows[order])]
+    names = []
+    for cache, rows in items:
+        table = cache.items(leak.modality).take(rows)
+        names.append(table["text"] if leak.modality == "text" else cache.samples["key"].take(table["sample"]))
     return [
-        Pair(
+        LeakedPair(
             test_row=int(leak.test.rows[place]),
             train_row=int(leak.train_rows[place]),
-            test=test.of(int(leak.test.rows[place])),
-            train=train.of(int(leak.train_rows[place])),
-            said="equal" if leak.is_copy[place] else f"{min(1, leak.cosines[place]):.4f}",
+            test=str(test),
+            train=str(train),
+            similarity="equal" if leak.is_copy[place] else format_fraction(min(1, leak.cosines[place])),
         )
-        for place in order.tolist()
+        for place, test, train in zip(order.tolist(), *names, strict=True)
     ]
 
 
-def pair_rows(pairs: Sequence[Pair]) -> Table:
-    """Give the keys and cosines of pairs."""
-    return ["test", "train", "cosine"], [[pair.test, pair.train, pair.said] for pair in pairs]
+def leaked_pair_table(pairs: Sequence[LeakedPair]) -> Table:
+    """Return the keys and cosines of pairs."""
+    return ["test", "train", "cosine"], [[pair.test, pair.train, pair.similarity] for pair in pairs]
 
 
-class _Names:
-    def __init__(self, cache: Cache, modality: str) -> None:
-        self._keys, self._items = cache.samples["key"], cache.items(modality)
-        self._is_text = modality == "text"
-
-    def of(self, row: int) -> str:
-        if self._is_text:
-            return str(self._items["text"][row])
-        return str(self._keys[self._items["sample"][row].as_py()])
-
-
-_MOST_PAIRS = 40
-
-
-def write_leaks(path: Path, leaks: Leaks) -> None:
-    """Write the page.
-
-    Args:
-        path: of the page.
-        leaks: what was found.
-    """
-    showings = [(Showing(leaks.test, leak.modality), Showing(leaks.train, leak.modality)) for leak in leaks.leaks]
+def write_leak_page(path: Path, leaks: LeakReport) -> None:
+    """Write a page with the number of leaked samples and the closest pairs of each modality."""
+    renderers = [
+        (ItemRenderer(leaks.test, leak.modality), ItemRenderer(leaks.train, leak.modality)) for leak in leaks.leaks
+    ]
+    note = "Samples with at least one such image or text. A copy has equal bytes, or equal text."
     sections = [
-        Section(
-            title="What leaks",
-            notes=[
-                "Samples with at least one such image or text. A copy has equal bytes, or equal text.",
-                *notes(leaks),
-            ],
-            table=leak_rows(leaks),
-        ),
-        *(_worst(leaks, leak, *showing) for leak, showing in zip(leaks.leaks, showings, strict=True)),
+        Section(title="Leaked samples", notes=[note, *leak_notes(leaks)], table=leak_table(leaks)),
+        *(_pair_section(leaks, leak, *pair) for leak, pair in zip(leaks.leaks, renderers, strict=True)),
     ]
-    warnings = {warning for pair in showings for showing in pair for warning in showing.warnings()}
-    write_sections(
+    write_report(
         path,
         title="Leaks",
-        lead=f"{line(leaks)}.",
-        warnings=sorted(warnings),
+        summary=f"{leak_line(leaks)}.",
+        warnings=sorted({warning for pair in renderers for renderer in pair for warning in renderer.warnings()}),
         sections=sections,
         credit=" ".join(dict.fromkeys(filter(None, (credit(leaks.test), credit(leaks.train))))),
     )
 
 
-def _worst(leaks: Leaks, leak: Leak, test: Showing, train: Showing) -> Section:
-    pairs = worst_pairs(leaks, leak, _MOST_PAIRS)
-    count = int(leak.is_leaked.sum())
+def _pair_section(leaks: LeakReport, leak: ModalityLeaks, test: ItemRenderer, train: ItemRenderer) -> Section:
+    pairs = closest_pairs(leaks, leak, _MAX_PAIRS)
     return Section(
-        title=f"The {leak.modality}s that leak",
-        notes=[f"{len(pairs)} of {count:,}, the closest first: left of test, right of training."],
-        table=pair_rows(pairs) if leak.modality == "image" and pairs else None,
-        cases=[
-            Case(
-                query=test.item(pair.test_row),
-                said=pair.said if pair.said == "equal" else f"cosine {pair.said}",
-                is_right=False,
-                shown=[train.item(pair.train_row)],
+        title=f"Leaked {leak.modality}s",
+        notes=[f"{len(pairs)} of {int(leak.is_leaked.sum()):,}, the closest first: left test, right training."],
+        table=leaked_pair_table(pairs) if leak.modality == "image" and pairs else None,
+        examples=[
+            QueryExample(
+                query=test.render(pair.test_row),
+                outcome=pair.similarity if pair.similarity == "equal" else f"cosine {pair.similarity}",
+                is_correct=False,
+                results=[train.render(pair.train_row)],
             )
             for pair in pairs
         ],

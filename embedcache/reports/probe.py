@@ -1,7 +1,4 @@
-"""A probe's figures as rows to print and as JSON.
-
-A probe as a page: accuracies beside chance, the few-shot curve, and each class.
-"""
+"""A linear probe as tables, JSON and one page: accuracies beside chance, the few-shot curve, and each class."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,48 +8,77 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from embedcache.arrays import Array
 from embedcache.evaluate.classifiers import METHODS
 from embedcache.evaluate.probe import Control, FewShot, ProbeReport, Score
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import COLOURS, GRID, INK, Section, label, svg, write_sections
-from embedcache.reports.plots import accuracy_bars, class_bars
-from embedcache.reports.retrieval import format_estimate
+from embedcache.reports.base import (
+    COLORS,
+    GRID,
+    INK,
+    Section,
+    Table,
+    format_count,
+    format_estimate,
+    format_fraction,
+    interval_json,
+    label,
+    round_json,
+    svg,
+    write_report,
+)
+from embedcache.reports.zero_shot import accuracy_bars, class_bars
 
-Rows = tuple[list[str], list[list[str]]]
-"""The names of the columns, and rows of text."""
+_PREFIXES = {"logistic": "lp"}  # CLIP_benchmark's name for its linear probe
+_CHOSEN = {"C": "C = {:g}", "shrinkage": "shrinkage {:g}"}
+_MAX_CLASSES = 40
 
-_PREFIXES = {"logistic": "lp"}  # as CLIP_benchmark names those of its linear probe
+
+def probe_table(report: ProbeReport) -> Table:
+    """Return accuracies: one row per method, one per control, and two for guessing without a feature."""
+    majority, uniform = format_fraction(report.majority), format_fraction(report.uniform)
+    rows = [
+        *(_score_row(score) for score in report.scores),
+        *([control_name(control), format_estimate(control.accuracy), "", "", ""] for control in report.controls),
+        ["the most frequent class", majority, "", uniform, ""],
+        ["a class at random", uniform, "", uniform, ""],
+    ]
+    return ["", "top-1 [95%]", "top-5", "mean per class [95%]", "chosen on validation"], rows
 
 
-def score_rows(report: ProbeReport) -> Rows:
-    """Lay the figures out as a table: a row a method, a row a control, and two of what no feature reaches."""
-    columns = ["", "top-1 [95 %]", "top-5", "mean per class [95 %]", "chosen on validation"]
-    return columns, [
-        *[_cells(score) for score in report.scores],
-        *[[shuffled(control), format_estimate(control.accuracy), "", "", ""] for control in report.controls],
-        ["the most frequent class", share(report.majority), "", share(report.uniform), ""],
-        ["a class at random", share(report.uniform), "", share(report.uniform), ""],
+def _score_row(score: Score) -> list[str]:
+    chosen = [text.format(score.chosen[key]) for key, text in _CHOSEN.items() if key in score.chosen]
+    return [
+        score.method,
+        format_estimate(score.accuracy),
+        format_fraction(score.top5),
+        format_estimate(score.mean_per_class),
+        ", ".join(chosen),
     ]
 
 
-def few_shot_rows(report: ProbeReport) -> Rows:
-    """Lay the few-shot figures out: a row a method, a column a number of shots."""
-    shots = sorted({one.shots for one in report.few_shots})
-    found = {(one.method, one.shots): format_estimate(one.accuracy) for one in report.few_shots}
-    methods = dict.fromkeys(one.method for one in report.few_shots)
-    columns = ["top-1 [95 %]", *(f"{number} a class" for number in shots)]
-    return columns, [[method, *(found[method, number] for number in shots)] for method in methods]
+def control_name(control: Control) -> str:
+    """Return the name of a shuffled-label control with the range of its accuracies."""
+    low, high = format_fraction(min(control.by_shuffle)), format_fraction(max(control.by_shuffle))
+    return f"{control.method}, labels shuffled {len(control.by_shuffle)} times ({low} to {high})"
+
+
+def few_shot_table(report: ProbeReport) -> Table:
+    """Return few-shot accuracies: one row per method, one column per number of training items per class."""
+    shots = sorted({result.shots for result in report.few_shots})
+    accuracies = {(result.method, result.shots): format_estimate(result.accuracy) for result in report.few_shots}
+    methods = dict.fromkeys(result.method for result in report.few_shots)
+    columns = ["top-1 [95%]", *(f"{number} per class" for number in shots)]
+    return columns, [[method, *(accuracies[method, number] for number in shots)] for method in methods]
 
 
 def probe_json(report: ProbeReport, dataset: str) -> dict[str, Any]:
-    """Give the figures as JSON values, in the fields of CLIP_benchmark's files; `details` holds all else.
+    """Return a report as JSON values with the keys of CLIP_benchmark's files; `details` holds everything else.
 
-    Logistic regression is its `lp_`; other methods begin with their own name.
+    Metrics of logistic regression begin with CLIP_benchmark's `lp_`, those of other methods with the method's name.
 
     Args:
-        report: the figures.
-        dataset: the name to give the dataset.
+        report: report.
+        dataset: name of the dataset.
     """
     side = report.labeled.side
     is_linear = any(score.method != "knn" for score in report.scores)
@@ -61,36 +87,18 @@ def probe_json(report: ProbeReport, dataset: str) -> dict[str, Any]:
         "model": side.spec,
         "pretrained": side.fingerprint.get("revision") or f"sha256:{side.fingerprint['weights'][:16]}",
         "task": "linear_probe" if is_linear else "knn",
-        "metrics": {name: value for score in report.scores for name, value in _metrics(score).items()},
+        "metrics": {name: value for score in report.scores for name, value in _metrics_json(score).items()},
         "language": None,
         "details": _details(report),
     }
 
 
-def shuffled(control: Control) -> str:
-    """Name a control, and between which accuracies its shuffles lie."""
-    low, high = share(min(control.by_shuffle)), share(max(control.by_shuffle))
-    return f"{control.method}, labels shuffled {len(control.by_shuffle)} times ({low} to {high})"
-
-
-def share(value: float | None) -> str:
-    """Write a share with three digits: `.123`; nothing for None."""
-    return "" if value is None else f"{value:.3f}".replace("0.", ".", 1)
-
-
-def _cells(score: Score) -> list[str]:
-    about = {"C": "C = {:g}", "shrinkage": "shrinkage {:g}"}
-    chosen = [text.format(score.chosen[key]) for key, text in about.items() if key in score.chosen]
-    accuracy, by_class = format_estimate(score.accuracy), format_estimate(score.mean_per_class)
-    return [score.method, accuracy, share(score.top5), by_class, ", ".join(chosen)]
-
-
-def _metrics(score: Score) -> dict[str, float | None]:
+def _metrics_json(score: Score) -> dict[str, float | None]:
     prefix = _PREFIXES.get(score.method, score.method)
     return {
-        f"{prefix}_acc1": _round(score.accuracy.value),
-        f"{prefix}_acc5": None if score.top5 is None else _round(score.top5),
-        f"{prefix}_mean_per_class_recall": _round(score.mean_per_class.value),
+        f"{prefix}_acc1": round_json(score.accuracy.value),
+        f"{prefix}_acc5": round_json(score.top5),
+        f"{prefix}_mean_per_class_recall": round_json(score.mean_per_class.value),
     }
 
 
@@ -111,7 +119,7 @@ def _details(report: ProbeReport) -> dict[str, Any]:
         "num_classes": len(data.names),
         "overlap": data.overlap(),
         "warnings": report.warnings(),
-        "chance": {"majority_acc1": _round(report.majority), "uniform_acc1": _round(report.uniform)},
+        "chance": {"majority_acc1": round_json(report.majority), "uniform_acc1": round_json(report.uniform)},
         "methods": {score.method: _score_json(score, data.names) for score in report.scores},
         "shuffled_labels": {control.method: _control_json(control) for control in report.controls},
         "few_shot": _few_shot_json(report.few_shots),
@@ -122,117 +130,104 @@ def _details(report: ProbeReport) -> dict[str, Any]:
 def _score_json(score: Score, names: Sequence[str]) -> dict[str, Any]:
     return {
         **_estimate_json(score.accuracy),
-        "acc5": None if score.top5 is None else _round(score.top5),
-        "mean_per_class_recall": _round(score.mean_per_class.value),
-        "mean_per_class_interval": [_round(score.mean_per_class.low), _round(score.mean_per_class.high)],
+        "acc5": round_json(score.top5),
+        "mean_per_class_recall": round_json(score.mean_per_class.value),
+        "mean_per_class_interval": interval_json(score.mean_per_class),
         "chosen": dict(score.chosen),
-        "recall": _recalls_json(score.recalls, names),
+        "recall": dict(zip(names, map(round_json, score.recalls), strict=True)),
     }
 
 
 def _control_json(control: Control) -> dict[str, Any]:
-    return {**_estimate_json(control.accuracy), "by_shuffle": list(map(_round, control.by_shuffle))}
-
-
-def _recalls_json(recalls_C: Array, names: Sequence[str]) -> dict[str, float | None]:
-    return {
-        name: None if np.isnan(recall) else _round(recall)
-        for name, recall in zip(names, recalls_C.tolist(), strict=True)
-    }
+    return {**_estimate_json(control.accuracy), "by_shuffle": list(map(round_json, control.by_shuffle))}
 
 
 def _few_shot_json(few_shots: Sequence[FewShot]) -> Mapping[str, Mapping[str, Any]]:
     return {
-        method: {str(one.shots): _estimate_json(one.accuracy) for one in few_shots if one.method == method}
-        for method in dict.fromkeys(one.method for one in few_shots)
+        method: {str(result.shots): _estimate_json(result.accuracy) for result in few_shots if result.method == method}
+        for method in dict.fromkeys(result.method for result in few_shots)
     }
 
 
 def _estimate_json(estimate: Estimate) -> dict[str, Any]:
-    return {"acc1": _round(estimate.value), "interval": [_round(estimate.low), _round(estimate.high)]}
+    return {"acc1": round_json(estimate.value), "interval": interval_json(estimate)}
 
 
-def _round(value: float) -> float:
-    return round(float(value), 5)
-
-
-_MOST_CLASSES = 40
-
-
-def write_probe(path: Path, report: ProbeReport) -> None:
-    """Write the page. It asks for nothing from outside.
+def write_probe_page(path: Path, report: ProbeReport) -> None:
+    """Write a page with the accuracies, the few-shot curve and each class.
 
     Args:
-        path: of the page.
-        report: what was measured.
+        path: file to write.
+        report: report.
     """
-    write_sections(
+    few_shot = [_few_shot_section(report)] if report.few_shots else []
+    write_report(
         path,
-        title=f"What {report.labeled.side.name} knows of {report.settings.label!r}",
-        lead=report.line(),
+        title=f"How well {report.labeled.side.name} predicts {report.settings.label!r}",
+        summary=report.line(),
         warnings=report.warnings(),
-        sections=[_accuracy(report), *([_few_shots(report)] if report.few_shots else []), _classes(report)],
+        sections=[_accuracy_section(report), *few_shot, _class_section(report)],
     )
 
 
-def _accuracy(report: ProbeReport) -> Section:
-    notes = [f"{score.method}: {_about(score.method)}" for score in report.scores]
-    notes.append("Vectors have length 1; for what is linear they are then centered, and divided by one number.")
+def _accuracy_section(report: ProbeReport) -> Section:
+    notes = [f"{score.method}: {_method_summary(score.method)}" for score in report.scores]
+    notes.append("Vectors have length 1; linear methods then center them and divide by one number.")
     if report.controls:
         notes.append(
-            "Labels shuffled: fitted the same way on training labels in random order. The mean must be at chance; one "
-            "shuffle need not be, as a classifier sends most of a class to one label. Intervals are over shuffles, too."
+            "Labels shuffled: fitted the same way on training labels in random order. The mean must be at the chance "
+            "level; a single shuffle need not be, because a classifier assigns most of a class to one label. Intervals "
+            "include the variation between shuffles."
         )
     rows = {score.method: score.accuracy for score in report.scores}
     rows |= {f"{control.method}, labels shuffled": control.accuracy for control in report.controls}
     figure = accuracy_bars(rows, chance=max(report.majority, report.uniform))
-    return Section(title="Accuracy on the test items", notes=notes, table=score_rows(report), figures=[figure])
+    return Section(title="Accuracy on the test items", notes=notes, table=probe_table(report), figures=[figure])
 
 
-def _about(method: str) -> str:
-    """Give the first line of what a method says of itself."""
+def _method_summary(method: str) -> str:
     return (METHODS.load(method).__doc__ or "a method of your own").strip().partition("\n")[0]
 
 
-def _few_shots(report: ProbeReport) -> Section:
+def _few_shot_section(report: ProbeReport) -> Section:
     note = (
-        f"Fitted on that many training items a class, {report.settings.num_draws} drawings, at a strength that is "
-        "fixed; intervals are over drawings and test items."
+        f"Fitted on that many training items per class, {report.settings.num_draws} draws, at a fixed regularization "
+        "strength; intervals are over draws and test items."
     )
     return Section(
-        title="From a few items a class", notes=[note], table=few_shot_rows(report), figures=[_curve(report)]
+        title="Few items per class", notes=[note], table=few_shot_table(report), figures=[few_shot_curve(report)]
     )
 
 
-def _classes(report: ProbeReport) -> Section:
+def _class_section(report: ProbeReport) -> Section:
     best, data = max(report.scores, key=lambda score: score.accuracy.value), report.labeled
     count_C = np.bincount(data.examples.labels[data.rows("test")], minlength=len(data.names))
     hardest = [c for c in np.argsort(best.recalls, kind="stable") if count_C[c]]
-    shown = hardest[:_MOST_CLASSES]
+    shown = hardest[:_MAX_CLASSES]
     rows = [
-        [data.names[c], f"{count_C[c]:,}", *(share(float(score.recalls[c])) for score in report.scores)] for c in shown
+        [data.names[c], format_count(count_C[c]), *(format_fraction(score.recalls[c]) for score in report.scores)]
+        for c in shown
     ]
-    some = f"The {len(shown)} of {len(hardest):,} classes that are" if len(shown) < len(hardest) else "All classes,"
+    which = f"The {len(shown)} hardest of {len(hardest):,}" if len(shown) < len(hardest) else "All"
     return Section(
         title="Each class",
-        notes=[f"{some} hardest for {best.method} first; the figure is of {best.method}."],
+        notes=[f"{which} classes, the hardest for {best.method} first; the figure shows {best.method}."],
         table=(["", "test items", *(score.method for score in report.scores)], rows),
         figures=[class_bars(data.names, best.recalls, chance=max(report.majority, report.uniform))],
     )
 
 
-def _curve(report: ProbeReport) -> str:
-    """Draw accuracy by the number of items a class, and where all training items end."""
-    shots = sorted({one.shots for one in report.few_shots})
+def few_shot_curve(report: ProbeReport) -> str:
+    """Draw accuracy by training items per class, and the accuracy with all of them dashed, as an SVG element."""
+    shots = sorted({result.shots for result in report.few_shots})
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
-    for score, color in zip(report.scores, COLOURS * len(report.scores), strict=False):
-        found = sorted((one for one in report.few_shots if one.method == score.method), key=lambda one: one.shots)
-        values = [one.accuracy for one in found]
-        axes.fill_between(
-            shots, [v.low for v in values], [v.high for v in values], color=color, alpha=0.15, linewidth=0
-        )
-        axes.plot(shots, [v.value for v in values], "o-", color=color, markersize=4, label=score.method)
+    for score, color in zip(report.scores, COLORS * len(report.scores), strict=False):
+        results = sorted((r for r in report.few_shots if r.method == score.method), key=lambda result: result.shots)
+        lows, highs = [r.accuracy.low for r in results], [r.accuracy.high for r in results]
+        axes.fill_between(shots, lows, highs, color=color, alpha=0.15, linewidth=0)
+        values = [r.accuracy.value for r in results]
+        axes.plot(shots, values, "o-", color=color, markersize=4, label=score.method)
         axes.axhline(score.accuracy.value, color=color, linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(shots))
@@ -240,6 +235,6 @@ def _curve(report: ProbeReport) -> str:
     axes.set_xticks(shots, list(map(str, shots)))
     axes.set_ylim(0, 1)
     axes.grid(axis="y", color=GRID)
-    label(axes, "training items a class; dashes: all of them", "top-1 accuracy")
+    label(axes, "training items per class; dashed: all of them", "top-1 accuracy")
     figure.legend(frameon=False, labelcolor=INK, loc="outside upper right", ncols=4)
     return svg(figure)

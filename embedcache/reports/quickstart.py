@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 
 from embedcache.evaluate.retrieval import RetrievalReport, rank
 from embedcache.evaluate.runs import load_runs
-from embedcache.reports.base import COLOURS, INK, label, svg, write_page
-from embedcache.reports.plots import recall_bars
-from embedcache.reports.retrieval import query_sections, retrieval_rows
-from embedcache.reports.thumbnails import Pictures
-from embedcache.search.filters import Hit
+from embedcache.reports.base import COLORS, INK, label, svg, write_page
+from embedcache.reports.retrieval import query_sections, recall_bars, retrieval_table
+from embedcache.reports.thumbnails import Thumbnails, credit
+from embedcache.search.search import Hit
 from embedcache.store.cache import Cache
 
 
@@ -47,7 +46,7 @@ class PageContent:
         run_paths: the trained runs; the gallery shows the first.
         hits: query -> what the index found.
         peak_memory_bytes: of the whole process.
-        credit: whose pictures these are.
+
     """
 
     stages: Sequence[Stage]
@@ -55,19 +54,19 @@ class PageContent:
     run_paths: Sequence[Path]
     hits: Mapping[str, Sequence[Hit]]
     peak_memory_bytes: int
-    credit: str
 
 
 def write_report(path: Path, cache: Cache, content: PageContent) -> None:
     """Write the page. It asks for nothing from outside."""
-    columns, rows = retrieval_rows(content.reports)
+    columns, rows = retrieval_table(content.reports)
     trained = next(iter(content.reports.values()))
     ranking = rank(cache, load_runs(content.run_paths[:1])[0])
-    pictures = Pictures(cache)
+    pictures = Thumbnails(cache)
     write_page(
         path,
         "quickstart.html.j2",
         content=content,
+        credit=credit(cache),
         total_seconds=sum(stage.seconds for stage in content.stages),
         trained=trained,
         columns=columns,
@@ -91,7 +90,7 @@ def curves(run_paths: Sequence[Path]) -> str:
     """Draw the training loss by step and the validation recall by epoch, one line a run."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     loss_axes, recall_axes = figure.subplots(1, 2)
-    for path, color in zip(run_paths, COLOURS, strict=False):
+    for path, color in zip(run_paths, COLORS, strict=False):
         lines = [json.loads(line) for line in (path / "losses.jsonl").read_text().splitlines()]
         losses = [line for line in lines if "loss" in line]
         recalls = [line for line in lines if "validation" in line]

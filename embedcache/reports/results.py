@@ -1,6 +1,7 @@
-"""Figures of runs in the files that CLIP_benchmark writes, so that its `build` puts ours and its own into one table.
+"""Metrics of runs in the JSON files of CLIP_benchmark, so that its `build` joins ours and its own in one table.
 
-Those of probes know no run: `evaluate/probe_report.py` writes them alike."""
+`embedcache.reports.probe` writes those of probes, which know no run.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,22 +18,22 @@ from embedcache.reports.zero_shot import zero_shot_json
 from embedcache.store.cache import Cache
 
 MODEL = "embedcache"
-"""What stands for the model in a result, and for its kind among CLIP_benchmark's model types."""
+"""Name of the model in a result, and of its type among CLIP_benchmark's model types."""
 
-Task: TypeAlias = Literal["zeroshot_classification", "zeroshot_retrieval"]
+BenchmarkTask: TypeAlias = Literal["zeroshot_classification", "zeroshot_retrieval"]
 
-METRICS: Mapping[Task, str] = {
+METRICS: Mapping[BenchmarkTask, str] = {
     "zeroshot_classification": "acc1|acc5|mean_per_class_recall",
     "zeroshot_retrieval": r"(image|text)_retrieval_recall@\d+",
 }
-"""Task -> a pattern of the names that CLIP_benchmark gives its metrics."""
+"""Task -> regular expression of CLIP_benchmark's metric names."""
 
 _RETRIEVED = {"t2i": "image", "i2t": "text"}
-_NUM_TOP = 5
+_TOP_K = 5
 
 
 def clip_benchmark_result(
-    task: Task,
+    task: BenchmarkTask,
     metrics: Mapping[str, float],
     *,
     dataset: Path | str,
@@ -40,25 +41,25 @@ def clip_benchmark_result(
     language: str | None,
     details: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Give one result with CLIP_benchmark's fields, and `details`, which is ours.
+    """Return one result with CLIP_benchmark's keys.
 
     Args:
-        task: by CLIP_benchmark's name.
-        metrics: shares from 0 to 1 by CLIP_benchmark's names, see `METRICS`.
-        dataset: path of what was evaluated on; its last part names it.
+        task: CLIP_benchmark's name of the task.
+        metrics: fractions from 0 to 1 by CLIP_benchmark's names, see `METRICS`.
+        dataset: path of the evaluated dataset; its last part names it.
         runs: the run, or the seeds that were averaged.
-        language: of class names and templates, or of captions.
-        details: JSON values: counts, chance, intervals.
+        language: language of the class names and templates, or of the captions.
+        details: our own JSON values: counts, chance, intervals.
 
     Returns:
-        `dataset`, `model`, `pretrained` (the runs with commas between), `task`, `metrics`, `language`, `details`.
+        `dataset`, `model`, `pretrained` (the runs, separated by commas), `task`, `metrics`, `language`, `details`.
 
     Raises:
         SettingError: a metric that the task does not have.
     """
     for name in metrics:
         if not re.fullmatch(METRICS[task], name):
-            raise SettingError(f"{name!r} is no metric of {task}: CLIP_benchmark has {METRICS[task]}")
+            raise SettingError(f"metric of {task}: expected CLIP_benchmark's {METRICS[task]}, got {name!r}")
     return {
         "dataset": Path(dataset).name,
         "model": MODEL,
@@ -71,15 +72,15 @@ def clip_benchmark_result(
 
 
 def retrieval_result(report: RetrievalReport, *, cache: Path | str, runs: Sequence[Path | str]) -> dict[str, Any]:
-    """Give a retrieval report as CLIP_benchmark's `zeroshot_retrieval`.
+    """Return a retrieval report as CLIP_benchmark's `zeroshot_retrieval`.
 
-    `image_retrieval_recall@K` is the share of texts with their image among the first K, `text_retrieval_recall@K`
-    that of images with any of their texts there. Two things differ: equal texts and copies of an image belong together
-    here and not there; among equal similarities we count the wrong ones first, CLIP_benchmark takes any.
+    `image_retrieval_recall@K` is the fraction of texts with their image among the top K, `text_retrieval_recall@K`
+    that of images with any of their texts there. Two things differ: equal texts and copies of an image are positives
+    of each other here and not there; among equal similarities we rank the wrong ones first, CLIP_benchmark any.
 
     Args:
-        report: of the runs.
-        cache: what was evaluated on.
+        report: report of the runs.
+        cache: evaluated cache.
         runs: the run, or the seeds that were averaged.
     """
     metrics = {
@@ -100,16 +101,16 @@ def retrieval_result(report: RetrievalReport, *, cache: Path | str, runs: Sequen
 def zero_shot_result(
     report: ZeroShotReport, *, cache: Path | str, prompts: Path | str, runs: Sequence[Path | str]
 ) -> dict[str, Any]:
-    """Give a zero-shot report as CLIP_benchmark's `zeroshot_classification`; `acc5` from five classes on, as there.
+    """Return a zero-shot report as CLIP_benchmark's `zeroshot_classification`; `acc5` needs five classes, as there.
 
     Args:
-        report: of the runs.
-        cache: the images.
-        prompts: the cache of the classes' prompts, which knows their language.
+        report: report of the runs.
+        cache: cache of the images.
+        prompts: cache of the class prompts, which knows their language.
         runs: the run, or the seeds that were averaged.
     """
     metrics = {name: estimate.value for name, estimate in report.accuracies.items()}
-    if len(report.names) < _NUM_TOP:
+    if len(report.names) < _TOP_K:
         del metrics["acc5"]
     languages = set(Cache(prompts).items("text")["language"].to_pylist())
     return clip_benchmark_result(
@@ -123,11 +124,11 @@ def zero_shot_result(
 
 
 def write_results(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write results for `clip_benchmark build`, which takes files and folders and makes a row of each file.
+    """Write results for `clip_benchmark build`, which makes one row of each file.
 
     Args:
-        path: a `.json` file, for the first result, with the others in its `details.others`; or a folder, for a file
-            each.
+        path: a `.json` file, which holds the first result and the others in its `details.others`; or a folder, which
+            gets one file per result.
         results: name -> result, at least one.
     """
     if path.suffix == ".json":

@@ -1,225 +1,256 @@
-"""Examples to look at: held-out queries, right and wrong, with what was ranked first.
-
-Retrieval figures as rows to print and as JSON.
-
-Retrieval as one page: figures, and queries to look at.
-"""
+"""Retrieval as tables, JSON and one page: recalls, curves, and example queries."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from embedcache.arrays import Ints
 from embedcache.evaluate.retrieval import KS, WAYS, Ranking, RetrievalReport
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import Case, Section, Shown, write_sections
-from embedcache.reports.plots import Figures, recall_bars, recall_curves
-from embedcache.reports.thumbnails import Pictures, credit
+from embedcache.reports.base import (
+    COLORS,
+    INK,
+    SOFT,
+    PageItem,
+    QueryExample,
+    Section,
+    Table,
+    estimate_bars,
+    estimates_json,
+    format_count,
+    format_estimate,
+    label,
+    ranked_example,
+    round_json,
+    svg,
+    write_report,
+)
+from embedcache.reports.thumbnails import Thumbnails, credit
 from embedcache.store.cache import Cache
 
+DirectionEstimates: TypeAlias = Mapping[str, Mapping[str, Estimate]]
+"""Direction (`i2t`, `t2i`) -> metric (`r@1`) -> estimate."""
 
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One query and the candidates ranked first. Positions are those of the ranking's `pairs`.
-
-    Args:
-        query: position of the query.
-        rank: of its best positive, 1 is the top.
-        shown: positions of the first candidates, best first.
-        is_right: for each of them, whether it is a positive.
-        answer: position of a positive, to show where none of the first is one.
-    """
-
-    query: int
-    rank: int
-    shown: list[int]
-    is_right: list[bool]
-    answer: int
+_EXAMPLES_PER_OUTCOME = 5
+_NUM_RESULTS = 5
+_EXAMPLES_NOTE = (
+    "Drawn at random: first {query}s whose top result is correct, then {query}s whose top result is wrong, with a "
+    "correct one at the end if none is shown."
+)
 
 
-def draw_examples(ranking: Ranking, way: str, *, num_each: int, num_shown: int, seed: int = 0) -> list[Example]:
-    """Draw queries at random: `num_each` whose first candidate is right, then `num_each` whose first is wrong.
+def retrieval_table(reports: Mapping[str, RetrievalReport]) -> Table:
+    """Return recalls with their 95% intervals: one row per report, and a last row for the first report's chance level.
 
     Args:
-        ranking: of a held-out part.
-        way: `i2t` or `t2i`.
-        num_each: how many of each kind; fewer where there are fewer.
-        num_shown: how many candidates to show.
-        seed: of the drawing.
-    """
-    rng = np.random.default_rng(seed)
-    is_right = ranking.ranks[way] == 1
-    chosen = [
-        int(query) for kind in (is_right, ~is_right) for query in rng.permutation(np.flatnonzero(kind))[:num_each]
-    ]
-    return [_example(ranking, way, query, num_shown) for query in chosen]
-
-
-def _example(ranking: Ranking, way: str, query: int, num_shown: int) -> Example:
-    vectors = (ranking.images, ranking.texts) if way == "i2t" else (ranking.texts, ranking.images)
-    order = np.argsort(-(vectors[1] @ vectors[0][query]), kind="stable")[:num_shown]
-    positives = _positives_of(ranking, way, query)
-    return Example(
-        query=query,
-        rank=int(ranking.ranks[way][query]),
-        shown=order.tolist(),
-        is_right=np.isin(order, positives).tolist(),
-        answer=int(positives[0]),
-    )
-
-
-def _positives_of(ranking: Ranking, way: str, query: int) -> Ints:
-    queries, candidates = ranking.positives if WAYS.index(way) == 0 else ranking.positives[::-1]
-    positives: Ints = candidates[queries == query]
-    return positives
-
-
-def retrieval_rows(reports: Mapping[str, RetrievalReport]) -> tuple[list[str], list[list[str]]]:
-    """Lay reports out as a table: one row each, and a last row of what chance gives on the first one's items.
-
-    Returns:
-        The column names, and the rows of text: `value [low, high]`.
+        reports: name -> report.
     """
     columns = ["", *(f"{way} R@{k}" for way in WAYS for k in KS)]
-    rows = [[name, *_cells(report.recalls)] for name, report in reports.items()]
-    chance = next(iter(reports.values())).chance
-    return columns, [*rows, ["chance", *_cells(chance)]]
+    rows = {name: report.recalls for name, report in reports.items()}
+    rows["chance"] = next(iter(reports.values())).chance
+    return columns, [
+        [name, *(format_estimate(recalls[way][f"r@{k}"]) for way in WAYS for k in KS)] for name, recalls in rows.items()
+    ]
 
 
-def _cells(figures: Figures) -> list[str]:
-    return [format_estimate(figures[way][f"r@{k}"]) for way in WAYS for k in KS]
+def rank_table(reports: Mapping[str, RetrievalReport]) -> Table:
+    """Return mean average precisions and median ranks with their 95% intervals, one row per report."""
+    columns = ["", *(f"{way} {metric}" for way in WAYS for metric in ("mAP", "median rank"))]
+    rows = []
+    for name, report in reports.items():
+        cells = [[format_estimate(orders["map"]), _format_rank(orders["median_rank"])] for orders in _orders(report)]
+        rows.append([name, *cells[0], *cells[1]])
+    return columns, rows
 
 
-def order_rows(reports: Mapping[str, RetrievalReport]) -> tuple[list[str], list[list[str]]]:
-    """Lay mean average precisions and median ranks out as a table, a row a report."""
-    columns = ["", *(f"{way} {name}" for way in WAYS for name in ("mAP", "median rank"))]
-    return columns, [[name, *_order_cells(report)] for name, report in reports.items()]
+def _orders(report: RetrievalReport) -> list[Mapping[str, Estimate]]:
+    return [report.orders[way] for way in WAYS]
 
 
-def _order_cells(report: RetrievalReport) -> list[str]:
-    orders = [report.orders[way] for way in WAYS]
-    return [text for one in orders for text in (format_estimate(one["map"]), _format_rank(one["median_rank"]))]
-
-
-def _format_rank(estimate: Estimate) -> str:
-    return f"{estimate.value:,.0f} [{estimate.low:,.0f}, {estimate.high:,.0f}]"
-
-
-def format_estimate(estimate: Estimate) -> str:
-    """Write a share with its interval: `.123 [.101, .145]`."""
-    return f"{format_share(estimate.value)} [{format_share(estimate.low)}, {format_share(estimate.high)}]"
-
-
-def format_share(share: float) -> str:
-    """Write a share: `.123`."""
-    return f"{share:.3f}".replace("0.", ".", 1)
+def _format_rank(rank: Estimate) -> str:
+    return f"{format_count(rank.value)} [{format_count(rank.low)}, {format_count(rank.high)}]"
 
 
 def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) -> dict[str, Any]:
-    """Give the figures as JSON values: `i2t`, `t2i`, `chance`, one entry for each of `others`, counts and seeds.
+    """Return a report as JSON values: `i2t`, `t2i`, `chance`, one entry for each of `others`, counts and seeds.
 
-    Each way holds `r@1`, `r@5`, `r@10`, the report's own also `map` and `median_rank`, and `intervals` with the 95 %
-    interval of each.
+    Each direction holds `r@1`, `r@5`, `r@10`, the report's own also `map` and `median_rank`, and `intervals` with the
+    95% interval of each.
     """
     return {
-        **_json({way: {**report.recalls[way], **report.orders[way]} for way in WAYS}),
-        "chance": _json(report.chance),
-        **{name: _json(other.recalls) for name, other in others.items() if other is not None},
+        **{way: estimates_json({**report.recalls[way], **report.orders[way]}) for way in WAYS},
+        "chance": _directions_json(report.chance),
+        **{name: _directions_json(other.recalls) for name, other in others.items() if other is not None},
         "num_images": report.num_images[0],
         "num_texts": report.num_texts[0],
         "seeds": report.seeds,
-        "recall_by_seed": [round(recall, 5) for recall in report.by_seed],
+        "recall_by_seed": [round_json(recall) for recall in report.by_seed],
         "part": report.part,
         "language": report.language,
         "overlap": report.overlap.to_json() if report.overlap else None,
     }
 
 
-def _json(figures: Figures) -> dict[str, Any]:
-    return {
-        way: {
-            **{name: round(estimate.value, 5) for name, estimate in figures[way].items()},
-            "intervals": {
-                name: [round(estimate.low, 5), round(estimate.high, 5)] for name, estimate in figures[way].items()
-            },
-        }
-        for way in figures
-    }
+def _directions_json(recalls: DirectionEstimates) -> dict[str, Any]:
+    return {way: estimates_json(estimates) for way, estimates in recalls.items()}
 
 
-_NUM_EACH = 5
-_NUM_SHOWN = 5
-_DRAWN = (
-    "Drawn at random: first {kind}s whose top answer is right, then {kind}s whose top answer is wrong, with a right "
-    "one at the end where none is shown."
-)
-
-
-def write_retrieval(path: Path, cache: Cache, reports: Mapping[str, RetrievalReport], ranking: Ranking) -> None:
-    """Write the page of some reports; the queries are one run's.
+def write_retrieval_page(path: Path, cache: Cache, reports: Mapping[str, RetrievalReport], ranking: Ranking) -> None:
+    """Write a page with the recalls of all reports and example queries of one run.
 
     Args:
-        path: of the page.
-        cache: that was measured.
-        reports: a name -> figures, the first is the one to look at.
-        ranking: whose queries are shown.
+        path: file to write.
+        cache: evaluated cache.
+        reports: name -> report; the first is the main one.
+        ranking: ranking whose queries are shown.
     """
     first = next(iter(reports.values()))
-    write_sections(
-        path,
-        credit=credit(cache),
-        title="Image-text retrieval",
-        lead=f"{cache.path.name}, {first.line()}.",
-        warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],
-        sections=[
-            Section(
-                title="Recall",
-                notes=[
-                    "In brackets the 95 % interval; for chance, where 95 % of random orders lie.",
-                    *(f"{name}: {report.overlap.line()}." for name, report in reports.items() if report.overlap),
-                ],
-                table=retrieval_rows(reports),
-                figures=[
-                    recall_curves(reports),
-                    recall_bars({**{name: one.recalls for name, one in reports.items()}, "chance": first.chance}),
-                ],
-            ),
-            Section(title="Ranks", table=order_rows(reports)),
-            *query_sections(cache, ranking),
+    recall = Section(
+        title="Recall",
+        notes=[
+            "In brackets the 95% interval; for chance, the range that holds 95% of random rankings.",
+            *(f"{name}: {report.overlap.line()}." for name, report in reports.items() if report.overlap),
+        ],
+        table=retrieval_table(reports),
+        figures=[
+            recall_curves(reports),
+            recall_bars({**{name: report.recalls for name, report in reports.items()}, "chance": first.chance}),
         ],
     )
+    write_report(
+        path,
+        title="Image-text retrieval",
+        summary=f"{cache.path.name}, {first.line()}.",
+        warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],
+        sections=[recall, Section(title="Ranks", table=rank_table(reports)), *query_sections(cache, ranking)],
+        credit=credit(cache),
+    )
+
+
+def recall_bars(rows: Mapping[str, DirectionEstimates]) -> str:
+    """Draw R@10 with its 95% interval in both directions, one bar per row, as an SVG element."""
+    figure = Figure(figsize=(9, 0.5 + 0.42 * len(rows)), layout="constrained")
+    all_axes = figure.subplots(1, 2, sharey=True)
+    for axes, way in zip(all_axes, WAYS, strict=True):
+        estimate_bars(axes, [recalls[way]["r@10"] for recalls in rows.values()], height=0.55)
+        axes.set_yticks(range(len(rows)), list(rows))
+        label(axes, f"{way} R@10 with its 95% interval")
+    all_axes[0].invert_yaxis()
+    return svg(figure)
+
+
+def recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
+    """Draw recall by k in both directions, one line per report and gray for the first one's chance level, as SVG."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, way in zip(figure.subplots(1, 2, sharey=True), WAYS, strict=True):
+        for position, (name, report) in enumerate(reports.items()):
+            ks = np.arange(1, len(report.curves[way]) + 1)
+            axes.plot(ks, report.curves[way], color=COLORS[position % len(COLORS)], label=name)
+        chance = next(iter(reports.values())).chance[way]
+        chance_ks = [int(metric.removeprefix("r@")) for metric in chance]
+        axes.plot(chance_ks, [estimate.value for estimate in chance.values()], color=SOFT, label="chance")
+        axes.set_xscale("log")
+        axes.set_ylim(0, 1)
+        label(axes, f"k of {way} R@k", "recall")
+    axes.legend(frameon=False, labelcolor=INK, loc="upper left")
+    return svg(figure)
 
 
 def query_sections(cache: Cache, ranking: Ranking) -> list[Section]:
-    """Show captions with the pictures ranked first for them, and pictures with captions."""
-    pictures, texts = Pictures(cache), cache.items("text")["text"].to_pylist()
+    """Return one section with text queries and their top images, and one with image queries and their top texts."""
+    thumbnails, texts = Thumbnails(cache), cache.items("text")["text"].to_pylist()
 
-    def image(position: int, *, is_right: bool = False) -> Shown:
-        return Shown(picture=pictures.data_url(int(ranking.pairs.image.rows[position])), is_right=is_right)
+    def image(position: int, *, is_correct: bool = False) -> PageItem:
+        row = int(ranking.pairs.image.rows[position])
+        return PageItem(image_url=thumbnails.data_url(row), is_correct=is_correct)
 
-    def text(position: int, *, is_right: bool = False) -> Shown:
-        return Shown(text=texts[int(ranking.pairs.text.rows[position])], is_right=is_right)
+    def text(position: int, *, is_correct: bool = False) -> PageItem:
+        return PageItem(text=texts[int(ranking.pairs.text.rows[position])], is_correct=is_correct)
 
-    sections = []
-    for title, kind, way, query, answer in (
-        ("Text to images", "caption", "t2i", text, image),
-        ("Image to texts", "picture", "i2t", image, text),
-    ):
-        examples = draw_examples(ranking, way, num_each=_NUM_EACH, num_shown=_NUM_SHOWN)
-        cases = [_case(example, query(example.query), answer) for example in examples]
-        sections.append(Section(title=title, notes=[_DRAWN.format(kind=kind)], cases=cases))
-    return sections
+    def examples(way: str, query: Callable[[int], PageItem], result: Callable[..., PageItem]) -> list[QueryExample]:
+        queries = sample_queries(ranking, way, num_each=_EXAMPLES_PER_OUTCOME, num_results=_NUM_RESULTS)
+        return [
+            ranked_example(
+                query(one.query),
+                [result(place, is_correct=correct) for place, correct in zip(one.results, one.is_correct, strict=True)],
+                rank=one.rank,
+                answer=result(one.answer, is_correct=True),
+            )
+            for one in queries
+        ]
+
+    return [
+        Section(
+            title="Text to images",
+            notes=[_EXAMPLES_NOTE.format(query="caption")],
+            examples=examples("t2i", text, image),
+        ),
+        Section(
+            title="Image to texts",
+            notes=[_EXAMPLES_NOTE.format(query="image")],
+            examples=examples("i2t", image, text),
+        ),
+    ]
 
 
-def _case(example: Example, query: Shown, answer: Callable[..., Shown]) -> Case:
-    is_right = example.rank == 1
-    return Case(
+@dataclass(frozen=True, kw_only=True)
+class RankedQuery:
+    """A query and its top candidates, as positions in the ranking's `pairs`.
+
+    Args:
+        query: position of the query.
+        rank: rank of its best positive; 1 is the top.
+        results: positions of the top candidates, best first.
+        is_correct: for each of them, whether it is a positive.
+        answer: position of a positive.
+    """
+
+    query: int
+    rank: int
+    results: list[int]
+    is_correct: list[bool]
+    answer: int
+
+
+def sample_queries(ranking: Ranking, way: str, *, num_each: int, num_results: int, seed: int = 0) -> list[RankedQuery]:
+    """Sample `num_each` queries whose top candidate is correct, then `num_each` whose top candidate is wrong.
+
+    Args:
+        ranking: ranking of an evaluation split.
+        way: `i2t` or `t2i`.
+        num_each: queries per outcome, or as many as there are.
+        num_results: top candidates per query.
+        seed: random seed.
+    """
+    rng = np.random.default_rng(seed)
+    is_correct = ranking.ranks[way] == 1
+    sampled = [
+        int(query)
+        for outcome in (is_correct, ~is_correct)
+        for query in rng.permutation(np.flatnonzero(outcome))[:num_each]
+    ]
+    return [_rank_candidates(ranking, way, query, num_results) for query in sampled]
+
+
+def _rank_candidates(ranking: Ranking, way: str, query: int, num_results: int) -> RankedQuery:
+    queries, candidates = (ranking.images, ranking.texts) if way == "i2t" else (ranking.texts, ranking.images)
+    order = np.argsort(-(candidates @ queries[query]), kind="stable")[:num_results]
+    positives = _positives(ranking, way, query)
+    return RankedQuery(
         query=query,
-        said="right at rank 1" if is_right else f"first right one at rank {example.rank:,}",
-        is_right=is_right,
-        shown=[answer(place, is_right=right) for place, right in zip(example.shown, example.is_right, strict=True)],
-        answer=None if any(example.is_right) else answer(example.answer, is_right=True),
+        rank=int(ranking.ranks[way][query]),
+        results=order.tolist(),
+        is_correct=np.isin(order, positives).tolist(),
+        answer=int(positives[0]),
     )
+
+
+def _positives(ranking: Ranking, way: str, query: int) -> Ints:
+    images, texts = ranking.positives
+    queries, candidates = (images, texts) if way == "i2t" else (texts, images)
+    positives: Ints = candidates[queries == query]
+    return positives

@@ -23,8 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from embedcache.files import is_remote
 from embedcache.provenance import digest_file, to_record, write_json
-from embedcache.reports.base import BAD, COLOURS, INK, SOFT, label, svg, write_page
-from embedcache.reports.retrieval import retrieval_json, retrieval_rows
+from embedcache.reports.base import BAD, COLORS, INK, SOFT, label, svg, write_page
+from embedcache.reports.retrieval import retrieval_json, retrieval_table
 from embedcache.sweep.best import Best
 from embedcache.sweep.study import Study
 from embedcache.sweep.trials import Trials, outcome_of, reason_of, score_of
@@ -124,7 +124,7 @@ def _importance(trials: Trials) -> dict[str, float]:
 
 def _command(path: Path, data: TrainData, winner: Best) -> str:
     caches = [str(cache.path if is_remote(cache.path) else cache.path.resolve()) for cache in data.caches]
-    sides = ["--image", data.image.feature, "--text", data.text.feature]
+    sides = ["--image-feature", data.image.feature, "--text-feature", data.text.feature]
     run = str(path.resolve() / "winner")
     return shlex.join(["embedcache", "train", *caches, run, *sides, *command_line(winner.settings)])
 
@@ -194,7 +194,7 @@ def best_rows(best: Sequence[Best]) -> tuple[list[str], list[list[str]]]:
 
 def test_tables(best: Sequence[Best]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Lay out each cache's test figures: a row a configuration, and what chance gives."""
-    return {cache: retrieval_rows({f"trial {one.number}": one.test[cache] for one in best}) for cache in best[0].test}
+    return {cache: retrieval_table({f"trial {one.number}": one.test[cache] for one in best}) for cache in best[0].test}
 
 
 def _cells(best: Best, names: Sequence[str]) -> list[str]:
@@ -211,7 +211,7 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-_BLUE, _ORANGE = COLOURS[0], COLOURS[3]
+_BLUE, _ORANGE = COLORS[0], COLORS[3]
 _SHADES = colormaps["viridis_r"]
 _SCORE = "validation recall, mean of six"
 _MOST_LABEL = 14

@@ -1,32 +1,31 @@
-"""Small pictures of a cache's images, as text that a page can hold.
-
-Items as they are shown on a page: a small picture, or the text.
-"""
+"""Small images of a cache, read again from its source, and items as they are shown on a page."""
 
 import base64
 import io
 
 from embedcache.errors import EmbedcacheError
-from embedcache.quickstart.openmoji import CREDIT
-from embedcache.reports.base import Shown
+from embedcache.reports.base import PageItem
 from embedcache.sources.base import ImageItem
 from embedcache.sources.images import decode_image
-from embedcache.sources.open import reopen_source
+from embedcache.sources.open import reopen_source, source_credit
 from embedcache.store.cache import Cache
 
 _SIZE_PX = 88
 
 
 def credit(cache: Cache) -> str:
-    """Say whose the pictures are, where whatever shows them must."""
-    return CREDIT if cache.info.source["type"] == "openmoji" else ""
+    """Return the attribution that must be shown with the images of a cache; empty if none is required."""
+    return source_credit(cache.info.source)
 
 
-class Pictures:
-    """Reads images again from the source that a cache was made from.
+class Thumbnails:
+    """Reads images again from the source of a cache and scales them down.
 
     Args:
-        cache: the cache.
+        cache: cache with images.
+
+    Raises:
+        EmbedcacheError: the source cannot be opened again.
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -35,17 +34,21 @@ class Pictures:
         self._urls: dict[int, str] = {}
 
     def data_url(self, row: int) -> str:
-        """Get a thumbnail of the image in a row as a `data:` URL."""
+        """Return a thumbnail of the image in a row as a `data:` URL.
+
+        Raises:
+            ItemError: the image cannot be read; the message is the reason.
+        """
         if row not in self._urls:
             data = self.webp(row, _SIZE_PX)
             self._urls[row] = "data:image/webp;base64," + base64.b64encode(data).decode()
         return self._urls[row]
 
     def webp(self, row: int, size_px: int) -> bytes:
-        """Get the image in a row as a WebP file that fits a square of that size. Safe from many threads.
+        """Return the image in a row as a WebP file that fits into a square of `size_px`. Thread-safe.
 
         Raises:
-            ItemError: it cannot be read; the text is the reason.
+            ItemError: the image cannot be read; the message is the reason.
         """
         item = ImageItem(**self._items.slice(row, 1).to_pylist()[0])
         image = decode_image(self._source.read(item))
@@ -55,11 +58,11 @@ class Pictures:
         return buffer.getvalue()
 
 
-class Showing:
-    """Shows items of one modality of a cache; an image whose file cannot be read is its key.
+class ItemRenderer:
+    """Renders items of one modality for a page; an image that cannot be read is represented by its sample's key.
 
     Args:
-        cache: the cache.
+        cache: cache with the items.
         modality: `image` or `text`.
     """
 
@@ -67,30 +70,33 @@ class Showing:
         self._keys = cache.samples["key"]
         self._samples = cache.items(modality)["sample"]
         self._texts = cache.items("text")["text"] if modality == "text" else None
-        self._pictures: Pictures | None = None
-        self.missing: str | None = None
-        """Why pictures are missing, where some are."""
+        self._thumbnails: Thumbnails | None = None
+        self._missing: str | None = None
         if modality == "image":
             try:
-                self._pictures = Pictures(cache)
+                self._thumbnails = Thumbnails(cache)
             except EmbedcacheError as error:
-                self.missing = str(error)
+                self._missing = str(error)
 
-    def item(self, row: int) -> Shown:
-        """Show the item in a row."""
+    def render(self, row: int, *, is_correct: bool = False) -> PageItem:
+        """Return the item in a row as it is shown on a page."""
         if self._texts is not None:
-            return Shown(text=self._texts[row].as_py())
-        return Shown(text=self._keys[self._samples[row].as_py()].as_py(), picture=self._picture(row))
+            return PageItem(text=self._texts[row].as_py(), is_correct=is_correct)
+        return PageItem(text=self.key(row), image_url=self._image_url(row), is_correct=is_correct)
+
+    def key(self, row: int) -> str:
+        """Return the key of the sample that an item belongs to."""
+        return str(self._keys[self._samples[row].as_py()])
 
     def warnings(self) -> list[str]:
-        """Say what is missing."""
-        return [f"pictures are missing: {self.missing}"] if self.missing else []
+        """Return why images are missing from the page, if any are."""
+        return [f"some images cannot be shown: {self._missing}"] if self._missing else []
 
-    def _picture(self, row: int) -> str | None:
-        if self._pictures is None:
+    def _image_url(self, row: int) -> str | None:
+        if self._thumbnails is None:
             return None
         try:
-            return self._pictures.data_url(row)
+            return self._thumbnails.data_url(row)
         except EmbedcacheError as error:
-            self.missing = str(error)
+            self._missing = str(error)
             return None

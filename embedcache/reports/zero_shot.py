@@ -1,61 +1,82 @@
-"""Zero-shot figures as rows to print and as JSON.
+"""Zero-shot classification as tables, JSON and one page: accuracies, classes, confusions and example images."""
 
-Zero-shot classification as one page: figures, and images to look at.
-"""
-
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from embedcache.arrays import Array
 from embedcache.evaluate.zero_shot import Classified, ZeroShotReport
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import Case, Section, Shown, write_sections
-from embedcache.reports.plots import accuracy_bars, class_bars, confusion_map
-from embedcache.reports.retrieval import format_estimate
-from embedcache.reports.thumbnails import Pictures, credit
+from embedcache.reports.base import (
+    COLORS,
+    INK,
+    SOFT,
+    PageItem,
+    QueryExample,
+    Section,
+    Table,
+    estimate_bars,
+    estimates_json,
+    format_count,
+    format_estimate,
+    format_percent,
+    label,
+    ranked_example,
+    round_json,
+    svg,
+    write_report,
+)
+from embedcache.reports.thumbnails import Thumbnails, credit
 from embedcache.store.cache import Cache
 
 _COLUMNS = {"acc1": "top-1", "acc5": "top-5", "mean_per_class_recall": "mean per class"}
+_EXAMPLES_PER_OUTCOME = 6
+_MAX_BARS = 40
+_MAX_CONFUSION_CLASSES = 40
+_MAX_LABELED_CLASSES = 20
 
 
-def zero_shot_rows(reports: Mapping[str, ZeroShotReport]) -> tuple[list[str], list[list[str]]]:
-    """Lay reports out as a table: one row each, and a last row of what chance gives on the first one's images."""
-    rows = [[name, *_cells(report.accuracies)] for name, report in reports.items()]
-    chance = next(iter(reports.values())).chance
-    return ["", *_COLUMNS.values()], [*rows, ["chance", *_cells(chance)]]
+def zero_shot_table(reports: Mapping[str, ZeroShotReport]) -> Table:
+    """Return accuracies with their 95% intervals: one row per report, and a last row for the first one's chance level.
 
-
-def confused_rows(report: ZeroShotReport, *, most: int = 10) -> tuple[list[str], list[list[str]]]:
-    """List the classes that are most often taken for another one."""
-    counts_CC = report.confusion.copy()
-    np.fill_diagonal(counts_CC, 0)
-    order = np.argsort(-counts_CC, axis=None, kind="stable")[:most]
-    pairs = [np.unravel_index(place, counts_CC.shape) for place in order if counts_CC.flat[place]]
-    totals_C = report.confusion.sum(axis=1)
-    rows = [
-        [
-            report.names[true],
-            report.names[taken],
-            f"{counts_CC[true, taken]:,}",
-            f"{100 * counts_CC[true, taken] / totals_C[true]:.1f} %",
-        ]
-        for true, taken in pairs
+    Args:
+        reports: name -> report.
+    """
+    rows = {name: report.accuracies for name, report in reports.items()}
+    rows["chance"] = next(iter(reports.values())).chance
+    return ["", *_COLUMNS.values()], [
+        [name, *(format_estimate(accuracies[column]) for column in _COLUMNS)] for name, accuracies in rows.items()
     ]
-    return ["class", "taken for", "images", "of the class"], rows
+
+
+def confusion_table(report: ZeroShotReport, *, num_rows: int = 10) -> Table:
+    """Return the pairs of classes that are confused most often."""
+    errors_CC = report.confusion.copy()
+    np.fill_diagonal(errors_CC, 0)
+    totals_C = report.confusion.sum(axis=1)
+    rows = []
+    for place in np.argsort(-errors_CC, axis=None, kind="stable")[:num_rows]:
+        true, predicted = divmod(int(place), len(errors_CC))
+        count = int(errors_CC[true, predicted])
+        if count:
+            names = [report.names[true], report.names[predicted]]
+            rows.append([*names, format_count(count), format_percent(count / totals_C[true])])
+    return ["class", "predicted as", "images", "of the class"], rows
 
 
 def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
-    """Give the figures as JSON values: accuracies with intervals, chance, each class, counts, seeds and overlap."""
+    """Return a report as JSON values: accuracies with intervals, chance, each class, counts, seeds and overlap."""
     return {
-        **_json(report.accuracies),
-        "chance": _json(report.chance),
+        **estimates_json(report.accuracies),
+        "chance": estimates_json(report.chance),
         "by_class": {
-            name: None if np.isnan(accuracy) else round(float(accuracy), 5)
-            for name, accuracy in zip(_unique(report.names), report.by_class, strict=True)
+            name: round_json(accuracy)
+            for name, accuracy in zip(_unique_names(report.names), report.by_class, strict=True)
         },
-        "acc1_by_seed": [round(accuracy, 5) for accuracy in report.by_seed],
+        "acc1_by_seed": [round_json(accuracy) for accuracy in report.by_seed],
         "num_images": report.num_images,
         "num_unlabelled": report.num_unlabeled,
         "num_classes": len(report.names),
@@ -66,88 +87,134 @@ def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
     }
 
 
-def _unique(names: list[str]) -> list[str]:
-    """Number names that stand twice."""
+def _unique_names(names: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names)]
 
 
-def _cells(figures: Mapping[str, Estimate]) -> list[str]:
-    return [format_estimate(figures[name]) for name in _COLUMNS]
-
-
-def _json(figures: Mapping[str, Estimate]) -> dict[str, Any]:
-    return {
-        **{name: round(estimate.value, 5) for name, estimate in figures.items()},
-        "intervals": {name: [round(one.low, 5), round(one.high, 5)] for name, one in figures.items()},
-    }
-
-
-_NUM_EACH = 6
-
-
-def write_zero_shot(
+def write_zero_shot_page(
     path: Path, cache: Cache, reports: Mapping[str, ZeroShotReport], classified: Classified, *, seed: int = 0
 ) -> None:
-    """Write the page of some reports; classes and images are those of the first.
+    """Write a page with the accuracies of all reports, and the classes and example images of the first.
 
     Args:
-        path: of the page.
-        cache: that was measured.
-        reports: a name -> figures, the first is the one to look at.
-        classified: whose images are shown.
-        seed: of drawing them.
+        path: file to write.
+        cache: evaluated cache.
+        reports: name -> report; the first is the main one.
+        classified: classification whose images are shown.
+        seed: random seed of the example images.
     """
     first = next(iter(reports.values()))
-    bars = {name: report.accuracies["acc1"] for name, report in reports.items()}
-    write_sections(
+    chance = first.chance["acc1"].value
+    accuracy = Section(
+        title="Accuracy",
+        notes=[
+            "In brackets the 95% interval; for chance, the range that holds 95% of random guesses.",
+            *(f"{name}: {report.overlap.line()}." for name, report in reports.items() if report.overlap),
+        ],
+        table=zero_shot_table(reports),
+        figures=[accuracy_bars({name: report.accuracies["acc1"] for name, report in reports.items()}, chance=chance)],
+    )
+    confusions = Section(
+        title="Confusions",
+        notes=["Sum over all runs."],
+        table=confusion_table(first),
+        figures=[confusion_matrix(first.names, first.confusion)],
+    )
+    write_report(
         path,
-        credit=credit(cache),
         title="Zero-shot classification",
-        lead=f"{cache.path.name}, {first.line()}.",
+        summary=f"{cache.path.name}, {first.line()}.",
         warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],
         sections=[
-            Section(
-                title="Accuracy",
-                notes=[
-                    "In brackets the 95 % interval; for chance, where 95 % of random guesses lie.",
-                    *(f"{name}: {report.overlap.line()}." for name, report in reports.items() if report.overlap),
-                ],
-                table=zero_shot_rows(reports),
-                figures=[accuracy_bars(bars, chance=first.chance["acc1"].value)],
-            ),
-            Section(
-                title="Classes",
-                figures=[class_bars(first.names, first.by_class, chance=first.chance["acc1"].value)],
-            ),
-            Section(
-                title="Confusions",
-                notes=["All runs together."],
-                table=confused_rows(first),
-                figures=[confusion_map(first.names, first.confusion)],
-            ),
-            _images(cache, classified, seed),
+            accuracy,
+            Section(title="Classes", figures=[class_bars(first.names, first.by_class, chance=chance)]),
+            confusions,
+            _image_section(cache, classified, seed),
         ],
+        credit=credit(cache),
     )
 
 
-def _images(cache: Cache, classified: Classified, seed: int) -> Section:
-    pictures, rng = Pictures(cache), np.random.default_rng(seed)
-    is_right = classified.predicted[:, 0] == classified.labels
-    drawn = [place for kind in (is_right, ~is_right) for place in rng.permutation(np.flatnonzero(kind))[:_NUM_EACH]]
+def _image_section(cache: Cache, classified: Classified, seed: int) -> Section:
+    thumbnails, rng = Thumbnails(cache), np.random.default_rng(seed)
+    is_correct = classified.predicted[:, 0] == classified.labels
+    sampled = [
+        int(place)
+        for outcome in (is_correct, ~is_correct)
+        for place in rng.permutation(np.flatnonzero(outcome))[:_EXAMPLES_PER_OUTCOME]
+    ]
     return Section(
         title="Images",
-        notes=["Drawn at random: first images whose top class is right, then images whose top class is wrong."],
-        cases=[_case(classified, pictures, int(place)) for place in drawn],
+        notes=["Drawn at random: first images whose top class is correct, then images whose top class is wrong."],
+        examples=[_classified_image(classified, thumbnails, place) for place in sampled],
     )
 
 
-def _case(classified: Classified, pictures: Pictures, place: int) -> Case:
-    true, best = int(classified.labels[place]), classified.predicted[place].tolist()
-    rank = int(classified.ranks[place])
-    return Case(
-        query=Shown(picture=pictures.data_url(int(classified.items.rows[place])), text=classified.names[true]),
-        said="right at rank 1" if best[0] == true else f"its class at rank {rank:,}",
-        is_right=best[0] == true,
-        shown=[Shown(text=classified.names[number], is_right=number == true) for number in best],
-        answer=None if true in best else Shown(text=classified.names[true], is_right=True),
+def _classified_image(classified: Classified, thumbnails: Thumbnails, place: int) -> QueryExample:
+    true = int(classified.labels[place])
+    image_url = thumbnails.data_url(int(classified.items.rows[place]))
+    return ranked_example(
+        PageItem(image_url=image_url, text=classified.names[true]),
+        [
+            PageItem(text=classified.names[number], is_correct=number == true)
+            for number in classified.predicted[place].tolist()
+        ],
+        rank=int(classified.ranks[place]),
+        answer=PageItem(text=classified.names[true], is_correct=True),
     )
+
+
+def accuracy_bars(rows: Mapping[str, Estimate], *, chance: float) -> str:
+    """Draw one bar per accuracy with its 95% interval, and a line at the chance level, as an SVG element."""
+    figure = Figure(figsize=(9, 0.6 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    estimate_bars(axes, list(rows.values()), height=0.6, colors=COLORS[:1])
+    axes.axvline(chance, color=SOFT, linestyle="--")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    label(axes, "accuracy with its 95% interval; dashed: chance")
+    return svg(figure)
+
+
+def class_bars(names: Sequence[str], accuracies_C: Array, *, chance: float) -> str:
+    """Draw the accuracy of each class, best first, as an SVG element; of many classes the best and the worst."""
+    order = np.argsort(-np.nan_to_num(accuracies_C), kind="stable")
+    if len(order) > _MAX_BARS:
+        order = np.concatenate([order[: _MAX_BARS // 2], order[-_MAX_BARS // 2 :]])
+    figure = Figure(figsize=(9, 0.6 + 0.24 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(order)), accuracies_C[order], color=COLORS[0], height=0.7)
+    axes.axvline(chance, color=SOFT, linestyle="--")
+    axes.set_yticks(range(len(order)), [names[number] for number in order], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    label(axes, "fraction of the class's items that are correct; dashed: chance")
+    return svg(figure)
+
+
+def confusion_matrix(names: Sequence[str], confusion_CC: Array) -> str:
+    """Draw a confusion matrix in percent of each row as an SVG element; of many classes those confused most."""
+    shown = _most_confused(confusion_CC)
+    fractions = confusion_CC[np.ix_(shown, shown)] / np.maximum(1, confusion_CC[shown].sum(axis=1))[:, None]
+    side = 2.2 + 0.3 * len(shown)
+    figure = Figure(figsize=(side + 1.5, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    if len(shown) <= _MAX_LABELED_CLASSES:
+        for row, column in np.argwhere(fractions >= 0.005):
+            color = "white" if fractions[row, column] > 0.5 else INK
+            text = f"{100 * fractions[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+    ticks = range(len(shown))
+    axes.set_xticks(ticks, [names[number] for number in shown], rotation=90, fontsize=8)
+    axes.set_yticks(ticks, [names[number] for number in shown], fontsize=8)
+    label(axes, "predicted; numbers are % of the row", "true class")
+    return svg(figure)
+
+
+def _most_confused(confusion_CC: Array) -> Array:
+    if len(confusion_CC) <= _MAX_CONFUSION_CLASSES:
+        return np.arange(len(confusion_CC))
+    errors_C = confusion_CC.sum(axis=1) + confusion_CC.sum(axis=0) - 2 * confusion_CC.diagonal()
+    return np.sort(np.argsort(-errors_C, kind="stable")[:_MAX_CONFUSION_CLASSES])

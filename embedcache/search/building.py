@@ -15,7 +15,7 @@ from embedcache.arrays import Ints
 from embedcache.errors import SettingError
 from embedcache.progress import Progress
 from embedcache.provenance import check_same, read_json, write_json
-from embedcache.search.configurations import Configuration
+from embedcache.search.autotune import Configuration
 from embedcache.search.faiss_index import RowIndex, make_index, read_index
 from embedcache.search.vectors import Vectors
 from embedcache.store.layout import CacheInfo
@@ -35,7 +35,7 @@ def clean(folder: Path, *, lists: str | None) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-class Building:
+class IndexBuilder:
     """The unfinished index of a folder. The ids of `index.partial.faiss` say which rows are in.
 
     Args:

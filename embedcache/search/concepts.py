@@ -90,7 +90,7 @@ def open_concepts(
         "feature": side.side.name,
         "fingerprint": dict(side.side.fingerprint),
         "run": None if side.run_path is None else str(side.run_path),
-        "run_weights": None if side.config is None else side.config.weights,
+        "run_weights": None if side.config is None else side.config.weights_digest,
         "of": "prompts" if has_prompts(cache) else "examples",
     }
     if not has_prompts(cache):
@@ -107,14 +107,14 @@ def _open(cache: Cache, pool: Vectors) -> Vectors:
     if is_prompts and pool.modality == "image":
         raise DataError(
             f"the pool's plain image feature {pool.side.name} cannot be compared with prompts; project both with "
-            "--projected RUN, or give a cache of labeled example images"
+            "--run RUN, or give a cache of labeled example images"
         )
     found = Vectors(cache.path, pool.modality, pool.side.name)
     check_same(
         f"feature {found.side.name} of {cache.path}",
         found.side.fingerprint,
         pool.side.fingerprint,
-        next_step=f"extract the concepts with the pool's encoder: --{pool.modality} {pool.side.spec}",
+        next_step=f"extract the concepts with the pool's encoder: --{pool.modality}-encoder {pool.side.spec}",
     )
     return found
 

@@ -20,10 +20,18 @@ from embedcache.provenance import (
     to_record,
     write_json,
 )
-from embedcache.search.building import CHECKPOINT_S, FILES, Building, clean, lists_name
-from embedcache.search.configurations import Configuration, configurations, fitting, on_disk, still_worth_trying
+from embedcache.search.autotune import (
+    Configuration,
+    IndexQuality,
+    configurations,
+    draw_query_set,
+    fit_memory,
+    measure,
+    on_disk,
+    remaining_candidates,
+)
+from embedcache.search.building import CHECKPOINT_S, FILES, IndexBuilder, clean, lists_name
 from embedcache.search.faiss_index import RowIndex
-from embedcache.search.measuring import Measured, measure, pose
 from embedcache.search.vectors import Vectors
 
 FORMAT_VERSION = 3
@@ -135,18 +143,18 @@ def build_index(
         raise SettingError(f"the least recall is {min_recall}; it must be 0 to 1")
     index_path, progress = Path(index_path), progress or NullProgress()
     vectors = Vectors(cache_path, modality, feature, run_path)
-    wishes = _Wishes(factory=factory, memory_bytes=memory_bytes, min_recall=min_recall, on_disk=leaves_on_disk)
+    request = IndexRequest(factory=factory, memory_bytes=memory_bytes, min_recall=min_recall, on_disk=leaves_on_disk)
     if not (index_path / "card.json").is_file():  # so that nothing is put into a folder of others
-        wishes.candidates(len(vectors.rows), vectors.width)
+        request.candidates(len(vectors.rows), vectors.width)
         if not (index_path / LOCK).is_file():
             _claim(index_path)
     with locked(index_path):
         card = read_card(index_path) if (index_path / "card.json").is_file() else None
         if card is not None:
-            _check_again(index_path, card, _about(vectors, index_path), vectors, wishes)
+            _check_again(index_path, card, _about(vectors, index_path), vectors, request)
         if card is None or card.num_vectors < len(vectors.rows):
-            card = _build(index_path, vectors, card, wishes, checkpoint_s, progress)
-            write_json(index_path / "card.json", to_record(card))
+            card = _build(index_path, vectors, card, request, checkpoint_s, progress)
+            write_json(index_path / "card.json", asdict(card))
         clean(index_path, lists=card.lists)
     return card
 
@@ -192,7 +200,7 @@ def check_card(index_path: Path, card: IndexCard, asked: Mapping[str, Any], *, n
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Wishes:
+class IndexRequest:
     factory: str | None
     memory_bytes: int | None
     min_recall: float
@@ -201,7 +209,7 @@ class _Wishes:
     def candidates(self, num_vectors: int, width: int) -> list[Configuration]:
         if self.factory is None:
             kinds = on_disk if self.on_disk else configurations
-            return fitting(kinds(num_vectors, width), self.memory_bytes)
+            return fit_memory(kinds(num_vectors, width), self.memory_bytes)
         if self.memory_bytes is not None:
             raise SettingError(
                 f"the factory string {self.factory!r} says how large the index is; give it or a memory, not both"
@@ -213,7 +221,7 @@ def _build(
     index_path: Path,
     vectors: Vectors,
     old: IndexCard | None,
-    wishes: _Wishes,
+    request: IndexRequest,
     checkpoint_s: float,
     progress: Progress,
 ) -> IndexCard:
@@ -221,36 +229,36 @@ def _build(
     if old is None:
         _claim(index_path)
     about, num = _about(vectors, index_path), len(vectors.rows)
-    left = wishes.candidates(num, vectors.width) if old is None else [_grown(old, num)]
-    settings = {**about, "cache": str(vectors.cache.path), "run": str(vectors.run_path), **asdict(wishes)}
+    left = request.candidates(num, vectors.width) if old is None else [_grown(old, num)]
+    settings = {**about, "cache": str(vectors.cache.path), "run": str(vectors.run_path), **asdict(request)}
     started, questions = time.perf_counter(), None
     with run_record(index_path / "record.json", "index", settings) as outcome, disk_errors(index_path):
-        building = Building(index_path, about, vectors.cache.info, lists=None if old is None else old.lists)
+        building = IndexBuilder(index_path, about, vectors.cache.info, lists=None if old is None else old.lists)
         while left:
             candidate, left = left[0], left[1:]
-            if building.refused.get(candidate.factory, 1) >= wishes.min_recall:
+            if building.refused.get(candidate.factory, 1) >= request.min_recall:
                 index = building.fill(candidate, vectors, progress, checkpoint_s=checkpoint_s)
-                questions = questions or pose(vectors)
-                measured = measure(index, questions, wishes.min_recall)
-                if measured.recall_at_10 >= wishes.min_recall:
+                questions = questions or draw_query_set(vectors)
+                measured = measure(index, questions, request.min_recall)
+                if measured.recall_at_10 >= request.min_recall:
                     building.finish(index)
                     outcome.update({"recall_at_10": measured.recall_at_10, "num_vectors": num})
                     seconds = time.perf_counter() - started
-                    return _card(vectors, index_path, candidate, index, measured, wishes, seconds)
+                    return _card(vectors, index_path, candidate, index, measured, request, seconds)
                 building.refuse(candidate.factory, measured.recall_at_10)
                 progress.note(
                     f"{candidate.factory} finds {measured.recall_at_10:.3f} of the 10 nearest, and is dropped"
                 )
-            left = still_worth_trying(left, candidate)
-        raise SettingError(_too_poor(building.refused, index_path, wishes))
+            left = remaining_candidates(left, candidate)
+        raise SettingError(_too_poor(building.refused, index_path, request))
 
 
-def _too_poor(refused: Mapping[str, float], index_path: Path, wishes: _Wishes) -> str:
+def _too_poor(refused: Mapping[str, float], index_path: Path, request: IndexRequest) -> str:
     factory, recall = max(refused.items(), key=lambda pair: pair[1])
     stays = "; the old index stays as it was" if (index_path / "card.json").is_file() else ""
-    room = "leave --factory out" if wishes.factory else "give more --memory"
+    room = "leave --factory out" if request.factory else "give more --memory"
     return (
-        f"no index reaches recall@10 {wishes.min_recall:g}: the best, {factory}, finds {recall:.3f} however far it "
+        f"no index reaches recall@10 {request.min_recall:g}: the best, {factory}, finds {recall:.3f} however far it "
         f"searches{stays}; {room}, or ask for --min-recall {int(100 * recall) / 100:g}"
     )
 
@@ -260,8 +268,8 @@ def _card(
     index_path: Path,
     candidate: Configuration,
     index: RowIndex,
-    measured: Measured,
-    wishes: _Wishes,
+    measured: IndexQuality,
+    request: IndexRequest,
     seconds: float,
 ) -> IndexCard:
     lists = lists_name(len(index)) if candidate.is_on_disk else None
@@ -274,7 +282,7 @@ def _card(
         num_queries=measured.num_queries,
         latency_ms=measured.latency_ms,
         search=measured.effort,
-        min_recall=wishes.min_recall,
+        min_recall=request.min_recall,
         recall_at_1=measured.recall_at_1,
         batch_latency_ms=measured.batch_latency_ms,
         memory_bytes=candidate.memory_bytes or None,
@@ -295,12 +303,12 @@ def _about(vectors: Vectors, index_path: Path) -> dict[str, Any]:
         "spec": vectors.side.spec,
         "fingerprint": vectors.side.fingerprint,
         "run": None if vectors.run_path is None else _relative(vectors.run_path, index_path),
-        "run_weights": None if vectors.config is None else vectors.config.weights,
+        "run_weights": None if vectors.config is None else vectors.config.weights_digest,
     }
 
 
 def _check_again(
-    index_path: Path, card: IndexCard, about: Mapping[str, Any], vectors: Vectors, wishes: _Wishes
+    index_path: Path, card: IndexCard, about: Mapping[str, Any], vectors: Vectors, request: IndexRequest
 ) -> None:
     """Refuse to use a finished index for something that it is not."""
     if not vectors.cache.info.has_rows_of(card.index_digest):
@@ -308,18 +316,18 @@ def _check_again(
             f"index {index_path} was made from other samples than {vectors.cache.path} holds; "
             "give the path of a new folder"
         )
-    asked = {**about, "spine": card.index_digest, "factory": wishes.factory or card.factory}
+    asked = {**about, "spine": card.index_digest, "factory": request.factory or card.factory}
     check_card(index_path, card, asked, next_step="give the path of a new folder")
     takes = _grown(card, len(vectors.rows)).memory_bytes or card.file_bytes or 0
-    if wishes.memory_bytes is not None and takes > wishes.memory_bytes:
+    if request.memory_bytes is not None and takes > request.memory_bytes:
         raise SettingError(
             f"index {index_path}, {card.factory}, takes {takes:,} bytes of memory with {len(vectors.rows):,} items; "
-            f"--memory is {wishes.memory_bytes:,}: give the path of a new folder for a smaller one"
+            f"--memory is {request.memory_bytes:,}: give the path of a new folder for a smaller one"
         )
-    if card.format > 1 and card.recall_at_10 < wishes.min_recall:
+    if card.format > 1 and card.recall_at_10 < request.min_recall:
         raise SettingError(
-            f"index {index_path} has recall@10 {card.recall_at_10:.3f}, asked for {wishes.min_recall:g}; give the path "
-            "of a new folder for a better one"
+            f"index {index_path} has recall@10 {card.recall_at_10:.3f}, requested {request.min_recall:g}; give the "
+            "path of a new folder for a better one"
         )
 
 

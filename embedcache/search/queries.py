@@ -17,7 +17,7 @@ from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, Side, load_pair, project
+from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project
 from embedcache.registry import unknown_name
 from embedcache.search.concepts import open_concepts
 from embedcache.search.index import IndexCard
@@ -65,7 +65,7 @@ class Queries:
         return [*self.texts, *images, *self.keys, *rows, *self.concepts, *vectors]
 
 
-class Asker:
+class QueryEncoder:
     """Turns queries into vectors of an index's space. Each encoder is opened once, when it is first needed.
 
     Args:
@@ -160,8 +160,8 @@ class Asker:
             out.append(self._unit(modality, inputs_of([encoded[name] for name in names])))
         return np.concatenate(out)
 
-    def _side(self, modality: Modality) -> Side | IndexCard:
-        return self._card if self._run is None else self._run[1].side(modality)
+    def _side(self, modality: Modality) -> TowerInput | IndexCard:
+        return self._card if self._run is None else self._run[1].tower_input(modality)
 
     def _unit(self, modality: Modality, inputs: Inputs) -> Floats:
         if self._run is None:
@@ -173,7 +173,7 @@ class Asker:
         if not self.takes(modality):
             raise DataError(
                 f"the index holds the plain {self._card.modality} feature {self._card.feature}, which no {modality} "
-                "can be compared with; build one with: embedcache curate index CACHE INDEX --projected RUN"
+                "can be compared with; build one with: embedcache curate index CACHE INDEX --run RUN"
             )
 
     def _of_keys(self, keys: Sequence[str]) -> Floats:
@@ -231,11 +231,11 @@ def read_vectors(path: Path) -> Array:
 
 
 def _check_run(card: IndexCard, config: PairConfig, run_path: Path) -> None:
-    if config.weights != card.run_weights:
+    if config.weights_digest != card.run_weights:
         raise FingerprintError(
             f"the index was made from another run than {run_path}: "
-            f"weights {card.run_weights} there, {config.weights} here; "
-            "build the index again with: embedcache curate index CACHE INDEX --projected RUN"
+            f"weights {card.run_weights} there, {config.weights_digest} here; "
+            "build the index again with: embedcache curate index CACHE INDEX --run RUN"
         )
 
 

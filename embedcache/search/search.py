@@ -4,17 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from embedcache.arrays import Bools, Floats, Ints
+from embedcache.arrays import Bools, Floats, Ints, concatenated_ranges
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.files import is_url
 from embedcache.search.faiss_index import exact_search, read_index
-from embedcache.search.filters import Filter, Filters, Hit, Hits
+from embedcache.search.filters import CacheFilters, Filter
 from embedcache.search.index import IndexCard, read_card
-from embedcache.search.queries import Asker, Queries
+from embedcache.search.queries import Queries, QueryEncoder
 from embedcache.store.cache import Cache
+from embedcache.store.tables import ITEM_SCHEMAS
 
 _USUAL_HITS = 10
 _KEPT_FILTERS = 8
@@ -31,7 +34,7 @@ def search(
     run_path: Path | str | None = None,
     cache_path: Path | str | None = None,
     device: str = "cpu",
-) -> list[list[Hit]]:
+) -> list[list["Hit"]]:
     """Open an index, and find the items that fit each query best: see `OpenIndex`, which answers more than once.
 
     Args:
@@ -89,13 +92,13 @@ class OpenIndex:
             cache_path = _not_moved(self.path / self.card.cache, "cache.json", "cache")
         self.cache = _open_cache(cache_path, self.card)
         self.run_path = None if run_path is None else Path(run_path)
-        self.asker = Asker(self.card, self.cache, self.run_path, device)
-        self.filters = Filters(self.cache, self.card.modality, self.run_path)
-        self.hits = Hits(self.cache, self.card.modality)
+        self.query_encoder = QueryEncoder(self.card, self.cache, self.run_path, device)
+        self.filters = CacheFilters(self.cache, self.card.modality, self.run_path)
+        self.hits = HitReader(self.cache, self.card.modality)
         self._index = read_index(self.path / "index.faiss")
         self._kept = lru_cache(maxsize=_KEPT_FILTERS)(self._keep)
 
-    def search(self, queries: Queries, *, k: int | None = None, keep: Filter | None = None) -> list[list[Hit]]:
+    def search(self, queries: Queries, *, k: int | None = None, keep: Filter | None = None) -> list[list["Hit"]]:
         """Find the items that fit each query best.
 
         Args:
@@ -113,9 +116,9 @@ class OpenIndex:
             FingerprintError: the encoder that opens now is not the one that made the index.
         """
         _check_k(k, self.card.num_vectors, f"the index holds {self.card.num_vectors} items")
-        return self.find(self.asker.vectors(queries), k=k, keep=keep)
+        return self.find(self.query_encoder.vectors(queries), k=k, keep=keep)
 
-    def find(self, queries_QP: Floats, *, k: int | None = None, keep: Filter | None = None) -> list[list[Hit]]:
+    def find(self, queries_QP: Floats, *, k: int | None = None, keep: Filter | None = None) -> list[list["Hit"]]:
         """Do as `search`, for vectors of the index's space: (Q, P) float32, rows of length 1."""
         keep = keep or Filter()
         kept = self._kept(keep.key)
@@ -141,7 +144,7 @@ class OpenIndex:
         few = None
         if not self._index.is_exact and 0 < num <= _FEW:
             rows = np.sort(self._index.rows[is_kept_N])
-            few = rows, self.asker.indexed.read(rows)
+            few = rows, self.query_encoder.indexed.read(rows)
         return _Kept(is_kept_N=is_kept_N, num=num, few=few)
 
     def _find(self, queries_QP: Floats, k: int, kept: "_Kept") -> tuple[Floats, Ints]:
@@ -204,3 +207,100 @@ def _open_cache(path: Path | str, card: IndexCard) -> Cache:
     if not cache.info.has_rows_of(card.index_digest):
         raise FingerprintError(f"the index was made from other samples than {path} holds; build it again")
     return cache
+
+
+_MOST_CAPTIONS = 3
+
+
+_NO_TEXTS = ITEM_SCHEMAS["text"].empty_table()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One item that an index found.
+
+    Args:
+        score: cosine to the query; of an index of codes, its estimate.
+        row: of the item in its modality's table.
+        key: of its sample.
+        captions: of an image, its sample's, at most three; of a caption, itself.
+        label: of its sample, where the cache has the column.
+    """
+
+    score: float
+    row: int
+    key: str
+    captions: Sequence[str]
+    label: str | None = None
+
+
+class HitReader:
+    """Turns rows into hits. Keys, labels and captions are read once and looked up by row: they are kept in memory.
+
+    Args:
+        cache: the cache.
+        modality: `image` or `text`, of the rows.
+    """
+
+    def __init__(self, cache: Cache, modality: str) -> None:
+        self._modality = modality
+        self._keys = _whole(cache.samples["key"])
+        self._labels = _whole(cache.samples["label"]) if "label" in cache.columns else None
+        self.samples: Ints = cache.items(modality)["sample"].to_numpy()
+        texts = cache.items("text") if "text" in cache.info.num_items else _NO_TEXTS
+        self._texts, self._languages = _whole(texts["text"]), _whole(texts["language"])
+        self._text_samples: Ints = texts["sample"].to_numpy()
+
+    def of(self, scores_K: Floats, rows_K: Ints, languages: Sequence[str] = ()) -> list[Hit]:
+        """Give the hits of one query; a row of -1 is none.
+
+        Args:
+            scores_K: (K,) best first.
+            rows_K: (K,) alike.
+            languages: show captions in these only; none is all.
+        """
+        scores, rows = scores_K[rows_K >= 0].tolist(), rows_K[rows_K >= 0]
+        samples = self.samples[rows]
+        labels = [None] * len(rows) if self._labels is None else _taken(self._labels, samples)
+        captions = self._captions(rows, None if languages else _MOST_CAPTIONS)
+        return [
+            Hit(
+                score=score,
+                row=row,
+                key=key,
+                captions=[text for text, language in said if not languages or language in languages][:_MOST_CAPTIONS],
+                label=None if label is None else str(label),
+            )
+            for score, row, key, label, said in zip(
+                scores, rows.tolist(), _taken(self._keys, samples), labels, captions, strict=True
+            )
+        ]
+
+    def captions(self, row: int) -> list[dict[str, str | None]]:
+        """Give the captions of the sample of an image, or a caption itself: `text` and `language` of each."""
+        (said,) = self._captions(np.array([row]), None)
+        return [{"text": text, "language": language} for text, language in said]
+
+    def _captions(self, rows_K: Ints, most: int | None) -> list[list[tuple[str, str | None]]]:
+        """Give text and language of the captions of each item, or of the first of them."""
+        if self._modality == "text":
+            starts, counts = rows_K, np.ones(len(rows_K), np.int64)
+        else:
+            samples = self.samples[rows_K]
+            starts = np.searchsorted(self._text_samples, samples)
+            counts = np.searchsorted(self._text_samples, samples + 1) - starts
+        counts = counts if most is None else np.minimum(counts, most)
+        _, places = concatenated_ranges(starts, counts)
+        said = list(zip(_taken(self._texts, places), _taken(self._languages, places), strict=True))
+        ends = np.cumsum(counts).tolist()
+        return [said[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """Join a column's chunks, so that a row is found without looking for its chunk; text may pass 2 GiB."""
+    return (column.cast(pa.large_string()) if pa.types.is_string(column.type) else column).combine_chunks()
+
+
+def _taken(column: pa.Array, places: Ints) -> list[Any]:
+    values: list[Any] = column.take(pa.array(places)).to_pylist()
+    return values

@@ -125,7 +125,7 @@ def _normalized(values_BD: Array) -> Floats:
 
 def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | None) -> InputFeature:
     if name is None and config is not None:
-        name = config.side(modality).feature
+        name = config.tower_input(modality).feature
     side = open_input(cache, modality, name)
     side.require_complete()
     if config is not None:
@@ -146,7 +146,7 @@ _AHEAD = 2
 """Tasks a core: one in work, one waiting."""
 
 
-class Pass(Protocol[State]):
+class ChunkPass(Protocol[State]):
     """What is done with each chunk. It is pickled where another process works."""
 
     def take(self, rows_B: Ints, vectors_BP: Floats) -> State:
@@ -163,7 +163,7 @@ class Pass(Protocol[State]):
 
 def run_pass(
     vectors: Vectors,
-    work: Pass[State],
+    work: ChunkPass[State],
     *,
     engine: Engine = "local",
     address: str | None = None,
@@ -199,7 +199,7 @@ def run_pass(
     return state
 
 
-def _local(vectors: Vectors, work: Pass[State]) -> Iterator[tuple[int, State]]:
+def _local(vectors: Vectors, work: ChunkPass[State]) -> Iterator[tuple[int, State]]:
     """Give each core a chunk; a product takes one core then, as reading, comparing and counting do."""
     cores = num_cores()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cores, "pass") as pool:
@@ -208,12 +208,12 @@ def _local(vectors: Vectors, work: Pass[State]) -> Iterator[tuple[int, State]]:
         )
 
 
-def _take(vectors: Vectors, work: Pass[State], chunk: int) -> tuple[int, State]:
+def _take(vectors: Vectors, work: ChunkPass[State], chunk: int) -> tuple[int, State]:
     rows_B, vectors_BP = vectors.chunk(chunk)
     return len(rows_B), work.take(rows_B, vectors_BP)
 
 
-def _on_ray(vectors: Vectors, work: Pass[State], address: str | None) -> Iterator[tuple[int, State]]:
+def _on_ray(vectors: Vectors, work: ChunkPass[State], address: str | None) -> Iterator[tuple[int, State]]:
     """Give the parts in the order of the chunks; a task whose machine is lost is run again by Ray."""
     with connected(address) as ray:
         shared = ray.put(vectors), ray.put(work)

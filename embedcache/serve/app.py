@@ -123,7 +123,7 @@ def _add_search(app: FastAPI, served: Served, batcher: Batcher[Question, Answer]
             raise HTTPException(422, "the text is empty; give some words")
         if asked.text is not None and "text" not in served.takes:
             raise HTTPException(400, "this index cannot be compared with words; ask with a picture or a row")
-        if asked.row is not None and not served.index.asker.has_row(asked.row):
+        if asked.row is not None and not served.index.query_encoder.has_row(asked.row):
             raise HTTPException(404, f"row {asked.row} is not in the index")
         return await ask(asked, text=asked.text, row=asked.row)
 

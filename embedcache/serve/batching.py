@@ -15,9 +15,9 @@ from PIL.Image import Image
 
 from embedcache.arrays import Floats
 from embedcache.errors import EmbedcacheError
-from embedcache.search.filters import Filter, Hit
+from embedcache.search.filters import Filter
 from embedcache.search.queries import Queries
-from embedcache.search.search import OpenIndex
+from embedcache.search.search import Hit, OpenIndex
 
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
@@ -163,7 +163,7 @@ def _vectors(index: OpenIndex, questions: Sequence[Question]) -> Floats:
         images=[one.picture for one in questions if one.picture is not None],
         rows=[one.row for one in questions if one.row is not None],
     )
-    found = index.asker.vectors(queries)
+    found = index.query_encoder.vectors(queries)
     ordered = found.copy()
     ordered[[*of_texts, *of_pictures, *of_rows]] = found
     return ordered

@@ -31,7 +31,7 @@ class ServedCoverage:
 
 
 def read_coverage(path: Path, index: OpenIndex) -> ServedCoverage:
-    """Read what `embedcache curate coverage --json` wrote.
+    """Read what `embedcache curate coverage --output` wrote.
 
     Raises:
         PathError: there is no such file.
@@ -40,7 +40,9 @@ def read_coverage(path: Path, index: OpenIndex) -> ServedCoverage:
         DataError: it is of the other modality.
     """
     if not path.is_file():
-        raise PathError(f"{path} does not exist; make it with: embedcache curate coverage CACHE CONCEPTS --json {path}")
+        raise PathError(
+            f"{path} does not exist; write it with: embedcache curate coverage CACHE CONCEPTS --output {path}"
+        )
     values = read_json(path)
     served, index_digest, modality = fields_of(
         path, lambda: (_served(values), str(values["pool"]["spine"]), str(values["pool"]["modality"]))

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import PathError
-from embedcache.reports.thumbnails import Pictures
-from embedcache.sources.files import reading_within
-from embedcache.sources.open import SOURCES
-from embedcache.sources.webdataset import BETWEEN, root_of
+from embedcache.reports.thumbnails import Thumbnails
+from embedcache.sources.base import IMPORTED
+from embedcache.sources.files import SHARD_SEPARATOR, restrict_reads
+from embedcache.sources.open import SOURCES, base_source
+from embedcache.sources.webdataset import shard_root
 from embedcache.store.cache import Cache
 
 THUMBNAIL_PX = 224
@@ -34,10 +35,10 @@ class ServedPictures:
         self.num = cache.info.num_items.get("image", 0)
         self.folders = None if trusts_cache else source_folders(cache.info.source)
         if self.folders is None:
-            self._pictures = Pictures(cache)
+            self._pictures = Thumbnails(cache)
         else:
-            with reading_within(self.folders):
-                self._pictures = Pictures(cache)
+            with restrict_reads(self.folders):
+                self._pictures = Thumbnails(cache)
         self.thumbnail = lru_cache(maxsize=_KEPT_THUMBNAILS)(self._thumbnail)
 
     def picture(self, row: int) -> bytes:
@@ -54,7 +55,7 @@ class ServedPictures:
     def _webp(self, row: int, size_px: int) -> bytes:
         if self.folders is None:
             return self._pictures.webp(row, size_px)
-        with reading_within(self.folders):
+        with restrict_reads(self.folders):
             return self._pictures.webp(row, size_px)
 
 
@@ -64,10 +65,8 @@ def source_folders(source: Mapping[str, Any]) -> list[Path]:
     Raises:
         PathError: a source that is elsewhere, or of a kind of one's own.
     """
-    kind, location = str(source["type"]), str(source["path"])
-    while kind == "pairs":
-        kind, _, location = location.partition(":")
-    if kind not in SOURCES.paths:
+    kind, location = base_source(source)
+    if kind not in SOURCES.paths and kind != IMPORTED:
         raise PathError(
             f"pictures are not shown: the cache says that {kind!r} reads them, which is code of its own{_TRUST}"
         )
@@ -75,7 +74,7 @@ def source_folders(source: Mapping[str, Any]) -> list[Path]:
         return []
     if "://" in location:
         raise PathError(f"pictures are not shown: the cache says that they are at {location}{_TRUST}")
-    parts = location.split(BETWEEN) if kind == "webdataset" else [location]
+    parts = location.split(SHARD_SEPARATOR) if kind == "webdataset" else [location]
     if kind == "huggingface" and not Path(location).exists():
         raise PathError(f"pictures are not shown: {location} is no folder of this machine{_TRUST}")
     return [_folder(kind, part) for part in parts]
@@ -83,6 +82,6 @@ def source_folders(source: Mapping[str, Any]) -> list[Path]:
 
 def _folder(kind: str, location: str) -> Path:
     if kind == "webdataset":
-        return root_of(location)
+        return shard_root(location)
     path = Path(location)
     return path if path.is_dir() else path.parent

@@ -17,8 +17,8 @@ from embedcache.errors import EmbedcacheError, SettingError, UnknownNameError
 from embedcache.progress import Progress
 from embedcache.provenance import read_json
 from embedcache.reports.thumbnails import credit
-from embedcache.search.filters import Filter, Hit
-from embedcache.search.search import OpenIndex
+from embedcache.search.filters import Filter
+from embedcache.search.search import Hit, OpenIndex
 from embedcache.serve.coverage import ServedCoverage, compute_coverage, read_coverage
 from embedcache.serve.pictures import ServedPictures
 from embedcache.serve.settings import ServeSettings
@@ -55,7 +55,7 @@ class Served:
         self.index, self.settings, self.coverage = index, settings, coverage
         self.name = index.path.resolve().name
         self.version = index.cache.info.index_digest[:16]
-        self.takes = [modality for modality in MODALITIES if index.asker.takes(modality)]
+        self.takes = [modality for modality in MODALITIES if index.query_encoder.takes(modality)]
         self.selections = _by_name(selections)
         self.values = {name: values for name in FILTERS if _chooses(values := index.filters.values(name), index)}
         self.credit = credit(index.cache)
@@ -64,10 +64,10 @@ class Served:
         if "image" in index.cache.info.num_items:
             self._image_samples = index.cache.items("image")["sample"].to_numpy()
         for modality in self.takes:
-            index.asker.encoder(modality)
+            index.query_encoder.encoder(modality)
         for path in self.selections.values():
             index.filters.kept(Filter(selection=path))
-        index.asker.has_row(0)  # reads which rows are valid
+        index.query_encoder.has_row(0)  # reads which rows are valid
 
     def filter(
         self,
@@ -168,7 +168,7 @@ class Places:
         run: where its run is, if it has moved.
         cache: where its cache is, alike.
         selections: files to choose from.
-        coverage: a file of `embedcache curate coverage --json`.
+        coverage: a file of `embedcache curate coverage --output`.
         concepts: a cache of concepts, to measure coverage of now.
     """
 
@@ -254,7 +254,7 @@ def _index_card(index: OpenIndex) -> Card:
 
 
 def _run_card(index: OpenIndex) -> Card:
-    config = index.asker.config
+    config = index.query_encoder.config
     assert config is not None
     assert index.run_path is not None
     path = index.run_path / "record.json"
@@ -267,7 +267,7 @@ def _run_card(index: OpenIndex) -> Card:
             ["shared width", f"{config.shared_width:,}"],
             ["images", f"{config.image.feature} of {config.image.spec}"],
             ["texts", f"{config.text.feature} of {config.text.spec}"],
-            ["weights (SHA-256)", config.weights],
+            ["weights (SHA-256)", config.weights_digest],
             *_flat("", outcome),
         ],
     }

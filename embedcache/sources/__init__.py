@@ -1,4 +1,4 @@
-"""Raw samples in: where they come from, in which order, and the bytes of each image."""
+"""Sources of raw samples: folders, tables, WebDataset shards, Hugging Face datasets, texts and prompts."""
 
 from embedcache.sources.base import ImageItem, Sample, Source, TextItem
 from embedcache.sources.open import SOURCES, open_source, reopen_source

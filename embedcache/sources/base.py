@@ -1,21 +1,24 @@
-"""What a source is to the rest of the package."""
+"""The source protocol and what a source yields: samples with images and captions."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 IMPORTED = "imported"
-"""The kind of source that a cache of imported vectors records: nothing can be extracted from it."""
+"""Source type recorded by a cache of imported vectors; nothing can be extracted from it."""
+
+Scalar: TypeAlias = str | int | float | bool | None
+"""A value that fits a column of the sample table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageItem:
-    """Where the bytes of one image are.
+    """Location of the bytes of one image.
 
     Args:
-        path: a file or shard, relative to the source's root where it lies below it.
-        offset: first byte inside the file; the row for a table that holds the bytes itself.
-        length: number of bytes; 0 where a table holds the bytes itself.
+        path: file or shard, relative to the root of the source if it lies below it.
+        offset: first byte within the file; the row if a table stores the images themselves.
+        length: number of bytes; 0 if unknown or if a table stores the images themselves.
     """
 
     path: str
@@ -25,7 +28,7 @@ class ImageItem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextItem:
-    """One caption and, where known, its language (an ISO 639-1 code)."""
+    """One caption and its language (ISO 639-1 code), if known."""
 
     text: str
     language: str | None = None
@@ -36,37 +39,41 @@ class Sample:
     """One row of a dataset.
 
     Args:
-        key: unique in the source and the same every time it is read.
-        images: none or more.
-        texts: none or more captions, each of them true of every image of the sample.
-        columns: whatever else the source knows: `split`, `label`, … as JSON scalars.
+        key: unique within the source and the same every time the source is read.
+        images: any number of images.
+        texts: any number of captions, each describing all images of the sample.
+        columns: other columns of the source, such as `split` and `label`.
     """
 
     key: str
     images: tuple[ImageItem, ...] = ()
     texts: tuple[TextItem, ...] = ()
-    columns: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    columns: Mapping[str, Scalar] = field(default_factory=dict)
 
 
 class Source(Protocol):
-    """Where raw samples come from."""
+    """Where raw samples come from.
+
+    A plug-in is a class called with a location and `SourceSettings`. It may have a class attribute `credit`: the
+    attribution that every page showing its images must carry.
+    """
 
     def describe(self) -> Mapping[str, Any]:
-        """Give what reopens it, as JSON: `type`, `path` and the settings. Goes into the cache."""
+        """Return what reopens the source, as JSON values: `type`, `path` and `settings`. The cache records it."""
         ...
 
     def samples(self) -> Iterator[Sample]:
-        """Go through all samples without opening an image, in an order that never changes.
+        """Iterate over all samples, in an order that never changes, without reading images.
 
         Raises:
-            SourceError: the source cannot be numbered; the message names the file and the row.
+            SourceError: the samples cannot be listed; the message names the file and the row.
         """
         ...
 
     def read(self, item: ImageItem) -> bytes:
-        """Get the bytes of one image file. Safe to call from many threads at once.
+        """Read the bytes of one image file. Thread-safe.
 
         Raises:
-            ItemError: they cannot be had; the text is the reason.
+            ItemError: the image cannot be read; the message is the reason.
         """
         ...

@@ -1,7 +1,4 @@
-"""Ranges of bytes of many large files here or elsewhere, read from many threads.
-
-Ranges of bytes of remote files, fetched in blocks that threads share: a request costs tens of milliseconds.
-"""
+"""Thread-safe reads of byte ranges from many large files; remote files are fetched in blocks shared by all threads."""
 
 import os
 from collections import OrderedDict
@@ -12,16 +9,16 @@ from threading import Lock
 
 from embedcache.errors import ItemError
 from embedcache.files import is_remote
-from embedcache.sources.files import check_reach, file_size, no_parts, reading, remote_parts
+from embedcache.sources.files import check_read_allowed, file_size, no_range_requests, remote_filesystem, wrap_io_errors
 
 MAX_OPEN_FILES = 32
 
 
 class ByteRanges:
-    """Reads ranges of bytes; keeps the files used last open, and of remote ones a few blocks.
+    """Reads byte ranges; keeps recently used files open, and the last blocks of remote files in memory.
 
     Args:
-        max_open: files kept open. A thread in the middle of a read holds its own one besides.
+        max_open: number of files kept open, besides those that threads are reading at the moment.
     """
 
     def __init__(self, max_open: int = MAX_OPEN_FILES) -> None:
@@ -31,16 +28,16 @@ class ByteRanges:
         self._blocks = RemoteBlocks()
 
     def read(self, path: Path, offset: int, length: int) -> bytes:
-        """Get `length` bytes of a file from `offset` on. Safe from many threads.
+        """Read `length` bytes of a file, starting at `offset`. Thread-safe.
 
         Raises:
-            ItemError: the file is gone, cannot be read or is shorter than that.
+            ItemError: the file cannot be read or is too short.
         """
-        check_reach(path, length)
+        check_read_allowed(path, length)
         if is_remote(path):
             data = self._blocks.read(path, offset, length)
         else:
-            with reading(path, ItemError):
+            with wrap_io_errors(path, ItemError):
                 data = self._file(path).read(offset, length)
         if len(data) < length:
             raise ItemError(f"{path} ends {length - len(data)} bytes before the image does")
@@ -57,7 +54,7 @@ class ByteRanges:
 
 
 class _OpenFile:
-    """A descriptor that closes when nobody holds it: a file dropped while another thread reads it stays open."""
+    """A file descriptor closed with its last reference, so that eviction never closes a file during a read."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -67,7 +64,7 @@ class _OpenFile:
             os.close(self._descriptor)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read until `length` bytes are there or the file ends (one call gives at most 2 GiB)."""
+        """Read `length` bytes, or up to the end of the file; one call of `pread` returns at most 2 GiB."""
         parts: list[bytes] = []
         while length > 0 and (part := os.pread(self._descriptor, length, offset)):
             parts.append(part)
@@ -81,15 +78,15 @@ _BLOCKS_AHEAD = 2
 
 
 class RemoteBlocks:
-    """Reads ranges of bytes through the blocks used last.
+    """Reads byte ranges of remote files through an LRU cache of blocks.
 
-    Items that stand one after the other cost a request a block, however many threads read them: a block that one
-    thread fetches is waited for by the others. Once two blocks that follow each other were asked for, those after
-    them are fetched ahead. Peak memory: `max_blocks` blocks, those that threads hold and those on the way.
+    A request takes tens of milliseconds. Adjacent items cost one request per block, however many threads read them:
+    threads wait for a block that another one fetches. After two consecutive blocks, the next ones are prefetched.
+    Peak memory: `max_blocks` blocks, those in use by threads and those being prefetched.
 
     Args:
-        block_bytes: bytes of a request; blocks start at its multiples.
-        max_blocks: blocks kept.
+        block_bytes: bytes per request; blocks start at multiples of it.
+        max_blocks: number of blocks kept.
     """
 
     def __init__(self, *, block_bytes: int = BLOCK_BYTES, max_blocks: int = MAX_BLOCKS) -> None:
@@ -97,14 +94,14 @@ class RemoteBlocks:
         self._max_blocks = max_blocks
         self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._lock = Lock()
-        self._ahead = ThreadPoolExecutor(_BLOCKS_AHEAD, thread_name_prefix="blocks-ahead")
+        self._prefetcher = ThreadPoolExecutor(_BLOCKS_AHEAD, thread_name_prefix="block-prefetch")
         self._size = lru_cache(maxsize=4096)(self._find_size)
 
     def read(self, path: Path, offset: int, length: int) -> bytes:
-        """Get `length` bytes from `offset` on, or those up to the end of the file. Safe from many threads.
+        """Read `length` bytes from `offset` on, or up to the end of the file. Thread-safe.
 
         Raises:
-            ItemError: they cannot be had; names the URL.
+            ItemError: the file cannot be read; the message names the URL.
         """
         first, last = offset // self._block_bytes, (offset + length - 1) // self._block_bytes
         parts = []
@@ -114,15 +111,15 @@ class RemoteBlocks:
         return b"".join(parts)
 
     def _block(self, path: Path, number: int) -> bytes:
-        if self._is_read_forwards(path, number):
-            self._fetch_ahead(path, number)
-        block, is_new = self._place(path, number)
+        if self._is_sequential(path, number):
+            self._prefetch(path, number)
+        block, is_new = self._entry(path, number)
         if is_new:
             self._fetch_into(block, path, number)
         return block.result()
 
-    def _place(self, path: Path, number: int) -> tuple[Future[bytes], bool]:
-        """Get the place of a block, and whether the caller has to fill it."""
+    def _entry(self, path: Path, number: int) -> tuple[Future[bytes], bool]:
+        """Return the future of a block, and whether the caller has to fill it."""
         name = (str(path), number)
         with self._lock:
             is_new = name not in self._blocks
@@ -132,37 +129,37 @@ class RemoteBlocks:
                 self._blocks.popitem(last=False)
         return block, is_new
 
-    def _is_read_forwards(self, path: Path, number: int) -> bool:
-        """Say whether the block before is there and one of those after is not."""
+    def _is_sequential(self, path: Path, number: int) -> bool:
+        """Return whether the previous block is cached and the last one to prefetch is not."""
         with self._lock:
             return (str(path), number - 1) in self._blocks and (str(path), number + _BLOCKS_AHEAD) not in self._blocks
 
-    def _fetch_ahead(self, path: Path, number: int) -> None:
+    def _prefetch(self, path: Path, number: int) -> None:
         num_blocks = -(-self._size(path) // self._block_bytes)
         for later in range(number + 1, min(number + 1 + _BLOCKS_AHEAD, num_blocks)):
-            block, is_new = self._place(path, later)
+            block, is_new = self._entry(path, later)
             if is_new:
-                self._ahead.submit(self._fetch_into, block, path, later)
+                self._prefetcher.submit(self._fetch_into, block, path, later)
 
     def _find_size(self, path: Path) -> int:
-        with reading(path, ItemError):
+        with wrap_io_errors(path, ItemError):
             return file_size(path) or 0
 
     def _fetch_into(self, block: Future[bytes], path: Path, number: int) -> None:
         try:
             block.set_result(self._fetch(path, number))
         except BaseException as error:
-            with self._lock:  # asked for again, it is tried again
+            with self._lock:  # the next read retries it
                 if self._blocks.get((str(path), number)) is block:
                     del self._blocks[str(path), number]
             block.set_exception(error)
             raise
 
     def _fetch(self, path: Path, number: int) -> bytes:
-        filesystem, name = remote_parts(path)
+        filesystem, name = remote_filesystem(path)
         start = number * self._block_bytes
-        with reading(path, ItemError):
+        with wrap_io_errors(path, ItemError):
             data: bytes = filesystem.cat_file(name, start=start, end=start + self._block_bytes)
         if len(data) > self._block_bytes:
-            raise ItemError(no_parts(path))
+            raise ItemError(no_range_requests(path))
         return data

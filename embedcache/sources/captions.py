@@ -1,19 +1,16 @@
-"""Captions beside an image, in a `.txt` or a `.json` file of the same name; for folders and shards.
-
-The checks of captions and columns are those of tables, too."""
+"""Captions of images in `.txt` and `.json` sidecar files, and checks of captions shared with tables."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 from embedcache.errors import ItemError, SourceError
-from embedcache.sources.base import TextItem
+from embedcache.sources.base import Scalar, TextItem
 
 SIDECAR_SUFFIXES = frozenset({".json", ".txt"})
 CAPTION_ERROR = "caption_error"
 
-Scalar: TypeAlias = str | int | float | bool | None
 _SCALARS = (str, int, float, bool, type(None))
 
 _CAPTION_FIELDS = ("caption", "captions", "text", "texts")
@@ -21,12 +18,12 @@ _CAPTION_FIELDS = ("caption", "captions", "text", "texts")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sidecar:
-    """What the files beside one image say of it.
+    """Content of the files beside one image.
 
     Args:
-        key: the sample's key, where a `.json` has one.
+        key: key of the sample, if a `.json` holds one.
         texts: captions, those of the `.json` first.
-        columns: all other fields of the `.json` that are JSON scalars, and `caption_error` where a file is broken.
+        columns: other scalar fields of the `.json`, and `caption_error` if a file is invalid.
     """
 
     key: str | None = None
@@ -34,25 +31,24 @@ class Sidecar:
     columns: Mapping[str, Scalar] = field(default_factory=dict)
 
 
-def read_sidecar(beside: Mapping[str, bytes | ItemError], name: str) -> Sidecar:
-    """Join what the files beside one image say; a caption that both say is one.
+def read_sidecar(files: Mapping[str, bytes | ItemError], name: str) -> Sidecar:
+    """Merge the sidecar files of one image; a caption in both counts once.
 
-    A file that cannot be read, is not UTF-8 or not a JSON object of captions gives nothing but the reason, in the
-    column `caption_error`: one of a million must not stop the others.
+    An invalid file yields only the reason, in the column `caption_error`: one among millions must not stop the rest.
 
     Args:
-        beside: suffix, `.json` or `.txt`, -> content of the file, or why there is none.
-        name: the files' common name in the source, without the suffix.
+        files: suffix (`.json` or `.txt`) -> content of the file, or why it cannot be read.
+        name: name of the files in the source, without the suffix.
     """
-    said = [_read_one(beside[suffix], name + suffix) for suffix in (".json", ".txt") if suffix in beside]
-    return said[0] if len(said) == 1 else _joined(said)
+    sidecars = [_read_file(files[suffix], name + suffix) for suffix in (".json", ".txt") if suffix in files]
+    return sidecars[0] if len(sidecars) == 1 else _merge(sidecars)
 
 
 def caption_list(value: Any, place: str) -> list[str]:
-    """Give the captions in one field: a string, a list of strings, or nothing.
+    """Return the captions in one field: a string, a list of strings, or None.
 
     Raises:
-        SourceError: it is something else; the message holds `place`.
+        SourceError: the field holds another type; the message starts with `place`.
     """
     values = value if isinstance(value, list) else [] if value is None else [value]
     for one in values:
@@ -62,16 +58,16 @@ def caption_list(value: Any, place: str) -> list[str]:
 
 
 def text_items(captions: Iterable[str], language: str | None) -> tuple[TextItem, ...]:
-    """Make captions of one language into items; blank ones become "", which extraction reports."""
+    """Create the text items of captions in one language; blank captions become "", which extraction reports."""
     return tuple(TextItem(text=caption.strip(), language=language or None) for caption in captions)
 
 
 def scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Keep what fits a column of a table; lists and objects are left out."""
+    """Return the fields that fit a column of the sample table; lists and objects are dropped."""
     return {name: value for name, value in fields.items() if isinstance(value, _SCALARS)}
 
 
-def _read_one(content: bytes | ItemError, name: str) -> Sidecar:
+def _read_file(content: bytes | ItemError, name: str) -> Sidecar:
     try:
         if isinstance(content, ItemError):
             raise content
@@ -80,18 +76,18 @@ def _read_one(content: bytes | ItemError, name: str) -> Sidecar:
         return Sidecar(columns={CAPTION_ERROR: str(error)})
 
 
-def _joined(said: Sequence[Sidecar]) -> Sidecar:
-    columns = {name: value for one in said for name, value in one.columns.items()}
-    errors = [str(one.columns[CAPTION_ERROR]) for one in said if CAPTION_ERROR in one.columns]
+def _merge(sidecars: Sequence[Sidecar]) -> Sidecar:
+    columns = {name: value for sidecar in sidecars for name, value in sidecar.columns.items()}
+    errors = [str(sidecar.columns[CAPTION_ERROR]) for sidecar in sidecars if CAPTION_ERROR in sidecar.columns]
     return Sidecar(
-        key=next((one.key for one in said if one.key), None),
-        texts=tuple(dict.fromkeys(text for one in said for text in one.texts)),
+        key=next((sidecar.key for sidecar in sidecars if sidecar.key), None),
+        texts=tuple(dict.fromkeys(text for sidecar in sidecars for text in sidecar.texts)),
         columns={**columns, CAPTION_ERROR: "; ".join(errors)} if errors else columns,
     )
 
 
 def _read_lines(content: bytes, name: str) -> Sidecar:
-    """Make each line that is not blank a caption; a file without one is one empty caption."""
+    """Return one caption per line that is not blank; a file without any is one empty caption."""
     lines = [line for line in _decode(content, name).splitlines() if line.strip()]
     return Sidecar(texts=text_items(lines or [""], None))
 
@@ -119,7 +115,7 @@ def _json_object(content: bytes, name: str) -> dict[str, Any]:
 
 
 def _string(fields: dict[str, Any], name: str, file_name: str) -> str | None:
-    """Take a field out that is a string or missing."""
+    """Remove and return a field that must be a string or missing."""
     value = fields.pop(name, None)
     if value is None or isinstance(value, str):
         return value or None

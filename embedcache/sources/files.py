@@ -1,7 +1,4 @@
-"""Files below a folder here or elsewhere, in an order that never changes, and the bytes of one of them.
-
-What goes wrong when a file here or elsewhere is read, as our errors; and what a path is.
-"""
+"""Local and remote files of sources: listing, reading, file types, and I/O errors as errors of this package."""
 
 import os
 import posixpath
@@ -17,22 +14,22 @@ from embedcache.files import io_reason, is_io_error, is_remote, is_url, library_
 
 _NOT_FOUND = 404
 _FORBIDDEN = 403
-_READ_AHEAD_BYTES = 2**18  # joins small columns that lie side by side
+_READ_AHEAD_BYTES = 2**18  # one request for small columns that are adjacent in the file
 
-MOST_WITHIN_BYTES = 2**28
-"""The longest file, or part of one, that is read as a whole within `reading_within`."""
+MAX_RESTRICTED_BYTES = 2**28
+"""Most bytes per read inside `restrict_reads`."""
 
-_REACH: ContextVar[tuple[Path, ...] | None] = ContextVar("reach", default=None)
+_ALLOWED_FOLDERS: ContextVar[tuple[Path, ...] | None] = ContextVar("allowed_folders", default=None)
 
 
 @contextmanager
-def reading(path: Path | str, error_class: type[EmbedcacheError] = PathError) -> Iterator[None]:
-    """Turn whatever a disk or a service raises into `error_class`, with the path and the reason in one line."""
+def wrap_io_errors(path: Path | str, error_class: type[EmbedcacheError] = PathError) -> Iterator[None]:
+    """Raise errors of disks and storage services as `error_class`, with the path and the reason in one line."""
     try:
         yield
     except (PathError, ItemError) as error:
         raise error_class(str(error)) from None
-    except Exception as error:  # the services' own errors share no base
+    except Exception as error:  # errors of storage services have no common base class
         if not is_io_error(error):
             raise
         if _is_missing(error):
@@ -41,70 +38,71 @@ def reading(path: Path | str, error_class: type[EmbedcacheError] = PathError) ->
 
 
 @contextmanager
-def reading_within(folders: Sequence[Path]) -> Iterator[None]:
-    """Let this thread read nothing but files of this machine that lie, links followed, below some folders.
+def restrict_reads(folders: Sequence[Path]) -> Iterator[None]:
+    """Restrict reads of this thread to regular local files of at most 256 MiB below some folders, links resolved.
 
-    For sources of a cache that a stranger may have made: what its tables name is read for others to see. Anything else
-    is an `ItemError`; so is what is no regular file, and what is longer than 256 MiB.
+    For sources of untrusted caches: paths in their tables are read and shown to others. Any other read raises
+    `ItemError`.
     """
-    token = _REACH.set(tuple(folder.resolve() for folder in folders))
+    token = _ALLOWED_FOLDERS.set(tuple(folder.resolve() for folder in folders))
     try:
         yield
     finally:
-        _REACH.reset(token)
+        _ALLOWED_FOLDERS.reset(token)
 
 
-def check_reach(place: Path | str, num_bytes: int | None = None) -> None:
-    """Refuse what `reading_within` does not let this thread read; nothing outside of it.
+def check_read_allowed(place: Path | str, num_bytes: int | None = None) -> None:
+    """Check that `restrict_reads` allows this thread a read; outside of it, every read is allowed.
 
     Args:
-        place: a path, or the text of a URL.
-        num_bytes: how many are to be read; None is the whole file.
+        place: path, or URL as text.
+        num_bytes: bytes to read; None: the whole file.
 
     Raises:
-        ItemError: it lies elsewhere, is no regular file, or is too long.
+        ItemError: the file is outside the allowed folders, not a regular file, or too large.
     """
-    folders = _REACH.get()
+    folders = _ALLOWED_FOLDERS.get()
     if folders is None:
         return
     if isinstance(place, str) or is_remote(place):
-        raise ItemError(f"{place} is a URL, and only files of the source's folder are read")
+        raise ItemError(f"{place} is a URL; expected a file in the source's folder")
     real = place.resolve()
     if not any(real.is_relative_to(folder) for folder in folders):
-        raise ItemError(f"{place} leads out of the source's folder")
+        raise ItemError(f"{place} is outside the source's folder")
     if real.exists() and not real.is_file():
-        raise ItemError(f"{place} is no regular file")
+        raise ItemError(f"{place} is not a regular file")
     size = num_bytes if num_bytes is not None else real.stat().st_size if real.exists() else 0
-    if size > MOST_WITHIN_BYTES:
-        raise ItemError(f"{place} has {size:,} bytes to read, more than {MOST_WITHIN_BYTES:,}")
+    if size > MAX_RESTRICTED_BYTES:
+        raise ItemError(f"{place}: expected at most {MAX_RESTRICTED_BYTES:,} bytes to read, got {size:,}")
 
 
 def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
-    """Say whether there is a folder.
+    """Return whether a path is a folder.
 
-    A remote path that ends in one of `file_suffixes` is a file: a web server would have to send it whole to find out.
+    A remote path that ends in one of `file_suffixes` counts as a file: a web server would have to send all of it to
+    find out.
 
     Raises:
-        PathError: it cannot be asked.
+        PathError: the disk or service does not answer.
     """
     if is_remote(path) and path.suffix.lower() in file_suffixes:
         return False
-    with reading(path):
+    with wrap_io_errors(path):
         return path.is_dir()
 
 
 def file_size(path: Path, *, forbidden_is_missing: bool = False) -> int | None:
-    """Get the size of a file in bytes; None where there is no file.
+    """Return the size of a file in bytes; None if there is no file.
 
     Args:
         path: the file.
-        forbidden_is_missing: takes a service's "forbidden" for "there is no file": S3 answers so to those who may
-            read files but not list them.
+        forbidden_is_missing: treat the answer "forbidden" as a missing file: S3 gives it to users who may read files
+            but not list them.
 
     Raises:
-        PathError: it cannot be asked.
+        PathError: the disk or service does not answer.
     """
-    with reading(path):
+    with wrap_io_errors(path):
         try:
             if is_remote(path):
                 return _remote_size(path)
@@ -116,54 +114,54 @@ def file_size(path: Path, *, forbidden_is_missing: bool = False) -> int | None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Get all bytes of a file, from a service by one request. What goes wrong is raised as it comes."""
-    check_reach(path)
+    """Read a whole file, with one request if it is remote. Errors of the disk or service are raised unchanged."""
+    check_read_allowed(path)
     if not is_remote(path):
         return path.read_bytes()
-    filesystem, name = remote_parts(path)
+    filesystem, name = remote_filesystem(path)
     return cast(bytes, filesystem.cat_file(name))
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """Open a file to read any part of it; of a remote one, only the parts read are fetched.
+    """Open a file for random access; of a remote file, only the parts read are fetched.
 
     Raises:
-        PathError: a web server that gives whole files only. What else goes wrong is raised as it comes.
+        PathError: the web server has no range requests. Other errors are raised unchanged.
     """
-    check_reach(path, 0)
+    check_read_allowed(path, 0)
     if not is_remote(path):
         return path.open("rb")
-    filesystem, name = remote_parts(path)
+    filesystem, name = remote_filesystem(path)
     file = cast(BinaryIO, filesystem.open(name, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead"))
     if not file.seekable():
         file.close()
-        raise PathError(no_parts(path))
+        raise PathError(no_range_requests(path))
     return file
 
 
-def no_parts(path: Path) -> str:
-    """Say that a server gives whole files only."""
-    return f"{path}: the server gives no parts of a file (HTTP range requests); copy the file to this machine first"
+def no_range_requests(path: Path) -> str:
+    """Return the error message for a server without range requests."""
+    return f"{path}: the server does not support HTTP range requests; copy the file to this machine first"
 
 
-def remote_parts(path: Path) -> tuple[Any, str]:
-    """Get the fsspec file system of a remote path, and the path's name in it."""
+def remote_filesystem(path: Path) -> tuple[Any, str]:
+    """Return the fsspec file system of a remote path, and the name of the path in it."""
     upath = cast(Any, path)
     return upath.fs, upath.path
 
 
 def _remote_size(path: Path) -> int | None:
-    filesystem, name = remote_parts(path)
+    filesystem, name = remote_filesystem(path)
     info = filesystem.info(name)
     if info["type"] != "file":
         return None
     if info["size"] is None:
-        raise PathError(no_parts(path))
+        raise PathError(no_range_requests(path))
     return int(info["size"])
 
 
 def _is_missing(error: BaseException) -> bool:
-    """Say whether an error means that there is no file; fsspec says so of every answer of a web server, or none."""
+    """Return whether an error means a missing file; fsspec raises FileNotFoundError for any failed HTTP request."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause is not None and library_of(type(cause)) == "aiohttp":
         return getattr(cause, "status", None) == _NOT_FOUND
@@ -180,28 +178,35 @@ TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})
 IDX_IMAGES = re.compile(r"(?P<set>.+)-images[-.]idx3-ubyte(\.gz)?")
 SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
+SHARD_SEPARATOR = "::"
+"""Separates several paths or patterns in the location of a WebDataset."""
 
 
 def has_suffix(name: str, suffixes: frozenset[str]) -> bool:
-    """Say whether a file name ends in one of `suffixes`, in either case."""
+    """Return whether a file name ends in one of `suffixes`, ignoring case."""
     return PurePosixPath(name).suffix.lower() in suffixes
 
 
-def split_of(path: str) -> str | None:
-    """Give the split that a relative path says: its top folder, where that is a split's name in either case."""
+def is_shard_pattern(location: str) -> bool:
+    """Return whether a location names tars by a brace pattern or as a list."""
+    return SHARD_SEPARATOR in location or ("{" in location and has_suffix(location, TAR_SUFFIXES))
+
+
+def split_from_path(path: str) -> str | None:
+    """Return the top folder of a relative path if it is the name of a split, ignoring case; else None."""
     top, slash, _ = path.partition("/")
     return top if slash and top.lower() in SPLIT_FOLDERS else None
 
 
 def walk_files(root: Path) -> Iterator[tuple[str, Mapping[str, int]]]:
-    """Go through all files below a folder, sorted by path.
+    """Iterate over all files below a folder, sorted by path.
 
-    Hidden files and folders are left out, and so is a link that leads back to a folder above it.
-    Only one folder's names are held at a time (and those of the folders above it).
+    Hidden files and folders are skipped, and so are links to a folder above them. Memory holds the names of one folder
+    and of those above it.
 
     Yields:
-        the path relative to `root`, with `/`, and all files of the same folder: name -> size in bytes, where the
-        listing says it; else -1.
+        the path relative to `root`, with `/`, and all files of the same folder: name -> size in bytes, or -1 if the
+        listing does not contain sizes.
 
     Raises:
         PathError: a folder cannot be listed.
@@ -211,53 +216,53 @@ def walk_files(root: Path) -> Iterator[tuple[str, Mapping[str, int]]]:
 
 
 def relative_to(root: str, path: str) -> str:
-    """Give the path below the root as text, or the whole path where it lies elsewhere. Text only: rows are many."""
+    """Return a path relative to the root, or the whole path if it is not below it. Text only, as it runs per row."""
     return _normal(path).removeprefix(f"{_normal(root).rstrip('/')}/")
 
 
 def item_path(root: str, folder: str, written: str) -> str:
-    """Give the path of an item as it is written down: relative to the root where it lies below it, else whole.
+    """Return the path of an item as stored: relative to the root if it lies below it, else whole.
 
     Args:
-        root: the source's folder, a path or a URL.
-        folder: what `written` is relative to.
-        written: a path relative to `folder`, an absolute path or a URL, which stays as it is.
+        root: folder of the source, a path or a URL.
+        folder: folder that `written` is relative to.
+        written: relative path, absolute path or URL; a URL is returned unchanged.
     """
     if is_url(written):
         return written
     return relative_to(root, written if written.startswith("/") else f"{folder}/{written}")
 
 
-def place_of(root: Path, written: str) -> Path:
-    """Turn what `item_path` gave back into a path.
+def resolve_item(root: Path, written: str) -> Path:
+    """Return the path of an item from the result of `item_path`.
 
     Raises:
-        ItemError: a URL of a kind that cannot be read.
-        MissingExtraError: a URL, and the packages that read it are not installed.
+        ItemError: the URL has an unsupported scheme.
+        MissingExtraError: the packages that read URLs are not installed.
     """
     if not is_url(written) and not written.startswith("/"):
         return root / written
     if is_url(written):
-        check_reach(written)
-    with reading(written, ItemError):
+        check_read_allowed(written)
+    with wrap_io_errors(written, ItemError):
         return open_path(written)
 
 
-def read_file(path: Path) -> bytes:
-    """Get all bytes of an image file.
+def read_item_file(path: Path) -> bytes:
+    """Read the bytes of an image file.
 
     Raises:
-        ItemError: says why they cannot be had.
+        ItemError: the file cannot be read; the message is the reason.
     """
-    with reading(path, ItemError):
+    with wrap_io_errors(path, ItemError):
         return read_bytes(path)
 
 
-def check_name(name: str, place: Path | str) -> str:
-    """Refuse a name that no table could store.
+def check_utf8_name(name: str, place: Path | str) -> str:
+    """Return a name if a table can store it.
 
     Raises:
-        SourceError: it is not valid Unicode.
+        SourceError: the name is not valid Unicode.
     """
     try:
         name.encode()
@@ -267,7 +272,7 @@ def check_name(name: str, place: Path | str) -> str:
 
 
 def _normal(path: str) -> str:
-    """Take `.`, `..` and doubled slashes out of a path, but for those of `s3://`."""
+    """Remove `.`, `..` and repeated slashes from a path; the `//` of a URL stays."""
     scheme, mark, rest = path.partition("://") if is_url(path) else ("", "", path)
     return scheme + mark + posixpath.normpath(rest)
 
@@ -286,40 +291,40 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
 
 
 def _list(folder: Path) -> dict[str, int]:
-    """List a folder; a folder's name ends in `/`, which sorts it as its files' paths do."""
-    with reading(folder), os.scandir(folder) as entries:
+    """List a folder; names of folders end in `/`, so that sorting names sorts the paths below them."""
+    with wrap_io_errors(folder), os.scandir(folder) as entries:
         names = [_typed_name(entry) for entry in entries if not entry.name.startswith(".")]
-    return {check_name(name, folder): -1 for name in names if name}
+    return {check_utf8_name(name, folder): -1 for name in names if name}
 
 
 def _list_remote(folder: Path) -> dict[str, int]:
-    """List a remote folder, sizes included: asking for each would be a request a file."""
-    filesystem, here = remote_parts(folder)
-    with reading(folder):
+    """List a remote folder with sizes, as asking for each size would cost one request per file."""
+    filesystem, here = remote_filesystem(folder)
+    with wrap_io_errors(folder):
         entries = filesystem.ls(here, detail=True)
-        filesystem.invalidate_cache(here)  # fsspec would keep the listing of every folder there is
+        filesystem.invalidate_cache(here)  # fsspec would keep the listings of all folders
     found = {}
     for entry in entries:
         name = entry["name"].rstrip("/").removeprefix(here.rstrip("/") + "/")
-        if not name.startswith(".") and "/" not in name:  # the folder itself is listed where it is an object
+        if not name.startswith(".") and "/" not in name:  # the listing contains the folder itself if it is an object
             found[name + "/" * (entry["type"] == "directory")] = -1 if entry["size"] is None else entry["size"]
     return found
 
 
 def _typed_name(entry: os.DirEntry[str]) -> str:
-    """Give the name of a file, or of a folder with `/`, or nothing for a pipe or a device."""
+    """Return the name of a file, the name of a folder with `/`, or an empty text for a pipe or a device."""
     try:
         if entry.is_dir():
             return entry.name + "/"
         return entry.name if entry.is_file() or entry.is_symlink() else ""
-    except OSError:  # a link to itself: as a file, it becomes an item that cannot be read
+    except OSError:  # a link to itself becomes an item that cannot be read
         return entry.name
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Tell folders apart that links lead to; None elsewhere, where there are no links."""
+    """Return device and inode of a local folder, which detect cycles of links; None for remote folders."""
     if is_remote(folder):
         return None
-    with reading(folder):
+    with wrap_io_errors(folder):
         status = folder.stat()
     return status.st_dev, status.st_ino

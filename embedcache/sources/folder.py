@@ -17,45 +17,45 @@ from embedcache.sources.files import (
     has_suffix,
     is_folder,
     read_bytes,
-    read_file,
-    reading,
-    split_of,
+    read_item_file,
+    split_from_path,
     walk_files,
+    wrap_io_errors,
 )
 from embedcache.sources.settings import SourceSettings
 
-_AT_ONCE = 32  # captions asked of a server at the same time: each takes tens of milliseconds
+_CONCURRENT_READS = 32  # of caption files on a server, which take tens of milliseconds each
 
 
 class FolderSource:
-    """One sample an image, sorted by relative path, which without its suffix is the key.
+    """One sample per image, sorted by relative path; the path without its suffix is the key.
 
-    The column `folder` is the path of the image's folder and `label` that folder's name, as of a folder of class
-    folders; images in the top folder have none. Below a top folder named `train`, `val`, `valid`, `validation` or
-    `test`, in either case, the column `split` is that name. A `label` or `split` in the `.json` beside an image comes
-    first; an image right in `train` has no label. An image with no file beside it has no captions. Hidden files are
-    left out.
+    The column `folder` is the path of the image's folder and `label` the name of that folder, as in a folder of class
+    folders; images in the top folder have neither. Below a top folder named `train`, `val`, `valid`, `validation` or
+    `test`, in any case, the column `split` is that name; an image directly in `train` has no label. A `label` or
+    `split` in the `.json` beside an image takes precedence. An image without sidecar files has no captions. Hidden
+    files are skipped.
 
     Args:
-        location: the top folder, a path or a URL.
-        settings: none of them is used.
+        location: top folder, a path or a URL.
+        settings: unused.
 
     Raises:
         PathError: there is no such folder.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.allow_only("folder")
+        settings.check_supported("folder")
         self._root = open_path(location).absolute()
         if not is_folder(self._root, TABLE_SUFFIXES | TAR_SUFFIXES):
             raise PathError(f"no such folder: {self._root}")
 
     def describe(self) -> Mapping[str, Any]:
-        """Give what reopens it."""
+        """Return what reopens the source."""
         return {"type": "folder", "path": str(self._root), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
-        """Go through the images. Memory holds the names of one folder and of those above it."""
+        """Iterate over the images. Memory holds the names of one folder and of those above it."""
         found = (
             (PurePosixPath(path), siblings)
             for path, siblings in walk_files(self._root)
@@ -64,46 +64,46 @@ class FolderSource:
         if not is_remote(self._root):
             yield from (self._sample(path, siblings) for path, siblings in found)
             return
-        with ThreadPoolExecutor(_AT_ONCE) as executor:
-            while batch := list(islice(found, 8 * _AT_ONCE)):
+        with ThreadPoolExecutor(_CONCURRENT_READS) as executor:
+            while batch := list(islice(found, 8 * _CONCURRENT_READS)):
                 yield from executor.map(lambda image: self._sample(*image), batch)
 
     def read(self, item: ImageItem) -> bytes:
-        """Get the bytes of one image file."""
-        return read_file(self._root / item.path)
+        """Read the bytes of one image file."""
+        return read_item_file(self._root / item.path)
 
     def _sample(self, path: PurePosixPath, siblings: Mapping[str, int]) -> Sample:
         key = path.with_suffix("")
-        place = {"folder": str(path.parent)} if len(path.parts) > 1 else {}
-        sidecar = read_sidecar(self._beside(key, siblings), str(key))
+        folder = {"folder": str(path.parent)} if len(path.parts) > 1 else {}
+        sidecar = read_sidecar(self._sidecar_files(key, siblings), str(key))
         return Sample(
             key=str(key),
             images=(ImageItem(path=str(path), length=self._size(path, siblings)),),
             texts=sidecar.texts,
-            columns={**_class_columns(path), **sidecar.columns, **place},
+            columns={**_class_columns(path), **sidecar.columns, **folder},
         )
 
-    def _beside(self, key: PurePosixPath, siblings: Mapping[str, int]) -> dict[str, bytes | ItemError]:
-        """Read the caption files of an image: suffix in lower case -> content."""
+    def _sidecar_files(self, key: PurePosixPath, siblings: Mapping[str, int]) -> dict[str, bytes | ItemError]:
+        """Read the sidecar files of an image: suffix in lower case -> content."""
         spellings = (s for suffix in SIDECAR_SUFFIXES for s in (suffix, suffix.upper()))
         return {
-            spelling.lower(): self._caption_file(f"{key}{spelling}")
+            spelling.lower(): self._read_sidecar_file(f"{key}{spelling}")
             for spelling in spellings
             if f"{key.name}{spelling}" in siblings
         }
 
-    def _caption_file(self, name: str) -> bytes | ItemError:
+    def _read_sidecar_file(self, name: str) -> bytes | ItemError:
         path = self._root / name
-        with reading(path):
+        with wrap_io_errors(path):
             try:
                 return read_bytes(path)
             except (FileNotFoundError, PermissionError) as error:
-                if is_remote(self._root):  # a service says so of expired credentials, too
+                if is_remote(self._root):  # expired credentials look the same
                     raise
                 return ItemError(f"cannot read {name}: {error.strerror}")
 
     def _size(self, path: PurePosixPath, siblings: Mapping[str, int]) -> int:
-        """Give the size of an image; 0 of a link to nothing, which is reported once it is read, or where none says."""
+        """Return the size of an image; 0 if unknown, and for a broken link, which is reported when it is read."""
         if is_remote(self._root):
             return max(siblings[path.name], 0)
         try:
@@ -113,8 +113,8 @@ class FolderSource:
 
 
 def _class_columns(path: PurePosixPath) -> dict[str, str]:
-    """Give the split and the label that the folders of an image say; they are named from the top one down."""
+    """Return the columns `split` and `label` that follow from the folders of an image."""
     folders = path.parts[:-1]
-    split = split_of(str(path))
+    split = split_from_path(str(path))
     label = {"label": folders[-1]} if len(folders) > bool(split) else {}
     return {"split": split, **label} if split else label

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets`: a folder that `save_to_disk` wrote, a dataset in memory, or the name of one on the Hub."""
+"""Hugging Face `datasets`: a folder written by `save_to_disk`, a dataset in memory, or the name of one on the Hub."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,36 +10,35 @@ from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.registry import require
 from embedcache.sources.base import ImageItem, Sample
 from embedcache.sources.captions import scalar_columns
-from embedcache.sources.files import read_file
+from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table import IMAGE_NAMES, TableColumns, find_columns, row_key, row_texts
 from embedcache.sources.table_files import BATCH_ROWS, Row, TableFile, arrow_table
 
 _MEMORY = "memory:"
-_GIVE = "give a Dataset or DatasetDict, a folder that its save_to_disk wrote, or a dataset's name on the Hub (org/name)"
+_EXPECTED = "expected a Dataset or DatasetDict, a folder written by its save_to_disk, or a name on the Hub (org/name)"
 
 
 class HuggingfaceSource:
-    """The rows of a `Dataset`, or of each split of a `DatasetDict`, one after the other; each is a sample.
+    """One sample per row of a `Dataset`, or of each split of a `DatasetDict` in turn.
 
-    Images are a column of the feature `Image`, else those of a table (`embedcache.sources.table`), whose rules for
-    captions and keys hold here, too. A class label becomes the name of its class. In a `DatasetDict` a key is
-    `<split>/<cell of the key column, else row>` and the column `split` names the split, unless rows have one of
-    their own. An item is a split and a row.
+    Images are a column with the feature `Image`, else one found as in a table (`embedcache.sources.table`); captions
+    and keys follow the rules of tables. A class label becomes the name of its class. In a `DatasetDict`, keys are
+    `<split>/<cell of the key column, else row>` and the column `split` names the split, unless the dataset has such a
+    column. An item is a split and a row.
 
     Args:
-        location: a `Dataset` or `DatasetDict`, or the path or name of one. One in memory cannot be opened again
-            from its description.
+        location: a `Dataset` or `DatasetDict`, or the path or name of one. A dataset in memory cannot be reopened.
         settings: `image_column`, `caption_columns`, `key_column`.
 
     Raises:
         MissingExtraError: `datasets` is not installed.
         PathError: there is no such dataset.
-        SourceError: it cannot be read, streams, or lacks a column.
+        SourceError: the dataset cannot be read, is a stream, or lacks a column.
     """
 
     def __init__(self, location: object, settings: SourceSettings) -> None:
-        settings.allow_only("huggingface", "image_column", "caption_columns", "key_column")
+        settings.check_supported("huggingface", "image_column", "caption_columns", "key_column")
         self._settings = settings
         splits = _by_split(_load(location) if isinstance(location, str) else location)
         self._path = _describe(location, splits)
@@ -56,11 +55,11 @@ class HuggingfaceSource:
         }
 
     def describe(self) -> Mapping[str, Any]:
-        """Give what reopens it; for a dataset in memory, its fingerprint."""
-        return {"type": "huggingface", "path": self._path, "settings": self._settings.given()}
+        """Return what reopens the source; for a dataset in memory, its fingerprint."""
+        return {"type": "huggingface", "path": self._path, "settings": self._settings.to_json()}
 
     def samples(self) -> Iterator[Sample]:
-        """Go through all rows. Memory holds one batch of rows, without images."""
+        """Iterate over all rows. Memory holds one batch of rows, without images."""
         for split, table in self._tables.items():
             columns = self._columns[split]
             names = [name for name in columns.to_read() if name != columns.image]
@@ -68,16 +67,16 @@ class HuggingfaceSource:
                 yield _sample(split, columns, number, row, f"{table.path} row {number}")
 
     def read(self, item: ImageItem) -> bytes:
-        """Get the bytes of one image as they are stored: nothing is decoded."""
+        """Read the bytes of one image as stored, without decoding it."""
         try:
             cell = self._images[item.path][item.offset].column(0)[0].as_py()
         except (KeyError, IndexError):
             raise ItemError(f"{self._path} has no image in row {item.offset} of split {item.path!r}") from None
-        data, path = _stored(cell)
+        data, path = _bytes_and_path(cell)
         if isinstance(data, bytes):
             return data
         if path:
-            return read_file(self._folder / path)
+            return read_item_file(self._folder / path)
         raise ItemError(f"no image in row {item.offset} of {Path(self._path, item.path)}")
 
 
@@ -91,19 +90,19 @@ def _sample(split: str, columns: TableColumns, number: int, row: Row, place: str
     )
 
 
-def _stored(cell: Any) -> tuple[Any, Any]:
-    """Give the bytes and the path in a cell, each where there is one."""
+def _bytes_and_path(cell: Any) -> tuple[Any, Any]:
+    """Return the bytes and the path in a cell; either may be None."""
     if isinstance(cell, dict):
         return cell.get("bytes"), cell.get("path")
     return (None, cell) if isinstance(cell, str) else (cell, None)
 
 
 def _load(location: str) -> Any:
-    """Open a saved dataset, memory-mapped, or one of the Hub, which is fetched where it is not there yet."""
+    """Open a saved dataset, memory-mapped, or download one from the Hub."""
     if location.startswith(_MEMORY):
         raise SourceError(
-            f"the source was a dataset in memory ({location.removeprefix(_MEMORY)}), which only the program that made "
-            "it has: give it again with open_source(dataset), or save it with save_to_disk and give that folder"
+            f"the source was a dataset in memory ({location.removeprefix(_MEMORY)}) and cannot be reopened; pass it to "
+            "open_source(dataset) again, or save it with save_to_disk and use that folder"
         )
     datasets = require("datasets", extra="datasets")
     is_saved = Path(location).exists()
@@ -113,18 +112,18 @@ def _load(location: str) -> Any:
         return datasets.load_dataset(location)
     except (OSError, ValueError, LookupError, TypeError) as error:
         if is_saved:
-            raise SourceError(f"{location} cannot be read as a saved dataset: {error}; {_GIVE}") from None
-        raise PathError(f"no folder {location}, and no such dataset from the Hub: {error}; {_GIVE}") from None
+            raise SourceError(f"{location} cannot be read as a saved dataset: {error}; {_EXPECTED}") from None
+        raise PathError(f"no folder {location}, and no such dataset on the Hub: {error}; {_EXPECTED}") from None
 
 
-def _by_split(given: Any) -> dict[str, Any]:
-    """Give the datasets by the name of their split, "" for one without."""
+def _by_split(loaded: Any) -> dict[str, Any]:
+    """Return the datasets by the name of their split; "" for a single dataset."""
     datasets = require("datasets", extra="datasets")
-    if isinstance(given, datasets.Dataset):
-        return {"": given}
-    if isinstance(given, datasets.DatasetDict):
-        return dict(given)
-    raise SourceError(f"a {type(given).__name__} is no source whose rows can be read again by number; {_GIVE}")
+    if isinstance(loaded, datasets.Dataset):
+        return {"": loaded}
+    if isinstance(loaded, datasets.DatasetDict):
+        return dict(loaded)
+    raise SourceError(f"rows of a {type(loaded).__name__} cannot be read by number; {_EXPECTED}")
 
 
 def _describe(location: object, splits: Mapping[str, Any]) -> str:
@@ -148,15 +147,15 @@ def _rows(dataset: Any, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def _class_names(dataset: Any, columns: Sequence[str]) -> dict[str, dict[int, str]]:
-    """Give the columns of class labels: column -> number -> name of the class. What has no label has -1 or none."""
+    """Return column -> number -> class name for columns of class labels; missing labels are -1 or None."""
     kind = require("datasets", extra="datasets").ClassLabel
     features = {name: dataset.features[name] for name in columns}
     return {name: dict(enumerate(feature.names)) for name, feature in features.items() if isinstance(feature, kind)}
 
 
 def _with_image(settings: SourceSettings, dataset: Any) -> SourceSettings:
-    """Take a column of the feature `Image`, whatever its name, before one that is only named as images are."""
+    """Prefer columns with the feature `Image` over columns that only have a usual name for images."""
     kind = require("datasets", extra="datasets").Image
     images = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
-    usual = [name for name in images if name.lower() in IMAGE_NAMES]
-    return replace(settings, image_column=settings.image_column or next(iter(usual or images), None))
+    named = [name for name in images if name.lower() in IMAGE_NAMES]
+    return replace(settings, image_column=settings.image_column or next(iter(named or images), None))

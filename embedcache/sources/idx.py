@@ -1,4 +1,4 @@
-"""IDX files, MNIST's: all pictures of a set in one file, all labels in another, plain or gzipped."""
+"""IDX files as of MNIST: all images of a set in one file, all labels in another, plain or gzipped."""
 
 import gzip
 import io
@@ -16,54 +16,54 @@ from embedcache.arrays import Array
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import open_path
 from embedcache.sources.base import ImageItem, Sample
-from embedcache.sources.files import IDX_IMAGES, file_size, is_folder, read_bytes, reading, walk_files
+from embedcache.sources.files import IDX_IMAGES, file_size, is_folder, read_bytes, walk_files, wrap_io_errors
 from embedcache.sources.settings import SourceSettings
 
-_ZIPPED = ".gz"
+_GZIP = ".gz"
 _SPLITS = {"train": "train", "t10k": "test", "test": "test", "val": "val", "valid": "val", "validation": "val"}
-_BYTES = 8  # the code of an IDX file's type: unsigned bytes
+_UNSIGNED_BYTES = 8  # data type code of the IDX format
 
 
 class IdxSource:
-    """One sample a picture; `<set>/<row>` is the key, such as `train/00000` or `t10k/09999`.
+    """One sample per image; the key is `<set>/<row>`, such as `train/00000` or `t10k/09999`.
 
-    A set is the part of a file's name before `-images-idx3-ubyte`; `<set>-labels-idx1-ubyte` lies beside it. The
-    column `label` is the number there, and `split` is `train`, `test` (of `t10k`, too) or `val`, where the set's name
-    ends in one. Of a file that is there plain and gzipped, the plain one is taken.
+    A set is named by the part of a file name before `-images-idx3-ubyte`; `<set>-labels-idx1-ubyte` is expected beside
+    it. The column `label` is the number there; `split` is `train`, `test` (also for `t10k`) or `val` if the name of
+    the set ends in one. If a file exists plain and gzipped, the plain one is read.
 
-    Memory: each set is read whole, once a process, and kept: 47 MB for MNIST's 60,000 pictures.
+    Memory: each set is read whole, once per process, and kept: 47 MB for MNIST's 60,000 images.
 
     Args:
-        location: a folder with such files, at any depth, or one file of pictures, which is that set alone.
-        settings: none of them is used.
+        location: folder with such files, at any depth, or one file of images, which is that set alone.
+        settings: unused.
 
     Raises:
         PathError: there is no such folder or file.
-        SourceError: no file is named as those of pictures are.
+        SourceError: no file is named like a file of images.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.allow_only("idx")
+        settings.check_supported("idx")
         self._location = open_path(location).absolute()
-        is_one = not is_folder(self._location, frozenset({_ZIPPED}))
-        self._root = self._location.parent if is_one else self._location
-        self._sets = _one_set(self._location) if is_one else _all_sets(self._root)
-        self._pictures: dict[str, Array] = {}
+        is_file = not is_folder(self._location, frozenset({_GZIP}))
+        self._root = self._location.parent if is_file else self._location
+        self._sets = _set_of_file(self._location) if is_file else _find_sets(self._root)
+        self._images: dict[str, Array] = {}
         self._lock = Lock()
 
     def describe(self) -> Mapping[str, Any]:
-        """Give what reopens it."""
+        """Return what reopens the source."""
         return {"type": "idx", "path": str(self._location), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
-        """Go through the pictures, set after set by name. Memory holds all pictures and one set's labels."""
+        """Iterate over the images, set by set. Memory holds all images and the labels of one set."""
         for name, path in self._sets.items():
-            pictures_NHW = self._open(path)
+            images_NHW = self._open(path)
             labels_N = _read(self._root / _labels_path(self._root, path), num_dimensions=1)
-            if len(labels_N) != len(pictures_NHW):
+            if len(labels_N) != len(images_NHW):
                 raise SourceError(
-                    f"{self._root / path} holds {len(pictures_NHW):,} pictures and the file of its labels "
-                    f"{len(labels_N):,} labels; copy both again"
+                    f"{self._root / path}: expected one label per image, got {len(images_NHW):,} images and "
+                    f"{len(labels_N):,} labels; download both files again"
                 )
             split = _SPLITS.get(name.replace("/", "-").rpartition("-")[2])
             columns = {"split": split} if split else {}
@@ -73,82 +73,81 @@ class IdxSource:
                 yield Sample(key=f"{name}/{row:0{width}}", images=(image,), columns={**columns, "label": label})
 
     def read(self, item: ImageItem) -> bytes:
-        """Get one picture: the bytes of a gray PNG, the same on every machine, as nothing in it is compressed."""
+        """Return one image as an uncompressed gray PNG, whose bytes are the same on every machine."""
         try:
-            pictures_NHW = self._open(item.path)
+            images_NHW = self._open(item.path)
         except (SourceError, PathError) as error:
             raise ItemError(str(error)) from None
-        if not 0 <= item.offset < len(pictures_NHW):
-            raise ItemError(f"{item.path} has no picture {item.offset}, but {len(pictures_NHW):,}")
+        if not 0 <= item.offset < len(images_NHW):
+            raise ItemError(f"{item.path} has no picture {item.offset}, but {len(images_NHW):,}")
         out = io.BytesIO()
-        Image.fromarray(pictures_NHW[item.offset]).save(out, "PNG", compress_level=0)
+        Image.fromarray(images_NHW[item.offset]).save(out, "PNG", compress_level=0)
         return out.getvalue()
 
     def _open(self, path: str) -> Array:
         with self._lock:
-            if path not in self._pictures:
-                self._pictures[path] = _read(self._root / path, num_dimensions=3)
-            return self._pictures[path]
+            if path not in self._images:
+                self._images[path] = _read(self._root / path, num_dimensions=3)
+            return self._images[path]
 
 
-def _all_sets(root: Path) -> dict[str, str]:
-    """Find the files of pictures below a folder: name of the set -> path below the folder."""
+def _find_sets(root: Path) -> dict[str, str]:
+    """Find the files of images below a folder: name of the set -> path relative to the folder."""
     sets: dict[str, str] = {}
-    for path, _ in walk_files(root):  # sorted: a plain file comes before the same one gzipped
+    for path, _ in walk_files(root):  # sorted, so that a plain file comes before its gzipped copy
         found = IDX_IMAGES.fullmatch(path)
         if found:
             sets.setdefault(found["set"], path)
     if not sets:
-        raise SourceError(f"{root} holds no file of pictures such as train-images-idx3-ubyte or the same with .gz")
+        raise SourceError(f"{root}: expected a file such as train-images-idx3-ubyte or train-images-idx3-ubyte.gz")
     return sets
 
 
-def _one_set(file: Path) -> dict[str, str]:
+def _set_of_file(file: Path) -> dict[str, str]:
     if file_size(file) is None:
         raise PathError(f"no such file or folder: {file}")
     found = IDX_IMAGES.fullmatch(file.name)
     if found is None:
-        raise SourceError(f"{file} is not named as a file of pictures is, such as t10k-images-idx3-ubyte.gz")
+        raise SourceError(f"{file}: expected a file name such as t10k-images-idx3-ubyte.gz")
     return {found["set"]: file.name}
 
 
 def _labels_path(root: Path, path: str) -> str:
-    """Find the file of labels beside one of pictures."""
     name = PurePosixPath(path).name.replace("images", "labels").replace("idx3", "idx1")
-    plain = str(PurePosixPath(path).with_name(name.removesuffix(_ZIPPED)))
-    for candidate in (plain, plain + _ZIPPED):
+    plain = str(PurePosixPath(path).with_name(name.removesuffix(_GZIP)))
+    for candidate in (plain, plain + _GZIP):
         if file_size(root / candidate) is not None:
             return candidate
-    raise SourceError(f"{root / path} has no labels beside it: {plain} or {plain}{_ZIPPED} is missing")
+    raise SourceError(f"{root / path} has no labels: expected {plain} or {plain}{_GZIP} beside it")
 
 
 def _read(path: Path, *, num_dimensions: int) -> Array:
-    """Read an IDX file of unsigned bytes: a header of big-endian numbers, and the values in C order.
+    """Read an IDX file of unsigned bytes: a header of big-endian numbers, then the values in C order.
 
     Raises:
-        PathError: it cannot be read.
-        SourceError: it is another kind of file, or damaged.
+        PathError: the file cannot be read.
+        SourceError: the file has another format or is damaged.
     """
-    data = _unzipped(path)
+    data = _read_unzipped(path)
     header_bytes = 4 + 4 * num_dimensions
-    begin = bytes([0, 0, _BYTES, num_dimensions])
-    if data[:4] != begin or len(data) < header_bytes:
+    magic = bytes([0, 0, _UNSIGNED_BYTES, num_dimensions])
+    if data[:4] != magic or len(data) < header_bytes:
         raise SourceError(
-            f"{path} is no IDX file of bytes in {num_dimensions} dimensions: it begins with {data[:4].hex(' ')}, "
-            f"expected {begin.hex(' ')} and {num_dimensions} lengths"
+            f"{path} is not an IDX file of unsigned bytes in {num_dimensions} dimensions: expected {magic.hex(' ')} "
+            f"and {num_dimensions} lengths, got {data[:4].hex(' ')}"
         )
     shape = struct.unpack_from(f">{num_dimensions}I", data, 4)
     values = np.frombuffer(data, np.uint8, offset=header_bytes)
     if len(values) != np.prod(shape, dtype=np.int64) or 0 in shape[1:]:
         sizes = " x ".join(map(str, shape))
-        raise SourceError(f"{path} is damaged: its header says {sizes} bytes, {len(values):,} follow; copy it again")
+        raise SourceError(f"{path} is damaged: expected {sizes} bytes of pixels, got {len(values):,}; copy it again")
     return values.reshape(shape)
 
 
-def _unzipped(path: Path) -> bytes:
-    with reading(path):
+def _read_unzipped(path: Path) -> bytes:
+    with wrap_io_errors(path):
         data = read_bytes(path)
-    if path.suffix != _ZIPPED:
+    if path.suffix != _GZIP:
         return data
     try:
         return gzip.decompress(data)

@@ -1,4 +1,4 @@
-"""A source from what a user types, and again from what a cache remembers."""
+"""Open a source from a path, URL or name, and reopen it from what a cache recorded."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from embedcache.errors import PathError, SourceError
 from embedcache.files import open_path
 from embedcache.registry import Registry
-from embedcache.sources.base import Source
+from embedcache.sources.base import IMPORTED, Source
 from embedcache.sources.files import (
     IDX_IMAGES,
     IMAGE_SUFFIXES,
@@ -17,10 +17,10 @@ from embedcache.sources.files import (
     file_size,
     has_suffix,
     is_folder,
+    is_shard_pattern,
     walk_files,
 )
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.webdataset import is_pattern
 
 SOURCES = Registry(
     "source",
@@ -28,7 +28,6 @@ SOURCES = Registry(
         "folder": "embedcache.sources.folder:FolderSource",
         "huggingface": "embedcache.sources.huggingface:HuggingfaceSource",
         "idx": "embedcache.sources.idx:IdxSource",
-        "imported": "embedcache.interop.incoming:ImportedSource",
         "openmoji": "embedcache.quickstart.openmoji:OpenmojiSource",
         "pairs": "embedcache.sources.texts:PairsSource",
         "prompts": "embedcache.sources.prompts:PromptsSource",
@@ -37,90 +36,106 @@ SOURCES = Registry(
         "webdataset": "embedcache.sources.webdataset:WebdatasetSource",
     },
 )
+_IMPORTED_SOURCE = "embedcache.interop.incoming:ImportedSource"  # reopened only, so not among the names to choose from
 _ACCEPTED = (
-    "a source is a folder of images, a .parquet/.csv/.tsv/.jsonl table or a folder of such, "
-    "a WebDataset .tar, a folder of such or a pattern like shards/{000..009}.tar, a .txt or .npy of texts, MNIST's "
-    "IDX files or a folder of such, any of these as a URL, a folder that save_to_disk of Hugging Face datasets wrote, "
-    "openmoji:, prompts:, or pairs: before any of these"
+    "expected a folder of images, a .parquet/.csv/.tsv/.jsonl table or a folder of tables, a WebDataset .tar, a folder "
+    "of tars or a pattern such as shards/{000..009}.tar, a .txt or .npy of texts, MNIST's IDX files or a folder of "
+    "them, a URL of any of these, a folder written by save_to_disk of Hugging Face datasets, openmoji:, prompts:, or "
+    "pairs: followed by any of these"
 )
 
 _SAVED_DATASETS = (("dataset_dict.json",), ("dataset_info.json", "state.json"))
-"""The files that `save_to_disk` writes beside the data, of a `DatasetDict` and of a `Dataset`."""
+"""Files that `save_to_disk` of a `DatasetDict` or a `Dataset` writes."""
 
 
 def open_source(location: object, *, kind: str | None = None, settings: SourceSettings | None = None) -> Source:
-    """Open raw samples.
+    """Open a source of raw samples.
 
     Args:
-        location: a path as `str` or `Path`, a URL, `name:rest` for a source of the table (`openmoji:en+de`), or a
-            `datasets.Dataset` or `DatasetDict`.
-        kind: a name of the table, or `module:attribute` of the user's own, which is called with
-            the location and the settings. Found out from the location where it is not given.
-        settings: how to read it.
+        location: path, URL, `name:rest` for a registered source (`openmoji:en+de`), or a `datasets.Dataset` or
+            `DatasetDict`.
+        kind: registered name, or `module:attribute` of a class called with the location and the settings; None:
+            detected from the location.
+        settings: how to read the source.
 
     Raises:
-        PathError: there is nothing at that path.
-        SourceError: what is there is no source.
-        UnknownNameError: there is no such kind.
-        SettingError: a setting that this kind does not take.
+        PathError: the path does not exist.
+        SourceError: the path is not a source.
+        UnknownNameError: there is no source of that kind.
+        SettingError: a setting that this kind does not support.
     """
     place = str(location) if isinstance(location, str | Path) else location
     if isinstance(place, str) and not place.strip():
         raise SourceError(f"the source is an empty text; {_ACCEPTED}")
     if kind is None:
-        kind, place = split_kind(place) if isinstance(place, str) else ("huggingface", place)
+        kind, place = detect_kind(place) if isinstance(place, str) else ("huggingface", place)
     source: Source = SOURCES.load(kind)(place, settings or SourceSettings())
     return source
 
 
 def reopen_source(description: Mapping[str, Any]) -> Source:
-    """Open a source again from what its `describe` gave.
+    """Open a source again from the result of its `describe`.
 
     Raises:
-        PathError: its files are gone.
+        PathError: its files no longer exist.
     """
     settings = SourceSettings.from_json(description.get("settings", {}))
-    return open_source(description["path"], kind=description["type"], settings=settings)
+    kind = _IMPORTED_SOURCE if description["type"] == IMPORTED else description["type"]
+    return open_source(description["path"], kind=kind, settings=settings)
 
 
-def split_kind(location: str) -> tuple[str, str]:
-    """Find out which kind of source a location is: (kind, location for that kind)."""
+def base_source(description: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the type and path of a source from its `describe`; of `pairs:`, those of the source it splits."""
+    kind, path = str(description["type"]), str(description["path"])
+    while kind == "pairs":
+        kind, _, path = path.partition(":")
+    return kind, path
+
+
+def source_credit(description: Mapping[str, Any]) -> str:
+    """Return the attribution that pages with images of a source must carry, or an empty text.
+
+    The description may come from an untrusted cache: only registered classes are imported.
+    """
+    kind, _ = base_source(description)
+    return str(getattr(SOURCES.load(kind), "credit", "")) if kind in SOURCES.paths else ""
+
+
+def detect_kind(location: str) -> tuple[str, str]:
+    """Return the kind of source at a location, and the location as that kind expects it."""
     kind, colon, rest = location.partition(":")
     if colon and kind in SOURCES.paths:
         return kind, rest
-    if is_pattern(location):
+    if is_shard_pattern(location):
         return "webdataset", location
     path = open_path(location)
     if is_folder(path, TAR_SUFFIXES | TABLE_SUFFIXES):
-        return _kind_of_folder(path), location
+        return _folder_kind(path), location
     if file_size(path) is None:
         raise PathError(f"no such file or folder: {location}; {_ACCEPTED}")
-    if has_suffix(location, TAR_SUFFIXES):
-        return "webdataset", location
-    if has_suffix(location, TABLE_SUFFIXES):
-        return "table", location
-    if has_suffix(location, TEXT_SUFFIXES):
-        return "texts", location
+    for suffixes, name in ((TAR_SUFFIXES, "webdataset"), (TABLE_SUFFIXES, "table"), (TEXT_SUFFIXES, "texts")):
+        if has_suffix(location, suffixes):
+            return name, location
     if IDX_IMAGES.fullmatch(location):
         return "idx", location
-    raise SourceError(f"{location} is a file of another kind; {_ACCEPTED}")
+    raise SourceError(f"{location} is not a source; {_ACCEPTED}")
 
 
-def _kind_of_folder(folder: Path) -> str:
-    """Name the kind of a folder: a saved dataset; else one image, IDX file, tar or table decides, in this order.
+def _folder_kind(folder: Path) -> str:
+    """Return the kind of a folder: a saved dataset, else images before IDX files, tars and tables.
 
-    Stops at the first image, so a folder of millions of images is not gone through.
+    Stops at the first image, so that a folder of millions of images is not listed.
     """
     if any(all((folder / name).is_file() for name in names) for names in _SAVED_DATASETS):
         return "huggingface"
-    found = _first_kinds(name for name, _ in walk_files(folder))
+    found = _file_kinds(name for name, _ in walk_files(folder))
     for kind in ("folder", "idx", "webdataset", "table"):
         if kind in found:
             return kind
-    raise SourceError(f"{folder} holds no image, no IDX file, no .tar and no table; {_ACCEPTED}")
+    raise SourceError(f"{folder} holds no image, IDX file, .tar or table; {_ACCEPTED}")
 
 
-def _first_kinds(names: Iterable[str]) -> set[str]:
+def _file_kinds(names: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for name in names:
         if has_suffix(name, IMAGE_SUFFIXES):

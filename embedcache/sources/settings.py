@@ -1,54 +1,72 @@
-"""What a user may say about how a source is read."""
+"""Settings of sources: which columns of a table to read, and which languages. Nothing heavy is imported here."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from embedcache.errors import SettingError
+from embedcache.settings import check_settings, setting, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSettings:
-    """How to read a source. What is left out is worked out from the usual names.
+    """How to read a source."""
 
-    Args:
-        image_column: the column of a table that holds images or paths to them.
-        caption_columns: the columns of a table that hold captions, in the order to keep.
-        key_column: the column of a table that names its rows.
-        languages: the languages to keep where a source has several; none given: all of them.
-    """
+    image_column: str | None = setting(
+        None,
+        "Table column that holds images, paths or URLs.",
+        metavar="NAME",
+        default_text="image, path, file_name, jpg, … if present",
+    )
+    caption_columns: tuple[str, ...] = setting(
+        (),
+        "Table column that holds captions; repeat the option for several columns.",
+        flat_name="caption_column",
+        metavar="NAME",
+        default_text="caption, text, sentence, … if present",
+    )
+    key_column: str | None = setting(
+        None,
+        "Table column that holds a unique key per row.",
+        metavar="NAME",
+        default_text="key, id, uid if present, else file and row",
+    )
+    languages: tuple[str, ...] = setting(
+        (),
+        "Keep captions in this language only (ISO 639-1 code); repeat the option for several languages.",
+        flat_name="language",
+        metavar="CODE",
+        default_text="all languages of the source",
+    )
 
-    image_column: str | None = None
-    caption_columns: tuple[str, ...] = ()
-    key_column: str | None = None
-    languages: tuple[str, ...] = ()
+    def __post_init__(self) -> None:
+        check_settings(self)
 
-    def given(self) -> dict[str, Any]:
-        """Give only what the user said, as JSON; `from_json` takes it back."""
-        said = {name: value for name, value in asdict(self).items() if value}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in said.items()}
+    def to_json(self) -> dict[str, Any]:
+        """Return the values that were given, as JSON; `from_json` is the inverse."""
+        return {name: value for name, value in to_json(self).items() if value}
 
     @classmethod
-    def from_json(cls, given: Mapping[str, Any]) -> "SourceSettings":
-        """Take back what `given` gave.
+    def from_json(cls, record: Mapping[str, Any]) -> "SourceSettings":
+        """Build settings from the result of `to_json`.
 
         Raises:
             SettingError: there is no setting of that name.
         """
-        known = [setting.name for setting in fields(cls)]
-        for name in given:
+        known = [item.name for item in fields(cls)]
+        for name in record:
             if name not in known:
                 raise SettingError(f"unknown source setting {name!r}; known: {', '.join(known)}")
-        settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
-        return cls(**settings)
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+        return cls(**values)
 
-    def allow_only(self, kind: str, *names: str) -> None:
-        """Refuse a setting that a source of this kind would not look at.
+    def check_supported(self, kind: str, *names: str) -> None:
+        """Check that only settings are given that a source of this kind uses.
 
         Raises:
-            SettingError: names the setting and those the kind takes.
+            SettingError: another setting is given; the message lists those that the kind supports.
         """
-        for name in self.given():
+        for name in self.to_json():
             if name not in names:
-                takes = f"it takes {', '.join(names)}" if names else "it takes none"
-                raise SettingError(f"a {kind} source has no setting {name!r}; {takes}")
+                supported = f"it supports {', '.join(names)}" if names else "it has no settings"
+                raise SettingError(f"a source of type {kind} does not support the setting {name!r}; {supported}")

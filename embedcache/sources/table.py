@@ -1,7 +1,4 @@
-"""Tables of images and captions: Parquet, CSV, TSV and JSONL, one file or a folder of such.
-
-Which columns of a table are images, captions and keys, by the user's word or the usual names; what a row says.
-"""
+"""Tables of images and captions (Parquet, CSV, TSV, JSONL), and which of their columns hold what."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +17,9 @@ from embedcache.sources.files import (
     has_suffix,
     is_folder,
     item_path,
-    place_of,
-    read_file,
+    read_item_file,
     relative_to,
+    resolve_item,
     walk_files,
 )
 from embedcache.sources.settings import SourceSettings
@@ -39,15 +36,15 @@ LANGUAGE_NAMES = ("language", "lang")
 
 @dataclass(frozen=True, kw_only=True)
 class TableColumns:
-    """What each column is for.
+    """Roles of the columns of a table.
 
     Args:
-        image: the image column, if any.
-        holds_bytes: whether it holds the images themselves rather than their paths.
-        captions: the caption columns; none or more.
-        key: the column that names the rows, if any.
-        language: the column with the language of a row's captions, if any.
-        others: what is kept as columns of the samples.
+        image: image column, if any.
+        holds_bytes: whether the image column holds images rather than their paths.
+        captions: caption columns, possibly none.
+        key: column of row keys, if any.
+        language: column with the language of the captions, if any.
+        others: columns kept as columns of the samples.
     """
 
     image: str | None
@@ -58,43 +55,43 @@ class TableColumns:
     others: tuple[str, ...]
 
     def to_read(self) -> list[str]:
-        """List the columns that indexing reads: all but the bytes of images."""
+        """Return the columns that indexing reads: all but the bytes of images."""
         image = () if self.holds_bytes else (self.image,)
-        named = (*image, *self.captions, self.key, self.language, *self.others)
-        return list(dict.fromkeys(name for name in named if name is not None))
+        names = (*image, *self.captions, self.key, self.language, *self.others)
+        return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
-    """Find out what each column of a table of images and captions is for.
+    """Assign roles to the columns of a table of images or captions.
 
     Raises:
-        SourceError: a column the user named is not there, is of no use as such, or there is neither
-            an image nor a caption; the message lists the columns that are there.
+        SourceError: a column named in the settings is missing or has the wrong type, or there is neither an image nor
+            a caption column; the message lists the existing columns.
     """
-    columns = name_columns(file, settings)
+    columns = assign_columns(file, settings)
     if columns.image is None and not columns.captions:
         raise SourceError(
-            f"{file.path} has no column of a usual name for images or captions; it has "
-            f"{_listed(file)}; name them with --image-column and --caption-column"
+            f"{file.path} has no column with a usual name for images or captions; it has {_columns_text(file)}; name "
+            "them with --image-column and --caption-column"
         )
     return columns
 
 
-def name_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
-    """Find out what each column of any table is for.
+def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
+    """Assign roles to the columns of any table.
 
     Raises:
-        SourceError: a column the user named is not there, or is of no use as such.
+        SourceError: a column named in the settings is missing or has the wrong type.
     """
-    image = _named(file, settings.image_column, "--image-column") or _first(file, IMAGE_NAMES)
-    captions = tuple(settings.caption_columns) or _captions(file.columns)
+    image = _existing(file, settings.image_column, "--image-column") or _find(file, IMAGE_NAMES)
+    captions = tuple(settings.caption_columns) or _find_captions(file.columns)
     for name in captions:
-        _check_plain(file, _named(file, name, "--caption-column"), "--caption-column")
+        _check_plain(file, _existing(file, name, "--caption-column"), "--caption-column")
     if image not in file.image_bytes:
         _check_plain(file, image, "--image-column")
-    key = _named(file, settings.key_column, "--key-column") or _first(file, KEY_NAMES)
-    language = _first(file, LANGUAGE_NAMES)
-    used = {image, *captions, key, language, "key"}  # the samples have a column `key` of their own
+    key = _existing(file, settings.key_column, "--key-column") or _find(file, KEY_NAMES)
+    language = _find(file, LANGUAGE_NAMES)
+    used = {image, *captions, key, language, "key"}  # the sample table has its own column `key`
     return TableColumns(
         image=image,
         holds_bytes=image in file.image_bytes,
@@ -106,10 +103,10 @@ def name_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
 
 
 def row_key(columns: TableColumns, row: Row, place: str) -> str | None:
-    """Give the key in a row; None where no column has keys.
+    """Return the key of a row; None if the table has no key column.
 
     Raises:
-        SourceError: the cell is blank; the message holds `place`.
+        SourceError: the cell is empty; the message starts with `place`.
     """
     if columns.key is None:
         return None
@@ -120,43 +117,43 @@ def row_key(columns: TableColumns, row: Row, place: str) -> str | None:
 
 
 def row_texts(columns: TableColumns, row: Row, place: str) -> tuple[TextItem, ...]:
-    """Give the captions of a row, in its language where a column has that.
+    """Return the captions of a row, with the language in its language column, if any.
 
-    Blank cells count only where all cells are blank: a row of CSV may have fewer captions than the table has columns
-    for them.
+    With several caption columns, blank cells are dropped unless all are blank: a row of a CSV file may have fewer
+    captions than there are columns.
 
     Raises:
-        SourceError: a cell holds no captions but something else; the message holds `place`.
+        SourceError: a cell holds something other than captions; the message starts with `place`.
     """
     cells = [caption_list(row.get(name), f"{place}: {name}") for name in columns.captions]
     captions = [caption for cell in cells for caption in cell]
-    said = [caption for caption in captions if caption.strip()]
-    kept = said or captions if len(columns.captions) > 1 else captions
-    return text_items(kept, row.get(columns.language) if columns.language else None)
+    if len(columns.captions) > 1:
+        captions = [caption for caption in captions if caption.strip()] or captions
+    return text_items(captions, row.get(columns.language) if columns.language else None)
 
 
-def _named(file: TableFile, name: str | None, option: str) -> str | None:
+def _existing(file: TableFile, name: str | None, option: str) -> str | None:
     if name is not None and name not in file.columns:
-        raise SourceError(f"{option} {name}: no such column in {file.path}; it has {_listed(file)}")
+        raise SourceError(f"{option} {name}: no such column in {file.path}; it has {_columns_text(file)}")
     return name
 
 
 def _check_plain(file: TableFile, name: str | None, option: str) -> None:
     if name is not None and name not in file.plain:
         raise SourceError(
-            f"column {name} of {file.path} holds values of another kind; name a column with "
-            f"{option}; it has {_listed(file)}"
+            f"column {name} of {file.path} holds values of another type; name another column with {option}; the table "
+            f"has {_columns_text(file)}"
         )
 
 
-def _first(file: TableFile, names: Sequence[str]) -> str | None:
-    """Give the column whose name, in either case, comes first among `names`."""
+def _find(file: TableFile, names: Sequence[str]) -> str | None:
+    """Return the column whose name, ignoring case, comes first in `names`."""
     by_name = {column.lower(): column for column in reversed(file.columns)}
     return next((by_name[name] for name in names if name in by_name), None)
 
 
-def _captions(columns: Sequence[str]) -> tuple[str, ...]:
-    """Give the caption columns: `caption`, `captions`, `caption_0`, `caption_1`, … or else `text` …"""
+def _find_captions(columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the caption columns: `caption`, `captions`, `caption_0`, …, else those named `text` or `sentence`."""
     for stem in CAPTION_STEMS:
         found = [name for name in columns if re.fullmatch(rf"{stem}s?(_?\d+)?", name, re.IGNORECASE)]
         if found:
@@ -164,27 +161,27 @@ def _captions(columns: Sequence[str]) -> tuple[str, ...]:
     return ()
 
 
-def _listed(file: TableFile) -> str:
+def _columns_text(file: TableFile) -> str:
     return ", ".join(file.columns) or "none"
 
 
 class TableSource:
-    """The rows of a table, file after file sorted by path, each a sample.
+    """One sample per row of a table, or of all tables below a folder, sorted by path.
 
-    A key is the cell of the key column, else `<path of the file without suffix>/<row>`. An image
-    column holds bytes, a struct of `bytes` and `path` as Hugging Face writes it, or paths: absolute,
-    relative to the table's folder, or URLs. Going through the samples reads no image.
+    Keys are the cells of the key column, else `<path of the file without suffix>/<row>`. An image column holds bytes,
+    a struct of `bytes` and `path` as Hugging Face writes it, or paths: absolute, relative to the folder of the table,
+    or URLs. Iterating over the samples reads no image.
 
     Args:
-        location: a table file or a folder of such, a path or a URL.
+        location: table file or folder of tables, a path or a URL.
         settings: `image_column`, `caption_columns`, `key_column`.
 
     Raises:
-        PathError: there is no table there.
+        PathError: there is no table.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.allow_only("table", "image_column", "caption_columns", "key_column")
+        settings.check_supported("table", "image_column", "caption_columns", "key_column")
         self._settings = settings
         self._location = open_path(location).absolute()
         self._files = _find_files(self._location)
@@ -194,12 +191,11 @@ class TableSource:
         self._image_column = lru_cache(maxsize=4096)(self._find_image_column)
 
     def describe(self) -> Mapping[str, Any]:
-        """Give what reopens it."""
-        settings = self._settings.given()
-        return {"type": "table", "path": str(self._location), "settings": settings}
+        """Return what reopens the source."""
+        return {"type": "table", "path": str(self._location), "settings": self._settings.to_json()}
 
     def samples(self) -> Iterator[Sample]:
-        """Go through all rows. Memory holds one batch of rows, without images."""
+        """Iterate over all rows. Memory holds one batch of rows, without images."""
         for path in self._files:
             file = open_table_file(path)
             columns = find_columns(file, self._settings)
@@ -207,10 +203,10 @@ class TableSource:
                 yield self._sample(file, columns, number, row)
 
     def read(self, item: ImageItem) -> bytes:
-        """Get the bytes of one image: a file of its own, or a cell of a Parquet file."""
-        path = place_of(self._root, item.path)
+        """Read the bytes of one image: a file, or a cell of a Parquet file."""
+        path = resolve_item(self._root, item.path)
         if path.suffix.lower() != ".parquet":
-            return read_file(path)
+            return read_item_file(path)
         return self._cell(path, self._image_column(path), item.offset)
 
     def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> Sample:
@@ -232,8 +228,8 @@ class TableSource:
             return ()
         if not isinstance(value, str):
             raise SourceError(
-                f"{file.path} row {number}: column {columns.image} must hold a path, not "
-                f"{value!r:.60}; name another with --image-column"
+                f"{file.path} row {number}: expected a path in column {columns.image}, got {value!r:.60}; name another "
+                "column with --image-column"
             )
         return (ImageItem(path=item_path(self._root_text, file.folder, value)),)
 
@@ -252,7 +248,7 @@ class TableSource:
         if isinstance(data, bytes):
             return data
         if isinstance(cell, dict) and cell.get("path"):
-            return read_file(place_of(path.parent, cell["path"]))
+            return read_item_file(resolve_item(path.parent, cell["path"]))
         raise ItemError(f"no image in column {column}, row {row} of {path}")
 
 

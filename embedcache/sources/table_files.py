@@ -1,7 +1,4 @@
-"""Rows of Parquet, CSV, TSV and JSONL files, one at a time: memory does not grow with their number.
-
-Images that stand in Parquet files, read by row from many threads through the last few row groups.
-"""
+"""Streaming rows of Parquet, CSV, TSV and JSONL files, and thread-safe reads of single cells of Parquet files."""
 
 import csv
 import json
@@ -20,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.errors import EmbedcacheError, ItemError, SourceError
-from embedcache.sources.files import open_binary, reading
+from embedcache.sources.files import open_binary, wrap_io_errors
 
 Row: TypeAlias = Mapping[str, Any]
 BATCH_ROWS = 1024
-_ROWS_LOOKED_AT = 100
+_HEADER_ROWS = 100  # of a JSONL file, read to find its columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +30,10 @@ class TableFile:
 
     Args:
         path: the file.
-        columns: the names of all its columns, in order.
-        image_bytes: those that hold images themselves: bytes, or a struct with a field `bytes`.
-        plain: those that hold text, numbers, truth values or lists of text.
-        read: goes through the rows, given the columns wanted.
+        columns: names of all columns, in order.
+        image_bytes: columns that hold images: bytes, or a struct with a field `bytes`.
+        plain: columns of text, numbers, booleans or lists of them.
+        read: iterates over the rows with the given columns.
     """
 
     path: Path
@@ -47,51 +44,62 @@ class TableFile:
 
     @cached_property
     def folder(self) -> str:
-        """The folder it is in."""
+        """Folder of the file."""
         return str(self.path.parent)
 
     @cached_property
     def stem(self) -> str:
-        """Its path without the suffix."""
+        """Path without the suffix."""
         return str(self.path.with_suffix(""))
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        """Go through the rows in order, reading only `columns` where the format lets one.
+        """Iterate over the rows in order, reading only `columns` if the format allows it.
 
         Raises:
-            SourceError: the file is damaged; names it and, for text, the line.
+            SourceError: the file is damaged; the message names it and, for text formats, the line.
         """
-        with damage_named(self.path):
+        with wrap_table_errors(self.path):
             yield from self.read(columns)
 
 
 def open_table_file(path: Path) -> TableFile:
-    """Read the columns of a table file; its suffix says of which format it is.
+    """Read the columns of a table file, whose format follows from its suffix.
 
-    CSV and TSV have no types, so all their cells are text: a key `007` stays one.
+    CSV and TSV have no types, so all their cells are text and a key `007` keeps its zeros.
 
     Raises:
-        PathError: it cannot be read.
-        SourceError: it is damaged.
+        PathError: the file cannot be read.
+        SourceError: the file is damaged.
     """
     suffix = path.suffix.lower()
-    with damage_named(path):
+    with wrap_table_errors(path):
         if suffix == ".parquet":
             with open_parquet(path) as file:
                 schema = file.schema_arrow
             return arrow_table(path, schema, partial(_read_parquet, path))
         if suffix == ".jsonl":
-            return _text_file(path, _first_names(_jsonl_rows(path)), partial(_read_jsonl, path))
+            return _text_file(path, _jsonl_columns(path), partial(_read_jsonl, path))
         delimiter = "\t" if suffix == ".tsv" else ","
         header = tuple(next(_csv_lines(path, delimiter), []))
         return _text_file(path, header, partial(_read_csv, path, delimiter))
 
 
+def arrow_table(path: Path, schema: pa.Schema, read: Callable[[Sequence[str]], Iterator[Row]]) -> TableFile:
+    """Return the table file of an Arrow schema."""
+    return TableFile(
+        path=path,
+        columns=tuple(schema.names),
+        image_bytes=frozenset(field.name for field in schema if _holds_bytes(field.type)),
+        plain=tuple(field.name for field in schema if _is_plain(field.type)),
+        read=read,
+    )
+
+
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Turn what the readers raise on a damaged file into errors that name it."""
+def wrap_table_errors(path: Path) -> Iterator[None]:
+    """Raise errors of the readers as errors of this package that name the file."""
     try:
-        with reading(path):  # pyarrow raises OSError for damaged pages too
+        with wrap_io_errors(path):  # pyarrow raises OSError for damaged pages too
             yield
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from None
@@ -101,13 +109,12 @@ def damage_named(path: Path) -> Iterator[None]:
 
 @contextmanager
 def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file here or elsewhere; only what is asked of it is read."""
+    """Open a local or remote Parquet file; only the parts that are accessed are read."""
     with open_binary(path) as file, pq.ParquetFile(file) as parquet:
         yield parquet
 
 
-def holds_bytes(kind: pa.DataType) -> bool:
-    """Say whether a column of this type holds images themselves."""
+def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
@@ -127,17 +134,6 @@ def _is_plain(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def arrow_table(path: Path, schema: pa.Schema, read: Callable[[Sequence[str]], Iterator[Row]]) -> TableFile:
-    """Describe a table whose columns have Arrow types."""
-    return TableFile(
-        path=path,
-        columns=tuple(schema.names),
-        image_bytes=frozenset(field.name for field in schema if holds_bytes(field.type)),
-        plain=tuple(field.name for field in schema if _is_plain(field.type)),
-        read=read,
-    )
-
-
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     with open_parquet(path) as file:
         if not columns:
@@ -151,9 +147,9 @@ def _text_file(path: Path, columns: tuple[str, ...], read: Callable[[Sequence[st
     return TableFile(path=path, columns=columns, image_bytes=frozenset(), plain=columns, read=read)
 
 
-def _first_names(rows: Iterator[Row]) -> tuple[str, ...]:
-    """Give the names of the first rows of a JSONL file: later rows may lack some or have others."""
-    return tuple(dict.fromkeys(name for row in islice(rows, _ROWS_LOOKED_AT) for name in row))
+def _jsonl_columns(path: Path) -> tuple[str, ...]:
+    """Return all fields of the first rows of a JSONL file; later rows may lack some or have others."""
+    return tuple(dict.fromkeys(name for row in islice(_jsonl_rows(path), _HEADER_ROWS) for name in row))
 
 
 def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -162,7 +158,7 @@ def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    """Go through the objects of a JSONL file; blank lines are left out."""
+    """Iterate over the objects of a JSONL file; blank lines are skipped."""
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -173,9 +169,9 @@ def _json_object(line: str, place: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise SourceError(f"{place} is not JSON: {error}") from None
+        raise SourceError(f"{place} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise SourceError(f"{place} must be an object, one a line, not {value!r:.60}")
+        raise SourceError(f"{place}: expected a JSON object, got {value!r:.60}")
     return value
 
 
@@ -186,13 +182,14 @@ def _read_csv(path: Path, delimiter: str, columns: Sequence[str]) -> Iterator[Ro
     for number, cells in enumerate(lines, start=1):
         if len(cells) != len(header):
             raise SourceError(
-                f"{path} row {number} has {len(cells)} cells, its header {len(header)}: {delimiter.join(cells)!r:.60}"
+                f"{path} row {number}: expected {len(header)} cells as in the header, got {len(cells)}: "
+                f"{delimiter.join(cells)!r:.60}"
             )
         yield {name: cells[place] for name, place in places}
 
 
 def _csv_lines(path: Path, delimiter: str) -> Iterator[list[str]]:
-    """Go through the rows of a CSV file, the header first; blank lines are left out."""
+    """Iterate over the rows of a CSV file, header first; blank lines are skipped."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         yield from (cells for cells in csv.reader(file, delimiter=delimiter, strict=True) if cells)
 
@@ -201,13 +198,12 @@ CACHE_BYTES = 256 * 2**20
 
 
 class RowGroups:
-    """Reads single cells. Rows that follow each other cost one read of their row group.
+    """Reads single cells through an LRU cache of row groups: consecutive rows cost one read of their group.
 
-    Peak memory: `cache_bytes`, or one row group of the image column where that is larger, and the
-    one being read.
+    Peak memory: `cache_bytes`, or one row group of the image column if larger, plus the one being read.
 
     Args:
-        cache_bytes: decoded row groups kept, in bytes.
+        cache_bytes: size of the decoded row groups kept, in bytes.
     """
 
     def __init__(self, cache_bytes: int = CACHE_BYTES) -> None:
@@ -217,13 +213,13 @@ class RowGroups:
         self._lock = Lock()
 
     def read(self, path: Path, column: str, row: int) -> Any:
-        """Get one cell: bytes, a dict for a struct, or None. Safe from many threads.
+        """Read one cell: bytes, a dict for a struct, or None. Thread-safe.
 
         Raises:
-            ItemError: the file is gone or damaged, or has no such row.
+            ItemError: the file is missing or damaged, or has no such row.
         """
         try:
-            with self._lock:  # pyarrow itself reads a row group with several threads
+            with self._lock:  # pyarrow reads a row group with several threads
                 group, first = self._locate(path, row)
                 cells = self._group(path, column, group)
         except EmbedcacheError as error:
@@ -231,9 +227,9 @@ class RowGroups:
         return cells[row - first].as_py()
 
     def _locate(self, path: Path, row: int) -> tuple[int, int]:
-        """Give the row group of a row and the first row of that group."""
+        """Return the row group of a row and the first row of that group."""
         if path not in self._starts:
-            with damage_named(path):
+            with wrap_table_errors(path):
                 self._starts[path] = _group_starts(path)
         starts = self._starts[path]
         if row >= starts[-1]:
@@ -244,7 +240,7 @@ class RowGroups:
     def _group(self, path: Path, column: str, group: int) -> pa.ChunkedArray:
         name = (path, column, group)
         if name not in self._groups:
-            with damage_named(path), open_parquet(path) as file:
+            with wrap_table_errors(path), open_parquet(path) as file:
                 self._groups[name] = file.read_row_group(group, columns=[column]).column(column)
         self._groups.move_to_end(name)
         self._drop_oldest()
@@ -259,7 +255,7 @@ class RowGroups:
 
 
 def _group_starts(path: Path) -> list[int]:
-    """Give the first row of each row group, and at the end the number of rows."""
+    """Return the first row of each row group, followed by the number of rows."""
     with open_parquet(path) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     return list(accumulate(sizes, initial=0))

@@ -1,7 +1,7 @@
-"""The files of a tar by its headers: names and places, without reading what is between them.
+"""List the files of a tar from its headers, without reading the content.
 
-The headers are those of POSIX (ustar and pax) and GNU, 512 bytes each. What plain tars are made of is read here, some
-ten times as fast as by `tarfile`; a member that has anything else (a long name, a size beyond 8 GiB) goes by it.
+Reads plain POSIX (ustar and pax) and GNU headers 6 to 9 times as fast as `tarfile`, which handles all other members,
+such as those with a long name or more than 8 GiB.
 """
 
 import re
@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from embedcache.errors import SourceError
-from embedcache.sources.files import check_name
+from embedcache.sources.files import check_utf8_name
 
 BLOCK_BYTES = 512
 WINDOW_BYTES = 128 * 1024
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _CHECKSUM_BLANKS = 8 * ord(" ")
-_CHANGES_A_MEMBER = re.compile(rb" path=| size=|GNU\.sparse|hdrcharset")  # pax records that a header must be read with
+_OVERRIDES = re.compile(rb" path=| size=|GNU\.sparse|hdrcharset")  # pax records that override fields of the header
 
 
 class Member(NamedTuple):
-    """One file in a tar: its name with `/`, and where its bytes are."""
+    """One file in a tar: its name with `/`, and the offset and length of its content in bytes."""
 
     name: str
     offset: int
@@ -28,12 +28,12 @@ class Member(NamedTuple):
 
 
 class TarBytes:
-    """The bytes of one tar, read in pieces and mostly forwards.
+    """Buffered, mostly sequential reads of one tar.
 
     Args:
-        place: the tar's path or URL, for messages.
-        size: its length in bytes.
-        fetch: gives `length` bytes from `offset` on, all within the tar.
+        place: path or URL of the tar, for error messages.
+        size: length of the tar in bytes.
+        fetch: returns `length` bytes from `offset` on, within the tar.
     """
 
     def __init__(self, place: str, size: int, fetch: Callable[[int, int], bytes]) -> None:
@@ -44,7 +44,7 @@ class TarBytes:
         self._data = b""
 
     def read(self, offset: int, length: int) -> bytes:
-        """Get `length` bytes from `offset` on, or those up to the end."""
+        """Read `length` bytes from `offset` on, or up to the end."""
         first = offset - self._start
         if first < 0 or first + length > len(self._data):
             available = self.size - offset
@@ -56,18 +56,18 @@ class TarBytes:
 
 
 def members(tar: TarBytes) -> Iterator[Member]:
-    """Go through the files of a tar, in order. Memory holds one piece of it.
+    """Iterate over the files of a tar, in order. Memory holds one window of it.
 
     Raises:
-        SourceError: it is no tar, or is cut short or damaged; names the offset.
+        SourceError: the file is not a tar, or is truncated or damaged; the message names the offset.
     """
     offset = 0
     while (header := tar.read(offset, BLOCK_BYTES)) != _ZERO_BLOCK:
         if len(header) < BLOCK_BYTES:
-            raise damaged(tar.place, f"no header at offset {offset}, where it ends")
+            raise damaged(tar.place, f"the file ends at offset {offset}, where a header was expected")
         member, after = _plain_member(tar, offset, header) or _other_member(tar, offset)
         if after <= offset:
-            raise damaged(tar.place, f"the header at offset {offset} gives no length")
+            raise damaged(tar.place, f"the header at offset {offset} has no valid size")
         if after > tar.size:
             raise damaged(tar.place, f"the member at offset {offset} ends {after - tar.size} bytes after the file")
         offset = after
@@ -76,26 +76,26 @@ def members(tar: TarBytes) -> Iterator[Member]:
 
 
 def damaged(place: str, reason: str) -> SourceError:
-    """Make the error for a tar that cannot be gone through."""
-    return SourceError(f"{place} is no tar, or is cut short or damaged: {reason}; copy or make it again")
+    """Return the error for a tar that cannot be read."""
+    return SourceError(f"{place} is not a tar, or is truncated or damaged: {reason}; copy or create it again")
 
 
 def _plain_member(tar: TarBytes, offset: int, header: bytes) -> tuple[Member, int] | None:
-    """Read a file whose header says all, and where the next header is; None where `tarfile` should have a look."""
+    """Return a file with a plain header, and the offset of the next header; None if `tarfile` must read it."""
     kind = header[156:157]
     if kind == b"x":
         size = _size(header)
-        if size is None or not _is_sound(header):
+        if size is None or not _has_valid_checksum(header):
             return None
         records = tar.read(offset + BLOCK_BYTES, size)
-        if _CHANGES_A_MEMBER.search(records):
+        if _OVERRIDES.search(records):
             return None
         offset += BLOCK_BYTES + _padded(size)
         header = tar.read(offset, BLOCK_BYTES)
         kind = header[156:157]
     size = _size(header)
     name = _name(header)
-    if kind not in {b"0", b"\0"} or size is None or name is None or not _is_sound(header):
+    if kind not in {b"0", b"\0"} or size is None or name is None or not _has_valid_checksum(header):
         return None
     start = offset + BLOCK_BYTES
     return Member(name, start, size), start + _padded(size)
@@ -105,7 +105,7 @@ def _size(header: bytes) -> int | None:
     digits = header[124:135]
     try:
         return int(digits, 8) if digits.isdigit() and header[135:136] in {b"\0", b" "} else None
-    except ValueError:  # 8 or 9
+    except ValueError:  # a digit 8 or 9
         return None
 
 
@@ -121,15 +121,15 @@ def _name(header: bytes) -> str | None:
         return None
 
 
-def _is_sound(header: bytes) -> bool:
-    """Compare the checksum: the sum of the header's bytes with its own 8 taken as blanks."""
+def _has_valid_checksum(header: bytes) -> bool:
+    """Check the sum of all bytes of the header, with the 8 bytes of the checksum itself replaced by blanks."""
     field = header[148:156]
     try:
-        said = int(field.strip(b" \0"), 8)
+        expected = int(field.strip(b" \0"), 8)
     except ValueError:
         return False
-    sum_all = sum(header.translate(None, b"\0"))  # most are zero; without them it takes half the time
-    return sum_all - sum(field) + _CHECKSUM_BLANKS == said
+    sum_all = sum(header.translate(None, b"\0"))  # most bytes are zero; skipping them halves the time
+    return sum_all - sum(field) + _CHECKSUM_BLANKS == expected
 
 
 def _padded(size: int) -> int:
@@ -137,7 +137,7 @@ def _padded(size: int) -> int:
 
 
 def _other_member(tar: TarBytes, offset: int) -> tuple[Member | None, int]:
-    """Have `tarfile` read the member at an offset; None for what is no file. Also where the next header is."""
+    """Return the member at an offset as read by `tarfile`, None if it is not a file, and the next header's offset."""
     file: Any = _TarFile(tar, offset)
     try:
         with tarfile.TarFile(fileobj=file) as one:
@@ -148,14 +148,14 @@ def _other_member(tar: TarBytes, offset: int) -> tuple[Member | None, int]:
     if info is None:
         raise damaged(tar.place, f"no valid header at offset {offset}")
     if info.issparse():
-        raise damaged(tar.place, f"{info.name} is a sparse file; make the tar without --sparse")
+        raise damaged(tar.place, f"{info.name} is a sparse file; create the tar without --sparse")
     if not info.isreg():
         return None, after
-    return Member(check_name(info.name, tar.place), info.offset_data, info.size), after
+    return Member(check_utf8_name(info.name, tar.place), info.offset_data, info.size), after
 
 
 class _TarFile:
-    """A `TarBytes` as `tarfile` wants one."""
+    """File object over a `TarBytes`, as `tarfile` expects."""
 
     def __init__(self, tar: TarBytes, offset: int) -> None:
         self._tar = tar

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from embedcache.errors import UnknownNameError
 from embedcache.files import open_path
 from embedcache.registry import unknown_name
-from embedcache.sources.files import reading
+from embedcache.sources.files import wrap_io_errors
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, open_group
 from embedcache.store.layout import CacheInfo, items_path, read_info, samples_path
@@ -32,7 +32,7 @@ class Cache:
 
     def __init__(self, path: Path | str) -> None:
         self.path = open_path(path)
-        with reading(self.path):
+        with wrap_io_errors(self.path):
             self.info: CacheInfo = read_info(self.path)
         # Parsing a footer takes longer than reading a chunk's rows.
         self._footers: dict[tuple[str, int, float], pq.FileMetaData] = {}
@@ -99,13 +99,13 @@ class Cache:
         names = [feature.name for feature in features]
         if not features:
             raise UnknownNameError(
-                f"{self.path} has no {modality} features; add some: embedcache extract --{modality} ENCODER"
+                f"{self.path} has no {modality} features; add some: embedcache extract --{modality}-encoder SPEC"
             )
         if not matches:
             raise unknown_name(kind, name or "", names)
         raise UnknownNameError(
             f"{kind}: {'none named' if name is None else repr(name) + ' fits several'}; "
-            f"choose one with --{modality}: {', '.join(feature.name for feature in matches)}"
+            f"choose one with --{modality}-feature or --feature: {', '.join(feature.name for feature in matches)}"
         )
 
 

@@ -24,7 +24,7 @@ from embedcache.files import (
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, read_json, write_json
 from embedcache.sources.base import Sample, Source
-from embedcache.sources.files import reading
+from embedcache.sources.files import wrap_io_errors
 from embedcache.store.cache import Cache
 from embedcache.store.changes import Changes, batches, changed, find_changes
 from embedcache.store.layout import (
@@ -75,7 +75,7 @@ def index(
     progress = progress or NullProgress()
     if chunk_size is not None and chunk_size < 1:
         raise SettingError(f"chunk size is {chunk_size}; it must be at least 1")
-    with reading(cache_path):
+    with wrap_io_errors(cache_path):
         is_there = info_path(cache_path).is_file()
         if not is_there:
             make_folder(cache_path)

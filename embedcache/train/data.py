@@ -13,7 +13,7 @@ from embedcache.arrays import Array, Inputs, Ints
 from embedcache.dataset.inputs import InputFeature, Reader, open_input
 from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.errors import DataError
-from embedcache.projectors.saved import Side
+from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
 
@@ -39,12 +39,12 @@ class TrainData:
     memory_bytes: float
 
     @property
-    def image(self) -> Side:
+    def image(self) -> TowerInput:
         """What the image tower takes."""
         return _side(self.images[0])
 
     @property
-    def text(self) -> Side:
+    def text(self) -> TowerInput:
         """What the text tower takes."""
         return _side(self.texts[0])
 
@@ -118,8 +118,8 @@ def _check_joinable(first_cache: Cache, first: InputFeature, cache: Cache, side:
     )
 
 
-def _side(side: InputFeature) -> Side:
-    return Side(feature=side.name, spec=side.spec, fingerprint=side.fingerprint, width=side.width)
+def _side(side: InputFeature) -> TowerInput:
+    return TowerInput(feature=side.name, spec=side.spec, fingerprint=side.fingerprint, width=side.width)
 
 
 def _fits(sides: Sequence[InputFeature], memory_bytes: float) -> bool:

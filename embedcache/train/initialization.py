@@ -9,10 +9,10 @@ from embedcache.arrays import Array, Floats, Ints, blocks, check_finite, normali
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Pairs
 from embedcache.errors import SettingError
-from embedcache.projectors.base import Anchored, Startable
+from embedcache.projectors.base import HasAnchors, HasLinearBranch
 from embedcache.projectors.closed_form import Matrix, Moments, solve
 from embedcache.projectors.pair import AlignedPair, AnyTower
-from embedcache.projectors.towers import BareTower, Tower
+from embedcache.projectors.towers import RawTower, Tower
 from embedcache.train.settings import ModelSettings
 
 _BLOCK = 8192
@@ -47,7 +47,7 @@ def start(pair: AlignedPair, pairs: Pairs, image: Reader, text: Reader, settings
     moments = _moments(*sides)
     covariances = moments.covariances()[:2]
     for side in sides:
-        if isinstance(side.tower, BareTower):
+        if isinstance(side.tower, RawTower):
             side.tower.length.fill_(side.rms_length())
     for side, mean in zip(sides, (moments.image_mean, moments.text_mean), strict=True):
         if isinstance(side.tower, Tower):
@@ -56,7 +56,7 @@ def start(pair: AlignedPair, pairs: Pairs, image: Reader, text: Reader, settings
         weights = solve(kind, moments, settings.shared_width, shrinkage=settings.shrinkage)
         for side, weights_DP, covariance in zip(sides, weights, covariances, strict=True):
             length = _rms_length(weights_DP, covariance)
-            side.tower.projector.start_from(torch.from_numpy(weights_DP / length))
+            side.tower.projector.set_linear_map(torch.from_numpy(weights_DP / length))
     if any(side.is_anchored for side in sides):
         _set_anchors(sides, settings.shared_width, seed)
 
@@ -77,11 +77,11 @@ class _Side:
 
     @property
     def can_start(self) -> bool:
-        return isinstance(self.tower, Tower) and isinstance(self.tower.projector, Startable)
+        return isinstance(self.tower, Tower) and isinstance(self.tower.projector, HasLinearBranch)
 
     @property
     def is_anchored(self) -> bool:
-        return isinstance(self.tower, Tower) and isinstance(self.tower.projector, Anchored)
+        return isinstance(self.tower, Tower) and isinstance(self.tower.projector, HasAnchors)
 
     def rms_length(self) -> float:
         """Root mean square length of the rows as they are, one pass over them."""

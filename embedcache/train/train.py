@@ -13,10 +13,10 @@ from embedcache.encoders.backends import torch_device
 from embedcache.errors import DataError, PathError, SettingError
 from embedcache.files import Leases, disk_errors
 from embedcache.progress import NullProgress, Progress
-from embedcache.projectors.base import PROJECTORS, split_names
-from embedcache.projectors.pair import AlignedPair, takes_tokens
+from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
+from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import Cost, PairConfig, build, config_path, cost, read_config, save_pair, split_path
-from embedcache.provenance import check_same, claim_folder, digest_file, read_json, run_record, to_record, write_json
+from embedcache.provenance import check_same, claim_folder, digest_file, read_json, run_record, write_json
 from embedcache.train.batches import Batches
 from embedcache.train.checkpoint import checkpoint_path
 from embedcache.train.data import Paths, TrainData, open_data
@@ -148,7 +148,7 @@ def train_on(
     if config_path(run_path).is_file():
         return _reuse(run_path, config)
     claims = on_first(lambda: _begin(run_path, config))
-    about = {"caches": [str(cache.path) for cache in data.caches], **to_record(config)}
+    about = {"caches": [str(cache.path) for cache in data.caches], **config.to_json()}
     with disk_errors(run_path):
         if claims is None:
             return _train(data, run_path, config, settings, progress or NullProgress(), on_epoch)[1]
@@ -171,7 +171,7 @@ def _check_fits(data: TrainData, settings: TrainSettings) -> None:
     if settings.machine.tensorboard:
         require_tensorboard()
     for side, name in zip((data.images[0], data.texts[0]), split_names(settings.model.projector), strict=True):
-        if side.has_tokens and not takes_tokens(name):
+        if side.has_tokens and not has_token_input(name):
             raise DataError(
                 f"{side.name} has several vectors an item, and the projector {name} takes one; train on a vector "
                 "feature such as cls, patch_mean or mean, or with --projector token, cls_token or token_mlp"
@@ -189,7 +189,7 @@ def _config(data: TrainData, settings: TrainSettings) -> PairConfig:
         text=data.text,
         index_digest=data.index_digest,
         training=settings.to_json(),
-        given=_given(settings),
+        file_digests=_given(settings),
     )
 
 
@@ -201,9 +201,9 @@ def _given(settings: TrainSettings) -> dict[str, str]:
 
 def _reuse(run_path: Path, config: PairConfig) -> TrainReport:
     found = read_config(run_path)
-    asked = replace(config, weights=found.weights, split=found.split)
+    asked = replace(config, weights_digest=found.weights_digest, split_digest=found.split_digest)
     next_step = "give the path of a new folder, or ask for the same"
-    check_same(f"run {run_path}", asdict(found), asdict(asked), next_step=next_step)
+    check_same(f"run {run_path}", found.to_json(), asked.to_json(), next_step=next_step)
     if process_number() == 0:
         checkpoint_path(run_path).unlink(missing_ok=True)
     outcome = read_json(run_path / "record.json")["outcome"]
@@ -216,7 +216,7 @@ def _begin(run_path: Path, config: PairConfig) -> Leases:
     claims = Leases(run_path)
     if not claims.take(0):
         raise PathError(f"another process trains into {run_path}; wait for it, or give the path of a new folder")
-    path, asked = run_path / "started.json", to_record(config)
+    path, asked = run_path / "started.json", config.to_json()
     if checkpoint_path(run_path).is_file():
         next_step = "ask for the same to go on, or give the path of a new folder"
         check_same(f"the unfinished run {run_path}", read_json(path), asked, next_step=next_step)
@@ -252,7 +252,7 @@ def _train(
         settings=settings,
         run_path=run_path,
         keys=data.keys,
-        flops_a_pair=size.flops_a_pair,
+        flops_a_pair=size.flops_per_pair,
         progress=progress,
         on_epoch=on_epoch,
     )
@@ -313,7 +313,7 @@ def _report(split: Split, training: Pairs, size: Cost, outcome: Outcome) -> Trai
         reused=False,
         num_samples=counts,
         num_parameters=size.parameters,
-        flops_a_pair=size.flops_a_pair,
+        flops_a_pair=size.flops_per_pair,
         **asdict(outcome),
     )
 

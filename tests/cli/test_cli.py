@@ -13,14 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedcache.cli.console import read_size
 from embedcache.cli.main import main
-from embedcache.errors import SettingError
 from tests.pictures import write_pictures
 
 pytestmark = pytest.mark.slow
 
-TOY = ["--image", "tests.toy:open_toy", "--text", "tests.toy:open_toy"]
+TOY = ["--image", "tests.toy:open_toy", "--text-encoder", "tests.toy:open_toy"]
 
 
 def embedcache(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -107,17 +105,6 @@ def test_an_index_is_asked_with_everything_at_once(folder: Path) -> None:
     (folder / "keys.txt").write_text("00001\n00002\n")
     some = embedcache("curate", "search", "index", "red", "--selection", "keys.txt", "--json", cwd=folder)
     assert {hit["key"] for hit in json.loads(some.stdout)["hits"]} == {"00001", "00002"}
-
-
-@pytest.mark.parametrize(("text", "size"), [("4096", 4096), ("2K", 2048), ("1.5m", 3 * 2**19), ("4G", 4 * 2**30)])
-def test_sizes_are_read(text: str, size: int) -> None:
-    assert read_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "G", "-1M", "4GB", "nan", "inf"])
-def test_what_is_no_size_is_said(text: str) -> None:
-    with pytest.raises(SettingError, match="is no size; write it as 500M or 4G"):
-        read_size(text)
 
 
 def test_duplicates_and_leaks_are_found_and_training_goes_without_them(folder: Path) -> None:

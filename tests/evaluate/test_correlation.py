@@ -51,9 +51,9 @@ def test_a_metric_that_orders_pairs_as_training_does_has_correlation_one() -> No
     columns, rows = correlation_rows(OUTCOMES)
     assert columns[:4] == ["metric", "training", "Spearman", "Kendall"]
     found = {row[0]: row[1:] for row in rows}
-    assert found["probe R@10"] == ["plain", "1.000 [1.000, 1.000]", "1.000 [1.000, 1.000]", ".550", ".550"]
+    assert found["probe R@10"] == ["plain", "1.000 [1.000, 1.000]", "1.000 [1.000, 1.000]", "0.550", "0.550"]
     assert found["linear CKA"][1] == "-1.000 [-1.000, -1.000]"
-    assert found["linear CKA"][-2:] == [".050", ".550"]  # it would choose the worst
+    assert found["linear CKA"][-2:] == ["0.050", "0.550"]  # it would choose the worst
     assert len(rows) == len(METRICS)
 
 
@@ -62,6 +62,6 @@ def test_the_page_lists_pairs_by_what_they_reached_with_means_over_seeds_and_spl
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("# T\n\nas made here\n")
     rows = [line for line in page.splitlines() if line.startswith("| a/")]
-    assert rows[0] == "| a/z | b/v | .550 | .500 | .000 | .100 | .420 |"
+    assert rows[0] == "| a/z | b/v | 0.550 | 0.500 | 0.000 | 0.100 | 0.420 |"
     assert [row.split(" | ")[0] for row in rows] == [f"| a/{name}" for name in "zzyyxx"]
     assert "probe R@10" in (tmp_path / "page.svg").read_text()

@@ -18,7 +18,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.alignment import debiased_cka, linear_cka, mutual_knn, shuffled_cka
 from embedcache.projectors.saved import split_path
-from embedcache.reports.encoder_pairs import pairs_json, pairs_rows, write_pairs
+from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table, write_encoder_pairs_page
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
@@ -145,8 +145,8 @@ def test_a_draw_is_decided_by_the_seed_and_bounded(cache_path: Path) -> None:
 
 def test_what_decided_the_figures_is_recorded(report: PairsReport) -> None:
     assert report.pooling == {
-        "open_toy/cls": "all colors",
-        "open_toy/patches": "one color a cell, mean of the tokens",
+        "open_toy/cls": "all colours",
+        "open_toy/patches": "one colour a cell, mean of the tokens",
         "open_toy/mean": "mean of tokens",
         "open_toy/tokens": "letters, mean of the tokens",
     }
@@ -157,28 +157,28 @@ def test_what_decided_the_figures_is_recorded(report: PairsReport) -> None:
     assert "each item scaled to length 1, then the mean over a sample's images and over its captions" in line
     assert "CKA centered; kNN by cosine, k 10" in line
     assert f"95 % intervals over {report.num_groups} groups of near-duplicates" in line
-    figures = json.loads(json.dumps(pairs_json(report)))
+    figures = json.loads(json.dumps(encoder_pairs_json(report)))
     assert figures["pairs"][0]["linear_cka"]["low"] == report.pairs[0].linear_cka.low
     assert (figures["k"], figures["centred"], figures["num_held"]) == (10, True, report.num_held)
 
 
 def test_rows_end_with_chance(report: PairsReport) -> None:
-    columns, rows = pairs_rows(report)
+    columns, rows = encoder_pairs_table(report)
     assert len(rows) == 5
     assert {len(row) for row in rows} == {len(columns)}
     assert rows[0][0] == f"{report.pairs[0].image} × {report.pairs[0].text}"
     assert rows[-1][0] == "chance"
-    assert rows[-1][3] == f"{10 / (report.num_compared - 1):.3f}"[1:]
+    assert rows[-1][3] == f"{10 / (report.num_compared - 1):.3f}"
 
 
-def test_the_page_has_a_heat_map_a_metric_with_every_number(report: PairsReport, tmp_path: Path) -> None:
-    write_pairs(tmp_path / "pairs.html", report)
+def test_page_has_one_heat_map_per_metric(report: PairsReport, tmp_path: Path) -> None:
+    write_encoder_pairs_page(tmp_path / "pairs.html", report)
     page = (tmp_path / "pairs.html").read_text()
     assert page.count("<svg") == len(METRICS) == 4
     for pair in report.pairs:
         for metric in METRICS:
             assert f"<!-- {pair.value(metric):.3f} -->" in page  # matplotlib says in a comment what it draws
-    assert "one color a cell, mean of the tokens" in page
+    assert "one colour a cell, mean of the tokens" in page
 
 
 def test_an_unfinished_feature_is_left_out_with_a_line_or_refused_by_name(tmp_path: Path) -> None:
@@ -200,10 +200,10 @@ def test_an_unfinished_feature_is_left_out_with_a_line_or_refused_by_name(tmp_pa
 def test_a_cache_without_one_modality_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
     extract(open_source(tmp_path / "prompts.txt"), tmp_path / "texts", text=[TEXT])
-    with pytest.raises(UnknownNameError, match="has no image features; add some: embedcache extract --image ENCODER"):
+    with pytest.raises(UnknownNameError, match="no image features; add some: embedcache extract --image-encoder SPEC"):
         evaluate_pairs(tmp_path / "texts")
     extract(open_source(write_pictures(tmp_path / "s", 30)), tmp_path / "images", image=[IMAGE])
-    with pytest.raises(UnknownNameError, match="has no text features; add some: embedcache extract --text ENCODER"):
+    with pytest.raises(UnknownNameError, match="no text features; add some: embedcache extract --text-encoder SPEC"):
         evaluate_pairs(tmp_path / "images")
 
 
@@ -239,9 +239,10 @@ def test_whole_groups_share_a_block_and_blocks_are_about_equal() -> None:
 
 
 def test_the_command_prints_the_table_and_writes_both_files(cache_path: Path, tmp_path: Path) -> None:
-    words = ["evaluate", "pairs", str(cache_path), "--image", IMAGES[0], "--text", TEXTS[0], "--text", TEXTS[1]]
-    words += ["--image-cosine", "0.995", "--text-cosine", "0.95", "--k", "5"]
-    words += ["--json", str(tmp_path / "p.json"), "--html", str(tmp_path / "p.html")]
+    words = ["evaluate", "pairs", str(cache_path), "--image-feature", IMAGES[0]]
+    words += ["--text-feature", TEXTS[0], "--text-feature", TEXTS[1]]
+    words += ["--image-cosine", "0.995", "--text-cosine", "0.95", "-k", "5"]
+    words += ["--output", str(tmp_path / "p.json"), "--html", str(tmp_path / "p.html")]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0
     assert "samples outside the test part of 300 drawn" in result.output

@@ -30,11 +30,11 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.classification import ranks_of
 from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs
 from embedcache.progress import NullProgress
-from embedcache.reports.probe import few_shot_rows, probe_json, score_rows, shuffled, write_probe
+from embedcache.reports.probe import control_name, few_shot_table, probe_json, probe_table, write_probe_page
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.conftest import FEATURES
-from tests.pictures import COLOURS
+from tests.pictures import COLORS
 from tests.sources.files import write_tar
 from tests.toy import IMAGE, TEXT
 
@@ -52,8 +52,8 @@ def write_colors(folder: Path, count: int) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):
-        name = str(rng.choice(list(COLOURS)))
-        pixels = np.array(COLOURS[name]) + rng.normal(0, 40, 3) + rng.normal(0, 40, (16, 16, 3))
+        name = str(rng.choice(list(COLORS)))
+        pixels = np.array(COLORS[name]) + rng.normal(0, 40, 3) + rng.normal(0, 40, (16, 16, 3))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:05d}.png")
         (folder / f"{number:05d}.txt").write_text(f"{name} thing {number}\n")
     return folder
@@ -247,18 +247,18 @@ def test_intervals_over_runs_and_items_are_wider_than_over_items_alone() -> None
 
 
 def test_rows_to_print(report: ProbeReport) -> None:
-    columns, rows = score_rows(report)
+    columns, rows = probe_table(report)
     assert [row[0] for row in rows] == [
         *("knn", "logistic", "ridge"),
-        *map(shuffled, report.controls),
+        *map(control_name, report.controls),
         "the most frequent class",
         "a class at random",
     ]
-    assert rows[-1][1] == ".167"
+    assert rows[-1][1] == "0.167"
     assert rows[1][4].startswith("C = ")
     assert all(len(row) == len(columns) for row in rows)
-    columns, rows = few_shot_rows(report)
-    assert columns == ["top-1 [95 %]", "1 a class", "4 a class"]
+    columns, rows = few_shot_table(report)
+    assert columns == ["top-1 [95%]", "1 per class", "4 per class"]
     assert all(len(row) == 3 for row in rows)
 
 
@@ -276,21 +276,21 @@ def test_json_has_the_fields_of_clip_benchmark_and_all_else_in_details(report: P
     assert probe_json(alone, "x")["task"] == "knn"
 
 
-def test_the_page_shows_all_and_asks_for_nothing(report: ProbeReport, tmp_path: Path) -> None:
-    write_probe(tmp_path / "page.html", report)
+def test_page_is_self_contained(report: ProbeReport, tmp_path: Path) -> None:
+    write_probe_page(tmp_path / "page.html", report)
     page = (tmp_path / "page.html").read_text()
     for words in (
-        "What open_toy/cls knows of &#39;label&#39;",
+        "How well open_toy/cls predicts &#39;label&#39;",
         "labels shuffled",
-        "From a few items a class",
+        "Few items per class",
         "yellow",
     ):
         assert words in page
     assert page.count("<svg") == 3
     assert "src=" not in page
     assert "<link" not in page
-    write_probe(tmp_path / "short.html", replace(report, few_shots=[], controls=[]))
-    assert "From a few items" not in (tmp_path / "short.html").read_text()
+    write_probe_page(tmp_path / "short.html", replace(report, few_shots=[], controls=[]))
+    assert "Few items per class" not in (tmp_path / "short.html").read_text()
 
 
 def mistake(path: Path, **settings: object) -> Callable[[], object]:
@@ -298,7 +298,7 @@ def mistake(path: Path, **settings: object) -> Callable[[], object]:
 
 
 def test_mistakes_in_what_is_asked_are_named(labeled_path: Path) -> None:
-    with pytest.raises(SettingError, match="one feature: give --image ENCODER/FEATURE or --text"):
+    with pytest.raises(SettingError, match="expected the name of one feature"):
         evaluate_probe(labeled_path)
     with pytest.raises(SettingError, match="one feature"):
         evaluate_probe(labeled_path, image=FEATURE, text="open_toy/mean")
@@ -410,7 +410,7 @@ def test_labeled_tars_are_probed_as_they_lie(tmp_path: Path) -> None:
             (f"s{place:07d}{suffix}", content)
             for place, number in enumerate(numbers)
             for suffix, content in (
-                (".cls", str(list(COLOURS).index(captions[number]))),
+                (".cls", str(list(COLORS).index(captions[number]))),
                 (".png", (source / f"{number:05d}.png").read_bytes()),
             )
         ]

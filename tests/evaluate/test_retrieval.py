@@ -12,7 +12,8 @@ from embedcache.evaluate.retrieval import _recalls, evaluate_retrieval, rank
 from embedcache.evaluate.runs import load_runs, recipes
 from embedcache.extract.extract import extract
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.retrieval import draw_examples, format_estimate, retrieval_json, retrieval_rows
+from embedcache.reports.base import format_estimate
+from embedcache.reports.retrieval import retrieval_json, retrieval_table, sample_queries
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
@@ -82,23 +83,23 @@ def test_figures_as_json_and_as_rows(cache_path: Path, runs: list[Path]) -> None
                 low, high = place[way]["intervals"][name]
                 assert 0 <= low <= place[way][name] <= high <= 1
     assert figures["num_images"] == 75
-    columns, rows = retrieval_rows({"run": report})
+    columns, rows = retrieval_table({"run": report})
     assert columns == ["", "i2t R@1", "i2t R@5", "i2t R@10", "t2i R@1", "t2i R@5", "t2i R@10"]
     assert [row[0] for row in rows] == ["run", "chance"]
-    assert format_estimate(Estimate(0.1234, 0, 1)) == ".123 [.000, 1.000]"
+    assert format_estimate(Estimate(0.1234, 0, 1)) == "0.123 [0.000, 1.000]"
 
 
 def test_the_gallery_shows_what_is_right_and_what_is_wrong(cache_path: Path, runs: list[Path]) -> None:
     ranking = rank(Cache(cache_path), load_runs(runs[:1])[0])
     for way in ("i2t", "t2i"):
-        examples = draw_examples(ranking, way, num_each=3, num_shown=4)
+        examples = sample_queries(ranking, way, num_each=3, num_results=4)
         assert len(examples) == 6
         for example in examples:
-            assert len(example.shown) == 4
-            assert example.is_right[0] == (example.rank == 1)
-            assert (example.answer in example.shown[: example.rank]) or example.rank > 4 or any(example.is_right)
-    assert draw_examples(ranking, "i2t", num_each=3, num_shown=4) == draw_examples(
-        ranking, "i2t", num_each=3, num_shown=4
+            assert len(example.results) == 4
+            assert example.is_correct[0] == (example.rank == 1)
+            assert (example.answer in example.results[: example.rank]) or example.rank > 4 or any(example.is_correct)
+    assert sample_queries(ranking, "i2t", num_each=3, num_results=4) == sample_queries(
+        ranking, "i2t", num_each=3, num_results=4
     )
 
 

@@ -10,14 +10,14 @@ from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.zero_shot import classify, evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import project
-from embedcache.reports.zero_shot import confused_rows, write_zero_shot, zero_shot_json, zero_shot_rows
+from embedcache.reports.zero_shot import confusion_table, write_zero_shot_page, zero_shot_json, zero_shot_table
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.evaluate.test_retrieval import train_run
-from tests.pictures import COLOURS, PLACES, write_pictures
+from tests.pictures import COLORS, PLACES, write_pictures
 from tests.toy import IMAGE, TEXT
 
-COLOUR_NAMES = sorted(COLOURS)
+COLOUR_NAMES = sorted(COLORS)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def cached(source: object, cache: Path, *, text: str | None = None) -> Path:
 
 def prompt_cache(folder: Path, names: list[str], text: str = TEXT) -> Path:
     (folder / "names.txt").write_text("\n".join(names))
-    fronts = [f"{front} bar {place} on {{c}}" for front in COLOURS for place in PLACES]
+    fronts = [f"{front} bar {place} on {{c}}" for front in COLORS for place in PLACES]
     (folder / "templates.txt").write_text("\n".join(fronts))
     return cached(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}", folder / "prompts", text=text)
 
@@ -102,7 +102,7 @@ def test_labels_may_be_numbers_and_some_may_be_missing(prompts: Path, runs: list
 
 def test_figures_as_rows_as_json_and_as_a_page(labeled: Path, prompts: Path, runs: list[Path], tmp_path: Path) -> None:
     report = evaluate_zero_shot(labeled, runs, prompts)
-    columns, rows = zero_shot_rows({"run": report})
+    columns, rows = zero_shot_table({"run": report})
     assert columns == ["", "top-1", "top-5", "mean per class"]
     assert [row[0] for row in rows] == ["run", "chance"]
     figures = zero_shot_json(report)
@@ -111,9 +111,9 @@ def test_figures_as_rows_as_json_and_as_a_page(labeled: Path, prompts: Path, run
     assert set(figures["by_class"]) == set(COLOUR_NAMES)
     wrong = report.confusion.copy()
     np.fill_diagonal(wrong, 0)
-    assert int(confused_rows(report)[1][0][2]) == wrong.max()
+    assert int(confusion_table(report)[1][0][2]) == wrong.max()
     shown = classify(Cache(labeled), load_runs(runs[:1])[0], Cache(prompts))
-    write_zero_shot(tmp_path / "page.html", Cache(labeled), {"run": report}, shown)
+    write_zero_shot_page(tmp_path / "page.html", Cache(labeled), {"run": report}, shown)
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 3
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(

@@ -56,7 +56,7 @@ def runs(exact_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def cached_vectors(cache_path: Path, run_path: Path, modality: str) -> np.ndarray:
     """Project the features of a cache, in row order."""
     pair, config = load_pair(run_path)
-    side = open_input(Cache(cache_path), modality, config.side(modality).feature)
+    side = open_input(Cache(cache_path), modality, config.tower_input(modality).feature)
     return project(pair.tower(modality), side.read(np.arange(side.num_items)))
 
 
@@ -249,8 +249,8 @@ def test_their_code_and_ours_give_one_accuracy_on_photographs(tmp_path: Path) ->
 
     data = ["--dataset", "wds/photos", "--dataset_root", "photos", "--task", "zeroshot_classification"]
     options = [*data, "--num_workers", 0, "--quiet", "--save_clf", "classes.pt"]
-    embedcache("exchange", "clip-benchmark", "run", *options, cwd=tmp_path)
-    embedcache("evaluate", "zero-shot", "images", "run", "--prompts", "prompts", "--json", "ours.json", cwd=tmp_path)
+    embedcache("evaluate", "clip-benchmark", "run", *options, cwd=tmp_path)
+    embedcache("evaluate", "zero-shot", "images", "run", "--prompts", "prompts", "--output", "ours.json", cwd=tmp_path)
     theirs = json.loads((tmp_path / "photos_run_en_zeroshot_classification.json").read_text())
     ours = json.loads((tmp_path / "ours.json").read_text())
     assert theirs["metrics"] == pytest.approx(ours["metrics"], abs=1e-3)

@@ -7,19 +7,19 @@ import torch
 from embedcache.encoders.base import Modality
 from embedcache.encoders.open import feature_names, open_encoder
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.projectors.base import Anchored
+from embedcache.projectors.base import HasAnchors
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, Side, save_pair, split_path
-from embedcache.projectors.towers import BareTower, Tower
+from embedcache.projectors.saved import PairConfig, TowerInput, save_pair, split_path
+from embedcache.projectors.towers import RawTower, Tower
 
 
-def side(modality: Modality, spec: str, feature: str) -> Side:
+def side(modality: Modality, spec: str, feature: str) -> TowerInput:
     names = feature_names(feature)
     settings = EncoderSettings(features=names, backend="torch")
     encoder = open_encoder(spec, modality=modality, settings=settings)
     name = "+".join(f"encoder/{part}" for part in names)
     width = encoder.features[names[0]][-1]
-    return Side(feature=name, spec=spec, fingerprint=encoder.fingerprint.to_json(), width=width)
+    return TowerInput(feature=name, spec=spec, fingerprint=encoder.fingerprint.to_json(), width=width)
 
 
 def make_run(
@@ -50,7 +50,7 @@ def _stir(tower: torch.nn.Module) -> None:
             value.abs_().add_(0.5)
     if isinstance(tower, Tower):
         tower.mean.mul_(0.3)
-    if isinstance(tower, BareTower):
+    if isinstance(tower, RawTower):
         tower.length.fill_(3.0)
-    if isinstance(tower, (Tower, BareTower)) and isinstance(tower.projector, Anchored):
+    if isinstance(tower, (Tower, RawTower)) and isinstance(tower.projector, HasAnchors):
         tower.projector.set_anchors(torch.randn_like(tower.projector.anchors))

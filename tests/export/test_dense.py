@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from embedcache.export.dense import Chain, dense_chain
 from embedcache.projectors.heads import OpenClipLinear
-from embedcache.projectors.towers import BareTower, Tower
+from embedcache.projectors.towers import RawTower, Tower
 
 PIECES = st.lists(st.sampled_from(["linear", "plain", "norm", "relu", "gelu", "dropout"]), min_size=0, max_size=6)
 
@@ -41,7 +41,7 @@ def test_layers_norms_and_centring_are_folded_exactly(pieces: list[str], is_bare
     torch.manual_seed(len(pieces))
     projector = OpenClipLinear(6, 6)
     projector.layers = nn.Sequential(*modules)
-    tower = BareTower(projector, 6, 6) if is_bare else Tower(projector, 6, 6)
+    tower = RawTower(projector, 6, 6) if is_bare else Tower(projector, 6, 6)
     with torch.no_grad():
         for value in (*tower.parameters(), *tower.buffers()):
             if value.is_floating_point():

@@ -14,7 +14,7 @@ from embedcache.store.verify import verify
 from tests.extract.cases import tree
 from tests.pictures import write_pictures
 
-ENCODERS = ["--image", "tests.toy:open_toy", "--text", "tests.toy:open_toy", "--device", "cpu"]
+ENCODERS = ["--image-encoder", "tests.toy:open_toy", "--text-encoder", "tests.toy:open_toy", "--device", "cpu"]
 FEATURES = ["--feature", "cls,patches,tokens"]
 MOMENTS = ("before", "after")
 

@@ -1,4 +1,4 @@
-"""verify --probe and --repair: what is stored against what comes out now."""
+"""verify --reencode and --repair: what is stored against what comes out now."""
 
 import shutil
 from pathlib import Path

@@ -186,7 +186,7 @@ def test_values_beyond_float16_ask_for_float32(pictures: Path, tmp_path: Path) -
 
 def test_mistakes_are_named(pictures: Path, tmp_path: Path) -> None:
     source = open_source(pictures)
-    with pytest.raises(SettingError, match="no encoder is named; give at least one with --image or --text"):
+    with pytest.raises(SettingError, match="expected at least one encoder"):
         extract(source, tmp_path / "c")
     with pytest.raises(UnknownNameError, match="unknown feature 'clss'; did you mean 'cls'"):
         extract(source, tmp_path / "c", image=[IMAGE], settings=ExtractSettings(features=("clss",)))
@@ -200,5 +200,5 @@ def test_a_source_without_captions_has_no_text_to_encode(tmp_path: Path) -> None
     folder = write_pictures(tmp_path / "s", 2)
     for path in folder.glob("*.txt"):
         path.unlink()
-    with pytest.raises(SourceError, match="has no text items; leave --text out"):
+    with pytest.raises(SourceError, match="has no text items; leave --text-encoder out"):
         extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT])

@@ -13,7 +13,7 @@ import pytest
 from tests.extract.cases import tree
 from tests.pictures import write_pictures
 
-ENCODERS = ["--image", "tests.toy:open_toy,delay_ms=20", "--text", "tests.toy:open_toy,delay_ms=5"]
+ENCODERS = ["--image-encoder", "tests.toy:open_toy,delay_ms=20", "--text-encoder", "tests.toy:open_toy,delay_ms=5"]
 ENCODERS += ["--feature", "cls", "--feature", "patches", "--feature", "tokens", "--chunk-size", "16"]
 MOMENTS_S = (0.0, 0.05, 0.2, 0.45, 0.8)
 

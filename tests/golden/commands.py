@@ -63,16 +63,16 @@ PROJECTORS = {
     "token_mlp": f"--epochs 1 {_TOKENS}",
 }
 SELECTIONS = {
-    "rare-first": "--concepts concepts --projected run --per-concept 4",
-    "clip-score": "--projected run --budget 25%",
+    "rare-first": "--concepts concepts --run run --per-concept 4",
+    "clip-score": "--run run --budget 25%",
     "random": "--feature open_toy/cls --budget 20 --seed 5",
     "k-centre": "--budget 12 --modality image --feature open_toy/cls",
     "metaclip": "--concepts concepts --feature open_toy/mean --modality text --threshold 0.4 --head 6",
 }
 COVERAGES = {"calibrated": "--deviations 1.5 --min-count 6", "one threshold": "--threshold 0.3 -k 3"}
-SWEEP = "--image open_toy/cls --text open_toy/mean --sampler random --seeds 2 --top 1"
+SWEEP = "--image-feature open_toy/cls --text-feature open_toy/mean --sampler random --seeds 2 --top 1"
 INDEXES = {
-    "index": "--projected run --factory HNSW8 --min-recall 0.5",
+    "index": "--run run --factory HNSW8 --min-recall 0.5",
     "disk-index": "--feature open_toy/cls --factory IVF2,SQfp16 --on-disk --min-recall 0.5",
 }
 SPACE = """[fixed]
@@ -104,8 +104,8 @@ def embedcache(*words: object) -> str:
 
 def extract(source: str, cache: Path | str, *, image: str | None = TOY, text: str = TOY, options: str = "") -> None:
     """Extract features of a source into a cache."""
-    encoders = [f"--image {image}"] if image else []
-    embedcache("extract", source, cache, *encoders, f"--text {text}", *([options] if options else []))
+    encoders = [f"--image-encoder {image}"] if image else []
+    embedcache("extract", source, cache, *encoders, f"--text-encoder {text}", *([options] if options else []))
 
 
 def extract_toy(folder: Path) -> None:
@@ -133,8 +133,9 @@ def train_projector(run: Path, name: str) -> None:
 
 
 def select(out: Path | str, method: str) -> None:
-    """Select samples of `cache` by a method of `SELECTIONS`."""
-    embedcache("curate", "select", "cache", out, f"--method {method}", SELECTIONS[method])
+    """Select samples of `cache` by a method of `SELECTIONS`; the golden figures still spell one of them `k-centre`."""
+    name = method.replace("centre", "center")
+    embedcache("curate", "select", "cache", out, f"--method {name}", SELECTIONS[method])
 
 
 def build_index(index: str) -> str:
@@ -144,8 +145,7 @@ def build_index(index: str) -> str:
 
 def search(index: str, *options: str) -> list[dict[str, Any]]:
     """Search an index and return one object per query; hits of equal scores are sorted by row."""
-    lines = embedcache("curate", "search", index, *options, "--json").splitlines()
-    found: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    found: list[dict[str, Any]] = json.loads(embedcache("search", index, *options, "--json"))
     for query in found:
         query["hits"].sort(key=lambda hit: (-round(hit["score"], 4), hit["row"]))
     return found
@@ -153,20 +153,20 @@ def search(index: str, *options: str) -> list[dict[str, Any]]:
 
 def sweep(study: str, num_trials: int) -> dict[str, Any]:
     """Run a sweep up to a number of trials and return its report."""
-    embedcache("sweep", "cache", study, "space.toml", f"--trials {num_trials} {SWEEP}")
+    embedcache("sweep", "cache", "space.toml", study, f"--trials {num_trials} {SWEEP}")
     report: dict[str, Any] = read_json(Path(study) / "report.json")
     return report
 
 
 def deduplicate(kept: Path | str, figures: Path | str) -> None:
     """Write a selection of `cache` without near-duplicates."""
-    embedcache("curate", "dedup", "cache", kept, f"--cosine 0.995 --json {figures} --image open_toy/cls")
+    embedcache("curate", "dedup", "cache", kept, f"--cosine 0.995 --output {figures} --feature open_toy/cls")
 
 
 def find_leaks(clean: Path | str, figures: Path | str) -> None:
     """Write a selection of `cache` without the samples that are in `other`."""
-    features = "--image open_toy/cls --text open_toy/mean --image-cosine 0.995 --text-cosine 0.9"
-    embedcache("curate", "leaks", "cache", "other", f"--selection-out {clean} --json {figures} {features}")
+    features = "--image-feature open_toy/cls --text-feature open_toy/mean --image-cosine 0.995 --text-cosine 0.9"
+    embedcache("curate", "leaks", "cache", "other", clean, f"--output {figures} {features}")
 
 
 def measure(out: Path) -> Iterator[tuple[str, Any]]:
@@ -177,19 +177,19 @@ def measure(out: Path) -> Iterator[tuple[str, Any]]:
     """
     path = out / "figures.json"
     for part in ("test", "all"):
-        embedcache("evaluate", "retrieval", "cache", "run", f"--part {part} --json {path}")
+        embedcache("evaluate", "retrieval", "cache", "run", f"--part {part} --output {path}")
         yield f"retrieval {part}", read_json(path)
-    embedcache("evaluate", "zero-shot", "cache", "run", f"--prompts concepts --part all --json {path}")
+    embedcache("evaluate", "zero-shot", "cache", "run", f"--prompts concepts --part all --output {path}")
     yield "zero-shot", read_json(path)
     for name, thresholds in COVERAGES.items():
-        of_run = "--projected run --selection selection.parquet"
-        embedcache("curate", "coverage", "cache", "concepts", f"{of_run} {thresholds} --json {path}")
+        of_run = "--run run --selection selection.parquet"
+        embedcache("curate", "coverage", "cache", "concepts", f"{of_run} {thresholds} --output {path}")
         yield f"coverage, {name}", read_json(path)
     yield "search by text", search("index", *QUERIES, "-k", "5")
-    yield "search by key", search("index", "--key 00002", "-k", "5")
+    yield "search by key", search("index", "--query-key 00002", "-k", "5")
     yield "search in a selection", search("index", *QUERIES, "-k", "5", "--selection selection.parquet")
-    yield "search by label", search("index", "kite", "-k", "5", "--label apple")
-    yield "search on the disk", search("disk-index", "--key 00002", "-k", "5")
+    yield "search by label", search("index", "kite", "-k", "5", "--label-value apple")
+    yield "search on the disk", search("disk-index", "--query-key 00002", "-k", "5")
     deduplicate(out / "kept.parquet", path)
     yield "duplicates", read_json(path)
     find_leaks(out / "clean.parquet", path)

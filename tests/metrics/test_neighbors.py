@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
 from embedcache.arrays import Floats, normalize
-from embedcache.metrics import neighbors as neighbors
-from embedcache.metrics.neighbors import nearest, vote
+from embedcache.metrics import neighbors
+from embedcache.metrics.neighbors import closest, pairs_above, top_k, vote
 
 
 def vectors(rng: np.random.Generator, num: int, width: int) -> Floats:
@@ -28,7 +28,7 @@ def test_the_nearest_are_those_of_a_full_sort(
     rng, k = np.random.default_rng(seed), min(k, num_candidates)
     queries, candidates = vectors(rng, num_queries, 5), vectors(rng, num_candidates, 5)
     with patch.object(neighbors, "_TILE", tile), patch.object(neighbors, "_CANDIDATES", 2 * tile):
-        rows, sims = nearest(queries, candidates, k)
+        rows, sims = top_k(queries, candidates, k)
     exact = queries @ candidates.T
     np.testing.assert_allclose(sims, -np.sort(-exact, axis=1)[:, :k], atol=1e-6)
     np.testing.assert_allclose(np.take_along_axis(exact, rows, axis=1), sims, atol=1e-6)
@@ -43,7 +43,7 @@ def test_votes_are_those_of_scikit_learns_weighted_neighbors(seed: int, num_clas
     model = KNeighborsClassifier(
         n_neighbors=k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
     ).fit(candidates, labels)
-    rows, sims = nearest(queries, candidates, k)
+    rows, sims = top_k(queries, candidates, k)
     votes = vote(labels[rows], sims, num_classes, temperature=0.07)
     expected = model.predict_proba(queries)
     np.testing.assert_allclose(votes / votes.sum(axis=1, keepdims=True), expected, atol=1e-4)
@@ -57,7 +57,26 @@ def test_a_colder_vote_is_the_nearest_neighbors() -> None:
     assert vote(labels, sims, 3, temperature=0.07)[0, 2] == 0
 
 
-def test_a_tie_is_no_reason_to_count_twice() -> None:
-    rows, sims = nearest(np.ones((1, 2), np.float32), np.ones((5, 2), np.float32), 3)
-    assert len(set(rows[0].tolist())) == 3
-    assert sims[0].tolist() == pytest.approx([2, 2, 2])
+@given(
+    values=st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=9),
+    k=st.integers(1, 8),
+    tile=st.integers(1, 6),
+    exclude_self=st.booleans(),
+)
+def test_ties_go_to_the_lower_row(values: list[list[int]], k: int, tile: int, exclude_self: bool) -> None:
+    scores = np.array(values, np.float32)
+    candidates = np.eye(9, dtype=np.float32)
+    expected = np.where(np.eye(len(scores), 9, dtype=bool) & exclude_self, -np.inf, scores)
+    with patch.object(neighbors, "_TILE", tile), patch.object(neighbors, "_CANDIDATES", tile):
+        rows, _ = top_k(scores, candidates, k, exclude_self=exclude_self)
+        best = closest(scores, [candidates[:4], candidates[4:]]).rows
+    assert rows.tolist() == np.argsort(-expected, axis=1, kind="stable")[:, :k].tolist()
+    assert best.tolist() == scores.argmax(axis=1).tolist()
+
+
+def test_pairs_above_are_those_of_all_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "_TILE", 7)
+    units = vectors(np.random.default_rng(0), 30, 3)
+    left, right = map(np.concatenate, zip(*pairs_above(units, 0.8), strict=True))
+    expected = np.nonzero(units @ units.T > 0.8)
+    assert (left.tolist(), right.tolist()) == (expected[0].tolist(), expected[1].tolist())

@@ -25,7 +25,7 @@ def moments(images: np.ndarray, texts: np.ndarray) -> Moments:
 
 
 @given(st.integers(2, 40), st.integers(1, 39), st.integers(0, 100))
-def test_moments_do_not_depend_on_how_rows_are_cut(rows: int, cut: int, seed: int) -> None:
+def test_moments_are_the_same_for_any_batches(rows: int, cut: int, seed: int) -> None:
     images, texts = aligned(rows, seed=seed)
     parts = Moments(6, 5)
     for part in (slice(cut), slice(cut, None)):
@@ -35,14 +35,14 @@ def test_moments_do_not_depend_on_how_rows_are_cut(rows: int, cut: int, seed: in
     np.testing.assert_allclose(parts.image_mean, images.mean(axis=0), atol=1e-5)
 
 
-def test_covariances_are_numpys() -> None:
+def test_covariances_match_numpy() -> None:
     images, texts = aligned(50, seed=0)
     image, text, cross = moments(images, texts).covariances()
     full = np.cov(np.hstack([images, texts]).T, bias=True)
     np.testing.assert_allclose(np.block([[image, cross], [cross.T, text]]), full, atol=1e-9)
 
 
-def test_cca_without_shrinkage_finds_scikit_learns_correlations() -> None:
+def test_cca_matches_scikit_learn() -> None:
     images, texts = aligned(500, seed=1)
     image_DP, text_DP = cca(moments(images, texts), 3, shrinkage=1e-9)
     ours = [
@@ -54,7 +54,7 @@ def test_cca_without_shrinkage_finds_scikit_learns_correlations() -> None:
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
-def test_csa_weights_each_canonical_direction_once() -> None:
+def test_csa_weights_each_direction_once() -> None:
     images, texts = aligned(300, seed=4)
     found = solve("csa", moments(images, texts), 5, shrinkage=0.2)
     squared = solve("cca", moments(images, texts), 5, shrinkage=0.2)
@@ -67,7 +67,7 @@ def test_csa_weights_each_canonical_direction_once() -> None:
         assert (np.diff(correlations) <= 1e-12).all()
 
 
-def test_ridge_predicts_what_scikit_learn_predicts() -> None:
+def test_ridge_matches_scikit_learn() -> None:
     images, texts = aligned(200, seed=2)
     image_DP, text_DP = ridge(moments(images, texts), 5, shrinkage=0.3)
     penalty = 0.3 * np.trace(np.cov(images.T, bias=True)) / 6 * len(images)
@@ -76,7 +76,7 @@ def test_ridge_predicts_what_scikit_learn_predicts() -> None:
     np.testing.assert_allclose(predicted, theirs.predict(images), atol=1e-8)
 
 
-def test_procrustes_is_scipys_rotation() -> None:
+def test_procrustes_matches_scipy() -> None:
     images, texts = aligned(50, seed=1, widths=(5, 5))
     rotation, _ = scipy.linalg.orthogonal_procrustes(images - images.mean(axis=0), texts - texts.mean(axis=0))
     image_DP, text_DP = solve("procrustes", moments(images, texts), 5, shrinkage=1.0)
@@ -84,15 +84,18 @@ def test_procrustes_is_scipys_rotation() -> None:
 
 
 @pytest.mark.parametrize("name", ["cca", "csa", "procrustes", "ridge"])
-def test_a_wider_shared_space_is_filled_with_zeros(name: str) -> None:
+def test_wider_shared_space_is_padded(name: str) -> None:
     image_DP, text_DP = solve(name, moments(*aligned(50, seed=3)), 8, shrinkage=0.5)
     assert image_DP.shape == (6, 8)
     assert text_DP.shape == (5, 8)
     assert not image_DP[:, 5:].any()
 
 
-def test_one_pair_is_too_few() -> None:
-    with pytest.raises(DataError, match="1 pairs are too few"):
+def test_one_pair_raises() -> None:
+    with pytest.raises(DataError, match="expected at least 2 pairs to fit a projector, got 1"):
         moments(*aligned(1, seed=0)).covariances()
-    with pytest.raises(SettingError, match="shrinkage is 0; it must be above 0"):
+
+
+def test_zero_shrinkage_raises() -> None:
+    with pytest.raises(SettingError, match="shrinkage: expected a number above 0, got 0"):
         solve("cca", moments(*aligned(5, seed=0)), 2, shrinkage=0)

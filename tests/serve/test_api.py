@@ -1,4 +1,4 @@
-"""The API answers what `embedcache curate search` answers."""
+"""The API answers what `embedcache search` answers."""
 
 import json
 import threading
@@ -110,7 +110,7 @@ def test_questions_at_the_same_time_get_each_their_own_answer(client: TestClient
 
 def test_questions_are_gathered_into_batches(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    real, first = served.index.asker.vectors, threading.Event()
+    real, first = served.index.query_encoder.vectors, threading.Event()
 
     def counting(queries: Queries) -> Any:
         sizes.append(len(queries.names))
@@ -119,7 +119,7 @@ def test_questions_are_gathered_into_batches(served: Served, monkeypatch: pytest
             threading.Event().wait(0.3)  # while the first is answered, others gather
         return real(queries)
 
-    monkeypatch.setattr(served.index.asker, "vectors", counting)
+    monkeypatch.setattr(served.index.query_encoder, "vectors", counting)
     with visit(served) as client, ThreadPoolExecutor(12) as threads:
         list(threads.map(lambda number: ask(client, text=f"red {number}", k=1), range(12)))
     assert sum(sizes) == 12

@@ -181,14 +181,14 @@ def test_a_bug_is_logged_and_not_shown(served: Served, caplog: pytest.LogCapture
 def test_a_search_that_fails_is_told_and_the_next_is_answered(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = served.index.asker.vectors
+    real = served.index.query_encoder.vectors
 
     def failing(queries: Any) -> Any:
         if "fail" in queries.names:
             raise RuntimeError("a secret of the search")
         return real(queries)
 
-    monkeypatch.setattr(served.index.asker, "vectors", failing)
+    monkeypatch.setattr(served.index.query_encoder, "vectors", failing)
     with visit(served) as client, caplog.at_level(logging.ERROR):
         answer = client.post("/api/search", json={"text": "fail"})
         assert answer.status_code == 500
@@ -198,8 +198,8 @@ def test_a_search_that_fails_is_told_and_the_next_is_answered(
 
 
 def test_what_takes_too_long_is_given_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, go_on = served.index.asker.vectors, threading.Event()
-    monkeypatch.setattr(served.index.asker, "vectors", lambda queries: (go_on.wait(10), real(queries))[1])
+    real, go_on = served.index.query_encoder.vectors, threading.Event()
+    monkeypatch.setattr(served.index.query_encoder, "vectors", lambda queries: (go_on.wait(10), real(queries))[1])
     hasty = Served(served.index, ServeSettings(timeout_s=0.3))
     with visit(hasty) as client:
         answer = client.post("/api/search", json={"text": "red"})
@@ -262,7 +262,7 @@ def test_pictures_outside_of_the_sources_folder_are_not_served(
             assert answer.status_code == 404
             assert str(hostile) not in answer.text
         assert client.get("/api/images/1/thumbnail").status_code == 200
-    assert "leads out of the source's folder" in caplog.text or "is no regular file" in caplog.text
+    assert "is outside the source's folder" in caplog.text or "is not a regular file" in caplog.text
 
 
 def test_a_link_that_stays_inside_is_served(hostile: Path) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-COLOURS = ("red", "green", "blue", "black", "white")
+COLORS = ("red", "green", "blue", "black", "white")
 
 
 def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:

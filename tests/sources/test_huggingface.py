@@ -12,10 +12,10 @@ from embedcache.sources import ImageItem, Source, SourceSettings, TextItem, open
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from embedcache.testing.sources import SourceContract
-from tests.sources.files import COLOURS, encode, jpeg, noise, write
+from tests.sources.files import COLORS, encode, jpeg, noise, write
 from tests.toy import IMAGE, TEXT
 
-IMAGES = [jpeg(color) for color in COLOURS]
+IMAGES = [jpeg(color) for color in COLORS]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def dataset(**columns: object) -> Any:
 
 def colored(start: int = 0, stop: int = 5) -> Any:
     """Make a dataset of images with two captions each."""
-    captions = [[color, f"all {color}"] for color in COLOURS]
+    captions = [[color, f"all {color}"] for color in COLORS]
     return dataset(image=IMAGES, sentences=captions, label=[0, 1, 0, 1, 0]).select(range(start, stop))
 
 

@@ -9,7 +9,7 @@ import pytest
 from embedcache.errors import PathError, SourceError
 from embedcache.sources import Source, TextItem, open_source
 from embedcache.testing.sources import SourceContract
-from tests.sources.files import COLOURS, jpeg, write, write_parquet, write_tar
+from tests.sources.files import COLORS, jpeg, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, upload
 
 ROWS = 5
@@ -36,7 +36,7 @@ def write_shard(folder: Path, shard: int, suffixes: tuple[str, ...]) -> None:
     members: list[tuple[str, bytes | str]] = []
     for n, one in enumerate(rows):
         if one["status"] == "success":
-            said = {".jpg": jpeg(COLOURS[n]), ".txt": one["caption"], ".json": json.dumps(one)}
+            said = {".jpg": jpeg(COLORS[n]), ".txt": one["caption"], ".json": json.dumps(one)}
             members += [(one["key"] + suffix, said[suffix]) for suffix in suffixes]
     folder.mkdir(parents=True, exist_ok=True)
     write_tar(folder / f"{shard:05d}.tar", members)

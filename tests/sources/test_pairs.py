@@ -33,5 +33,5 @@ def test_a_caption_is_a_sample(folder: Path) -> None:
 
 
 def test_a_source_of_pairs_is_not_taken_apart_again(folder: Path) -> None:
-    with pytest.raises(SourceError, match="one caption a sample already"):
+    with pytest.raises(SourceError, match="already has one caption per sample"):
         open_source(f"pairs:pairs:{folder}")

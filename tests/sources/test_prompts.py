@@ -82,14 +82,19 @@ def test_a_path_may_hold_a_plus(tmp_path: Path) -> None:
     [
         ({}, "none.txt", PathError, "no such file: .*none.txt"),
         ({}, "none.json", PathError, "no such file: .*none.json"),
-        ({}, "", SourceError, "neither classnames.txt nor a sub-folder a class"),
+        ({}, "", SourceError, "expected classnames.txt or one sub-folder per class"),
         ({"n.txt": ""}, "n.txt", SourceError, "n.txt is empty"),
         ({"n.txt": "a\n\nb"}, "n.txt", SourceError, "n.txt line 2 is blank"),
-        ({"n.txt": "a", "t.txt": "a photo"}, "n.txt+t.txt", SourceError, "template 'a photo' of .* lacks {c}"),
-        ({"p.json": "[1]"}, "p.json", SourceError, "p.json must hold an object"),
-        ({"p.json": "{"}, "p.json", SourceError, "p.json is no JSON"),
+        ({"n.txt": "a", "t.txt": "a photo"}, "n.txt+t.txt", SourceError, "template 'a photo' of .*: expected {c}"),
+        ({"p.json": "[1]"}, "p.json", SourceError, "p.json: expected a JSON object"),
+        ({"p.json": "{"}, "p.json", SourceError, "p.json is not valid JSON"),
         ({"p.json": '{"cat": ["x"], "dog": []}'}, "p.json", SourceError, "class 'dog' of .* has no prompts"),
-        ({"p.json": '{"cat": "x"}', "t.txt": "{c}"}, "p.json+t.txt", SourceError, "leave the templates .* out"),
+        (
+            {"p.json": '{"cat": "x"}', "t.txt": "{c}"},
+            "p.json+t.txt",
+            SourceError,
+            "already holds prompts; remove",
+        ),
         ({"n.txt": "cat"}, "n.txt+cupl", SourceError, "CuPL has no prompts for 1 of 1 classes, first 'cat'"),
     ],
 )
@@ -103,13 +108,13 @@ def test_mistakes_are_named(
 
 
 def test_sets_and_languages_that_are_not_there() -> None:
-    with pytest.raises(UnknownNameError, match="did you mean 'imagenet1k'.*or give a file"):
+    with pytest.raises(UnknownNameError, match="did you mean 'imagenet1k'.*or use a file"):
         samples_of("imagenet")
     with pytest.raises(SourceError, match="no class names in 'de'; it has ar, cn, en, it, jp"):
         samples_of("imagenet1k", "de")
-    with pytest.raises(SourceError, match="of one language, not of en, it"):
+    with pytest.raises(SourceError, match="expected one language of prompts, got en, it"):
         samples_of("imagenet1k", "en", "it")
-    with pytest.raises(SettingError, match="prompts source has no setting 'key_column'"):
+    with pytest.raises(SettingError, match="type prompts does not support the setting 'key_column'"):
         open_source("prompts:imagenet1k", settings=SourceSettings(key_column="x"))
     with pytest.raises(ItemError, match="prompts have no image"):
         open_source("prompts:imagenet1k").read(ImageItem(path="x"))

@@ -16,12 +16,12 @@ from embedcache.files import open_path
 from embedcache.sources import ImageItem, Source, open_source, reopen_source
 from embedcache.sources.byte_ranges import RemoteBlocks
 from embedcache.testing.sources import SourceContract
-from tests.sources.files import COLOURS, jpeg, write, write_parquet, write_tar
+from tests.sources.files import COLORS, jpeg, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, upload
 
 pytestmark = pytest.mark.slow
 
-IMAGES = [jpeg(color) for color in COLOURS]
+IMAGES = [jpeg(color) for color in COLORS]
 
 
 def shards(folder: Path, number: int = 3) -> Path:
@@ -73,7 +73,7 @@ class TestFolderOfShardsOnS3(SourceContract):
 class TestParquetOfBytesOnS3(SourceContract):
     @pytest.fixture
     def source(self, tmp_path: Path, bucket: str) -> Source:
-        write_parquet(tmp_path / "t.parquet", image=IMAGES, caption=list(COLOURS))
+        write_parquet(tmp_path / "t.parquet", image=IMAGES, caption=list(COLORS))
         return open_source(upload(tmp_path, bucket) + "/t.parquet")
 
 
@@ -106,7 +106,7 @@ class TestPatternByHttp(SourceContract):
 class TestParquetByHttp(SourceContract):
     @pytest.fixture
     def source(self, tmp_path: Path, web: WebServer) -> Source:
-        write_parquet(tmp_path / "web" / "t.parquet", image=IMAGES, caption=list(COLOURS))
+        write_parquet(tmp_path / "web" / "t.parquet", image=IMAGES, caption=list(COLORS))
         return open_source(f"{web.url}/t.parquet")
 
 
@@ -191,7 +191,7 @@ def test_a_server_that_gives_whole_files_only_is_refused(tmp_path: Path, name: s
 def test_a_remote_shard_that_is_cut_short_is_named(tmp_path: Path, web: WebServer) -> None:
     path = shards(tmp_path / "web", 1) / "00000.tar"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(SourceError, match=rf"{web.url}/00000.tar is no tar, or is cut short"):
+    with pytest.raises(SourceError, match=rf"{web.url}/00000.tar is not a tar, or is truncated"):
         list(open_source(f"{web.url}/00000.tar").samples())
 
 

@@ -7,16 +7,16 @@ import pytest
 from embedcache.errors import ItemError, SourceError
 from embedcache.sources import ImageItem, Source, SourceSettings, TextItem, open_source
 from embedcache.testing.sources import SourceContract
-from tests.sources.files import COLOURS, jpeg, write, write_parquet
+from tests.sources.files import COLORS, jpeg, write, write_parquet
 
-IMAGES = [jpeg(color) for color in COLOURS]
+IMAGES = [jpeg(color) for color in COLORS]
 
 
 class TestParquetOfBytes(SourceContract):
     @pytest.fixture
     def source(self, tmp_path: Path) -> Source:
         path = tmp_path / "t.parquet"
-        return open_source(write_parquet(path, image=IMAGES, caption=list(COLOURS)))
+        return open_source(write_parquet(path, image=IMAGES, caption=list(COLORS)))
 
 
 class TestFolderOfHuggingFaceParquet(SourceContract):
@@ -24,7 +24,7 @@ class TestFolderOfHuggingFaceParquet(SourceContract):
     def source(self, tmp_path: Path) -> Source:
         for part in ("train-0", "train-1"):
             cells = [{"bytes": data, "path": "x.jpg"} for data in IMAGES]
-            captions = [["one", color] for color in COLOURS]
+            captions = [["one", color] for color in COLORS]
             write_parquet(tmp_path / f"{part}.parquet", image=cells, caption=captions)
         return open_source(tmp_path)
 

@@ -59,7 +59,7 @@ def test_a_tar_cut_anywhere_is_refused(
     whole = write([(f"n{name}", *rest) for name, *rest in entries], form)
     end = len(whole.rstrip(b"\0")) // BLOCK_BYTES * BLOCK_BYTES  # at most the last block that is not zero
     cut = data.draw(st.integers(0, end))
-    with pytest.raises(SourceError, match=r"x\.tar is no tar, or is cut short or damaged: .*offset \d+"):
+    with pytest.raises(SourceError, match=r"x\.tar is not a tar, or is truncated or damaged: .*offset \d+"):
         ours(whole[:cut])
 
 
@@ -110,7 +110,7 @@ def test_a_size_below_zero_ends_the_tar_not_the_patience() -> None:
 def test_a_sparse_file_is_refused() -> None:
     info = tarfile.TarInfo("a.jpg")
     info.type = tarfile.GNUTYPE_SPARSE
-    with pytest.raises(SourceError, match="sparse file; make the tar without --sparse"):
+    with pytest.raises(SourceError, match="sparse file; create the tar without --sparse"):
         ours(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
 
 

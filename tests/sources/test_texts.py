@@ -64,9 +64,9 @@ def test_more_texts_than_a_batch_come_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.array(["a", None], object), "are a pickle.*dtype=str"),
-        (np.arange(3), r"holds int64 of shape \(3,\); expected strings"),
-        (np.array([["a"]]), r"of shape \(1, 1\); expected strings of shape \(N,\)"),
+        (np.array(["a", None], object), "pickled objects.*dtype=str"),
+        (np.arange(3), r"expected strings of shape \(N,\), got int64 of shape \(3,\)"),
+        (np.array([["a"]]), r"got <U1 of shape \(1, 1\)"),
         (np.array("a"), r"of shape \(\)"),
         (np.array([b"\xff"]), "not UTF-8"),
     ],

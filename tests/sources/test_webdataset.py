@@ -7,7 +7,7 @@ from PIL import Image
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.sources import Source, TextItem, open_source, reopen_source
 from embedcache.testing.sources import SourceContract
-from tests.sources.files import COLOURS, encode, jpeg, write, write_tar
+from tests.sources.files import COLORS, encode, jpeg, write, write_tar
 
 
 def members(first: int, number: int) -> list[tuple[str, bytes | str]]:
@@ -15,7 +15,7 @@ def members(first: int, number: int) -> list[tuple[str, bytes | str]]:
         member
         for n in range(first, first + number)
         for member in (
-            (f"{n:04d}.jpg", jpeg(COLOURS[n % 5])),
+            (f"{n:04d}.jpg", jpeg(COLORS[n % 5])),
             (f"{n:04d}.txt", f"caption {n}"),
             (f"{n:04d}.json", json.dumps({"width": n})),
         )
@@ -116,7 +116,7 @@ def test_a_sample_joins_the_files_of_one_name(shards: Path) -> None:
 def test_an_item_says_where_the_bytes_lie(shards: Path) -> None:
     item = list(open_source(shards).samples())[5].images[0]
     data = (shards / item.path).read_bytes()
-    assert data[item.offset : item.offset + item.length] == jpeg(COLOURS[11 % 5])
+    assert data[item.offset : item.offset + item.length] == jpeg(COLORS[11 % 5])
 
 
 def test_a_pattern_takes_the_shards_it_names_and_no_more(shards: Path) -> None:
@@ -131,11 +131,11 @@ def test_the_folder_of_a_member_is_part_of_its_key(tmp_path: Path) -> None:
 
 def test_more_shards_than_files_kept_open_are_read(tmp_path: Path) -> None:
     for shard in range(40):
-        write_tar(tmp_path / f"{shard:02d}.tar", [(f"{shard}.jpg", jpeg(COLOURS[shard % 5]))])
+        write_tar(tmp_path / f"{shard:02d}.tar", [(f"{shard}.jpg", jpeg(COLORS[shard % 5]))])
     source = open_source(tmp_path)
     items = [sample.images[0] for sample in source.samples()]
     for _ in range(2):
-        assert [source.read(item) for item in items] == [jpeg(COLOURS[n % 5]) for n in range(40)]
+        assert [source.read(item) for item in items] == [jpeg(COLORS[n % 5]) for n in range(40)]
 
 
 @pytest.mark.parametrize("keep", [100, 700, 2_048, 5_000])
@@ -149,7 +149,7 @@ def test_a_truncated_shard_is_named_with_the_offset(tmp_path: Path, keep: int) -
 def test_a_file_that_is_no_tar_is_named(tmp_path: Path) -> None:
     path = tmp_path / "no.tar"
     path.write_bytes(b"no tar at all" * 100)
-    with pytest.raises(SourceError, match=r"no\.tar is no tar"):
+    with pytest.raises(SourceError, match=r"no\.tar is not a tar"):
         list(open_source(path).samples())
 
 

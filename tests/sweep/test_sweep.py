@@ -232,9 +232,9 @@ def test_several_caches_are_measured_each(two_caches: list[Path], tmp_path: Path
 
 def words(cache_path: Path, *more: str) -> list[str]:
     """What a person types, in the folder that holds the space."""
-    sides = ["--image", SIDES["image"], "--text", SIDES["text"]]
+    sides = ["--image-feature", SIDES["image"], "--text-feature", SIDES["text"]]
     search = ["--sampler", "random", "--top", "1", "--seeds", "1", "--trials", "6"]
-    return ["embedcache", "sweep", str(cache_path), "study", "space.toml", *sides, *search, *more]
+    return ["embedcache", "sweep", str(cache_path), "space.toml", "study", *sides, *search, *more]
 
 
 def scores(study_path: Path) -> dict[str, float]:
@@ -279,14 +279,3 @@ def test_a_killed_sweep_goes_on_with_two_workers_and_loses_only_what_it_was_at(
     assert (tmp_path / "study/trials/00000/model.safetensors").stat().st_mtime_ns == written
     assert not (tmp_path / f"study/trials/{number:05d}").exists()
     assert scores(tmp_path / "study") == scores(swept[0])  # of one process, that held the features in memory
-
-
-def test_too_few_paths_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["embedcache", "sweep", "cache", "space.toml"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 1
-    assert (
-        "error: 2 paths were given, cache space.toml; give a cache, or several, then a folder"
-        in capsys.readouterr().err
-    )

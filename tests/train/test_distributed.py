@@ -37,7 +37,7 @@ def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
 
 def test_two_processes_train_what_one_trains(cache_path: Path, tmp_path: Path) -> None:
     options = (
-        "--image open_toy/cls --text open_toy/mean --split key --epochs 3 --batch-size 64 --dropout 0 "
+        "--image-feature open_toy/cls --text-feature open_toy/mean --split key --epochs 3 --batch-size 64 --dropout 0 "
         "--projector linear --initialization random --shared-width 16 --threads 1"
     )
     for processes in (1, 2):

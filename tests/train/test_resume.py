@@ -152,8 +152,8 @@ def test_a_checkpoint_that_is_broken_or_of_more_processes_is_named(
 def test_a_killed_command_goes_on_to_the_same_bytes(cache_path: Path, tmp_path: Path) -> None:
     def command(run_path: Path) -> list[str]:
         options = (
-            "--image open_toy/cls --text open_toy/mean --split key --epochs 40 --batch-size 32 --checkpoint-s 0 "
-            "--lr 1e-3"
+            "--image-feature open_toy/cls --text-feature open_toy/mean --split key --epochs 40 --batch-size 32 "
+            "--checkpoint-s 0 --lr 1e-3"
         )
         return [sys.executable, "-m", "embedcache", "train", str(cache_path), str(run_path), *options.split()]
 

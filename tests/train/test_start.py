@@ -107,7 +107,7 @@ def test_a_vector_that_is_no_number_is_named_by_its_row() -> None:
 def test_one_pair_is_too_few_to_centre_on() -> None:
     rows = np.zeros(1, np.int64)
     one = Items(rows=rows, samples=rows, contents=rows)
-    with pytest.raises(DataError, match="1 pairs are too few"):
+    with pytest.raises(DataError, match="got 1"):
         started("linear", kind="random", pairs=Pairs(image=one, text=one))
 
 

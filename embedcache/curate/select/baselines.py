@@ -16,14 +16,14 @@ from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError
 
 
-class RandomChoice:
+class RandomSelector:
     """As many samples as the budget says, each as likely as any other."""
 
-    takes: ClassVar[tuple[str, ...]] = ("budget",)
-    needs_one_of: ClassVar[tuple[str, ...]] = ("budget",)
+    accepts: ClassVar[tuple[str, ...]] = ("budget",)
+    requires_one_of: ClassVar[tuple[str, ...]] = ("budget",)
     modality: ClassVar[str | None] = "image"
-    needs: ClassVar[tuple[str, ...]] = ()
-    draws: ClassVar[bool] = True
+    required_inputs: ClassVar[tuple[str, ...]] = ()
+    uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Draw them."""
@@ -38,14 +38,14 @@ def draw(samples_S: Ints, size: int, *, seed: int) -> Ints:
     return drawn
 
 
-class TopScore:
+class TopScoreSelector:
     """The samples whose best cosine with any concept is highest."""
 
-    takes: ClassVar[tuple[str, ...]] = ("budget",)
-    needs_one_of: ClassVar[tuple[str, ...]] = ("budget",)
+    accepts: ClassVar[tuple[str, ...]] = ("budget",)
+    requires_one_of: ClassVar[tuple[str, ...]] = ("budget",)
     modality: ClassVar[str | None] = "text"
-    needs: ClassVar[tuple[str, ...]] = ("concepts",)
-    draws: ClassVar[bool] = False
+    required_inputs: ClassVar[tuple[str, ...]] = ("concepts",)
+    uses_seed: ClassVar[bool] = False
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select them. Memory: a score and a concept a sample."""
@@ -78,18 +78,18 @@ def nearest_concepts(pool: Pool, concepts_CP: Floats) -> tuple[Floats, Ints]:
     return np.concatenate(scores), np.concatenate(concepts)
 
 
-class ClipScore:
+class ClipScoreSelector:
     """The CLIP-score filter of "DataComp" (NeurIPS 2023): the best cosine of a sample's images and captions.
 
     The run says what fits, so it must not have been trained on what is measured afterwards. Its own training pairs
     score higher than others.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("budget", "threshold")
-    needs_one_of: ClassVar[tuple[str, ...]] = ("budget", "threshold")
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "threshold")
+    requires_one_of: ClassVar[tuple[str, ...]] = ("budget", "threshold")
     modality: ClassVar[str | None] = None
-    needs: ClassVar[tuple[str, ...]] = ("run",)
-    draws: ClassVar[bool] = False
+    required_inputs: ClassVar[tuple[str, ...]] = ("run",)
+    uses_seed: ClassVar[bool] = False
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select them. Memory: a score a sample."""

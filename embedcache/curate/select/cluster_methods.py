@@ -5,7 +5,7 @@ Hierarchical k-means: a tree of clusters, from whose branches equal shares are d
 Diversity: samples as far from one another as they can be.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import ClassVar
 
@@ -13,35 +13,36 @@ import numpy as np
 
 from embedcache.arrays import Floats, Ints, blocks
 from embedcache.curate.select.baselines import draw
-from embedcache.curate.select.pool import Pool, default_clusters, find_centroids, most_training_vectors, nearest
+from embedcache.curate.select.pool import Pool, default_clusters, find_centroids, most_training_vectors
 from embedcache.curate.select.select import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError, SettingError
+from embedcache.metrics.neighbors import closest
 
 
-class ImageBased:
+class ImageBasedSelector:
     """The image-based filter of "DataComp" (NeurIPS 2023).
 
     The pool is cut into clusters; those that hold the nearest centroid of an item of the target are kept whole, and
     `budget`, where it is given, is drawn from them. The target must not hold what is measured afterwards.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("budget", "clusters")
-    needs_one_of: ClassVar[tuple[str, ...]] = ()
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "clusters")
+    requires_one_of: ClassVar[tuple[str, ...]] = ()
     modality: ClassVar[str | None] = "image"
-    needs: ClassVar[tuple[str, ...]] = ("target",)
-    draws: ClassVar[bool] = True
+    required_inputs: ClassVar[tuple[str, ...]] = ("target",)
+    uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select them. Memory: 256 vectors a cluster, and two integers an item."""
         num_clusters = _one_level(settings.clusters) or default_clusters(len(pool.samples))
         drawn = pool.sample(most_training_vectors(num_clusters), seed=settings.seed)
         centroids_CP = find_centroids(drawn, num_clusters, seed=settings.seed)
-        target_T = nearest((vectors for _, vectors in pool.target.blocks()), centroids_CP)
+        target_T = _nearest_centroids((vectors for _, vectors in pool.target.blocks()), centroids_CP)
         samples, clusters = [], []
         for samples_B, vectors_BP in pool.blocks("looking for the nearest centroids"):
             samples.append(samples_B)
-            clusters.append(nearest([vectors_BP], centroids_CP))
+            clusters.append(closest(vectors_BP, [centroids_CP]).rows)
         kept_S, cluster_S = near_target(np.concatenate(samples), np.concatenate(clusters), target_T)
         if settings.budget is not None:
             if settings.budget > len(kept_S):
@@ -54,6 +55,10 @@ class ImageBased:
         counts_C = np.bincount(target_T, minlength=num_clusters)
         reasons = [f"cluster {c}, with {counts_C[c]:,} items of the target" for c in cluster_S.tolist()]
         return Selection(rows=kept_S, reasons=reasons)
+
+
+def _nearest_centroids(vectors: Iterable[Floats], centroids_CP: Floats) -> Ints:
+    return np.concatenate([closest(vectors_BP, [centroids_CP]).rows for vectors_BP in vectors])
 
 
 def near_target(samples_N: Ints, clusters_N: Ints, target_T: Ints) -> tuple[Ints, Ints]:
@@ -82,7 +87,7 @@ _RATIO = 10
 _BLOCK = 4096
 
 
-class Hierarchical:
+class HierarchicalSelector:
     """The balancing of "Automatic Data Curation for Self-Supervised Learning: A Clustering-Based Approach" (TMLR 2024).
 
     k-means on the samples, then on its centroids, and so on; then the budget is cut from the top into equal shares of
@@ -90,11 +95,11 @@ class Hierarchical:
     random. Unlike there, no level is clustered again on the points nearest its centroids. A sample is its first item.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("budget", "clusters")
-    needs_one_of: ClassVar[tuple[str, ...]] = ("budget",)
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "clusters")
+    requires_one_of: ClassVar[tuple[str, ...]] = ("budget",)
     modality: ClassVar[str | None] = "image"
-    needs: ClassVar[tuple[str, ...]] = ()
-    draws: ClassVar[bool] = True
+    required_inputs: ClassVar[tuple[str, ...]] = ()
+    uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select them. Memory: 256 vectors a cluster of the finest level, and an integer a sample and level."""
@@ -107,7 +112,9 @@ class Hierarchical:
             )
         drawn = np.random.default_rng(settings.seed).permutation(rows_S)[: most_training_vectors(sizes[0])]
         centroids = find_centroids(pool.vectors.read(np.sort(drawn)), sizes[0], seed=settings.seed)
-        leaf_S = nearest((pool.vectors.read(rows_S[block]) for block in blocks(len(rows_S), _BLOCK)), centroids)
+        leaf_S = _nearest_centroids(
+            (pool.vectors.read(rows_S[block]) for block in blocks(len(rows_S), _BLOCK)), centroids
+        )
         labels_SL = tree(leaf_S, centroids, sizes[1:], seed=settings.seed)
         kept = balanced(labels_SL, settings.budget, seed=settings.seed)
         counts = np.bincount(leaf_S, minlength=sizes[0])
@@ -128,7 +135,7 @@ def tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed: int)
     labels = [leaf_S]
     for size in sizes:
         above_CP = find_centroids(centroids_CP, size, seed=seed)
-        labels.append(nearest([centroids_CP], above_CP)[labels[-1]])
+        labels.append(closest(centroids_CP, [above_CP]).rows[labels[-1]])
         centroids_CP = above_CP
     return np.stack(labels, axis=1)
 
@@ -185,18 +192,18 @@ def _reason(path: Sequence[int], size: int) -> str:
 _DRAWN = 20_000
 
 
-class KCentre:
+class KCenterSelector:
     """The greedy k-center coreset of "Active Learning for Convolutional Neural Networks" (ICLR 2018), Algorithm 1.
 
     On samples drawn from the pool, as its time is budget x drawn. It starts from one drawn at random. Noise is far
     from everything, so it is chosen early: clean the pool first. A sample is its first item.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("budget", "drawn")
-    needs_one_of: ClassVar[tuple[str, ...]] = ("budget",)
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "drawn")
+    requires_one_of: ClassVar[tuple[str, ...]] = ("budget",)
     modality: ClassVar[str | None] = "image"
-    needs: ClassVar[tuple[str, ...]] = ()
-    draws: ClassVar[bool] = True
+    required_inputs: ClassVar[tuple[str, ...]] = ()
+    uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select them. Memory: the vectors of those drawn."""

@@ -18,7 +18,7 @@ Operation: TypeAlias = Literal["and", "minus"]
 _OPERATIONS: dict[str, Callable[[Ints, Ints], Ints]] = {"and": np.intersect1d, "minus": np.setdiff1d}
 
 
-def combine(cache_path: Path | str, out_path: Path, first: Path, operation: Operation, second: Path) -> int:
+def combine_selections(cache_path: Path | str, out_path: Path, first: Path, operation: Operation, second: Path) -> int:
     """Keep the samples of one selection that are also in another (`and`), or that are not (`minus`).
 
     The reasons are those of the first and, with `and`, of the second.
@@ -53,7 +53,7 @@ def combine(cache_path: Path | str, out_path: Path, first: Path, operation: Oper
     return len(rows)
 
 
-def draw_some(cache_path: Path | str, out_path: Path, selection: Path, size: int, *, seed: int = 0) -> int:
+def sample_selection(cache_path: Path | str, out_path: Path, selection: Path, size: int, *, seed: int = 0) -> int:
     """Draw some samples of a selection at random; their reasons stay.
 
     Args:

@@ -82,7 +82,7 @@ def _sorted(pairs: set[tuple[int, int]]) -> Matches:
 _CANDIDATES_A_PLACE = 25
 
 
-class RareFirst:
+class RareFirstSelector:
     """The curation of "Harnessing Frozen Unimodal Encoders for Flexible Multimodal Alignment" (CVPR 2025).
 
     About n samples a concept, each sample once.
@@ -91,11 +91,11 @@ class RareFirst:
     takes the last candidate, whose rank memory decides; and cosines are kept as float32, not in steps of .0027.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
-    needs_one_of: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
+    requires_one_of: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
     modality: ClassVar[str | None] = "text"
-    needs: ClassVar[tuple[str, ...]] = ("concepts",)
-    draws: ClassVar[bool] = False
+    required_inputs: ClassVar[tuple[str, ...]] = ("concepts",)
+    uses_seed: ClassVar[bool] = False
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select them. Memory: 16 bytes for each of C x 25 n candidates."""
@@ -149,7 +149,7 @@ def assign(samples_CK: Ints, order_C: Ints, quota_C: Ints) -> tuple[Ints, Ints]:
     return np.concatenate([concept for concept, _ in chosen]), np.concatenate([ranks for _, ranks in chosen])
 
 
-class Metaclip:
+class MetaclipSelector:
     """The balancing of "Demystifying CLIP Data" (ICLR 2024), Algorithm 1.
 
     Samples match concepts by the words of their captions or, with `threshold`, by cosine. Each match of a concept with
@@ -157,11 +157,11 @@ class Metaclip:
     keeps `budget` samples. What matches no concept is never kept.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("budget", "head", "threshold")
-    needs_one_of: ClassVar[tuple[str, ...]] = ("budget", "head")
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "head", "threshold")
+    requires_one_of: ClassVar[tuple[str, ...]] = ("budget", "head")
     modality: ClassVar[str | None] = "text"
-    needs: ClassVar[tuple[str, ...]] = ("concepts",)
-    draws: ClassVar[bool] = True
+    required_inputs: ClassVar[tuple[str, ...]] = ("concepts",)
+    uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select them. Memory: some 50 bytes a match."""

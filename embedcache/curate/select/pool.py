@@ -162,7 +162,7 @@ class Pool:
 _MOST_SAMPLES = 2**32
 
 
-class Best(NamedTuple):
+class TopSamples(NamedTuple):
     """For each of C concepts the K samples that fit it best, best first; equal scores by sample.
 
     Args:
@@ -174,7 +174,7 @@ class Best(NamedTuple):
     samples_CK: Ints
 
 
-def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: int) -> Best:
+def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: int) -> TopSamples:
     """Find the `k` best samples of each concept, or all where there are fewer. A sample counts once, by its best item.
 
     Exact, and the same however the items are cut into blocks. Memory: the products of a block in float64, and 8 bytes
@@ -232,11 +232,11 @@ def to_keys(scores: Array, samples: Ints) -> Ints:
     return keys
 
 
-def from_keys(keys: Ints) -> Best:
+def from_keys(keys: Ints) -> TopSamples:
     """Take the scores and samples out of keys again."""
     ordered, rest = np.divmod(keys, _MOST_SAMPLES)
     bits = np.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-    return Best(bits.astype(np.int32).view(np.float32), _MOST_SAMPLES - 1 - rest)
+    return TopSamples(bits.astype(np.int32).view(np.float32), _MOST_SAMPLES - 1 - rest)
 
 
 def _largest(keys_CN: Ints, k: int) -> Ints:
@@ -282,9 +282,3 @@ def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Float
             vectors_NP, num_clusters, seed=seed % 2**31, iterations=_ITERATIONS, most_each=_POINTS_A_CENTROID
         )
     )
-
-
-def nearest(blocks: Iterable[Floats], centroids_CP: Floats) -> Ints:
-    """Find the nearest centroid of each vector: (N,) int64. Memory: the products of a block."""
-    found = [np.empty(0, np.int64), *((vectors_BP @ centroids_CP.T).argmax(axis=1) for vectors_BP in blocks)]
-    return np.concatenate(found)

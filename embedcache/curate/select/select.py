@@ -16,14 +16,14 @@ from embedcache.registry import Registry
 SELECTORS = Registry(
     "method of selection",
     {
-        "clip-score": "embedcache.curate.select.baselines:ClipScore",
-        "hierarchical": "embedcache.curate.select.cluster_methods:Hierarchical",
-        "image-based": "embedcache.curate.select.cluster_methods:ImageBased",
-        "k-center": "embedcache.curate.select.cluster_methods:KCentre",
-        "metaclip": "embedcache.curate.select.concept_methods:Metaclip",
-        "random": "embedcache.curate.select.baselines:RandomChoice",
-        "rare-first": "embedcache.curate.select.concept_methods:RareFirst",
-        "top-score": "embedcache.curate.select.baselines:TopScore",
+        "clip-score": "embedcache.curate.select.baselines:ClipScoreSelector",
+        "hierarchical": "embedcache.curate.select.cluster_methods:HierarchicalSelector",
+        "image-based": "embedcache.curate.select.cluster_methods:ImageBasedSelector",
+        "k-center": "embedcache.curate.select.cluster_methods:KCenterSelector",
+        "metaclip": "embedcache.curate.select.concept_methods:MetaclipSelector",
+        "random": "embedcache.curate.select.baselines:RandomSelector",
+        "rare-first": "embedcache.curate.select.concept_methods:RareFirstSelector",
+        "top-score": "embedcache.curate.select.baselines:TopScoreSelector",
     },
 )
 
@@ -80,11 +80,11 @@ class Selector(Protocol):
         draws: whether the seed decides anything.
     """
 
-    takes: ClassVar[tuple[str, ...]]
-    needs_one_of: ClassVar[tuple[str, ...]]
+    accepts: ClassVar[tuple[str, ...]]
+    requires_one_of: ClassVar[tuple[str, ...]]
     modality: ClassVar[str | None]
-    needs: ClassVar[tuple[str, ...]]
-    draws: ClassVar[bool]
+    required_inputs: ClassVar[tuple[str, ...]]
+    uses_seed: ClassVar[bool]
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select some samples of a pool, each once.
@@ -101,14 +101,14 @@ def check_settings(method: str, selector: Selector, settings: SelectSettings) ->
     Raises:
         SettingError: names the options.
     """
-    others = [name for name in settings.given if name not in selector.takes]
+    others = [name for name in settings.given if name not in selector.accepts]
     if others:
-        takes = f"it takes {_options(selector.takes)}" if selector.takes else "it takes none"
+        takes = f"it takes {_options(selector.accepts)}" if selector.accepts else "it takes none"
         raise SettingError(f"--method {method} does not look at {_options(others)}; {takes}")
-    found = [name for name in selector.needs_one_of if name in settings.given]
-    if selector.needs_one_of and len(found) != 1:
+    found = [name for name in selector.requires_one_of if name in settings.given]
+    if selector.requires_one_of and len(found) != 1:
         got = _options(found) if found else "none"
-        raise SettingError(f"--method {method} needs one of {_options(selector.needs_one_of)}, and got {got}")
+        raise SettingError(f"--method {method} needs one of {_options(selector.requires_one_of)}, and got {got}")
 
 
 def _options(names: "list[str] | tuple[str, ...]") -> str:
@@ -229,16 +229,16 @@ def _budget(share: float, num_pool: int) -> int:
 
 
 _OPTIONS = {
-    "concepts": "--concepts CACHE, made by: embedcache extract prompts:concepts.txt CACHE --text ENCODER",
+    "concepts": "--concepts CACHE, made by: embedcache extract prompts:concepts.txt CACHE --text-encoder SPEC",
     "target": "--target CACHE, with the features of the pool's encoder",
-    "run": "--projected RUN, a run of embedcache train",
+    "run": "--run RUN, a run of embedcache train",
 }
 
 
 def _check_inputs(method: str, selector: Selector, given: dict[str, str]) -> None:
-    for name in selector.needs:
+    for name in selector.required_inputs:
         if name not in given:
             raise SettingError(f"--method {method} needs {_OPTIONS[name]}")
     for name, path in given.items():
-        if name != "run" and name not in selector.needs:
+        if name != "run" and name not in selector.required_inputs:
             raise SettingError(f"--method {method} does not look at --{name} {path}; leave it out")

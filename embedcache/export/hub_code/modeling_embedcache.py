@@ -14,7 +14,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 from embedcache.encoders.image_features import FeatureName, ImageFeatures, TimmFeatures, patch_pool
 from embedcache.encoders.text_features import Dense, Sentences, TextFeatures
 from embedcache.export.hub_code.projectors import ImageProjector, TextProjector
-from embedcache.projectors.towers import BareTower, TokenTower, Tower
+from embedcache.projectors.towers import RawTower, TokenTower, Tower
 
 
 class EmbedcacheConfig(transformers.PretrainedConfig):  # type: ignore[misc]
@@ -202,4 +202,4 @@ def _tower(projector: Any, about: Mapping[str, Any], width: int) -> nn.Module:
     made = projector(about["width"], width)
     if about["takes"] == "tokens":
         return TokenTower(made, about["width"], width)
-    return {"centred": Tower, "bare": BareTower}[about["takes"]](made, about["width"], width)
+    return {"centred": Tower, "bare": RawTower}[about["takes"]](made, about["width"], width)

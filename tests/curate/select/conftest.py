@@ -42,8 +42,8 @@ def pools(around: dict[str, Path]) -> Callable[..., Pool]:
 
     def make(which: str, selector: Selector, *, within: Path | None = None) -> Pool:
         modality = selector.modality or "image"
-        given: dict[str, Any] = {f"{name}_path": around[name] for name in selector.needs}
-        feature = None if "run" in selector.needs else FEATURES[modality]
+        given: dict[str, Any] = {f"{name}_path": around[name] for name in selector.required_inputs}
+        feature = None if "run" in selector.required_inputs else FEATURES[modality]
         return Pool(around[which], modality, feature=feature, within=within, **given)
 
     return make

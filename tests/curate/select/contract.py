@@ -56,7 +56,7 @@ class SelectorContract:
         assert np.array_equal(first.rows, again.rows)
         assert list(first.reasons) == list(again.reasons)
         if self.budget is not None:
-            assert np.array_equal(first.rows, other.rows) != selector.draws
+            assert np.array_equal(first.rows, other.rows) != selector.uses_seed
 
     def test_chunks_of_another_size_select_the_same(self, selector: Selector, pools: Any) -> None:
         rows, other = (self.select(selector, pools, which).rows for which in ("cache", "other"))
@@ -73,6 +73,6 @@ class SelectorContract:
 
     def test_a_setting_that_it_does_not_look_at_is_refused(self, selector: Selector) -> None:
         every = {"budget": 3, "per_concept": 2, "threshold": 0.5, "head": 2.0, "clusters": (3,), "drawn": 9}
-        for name in every.keys() - set(selector.takes):
+        for name in every.keys() - set(selector.accepts):
             with pytest.raises(SettingError, match=f"--method {self.name} does not look at --{name.replace('_', '-')}"):
                 check_settings(self.name, selector, SelectSettings(**{name: every[name]}))

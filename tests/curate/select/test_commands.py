@@ -48,9 +48,9 @@ def test_select_combine_sample_and_export(command: Command, tmp_path: Path) -> N
             "select cache d.parquet --method image-based --target target --clusters 9 --feature {image}",
             "of 300 samples",
         ),
-        ("select cache e.parquet --method clip-score --projected run --threshold -1", "300 of 300 samples (100.0%)"),
-        ("combine cache f.parquet e.parquet minus a.parquet", "f.parquet: 264 samples"),
-        ("sample cache g.parquet f.parquet 5 --seed 2", "g.parquet: 5 samples"),
+        ("select cache e.parquet --method clip-score --run run --threshold -1", "300 of 300 samples (100.0%)"),
+        ("combine cache e.parquet minus a.parquet f.parquet", "f.parquet: 264 samples"),
+        ("sample cache f.parquet 5 g.parquet --seed 2", "g.parquet: 5 samples"),
         ("export cache g.parquet keys.txt", "keys.txt: 5 samples"),
         ("export cache g.parquet shards --format webdataset", "shards: 5 samples"),
     ):
@@ -64,17 +64,17 @@ def test_select_combine_sample_and_export(command: Command, tmp_path: Path) -> N
 
 MISTAKES = [
     ("select cache a.parquet --method rndom --budget 3", "did you mean 'random'"),
-    ("select cache a.parquet --method random --budget many", "'many' is no number; write it as 1000, or as 10%"),
+    ("select cache a.parquet --method random --budget many", "invalid count 'many'"),
     ("select cache a.parquet --method random --budget 400 --feature {image}", "budget is 400, and the pool has 300"),
-    ("select cache a.parquet --method random --budget 200% --feature {image}", "at most 1 (100%)"),
-    ("select cache a.parquet --method hierarchical --budget 3 --clusters 5,x", "'5,x' are no numbers"),
+    ("select cache a.parquet --method random --budget 200% --feature {image}", "invalid fraction '200%'"),
+    ("select cache a.parquet --method hierarchical --budget 3 --clusters 5,x", "invalid count 'x'"),
     ("select cache a.parquet --method metaclip --budget 3", "needs --concepts CACHE"),
     ("select cache a.parquet --method random --per-concept 3", "does not look at --per-concept; it takes --budget"),
     (
-        "select cache a.parquet --method random --budget 3 --within none.txt --feature {image}",
+        "select cache a.parquet --method random --budget 3 --selection none.txt --feature {image}",
         "none.txt does not exist",
     ),
-    ("combine cache a.parquet x.parquet and y.parquet", "x.parquet does not exist"),
+    ("combine cache x.parquet and y.parquet a.parquet", "x.parquet does not exist"),
     ("export cache keys.txt uids.npy --format datacomp", "keys.txt does not exist"),
 ]
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.curate.select.baselines import ClipScore, above, highest
+from embedcache.curate.select.baselines import ClipScoreSelector, above, highest
 from embedcache.curate.select.cluster_methods import balanced, default_levels, farthest_first, fill, near_target
 from embedcache.curate.select.concept_methods import (
     Matches,
-    Metaclip,
+    MetaclipSelector,
     assign,
     lowest_heads,
     match_near,
@@ -145,7 +145,7 @@ def test_a_threshold_that_nothing_reaches_says_where_the_cosines_lie() -> None:
 
 
 def test_pairs_that_fit_score_higher_than_shuffled_ones(pools: Any) -> None:
-    pool = pools("cache", ClipScore())
+    pool = pools("cache", ClipScoreSelector())
     samples, scores = pool.pair_scores()
     assert len(samples) == 300
     images = pool.vectors.read(pool.vectors.rows)
@@ -190,7 +190,11 @@ def test_rare_concepts_are_kept_whole_and_frequent_ones_cut_to_t() -> None:
 
 def test_a_higher_t_keeps_all_that_a_lower_one_keeps(pools: Any) -> None:
     few, more = (
-        set(Metaclip().select(pools("cache", Metaclip()), SelectSettings(head=head, seed=1)).rows.tolist())
+        set(
+            MetaclipSelector()
+            .select(pools("cache", MetaclipSelector()), SelectSettings(head=head, seed=1))
+            .rows.tolist()
+        )
         for head in (3.0, 9.0)
     )
     assert few < more
@@ -198,9 +202,9 @@ def test_a_higher_t_keeps_all_that_a_lower_one_keeps(pools: Any) -> None:
 
 def test_more_than_the_matching_samples_cannot_be_had(pools: Any) -> None:
     with pytest.raises(DataError, match=r"only \d+ of 300 samples match .*fewer than the budget of 299"):
-        Metaclip().select(pools("cache", Metaclip()), SelectSettings(budget=299))
+        MetaclipSelector().select(pools("cache", MetaclipSelector()), SelectSettings(budget=299))
     with pytest.raises(DataError, match="none of 300 samples matches any of 4 concepts"):
-        Metaclip().select(pools("cache", Metaclip()), SelectSettings(budget=3, threshold=1.0))
+        MetaclipSelector().select(pools("cache", MetaclipSelector()), SelectSettings(budget=3, threshold=1.0))
 
 
 # clusters

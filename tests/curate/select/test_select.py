@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.curate.select.combine import combine, draw_some
+from embedcache.curate.select.combine import combine_selections, sample_selection
 from embedcache.curate.select.select import SelectSettings, select
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
@@ -73,12 +73,12 @@ def test_selections_are_combined(around: dict[str, Path], tmp_path: Path) -> Non
     a, b = tmp_path / "a.parquet", tmp_path / "b.parquet"
     one, other = set(chosen(around, a, budget=100, seed=1)), set(chosen(around, b, budget=100, seed=2))
     cache = Cache(around["cache"])
-    assert combine(around["cache"], tmp_path / "and.parquet", a, "and", b) == len(one & other)
+    assert combine_selections(around["cache"], tmp_path / "and.parquet", a, "and", b) == len(one & other)
     assert set(read_selection(tmp_path / "and.parquet", [cache])) == one & other
     assert pq.read_table(tmp_path / "and.parquet")["reason"][0].as_py().count("drawn at random") == 2
-    combine(around["cache"], tmp_path / "minus.parquet", a, "minus", b)
+    combine_selections(around["cache"], tmp_path / "minus.parquet", a, "minus", b)
     assert set(read_selection(tmp_path / "minus.parquet", [cache])) == one - other
-    draw_some(around["cache"], tmp_path / "some.parquet", tmp_path / "minus.parquet", 10, seed=3)
+    sample_selection(around["cache"], tmp_path / "some.parquet", tmp_path / "minus.parquet", 10, seed=3)
     assert len(found := set(read_selection(tmp_path / "some.parquet", [cache]))) == 10
     assert found < one - other
 
@@ -87,16 +87,18 @@ def test_a_list_of_keys_is_a_selection_too(around: dict[str, Path], tmp_path: Pa
     keys = Cache(around["cache"]).samples["key"].to_pylist()[:5]
     (tmp_path / "keys.txt").write_text("\n".join(keys))
     chosen(around, tmp_path / "a.parquet", budget=300)
-    combine(around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", "minus", tmp_path / "keys.txt")
+    combine_selections(around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", "minus", tmp_path / "keys.txt")
     assert read_selection(tmp_path / "b.parquet", [Cache(around["cache"])]).tolist() == list(range(5, 300))
 
 
 def test_what_leaves_nothing_is_refused(around: dict[str, Path], tmp_path: Path) -> None:
     chosen(around, tmp_path / "a.parquet", budget=4)
     with pytest.raises(DataError, match=r"is empty: they select 4 and 4 samples of .*, 4 of them both"):
-        combine(around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", "minus", tmp_path / "a.parquet")
+        combine_selections(
+            around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", "minus", tmp_path / "a.parquet"
+        )
     with pytest.raises(SettingError, match="cannot draw 5 of the 4 samples"):
-        draw_some(around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", 5)
+        sample_selection(around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", 5)
     assert not (tmp_path / "b.parquet").exists()
 
 
@@ -113,7 +115,7 @@ MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("random", {"share": 1.5}, SettingError, "share of 1.5; it must be above 0 and at most 1"),
     ("random", {"share": 0.5, "budget": 3}, SettingError, "as a number and as a share"),
     ("rare-first", {"budget": 3}, SettingError, "--method rare-first needs --concepts CACHE, made by"),
-    ("clip-score", {"budget": 3}, SettingError, "--method clip-score needs --projected RUN"),
+    ("clip-score", {"budget": 3}, SettingError, "--method clip-score needs --run RUN"),
     ("image-based", {"budget": 3}, SettingError, "--method image-based needs --target CACHE"),
     ("clip-score", {"threshold": 1.5}, SettingError, "threshold is 1.5; a cosine lies between -1 and 1"),
     (

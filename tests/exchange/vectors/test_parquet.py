@@ -71,7 +71,12 @@ def test_where_it_came_from_is_kept(labeled: Path, tmp_path: Path) -> None:
         ([[1, 2]] * 3, {}, SettingError, "no column image_vector or text_vector; name a column .*: emb"),
         ([[1, 2]] * 3, {"image": "vec"}, UnknownNameError, "no column 'vec'; columns of vectors: emb"),
         ([[1, 2]] * 3, {"image": "other"}, DataError, "column other of .* holds int64, not vectors"),
-        ([[1, 2]] * 3, {"image": "emb", "text": "emb"}, SettingError, "named with --image and with --text"),
+        (
+            [[1, 2]] * 3,
+            {"image": "emb", "text": "emb"},
+            SettingError,
+            "named with --image-vector-column",
+        ),
         ([None] * 3, {"image": "emb"}, DataError, "holds no vector in any of 3 rows"),
     ],
 )

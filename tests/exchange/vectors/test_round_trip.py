@@ -103,7 +103,7 @@ def test_a_failed_export_leaves_nothing(form: str, labeled: Path, tmp_path: Path
     [
         ({"image": "nix"}, UnknownNameError, "open_toy/cls"),
         ({"language": "de"}, UnknownNameError, "known: en"),
-        ({"image": "open_toy/cls", "only": "text"}, SettingError, "--only text"),
+        ({"image": "open_toy/cls", "only": "text"}, SettingError, "--modality text"),
         ({"run": Path("nowhere")}, PathError, "nowhere does not exist"),
         ({"selection": Path("nowhere.txt")}, PathError, "nowhere.txt does not exist"),
     ],

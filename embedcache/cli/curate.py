@@ -1,0 +1,544 @@
+"""embedcache curate"""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from embedcache.cli.options import (
+    Address,
+    CacheArgument,
+    Concepts,
+    Engine,
+    Feature,
+    Html,
+    Json,
+    Label,
+    Modality,
+    NumResults,
+    Output,
+    Run,
+    Seed,
+    SelectionArgument,
+    SelectionOption,
+    SelectionOutput,
+    add_command,
+    new_group,
+)
+from embedcache.errors import SettingError
+
+if TYPE_CHECKING:
+    from embedcache.curate.coverage import CoverageReport
+
+app = new_group("Index a cache, measure coverage and select samples.")
+
+
+def index(
+    cache: CacheArgument,
+    out: Annotated[Path, typer.Argument(metavar="INDEX", help="Folder to write the index to.")],
+    run: Run = None,
+    modality: Modality = "image",
+    feature: Feature = None,
+    factory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="FAISS factory string.", show_default="one that fits the memory and reaches the recall"
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory limit while searching, such as 4GB.", show_default="no limit"),
+    ] = None,
+    on_disk: Annotated[
+        bool, typer.Option("--on-disk", metavar="", help="Keep the vectors on disk; --memory limits the rest.")
+    ] = False,
+    min_recall: Annotated[
+        float, typer.Option(metavar="FLOAT", help="Refuse an index whose recall@10 is below this.")
+    ] = 0.95,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Build a FAISS index and measure its recall.
+
+    Run the same command again to resume an interrupted build, or to add new items.
+
+    Example: embedcache curate index cache/ index/ --run run/ --memory 4GB
+    """
+    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.search.index import build_index
+    from embedcache.units import parse_size
+
+    with resumable():
+        card = build_index(
+            cache,
+            out,
+            run_path=run,
+            feature=feature,
+            modality=modality,
+            factory=factory,
+            memory_bytes=None if memory is None else parse_size(memory),
+            leaves_on_disk=on_disk,
+            min_recall=min_recall,
+            progress=open_progress(),
+        )
+
+    def show() -> None:
+        where = " on disk" if card.lists else ""
+        size = "" if card.file_bytes is None else f"{card.file_bytes / 1e6:,.1f} MB{where}, "
+        print_line(
+            f"{out}: {card.num_vectors:,} {card.modality}s of {card.feature}, {card.factory}, {size}"
+            f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries} queries, "
+            f"{card.latency_ms:.2f} ms per query"
+        )
+
+    publish(show, lambda: to_plain(card), as_json=as_json, output=output)
+
+
+def coverage(
+    cache: CacheArgument,
+    concepts: Annotated[
+        str, typer.Argument(metavar="CONCEPTS", help="Cache of prompts, or of labeled example images.")
+    ],
+    modality: Annotated[
+        Literal["image", "text", "both"], typer.Option(metavar="image|text|both", help="Modality to read.")
+    ] = "image",
+    feature: Feature = None,
+    run: Run = None,
+    label: Label = "label",
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FLOAT", help="Cosine similarity from which an item counts.", show_default="calibrated per concept"
+        ),
+    ] = None,
+    deviations: Annotated[
+        float, typer.Option(metavar="FLOAT", help="Calibration: standard deviations above a concept's background.")
+    ] = 4.0,
+    k: NumResults = None,
+    min_count: Annotated[int, typer.Option(metavar="N", help="Report a concept with fewer items as a gap.")] = 20,
+    selection: SelectionOption = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(metavar="INDEX", help="Count only what this index of the cache finds.", show_default="all items"),
+    ] = None,
+    engine: Engine = "local",
+    address: Address = None,
+    as_json: Json = False,
+    output: Output = None,
+    html: Html = None,
+) -> None:
+    """Count the items of a cache near each concept.
+
+    Exact counts, with the largest concepts, gaps and overlaps.
+
+    Example: embedcache curate coverage cache/ concepts/ --run run/ --html coverage.html
+    """
+    from embedcache.cli.console import open_progress, publish
+    from embedcache.curate.coverage import CoverageSettings, measure_coverage
+    from embedcache.reports.coverage import coverage_json, write_coverage_page
+
+    if modality == "both" and (feature or index):
+        raise SettingError("--modality both: expected neither --feature nor --index, which are of one modality")
+    reports = [
+        measure_coverage(
+            cache,
+            concepts,
+            modality=side,
+            feature=feature,
+            run_path=run,
+            label=label,
+            settings=CoverageSettings(threshold=threshold, deviations=deviations, k=k or 10, min_count=min_count),
+            selection=selection,
+            index_path=index,
+            engine=engine,
+            address=address,
+            progress=open_progress(),
+        )
+        for side in (("image", "text") if modality == "both" else (modality,))
+    ]
+
+    def show() -> None:
+        for report in reports:
+            _show_coverage(report)
+        if modality == "both":
+            _show_difference(*reports)
+
+    def record() -> Any:
+        figures = {report.pool.modality: coverage_json(report) for report in reports}
+        return figures if modality == "both" else figures[modality]
+
+    publish(
+        show,
+        record,
+        as_json=as_json,
+        output=output,
+        html=html,
+        write_page=lambda path: write_coverage_page(path, *reports),
+    )
+
+
+def _show_coverage(report: "CoverageReport") -> None:
+    from embedcache.cli.console import print_line, print_table
+    from embedcache.reports.coverage import concept_table, largest_first, overlap_table, summary_table
+
+    print_line(report.line())
+    for warning in report.warnings():
+        print_line(warning)
+    print_table(*summary_table(report))
+    order = largest_first(report.whole.counts)
+    print_table(*concept_table(report, order[:10]), title="largest concepts")
+    if len(order) > 10:
+        print_table(*concept_table(report, order[10:][-10:]), title="smallest concepts")
+    if report.overlaps:
+        print_table(*overlap_table(report, num_rows=5), title="concepts that share items")
+
+
+def _show_difference(images: "CoverageReport", texts: "CoverageReport") -> None:
+    from embedcache.cli.console import print_line, print_table
+    from embedcache.reports.coverage import modality_line, modality_table
+
+    print_line(modality_line(images, texts))
+    print_table(*modality_table(images, texts, num_rows=10), title="concepts where images and captions differ most")
+
+
+def select(
+    cache: CacheArgument,
+    out: SelectionOutput,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Method: random, top-score, clip-score, rare-first (the paper's), metaclip, image-based (DataComp's), "
+            "hierarchical, k-center, or module:attribute.",
+        ),
+    ],
+    budget: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Samples to select: 1000, or 10% of the cache.")
+    ] = None,
+    per_concept: Annotated[
+        int | None, typer.Option(metavar="N", help="rare-first: at most this many samples per concept.")
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(metavar="FLOAT", help="clip-score, metaclip: cosine similarity from which an item counts."),
+    ] = None,
+    head: Annotated[
+        float | None, typer.Option(metavar="FLOAT", help="metaclip: t, the size to which frequent concepts are cut.")
+    ] = None,
+    clusters: Annotated[
+        str | None,
+        typer.Option(metavar="N,...", help="image-based, hierarchical: centroids per level, finest first."),
+    ] = None,
+    drawn: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="k-center: number of candidate samples.", show_default="20,000"),
+    ] = None,
+    concepts: Concepts = None,
+    join_names: Annotated[
+        bool, typer.Option("--join-names", metavar="", help="Merge concepts of the same name.")
+    ] = False,
+    target: Annotated[
+        str | None, typer.Option(metavar="CACHE", help="image-based: cache of the images to resemble.")
+    ] = None,
+    run: Run = None,
+    modality: Annotated[
+        Literal["image", "text"] | None,
+        typer.Option(metavar="image|text", help="Modality to read.", show_default="the method's"),
+    ] = None,
+    feature: Feature = None,
+    selection: SelectionOption = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Select samples to train on, with a reason for each.
+
+    Example: embedcache curate select cache/ selection.parquet --method clip-score --run run/ --budget 25%
+    """
+    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.curate.select.select import SelectSettings
+    from embedcache.curate.select.select import select as run_select
+    from embedcache.units import parse_count_or_fraction, parse_counts
+
+    amount = None if budget is None else parse_count_or_fraction(budget)
+    settings = SelectSettings(
+        budget=amount if isinstance(amount, int) else None,
+        per_concept=per_concept,
+        threshold=threshold,
+        head=head,
+        clusters=None if clusters is None else parse_counts(clusters),
+        drawn=drawn,
+        seed=seed,
+    )
+    with resumable():
+        report = run_select(
+            cache,
+            out,
+            method,
+            settings=settings,
+            share=amount if isinstance(amount, float) else None,
+            modality=modality,
+            feature=feature,
+            run_path=run,
+            concepts_path=concepts,
+            joins_names=join_names,
+            target_path=target,
+            within=selection,
+            progress=open_progress(),
+        )
+    publish(lambda: print_line(report.line()), lambda: to_plain(report), as_json=as_json, output=output)
+
+
+def combine(
+    cache: CacheArgument,
+    first: Annotated[
+        Path, typer.Argument(metavar="FIRST", help="Selection: Parquet, or a text file with one key per line.")
+    ],
+    operation: Annotated[
+        Literal["and", "minus"],
+        typer.Argument(metavar="and|minus", help="Keep what both hold, or what the second does not hold."),
+    ],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Second selection.")],
+    out: SelectionOutput,
+) -> None:
+    """Intersect two selections, or subtract one from another.
+
+    Example: embedcache curate combine cache/ first.parquet and second.parquet both.parquet
+    """
+    from embedcache.cli.console import print_line
+    from embedcache.curate.select.combine import combine_selections
+
+    print_line(f"{out}: {combine_selections(cache, out, first, operation, second):,} samples")
+
+
+def sample(
+    cache: CacheArgument,
+    selection: SelectionArgument,
+    size: Annotated[int, typer.Argument(metavar="N", help="Number of samples to draw.")],
+    out: SelectionOutput,
+    seed: Seed = 0,
+) -> None:
+    """Draw random samples of a selection.
+
+    Example: embedcache curate sample cache/ selection.parquet 1000 some.parquet
+    """
+    from embedcache.cli.console import print_line
+    from embedcache.curate.select.combine import sample_selection
+
+    print_line(f"{out}: {sample_selection(cache, out, selection, size, seed=seed):,} samples")
+
+
+def export(
+    cache: CacheArgument,
+    selection: SelectionArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New file; for webdataset a new folder.")],
+    form: Annotated[
+        Literal["datacomp", "keys", "webdataset"],
+        typer.Option(
+            "--format",
+            metavar="datacomp|keys|webdataset",
+            help="DataComp's uids (.npy), one key per line, or tars with the samples.",
+        ),
+    ] = "keys",
+) -> None:
+    """Write a selection for other tools.
+
+    Example: embedcache curate export cache/ selection.parquet tars/ --format webdataset
+    """
+    from embedcache.cli.console import open_progress, print_line
+    from embedcache.curate.select.export import export as run_export
+
+    print_line(f"{out}: {run_export(cache, selection, out, form, progress=open_progress()):,} samples")
+
+
+def dedup(
+    cache: CacheArgument,
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT", help="Selection of the samples that stay: a new .parquet file."),
+    ] = None,
+    cosine: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FLOAT", help="Remove near-duplicates at or above this cosine similarity; only report without it."
+        ),
+    ] = None,
+    copies: Annotated[
+        bool, typer.Option("--copies", metavar="", help="Remove exact copies only: equal bytes or texts.")
+    ] = False,
+    modality: Annotated[
+        Literal["image", "text"] | None,
+        typer.Option(metavar="image|text", help="Modality to read.", show_default="image, or text without images"),
+    ] = None,
+    feature: Feature = None,
+    run: Run = None,
+    keep: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Which duplicate stays: first, far (farthest from its cluster's center) or best:COLUMN (largest).",
+        ),
+    ] = "first",
+    all_pairs: Annotated[
+        bool | None,
+        typer.Option(
+            "--all-pairs/--no-all-pairs",
+            metavar="",
+            help="Compare every pair, instead of pairs within clusters.",
+            show_default="up to 50,000 items",
+        ),
+    ] = None,
+    engine: Engine = "local",
+    address: Address = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for a temporary file of 2 to 4 bytes per number.",
+            show_default="the system's",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    output: Output = None,
+    html: Html = None,
+) -> None:
+    """Find copies and near-duplicates.
+
+    Without OUT, report how many samples each cosine would remove; then choose one.
+
+    Example: embedcache curate dedup cache/ kept.parquet --cosine 0.95
+    """
+    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.curate import dedup as stage
+    from embedcache.reports.dedup import (
+        comparison_line,
+        dedup_line,
+        histogram_lines,
+        threshold_json,
+        threshold_table,
+        write_dedup_page,
+        write_threshold_page,
+    )
+
+    settings = stage.DedupSettings(
+        modality=modality,
+        feature=feature,
+        run_path=run,
+        keep=keep,
+        all_pairs=all_pairs,
+        scratch=scratch,
+        seed=seed,
+        engine=engine,
+        address=address,
+    )
+    stage.check_asked(out, cosine, only_copies=copies)
+    publish_report = partial(publish, as_json=as_json, output=output, html=html)
+    if out is None:
+        analysis = stage.analyze(cache, settings, progress=open_progress())
+
+        def show_levels() -> None:
+            for line in (comparison_line(analysis), *histogram_lines(analysis)):
+                print_line(line)
+            print_table(*threshold_table(analysis))
+            print_line("choose a cosine, then: embedcache curate dedup CACHE OUT.parquet --cosine …")
+
+        publish_report(
+            show_levels,
+            lambda: threshold_json(analysis),
+            write_page=lambda path: write_threshold_page(path, analysis=analysis),
+        )
+        return
+    done = stage.dedup(cache, out, cosine=cosine, settings=settings, progress=open_progress())
+
+    def show() -> None:
+        print_line(comparison_line(done.analysis))
+        print_line(dedup_line(done))
+
+    publish_report(show, done.to_json, write_page=lambda path: write_dedup_page(path, result=done))
+
+
+def leaks(
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help="Training cache: a folder or a URL.")],
+    test: Annotated[str, typer.Argument(metavar="TEST", help="Test cache: a folder or a URL.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT", help="Selection of TRAIN without what leaks: a new .parquet file."),
+    ] = None,
+    image_cosine: Annotated[
+        float, typer.Option(metavar="FLOAT", help="Images at or above this cosine similarity are near-duplicates.")
+    ] = 0.95,
+    text_cosine: Annotated[
+        float, typer.Option(metavar="FLOAT", help="Texts at or above this cosine similarity are near-duplicates.")
+    ] = 0.95,
+    image_feature: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Image feature, as encoder/feature.", show_default="the only one that both have"
+        ),
+    ] = None,
+    text_feature: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Text feature, as encoder/feature.", show_default="the only one that both have"
+        ),
+    ] = None,
+    as_json: Json = False,
+    output: Output = None,
+    html: Html = None,
+) -> None:
+    """Find test samples that are in a training cache.
+
+    Exact copies, and near-duplicates by cosine similarity.
+
+    Example: embedcache curate leaks train/ test/ clean.parquet --html leaks.html
+    """
+    from embedcache.cli.console import open_progress, print_line, print_table, publish
+    from embedcache.curate.leaks import find_leaks, write_clean_selection
+    from embedcache.reports.leaks import (
+        closest_pairs,
+        leak_line,
+        leak_notes,
+        leak_table,
+        leaked_pair_table,
+        write_leak_page,
+    )
+
+    found = find_leaks(
+        train,
+        test,
+        cosines={"image": image_cosine, "text": text_cosine},
+        features={"image": image_feature, "text": text_feature},
+        progress=open_progress(),
+    )
+    if out is not None:
+        write_clean_selection(out, found)
+
+    def show() -> None:
+        for text in (leak_line(found), *leak_notes(found)):
+            print_line(text)
+        print_table(*leak_table(found))
+        for leak in filter(lambda leak: leak.is_leaked.any(), found.leaks):
+            print_table(*leaked_pair_table(closest_pairs(found, leak, 10)), title=f"{leak.modality}s that leak most")
+        if out is not None:
+            print_line(f"wrote {out}: {len(found.clean().rows):,} of {found.train.info.num_samples:,} samples stay")
+
+    publish(
+        show,
+        found.to_json,
+        as_json=as_json,
+        output=output,
+        html=html,
+        write_page=lambda path: write_leak_page(path, found),
+    )
+
+
+add_command(app, "index", index)
+add_command(app, "coverage", coverage)
+add_command(app, "select", select)
+add_command(app, "combine", combine)
+add_command(app, "sample", sample)
+add_command(app, "export", export)
+add_command(app, "dedup", dedup)
+add_command(app, "leaks", leaks)

@@ -1,0 +1,249 @@
+"""embedcache export"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from embedcache.cli.options import (
+    CacheArgument,
+    Feature,
+    ImageFeature,
+    Language,
+    Modality,
+    Run,
+    RunArgument,
+    Seed,
+    SelectionOption,
+    TextFeature,
+    add_command,
+    new_group,
+)
+
+if TYPE_CHECKING:
+    from embedcache.interop.outgoing import ExportSettings
+
+app = new_group("Write a run, or vectors, for other tools.")
+
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")]
+NewParquet = Annotated[Path, typer.Argument(metavar="OUT", help="New .parquet file to write.")]
+Metrics = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", dir_okay=False, help="Report of evaluate --output, for the model card."),
+]
+PushToHub = Annotated[
+    str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this repository of the Hugging Face Hub.")
+]
+Public = Annotated[
+    bool, typer.Option("--public", metavar="", help="Make a new repository public; it is private otherwise.")
+]
+OnlyModality = Annotated[
+    Literal["image", "text"] | None,
+    typer.Option(metavar="image|text", help="Modality to export.", show_default="both"),
+]
+
+
+def transformers(
+    run: RunArgument, out: NewFolder, metrics: Metrics = None, push_to_hub: PushToHub = None, public: Public = False
+) -> None:
+    """Write a model for transformers.
+
+    AutoModel, AutoProcessor and AutoTokenizer open the folder.
+
+    Example: embedcache export transformers run/ model/
+    """
+    _export_model("transformers", run, out, metrics=metrics, push_to=push_to_hub, is_public=public)
+
+
+def open_clip(
+    run: RunArgument, out: NewFolder, metrics: Metrics = None, push_to_hub: PushToHub = None, public: Public = False
+) -> None:
+    """Write a model for open_clip.
+
+    It opens the folder as local-dir:OUT.
+
+    Example: embedcache export open-clip run/ model/
+    """
+    _export_model("open-clip", run, out, metrics=metrics, push_to=push_to_hub, is_public=public)
+
+
+def sentence_transformers(
+    run: RunArgument, out: NewFolder, metrics: Metrics = None, push_to_hub: PushToHub = None, public: Public = False
+) -> None:
+    """Write the text tower for sentence-transformers.
+
+    Example: embedcache export sentence-transformers run/ model/
+    """
+    _export_model("sentence-transformers", run, out, metrics=metrics, push_to=push_to_hub, is_public=public)
+
+
+def onnx(
+    run: RunArgument,
+    out: NewFolder,
+    towers: Annotated[bool, typer.Option("--towers", metavar="", help="Include the encoders.")] = False,
+    metrics: Metrics = None,
+    push_to_hub: PushToHub = None,
+    public: Public = False,
+) -> None:
+    """Write ONNX graphs of the projectors or the towers.
+
+    Example: embedcache export onnx run/ model/ --towers
+    """
+    _export_model("onnx", run, out, metrics=metrics, push_to=push_to_hub, is_public=public, towers=towers)
+
+
+def safetensors(
+    run: RunArgument, out: NewFolder, metrics: Metrics = None, push_to_hub: PushToHub = None, public: Public = False
+) -> None:
+    """Write the projectors as plain tensors.
+
+    The model card says how they are computed with.
+
+    Example: embedcache export safetensors run/ model/
+    """
+    _export_model("safetensors", run, out, metrics=metrics, push_to=push_to_hub, is_public=public)
+
+
+def _export_model(form: str, run: Path, out: Path, **options: Any) -> None:
+    from embedcache.cli.console import print_line
+    from embedcache.export.export import export
+
+    exported = export(form, run, out, **options)
+    print_line(f"{out}: {'written' if exported.is_new else 'already exists, unchanged'}")
+    for what, difference in exported.differences.items():
+        print_line(f"  {what}: differs from the run by at most {difference:.1e}")
+    if exported.url is not None:
+        print_line(f"  {exported.url}")
+
+
+def clip_retrieval(
+    cache: CacheArgument,
+    out: NewFolder,
+    run: Run = None,
+    image_feature: ImageFeature = None,
+    text_feature: TextFeature = None,
+    modality: OnlyModality = None,
+    selection: SelectionOption = None,
+    language: Language = None,
+) -> None:
+    """Write vectors of length 1 for clip-retrieval.
+
+    The folders img_emb, text_emb and metadata, for its index command.
+
+    Example: embedcache export clip-retrieval cache/ tree/ --run run/
+    """
+    from embedcache.interop.clip_retrieval import write_tree
+
+    settings = _settings(image_feature, text_feature, modality, run, selection, language)
+    _export_vectors(cache, out, settings, write_tree)
+
+
+def parquet(
+    cache: CacheArgument,
+    out: NewParquet,
+    run: Run = None,
+    image_feature: ImageFeature = None,
+    text_feature: TextFeature = None,
+    modality: OnlyModality = None,
+    selection: SelectionOption = None,
+    language: Language = None,
+) -> None:
+    """Write vectors, keys and captions to Parquet.
+
+    Columns key, caption, those of the source, and image_vector and text_vector as lists of fixed length.
+
+    Example: embedcache export parquet cache/ vectors.parquet --run run/
+    """
+    from embedcache.interop.parquet import write_parquet
+
+    settings = _settings(image_feature, text_feature, modality, run, selection, language)
+    _export_vectors(cache, out, settings, write_parquet)
+
+
+def npy(
+    cache: CacheArgument,
+    out: NewFolder,
+    run: Run = None,
+    image_feature: ImageFeature = None,
+    text_feature: TextFeature = None,
+    modality: OnlyModality = None,
+    selection: SelectionOption = None,
+    language: Language = None,
+) -> None:
+    """Write vectors as NumPy arrays.
+
+    Files image.npy, text.npy and rows.parquet in a new folder.
+
+    Example: embedcache export npy cache/ arrays/ --image-feature resnet18/pooled
+    """
+    from embedcache.interop.npy import write_arrays
+
+    settings = _settings(image_feature, text_feature, modality, run, selection, language)
+    _export_vectors(cache, out, settings, write_arrays)
+
+
+def atlas(
+    cache: CacheArgument,
+    out: NewParquet,
+    run: Run = None,
+    modality: Modality = "image",
+    feature: Feature = None,
+    selection: SelectionOption = None,
+    language: Language = None,
+    method: Annotated[
+        Literal["umap", "pca"], typer.Option(metavar="umap|pca", help="Projection of the vectors to the plane.")
+    ] = "umap",
+    images: Annotated[
+        Literal["thumbnails", "paths", "none"],
+        typer.Option(metavar="thumbnails|paths|none", help="Store thumbnails of the images, their paths, or nothing."),
+    ] = "thumbnails",
+    seed: Seed = 0,
+) -> None:
+    """Write a map of the dataset for embedding-atlas.
+
+    A Parquet file with vectors, captions, thumbnails, positions on the plane and neighbors.
+
+    Example: embedcache export atlas cache/ atlas.parquet --run run/
+    """
+    from embedcache.interop.atlas import write_atlas
+
+    features = {modality: feature}
+    settings = _settings(features.get("image"), features.get("text"), modality, run, selection, language)
+    _export_vectors(cache, out, settings, write_atlas, method=method, images=images, seed=seed)
+
+
+def _settings(
+    image: str | None,
+    text: str | None,
+    only: Literal["image", "text"] | None,
+    run: Path | None,
+    selection: Path | None,
+    language: str | None,
+) -> "ExportSettings":
+    from embedcache.interop.outgoing import ExportSettings
+
+    return ExportSettings(image=image, text=text, only=only, run=run, selection=selection, language=language)
+
+
+def _export_vectors(
+    cache: str, out: Path, settings: "ExportSettings", write: Callable[..., int], **options: Any
+) -> None:
+    from embedcache.cli.console import open_progress, print_line
+    from embedcache.interop.outgoing import Outgoing
+
+    outgoing = Outgoing(cache, settings)
+    num_rows = write(outgoing, out, progress=open_progress(), **options)
+    left_out = outgoing.left_out
+    print_line(f"{out}: {num_rows:,} rows" + (f"; left out: {left_out}" if left_out else ""))
+
+
+add_command(app, "transformers", transformers)
+add_command(app, "open-clip", open_clip)
+add_command(app, "sentence-transformers", sentence_transformers)
+add_command(app, "onnx", onnx)
+add_command(app, "safetensors", safetensors)
+add_command(app, "clip-retrieval", clip_retrieval)
+add_command(app, "parquet", parquet)
+add_command(app, "npy", npy)
+add_command(app, "atlas", atlas)

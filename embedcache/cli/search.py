@@ -1,0 +1,100 @@
+"""embedcache search"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from embedcache.cli.options import (
+    Cache,
+    Concepts,
+    Device,
+    IndexArgument,
+    Json,
+    Languages,
+    NumResults,
+    Output,
+    Run,
+    SelectionOption,
+)
+
+if TYPE_CHECKING:
+    from embedcache.search.search import Hit
+
+
+def search(
+    index: IndexArgument,
+    query: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Texts to search for.")] = None,
+    queries: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Search for each line of this text file too.")
+    ] = None,
+    query_image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Search with this image file.")] = None,
+    query_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Search with the indexed vector of this sample.")
+    ] = None,
+    query_concept: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Search with this concept of --concepts.")
+    ] = None,
+    query_vectors: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Search with each row of this .npy file.")
+    ] = None,
+    k: NumResults = None,
+    concepts: Concepts = None,
+    label_value: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Return only samples with this label.")
+    ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Return only samples of this part of the column split, such as test."),
+    ] = None,
+    language: Languages = None,
+    selection: SelectionOption = None,
+    run: Run = None,
+    cache: Cache = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Search an index with texts, images or vectors.
+
+    A query is a text, an image file, a sample of the index, a concept or a vector; several queries may be mixed.
+
+    Example: embedcache search index/ "a red bicycle" -k 5
+    """
+    from embedcache.cli.console import print_table, publish, read_lines
+    from embedcache.search.filters import Filter
+    from embedcache.search.queries import Queries, read_vectors
+    from embedcache.search.search import search as run_search
+
+    asked = Queries(
+        texts=[*(query or ()), *(read_lines(queries) if queries else ())],
+        images=query_image or (),
+        keys=query_key or (),
+        concepts=query_concept or (),
+        concept_cache=concepts,
+        vectors=None if query_vectors is None else read_vectors(query_vectors),
+    )
+    keep = Filter(labels=label_value or (), splits=part or (), languages=language or (), selection=selection)
+    found = run_search(index, asked, k=k, keep=keep, run_path=run, cache_path=cache, device=device)
+    results = list(zip(asked.names, found, strict=True))
+
+    def show() -> None:
+        for name, hits in results:
+            print_table(*_hit_rows(hits), title=name)
+
+    publish(
+        show,
+        lambda: [{"query": name, "hits": [asdict(hit) for hit in hits]} for name, hits in results],
+        as_json=as_json,
+        output=output,
+    )
+
+
+def _hit_rows(hits: Sequence["Hit"]) -> tuple[list[str], list[list[str]]]:
+    columns = ["captions", "cosine", "key"]
+    rows = [[" · ".join(hit.captions), f"{hit.score:.3f}", hit.key] for hit in hits]
+    if all(hit.label is None for hit in hits):
+        return columns, rows
+    return [*columns, "label"], [[*row, hit.label or ""] for row, hit in zip(rows, hits, strict=True)]

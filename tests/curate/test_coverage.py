@@ -1,0 +1,298 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from embedcache.arrays import Inputs, normalize
+from embedcache.cli.main import app
+from embedcache.curate import counting as indexed
+from embedcache.curate.coverage import CoverageReport, CoverageSettings, measure_coverage
+from embedcache.dataset.selections import Selection, write_selection
+from embedcache.errors import DataError, FingerprintError, SettingError
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.projectors.saved import load_pair, project
+from embedcache.reports.coverage import concept_table, coverage_json, overlap_table, summary_table, write_coverage_page
+from embedcache.search.index import build_index
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from tests.exchange.runs import SIDES, train_run
+from tests.search.test_concepts import NAMES, labeled_cache, prompt_cache
+from tests.toy import TEXT
+
+FIXED = CoverageSettings(threshold=0.45, k=5)
+
+
+@pytest.fixture(scope="module")
+def run_path(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_run(cache_path, tmp_path_factory.mktemp("run") / "run", *SIDES["vectors"])
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prompt_cache(tmp_path_factory.mktemp("prompts"), NAMES)
+
+
+@pytest.fixture(scope="module")
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return labeled_cache(tmp_path_factory.mktemp("labeled"), 60)
+
+
+@pytest.fixture(scope="module")
+def half(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A selection of every second sample."""
+    path, rows = tmp_path_factory.mktemp("half") / "half.parquet", np.arange(0, 300, 2)
+    write_selection(path, Cache(cache_path), Selection(rows=rows, reasons=["even"] * 150), {"method": "test"})
+    return path
+
+
+def of_texts(cache_path: Path, prompts: Path, **options: object) -> CoverageReport:
+    return measure_coverage(cache_path, prompts, modality="text", feature="open_toy/mean", **options)  # type: ignore[arg-type]
+
+
+def test_texts_are_counted_as_comparing_everything_counts(cache_path: Path, prompts: Path) -> None:
+    report = of_texts(cache_path, prompts, settings=FIXED)
+    texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
+    sims = texts @ report.concepts.vectors.T
+    assert report.whole.num_items == 300
+    assert report.whole.counts.tolist() == (sims > 0.45).sum(axis=0).tolist()
+    assert report.whole.num_covered == (sims > 0.45).any(axis=1).sum()
+    np.testing.assert_allclose(report.scores, -np.sort(-sims, axis=0)[:5].T, atol=1e-5)
+    captions = Cache(cache_path).items("text")["text"].to_pylist()
+    for name, rows in zip(NAMES, report.rows, strict=True):
+        assert all(name in captions[row] for row in rows)
+    np.testing.assert_allclose(report.background.quantiles[:, 0], np.median(sims, axis=0), atol=0.02)
+
+
+def test_images_are_counted_through_a_run(cache_path: Path, prompts: Path, run_path: Path) -> None:
+    settings = CoverageSettings(deviations=1.5, k=3, min_count=10)
+    report = measure_coverage(cache_path, prompts, run_path=run_path, settings=settings)
+    images = project(load_pair(run_path)[0].image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
+    sims = images @ report.concepts.vectors.T
+    ordered = np.sort(sims, axis=0)
+    expected = ordered[150] + 1.5 * (ordered[150] - ordered[47])
+    np.testing.assert_allclose(report.thresholds, expected, atol=0.02)
+    assert report.whole.counts.tolist() == (sims > report.thresholds).sum(axis=0).tolist()
+    backs = [caption.split()[-1] for caption in Cache(cache_path).items("text")["text"].to_pylist()]
+    right = [backs[row] == name for name, rows in zip(NAMES, report.rows, strict=True) for row in rows]
+    assert np.mean(right) > 0.4  # chance is a sixth
+
+
+def test_plain_images_are_counted_by_prototypes(cache_path: Path, labeled: Path) -> None:
+    settings = CoverageSettings(deviations=1, k=5)
+    report = measure_coverage(cache_path, labeled, feature="open_toy/cls", settings=settings)
+    images = normalize(Cache(cache_path).feature("image", "open_toy/cls").load())
+    sims = images @ report.concepts.vectors.T
+    assert report.whole.counts.tolist() == (sims > report.thresholds).sum(axis=0).tolist()
+    np.testing.assert_allclose(report.scores, -np.sort(-sims, axis=0)[:5].T, atol=1e-5)
+    assert "6 concepts of 5 to 14 examples" in report.line()
+
+
+def test_the_size_of_chunks_changes_nothing(pictures: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
+    settings = ExtractSettings(features=("mean",), chunk_size=7)
+    extract(open_source(pictures), tmp_path / "small", text=[TEXT], settings=settings)
+    one = of_texts(cache_path, prompts, settings=FIXED)
+    other = measure_coverage(tmp_path / "small", prompts, modality="text", settings=FIXED)
+    assert np.array_equal(one.whole.counts, other.whole.counts)
+    assert np.array_equal(one.whole.assigned, other.whole.assigned)
+    np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
+    assert [(shared.one, shared.other, shared.num) for shared in one.overlaps] == [
+        (shared.one, shared.other, shared.num) for shared in other.overlaps
+    ]
+
+
+def test_a_selection_is_counted_by_the_thresholds_of_the_pool(cache_path: Path, prompts: Path, half: Path) -> None:
+    settings = CoverageSettings(deviations=1, k=2)
+    report = of_texts(cache_path, prompts, settings=settings, selection=half)
+    texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
+    above = texts @ report.concepts.vectors.T > report.thresholds
+    assert report.selected is not None
+    assert report.selected.num_items == 150
+    assert report.selected.counts.tolist() == above[::2].sum(axis=0).tolist()
+    assert report.whole.counts.tolist() == above.sum(axis=0).tolist()
+    assert [part.name for part in report.parts] == ["all texts", "half.parquet"]
+    alone = of_texts(cache_path, prompts, settings=settings)
+    assert np.array_equal(alone.whole.counts, report.whole.counts)
+    assert alone.selected is None
+
+
+def test_gaps_and_overlaps(cache_path: Path, tmp_path: Path) -> None:
+    prompts = prompt_cache(tmp_path, ["red", "red bar", "zebra"])
+    report = of_texts(cache_path, prompts, settings=CoverageSettings(threshold=0.6, min_count=20, k=1))
+    gaps = report.whole.gaps(20)
+    assert report.concepts.names[gaps[0]] == "zebra"
+    assert (report.whole.counts[gaps] < 20).all()
+    assert (np.diff(report.whole.counts[gaps]) >= 0).all()
+    texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
+    above = texts @ report.concepts.vectors.T > 0.6
+    first = report.overlaps[0]
+    assert (first.one, first.other) == (0, 1)
+    assert first.num == (above[:, 0] & above[:, 1]).sum() > 0
+    assert first.jaccard == pytest.approx(first.num / (above[:, 0] | above[:, 1]).sum())
+    assert first.cosine == pytest.approx(report.concepts.vectors[0] @ report.concepts.vectors[1], abs=1e-5)
+
+
+def test_one_concept_has_no_neighbor(cache_path: Path, tmp_path: Path) -> None:
+    report = of_texts(cache_path, prompt_cache(tmp_path, ["red"]), settings=CoverageSettings(deviations=1, k=300))
+    assert report.near.tolist() == [-1]
+    assert report.overlaps == []
+    assert sorted(report.rows[0].tolist()) == list(range(300))
+    assert concept_table(report, [0])[1][0][-1] == ""
+
+
+def test_figures_as_rows_as_json_and_as_a_page(
+    cache_path: Path, prompts: Path, run_path: Path, half: Path, tmp_path: Path
+) -> None:
+    settings = CoverageSettings(deviations=1.5, k=4, min_count=25)
+    report = measure_coverage(cache_path, prompts, run_path=run_path, settings=settings, selection=half)
+    columns, rows = summary_table(report)
+    assert columns == ["", "all images", "half.parquet"]
+    assert rows[0] == ["items", "300", "150"]
+    assert {len(row) for row in rows} == {3}
+    columns, rows = concept_table(report, [2, 0])
+    assert [row[0] for row in rows] == [NAMES[2], NAMES[0]]
+    assert {len(row) for row in rows} == {len(columns)}
+    assert {len(row) for row in overlap_table(report)[1]} <= {5}
+    found = json.loads(json.dumps(coverage_json(report)))
+    assert [concept["name"] for concept in found["concepts"]] == NAMES
+    assert found["concepts"][0]["counts"] == [int(part.counts[0]) for part in report.parts]
+    assert found["concepts"][0]["best"][0]["key"] == f"{report.rows[0, 0]:05d}"
+    assert found["parts"][1]["gaps"] == [NAMES[number] for number in report.parts[1].gaps(25)]
+    assert found["pool"]["run_weights"] == load_pair(run_path)[1].weights
+    assert found["concepts_from"]["of"] == "prompts"
+    write_coverage_page(tmp_path / "page.html", report)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/webp") == 4 * len(NAMES)
+    assert page.count("<svg") == 1
+    assert "Gaps" in page
+
+
+def test_a_page_of_texts_shows_captions(cache_path: Path, tmp_path: Path) -> None:
+    many = [f"{name} {place} {number}" for name in NAMES for place in ("bar", "left") for number in range(9)]
+    report = of_texts(cache_path, prompt_cache(tmp_path, many), settings=CoverageSettings(deviations=1, k=2))
+    write_coverage_page(tmp_path / "page.html", report)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 2
+    assert "<img" not in page
+    assert "100 of 108 concepts" in page
+    assert Cache(cache_path).items("text")["text"][int(report.rows[0, 0])].as_py() in page
+
+
+def test_what_makes_counts_doubtful_is_said(cache_path: Path, prompts: Path) -> None:
+    report = of_texts(cache_path, prompts, settings=CoverageSettings(deviations=1, min_count=5))
+    assert "48 of 300 items are above a threshold by chance, and 5 already" in report.warnings()[0]
+    low = of_texts(cache_path, prompts, settings=CoverageSettings(threshold=-0.9))
+    assert low.warnings() == [
+        "WARNING: of 6 of 6 concepts at least half of the pool is above the threshold; raise --threshold"
+    ]
+    assert low.by_chance is None
+    assert of_texts(cache_path, prompts, settings=CoverageSettings(deviations=2)).warnings() == []
+
+
+def test_mistakes_are_named_with_their_numbers(cache_path: Path, prompts: Path, labeled: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="k is 301; .* holds 300 texts with open_toy/mean, so k must be 1 to 300"):
+        of_texts(cache_path, prompts, settings=CoverageSettings(k=301))
+    with pytest.raises(
+        DataError,
+        match=r"none of 300 texts .* of 6 concepts; the closest .*: highest similarity 0\.\d+, threshold 0.999",
+    ):
+        of_texts(cache_path, prompts, settings=CoverageSettings(threshold=0.999))
+    other = prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2")
+    with pytest.raises(FingerprintError, match="feature open_toy/mean .* weights: '.*' there, '.*' asked"):
+        of_texts(cache_path, other)
+    (tmp_path / "keys.txt").write_text("nobody\n")
+    with pytest.raises(DataError, match="names 'nobody'"):
+        of_texts(cache_path, prompts, selection=tmp_path / "keys.txt")
+    for wrong in ({"threshold": 1.0}, {"deviations": 0.0}, {"k": 0}, {"min_count": 0}):
+        (name,) = wrong
+        with pytest.raises(SettingError, match=f"{name} is {wrong[name]}; it"):
+            CoverageSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_command_prints_tables_and_writes_both_files(
+    cache_path: Path, prompts: Path, half: Path, tmp_path: Path
+) -> None:
+    words = ["curate", "coverage", str(cache_path), str(prompts), "--modality", "text", "--feature", "open_toy/mean"]
+    words += ["--threshold", "0.45", "-k", "3", "--min-count", "40", "--selection", str(half)]
+    words += ["--output", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "300 texts, open_toy/mean; 6 concepts of 3 prompts; threshold 0.45 for all" in done.output
+    for said in ("above any threshold", "gaps: concepts with fewer than 40", "Gini", "half.parquet", "yellow"):
+        assert said in done.output
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert [len(concept["best"]) for concept in found["concepts"]] == [3] * len(NAMES)
+    assert (tmp_path / "c.html").is_file()
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF4,SQ8"])
+def test_an_index_names_the_items_and_their_cosines_are_exact(
+    cache_path: Path, prompts: Path, half: Path, tmp_path: Path, factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexed, "_FIRST", 4)
+    build_index(cache_path, tmp_path / "index", modality="text", feature="open_toy/mean", factory=factory)
+    options = {"settings": CoverageSettings(deviations=1, k=7), "selection": half}
+    exact = of_texts(cache_path, prompts, **options)
+    found = of_texts(cache_path, prompts, **options, index_path=tmp_path / "index")
+    assert found.whole.num_items == exact.whole.num_items
+    assert (found.whole.counts <= exact.whole.counts).all()
+    assert found.whole.counts.sum() >= 0.95 * exact.whole.counts.sum()
+    assert "through an index" in found.warnings()[0]
+    assert found.index is not None
+    if factory == "Flat":
+        for here, there in zip(found.parts, exact.parts, strict=True):
+            assert np.array_equal(here.counts, there.counts)
+            assert np.array_equal(here.assigned, there.assigned)
+            assert here.num_covered == there.num_covered
+        assert np.array_equal(found.rows, exact.rows)
+        assert found.overlaps == exact.overlaps
+
+
+def test_an_index_of_something_else_is_refused(cache_path: Path, prompts: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", feature="open_toy/cls", factory="Flat")
+    with pytest.raises(FingerprintError, match="modality: 'image' there, 'text' asked.*--modality text"):
+        of_texts(cache_path, prompts, index_path=tmp_path / "index")
+
+
+def test_images_and_captions_are_counted_side_by_side(
+    cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path
+) -> None:
+    words = ["curate", "coverage", str(cache_path), str(prompts), "--run", str(run_path), "--modality", "both"]
+    words += ["--deviations", "1.5", "--output", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert "among captions" in done.output
+    found = json.loads((tmp_path / "c.json").read_text())
+    for modality, figures in found.items():
+        settings = CoverageSettings(deviations=1.5)
+        alone = measure_coverage(cache_path, prompts, modality=modality, run_path=run_path, settings=settings)
+        assert figures == json.loads(json.dumps(coverage_json(alone)))
+    page = (tmp_path / "c.html").read_text()
+    for title in ("Images and captions", "Images: Gaps", "Texts: Gaps"):
+        assert title in page
+    with pytest.raises(SettingError, match="--modality both: expected neither"):
+        CliRunner().invoke(app, [*words, "--feature", "x"], catch_exceptions=False)
+
+
+@pytest.mark.slow
+def test_ray_gives_the_very_bits_of_one_process(cache_path: Path, prompts: Path, half: Path) -> None:
+    here, there = (
+        of_texts(cache_path, prompts, settings=CoverageSettings(deviations=1), selection=half, engine=engine)
+        for engine in ("local", "ray")
+    )
+    assert coverage_json(here) == coverage_json(there)
+    assert np.array_equal(here.scores, there.scores)
+
+
+def test_a_pool_that_moved_from_its_pictures_is_still_counted(
+    cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(cache_path, tmp_path / "moved")
+    settings = CoverageSettings(deviations=1.5)
+    one, other = (
+        measure_coverage(path, prompts, run_path=run_path, settings=settings)
+        for path in (cache_path, tmp_path / "moved")
+    )
+    assert np.array_equal(one.whole.counts, other.whole.counts)

@@ -1,0 +1,221 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from embedcache.arrays import Floats, normalize
+from embedcache.curate.dedup import DedupSettings, analyze, check_asked, dedup, one_modality
+from embedcache.curate.keep import find_copies
+from embedcache.dataset.inputs import open_input
+from embedcache.dataset.selections import read_selection
+from embedcache.errors import DataError, SettingError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.reports.dedup import (
+    comparison_line,
+    dedup_line,
+    histogram_lines,
+    threshold_json,
+    threshold_table,
+    write_dedup_page,
+    write_threshold_page,
+)
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from tests.evaluate.test_retrieval import train_run
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
+
+NUM, COPIES = 60, {"00050": "00003", "00051": "00003", "00057": "00020"}
+
+
+@pytest.fixture(scope="module")
+def distinct(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of three pictures that have nothing in common."""
+    folder = tmp_path_factory.mktemp("distinct")
+    (folder / "source").mkdir()
+    for number, color in enumerate(("red", "lime", "blue")):
+        Image.new("RGB", (32, 32), color).save(folder / "source" / f"{number}.png")
+    extract(open_source(folder / "source"), folder / "cache", image=[IMAGE])
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of sixty pictures with scores: three are copies of others, and one cannot be read."""
+    folder = tmp_path_factory.mktemp("copied")
+    source = write_pictures(folder / "source", NUM)
+    for copy, original in COPIES.items():
+        shutil.copy(source / f"{original}.png", source / f"{copy}.png")
+    (source / "00030.png").write_bytes(b"no picture")
+    for number in range(NUM):
+        (source / f"{number:05d}.json").write_text(json.dumps({"score": number if number % 7 else None}))
+    extract(open_source(source), folder / "cache", image=[IMAGE], text=[TEXT], settings=ExtractSettings(chunk_size=16))
+    return folder / "cache"
+
+
+def unit(path: Path) -> Floats:
+    values = Cache(path).feature("image").load()
+    return normalize(np.nan_to_num(values))
+
+
+def test_copies_are_found_by_their_bytes_alone(copied: Path, tmp_path: Path) -> None:
+    done = dedup(copied, tmp_path / "kept.parquet", cosine=None)
+    removed = pq.read_table(done.removed_path).to_pylist()
+    assert {row["key"]: row["kept_key"] for row in removed} == COPIES
+    assert all(row["is_copy"] and row["cosine"] == 1 for row in removed)
+    kept = {row["key"]: row["reason"] for row in pq.read_table(done.path).to_pylist()}
+    assert len(kept) == NUM - 3
+    assert kept["00003"] == "kept; 2 copies go"
+    assert kept["00020"] == "kept; 1 copy goes"
+    assert kept["00030"] == "no image to compare"
+    assert kept["00000"] == "no duplicate"
+    assert len(read_selection(done.path, [Cache(copied)])) == NUM - 3
+    assert "removed 3, of which 3 are copies" in dedup_line(done)
+
+
+@pytest.mark.parametrize("all_pairs", [True, False])
+@pytest.mark.parametrize("keep", ["first", "far", "best:score"])
+def test_each_sample_that_goes_is_close_to_one_that_stays(
+    copied: Path, tmp_path: Path, keep: str, all_pairs: bool
+) -> None:
+    settings = DedupSettings(keep=keep, all_pairs=all_pairs, scratch=tmp_path)
+    done = dedup(copied, tmp_path / "kept.parquet", cosine=0.97, settings=settings)
+    vectors = unit(copied)
+    stay = set(read_selection(done.path, [Cache(copied)]).tolist())
+    removed = pq.read_table(done.removed_path).to_pylist()
+    assert stay == set(range(NUM)) - {row["row"] for row in removed}
+    assert len(removed) > 3
+    for row in removed:
+        assert row["kept_row"] in stay
+        assert row["cosine"] == pytest.approx(vectors[row["row"]] @ vectors[row["kept_row"]], abs=1e-3)
+        assert row["cosine"] >= 0.97
+    order = sorted(stay - {30})
+    cosines = vectors[order] @ vectors[order].T - 2 * np.eye(len(order))
+    assert cosines.max() < 0.97 + 1e-3
+
+
+def test_the_keep_rule_decides_which_stays(copied: Path, tmp_path: Path) -> None:
+    done = dedup(copied, tmp_path / "kept.parquet", cosine=None, settings=DedupSettings(keep="best:score"))
+    rows = {row["key"]: row["kept_key"] for row in pq.read_table(done.removed_path).to_pylist()}
+    assert rows == {"00003": "00051", "00050": "00051", "00020": "00057"}
+    analysis = analyze(copied, DedupSettings(keep="far", all_pairs=False))
+    assert analysis.near is not None
+    assert analysis.near.centroid_cosines is not None
+    first_of = analysis.contents.rows[analysis.contents.contents]
+    cosines = dict(zip(analysis.contents.rows.tolist(), analysis.near.centroid_cosines.tolist(), strict=True))
+    by_sample = [cosines[int(first_of[np.searchsorted(analysis.contents.samples, row)])] for row in analysis.order]
+    assert by_sample == sorted(by_sample)
+
+
+def test_looking_says_what_each_cosine_would_do(copied: Path, tmp_path: Path) -> None:
+    analysis = analyze(copied)
+    levels = {level.cosine: level for level in analysis.levels()}
+    assert levels[None].num_gone == 3
+    for cosine in (0.9, 0.97, 0.99):
+        done = dedup(copied, tmp_path / "kept.parquet", cosine=cosine)
+        assert levels[cosine].num_gone == len(done.removed.samples)
+        row = next(row for row in threshold_table(analysis)[1] if row[0] == f"{cosine:g}")
+        assert row[2] == f"{len(done.removed.samples)}"
+    written = threshold_json(analysis)
+    assert sum(written["histogram"]["counts"]) == NUM - 4
+    assert len(histogram_lines(analysis)) == 1 + len(written["histogram"]["counts"])
+    assert comparison_line(analysis).endswith("3 are byte-identical copies; every pair was compared")
+    assert "clusters found" in comparison_line(analyze(copied, DedupSettings(all_pairs=False)))
+    json.dumps(written)
+
+
+def test_too_many_pairs_are_said(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.curate.near_duplicates.MOST_LINKS", 2)
+    assert threshold_table(analyze(copied))[1][-1][2:] == ["too many pairs", "", ""]
+    with pytest.raises(SettingError, match=r"pairs lie above --cosine 0.5; give a higher one"):
+        dedup(copied, tmp_path / "kept.parquet", cosine=0.5)
+
+
+def test_texts_and_projected_images_are_compared_too(cache_path: Path, copied: Path, tmp_path: Path) -> None:
+    done = dedup(copied, tmp_path / "a.parquet", cosine=None, settings=DedupSettings(modality="text"))
+    captions = Cache(copied).items("text")["text"].to_pylist()
+    assert NUM - len(done.removed.samples) == len(set(captions))
+    run = train_run(cache_path, tmp_path / "run")
+    projected = analyze(cache_path, DedupSettings(run_path=run))
+    assert projected.side.name == "open_toy/cls"
+    assert projected.about()["run"] == str(run)
+
+
+def test_an_item_that_failed_is_in_no_group(copied: Path) -> None:
+    contents = find_copies(Cache(copied), open_input(Cache(copied), "image"))
+    assert 30 not in contents.item_rows
+    assert len(contents.item_rows) == NUM - 1
+    assert contents.num_copies == 3
+    assert (np.diff(contents.rows) > 0).all()
+
+
+def test_pages_show_images(copied: Path, tmp_path: Path) -> None:
+    write_threshold_page(tmp_path / "look.html", analyze(copied))
+    page = (tmp_path / "look.html").read_text()
+    assert page.count("data:image/webp") >= 20
+    assert "Pairs with a cosine of 0.995 to 1" in page
+    assert "<svg" in page
+    write_dedup_page(tmp_path / "dedup.html", dedup(copied, tmp_path / "kept.parquet", cosine=0.97))
+    page = (tmp_path / "dedup.html").read_text()
+    assert "Borderline cases" in page
+    assert "equal bytes" in page
+    write_dedup_page(tmp_path / "copies.html", dedup(copied, tmp_path / "kept.parquet", cosine=None))
+
+
+def test_page_without_source_warns(copied: Path, tmp_path: Path) -> None:
+    source = copied.parent / "source"
+    source.rename(copied.parent / "moved")
+    try:
+        write_threshold_page(tmp_path / "look.html", analyze(copied))
+    finally:
+        (copied.parent / "moved").rename(source)
+    assert "some images cannot be shown: " in (tmp_path / "look.html").read_text()
+
+
+@pytest.mark.parametrize("cosine", [0.0, -0.1, 1.5, float("nan")])
+def test_a_cosine_out_of_its_range_is_refused(copied: Path, tmp_path: Path, cosine: float) -> None:
+    with pytest.raises(SettingError, match=f"--cosine is {cosine}; it must be above 0 and at most 1"):
+        dedup(copied, tmp_path / "kept.parquet", cosine=cosine)
+
+
+def test_what_cannot_be_meant_is_refused(copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="give it a name that ends with .parquet"):
+        dedup(copied, tmp_path / "kept.txt", cosine=0.9)
+    with pytest.raises(UnknownNameError, match="unknown keep rule 'last'"):
+        analyze(copied, DedupSettings(keep="last"))
+    with pytest.raises(UnknownNameError, match="unknown column .* 'scoer'; did you mean 'score'"):
+        analyze(copied, DedupSettings(keep="best:scoer"))
+    with pytest.raises(SettingError, match="column 'key' of .* is of string; best:COLUMN takes numbers"):
+        analyze(copied, DedupSettings(keep="best:key"))
+    with pytest.raises(SettingError, match="--cosine and --copies: give one"):
+        check_asked(tmp_path / "x.parquet", 0.9, only_copies=True)
+    with pytest.raises(SettingError, match="go together: name a file OUT.parquet"):
+        check_asked(None, 0.9, only_copies=False)
+    with pytest.raises(SettingError, match="go together: give --cosine or --copies"):
+        check_asked(tmp_path / "x.parquet", None, only_copies=False)
+    with pytest.raises(SettingError, match="--image-feature and --text-feature"):
+        one_modality("a", "b")
+
+
+def test_a_cosine_that_nothing_reaches_names_the_highest(cache_path: Path, distinct: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"reach --cosine 0.5: the highest cosine is 0\.00000; nothing goes"):
+        dedup(distinct, tmp_path / "kept.parquet", cosine=0.5)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match="open_toy/patches has several vectors an item"):
+        analyze(cache_path, DedupSettings(feature="open_toy/patches"))
+
+
+def test_a_cache_of_texts_alone_is_compared_by_them(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("a red bar\na blue bar\na red bar\n")
+    extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text=[TEXT])
+    done = dedup(tmp_path / "cache", tmp_path / "kept.parquet", cosine=None)
+    assert done.analysis.side.modality == "text"
+    assert (done.removed.samples.tolist(), done.removed.kept.tolist()) == ([2], [0])
+    write_threshold_page(tmp_path / "look.html", analyze(tmp_path / "cache"))
+    with pytest.raises(UnknownNameError, match="has no image features"):
+        analyze(tmp_path / "cache", DedupSettings(modality="image"))

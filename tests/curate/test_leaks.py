@@ -1,0 +1,181 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcache.arrays import Floats, normalize
+from embedcache.curate import leaks as stage
+from embedcache.curate.leaks import find_leaks, write_clean_selection
+from embedcache.dataset.selections import read_selection
+from embedcache.errors import DataError, SettingError, SourceError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.metrics.neighbors import closest
+from embedcache.reports.leaks import (
+    closest_pairs,
+    leak_line,
+    leak_notes,
+    leak_table,
+    leaked_pair_table,
+    write_leak_page,
+)
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
+
+PLANTED = {"00002": "00011", "00007": "00030"}
+FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A cache to train on, of 80 pictures, and one of 30 to test on; two of these are copies of the former."""
+    folder = tmp_path_factory.mktemp("leaks")
+    train = write_pictures(folder / "train-source", 80, seed=1)
+    test = write_pictures(folder / "test-source", 30, seed=2)
+    for name, original in PLANTED.items():
+        shutil.copy(train / f"{original}.png", test / f"{name}.png")
+    (test / "00005.png").write_bytes(b"no picture")
+    settings = ExtractSettings(features=("cls", "patches", "mean"), chunk_size=32)
+    for name in ("train", "test"):
+        extract(open_source(folder / f"{name}-source"), folder / name, image=[IMAGE], text=[TEXT], settings=settings)
+    return folder / "train", folder / "test"
+
+
+def unit(path: Path, modality: str) -> Floats:
+    return normalize(np.nan_to_num(Cache(path).feature(modality, FEATURES[modality]).load()))
+
+
+@given(st.integers(1, 20), st.lists(st.integers(0, 7), max_size=4), st.integers(0, 99))
+def test_closest_agrees_with_all_products(num_queries: int, sizes: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    queries = rng.standard_normal((num_queries, 4)).astype(np.float32)
+    blocks = [rng.standard_normal((size, 4)).astype(np.float32) for size in sizes]
+    found = closest(queries, blocks)
+    candidates = np.concatenate([np.empty((0, 4), np.float32), *blocks])
+    if not len(candidates):
+        assert (found.rows == -1).all()
+        assert np.isneginf(found.sims).all()
+        return
+    sims = queries @ candidates.T
+    assert found.sims == pytest.approx(sims.max(axis=1), abs=1e-5)
+    assert found.candidate_sims == pytest.approx(sims.max(axis=0), abs=1e-5)
+    assert sims[np.arange(num_queries), found.rows] == pytest.approx(found.sims, abs=1e-5)
+
+
+@pytest.mark.parametrize("most_queries", [65_536, 7])
+def test_leaks_are_those_of_comparing_all_with_all(
+    caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, most_queries: int
+) -> None:
+    monkeypatch.setattr(stage, "_MOST_QUERIES", most_queries)
+    train, test = caches
+    found = find_leaks(train, test, cosines={"image": 0.99, "text": 0.999}, features=FEATURES)
+    leaked, dirty = set(), set()
+    for leak in found.leaks:
+        cosines = unit(test, leak.modality) @ unit(train, leak.modality).T
+        near = cosines >= leak.cosine
+        assert set(leak.leaked_samples.tolist()) == set(np.flatnonzero(near.any(axis=1)).tolist())
+        assert set(leak.train_samples.tolist()) == set(np.flatnonzero(near.any(axis=0)).tolist())
+        leaked |= set(leak.leaked_samples.tolist())
+        dirty |= set(leak.train_samples.tolist())
+    assert set(found.leaked_samples.tolist()) == leaked
+    assert found.clean().rows.tolist() == sorted(set(range(80)) - dirty)
+    assert f"{len(leaked)} of 30 samples" in leak_line(found)
+
+
+def test_copies_are_found_and_come_first(caches: tuple[Path, Path]) -> None:
+    found = find_leaks(*caches, features=FEATURES)
+    images = found.leaks[0]
+    keys = Cache(caches[1]).samples["key"].to_pylist()
+    assert {keys[row] for row in images.copied_samples} == set(PLANTED)
+    pairs = closest_pairs(found, images, 3)
+    assert {pair.test: pair.train for pair in pairs if pair.similarity == "equal"} == PLANTED
+    assert [pair.similarity for pair in pairs][:2] == ["equal", "equal"]
+    assert 0.9 < float(pairs[2].similarity) <= 1
+    texts = closest_pairs(found, found.leaks[1], 1)
+    assert texts[0].test == texts[0].train
+    assert "bar" in texts[0].test
+    assert leaked_pair_table(texts)[1][0][2] == "equal"
+
+
+def test_the_selection_holds_what_is_clean_and_how_close_it_comes(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    found = find_leaks(*caches, cosines={"image": 1.0, "text": 1.0}, features={**FEATURES, "text": None})
+    write_clean_selection(tmp_path / "clean.parquet", found)
+    table = pq.read_table(tmp_path / "clean.parquet")
+    assert len(read_selection(tmp_path / "clean.parquet", [Cache(caches[0])])) == len(table)
+    keys = set(table["key"].to_pylist())
+    assert not keys & set(PLANTED.values())
+    assert all(reason.startswith("not in test; closest image ") for reason in table["reason"].to_pylist())
+    made = json.loads(table.schema.metadata[b"embedcache"])
+    assert made["by"]["image"]["num_samples_copied"] == 2
+    with pytest.raises(SettingError, match="ends with .parquet"):
+        write_clean_selection(tmp_path / "clean.txt", found)
+    with pytest.raises(DataError, match="nothing of .* is selected"):
+        write_clean_selection(
+            tmp_path / "none.parquet", find_leaks(*caches, cosines={"image": 0.01}, features=FEATURES)
+        )
+
+
+def test_page_shows_images(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    write_leak_page(tmp_path / "leaks.html", find_leaks(*caches, features=FEATURES))
+    page = (tmp_path / "leaks.html").read_text()
+    assert page.count("data:image/webp") >= 4
+    assert "Leaked images" in page
+    assert "Leaked texts" in page
+
+
+def test_token_features_are_averaged(caches: tuple[Path, Path]) -> None:
+    found = find_leaks(*caches, features={"image": "open_toy/patches"})
+    assert found.leaks[0].feature == "open_toy/patches"
+    assert len(found.leaks[0].copied_samples) == 2
+
+
+def test_features_of_another_encoder_leave_copies(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    train, test = caches
+    extract(open_source(test.parent / "test-source"), tmp_path / "other", image=["tests.toy:open_other"])
+    found = find_leaks(train, tmp_path / "other")
+    assert len(found.leaks[0].copied_samples) == 2
+    assert leak_table(found)[1][0][1:5] == ["hashes only", "", "2", "unknown"]
+    assert (
+        "images: searched for copies only: no encoder made image features of both: open_toy/cls" in leak_notes(found)[0]
+    )
+    assert "open_other/cls" in leak_notes(found)[0]
+    extract(open_source(test.parent / "test-source"), tmp_path / "scaled", image=["tests.toy:open_toy,scale=2"])
+    found = find_leaks(train, tmp_path / "scaled", features=FEATURES)
+    assert "are of other encoders (weights: " in leak_notes(found)[0]
+    assert "tests.toy:open_toy,scale=2" in leak_notes(found)[0]
+    assert len(found.leaked_samples) == 2
+
+
+def test_what_cannot_be_compared_is_refused(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="--text-cosine is 2; it must be above 0"):
+        find_leaks(*caches, cosines={"text": 2})
+    with pytest.raises(SettingError, match="hold the same samples"):
+        find_leaks(caches[0], caches[0])
+    with pytest.raises(
+        SettingError, match=r"several image features; choose one with --image: open_toy/cls, open_toy/pa"
+    ):
+        find_leaks(*caches)
+    with pytest.raises(UnknownNameError, match="unknown image feature of .*'open_toy/cl'"):
+        find_leaks(*caches, features={"image": "open_toy/cl"})
+    (tmp_path / "texts.txt").write_text("a red bar\na blue bar\n")
+    extract(open_source(tmp_path / "texts.txt"), tmp_path / "texts", text=[TEXT])
+    write_pictures(tmp_path / "source", 3)
+    for file in (tmp_path / "source").glob("*.txt"):
+        file.unlink()
+    extract(open_source(tmp_path / "source"), tmp_path / "images", image=[IMAGE])
+    with pytest.raises(DataError, match=r"texts has features of texts and .*images of images: nothing can be compared"):
+        find_leaks(tmp_path / "texts", tmp_path / "images")
+    assert find_leaks(caches[0], tmp_path / "texts").leaks[0].modality == "text"
+    for file in (tmp_path / "source").glob("*.png"):
+        file.write_bytes(b"no picture")
+    with pytest.raises(SourceError, match="all 3 images failed"):
+        extract(open_source(tmp_path / "source"), tmp_path / "broken", image=[IMAGE])
+    with pytest.raises(DataError, match=r"feature open_toy/cls of .*broken has no valid item"):
+        find_leaks(tmp_path / "images", tmp_path / "broken")

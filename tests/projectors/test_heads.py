@@ -1,0 +1,258 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm
+
+from embedcache.errors import SettingError, UnknownNameError
+from embedcache.projectors.base import PROJECTORS, split_names
+from embedcache.projectors.heads import AsifProjector, Dropout
+from embedcache.projectors.pair import AlignedPair
+from embedcache.projectors.saved import PairConfig, TowerInput, cost
+from embedcache.testing.projectors import ProjectorContract, TokenProjectorContract
+
+
+class TestLinear(ProjectorContract):
+    name = "linear"
+
+
+class TestMlp(ProjectorContract):
+    name = "mlp"
+
+
+class TestGlu(ProjectorContract):
+    name = "glu"
+
+
+class TestFuseMix(ProjectorContract):
+    name = "fusemix"
+
+
+class TestShareLock(ProjectorContract):
+    name = "sharelock"
+
+
+class TestIdentity(ProjectorContract):
+    name = "identity"
+    widths = (24, 24)
+
+
+class TestAsif(ProjectorContract):
+    name = "asif"
+
+
+class TestOpenClipLinear(ProjectorContract):
+    name = "openclip-linear"
+
+
+class TestOpenClipImageMlp(ProjectorContract):
+    name = "openclip-mlp-image"
+
+
+class TestOpenClipTextMlp(ProjectorContract):
+    name = "openclip-mlp-text"
+
+
+class TestToken(TokenProjectorContract):
+    name = "token"
+
+
+class TestClsToken(TokenProjectorContract):
+    name = "cls_token"
+
+
+class TestTokenMlp(TokenProjectorContract):
+    name = "token_mlp"
+
+
+class TestPlugIn(ProjectorContract):
+    name = "embedcache.projectors.heads:LinearProjector"
+
+
+def test_every_projector_has_a_contract_test() -> None:
+    tested = [*ProjectorContract.__subclasses__(), *TokenProjectorContract.__subclasses__()]
+    assert {kind.name for kind in tested} >= set(PROJECTORS.paths)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "millions"),
+    [
+        ("glu", [(2048, 1024), (4096, 1024)], 386.0),
+        ("fusemix", [(1536, 512), (1024, 512)], 110.4),
+        ("sharelock", [(4096, 1024)], 54.6),
+    ],
+)
+def test_head_sizes_match_the_papers(name: str, widths: list[tuple[int, int]], millions: float) -> None:
+    with torch.device("meta"):
+        projectors = [PROJECTORS.load(name)(*some) for some in widths]
+    count = sum(parameter.numel() for projector in projectors for parameter in projector.parameters())
+    assert round(count / 1e6, 1) == millions
+
+
+def test_identity_refuses_another_width() -> None:
+    with pytest.raises(SettingError, match="expected a shared width equal to the feature's width 24, got 10; use --sh"):
+        PROJECTORS.load("identity")(24, 10)
+
+
+def test_split_names() -> None:
+    assert split_names("glu") == ("glu", "glu")
+    assert split_names("identity+sharelock") == ("identity", "sharelock")
+
+
+def test_unknown_projector_suggests_a_name() -> None:
+    with pytest.raises(UnknownNameError, match="unknown projector 'mpl'; did you mean 'mlp'"):
+        PROJECTORS.load("mpl")
+
+
+@pytest.mark.parametrize(
+    ("projector", "text_width", "shared_width", "count"),
+    [
+        ("cls_token+token_mlp", 1024, 1024, 11_553_793),  # DINOv2-L and all-roberta-large-v1
+        ("cls_token+token_mlp", 768, 768, 7_290_113),  # and mpnet
+        ("cls_token+token", 768, 768, 6_107_393),  # and CLIP's texts, without the head
+    ],
+)
+def test_pair_sizes_match_the_paper(projector: str, text_width: int, shared_width: int, count: int) -> None:
+    with torch.device("meta"):
+        pair = AlignedPair(projector, image_width=1024, text_width=text_width, shared_width=shared_width)
+    assert sum(parameter.numel() for parameter in pair.parameters() if parameter.requires_grad) == count
+
+
+def plain_token(projector: torch.nn.Module, token: Tensor) -> Tensor:
+    """The paper's T of one token."""
+    normed = layer_norm(token, token.shape, projector.norm[0].weight, projector.norm[0].bias)
+    hidden = gelu(projector.hidden.weight @ normed + projector.hidden.bias)
+    linear = projector.linear.weight @ normed + projector.linear.bias
+    return linear + projector.output.weight @ hidden + projector.output.bias
+
+
+def test_token_heads_match_the_paper() -> None:
+    torch.manual_seed(1)
+    tokens, lengths = torch.randn(4, 5, 6), torch.tensor([5, 3, 1, 2])
+    token, cls_token, token_mlp = (PROJECTORS.load(name)(6, 3).eval() for name in ("token", "cls_token", "token_mlp"))
+    for number, length in enumerate(lengths.tolist()):
+        item = tokens[number, :length]
+        mean = torch.stack([plain_token(token, row) for row in item]).mean(dim=0)
+        torch.testing.assert_close(token(tokens, lengths)[number], mean)
+        expected = plain_token(cls_token.cls, item[0])
+        if length > 1:
+            expected = expected + torch.stack([plain_token(cls_token.patches, row) for row in item[1:]]).mean(dim=0)
+        torch.testing.assert_close(cls_token(tokens, lengths)[number], expected)
+        linear = token_mlp.linear(torch.stack([plain_token(token_mlp.tokens, row) for row in item]).mean(dim=0))
+        head = layer_norm(
+            token_mlp.residual[1](gelu(linear)) + linear, (3,), token_mlp.norm.weight, token_mlp.norm.bias
+        )
+        torch.testing.assert_close(token_mlp(tokens, lengths)[number], head)
+
+
+def test_pair_sets_dropout_of_token_heads() -> None:
+    for name, dropout in (("cls_token", 0.3), ("token_mlp", 0.0)):
+        pair = AlignedPair(name, image_width=4, text_width=4, shared_width=4, dropout=dropout)
+        assert {module.p for module in pair.modules() if isinstance(module, torch.nn.Dropout)} == {dropout}
+
+
+def config(projector: str) -> PairConfig:
+    image, text = (TowerInput(feature="f", spec="s", fingerprint={}, width=width) for width in (6, 5))
+    return PairConfig(projector=projector, shared_width=4, image=image, text=text, index_digest="", training={})
+
+
+def test_cost_matches_hand_count() -> None:
+    linear = cost(config("linear"), (6,), (5,))
+    assert (linear.parameters, linear.flops_per_pair) == (6 * 4 + 5 * 4 + 1, 2 * (6 * 4 + 5 * 4))
+    token = cost(config("token+linear"), (49, 6), (5,))
+    assert token.flops_per_pair == 2 * (49 * 6 * 4 + 6 * 4 + 4 * 4 + 5 * 4)
+    assert token.parameters == 12 + 2 * (6 * 4 + 4) + 4 * 4 + 4 + 5 * 4 + 1
+    asif = cost(config("asif"), (6,), (5,))
+    assert (asif.parameters, asif.flops_per_pair) == (1, 2 * (6 * 4 + 5 * 4))
+
+
+def make_asif(num_anchors: int, num_rows: int) -> tuple[AsifProjector, np.ndarray, np.ndarray, np.ndarray]:
+    """Return a projector, its anchors, rows and their cosines."""
+    rng = np.random.default_rng(0)
+    anchors_PD = rng.standard_normal((num_anchors, 6)).astype(np.float32)
+    rows_BD = 3 * rng.standard_normal((num_rows, 6)).astype(np.float32)
+    projector = AsifProjector(6, num_anchors)
+    projector.set_anchors(torch.from_numpy(anchors_PD))
+    lengths_BP = np.linalg.norm(rows_BD, axis=1)[:, None] * np.linalg.norm(anchors_PD, axis=1)
+    return projector, anchors_PD, rows_BD, rows_BD @ anchors_PD.T / lengths_BP
+
+
+def test_asif_is_eighth_power_of_positive_cosines() -> None:
+    projector, _, rows_BD, cosines_BP = make_asif(20, 5)
+    assert (cosines_BP < -0.5).any()
+    found_BP = projector(torch.from_numpy(rows_BD))
+    np.testing.assert_allclose(found_BP, np.maximum(cosines_BP, 0) ** 8, atol=1e-6)
+
+
+def test_asif_keeps_the_800_largest() -> None:
+    projector, _, rows_BD, cosines_BP = make_asif(2000, 4)
+    found_BP = projector(torch.from_numpy(rows_BD)).numpy()
+    for found_P, cosines_P in zip(found_BP, cosines_BP, strict=True):
+        largest = np.argsort(-cosines_P)[:800]
+        assert cosines_P[largest].min() > 0
+        assert set(np.flatnonzero(found_P)) == set(largest)
+        np.testing.assert_allclose(found_P[largest], cosines_P[largest] ** 8, atol=1e-6)
+
+
+def test_asif_anchor_is_nearest_to_itself() -> None:
+    projector, anchors_PD, _, _ = make_asif(20, 1)
+    found_PP = projector(torch.from_numpy(anchors_PD))
+    np.testing.assert_allclose(found_PP.diagonal(), 1, atol=1e-5)
+    assert found_PP.argmax(dim=1).tolist() == list(range(20))
+
+
+def test_asif_anchors_are_saved_and_not_trained() -> None:
+    projector, _, rows_BD, _ = make_asif(20, 5)
+    assert not list(projector.parameters())
+    other = AsifProjector(6, 20)
+    assert not other(torch.from_numpy(rows_BD)).any()
+    other.load_state_dict(projector.state_dict())
+    assert torch.equal(other(torch.from_numpy(rows_BD)), projector(torch.from_numpy(rows_BD)))
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.6])
+def test_dropout_fraction_and_scale(fraction: float) -> None:
+    torch.manual_seed(0)
+    dropped = Dropout(fraction)(torch.ones(1000, 500))
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / (1 - fraction)])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.01)
+    is_dropped = dropped == 0
+    assert is_dropped.double().mean().item() == pytest.approx(fraction, abs=0.003)
+    for step in range(1, 9):  # neighboring numbers are drawn from one random word, yet independent
+        both = (is_dropped[:, step:] & is_dropped[:, :-step]).double().mean().item()
+        assert both == pytest.approx(fraction**2, abs=0.005)
+
+
+@given(shape=st.lists(st.integers(0, 9), max_size=3), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_dropout_keeps_shape_and_dtype(shape: list[int], dtype: torch.dtype) -> None:
+    values = torch.ones(shape, dtype=dtype, requires_grad=True)
+    dropped = Dropout(0.5)(values)
+    assert dropped.shape == values.shape
+    assert dropped.dtype == dtype
+    dropped.sum().backward()
+    assert torch.equal(values.grad, dropped.detach())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_dropout_of_none_and_all(fraction: float) -> None:
+    values = torch.randn(5, 7)
+    assert torch.equal(Dropout(fraction)(values), nn.Dropout(fraction)(values))
+
+
+def test_dropout_is_off_in_evaluation() -> None:
+    values = torch.randn(5, 7)
+    assert torch.equal(Dropout(0.5).eval()(values), values)
+
+
+def test_dropout_is_the_same_for_any_threads() -> None:
+    before, drawn = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(3)
+            drawn.append(Dropout(0.5)(torch.ones(600, 512)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*drawn)

@@ -1,0 +1,151 @@
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.arrays import Inputs, normalize
+from embedcache.errors import DataError, FingerprintError, SettingError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.projectors.saved import load_pair, project
+from embedcache.search.concepts import open_concepts
+from embedcache.search.vectors import Vectors
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from tests.exchange.runs import SIDES, train_run
+from tests.pictures import COLORS, write_pictures
+from tests.toy import IMAGE, TEXT
+
+NAMES = sorted(COLORS)
+TEMPLATES = ("bar on {c}", "a {c} ground", "{c}")
+
+
+@pytest.fixture(scope="module")
+def run_path(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_run(cache_path, tmp_path_factory.mktemp("run") / "run", *SIDES["vectors"])
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prompt_cache(tmp_path_factory.mktemp("prompts"), NAMES)
+
+
+@pytest.fixture(scope="module")
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty pictures in a folder for each background, one of them broken."""
+    folder = tmp_path_factory.mktemp("labeled")
+    return labeled_cache(folder, 60, broken=["00007"])
+
+
+def prompt_cache(folder: Path, names: Sequence[str], text: str = TEXT) -> Path:
+    (folder / "names.txt").write_text("\n".join(names))
+    (folder / "templates.txt").write_text("\n".join(TEMPLATES))
+    source = open_source(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}")
+    extract(source, folder / "prompts", text=[text])
+    return folder / "prompts"
+
+
+def labeled_cache(folder: Path, count: int, *, broken: Sequence[str] = (), image: str = IMAGE) -> Path:
+    pictures = write_pictures(folder / "all", count, seed=5)
+    for picture in sorted(pictures.glob("*.png")):
+        back = picture.with_suffix(".txt").read_text().split()[-1]
+        (folder / "sorted" / back).mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, folder / "sorted" / back)
+        if picture.stem in broken:
+            (folder / "sorted" / back / picture.name).write_bytes(b"no picture")
+    extract(open_source(folder / "sorted"), folder / "cache", image=[image])
+    return folder / "cache"
+
+
+def test_prompts_are_scaled_averaged_and_scaled(cache_path: Path, prompts: Path) -> None:
+    concepts = open_concepts(Cache(prompts), Vectors(cache_path, "text", "open_toy/mean"))
+    texts = normalize(Cache(prompts).feature("text").load())
+    expected = normalize(texts.reshape(len(NAMES), len(TEMPLATES), -1).mean(axis=1))
+    np.testing.assert_allclose(concepts.vectors, expected, atol=1e-6)
+    assert concepts.names == NAMES
+    assert concepts.counts.tolist() == [len(TEMPLATES)] * len(NAMES)
+    assert concepts.about["of"] == "prompts"
+    assert concepts.about["spine"] == Cache(prompts).info.index_digest
+    assert concepts.about["run"] is None
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_run_projects_prompts_by_its_text_tower(
+    cache_path: Path, prompts: Path, run_path: Path, modality: str
+) -> None:
+    concepts = open_concepts(Cache(prompts), Vectors(cache_path, modality, run_path=run_path))
+    pair, config = load_pair(run_path)
+    texts = project(pair.text, Inputs(Cache(prompts).feature("text").load()))
+    expected = normalize(texts.reshape(len(NAMES), len(TEMPLATES), -1).mean(axis=1))
+    np.testing.assert_allclose(concepts.vectors, expected, atol=1e-5)
+    assert concepts.about["run_weights"] == config.weights_digest
+
+
+def test_prototypes_are_means_of_the_examples_of_a_label(cache_path: Path, labeled: Path) -> None:
+    concepts = open_concepts(Cache(labeled), Vectors(cache_path, "image", "open_toy/cls"))
+    feature = Cache(labeled).feature("image", "open_toy/cls")
+    labels = np.array(Cache(labeled).samples["label"].to_pylist())
+    images = normalize(np.nan_to_num(feature.load()))
+    assert concepts.names == NAMES
+    for number, name in enumerate(NAMES):
+        chosen = (labels == name) & feature.valid
+        np.testing.assert_allclose(concepts.vectors[number], normalize(images[chosen].mean(axis=0)), atol=1e-5)
+        assert concepts.counts[number] == chosen.sum()
+    assert concepts.counts.sum() == 59
+    assert concepts.about["of"] == "examples"
+
+
+def test_of_many_examples_some_are_drawn(cache_path: Path, labeled: Path) -> None:
+    pool = Vectors(cache_path, "image", "open_toy/cls")
+    one, again, other = (open_concepts(Cache(labeled), pool, most_examples=3, seed=seed) for seed in (0, 0, 1))
+    assert one.counts.tolist() == [3] * len(NAMES)
+    assert np.array_equal(one.vectors, again.vectors)
+    assert not np.array_equal(one.vectors, other.vectors)
+    with pytest.raises(SettingError, match="most_examples is 0"):
+        open_concepts(Cache(labeled), pool, most_examples=0)
+
+
+def test_a_run_projects_examples_by_its_image_tower(cache_path: Path, labeled: Path, run_path: Path) -> None:
+    concepts = open_concepts(Cache(labeled), Vectors(cache_path, "text", run_path=run_path))
+    feature = Cache(labeled).feature("image", "open_toy/cls")
+    labels = np.array(Cache(labeled).samples["label"].to_pylist())
+    rows = np.flatnonzero((labels == NAMES[0]) & feature.valid)
+    images = project(load_pair(run_path)[0].image, Inputs(feature.gather(rows)))
+    np.testing.assert_allclose(concepts.vectors[0], normalize(images.mean(axis=0)), atol=1e-5)
+
+
+def test_what_cannot_be_compared_is_refused(
+    cache_path: Path, prompts: Path, labeled: Path, run_path: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        DataError, match="plain image feature open_toy/cls cannot be compared with prompts.*--projected"
+    ):
+        open_concepts(Cache(prompts), Vectors(cache_path, "image", "open_toy/cls"))
+    with pytest.raises(UnknownNameError, match="no text features"):
+        open_concepts(Cache(labeled), Vectors(cache_path, "text", "open_toy/mean"))
+    with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
+        open_concepts(Cache(labeled), Vectors(cache_path, "image", "open_toy/cls"), label="labl")
+    other = Cache(prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2"))
+    message = r"open_toy/mean.* made with other settings: weights: '.*' there, '.*' asked; extract the concepts with"
+    with pytest.raises(FingerprintError, match=message):
+        open_concepts(other, Vectors(cache_path, "text", "open_toy/mean"))
+    with pytest.raises(FingerprintError, match="the run's text feature open_toy/mean was made with other settings"):
+        open_concepts(other, Vectors(cache_path, "image", run_path=run_path))
+
+
+def test_a_name_that_stands_twice_is_refused(cache_path: Path, tmp_path: Path) -> None:
+    cache = Cache(prompt_cache(tmp_path, ["red", "crane", "blue", "crane"]))
+    with pytest.raises(DataError, match=r"1 of 3 concepts .* stand twice.*: 'crane' \(numbers 1 and 3\)"):
+        open_concepts(cache, Vectors(cache_path, "text", "open_toy/mean"))
+
+
+def test_a_concept_without_a_prompt_or_example_is_refused(cache_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("class,caption\nred,red\nblue,\n")
+    extract(open_source(tmp_path / "p.csv"), tmp_path / "prompts", text=[TEXT])
+    with pytest.raises(DataError, match="1 of 2 classes .* have no prompt that was encoded, first 'blue'"):
+        open_concepts(Cache(tmp_path / "prompts"), Vectors(cache_path, "text", "open_toy/mean"))
+    reds = [f"{number:05d}" for number in range(60)]
+    broken = Cache(labeled_cache(tmp_path, 2, broken=reds[1:]))
+    with pytest.raises(DataError, match="1 of 2 labels in column 'label' .* have no example that was encoded"):
+        open_concepts(broken, Vectors(cache_path, "image", "open_toy/cls"))

@@ -1,0 +1,164 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.arrays import normalize
+from embedcache.errors import DataError, FingerprintError, PathError, SettingError
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.projectors.saved import load_pair
+from embedcache.search import faiss_index
+from embedcache.search.faiss_index import read_index
+from embedcache.search.index import build_index, read_card
+from embedcache.search.queries import Queries
+from embedcache.search.search import search
+from embedcache.search.vectors import Vectors
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
+
+
+def test_the_card_says_what_is_in_it_and_how_good_it_is(cache_path: Path, index_path: Path) -> None:
+    card = read_card(index_path)
+    assert card.feature == "open_toy/cls"
+    assert (card.num_vectors, card.width, card.factory) == (300, 16, "Flat")
+    assert card.recall_at_10 == 1
+    assert card.recall_at_1 == 1
+    assert card.num_queries == 150  # half of the captions; the other half tunes
+    assert card.search == {}
+    assert card.memory_bytes == 300 * (16 * 4 + 8)
+    assert card.file_bytes == (index_path / "index.faiss").stat().st_size == pytest.approx(card.memory_bytes, rel=0.01)
+    assert {path.name for path in index_path.iterdir()} == {".lock", "index.faiss", "card.json", "record.json"}
+    assert card.run_weights == load_pair(index_path / str(card.run))[1].weights
+
+
+def test_an_index_of_the_same_is_used_again_and_another_is_refused(
+    cache_path: Path, run_path: Path, index_path: Path, tmp_path: Path
+) -> None:
+    before = (index_path / "index.faiss").stat().st_mtime_ns
+    assert build_index(cache_path, index_path, run_path=run_path) == read_card(index_path)
+    assert (index_path / "index.faiss").stat().st_mtime_ns == before
+    with pytest.raises(FingerprintError, match="factory: 'Flat' there, 'HNSW8' asked; give the path of a new folder"):
+        build_index(cache_path, index_path, run_path=run_path, factory="HNSW8")
+
+
+def test_a_folder_with_other_things_is_refused_and_untouched(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(PathError, match=r"is not an index and not empty: it holds thesis\.tex"):
+        build_index(cache_path, tmp_path, run_path=run_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_poor_index_is_refused_with_what_it_reaches(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    asked = r"no index reaches recall@10 0.95: the best, PQ1x4, finds 0\.\d+ .*; leave --factory out, or ask for --min"
+    for _ in range(2):  # the second time it is known
+        with pytest.raises(SettingError, match=asked):
+            build_index(cache_path, tmp_path / "pq", run_path=run_path, factory="PQ1x4")
+    assert {path.name for path in (tmp_path / "pq").iterdir()} == {".lock", "building.json"}
+    card = build_index(cache_path, tmp_path / "pq", run_path=run_path, factory="PQ1x4", min_recall=0.0)
+    assert card.recall_at_10 < 0.6
+
+
+def test_an_item_is_no_answer_to_itself(cache_path: Path, tmp_path: Path) -> None:
+    card = build_index(cache_path, tmp_path / "index", feature="open_toy/cls", factory="PQ1x4", min_recall=0.0)
+    assert card.recall_at_1 is not None
+    assert card.recall_at_1 < 0.5
+
+
+@pytest.mark.parametrize(
+    ("factory", "effort"),
+    [
+        ("HNSW8", {"efSearch"}),
+        ("IVF4,SQfp16", {"nprobe"}),
+        ("IVF4,SQ8", {"nprobe"}),
+        ("IVF4,RaBitQ4", {"nprobe"}),
+        ("IVF4,RaBitQ,Refine(SQ8)", {"nprobe", "k_factor"}),
+        ("L2norm,IVF2,Flat", {"nprobe"}),
+    ],
+)
+def test_effort_is_tuned_until_the_recall_is_reached(
+    cache_path: Path, tmp_path: Path, factory: str, effort: set[str]
+) -> None:
+    asked = {"feature": "open_toy/cls", "factory": factory}
+    low = build_index(cache_path, tmp_path / "low", **asked, min_recall=0.1)  # type: ignore[arg-type]
+    high = build_index(cache_path, tmp_path / "high", **asked, min_recall=0.7)  # type: ignore[arg-type]
+    assert set(low.search) == set(high.search) == effort
+    assert 0.1 <= low.recall_at_10 <= high.recall_at_10
+    assert high.recall_at_10 >= 0.7
+    assert all(low.search[name] <= high.search[name] for name in effort)
+
+
+def test_memory_and_recall_choose_and_are_checked_again(cache_path: Path, tmp_path: Path) -> None:
+    path, feature = tmp_path / "index", "open_toy/cls"
+    with pytest.raises(SettingError, match=r"no index of these vectors fits 1,000 bytes.*RaBitQ, takes"):
+        build_index(cache_path, path, feature=feature, memory_bytes=1000)
+    card = build_index(cache_path, path, feature=feature, memory_bytes=40_000, min_recall=0.9)
+    assert card.factory.startswith("IVF7,")
+    assert card.memory_bytes is not None
+    assert card.memory_bytes <= 40_000
+    assert card.recall_at_10 >= 0.9
+    assert build_index(cache_path, path, feature=feature, min_recall=0.8) == card
+    with pytest.raises(SettingError, match=r"takes 3\d,\d+ bytes of memory with 300 items; --memory is 2,000"):
+        build_index(cache_path, path, feature=feature, memory_bytes=2000)
+    with pytest.raises(SettingError, match=r"the least recall is 1.2; it must be 0 to 1"):
+        build_index(cache_path, path, feature=feature, min_recall=1.2)
+    assert card.recall_at_10 < 1
+    with pytest.raises(SettingError, match=r"has recall@10 .*, requested 1; give the path of a new folder"):
+        build_index(cache_path, path, feature=feature, min_recall=1.0)
+
+
+def test_a_memory_that_no_code_serves_says_what_the_best_reached(cache_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"the best, IVF7,RaBitQ, finds .*; give more --memory, or ask for"):
+        build_index(cache_path, tmp_path / "i", feature="open_toy/cls", memory_bytes=11_000)
+
+
+def test_an_index_of_format_1_is_read(cache_path: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", feature="open_toy/cls")
+    card = json.loads((tmp_path / "index" / "card.json").read_text())
+    for name in ("search", "min_recall", "recall_at_1", "batch_latency_ms", "memory_bytes", "file_bytes"):
+        del card[name]
+    (tmp_path / "index" / "card.json").write_text(json.dumps({**card, "format": 1}))
+    found = search(tmp_path / "index", Queries(keys=["00007"]), k=1)
+    assert found[0][0].key == "00007"
+    assert build_index(cache_path, tmp_path / "index", feature="open_toy/cls").format == 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_an_index_of_the_same_recall(cache_path: Path, tmp_path: Path) -> None:
+    if not faiss_index.num_gpus():
+        pytest.skip("needs faiss-gpu and a GPU")
+    card = build_index(cache_path, tmp_path / "index", feature="open_toy/cls", factory="IVF4,SQfp16")
+    assert card.recall_at_10 >= 0.95
+    vectors = Vectors(cache_path, "image", "open_toy/cls")
+    rows, found = next(vectors.blocks())
+    scores, positions = faiss_index.exact_search(found[:5], [(rows, found)], 3)
+    np.testing.assert_allclose(scores, -np.sort(-(found[:5] @ found.T))[:, :3], atol=1e-5)
+    assert (positions[:, 0] == rows[:5]).all()
+
+
+def test_failed_items_are_not_in_an_index(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "s", 30)
+    (folder / "00004.png").write_bytes(b"")
+    extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT], settings=ExtractSettings(chunk_size=8))
+    card = build_index(tmp_path / "c", tmp_path / "texts", modality="text")
+    assert card.num_vectors == 30
+    assert build_index(tmp_path / "c", tmp_path / "index").num_vectors == 29
+    vectors = Cache(tmp_path / "c").feature("image").load()
+    index = read_index(tmp_path / "index" / "index.faiss")
+    for row in (3, 5, 29):
+        _, found = index.search(normalize(vectors[row : row + 1]), 1, {})
+        assert found[0, 0] == row
+    _, found = index.search(normalize(vectors[:1]), 29, {})
+    assert 4 not in found
+
+
+def test_mistakes_are_named(cache_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="FAISS cannot make an index 'HNS32' of width"):
+        build_index(cache_path, tmp_path / "x", feature="open_toy/cls", factory="HNS32")
+    with pytest.raises(SettingError, match="'Flat' says how large the index is; give it or a memory, not both"):
+        build_index(cache_path, tmp_path / "x", feature="open_toy/cls", factory="Flat", memory_bytes=10**6)
+    with pytest.raises(DataError, match="open_toy/patches has several vectors an item"):
+        build_index(cache_path, tmp_path / "x", feature="open_toy/patches")
