@@ -56,8 +56,8 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
     if spec.family == IMPORTED:
         raise SettingError(
             f"the vectors of {spec.model} were imported and their encoder is unknown, so no {modality} can be encoded "
-            f"like them: search with --key or --vectors, repair damage by running the same embedcache import again, or "
-            f"extract features of new {modality}s with an encoder into a cache of its own"
+            "like them: search with --query-key or --query-vectors, repair damage by running the same embedcache "
+            f"import again, or extract features of new {modality}s with an encoder into a cache of its own"
         )
     return _load_opener(spec)(spec, modality=modality, settings=settings or EncoderSettings())
 
