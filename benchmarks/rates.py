@@ -45,7 +45,9 @@ def extract_rate(
     """Items a second of the package's own extraction into a new cache, commits included, start-up not."""
     clock = _Clock()
     with TemporaryDirectory() as folder:
-        extract(source, Path(folder) / "cache", image=image, text=text, settings=settings, progress=clock)
+        extract(
+            source, Path(folder) / "cache", image_encoders=image, text_encoders=text, settings=settings, progress=clock
+        )
     return clock.rate
 
 

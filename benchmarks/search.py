@@ -137,14 +137,14 @@ def _theirs(folder: Path, budget: str, python: Path) -> Asked | None:
 def _clusters(folder: Path, count: int) -> tuple[Path, Floats]:
     folder.mkdir()
     (folder / "numbers.txt").write_text("".join(f"{number}\n" for number in range(count)))
-    extract(open_source(folder / "numbers.txt"), folder / "cache", text=["benchmarks.clusters:open_clusters"])
+    extract(open_source(folder / "numbers.txt"), folder / "cache", text_encoders=["benchmarks.clusters:open_clusters"])
     return folder / "cache", normalize(Clusters().vectors(np.arange(count, count + _NUM_QUERIES)))
 
 
 def _sentences(folder: Path, count: int) -> tuple[Path, Floats]:
     """All of CuPL, whatever the count: it takes seconds."""
     for name, prompts in (("cache", "imagenet1k+cupl"), ("asked", "imagenet1k+imagenet1k")):
-        extract(open_source(f"prompts:{prompts}"), folder / name, text=[_SENTENCES])
+        extract(open_source(f"prompts:{prompts}"), folder / name, text_encoders=[_SENTENCES])
     asked = Vectors(folder / "asked", "text")
     texts = Cache(folder / "asked").items("text")["text"].to_pylist()
     rows = [row for row in asked.rows if texts[row].startswith("a photo of a ")]

@@ -34,7 +34,7 @@ def main(*, quick: bool) -> None:
     with TemporaryDirectory() as folder:
         source = write_table(Path(folder) / "captions.jsonl", captions)
         for backend in BACKENDS:
-            extract(source, Path(folder) / backend, text=[ENCODER], settings=_settings(backend))
+            extract(source, Path(folder) / backend, text_encoders=[ENCODER], settings=_settings(backend))
             drift = check_cosines(vectors(Path(folder) / backend, "text"), model.encode(captions), MAX_DRIFT)
             print_line(f"{backend}: {drift}")
         ours = {

@@ -1,9 +1,12 @@
-"""Encode once, align for ever: cache frozen encoders, train projectors on the cached features, search and curate.
+"""Encode once, align many times: cache frozen encoders, train projectors on the cached features, search and curate.
 
-Each name below is imported when it is first used, so that `import embedcache` costs nothing.
+The public names are the imports below. Each is imported when it is first used, so that `import embedcache` is quick.
 """
 
+import ast
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,46 +31,11 @@ if TYPE_CHECKING:
     from embedcache.sources.open import open_source
     from embedcache.sources.settings import SourceSettings
     from embedcache.store.cache import Cache
-    from embedcache.train.settings import (
-        LossSettings,
-        MachineSettings,
-        ModelSettings,
-        OptimizerSettings,
-        TrainSettings,
-    )
+    from embedcache.train.settings import LossSettings, MachineSettings, ModelSettings, OptimizerSettings, TrainSettings
     from embedcache.train.train import train as train_projectors
 
-_HOMES = {
-    "Cache": "embedcache.store.cache:Cache",
-    "CoverageSettings": "embedcache.curate.coverage:CoverageSettings",
-    "DedupSettings": "embedcache.curate.dedup:DedupSettings",
-    "EmbedcacheError": "embedcache.errors:EmbedcacheError",
-    "EncoderSettings": "embedcache.encoders.settings:EncoderSettings",
-    "ExtractSettings": "embedcache.extract.settings:ExtractSettings",
-    "Filter": "embedcache.search.filters:Filter",
-    "LossSettings": "embedcache.train.settings:LossSettings",
-    "MachineSettings": "embedcache.train.settings:MachineSettings",
-    "Model": "embedcache.inference:Model",
-    "ModelSettings": "embedcache.train.settings:ModelSettings",
-    "OptimizerSettings": "embedcache.train.settings:OptimizerSettings",
-    "Queries": "embedcache.search.queries:Queries",
-    "SelectSettings": "embedcache.curate.select.select:SelectSettings",
-    "SourceSettings": "embedcache.sources.settings:SourceSettings",
-    "SplitSettings": "embedcache.dataset.settings:SplitSettings",
-    "TrainSettings": "embedcache.train.settings:TrainSettings",
-    "build_index": "embedcache.search.index:build_index",
-    "evaluate_retrieval": "embedcache.evaluate.retrieval:evaluate_retrieval",
-    "evaluate_zero_shot": "embedcache.evaluate.zero_shot:evaluate_zero_shot",
-    "extract_features": "embedcache.extract.extract:extract",
-    "find_leaks": "embedcache.curate.leaks:find_leaks",
-    "load": "embedcache.inference:load",
-    "measure_coverage": "embedcache.curate.coverage:measure_coverage",
-    "open_source": "embedcache.sources.open:open_source",
-    "remove_duplicates": "embedcache.curate.dedup:dedup",
-    "search_index": "embedcache.search.search:search",
-    "select_samples": "embedcache.curate.select.select:select",
-    "train_projectors": "embedcache.train.train:train",
-}
+    __version__: str
+
 
 __all__ = [
     "Cache",
@@ -101,14 +69,26 @@ __all__ = [
     "train_projectors",
 ]
 
-if not TYPE_CHECKING:  # a type checker that saw this would take any name for one of ours
+
+@cache
+def _read_homes() -> dict[str, tuple[str, str]]:
+    """Return public name -> (module, attribute), from the imports that type checkers read above."""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {name.asname or name.name: (node.module or "", name.name) for node in imports for name in node.names}
+
+
+if not TYPE_CHECKING:  # a type checker that saw this would accept any name
 
     def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
+        if name == "__version__":
+            return import_module("importlib.metadata").version("embedcache")
+        if name not in __all__:
             raise AttributeError(f"module 'embedcache' has no attribute {name!r}; it has {', '.join(__all__)}")
-        module, _, attribute = _HOMES[name].partition(":")
+        module, attribute = _read_homes()[name]
         return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

@@ -193,13 +193,13 @@ def open_projected_encoder(
 
 
 def _reopen_view(tower_input: TowerInput) -> Callable[[Any], Any]:
-    about = tower_input.fingerprint.get("view")
-    if about is None:
+    expected = tower_input.fingerprint.get("view")
+    if expected is None:
         return lambda item: item
-    view = open_view(about["name"])
+    view = open_view(expected["name"])
     next_step = "restore the function, or extract again"
-    check_same(f"the view of feature {tower_input.feature}", about, view.about, next_step=next_step)
-    return view.look
+    check_same(f"the view of feature {tower_input.feature}", expected, view.fingerprint, next_step=next_step)
+    return view.apply
 
 
 def _load_image(image: ImageLike) -> Image:

@@ -1,28 +1,212 @@
-"""The cores of this machine.
+"""Cores, worker processes and Ray: everything that decides where Python code runs on this machine or a cluster."""
 
-The one connection to a Ray cluster.
-"""
-
+import math
+import multiprocessing
 import os
-from collections.abc import Iterator
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
 
 from embedcache.errors import EmbedcacheError
+from embedcache.progress import Progress
 from embedcache.registry import require
 
+T = TypeVar("T")
+R = TypeVar("R")
 
+_CGROUP = Path("/sys/fs/cgroup")
+_SECONDS_BETWEEN_REPORTS = 0.2
+
+
+@cache
 def num_cores() -> int:
-    """Count the cores that this process may use; a job array's scheduler may give it a few of a machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores this process may use: its CPU affinity, limited by a container's CPU quota."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(available, cgroup_cores(_CGROUP) or available))
+
+
+def cgroup_cores(root: Path) -> int | None:
+    """Return the CPU quota of a container in whole cores, rounded up; None if it has none.
+
+    Args:
+        root: where the kernel mounts the control groups; version 2 has one file, version 1 has two.
+    """
+    try:
+        if (root / "cpu.max").is_file():
+            quota, period = (root / "cpu.max").read_text().split()
+        else:
+            quota, period = ((root / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return math.ceil(int(quota) / int(period)) if int(quota) > 0 else None
+    except (OSError, ValueError):  # there are no control groups, or the quota is "max"
+        return None
+
+
+def run_processes(
+    work: Callable[[T, Progress], R],
+    tasks: Sequence[T],
+    progress: Progress,
+    *,
+    steps: Sequence[str] = (),
+    is_split: bool = False,
+) -> tuple[list[R], int]:
+    """Run `work(task, progress)` in one spawned process per task until all of them have ended.
+
+    A process that dies, such as one killed for want of memory, does not stop the others.
+
+    Args:
+        work: function of a module; the tasks and what it returns must be picklable.
+        tasks: one per process.
+        progress: shows the progress of all processes together, and their notes.
+        steps: names of the steps that a process may start, in order; a process may leave some of them out.
+        is_split: whether each process reports the total of its own part of a step; otherwise they share one total.
+
+    Returns:
+        The results in the order in which processes finished, and the number of processes that died.
+
+    Raises:
+        EmbedcacheError: raised by `work` in one of the processes; the others are terminated.
+        RuntimeError: any other exception in a process, with its traceback.
+    """
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    processes: dict[Connection, Any] = {}
+    for task in tasks:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_run_child, args=(work, task, sender), daemon=True)
+        process.start()
+        sender.close()
+        processes[receiver] = process
+    try:
+        return _collect(list(processes), _MergedProgress(progress, processes, steps, is_split=is_split))
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.join()
+
+
+def _run_child(work: Callable[[T, Progress], R], task: T, pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process terminates this one
+    try:
+        pipe.send(("result", work(task, _PipeProgress(pipe))))
+    except EmbedcacheError as error:
+        pipe.send(("error", error))
+    except BrokenPipeError:  # the parent process was killed
+        os._exit(1)
+    except Exception:  # noqa: BLE001 - the parent process raises it
+        pipe.send(("bug", traceback.format_exc()))
+
+
+def _collect(pipes: list[Connection], progress: "_MergedProgress") -> tuple[list[Any], int]:
+    results, num_died = [], 0
+    while pipes:
+        for pipe in wait(pipes):
+            assert isinstance(pipe, Connection)
+            try:
+                kind, *content = pipe.recv()
+            except EOFError:
+                kind, content = "died", []
+            if kind == "error":
+                raise content[0]
+            if kind == "bug":
+                raise RuntimeError(f"a worker process failed:\n{content[0]}")
+            if kind in ("result", "died"):
+                pipes.remove(pipe)
+                progress.end(pipe)
+                results += content
+                num_died += kind == "died"
+            else:
+                getattr(progress, kind)(pipe, *content)
+    return results, num_died
+
+
+class _PipeProgress:
+    """Sends progress to the parent process, a few times per second."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._step = ""
+        self._count = 0
+        self._last_s = 0.0
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        self._step = what
+        self._pipe.send(("start", what, total, unit))
+
+    def advance(self, count: int) -> None:
+        self._count += count
+        if time.monotonic() - self._last_s > _SECONDS_BETWEEN_REPORTS:
+            self.finish()
+
+    def finish(self) -> None:
+        self._pipe.send(("advance", self._step, self._count))
+        self._count, self._last_s = 0, time.monotonic()
+
+    def note(self, line: str) -> None:
+        self._pipe.send(("note", line))
+
+
+class _MergedProgress:
+    """Shows several processes as one: each step in turn, until the last process has left it.
+
+    Where processes report the totals of their own parts, a step is shown once all of them have reported, so that its
+    total is complete.
+    """
+
+    def __init__(self, progress: Progress, processes: Iterable[Any], steps: Sequence[str], *, is_split: bool) -> None:
+        self._progress, self._steps, self._is_split = progress, steps, is_split
+        self._position = dict.fromkeys(processes, -1)  # of the step that each process is in
+        self._total, self._done, self._waiting = Counter[str](), Counter[str](), Counter[str]()
+        self._units: dict[str, str] = {}
+        self._current, self._is_shown = 0, False
+
+    def start(self, process: Any, step: str, total: int, unit: str) -> None:
+        self._position[process] = self._steps.index(step)
+        self._total[step] = self._total[step] + total if self._is_split else max(self._total[step], total)
+        self._units[step] = unit
+        self._update()
+
+    def advance(self, _: Any, step: str, count: int) -> None:
+        self._waiting[step] += count
+        self._update()
+
+    def note(self, _: Any, line: str) -> None:
+        self._progress.note(line)
+
+    def end(self, process: Any) -> None:
+        self._position[process] = len(self._steps)
+        self._update()
+
+    def _update(self) -> None:
+        while self._current < len(self._steps):
+            step, least = self._steps[self._current], min(self._position.values())
+            is_ready = step in self._units and (not self._is_split or least >= self._current)
+            if is_ready and not self._is_shown:
+                self._progress.start(step, self._total[step], self._units[step])
+                self._is_shown = True
+            if self._is_shown and self._waiting[step]:
+                # a chunk of a process that died is counted again by the process that repeats it
+                count = min(self._waiting.pop(step), self._total[step] - self._done[step])
+                self._done[step] += count
+                self._progress.advance(count)
+            if least <= self._current:
+                return
+            if self._is_shown:
+                self._progress.finish()
+            self._current, self._is_shown = self._current + 1, False
 
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Give Ray, connected; a connection that was there before stays.
+    """Connect to a Ray cluster and yield Ray; a connection that existed before stays open afterwards.
 
     Args:
-        address: of a cluster; None starts one on this machine.
+        address: address of a running cluster; None starts one on this machine.
 
     Raises:
         MissingExtraError: Ray is not installed.

@@ -46,7 +46,12 @@ def main() -> None:
     settings = ExtractSettings(encoder=EncoderSettings(device=options.device))
     source = open_source(options.source)
     for report in extract(
-        source, cache_path, image=[options.image], text=[options.text], settings=settings, progress=progress
+        source,
+        cache_path,
+        image_encoders=[options.image],
+        text_encoders=[options.text],
+        settings=settings,
+        progress=progress,
     ):
         print_line(report.line())
 

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     workdir, progress = parser.parse_args().workdir, open_progress()
     cache_path = workdir / "cache"
-    extract(open_source("openmoji:en"), cache_path, image=[IMAGE], text=[TEXT], progress=progress)
+    extract(open_source("openmoji:en"), cache_path, image_encoders=[IMAGE], text_encoders=[TEXT], progress=progress)
     data = open_data(cache_path, image="efficientnet-lite0/patch_mean", text="all-MiniLM-L6-v2/mean", memory_gb=1)
     methods = []
     for (group, name), recipe in recipes().items():
@@ -73,7 +73,7 @@ def main() -> None:
         seeded = [train_settings({**COMMON, **recipe, "seed": seed}) for seed in SEEDS]
         runs = [train_on(data, path, one, progress=progress) for path, one in zip(paths, seeded, strict=True)]
         report = evaluate_retrieval(cache_path, paths)
-        about = {"parameters": f"{runs[0].num_parameters:,}", "MFLOP a pair": f"{runs[0].flops_a_pair / 1e6:.1f}"}
+        about = {"parameters": f"{runs[0].num_parameters:,}", "MFLOP per pair": f"{runs[0].flops_per_pair / 1e6:.1f}"}
         methods.append(Method(group=group, name=name, about=about, report=report))
         print_line(f"{group}, {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
     write_comparison(PAGE, methods, title="Projectors and losses on OpenMoji", notes=NOTES)

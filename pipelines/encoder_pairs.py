@@ -53,7 +53,14 @@ def main() -> None:
     workdir, progress = parser.parse_args().workdir, open_progress()
     cache_path, stored = workdir / "cache", ExtractSettings(features=STORED)
     images, texts = [LITE0, LITE1], [MINILM, WORDLLAMA]
-    extract(open_source("openmoji:en"), cache_path, image=images, text=texts, settings=stored, progress=progress)
+    extract(
+        open_source("openmoji:en"),
+        cache_path,
+        image_encoders=images,
+        text_encoders=texts,
+        settings=stored,
+        progress=progress,
+    )
     promised = [evaluate_pairs(cache_path, images=IMAGES, texts=TEXTS, seed=seed, progress=progress) for seed in SEEDS]
     splits: dict[int, str] = {}
     reached = {}

@@ -61,7 +61,9 @@ def choose(workdir: Path, captions: str, concepts: str, recipe: dict[str, Any], 
     """Select captions, as many for each concept, rare concepts first; no image is looked at."""
     stored, paths = embedcache.ExtractSettings(devices=(device,)), (workdir / "captions", workdir / "concepts")
     for path, source in zip(paths, map(embedcache.open_source, (captions, concepts)), strict=True):
-        embedcache.extract_features(source, path, text=[recipe["text"]], settings=stored, progress=open_progress())
+        embedcache.extract_features(
+            source, path, text_encoders=[recipe["text"]], settings=stored, progress=open_progress()
+        )
     settings, out = embedcache.SelectSettings(per_concept=recipe["each"]), workdir / "chosen.parquet"
     by_concept: dict[str, Any] = {"concepts_path": paths[1], "joins_names": True}  # two names of ImageNet stand twice
     print_line(embedcache.select_samples(paths[0], out, "rare-first", settings=settings, **by_concept).line())
@@ -72,7 +74,9 @@ def align(workdir: Path, pairs: str, recipe: dict[str, Any], training: dict[str,
     stored = embedcache.ExtractSettings(features=recipe["features"], devices=(training["device"],))
     source, cache, progress = embedcache.open_source(pairs), workdir / "pairs", open_progress()
     image, text = [recipe["image"]], [recipe["text"]]
-    embedcache.extract_features(source, cache, image=image, text=text, settings=stored, progress=progress)
+    embedcache.extract_features(
+        source, cache, image_encoders=image, text_encoders=text, settings=stored, progress=progress
+    )
     reports = {}
     for name, shuffles in (("run", False), ("shuffled", True)):
         settings, run = train_settings({**training, "shuffle_pairs": shuffles}), workdir / name

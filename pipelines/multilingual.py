@@ -47,7 +47,13 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     workdir, progress = parser.parse_args().workdir, open_progress()
     cache_path = workdir / "cache"
-    extract(open_source("openmoji:"), cache_path, image=[IMAGE], text=list(TEXT.values()), progress=progress)
+    extract(
+        open_source("openmoji:"),
+        cache_path,
+        image_encoders=[IMAGE],
+        text_encoders=list(TEXT.values()),
+        progress=progress,
+    )
 
     def train_seeds(encoder: str, name: str, *, shuffle_pairs: bool = False) -> list[Path]:
         data = open_data(cache_path, image="efficientnet-lite0/patch_mean", text=FEATURES[encoder], memory_gb=1)

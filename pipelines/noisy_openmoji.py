@@ -50,7 +50,9 @@ def make_caches(workdir: Path) -> None:
     pictures = {"clean": "openmoji:en", "pool": "pairs:openmoji:"}
     for name, location in (pictures | prompts).items():
         image = [IMAGE] if name in pictures else []
-        extract(open_source(location), workdir / name, image=image, text=[TEXT], progress=open_progress())
+        extract(
+            open_source(location), workdir / name, image_encoders=image, text_encoders=[TEXT], progress=open_progress()
+        )
 
 
 def count_english(workdir: Path, file: str, seeds: Sequence[int]) -> float:

@@ -42,7 +42,14 @@ def main() -> None:
     workdir, progress = parser.parse_args().workdir, open_progress()
     cache_path = workdir / "cache"
     stored = ExtractSettings(features=FEATURES)
-    extract(open_source("openmoji:en"), cache_path, image=[IMAGE], text=[TEXT], settings=stored, progress=progress)
+    extract(
+        open_source("openmoji:en"),
+        cache_path,
+        image_encoders=[IMAGE],
+        text_encoders=[TEXT],
+        settings=stored,
+        progress=progress,
+    )
     methods = []
     for name, projector in PROJECTORS.items():
         image = "+".join(f"efficientnet-lite0/{part}" for part in name.split("+"))
@@ -58,7 +65,7 @@ def main() -> None:
             for seed, path in zip(SEEDS, paths, strict=True)
         ]
         num_bytes = round(data.images[0].num_bytes / data.images[0].num_items)
-        about = {"bytes an image": f"{num_bytes:,}", "MFLOP a pair": f"{runs[0].flops_a_pair / 1e6:.1f}"}
+        about = {"bytes an image": f"{num_bytes:,}", "MFLOP per pair": f"{runs[0].flops_per_pair / 1e6:.1f}"}
         report = evaluate_retrieval(cache_path, paths)
         methods.append(Method(group=projector, name=name, about=about, report=report))
         print_line(f"{name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")

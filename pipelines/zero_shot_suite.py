@@ -53,7 +53,14 @@ def cache_side(source: str, cache: Path, config: PairConfig, modality: str) -> N
     side = config.tower_input(modality)
     settings = ExtractSettings(features=tuple(name.partition("/")[2] for name in side.feature.split("+")))
     image, text = ([side.spec], []) if modality == "image" else ([], [side.spec])
-    reports = extract(open_source(source), cache, image=image, text=text, settings=settings, progress=open_progress())
+    reports = extract(
+        open_source(source),
+        cache,
+        image_encoders=image,
+        text_encoders=text,
+        settings=settings,
+        progress=open_progress(),
+    )
     for report in reports:
         print_line(report.line())
 

@@ -32,7 +32,7 @@ def cache_path(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A cache of the pictures with vectors, fixed tokens and ragged tokens, in chunks of 64. Not to be changed."""
     path = tmp_path_factory.mktemp("caches") / "cache"
     settings = ExtractSettings(features=FEATURES, chunk_size=64)
-    extract(open_source(pictures), path, image=[IMAGE], text=[TEXT], settings=settings)
+    extract(open_source(pictures), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return path
 
 
@@ -43,7 +43,7 @@ def two_caches(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name, count, seed in (("a", 40, 1), ("b", 80, 2)):
         pictures = write_pictures(folder / f"{name}-source", count, seed=seed)
         settings = ExtractSettings(features=FEATURES, chunk_size=32)
-        extract(open_source(pictures), folder / name, image=[IMAGE], text=[TEXT], settings=settings)
+        extract(open_source(pictures), folder / name, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return [folder / "a", folder / "b"]
 
 
@@ -62,5 +62,7 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
         write_pictures(folder / "s" / name, 15, seed=number)
     settings = ExtractSettings(chunk_size=16)
-    extract(open_source(folder / "s"), folder / "cache", image=[IMAGE], text=[TEXT], settings=settings)
+    extract(
+        open_source(folder / "s"), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings
+    )
     return folder / "cache"

@@ -1,24 +1,18 @@
 """embedcache extract"""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedcache.cli.options import (
-    Address,
-    CaptionColumns,
-    ChunkSize,
-    Json,
-    KeyColumn,
-    Output,
-    split_names,
-)
+from embedcache.cli.options import CaptionColumns, Json, KeyColumn, Output, with_settings
 from embedcache.errors import SettingError
+from embedcache.extract.settings import ExtractSettings
 
 if TYPE_CHECKING:
     from embedcache.extract.plan import Plan
 
 
+@with_settings(settings=ExtractSettings)
 def extract(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="Folder, table, WebDataset tars, dataset on disk, or a URL.")
@@ -32,26 +26,9 @@ def extract(
     text_encoder: Annotated[
         list[str] | None, typer.Option(metavar="SPEC", help="Text encoder, as family:model. May be repeated.")
     ] = None,
-    feature: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Features to store, such as cls,patches,grid:4,kmeans:4,layer6.cls.",
-            show_default="each encoder's first",
-        ),
-    ] = None,
-    view: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Altered items to encode too: crop:0.5, flip or module:function. May be repeated."
-        ),
-    ] = None,
     plan: Annotated[bool, typer.Option("--plan", metavar="", help="Estimate time, memory and disk, and stop.")] = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", metavar="", help="Retry only the items that failed.")
-    ] = False,
-    extend: Annotated[
-        bool, typer.Option("--extend", metavar="", help="Append samples that were added to the source.")
     ] = False,
     source_type: Annotated[
         str | None,
@@ -62,46 +39,10 @@ def extract(
     ] = None,
     caption_column: CaptionColumns = None,
     key_column: KeyColumn = None,
-    dtype: Annotated[
-        Literal["float16", "float32"], typer.Option(metavar="float16|float32", help="Data type on disk.")
-    ] = "float16",
-    chunk_size: ChunkSize = None,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads that decode.", show_default="one per core")
-    ] = None,
-    shard: Annotated[
-        str, typer.Option(metavar="I/N", help="Part of the chunks that this process extracts, for job arrays.")
-    ] = "0/1",
-    engine: Annotated[str, typer.Option(metavar="local|ray", help="Execution backend.")] = "local",
-    address: Address = None,
-    actors: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Ray: processes that hold encoders.", show_default="one per GPU"),
-    ] = None,
-    device: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DEVICE",
-            help="Torch devices, such as cpu or cuda:0,cuda:1; one process each.",
-            show_default="all GPUs, else cpu",
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Items per forward pass.", show_default="chosen by the encoder")
-    ] = None,
-    precision: Annotated[
-        Literal["float32", "bfloat16"],
-        typer.Option(metavar="float32|bfloat16", help="Compute precision; bfloat16 uses autocast."),
-    ] = "float32",
-    compile_: Annotated[
-        bool, typer.Option("--compile", metavar="", help="Compile the models with torch.compile.")
-    ] = False,
-    backend: Annotated[
-        Literal["auto", "torch", "onnxruntime"],
-        typer.Option(metavar="auto|torch|onnxruntime", help="auto uses onnxruntime on the CPU where possible."),
-    ] = "auto",
     as_json: Json = False,
     output: Output = None,
+    *,
+    settings: ExtractSettings,
 ) -> None:
     """Encode a dataset once, into a cache.
 
@@ -110,15 +51,13 @@ def extract(
     Example: embedcache extract photos/ cache/ --image-encoder timm:resnet18 --text-encoder st:all-MiniLM-L6-v2
     """
     from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
-    from embedcache.encoders.settings import EncoderSettings
     from embedcache.extract import extract as stage
     from embedcache.extract import plan as planning
     from embedcache.extract import repair as retry
-    from embedcache.extract.settings import ExtractSettings
     from embedcache.sources import SourceSettings, open_source
     from embedcache.store.cache import Cache, caption_error_lines
 
-    if retry_failed and (plan or extend):
+    if retry_failed and (plan or settings.extend):
         raise SettingError("--retry-failed: expected neither --plan nor --extend beside it; leave them out")
     opened = open_source(
         source,
@@ -129,32 +68,19 @@ def extract(
             key_column=key_column,
         ),
     )
-    settings = ExtractSettings(
-        features=split_names(feature),
-        views=split_names(view),
-        dtype=dtype,
-        chunk_size=chunk_size,
-        threads=threads,
-        worker=shard,
-        devices=split_names(device),
-        engine=engine,
-        address=address,
-        num_actors=actors,
-        encoder=EncoderSettings(precision=precision, backend=backend, batch_size=batch_size, compile=compile_),
-    )
-    encoders: dict[str, Any] = {"image": image_encoder or (), "text": text_encoder or ()}
+    encoders: dict[str, Any] = {"image_encoders": image_encoder or (), "text_encoders": text_encoder or ()}
     progress = open_progress()
     with resumable():
         if plan:
-            made = planning.plan(opened, cache, **encoders, settings=settings, extends=extend, progress=progress)
+            made = planning.plan(opened, cache, **encoders, settings=settings, progress=progress)
             publish(lambda: _show_plan(made), lambda: to_plain(made), as_json=as_json, output=output)
-            made.require_space()
+            made.check_space()
             return
         if retry_failed:
             lines = []
             reports: Any = retry.retry_failed(opened, cache, **encoders, settings=settings, progress=progress)
         else:
-            reports = stage.extract(opened, cache, **encoders, settings=settings, extends=extend, progress=progress)
+            reports = stage.extract(opened, cache, **encoders, settings=settings, progress=progress)
             lines = caption_error_lines(Cache(cache))
 
     def show() -> None:

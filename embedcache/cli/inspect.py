@@ -52,7 +52,7 @@ def verify(
     Example: embedcache verify cache/ --reencode 0.1%
     """
     from embedcache.cli.console import open_progress, print_line, publish, to_plain
-    from embedcache.extract.repair import check_share, measure_drift
+    from embedcache.extract.repair import check_fraction, measure_drift
     from embedcache.extract.repair import repair as run_repair
     from embedcache.store.cache import Cache
     from embedcache.store.verify import verify as run_verify
@@ -61,7 +61,7 @@ def verify(
     opened, progress = Cache(cache), open_progress()
     fraction = None if reencode is None else parse_fraction(reencode)
     if fraction is not None:
-        check_share(fraction)  # before hours of reading
+        check_fraction(fraction)  # before hours of reading
     found = findings = run_verify(opened, progress=progress)
     repaired = []
     if repair:

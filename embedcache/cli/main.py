@@ -81,7 +81,7 @@ def main() -> None:
     """
     sys.path.append(str(Path.cwd()))  # so that module:attribute finds a plug-in beside the data
     try:
-        app()
+        app(prog_name="embedcache")
     except EmbedcacheError as error:
         _fail(str(error))
     except MemoryError as error:

@@ -31,7 +31,7 @@ def quickstart(
 
     def show() -> None:
         title = "Held-out retrieval, strict split, mean of 3 seeds [95 % interval]"
-        print_table(*retrieval_table(report.reports), title=title)
+        print_table(*retrieval_table(report.retrieval), title=title)
         print_line(f"figures: {report.metrics_path}")
         print_line(f"open {report.page_path} in a browser")
 

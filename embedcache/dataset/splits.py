@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from embedcache.arrays import Floats, Ints, blocks
 from embedcache.dataset.inputs import Reader, unit_vectors
 from embedcache.dataset.pairs import Pairs, name_caches
-from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError
 from embedcache.files import replacing
 from embedcache.metrics.neighbors import pairs_above
@@ -161,7 +161,6 @@ def _of_cache(path: Path, split: Split, cache: Cache) -> Split:
     )
 
 
-_KINDS = ("strict", "key", "column")
 _MOST_STRICT_ITEMS = 200_000
 _BLOCK = 1024
 
@@ -212,13 +211,13 @@ def _cut(data: Paired, pairs: Pairs, settings: SplitSettings) -> Split:
     keys = data.keys
     if settings.kind == "column":
         return _by_column(data, pairs.samples, settings)
-    if settings.kind in _KINDS:
+    if settings.kind in KINDS:
         groups = _near_duplicates(data, pairs, settings) if settings.kind == "strict" else pairs.samples
         split = _by_groups(keys, pairs.samples, groups, settings)
         _require_parts(split, groups, settings)
         return split
-    if not settings.path.is_file():
-        raise unknown_name("split", settings.kind, _KINDS, hint="or give the path of another run's split.parquet")
+    if settings.path is None or not settings.path.is_file():
+        raise unknown_name("split", settings.kind, KINDS, hint="or give the path of another run's split.parquet")
     return read_split(settings.path, data.caches)
 
 

@@ -1,187 +1,201 @@
-"""What runs a job: this machine, or a Ray cluster.
+"""Engines that run an extraction: the devices of this machine, or the actors of a Ray cluster.
 
-This machine: one process a device. With one device it is this process itself.
+In a cluster, actors hold the encoders and each chunk is a task; Ray repeats the tasks of a machine that was lost.
 """
 
-import multiprocessing
-import os
-import signal
-import time
-import traceback
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from math import ceil
+from typing import Any
 
+from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, UnfinishedError
-from embedcache.extract.job import Done, Job, merge_done
-from embedcache.extract.worker import Worker
+from embedcache.extract.settings import ExtractJob, ExtractSettings
+from embedcache.extract.worker import ShardReport, Worker, merge_reports, step_name
 from embedcache.files import is_remote, open_path
-from embedcache.processes import num_cores
-from embedcache.progress import Progress
-from embedcache.registry import Registry
+from embedcache.processes import connected, num_cores, run_processes
+from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import Source
 
-ENGINES = Registry(
-    "engine",
-    {"local": "embedcache.extract.engines:run", "ray": "embedcache.extract.ray_engine:run"},
-)
+_PATIENCE_S = 30.0
+"""After this long without a result, the chunks of an actor that Ray cannot restart go to an idle one."""
 
 
-class Engine(Protocol):
-    """Runs a job to its end."""
+def run_engine(job: ExtractJob, source: Source, progress: Progress) -> list[ShardReport]:
+    """Encode all missing chunks with the engine that the settings name.
 
-    def __call__(self, job: Job, source: Source, progress: Progress) -> list[Done]:
-        """Encode all that is missing; give what was done, an entry a target.
+    Args:
+        job: description of the extraction.
+        source: the job's source, open in this process.
+        progress: shows the number of encoded items.
 
-        Args:
-            job: what to extract.
-            source: the job's source, open in this process.
-            progress: told about items.
-        """
-        ...
-
-
-_SECONDS_BETWEEN_WORDS = 0.2
-
-
-def run(job: Job, source: Source, progress: Progress) -> list[Done]:
-    """Encode all that is missing, on all the job's devices.
-
-    Several processes take chunks as they go; what one that was killed leaves undone, the others finish. Behind a URL,
-    where nothing can be claimed, each has a share of the chunks instead.
+    Returns:
+        One report per feature writer.
 
     Raises:
-        UnfinishedError: all processes were killed, or one that had a share of its own.
-        EmbedcacheError: what went wrong in one of them; the others are stopped.
+        UnfinishedError: all worker processes died, or one that had chunks of its own.
+        MissingExtraError: Ray is not installed.
+        EmbedcacheError: raised in one of the processes or actors; the others are terminated.
     """
-    devices = job.settings.devices or all_devices()
-    if len(devices) == 1:
-        return Worker(job, source=source, device=devices[0]).run(progress)
-    return _run_many(job, devices, progress)
+    return {"local": _run_local, "ray": _run_ray}[job.settings.engine](job, source, progress)
+
+
+def count_processes(settings: ExtractSettings) -> int:
+    """Return the number of devices or actors that would share the work."""
+    if settings.engine == "local":
+        return len(settings.devices or all_devices())
+    with connected(settings.address) as ray:
+        return _count_actors(ray, settings)
 
 
 def all_devices() -> tuple[str, ...]:
-    """List the CUDA devices of this machine, or the CPU where there is none."""
+    """Return the CUDA devices of this machine, or the CPU if there are none."""
     import torch
 
     return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("cpu",)
 
 
-def _run_many(job: Job, devices: Sequence[str], progress: Progress) -> list[Done]:
-    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    processes: dict[Connection, Any] = {}
-    has_shares = is_remote(open_path(job.cache))
-    for number, device in enumerate(devices):
-        ours, theirs = context.Pipe(duplex=False)
-        share = job.share(number, len(devices)) if has_shares else job
-        num_threads = max(1, num_cores() // len(devices))
-        process = context.Process(target=_work, args=(share, device, num_threads, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        processes[ours] = process
-    try:
-        finished, num_lost = _listen(list(processes), progress)
-    finally:
-        for process in processes.values():
-            process.terminate()
-            process.join()
-    if num_lost and (has_shares or not finished):
+def _run_local(job: ExtractJob, source: Source, progress: Progress) -> list[ShardReport]:
+    """Encode on the devices of this machine: in this process if there is one, else in one process per device.
+
+    Processes take chunks as they go, and finish the chunks of one that was killed. Behind a URL, where nothing can be
+    leased, each has a fixed part of the chunks instead.
+    """
+    devices = job.settings.devices or all_devices()
+    if len(devices) == 1:
+        return Worker(job, source=source, device=devices[0]).run(progress)
+    is_split = is_remote(open_path(job.cache))
+    tasks = [
+        (replace(job, settings=job.settings.split_shard(number, len(devices))) if is_split else job, device)
+        for number, device in enumerate(devices)
+    ]
+    threads = max(1, num_cores() // len(devices))
+    reports, num_died = run_processes(
+        _run_device,
+        [(job, device, threads) for job, device in tasks],
+        progress,
+        steps=[step_name("image"), step_name("text")],
+        is_split=is_split,
+    )
+    if num_died and (is_split or not reports):
         raise UnfinishedError(
-            f"{num_lost} of {len(devices)} processes died; what is committed is kept: run the same command again"
+            f"{num_died} of {len(devices)} worker processes died; finished chunks are kept: rerun the same command"
         )
-    if num_lost:
-        progress.note(f"{num_lost} of {len(devices)} processes died; the others did their work")
-    return merge_done(finished)
+    if num_died:
+        progress.note(f"{num_died} of {len(devices)} worker processes died; the others finished their chunks")
+    return merge_reports(report for some in reports for report in some)
 
 
-def _listen(pipes: list[Connection], progress: Progress) -> tuple[list[list[Done]], int]:
-    """Pass on what the processes say until each has ended; give what was done, and how many just died."""
-    finished: list[list[Done]] = []
-    told, lost = _Told(progress), 0
-    while pipes:
-        for pipe in wait(pipes):
-            assert isinstance(pipe, Connection)
-            try:
-                kind, *content = pipe.recv()
-            except EOFError:
-                pipes.remove(pipe)
-                lost += 1
-                continue
-            if kind == "error":
-                raise content[0]
-            if kind == "bug":
-                raise RuntimeError(f"a process of the extraction failed:\n{content[0]}")
-            if kind == "done":
-                pipes.remove(pipe)
-                finished.append(content[0])
-            else:
-                told.tell(kind, *content)
-    progress.finish()
-    return finished, lost
-
-
-class _Told:
-    """One progress of what several processes tell: the first to start a piece of work starts it for all."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._begun: list[str] = []
-
-    def tell(self, kind: str, what: str, *content: Any) -> None:
-        if kind == "note":
-            self._progress.note(what)
-        elif kind == "start" and what not in self._begun:
-            self._begun.append(what)
-            self._progress.start(what, *content)
-        elif kind == "advance" and what == self._begun[-1]:
-            self._progress.advance(*content)
-
-
-def _work(job: Job, device: str, num_threads: int, pipe: Connection) -> None:
-    """Be one of the processes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started us ends us
+def _run_device(task: tuple[ExtractJob, str, int], progress: Progress) -> list[ShardReport]:
+    """Run in a worker process: encode on one device with a fixed number of threads."""
     import torch
 
+    job, device, threads = task
     if device == "cpu":
-        torch.set_num_threads(num_threads)
-    settings = replace(job.settings, threads=job.settings.threads or num_threads)
-    job = replace(job, settings=settings)
+        torch.set_num_threads(threads)
+    settings = replace(job.settings, threads=job.settings.threads or threads)
+    return Worker(replace(job, settings=settings), device=device).run(progress)
+
+
+def _run_ray(job: ExtractJob, _: Source, progress: Progress) -> list[ShardReport]:
+    """Encode on a cluster whose machines all see the cache and the source; each actor opens its own source."""
+    with connected(job.settings.address) as ray:
+        actors = _start_actors(ray, job)
+        try:
+            missing: dict[Modality, dict[int, int]] = _get(ray, actors[0].missing.remote())
+            reports = _get(ray, actors[0].empty_reports.remote())
+            for modality, num_items in missing.items():
+                progress.start(step_name(modality), sum(num_items.values()), f"{modality}s")
+                reports += _encode_on_actors(ray, actors, modality, num_items, progress)
+                progress.finish()
+            return merge_reports(reports)
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+
+class _Actor:
+    """A worker in a Ray process. It opens its encoders on first use, so that errors reach the caller."""
+
+    def __init__(self, job: ExtractJob, device: str, threads: int) -> None:
+        self._job, self._device, self._threads = job, device, threads
+        self._opened: Worker | None = None
+
+    def missing(self) -> dict[Modality, dict[int, int]]:
+        """Return modality -> chunk that lacks a feature -> its number of items."""
+        worker = self._worker()
+        return {
+            modality: {chunk: worker.count_items(modality, [chunk]) for chunk in worker.missing(modality)}
+            for modality in worker.writers
+        }
+
+    def encode(self, modality: Modality, chunk: int) -> list[ShardReport]:
+        return self._worker().encode(modality, [chunk], NullProgress())
+
+    def empty_reports(self) -> list[ShardReport]:
+        return self._worker().empty_reports()
+
+    def _worker(self) -> Worker:
+        if self._opened is None:
+            import torch
+
+            torch.set_num_threads(self._threads)  # Ray allows one thread per requested CPU
+            self._opened = Worker(self._job, device=self._device)
+        return self._opened
+
+
+def _start_actors(ray: Any, job: ExtractJob) -> Sequence[Any]:
+    num_gpus, num_nodes, num_actors = _num_gpus(ray), _num_nodes(ray), _count_actors(ray, job.settings)
+    kind = ray.remote(
+        num_cpus=1,
+        num_gpus=1 if num_gpus else 0,
+        max_restarts=-1,
+        max_task_retries=-1,
+        scheduling_strategy="SPREAD",
+    )(_Actor)
+    threads = max(1, num_cores() // ceil(num_actors / num_nodes))
+    return [kind.remote(job, "cuda" if num_gpus else "cpu", threads) for _ in range(num_actors)]
+
+
+def _count_actors(ray: Any, settings: ExtractSettings) -> int:
+    return settings.actors or _num_gpus(ray) or _num_nodes(ray)
+
+
+def _num_gpus(ray: Any) -> int:
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _num_nodes(ray: Any) -> int:
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    return max(1, len(nodes))
+
+
+def _encode_on_actors(
+    ray: Any, actors: Sequence[Any], modality: Modality, num_items: Mapping[int, int], progress: Progress
+) -> Iterator[ShardReport]:
+    waiting, idle, finished = deque(num_items), deque(actors), set[int]()
+    running: dict[Any, tuple[Any, int]] = {}
+    while len(finished) < len(num_items):
+        while waiting and idle:
+            actor, chunk = idle.popleft(), waiting.popleft()
+            running[actor.encode.remote(modality, chunk)] = actor, chunk
+        ready, _ = ray.wait(list(running), timeout=_PATIENCE_S)
+        for task in ready:
+            actor, chunk = running.pop(task)
+            yield from _get(ray, task)
+            idle.append(actor)
+            if chunk not in finished:
+                progress.advance(num_items[chunk])
+            finished.add(chunk)
+        if not ready and idle:
+            waiting.extend(chunk for _, chunk in running.values() if chunk not in finished)
+
+
+def _get(ray: Any, task: Any) -> Any:
     try:
-        pipe.send(("done", Worker(job, device=device).run(_PipedProgress(pipe))))
-    except EmbedcacheError as error:
-        pipe.send(("error", error))
-    except BrokenPipeError:  # the process that started us was killed
-        os._exit(1)
-    except Exception:  # noqa: BLE001 - it is raised by the process that started us
-        pipe.send(("bug", traceback.format_exc()))
-
-
-class _PipedProgress:
-    """Tells the process that started us, a few times a second."""
-
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-        self._what = ""
-        self._count = 0
-        self._last = 0.0
-
-    def start(self, what: str, total: int, unit: str) -> None:
-        """Begin a piece of work."""
-        self._what = what
-        self._pipe.send(("start", what, total, unit))
-
-    def advance(self, count: int) -> None:
-        """Say that `count` more units are done."""
-        self._count += count
-        if time.monotonic() - self._last > _SECONDS_BETWEEN_WORDS:
-            self.finish()
-
-    def finish(self) -> None:
-        """Say what was not said yet; others may still be at it."""
-        self._pipe.send(("advance", self._what, self._count))
-        self._count, self._last = 0, time.monotonic()
-
-    def note(self, line: str) -> None:
-        """Say a line."""
-        self._pipe.send(("note", line))
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, EmbedcacheError):
+            raise error.cause from None
+        raise

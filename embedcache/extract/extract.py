@@ -1,7 +1,4 @@
-"""A source and some encoders in, a cache out.
-
-What to extract, so that any process on any machine can take part; and what was done.
-"""
+"""Extraction: encode the items of a source with frozen encoders and store the features in a cache."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,10 +11,10 @@ from typing import Any
 from embedcache.encoders.backends import torch_device
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import SettingError, SourceError
-from embedcache.extract.engines import ENGINES
-from embedcache.extract.job import Done, Job
-from embedcache.extract.settings import ExtractSettings
+from embedcache.extract.engines import run_engine
+from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
+from embedcache.extract.worker import ShardReport
 from embedcache.files import open_path, remove_partials
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import run_record
@@ -33,12 +30,12 @@ class EncoderReport:
     """What an extraction did for one encoder, or one view of it.
 
     Args:
-        modality: `image` or `text`.
-        encoder: name of its folder in the cache.
-        features: what is stored.
-        encoded: items in the chunks worked on now.
-        reused: items in the chunks that were there before.
-        failures: kind of reason -> number of items, over the whole cache.
+        modality: modality of the items.
+        encoder: name of the encoder's folder in the cache.
+        features: names of the stored features.
+        encoded: number of items in the chunks that were encoded now.
+        reused: number of items in the chunks that existed before.
+        failures: kind of failure -> number of items, over the whole cache.
     """
 
     modality: str
@@ -49,7 +46,7 @@ class EncoderReport:
     failures: dict[str, int]
 
     def line(self) -> str:
-        """Say it in one line."""
+        """Return a summary in one line."""
         failed = "; ".join(f"{count} {reason}" for reason, count in self.failures.items())
         return (
             f"{self.encoder} ({', '.join(self.features)}): encoded {self.encoded:,} {self.modality}s, "
@@ -61,156 +58,169 @@ def extract(
     source: Source,
     cache_path: Path | str,
     *,
-    image: Sequence[str] = (),
-    text: Sequence[str] = (),
+    image_encoders: Sequence[str] = (),
+    text_encoders: Sequence[str] = (),
     settings: ExtractSettings | None = None,
-    extends: bool = False,
     progress: Progress | None = None,
 ) -> list[EncoderReport]:
-    """Run frozen encoders over a source, once, and keep what they give in a cache.
+    """Encode the items of a source once and store the features in a cache.
 
-    Chunks that are committed are not made again, so a run that was stopped goes on where it was, and several processes
-    on one cache share the work. An item that cannot be read is a row with a reason.
+    Committed chunks are not computed again, so an interrupted extraction resumes where it stopped, and several
+    processes on one cache share the work. An item that cannot be read becomes a row with a reason.
 
     Args:
         source: the raw samples.
-        cache_path: a new folder, or a cache of this source; or its URL.
-        image: encoders of images, as `family:model`.
-        text: encoders of texts.
-        settings: how features are made and stored.
-        extends: number samples that were added to the source behind those that the cache has.
-        progress: told about items.
+        cache_path: path or URL of a new folder, or of a cache of this source.
+        image_encoders: encoders of images, as `family:model`.
+        text_encoders: encoders of texts.
+        settings: how features are extracted and stored.
+        progress: shows the number of encoded items.
 
     Returns:
-        One report an encoder and view.
+        One report per encoder and view.
 
     Raises:
         SettingError: no encoder is named, or the cache was imported.
         UnknownNameError: an encoder or feature is unknown.
-        SourceError: the source cannot be numbered, lacks a modality, or no item of it can be read.
+        SourceError: the source cannot be indexed, lacks a modality, or none of its items can be read.
         FingerprintError: the cache holds other samples, or features of another encoder of that name.
-        DiskFullError: what is committed stays; run again with more space.
+        DiskFullError: the disk is full; committed chunks are kept, so run again with more space.
     """
     progress = progress or NullProgress()
-    job = open_job(source, cache_path, image=image, text=text, settings=settings, extends=extends, progress=progress)
+    job = open_job(source, cache_path, image_encoders, text_encoders, settings=settings, progress=progress)
     cache = Cache(job.cache)
     remove_partials(cache.path)
-    with record(cache, job, "extract") as outcome:
-        done = ENGINES.load(job.settings.engine)(job, source, progress)
-        reports = [_report(cache, one) for one in done]
+    with record_run(cache, job, "extract") as outcome:
+        reports = [_count_items(cache, report) for report in run_engine(job, source, progress)]
         outcome["encoders"] = [vars(report) for report in reports]
-    _require_some(cache, reports)
+    _check_any_encoded(cache, reports)
     return reports
 
 
 def open_job(
     source: Source,
     cache_path: Path | str,
+    image_encoders: Sequence[str],
+    text_encoders: Sequence[str],
     *,
-    image: Sequence[str],
-    text: Sequence[str],
     settings: ExtractSettings | None = None,
-    extends: bool = False,
-    mends: bool = False,
+    repair_items: bool = False,
     progress: Progress,
-) -> Job:
-    """Number the source, or check that the cache numbers it, and say what is to be done there.
+) -> ExtractJob:
+    """Check the request, then index the source, or check that the cache's index matches it.
+
+    Args:
+        source: the raw samples.
+        cache_path: path or URL of the cache.
+        image_encoders: encoders of images.
+        text_encoders: encoders of texts.
+        settings: how features are extracted and stored.
+        repair_items: whether items that failed before may have changed in the source.
+        progress: shows the number of indexed samples.
 
     Raises:
-        SettingError: no encoder is named, a name is none, or two would be stored as one; or the cache was imported.
-        UnknownNameError: a view or an engine is unknown.
+        SettingError: no encoder is named, a name is invalid, or two would be stored as one; or the cache was imported.
+        UnknownNameError: a view is unknown.
     """
     settings = settings or ExtractSettings()
-    if not image and not text:
+    if not image_encoders and not text_encoders:
         raise SettingError(
             "expected at least one encoder, got none; name one such as --text-encoder st:all-MiniLM-L6-v2"
         )
-    _check_asked(image, text, settings)
+    _check_encoders({"image": image_encoders, "text": text_encoders}, settings)
+    for device in settings.devices:
+        torch_device(device)
     path = open_path(cache_path)
-    _refuse_imported(path)
-    index(source, path, chunk_size=settings.chunk_size, extends=extends, mends=mends, progress=progress)
-    return Job(cache=str(path), source=source.describe(), image=tuple(image), text=tuple(text), settings=settings)
+    _check_not_imported(path)
+    index(
+        source,
+        path,
+        chunk_size=settings.chunk_size,
+        extend=settings.extend,
+        accept_replaced=repair_items,
+        progress=progress,
+    )
+    return ExtractJob(
+        cache=str(path),
+        source=source.describe(),
+        image_encoders=tuple(image_encoders),
+        text_encoders=tuple(text_encoders),
+        settings=settings,
+    )
 
 
-def _refuse_imported(cache_path: Path) -> None:
-    """Refuse a cache of vectors that were imported: it numbers rows of those, and has nothing to encode."""
+def _check_encoders(encoders: dict[str, Sequence[str]], settings: ExtractSettings) -> None:
+    """Check, before hours of indexing, that views suit the encoders and that each has a folder of its own."""
+    views = [open_view(name) for name in settings.views]
+    for view in views:
+        if not encoders[view.modality]:
+            raise SettingError(f"view {view.name} applies to {view.modality}s, but no {view.modality} encoder is named")
+    for modality, specs in encoders.items():
+        suffixes = ["", *(view.suffix for view in views if view.modality == modality)]
+        folders = Counter(EncoderSpec.parse(spec).folder + suffix for spec in specs for suffix in suffixes)
+        folder, count = max(folders.items(), key=lambda item: item[1], default=("", 0))
+        if count > 1:
+            raise SettingError(
+                f"{count} {modality} encoders or views would be stored as {folder}; name each once, and extract "
+                "the others into another cache"
+            )
+
+
+def _check_not_imported(cache_path: Path) -> None:
     if info_path(cache_path).is_file():
         source = read_info(cache_path).source
         if source.get("type") == IMPORTED:
             raise SettingError(
-                f"{cache_path} was imported from {source['path']}: it has vectors, and no images or texts to encode; "
+                f"{cache_path} was imported from {source['path']}: it has vectors, but no images or texts to encode; "
                 "extract the images and captions themselves into a new folder"
             )
 
 
-def _check_asked(image: Sequence[str], text: Sequence[str], settings: ExtractSettings) -> None:
-    """Refuse what cannot be meant before hours of numbering."""
-    views = [open_view(name) for name in settings.views]
-    asked = {"image": image, "text": text}
-    for view in views:
-        if not asked[view.modality]:
-            raise SettingError(
-                f"the view {view.name} is of {view.modality}s, and no encoder of {view.modality}s is named"
-            )
-    for modality, specs in asked.items():
-        suffixes = ["", *(view.suffix for view in views if view.modality == modality)]
-        folders = Counter(EncoderSpec.parse(spec).folder + suffix for spec in specs for suffix in suffixes)
-        for folder, count in folders.items():
-            if count > 1:
-                raise SettingError(
-                    f"{count} {modality} encoders or views would be stored as {folder}; name each once, and extract "
-                    "the others into a cache of their own"
-                )
-    ENGINES.load(settings.engine)
-    for device in settings.devices:
-        torch_device(device)
-
-
-def record(cache: Cache, job: Job, stage: str) -> AbstractContextManager[dict[str, Any]]:
-    """Keep who did what with a cache in its folder `records`."""
+def record_run(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextManager[dict[str, Any]]:
+    """Record who did what to a cache in its folder `records`."""
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    about = {
+    request = {
         "source": job.source,
-        "image": list(job.image),
-        "text": list(job.text),
+        "image": list(job.image_encoders),
+        "text": list(job.text_encoders),
         "features": list(job.settings.features),
         "views": list(job.settings.views),
         "dtype": job.settings.dtype,
     }
-    return run_record(cache.path / "records" / f"{stage}-{started}.json", stage, about)
+    return run_record(cache.path / "records" / f"{stage}-{started}.json", stage, request)
 
 
-def _report(cache: Cache, done: Done) -> EncoderReport:
-    """Count over the commits, one at a time: at 20 million items they do not fit in memory together."""
-    group = open_group(cache.path, done.modality, done.encoder, cache.info)
+def _count_items(cache: Cache, report: ShardReport) -> EncoderReport:
+    """Count items over the commits, one at a time: those of 20 million items do not fit in memory together."""
+    group = open_group(cache.path, report.modality, report.encoder, cache.info)
     encoded = reused = 0
     failures: Counter[str] = Counter()
-    for chunk in range(cache.info.num_chunks(done.modality)):
+    for chunk in range(cache.info.num_chunks(report.modality)):
         commit = group.commit(chunk)
-        if not group.has(commit, done.features[0]):
+        if not group.has(commit, report.features[0]):
             continue
         assert commit is not None
-        if chunk in done.chunks:
+        if chunk in report.chunks:
             encoded += len(commit.hashes)
         else:
             reused += len(commit.hashes)
-        reasons = commit.failures[done.features[0]]
+        reasons = commit.failures[report.features[0]]
         failures.update(reason.partition(":")[0] for reason in reasons if reason is not None)
     return EncoderReport(
-        modality=done.modality,
-        encoder=done.encoder,
-        features=list(done.features),
+        modality=report.modality,
+        encoder=report.encoder,
+        features=list(report.features),
         encoded=encoded,
         reused=reused,
         failures=dict(failures.most_common()),
     )
 
 
-def _require_some(cache: Cache, reports: Sequence[EncoderReport]) -> None:
+def _check_any_encoded(cache: Cache, reports: Sequence[EncoderReport]) -> None:
     for report in reports:
         num_items = cache.info.num_items[report.modality]
         if sum(report.failures.values()) == num_items:
             reasons = "; ".join(f"{count} {reason}" for reason, count in report.failures.items())
             raise SourceError(
-                f"all {num_items} {report.modality}s failed: {reasons}; mend the source and extract into a new folder"
+                f"all {num_items} {report.modality}s failed: {reasons}; repair the source and extract into a new folder"
             )

@@ -1,7 +1,4 @@
-"""The loop: chunk by chunk, loading ahead on threads while the encoders run.
-
-Raw items to model inputs, ahead of the encoder, on threads.
-"""
+"""The extraction loop: chunk by chunk, items are loaded ahead on threads while the encoders run, then committed."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -14,26 +11,115 @@ from typing import TypeVar
 
 from embedcache.arrays import Array
 from embedcache.errors import ItemError
-from embedcache.extract.outputs import Target, Work
+from embedcache.extract.feature_writer import ChunkTask, FeatureWriter
 from embedcache.progress import Progress
 from embedcache.sources.base import ImageItem, Source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
-from embedcache.store.commit import hash_item
+from embedcache.store.group import hash_item
 from embedcache.store.writer import commit_chunk
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+_IMAGES_AHEAD = 256
 
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """One item, ready for every target, or the reason why it is not.
+
+def encode_chunks(
+    cache: Cache,
+    source: Source,
+    modality: str,
+    tasks: Iterable[ChunkTask],
+    progress: Progress,
+    *,
+    threads: int,
+) -> None:
+    """Encode leased chunks and commit them; the leases are released.
 
     Args:
-        hash: BLAKE2b-128 of the raw bytes or text; None where they could not be read.
-        failure: the reason; None where all is well.
-        inputs: one array a target; empty after a failure.
+        cache: the cache.
+        source: source of the raw images.
+        modality: modality of the chunks.
+        tasks: leased chunks; each is requested when it is needed.
+        progress: shows the number of encoded items.
+        threads: number of threads that read and decode items.
+    """
+    encode = _encode_image_chunks if modality == "image" else _encode_text_chunks
+    with ThreadPoolExecutor(threads) as executor, _CommitThread() as commits:
+        encode(cache, source, tasks, executor, commits, progress)
+
+
+def _encode_image_chunks(
+    cache: Cache,
+    source: Source,
+    tasks: Iterable[ChunkTask],
+    executor: Executor,
+    commits: "_CommitThread",
+    progress: Progress,
+) -> None:
+    """Encode chunks of images, each image read and decoded once for all encoders, in row order.
+
+    Memory: `_IMAGES_AHEAD` images prepared for each encoder, and the outputs of two chunks.
+    """
+
+    def load(task_item: tuple[ChunkTask, ImageItem]) -> tuple[ChunkTask, LoadedItem]:
+        task, item = task_item
+        return task, load_image(source, item, task.writers)
+
+    task_items = ((task, item) for task in tasks for item in image_items(cache, task.chunk))
+    with closing(_prefetch_map(executor, load, task_items, window=_IMAGES_AHEAD)) as stream:
+        for task, group in groupby(stream, key=itemgetter(0)):
+            rows = cache.info.chunk_rows("image", task.chunk)
+            buffers = _open_buffers(task, rows.stop - rows.start)
+            loaded = []
+            for row, (_, item) in enumerate(group):
+                if item.failure is None:
+                    for buffer, inputs in zip(buffers, item.inputs, strict=True):
+                        buffer.add(row, inputs)
+                loaded.append(LoadedItem(hash=item.hash, failure=item.failure))  # without the inputs
+                progress.advance(1)
+            commits.submit(task, buffers, loaded)
+
+
+def _encode_text_chunks(
+    cache: Cache,
+    _: Source,
+    tasks: Iterable[ChunkTask],
+    executor: Executor,
+    commits: "_CommitThread",
+    progress: Progress,
+) -> None:
+    """Encode chunks of texts, each distinct text once per chunk and the longest first, so that batches are padded less.
+
+    Memory: the token ids of two chunks, and the outputs of two chunks.
+    """
+
+    def load(task: ChunkTask) -> tuple[ChunkTask, list[LoadedItem]]:
+        return task, load_texts(cache.items("text", chunk=task.chunk)["text"].to_pylist(), task.writers)
+
+    with closing(_prefetch_map(executor, load, tasks, window=2)) as stream:
+        for task, loaded in stream:
+            buffers = _open_buffers(task, len(loaded))
+            for number, buffer in enumerate(buffers):
+                add_distinct(buffer, loaded, number)
+            progress.advance(len(loaded))
+            commits.submit(task, buffers, loaded)
+
+
+def image_items(cache: Cache, chunk: int) -> Iterator[ImageItem]:
+    """Iterate over the items of a chunk of images."""
+    for row in cache.items("image", chunk=chunk).drop_columns("sample").to_pylist():
+        yield ImageItem(**row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedItem:
+    """One item as model inputs, or the reason why it has none.
+
+    Args:
+        hash: BLAKE2b-128 of the raw bytes or text; None if they could not be read.
+        failure: the reason; None if the item was loaded.
+        inputs: one array per feature writer; empty after a failure.
     """
 
     hash: bytes | None
@@ -41,26 +127,26 @@ class Loaded:
     inputs: Sequence[Array] = ()
 
 
-def load_image(source: Source, item: ImageItem, targets: Sequence[Target]) -> Loaded:
-    """Read, decode and prepare one image once for all targets."""
+def load_image(source: Source, item: ImageItem, writers: Sequence[FeatureWriter]) -> LoadedItem:
+    """Read and decode one image, and prepare it for every writer."""
     content_hash = None
     try:
         data = source.read(item)
         content_hash = hash_item(data)
-        targets[0].turns.wait()
+        writers[0].gate.wait()
         image = decode_image(data)
     except ItemError as error:
-        return Loaded(hash=content_hash, failure=str(error))
-    return Loaded(hash=content_hash, inputs=[target.encoder.prepare([target.look(image)])[0] for target in targets])
+        return LoadedItem(hash=content_hash, failure=str(error))
+    return LoadedItem(hash=content_hash, inputs=[writer.prepare([image])[0] for writer in writers])
 
 
-def load_texts(texts: Sequence[str], targets: Sequence[Target]) -> list[Loaded]:
-    """Tokenize a chunk of texts for all targets; equal texts share their inputs."""
+def load_texts(texts: Sequence[str], writers: Sequence[FeatureWriter]) -> list[LoadedItem]:
+    """Tokenize texts for every writer; equal texts share their inputs."""
     distinct = [text for text in dict.fromkeys(texts) if text.strip()]
-    prepared = [target.encoder.prepare([target.look(text) for text in distinct]) for target in targets]
+    prepared = [writer.prepare(distinct) for writer in writers]
     inputs = {text: list(arrays) for text, *arrays in zip(distinct, *prepared, strict=True)}
     return [
-        Loaded(
+        LoadedItem(
             hash=hash_item(text.encode()),
             failure=None if text in inputs else "empty caption",
             inputs=inputs.get(text, ()),
@@ -69,12 +155,14 @@ def load_texts(texts: Sequence[str], targets: Sequence[Target]) -> list[Loaded]:
     ]
 
 
-def ahead(executor: Executor, call: Callable[[T], R], items: Iterable[T], *, window: int) -> Generator[R, None, None]:
-    """Map in order with at most `window` calls under way or waiting to be taken."""
+def _prefetch_map(
+    executor: Executor, function: Callable[[T], R], items: Iterable[T], *, window: int
+) -> Generator[R, None, None]:
+    """Yield results in order, with up to `window` calls running or waiting to be consumed."""
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
-            waiting.append(executor.submit(call, item))
+            waiting.append(executor.submit(function, item))
             if len(waiting) >= window:
                 yield waiting.popleft().result()
         while waiting:
@@ -84,147 +172,46 @@ def ahead(executor: Executor, call: Callable[[T], R], items: Iterable[T], *, win
             future.cancel()
 
 
-_IMAGES_AHEAD = 256
+class BatchBuffer:
+    """Collects prepared items into batches, runs the encoder on them and keeps the outputs of some rows.
 
-
-def encode_images(cache: Cache, source: Source, works: Iterable[Work], executor: Executor, progress: Progress) -> None:
-    """Encode chunks of images: each image is read and decoded once for all encoders that miss it, in row order.
-
-    Memory: `_IMAGES_AHEAD` images prepared for each encoder, and two chunks of outputs.
-    """
-
-    def load(job: tuple[Work, ImageItem]) -> tuple[Work, Loaded]:
-        work, item = job
-        return work, load_image(source, item, work.targets)
-
-    jobs = ((work, item) for work in works for item in image_items(cache, work.chunk))
-    with _Writer() as writer, closing(ahead(executor, load, jobs, window=_IMAGES_AHEAD)) as stream:
-        for work, loaded in groupby(stream, key=itemgetter(0)):
-            writer.write(work, *_encode_images(cache, work, (item for _, item in loaded), progress))
-
-
-def encode_texts(cache: Cache, works: Iterable[Work], executor: Executor, progress: Progress) -> None:
-    """Encode chunks of texts: in each chunk equal texts once, and longest first, so that batches hold little padding.
-
-    Memory: two chunks of token ids, and two chunks of outputs.
-    """
-
-    def load(work: Work) -> tuple[Work, list[Loaded]]:
-        return work, load_texts(cache.items("text", chunk=work.chunk)["text"].to_pylist(), work.targets)
-
-    with _Writer() as writer, closing(ahead(executor, load, works, window=2)) as stream:
-        for work, loaded in stream:
-            outputs = [Outputs(target, target.missing(work.chunk), len(loaded)) for target in work.targets]
-            for number, output in enumerate(outputs):
-                add_distinct(output, loaded, number)
-            progress.advance(len(loaded))
-            writer.write(work, outputs, loaded)
-
-
-def image_items(cache: Cache, chunk: int) -> Iterator[ImageItem]:
-    """Go through the items of a chunk of images."""
-    for row in cache.items("image", chunk=chunk).drop_columns("sample").to_pylist():
-        yield ImageItem(**row)
-
-
-def add_distinct(output: "Outputs", loaded: Sequence[Loaded], number: int) -> None:
-    """Encode what was loaded: equal items once, and the longest first."""
-    first_row: dict[bytes | None, int] = {}
-    for row, item in enumerate(loaded):
-        if item.failure is None:
-            first_row.setdefault(item.hash, row)
-    for row in sorted(first_row.values(), key=lambda row: (-len(loaded[row].inputs[number]), row)):
-        output.add(row, loaded[row].inputs[number])
-    output.flush()
-    for row, item in enumerate(loaded):
-        if item.failure is None:
-            output.copy(first_row[item.hash], row)
-
-
-def _encode_images(
-    cache: Cache, work: Work, items: Iterable[Loaded], progress: Progress
-) -> tuple[list["Outputs"], list[Loaded]]:
-    """Give the images of a chunk to its encoders; give what will hold their outputs, and what was loaded."""
-    rows = cache.info.chunk_rows("image", work.chunk)
-    outputs = [Outputs(target, target.missing(work.chunk), rows.stop - rows.start) for target in work.targets]
-    kept = []
-    for row, item in enumerate(items):
-        if item.failure is None:
-            for output, array in zip(outputs, item.inputs, strict=True):
-                output.add(row, array)
-        kept.append(Loaded(hash=item.hash, failure=item.failure))
-        progress.advance(1)
-    return outputs, kept
-
-
-class _Writer:
-    """Commits chunks, one after the other, on a thread of its own, so that no encoder waits for a disk."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._running: Future[None] | None = None
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown()
-        if kind is None:
-            self._wait()
-
-    def write(self, work: Work, outputs: Sequence["Outputs"], loaded: Sequence[Loaded]) -> None:
-        """Commit a chunk once its outputs are there, and the chunk before is committed."""
-        self._wait()
-        self._running = self._thread.submit(_commit, work, outputs, loaded)
-
-    def _wait(self) -> None:
-        if self._running is not None:
-            self._running.result()
-
-
-def _commit(work: Work, outputs: Sequence["Outputs"], loaded: Sequence[Loaded]) -> None:
-    hashes = [item.hash for item in loaded]
-    failures = [item.failure for item in loaded]
-    for output in outputs:
-        output.flush()
-        reasons = dict.fromkeys(output.features, failures)
-        commit_chunk(output.target.group, work.chunk, output.features, hashes, reasons)
-    work.give_back()
-
-
-class Outputs:
-    """What one encoder gave for some rows so far, the batch it is at, and the batch that waits for it.
+    While the encoder runs one batch, the next one is filled.
 
     Args:
-        target: the encoder.
-        features: which of its features.
-        num_rows: rows are numbered from 0 to this.
+        writer: the encoder.
+        features: names of the features to compute.
+        num_rows: number of rows, counted from 0.
     """
 
-    def __init__(self, target: Target, features: Sequence[str], num_rows: int) -> None:
-        self.target = target
+    def __init__(self, writer: FeatureWriter, features: Sequence[str], num_rows: int) -> None:
+        self.writer = writer
         self.features: Mapping[str, list[Array | None]] = {name: [None] * num_rows for name in features}
         self._rows: list[int] = []
         self._batch: list[Array] = []
         self._running: tuple[list[int], Future[dict[str, list[Array]]]] | None = None
 
     def add(self, row: int, inputs: Array) -> None:
-        """Take one item; a full batch is given to the encoder, once it has done the one before."""
+        """Add one item; a full batch starts once the encoder has finished the one before."""
         self._rows.append(row)
         self._batch.append(inputs)
-        if len(self._batch) == self.target.encoder.batch_size:
+        if len(self._batch) == self.writer.encoder.batch_size:
             self._start()
 
     def flush(self) -> None:
-        """Wait until all items that were added are encoded."""
+        """Wait until all added items are encoded."""
         if self._batch:
             self._start()
         self._collect()
 
+    def copy(self, from_row: int, to_row: int) -> None:
+        """Copy the outputs of one row to another."""
+        for items in self.features.values():
+            items[to_row] = items[from_row]
+
     def _start(self) -> None:
         rows, batch = self._rows, self._batch
         self._rows, self._batch = [], []
-        started = self.target.executor.submit(self.target.encode, batch, list(self.features))
+        started = self.writer.executor.submit(self.writer.encode, batch, list(self.features))
         self._collect()
         self._running = rows, started
 
@@ -236,9 +223,65 @@ class Outputs:
         encoded = running.result()
         for name, items in self.features.items():
             for row, item in zip(rows, encoded[name], strict=True):
-                items[row] = self.target.fit(name, item)
+                items[row] = self.writer.fit(name, item)
 
-    def copy(self, from_row: int, to_row: int) -> None:
-        """Give one row what another has."""
-        for items in self.features.values():
-            items[to_row] = items[from_row]
+
+def add_loaded(buffer: BatchBuffer, items: Iterable[tuple[int, LoadedItem]], number: int) -> None:
+    """Encode the loaded items of some rows; `number` is the writer's place in their inputs."""
+    for row, item in items:
+        if item.failure is None:
+            buffer.add(row, item.inputs[number])
+    buffer.flush()
+
+
+def add_distinct(buffer: BatchBuffer, loaded: Sequence[LoadedItem], number: int) -> None:
+    """Encode loaded items, each distinct one once and the longest first."""
+    first_row: dict[bytes | None, int] = {}
+    for row, item in enumerate(loaded):
+        if item.failure is None:
+            first_row.setdefault(item.hash, row)
+    rows = sorted(first_row.values(), key=lambda row: (-len(loaded[row].inputs[number]), row))
+    add_loaded(buffer, ((row, loaded[row]) for row in rows), number)
+    for row, item in enumerate(loaded):
+        if item.failure is None:
+            buffer.copy(first_row[item.hash], row)
+
+
+def _open_buffers(task: ChunkTask, num_rows: int) -> list[BatchBuffer]:
+    return [BatchBuffer(writer, missing, num_rows) for writer, missing in task.missing.items()]
+
+
+class _CommitThread:
+    """Commits chunks one after the other on a thread of its own, so that no encoder waits for the disk."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> "_CommitThread":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._wait()
+
+    def submit(self, task: ChunkTask, buffers: Sequence[BatchBuffer], loaded: Sequence[LoadedItem]) -> None:
+        """Commit a chunk once its outputs are complete; waits until the chunk before is committed."""
+        self._wait()
+        self._running = self._thread.submit(_commit, task, buffers, loaded)
+
+    def _wait(self) -> None:
+        if self._running is not None:
+            self._running.result()
+
+
+def _commit(task: ChunkTask, buffers: Sequence[BatchBuffer], loaded: Sequence[LoadedItem]) -> None:
+    hashes = [item.hash for item in loaded]
+    failures = [item.failure for item in loaded]
+    for buffer in buffers:
+        buffer.flush()
+        reasons = dict.fromkeys(buffer.features, failures)
+        commit_chunk(buffer.writer.group, task.chunk, buffer.features, hashes, reasons)
+        buffer.writer.mark_complete(task.chunk)
+    task.release()

@@ -1,4 +1,4 @@
-"""What an extraction will take: items, bytes, time, before it is run."""
+"""Planning: estimate the items, bytes, memory and time of an extraction before it is run."""
 
 import shutil
 import time
@@ -13,10 +13,10 @@ import numpy as np
 
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
-from embedcache.extract.engines import all_devices
+from embedcache.extract.engines import all_devices, count_processes
 from embedcache.extract.extract import open_job
-from embedcache.extract.loop import Outputs, add_distinct, image_items, load_image, load_texts
-from embedcache.extract.outputs import Target
+from embedcache.extract.feature_writer import FeatureWriter
+from embedcache.extract.loop import BatchBuffer, add_distinct, image_items, load_image, load_texts
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker
 from embedcache.files import is_remote
@@ -25,7 +25,7 @@ from embedcache.sources.base import Source
 
 _PROBE_BATCHES = 4
 _COMMIT_BYTES = 24
-"""Of a commit for one item: its hash, and a failure's reason now and then."""
+"""Per item in a commit: its hash, and now and then the reason of a failure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,9 @@ class PlannedFeature:
 
     Args:
         name: `encoder/feature`.
-        modality: `image` or `text`.
-        num_items: items in the chunks that miss it.
-        item_bytes: bytes an item on disk; of the probe's mean length where items differ in theirs.
+        modality: modality of the items.
+        num_items: number of items in the chunks that lack it.
+        item_bytes: bytes on disk per item; the mean of the probe where items differ in length.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Plan:
     """What an extraction will take.
 
     Args:
-        cache: where it goes.
-        features: what will be made; none where nothing is missing.
-        rates: modality -> items a second with all its encoders together, measured on one device.
-        num_processes: devices that will share the work.
-        free_bytes: space on the cache's disk; None behind a URL.
-        chunk_size: items in a chunk.
+        cache: path of the cache.
+        features: the features to compute; empty if nothing is missing.
+        rates: modality -> items per second with all its encoders together, measured on one device.
+        num_processes: number of devices or actors that will share the work.
+        free_bytes: free space on the cache's disk; None behind a URL.
+        chunk_size: items per chunk.
     """
 
     cache: Path
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory for two chunks of outputs: one that is being encoded, and one that is being committed."""
+        """Memory for the outputs of two chunks: one is being encoded while the other is committed."""
         totals = [
             sum(feature.item_bytes for feature in self.features if feature.modality == modality)
             for modality in self.rates
@@ -81,23 +81,23 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on disk of all that is missing."""
+        """Bytes on disk of everything that is missing."""
         return sum(feature.num_bytes for feature in self.features)
 
     def hours(self, modality: Modality) -> float:
-        """Time for one modality, on all devices."""
+        """Return the estimated time for one modality on all devices."""
         num_items = max(feature.num_items for feature in self.features if feature.modality == modality)
         return num_items / self.rates[modality] / self.num_processes / 3600
 
-    def require_space(self) -> None:
-        """Refuse a plan that the disk cannot hold.
+    def check_space(self) -> None:
+        """Check that the disk can hold the features.
 
         Raises:
-            DiskFullError: says how much is missing.
+            DiskFullError: it cannot; the message states how much is lacking.
         """
         if self.free_bytes is not None and self.num_bytes > self.free_bytes:
             raise DiskFullError(
-                f"the disk of {self.cache} has {self.free_bytes / 1e9:,.2f} GB free and the features take "
+                f"the disk of {self.cache} has {self.free_bytes / 1e9:,.2f} GB free, but the features take "
                 f"{self.num_bytes / 1e9:,.2f} GB; free {(self.num_bytes - self.free_bytes) / 1e9:,.2f} GB, store fewer "
                 "features, or put the cache elsewhere"
             )
@@ -107,83 +107,78 @@ def plan(
     source: Source,
     cache_path: Path | str,
     *,
-    image: Sequence[str] = (),
-    text: Sequence[str] = (),
+    image_encoders: Sequence[str] = (),
+    text_encoders: Sequence[str] = (),
     settings: ExtractSettings | None = None,
-    extends: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
-    """Number the source, open the encoders and encode a few batches, without keeping what they give.
+    """Index the source, open the encoders and encode a few batches without storing their outputs.
 
     The arguments and errors are those of `extract`.
     """
     progress = progress or NullProgress()
-    job = open_job(source, cache_path, image=image, text=text, settings=settings, extends=extends, progress=progress)
-    devices = job.settings.devices or all_devices()
-    worker = Worker(job, source=source, device=devices[0])
+    job = open_job(source, cache_path, image_encoders, text_encoders, settings=settings, progress=progress)
+    worker = Worker(job, source=source, device=(job.settings.devices or all_devices())[0])
     features: list[PlannedFeature] = []
     rates: dict[Modality, float] = {}
-    for modality, targets in worker.targets.items():
+    for modality, writers in worker.writers.items():
         chunks = worker.missing(modality)
         if chunks:
-            rates[modality], outputs = _probe(worker, modality, chunks[0], job.settings.threads)
-            for target, output in zip(targets, outputs, strict=True):
-                features += _planned(worker, modality, target, output, chunks)
-    free = None if is_remote(worker.cache.path) else shutil.disk_usage(worker.cache.path).free
-    num_processes = job.settings.num_actors or len(devices)
+            rates[modality], buffers = _probe(worker, modality, chunks[0], job.settings.num_threads)
+            for writer, buffer in zip(writers, buffers, strict=True):
+                features += _planned(worker, modality, writer, buffer, chunks)
     return Plan(
         cache=worker.cache.path,
         features=features,
         rates=rates,
-        num_processes=num_processes,
-        free_bytes=free,
+        num_processes=count_processes(job.settings),
+        free_bytes=None if is_remote(worker.cache.path) else shutil.disk_usage(worker.cache.path).free,
         chunk_size=worker.cache.info.chunk_size,
     )
 
 
 def _planned(
-    worker: Worker, modality: Modality, target: Target, output: Outputs, chunks: Sequence[int]
+    worker: Worker, modality: Modality, writer: FeatureWriter, buffer: BatchBuffer, chunks: Sequence[int]
 ) -> list[PlannedFeature]:
-    missing = {chunk: target.missing(chunk) for chunk in chunks}
     return [
         PlannedFeature(
-            name=f"{target.group.name}/{name}",
+            name=f"{writer.group.name}/{name}",
             modality=modality,
-            num_items=worker.count_items(modality, [chunk for chunk, names in missing.items() if name in names]),
-            item_bytes=float(np.mean([item.nbytes for item in output.features[name] if item is not None] or [0])),
+            num_items=worker.count_items(modality, [chunk for chunk in chunks if name in writer.missing(chunk)]),
+            item_bytes=float(np.mean([item.nbytes for item in buffer.features[name] if item is not None] or [0])),
         )
-        for name in target.features
+        for name in writer.features
     ]
 
 
-def _probe(worker: Worker, modality: Modality, chunk: int, threads: int | None) -> tuple[float, list[Outputs]]:
-    """Encode the first batches of a chunk; give items a second, the first batch left out, and what was made.
+def _probe(worker: Worker, modality: Modality, chunk: int, threads: int) -> tuple[float, list[BatchBuffer]]:
+    """Encode the first batches of a chunk; return items per second, without the first batch, and the outputs.
 
-    Loading and encoding are timed one after the other: on a device of its own they overlap, and the truth is better.
+    Loading and encoding are timed one after the other. On a GPU they overlap, so extraction is faster than this.
     """
-    targets = worker.targets[modality]
-    num_items = _PROBE_BATCHES * max(target.encoder.batch_size for target in targets)
+    writers = worker.writers[modality]
+    num_items = _PROBE_BATCHES * max(writer.encoder.batch_size for writer in writers)
     with ThreadPoolExecutor(threads) as executor:
         if modality == "image":
             items: list[Any] = list(islice(image_items(worker.cache, chunk), num_items))
         else:
             items = worker.cache.items("text", chunk=chunk)["text"].to_pylist()[:num_items]
-        num_warm = max(1, len(items) // _PROBE_BATCHES)
-        outputs = _encode(worker, modality, items[:num_warm], executor)
+        num_warmup = max(1, len(items) // _PROBE_BATCHES)
+        buffers = _encode(worker, modality, items[:num_warmup], executor)
         started = time.perf_counter()
-        if len(items) > num_warm:
-            outputs = _encode(worker, modality, items[num_warm:], executor)
-        rate = max(len(items) - num_warm, 1) / max(time.perf_counter() - started, 1e-9)
-    return rate, outputs
+        if len(items) > num_warmup:
+            buffers = _encode(worker, modality, items[num_warmup:], executor)
+        rate = max(len(items) - num_warmup, 1) / max(time.perf_counter() - started, 1e-9)
+    return rate, buffers
 
 
-def _encode(worker: Worker, modality: Modality, items: Sequence[Any], executor: Executor) -> list[Outputs]:
-    targets = worker.targets[modality]
+def _encode(worker: Worker, modality: Modality, items: Sequence[Any], executor: Executor) -> list[BatchBuffer]:
+    writers = worker.writers[modality]
     if modality == "image":
-        loaded = list(executor.map(lambda item: load_image(worker.source, item, targets), items))
+        loaded = list(executor.map(lambda item: load_image(worker.source, item, writers), items))
     else:
-        loaded = load_texts(items, targets)
-    outputs = [Outputs(target, target.features, len(loaded)) for target in targets]
-    for number, output in enumerate(outputs):
-        add_distinct(output, loaded, number)
-    return outputs
+        loaded = load_texts(items, writers)
+    buffers = [BatchBuffer(writer, writer.features, len(loaded)) for writer in writers]
+    for number, buffer in enumerate(buffers):
+        add_distinct(buffer, loaded, number)
+    return buffers

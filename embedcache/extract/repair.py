@@ -1,9 +1,4 @@
-"""Making damaged chunks again, and nothing else.
-
-Trying items again that failed, and nothing else.
-
-Encoding a sample of a cache again: does the same still come out?
-"""
+"""Repairing a cache: encode damaged chunks again, retry failed items, and measure drift on a random sample."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,41 +11,57 @@ import numpy as np
 from embedcache.arrays import Array, Floats, Ints, normalize
 from embedcache.errors import CorruptError, SettingError
 from embedcache.extract.engines import all_devices
-from embedcache.extract.extract import open_job, record
-from embedcache.extract.loop import Loaded, Outputs, image_items, load_image, load_texts
-from embedcache.extract.outputs import Target, check_unchanged, claim_one, reopen_target, view_fingerprint
+from embedcache.extract.extract import open_job, record_run
+from embedcache.extract.feature_writer import (
+    FeatureWriter,
+    check_unchanged,
+    lease_chunk,
+    reopen_writer,
+    view_fingerprint,
+)
+from embedcache.extract.loop import (
+    BatchBuffer,
+    LoadedItem,
+    add_loaded,
+    encode_chunks,
+    image_items,
+    load_image,
+    load_texts,
+)
 from embedcache.extract.settings import ExtractSettings
-from embedcache.extract.worker import Worker, encode_chunks
+from embedcache.extract.worker import Worker
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
 from embedcache.sources import ImageItem, reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
-from embedcache.store.commit import NOT_YET
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, open_group
+from embedcache.store.group import NOT_YET, EncoderGroup, open_group
 from embedcache.store.verify import Finding
 from embedcache.store.writer import commit_chunk, withdraw
+
+MIN_COSINE = 0.999
+"""Below this an item has drifted: float16 on disk costs 1e-6, and another library's summation order about as much."""
 
 
 def repair(
     cache: Cache, findings: Sequence[Finding], *, device: str = "cpu", progress: Progress | None = None
 ) -> list[str]:
-    """Withdraw the damaged features of each chunk, and encode those chunks again with what made them.
+    """Withdraw the damaged features of each chunk and encode those chunks again with the encoders that made them.
 
     Args:
-        cache: the cache; its source and encoders must be there still.
-        findings: from `verify`; those that are no damage, or cannot be mended so, are left alone.
-        device: a torch device.
-        progress: told about items.
+        cache: the cache; its source and encoders must still be available.
+        findings: result of `verify`; those that are not damage or cannot be repaired this way are skipped.
+        device: torch device.
+        progress: shows the number of encoded items.
 
     Returns:
-        One line an encoder.
+        One line per encoder.
 
     Raises:
-        FingerprintError: an encoder is not the same any more; nothing of it is touched.
-        CorruptError: a table is damaged, so that nobody knows which rows the chunks hold; nothing is touched.
+        FingerprintError: an encoder has changed; nothing of it is touched.
+        CorruptError: a table is damaged, so the rows of the chunks are unknown; nothing is touched.
     """
     tables = [finding for finding in findings if finding.is_damage and not finding.encoder]
     if tables:
@@ -64,231 +75,238 @@ def repair(
     lines = []
     for (modality, encoder), some in damaged.items():
         group = open_group(cache.path, modality, encoder, cache.info)
-        target = reopen_target(group, sorted({finding.name for finding in some}), device=device)
-        check_unchanged(target)
+        writer = reopen_writer(group, sorted({finding.name for finding in some}), device=device)
+        check_unchanged(writer)
         for finding in some:
             withdraw(group, finding.chunk, [finding.name])
         chunks = sorted({finding.chunk for finding in some})
         rows = [cache.info.chunk_rows(modality, chunk) for chunk in chunks]
         progress.start(f"repairing {encoder}", sum(row.stop - row.start for row in rows), f"{modality}s")
-        works = (work for chunk in chunks if (work := claim_one(target, chunk)).targets)
-        encode_chunks(cache, source, modality, works, progress)
+        tasks = (task for chunk in chunks if (task := lease_chunk(writer, chunk)).missing)
+        encode_chunks(cache, source, modality, tasks, progress, threads=num_cores())
         progress.finish()
-        lines.append(f"{encoder} ({', '.join(target.features)}): made {len(chunks):,} chunks again")
+        lines.append(f"{encoder} ({', '.join(writer.features)}): encoded {len(chunks):,} chunks again")
     return lines
 
 
 @dataclass(kw_only=True)
-class Retried:
-    """What a second try gave for one encoder.
+class RetryReport:
+    """What retrying the failed items gave for one encoder.
 
     Args:
         encoder: name of its folder in the cache.
-        num_tried: items that had failed.
-        num_mended: items that have features now.
-        reasons: kind of reason -> number of items that failed again.
+        num_tried: number of items that had failed before.
+        num_recovered: number of those that have features now.
+        reasons: kind of failure -> number of items that failed again.
     """
 
     encoder: str
     num_tried: int = 0
-    num_mended: int = 0
+    num_recovered: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     def line(self) -> str:
-        """Say it in one line."""
+        """Return a summary in one line."""
         failed = "; ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
         return (
-            f"{self.encoder}: tried {self.num_tried:,} failed images again, {self.num_mended:,} have features now, "
-            f"{self.num_tried - self.num_mended:,} failed again" + (f": {failed}" if failed else "")
+            f"{self.encoder}: retried {self.num_tried:,} failed images, {self.num_recovered:,} have features now, "
+            f"{self.num_tried - self.num_recovered:,} failed again" + (f": {failed}" if failed else "")
         )
+
+    def to_json(self) -> dict[str, object]:
+        """Return the record as JSON values."""
+        return {
+            "encoder": self.encoder,
+            "num_tried": self.num_tried,
+            "num_mended": self.num_recovered,
+            "reasons": dict(self.reasons),
+        }
 
 
 def retry_failed(
     source: Source,
     cache_path: Path | str,
     *,
-    image: Sequence[str] = (),
-    text: Sequence[str] = (),
+    image_encoders: Sequence[str] = (),
+    text_encoders: Sequence[str] = (),
     settings: ExtractSettings | None = None,
     progress: Progress | None = None,
-) -> list[Retried]:
-    """Try images that failed again: a file that was mended, a network that is back. All other rows stay as they are.
+) -> list[RetryReport]:
+    """Retry the images that failed, after a file was replaced or a network came back; all other rows are kept.
 
-    Captions that failed are blank, and stay so: captions are part of the numbering. The arguments and errors are those
-    of `extract`.
+    Captions that failed are blank and stay so, because captions are part of the item table. The arguments and errors
+    are those of `extract`.
     """
     progress = progress or NullProgress()
-    job = open_job(source, cache_path, image=image, text=text, settings=settings, mends=True, progress=progress)
-    device = (job.settings.devices or all_devices())[0]
-    worker = Worker(job, source=source, device=device)
-    targets = worker.targets.get("image", [])
-    reports = [Retried(encoder=target.group.name) for target in targets]
-    with record(worker.cache, job, "retry") as outcome, ThreadPoolExecutor(job.settings.threads) as executor:
+    job = open_job(
+        source, cache_path, image_encoders, text_encoders, settings=settings, repair_items=True, progress=progress
+    )
+    worker = Worker(job, source=source, device=(job.settings.devices or all_devices())[0])
+    writers = worker.writers.get("image", [])
+    reports = [RetryReport(encoder=writer.group.name) for writer in writers]
+    with record_run(worker.cache, job, "retry") as outcome, ThreadPoolExecutor(job.settings.num_threads) as executor:
         num_chunks = worker.cache.info.num_chunks("image")
         progress.start("looking for failed images", num_chunks, "chunks")
         for chunk in range(num_chunks):
-            _retry_chunk(worker, targets, reports, chunk, executor)
+            _retry_chunk(worker, writers, reports, chunk, executor)
             progress.advance(1)
         progress.finish()
-        outcome["encoders"] = [{**vars(report), "reasons": dict(report.reasons)} for report in reports]
+        outcome["encoders"] = [report.to_json() for report in reports]
     return reports
 
 
 def _retry_chunk(
-    worker: Worker, targets: Sequence[Target], reports: Sequence[Retried], chunk: int, executor: ThreadPoolExecutor
+    worker: Worker,
+    writers: Sequence[FeatureWriter],
+    reports: Sequence[RetryReport],
+    chunk: int,
+    executor: ThreadPoolExecutor,
 ) -> None:
-    failed = [_failed_rows(target, chunk) for target in targets]
-    rows = sorted(set().union(*failed))
+    rows = sorted(set().union(*(_failed_rows(writer, chunk) for writer in writers)))
     if not rows:
         return
     items = list(image_items(worker.cache, chunk))
     loaded = dict(
-        zip(rows, executor.map(lambda row: load_image(worker.source, items[row], targets), rows), strict=True)
+        zip(rows, executor.map(lambda row: load_image(worker.source, items[row], writers), rows), strict=True)
     )
-    for number, (target, report) in enumerate(zip(targets, reports, strict=True)):
-        target.claims.take(chunk, waits=True)
-        again = {row: loaded[row] for row in rows if row in _failed_rows(target, chunk)}
-        report.num_tried += len(again)
-        report.num_mended += sum(item.failure is None for item in again.values())
-        report.reasons.update(item.failure.partition(":")[0] for item in again.values() if item.failure is not None)
-        if any(item.failure is None for item in again.values()):
-            _mend(target, chunk, again, number)
-        target.claims.give_back(chunk)
+    for number, (writer, report) in enumerate(zip(writers, reports, strict=True)):
+        writer.leases.take(chunk, waits=True)
+        retried = {row: loaded[row] for row in rows if row in _failed_rows(writer, chunk)}
+        reasons = [item.failure.partition(":")[0] for item in retried.values() if item.failure is not None]
+        report.num_tried += len(retried)
+        report.num_recovered += len(retried) - len(reasons)
+        report.reasons.update(reasons)
+        if len(reasons) < len(retried):
+            _rewrite_chunk(writer, chunk, retried, number)
+        writer.leases.give_back(chunk)
 
 
-def _failed_rows(target: Target, chunk: int) -> set[int]:
-    """Give the rows of a chunk, counted from its start, that were tried and have no feature."""
-    commit = target.group.commit(chunk)
+def _failed_rows(writer: FeatureWriter, chunk: int) -> set[int]:
+    """Return the rows of a chunk, counted from its start, that were tried and have no feature."""
+    commit = writer.group.commit(chunk)
     if commit is None:
         return set()
-    reasons = [commit.failures[name] for name in target.features if target.group.has(commit, name)]
+    reasons = [commit.failures[name] for name in writer.features if writer.group.has(commit, name)]
     return {row for failures in reasons for row, reason in enumerate(failures) if reason not in (None, NOT_YET)}
 
 
-def _mend(target: Target, chunk: int, again: Mapping[int, Loaded], number: int) -> None:
-    """Write a chunk again with the rows that have features now."""
-    commit = target.group.commit(chunk)
+def _rewrite_chunk(writer: FeatureWriter, chunk: int, retried: Mapping[int, LoadedItem], number: int) -> None:
+    """Write a chunk again, with the features of the retried rows; `number` is the writer's place in their inputs."""
+    commit = writer.group.commit(chunk)
     assert commit is not None  # some of its rows failed
-    features = [name for name in target.features if target.group.has(commit, name)]
-    output = Outputs(target, features, len(commit.hashes))
-    for row, item in again.items():
-        if item.failure is None:
-            output.add(row, item.inputs[number])
-    output.flush()
+    features = [name for name in writer.features if writer.group.has(commit, name)]
+    buffer = BatchBuffer(writer, features, len(commit.hashes))
+    add_loaded(buffer, retried.items(), number)
     rows = range(len(commit.hashes))
-    hashes = [again[row].hash if row in again else None for row in rows]
-    failures = [again[row].failure if row in again else NOT_YET for row in rows]
-    commit_chunk(target.group, chunk, output.features, hashes, dict.fromkeys(features, failures), mends=True)
-
-
-MIN_COSINE = 0.999
-"""Below it something changed: float16 at rest costs 1e-6, and another library's order of sums about as much."""
+    hashes = [retried[row].hash if row in retried else None for row in rows]
+    failures = [retried[row].failure if row in retried else NOT_YET for row in rows]
+    commit_chunk(writer.group, chunk, buffer.features, hashes, dict.fromkeys(features, failures), overwrite_failed=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How far a feature that is encoded again lies from what is stored.
+    """How far the features of items that were encoded again are from the stored ones.
 
     Args:
         feature: `encoder/feature`.
         rows: (n,) int64, the items that could be read.
-        cosines: (n,) float32, one an item; of token features over all tokens together.
-        num_gone: items that cannot be read any more.
-        num_changed: items whose bytes are others now.
-        differences: fields of the encoder's fingerprint that are others now.
+        cosines: (n,) float32, cosine between the stored and the new feature; of token features over all tokens.
+        num_unreadable: number of items that can no longer be read.
+        num_changed: number of items whose raw bytes have changed.
+        differences: fields of the encoder's fingerprint that have changed.
     """
 
     feature: str
     rows: Ints
     cosines: Floats
-    num_gone: int
+    num_unreadable: int
     num_changed: int
     differences: Sequence[str]
 
     @property
     def is_bad(self) -> bool:
-        """Whether something else comes out, or goes in."""
-        return bool(self.num_gone or self.num_changed or (self.cosines < MIN_COSINE).any())
+        """Whether an item or its features changed."""
+        return bool(self.num_unreadable or self.num_changed or (self.cosines < MIN_COSINE).any())
 
     def line(self) -> str:
-        """Say it in one line."""
+        """Return a summary in one line."""
         parts = [f"{self.feature}: {len(self.cosines):,} items encoded again"]
         if len(self.cosines):
-            parts.append(f"cosine to what is stored: mean {self.cosines.mean():.6f}, least {self.cosines.min():.6f}")
+            parts.append(f"cosine to the stored feature: mean {self.cosines.mean():.6f}, min {self.cosines.min():.6f}")
             parts += [f"in row {self.rows[self.cosines.argmin()]:,}"] * bool(self.cosines.min() < MIN_COSINE)
-        parts += [f"{self.num_gone:,} items cannot be read any more"] * bool(self.num_gone)
-        parts += [f"{self.num_changed:,} items have other bytes now"] * bool(self.num_changed)
-        parts += [f"the encoder is another: {'; '.join(self.differences)}"] * bool(self.differences)
+        parts += [f"{self.num_unreadable:,} items can no longer be read"] * bool(self.num_unreadable)
+        parts += [f"the bytes of {self.num_changed:,} items have changed"] * bool(self.num_changed)
+        parts += [f"the encoder has changed: {'; '.join(self.differences)}"] * bool(self.differences)
         return ("DRIFT " if self.is_bad else "") + ", ".join(parts)
 
 
 def measure_drift(
-    cache: Cache, share: float, *, device: str = "cpu", seed: int = 0, progress: Progress | None = None
+    cache: Cache, fraction: float, *, device: str = "cpu", seed: int = 0, progress: Progress | None = None
 ) -> list[Drift]:
-    """Encode a random share of the items of every feature again and compare.
+    """Encode a random sample of the items of every feature again and compare with what is stored.
 
-    A changed library, preprocessing, weight or source shows.
+    This detects changes in libraries, preprocessing, weights and source.
 
     Args:
-        cache: the cache; its source and encoders must be there still.
-        share: of the items of each modality, above 0 and at most 1; at least one item is taken.
-        device: a torch device.
-        seed: of the choice.
-        progress: told about encoders.
+        cache: the cache; its source and encoders must still be available.
+        fraction: fraction of the items of each modality, above 0 and at most 1; at least one item is encoded.
+        device: torch device.
+        seed: random seed of the sample.
+        progress: shows the number of encoders.
 
     Raises:
-        SettingError: a share of nothing.
+        SettingError: the fraction is out of range.
     """
-    check_share(share)
+    check_fraction(fraction)
     progress = progress or NullProgress()
     source = reopen_source(cache.info.source)
     groups = [group for modality in cache.info.num_items for group in cache.encoders(modality)]
     progress.start("encoding a sample again", len(groups), "encoders")
     found = []
     for group in groups:
-        found += list(_drift(cache, source, group, share, device, np.random.default_rng(seed)))
+        found += list(_drift(cache, source, group, fraction, device, np.random.default_rng(seed)))
         progress.advance(1)
     progress.finish()
     return found
 
 
-def check_share(share: float) -> None:
-    """Refuse a share of nothing, or of more than there is.
+def check_fraction(fraction: float) -> None:
+    """Check the fraction of items to encode again.
 
     Raises:
-        SettingError: says what is allowed.
+        SettingError: it is not above 0 and at most 1.
     """
-    if not 0 < share <= 1:
-        raise SettingError(f"the share to encode again is {share:g}; it must be above 0 and at most 1, as 0.1%")
+    if not 0 < fraction <= 1:
+        raise SettingError(
+            f"fraction to encode again: expected a number above 0 and of at most 1, or a percentage such as 0.1%, "
+            f"got {fraction:g}"
+        )
 
 
 def _drift(
-    cache: Cache, source: Source, group: EncoderGroup, share: float, device: str, rng: np.random.Generator
+    cache: Cache, source: Source, group: EncoderGroup, fraction: float, device: str, rng: np.random.Generator
 ) -> Iterator[Drift]:
     features = [feature for feature in (Feature(group, name) for name in group.features) if feature.valid.any()]
     if not features:
         return
-    rows_there = np.flatnonzero(np.logical_and.reduce([feature.valid for feature in features]))
-    if not len(rows_there):
+    valid_rows = np.flatnonzero(np.logical_and.reduce([feature.valid for feature in features]))
+    if not len(valid_rows):
         return
-    rows = np.sort(rng.choice(rows_there, max(1, round(share * len(rows_there))), replace=False))
-    target = reopen_target(group, [feature.feature for feature in features], device=device)
-    hashes, loaded = _load(cache, source, target, rows)
-    output = Outputs(target, target.features, len(rows))
-    for position, item in enumerate(loaded):
-        if item.failure is None:
-            output.add(position, item.inputs[0])
-    output.flush()
-    differences = name_differences(group.fingerprint, view_fingerprint(target.encoder, target.view))
+    rows = np.sort(rng.choice(valid_rows, max(1, round(fraction * len(valid_rows))), replace=False))
+    writer = reopen_writer(group, [feature.feature for feature in features], device=device)
+    hashes, loaded = _load_rows(cache, source, writer, rows)
+    buffer = BatchBuffer(writer, writer.features, len(rows))
+    add_loaded(buffer, enumerate(loaded), 0)
+    differences = name_differences(group.fingerprint, view_fingerprint(writer.encoder, writer.view))
     is_read = np.array([item.failure is None for item in loaded])
     for feature in features:
-        again = [item for item in output.features[feature.feature] if item is not None]
+        encoded = [item for item in buffer.features[feature.feature] if item is not None]
         stored = feature.gather_tokens(rows[is_read]) if feature.is_ragged else list(feature.gather(rows[is_read]))
         yield Drift(
             feature=feature.name,
             rows=rows[is_read],
-            cosines=np.array([_cosine(*pair) for pair in zip(stored, again, strict=True)], np.float32),
-            num_gone=int((~is_read).sum()),
+            cosines=np.array([_cosine(*pair) for pair in zip(stored, encoded, strict=True)], np.float32),
+            num_unreadable=int((~is_read).sum()),
             num_changed=sum(
                 item.hash is not None and item.hash != then for item, then in zip(loaded, hashes, strict=True)
             ),
@@ -296,30 +314,32 @@ def _drift(
         )
 
 
-def _load(cache: Cache, source: Source, target: Target, rows: Ints) -> tuple[list[bytes | None], list[Loaded]]:
-    """Load items of any rows, chunk by chunk; give the hashes they had, and what they are now."""
+def _load_rows(
+    cache: Cache, source: Source, writer: FeatureWriter, rows: Ints
+) -> tuple[list[bytes | None], list[LoadedItem]]:
+    """Load the items of some rows, chunk by chunk; return the hashes they had when stored, and the loaded items."""
     hashes: list[bytes | None] = []
-    loaded: list[Loaded] = []
-    size, modality = cache.info.chunk_size, target.encoder.modality
+    loaded: list[LoadedItem] = []
+    size, modality = cache.info.chunk_size, writer.encoder.modality
     with ThreadPoolExecutor(num_cores()) as executor:
         for chunk in np.unique(rows // size).tolist():
             offsets = (rows[rows // size == chunk] - chunk * size).tolist()
-            commit = target.group.commit(chunk)
+            commit = writer.group.commit(chunk)
             assert commit is not None  # its rows are valid
             hashes += [commit.hashes[offset] for offset in offsets]
             table = cache.items(modality, chunk=chunk).take(offsets)
             if modality == "text":
-                loaded += load_texts(table["text"].to_pylist(), [target])
+                loaded += load_texts(table["text"].to_pylist(), [writer])
             else:
                 items = [ImageItem(**row) for row in table.drop_columns("sample").to_pylist()]
-                loaded += executor.map(lambda item: load_image(source, item, [target]), items)
+                loaded += executor.map(lambda item: load_image(source, item, [writer]), items)
     return hashes, loaded
 
 
-def _cosine(stored: Array, again: Array) -> float:
-    if stored.shape != again.shape:
+def _cosine(stored: Array, encoded: Array) -> float:
+    if stored.shape != encoded.shape:
         return -1.0
-    if np.array_equal(stored, again.astype(stored.dtype)):  # of zeros, too
+    if np.array_equal(stored, encoded.astype(stored.dtype)):  # zeros have no direction
         return 1.0
-    one, other = (normalize(array.astype(np.float32).reshape(1, -1)) for array in (stored, again))
+    one, other = (normalize(array.astype(np.float32).reshape(1, -1)) for array in (stored, encoded))
     return float((one * other).sum())

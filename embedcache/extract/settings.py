@@ -1,61 +1,117 @@
-"""How features are made and stored."""
+"""Settings of an extraction, and the job they are part of. Nothing heavy is imported here."""
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
+from embedcache.processes import num_cores
+from embedcache.settings import check_settings, group, setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractSettings:
-    """How features are made and stored. Only `features`, `views`, `dtype` and the encoders' precision decide values.
+    """How features are extracted and stored.
 
-    Args:
-        features: names to store; an encoder that has none of them stores its first. Empty: each its first.
-        views: other looks at the same items, such as `crop:0.5`, stored beside the plain one.
-        dtype: dtype on disk.
-        chunk_size: items in a chunk; None is 2,048 for a new cache.
-        threads: threads that read and decode; None is one a core.
-        worker: this process's share, as i/n: of the missing chunks those whose number leaves i when divided by n.
-        devices: torch devices, one process each; empty: all CUDA devices, else the CPU.
-        engine: what runs the work: a name in `ENGINES`.
-        address: of a running Ray cluster; None starts one on this machine.
-        num_actors: processes of Ray that hold the encoders; None is one a GPU, or one a node without GPUs.
-        encoder: precision and backend of all encoders; its device is one of `devices`.
+    Only `features`, `views`, `dtype` and the encoders' precision and backend change the stored values.
     """
 
-    features: tuple[str, ...] = ()
-    views: tuple[str, ...] = ()
-    dtype: Literal["float16", "float32"] = "float16"
-    chunk_size: int | None = None
-    threads: int | None = None
-    worker: str = "0/1"
-    devices: tuple[str, ...] = ()
-    engine: str = "local"
-    address: str | None = None
-    num_actors: int | None = None
-    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    features: tuple[str, ...] = setting(
+        (),
+        "Features to store, such as cls,patches,grid:4,kmeans:4,layer6.cls; an encoder without any of them stores its "
+        "first. May be repeated.",
+        flat_name="feature",
+        metavar="NAME",
+        default_text="the first of each encoder",
+    )
+    views: tuple[str, ...] = setting(
+        (),
+        "Also encode an altered version of each item: crop:0.5, flip or module:function. May be repeated.",
+        flat_name="view",
+        metavar="NAME",
+    )
+    dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored features.")
+    chunk_size: int | None = setting(
+        None, "Items per chunk, the unit of work and resume.", ge=1, affects_result=False, default_text="2048"
+    )
+    extend: bool = setting(False, "Append samples that were added to the source.", affects_result=False)
+    shard: str = setting(
+        "0/1",
+        "Work only on shard i of n, so that n jobs of an array share the chunks; i counts from 0.",
+        affects_result=False,
+        metavar="I/N",
+    )
+    devices: tuple[str, ...] = setting(
+        (),
+        "Torch devices, such as cpu or cuda:0,cuda:1; one worker process runs on each. May be repeated.",
+        flat_name="device",
+        affects_result=False,
+        metavar="DEVICE",
+        default_text="all GPUs, else cpu",
+    )
+    threads: int | None = setting(
+        None,
+        "Threads per device that read and decode items.",
+        ge=1,
+        affects_result=False,
+        default_text="one per core",
+    )
+    engine: Literal["local", "ray"] = setting(
+        "local", "Run on this machine, or on the machines of a Ray cluster.", affects_result=False
+    )
+    address: str | None = setting(
+        None, "Address of a Ray cluster.", affects_result=False, default_text="start one on this machine"
+    )
+    actors: int | None = setting(
+        None,
+        "Ray actors that hold the encoders.",
+        ge=1,
+        affects_result=False,
+        default_text="one per GPU, or one per node without GPUs",
+    )
+    encoder: EncoderSettings = group(EncoderSettings)
 
     def __post_init__(self) -> None:
-        for name in ("threads", "num_actors"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingError(f"{name} is {value}; it must be at least 1")
-        self.takes(0)
+        check_settings(self)
+        self._shard_numbers()
 
-    def share(self, number: int, count: int) -> "ExtractSettings":
-        """Give one of `count` equal parts of this worker's share."""
-        mine, _, workers = self.worker.partition("/")
-        return replace(self, worker=f"{int(mine) + int(workers) * number}/{int(workers) * count}")
+    @property
+    def num_threads(self) -> int:
+        """Number of threads that read and decode items."""
+        return self.threads or num_cores()
 
-    def takes(self, chunk: int) -> bool:
-        """Say whether a chunk is this worker's.
+    def is_in_shard(self, chunk: int) -> bool:
+        """Return whether a chunk belongs to this process's shard: those whose number modulo n is i."""
+        number, count = self._shard_numbers()
+        return chunk % count == number
 
-        Raises:
-            SettingError: the worker is not i/n with i from 0 to n - 1.
-        """
-        number, slash, count = self.worker.partition("/")
+    def split_shard(self, number: int, count: int) -> "ExtractSettings":
+        """Return the settings for part `number` of `count` equal parts of the shard."""
+        own_number, own_count = self._shard_numbers()
+        return replace(self, shard=f"{own_number + own_count * number}/{own_count * count}")
+
+    def _shard_numbers(self) -> tuple[int, int]:
+        number, slash, count = self.shard.partition("/")
         if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-            raise SettingError(f"worker is {self.worker!r}; write i/n with i from 0 to n - 1, such as 0/4 to 3/4")
-        return chunk % int(count) == int(number)
+            raise SettingError(f"shard: expected i/n with i from 0 to n - 1, such as 0/4 to 3/4, got {self.shard!r}")
+        return int(number), int(count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractJob:
+    """A complete description of an extraction, from which any process on any machine can take part.
+
+    Args:
+        cache: path or URL of the cache, which holds the item tables.
+        source: description that reopens the source.
+        image_encoders: specs of the image encoders.
+        text_encoders: specs of the text encoders.
+        settings: how features are extracted and stored.
+    """
+
+    cache: str
+    source: Mapping[str, Any]
+    image_encoders: tuple[str, ...]
+    text_encoders: tuple[str, ...]
+    settings: ExtractSettings

@@ -1,7 +1,7 @@
-"""Other looks at the same items: `crop:0.5`, or a function of the user's own, `my_module:blur`.
+"""Views: the same items altered before encoding, by `crop:0.5`, `flip` or a user's function `my_module:blur`.
 
-A view is a function of one item, an RGB picture or a text, to another; its features stand in a folder of their own,
-`encoder@view`. It must give the same for the same item every time.
+A view is a deterministic function from one item, an RGB image or a text, to another. Its features are stored in a
+folder of their own, `encoder@view`.
 """
 
 import inspect
@@ -21,60 +21,63 @@ VIEWS = Registry(
     "view",
     {"crop": "embedcache.extract.views:open_crop", "flip": "embedcache.extract.views:open_flip"},
 )
-"""Each is a function of the text behind the colon that gives the view."""
+"""Each is a function from the text after the colon to the function that alters an item."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One look at items.
+    """One way to alter items.
 
     Args:
-        name: as the user gave it.
-        modality: of the items it takes.
-        look: item -> item.
-        about: what decides it, as JSON; goes into the fingerprint.
+        name: name as the user wrote it.
+        modality: modality of the items it takes.
+        apply: function from an item to the altered item.
+        fingerprint: everything that decides its output, as JSON values; part of the features' fingerprint.
     """
 
     name: str
     modality: Modality
-    look: Callable[[Any], Any]
-    about: Mapping[str, Any]
+    apply: Callable[[Any], Any]
+    fingerprint: Mapping[str, Any]
 
     @property
     def suffix(self) -> str:
-        """What it adds to the name of an encoder's folder."""
+        """Suffix of the encoder's folder."""
         return "@" + re.sub(r"[^\w.=+-]", "-", self.name)
 
 
 def open_view(name: str) -> View:
-    """Find a view: `name[:argument]`, or `module:attribute` of a function.
+    """Open a view by `name[:argument]`, or by `module:attribute` of a function.
 
-    A user's function looks at images unless it has an attribute `modality` that says `text`.
+    A user's function takes images, unless it has an attribute `modality` that is `text`.
 
     Raises:
         UnknownNameError: there is no such view.
-        SettingError: the argument does not suit it.
+        SettingError: the argument is invalid.
     """
     kind, _, argument = name.partition(":")
     if kind in VIEWS.paths:
-        return View(name=name, modality="image", look=VIEWS.load(kind)(argument), about={"name": name})
-    look = VIEWS.load(name)
+        return View(name=name, modality="image", apply=VIEWS.load(kind)(argument), fingerprint={"name": name})
+    apply = VIEWS.load(name)
     return View(
-        name=name, modality=getattr(look, "modality", "image"), look=look, about={"name": name, "code": _code(look)}
+        name=name,
+        modality=getattr(apply, "modality", "image"),
+        apply=apply,
+        fingerprint={"name": name, "code": _source_digest(apply)},
     )
 
 
 def open_crop(argument: str) -> Callable[[Image], Image]:
-    """Keep the middle of a picture: `crop:0.5` keeps half of each side."""
+    """Return a center crop: `crop:0.5` keeps half of the width and half of the height."""
     try:
-        share = float(argument)
+        fraction = float(argument)
     except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise SettingError(f"the view crop:{argument} is none; write crop:S with S above 0 and at most 1, as crop:0.5")
+        fraction = 0.0
+    if not 0 < fraction <= 1:
+        raise SettingError(f"invalid view 'crop:{argument}': expected crop:S with 0 < S <= 1, such as crop:0.5")
 
     def crop(image: Image) -> Image:
-        width, height = (max(1, round(side * share)) for side in image.size)
+        width, height = (max(1, round(side * fraction)) for side in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
 
@@ -82,15 +85,15 @@ def open_crop(argument: str) -> Callable[[Image], Image]:
 
 
 def open_flip(argument: str) -> Callable[[Image], Image]:
-    """Mirror a picture, left and right."""
+    """Return a horizontal flip."""
     if argument:
-        raise SettingError(f"the view flip takes no argument, not {argument!r}; write flip")
+        raise SettingError(f"invalid view 'flip:{argument}': expected flip without an argument")
     return lambda image: image.transpose(Transpose.FLIP_LEFT_RIGHT)
 
 
-def _code(look: Callable[[Any], Any]) -> str | None:
-    """Get a digest of a function's source, so that another version of it is another view."""
+def _source_digest(function: Callable[[Any], Any]) -> str | None:
+    """Return a digest of a function's source code, so that a changed function is another view."""
     try:
-        return digest(inspect.getsource(look))
+        return digest(inspect.getsource(function))
     except (OSError, TypeError):
         return None

@@ -20,9 +20,8 @@ from embedcache.provenance import check_same, digest, digest_file, run_record
 from embedcache.sources.base import IMPORTED
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
-from embedcache.store.commit import hash_item
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, add_feature, create_group
+from embedcache.store.group import EncoderGroup, add_feature, create_group, hash_item
 from embedcache.store.indexing import index
 from embedcache.store.layout import info_path, read_info
 from embedcache.store.writer import commit_chunk, withdraw

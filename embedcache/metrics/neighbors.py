@@ -20,7 +20,7 @@ def top_k(queries_QP: Floats, candidates_CP: Floats, k: int, *, exclude_self: bo
     Args:
         queries_QP: (Q, P) float32.
         candidates_CP: (C, P) float32.
-        k: number of candidates per query, from 1 to C, or to C - 1 with `exclude_self`.
+        k: number of candidates per query, from 0 to C, or to C - 1 with `exclude_self`.
         exclude_self: queries and candidates are the same rows; a row is not its own neighbor.
 
     Returns:
@@ -57,6 +57,8 @@ def _largest(values_BC: Floats, k: int) -> Ints:
     """Return the columns of the k largest values of each row, ascending; of equal values the first columns."""
     if values_BC.shape[1] <= k:
         return np.broadcast_to(np.arange(values_BC.shape[1]), values_BC.shape)
+    if k == 0:
+        return np.empty((len(values_BC), 0), np.int64)
     columns_BK: Ints = np.sort(np.argpartition(values_BC, -k, axis=1)[:, -k:], axis=1)
     lowest_B = np.take_along_axis(values_BC, columns_BK, axis=1).min(axis=1)
     for row in np.flatnonzero((values_BC >= lowest_B[:, None]).sum(axis=1) > k):  # a tie at the end of the list

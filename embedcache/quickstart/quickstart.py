@@ -1,9 +1,8 @@
-"""The main job on packaged data: nothing but calls of what the other commands call."""
+"""The whole workflow on packaged data: extract, train, evaluate, index and search, with a page of results."""
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,13 +12,13 @@ from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import peak_memory_bytes, write_json
-from embedcache.reports.quickstart import PageContent, Stage, write_report
+from embedcache.reports.quickstart import QuickstartReport, Stage, write_quickstart_page
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.search.index import build_index
 from embedcache.search.search import Hit, search
 from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache
-from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings, command_line
 from embedcache.train.train import TrainReport, train
 
 T = TypeVar("T")
@@ -30,85 +29,75 @@ SOURCE = "openmoji:en+de+es+fr"
 SEEDS = (0, 1, 2)
 QUERIES = ("an animal with feathers", "something sweet to eat", "a way to travel over water")
 NUM_HITS = 7
-# Chosen on strict validation splits inside the training part: with 1,200 pairs a high learning rate or little dropout
-# falls below the closed form that training starts from (docs/log.md, 2026-11-25).
+# Chosen on strict validation splits of the training part: with 1,200 pairs, a higher learning rate or less dropout ends
+# below the closed form that training starts from (docs/log.md, 2026-11-25).
 DROPOUT = 0.5
-EPOCHS = 10
-BATCH_SIZE = 512
-LEARNING_RATE = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuickstartReport:
-    """What the quickstart made.
-
-    Args:
-        stages: what was done, in order.
-        reports: name -> figures: the trained runs, the closed form, the control on shuffled pairs.
-        hits: query -> what the index found.
-        page_path: the page to open.
-        metrics_path: the figures as JSON.
-    """
-
-    stages: Sequence[Stage]
-    reports: dict[str, RetrievalReport]
-    hits: dict[str, list[Hit]]
-    page_path: Path
-    metrics_path: Path
+OPTIMIZER = OptimizerSettings(epochs=10, batch_size=512, lr=1e-4)
 
 
 def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> QuickstartReport:
     """Align two packaged encoders on OpenMoji, and write `report.html` and `metrics.json`.
 
-    What is in the folder already is used again: features that are cached and runs that are trained.
+    Features and runs that already exist in the folder are reused.
 
     Args:
-        workdir: a folder for everything.
-        progress: told the commands and how far they are.
+        workdir: folder for the cache, the runs, the index and the results.
+        progress: receives each command, its outcome and the progress of long stages.
 
     Raises:
-        MissingExtraError: the packages with the weights and pictures are not installed.
+        MissingExtraError: the packages with the weights and images are not installed.
     """
-    workdir, progress = Path(workdir), progress or NullProgress()
-    stages = _Stages(progress)
+    workdir, stages = Path(workdir), _Stages(progress or NullProgress())
     cache_path = workdir / "cache"
     _extract(stages, cache_path)
-    kinds = {name: _train(stages, cache_path, workdir / "runs", recipe) for name, recipe in _recipes().items()}
-    reports = {name: _evaluate(stages, cache_path, name, run_paths) for name, run_paths in kinds.items()}
-    hits = _search(stages, cache_path, workdir / "index", kinds["trained"][0])
-    metrics_path, page_path = workdir / "metrics.json", workdir / "report.html"
-    write_json(metrics_path, {"retrieval": _figures(reports)})
-    content = PageContent(
-        stages=stages.done,
-        reports=reports,
-        run_paths=kinds["trained"],
+    runs = {
+        "trained": _train(stages, cache_path, workdir / "runs" / "seed", ModelSettings(dropout=DROPOUT), OPTIMIZER),
+        "closed form": _train(
+            stages,
+            cache_path,
+            workdir / "runs" / "closed-form",
+            ModelSettings(projector="linear", dropout=DROPOUT),
+            OptimizerSettings(epochs=0, batch_size=OPTIMIZER.batch_size, lr=OPTIMIZER.lr),
+        ),
+        "shuffled pairs": _train(
+            stages,
+            cache_path,
+            workdir / "runs" / "shuffled",
+            ModelSettings(dropout=DROPOUT),
+            OPTIMIZER,
+            shuffle_pairs=True,
+        ),
+    }
+    retrieval = {name: _evaluate(stages, cache_path, name, run_paths) for name, run_paths in runs.items()}
+    hits = _search(stages, cache_path, workdir / "index", runs["trained"][0])
+    report = QuickstartReport(
+        stages=stages.finished,
+        retrieval=retrieval,
+        run_paths=runs["trained"],
         hits=hits,
         peak_memory_bytes=peak_memory_bytes(),
+        page_path=workdir / "report.html",
+        metrics_path=workdir / "metrics.json",
     )
-    write_report(page_path, Cache(cache_path), content)
-    return QuickstartReport(
-        stages=stages.done,
-        reports=reports,
-        hits=hits,
-        page_path=page_path,
-        metrics_path=metrics_path,
-    )
+    write_json(report.metrics_path, {"retrieval": _metrics(retrieval)})
+    write_quickstart_page(report, Cache(cache_path))
+    return report
 
 
 class _Stages:
-    """Runs stages, says each one's command, and keeps how long it took."""
+    """Runs stages, reports the command of each, and records how long it took."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.done: list[Stage] = []
+        self.finished: list[Stage] = []
 
-    def run(self, name: str, words: Sequence[Any], call: Callable[[], T], say: Callable[[T], str]) -> T:
+    def run(self, name: str, words: Sequence[Any], call: Callable[[], T], summarize: Callable[[T], str]) -> T:
         command = shlex.join(["embedcache", *map(str, words)])
         self.progress.note(f"$ {command}")
         started = time.perf_counter()
         result = call()
-        stage = Stage(name=name, command=command, seconds=time.perf_counter() - started, outcome=say(result))
-        self.done.append(stage)
+        stage = Stage(name=name, command=command, seconds=time.perf_counter() - started, outcome=summarize(result))
+        self.finished.append(stage)
         self.progress.note(f"  {stage.outcome} ({stage.seconds:.1f} s)")
         return result
 
@@ -120,56 +109,38 @@ def _extract(stages: _Stages, cache_path: Path) -> None:
         lambda: extract(
             open_source(SOURCE),
             cache_path,
-            image=[IMAGE_ENCODER],
-            text=[TEXT_ENCODER],
+            image_encoders=[IMAGE_ENCODER],
+            text_encoders=[TEXT_ENCODER],
             progress=stages.progress,
         ),
         lambda reports: "; ".join(report.line() for report in reports),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Recipe:
-    """What to train, once a seed."""
-
-    name: str
-    projector: str = "mlp"
-    epochs: int = EPOCHS
-    shuffle_pairs: bool = False
-
-    def settings(self, seed: int) -> TrainSettings:
-        return TrainSettings(
-            model=ModelSettings(projector=self.projector, dropout=DROPOUT),
-            optimizer=OptimizerSettings(epochs=self.epochs, batch_size=BATCH_SIZE, lr=LEARNING_RATE),
+def _train(
+    stages: _Stages,
+    cache_path: Path,
+    path: Path,
+    model: ModelSettings,
+    optimizer: OptimizerSettings,
+    *,
+    shuffle_pairs: bool = False,
+) -> list[Path]:
+    """Train once per seed and return the runs: `path` followed by the seed."""
+    run_paths = [path.with_name(f"{path.name}-{seed}") for seed in SEEDS]
+    for seed, run_path in zip(SEEDS, run_paths, strict=True):
+        settings = TrainSettings(
+            model=model,
+            optimizer=optimizer,
             split=SplitSettings(seed=seed),
             language="en",
-            shuffle_pairs=self.shuffle_pairs,
+            shuffle_pairs=shuffle_pairs,
             seed=seed,
         )
-
-    def options(self, seed: int) -> list[str]:
-        text = (
-            f"--language en --projector {self.projector} --epochs {self.epochs} --dropout {DROPOUT} "
-            f"--batch-size {BATCH_SIZE} --lr {LEARNING_RATE} --seed {seed}"
-        )
-        return [*text.split(), *(["--shuffle-pairs"] if self.shuffle_pairs else [])]
-
-
-def _recipes() -> dict[str, _Recipe]:
-    return {
-        "trained": _Recipe(name="seed"),
-        "closed form": _Recipe(name="closed-form", projector="linear", epochs=0),
-        "shuffled pairs": _Recipe(name="shuffled", shuffle_pairs=True),
-    }
-
-
-def _train(stages: _Stages, cache_path: Path, runs_path: Path, recipe: _Recipe) -> list[Path]:
-    run_paths = [runs_path / f"{recipe.name}-{seed}" for seed in SEEDS]
-    for seed, run_path in zip(SEEDS, run_paths, strict=True):
         stages.run(
             f"train {run_path.name}",
-            ["train", cache_path, run_path, *recipe.options(seed)],
-            partial(train, cache_path, run_path, settings=recipe.settings(seed), progress=stages.progress),
+            ["train", cache_path, run_path, *command_line(settings)],
+            partial(train, cache_path, run_path, settings=settings, progress=stages.progress),
             partial(TrainReport.line, run_path=run_path),
         )
     return run_paths
@@ -191,14 +162,17 @@ def _search(stages: _Stages, cache_path: Path, index_path: Path, run_path: Path)
         lambda: build_index(cache_path, index_path, run_path=run_path, progress=stages.progress),
         lambda card: f"{card.num_vectors:,} images, recall@10 {card.recall_at_10:.3f} against exact search",
     )
-    found = stages.run(
+    results = stages.run(
         "search",
         ["search", index_path, *QUERIES, "-k", NUM_HITS],
         lambda: search(index_path, QUERIES, k=NUM_HITS),
-        lambda found: "; ".join(f"{query}: {hits[0].captions[0]}" for query, hits in zip(QUERIES, found, strict=True)),
+        lambda results: "; ".join(
+            f"{query}: {hits[0].captions[0]}" for query, hits in zip(QUERIES, results, strict=True)
+        ),
     )
-    return dict(zip(QUERIES, found, strict=True))
+    return dict(zip(QUERIES, results, strict=True))
 
 
-def _figures(reports: dict[str, RetrievalReport]) -> dict[str, Any]:
-    return retrieval_json(reports["trained"], closed_form=reports["closed form"], shuffled=reports["shuffled pairs"])
+def _metrics(retrieval: Mapping[str, RetrievalReport]) -> dict[str, Any]:
+    closed_form, shuffled = retrieval["closed form"], retrieval["shuffled pairs"]
+    return retrieval_json(retrieval["trained"], closed_form=closed_form, shuffled=shuffled)

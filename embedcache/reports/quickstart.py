@@ -1,7 +1,4 @@
-"""report.html: one page that holds everything it shows.
-
-Curves and bars as SVG text, to be placed inside a page.
-"""
+"""The page of results that the quickstart writes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,13 +18,13 @@ from embedcache.store.cache import Cache
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One thing that was done.
+    """One finished stage of the quickstart.
 
     Args:
-        name: in a word or two.
-        command: what does the same from a shell.
-        seconds: how long it took.
-        outcome: what came of it, in one line.
+        name: short name, such as `train seed-0`.
+        command: shell command that does the same.
+        seconds: wall-clock time.
+        outcome: result in one line.
     """
 
     name: str
@@ -37,81 +34,65 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PageContent:
-    """What the page shows.
+class QuickstartReport:
+    """Results of the quickstart.
 
     Args:
-        stages: what was done, in order.
-        reports: name -> figures; the first is the trained runs.
-        run_paths: the trained runs; the gallery shows the first.
-        hits: query -> what the index found.
-        peak_memory_bytes: of the whole process.
-
+        stages: stages in order.
+        retrieval: recalls of the trained runs, which come first, of the closed form and of the shuffled control.
+        run_paths: trained runs; the page shows queries of the first.
+        hits: query -> hits of the index.
+        peak_memory_bytes: peak memory of the process.
+        page_path: page to open in a browser.
+        metrics_path: metrics as JSON.
     """
 
     stages: Sequence[Stage]
-    reports: Mapping[str, RetrievalReport]
+    retrieval: Mapping[str, RetrievalReport]
     run_paths: Sequence[Path]
     hits: Mapping[str, Sequence[Hit]]
     peak_memory_bytes: int
+    page_path: Path
+    metrics_path: Path
 
 
-def write_report(path: Path, cache: Cache, content: PageContent) -> None:
-    """Write the page. It asks for nothing from outside."""
-    columns, rows = retrieval_table(content.reports)
-    trained = next(iter(content.reports.values()))
-    ranking = rank(cache, load_runs(content.run_paths[:1])[0])
-    pictures = Thumbnails(cache)
+def write_quickstart_page(report: QuickstartReport, cache: Cache) -> None:
+    """Write the page at `report.page_path`; it is self-contained."""
+    trained = next(iter(report.retrieval.values()))
+    recalls = {name: one.recalls for name, one in report.retrieval.items()}
+    thumbnails = Thumbnails(cache)
     write_page(
-        path,
+        report.page_path,
         "quickstart.html.j2",
-        content=content,
-        credit=credit(cache),
-        total_seconds=sum(stage.seconds for stage in content.stages),
+        report=report,
         trained=trained,
-        columns=columns,
-        rows=rows,
-        curves=curves(content.run_paths),
-        bars=recall_bars(
-            {
-                **{name: report.recalls for name, report in content.reports.items()},
-                "chance": trained.chance,
-            }
-        ),
-        queries=query_sections(cache, ranking),
-        hits=[
-            (query, [(pictures.data_url(hit.row), hit.captions, hit.score) for hit in found])
-            for query, found in content.hits.items()
-        ],
+        table=retrieval_table(report.retrieval),
+        bars=recall_bars({**recalls, "chance": trained.chance}),
+        curves=training_curves(report.run_paths),
+        queries=query_sections(cache, rank(cache, load_runs(report.run_paths[:1])[0])),
+        hits={
+            query: [(thumbnails.data_url(hit.row), ", ".join(hit.captions), hit.score) for hit in hits]
+            for query, hits in report.hits.items()
+        },
+        credit=credit(cache),
     )
 
 
-def curves(run_paths: Sequence[Path]) -> str:
-    """Draw the training loss by step and the validation recall by epoch, one line a run."""
+def training_curves(run_paths: Sequence[Path]) -> str:
+    """Draw training loss by step and validation recall by epoch, one line per run, as an SVG element."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     loss_axes, recall_axes = figure.subplots(1, 2)
     for path, color in zip(run_paths, COLORS, strict=False):
         lines = [json.loads(line) for line in (path / "losses.jsonl").read_text().splitlines()]
-        losses = [line for line in lines if "loss" in line]
-        recalls = [line for line in lines if "validation" in line]
-        loss_axes.plot(
-            [line["step"] for line in losses],
-            [line["loss"] for line in losses],
-            color=color,
-            label=path.name,
-        )
-        recall_axes.plot(
-            [line["epoch"] for line in recalls],
-            [_mean_recall(line["validation"]) for line in recalls],
-            color=color,
-            marker=".",
-            label=path.name,
-        )
+        losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        recalls = [(line["epoch"], _mean(line["validation"])) for line in lines if "validation" in line]
+        loss_axes.plot(*zip(*losses, strict=True), color=color, label=path.name)
+        recall_axes.plot(*zip(*recalls, strict=True), color=color, marker=".", label=path.name)
     label(loss_axes, "step", "training loss")
-    label(recall_axes, "epoch; 0 is the closed form; mean of R@1, 5, 10", "validation recall")
+    label(recall_axes, "epoch (0: closed form)", "validation recall, mean of R@1, 5, 10")
     loss_axes.legend(frameon=False, labelcolor=INK)
     return svg(figure)
 
 
-def _mean_recall(recalls: Mapping[str, float]) -> float:
+def _mean(recalls: Mapping[str, float]) -> float:
     return sum(recalls.values()) / len(recalls)

@@ -93,7 +93,7 @@ def test_plain_images_are_counted_by_prototypes(cache_path: Path, labeled: Path)
 
 def test_the_size_of_chunks_changes_nothing(pictures: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(features=("mean",), chunk_size=7)
-    extract(open_source(pictures), tmp_path / "small", text=[TEXT], settings=settings)
+    extract(open_source(pictures), tmp_path / "small", text_encoders=[TEXT], settings=settings)
     one = of_texts(cache_path, prompts, settings=FIXED)
     other = measure_coverage(tmp_path / "small", prompts, modality="text", settings=FIXED)
     assert np.array_equal(one.whole.counts, other.whole.counts)

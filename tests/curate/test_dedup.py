@@ -40,7 +40,7 @@ def distinct(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "source").mkdir()
     for number, color in enumerate(("red", "lime", "blue")):
         Image.new("RGB", (32, 32), color).save(folder / "source" / f"{number}.png")
-    extract(open_source(folder / "source"), folder / "cache", image=[IMAGE])
+    extract(open_source(folder / "source"), folder / "cache", image_encoders=[IMAGE])
     return folder / "cache"
 
 
@@ -54,7 +54,13 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "00030.png").write_bytes(b"no picture")
     for number in range(NUM):
         (source / f"{number:05d}.json").write_text(json.dumps({"score": number if number % 7 else None}))
-    extract(open_source(source), folder / "cache", image=[IMAGE], text=[TEXT], settings=ExtractSettings(chunk_size=16))
+    extract(
+        open_source(source),
+        folder / "cache",
+        image_encoders=[IMAGE],
+        text_encoders=[TEXT],
+        settings=ExtractSettings(chunk_size=16),
+    )
     return folder / "cache"
 
 
@@ -212,7 +218,7 @@ def test_a_cosine_that_nothing_reaches_names_the_highest(cache_path: Path, disti
 
 def test_a_cache_of_texts_alone_is_compared_by_them(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\na red bar\n")
-    extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text=[TEXT])
+    extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text_encoders=[TEXT])
     done = dedup(tmp_path / "cache", tmp_path / "kept.parquet", cosine=None)
     assert done.analysis.side.modality == "text"
     assert (done.removed.samples.tolist(), done.removed.kept.tolist()) == ([2], [0])

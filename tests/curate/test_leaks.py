@@ -44,7 +44,13 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (test / "00005.png").write_bytes(b"no picture")
     settings = ExtractSettings(features=("cls", "patches", "mean"), chunk_size=32)
     for name in ("train", "test"):
-        extract(open_source(folder / f"{name}-source"), folder / name, image=[IMAGE], text=[TEXT], settings=settings)
+        extract(
+            open_source(folder / f"{name}-source"),
+            folder / name,
+            image_encoders=[IMAGE],
+            text_encoders=[TEXT],
+            settings=settings,
+        )
     return folder / "train", folder / "test"
 
 
@@ -138,7 +144,7 @@ def test_token_features_are_averaged(caches: tuple[Path, Path]) -> None:
 
 def test_features_of_another_encoder_leave_copies(caches: tuple[Path, Path], tmp_path: Path) -> None:
     train, test = caches
-    extract(open_source(test.parent / "test-source"), tmp_path / "other", image=["tests.toy:open_other"])
+    extract(open_source(test.parent / "test-source"), tmp_path / "other", image_encoders=["tests.toy:open_other"])
     found = find_leaks(train, tmp_path / "other")
     assert len(found.leaks[0].copied_samples) == 2
     assert leak_table(found)[1][0][1:5] == ["hashes only", "", "2", "unknown"]
@@ -146,7 +152,9 @@ def test_features_of_another_encoder_leave_copies(caches: tuple[Path, Path], tmp
         "images: searched for copies only: no encoder made image features of both: open_toy/cls" in leak_notes(found)[0]
     )
     assert "open_other/cls" in leak_notes(found)[0]
-    extract(open_source(test.parent / "test-source"), tmp_path / "scaled", image=["tests.toy:open_toy,scale=2"])
+    extract(
+        open_source(test.parent / "test-source"), tmp_path / "scaled", image_encoders=["tests.toy:open_toy,scale=2"]
+    )
     found = find_leaks(train, tmp_path / "scaled", features=FEATURES)
     assert "are of other encoders (weights: " in leak_notes(found)[0]
     assert "tests.toy:open_toy,scale=2" in leak_notes(found)[0]
@@ -165,17 +173,17 @@ def test_what_cannot_be_compared_is_refused(caches: tuple[Path, Path], tmp_path:
     with pytest.raises(UnknownNameError, match="unknown image feature of .*'open_toy/cl'"):
         find_leaks(*caches, features={"image": "open_toy/cl"})
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\n")
-    extract(open_source(tmp_path / "texts.txt"), tmp_path / "texts", text=[TEXT])
+    extract(open_source(tmp_path / "texts.txt"), tmp_path / "texts", text_encoders=[TEXT])
     write_pictures(tmp_path / "source", 3)
     for file in (tmp_path / "source").glob("*.txt"):
         file.unlink()
-    extract(open_source(tmp_path / "source"), tmp_path / "images", image=[IMAGE])
+    extract(open_source(tmp_path / "source"), tmp_path / "images", image_encoders=[IMAGE])
     with pytest.raises(DataError, match=r"texts has features of texts and .*images of images: nothing can be compared"):
         find_leaks(tmp_path / "texts", tmp_path / "images")
     assert find_leaks(caches[0], tmp_path / "texts").leaks[0].modality == "text"
     for file in (tmp_path / "source").glob("*.png"):
         file.write_bytes(b"no picture")
     with pytest.raises(SourceError, match="all 3 images failed"):
-        extract(open_source(tmp_path / "source"), tmp_path / "broken", image=[IMAGE])
+        extract(open_source(tmp_path / "source"), tmp_path / "broken", image_encoders=[IMAGE])
     with pytest.raises(DataError, match=r"feature open_toy/cls of .*broken has no valid item"):
         find_leaks(tmp_path / "images", tmp_path / "broken")

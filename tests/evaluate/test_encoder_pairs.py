@@ -40,7 +40,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.write_text("\n".join([own, f"a {own} picture", f"{own} again"][: 1 + number % 3]))
     path = tmp_path_factory.mktemp("captioned") / "cache"
     settings = ExtractSettings(features=("cls", "patches", "mean", "tokens"), chunk_size=32)
-    extract(open_source(folder), path, image=[IMAGE], text=[TEXT], settings=settings)
+    extract(open_source(folder), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return path
 
 
@@ -183,13 +183,13 @@ def test_page_has_one_heat_map_per_metric(report: PairsReport, tmp_path: Path) -
 
 def test_an_unfinished_feature_is_left_out_with_a_line_or_refused_by_name(tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "s", 60))
-    extract(source, tmp_path / "c", image=[IMAGE, OTHER], text=[TEXT])
+    extract(source, tmp_path / "c", image_encoders=[IMAGE, OTHER], text_encoders=[TEXT])
     next((tmp_path / "c" / "image" / "open_other" / "chunks").glob("*.parquet")).unlink()
     key = SplitSettings(kind="key", val_fraction=0.25)
     report = evaluate_pairs(tmp_path / "c", split=key, num_draws=20)
     assert [pair.image for pair in report.pairs] == ["open_toy/cls"]
     assert report.skipped == ["left out: feature open_other/cls is not finished: 1 of 1 chunks are missing; "
-                              "run the same embedcache extract again, it goes on where it stopped"]  # fmt: skip
+                              "run the same embedcache extract again to resume it"]  # fmt: skip
     with pytest.raises(UnfinishedError, match="feature open_other/cls is not finished"):
         evaluate_pairs(tmp_path / "c", images=["open_other"], split=key)
     next((tmp_path / "c" / "image" / "open_toy" / "chunks").glob("*.parquet")).unlink()
@@ -199,10 +199,10 @@ def test_an_unfinished_feature_is_left_out_with_a_line_or_refused_by_name(tmp_pa
 
 def test_a_cache_without_one_modality_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
-    extract(open_source(tmp_path / "prompts.txt"), tmp_path / "texts", text=[TEXT])
+    extract(open_source(tmp_path / "prompts.txt"), tmp_path / "texts", text_encoders=[TEXT])
     with pytest.raises(UnknownNameError, match="no image features; add some: embedcache extract --image-encoder SPEC"):
         evaluate_pairs(tmp_path / "texts")
-    extract(open_source(write_pictures(tmp_path / "s", 30)), tmp_path / "images", image=[IMAGE])
+    extract(open_source(write_pictures(tmp_path / "s", 30)), tmp_path / "images", image_encoders=[IMAGE])
     with pytest.raises(UnknownNameError, match="no text features; add some: embedcache extract --text-encoder SPEC"):
         evaluate_pairs(tmp_path / "images")
 
@@ -220,10 +220,17 @@ def test_mistakes_are_named(cache_path: Path, captioned: Path, tmp_path: Path) -
         evaluate_pairs(cache_path, split=replace(SPLIT, text_cosine=0.1))
     with pytest.raises(DataError, match="of 20 samples of .* 10 are for training and 5 for validation; at least 20"):
         evaluate_pairs(cache_path, num_samples=20, split=key)
-    extract(open_source(write_pictures(tmp_path / "few", 19)), tmp_path / "f", image=[IMAGE], text=[TEXT])
+    extract(
+        open_source(write_pictures(tmp_path / "few", 19)), tmp_path / "f", image_encoders=[IMAGE], text_encoders=[TEXT]
+    )
     with pytest.raises(DataError, match="19 samples of .* have all of the features; at least 20 are needed"):
         evaluate_pairs(tmp_path / "f", split=key)
-    extract(open_source(write_pictures(tmp_path / "s", 60)), tmp_path / "c", image=[f"{IMAGE},scale=0"], text=[TEXT])
+    extract(
+        open_source(write_pictures(tmp_path / "s", 60)),
+        tmp_path / "c",
+        image_encoders=[f"{IMAGE},scale=0"],
+        text_encoders=[TEXT],
+    )
     with pytest.raises(DataError, match="image feature open_toy/cls: the rows are all equal"):
         evaluate_pairs(tmp_path / "c", split=key)
 

@@ -30,7 +30,7 @@ def other(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = write_pictures(folder / "source" / "test", 50, seed=9)
     write_pictures(folder / "source" / "train", 30, seed=8)
     shutil.copy(pictures / "00000.png", source / "00000.png")
-    extract(open_source(folder / "source"), folder / "cache", image=[IMAGE], text=[TEXT])
+    extract(open_source(folder / "source"), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     return folder / "cache"
 
 

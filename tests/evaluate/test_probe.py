@@ -68,7 +68,7 @@ def make_cache(folder: Path, says: Says, *, count: int = 120, copies: int = 0) -
     for number, path in enumerate(sorted(source.glob("*.txt"))):
         path.with_suffix(".json").write_text(json.dumps(says(number, path.read_text().strip())))
     settings = ExtractSettings(features=FEATURES, chunk_size=32)
-    extract(open_source(source), folder / "cache", image=[IMAGE], text=[TEXT], settings=settings)
+    extract(open_source(source), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return folder / "cache"
 
 
@@ -395,7 +395,7 @@ def test_failed_items_are_left_out_and_counted(tmp_path: Path) -> None:
     for number, path in enumerate(sorted(source.glob("*.txt"))):
         path.with_suffix(".json").write_text(json.dumps(color(number, path.read_text().strip())))
     (source / "00007.png").write_bytes(b"no picture")
-    extract(open_source(source), tmp_path / "cache", image=[IMAGE])
+    extract(open_source(source), tmp_path / "cache", image_encoders=[IMAGE])
     data = read_labeled(Cache(tmp_path / "cache"), "image", FEATURE)
     assert data.num_left_out == 1
     assert 7 not in data.items.rows
@@ -415,7 +415,7 @@ def test_labeled_tars_are_probed_as_they_lie(tmp_path: Path) -> None:
             )
         ]
         write_tar(tmp_path / "tars" / split / "0.tar", members)
-    extract(open_source(tmp_path / "tars"), tmp_path / "cache", image=[IMAGE])
+    extract(open_source(tmp_path / "tars"), tmp_path / "cache", image_encoders=[IMAGE])
     report = evaluate_probe(tmp_path / "cache", image="open_toy", settings=ProbeSettings(methods=("knn",)))
     assert report.counts == {"train": 81, "val": 9, "test": 30}
     assert report.labeled.names == list("012345")

@@ -111,7 +111,7 @@ def test_mistakes_are_named(cache_path: Path) -> None:
 def test_a_run_of_another_encoder_than_the_cache_holds_is_refused(tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "s", 60))
     for name, scale in (("a", 1), ("b", 2)):
-        extract(source, tmp_path / name, image=[f"{IMAGE},scale={scale}"], text=[TEXT])
+        extract(source, tmp_path / name, image_encoders=[f"{IMAGE},scale={scale}"], text_encoders=[TEXT])
     run = train_run(tmp_path / "a", tmp_path / "run")
     with pytest.raises(FingerprintError, match="image feature open_toy/cls .*weights: '.*' there, '.*' asked"):
         evaluate_retrieval(tmp_path / "b", [run])

@@ -46,7 +46,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cached(source: object, cache: Path, *, text: str | None = None) -> Path:
-    extract(open_source(str(source)), cache, image=[] if text else [IMAGE], text=[text] if text else [])
+    extract(
+        open_source(str(source)), cache, image_encoders=[] if text else [IMAGE], text_encoders=[text] if text else []
+    )
     return cache
 
 

@@ -43,7 +43,7 @@ def exact_cache(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A cache of the pictures that keeps every bit of the encoder's float32."""
     path = tmp_path_factory.mktemp("exact") / "cache"
     settings = ExtractSettings(features=FEATURES, dtype="float32")
-    extract(open_source(pictures), path, image=[IMAGE], text=[TEXT], settings=settings)
+    extract(open_source(pictures), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return path
 
 
@@ -111,7 +111,7 @@ def test_pictures_of_any_mode_are_prepared_as_they_were_extracted(kind: str, run
 
 def test_a_run_trained_on_a_view_looks_at_images_that_way(pictures: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(views=("crop:0.5",), dtype="float32")
-    extract(open_source(pictures), tmp_path / "cache", image=[IMAGE], text=[TEXT], settings=settings)
+    extract(open_source(pictures), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     run = train_run(tmp_path / "cache", tmp_path / "run", "open_toy@crop-0.5/cls", "open_toy/mean", "linear")
     model, transform, _ = load("embedcache", run)
     images = [transform(Image.open(path)) for path in sorted(pictures.glob("*.png"))[:20]]
@@ -241,11 +241,16 @@ def write_photos(folder: Path) -> Path:
 @pytest.mark.slow
 def test_their_code_and_ours_give_one_accuracy_on_photographs(tmp_path: Path) -> None:
     image, text = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
-    extract(open_source(write_emoji(tmp_path / "emoji", 6)), tmp_path / "cache", image=[image], text=[text])
+    extract(
+        open_source(write_emoji(tmp_path / "emoji", 6)),
+        tmp_path / "cache",
+        image_encoders=[image],
+        text_encoders=[text],
+    )
     run, photos = tmp_path / "run", write_photos(tmp_path / "photos")
     train_run(tmp_path / "cache", run, "efficientnet-lite0/patch_mean", "all-MiniLM-L6-v2/mean", "linear")
-    extract(open_source(photos), tmp_path / "images", image=[image])
-    extract(open_source(f"prompts:{photos}"), tmp_path / "prompts", text=[text])
+    extract(open_source(photos), tmp_path / "images", image_encoders=[image])
+    extract(open_source(f"prompts:{photos}"), tmp_path / "prompts", text_encoders=[text])
 
     data = ["--dataset", "wds/photos", "--dataset_root", "photos", "--task", "zeroshot_classification"]
     options = [*data, "--num_workers", 0, "--quiet", "--save_clf", "classes.pt"]

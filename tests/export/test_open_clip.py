@@ -60,7 +60,7 @@ def _check_loads(folder: Path, run: Path) -> None:
 def test_a_preset_trained_on_cached_features_is_exported(projector: str, tiny: dict[str, str], tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "pictures", 24))
     extract(
-        source, tmp_path / "cache", image=[tiny["whole"]], text=[tiny["bert"]],
+        source, tmp_path / "cache", image_encoders=[tiny["whole"]], text_encoders=[tiny["bert"]],
         settings=ExtractSettings(features=("patch_mean", "mean")),
     )  # fmt: skip
     settings = TrainSettings(

@@ -1,4 +1,4 @@
-"""Caches made by the real extraction of toy encoders, and what their files hold."""
+"""Caches extracted with toy encoders, and what their files hold."""
 
 import hashlib
 from pathlib import Path
@@ -11,20 +11,24 @@ from tests.toy import IMAGE, TEXT
 FEATURES = ("cls", "patches", "tokens")
 
 
-def run(source: Path, cache: Path, *, extends: bool = False, **settings: object) -> list[EncoderReport]:
-    """Extract with the toy encoders, in this process unless told otherwise."""
+def run(source: Path, cache: Path, **settings: object) -> list[EncoderReport]:
+    """Extract with the toy encoders."""
     return extract(
         open_source(source),
         cache,
-        image=[IMAGE],
-        text=[TEXT],
+        image_encoders=[IMAGE],
+        text_encoders=[TEXT],
         settings=ExtractSettings(**settings),  # type: ignore[arg-type]
-        extends=extends,
     )
 
 
+def lines(source: Path, cache: Path, **settings: object) -> list[str]:
+    """Extract and return the report as lines."""
+    return [report.line() for report in run(source, cache, **settings)]
+
+
 def tree(cache: Path) -> dict[str, str]:
-    """Every file with its SHA-256, but for locks and the records of runs, which hold times."""
+    """Return every file with its SHA-256, except for locks and the records of runs, which hold times."""
     return {
         str(path.relative_to(cache)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(cache.rglob("*"))

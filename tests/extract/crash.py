@@ -1,23 +1,52 @@
-"""Runs embedcache and kills it with SIGKILL before, or right after, a file of a given name takes its place.
+"""Runs of `embedcache` in processes that are killed, forked from one server that has imported everything already."""
 
-    python -m tests.extract.crash before|after PATTERN NUMBER argument …
-
-PATTERN is matched with the end of the path; NUMBER counts the matches from 1.
-"""
-
+import multiprocessing
 import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from embedcache.cli.main import main
+from embedcache.cli.main import app
 
 replace = Path.replace
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.extract.crash", "tests.toy", "embedcache.extract.extract", "torch", "zarr"])
+
+
+def start(arguments: Sequence[str], *, output: Path | None = None) -> BaseProcess:
+    """Start a command in a process of its own, with its standard output in a file."""
+    process = _CONTEXT.Process(target=_run, args=(list(arguments), output))
+    process.start()
+    return process
+
+
+def crash(arguments: Sequence[str], moment: str, pattern: str, number: int = 1) -> None:
+    """Run a command that is killed with SIGKILL `before` or `after` a file that matches takes its place.
+
+    Every file of a cache takes its place by a rename; the pattern is matched with the end of its path. With a
+    `number` above 1, earlier matches are passed over.
+    """
+    process = _CONTEXT.Process(target=_run_and_die, args=(list(arguments), moment, pattern, number))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _run(arguments: list[str], output: Path | None) -> None:
+    with (output or Path(os.devnull)).open("w") as sys.stdout, Path(os.devnull).open("w") as sys.stderr:
+        app(arguments, standalone_mode=False)
+
+
+def _run_and_die(arguments: list[str], moment: str, pattern: str, number: int) -> None:
+    crash_at(moment, pattern, number)
+    _run(arguments, None)
 
 
 def crash_at(moment: str, pattern: str, number: int) -> None:
-    """Every file of a cache comes to be by a rename: kill this process at one of them."""
+    """Kill this process at the rename of the file that matches for the given time, counted from 1."""
     left = [number]
 
     def replace_or_die(self: Path, target: Path) -> Path:
@@ -30,10 +59,3 @@ def crash_at(moment: str, pattern: str, number: int) -> None:
         return replace(self, target)
 
     Path.replace = replace_or_die  # type: ignore[method-assign, assignment]
-
-
-if __name__ == "__main__":
-    _, moment, pattern, number, *arguments = sys.argv
-    crash_at(moment, pattern, int(number))
-    sys.argv = ["embedcache", *arguments]
-    main()

@@ -1,4 +1,4 @@
-"""Failed items tried again, and samples added, with real encoders and files."""
+"""Retrying failed items, and extending a cache with added samples."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.toy import IMAGE, TEXT
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Twenty pictures, of which 3 and 9 are broken; the good files lie in `good`."""
+    """Twenty images, of which 3 and 9 are broken; the good files are in `good`."""
     folder = write_pictures(tmp_path / "source", 20)
     (tmp_path / "good").mkdir()
     for number in (3, 9):
@@ -37,16 +37,16 @@ def source(tmp_path: Path) -> Path:
 
 def retry(source: Path, cache: Path) -> list[str]:
     settings = ExtractSettings(features=FEATURES)
-    reports = retry_failed(open_source(source), cache, image=[IMAGE], text=[TEXT], settings=settings)
+    reports = retry_failed(open_source(source), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return [report.line() for report in reports]
 
 
-def test_only_failed_rows_are_tried_again_and_the_rest_is_untouched(source: Path, tmp_path: Path) -> None:
+def test_retry_writes_only_failed_rows(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     before = tree(tmp_path / "c")
     shutil.copy(tmp_path / "good/00003.png", source / "00003.png")
     (line,) = retry(source, tmp_path / "c")
-    assert line.startswith("open_toy: tried 2 failed images again, 1 have features now, 1 failed again: 1 not an image")
+    assert line.startswith("open_toy: retried 2 failed images, 1 have features now, 1 failed again: 1 not an image")
     after = tree(tmp_path / "c")
     differing = {name for name in after if before.get(name) != after[name]}
     assert differing == {
@@ -59,29 +59,29 @@ def test_only_failed_rows_are_tried_again_and_the_rest_is_untouched(source: Path
     assert set(after) == set(before)
 
 
-def test_a_mended_cache_holds_what_one_made_of_good_files_holds(source: Path, tmp_path: Path) -> None:
+def test_retried_cache_equals_one_of_good_files(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     for path in (tmp_path / "good").iterdir():
         shutil.copy(path, source / path.name)
     retry(source, tmp_path / "c")
     run(source, tmp_path / "whole", features=FEATURES, chunk_size=8)
     for name in ("cls", "patches"):
-        mended, whole = (Cache(tmp_path / cache).feature("image", f"open_toy/{name}") for cache in ("c", "whole"))
-        np.testing.assert_array_equal(mended.load(), whole.load())
-        assert mended.hashes == whole.hashes
-        assert mended.failures == {}
+        repaired, whole = (Cache(tmp_path / cache).feature("image", f"open_toy/{name}") for cache in ("c", "whole"))
+        np.testing.assert_array_equal(repaired.load(), whole.load())
+        assert repaired.hashes == whole.hashes
+        assert repaired.failures == {}
     assert [report.encoded for report in run(source, tmp_path / "c", features=FEATURES)] == [0, 0]
 
 
-def test_where_nothing_was_mended_nothing_is_written(source: Path, tmp_path: Path) -> None:
+def test_retry_without_recovery_writes_nothing(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     before = tree(tmp_path / "c")
     (line,) = retry(source, tmp_path / "c")
-    assert "tried 2 failed images again, 0 have features now" in line
+    assert "retried 2 failed images, 0 have features now" in line
     assert tree(tmp_path / "c") == before
 
 
-def test_a_good_file_that_changed_is_refused_by_a_retry_too(source: Path, tmp_path: Path) -> None:
+def test_retry_rejects_changed_good_file(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "c", chunk_size=8)
     shutil.copy(source / "00005.png", source / "00006.png")
     (source / "00006.png").write_bytes((source / "00006.png").read_bytes() + b"more")
@@ -91,7 +91,7 @@ def test_a_good_file_that_changed_is_refused_by_a_retry_too(source: Path, tmp_pa
     assert tree(tmp_path / "c") == before
 
 
-def test_an_extended_cache_encodes_what_is_new_and_keeps_every_row(tmp_path: Path) -> None:
+def test_extend_encodes_new_rows_only(tmp_path: Path) -> None:
     source = write_pictures(tmp_path / "source", 20)
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     before = Cache(tmp_path / "c").feature("image", "open_toy/cls").load()
@@ -99,7 +99,7 @@ def test_an_extended_cache_encodes_what_is_new_and_keeps_every_row(tmp_path: Pat
     for number in (0, 7):
         shutil.copy(source / f"{number:05d}.png", source / f"{number:05d}-again.png")
         (source / f"{number:05d}-again.txt").write_text("once more\n")
-    reports = run(source, tmp_path / "c", features=FEATURES, extends=True)
+    reports = run(source, tmp_path / "c", features=FEATURES, extend=True)
     assert [report.line() for report in reports] == [
         "open_toy (cls, patches): encoded 6 images, reused 16, failed 0",
         "open_toy (tokens): encoded 6 texts, reused 16, failed 0",
@@ -114,11 +114,11 @@ def test_an_extended_cache_encodes_what_is_new_and_keeps_every_row(tmp_path: Pat
     np.testing.assert_array_equal(tokens[1], tokens[2])
 
 
-def test_a_feature_that_is_not_extended_yet_says_so_and_is_extended_later(tmp_path: Path) -> None:
+def test_extend_one_feature_then_the_other(tmp_path: Path) -> None:
     source = write_pictures(tmp_path / "source", 20)
     run(source, tmp_path / "c", features=("cls", "patches"), chunk_size=8)
     shutil.copy(source / "00000.png", source / "a.png")
-    run(source, tmp_path / "c", features=("cls",), extends=True)
+    run(source, tmp_path / "c", features=("cls",), extend=True)
     patches = Cache(tmp_path / "c").feature("image", "open_toy/patches")
     assert patches.valid.tolist() == [True] * 20 + [False]
     assert patches.failures == {20: "not extracted yet"}
@@ -127,30 +127,30 @@ def test_a_feature_that_is_not_extended_yet_says_so_and_is_extended_later(tmp_pa
     np.testing.assert_array_equal(patches.load()[20], patches.load()[0])
 
 
-def test_plain_zarr_reads_an_extended_cache(tmp_path: Path) -> None:
+def test_extended_cache_opens_with_zarr(tmp_path: Path) -> None:
     import zarr
 
     source = write_pictures(tmp_path / "source", 20)
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     shutil.copy(source / "00000.png", source / "a.png")
     (source / "a.txt").write_text("a red bar")
-    run(source, tmp_path / "c", features=FEATURES, extends=True)
+    run(source, tmp_path / "c", features=FEATURES, extend=True)
     group = zarr.open_group(tmp_path / "c/image/open_toy", mode="r")
     np.testing.assert_array_equal(group["cls"][20], group["cls"][0])
     assert zarr.open_array(tmp_path / "c/text/open_toy/tokens/lengths", mode="r")[20] == 3
 
 
-def test_a_run_and_an_index_stay_good_when_the_cache_grows(tmp_path: Path) -> None:
-    source = write_pictures(tmp_path / "source", 120)
-    run(source, tmp_path / "c", chunk_size=32)
-    settings = TrainSettings(split=SplitSettings(kind="key"), optimizer=OptimizerSettings(epochs=2, batch_size=32))
+def test_run_and_index_survive_extend(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "source", 60)
+    run(source, tmp_path / "c", chunk_size=16)
+    settings = TrainSettings(split=SplitSettings(kind="key"), optimizer=OptimizerSettings(epochs=2, batch_size=16))
     train(tmp_path / "c", tmp_path / "run", settings=settings)
     build_index(tmp_path / "c", tmp_path / "index", run_path=tmp_path / "run")
     before = evaluate_retrieval(tmp_path / "c", [tmp_path / "run"]).recalls
     hits = search(tmp_path / "index", ["a red bar"])
     for suffix in ("png", "txt"):
         shutil.copy(source / f"00000.{suffix}", source / f"00000-again.{suffix}")
-    run(source, tmp_path / "c", extends=True)
+    run(source, tmp_path / "c", extend=True)
     assert evaluate_retrieval(tmp_path / "c", [tmp_path / "run"]).recalls == before
     assert search(tmp_path / "index", ["a red bar"]) == hits
     later = TrainSettings(

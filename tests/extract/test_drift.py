@@ -1,4 +1,4 @@
-"""verify --reencode and --repair: what is stored against what comes out now."""
+"""Drift of features that are encoded again, and repair of damaged chunks."""
 
 import shutil
 from pathlib import Path
@@ -22,18 +22,26 @@ from tests.pictures import write_pictures
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "source", 40)
+    return write_pictures(tmp_path / "source", 20)
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Views and features of all shapes, of twenty images in chunks of 8. Not to be changed."""
+    folder = tmp_path_factory.mktemp("drift")
+    source = write_pictures(folder / "source", 20)
+    run(source, folder / "c", features=FEATURES, views=("crop:0.5",), chunk_size=8)
+    return folder / "c"
 
 
 @pytest.fixture
-def cache(source: Path, tmp_path: Path) -> Path:
-    """Views and features of all shapes, in chunks of 16."""
-    run(source, tmp_path / "c", features=FEATURES, views=("crop:0.5",), chunk_size=16)
-    return tmp_path / "c"
+def cache(extracted: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(extracted, tmp_path / "c"))
 
 
-def test_an_unchanged_encoder_gives_what_is_stored(cache: Path) -> None:
-    drifts = measure_drift(Cache(cache), 0.1)
+def test_no_drift_of_unchanged_encoder(extracted: Path) -> None:
+    drifts = measure_drift(Cache(extracted), 0.2)
     assert [drift.feature for drift in drifts] == [
         "open_toy/cls", "open_toy/patches", "open_toy@crop-0.5/cls", "open_toy@crop-0.5/patches", "open_toy/tokens",
     ]  # fmt: skip
@@ -41,31 +49,29 @@ def test_an_unchanged_encoder_gives_what_is_stored(cache: Path) -> None:
         assert len(drift.cosines) == 4
         assert drift.cosines.min() > 1 - 1e-6
         assert not drift.is_bad
-        assert "4 items encoded again, cosine to what is stored: mean 1.000000" in drift.line()
+        assert "4 items encoded again, cosine to the stored feature: mean 1.000000" in drift.line()
 
 
-def test_changed_preprocessing_shows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_preprocessing_drifts(extracted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(self: toy.ToyImages, items: list[Image.Image]) -> list[np.ndarray]:
         return [255 - np.asarray(image.resize((4, 4)), np.float32).transpose(2, 0, 1) for image in items]
 
     monkeypatch.setattr(toy.ToyImages, "prepare", prepare)
-    drifts = {drift.feature: drift for drift in measure_drift(Cache(cache), 1)}
+    drifts = {drift.feature: drift for drift in measure_drift(Cache(extracted), 1)}
     assert drifts["open_toy/cls"].cosines.mean() < MIN_COSINE
     worst = drifts["open_toy/cls"].cosines.argmin()
-    assert drifts["open_toy/cls"].line().startswith("DRIFT open_toy/cls: 40 items encoded again, cosine")
+    assert drifts["open_toy/cls"].line().startswith("DRIFT open_toy/cls: 20 items encoded again, cosine")
     assert drifts["open_toy/cls"].line().endswith(f", in row {worst}")
     assert not drifts["open_toy/tokens"].is_bad
 
 
-def test_vectors_of_zeros_that_come_out_again_are_no_drift(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zero_vectors_do_not_drift(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy.ToyImages, "prepare", lambda self, items: [np.zeros((3, 4, 4), np.float32)] * len(items))
     run(source, tmp_path / "c")
     assert not any(drift.is_bad for drift in measure_drift(Cache(tmp_path / "c"), 0.1))
 
 
-def test_an_encoder_of_which_nothing_is_there_is_left_out(cache: Path) -> None:
+def test_empty_encoder_is_skipped(cache: Path) -> None:
     for path in (cache / "image/open_toy/chunks").glob("*.parquet"):
         path.unlink()
     assert [drift.feature for drift in measure_drift(Cache(cache), 0.1)] == [
@@ -75,20 +81,20 @@ def test_an_encoder_of_which_nothing_is_there_is_left_out(cache: Path) -> None:
     ]
 
 
-def test_nothing_is_repaired_while_a_table_is_damaged(cache: Path) -> None:
+def test_repair_rejects_damaged_table(cache: Path) -> None:
     table = pq.read_table(cache / "image/items.parquet")
-    pq.write_table(table.take([1, 0, *range(2, len(table))]), cache / "image/items.parquet", row_group_size=16)
+    pq.write_table(table.take([1, 0, *range(2, len(table))]), cache / "image/items.parquet", row_group_size=8)
     (cache / "image/open_toy/cls/c/1/0").unlink()
     before = tree(cache)
-    with pytest.raises(CorruptError, match="nothing is repaired while image/items.parquet: its rows are not those"):
+    with pytest.raises(CorruptError, match="image/items.parquet: its rows or their order changed"):
         repair(Cache(cache), verify(Cache(cache)))
     assert tree(cache) == before
 
 
-def test_features_of_several_dtypes_are_repaired_as_they_were(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "c", features=("cls",), chunk_size=16)
+def test_repair_keeps_dtypes(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "c", features=("cls",), chunk_size=8)
     settings = ExtractSettings(features=("patches",), dtype="float32")
-    extract(open_source(source), tmp_path / "c", image=[toy.IMAGE], settings=settings)
+    extract(open_source(source), tmp_path / "c", image_encoders=[toy.IMAGE], settings=settings)
     whole = tree(tmp_path / "c")
     for name in ("cls/c/1/0", "patches/c/1/0/0"):
         (tmp_path / "c/image/open_toy" / name).unlink()
@@ -96,26 +102,28 @@ def test_features_of_several_dtypes_are_repaired_as_they_were(source: Path, tmp_
     assert tree(tmp_path / "c") == whole
 
 
-def test_changed_weights_are_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_weights_are_named(extracted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fingerprint = toy._fingerprint
     monkeypatch.setattr(toy, "_fingerprint", lambda modality, scale: fingerprint(modality, scale + 1))
-    drift = measure_drift(Cache(cache), 0.1)[0]
+    drift = measure_drift(Cache(extracted), 0.1)[0]
     assert not drift.is_bad
-    assert "the encoder is another: weights:" in drift.line()
+    assert "the encoder has changed: weights:" in drift.line()
 
 
-def test_a_source_that_changed_shows(cache: Path, source: Path) -> None:
+def test_changed_source_drifts(source: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "c"
+    run(source, cache, chunk_size=8)
     shutil.copy(source / "00001.png", source / "00000.png")
     (source / "00002.png").unlink()
     drift = measure_drift(Cache(cache), 1)[0]
-    assert (drift.num_changed, drift.num_gone, len(drift.cosines)) == (1, 1, 39)
-    assert "1 items cannot be read any more, 1 items have other bytes now" in drift.line()
+    assert (drift.num_changed, drift.num_unreadable, len(drift.cosines)) == (1, 1, 19)
+    assert "1 items can no longer be read, the bytes of 1 items have changed" in drift.line()
 
 
-@pytest.mark.parametrize("share", [0, -0.1, 1.1])
-def test_a_share_of_nothing_is_refused(cache: Path, share: float) -> None:
-    with pytest.raises(SettingError, match="must be above 0 and at most 1"):
-        measure_drift(Cache(cache), share)
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.1])
+def test_fraction_out_of_range_raises(extracted: Path, fraction: float) -> None:
+    with pytest.raises(SettingError, match=f"expected a number above 0 and of at most 1.* got {fraction:g}"):
+        measure_drift(Cache(extracted), fraction)
 
 
 DAMAGES = {
@@ -129,7 +137,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_only_the_bad_chunk_is_made_again_to_the_same_bytes(cache: Path, damage: str) -> None:
+def test_repair_restores_the_damaged_chunk_only(cache: Path, damage: str) -> None:
     before = tree(cache)
     times = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     file, change = DAMAGES[damage]
@@ -138,7 +146,7 @@ def test_only_the_bad_chunk_is_made_again_to_the_same_bytes(cache: Path, damage:
     findings = verify(Cache(cache))
     assert findings
     (line,) = repair(Cache(cache), findings)
-    assert line.endswith("made 1 chunks again")
+    assert line.endswith("encoded 1 chunks again")
     assert tree(cache) == before
     assert verify(Cache(cache)) == []
     group = path.relative_to(cache).parts[1]
@@ -146,12 +154,12 @@ def test_only_the_bad_chunk_is_made_again_to_the_same_bytes(cache: Path, damage:
     assert {path.relative_to(cache).parts[1] for path in written if path.name not in (".lock", ".claims")} == {group}
 
 
-def test_an_encoder_that_changed_repairs_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repair_rejects_changed_encoder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = cache / "image/open_toy/cls/c/1/0"
     path.write_bytes(path.read_bytes()[:-1])
     before = tree(cache)
     fingerprint = toy._fingerprint
     monkeypatch.setattr(toy, "_fingerprint", lambda modality, scale: fingerprint(modality, scale + 1))
-    with pytest.raises(FingerprintError, match="weights: .* there, .* asked; bring back the versions"):
+    with pytest.raises(FingerprintError, match="weights: .* there, .* asked; restore the versions"):
         repair(Cache(cache), verify(Cache(cache)))
     assert tree(cache) == before

@@ -1,24 +1,29 @@
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL.Image import Image
 
+from embedcache.arrays import Array
 from embedcache.errors import DiskFullError
 from embedcache.extract.plan import Plan, PlannedFeature, plan
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
+from tests import toy
 from tests.extract.cases import FEATURES, run, tree
 from tests.toy import IMAGE, TEXT
 
 SETTINGS = ExtractSettings(features=FEATURES, chunk_size=64)
 
 
-def made(pictures: Path, cache: Path, settings: ExtractSettings = SETTINGS) -> Plan:
-    return plan(open_source(pictures), cache, image=[IMAGE], text=[TEXT], settings=settings)
+def planned_for(pictures: Path, cache: Path, settings: ExtractSettings = SETTINGS) -> Plan:
+    return plan(open_source(pictures), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
 
 
-def test_bytes_are_those_that_the_features_then_take(pictures: Path, tmp_path: Path) -> None:
-    planned = made(pictures, tmp_path / "c")
+def test_planned_bytes_match_the_stored_features(pictures: Path, tmp_path: Path) -> None:
+    planned = planned_for(pictures, tmp_path / "c")
     assert [feature.name for feature in planned.features] == ["open_toy/cls", "open_toy/patches", "open_toy/tokens"]
     assert [feature.num_items for feature in planned.features] == [300, 300, 300]
     run(pictures, tmp_path / "c", features=FEATURES)
@@ -28,22 +33,22 @@ def test_bytes_are_those_that_the_features_then_take(pictures: Path, tmp_path: P
         assert 300 * feature.item_bytes == pytest.approx(stored, rel=0.1)  # the last chunk is padded
 
 
-def test_it_encodes_without_keeping_and_measures_a_rate(pictures: Path, tmp_path: Path) -> None:
-    planned = made(pictures, tmp_path / "c")
+def test_plan_measures_a_rate_and_stores_nothing(pictures: Path, tmp_path: Path) -> None:
+    planned = planned_for(pictures, tmp_path / "c")
     assert not [name for name in tree(tmp_path / "c") if "chunks" in name or "/c/" in name]
     assert planned.rates["image"] > 1
     assert planned.hours("image") == pytest.approx(300 / planned.rates["image"] / 3600)
 
 
-def test_only_what_is_missing_is_planned(pictures: Path, tmp_path: Path) -> None:
-    run(pictures, tmp_path / "c", features=("cls",), chunk_size=64, worker="0/5")
-    planned = made(pictures, tmp_path / "c")
+def test_plan_skips_existing_chunks(pictures: Path, tmp_path: Path) -> None:
+    run(pictures, tmp_path / "c", features=("cls",), chunk_size=64, shard="0/5")
+    planned = planned_for(pictures, tmp_path / "c")
     assert {feature.name: feature.num_items for feature in planned.features}["open_toy/cls"] == 236
     run(pictures, tmp_path / "c", features=FEATURES)
-    assert made(pictures, tmp_path / "c").features == []
+    assert planned_for(pictures, tmp_path / "c").features == []
 
 
-def test_a_plan_that_the_disk_cannot_hold_is_refused() -> None:
+def test_plan_beyond_disk_space_raises() -> None:
     feature = PlannedFeature(name="e/patches", modality="image", num_items=20_000_000, item_bytes=530_000)
     planned = Plan(
         cache=Path("c"),
@@ -55,6 +60,23 @@ def test_a_plan_that_the_disk_cannot_hold_is_refused() -> None:
     )
     assert planned.hours("image") == pytest.approx(2.78, abs=0.01)
     assert planned.memory_bytes == 2 * 2048 * 530_000
-    with pytest.raises(DiskFullError, match=r"1,000\.00 GB free .* take 10,600\.48 GB; free 9,600\.48 GB"):
-        planned.require_space()
-    replace(planned, free_bytes=None).require_space()
+    with pytest.raises(DiskFullError, match=r"1,000\.00 GB free, but .* take 10,600\.48 GB; free 9,600\.48 GB"):
+        planned.check_space()
+    replace(planned, free_bytes=None).check_space()
+
+
+@pytest.mark.parametrize("threads", [None, 2])
+def test_plan_uses_the_threads_of_extraction(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None
+) -> None:
+    names, prepare = set(), toy.ToyImages.prepare
+
+    def record_thread(self: toy.ToyImages, items: list[Image]) -> list[Array]:
+        names.add(threading.current_thread().name)
+        time.sleep(0.002)  # so that the executor needs all its threads
+        return prepare(self, items)
+
+    monkeypatch.setattr("embedcache.extract.settings.num_cores", lambda: 1)
+    monkeypatch.setattr(toy.ToyImages, "prepare", record_thread)
+    plan(open_source(pictures), tmp_path / "c", image_encoders=[IMAGE], settings=ExtractSettings(threads=threads))
+    assert len(names) == (threads or 1)

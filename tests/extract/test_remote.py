@@ -2,6 +2,7 @@
 
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from embedcache.extract.extract import extract
 from embedcache.extract.repair import measure_drift, repair
 from embedcache.extract.settings import ExtractSettings
 from embedcache.files import open_path
+from embedcache.progress import Progress
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests.extract.cases import FEATURES
 from tests.pictures import write_pictures
+from tests.recorded import RecordedProgress
 from tests.sources.s3 import bucket, s3_server, upload
 from tests.toy import IMAGE, TEXT
 
@@ -36,30 +39,35 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-def run(source: str, cache: str, **options: bool) -> list[str]:
+def run(source: str, cache: str, *, progress: Progress | None = None, **options: Any) -> list[str]:
     settings = ExtractSettings(features=FEATURES, chunk_size=8)
-    reports = extract(open_source(source), cache, image=[IMAGE], text=[TEXT], settings=settings, **options)
+    reports = extract(
+        open_source(source), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings, progress=progress
+    )
     return [report.line() for report in reports]
 
 
 def bytes_of(cache: str) -> dict[str, bytes]:
-    """Every file of a cache but its numbering, which names the source, locks and records."""
+    """Every file of a cache except cache.json, which names the source, locks and records."""
     root = open_path(cache)
     files = {str(path)[len(str(root)) + 1 :]: path for path in root.rglob("*") if path.is_file()}
     unlike = ("cache.json", "records/", ".lock", ".claims")
     return {name: path.read_bytes() for name, path in files.items() if not any(part in name for part in unlike)}
 
 
-def test_a_cache_behind_a_url_holds_the_bytes_of_a_local_one(shards: Path, bucket: str, tmp_path: Path) -> None:
+def test_remote_cache_has_the_bytes_of_a_local_one(shards: Path, bucket: str, tmp_path: Path) -> None:
     source = upload(shards, f"{bucket}/shards")
-    lines = run(f"{source}/{{00000..00002}}.tar", f"{bucket}/cache")
+    progress = RecordedProgress()
+    lines = run(f"{source}/{{00000..00002}}.tar", f"{bucket}/cache", devices=("cpu", "cpu"), progress=progress)
+    assert ("encoding images", 30, "images") in progress.started  # the parts of both processes together
+    assert progress.counts["encoding images"] == progress.counts["encoding texts"] == 30
     assert lines[0] == "open_toy (cls, patches): encoded 30 images, reused 0, failed 0"
     run(f"{source}/{{00000..00002}}.tar", str(tmp_path / "local"))
     assert bytes_of(f"{bucket}/cache") == bytes_of(str(tmp_path / "local"))
     assert "encoded 0 images, reused 30" in run(f"{source}/{{00000..00002}}.tar", f"{bucket}/cache")[0]
 
 
-def test_it_is_read_as_a_local_one_is(shards: Path, bucket: str) -> None:
+def test_read_remote_cache(shards: Path, bucket: str) -> None:
     run(str(shards), f"{bucket}/cache")
     cache = Cache(f"{bucket}/cache")
     feature = cache.feature("image", "open_toy/cls")
@@ -70,7 +78,7 @@ def test_it_is_read_as_a_local_one_is(shards: Path, bucket: str) -> None:
     assert len(cache.feature("text").gather_tokens(rows)) == 4
 
 
-def test_it_is_resumed_extended_verified_and_repaired(shards: Path, bucket: str) -> None:
+def test_resume_extend_and_repair_remote_cache(shards: Path, bucket: str) -> None:
     source, cache = upload(shards, f"{bucket}/shards"), f"{bucket}/cache"
     last = open_path(f"{source}/00002.tar")
     data = last.read_bytes()
@@ -92,9 +100,7 @@ def test_it_is_resumed_extended_verified_and_repaired(shards: Path, bucket: str)
 
 
 @pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"])
-def test_a_service_that_does_not_answer_is_one_clear_error(
-    shards: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_unreachable_service_raises(shards: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     import s3fs
 
     monkeypatch.setenv(name, "http://127.0.0.1:9" if "URL" in name else "")
@@ -106,6 +112,6 @@ def test_a_service_that_does_not_answer_is_one_clear_error(
         Cache(f"{bucket}/cache")
 
 
-def test_a_bucket_that_is_not_there_is_one_clear_error(shards: Path, bucket: str) -> None:
+def test_missing_bucket_raises(shards: Path, bucket: str) -> None:
     with pytest.raises(PathError, match=f"cannot write {bucket}-none/cache/.*what is committed is kept"):
         run(str(shards), f"{bucket}-none/cache")

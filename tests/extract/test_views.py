@@ -15,19 +15,19 @@ from tests.toy import IMAGE
 
 
 def gray(image: Image.Image) -> Image.Image:
-    """A view of a user."""
+    """A user's view."""
     return ImageOps.grayscale(image).convert("RGB")
 
 
 def shout(text: str) -> str:
-    """A view of texts."""
+    """A user's view of texts."""
     return f"{text} loudly"
 
 
 shout.modality = "text"  # type: ignore[attr-defined]
 
 
-def test_a_view_stands_beside_the_plain_feature_and_holds_what_it_shows(tmp_path: Path) -> None:
+def test_view_is_a_feature_of_its_own(tmp_path: Path) -> None:
     source = write_pictures(tmp_path / "s", 6)
     views = ("crop:0.5", "flip", "tests.extract.test_views:gray", "tests.extract.test_views:shout")
     run(source, tmp_path / "c", views=views)
@@ -51,7 +51,7 @@ def test_a_view_stands_beside_the_plain_feature_and_holds_what_it_shows(tmp_path
     assert (plain != loud).any(axis=1).all()
 
 
-def test_another_version_of_a_users_view_is_another_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_view_function_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_pictures(tmp_path / "s", 4)
     run(source, tmp_path / "c", views=("tests.extract.test_views:gray",))
     monkeypatch.setattr("tests.extract.test_views.gray", shout)
@@ -61,11 +61,11 @@ def test_another_version_of_a_users_view_is_another_view(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["crop:0", "crop:1.5", "crop:", "crop:half", "flip:x"])
-def test_an_argument_that_does_not_suit_is_refused(name: str) -> None:
+def test_invalid_argument_raises(name: str) -> None:
     with pytest.raises(SettingError, match=f"{name.partition(':')[0]}"):
         open_view(name)
 
 
-def test_an_unknown_view_is_refused_with_those_there_are() -> None:
+def test_unknown_view_lists_known_views() -> None:
     with pytest.raises(UnknownNameError, match="unknown view 'crap'; did you mean 'crop'\\?; known: crop, flip"):
         open_view("crap")

@@ -43,8 +43,8 @@ build_index(cache, index, feature="open_toy/cls", factory=factory, min_recall=0.
 
 def write_cache(folder: Path, count: int, chunk_size: int = 16) -> Path:
     source = open_source(write_pictures(folder / "source", count))
-    settings = ExtractSettings(chunk_size=chunk_size)
-    extract(source, folder / "cache", image=[IMAGE], settings=settings, extends=(folder / "cache").exists())
+    settings = ExtractSettings(chunk_size=chunk_size, extend=(folder / "cache").exists())
+    extract(source, folder / "cache", image_encoders=[IMAGE], settings=settings)
     return folder / "cache"
 
 
@@ -136,10 +136,12 @@ def test_an_item_that_failed_and_is_mended_is_added(tmp_path: Path) -> None:
     good = (folder / "00004.png").read_bytes()
     (folder / "00004.png").write_bytes(b"")
     source = open_source(folder)
-    extract(source, tmp_path / "cache", image=[IMAGE], settings=ExtractSettings(chunk_size=8))
+    extract(source, tmp_path / "cache", image_encoders=[IMAGE], settings=ExtractSettings(chunk_size=8))
     assert build_index(tmp_path / "cache", tmp_path / "index").num_vectors == 19
     (folder / "00004.png").write_bytes(good)
-    retry_failed(open_source(folder), tmp_path / "cache", image=[IMAGE], settings=ExtractSettings(chunk_size=8))
+    retry_failed(
+        open_source(folder), tmp_path / "cache", image_encoders=[IMAGE], settings=ExtractSettings(chunk_size=8)
+    )
     assert build_index(tmp_path / "cache", tmp_path / "index").num_vectors == 20
     assert read_index(tmp_path / "index" / "index.faiss").rows[-1] == 4
     (hits,) = search(tmp_path / "index", Queries(keys=["00004"]), k=1)
@@ -165,7 +167,7 @@ def test_an_index_of_a_cache_made_anew_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(cache)
     shutil.rmtree(tmp_path / "source")
     write_pictures(tmp_path / "source", 30, seed=3)
-    extract(open_source(tmp_path / "source"), cache, image=[IMAGE])
+    extract(open_source(tmp_path / "source"), cache, image_encoders=[IMAGE])
     with pytest.raises(FingerprintError, match="was made from other samples than .*; give the path of a new folder"):
         build_index(cache, tmp_path / "index", **ASKED)
 

@@ -42,7 +42,7 @@ def prompt_cache(folder: Path, names: Sequence[str], text: str = TEXT) -> Path:
     (folder / "names.txt").write_text("\n".join(names))
     (folder / "templates.txt").write_text("\n".join(TEMPLATES))
     source = open_source(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}")
-    extract(source, folder / "prompts", text=[text])
+    extract(source, folder / "prompts", text_encoders=[text])
     return folder / "prompts"
 
 
@@ -54,7 +54,7 @@ def labeled_cache(folder: Path, count: int, *, broken: Sequence[str] = (), image
         shutil.copy(picture, folder / "sorted" / back)
         if picture.stem in broken:
             (folder / "sorted" / back / picture.name).write_bytes(b"no picture")
-    extract(open_source(folder / "sorted"), folder / "cache", image=[image])
+    extract(open_source(folder / "sorted"), folder / "cache", image_encoders=[image])
     return folder / "cache"
 
 
@@ -142,7 +142,7 @@ def test_a_name_that_stands_twice_is_refused(cache_path: Path, tmp_path: Path) -
 
 def test_a_concept_without_a_prompt_or_example_is_refused(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("class,caption\nred,red\nblue,\n")
-    extract(open_source(tmp_path / "p.csv"), tmp_path / "prompts", text=[TEXT])
+    extract(open_source(tmp_path / "p.csv"), tmp_path / "prompts", text_encoders=[TEXT])
     with pytest.raises(DataError, match="1 of 2 classes .* have no prompt that was encoded, first 'blue'"):
         open_concepts(Cache(tmp_path / "prompts"), Vectors(cache_path, "text", "open_toy/mean"))
     reds = [f"{number:05d}" for number in range(60)]

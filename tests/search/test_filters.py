@@ -93,7 +93,7 @@ def test_languages_choose_captions_and_the_images_that_have_them(tmp_path: Path)
     write_pictures(tmp_path / "photos", 12)
     for path in sorted((tmp_path / "photos").glob("*.txt"))[:4]:
         path.with_suffix(".json").write_text(json.dumps({"caption": f"rot {path.stem}", "language": "de"}))
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image=[IMAGE], text=[TEXT])
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     for modality in ("image", "text"):
         build_index(tmp_path / "cache", tmp_path / modality, modality=modality)
     ask = Queries(keys=["00000"])

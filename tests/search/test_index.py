@@ -142,7 +142,13 @@ def test_a_gpu_trains_an_index_of_the_same_recall(cache_path: Path, tmp_path: Pa
 def test_failed_items_are_not_in_an_index(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "s", 30)
     (folder / "00004.png").write_bytes(b"")
-    extract(open_source(folder), tmp_path / "c", image=[IMAGE], text=[TEXT], settings=ExtractSettings(chunk_size=8))
+    extract(
+        open_source(folder),
+        tmp_path / "c",
+        image_encoders=[IMAGE],
+        text_encoders=[TEXT],
+        settings=ExtractSettings(chunk_size=8),
+    )
     card = build_index(tmp_path / "c", tmp_path / "texts", modality="text")
     assert card.num_vectors == 30
     assert build_index(tmp_path / "c", tmp_path / "index").num_vectors == 29

@@ -61,14 +61,14 @@ def test_an_index_whose_cache_was_made_anew_is_refused(cache_path: Path, tmp_pat
     build_index(tmp_path / "cache", tmp_path / "index", feature="open_toy/mean", modality="text")
     shutil.rmtree(tmp_path / "cache")
     source = open_source(write_pictures(tmp_path / "s", 30, seed=5))
-    extract(source, tmp_path / "cache", text=[TEXT])
+    extract(source, tmp_path / "cache", text_encoders=[TEXT])
     with pytest.raises(FingerprintError, match="made from other samples"):
         search(tmp_path / "index", ["red"])
 
 
 def test_a_query_is_encoded_by_the_very_encoder_of_the_index(tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "s", 30))
-    extract(source, tmp_path / "c", text=[TEXT])
+    extract(source, tmp_path / "c", text_encoders=[TEXT])
     build_index(tmp_path / "c", tmp_path / "index", modality="text")
     card = json.loads((tmp_path / "index" / "card.json").read_text())
     card["spec"] = f"{TEXT},scale=2"  # as if the weights behind the name had changed
@@ -174,7 +174,7 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("concepts")
     prompts = {"red": ["red bar left on white", "red bar top on blue"], "sky": ["blue bar top on white"]}
     (folder / "concepts.json").write_text(json.dumps(prompts))
-    extract(open_source(f"prompts:{folder / 'concepts.json'}"), folder / "cache", text=[TEXT])
+    extract(open_source(f"prompts:{folder / 'concepts.json'}"), folder / "cache", text_encoders=[TEXT])
     return folder / "cache"
 
 
@@ -197,7 +197,11 @@ def test_a_plain_index_of_texts_takes_concepts_of_its_encoder_only(
     build_index(cache_path, tmp_path / "index", feature="open_toy/mean", modality="text")
     (hits,) = search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=concepts), k=1)
     assert hits[0].captions == ["blue bar top on white"]
-    extract(open_source(f"prompts:{concepts.parent / 'concepts.json'}"), tmp_path / "other", text=[f"{TEXT},scale=2"])
+    extract(
+        open_source(f"prompts:{concepts.parent / 'concepts.json'}"),
+        tmp_path / "other",
+        text_encoders=[f"{TEXT},scale=2"],
+    )
     with pytest.raises(FingerprintError, match="with the pool's encoder: --text-encoder tests.toy"):
         search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=tmp_path / "other"))
 

@@ -40,12 +40,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in sorted(folder.glob("*.txt"))[:5]:
             english = path.read_text().strip()
             path.with_suffix(".json").write_text(json.dumps({"caption": f"{english} auf deutsch", "language": "de"}))
-    extract(open_source(place / "photos"), place / "cache", image=[IMAGE], text=[TEXT])
+    extract(open_source(place / "photos"), place / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     train_run(place / "cache", place / "run")
     build_index(place / "cache", place / "index", run_path=place / "run")
     prompts = {"red": ["red bar left on white"], "sky": ["blue bar top on white"]}
     (place / "concepts.json").write_text(json.dumps(prompts))
-    extract(open_source(f"prompts:{place / 'concepts.json'}"), place / "concepts", text=[TEXT])
+    extract(open_source(f"prompts:{place / 'concepts.json'}"), place / "concepts", text_encoders=[TEXT])
     settings = CoverageSettings(threshold=0.5, k=24)
     report = measure_coverage(place / "cache", place / "concepts", run_path=place / "run", settings=settings)
     write_json(place / "coverage.json", coverage_json(report))

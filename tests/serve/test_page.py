@@ -194,7 +194,7 @@ def test_captions_are_text_and_never_markup(browser: Any, tmp_path: Path) -> Non
     write_pictures(tmp_path / "photos", 5)
     for path in (tmp_path / "photos").glob("*.txt"):
         path.write_text(evil)
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image=[IMAGE], text=[TOY_TEXT])
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TOY_TEXT])
     build_index(tmp_path / "cache", tmp_path / "index", feature="open_toy/mean", modality="text")
     command = [sys.executable, "-m", "embedcache", "serve", str(tmp_path / "index"), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as server:

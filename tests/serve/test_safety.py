@@ -216,7 +216,7 @@ def test_what_takes_too_long_is_given_up(served: Served, monkeypatch: pytest.Mon
 def hostile(tmp_path: Path) -> Path:
     """A cache of a folder of eight pictures, its index of plain features, and a secret picture outside."""
     write_pictures(tmp_path / "photos", 8)
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image=[IMAGE], text=[TEXT])
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     build_index(tmp_path / "cache", tmp_path / "index", feature="open_toy/cls")
     Image.new("RGB", (32, 32), "red").save(tmp_path / "secret.png")
     return tmp_path

@@ -82,7 +82,7 @@ def test_a_row_without_a_label_has_none(number: int | None) -> None:
 def test_a_dataset_in_memory_is_extracted_but_not_reopened(tmp_path: Path) -> None:
     source = open_source(colored().shuffle(seed=1))
     for _ in range(2):
-        extract(source, tmp_path / "cache", image=[IMAGE], text=[TEXT])
+        extract(source, tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     assert Cache(tmp_path / "cache").info.num_items == {"image": 5, "text": 10}
     with pytest.raises(SourceError, match=r"in memory \([0-9a-f]+\).*open_source\(dataset\).*save_to_disk"):
         reopen_source(Cache(tmp_path / "cache").info.source)

@@ -28,9 +28,15 @@ def around(cache_path: Path, pictures: Path, tmp_path_factory: pytest.TempPathFa
     (folder / "concepts.json").write_text(json.dumps(CONCEPTS))
     write_pictures(folder / "pictures", 12, seed=5)
     plain, small = ExtractSettings(features=("cls", "mean")), ExtractSettings(features=("cls", "mean"), chunk_size=17)
-    extract(open_source(pictures), folder / "other", image=[IMAGE], text=[TEXT], settings=small)
-    extract(open_source(f"prompts:{folder}/concepts.json"), folder / "concepts", text=[TEXT])
-    extract(open_source(folder / "pictures"), folder / "target", image=[IMAGE], text=[TEXT], settings=plain)
+    extract(open_source(pictures), folder / "other", image_encoders=[IMAGE], text_encoders=[TEXT], settings=small)
+    extract(open_source(f"prompts:{folder}/concepts.json"), folder / "concepts", text_encoders=[TEXT])
+    extract(
+        open_source(folder / "pictures"),
+        folder / "target",
+        image_encoders=[IMAGE],
+        text_encoders=[TEXT],
+        settings=plain,
+    )
     settings = train_settings({"projector": "linear", "epochs": 0, "split": "key"})
     train(cache_path, folder / "run", image=FEATURES["image"], text=FEATURES["text"], settings=settings)
     return {"cache": cache_path, **{name: folder / name for name in ("other", "concepts", "target", "run")}}

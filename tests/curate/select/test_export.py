@@ -55,7 +55,7 @@ def test_a_pool_of_datacomps_gives_its_uids(tmp_path: Path) -> None:
     lines = [json.dumps({"uid": uid, "image": f"p/{number:05d}.png"}) for number, uid in enumerate(uids)]
     (tmp_path / "table.jsonl").write_text("\n".join(lines))
     source = open_source(tmp_path / "table.jsonl", settings=SourceSettings(key_column="uid"))
-    extract(source, tmp_path / "cache", image=[IMAGE])
+    extract(source, tmp_path / "cache", image_encoders=[IMAGE])
     (tmp_path / "keys.txt").write_text("\n".join(uids[:3]))
     assert export(tmp_path / "cache", tmp_path / "keys.txt", tmp_path / "uids.npy", "datacomp") == 3
     assert [f"{high:016x}{low:016x}" for high, low in np.load(tmp_path / "uids.npy").tolist()] == sorted(uids[:3])
@@ -73,7 +73,7 @@ def test_shards_hold_the_very_bytes_and_are_extracted_again(
         image = tar.extractfile("000000299.png")
         assert image is not None
         assert image.read() == (pictures / "00299.png").read_bytes()
-    extract(open_source(tmp_path / "shards"), tmp_path / "again", image=[IMAGE], text=[TEXT])
+    extract(open_source(tmp_path / "shards"), tmp_path / "again", image_encoders=[IMAGE], text_encoders=[TEXT])
     again = Cache(tmp_path / "again")
     assert again.samples["key"].to_pylist() == [cache.samples["key"].to_pylist()[row] for row in rows]
     for modality, feature in (("image", "open_toy/cls"), ("text", "open_toy/mean")):
@@ -91,7 +91,7 @@ def test_the_same_selection_gives_the_same_shards_in_a_new_folder(made: tuple[Ca
 
 def test_an_image_that_is_gone_leaves_no_shards(tmp_path: Path) -> None:
     write_pictures(tmp_path / "p", 4)
-    extract(open_source(tmp_path / "p"), tmp_path / "cache", image=[IMAGE])
+    extract(open_source(tmp_path / "p"), tmp_path / "cache", image_encoders=[IMAGE])
     (tmp_path / "p" / "00002.png").unlink()
     with pytest.raises(DataError, match="the image of '00002.*' cannot be read any more"):
         write_shards(Cache(tmp_path / "cache"), np.arange(4), tmp_path / "shards")

@@ -167,7 +167,9 @@ def test_concepts_are_texts_of_the_same_encoder(around: dict[str, Path], tmp_pat
             feature=IMAGE_FEATURE,
         )
     (tmp_path / "names.txt").write_text("red\nblue\nred\n")
-    extract(open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "louder", text=["tests.toy:open_toy,scale=2"])
+    extract(
+        open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "louder", text_encoders=["tests.toy:open_toy,scale=2"]
+    )
     with pytest.raises(FingerprintError, match="extract the concepts with the pool's encoder"):
         chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts_path=tmp_path / "louder")
     with pytest.raises(UnknownNameError, match="column of samples of .* 'label'"):
@@ -176,7 +178,7 @@ def test_concepts_are_texts_of_the_same_encoder(around: dict[str, Path], tmp_pat
 
 def test_concepts_of_one_name_are_refused_or_one(around: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("red\nblue\nred\n")
-    extract(open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "names", text=["tests.toy:open_toy"])
+    extract(open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "names", text_encoders=["tests.toy:open_toy"])
     path = tmp_path / "a.parquet"
     with pytest.raises(DataError, match="1 of 2 concepts of .* stand twice, counted from 0: 'red'"):
         chosen(around, path, "rare-first", per_concept=4, concepts_path=tmp_path / "names")
@@ -186,7 +188,7 @@ def test_concepts_of_one_name_are_refused_or_one(around: dict[str, Path], tmp_pa
 
 def test_a_concept_without_a_prompt_is_told(around: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"red": ["red"], "nothing": ["x"]}))
-    extract(open_source(f"prompts:{tmp_path}/c.json"), tmp_path / "c", text=["tests.toy:open_toy"])
+    extract(open_source(f"prompts:{tmp_path}/c.json"), tmp_path / "c", text_encoders=["tests.toy:open_toy"])
     assert len(chosen(around, tmp_path / "a.parquet", "rare-first", per_concept=4, concepts_path=tmp_path / "c")) == 8
 
 

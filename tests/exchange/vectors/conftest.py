@@ -30,5 +30,11 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (pictures / f"{FAILED:05d}.png").write_bytes(b"no picture")
     (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ExtractSettings(chunk_size=16)
-    extract(open_source(folder / "table.jsonl"), folder / "cache", image=[IMAGE], text=[TEXT], settings=settings)
+    extract(
+        open_source(folder / "table.jsonl"),
+        folder / "cache",
+        image_encoders=[IMAGE],
+        text_encoders=[TEXT],
+        settings=settings,
+    )
     return folder / "cache"

@@ -1,9 +1,5 @@
 """An import becomes a normal cache, goes on after a stop, and says what is wrong with its files."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +24,7 @@ from embedcache.train.settings import OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.exchange.vectors.cases import take_in, unit_rows, write_tree_of
 from tests.extract.cases import tree as files_of
+from tests.extract.crash import crash
 
 CAPTIONS = [f"caption {row}" for row in range(40)]
 
@@ -131,10 +128,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
 ) -> None:
     take_in(open_tree(tree), tmp_path / "whole")
     words = ["import", "clip-retrieval", str(tree), str(tmp_path / "cache"), "--chunk-size", "8"]
-    command = [sys.executable, "-m", "tests.extract.crash", moment, pattern, str(number), *words]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    killed = subprocess.run(command, env=environment, cwd=tmp_path, check=False, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    crash(words, moment, pattern, number)
     assert files_of(tmp_path / "cache") != files_of(tmp_path / "whole")
     take_in(open_tree(tree), tmp_path / "cache")
     assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
@@ -153,10 +147,10 @@ def test_a_run_can_be_trained_and_an_index_built(tree: Path, tmp_path: Path) -> 
 
 def test_nothing_can_be_extracted_into_it(tree: Path, tmp_path: Path, pictures: Path) -> None:
     take_in(open_tree(tree), tmp_path / "cache")
-    with pytest.raises(SettingError, match="was imported from .*: it has vectors, and no images or texts to encode"):
-        extract(open_source(pictures), tmp_path / "cache", image=["tests.toy:open_toy"])
+    with pytest.raises(SettingError, match="was imported from .*: it has vectors, but no images or texts to encode"):
+        extract(open_source(pictures), tmp_path / "cache", image_encoders=["tests.toy:open_toy"])
     with pytest.raises(SourceError, match="was imported: it has vectors, and no images"):
-        extract(open_source(f"imported:{tree}"), tmp_path / "other", image=["tests.toy:open_toy"])
+        extract(open_source(f"imported:{tree}"), tmp_path / "other", image_encoders=["tests.toy:open_toy"])
 
 
 def test_texts_need_their_captions(tmp_path: Path) -> None:

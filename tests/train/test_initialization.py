@@ -1,4 +1,4 @@
-"""What the towers hold when training starts, by rows in memory."""
+"""What the towers hold when training starts, for rows in memory."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from embedcache.dataset.pairs import Items, Pairs
 from embedcache.errors import DataError, SettingError
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.towers import Tower
-from embedcache.train.initialization import start
+from embedcache.train.initialization import initialize
 from embedcache.train.settings import Initialization, ModelSettings
 
 NUM_SAMPLES = 30
@@ -40,7 +40,7 @@ def unread(rows: Ints) -> Inputs:
     raise AssertionError("a feature of tokens was read")
 
 
-def started(
+def initialized(
     projector: str,
     *,
     kind: Initialization | None = None,
@@ -53,7 +53,7 @@ def started(
     torch.manual_seed(0)
     pair = AlignedPair(projector, image_width=6, text_width=5, shared_width=shared_width).eval()
     settings = ModelSettings(projector=projector, shared_width=shared_width, initialization=kind)
-    start(pair, pairs or make_pairs(), image, text, settings, seed=seed)
+    initialize(pair, pairs or make_pairs(), image, text, settings, seed=seed)
     return pair
 
 
@@ -67,8 +67,8 @@ def centered(values: np.ndarray) -> np.ndarray:
     return normalize(rows - rows.mean(axis=0))
 
 
-def test_anchor_j_of_both_sides_is_one_pair_of_centred_rows() -> None:
-    pair = started("asif", shared_width=40)
+def test_anchors_of_both_towers_are_the_same_pairs() -> None:
+    pair = initialized("asif", shared_width=40)
     images = (anchors(pair.image).numpy() @ centered(IMAGES).T).argmax(axis=1)
     texts = (anchors(pair.text).numpy() @ centered(TEXTS).T).argmax(axis=1)
     np.testing.assert_allclose(anchors(pair.image), centered(IMAGES)[images], atol=1e-5)
@@ -77,68 +77,66 @@ def test_anchor_j_of_both_sides_is_one_pair_of_centred_rows() -> None:
     assert len(set(texts)) == 40
 
 
-def test_a_training_image_is_nearest_to_its_own_anchors() -> None:
-    pair = started("asif", shared_width=2 * NUM_SAMPLES)
+def test_training_image_is_nearest_to_its_anchors() -> None:
+    pair = initialized("asif", shared_width=2 * NUM_SAMPLES)
     projected = pair.image(torch.from_numpy(IMAGES))
     np.testing.assert_allclose(projected.max(dim=1).values, 1, atol=1e-4)
     assert (projected > 0.99).sum(dim=1).tolist() == [2] * NUM_SAMPLES
 
 
-def test_the_seed_says_which_pairs_are_anchors() -> None:
-    first, again, other = (anchors(started("asif", seed=seed).text) for seed in (0, 0, 1))
+def test_seed_decides_the_anchors() -> None:
+    first, again, other = (anchors(initialized("asif", seed=seed).text) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_too_few_pairs_for_the_anchors_name_both_numbers() -> None:
-    started("asif", shared_width=10, pairs=make_pairs(5))
-    with pytest.raises(SettingError, match="11 are asked for, and there are 10; use --shared-width 10 or less"):
-        started("asif", shared_width=11, pairs=make_pairs(5))
-    started("linear", shared_width=11, pairs=make_pairs(5))
+def test_too_few_pairs_for_anchors_raise() -> None:
+    initialized("asif", shared_width=10, pairs=make_pairs(5))
+    with pytest.raises(SettingError, match="as the shared width 11, got 10; use --shared-width 10 or less"):
+        initialized("asif", shared_width=11, pairs=make_pairs(5))
+    initialized("linear", shared_width=11, pairs=make_pairs(5))
 
 
-def test_a_vector_that_is_no_number_is_named_by_its_row() -> None:
+def test_infinite_vector_is_named_by_row() -> None:
     images = IMAGES.copy()
     images[17, 2] = np.inf
-    with pytest.raises(DataError, match="the image feature holds NaN or infinity in 2 of 60 rows, first row 17"):
-        started("linear", image=reader(images))
+    with pytest.raises(DataError, match="the image feature .*2 of 60 rows.* 17"):
+        initialized("linear", image=reader(images))
 
 
-def test_one_pair_is_too_few_to_centre_on() -> None:
+def test_one_pair_is_too_few() -> None:
     rows = np.zeros(1, np.int64)
     one = Items(rows=rows, samples=rows, contents=rows)
     with pytest.raises(DataError, match="got 1"):
-        started("linear", kind="random", pairs=Pairs(image=one, text=one))
+        initialized("linear", kind="random", pairs=Pairs(image=one, text=one))
 
 
-def test_towers_of_tokens_are_left_as_they_are_and_not_read() -> None:
-    found = started("token", kind="random", image=unread, text=unread).state_dict()
+def test_token_towers_are_unchanged_and_unread() -> None:
+    found = initialized("token", kind="random", image=unread, text=unread).state_dict()
     torch.manual_seed(0)
     fresh = AlignedPair("token", image_width=6, text_width=5, shared_width=8).state_dict()
     assert all(torch.equal(found[name], value) for name, value in fresh.items())
-    started("cls_token+token_mlp", image=unread, text=unread)
+    initialized("cls_token+token_mlp", image=unread, text=unread)
 
 
-def test_a_tower_of_vectors_beside_one_of_tokens_is_centered() -> None:
-    pair = started("token+mlp", image=unread)
+def test_vector_tower_beside_token_tower_is_centered() -> None:
+    pair = initialized("token+mlp", image=unread)
     assert isinstance(pair.text, Tower)
     np.testing.assert_allclose(pair.text.mean, normalize(TEXTS).mean(axis=0), atol=1e-6)
-    pair = started("asif+token", text=unread)
+    pair = initialized("asif+token", text=unread)
     assert anchors(pair.image).any()
 
 
 @pytest.mark.parametrize("projector", ["token", "token+linear", "asif", "linear+glu"])
-def test_a_closed_form_needs_two_linear_branches(projector: str) -> None:
-    with pytest.raises(
-        SettingError, match="has no linear branch that --initialization csa could set; use --initialization random"
-    ):
-        started(projector, kind="csa", image=unread, text=unread)
+def test_closed_form_needs_two_linear_branches(projector: str) -> None:
+    with pytest.raises(SettingError, match="has no linear branch, got csa; use --initialization random"):
+        initialized(projector, kind="csa", image=unread, text=unread)
 
 
 @pytest.mark.parametrize("kind", ["cca", "csa", "procrustes", "ridge"])
-def test_a_closed_form_brings_pairs_together(kind: Initialization) -> None:
+def test_closed_form_aligns_pairs(kind: Initialization) -> None:
     texts = np.repeat(IMAGES[:, :5], 2, axis=0)
-    pair = started("linear", kind=kind, text=reader(texts))
+    pair = initialized("linear", kind=kind, text=reader(texts))
     with torch.no_grad():
         image, text = pair.image(torch.from_numpy(IMAGES)), pair.text(torch.from_numpy(texts[::2]))
     np.testing.assert_allclose(image.pow(2).sum(dim=1).mean(), 1, atol=1e-3)

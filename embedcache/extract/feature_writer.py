@@ -1,0 +1,269 @@
+"""Feature writers: an open encoder with its folder in the cache, the chunks it lacks, and the right to work on them."""
+
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from embedcache.arrays import Array
+from embedcache.encoders.base import Encoder
+from embedcache.encoders.open import EncoderSpec, open_encoder
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.extract.views import View, open_view
+from embedcache.files import Leases
+from embedcache.processes import num_cores
+from embedcache.provenance import check_same
+from embedcache.registry import unknown_name
+from embedcache.store.cache import Cache
+from embedcache.store.feature import Feature
+from embedcache.store.group import EncoderGroup, add_feature, create_group
+from embedcache.store.writer import fit_item
+
+_DERIVED_FEATURES = (
+    "a model may also offer grid:K, K × K averages of its patches, kmeans:K, averages of K clusters of them, "
+    "and layerN.NAME, computed from the state after block N"
+)
+_FEW_CORES = 4
+"""With more cores a model leaves some of them idle, and decoding uses those."""
+
+
+class CpuGate:
+    """Makes decoding wait while a model computes, where both would need all cores.
+
+    On 2 cores, an EfficientNet and decoding at the same time took 6 % longer than one after the other, because they
+    evict each other's data from the CPU caches. Reading files never waits.
+
+    Args:
+        device: torch device of the models; the gate stays open if it is not the CPU.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._is_needed = device == "cpu" and num_cores() <= _FEW_CORES
+        self._guard = threading.Lock()
+        self._num_running = 0
+        self._open = threading.Event()
+        self._open.set()
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Keep the gate closed while a model runs."""
+        if self._is_needed:
+            self._count(1)
+        try:
+            yield
+        finally:
+            if self._is_needed:
+                self._count(-1)
+
+    def wait(self) -> None:
+        """Wait until no model runs."""
+        self._open.wait()
+
+    def _count(self, change: int) -> None:
+        with self._guard:
+            self._num_running += change
+            if self._num_running:
+                self._open.clear()
+            else:
+                self._open.set()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureWriter:
+    """An open encoder, or one view of it, and its folder in the cache.
+
+    Args:
+        encoder: computes the features.
+        group: folder they are written to.
+        features: names of the features to store.
+        dtypes: feature -> dtype on disk.
+        view: alters items before they are encoded; None leaves them as they are.
+        leases: which of the folder's chunks this process may work on.
+        executor: the one thread on which the encoder runs.
+        gate: decides when decoding waits for the encoder; one gate for all writers of a process.
+    """
+
+    encoder: Encoder
+    group: EncoderGroup
+    features: Sequence[str]
+    dtypes: Mapping[str, str]
+    view: View | None
+    leases: Leases
+    executor: Executor
+    gate: CpuGate
+    _missing: dict[int, Sequence[str]] = field(default_factory=dict, init=False)
+
+    def missing(self, chunk: int, *, refresh: bool = False) -> Sequence[str]:
+        """Return the features that a chunk lacks.
+
+        A commit is read once. A chunk that was complete stays so; `refresh` reads the commit of any other chunk again,
+        because another process may have written it since.
+        """
+        if chunk not in self._missing or (refresh and self._missing[chunk]):
+            commit = self.group.commit(chunk)
+            self._missing[chunk] = [name for name in self.features if not self.group.has(commit, name)]
+        return self._missing[chunk]
+
+    def mark_complete(self, chunk: int) -> None:
+        """Record that this process has committed all features of a chunk."""
+        self._missing[chunk] = []
+
+    def encode(self, batch: Sequence[Array], features: Sequence[str]) -> dict[str, list[Array]]:
+        """Run the encoder on prepared items."""
+        with self.gate.inference():
+            return self.encoder.encode(batch, features)
+
+    def fit(self, feature: str, item: Array) -> Array:
+        """Check the encoder's output for one item and convert it to the dtype on disk."""
+        name = f"{self.group.name}/{feature}"
+        return fit_item(item, self.encoder.features[feature], self.dtypes[feature], name)
+
+    def prepare(self, items: Sequence[Any]) -> list[Array]:
+        """Turn raw items, or their view, into model inputs."""
+        return self.encoder.prepare([item if self.view is None else self.view.apply(item) for item in items])
+
+
+def choose_features(encoder: Encoder, requested: Sequence[str]) -> list[str]:
+    """Return the requested features that an encoder has, or else its first feature."""
+    return [name for name in dict.fromkeys(requested) if name in encoder.features] or [next(iter(encoder.features))]
+
+
+def check_features(encoders: Collection[Encoder], requested: Sequence[str]) -> None:
+    """Check that at least one encoder has each requested feature.
+
+    Raises:
+        UnknownNameError: none has it; the message lists the known features.
+    """
+    known = {name for encoder in encoders for name in encoder.features}
+    for name in requested:
+        if name not in known:
+            raise unknown_name("feature", name, known, hint=_DERIVED_FEATURES)
+
+
+def create_writer(
+    cache: Cache,
+    spec: EncoderSpec,
+    encoder: Encoder,
+    features: Sequence[str],
+    dtype: str,
+    *,
+    view: View | None,
+    executor: Executor,
+    gate: CpuGate,
+) -> FeatureWriter:
+    """Create an encoder's folder in a cache, or open the existing folder of the same encoder.
+
+    Raises:
+        FingerprintError: the folder belongs to another encoder.
+    """
+    group = create_group(
+        cache.path,
+        encoder.modality,
+        spec.folder + ("" if view is None else view.suffix),
+        cache.info,
+        spec=spec.absolute.text,
+        fingerprint=view_fingerprint(encoder, view),
+    )
+    for name in features:
+        add_feature(group, name, encoder.features[name], dtype)
+    return FeatureWriter(
+        encoder=encoder,
+        group=group,
+        features=features,
+        dtypes=dict.fromkeys(features, dtype),
+        view=view,
+        leases=Leases(group.path / "chunks"),
+        executor=executor,
+        gate=gate,
+    )
+
+
+def reopen_writer(group: EncoderGroup, features: Sequence[str], *, device: str) -> FeatureWriter:
+    """Open the encoder and the view of an existing folder, with the precision and backend recorded there."""
+    fingerprint = group.fingerprint
+    settings = EncoderSettings(
+        device=device,
+        precision=fingerprint["precision"],
+        backend=fingerprint["backend"],
+        features=tuple(features),
+    )
+    return FeatureWriter(
+        encoder=open_encoder(group.spec, modality="image" if group.modality == "image" else "text", settings=settings),
+        group=group,
+        features=features,
+        dtypes={name: Feature(group, name).dtype for name in features},
+        view=open_view(fingerprint["view"]["name"]) if "view" in fingerprint else None,
+        leases=Leases(group.path / "chunks"),
+        executor=ThreadPoolExecutor(1),
+        gate=CpuGate(device),
+    )
+
+
+def view_fingerprint(encoder: Encoder, view: View | None) -> Mapping[str, Any]:
+    """Return everything that decides an encoder's output for a view."""
+    fingerprint = encoder.fingerprint.to_json()
+    return fingerprint if view is None else {**fingerprint, "view": dict(view.fingerprint)}
+
+
+def check_unchanged(writer: FeatureWriter) -> None:
+    """Check that an encoder is still the one that filled its folder.
+
+    Raises:
+        FingerprintError: it is not; the message names each differing field with both values.
+    """
+    check_same(
+        f"encoder {writer.group.path}",
+        writer.group.fingerprint,
+        view_fingerprint(writer.encoder, writer.view),
+        next_step="restore the versions and files it was made with, or extract into a new folder",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkTask:
+    """A chunk, and the features to compute for it; this process holds the lease of each writer.
+
+    Args:
+        chunk: number of the chunk.
+        missing: writer -> the features that the chunk lacks.
+    """
+
+    chunk: int
+    missing: Mapping[FeatureWriter, Sequence[str]]
+
+    @property
+    def writers(self) -> Sequence[FeatureWriter]:
+        """The writers that have something to compute."""
+        return list(self.missing)
+
+    def release(self) -> None:
+        """Release the leases."""
+        for writer in self.missing:
+            writer.leases.give_back(self.chunk)
+
+
+def lease_free_chunks(writers: Sequence[FeatureWriter], chunks: Iterable[int]) -> Iterator[ChunkTask]:
+    """Iterate over the chunks that no other process works on; each is leased when it is requested."""
+    for chunk in chunks:
+        leased = [writer for writer in writers if writer.missing(chunk) and writer.leases.take(chunk)]
+        task = _open_task(chunk, leased)
+        if task.missing:
+            yield task
+
+
+def lease_chunk(writer: FeatureWriter, chunk: int) -> ChunkTask:
+    """Lease a chunk, waiting until no other process works on it.
+
+    Only for a process that holds no other lease: two of them could wait for each other.
+    """
+    writer.leases.take(chunk, waits=True)
+    return _open_task(chunk, [writer])
+
+
+def _open_task(chunk: int, leased: Sequence[FeatureWriter]) -> ChunkTask:
+    """Create the task, without the writers whose chunk another process committed just before the lease was taken."""
+    missing = {writer: writer.missing(chunk, refresh=True) for writer in leased}
+    ChunkTask(chunk, {writer: names for writer, names in missing.items() if not names}).release()
+    return ChunkTask(chunk, {writer: names for writer, names in missing.items() if names})

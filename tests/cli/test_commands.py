@@ -1,0 +1,274 @@
+"""Commands as a newcomer types them, in one folder with images, a cache, a run and an index."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cli.run import TOY, embedcache, succeed
+from tests.pictures import write_pictures
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `photos`, `cache`, `run`, `index` and `concepts`, and what the commands printed."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    write_pictures(folder / "photos", 100)
+    (folder / "concepts.json").write_text(json.dumps({"red": ["red bar left on white", "red bar top on blue"]}))
+    for name, line in (
+        ("extract", ["extract", "photos", "cache", *TOY]),
+        ("concepts", ["extract", "prompts:concepts.json", "concepts", *TOY[2:]]),
+        (
+            "train",
+            ["train", "cache", "run", "--projector", "mlp", "--split", "key", "--epochs", "3", "--batch-size", "64"],
+        ),
+        (
+            "evaluate",
+            [
+                "evaluate",
+                "retrieval",
+                "cache",
+                "run",
+                "--output",
+                "figures.json",
+                "--html",
+                "page.html",
+                "--part",
+                "all",
+            ],
+        ),
+        ("index", ["curate", "index", "cache", "index", "--run", "run"]),
+    ):
+        (folder / f"{name}.out").write_text(succeed(*line, cwd=folder))
+    return folder
+
+
+def test_commands_report_what_they_did(folder: Path) -> None:
+    assert "encoded 100 images" in (folder / "extract.out").read_text()
+    assert "parameters" in (folder / "train.out").read_text()
+    assert "recall@10" in (folder / "index.out").read_text()
+    shown = (folder / "evaluate.out").read_text()
+    assert "chance" in shown
+    assert "WARNING" in shown  # the training part is among all
+    assert "wrote figures.json" in shown
+    assert json.loads((folder / "figures.json").read_text())["details"]["num_images"] == 100
+    assert "median rank" in (folder / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        (["extract", "photos", "cache", *TOY], "reused"),
+        (["extract", "photos", "cache", *TOY, "--retry-failed"], "num_tried"),
+        ("train cache run --projector mlp --split key --epochs 3 --batch-size 64", "best_epoch"),
+        ("evaluate retrieval cache run", "task"),
+        ("evaluate pairs cache --split key", "pairs"),
+        ("search index red", "hits"),
+        ("curate index cache index --run run", "factory"),
+        ("curate coverage cache concepts --run run --threshold 0.5", "concepts"),
+        ("curate select cache some.parquet --method random --budget 5 --feature open_toy/cls", "num_selected"),
+        ("curate dedup cache --modality image", "levels"),
+        ("verify cache", "findings"),
+        ("inspect cache", "features"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_json_is_the_only_output(folder: Path, line: str | list[str], key: str) -> None:
+    words = line.split() if isinstance(line, str) else line
+    record = json.loads(succeed(*words, "--json", "--output", "record.json", cwd=folder))
+    assert key in (record[0] if isinstance(record, list) else record)
+    if words[:2] != ["evaluate", "retrieval"]:  # which measures the time
+        assert json.loads((folder / "record.json").read_text()) == record
+
+
+def test_search_takes_all_kinds_of_queries(folder: Path) -> None:
+    (folder / "queries.txt").write_text("red bar left on white\n\nblue bar top on red\n")
+    np.save(folder / "vectors.npy", np.eye(256, dtype=np.float16)[:2])
+    asked = "search index --queries queries.txt --query-image photos/00007.png --query-key 00009 --concepts concepts"
+    asked += " --query-concept red --query-vectors vectors.npy -k 2 --json"
+    answers = json.loads(succeed(*asked.split(), cwd=folder))
+    names = ["red bar left on white", "blue bar top on red", "photos/00007.png", "00009", "red", "vector 0", "vector 1"]
+    assert [answer["query"] for answer in answers] == names
+    assert answers[2]["hits"][0]["key"] == "00007"
+    assert answers[3]["hits"][0]["key"] == "00009"
+
+
+def test_search_is_filtered_by_a_selection(folder: Path) -> None:
+    (folder / "keys.txt").write_text("00001\n00002\n")
+    (answer,) = json.loads(succeed(*["search", "index", "red", "--selection", "keys.txt", "--json"], cwd=folder))
+    assert {hit["key"] for hit in answer["hits"]} == {"00001", "00002"}
+
+
+def test_duplicates_and_leaks_are_removed_from_training(folder: Path) -> None:
+    write_pictures(folder / "others", 20, seed=5)
+    shutil.copy(folder / "photos" / "00000.png", folder / "others" / "00000.png")
+    succeed("extract", "others", "others-cache", *TOY, cwd=folder)
+    assert "largest cosine" in succeed(*["curate", "dedup", "cache", "--html", "look.html"], cwd=folder)
+    kept = succeed(
+        *["curate", "dedup", "cache", "kept.parquet", "--cosine", "0.999", "--html", "dedup.html"], cwd=folder
+    )
+    assert "of 100 samples" in kept
+    copies = "curate dedup cache texts.parquet --copies --modality text --json"
+    assert json.loads(succeed(*copies.split(), cwd=folder))["num_removed"] > 0
+    assert "equal" in succeed(
+        *["curate", "leaks", "cache", "others-cache", "clean.parquet", "--html", "leaks.html"], cwd=folder
+    )
+    for page in ("look", "dedup", "leaks"):
+        assert "data:image/webp" in (folder / f"{page}.html").read_text()
+    succeed(
+        *["train", "cache", "kept-run", "--selection", "kept.parquet", "--split", "key", "--epochs", "1"], cwd=folder
+    )
+
+
+def test_zero_shot_writes_a_page(folder: Path) -> None:
+    for name, seed in (("red", 1), ("blue", 2)):
+        write_pictures(folder / "labeled" / name, 8, seed=seed)
+    (folder / "classes.txt").write_text("blue\nred\n")
+    succeed("extract", "labeled", "labeled-cache", *TOY[:2], cwd=folder)
+    succeed("extract", "prompts:classes.txt", "prompts", *TOY[2:], cwd=folder)
+    line = "evaluate zero-shot labeled-cache run --prompts prompts --html z.html --output z.json"
+    shown = succeed(*line.split(), cwd=folder)
+    assert "all samples: 16 images, 2 classes of 1 prompts" in shown
+    assert "chance" in shown
+    assert (folder / "z.html").read_text().count("<svg") == 3
+    assert (folder / "z.json").is_file()
+    wrong = embedcache(*["evaluate", "zero-shot", "labeled-cache", "run", "--prompts", "cache"], cwd=folder)
+    assert (wrong.code, wrong.stderr.count("\n")) == (1, 1)
+
+
+def test_verify_finds_damage_and_exits_with_1(folder: Path, tmp_path: Path) -> None:
+    assert succeed("verify", "cache", cwd=folder).startswith("cache: 0 damaged chunks")
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    (tmp_path / "cache/image/open_toy/cls/c/0/0").unlink()
+    damaged = embedcache("verify", "cache", cwd=tmp_path)
+    assert damaged.code == 1
+    assert "open_toy/cls chunk 0:" in damaged.stdout
+    assert "1 damaged chunks" in damaged.stdout
+
+
+def test_plan_estimates_and_writes_no_feature(folder: Path, tmp_path: Path) -> None:
+    shown = succeed("extract", folder / "photos", tmp_path / "c", *TOY, "--plan", cwd=folder)
+    assert re.search(r"open_toy/cls +│ +100 +│ +96 +│ 0\.01 MB", shown)
+    assert re.search(r"images: measured [\d,.]+ per second; [\d.]+ seconds", shown)
+    assert re.search(r"memory: 0\.39 MB per process", shown)
+    assert re.search(r"disk: 0\.02 MB; [\d,.]+ GB are free", shown)
+    assert not list(tmp_path.glob("c/*/*/chunks/*"))
+
+
+def test_unreadable_captions_are_reported(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "photos", 8)
+    for number in range(6):
+        (tmp_path / f"photos/{number:05d}.txt").write_bytes(b"\xff")
+    extracted = succeed("extract", "photos", "c", *TOY, cwd=tmp_path)
+    for output in (extracted, succeed("inspect", "c", cwd=tmp_path)):
+        assert re.search(r"6 samples have captions that cannot be read", output)
+        assert "00000.txt is not UTF-8" in output
+        assert "and 1 more" in output
+
+
+def test_config_of_a_run_trains_it_again(folder: Path) -> None:
+    again = "train cache again --config run/config.json"
+    succeed(*again.split(), cwd=folder)
+    first, second = (json.loads((folder / name / "config.json").read_text()) for name in ("run", "again"))
+    assert first == second
+
+
+MISTAKES = [
+    (["extract", "nowhere", "c", *TOY], "nowhere"),
+    (["extract", "", "c", *TOY], "source"),
+    (["extract", "photos", "c", "--image-encoder", "tim:resnet18"], "did you mean 'timm'"),
+    (["extract", "photos", "c", "--image-encoder", "timm:resnet81"], "resnet81"),
+    (["extract", "photos", "c"], "encoder"),
+    (["extract", "photos", "c", *TOY, "--feature", "patchs"], "did you mean 'patches'"),
+    (["extract", "photos", "c", *TOY, "--source-type", "foldr"], "did you mean 'folder'"),
+    (["extract", "photos", "cache", "--image-encoder", "tests.toy:open_toy,scale=2"], "weights:"),
+    (["extract", "photos", "photos/00000.png", *TOY], "is a file"),
+    (["extract", "photos", "photos", *TOY], "not a cache and not empty"),
+    (["extract", "photos", "cache", *TOY, "--retry-failed", "--plan"], "--plan"),
+    ("train cache r --projector mpl", "did you mean 'mlp'"),
+    ("train cache r --image-feature open_toy/csl", "did you mean 'open_toy/cls'"),
+    ("train cache r --split stricct", "did you mean 'strict'"),
+    ("train cache r --batch-size 1", "batch_size: expected a whole number of at least 2, got 1"),
+    ("train cache photos --split key", "not empty"),
+    ("train cache r --split key --device cuda:77", "cuda:77"),
+    ("train cache r --config nowhere.toml", "cannot read nowhere.toml"),
+    ("train photos r", "cache.json"),
+    ("train cache run --seed 7", "training.seed"),
+    ("evaluate retrieval cache run --output figures.json/x", "is a file"),
+    ("evaluate retrieval cache run --control-run run", "--shuffle-pairs"),
+    ("evaluate retrieval cache run run", "seed"),
+    ("evaluate retrieval cache nowhere", "nowhere does not exist"),
+    ("curate index cache photos --run run", "not empty"),
+    ("curate index cache other --run run --memory 4X", "invalid size '4X'"),
+    ("curate index cache other --run run --memory 1K", "memory"),
+    ("curate index cache other --run run --factory PQ1x1", "recall@10"),
+    ("search index x -k 9999", "9999"),
+    ("search index", "query"),
+    ("search index x --label-value cat", "column 'label'"),
+    ("search index --queries nowhere.txt", "nowhere.txt does not exist"),
+    ("search index --query-concept red", "--concepts CACHE"),
+    ("search cache x", "card.json"),
+    ("curate dedup cache --cosine 0.9", "OUT"),
+    ("curate dedup cache kept.parquet --cosine 95", "95"),
+    ("curate leaks cache cache", "same samples"),
+    ("verify cache --reencode 0", "encode again"),
+    ("inspect nowhere", "nowhere does not exist"),
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), MISTAKES, ids=[line if isinstance(line, str) else " ".join(line) for line, _ in MISTAKES]
+)
+def test_user_error_is_one_line_and_exit_1(folder: Path, line: str | list[str], message: str) -> None:
+    done = embedcache(*(line.split() if isinstance(line, str) else line), cwd=folder)
+    assert done.code == 1, done.stderr
+    (told,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert message in told
+
+
+@pytest.fixture(scope="module")
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a cache of labeled images."""
+    from tests.evaluate.test_probe import color, make_cache
+
+    folder = tmp_path_factory.mktemp("probe")
+    make_cache(folder, color)
+    return folder
+
+
+def test_probe_writes_its_reports(labeled: Path) -> None:
+    line = "evaluate probe cache --feature open_toy/cls --shots 1,2 --control --output figures.json --html page.html"
+    shown = succeed(*line.split(), cwd=labeled)
+    for expected in ("6 classes", "logistic", "shuffled"):
+        assert expected in shown
+    assert json.loads((labeled / "figures.json").read_text())["dataset"] == "cache"
+    assert "<svg" in (labeled / "page.html").read_text()
+
+
+def test_probe_of_texts_by_one_method(labeled: Path) -> None:
+    line = "evaluate probe cache --modality text --feature open_toy/mean --method ridge"
+    shown = succeed(*line.split(), cwd=labeled)
+    assert "ridge" in shown
+    assert "knn" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--feature open_toy/cls --method rigde", "did you mean 'ridge'"),
+        ("--feature open_toy/cls --label lable", "did you mean 'label'"),
+        ("--feature open_toy/cls --shots 1,x", "'x'"),
+        ("--feature open_toy/cls --shots 99", "99"),
+        ("--feature open_toy/cls --part val", "--part test"),
+    ],
+)
+def test_probe_error_is_one_line(labeled: Path, options: str, message: str) -> None:
+    done = embedcache(*f"evaluate probe cache {options}".split(), cwd=labeled)
+    assert done.code == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,142 @@
+"""The command as a process: start-up time, exit codes, signals, terminals and full disks."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import TOY, embedcache
+from tests.pictures import write_pictures
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = [sys.executable, "-m", "embedcache"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "150"}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of images with captions."""
+    return write_pictures(tmp_path_factory.mktemp("process") / "photos", 64)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "-h"], ["curate", "select", "-h"]], ids=" ".join)
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    program = (
+        f"import sys; sys.argv = {['embedcache', *words]}\n"
+        "from embedcache.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'timm', 'transformers', 'numpy', 'faiss', 'zarr', 'pyarrow', 'scipy', 'matplotlib', 'PIL'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)), time.process_time())\n"
+    )
+    started = subprocess.run(
+        [sys.executable, "-c", "import time\n" + program], capture_output=True, text=True, check=True, env=ENVIRONMENT
+    )
+    heavy, seconds = started.stdout.splitlines()[-1].rsplit(" ", 1)
+    assert heavy == "HEAVY []"
+    assert float(seconds) < 1
+
+
+def test_version_is_the_package_version(tmp_path: Path) -> None:
+    assert embedcache("--version", cwd=tmp_path).stdout == f"embedcache {version('embedcache')}\n"
+
+
+@pytest.mark.parametrize(
+    "line", ["trian cache run", "train cache", "train cache run --lr fast", "extract photos cache --backend mps"]
+)
+def test_wrong_usage_exits_with_2(tmp_path: Path, line: str) -> None:
+    assert embedcache(*line.split(), cwd=tmp_path).code == 2
+
+
+def test_bug_shows_its_traceback_and_exits_with_70(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken_plugin.py").write_text("def source(location, settings):\n    raise ZeroDivisionError('ours')\n")
+    done = embedcache("extract", photos, "c", *TOY, "--source-type", "broken_plugin:source", cwd=tmp_path)
+    assert done.code == 70
+    assert "Traceback" in done.stderr
+    assert "ZeroDivisionError: ours" in done.stderr
+
+
+def test_debug_shows_the_traceback_of_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Traceback" not in embedcache("inspect", "nowhere", cwd=tmp_path).stderr
+    monkeypatch.setenv("EMBEDCACHE_DEBUG", "1")
+    done = embedcache("inspect", "nowhere", cwd=tmp_path)
+    assert done.code == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_quiet_and_verbose_change_standard_error(photos: Path, tmp_path: Path) -> None:
+    words = ["extract", photos, "c", *TOY]
+    plain = embedcache(*words, cwd=tmp_path)
+    assert re.search(r"encoding images: 64 images in [\d.]+ s, [\d,]+ images/s", plain.stderr)
+    assert "\x1b" not in plain.stderr + plain.stdout
+    assert embedcache(*words, "--chunk-size", "8", "-q", cwd=tmp_path / ".").stderr.count("encoding") == 0
+    assert re.search(r"run time [\d.]+ s, peak memory \d+ MB", embedcache(*words, "-v", cwd=tmp_path).stderr)
+
+
+@pytest.mark.slow
+def test_terminal_shows_bars_with_rates(photos: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [*PROGRAM, "extract", str(photos), "c", *TOY]
+    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, cwd=tmp_path, env=ENVIRONMENT) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 4096):
+                shown += part
+        except OSError:  # how a closed terminal ends
+            pass
+        assert process.wait() == 0, shown
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert re.search(r"indexing.*64 · [\d,]+ samples/s", text)
+    assert re.search(r"encoding images.*64/64 · [\d,]+ images/s", text)
+
+
+@pytest.mark.slow
+def test_interrupt_explains_how_to_resume(photos: Path, tmp_path: Path) -> None:
+    command = [*PROGRAM, "extract", str(photos), "c", "--chunk-size", "8"]
+    command += ["--image-encoder", "tests.toy:open_toy,delay_ms=300"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("c/image/*/chunks/*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        expected = "Interrupted. Finished work is kept; rerun the same command to resume.\n"
+        assert process.stderr.read().endswith(expected)
+    assert process.returncode == 130
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_full_disk_is_one_line_and_loses_nothing(photos: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine does not let tests mount a small disk")
+    words = ["extract", photos, disk / "cache", *TOY, "--chunk-size", "8", "--feature", "tokens,patches"]
+    try:
+        done = embedcache(*words, cwd=tmp_path)
+        assert done.code == 1
+        assert "Traceback" not in done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert "no space left on the disk" in line
+        assert "rerun the same command" in line
+        assert not list(disk.rglob("*.partial"))
+        committed = len(list(disk.rglob("chunks/*.parquet")))
+        assert committed > 0
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        done = embedcache(*words, cwd=tmp_path)
+        assert done.code == 0, done.stderr
+        reused = sum(map(int, re.findall(r"reused (\d+)", done.stdout)))
+        assert 8 * (committed - 1) < reused <= 8 * committed  # the last chunk may be a short one
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,68 @@
+"""The CPU gate, and how often commits are read."""
+
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.extract import feature_writer
+from embedcache.extract.feature_writer import CpuGate
+from embedcache.store import group
+from tests.extract.cases import FEATURES, run
+from tests.pictures import write_pictures
+
+
+def is_closed(gate: CpuGate) -> bool:
+    """Return whether a thread that wants to decode has to wait."""
+    thread = threading.Thread(target=gate.wait, daemon=True)
+    thread.start()
+    thread.join(0.05)
+    return thread.is_alive()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> CpuGate:
+    monkeypatch.setattr(feature_writer, "num_cores", lambda: 2)
+    return CpuGate("cpu")
+
+
+def test_gate_opens_after_the_last_model(gate: CpuGate) -> None:
+    assert not is_closed(gate)
+    with gate.inference():
+        with gate.inference():
+            assert is_closed(gate)
+        assert is_closed(gate)
+    assert not is_closed(gate)
+
+
+def test_gate_opens_after_an_error(gate: CpuGate) -> None:
+    with pytest.raises(ZeroDivisionError), gate.inference():
+        raise ZeroDivisionError
+    assert not is_closed(gate)
+
+
+@pytest.mark.parametrize(("device", "count"), [("cuda:0", 2), ("cpu", 64)])
+def test_gate_stays_open_with_idle_cores(device: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_writer, "num_cores", lambda: count)
+    gate = CpuGate(device)
+    with gate.inference():
+        assert not is_closed(gate)
+
+
+def test_commits_are_read_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: Counter[str] = Counter()
+    read_commit = group.read_commit
+
+    def count_read(folder: Path, chunk: int) -> Any:
+        reads[f"{folder.parent.name}/{chunk}"] += 1
+        return read_commit(folder, chunk)
+
+    monkeypatch.setattr(group, "read_commit", count_read)
+    source = write_pictures(tmp_path / "source", 24)
+    run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
+    assert set(reads.values()) == {4}  # to list missing chunks, with the lease, to commit, and for the report
+    reads.clear()
+    run(source, tmp_path / "c", features=FEATURES)
+    assert set(reads.values()) == {2}

@@ -1,0 +1,118 @@
+"""Worker processes: results, errors, deaths and their common progress; and the number of cores."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from embedcache.errors import SettingError
+from embedcache.processes import _MergedProgress, cgroup_cores, num_cores, run_processes
+from embedcache.progress import Progress
+from tests.recorded import RecordedProgress
+
+
+def work(task: str, progress: Progress) -> str:
+    """Do what the task names, in a worker process."""
+    if task == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == "error":
+        raise SettingError("a mistake of the user")
+    if task == "bug":
+        raise ZeroDivisionError("a bug")
+    progress.start("counting", 3, "things")
+    progress.advance(3)
+    progress.finish()
+    progress.note("counted")
+    return task.upper()
+
+
+def test_dead_process_leaves_others_running() -> None:
+    progress = RecordedProgress()
+    assert run_processes(work, ["count", "die"], progress, steps=["counting"]) == (["COUNT"], 1)
+    assert progress.started == [("counting", 3, "things")]
+    assert progress.counts == {"counting": 3}
+    assert progress.notes == ["counted"]
+
+
+def test_error_is_raised_as_it_was() -> None:
+    with pytest.raises(SettingError, match="a mistake of the user"):
+        run_processes(work, ["error"], RecordedProgress())
+
+
+def test_bug_is_raised_with_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)in work\n.*ZeroDivisionError: a bug"):
+        run_processes(work, ["bug"], RecordedProgress())
+
+
+STEPS = ["images", "texts"]
+
+
+def test_totals_of_parts_are_added() -> None:
+    shown = RecordedProgress()
+    merged = _MergedProgress(shown, range(2), STEPS, is_split=True)
+    merged.start(0, "images", 10, "images")
+    merged.advance(0, "images", 4)
+    assert not shown.started  # the total is not known yet
+    merged.start(1, "images", 30, "images")
+    merged.advance(1, "images", 30)
+    merged.advance(0, "images", 6)
+    assert shown.started == [("images", 40, "images")]
+    assert shown.counts == {"images": 40}
+
+
+def test_part_without_items_of_a_step_is_not_awaited() -> None:
+    shown = RecordedProgress()
+    merged = _MergedProgress(shown, range(3), STEPS, is_split=True)
+    merged.start(0, "images", 10, "images")
+    merged.start(1, "texts", 5, "texts")
+    merged.end(2)
+    assert shown.started == [("images", 10, "images")]
+
+
+def test_slower_process_still_counts_in_its_step() -> None:
+    shown = RecordedProgress()
+    merged = _MergedProgress(shown, range(2), STEPS, is_split=False)
+    merged.start(0, "images", 10, "images")
+    merged.start(1, "images", 10, "images")
+    merged.advance(0, "images", 5)
+    merged.start(0, "texts", 20, "texts")
+    merged.advance(0, "texts", 7)
+    merged.advance(1, "images", 5)
+    assert shown.counts == {"images": 10}
+    merged.start(1, "texts", 20, "texts")
+    merged.advance(1, "texts", 13)
+    assert shown.started == [("images", 10, "images"), ("texts", 20, "texts")]
+    assert shown.counts == {"images": 10, "texts": 20}
+
+
+def test_repeated_items_do_not_exceed_the_total() -> None:
+    shown = RecordedProgress()
+    merged = _MergedProgress(shown, range(2), STEPS, is_split=False)
+    merged.start(0, "images", 10, "images")
+    merged.start(1, "images", 10, "images")
+    merged.advance(0, "images", 4)
+    merged.end(0)  # it died, and the other process repeats its chunk
+    merged.advance(1, "images", 10)
+    assert shown.counts == {"images": 10}
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+    ],
+)
+def test_cpu_quota_of_a_container(tmp_path: Path, files: dict[str, str], cores: int | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert cgroup_cores(tmp_path) == cores
+
+
+def test_num_cores_is_within_affinity() -> None:
+    assert 1 <= num_cores() <= len(os.sched_getaffinity(0))
