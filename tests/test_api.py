@@ -109,11 +109,11 @@ def test_shapes_and_lengths(pictures: Path, run_path: Path) -> None:
 def test_bad_items_are_named(run_path: Path, tmp_path: Path) -> None:
     model = embedcache.load(run_path)
     (tmp_path / "x.png").write_bytes(b"no picture")
-    with pytest.raises(PathError, match=r"image .*missing.png is no file here; give the path"):
+    with pytest.raises(PathError, match=r"image .*missing.png does not exist: expected the path"):
         model.encode_image("missing.png")
     with pytest.raises(DataError, match=r"x.png: not an image"):
         model.encode_image([tmp_path / "x.png"])
-    with pytest.raises(DataError, match="a text is empty"):
+    with pytest.raises(DataError, match="got an empty text"):
         model.encode_text(["a", " "])
 
 
