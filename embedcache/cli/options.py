@@ -141,6 +141,8 @@ Html: TypeAlias = Annotated[
 
 _CONFIG_HELP = "Read options from this TOML file, or from the config.json of a run; the command line takes precedence."
 _WIDEST_CHOICES = 24
+_WITH_COMMAS = ("FILE", "SPEC", "URL", "VALUE")
+"""Values that may contain a comma, so that a repeated option is not split at commas."""
 _METAVARS: Mapping[Any, str] = {int: "N", float: "FLOAT", str: "NAME", Path: "FILE"}
 
 
@@ -342,7 +344,9 @@ def _setting_value(item: FlatSetting, value: Any) -> Any:
     if get_origin(kind) is not tuple:
         return value
     element = get_args(kind)[0]
-    return tuple(value) if element is Path else tuple(_elements(item.name, element, value))
+    if element is Path or item.declared.metavar in _WITH_COMMAS:
+        return tuple(value)
+    return tuple(_elements(item.name, element, value))
 
 
 def _elements(name: str, kind: Any, values: Sequence[Any]) -> Iterator[Any]:

@@ -6,6 +6,9 @@ from pathlib import Path
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
+KINDS = ("strict", "key", "column")
+"""Ways to split; any other `kind` is the path of a split file."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSettings:
@@ -44,6 +47,6 @@ class SplitSettings:
             )
 
     @property
-    def path(self) -> Path:
-        """Path of the split file, if `kind` is a path."""
-        return Path(self.kind.replace("{seed}", str(self.seed)))
+    def path(self) -> Path | None:
+        """Path of the split file; None if `kind` is one of `KINDS`, even if a file has that name."""
+        return None if self.kind in KINDS else Path(self.kind.replace("{seed}", str(self.seed)))

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from embedcache.arrays import Floats, Ints, blocks
 from embedcache.dataset.inputs import Reader, unit_vectors
 from embedcache.dataset.pairs import Pairs, name_caches
-from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError
 from embedcache.files import replacing
 from embedcache.metrics.neighbors import pairs_above
@@ -106,37 +106,6 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     )
 
 
-def spread_split(split: Split, cache: Cache, column: str) -> Split:
-    """Give each sample of another cache the part of the sample that it was made of.
-
-    Args:
-        split: of the samples whose keys the column holds.
-        cache: such as the source `pairs` makes, which keeps that key in the column `sample`.
-        column: of the cache's samples. A key in it that the split does not hold is in no part.
-
-    Raises:
-        DataError: the cache has no such column, or none of its keys is in the split.
-    """
-    if column not in cache.columns:
-        raise DataError(f"{cache.path} has no column {column!r} to find the samples of the split by")
-    row_of = {key: row for row, key in enumerate(split.keys)}
-    rows = [row_of.get(key) for key in cache.samples[column].to_pylist()]
-    if all(row is None for row in rows):
-        raise DataError(f"no key in column {column!r} of {cache.path} is in the split, which has {len(row_of):,}")
-    first_new = max(split.groups, default=-1) + 1
-    return Split(
-        keys=cache.samples["key"].to_pylist(),
-        parts=["" if row is None else split.parts[row] for row in rows],
-        groups=[first_new + number if row is None else split.groups[row] for number, row in enumerate(rows)],
-    )
-
-
-def swap_parts(split: Split, one: Part, other: Part) -> Split:
-    """Give the samples of two parts each other's part: to train on what was held out."""
-    swapped = {one: other, other: one}
-    return replace(split, parts=[swapped.get(part, part) for part in split.parts])  # type: ignore[call-overload]
-
-
 def _of_cache(path: Path, split: Split, cache: Cache) -> Split:
     """Give the part of a split that is of one cache's samples, longer by those that were added since."""
     keys = cache.samples["key"].to_pylist()
@@ -161,7 +130,6 @@ def _of_cache(path: Path, split: Split, cache: Cache) -> Split:
     )
 
 
-_KINDS = ("strict", "key", "column")
 _MOST_STRICT_ITEMS = 200_000
 _BLOCK = 1024
 
@@ -212,13 +180,13 @@ def _cut(data: Paired, pairs: Pairs, settings: SplitSettings) -> Split:
     keys = data.keys
     if settings.kind == "column":
         return _by_column(data, pairs.samples, settings)
-    if settings.kind in _KINDS:
+    if settings.kind in KINDS:
         groups = _near_duplicates(data, pairs, settings) if settings.kind == "strict" else pairs.samples
         split = _by_groups(keys, pairs.samples, groups, settings)
         _require_parts(split, groups, settings)
         return split
-    if not settings.path.is_file():
-        raise unknown_name("split", settings.kind, _KINDS, hint="or give the path of another run's split.parquet")
+    if settings.path is None or not settings.path.is_file():
+        raise unknown_name("split", settings.kind, KINDS, hint="or give the path of another run's split.parquet")
     return read_split(settings.path, data.caches)
 
 

@@ -111,7 +111,7 @@ def _outcome(report: TrainReport, num_epochs: int, seconds: float) -> Outcome:
         recalls=report.recalls,
         best_epoch=report.best_epoch,
         num_parameters=report.num_parameters,
-        flops_a_pair=report.flops_a_pair,
+        flops_a_pair=report.flops_per_pair,
         num_pairs=num_epochs * report.num_samples["train"],
         seconds=round(seconds, 3),
     )

@@ -1,49 +1,71 @@
-"""Batches of aligned rows, a pure function of the pairs, the seed and the epoch: the same for any number of readers."""
+"""Batches of aligned items: which rows belong to a batch, and a loader that reads the next ones during a step.
 
+Which rows a batch holds is a pure function of the pairs, the seed and the epoch, for any number of processes.
+"""
+
+import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from scipy.sparse import csr_array
+from torch import Tensor
 
 from embedcache.arrays import Ints, concatenated_ranges
+from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Items, Pairs
+from embedcache.train.distributed import own_slice
+from embedcache.train.losses import Positives
 
 _BUFFER_BLOCKS = 1024
+_NUM_PREFETCHED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Aligned items of B samples: rows of the two sides, and which image goes with which text.
+    """Rows of the two features for B samples, and which image belongs to which text.
 
     Args:
         samples: (B,) int64.
-        image_rows: (B,) int64, one of each sample.
-        text_rows: (M,) int64; one of each sample, M = B, or all of each, sample after sample.
-        related: two (E,) int64 arrays of positions in the batch, image and text, the first ascending: those that
-            belong together, by `Pairs.relation`.
-        share: of mixup. None: no mixup. Else item k and item k + B/2 make one, the first with this share, and
-            positions count those.
+        image_rows: (B,) int64, one per sample.
+        text_rows: (M,) int64; one per sample (M = B), or all of each sample, sample after sample.
+        positives: two (E,) int64 arrays of positions in the batch, image and text, the first ascending: the pairs that
+            belong together by `Pairs.relation`.
+        mix: lambda of mixup, or None. With mixup, item k is mixed with item k + B/2, the first with weight lambda, and
+            positions count mixed items.
     """
 
     samples: Ints
     image_rows: Ints
     text_rows: Ints
-    related: tuple[Ints, Ints]
-    share: float | None = None
+    positives: tuple[Ints, Ints]
+    mix: float | None = None
+
+
+def num_batches(num_samples: int, batch_size: int) -> int:
+    """Return the number of batches per epoch: the fewest of at most `batch_size` samples.
+
+    A batch has at least two samples, as the other samples are the negatives; so an odd number of samples with a batch
+    size of 2 gives one batch of 3.
+    """
+    return min(-(-num_samples // batch_size), max(1, num_samples // 2))
 
 
 class Batches:
-    """Draws batches: each epoch every sample once, in a new order, with one of its images and its captions.
+    """Draw batches: each epoch holds every sample once, in a new order, with one of its images and its captions.
 
     Args:
-        pairs: the training pairs.
-        batch_size: samples in a batch; an epoch is cut into equal batches of at most this size, and at least two.
-        seed: of order and drawing.
-        captions: `draw` one a sample, or `all`.
-        block_rows: samples that stay neighbors: blocks of so many are shuffled, then all samples within 1,024 blocks.
-        mixup: a of Beta(a, a), from which each batch's share is drawn; 0: no mixup.
+        pairs: training pairs.
+        batch_size: samples per batch; an epoch is divided into `num_batches` batches of equal size, to within one.
+        seed: random seed of order and draws.
+        captions: `draw` one per sample, or `all`.
+        block_rows: number of neighboring samples that stay together: blocks are shuffled, then all samples within
+            1,024 blocks.
+        mixup: alpha of Beta(alpha, alpha), from which lambda of each batch is drawn; 0 disables mixup.
     """
 
     def __init__(
@@ -59,70 +81,73 @@ class Batches:
         self._pairs = pairs
         self._samples = pairs.samples
         self._relation = pairs.relation()
-        self._images, self._texts = _BySample(pairs.image, self._samples), _BySample(pairs.text, self._samples)
+        self._images, self._texts = _SampleItems(pairs.image, self._samples), _SampleItems(pairs.text, self._samples)
         self._seed, self._captions, self._block_rows, self._mixup = seed, captions, block_rows, mixup
         self.num_samples, self.batch_size = len(self._samples), batch_size
-        self.num_steps = min(-(-self.num_samples // batch_size), max(1, self.num_samples // 2))
+        self.num_steps = num_batches(self.num_samples, batch_size)
+
+    @property
+    def smallest(self) -> int:
+        """Number of items in the smallest batch, after mixup."""
+        return self.num_samples // self.num_steps // (2 if self._mixup else 1)
 
     def epoch(self, number: int, *, first_step: int = 0) -> Iterator[Batch]:
-        """Go through one epoch, from one of its batches on."""
+        """Iterate over the batches of one epoch, from a step on."""
         rng = np.random.default_rng([self._seed, number])
         order = shuffle_blocks(len(self._samples), self._block_rows, rng)
         images, texts = self._images.draw(rng)[order], self._texts.draw(rng)[order]
-        shares = rng.beta(self._mixup, self._mixup, self.num_steps) if self._mixup else [None] * self.num_steps
+        mixes = rng.beta(self._mixup, self._mixup, self.num_steps) if self._mixup else [None] * self.num_steps
         for step, part in enumerate(np.array_split(np.arange(len(order)), self.num_steps)):
             if step >= first_step:
-                chosen = self._texts.all(order[part]) if self._captions == "all" else texts[part]
-                yield self._batch(self._samples[order[part]], images[part], chosen, shares[step])
+                drawn = self._texts.all(order[part]) if self._captions == "all" else texts[part]
+                yield self._batch(self._samples[order[part]], images[part], drawn, mixes[step])
 
-    def _batch(self, samples: Ints, image: Ints, text: Ints, share: float | None) -> Batch:
-        sides = self._pairs
-        if share is None:
-            related = self._related(image, text)
+    def _batch(self, samples: Ints, image: Ints, text: Ints, mix: float | None) -> Batch:
+        if mix is None:
+            positives = self._positives(image, text)
         else:
             half = len(image) // 2
             samples, image, text = samples[: 2 * half], image[: 2 * half], text[: 2 * half]
-            related = _both(self._related(image[:half], text[:half]), self._related(image[half:], text[half:]), half)
+            first, second = self._positives(image[:half], text[:half]), self._positives(image[half:], text[half:])
+            positives = _intersection(first, second, half)
         return Batch(
             samples=samples,
-            image_rows=sides.image.rows[image],
-            text_rows=sides.text.rows[text],
-            related=related,
-            share=share,
+            image_rows=self._pairs.image.rows[image],
+            text_rows=self._pairs.text.rows[text],
+            positives=positives,
+            mix=mix,
         )
 
-    def _related(self, image: Ints, text: Ints) -> tuple[Ints, Ints]:
-        return _related(self._relation, self._pairs.image.contents[image], self._pairs.text.contents[text])
+    def _positives(self, image: Ints, text: Ints) -> tuple[Ints, Ints]:
+        return _find_positives(self._relation, self._pairs.image.contents[image], self._pairs.text.contents[text])
 
 
-class _BySample:
-    """Finds the items of each sample: positions in `Items`."""
+class _SampleItems:
+    """The items of each sample, as positions in `Items`."""
 
-    def __init__(self, side: Items, samples: Ints) -> None:
-        self._order = np.argsort(side.samples, kind="stable")
-        ordered = side.samples[self._order]
+    def __init__(self, items: Items, samples: Ints) -> None:
+        self._order = np.argsort(items.samples, kind="stable")
+        ordered = items.samples[self._order]
         self._first = np.searchsorted(ordered, samples)
         self._count = np.searchsorted(ordered, samples, side="right") - self._first
 
     def draw(self, rng: np.random.Generator) -> Ints:
-        """Draw one item of each sample."""
         offset = (rng.random(len(self._count)) * self._count).astype(np.int64)
         drawn: Ints = self._order[self._first + offset]
         return drawn
 
     def all(self, numbers: Ints) -> Ints:
-        """Get all items of some samples, in their order."""
         _, places = concatenated_ranges(self._first[numbers], self._count[numbers])
         return self._order[places]
 
 
 def shuffle_blocks(count: int, block_rows: int, rng: np.random.Generator) -> Ints:
-    """Put 0 … count - 1 in a new order in which those within 1,024 blocks of neighbors stay near each other.
+    """Return 0 … count - 1 in a random order in which numbers stay near those of 1,024 neighboring blocks.
 
     Args:
         count: how many numbers.
-        block_rows: neighbors in a block; 1 is an even shuffle of all.
-        rng: where the order comes from.
+        block_rows: consecutive numbers per block; 1 shuffles uniformly.
+        rng: source of randomness.
     """
     if block_rows == 1:
         return rng.permutation(count)
@@ -132,7 +157,7 @@ def shuffle_blocks(count: int, block_rows: int, rng: np.random.Generator) -> Int
     return np.concatenate([rng.permutation(order[start : start + size]) for start in range(0, count, size)])
 
 
-def _related(relation: csr_array, images: Ints, texts: Ints) -> tuple[Ints, Ints]:
+def _find_positives(relation: csr_array, images: Ints, texts: Ints) -> tuple[Ints, Ints]:
     """Find all pairs of positions whose contents belong together. Time and memory grow with the batch alone."""
     starts = relation.indptr[images]
     position, found = concatenated_ranges(starts, relation.indptr[images + 1] - starts)
@@ -144,7 +169,103 @@ def _related(relation: csr_array, images: Ints, texts: Ints) -> tuple[Ints, Ints
     return position[again], order[place]
 
 
-def _both(first: tuple[Ints, Ints], second: tuple[Ints, Ints], size: int) -> tuple[Ints, Ints]:
-    """Keep the pairs that stand in both: a mixed image goes with a mixed text where both of its parts do."""
+def _intersection(first: tuple[Ints, Ints], second: tuple[Ints, Ints], size: int) -> tuple[Ints, Ints]:
+    """Return the pairs in both: a mixed image belongs to a mixed text where both of their parts do."""
     codes = [images * size + texts for images, texts in (first, second)]
     return np.divmod(np.intersect1d(codes[0], codes[1]), size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedInputs:
+    """One modality of a batch on the device.
+
+    Args:
+        values: (b, D) or (b, T, D) of this process's items, in the dtype on disk.
+        lengths: (b,) int64 number of tokens of each item, or None.
+        rows: (b,) int64 rows of the feature.
+        num_items: number of items of all processes.
+    """
+
+    values: Tensor
+    lengths: Tensor | None
+    rows: Ints
+    num_items: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedBatch:
+    """The input of one training step.
+
+    Args:
+        batch: rows of all processes.
+        image: images of this process; with mixup, its part of the first half, then that of the second.
+        text: texts of this process, likewise.
+        positives: pairs of the whole batch that belong together.
+    """
+
+    batch: Batch
+    image: LoadedInputs
+    text: LoadedInputs
+    positives: Positives
+
+
+class Loader:
+    """Read batches in order on one thread, two batches ahead.
+
+    Args:
+        batches: rows of each batch.
+        image: reads rows of the image feature.
+        text: reads rows of the text feature.
+        device: where tensors go; to a GPU through pinned memory.
+
+    `waited_s` counts the seconds that the training loop waited for a batch.
+    """
+
+    def __init__(self, batches: Batches, *, image: Reader, text: Reader, device: str) -> None:
+        self._batches, self._image, self._text = batches, image, text
+        self._device = torch.device(device)
+        self.num_steps, self.num_samples, self.batch_size = batches.num_steps, batches.num_samples, batches.batch_size
+        self.waited_s = 0.0
+
+    def epoch(self, number: int, *, first_step: int = 0) -> Iterator[LoadedBatch]:
+        """Iterate over the loaded batches of one epoch, from a step on."""
+        with ThreadPoolExecutor(1, "loader") as executor:
+            pending: deque[Future[LoadedBatch]] = deque()
+            for batch in self._batches.epoch(number, first_step=first_step):
+                pending.append(executor.submit(self._load, batch))
+                if len(pending) > _NUM_PREFETCHED:
+                    yield self._wait(pending.popleft())
+            while pending:
+                yield self._wait(pending.popleft())
+
+    def _wait(self, future: "Future[LoadedBatch]") -> LoadedBatch:
+        started = time.perf_counter()
+        loaded = future.result()
+        self.waited_s += time.perf_counter() - started
+        return loaded
+
+    def _load(self, batch: Batch) -> LoadedBatch:
+        images, texts = (self._to_device(torch.from_numpy(positions)) for positions in batch.positives)
+        is_mixed = batch.mix is not None
+        return LoadedBatch(
+            batch=batch,
+            image=self._read(self._image, batch.image_rows, is_mixed=is_mixed),
+            text=self._read(self._text, batch.text_rows, is_mixed=is_mixed),
+            positives=Positives(images=images, texts=texts),
+        )
+
+    def _read(self, read: Reader, rows: Ints, *, is_mixed: bool) -> LoadedInputs:
+        parts = rows.reshape(2, -1) if is_mixed else rows[None]
+        own = parts[:, own_slice(parts.shape[1])].ravel()
+        inputs = read(own)
+        return LoadedInputs(
+            values=self._to_device(torch.from_numpy(inputs.values)),
+            lengths=None if inputs.lengths is None else self._to_device(torch.from_numpy(inputs.lengths)),
+            rows=own,
+            num_items=parts.shape[1],
+        )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)

@@ -1,6 +1,8 @@
-"""The state of an unfinished run on disk: all that decides how it goes on."""
+"""What an unfinished run has on disk: its checkpoint, from which it resumes, and the log of its losses."""
 
 import io
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,28 +12,32 @@ import torch
 
 from embedcache.errors import CorruptError, FingerprintError
 from embedcache.files import replacing
-from embedcache.train.distributed import num_processes, of_all, process_number
+from embedcache.registry import require
+from embedcache.train.distributed import gather_objects, num_processes, process_rank
 
 _NAMES = ("objective", "optimizer", "best", "step", "epoch", "pairs", "log_bytes", "generators")
 
 
 def checkpoint_path(run_path: Path) -> Path:
-    """Get the file of an unfinished run's state."""
+    """Return the path of the checkpoint of an unfinished run."""
     return run_path / "checkpoint.pt"
 
 
 def save_checkpoint(run_path: Path, device: str, state: Mapping[str, Any]) -> None:
-    """Write the state, with the random numbers' of every process; all processes call it, the first one writes."""
-    generators = of_all(_generators(device))
-    if process_number() == 0:
-        buffer = io.BytesIO()  # as torch's own writer does not say that a disk is full
+    """Write the state of a run with the random generators of all processes.
+
+    All processes must call it; the first one writes.
+    """
+    generators = gather_objects(_generators(device))
+    if process_rank() == 0:
+        buffer = io.BytesIO()  # torch.save into a file does not raise OSError when the disk is full
         torch.save({**state, "generators": generators}, buffer)
         with replacing(checkpoint_path(run_path)) as temporary:
             temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
-    """Read the state of a run, and set this process's random numbers to it; None where there is none.
+    """Read the state of a run and restore this process's random generators; return None without a checkpoint.
 
     Raises:
         CorruptError: it cannot be read.
@@ -44,13 +50,13 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         generators = {name: state[name] for name in _NAMES}["generators"]
     except (RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError, UnpicklingError) as error:
-        raise CorruptError(f"{path} cannot be read: {error}; delete it to train from the start") from error
+        raise CorruptError(f"{path} cannot be read: {error}; delete it to restart training") from error
     if len(generators) != num_processes():
         raise FingerprintError(
-            f"{path} was written by {len(generators)} processes, and {num_processes()} go on; start as many, or delete "
-            "it to train from the start"
+            f"{path}: expected {len(generators)} processes, which wrote it, got {num_processes()}; start "
+            f"{len(generators)} processes, or delete it to restart training"
         )
-    _set_generators(generators[process_number()], device)
+    _set_generators(generators[process_rank()], device)
     return state
 
 
@@ -63,3 +69,70 @@ def _set_generators(state: Mapping[str, Any], device: str) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if state["cuda"] is not None and device.startswith("cuda"):
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+class RunLog:
+    """Write `losses.jsonl` of a run, and TensorBoard events if asked; of several processes, only the first writes.
+
+    Args:
+        run_path: folder of the run.
+        num_bytes: bytes of existing lines to keep; later lines are cut off.
+        step: first step that will be written.
+        tensorboard: write event files into `tensorboard` too.
+
+    Raises:
+        MissingExtraError: tensorboard is not installed.
+    """
+
+    def __init__(self, run_path: Path, *, num_bytes: int, step: int, tensorboard: bool) -> None:
+        self._file = self._events = None
+        if process_rank():
+            return
+        self._file = (run_path / "losses.jsonl").open("ab")
+        self._file.truncate(min(num_bytes, self._file.seek(0, os.SEEK_END)))
+        if tensorboard:
+            require_tensorboard()
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(run_path / "tensorboard"), purge_step=step)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def write_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values of a training step."""
+        self._write({"step": step, **values}, step, values)
+
+    def write_validation(self, step: int, epoch: int, recalls: Mapping[str, float]) -> None:
+        """Write the validation recalls after an epoch."""
+        self._write({"epoch": epoch, "validation": recalls}, step, recalls)
+
+    def flush(self) -> int:
+        """Flush all lines to the disk and return their size in bytes."""
+        if self._file is None:
+            return 0
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def _write(self, line: Mapping[str, Any], step: int, scalars: Mapping[str, float]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line).encode() + b"\n")
+        if self._events is not None:
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, step)
+
+
+def require_tensorboard() -> None:
+    """Check that TensorBoard is installed.
+
+    Raises:
+        MissingExtraError: it is not; the message holds the pip command.
+    """
+    require("tensorboard", extra="tensorboard")

@@ -1,6 +1,6 @@
-"""Several processes that train one pair, as torchrun starts them. Embeddings are gathered: negatives cross them.
+"""Training one pair with several processes, as started by torchrun: negatives come from all processes.
 
-Each process projects its share of every batch and holds all embeddings; the loss's tiles are shared out as well.
+Each process projects its part of every batch and holds all embeddings; the tiles of the loss are divided among them.
 """
 
 import gc
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 @contextmanager
-def joined_processes(device: str) -> Iterator[str]:
-    """Join the processes that torchrun started; alone, do nothing.
+def process_group(device: str) -> Iterator[str]:
+    """Join the processes that torchrun started; do nothing in a single process.
 
     Args:
-        device: asked for; `cuda` becomes this process's own.
+        device: torch device; `cuda` becomes this process's own GPU.
 
     Yields:
         The device of this process.
@@ -38,29 +38,29 @@ def joined_processes(device: str) -> Iterator[str]:
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield device
-        dist.barrier()  # or the first process, which the others meet at, may be gone before them
+        dist.barrier()  # the first process, which the others connect to, must not exit before them
     finally:
         gc.collect()  # DistributedDataParallel's cycles hold the group; freed at exit, its threads abort the process
         dist.destroy_process_group()
 
 
 def num_processes() -> int:
-    """Count the processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first_process() -> bool:
-    """Say whether this is the process that prints, by what torchrun told it; before any of them joined."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def process_number() -> int:
-    """Get this process's number, from 0."""
+def process_rank() -> int:
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def from_first(value: T) -> T:
-    """Give every process what the first one has."""
+def is_first_process() -> bool:
+    """Return whether this process has rank 0 by torchrun's environment, before a process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def broadcast_from_first(value: T) -> T:
+    """Return the first process's value on every process."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -68,58 +68,58 @@ def from_first(value: T) -> T:
     return values[0]
 
 
-def on_first(call: Callable[[], T]) -> T | None:
-    """Call on the first process alone; a mistake of the user's that it meets is raised on all."""
+def run_on_first(call: Callable[[], T]) -> T | None:
+    """Call a function on the first process only; an EmbedcacheError raised there is re-raised on every rank."""
     outcome, error = None, None
-    if process_number() == 0:
+    if process_rank() == 0:
         try:
             outcome = call()
         except EmbedcacheError as found:
             error = found
-    error = from_first(error)
+    error = broadcast_from_first(error)
     if error is not None:
         raise error
     return outcome
 
 
-def of_all(value: Any) -> list[Any]:
-    """Collect one value of each process, in their order."""
+def gather_objects(value: Any) -> list[Any]:
+    """Return one value per process, in order of rank."""
     values = [value] * num_processes()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
-def own_share(count: int) -> slice:
-    """Get this process's part of `count` things: equal parts, to one."""
-    number, processes = process_number(), num_processes()
-    return slice(count * number // processes, count * (number + 1) // processes)
+def own_slice(count: int) -> slice:
+    """Return this process's part of `count` items: consecutive, of equal size to within one."""
+    rank, processes = process_rank(), num_processes()
+    return slice(count * rank // processes, count * (rank + 1) // processes)
 
 
-def gather_rows(own_BD: Tensor, count: int) -> Tensor:
-    """Collect the rows of all processes: (own, D) -> (count, D), differentiable.
+def gather_rows(own_BD: Tensor, num_rows: int) -> Tensor:
+    """Collect the rows of all processes: (own, D) -> (num_rows, D), differentiable.
 
-    The gradient of a mean over processes, as DistributedDataParallel takes it, is that of one process with all rows.
+    The gradient, averaged over processes by DistributedDataParallel, is that of one process with all rows.
 
     Args:
-        own_BD: the rows of `own_share(count)`.
-        count: of all rows.
+        own_BD: the rows of `own_slice(num_rows)`.
+        num_rows: rows of all processes.
     """
     if not dist.is_initialized():
         return own_BD
-    gathered: Tensor = _GatherRows.apply(own_BD, count)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherRows.apply(own_BD, num_rows)  # type: ignore[no-untyped-call]
     return gathered
 
 
 def sum_over_processes(*tensors: Tensor) -> None:
-    """Add up each tensor over all processes, in place."""
+    """Sum each tensor over all processes, in place."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
 def log_sum_over_processes(logs: Tensor) -> Tensor:
-    """Get the log of the sum over all processes of e^logs, place by place; -inf adds nothing."""
+    """Return the elementwise log of the sum of e^logs over all processes; -inf adds nothing."""
     if not dist.is_initialized():
         return logs
     highest = logs.clone()
@@ -131,14 +131,14 @@ def log_sum_over_processes(logs: Tensor) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: Tensor, count: int) -> Tensor:
-        ctx.count = count
-        rows = own.new_zeros(count, *own.shape[1:])
-        rows[own_share(count)] = own
-        dist.all_reduce(rows)  # as shares differ by a row, which all_gather cannot
+    def forward(ctx: Any, own: Tensor, num_rows: int) -> Tensor:
+        ctx.num_rows = num_rows
+        rows = own.new_zeros(num_rows, *own.shape[1:])
+        rows[own_slice(num_rows)] = own
+        dist.all_reduce(rows)  # parts differ by a row, which all_gather does not allow
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient[own_share(ctx.count)] * num_processes(), None
+        return gradient[own_slice(ctx.num_rows)] * num_processes(), None

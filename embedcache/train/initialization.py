@@ -1,4 +1,4 @@
-"""What training starts from: the mean of each feature, and a closed form or anchors from the training pairs."""
+"""Initialization from the training pairs: the mean of each feature, and a closed form or anchors."""
 
 from dataclasses import dataclass
 
@@ -18,52 +18,54 @@ from embedcache.train.settings import ModelSettings
 _BLOCK = 8192
 
 
-def start(pair: AlignedPair, pairs: Pairs, image: Reader, text: Reader, settings: ModelSettings, *, seed: int) -> None:
-    """Center both towers on the training pairs, and set their projectors to the closed form, or to anchors.
+def initialize(
+    pair: AlignedPair, pairs: Pairs, image: Reader, text: Reader, settings: ModelSettings, *, seed: int
+) -> None:
+    """Center both towers on the training pairs, and set their projectors to a closed form or to anchors.
 
-    One pass over all pairs of an image and a caption of its sample. A tower that takes vectors as they are learns their
-    root mean square length, in a pass of its own; one that takes tokens is left as it is, and its feature is not read.
-    Memory: a block of rows, and the anchors.
+    Takes one pass over all pairs of an image and a caption of its sample, and for a tower with raw input one more, for
+    the root mean square length. A token tower is left as it is, and its feature is not read. Memory: a block of rows,
+    and the anchors.
 
     Args:
         pair: changed in place.
-        pairs: the training pairs.
-        image: gathers rows of the image feature.
-        text: gathers rows of the text feature.
-        settings: which closed form; `random` keeps the initialization.
-        seed: which pairs are the anchors.
+        pairs: training pairs.
+        image: reads rows of the image feature.
+        text: reads rows of the text feature.
+        settings: closed form; `random` keeps random weights.
+        seed: random seed of the anchors.
 
     Raises:
-        SettingError: a projector that cannot start from a closed form, or fewer pairs than anchors.
-        DataError: a row is no number, or fewer than two pairs.
+        SettingError: a projector that has no linear branch, or fewer pairs than anchors.
+        DataError: a value is NaN or infinite, or fewer than two pairs.
     """
     image_positions, text_positions = pairs.joined()
-    sides = (
-        _Side(name="image", tower=pair.image, read=image, rows=pairs.image.rows[image_positions]),
-        _Side(name="text", tower=pair.text, read=text, rows=pairs.text.rows[text_positions]),
+    towers = (
+        _TowerRows(name="image", tower=pair.image, read=image, rows=pairs.image.rows[image_positions]),
+        _TowerRows(name="text", tower=pair.text, read=text, rows=pairs.text.rows[text_positions]),
     )
-    kind = settings.initialization or ("cca" if all(side.can_start for side in sides) else "random")
-    _check(sides, kind, settings)
-    moments = _moments(*sides)
+    form = settings.initialization or ("cca" if all(tower.has_linear_branch for tower in towers) else "random")
+    _check(towers, form, settings)
+    moments = _moments(*towers)
     covariances = moments.covariances()[:2]
-    for side in sides:
+    for side in towers:
         if isinstance(side.tower, RawTower):
             side.tower.length.fill_(side.rms_length())
-    for side, mean in zip(sides, (moments.image_mean, moments.text_mean), strict=True):
+    for side, mean in zip(towers, (moments.image_mean, moments.text_mean), strict=True):
         if isinstance(side.tower, Tower):
             side.tower.mean.copy_(torch.from_numpy(mean))
-    if kind != "random":
-        weights = solve(kind, moments, settings.shared_width, shrinkage=settings.shrinkage)
-        for side, weights_DP, covariance in zip(sides, weights, covariances, strict=True):
-            length = _rms_length(weights_DP, covariance)
+    if form != "random":
+        weights = solve(form, moments, settings.shared_width, shrinkage=settings.shrinkage)
+        for side, weights_DP, covariance in zip(towers, weights, covariances, strict=True):
+            length = _projected_rms_length(weights_DP, covariance)
             side.tower.projector.set_linear_map(torch.from_numpy(weights_DP / length))
-    if any(side.is_anchored for side in sides):
-        _set_anchors(sides, settings.shared_width, seed)
+    if any(tower.has_anchors for tower in towers):
+        _set_anchors(towers, settings.shared_width, seed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Side:
-    """A tower, and the rows of its feature in all training pairs: (M,) int64, as long as the other side's."""
+class _TowerRows:
+    """A tower, and the (M,) rows of its feature in all training pairs; M is that of the other tower."""
 
     name: str
     tower: AnyTower
@@ -72,19 +74,19 @@ class _Side:
 
     @property
     def width(self) -> int:
-        """D of the vectors; tokens have none to center, and count as 0 wide."""
+        """D of the vectors to center; 0 for other towers."""
         return self.tower.mean.numel() if isinstance(self.tower, Tower) else 0
 
     @property
-    def can_start(self) -> bool:
+    def has_linear_branch(self) -> bool:
         return isinstance(self.tower, Tower) and isinstance(self.tower.projector, HasLinearBranch)
 
     @property
-    def is_anchored(self) -> bool:
+    def has_anchors(self) -> bool:
         return isinstance(self.tower, Tower) and isinstance(self.tower.projector, HasAnchors)
 
     def rms_length(self) -> float:
-        """Root mean square length of the rows as they are, one pass over them."""
+        """Compute the root mean square length of the rows in one pass."""
         total = 0.0
         for block in blocks(len(self.rows), _BLOCK):
             values = np.asarray(self.read(self.rows[block]).values, np.float64)
@@ -102,36 +104,36 @@ class _Side:
         return normalize(values)
 
 
-def _check(sides: tuple[_Side, _Side], kind: str, settings: ModelSettings) -> None:
-    if kind != "random" and not all(side.can_start for side in sides):
+def _check(towers: tuple[_TowerRows, _TowerRows], form: str, settings: ModelSettings) -> None:
+    if form != "random" and not all(tower.has_linear_branch for tower in towers):
         raise SettingError(
-            f"a projector of {settings.projector} has no linear branch that --initialization {kind} could set; "
+            f"initialization: expected random, as projector {settings.projector} has no linear branch, got {form}; "
             "use --initialization random"
         )
-    num_pairs = len(sides[0].rows)
-    if num_pairs < settings.shared_width and any(side.is_anchored for side in sides):
+    num_pairs = len(towers[0].rows)
+    if num_pairs < settings.shared_width and any(tower.has_anchors for tower in towers):
         raise SettingError(
-            f"a projector of {settings.projector} needs as many training pairs as the shared space is wide: "
-            f"{settings.shared_width} are asked for, and there are {num_pairs}; use --shared-width {num_pairs} or less"
+            f"projector {settings.projector}: expected at least as many training pairs as the shared width "
+            f"{settings.shared_width}, got {num_pairs}; use --shared-width {num_pairs} or less"
         )
 
 
-def _moments(image: _Side, text: _Side) -> Moments:
+def _moments(image: _TowerRows, text: _TowerRows) -> Moments:
     moments = Moments(image.width, text.width)
     for block in blocks(len(image.rows), _BLOCK):
         moments.add(image.vectors(block), text.vectors(block))
     return moments
 
 
-def _rms_length(weights_DP: Array, covariance: Matrix) -> float:
-    """Root mean square length of the projected training rows: a learned branch adds to vectors of length about 1."""
+def _projected_rms_length(weights_DP: Array, covariance: Matrix) -> float:
+    """Compute the root mean square length of the projected training rows; a learned branch expects about 1."""
     return float(np.sqrt(np.trace(weights_DP.T @ covariance @ weights_DP)) + np.finfo(np.float64).tiny)
 
 
-def _set_anchors(sides: tuple[_Side, _Side], num_anchors: int, seed: int) -> None:
-    """Give both sides the vectors of the same pairs, drawn without replacement, as their projectors see them."""
-    drawn = np.sort(np.random.default_rng(seed).choice(len(sides[0].rows), num_anchors, replace=False))
-    for side in sides:
-        if side.is_anchored and isinstance(side.tower, Tower):
+def _set_anchors(towers: tuple[_TowerRows, _TowerRows], num_anchors: int, seed: int) -> None:
+    """Set the anchors of both towers to the same pairs, drawn without replacement, as the projectors see them."""
+    drawn = np.sort(np.random.default_rng(seed).choice(len(towers[0].rows), num_anchors, replace=False))
+    for side in towers:
+        if side.has_anchors and isinstance(side.tower, Tower):
             unit_PD = torch.from_numpy(side.vectors(drawn)).to(side.tower.mean.device)
             side.tower.projector.set_anchors(unit_PD - side.tower.mean)

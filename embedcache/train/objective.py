@@ -1,4 +1,4 @@
-"""From a loaded batch to a loss: mixup, both towers, embeddings gathered over processes, the loss, its regularizer."""
+"""From a loaded batch to its loss: mixup, both towers, embeddings gathered over processes, loss and regularizer."""
 
 from dataclasses import replace
 
@@ -9,24 +9,25 @@ from torch.utils.checkpoint import checkpoint
 
 from embedcache.arrays import blocks
 from embedcache.projectors.pair import AlignedPair
+from embedcache.train.batches import LoadedBatch, LoadedInputs
 from embedcache.train.distributed import gather_rows
-from embedcache.train.loader import LoadedBatch, LoadedSide
 from embedcache.train.losses import LOSSES, structure
 from embedcache.train.settings import LossSettings
 
-PART_VECTORS = 32_768
-"""Vectors that a tower takes at once: a larger batch goes through it in parts, which backward makes again."""
+MAX_VECTORS = 32_768
+"""Vectors per forward pass of a tower; a larger batch is processed in parts, which the backward pass recomputes."""
 
 
 class Objective(nn.Module):
-    """All that is trained, and the loss of a batch.
+    """All trained parameters, and the loss of a batch.
 
-    Memory: two embeddings a side, what the towers keep of `PART_VECTORS` vectors, and the loss's tiles.
+    Memory: two embeddings per modality, the activations of `MAX_VECTORS` vectors, and the tiles of the loss.
 
     Args:
-        pair: the towers and the temperature.
-        settings: which loss; parameters of its own are trained with the pair's.
-        precision: `bfloat16` takes the matrix products of the towers and of the loss in it; the rest stays float32.
+        pair: towers and temperature.
+        settings: training loss; its own parameters, if any, are trained with those of the pair.
+        precision: `bfloat16` computes the matrix products of the towers and of the loss in bfloat16, and the rest in
+            float32.
     """
 
     def __init__(self, pair: AlignedPair, settings: LossSettings, *, precision: str) -> None:
@@ -37,42 +38,42 @@ class Objective(nn.Module):
         self._bfloat16 = precision == "bfloat16"
 
     def forward(self, loaded: LoadedBatch) -> Tensor:
-        """Give the loss, a scalar."""
-        sides = [_mixed(side, loaded.batch.share) for side in (loaded.image, loaded.text)]
+        """Return the loss, a scalar."""
+        inputs = [_mix(values, loaded.batch.mix) for values in (loaded.image, loaded.text)]
         outputs = [
-            gather_rows(self._embed(tower, side), side.count)
-            for tower, side in zip((self.pair.image, self.pair.text), sides, strict=True)
+            gather_rows(self._embed(tower, values), values.num_items)
+            for tower, values in zip((self.pair.image, self.pair.text), inputs, strict=True)
         ]
         images, texts = (normalize(output, dim=-1) for output in outputs)
         with self._autocast(images):
-            loss: Tensor = self.loss(images, texts, self.pair.scale, loaded.related)
+            loss: Tensor = self.loss(images, texts, self.pair.scale, loaded.positives)
         if not self._structure:
             return loss
-        kept = [
-            structure(gather_rows(side.values.float(), side.count), output)
-            for side, output in zip(sides, outputs, strict=True)
+        divergences = [
+            structure(gather_rows(values.values.float(), values.num_items), output)
+            for values, output in zip(inputs, outputs, strict=True)
         ]
-        return loss + self._structure * (kept[0] + kept[1]) / 2
+        return loss + self._structure * (divergences[0] + divergences[1]) / 2
 
-    def _embed(self, tower: nn.Module, side: LoadedSide) -> Tensor:
-        num_tokens = side.values.shape[1] if side.values.ndim == 3 else 1
-        part_rows = max(1, PART_VECTORS // num_tokens)
-        if len(side.values) <= part_rows or _sees_whole_batch(tower):
-            return self._run(tower, side.values, side.lengths)
+    def _embed(self, tower: nn.Module, inputs: LoadedInputs) -> Tensor:
+        num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
+        part_rows = max(1, MAX_VECTORS // num_tokens)
+        if len(inputs.values) <= part_rows or _has_batch_norm(tower):
+            return self._project(tower, inputs.values, inputs.lengths)
         return torch.cat(
             [
                 checkpoint(
-                    self._run,
+                    self._project,
                     tower,
-                    side.values[rows],
-                    None if side.lengths is None else side.lengths[rows],
+                    inputs.values[rows],
+                    None if inputs.lengths is None else inputs.lengths[rows],
                     use_reentrant=False,
                 )
-                for rows in blocks(len(side.values), part_rows)
+                for rows in blocks(len(inputs.values), part_rows)
             ]
         )
 
-    def _run(self, tower: nn.Module, values: Tensor, lengths: Tensor | None) -> Tensor:
+    def _project(self, tower: nn.Module, values: Tensor, lengths: Tensor | None) -> Tensor:
         with self._autocast(values):
             projected: Tensor = tower(values, lengths)
         return projected.float()
@@ -81,18 +82,17 @@ class Objective(nn.Module):
         return torch.autocast(values.device.type, dtype=torch.bfloat16, enabled=self._bfloat16)
 
 
-def _sees_whole_batch(tower: nn.Module) -> bool:
-    """Say whether a tower has batch normalization, which parts of a batch would change."""
+def _has_batch_norm(tower: nn.Module) -> bool:
+    """Return whether the tower normalizes over the batch, so that it must not be divided."""
     return any(isinstance(module, nn.BatchNorm1d) for module in tower.modules())
 
 
-def _mixed(side: LoadedSide, share: float | None) -> LoadedSide:
-    """Mix the first half of the items into the second, rows of length 1.
+def _mix(inputs: LoadedInputs, mix: float | None) -> LoadedInputs:
+    """Mix the first half of the items with the second, vectors of length 1; lambda is that of both modalities.
 
-    Latent mixup with one share for both sides, as in FuseMix, "Data-Efficient Multimodal Fusion on a Single GPU"
-    (CVPR 2024), section 4.
+    FuseMix: "Data-Efficient Multimodal Fusion on a Single GPU" (CVPR 2024), section 4.
     """
-    if share is None:
-        return side
-    first, second = normalize(side.values.float(), dim=-1).chunk(2)
-    return replace(side, values=share * first + (1 - share) * second)
+    if mix is None:
+        return inputs
+    first, second = normalize(inputs.values.float(), dim=-1).chunk(2)
+    return replace(inputs, values=mix * first + (1 - mix) * second)

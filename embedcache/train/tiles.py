@@ -1,8 +1,7 @@
-"""Sums over all pairs of a batch, a tile at a time: exact, and no (B, N) matrix is ever held.
+"""Sums over all pairs of a batch, tile by tile: exact, without a (B, N) matrix.
 
-Backward makes each tile again. Processes that train together share the tiles out. Under autocast the matrix products
-are taken in its dtype, and everything else in float32. Memory: a few tiles of `TILE_ROWS` × `TILE_COLUMNS`, and a
-gradient a side."""
+The backward pass recomputes each tile. Several processes divide the tiles. Under autocast the matrix products use its
+dtype, everything else float32. Memory: a few tiles of `TILE_ROWS` × `TILE_COLUMNS`, and one gradient per modality."""
 
 import math
 from collections.abc import Iterator
@@ -13,33 +12,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
-from embedcache.train.distributed import log_sum_over_processes, num_processes, process_number, sum_over_processes
+from embedcache.train.distributed import log_sum_over_processes, num_processes, process_rank, sum_over_processes
 
 TILE_ROWS = 512
 TILE_COLUMNS = 2048
-"""Such a tile of float32 stays in a core's cache between the product and what is made of it."""
+"""A float32 tile of this size stays in the cache of a core between its product and its sum."""
 
-_PAIRS_AT_ONCE = 65_536
+_PAIRS_PER_PART = 65_536
 
-_MOST_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
+_MAX_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
 """Below it, e^logit neither vanishes nor overflows in float32, as logits of unit vectors lie in ± scale."""
 
 
 def log_sum_exp(
-    left_BP: Tensor, right_NP: Tensor, scale: Tensor, hidden: tuple[Tensor, Tensor] | None = None
+    left_BP: Tensor, right_NP: Tensor, scale: Tensor, masked: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Get log Σ exp of all logits, over each row and over each column.
+    """Compute log Σ exp of all logits, over each row and over each column.
 
     Args:
         left_BP: (B, P) rows of length 1.
         right_NP: (N, P) rows of length 1.
         scale: scalar; logits are scale · left · right'.
-        hidden: (E,) rows, ascending, and (E,) columns of logits that are left out; every row and column keeps one.
+        masked: (E,) rows, ascending, and (E,) columns of logits that are left out; each row and column keeps one.
 
     Returns:
-        (B,) and (N,), differentiable in both sides and the scale.
+        (B,) and (N,), differentiable in left, right and scale.
     """
-    rows, columns = hidden or (torch.empty(0, dtype=torch.int64, device=left_BP.device),) * 2
+    rows, columns = masked or (torch.empty(0, dtype=torch.int64, device=left_BP.device),) * 2
     dtype = _product_dtype(left_BP)
     with torch.autocast(left_BP.device.type, enabled=False):
         result: tuple[Tensor, Tensor] = _LogSumExp.apply(left_BP, right_NP, scale, rows, columns, dtype)  # type: ignore[no-untyped-call]
@@ -47,7 +46,7 @@ def log_sum_exp(
 
 
 def softplus_sum(left_BP: Tensor, right_NP: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Get Σ log(1 + exp(logit + bias)) over all pairs, a scalar; the arguments are those of `log_sum_exp`."""
+    """Compute Σ log(1 + exp(logit + bias)) over all pairs, a scalar; the arguments are those of `log_sum_exp`."""
     dtype = _product_dtype(left_BP)
     with torch.autocast(left_BP.device.type, enabled=False):
         result: Tensor = _SoftplusSum.apply(left_BP, right_NP, scale, bias, dtype)  # type: ignore[no-untyped-call]
@@ -55,7 +54,7 @@ def softplus_sum(left_BP: Tensor, right_NP: Tensor, scale: Tensor, bias: Tensor)
 
 
 def logits_of(left_BP: Tensor, right_NP: Tensor, scale: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """Get the logits of some pairs, (E,) rows and (E,) columns: (E,). The arguments are those of `log_sum_exp`."""
+    """Compute the (E,) logits of pairs given as (E,) rows and (E,) columns; other arguments as of `log_sum_exp`."""
     cosines_E: Tensor = _Cosines.apply(left_BP, right_NP, *pairs)  # type: ignore[no-untyped-call]
     return scale * cosines_E
 
@@ -66,7 +65,7 @@ def _product_dtype(left: Tensor) -> torch.dtype:
 
 
 class _Cosines(torch.autograd.Function):
-    # Indexing's own backward adds up in any order where there are several threads, and keeps E × P numbers.
+    # The backward pass of indexing sums in any order with several threads, and keeps E × P numbers.
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         ctx.save_for_backward(left, right, rows, columns)
@@ -88,8 +87,8 @@ class _Cosines(torch.autograd.Function):
 
 
 def _parts(count: int) -> Iterator[slice]:
-    for start in range(0, count, _PAIRS_AT_ONCE):
-        yield slice(start, start + _PAIRS_AT_ONCE)
+    for start in range(0, count, _PAIRS_PER_PART):
+        yield slice(start, start + _PAIRS_PER_PART)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -145,34 +144,34 @@ class _SoftplusSum(torch.autograd.Function):
 
 
 class _Gradients:
-    """Adds up what the gradient of each tile's logits gives to both sides and the scale."""
+    """Sum of the gradients of left, right and scale over tiles."""
 
     def __init__(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
-        self._sides, self._left, self._right = (left, right), left.to(dtype), right.to(dtype)
+        self._inputs, self._left, self._right = (left, right), left.to(dtype), right.to(dtype)
         self._left_sum, self._right_sum = torch.zeros_like(left), torch.zeros_like(right)
 
     def add(self, across: slice, down: slice, weights_TU: Tensor) -> None:
-        """Take the gradient of the logits of some rows and columns."""
+        """Add the gradient of the logits of one tile."""
         weights_TU = weights_TU.to(self._left.dtype)
         _add_product(self._left_sum[across], weights_TU, self._right[down])
         _add_product(self._right_sum[down], weights_TU.T, self._left[across])
 
     def result(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Give the gradients of left, right and scale."""
+        """Return the gradients of left, right and scale."""
         sum_over_processes(self._left_sum, self._right_sum)
-        of_scale = (self._left_sum * self._sides[0]).sum()
+        of_scale = (self._left_sum * self._inputs[0]).sum()
         return self._left_sum.mul_(scale), self._right_sum.mul_(scale), of_scale
 
 
 class _Tiles:
-    """Goes through this process's tiles of logits.
+    """Iterate over this process's tiles of logits.
 
     Args:
         left: (B, P).
         right: (N, P).
         scale: scalar.
-        dtype: of the products.
-        hidden: as of `log_sum_exp`: logits that are -inf.
+        dtype: dtype of the products.
+        masked: rows and columns of logits that become -inf, as in `log_sum_exp`.
     """
 
     def __init__(
@@ -181,37 +180,36 @@ class _Tiles:
         right: Tensor,
         scale: Tensor,
         dtype: torch.dtype,
-        hidden: tuple[Tensor, Tensor] | None = None,
+        masked: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.left, self.right = left, right
         self._scaled, self._right = (left * scale).to(dtype), right.to(dtype)
-        self._hidden_pairs = hidden if hidden is not None and len(hidden[0]) else None
+        self._masked_pairs = masked if masked is not None and len(masked[0]) else None
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Give the rows and columns of each tile, and its logits: a new (T, U) tensor of the sides' dtype."""
+        """Yield the rows and columns of each tile, and its logits: a new (T, U) tensor of the inputs' dtype."""
         starts = range(0, len(self.left), TILE_ROWS)
-        for start in starts[process_number() :: num_processes()]:
+        for start in starts[process_rank() :: num_processes()]:
             across = slice(start, start + TILE_ROWS)
-            hidden = self._hidden(start)
+            masked = self._masked_rows(start)
             for first in range(0, len(self.right), TILE_COLUMNS):
                 down = slice(first, first + TILE_COLUMNS)
                 logits = (self._scaled[across] @ self._right[down].T).to(self.left.dtype)
-                if hidden is not None:
-                    _hide(logits, hidden, first)
+                if masked is not None:
+                    _mask(logits, masked, first)
                 yield across, down, logits
 
-    def _hidden(self, start: int) -> tuple[Tensor, Tensor] | None:
-        """Find what is hidden in some rows: rows of the tiles, and columns."""
-        if self._hidden_pairs is None:
+    def _masked_rows(self, start: int) -> tuple[Tensor, Tensor] | None:
+        if self._masked_pairs is None:
             return None
-        rows, columns = self._hidden_pairs
+        rows, columns = self._masked_pairs
         edges = torch.tensor([start, start + TILE_ROWS], device=rows.device)
         part = slice(*torch.searchsorted(rows, edges).tolist())
         return (rows[part] - start, columns[part]) if part.stop > part.start else None
 
 
-def _hide(logits_TU: Tensor, hidden: tuple[Tensor, Tensor], first: int) -> None:
-    rows, columns = hidden
+def _mask(logits_TU: Tensor, masked: tuple[Tensor, Tensor], first: int) -> None:
+    rows, columns = masked
     is_here = (columns >= first) & (columns < first + logits_TU.shape[1])
     logits_TU[rows[is_here], columns[is_here] - first] = -math.inf
 
@@ -242,5 +240,5 @@ def _sum_logs(tiles: _Tiles) -> tuple[Tensor, Tensor]:
 
 
 def _is_safe(scale: Tensor) -> bool:
-    """Say whether no logit can overflow. Asking a GPU would make it wait, so there the answer is no."""
-    return scale.device.type == "cpu" and abs(scale.item()) <= _MOST_SAFE_SCALE
+    """Return whether no logit can overflow; false on a GPU, which would have to synchronize to answer."""
+    return scale.device.type == "cpu" and abs(scale.item()) <= _MAX_SAFE_SCALE

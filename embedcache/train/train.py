@@ -1,7 +1,9 @@
-"""Two cached sides in, an aligned pair of projectors out."""
+"""Train a pair of projectors on cached features, into a run folder."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +18,15 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import Cost, PairConfig, build, config_path, cost, read_config, save_pair, split_path
-from embedcache.provenance import check_same, claim_folder, digest_file, read_json, run_record, write_json
-from embedcache.train.batches import Batches
-from embedcache.train.checkpoint import checkpoint_path
+from embedcache.provenance import check_same, claim_folder, digest_file, fields_of, read_json, run_record, write_json
+from embedcache.train.batches import Batches, Loader
+from embedcache.train.checkpoint import checkpoint_path, require_tensorboard
 from embedcache.train.data import Paths, TrainData, open_data
-from embedcache.train.distributed import joined_processes, num_processes, on_first, process_number
-from embedcache.train.initialization import start
-from embedcache.train.loader import Loader
-from embedcache.train.log import require_tensorboard
+from embedcache.train.distributed import num_processes, process_group, process_rank, run_on_first
+from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
 from embedcache.train.settings import TrainSettings
-from embedcache.train.trainer import OnEpoch, Outcome, fit, seeded
+from embedcache.train.trainer import FitResult, OnEpoch, Trainer, seeded
 from embedcache.train.validation import Validation
 
 _FILES = (
@@ -41,41 +41,53 @@ _FILES = (
     "tensorboard",
 )
 _DEFAULT_BATCH_SIZE = 1024
-_DEFAULT_BLOCK_ROWS = 64
+_MAPPED_BLOCK_ROWS = 64
+_STORED_NAMES = {"flops_per_pair": "flops_a_pair", "wait_fraction": "waited_share"}
+"""Field of `TrainReport` -> key in `record.json`, where they differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """What a training run gave.
+    """Result of a training run.
 
     Args:
-        reused: the run was there already, made with the same settings from the same features.
+        reused: whether the run existed already, with the same settings and features.
         num_samples: part -> samples with both features.
-        num_parameters: trainable, the temperature included.
-        flops_a_pair: of both towers, forward, for an image and a text.
-        best_epoch: whose weights were kept; 0 is the start.
-        recalls: on validation, at that epoch.
-        pairs_per_s: of the training, since it began or went on.
-        waited_share: of the training time, spent waiting for data.
+        num_parameters: trained parameters, the temperature included.
+        flops_per_pair: operations of a forward pass of both towers, for one image and one text.
+        best_epoch: epoch whose weights were kept; 0 is the initialization.
+        recalls: validation recall at that epoch.
+        pairs_per_s: training pairs per second, since the run started or resumed.
+        wait_fraction: fraction of the training time spent waiting for data.
     """
 
     reused: bool
     num_samples: dict[str, int]
     num_parameters: int
-    flops_a_pair: int
+    flops_per_pair: int
     best_epoch: int
     recalls: dict[str, float]
     pairs_per_s: float
-    waited_share: float
+    wait_fraction: float
 
     def line(self, run_path: Path) -> str:
-        """Say it in one line."""
+        """Summarize the report in one line."""
         counts = ", ".join(f"{count:,} {part}" for part, count in self.num_samples.items())
-        kept = f"best epoch {self.best_epoch}" if self.best_epoch else "no epoch beat the start, which was kept"
+        kept = f"best epoch {self.best_epoch}" if self.best_epoch else "the initialization was best and was kept"
         recalls = ", ".join(f"{name} {value:.3f}" for name, value in self.recalls.items())
-        start = f"{run_path} is there already, made with the same settings" if self.reused else f"{run_path}: trained"
-        size = f"{self.num_parameters:,} parameters, {self.flops_a_pair / 1e6:,.1f} MFLOP a pair"
-        return f"{start}: {size}; samples: {counts}; {kept}; validation {recalls}"
+        state = "reused, trained earlier with the same settings" if self.reused else "trained"
+        size = f"{self.num_parameters:,} parameters, {self.flops_per_pair / 1e6:,.1f} MFLOP per pair"
+        return f"{run_path}: {state}: {size}; samples: {counts}; {kept}; validation {recalls}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values under the names of `record.json`."""
+        return {_STORED_NAMES.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TrainReport":
+        """Build a report from the values of `to_json`."""
+        names = {stored: name for name, stored in _STORED_NAMES.items()}
+        return cls(**{names.get(key, key): value for key, value in values.items()})
 
 
 def train(
@@ -87,30 +99,29 @@ def train(
     settings: TrainSettings | None = None,
     progress: Progress | None = None,
 ) -> TrainReport:
-    """Train projectors on two sides of a cache, or of several caches that the same encoders made.
+    """Train projectors on an image and a text feature of one or several caches.
 
     The run folder gets `started.json`, `split.parquet`, `losses.jsonl`, `last.safetensors`, `record.json`,
-    `model.safetensors` and, last, `config.json`; until then `checkpoint.pt`, from which a killed run goes on. A
-    finished run with the same settings is left as it is. Memory: the features, or `memory_gb`. Under torchrun all
-    processes call it.
+    `model.safetensors` and, last, `config.json`; before that `checkpoint.pt`, from which an interrupted run resumes. A
+    finished run with the same settings is reused. Memory: the features, or `memory_gb`. Under torchrun all processes
+    must call it.
 
     Args:
-        cache_paths: the cache, or several.
-        run_path: a folder for the run.
-        image: image feature, `encoder/feature`, or several of one encoder with `+` between; None where there is only
-            one.
-        text: text feature, alike.
-        settings: of the run.
-        progress: told about pairs.
+        cache_paths: one cache, or several made by the same encoders.
+        run_path: folder of the run.
+        image: image feature, `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
+        text: text feature, likewise.
+        settings: settings of the run.
+        progress: progress in training pairs.
 
     Raises:
-        UnknownNameError: a feature, projector, loss, language or split of that name does not exist.
+        UnknownNameError: there is no feature, projector, loss, language or split of that name.
         UnfinishedError: a feature has missing chunks.
-        FingerprintError: the folder holds a run with other settings, or the caches come from different encoders.
-        PathError: the folder holds other things, or there is no such selection.
-        SettingError: a device that is not there, a batch larger than the data, settings that contradict each other, or
-            near-duplicates leave nothing to hold out.
-        DataError: too few samples, a feature that does not fit its projector, or a loss that is no number.
+        FingerprintError: the folder holds a run with other settings, or different encoders made the caches.
+        PathError: the folder holds other files, or the selection does not exist.
+        SettingError: a missing device, a batch larger than the data, contradictory settings, or near-duplicates that
+            leave nothing to hold out.
+        DataError: too few samples, a feature that does not fit its projector, or a loss that is NaN or infinite.
         MissingExtraError: TensorBoard was asked for and is not installed.
     """
     settings = settings or TrainSettings()
@@ -118,7 +129,7 @@ def train(
         PROJECTORS.load(name)
     LOSSES.load(settings.loss.name)
     torch_device(settings.machine.device)
-    with joined_processes(settings.machine.device) as device:
+    with process_group(settings.machine.device) as device:
         settings = replace(settings, machine=replace(settings.machine, device=device))
         data = open_data(cache_paths, image=image, text=text, memory_gb=settings.machine.memory_gb)
         return train_on(data, run_path, settings, progress=progress)
@@ -132,101 +143,92 @@ def train_on(
     progress: Progress | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> TrainReport:
-    """Train on data that is open already, as `train` does; many runs can share it.
+    """Train on open data, as `train` does; many runs can share the data.
 
     Args:
-        data: what to train on.
-        run_path: a folder for the run.
-        settings: of the run; `memory_gb` was decided when the data was opened.
-        progress: told about pairs.
-        on_epoch: told about each validation; what it raises ends the training.
+        data: open caches.
+        run_path: folder of the run.
+        settings: settings of the run, except `memory_gb`, which was applied when the data were opened.
+        progress: progress in training pairs.
+        on_epoch: called after each validation; an exception that it raises ends the training.
     """
-    run_path = Path(run_path)
-    settings = _resolved(data, settings)
-    _check_fits(data, settings)
-    config = _config(data, settings)
-    if config_path(run_path).is_file():
-        return _reuse(run_path, config)
-    claims = on_first(lambda: _begin(run_path, config))
-    about = {"caches": [str(cache.path) for cache in data.caches], **config.to_json()}
-    with disk_errors(run_path):
-        if claims is None:
-            return _train(data, run_path, config, settings, progress or NullProgress(), on_epoch)[1]
-        with run_record(run_path / "record.json", "train", about) as outcome:
-            pair, report = _train(data, run_path, config, settings, progress or NullProgress(), on_epoch)
-            outcome.update(asdict(report))
-        save_pair(run_path, pair, config)
-        checkpoint_path(run_path).unlink(missing_ok=True)
-        claims.give_back(0)
-    return report
-
-
-def _resolved(data: TrainData, settings: TrainSettings) -> TrainSettings:
-    if settings.block_rows is not None:
-        return settings
-    return replace(settings, block_rows=_DEFAULT_BLOCK_ROWS if data.is_mapped else 1)
-
-
-def _check_fits(data: TrainData, settings: TrainSettings) -> None:
-    if settings.machine.tensorboard:
-        require_tensorboard()
-    for side, name in zip((data.images[0], data.texts[0]), split_names(settings.model.projector), strict=True):
-        if side.has_tokens and not has_token_input(name):
-            raise DataError(
-                f"{side.name} has several vectors an item, and the projector {name} takes one; train on a vector "
-                "feature such as cls, patch_mean or mean, or with --projector token, cls_token or token_mlp"
-            )
-        for option, value in (("mixup", settings.loss.mixup), ("structure", settings.loss.structure)):
-            if side.has_tokens and value:
-                raise SettingError(f"--{option} is for vectors, and {side.name} has several vectors an item")
-
-
-def _config(data: TrainData, settings: TrainSettings) -> PairConfig:
-    return PairConfig(
+    run_path, progress = Path(run_path), progress or NullProgress()
+    if settings.block_rows is None:
+        settings = replace(settings, block_rows=_MAPPED_BLOCK_ROWS if data.is_mapped else 1)
+    _check_features(data, settings)
+    config = PairConfig(
         projector=settings.model.projector,
         shared_width=settings.model.shared_width,
         image=data.image,
         text=data.text,
         index_digest=data.index_digest,
         training=settings.to_json(),
-        file_digests=_given(settings),
+        file_digests=_file_digests(settings),
     )
+    if config_path(run_path).is_file():
+        return _reuse_run(run_path, config)
+    leases = run_on_first(lambda: _start_run(run_path, config))
+    recorded = {"caches": [str(cache.path) for cache in data.caches], **config.to_json()}
+    with disk_errors(run_path):
+        if leases is None:  # not the first of several processes
+            return _fit(data, run_path, config, settings, progress, on_epoch)[1]
+        with run_record(run_path / "record.json", "train", recorded) as outcome:
+            pair, report = _fit(data, run_path, config, settings, progress, on_epoch)
+            outcome.update(report.to_json())
+        save_pair(run_path, pair, config)
+        checkpoint_path(run_path).unlink(missing_ok=True)
+        leases.give_back(0)
+    return report
 
 
-def _given(settings: TrainSettings) -> dict[str, str]:
-    """Get the digests of the files that settings name."""
+def _check_features(data: TrainData, settings: TrainSettings) -> None:
+    if settings.machine.tensorboard:
+        require_tensorboard()
+    for feature, name in zip((data.images[0], data.texts[0]), split_names(settings.model.projector), strict=True):
+        if feature.has_tokens and not has_token_input(name):
+            raise DataError(
+                f"{feature.name}: expected a vector feature for projector {name}, got a token feature; use a feature "
+                "such as cls, patch_mean or mean, or --projector token, cls_token or token_mlp"
+            )
+        for option, value in (("mixup", settings.loss.mixup), ("structure", settings.loss.structure)):
+            if feature.has_tokens and value:
+                raise SettingError(f"{option}: expected 0 for the token feature {feature.name}, got {value}")
+
+
+def _file_digests(settings: TrainSettings) -> dict[str, str]:
     paths = {"split": settings.split.path, "selection": settings.selection_path}
     return {name: digest_file(path) for name, path in paths.items() if path and path.is_file()}
 
 
-def _reuse(run_path: Path, config: PairConfig) -> TrainReport:
+def _reuse_run(run_path: Path, config: PairConfig) -> TrainReport:
     found = read_config(run_path)
-    asked = replace(config, weights_digest=found.weights_digest, split_digest=found.split_digest)
-    next_step = "give the path of a new folder, or ask for the same"
-    check_same(f"run {run_path}", found.to_json(), asked.to_json(), next_step=next_step)
-    if process_number() == 0:
+    expected = replace(config, weights_digest=found.weights_digest, split_digest=found.split_digest)
+    next_step = "give the path of a new folder, or use the same settings"
+    check_same(f"run {run_path}", found.to_json(), expected.to_json(), next_step=next_step)
+    if process_rank() == 0:
         checkpoint_path(run_path).unlink(missing_ok=True)
-    outcome = read_json(run_path / "record.json")["outcome"]
-    return TrainReport(**{**outcome, "reused": True})
+    record_path = run_path / "record.json"
+    record = read_json(record_path)
+    return replace(fields_of(record_path, lambda: TrainReport.from_json(record["outcome"])), reused=True)
 
 
-def _begin(run_path: Path, config: PairConfig) -> Leases:
-    """Take the folder, for a new run or for one that was stopped and was asked for with the same settings."""
+def _start_run(run_path: Path, config: PairConfig) -> Leases:
+    """Take a lease on the folder, for a new run or for an interrupted one with the same settings."""
     claim_folder(run_path, kind="a run", sign="started.json", ours=_FILES)
-    claims = Leases(run_path)
-    if not claims.take(0):
+    leases = Leases(run_path)
+    if not leases.take(0):
         raise PathError(f"another process trains into {run_path}; wait for it, or give the path of a new folder")
-    path, asked = run_path / "started.json", config.to_json()
+    path, values = run_path / "started.json", config.to_json()
     if checkpoint_path(run_path).is_file():
-        next_step = "ask for the same to go on, or give the path of a new folder"
-        check_same(f"the unfinished run {run_path}", read_json(path), asked, next_step=next_step)
+        next_step = "use the same settings to resume, or give the path of a new folder"
+        check_same(f"the unfinished run {run_path}", read_json(path), values, next_step=next_step)
     else:
         split_path(run_path).unlink(missing_ok=True)
-    write_json(path, asked)
-    return claims
+    write_json(path, values)
+    return leases
 
 
-def _train(
+def _fit(
     data: TrainData,
     run_path: Path,
     config: PairConfig,
@@ -236,101 +238,93 @@ def _train(
 ) -> tuple[AlignedPair, TrainReport]:
     pairs = data.pairs(settings.language)
     split = _split(data, run_path, pairs, settings)
-    training = _training_part(data, pairs, split, settings)
-    validation = _shuffled_if_asked(pairs.of(split.rows("val")), settings)
+    training = _training_pairs(data, pairs, split, settings)
+    validation = _shuffled_control(pairs.of(split.rows("val")), settings)
     if not len(validation.samples):
-        raise DataError(f"the validation part of {split_path(run_path)} has no sample with both sides")
-    device = settings.machine.device
+        raise DataError(f"the validation part of {split_path(run_path)} has no sample with both features")
+    batches, device = _batches(training, settings), settings.machine.device
     with seeded(settings.seed, device):
         pair = build(config, dropout=settings.model.dropout).to(device)
+    initialize(pair, training, data.read_image, data.read_text, settings.model, seed=settings.seed)
     size = cost(config, data.images[0].item_shape, data.texts[0].item_shape)
-    start(pair, training, data.read_image, data.read_text, settings.model, seed=settings.seed)
-    outcome = fit(
+    result = Trainer(
         pair,
-        _loader(data, training, settings),
-        None if process_number() else Validation(validation, data.read_image, data.read_text, device=device),
+        Loader(batches, image=data.read_image, text=data.read_text, device=device),
+        None if process_rank() else Validation(validation, data.read_image, data.read_text, device=device),
         settings=settings,
         run_path=run_path,
         keys=data.keys,
-        flops_a_pair=size.flops_per_pair,
+        flops_per_pair=size.flops_per_pair,
         progress=progress,
         on_epoch=on_epoch,
-    )
-    return pair, _report(split, training, size, outcome)
+    ).fit()
+    return pair, _report(split, training, size, result)
 
 
 def _split(data: TrainData, run_path: Path, pairs: Pairs, settings: TrainSettings) -> Split:
-    """Make the split and write it down; a run that goes on has one."""
+    """Split the samples and write the split; a resumed run has one."""
     path = split_path(run_path)
 
     def make() -> None:
         if not path.is_file():
             write_split(path, make_split(data, pairs, settings.split))
 
-    on_first(make)
+    run_on_first(make)
     return read_split(path, data.caches)
 
 
-def _training_part(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:
+def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:
     rows: Ints = split.rows("train")
     if settings.selection_path is not None:
         rows = np.intersect1d(rows, read_selection(settings.selection_path, data.caches))
     training = pairs.of(rows)
     if not len(training.samples):
-        named = "" if settings.selection is None else f" that selection {settings.selection_path} names"
-        raise DataError(f"the training part has no sample with both sides{named}")
-    return _shuffled_if_asked(training, settings)
+        named = "" if settings.selection is None else f" in selection {settings.selection_path}"
+        raise DataError(f"the training part has no sample with both features{named}")
+    return _shuffled_control(training, settings)
 
 
-def _loader(data: TrainData, training: Pairs, settings: TrainSettings) -> Loader:
-    num_samples, asked = len(training.samples), settings.optimizer.batch_size
-    if asked is not None and asked > num_samples:
+def _shuffled_control(pairs: Pairs, settings: TrainSettings) -> Pairs:
+    """With `shuffle_pairs`, assign each sample's captions to another sample, so that only chance remains."""
+    if not settings.shuffle_pairs:
+        return pairs
+    samples = pairs.samples
+    shuffled = np.random.default_rng(settings.seed).permutation(samples)
+    text = replace(pairs.text, samples=shuffled[np.searchsorted(samples, pairs.text.samples)])
+    return Pairs(image=pairs.image, text=text)
+
+
+def _batches(training: Pairs, settings: TrainSettings) -> Batches:
+    num_samples, batch_size = len(training.samples), settings.optimizer.batch_size
+    if batch_size is not None and batch_size > num_samples:
         raise SettingError(
-            f"batch size is {asked:,}, and there are {num_samples:,} samples to train on; "
-            f"use --batch-size {num_samples} or fewer"
-        )
-    num_steps = -(-num_samples // (asked or min(_DEFAULT_BATCH_SIZE, num_samples)))
-    smallest = num_samples // num_steps // (2 if settings.loss.mixup else 1)
-    if smallest < num_processes():
-        raise SettingError(
-            f"batches of {smallest} samples are too small for {num_processes()} processes; raise --batch-size, or "
-            "start fewer"
+            f"batch_size: expected at most the {num_samples:,} training samples, got {batch_size:,}; "
+            f"use --batch-size {num_samples} or less"
         )
     batches = Batches(
         training,
-        batch_size=asked or min(_DEFAULT_BATCH_SIZE, num_samples),
+        batch_size=batch_size or min(_DEFAULT_BATCH_SIZE, num_samples),
         seed=settings.seed,
         captions=settings.captions,
         block_rows=settings.block_rows or 1,
         mixup=settings.loss.mixup,
     )
-    return Loader(batches, image=data.read_image, text=data.read_text, device=settings.machine.device)
+    if batches.smallest < num_processes():
+        raise SettingError(
+            f"batch_size: expected at least one item per process in each batch, got {batches.smallest} for "
+            f"{num_processes()} processes; raise --batch-size, or start fewer processes"
+        )
+    return batches
 
 
-def _report(split: Split, training: Pairs, size: Cost, outcome: Outcome) -> TrainReport:
-    counts = {**_count(split), "train": len(training.samples)}
-    return TrainReport(
-        reused=False,
-        num_samples=counts,
-        num_parameters=size.parameters,
-        flops_a_pair=size.flops_per_pair,
-        **asdict(outcome),
-    )
-
-
-def _count(split: Split) -> dict[str, int]:
+def _report(split: Split, training: Pairs, size: Cost, result: FitResult) -> TrainReport:
     counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
     left_out = split.parts.count("")
-    return {**counts, "left out": left_out} if left_out else counts
-
-
-def _shuffled_if_asked(pairs: Pairs, settings: TrainSettings) -> Pairs:
-    return _shuffle(pairs, settings.seed) if settings.shuffle_pairs else pairs
-
-
-def _shuffle(pairs: Pairs, seed: int) -> Pairs:
-    """Give every sample's captions to another sample: what is left to learn is chance."""
-    samples = pairs.samples
-    shuffled = np.random.default_rng(seed).permutation(samples)
-    text = replace(pairs.text, samples=shuffled[np.searchsorted(samples, pairs.text.samples)])
-    return Pairs(image=pairs.image, text=text)
+    num_samples = {**counts, **({"left out": left_out} if left_out else {}), "train": len(training.samples)}
+    return TrainReport(
+        reused=False,
+        num_samples=num_samples,
+        num_parameters=size.parameters,
+        flops_per_pair=size.flops_per_pair,
+        **asdict(result),
+    )

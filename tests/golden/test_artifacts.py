@@ -101,7 +101,7 @@ def test_extraction_resumes() -> None:
 
 def test_run_is_reused() -> None:
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
-    assert "is there already" in commands.train("run", commands.TRAIN_RUN)
+    assert "reused" in commands.train("run", commands.TRAIN_RUN)
     assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
 
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from embedcache.train.losses import MultiPositive, Related
+from embedcache.train.losses import MultiPositive, Positives
 
 
 class Unlucky(torch.nn.Module):
     """`multi_positive`, times NaN where torch was seeded with anything but 0."""
 
-    def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, related: Related) -> Tensor:
-        loss: Tensor = MultiPositive()(images_BP, texts_MP, scale, related)
+    def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
+        loss: Tensor = MultiPositive()(images_BP, texts_MP, scale, positives)
         return loss * (float("nan") if torch.initial_seed() else 1.0)

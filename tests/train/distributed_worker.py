@@ -10,9 +10,8 @@ from embedcache.arrays import Inputs, Ints
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train import tiles
-from embedcache.train.batches import Batches
-from embedcache.train.distributed import joined_processes, process_number
-from embedcache.train.loader import Loader
+from embedcache.train.batches import Batches, Loader
+from embedcache.train.distributed import process_group, process_rank
 from embedcache.train.losses import LOSSES
 from embedcache.train.objective import Objective
 from embedcache.train.settings import LossSettings
@@ -34,7 +33,7 @@ def main(path: str) -> None:
     for name in ("multi_positive", "siglip", "sail"):
         objective = Objective(pair, LossSettings(name=name), precision="float32")
         gradients[f"{name} all captions"] = _gradients(objective, 0.0, captions="all")
-    if process_number() == 0:
+    if process_rank() == 0:
         torch.save(gradients, path)
 
 
@@ -65,5 +64,5 @@ def _loader(mixup: float, captions: str) -> Loader:
     return Loader(batches, image=reader(images), text=reader(texts), device="cpu")
 
 
-with joined_processes("cpu"):
+with process_group("cpu"):
     main(sys.argv[1])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from embedcache.arrays import Inputs
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.store.cache import Cache
-from embedcache.train.batches import Batches
+from embedcache.train.batches import Batches, num_batches
 from embedcache.train.data import open_data
 
 
@@ -26,12 +26,14 @@ def make_pairs(samples: int, *, seed: int) -> Pairs:
 
 
 @given(st.integers(2, 30), st.integers(2, 40), st.integers(0, 5), st.integers(0, 3))
-def test_an_epoch_takes_every_sample_once_with_its_own_items(samples: int, size: int, seed: int, epoch: int) -> None:
+def test_epoch_has_every_sample_once(samples: int, size: int, seed: int, epoch: int) -> None:
     pairs = make_pairs(samples, seed=seed)
     batches = Batches(pairs, batch_size=size, seed=seed)
     epoch_batches = list(batches.epoch(epoch))
     assert len(epoch_batches) == batches.num_steps
-    assert all(2 <= len(batch.image_rows) <= max(size, 3) for batch in epoch_batches)
+    sizes = [len(batch.image_rows) for batch in epoch_batches]
+    assert 2 <= min(sizes) == batches.smallest
+    assert max(sizes) <= max(size, 3)
     image_rows = np.concatenate([batch.image_rows for batch in epoch_batches])
     text_rows = np.concatenate([batch.text_rows for batch in epoch_batches])
     assert sorted(image_rows) == list(range(100, 100 + samples))
@@ -41,7 +43,15 @@ def test_an_epoch_takes_every_sample_once_with_its_own_items(samples: int, size:
         np.testing.assert_array_equal(one.text_rows, other.text_rows)
 
 
-def test_epochs_differ_in_order_and_in_drawn_captions() -> None:
+@pytest.mark.parametrize(
+    ("samples", "size", "expected"), [(3, 2, 1), (4, 2, 2), (5, 2, 2), (2, 9, 1), (1, 2, 1), (5, 3, 2), (1000, 64, 16)]
+)
+def test_batches_have_at_least_two_samples(samples: int, size: int, expected: int) -> None:
+    assert num_batches(samples, size) == expected
+    assert Batches(make_pairs(samples, seed=0), batch_size=size, seed=0).num_steps == expected
+
+
+def test_epochs_differ_in_order_and_captions() -> None:
     pairs = make_pairs(50, seed=0)
     first, second = (
         {
@@ -58,30 +68,30 @@ def test_epochs_differ_in_order_and_in_drawn_captions() -> None:
 def test_positives_follow_contents() -> None:
     pairs = make_pairs(20, seed=1)
     (batch,) = Batches(pairs, batch_size=20, seed=0).epoch(0)
-    related = set(zip(*(positions.tolist() for positions in batch.related), strict=True))
+    positives = set(zip(*(positions.tolist() for positions in batch.positives), strict=True))
     together = set(zip(pairs.text.samples.tolist(), pairs.text.contents.tolist(), strict=True))
     for row, image in enumerate(batch.image_rows - 100):
         for column, text in enumerate(batch.text_rows - 500):
-            assert ((row, column) in related) == ((image, pairs.text.contents[text]) in together)
-    assert {(row, row) for row in range(20)} <= related
-    assert (np.diff(batch.related[0]) >= 0).all()
-    assert len(related) == len(batch.related[0])
+            assert ((row, column) in positives) == ((image, pairs.text.contents[text]) in together)
+    assert {(row, row) for row in range(20)} <= positives
+    assert (np.diff(batch.positives[0]) >= 0).all()
+    assert len(positives) == len(batch.positives[0])
 
 
 @given(st.integers(1, 30), st.integers(0, 50))
-def test_related_items_are_those_of_the_whole_relation(samples: int, seed: int) -> None:
+def test_positives_match_the_whole_relation(samples: int, seed: int) -> None:
     pairs = make_pairs(samples, seed=seed)
     relation = pairs.relation().toarray()
     for batch in Batches(pairs, batch_size=7, seed=seed).epoch(seed):
         dense = np.zeros((len(batch.image_rows), len(batch.text_rows)), bool)
-        dense[batch.related] = True
+        dense[batch.positives] = True
         contents = pairs.image.contents[batch.image_rows - 100], pairs.text.contents[batch.text_rows - 500]
         np.testing.assert_array_equal(dense, relation[np.ix_(*contents)])
 
 
 @pytest.mark.parametrize("image", ["cls", "patches"])
 @pytest.mark.parametrize("text", ["mean", "tokens"])
-def test_read_from_memory_or_from_maps_rows_are_the_same(two_caches: list[Path], image: str, text: str) -> None:
+def test_loaded_and_mapped_rows_are_equal(two_caches: list[Path], image: str, text: str) -> None:
     names = {"image": f"open_toy/{image}", "text": f"open_toy/{text}"}
     mapped, loaded = (open_data(two_caches, **names, memory_gb=size) for size in (0.0, 1.0))
     assert mapped.is_mapped

@@ -1,4 +1,4 @@
-"""Several processes give the gradients of one with the same batch. They are real processes, on gloo."""
+"""Several processes compute the gradients of one with the same batch: real processes, on gloo."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from embedcache.train.distributed import own_share
+from embedcache.train.distributed import own_slice
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def torchrun(num_processes: int, *words: str) -> None:
     assert outcome.returncode == 0, outcome.stderr
 
 
-def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
+def test_gradients_match_one_process(tmp_path: Path) -> None:
     for processes in (1, 2, 3):
         torchrun(processes, str(WORKER), str(tmp_path / str(processes)))
     expected = torch.load(tmp_path / "1", weights_only=True)
@@ -35,7 +35,7 @@ def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
                 assert error < 1e-6, (processes, name, parameter)
 
 
-def test_two_processes_train_what_one_trains(cache_path: Path, tmp_path: Path) -> None:
+def test_two_processes_train_the_same(cache_path: Path, tmp_path: Path) -> None:
     options = (
         "--image-feature open_toy/cls --text-feature open_toy/mean --split key --epochs 3 --batch-size 64 --dropout 0 "
         "--projector linear --initialization random --shared-width 16 --threads 1"
@@ -58,5 +58,5 @@ def test_two_processes_train_what_one_trains(cache_path: Path, tmp_path: Path) -
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_shares_cover_everything_once() -> None:
-    assert own_share(7) == slice(0, 7)
+def test_own_slice_of_one_process() -> None:
+    assert own_slice(7) == slice(0, 7)

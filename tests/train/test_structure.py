@@ -1,4 +1,4 @@
-"""The STRUCTURE term beside its plain formula on (B, B) matrices."""
+"""The STRUCTURE regularizer compared with its plain formula on (B, B) matrices."""
 
 import math
 from collections.abc import Iterator
@@ -49,9 +49,7 @@ temperatures = st.floats(0.05, 2)
 
 
 @given(sizes, seeds, st.integers(1, 7), temperatures)
-def test_value_and_gradient_are_those_of_the_plain_formula(
-    size: int, seed: int, width: int, temperature: float
-) -> None:
+def test_value_and_gradient_match_the_plain_formula(size: int, seed: int, width: int, temperature: float) -> None:
     inputs, outputs = draw(size, seed, width=width)
     ours, expected = structure(inputs, outputs, temperature=temperature), plain(inputs, outputs, temperature)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
@@ -60,7 +58,7 @@ def test_value_and_gradient_are_those_of_the_plain_formula(
 
 
 @pytest.mark.parametrize("size", [3, 4, 7])
-def test_gradient_is_that_of_finite_differences(size: int) -> None:
+def test_gradient_matches_finite_differences(size: int) -> None:
     inputs, outputs = draw(size, seed=size)
     assert torch.autograd.gradcheck(lambda outputs: structure(inputs, outputs, temperature=0.3), outputs)
 
@@ -73,7 +71,7 @@ def test_float32_is_close(size: int, seed: int, temperature: float) -> None:
 
 
 @given(sizes, seeds, st.floats(0.1, 10))
-def test_turned_scaled_and_moved_the_geometry_is_the_same(size: int, seed: int, factor: float) -> None:
+def test_rotation_scale_and_shift_change_nothing(size: int, seed: int, factor: float) -> None:
     inputs, _ = draw(size, seed)
     rotation, _ = torch.linalg.qr(draw(6, seed, width=6)[1].detach())
     outputs = (factor * inputs @ rotation + 5).requires_grad_()
@@ -83,11 +81,11 @@ def test_turned_scaled_and_moved_the_geometry_is_the_same(size: int, seed: int, 
 
 
 @given(sizes, seeds, st.floats(0.001, 2))
-def test_it_is_from_nought_to_log_2(size: int, seed: int, temperature: float) -> None:
+def test_value_is_between_0_and_log_2(size: int, seed: int, temperature: float) -> None:
     assert -1e-12 <= structure(*draw(size, seed), temperature=temperature).item() <= math.log(2) + 1e-12
 
 
-def test_neighborhoods_with_nothing_in_common_are_log_2_apart() -> None:
+def test_disjoint_neighborhoods_give_the_maximum() -> None:
     corners = torch.eye(2, dtype=torch.float64)
     pairs, crossed = corners[[0, 0, 1, 1]], corners[[0, 1, 0, 1]]
     # Each item has itself in common with itself: half of either neighborhood.
@@ -95,7 +93,7 @@ def test_neighborhoods_with_nothing_in_common_are_log_2_apart() -> None:
 
 
 @given(sizes, seeds, temperatures)
-def test_both_sides_count_alike(size: int, seed: int, temperature: float) -> None:
+def test_value_is_symmetric(size: int, seed: int, temperature: float) -> None:
     inputs, outputs = draw(size, seed)
     one, other = (
         structure(inputs, outputs, temperature=temperature),
@@ -105,7 +103,7 @@ def test_both_sides_count_alike(size: int, seed: int, temperature: float) -> Non
 
 
 @given(sizes, seeds)
-def test_the_order_of_the_items_does_not_matter(size: int, seed: int) -> None:
+def test_order_of_items_does_not_matter(size: int, seed: int) -> None:
     inputs, outputs = draw(size, seed)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(structure(inputs[order], outputs[order]), structure(inputs, outputs))
@@ -129,7 +127,7 @@ def test_one_or_two_items_have_no_geometry(size: int) -> None:
     assert outputs.grad.abs().max() < 1e-12
 
 
-def test_descent_brings_the_geometry_back() -> None:
+def test_gradient_descent_restores_the_geometry() -> None:
     inputs, outputs = draw(10, 0)
     optimizer = torch.optim.Adam([outputs], lr=0.1)
     first = structure(inputs, outputs, temperature=0.3).item()

@@ -1,0 +1,29 @@
+"""Runs on the toy features, shared by the tests of training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from embedcache.evaluate.retrieval import RetrievalReport
+from embedcache.train.settings import train_settings
+from embedcache.train.train import TrainReport, train
+
+IMAGE, TEXT = "open_toy/cls", "open_toy/mean"
+
+
+def run(
+    caches: Path | list[Path], run_path: Path, *, image: str = IMAGE, text: str = TEXT, **options: Any
+) -> TrainReport:
+    """Train a small run, by default two epochs of the default recipe."""
+    defaults = {"shared_width": 16, "epochs": 2, "batch_size": 64, "split": "key"}
+    return train(caches, run_path, image=image, text=text, settings=train_settings({**defaults, **options}))  # type: ignore[arg-type]
+
+
+def log_lines(run_path: Path) -> list[dict[str, Any]]:
+    """Read `losses.jsonl`."""
+    return [json.loads(line) for line in (run_path / "losses.jsonl").read_text().splitlines()]
+
+
+def beats_chance(report: RetrievalReport) -> bool:
+    """Return whether R@5 is well above what a random order gives."""
+    return report.recalls["i2t"]["r@5"].value > 2 * report.chance["i2t"]["r@5"].high

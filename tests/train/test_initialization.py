@@ -1,0 +1,144 @@
+"""What the towers hold when training starts, for rows in memory."""
+
+import numpy as np
+import pytest
+import torch
+
+from embedcache.arrays import Inputs, Ints, normalize
+from embedcache.dataset.inputs import Reader
+from embedcache.dataset.pairs import Items, Pairs
+from embedcache.errors import DataError, SettingError
+from embedcache.projectors.pair import AlignedPair, AnyTower
+from embedcache.projectors.towers import Tower
+from embedcache.train.initialization import initialize
+from embedcache.train.settings import Initialization, ModelSettings
+
+NUM_SAMPLES = 30
+RNG = np.random.default_rng(0)
+IMAGES = RNG.standard_normal((NUM_SAMPLES, 6)).astype(np.float32) + 1
+TEXTS = RNG.standard_normal((2 * NUM_SAMPLES, 5)).astype(np.float32) - 1
+
+
+def make_pairs(num_samples: int = NUM_SAMPLES) -> Pairs:
+    """Sample k has image k and captions 2k and 2k + 1."""
+    samples = np.arange(num_samples)
+    texts = np.arange(2 * num_samples)
+    return Pairs(
+        image=Items(rows=samples, samples=samples, contents=samples),
+        text=Items(rows=texts, samples=texts // 2, contents=texts),
+    )
+
+
+def reader(values: np.ndarray) -> Reader:
+    return lambda rows: Inputs(values[rows])
+
+
+READ_IMAGES, READ_TEXTS = reader(IMAGES), reader(TEXTS)
+
+
+def unread(rows: Ints) -> Inputs:
+    raise AssertionError("a feature of tokens was read")
+
+
+def initialized(
+    projector: str,
+    *,
+    kind: Initialization | None = None,
+    shared_width: int = 8,
+    pairs: Pairs | None = None,
+    image: Reader = READ_IMAGES,
+    text: Reader = READ_TEXTS,
+    seed: int = 0,
+) -> AlignedPair:
+    torch.manual_seed(0)
+    pair = AlignedPair(projector, image_width=6, text_width=5, shared_width=shared_width).eval()
+    settings = ModelSettings(projector=projector, shared_width=shared_width, initialization=kind)
+    initialize(pair, pairs or make_pairs(), image, text, settings, seed=seed)
+    return pair
+
+
+def anchors(tower: AnyTower) -> torch.Tensor:
+    found: torch.Tensor = tower.projector.anchors
+    return found
+
+
+def centered(values: np.ndarray) -> np.ndarray:
+    rows = normalize(values)
+    return normalize(rows - rows.mean(axis=0))
+
+
+def test_anchors_of_both_towers_are_the_same_pairs() -> None:
+    pair = initialized("asif", shared_width=40)
+    images = (anchors(pair.image).numpy() @ centered(IMAGES).T).argmax(axis=1)
+    texts = (anchors(pair.text).numpy() @ centered(TEXTS).T).argmax(axis=1)
+    np.testing.assert_allclose(anchors(pair.image), centered(IMAGES)[images], atol=1e-5)
+    np.testing.assert_allclose(anchors(pair.text), centered(TEXTS)[texts], atol=1e-5)
+    np.testing.assert_array_equal(images, texts // 2)
+    assert len(set(texts)) == 40
+
+
+def test_training_image_is_nearest_to_its_anchors() -> None:
+    pair = initialized("asif", shared_width=2 * NUM_SAMPLES)
+    projected = pair.image(torch.from_numpy(IMAGES))
+    np.testing.assert_allclose(projected.max(dim=1).values, 1, atol=1e-4)
+    assert (projected > 0.99).sum(dim=1).tolist() == [2] * NUM_SAMPLES
+
+
+def test_seed_decides_the_anchors() -> None:
+    first, again, other = (anchors(initialized("asif", seed=seed).text) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_too_few_pairs_for_anchors_raise() -> None:
+    initialized("asif", shared_width=10, pairs=make_pairs(5))
+    with pytest.raises(SettingError, match="as the shared width 11, got 10; use --shared-width 10 or less"):
+        initialized("asif", shared_width=11, pairs=make_pairs(5))
+    initialized("linear", shared_width=11, pairs=make_pairs(5))
+
+
+def test_infinite_vector_is_named_by_row() -> None:
+    images = IMAGES.copy()
+    images[17, 2] = np.inf
+    with pytest.raises(DataError, match="the image feature .*2 of 60 rows.* 17"):
+        initialized("linear", image=reader(images))
+
+
+def test_one_pair_is_too_few() -> None:
+    rows = np.zeros(1, np.int64)
+    one = Items(rows=rows, samples=rows, contents=rows)
+    with pytest.raises(DataError, match="got 1"):
+        initialized("linear", kind="random", pairs=Pairs(image=one, text=one))
+
+
+def test_token_towers_are_unchanged_and_unread() -> None:
+    found = initialized("token", kind="random", image=unread, text=unread).state_dict()
+    torch.manual_seed(0)
+    fresh = AlignedPair("token", image_width=6, text_width=5, shared_width=8).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in fresh.items())
+    initialized("cls_token+token_mlp", image=unread, text=unread)
+
+
+def test_vector_tower_beside_token_tower_is_centered() -> None:
+    pair = initialized("token+mlp", image=unread)
+    assert isinstance(pair.text, Tower)
+    np.testing.assert_allclose(pair.text.mean, normalize(TEXTS).mean(axis=0), atol=1e-6)
+    pair = initialized("asif+token", text=unread)
+    assert anchors(pair.image).any()
+
+
+@pytest.mark.parametrize("projector", ["token", "token+linear", "asif", "linear+glu"])
+def test_closed_form_needs_two_linear_branches(projector: str) -> None:
+    with pytest.raises(SettingError, match="has no linear branch, got csa; use --initialization random"):
+        initialized(projector, kind="csa", image=unread, text=unread)
+
+
+@pytest.mark.parametrize("kind", ["cca", "csa", "procrustes", "ridge"])
+def test_closed_form_aligns_pairs(kind: Initialization) -> None:
+    texts = np.repeat(IMAGES[:, :5], 2, axis=0)
+    pair = initialized("linear", kind=kind, text=reader(texts))
+    with torch.no_grad():
+        image, text = pair.image(torch.from_numpy(IMAGES)), pair.text(torch.from_numpy(texts[::2]))
+    np.testing.assert_allclose(image.pow(2).sum(dim=1).mean(), 1, atol=1e-3)
+    sims = torch.nn.functional.normalize(image, dim=-1) @ torch.nn.functional.normalize(text, dim=-1).T
+    assert (sims.argmax(dim=1) == torch.arange(NUM_SAMPLES)).float().mean() > 0.6
