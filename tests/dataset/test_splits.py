@@ -1,0 +1,128 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.arrays import normalize
+from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.splits import PARTS, Split, make_split, read_split, write_split
+from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from embedcache.train.data import open_data
+from tests.pictures import write_pictures
+from tests.toy import IMAGE, TEXT
+
+
+def split_of(cache_path: Path, settings: SplitSettings) -> Split:
+    data = open_data(cache_path, image="open_toy/cls", text="open_toy/mean", memory_gb=1)
+    return make_split(data, data.pairs(None), settings)
+
+
+def opened(cache_path: Path) -> tuple[Cache, Split]:
+    return Cache(cache_path), split_of(cache_path, SplitSettings(image_cosine=0.995, text_cosine=0.95))
+
+
+def test_strict_split_separates_near_duplicates(cache_path: Path) -> None:
+    cache, split = opened(cache_path)
+    parts = np.array(split.parts)
+    assert {part: (parts == part).sum() for part in PARTS}["test"] > 30
+    for name, modality, threshold in (("open_toy/cls", "image", 0.995), ("open_toy/mean", "text", 0.95)):
+        vectors = normalize(cache.feature(modality, name).load())
+        for part in PARTS:
+            across = vectors[parts == part] @ vectors[parts != part].T
+            assert across.max() <= threshold + 1e-6
+
+
+def test_strict_groups_are_connected_components(cache_path: Path) -> None:
+    cache, split = opened(cache_path)
+    images = normalize(cache.feature("image", "open_toy/cls").load())
+    texts = normalize(cache.feature("text", "open_toy/mean").load())
+    near = (images @ images.T > 0.995) | (texts @ texts.T > 0.95)
+    reached = np.linalg.matrix_power(near.astype(float), 1) > 0
+    for _ in range(10):
+        reached = (reached.astype(float) @ reached.astype(float)) > 0
+    groups = np.array(split.groups)
+    np.testing.assert_array_equal(reached, groups[:, None] == groups[None, :])
+
+
+@pytest.mark.parametrize("kind", ["strict", "key"])
+def test_split_is_reproducible(cache_path: Path, kind: str) -> None:
+    def parts(seed: int) -> list[str]:
+        return split_of(cache_path, SplitSettings(kind=kind, seed=seed, image_cosine=0.995, text_cosine=0.95)).parts
+
+    assert parts(0) == parts(0) != parts(1)
+
+
+def test_key_split_keeps_fractions(cache_path: Path) -> None:
+    split = split_of(cache_path, SplitSettings(kind="key", val_fraction=0.2, test_fraction=0.3))
+    assert [split.parts.count(part) for part in PARTS] == [150, 60, 90]
+
+
+def test_column_split(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "s", 60)
+    for number, path in enumerate(sorted(folder.glob("*.txt"))):
+        part = "test" if number % 3 == 0 else "restval" if number % 10 == 1 else "train"
+        path.with_suffix(".json").write_text(json.dumps({"split": part}))
+    extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT])
+    cache = Cache(tmp_path / "c")
+    asked = np.array(cache.samples["split"].to_pylist())
+    for share in (0.1, 0.4):
+        settings = SplitSettings(kind="column", val_fraction=share)
+        parts = np.array(split_of(tmp_path / "c", settings).parts)
+        assert ((parts == "test") == (asked == "test")).all()
+        assert ((parts == "") == (asked == "restval")).all()
+        assert (parts == "val").sum() == round(share * (asked == "train").sum())
+
+
+def test_strict_split_joins_by_any_caption(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "s", 40)
+    (folder / "00003.txt").write_text("something of its own\nthe very same words\n")
+    (folder / "00020.txt").write_text("the very same words\nsomething else again\n")
+    (folder / "00007.txt").unlink()  # a sample without captions: rows and positions differ
+    extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT])
+    split = split_of(tmp_path / "c", SplitSettings(image_cosine=0.9999, text_cosine=0.999, val_fraction=0.2))
+    assert split.groups[3] == split.groups[20]
+    assert split.parts[3] == split.parts[20]
+    assert split.groups[7] == -1
+    assert split.parts[7] == ""
+
+
+def test_split_round_trip(cache_path: Path, tmp_path: Path) -> None:
+    cache, split = opened(cache_path)
+    write_split(tmp_path / "split.parquet", split)
+    assert read_split(tmp_path / "split.parquet", [cache]) == split
+    other = replace(split, keys=split.keys[1:], parts=split.parts[1:], groups=split.groups[1:])
+    write_split(tmp_path / "other.parquet", other)
+    with pytest.raises(DataError, match="is of other samples: it has 299 keys, .* has 300, and they differ"):
+        read_split(tmp_path / "other.parquet", [cache])
+    with pytest.raises(PathError, match="does not exist"):
+        read_split(tmp_path / "no", [cache])
+    with pytest.raises(DataError, match=r"the split has no val samples \(train: 1, val: 0, test: 1\)"):
+        Split(keys=["a", "b", "c"], parts=["train", "test", ""], groups=[0, 1, -1]).rows("val")
+
+
+def test_split_of_two_caches(cache_path: Path, two_caches: list[Path], tmp_path: Path) -> None:
+    data = open_data(two_caches, image="open_toy/cls", text="open_toy/mean", memory_gb=1)
+    split = make_split(data, data.pairs(None), SplitSettings(kind="key"))
+    write_split(tmp_path / "split.parquet", split)
+    first, second = data.caches
+    assert read_split(tmp_path / "split.parquet", [first, second]) == split
+    assert read_split(tmp_path / "split.parquet", [second, first]).parts == split.parts[40:] + split.parts[:40]
+    assert read_split(tmp_path / "split.parquet", [second]).parts == split.parts[40:]
+    with pytest.raises(DataError, match="it has 0 keys, .* has 300"):
+        read_split(tmp_path / "split.parquet", [Cache(cache_path)])
+
+
+def test_mistakes_are_named(cache_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="unknown split 'strickt'; did you mean 'strict'"):
+        split_of(cache_path, SplitSettings(kind="strickt"))
+    with pytest.raises(SourceError, match="have no column 'split'; use --split strict or --split key"):
+        split_of(cache_path, SplitSettings(kind="column"))
+    with pytest.raises(SettingError, match="leaves no samples for training"):
+        SplitSettings(val_fraction=0.5, test_fraction=0.5)
+    with pytest.raises(SettingError, match="test_fraction: expected"):
+        SplitSettings(test_fraction=0)

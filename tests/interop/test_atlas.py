@@ -1,0 +1,102 @@
+"""The Parquet for embedding-atlas, read as its version 0.26 reads it: with pandas, and columns by name."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from embedcache.arrays import normalize
+from embedcache.errors import DataError, PathError
+from embedcache.interop import atlas
+from embedcache.interop.atlas import nearest_neighbors, project_to_plane, write_atlas
+from embedcache.interop.settings import AtlasSettings
+from embedcache.progress import NullProgress
+from embedcache.store.cache import Cache
+from tests.interop.cases import export_of, unit_rows
+
+NUM_POINTS = 39
+
+
+def write(cache: Path, path: Path, *, modality: str = "image", images: str = "thumbnails") -> pd.DataFrame:
+    settings = AtlasSettings(projection="pca", images=images)  # type: ignore[arg-type]
+    write_atlas(export_of(cache, modality=modality), path, settings, progress=NullProgress())
+    return pd.read_parquet(path)
+
+
+def test_it_is_as_the_loader_wants_it(labeled: Path, tmp_path: Path) -> None:
+    points = write(labeled, tmp_path / "atlas.parquet")
+    assert len(points) == NUM_POINTS
+    assert {"key", "text", "image", "vector", "projection_x", "projection_y", "neighbors"} <= set(points.columns)
+    assert "float16" not in str(pq.read_schema(tmp_path / "atlas.parquet"))  # DuckDB has none
+
+    ids = np.stack([np.array(row["ids"]) for row in points["neighbors"]])
+    distances = np.stack([np.array(row["distances"]) for row in points["neighbors"]])
+    assert ids.shape == distances.shape == (NUM_POINTS, 15)
+    assert (np.diff(distances, axis=1) >= 0).all()
+    vectors = np.stack(points["vector"].tolist())
+    np.testing.assert_allclose(1 - (vectors[ids[:, 1]] * vectors).sum(axis=1), distances[:, 1], atol=1e-5)
+    assert np.isfinite(points[["projection_x", "projection_y"]].to_numpy()).all()
+
+    cache = Cache(labeled)
+    expected = normalize(cache.feature("image").gather(np.flatnonzero(cache.feature("image").valid)))
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    picture = Image.open(io.BytesIO(points["image"][0]["bytes"]))
+    assert (picture.format, picture.size) == ("WEBP", (32, 32))
+    assert points["text"][0] == cache.items("text")["text"][0].as_py()
+
+
+def test_paths_or_no_pictures(labeled: Path, tmp_path: Path) -> None:
+    points = write(labeled, tmp_path / "paths.parquet", images="paths")
+    assert all(Path(path).is_file() for path in points["image"])
+    assert "image" not in write(labeled, tmp_path / "none.parquet", images="none").columns
+
+
+def test_a_picture_that_is_gone_is_null(labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = labeled.parent / "pictures" / "00002.png"
+    moved = path.rename(tmp_path / "00002.png")
+    try:
+        points = write(labeled, tmp_path / "atlas.parquet")
+    finally:
+        moved.rename(path)
+    assert [row for row, picture in enumerate(points["image"]) if picture is None] == [2]
+
+
+def test_points_are_captions(labeled: Path, tmp_path: Path) -> None:
+    points = write(labeled, tmp_path / "atlas.parquet", modality="text")
+    assert len(points) == 40
+    assert "image" not in points.columns
+
+
+def test_an_export_is_new_and_has_points(labeled: Path, tmp_path: Path) -> None:
+    (tmp_path / "atlas.parquet").write_text("mine")
+    with pytest.raises(PathError, match="exists already"):
+        write(labeled, tmp_path / "atlas.parquet")
+    (tmp_path / "three.txt").write_text("\n".join(f"{row:032x}" for row in range(3)))
+    rows = export_of(labeled, modality="image", selection=tmp_path / "three.txt")
+    with pytest.raises(DataError, match="points: expected at least 4, got 3"):
+        write_atlas(rows, tmp_path / "few.parquet", progress=NullProgress())
+    assert not (tmp_path / "few.parquet").exists()
+
+
+def test_the_graph_finds_what_comparing_all_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = normalize(unit_rows(500, 16))
+    rows, distances = nearest_neighbors(vectors)
+    monkeypatch.setattr(atlas, "_MAX_EXACT", 100)
+    found, near = nearest_neighbors(vectors)
+    assert (found == rows).mean() > 0.99
+    np.testing.assert_allclose(near.mean(), distances.mean(), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_umap_keeps_clusters_together_and_a_seed_gives_the_same_map() -> None:
+    centers = normalize(unit_rows(3, 16))[np.arange(150) % 3]
+    vectors = normalize(centers + 0.1 * unit_rows(150, 16, seed=1))
+    places = project_to_plane(vectors, AtlasSettings())
+    np.testing.assert_array_equal(places, project_to_plane(vectors, AtlasSettings()))
+    nearest_place = ((places[:, None] - places[None]) ** 2).sum(axis=2)
+    np.fill_diagonal(nearest_place, np.inf)
+    assert (nearest_place.argmin(axis=1) % 3 == np.arange(150) % 3).mean() > 0.95

@@ -1,0 +1,268 @@
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import distribution
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_benchmark.metrics import zeroshot_retrieval
+from PIL import Image
+from sklearn.metrics import top_k_accuracy_score
+from torch.utils.data import default_collate
+
+from embedcache.dataset.inputs import open_input
+from embedcache.errors import FingerprintError, MissingExtraError, PathError, SettingError
+from embedcache.evaluate.runs import load_runs
+from embedcache.evaluate.zero_shot import class_vectors, read_prompts
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.interop.clip_benchmark import evaluate, load, top_k_accuracy
+from embedcache.metrics.ranking import best_ranks, recall_at
+from embedcache.projectors.saved import load_pair, project
+from embedcache.sources import open_source
+from embedcache.sources.images import decode_image
+from embedcache.store.cache import Cache
+from tests.conftest import FEATURES
+from tests.interop.layout import write_layout
+from tests.interop.runs import SIDES, train_run
+from tests.toy import IMAGE, TEXT
+
+PHOTOS = Path(str(distribution("foolbox").locate_file("foolbox/data")))
+CLOSE = 1e-5  # features of float32; sums over batches of other sizes differ in their last bits
+HALF = 2e-3  # features of float16, which has 11 bits
+
+
+@pytest.fixture(scope="module")
+def exact_cache(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the pictures that keeps every bit of the encoder's float32."""
+    path = tmp_path_factory.mktemp("exact") / "cache"
+    settings = ExtractSettings(features=FEATURES, dtype="float32")
+    extract(open_source(pictures), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(exact_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: train_run(exact_cache, folder / name, *sides) for name, sides in SIDES.items()}
+
+
+def cached_vectors(cache_path: Path, run_path: Path, modality: str) -> np.ndarray:
+    """Project the features of a cache, in row order."""
+    pair, config = load_pair(run_path)
+    side = open_input(Cache(cache_path), modality, config.tower_input(modality).feature)
+    return project(pair.tower(modality), side.read(np.arange(side.num_items)))
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_vectors_are_those_of_the_cache(name: str, exact_cache: Path, pictures: Path, runs: dict[str, Path]) -> None:
+    model, transform, tokenizer = load("embedcache", str(runs[name]))
+    images = [transform(Image.open(path)) for path in sorted(pictures.glob("*.png"))[:20]]
+    texts = [path.read_text().strip() for path in sorted(pictures.glob("*.txt"))[:20]] + ["bar"]
+    with torch.no_grad():
+        image_vectors = model.eval().encode_image(default_collate(images).to("cpu"))
+        text_vectors = model.encode_text(tokenizer(texts).to("cpu"))
+    for vectors, modality in ((image_vectors, "image"), (text_vectors[:-1], "text")):
+        expected = cached_vectors(exact_cache, runs[name], modality)[:20]
+        assert vectors.dtype == torch.float32
+        np.testing.assert_allclose(vectors.numpy(), expected, atol=CLOSE)
+    alone = model.encode_text(tokenizer(["bar"]))[0]  # its padding beside longer texts is no part of it
+    np.testing.assert_allclose(text_vectors[-1], alone, atol=CLOSE)
+
+
+def test_mixed_precision_changes_no_vector(pictures: Path, runs: dict[str, Path]) -> None:
+    model, transform, tokenizer = load("embedcache", runs["vectors"])
+    image, tokens = transform(Image.open(pictures / "00000.png"))[None], tokenizer(["red bar", "blue"])
+    plain = (model.encode_image(image), model.encode_text(tokens))
+    with torch.no_grad(), torch.autocast("cpu", enabled=True):
+        mixed = (model.encode_image(image), model.encode_text(tokens))
+    for one, other in zip(plain, mixed, strict=True):
+        assert other.dtype == torch.float32
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["transparent", "palette", "gray", "16 bit", "turned"])
+def test_pictures_of_any_mode_are_prepared_as_they_were_extracted(kind: str, runs: dict[str, Path]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8)
+    image = Image.fromarray(pixels)
+    options: dict[str, object] = {"format": "PNG"}
+    if kind == "palette":
+        image = image.convert("RGB").quantize(16)
+    elif kind == "gray":
+        image = image.convert("L")
+    elif kind == "16 bit":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    elif kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image, options["exif"] = image.convert("RGB"), exif
+    file = io.BytesIO()
+    image.save(file, **options)
+    _, transform, _ = load("embedcache", runs["vectors"])
+    expected = transform(Image.fromarray(np.asarray(decode_image(file.getvalue()))))
+    assert torch.equal(transform(Image.open(io.BytesIO(file.getvalue()))), expected)
+
+
+def test_a_run_trained_on_a_view_looks_at_images_that_way(pictures: Path, tmp_path: Path) -> None:
+    settings = ExtractSettings(views=("crop:0.5",), dtype="float32")
+    extract(open_source(pictures), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    run = train_run(tmp_path / "cache", tmp_path / "run", "open_toy@crop-0.5/cls", "open_toy/mean", "linear")
+    model, transform, _ = load("embedcache", run)
+    images = [transform(Image.open(path)) for path in sorted(pictures.glob("*.png"))[:20]]
+    expected = cached_vectors(tmp_path / "cache", run, "image")[:20]
+    np.testing.assert_allclose(model.encode_image(default_collate(images)).numpy(), expected, atol=CLOSE)
+
+
+def test_no_item_gives_no_vector(runs: dict[str, Path]) -> None:
+    model, _, tokenizer = load("embedcache", runs["vectors"])
+    assert model.encode_text(tokenizer([])).shape == (0, 16)
+
+
+def pairs_of(pictures: Path, transform: object, count: int) -> Iterator[tuple[torch.Tensor, Sequence[Sequence[str]]]]:
+    """Batches of pictures with one to three captions each, all different."""
+    for start in range(0, count, 16):
+        numbers = range(start, min(start + 16, count))
+        images = [transform(Image.open(pictures / f"{number:05d}.png")) for number in numbers]
+        captions = [(pictures / f"{number:05d}.txt").read_text().strip() for number in numbers]
+        yield (
+            default_collate(images),
+            [
+                [f"{text} {number} {copy}" for copy in range(1 + number % 3)]
+                for text, number in zip(captions, numbers, strict=True)
+            ],
+        )
+
+
+def test_retrieval_with_several_captions_is_that_of_clip_benchmark(pictures: Path, runs: dict[str, Path]) -> None:
+    model, transform, tokenizer = load("embedcache", runs["vectors"])
+    batches = list(pairs_of(pictures, transform, 100))
+    theirs = zeroshot_retrieval.evaluate(model, batches, tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    captions = [texts for _, batch in batches for texts in batch]
+    images = torch.cat([model.encode_image(batch) for batch, _ in batches]).numpy()
+    texts = model.encode_text(tokenizer([text for texts in captions for text in texts])).numpy()
+    owner = np.repeat(np.arange(100), [len(texts) for texts in captions])
+    own = np.arange(len(texts))
+    for k in (1, 5, 10):
+        t2i, i2t = best_ranks(texts, images, (own, owner)), best_ranks(images, texts, (owner, own))
+        assert recall_at(t2i, k) == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-6)
+        assert recall_at(i2t, k) == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-6)
+    assert recall_at(t2i, 10) > 0.12  # chance is 0.1: the runs know something, so the figures can differ
+
+
+def test_hits_are_counted_as_scikit_learn_does() -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.random((60, 8)).astype(np.float32), rng.integers(8, size=60)
+    found = top_k_accuracy(torch.from_numpy(scores), torch.from_numpy(labels), topk=(1, 5))
+    assert found == [pytest.approx(top_k_accuracy_score(labels, scores, k=k, labels=range(8))) for k in (1, 5)]
+
+
+def edited(run_path: Path, folder: Path, modality: str, **fields: object) -> Path:
+    """Copy a run, and change what its config says of one side."""
+    copy = shutil.copytree(run_path, folder / "edited")
+    config = json.loads((copy / "config.json").read_text())
+    config[modality] |= fields
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_an_encoder_that_is_another_now_is_refused(modality: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    run = edited(runs["vectors"], tmp_path, modality, spec=f"{IMAGE},scale=2")
+    with pytest.raises(FingerprintError, match=r"feature open_toy/\w+ .* other settings: weights: '.*' there"):
+        load("embedcache", run)
+
+
+def test_a_run_whose_encoder_is_not_installed_says_what_to_install(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    run = edited(runs["vectors"], tmp_path, "image", spec="lite:efficientnet-lite0")
+    with pytest.raises(MissingExtraError, match=r"pip install 'embedcache\[demo\]'"):
+        load("embedcache", run)
+
+
+def test_mistakes_are_named(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PathError, match="nowhere does not exist; make one with: embedcache train"):
+        evaluate(tmp_path / "nowhere", [])
+    with pytest.raises(SettingError, match="no device 'cuda:77' here"):
+        load("embedcache", runs["vectors"], device="cuda:77")
+    model, _, _ = load("embedcache", runs["vectors"])
+    assert model.to("cpu") is model
+    with pytest.raises(SettingError, match="device: expected cpu, got meta"):
+        model.to("meta")
+    monkeypatch.setitem(sys.modules, "clip_benchmark", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'embedcache\[clip-benchmark\]'"):
+        evaluate(runs["vectors"], [])
+
+
+def embedcache(*words: object, cwd: Path) -> str:
+    """Run a command, and give what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "embedcache", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_emoji(folder: Path, every: int) -> Path:
+    """Write some of OpenMoji's pictures with their English names beside them."""
+    folder.mkdir()
+    source = open_source("openmoji:en")
+    for number, sample in enumerate(source.samples()):
+        if number % every == 0:
+            (folder / f"{number:05d}.png").write_bytes(source.read(sample.images[0]))
+            (folder / f"{number:05d}.txt").write_text(sample.texts[0].text)
+    return folder
+
+
+def write_photos(folder: Path) -> Path:
+    """Write foolbox's photographs of ImageNet and the names of their classes as CLIP_benchmark reads them."""
+    photos = sorted(PHOTOS.glob("imagenet_*.jpg"))
+    classes = [int(path.stem.rpartition("_")[2]) for path in photos]
+    numbers = sorted(set(classes))
+    names = [str(sample.columns["class"]) for sample in open_source("prompts:imagenet1k").samples()]
+    return write_layout(
+        folder,
+        {
+            path.stem: {"jpg": path.read_bytes(), "cls": str(numbers.index(number)).encode()}
+            for path, number in zip(photos, classes, strict=True)
+        },
+        classnames=[names[number] for number in numbers],
+        zeroshot_classification_templates=["a photo of a {c}.", "{c}", "the {c} emoji"],
+    )
+
+
+@pytest.mark.slow
+def test_their_code_and_ours_give_one_accuracy_on_photographs(tmp_path: Path) -> None:
+    image, text = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
+    extract(
+        open_source(write_emoji(tmp_path / "emoji", 30)),
+        tmp_path / "cache",
+        image_encoders=[image],
+        text_encoders=[text],
+    )
+    run, photos = tmp_path / "run", write_photos(tmp_path / "photos")
+    train_run(tmp_path / "cache", run, "efficientnet-lite0/patch_mean", "all-MiniLM-L6-v2/mean", "linear")
+    extract(open_source(photos), tmp_path / "images", image_encoders=[image])
+    extract(open_source(f"prompts:{photos}"), tmp_path / "prompts", text_encoders=[text])
+
+    data = ["--dataset", "wds/photos", "--dataset_root", "photos", "--task", "zeroshot_classification"]
+    options = [*data, "--num_workers", 0, "--quiet", "--save_clf", "classes.pt"]
+    embedcache("evaluate", "clip-benchmark", "run", *options, cwd=tmp_path)
+    embedcache("evaluate", "zero-shot", "images", "run", "--prompts", "prompts", "--output", "ours.json", cwd=tmp_path)
+    theirs = json.loads((tmp_path / "photos_run_en_zeroshot_classification.json").read_text())
+    ours = json.loads((tmp_path / "ours.json").read_text())
+    assert theirs["metrics"] == pytest.approx(ours["metrics"], abs=1e-3)
+    for field in ("model", "pretrained", "task", "language"):
+        assert theirs[field] == ours[field]
+    assert 0 < ours["metrics"]["acc5"] < 1
+    [loaded] = load_runs([run])
+    classes = class_vectors(read_prompts(Cache(tmp_path / "prompts"), loaded), loaded)
+    found = torch.load(tmp_path / "classes.pt", weights_only=True).T
+    np.testing.assert_allclose(found, classes, atol=HALF)

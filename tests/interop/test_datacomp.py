@@ -1,0 +1,112 @@
+"""DataComp's metadata and lists of uids."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedcache.arrays import Array
+from embedcache.curate.select.export import export
+from embedcache.dataset.selections import read_selection
+from embedcache.errors import CorruptError, DataError, PathError, SettingError, UnknownNameError
+from embedcache.interop.datacomp import import_uids, open_datacomp
+from embedcache.store.cache import Cache
+from tests.interop.cases import import_files, unit_rows
+
+UIDS = [f"{row * 0x9E3779B97F4A7C15 % 2**128:032x}" for row in range(1, 21)]
+
+
+def write_metadata(folder: Path, *, compressed: bool = False) -> dict[str, Array]:
+    """Write two shards as DataComp's index has them; give all rows of each array."""
+    folder.mkdir()
+    arrays = {
+        name: unit_rows(20, width, seed=width) for name, width in (("b32_img", 8), ("l14_img", 12), ("l14_txt", 12))
+    }
+    save = np.savez_compressed if compressed else np.savez
+    for number, rows in enumerate((slice(0, 12), slice(12, 20))):
+        save(folder / f"{number}abc.npz", **{name: array[rows] for name, array in arrays.items()})
+        texts = [f"caption {uid[:4]}" for uid in UIDS[rows]]
+        scores = [float(row) for row in range(len(texts))]
+        table = pa.table({"uid": UIDS[rows], "url": texts, "text": texts, "clip_l14_similarity_score": scores})
+        pq.write_table(table, folder / f"{number}abc.parquet")
+    return arrays
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_arrays_that_are_named_are_imported(tmp_path: Path, compressed: bool) -> None:
+    arrays = write_metadata(tmp_path / "index", compressed=compressed)
+    vectors = open_datacomp(tmp_path / "index", image_array=["l14_img", "b32_img"], text_array=["l14_txt"])
+    cache, _ = import_files(vectors, tmp_path / "cache", chunk_size=5)
+    assert cache.samples["key"].to_pylist() == UIDS
+    assert cache.samples["clip_l14_similarity_score"].to_pylist()[12] == 0
+    for modality, name in (("image", "l14_img"), ("image", "b32_img"), ("text", "l14_txt")):
+        np.testing.assert_array_equal(cache.feature(modality, name).load(), arrays[name], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "words"),
+    [
+        ({}, SettingError, "expected different arrays such as .*, got none"),
+        ({"image_array": ["l14_img"], "text_array": ["l14_img"]}, SettingError, "got l14_img, l14_img"),
+        ({"image_array": ["g14_img"]}, UnknownNameError, "unknown array 'g14_img'.*known: b32_img, l14_img, l14_txt"),
+    ],
+)
+def test_names_that_do_not_fit(tmp_path: Path, names: dict[str, list[str]], error: type[Exception], words: str) -> None:
+    write_metadata(tmp_path / "index")
+    with pytest.raises(error, match=words):
+        open_datacomp(tmp_path / "index", **names)
+
+
+def test_half_a_pair_and_no_archive(tmp_path: Path) -> None:
+    write_metadata(tmp_path / "index")
+    (tmp_path / "index" / "1abc.npz").write_bytes(b"no zip")
+    with pytest.raises(CorruptError, match="1abc.npz is damaged"):
+        open_datacomp(tmp_path / "index", image_array=["l14_img"])
+    (tmp_path / "index" / "1abc.npz").unlink()
+    with pytest.raises(PathError, match=r"has 1abc.parquet and no 1abc.npz \(2 .parquet, 1 .npz\)"):
+        open_datacomp(tmp_path / "index", image_array=["l14_img"])
+    with pytest.raises(PathError, match="got no .npz file"):
+        open_datacomp(tmp_path, image_array=["l14_img"])
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    write_metadata(tmp_path / "index")
+    return import_files(open_datacomp(tmp_path / "index", image_array=["l14_img"]), tmp_path / "cache")[0]
+
+
+def test_uids_go_out_and_in(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("\n".join(UIDS[3:9]))
+    export(cache.path, tmp_path / "some.txt", tmp_path / "uids.npy", "datacomp")
+    assert import_uids(tmp_path / "uids.npy", cache.path, tmp_path / "back.parquet") == 6
+    assert read_selection(tmp_path / "back.parquet", [cache]).tolist() == [3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("array", "error", "words"),
+    [
+        (np.array([(1, 2), (3, 4)], "u8,u8"), DataError, "2 of 2 uids in .* are not keys of .*, first 0+10+2"),
+        (np.zeros(3), DataError, r"expected a list of uids, .*, got float64 shaped \(3,\)"),
+    ],
+)
+def test_lists_that_do_not_fit(cache: Cache, tmp_path: Path, array: Array, error: type[Exception], words: str) -> None:
+    np.save(tmp_path / "uids.npy", array)
+    with pytest.raises(error, match=words):
+        import_uids(tmp_path / "uids.npy", cache.path, tmp_path / "back.parquet")
+    assert not (tmp_path / "back.parquet").exists()
+
+
+def test_a_cache_without_uids(cache_path: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "uids.npy", np.array([(1, 2)], "u8,u8"))
+    with pytest.raises(DataError, match="keys are no uids of DataComp"):
+        import_uids(tmp_path / "uids.npy", cache_path, tmp_path / "back.parquet")
+
+
+def test_no_list(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="no such file"):
+        import_uids(tmp_path / "uids.npy", cache.path, tmp_path / "back.parquet")
+    (tmp_path / "uids.npy").write_bytes(b"no array")
+    with pytest.raises(CorruptError, match="expected an array written by NumPy"):
+        import_uids(tmp_path / "uids.npy", cache.path, tmp_path / "back.parquet")

@@ -1,0 +1,111 @@
+"""Vectors as lists in Parquet, of ours and of others."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
+from embedcache.interop.parquet import open_parquet_vectors, write_parquet
+from embedcache.progress import NullProgress
+from tests.interop.cases import export_of, import_files, unit_rows
+
+
+def write(path: Path, lists: pa.Array, *, row_group_size: int | None = None) -> Path:
+    table = pa.table({"id": [f"{row}" for row in range(len(lists))], "emb": lists, "other": [1] * len(lists)})
+    pq.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def lists_of(vectors: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    return pa.array([None if vector is None else list(vector) for vector in vectors], kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (pa.list_(pa.float32()), np.float32),
+        (pa.large_list(pa.float32()), np.float32),
+        (pa.list_(pa.float16(), 8), np.float16),
+        (pa.list_(pa.float32(), 8), np.float32),
+    ],
+)
+@pytest.mark.parametrize("row_group_size", [7, 100])
+def test_lists_of_every_kind(tmp_path: Path, kind: pa.DataType, dtype: type, row_group_size: int) -> None:
+    vectors = unit_rows(30).astype(dtype)
+    path = write(tmp_path / "x.parquet", lists_of([*vectors[:-1], None], kind), row_group_size=row_group_size)
+    vectors_in = open_parquet_vectors(path, image_vector_column="emb")
+    cache, _ = import_files(vectors_in, tmp_path / "cache")
+    found = cache.feature("image", "emb")
+    np.testing.assert_array_equal(found.load()[:-1], vectors[:-1], strict=True)
+    assert found.failures == {29: "NaN or infinity in the imported vector"}
+    assert cache.samples["key"].to_pylist() == [f"{row}" for row in range(30)]
+    for first in (0, 6, 7, 13, 29):  # goes on from any row
+        assert len(np.concatenate(list(vectors_in.blocks("emb", first, 4)))) == 30 - first
+
+
+def test_a_folder_of_files(tmp_path: Path) -> None:
+    vectors = unit_rows(20).astype(np.float32)
+    (tmp_path / "files").mkdir()
+    for number, rows in enumerate((slice(0, 12), slice(12, 20))):
+        table = pa.table({"emb": lists_of(vectors[rows], pa.list_(pa.float32()))})
+        pq.write_table(table, tmp_path / "files" / f"{number}.parquet")
+    cache, _ = import_files(open_parquet_vectors(tmp_path / "files", image_vector_column="emb"), tmp_path / "cache")
+    np.testing.assert_array_equal(cache.feature("image").load(), vectors)
+    assert cache.samples["key"][19].as_py() == "000000019"
+
+
+def test_where_it_came_from_is_kept(labeled: Path, tmp_path: Path) -> None:
+    write_parquet(export_of(labeled), tmp_path / "rows.parquet", progress=NullProgress())
+    cache, _ = import_files(open_parquet_vectors(tmp_path / "rows.parquet"), tmp_path / "cache")
+    assert cache.info.source["origin"]["features"]["image"]["spec"] == "tests.toy:open_toy"
+
+
+@pytest.mark.parametrize(
+    ("lists", "asked", "error", "words"),
+    [
+        ([[1, 2]] * 3, {}, SettingError, "expected a column image_vector or text_vector; name one .*: emb"),
+        ([[1, 2]] * 3, {"image_vector_column": "vec"}, UnknownNameError, "unknown column of vectors 'vec'.*known: emb"),
+        (
+            [[1, 2]] * 3,
+            {"image_vector_column": "other"},
+            DataError,
+            "column other of .*: expected lists of float16 or float32, got int64",
+        ),
+        (
+            [[1, 2]] * 3,
+            {"image_vector_column": "emb", "text_vector_column": "emb"},
+            SettingError,
+            "expected another column than image_vector_column, got emb",
+        ),
+        ([None] * 3, {"image_vector_column": "emb"}, DataError, "expected vectors, got none in 3 rows"),
+    ],
+)
+def test_columns_that_do_not_fit(
+    tmp_path: Path, lists: list[object], asked: dict[str, str], error: type[EmbedcacheError], words: str
+) -> None:
+    path = write(tmp_path / "x.parquet", lists_of(lists, pa.list_(pa.float32())))
+    with pytest.raises(error, match=words):
+        open_parquet_vectors(path, **asked)
+
+
+def test_lists_of_other_lengths_and_of_double(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", lists_of([[1, 2], [1, 2], [1, 2, 3]], pa.list_(pa.float32())))
+    with pytest.raises(DataError, match="row 2: expected 2 numbers as in the first row, got 3"):
+        import_files(open_parquet_vectors(path, image_vector_column="emb"), tmp_path / "cache")
+    path = write(tmp_path / "y.parquet", lists_of([[1, 2]], pa.list_(pa.float64())))
+    with pytest.raises(DataError, match="column emb of .*: expected little-endian float16 or float32, got double"):
+        open_parquet_vectors(path, image_vector_column="emb")
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="no such file"):
+        open_parquet_vectors(tmp_path / "x.parquet")
+    with pytest.raises(PathError, match="got a folder without .parquet files"):
+        open_parquet_vectors(tmp_path)
+    with pytest.raises(PathError, match=r"expected a name that ends in \.parquet, got \.csv"):
+        write_parquet(None, tmp_path / "x.csv", progress=NullProgress())  # type: ignore[arg-type]

@@ -1,0 +1,171 @@
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, SourceError
+from embedcache.sources import ImageItem, Sample, TextItem
+from embedcache.store.cache import Cache
+from embedcache.store.indexing import index
+
+
+@dataclass
+class Rows:
+    """A source that is a list."""
+
+    rows: list[Sample] = field(default_factory=list)
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": "rows", "path": "nowhere"}
+
+    def samples(self) -> Iterator[Sample]:
+        return iter(self.rows)
+
+    def read(self, item: ImageItem) -> bytes:
+        raise AssertionError("indexing opens no image")
+
+
+def rows(count: int) -> Rows:
+    return Rows(
+        [
+            Sample(
+                key=f"k{number}",
+                images=(ImageItem(path=f"{number}.png", length=number),),
+                texts=tuple(TextItem(text=f"t{number}.{part}", language="en") for part in range(number % 3)),
+                columns={"split": "train", "label": number} if number % 2 else {"label": None},
+            )
+            for number in range(count)
+        ]
+    )
+
+
+def test_index_writes_a_row_per_item(tmp_path: Path) -> None:
+    info = index(rows(10), tmp_path / "c", chunk_size=4)
+    cache = Cache(tmp_path / "c")
+    assert info == cache.info
+    assert info.num_items == {"image": 10, "text": 9}
+    assert cache.samples["key"].to_pylist() == [f"k{number}" for number in range(10)]
+    assert cache.samples["label"].to_pylist() == [n if n % 2 else None for n in range(10)]
+    assert cache.items("text")["sample"].to_pylist() == [1, 2, 2, 4, 5, 5, 7, 8, 8]
+    assert cache.items("image", chunk=2)["path"].to_pylist() == ["8.png", "9.png"]
+    assert info.num_chunks("text") == 3
+    assert info.chunk_rows("text", 2) == slice(8, 9)
+
+
+def test_index_again_changes_no_byte(tmp_path: Path) -> None:
+    index(rows(10), tmp_path / "c")
+    before = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*.*")}
+    index(rows(10), tmp_path / "c")
+    assert {path: path.read_bytes() for path in (tmp_path / "c").rglob("*.*")} == before
+
+
+def begin_a_feature(cache_path: Path) -> None:
+    commit = cache_path / "image" / "encoder" / "chunks" / "00000.parquet"
+    commit.parent.mkdir(parents=True)
+    commit.write_bytes(b"")
+    (commit.parents[1] / "zarr.json").write_text("{}")
+
+
+def test_index_again_without_features(tmp_path: Path) -> None:
+    index(rows(10), tmp_path / "c", chunk_size=2)
+    group = tmp_path / "c" / "image" / "encoder"
+    group.mkdir()
+    (group / "zarr.json").write_text("{}")
+    assert index(rows(11), tmp_path / "c", chunk_size=3).num_samples == 11
+    assert not group.exists()
+    assert Cache(tmp_path / "c").items("image").num_rows == 11
+
+
+def test_index_changed_source_raises(tmp_path: Path) -> None:
+    index(rows(10), tmp_path / "c")
+    begin_a_feature(tmp_path / "c")
+    changed = rows(10)
+    changed.rows[3] = replace(changed.rows[3], texts=(TextItem(text="other"),))
+    for source in (rows(11), changed):
+        with pytest.raises(FingerprintError, match="has other samples.*rows nowhere.*new folder"):
+            index(source, tmp_path / "c")
+
+
+def test_index_other_chunk_size_raises(tmp_path: Path) -> None:
+    index(rows(3), tmp_path / "c", chunk_size=2)
+    begin_a_feature(tmp_path / "c")
+    with pytest.raises(FingerprintError, match="chunk_size: 2 there, 3 asked"):
+        index(rows(3), tmp_path / "c", chunk_size=3)
+
+
+def test_index_duplicate_key_raises(tmp_path: Path) -> None:
+    source = rows(5)
+    source.rows[4] = replace(source.rows[4], key="k1")
+    with pytest.raises(SourceError, match="'k1' is the key of rows 1 and 4"):
+        index(source, tmp_path / "c")
+    assert [path.name for path in (tmp_path / "c").iterdir()] == [".lock"]
+
+
+def test_index_empty_source_raises(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no sample found in nowhere"):
+        index(Rows(), tmp_path / "c")
+
+
+def test_index_into_foreign_folder_raises(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(PathError, match=r"not a cache and not empty: it holds thesis\.tex"):
+        index(rows(2), tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("sample", "words"),
+    [(Sample(key="bad", texts=(TextItem(text="\ud800"),)), "sample 'bad' holds text that is not Unicode")],
+)
+def test_index_text_not_unicode_raises(tmp_path: Path, sample: Sample, words: str) -> None:
+    with pytest.raises(SourceError, match=words):
+        index(Rows([*rows(2).rows, sample]), tmp_path / "c")
+
+
+def test_index_large_integers_as_text(tmp_path: Path) -> None:
+    index(Rows([Sample(key="a", columns={"uid": 2**70}), Sample(key="b", columns={"uid": 1})]), tmp_path / "c")
+    assert Cache(tmp_path / "c").samples["uid"].to_pylist() == [str(2**70), "1"]
+
+
+def test_index_after_kill(tmp_path: Path) -> None:
+    (tmp_path / ".indexing.elsewhere.1.ab.partial").mkdir()
+    (tmp_path / ".cache.json.elsewhere.1.ab.partial").write_text("{")
+    (tmp_path / "samples.parquet").write_text("half")
+    assert index(rows(2), tmp_path).num_samples == 2
+
+
+def test_index_into_file_raises(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PathError, match="is a file"):
+        index(rows(2), tmp_path / "file")
+
+
+def test_index_chunk_size_zero_raises(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="at least 1, got 0"):
+        index(rows(2), tmp_path / "c", chunk_size=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ('{"format": 2}', ArtifactError, "has cache format 2; this version reads 1 to 1: upgrade"),
+        ('{"format": 1}', CorruptError, "does not hold the fields of its format"),
+        ("[]", ArtifactError, "was not written by embedcache"),
+        ("{", CorruptError, "not valid JSON"),
+    ],
+)
+def test_open_unreadable_cache_raises(tmp_path: Path, text: str, error: type[Exception], words: str) -> None:
+    (tmp_path / "cache.json").write_text(text)
+    with pytest.raises(error, match=words):
+        Cache(tmp_path)
+
+
+def test_open_other_folder_raises(tmp_path: Path) -> None:
+    with pytest.raises(
+        PathError, match=r"is not a finished cache: it has no cache\.json; make one with: embedcache extract"
+    ):
+        Cache(tmp_path)
+    with pytest.raises(PathError, match="does not exist"):
+        Cache(tmp_path / "no")
