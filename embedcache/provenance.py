@@ -96,6 +96,29 @@ def read_manifest(path: Path, *, kind: str, latest_format: int, make: str) -> di
     return dict(values)
 
 
+MANIFESTS = {"cache.json": "cache", "config.json": "run", "card.json": "index", "study.json": "study"}
+"""File that completes a folder -> kind of artifact."""
+
+
+def recognize(path: Path) -> str:
+    """Return the kind of an artifact: `cache`, `run`, `index`, `study` or `selection`.
+
+    A folder is recognized by its manifest, a selection by its suffix `.parquet`; neither is opened.
+
+    Raises:
+        PathError: the path does not exist or is not a finished artifact.
+    """
+    for name, kind in MANIFESTS.items():
+        if (path / name).is_file():
+            return kind
+    if path.suffix == ".parquet" and path.is_file():
+        return "selection"
+    if not path.exists():
+        raise PathError(f"{path} does not exist")
+    manifests = ", ".join(f"{kind} ({name})" for name, kind in MANIFESTS.items())
+    raise PathError(f"{path}: expected a finished {manifests} or a selection (.parquet)")
+
+
 def fields_of(path: Path, make: Callable[[], T]) -> T:
     """Build a dataclass from what `read_manifest` gave.
 

@@ -30,6 +30,7 @@ ENCODERS = Registry(
         "use": "embedcache.encoders.use:open_use",
         "wordllama": "embedcache.encoders.wordllama:open_wordllama",
     },
+    group="embedcache.encoders",
 )
 """Each is a function of a spec, a modality and settings: `open_mine(spec, *, modality, settings) -> Encoder`."""
 
@@ -63,9 +64,9 @@ class EncoderSpec:
         if not (family and colon and model):
             raise SettingError(
                 f"{text!r} does not name an encoder; write family:model, such as {_EXAMPLES}; "
-                f"families: {', '.join(ENCODERS.paths)}"
+                f"families: {', '.join(ENCODERS.names)}"
             )
-        if family not in ENCODERS.paths:
+        if family not in ENCODERS:
             attribute, _, model = model.partition(":")
             family = f"{family}:{attribute}"
         return cls(family, model, _parse_options(text, options))
@@ -206,7 +207,7 @@ def _opener(spec: EncoderSpec) -> Callable[..., Encoder]:
         opener = ENCODERS.load(spec.family)
     except UnknownNameError as error:
         family = spec.family.partition(":")[0]
-        raise unknown_name("encoder family", family, ENCODERS.paths, hint=_own_hint(error)) from error
+        raise unknown_name("encoder family", family, ENCODERS.names, hint=_own_hint(error)) from error
     if not callable(opener):
         raise SettingError(
             f"{spec.family} is a {type(opener).__name__}, not a function that opens an encoder; "
