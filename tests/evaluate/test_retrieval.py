@@ -113,7 +113,7 @@ def test_a_run_of_another_encoder_than_the_cache_holds_is_refused(tmp_path: Path
     for name, scale in (("a", 1), ("b", 2)):
         extract(source, tmp_path / name, image_encoders=[f"{IMAGE},scale={scale}"], text_encoders=[TEXT])
     run = train_run(tmp_path / "a", tmp_path / "run")
-    with pytest.raises(FingerprintError, match="image feature open_toy/cls .*weights: '.*' there, '.*' asked"):
+    with pytest.raises(FingerprintError, match="image feature open_toy/cls .*weights: stored '.*', requested '.*'"):
         evaluate_retrieval(tmp_path / "b", [run])
 
 

@@ -106,7 +106,7 @@ def test_killed_while_it_grows_it_answers_as_before_and_then_grows(tmp_path: Pat
 @pytest.mark.slow
 def test_an_unfinished_index_of_another_feature_is_refused(cache_path: Path, tmp_path: Path) -> None:
     kill_at("after", r"index\.partial\.faiss", 2, cache_path, tmp_path / "index", "Flat")
-    with pytest.raises(FingerprintError, match=r"the unfinished index .* modality: 'image' there, 'text' asked"):
+    with pytest.raises(FingerprintError, match=r"the unfinished index .* modality: stored 'image', requested 'text'"):
         build_index(cache_path, tmp_path / "index", modality="text", feature="open_toy/mean")
 
 
