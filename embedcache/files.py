@@ -167,8 +167,7 @@ def building(folder: Path) -> Iterator[Path]:
         DiskFullError: nothing of it is left behind.
     """
     make_folder(folder.parent)
-    for left in folder.parent.glob(f".{folder.name}.*.partial"):
-        _remove_left(left)
+    remove_leftovers(folder)
     scratch = partial_path(folder)
     temporary = scratch / folder.name
     try:
@@ -229,6 +228,13 @@ def remove_partials(folder: Path) -> None:
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             _remove_left(Path(parent, name))
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes of this machine left beside `path` when they wrote it; living ones keep theirs."""
+    if not is_remote(path):
+        for left in path.parent.glob(f".{path.name}.*.partial"):
+            _remove_left(left)
 
 
 def _remove_left(path: Path) -> None:

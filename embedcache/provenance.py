@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _RECORDED_PACKAGES = ("embedcache", "numpy", "torch", "zarr", "pyarrow", "onnxruntime", "faiss-cpu")
-_STORED_NAMES = {"index_digest": "spine"}  # format 1, kept so that old artifacts open
+STORED_NAMES = {"index_digest": "spine"}
+"""Field in code -> key on disk, where they differ; format 1 keeps the old key."""
+
 T = TypeVar("T")
 
 
@@ -106,14 +108,14 @@ def fields_of(path: Path, make: Callable[[], T]) -> T:
         raise CorruptError(f"{path} does not hold the fields of its format: {error}") from error
 
 
-def to_record(artifact: "DataclassInstance") -> dict[str, Any]:
+def to_record(artifact: "DataclassInstance", stored_names: Mapping[str, str] = STORED_NAMES) -> dict[str, Any]:
     """Return a dataclass as JSON values, under the names that its fields have on disk."""
-    return {_STORED_NAMES.get(name, name): value for name, value in asdict(artifact).items()}
+    return {stored_names.get(name, name): value for name, value in asdict(artifact).items()}
 
 
-def from_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a record on disk, under the names that they have in code."""
-    names = {stored: name for name, stored in _STORED_NAMES.items()}
+def from_record(record: Mapping[str, Any], stored_names: Mapping[str, str] = STORED_NAMES) -> dict[str, Any]:
+    """Return the values of a record under the names of the dataclass's fields."""
+    names = {stored: name for name, stored in stored_names.items()}
     return {names.get(stored, stored): value for stored, value in record.items()}
 
 

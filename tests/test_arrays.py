@@ -19,7 +19,7 @@ vectors = arrays(
 
 
 @given(vectors)
-def test_normalized_rows_have_length_one_and_keep_their_direction(vectors_ND: np.ndarray) -> None:
+def test_normalize(vectors_ND: np.ndarray) -> None:
     unit = normalize(vectors_ND)
     assert unit.dtype == np.float32
     for row, before in zip(unit, vectors_ND, strict=True):
@@ -28,11 +28,11 @@ def test_normalized_rows_have_length_one_and_keep_their_direction(vectors_ND: np
             np.testing.assert_allclose(row, before / length, atol=1e-5)
 
 
-def test_a_zero_row_stays_zero() -> None:
+def test_normalize_zero_row() -> None:
     assert not normalize(np.zeros((1, 3))).any()
 
 
-def test_check_finite_says_which_row() -> None:
+def test_check_finite_names_row() -> None:
     values = np.ones((4, 2))
     check_finite(values, "x")
     values[2, 1] = np.nan
@@ -41,7 +41,7 @@ def test_check_finite_says_which_row() -> None:
 
 
 @given(st.integers(0, 50), st.integers(1, 20))
-def test_blocks_cover_all_rows_once(num_rows: int, size: int) -> None:
+def test_blocks_cover_all_rows(num_rows: int, size: int) -> None:
     rows = [row for block in blocks(num_rows, size) for row in range(block.start, block.stop)]
     assert rows == list(range(num_rows))
 

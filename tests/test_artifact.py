@@ -12,7 +12,7 @@ from embedcache.files import disk_errors, make_folder, remove_partials, write_at
 from embedcache.provenance import check_same, digest, read_json, run_record
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_write_keeps_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a" / "file"
     write_atomic(path, b"old")
     with pytest.raises(TypeError):
@@ -21,7 +21,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_what_a_killed_process_left_is_removed_and_a_living_ones_stays(tmp_path: Path) -> None:
+def test_remove_partials_of_dead_processes(tmp_path: Path) -> None:
     program = (
         "import sys, os, signal\n"
         "from pathlib import Path\n"
@@ -38,24 +38,24 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_stays(tmp_path:
     assert list(tmp_path.iterdir()) == [alive]
 
 
-def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+def test_full_disk_raises(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError, match="no space left.*run the same command again"), disk_errors(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_is_known_by_the_text_of_libraries_too(tmp_path: Path) -> None:
+def test_full_disk_by_message_raises(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError), disk_errors(tmp_path):
         raise RuntimeError("Error in faiss: write error: No space left on device")
     with pytest.raises(RuntimeError, match="another"), disk_errors(tmp_path):
         raise RuntimeError("another")
 
 
-def test_equal_values_have_equal_digests() -> None:
+def test_digest_of_equal_values() -> None:
     assert digest({"a": 1, "b": [1.5, "é"]}) == digest({"b": [1.5, "é"], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
 
 
-def test_a_difference_is_named_with_both_values() -> None:
+def test_check_same_names_both_values() -> None:
     check_same("cache c", {"a": 1}, {"a": 1}, next_step="")
     with pytest.raises(FingerprintError, match=r"x\.y: 1 there, 2 asked"):
         check_same("cache c", {"x": {"y": 1, "z": 3}}, {"x": {"y": 2, "z": 3}}, next_step="")
@@ -63,7 +63,7 @@ def test_a_difference_is_named_with_both_values() -> None:
         check_same("cache c", {"a": 1}, {"a": 2, "b": 3}, next_step="do this")
 
 
-def test_reading_what_is_not_json(tmp_path: Path) -> None:
+def test_read_json_of_other_content_raises(tmp_path: Path) -> None:
     with pytest.raises(PathError, match="does not exist"):
         read_json(tmp_path / "no")
     (tmp_path / "bad").write_text("{")
@@ -71,14 +71,14 @@ def test_reading_what_is_not_json(tmp_path: Path) -> None:
         read_json(tmp_path / "bad")
 
 
-def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
+def test_make_folder_at_file_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(PathError, match="is a file"):
             make_folder(path)
 
 
-def test_a_record_says_what_ran(tmp_path: Path) -> None:
+def test_run_record(tmp_path: Path) -> None:
     with run_record(tmp_path / "record.json", "train", {"seed": 1}) as outcome:
         outcome["loss"] = 0.5
     record = json.loads((tmp_path / "record.json").read_text())
@@ -89,7 +89,7 @@ def test_a_record_says_what_ran(tmp_path: Path) -> None:
     assert "numpy" in record["packages"]
 
 
-def test_a_stage_that_fails_leaves_no_record(tmp_path: Path) -> None:
+def test_run_record_after_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), run_record(tmp_path / "record.json", "train", {}):
         raise ZeroDivisionError
     assert not (tmp_path / "record.json").exists()

@@ -20,7 +20,7 @@ def other_process(folder: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_what_one_process_has_taken_another_does_not_get(tmp_path: Path) -> None:
+def test_lease_excludes_other_processes(tmp_path: Path) -> None:
     claims = Leases(tmp_path)
     assert claims.take(1)
     with other_process(tmp_path) as other:
@@ -33,7 +33,7 @@ def test_what_one_process_has_taken_another_does_not_get(tmp_path: Path) -> None
     assert claims.take(0), "a killed process has taken nothing"
 
 
-def test_what_is_given_back_can_be_taken(tmp_path: Path) -> None:
+def test_lease_can_be_released(tmp_path: Path) -> None:
     claims = Leases(tmp_path)
     claims.take(1)
     claims.give_back(1)
@@ -43,7 +43,7 @@ def test_what_is_given_back_can_be_taken(tmp_path: Path) -> None:
         other.kill()
 
 
-def test_behind_a_url_files_appear_whole_and_nobody_waits(tmp_path: Path) -> None:
+def test_remote_files(tmp_path: Path) -> None:
     folder = open_path("memory://disk/cache")
     write_atomic(folder / "a" / "one.json", b"1")
     with replacing(folder / "a" / "two") as temporary:

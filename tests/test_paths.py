@@ -6,7 +6,7 @@ from embedcache.errors import PathError
 from embedcache.files import is_remote, open_path
 
 
-def test_a_local_path_stays_a_path(tmp_path: Path) -> None:
+def test_open_path_local(tmp_path: Path) -> None:
     for location in (str(tmp_path), tmp_path, "shards/{00..09}.tar", "a:b"):
         path = open_path(location)
         assert isinstance(path, Path)
@@ -14,7 +14,7 @@ def test_a_local_path_stays_a_path(tmp_path: Path) -> None:
         assert path == Path(location)
 
 
-def test_a_url_answers_like_a_path() -> None:
+def test_open_path_url() -> None:
     folder = open_path("memory://bucket/folder")
     assert is_remote(folder)
     (folder / "sub").mkdir(parents=True, exist_ok=True)
@@ -24,6 +24,6 @@ def test_a_url_answers_like_a_path() -> None:
     assert str(folder / "sub") == "memory://bucket/folder/sub"
 
 
-def test_a_url_of_an_unknown_kind_is_refused() -> None:
+def test_open_path_unknown_protocol_raises() -> None:
     with pytest.raises(PathError, match="nonsense://x"):
         open_path("nonsense://x")

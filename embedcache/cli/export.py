@@ -2,27 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from embedcache.cli.options import (
     CacheArgument,
-    Feature,
-    ImageFeature,
-    Language,
-    Modality,
-    Run,
     RunArgument,
-    Seed,
-    SelectionOption,
-    TextFeature,
     add_command,
     new_group,
+    with_settings,
 )
-
-if TYPE_CHECKING:
-    from embedcache.interop.outgoing import ExportSettings
+from embedcache.interop.settings import AtlasSettings, VectorExportSettings
 
 app = new_group("Write a run, or vectors, for other tools.")
 
@@ -37,10 +28,6 @@ PushToHub = Annotated[
 ]
 Public = Annotated[
     bool, typer.Option("--public", metavar="", help="Make a new repository public; it is private otherwise.")
-]
-OnlyModality = Annotated[
-    Literal["image", "text"] | None,
-    typer.Option(metavar="image|text", help="Modality to export.", show_default="both"),
 ]
 
 
@@ -117,38 +104,21 @@ def _export_model(form: str, run: Path, out: Path, **options: Any) -> None:
         print_line(f"  {exported.url}")
 
 
-def clip_retrieval(
-    cache: CacheArgument,
-    out: NewFolder,
-    run: Run = None,
-    image_feature: ImageFeature = None,
-    text_feature: TextFeature = None,
-    modality: OnlyModality = None,
-    selection: SelectionOption = None,
-    language: Language = None,
-) -> None:
+@with_settings(settings=VectorExportSettings)
+def clip_retrieval(cache: CacheArgument, out: NewFolder, *, settings: VectorExportSettings) -> None:
     """Write vectors of length 1 for clip-retrieval.
 
     The folders img_emb, text_emb and metadata, for its index command.
 
     Example: embedcache export clip-retrieval cache/ tree/ --run run/
     """
-    from embedcache.interop.clip_retrieval import write_tree
+    from embedcache.interop.clip_retrieval import write_clip_retrieval
 
-    settings = _settings(image_feature, text_feature, modality, run, selection, language)
-    _export_vectors(cache, out, settings, write_tree)
+    _export_vectors(cache, out, settings, write_clip_retrieval)
 
 
-def parquet(
-    cache: CacheArgument,
-    out: NewParquet,
-    run: Run = None,
-    image_feature: ImageFeature = None,
-    text_feature: TextFeature = None,
-    modality: OnlyModality = None,
-    selection: SelectionOption = None,
-    language: Language = None,
-) -> None:
+@with_settings(settings=VectorExportSettings)
+def parquet(cache: CacheArgument, out: NewParquet, *, settings: VectorExportSettings) -> None:
     """Write vectors, keys and captions to Parquet.
 
     Columns key, caption, those of the source, and image_vector and text_vector as lists of fixed length.
@@ -157,49 +127,24 @@ def parquet(
     """
     from embedcache.interop.parquet import write_parquet
 
-    settings = _settings(image_feature, text_feature, modality, run, selection, language)
     _export_vectors(cache, out, settings, write_parquet)
 
 
-def npy(
-    cache: CacheArgument,
-    out: NewFolder,
-    run: Run = None,
-    image_feature: ImageFeature = None,
-    text_feature: TextFeature = None,
-    modality: OnlyModality = None,
-    selection: SelectionOption = None,
-    language: Language = None,
-) -> None:
+@with_settings(settings=VectorExportSettings)
+def npy(cache: CacheArgument, out: NewFolder, *, settings: VectorExportSettings) -> None:
     """Write vectors as NumPy arrays.
 
     Files image.npy, text.npy and rows.parquet in a new folder.
 
     Example: embedcache export npy cache/ arrays/ --image-feature resnet18/pooled
     """
-    from embedcache.interop.npy import write_arrays
+    from embedcache.interop.npy import write_npy
 
-    settings = _settings(image_feature, text_feature, modality, run, selection, language)
-    _export_vectors(cache, out, settings, write_arrays)
+    _export_vectors(cache, out, settings, write_npy)
 
 
-def atlas(
-    cache: CacheArgument,
-    out: NewParquet,
-    run: Run = None,
-    modality: Modality = "image",
-    feature: Feature = None,
-    selection: SelectionOption = None,
-    language: Language = None,
-    method: Annotated[
-        Literal["umap", "pca"], typer.Option(metavar="umap|pca", help="Projection of the vectors to the plane.")
-    ] = "umap",
-    images: Annotated[
-        Literal["thumbnails", "paths", "none"],
-        typer.Option(metavar="thumbnails|paths|none", help="Store thumbnails of the images, their paths, or nothing."),
-    ] = "thumbnails",
-    seed: Seed = 0,
-) -> None:
+@with_settings(settings=AtlasSettings)
+def atlas(cache: CacheArgument, out: NewParquet, *, settings: AtlasSettings) -> None:
     """Write a map of the dataset for embedding-atlas.
 
     A Parquet file with vectors, captions, thumbnails, positions on the plane and neighbors.
@@ -208,33 +153,18 @@ def atlas(
     """
     from embedcache.interop.atlas import write_atlas
 
-    features = {modality: feature}
-    settings = _settings(features.get("image"), features.get("text"), modality, run, selection, language)
-    _export_vectors(cache, out, settings, write_atlas, method=method, images=images, seed=seed)
-
-
-def _settings(
-    image: str | None,
-    text: str | None,
-    only: Literal["image", "text"] | None,
-    run: Path | None,
-    selection: Path | None,
-    language: str | None,
-) -> "ExportSettings":
-    from embedcache.interop.outgoing import ExportSettings
-
-    return ExportSettings(image=image, text=text, only=only, run=run, selection=selection, language=language)
+    _export_vectors(cache, out, settings.vectors, write_atlas, settings=settings)
 
 
 def _export_vectors(
-    cache: str, out: Path, settings: "ExportSettings", write: Callable[..., int], **options: Any
+    cache: str, out: Path, chosen: VectorExportSettings, write: Callable[..., int], **options: Any
 ) -> None:
     from embedcache.cli.console import open_progress, print_line
-    from embedcache.interop.outgoing import Outgoing
+    from embedcache.interop.exporting import VectorExport
 
-    outgoing = Outgoing(cache, settings)
-    num_rows = write(outgoing, out, progress=open_progress(), **options)
-    left_out = outgoing.left_out
+    export = VectorExport(cache, chosen)
+    num_rows = write(export, out, progress=open_progress(), **options)
+    left_out = export.left_out
     print_line(f"{out}: {num_rows:,} rows" + (f"; left out: {left_out}" if left_out else ""))
 
 

@@ -1,6 +1,5 @@
 """embedcache import"""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,40 +7,35 @@ import typer
 
 from embedcache.cli.options import (
     CacheArgument,
-    CaptionColumns,
-    ChunkSize,
     Json,
-    KeyColumn,
     Output,
     SelectionOutput,
     add_command,
     new_group,
+    with_settings,
 )
+from embedcache.interop.settings import ImportSettings
 
 if TYPE_CHECKING:
-    from embedcache.interop.incoming import Incoming
+    from embedcache.interop.imported import VectorImport
 
 app = new_group("Make a cache of vectors from other tools.")
 
 NewCache = Annotated[
     str, typer.Argument(metavar="CACHE", help="New folder, or existing cache of the same import; may be a URL.")
 ]
-Model = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="Description of the model that computed the vectors, for the record.")
-]
 
 
+@with_settings(settings=ImportSettings)
 def clip_retrieval(
-    tree: Annotated[
-        Path, typer.Argument(metavar="TREE", help="Folder of clip-retrieval inference: img_emb, text_emb, metadata.")
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder of clip-retrieval inference: img_emb, text_emb, metadata.")
     ],
     cache: NewCache,
-    model: Model = None,
-    key_column: KeyColumn = None,
-    caption_column: CaptionColumns = None,
-    chunk_size: ChunkSize = None,
     as_json: Json = False,
     output: Output = None,
+    *,
+    settings: ImportSettings,
 ) -> None:
     """Import vectors of clip-retrieval.
 
@@ -49,11 +43,12 @@ def clip_retrieval(
 
     Example: embedcache import clip-retrieval embeddings/ cache/
     """
-    from embedcache.interop.clip_retrieval import open_tree
+    from embedcache.interop.clip_retrieval import open_clip_retrieval
 
-    _import(open_tree(tree), cache, model, key_column, caption_column, chunk_size, as_json=as_json, output=output)
+    _import(open_clip_retrieval(folder), cache, settings, as_json=as_json, output=output)
 
 
+@with_settings(settings=ImportSettings)
 def datacomp(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Metadata of DataComp: NAME.parquet beside NAME.npz.")
@@ -67,12 +62,10 @@ def datacomp(
         list[str] | None,
         typer.Option(metavar="NAME", help="Array of text vectors, such as l14_txt. May be repeated."),
     ] = None,
-    model: Model = None,
-    key_column: KeyColumn = None,
-    caption_column: CaptionColumns = None,
-    chunk_size: ChunkSize = None,
     as_json: Json = False,
     output: Output = None,
+    *,
+    settings: ImportSettings,
 ) -> None:
     """Import metadata and vectors of DataComp.
 
@@ -80,12 +73,13 @@ def datacomp(
 
     Example: embedcache import datacomp metadata/ cache/ --image-array l14_img --text-array l14_txt
     """
-    from embedcache.interop.datacomp import open_metadata
+    from embedcache.interop.datacomp import open_datacomp
 
-    incoming = open_metadata(folder, image=image_array or (), text=text_array or ())
-    _import(incoming, cache, model, key_column, caption_column, chunk_size, as_json=as_json, output=output)
+    vectors = open_datacomp(folder, image_array=image_array or (), text_array=text_array or ())
+    _import(vectors, cache, settings, as_json=as_json, output=output)
 
 
+@with_settings(settings=ImportSettings)
 def parquet(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A .parquet file, or a folder of them.")],
     cache: NewCache,
@@ -95,12 +89,10 @@ def parquet(
     text_vector_column: Annotated[
         str | None, typer.Option(metavar="NAME", help="Column of text vectors.", show_default="text_vector")
     ] = None,
-    model: Model = None,
-    key_column: KeyColumn = None,
-    caption_column: CaptionColumns = None,
-    chunk_size: ChunkSize = None,
     as_json: Json = False,
     output: Output = None,
+    *,
+    settings: ImportSettings,
 ) -> None:
     """Import vectors in list columns of Parquet.
 
@@ -110,10 +102,11 @@ def parquet(
     """
     from embedcache.interop.parquet import open_parquet_vectors
 
-    incoming = open_parquet_vectors(path, image=image_vector_column, text=text_vector_column)
-    _import(incoming, cache, model, key_column, caption_column, chunk_size, as_json=as_json, output=output)
+    vectors = open_parquet_vectors(path, image_vector_column=image_vector_column, text_vector_column=text_vector_column)
+    _import(vectors, cache, settings, as_json=as_json, output=output)
 
 
+@with_settings(settings=ImportSettings)
 def npy(
     cache: NewCache,
     image_file: Annotated[
@@ -125,12 +118,10 @@ def npy(
     table: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Table with the keys, captions and columns of the rows.")
     ] = None,
-    model: Model = None,
-    key_column: KeyColumn = None,
-    caption_column: CaptionColumns = None,
-    chunk_size: ChunkSize = None,
     as_json: Json = False,
     output: Output = None,
+    *,
+    settings: ImportSettings,
 ) -> None:
     """Import NumPy arrays.
 
@@ -138,32 +129,20 @@ def npy(
 
     Example: embedcache import npy cache/ --image-file images.npy --table rows.parquet
     """
-    from embedcache.interop.npy import open_arrays
+    from embedcache.interop.npy import open_npy_vectors
 
-    incoming = open_arrays(image=image_file, text=text_file, table=table)
-    _import(incoming, cache, model, key_column, caption_column, chunk_size, as_json=as_json, output=output)
+    vectors = open_npy_vectors(image_file=image_file, text_file=text_file, table=table)
+    _import(vectors, cache, settings, as_json=as_json, output=output)
 
 
 def _import(
-    incoming: "Incoming",
-    cache: str,
-    model: str | None,
-    key_column: str | None,
-    caption_column: Sequence[str] | None,
-    chunk_size: int | None,
-    *,
-    as_json: bool,
-    output: Path | None,
+    vectors: "VectorImport", cache: str, settings: ImportSettings, *, as_json: bool, output: Path | None
 ) -> None:
     from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
     from embedcache.interop.importing import import_vectors
-    from embedcache.sources import SourceSettings
 
-    settings = SourceSettings(key_column=key_column, caption_columns=tuple(caption_column or ()))
     with resumable():
-        reports = import_vectors(
-            incoming, cache, model=model, chunk_size=chunk_size, settings=settings, progress=open_progress()
-        )
+        reports = import_vectors(vectors, cache, settings, progress=open_progress())
 
     def show() -> None:
         for report in reports:

@@ -9,8 +9,8 @@ import numpy as np
 from embedcache.arrays import Array, Bools, Floats, Inputs, Ints, concatenated_ranges, normalize
 from embedcache.errors import DataError
 from embedcache.store.cache import Cache
-from embedcache.store.commit import Commit
 from embedcache.store.feature import Feature
+from embedcache.store.group import Commit
 
 Reader: TypeAlias = Callable[[Ints], Inputs]
 """Gathers rows of one side: (B,) int64 -> what a projector takes."""

@@ -141,8 +141,8 @@ def reopen_encoder(
     """
     settings = EncoderSettings(
         device="cpu" if fingerprint["backend"] == "onnxruntime" else device,
-        backend=fingerprint["backend"],
-        precision=fingerprint["precision"],
+        backend=fingerprint["backend"] or "auto",  # imported vectors record neither
+        precision=fingerprint["precision"] or "float32",
         features=feature_names(feature),
     )
     encoder = open_encoder(spec, modality=modality, settings=settings)

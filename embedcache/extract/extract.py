@@ -136,8 +136,8 @@ def open_job(
         source,
         path,
         chunk_size=settings.chunk_size,
-        extends=settings.extend,
-        mends=repair_items,
+        extend=settings.extend,
+        accept_replaced=repair_items,
         progress=progress,
     )
     return ExtractJob(

@@ -185,8 +185,8 @@ def reopen_writer(group: EncoderGroup, features: Sequence[str], *, device: str) 
     fingerprint = group.fingerprint
     settings = EncoderSettings(
         device=device,
-        precision=fingerprint["precision"],
-        backend=fingerprint["backend"],
+        precision=fingerprint["precision"] or "float32",
+        backend=fingerprint["backend"] or "auto",
         features=tuple(features),
     )
     return FeatureWriter(

@@ -16,7 +16,7 @@ from embedcache.progress import Progress
 from embedcache.sources.base import ImageItem, Source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
-from embedcache.store.commit import hash_item
+from embedcache.store.group import hash_item
 from embedcache.store.writer import commit_chunk
 
 T = TypeVar("T")

@@ -36,9 +36,8 @@ from embedcache.provenance import name_differences
 from embedcache.sources import ImageItem, reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
-from embedcache.store.commit import NOT_YET
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, open_group
+from embedcache.store.group import NOT_YET, EncoderGroup, open_group
 from embedcache.store.verify import Finding
 from embedcache.store.writer import commit_chunk, withdraw
 
@@ -201,7 +200,7 @@ def _rewrite_chunk(writer: FeatureWriter, chunk: int, retried: Mapping[int, Load
     rows = range(len(commit.hashes))
     hashes = [retried[row].hash if row in retried else None for row in rows]
     failures = [retried[row].failure if row in retried else NOT_YET for row in rows]
-    commit_chunk(writer.group, chunk, buffer.features, hashes, dict.fromkeys(features, failures), mends=True)
+    commit_chunk(writer.group, chunk, buffer.features, hashes, dict.fromkeys(features, failures), overwrite_failed=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,165 +1,145 @@
-"""The Parquet that embedding-atlas opens: a point a sample, with its text, picture, place, vector and neighbors.
+"""The Parquet file that embedding-atlas opens: one point per sample with its text, image, vector and nearest neighbors.
 
-Its version 0.26 reads the file with pandas into DuckDB, which has no float16. `neighbors` is a struct of `ids`, row
-numbers from 0, nearest first, and `distances`, of one length in all rows; `image` is a struct of `bytes` and `path`.
-
-Vectors on a plane, and the nearest of each: what a map of a cache shows.
+Version 0.26 reads the file with pandas into DuckDB, which has no float16. `neighbors` is a struct of `ids`, row numbers
+from 0, nearest first, and `distances`, of one length in all rows; `image` is a struct of `bytes` and `path`.
 """
 
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from embedcache.arrays import Array, Floats, Ints, blocks, normalize
-from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, ItemError
 from embedcache.files import replacing
-from embedcache.interop.outgoing import Outgoing, check_new_file
+from embedcache.interop.exporting import VectorExport, check_new_file
 from embedcache.interop.parquet import vector_lists, write_rows
+from embedcache.interop.settings import AtlasSettings
 from embedcache.progress import Progress
 from embedcache.registry import require
 from embedcache.reports.thumbnails import Thumbnails
 from embedcache.search.faiss_index import exact_search, make_index
 
 EXTRA = "atlas"
-Method: TypeAlias = Literal["umap", "pca"]
+_MIN_POINTS = 4
 _NUM_NEIGHBORS = 15
-_MOST_EXACT = 100_000
-_QUERIES = 4096
-_GRAPH, _EFFORT = "HNSW32", {"efSearch": 128}
-
-
-def lay_out(vectors_NP: Floats, method: Method, *, seed: int = 0) -> Floats:
-    """Give each vector a place on a plane: (N, 2) float32.
-
-    Args:
-        vectors_NP: (N, P) float32 rows of length 1, at least 4.
-        method: `umap` keeps who is near whom (cosine, 15 neighbors), `pca` the two directions of largest variance.
-        seed: UMAP runs on one core, so that a seed gives the same map.
-
-    Raises:
-        MissingExtraError: umap-learn, or scikit-learn, is not installed.
-        DataError: there are too few vectors.
-    """
-    if len(vectors_NP) < 4:
-        raise DataError(f"{len(vectors_NP)} vectors make no map; export at least 4")
-    if method == "pca":
-        pca = require("sklearn.decomposition", extra=EXTRA).PCA(n_components=2, random_state=seed)
-        places = pca.fit_transform(vectors_NP)
-    else:
-        near = min(_NUM_NEIGHBORS, len(vectors_NP) - 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that TensorFlow is missing, and of few points
-            umap = require("umap", extra=EXTRA)
-            places = umap.UMAP(metric="cosine", n_neighbors=near, random_state=seed, n_jobs=1).fit_transform(vectors_NP)
-    return np.ascontiguousarray(places, np.float32)
-
-
-def nearest(vectors_NP: Floats, k: int = _NUM_NEIGHBORS) -> tuple[Ints, Floats]:
-    """Find the k nearest of each vector, itself among them: rows (N, K) int64 and cosine distances (N, K) float32.
-
-    Up to 100,000 vectors each is compared with all; more are found in a graph, whose row is completed where it gave
-    fewer. K is smaller where there are fewer vectors.
-    """
-    k, rows_N = min(k, len(vectors_NP)), np.arange(len(vectors_NP))
-    rows_NK, scores_NK = np.empty((len(vectors_NP), k), np.int64), np.empty((len(vectors_NP), k), np.float32)
-    graph = None
-    if len(vectors_NP) > _MOST_EXACT:
-        graph = make_index(_GRAPH, vectors_NP.shape[1])
-        graph.add(rows_N, vectors_NP)
-    for block in blocks(len(vectors_NP), _QUERIES):
-        if graph is None:
-            scores_NK[block], rows_NK[block] = exact_search(vectors_NP[block], [(rows_N, vectors_NP)], k)
-        else:
-            scores_NK[block], rows_NK[block] = graph.search(vectors_NP[block], k, _EFFORT)
-    missing = rows_NK < 0
-    rows_NK[missing], scores_NK[missing] = np.nonzero(missing)[0], 1.0  # itself again
-    return rows_NK, np.maximum(1 - scores_NK, 0)
-
-
-Images: TypeAlias = Literal["thumbnails", "paths", "none"]
+_MAX_EXACT = 100_000
+_QUERIES_PER_BLOCK = 4096
+_GRAPH, _GRAPH_SEARCH = "HNSW32", {"efSearch": 128}
 _BLOCK = 1024
 _SIZE_PX = 128
 
 
-def write_atlas(
-    outgoing: Outgoing,
-    path: Path,
-    *,
-    method: Method = "umap",
-    images: Images = "thumbnails",
-    seed: int = 0,
-    progress: Progress,
-) -> int:
-    """Write the file, whole or not at all; give the number of points. An image that cannot be read is null.
+def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None = None, *, progress: Progress) -> int:
+    """Write the file, whole or not at all; return the number of points. An image that cannot be read is null.
 
-    Memory: all vectors as float32, and a block of pictures.
+    Memory: all vectors as float32, and one block of images.
 
     Args:
-        outgoing: samples with vectors of one modality.
-        path: a new `.parquet`.
-        method: how vectors get their places.
-        images: pictures of at most 128 pixels in the file, paths to the files, or none.
-        seed: of the places.
-        progress: told about points.
+        export: samples with vectors of one modality.
+        path: a new `.parquet` file.
+        settings: method of the projection, images and seed.
+        progress: receives points.
 
     Raises:
-        PathError: the file is there, or its name does not end in `.parquet`.
-        MissingExtraError: umap-learn, or scikit-learn, is not installed.
+        PathError: the file exists, or its name does not end in `.parquet`.
+        MissingExtraError: umap-learn or scikit-learn is not installed.
         DataError: fewer than four points.
     """
+    settings = settings or AtlasSettings()
     check_new_file(path, ".parquet")
-    [modality] = outgoing.modalities
-    vectors = _load(outgoing, modality)
-    progress.note(f"placing {len(vectors):,} points with {method}")
-    places, near = lay_out(vectors, method, seed=seed), nearest(vectors)
-    shows = images if "image" in outgoing.cache.info.num_items and modality == "image" else "none"
+    [modality] = export.modalities
+    vectors_NP = np.concatenate([normalize(block) for block in export.vectors(modality, _BLOCK)])
+    progress.note(f"projecting {len(vectors_NP):,} points with {settings.method}")
+    points_N2, neighbors = project_to_plane(vectors_NP, settings), nearest_neighbors(vectors_NP)
+    images = settings.images if modality == "image" else "none"
     with replacing(path) as temporary:
-        tables = _tables(outgoing, shows, vectors, places, near, progress)
-        write_rows(temporary, tables, outgoing.metadata)
-    return len(vectors)
+        tables = _tables(export, images, vectors_NP, points_N2, neighbors, progress)
+        write_rows(temporary, tables, export.metadata)
+    return len(vectors_NP)
 
 
-def _load(outgoing: Outgoing, modality: Modality) -> Floats:
-    return np.concatenate([normalize(block) for block in outgoing.vectors(modality, _BLOCK)])
+def project_to_plane(vectors_NP: Floats, settings: AtlasSettings) -> Floats:
+    """Project vectors to two dimensions: (N, 2) float32.
+
+    Args:
+        vectors_NP: (N, P) float32 rows of length 1, at least 4.
+        settings: method and seed: `umap` preserves neighborhoods (cosine, 15 neighbors) and runs on one core, so that a
+            seed gives the same result; `pca` keeps the two directions of largest variance.
+
+    Raises:
+        MissingExtraError: umap-learn or scikit-learn is not installed.
+        DataError: there are too few vectors.
+    """
+    if len(vectors_NP) < _MIN_POINTS:
+        raise DataError(f"points: expected at least {_MIN_POINTS}, got {len(vectors_NP)}; export more samples")
+    if settings.method == "pca":
+        decomposition = require("sklearn.decomposition", extra=EXTRA)
+        points = decomposition.PCA(n_components=2, random_state=settings.seed).fit_transform(vectors_NP)
+    else:
+        num_neighbors = min(_NUM_NEIGHBORS, len(vectors_NP) - 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TensorFlow is missing, and that there are few points
+            umap = require("umap", extra=EXTRA)
+            model = umap.UMAP(metric="cosine", n_neighbors=num_neighbors, random_state=settings.seed, n_jobs=1)
+            points = model.fit_transform(vectors_NP)
+    return np.ascontiguousarray(points, np.float32)
+
+
+def nearest_neighbors(vectors_NP: Floats, k: int = _NUM_NEIGHBORS) -> tuple[Ints, Floats]:
+    """Return the k nearest vectors of each, itself included: rows (N, K) int64 and cosine distances (N, K) float32.
+
+    Up to 100,000 vectors are compared exactly; more are searched in a graph, and a row for which it found fewer is
+    padded with itself. K is smaller if there are fewer vectors.
+    """
+    k, rows_N = min(k, len(vectors_NP)), np.arange(len(vectors_NP))
+    rows_NK, scores_NK = np.empty((len(vectors_NP), k), np.int64), np.empty((len(vectors_NP), k), np.float32)
+    graph = None
+    if len(vectors_NP) > _MAX_EXACT:
+        graph = make_index(_GRAPH, vectors_NP.shape[1])
+        graph.add(rows_N, vectors_NP)
+    for block in blocks(len(vectors_NP), _QUERIES_PER_BLOCK):
+        if graph is None:
+            scores_NK[block], rows_NK[block] = exact_search(vectors_NP[block], [(rows_N, vectors_NP)], k)
+        else:
+            scores_NK[block], rows_NK[block] = graph.search(vectors_NP[block], k, _GRAPH_SEARCH)
+    is_missing = rows_NK < 0
+    rows_NK[is_missing], scores_NK[is_missing] = np.nonzero(is_missing)[0], 1.0
+    return rows_NK, np.maximum(1 - scores_NK, 0)
 
 
 def _tables(
-    outgoing: Outgoing,
-    images: Images,
-    vectors: Floats,
-    places: Floats,
-    near: tuple[Ints, Floats],
+    export: VectorExport,
+    images: str,
+    vectors_NP: Floats,
+    points_N2: Floats,
+    neighbors: tuple[Ints, Floats],
     progress: Progress,
 ) -> Iterator[pa.Table]:
-    pictures = _Thumbnails(outgoing) if images == "thumbnails" else None
-    progress.start("writing", len(vectors), "points")
-    for rows in blocks(len(vectors), _BLOCK):
-        table = outgoing.table(rows)
+    thumbnails = _ThumbnailColumn(export) if images == "thumbnails" else None
+    progress.start("writing", len(vectors_NP), "points")
+    for rows in blocks(len(vectors_NP), _BLOCK):
+        table = export.table(rows)
         table = table.rename_columns(["text" if name == "caption" else name for name in table.column_names])
-        if pictures is not None:
-            table = table.append_column("image", pictures.column(rows))
+        if thumbnails is not None:
+            table = table.append_column("image", thumbnails.column(rows))
         elif images == "paths":
             table = table.append_column("image", table["image_path"])
-        table = table.append_column("vector", vector_lists(vectors[rows]))
-        for name, column in _map_columns(rows, places, near).items():
+        ids, distances = (_lists(values_NK[rows]) for values_NK in neighbors)
+        columns = {
+            "vector": vector_lists(vectors_NP[rows]),
+            "projection_x": pa.array(points_N2[rows, 0]),
+            "projection_y": pa.array(points_N2[rows, 1]),
+            "neighbors": pa.StructArray.from_arrays([ids, distances], names=["ids", "distances"]),
+        }
+        for name, column in columns.items():
             table = table.append_column(name, column)
         yield table
         progress.advance(len(table))
     progress.finish()
-
-
-def _map_columns(rows: slice, places: Floats, near: tuple[Ints, Floats]) -> dict[str, pa.Array]:
-    ids, distances = (_lists(values[rows]) for values in near)
-    return {
-        "projection_x": pa.array(places[rows, 0]),
-        "projection_y": pa.array(places[rows, 1]),
-        "neighbors": pa.StructArray.from_arrays([ids, distances], names=["ids", "distances"]),
-    }
 
 
 def _lists(values_NK: Array) -> pa.Array:
@@ -167,20 +147,20 @@ def _lists(values_NK: Array) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, pa.array(values_NK.reshape(-1)))
 
 
-class _Thumbnails:
-    """Small pictures of an export's rows, as the struct that Hugging Face's datasets hold images in."""
+class _ThumbnailColumn:
+    """Thumbnails of an export's rows as the struct in which Hugging Face datasets store images."""
 
-    _KIND = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    _TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
-    def __init__(self, outgoing: Outgoing) -> None:
-        self._pictures = Thumbnails(outgoing.cache)
-        self._rows = outgoing.item_rows("image")
+    def __init__(self, export: VectorExport) -> None:
+        self._thumbnails = Thumbnails(export.cache)
+        self._rows = export.item_rows("image")
 
     def column(self, rows: slice) -> pa.Array:
-        return pa.array([self._picture(int(row)) for row in self._rows[rows]], self._KIND)
+        return pa.array([self._value(int(row)) for row in self._rows[rows]], self._TYPE)
 
-    def _picture(self, row: int) -> dict[str, Any] | None:
+    def _value(self, row: int) -> dict[str, Any] | None:
         try:
-            return {"bytes": self._pictures.webp(row, _SIZE_PX), "path": None}
+            return {"bytes": self._thumbnails.webp(row, _SIZE_PX), "path": None}
         except ItemError:
             return None

@@ -1,4 +1,4 @@
-"""Runs inside CLIP_benchmark: a loader of the kind it calls, and its own command with that loader added."""
+"""Evaluation of runs with CLIP_benchmark: a model loader as it expects, and its own command with that loader added."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +23,10 @@ EXTRA = "clip-benchmark"
 
 
 class Tokens:
-    """Token ids of several texts, each of its own length, in the place of CLIP_benchmark's tensor of them.
+    """Token ids of several texts of different lengths, in place of the tensor that CLIP_benchmark passes on.
 
     Args:
-        ids: one (T,) int64 array a text.
+        ids: one (T,) int64 array per text.
     """
 
     def __init__(self, ids: Sequence[Array]) -> None:
@@ -36,70 +36,70 @@ class Tokens:
         return len(self.ids)
 
     def to(self, device: Any) -> "Tokens":
-        """Give the same: an encoder takes its input from the CPU."""
+        """Return the same object, because encoders take their input from the CPU."""
         del device
         return self
 
 
 class RunModel:
-    """A run with both of its frozen encoders, as CLIP_benchmark calls a model.
+    """A run with both of its frozen encoders and the methods that CLIP_benchmark calls.
 
-    Its vectors are float32 under autocast too: precision is that of the features which the run was trained on.
+    Vectors are float32 under autocast too; the precision is that of the features that the run was trained on.
 
     Args:
-        image: the image side.
-        text: the text side.
-        device: where vectors are given.
+        image: image tower.
+        text: text tower.
+        device: device of the returned vectors.
     """
 
     def __init__(self, image: ProjectedEncoder, text: ProjectedEncoder, device: str) -> None:
         self._image, self._text, self._device = image, text, device
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embed prepared pictures: (B, 3, H, W) as `transform` gives them -> (B, P) float32, rows of length 1."""
-        return self._given(self._image.embed(list(images.cpu().numpy())))
+        """Encode images prepared by `transform`: (B, 3, H, W) -> (B, P) float32, rows of length 1."""
+        return self._on_device(self._image.embed(list(images.cpu().numpy())))
 
     def encode_text(self, tokens: Tokens) -> Tensor:
-        """Embed texts that `tokenizer` took apart: (B, P) float32, rows of length 1."""
-        return self._given(self._text.embed(tokens.ids))
+        """Encode texts prepared by `tokenizer`: (B, P) float32, rows of length 1."""
+        return self._on_device(self._text.embed(tokens.ids))
 
     def eval(self) -> "RunModel":
-        """Give itself: it is never in training."""
+        """Return the model itself, which is never in training mode."""
         return self
 
     def to(self, device: str | torch.device) -> "RunModel":
-        """Give itself.
+        """Return the model itself.
 
         Raises:
-            SettingError: another device than it was opened on.
+            SettingError: another device than the model was loaded on.
         """
-        if _place(device) != _place(self._device):
-            raise SettingError(f"the run was opened on {self._device}, not on {device}: give the device to load()")
+        if _indexed_device(device) != _indexed_device(self._device):
+            raise SettingError(f"device: expected {self._device}, got {device}; pass the device to load()")
         return self
 
-    def _given(self, vectors_BP: Floats) -> Tensor:
+    def _on_device(self, vectors_BP: Floats) -> Tensor:
         return torch.from_numpy(vectors_BP).to(self._device)
 
 
 def load(
     model_name: str, pretrained: str | Path, cache_dir: str | None = None, device: str | torch.device = "cpu"
 ) -> tuple[RunModel, Callable[[Image], Tensor], Callable[[Sequence[str]], Tokens]]:
-    """Open a run as CLIP_benchmark opens a model: (model, transform, tokenizer).
+    """Load a run as CLIP_benchmark loads a model: (model, transform, tokenizer).
 
-    `transform` turns one PIL picture of any mode into what the image encoder was fed when the run's features were
-    extracted, (3, H, W) uint8 or float32; a picture with transparency or an EXIF orientation is treated as there.
+    `transform` prepares one PIL image of any mode as in extraction, including transparency and EXIF orientation, and
+    returns (3, H, W) uint8 or float32.
 
     Args:
-        model_name: not used; CLIP_benchmark writes it into its results.
-        pretrained: the run's folder.
-        cache_dir: not used: the run names its encoders.
-        device: where the encoders and projectors run; an encoder that ran on onnxruntime stays on the CPU.
+        model_name: unused; CLIP_benchmark writes it into its results.
+        pretrained: folder of the run.
+        cache_dir: unused, because the run names its encoders.
+        device: device of the encoders and projectors; an encoder that ran on onnxruntime stays on the CPU.
 
     Raises:
-        PathError: the folder is no finished run.
+        PathError: the folder is not a finished run.
         MissingExtraError: an encoder's package is not installed.
-        FingerprintError: an encoder that opens now is not the one whose features the run was trained on.
-        SettingError: there is no such device.
+        FingerprintError: an installed encoder differs from the one whose features the run was trained on.
+        SettingError: the device does not exist.
     """
     del model_name, cache_dir
     device = str(torch_device(str(device)))
@@ -108,29 +108,29 @@ def load(
     text = open_projected_encoder("text", config.text, pair.text, device)
     return (
         RunModel(image, text, device),
-        lambda picture: torch.from_numpy(image.prepare([rgb_image(picture)])[0]),
+        lambda pil_image: torch.from_numpy(image.prepare([rgb_image(pil_image)])[0]),
         lambda texts: Tokens(text.prepare(texts)),
     )
 
 
 def evaluate(run_path: Path, arguments: Sequence[str]) -> None:
-    """Run CLIP_benchmark's `eval` on a run: it prints, and writes a JSON file.
+    """Run CLIP_benchmark's `eval` on a run; it prints its metrics and writes a JSON file.
 
-    Mixed precision is off, as it would round nothing but the similarities. Unless `arguments` say otherwise, the
-    result goes to `{dataset}_RUN_{language}_{task}.json`, RUN being the last part of the run's path.
+    Mixed precision is off, because it would only round the similarities. By default the result goes to
+    `{dataset}_RUN_{language}_{task}.json`, where RUN is the last part of the run's path.
 
     Args:
-        run_path: the run.
+        run_path: run to evaluate.
         arguments: options of its `eval`, such as `--dataset` and `--dataset_root`.
 
     Raises:
         MissingExtraError: CLIP_benchmark is not installed.
-        EmbedcacheError: what `load` raises.
+        EmbedcacheError: see `load`.
     """
-    read_config(run_path)  # before the many imports of the next line
+    read_config(run_path)  # fails before the slow imports of the next line
     command = require("clip_benchmark.cli", extra=EXTRA)
     register()
-    _mend_accuracy()
+    _patch_accuracy()
     output = f"{{dataset}}_{run_path.resolve().name}_{{language}}_{{task}}.json"
     ours = ["--model_type", MODEL, "--model", MODEL, "--pretrained", str(run_path), "--no_amp"]
     with _arguments(["eval", "--output", output, *arguments, *ours]):
@@ -138,7 +138,7 @@ def evaluate(run_path: Path, arguments: Sequence[str]) -> None:
 
 
 def register() -> None:
-    """Add `embedcache` to the model types that CLIP_benchmark knows in this process.
+    """Register `embedcache` as a model type of CLIP_benchmark in this process.
 
     Raises:
         MissingExtraError: CLIP_benchmark is not installed.
@@ -150,26 +150,26 @@ def register() -> None:
 
 
 def top_k_accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[float]:
-    """Share of items whose class is among the first k, for each k; the form is CLIP_benchmark's `accuracy`.
+    """Return the top-k accuracy for each k, with the signature of CLIP_benchmark's `accuracy`.
 
     Args:
-        output: (N, C), the score of each class.
-        target: (N,), the number of each item's class.
-        topk: each k.
+        output: (N, C) score of each class.
+        target: (N,) class of each item.
+        topk: values of k.
     """
     is_hit_NK = output.topk(max(topk), dim=1).indices == target[:, None]
     return [is_hit_NK[:, :k].any(dim=1).double().mean().item() for k in topk]
 
 
-def _place(device: str | torch.device) -> torch.device:
-    """Tell `cuda` and `cuda:0` apart from other devices, not from each other."""
+def _indexed_device(device: str | torch.device) -> torch.device:
+    """Return a device with its index, so that `cuda` equals `cuda:0`."""
     return torch.empty(0, device=torch_device(str(device))).device
 
 
-def _mend_accuracy() -> None:
-    """Let CLIP_benchmark count hits beside NumPy 2.4.
+def _patch_accuracy() -> None:
+    """Replace CLIP_benchmark's accuracy where it fails with the installed NumPy.
 
-    Its release 1.6.2 makes a float of an array that holds one number, which NumPy refuses from 2.4 on (its issue 147).
+    Release 1.6.2 converts an array of one number to float, which NumPy refuses from version 2.4 on (its issue 147).
     """
     modules = [
         require("clip_benchmark.metrics.zeroshot_classification", extra=EXTRA),
@@ -184,7 +184,7 @@ def _mend_accuracy() -> None:
 
 @contextmanager
 def _arguments(words: Sequence[str]) -> Iterator[None]:
-    """Let a command that reads `sys.argv` find these words there."""
+    """Set `sys.argv`, which CLIP_benchmark's command reads."""
     before = sys.argv
     sys.argv = ["clip_benchmark", *words]
     try:

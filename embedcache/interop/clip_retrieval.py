@@ -1,9 +1,9 @@
-"""clip-retrieval's tree, as its version 2.45 writes and reads it.
+"""The folder of clip-retrieval, as its version 2.45 writes and reads it.
 
     img_emb/img_emb_00.npy  text_emb/text_emb_00.npy  metadata/metadata_00.parquet
 
-Row i of all files of one number belongs together. Its index command reads the arrays of a folder in the order of their
-names, through embedding-reader, which parses the first line of a `.npy` by itself: at most 300 bytes, `<f2` or `<f4`.
+Row i of all files with one number describes one sample. Its index command reads the arrays of a folder in the order of
+their names, through embedding-reader, which parses the first line of a `.npy` itself: up to 300 bytes, `<f2` or `<f4`.
 """
 
 import math
@@ -19,79 +19,81 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, blocks, normalize
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError
+from embedcache.interop.exporting import new_folder
+from embedcache.interop.imported import FileGroup, VectorImport
 from embedcache.interop.importing import UNIT_TOLERANCE
-from embedcache.interop.incoming import Incoming, Part
 from embedcache.interop.npy import open_npy, write_header
-from embedcache.interop.outgoing import new_folder
 from embedcache.progress import Progress
 
 if TYPE_CHECKING:
-    from embedcache.interop.outgoing import Outgoing
+    from embedcache.interop.exporting import VectorExport
 
 FORM = "clip-retrieval"
-ROWS_A_FILE = 1_000_000
+ROWS_PER_FILE = 1_000_000
 _ARRAYS: Mapping[str, Modality] = {"img_emb": "image", "text_emb": "text"}
 _METADATA = "metadata"
 _BLOCK = 8192
 
 
-def open_tree(path: Path) -> Incoming:
-    """Look at a tree: `img_emb`, `text_emb` and `metadata`, or those of them that there are.
+def open_clip_retrieval(path: Path) -> VectorImport:
+    """Open a folder with `img_emb`, `text_emb` and `metadata`, or those of them that exist.
 
     Raises:
-        PathError: there is neither `img_emb` nor `text_emb`.
-        DataError: the folders have files of other numbers, or files of one number differ in their rows.
+        PathError: neither `img_emb` nor `text_emb` exists.
+        DataError: the folders have files with different numbers, or files with one number differ in their rows.
         CorruptError: an array is damaged.
     """
     names = [name for name in _ARRAYS if any((path / name).glob("*.npy"))]
     if not names:
         raise PathError(
-            f"{path} is no output of clip-retrieval: it has no img_emb/*.npy and no text_emb/*.npy; give the folder "
-            "that clip-retrieval inference wrote"
+            f"{path}: expected the output of clip-retrieval inference, got a folder without img_emb/*.npy and "
+            "text_emb/*.npy"
         )
     files = {name: _by_number(path, name, ".npy") for name in names}
     tables = _by_number(path, _METADATA, ".parquet")
     if tables:
         files[_METADATA] = tables
     numbers = _common_numbers(path, files)
-    parts = [
-        Part(vectors={name: open_npy(files[name][number]) for name in names}, table=tables.get(number))
+    groups = [
+        FileGroup(vectors={name: open_npy(files[name][number]) for name in names}, table=tables.get(number))
         for number in numbers
     ]
-    return Incoming(form=FORM, path=path, modalities={name: _ARRAYS[name] for name in names}, parts=parts)
+    return VectorImport(form=FORM, path=path, modalities={name: _ARRAYS[name] for name in names}, groups=groups)
 
 
-def write_tree(outgoing: "Outgoing", folder: Path, *, rows_a_file: int = ROWS_A_FILE, progress: Progress) -> int:
-    """Write the tree into a new folder, whole or not at all; give the number of rows.
+def write_clip_retrieval(
+    export: "VectorExport", folder: Path, *, rows_per_file: int = ROWS_PER_FILE, progress: Progress
+) -> int:
+    """Write clip-retrieval's files into a new folder, whole or not at all; return the number of rows.
 
-    Vectors have length 1: a row whose length differs from it by more than 0.001 is scaled, others are as they are, so
-    that what was imported from such a tree goes out to the bit. Memory: a block, and the cache's tables.
+    Vectors have length 1: a row whose length differs by more than 0.001 is scaled, others are kept as they are, so that
+    an import of such files is exported bit for bit. Memory: a block, and the tables of the cache.
 
     Args:
-        outgoing: what is exported.
-        folder: there must be none, or an empty one.
-        rows_a_file: rows of each file but the last.
-        progress: told about rows.
+        export: exported rows.
+        folder: a new or empty folder.
+        rows_per_file: rows of each file but the last.
+        progress: receives vectors.
 
     Raises:
         PathError: the folder is not empty.
     """
-    ranges = list(blocks(len(outgoing.samples), rows_a_file))
+    ranges = list(blocks(len(export.samples), rows_per_file))
     digits = int(math.log10(len(ranges))) + 1
     numbers = {f"{number:0{digits}d}": rows for number, rows in enumerate(ranges)}
-    names = {name: modality for name, modality in _ARRAYS.items() if modality in outgoing.modalities}
+    names = {name: modality for name, modality in _ARRAYS.items() if modality in export.modalities}
     with new_folder(folder) as temporary:
         for name in (*names, _METADATA):
             (temporary / name).mkdir()
         for number, rows in numbers.items():
-            pq.write_table(_metadata(outgoing, rows), temporary / _METADATA / f"{_METADATA}_{number}.parquet")
+            pq.write_table(_metadata(export, rows), temporary / _METADATA / f"{_METADATA}_{number}.parquet")
         for name, modality in names.items():
-            _write_arrays(temporary / name, name, numbers, outgoing, modality, progress)
-    return len(outgoing.samples)
+            _write_arrays(temporary / name, name, numbers, export, modality, progress)
+    return len(export.samples)
 
 
 def _by_number(path: Path, name: str, suffix: str) -> dict[str, Path]:
-    """Find the files `name/name_NUMBER.suffix`, by their number as it is written, in the order of their names."""
+    """Return the files `name/name_NUMBER.suffix` by their number as it is written, in the order of their names."""
     return {file.stem.removeprefix(f"{name}_"): file for file in sorted((path / name).glob(f"*{suffix}"))}
 
 
@@ -102,15 +104,15 @@ def _common_numbers(path: Path, files: Mapping[str, Mapping[str, Path]]) -> list
         if missing:
             counts = ", ".join(f"{len(numbers)} in {folder}" for folder, numbers in files.items())
             raise DataError(
-                f"{path} lacks the file of number {missing[0]} in {name} ({counts}): rows would not belong together; "
-                "get the tree again"
+                f"{path}: expected files with the same numbers in each folder, got {counts}: {name} lacks number "
+                f"{missing[0]}; get the folder again"
             )
     return every
 
 
-def _metadata(outgoing: "Outgoing", rows: slice) -> pa.Table:
-    """Give the columns of some rows; clip-retrieval's own are `image_path` and `caption`, without nulls."""
-    table = outgoing.table(rows)
+def _metadata(export: "VectorExport", rows: slice) -> pa.Table:
+    """Return the columns of some rows; clip-retrieval's own, `image_path` and `caption`, have no nulls."""
+    table = export.table(rows)
     for name in ("image_path", "caption"):
         if name in table.column_names:
             table = table.set_column(table.schema.get_field_index(name), name, pc.fill_null(table[name], ""))
@@ -118,7 +120,7 @@ def _metadata(outgoing: "Outgoing", rows: slice) -> pa.Table:
 
 
 def _unit(vectors_ND: Array) -> Array:
-    """Scale rows to length 1, and leave those as they are that have it as far as float16 can say."""
+    """Scale rows to length 1, except those that have it within the precision of float16."""
     lengths = np.linalg.norm(np.asarray(vectors_ND, np.float32), axis=1)
     is_off = np.abs(lengths - 1) > UNIT_TOLERANCE
     if not is_off.any():
@@ -129,16 +131,21 @@ def _unit(vectors_ND: Array) -> Array:
 
 
 def _write_arrays(
-    folder: Path, name: str, numbers: Mapping[str, slice], outgoing: "Outgoing", modality: Modality, progress: Progress
+    folder: Path,
+    name: str,
+    numbers: Mapping[str, slice],
+    export: "VectorExport",
+    modality: Modality,
+    progress: Progress,
 ) -> None:
     """Write `name_NUMBER.npy` for each range of rows from one stream of vectors."""
-    progress.start(f"writing {name}", len(outgoing.samples), "vectors")
-    stream = outgoing.vectors(modality, _BLOCK)
-    waiting = np.empty((0, outgoing.width(modality)), outgoing.dtype(modality))
+    progress.start(f"writing {name}", len(export.samples), "vectors")
+    stream = export.vectors(modality, _BLOCK)
+    waiting = np.empty((0, export.width(modality)), export.dtype(modality))
     for number, rows in numbers.items():
         left = rows.stop - rows.start
         with (folder / f"{name}_{number}.npy").open("wb") as file:
-            write_header(file, (left, outgoing.width(modality)), outgoing.dtype(modality))
+            write_header(file, (left, export.width(modality)), export.dtype(modality))
             while left:
                 if not len(waiting):
                     waiting = _unit(next(stream))

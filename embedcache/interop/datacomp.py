@@ -1,4 +1,4 @@
-"""DataComp's metadata: `<hash>.parquet` beside `<hash>.npz`, and lists of uids."""
+"""Metadata of DataComp: `<hash>.parquet` beside `<hash>.npz`, and lists of uids."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from embedcache.curate.select.export import to_uids
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError, DataError, PathError, SettingError
-from embedcache.interop.incoming import Incoming, Part
+from embedcache.interop.imported import FileGroup, VectorImport
 from embedcache.interop.npy import damage_named, open_npz
 from embedcache.store.cache import Cache
 
@@ -18,63 +18,64 @@ FORM = "datacomp"
 REASON = "in the list of uids"
 
 
-def open_metadata(path: Path, *, image: Sequence[str] = (), text: Sequence[str] = ()) -> Incoming:
-    """Look at a folder of DataComp's metadata.
+def open_datacomp(path: Path, *, image_array: Sequence[str] = (), text_array: Sequence[str] = ()) -> VectorImport:
+    """Open a folder of DataComp's metadata.
 
     Args:
-        path: the folder; its files are taken in the order of their names.
-        image: arrays of image vectors, such as `l14_img`.
-        text: arrays of text vectors, such as `l14_txt`.
+        path: the folder; its files are read in the order of their names.
+        image_array: arrays of image vectors, such as `l14_img`.
+        text_array: arrays of text vectors, such as `l14_txt`.
 
     Raises:
-        SettingError: no array is named, or one twice.
-        PathError: there is no such file, or a file lacks its other half.
+        SettingError: no array is named, or one is named twice.
+        PathError: a file does not exist, or lacks its counterpart.
         UnknownNameError: an `.npz` has no such array.
         DataError: files that belong together differ in their rows.
     """
-    modalities = _modalities(image, text)
+    modalities = _modalities(image_array, text_array)
     tables, arrays = ({file.stem: file for file in sorted(path.glob(f"*.{suffix}"))} for suffix in ("parquet", "npz"))
     if not arrays:
-        raise PathError(f"{path} holds no .npz; give DataComp's folder of metadata, with NAME.parquet and NAME.npz")
-    lone = sorted(tables.keys() ^ arrays.keys())
-    if lone:
-        there, lacks = ("parquet", "npz") if lone[0] in tables else ("npz", "parquet")
+        raise PathError(f"{path}: expected DataComp's metadata, NAME.parquet and NAME.npz, got no .npz file")
+    unpaired = sorted(tables.keys() ^ arrays.keys())
+    if unpaired:
+        stem = unpaired[0]
+        exists, missing = ("parquet", "npz") if stem in tables else ("npz", "parquet")
         raise PathError(
-            f"{path} has {lone[0]}.{there} and no {lone[0]}.{lacks} ({len(tables)} .parquet, {len(arrays)} .npz); get "
-            "the folder again"
+            f"{path} has {stem}.{exists} and no {stem}.{missing} ({len(tables)} .parquet, {len(arrays)} .npz); get the "
+            "folder again"
         )
-    parts = [
-        Part(vectors={name: open_npz(file, name) for name in modalities}, table=tables[stem])
+    groups = [
+        FileGroup(vectors={name: open_npz(file, name) for name in modalities}, table=tables[stem])
         for stem, file in arrays.items()
     ]
-    return Incoming(form=FORM, path=path, modalities=modalities, parts=parts)
+    return VectorImport(form=FORM, path=path, modalities=modalities, groups=groups)
 
 
 def import_uids(uids_path: Path, cache_path: Path | str, out_path: Path) -> int:
-    """Make a selection of a list of DataComp's uids: a `.npy` of dtype `u8,u8`; give how many samples it has.
+    """Write a selection from a list of DataComp's uids, a `.npy` of dtype `u8,u8`; return its number of samples.
 
     Args:
-        uids_path: the list, in any order.
-        cache_path: a cache whose keys are uids.
-        out_path: the selection, `.parquet`.
+        uids_path: list of uids, in any order.
+        cache_path: cache whose keys are uids.
+        out_path: selection to write, `.parquet`.
 
     Raises:
-        PathError: there is no such list, or the selection's name does not end in `.parquet`.
-        CorruptError: it is no such list.
-        DataError: keys of the cache are no uids, or the cache has not all of the list's.
+        PathError: the list does not exist, or the selection's name does not end in `.parquet`.
+        CorruptError: the list is not a NumPy array.
+        DataError: keys of the cache are not uids, or the cache lacks some of the list.
     """
     check_selection_path(out_path)
     cache = Cache(cache_path)
     wanted = _read_uids(uids_path)
     keys = cache.samples["key"].to_pylist()
-    to_uids(keys)  # refuses a cache of other keys
+    to_uids(keys)  # raises for other keys
     known = {(int(key[:16], 16), int(key[16:], 16)): row for row, key in enumerate(keys)}
     unknown = [uid for uid in wanted.tolist() if uid not in known]
     if unknown:
         first = f"{unknown[0][0]:016x}{unknown[0][1]:016x}"
         raise DataError(
-            f"{len(unknown):,} of {len(wanted):,} uids of {uids_path} are no keys of {cache.path}, first {first}; "
-            "give the cache that they were chosen from"
+            f"{len(unknown):,} of {len(wanted):,} uids in {uids_path} are not keys of {cache.path}, first {first}; name"
+            " the cache that they were selected from"
         )
     rows = np.array(sorted(known[uid] for uid in wanted.tolist()), np.int64)
     write_selection(
@@ -83,24 +84,26 @@ def import_uids(uids_path: Path, cache_path: Path | str, out_path: Path) -> int:
     return len(rows)
 
 
-def _modalities(image: Sequence[str], text: Sequence[str]) -> Mapping[str, Modality]:
-    names = [*image, *text]
+def _modalities(images: Sequence[str], texts: Sequence[str]) -> Mapping[str, Modality]:
+    names = [*images, *texts]
     if not names or len(set(names)) < len(names):
         raise SettingError(
-            "name the arrays to import, each once, with --image-array and --text-array; DataComp has "
-            "l14_img, b32_img, l14_txt and b32_txt"
+            f"vectors: expected different arrays such as l14_img, b32_img, l14_txt and b32_txt, got "
+            f"{', '.join(names) or 'none'}; name them with --image-array and --text-array"
         )
-    return {name: "image" if name in image else "text" for name in names}
+    return {name: "image" if name in images else "text" for name in names}
 
 
 def _read_uids(path: Path) -> Array:
-    """Read the uids that are in a list, each once."""
+    """Return the uids in a list, each once."""
     with damage_named(path):
         try:
             found = np.load(path, allow_pickle=False)
         except ValueError as error:
-            raise CorruptError(f"{path} is no array that NumPy wrote: {error}; get the file again") from error
+            raise CorruptError(
+                f"{path}: expected an array written by NumPy, got an error: {error}; get the file again"
+            ) from error
     if not isinstance(found, np.ndarray) or found.dtype != np.dtype("u8,u8") or found.ndim != 1:
         kind = f"{found.dtype} shaped {found.shape}" if isinstance(found, np.ndarray) else "several arrays"
-        raise DataError(f"{path} holds {kind}; a list of uids is one row of dtype u8,u8")
+        raise DataError(f"{path}: expected a list of uids, one row of dtype u8,u8, got {kind}")
     return np.unique(found)

@@ -1,4 +1,4 @@
-"""Vectors that others made into a normal cache: the numbering, then chunk by chunk."""
+"""Import of vectors that other tools computed: a normal cache, written chunk by chunk."""
 
 import os
 from collections import Counter
@@ -14,15 +14,15 @@ from embedcache.arrays import Array, Bools
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import CorruptError, SourceError, UnfinishedError
 from embedcache.files import open_path, remove_partials
-from embedcache.interop.incoming import ImportedRows, Incoming
+from embedcache.interop.imported import ImportedSamples, VectorImport
+from embedcache.interop.settings import ImportSettings
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, digest, digest_file, run_record
 from embedcache.sources.base import IMPORTED
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
-from embedcache.store.commit import hash_item
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, add_feature, create_group
+from embedcache.store.group import EncoderGroup, add_feature, create_group, hash_item
 from embedcache.store.indexing import index
 from embedcache.store.layout import info_path, read_info
 from embedcache.store.writer import commit_chunk, withdraw
@@ -31,101 +31,109 @@ FEATURE = "vector"
 NO_VECTOR = "NaN or infinity in the imported vector"
 EMPTY = "empty caption"
 UNIT_TOLERANCE = 1e-3
-_ROWS_LOOKED_AT = 1024
-_SAME = "put the files back as they were and give the same options, or import into a new folder"
+_CHECKED_ROWS = 1024
+_NEXT_STEP = "restore the files and use the same options, or import into a new folder"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Imported:
-    """What an import did for one feature.
+class ImportReport:
+    """Outcome of an import for one feature.
 
     Args:
         modality: `image` or `text`.
-        feature: `encoder/feature`, as the cache names it.
-        taken: vectors in the chunks that were written now.
-        reused: vectors in the chunks that were there.
+        feature: `encoder/feature` in the cache.
+        imported: vectors in the chunks that were written now.
+        reused: vectors in the chunks that existed before.
         failures: reason -> number of rows without a vector, over the whole cache.
         is_normalized: whether the first rows of each file have length 1.
     """
 
     modality: str
     feature: str
-    taken: int
+    imported: int
     reused: int
     failures: Mapping[str, int]
     is_normalized: bool
 
     def line(self) -> str:
-        """Say it in one line."""
+        """Return the outcome in one line."""
         failed = "; ".join(f"{count:,} {reason}" for reason, count in self.failures.items())
         return (
-            f"{self.feature}: imported {self.taken:,} {self.modality} vectors, reused {self.reused:,}, failed "
+            f"{self.feature}: imported {self.imported:,} {self.modality} vectors, reused {self.reused:,}, failed "
             f"{sum(self.failures.values()):,}{': ' + failed if failed else ''}; "
-            f"{'of length 1' if self.is_normalized else 'not normalised'}"
+            f"{'normalized' if self.is_normalized else 'not normalized'}"
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the outcome as it is recorded on disk."""
+        return {
+            "modality": self.modality,
+            "feature": self.feature,
+            "taken": self.imported,
+            "reused": self.reused,
+            "failures": self.failures,
+            "is_normalized": self.is_normalized,
+        }
 
 
 def import_vectors(
-    incoming: Incoming,
+    vectors: VectorImport,
     cache_path: Path | str,
+    settings: ImportSettings | None = None,
     *,
-    model: str | None = None,
-    chunk_size: int | None = None,
-    settings: SourceSettings | None = None,
     progress: Progress | None = None,
-) -> list[Imported]:
-    """Make a normal cache of vectors that others computed. Values are kept as they are, in their own dtype.
+) -> list[ImportReport]:
+    """Write a normal cache of vectors that another tool computed. Values and dtype are kept as they are.
 
-    The files are read twice: once for their SHA-256, once for their rows. Chunks that are committed and sound are not
-    written again, so an import that was stopped goes on, and a damaged chunk is mended. Memory: a chunk; while samples
-    are numbered, their keys.
+    The files are read twice: once for their SHA-256, once for their rows. Committed chunks with correct checksums are
+    reused, so an interrupted import resumes and a damaged chunk is repaired. Memory: one chunk; while the samples are
+    numbered, their keys.
 
     Args:
-        incoming: the files.
-        cache_path: a new folder, or a cache of the same import.
-        model: what made the vectors, in words, for the record.
-        chunk_size: vectors in a chunk; None is 2,048.
-        settings: `key_column` and `caption_columns` of the tables.
-        progress: told about files, samples and vectors.
+        vectors: files to import.
+        cache_path: a new folder, or the cache of the same import.
+        settings: model name, columns of the tables, and chunk size.
+        progress: receives files, samples and vectors.
 
     Returns:
-        One report a feature.
+        One report per feature.
 
     Raises:
-        FingerprintError: the cache is of other files, or of these with other bytes or options.
+        FingerprintError: the cache holds other files, or these with other bytes or options.
         SourceError: a table lacks a column, or has more or fewer rows than its vectors; or no row has a vector.
-        SettingError: vectors of texts without their captions.
+        SettingError: text vectors without their captions.
         CorruptError: a file is damaged.
     """
-    progress, settings = progress or NullProgress(), settings or SourceSettings()
+    progress, settings = progress or NullProgress(), settings or ImportSettings()
+    columns = SourceSettings(key_column=settings.key_column, caption_columns=settings.caption_columns)
     path = open_path(cache_path)
-    hashes = _hash_files(incoming, progress)
-    source = _describe(incoming, hashes, model, settings)
+    hashes = _hash_files(vectors, progress)
+    source = _describe(vectors, hashes, settings.model, columns)
     if info_path(path).is_file():
-        check_same(f"cache {path}", _comparable(read_info(path).source), _comparable(source), next_step=_SAME)
+        check_same(f"cache {path}", _comparable(read_info(path).source), _comparable(source), next_step=_NEXT_STEP)
     else:
-        index(ImportedRows(incoming, source, settings), path, chunk_size=chunk_size, progress=progress)
+        index(ImportedSamples(vectors, source, columns), path, chunk_size=settings.chunk_size, progress=progress)
     cache = Cache(path)
     remove_partials(path)
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     with run_record(path / "records" / f"import-{started}.json", "import", {**source, "files": hashes}) as outcome:
-        reports = [_import_feature(cache, incoming, name, source, progress) for name in incoming.modalities]
-        outcome["features"] = [vars(report) for report in reports]
+        reports = [_import_feature(cache, vectors, name, source, progress) for name in vectors.modalities]
+        outcome["features"] = [report.to_json() for report in reports]
     return reports
 
 
 def is_normalized(vectors_ND: Array) -> bool:
-    """Say whether all rows that hold numbers have length 1, as far as float16 can say."""
-    lengths = np.linalg.norm(np.asarray(vectors_ND, np.float32), axis=1)
-    return bool((np.abs(lengths[np.isfinite(lengths)] - 1) <= UNIT_TOLERANCE).all())
+    """Return whether all finite rows have length 1, within the precision of float16."""
+    lengths_N = np.linalg.norm(np.asarray(vectors_ND, np.float32), axis=1)
+    return bool((np.abs(lengths_N[np.isfinite(lengths_N)] - 1) <= UNIT_TOLERANCE).all())
 
 
-def _hash_files(incoming: Incoming, progress: Progress) -> dict[str, str]:
-    """Get the SHA-256 of each file, by its path below what was named."""
-    root = incoming.path if incoming.path.is_dir() else incoming.path.parent
+def _hash_files(vectors: VectorImport, progress: Progress) -> dict[str, str]:
+    """Return the SHA-256 of each file by its path relative to what the user named."""
+    root = vectors.path if vectors.path.is_dir() else vectors.path.parent
     hashes = {}
-    progress.start("hashing", len(incoming.files), "files")
-    for path in incoming.files:
+    progress.start("hashing", len(vectors.files), "files")
+    for path in vectors.files:
         hashes[os.path.relpath(path, root)] = digest_file(path)
         progress.advance(1)
     progress.finish()
@@ -133,88 +141,78 @@ def _hash_files(incoming: Incoming, progress: Progress) -> dict[str, str]:
 
 
 def _describe(
-    incoming: Incoming, hashes: Mapping[str, str], model: str | None, settings: SourceSettings
+    vectors: VectorImport, hashes: Mapping[str, str], model: str | None, columns: SourceSettings
 ) -> dict[str, Any]:
-    """Say all that decides what an import makes; `cache.json` keeps it."""
+    """Return everything that determines the result of an import, as `cache.json` stores it."""
     return {
         "type": IMPORTED,
-        "path": str(incoming.path.absolute()),
+        "path": str(vectors.path.absolute()),
         "settings": {},
-        "format": incoming.form,
-        "columns": settings.to_json(),
-        "features": dict(incoming.modalities),
+        "format": vectors.form,
+        "columns": columns.to_json(),
+        "features": dict(vectors.modalities),
         "files": digest(hashes),
         "model": model,
-        **incoming.about,
+        **vectors.about,
     }
 
 
 def _comparable(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out where the files lie: they may have moved."""
+    """Return a description without the path, since files may have moved."""
     return {name: value for name, value in source.items() if name != "path"}
 
 
 def _import_feature(
-    cache: Cache, incoming: Incoming, name: str, source: Mapping[str, Any], progress: Progress
-) -> Imported:
-    modality, rows = incoming.modalities[name], incoming.like(name)
-    firsts = (next(part.vectors[name].blocks(0, _ROWS_LOOKED_AT), None) for part in incoming.parts)
-    has_length_1 = all(is_normalized(block) for block in firsts if block is not None)
+    cache: Cache, vectors: VectorImport, name: str, source: Mapping[str, Any], progress: Progress
+) -> ImportReport:
+    modality, files = vectors.modalities[name], [group.vectors[name] for group in vectors.groups]
+    first_blocks = (next(file.blocks(0, _CHECKED_ROWS), None) for file in files)
+    has_unit_length = all(is_normalized(block_BD) for block_BD in first_blocks if block_BD is not None)
     fingerprint = {
         "family": IMPORTED,
         "model": source["model"] or "unknown",
         "revision": None,
         "weights": source["files"],
-        "preprocessing": {"format": incoming.form, "array": name, "is_normalized": has_length_1},
+        "preprocessing": {"format": vectors.form, "array": name, "is_normalized": has_unit_length},
         "pooling": {},
         "backend": None,
         "precision": None,
     }
     folder = EncoderSpec(IMPORTED, name).folder
     group = create_group(cache.path, modality, folder, cache.info, spec=f"{IMPORTED}:{folder}", fingerprint=fingerprint)
-    add_feature(group, FEATURE, (rows.width,), rows.dtype)
-    taken = _commit_chunks(cache, group, incoming, name, progress)
+    add_feature(group, FEATURE, (files[0].width,), files[0].dtype)
+    num_imported = _write_chunks(cache, group, vectors, name, progress)
     failures = _count_failures(cache, group)
-    if failures.total() == incoming.num_rows:
-        raise SourceError(f"none of {incoming.num_rows:,} rows of {name} in {incoming.path} has a usable vector")
-    return Imported(
+    if failures.total() == vectors.num_rows:
+        raise SourceError(f"{vectors.path}: expected usable vectors, got none in {vectors.num_rows:,} rows of {name}")
+    return ImportReport(
         modality=modality,
         feature=f"{group.name}/{FEATURE}",
-        taken=taken,
-        reused=incoming.num_rows - taken,
+        imported=num_imported,
+        reused=vectors.num_rows - num_imported,
         failures=dict(failures.most_common()),
-        is_normalized=has_length_1,
+        is_normalized=has_unit_length,
     )
 
 
-def _count_failures(cache: Cache, group: EncoderGroup) -> Counter[str]:
-    """Count over the commits, one at a time."""
-    failures: Counter[str] = Counter()
-    for chunk in range(cache.info.num_chunks(group.modality)):
-        commit = group.commit(chunk)
-        if commit is not None:
-            failures.update(reason for reason in commit.failures[FEATURE] if reason is not None)
-    return failures
-
-
-def _commit_chunks(cache: Cache, group: EncoderGroup, incoming: Incoming, name: str, progress: Progress) -> int:
-    """Write the chunks that are not there or not sound; give how many vectors those hold."""
-    missing = {chunk for chunk in range(cache.info.num_chunks(group.modality)) if not _is_sound(group, chunk)}
+def _write_chunks(cache: Cache, group: EncoderGroup, vectors: VectorImport, name: str, progress: Progress) -> int:
+    """Write the chunks that are missing or damaged; return the number of vectors in them."""
+    missing = {chunk for chunk in range(cache.info.num_chunks(group.modality)) if not _is_intact(group, chunk)}
     if not missing:
         return 0
-    first, size, taken = min(missing), cache.info.chunk_size, 0
-    progress.start(f"importing {name}", incoming.num_rows - first * size, "vectors")
-    for chunk, vectors in enumerate(incoming.blocks(name, first * size, size), start=first):
+    first, size, num_imported = min(missing), cache.info.chunk_size, 0
+    progress.start(f"importing {name}", vectors.num_rows - first * size, "vectors")
+    for chunk, vectors_BD in enumerate(vectors.blocks(name, first * size, size), start=first):
         if chunk in missing:
-            _commit(cache, group, chunk, vectors)
-            taken += len(vectors)
-        progress.advance(len(vectors))
+            _write_chunk(cache, group, chunk, vectors_BD)
+            num_imported += len(vectors_BD)
+        progress.advance(len(vectors_BD))
     progress.finish()
-    return taken
+    return num_imported
 
 
-def _is_sound(group: EncoderGroup, chunk: int) -> bool:
-    """Say whether a chunk is committed and its bytes are those that were; else make it not exist."""
+def _is_intact(group: EncoderGroup, chunk: int) -> bool:
+    """Return whether a chunk is committed with correct checksums; withdraw the commit of a damaged one."""
     try:
         commit = group.commit(chunk)
         if commit is None or not group.has(commit, FEATURE):
@@ -227,19 +225,31 @@ def _is_sound(group: EncoderGroup, chunk: int) -> bool:
     return True
 
 
-def _commit(cache: Cache, group: EncoderGroup, chunk: int, vectors: Array) -> None:
-    texts = cache.items("text", chunk=chunk)["text"].to_pylist() if group.modality == "text" else [None] * len(vectors)
-    failures = list(_failures(vectors, texts))
-    items = [vector if reason is None else None for vector, reason in zip(vectors, failures, strict=True)]
-    said = (vector.tobytes() if text is None else text.encode() for vector, text in zip(vectors, texts, strict=True))
-    hashes = [hash_item(data) for data in said]
-    commit_chunk(group, chunk, {FEATURE: items}, hashes, {FEATURE: failures})
+def _write_chunk(cache: Cache, group: EncoderGroup, chunk: int, vectors_BD: Array) -> None:
+    texts: list[str | None] = [None] * len(vectors_BD)
+    if group.modality == "text":
+        texts = cache.items("text", chunk=chunk)["text"].to_pylist()
+    failures = list(_failures(vectors_BD, texts))
+    values = [vector if reason is None else None for vector, reason in zip(vectors_BD, failures, strict=True)]
+    contents = (
+        vector.tobytes() if text is None else text.encode() for vector, text in zip(vectors_BD, texts, strict=True)
+    )
+    commit_chunk(group, chunk, {FEATURE: values}, [hash_item(data) for data in contents], {FEATURE: failures})
 
 
-def _failures(vectors: Array, texts: Sequence[str | None]) -> Iterator[str | None]:
-    is_finite_N: Bools = np.asarray(np.isfinite(vectors).all(axis=1))
-    for is_finite, text in zip(is_finite_N, texts, strict=True):
+def _failures(vectors_BD: Array, texts: Sequence[str | None]) -> Iterator[str | None]:
+    is_finite_B: Bools = np.asarray(np.isfinite(vectors_BD).all(axis=1))
+    for is_finite, text in zip(is_finite_B, texts, strict=True):
         if text is not None and not text.strip():
             yield EMPTY
         else:
             yield None if is_finite else NO_VECTOR
+
+
+def _count_failures(cache: Cache, group: EncoderGroup) -> Counter[str]:
+    failures: Counter[str] = Counter()
+    for chunk in range(cache.info.num_chunks(group.modality)):
+        commit = group.commit(chunk)
+        if commit is not None:
+            failures.update(reason for reason in commit.failures[FEATURE] if reason is not None)
+    return failures

@@ -1,7 +1,4 @@
-"""Arrays in `.npy` files, with a table of keys and captions beside them.
-
-The rows of an array that NumPy wrote: `.npy`, or one array of an `.npz`.
-"""
+"""Vectors in `.npy` files with a table of keys and captions beside them, and in the arrays of an `.npz`."""
 
 import os
 import zipfile
@@ -18,78 +15,80 @@ from numpy.lib import format as npy_format
 
 from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
-from embedcache.errors import CorruptError, DataError, SettingError, UnknownNameError
-from embedcache.interop.incoming import Incoming, Part, check_dtype
-from embedcache.interop.outgoing import new_folder
+from embedcache.errors import CorruptError, DataError, SettingError
+from embedcache.interop.exporting import new_folder
+from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
 from embedcache.progress import Progress
+from embedcache.registry import unknown_name
 from embedcache.sources.files import wrap_io_errors
 
 if TYPE_CHECKING:
-    from embedcache.interop.outgoing import Outgoing
+    from embedcache.interop.exporting import VectorExport
 
 FORM = "npy"
 _BLOCK = 8192
+_SKIP_BYTES = 2**24
 
 
-def open_arrays(*, image: Path | None = None, text: Path | None = None, table: Path | None = None) -> Incoming:
-    """Look at arrays whose rows belong together.
+def open_npy_vectors(
+    *, image_file: Path | None = None, text_file: Path | None = None, table: Path | None = None
+) -> VectorImport:
+    """Open arrays whose rows belong together.
 
     Args:
-        image: a `.npy` of image vectors.
-        text: a `.npy` of text vectors.
+        image_file: `.npy` file of image vectors.
+        text_file: `.npy` file of text vectors.
         table: their keys, captions and columns: `.parquet`, `.csv`, `.tsv` or `.jsonl`.
 
     Raises:
-        SettingError: no array is given.
-        PathError: there is no such file.
+        SettingError: neither array is named.
+        PathError: a file does not exist.
         CorruptError: a file is damaged.
         DataError: an array is not (rows, width) of float16 or float32, or they differ in their rows.
     """
-    given: list[tuple[Modality, Path | None]] = [("image", image), ("text", text)]
-    vectors = {str(modality): open_npy(path) for modality, path in given if path is not None}
-    first = image or text
+    given: list[tuple[Modality, Path | None]] = [("image", image_file), ("text", text_file)]
+    files = {modality: open_npy(path) for modality, path in given if path is not None}
+    first = image_file or text_file
     if first is None:
-        raise SettingError("no array is given; give one with --image-file or --text-file, or one with each")
-    modalities = {str(modality): modality for modality, path in given if path is not None}
-    return Incoming(form=FORM, path=first, modalities=modalities, parts=[Part(vectors=vectors, table=table)])
+        raise SettingError("vectors: expected a .npy file, got none; name one with --image-file or --text-file")
+    modalities = {str(modality): modality for modality in files}
+    group = FileGroup(vectors={str(modality): file for modality, file in files.items()}, table=table)
+    return VectorImport(form=FORM, path=first, modalities=modalities, groups=[group])
 
 
-def write_arrays(outgoing: "Outgoing", folder: Path, *, progress: Progress) -> int:
-    """Write `image.npy`, `text.npy` and `rows.parquet` into a new folder, whole or not at all; give the number of rows.
+def write_npy(export: "VectorExport", folder: Path, *, progress: Progress) -> int:
+    """Write `image.npy`, `text.npy` and `rows.parquet` into a new folder, whole or not at all; return the row count.
 
-    Vectors are as they are in the cache. Memory: a block, and the cache's tables.
+    Vectors are as they are in the cache. Memory: a block, and the tables of the cache.
 
     Raises:
         PathError: the folder is not empty.
     """
-    num_rows = len(outgoing.samples)
+    num_rows = len(export.samples)
     with new_folder(folder) as temporary:
-        table: pa.Table = outgoing.table(slice(0, num_rows))
-        pq.write_table(table.replace_schema_metadata(outgoing.metadata), temporary / "rows.parquet")
-        for modality in outgoing.modalities:
+        table: pa.Table = export.table(slice(0, num_rows))
+        pq.write_table(table.replace_schema_metadata(export.metadata), temporary / "rows.parquet")
+        for modality in export.modalities:
             progress.start(f"writing {modality}.npy", num_rows, "vectors")
             with (temporary / f"{modality}.npy").open("wb") as file:
-                write_header(file, (num_rows, outgoing.width(modality)), outgoing.dtype(modality))
-                for block in outgoing.vectors(modality, _BLOCK):
+                write_header(file, (num_rows, export.width(modality)), export.dtype(modality))
+                for block in export.vectors(modality, _BLOCK):
                     file.write(block.tobytes())
                     progress.advance(len(block))
             progress.finish()
     return num_rows
 
 
-_MOST_SKIPPED_BYTES = 2**24
-
-
 @dataclass(frozen=True, kw_only=True)
-class NpyRows:
-    """A two-dimensional array in C order, read a block at a time without a memory map.
+class NpyFile:
+    """A two-dimensional array in C order, read block by block without a memory map.
 
     Args:
-        path: the `.npy`, or the `.npz`.
-        num_rows: of the array.
-        width: of a row.
+        path: the `.npy` or `.npz` file.
+        num_rows: number of rows.
+        width: numbers per row.
         dtype: `float16` or `float32`.
-        start: where in the file its numbers begin.
+        start: offset of its numbers in the file or member, in bytes.
         member: name of the array in an `.npz`; None for a `.npy`.
     """
 
@@ -101,7 +100,7 @@ class NpyRows:
     member: str | None = None
 
     def blocks(self, first: int, size: int) -> Iterator[Array]:
-        """Go through the rows from `first` on: arrays (B, D), B at most `size`.
+        """Iterate over the rows from `first` on: arrays (B, D) of at most `size` rows.
 
         Raises:
             CorruptError: the file ends before its last row.
@@ -127,16 +126,16 @@ class NpyRows:
                     yield file
 
 
-def open_npy(path: Path) -> NpyRows:
+def open_npy(path: Path) -> NpyFile:
     """Read the header of a `.npy` file.
 
     Raises:
-        PathError: there is no such file.
-        CorruptError: it is no `.npy`, or ends before its last row.
+        PathError: the file does not exist.
+        CorruptError: it is not a `.npy` file, or ends before its last row.
         DataError: it is not a two-dimensional array of float16 or float32 in C order.
     """
     with damage_named(path), path.open("rb") as file:
-        rows = _of_header(path, file, None)
+        rows = _parse_header(path, file, None)
         num_bytes = os.fstat(file.fileno()).st_size - rows.start
     row_bytes = rows.width * np.dtype(rows.dtype).itemsize
     if num_bytes < rows.num_rows * row_bytes:
@@ -144,46 +143,46 @@ def open_npy(path: Path) -> NpyRows:
     return rows
 
 
-def open_npz(path: Path, name: str) -> NpyRows:
+def open_npz(path: Path, name: str) -> NpyFile:
     """Read the header of one array of an `.npz` file.
 
     Raises:
-        PathError: there is no such file.
-        CorruptError: it is no `.npz`.
-        UnknownNameError: it has no such array; those that it has are listed.
+        PathError: the file does not exist.
+        CorruptError: it is not an `.npz` file.
+        UnknownNameError: it has no such array; the message lists those it has.
         DataError: the array is not two-dimensional, of float16 or float32, in C order.
     """
     with damage_named(path), zipfile.ZipFile(path) as archive:
         names = [entry.removesuffix(".npy") for entry in archive.namelist()]
         if name not in names:
-            raise UnknownNameError(f"{path} has no array {name!r}; it has {', '.join(sorted(names)) or 'none'}")
+            raise unknown_name("array", name, names, hint=f"in {path}")
         with archive.open(f"{name}.npy") as file:
-            return _of_header(path, file, name)
+            return _parse_header(path, file, name)
 
 
 def write_header(file: IO[bytes], shape: tuple[int, int], dtype: str) -> None:
-    """Begin a `.npy` file, format 1.0: 128 bytes, whose one line other readers parse by themselves."""
-    about = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": shape}
-    npy_format.write_array_header_1_0(file, about)
+    """Write the header of a `.npy` file, format 1.0: 128 bytes, one line that other readers parse by themselves."""
+    header = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": shape}
+    npy_format.write_array_header_1_0(file, header)
 
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turn what a damaged file gives into an error that names it."""
+    """Raise a damaged file as an error that names it."""
     try:
         with wrap_io_errors(path):
             yield
     except (zipfile.BadZipFile, EOFError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{path} cannot be read: {error or 'it ends too early'}; get the file again") from error
+        raise CorruptError(f"{path} is damaged: {error or 'it ends too early'}; get the file again") from error
 
 
-def _of_header(path: Path, file: IO[bytes], member: str | None) -> NpyRows:
-    place = str(path) if member is None else f"{path}, array {member},"
+def _parse_header(path: Path, file: IO[bytes], member: str | None) -> NpyFile:
+    place = str(path) if member is None else f"{path}, array {member}"
     shape, is_fortran, dtype = _read_header(path, file)
     if len(shape) != 2 or is_fortran:
         order = " in Fortran order" if is_fortran else ""
-        raise DataError(f"{place} is shaped {shape}{order}; vectors are an array (rows, width) in C order")
-    return NpyRows(
+        raise DataError(f"{place}: expected an array (rows, width) in C order, got shape {shape}{order}")
+    return NpyFile(
         path=path,
         num_rows=shape[0],
         width=shape[1],
@@ -199,19 +198,21 @@ def _read_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np
         read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
         return read(file)
     except ValueError as error:
-        raise CorruptError(f"{path} is no array that NumPy wrote: {error}; get the file again") from error
+        raise CorruptError(
+            f"{path}: expected an array written by NumPy, got an error: {error}; get the file again"
+        ) from error
 
 
 def _skip(file: IO[bytes], num_bytes: int) -> None:
-    """Go forward; the member of an archive can only be read."""
+    """Move forward; the member of an archive can only be read."""
     if isinstance(file, zipfile.ZipExtFile):
-        while num_bytes and (read := len(file.read(min(num_bytes, _MOST_SKIPPED_BYTES)))):
+        while num_bytes and (read := len(file.read(min(num_bytes, _SKIP_BYTES)))):
             num_bytes -= read
     else:
         file.seek(num_bytes)
 
 
-def _truncated(rows: NpyRows, num_there: int) -> CorruptError:
+def _truncated(rows: NpyFile, num_there: int) -> CorruptError:
     return CorruptError(
-        f"{rows.path} is cut short: it holds {num_there:,} of {rows.num_rows:,} rows; get the file again"
+        f"{rows.path} is cut short: expected {rows.num_rows:,} rows, got {num_there:,}; get the file again"
     )

@@ -1,7 +1,4 @@
-"""Parquet with vectors as lists of one length: a row a sample, with its key, caption and columns.
-
-The rows of a column of lists in a Parquet file.
-"""
+"""Parquet with vectors as lists of one length: one row per sample, with its key, caption and columns."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,69 +12,72 @@ import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
-from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
+from embedcache.errors import DataError, PathError, SettingError
 from embedcache.files import replacing
-from embedcache.interop.incoming import Incoming, Part, check_dtype
-from embedcache.interop.outgoing import check_new_file
+from embedcache.interop.exporting import check_new_file
+from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
 from embedcache.progress import Progress
+from embedcache.registry import unknown_name
 from embedcache.sources.table_files import open_parquet, wrap_table_errors
 
 if TYPE_CHECKING:
-    from embedcache.interop.outgoing import Outgoing
+    from embedcache.interop.exporting import VectorExport
 
 FORM = "parquet"
 COLUMNS: Mapping[Modality, str] = {"image": "image_vector", "text": "text_vector"}
 _BLOCK = 8192
 
 
-def open_parquet_vectors(path: Path, *, image: str | None = None, text: str | None = None) -> Incoming:
-    """Look at a Parquet file, or at a folder of such in the order of their names.
+def open_parquet_vectors(
+    path: Path, *, image_vector_column: str | None = None, text_vector_column: str | None = None
+) -> VectorImport:
+    """Open a Parquet file, or a folder of them in the order of their names.
 
     Args:
-        path: the file or folder.
-        image: column of image vectors; where neither is named, `image_vector` and `text_vector`, or those of them
-            that there are.
-        text: column of text vectors.
+        path: file or folder.
+        image_vector_column: column of image vectors; if neither is named, `image_vector` and `text_vector`, or those of
+            them that exist.
+        text_vector_column: column of text vectors.
 
     Raises:
-        PathError: there is none.
-        SettingError: no column is named, and there is none of those names.
+        PathError: there is no such file.
+        SettingError: no column is named, and the default ones do not exist.
         UnknownNameError: a file has no such column.
-        DataError: a column holds no vectors of float16 or float32, or files differ in width or dtype.
+        DataError: a column does not hold vectors of float16 or float32, or files differ in width or dtype.
     """
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
-        raise PathError(f"{path} holds no .parquet; give a file, or a folder of such")
+        raise PathError(f"{path}: expected a Parquet file or a folder of them, got a folder without .parquet files")
     with wrap_table_errors(files[0]), open_parquet(files[0]) as file:
         schema = file.schema_arrow
-    modalities = _modalities(schema, image, text, files[0])
-    parts = [Part(vectors={name: open_column(file, name) for name in modalities}, table=file) for file in files]
-    return Incoming(form=FORM, path=path, modalities=modalities, parts=parts, about=_origin(schema))
+    modalities = _modalities(schema, image_vector_column, text_vector_column, files[0])
+    groups = [FileGroup(vectors={name: open_column(file, name) for name in modalities}, table=file) for file in files]
+    return VectorImport(form=FORM, path=path, modalities=modalities, groups=groups, about=_origin(schema))
 
 
-def write_parquet(outgoing: "Outgoing", path: Path, *, progress: Progress) -> int:
-    """Write one Parquet file, whole or not at all; give the number of rows. Vectors are as they are in the cache.
+def write_parquet(export: "VectorExport", path: Path, *, progress: Progress) -> int:
+    """Write one Parquet file, whole or not at all; return the number of rows. Vectors are as they are in the cache.
 
-    Memory: a block, and the cache's tables.
+    Memory: a block, and the tables of the cache.
 
     Raises:
-        PathError: the file is there, or its name does not end in `.parquet`.
+        PathError: the file exists, or its name does not end in `.parquet`.
     """
     check_new_file(path, ".parquet")
     with replacing(path) as temporary:
-        write_rows(temporary, table_blocks(outgoing, progress), outgoing.metadata)
-    return len(outgoing.samples)
+        write_rows(temporary, table_blocks(export, progress), export.metadata)
+    return len(export.samples)
 
 
 def table_blocks(
-    outgoing: "Outgoing", progress: Progress, *, names: Mapping[Modality, str] = COLUMNS
+    export: "VectorExport", progress: Progress, *, names: Mapping[Modality, str] = COLUMNS
 ) -> Iterator[pa.Table]:
-    """Go through an export's rows, columns and vectors together."""
-    num_rows = len(outgoing.samples)
+    """Iterate over the columns and vectors of an export in tables of a few thousand rows."""
+    num_rows = len(export.samples)
     progress.start("writing", num_rows, "rows")
-    streams = {modality: outgoing.vectors(modality, _BLOCK) for modality in outgoing.modalities if modality in names}
+    streams = {modality: export.vectors(modality, _BLOCK) for modality in export.modalities if modality in names}
     for rows in blocks(num_rows, _BLOCK):
-        table = outgoing.table(rows)
+        table = export.table(rows)
         for modality, stream in streams.items():
             table = table.append_column(names[modality], vector_lists(next(stream)))
         yield table
@@ -86,12 +86,12 @@ def table_blocks(
 
 
 def vector_lists(vectors_ND: Array) -> pa.Array:
-    """Make a column of lists of one length: (N, D) of any float type."""
+    """Return a column of lists of one length from (N, D) vectors of any float type."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
 
 
 def write_rows(path: Path, tables: Iterator[pa.Table], metadata: Mapping[str, str]) -> None:
-    """Write a stream of tables of one schema, a row group each."""
+    """Write a stream of tables of one schema, one row group each."""
     first = next(tables)
     schema = first.schema.with_metadata(metadata)
     with pq.ParquetWriter(path, schema) as writer:
@@ -100,26 +100,27 @@ def write_rows(path: Path, tables: Iterator[pa.Table], metadata: Mapping[str, st
             writer.write_table(table.cast(schema))
 
 
-def _modalities(schema: pa.Schema, image: str | None, text: str | None, path: Path) -> Mapping[str, Modality]:
-    if image is None and text is None:
-        image, text = (name if name in schema.names else None for name in COLUMNS.values())
-    if image is None and text is None:
+def _modalities(
+    schema: pa.Schema, image_column: str | None, text_column: str | None, path: Path
+) -> Mapping[str, Modality]:
+    if image_column is None and text_column is None:
+        image_column, text_column = (name if name in schema.names else None for name in COLUMNS.values())
+    if image_column is None and text_column is None:
         raise SettingError(
-            f"{path} has no column {' or '.join(COLUMNS.values())}; name a column of vectors with "
-            f"--image-vector-column or --text-vector-column: "
-            f"{', '.join(vector_columns(schema)) or 'it has none'}"
+            f"{path}: expected a column {' or '.join(COLUMNS.values())}; name one of its columns of vectors with "
+            f"--image-vector-column or --text-vector-column: {', '.join(vector_columns(schema)) or 'it has none'}"
         )
-    if image == text:
+    if image_column == text_column:
         raise SettingError(
-            f"column {image} is named with --image-vector-column and with --text-vector-column; "
-            "a column is of one of them"
+            f"text_vector_column: expected another column than image_vector_column, got {text_column} for both; a "
+            "column holds vectors of one modality"
         )
-    named: list[tuple[str | None, Modality]] = [(image, "image"), (text, "text")]
+    named: list[tuple[str | None, Modality]] = [(image_column, "image"), (text_column, "text")]
     return {name: modality for name, modality in named if name is not None}
 
 
 def _origin(schema: pa.Schema) -> Mapping[str, Any]:
-    """Give what the file remembers of the cache that it was exported from; nothing of a file of others."""
+    """Return what the file records of the cache that it was exported from; empty for other files."""
     try:
         origin = json.loads((schema.metadata or {})[b"embedcache"])
     except (KeyError, ValueError):
@@ -131,14 +132,14 @@ _DTYPES = {"halffloat": "float16", "float": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParquetRows:
-    """A column of lists of one length, of float16 or float32.
+class ParquetColumn:
+    """A column of float16 or float32 lists of one length.
 
     Args:
-        path: the file.
-        column: its name.
-        num_rows: of the file.
-        width: of a row.
+        path: path of the file.
+        column: name of the column.
+        num_rows: number of rows.
+        width: numbers per row.
         dtype: `float16` or `float32`.
     """
 
@@ -149,10 +150,10 @@ class ParquetRows:
     dtype: str
 
     def blocks(self, first: int, size: int) -> Iterator[Array]:
-        """Go through the rows from `first` on: arrays (B, D), B at most `size`; a row that is null is NaN.
+        """Iterate over the rows from `first` on: arrays (B, D) of at most `size` rows; a null row is NaN.
 
         Raises:
-            DataError: a list has another length than the first.
+            DataError: a list differs in length from the first.
         """
         with wrap_table_errors(self.path), open_parquet(self.path) as file:
             groups, row = _groups_from(file, first)
@@ -174,39 +175,37 @@ class ParquetRows:
         wrong = np.flatnonzero(lengths != self.width)
         if len(wrong):
             raise DataError(
-                f"{self.path}, column {self.column}: row {first + wrong[0]:,} has {lengths[wrong[0]]:,} numbers, the "
-                f"first has {self.width:,}; vectors of a feature have one width"
+                f"{self.path}, column {self.column}, row {first + wrong[0]:,}: expected {self.width:,} numbers as in "
+                f"the first row, got {lengths[wrong[0]]:,}; vectors of a feature have one width"
             )
 
 
-def open_column(path: Path, column: str) -> ParquetRows:
-    """Look at a column of vectors.
+def open_column(path: Path, column: str) -> ParquetColumn:
+    """Open a column of vectors.
 
     Raises:
-        PathError: there is no such file.
-        SourceError: it is no Parquet.
-        UnknownNameError: it has no such column; those that hold lists of numbers are listed.
-        DataError: the column holds no lists of float16 or float32, or no row has one.
+        PathError: the file does not exist.
+        SourceError: it is not a Parquet file.
+        UnknownNameError: it has no such column; the message lists its columns of vectors.
+        DataError: the column does not hold lists of float16 or float32, or has no list at all.
     """
     with wrap_table_errors(path), open_parquet(path) as file:
         schema = file.schema_arrow
         if column not in schema.names:
-            raise UnknownNameError(
-                f"{path} has no column {column!r}; columns of vectors: {', '.join(vector_columns(schema)) or 'none'}"
-            )
+            raise unknown_name("column of vectors", column, vector_columns(schema), hint=f"in {path}")
         kind = schema.field(column).type
         if not _is_list(kind):
-            raise DataError(f"column {column} of {path} holds {kind}, not vectors: lists of float16 or float32")
+            raise DataError(f"column {column} of {path}: expected lists of float16 or float32, got {kind}")
         name = str(kind.value_type)
         dtype = check_dtype(_DTYPES.get(name, name), f"column {column} of {path}")
         width = kind.list_size if pa.types.is_fixed_size_list(kind) else _first_length(file, column)
         if not width:
-            raise DataError(f"column {column} of {path} holds no vector in any of {file.metadata.num_rows:,} rows")
-        return ParquetRows(path=path, column=column, num_rows=file.metadata.num_rows, width=width, dtype=dtype)
+            raise DataError(f"column {column} of {path}: expected vectors, got none in {file.metadata.num_rows:,} rows")
+        return ParquetColumn(path=path, column=column, num_rows=file.metadata.num_rows, width=width, dtype=dtype)
 
 
 def vector_columns(schema: pa.Schema) -> list[str]:
-    """Name the columns that hold lists of floating-point numbers."""
+    """Return the columns that hold lists of floating-point numbers."""
     return [field.name for field in schema if _is_list(field.type) and pa.types.is_floating(field.type.value_type)]
 
 
@@ -223,7 +222,7 @@ def _first_length(file: pq.ParquetFile, column: str) -> int:
 
 
 def _groups_from(file: pq.ParquetFile, first: int) -> tuple[list[int], int]:
-    """Give the row groups from that which holds a row on, and the first row of those."""
+    """Return the row groups from the one that holds row `first` on, and the first row of those."""
     start = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows

@@ -154,7 +154,7 @@ def build_index(
             _check_again(index_path, card, _about(vectors, index_path), vectors, request)
         if card is None or card.num_vectors < len(vectors.rows):
             card = _build(index_path, vectors, card, request, checkpoint_s, progress)
-            write_json(index_path / "card.json", asdict(card))
+            write_json(index_path / "card.json", to_record(card))
         clean(index_path, lists=card.lists)
     return card
 

@@ -36,7 +36,7 @@ SOURCES = Registry(
         "webdataset": "embedcache.sources.webdataset:WebdatasetSource",
     },
 )
-_IMPORTED_SOURCE = "embedcache.interop.incoming:ImportedSource"  # reopened only, so not among the names to choose from
+_IMPORTED_SOURCE = "embedcache.interop.imported:ImportedSource"  # reopened only, so not among the names to choose from
 _ACCEPTED = (
     "expected a folder of images, a .parquet/.csv/.tsv/.jsonl table or a folder of tables, a WebDataset .tar, a folder "
     "of tars or a pattern such as shards/{000..009}.tar, a .txt or .npy of texts, MNIST's IDX files or a folder of "

@@ -1,8 +1,7 @@
-"""Arrays on disk: plain Zarr v3 whose chunks are raw little-endian rows and a CRC-32C, so that they can be mapped.
+"""Zarr v3 arrays whose chunks are raw little-endian rows and a CRC-32C, so that they can be memory-mapped.
 
-zarr-python makes the metadata and any Zarr reader reads the arrays. Chunks are written here, since they must be
-flushed and whole before they are committed, and are gathered from memory maps, since a random row through
-zarr-python costs a whole chunk."""
+zarr-python writes the metadata, and any Zarr reader can read the arrays. Chunks are written here because they must be
+flushed before they are committed, and read from memory maps because zarr-python reads a whole chunk for one row."""
 
 import mmap
 import resource
@@ -24,8 +23,10 @@ from embedcache.files import is_remote, write_atomic
 from embedcache.provenance import read_json
 
 CRC_BYTES = 4
-_REPAIR = "make it again with: embedcache verify CACHE --repair"
-_MOST_OPEN_FILES = 32_768
+REPAIR = "repair it with: embedcache verify CACHE --repair"
+"""Next step for damaged chunks and commits."""
+
+_MAX_OPEN_FILES = 32_768
 _REMOTE_BYTES = 2**30
 
 
@@ -39,7 +40,7 @@ def write_group(path: Path, attributes: Mapping[str, Any]) -> None:
 def write_array(
     path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, attributes: Mapping[str, Any]
 ) -> None:
-    """Write the metadata of a Zarr array. What no chunk holds reads as NaN, or -1 for integers."""
+    """Write the metadata of a Zarr array; the fill value is NaN, or -1 for integers."""
     files: dict[str, Buffer] = {}
     zarr.create_array(
         MemoryStore(files),
@@ -61,21 +62,21 @@ def read_metadata(path: Path) -> Any:
 
 
 def chunk_path(array_path: Path, number: int, ndim: int) -> Path:
-    """Get the file of a chunk that is cut along the first axis only."""
+    """Return the file of a chunk of an array that is chunked along the first axis only."""
     return array_path.joinpath("c", str(number), *["0"] * (ndim - 1))
 
 
 def write_chunk(array_path: Path, number: int, values: Array, chunk_shape: tuple[int, ...]) -> str:
-    """Write one chunk, flushed to the disk.
+    """Write one chunk and flush it to disk.
 
     Args:
-        array_path: the array's folder.
-        number: which chunk along the first axis.
-        values: rows of the array's own dtype; fewer than the chunk holds are padded with the fill value.
-        chunk_shape: the array's chunks.
+        array_path: folder of the array.
+        number: number of the chunk along the first axis.
+        values: rows of the array's dtype; a short chunk is padded with the fill value.
+        chunk_shape: chunk shape of the array.
 
     Returns:
-        The CRC-32C of the rows as 8 hex digits: the same 4 bytes, little-endian, end the file.
+        The CRC-32C of the rows as 8 hex digits. Its 4 bytes, little-endian, end the file.
     """
     if len(values) < chunk_shape[0]:
         fill = -1 if values.dtype.kind == "i" else np.nan
@@ -89,11 +90,11 @@ def write_chunk(array_path: Path, number: int, values: Array, chunk_shape: tuple
 
 
 def map_chunk(array_path: Path, number: int, chunk_shape: tuple[int, ...], dtype: str) -> Array:
-    """Map one chunk into memory, read-only, without reading it; behind a URL, read it.
+    """Map one chunk into memory, read-only, without reading it; a chunk behind a URL is read.
 
     Raises:
-        UnfinishedError: the chunk's file is missing though its commit is there.
-        CorruptError: the file is too short or too long.
+        UnfinishedError: the chunk is committed, but its file is missing.
+        CorruptError: the file has the wrong size.
     """
     path = chunk_path(array_path, number, len(chunk_shape))
     num_bytes = int(np.prod(chunk_shape)) * np.dtype(dtype).itemsize
@@ -102,9 +103,9 @@ def map_chunk(array_path: Path, number: int, chunk_shape: tuple[int, ...], dtype
     except FileNotFoundError as error:
         raise UnfinishedError(f"{path} is committed but missing; run the same embedcache extract again") from error
     except ValueError as error:  # an empty file cannot be mapped
-        raise CorruptError(f"{path} is empty; it should hold {num_bytes + CRC_BYTES} bytes; {_REPAIR}") from error
+        raise CorruptError(f"{path}: expected {num_bytes + CRC_BYTES} bytes, got an empty file; {REPAIR}") from error
     if len(mapped) != num_bytes + CRC_BYTES:
-        raise CorruptError(f"{path} holds {len(mapped)} bytes; it should hold {num_bytes + CRC_BYTES}; {_REPAIR}")
+        raise CorruptError(f"{path}: expected {num_bytes + CRC_BYTES} bytes, got {len(mapped)}; {REPAIR}")
     return np.frombuffer(mapped, dtype, num_bytes // np.dtype(dtype).itemsize).reshape(chunk_shape)
 
 
@@ -113,25 +114,25 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def most_maps(array_path: Path, chunk_bytes: int) -> int:
-    """Say how many chunks one feature may keep: behind a URL they take memory, here each holds an open file."""
+def max_maps(array_path: Path, chunk_bytes: int) -> int:
+    """Return how many chunks a feature may keep open: a local one takes an open file, a remote one takes memory."""
     if is_remote(array_path):
         return max(1, _REMOTE_BYTES // chunk_bytes)
-    return _most_open_files() // 8
+    return _raise_open_file_limit() // 8
 
 
 @cache
-def _most_open_files() -> int:
-    """Raise the process's own limit of open files to what the system allows it, once, and give it."""
+def _raise_open_file_limit() -> int:
+    """Raise this process's limit of open files as far as the system allows, once, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return max(128, wanted)
 
 
 def check_chunk(array_path: Path, number: int, chunk: Array, committed_crc: str) -> None:
-    """Compare a mapped chunk with the checksum in its commit.
+    """Check a mapped chunk against the checksum in its commit.
 
     Raises:
         CorruptError: names the file and both checksums.
@@ -140,5 +141,5 @@ def check_chunk(array_path: Path, number: int, chunk: Array, committed_crc: str)
     if found != committed_crc:
         path = chunk_path(array_path, number, chunk.ndim)
         raise CorruptError(
-            f"{path} has checksum {found}, its commit says {committed_crc}: the bytes changed on disk; {_REPAIR}"
+            f"{path}: expected checksum {committed_crc}, got {found}: the bytes changed on disk; {REPAIR}"
         )

@@ -1,7 +1,4 @@
-"""Opening a cache: its tables, and its features by the names people give them.
-
-A cache in words, for people.
-"""
+"""An open cache: its tables, its features by name, and a description of its content."""
 
 from functools import cached_property
 from pathlib import Path
@@ -20,46 +17,45 @@ from embedcache.store.tables import open_table, read_table, table_errors
 
 
 class Cache:
-    """One dataset's samples and features, read-only.
+    """The samples and features of one dataset, read-only.
 
     Args:
-        path: the cache's folder.
+        path: folder of the cache.
 
     Raises:
-        PathError: the folder is no cache.
-        ArtifactError: it is of a later format.
+        PathError: the folder is not a cache.
+        ArtifactError: the cache has a later format.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = open_path(path)
         with wrap_io_errors(self.path):
             self.info: CacheInfo = read_info(self.path)
-        # Parsing a footer takes longer than reading a chunk's rows.
+        # Parsing a footer takes longer than reading the rows of a chunk.
         self._footers: dict[tuple[str, int, float], pq.FileMetaData] = {}
 
     @cached_property
     def columns(self) -> list[str]:
-        """Names of the columns of `samples`, without reading it."""
+        """Column names of the sample table, without reading it."""
         path = samples_path(self.path)
         with table_errors(path), open_table(path) as table:
             return list(table.schema_arrow.names)
 
     @cached_property
     def samples(self) -> pa.Table:
-        """One row a sample, in row order: `key`, and the source's columns.
+        """The sample table: one row per sample in row order, `key` and the columns of the source.
 
-        A process killed while it added samples leaves longer tables than `cache.json` counts; only what it counts is
-        there.
+        Rows beyond those that `cache.json` counts are left out: a process killed while it appended samples leaves them.
         """
         with table_errors(samples_path(self.path)):
             return read_table(samples_path(self.path)).slice(0, self.info.num_samples)
 
     def items(self, modality: str, *, chunk: int | None = None) -> pa.Table:
-        """Get one row an item, in row order.
+        """Return the item table of a modality: one row per item, in row order.
 
         Args:
             modality: `image` (sample, path, offset, length) or `text` (sample, text, language).
-            chunk: only the rows of one chunk; None is all of them.
+            chunk: return only the rows of this chunk; None returns all.
         """
         path = items_path(self.path, modality)
         with table_errors(path):
@@ -67,29 +63,29 @@ class Cache:
                 return read_table(path).slice(0, self.info.num_items.get(modality, 0))
             rows = self.info.chunk_rows(modality, chunk)
             status = path.stat()
-            stamp = (modality, status.st_size, status.st_mtime)  # another process may add samples at any time
+            stamp = (modality, status.st_size, status.st_mtime)  # another process may append samples at any time
             with open_table(path, self._footers.get(stamp)) as file:
                 self._footers = {stamp: file.metadata}
                 return file.read_row_group(chunk, use_threads=False).slice(0, rows.stop - rows.start)
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
-        """Get the encoders that have features of a modality, by name."""
+        """Return the encoders with features of a modality, sorted by name."""
         found = sorted((self.path / modality).glob("*/zarr.json"))
         return [open_group(self.path, modality, path.parent.name, self.info) for path in found]
 
     def features(self, modality: str) -> list[Feature]:
-        """Get all features of a modality, complete or not, by name."""
+        """Return all features of a modality, complete or not, sorted by name."""
         return [Feature(group, name) for group in self.encoders(modality) for name in group.features]
 
     def feature(self, modality: str, name: str | None = None) -> Feature:
-        """Find a feature by name.
+        """Return a feature by name.
 
         Args:
             modality: `image` or `text`.
-            name: `encoder/feature`; the encoder alone where it has one feature; None where the modality has one.
+            name: `encoder/feature`; `encoder` if it has one feature; None if the modality has one feature.
 
         Raises:
-            UnknownNameError: no feature is named so, or the name fits several; all that exist are listed.
+            UnknownNameError: no feature or several features have that name; the message lists them.
         """
         features = self.features(modality)
         kind = f"{modality} feature of {self.path}"
@@ -104,13 +100,13 @@ class Cache:
         if not matches:
             raise unknown_name(kind, name or "", names)
         raise UnknownNameError(
-            f"{kind}: {'none named' if name is None else repr(name) + ' fits several'}; "
+            f"{kind}: {'no name was given' if name is None else repr(name) + ' matches several'}; "
             f"choose one with --{modality}-feature or --feature: {', '.join(feature.name for feature in matches)}"
         )
 
 
 def describe_cache(cache: Cache) -> str:
-    """Say what the cache numbers, in one line."""
+    """Return one line with the number of samples and items, the source and the chunk size."""
     items = ", ".join(f"{count:,} {modality}s" for modality, count in cache.info.num_items.items())
     source = f"{cache.info.source.get('type')} {cache.info.source.get('path', '')}".strip()
     return (
@@ -120,20 +116,20 @@ def describe_cache(cache: Cache) -> str:
 
 
 def caption_error_lines(cache: Cache, *, num_shown: int = 5) -> list[str]:
-    """Say which samples have captions that could not be read; no line where all could."""
+    """Return lines about the samples whose captions cannot be read; empty if there are none."""
     if "caption_error" not in cache.columns:
         return []
-    errors = cache.samples.select(["key", "caption_error"]).to_pylist()
-    broken = [row for row in errors if row["caption_error"] is not None]
-    if not broken:
+    broken = cache.samples.select(["key", "caption_error"])
+    broken = broken.filter(broken["caption_error"].is_valid())
+    if not len(broken):
         return []
-    lines = [f"{len(broken):,} samples have captions that cannot be read, and count as having none"]
-    lines += [f"  key {row['key']}: {row['caption_error']}" for row in broken[:num_shown]]
+    lines = [f"{len(broken):,} samples have captions that cannot be read; they count as having none"]
+    lines += [f"  key {row['key']}: {row['caption_error']}" for row in broken.slice(0, num_shown).to_pylist()]
     return [*lines, f"  … and {len(broken) - num_shown:,} more"] if len(broken) > num_shown else lines
 
 
 def describe_feature(feature: Feature) -> list[str]:
-    """Give a feature's name, modality, shape, dtype, committed chunks, failed items and bytes on disk."""
+    """Return the name, modality, shape, dtype, committed chunks, failed items and bytes on disk of a feature."""
     committed = [commit for commit in feature.commits if commit is not None]
     shape = " × ".join("any" if size < 0 else f"{size:,}" for size in feature.shape)
     return [
@@ -148,21 +144,25 @@ def describe_feature(feature: Feature) -> list[str]:
 
 
 def failure_lines(cache: Cache, feature: Feature, *, num_shown: int = 5) -> list[str]:
-    """Say why items failed: a line a kind of reason, the most frequent first, and below it some of the items."""
+    """Return lines about failed items: for each kind of reason, most frequent first, some of the items.
+
+    Reads the rows of one chunk of the item table per item shown.
+    """
     rows: dict[str, list[int]] = {}
     for row, reason in feature.failures.items():
         rows.setdefault(reason.partition(":")[0], []).append(row)
     lines = []
     for kind, members in sorted(rows.items(), key=lambda item: -len(item[1])):
         lines.append(f"  {len(members):,} failed: {kind}")
-        lines += [f"    {_name(cache, feature, row)}: {feature.failures[row]}" for row in members[:num_shown]]
+        lines += [f"    {_describe_item(cache, feature, row)}: {feature.failures[row]}" for row in members[:num_shown]]
         if len(members) > num_shown:
             lines.append(f"    … and {len(members) - num_shown:,} more")
     return lines
 
 
-def _name(cache: Cache, feature: Feature, row: int) -> str:
-    item = cache.items(feature.modality).slice(row, 1).to_pylist()[0]
+def _describe_item(cache: Cache, feature: Feature, row: int) -> str:
+    chunk, offset = divmod(row, cache.info.chunk_size)
+    item = cache.items(feature.modality, chunk=chunk).slice(offset, 1).to_pylist()[0]
     key = cache.samples["key"][item["sample"]].as_py()
     return f"row {row}, key {key}" + (f", {item['path']}" if "path" in item else "")
 

@@ -1,4 +1,4 @@
-"""Reading features: gather any rows from memory maps, or go through verified chunks in order."""
+"""Stored features: gather any rows from memory maps, or iterate over checked chunks in order."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -10,20 +10,19 @@ import numpy as np
 
 from embedcache.arrays import Array, Bools, Ints
 from embedcache.errors import DataError, UnfinishedError
-from embedcache.store.arrays import check_chunk, map_chunk, most_maps, read_metadata
-from embedcache.store.commit import NOT_YET, Commit
-from embedcache.store.group import EncoderGroup, chunk_shape, feature_about
+from embedcache.store.arrays import check_chunk, map_chunk, max_maps, read_metadata
+from embedcache.store.group import Commit, EncoderGroup, chunk_shape, read_feature
 
 
 class Feature:
     """One named output of one encoder over all items of its modality, read-only.
 
-    Opening reads no vector. Memory: the commits (under 100 bytes an item) once rows are asked for, and maps,
-    which the system may drop at any time.
+    Opening reads no vectors. Memory: the commits (under 100 bytes per item) once rows are read, and memory maps, which
+    the system may drop at any time.
     """
 
     def __init__(self, group: EncoderGroup, feature: str) -> None:
-        about = feature_about(group, feature)
+        about = read_feature(group, feature)
         self.group = group
         self.feature = feature
         self.item_shape: tuple[int, ...] = tuple(about["item_shape"])
@@ -33,7 +32,7 @@ class Feature:
 
     @property
     def name(self) -> str:
-        """`encoder/feature`, as it is named on the command line."""
+        """`encoder/feature`, as on the command line."""
         return f"{self.group.name}/{self.feature}"
 
     @property
@@ -43,17 +42,17 @@ class Feature:
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """What decided its values."""
+        """Everything that decides the values."""
         return self.group.fingerprint
 
     @property
     def is_ragged(self) -> bool:
-        """Whether items differ in their number of tokens."""
+        """Whether the number of tokens varies between items."""
         return self.item_shape[0] < 0
 
     @property
     def num_tokens(self) -> int:
-        """Vectors of all committed items together."""
+        """Number of vectors of all committed items."""
         if not self.is_ragged:
             return self.num_items * (self.item_shape[0] if len(self.item_shape) > 1 else 1)
         folder = self.group.path / self.feature / "values"
@@ -62,27 +61,27 @@ class Feature:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Items first, then the shape of one item; -1 where it varies."""
+        """Number of items, then the shape of one item; -1 where it varies."""
         return (self.num_items, *self.item_shape)
 
     @cached_property
     def commits(self) -> list[Commit | None]:
-        """The commit of each chunk; None where this feature is not committed."""
+        """Commit of each chunk; None if this feature is not committed."""
         commits = [self.group.commit(chunk) for chunk in range(self.group.info.num_chunks(self.modality))]
         return [commit if commit is not None and self.feature in commit.features else None for commit in commits]
 
     @cached_property
     def valid(self) -> Bools:
-        """(N,) bool: which items have this feature."""
+        """(N,) bool, whether each item has this feature."""
         valid = np.zeros(self.num_items, bool)
         for chunk, commit in enumerate(self.commits):
             if commit is not None:
                 valid[self._rows(chunk)] = [failure is None for failure in commit.failures[self.feature]]
         return valid
 
-    @property
+    @cached_property
     def failures(self) -> dict[int, str]:
-        """Row of each failed item -> reason."""
+        """Row of each failed item -> reason, in row order."""
         return {
             self._rows(commit.chunk).start + offset: failure
             for commit in self.commits
@@ -93,26 +92,26 @@ class Feature:
 
     @property
     def hashes(self) -> list[bytes | None]:
-        """One BLAKE2b-128 an item over its raw bytes or text, in row order; of committed chunks only."""
+        """BLAKE2b-128 of each item's raw bytes or text, in row order, of committed chunks only."""
         return [value for commit in self.commits if commit is not None for value in commit.hashes]
 
     def require_complete(self) -> None:
-        """Refuse a feature with uncommitted chunks.
+        """Check that every chunk is committed.
 
         Raises:
-            UnfinishedError: says how many chunks are missing and how to get them.
+            UnfinishedError: chunks are missing.
         """
-        missing = sum(commit is None or NOT_YET in commit.failures[self.feature] for commit in self.commits)
+        missing = sum(commit is None or not commit.is_complete(self.feature) for commit in self.commits)
         if missing:
             raise UnfinishedError(
                 f"feature {self.name} is not finished: {missing} of {len(self.commits)} chunks are missing; "
-                "run the same embedcache extract again, it goes on where it stopped"
+                "run the same embedcache extract again to resume it"
             )
 
     def gather(self, rows: Ints) -> Array:
-        """Copy any rows, in the order asked for: (B,) int -> (B, D) or (B, T, D) of the dtype on disk.
+        """Copy rows in the given order: (B,) int -> (B, D) or (B, T, D) in the dtype on disk.
 
-        Checksums are not compared here; `chunks` and `load` do.
+        Checksums are not checked; `chunks` and `load` check them.
 
         Raises:
             DataError: the feature is ragged, or a row is out of range, failed or not committed.
@@ -129,7 +128,7 @@ class Feature:
         return out
 
     def gather_tokens(self, rows: Ints) -> list[Array]:
-        """Copy any rows of a token feature: one (T, D) array an item, in the order asked for.
+        """Copy rows of a token feature in the given order: one (T, D) array per item.
 
         Raises:
             DataError: a row is out of range, failed or not committed.
@@ -147,24 +146,24 @@ class Feature:
         return [array for array in tokens if array is not None]
 
     def chunks(self) -> Iterator[tuple[slice, Any]]:
-        """Go through the committed chunks in row order, checksums compared.
+        """Iterate over the committed chunks in row order, with checksums checked.
 
         Yields:
-            The rows, and their (rows, D) or (rows, T, D) array: a read-only view, NaN in failed rows. For a ragged
-            feature a list of (T, D) arrays, None for a failed item.
+            The rows, and their (rows, D) or (rows, T, D) array: a read-only view, NaN in failed rows. A ragged feature
+            yields a list of (T, D) arrays, None for a failed item.
 
         Raises:
-            CorruptError: bytes differ from their checksum.
+            CorruptError: a checksum does not match.
         """
         for commit in self.commits:
             if commit is not None:
                 yield from self.read_chunk(commit)
 
     def read_chunk(self, commit: Commit) -> Iterator[tuple[slice, Any]]:
-        """Read one committed chunk, checksums compared, as `chunks` yields it.
+        """Read one committed chunk, with checksums checked, as `chunks` yields it.
 
         Raises:
-            CorruptError: bytes differ from their checksum.
+            CorruptError: a checksum does not match.
             UnfinishedError: a file is missing.
         """
         if self.is_ragged:
@@ -173,17 +172,17 @@ class Feature:
             yield from self._dense_chunks(commit)
 
     def items(self, commit: Commit) -> list[Array | None]:
-        """Read one committed chunk as one array an item, None where it has none; errors as of `read_chunk`."""
+        """Read one committed chunk as one array per item, None for a failed item; raises what `read_chunk` raises."""
         items = [item for _, values in self.read_chunk(commit) for item in values]
         reasons = commit.failures[self.feature][: len(items)]
         return [item if reason is None else None for item, reason in zip(items, reasons, strict=True)]
 
     def load(self) -> Array:
-        """Read the whole feature into memory: (N, D) or (N, T, D), NaN in failed rows, checksums compared.
+        """Read the whole feature into memory: (N, D) or (N, T, D), NaN in failed rows, with checksums checked.
 
         Raises:
             UnfinishedError: chunks are missing.
-            CorruptError: bytes differ from their checksum.
+            CorruptError: a checksum does not match.
             DataError: the feature is ragged.
         """
         self._require_fixed()
@@ -195,7 +194,7 @@ class Feature:
 
     def _require_fixed(self) -> None:
         if self.is_ragged:
-            raise DataError(f"feature {self.name} has items of different lengths; use gather_tokens or chunks")
+            raise DataError(f"feature {self.name} has a varying number of tokens; use gather_tokens or chunks")
 
     def _rows(self, chunk: int) -> slice:
         return self.group.info.chunk_rows(self.modality, chunk)
@@ -209,7 +208,7 @@ class Feature:
         outside = (rows < 0) | (rows >= self.num_items)
         if outside.any():
             raise DataError(
-                f"row {rows[outside][0]} is outside of feature {self.name}, which has {self.num_items} rows"
+                f"feature {self.name}: expected rows from 0 to {self.num_items - 1}, got {rows[outside][0]}"
             )
         if not self.valid[rows].all():
             row = int(rows[~self.valid[rows]][0])
@@ -222,7 +221,7 @@ class Feature:
             path = self.group.path / self.feature
             self._maps[number] = map_chunk(path, number, self._chunk_shape, self.dtype)
             chunk_bytes = int(np.prod(self._chunk_shape)) * np.dtype(self.dtype).itemsize
-            if len(self._maps) > most_maps(path, chunk_bytes):
+            if len(self._maps) > max_maps(path, chunk_bytes):
                 self._maps.popitem(last=False)
         return self._maps[number]
 
@@ -231,7 +230,7 @@ class Feature:
         for start in range(rows.start, rows.stop, size):
             number = start // size
             if f"{self.feature}/{number}" not in commit.features[self.feature]:
-                return  # of samples that were added since
+                return  # of samples that were appended since
             values = map_chunk(self.group.path / self.feature, number, self._chunk_shape, self.dtype)
             crc = commit.features[self.feature][f"{self.feature}/{number}"]
             check_chunk(self.group.path / self.feature, number, values, crc)
@@ -239,7 +238,7 @@ class Feature:
             yield slice(start, stop), values[: stop - start]
 
     def _ragged_chunk(self, chunk: int, *, commit: Commit | None = None) -> list[Array | None]:
-        """Map one chunk of tokens; its checksums are compared where its commit is given."""
+        """Map one chunk of tokens; check its checksums if its commit is given."""
         path = self.group.path / self.feature
         values_path = path / "values" / f"{chunk:05d}"
         num_tokens, width = read_metadata(values_path)["shape"]

@@ -1,21 +1,75 @@
-"""One encoder's folder in a cache: a Zarr group whose attributes are the fingerprint, with an array a feature."""
+"""The folder of one encoder: a Zarr group with the fingerprint, an array per feature and a commit per chunk.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+A commit is written after the arrays of its chunk; without it the chunk does not exist.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from embedcache.errors import CorruptError, PathError
-from embedcache.provenance import check_same, digest
-from embedcache.store.arrays import CRC_BYTES, chunk_path, read_metadata, write_array, write_group
-from embedcache.store.commit import NOT_YET, Commit, read_commit
-from embedcache.store.layout import FORMAT_VERSION, CacheInfo, encoder_path, read_info
+from embedcache.files import flush, io_reason, write_atomic
+from embedcache.provenance import canonical_json, check_same, digest
+from embedcache.store.arrays import CRC_BYTES, REPAIR, chunk_path, read_metadata, write_array, write_group
+from embedcache.store.layout import FORMAT_VERSION, CacheInfo, commit_path, encoder_path, read_info
+from embedcache.store.tables import read_table
 
+HASH_BYTES = 16
+NOT_YET = "not extracted yet"
+"""Reason of a row that was appended to a committed chunk: the next extraction encodes it."""
+
+_FAILURE = "failure of "
+_METADATA_KEY = b"embedcache"
 _TOKEN_CHUNK_BYTES = 16 * 2**20
 _ATTRIBUTE = "embedcache"
-_ASK_FOR_THE_SAME = "ask for the same encoder as before, --backend and --precision too, or extract elsewhere"
+_SAME_ENCODER = "use the same encoder, --backend and --precision as before, or extract into a new folder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """The record of one chunk of one encoder.
+
+    Args:
+        chunk: number of the chunk.
+        encoder: digest of the encoder's fingerprint.
+        index_digest: identity of the cache's rows.
+        features: feature name -> file below the encoder's folder -> CRC-32C of its rows.
+        hashes: BLAKE2b-128 of each item's raw bytes or UTF-8 text; None if they could not be read.
+        failures: feature name -> reason for each failed item, None for the others.
+    """
+
+    chunk: int
+    encoder: str
+    index_digest: str
+    features: Mapping[str, Mapping[str, str]]
+    hashes: Sequence[bytes | None]
+    failures: Mapping[str, Sequence[str | None]]
+
+    def resized(self, num_rows: int) -> "Commit":
+        """Return the commit with as many rows as the caller's tables have; appended rows are `NOT_YET`."""
+        added = num_rows - len(self.hashes)
+        if not added:
+            return self
+        failures = {
+            feature: [*reasons[:num_rows], *[NOT_YET] * max(added, 0)] for feature, reasons in self.failures.items()
+        }
+        return replace(self, hashes=[*self.hashes[:num_rows], *[None] * max(added, 0)], failures=failures)
+
+    def without(self, features: Collection[str]) -> "Commit":
+        """Return the commit without some features."""
+        return replace(self, features={name: files for name, files in self.features.items() if name not in features})
+
+    def is_complete(self, feature: str) -> bool:
+        """Return whether every row has the feature or a reason why not."""
+        return feature in self.features and NOT_YET not in self.failures[feature]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +77,11 @@ class EncoderGroup:
     """The features of one encoder.
 
     Args:
-        path: its folder.
+        path: folder of the encoder.
         modality: `image` or `text`.
-        info: the cache it lies in.
-        spec: what opens the encoder again.
-        fingerprint: all that decided the features.
+        info: manifest of the cache.
+        spec: specification that opens the encoder again.
+        fingerprint: everything that decides the features.
     """
 
     path: Path
@@ -47,132 +101,113 @@ class EncoderGroup:
         return sorted(path.parent.name for path in self.path.glob("*/zarr.json"))
 
     def commit(self, chunk: int) -> Commit | None:
-        """Get the commit of a chunk, or None.
+        """Return the commit of a chunk, or None.
 
         Raises:
-            CorruptError: it was written by another encoder or for other rows, or does not count the chunk's rows.
+            CorruptError: the commit belongs to another encoder or to other rows, or has another number of rows.
         """
         commit = read_commit(self.path, chunk)
         if commit is None:
             return None
         if commit.encoder != digest(self.fingerprint):
             raise CorruptError(f"chunk {chunk} in {self.path} was written by another encoder than the folder's")
-        num_rows = self.info.num_rows_then(commit.index_digest, self.modality, chunk)
-        if num_rows is None:  # another process may have added samples since this one opened the cache
-            num_rows = read_info(self.path.parents[1]).num_rows_then(commit.index_digest, self.modality, chunk)
+        num_rows = self.info.num_chunk_rows(commit.index_digest, self.modality, chunk)
+        if num_rows is None:  # another process may have appended samples since this one opened the cache
+            num_rows = read_info(self.path.parents[1]).num_chunk_rows(commit.index_digest, self.modality, chunk)
         if num_rows is None:
-            raise CorruptError(f"chunk {chunk} in {self.path} was written for other rows than this cache numbers")
+            raise CorruptError(f"chunk {chunk} in {self.path} was written for other rows than those of this cache")
         if len(commit.hashes) != num_rows:
-            raise CorruptError(f"chunk {chunk} in {self.path} has {len(commit.hashes)} rows; it should have {num_rows}")
+            raise CorruptError(f"chunk {chunk} in {self.path}: expected {num_rows} rows, got {len(commit.hashes)}")
         rows = self.info.chunk_rows(self.modality, chunk)
-        return commit.of_rows(rows.stop - rows.start)
+        return commit.resized(rows.stop - rows.start)
 
     def has(self, commit: Commit | None, feature: str) -> bool:
-        """Say whether a chunk has a feature for all its rows, in files that are there and as long as they should be."""
-        if commit is None or feature not in commit.features or NOT_YET in commit.failures[feature]:
-            return False
-        return self.is_whole(commit, feature)
+        """Return whether a chunk has a feature for all of its rows, in files of the right size."""
+        return commit is not None and commit.is_complete(feature) and self.has_files(commit, feature)
 
-    def is_whole(self, commit: Commit, feature: str) -> bool:
-        """Say whether the files of a feature of a chunk are there, and as long as they should be."""
+    def has_files(self, commit: Commit, feature: str) -> bool:
+        """Return whether the files of a feature of a chunk exist and have the right size."""
         arrays: dict[str, list[int]] = {}
         for file in commit.features[feature]:
             array, _, number = file.rpartition("/")
             arrays.setdefault(array, []).append(int(number))
-        return all(_are_whole(self.path / array, numbers) for array, numbers in arrays.items())
+        return all(_have_right_size(self.path / array, numbers) for array, numbers in arrays.items())
 
-    def check_same_maker(self) -> None:
-        """Refuse to go on where the folder is another encoder's by now: two processes may have begun it together.
+    def check_fingerprint(self) -> None:
+        """Check that the folder still belongs to this encoder: two processes may have created it together.
 
         Raises:
             FingerprintError: names each field that differs with both values.
         """
-        now = open_group(self.path.parents[1], self.modality, self.name, self.info)
-        check_same(f"encoder {self.path}", now.fingerprint, self.fingerprint, next_step=_ASK_FOR_THE_SAME)
+        found = open_group(self.path.parents[1], self.modality, self.name, self.info)
+        check_same(f"encoder {self.path}", found.fingerprint, self.fingerprint, next_step=_SAME_ENCODER)
 
 
-def _are_whole(array_path: Path, numbers: Sequence[int]) -> bool:
+def _have_right_size(array_path: Path, numbers: Sequence[int]) -> bool:
     try:
-        grid = read_metadata(array_path)
-        shape = grid["chunk_grid"]["configuration"]["chunk_shape"]
-        num_bytes = int(np.prod(shape)) * np.dtype(grid["data_type"]).itemsize + CRC_BYTES
+        metadata = read_metadata(array_path)
+        shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        num_bytes = int(np.prod(shape)) * np.dtype(metadata["data_type"]).itemsize + CRC_BYTES
         return all(chunk_path(array_path, number, len(shape)).stat().st_size == num_bytes for number in numbers)
     except (FileNotFoundError, PathError):
         return False
 
 
 def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> EncoderGroup:
-    """Open one encoder's folder.
+    """Open the folder of one encoder.
 
     Raises:
-        PathError: there is none.
-        CorruptError: its attributes are not ours.
+        PathError: the folder does not exist.
+        CorruptError: the folder was not written by embedcache.
     """
     path = encoder_path(cache_path, modality, name)
-    attributes = _attributes(path)
+    attributes = _read_attributes(path)
     return EncoderGroup(
-        path=path,
-        modality=modality,
-        info=info,
-        spec=attributes["spec"],
-        fingerprint=attributes["fingerprint"],
+        path=path, modality=modality, info=info, spec=attributes["spec"], fingerprint=attributes["fingerprint"]
     )
 
 
 def create_group(
-    cache_path: Path,
-    modality: str,
-    name: str,
-    info: CacheInfo,
-    *,
-    spec: str,
-    fingerprint: Mapping[str, Any],
+    cache_path: Path, modality: str, name: str, info: CacheInfo, *, spec: str, fingerprint: Mapping[str, Any]
 ) -> EncoderGroup:
-    """Make one encoder's folder, or open it where the same encoder made it. One without a commit is made anew.
+    """Create the folder of one encoder, or open it if the same encoder made it; one without commits is replaced.
 
     Raises:
-        FingerprintError: another encoder made it; each differing field is named with both values.
+        FingerprintError: another encoder made it; names each field that differs with both values.
     """
     path = encoder_path(cache_path, modality, name)
     if (path / "zarr.json").exists() and any(path.glob("chunks/*.parquet")):
         group = open_group(cache_path, modality, name, info)
-        check_same(
-            f"encoder {name!r} of cache {cache_path}",
-            group.fingerprint,
-            fingerprint,
-            next_step=_ASK_FOR_THE_SAME,
-        )
+        what = f"encoder {name!r} of cache {cache_path}"
+        check_same(what, group.fingerprint, fingerprint, next_step=_SAME_ENCODER)
         return group
-    about = {"format": FORMAT_VERSION, "spec": spec, "fingerprint": dict(fingerprint)}
-    write_group(path, {_ATTRIBUTE: about})
+    write_group(path, {_ATTRIBUTE: {"format": FORMAT_VERSION, "spec": spec, "fingerprint": dict(fingerprint)}})
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint)
 
 
 def add_feature(group: EncoderGroup, feature: str, item_shape: tuple[int, ...], dtype: str) -> None:
-    """Write the metadata of a feature that the group does not have yet, or has no committed chunk of.
+    """Write the metadata of a feature, unless a chunk of the feature is committed already.
 
     Args:
-        group: the encoder's folder.
+        group: folder of the encoder.
         feature: name of the feature.
-        item_shape: `(D,)`, `(T, D)` or `(-1, D)` for one item.
+        item_shape: shape of one item: `(D,)`, `(T, D)` or `(-1, D)`.
         dtype: `float16` or `float32`.
 
     Raises:
-        FingerprintError: the feature is there with another shape or dtype.
+        FingerprintError: the feature exists with another shape or dtype.
     """
     path = group.path / feature
     about = {"item_shape": list(item_shape), "dtype": dtype}
     num_items = group.info.num_items[group.modality]
-    if (path / "zarr.json").exists() and _is_begun(group, feature, about):
-        found = feature_about(group, feature)
-        next_step = "ask for the same, or extract into another folder"
-        check_same(f"feature {group.name}/{feature}", found, about, next_step=next_step)
+    if (path / "zarr.json").exists() and _must_keep(group, feature, about):
+        next_step = "use the same, or extract into a new folder"
+        check_same(f"feature {group.name}/{feature}", read_feature(group, feature), about, next_step=next_step)
         first_axis = path / "lengths" if item_shape[0] < 0 else path
         if read_metadata(first_axis)["shape"][0] == num_items:
-            return  # else samples were added since
+            return  # otherwise samples were appended since
     if item_shape[0] < 0:
-        chunk_size = group.info.chunk_size
-        write_array(path / "lengths", (num_items,), (chunk_size,), "int32", {})
+        write_array(path / "lengths", (num_items,), (group.info.chunk_size,), "int32", {})
         write_group(path / "values", {})
         write_group(path, {_ATTRIBUTE: about})
     else:
@@ -180,32 +215,107 @@ def add_feature(group: EncoderGroup, feature: str, item_shape: tuple[int, ...], 
         write_array(path, (num_items, *item_shape), chunks, dtype, {_ATTRIBUTE: about})
 
 
-def _is_begun(group: EncoderGroup, feature: str, about: Mapping[str, Any]) -> bool:
-    """Say whether a feature must stay as it is: it is as asked, or a chunk of it is committed."""
-    if feature_about(group, feature) == about:
+def _must_keep(group: EncoderGroup, feature: str, about: Mapping[str, Any]) -> bool:
+    """Return whether the metadata is as requested, or a chunk of the feature is committed."""
+    if read_feature(group, feature) == about:
         return True
     commits = (group.commit(chunk) for chunk in range(group.info.num_chunks(group.modality)))
     return any(commit is not None and feature in commit.features for commit in commits)
 
 
-def feature_about(group: EncoderGroup, feature: str) -> dict[str, Any]:
-    """Read a feature's `item_shape` and `dtype`."""
-    return _attributes(group.path / feature)
+def read_feature(group: EncoderGroup, feature: str) -> dict[str, Any]:
+    """Read the `item_shape` and `dtype` of a feature."""
+    return _read_attributes(group.path / feature)
 
 
-def _attributes(path: Path) -> dict[str, Any]:
+def _read_attributes(path: Path) -> dict[str, Any]:
     metadata = read_metadata(path)
-    about = metadata.get("attributes", {}).get(_ATTRIBUTE) if isinstance(metadata, dict) else None
-    if not isinstance(about, dict):
-        raise CorruptError(f"{path} was not written by embedcache: it has no attributes of ours; extract elsewhere")
-    return about
+    attributes = metadata.get("attributes", {}).get(_ATTRIBUTE) if isinstance(metadata, dict) else None
+    if not isinstance(attributes, dict):
+        raise CorruptError(f"{path} was not written by embedcache: expected its Zarr attributes; extract elsewhere")
+    return attributes
 
 
 def chunk_shape(info: CacheInfo, item_shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
-    """Choose an array's chunks: the commit chunk for vectors, an exact fraction of it for tokens."""
+    """Return the chunk shape of an array: a commit's rows for vectors, an exact fraction of them for tokens."""
     rows = info.chunk_size
     item_bytes = int(np.prod(item_shape)) * np.dtype(dtype).itemsize
     if len(item_shape) > 1:
         while rows % 2 == 0 and rows * item_bytes > _TOKEN_CHUNK_BYTES:
             rows //= 2
     return (rows, *item_shape)
+
+
+def hash_item(data: bytes) -> bytes:
+    """Return the BLAKE2b-128 of an item's raw bytes, or of its text as UTF-8."""
+    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
+
+
+def write_commit(encoder_folder: Path, commit: Commit) -> None:
+    """Commit a chunk. Its arrays must be on disk already."""
+    about = {
+        "chunk": commit.chunk,
+        "encoder": commit.encoder,
+        "spine": commit.index_digest,
+        "features": commit.features,
+        "digest": _digest(commit),
+    }
+    columns = {"hash": pa.array(commit.hashes, pa.binary(HASH_BYTES))}
+    for feature in sorted(commit.features):
+        columns[f"{_FAILURE}{feature}"] = pa.array(commit.failures[feature], pa.string())
+    table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: canonical_json(about)})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    write_atomic(commit_path(encoder_folder, commit.chunk), buffer.getvalue())
+
+
+def remove_commit(encoder_folder: Path, chunk: int) -> None:
+    """Remove a commit, so that the chunk no longer exists."""
+    path = commit_path(encoder_folder, chunk)
+    path.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
+    """Read the commit of a chunk; None if the chunk is not committed.
+
+    Raises:
+        CorruptError: the file cannot be read or its content changed.
+    """
+    path = commit_path(encoder_folder, chunk)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PathError(f"cannot read {path}: {io_reason(error)}") from error
+    try:
+        commit, written = _parse(data)
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise CorruptError(f"{path} is not a readable commit: {error}; {REPAIR}") from error
+    if written not in (None, _digest(commit)):  # the first commits were written without a digest
+        raise CorruptError(f"{path} has other content than was written; {REPAIR}")
+    if commit.chunk != chunk:
+        raise CorruptError(f"{path}: expected the commit of chunk {chunk}, got chunk {commit.chunk}; {REPAIR}")
+    return commit
+
+
+def _parse(data: bytes) -> tuple[Commit, str | None]:
+    table = read_table(io.BytesIO(data))
+    about: dict[str, Any] = json.loads(table.schema.metadata[_METADATA_KEY])
+    commit = Commit(
+        chunk=about["chunk"],
+        encoder=about["encoder"],
+        index_digest=about["spine"],
+        features=about["features"],
+        hashes=table["hash"].to_pylist(),
+        failures={feature: table[f"{_FAILURE}{feature}"].to_pylist() for feature in about["features"]},
+    )
+    return commit, about.get("digest")
+
+
+def _digest(commit: Commit) -> str:
+    """Return the SHA-256 of everything in a commit."""
+    hashes = [None if value is None else value.hex() for value in commit.hashes]
+    failures = {feature: commit.failures[feature] for feature in commit.features}
+    return digest([commit.chunk, commit.encoder, commit.index_digest, commit.features, hashes, failures])

@@ -1,7 +1,7 @@
-"""Where things lie in a cache, and what `cache.json` says. The page docs/formats.md describes every byte."""
+"""File names of a cache, and its manifest `cache.json`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,17 @@ from embedcache.provenance import digest, fields_of, from_record, read_manifest,
 
 FORMAT_VERSION = 1
 DEFAULT_CHUNK_SIZE = 2048
-_LEFT_OUT_EMPTY = ("parts", "earlier", "tables")
+_STORED_NAMES = {"index_digest": "spine", "segments": "parts", "earlier_versions": "earlier", "table_digests": "tables"}
+_OMITTED_IF_EMPTY = ("parts", "earlier", "tables")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """Samples that were numbered together: those of the first indexing, or those that one `--extend` added.
+class Segment:
+    """Consecutive samples that were indexed together.
 
     Args:
-        num_samples: how many.
-        digest: SHA-256 over them in row order.
+        num_samples: number of samples.
+        digest: SHA-256 of the samples in row order.
     """
 
     num_samples: int
@@ -26,12 +27,12 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Earlier:
-    """A state of the numbering before samples were added or items mended: commits made then are still good.
+class TableVersion:
+    """An earlier version of the sample and item tables; chunks committed for it stay valid.
 
     Args:
-        index_digest: its identity, as those commits have it.
-        num_items: modality -> how many items it had.
+        index_digest: digest of that version, as in its commits.
+        num_items: modality -> number of items in that version.
     """
 
     index_digest: str
@@ -43,15 +44,15 @@ class CacheInfo:
     """The content of `cache.json`.
 
     Args:
-        chunk_size: items in a chunk; the last chunk of a modality may hold fewer.
+        chunk_size: items per chunk; the last chunk of a modality may hold fewer.
         source: what reopens the source.
-        index_digest: digest of all samples and items in row order: the identity of the rows.
+        index_digest: digest of all samples and items in row order, the identity of the rows.
         num_samples: rows of `samples.parquet`.
-        num_items: rows of each modality's `items.parquet`; a modality without items is absent.
+        num_items: modality -> rows of its `items.parquet`; a modality without items is absent.
         format: version of the format on disk.
-        parts: in row order; none where all samples were numbered together.
-        earlier: the states before this one, the first first.
-        tables: `samples`, `image`, `text` -> digest of the keys, or of all items, in row order.
+        segments: groups of samples that were added one after another; empty if all were indexed together.
+        earlier_versions: versions of the tables before this one, oldest first.
+        table_digests: `samples`, `image`, `text` -> digest of the keys, or of the items, in row order.
     """
 
     chunk_size: int
@@ -60,94 +61,96 @@ class CacheInfo:
     num_samples: int
     num_items: Mapping[str, int]
     format: int = FORMAT_VERSION
-    parts: Sequence[Part] = ()
-    earlier: Sequence[Earlier] = ()
-    tables: Mapping[str, str] = field(default_factory=dict)
+    segments: Sequence[Segment] = ()
+    earlier_versions: Sequence[TableVersion] = ()
+    table_digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def all_parts(self) -> list[Part]:
-        """The parts; one where all samples were numbered together."""
-        return list(self.parts) or [Part(num_samples=self.num_samples, digest=self.index_digest)]
+    def all_segments(self) -> list[Segment]:
+        """All segments; a single one if all samples were indexed together."""
+        return list(self.segments) or [Segment(num_samples=self.num_samples, digest=self.index_digest)]
 
     def num_chunks(self, modality: str) -> int:
-        """Count the chunks of a modality."""
+        """Return the number of chunks of a modality."""
         return -(-self.num_items.get(modality, 0) // self.chunk_size)
 
     def chunk_rows(self, modality: str, chunk: int) -> slice:
-        """Get the rows of one chunk."""
+        """Return the item rows of one chunk."""
         start = chunk * self.chunk_size
         return slice(start, min(start + self.chunk_size, self.num_items[modality]))
 
     def has_rows_of(self, index_digest: str) -> bool:
-        """Say whether rows mean here what they meant under that identity: samples may have been added since."""
-        return index_digest == self.index_digest or any(state.index_digest == index_digest for state in self.earlier)
+        """Return whether the rows of that digest mean the same in this cache, which may have grown since."""
+        return any(index_digest == version.index_digest for version in self._versions())
 
-    def num_rows_then(self, index_digest: str, modality: str, chunk: int) -> int | None:
-        """Count the rows that a chunk had when the numbering had that identity; None where it never had it."""
-        states = [*self.earlier, Earlier(index_digest=self.index_digest, num_items=self.num_items)]
-        for state in states:
-            if state.index_digest == index_digest:
-                rows_left = state.num_items.get(modality, 0) - chunk * self.chunk_size
-                return min(max(rows_left, 0), self.chunk_size)
+    def num_chunk_rows(self, index_digest: str, modality: str, chunk: int) -> int | None:
+        """Return the number of rows that a chunk had in a version of the tables; None for an unknown version."""
+        for version in self._versions():
+            if version.index_digest == index_digest:
+                num_left = version.num_items.get(modality, 0) - chunk * self.chunk_size
+                return min(max(num_left, 0), self.chunk_size)
         return None
 
+    def _versions(self) -> list[TableVersion]:
+        return [*self.earlier_versions, TableVersion(index_digest=self.index_digest, num_items=self.num_items)]
 
-def index_digest_of(parts: Sequence[Part]) -> str:
-    """Get the identity of the rows that some parts make up."""
-    return parts[0].digest if len(parts) == 1 else digest([part.digest for part in parts])
+
+def combined_digest(segments: Sequence[Segment]) -> str:
+    """Return the index digest of a cache with these segments."""
+    return segments[0].digest if len(segments) == 1 else digest([segment.digest for segment in segments])
 
 
 def info_path(cache_path: Path) -> Path:
-    """Get the file whose presence says that the sample and item tables are complete."""
+    """Return the path of the manifest, which is written after the tables."""
     return cache_path / "cache.json"
 
 
 def samples_path(cache_path: Path) -> Path:
-    """Get the table of samples."""
+    """Return the path of the sample table."""
     return cache_path / "samples.parquet"
 
 
 def items_path(cache_path: Path, modality: str) -> Path:
-    """Get the table of one modality's items."""
+    """Return the path of the item table of a modality."""
     return cache_path / modality / "items.parquet"
 
 
 def encoder_path(cache_path: Path, modality: str, encoder: str) -> Path:
-    """Get the folder of all features of one encoder."""
+    """Return the folder of all features of one encoder."""
     return cache_path / modality / encoder
 
 
 def commit_path(encoder_folder: Path, chunk: int) -> Path:
-    """Get the record that is written last and says that a chunk exists."""
+    """Return the path of a chunk's commit, which is written after its arrays."""
     return encoder_folder / "chunks" / f"{chunk:05d}.parquet"
 
 
 def write_info(cache_path: Path, info: CacheInfo) -> None:
-    """Write `cache.json`, which completes the cache; fields that a cache in one part does not need are left out."""
-    values = to_record(info)
-    values["earlier"] = [to_record(state) for state in info.earlier]
-    write_json(
-        info_path(cache_path), {name: value for name, value in values.items() if value or name not in _LEFT_OUT_EMPTY}
-    )
+    """Write `cache.json`, which completes the tables; empty fields of later additions are omitted."""
+    record = to_record(info, _STORED_NAMES)
+    record["parts"] = [asdict(segment) for segment in info.segments]
+    record["earlier"] = [to_record(version, _STORED_NAMES) for version in info.earlier_versions]
+    kept = {name: value for name, value in record.items() if value or name not in _OMITTED_IF_EMPTY}
+    write_json(info_path(cache_path), kept)
 
 
 def read_info(cache_path: Path) -> CacheInfo:
     """Read `cache.json`.
 
     Raises:
-        PathError: the folder is no cache.
-        ArtifactError: the cache is of a later format than this version reads.
-        CorruptError: the file does not hold what it should.
+        PathError: the folder is not a cache.
+        ArtifactError: the cache has a later format than this version reads.
+        CorruptError: the file has missing or unknown fields.
     """
     path = info_path(cache_path)
     make = f"embedcache extract SOURCE {cache_path}"
-    values = read_manifest(path, kind="cache", latest_format=FORMAT_VERSION, make=make)
-    return fields_of(path, lambda: _info(**values))
+    record = read_manifest(path, kind="cache", latest_format=FORMAT_VERSION, make=make)
+    return fields_of(path, lambda: _parse(from_record(record, _STORED_NAMES)))
 
 
-def _info(*, parts: Sequence[Any] = (), earlier: Sequence[Any] = (), **values: Any) -> CacheInfo:
-    return CacheInfo(
-        parts=tuple(Part(**part) for part in parts),
-        earlier=tuple(Earlier(**from_record(state)) for state in earlier),
-        **from_record(values),
+def _parse(values: Mapping[str, Any]) -> CacheInfo:
+    segments = tuple(Segment(**record) for record in values.get("segments", ()))
+    versions = tuple(
+        TableVersion(**from_record(record, _STORED_NAMES)) for record in values.get("earlier_versions", ())
     )
+    return CacheInfo(**{**values, "segments": segments, "earlier_versions": versions})

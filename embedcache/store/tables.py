@@ -1,7 +1,4 @@
-"""Reading our Parquet tables, on the calling thread alone.
-
-The tables of samples and items: from a source's samples to Parquet, and back in row order.
-"""
+"""The sample and item tables: written from a source's samples, and read back in row order."""
 
 import hashlib
 from collections import defaultdict
@@ -26,9 +23,9 @@ from embedcache.store.layout import items_path, samples_path
 
 @contextmanager
 def open_table(file: Path | BytesIO, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
-    """Open a table of this machine or behind a URL.
+    """Open a local or remote Parquet table.
 
-    Always read it with `use_threads=False`: our tables are small, and a process that ended right after Arrow's thread
+    Always read it with `use_threads=False`: the tables are small, and a process that exited right after Arrow's thread
     pool had started aborted in 2 of 30 runs (pyarrow 26, with torch imported).
     """
     if isinstance(file, BytesIO) or not is_remote(file):
@@ -46,20 +43,20 @@ def read_table(file: Path | BytesIO, columns: Sequence[str] | None = None) -> pa
 
 
 def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
-    """Go through the rows of a table. Memory: one batch."""
+    """Iterate over the rows of a table. Memory: one batch."""
     with table_errors(path), open_table(path) as table:
         for batch in table.iter_batches(columns=columns, use_threads=False):
             yield from batch.to_pylist()
 
 
 class TableDigest:
-    """SHA-256 over the values of a table's columns in row order, however the rows are cut into batches."""
+    """SHA-256 of the values of a table's columns in row order, independent of batches."""
 
     def __init__(self) -> None:
         self._columns: dict[str, Any] = defaultdict(hashlib.sha256)
 
     def update(self, rows: pa.Table) -> None:
-        """Take more rows, of int64 and string columns."""
+        """Add rows with int64 and string columns."""
         for name in rows.column_names:
             if pa.types.is_integer(rows.schema.field(name).type):
                 data = rows[name].to_numpy().astype("<i8").tobytes()
@@ -69,17 +66,17 @@ class TableDigest:
             self._columns[name].update(data)
 
     def hexdigest(self) -> str:
-        """Give it as 64 hex digits."""
+        """Return the digest as 64 hex digits."""
         return digest({name: column.hexdigest() for name, column in self._columns.items()})
 
 
 @contextmanager
 def table_errors(path: Path) -> Iterator[None]:
-    """Turn a table that cannot be read into our error.
+    """Raise errors of reading a table as errors of this package.
 
     Raises:
-        PathError: the system does not give it.
-        CorruptError: it is no such table.
+        PathError: the file cannot be read.
+        CorruptError: the file is not the expected table.
     """
     try:
         yield
@@ -88,9 +85,7 @@ def table_errors(path: Path) -> Iterator[None]:
             raise
         if getattr(error, "errno", None) is not None:
             raise PathError(f"cannot read {path}: {io_reason(error)}") from error
-        raise CorruptError(
-            f"{path} cannot be read: {error}; get the file again, or extract into a new folder"
-        ) from error
+        raise CorruptError(f"{path} cannot be read: {error}; restore the file, or extract into a new folder") from error
 
 
 ITEM_SCHEMAS = {
@@ -102,7 +97,7 @@ _JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def digest_input(batch: Sequence[Sample]) -> bytes:
-    """Write samples as the lines that the index digest is taken of: canonical JSON of all that they say.
+    """Return samples as lines of canonical JSON, the input of the index digest.
 
     Raises:
         SourceError: text that is not Unicode.
@@ -110,7 +105,7 @@ def digest_input(batch: Sequence[Sample]) -> bytes:
     try:
         return "".join(map(_line, batch)).encode()
     except UnicodeEncodeError:
-        _refuse_not_unicode(batch)
+        _raise_not_unicode(batch)
         raise
 
 
@@ -120,24 +115,24 @@ def _line(sample: Sample) -> str:
     return _JSON.encode([sample.key, images, texts, dict(sample.columns)]) + "\n"
 
 
-def _refuse_not_unicode(batch: Sequence[Sample]) -> None:
+def _raise_not_unicode(batch: Sequence[Sample]) -> None:
     for sample in batch:
         try:
             _line(sample).encode()
         except UnicodeEncodeError as error:
             raise SourceError(
-                f"sample {sample.key!r} holds text that is not Unicode: {error.reason}; mend the source"
+                f"sample {sample.key!r} holds text that is not Unicode: {error.reason}; fix the source"
             ) from error
 
 
 class TableWriter:
-    """Writes the tables of a cache, new ones or longer ones.
+    """Writes the sample and item tables of a cache.
 
-    Memory: the keys, to see that they are unique, and a batch.
+    Memory: the keys, to check that they are unique, and a batch.
 
     Args:
-        folder: a new folder on this machine for the tables.
-        chunk_size: items in a row group, so that a worker reads just the rows of its chunk.
+        folder: new local folder for the tables.
+        chunk_size: items per row group, so that a worker reads only the rows of its chunk.
     """
 
     def __init__(self, folder: Path, chunk_size: int) -> None:
@@ -147,13 +142,13 @@ class TableWriter:
             name: _ItemWriter(items_path(folder, name), schema, chunk_size) for name, schema in ITEM_SCHEMAS.items()
         }
 
-    def copy(self, cache_path: Path, num_samples: int, moved: Mapping[int, ImageItem]) -> None:
-        """Begin with the first samples of a cache's tables.
+    def copy(self, cache_path: Path, num_samples: int, relocated: Mapping[int, ImageItem]) -> None:
+        """Copy the first samples of a cache's tables.
 
         Args:
-            cache_path: the cache.
-            num_samples: how many.
-            moved: image row -> where its bytes are now.
+            cache_path: folder of the cache.
+            num_samples: number of samples.
+            relocated: image row -> new location of its bytes.
         """
         with open_table(samples_path(cache_path)) as file:
             for batch in file.iter_batches(BATCH, use_threads=False):
@@ -164,7 +159,7 @@ class TableWriter:
                 for group in range(file.num_row_groups):
                     table = file.read_row_group(group, use_threads=False)
                     table = table.filter(pc.less(table["sample"], num_samples))
-                    writer.write(_moved(table, writer.num_rows, moved if modality == "image" else {}))
+                    writer.write(_relocate(table, writer.num_rows, relocated if modality == "image" else {}))
         self.num_samples = num_samples
 
     def add(self, batch: Sequence[Sample]) -> None:
@@ -176,15 +171,15 @@ class TableWriter:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of the keys, and of each modality's items."""
+        """Digests of the keys and of the items of each modality."""
         items = {name: table.digest.hexdigest() for name, table in self._items.items() if table.num_rows}
         return {"samples": self._samples.digest.hexdigest(), **items}
 
     def close(self) -> dict[str, int]:
-        """Write what waits, and give modality -> number of items.
+        """Finish the tables; return modality -> number of items.
 
         Raises:
-            SourceError: a key stands twice, or a column has types that do not go together.
+            SourceError: a key is not unique, or a column has incompatible types.
         """
         for writer in self._items.values():
             writer.close()
@@ -193,7 +188,7 @@ class TableWriter:
 
 
 class _SampleWriter:
-    """Spools batches, each with the columns it has, until all columns are known."""
+    """Writes each batch to a file of its own until all columns are known."""
 
     def __init__(self, path: Path) -> None:
         self.num_rows = 0
@@ -211,16 +206,15 @@ class _SampleWriter:
         self.num_rows += len(rows)
 
     def close(self) -> None:
-        _refuse_duplicates(pa.chunked_array([chunk for keys in self._keys for chunk in keys.chunks], pa.string()))
+        _check_unique(pa.chunked_array([chunk for keys in self._keys for chunk in keys.chunks], pa.string()))
         try:
             schema = pa.unify_schemas(self._schemas, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise SourceError(f"a column of the source changes its type on the way: {error}") from error
+            raise SourceError(f"a column of the source changes its type between samples: {error}") from error
         with pq.ParquetWriter(self._path, schema) as writer:
             for number in range(len(self._keys)):
-                rows = read_table(self._spool(number))
-                whole = pa.concat_tables([schema.empty_table(), rows], promote_options="permissive")
-                writer.write_table(whole, row_group_size=BATCH)
+                rows = [schema.empty_table(), read_table(self._spool(number))]
+                writer.write_table(pa.concat_tables(rows, promote_options="permissive"), row_group_size=BATCH)
                 self._spool(number).unlink()
 
     def _spool(self, number: int) -> Path:
@@ -235,20 +229,20 @@ class _ItemWriter:
         self._writer = pq.ParquetWriter(path, schema)
         self._schema = schema
         self._chunk_size = chunk_size
-        self._waiting: pa.Table = schema.empty_table()
+        self._buffer: pa.Table = schema.empty_table()
 
     def write(self, rows: pa.Table) -> None:
         self.num_rows += len(rows)
         self.digest.update(rows)
-        waiting = pa.concat_tables([self._waiting, rows.cast(self._schema)])
-        whole = len(waiting) // self._chunk_size * self._chunk_size
+        buffered = pa.concat_tables([self._buffer, rows.cast(self._schema)])
+        whole = len(buffered) // self._chunk_size * self._chunk_size
         if whole:
-            self._writer.write_table(waiting.slice(0, whole), row_group_size=self._chunk_size)
-        self._waiting = waiting.slice(whole).combine_chunks()
+            self._writer.write_table(buffered.slice(0, whole), row_group_size=self._chunk_size)
+        self._buffer = buffered.slice(whole).combine_chunks()
 
     def close(self) -> None:
-        if len(self._waiting):
-            self._writer.write_table(self._waiting, row_group_size=self._chunk_size)
+        if len(self._buffer):
+            self._writer.write_table(self._buffer, row_group_size=self._chunk_size)
         self._writer.close()
 
 
@@ -281,12 +275,12 @@ def _sample_table(batch: Sequence[Sample]) -> pa.Table:
 def _column(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types: keep what people would read
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # mixed types: keep them as text
         return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
-def _moved(table: pa.Table, first_row: int, moved: Mapping[int, ImageItem]) -> pa.Table:
-    here = {row - first_row: item for row, item in moved.items() if first_row <= row < first_row + len(table)}
+def _relocate(table: pa.Table, first_row: int, relocated: Mapping[int, ImageItem]) -> pa.Table:
+    here = {row - first_row: item for row, item in relocated.items() if first_row <= row < first_row + len(table)}
     for name in ("offset", "length") if here else ():
         values = table[name].to_pylist()
         for row, item in here.items():
@@ -295,7 +289,7 @@ def _moved(table: pa.Table, first_row: int, moved: Mapping[int, ImageItem]) -> p
     return table
 
 
-def _refuse_duplicates(keys: pa.ChunkedArray) -> None:
+def _check_unique(keys: pa.ChunkedArray) -> None:
     counts = pc.value_counts(keys)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
@@ -303,19 +297,19 @@ def _refuse_duplicates(keys: pa.ChunkedArray) -> None:
         rows = pc.indices_nonzero(pc.equal(keys, key)).to_pylist()
         raise SourceError(
             f"keys must be unique; {key!r} is the key of rows {rows[0]} and {rows[1]} ({len(repeated)} such keys); "
-            "rename a file (a.jpg and a.png have one key), or name another --key-column"
+            "rename a file (a.jpg and a.png have the same key), or choose another --key-column"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbered:
-    """One sample as a cache's tables have it.
+class IndexedSample:
+    """One sample of the tables of a cache.
 
     Args:
-        key: its key.
-        image_row: the row of its first image.
-        images: where their bytes are.
-        texts: its captions, each with its language.
+        key: key of the sample.
+        image_row: row of its first image.
+        images: locations of its images.
+        texts: captions, each with its language.
     """
 
     key: str
@@ -324,21 +318,21 @@ class Numbered:
     texts: Sequence[tuple[str, str | None]]
 
 
-def read_numbered(cache_path: Path, rows: range) -> Iterator[Numbered]:
-    """Go through samples of a cache in row order. Memory: one batch of each table."""
+def read_samples(cache_path: Path, rows: range) -> Iterator[IndexedSample]:
+    """Iterate over samples of a cache in row order. Memory: one batch of each table."""
     keys = (row["key"] for row in iterate_rows(samples_path(cache_path), ["key"]))
-    images = _Sorted(iterate_rows(items_path(cache_path, "image")))
-    texts = _Sorted(iterate_rows(items_path(cache_path, "text")))
+    images = _RowsBySample(iterate_rows(items_path(cache_path, "image")))
+    texts = _RowsBySample(iterate_rows(items_path(cache_path, "text")))
     for number, key in zip(range(rows.stop), keys, strict=False):
         image_row = images.num_taken
-        mine = [ImageItem(path=row["path"], offset=row["offset"], length=row["length"]) for row in images.take(number)]
-        said = [(row["text"], row["language"]) for row in texts.take(number)]
+        items = [ImageItem(path=row["path"], offset=row["offset"], length=row["length"]) for row in images.take(number)]
+        captions = [(row["text"], row["language"]) for row in texts.take(number)]
         if number >= rows.start:
-            yield Numbered(key=key, image_row=image_row, images=mine, texts=said)
+            yield IndexedSample(key=key, image_row=image_row, images=items, texts=captions)
 
 
-class _Sorted:
-    """Rows sorted by their sample, taken sample by sample."""
+class _RowsBySample:
+    """Rows of an item table, which are sorted by sample, taken one sample at a time."""
 
     def __init__(self, rows: Iterator[Mapping[str, Any]]) -> None:
         self.num_taken = 0

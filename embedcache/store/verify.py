@@ -1,4 +1,4 @@
-"""Going through every byte of a cache: what is missing, short, changed, foreign or out of order."""
+"""Check every byte of a cache: missing, truncated, changed or foreign chunks, and changed tables."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -11,27 +11,26 @@ import pyarrow as pa
 from embedcache.errors import ArtifactError, CorruptError, PathError
 from embedcache.progress import NullProgress, Progress
 from embedcache.store.cache import Cache
-from embedcache.store.commit import NOT_YET, hash_item, read_commit
 from embedcache.store.feature import Feature
-from embedcache.store.group import open_group
+from embedcache.store.group import hash_item, open_group, read_commit
 from embedcache.store.layout import commit_path, items_path, samples_path
 from embedcache.store.tables import TableDigest, open_table, table_errors
 
-_FIRST = commit_path(Path(), 0)
+_FIRST_COMMIT = commit_path(Path(), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One chunk, or table, that is not as it should be.
+    """A chunk or table that is damaged or missing.
 
     Args:
-        modality: `image` or `text`; `samples` for that table.
-        encoder: name of its folder; empty for a table.
-        name: name of the feature there, or of the table.
-        chunk: its number; -1 for a table, or a feature's metadata.
-        is_damage: whether bytes are wrong; a chunk that was never extracted is none.
-        can_repair: whether encoding the chunk again mends it.
-        reason: what is wrong, with the next step.
+        modality: `image` or `text`; `samples` for the sample table.
+        encoder: folder of the encoder; empty for a table.
+        name: name of the feature or of the table.
+        chunk: number of the chunk; -1 for a table or the metadata of a feature.
+        is_damage: whether bytes are wrong; false for a chunk that was never extracted.
+        can_repair: whether encoding the chunk again repairs it.
+        reason: what is wrong, and the next step.
     """
 
     modality: str
@@ -48,20 +47,19 @@ class Finding:
         return f"{self.encoder}/{self.name}" if self.encoder else self.name
 
     def line(self) -> str:
-        """Say it in one line."""
+        """Return the finding as one line."""
         return f"{self.place}: {self.reason}" if self.chunk < 0 else f"{self.place} chunk {self.chunk}: {self.reason}"
 
 
 def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
-    """Compare every committed chunk with its commit, and every commit with the cache. Reads all features once.
+    """Check every committed chunk against its commit, and every commit against the cache. Reads all features once.
 
-    Finds a missing chunk, a changed byte, a file cut short, a chunk of another encoder or of other rows, a table whose
-    rows changed or changed places, and captions that are not those that were encoded. Memory: one chunk.
+    Finds missing chunks, changed bytes, truncated files, chunks of another encoder or of other rows, changed or
+    reordered tables, and captions other than those that were encoded. Memory: one chunk.
 
     Args:
         cache: the cache.
-        progress: told about chunks.
-
+        progress: reports chunks.
     """
     progress = progress or NullProgress()
     findings, features = list(_check_tables(cache)), []
@@ -80,8 +78,8 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
 
 
 def _check_tables(cache: Cache) -> Iterator[Finding]:
-    """Compare the tables with their digests. A cache of an earlier version may have none."""
-    for name, digest in cache.info.tables.items():
+    """Compare the tables with their digests, which the first caches lack."""
+    for name, digest in cache.info.table_digests.items():
         is_samples = name == "samples"
         path = samples_path(cache.path) if is_samples else items_path(cache.path, name)
         finding = partial(
@@ -95,13 +93,13 @@ def _check_tables(cache: Cache) -> Iterator[Finding]:
             continue
         if found != digest:
             yield finding(
-                reason="its rows are not those that were numbered, or not in that order; put the file back, or extract "
-                "into a new folder"
+                reason="its rows or their order changed since they were indexed; restore the file, or extract into a "
+                "new folder"
             )
 
 
 def _digest(path: Path, num_rows: int, *, columns: Sequence[str] | None) -> str | None:
-    """Get the digest over a table's first rows; None where it has not so many."""
+    """Return the digest of the first rows of a table; None if it has fewer."""
     found = TableDigest()
     with table_errors(path), open_table(path) as table:
         for batch in table.iter_batches(columns=columns, use_threads=False):
@@ -112,23 +110,23 @@ def _digest(path: Path, num_rows: int, *, columns: Sequence[str] | None) -> str 
 
 
 def _encoders(cache: Cache, modality: str) -> list[str]:
-    """Name the folders of encoders, those too whose metadata is gone."""
+    """Return the folders of encoders, also those that lost their metadata."""
     with_metadata = {path.parent.name for path in (cache.path / modality).glob("*/zarr.json")}
-    return sorted(with_metadata | {path.parents[1].name for path in (cache.path / modality).glob(f"*/{_FIRST}")})
+    return sorted(with_metadata | {path.parents[1].name for path in (cache.path / modality).glob(f"*/{_FIRST_COMMIT}")})
 
 
 def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feature], list[Finding]]:
-    """Open the features of an encoder; give those whose metadata cannot be read as findings."""
+    """Open the features of an encoder; return a finding for each with unreadable metadata."""
     opened, findings = [], []
     names = {path.parent.name for path in (cache.path / modality / encoder).glob("*/zarr.json")}
-    with suppress(ArtifactError, PathError):  # a damaged commit is found with its chunk
+    with suppress(ArtifactError, PathError):  # a damaged commit is reported with its chunk
         commit = read_commit(cache.path / modality / encoder, 0)
         names |= set() if commit is None else commit.features.keys()
     for name in sorted(names):
         try:
             opened.append(Feature(open_group(cache.path, modality, encoder, cache.info), name))
         except (ArtifactError, PathError) as error:
-            reason = f"{error}; remove what is left of that file and run the same embedcache extract again"
+            reason = f"{error}; remove that file and run the same embedcache extract again"
             findings.append(
                 Finding(modality=modality, encoder=encoder, name=name, chunk=-1, can_repair=False, reason=reason)
             )
@@ -139,7 +137,7 @@ def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding
     finding = partial(Finding, modality=feature.modality, encoder=feature.group.name, name=feature.feature, chunk=chunk)
     try:
         commit = feature.group.commit(chunk)
-        if commit is None or NOT_YET in commit.failures.get(feature.feature, [NOT_YET]):
+        if commit is None or not commit.is_complete(feature.feature):
             yield finding(is_damage=False, reason="not extracted yet; run the same embedcache extract again")
             return
         for _ in feature.read_chunk(commit):
@@ -150,5 +148,5 @@ def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding
     if feature.modality == "text":
         texts = cache.items("text", chunk=chunk)["text"].to_pylist()
         if [hash_item(text.encode()) for text in texts] != commit.hashes:
-            reason = "the captions are not those that were encoded, or not in that order; extract into a new folder"
+            reason = "the captions or their order changed since they were encoded; extract into a new folder"
             yield finding(can_repair=False, reason=reason)

@@ -19,7 +19,7 @@ from embedcache.reports.coverage import concept_table, coverage_json, overlap_ta
 from embedcache.search.index import build_index
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.exchange.runs import SIDES, train_run
+from tests.interop.runs import SIDES, train_run
 from tests.search.test_concepts import NAMES, labeled_cache, prompt_cache
 from tests.toy import TEXT
 

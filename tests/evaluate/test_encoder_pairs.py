@@ -189,7 +189,7 @@ def test_an_unfinished_feature_is_left_out_with_a_line_or_refused_by_name(tmp_pa
     report = evaluate_pairs(tmp_path / "c", split=key, num_draws=20)
     assert [pair.image for pair in report.pairs] == ["open_toy/cls"]
     assert report.skipped == ["left out: feature open_other/cls is not finished: 1 of 1 chunks are missing; "
-                              "run the same embedcache extract again, it goes on where it stopped"]  # fmt: skip
+                              "run the same embedcache extract again to resume it"]  # fmt: skip
     with pytest.raises(UnfinishedError, match="feature open_other/cls is not finished"):
         evaluate_pairs(tmp_path / "c", images=["open_other"], split=key)
     next((tmp_path / "c" / "image" / "open_toy" / "chunks").glob("*.parquet")).unlink()

@@ -14,7 +14,7 @@ VERSIONS = range(1, FORMAT_VERSION + 1)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_cache_of_every_format_opens_with_the_same_numbers(version: int) -> None:
+def test_golden_cache_values(version: int) -> None:
     cache = Cache(FOLDER / f"cache-{version}")
     found = expected(cache)
     with np.load(FOLDER / f"cache-{version}.npz") as golden:
@@ -24,7 +24,7 @@ def test_a_cache_of_every_format_opens_with_the_same_numbers(version: int) -> No
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_its_tables_and_failures_are_there(version: int) -> None:
+def test_golden_cache_tables(version: int) -> None:
     cache = Cache(FOLDER / f"cache-{version}")
     assert cache.info.num_samples == 10
     assert cache.samples["key"].to_pylist() == [f"{row:05d}" for row in range(10)]
@@ -35,7 +35,7 @@ def test_its_tables_and_failures_are_there(version: int) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_plain_zarr_opens_it_too(version: int) -> None:
+def test_golden_cache_in_plain_zarr(version: int) -> None:
     path: Path = FOLDER / f"cache-{version}" / "image" / "open_toy"
     with np.load(FOLDER / f"cache-{version}.npz") as golden:
         values = zarr.open_group(path, mode="r")["cls"][:]

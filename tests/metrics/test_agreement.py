@@ -17,7 +17,7 @@ def candidates_as_scores(scores_QC: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 @given(st.integers(0, 10_000), st.integers(2, 30), st.integers(6, 40), st.sampled_from([1, 3, 6]))
-def test_recall_is_clip_benchmarks_where_nothing_ties(seed: int, num_queries: int, num_candidates: int, k: int) -> None:
+def test_recall_matches_clip_benchmark(seed: int, num_queries: int, num_candidates: int, k: int) -> None:
     rng = np.random.default_rng(seed)
     scores = rng.permuted(np.arange(num_queries * num_candidates)).reshape(num_queries, -1).astype(np.float32)
     is_positive = rng.random(scores.shape) < 0.2
@@ -28,9 +28,7 @@ def test_recall_is_clip_benchmarks_where_nothing_ties(seed: int, num_queries: in
 
 
 @given(st.integers(0, 10_000), st.integers(2, 30), st.integers(3, 40))
-def test_ranks_of_one_positive_are_scikit_learns_coverage_ties_included(
-    seed: int, num_queries: int, num_candidates: int
-) -> None:
+def test_ranks_match_sklearn_with_ties(seed: int, num_queries: int, num_candidates: int) -> None:
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, 5, (num_queries, num_candidates)).astype(np.float32)  # many ties
     queries, own = np.arange(num_queries), rng.integers(num_candidates, size=num_queries)
@@ -39,7 +37,7 @@ def test_ranks_of_one_positive_are_scikit_learns_coverage_ties_included(
 
 
 @pytest.mark.parametrize("k", [1, 5, 10])
-def test_recall_of_one_positive_is_scikit_learns_top_k_accuracy(k: int) -> None:
+def test_recall_matches_sklearn(k: int) -> None:
     rng = np.random.default_rng(0)
     scores, own = rng.standard_normal((300, 40)).astype(np.float32), rng.integers(40, size=300)
     ranks = best_ranks(*candidates_as_scores(scores), (np.arange(300), own))

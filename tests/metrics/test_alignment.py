@@ -49,7 +49,7 @@ def debiased_by_gram_matrices(x: np.ndarray, y: np.ndarray) -> float:
 
 
 @given(st.integers(8, 40), st.integers(1, 50), st.integers(1, 50), st.integers(0, 1000))
-def test_cka_is_what_the_gram_matrices_give(rows: int, width: int, other: int, seed: int) -> None:
+def test_cka_matches_gram_matrices(rows: int, width: int, other: int, seed: int) -> None:
     x, y = sides(rows, seed=seed, widths=(width, other))
     assert linear_cka(x, y) == pytest.approx(cka_by_gram_matrices(x, y), abs=1e-9)
     try:
@@ -61,34 +61,34 @@ def test_cka_is_what_the_gram_matrices_give(rows: int, width: int, other: int, s
 
 
 @pytest.mark.parametrize("metric", [linear_cka, debiased_cka, lambda x, y: mutual_knn(x - x.mean(0), y, 5)])
-def test_turning_and_scaling_a_side_changes_nothing(metric) -> None:  # type: ignore[no-untyped-def]
+def test_metrics_ignore_rotation_and_scale(metric) -> None:  # type: ignore[no-untyped-def]
     x, y = sides(60)
     turn, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((7, 7)))
     assert metric(3 * x @ turn, y) == pytest.approx(metric(x, y), abs=1e-9)
 
 
 @pytest.mark.parametrize("metric", [linear_cka, debiased_cka])
-def test_moving_a_side_changes_no_cka(metric) -> None:  # type: ignore[no-untyped-def]
+def test_cka_ignores_translation(metric) -> None:  # type: ignore[no-untyped-def]
     x, y = sides(60)
     assert metric(x + 100, y) == pytest.approx(metric(x, y), abs=1e-9)
 
 
 @pytest.mark.parametrize("metric", [linear_cka, debiased_cka, lambda x, y: mutual_knn(x, y, 5)])
-def test_a_side_is_like_itself_and_both_sides_count_alike(metric) -> None:  # type: ignore[no-untyped-def]
+def test_metrics_are_symmetric(metric) -> None:  # type: ignore[no-untyped-def]
     x, y = sides(60)
     assert metric(x, x) == pytest.approx(1)
     assert metric(x, y) == pytest.approx(metric(y, x))
     assert metric(x, y) < 0.9
 
 
-def test_wide_sides_without_anything_in_common_have_a_cka_but_no_debiased_one() -> None:
+def test_debiased_cka_of_independent_features() -> None:
     rng = np.random.default_rng(0)
     drawn = [(rng.standard_normal((100, 300)), rng.standard_normal((100, 200))) for _ in range(20)]
     assert min(linear_cka(x, y) for x, y in drawn) > 0.6
     assert abs(np.mean([debiased_cka(x, y) for x, y in drawn])) < 0.01
 
 
-def test_what_shuffled_rows_give_is_the_mean_over_permutations() -> None:
+def test_shuffled_cka_is_mean_over_permutations() -> None:
     x, y = sides(30)
     rng = np.random.default_rng(0)
     drawn = [linear_cka(x, y[rng.permutation(30)]) for _ in range(2000)]
@@ -96,7 +96,7 @@ def test_what_shuffled_rows_give_is_the_mean_over_permutations() -> None:
 
 
 @given(st.integers(2, 30), st.data(), st.integers(1, 40))
-def test_neighbors_are_those_of_the_obvious_loop(rows: int, data: st.DataObject, tile_bytes: int) -> None:
+def test_mutual_knn_matches_loop(rows: int, data: st.DataObject, tile_bytes: int) -> None:
     k = data.draw(st.integers(1, rows - 1))
     x, y = sides(rows, seed=rows)
     expected = []
@@ -113,14 +113,14 @@ def test_neighbors_are_those_of_the_obvious_loop(rows: int, data: st.DataObject,
     assert mutual_knn(x, y, k) == pytest.approx(np.mean(shares))
 
 
-def test_neighbors_of_sides_without_anything_in_common_agree_as_often_as_chance_says() -> None:
+def test_mutual_knn_at_chance() -> None:
     rng = np.random.default_rng(0)
     found = mutual_knn(rng.standard_normal((800, 10)), rng.standard_normal((800, 10)), 20)
     assert found == pytest.approx(20 / 799, abs=0.004)
 
 
 @given(st.integers(2, 5), st.integers(0, 100))
-def test_leaving_blocks_out_is_the_figure_of_the_other_rows(num_blocks: int, seed: int) -> None:
+def test_cka_without_each_block(num_blocks: int, seed: int) -> None:
     x, y = sides(40, seed=seed)
     block_N = np.random.default_rng(seed).permutation(np.arange(40) % num_blocks)
     one, other = Blocked(x, block_N), Blocked(y, block_N)
@@ -160,7 +160,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(copies: int) ->
     assert 88 <= inside <= 100
 
 
-def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+def test_jackknife_of_mean() -> None:
     values = np.random.default_rng(0).random(50)
     without = [np.delete(values, row).mean() for row in range(50)]
     estimate = jackknife(np.array([values.mean(), *without]), np.ones(50, int))
@@ -171,7 +171,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
         jackknife(np.array([1.0, 1.0]), np.array([3]))
 
 
-def test_unequal_blocks_count_by_their_size() -> None:
+def test_jackknife_of_unequal_blocks() -> None:
     """A mean over blocks of unequal size, against the spread of many such means."""
     rng = np.random.default_rng(0)
     sizes = np.tile([1, 3, 8], 10)

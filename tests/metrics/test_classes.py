@@ -13,7 +13,7 @@ from embedcache.metrics.classification import class_means, confusion, ranks_of
 from embedcache.metrics.intervals import bootstrap_class_mean, bootstrap_mean, bootstrap_means
 
 
-def test_the_examples_in_the_docstrings_hold() -> None:
+def test_docstring_examples() -> None:
     assert doctest.testmod(classes).failed == 0
 
 
@@ -27,7 +27,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(problems())
-def test_figures_are_those_of_scikit_learn(problem: tuple[np.ndarray, np.ndarray]) -> None:
+def test_classification_matches_sklearn(problem: tuple[np.ndarray, np.ndarray]) -> None:
     scores, labels = problem
     ranks, predicted, num_classes = ranks_of(scores, labels), scores.argmax(axis=1), scores.shape[1]
     for k in (1, 2):
@@ -39,13 +39,13 @@ def test_figures_are_those_of_scikit_learn(problem: tuple[np.ndarray, np.ndarray
     assert bootstrap_class_mean(ranks == 1, labels, num_draws=2).value == pytest.approx(balanced)
 
 
-def test_what_is_no_number_and_what_ties_earns_nothing() -> None:
+def test_nan_and_ties_rank_last() -> None:
     labels = np.zeros(3, np.int64)
     scores = np.array([[1, 1, 0], [np.nan, 0, 0], [1, np.nan, 0]], np.float32)
     assert ranks_of(scores, labels).tolist() == [2, 3, 2]
 
 
-def test_a_class_mean_weighs_each_class_alike_and_covers_the_truth() -> None:
+def test_bootstrap_class_mean_coverage() -> None:
     rng, hits = np.random.default_rng(0), 0
     for trial in range(60):
         labels = np.repeat([0, 1], [900, 100])
@@ -55,7 +55,7 @@ def test_a_class_mean_weighs_each_class_alike_and_covers_the_truth() -> None:
     assert hits >= 52  # of 60 intervals of 95 %
 
 
-def test_columns_are_resampled_together() -> None:
+def test_bootstrap_means_share_resamples() -> None:
     values = np.random.default_rng(1).random((40, 3))
     clusters = np.arange(40) // 4
     for column, estimate in enumerate(bootstrap_means(values, clusters)):

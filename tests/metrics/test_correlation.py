@@ -6,14 +6,14 @@ from embedcache.errors import DataError
 from embedcache.metrics.intervals import rank_correlation
 
 
-def test_equal_and_opposite_orders_are_one_and_minus_one() -> None:
+def test_rank_correlation_limits() -> None:
     x = np.arange(12.0)
     same, opposite = rank_correlation(x, np.exp(x), num_draws=50), rank_correlation(x, -(x**3), num_draws=50)
     for estimate, expected in ((same.spearman, 1), (same.kendall, 1), (opposite.spearman, -1), (opposite.kendall, -1)):
         assert (estimate.value, estimate.low, estimate.high) == pytest.approx((expected,) * 3)
 
 
-def test_values_are_scipys_and_the_interval_is_about_right() -> None:
+def test_rank_correlation_interval() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal(30)
     y = x + rng.standard_normal(30)
@@ -31,12 +31,12 @@ def test_values_are_scipys_and_the_interval_is_about_right() -> None:
     assert found.spearman.high - found.spearman.low == pytest.approx(width, rel=0.5)
 
 
-def test_draws_that_are_all_equal_are_left_out() -> None:
+def test_rank_correlation_skips_constant_draws() -> None:
     found = rank_correlation(np.array([1.0, 2, 3]), np.array([1.0, 2, 3]), num_draws=200)
     assert found.spearman.low == pytest.approx(1)
 
 
-def test_what_has_no_order_is_refused() -> None:
+def test_rank_correlation_of_constant_raises() -> None:
     with pytest.raises(DataError, match="no rank correlation of 2 things; at least 3 are needed"):
         rank_correlation(np.array([1.0, 2]), np.array([1.0, 2]))
     with pytest.raises(DataError, match="not all equal"):

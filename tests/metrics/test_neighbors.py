@@ -22,9 +22,7 @@ def vectors(rng: np.random.Generator, num: int, width: int) -> Floats:
     k=st.integers(1, 40),
     tile=st.integers(1, 7),
 )
-def test_the_nearest_are_those_of_a_full_sort(
-    seed: int, num_queries: int, num_candidates: int, k: int, tile: int
-) -> None:
+def test_top_k_matches_full_sort(seed: int, num_queries: int, num_candidates: int, k: int, tile: int) -> None:
     rng, k = np.random.default_rng(seed), min(k, num_candidates)
     queries, candidates = vectors(rng, num_queries, 5), vectors(rng, num_candidates, 5)
     with patch.object(neighbors, "_TILE", tile), patch.object(neighbors, "_CANDIDATES", 2 * tile):
@@ -36,7 +34,7 @@ def test_the_nearest_are_those_of_a_full_sort(
 
 
 @given(seed=st.integers(0, 2**32 - 1), num_classes=st.integers(2, 6), k=st.integers(1, 25))
-def test_votes_are_those_of_scikit_learns_weighted_neighbors(seed: int, num_classes: int, k: int) -> None:
+def test_vote_matches_sklearn(seed: int, num_classes: int, k: int) -> None:
     rng = np.random.default_rng(seed)
     candidates, queries = vectors(rng, 30, 4), vectors(rng, 9, 4)
     labels = np.concatenate([np.arange(num_classes), rng.integers(num_classes, size=30 - num_classes)])
@@ -49,7 +47,7 @@ def test_votes_are_those_of_scikit_learns_weighted_neighbors(seed: int, num_clas
     np.testing.assert_allclose(votes / votes.sum(axis=1, keepdims=True), expected, atol=1e-4)
 
 
-def test_a_colder_vote_is_the_nearest_neighbors() -> None:
+def test_vote_at_low_temperature() -> None:
     labels, sims = np.array([[1, 0, 0]]), np.array([[0.9, 0.8, 0.8]], np.float32)
     assert vote(labels, sims, 3, temperature=1.0).argmax() == 0
     assert vote(labels, sims, 3, temperature=0.01).argmax() == 1
@@ -74,7 +72,7 @@ def test_ties_go_to_the_lower_row(values: list[list[int]], k: int, tile: int, ex
     assert best.tolist() == scores.argmax(axis=1).tolist()
 
 
-def test_pairs_above_are_those_of_all_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_above_matches_full_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbors, "_TILE", 7)
     units = vectors(np.random.default_rng(0), 30, 3)
     left, right = map(np.concatenate, zip(*pairs_above(units, 0.8), strict=True))

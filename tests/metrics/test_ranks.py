@@ -12,7 +12,7 @@ from embedcache.metrics.intervals import bootstrap_mean
 from embedcache.metrics.ranking import average_precisions, best_ranks, chance_recall, negatives_before, recall_at
 
 
-def test_the_examples_in_the_docstrings_hold() -> None:
+def test_docstring_examples() -> None:
     assert doctest.testmod(ranks_module).failed == 0
 
 
@@ -29,7 +29,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray,
 
 
 @given(problems(), st.integers(1, 200))
-def test_ranks_agree_with_the_obvious_loop(
+def test_ranks_match_loop(
     problem: tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]], block_bytes: int
 ) -> None:
     queries, candidates, (query_M, candidate_M) = problem
@@ -44,28 +44,28 @@ def test_ranks_agree_with_the_obvious_loop(
         assert best_ranks(queries, candidates, (query_M, candidate_M)).tolist() == ranks
 
 
-def test_a_constant_embedding_earns_nothing() -> None:
+def test_constant_embedding_ranks_last() -> None:
     same = np.ones((50, 4), np.float32)
     ranks = best_ranks(same, same, (np.arange(50), np.arange(50)))
     assert recall_at(ranks, 10) == 0
 
 
 @pytest.mark.parametrize("where", ["queries", "candidates", "both"])
-def test_embeddings_that_are_no_numbers_earn_nothing(where: str) -> None:
+def test_nan_embedding_ranks_last(where: str) -> None:
     good, bad = np.eye(20, dtype=np.float32), np.full((20, 20), np.nan, np.float32)
     queries, candidates = good if where == "candidates" else bad, good if where == "queries" else bad
     ranks = best_ranks(queries, candidates, (np.arange(20), np.arange(20)))
     assert recall_at(ranks, 10) == 0
 
 
-def test_a_query_without_a_positive_is_refused() -> None:
+def test_query_without_positive_raises() -> None:
     one = np.ones((2, 1), np.float32)
     with pytest.raises(DataError, match="1 queries have no positive candidate, first query 1"):
         best_ranks(one, one, (np.array([0]), np.array([0])))
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(6, 12), st.integers(1, 12))
-def test_chance_agrees_with_counting_orders(num_positives: list[int], num_candidates: int, k: int) -> None:
+def test_chance_recall_matches_enumeration(num_positives: list[int], num_candidates: int, k: int) -> None:
     rng = np.random.default_rng(0)
     draws = [rng.permutation(num_candidates)[:k] for _ in range(2000)]
     counted = np.mean([[(draw < count).any() for draw in draws] for count in num_positives])
@@ -81,7 +81,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 88 <= inside <= 100
 
 
-def test_items_of_one_cluster_are_not_independent() -> None:
+def test_bootstrap_by_cluster_is_wider() -> None:
     rng = np.random.default_rng(1)
     values = np.repeat(rng.random(100) < 0.5, 5)
     alone = bootstrap_mean(values)
@@ -90,13 +90,13 @@ def test_items_of_one_cluster_are_not_independent() -> None:
     assert clustered.high - clustered.low > 1.7 * (alone.high - alone.low)
 
 
-def test_no_values_are_refused() -> None:
+def test_bootstrap_of_nothing_raises() -> None:
     with pytest.raises(DataError, match="no value"):
         bootstrap_mean(np.array([]))
 
 
 @given(st.integers(0, 10_000), st.integers(1, 12), st.integers(2, 15))
-def test_average_precisions_are_those_of_scikit_learn(seed: int, num_queries: int, num_candidates: int) -> None:
+def test_average_precision_matches_sklearn(seed: int, num_queries: int, num_candidates: int) -> None:
     rng = np.random.default_rng(seed)
     queries, candidates = (
         rng.standard_normal((count, 3)).astype(np.float32) for count in (num_queries, num_candidates)
@@ -112,7 +112,7 @@ def test_average_precisions_are_those_of_scikit_learn(seed: int, num_queries: in
     assert found == pytest.approx(expected)
 
 
-def test_a_tie_costs_average_precision_too() -> None:
+def test_average_precision_with_ties() -> None:
     same = np.ones((1, 4), np.float32)
     positives = (np.array([0]), np.array([2]))
     assert average_precisions(positives[0], negatives_before(same, np.ones((4, 4), np.float32), positives)) == [0.25]

@@ -13,7 +13,7 @@ from embedcache.search.concepts import open_concepts
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.exchange.runs import SIDES, train_run
+from tests.interop.runs import SIDES, train_run
 from tests.pictures import COLORS, write_pictures
 from tests.toy import IMAGE, TEXT
 

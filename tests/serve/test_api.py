@@ -178,7 +178,7 @@ def test_coverage_of_other_samples_is_refused(place: Path, cache_path: Path, tmp
     build_index(cache_path, tmp_path / "other", feature="open_toy/cls")
     for path, index, error, message in (
         (place / "coverage.json", tmp_path / "other", FingerprintError, "is of other samples"),
-        (tmp_path / "no.json", place / "index", PathError, "does not exist; make it with"),
+        (tmp_path / "no.json", place / "index", PathError, "does not exist; write it with"),
         (place / "concepts.json", place / "index", CorruptError, "does not hold the fields"),
     ):
         with pytest.raises(error, match=message):

@@ -29,8 +29,8 @@ from embedcache.sources import open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from tests.conftest import FEATURES
-from tests.exchange.layout import write_layout
-from tests.exchange.runs import SIDES, train_run
+from tests.interop.layout import write_layout
+from tests.interop.runs import SIDES, train_run
 from tests.toy import IMAGE, TEXT
 
 PHOTOS = Path(str(distribution("foolbox").locate_file("foolbox/data")))
@@ -194,7 +194,7 @@ def test_mistakes_are_named(runs: dict[str, Path], tmp_path: Path, monkeypatch: 
         load("embedcache", runs["vectors"], device="cuda:77")
     model, _, _ = load("embedcache", runs["vectors"])
     assert model.to("cpu") is model
-    with pytest.raises(SettingError, match="opened on cpu, not on meta"):
+    with pytest.raises(SettingError, match="device: expected cpu, got meta"):
         model.to("meta")
     monkeypatch.setitem(sys.modules, "clip_benchmark", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'embedcache\[clip-benchmark\]'"):
@@ -242,7 +242,7 @@ def write_photos(folder: Path) -> Path:
 def test_their_code_and_ours_give_one_accuracy_on_photographs(tmp_path: Path) -> None:
     image, text = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
     extract(
-        open_source(write_emoji(tmp_path / "emoji", 6)),
+        open_source(write_emoji(tmp_path / "emoji", 30)),
         tmp_path / "cache",
         image_encoders=[image],
         text_encoders=[text],

@@ -12,7 +12,7 @@ import pytest
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
 from embedcache.progress import NullProgress
-from tests.exchange.vectors.cases import outgoing, take_in, unit_rows
+from tests.interop.cases import export_of, import_files, unit_rows
 
 
 def write(path: Path, lists: pa.Array, *, row_group_size: int | None = None) -> Path:
@@ -38,14 +38,14 @@ def lists_of(vectors: Sequence[Any], kind: pa.DataType) -> pa.Array:
 def test_lists_of_every_kind(tmp_path: Path, kind: pa.DataType, dtype: type, row_group_size: int) -> None:
     vectors = unit_rows(30).astype(dtype)
     path = write(tmp_path / "x.parquet", lists_of([*vectors[:-1], None], kind), row_group_size=row_group_size)
-    incoming = open_parquet_vectors(path, image="emb")
-    cache, _ = take_in(incoming, tmp_path / "cache")
+    vectors_in = open_parquet_vectors(path, image_vector_column="emb")
+    cache, _ = import_files(vectors_in, tmp_path / "cache")
     found = cache.feature("image", "emb")
     np.testing.assert_array_equal(found.load()[:-1], vectors[:-1], strict=True)
     assert found.failures == {29: "NaN or infinity in the imported vector"}
     assert cache.samples["key"].to_pylist() == [f"{row}" for row in range(30)]
     for first in (0, 6, 7, 13, 29):  # goes on from any row
-        assert len(np.concatenate(list(incoming.blocks("emb", first, 4)))) == 30 - first
+        assert len(np.concatenate(list(vectors_in.blocks("emb", first, 4)))) == 30 - first
 
 
 def test_a_folder_of_files(tmp_path: Path) -> None:
@@ -54,30 +54,35 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
     for number, rows in enumerate((slice(0, 12), slice(12, 20))):
         table = pa.table({"emb": lists_of(vectors[rows], pa.list_(pa.float32()))})
         pq.write_table(table, tmp_path / "files" / f"{number}.parquet")
-    cache, _ = take_in(open_parquet_vectors(tmp_path / "files", text=None, image="emb"), tmp_path / "cache")
+    cache, _ = import_files(open_parquet_vectors(tmp_path / "files", image_vector_column="emb"), tmp_path / "cache")
     np.testing.assert_array_equal(cache.feature("image").load(), vectors)
     assert cache.samples["key"][19].as_py() == "000000019"
 
 
 def test_where_it_came_from_is_kept(labeled: Path, tmp_path: Path) -> None:
-    write_parquet(outgoing(labeled), tmp_path / "rows.parquet", progress=NullProgress())
-    cache, _ = take_in(open_parquet_vectors(tmp_path / "rows.parquet"), tmp_path / "cache")
+    write_parquet(export_of(labeled), tmp_path / "rows.parquet", progress=NullProgress())
+    cache, _ = import_files(open_parquet_vectors(tmp_path / "rows.parquet"), tmp_path / "cache")
     assert cache.info.source["origin"]["features"]["image"]["spec"] == "tests.toy:open_toy"
 
 
 @pytest.mark.parametrize(
     ("lists", "asked", "error", "words"),
     [
-        ([[1, 2]] * 3, {}, SettingError, "no column image_vector or text_vector; name a column .*: emb"),
-        ([[1, 2]] * 3, {"image": "vec"}, UnknownNameError, "no column 'vec'; columns of vectors: emb"),
-        ([[1, 2]] * 3, {"image": "other"}, DataError, "column other of .* holds int64, not vectors"),
+        ([[1, 2]] * 3, {}, SettingError, "expected a column image_vector or text_vector; name one .*: emb"),
+        ([[1, 2]] * 3, {"image_vector_column": "vec"}, UnknownNameError, "unknown column of vectors 'vec'.*known: emb"),
         (
             [[1, 2]] * 3,
-            {"image": "emb", "text": "emb"},
-            SettingError,
-            "named with --image-vector-column",
+            {"image_vector_column": "other"},
+            DataError,
+            "column other of .*: expected lists of float16 or float32, got int64",
         ),
-        ([None] * 3, {"image": "emb"}, DataError, "holds no vector in any of 3 rows"),
+        (
+            [[1, 2]] * 3,
+            {"image_vector_column": "emb", "text_vector_column": "emb"},
+            SettingError,
+            "expected another column than image_vector_column, got emb",
+        ),
+        ([None] * 3, {"image_vector_column": "emb"}, DataError, "expected vectors, got none in 3 rows"),
     ],
 )
 def test_columns_that_do_not_fit(
@@ -90,17 +95,17 @@ def test_columns_that_do_not_fit(
 
 def test_lists_of_other_lengths_and_of_double(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", lists_of([[1, 2], [1, 2], [1, 2, 3]], pa.list_(pa.float32())))
-    with pytest.raises(DataError, match="row 2 has 3 numbers, the first has 2"):
-        take_in(open_parquet_vectors(path, image="emb"), tmp_path / "cache")
+    with pytest.raises(DataError, match="row 2: expected 2 numbers as in the first row, got 3"):
+        import_files(open_parquet_vectors(path, image_vector_column="emb"), tmp_path / "cache")
     path = write(tmp_path / "y.parquet", lists_of([[1, 2]], pa.list_(pa.float64())))
-    with pytest.raises(DataError, match="column emb of .* holds double; little-endian float16 or float32"):
-        open_parquet_vectors(path, image="emb")
+    with pytest.raises(DataError, match="column emb of .*: expected little-endian float16 or float32, got double"):
+        open_parquet_vectors(path, image_vector_column="emb")
 
 
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(PathError, match="no such file"):
         open_parquet_vectors(tmp_path / "x.parquet")
-    with pytest.raises(PathError, match=r"holds no \.parquet"):
+    with pytest.raises(PathError, match="got a folder without .parquet files"):
         open_parquet_vectors(tmp_path)
-    with pytest.raises(PathError, match=r"end it in \.parquet"):
+    with pytest.raises(PathError, match=r"expected a name that ends in \.parquet, got \.csv"):
         write_parquet(None, tmp_path / "x.csv", progress=NullProgress())  # type: ignore[arg-type]

@@ -27,41 +27,41 @@ def read(cache: Cache, **options: object) -> Labels:
     return read_labels(cache, np.arange(cache.info.num_samples), **options)  # type: ignore[arg-type]
 
 
-def test_names_are_sorted_and_numbers_count_in_them(tmp_path: Path) -> None:
+def test_read_labels_sorts_names(tmp_path: Path) -> None:
     labels = read(make_cache(tmp_path, label=PETS))
     assert labels.names == ["cat", "dog", "newt"]
     assert labels.numbers.tolist() == [0, 1, 0, 2, 1]
     assert labels.numbers.dtype == np.int64
 
 
-def test_some_samples_in_any_order_have_their_own_labels(tmp_path: Path) -> None:
+def test_read_labels_of_some_samples(tmp_path: Path) -> None:
     labels = read_labels(make_cache(tmp_path, label=PETS), np.array([4, 3, 3]))
     assert labels.names == ["dog", "newt"]
     assert labels.numbers.tolist() == [0, 1, 1]
 
 
-def test_numbers_are_sorted_by_value_and_become_names(tmp_path: Path) -> None:
+def test_read_labels_integers(tmp_path: Path) -> None:
     labels = read(make_cache(tmp_path, class_id=[10, 2, 10, 7]), column="class_id")
     assert labels.names == ["2", "7", "10"]
     assert labels.numbers.tolist() == [2, 0, 2, 1]
 
 
-def test_true_and_false_are_two_classes(tmp_path: Path) -> None:
+def test_read_labels_booleans(tmp_path: Path) -> None:
     assert read(make_cache(tmp_path, label=[True, False])).names == ["false", "true"]
 
 
-def test_given_classes_keep_their_order_even_those_without_a_sample(tmp_path: Path) -> None:
+def test_read_labels_given_classes(tmp_path: Path) -> None:
     labels = read(make_cache(tmp_path, label=PETS), classes=["newt", "eel", "dog", "cat"])
     assert labels.names == ["newt", "eel", "dog", "cat"]
     assert labels.numbers.tolist() == [3, 2, 3, 0, 2]
 
 
-def test_labels_that_are_numbers_count_in_the_given_classes(tmp_path: Path) -> None:
+def test_read_labels_integers_with_classes(tmp_path: Path) -> None:
     labels = read(make_cache(tmp_path, label=[2, 0, 2]), classes=["cat", "dog", "newt"])
     assert labels.numbers.tolist() == [2, 0, 2]
 
 
-def test_labels_that_are_no_class_are_named_with_their_counts_and_both_lists(tmp_path: Path) -> None:
+def test_read_labels_unknown_class_raises(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, label=["cat", "dgo", "dgo", "xyzzy"])
     with pytest.raises(DataError) as caught:
         read(cache, classes=["cat", "dog"])
@@ -71,43 +71,43 @@ def test_labels_that_are_no_class_are_named_with_their_counts_and_both_lists(tmp
     assert "the labels are 'cat', 'dgo', 'xyzzy'; the classes are 'cat', 'dog', numbered from 0" in said
 
 
-def test_long_lists_are_cut_in_the_message(tmp_path: Path) -> None:
+def test_read_labels_error_is_short(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, label=[f"label {number}" for number in range(30)])
     with pytest.raises(DataError, match=r"and 25 others; .* … \(30\); the classes are 'a', .* … \(9\)"):
         read(cache, classes=list("abcdefghi"))
 
 
 @pytest.mark.parametrize("number", [-1, 2])
-def test_a_number_beyond_the_classes_is_refused(tmp_path: Path, number: int) -> None:
+def test_read_labels_number_out_of_range_raises(tmp_path: Path, number: int) -> None:
     cache = make_cache(tmp_path, label=[0, number, 1])
     with pytest.raises(DataError, match=rf"1 of 3 samples .* no class: {number} \(1 samples\).*'cat', 'dog', numbered"):
         read(cache, classes=["cat", "dog"])
 
 
-def test_a_class_name_that_stands_twice_cannot_be_a_label(tmp_path: Path) -> None:
+def test_read_labels_ambiguous_class_raises(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, label=["crane", "heron"])
     with pytest.raises(DataError, match="'crane' is the name of classes 0 and 2"):
         read(cache, classes=["crane", "heron", "crane"])
 
 
-def test_a_name_that_stands_twice_does_no_harm_where_no_sample_has_it(tmp_path: Path) -> None:
+def test_read_labels_unused_duplicate_class(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, label=["heron"])
     assert read(cache, classes=["crane", "heron", "crane"]).numbers.tolist() == [1]
 
 
-def test_a_missing_column_lists_those_there_are(tmp_path: Path) -> None:
+def test_read_labels_missing_column_raises(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, lable=["cat"], split=["train"])
     with pytest.raises(UnknownNameError, match="'label'; did you mean 'lable'.; known: lable, split"):
         read(cache)
 
 
-def test_samples_without_a_label_are_counted(tmp_path: Path) -> None:
+def test_read_labels_missing_label_raises(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, label=["cat", None, "dog", None])
     with pytest.raises(DataError, match="2 of 4 samples have no label in column 'label' of .* the first is 'k1'"):
         read(cache)
     assert read_labels(cache, np.array([0, 2])).names == ["cat", "dog"]
 
 
-def test_labels_of_another_type_are_refused(tmp_path: Path) -> None:
+def test_read_labels_other_type_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds double; a label is a class's name, or its number"):
         read(make_cache(tmp_path, label=[0.5, 1.5]))

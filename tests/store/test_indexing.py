@@ -41,7 +41,7 @@ def rows(count: int) -> Rows:
     )
 
 
-def test_every_sample_and_item_has_its_row(tmp_path: Path) -> None:
+def test_index_writes_a_row_per_item(tmp_path: Path) -> None:
     info = index(rows(10), tmp_path / "c", chunk_size=4)
     cache = Cache(tmp_path / "c")
     assert info == cache.info
@@ -54,7 +54,7 @@ def test_every_sample_and_item_has_its_row(tmp_path: Path) -> None:
     assert info.chunk_rows("text", 2) == slice(8, 9)
 
 
-def test_indexing_the_same_source_again_changes_no_byte(tmp_path: Path) -> None:
+def test_index_again_changes_no_byte(tmp_path: Path) -> None:
     index(rows(10), tmp_path / "c")
     before = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*.*")}
     index(rows(10), tmp_path / "c")
@@ -68,7 +68,7 @@ def begin_a_feature(cache_path: Path) -> None:
     (commit.parents[1] / "zarr.json").write_text("{}")
 
 
-def test_a_cache_without_features_is_made_anew_for_a_source_that_changed(tmp_path: Path) -> None:
+def test_index_again_without_features(tmp_path: Path) -> None:
     index(rows(10), tmp_path / "c", chunk_size=2)
     group = tmp_path / "c" / "image" / "encoder"
     group.mkdir()
@@ -78,24 +78,24 @@ def test_a_cache_without_features_is_made_anew_for_a_source_that_changed(tmp_pat
     assert Cache(tmp_path / "c").items("image").num_rows == 11
 
 
-def test_a_source_that_changed_is_refused(tmp_path: Path) -> None:
+def test_index_changed_source_raises(tmp_path: Path) -> None:
     index(rows(10), tmp_path / "c")
     begin_a_feature(tmp_path / "c")
     changed = rows(10)
     changed.rows[3] = replace(changed.rows[3], texts=(TextItem(text="other"),))
     for source in (rows(11), changed):
-        with pytest.raises(FingerprintError, match="numbers other samples.*rows nowhere.*new folder"):
+        with pytest.raises(FingerprintError, match="has other samples.*rows nowhere.*new folder"):
             index(source, tmp_path / "c")
 
 
-def test_another_chunk_size_is_refused_with_both_values(tmp_path: Path) -> None:
+def test_index_other_chunk_size_raises(tmp_path: Path) -> None:
     index(rows(3), tmp_path / "c", chunk_size=2)
     begin_a_feature(tmp_path / "c")
     with pytest.raises(FingerprintError, match="chunk_size: 2 there, 3 asked"):
         index(rows(3), tmp_path / "c", chunk_size=3)
 
 
-def test_a_duplicate_key_is_named_with_both_rows(tmp_path: Path) -> None:
+def test_index_duplicate_key_raises(tmp_path: Path) -> None:
     source = rows(5)
     source.rows[4] = replace(source.rows[4], key="k1")
     with pytest.raises(SourceError, match="'k1' is the key of rows 1 and 4"):
@@ -103,12 +103,12 @@ def test_a_duplicate_key_is_named_with_both_rows(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "c").iterdir()] == [".lock"]
 
 
-def test_an_empty_source_is_refused(tmp_path: Path) -> None:
+def test_index_empty_source_raises(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no sample found in nowhere"):
         index(Rows(), tmp_path / "c")
 
 
-def test_a_folder_with_other_things_is_refused_and_untouched(tmp_path: Path) -> None:
+def test_index_into_foreign_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(PathError, match=r"not a cache and not empty: it holds thesis\.tex"):
         index(rows(2), tmp_path)
@@ -119,31 +119,31 @@ def test_a_folder_with_other_things_is_refused_and_untouched(tmp_path: Path) -> 
     ("sample", "words"),
     [(Sample(key="bad", texts=(TextItem(text="\ud800"),)), "sample 'bad' holds text that is not Unicode")],
 )
-def test_text_that_no_table_could_hold_is_named(tmp_path: Path, sample: Sample, words: str) -> None:
+def test_index_text_not_unicode_raises(tmp_path: Path, sample: Sample, words: str) -> None:
     with pytest.raises(SourceError, match=words):
         index(Rows([*rows(2).rows, sample]), tmp_path / "c")
 
 
-def test_whole_numbers_beyond_64_bits_are_kept_as_text(tmp_path: Path) -> None:
+def test_index_large_integers_as_text(tmp_path: Path) -> None:
     index(Rows([Sample(key="a", columns={"uid": 2**70}), Sample(key="b", columns={"uid": 1})]), tmp_path / "c")
     assert Cache(tmp_path / "c").samples["uid"].to_pylist() == [str(2**70), "1"]
 
 
-def test_what_a_killed_indexing_left_is_no_obstacle(tmp_path: Path) -> None:
+def test_index_after_kill(tmp_path: Path) -> None:
     (tmp_path / ".indexing.elsewhere.1.ab.partial").mkdir()
     (tmp_path / ".cache.json.elsewhere.1.ab.partial").write_text("{")
     (tmp_path / "samples.parquet").write_text("half")
     assert index(rows(2), tmp_path).num_samples == 2
 
 
-def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
+def test_index_into_file_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PathError, match="is a file"):
         index(rows(2), tmp_path / "file")
 
 
-def test_chunks_have_at_least_one_item(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="chunk size is 0"):
+def test_index_chunk_size_zero_raises(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="at least 1, got 0"):
         index(rows(2), tmp_path / "c", chunk_size=0)
 
 
@@ -156,13 +156,13 @@ def test_chunks_have_at_least_one_item(tmp_path: Path) -> None:
         ("{", CorruptError, "not valid JSON"),
     ],
 )
-def test_a_cache_that_cannot_be_read(tmp_path: Path, text: str, error: type[Exception], words: str) -> None:
+def test_open_unreadable_cache_raises(tmp_path: Path, text: str, error: type[Exception], words: str) -> None:
     (tmp_path / "cache.json").write_text(text)
     with pytest.raises(error, match=words):
         Cache(tmp_path)
 
 
-def test_what_is_no_cache(tmp_path: Path) -> None:
+def test_open_other_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(
         PathError, match=r"is not a finished cache: it has no cache\.json; make one with: embedcache extract"
     ):

@@ -9,8 +9,8 @@ from embedcache.arrays import normalize
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
-from tests.exchange.vectors.cases import FORMATS, outgoing, take_in
-from tests.exchange.vectors.conftest import FAILED, NUM_SAMPLES
+from tests.interop.cases import FORMATS, export_of, import_files
+from tests.interop.conftest import FAILED, NUM_SAMPLES
 
 KEPT = [row for row in range(NUM_SAMPLES) if row != FAILED]
 
@@ -18,8 +18,8 @@ KEPT = [row for row in range(NUM_SAMPLES) if row != FAILED]
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_export_imported_again_is_the_same(form: str, labeled: Path, tmp_path: Path) -> None:
     write, read, features, name = FORMATS[form]
-    assert write(outgoing(labeled), tmp_path / name) == len(KEPT)
-    there, back = Cache(labeled), take_in(read(tmp_path / name), tmp_path / "cache")[0]
+    assert write(export_of(labeled), tmp_path / name) == len(KEPT)
+    there, back = Cache(labeled), import_files(read(tmp_path / name), tmp_path / "cache")[0]
 
     for column in ("key", "label", "split"):
         assert back.samples[column].to_pylist() == there.samples[column].take(KEPT).to_pylist()
@@ -43,10 +43,10 @@ def test_an_export_imported_again_is_the_same(form: str, labeled: Path, tmp_path
 @pytest.mark.parametrize("form", FORMATS)
 def test_what_was_imported_goes_out_and_in_again_to_the_bit(form: str, labeled: Path, tmp_path: Path) -> None:
     write, read, features, name = FORMATS[form]
-    write(outgoing(labeled), tmp_path / "1" / name)
-    once = take_in(read(tmp_path / "1" / name), tmp_path / "one")[0]
-    write(outgoing(once.path), tmp_path / "2" / name)
-    twice = take_in(read(tmp_path / "2" / name), tmp_path / "two")[0]
+    write(export_of(labeled), tmp_path / "1" / name)
+    once = import_files(read(tmp_path / "1" / name), tmp_path / "one")[0]
+    write(export_of(once.path), tmp_path / "2" / name)
+    twice = import_files(read(tmp_path / "2" / name), tmp_path / "two")[0]
     assert twice.info.index_digest == once.info.index_digest
     for modality, feature in zip(("image", "text"), features, strict=True):
         np.testing.assert_array_equal(
@@ -58,17 +58,17 @@ def test_a_selection_and_one_modality(labeled: Path, tmp_path: Path) -> None:
     write, read, *_ = FORMATS["parquet"]
     chosen = [f"{row:032x}" for row in (5, 6, FAILED, 20)]
     (tmp_path / "chosen.txt").write_text("\n".join(chosen))
-    rows = outgoing(labeled, selection=tmp_path / "chosen.txt", only="image")
+    rows = export_of(labeled, selection=tmp_path / "chosen.txt", modality="image")
     assert write(rows, tmp_path / "some.parquet") == 3
     assert rows.left_out == "1 samples without a vector"
-    back = take_in(read(tmp_path / "some.parquet"), tmp_path / "cache")[0]
+    back = import_files(read(tmp_path / "some.parquet"), tmp_path / "cache")[0]
     assert back.samples["key"].to_pylist() == [chosen[0], chosen[1], chosen[3]]
     assert not back.features("text")
     assert len(back.items("text")) == 3  # their captions came along
 
 
 def test_it_says_what_is_left_out(labeled: Path) -> None:
-    assert outgoing(labeled).left_out == "1 samples without a vector, 1 captions beyond a sample's first"
+    assert export_of(labeled).left_out == "1 samples without a vector, 1 captions beyond a sample's first"
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -78,8 +78,8 @@ def test_nothing_is_written_over(form: str, labeled: Path, tmp_path: Path) -> No
     path.mkdir() if form != "parquet" else None
     other = path if form == "parquet" else path / "other"
     other.write_text("mine")
-    with pytest.raises(PathError, match="not empty|there already"):
-        write(outgoing(labeled), path)
+    with pytest.raises(PathError, match="not empty|exists already"):
+        write(export_of(labeled), path)
     assert other.read_text() == "mine"
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
@@ -87,12 +87,12 @@ def test_nothing_is_written_over(form: str, labeled: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_failed_export_leaves_nothing(form: str, labeled: Path, tmp_path: Path) -> None:
     write, read, _, name = FORMATS[form]
-    write(outgoing(labeled), tmp_path / "out" / name)
-    back = take_in(read(tmp_path / "out" / name), tmp_path / "cache")[0]
+    write(export_of(labeled), tmp_path / "out" / name)
+    back = import_files(read(tmp_path / "out" / name), tmp_path / "cache")[0]
     feature = back.features("image")[0]
     chunk = feature.group.path / feature.feature / "c" / "2" / "0"
     chunk.write_bytes(b"\1" * chunk.stat().st_size)
-    rows, before = outgoing(back.path), sorted(path.name for path in tmp_path.iterdir())
+    rows, before = export_of(back.path), sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(EmbedcacheError, match="checksum|bytes"):
         write(rows, tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -101,9 +101,9 @@ def test_a_failed_export_leaves_nothing(form: str, labeled: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"image": "nix"}, UnknownNameError, "open_toy/cls"),
+        ({"image_feature": "nix"}, UnknownNameError, "open_toy/cls"),
         ({"language": "de"}, UnknownNameError, "known: en"),
-        ({"image": "open_toy/cls", "only": "text"}, SettingError, "--modality text"),
+        ({"image_feature": "open_toy/cls", "modality": "text"}, SettingError, "modality: expected image"),
         ({"run": Path("nowhere")}, PathError, "nowhere does not exist"),
         ({"selection": Path("nowhere.txt")}, PathError, "nowhere.txt does not exist"),
     ],
@@ -112,10 +112,10 @@ def test_what_cannot_be_exported(
     labeled: Path, settings: dict[str, object], error: type[EmbedcacheError], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        outgoing(labeled, **settings)
+        export_of(labeled, **settings)
 
 
 def test_a_selection_of_failed_samples_only(labeled: Path, tmp_path: Path) -> None:
     (tmp_path / "failed.txt").write_text(f"{FAILED:032x}\n")
-    with pytest.raises(DataError, match="no sample of .* has image and text vectors"):
-        outgoing(labeled, selection=tmp_path / "failed.txt")
+    with pytest.raises(DataError, match="expected samples with image and text vectors, got none among 1"):
+        export_of(labeled, selection=tmp_path / "failed.txt")

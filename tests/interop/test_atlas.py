@@ -11,17 +11,19 @@ from PIL import Image
 
 from embedcache.arrays import normalize
 from embedcache.errors import DataError, PathError
-from embedcache.interop import atlas as layout
-from embedcache.interop.atlas import Images, lay_out, nearest, write_atlas
+from embedcache.interop import atlas
+from embedcache.interop.atlas import nearest_neighbors, project_to_plane, write_atlas
+from embedcache.interop.settings import AtlasSettings
 from embedcache.progress import NullProgress
 from embedcache.store.cache import Cache
-from tests.exchange.vectors.cases import outgoing, unit_rows
+from tests.interop.cases import export_of, unit_rows
 
 NUM_POINTS = 39
 
 
-def write(cache: Path, path: Path, *, only: str = "image", images: Images = "thumbnails") -> pd.DataFrame:
-    write_atlas(outgoing(cache, only=only), path, method="pca", images=images, progress=NullProgress())
+def write(cache: Path, path: Path, *, modality: str = "image", images: str = "thumbnails") -> pd.DataFrame:
+    settings = AtlasSettings(method="pca", images=images)  # type: ignore[arg-type]
+    write_atlas(export_of(cache, modality=modality), path, settings, progress=NullProgress())
     return pd.read_parquet(path)
 
 
@@ -64,27 +66,27 @@ def test_a_picture_that_is_gone_is_null(labeled: Path, tmp_path: Path, monkeypat
 
 
 def test_points_are_captions(labeled: Path, tmp_path: Path) -> None:
-    points = write(labeled, tmp_path / "atlas.parquet", only="text")
+    points = write(labeled, tmp_path / "atlas.parquet", modality="text")
     assert len(points) == 40
     assert "image" not in points.columns
 
 
 def test_an_export_is_new_and_has_points(labeled: Path, tmp_path: Path) -> None:
     (tmp_path / "atlas.parquet").write_text("mine")
-    with pytest.raises(PathError, match="there already"):
+    with pytest.raises(PathError, match="exists already"):
         write(labeled, tmp_path / "atlas.parquet")
     (tmp_path / "three.txt").write_text("\n".join(f"{row:032x}" for row in range(3)))
-    rows = outgoing(labeled, only="image", selection=tmp_path / "three.txt")
-    with pytest.raises(DataError, match="3 vectors make no map"):
+    rows = export_of(labeled, modality="image", selection=tmp_path / "three.txt")
+    with pytest.raises(DataError, match="points: expected at least 4, got 3"):
         write_atlas(rows, tmp_path / "few.parquet", progress=NullProgress())
     assert not (tmp_path / "few.parquet").exists()
 
 
 def test_the_graph_finds_what_comparing_all_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = normalize(unit_rows(500, 16))
-    rows, distances = nearest(vectors)
-    monkeypatch.setattr(layout, "_MOST_EXACT", 100)
-    found, near = nearest(vectors)
+    rows, distances = nearest_neighbors(vectors)
+    monkeypatch.setattr(atlas, "_MAX_EXACT", 100)
+    found, near = nearest_neighbors(vectors)
     assert (found == rows).mean() > 0.99
     np.testing.assert_allclose(near.mean(), distances.mean(), atol=1e-3)
 
@@ -93,8 +95,8 @@ def test_the_graph_finds_what_comparing_all_finds(monkeypatch: pytest.MonkeyPatc
 def test_umap_keeps_clusters_together_and_a_seed_gives_the_same_map() -> None:
     centers = normalize(unit_rows(3, 16))[np.arange(150) % 3]
     vectors = normalize(centers + 0.1 * unit_rows(150, 16, seed=1))
-    places = lay_out(vectors, "umap")
-    np.testing.assert_array_equal(places, lay_out(vectors, "umap"))
+    places = project_to_plane(vectors, AtlasSettings())
+    np.testing.assert_array_equal(places, project_to_plane(vectors, AtlasSettings()))
     nearest_place = ((places[:, None] - places[None]) ** 2).sum(axis=2)
     np.fill_diagonal(nearest_place, np.inf)
     assert (nearest_place.argmin(axis=1) % 3 == np.arange(150) % 3).mean() > 0.95

@@ -15,7 +15,7 @@ from embedcache.provenance import read_json, write_json
 from embedcache.reports.probe import probe_json
 from embedcache.reports.results import clip_benchmark_result, retrieval_result, write_results, zero_shot_result
 from embedcache.sources import open_source
-from tests.exchange.runs import SIDES, train_run
+from tests.interop.runs import SIDES, train_run
 from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 

@@ -26,7 +26,7 @@ def opened(cache_path: Path) -> tuple[Cache, Split]:
     return Cache(cache_path), split_of(cache_path, SplitSettings(image_cosine=0.995, text_cosine=0.95))
 
 
-def test_strict_leaves_no_near_duplicate_across_parts(cache_path: Path) -> None:
+def test_strict_split_separates_near_duplicates(cache_path: Path) -> None:
     cache, split = opened(cache_path)
     parts = np.array(split.parts)
     assert {part: (parts == part).sum() for part in PARTS}["test"] > 30
@@ -37,7 +37,7 @@ def test_strict_leaves_no_near_duplicate_across_parts(cache_path: Path) -> None:
             assert across.max() <= threshold + 1e-6
 
 
-def test_strict_groups_are_the_connected_components(cache_path: Path) -> None:
+def test_strict_groups_are_connected_components(cache_path: Path) -> None:
     cache, split = opened(cache_path)
     images = normalize(cache.feature("image", "open_toy/cls").load())
     texts = normalize(cache.feature("text", "open_toy/mean").load())
@@ -50,19 +50,19 @@ def test_strict_groups_are_the_connected_components(cache_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["strict", "key"])
-def test_a_split_is_the_same_every_time_and_another_seed_is_another(cache_path: Path, kind: str) -> None:
+def test_split_is_reproducible(cache_path: Path, kind: str) -> None:
     def parts(seed: int) -> list[str]:
         return split_of(cache_path, SplitSettings(kind=kind, seed=seed, image_cosine=0.995, text_cosine=0.95)).parts
 
     assert parts(0) == parts(0) != parts(1)
 
 
-def test_shares_are_kept_by_key(cache_path: Path) -> None:
+def test_key_split_keeps_fractions(cache_path: Path) -> None:
     split = split_of(cache_path, SplitSettings(kind="key", val_fraction=0.2, test_fraction=0.3))
     assert [split.parts.count(part) for part in PARTS] == [150, 60, 90]
 
 
-def test_the_column_decides_and_validation_is_carved_from_train_alone(tmp_path: Path) -> None:
+def test_column_split(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "s", 60)
     for number, path in enumerate(sorted(folder.glob("*.txt"))):
         part = "test" if number % 3 == 0 else "restval" if number % 10 == 1 else "train"
@@ -78,7 +78,7 @@ def test_the_column_decides_and_validation_is_carved_from_train_alone(tmp_path: 
         assert (parts == "val").sum() == round(share * (asked == "train").sum())
 
 
-def test_strict_joins_samples_through_any_of_their_captions(tmp_path: Path) -> None:
+def test_strict_split_joins_by_any_caption(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "s", 40)
     (folder / "00003.txt").write_text("something of its own\nthe very same words\n")
     (folder / "00020.txt").write_text("the very same words\nsomething else again\n")
@@ -91,7 +91,7 @@ def test_strict_joins_samples_through_any_of_their_captions(tmp_path: Path) -> N
     assert split.parts[7] == ""
 
 
-def test_a_split_is_written_and_read(cache_path: Path, tmp_path: Path) -> None:
+def test_split_round_trip(cache_path: Path, tmp_path: Path) -> None:
     cache, split = opened(cache_path)
     write_split(tmp_path / "split.parquet", split)
     assert read_split(tmp_path / "split.parquet", [cache]) == split
@@ -105,7 +105,7 @@ def test_a_split_is_written_and_read(cache_path: Path, tmp_path: Path) -> None:
         Split(keys=["a", "b", "c"], parts=["train", "test", ""], groups=[0, 1, -1]).rows("val")
 
 
-def test_a_split_of_two_caches_is_read_for_each(cache_path: Path, two_caches: list[Path], tmp_path: Path) -> None:
+def test_split_of_two_caches(cache_path: Path, two_caches: list[Path], tmp_path: Path) -> None:
     data = open_data(two_caches, image="open_toy/cls", text="open_toy/mean", memory_gb=1)
     split = make_split(data, data.pairs(None), SplitSettings(kind="key"))
     write_split(tmp_path / "split.parquet", split)
@@ -128,7 +128,7 @@ def test_mistakes_are_named(cache_path: Path) -> None:
         SplitSettings(test_fraction=0)
 
 
-def test_samples_made_of_others_get_their_parts(tmp_path: Path) -> None:
+def test_spread_split(tmp_path: Path) -> None:
     pictures = write_pictures(tmp_path / "p", 4)
     (pictures / "00001.json").write_text(json.dumps({"captions": ["one", "two"]}))
     extract(open_source(f"pairs:{pictures}"), tmp_path / "pairs", text_encoders=[TEXT])

@@ -20,7 +20,7 @@ def pairs(draw: st.DrawFn) -> Pairs:
 
 
 @given(pairs())
-def test_equal_contents_are_positives_of_each_other(pairs: Pairs) -> None:
+def test_positives_by_equal_content(pairs: Pairs) -> None:
     together = {
         (image, text)
         for image, image_sample in zip(pairs.image.contents, pairs.image.samples, strict=True)
@@ -37,7 +37,7 @@ def test_equal_contents_are_positives_of_each_other(pairs: Pairs) -> None:
 
 
 @given(pairs())
-def test_joined_gives_every_image_with_every_text_of_its_sample(pairs: Pairs) -> None:
+def test_joined_pairs_all_items_of_a_sample(pairs: Pairs) -> None:
     expected = [
         (i, t)
         for i, image in enumerate(pairs.image.samples)

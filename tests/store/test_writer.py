@@ -13,12 +13,11 @@ import pytest
 
 from embedcache.arrays import Array
 from embedcache.errors import CorruptError, FingerprintError
-from embedcache.store.commit import NOT_YET
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, add_feature, create_group
-from embedcache.store.layout import CacheInfo, Earlier, write_info
+from embedcache.store.group import NOT_YET, EncoderGroup, add_feature, create_group
+from embedcache.store.layout import CacheInfo, TableVersion, write_info
 from embedcache.store.writer import commit_chunk
-from tests.cache.features import FINGERPRINT
+from tests.store.features import FINGERPRINT
 
 SHAPES = pytest.mark.parametrize("shape", [(3,), (2, 3), (-1, 3)])
 
@@ -26,14 +25,14 @@ SHAPES = pytest.mark.parametrize("shape", [(3,), (2, 3), (-1, 3)])
 def group_of(path: Path, num_items: int, *, earlier: int | None = None) -> EncoderGroup:
     """Make a cache of chunks of four; with `earlier`, one that had so many items when its identity was `s`."""
     index_digest = "s" if earlier is None else "longer"
-    states = () if earlier is None else (Earlier(index_digest="s", num_items={"image": earlier}),)
+    states = () if earlier is None else (TableVersion(index_digest="s", num_items={"image": earlier}),)
     info = CacheInfo(
         chunk_size=4,
         source={},
         index_digest=index_digest,
         num_samples=num_items,
         num_items={"image": num_items},
-        earlier=states,
+        earlier_versions=states,
     )
     write_info(path, info)
     (path / "image").mkdir(exist_ok=True)
@@ -48,7 +47,7 @@ def item(value: float, shape: tuple[int, ...]) -> Array:
 def commit(group: EncoderGroup, items: list[Array | None], *, feature: str = "f", mends: bool = False) -> None:
     reasons = [None if item is not None else "broken" for item in items]
     hashes: list[bytes | None] = [bytes(16)] * len(items)
-    commit_chunk(group, 0, {feature: items}, hashes, {feature: reasons}, mends=mends)
+    commit_chunk(group, 0, {feature: items}, hashes, {feature: reasons}, overwrite_failed=mends)
 
 
 def values(group: EncoderGroup, feature: str = "f") -> list[float | None]:
@@ -59,7 +58,7 @@ def values(group: EncoderGroup, feature: str = "f") -> list[float | None]:
 
 
 @SHAPES
-def test_rows_that_are_there_stay_when_samples_were_added(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_commit_keeps_stored_rows(tmp_path: Path, shape: tuple[int, ...]) -> None:
     group = group_of(tmp_path, 3)
     add_feature(group, "f", shape, "float16")
     commit(group, [item(0, shape), None, item(2, shape)])
@@ -76,7 +75,7 @@ def test_rows_that_are_there_stay_when_samples_were_added(tmp_path: Path, shape:
     assert after.index_digest == "longer"
 
 
-def test_what_cannot_be_kept_is_made_again(tmp_path: Path) -> None:
+def test_commit_overwrites_damaged_rows(tmp_path: Path) -> None:
     group = group_of(tmp_path, 3)
     add_feature(group, "f", (3,), "float16")
     commit(group, [item(row, (3,)) for row in range(3)])
@@ -88,14 +87,14 @@ def test_what_cannot_be_kept_is_made_again(tmp_path: Path) -> None:
 
 
 @SHAPES
-def test_mending_gives_items_to_failed_rows_alone(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_commit_overwrites_only_failed_rows(tmp_path: Path, shape: tuple[int, ...]) -> None:
     group = group_of(tmp_path, 4)
     add_feature(group, "f", shape, "float16")
     add_feature(group, "other", shape, "float16")
     commit(group, [item(0, shape), None, None, item(3, shape)])
     commit(group, [None, None, item(2, shape), item(3, shape)], feature="other")
     again = [item(10, shape), item(11, shape), None, item(13, shape)]
-    commit_chunk(group, 0, {"f": again}, [None] * 4, {"f": [None, None, "gone", None]}, mends=True)
+    commit_chunk(group, 0, {"f": again}, [None] * 4, {"f": [None, None, "gone", None]}, overwrite_failed=True)
     assert values(group) == [0, 11, None, 3]
     record = group.commit(0)
     assert record is not None
@@ -104,7 +103,7 @@ def test_mending_gives_items_to_failed_rows_alone(tmp_path: Path, shape: tuple[i
     assert values(group, "other") == [None, None, 2, 3]
 
 
-def test_what_a_chunk_has_is_not_written_again(tmp_path: Path) -> None:
+def test_commit_keeps_stored_feature(tmp_path: Path) -> None:
     group = group_of(tmp_path, 4)
     add_feature(group, "f", (3,), "float16")
     commit(group, [item(row, (3,)) for row in range(4)])
@@ -112,14 +111,14 @@ def test_what_a_chunk_has_is_not_written_again(tmp_path: Path) -> None:
     assert values(group) == [0, 1, 2, 3]
 
 
-def test_threads_and_processes_that_commit_to_one_chunk_lose_nothing(tmp_path: Path) -> None:
+def test_concurrent_commits_lose_nothing(tmp_path: Path) -> None:
     group = group_of(tmp_path, 4)
     names = [f"f{number}" for number in range(12)]
     for name in names:
         add_feature(group, name, (3,), "float16")
     code = (
         "import sys; from pathlib import Path; from embedcache.store.cache import Cache\n"
-        "from tests.cache.test_writing import commit, item\n"
+        "from tests.store.test_writer import commit, item\n"
         "(group,) = Cache(Path(sys.argv[1])).encoders('image')\n"
         "for name in sys.argv[2:]:\n"
         "    commit(group, [item(1, (3,))] * 4, feature=name)\n"
@@ -134,7 +133,7 @@ def test_threads_and_processes_that_commit_to_one_chunk_lose_nothing(tmp_path: P
     assert all(values(group, name) == [1] * 4 for name in names)
 
 
-def test_items_with_other_bytes_are_refused(tmp_path: Path) -> None:
+def test_commit_replaced_item_raises(tmp_path: Path) -> None:
     group = group_of(tmp_path, 4)
     add_feature(group, "f", (3,), "float16")
     add_feature(group, "g", (3,), "float16")
@@ -143,24 +142,24 @@ def test_items_with_other_bytes_are_refused(tmp_path: Path) -> None:
     reasons = {"g": [None] * 4}
     commit_chunk(group, 0, {"g": new}, [bytes(16), b"1" * 16, bytes(16), bytes(16)], reasons)  # row 1 was never used
     with pytest.raises(FingerprintError, match="image 2.png in row 2 has other bytes now than when test was extracted"):
-        commit_chunk(group, 0, {"g": new}, [bytes(16), b"1" * 16, b"1" * 16, bytes(16)], reasons, mends=True)
+        commit_chunk(group, 0, {"g": new}, [bytes(16), b"1" * 16, b"1" * 16, bytes(16)], reasons, overwrite_failed=True)
 
 
-def test_a_folder_that_became_another_encoders_is_not_written_to(tmp_path: Path) -> None:
+def test_commit_to_folder_of_another_encoder_raises(tmp_path: Path) -> None:
     group = group_of(tmp_path, 4)
     other = replace(group, fingerprint={**FINGERPRINT, "weights": "other"})
     with pytest.raises(FingerprintError, match=r"weights"):
         commit(other, [item(0, (3,))] * 4)
 
 
-def test_a_feature_that_another_process_began_with_another_dtype_is_refused(tmp_path: Path) -> None:
+def test_commit_other_dtype_raises(tmp_path: Path) -> None:
     group = group_of(tmp_path, 4)
     add_feature(group, "f", (3,), "float32")
-    with pytest.raises(FingerprintError, match="stored as float32, not as float16"):
+    with pytest.raises(FingerprintError, match="stored as float32, got float16"):
         commit(group, [item(0, (3,))] * 4)
 
 
-def test_a_commit_with_another_hash_in_it_is_damaged(tmp_path: Path) -> None:
+def test_commit_with_changed_hash_raises(tmp_path: Path) -> None:
     group = group_of(tmp_path, 4)
     add_feature(group, "f", (3,), "float16")
     commit(group, [item(0, (3,))] * 4)

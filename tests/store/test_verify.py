@@ -23,7 +23,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data[:9] + bytes([data[9] ^ 1]) + data[10:])
 
 
-def test_a_whole_cache_has_no_findings(copy: Path) -> None:
+def test_verify_intact_cache(copy: Path) -> None:
     assert verify(Cache(copy)) == []
 
 
@@ -38,17 +38,17 @@ def test_a_whole_cache_has_no_findings(copy: Path) -> None:
             "the bytes changed on disk",
         ),
         (lambda c: (c / "image/open_toy/patches/c/1/0/0").unlink(), "open_toy/patches", 1, "is committed but missing"),
-        (lambda c: (c / "text/open_toy/mean/c/4/0").write_bytes(b"x"), "open_toy/mean", 4, "holds 1 bytes; it should"),
+        (lambda c: (c / "text/open_toy/mean/c/4/0").write_bytes(b"x"), "open_toy/mean", 4, "bytes, got 1; "),
     ],
 )
-def test_each_damage_is_found_where_it_is(copy: Path, damage: object, feature: str, chunk: int, words: str) -> None:
+def test_verify_finds_damage(copy: Path, damage: object, feature: str, chunk: int, words: str) -> None:
     damage(copy)  # type: ignore[operator]
     (finding,) = verify(Cache(copy))
     assert (finding.place, finding.chunk, finding.is_damage) == (feature, chunk, True)
     assert words in finding.reason
 
 
-def test_a_foreign_commit_and_a_missing_one_are_told_apart(copy: Path) -> None:
+def test_verify_foreign_and_missing_commit(copy: Path) -> None:
     commits = copy / "image/open_toy/chunks"
     (commits / "00003.parquet").unlink()
     shutil.copy(copy / "text/open_toy/chunks/00001.parquet", commits)
@@ -63,28 +63,28 @@ def test_a_foreign_commit_and_a_missing_one_are_told_apart(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["samples.parquet", "image/items.parquet", "text/items.parquet"])
-def test_a_reordered_table_is_found(copy: Path, name: str) -> None:
+def test_verify_finds_reordered_table(copy: Path, name: str) -> None:
     table = pq.read_table(copy / name)
     pq.write_table(table.take([1, 0, *range(2, len(table))]), copy / name, row_group_size=64)
     findings = verify(Cache(copy))
     assert (findings[0].place, findings[0].can_repair) == (name, False)
-    assert findings[0].line().startswith(f"{name}: its rows are not those that were numbered, or not in that order")
+    assert findings[0].line().startswith(f"{name}: its rows or their order changed since they were indexed")
     assert {finding.chunk for finding in findings[1:]} == ({0} if name.startswith("text") else set())
 
 
-def test_a_table_with_more_rows_than_are_counted_is_as_it_was(copy: Path) -> None:
+def test_verify_ignores_uncounted_rows(copy: Path) -> None:
     """What a process leaves that was killed while it added samples."""
     table = pq.read_table(copy / "image/items.parquet")
     pq.write_table(pa.concat_tables([table, table.slice(0, 5)]), copy / "image/items.parquet", row_group_size=64)
     assert verify(Cache(copy)) == []
 
 
-def test_what_it_finds_can_be_made_again(copy: Path, cache_path: Path, pictures: Path) -> None:
+def test_repair_after_verify(copy: Path, cache_path: Path, pictures: Path) -> None:
     path = copy / "image/open_toy/cls/c/2/0"
     flip_a_bit(path)
     (finding,) = verify(Cache(copy))
-    assert f"{path} has checksum" in finding.reason
-    assert "make it again with: embedcache verify CACHE --repair" in finding.reason
+    assert f"{path}: expected checksum" in finding.reason
+    assert "repair it with: embedcache verify CACHE --repair" in finding.reason
     path.unlink()
     extract(open_source(pictures), copy, image_encoders=[IMAGE], text_encoders=[TEXT])
     assert verify(Cache(copy)) == []
@@ -102,7 +102,7 @@ def test_what_it_finds_can_be_made_again(copy: Path, cache_path: Path, pictures:
     ],
 )
 @pytest.mark.parametrize("damage", ["gone", "cut", "other"])
-def test_a_file_that_cannot_be_read_is_found(copy: Path, name: str, places: set[str], damage: str) -> None:
+def test_verify_finds_unreadable_file(copy: Path, name: str, places: set[str], damage: str) -> None:
     path = copy / name
     data = path.read_bytes()
     if damage == "gone":
@@ -114,7 +114,7 @@ def test_a_file_that_cannot_be_read_is_found(copy: Path, name: str, places: set[
     assert all(finding.is_damage != (damage == "gone" and "chunks" in name) for finding in findings)
 
 
-def test_metadata_that_is_gone_comes_back_with_the_same_extraction(copy: Path, pictures: Path) -> None:
+def test_extract_restores_metadata(copy: Path, pictures: Path) -> None:
     for name in ("image/open_toy/zarr.json", "image/open_toy/cls/zarr.json"):
         (copy / name).unlink()
     assert "run the same embedcache extract again" in verify(Cache(copy))[0].line()

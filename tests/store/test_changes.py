@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.arrays import Array
@@ -16,7 +16,7 @@ from embedcache.store.group import add_feature, create_group
 from embedcache.store.indexing import index
 from embedcache.store.layout import read_info
 from embedcache.store.writer import commit_chunk
-from tests.cache.test_spine import Rows, rows
+from tests.store.test_indexing import Rows, rows
 
 CHUNK = 4
 
@@ -42,17 +42,16 @@ def sample(name: str) -> Sample:
     return Sample(key=name, images=(ImageItem(path=f"{name}.png", length=1),), texts=(TextItem(text=name),))
 
 
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 10), min_size=1, max_size=6), st.integers(1, 10))
-def test_new_samples_stand_behind_wherever_the_source_has_them(
-    tmp_path_factory: pytest.TempPathFactory, places: list[int], num_old: int
-) -> None:
+def test_extend_appends_new_samples(tmp_path_factory: pytest.TempPathFactory, places: list[int], num_old: int) -> None:
     path = tmp_path_factory.mktemp("c")
     old = rows(num_old)
     begin(path, old)
     longer = list(old.rows)
     for number, place in enumerate(places):
         longer.insert(min(place, len(longer)), sample(f"new{number}"))
-    index(Rows(longer), path, extends=True)
+    index(Rows(longer), path, extend=True)
     cache = Cache(path)
     new = [one.key for one in longer if one.key.startswith("new")]
     assert cache.samples["key"].to_pylist() == [*(one.key for one in old.rows), *new]
@@ -63,10 +62,10 @@ def test_new_samples_stand_behind_wherever_the_source_has_them(
     assert index(Rows(longer), path) == cache.info, "the longer source is the cache's source now"
 
 
-def test_what_was_encoded_stays_readable_and_what_is_new_is_missing(tmp_path: Path) -> None:
+def test_extend_keeps_stored_features(tmp_path: Path) -> None:
     old = rows(6)
     begin(tmp_path, old)
-    index(Rows([sample("a"), *old.rows]), tmp_path, extends=True)
+    index(Rows([sample("a"), *old.rows]), tmp_path, extend=True)
     feature = Cache(tmp_path).feature("image", "test/f")
     assert feature.valid.tolist() == [True] * 6 + [False]
     assert feature.gather(feature.valid.nonzero()[0])[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
@@ -74,16 +73,16 @@ def test_what_was_encoded_stays_readable_and_what_is_new_is_missing(tmp_path: Pa
     assert feature.group.has(feature.group.commit(0), "f")
 
 
-def test_it_can_be_extended_again_and_again(tmp_path: Path) -> None:
+def test_extend_repeatedly(tmp_path: Path) -> None:
     source = rows(3)
     begin(tmp_path, source)
     for number in range(4):
         source = Rows([sample(f"{9 - number}"), *source.rows])
-        info = index(source, tmp_path, extends=True)
-    assert [part.num_samples for part in info.parts] == [3, 1, 1, 1, 1]
+        info = index(source, tmp_path, extend=True)
+    assert [part.num_samples for part in info.all_segments] == [3, 1, 1, 1, 1]
     assert Cache(tmp_path).samples["key"].to_pylist() == ["k0", "k1", "k2", "9", "8", "7", "6"]
     assert index(source, tmp_path) == info
-    with pytest.raises(FingerprintError, match="sample '8' is gone"):
+    with pytest.raises(FingerprintError, match="sample '8' is missing"):
         index(Rows([one for one in source.rows if one.key != "8"]), tmp_path)
 
 
@@ -94,12 +93,12 @@ def changed(source: Rows, row: int, **fields: object) -> Rows:
 @pytest.mark.parametrize(
     ("now", "words"),
     [
-        (rows(5), "sample 'k5' is gone, or stands elsewhere"),
+        (rows(5), "sample 'k5' is missing or in another place"),
         (
             Rows([*rows(6).rows[:4], rows(6).rows[5], rows(6).rows[4]]),
-            "sample 'k5' is gone, or stands elsewhere",
+            "sample 'k5' is missing or in another place",
         ),
-        (Rows([*rows(6).rows, sample("a")]), "it has 1 more;.*number them behind the others with --extend"),
+        (Rows([*rows(6).rows, sample("a")]), "it has 1 more;.*append them with --extend"),
         (changed(rows(6), 2, texts=(TextItem(text="other"),)), "sample 'k2' has other captions"),
         (changed(rows(6), 2, images=(ImageItem(path="x.png", length=2),)), "sample 'k2' has other images"),
         (
@@ -110,7 +109,7 @@ def changed(source: Rows, row: int, **fields: object) -> Rows:
     ],
     ids=["gone", "reordered", "added", "caption", "image", "bytes", "columns"],
 )
-def test_each_other_change_is_refused_and_named(tmp_path: Path, now: Rows, words: str) -> None:
+def test_changed_source_raises(tmp_path: Path, now: Rows, words: str) -> None:
     begin(tmp_path, rows(6))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(FingerprintError, match=words):
@@ -118,27 +117,27 @@ def test_each_other_change_is_refused_and_named(tmp_path: Path, now: Rows, words
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_other_bytes_of_an_image_that_failed_are_taken_in_when_asked(tmp_path: Path) -> None:
+def test_replaced_failed_image_is_accepted(tmp_path: Path) -> None:
     begin(tmp_path, rows(6), failed=(2,))
     mended = changed(rows(6), 2, images=(ImageItem(path="2.png", length=9),))
     with pytest.raises(FingerprintError, match="1 of its failed images have other bytes now;.*with --retry-failed"):
         index(mended, tmp_path)
-    info = index(mended, tmp_path, mends=True)
+    info = index(mended, tmp_path, accept_replaced=True)
     assert index(mended, tmp_path) == info == read_info(tmp_path)
     cache = Cache(tmp_path)
     assert cache.items("image")["length"].to_pylist() == [0, 1, 9, 3, 4, 5]
     assert cache.feature("image").valid.tolist() == [True, True, False, True, True, True], "commits are good still"
 
 
-def test_other_bytes_are_refused_where_any_encoder_has_a_feature_of_them(tmp_path: Path) -> None:
+def test_replaced_image_of_another_encoder_raises(tmp_path: Path) -> None:
     begin(tmp_path, rows(6), failed=(2,))
     begin(tmp_path, rows(6), encoder="other")
     mended = changed(rows(6), 2, images=(ImageItem(path="2.png", length=9),))
     with pytest.raises(FingerprintError, match="other bytes in 1 of its images, such as 2.png in row 2"):
-        index(mended, tmp_path, mends=True)
+        index(mended, tmp_path, accept_replaced=True)
 
 
-def test_other_bytes_of_an_image_that_has_features_are_refused_even_then(tmp_path: Path) -> None:
+def test_replaced_image_with_features_raises(tmp_path: Path) -> None:
     begin(tmp_path, rows(6), failed=(2,))
     with pytest.raises(FingerprintError, match="other bytes in 1 of its images, such as 3.png in row 3"):
-        index(changed(rows(6), 3, images=(ImageItem(path="3.png", length=8),)), tmp_path, mends=True)
+        index(changed(rows(6), 3, images=(ImageItem(path="3.png", length=8),)), tmp_path, accept_replaced=True)

@@ -11,9 +11,9 @@ from embedcache.arrays import Array
 from embedcache.curate.select.export import export
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, UnknownNameError
-from embedcache.interop.datacomp import import_uids, open_metadata
+from embedcache.interop.datacomp import import_uids, open_datacomp
 from embedcache.store.cache import Cache
-from tests.exchange.vectors.cases import take_in, unit_rows
+from tests.interop.cases import import_files, unit_rows
 
 UIDS = [f"{row * 0x9E3779B97F4A7C15 % 2**128:032x}" for row in range(1, 21)]
 
@@ -37,8 +37,8 @@ def write_metadata(folder: Path, *, compressed: bool = False) -> dict[str, Array
 @pytest.mark.parametrize("compressed", [False, True])
 def test_the_arrays_that_are_named_are_imported(tmp_path: Path, compressed: bool) -> None:
     arrays = write_metadata(tmp_path / "index", compressed=compressed)
-    incoming = open_metadata(tmp_path / "index", image=["l14_img", "b32_img"], text=["l14_txt"])
-    cache, _ = take_in(incoming, tmp_path / "cache", chunk_size=5)
+    vectors = open_datacomp(tmp_path / "index", image_array=["l14_img", "b32_img"], text_array=["l14_txt"])
+    cache, _ = import_files(vectors, tmp_path / "cache", chunk_size=5)
     assert cache.samples["key"].to_pylist() == UIDS
     assert cache.samples["clip_l14_similarity_score"].to_pylist()[12] == 0
     for modality, name in (("image", "l14_img"), ("image", "b32_img"), ("text", "l14_txt")):
@@ -48,33 +48,33 @@ def test_the_arrays_that_are_named_are_imported(tmp_path: Path, compressed: bool
 @pytest.mark.parametrize(
     ("names", "error", "words"),
     [
-        ({}, SettingError, "name the arrays to import"),
-        ({"image": ["l14_img"], "text": ["l14_img"]}, SettingError, "each once"),
-        ({"image": ["g14_img"]}, UnknownNameError, "no array 'g14_img'; it has b32_img, l14_img, l14_txt"),
+        ({}, SettingError, "expected different arrays such as .*, got none"),
+        ({"image_array": ["l14_img"], "text_array": ["l14_img"]}, SettingError, "got l14_img, l14_img"),
+        ({"image_array": ["g14_img"]}, UnknownNameError, "unknown array 'g14_img'.*known: b32_img, l14_img, l14_txt"),
     ],
 )
 def test_names_that_do_not_fit(tmp_path: Path, names: dict[str, list[str]], error: type[Exception], words: str) -> None:
     write_metadata(tmp_path / "index")
     with pytest.raises(error, match=words):
-        open_metadata(tmp_path / "index", **names)
+        open_datacomp(tmp_path / "index", **names)
 
 
 def test_half_a_pair_and_no_archive(tmp_path: Path) -> None:
     write_metadata(tmp_path / "index")
     (tmp_path / "index" / "1abc.npz").write_bytes(b"no zip")
-    with pytest.raises(CorruptError, match="1abc.npz cannot be read"):
-        open_metadata(tmp_path / "index", image=["l14_img"])
+    with pytest.raises(CorruptError, match="1abc.npz is damaged"):
+        open_datacomp(tmp_path / "index", image_array=["l14_img"])
     (tmp_path / "index" / "1abc.npz").unlink()
     with pytest.raises(PathError, match=r"has 1abc.parquet and no 1abc.npz \(2 .parquet, 1 .npz\)"):
-        open_metadata(tmp_path / "index", image=["l14_img"])
-    with pytest.raises(PathError, match="holds no .npz"):
-        open_metadata(tmp_path, image=["l14_img"])
+        open_datacomp(tmp_path / "index", image_array=["l14_img"])
+    with pytest.raises(PathError, match="got no .npz file"):
+        open_datacomp(tmp_path, image_array=["l14_img"])
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     write_metadata(tmp_path / "index")
-    return take_in(open_metadata(tmp_path / "index", image=["l14_img"]), tmp_path / "cache")[0]
+    return import_files(open_datacomp(tmp_path / "index", image_array=["l14_img"]), tmp_path / "cache")[0]
 
 
 def test_uids_go_out_and_in(cache: Cache, tmp_path: Path) -> None:
@@ -87,8 +87,8 @@ def test_uids_go_out_and_in(cache: Cache, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "error", "words"),
     [
-        (np.array([(1, 2), (3, 4)], "u8,u8"), DataError, "2 of 2 uids of .* are no keys of .*, first 0+10+2"),
-        (np.zeros(3), DataError, r"holds float64 shaped \(3,\); a list of uids is one row of dtype u8,u8"),
+        (np.array([(1, 2), (3, 4)], "u8,u8"), DataError, "2 of 2 uids in .* are not keys of .*, first 0+10+2"),
+        (np.zeros(3), DataError, r"expected a list of uids, .*, got float64 shaped \(3,\)"),
     ],
 )
 def test_lists_that_do_not_fit(cache: Cache, tmp_path: Path, array: Array, error: type[Exception], words: str) -> None:
@@ -108,5 +108,5 @@ def test_no_list(cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(PathError, match="no such file"):
         import_uids(tmp_path / "uids.npy", cache.path, tmp_path / "back.parquet")
     (tmp_path / "uids.npy").write_bytes(b"no array")
-    with pytest.raises(CorruptError, match="is no array that NumPy wrote"):
+    with pytest.raises(CorruptError, match="expected an array written by NumPy"):
         import_uids(tmp_path / "uids.npy", cache.path, tmp_path / "back.parquet")

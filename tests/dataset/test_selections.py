@@ -20,7 +20,7 @@ def test_what_is_written_is_read(cache_path: Path, tmp_path: Path) -> None:
     assert (about["method"], about["spine"]) == ("random", cache.info.index_digest)
 
 
-def test_nothing_is_no_selection(cache_path: Path, tmp_path: Path) -> None:
+def test_write_empty_selection_raises(cache_path: Path, tmp_path: Path) -> None:
     nothing = Selection(rows=np.empty(0, np.int64), reasons=[])
     with pytest.raises(DataError, match="nothing of .* is selected"):
         write_selection(tmp_path / "s.parquet", Cache(cache_path), nothing, {})

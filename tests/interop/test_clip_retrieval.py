@@ -8,15 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import CorruptError, DataError, PathError, SourceError
-from embedcache.interop.clip_retrieval import open_tree, write_tree
+from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
 from embedcache.progress import NullProgress
-from tests.exchange.vectors.cases import outgoing, take_in, unit_rows, write_tree_of
+from tests.interop.cases import export_of, import_files, unit_rows, write_tree
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "clip-retrieval-2.45"
+GOLDEN = Path(__file__).parents[1] / "golden" / "clip-retrieval-2.45"
 
 
 def test_what_clip_retrieval_wrote_is_imported(tmp_path: Path) -> None:
-    cache, reports = take_in(open_tree(GOLDEN), tmp_path / "cache", chunk_size=5, model="a random CLIP")
+    cache, reports = import_files(open_clip_retrieval(GOLDEN), tmp_path / "cache", chunk_size=5, model="a random CLIP")
     assert cache.samples["key"].to_pylist() == [f"square-{number:02d}" for number in range(12)]
     assert cache.samples["label"].to_pylist() == [number % 3 for number in range(12)]
     assert cache.items("text")["text"][11].as_py() == "a square, number 11"
@@ -31,7 +31,7 @@ def test_what_clip_retrieval_wrote_is_imported(tmp_path: Path) -> None:
 
 
 def test_every_array_is_as_embedding_reader_parses_it(labeled: Path, tmp_path: Path) -> None:
-    write_tree(outgoing(labeled), tmp_path / "tree", rows_a_file=3, progress=NullProgress())
+    write_clip_retrieval(export_of(labeled), tmp_path / "tree", rows_per_file=3, progress=NullProgress())
     names = sorted(path.name for path in (tmp_path / "tree" / "img_emb").iterdir())
     assert names == [f"img_emb_{number:02d}.npy" for number in range(13)]  # int(log10(13)) + 1 digits
     for name in ("img_emb", "text_emb"):
@@ -51,76 +51,76 @@ def test_every_array_is_as_embedding_reader_parses_it(labeled: Path, tmp_path: P
 
 
 def test_image_paths_are_whole(labeled: Path, tmp_path: Path) -> None:
-    write_tree(outgoing(labeled), tmp_path / "tree", progress=NullProgress())
+    write_clip_retrieval(export_of(labeled), tmp_path / "tree", progress=NullProgress())
     paths = pq.read_table(tmp_path / "tree" / "metadata" / "metadata_0.parquet")["image_path"].to_pylist()
     assert len(paths) == 39
     assert paths[0].endswith("pictures/00000.png")
 
 
 def test_a_tree_without_metadata_has_numbers_for_keys(tmp_path: Path) -> None:
-    tree = write_tree_of(tmp_path / "tree", unit_rows(25))
+    tree = write_tree(tmp_path / "tree", unit_rows(25))
     for path in (tree / "metadata").iterdir():
         path.unlink()
-    cache, _ = take_in(open_tree(tree), tmp_path / "cache")
+    cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     assert cache.samples["key"].to_pylist()[::12] == ["000000000", "000000012", "000000024"]
 
 
 def test_no_tree(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match=r"no img_emb/\*\.npy and no text_emb"):
-        open_tree(tmp_path)
+    with pytest.raises(PathError, match=r"got a folder without img_emb/\*\.npy"):
+        open_clip_retrieval(tmp_path)
 
 
 def test_a_file_is_missing(tmp_path: Path) -> None:
-    tree = write_tree_of(tmp_path / "tree", unit_rows(25))
+    tree = write_tree(tmp_path / "tree", unit_rows(25))
     (tree / "metadata" / "metadata_1.parquet").unlink()
-    with pytest.raises(DataError, match=r"number 1 in metadata \(3 in img_emb, 2 in metadata\)"):
-        open_tree(tree)
+    with pytest.raises(DataError, match=r"got 3 in img_emb, 2 in metadata: metadata lacks number 1"):
+        open_clip_retrieval(tree)
 
 
 def test_arrays_of_other_lengths(tmp_path: Path) -> None:
-    tree = write_tree_of(tmp_path / "tree", unit_rows(25), caption=["a"] * 25)
+    tree = write_tree(tmp_path / "tree", unit_rows(25), caption=["a"] * 25)
     np.save(tree / "text_emb" / "text_emb_2.npy", unit_rows(4))
     with pytest.raises(DataError, match=r"img_emb_2.npy has 5, .*text_emb_2.npy has 4"):
-        open_tree(tree)
+        open_clip_retrieval(tree)
 
 
 @pytest.mark.parametrize("count", [24, 26])
 def test_metadata_of_another_length(tmp_path: Path, count: int) -> None:
-    tree = write_tree_of(tmp_path / "tree", unit_rows(25), rows_a_file=100)
+    tree = write_tree(tmp_path / "tree", unit_rows(25), rows_per_file=100)
     np.save(tree / "img_emb" / "img_emb_0.npy", unit_rows(count))
-    with pytest.raises(SourceError, match=rf"metadata_0.parquet has 25 rows, .*img_emb_0.npy has {count}"):
-        take_in(open_tree(tree), tmp_path / "cache")
+    with pytest.raises(SourceError, match=rf"metadata_0.parquet: expected {count} rows as in .*img_emb_0.npy, got 25"):
+        import_files(open_clip_retrieval(tree), tmp_path / "cache")
 
 
 def test_an_array_cut_short(tmp_path: Path) -> None:
-    tree = write_tree_of(tmp_path / "tree", unit_rows(25))
+    tree = write_tree(tmp_path / "tree", unit_rows(25))
     path = tree / "img_emb" / "img_emb_1.npy"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CorruptError, match="img_emb_1.npy is cut short: it holds 8 of 10 rows"):
-        open_tree(tree)
+    with pytest.raises(CorruptError, match="img_emb_1.npy is cut short: expected 10 rows, got 8"):
+        open_clip_retrieval(tree)
 
 
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.zeros((5, 8)), "holds float64; little-endian float16 or float32"),
-        (np.zeros((5, 8), ">f4"), "holds >f4; little-endian"),
-        (np.zeros((5, 8), np.int64), "holds int64"),
-        (np.zeros(5, np.float16), r"is shaped \(5,\)"),
+        (np.zeros((5, 8)), "expected little-endian float16 or float32, got float64"),
+        (np.zeros((5, 8), ">f4"), "got >f4"),
+        (np.zeros((5, 8), np.int64), "got int64"),
+        (np.zeros(5, np.float16), r"got shape \(5,\)"),
         (np.asfortranarray(np.zeros((5, 8), np.float16)), "in Fortran order"),
-        (np.zeros((5, 9), np.float16), "vectors of 9 numbers, .* ones of 8"),
-        (np.zeros((5, 8), np.float32), "holds float32 vectors of 8 numbers, .* float16"),
+        (np.zeros((5, 9), np.float16), "vectors of 8 numbers as in .*, got float16 of 9"),
+        (np.zeros((5, 8), np.float32), "expected float16 vectors .*, got float32 of 8"),
     ],
 )
 def test_arrays_that_no_cache_holds(tmp_path: Path, array: np.ndarray, words: str) -> None:  # type: ignore[type-arg]
-    tree = write_tree_of(tmp_path / "tree", unit_rows(25))
+    tree = write_tree(tmp_path / "tree", unit_rows(25))
     np.save(tree / "img_emb" / "img_emb_2.npy", array)
     with pytest.raises(DataError, match=words):
-        open_tree(tree)
+        open_clip_retrieval(tree)
 
 
 def test_not_an_array(tmp_path: Path) -> None:
-    tree = write_tree_of(tmp_path / "tree", unit_rows(25))
+    tree = write_tree(tmp_path / "tree", unit_rows(25))
     (tree / "img_emb" / "img_emb_0.npy").write_bytes(b"\x80\x04 pickle")
-    with pytest.raises(CorruptError, match="img_emb_0.npy is no array that NumPy wrote"):
-        open_tree(tree)
+    with pytest.raises(CorruptError, match="img_emb_0.npy: expected an array written by NumPy"):
+        open_clip_retrieval(tree)

@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.errors import CorruptError, DataError, FingerprintError, UnfinishedError
@@ -14,11 +14,12 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.layout import write_info
 from embedcache.store.writer import fit_item
-from tests.cache.features import random_items, write_feature
+from tests.store.features import random_items, write_feature
 
 SHAPES = {"vector": (5,), "tokens": (3, 4), "ragged": (-1, 4)}
 
 
+@settings(max_examples=20)
 @given(
     st.sampled_from(list(SHAPES.values())),
     st.integers(1, 20),
@@ -26,9 +27,7 @@ SHAPES = {"vector": (5,), "tokens": (3, 4), "ragged": (-1, 4)}
     st.sets(st.integers(0, 19)),
     st.integers(0, 99),
 )
-def test_what_was_written_is_read(
-    item_shape: tuple[int, ...], count: int, chunk_size: int, failed: set[int], seed: int
-) -> None:
+def test_round_trip(item_shape: tuple[int, ...], count: int, chunk_size: int, failed: set[int], seed: int) -> None:
     items = random_items(count, item_shape, seed=seed, failed=list(failed))
     rng = np.random.default_rng(seed)
     with TemporaryDirectory() as folder:
@@ -49,7 +48,7 @@ def test_what_was_written_is_read(
 
 
 @pytest.mark.parametrize("item_shape", [(5,), (3, 4)])
-def test_plain_zarr_gives_the_same_numbers(tmp_path: Path, item_shape: tuple[int, ...]) -> None:
+def test_plain_zarr_reads_vectors(tmp_path: Path, item_shape: tuple[int, ...]) -> None:
     items = random_items(10, item_shape, seed=0, failed=[3])
     feature = write_feature(tmp_path, items, item_shape, chunk_size=4)
     array = zarr.open_array(tmp_path / "image" / "test" / "f", mode="r")
@@ -68,45 +67,45 @@ def test_plain_zarr_reads_ragged_tokens(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tokens["values/00001"][:], np.concatenate(second).astype(np.float16))
 
 
-def test_a_chunk_that_was_never_written_reads_as_nan_in_plain_zarr(tmp_path: Path) -> None:
+def test_plain_zarr_reads_missing_chunk_as_nan(tmp_path: Path) -> None:
     write_feature(tmp_path, random_items(8, (5,), seed=0), (5,), chunk_size=4)
     (tmp_path / "image/test/f/c/1/0").unlink()
     array = zarr.open_array(tmp_path / "image" / "test" / "f", mode="r")
     assert np.isnan(array[4:]).all()
 
 
-def test_an_uncommitted_chunk_does_not_exist(tmp_path: Path) -> None:
+def test_uncommitted_chunk_is_missing(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(10, (5,), seed=0), (5,), chunk_size=4, skip_chunks=[1])
     assert feature.valid.tolist() == [True] * 4 + [False] * 4 + [True] * 2
     assert [rows.start for rows, _ in feature.chunks()] == [0, 8]
-    with pytest.raises(UnfinishedError, match="1 of 3 chunks are missing.*goes on where it stopped"):
+    with pytest.raises(UnfinishedError, match="1 of 3 chunks are missing.*to resume it"):
         feature.load()
     with pytest.raises(DataError, match="row 5 has no feature test/f: its chunk is not committed"):
         feature.gather(np.array([0, 5]))
 
 
-def test_a_failed_row_is_refused_with_its_reason(tmp_path: Path) -> None:
+def test_gather_failed_row_raises(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(5, (5,), seed=0, failed=[2]), (5,), chunk_size=4)
     with pytest.raises(DataError, match="row 2 has no feature test/f: broken"):
         feature.gather(np.array([1, 2]))
 
 
 @pytest.mark.parametrize("row", [-1, 5])
-def test_a_row_outside_is_refused(tmp_path: Path, row: int) -> None:
+def test_gather_row_out_of_range_raises(tmp_path: Path, row: int) -> None:
     feature = write_feature(tmp_path, random_items(5, (5,), seed=0), (5,), chunk_size=4)
-    with pytest.raises(DataError, match=f"row {row} is outside of feature test/f, which has 5 rows"):
+    with pytest.raises(DataError, match=f"feature test/f: expected rows from 0 to 4, got {row}"):
         feature.gather(np.array([row]))
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_a_flipped_bit_is_found(tmp_path: Path, kind: str) -> None:
+def test_flipped_bit_raises(tmp_path: Path, kind: str) -> None:
     feature = write_feature(tmp_path, random_items(8, SHAPES[kind], seed=1), SHAPES[kind], chunk_size=4)
     for path in sorted((tmp_path / "image" / "test" / "f").rglob("c/**/*")):
         if not path.is_file():
             continue
         data = path.read_bytes()
         path.write_bytes(data[:3] + bytes([data[3] ^ 16]) + data[4:])
-        with pytest.raises(CorruptError, match=rf"{path}.*the bytes changed on disk; make it again with"):
+        with pytest.raises(CorruptError, match=rf"{path}.*the bytes changed on disk; repair it with"):
             list(Feature(feature.group, "f").chunks())
         path.write_bytes(data)
     list(Feature(feature.group, "f").chunks())
@@ -115,30 +114,30 @@ def test_a_flipped_bit_is_found(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "words"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), CorruptError, "holds 43 bytes; it should hold 44"),
-        (lambda path: path.write_bytes(b""), CorruptError, "is empty"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), CorruptError, "expected 44 bytes, got 43"),
+        (lambda path: path.write_bytes(b""), CorruptError, "got an empty file"),
         (lambda path: path.unlink(), UnfinishedError, "is committed but missing"),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path: Path, damage: object, error: type[Exception], words: str) -> None:
+def test_damaged_file_raises(tmp_path: Path, damage: object, error: type[Exception], words: str) -> None:
     feature = write_feature(tmp_path, random_items(8, (5,), seed=1), (5,), chunk_size=4)
     damage(tmp_path / "image/test/f/c/1/0")  # type: ignore[operator]
     with pytest.raises(error, match=words):
         feature.gather(np.array([5]))
 
 
-def test_a_damaged_commit_is_named(tmp_path: Path) -> None:
+def test_damaged_commit_raises(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(8, (5,), seed=1), (5,), chunk_size=4)
     path = tmp_path / "image/test/chunks/00001.parquet"
     (tmp_path / "image/test/chunks/00000.parquet").replace(path)
-    with pytest.raises(CorruptError, match="is not the commit of chunk 1"):
+    with pytest.raises(CorruptError, match="expected the commit of chunk 1, got chunk 0"):
         feature.load()
     path.write_bytes(b"PAR1")
-    with pytest.raises(CorruptError, match="00001.parquet cannot be read.*verify CACHE --repair"):
+    with pytest.raises(CorruptError, match="00001.parquet is not a readable commit.*verify CACHE --repair"):
         Feature(feature.group, "f").load()
 
 
-def test_a_chunk_of_a_foreign_encoder_is_found(tmp_path: Path) -> None:
+def test_commit_of_another_encoder_raises(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(4, (5,), seed=1), (5,), chunk_size=4)
     meta = tmp_path / "image" / "test" / "zarr.json"
     meta.write_text(meta.read_text().replace('"w"', '"other"'))
@@ -147,15 +146,15 @@ def test_a_chunk_of_a_foreign_encoder_is_found(tmp_path: Path) -> None:
         Feature(group, "f").load()
 
 
-def test_a_chunk_of_other_rows_is_found(tmp_path: Path) -> None:
+def test_commit_of_other_rows_raises(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(4, (5,), seed=1), (5,), chunk_size=4)
     group = replace(feature.group, info=replace(feature.group.info, index_digest="other"))
     write_info(tmp_path, group.info)
-    with pytest.raises(CorruptError, match="was written for other rows than this cache numbers"):
+    with pytest.raises(CorruptError, match="was written for other rows than those of this cache"):
         Feature(group, "f").load()
 
 
-def test_another_encoder_of_that_name_is_refused_with_both_values(tmp_path: Path) -> None:
+def test_create_group_of_another_encoder_raises(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(4, (5,), seed=1), (5,), chunk_size=4)
     other = {"family": "test", "weights": "other"}
     with pytest.raises(FingerprintError, match="encoder 'test'.*weights: 'w' there, 'other' asked"):
@@ -172,19 +171,19 @@ def test_another_encoder_of_that_name_is_refused_with_both_values(tmp_path: Path
             "feature a/b holds 70000, beyond the range of float16; extract with --dtype float32",
         ),
         (np.array([1, np.nan, 1], np.float32), "NaN or infinity for feature a/b"),
-        (np.ones(4, np.float32), r"feature a/b should be shaped \(3,\), the encoder gave \(4,\)"),
+        (np.ones(4, np.float32), r"feature a/b: expected shape \(3,\), got \(4,\)"),
     ],
 )
-def test_what_cannot_be_stored_is_refused(item: np.ndarray, words: str) -> None:
+def test_fit_item_raises(item: np.ndarray, words: str) -> None:
     with pytest.raises(DataError, match=words):
         fit_item(item, (3,), "float16", "a/b")
 
 
-def test_large_values_fit_float32() -> None:
+def test_fit_item_large_value_in_float32() -> None:
     assert fit_item(np.full(3, 70_000, np.float32), (3,), "float32", "a/b").max() == 70_000
 
 
-def test_tokens_are_cut_into_exact_fractions_of_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_chunk_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_module, "_TOKEN_CHUNK_BYTES", 3 * 4 * 2 * 2)
     items = random_items(21, (3, 4), seed=0, failed=[20])
     feature = write_feature(tmp_path, items, (3, 4), chunk_size=8)

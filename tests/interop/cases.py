@@ -8,21 +8,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Array
-from embedcache.interop.clip_retrieval import open_tree, write_tree
-from embedcache.interop.importing import Imported, import_vectors
-from embedcache.interop.incoming import Incoming
-from embedcache.interop.npy import open_arrays, write_arrays
-from embedcache.interop.outgoing import ExportSettings, Outgoing
+from embedcache.interop.clip_retrieval import open_clip_retrieval, write_clip_retrieval
+from embedcache.interop.exporting import VectorExport
+from embedcache.interop.imported import VectorImport
+from embedcache.interop.importing import ImportReport, import_vectors
+from embedcache.interop.npy import open_npy_vectors, write_npy
 from embedcache.interop.parquet import open_parquet_vectors, write_parquet
+from embedcache.interop.settings import ImportSettings, VectorExportSettings
 from embedcache.progress import NullProgress
 from embedcache.store.cache import Cache
 
-Format = tuple[Callable[[Outgoing, Path], int], Callable[[Path], Incoming], tuple[str, str], str]
+Format = tuple[Callable[[VectorExport, Path], int], Callable[[Path], VectorImport], tuple[str, str], str]
 
 FORMATS: dict[str, Format] = {
     "clip-retrieval": (
-        lambda rows, path: write_tree(rows, path, rows_a_file=15, progress=NullProgress()),
-        open_tree,
+        lambda rows, path: write_clip_retrieval(rows, path, rows_per_file=15, progress=NullProgress()),
+        open_clip_retrieval,
         ("img_emb", "text_emb"),
         "tree",
     ),
@@ -33,8 +34,10 @@ FORMATS: dict[str, Format] = {
         "rows.parquet",
     ),
     "npy": (
-        lambda rows, path: write_arrays(rows, path, progress=NullProgress()),
-        lambda path: open_arrays(image=path / "image.npy", text=path / "text.npy", table=path / "rows.parquet"),
+        lambda rows, path: write_npy(rows, path, progress=NullProgress()),
+        lambda path: open_npy_vectors(
+            image_file=path / "image.npy", text_file=path / "text.npy", table=path / "rows.parquet"
+        ),
         ("image", "text"),
         "arrays",
     ),
@@ -42,18 +45,18 @@ FORMATS: dict[str, Format] = {
 """Name -> how it is written, how it is opened, what it names the features, and a name for it on disk."""
 
 
-def outgoing(cache: Path, **settings: object) -> Outgoing:
-    return Outgoing(cache, ExportSettings(**settings))  # type: ignore[arg-type]
+def export_of(cache: Path, **settings: object) -> VectorExport:
+    return VectorExport(cache, VectorExportSettings(**settings))  # type: ignore[arg-type]
 
 
-def write_tree_of(folder: Path, vectors: Array, *, rows_a_file: int = 10, **columns: list[object]) -> Path:
+def write_tree(folder: Path, vectors: Array, *, rows_per_file: int = 10, **columns: list[object]) -> Path:
     """Write a tree as clip-retrieval does, of images only unless a column `caption` is given."""
     names = ["img_emb", *(["text_emb"] if "caption" in columns else [])]
     for name in (*names, "metadata"):
         (folder / name).mkdir(parents=True)
     columns = {"key": [f"k{row}" for row in range(len(vectors))], **columns}
-    for number, start in enumerate(range(0, len(vectors), rows_a_file)):
-        rows = slice(start, start + rows_a_file)
+    for number, start in enumerate(range(0, len(vectors), rows_per_file)):
+        rows = slice(start, start + rows_per_file)
         for name in names:
             np.save(folder / name / f"{name}_{number}.npy", vectors[rows])
         table = pa.table({name: values[rows] for name, values in columns.items()})
@@ -67,8 +70,8 @@ def unit_rows(count: int, width: int = 8, *, seed: int = 0) -> Array:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
 
 
-def take_in(
-    incoming: Incoming, cache: Path, *, chunk_size: int = 8, **settings: object
-) -> tuple[Cache, list[Imported]]:
-    reports = import_vectors(incoming, cache, chunk_size=chunk_size, **settings)  # type: ignore[arg-type]
+def import_files(
+    vectors: VectorImport, cache: Path, *, chunk_size: int = 8, **settings: object
+) -> tuple[Cache, list[ImportReport]]:
+    reports = import_vectors(vectors, cache, ImportSettings(chunk_size=chunk_size, **settings))  # type: ignore[arg-type]
     return Cache(cache), reports

@@ -1,0 +1,246 @@
+"""What an export writes: one row per sample, with its key, caption and columns, and one vector per modality."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedcache.arrays import Array, Bools, Ints
+from embedcache.dataset.selections import read_selection
+from embedcache.encoders.base import Modality
+from embedcache.errors import DataError, PathError, UnknownNameError
+from embedcache.files import building, is_url, remove_leftovers
+from embedcache.interop.imported import rechunk
+from embedcache.interop.settings import VectorExportSettings
+from embedcache.registry import unknown_name
+from embedcache.search.vectors import Vectors
+from embedcache.store.cache import Cache
+
+MODALITIES: Sequence[Modality] = ("image", "text")
+_SOURCES_WITH_FILES = ("folder", "table")
+
+
+class VectorExport:
+    """The rows of an export, in the order of the cache: samples that have a vector of each exported modality.
+
+    A row holds a sample's first image and first caption; `left_out` describes what the rows do not hold. Memory: the
+    tables of the cache.
+
+    Args:
+        cache_path: cache to export from.
+        settings: features, run and samples.
+
+    Raises:
+        UnknownNameError: there is no such feature or language, or several features and none is named.
+        UnfinishedError: a feature has missing chunks.
+        FingerprintError: the run was trained on other features.
+        DataError: the cache has no features, or no sample has all requested vectors.
+    """
+
+    def __init__(self, cache_path: Path | str, settings: VectorExportSettings | None = None) -> None:
+        self.cache = Cache(cache_path)
+        self._settings = settings = settings or VectorExportSettings()
+        features = {"image": settings.image_feature, "text": settings.text_feature}
+        self._vectors = {
+            modality: Vectors(cache_path, modality, features[modality], settings.run)
+            for modality in _exported_modalities(self.cache, settings)
+        }
+        self._items = {
+            modality: _first_items(self._tables[modality], self._is_usable(modality)) for modality in self._vectors
+        }
+        requested_S = np.arange(self.cache.info.num_samples)
+        if settings.selection is not None:
+            requested_S = read_selection(settings.selection, [self.cache])
+        self._num_requested = len(requested_S)
+        self.samples = self._samples_with_vectors(requested_S)
+        """(S,) int64 rows of the cache's samples, ascending."""
+
+    @property
+    def modalities(self) -> list[Modality]:
+        """Modalities whose vectors are exported."""
+        return [modality for modality in MODALITIES if modality in self._vectors]
+
+    @property
+    def left_out(self) -> str:
+        """What of the cache the rows do not hold, in a few words; empty if nothing."""
+        num_samples = self._num_requested - len(self.samples)
+        parts = [f"{num_samples:,} samples without a vector"] * bool(num_samples)
+        for modality in self.modalities:
+            items = self._tables[modality]["sample"].to_numpy()[self._is_usable(modality)]
+            num_items = int(np.isin(items, self.samples).sum()) - len(self.samples)
+            noun = "captions" if modality == "text" else "images"
+            parts += [f"{num_items:,} {noun} beyond a sample's first"] * bool(num_items)
+        return ", ".join(parts)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Provenance as JSON values: the cache, its rows, and the encoder of each feature."""
+        features = {
+            modality: {"feature": vectors.side.name, "spec": vectors.side.spec, "fingerprint": vectors.side.fingerprint}
+            for modality, vectors in self._vectors.items()
+        }
+        run = self._settings.run
+        return {
+            "cache": str(self.cache.path),
+            "spine": self.cache.info.index_digest,
+            "features": features,
+            "run": None if run is None else str(run),
+        }
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Provenance as metadata of a Parquet schema."""
+        return {"embedcache": json.dumps(self.about)}
+
+    def width(self, modality: Modality) -> int:
+        """Return the numbers per vector."""
+        return self._vectors[modality].width
+
+    def dtype(self, modality: Modality) -> str:
+        """Return the dtype of the vectors: as stored, or float16 if a run projects them."""
+        return "float16" if self._settings.run is not None else str(self._vectors[modality].side.dtype)
+
+    def item_rows(self, modality: Modality) -> Ints:
+        """Return the row of each sample's item: (S,) int64, ascending."""
+        samples, rows = self._items[modality]
+        return rows[np.searchsorted(samples, self.samples)]
+
+    def vectors(self, modality: Modality, size: int) -> Iterator[Array]:
+        """Iterate over the vectors in arrays of `size` rows, checksums verified. Memory: a chunk and two such arrays.
+
+        Raises:
+            CorruptError: bytes differ from their checksum.
+        """
+        return rechunk(self._chunks(modality), size)
+
+    def table(self, rows: slice) -> pa.Table:
+        """Return `key`, and where they exist `image_path`, `caption`, `language`, and all columns of some rows."""
+        samples = self.cache.samples.take(pa.array(self.samples[rows]))
+        columns = {"key": samples["key"]}
+        if "image" in self._vectors:
+            images = self._tables["image"].take(pa.array(self.item_rows("image")[rows]))
+            columns["image_path"] = self._image_paths(images)
+        if "text" in self._tables:
+            captions = self._captions(rows)
+            columns["caption"] = captions["text"]
+            if captions["language"].null_count < len(captions):
+                columns["language"] = captions["language"]
+        others = [name for name in samples.column_names if name not in columns]
+        return pa.table({**columns, **{name: samples[name] for name in others}})
+
+    @cached_property
+    def _tables(self) -> Mapping[str, pa.Table]:
+        return {modality: self.cache.items(modality) for modality in self.cache.info.num_items}
+
+    def _is_usable(self, modality: str) -> Bools:
+        """Return which items have a vector and the requested language: (N,) bool."""
+        table, is_usable_N = self._tables[modality], np.ones(self.cache.info.num_items[modality], bool)
+        if modality in self._vectors:
+            is_usable_N &= self._vectors[modality].side.valid
+        if modality == "text" and self._settings.language is not None:
+            is_usable_N &= _is_language(table, self._settings.language)
+        return is_usable_N
+
+    def _samples_with_vectors(self, requested_S: Ints) -> Ints:
+        samples = requested_S
+        for samples_with_item, _ in self._items.values():
+            samples = np.intersect1d(samples, samples_with_item)
+        if not len(samples):
+            raise DataError(
+                f"{self.cache.path}: expected samples with {' and '.join(self._vectors)} vectors, got none among "
+                f"{self._num_requested:,} requested samples"
+            )
+        return samples
+
+    def _chunks(self, modality: Modality) -> Iterator[Array]:
+        wanted, vectors, size = self.item_rows(modality), self._vectors[modality], self.cache.info.chunk_size
+        for number in np.unique(wanted // size).tolist():
+            if self._settings.run is None:
+                rows, inputs = vectors.side.chunk(number)
+                values = inputs.values
+            else:
+                rows, values = vectors.chunk(number)
+            low, high = np.searchsorted(wanted, [number * size, (number + 1) * size])
+            yield values[np.searchsorted(rows, wanted[low:high])].astype(self.dtype(modality), copy=False)
+
+    def _captions(self, rows: slice) -> pa.Table:
+        """Return the caption of each row, null if the sample has none."""
+        table = self._tables["text"]
+        if "text" in self._vectors:
+            return table.take(pa.array(self.item_rows("text")[rows]))
+        samples, first = _first_items(table, self._is_usable("text"))
+        place = np.minimum(np.searchsorted(samples, self.samples[rows]), max(len(samples) - 1, 0))
+        has_caption = samples[place] == self.samples[rows] if len(samples) else np.zeros(len(place), bool)
+        return table.take(pa.array(first[place] if len(samples) else place, mask=~has_caption))
+
+    def _image_paths(self, images: pa.Table) -> pa.ChunkedArray:
+        """Return absolute paths where the images are files below a folder or a table; otherwise the stored ones."""
+        source = self.cache.info.source
+        if source.get("type") not in _SOURCES_WITH_FILES or is_url(source["path"]):
+            return images["path"]
+        path = Path(source["path"])
+        root = path if path.is_dir() else path.parent
+        is_relative = pc.and_(pc.equal(images["length"], 0), pc.invert(pc.starts_with(images["path"], "/")))
+        is_relative = pc.and_(is_relative, pc.greater(pc.utf8_length(images["path"]), 0))
+        absolute = pc.binary_join_element_wise(f"{root}/", images["path"], "")
+        return pc.if_else(is_relative, absolute, images["path"])
+
+
+def _exported_modalities(cache: Cache, settings: VectorExportSettings) -> list[Modality]:
+    requested: Sequence[Modality] = MODALITIES if settings.modality is None else (settings.modality,)
+    found = [modality for modality in requested if cache.features(modality)]
+    if not found:
+        raise DataError(
+            f"{cache.path}: expected {' or '.join(requested)} features, got none; add some with embedcache extract"
+        )
+    for modality, name in (("image", settings.image_feature), ("text", settings.text_feature)):
+        if name is not None and modality not in found:
+            raise UnknownNameError(f"unknown {modality} feature {name!r}: {cache.path} has no {modality} features")
+    return found
+
+
+def _first_items(table: pa.Table, is_usable_N: Bools) -> tuple[Ints, Ints]:
+    """Return the samples that have a usable item, ascending, and the row of the first of each: two (S,) int64."""
+    rows = np.flatnonzero(is_usable_N)
+    samples, first = np.unique(table["sample"].to_numpy()[rows], return_index=True)
+    return samples, rows[first]
+
+
+def _is_language(table: pa.Table, language: str) -> Bools:
+    is_language_N: Bools = pc.equal(table["language"], language).to_numpy() == np.True_
+    if not is_language_N.any():
+        known = [str(name) for name in pc.unique(table["language"]).to_pylist() if name is not None]
+        raise unknown_name("caption language", language, known)
+    return is_language_N
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write into, which becomes `folder` after the block; after an error or a kill nothing is left.
+
+    Raises:
+        PathError: `folder` exists and is not empty, or is a file.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise PathError(f"{folder}: expected a new or empty folder, got one that is not empty; name another one")
+    with building(folder) as temporary:
+        yield temporary
+
+
+def check_new_file(path: Path, suffix: str) -> None:
+    """Check that a file can be written, and remove what a killed export of it left.
+
+    Raises:
+        PathError: the file exists, or its name has another suffix.
+    """
+    if path.suffix != suffix:
+        raise PathError(f"{path}: expected a name that ends in {suffix}, got {path.suffix or 'no suffix'}")
+    if path.exists():
+        raise PathError(f"{path} exists already; name a new file")
+    remove_leftovers(path)

@@ -1,0 +1,93 @@
+"""Settings of imports and exports of vectors. Nothing heavy is imported here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from embedcache.errors import SettingError
+from embedcache.settings import check_settings, setting
+
+_SELECTION_HELP = "Use only the samples of this selection: Parquet, or a text file with one key per line."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSettings:
+    """How vectors that another tool computed become a cache."""
+
+    model: str | None = setting(
+        None, "Description of the model that computed the vectors, for the record.", metavar="TEXT"
+    )
+    key_column: str | None = setting(
+        None, "Table: column of unique keys.", default_text="key, id or uid", metavar="COLUMN"
+    )
+    caption_columns: tuple[str, ...] = setting(
+        (),
+        "Table: column of captions. May be repeated.",
+        flat_name="caption_column",
+        default_text="caption, text or sentence",
+        metavar="COLUMN",
+    )
+    chunk_size: int | None = setting(
+        None, "Items per chunk of a new cache.", ge=1, default_text="2048", affects_result=False
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorExportSettings:
+    """Which vectors of a cache are exported, and of which samples."""
+
+    image_feature: str | None = setting(
+        None, "Image feature, as encoder/feature.", default_text="the run's, or the only one", metavar="NAME"
+    )
+    text_feature: str | None = setting(
+        None, "Text feature, as encoder/feature.", default_text="the run's, or the only one", metavar="NAME"
+    )
+    modality: Literal["image", "text"] | None = setting(None, "Modality to export.", default_text="both")
+    run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
+    selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
+    language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        for modality, feature in (("image", self.image_feature), ("text", self.text_feature)):
+            if feature is not None and self.modality not in (None, modality):
+                raise SettingError(
+                    f"modality: expected {modality} with {modality}_feature {feature}, got {self.modality}; leave out "
+                    "one of them"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtlasSettings:
+    """What embedding-atlas shows: one point per sample."""
+
+    modality: Literal["image", "text"] = setting("image", "Modality to read.")
+    feature: str | None = setting(
+        None, "Feature, as encoder/feature.", default_text="the run's, or the only one", metavar="NAME"
+    )
+    run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
+    selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
+    language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
+    method: Literal["umap", "pca"] = setting("umap", "Projection of the vectors to the plane.")
+    images: Literal["thumbnails", "paths", "none"] = setting(
+        "thumbnails", "Store thumbnails of the images, their paths, or nothing."
+    )
+    seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @property
+    def vectors(self) -> VectorExportSettings:
+        """Settings of the exported vectors."""
+        return VectorExportSettings(
+            image_feature=self.feature if self.modality == "image" else None,
+            text_feature=self.feature if self.modality == "text" else None,
+            modality=self.modality,
+            run=self.run,
+            selection=self.selection,
+            language=self.language,
+        )
