@@ -12,6 +12,7 @@ from pathlib import Path
 from embedcache.cli.console import open_progress, print_line, print_table
 from embedcache.evaluate.encoder_pairs import evaluate_pairs
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.evaluate.settings import pairs_settings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import split_path
@@ -61,7 +62,10 @@ def main() -> None:
         settings=stored,
         progress=progress,
     )
-    promised = [evaluate_pairs(cache_path, images=IMAGES, texts=TEXTS, seed=seed, progress=progress) for seed in SEEDS]
+    features = {"image_feature": tuple(IMAGES), "text_feature": tuple(TEXTS)}
+    promised = [
+        evaluate_pairs(cache_path, pairs_settings({**features, "seed": seed}), progress=progress) for seed in SEEDS
+    ]
     splits: dict[int, str] = {}
     reached = {}
     for recipe, options in RECIPES.items():

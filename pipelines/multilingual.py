@@ -11,6 +11,7 @@ from pathlib import Path
 
 from embedcache.cli.console import open_progress, print_line
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.train.data import open_data
@@ -65,7 +66,7 @@ def main() -> None:
         return paths
 
     def measure(encoder: str, name: str, paths: list[Path], *, language: str) -> Method:
-        report = evaluate_retrieval(cache_path, paths, language=language)
+        report = evaluate_retrieval(cache_path, paths, RetrievalSettings(language=(language,)))
         print_line(f"{encoder}, {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
         assert report.overlap is not None
         about = {

@@ -146,7 +146,7 @@ def evaluate_probe(
         MissingExtraError: logistic regression, and scikit-learn is not installed.
     """
     settings, progress = settings or ProbeSettings(), progress or NullProgress()
-    methods = {name: load_method(name) for name in dict.fromkeys(settings.methods)}
+    methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
     data = read_labeled(Cache(cache_path), settings)
     _check_shots(data, settings)
     num_fits = 1 + (settings.control + len(settings.shots)) * settings.draws

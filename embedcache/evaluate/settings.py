@@ -53,10 +53,10 @@ class ProbeSettings:
     modality: Literal["image", "text"] = setting("image", "Modality to read.")
     feature: str | None = setting(None, "Feature, as encoder/feature.", metavar="NAME", default_text="the only one")
     label: str = setting("label", _LABEL_HELP, metavar="COLUMN")
-    methods: tuple[str, ...] = setting(
+    classifiers: tuple[str, ...] = setting(
         ("knn", "logistic", "ridge"),
         "Classifier: knn, logistic, ridge or module:attribute. May be repeated.",
-        flat_name="method",
+        flat_name="classifier",
         metavar="NAME",
         default_text="knn, logistic and ridge",
     )
@@ -70,8 +70,8 @@ class ProbeSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not self.methods:
-            raise SettingError("method: expected at least one of knn, logistic, ridge or module:attribute, got none")
+        if not self.classifiers:
+            raise SettingError("classifier: expected at least one classifier such as knn, got none")
         if any(shots < 1 for shots in self.shots):
             raise SettingError(f"shots: expected whole numbers above 0, got {', '.join(map(str, self.shots))}")
 

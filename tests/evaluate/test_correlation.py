@@ -47,7 +47,7 @@ OUTCOMES = Outcomes(
 )
 
 
-def test_a_metric_that_orders_pairs_as_training_does_has_correlation_one() -> None:
+def test_same_order_has_correlation_one() -> None:
     columns, rows = correlation_rows(OUTCOMES)
     assert columns[:4] == ["metric", "training", "Spearman", "Kendall"]
     found = {row[0]: row[1:] for row in rows}
@@ -57,7 +57,7 @@ def test_a_metric_that_orders_pairs_as_training_does_has_correlation_one() -> No
     assert len(rows) == len(METRICS)
 
 
-def test_the_page_lists_pairs_by_what_they_reached_with_means_over_seeds_and_splits(tmp_path: Path) -> None:
+def test_page_lists_pairs_by_recall(tmp_path: Path) -> None:
     write_correlations(tmp_path / "page.md", OUTCOMES, title="T", notes=["as made here"])
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("# T\n\nas made here\n")
