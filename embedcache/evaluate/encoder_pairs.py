@@ -304,9 +304,9 @@ def _pooled(name: str, pooling: Mapping[str, str]) -> str:
     parsed = FeatureName.parse(name)
     if name in pooling or parsed is None:
         return pooling.get(name, name)
-    cells = "" if parsed.side is None and parsed.clusters is None else f"{name.rpartition('.')[2]} of "
+    cells = "" if parsed.grid is None and parsed.clusters is None else f"{name.rpartition('.')[2]} of "
     layer = "" if parsed.layer is None else f"after block {parsed.layer}: "
-    return f"{layer}{cells}{pooling.get(parsed.own, parsed.own)}"
+    return f"{layer}{cells}{pooling.get(parsed.native, parsed.native)}"
 
 
 def _split_line(settings: SplitSettings, image: InputFeature, text: InputFeature) -> str:
