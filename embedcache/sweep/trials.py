@@ -128,26 +128,26 @@ class Trials:
         if self._grid is not None and not any(trial.state == TrialState.WAITING for trial in trials):
             self.optuna.enqueue_trial(self._grid[num_drawn])
         trial = self.optuna.ask(distributions(self._space))
-        self._leases.take(trial.number)
+        self._leases.acquire(trial.number)
         return trial
 
     def _close(self, trial: optuna.Trial, state: TrialState, score: float | None = None) -> None:
         self.optuna.tell(trial, score, state=state)
-        self._leases.give_back(trial.number)
+        self._leases.release(trial.number)
 
     def _wait_for(self, trial: FrozenTrial) -> None:
-        self._leases.take(trial.number, waits=True)
-        self._leases.give_back(trial.number)
+        self._leases.acquire(trial.number, wait=True)
+        self._leases.release(trial.number)
 
     def _close_lost(self) -> None:
         """Close the running trials of dead processes, which nobody has leased."""
         for number in [trial.number for trial in self._running()]:
-            if not self._leases.take(number):
+            if not self._leases.acquire(number):
                 continue
             for trial in self._running():  # read again: it may have finished just before its lease was released
                 if trial.number == number:
                     self._close_as_lost(trial)
-            self._leases.give_back(number)
+            self._leases.release(number)
 
     def _close_as_lost(self, trial: FrozenTrial) -> None:
         self.optuna.tell(trial.number, state=TrialState.FAIL)

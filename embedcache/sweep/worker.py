@@ -126,13 +126,13 @@ def retrain(job: StudyJob, data: TrainData, trials: Sequence[FrozenTrial]) -> li
     """
     leases = Leases(job.path)
     reports: dict[Path, TrainReport | str] = {}
-    for waits in (False, True):
+    for wait in (False, True):
         for trial in trials:
             for place, (run_path, settings) in enumerate(job.retrained_runs(trial)):
                 number = _AFTER_TRIALS + trial.number * 2**16 + place
-                if run_path not in reports and leases.take(number, waits=waits):
+                if run_path not in reports and leases.acquire(number, wait=wait):
                     reports[run_path] = _try_to_train(data, run_path, settings)
-                    leases.give_back(number)
+                    leases.release(number)
     return [[reports[run_path] for run_path, _ in job.retrained_runs(trial)] for trial in trials]
 
 

@@ -97,7 +97,7 @@ INVALID = {
     "unknown choice": ("[space]\ncaptions = ['draw', 'some']", "captions: expected one of draw, all, got 'some'"),
     "unknown projector": ("[space]\nprojector = ['mlp', 'lineal']", "'lineal': .*did you mean 'linear'"),
     "unknown loss": ("[space]\nloss = ['siglib']", "did you mean 'siglip'"),
-    "unknown device": ("[fixed]\ndevice = 'cuda:77'\n[space]\ndropout = [0.1]", "no device 'cuda:77' here"),
+    "unknown device": ("[fixed]\ndevice = 'cuda:77'\n[space]\ndropout = [0.1]", "device 'cuda:77' is not available"),
     "contradiction": (
         "[fixed]\ncaptions = 'all'\n[space]\nmixup = [0.0, 1.0]",
         r"mixup = 1\.0: captions: expected draw, got all",

@@ -96,7 +96,7 @@ def test_trial_finished_during_the_check_stays_finished(
         ours.complete(trial, 0.5, OUTCOME)
         return True
 
-    monkeypatch.setattr(theirs._leases, "take", take)
+    monkeypatch.setattr(theirs._leases, "acquire", take)
     assert theirs.take() is None
     assert [trial.state for trial in theirs.finished()] == [TrialState.COMPLETE]
 
@@ -104,8 +104,8 @@ def test_trial_finished_during_the_check_stays_finished(
 def test_trial_of_a_living_process_is_kept(tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = open_trials(tmp_path, space), open_trials(tmp_path, space)
     alive = ours.take()
-    monkeypatch.setattr(ours._leases, "take", lambda number: number != 0)  # as if another process had it
-    monkeypatch.setattr(theirs._leases, "take", lambda number: number != 0)
+    monkeypatch.setattr(ours._leases, "acquire", lambda number: number != 0)  # as if another process had it
+    monkeypatch.setattr(theirs._leases, "acquire", lambda number: number != 0)
     lost, again = ours.take(), theirs.take()
     assert alive is not None
     assert lost is not None
