@@ -23,9 +23,9 @@ def sweep(
 ) -> None:
     """Search training settings, and report the best.
 
-    SPACE.toml fixes some settings of train in its table fixed, and gives ranges or choices of others in its table space,
-    such as lr = {low = 1e-4, high = 1e-2, log = true}. Run the same command again to resume an interrupted study, or with
-    more --trials to extend it.
+    SPACE.toml fixes some settings of train in its table fixed, and gives ranges or choices of others in its table
+    space, such as lr = {low = 1e-4, high = 1e-2, log = true}. Run the same command again to resume an interrupted
+    study, or with more --trials to extend it.
 
     Example: embedcache sweep cache/ space.toml study/ --trials 50
     """
