@@ -25,7 +25,7 @@ from PIL import Image
 from embedcache.arrays import Array, Floats
 from embedcache.cli.console import print_line, print_table
 from embedcache.encoders.base import Encoder
-from embedcache.encoders.image_features import CROP_PADDING_PX, crop
+from embedcache.encoders.image_features import LITE_CROP_PADDING_PX, lite_crop
 from embedcache.encoders.open import open_encoder
 from embedcache.sources.images import decode_image
 
@@ -79,7 +79,7 @@ def _decoders() -> Iterator[tuple[str, Prepare]]:
 
 
 def _full(decode: Callable[[bytes], Image.Image]) -> Prepare:
-    return lambda data: crop(decode(data), MODEL_PX)
+    return lambda data: lite_crop(decode(data), MODEL_PX)
 
 
 def _with_blocks(prepare: Prepare) -> Prepare:
@@ -106,8 +106,8 @@ def _same_crop(decode: Callable[[bytes], Image.Image]) -> Prepare:
 
 
 def _centre_box(width: int, height: int, scale: float) -> tuple[float, float, float, float]:
-    """Give the square that `crop` takes of the full picture, in pixels of the reduced one."""
-    side = int(min(width, height) * MODEL_PX / (MODEL_PX + CROP_PADDING_PX))
+    """Give the square that `lite_crop` takes of the full picture, in pixels of the reduced one."""
+    side = int(min(width, height) * MODEL_PX / (MODEL_PX + LITE_CROP_PADDING_PX))
     left, top = (width - side + 1) // 2, (height - side + 1) // 2
     return left * scale, top * scale, (left + side) * scale, (top + side) * scale
 

@@ -1,4 +1,4 @@
-"""A run's model from raw items on: both frozen encoders, opened as the run had them, and its projectors."""
+"""Embed raw images and texts with a trained run: both frozen encoders, as the run used them, and its projectors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,22 +23,22 @@ from embedcache.provenance import check_same
 from embedcache.sources.images import decode_image, rgb_image
 
 ImageLike: TypeAlias = str | Path | Image
-"""A picture: the path of a file, or an open `PIL.Image.Image` of any mode."""
+"""An image: the path of a file, or an open `PIL.Image.Image` of any mode."""
 
 
 def load(run_path: Path | str, *, device: str = "cpu") -> "Model":
-    """Open a run that `train_projectors` or `embedcache train` made.
+    """Load a run of `train_projectors` or `embedcache train`.
 
-    The encoders are opened on first use: an image encoder that is never asked is never loaded.
+    Encoders are opened on first use, so a model that only embeds texts never loads the image encoder.
 
     Args:
-        run_path: the run's folder.
-        device: a torch device for encoders and projectors; an encoder that ran on onnxruntime stays on the CPU.
+        run_path: folder of the run.
+        device: torch device of encoders and projectors; an encoder that ran on onnxruntime stays on the CPU.
 
     Raises:
-        PathError: the folder is no finished run.
-        CorruptError: the weights are not those that the run was finished with.
-        SettingError: there is no such device.
+        PathError: the folder is not a finished run.
+        CorruptError: the weights do not match the config.
+        SettingError: the device does not exist.
     """
     device = str(torch_device(device))
     pair, config = load_pair(Path(run_path), device=device)
@@ -46,12 +46,12 @@ def load(run_path: Path | str, *, device: str = "cpu") -> "Model":
 
 
 class Model:
-    """A trained pair with its frozen encoders: pictures and texts to vectors of one space. Made by `load`.
+    """A trained pair with its frozen encoders: embeds images and texts in a shared space. Create it with `load`.
 
     Args:
-        pair: the projectors, on the device.
-        config: of the run.
-        device: where encoders run.
+        pair: projectors, on the device.
+        config: config of the run.
+        device: torch device of the encoders.
     """
 
     def __init__(self, pair: AlignedPair, config: PairConfig, *, device: str) -> None:
@@ -59,7 +59,7 @@ class Model:
         self.config = config
 
     def __repr__(self) -> str:
-        """Name both features and the width."""
+        """Return both features and the shared width."""
         return f"Model({self.config.image.feature} + {self.config.text.feature} -> {self.width})"
 
     @property
@@ -69,136 +69,140 @@ class Model:
 
     @property
     def scale(self) -> float:
-        """What the training multiplied cosines by, 1 / temperature; for probabilities."""
+        """Inverse temperature that training multiplied cosine similarities by; use it for probabilities."""
         return self._pair.scale.item()
 
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Floats:
-        """Embed pictures, a batch of the encoder at a time.
+        """Embed images, one batch of the encoder at a time.
 
-        EXIF orientation, transparency and other modes are treated as in extraction.
+        EXIF orientation, transparency and color modes are handled as in extraction.
 
         Args:
-            images: one, or N: paths and open pictures.
+            images: one image, or N: paths and open PIL images.
 
         Returns:
-            (N, P) float32, rows of length 1; one picture is N = 1, and no picture (0, P).
+            (N, P) float32, rows of length 1; a single image gives (1, P), an empty list (0, P).
 
         Raises:
-            PathError: there is no such file.
-            DataError: a picture cannot be decoded; names it.
-            FingerprintError: the encoder that opens now is not the one whose features the run was trained on.
+            PathError: a file does not exist.
+            DataError: an image cannot be decoded; the message names it.
+            FingerprintError: the encoder is not the one whose features the run was trained on.
             MissingExtraError: the encoder's package is not installed.
         """
-        listed = [images] if isinstance(images, str | Path | Image) else images
-        return self._image_side.encode(listed, _open_picture)
+        items = [images] if isinstance(images, str | Path | Image) else images
+        return self._image_encoder.encode(items, _load_image)
 
     def encode_text(self, texts: str | Sequence[str]) -> Floats:
-        """Embed texts, a batch of the encoder at a time.
+        """Embed texts, one batch of the encoder at a time.
 
         Args:
-            texts: one, or N.
+            texts: one text, or N.
 
         Returns:
-            (N, P) float32, rows of length 1; one text is N = 1, and no text (0, P).
+            (N, P) float32, rows of length 1; a single text gives (1, P), an empty list (0, P).
 
         Raises:
             DataError: a text is empty.
-            FingerprintError: the encoder that opens now is not the one whose features the run was trained on.
+            FingerprintError: the encoder is not the one whose features the run was trained on.
             MissingExtraError: the encoder's package is not installed.
         """
-        return self._text_side.encode([texts] if isinstance(texts, str) else texts, _check_text)
+        return self._text_encoder.encode([texts] if isinstance(texts, str) else texts, _check_text)
 
     def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Floats:
-        """Compare every picture with every text; of vectors that you have, this is `images @ texts.T`.
+        """Compute the cosine similarity of every image with every text; for embeddings, use `images @ texts.T`.
 
         Args:
-            images: N, as of `encode_image`.
-            texts: M, as of `encode_text`.
+            images: N images, see `encode_image`.
+            texts: Q texts, see `encode_text`.
 
         Returns:
-            (N, M) float32 cosines.
+            (N, Q) float32.
 
         Raises:
-            PathError, DataError, FingerprintError, MissingExtraError: as of the two.
+            PathError, DataError, FingerprintError, MissingExtraError: see `encode_image` and `encode_text`.
         """
-        similarities_NM: Floats = self.encode_image(images) @ self.encode_text(texts).T
-        return similarities_NM
+        similarities_NQ: Floats = self.encode_image(images) @ self.encode_text(texts).T
+        return similarities_NQ
 
     @cached_property
-    def _image_side(self) -> "ProjectedEncoder":
-        """The image encoder and its projector."""
+    def _image_encoder(self) -> "ProjectedEncoder":
         return open_projected_encoder("image", self.config.image, self._pair.image, self._device)
 
     @cached_property
-    def _text_side(self) -> "ProjectedEncoder":
-        """The text encoder and its projector."""
+    def _text_encoder(self) -> "ProjectedEncoder":
         return open_projected_encoder("text", self.config.text, self._pair.text, self._device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectedEncoder:
-    """One side of a run, from raw items to the shared space.
+    """A frozen encoder with a trained projector: from raw items to the shared space.
 
     Args:
-        encoder: of the fingerprint that the run was trained on.
-        look: the view that the feature was made with, item -> item.
-        names: features that the tower takes.
+        encoder: has the fingerprint that the run was trained on.
+        view: transform of an item before encoding, as the feature was extracted.
+        names: features that the projector takes.
         tower: the projector.
-        device: its device.
+        device: torch device of the projector.
     """
 
     encoder: Encoder
-    look: Callable[[Any], Any]
+    view: Callable[[Any], Any]
     names: Sequence[str]
     tower: AnyTower
     device: str
 
-    def encode(self, items: Sequence[Any], open_item: Callable[[Any], Any]) -> Floats:
-        """Open, prepare and embed a batch at a time: (N, P) float32, rows of length 1. Memory: a batch."""
+    def encode(self, items: Sequence[Any], load_item: Callable[[Any], Any]) -> Floats:
+        """Load, prepare and embed items: (N, P) float32, rows of length 1. Memory: one batch."""
         batches = blocks(len(items), self.encoder.batch_size)
-        parts = [self.embed(self.prepare([open_item(item) for item in items[block]])) for block in batches]
+        parts = [self.embed(self.prepare([load_item(item) for item in items[rows]])) for rows in batches]
         return np.concatenate([np.empty((0, self.tower.output_width), np.float32), *parts])
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
-        """Turn RGB pictures or texts into the encoder's inputs, one array an item."""
-        return self.encoder.prepare([self.look(item) for item in items])
+        """Convert RGB images or texts to the encoder's inputs, one array per item."""
+        return self.encoder.prepare([self.view(item) for item in items])
 
     def embed(self, prepared: Sequence[Array]) -> Floats:
-        """Encode and project what `prepare` gave: (B, P) float32, rows of length 1."""
+        """Encode and project prepared items: (N, P) float32, rows of length 1."""
         parts = [np.empty((0, self.tower.output_width), np.float32)]
         with torch.autocast(torch.device(self.device).type, enabled=False):
-            for block in blocks(len(prepared), self.encoder.batch_size):
-                encoded = self.encoder.encode(prepared[block], self.names)
+            for rows in blocks(len(prepared), self.encoder.batch_size):
+                encoded = self.encoder.encode(prepared[rows], self.names)
                 inputs = inputs_of([encoded[name] for name in self.names])
                 parts.append(project(self.tower, inputs, device=self.device))
         return np.concatenate(parts)
 
 
-def open_projected_encoder(modality: Modality, side: TowerInput, tower: AnyTower, device: str) -> ProjectedEncoder:
-    """Open the encoder of one side of a run, and the view it looked through.
+def open_projected_encoder(
+    modality: Modality, tower_input: TowerInput, tower: AnyTower, device: str
+) -> ProjectedEncoder:
+    """Open the encoder of one tower of a run, with the view that it was used with.
 
     Raises:
-        FingerprintError: the encoder or view that opens now is not the one that the run was trained on.
+        FingerprintError: the encoder or view is not the one that the run was trained on.
         MissingExtraError: the encoder's package is not installed.
     """
     encoder = reopen_encoder(
-        side.spec, modality=modality, feature=side.feature, fingerprint=side.fingerprint, device=device
+        tower_input.spec,
+        modality=modality,
+        feature=tower_input.feature,
+        fingerprint=tower_input.fingerprint,
+        device=device,
     )
-    names = feature_names(side.feature)
-    return ProjectedEncoder(encoder=encoder, look=_open_look(side), names=names, tower=tower, device=device)
+    names = feature_names(tower_input.feature)
+    return ProjectedEncoder(encoder=encoder, view=_reopen_view(tower_input), names=names, tower=tower, device=device)
 
 
-def _open_look(side: TowerInput) -> Callable[[Any], Any]:
-    about = side.fingerprint.get("view")
-    if about is None:
+def _reopen_view(tower_input: TowerInput) -> Callable[[Any], Any]:
+    expected = tower_input.fingerprint.get("view")
+    if expected is None:
         return lambda item: item
-    view = open_view(about["name"])
-    next_step = "bring back the function as it was, or extract again"
-    check_same(f"the view of feature {side.feature}", about, view.fingerprint, next_step=next_step)
+    view = open_view(expected["name"])
+    next_step = "restore the function, or extract again"
+    check_same(f"the view of feature {tower_input.feature}", expected, view.fingerprint, next_step=next_step)
     return view.apply
 
 
-def _open_picture(image: ImageLike) -> Image:
+def _load_image(image: ImageLike) -> Image:
     try:
         return rgb_image(image) if isinstance(image, Image) else decode_image(_read(Path(image)))
     except ItemError as error:
@@ -207,11 +211,11 @@ def _open_picture(image: ImageLike) -> Image:
 
 def _read(path: Path) -> bytes:
     if not path.is_file():
-        raise PathError(f"image {path} is no file here; give the path of one, or an open PIL picture")
+        raise PathError(f"image {path} does not exist: expected the path of a file, or an open PIL image")
     return path.read_bytes()
 
 
 def _check_text(text: str) -> str:
     if not text.strip():
-        raise DataError("a text is empty; give some words")
+        raise DataError("expected texts with at least one word, got an empty text")
     return text

@@ -40,7 +40,7 @@ def transformers(
 
     Example: embedcache export transformers run/ model/
     """
-    _export_model("transformers", run, out, metrics=metrics, push_to=push_to_hub, is_public=public)
+    _export_model("transformers", run, out, metrics=metrics, push_to_hub=push_to_hub, public=public)
 
 
 def open_clip(
@@ -52,7 +52,7 @@ def open_clip(
 
     Example: embedcache export open-clip run/ model/
     """
-    _export_model("open-clip", run, out, metrics=metrics, push_to=push_to_hub, is_public=public)
+    _export_model("open-clip", run, out, metrics=metrics, push_to_hub=push_to_hub, public=public)
 
 
 def sentence_transformers(
@@ -62,7 +62,7 @@ def sentence_transformers(
 
     Example: embedcache export sentence-transformers run/ model/
     """
-    _export_model("sentence-transformers", run, out, metrics=metrics, push_to=push_to_hub, is_public=public)
+    _export_model("sentence-transformers", run, out, metrics=metrics, push_to_hub=push_to_hub, public=public)
 
 
 def onnx(
@@ -77,7 +77,7 @@ def onnx(
 
     Example: embedcache export onnx run/ model/ --towers
     """
-    _export_model("onnx", run, out, metrics=metrics, push_to=push_to_hub, is_public=public, towers=towers)
+    _export_model("onnx", run, out, metrics=metrics, push_to_hub=push_to_hub, public=public, towers=towers)
 
 
 def safetensors(
@@ -89,19 +89,20 @@ def safetensors(
 
     Example: embedcache export safetensors run/ model/
     """
-    _export_model("safetensors", run, out, metrics=metrics, push_to=push_to_hub, is_public=public)
+    _export_model("safetensors", run, out, metrics=metrics, push_to_hub=push_to_hub, public=public)
 
 
-def _export_model(form: str, run: Path, out: Path, **options: Any) -> None:
+def _export_model(format_name: str, run: Path, out: Path, **options: Any) -> None:
     from embedcache.cli.console import print_line
-    from embedcache.export.export import export
+    from embedcache.export.export import export_run
+    from embedcache.export.settings import ExportSettings
 
-    exported = export(form, run, out, **options)
-    print_line(f"{out}: {'written' if exported.is_new else 'already exists, unchanged'}")
-    for what, difference in exported.differences.items():
-        print_line(f"  {what}: differs from the run by at most {difference:.1e}")
-    if exported.url is not None:
-        print_line(f"  {exported.url}")
+    report = export_run(format_name, run, out, ExportSettings(**options))
+    print_line(f"{out}: {'written' if report.is_new else 'already exists, unchanged'}")
+    for modality, difference in report.differences.items():
+        print_line(f"  {modality}: differs from the run by at most {difference:.1e}")
+    if report.url is not None:
+        print_line(f"  {report.url}")
 
 
 @with_settings(settings=VectorExportSettings)

@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cli.options import Cache, Concepts, Device, IndexArgument, Run, with_settings
+from embedcache.cli.options import Cache, Concepts, Device, IndexArgument, MovedRun, with_settings
 from embedcache.serve.settings import ServeSettings
 
 
 @with_settings(settings=ServeSettings)
 def serve(
     index: IndexArgument,
-    run: Run = None,
+    run: MovedRun = None,
     cache: Cache = None,
     concepts: Concepts = None,
     coverage: Annotated[

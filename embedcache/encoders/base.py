@@ -1,7 +1,4 @@
-"""The shape of one item's feature.
-
-What an encoder is to the rest of the package.
-"""
+"""The encoder protocol, and the fingerprint that identifies what an encoder computes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,29 +8,29 @@ from typing import Any, Literal, Protocol, TypeAlias
 from embedcache.arrays import Array
 
 ItemShape: TypeAlias = tuple[int, ...]
-"""`(D,)` a vector, `(T, D)` a fixed number of tokens, `(-1, D)` any number of tokens."""
+"""Shape of one item's feature: `(D,)` a vector, `(T, D)` a fixed number of tokens, `(-1, D)` any number of tokens."""
 
 Modality: TypeAlias = Literal["image", "text"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """All that decides an encoder's output.
+    """Everything that determines an encoder's output.
 
     Args:
-        family: the plug-in that made it: `timm`, `hf`, `st`, `lite`, `open_clip`, `use`, `wordllama`.
-        model: the model's name inside the family, or the name of a local folder.
-        revision: the hub's commit where one is known.
+        family: encoder family: `timm`, `hf`, `st`, `lite`, `open_clip`, `use`, `wordllama`, or a plug-in's own.
+        model: the model's name within the family, or the name of a local folder.
+        revision: commit on the Hugging Face hub, if known.
         weights: SHA-256 over the names, dtypes, shapes and bytes of all weights.
-        preprocessing: what happens to a raw item before the model: sizes, interpolation, mean, std, longest text.
-        pooling: feature name -> how it is made from the model's last states; derived features need no word here.
-        backend: what runs the model: `torch` or `onnxruntime`.
+        preprocessing: how a raw item becomes a model input: sizes, interpolation, mean, std, maximum text length.
+        pooling: native feature -> how it is computed from the model's last states; derived features are not listed.
+        backend: library that runs the model.
         precision: dtype of the forward pass.
     """
 
     family: str
     model: str
-    revision: str | None
+    revision: str | None = None
     weights: str
     preprocessing: Mapping[str, Any]
     pooling: Mapping[str, str]
@@ -41,7 +38,7 @@ class Fingerprint:
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def to_json(self) -> dict[str, Any]:
-        """Give the fields as JSON reads them back."""
+        """Return the fields as they read back from JSON."""
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return fields
 
@@ -49,26 +46,25 @@ class Fingerprint:
 class Encoder(Protocol):
     """A frozen model of one modality.
 
-    `prepare` runs on many threads at once and needs no device; `encode` runs on one.
+    `prepare` is called from many threads at once and needs no device; `encode` is called from one thread.
     """
 
     modality: Modality
     features: Mapping[str, ItemShape]
-    """What it can give, in order; the first is the default."""
+    """Features that the encoder offers, in order; the first is the default."""
     fingerprint: Fingerprint
     batch_size: int
-    """How many items one `encode` call should get."""
+    """Items that one `encode` call should get."""
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
-        """Turn raw items into model inputs.
+        """Convert raw items to model inputs.
 
         Args:
             items: RGB `PIL.Image.Image` objects, or strings.
 
         Returns:
-            One array an item: (3, H, W) for an image, uint8 where the model scales pixels on its device, float32
-            where the published transform can't be cut there; (T,) int64 token ids, cut at the model's longest
-            input, for a text.
+            One array per item. Image: (3, H, W), uint8 if the model normalizes pixels on its device, else float32.
+            Text: (T,) int64 token ids, truncated to the model's maximum input length.
         """
         ...
 
@@ -77,9 +73,9 @@ class Encoder(Protocol):
 
         Args:
             prepared: arrays from `prepare`; texts may differ in length.
-            names: which features to give.
+            names: features to compute.
 
         Returns:
-            feature name -> one float32 array an item, shaped as `features` says, not normalized.
+            feature name -> one float32 array per item, of the shape in `features`, not normalized.
         """
         ...

@@ -1,10 +1,11 @@
-"""An image encoder: a transform for one picture and a graph for a batch.
+"""Image encoders: a transform per image, run on threads, and a model per batch.
 
-Where a picture's preprocessing is cut in two: resized to uint8 on threads, scaled in float32 on the device.
+Preprocessing is split where possible: images are resized to uint8 on threads and normalized in float32 on the device.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from embedcache.arrays import Array
-from embedcache.encoders.backends import Graph, batch_size
+from embedcache.encoders.backends import Backend, Graph, OnnxExport, build_graph, choose_batch_size, torch_graph
 from embedcache.encoders.base import Fingerprint, ItemShape, Modality
 from embedcache.encoders.image_features import FeatureName, native_features, patch_grid, patch_pool
 from embedcache.encoders.settings import EncoderSettings
@@ -20,83 +21,72 @@ from embedcache.errors import SettingError
 from embedcache.registry import unknown_name
 
 Transform: TypeAlias = Callable[[Image.Image], Array]
-"""An RGB picture of any size -> (3, H, W): uint8 where the model scales pixels itself, else float32 as it wants it."""
+"""RGB image of any size -> (3, H, W): uint8 if the model normalizes pixels itself, else float32."""
 
 TOLERANCE = 1e-6
-"""The order of float32 operations may differ; values are of about 1."""
+"""Allowed difference of a split transform, for values of about 1: the order of float32 operations may differ."""
+
+_INPUT = "images"
 
 
-class Scale(torch.nn.Module):
-    """Pixels to what a model wants: (pixels / divisor - mean) / std, in float32.
-
-    Args:
-        mean: one value a channel, as numbers or a tensor.
-        std: the same.
-        divisor: 255 where mean and std are those of pixels in [0, 1].
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(
-        self, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor, *, divisor: float = 1.0
-    ) -> None:
-        super().__init__()
-        self._divisor = divisor
-        for name, values in (("mean", mean), ("std", std)):
-            values_C11 = torch.as_tensor(values, dtype=torch.float32)[:, None, None]
-            self.register_buffer(name, values_C11, persistent=False)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Scale (B, 3, H, W) uint8 to float32."""
-        pixels = images.float()
-        if self._divisor != 1:
-            pixels = pixels / self._divisor
-        return (pixels - self.mean) / self.std
-
-
-def split_transform(whole: Transform, to_pixels: Transform, scale: Scale) -> tuple[Transform, torch.nn.Module]:
-    """Stop a published transform at uint8 where that gives the same.
+def build_image_encoder(
+    module: "ImageModel",
+    transform: Transform,
+    *,
+    fingerprint: Fingerprint,
+    settings: EncoderSettings,
+    onnx_name: str | None = None,
+) -> "ImageEncoder":
+    """Create an encoder from a loaded model.
 
     Args:
-        whole: the published transform, to float32.
-        to_pixels: the same without its scaling.
-        scale: the scaling, from its published settings.
+        module: the model.
+        transform: converts one image to the model's input; called from many threads at once.
+        fingerprint: of the model; backend, precision and the list of native features are filled in here.
+        settings: device, precision, backend and batch size.
+        onnx_name: starts the file name of the ONNX export; None: the family runs on torch only.
 
-    Returns:
-        `to_pixels` and `scale` where one after the other they give what `whole` gives on pictures of noise; else
-        `whole`, and a module that changes nothing.
+    Raises:
+        SettingError: onnxruntime was requested for a family that runs on torch only, or with another device or
+            precision.
     """
-    is_same = all(_agree(whole, to_pixels, scale, size) for size in ((320, 200), (200, 320)))
-    return (to_pixels, scale) if is_same else (whole, torch.nn.Identity())
+    graph: Graph
+    backend: Backend = "torch"
+    if onnx_name is None:
+        graph = torch_graph(module, settings, fingerprint.family)
+    else:
+        graph, backend = build_graph(_onnx_export(module, onnx_name), settings, fingerprint.weights)
+    pooling = {name: fingerprint.pooling[name] for name in native_features(module.features)}
+    return ImageEncoder(
+        graph=graph,
+        transform=transform,
+        features=module.features,
+        fingerprint=replace(fingerprint, pooling=pooling, backend=backend, precision=settings.precision),
+        settings=settings,
+    )
 
 
-def _agree(whole: Transform, to_pixels: Transform, scale: Scale, size: tuple[int, int]) -> bool:
-    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    expected = whole(Image.fromarray(noise))
-    try:
-        pixels = to_pixels(Image.fromarray(noise))
-    except (TypeError, ValueError, RuntimeError):  # a transform that scales twice may refuse to leave it out
-        return False
-    if pixels.dtype != np.uint8 or pixels.shape != expected.shape:
-        return False
-    found = scale(torch.from_numpy(pixels)[None])[0].numpy()
-    return np.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-INPUT = "images"
-"""The name of the graph's one input, (B, 3, H, W), uint8 or float32 as the transform gives it."""
+def _onnx_export(module: "ImageModel", name: str) -> OnnxExport:
+    noise = np.random.default_rng(0).integers(0, 256, (2, *module.input_size), dtype=np.uint8)
+    return OnnxExport(
+        module=module,
+        example={_INPUT: np.zeros((1, *module.input_size), np.uint8)},
+        check_inputs={_INPUT: noise},
+        outputs=tuple(module.features),
+        dynamic_axes={name: {0: "batch"} for name in (_INPUT, *module.features)},
+        key={"name": name},
+    )
 
 
 class ImageEncoder:
-    """A frozen model of pictures, of any family.
+    """A frozen image model of any family.
 
     Args:
-        graph: gives the features, each with the batch as first axis.
-        transform: called from many threads at once.
+        graph: computes the features, with the batch as first axis.
+        transform: converts one image to the model's input; called from many threads at once.
         features: name -> shape of one item, the default first.
-        fingerprint: all that decides the output.
-        settings: how many pictures one `encode` call should get.
+        fingerprint: everything that determines the output.
+        settings: device and batch size.
     """
 
     modality: Modality = "image"
@@ -112,117 +102,178 @@ class ImageEncoder:
     ) -> None:
         self.features = features
         self.fingerprint = fingerprint
-        self.batch_size = batch_size(settings, cpu=32, other=128)
+        self.batch_size = choose_batch_size(settings, on_cpu=32, on_gpu=128)
         self._graph = graph
         self._transform = transform
 
     def prepare(self, items: Sequence[Image.Image]) -> list[Array]:
-        """Turn RGB pictures of any size into (3, H, W) arrays, uint8 or float32."""
+        """Convert RGB images of any size to (3, H, W) arrays, uint8 or float32."""
         return [self._transform(image) for image in items]
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
-        """Give the named features of each picture, float32, not normalized."""
-        check_names(names, self.features)
+        """Compute the named features of each image: float32, not normalized."""
+        check_feature_names(names, self.features)
         if not prepared:
             return {name: [] for name in names}
-        outputs = self._graph({INPUT: np.stack(prepared)}, names)
+        outputs = self._graph({_INPUT: np.stack(prepared)}, names)
         return {name: list(outputs[name]) for name in names}
 
 
-class ImageModel(torch.nn.Module):
-    """A model of pictures, with the scaling of pixels before it and what is derived behind it.
-
-    Args:
-        module: takes (B, 3, H, W) float32, gives a dict of (B, D) vectors and (B, T, D) tokens: its own features, and
-            for each block asked for the same ones named `layerN.`.
-        scale: what a batch of `prepare`'s pictures goes through first.
-        input_size: (3, H, W).
-        asked: names of features; those that can't be derived are left out.
-    """
-
-    features: dict[str, ItemShape]
-    """Name -> shape of one item: the model's own in its order, then those asked for."""
-
-    def __init__(
-        self, module: torch.nn.Module, scale: torch.nn.Module, *, input_size: Sequence[int], asked: Sequence[str]
-    ) -> None:
-        super().__init__()
-        self._module, self._scale = module.eval(), scale
-        self._pools = torch.nn.ModuleDict()
-        self._sources: dict[str, str] = {}
-        shapes = _try_out(module, input_size)
-        self.features = {name: shapes[name] for name in native_features(shapes)}
-        for text in asked:
-            self._add(text, shapes, input_size)
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        outputs = self._module(self._scale(images))
-        for text, source in self._sources.items():
-            outputs[text] = self._pools[_key(text)](outputs[source])
-        return {text: outputs[text] for text in self.features}
-
-    def _add(self, text: str, shapes: Mapping[str, ItemShape], input_size: Sequence[int]) -> None:
-        name = FeatureName.parse(text)
-        if name is None or name.source not in shapes:
-            return
-        if name.side is None and name.clusters is None:
-            self.features[text] = shapes[name.source]
-        elif (pool := patch_pool(name, shapes[name.source], input_size)) is not None:
-            self._pools[_key(text)] = pool
-            self._sources[text] = name.source
-            self.features[text] = (pool.num_tokens, shapes[name.source][1])
-
-
-def plain_json(published: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a library's settings as they read back from JSON: tuples as lists, enumerations as their values."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(published), default=str))
-    return plain
-
-
-def check_names(names: Sequence[str], features: Mapping[str, ItemShape]) -> None:
-    """Refuse a feature that an encoder does not have.
+def check_feature_names(names: Sequence[str], features: Mapping[str, ItemShape]) -> None:
+    """Check that an encoder has the named features.
 
     Raises:
-        UnknownNameError: lists those it has.
+        UnknownNameError: it does not; the message lists those it has.
     """
     for name in names:
         if name not in features:
             raise unknown_name("feature", name, features)
 
 
-def _try_out(module: torch.nn.Module, input_size: Sequence[int]) -> dict[str, ItemShape]:
-    """Show a model two pictures of noise, twice.
+class ImageModel(torch.nn.Module):
+    """An image model with pixel normalization before it and derived features after it.
 
-    Left out are a `pooled` that only repeats another feature, and patches that lie in no grid, as where some token
-    that is none stands among them.
+    Args:
+        module: maps (B, 3, H, W) float32 to a dict of (B, D) vectors and (B, T, D) tokens: its native features, and
+            the same names with the prefix `layerN.` for each requested block.
+        scale: normalizes a batch of prepared images.
+        input_size: (3, H, W).
+        requested: names of features; those that cannot be derived are left out.
 
     Raises:
-        SettingError: the second answer is another than the first.
+        SettingError: the model is not deterministic.
+    """
+
+    features: dict[str, ItemShape]
+    """Name -> shape of one item: native features in the model's order, then the requested ones."""
+
+    def __init__(
+        self, module: torch.nn.Module, scale: torch.nn.Module, *, input_size: Sequence[int], requested: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.input_size = tuple(input_size)
+        self._module, self._scale = module.eval(), scale
+        self._pools = torch.nn.ModuleDict()
+        self._sources: dict[str, str] = {}
+        shapes = _find_shapes(module, input_size)
+        self.features = {name: shapes[name] for name in native_features(shapes)}
+        for text in requested:
+            self._add(text, shapes)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = self._module(self._scale(images))
+        for text, source in self._sources.items():
+            outputs[text] = self._pools[_module_name(text)](outputs[source])
+        return {text: outputs[text] for text in self.features}
+
+    def _add(self, text: str, shapes: Mapping[str, ItemShape]) -> None:
+        name = FeatureName.parse(text)
+        if name is None or name.source not in shapes:
+            return
+        if name.grid is None and name.clusters is None:
+            self.features[text] = shapes[name.source]
+        elif (pool := patch_pool(name, shapes[name.source], self.input_size)) is not None:
+            self._pools[_module_name(text)] = pool
+            self._sources[text] = name.source
+            self.features[text] = (pool.num_tokens, shapes[name.source][1])
+
+
+def _module_name(text: str) -> str:
+    return text.replace(".", "_")  # torch allows no dot in a submodule's name
+
+
+def _find_shapes(module: torch.nn.Module, input_size: Sequence[int]) -> dict[str, ItemShape]:
+    """Return the shapes of a model's outputs for one image, found by running it twice on noise.
+
+    A `pooled` that repeats another feature is left out, and so are patches that do not form a grid, because some of
+    them are special tokens.
+
+    Raises:
+        SettingError: the two runs differ.
     """
     noise = torch.rand((2, *input_size), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         outputs: dict[str, torch.Tensor] = module(noise)
-        again: dict[str, torch.Tensor] = module(noise)
+        repeated: dict[str, torch.Tensor] = module(noise)
     for name in [name for name in outputs if name.endswith("patches")]:
         if patch_grid(outputs[name].shape[1], *input_size[-2:]) is None:
             del outputs[name]
             outputs.pop(name.replace("patches", "patch_mean"), None)
-    if not all(_is_same(output, again[name]) for name, output in outputs.items()):
+    if not all(_is_close(output, repeated[name]) for name, output in outputs.items()):
         raise SettingError(
-            "this model gives another answer each time it sees the same picture, as one does that masks patches at "
-            "random; take the encoder of another architecture"
+            "expected a deterministic model, got one whose output differs between two runs on the same image, such as "
+            "one that masks random patches; choose another architecture"
         )
     pooled = outputs.get("pooled")
     others = [outputs[name] for name in native_features(outputs) if name != "pooled"]
-    if pooled is not None and any(_is_same(pooled, other) for other in others):
+    if pooled is not None and any(_is_close(pooled, other) for other in others):
         del outputs["pooled"]
     return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
 
 
-def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def _key(text: str) -> str:
-    """Name a submodule: torch allows no dot in it."""
-    return text.replace(".", "_")
+class PixelScale(torch.nn.Module):
+    """Normalize pixels in float32: (pixels / divisor - mean) / std.
+
+    Args:
+        mean: one value per channel, as numbers or a tensor.
+        std: one value per channel, as numbers or a tensor.
+        divisor: 255 if mean and std are those of pixels in [0, 1].
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor, *, divisor: float = 1.0
+    ) -> None:
+        super().__init__()
+        self._divisor = divisor
+        for name, values in (("mean", mean), ("std", std)):
+            per_channel = torch.as_tensor(values, dtype=torch.float32)[:, None, None]
+            self.register_buffer(name, per_channel, persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalize (B, 3, H, W) uint8 to float32."""
+        pixels = images.float()
+        if self._divisor != 1:
+            pixels = pixels / self._divisor
+        return (pixels - self.mean) / self.std
+
+
+def split_transform(whole: Transform, to_pixels: Transform, scale: PixelScale) -> tuple[Transform, torch.nn.Module]:
+    """Split a published transform at uint8 pixels, if the result stays the same.
+
+    Args:
+        whole: published transform, to float32.
+        to_pixels: the same without normalization.
+        scale: normalization with the published settings.
+
+    Returns:
+        `to_pixels` and `scale` if together they compute what `whole` computes on images of noise; else `whole` and an
+        identity.
+    """
+    is_same = all(_is_split_exact(whole, to_pixels, scale, size) for size in ((320, 200), (200, 320)))
+    return (to_pixels, scale) if is_same else (whole, torch.nn.Identity())
+
+
+def _is_split_exact(whole: Transform, to_pixels: Transform, scale: PixelScale, size: tuple[int, int]) -> bool:
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    expected = whole(Image.fromarray(noise))
+    try:
+        pixels = to_pixels(Image.fromarray(noise))
+    except (TypeError, ValueError, RuntimeError):  # a transform that normalizes twice may refuse to skip it
+        return False
+    if pixels.dtype != np.uint8 or pixels.shape != expected.shape:
+        return False
+    found = scale(torch.from_numpy(pixels)[None])[0].numpy()
+    return np.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def plain_json(published: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a library's settings as they read back from JSON: tuples as lists, other objects as their text."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(published), default=str))
+    return plain

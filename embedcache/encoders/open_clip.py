@@ -1,4 +1,4 @@
-"""`open_clip:ViT-B-32,pretrained=/path.pt`: one tower of a CLIP, its joint-space output unnormalized."""
+"""`open_clip:ViT-B-32,pretrained=/path.pt`: one tower of a CLIP model, not normalized."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,26 +15,27 @@ from safetensors import SafetensorError
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.backends import torch_graph
 from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
-from embedcache.encoders.image import ImageEncoder, Scale, Transform, plain_json, split_transform
+from embedcache.encoders.image import ImageEncoder, PixelScale, Transform, plain_json, split_transform
 from embedcache.encoders.open import EncoderSpec, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import TextEncoder
-from embedcache.encoders.weights import check_file, find_hub_commit, hash_weights, translate_hub_errors
+from embedcache.encoders.weights import check_weights_file, find_hub_commit, hash_weights, translate_hub_errors
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.registry import require, unknown_name
 
+_USE_FILE = "give the path of a file as pretrained="
 POOLING = {"pooled": "the tower's output in the joint space, before normalisation"}
 
 
 def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open one tower of a CLIP. Option, always needed: `pretrained`, a published tag or the path of a local file.
+    """Open one tower of a CLIP model. Required option: `pretrained`, a published tag or the path of a local file.
 
     Raises:
         MissingExtraError: open_clip is not installed.
-        UnknownNameError: no such model, tag or option.
-        PathError: no such file, or no hub to get the weights from.
-        ArtifactError: weights that are another model's.
-        SettingError: no `pretrained`, or onnxruntime was asked for.
+        UnknownNameError: unknown model, tag or option.
+        PathError: the file does not exist, or the hub is unreachable.
+        ArtifactError: the weights belong to another model.
+        SettingError: `pretrained` is missing, or onnxruntime was requested.
     """
     check_options(spec, ("pretrained",))
     open_clip = require("open_clip", extra="open-clip")
@@ -59,7 +60,7 @@ class _TextTower(torch.nn.Module):
         super().__init__()
         self._encode = _EncodeText(model)
         text = getattr(model, "text", model)
-        # A causal tower that pools at the end of a text never looks behind it.
+        # A causal tower that pools at the end token never reads beyond it.
         pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
         is_causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
         self.end_pool = pool if is_causal and pool in ("argmax", "eos") else None
@@ -67,11 +68,11 @@ class _TextTower(torch.nn.Module):
         self._tables = "model.text" if hasattr(model, "text") else "model"
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        # open_clip finds the end of a text by its tokens: the highest id, or the padding.
+        # open_clip finds the end of a text by its tokens: by the highest id, or by the padding.
         del attention_mask
         if self.end_pool is None:
             return {"pooled": self._encode(input_ids)}
-        # open_clip adds tables of all 77 positions: for shorter texts it gets tables cut to their length.
+        # open_clip adds tables of all 77 positions, so shorter texts need tables cut to their length.
         length = input_ids.shape[1]
         text: Any = self._encode.get_submodule(self._tables)
         tables = {
@@ -80,8 +81,8 @@ class _TextTower(torch.nn.Module):
         }
         return {"pooled": torch.func.functional_call(self._encode, tables, (input_ids,))}
 
-    def end(self, ids: Ints) -> int:
-        """Find how many tokens of a padded text decide its vector."""
+    def num_read(self, ids: Ints) -> int:
+        """Return the number of tokens of a padded text that determine its vector."""
         if self.end_pool is None:
             return len(ids)
         return int((ids if self.end_pool == "argmax" else ids == self.end_id).argmax()) + 1
@@ -99,7 +100,7 @@ class _EncodeText(torch.nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A CLIP with its transform, and the hash of its weights."""
+    """A CLIP model with its evaluation transform and the hash of its weights."""
 
     model: Any
     preprocess: Any
@@ -107,25 +108,25 @@ class Checkpoint:
 
 
 def load_checkpoint(open_clip: Any, spec: EncoderSpec, device: str) -> Checkpoint:
-    """Load both towers, once for the two."""
+    """Load a model; opening its second tower reuses the loaded one."""
     pretrained = _pretrained(open_clip, spec)
     path = Path(pretrained)
     return _load_once(spec.model, pretrained, path.stat().st_mtime_ns if path.is_file() else None, device)
 
 
-@lru_cache(maxsize=1)  # for the second tower; a module lies on one device, so each device has its own
+@lru_cache(maxsize=1)  # for the second tower; per device, because a module is on one device only
 def _load_once(name: str, pretrained: str, _changed_ns: int | None, _device: str) -> Checkpoint:
     import open_clip
 
     try:
-        with translate_hub_errors(f"{name} {pretrained}", instead="give the path of a file as pretrained="):
+        with translate_hub_errors(f"{name} {pretrained}", next_step=_USE_FILE):
             model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
     except (UnpicklingError, SafetensorError) as error:
-        raise CorruptError(f"{pretrained} can't be read as weights; save the model's state_dict()") from error
+        raise CorruptError(f"cannot read {pretrained} as weights; save the model's state_dict()") from error
     except (RuntimeError, AssertionError) as error:  # open_clip asserts some of the shapes
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(
-            f"the weights {pretrained} do not fit {name}: {reason}; name the model that made them"
+            f"the weights {pretrained} do not fit {name}: {reason}; name the model that they belong to"
         ) from error
     return Checkpoint(model=model.eval(), preprocess=preprocess, weights=hash_weights(model.state_dict()))
 
@@ -134,8 +135,8 @@ def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
     tags = open_clip.list_pretrained_tags_by_model(spec.model)
     if "pretrained" not in spec.options:
         raise SettingError(
-            f"{spec.text} names no weights; add the option pretrained=: the path of a local file, "
-            f"or one of: {', '.join(tags) or 'none is published'}"
+            f"{spec.text}: expected the option pretrained=, the path of a local file or one of: "
+            f"{', '.join(tags) or 'none is published'}"
         )
     pretrained = spec.options["pretrained"]
     if pretrained in tags:
@@ -144,7 +145,7 @@ def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
     path = Path(pretrained).expanduser()
     if not path.exists() and "/" not in pretrained and not path.suffix:
         raise unknown_name(f"published weights of {spec.model}", pretrained, tags)
-    check_file(path)
+    check_weights_file(path)
     return str(path)
 
 
@@ -152,7 +153,7 @@ def _check_published(open_clip: Any, model: str, tag: str) -> None:
     owner, _, rest = open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "").partition("/")
     if owner:
         repository = f"{owner}/{rest.partition('/')[0]}"
-        find_hub_commit(repository, what=f"{model} {tag}", instead="give the path of a file as pretrained=")
+        find_hub_commit(repository, model=f"{model} {tag}", next_step=_USE_FILE)
 
 
 def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> ImageEncoder:
@@ -168,10 +169,10 @@ def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, setti
 
 
 def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Transform, torch.nn.Module]:
-    """Give open_clip's transform up to uint8, and what scales its result.
+    """Return open_clip's transform up to uint8, and the normalization that follows.
 
     Args:
-        preprocess: the transform for evaluation that came with the model.
+        preprocess: the model's evaluation transform.
         published: its settings.
     """
 
@@ -180,23 +181,23 @@ def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Tran
         return array
 
     def to_pixels(image: Image) -> Array:
-        for step in preprocess.transforms[:-2]:  # the last two make a tensor of [0, 1], and normalize it
+        for step in preprocess.transforms[:-2]:  # the last two convert to a tensor in [0, 1] and normalize it
             image = step(image)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
-    return split_transform(whole, to_pixels, Scale(published["mean"], published["std"], divisor=255))
+    return split_transform(whole, to_pixels, PixelScale(published["mean"], published["std"], divisor=255))
 
 
 def _open_text(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> TextEncoder:
     with translate_hub_errors(
-        f"the tokenizer of {spec.model}", instead="choose a model with open_clip's own tokenizer"
+        f"the tokenizer of {spec.model}", next_step="choose a model with open_clip's own tokenizer"
     ):
         tokenizer = open_clip.get_tokenizer(spec.model)
     num_tokens = int(tokenizer.context_length)
     tower = _TextTower(checkpoint.model)
 
     def tokenize(texts: Sequence[str]) -> list[Ints]:
-        return [ids[: tower.end(ids)] for ids in tokenizer(list(texts)).numpy().astype(np.int64)]
+        return [ids[: tower.num_read(ids)] for ids in tokenizer(list(texts)).numpy().astype(np.int64)]
 
     return TextEncoder(
         graph=torch_graph(tower, settings, "open_clip"),
@@ -218,7 +219,6 @@ def _fingerprint(
     return Fingerprint(
         family="open_clip",
         model=spec.model,
-        revision=None,
         weights=checkpoint.weights,
         preprocessing=plain_json(preprocessing),
         pooling=POOLING,

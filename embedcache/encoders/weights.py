@@ -1,9 +1,4 @@
-"""What a model's weights are: one hash over all of them, and reading them from a local file.
-
-A model of the Hugging Face hub, or a local folder that looks like one.
-
-A transformers model from a folder on this machine, quietly, with every weight accounted for.
-"""
+"""Load model weights: from a local file, from a model folder, or from the Hugging Face hub; and hash them."""
 
 import hashlib
 import os
@@ -12,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,11 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from embedcache.encoders.open import EncoderSpec
-from embedcache.errors import ArtifactError, CorruptError, PathError
+from embedcache.errors import ArtifactError, CorruptError, PathError, SettingError
+
+USE_LOCAL_FOLDER = "give the path of a local folder instead"
+
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+_OPTIONAL_WEIGHTS = ("pooler.", "lm_head.")  # a checkpoint may lack them: no feature depends on them
 
 
 def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
-    """Get the SHA-256, as 64 hex digits, over names, dtypes, shapes and bytes of all weights, sorted by name."""
+    """Return the SHA-256, as 64 hex digits, over names, dtypes, shapes and bytes of all weights, sorted by name."""
     sha = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -33,68 +32,60 @@ def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def check_file(path: Path) -> None:
-    """Refuse a weights file that is not there.
+def check_weights_file(path: Path) -> None:
+    """Check that a file exists.
 
     Raises:
-        PathError: names it.
+        PathError: it does not.
     """
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise PathError(f"the weights file {path} {what}; give the path of a .safetensors or .pth file")
+        reason = "is a folder" if path.is_dir() else "does not exist"
+        raise PathError(f"the weights file {path} {reason}; give the path of a .safetensors or .pth file")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a `.safetensors` or a torch file; nothing in it is executed.
+    """Read the tensors of a `.safetensors` or torch file, without executing anything in it.
 
     Raises:
-        PathError: there is no such file.
-        CorruptError: it holds no weights.
+        PathError: the file does not exist or is not readable.
+        CorruptError: it does not hold weights.
     """
-    check_file(path)
-    if not os.access(path, os.R_OK):  # safetensors says that the file does not exist
-        raise PathError(f"{path} cannot be read: permission denied")
+    check_weights_file(path)
+    if not os.access(path, os.R_OK):  # safetensors would report that the file does not exist
+        raise PathError(f"cannot read {path}: permission denied")
     try:
         if path.suffix == ".safetensors":
             tensors: dict[str, torch.Tensor] = load_file(path)
             return tensors
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own text advises to run what is in the file
-        raise CorruptError(f"{path} holds no plain table of weights; save the model's state_dict()") from error
+    except pickle.UnpicklingError as error:  # torch's own message advises to execute the file
+        raise CorruptError(f"{path} does not hold a plain state dict; save the model's state_dict()") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         first_line = str(error).partition("\n")[0]
-        raise CorruptError(f"{path} can't be read as weights: {first_line}; get the file again") from error
-    return _tensors(path, state)
+        raise CorruptError(f"cannot read {path} as weights: {first_line}; download the file again") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CorruptError(f"{path} does not hold a state dict; save the model's state_dict()")
+    return {str(name): value for name, value in state.items()}
 
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:
-    """Read a file's weights into a model; every name and shape must fit.
+    """Load a file's weights into a model; every name and shape must fit.
 
     Raises:
-        PathError: there is no such file.
-        CorruptError: it holds no weights.
-        ArtifactError: they are another model's.
+        PathError: the file does not exist or is not readable.
+        CorruptError: it does not hold weights.
+        ArtifactError: the weights belong to another model.
     """
     state = read_weights(path)
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        lines = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise ArtifactError(
-            f"the weights in {path} are another model's: {lines[:300]}; name the model that made them"
+            f"the weights in {path} belong to another model: {reason}; name the model that they belong to"
         ) from error
-
-
-def _tensors(path: Path, state: object) -> dict[str, torch.Tensor]:
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CorruptError(f"{path} holds no table of weights; save the model's state_dict()")
-    return {str(name): value for name, value in state.items()}
-
-
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
-LOCAL_NEXT = "give the path of a local folder instead"
 
 
 @dataclass(frozen=True)
@@ -103,93 +94,87 @@ class ModelFolder:
 
     Args:
         path: the folder.
-        revision: the hub's commit; None for a folder of the user's own.
+        revision: commit on the hub; None: a local folder.
     """
 
     path: Path
     revision: str | None = None
 
 
-def model_folder(spec: EncoderSpec, *, instead: str = LOCAL_NEXT) -> ModelFolder:
-    """Find a model's folder, or get it from the hub at the commit, tag or branch in the option `revision`.
+def find_model_folder(spec: EncoderSpec, *, next_step: str = USE_LOCAL_FOLDER) -> ModelFolder:
+    """Return a model's folder; download it from the hub at the commit, tag or branch in the option `revision`.
 
     Args:
         spec: names the folder or the model.
-        instead: what the user can do where the hub does not give it.
+        next_step: what the user can do if the hub does not have it.
 
     Raises:
-        PathError: a local path that is no folder, or a name the hub does not know, or no hub to be reached.
+        PathError: a local path that is not a folder, a name that the hub does not know, or an unreachable hub.
     """
     path = Path(spec.model).expanduser()
     if path.is_dir():
         return ModelFolder(path)
     if spec.is_path or path.exists():
-        what = "is a file" if path.exists() else "does not exist"
-        raise PathError(f"the model folder {path} {what}; give a folder with config.json and weights in it")
-    return _download(spec.model, spec.options.get("revision"), instead)
+        reason = "is a file" if path.exists() else "does not exist"
+        raise PathError(f"the model folder {path} {reason}; give a folder with config.json and weights in it")
+    return _download(spec.model, spec.options.get("revision"), next_step)
+
+
+def _download(model: str, revision: str | None, next_step: str) -> ModelFolder:
+    from huggingface_hub import snapshot_download
+
+    with translate_hub_errors(f"{model!r} (not a local folder)", next_step=next_step):
+        for weights in ("*.safetensors", "*.bin"):
+            patterns = [*_SMALL_FILES, weights]
+            path = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+            if any(path.rglob(weights)):
+                return ModelFolder(path, revision=path.name)
+    raise PathError(f"{model!r} on the hub has no .safetensors or .bin weights; choose another, or {next_step}")
+
+
+def find_hub_commit(repository: str, *, model: str, next_step: str) -> str:
+    """Return the commit of a model on the hub, before a library downloads the weights in its own way.
+
+    This fails at once if the hub is unreachable; the libraries' own downloads retry for most of a minute.
+
+    Args:
+        repository: `owner/name`, or `owner/name@revision`.
+        model: what is downloaded, for the message.
+        next_step: what the user can do instead.
+
+    Raises:
+        PathError: the hub does not know it, or is unreachable and the local hub cache does not hold it.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = repository.partition("@")
+    with translate_hub_errors(model, next_step=next_step):
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["config.json"])).name
 
 
 @contextmanager
-def translate_hub_errors(what: str, *, instead: str) -> Iterator[None]:
-    """Turn the hub libraries' words for a missing model or network into ours.
+def translate_hub_errors(model: str, *, next_step: str) -> Iterator[None]:
+    """Re-raise the hub libraries' errors about a missing model or network as `PathError`.
 
     Args:
-        what: what is wanted from the hub.
-        instead: what the user can give in its place.
-
-    Raises:
-        PathError: says what was wanted and what to give in its place.
+        model: what is downloaded from the hub.
+        next_step: what the user can do instead.
     """
     try:
         yield
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise PathError(
-            f"{what} can't be had from the Hugging Face hub: {reason}; check the name and the network, or {instead}"
+            f"cannot download {model} from the Hugging Face hub: {reason}; check the name and the network, or "
+            f"{next_step}"
         ) from error
 
 
-def find_hub_commit(repository: str, *, what: str, instead: str) -> str:
-    """Get the commit of a model on the hub, before a library fetches the weights in a way of its own.
-
-    Where the hub can't be reached this fails at once; the libraries' own downloads retry for most of a minute.
-
-    Args:
-        repository: `owner/name`, or `owner/name@revision`.
-        what: what is wanted from the hub, for the message.
-        instead: what the user can give in its place.
-
-    Raises:
-        PathError: the hub does not know it, or can't be reached and this machine's copy of the hub lacks it.
-    """
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = repository.partition("@")
-    with translate_hub_errors(what, instead=instead):
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["config.json"])).name
-
-
-def _download(model: str, revision: str | None, instead: str) -> ModelFolder:
-    from huggingface_hub import snapshot_download
-
-    with translate_hub_errors(f"{model!r} is no local folder and", instead=instead):
-        for weights in ("*.safetensors", "*.bin"):
-            patterns = [*_SMALL_FILES, weights]
-            path = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-            if any(path.rglob(weights)):
-                return ModelFolder(path, revision=path.name)
-    raise PathError(f"the hub's {model!r} holds no .safetensors or .bin weights; choose another, or {instead}")
-
-
-_UNUSED = ("pooler.", "lm_head.")
-"""Weights a checkpoint may lack: what they would make is no feature of ours."""
-
-
 def load_config(folder: Path) -> Any:
-    """Read a model's `config.json`.
+    """Read a transformers model's `config.json`.
 
     Raises:
-        PathError: it is missing, or names no architecture that transformers knows.
+        PathError: it is missing, or names an architecture that transformers does not know.
     """
     from transformers import AutoConfig
 
@@ -198,12 +183,31 @@ def load_config(folder: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PathError(
-            f"{folder} holds no model that transformers can read: {reason}; give a folder written by save_pretrained()"
+            f"no model that transformers can read in {folder}: {reason}; give a folder written by save_pretrained()"
         ) from error
 
 
+def model_class(config: Any, folder: Path) -> Any:
+    """Return the transformers class that loads a model: `AutoModel`, or the encoder of an encoder-decoder.
+
+    Raises:
+        SettingError: an encoder-decoder whose encoder cannot be loaded alone.
+    """
+    import transformers
+
+    if not getattr(config, "is_encoder_decoder", False):
+        return transformers.AutoModel
+    encoders = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel"}
+    if config.model_type not in encoders:
+        raise SettingError(
+            f"{folder} is an encoder-decoder of type {config.model_type}: expected {' or '.join(encoders)}, whose "
+            "encoder can be loaded alone"
+        )
+    return getattr(transformers, encoders[config.model_type])
+
+
 def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Module, str]:
-    """Load a model in float32 and hash its weights.
+    """Load a transformers model in float32 and hash its weights.
 
     Args:
         loader: `AutoModel`, or a class with the same `from_pretrained`.
@@ -215,41 +219,41 @@ def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Mo
 
     Raises:
         PathError: there are no weights.
-        CorruptError: a file of weights is cut short or is no such file.
-        ArtifactError: the weights are another model's.
+        CorruptError: a file of weights is truncated or invalid.
+        ArtifactError: the weights belong to another model.
     """
-    with _quietly():
+    with _quiet_transformers():
         try:
             model, info = loader.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
         except OSError as error:
             reason = " ".join(str(error).split())[:200]
             raise PathError(f"no weights in {folder}: {reason}; give a folder with model.safetensors") from error
-        except (SafetensorError, UnpicklingError, EOFError) as error:
-            raise CorruptError(f"the weights in {folder} can't be read; get the folder again") from error
+        except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+            raise CorruptError(f"cannot read the weights in {folder}; download the folder again") from error
         except (RuntimeError, ValueError) as error:
             raise _misfit(folder, " ".join(str(error).split())[:200]) from error
     missing = set(info["missing_keys"])
-    if any(not name.startswith(_UNUSED) for name in missing):
+    if any(not name.startswith(_OPTIONAL_WEIGHTS) for name in missing):
         raise _misfit(folder, f"{len(missing)} are missing, such as {min(missing)}")
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
     return model.eval(), hash_weights(state)
 
 
 def _misfit(folder: Path, reason: str) -> ArtifactError:
-    return ArtifactError(f"the weights in {folder} do not fit its config.json: {reason}; get the folder again")
+    return ArtifactError(f"the weights in {folder} do not fit its config.json: {reason}; download the folder again")
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the progress bar, and without the table of weights that one tower leaves unused."""
+def _quiet_transformers() -> Iterator[None]:
+    """Disable the progress bar, and the table of weights that a single tower leaves unused."""
     from transformers.utils import logging
 
-    was_shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    had_progress_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if was_shown:
+        if had_progress_bar:
             logging.enable_progress_bar()

@@ -1,8 +1,8 @@
-"""`wordllama:l2_supercat_256`: a table of one vector a token, in a package of 19 MB; no model hub needed.
+"""`wordllama:l2_supercat_256`: a table of one vector per token, in a package of 19 MB; no model hub needed.
 
-Static vectors of a language model's tokens, averaged over a text: fast, and blind to the order of words. The package
-is not imported (it sets up logging); its two files are read, and the tests hold every value against it. Two
-differences: texts are cut at 512 tokens, and a text without any is read as one unknown token.
+Static token vectors of a language model, averaged over a text: fast, and blind to word order. The package is not
+imported (it configures logging); its two files are read, and the tests compare every value with the package. Two
+differences: texts are truncated to 512 tokens, and a text without tokens is read as one unknown token.
 """
 
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ import torch
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import TextEncoder, Tokenizer, max_tokens_option, text_graph
+from embedcache.encoders.text import Tokenizer, build_text_encoder, max_tokens_option
 from embedcache.encoders.text_features import mean
 from embedcache.encoders.weights import hash_weights, load_weights
 from embedcache.errors import MissingExtraError
@@ -22,62 +22,53 @@ from embedcache.registry import unknown_name
 
 MAX_TOKENS = 512
 POOLING = {"mean": "mean of the vectors of all tokens", "tokens": "the vectors of all tokens"}
-_UNKNOWN = 0
-_VOCABULARY = 32_000  # of Llama 2
+_UNKNOWN_ID = 0
+_VOCABULARY_SIZE = 32_000  # of Llama 2
 
 
 def open_wordllama(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
     """Open a packaged table. Options: `weights`, a file instead of the package's; `max_tokens` (default 512).
 
     Raises:
-        UnknownNameError: no such model or option.
+        UnknownNameError: unknown model or option.
         MissingExtraError: the package is not installed.
-        SettingError: asked for images.
+        SettingError: images were requested.
     """
     check_options(spec, ("max_tokens", "weights"))
     check_modality(spec, modality, "text")
-    path = _packaged(spec.model)
-    module = _Table(int(spec.model.rpartition("_")[2]))
+    path = _packaged_weights(spec.model)
+    name, _, width = spec.model.rpartition("_")
+    module = _TokenTable(int(width))
     load_weights(module, Path(spec.options["weights"]).expanduser() if "weights" in spec.options else path)
-    weights = hash_weights(module.state_dict())
-    name = spec.model.rpartition("_")[0]
     tokenizer = _open_tokenizer(
         path.parents[1] / "tokenizers" / f"{name}_tokenizer_config.json", max_tokens_option(spec) or MAX_TOKENS
     )
-    made = text_graph(
-        module, settings=settings, weights=weights, what={"name": f"wordllama-{spec.model}"}, pad_id=_UNKNOWN
-    )
-    return TextEncoder(
-        graph=made.graph,
-        tokenize=tokenizer,
-        features=made.features,
+    return build_text_encoder(
+        module,
+        tokenizer,
         fingerprint=Fingerprint(
             family="wordllama",
             model=spec.model,
-            revision=None,
-            weights=weights,
+            weights=hash_weights(module.state_dict()),
             preprocessing=tokenizer.preprocessing,
             pooling=POOLING,
-            backend=made.backend,
-            precision=settings.precision,
         ),
-        pad_id=_UNKNOWN,
         settings=settings,
+        onnx_key={"name": f"wordllama-{spec.model}"},
     )
 
 
-class _Table(torch.nn.Module):
+class _TokenTable(torch.nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.embedding = torch.nn.Embedding(_VOCABULARY, width)
+        self.embedding = torch.nn.Embedding(_VOCABULARY_SIZE, width)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         tokens_BTD = self.embedding(input_ids)
         return {"mean": mean(tokens_BTD, attention_mask), "tokens": tokens_BTD}
 
 
-def _packaged(model: str) -> Path:
-    """Find a model's file in the package."""
+def _packaged_weights(model: str) -> Path:
     package = find_spec("wordllama")
     if package is None or not package.submodule_search_locations:
         raise MissingExtraError(
@@ -98,6 +89,6 @@ def _open_tokenizer(path: Path, max_tokens: int) -> Tokenizer:
     backend.enable_truncation(max_tokens)
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [found.ids or [_UNKNOWN] for found in backend.encode_batch(texts, add_special_tokens=False)]
+        return [found.ids or [_UNKNOWN_ID] for found in backend.encode_batch(texts, add_special_tokens=False)]
 
-    return Tokenizer(encode=encode, max_tokens=max_tokens, pad_id=_UNKNOWN)
+    return Tokenizer(encode=encode, max_tokens=max_tokens, pad_id=_UNKNOWN_ID)

@@ -325,9 +325,9 @@ def _made(name: str, said: Mapping[str, str]) -> str:
     parsed = FeatureName.parse(name)
     if name in said or parsed is None:
         return said.get(name, name)
-    cells = "" if parsed.side is None and parsed.clusters is None else f"{name.rpartition('.')[2]} of "
+    cells = "" if parsed.grid is None and parsed.clusters is None else f"{name.rpartition('.')[2]} of "
     layer = "" if parsed.layer is None else f"after block {parsed.layer}: "
-    return f"{layer}{cells}{said.get(parsed.own, parsed.own)}"
+    return f"{layer}{cells}{said.get(parsed.native, parsed.native)}"
 
 
 def _split_line(settings: SplitSettings, image: InputFeature, text: InputFeature) -> str:

@@ -1,9 +1,4 @@
-"""The run that is exported, and what a tower of it must be for any format to hold it.
-
-What a format says of an export that it wrote.
-
-Is what the other library computes what we compute? Asked of every export before it takes its place.
-"""
+"""What all export formats share: the exported run, the notes for its model card, and the parity check."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,15 +19,20 @@ from embedcache.projectors.saved import PairConfig, TowerInput, load_pair
 
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
 
+TOLERANCE = 1e-4
+"""Allowed difference in one element of a unit vector; float32 sums in another order differ by some 1e-6."""
+
+TEXTS = ("a red cat", "two small dogs on the green hill, and a cat.", "x", "Zwei kleine Hunde " * 200)
+
 
 @dataclass(frozen=True)
-class Run:
-    """A trained pair with its config; its encoders are opened when first asked for.
+class ExportRun:
+    """A trained run to export; its encoders are opened on first use.
 
     Args:
-        path: the run's folder.
-        pair: the projectors, on the CPU.
-        config: of the run.
+        path: folder of the run.
+        pair: its projectors, on the CPU.
+        config: its config.
     """
 
     path: Path
@@ -40,109 +40,102 @@ class Run:
     config: PairConfig
 
     @classmethod
-    def open(cls, path: Path) -> "Run":
+    def open(cls, path: Path) -> "ExportRun":
         """Load a run.
 
         Raises:
-            PathError: the folder is no finished run.
-            CorruptError: its weights are not those that its config was written for.
+            PathError: the folder is not a finished run.
+            CorruptError: the weights do not match the config.
         """
         return cls(path, *load_pair(path))
 
     @cached_property
     def image(self) -> ProjectedEncoder:
-        """The image side, from pictures to the shared space."""
+        """Image encoder and projector."""
         return open_projected_encoder("image", self.config.image, self.pair.image, "cpu")
 
     @cached_property
     def text(self) -> ProjectedEncoder:
-        """The text side, from texts to the shared space."""
+        """Text encoder and projector."""
         return open_projected_encoder("text", self.config.text, self.pair.text, "cpu")
 
     def projector(self, modality: Modality) -> str:
-        """Name one side's projector."""
+        """Return the name of a modality's projector."""
         return dict(zip(MODALITIES, split_names(self.config.projector), strict=True))[modality]
 
     def projector_class(self, modality: Modality) -> type:
-        """Get the class of one side's projector."""
-        kind: type = PROJECTORS.load(self.projector(modality))
-        return kind
+        """Return the class of a modality's projector."""
+        projector: type = PROJECTORS.load(self.projector(modality))
+        return projector
 
-
-def check_plain(side: TowerInput, form: str) -> None:
-    """Refuse a feature that no model gives by itself: of a view, or rounded on its way.
-
-    Raises:
-        SettingError: says which.
-    """
-    if side.fingerprint.get("view") is not None:
-        raise refusal(form, f"the feature {side.feature} is of the view {side.fingerprint['view']['name']!r}, which is "
-                            "no part of an encoder")  # fmt: skip
-    if side.fingerprint["precision"] != "float32":
-        raise refusal(form, f"the feature {side.feature} was made in {side.fingerprint['precision']}, and others would "
-                            "compute it in float32")  # fmt: skip
-
-
-def refusal(form: str, reason: str, next_step: str = "") -> SettingError:
-    """Make the error for what a format cannot hold."""
-    next_step = next_step or "embedcache export safetensors holds the projectors of any run"
-    return SettingError(f"{form} can't hold this run: {reason}; {next_step}")
+    def embed_examples(self, modality: str) -> Floats:
+        """Embed the example images or texts: (N, P) float32 unit vectors."""
+        encoder = self.image if modality == "image" else self.text
+        items: Sequence[Any] = example_images() if modality == "image" else TEXTS
+        return encoder.embed(encoder.prepare(items))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
-    """For the model card.
+class ExportNotes:
+    """What a format reports about an export, for its model card.
 
     Args:
         library: the card's `library_name`.
-        task: the card's `pipeline_tag`; None: none fits.
-        code: Python that loads the export from the folder above it; `{folder}` stands for its name.
-        needs: the packages that the code needs.
-        differences: what was compared -> the largest difference from the run.
-        notes: what a user must know.
-        sides: which encoders are inside.
+        task: the card's `pipeline_tag`; None: no tag fits.
+        code: Python code that loads the export from its parent folder; `{folder}` stands for the export's name.
+        requirements: packages that the code imports.
+        differences: modality -> largest difference from the run in one element of a unit vector.
+        notes: remarks for users.
+        encoders: modalities whose encoder is included.
     """
 
     library: str
     task: str | None
     code: str
-    needs: Sequence[str]
+    requirements: Sequence[str]
     differences: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    sides: Sequence[str] = ("image", "text")
+    encoders: Sequence[str] = MODALITIES
 
 
-TOLERANCE = 1e-4
-"""The largest difference in one number of a vector of length 1; sums in another order give some 1e-6."""
+def check_plain(side: TowerInput, format_name: str) -> None:
+    """Check that a feature is an encoder's plain output: not of a view, and computed in float32.
 
-TEXTS = ("a red cat", "two small dogs on the green hill, and a cat.", "x", "Zwei kleine Hunde " * 200)
+    Raises:
+        SettingError: it is not.
+    """
+    if side.fingerprint.get("view") is not None:
+        view = side.fingerprint["view"]["name"]
+        raise unsupported(format_name, f"the feature {side.feature} is of the view {view!r}, not of the encoder alone")
+    if side.fingerprint["precision"] != "float32":
+        precision = side.fingerprint["precision"]
+        raise unsupported(format_name, f"the feature {side.feature} was computed in {precision}, not in float32")
 
 
-def pictures() -> list[Image.Image]:
-    """Make pictures of noise, wide, tall and small, and one of a single color."""
+def unsupported(format_name: str, reason: str, next_step: str = "") -> SettingError:
+    """Return the error for a run that a format cannot represent."""
+    next_step = next_step or "use embedcache export safetensors, which supports the projectors of any run"
+    return SettingError(f"the {format_name} format does not support this run: {reason}; {next_step}")
+
+
+def example_images() -> list[Image.Image]:
+    """Create images of noise, landscape, portrait and small, and one of a single color."""
     random = np.random.default_rng(0)
     sizes = ((320, 200), (200, 320), (37, 41))
     noise = [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
     return [*noise, Image.new("RGB", (120, 90), (200, 30, 60))]
 
 
-def expected(run: Run, modality: str) -> Floats:
-    """Embed the example pictures or texts with the run: (N, P) float32, rows of length 1."""
-    side = run.image if modality == "image" else run.text
-    items: Sequence[Any] = pictures() if modality == "image" else TEXTS
-    return side.embed(side.prepare(items))
-
-
-def check_parity(what: str, found: Any, wanted: Floats) -> float:
-    """Compare vectors of length 1, and give the largest difference.
+def check_parity(library: str, found: Any, expected: Floats) -> float:
+    """Compare unit vectors and return the largest difference in one element.
 
     Raises:
-        ArtifactError: it is above the tolerance, or no number.
+        ArtifactError: the difference exceeds the tolerance, or is not a number.
     """
-    difference = float(np.abs(np.asarray(found, np.float32) - wanted).max(initial=0))
+    difference = float(np.abs(np.asarray(found, np.float32) - expected).max(initial=0))
     if not difference <= TOLERANCE:
         raise ArtifactError(
-            f"{what} gives vectors that differ by {difference:.1e} from the run's, and {TOLERANCE:.0e} is allowed; "
-            "nothing was written"
+            f"{library} computes vectors that differ from the run's by {difference:.1e}: expected at most "
+            f"{TOLERANCE:.0e}; nothing was written"
         )
     return difference

@@ -1,142 +1,146 @@
-"""The model card of an export: what is in it, under which licenses, how good it is, and how to load it."""
+"""The model card of an export: contents, licenses, training, metrics, and how to load it."""
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from embedcache.export.base import MODALITIES, Run, Written
+from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
 from embedcache.files import write_atomic
+from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import read_json
 
-_KNOWN = {
+_KNOWN_LICENSES = {
     ("lite", "efficientnet-lite"): "apache-2.0",
     ("st", "all-MiniLM-L6-v2"): "apache-2.0",
     ("use", "multilingual-v3"): "apache-2.0",
     ("wordllama", "l2_supercat"): "mit",
 }
-_UNKNOWN = "not known: ask its authors"
+_UNKNOWN_LICENSE = "unknown: ask its authors"
 
 
-def write_card(path: Path, run: Run, written: Written, form: str, figures: Any) -> None:
-    """Write `README.md`.
+def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str, metrics: Any) -> None:
+    """Write the model card, `README.md`.
 
     Args:
         path: the file, in the export's folder.
-        run: what was exported.
-        written: what the format says of it.
-        form: the format's name.
-        figures: what `embedcache evaluate` wrote as JSON; None: nothing was given.
+        run: the exported run.
+        notes: what the format reports about the export.
+        format_name: name of the format.
+        metrics: JSON report of `embedcache evaluate`; None: no metrics.
     """
-    licenses: dict[str, str | None] = {modality: license(run.config.tower_input(modality)) for modality in MODALITIES}
+    licenses: dict[str, str | None] = {
+        modality: find_license(run.config.tower_input(modality)) for modality in MODALITIES
+    }
     parts = [
-        _front_matter(written, licenses),
+        _front_matter(notes, licenses),
         f"# {path.parent.name}\n",
-        _about(run, written, form),
-        _encoders(run, written, licenses),
+        _summary(run, notes, format_name),
+        _encoders(run, notes, licenses),
         _training(run),
-        _metrics(figures),
-        _loading(path.parent.name, written),
+        _metrics(metrics),
+        _loading(path.parent.name, notes),
     ]
     write_atomic(path, "\n".join(parts).encode())
 
 
-def license(side: Any) -> str | None:
-    """Find what is known of an encoder's license: what its folder or timm says, or None."""
-    fingerprint = side.fingerprint
-    for (family, start), known in _KNOWN.items():
+def find_license(tower_input: TowerInput) -> str | None:
+    """Return the license of an encoder: of a packaged one, or from the card in its folder; None if unknown."""
+    fingerprint = tower_input.fingerprint
+    for (family, start), known in _KNOWN_LICENSES.items():
         if fingerprint["family"] == family and fingerprint["model"].startswith(start):
             return known
-    if fingerprint["family"] in ("hf", "st"):
-        return _license_of_folder(Path(side.spec.partition(":")[2].partition(",")[0]))
-    return None
-
-
-def _license_of_folder(folder: Path) -> str | None:
-    card = folder / "README.md"
+    if fingerprint["family"] not in ("hf", "st"):
+        return None
+    card = Path(tower_input.spec.partition(":")[2].partition(",")[0]) / "README.md"
     if not card.is_file():
         return None
     found = re.match(r"---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     return found[1] if found else None
 
 
-def _front_matter(written: Written, licenses: Mapping[str, str | None]) -> str:
-    inside = {licenses[modality] for modality in written.sides}
-    known = inside.pop() if len(inside) == 1 else None
-    lines = ["---", f"library_name: {written.library}", f"license: {known or 'other'}"]
+def _front_matter(notes: ExportNotes, licenses: Mapping[str, str | None]) -> str:
+    included = {licenses[modality] for modality in notes.encoders}
+    known = included.pop() if len(included) == 1 else None
+    lines = ["---", f"library_name: {notes.library}", f"license: {known or 'other'}"]
     if known is None:
         lines.append("license_name: see-the-encoders")
-    lines += [f"pipeline_tag: {written.task}"] if written.task else []
+    lines += [f"pipeline_tag: {notes.task}"] if notes.task else []
     return "\n".join([*lines, "tags:", "- embedcache", "- image-text-retrieval", "---", ""])
 
 
-def _about(run: Run, written: Written, form: str) -> str:
+def _summary(run: ExportRun, notes: ExportNotes, format_name: str) -> str:
     config = run.config
-    what = {2: "An image and a text encoder, both frozen, with trained projectors into one space",
-            1: "A frozen text encoder with a trained projector into a space shared with images",
-            0: "Two trained projectors into one space, without their frozen encoders"}[len(written.sides)]  # fmt: skip
+    contents = {
+        2: "Frozen image and text encoders with trained projectors into a shared space",
+        1: "A frozen text encoder with a trained projector into a space shared with images",
+        0: "Two trained projectors into a shared space, without their frozen encoders",
+    }[len(notes.encoders)]
     lines = [
-        f"{what} of {config.shared_width} numbers: projector `{config.projector}`. Trained with embedcache, exported "
-        f"as `{form}`; embedcache is not needed to load it.\n",
-        *(f"- {note}" for note in written.notes),
+        f"{contents} of {config.shared_width} dimensions: projector `{config.projector}`. Trained with embedcache and "
+        f"exported as `{format_name}`; loading it does not need embedcache.\n",
+        *(f"- {note}" for note in notes.notes),
     ]
-    if written.differences:
-        worst = ", ".join(f"{what} {value:.1e}" for what, value in written.differences.items())
-        lines.append(f"- Loaded with {written.library} and compared with the run at the export; largest difference in "
-                     f"one number of a vector of length 1: {worst}.")  # fmt: skip
+    if notes.differences:
+        largest = ", ".join(f"{modality} {value:.1e}" for modality, value in notes.differences.items())
+        lines.append(
+            f"- Loaded with {notes.library} and compared with the run at export; largest difference in one element of "
+            f"a unit vector: {largest}."
+        )
     return "\n".join([*lines, ""])
 
 
-def _encoders(run: Run, written: Written, licenses: Mapping[str, str | None]) -> str:
-    rows = ["## Encoders\n", "| | encoder | feature | license | inside |", "| --- | --- | --- | --- | --- |"]
+def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[str, str | None]) -> str:
+    rows = ["## Encoders\n", "| | encoder | feature | license | included |", "| --- | --- | --- | --- | --- |"]
+    weights = []
     for modality in MODALITIES:
-        side = run.config.tower_input(modality)
-        name = f"{side.fingerprint['family']}:{side.fingerprint['model']}"
-        feature = side.feature.rpartition("/")[2] if "+" not in side.feature else side.feature
-        inside = "yes" if modality in written.sides else "no"
-        rows.append(f"| {modality} | `{name}` | `{feature}` | {licenses[modality] or _UNKNOWN} | {inside} |")
-    weights = [f"- {modality} weights: SHA-256 `{run.config.tower_input(modality).fingerprint['weights']}`"
-               for modality in MODALITIES]  # fmt: skip
+        tower_input = run.config.tower_input(modality)
+        fingerprint = tower_input.fingerprint
+        name = f"{fingerprint['family']}:{fingerprint['model']}"
+        feature = tower_input.feature.rpartition("/")[2] if "+" not in tower_input.feature else tower_input.feature
+        included = "yes" if modality in notes.encoders else "no"
+        rows.append(f"| {modality} | `{name}` | `{feature}` | {licenses[modality] or _UNKNOWN_LICENSE} | {included} |")
+        weights.append(f"- {modality} weights: SHA-256 `{fingerprint['weights']}`")
     return "\n".join([*rows, "", *weights, f"- run: weights SHA-256 `{run.config.weights_digest}`", ""])
 
 
-def _training(run: Run) -> str:
+def _training(run: ExportRun) -> str:
     training = run.config.training
     loss, optimizer, split = (training.get(name, {}) for name in ("loss", "optimizer", "split"))
     lines = [
         "## Data and training\n",
-        f"- data: {_data(run)}; its license: not known: ask its authors",
+        f"- data: {_data(run)}; its license: {_UNKNOWN_LICENSE}",
         f"- selection: {training.get('selection') or 'none, all samples of the training part'}",
-        f"- language of the captions: {training.get('language') or 'all'}",
+        f"- caption language: {training.get('language') or 'all'}",
         f"- held out: split `{split.get('kind')}`, {split.get('val_share')} for validation, {split.get('test_share')} "
         "for test",
         f"- loss `{loss.get('name')}`, {optimizer.get('epochs')} epochs, seed {training.get('seed')}",
     ]
     if training.get("shuffle_pairs"):
-        lines.append("- **trained on shuffled pairs, as a control: it knows nothing**")
+        lines.append("- **control: trained on shuffled pairs, so it must perform at chance**")
     return "\n".join([*lines, ""])
 
 
-def _data(run: Run) -> str:
+def _data(run: ExportRun) -> str:
     path = run.path / "record.json"
     outcome = read_json(path) if path.is_file() else {}
     names = [Path(name).name for name in outcome.get("settings", {}).get("caches", [])]
     return ", ".join(f"the cache `{name}`" for name in names) or f"the rows `{run.config.index_digest}`"
 
 
-def _metrics(figures: Any) -> str:
-    if figures is None:
-        return "## Metrics\n\nNone were given.\n"
-    rows = list(_figures(figures))
+def _metrics(metrics: Any) -> str:
+    if metrics is None:
+        return "## Metrics\n\nNo report was given.\n"
+    rows = list(_metric_rows(metrics))
     if not rows:
-        return "## Metrics\n\nThe file that was given holds no figures.\n"
-    what = f"`{figures['task']}` on `{figures['dataset']}`. " if isinstance(figures, dict) and "task" in figures else ""
+        return "## Metrics\n\nThe given report contains no metrics.\n"
+    task = f"`{metrics['task']}` on `{metrics['dataset']}`. " if isinstance(metrics, dict) and "task" in metrics else ""
     table = ["| | value | 95 % interval |", "| --- | --- | --- |", *rows]
-    return "\n".join(["## Metrics\n", f"{what}Written by `embedcache evaluate`.\n", *table, ""])
+    return "\n".join(["## Metrics\n", f"{task}Computed by `embedcache evaluate`.\n", *table, ""])
 
 
-def _figures(values: Any, prefix: str = "") -> Iterator[str]:
-    """Give a row for each figure of a result: those with an interval, and the plain ones of `metrics`."""
+def _metric_rows(values: Any, prefix: str = "") -> Iterator[str]:
+    """Yield a table row per metric of a report: those with an interval, and the plain ones of `metrics`."""
     if not isinstance(values, Mapping):
         return
     intervals = values.get("intervals")
@@ -148,10 +152,10 @@ def _figures(values: Any, prefix: str = "") -> Iterator[str]:
         elif prefix.endswith("metrics ") and isinstance(value, (int, float)):
             yield f"| {name} | {value:.5g} | |"
         elif name != "intervals":
-            yield from _figures(value, f"{prefix}{name} ".removeprefix("details "))
+            yield from _metric_rows(value, f"{prefix}{name} ".removeprefix("details "))
 
 
-def _loading(name: str, written: Written) -> str:
-    needs = " ".join(written.needs)
-    code = written.code.format(folder=name)
-    return f"## Load it\n\n`pip install {needs}`, then, from the folder above:\n\n```python\n{code}```\n"
+def _loading(name: str, notes: ExportNotes) -> str:
+    code = notes.code.format(folder=name)
+    packages = " ".join(notes.requirements)
+    return f"## Usage\n\n`pip install {packages}`, then, in the parent folder:\n\n```python\n{code}```\n"

@@ -1,46 +1,60 @@
-"""Write a run in another library's format: whole, checked there, with a card; or refuse with the reason.
+"""Export a run in another library's format: complete, checked with that library, with a model card, or not at all."""
 
-An export on the Hugging Face hub.
-"""
-
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embedcache.errors import CorruptError, PathError, SettingError
-from embedcache.export.base import Run, Written
+from embedcache.export.base import ExportNotes, ExportRun
 from embedcache.export.card import write_card
+from embedcache.export.onnx import write_onnx
+from embedcache.export.open_clip import write_open_clip
+from embedcache.export.safetensors import write_safetensors
+from embedcache.export.sentence_transformers import write_sentence_transformers
+from embedcache.export.settings import ExportSettings
+from embedcache.export.transformers import write_transformers
 from embedcache.files import building, remove_folder
 from embedcache.projectors.saved import config_path
 from embedcache.provenance import check_same, digest, digest_file, read_json, read_manifest, write_json
-from embedcache.registry import Registry
+from embedcache.registry import unknown_name
 
 FORMAT_VERSION = 1
 RECORD, CARD = "embedcache_export.json", "README.md"
 
-FORMS = Registry(
-    "export format",
-    {
-        "onnx": "embedcache.export.onnx:write_onnx",
-        "open-clip": "embedcache.export.open_clip:write_open_clip",
-        "safetensors": "embedcache.export.safetensors:write_safetensors",
-        "sentence-transformers": "embedcache.export.sentence_transformers:write_sentence_transformers",
-        "transformers": "embedcache.export.transformers:write_transformers",
-    },
-)
-"""Each is a function of a run, a folder to fill, and options: `write(run, folder, **options) -> Written`."""
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A format that runs can be exported in.
+
+    Args:
+        write: `write(run, folder, **options)` fills an empty folder, checks it with the other library and returns
+            notes.
+        options: names of the options, see `_options`, that the files depend on; they are recorded with the export.
+    """
+
+    write: Callable[..., ExportNotes]
+    options: tuple[str, ...] = ()
+
+
+FORMATS: Mapping[str, ExportFormat] = {
+    "onnx": ExportFormat(write_onnx, ("towers",)),
+    "open-clip": ExportFormat(write_open_clip, ("final", "hub_name")),
+    "safetensors": ExportFormat(write_safetensors),
+    "sentence-transformers": ExportFormat(write_sentence_transformers),
+    "transformers": ExportFormat(write_transformers),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported:
-    """What came out.
+class ExportReport:
+    """Result of an export.
 
     Args:
-        differences: what was compared in the other library -> the largest difference in one number.
-        url: where it was pushed to; None: it was not.
-        is_new: whether it was written now; else it was there already.
+        differences: modality -> largest difference from the run, as the other library computes it, in one element of
+            a unit vector.
+        url: where it was uploaded to; None: it was not.
+        is_new: whether it was written now; False: an identical export was reused.
     """
 
     differences: Mapping[str, float]
@@ -48,88 +62,63 @@ class Exported:
     is_new: bool
 
 
-def export(
-    form: str,
-    run_path: Path,
-    folder: Path,
-    *,
-    metrics: Path | None = None,
-    push_to: str | None = None,
-    is_public: bool = False,
-    **options: Any,
-) -> Exported:
-    """Export a run, and push it where asked.
+def export_run(format_name: str, run_path: Path, folder: Path, settings: ExportSettings | None = None) -> ExportReport:
+    """Export a run, and upload it if requested.
 
-    An export of the same run with the same options that is there already is used again, once its files have been found
-    unchanged; its card may have been edited.
+    An existing export of the same run with the same options is reused after its files were found unchanged; its model
+    card may have been edited.
 
     Args:
-        form: a name in `FORMS`.
+        format_name: a name in `FORMATS`.
         run_path: the run.
-        folder: where it goes; it must be empty, or not there, or hold that export.
-        metrics: a JSON file of `embedcache evaluate`, for the card.
-        push_to: `OWNER/NAME` on the Hugging Face hub.
-        is_public: whether a repository that is made for it can be seen by all.
-        options: the format's own.
+        folder: a new or empty folder, or one that holds the same export.
+        settings: options; None: the defaults.
 
     Raises:
-        UnknownNameError: there is no such format.
-        PathError: there is no such run, or something else is in the folder, or the hub does not take it.
-        SettingError: the format cannot hold the run; says why.
-        FingerprintError: the folder holds an export of another run or of other options.
-        CorruptError: a file of the export that is there was changed.
+        UnknownNameError: unknown format.
+        PathError: the run does not exist, the folder holds something else, or the hub refuses the upload.
+        SettingError: the format does not support the run or an option; the message says why.
+        FingerprintError: the folder holds an export of another run or with other options.
+        CorruptError: a file of the existing export was changed.
         ArtifactError: the other library computes other vectors.
-        MissingExtraError: that library is not installed.
+        MissingExtraError: the other library is not installed.
     """
-    write = FORMS.load(form)
-    if push_to is not None:
-        check_repository(push_to)
-    run = Run.open(run_path)
-    figures = None if metrics is None else read_json(metrics)
-    if form == "open-clip":  # its config names the folder, or the repository, that it lies in
-        options = {**options, "final": str(folder.absolute()), "hub_name": push_to}
-    asked = {"form": form, "run": digest(read_json(config_path(run_path))), "metrics": digest(figures), **options}
-    differences, is_new = _again(folder, asked), False
+    settings = settings or ExportSettings()
+    if format_name not in FORMATS:
+        raise unknown_name("export format", format_name, FORMATS)
+    options = _options(FORMATS[format_name], settings, folder)
+    if settings.towers and "towers" not in options:
+        raise SettingError(f"towers: expected false for the {format_name} format, got true")
+    run = ExportRun.open(run_path)
+    metrics = None if settings.metrics is None else read_json(settings.metrics)
+    identity = {
+        "form": format_name,
+        "run": digest(read_json(config_path(run_path))),
+        "metrics": digest(metrics),
+        **options,
+    }
+    differences, is_new = _existing_differences(folder, identity), False
     if differences is None:
-        differences, is_new = _write(write, run, folder, asked, figures, options), True
-    url = None if push_to is None else push(folder, push_to, is_public=is_public)
-    return Exported(differences=differences, url=url, is_new=is_new)
+        differences, is_new = _write(run, folder, identity, metrics, options), True
+    url = None if settings.push_to_hub is None else _push(folder, settings.push_to_hub, is_public=settings.public)
+    return ExportReport(differences=differences, url=url, is_new=is_new)
 
 
-def _write(
-    write: Callable[..., Written],
-    run: Run,
-    folder: Path,
-    asked: Mapping[str, Any],
-    figures: Any,
-    options: Mapping[str, Any],
-) -> Mapping[str, float]:
-    with building(folder) as temporary:
-        written = write(run, temporary, **options)
-        for cached in temporary.rglob("__pycache__"):
-            remove_folder(cached)
-        write_card(temporary / CARD, run, written, str(asked["form"]), figures)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file() and path.name != CARD)
-        record = {
-            "format": FORMAT_VERSION,
-            **asked,
-            "differences": dict(written.differences),
-            "files": {str(path.relative_to(temporary)): digest_file(path) for path in files},
-        }
-        write_json(temporary / RECORD, record)
-    return written.differences
+def _options(export_format: ExportFormat, settings: ExportSettings, folder: Path) -> dict[str, Any]:
+    values = {"towers": settings.towers, "final": str(folder.absolute()), "hub_name": settings.push_to_hub}
+    return {name: values[name] for name in export_format.options}
 
 
-def _again(folder: Path, asked: Mapping[str, Any]) -> Mapping[str, float] | None:
-    """Get the differences of the export that is there; None where there is nothing."""
+def _existing_differences(folder: Path, identity: Mapping[str, Any]) -> Mapping[str, float] | None:
+    """Return the recorded differences of an existing export, after checking it; None if the folder is empty or new."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / RECORD).is_file():
-        what = "is no export and not empty" if folder.is_dir() else "is a file"
-        raise PathError(f"{folder} {what}; give the path of a new folder")
+        reason = "is not empty and holds no export" if folder.is_dir() else "is a file"
+        raise PathError(f"{folder} {reason}; give the path of a new folder")
     record = read_manifest(folder / RECORD, kind="export", latest_format=FORMAT_VERSION, make="embedcache export")
-    found = {name: record.get(name) for name in record if name not in ("format", "differences", "files")}
-    check_same(f"the export {folder}", found, asked, next_step="give the path of a new folder")
+    existing = {name: record.get(name) for name in record if name not in ("format", "differences", "files")}
+    check_same(f"the export {folder}", existing, identity, next_step="give the path of a new folder")
     for name, sha in record["files"].items():
         if not (folder / name).is_file() or digest_file(folder / name) != sha:
             raise CorruptError(f"{folder / name} is missing or was changed after the export; give a new folder")
@@ -137,43 +126,41 @@ def _again(folder: Path, asked: Mapping[str, Any]) -> Mapping[str, float] | None
     return differences
 
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+def _write(
+    run: ExportRun, folder: Path, identity: Mapping[str, Any], metrics: Any, options: Mapping[str, Any]
+) -> Mapping[str, float]:
+    format_name = str(identity["form"])
+    with building(folder) as temporary:
+        notes = FORMATS[format_name].write(run, temporary, **options)
+        for cached in temporary.rglob("__pycache__"):
+            remove_folder(cached)
+        write_card(temporary / CARD, run, notes, format_name, metrics)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file() and path.name != CARD)
+        record = {
+            "format": FORMAT_VERSION,
+            **identity,
+            "differences": dict(notes.differences),
+            "files": {str(path.relative_to(temporary)): digest_file(path) for path in files},
+        }
+        write_json(temporary / RECORD, record)
+    return notes.differences
 
 
-def check_repository(name: str) -> None:
-    """Refuse what is no name of a repository.
-
-    Raises:
-        SettingError: says how one is written.
-    """
-    if not _REPOSITORY.fullmatch(name):
-        raise SettingError(f"{name!r} names no repository of the hub; write OWNER/NAME, of letters, digits, - _ and .")
-
-
-def push(folder: Path, name: str, *, is_public: bool) -> str:
-    """Upload a folder, as one commit, and give its URL.
-
-    A repository that is not there is made, private unless asked otherwise; one that is there stays as visible as it is.
-
-    Args:
-        folder: the export.
-        name: `OWNER/NAME`.
-        is_public: whether a new repository can be seen by all.
-
-    Raises:
-        PathError: the hub can't be reached, or does not let this user write there. The export stays where it is.
-    """
+def _push(folder: Path, repository: str, *, is_public: bool) -> str:
+    """Upload a folder to the hub as one commit and return its URL; an existing repository keeps its visibility."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     api = HfApi()
     try:
-        url = api.create_repo(name, private=not is_public, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export a trained pair with embedcache")
+        url = api.create_repo(repository, private=not is_public, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Export a trained pair with embedcache"
+        )
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PathError(
-            f"{name} can't be pushed to: {reason}; the export is in {folder}: run `hf auth login`, check the name and "
-            "the network, and run the same command again"
+            f"cannot upload to {repository}: {reason}; the export is in {folder}: run `hf auth login`, check the name "
+            "and the network, and run the same command again"
         ) from error
     return str(url)

@@ -1,6 +1,6 @@
-"""A folder that open_clip opens as `local-dir:`: config, weights, tokenizer. Its heads take features as they are.
+"""Export a folder that open_clip opens as `local-dir:`: config, weights, tokenizer.
 
-The heads that open_clip puts on its towers, with the weights of a projector.
+open_clip's heads get features as the encoder returns them, so projectors that normalize or center are not supported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,26 +12,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from embedcache.encoders import open_clip as ours
 from embedcache.encoders.base import Modality
 from embedcache.encoders.open import EncoderSpec
+from embedcache.encoders.open_clip import load_checkpoint
 from embedcache.export.base import (
     MODALITIES,
     TEXTS,
-    Run,
-    Written,
+    ExportNotes,
+    ExportRun,
     check_parity,
     check_plain,
-    expected,
-    pictures,
-    refusal,
+    example_images,
+    unsupported,
 )
-from embedcache.export.dense import Layer, dense_chain
-from embedcache.export.towers import open_image_tower, open_text_tower
+from embedcache.export.dense import DenseLayer, dense_chain
+from embedcache.export.towers import open_image_module, open_text_module
 from embedcache.provenance import write_json
 from embedcache.registry import require
 
-_FORM = "open-clip"
+_FORMAT = "open-clip"
+_NEXT_STEP = "train with --projector openclip-linear or openclip-mlp, or use embedcache export transformers"
 _CODE = """\
 import open_clip
 import torch
@@ -42,27 +42,37 @@ model, _, preprocess = open_clip.create_model_and_transforms(name)
 tokenizer = open_clip.get_tokenizer(name)
 model.eval()
 
-pictures = torch.stack([preprocess(Image.new("RGB", (320, 200), "red"))])
-texts = tokenizer(["a red picture", "two dogs on a hill"])
+images = torch.stack([preprocess(Image.new("RGB", (320, 200), "red"))])
+texts = tokenizer(["a red image", "two dogs on a hill"])
 with torch.inference_mode():
-    image = model.encode_image(pictures, normalize=True)
+    image = model.encode_image(images, normalize=True)
     text = model.encode_text(texts, normalize=True)
     print((model.logit_scale.exp() * image @ text.T).softmax(dim=-1))
 """
 _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
 _ARCHITECTURES = ("bert", "roberta", "xlm-roberta")
+_LAST_MAPS = {
+    "image": (("visual.proj", "matrix"), ("visual.head.proj", "linear"), ("visual.attnpool.c_proj", "linear")),
+    "text": (
+        ("text_projection", "matrix"),
+        ("text.text_projection", "matrix"),
+        ("text.text_projection", "linear"),
+        ("text.proj", "linear"),
+    ),
+}
+"""Where open_clip's own towers end in a linear map: a matrix (D, P), or a linear layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
-    """What goes into the folder.
+    """Content of the folder.
 
     Args:
         config: `model_cfg`.
         preprocess: `preprocess_cfg`.
-        state: the weights.
-        text_config: of the transformer whose config open_clip looks for by name; None: it has its own.
-        text_name: the hub's name of that transformer; None: it is a folder here.
+        state: weights.
+        text_config: config of the text transformer, which open_clip looks up by name; None: an own tower of open_clip.
+        text_name: the transformer's name on the hub; None: a local folder.
     """
 
     config: dict[str, Any]
@@ -72,108 +82,108 @@ class _Model:
     text_name: str | None = None
 
 
-def write_open_clip(run: Run, folder: Path, *, final: str, hub_name: str | None) -> Written:
-    """Write a folder that open_clip opens, and open it there.
+def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str | None) -> ExportNotes:
+    """Write a folder that open_clip opens, and check it with that library.
 
     Args:
-        run: what is exported.
-        folder: to fill.
-        hub_name: the repository that the folder is for, where it is.
-        final: the path that the folder will have.
+        run: the run to export.
+        folder: empty folder to fill.
+        final: path that the folder will have.
+        hub_name: repository on the hub that it will be uploaded to, if any.
 
     Raises:
         MissingExtraError: open_clip is not installed.
-        SettingError: an encoder, a preprocessing or a head that open_clip does not have; says which.
+        SettingError: an encoder, a preprocessing or a head that open_clip does not have; the message names it.
         ArtifactError: open_clip computes other vectors.
     """
-    require("open_clip", extra=_FORM)
+    require("open_clip", extra=_FORMAT)
     for modality in MODALITIES:
-        check_plain(run.config.tower_input(modality), _FORM)
+        check_plain(run.config.tower_input(modality), _FORMAT)
     families = {EncoderSpec.parse(run.config.tower_input(modality).spec).family for modality in MODALITIES}
-    model = _own_towers(run, folder) if families == {"open_clip"} else _timm_and_transformer(run, folder)
+    model = _clip_model(run, folder) if families == {"open_clip"} else _timm_and_transformer_model(run, folder)
     state = {**model.state, "logit_scale": run.pair.scale.detach().log()}
-    save_file({name: value.detach().clone().contiguous() for name, value in state.items()},
-              folder / "open_clip_model.safetensors")  # fmt: skip
-    notes = []
+    save_file(
+        {name: value.detach().clone().contiguous() for name, value in state.items()},
+        folder / "open_clip_model.safetensors",
+    )
+    notes, requirements = [], ["open_clip_torch"]
     if model.text_config is not None:
         model.text_config.save_pretrained(folder)
-        _name_text(model, str(folder))  # for the check
+        requirements.append("transformers")
         notes.append("open_clip cleans texts before it reads them: HTML entities, broken Unicode and runs of spaces.")
-    _write_config(folder, model)
+    _write_config(folder, model, text_name=str(folder))  # its present path, for the check
     differences = _check(run, folder)
     if model.text_config is not None:
         name = model.text_name or hub_name or final
-        _name_text(model, name)
-        notes.append(f"open_clip reads the text tower's config from `{name}`, named in `open_clip_config.json`"
-                     + ("; where the folder moves, write its new path there." if name == final else "."))  # fmt: skip
-        _write_config(folder, model)
-    return Written(
+        notes.append(
+            f"open_clip reads the text tower's config from `{name}`, named in `open_clip_config.json`"
+            + ("; if you move the folder, write its new path there." if name == final else ".")
+        )
+        _write_config(folder, model, text_name=name)
+    return ExportNotes(
         library="open_clip",
         task="zero-shot-image-classification",
         code=_CODE,
-        needs=("open_clip_torch", *(["transformers"] if model.text_config is not None else [])),
+        requirements=requirements,
         differences=differences,
         notes=notes,
     )
 
 
-def _name_text(model: _Model, name: str) -> None:
-    """Say where the text tower's config and tokenizer are found; the weights are in the folder."""
-    model.config["text_cfg"] |= {"hf_model_name": name, "hf_tokenizer_name": name}
-
-
-def _write_config(folder: Path, model: _Model) -> None:
+def _write_config(folder: Path, model: _Model, *, text_name: str) -> None:
+    """Write the config; `text_name` is where open_clip finds the text transformer's config and tokenizer."""
+    if model.text_config is not None:
+        model.config["text_cfg"] |= {"hf_model_name": text_name, "hf_tokenizer_name": text_name}
     write_json(folder / "open_clip_config.json", {"model_cfg": model.config, "preprocess_cfg": model.preprocess})
 
 
-def _layers(run: Run, modality: Modality) -> tuple[Layer, ...]:
-    chain = dense_chain(run.pair.tower(modality), _FORM)
-    if chain.is_scaled:
-        raise refusal(_FORM, f"the projector {run.projector(modality)} takes vectors of length 1, centered, and "
-                      "open_clip's heads take them as the encoder gave them", NEXT)  # fmt: skip
+def _layers(run: ExportRun, modality: Modality) -> tuple[DenseLayer, ...]:
+    chain = dense_chain(run.pair.tower(modality), _FORMAT)
+    if chain.has_unit_input:
+        raise unsupported(
+            _FORMAT,
+            f"the projector {run.projector(modality)} normalizes and centers its input, and open_clip's heads do not",
+            _NEXT_STEP,
+        )
     return chain.layers
 
 
-def _timm_and_transformer(run: Run, folder: Path) -> _Model:
+def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
     layers = {modality: _layers(run, modality) for modality in MODALITIES}
     width = run.config.shared_width
-    head, text_kind = image_head(layers["image"], width), text_head(layers["text"], width)
-    preprocess = _preprocess(run)
-    image, text = open_image_tower(run, _FORM), open_text_tower(run, _FORM)
-    pooler = _pooler(text.about, run)
-    text.save(folder)
-    transformer = _part(text.module, "_transformer" if text.about["kind"] == "sentences" else "_model")
-    family, _, name = run.config.text.spec.partition(":")
-    is_on_hub = not EncoderSpec(family, name.partition(",")[0]).is_path and family == "hf"
+    image_head, text_head = _image_head(layers["image"], width), _text_head(layers["text"], width)
+    preprocess = _preprocess_config(run)
+    image, text = open_image_module(run, _FORMAT), open_text_module(run, _FORMAT)
+    pooler = _pooler(text.config, run)
+    text.save_processor(folder)
+    transformer: Any = text.module.get_submodule("_transformer" if text.config["kind"] == "sentences" else "_model")
+    spec = EncoderSpec.parse(run.config.text.spec)
+    is_on_hub = spec.family == "hf" and not spec.is_path
     return _Model(
         config={
             "embed_dim": width,
-            "vision_cfg": {**_vision(image.about), **head.config},
+            "vision_cfg": {**_vision_config(image.config), **image_head.config},
             "text_cfg": {
                 "hf_model_name": "",
                 "hf_tokenizer_name": "",
                 "hf_pooler_type": pooler,
                 "context_length": int(run.config.text.fingerprint["preprocessing"]["max_tokens"]),
-                **text_kind.config,
+                **text_head.config,
             },
         },
         preprocess=preprocess,
         state={
-            **_named("visual.trunk", _part(image.module, "_model").state_dict()),
-            **_named("visual.head", head.state),
-            **_named("text.transformer", _without_pooler(transformer.state_dict())),
-            **_named("text.proj", text_kind.state),
+            **_prefixed("visual.trunk", image.module.get_submodule("_model").state_dict()),
+            **_prefixed("visual.head", image_head.state),
+            **_prefixed("text.transformer", _without_pooler(transformer.state_dict())),
+            **_prefixed("text.proj", text_head.state),
         },
         text_config=transformer.config,
         text_name=run.config.text.fingerprint["model"] if is_on_hub else None,
     )
 
 
-def _part(module: nn.Module, name: str) -> Any:
-    return module.get_submodule(name)
-
-
-def _named(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": value for name, value in state.items()}
 
 
@@ -181,34 +191,36 @@ def _without_pooler(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not name.startswith("pooler.")}
 
 
-def _vision(about: Mapping[str, Any]) -> dict[str, Any]:
-    if about["features"] not in (["pooled"], ["cls"], ["patch_mean"]):
-        raise refusal(_FORM, f"its image feature is {'+'.join(about['features'])}, and timm pools pooled, cls or "
-                             "patch_mean")  # fmt: skip
-    if about["image_size"]:
-        raise refusal(_FORM, "the encoder has the option image_size, and open_clip makes timm's networks at their own")
+def _vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config["features"] not in (["pooled"], ["cls"], ["patch_mean"]):
+        feature = "+".join(config["features"])
+        raise unsupported(_FORMAT, f"its image feature is {feature}: expected pooled, cls or patch_mean, as timm pools")
+    if config["image_size"]:
+        raise unsupported(_FORMAT, "its encoder has the option image_size, and open_clip uses timm's published size")
     return {
-        "image_size": about["input_size"][-1],
-        "timm_model_name": about["model"],
+        "image_size": config["input_size"][-1],
+        "timm_model_name": config["model"],
         "timm_model_pretrained": False,
-        "timm_pool": {"pooled": "", "cls": "token", "patch_mean": "avg"}[about["features"][0]],
+        "timm_pool": {"pooled": "", "cls": "token", "patch_mean": "avg"}[config["features"][0]],
     }
 
 
-def _preprocess(run: Run) -> dict[str, Any]:
-    """Say timm's transform in open_clip's words: to the size, the middle cut out or squeezed; nothing else."""
+def _preprocess_config(run: ExportRun) -> dict[str, Any]:
+    """Return timm's transform as open_clip's config, if it only resizes to the input size and crops or squeezes."""
     fingerprint = run.config.image.fingerprint
     if fingerprint["family"] != "timm":
-        raise refusal(_FORM, f"its image encoder is of the family {fingerprint['family']!r}, and open_clip has towers "
-                             "of timm and its own")  # fmt: skip
+        raise unsupported(
+            _FORMAT, f"its image encoder is of the family {fingerprint['family']!r}: expected timm or open_clip"
+        )
     timm = fingerprint["preprocessing"]
     modes = {"center": "shortest", "squash": "squash"}
     if timm["crop_pct"] != 1 or timm["crop_mode"] not in modes or timm["interpolation"] not in ("bicubic", "bilinear"):
-        raise refusal(
-            _FORM, f"timm crops this model's pictures with crop_pct {timm['crop_pct']}, crop_mode {timm['crop_mode']}, "
-            f"{timm['interpolation']}, and open_clip resizes to the very size, bicubic or bilinear",
+        raise unsupported(
+            _FORMAT,
+            f"timm crops this model's images with crop_pct {timm['crop_pct']}, crop_mode {timm['crop_mode']}, "
+            f"{timm['interpolation']}, and open_clip resizes to the input size, bicubic or bilinear",
             "use embedcache export transformers, or an encoder with crop_pct 1",
-        )  # fmt: skip
+        )
     return {
         "size": timm["input_size"][-1],
         "mode": "RGB",
@@ -219,72 +231,22 @@ def _preprocess(run: Run) -> dict[str, Any]:
     }
 
 
-def _pooler(about: Mapping[str, Any], run: Run) -> str:
-    kind = about["config"]["model_type"]
-    if kind not in _ARCHITECTURES:
-        raise refusal(_FORM, f"its text encoder is a {kind}, and open_clip has {', '.join(_ARCHITECTURES)}")
-    name = "_".join(about["features"])
+def _pooler(config: Mapping[str, Any], run: ExportRun) -> str:
+    architecture = config["config"]["model_type"]
+    if architecture not in _ARCHITECTURES:
+        raise unsupported(_FORMAT, f"its text encoder is a {architecture}: expected {', '.join(_ARCHITECTURES)}")
+    name = "_".join(config["features"])
     if name not in _POOLERS:
-        raise refusal(_FORM, f"its text feature is {run.config.text.feature}, and open_clip pools mean and cls")
+        raise unsupported(_FORMAT, f"its text feature is {run.config.text.feature}: expected mean or cls")
     return _POOLERS[name]
 
 
-def _own_towers(run: Run, folder: Path) -> _Model:
-    """Fold both projectors into the linear maps that a CLIP's towers end in."""
-    specs = {modality: EncoderSpec.parse(run.config.tower_input(modality).spec) for modality in MODALITIES}
-    if specs["image"] != specs["text"]:
-        raise refusal(_FORM, f"its towers are of two models, {specs['image'].text} and {specs['text'].text}")
-    library = require("open_clip", extra=_FORM)
-    checkpoint = ours.load_checkpoint(library, specs["image"], "cpu")
-    state = dict(checkpoint.model.state_dict())
-    for modality in MODALITIES:
-        fold_behind(state, modality, _layers(run, modality))
-    config = {**library.get_model_config(specs["image"].model), "embed_dim": run.config.shared_width}
-    tokenizer = library.get_tokenizer(specs["image"].model)
-    if config["text_cfg"].get("hf_tokenizer_name"):
-        tokenizer.save_pretrained(str(folder))
-    return _Model(config=config, preprocess=dict(library.get_model_preprocess_cfg(checkpoint.model)), state=state)
-
-
-@torch.inference_mode()
-def _check(run: Run, folder: Path) -> dict[str, float]:
-    try:
-        found = _vectors(folder)
-    except RuntimeError as error:  # some networks of timm give open_clip another width than they announce
-        reason = " ".join(str(error).split())[:150]
-        spec = run.config.image.spec
-        raise refusal(_FORM, f"open_clip can't run {spec} with {run.config.text.spec}: {reason}") from error
-    return {modality: check_parity("open_clip", found[modality], expected(run, modality)) for modality in MODALITIES}
-
-
-def _vectors(folder: Path) -> dict[Modality, Tensor]:
-    """Embed the example pictures and texts with open_clip."""
-    library = require("open_clip", extra=_FORM)
-    name = f"local-dir:{folder}"
-    model, _, preprocess = library.create_model_and_transforms(name)
-    tokenizer = library.get_tokenizer(name)
-    model.eval()
-    return {
-        "image": model.encode_image(torch.stack([preprocess(picture) for picture in pictures()]), normalize=True),
-        "text": model.encode_text(tokenizer(list(TEXTS)), normalize=True),
-    }
-
-
-NEXT = "train with --projector openclip-linear or openclip-mlp, or use embedcache export transformers"
-_LAST = {
-    "image": (("visual.proj", "matrix"), ("visual.head.proj", "linear"), ("visual.attnpool.c_proj", "linear")),
-    "text": (("text_projection", "matrix"), ("text.text_projection", "matrix"), ("text.text_projection", "linear"),
-             ("text.proj", "linear")),
-}  # fmt: skip
-"""Where a tower of open_clip's own ends in a linear map: a table (D, P), or a layer."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Head:
-    """A head.
+class _Head:
+    """A head on a tower.
 
     Args:
-        config: what names it in open_clip's config.
+        config: its entries in open_clip's config.
         state: its weights, by the names of its modules.
     """
 
@@ -292,15 +254,11 @@ class Head:
     state: Mapping[str, Tensor]
 
 
-def image_head(layers: Sequence[Layer], shared_width: int) -> Head:
-    """Put layers into the head of a timm tower: `linear`, or `mlp`, 2 P wide inside and with a bias there.
-
-    Raises:
-        SettingError: they have another shape.
-    """
+def _image_head(layers: Sequence[DenseLayer], shared_width: int) -> _Head:
+    """Return layers as the head of a timm tower: `linear`, or `mlp` with 2 P hidden units and a hidden bias."""
     if _is_linear(layers):
         state = {"proj.weight": layers[0].weight_PD, **_bias("proj.bias", layers[0])}
-        return Head(config={"timm_proj": "linear", "timm_proj_bias": layers[0].bias_P is not None}, state=state)
+        return _Head(config={"timm_proj": "linear", "timm_proj_bias": layers[0].bias_P is not None}, state=state)
     if _is_mlp(layers, 2 * shared_width):
         hidden, output = layers
         state = {
@@ -309,43 +267,66 @@ def image_head(layers: Sequence[Layer], shared_width: int) -> Head:
             "mlp.fc2.weight": output.weight_PD,
             **_bias("mlp.fc2.bias", output),
         }
-        return Head(config={"timm_proj": "mlp", "timm_proj_bias": output.bias_P is not None}, state=state)
-    raise refusal(_FORM, "the image projector is no linear map, and no two of them with a GELU between, twice the "
-                         "shared width inside", NEXT)  # fmt: skip
+        return _Head(config={"timm_proj": "mlp", "timm_proj_bias": output.bias_P is not None}, state=state)
+    raise unsupported(
+        _FORMAT,
+        "its image projector is neither a linear map nor two of them with a GELU between and 2 P hidden units",
+        _NEXT_STEP,
+    )
 
 
-def text_head(layers: Sequence[Layer], shared_width: int) -> Head:
-    """Put layers into the head of a transformer: `linear`, or `mlp`, (D + P) / 2 wide inside, both without biases.
-
-    Raises:
-        SettingError: they have another shape.
-    """
+def _text_head(layers: Sequence[DenseLayer], shared_width: int) -> _Head:
+    """Return layers as the head of a transformer: `linear`, or `mlp` with (D + P) / 2 hidden units, without biases."""
     has_bias = any(layer.bias_P is not None for layer in layers)
     if _is_linear(layers) and not has_bias:
-        return Head(config={"hf_proj_type": "linear"}, state={"weight": layers[0].weight_PD})
+        return _Head(config={"hf_proj_type": "linear"}, state={"weight": layers[0].weight_PD})
     if layers and _is_mlp(layers, (layers[0].weight_PD.shape[1] + shared_width) // 2) and not has_bias:
         state = {"0.weight": layers[0].weight_PD, "2.weight": layers[1].weight_PD}
-        return Head(config={"hf_proj_type": "mlp"}, state=state)
-    raise refusal(_FORM, "the text projector is no linear map without a bias, and no two of them with a GELU between, "
-                         "(D + P) / 2 wide inside", NEXT)  # fmt: skip
+        return _Head(config={"hf_proj_type": "mlp"}, state=state)
+    raise unsupported(
+        _FORMAT,
+        "its text projector is neither a linear map without a bias nor two of them with a GELU between and (D + P) / 2 "
+        "hidden units",
+        _NEXT_STEP,
+    )
 
 
-def fold_behind(state: dict[str, Tensor], modality: str, layers: Sequence[Layer]) -> None:
-    """Put a linear map behind a tower of open_clip's own into the linear map that the tower ends in.
+def _clip_model(run: ExportRun, folder: Path) -> _Model:
+    """Fold both projectors into the linear maps at the end of a CLIP model's own towers."""
+    specs = {modality: EncoderSpec.parse(run.config.tower_input(modality).spec) for modality in MODALITIES}
+    if specs["image"] != specs["text"]:
+        raise unsupported(_FORMAT, f"its towers are of two models, {specs['image'].text} and {specs['text'].text}")
+    library = require("open_clip", extra=_FORMAT)
+    checkpoint = load_checkpoint(library, specs["image"], "cpu")
+    state = dict(checkpoint.model.state_dict())
+    for modality in MODALITIES:
+        fold_into_tower(state, modality, _layers(run, modality))
+    config = {**library.get_model_config(specs["image"].model), "embed_dim": run.config.shared_width}
+    tokenizer = library.get_tokenizer(specs["image"].model)
+    if config["text_cfg"].get("hf_tokenizer_name"):
+        tokenizer.save_pretrained(str(folder))
+    return _Model(config=config, preprocess=dict(library.get_model_preprocess_cfg(checkpoint.model)), state=state)
+
+
+def fold_into_tower(state: dict[str, Tensor], modality: str, layers: Sequence[DenseLayer]) -> None:
+    """Fold a linear projector into the linear map at the end of an own tower of open_clip.
 
     Args:
-        state: of the whole model; changed in place.
+        state: state of the whole model; changed in place.
         modality: `image` or `text`.
-        layers: of the projector.
+        layers: layers of the projector.
 
     Raises:
         SettingError: the projector is more than a linear map, or the tower does not end in one.
     """
     if not _is_linear(layers) or layers[0].bias_P is not None:
-        raise refusal(_FORM, f"the {modality} projector is more than a linear map, and open_clip's towers end in one",
-                      "train with --projector openclip-linear")  # fmt: skip
+        raise unsupported(
+            _FORMAT,
+            f"the {modality} projector is more than a linear map, and open_clip's towers end in one",
+            "train with --projector openclip-linear",
+        )
     weight_PD = layers[0].weight_PD.double()
-    for name, kind in _LAST[modality]:
+    for name, kind in _LAST_MAPS[modality]:
         if kind == "matrix" and name in state:
             state[name] = (state[name].double() @ weight_PD.T).float()
             return
@@ -354,22 +335,44 @@ def fold_behind(state: dict[str, Tensor], modality: str, layers: Sequence[Layer]
                 if key in state:
                     state[key] = (weight_PD @ state[key].double()).float()
             return
-    raise refusal(_FORM, f"the {modality} tower does not end in a linear map that could take the projector in")
+    raise unsupported(_FORMAT, f"the {modality} tower does not end in a linear map to fold the projector into")
 
 
-def _is_linear(layers: Sequence[Layer]) -> bool:
-    return len(layers) == 1 and isinstance(layers[0].activation, nn.Identity)
+def _is_linear(layers: Sequence[DenseLayer]) -> bool:
+    return len(layers) == 1 and layers[0].is_linear
 
 
-def _is_mlp(layers: Sequence[Layer], hidden_width: int) -> bool:
+def _is_mlp(layers: Sequence[DenseLayer], hidden_width: int) -> bool:
     return (
         len(layers) == 2
         and isinstance(layers[0].activation, nn.GELU)
         and layers[0].activation.approximate == "none"
-        and isinstance(layers[1].activation, nn.Identity)
+        and layers[1].is_linear
         and len(layers[0].weight_PD) == hidden_width
     )
 
 
-def _bias(name: str, layer: Layer) -> dict[str, Tensor]:
+def _bias(name: str, layer: DenseLayer) -> dict[str, Tensor]:
     return {} if layer.bias_P is None else {name: layer.bias_P}
+
+
+@torch.inference_mode()
+def _check(run: ExportRun, folder: Path) -> dict[str, float]:
+    library = require("open_clip", extra=_FORMAT)
+    name = f"local-dir:{folder}"
+    try:
+        model, _, preprocess = library.create_model_and_transforms(name)
+        tokenizer = library.get_tokenizer(name)
+        model.eval()
+        images = torch.stack([preprocess(image) for image in example_images()])
+        found: dict[Modality, Tensor] = {
+            "image": model.encode_image(images, normalize=True),
+            "text": model.encode_text(tokenizer(list(TEXTS)), normalize=True),
+        }
+    except RuntimeError as error:  # some timm networks have another width than they announce to open_clip
+        reason = " ".join(str(error).split())[:150]
+        specs = f"{run.config.image.spec} with {run.config.text.spec}"
+        raise unsupported(_FORMAT, f"open_clip cannot run {specs}: {reason}") from error
+    return {
+        modality: check_parity("open_clip", found[modality], run.embed_examples(modality)) for modality in MODALITIES
+    }

@@ -1,4 +1,4 @@
-"""The text side for sentence-transformers: transformer, pooling, and the projector as dense layers behind it."""
+"""Export the text tower for sentence-transformers: transformer, pooling, and the projector as dense layers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,83 +6,85 @@ from typing import Any
 
 import torch
 
-from embedcache.encoders import sentence_transformers as ours
+from embedcache.encoders import sentence_transformers as encoders
 from embedcache.encoders.open import EncoderSpec, feature_names
-from embedcache.encoders.weights import model_folder
-from embedcache.export.base import TEXTS, Run, Written, check_parity, check_plain, expected, refusal
-from embedcache.export.dense import Chain, dense_chain
+from embedcache.encoders.weights import find_model_folder
+from embedcache.export.base import TEXTS, ExportNotes, ExportRun, check_parity, check_plain, unsupported
+from embedcache.export.dense import DenseChain, dense_chain
 from embedcache.registry import require
 
-_FORM = "sentence-transformers"
-_POOLED = {"mean": "mean", "cls": "cls"}
+_FORMAT = "sentence-transformers"
 _CODE = """\
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{folder}")  # this folder, or OWNER/NAME on the hub
-vectors = model.encode(["a red picture", "two dogs on a hill"])
+vectors = model.encode(["a red image", "two dogs on a hill"])
 print(vectors.shape)
 """
 
 
-def write_sentence_transformers(run: Run, folder: Path) -> Written:
-    """Write a folder that `SentenceTransformer` opens, and open it there.
+def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
+    """Write a folder that `SentenceTransformer` opens, and check it with that library.
 
     Raises:
         MissingExtraError: sentence-transformers is not installed.
-        SettingError: the text encoder is no transformer with a pooling, or the projector no chain of dense layers.
+        SettingError: the text encoder is not a transformer with a pooling, or the projector not a chain of dense
+            layers.
         ArtifactError: sentence-transformers computes other vectors.
     """
-    library = require("sentence_transformers", extra=_FORM)
-    chain = dense_chain(run.pair.text, _FORM)
-    check_plain(run.config.text, _FORM)
-    modules = [*_encoder(run, library), *_projector(chain, library)]
+    library = require("sentence_transformers", extra=_FORMAT)
+    chain = dense_chain(run.pair.text, _FORMAT)
+    check_plain(run.config.text, _FORMAT)
+    modules = [*_encoder_modules(run, library), *_projector_modules(chain, library)]
     model = library.SentenceTransformer(modules=modules, device="cpu")
     with torch.inference_mode():
         model.save(str(folder), create_model_card=False)
     found = library.SentenceTransformer(str(folder), device="cpu").encode(list(TEXTS), show_progress_bar=False)
-    return Written(
-        library=_FORM,
+    return ExportNotes(
+        library=_FORMAT,
         task="sentence-similarity",
         code=_CODE,
-        needs=("sentence-transformers",),
-        differences={"text": check_parity(_FORM, found, expected(run, "text"))},
-        notes=("The text side alone; `embedcache export transformers` has both.",),
-        sides=("text",),
+        requirements=("sentence-transformers",),
+        differences={"text": check_parity(_FORMAT, found, run.embed_examples("text"))},
+        notes=("The text tower only; `embedcache export transformers` includes both.",),
+        encoders=("text",),
     )
 
 
-def _encoder(run: Run, library: Any) -> list[Any]:
-    """Give the modules of the text encoder that end in the run's feature."""
+def _encoder_modules(run: ExportRun, library: Any) -> list[Any]:
+    """Return the text encoder's modules, up to the run's feature."""
     spec = EncoderSpec.parse(run.config.text.spec)
     name = "+".join(feature_names(run.config.text.feature))
+    max_tokens = int(run.config.text.fingerprint["preprocessing"].get("max_tokens", 0))
     if spec.family == "st":
-        return _sentences(spec, name, run, library)
-    if spec.family == "hf" and name in _POOLED:
+        return _sentence_modules(spec, name, max_tokens, library)
+    if spec.family == "hf" and name in ("mean", "cls"):
         parts = library.sentence_transformer.modules
-        max_tokens = int(run.config.text.fingerprint["preprocessing"]["max_tokens"])
-        transformer = parts.Transformer(str(model_folder(spec).path), max_seq_length=max_tokens)
-        return [transformer, parts.Pooling(transformer.get_embedding_dimension(), pooling_mode=_POOLED[name])]
-    raise refusal(_FORM, f"its text feature is {run.config.text.feature}; the pooled one of st, and mean and cls of hf "
-                         "can be held")  # fmt: skip
+        transformer = parts.Transformer(str(find_model_folder(spec).path), max_seq_length=max_tokens)
+        return [transformer, parts.Pooling(transformer.get_embedding_dimension(), pooling_mode=name)]
+    raise unsupported(
+        _FORMAT, f"its text feature is {run.config.text.feature}: expected the pooled one of st, or mean or cls of hf"
+    )
 
 
-def _sentences(spec: EncoderSpec, name: str, run: Run, library: Any) -> list[Any]:
-    folder = ours.find_folder(spec).path
-    parts = ours.read_parts(folder)
+def _sentence_modules(spec: EncoderSpec, name: str, max_tokens: int, library: Any) -> list[Any]:
+    folder = encoders.find_folder(spec).path
+    modules = encoders.read_modules(folder)
     model = library.SentenceTransformer(str(folder), device="cpu")
-    model.max_seq_length = int(run.config.text.fingerprint["preprocessing"]["max_tokens"])
+    model.max_seq_length = max_tokens
     kept = [module for module in model if type(module).__name__ != "Normalize"]
-    default = "dense" if parts.dense else "_".join(parts.pools)
+    pooled = "_".join(modules.pools)
+    default = "dense" if modules.dense else pooled
     if name == default:
         return kept
-    if name == "_".join(parts.pools):
+    if name == pooled:
         return [module for module in kept if type(module).__name__ != "Dense"]
-    raise refusal(_FORM, f"its text feature is {name!r}, and the library pools by {default!r}")
+    raise unsupported(_FORMAT, f"its text feature is {name!r}: expected {default!r}, the library's pooling")
 
 
-def _projector(chain: Chain, library: Any) -> Iterator[Any]:
+def _projector_modules(chain: DenseChain, library: Any) -> Iterator[Any]:
     parts = library.sentence_transformer.modules
-    if chain.is_scaled and chain.layers:
+    if chain.has_unit_input and chain.layers:
         yield parts.Normalize()
     for layer in chain.layers:
         yield parts.Dense(

@@ -12,9 +12,9 @@ from PIL.Image import Image
 
 from embedcache.arrays import Floats
 from embedcache.errors import EmbedcacheError
-from embedcache.search.filters import Filter
 from embedcache.search.queries import Queries
 from embedcache.search.search import Hit, OpenIndex
+from embedcache.search.settings import Filter
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -142,7 +142,7 @@ def search_batch(index: OpenIndex, queries: Sequence[SearchQuery]) -> list[Searc
     encode_ms = 1000 * (time.perf_counter() - started)
     places: dict[object, list[int]] = defaultdict(list)
     for place, query in enumerate(queries):
-        places[query.keep.key].append(place)
+        places[query.keep].append(place)
     results: dict[int, SearchResult | EmbedcacheError] = {}
     for group in places.values():
         found = _search(index, vectors_QP[group], [queries[place] for place in group], encode_ms)
@@ -160,7 +160,7 @@ def _encode(index: OpenIndex, queries: Sequence[SearchQuery]) -> Floats:
         images=[query.image for query in queries if query.image is not None],
         rows=[query.row for query in queries if query.row is not None],
     )
-    vectors_QP = index.query_encoder.vectors(by_kind)
+    vectors_QP = index.query_encoder.encode(by_kind)
     ordered_QP = vectors_QP.copy()
     ordered_QP[[*text_places, *image_places, *row_places]] = vectors_QP
     return ordered_QP
@@ -172,8 +172,10 @@ def _search(
     """Search with queries that have the same filter."""
     started, keep = time.perf_counter(), queries[0].keep
     try:
-        k = min(max(query.k for query in queries), index.num_kept(keep))
-        found: Sequence[Sequence[Hit]] = index.find(vectors_QP, k=k, keep=keep) if k else [[]] * len(queries)
+        k = min(max(query.k for query in queries), index.count(keep))
+        found: Sequence[Sequence[Hit]] = (
+            index.search_vectors(vectors_QP, k=k, condition=keep) if k else [[]] * len(queries)
+        )
     except EmbedcacheError as error:
         return [error] * len(queries)
     search_ms = 1000 * (time.perf_counter() - started)

@@ -14,8 +14,8 @@ from embedcache.errors import EmbedcacheError, SettingError, UnknownNameError
 from embedcache.progress import Progress
 from embedcache.provenance import read_json
 from embedcache.reports.thumbnails import credit
-from embedcache.search.filters import Filter
 from embedcache.search.search import Hit, OpenIndex
+from embedcache.search.settings import Filter
 from embedcache.serve.coverage import CoverageData, measure_served_coverage, read_coverage
 from embedcache.serve.images import ServedImages
 from embedcache.serve.settings import ServeSettings
@@ -54,7 +54,7 @@ class SearchService:
         self.index, self.settings, self.coverage = index, settings, coverage
         self.name = index.path.resolve().name
         self.version = index.cache.info.index_digest[:16]
-        self.takes = [modality for modality in MODALITIES if index.query_encoder.takes(modality)]
+        self.takes = [modality for modality in MODALITIES if index.query_encoder.accepts(modality)]
         self.selections = _by_name(selections)
         self.values = {name: values for name in FILTERS if _is_useful(values := index.filters.values(name), index)}
         self.credit = credit(index.cache)
@@ -65,7 +65,7 @@ class SearchService:
         for modality in self.takes:
             index.query_encoder.encoder(modality)
         for path in self.selections.values():
-            index.filters.kept(Filter(selection=path))
+            index.filters.mask(Filter(selection=path))
         self._indexed_rows = index.query_encoder.indexed.rows
 
     def has_row(self, row: int) -> bool:
@@ -94,7 +94,7 @@ class SearchService:
         if selection is not None and selection not in self.selections:
             raise UnknownNameError(f"unknown selection {selection!r}; GET /api/info lists the known ones")
         path = None if selection is None else self.selections[selection]
-        return Filter(labels=labels, splits=splits, languages=languages, selection=path)
+        return Filter(label_value=tuple(labels), part=tuple(splits), language=tuple(languages), selection=path)
 
     def info(self) -> dict[str, Any]:
         """Return the fields of `ServerInfo` except `most_hits`."""
@@ -159,7 +159,7 @@ class SearchService:
         num_items = len(self.index.hits.samples)
         kept = [one for one in best if 0 <= one["row"] < num_items]
         scores, rows = np.array([one["cosine"] for one in kept]), np.array([one["row"] for one in kept], np.int64)
-        hits = [self.hit(hit) for hit in self.index.hits.of(scores, rows)]
+        hits = [self.hit(hit) for hit in self.index.hits.read(scores, rows)]
         return {"name": concept["name"], "threshold": concept["threshold"], "hits": hits}
 
 

@@ -30,9 +30,9 @@ from tests.encoders.checkpoints import save_dinov2, save_sentence_transformer, s
     ("text", "name"),
     [
         ("cls", FeatureName("cls")),
-        ("grid:4", FeatureName("patches", side=4)),
+        ("grid:4", FeatureName("patches", grid=4)),
         ("layer6.cls", FeatureName("cls", layer=6)),
-        ("layer11.grid:2", FeatureName("patches", layer=11, side=2)),
+        ("layer11.grid:2", FeatureName("patches", layer=11, grid=2)),
         ("kmeans:8", FeatureName("patches", clusters=8)),
         ("layer11.kmeans:2", FeatureName("patches", layer=11, clusters=2)),
         ("layer0.cls", None),
@@ -139,7 +139,7 @@ def test_patches_that_fill_no_grid_have_none() -> None:
 @pytest.mark.parametrize(("height_px", "width_px"), [(16, 48), (48, 16)])
 def test_a_grid_of_a_picture_that_is_no_square(height_px: int, width_px: int) -> None:
     model = ImageModel(
-        _EightPx(), torch.nn.Identity(), input_size=(3, height_px, width_px), asked=["grid:2", "grid:3", "grid:1"]
+        _EightPx(), torch.nn.Identity(), input_size=(3, height_px, width_px), requested=["grid:2", "grid:3", "grid:1"]
     )
     assert model.features == {"patches": (12, 3), "grid:2": (4, 3), "grid:1": (1, 3)}
     images = torch.rand(2, 3, height_px, width_px, generator=torch.Generator().manual_seed(0))
@@ -148,7 +148,7 @@ def test_a_grid_of_a_picture_that_is_no_square(height_px: int, width_px: int) ->
 
 
 def test_more_clusters_than_patches_are_left_out() -> None:
-    model = ImageModel(_EightPx(), torch.nn.Identity(), input_size=(3, 16, 48), asked=["kmeans:12", "kmeans:13"])
+    model = ImageModel(_EightPx(), torch.nn.Identity(), input_size=(3, 16, 48), requested=["kmeans:12", "kmeans:13"])
     assert model.features == {"patches": (12, 3), "kmeans:12": (12, 3)}
 
 
@@ -275,12 +275,12 @@ def test_blocks_of_a_text_model(family: str, backend: Any, bert: Path, tmp_path:
 def test_the_last_block_of_a_text_model_is_before_its_final_norm(tmp_path: Path) -> None:
     from transformers import T5Config, T5EncoderModel
 
-    from embedcache.encoders.image_features import hidden_states, hidden_states_option, untie
+    from embedcache.encoders.image_features import hidden_states, hidden_states_option, untie_last_state
 
     torch.manual_seed(0)
     config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
     model = T5EncoderModel(config).eval()
-    untie(model, [2])
+    untie_last_state(model, [2])
     with torch.no_grad():
         states = model(input_ids=torch.arange(6)[None], **hidden_states_option([2]))
         ((layer, state),) = hidden_states(states, [2, 3])

@@ -51,8 +51,8 @@ def test_the_smaller_batch_is_said_once_and_kept(caplog: pytest.LogCaptureFixtur
         graph({"images": images}, ["sum"])
     assert module.calls == [16, 8, 4, 4, 4, 4, 4, 4, 4, 4]
     assert [record.getMessage() for record in caplog.records] == [
-        "cpu is out of memory at a batch of 16, going on with 8",
-        "cpu is out of memory at a batch of 8, going on with 4",
+        "cpu is out of memory at batch size 16; continuing with 8",
+        "cpu is out of memory at batch size 8; continuing with 4",
     ]
 
 

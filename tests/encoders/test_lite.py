@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from embedcache.encoders.image_features import crop
+from embedcache.encoders.image_features import lite_crop
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.testing.encoders import ImageEncoderContract
@@ -51,7 +51,7 @@ def test_torch_and_onnxruntime_agree_and_differ_in_the_fingerprint(photographs: 
 
 def test_the_transform_sees_what_the_weights_were_trained_on(photographs: Sequence[Image.Image]) -> None:
     """The classifier head names most of the photographs."""
-    prepared = [crop(image, 224) for image in photographs]
+    prepared = [lite_crop(image, 224) for image in photographs]
     with torch.no_grad():
         named = _by_the_package()(_scaled(prepared)).argmax(dim=1).tolist()
     right = [int(image.info["class"]) == label for image, label in zip(photographs, named, strict=True)]
@@ -59,7 +59,7 @@ def test_the_transform_sees_what_the_weights_were_trained_on(photographs: Sequen
 
 
 def test_pixels_are_red_green_blue() -> None:
-    pixels = crop(Image.new("RGB", (30, 50), (255, 127, 0)), 8)
+    pixels = lite_crop(Image.new("RGB", (30, 50), (255, 127, 0)), 8)
     assert (pixels.shape, pixels.dtype) == ((3, 8, 8), np.uint8)
     assert pixels[:, 4, 4].tolist() == [255, 127, 0]
 
@@ -67,7 +67,7 @@ def test_pixels_are_red_green_blue() -> None:
 def test_the_crop_is_the_centre_square() -> None:
     pixels = np.zeros((256, 400, 3), np.uint8)
     pixels[16:240, 88:312] = 255  # 224 = 256 * 224 / (224 + 32), in the middle
-    np.testing.assert_array_equal(crop(Image.fromarray(pixels), 224), np.uint8(255))
+    np.testing.assert_array_equal(lite_crop(Image.fromarray(pixels), 224), np.uint8(255))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from embedcache.encoders.image import Scale, split_transform
+from embedcache.encoders.image import PixelScale, split_transform
 from embedcache.testing.encoders import example_images
 
 ATOL = 1e-6
@@ -102,13 +102,13 @@ def test_scaling_on_noise_that_differs_keeps_the_whole_transform() -> None:
     def to_pixels(image: Image.Image) -> np.ndarray:
         return np.array(image).transpose(2, 0, 1)
 
-    right, wrong = Scale([0.0], [1.0], divisor=255), Scale([0.001], [1.0], divisor=255)
+    right, wrong = PixelScale([0.0], [1.0], divisor=255), PixelScale([0.001], [1.0], divisor=255)
     assert split_transform(whole, to_pixels, right) == (to_pixels, right)
     assert split_transform(whole, to_pixels, wrong)[0] is whole
 
 
 def test_scaling_is_in_float32_under_autocast() -> None:
-    scale = Scale([0.5] * 3, [0.25] * 3, divisor=255)
+    scale = PixelScale([0.5] * 3, [0.25] * 3, divisor=255)
     images = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = scale(images)

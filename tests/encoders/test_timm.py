@@ -83,7 +83,7 @@ def test_the_image_size_is_an_option_and_in_the_fingerprint(name: str, num_token
 
 
 @pytest.mark.parametrize(
-    ("size", "words"), [("big", "whole number of pixels"), ("0", "whole number"), ("4", "can't take")]
+    ("size", "words"), [("big", "whole number of pixels"), ("0", "whole number"), ("4", "does not support")]
 )
 def test_an_image_size_that_does_not_go_is_refused(size: str, words: str, test_vit: Path) -> None:
     with pytest.raises(SettingError, match=words):
@@ -97,7 +97,7 @@ def test_patches_that_lie_in_no_grid_are_left_out(tmp_path: Path) -> None:
 
 def test_a_model_of_several_maps_is_refused(tmp_path: Path) -> None:
     path = save_timm("crossvit_tiny_240", tmp_path, seed=0)
-    with pytest.raises(SettingError, match="CrossVit gives several maps of tokens; take an encoder of another"):
+    with pytest.raises(SettingError, match="one map of tokens, got CrossVit"):
         open_encoder(f"timm:crossvit_tiny_240,weights={path}", modality="image")
 
 

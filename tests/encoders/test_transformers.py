@@ -49,7 +49,7 @@ def test_a_model_that_masks_patches_at_random_is_refused(tmp_path: Path) -> None
     save_dinov2(tmp_path, num_registers=0)  # for its image processor
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
     transformers.ViTMAEModel(transformers.ViTMAEConfig(**sizes)).save_pretrained(tmp_path)
-    with pytest.raises(SettingError, match="another answer each time it sees the same picture"):
+    with pytest.raises(SettingError, match="differs between two runs on the same image"):
         open_encoder(f"hf:{tmp_path}", modality="image")
 
 
@@ -87,9 +87,9 @@ def test_text_values_are_those_of_the_library(backend: str, bert: Path) -> None:
 
 
 def test_the_wrong_modality_is_refused(bert: Path, dinov2: Path) -> None:
-    with pytest.raises(SettingError, match="encodes text, asked for image"):
+    with pytest.raises(SettingError, match="encodes text, requested for image"):
         open_encoder(f"hf:{bert}", modality="image")
-    with pytest.raises(SettingError, match="encodes image, asked for text"):
+    with pytest.raises(SettingError, match="encodes image, requested for text"):
         open_encoder(f"hf:{dinov2}", modality="text")
 
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_that_is_cut_short_is_refused(bert: Path, tmp_path: Path) -
     folder = shutil.copytree(bert, tmp_path / "bert")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CorruptError, match="get the folder again"):
+    with pytest.raises(CorruptError, match="download the folder again"):
         open_encoder(f"hf:{folder}", modality="text")
 
 

@@ -111,7 +111,7 @@ def test_an_unknown_model_is_named_with_the_one_there_is() -> None:
 
 
 def test_it_refuses_images() -> None:
-    with pytest.raises(SettingError, match=r"use:multilingual-v3 encodes text, asked for image"):
+    with pytest.raises(SettingError, match=r"use:multilingual-v3 encodes text, requested for image"):
         open_encoder(SPEC, modality="image")
 
 

@@ -13,7 +13,7 @@ from embedcache.projectors.saved import PairConfig, TowerInput, save_pair, split
 from embedcache.projectors.towers import RawTower, Tower
 
 
-def side(modality: Modality, spec: str, feature: str) -> TowerInput:
+def tower_input(modality: Modality, spec: str, feature: str) -> TowerInput:
     names = feature_names(feature)
     settings = EncoderSettings(features=names, backend="torch")
     encoder = open_encoder(spec, modality=modality, settings=settings)
@@ -27,16 +27,18 @@ def make_run(
 ) -> Path:
     """Write a run whose every weight is random, means and norms too."""
     path.mkdir(parents=True)
-    sides = {"image": side("image", *image), "text": side("text", *text)}
+    inputs = {"image": tower_input("image", *image), "text": tower_input("text", *text)}
     torch.manual_seed(seed)
-    pair = AlignedPair(projector, image_width=sides["image"].width, text_width=sides["text"].width, shared_width=width)
+    pair = AlignedPair(
+        projector, image_width=inputs["image"].width, text_width=inputs["text"].width, shared_width=width
+    )
     with torch.no_grad():
         for tower in (pair.image, pair.text):
             _stir(tower)
         pair.log_scale.fill_(2.5)
     split_path(path).write_bytes(b"a split")
     training = {"loss": {"name": "multi_positive"}, "optimizer": {"epochs": 3}, "split": {"kind": "key"}, "seed": 0}
-    config = PairConfig(projector=projector, shared_width=width, index_digest="rows", training=training, **sides)
+    config = PairConfig(projector=projector, shared_width=width, index_digest="rows", training=training, **inputs)
     save_pair(path, pair, config)
     return path
 

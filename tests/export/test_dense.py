@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from embedcache.export.dense import Chain, dense_chain
+from embedcache.export.dense import DenseChain, dense_chain
 from embedcache.projectors.heads import OpenClipLinear
 from embedcache.projectors.towers import RawTower, Tower
 
 PIECES = st.lists(st.sampled_from(["linear", "plain", "norm", "relu", "gelu", "dropout"]), min_size=0, max_size=6)
 
 
-def run_chain(chain: Chain, vectors_BD: Tensor) -> Tensor:
-    out = normalize(vectors_BD, dim=-1) if chain.is_scaled else vectors_BD
+def run_chain(chain: DenseChain, vectors_BD: Tensor) -> Tensor:
+    out = normalize(vectors_BD, dim=-1) if chain.has_unit_input else vectors_BD
     for layer in chain.layers:
         out = layer.activation(out @ layer.weight_PD.T + (0 if layer.bias_P is None else layer.bias_P))
     return out
@@ -48,7 +48,7 @@ def test_layers_norms_and_centring_are_folded_exactly(pieces: list[str], is_bare
                 value.copy_(torch.rand_like(value) + 0.1)
     vectors = torch.randn(5, 6)
     if any(_is_alone(modules, place) for place in range(len(modules))):
-        with pytest.raises(ValueError, match="can't be folded into a dense layer"):
+        with pytest.raises(ValueError, match="cannot be folded into a dense layer"):
             dense_chain(tower.eval(), "test")
         return
     chain = dense_chain(tower.eval(), "test")

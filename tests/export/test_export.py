@@ -16,8 +16,9 @@ from safetensors.numpy import load_file
 from embedcache.arrays import Inputs
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.export import export as module
-from embedcache.export.base import Run, check_parity
-from embedcache.export.export import export
+from embedcache.export.base import ExportRun, check_parity
+from embedcache.export.export import export_run
+from embedcache.export.settings import ExportSettings
 from embedcache.projectors.saved import project
 from tests.export.runs import make_run
 
@@ -42,11 +43,11 @@ def run(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_code_of_every_card_runs_without_embedcache(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:
     for form in ("transformers", "sentence-transformers", "open-clip", "onnx", "safetensors"):
-        export(form, run, tmp_path / form)
-    export("onnx", run, tmp_path / "towers", towers=True)
+        export_run(form, run, tmp_path / form)
+    export_run("onnx", run, tmp_path / "towers", ExportSettings(towers=True))
     tokens = make_run(tmp_path / "tokens", (tiny["vit"], "patches"), (tiny["bert"], "tokens"), "token")
-    export("onnx", tokens, tmp_path / "token-onnx")
-    export("transformers", tokens, tmp_path / "token-model")
+    export_run("onnx", tokens, tmp_path / "token-onnx")
+    export_run("transformers", tokens, tmp_path / "token-model")
     names = sorted(path.parent.name for path in tmp_path.glob("*/README.md"))
     assert len(names) == 8
     done = subprocess.run(
@@ -58,7 +59,7 @@ def test_the_code_of_every_card_runs_without_embedcache(run: Path, tiny: dict[st
 
 def test_the_plain_form_says_what_to_do(tiny: dict[str, str], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"), "linear")
-    export("safetensors", run, tmp_path / "model")
+    export_run("safetensors", run, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert {name: list(value.shape) for name, value in tensors.items()} == {
@@ -67,52 +68,54 @@ def test_the_plain_form_says_what_to_do(tiny: dict[str, str], tmp_path: Path) ->
     assert config["recipe"][:3] == [
         "image: take the feature encoder/cls of the encoder, in float32",
         "image: scale to length 1",
-        "image: take image.mean off",
+        "image: subtract image.mean",
     ]
     features = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
     out = features / np.linalg.norm(features, axis=1, keepdims=True) - tensors["image.mean"]
     out = out @ tensors["image.projector.linear.weight"].T
     out /= np.linalg.norm(out, axis=1, keepdims=True)
-    np.testing.assert_allclose(out, project(Run.open(run).pair.image, Inputs(features)), atol=1e-5)
+    np.testing.assert_allclose(out, project(ExportRun.open(run).pair.image, Inputs(features)), atol=1e-5)
 
 
 def test_the_same_again_is_left_as_it_is_and_another_refused(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    assert export("safetensors", run, folder).is_new
+    assert export_run("safetensors", run, folder).is_new
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "README.md").write_text("edited")
-    assert not export("safetensors", run, folder).is_new
+    assert not export_run("safetensors", run, folder).is_new
     assert (folder / "README.md").read_text() == "edited"
     other = tmp_path / "again"
-    export("safetensors", run, other)
+    export_run("safetensors", run, other)
     assert {path.name: path.read_bytes() for path in other.iterdir() if path.name != "README.md"} == {
         name: data for name, data in before.items() if name != "README.md"
     }
     another = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"))
     with pytest.raises(FingerprintError, match=r"was made with other settings: run: .* give the path of a new folder"):
-        export("safetensors", another, folder)
+        export_run("safetensors", another, folder)
     with pytest.raises(FingerprintError, match="form: 'safetensors' there, 'onnx' asked"):
-        export("onnx", run, folder)
+        export_run("onnx", run, folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(CorruptError, match=r"config.json is missing or was changed after the export"):
-        export("safetensors", run, folder)
+        export_run("safetensors", run, folder)
 
 
 def test_bad_input_is_one_clear_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(PathError, match="is no export and not empty; give the path of a new folder"):
-        export("safetensors", run, tmp_path / "full")
+    with pytest.raises(PathError, match="is not empty and holds no export; give the path of a new folder"):
+        export_run("safetensors", run, tmp_path / "full")
     with pytest.raises(PathError, match="is a file"):
-        export("safetensors", run, tmp_path / "full" / "mine.txt")
+        export_run("safetensors", run, tmp_path / "full" / "mine.txt")
     with pytest.raises(PathError, match=r"does not exist; make one with: embedcache train"):
-        export("safetensors", tmp_path / "none", tmp_path / "out")
+        export_run("safetensors", tmp_path / "none", tmp_path / "out")
     with pytest.raises(PathError, match=r"figures.json does not exist"):
-        export("safetensors", run, tmp_path / "out", metrics=tmp_path / "figures.json")
-    with pytest.raises(SettingError, match="names no repository of the hub; write OWNER/NAME"):
-        export("safetensors", run, tmp_path / "out", push_to="name")
+        export_run("safetensors", run, tmp_path / "out", ExportSettings(metrics=tmp_path / "figures.json"))
+    with pytest.raises(SettingError, match="push_to_hub: expected OWNER/NAME"):
+        ExportSettings(push_to_hub="name")
+    with pytest.raises(SettingError, match="towers: expected false for the safetensors format"):
+        export_run("safetensors", run, tmp_path / "out", ExportSettings(towers=True))
     with pytest.raises(UnknownNameError, match="unknown export format 'tflite'"):
-        export("tflite", run, tmp_path / "out")
+        export_run("tflite", run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
@@ -120,13 +123,13 @@ def test_vectors_that_differ_are_never_written(run: Path, tmp_path: Path, monkey
     ones = np.ones((2, 4), np.float32) / 2
     assert check_parity("x", ones + 5e-5, ones) == pytest.approx(5e-5, rel=0.1)
     for found in (ones + 2e-4, ones * np.nan):
-        with pytest.raises(ArtifactError, match="x gives vectors that differ by"):
+        with pytest.raises(ArtifactError, match="x computes vectors that differ"):
             check_parity("x", found, ones)
     from embedcache.export import onnx
 
     monkeypatch.setattr(onnx, "project", lambda *_: np.zeros((1, 16), np.float32))
     with pytest.raises(ArtifactError, match="nothing was written"):
-        export("onnx", run, tmp_path / "out")
+        export_run("onnx", run, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -137,14 +140,14 @@ def test_the_card_says_what_is_known_and_what_is_not(run: Path, tmp_path: Path) 
         "details": {"i2t": {**chance, "r@1": 0.15}, "chance": {"i2t": chance}},
     }  # fmt: skip
     (tmp_path / "figures.json").write_text(json.dumps(figures))
-    export("safetensors", run, tmp_path / "out", metrics=tmp_path / "figures.json")
+    export_run("safetensors", run, tmp_path / "out", ExportSettings(metrics=tmp_path / "figures.json"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: safetensors\nlicense: other\n")
     for words in (
         "| i2t r@1 | 0.15 | [0.1, 0.2] |",
         "| chance i2t r@1 | 0.01 | [0.1, 0.2] |",
         "| image_retrieval_recall@5 | 0.5 | |",
-        "| text | `hf:bert` | `mean` | not known: ask its authors | no |",
+        "| text | `hf:bert` | `mean` | unknown: ask its authors | no |",
         "`zeroshot_retrieval` on `birds`",
         "selection: none, all samples of the training part",
     ):
@@ -197,9 +200,10 @@ PUSH = """\
 import sys
 from pathlib import Path
 from embedcache.errors import PathError
-from embedcache.export.export import export
+from embedcache.export.export import export_run
+from embedcache.export.settings import ExportSettings
 try:
-    print(export("safetensors", Path(sys.argv[1]), Path(sys.argv[2]), push_to="me/pair").url)
+    print(export_run("safetensors", Path(sys.argv[1]), Path(sys.argv[2]), ExportSettings(push_to_hub="me/pair")).url)
 except PathError as error:
     print("refused:", error)
 """
@@ -245,5 +249,5 @@ def test_a_push_makes_a_private_repository_and_one_commit(run: Path, tmp_path: P
 @pytest.mark.slow
 def test_a_push_that_is_refused_leaves_the_export(run: Path, tmp_path: Path) -> None:
     output, _ = _push(run, tmp_path / "model", is_closed=True)
-    assert re.search(r"refused: me/pair can't be pushed to: .*the export is in .*model: run `hf auth login`", output)
+    assert re.search(r"refused: cannot upload to me/pair: .*the export is in .*model: run `hf auth login`", output)
     assert (tmp_path / "model" / "model.safetensors").is_file()

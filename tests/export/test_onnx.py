@@ -9,7 +9,8 @@ import onnxruntime
 import pytest
 
 from embedcache.export.base import TOLERANCE
-from embedcache.export.export import export
+from embedcache.export.export import export_run
+from embedcache.export.settings import ExportSettings
 from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
@@ -23,9 +24,9 @@ def test_projectors_alone_give_what_the_run_gives(projector: str, tiny: dict[str
     image, text = ("cls+patches", "tokens") if projector in TOKENS else ("cls", "mean")
     width = 32 if "identity" in projector else 16
     run = make_run(tmp_path / "run", (tiny["vit"], image), (tiny["bert"], text), projector, width=width)
-    exported = export("onnx", run, tmp_path / "model")
-    assert set(exported.differences) == {"image", "text"}
-    assert max(exported.differences.values()) < TOLERANCE
+    report = export_run("onnx", run, tmp_path / "model")
+    assert set(report.differences) == {"image", "text"}
+    assert max(report.differences.values()) < TOLERANCE
     graph = onnx.load(tmp_path / "model" / "text_projector.onnx")
     assert graph.opset_import[0].version >= 17
     about = {entry.key: entry.value for entry in graph.metadata_props}
@@ -34,8 +35,8 @@ def test_projectors_alone_give_what_the_run_gives(projector: str, tiny: dict[str
 
 def test_whole_towers_give_what_the_run_gives(tiny: dict[str, str], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["st"], "mean"))
-    exported = export("onnx", run, tmp_path / "model", towers=True)
-    assert max(exported.differences.values()) < TOLERANCE
+    report = export_run("onnx", run, tmp_path / "model", ExportSettings(towers=True))
+    assert max(report.differences.values()) < TOLERANCE
     session = onnxruntime.InferenceSession(tmp_path / "model" / "text.onnx")
     ids = np.array([[2, 5, 7, 3, 0], [2, 5, 3, 0, 0]])
     vectors = session.run(None, {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)})[0]

@@ -9,8 +9,8 @@ import torch
 
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import SettingError
-from embedcache.export.base import TEXTS, TOLERANCE, Run, expected, pictures
-from embedcache.export.export import export
+from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
+from embedcache.export.export import export_run
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
@@ -36,8 +36,8 @@ def test_values_are_those_of_the_run(
 ) -> None:
     run = make_run(tmp_path / "run", (tiny["whole"], image), (tiny[text], feature), projector)
     folder = tmp_path / "model"
-    exported = export("open-clip", run, folder)
-    assert max(exported.differences.values()) < TOLERANCE
+    report = export_run("open-clip", run, folder)
+    assert max(report.differences.values()) < TOLERANCE
     _check_loads(folder, run)
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     assert config["text_cfg"]["hf_model_name"] == str(folder)
@@ -48,11 +48,11 @@ def _check_loads(folder: Path, run: Path) -> None:
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     model.eval()
     with torch.inference_mode():
-        image = model.encode_image(torch.stack([preprocess(picture) for picture in pictures()]), normalize=True)
+        image = model.encode_image(torch.stack([preprocess(image) for image in example_images()]), normalize=True)
         text = model.encode_text(open_clip.get_tokenizer(name)(list(TEXTS)), normalize=True)
-    opened = Run.open(run)
-    torch.testing.assert_close(image, torch.from_numpy(expected(opened, "image")), atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(text, torch.from_numpy(expected(opened, "text")), atol=TOLERANCE, rtol=0)
+    opened = ExportRun.open(run)
+    torch.testing.assert_close(image, torch.from_numpy(opened.embed_examples("image")), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(text, torch.from_numpy(opened.embed_examples("text")), atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(model.logit_scale.exp(), opened.pair.scale)
 
 
@@ -70,10 +70,10 @@ def test_a_preset_trained_on_cached_features_is_exported(projector: str, tiny: d
     )
     report = train(tmp_path / "cache", tmp_path / "run", settings=settings)
     assert report is not None
-    run = Run.open(tmp_path / "run")
+    run = ExportRun.open(tmp_path / "run")
     assert run.pair.image.length != 1, "the features' length was learned"
-    exported = export("open-clip", tmp_path / "run", tmp_path / "model")
-    assert max(exported.differences.values()) < TOLERANCE
+    report = export_run("open-clip", tmp_path / "run", tmp_path / "model")
+    assert max(report.differences.values()) < TOLERANCE
     _check_loads(tmp_path / "model", tmp_path / "run")
 
 
@@ -88,25 +88,25 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_towers_of_its_own_take_a_linear_projector_in(tiny_clip: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", (tiny_clip, "pooled"), (tiny_clip, "pooled"), "openclip-linear")
-    exported = export("open-clip", run, tmp_path / "model")
-    assert max(exported.differences.values()) < TOLERANCE
+    report = export_run("open-clip", run, tmp_path / "model")
+    assert max(report.differences.values()) < TOLERANCE
     _check_loads(tmp_path / "model", run)
     deep = make_run(tmp_path / "deep", (tiny_clip, "pooled"), (tiny_clip, "pooled"), "openclip-mlp")
     with pytest.raises(SettingError, match="the image projector is more than a linear map"):
-        export("open-clip", deep, tmp_path / "other")
+        export_run("open-clip", deep, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
     ("image", "text", "projector", "words"),
     [
-        (("whole", "patch_mean"), ("bert", "mean"), "linear", "linear takes vectors of length 1, centered"),
+        (("whole", "patch_mean"), ("bert", "mean"), "linear", "linear normalizes and centers its input"),
         (("whole", "patch_mean"), ("bert", "mean"), "mlp", "MlpProjector adds a linear branch"),
         (("vit", "cls"), ("bert", "mean"), "openclip-linear", "crop_pct 0.95"),
         (("dino", "cls"), ("bert", "mean"), "openclip-linear", "its image encoder is of the family 'hf'"),
         (("whole", "patch_mean"), ("dense", "dense"), "openclip-linear", "its text feature is encoder/dense"),
-        (("whole", "patch_mean"), ("bert", "mean"), "openclip-mlp-text+openclip-linear", "twice the shared width"),
-        (("whole", "patch_mean"), ("bert", "mean"), "openclip-linear+openclip-mlp-image", "no linear map without"),
-        (("mamba", "patch_mean"), ("bert", "mean"), "openclip-linear", "open_clip can't run timm:test_mambaout"),
+        (("whole", "patch_mean"), ("bert", "mean"), "openclip-mlp-text+openclip-linear", "neither a linear map nor"),
+        (("whole", "patch_mean"), ("bert", "mean"), "openclip-linear+openclip-mlp-image", "linear map without a bias"),
+        (("mamba", "patch_mean"), ("bert", "mean"), "openclip-linear", "open_clip cannot run timm:test_mambaout"),
         (("whole", "layer1.patch_mean"), ("bert", "mean"), "openclip-linear", "its image feature is layer1.patch_mean"),
     ],
 )  # fmt: skip
@@ -115,5 +115,5 @@ def test_what_it_cannot_hold_is_refused(
 ) -> None:
     run = make_run(tmp_path / "run", (tiny[image[0]], image[1]), (tiny[text[0]], text[1]), projector)
     with pytest.raises(SettingError, match=words):
-        export("open-clip", run, tmp_path / "model")
+        export_run("open-clip", run, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from embedcache.errors import SettingError
-from embedcache.export.base import TEXTS, TOLERANCE, Run, expected
-from embedcache.export.export import export
+from embedcache.export.base import TEXTS, TOLERANCE, ExportRun
+from embedcache.export.export import export_run
 from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
@@ -31,19 +31,19 @@ def test_values_are_those_of_the_run(
 
     width = 32 if "identity" in projector else 16
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny[text], feature), projector, width=width)
-    exported = export("sentence-transformers", run, tmp_path / "model")
-    assert exported.differences["text"] < TOLERANCE
+    report = export_run("sentence-transformers", run, tmp_path / "model")
+    assert report.differences["text"] < TOLERANCE
     model = SentenceTransformer(str(tmp_path / "model"), device="cpu")
     assert "".join(type(module).__name__[0] for module in model) == kinds
-    np.testing.assert_allclose(model.encode(list(TEXTS)), expected(Run.open(run), "text"), atol=TOLERANCE)
+    np.testing.assert_allclose(model.encode(list(TEXTS)), ExportRun.open(run).embed_examples("text"), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
     ("feature", "projector", "words"),
     [
-        ("mean", "mlp", "MlpProjector adds a linear branch to one that stands behind a layer normalization"),
+        ("mean", "mlp", "MlpProjector adds a linear branch to one with layer normalization"),
         ("mean", "glu", "GluProjector multiplies two branches"),
-        ("mean", "fusemix", "FuseMixProjector adds each block"),
+        ("mean", "fusemix", "FuseMixProjector has residual blocks"),
         ("mean", "asif", "AsifProjector keeps the largest of its cosines"),
         ("tokens", "linear+token", "TokenProjector maps every token"),
         ("layer1.mean", "linear", "its text feature is encoder/layer1.mean"),
@@ -54,5 +54,5 @@ def test_what_it_cannot_hold_is_refused(
 ) -> None:
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], feature), projector)
     with pytest.raises(SettingError, match=words):
-        export("sentence-transformers", run, tmp_path / "model")
+        export_run("sentence-transformers", run, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

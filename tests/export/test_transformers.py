@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from embedcache.errors import SettingError
-from embedcache.export.base import TEXTS, TOLERANCE, Run, expected, pictures
-from embedcache.export.export import export
+from embedcache.export.base import TEXTS, TOLERANCE, ExportRun, example_images
+from embedcache.export.export import export_run
 from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
@@ -33,9 +33,9 @@ def test_values_are_those_of_the_run(case: str, tiny: dict[str, str], tmp_path: 
     image, feature, text, text_feature, projector = CASES[case]
     width = 32 if "identity" in projector else 16
     run = make_run(tmp_path / "run", (tiny[image], feature), (tiny[text], text_feature), projector, width=width)
-    exported = export("transformers", run, tmp_path / "model")
-    assert set(exported.differences) == {"image", "text"}
-    assert max(exported.differences.values()) < TOLERANCE
+    report = export_run("transformers", run, tmp_path / "model")
+    assert set(report.differences) == {"image", "text"}
+    assert max(report.differences.values()) < TOLERANCE
 
 
 def test_it_is_called_as_a_clip_model(tiny: dict[str, str], tmp_path: Path) -> None:
@@ -43,20 +43,22 @@ def test_it_is_called_as_a_clip_model(tiny: dict[str, str], tmp_path: Path) -> N
 
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["st"], "mean"))
     folder = tmp_path / "model"
-    export("transformers", run, folder)
+    export_run("transformers", run, folder)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    inputs = processor(images=pictures(), text=list(TEXTS), return_tensors="pt", padding=True, truncation=True)
+    inputs = processor(images=example_images(), text=list(TEXTS), return_tensors="pt", padding=True, truncation=True)
     with torch.inference_mode():
         output = model(**inputs)
-    opened = Run.open(run)
-    image, text = (torch.from_numpy(expected(opened, modality)) for modality in ("image", "text"))
+    opened = ExportRun.open(run)
+    image, text = (torch.from_numpy(opened.embed_examples(modality)) for modality in ("image", "text"))
     torch.testing.assert_close(output.image_embeds, image, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(output.text_embeds, text, atol=TOLERANCE, rtol=0)
     logits = opened.pair.scale.detach() * image @ text.T
     torch.testing.assert_close(output.logits_per_image, logits, atol=1e-3, rtol=0)
     torch.testing.assert_close(output.logits_per_text, logits.T, atol=1e-3, rtol=0)
-    alone = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(pictures()[:1], return_tensors="pt")
+    alone = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(
+        example_images()[:1], return_tensors="pt"
+    )
     torch.testing.assert_close(alone["pixel_values"], inputs["pixel_values"][:1])
     ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(TEXTS[0])["input_ids"]
     assert ids == inputs["input_ids"][0, : len(ids)].tolist()
@@ -78,8 +80,8 @@ class Own(torch.nn.Module):
 @pytest.mark.parametrize(
     ("text", "projector", "words"),
     [
-        ("wordllama:l2_supercat_256", "linear", "its text encoder is of the family 'wordllama', and hf and st"),
-        ("st", f"{__name__}:Own", "which a model folder can't bring"),
+        ("wordllama:l2_supercat_256", "linear", "its text encoder is of the family 'wordllama': expected hf or st"),
+        ("st", f"{__name__}:Own", "expected only PIL, numpy, torch, transformers"),
     ],
 )
 def test_what_it_cannot_hold_is_refused(
@@ -87,5 +89,5 @@ def test_what_it_cannot_hold_is_refused(
 ) -> None:
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny.get(text, text), "mean"), projector)
     with pytest.raises(SettingError, match=words):
-        export("transformers", run, tmp_path / "model")
+        export_run("transformers", run, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -13,10 +13,10 @@ import uvicorn
 
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
-from embedcache.search.filters import Filter
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
+from embedcache.search.settings import Filter, IndexSettings, SearchSettings
 from embedcache.serve.app import make_app
 from embedcache.serve.guard import RequestGuard
 from embedcache.serve.server import bind, config
@@ -67,7 +67,7 @@ def page(browser: Any, address: str) -> Iterator[Browsing]:
 
 
 def captions_of(place: Path, queries: Any, **wishes: Any) -> list[str]:
-    (hits,) = search(place / "index", queries, **wishes)
+    (hits,) = search(place / "index", queries, SearchSettings(**wishes))
     return [" · ".join(hit.captions) for hit in hits]
 
 
@@ -105,8 +105,8 @@ def test_filters(page: Browsing, place: Path) -> None:
     page.page.select_option("select[name=label]", "dog")
     page.page.select_option("select[name=split]", "val")
     page.wait_for("#status", "20 results")
-    keep = Filter(labels=["dog"], splits=["val"])
-    assert page.captions()[:10] == captions_of(place, [TEXT], keep=keep)
+    keep = Filter(label_value=("dog",), part=("val",))
+    assert page.captions()[:10] == captions_of(place, [TEXT], filter=keep)
     page.page.select_option("select[name=selection]", "few")
     page.wait_for("#status", "No item passes these filters")
     page.page.reload()
@@ -120,7 +120,7 @@ def test_keyboard_navigation(page: Browsing, place: Path) -> None:
     page.page.keyboard.type(TEXT)
     page.page.keyboard.press("Enter")
     page.wait_for("#status", "results")
-    (hits,) = search(place / "index", [TEXT], k=20)
+    (hits,) = search(place / "index", [TEXT], SearchSettings(k=20))
     page.page.keyboard.press("ArrowDown")
     page.wait_for_focus(hits[0].row)
     page.page.keyboard.press("ArrowRight")
@@ -201,7 +201,7 @@ def test_captions_are_not_markup(browser: Any, tmp_path: Path) -> None:
     for path in (tmp_path / "photos").glob("*.txt"):
         path.write_text(evil)
     extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT_ENCODER])
-    build_index(tmp_path / "cache", tmp_path / "index", feature="open_toy/mean", modality="text")
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
     paths = ServePaths(index=tmp_path / "index")
     service = open_service(paths, ServeSettings(), device="cpu", progress=NullProgress())
     with bind(ServeSettings(port=0)) as bound:

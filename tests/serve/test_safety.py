@@ -22,6 +22,7 @@ from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.provenance import read_json, write_json
 from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
 from embedcache.serve.app import make_app
 from embedcache.serve.images import source_folders
 from embedcache.serve.server import bind
@@ -181,14 +182,14 @@ def test_bug_is_logged_and_hidden(served: SearchService, caplog: pytest.LogCaptu
 def test_failed_search_does_not_stop_the_next(
     served: SearchService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = served.index.query_encoder.vectors
+    real = served.index.query_encoder.encode
 
     def failing(queries: Any) -> Any:
         if "fail" in queries.names:
             raise RuntimeError("a secret of the search")
         return real(queries)
 
-    monkeypatch.setattr(served.index.query_encoder, "vectors", failing)
+    monkeypatch.setattr(served.index.query_encoder, "encode", failing)
     with visit(served) as client, caplog.at_level(logging.ERROR):
         answer = client.post("/api/search", json={"text": "fail"})
         assert answer.status_code == 500
@@ -198,8 +199,8 @@ def test_failed_search_does_not_stop_the_next(
 
 
 def test_slow_requests_time_out(served: SearchService, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, go_on = served.index.query_encoder.vectors, threading.Event()
-    monkeypatch.setattr(served.index.query_encoder, "vectors", lambda queries: (go_on.wait(10), real(queries))[1])
+    real, go_on = served.index.query_encoder.encode, threading.Event()
+    monkeypatch.setattr(served.index.query_encoder, "encode", lambda queries: (go_on.wait(10), real(queries))[1])
     hasty = SearchService(served.index, ServeSettings(timeout=0.3))
     with visit(hasty) as client:
         answer = client.post("/api/search", json={"text": "red"})
@@ -217,7 +218,7 @@ def hostile(tmp_path: Path) -> Path:
     """A cache of a folder of eight pictures, its index of plain features, and a secret picture outside."""
     write_pictures(tmp_path / "photos", 8)
     extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
-    build_index(tmp_path / "cache", tmp_path / "index", feature="open_toy/cls")
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/cls"))
     Image.new("RGB", (32, 32), "red").save(tmp_path / "secret.png")
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""Two frozen encoders with trained projectors on them, in one space; called as transformers' CLIPModel is."""
+"""Two frozen encoders with trained projectors into a shared space, with the interface of transformers' CLIPModel."""
 
 import importlib
 import math
@@ -12,17 +12,17 @@ from torch.nn.functional import normalize
 from transformers.models.clip.modeling_clip import CLIPOutput
 
 from embedcache.encoders.image_features import FeatureName, ImageFeatures, TimmFeatures, patch_pool
-from embedcache.encoders.text_features import Dense, Sentences, TextFeatures
+from embedcache.encoders.text_features import Dense, SentenceFeatures, TextFeatures
 from embedcache.export.hub_code.projectors import ImageProjector, TextProjector
 from embedcache.projectors.towers import RawTower, TokenTower, Tower
 
 
 class EmbedcacheConfig(transformers.PretrainedConfig):  # type: ignore[misc]
-    """What both sides are made of.
+    """Config of both towers.
 
     Args:
-        image: encoder, features and projector of pictures.
-        text: the same of texts.
+        image: encoder, features and projector of the image tower.
+        text: encoder, features and projector of the text tower.
         projection_dim: width of the shared space.
     """
 
@@ -43,7 +43,7 @@ class EmbedcacheModel(transformers.PreTrainedModel):  # type: ignore[misc]
     """An aligned pair: `get_image_features`, `get_text_features`, and `logits_per_image` of both.
 
     Args:
-        config: as an export writes it.
+        config: config that an export wrote.
     """
 
     config_class = EmbedcacheConfig
@@ -52,19 +52,19 @@ class EmbedcacheModel(transformers.PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: EmbedcacheConfig) -> None:
         super().__init__(config)
-        with torch.device("cpu"):  # some networks count with their tensors while they are built
-            self.image_side = ImageSide(config.image, config.projection_dim)
-            self.text_side = TextSide(config.text, config.projection_dim)
+        with torch.device("cpu"):  # some networks compute with their tensors while they are built
+            self.image_side = ImageTower(config.image, config.projection_dim)
+            self.text_side = TextTower(config.text, config.projection_dim)
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         for module in self.modules():
-            module._non_persistent_buffers_set.clear()  # all that decides an answer is in the file of weights
+            module._non_persistent_buffers_set.clear()  # the weights file holds every tensor that affects the output
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave it: every weight comes from the file."""
+        """Do nothing: every weight is loaded from the file."""
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> Tensor:
-        """Embed prepared pictures: (B, 3, H, W) float32 -> (B, P) float32, rows of length 1."""
+        """Embed prepared images: (B, 3, H, W) float32 -> (B, P) float32, rows of length 1."""
         return normalize(self.image_side(pixel_values), dim=-1)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
@@ -79,11 +79,11 @@ class EmbedcacheModel(transformers.PreTrainedModel):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> CLIPOutput:
-        """Compare pictures with texts; either may be left out.
+        """Compare images with texts; either may be omitted.
 
         Returns:
-            `image_embeds` and `text_embeds`, rows of length 1; `logits_per_image`, their scaled cosines;
-            `logits_per_text`, the same the other way round.
+            `image_embeds` and `text_embeds`, rows of length 1; `logits_per_image`, their scaled cosine similarities;
+            `logits_per_text`, its transpose.
         """
         image = None if pixel_values is None else self.get_image_features(pixel_values)
         text = None if input_ids is None else self.get_text_features(input_ids, attention_mask)
@@ -96,26 +96,26 @@ class EmbedcacheModel(transformers.PreTrainedModel):  # type: ignore[misc]
         )
 
 
-class ImageSide(nn.Module):
-    """Pictures into the shared space: (B, 3, H, W) -> (B, P).
+class ImageTower(nn.Module):
+    """Embed images: (B, 3, H, W) -> (B, P), not normalized.
 
     Args:
-        about: the side's part of the config.
+        config: config of the image tower.
         width: P.
     """
 
-    def __init__(self, about: Mapping[str, Any], width: int) -> None:
+    def __init__(self, config: Mapping[str, Any], width: int) -> None:
         super().__init__()
-        self.encoder = _image_encoder(about)
-        self.tower = _tower(ImageProjector, about, width)
-        self._texts = about["features"]
-        self.pools = patch_pools(about)
+        self.encoder = _image_encoder(config)
+        self.tower = _tower(ImageProjector, config, width)
+        self._texts = config["features"]
+        self.pools = patch_pools(config)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode and project."""
         outputs = self.encoder(pixel_values)
         parts = [self._part(outputs, text) for text in self._texts]
-        projected: Tensor = self.tower(_joined(parts))
+        projected: Tensor = self.tower(_concatenate(parts))
         return projected
 
     def _part(self, outputs: Mapping[str, Tensor], text: str) -> Tensor:
@@ -126,31 +126,31 @@ class ImageSide(nn.Module):
         return part
 
 
-def patch_pools(about: Mapping[str, Any]) -> nn.ModuleDict:
-    """Make what features such as `grid:4` are derived by."""
+def patch_pools(config: Mapping[str, Any]) -> nn.ModuleDict:
+    """Create the modules that compute derived features such as `grid:4`."""
     pools = nn.ModuleDict()
-    for text in about["features"]:
+    for text in config["features"]:
         name = FeatureName.parse(text)
-        if name is not None and (name.side or name.clusters):
-            pool = patch_pool(name, tuple(about["shapes"][name.source]), about["input_size"])
+        if name is not None and (name.grid or name.clusters):
+            pool = patch_pool(name, tuple(config["shapes"][name.source]), config["input_size"])
             assert pool is not None
             pools[text.replace(".", "_")] = pool
     return pools
 
 
-class TextSide(nn.Module):
-    """Texts into the shared space: ids and mask, (B, T) -> (B, P).
+class TextTower(nn.Module):
+    """Embed texts: token ids and mask, (B, T) -> (B, P), not normalized.
 
     Args:
-        about: the side's part of the config.
+        config: config of the text tower.
         width: P.
     """
 
-    def __init__(self, about: Mapping[str, Any], width: int) -> None:
+    def __init__(self, config: Mapping[str, Any], width: int) -> None:
         super().__init__()
-        self.encoder = _text_encoder(about)
-        self.tower = _tower(TextProjector, about, width)
-        self._names = about["features"]
+        self.encoder = _text_encoder(config)
+        self.tower = _tower(TextProjector, config, width)
+        self._names = config["features"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode and project."""
@@ -158,48 +158,48 @@ class TextSide(nn.Module):
         parts = [outputs[name] for name in self._names]
         lengths_B = attention_mask.sum(dim=1)
         num_before = sum(1 if part.ndim == 2 else part.shape[1] for part in parts[:-1])
-        projected: Tensor = self.tower(_joined(parts), None if parts[-1].ndim == 2 else lengths_B + num_before)
+        projected: Tensor = self.tower(_concatenate(parts), None if parts[-1].ndim == 2 else lengths_B + num_before)
         return projected
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Put vectors and tokens one behind the other; a vector alone stays one."""
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate vectors and tokens along the token axis; a single part is returned as it is."""
     if len(parts) == 1:
         return parts[0]
     return torch.cat([part if part.ndim == 3 else part[:, None] for part in parts], dim=1)
 
 
-def _image_encoder(about: Mapping[str, Any]) -> nn.Module:
-    if about["kind"] == "transformers":
-        return ImageFeatures(_pretrained(about), about["layers"])
-    timm = importlib.import_module("timm")  # in a string, as transformers asks for all that is imported by name
-    model = timm.create_model(about["model"], pretrained=False, num_classes=0)
-    if about.get("image_size"):
-        model.set_input_size(img_size=(about["image_size"], about["image_size"]))
-    return TimmFeatures(model, about["layers"])
+def _image_encoder(config: Mapping[str, Any]) -> nn.Module:
+    if config["kind"] == "transformers":
+        return ImageFeatures(_pretrained(config), config["layers"])
+    timm = importlib.import_module("timm")  # by name: transformers requires every library of an import statement
+    model = timm.create_model(config["model"], pretrained=False, num_classes=0)
+    if config.get("image_size"):
+        model.set_input_size(img_size=(config["image_size"], config["image_size"]))
+    return TimmFeatures(model, config["layers"])
 
 
-def _text_encoder(about: Mapping[str, Any]) -> nn.Module:
-    if about["kind"] == "transformers":
-        return TextFeatures(_pretrained(about), about["layers"])
+def _text_encoder(config: Mapping[str, Any]) -> nn.Module:
+    if config["kind"] == "transformers":
+        return TextFeatures(_pretrained(config), config["layers"])
     heads = [
         Dense(head["num_in"], head["num_out"], has_bias=head["has_bias"], activation=getattr(nn, head["activation"])())
-        for head in about["heads"]
+        for head in config["heads"]
     ]
-    return Sentences(_pretrained(about), about["pools"], heads, about["layers"])
+    return SentenceFeatures(_pretrained(config), config["pools"], heads, config["layers"])
 
 
-def _pretrained(about: Mapping[str, Any]) -> nn.Module:
-    settings = dict(about["config"])
-    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
-    if about["layers"]:
-        config.tie_last_hidden_states = False
-    model: nn.Module = getattr(transformers, about["class"])._from_config(config)
+def _pretrained(config: Mapping[str, Any]) -> nn.Module:
+    settings = dict(config["config"])
+    model_config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if config["layers"]:
+        model_config.tie_last_hidden_states = False
+    model: nn.Module = getattr(transformers, config["class"])._from_config(model_config)
     return model
 
 
-def _tower(projector: Any, about: Mapping[str, Any], width: int) -> nn.Module:
-    made = projector(about["width"], width)
-    if about["takes"] == "tokens":
-        return TokenTower(made, about["width"], width)
-    return {"centred": Tower, "bare": RawTower}[about["takes"]](made, about["width"], width)
+def _tower(projector: Any, config: Mapping[str, Any], width: int) -> nn.Module:
+    module = projector(config["width"], width)
+    if config["takes"] == "tokens":
+        return TokenTower(module, config["width"], width)
+    return {"centred": Tower, "bare": RawTower}[config["takes"]](module, config["width"], width)
