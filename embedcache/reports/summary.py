@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from embedcache.errors import PathError
 from embedcache.files import open_path
 from embedcache.projectors.saved import read_config
-from embedcache.provenance import read_json
+from embedcache.provenance import read_json, recognize
 from embedcache.search.index import read_card
 from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
 
@@ -49,18 +49,7 @@ def summarize(location: str | Path) -> Summary:
         PathError: the path does not exist, or is nothing that embedcache writes.
     """
     path = open_path(location)
-    for name, summarize_folder in _FOLDERS.items():
-        if (path / name).is_file():
-            return summarize_folder(path)
-    about = _selection_metadata(path)
-    if about is not None:
-        return _summarize_selection(path, about)
-    if not path.exists():
-        raise PathError(f"{path} does not exist; expected a cache, a run, an index, a study or a selection")
-    raise PathError(
-        f"{path}: expected a cache, a run, an index, a study or a selection, got none of them: a folder of these holds "
-        f"{', '.join(_FOLDERS)}"
-    )
+    return _SUMMARIES[recognize(path)](path)
 
 
 def _summarize_cache(path: Path) -> Summary:
@@ -159,8 +148,12 @@ def _values(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
 
 
-def _summarize_selection(path: Path, about: Mapping[str, Any]) -> Summary:
-    table = pq.read_table(path, columns=["reason"])
+def _summarize_selection(path: Path) -> Summary:
+    try:
+        table = pq.read_table(path, columns=["reason"])
+        about = json.loads(table.schema.metadata[b"embedcache"])
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        raise PathError(f"{path}: expected a selection, got another Parquet file: {error}") from error
     reasons = Counter(reason.partition(",")[0] for reason in table["reason"].to_pylist())
     settings = _values(about.get("settings", {}))
     lines = [f"{path}: {len(table):,} samples of {about.get('cache')}"]
@@ -176,30 +169,15 @@ def _summarize_selection(path: Path, about: Mapping[str, Any]) -> Summary:
     )
 
 
-def _selection_metadata(path: Path) -> dict[str, Any] | None:
-    """Return what a selection says about itself, or None for another file."""
-    if path.suffix != ".parquet" or not path.is_file():
-        return None
-    try:
-        schema = pq.read_schema(path)
-    except pa.ArrowInvalid:
-        return None
-    metadata = (schema.metadata or {}).get(b"embedcache")
-    if metadata is None or "reason" not in schema.names:
-        return None
-    about: dict[str, Any] = json.loads(metadata)
-    return about
-
-
 def _record(path: Path) -> dict[str, Any]:
     record: dict[str, Any] = read_json(path / "record.json") if (path / "record.json").is_file() else {}
     return record
 
 
-_FOLDERS: Mapping[str, Callable[[Path], Summary]] = {
-    "cache.json": _summarize_cache,
-    "card.json": _summarize_index,
-    "study.json": _summarize_study,
-    "config.json": _summarize_run,
+_SUMMARIES: Mapping[str, Callable[[Path], Summary]] = {
+    "cache": _summarize_cache,
+    "run": _summarize_run,
+    "index": _summarize_index,
+    "study": _summarize_study,
+    "selection": _summarize_selection,
 }
-"""File that marks a folder -> how it is summarized."""
