@@ -1,15 +1,15 @@
-"""Many methods on the same held-out items, side by side: a Markdown table, and a plot."""
+"""Compare methods on the same test items: a page with a table and a plot."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from embedcache.evaluate.retrieval import WAYS, RetrievalReport
-from embedcache.files import replacing, write_atomic
+from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import COLORS, GRID, INK, SOFT, format_estimate
+from pipelines.common import markdown_table, write_markdown_page
 
 _KS = (1, 10)
 
@@ -19,10 +19,10 @@ class Method:
     """One row of a comparison.
 
     Args:
-        group: methods of one group stand together and share a color.
-        name: of the method in its group.
-        about: column -> what else is said of it.
-        report: its runs, averaged.
+        group: group of the method; methods of a group are adjacent and share a color.
+        name: name of the method within its group.
+        about: column -> further text about the method.
+        report: recalls, averaged over the runs.
     """
 
     group: str
@@ -32,21 +32,16 @@ class Method:
 
 
 def write_comparison(path: Path, methods: Sequence[Method], *, title: str, notes: Sequence[str]) -> None:
-    """Write a page: a title, what was measured, the plot, and the table, which ends with chance.
-
-    The plot goes beside it, as SVG of the same name.
+    """Write a page with a plot and a table of all methods, whose last row is the chance level.
 
     Args:
-        path: the Markdown file.
-        methods: at least one.
-        title: of the page.
-        notes: paragraphs that say how the figures came to be.
+        path: Markdown file to write; the plot is an SVG of the same name.
+        methods: at least one method.
+        title: title of the page.
+        notes: paragraphs that explain how the numbers were measured.
     """
-    plot_path = path.with_suffix(".svg")
-    with replacing(plot_path) as temporary:
-        _plot(methods).savefig(temporary, format="svg", metadata={"Date": None})
-    lines = [f"# {title}", *notes, methods[0].report.line() + ".", f"![{title}]({plot_path.name})"]
-    write_atomic(path, ("\n\n".join([*lines, _table(methods)]) + "\n").encode())
+    notes = [*notes, methods[0].report.line() + "."]
+    write_markdown_page(path, title, notes, _plot(methods), [_table(methods)])
 
 
 def _table(methods: Sequence[Method]) -> str:
@@ -57,16 +52,15 @@ def _table(methods: Sequence[Method]) -> str:
         for method in methods
     ]
     chance = ["chance", "", *[""] * len(about), *_cells(methods[0].report.chance)]
-    rule = ["---"] * len(columns)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, rule, *rows, chance])
+    return markdown_table(columns, [*rows, chance])
 
 
-def _cells(figures: Mapping[str, Any]) -> list[str]:
-    return [format_estimate(figures[way][f"r@{k}"]) for way in WAYS for k in _KS]
+def _cells(recalls: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
+    return [format_estimate(recalls[way][f"r@{k}"]) for way in WAYS for k in _KS]
 
 
 def _plot(methods: Sequence[Method]) -> Figure:
-    """Draw R@10 both ways with its interval, a line a method, and where chance lies."""
+    """Draw R@10 in both directions with its interval, one line per method, and the range of chance."""
     groups = list(dict.fromkeys(method.group for method in methods))
     figure = Figure(figsize=(9, 0.8 + 0.24 * len(methods)), layout="constrained")
     for axes, way in zip(figure.subplots(1, 2, sharey=True), WAYS, strict=True):
@@ -77,7 +71,7 @@ def _plot(methods: Sequence[Method]) -> Figure:
             color = COLORS[groups.index(method.group) % len(COLORS)]
             axes.plot([estimate.low, estimate.high], [position, position], color=color, linewidth=1.2)
             axes.plot(estimate.value, position, "o", color=color, markersize=4)
-        axes.set_xlabel(f"{way} R@10, 95 % interval; gray: chance", color=INK)
+        axes.set_xlabel(f"{way} R@10, 95% interval; gray: chance", color=INK)
         axes.set_xlim(left=0)
         axes.grid(axis="x", color=GRID)
         axes.tick_params(colors=INK, labelsize=8)

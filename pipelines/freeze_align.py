@@ -1,88 +1,105 @@
-"""The recipe of "From Unimodal to Multimodal" (CVPR 2025): DINOv2 ViT-L and All-RoBERTa-large-v1, aligned on 20 M.
+"""The recipe of "From Unimodal to Multimodal" (CVPR 2025): DINOv2 ViT-L and All-RoBERTa-large-v1, on 20 M pairs.
 
     python -m pipelines.freeze_align work/ --captions laion.parquet --concepts prompts:names.txt   # work/chosen.parquet
-    img2dataset …                                                # the images of its keys; and CC3M, CC12M and SBU
+    img2dataset …                                       # download the images of its keys; and of CC3M, CC12M and SBU
     python -m pipelines.freeze_align work/ --pairs "laion/{00000..00559}.tar::cc/{00000..01250}.tar" --device cuda
     python -m pipelines.zero_shot_suite sets/ work/sets/ work/run/
-    python -m pipelines.freeze_align work/ --tiny                # all of it on OpenMoji, in a minute or two
+    python -m pipelines.freeze_align work/ --tiny       # all of it on OpenMoji, in a minute or two
 
-docs/howto/paper.md has each step's size, how this differs from the paper, and what the paper reports: ImageNet 76.3 %,
-Flickr30k R@1 87.5 / 74.1, COCO R@1 60.1 / 45.1. We have not run it on the full data.
+docs/howto/paper.md has the size of each step, the differences from the paper, and the paper's results. We have not run
+it on the full data.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import embedcache
 from embedcache.cli.console import open_progress, print_line, print_table
 from embedcache.reports.retrieval import retrieval_table
-from embedcache.train.settings import train_settings
+from embedcache.train.settings import TrainSettings, train_settings
+from pipelines.common import IMAGE_ENCODER, TEXT_ENCODER, extract_source, with_options
 
-FULL: dict[str, Any] = {"image": "hf:facebook/dinov2-large", "text": "st:sentence-transformers/all-roberta-large-v1"}
-FULL |= {"features": ("cls", "kmeans:4", "mean"), "side": "dinov2-large/cls+dinov2-large/kmeans:4", "each": 2000}
-TRAINING: dict[str, Any] = {"projector": "cls_token+token_mlp", "initialization": "random", "loss": "info_nce"}
-TRAINING |= {"epochs": 15, "batch_size": 14_400, "lr": 1e-3, "weight_decay": 0.02, "warmup_fraction": 0.056}
-TRAINING |= {"shared_width": 1024, "dropout": 0.1, "split": "key", "val_fraction": 5e-4, "test_fraction": 5e-4}
-TINY: dict[str, Any] = {"image": "lite:efficientnet-lite0", "text": "st:all-MiniLM-L6-v2", "each": 3}
-TINY |= {"features": ("patch_mean", "kmeans:4", "mean")}
-TINY |= {"side": "efficientnet-lite0/patch_mean+efficientnet-lite0/kmeans:4"}
-TINY_TRAINING = TRAINING | {
-    "epochs": 8,
-    "batch_size": 512,
-    "split": "strict",
-    "val_fraction": 0.1,
-    "test_fraction": 0.25,
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Encoders, features, number of captions per concept, and training settings."""
+
+    image_encoder: str
+    text_encoder: str
+    features: tuple[str, ...]
+    image_feature: str
+    per_concept: int
+    training: TrainSettings
+
+
+# fmt: off
+PAPER = train_settings({
+    "projector": "cls_token+token_mlp", "shared_width": 1024, "dropout": 0.1, "initialization": "random",
+    "loss": "info_nce", "epochs": 15, "batch_size": 14_400, "lr": 1e-3, "weight_decay": 0.02, "warmup_fraction": 0.056,
+    "split": "key", "val_fraction": 5e-4, "test_fraction": 5e-4,
+})
+FULL = Recipe(
+    image_encoder="hf:facebook/dinov2-large", text_encoder="st:sentence-transformers/all-roberta-large-v1",
+    features=("cls", "kmeans:4", "mean"), image_feature="dinov2-large/cls+dinov2-large/kmeans:4",
+    per_concept=2000, training=PAPER,
+)
+TINY = Recipe(
+    image_encoder=IMAGE_ENCODER, text_encoder=TEXT_ENCODER, features=("patch_mean", "kmeans:4", "mean"),
+    image_feature="efficientnet-lite0/patch_mean+efficientnet-lite0/kmeans:4", per_concept=3,
+    training=with_options(PAPER, epochs=8, batch_size=512, split="strict", val_fraction=0.1, test_fraction=0.25),
+)
+# fmt: on
 
 
 def main() -> None:
-    """Choose captions that cover the concepts, and align what is paired: either, or both."""
+    """Select captions that cover the concepts, or align image-caption pairs, or both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--captions", help="a table of a crawl's captions, to choose from")
-    parser.add_argument("--concepts", default="prompts:imagenet1k+voc2007", help="names to cover")
-    parser.add_argument("--pairs", help="images with captions: those that were chosen, and others")
+    parser.add_argument("--captions", help="table of captions of a web crawl, to select from")
+    parser.add_argument("--concepts", default="prompts:imagenet1k+voc2007", help="class names to cover")
+    parser.add_argument("--pairs", help="images with captions: the selected ones, and others")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tiny", action="store_true", help="all of it on OpenMoji, with small encoders")
-    given = parser.parse_args()
-    recipe, training = (TINY, TINY_TRAINING) if given.tiny else (FULL, TRAINING)
-    training = training | {"device": given.device}
-    if given.tiny:
-        given.captions = given.pairs = "openmoji:en"
-        training["selection"] = str(given.workdir / "chosen.parquet")
-    if given.captions:
-        choose(given.workdir, given.captions, given.concepts, recipe, given.device)
-    if given.pairs:
-        align(given.workdir, given.pairs, recipe, training)
+    parser.add_argument("--tiny", action="store_true", help="run everything on OpenMoji, with small encoders")
+    options = parser.parse_args()
+    recipe, workdir = TINY if options.tiny else FULL, options.workdir
+    captions, pairs = ("openmoji:en", "openmoji:en") if options.tiny else (options.captions, options.pairs)
+    if captions:
+        select_captions(workdir, captions, options.concepts, recipe, options.device)
+    if pairs:
+        selection = str(workdir / "chosen.parquet") if options.tiny else None
+        align(workdir, pairs, recipe, with_options(recipe.training, device=options.device, selection=selection))
 
 
-def choose(workdir: Path, captions: str, concepts: str, recipe: dict[str, Any], device: str) -> None:
-    """Select captions, as many for each concept, rare concepts first; no image is looked at."""
-    stored, paths = embedcache.ExtractSettings(devices=(device,)), (workdir / "captions", workdir / "concepts")
-    for path, source in zip(paths, map(embedcache.open_source, (captions, concepts)), strict=True):
-        embedcache.extract_features(
-            source, path, text_encoders=[recipe["text"]], settings=stored, progress=open_progress()
-        )
-    settings, out = embedcache.SelectSettings(per_concept=recipe["each"]), workdir / "chosen.parquet"
-    by_concept: dict[str, Any] = {"concepts_path": paths[1], "joins_names": True}  # two names of ImageNet stand twice
-    print_line(embedcache.select_samples(paths[0], out, "rare-first", settings=settings, **by_concept).line())
-
-
-def align(workdir: Path, pairs: str, recipe: dict[str, Any], training: dict[str, Any]) -> None:
-    """Encode once, train the paper's projectors and the control on shuffled pairs, rank what was held out."""
-    stored = embedcache.ExtractSettings(features=recipe["features"], devices=(training["device"],))
-    source, cache, progress = embedcache.open_source(pairs), workdir / "pairs", open_progress()
-    image, text = [recipe["image"]], [recipe["text"]]
-    embedcache.extract_features(
-        source, cache, image_encoders=image, text_encoders=text, settings=stored, progress=progress
+def select_captions(workdir: Path, captions: str, concepts: str, recipe: Recipe, device: str) -> None:
+    """Select the same number of captions per concept, rare concepts first, without looking at images."""
+    settings = embedcache.ExtractSettings(devices=(device,))
+    for name, location in (("captions", captions), ("concepts", concepts)):
+        extract_source(location, workdir / name, images=[], texts=[recipe.text_encoder], settings=settings)
+    report = embedcache.select_samples(
+        workdir / "captions",
+        workdir / "chosen.parquet",
+        "rare-first",
+        settings=embedcache.SelectSettings(per_concept=recipe.per_concept),
+        concepts_path=workdir / "concepts",
+        joins_names=True,  # two class names of ImageNet occur twice
     )
+    print_line(report.line())
+
+
+def align(workdir: Path, pairs: str, recipe: Recipe, training: TrainSettings) -> None:
+    """Extract features, train the paper's projectors and the shuffled control, and evaluate both on the test part."""
+    cache, images, texts = workdir / "pairs", [recipe.image_encoder], [recipe.text_encoder]
+    settings = embedcache.ExtractSettings(features=recipe.features, devices=(training.machine.device,))
+    extract_source(pairs, cache, images=images, texts=texts, settings=settings)
     reports = {}
-    for name, shuffles in (("run", False), ("shuffled", True)):
-        settings, run = train_settings({**training, "shuffle_pairs": shuffles}), workdir / name
-        report = embedcache.train_projectors(cache, run, image=recipe["side"], settings=settings, progress=progress)
+    for name, is_control in (("run", False), ("shuffled", True)):
+        run, options = workdir / name, with_options(training, shuffle_pairs=is_control)
+        report = embedcache.train_projectors(
+            cache, run, image=recipe.image_feature, settings=options, progress=open_progress()
+        )
         print_line(report.line(run))
-        reports[name] = embedcache.evaluate_retrieval(cache, run, is_control=shuffles)
+        reports[name] = embedcache.evaluate_retrieval(cache, run, is_control=is_control)
     print_table(*retrieval_table(reports))
 
 

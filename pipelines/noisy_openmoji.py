@@ -1,84 +1,80 @@
-"""A pool with real noise: pairs of an OpenMoji picture and its name in one of 14 languages, for an English encoder.
+"""A pool with real noise: pairs of an OpenMoji image and its name in one of 14 languages, for an English encoder.
 
-What `pipelines.curate_concepts` selects from. What is in the folder already is used again.
+The data of `pipelines.curate_concepts`. Existing results in the folder are reused.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from embedcache.cli.console import open_progress
 from embedcache.curate.select.combine import combine_selections
 from embedcache.dataset.selections import Selection, write_selection
-from embedcache.dataset.splits import read_split, spread_split, swap_parts, write_split
-from embedcache.extract.extract import extract
+from embedcache.dataset.splits import Part, Split, read_split, write_split
+from embedcache.errors import DataError
 from embedcache.projectors.saved import split_path
-from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import train_settings
 from embedcache.train.train import train
+from pipelines.common import IMAGE_ENCODER, extract_source, with_options
 
-IMAGE, TEXT = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
-CLOSED: dict[str, object] = {"projector": "linear", "initialization": "cca", "epochs": 0}
+CLOSED_FORM = train_settings({"projector": "linear", "initialization": "cca", "epochs": 0})
 GROUPS = (
     "Activities,Animals & Nature,Flags,Food & Drink,Objects,People & Body,Smileys & Emotion,Symbols,Travel & Places"
 )
 NOTES = (
-    "Made by `python -m pipelines.curate_concepts work/` on 2 CPU cores. The pool is 26,796 pairs of an OpenMoji "
-    "picture and its name in one of 14 languages, under EfficientNet-Lite0 and MiniLM, which reads English: 13 of 14 "
-    "pairs are noise, as in a crawl. Five seeds, five strict cuts by picture; each method selects 300, 600 or 1,200 of "
-    "the training pairs, a linear CCA is fitted on them, and tested on English pairs held out.",
-    "`top-score`, `rare-first` (the paper's) and `metaclip` (matches at cosine .4) compare captions with the names of "
-    "ImageNet's 1,000 classes. `clip-score` uses a CCA of validation's 190 English pairs, which no other method sees. "
-    "`hierarchical` (100 clusters under 10) and `k-center` look at images alone; `image-based` has nothing to go by, "
-    "as every language shows the same pictures. 'Random of the English' is a perfect filter. 'English pairs' are those "
-    "selected; '9 classes' is the mean accuracy over Unicode's groups of emoji, zero-shot, by their bare names (chance "
-    ".111).",
+    "Produced by `python -m pipelines.curate_concepts work/` on 2 CPU cores. The pool is 26,796 pairs of an OpenMoji "
+    "image and its name in one of 14 languages, under EfficientNet-Lite0 and MiniLM, which reads English: 13 of 14 "
+    "pairs are noise, as in a web crawl. Five seeds, five strict splits by image; each method selects 300, 600 or "
+    "1,200 of the training pairs, a linear CCA is fitted on them, and tested on English pairs of the test part.",
+    "`top-score`, `rare-first` (the paper's) and `metaclip` (matches at cosine 0.4) compare captions with the names "
+    "of ImageNet's 1,000 classes. `clip-score` uses a CCA of the 190 English pairs for validation, which no other "
+    "method sees. `hierarchical` (100 clusters under 10) and `k-center` look at images alone; `image-based` cannot "
+    "tell pairs apart, as every language has the same images. 'random of the English' is a perfect filter. 'English "
+    "pairs' counts those selected; '9 classes' is the mean accuracy over Unicode's groups of emoji, zero-shot, by "
+    "their bare names (chance level 0.111).",
 )
 
 
 def make_caches(workdir: Path) -> None:
-    """Extract `clean` (English names), `pool`, `concepts` (ImageNet's names) and `groups` (the classes of pictures)."""
+    """Extract the caches `clean` (English names), `pool`, `concepts` (ImageNet's names) and `groups` (Unicode's)."""
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "groups.txt").write_text(GROUPS.replace(",", "\n"))
     (workdir / "name.txt").write_text("{c}")
-    prompts = {
-        name: f"prompts:{classes}+{workdir}/name.txt"
-        for name, classes in (("concepts", "imagenet1k"), ("groups", f"{workdir}/groups.txt"))
-    }
-    pictures = {"clean": "openmoji:en", "pool": "pairs:openmoji:"}
-    for name, location in (pictures | prompts).items():
-        image = [IMAGE] if name in pictures else []
-        extract(
-            open_source(location), workdir / name, image_encoders=image, text_encoders=[TEXT], progress=open_progress()
-        )
+    for name, location in (("clean", "openmoji:en"), ("pool", "pairs:openmoji:")):
+        extract_source(location, workdir / name, images=[IMAGE_ENCODER])
+    for name, classes in (("concepts", "imagenet1k"), ("groups", f"{workdir}/groups.txt")):
+        extract_source(f"prompts:{classes}+{workdir}/name.txt", workdir / name, images=[])
 
 
 def count_english(workdir: Path, file: str, seeds: Sequence[int]) -> float:
-    """Count the English pairs of a selection: the mean over the cuts."""
-    parts = [(workdir / f"cut-{seed}" / f"{file}.parquet", workdir / f"cut-{seed}") for seed in seeds]
-    both = [
-        combine_selections(workdir / "pool", cut / "both.parquet", one, "and", cut / "english.parquet")
-        for one, cut in parts
+    """Return the number of English pairs in a selection, averaged over the splits."""
+    cuts = [workdir / f"cut-{seed}" for seed in seeds]
+    counts = [
+        combine_selections(
+            workdir / "pool", cut / "both.parquet", cut / f"{file}.parquet", "and", cut / "english.parquet"
+        )
+        for cut in cuts
     ]
-    return float(np.mean(both))
+    return float(np.mean(counts))
 
 
 def make_cut(workdir: Path, seed: int) -> Path:
-    """Cut the pictures strictly, by their English names, and their pairs likewise; train a scorer on validation alone.
+    """Split the images strictly by their English names, and their pairs alike; train a scorer on validation alone.
 
-    Gives a folder with `split.parquet` of the pool, the selections `training.parquet` and `english.parquet` of its
-    training part, and the run `scorer`.
+    Returns:
+        A folder with `split.parquet` of the pool, the selections `training.parquet` and `english.parquet` of its
+        training part, and the run `scorer`.
     """
     cut = workdir / f"cut-{seed}"
     clean, pool = Cache(workdir / "clean"), Cache(workdir / "pool")
-    train(clean.path, cut / "clean", settings=train_settings({**CLOSED, "seed": seed}))
-    pictures = read_split(split_path(cut / "clean"), [clean])
-    write_split(cut / "swapped.parquet", swap_parts(pictures, "train", "val"))
-    swapped = {**CLOSED, "seed": seed, "split": str(cut / "swapped.parquet")}
-    train(clean.path, cut / "scorer", settings=train_settings(swapped))
-    split = spread_split(pictures, pool, "sample")
+    settings = with_options(CLOSED_FORM, seed=seed)
+    train(clean.path, cut / "clean", settings=settings)
+    images = read_split(split_path(cut / "clean"), [clean])
+    write_split(cut / "swapped.parquet", swap_parts(images, "train", "val"))
+    train(clean.path, cut / "scorer", settings=with_options(settings, split=str(cut / "swapped.parquet")))
+    split = spread_split(images, pool, "sample")
     write_split(cut / "split.parquet", split)
     rows = split.rows("train")
     is_english = np.array(pool.samples["language"].to_pylist())[rows] == "en"
@@ -86,3 +82,34 @@ def make_cut(workdir: Path, seed: int) -> Path:
         selection = Selection(rows=kept, reasons=["of the training part"] * len(kept))
         write_selection(cut / f"{name}.parquet", pool, selection, {})
     return cut
+
+
+def spread_split(split: Split, cache: Cache, column: str) -> Split:
+    """Assign each sample of a cache to the part of the original sample named in one of its columns.
+
+    Args:
+        split: split of the original samples.
+        cache: cache such as those of the source `pairs`, with the original key in the column `sample`.
+        column: column of the cache with keys of the split; samples with another key are in no part.
+
+    Raises:
+        DataError: the cache has no such column, or none of its keys is in the split.
+    """
+    if column not in cache.columns:
+        raise DataError(f"{cache.path} has no column {column!r} with keys of the split")
+    rows_by_key = {key: row for row, key in enumerate(split.keys)}
+    rows = [rows_by_key.get(key) for key in cache.samples[column].to_pylist()]
+    if all(row is None for row in rows):
+        raise DataError(f"no key in column {column!r} of {cache.path} is in the split of {len(rows_by_key):,} samples")
+    first_new = max(split.groups, default=-1) + 1
+    return Split(
+        keys=cache.samples["key"].to_pylist(),
+        parts=["" if row is None else split.parts[row] for row in rows],
+        groups=[first_new + number if row is None else split.groups[row] for number, row in enumerate(rows)],
+    )
+
+
+def swap_parts(split: Split, one: Part, other: Part) -> Split:
+    """Exchange two parts of a split, to train on what was held out."""
+    swapped = {one: other, other: one}
+    return replace(split, parts=[swapped.get(part, part) for part in split.parts])  # type: ignore[call-overload]

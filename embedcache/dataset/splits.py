@@ -106,37 +106,6 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     )
 
 
-def spread_split(split: Split, cache: Cache, column: str) -> Split:
-    """Give each sample of another cache the part of the sample that it was made of.
-
-    Args:
-        split: of the samples whose keys the column holds.
-        cache: such as the source `pairs` makes, which keeps that key in the column `sample`.
-        column: of the cache's samples. A key in it that the split does not hold is in no part.
-
-    Raises:
-        DataError: the cache has no such column, or none of its keys is in the split.
-    """
-    if column not in cache.columns:
-        raise DataError(f"{cache.path} has no column {column!r} to find the samples of the split by")
-    row_of = {key: row for row, key in enumerate(split.keys)}
-    rows = [row_of.get(key) for key in cache.samples[column].to_pylist()]
-    if all(row is None for row in rows):
-        raise DataError(f"no key in column {column!r} of {cache.path} is in the split, which has {len(row_of):,}")
-    first_new = max(split.groups, default=-1) + 1
-    return Split(
-        keys=cache.samples["key"].to_pylist(),
-        parts=["" if row is None else split.parts[row] for row in rows],
-        groups=[first_new + number if row is None else split.groups[row] for number, row in enumerate(rows)],
-    )
-
-
-def swap_parts(split: Split, one: Part, other: Part) -> Split:
-    """Give the samples of two parts each other's part: to train on what was held out."""
-    swapped = {one: other, other: one}
-    return replace(split, parts=[swapped.get(part, part) for part in split.parts])  # type: ignore[call-overload]
-
-
 def _of_cache(path: Path, split: Split, cache: Cache) -> Split:
     """Give the part of a split that is of one cache's samples, longer by those that were added since."""
     keys = cache.samples["key"].to_pylist()

@@ -70,9 +70,9 @@ def train_best(
         for trial in trials:
             for place, (run_path, run) in enumerate(_runs(path, space, trial, settings)):
                 claim = _AFTER_TRIALS + trial.number * 2**16 + place
-                if run_path not in reports and claims.take(claim, waits=waits):
+                if run_path not in reports and claims.acquire(claim, wait=waits):
                     reports[run_path] = try_to_train(data, run_path, run)
-                    claims.give_back(claim)
+                    claims.release(claim)
     return [[reports[run_path] for run_path, _ in _runs(path, space, trial, settings)] for trial in trials]
 
 

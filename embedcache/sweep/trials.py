@@ -120,26 +120,26 @@ class Trials:
         if self._grid is not None and not any(trial.state == TrialState.WAITING for trial in trials):
             self.optuna.enqueue_trial(self._grid[num_drawn])
         trial = self.optuna.ask(distributions(self._space))
-        self._claims.take(trial.number)
+        self._claims.acquire(trial.number)
         return trial
 
     def _close(self, trial: optuna.Trial, state: TrialState, score: float | None = None) -> None:
         self.optuna.tell(trial, score, state=state)
-        self._claims.give_back(trial.number)
+        self._claims.release(trial.number)
 
     def _wait_for(self, trial: FrozenTrial) -> None:
-        self._claims.take(trial.number, waits=True)
-        self._claims.give_back(trial.number)
+        self._claims.acquire(trial.number, wait=True)
+        self._claims.release(trial.number)
 
     def _close_lost(self) -> None:
         """Close the trials of dead processes, whose claims nobody holds."""
         for number in [trial.number for trial in self._running()]:
-            if not self._claims.take(number):
+            if not self._claims.acquire(number):
                 continue
             for trial in self._running():  # read again: it may have been finished before its claim was free
                 if trial.number == number:
                     self._close_as_lost(trial)
-            self._claims.give_back(number)
+            self._claims.release(number)
 
     def _close_as_lost(self, trial: FrozenTrial) -> None:
         self.optuna.tell(trial.number, state=TrialState.FAIL)

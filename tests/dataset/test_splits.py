@@ -7,7 +7,7 @@ import pytest
 
 from embedcache.arrays import normalize
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import PARTS, Split, make_split, read_split, spread_split, swap_parts, write_split
+from embedcache.dataset.splits import PARTS, Split, make_split, read_split, write_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -126,22 +126,3 @@ def test_mistakes_are_named(cache_path: Path) -> None:
         SplitSettings(val_fraction=0.5, test_fraction=0.5)
     with pytest.raises(SettingError, match="test_fraction: expected"):
         SplitSettings(test_fraction=0)
-
-
-def test_spread_split(tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "p", 4)
-    (pictures / "00001.json").write_text(json.dumps({"captions": ["one", "two"]}))
-    extract(open_source(f"pairs:{pictures}"), tmp_path / "pairs", text_encoders=[TEXT])
-    pairs = Cache(tmp_path / "pairs")
-    keys = list(dict.fromkeys(pairs.samples["sample"].to_pylist()))
-    split = Split(keys=keys[:3], parts=["train", "val", "test"], groups=[0, 5, 2])
-    spread = spread_split(split, pairs, "sample")
-    part_of = dict(zip(keys, [*split.parts, ""], strict=True))
-    assert spread.parts == [part_of[key] for key in pairs.samples["sample"].to_pylist()]
-    assert spread.groups[:4] == [0, 5, 5, 5]
-    assert spread.groups[-1] > 5
-    assert swap_parts(split, "train", "val").parts == ["val", "train", "test"]
-    with pytest.raises(DataError, match="has no column 'nothing'"):
-        spread_split(split, pairs, "nothing")
-    with pytest.raises(DataError, match="no key in column 'key'"):
-        spread_split(split, pairs, "key")

@@ -91,7 +91,7 @@ def test_export_is_reused_or_refused(run: Path, tiny: dict[str, str], tmp_path: 
     another = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"))
     with pytest.raises(FingerprintError, match=r"was made with other settings: run: .* give the path of a new folder"):
         export_run("safetensors", another, folder)
-    with pytest.raises(FingerprintError, match="form: 'safetensors' there, 'onnx' asked"):
+    with pytest.raises(FingerprintError, match="form: stored 'safetensors', requested 'onnx'"):
         export_run("onnx", run, folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(CorruptError, match=r"config.json is missing or was changed after the export"):

@@ -174,7 +174,7 @@ def edited(run_path: Path, folder: Path, modality: str, **fields: object) -> Pat
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_an_encoder_that_is_another_now_is_refused(modality: str, runs: dict[str, Path], tmp_path: Path) -> None:
     run = edited(runs["vectors"], tmp_path, modality, spec=f"{IMAGE},scale=2")
-    with pytest.raises(FingerprintError, match=r"feature open_toy/\w+ .* other settings: weights: '.*' there"):
+    with pytest.raises(FingerprintError, match=r"feature open_toy/\w+ .* other settings: weights: stored '.*'"):
         load("embedcache", run)
 
 

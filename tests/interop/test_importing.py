@@ -16,6 +16,7 @@ from embedcache.interop.npy import open_npy_vectors
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
+from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
@@ -82,16 +83,16 @@ def test_again_is_the_same_and_a_changed_source_is_refused(tree: Path, tmp_path:
     assert files_of(tmp_path / "cache") == before
 
     np.save(tree / "img_emb" / "img_emb_2.npy", unit_rows(10, seed=1))
-    with pytest.raises(FingerprintError, match="files: .* there, .* asked; restore the files"):
+    with pytest.raises(FingerprintError, match="files: stored .*, requested .*; restore the files"):
         import_files(open_clip_retrieval(tree), tmp_path / "cache")
     assert files_of(tmp_path / "cache") == before
 
 
 def test_other_options_are_refused(tree: Path, tmp_path: Path) -> None:
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
-    with pytest.raises(FingerprintError, match="columns.key_column: None there, 'caption' asked"):
+    with pytest.raises(FingerprintError, match="columns.key_column: stored None, requested 'caption'"):
         import_files(open_clip_retrieval(tree), tmp_path / "cache", key_column="caption")
-    with pytest.raises(FingerprintError, match="model: None there, 'ViT-B/32' asked"):
+    with pytest.raises(FingerprintError, match="model: stored None, requested 'ViT-B/32'"):
         import_files(open_clip_retrieval(tree), tmp_path / "cache", model="ViT-B/32")
 
 
@@ -140,8 +141,8 @@ def test_a_run_can_be_trained_and_an_index_built(tree: Path, tmp_path: Path) -> 
     cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     optimizer = OptimizerSettings(epochs=1, batch_size=8)
     train(cache.path, tmp_path / "run", settings=TrainSettings(split=SplitSettings(kind="key"), optimizer=optimizer))
-    build_index(cache.path, tmp_path / "index", run_path=tmp_path / "run")
-    [hits] = search(tmp_path / "index", Queries(keys=["k7"]), k=1)
+    build_index(cache.path, tmp_path / "index", IndexSettings(run=tmp_path / "run"))
+    [hits] = search(tmp_path / "index", Queries(keys=["k7"]), SearchSettings(k=1))
     assert hits[0].key == "k7"
     with pytest.raises(SettingError, match="text_emb.* imported"):
         search(tmp_path / "index", ["a dog"])

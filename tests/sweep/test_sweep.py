@@ -141,12 +141,12 @@ def test_another_question_is_refused_with_both_answers(cache_path: Path, tmp_pat
     other = tmp_path / "space.toml"
     other.write_text(SPACE.replace("1e-1", "1e-2").replace('["linear", "mlp"]', '["linear", "glu"]'))
     with pytest.raises(
-        FingerprintError, match=r"space\.space\.learning_rate\.high: 0\.1 there, 0\.01 asked.*'glu'\] as"
+        FingerprintError, match=r"space\.space\.learning_rate\.high: stored 0\.1, requested 0\.01.*'glu'\] as"
     ):
         sweep(cache_path, study_path, other, **SIDES, settings=RANDOM)
-    with pytest.raises(FingerprintError, match="sampler: 'random' there, 'tpe' asked; give the path of a new folder"):
+    with pytest.raises(FingerprintError, match="sampler: stored 'random', requested 'tpe'"):
         sweep(cache_path, study_path, space_path, **SIDES, settings=replace(RANDOM, sampler="tpe"))
-    with pytest.raises(FingerprintError, match="storage: None there, 'sqlite:///other.db' asked"):
+    with pytest.raises(FingerprintError, match="storage: stored None, requested 'sqlite:///other.db'"):
         sweep(cache_path, study_path, space_path, **SIDES, settings=replace(RANDOM, storage="sqlite:///other.db"))
     other.write_text(SPACE.replace("epochs = 2", "epochs = 2\nthreads = 1"))  # which decides nothing
     sweep(cache_path, study_path, other, **SIDES, settings=RANDOM)

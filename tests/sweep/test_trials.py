@@ -93,7 +93,7 @@ def test_a_trial_that_is_finished_while_others_look_at_it_stays_finished(
         ours.complete(trial, 0.5, OUTCOME)
         return True
 
-    monkeypatch.setattr(theirs._claims, "take", take)
+    monkeypatch.setattr(theirs._claims, "acquire", take)
     assert theirs.take() is None
     assert [trial.state for trial in theirs.finished()] == [TrialState.COMPLETE]
 
@@ -103,8 +103,8 @@ def test_what_a_living_process_is_at_stays_its_own(
 ) -> None:
     ours, theirs = opened(tmp_path, space), opened(tmp_path, space)
     alive = ours.take()
-    monkeypatch.setattr(ours._claims, "take", lambda number: number != 0)  # as if another process had it
-    monkeypatch.setattr(theirs._claims, "take", lambda number: number != 0)
+    monkeypatch.setattr(ours._claims, "acquire", lambda number: number != 0)  # as if another process had it
+    monkeypatch.setattr(theirs._claims, "acquire", lambda number: number != 0)
     lost, again = ours.take(), theirs.take()
     assert alive is not None
     assert lost is not None

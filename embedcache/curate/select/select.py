@@ -25,6 +25,7 @@ SELECTORS = Registry(
         "rare-first": "embedcache.curate.select.concept_methods:RareFirstSelector",
         "top-score": "embedcache.curate.select.baselines:TopScoreSelector",
     },
+    group="embedcache.selectors",
 )
 
 
@@ -208,7 +209,7 @@ def select(
         "method": method,
         "settings": asdict(settings),
         "modality": pool.modality,
-        "feature": pool.vectors.side.name,
+        "feature": pool.vectors.feature.name,
         "within": None if within is None else str(within),
         **{name: None if path is None else str(path) for name, path in given.items()},
     }

@@ -12,8 +12,8 @@ def exactly(value: float) -> Estimate:
     return Estimate(value, value, value)
 
 
-def promised(shift: float) -> PairsReport:
-    """The probe grows from pair to pair, linear CKA falls."""
+def measured(shift: float) -> PairsReport:
+    """Report in which the probe rises from pair to pair and linear CKA falls."""
     pairs = [
         PairFigures(
             image=image,
@@ -33,7 +33,7 @@ def promised(shift: float) -> PairsReport:
     )  # fmt: skip
 
 
-def reached(recall: float) -> RetrievalReport:
+def trained(recall: float) -> RetrievalReport:
     recalls = {"i2t": {"r@10": exactly(recall)}, "t2i": {"r@10": exactly(recall + 0.1)}}
     return RetrievalReport(
         part="test", language=None, recalls=recalls, orders={}, curves={}, chance=recalls, by_seed=[recall],
@@ -42,22 +42,22 @@ def reached(recall: float) -> RetrievalReport:
 
 
 OUTCOMES = Outcomes(
-    promised=[promised(0.0), promised(0.04)],
-    reached={"plain": {pair: [reached(0.1 * place), reached(0.1 * place)] for place, pair in enumerate(NAMES)}},
+    measured=[measured(0.0), measured(0.04)],
+    trained={"plain": {pair: [trained(0.1 * place), trained(0.1 * place)] for place, pair in enumerate(NAMES)}},
 )
 
 
-def test_a_metric_that_orders_pairs_as_training_does_has_correlation_one() -> None:
+def test_metric_in_the_order_of_recalls() -> None:
     columns, rows = correlation_rows(OUTCOMES)
     assert columns[:4] == ["metric", "training", "Spearman", "Kendall"]
     found = {row[0]: row[1:] for row in rows}
     assert found["probe R@10"] == ["plain", "1.000 [1.000, 1.000]", "1.000 [1.000, 1.000]", "0.550", "0.550"]
     assert found["linear CKA"][1] == "-1.000 [-1.000, -1.000]"
-    assert found["linear CKA"][-2:] == ["0.050", "0.550"]  # it would choose the worst
+    assert found["linear CKA"][-2:] == ["0.050", "0.550"]  # it chooses the worst pair
     assert len(rows) == len(METRICS)
 
 
-def test_the_page_lists_pairs_by_what_they_reached_with_means_over_seeds_and_splits(tmp_path: Path) -> None:
+def test_page_lists_pairs_by_recall(tmp_path: Path) -> None:
     write_correlations(tmp_path / "page.md", OUTCOMES, title="T", notes=["as made here"])
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("# T\n\nas made here\n")
