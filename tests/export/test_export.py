@@ -163,7 +163,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(length) if length else b"".join(self._chunks())
         self.server.calls.append((self.path, body))  # type: ignore[attr-defined]
         url = f"http://127.0.0.1:{self.server.server_address[1]}"  # type: ignore[index]
-        if self.path == "/api/repos/create" and json.loads(body)["name"] == "closed":
+        if "/closed/" in self.path or (self.path == "/api/repos/create" and json.loads(body)["name"] == "closed"):
             self._answer({"error": "You have no rights here"}, status=403)
         elif self.path == "/api/repos/create":
             self._answer({"url": f"{url}/me/pair"})

@@ -15,7 +15,7 @@ from tests.export.runs import make_run
 
 pytestmark = pytest.mark.slow
 
-VECTORS = ("linear", "linear+identity", "mlp", "glu", "fusemix", "sharelock", "asif", "openclip-linear", "openclip-mlp")
+VECTORS = ("linear+identity", "mlp", "glu", "fusemix", "linear+sharelock", "asif", "openclip-linear", "openclip-mlp")
 TOKENS = ("token", "cls_token", "token_mlp")
 
 

@@ -61,7 +61,7 @@ def cache(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("preset")
     source = open_source(write_pictures(folder / "images", 12))
     settings = ExtractSettings(features=("patch_mean", "mean"))
-    extract(source, folder / "cache", image=[tiny["whole"]], text=[tiny["bert"]], settings=settings)
+    extract(source, folder / "cache", image_encoders=[tiny["whole"]], text_encoders=[tiny["bert"]], settings=settings)
     return folder / "cache"
 
 

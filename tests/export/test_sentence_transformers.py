@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
     [
         ("st", "mean", "linear", "TPNDN"),
         ("bert", "cls", "linear+identity", "TPNDN"),
-        ("dense", "dense", "sharelock", "TPDNDDDDN"),
+        ("dense", "dense", "linear+sharelock", "TPDNDDDDN"),
         ("dense", "cls", "linear", "TPNDN"),
         ("bert", "mean", "openclip-mlp", "TPDDN"),
         ("bert", "mean", "openclip-linear", "TPDN"),
