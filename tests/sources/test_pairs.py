@@ -22,7 +22,7 @@ class TestPairs(SourceContract):
         return open_source(f"pairs:{folder}")
 
 
-def test_a_caption_is_a_sample(folder: Path) -> None:
+def test_pairs_have_one_caption_each(folder: Path) -> None:
     before = {sample.key: sample for sample in open_source(folder).samples()}
     found = list(open_source(f"pairs:{folder}").samples())
     assert [(sample.columns["sample"], [item.text for item in sample.texts]) for sample in found] == [
@@ -32,6 +32,6 @@ def test_a_caption_is_a_sample(folder: Path) -> None:
     assert all(sample.images == before[str(sample.columns["sample"])].images for sample in found)
 
 
-def test_a_source_of_pairs_is_not_taken_apart_again(folder: Path) -> None:
+def test_pairs_of_pairs_raise(folder: Path) -> None:
     with pytest.raises(SourceError, match="already has one caption per sample"):
         open_source(f"pairs:pairs:{folder}")

@@ -22,7 +22,7 @@ from tests.sources.files import jpeg, write_tar
         ("s3://b/{0..1}-{a,b}.tar", ["s3://b/0-a.tar", "s3://b/0-b.tar", "s3://b/1-a.tar", "s3://b/1-b.tar"]),
     ],
 )
-def test_braces_are_written_out_as_a_shell_does(pattern: str, paths: list[str]) -> None:
+def test_expand_braces(pattern: str, paths: list[str]) -> None:
     assert expand_braces(pattern) == paths
 
 
@@ -44,7 +44,7 @@ def shards(tmp_path: Path) -> Path:
         ("val::train", ["0.tar", "1.tar", "{}/train/0.tar", "{}/train/1.tar"]),
     ],
 )
-def test_several_places_are_one_source(
+def test_several_locations_are_one_source(
     shards: Path, location: str, paths: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(shards)
@@ -56,6 +56,6 @@ def test_several_places_are_one_source(
     assert list(reopen_source(source.describe()).samples()) == list(source.samples())
 
 
-def test_a_missing_shard_of_a_list_is_named(shards: Path) -> None:
+def test_missing_shard_of_a_list_raises(shards: Path) -> None:
     with pytest.raises(PathError, match=r"val/2\.tar \(1 of 3"):
         open_source(f"{shards}/train/0.tar::{shards}/val/{{0..2}}.tar")
