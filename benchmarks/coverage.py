@@ -112,11 +112,11 @@ def _pass(folder: Path, num_rows: int, cpu: list[float]) -> float:
         k=K,
     )
     started, cpu_started = time.perf_counter(), time.process_time()
-    tally = run_pass(pool, work)
-    tally.best.table()
+    counts = run_pass(pool, work)
+    counts.best.table()
     seconds = time.perf_counter() - started
     cpu.append(time.process_time() - cpu_started)
-    assert tally.num_items[0] == num_rows
+    assert counts.num_items[0] == num_rows
     return num_rows / seconds
 
 

@@ -27,6 +27,7 @@ from embedcache.extract.extract import extract
 from embedcache.provenance import peak_memory_bytes
 from embedcache.search.faiss_index import exact_search, read_index
 from embedcache.search.index import build_index, read_card
+from embedcache.search.settings import IndexSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -96,7 +97,7 @@ def _ours(folder: Path, cache_path: Path, budget: str) -> Asked:
         build_s, peak = executor.submit(_build, cache_path, index_path, budget).result()
     index, card = read_index(index_path / "index.faiss"), read_card(index_path)
     queries = np.load(folder / "queries.npy")
-    single_ms, batch_ms = index.latency_ms(queries, _K, card.search)
+    single_ms, batch_ms = index.measure_latency_ms(queries, _K, card.search)
     effort = " ".join(f"{name} {value}" for name, value in card.search.items())
     return Asked(
         kind=f"{card.factory} {effort}",
@@ -111,7 +112,7 @@ def _ours(folder: Path, cache_path: Path, budget: str) -> Asked:
 
 def _build(cache_path: Path, index_path: Path, budget: str) -> tuple[float, int]:
     started = time.perf_counter()
-    build_index(cache_path, index_path, modality="text", memory_bytes=parse_size(budget))
+    build_index(cache_path, index_path, IndexSettings(modality="text", memory=parse_size(budget)))
     return time.perf_counter() - started, peak_memory_bytes()
 
 

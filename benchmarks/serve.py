@@ -30,6 +30,7 @@ from embedcache.cli.console import print_line, print_table
 from embedcache.dataset.settings import SplitSettings
 from embedcache.extract.extract import extract
 from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
@@ -163,7 +164,7 @@ def _openmoji(folder: Path) -> Path:
         model=ModelSettings(projector="linear"), optimizer=OptimizerSettings(epochs=0), split=SplitSettings(kind="key")
     )
     train(folder / "cache", folder / "run", settings=settings)
-    build_index(folder / "cache", folder / "index", run_path=folder / "run")
+    build_index(folder / "cache", folder / "index", IndexSettings(run=folder / "run"))
     return folder / "index"
 
 
@@ -173,7 +174,7 @@ def _clusters(folder: Path, num: int) -> tuple[Path, list[Path]]:
     (folder / "numbers.txt").write_text("".join(f"{number}\n" for number in range(num)))
     extract(open_source(folder / "numbers.txt"), folder / "cache", text_encoders=[_ENCODER])
     extracted = time.perf_counter()
-    card = build_index(folder / "cache", folder / "index", modality="text", factory=_FACTORY)
+    card = build_index(folder / "cache", folder / "index", IndexSettings(modality="text", factory=_FACTORY))
     built = time.perf_counter() - extracted
     print_line(
         f"{num:,}: extracted in {extracted - started:.0f} s, indexed in {built:.0f} s, recall {card.recall_at_10:.3f}"

@@ -16,7 +16,7 @@ from embedcache.arrays import Array, Floats, mean_directions
 from embedcache.cli.console import print_table
 from embedcache.curate.counting import SAMPLE, estimate_background
 from embedcache.extract.extract import extract
-from embedcache.search.concepts import MOST_EXAMPLES, open_concepts
+from embedcache.search.concepts import MAX_EXAMPLES, open_concepts
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -54,7 +54,7 @@ def _prototypes(pool: Vectors, groups: list[str]) -> list[list[str]]:
     rng, is_example = np.random.default_rng(0), np.zeros(len(labels), bool)
     for group in range(len(groups)):
         found = rng.permutation(np.flatnonzero(labels == group))
-        is_example[found[: min(MOST_EXAMPLES, len(found) // 2)]] = True
+        is_example[found[: min(MAX_EXAMPLES, len(found) // 2)]] = True
     concepts = mean_directions(vectors[is_example], labels[is_example], len(groups))
     return _rows("images: prototypes, plain", concepts, vectors[~is_example], labels[~is_example])
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from embedcache.extract.extract import extract as extract_features
     from embedcache.extract.settings import ExtractSettings
     from embedcache.inference import Model, load
-    from embedcache.search.filters import Filter
     from embedcache.search.index import build_index
     from embedcache.search.queries import Queries
     from embedcache.search.search import search as search_index
+    from embedcache.search.settings import Filter, IndexSettings, SearchSettings
     from embedcache.sources.open import open_source
     from embedcache.sources.settings import SourceSettings
     from embedcache.store.cache import Cache
@@ -45,12 +45,14 @@ __all__ = [
     "EncoderSettings",
     "ExtractSettings",
     "Filter",
+    "IndexSettings",
     "LossSettings",
     "MachineSettings",
     "Model",
     "ModelSettings",
     "OptimizerSettings",
     "Queries",
+    "SearchSettings",
     "SelectSettings",
     "SourceSettings",
     "SplitSettings",

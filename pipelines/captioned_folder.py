@@ -15,6 +15,7 @@ from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.extract.settings import ExtractSettings
 from embedcache.reports.retrieval import retrieval_table
 from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
 from embedcache.train.data import open_data
 from embedcache.train.settings import train_settings
 from pipelines.common import extract_source, train_seeds, with_options
@@ -55,7 +56,7 @@ def main() -> None:
     reports = {name: evaluate_retrieval(cache_path, run_paths) for name, run_paths in runs.items()}
     print_table(*retrieval_table(reports), title=reports["run"].line())
     index_path = workdir / "index"
-    card = build_index(cache_path, index_path, run_path=runs["run"][0], progress=open_progress())
+    card = build_index(cache_path, index_path, IndexSettings(run=runs["run"][0]), progress=open_progress())
     print_line(f"{index_path}: {card.num_vectors:,} images; search it with: embedcache search {index_path} TEXT")
 
 

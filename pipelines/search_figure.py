@@ -48,7 +48,9 @@ def search_test_images(folder: Path) -> list[list[Hit]]:
     with TemporaryDirectory() as scratch:
         keys = Path(scratch) / "test.txt"
         keys.write_text("\n".join(split["key"].to_pylist()))
-        return embedcache.search_index(folder / "index", QUERIES, k=K, keep=embedcache.Filter(selection=keys))
+        return embedcache.search_index(
+            folder / "index", QUERIES, embedcache.SearchSettings(k=K, filter=embedcache.Filter(selection=keys))
+        )
 
 
 if __name__ == "__main__":

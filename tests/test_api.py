@@ -143,9 +143,9 @@ def test_the_whole_api_goes_together(two_caches: list[Path], tmp_path: Path) -> 
     embedcache.train_projectors(f"{folder}/cache", f"{folder}/run", settings=settings)
     report = embedcache.evaluate_retrieval(f"{folder}/cache", f"{folder}/run")
     assert 0 <= report.recalls["i2t"]["r@10"].value <= 1
-    card = embedcache.build_index(f"{folder}/cache", f"{folder}/index", run_path=f"{folder}/run")
+    card = embedcache.build_index(f"{folder}/cache", f"{folder}/index", embedcache.IndexSettings(run=f"{folder}/run"))
     assert card.num_vectors == 90
-    (hits,) = embedcache.search_index(f"{folder}/index", ["a red box"], k=3)
+    (hits,) = embedcache.search_index(f"{folder}/index", ["a red box"], embedcache.SearchSettings(k=3))
     assert len(hits) == 3
     chosen = embedcache.select_samples(
         f"{folder}/cache", f"{folder}/some.parquet", "random", settings=embedcache.SelectSettings(budget=10)
@@ -177,7 +177,7 @@ import embedcache
 model = embedcache.load(Path("run"), device="cpu")
 similarities = model.similarity(["a.jpg"], "a dog")
 rows: int = similarities.shape[0]
-for hits in embedcache.search_index("index", ["a dog"], k=3):
+for hits in embedcache.search_index("index", ["a dog"], embedcache.SearchSettings(k=3)):
     key: str = hits[0].key
 settings = embedcache.TrainSettings(optimizer=embedcache.OptimizerSettings(epochs=3))
 line: str = embedcache.train_projectors("cache", "run", settings=settings).line(Path("run"))

@@ -15,7 +15,6 @@ from embedcache.cli.options import (
     Html,
     Json,
     Label,
-    Modality,
     NumResults,
     Output,
     Run,
@@ -25,8 +24,10 @@ from embedcache.cli.options import (
     SelectionOutput,
     add_command,
     new_group,
+    with_settings,
 )
 from embedcache.errors import SettingError
+from embedcache.search.settings import IndexSettings
 
 if TYPE_CHECKING:
     from embedcache.curate.coverage import CoverageReport
@@ -34,28 +35,12 @@ if TYPE_CHECKING:
 app = new_group("Index a cache, measure coverage and select samples.")
 
 
+@with_settings(settings=IndexSettings, skip=("checkpoint_s",))
 def index(
     cache: CacheArgument,
     out: Annotated[Path, typer.Argument(metavar="INDEX", help="Folder to write the index to.")],
-    run: Run = None,
-    modality: Modality = "image",
-    feature: Feature = None,
-    factory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="FAISS factory string.", show_default="one that fits the memory and reaches the recall"
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Memory limit while searching, such as 4GB.", show_default="no limit"),
-    ] = None,
-    on_disk: Annotated[
-        bool, typer.Option("--on-disk", metavar="", help="Keep the vectors on disk; --memory limits the rest.")
-    ] = False,
-    min_recall: Annotated[
-        float, typer.Option(metavar="FLOAT", help="Refuse an index whose recall@10 is below this.")
-    ] = 0.95,
+    *,
+    settings: IndexSettings,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
@@ -67,21 +52,9 @@ def index(
     """
     from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
     from embedcache.search.index import build_index
-    from embedcache.units import parse_size
 
     with resumable():
-        card = build_index(
-            cache,
-            out,
-            run_path=run,
-            feature=feature,
-            modality=modality,
-            factory=factory,
-            memory_bytes=None if memory is None else parse_size(memory),
-            leaves_on_disk=on_disk,
-            min_recall=min_recall,
-            progress=open_progress(),
-        )
+        card = build_index(cache, out, settings, progress=open_progress())
 
     def show() -> None:
         where = " on disk" if card.lists else ""

@@ -192,7 +192,7 @@ def probe(
     modality: Modality = "image",
     feature: Feature = None,
     label: Label = "label",
-    method: Annotated[
+    classifier: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME", help="Classifier: knn, logistic or ridge. May be repeated.", show_default="all three"
@@ -229,7 +229,7 @@ def probe(
     from embedcache.reports.probe import few_shot_table, probe_json, probe_table, write_probe_page
 
     settings = ProbeSettings(
-        methods=tuple(method or METHODS.paths),
+        methods=tuple(classifier or METHODS.paths),
         label=label,
         part=part,
         shots=_whole_numbers(shots),

@@ -7,23 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedcache.cli.options import (
-    Cache,
-    Concepts,
-    Device,
-    IndexArgument,
-    Json,
-    Languages,
-    NumResults,
-    Output,
-    Run,
-    SelectionOption,
-)
+from embedcache.cli.options import Concepts, IndexArgument, Json, Output, with_settings
+from embedcache.search.settings import SearchSettings
 
 if TYPE_CHECKING:
     from embedcache.search.search import Hit
 
 
+@with_settings(settings=SearchSettings)
 def search(
     index: IndexArgument,
     query: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Texts to search for.")] = None,
@@ -40,20 +31,9 @@ def search(
     query_vectors: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Search with each row of this .npy file.")
     ] = None,
-    k: NumResults = None,
     concepts: Concepts = None,
-    label_value: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Return only samples with this label.")
-    ] = None,
-    part: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Return only samples of this part of the column split, such as test."),
-    ] = None,
-    language: Languages = None,
-    selection: SelectionOption = None,
-    run: Run = None,
-    cache: Cache = None,
-    device: Device = "cpu",
+    *,
+    settings: SearchSettings,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
@@ -64,7 +44,6 @@ def search(
     Example: embedcache search index/ "a red bicycle" -k 5
     """
     from embedcache.cli.console import print_table, publish, read_lines
-    from embedcache.search.filters import Filter
     from embedcache.search.queries import Queries, read_vectors
     from embedcache.search.search import search as run_search
 
@@ -76,8 +55,7 @@ def search(
         concept_cache=concepts,
         vectors=None if query_vectors is None else read_vectors(query_vectors),
     )
-    keep = Filter(labels=label_value or (), splits=part or (), languages=language or (), selection=selection)
-    found = run_search(index, asked, k=k, keep=keep, run_path=run, cache_path=cache, device=device)
+    found = run_search(index, asked, settings)
     results = list(zip(asked.names, found, strict=True))
 
     def show() -> None:

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cli.options import Cache, Concepts, Device, IndexArgument, Run
+from embedcache.cli.options import Cache, Concepts, Device, IndexArgument, MovedRun
 
 
 def serve(
     index: IndexArgument,
-    run: Run = None,
+    run: MovedRun = None,
     cache: Cache = None,
     concepts: Concepts = None,
     coverage: Annotated[

@@ -36,7 +36,7 @@ def sweep(
 ) -> None:
     """Search training settings, and report the best.
 
-    SPACE.toml fixes some settings of train and gives ranges or choices for others, such as
+    SPACE.toml fixes some settings of train and names ranges or choices of others, such as
     lr = {low = 1e-4, high = 1e-2, log = true} and projector = {choices: linear, mlp}. Run the same command again to
     resume an interrupted study, or with more --trials to extend it.
 

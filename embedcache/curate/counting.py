@@ -191,7 +191,7 @@ class CoverageCounter:
         self.lower_C = np.minimum(thresholds_C, floors_C)
         self._near_CJ, self._k, self._is_selected_N = near_CJ, k, is_selected_N
 
-    def take(self, rows_B: Ints, vectors_BP: Floats) -> PartialCoverage:
+    def process(self, rows_B: Ints, vectors_BP: Floats) -> PartialCoverage:
         """Count a chunk."""
         tally = self.nothing()
         tally.num_items = self.count_items(rows_B)
@@ -321,8 +321,8 @@ def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
         raise FingerprintError(f"index {path} was made from other samples than {pool.cache.path} holds")
     asked = {
         "modality": pool.modality,
-        "feature": pool.side.name,
-        "fingerprint": pool.side.fingerprint,
+        "feature": pool.feature.name,
+        "fingerprint": pool.feature.fingerprint,
         "run_weights": None if pool.config is None else pool.config.weights_digest,
         "num_vectors": len(pool.rows),
     }

@@ -149,10 +149,10 @@ class CoverageReport:
         """Say what was looked at, in one line."""
         through = "" if self.pool.run_path is None else f" through {self.pool.run_path.name}"
         fewest, most = int(self.concepts.counts.min()), int(self.concepts.counts.max())
-        of = self.concepts.about["of"]
+        of = self.concepts.source["of"]
         each = f"{most:,} {of if most > 1 else of[:-1]}" if fewest == most else f"{fewest:,} to {most:,} {of}"
         return (
-            f"{self.pool.cache.path.name}: {self.whole.num_items:,} {self.pool.modality}s, {self.pool.side.name}"
+            f"{self.pool.cache.path.name}: {self.whole.num_items:,} {self.pool.modality}s, {self.pool.feature.name}"
             f"{through}; {len(self.concepts.names):,} concepts of {each}; {self.rule()}"
         )
 
@@ -248,7 +248,7 @@ def measure_coverage(
     pool = Vectors(cache_path, modality, feature, run_path)
     if settings.k > len(pool.rows):
         raise SettingError(
-            f"k is {settings.k}; {pool.cache.path} holds {len(pool.rows):,} {modality}s with {pool.side.name}, so k "
+            f"k is {settings.k}; {pool.cache.path} holds {len(pool.rows):,} {modality}s with {pool.feature.name}, so k "
             f"must be 1 to {len(pool.rows)}"
         )
     selection = None if selection is None else Path(selection)
@@ -267,7 +267,7 @@ def measure_coverage(
     )
     card = None
     if index_path is None:
-        tally = run_pass(pool, work, engine=engine, address=address, what="counting", progress=progress)
+        tally = run_pass(pool, work, engine=engine, address=address, title="counting", progress=progress)
     else:
         index, card = open_index(index_path, pool)
         tally = count_indexed(pool, work, concepts.vectors, index, card.search, progress or NullProgress())

@@ -278,7 +278,7 @@ def _compare(
     check_keep(settings.keep, cache)
     needs_vectors = bool(levels) or settings.keep == FAR
     vectors = Vectors(cache_path, modality, settings.feature, settings.run_path) if needs_vectors else None
-    side = open_input(cache, modality, settings.feature) if vectors is None else vectors.side
+    side = open_input(cache, modality, settings.feature) if vectors is None else vectors.feature
     contents = find_copies(cache, side)
     if not len(contents.rows):
         raise DataError(f"feature {side.name} has no valid item")

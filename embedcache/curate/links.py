@@ -164,7 +164,7 @@ def fit_centroids(training_SP: Floats, num_clusters: int, *, seed: int) -> Float
         MissingExtraError: faiss is not installed.
     """
     count = min(num_clusters, len(training_SP))
-    return spherical_kmeans(training_SP, count, seed=seed, iterations=_ITERATIONS, most_each=_TRAINING_EACH)
+    return spherical_kmeans(training_SP, count, seed=seed, iterations=_ITERATIONS, max_per_cluster=_TRAINING_EACH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ class ClusterAssigner:
         self._is_taken = is_taken
         self._inverse_KK = _inverse_distances(centroids_KP)
 
-    def take(self, rows_B: Ints, vectors_BP: Floats) -> list[ClusterAssignment]:
+    def process(self, rows_B: Ints, vectors_BP: Floats) -> list[ClusterAssignment]:
         """Assign the items of a chunk."""
         vectors_BP = vectors_BP[self._is_taken[rows_B]]
         cosines_BK = vectors_BP @ self._centroids.T

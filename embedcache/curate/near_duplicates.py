@@ -165,7 +165,7 @@ def assign(
     centroids_KP = fit_centroids(training, num_clusters, seed=seed)
     work = ClusterAssigner(centroids_KP, cosine, _MOST_VISITS, _mask(rows_N, vectors))
     what = f"assigning to {len(centroids_KP):,} clusters"
-    return join(run_pass(vectors, work, engine=engine, address=address, what=what, progress=progress))
+    return join(run_pass(vectors, work, engine=engine, address=address, title=what, progress=progress))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +227,7 @@ def _fill(matrix_NP: Array, vectors: Vectors, rows_N: Ints, plan: _Plan, progres
 
 
 def _mask(rows_N: Ints, vectors: Vectors) -> Bools:
-    is_taken = np.zeros(vectors.side.num_items, bool)
+    is_taken = np.zeros(vectors.feature.num_items, bool)
     is_taken[rows_N] = True
     return is_taken
 
@@ -237,8 +237,8 @@ def _check(vectors_BP: Floats, vectors: Vectors) -> None:
     if not (lengths > 0.5).all():
         count = int((~(lengths > 0.5)).sum())
         raise DataError(
-            f"feature {vectors.side.name} has {count:,} vectors of length zero, or that are no numbers, in one chunk: "
-            "they have no cosine"
+            f"feature {vectors.feature.name} has {count:,} vectors of length zero or NaN in one chunk, expected finite "
+            "vectors that have a cosine; extract it again"
         )
 
 

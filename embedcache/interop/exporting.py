@@ -82,7 +82,11 @@ class VectorExport:
     def about(self) -> dict[str, Any]:
         """Provenance as JSON values: the cache, its rows, and the encoder of each feature."""
         features = {
-            modality: {"feature": vectors.side.name, "spec": vectors.side.spec, "fingerprint": vectors.side.fingerprint}
+            modality: {
+                "feature": vectors.feature.name,
+                "spec": vectors.feature.spec,
+                "fingerprint": vectors.feature.fingerprint,
+            }
             for modality, vectors in self._vectors.items()
         }
         run = self._settings.run
@@ -104,7 +108,7 @@ class VectorExport:
 
     def dtype(self, modality: Modality) -> str:
         """Return the dtype of the vectors: as stored, or float16 if a run projects them."""
-        return "float16" if self._settings.run is not None else str(self._vectors[modality].side.dtype)
+        return "float16" if self._settings.run is not None else str(self._vectors[modality].feature.dtype)
 
     def item_rows(self, modality: Modality) -> Ints:
         """Return the row of each sample's item: (S,) int64, ascending."""
@@ -142,7 +146,7 @@ class VectorExport:
         """Return which items have a vector and the requested language: (N,) bool."""
         table, is_usable_N = self._tables[modality], np.ones(self.cache.info.num_items[modality], bool)
         if modality in self._vectors:
-            is_usable_N &= self._vectors[modality].side.valid
+            is_usable_N &= self._vectors[modality].feature.valid
         if modality == "text" and self._settings.language is not None:
             is_usable_N &= _is_language(table, self._settings.language)
         return is_usable_N
@@ -162,7 +166,7 @@ class VectorExport:
         wanted, vectors, size = self.item_rows(modality), self._vectors[modality], self.cache.info.chunk_size
         for number in np.unique(wanted // size).tolist():
             if self._settings.run is None:
-                rows, inputs = vectors.side.chunk(number)
+                rows, inputs = vectors.feature.chunk(number)
                 values = inputs.values
             else:
                 rows, values = vectors.chunk(number)

@@ -16,6 +16,7 @@ from embedcache.reports.quickstart import QuickstartReport, Stage, write_quickst
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.search.index import build_index
 from embedcache.search.search import Hit, search
+from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.sources.open import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings, command_line
@@ -159,13 +160,13 @@ def _search(stages: _Stages, cache_path: Path, index_path: Path, run_path: Path)
     stages.run(
         "index",
         ["curate", "index", cache_path, index_path, "--run", run_path],
-        lambda: build_index(cache_path, index_path, run_path=run_path, progress=stages.progress),
+        lambda: build_index(cache_path, index_path, IndexSettings(run=run_path), progress=stages.progress),
         lambda card: f"{card.num_vectors:,} images, recall@10 {card.recall_at_10:.3f} against exact search",
     )
     results = stages.run(
         "search",
         ["search", index_path, *QUERIES, "-k", NUM_HITS],
-        lambda: search(index_path, QUERIES, k=NUM_HITS),
+        lambda: search(index_path, QUERIES, SearchSettings(k=NUM_HITS)),
         lambda results: "; ".join(
             f"{query}: {hits[0].captions[0]}" for query, hits in zip(QUERIES, results, strict=True)
         ),

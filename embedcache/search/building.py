@@ -1,7 +1,4 @@
-"""Filling an index chunk by chunk, so that a killed process loses at most what came after its last checkpoint.
-
-An inverted file whose lists lie on the disk, built part by part: the vectors never have to fit into memory.
-"""
+"""Filling an index chunk by chunk, with checkpoints, in memory or with inverted lists on disk."""
 
 import os
 import time
@@ -20,83 +17,72 @@ from embedcache.search.faiss_index import RowIndex, make_index, read_index
 from embedcache.search.vectors import Vectors
 from embedcache.store.layout import CacheInfo
 
-CHECKPOINT_S = 60.0
-"""Seconds between checkpoints; more where writing one takes more than a tenth of them."""
+PART_BYTES = 256_000_000
+"""Bytes of codes per part on disk: what building keeps in memory beside a chunk, and what a killed build repeats."""
 
 _LIST_FILES = ("index.part-*.faiss", "lists-*.ivfdata")
 
 FILES = ("index.faiss", "index.partial.faiss", "building.json", "record.json", *_LIST_FILES)
 
 
-def clean(folder: Path, *, lists: str | None) -> None:
-    """Remove what building leaves, once the card is written; not the file of lists that the index has on the disk."""
-    _remove_lists(folder, keeps=lists)
-    for name in ("index.partial.faiss", "building.json"):
-        (folder / name).unlink(missing_ok=True)
-
-
 class IndexBuilder:
-    """The unfinished index of a folder. The ids of `index.partial.faiss` say which rows are in.
+    """The unfinished index in a folder. The ids in `index.partial.faiss` say which rows it holds.
 
     Args:
-        folder: of the index.
-        about: what it is made from; another unfinished index in the folder is refused.
-        lists: the file of lists that a finished index there has on the disk.
-        info: of the cache, which may have grown since.
+        folder: folder of the index.
+        source: what the index is made from; another unfinished index in the folder is refused.
+        info: description of the cache, which may have grown since.
+        lists: file of inverted lists that a finished index in the folder uses.
 
     Raises:
         FingerprintError: the folder holds an unfinished index of something else.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], info: CacheInfo, *, lists: str | None = None) -> None:
+    def __init__(self, folder: Path, source: Mapping[str, Any], info: CacheInfo, *, lists: str | None = None) -> None:
         self._folder, self._lists = folder, lists
         self._state_path = folder / "building.json"
         self._partial_path = folder / "index.partial.faiss"
-        self._about = dict(about)
+        self._source = dict(source)
         self._factory: str | None = None
-        self.refused: dict[str, float] = {}
+        self.rejected: dict[str, float] = {}
         if self._state_path.is_file():
             state = read_json(self._state_path)
-            then = state["about"]["spine"]
-            asked = {**about, "spine": then if info.has_rows_of(then) else about["spine"]}
+            stored = state["about"]["spine"]
+            requested = {**source, "spine": stored if info.has_rows_of(stored) else source["spine"]}
             check_same(
-                f"the unfinished index {folder}", state["about"], asked, next_step="give the path of a new folder"
+                f"the unfinished index {folder}", state["about"], requested, next_step="give the path of a new folder"
             )
-            self._factory, self.refused = state["factory"], state["refused"]
+            self._factory, self.rejected = state["factory"], state["refused"]
 
     def fill(self, kind: Configuration, vectors: Vectors, progress: Progress, *, checkpoint_s: float) -> RowIndex:
-        """Get an index of all valid rows: go on with the checkpoint, or with the finished index, or begin.
+        """Build an index of all valid rows, or resume from the checkpoint or from the finished index.
 
-        One whose lists are a file has no checkpoints: a build that was stopped keeps its finished parts.
+        An index with lists on disk has no checkpoints: an interrupted build keeps its finished parts.
 
         Args:
-            kind: what to make.
-            vectors: of the feature.
-            progress: told about items.
-            checkpoint_s: seconds between checkpoints.
+            kind: configuration to build.
+            vectors: items to index.
+            progress: progress in items.
+            checkpoint_s: seconds between checkpoints; more if writing one takes longer than a tenth of that.
 
         Raises:
-            SettingError: FAISS does not know the factory string, cannot train it on this little, or it has no lists to
-                leave on the disk.
+            SettingError: FAISS does not accept the factory string, has too few vectors to train, or the configuration
+                has no lists to leave on disk.
         """
         if kind.is_on_disk:
             return self._fill_on_disk(kind.factory, vectors, progress)
         return self._fill(kind.factory, vectors, progress, checkpoint_s)
 
-    def _fill_on_disk(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
-        finished_path = self._folder / "index.faiss"
-        old = read_index(finished_path, is_mapped=False) if finished_path.is_file() else None
-        if self._factory != factory or not self._partial_path.is_file():
-            index = make_index(factory, vectors.width)
-            check_lists(index, factory)
-            self._write_state(factory)
-            if old is None:
-                progress.note(f"training {factory}")
-                index.train(vectors.sample(index.num_training))
-            else:
-                index = read_index(finished_path, is_mapped=False).emptied()
-            index.write(self._partial_path)
-        return fill_lists(self._folder, self._partial_path, old, vectors, progress)
+    def reject(self, factory: str, recall: float) -> None:
+        """Record that a configuration missed the recall, and delete its files."""
+        self.rejected[factory] = recall
+        self._write_state(None)
+        self._partial_path.unlink(missing_ok=True)
+        _remove_lists(self._folder, keep=self._lists)
+
+    def finish(self, index: RowIndex) -> None:
+        """Write the finished index."""
+        index.write(self._folder / "index.faiss")
 
     def _fill(self, factory: str, vectors: Vectors, progress: Progress, checkpoint_s: float) -> RowIndex:
         index = self._resume(factory)
@@ -113,84 +99,64 @@ class IndexBuilder:
         progress.finish()
         return index
 
-    def refuse(self, factory: str, recall: float) -> None:
-        """Remember that a kind of index missed the recall, and drop it."""
-        self.refused[factory] = recall
-        self._write_state(None)
-        self._partial_path.unlink(missing_ok=True)
-        _remove_lists(self._folder, keeps=self._lists)
-
-    def finish(self, index: RowIndex) -> None:
-        """Put the index in its place."""
-        index.write(self._folder / "index.faiss")
-
     def _resume(self, factory: str) -> RowIndex | None:
         if self._factory == factory and self._partial_path.is_file():
-            return read_index(self._partial_path, is_mapped=False).go_on()
+            return read_index(self._partial_path, is_mapped=False).resume()
         finished_path = self._folder / "index.faiss"
         if not finished_path.is_file() or self._factory not in (None, factory):
             return None
-        index = read_index(finished_path, is_mapped=False).go_on()
+        index = read_index(finished_path, is_mapped=False).resume()
         self._write_state(factory)
         return index
 
     def _add(self, index: RowIndex, vectors: Vectors, missing: Ints, progress: Progress, checkpoint_s: float) -> None:
-        last, took = time.monotonic(), 0.0
+        last, writing_s = time.monotonic(), 0.0
         chunk_size = vectors.cache.info.chunk_size
         for number in np.unique(missing // chunk_size):
             rows, vectors_BP = vectors.chunk(int(number))
             is_new = np.isin(rows, missing)
             index.add(rows[is_new], vectors_BP[is_new])
             progress.advance(int(is_new.sum()))
-            if time.monotonic() - last >= max(checkpoint_s, 10 * took):
+            if time.monotonic() - last >= max(checkpoint_s, 10 * writing_s):
                 started = time.monotonic()
                 index.write(self._partial_path)
                 last = time.monotonic()
-                took = last - started if checkpoint_s else 0.0
+                writing_s = last - started if checkpoint_s else 0.0
+
+    def _fill_on_disk(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
+        finished_path = self._folder / "index.faiss"
+        old = read_index(finished_path, is_mapped=False) if finished_path.is_file() else None
+        if self._factory != factory or not self._partial_path.is_file():
+            index = make_index(factory, vectors.width)
+            if not index.num_lists or index.is_refined:
+                raise SettingError(
+                    f"factory: expected inverted lists to leave on disk, such as IVF4096,SQfp16, got {factory!r}"
+                )
+            self._write_state(factory)
+            if old is None:
+                progress.note(f"training {factory}")
+                index.train(vectors.sample(index.num_training))
+            else:
+                index = read_index(finished_path, is_mapped=False).emptied()
+            index.write(self._partial_path)
+        return _fill_lists(self._folder, self._partial_path, old, vectors, progress)
 
     def _write_state(self, factory: str | None) -> None:
         self._factory = factory
-        state = {"about": self._about, "factory": factory, "refused": self.refused}
-        write_json(self._state_path, state)
+        write_json(self._state_path, {"about": self._source, "factory": factory, "refused": self.rejected})
 
 
-PART_BYTES = 256_000_000
-"""Codes of a part: what building keeps in memory beside a chunk, and what a killed build does again at most."""
-
-
-def check_lists(index: RowIndex, factory: str) -> None:
-    """Refuse a kind of index whose vectors do not lie in lists.
-
-    Raises:
-        SettingError: names the factory string.
-    """
-    if not index.num_lists or index.is_refined:
-        raise SettingError(f"{factory!r} has no lists to leave on the disk; give one such as IVF4096,SQfp16")
-
-
-def lists_name(num_vectors: int) -> str:
-    """Name the file of the lists: another one for another number of items, so that the old index stays whole."""
-    return f"lists-{num_vectors}.ivfdata"
-
-
-def _remove_lists(folder: Path, *, keeps: str | None) -> None:
-    """Remove parts, and lists that no index has any more."""
-    for path in [path for pattern in _LIST_FILES for path in folder.glob(pattern)]:
-        if path.name != keeps:
-            path.unlink()
-
-
-def fill_lists(
+def _fill_lists(
     folder: Path, trained_path: Path, old: RowIndex | None, vectors: Vectors, progress: Progress
 ) -> RowIndex:
-    """Index all valid rows: parts that are there stay, others are made, and all are merged into one file of lists.
+    """Index all valid rows part by part, keep the parts that exist, and merge all into one file of lists.
 
     Args:
-        folder: of the index.
-        trained_path: a trained index that holds nothing.
-        old: a finished index on the disk that holds some of the rows.
-        vectors: of the feature.
-        progress: told about items.
+        folder: folder of the index.
+        trained_path: trained index without vectors.
+        old: finished index on disk that holds some of the rows.
+        vectors: items to index.
+        progress: progress in items.
     """
     parts = [] if old is None else [old]
     for path in sorted(folder.glob("index.part-*.faiss")):
@@ -202,7 +168,7 @@ def fill_lists(
     missing = np.setdiff1d(vectors.rows, _rows(parts))
     if old is not None and not len(missing) and len(parts) == 1:
         return old
-    progress.start("indexing on the disk", len(missing), f"{vectors.modality}s")
+    progress.start("indexing on disk", len(missing), f"{vectors.modality}s")
     chunk_size = vectors.cache.info.chunk_size
     numbers = np.unique(missing // chunk_size).tolist()
     while numbers:
@@ -216,16 +182,34 @@ def fill_lists(
         part.write(path)
         parts.append(read_index(path, is_mapped=True))
     progress.finish()
-    return _merged(read_index(trained_path, is_mapped=False), parts, folder)
+    return _merge(read_index(trained_path, is_mapped=False), parts, folder)
 
 
 def _rows(parts: list[RowIndex]) -> Ints:
     return np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)])
 
 
-def _merged(index: RowIndex, parts: list[RowIndex], folder: Path) -> RowIndex:
+def _merge(index: RowIndex, parts: list[RowIndex], folder: Path) -> RowIndex:
     path = folder / lists_name(sum(map(len, parts)))
     merged = index.merge_on_disk(parts, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return merged
+
+
+def lists_name(num_vectors: int) -> str:
+    """Return the name of the file of lists; it depends on the number of items, so that an old index stays intact."""
+    return f"lists-{num_vectors}.ivfdata"
+
+
+def remove_leftovers(folder: Path, *, lists: str | None) -> None:
+    """Remove what building leaves once the card is written, except for the file of lists that the index uses."""
+    _remove_lists(folder, keep=lists)
+    for name in ("index.partial.faiss", "building.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _remove_lists(folder: Path, *, keep: str | None) -> None:
+    for path in [path for pattern in _LIST_FILES for path in folder.glob(pattern)]:
+        if path.name != keep:
+            path.unlink()

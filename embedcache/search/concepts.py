@@ -1,4 +1,4 @@
-"""Concepts: names with a vector each, from the cached prompts of a list or from labeled examples."""
+"""Concepts: named directions, from the cached prompts of a list or from labeled examples."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,29 +15,29 @@ from embedcache.provenance import check_same
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 
-MOST_EXAMPLES = 128
-"""Examples a concept, as "From Unimodal to Multimodal" (CVPR 2025) averages for its prototypes."""
+MAX_EXAMPLES = 128
+"""Examples per concept, as "From Unimodal to Multimodal" (CVPR 2025) averages for its prototypes."""
 
 _BLOCK = 4096
-_MOST_NAMED = 5
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Concepts:
-    """What is looked for in a pool.
+    """Named directions in the space of a pool's vectors.
 
     Args:
-        names: of the concepts, each once.
-        vectors: (C, P) float32 rows of length 1, in the space of the pool's vectors.
-        counts: (C,) prompts or examples that each is the mean of.
-        about: where they come from, as JSON values: `cache`, `spine`, `feature`, `fingerprint`, `run`, `run_weights`,
-            and `of`, which is `prompts` or `examples`; of examples also `label`, `most_examples` and `seed`.
+        names: unique names.
+        vectors: (C, P) float32 rows of length 1.
+        counts: (C,) number of prompts or examples that each is the mean of.
+        source: where they come from, as JSON values: `cache`, `spine`, `feature`, `fingerprint`, `run`, `run_weights`,
+            and `of`, which is `prompts` or `examples`; for examples also `label`, `most_examples` and `seed`.
     """
 
     names: list[str]
     vectors: Floats
     counts: Ints
-    about: dict[str, Any]
+    source: dict[str, Any]
 
 
 def open_concepts(
@@ -45,131 +45,136 @@ def open_concepts(
     pool: Vectors,
     *,
     label: str = "label",
-    most_examples: int = MOST_EXAMPLES,
+    max_examples: int = MAX_EXAMPLES,
     seed: int = 0,
-    joins_names: bool = False,
+    join_names: bool = False,
 ) -> Concepts:
-    """Read concepts into the space of a pool's vectors.
+    """Read concepts in the space of a pool's vectors.
 
-    A cache that `extract prompts:…` made holds a concept a sample, whose prompts are averaged. In any other cache each
-    label is a concept, the mean of its examples: prototypes. Either way vectors are scaled to length 1, averaged, and
-    scaled again. A pool projected by a run takes prompts through the run's text tower, examples through the image
-    tower where there are images; a plain pool takes the very same feature. Memory: the concepts, and a block of items.
+    In a cache made from `prompts:…`, each sample is a concept, the mean of its prompts. In other caches, each label
+    is a concept, the mean of its examples (a prototype). Vectors are normalized, averaged and normalized again. If a
+    run projects the pool, its text tower projects prompts, and its image tower projects examples (or its text tower, if
+    there are no images). If the pool is a plain feature, the concepts must have the same feature. Memory: the concepts,
+    and a block of items.
 
     Args:
-        cache: of prompts, or of labeled examples.
-        pool: what they will be compared with.
-        label: the column of labels, for examples.
-        most_examples: of a label, drawn at random where there are more.
-        seed: of the drawing.
-        joins_names: take concepts of one name, as ImageNet has two, as one; they are refused otherwise.
+        cache: cache of prompts or of labeled examples.
+        pool: vectors that the concepts will be compared with.
+        label: column of the examples' labels.
+        max_examples: examples per label; a random sample if there are more.
+        seed: random seed of that sample.
+        join_names: merge concepts with equal names, such as the two cranes of ImageNet, instead of raising an error.
 
     Raises:
-        FingerprintError: another encoder made the concepts' feature than the pool's, or than the run was trained on.
+        FingerprintError: the concepts' feature is of another encoder than the pool's, or than the run was trained on.
         UnknownNameError: the cache has no such feature, or neither prompts nor a column of that name.
-        UnfinishedError: the feature has missing chunks.
-        SettingError: `most_examples` is below 1.
-        DataError: prompts for plain image features, a concept that stands twice, or one without any prompt or example.
+        UnfinishedError: chunks of the feature are missing.
+        SettingError: `max_examples` is below 1.
+        DataError: prompts for plain image features, equal names, or a concept without a prompt or example.
     """
-    if most_examples < 1:
-        raise SettingError(f"most_examples is {most_examples}; a concept needs at least 1 example")
-    side = _open(cache, pool)
+    if max_examples < 1:
+        raise SettingError(f"max_examples: expected a whole number of at least 1, got {max_examples}")
+    vectors = _open(cache, pool)
     if has_prompts(cache):
-        prompts = read_prompts(cache, side.side)
+        prompts = read_prompts(cache, vectors.feature)
         names, rows, numbers = prompts.names, prompts.rows, prompts.classes
     else:
-        names, rows, numbers = _examples(side, label, most_examples, np.random.default_rng(seed))
-    if joins_names:
-        names, numbers = _joined(names, numbers)
-    _refuse_twice(names, cache)
-    vectors_CP = _means(side, rows, numbers, len(names))
-    _refuse_zero(vectors_CP, names, cache)
-    about: dict[str, Any] = {
+        names, rows, numbers = _draw_examples(vectors, label, max_examples, np.random.default_rng(seed))
+    if join_names:
+        names, numbers = _join_names(names, numbers)
+    _check_unique(names, cache)
+    vectors_CP = _average(vectors, rows, numbers, len(names))
+    _check_nonzero(vectors_CP, names, cache)
+    source: dict[str, Any] = {
         "cache": str(cache.path),
         "spine": cache.info.index_digest,
-        "feature": side.side.name,
-        "fingerprint": dict(side.side.fingerprint),
-        "run": None if side.run_path is None else str(side.run_path),
-        "run_weights": None if side.config is None else side.config.weights_digest,
+        "feature": vectors.feature.name,
+        "fingerprint": dict(vectors.feature.fingerprint),
+        "run": None if vectors.run_path is None else str(vectors.run_path),
+        "run_weights": None if vectors.config is None else vectors.config.weights_digest,
         "of": "prompts" if has_prompts(cache) else "examples",
     }
     if not has_prompts(cache):
-        about |= {"label": label, "most_examples": most_examples, "seed": seed}
-    return Concepts(names=names, vectors=vectors_CP, counts=np.bincount(numbers, minlength=len(names)), about=about)
+        source |= {"label": label, "most_examples": max_examples, "seed": seed}
+    return Concepts(names=names, vectors=vectors_CP, counts=np.bincount(numbers, minlength=len(names)), source=source)
 
 
 def _open(cache: Cache, pool: Vectors) -> Vectors:
-    """Open the concepts' vectors that lie in the pool's space."""
+    """Open the concepts' vectors that are in the pool's space."""
     is_prompts = has_prompts(cache)
     if pool.run_path is not None:
         modality = "image" if cache.info.num_items.get("image") and not is_prompts else "text"
         return Vectors(cache.path, modality, run_path=pool.run_path)
     if is_prompts and pool.modality == "image":
         raise DataError(
-            f"the pool's plain image feature {pool.side.name} cannot be compared with prompts; project both with "
-            "--run RUN, or give a cache of labeled example images"
+            f"the plain image feature {pool.feature.name} of the pool cannot be compared with prompts; project both "
+            "with --run RUN, or give a cache of labeled example images"
         )
-    found = Vectors(cache.path, pool.modality, pool.side.name)
+    vectors = Vectors(cache.path, pool.modality, pool.feature.name)
     check_same(
-        f"feature {found.side.name} of {cache.path}",
-        found.side.fingerprint,
-        pool.side.fingerprint,
-        next_step=f"extract the concepts with the pool's encoder: --{pool.modality}-encoder {pool.side.spec}",
+        f"feature {vectors.feature.name} of {cache.path}",
+        vectors.feature.fingerprint,
+        pool.feature.fingerprint,
+        next_step=f"extract the concepts with the pool's encoder: --{pool.modality}-encoder {pool.feature.spec}",
     )
-    return found
+    return vectors
 
 
-def _examples(side: Vectors, label: str, most: int, rng: np.random.Generator) -> tuple[list[str], Ints, Ints]:
-    """Draw the examples: names of the labels, rows of items in order, and the label's number of each."""
-    cache = side.cache
-    samples_N = cache.items(side.modality)["sample"].to_numpy()[side.rows]
+def _draw_examples(
+    vectors: Vectors, label: str, max_examples: int, rng: np.random.Generator
+) -> tuple[list[str], Ints, Ints]:
+    """Return the names of the labels, the rows of the drawn examples in order, and the label number of each."""
+    cache = vectors.cache
+    samples_N = cache.items(vectors.modality)["sample"].to_numpy()[vectors.rows]
     is_labeled_N = has_label(cache, samples_N, column=label)
-    rows_N, samples_N = side.rows[is_labeled_N], samples_N[is_labeled_N]
+    rows_N, samples_N = vectors.rows[is_labeled_N], samples_N[is_labeled_N]
     if not len(rows_N):
-        raise DataError(f"no {side.modality} of {cache.path} with {side.side.name} has a label in column {label!r}")
+        raise DataError(
+            f"no {vectors.modality} of {cache.path} with {vectors.feature.name} has a label in column {label!r}"
+        )
     labels = read_labels(cache, samples_N, column=label)
-    _refuse_without(cache, label, len(labels.names))
+    _check_encoded(cache, label, len(labels.names))
     shuffled = rng.permutation(len(rows_N))
     order = shuffled[np.argsort(labels.numbers[shuffled], kind="stable")]
     counts_C = np.bincount(labels.numbers)
-    places = np.arange(len(order)) - np.repeat(np.cumsum(counts_C) - counts_C, counts_C)
-    kept = np.sort(order[places < most])
-    return labels.names, rows_N[kept], labels.numbers[kept]
+    ranks = np.arange(len(order)) - np.repeat(np.cumsum(counts_C) - counts_C, counts_C)
+    drawn = np.sort(order[ranks < max_examples])
+    return labels.names, rows_N[drawn], labels.numbers[drawn]
 
 
-def _refuse_without(cache: Cache, label: str, num_found: int) -> None:
-    """Refuse labels none of whose examples were encoded."""
+def _check_encoded(cache: Cache, label: str, num_encoded: int) -> None:
+    """Raise if no example of some label was encoded."""
     values = cache.samples[label]
-    num_there = len([value for value in pc.unique(values).to_pylist() if value not in (None, "")])
-    if num_found < num_there:
+    num_labels = len([value for value in pc.unique(values).to_pylist() if value not in (None, "")])
+    if num_encoded < num_labels:
         raise DataError(
-            f"{num_there - num_found:,} of {num_there:,} labels in column {label!r} of {cache.path} have no example "
-            "that was encoded; mend them with extract --retry-failed, or leave these labels out"
+            f"{num_labels - num_encoded:,} of {num_labels:,} labels in column {label!r} of {cache.path} have no "
+            "encoded example; retry with extract --retry-failed, or leave these labels out"
         )
 
 
-def _joined(names: list[str], numbers: Ints) -> tuple[list[str], Ints]:
-    """Give concepts of one name the number of the first."""
-    once = list(dict.fromkeys(names))
-    return once, np.array([once.index(name) for name in names], np.int64)[numbers]
+def _join_names(names: list[str], numbers: Ints) -> tuple[list[str], Ints]:
+    """Give concepts of equal names the number of the first."""
+    unique = list(dict.fromkeys(names))
+    return unique, np.array([unique.index(name) for name in names], np.int64)[numbers]
 
 
-def _refuse_twice(names: list[str], cache: Cache) -> None:
+def _check_unique(names: list[str], cache: Cache) -> None:
     counts = Counter(names)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        shown = ", ".join(f"{name!r} (numbers {_places(names, name)})" for name in twice[:_MOST_NAMED])
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        shown = ", ".join(f"{name!r} (numbers {_positions(names, name)})" for name in repeated[:_MAX_NAMED])
         raise DataError(
-            f"{len(twice):,} of {len(counts):,} concepts of {cache.path} stand twice, counted from 0: {shown}; nobody "
-            "could tell their counts apart; write each name once into a .txt, a name a line, and extract that"
+            f"{len(repeated):,} of {len(counts):,} concepts of {cache.path} are repeated, counted from 0: {shown}; "
+            "extract a list with each name once"
         )
 
 
-def _places(names: list[str], name: str) -> str:
+def _positions(names: list[str], name: str) -> str:
     return " and ".join(str(number) for number, other in enumerate(names) if other == name)
 
 
-def _refuse_zero(vectors_CP: Floats, names: list[str], cache: Cache) -> None:
+def _check_nonzero(vectors_CP: Floats, names: list[str], cache: Cache) -> None:
     is_zero_C = ~vectors_CP.any(axis=1)
     if is_zero_C.any():
         raise DataError(
@@ -178,9 +183,9 @@ def _refuse_zero(vectors_CP: Floats, names: list[str], cache: Cache) -> None:
         )
 
 
-def _means(side: Vectors, rows_M: Ints, numbers_M: Ints, num: int) -> Floats:
-    """Average by concept, as `mean_directions` does, without all vectors in memory."""
-    sums_CP: Array = np.zeros((num, side.width), np.float64)
+def _average(vectors: Vectors, rows_M: Ints, numbers_M: Ints, num_concepts: int) -> Floats:
+    """Average by concept as `mean_directions` does, without all vectors in memory."""
+    sums_CP: Array = np.zeros((num_concepts, vectors.width), np.float64)
     for block in blocks(len(rows_M), _BLOCK):
-        np.add.at(sums_CP, numbers_M[block], side.read(rows_M[block]))
+        np.add.at(sums_CP, numbers_M[block], vectors.read(rows_M[block]))
     return normalize(sums_CP)

@@ -1,4 +1,4 @@
-"""What people ask an index with, as vectors of its space."""
+"""Queries of an index, and their vectors in its space."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,15 +28,15 @@ from embedcache.store.cache import Cache
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """What to ask for; the answers come in this order.
+    """What to search for; results come in this order.
 
     Args:
-        texts: each is encoded.
-        images: files, or RGB pictures as `decode_image` gives them; each is encoded.
-        keys: of samples of the index's cache: the vector of its first item of the index's modality.
-        rows: of items of the index's modality: its vector.
-        concepts: names in `concept_cache`: the mean of the vectors of its prompts.
-        concept_cache: a cache of prompts: a sample a concept, named by its column `class`, else by its key.
+        texts: texts to encode.
+        images: image files, or RGB images as `decode_image` returns them, to encode.
+        keys: keys of samples in the index's cache: the stored vector of the first item of the index's modality.
+        rows: rows of items of the index's modality: the stored vector.
+        concepts: names in `concept_cache`: the mean vector of the prompts of each.
+        concept_cache: cache of prompts, one sample per concept, named by its column `class`, else by its key.
         vectors: (Q, P) of any float type, in the space of the index.
     """
 
@@ -50,32 +50,32 @@ class Queries:
 
     def __post_init__(self) -> None:
         if self.concepts and self.concept_cache is None:
-            raise SettingError("a concept is named, but no cache of prompts that has it; give it with --concepts CACHE")
+            raise SettingError(f"concept {self.concepts[0]!r} needs a cache of prompts; give it with --concepts CACHE")
         if any(not text.strip() for text in self.texts):
-            raise DataError("a query is empty; give some words")
+            raise DataError("expected words in each query text, got an empty text")
         if not self.names:
             raise SettingError("no query; give at least one text, image, key, row, concept or vector")
 
     @property
     def names(self) -> list[str]:
-        """Name each query: its text, path, key or concept, or the number of its picture, row or vector."""
-        images = [str(one) if isinstance(one, Path) else f"picture {number}" for number, one in enumerate(self.images)]
+        """A name of each query: its text, path, key or concept, or the number of its image, row or vector."""
+        images = [str(one) if isinstance(one, Path) else f"image {number}" for number, one in enumerate(self.images)]
         rows = [f"row {row}" for row in self.rows]
         vectors = [f"vector {row}" for row in range(0 if self.vectors is None else len(self.vectors))]
         return [*self.texts, *images, *self.keys, *rows, *self.concepts, *vectors]
 
 
 class QueryEncoder:
-    """Turns queries into vectors of an index's space. Each encoder is opened once, when it is first needed.
+    """Encodes queries into an index's vector space. Each encoder is opened once, when it is first needed.
 
     Args:
-        card: of the index.
-        cache: that it was made from.
-        run_path: the run that projected it; None for a plain feature.
-        device: where encoders run.
+        card: card of the index.
+        cache: cache that was indexed.
+        run_path: run that projected it; None for a plain feature.
+        device: device that encoders run on.
 
     Raises:
-        FingerprintError: the run is not the one that the index was made from.
+        FingerprintError: the run is not the one that the index was built with.
     """
 
     def __init__(self, card: IndexCard, cache: Cache, run_path: Path | None, device: str) -> None:
@@ -84,7 +84,7 @@ class QueryEncoder:
         self._encoders: dict[Modality, Encoder] = {}
         if card.run is None and run_path is not None:
             raise FingerprintError(
-                f"the index was made from the plain feature {card.feature}, not from run {run_path}; leave --run out"
+                f"the index was built from the plain feature {card.feature}, not with run {run_path}; leave --run out"
             )
         if run_path is not None:
             self._run = load_pair(run_path)
@@ -92,124 +92,118 @@ class QueryEncoder:
 
     @cached_property
     def indexed(self) -> Vectors:
-        """The very vectors that were indexed."""
+        """The vectors that were indexed."""
         return Vectors(self._cache.path, self._card.modality, self._card.feature, self._run_path)
 
     @property
     def config(self) -> PairConfig | None:
-        """What the run says of itself; None without one."""
+        """Configuration of the run; None without a run."""
         return None if self._run is None else self._run[1]
 
-    def takes(self, modality: Modality) -> bool:
-        """Say whether items of a modality can be compared with the index."""
+    def accepts(self, modality: Modality) -> bool:
+        """Return whether items of a modality can be compared with the index."""
         return self._run is not None or self._card.modality == modality
 
     def encoder(self, modality: Modality) -> Encoder:
-        """Get the encoder of a modality.
+        """Return the encoder of a modality.
 
         Raises:
-            DataError: the index cannot be compared with such items.
+            DataError: the index cannot be compared with items of that modality.
             FingerprintError: the encoder that opens now is not the one that made the feature.
         """
         if modality not in self._encoders:
-            self._require(modality)
-            side = self._side(modality)
+            if not self.accepts(modality):
+                raise DataError(
+                    f"the index holds the plain {self._card.modality} feature {self._card.feature}, which cannot be "
+                    f"compared with {modality}s; build one with: embedcache curate index CACHE INDEX --run RUN"
+                )
+            source = self._tower_input(modality)
             self._encoders[modality] = reopen_encoder(
-                side.spec,
+                source.spec,
                 modality=modality,
-                feature=side.feature,
-                fingerprint=side.fingerprint,
+                feature=source.feature,
+                fingerprint=source.fingerprint,
                 device=self._device,
             )
         return self._encoders[modality]
 
     def has_row(self, row: int) -> bool:
-        """Say whether an item is among those that were indexed."""
+        """Return whether an item is in the index."""
         rows = self.indexed.rows
-        place = int(np.searchsorted(rows, row))
-        return place < len(rows) and bool(rows[place] == row)
+        position = int(np.searchsorted(rows, row))
+        return position < len(rows) and bool(rows[position] == row)
 
-    def vectors(self, queries: Queries) -> Floats:
-        """Get a vector a query: (Q, P) float32, rows of length 1.
+    def encode(self, queries: Queries) -> Floats:
+        """Compute one vector per query: (Q, P) float32, rows of length 1.
 
         Raises:
             DataError: the index cannot be compared with such queries.
-            UnknownNameError: a key, a row or a concept that is not there.
+            UnknownNameError: a key, row or concept does not exist.
             FingerprintError: an encoder that opens now is not the one that made the feature.
         """
         parts = [np.empty((0, self._card.width), np.float32)]
         if queries.texts:
-            parts.append(self._encoded("text", queries.texts))
+            parts.append(self._encode_items("text", queries.texts))
         if queries.images:
-            parts.append(self._encoded("image", [_decoded(image) for image in queries.images]))
+            parts.append(self._encode_items("image", [_decode(image) for image in queries.images]))
         if queries.keys:
-            parts.append(self._of_keys(queries.keys))
+            parts.append(self._read_keys(queries.keys))
         if queries.rows:
-            parts.append(self._of_rows(queries.rows))
+            parts.append(self._read_rows(queries.rows))
         if queries.concepts and queries.concept_cache is not None:
-            parts.append(self._of_concepts(queries.concepts, queries.concept_cache))
+            parts.append(self._read_concepts(queries.concepts, queries.concept_cache))
         if queries.vectors is not None:
-            parts.append(self._given(queries.vectors))
+            parts.append(self._check_vectors(queries.vectors))
         return np.concatenate(parts)
 
-    def _encoded(self, modality: Modality, items: Sequence[Any]) -> Floats:
+    def _encode_items(self, modality: Modality, items: Sequence[Any]) -> Floats:
         encoder = self.encoder(modality)
-        names, out = feature_names(self._side(modality).feature), []
-        for part in blocks(len(items), encoder.batch_size):
-            encoded = encoder.encode(encoder.prepare(list(items[part])), names)
-            out.append(self._unit(modality, inputs_of([encoded[name] for name in names])))
-        return np.concatenate(out)
+        names, vectors = feature_names(self._tower_input(modality).feature), []
+        for block in blocks(len(items), encoder.batch_size):
+            encoded = encoder.encode(encoder.prepare(list(items[block])), names)
+            vectors.append(self._project(modality, inputs_of([encoded[name] for name in names])))
+        return np.concatenate(vectors)
 
-    def _side(self, modality: Modality) -> TowerInput | IndexCard:
+    def _tower_input(self, modality: Modality) -> TowerInput | IndexCard:
         return self._card if self._run is None else self._run[1].tower_input(modality)
 
-    def _unit(self, modality: Modality, inputs: Inputs) -> Floats:
+    def _project(self, modality: Modality, inputs: Inputs) -> Floats:
         if self._run is None:
             return normalize(inputs.values)
         pair, _ = self._run
         return project(pair.image if modality == "image" else pair.text, inputs)
 
-    def _require(self, modality: Modality) -> None:
-        if not self.takes(modality):
-            raise DataError(
-                f"the index holds the plain {self._card.modality} feature {self._card.feature}, which no {modality} "
-                "can be compared with; build one with: embedcache curate index CACHE INDEX --run RUN"
-            )
-
-    def _of_keys(self, keys: Sequence[str]) -> Floats:
+    def _read_keys(self, keys: Sequence[str]) -> Floats:
         samples = pc.index_in(pa.array(keys), value_set=self._cache.samples["key"].combine_chunks()).to_pylist()
         for key, sample in zip(keys, samples, strict=True):
             if sample is None:
                 first = self._cache.samples["key"][0].as_py()
                 raise UnknownNameError(f"no sample of {self._cache.path} has the key {key!r}; the first has {first!r}")
         rows = self.indexed.rows
-        of_sample = self._cache.items(self._card.modality)["sample"].to_numpy()[rows]
-        found = np.searchsorted(of_sample, samples)
-        for key, sample, place in zip(keys, samples, found, strict=True):
-            if place == len(rows) or of_sample[place] != sample:
+        sample_of_row = self._cache.items(self._card.modality)["sample"].to_numpy()[rows]
+        found = np.searchsorted(sample_of_row, samples)
+        for key, sample, position in zip(keys, samples, found, strict=True):
+            if position == len(rows) or sample_of_row[position] != sample:
                 raise DataError(f"sample {key!r} has no {self._card.modality} with the feature {self._card.feature}")
         return self.indexed.read(rows[found])
 
-    def _of_rows(self, rows: Sequence[int]) -> Floats:
+    def _read_rows(self, rows: Sequence[int]) -> Floats:
         for row in rows:
             if not self.has_row(row):
                 raise UnknownNameError(f"no {self._card.modality} with the feature {self._card.feature} has row {row}")
         return self.indexed.read(np.array(rows, np.int64))
 
-    def _of_concepts(self, names: Sequence[str], path: Path | str) -> Floats:
+    def _read_concepts(self, names: Sequence[str], path: Path | str) -> Floats:
         concepts = open_concepts(Cache(path), self.indexed)
         for name in names:
             if name not in concepts.names:
                 raise unknown_name(f"concept in {path}", name, concepts.names)
         return concepts.vectors[[concepts.names.index(name) for name in names]]
 
-    def _given(self, vectors_QP: Array) -> Floats:
+    def _check_vectors(self, vectors_QP: Array) -> Floats:
         if vectors_QP.ndim != 2 or vectors_QP.shape[1] != self._card.width:
-            raise DataError(
-                f"the vectors to ask with have the shape {vectors_QP.shape}; the index has width {self._card.width}, "
-                f"so they must be (Q, {self._card.width})"
-            )
-        check_finite(vectors_QP, "the array of vectors to ask with")
+            raise DataError(f"query vectors: expected shape (Q, {self._card.width}), got {vectors_QP.shape}")
+        check_finite(vectors_QP, "the array of query vectors")
         return normalize(vectors_QP)
 
 
@@ -217,29 +211,29 @@ def read_vectors(path: Path) -> Array:
     """Read the array of a `.npy` file.
 
     Raises:
-        PathError: it does not exist.
-        CorruptError: it is no `.npy` file of numbers.
+        PathError: the file does not exist.
+        CorruptError: it is not a `.npy` file of numbers.
     """
     if not path.is_file():
-        raise PathError(f"{path} does not exist; give a .npy file of vectors, a row a query")
+        raise PathError(f"{path} does not exist; give a .npy file with one query vector per row")
     try:
-        found = np.load(path, allow_pickle=False)
-        values: Array = np.asarray(found, np.float32)
+        array = np.load(path, allow_pickle=False)
+        values: Array = np.asarray(array, np.float32)
     except (ValueError, EOFError, OSError, TypeError) as error:
-        raise CorruptError(f"{path} is no .npy file of numbers: {error}") from error
+        raise CorruptError(f"{path}: expected a .npy file of numbers, got an error: {error}") from error
     return values
 
 
 def _check_run(card: IndexCard, config: PairConfig, run_path: Path) -> None:
     if config.weights_digest != card.run_weights:
         raise FingerprintError(
-            f"the index was made from another run than {run_path}: "
-            f"weights {card.run_weights} there, {config.weights_digest} here; "
-            "build the index again with: embedcache curate index CACHE INDEX --run RUN"
+            f"the index was built with another run than {run_path}: weights {card.run_weights} in the index, "
+            f"{config.weights_digest} in the run; build the index again with: embedcache curate index CACHE INDEX "
+            "--run RUN"
         )
 
 
-def _decoded(image: Path | Image) -> Image:
+def _decode(image: Path | Image) -> Image:
     if not isinstance(image, Path):
         return image
     if not image.is_file():

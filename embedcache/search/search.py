@@ -1,4 +1,4 @@
-"""Asking an index."""
+"""Searching an index: texts, images, samples, concepts or vectors in, the nearest items out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,64 +13,79 @@ from embedcache.arrays import Bools, Floats, Ints, concatenated_ranges
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError
 from embedcache.files import is_url
 from embedcache.search.faiss_index import exact_search, read_index
-from embedcache.search.filters import CacheFilters, Filter
+from embedcache.search.filters import CacheFilters
 from embedcache.search.index import IndexCard, read_card
 from embedcache.search.queries import Queries, QueryEncoder
+from embedcache.search.settings import Filter, SearchSettings
 from embedcache.store.cache import Cache
 from embedcache.store.tables import ITEM_SCHEMAS
 
-_USUAL_HITS = 10
-_KEPT_FILTERS = 8
-_FEW = 20_000
-"""Of so many items that a filter keeps, each is compared: it is quick, and a graph or lists would miss most."""
+_DEFAULT_K = 10
+_CACHED_FILTERS = 8
+_MAX_CAPTIONS = 3
+_NO_TEXTS = ITEM_SCHEMAS["text"].empty_table()
+_COMPARE_ALL = 20_000
+"""If a filter leaves so few items, all are compared: that is fast, and a graph or lists would miss most of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """One search result.
+
+    Args:
+        score: cosine similarity to the query; for an index of codes, its estimate.
+        row: row of the item in the table of its modality.
+        key: key of its sample.
+        captions: for an image, at most three captions of its sample; for a caption, the caption.
+        label: label of its sample, if the cache has that column.
+    """
+
+    score: float
+    row: int
+    key: str
+    captions: Sequence[str]
+    label: str | None = None
 
 
 def search(
-    index_path: Path | str,
-    queries: Sequence[str] | Queries,
-    *,
-    k: int | None = None,
-    keep: Filter | None = None,
-    run_path: Path | str | None = None,
-    cache_path: Path | str | None = None,
-    device: str = "cpu",
-) -> list[list["Hit"]]:
-    """Open an index, and find the items that fit each query best: see `OpenIndex`, which answers more than once.
+    index_path: Path | str, queries: Sequence[str] | Queries, settings: SearchSettings | None = None
+) -> list[list[Hit]]:
+    """Open an index and search it. To search more than once, keep an `OpenIndex`.
 
     Args:
-        index_path: what `build_index` made.
-        queries: texts, or all kinds of queries.
-        k: how many hits a query; None is 10, or all where there are fewer.
-        keep: which items may be found; None is all.
-        run_path: where the run that projected the index is now, if it has moved away from the index.
-        cache_path: where the cache is now, alike.
-        device: where encoders run.
+        index_path: index built by `build_index`.
+        queries: texts, or queries of all kinds.
+        settings: number of results, filter, device, and where the run and the cache are if they have moved.
 
     Returns:
-        A list of hits for each query, best first.
+        A list of hits per query, best first.
+
+    Raises:
+        SettingError, DataError, UnknownNameError, FingerprintError, PathError, CorruptError: as for `OpenIndex`.
     """
+    settings = settings or SearchSettings()
     if not isinstance(queries, Queries):
         queries = Queries(texts=queries)
-    index = OpenIndex(index_path, run_path=run_path, cache_path=cache_path, device=device)
-    return index.search(queries, k=k, keep=keep)
+    index = OpenIndex(index_path, run_path=settings.run, cache_path=settings.cache, device=settings.device)
+    return index.search(queries, k=settings.k, condition=settings.filter)
 
 
 class OpenIndex:
-    """An index that is opened once and asked many times, by one thread.
+    """An index that is opened once and searched many times, by one thread.
 
-    Encoders are opened when first needed. An index larger than half of the machine's memory is searched where it lies.
-    Memory: the index, the cache's keys and captions, and for each of the 8 filters that were used last a byte a vector
-    and the vectors that are kept, where they are few.
+    Encoders are opened when first needed. An index larger than half of the machine's memory is memory-mapped. Memory:
+    the index, the cache's keys and captions, and for each of the 8 filters used last one byte per vector, and the
+    vectors that pass if they are few.
 
     Args:
-        index_path: what `build_index` made.
-        run_path: where the run that projected the index is now, if it has moved away from the index.
-        cache_path: where the cache is now, alike.
-        device: where encoders run.
+        index_path: index built by `build_index`.
+        run_path: where the run that projected the index is now, if it has moved.
+        cache_path: where the cache is now, if it has moved.
+        device: device that encoders run on.
 
     Raises:
-        PathError: the index, its run or its cache is not there.
-        FingerprintError: the run or the cache is not the one that the index was made from.
+        PathError: the index, its run or its cache does not exist.
+        FingerprintError: the run or the cache is not the one that the index was built from.
         CorruptError: FAISS cannot read the index.
     """
 
@@ -85,204 +100,183 @@ class OpenIndex:
         self.path = Path(index_path)
         self.card = read_card(self.path)
         if run_path is None and self.card.run is not None:
-            run_path = _not_moved(self.path / self.card.run, "config.json", "run")
+            run_path = _require_file(self.path / self.card.run, "config.json", "run")
         if cache_path is None and is_url(self.card.cache):
             cache_path = self.card.cache
         elif cache_path is None:
-            cache_path = _not_moved(self.path / self.card.cache, "cache.json", "cache")
+            cache_path = _require_file(self.path / self.card.cache, "cache.json", "cache")
         self.cache = _open_cache(cache_path, self.card)
         self.run_path = None if run_path is None else Path(run_path)
         self.query_encoder = QueryEncoder(self.card, self.cache, self.run_path, device)
         self.filters = CacheFilters(self.cache, self.card.modality, self.run_path)
         self.hits = HitReader(self.cache, self.card.modality)
         self._index = read_index(self.path / "index.faiss")
-        self._kept = lru_cache(maxsize=_KEPT_FILTERS)(self._keep)
+        self._subset = lru_cache(maxsize=_CACHED_FILTERS)(self._apply)
 
-    def search(self, queries: Queries, *, k: int | None = None, keep: Filter | None = None) -> list[list["Hit"]]:
-        """Find the items that fit each query best.
+    def search(self, queries: Queries, *, k: int | None = None, condition: Filter | None = None) -> list[list[Hit]]:
+        """Search for the items nearest to each query.
 
         Args:
-            queries: what to ask for.
-            k: how many hits a query; None is 10, or all where there are fewer.
-            keep: which items may be found; None is all.
+            queries: what to search for.
+            k: results per query; None: 10, or all if there are fewer.
+            condition: which items may be returned; None: all.
 
         Returns:
-            A list of hits for each query, best first.
+            A list of hits per query, best first.
 
         Raises:
-            SettingError: k below 1 or beyond what the index holds and the filter keeps.
-            DataError: a query that the index cannot be compared with, or a filter that keeps nothing.
-            UnknownNameError: a label, split, language, key, row or concept that is not there.
-            FingerprintError: the encoder that opens now is not the one that made the index.
+            SettingError: k is below 1, or above what the index holds and the filter passes.
+            DataError: a query cannot be compared with the index, or the filter passes nothing.
+            UnknownNameError: a label, part, language, key, row or concept does not exist.
+            FingerprintError: the encoder that opens now is not the one that made the feature.
         """
         _check_k(k, self.card.num_vectors, f"the index holds {self.card.num_vectors} items")
-        return self.find(self.query_encoder.vectors(queries), k=k, keep=keep)
+        return self.search_vectors(self.query_encoder.encode(queries), k=k, condition=condition)
 
-    def find(self, queries_QP: Floats, *, k: int | None = None, keep: Filter | None = None) -> list[list["Hit"]]:
-        """Do as `search`, for vectors of the index's space: (Q, P) float32, rows of length 1."""
-        keep = keep or Filter()
-        kept = self._kept(keep.key)
-        scores_QK, rows_QK = self._find(queries_QP, _choose_k(k, kept.num, len(self._index)), kept)
+    def search_vectors(
+        self, queries_QP: Floats, *, k: int | None = None, condition: Filter | None = None
+    ) -> list[list[Hit]]:
+        """Search with vectors of the index's space, (Q, P) float32 rows of length 1; as `search` otherwise."""
+        condition = condition or Filter()
+        subset = self._subset(condition)
+        scores_QK, rows_QK = self._search_subset(queries_QP, _choose_k(k, subset.num, len(self._index)), subset)
         return [
-            self.hits.of(scores_K, rows_K, keep.languages) for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)
+            self.hits.read(scores_K, rows_K, condition.language)
+            for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)
         ]
 
-    def num_kept(self, keep: Filter) -> int:
-        """Count the items that a filter keeps."""
-        return self._kept(keep.key).num
+    def count(self, condition: Filter) -> int:
+        """Count the items that pass a filter."""
+        return self._subset(condition).num
 
-    def _keep(self, key: tuple[Sequence[str], Sequence[str], Sequence[str], Path | None]) -> "_Kept":
-        """Find what a filter keeps, and read the vectors of little: most of an index would be searched in vain."""
-        labels, splits, languages, selection = key
-        keep = Filter(labels=labels, splits=splits, languages=languages, selection=selection)
-        if not keep:
-            return _Kept(is_kept_N=None, num=len(self._index), few=None)
-        is_kept_N = self.filters.kept(keep)[self._index.rows]
-        num = int(is_kept_N.sum())
+    def _apply(self, condition: Filter) -> "_Subset":
+        """Apply a filter; if few items pass, read their vectors, as a search of the index would miss most of them."""
+        if not condition:
+            return _Subset(is_allowed_N=None, num=len(self._index), vectors=None)
+        is_allowed_N = self.filters.mask(condition)[self._index.rows]
+        num = int(is_allowed_N.sum())
         if num == len(self._index):
-            return _Kept(is_kept_N=None, num=num, few=None)
-        few = None
-        if not self._index.is_exact and 0 < num <= _FEW:
-            rows = np.sort(self._index.rows[is_kept_N])
-            few = rows, self.query_encoder.indexed.read(rows)
-        return _Kept(is_kept_N=is_kept_N, num=num, few=few)
+            return _Subset(is_allowed_N=None, num=num, vectors=None)
+        vectors = None
+        if not self._index.is_exact and 0 < num <= _COMPARE_ALL:
+            rows = np.sort(self._index.rows[is_allowed_N])
+            vectors = rows, self.query_encoder.indexed.read(rows)
+        return _Subset(is_allowed_N=is_allowed_N, num=num, vectors=vectors)
 
-    def _find(self, queries_QP: Floats, k: int, kept: "_Kept") -> tuple[Floats, Ints]:
-        """Search among what is kept: all of it where that is little, and longer the less of an index it is."""
-        if kept.few is not None:
-            return exact_search(queries_QP, [kept.few], k)
-        share = kept.num / len(self._index)
-        effort = {
-            name: value if name == "k_factor" else round(value / share) for name, value in self.card.search.items()
+    def _search_subset(self, queries_QP: Floats, k: int, subset: "_Subset") -> tuple[Floats, Ints]:
+        """Search what passes the filter: exactly if it is little, and more thoroughly the less of the index it is."""
+        if subset.vectors is not None:
+            return exact_search(queries_QP, [subset.vectors], k)
+        fraction = subset.num / len(self._index)
+        parameters = {
+            name: value if name == "k_factor" else round(value / fraction) for name, value in self.card.search.items()
         }
-        return self._thoroughly_if_short(queries_QP, k, effort, kept.is_kept_N)
+        return self._search_until_full(queries_QP, k, parameters, subset.is_allowed_N)
 
-    def _thoroughly_if_short(
-        self, queries_QP: Floats, k: int, effort: Mapping[str, int], kept_N: Bools | None
+    def _search_until_full(
+        self, queries_QP: Floats, k: int, parameters: Mapping[str, int], is_allowed_N: Bools | None
     ) -> tuple[Floats, Ints]:
-        """Search again, everywhere, where a query found fewer than k."""
+        """Search the whole index again if a query found fewer than k."""
         index = self._index
-        found = index.search(queries_QP, k, effort, kept_N=kept_N)
+        found = index.search(queries_QP, k, parameters, is_allowed_N=is_allowed_N)
         if (found[1] >= 0).all():
             return found
-        everywhere = {"nprobe": max(1, index.num_lists), "efSearch": len(index), "k_factor": effort.get("k_factor", 1)}
-        return index.search(queries_QP, k, everywhere, kept_N=kept_N)
+        k_factor = parameters.get("k_factor", 1)
+        thorough = {"nprobe": max(1, index.num_lists), "efSearch": len(index), "k_factor": k_factor}
+        return index.search(queries_QP, k, thorough, is_allowed_N=is_allowed_N)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Kept:
-    """What a filter keeps of an index.
+class _Subset:
+    """What of an index passes a filter.
 
     Args:
-        is_kept_N: which vectors, in the order of its rows; None is all.
+        is_allowed_N: which vectors, in the order of the index's rows; None: all.
         num: how many.
-        few: their rows and vectors, where each shall be compared.
+        vectors: their rows and vectors, if all of them are to be compared.
     """
 
-    is_kept_N: Bools | None
+    is_allowed_N: Bools | None
     num: int
-    few: tuple[Ints, Floats] | None
+    vectors: tuple[Ints, Floats] | None
 
 
-def _check_k(k: int | None, most: int, why: str) -> None:
+def _check_k(k: int | None, most: int, reason: str) -> None:
     if k is not None and not 1 <= k <= most:
-        raise SettingError(f"k is {k}; {why}, so k must be 1 to {most}")
+        raise SettingError(f"k: expected 1 to {most}, as {reason}, got {k}")
 
 
-def _choose_k(k: int | None, num_kept: int, num: int) -> int:
-    if not num_kept:
-        raise DataError(f"the filter keeps none of the {num} items of the index; ask for less")
-    _check_k(k, num_kept, f"the filter keeps {num_kept} of {num} items")
-    return min(_USUAL_HITS, num_kept) if k is None else k
+def _choose_k(k: int | None, num_allowed: int, num: int) -> int:
+    if not num_allowed:
+        raise DataError(f"none of the {num} items of the index passes the filter; give fewer conditions")
+    _check_k(k, num_allowed, f"{num_allowed} of {num} items pass the filter")
+    return min(_DEFAULT_K, num_allowed) if k is None else k
 
 
-def _not_moved(path: Path, sign: str, what: str) -> Path:
-    if not (path / sign).is_file():
-        raise PathError(f"{what} {path}, which the index was made from, does not exist; if it has moved, give --{what}")
+def _require_file(path: Path, file: str, option: str) -> Path:
+    if not (path / file).is_file():
+        raise PathError(
+            f"{option} {path}, which the index was built from, does not exist; if it has moved, give --{option}"
+        )
     return path
 
 
 def _open_cache(path: Path | str, card: IndexCard) -> Cache:
     cache = Cache(path)
     if not cache.info.has_rows_of(card.index_digest):
-        raise FingerprintError(f"the index was made from other samples than {path} holds; build it again")
+        raise FingerprintError(f"the index was built from other samples than those of {path}; build it again")
     return cache
 
 
-_MOST_CAPTIONS = 3
-
-
-_NO_TEXTS = ITEM_SCHEMAS["text"].empty_table()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hit:
-    """One item that an index found.
-
-    Args:
-        score: cosine to the query; of an index of codes, its estimate.
-        row: of the item in its modality's table.
-        key: of its sample.
-        captions: of an image, its sample's, at most three; of a caption, itself.
-        label: of its sample, where the cache has the column.
-    """
-
-    score: float
-    row: int
-    key: str
-    captions: Sequence[str]
-    label: str | None = None
-
-
 class HitReader:
-    """Turns rows into hits. Keys, labels and captions are read once and looked up by row: they are kept in memory.
+    """Looks up the keys, labels and captions of rows. All of them are read once and kept in memory.
 
     Args:
-        cache: the cache.
-        modality: `image` or `text`, of the rows.
+        cache: cache of the items.
+        modality: modality of the rows.
     """
 
     def __init__(self, cache: Cache, modality: str) -> None:
         self._modality = modality
-        self._keys = _whole(cache.samples["key"])
-        self._labels = _whole(cache.samples["label"]) if "label" in cache.columns else None
+        self._keys = _contiguous(cache.samples["key"])
+        self._labels = _contiguous(cache.samples["label"]) if "label" in cache.columns else None
         self.samples: Ints = cache.items(modality)["sample"].to_numpy()
         texts = cache.items("text") if "text" in cache.info.num_items else _NO_TEXTS
-        self._texts, self._languages = _whole(texts["text"]), _whole(texts["language"])
+        self._texts, self._languages = _contiguous(texts["text"]), _contiguous(texts["language"])
         self._text_samples: Ints = texts["sample"].to_numpy()
 
-    def of(self, scores_K: Floats, rows_K: Ints, languages: Sequence[str] = ()) -> list[Hit]:
-        """Give the hits of one query; a row of -1 is none.
+    def read(self, scores_K: Floats, rows_K: Ints, languages: Sequence[str] = ()) -> list[Hit]:
+        """Return the hits of one query; rows of -1 are skipped.
 
         Args:
-            scores_K: (K,) best first.
-            rows_K: (K,) alike.
-            languages: show captions in these only; none is all.
+            scores_K: (K,) scores, best first.
+            rows_K: (K,) their rows.
+            languages: include only captions in these languages; empty: all.
         """
         scores, rows = scores_K[rows_K >= 0].tolist(), rows_K[rows_K >= 0]
         samples = self.samples[rows]
-        labels = [None] * len(rows) if self._labels is None else _taken(self._labels, samples)
-        captions = self._captions(rows, None if languages else _MOST_CAPTIONS)
+        labels = [None] * len(rows) if self._labels is None else _take(self._labels, samples)
+        captions = self._captions(rows, None if languages else _MAX_CAPTIONS)
         return [
             Hit(
                 score=score,
                 row=row,
                 key=key,
-                captions=[text for text, language in said if not languages or language in languages][:_MOST_CAPTIONS],
+                captions=[text for text, language in texts if not languages or language in languages][:_MAX_CAPTIONS],
                 label=None if label is None else str(label),
             )
-            for score, row, key, label, said in zip(
-                scores, rows.tolist(), _taken(self._keys, samples), labels, captions, strict=True
+            for score, row, key, label, texts in zip(
+                scores, rows.tolist(), _take(self._keys, samples), labels, captions, strict=True
             )
         ]
 
     def captions(self, row: int) -> list[dict[str, str | None]]:
-        """Give the captions of the sample of an image, or a caption itself: `text` and `language` of each."""
-        (said,) = self._captions(np.array([row]), None)
-        return [{"text": text, "language": language} for text, language in said]
+        """Return `text` and `language` of the captions of an image's sample, or of a caption itself."""
+        (texts,) = self._captions(np.array([row]), None)
+        return [{"text": text, "language": language} for text, language in texts]
 
     def _captions(self, rows_K: Ints, most: int | None) -> list[list[tuple[str, str | None]]]:
-        """Give text and language of the captions of each item, or of the first of them."""
+        """Return text and language of the captions of each item, at most so many."""
         if self._modality == "text":
             starts, counts = rows_K, np.ones(len(rows_K), np.int64)
         else:
@@ -290,17 +284,17 @@ class HitReader:
             starts = np.searchsorted(self._text_samples, samples)
             counts = np.searchsorted(self._text_samples, samples + 1) - starts
         counts = counts if most is None else np.minimum(counts, most)
-        _, places = concatenated_ranges(starts, counts)
-        said = list(zip(_taken(self._texts, places), _taken(self._languages, places), strict=True))
+        _, positions = concatenated_ranges(starts, counts)
+        texts = list(zip(_take(self._texts, positions), _take(self._languages, positions), strict=True))
         ends = np.cumsum(counts).tolist()
-        return [said[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
+        return [texts[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
 
 
-def _whole(column: pa.ChunkedArray) -> pa.Array:
-    """Join a column's chunks, so that a row is found without looking for its chunk; text may pass 2 GiB."""
+def _contiguous(column: pa.ChunkedArray) -> pa.Array:
+    """Join a column's chunks, so that a row is found without searching its chunk; text may exceed 2 GiB."""
     return (column.cast(pa.large_string()) if pa.types.is_string(column.type) else column).combine_chunks()
 
 
-def _taken(column: pa.Array, places: Ints) -> list[Any]:
-    values: list[Any] = column.take(pa.array(places)).to_pylist()
+def _take(column: pa.Array, positions: Ints) -> list[Any]:
+    values: list[Any] = column.take(pa.array(positions)).to_pylist()
     return values

@@ -1,9 +1,7 @@
-"""Unit vectors of one feature of a cache, plain or projected by a run: what indexes and passes go through.
+"""Unit vectors of one cached feature, plain or projected by a run, and passes over all of them.
 
-One pass over the chunks of a feature, on this machine or on a Ray cluster, merged in the order of the chunks.
-
-A pass is a pure function of a chunk and an associative merge of what it gives. Partial results are merged strictly in
-the order of the chunks, so that any number of workers gives the same bits.
+A pass is a pure function of one chunk and an associative merge of partial results. Partial results are merged in the
+order of the chunks, so that any number of workers computes the same bits, on this machine or on a Ray cluster.
 """
 
 from collections import deque
@@ -29,19 +27,19 @@ _BLOCK = 256
 
 
 class Vectors:
-    """All valid items of a finished feature as float32 rows of length 1. Can be pickled: it opens again.
+    """All valid items of a complete feature as float32 rows of length 1. Pickling keeps the arguments and opens again.
 
     Args:
-        cache_path: the cache.
+        cache_path: path or URL of the cache.
         modality: `image` or `text`.
-        feature: `encoder/feature`; None is the run's, or the only one of the modality.
-        run_path: project the feature with this run; None takes the plain feature.
+        feature: `encoder/feature`; None: the run's feature, or the only one of the modality.
+        run_path: run that projects the feature; None: the plain feature.
 
     Raises:
-        UnknownNameError: no feature is named so, or the name fits several.
-        UnfinishedError: the feature has missing chunks.
+        UnknownNameError: no feature or several features have that name.
+        UnfinishedError: chunks of the feature are missing.
         FingerprintError: the run was trained on another encoder's features.
-        DataError: the plain feature has several vectors an item, or there is no valid item.
+        DataError: the plain feature has several vectors per item, or no item is valid.
     """
 
     def __init__(
@@ -51,72 +49,72 @@ class Vectors:
         feature: str | None = None,
         run_path: Path | str | None = None,
     ) -> None:
-        self._asked = (str(cache_path), modality, feature, None if run_path is None else str(run_path))
+        self._arguments = (str(cache_path), modality, feature, None if run_path is None else str(run_path))
         self.cache = Cache(cache_path)
         self.run_path = None if run_path is None else Path(run_path)
         self._pair: AlignedPair | None = None
         self.config: PairConfig | None = None
         if self.run_path is not None:
             self._pair, self.config = load_pair(self.run_path)
-        self.side = _open(self.cache, modality, feature, self.config)
+        self.feature = _open(self.cache, modality, feature, self.config)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Vectors, self._asked
+        return Vectors, self._arguments
 
     @property
     def modality(self) -> str:
         """`image` or `text`."""
-        return self.side.modality
+        return self.feature.modality
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of the feature."""
+        """Number of chunks of the feature."""
         return self.cache.info.num_chunks(self.modality)
 
     @cached_property
     def rows(self) -> Ints:
-        """The items' rows, ascending: (N,)."""
-        return np.flatnonzero(self.side.valid)
+        """Rows of the valid items, ascending: (N,)."""
+        return np.flatnonzero(self.feature.valid)
 
     @cached_property
     def width(self) -> int:
-        """Numbers in a vector."""
+        """Width of a vector."""
         return int(self.read(self.rows[:1]).shape[1])
 
     def chunk(self, number: int) -> tuple[Ints, Floats]:
-        """Read one chunk, checksums compared: rows (B,) and vectors (B, P); both empty where all items failed.
+        """Read one chunk and verify its checksums: rows (B,) and vectors (B, P); both are empty if all items failed.
 
         Raises:
             CorruptError: bytes differ from their checksum.
         """
-        rows, inputs = self.side.chunk(number)
+        rows, inputs = self.feature.chunk(number)
         return rows, self._unit(inputs)
 
     def blocks(self) -> Iterator[tuple[Ints, Floats]]:
-        """Go through all chunks in order."""
+        """Iterate over all chunks in order."""
         for number in range(self.num_chunks):
             yield self.chunk(number)
 
     def read(self, rows: Ints) -> Floats:
-        """Gather rows, in the order asked for: (B, P).
+        """Read rows in the given order: (B, P).
 
         Raises:
             DataError: a row is out of range or failed.
         """
-        return self._unit(self.side.read(rows))
+        return self._unit(self.feature.read(rows))
 
     def sample(self, size: int, *, seed: int = 0) -> Floats:
-        """Draw rows at random, or take all where there are no more: (S, P)."""
+        """Read a random sample of items, or all items if there are no more: (S, P)."""
         return self.read(np.sort(np.random.default_rng(seed).permutation(self.rows)[:size]))
 
     def _unit(self, inputs: Inputs) -> Floats:
         if self._pair is None:
-            return _normalized(inputs.values)
+            return _normalize_blocks(inputs.values)
         return project(self._pair.image if self.modality == "image" else self._pair.text, inputs)
 
 
-def _normalized(values_BD: Array) -> Floats:
-    """Do as `normalize`, some rows at a time: whole chunks would take new memory from the system for each step."""
+def _normalize_blocks(values_BD: Array) -> Floats:
+    """Normalize a few rows at a time; whole chunks would take new memory from the system for each step."""
     unit_BD = np.empty(values_BD.shape, np.float32)
     for block in blocks(len(values_BD), _BLOCK):
         unit_BD[block] = normalize(values_BD[block])
@@ -126,37 +124,37 @@ def _normalized(values_BD: Array) -> Floats:
 def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | None) -> InputFeature:
     if name is None and config is not None:
         name = config.tower_input(modality).feature
-    side = open_input(cache, modality, name)
-    side.require_complete()
+    feature = open_input(cache, modality, name)
+    feature.require_complete()
     if config is not None:
-        check_feature(config, modality, side.name, side.fingerprint)
-    elif side.has_tokens:
+        check_feature(config, modality, feature.name, feature.fingerprint)
+    elif feature.has_tokens:
         raise DataError(
-            f"feature {side.name} has several vectors an item; take a vector feature, or a run that takes it"
+            f"feature {feature.name} has several vectors per item, expected one; choose a vector feature, or a run "
+            "that projects it"
         )
-    if not side.valid.any():
-        raise DataError(f"feature {side.name} has no valid item")
-    return side
+    if not feature.valid.any():
+        raise DataError(f"feature {feature.name} has no valid item")
+    return feature
 
 
 Engine: TypeAlias = Literal["local", "ray"]
 State = TypeVar("State")
 
-_AHEAD = 2
-"""Tasks a core: one in work, one waiting."""
+_TASKS_PER_CORE = 2  # one running, one waiting
 
 
 class ChunkPass(Protocol[State]):
-    """What is done with each chunk. It is pickled where another process works."""
+    """What a pass computes from each chunk. It is pickled for other processes."""
 
-    def take(self, rows_B: Ints, vectors_BP: Floats) -> State:
-        """Make a partial result of one chunk, which may be empty."""
+    def process(self, rows_B: Ints, vectors_BP: Floats) -> State:
+        """Compute the partial result of one chunk, which may be empty."""
         ...
 
     def merge(self, before: State, after: State) -> State:
-        """Join the results of two neighboring ranges of chunks.
+        """Merge the results of two neighboring ranges of chunks.
 
-        May change and return the first, but no array in place: those that come from Ray are read-only.
+        May change and return the first, but must not write into its arrays: those that come from Ray are read-only.
         """
         ...
 
@@ -167,57 +165,57 @@ def run_pass(
     *,
     engine: Engine = "local",
     address: str | None = None,
-    what: str = "going through vectors",
+    title: str = "reading vectors",
     progress: Progress | None = None,
 ) -> State:
-    """Go through all chunks once.
+    """Run a pass over all chunks, one chunk per core at a time.
 
-    Locally one process does it, with a thread and a chunk a core. Memory: a chunk and what is done with it for each
-    core, and two partial results a core; with Ray alike in each of its workers, and these partial results here.
+    Memory: per core, a chunk, what the pass needs for it, and two partial results. With Ray the chunks are in its
+    workers, the partial results here.
 
     Args:
-        vectors: what to go through.
-        work: what to do.
+        vectors: items to read.
+        work: computation per chunk.
         engine: `local`, or `ray`, whose machines must all see the cache and the run.
-        address: of a Ray cluster; None starts one here, or takes the one that is connected.
-        what: for the progress.
-        progress: told about items.
+        address: address of a Ray cluster; None: the connected one, or a new one on this machine.
+        title: name of the task for progress.
+        progress: progress in items.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        EmbedcacheError: there is no Ray cluster at the address.
+        EmbedcacheError: no Ray cluster answers at the address.
     """
     progress = progress or NullProgress()
-    progress.start(what, len(vectors.rows), f"{vectors.modality}s")
-    parts = _local(vectors, work) if engine == "local" else _on_ray(vectors, work, address)
+    progress.start(title, len(vectors.rows), f"{vectors.modality}s")
+    results = _run_local(vectors, work) if engine == "local" else _run_on_ray(vectors, work, address)
     state: State | None = None
-    for count, part in parts:
-        state = part if state is None else work.merge(state, part)
+    for count, result in results:
+        state = result if state is None else work.merge(state, result)
         progress.advance(count)
     progress.finish()
-    assert state is not None  # a finished feature has a chunk
+    assert state is not None  # a complete feature has a chunk
     return state
 
 
-def _local(vectors: Vectors, work: ChunkPass[State]) -> Iterator[tuple[int, State]]:
-    """Give each core a chunk; a product takes one core then, as reading, comparing and counting do."""
+def _run_local(vectors: Vectors, work: ChunkPass[State]) -> Iterator[tuple[int, State]]:
+    """Run one chunk per core; BLAS uses one thread per product, as reading and counting do."""
     cores = num_cores()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cores, "pass") as pool:
         yield from _in_order(
-            lambda chunk: pool.submit(_take, vectors, work, chunk), Future.result, vectors.num_chunks, cores
+            lambda chunk: pool.submit(_process, vectors, work, chunk), Future.result, vectors.num_chunks, cores
         )
 
 
-def _take(vectors: Vectors, work: ChunkPass[State], chunk: int) -> tuple[int, State]:
+def _process(vectors: Vectors, work: ChunkPass[State], chunk: int) -> tuple[int, State]:
     rows_B, vectors_BP = vectors.chunk(chunk)
-    return len(rows_B), work.take(rows_B, vectors_BP)
+    return len(rows_B), work.process(rows_B, vectors_BP)
 
 
-def _on_ray(vectors: Vectors, work: ChunkPass[State], address: str | None) -> Iterator[tuple[int, State]]:
-    """Give the parts in the order of the chunks; a task whose machine is lost is run again by Ray."""
+def _run_on_ray(vectors: Vectors, work: ChunkPass[State], address: str | None) -> Iterator[tuple[int, State]]:
+    """Run the chunks as Ray tasks; Ray repeats a task whose machine is lost."""
     with connected(address) as ray:
         shared = ray.put(vectors), ray.put(work)
-        task = ray.remote(num_cpus=1, max_retries=-1)(_take)
+        task = ray.remote(num_cpus=1, max_retries=-1)(_process)
         cores = int(ray.cluster_resources().get("CPU", 1))
         yield from _in_order(lambda chunk: task.remote(*shared, chunk), ray.get, vectors.num_chunks, cores)
 
@@ -226,7 +224,7 @@ def _in_order(start: Callable[[int], Any], wait: Callable[[Any], Any], num_chunk
     running: deque[Any] = deque()
     for chunk in range(num_chunks):
         running.append(start(chunk))
-        if len(running) > _AHEAD * cores:
+        if len(running) > _TASKS_PER_CORE * cores:
             yield wait(running.popleft())
     while running:
         yield wait(running.popleft())

@@ -15,9 +15,9 @@ from PIL.Image import Image
 
 from embedcache.arrays import Floats
 from embedcache.errors import EmbedcacheError
-from embedcache.search.filters import Filter
 from embedcache.search.queries import Queries
 from embedcache.search.search import Hit, OpenIndex
+from embedcache.search.settings import Filter
 
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
@@ -145,7 +145,7 @@ def answer_all(index: OpenIndex, questions: Sequence[Question]) -> list[Answer |
     encode_ms = 1000 * (time.perf_counter() - started)
     places: dict[object, list[int]] = defaultdict(list)
     for place, question in enumerate(questions):
-        places[question.keep.key].append(place)
+        places[question.keep].append(place)
     answers: dict[int, Answer | EmbedcacheError] = {}
     for group in places.values():
         found = _find(index, vectors_QP[group], [questions[place] for place in group], encode_ms)
@@ -163,7 +163,7 @@ def _vectors(index: OpenIndex, questions: Sequence[Question]) -> Floats:
         images=[one.picture for one in questions if one.picture is not None],
         rows=[one.row for one in questions if one.row is not None],
     )
-    found = index.query_encoder.vectors(queries)
+    found = index.query_encoder.encode(queries)
     ordered = found.copy()
     ordered[[*of_texts, *of_pictures, *of_rows]] = found
     return ordered
@@ -174,8 +174,10 @@ def _find(
 ) -> Sequence[Answer | EmbedcacheError]:
     started, keep = time.perf_counter(), questions[0].keep
     try:
-        k = min(max(question.k for question in questions), index.num_kept(keep))
-        found: Sequence[Sequence[Hit]] = index.find(vectors_QP, k=k, keep=keep) if k else [[]] * len(questions)
+        k = min(max(question.k for question in questions), index.count(keep))
+        found: Sequence[Sequence[Hit]] = (
+            index.search_vectors(vectors_QP, k=k, condition=keep) if k else [[]] * len(questions)
+        )
     except EmbedcacheError as error:
         return [error] * len(questions)
     search_ms = 1000 * (time.perf_counter() - started)

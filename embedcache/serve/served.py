@@ -17,8 +17,8 @@ from embedcache.errors import EmbedcacheError, SettingError, UnknownNameError
 from embedcache.progress import Progress
 from embedcache.provenance import read_json
 from embedcache.reports.thumbnails import credit
-from embedcache.search.filters import Filter
 from embedcache.search.search import Hit, OpenIndex
+from embedcache.search.settings import Filter
 from embedcache.serve.coverage import ServedCoverage, compute_coverage, read_coverage
 from embedcache.serve.pictures import ServedPictures
 from embedcache.serve.settings import ServeSettings
@@ -55,7 +55,7 @@ class Served:
         self.index, self.settings, self.coverage = index, settings, coverage
         self.name = index.path.resolve().name
         self.version = index.cache.info.index_digest[:16]
-        self.takes = [modality for modality in MODALITIES if index.query_encoder.takes(modality)]
+        self.takes = [modality for modality in MODALITIES if index.query_encoder.accepts(modality)]
         self.selections = _by_name(selections)
         self.values = {name: values for name in FILTERS if _chooses(values := index.filters.values(name), index)}
         self.credit = credit(index.cache)
@@ -66,8 +66,8 @@ class Served:
         for modality in self.takes:
             index.query_encoder.encoder(modality)
         for path in self.selections.values():
-            index.filters.kept(Filter(selection=path))
-        index.query_encoder.has_row(0)  # reads which rows are valid
+            index.filters.mask(Filter(selection=path))
+        _ = index.query_encoder.indexed.rows  # reads which rows are valid
 
     def filter(
         self,
@@ -90,7 +90,7 @@ class Served:
         if selection is not None and selection not in self.selections:
             raise UnknownNameError(f"there is no selection {selection!r} here; GET /api/info lists those that are")
         path = None if selection is None else self.selections[selection]
-        return Filter(labels=labels, splits=splits, languages=languages, selection=path)
+        return Filter(label_value=tuple(labels), part=tuple(splits), language=tuple(languages), selection=path)
 
     def info(self) -> dict[str, Any]:
         """Say what is here as the API does, without `most_hits`."""
@@ -155,7 +155,7 @@ class Served:
         num_items = len(self.index.hits.samples)
         kept = [one for one in best if 0 <= one["row"] < num_items]
         scores, rows = np.array([one["cosine"] for one in kept]), np.array([one["row"] for one in kept], np.int64)
-        hits = [self.hit(hit) for hit in self.index.hits.of(scores, rows)]
+        hits = [self.hit(hit) for hit in self.index.hits.read(scores, rows)]
         return {"name": concept["name"], "threshold": concept["threshold"], "hits": hits}
 
 

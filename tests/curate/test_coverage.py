@@ -17,6 +17,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import load_pair, project
 from embedcache.reports.coverage import concept_table, coverage_json, overlap_table, summary_table, write_coverage_page
 from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.interop.runs import SIDES, train_run
@@ -233,7 +234,9 @@ def test_an_index_names_the_items_and_their_cosines_are_exact(
     cache_path: Path, prompts: Path, half: Path, tmp_path: Path, factory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(indexed, "_FIRST", 4)
-    build_index(cache_path, tmp_path / "index", modality="text", feature="open_toy/mean", factory=factory)
+    build_index(
+        cache_path, tmp_path / "index", IndexSettings(modality="text", feature="open_toy/mean", factory=factory)
+    )
     options = {"settings": CoverageSettings(deviations=1, k=7), "selection": half}
     exact = of_texts(cache_path, prompts, **options)
     found = of_texts(cache_path, prompts, **options, index_path=tmp_path / "index")
@@ -252,7 +255,7 @@ def test_an_index_names_the_items_and_their_cosines_are_exact(
 
 
 def test_an_index_of_something_else_is_refused(cache_path: Path, prompts: Path, tmp_path: Path) -> None:
-    build_index(cache_path, tmp_path / "index", feature="open_toy/cls", factory="Flat")
+    build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls", factory="Flat"))
     with pytest.raises(FingerprintError, match="modality: 'image' there, 'text' asked.*--modality text"):
         of_texts(cache_path, prompts, index_path=tmp_path / "index")
 

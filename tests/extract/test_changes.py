@@ -13,6 +13,7 @@ from embedcache.extract.repair import retry_failed
 from embedcache.extract.settings import ExtractSettings
 from embedcache.search.index import build_index
 from embedcache.search.search import search
+from embedcache.search.settings import IndexSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table
@@ -145,7 +146,7 @@ def test_run_and_index_survive_extend(tmp_path: Path) -> None:
     run(source, tmp_path / "c", chunk_size=16)
     settings = TrainSettings(split=SplitSettings(kind="key"), optimizer=OptimizerSettings(epochs=2, batch_size=16))
     train(tmp_path / "c", tmp_path / "run", settings=settings)
-    build_index(tmp_path / "c", tmp_path / "index", run_path=tmp_path / "run")
+    build_index(tmp_path / "c", tmp_path / "index", IndexSettings(run=tmp_path / "run"))
     before = evaluate_retrieval(tmp_path / "c", [tmp_path / "run"]).recalls
     hits = search(tmp_path / "index", ["a red bar"])
     for suffix in ("png", "txt"):

@@ -16,6 +16,7 @@ from embedcache.interop.npy import open_npy_vectors
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
+from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
@@ -140,8 +141,8 @@ def test_a_run_can_be_trained_and_an_index_built(tree: Path, tmp_path: Path) -> 
     cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     optimizer = OptimizerSettings(epochs=1, batch_size=8)
     train(cache.path, tmp_path / "run", settings=TrainSettings(split=SplitSettings(kind="key"), optimizer=optimizer))
-    build_index(cache.path, tmp_path / "index", run_path=tmp_path / "run")
-    [hits] = search(tmp_path / "index", Queries(keys=["k7"]), k=1)
+    build_index(cache.path, tmp_path / "index", IndexSettings(run=tmp_path / "run"))
+    [hits] = search(tmp_path / "index", Queries(keys=["k7"]), SearchSettings(k=1))
     assert hits[0].key == "k7"
     with pytest.raises(SettingError, match="text_emb.* imported"):
         search(tmp_path / "index", ["a dog"])

@@ -58,31 +58,29 @@ def labeled_cache(folder: Path, count: int, *, broken: Sequence[str] = (), image
     return folder / "cache"
 
 
-def test_prompts_are_scaled_averaged_and_scaled(cache_path: Path, prompts: Path) -> None:
+def test_prompts_are_averaged(cache_path: Path, prompts: Path) -> None:
     concepts = open_concepts(Cache(prompts), Vectors(cache_path, "text", "open_toy/mean"))
     texts = normalize(Cache(prompts).feature("text").load())
     expected = normalize(texts.reshape(len(NAMES), len(TEMPLATES), -1).mean(axis=1))
     np.testing.assert_allclose(concepts.vectors, expected, atol=1e-6)
     assert concepts.names == NAMES
     assert concepts.counts.tolist() == [len(TEMPLATES)] * len(NAMES)
-    assert concepts.about["of"] == "prompts"
-    assert concepts.about["spine"] == Cache(prompts).info.index_digest
-    assert concepts.about["run"] is None
+    assert concepts.source["of"] == "prompts"
+    assert concepts.source["spine"] == Cache(prompts).info.index_digest
+    assert concepts.source["run"] is None
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
-def test_a_run_projects_prompts_by_its_text_tower(
-    cache_path: Path, prompts: Path, run_path: Path, modality: str
-) -> None:
+def test_run_projects_prompts(cache_path: Path, prompts: Path, run_path: Path, modality: str) -> None:
     concepts = open_concepts(Cache(prompts), Vectors(cache_path, modality, run_path=run_path))
     pair, config = load_pair(run_path)
     texts = project(pair.text, Inputs(Cache(prompts).feature("text").load()))
     expected = normalize(texts.reshape(len(NAMES), len(TEMPLATES), -1).mean(axis=1))
     np.testing.assert_allclose(concepts.vectors, expected, atol=1e-5)
-    assert concepts.about["run_weights"] == config.weights_digest
+    assert concepts.source["run_weights"] == config.weights_digest
 
 
-def test_prototypes_are_means_of_the_examples_of_a_label(cache_path: Path, labeled: Path) -> None:
+def test_prototypes_are_means_of_examples(cache_path: Path, labeled: Path) -> None:
     concepts = open_concepts(Cache(labeled), Vectors(cache_path, "image", "open_toy/cls"))
     feature = Cache(labeled).feature("image", "open_toy/cls")
     labels = np.array(Cache(labeled).samples["label"].to_pylist())
@@ -93,20 +91,20 @@ def test_prototypes_are_means_of_the_examples_of_a_label(cache_path: Path, label
         np.testing.assert_allclose(concepts.vectors[number], normalize(images[chosen].mean(axis=0)), atol=1e-5)
         assert concepts.counts[number] == chosen.sum()
     assert concepts.counts.sum() == 59
-    assert concepts.about["of"] == "examples"
+    assert concepts.source["of"] == "examples"
 
 
-def test_of_many_examples_some_are_drawn(cache_path: Path, labeled: Path) -> None:
+def test_max_examples_draws_a_sample(cache_path: Path, labeled: Path) -> None:
     pool = Vectors(cache_path, "image", "open_toy/cls")
-    one, again, other = (open_concepts(Cache(labeled), pool, most_examples=3, seed=seed) for seed in (0, 0, 1))
+    one, again, other = (open_concepts(Cache(labeled), pool, max_examples=3, seed=seed) for seed in (0, 0, 1))
     assert one.counts.tolist() == [3] * len(NAMES)
     assert np.array_equal(one.vectors, again.vectors)
     assert not np.array_equal(one.vectors, other.vectors)
-    with pytest.raises(SettingError, match="most_examples is 0"):
-        open_concepts(Cache(labeled), pool, most_examples=0)
+    with pytest.raises(SettingError, match="max_examples: expected a whole number of at least 1, got 0"):
+        open_concepts(Cache(labeled), pool, max_examples=0)
 
 
-def test_a_run_projects_examples_by_its_image_tower(cache_path: Path, labeled: Path, run_path: Path) -> None:
+def test_run_projects_examples(cache_path: Path, labeled: Path, run_path: Path) -> None:
     concepts = open_concepts(Cache(labeled), Vectors(cache_path, "text", run_path=run_path))
     feature = Cache(labeled).feature("image", "open_toy/cls")
     labels = np.array(Cache(labeled).samples["label"].to_pylist())
@@ -115,11 +113,11 @@ def test_a_run_projects_examples_by_its_image_tower(cache_path: Path, labeled: P
     np.testing.assert_allclose(concepts.vectors[0], normalize(images.mean(axis=0)), atol=1e-5)
 
 
-def test_what_cannot_be_compared_is_refused(
+def test_incomparable_concepts_raise(
     cache_path: Path, prompts: Path, labeled: Path, run_path: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        DataError, match="plain image feature open_toy/cls cannot be compared with prompts.*--projected"
+        DataError, match="plain image feature open_toy/cls of the pool cannot be compared with prompts.*--run"
     ):
         open_concepts(Cache(prompts), Vectors(cache_path, "image", "open_toy/cls"))
     with pytest.raises(UnknownNameError, match="no text features"):
@@ -134,18 +132,18 @@ def test_what_cannot_be_compared_is_refused(
         open_concepts(other, Vectors(cache_path, "image", run_path=run_path))
 
 
-def test_a_name_that_stands_twice_is_refused(cache_path: Path, tmp_path: Path) -> None:
+def test_repeated_name_raises(cache_path: Path, tmp_path: Path) -> None:
     cache = Cache(prompt_cache(tmp_path, ["red", "crane", "blue", "crane"]))
-    with pytest.raises(DataError, match=r"1 of 3 concepts .* stand twice.*: 'crane' \(numbers 1 and 3\)"):
+    with pytest.raises(DataError, match=r"1 of 3 concepts .* are repeated.*: 'crane' \(numbers 1 and 3\)"):
         open_concepts(cache, Vectors(cache_path, "text", "open_toy/mean"))
 
 
-def test_a_concept_without_a_prompt_or_example_is_refused(cache_path: Path, tmp_path: Path) -> None:
+def test_concept_without_example_raises(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("class,caption\nred,red\nblue,\n")
     extract(open_source(tmp_path / "p.csv"), tmp_path / "prompts", text_encoders=[TEXT])
     with pytest.raises(DataError, match="1 of 2 classes .* have no prompt that was encoded, first 'blue'"):
         open_concepts(Cache(tmp_path / "prompts"), Vectors(cache_path, "text", "open_toy/mean"))
     reds = [f"{number:05d}" for number in range(60)]
     broken = Cache(labeled_cache(tmp_path, 2, broken=reds[1:]))
-    with pytest.raises(DataError, match="1 of 2 labels in column 'label' .* have no example that was encoded"):
+    with pytest.raises(DataError, match="1 of 2 labels in column 'label' .* have no encoded example"):
         open_concepts(broken, Vectors(cache_path, "image", "open_toy/cls"))

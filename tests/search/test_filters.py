@@ -1,4 +1,4 @@
-"""A filtered search is an exact search among what the filter keeps."""
+"""A filtered search is an exact search among the items that pass."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,11 @@ from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.search.faiss_index import make_index
-from embedcache.search.filters import CacheFilters, Filter
+from embedcache.search.filters import CacheFilters
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
+from embedcache.search.settings import Filter, IndexSettings, SearchSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -30,7 +31,7 @@ from tests.toy import IMAGE, TEXT
     st.sampled_from(["Flat", "HNSW8", "IVF2,Flat", "IVF2,SQfp16,RFlat"]),
     st.integers(0, 99),
 )
-def test_only_kept_rows_are_found_and_the_best_of_them(kept: list[bool], factory: str, seed: int) -> None:
+def test_filtered_search_is_exact(kept: list[bool], factory: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     vectors = normalize(rng.standard_normal((len(kept), 8)))
     rows = np.sort(rng.permutation(1000)[: len(kept)])
@@ -40,81 +41,85 @@ def test_only_kept_rows_are_found_and_the_best_of_them(kept: list[bool], factory
     index.add(rows, vectors)
     k = min(5, sum(kept))
     effort = {"nprobe": 2, "efSearch": 64, "k_factor": 60}
-    scores, found = index.search(vectors[:3], k, effort, kept_N=np.array(kept))
+    scores, found = index.search(vectors[:3], k, effort, is_allowed_N=np.array(kept))
     expected = -np.sort(-(vectors[:3] @ vectors[np.array(kept)].T), axis=1)[:, :k]
     np.testing.assert_allclose(scores, expected, atol=2e-3 if "fp16" in factory else 1e-5)
     assert np.isin(found, rows[np.array(kept)]).all()
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF2,SQ8"])
-def test_labels_and_splits_choose(labeled: Path, tmp_path: Path, factory: str) -> None:
-    build_index(labeled, tmp_path / "index", factory=factory, min_recall=0.0)
+def test_label_and_part(labeled: Path, tmp_path: Path, factory: str) -> None:
+    build_index(labeled, tmp_path / "index", IndexSettings(factory=factory, min_recall=0.0))
     cache, vectors = Cache(labeled), Vectors(labeled, "image")
     keys = np.array(cache.samples["key"].to_pylist())
     queries = Queries(keys=[str(keys[0]), str(keys[40])])
     asked = vectors.read(np.array([0, 40]))
     for keep, prefix in (
-        (Filter(labels=["cat"]), ("train/cat", "val/cat")),
-        (Filter(splits=["val"]), ("val/",)),
-        (Filter(labels=["dog", "cat"], splits=["train"]), ("train/",)),
-        (Filter(labels=["dog"], splits=["val"]), ("val/dog",)),
+        (Filter(label_value=("cat",)), ("train/cat", "val/cat")),
+        (Filter(part=("val",)), ("val/",)),
+        (Filter(label_value=("dog", "cat"), part=("train",)), ("train/",)),
+        (Filter(label_value=("dog",), part=("val",)), ("val/dog",)),
     ):
         rows = np.flatnonzero([str(key).startswith(prefix) for key in keys])
-        assert np.flatnonzero(CacheFilters(cache, "image").kept(keep)).tolist() == rows.tolist()
+        assert np.flatnonzero(CacheFilters(cache, "image").mask(keep)).tolist() == rows.tolist()
         expected = -np.sort(-(asked @ vectors.read(rows).T), axis=1)[:, :7]
-        for hits, scores in zip(search(tmp_path / "index", queries, k=7, keep=keep), expected, strict=True):
+        for hits, scores in zip(
+            search(tmp_path / "index", queries, SearchSettings(k=7, filter=keep)), expected, strict=True
+        ):
             np.testing.assert_allclose([hit.score for hit in hits], scores, atol=1e-5)
             assert all(hit.key.startswith(prefix) for hit in hits)
             assert all(hit.label == hit.key.split("/")[1] for hit in hits)
 
 
-def test_a_selection_chooses(labeled: Path, labeled_index: Path, tmp_path: Path) -> None:
+def test_selection(labeled: Path, labeled_index: Path, tmp_path: Path) -> None:
     cache = Cache(labeled)
     selection = Selection(rows=np.array([3, 20, 44]), reasons=["x"] * 3)
     write_selection(tmp_path / "s.parquet", cache, selection, {})
     key = cache.samples["key"][0].as_py()
-    (hits,) = search(labeled_index, Queries(keys=[key]), keep=Filter(selection=tmp_path / "s.parquet"))
+    (hits,) = search(
+        labeled_index, Queries(keys=[key]), SearchSettings(filter=Filter(selection=tmp_path / "s.parquet"))
+    )
     assert sorted(hit.row for hit in hits) == [3, 20, 44]
 
 
-def test_without_a_column_the_runs_split_chooses(cache_path: Path, run_path: Path, index_path: Path) -> None:
+def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path) -> None:
     cache = Cache(cache_path)
     rows = read_split(run_path / "split.parquet", [cache]).rows("test")
     filters = CacheFilters(cache, "image", run_path)
-    assert np.flatnonzero(filters.kept(Filter(splits=["test"]))).tolist() == rows.tolist()
+    assert np.flatnonzero(filters.mask(Filter(part=("test",)))).tolist() == rows.tolist()
     assert filters.values("split")["test"] == len(rows)
-    (hits,) = search(index_path, ["red bar"], k=len(rows), keep=Filter(splits=["test"]))
+    (hits,) = search(index_path, ["red bar"], SearchSettings(k=len(rows), filter=Filter(part=("test",))))
     assert sorted(hit.row for hit in hits) == rows.tolist()
-    with pytest.raises(UnknownNameError, match="unknown split in .* 'tset'; did you mean 'test'"):
-        filters.kept(Filter(splits=["tset"]))
+    with pytest.raises(UnknownNameError, match="unknown part in .* 'tset'; did you mean 'test'"):
+        filters.mask(Filter(part=("tset",)))
 
 
-def test_languages_choose_captions_and_the_images_that_have_them(tmp_path: Path) -> None:
+def test_language(tmp_path: Path) -> None:
     write_pictures(tmp_path / "photos", 12)
     for path in sorted((tmp_path / "photos").glob("*.txt"))[:4]:
         path.with_suffix(".json").write_text(json.dumps({"caption": f"rot {path.stem}", "language": "de"}))
     extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     for modality in ("image", "text"):
-        build_index(tmp_path / "cache", tmp_path / modality, modality=modality)
+        build_index(tmp_path / "cache", tmp_path / modality, IndexSettings(modality=modality))
     ask = Queries(keys=["00000"])
-    (hits,) = search(tmp_path / "image", ask, keep=Filter(languages=["de"]))
+    (hits,) = search(tmp_path / "image", ask, SearchSettings(filter=Filter(language=("de",))))
     assert sorted(hit.row for hit in hits) == [0, 1, 2, 3]
     assert all(list(hit.captions) == [f"rot {hit.key}"] for hit in hits)
-    (hits,) = search(tmp_path / "text", ask, keep=Filter(languages=["de"]))
+    (hits,) = search(tmp_path / "text", ask, SearchSettings(filter=Filter(language=("de",))))
     assert sorted(hit.captions[0] for hit in hits) == [f"rot 0000{number}" for number in range(4)]
     assert CacheFilters(Cache(tmp_path / "cache"), "image").values("language") == {"de": 4}
     with pytest.raises(UnknownNameError, match="unknown language in .* 'fr'; known: de"):
-        search(tmp_path / "image", ask, keep=Filter(languages=["fr"]))
+        search(tmp_path / "image", ask, SearchSettings(filter=Filter(language=("fr",))))
 
 
-def test_mistakes_of_filters_are_named(labeled: Path, labeled_index: Path, cache_path: Path, tmp_path: Path) -> None:
+def test_invalid_filters_raise(labeled: Path, labeled_index: Path, cache_path: Path, tmp_path: Path) -> None:
     ask = Queries(keys=[Cache(labeled).samples["key"][0].as_py()])
     with pytest.raises(UnknownNameError, match=r"unknown label in .* 'cta'; did you mean 'cat'\?; known: cat, dog"):
-        search(labeled_index, ask, keep=Filter(labels=["cta"]))
-    with pytest.raises(SettingError, match="k is 16; the filter keeps 15 of 60 items, so k must be 1 to 15"):
-        search(labeled_index, ask, k=16, keep=Filter(labels=["cat"], splits=["val"]))
+        search(labeled_index, ask, SearchSettings(filter=Filter(label_value=("cta",))))
+    with pytest.raises(SettingError, match="k: expected 1 to 15, as 15 of 60 items pass the filter, got 16"):
+        search(labeled_index, ask, SearchSettings(k=16, filter=Filter(label_value=("cat",), part=("val",))))
     (tmp_path / "s.txt").write_text(ask.keys[0] + "\n")
-    with pytest.raises(DataError, match="the filter keeps none of the 60 items"):
-        search(labeled_index, ask, keep=Filter(splits=["val"], selection=tmp_path / "s.txt"))
-    with pytest.raises(UnknownNameError, match="have no column 'label', so --label-value cannot choose"):
-        CacheFilters(Cache(cache_path), "image").kept(Filter(labels=["cat"]))
+    with pytest.raises(DataError, match="none of the 60 items of the index passes the filter"):
+        search(labeled_index, ask, SearchSettings(filter=Filter(part=("val",), selection=tmp_path / "s.txt")))
+    with pytest.raises(UnknownNameError, match="have no column 'label', so --label-value cannot filter"):
+        CacheFilters(Cache(cache_path), "image").mask(Filter(label_value=("cat",)))

@@ -14,6 +14,7 @@ from embedcache.search.faiss_index import read_index
 from embedcache.search.index import build_index, read_card
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
+from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -21,7 +22,7 @@ from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 
 
-def test_the_card_says_what_is_in_it_and_how_good_it_is(cache_path: Path, index_path: Path) -> None:
+def test_card_content(cache_path: Path, index_path: Path) -> None:
     card = read_card(index_path)
     assert card.feature == "open_toy/cls"
     assert (card.num_vectors, card.width, card.factory) == (300, 16, "Flat")
@@ -32,38 +33,38 @@ def test_the_card_says_what_is_in_it_and_how_good_it_is(cache_path: Path, index_
     assert card.memory_bytes == 300 * (16 * 4 + 8)
     assert card.file_bytes == (index_path / "index.faiss").stat().st_size == pytest.approx(card.memory_bytes, rel=0.01)
     assert {path.name for path in index_path.iterdir()} == {".lock", "index.faiss", "card.json", "record.json"}
-    assert card.run_weights == load_pair(index_path / str(card.run))[1].weights
+    assert card.run_weights == load_pair(index_path / str(card.run))[1].weights_digest
 
 
-def test_an_index_of_the_same_is_used_again_and_another_is_refused(
-    cache_path: Path, run_path: Path, index_path: Path, tmp_path: Path
-) -> None:
+def test_same_index_is_reused(cache_path: Path, run_path: Path, index_path: Path, tmp_path: Path) -> None:
     before = (index_path / "index.faiss").stat().st_mtime_ns
-    assert build_index(cache_path, index_path, run_path=run_path) == read_card(index_path)
+    assert build_index(cache_path, index_path, IndexSettings(run=run_path)) == read_card(index_path)
     assert (index_path / "index.faiss").stat().st_mtime_ns == before
     with pytest.raises(FingerprintError, match="factory: 'Flat' there, 'HNSW8' asked; give the path of a new folder"):
-        build_index(cache_path, index_path, run_path=run_path, factory="HNSW8")
+        build_index(cache_path, index_path, IndexSettings(run=run_path, factory="HNSW8"))
 
 
-def test_a_folder_with_other_things_is_refused_and_untouched(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+def test_folder_with_other_files_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(PathError, match=r"is not an index and not empty: it holds thesis\.tex"):
-        build_index(cache_path, tmp_path, run_path=run_path)
+        build_index(cache_path, tmp_path, IndexSettings(run=run_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_poor_index_is_refused_with_what_it_reaches(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
-    asked = r"no index reaches recall@10 0.95: the best, PQ1x4, finds 0\.\d+ .*; leave --factory out, or ask for --min"
+def test_low_recall_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
+    asked = r"no index reaches recall@10 0.95: the best, PQ1x4, reaches 0\.\d+ .*; leave --factory out, or lower it"
     for _ in range(2):  # the second time it is known
         with pytest.raises(SettingError, match=asked):
-            build_index(cache_path, tmp_path / "pq", run_path=run_path, factory="PQ1x4")
+            build_index(cache_path, tmp_path / "pq", IndexSettings(run=run_path, factory="PQ1x4"))
     assert {path.name for path in (tmp_path / "pq").iterdir()} == {".lock", "building.json"}
-    card = build_index(cache_path, tmp_path / "pq", run_path=run_path, factory="PQ1x4", min_recall=0.0)
+    card = build_index(cache_path, tmp_path / "pq", IndexSettings(run=run_path, factory="PQ1x4", min_recall=0.0))
     assert card.recall_at_10 < 0.6
 
 
-def test_an_item_is_no_answer_to_itself(cache_path: Path, tmp_path: Path) -> None:
-    card = build_index(cache_path, tmp_path / "index", feature="open_toy/cls", factory="PQ1x4", min_recall=0.0)
+def test_item_is_not_its_own_neighbor(cache_path: Path, tmp_path: Path) -> None:
+    card = build_index(
+        cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls", factory="PQ1x4", min_recall=0.0)
+    )
     assert card.recall_at_1 is not None
     assert card.recall_at_1 < 0.5
 
@@ -79,58 +80,56 @@ def test_an_item_is_no_answer_to_itself(cache_path: Path, tmp_path: Path) -> Non
         ("L2norm,IVF2,Flat", {"nprobe"}),
     ],
 )
-def test_effort_is_tuned_until_the_recall_is_reached(
-    cache_path: Path, tmp_path: Path, factory: str, effort: set[str]
-) -> None:
+def test_search_parameters_reach_recall(cache_path: Path, tmp_path: Path, factory: str, effort: set[str]) -> None:
     asked = {"feature": "open_toy/cls", "factory": factory}
-    low = build_index(cache_path, tmp_path / "low", **asked, min_recall=0.1)  # type: ignore[arg-type]
-    high = build_index(cache_path, tmp_path / "high", **asked, min_recall=0.7)  # type: ignore[arg-type]
+    low = build_index(cache_path, tmp_path / "low", IndexSettings(**asked, min_recall=0.1))  # type: ignore[arg-type]
+    high = build_index(cache_path, tmp_path / "high", IndexSettings(**asked, min_recall=0.7))  # type: ignore[arg-type]
     assert set(low.search) == set(high.search) == effort
     assert 0.1 <= low.recall_at_10 <= high.recall_at_10
     assert high.recall_at_10 >= 0.7
     assert all(low.search[name] <= high.search[name] for name in effort)
 
 
-def test_memory_and_recall_choose_and_are_checked_again(cache_path: Path, tmp_path: Path) -> None:
+def test_memory_and_recall_choose_index(cache_path: Path, tmp_path: Path) -> None:
     path, feature = tmp_path / "index", "open_toy/cls"
     with pytest.raises(SettingError, match=r"no index of these vectors fits 1,000 bytes.*RaBitQ, takes"):
-        build_index(cache_path, path, feature=feature, memory_bytes=1000)
-    card = build_index(cache_path, path, feature=feature, memory_bytes=40_000, min_recall=0.9)
+        build_index(cache_path, path, IndexSettings(feature=feature, memory=1000))
+    card = build_index(cache_path, path, IndexSettings(feature=feature, memory=40_000, min_recall=0.9))
     assert card.factory.startswith("IVF7,")
     assert card.memory_bytes is not None
     assert card.memory_bytes <= 40_000
     assert card.recall_at_10 >= 0.9
-    assert build_index(cache_path, path, feature=feature, min_recall=0.8) == card
-    with pytest.raises(SettingError, match=r"takes 3\d,\d+ bytes of memory with 300 items; --memory is 2,000"):
-        build_index(cache_path, path, feature=feature, memory_bytes=2000)
-    with pytest.raises(SettingError, match=r"the least recall is 1.2; it must be 0 to 1"):
-        build_index(cache_path, path, feature=feature, min_recall=1.2)
+    assert build_index(cache_path, path, IndexSettings(feature=feature, min_recall=0.8)) == card
+    with pytest.raises(SettingError, match=r"takes 3\d,\d+ bytes with 300 items, requested at most 2,000"):
+        build_index(cache_path, path, IndexSettings(feature=feature, memory=2000))
+    with pytest.raises(SettingError, match=r"min_recall: expected a number of at least 0 and of at most 1, got 1.2"):
+        build_index(cache_path, path, IndexSettings(feature=feature, min_recall=1.2))
     assert card.recall_at_10 < 1
-    with pytest.raises(SettingError, match=r"has recall@10 .*, requested 1; give the path of a new folder"):
-        build_index(cache_path, path, feature=feature, min_recall=1.0)
+    with pytest.raises(SettingError, match=r"has recall@10 .*, requested at least 1; give the path of a new folder"):
+        build_index(cache_path, path, IndexSettings(feature=feature, min_recall=1.0))
 
 
-def test_a_memory_that_no_code_serves_says_what_the_best_reached(cache_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"the best, IVF7,RaBitQ, finds .*; give more --memory, or ask for"):
-        build_index(cache_path, tmp_path / "i", feature="open_toy/cls", memory_bytes=11_000)
+def test_too_little_memory_names_best_recall(cache_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"the best, IVF7,RaBitQ, reaches .*; give more --memory, or lower it"):
+        build_index(cache_path, tmp_path / "i", IndexSettings(feature="open_toy/cls", memory=11_000))
 
 
-def test_an_index_of_format_1_is_read(cache_path: Path, tmp_path: Path) -> None:
-    build_index(cache_path, tmp_path / "index", feature="open_toy/cls")
+def test_format_1_opens(cache_path: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls"))
     card = json.loads((tmp_path / "index" / "card.json").read_text())
     for name in ("search", "min_recall", "recall_at_1", "batch_latency_ms", "memory_bytes", "file_bytes"):
         del card[name]
     (tmp_path / "index" / "card.json").write_text(json.dumps({**card, "format": 1}))
-    found = search(tmp_path / "index", Queries(keys=["00007"]), k=1)
+    found = search(tmp_path / "index", Queries(keys=["00007"]), SearchSettings(k=1))
     assert found[0][0].key == "00007"
-    assert build_index(cache_path, tmp_path / "index", feature="open_toy/cls").format == 1
+    assert build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls")).format == 1
 
 
 @pytest.mark.gpu
-def test_a_gpu_trains_an_index_of_the_same_recall(cache_path: Path, tmp_path: Path) -> None:
+def test_gpu_training_reaches_recall(cache_path: Path, tmp_path: Path) -> None:
     if not faiss_index.num_gpus():
         pytest.skip("needs faiss-gpu and a GPU")
-    card = build_index(cache_path, tmp_path / "index", feature="open_toy/cls", factory="IVF4,SQfp16")
+    card = build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls", factory="IVF4,SQfp16"))
     assert card.recall_at_10 >= 0.95
     vectors = Vectors(cache_path, "image", "open_toy/cls")
     rows, found = next(vectors.blocks())
@@ -139,7 +138,7 @@ def test_a_gpu_trains_an_index_of_the_same_recall(cache_path: Path, tmp_path: Pa
     assert (positions[:, 0] == rows[:5]).all()
 
 
-def test_failed_items_are_not_in_an_index(tmp_path: Path) -> None:
+def test_failed_items_are_not_indexed(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "s", 30)
     (folder / "00004.png").write_bytes(b"")
     extract(
@@ -149,7 +148,7 @@ def test_failed_items_are_not_in_an_index(tmp_path: Path) -> None:
         text_encoders=[TEXT],
         settings=ExtractSettings(chunk_size=8),
     )
-    card = build_index(tmp_path / "c", tmp_path / "texts", modality="text")
+    card = build_index(tmp_path / "c", tmp_path / "texts", IndexSettings(modality="text"))
     assert card.num_vectors == 30
     assert build_index(tmp_path / "c", tmp_path / "index").num_vectors == 29
     vectors = Cache(tmp_path / "c").feature("image").load()
@@ -161,10 +160,10 @@ def test_failed_items_are_not_in_an_index(tmp_path: Path) -> None:
     assert 4 not in found
 
 
-def test_mistakes_are_named(cache_path: Path, tmp_path: Path) -> None:
+def test_invalid_settings_raise(cache_path: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="FAISS cannot make an index 'HNS32' of width"):
-        build_index(cache_path, tmp_path / "x", feature="open_toy/cls", factory="HNS32")
-    with pytest.raises(SettingError, match="'Flat' says how large the index is; give it or a memory, not both"):
-        build_index(cache_path, tmp_path / "x", feature="open_toy/cls", factory="Flat", memory_bytes=10**6)
-    with pytest.raises(DataError, match="open_toy/patches has several vectors an item"):
-        build_index(cache_path, tmp_path / "x", feature="open_toy/patches")
+        build_index(cache_path, tmp_path / "x", IndexSettings(feature="open_toy/cls", factory="HNS32"))
+    with pytest.raises(SettingError, match="expected factory or memory, got both: the factory string 'Flat'"):
+        build_index(cache_path, tmp_path / "x", IndexSettings(feature="open_toy/cls", factory="Flat", memory=10**6))
+    with pytest.raises(DataError, match="open_toy/patches has several vectors per item"):
+        build_index(cache_path, tmp_path / "x", IndexSettings(feature="open_toy/patches"))

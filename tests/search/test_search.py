@@ -14,6 +14,7 @@ from embedcache.projectors.saved import load_pair, project
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries, read_vectors
 from embedcache.search.search import OpenIndex, search
+from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
@@ -23,13 +24,13 @@ from tests.pictures import write_pictures
 from tests.toy import TEXT
 
 
-def test_search_finds_what_projecting_everything_finds(cache_path: Path, run_path: Path, index_path: Path) -> None:
+def test_search_equals_brute_force(cache_path: Path, run_path: Path, index_path: Path) -> None:
     cache = Cache(cache_path)
     pair, _ = load_pair(run_path)
     texts = cache.items("text")["text"].to_pylist()
     images = project(pair.image, Inputs(cache.feature("image", "open_toy/cls").load()))
     queries = project(pair.text, Inputs(cache.feature("text", "open_toy/mean").load()[:3]))
-    found = search(index_path, texts[:3], k=5)
+    found = search(index_path, texts[:3], SearchSettings(k=5))
     for query, hits in zip(queries, found, strict=True):
         scores = images @ query
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(scores)[::-1][:5], atol=2e-3)  # float16 at rest
@@ -38,38 +39,38 @@ def test_search_finds_what_projecting_everything_finds(cache_path: Path, run_pat
             assert hit.captions == [texts[hit.row]]
 
 
-def test_a_run_on_tokens_is_indexed_and_asked(cache_path: Path, tmp_path: Path) -> None:
+def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
     settings = TrainSettings(
         model=ModelSettings(projector="token", shared_width=16),
         optimizer=OptimizerSettings(epochs=2, batch_size=64),
         split=SplitSettings(kind="key"),
     )
     train(cache_path, tmp_path / "run", image="open_toy/patches", text="open_toy/tokens", settings=settings)
-    assert build_index(cache_path, tmp_path / "index", run_path=tmp_path / "run").num_vectors == 300
+    assert build_index(cache_path, tmp_path / "index", IndexSettings(run=tmp_path / "run")).num_vectors == 300
     cache = Cache(cache_path)
     pair, _ = load_pair(tmp_path / "run")
     queries = cache.items("text")["text"].to_pylist()[:2]
     rows = np.arange(300)
     images = project(pair.image, open_input(cache, "image", "open_toy/patches").read(rows))
     asked = project(pair.text, open_input(cache, "text", "open_toy/tokens").read(rows[:2]))
-    for query, hits in zip(asked, search(tmp_path / "index", queries, k=3), strict=True):
+    for query, hits in zip(asked, search(tmp_path / "index", queries, SearchSettings(k=3)), strict=True):
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(images @ query)[::-1][:3], atol=2e-3)
 
 
-def test_an_index_whose_cache_was_made_anew_is_refused(cache_path: Path, tmp_path: Path) -> None:
+def test_search_on_other_samples_raises(cache_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "cache")
-    build_index(tmp_path / "cache", tmp_path / "index", feature="open_toy/mean", modality="text")
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
     shutil.rmtree(tmp_path / "cache")
     source = open_source(write_pictures(tmp_path / "s", 30, seed=5))
     extract(source, tmp_path / "cache", text_encoders=[TEXT])
-    with pytest.raises(FingerprintError, match="made from other samples"):
+    with pytest.raises(FingerprintError, match="built from other samples"):
         search(tmp_path / "index", ["red"])
 
 
-def test_a_query_is_encoded_by_the_very_encoder_of_the_index(tmp_path: Path) -> None:
+def test_search_with_changed_encoder_raises(tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "s", 30))
     extract(source, tmp_path / "c", text_encoders=[TEXT])
-    build_index(tmp_path / "c", tmp_path / "index", modality="text")
+    build_index(tmp_path / "c", tmp_path / "index", IndexSettings(modality="text"))
     card = json.loads((tmp_path / "index" / "card.json").read_text())
     card["spec"] = f"{TEXT},scale=2"  # as if the weights behind the name had changed
     (tmp_path / "index" / "card.json").write_text(json.dumps(card))
@@ -77,52 +78,52 @@ def test_a_query_is_encoded_by_the_very_encoder_of_the_index(tmp_path: Path) -> 
         search(tmp_path / "index", ["red"])
 
 
-def test_texts_can_be_indexed_plain(cache_path: Path, tmp_path: Path) -> None:
-    card = build_index(cache_path, tmp_path / "index", feature="open_toy/mean", modality="text")
+def test_search_plain_texts(cache_path: Path, tmp_path: Path) -> None:
+    card = build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
     assert card.run is None
     caption = Cache(cache_path).items("text")["text"][5].as_py()
-    (hits,) = search(tmp_path / "index", [caption], k=1)
+    (hits,) = search(tmp_path / "index", [caption], SearchSettings(k=1))
     assert hits[0].score == pytest.approx(1, abs=1e-3)
     assert hits[0].captions == [caption]
 
 
-def test_an_index_of_another_run_is_refused(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
+def test_search_with_other_run_raises(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
     other = train_run(cache_path, tmp_path / "other", seed=1)
     with pytest.raises(
-        FingerprintError, match="the index was made from another run than .*other.*build the index again"
+        FingerprintError, match="the index was built with another run than .*other.*build the index again"
     ):
-        search(index_path, ["red"], run_path=other)
+        search(index_path, ["red"], SearchSettings(run=other))
 
 
-def test_a_plain_image_index_takes_no_text(cache_path: Path, tmp_path: Path) -> None:
-    build_index(cache_path, tmp_path / "index", feature="open_toy/cls")
+def test_text_query_of_plain_images_raises(cache_path: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls"))
     with pytest.raises(
-        DataError, match="plain image feature open_toy/cls, which no text can be compared with.*--run RUN"
+        DataError, match="plain image feature open_toy/cls, which cannot be compared with texts.*--run RUN"
     ):
         search(tmp_path / "index", ["red"])
 
 
-def test_what_is_moved_together_goes_on_working(cache_path: Path, tmp_path: Path) -> None:
+def test_search_after_move(cache_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "here" / "cache")
     run_path = train_run(tmp_path / "here" / "cache", tmp_path / "here" / "run")
-    build_index(tmp_path / "here" / "cache", tmp_path / "here" / "index", run_path=run_path)
-    before = search(tmp_path / "here" / "index", ["red bar"], k=3)
+    build_index(tmp_path / "here" / "cache", tmp_path / "here" / "index", IndexSettings(run=run_path))
+    before = search(tmp_path / "here" / "index", ["red bar"], SearchSettings(k=3))
     (tmp_path / "here").rename(tmp_path / "there")
-    assert search(tmp_path / "there" / "index", ["red bar"], k=3) == before
+    assert search(tmp_path / "there" / "index", ["red bar"], SearchSettings(k=3)) == before
     (tmp_path / "there" / "index").rename(tmp_path / "index")
     with pytest.raises(PathError, match="does not exist"):
         search(tmp_path / "index", ["red bar"])
-    moved = {"run_path": tmp_path / "there" / "run", "cache_path": tmp_path / "there" / "cache"}
-    assert search(tmp_path / "index", ["red bar"], k=3, **moved) == before  # type: ignore[arg-type]
+    there = SearchSettings(k=3, run=tmp_path / "there" / "run", cache=tmp_path / "there" / "cache")
+    assert search(tmp_path / "index", ["red bar"], there) == before
 
 
-def test_damaged_indexes_are_named(index_path: Path) -> None:
+def test_damaged_index_raises(index_path: Path) -> None:
     copy = index_path.parent / "damaged"
     copy.mkdir()
     for path in index_path.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     (copy / "index.faiss").write_bytes(b"xxxx")
-    with pytest.raises(CorruptError, match="is no FAISS index"):
+    with pytest.raises(CorruptError, match="expected a FAISS index"):
         search(copy, ["red"])
     card = json.loads((copy / "card.json").read_text())
     (copy / "card.json").write_text(json.dumps({**card, "format": 9}))
@@ -130,26 +131,24 @@ def test_damaged_indexes_are_named(index_path: Path) -> None:
         search(copy, ["red"])
 
 
-def test_mistakes_are_named(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="k is 301; the index holds 300 items"):
-        search(index_path, ["red"], k=301)
+def test_invalid_search_raises(cache_path: Path, index_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="k: expected 1 to 300, as the index holds 300 items, got 301"):
+        search(index_path, ["red"], SearchSettings(k=301))
     with pytest.raises(SettingError, match="no query"):
         search(index_path, [])
-    with pytest.raises(DataError, match="a query is empty"):
+    with pytest.raises(DataError, match="got an empty text"):
         search(index_path, ["red", " "])
     with pytest.raises(PathError, match="does not exist; make one with: embedcache curate index"):
         search(tmp_path / "no", ["red"])
 
 
-def test_a_projected_index_is_asked_with_images_keys_and_vectors(
-    cache_path: Path, pictures: Path, run_path: Path, index_path: Path
-) -> None:
+def test_query_images_keys_and_vectors(cache_path: Path, pictures: Path, run_path: Path, index_path: Path) -> None:
     pair, _ = load_pair(run_path)
     images = project(pair.image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
     paths = [pictures / "00005.png", pictures / "00012.png"]
     asked = Queries(images=paths, keys=["00005", "00012"], vectors=3 * images[[5, 12]])
     assert asked.names == [*map(str, paths), "00005", "00012", "vector 0", "vector 1"]
-    found = search(index_path, asked, k=4)
+    found = search(index_path, asked, SearchSettings(k=4))
     for number, hits in enumerate(found):
         row = (5, 12)[number % 2]
         scores = -np.sort(-(images @ images[row]))[:4]
@@ -157,15 +156,13 @@ def test_a_projected_index_is_asked_with_images_keys_and_vectors(
         assert hits[0].row == row
 
 
-def test_an_index_of_texts_is_asked_with_an_image_by_the_run(
-    cache_path: Path, pictures: Path, run_path: Path, tmp_path: Path
-) -> None:
-    build_index(cache_path, tmp_path / "index", run_path=run_path, modality="text")
+def test_query_image_of_text_index(cache_path: Path, pictures: Path, run_path: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path, modality="text"))
     pair, _ = load_pair(run_path)
     cache = Cache(cache_path)
     image = project(pair.image, Inputs(cache.feature("image", "open_toy/cls").load()[5:6]))
     texts = project(pair.text, Inputs(cache.feature("text", "open_toy/mean").load()))
-    (hits,) = search(tmp_path / "index", Queries(images=[pictures / "00005.png"]), k=3)
+    (hits,) = search(tmp_path / "index", Queries(images=[pictures / "00005.png"]), SearchSettings(k=3))
     np.testing.assert_allclose([hit.score for hit in hits], -np.sort(-(texts @ image[0]))[:3], atol=2e-3)
 
 
@@ -178,24 +175,20 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "cache"
 
 
-def test_a_concept_is_the_mean_of_its_prompts(
-    cache_path: Path, run_path: Path, index_path: Path, concepts: Path
-) -> None:
+def test_query_concept_is_mean_of_prompts(cache_path: Path, run_path: Path, index_path: Path, concepts: Path) -> None:
     pair, _ = load_pair(run_path)
     cache = Cache(concepts)
     prompts = project(pair.text, Inputs(cache.feature("text", "open_toy/mean").load()))
     mean = normalize(prompts[:2].mean(axis=0, keepdims=True))[0]
     images = project(pair.image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
-    found = search(index_path, Queries(concepts=["red", "sky"], concept_cache=concepts), k=3)
+    found = search(index_path, Queries(concepts=["red", "sky"], concept_cache=concepts), SearchSettings(k=3))
     np.testing.assert_allclose([hit.score for hit in found[0]], -np.sort(-(images @ mean))[:3], atol=1e-5)
     np.testing.assert_allclose([hit.score for hit in found[1]], -np.sort(-(images @ prompts[2]))[:3], atol=1e-5)
 
 
-def test_a_plain_index_of_texts_takes_concepts_of_its_encoder_only(
-    cache_path: Path, concepts: Path, tmp_path: Path
-) -> None:
-    build_index(cache_path, tmp_path / "index", feature="open_toy/mean", modality="text")
-    (hits,) = search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=concepts), k=1)
+def test_query_concept_of_other_encoder_raises(cache_path: Path, concepts: Path, tmp_path: Path) -> None:
+    build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
+    (hits,) = search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=concepts), SearchSettings(k=1))
     assert hits[0].captions == ["blue bar top on white"]
     extract(
         open_source(f"prompts:{concepts.parent / 'concepts.json'}"),
@@ -206,42 +199,44 @@ def test_a_plain_index_of_texts_takes_concepts_of_its_encoder_only(
         search(tmp_path / "index", Queries(concepts=["sky"], concept_cache=tmp_path / "other"))
 
 
-def test_mistakes_of_queries_are_named(
+def test_invalid_queries_raise(
     labeled_index: Path, index_path: Path, concepts: Path, pictures: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UnknownNameError, match="no sample of .* has the key 'x'; the first has '00000'"):
         search(index_path, Queries(keys=["00001", "x"]))
     with pytest.raises(PathError, match=r"image .*no\.png does not exist"):
         search(index_path, Queries(images=[tmp_path / "no.png"]))
-    with pytest.raises(DataError, match=r"have the shape \(2, 3\); the index has width 16, so they must be \(Q, 16\)"):
+    with pytest.raises(DataError, match=r"expected shape \(Q, 16\), got \(2, 3\)"):
         search(index_path, Queries(vectors=np.ones((2, 3))))
-    with pytest.raises(DataError, match="the array of vectors to ask with holds NaN"):
+    with pytest.raises(DataError, match="the array of query vectors holds NaN"):
         search(index_path, Queries(vectors=np.full((2, 16), np.nan)))
     with pytest.raises(UnknownNameError, match="unknown concept in .* 'rad'; did you mean 'red'"):
         search(index_path, Queries(concepts=["rad"], concept_cache=concepts))
-    with pytest.raises(DataError, match="plain image feature open_toy/cls cannot be compared with prompts"):
+    with pytest.raises(DataError, match="plain image feature open_toy/cls of the pool cannot be compared with prompts"):
         search(labeled_index, Queries(concepts=["red"], concept_cache=concepts))
     (tmp_path / "v.npy").write_bytes(b"no array")
-    with pytest.raises(CorruptError, match=r"v\.npy is no \.npy file of numbers"):
+    with pytest.raises(CorruptError, match=r"v\.npy: expected a \.npy file of numbers"):
         read_vectors(tmp_path / "v.npy")
 
 
-def test_more_hits_than_the_first_lists_hold_are_found(cache_path: Path, tmp_path: Path) -> None:
-    card = build_index(cache_path, tmp_path / "i", feature="open_toy/cls", factory="IVF7,Flat", min_recall=0.1)
+def test_search_beyond_first_lists(cache_path: Path, tmp_path: Path) -> None:
+    card = build_index(
+        cache_path, tmp_path / "i", IndexSettings(feature="open_toy/cls", factory="IVF7,Flat", min_recall=0.1)
+    )
     assert card.search["nprobe"] < 7
-    (hits,) = search(tmp_path / "i", Queries(keys=["00000"]), k=300)
+    (hits,) = search(tmp_path / "i", Queries(keys=["00000"]), SearchSettings(k=300))
     assert len({hit.key for hit in hits}) == 300
 
 
-def test_an_open_index_answers_many_times_with_one_encoder(index_path: Path) -> None:
+def test_open_index_keeps_encoder(index_path: Path) -> None:
     index = OpenIndex(index_path)
     encoder = index.query_encoder.encoder("text")
     for texts in (["red bar left on white"], ["blue bar", "green bar"]):
-        assert index.search(Queries(texts=texts), k=4) == search(index_path, texts, k=4)
+        assert index.search(Queries(texts=texts), k=4) == search(index_path, texts, SearchSettings(k=4))
     assert index.query_encoder.encoder("text") is encoder
 
 
-def test_a_row_is_asked_with_as_its_key_and_must_be_there(index_path: Path) -> None:
+def test_query_row_equals_key(index_path: Path) -> None:
     index = OpenIndex(index_path)
     asked = Queries(keys=["00005"], rows=[5])
     assert asked.names == ["00005", "row 5"]

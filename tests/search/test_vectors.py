@@ -19,7 +19,7 @@ Found = tuple[list[int], np.ndarray]
 class Sums:
     """The rows in the order of their merges, and the sum of their vectors in that order."""
 
-    def take(self, rows_B: Ints, vectors_BP: Floats) -> Found:
+    def process(self, rows_B: Ints, vectors_BP: Floats) -> Found:
         return rows_B.tolist(), vectors_BP.sum(axis=0, dtype=np.float32)
 
     def merge(self, before: Found, after: Found) -> Found:
@@ -37,7 +37,7 @@ def holed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "cache"
 
 
-def test_a_pass_sees_each_valid_row_once_in_order(cache_path: Path, holed: Path) -> None:
+def test_pass_visits_valid_rows_in_order(cache_path: Path, holed: Path) -> None:
     rows, _ = run_pass(Vectors(cache_path, "image", "open_toy/cls"), Sums())
     assert rows == list(range(300))
     rows, total = run_pass(Vectors(holed, "image"), Sums())
@@ -46,7 +46,7 @@ def test_a_pass_sees_each_valid_row_once_in_order(cache_path: Path, holed: Path)
     assert total == pytest.approx(vectors.read(vectors.rows).sum(axis=0), rel=1e-5)
 
 
-def test_vectors_open_again_where_they_are_unpickled(holed: Path) -> None:
+def test_vectors_pickle(holed: Path) -> None:
     vectors = Vectors(holed, "image")
     again = copy.deepcopy(vectors)  # through what pickle would go through
     for number in range(vectors.num_chunks):
@@ -55,19 +55,19 @@ def test_vectors_open_again_where_they_are_unpickled(holed: Path) -> None:
     assert vectors.width == vectors.chunk(2)[1].shape[1] == 48
 
 
-def test_a_feature_of_several_vectors_is_refused(cache_path: Path) -> None:
-    with pytest.raises(DataError, match="open_toy/patches has several vectors an item"):
+def test_token_feature_raises(cache_path: Path) -> None:
+    with pytest.raises(DataError, match="open_toy/patches has several vectors per item"):
         Vectors(cache_path, "image", "open_toy/patches")
 
 
-def test_without_ray_the_pip_line_is_named(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_names_extra(holed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"embedcache\[ray\]"):
         run_pass(Vectors(holed, "image"), Sums(), engine="ray")
 
 
 @pytest.mark.slow
-def test_ray_gives_the_very_bits_of_one_process(holed: Path) -> None:
+def test_ray_pass_is_identical(holed: Path) -> None:
     here, there = (run_pass(Vectors(holed, "image"), Sums(), engine=engine) for engine in ("local", "ray"))
     assert here[0] == there[0]
     assert np.array_equal(here[1], there[1])

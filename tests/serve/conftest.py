@@ -13,6 +13,7 @@ from embedcache.progress import NullProgress
 from embedcache.provenance import write_json
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
 from embedcache.serve.app import make_app
 from embedcache.serve.guard import Guard
 from embedcache.serve.served import Places, Served, open_served
@@ -42,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.with_suffix(".json").write_text(json.dumps({"caption": f"{english} auf deutsch", "language": "de"}))
     extract(open_source(place / "photos"), place / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     train_run(place / "cache", place / "run")
-    build_index(place / "cache", place / "index", run_path=place / "run")
+    build_index(place / "cache", place / "index", IndexSettings(run=place / "run"))
     prompts = {"red": ["red bar left on white"], "sky": ["blue bar top on white"]}
     (place / "concepts.json").write_text(json.dumps(prompts))
     extract(open_source(f"prompts:{place / 'concepts.json'}"), place / "concepts", text_encoders=[TEXT])

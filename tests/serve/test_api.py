@@ -16,10 +16,10 @@ from starlette.testclient import TestClient
 from embedcache.curate.coverage import CoverageSettings, measure_coverage
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
 from embedcache.progress import NullProgress
-from embedcache.search.filters import Filter
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
+from embedcache.search.settings import Filter, IndexSettings, SearchSettings
 from embedcache.serve.coverage import compute_coverage
 from embedcache.serve.served import Places, Served, open_served
 from embedcache.serve.settings import ServeSettings
@@ -40,7 +40,7 @@ def start(**places: Any) -> Served:
 
 
 def as_found(place: Path, queries: Queries | list[str], **wishes: Any) -> list[dict[str, Any]]:
-    (hits,) = search(place / "index", queries, **wishes)
+    (hits,) = search(place / "index", queries, SearchSettings(**wishes))
     return json.loads(json.dumps([asdict(hit) for hit in hits]))  # type: ignore[no-any-return]
 
 
@@ -70,13 +70,13 @@ def test_more_like_this_is_asking_with_the_row(client: TestClient, place: Path) 
 
 def test_filters_choose_as_the_command_does(client: TestClient, place: Path) -> None:
     for wishes, keep in (
-        ({"labels": ["cat"]}, Filter(labels=["cat"])),
-        ({"splits": ["val"], "labels": ["cat", "dog"]}, Filter(splits=["val"], labels=["cat", "dog"])),
+        ({"labels": ["cat"]}, Filter(label_value=("cat",))),
+        ({"splits": ["val"], "labels": ["cat", "dog"]}, Filter(part=("val",), label_value=("cat", "dog"))),
         ({"selection": "few"}, Filter(selection=place / "few.txt")),
-        ({"languages": ["de"]}, Filter(languages=["de"])),
+        ({"languages": ["de"]}, Filter(language=("de",))),
     ):
         hits = ask(client, text=TEXT, k=6, **wishes)
-        assert without_image(hits) == as_found(place, [TEXT], k=6, keep=keep)
+        assert without_image(hits) == as_found(place, [TEXT], k=6, filter=keep)
     german = ask(client, text=TEXT, k=500, languages=["de"])
     assert len(german) == 20
     assert all(caption.endswith("auf deutsch") for hit in german for caption in hit["captions"])
@@ -96,7 +96,7 @@ def test_more_hits_than_the_filter_leaves_are_what_it_leaves(client: TestClient)
 
 def test_questions_at_the_same_time_get_each_their_own_answer(client: TestClient, place: Path) -> None:
     texts = [f"{front} bar {side} on white" for front in ("red", "blue", "green") for side in ("left", "top", "right")]
-    expected = search(place / "index", texts, k=3)
+    expected = search(place / "index", texts, SearchSettings(k=3))
     labels: list[list[str]] = [[], ["cat"]]
     asked = [{"text": text, "k": 3, "labels": labels[number % 2]} for number, text in enumerate(4 * texts)]
     with ThreadPoolExecutor(16) as threads:
@@ -110,7 +110,7 @@ def test_questions_at_the_same_time_get_each_their_own_answer(client: TestClient
 
 def test_questions_are_gathered_into_batches(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    real, first = served.index.query_encoder.vectors, threading.Event()
+    real, first = served.index.query_encoder.encode, threading.Event()
 
     def counting(queries: Queries) -> Any:
         sizes.append(len(queries.names))
@@ -119,7 +119,7 @@ def test_questions_are_gathered_into_batches(served: Served, monkeypatch: pytest
             threading.Event().wait(0.3)  # while the first is answered, others gather
         return real(queries)
 
-    monkeypatch.setattr(served.index.query_encoder, "vectors", counting)
+    monkeypatch.setattr(served.index.query_encoder, "encode", counting)
     with visit(served) as client, ThreadPoolExecutor(12) as threads:
         list(threads.map(lambda number: ask(client, text=f"red {number}", k=1), range(12)))
     assert sum(sizes) == 12
@@ -175,7 +175,7 @@ def test_coverage_is_measured_at_the_start_as_from_a_file(place: Path, served: S
 
 
 def test_coverage_of_other_samples_is_refused(place: Path, cache_path: Path, tmp_path: Path) -> None:
-    build_index(cache_path, tmp_path / "other", feature="open_toy/cls")
+    build_index(cache_path, tmp_path / "other", IndexSettings(feature="open_toy/cls"))
     for path, index, error, message in (
         (place / "coverage.json", tmp_path / "other", FingerprintError, "is of other samples"),
         (tmp_path / "no.json", place / "index", PathError, "does not exist; write it with"),
@@ -186,7 +186,7 @@ def test_coverage_of_other_samples_is_refused(place: Path, cache_path: Path, tmp
 
 
 def test_an_index_of_captions_shows_their_samples_pictures(place: Path, tmp_path: Path) -> None:
-    build_index(place / "cache", tmp_path / "index", feature="open_toy/mean", modality="text")
+    build_index(place / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
     with visit(start(index=tmp_path / "index")) as client:
         (hit,) = ask(client, text=TEXT, k=1)
         assert hit["captions"] == [TEXT] or hit["score"] < 1

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from embedcache.search.filters import Filter
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
+from embedcache.search.settings import Filter, IndexSettings, SearchSettings
 from tests.serve.browser import Browsing, open_browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -54,7 +54,7 @@ def page(browser: Any, address: str) -> Iterator[Browsing]:
 
 
 def captions_of(place: Path, queries: Any, **wishes: Any) -> list[str]:
-    (hits,) = search(place / "index", queries, **wishes)
+    (hits,) = search(place / "index", queries, SearchSettings(**wishes))
     return [" · ".join(hit.captions) for hit in hits]
 
 
@@ -92,8 +92,8 @@ def test_filters_choose(page: Browsing, place: Path) -> None:
     page.page.select_option("select[name=label]", "dog")
     page.page.select_option("select[name=split]", "val")
     page.wait_for("#status", "20 results")
-    keep = Filter(labels=["dog"], splits=["val"])
-    assert page.captions()[:10] == captions_of(place, [TEXT], keep=keep)
+    keep = Filter(label_value=("dog",), part=("val",))
+    assert page.captions()[:10] == captions_of(place, [TEXT], filter=keep)
     page.page.select_option("select[name=selection]", "few")
     page.wait_for("#status", "Nothing passes these filters")
     page.page.reload()
@@ -107,7 +107,7 @@ def test_more_like_this_and_the_keyboard_alone(page: Browsing, place: Path) -> N
     page.page.keyboard.type(TEXT)
     page.page.keyboard.press("Enter")
     page.wait_for("#status", "results")
-    (hits,) = search(place / "index", [TEXT], k=20)
+    (hits,) = search(place / "index", [TEXT], SearchSettings(k=20))
     page.page.keyboard.press("ArrowDown")
     page.wait_for_focus(hits[0].row)
     page.page.keyboard.press("ArrowRight")
@@ -195,7 +195,7 @@ def test_captions_are_text_and_never_markup(browser: Any, tmp_path: Path) -> Non
     for path in (tmp_path / "photos").glob("*.txt"):
         path.write_text(evil)
     extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TOY_TEXT])
-    build_index(tmp_path / "cache", tmp_path / "index", feature="open_toy/mean", modality="text")
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
     command = [sys.executable, "-m", "embedcache", "serve", str(tmp_path / "index"), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as server:
         assert server.stdout is not None

@@ -22,6 +22,7 @@ from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.provenance import read_json, write_json
 from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
 from embedcache.serve.app import make_app
 from embedcache.serve.pictures import source_folders
 from embedcache.serve.served import Places, Served, open_served
@@ -181,14 +182,14 @@ def test_a_bug_is_logged_and_not_shown(served: Served, caplog: pytest.LogCapture
 def test_a_search_that_fails_is_told_and_the_next_is_answered(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = served.index.query_encoder.vectors
+    real = served.index.query_encoder.encode
 
     def failing(queries: Any) -> Any:
         if "fail" in queries.names:
             raise RuntimeError("a secret of the search")
         return real(queries)
 
-    monkeypatch.setattr(served.index.query_encoder, "vectors", failing)
+    monkeypatch.setattr(served.index.query_encoder, "encode", failing)
     with visit(served) as client, caplog.at_level(logging.ERROR):
         answer = client.post("/api/search", json={"text": "fail"})
         assert answer.status_code == 500
@@ -198,8 +199,8 @@ def test_a_search_that_fails_is_told_and_the_next_is_answered(
 
 
 def test_what_takes_too_long_is_given_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, go_on = served.index.query_encoder.vectors, threading.Event()
-    monkeypatch.setattr(served.index.query_encoder, "vectors", lambda queries: (go_on.wait(10), real(queries))[1])
+    real, go_on = served.index.query_encoder.encode, threading.Event()
+    monkeypatch.setattr(served.index.query_encoder, "encode", lambda queries: (go_on.wait(10), real(queries))[1])
     hasty = Served(served.index, ServeSettings(timeout_s=0.3))
     with visit(hasty) as client:
         answer = client.post("/api/search", json={"text": "red"})
@@ -217,7 +218,7 @@ def hostile(tmp_path: Path) -> Path:
     """A cache of a folder of eight pictures, its index of plain features, and a secret picture outside."""
     write_pictures(tmp_path / "photos", 8)
     extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
-    build_index(tmp_path / "cache", tmp_path / "index", feature="open_toy/cls")
+    build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/cls"))
     Image.new("RGB", (32, 32), "red").save(tmp_path / "secret.png")
     return tmp_path
 

@@ -83,7 +83,7 @@ class Pool:
         found = np.unique(self.item_samples[self.vectors.rows])
         found = found[found >= 0]
         if not len(found):
-            raise DataError(f"no sample of {self._within} has {self.modality}s with {self.vectors.side.name}")
+            raise DataError(f"no sample of {self._within} has {self.modality}s with {self.vectors.feature.name}")
         return found
 
     @cached_property
@@ -91,14 +91,14 @@ class Pool:
         """The concepts, in the space of the vectors."""
         if self._concepts_path is None:
             raise SettingError("no concepts were given; add --concepts CACHE")
-        return open_concepts(Cache(self._concepts_path), self.vectors, joins_names=self._joins_names)
+        return open_concepts(Cache(self._concepts_path), self.vectors, join_names=self._joins_names)
 
     @cached_property
     def target(self) -> Vectors:
         """The items of the target."""
         if self._target_path is None:
             raise SettingError("no target was given; add --target CACHE")
-        return Vectors(self._target_path, self.modality, self.vectors.side.name, self.run_path)
+        return Vectors(self._target_path, self.modality, self.vectors.feature.name, self.run_path)
 
     def blocks(self, what: str) -> Iterator[tuple[Ints, Floats]]:
         """Go through all items once, chunk by chunk: the sample of each (B,), and its vector (B, P)."""
@@ -279,6 +279,6 @@ def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Float
         raise SettingError(f"{num_clusters:,} clusters of {len(vectors_NP):,} vectors; give fewer --clusters")
     return normalize(
         spherical_kmeans(
-            vectors_NP, num_clusters, seed=seed % 2**31, iterations=_ITERATIONS, most_each=_POINTS_A_CENTROID
+            vectors_NP, num_clusters, seed=seed % 2**31, iterations=_ITERATIONS, max_per_cluster=_POINTS_A_CENTROID
         )
     )

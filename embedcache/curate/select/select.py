@@ -208,7 +208,7 @@ def select(
         "method": method,
         "settings": asdict(settings),
         "modality": pool.modality,
-        "feature": pool.vectors.side.name,
+        "feature": pool.vectors.feature.name,
         "within": None if within is None else str(within),
         **{name: None if path is None else str(path) for name, path in given.items()},
     }

@@ -1,0 +1,96 @@
+"""Settings of indexes and searches. Nothing heavy is imported here, so that the command line starts quickly."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from embedcache.errors import SettingError
+from embedcache.settings import check_settings, group, setting
+from embedcache.units import parse_size
+
+FEATURE_HELP = "Feature, as encoder/feature."
+FEATURE_DEFAULT = "the run's, or the only one of the modality"
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexSettings:
+    """What is indexed, and which kind of index is built."""
+
+    modality: Literal["image", "text"] = setting("image", "Modality to read.")
+    feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
+    run: Path | str | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
+    factory: str | None = setting(
+        None,
+        "FAISS factory string, such as IVF4096,SQfp16.",
+        default_text="the first kind that fits the memory and reaches the recall",
+    )
+    memory: int | None = setting(
+        None,
+        "Most memory that the index may take while it is searched, such as 500MB or 4GB.",
+        gt=0,
+        parse=parse_size,
+        metavar="SIZE",
+        default_text="any",
+    )
+    on_disk: bool = setting(False, "Leave the vectors on disk; --memory limits the rest.")
+    min_recall: float = setting(
+        0.95, "Reject an index that finds a smaller fraction of the true 10 nearest neighbors.", ge=0, le=1
+    )
+    checkpoint_s: float = setting(60.0, "Seconds between checkpoints of the build.", ge=0, affects_result=False)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.factory is not None and self.memory is not None:
+            raise SettingError(
+                f"expected factory or memory, got both: the factory string {self.factory!r} decides how much memory "
+                "the index takes; leave one of them out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Which items a search may return; all conditions must hold."""
+
+    label_value: tuple[str, ...] = setting((), "Return only samples with this label. May be repeated.", metavar="VALUE")
+    part: tuple[str, ...] = setting(
+        (),
+        "Return only samples of this part: a value of the column `split`, or of the run's split where there is no such "
+        "column.",
+        metavar="PART",
+    )
+    language: tuple[str, ...] = setting(
+        (), "Return only items with captions in this language. May be repeated.", metavar="CODE"
+    )
+    selection: Path | str | None = setting(
+        None, "Use only the samples of this selection: Parquet, or a text file with one key per line.", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def __bool__(self) -> bool:
+        return bool(self.label_value or self.part or self.language or self.selection)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """How many results are returned, which items they come from, and where encoders run."""
+
+    k: int | None = setting(None, "Results per query.", ge=1, default_text="10, or all items if fewer")
+    filter: Filter = group(Filter)
+    run: Path | str | None = setting(
+        None,
+        "Where the run of the index is, if it has moved.",
+        metavar="RUN",
+        default_text="where it was when the index was built",
+    )
+    cache: str | Path | None = setting(
+        None,
+        "Where the cache of the index is, if it has moved.",
+        metavar="CACHE",
+        default_text="where it was when the index was built",
+    )
+    device: str = setting("cpu", "Torch device, such as cpu, cuda or cuda:1.", metavar="DEVICE", affects_result=False)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
