@@ -59,9 +59,7 @@ def test_item_length_and_folder_column(tmp_path: Path) -> None:
         ("cat/test/x.jpg", {"folder": "cat/test", "label": "test"}),
     ],
 )
-def test_label_and_split_from_folders(
-    tmp_path: Path, path: str, columns: dict[str, str]
-) -> None:
+def test_label_and_split_from_folders(tmp_path: Path, path: str, columns: dict[str, str]) -> None:
     write(tmp_path, {path: jpeg()})
     assert only_sample(tmp_path).columns == columns
 

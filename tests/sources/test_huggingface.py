@@ -24,7 +24,7 @@ def no_progress_bars() -> None:
 
 
 def dataset(**columns: object) -> Any:
-    """Make a dataset in memory; `image` holds images, `label` classes."""
+    """Return a dataset in memory; `image` holds images, `label` class labels."""
     known = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
     made = datasets.Dataset.from_dict(columns)
     for name in columns:
@@ -33,7 +33,7 @@ def dataset(**columns: object) -> Any:
 
 
 def colored(start: int = 0, stop: int = 5) -> Any:
-    """Make a dataset of images with two captions each."""
+    """Return a dataset of images with two captions each."""
     captions = [[color, f"all {color}"] for color in COLORS]
     return dataset(image=IMAGES, sentences=captions, label=[0, 1, 0, 1, 0]).select(range(start, stop))
 

@@ -19,12 +19,12 @@ LABELS = np.array([3, 1, 4, 1, 5, 9, 2], np.uint8)
 
 
 def idx(values: Array) -> bytes:
-    """Give an array of bytes as an IDX file."""
+    """Return an array of bytes as an IDX file."""
     return struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
 
 
 def write_idx(folder: Path, *, suffix: str = "") -> Path:
-    """Write a set of 5 pictures, train, and one of 2, t10k."""
+    """Write a set `train` of 5 images and a set `t10k` of 2."""
     pack = gzip.compress if suffix else bytes
     for name, rows in (("train", slice(0, 5)), ("t10k", slice(5, 7))):
         write(folder, {f"{name}-images-idx3-ubyte{suffix}": pack(idx(PICTURES[rows]))})

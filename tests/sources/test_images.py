@@ -30,7 +30,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """Make the start of a PNG that claims a size, with almost no data behind it."""
+    """Return the start of a PNG of the given size, with almost no data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         body = kind + data
@@ -59,9 +59,9 @@ def test_lossless_formats_keep_every_pixel(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", range(11))
 def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
-    """Compared with Pillow's own `exif_transpose`, the ecosystem's reference."""
+    """Compare with `ImageOps.exif_transpose`; 0, 9 and 10 are not valid orientations."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -73,6 +73,16 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
 def test_damaged_exif_block_is_ignored() -> None:
     data = encode(noise(), exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff rubbish")
     assert decode_image(data).size == noise().size
+
+
+def test_exif_orientation_beside_a_damaged_tag() -> None:
+    """`ImageOps.exif_transpose` fails on such a block, as it writes it again."""
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[0x010E] = 6, "description"
+    data = encode(noise(), exif=exif)
+    damaged = data.replace(b"\x01\x0e\x00\x02", b"\x01\x00\x00\x02")  # the width, as text
+    assert damaged != data
+    assert np.array_equal(pixels(decode_image(damaged)), pixels(decode_image(data)))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])

@@ -57,9 +57,10 @@ class TestOutputWithoutCaptionFiles(SourceContract):
 
 
 class TestOutputOnS3(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, bucket: str) -> Source:
-        return open_source(upload(write_output(tmp_path), f"{bucket}/laion"))
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+        return open_source(upload(write_output(tmp_path_factory.mktemp("laion")), f"{class_bucket}/laion"))
 
 
 @pytest.mark.parametrize("suffixes", [(".jpg",), (".jpg", ".txt"), (".jpg", ".txt", ".json")])

@@ -8,17 +8,18 @@ import pytest
 
 from embedcache.errors import PathError, SettingError, SourceError, UnknownNameError
 from embedcache.sources import Sample, SourceSettings, open_source, reopen_source
+from embedcache.sources.open import source_credit
 from tests.sources.files import jpeg, write, write_tar
 
 
-class OwnSource:
-    """A source of the user's own, found by `module:attribute`."""
+class CustomSource:
+    """A custom source, loaded as `module:attribute`."""
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         self.location = location
 
     def describe(self) -> Mapping[str, Any]:
-        return {"type": f"{__name__}:OwnSource", "path": self.location, "settings": {}}
+        return {"type": f"{__name__}:CustomSource", "path": self.location, "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(key="only")
@@ -38,9 +39,7 @@ class OwnSource:
         ({"captions.NPY": b""}, "captions.NPY", "texts"),
     ],
 )
-def test_kind_is_detected(
-    tmp_path: Path, files: dict[str, bytes | str], location: str, kind: str
-) -> None:
+def test_kind_is_detected(tmp_path: Path, files: dict[str, bytes | str], location: str, kind: str) -> None:
     write(tmp_path, files)
     assert open_source(tmp_path / location).describe()["type"] == kind
 
@@ -78,8 +77,35 @@ def test_unknown_kind_suggests_a_name(tmp_path: Path) -> None:
         open_source(tmp_path, kind="foldr")
 
 
+def test_known_kinds_can_all_be_opened() -> None:
+    with pytest.raises(UnknownNameError, match="known: ") as caught:
+        open_source("x", kind="none")
+    assert "imported" not in str(caught.value)
+
+
+def test_imported_source_reopens(tmp_path: Path) -> None:
+    description = {"type": "imported", "path": str(tmp_path), "settings": {}}
+    assert reopen_source(description).describe() == description
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "credit"),
+    [
+        ("openmoji", "en", "OpenMoji"),
+        ("pairs", "openmoji:en", "OpenMoji"),
+        ("pairs", "pairs:openmoji:en", "OpenMoji"),
+        ("folder", "/images", ""),
+        ("imported", "/vectors", ""),
+        ("never.imported:Source", "x", ""),  # an untrusted cache may name any module
+    ],
+)
+def test_source_credit(kind: str, path: str, credit: str) -> None:
+    text = source_credit({"type": kind, "path": path, "settings": {}})
+    assert (credit in text) if credit else (text == "")
+
+
 def test_custom_source_opens_and_reopens() -> None:
-    source = open_source("anywhere", kind=f"{__name__}:OwnSource")
+    source = open_source("anywhere", kind=f"{__name__}:CustomSource")
     assert [sample.key for sample in reopen_source(source.describe()).samples()] == ["only"]
 
 

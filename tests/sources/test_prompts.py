@@ -65,9 +65,9 @@ def test_clip_benchmark_datasets() -> None:
     found = samples_of("imagenet1k")
     assert len(found) == 1000
     assert {len(sample.texts) for sample in found} == {80}
-    assert len({sample.key for sample in found}) == 1000  # two names stand twice
+    assert len({sample.key for sample in found}) == 1000  # two names occur twice
     assert prompts(found[0])[0] == "a bad photo of a tench."
-    assert sum(len(sample.texts) for sample in samples_of("imagenet1k+cupl")) > 144_000
+    assert prompts(samples_of("imagenet1k+cupl")[0])[0].startswith("A tench")
     assert samples_of("imagenet1k", "it")[1].texts[0].text == "una brutta foto di un pesce rosso"
     assert {len(sample.texts) for sample in samples_of("flowers+imagenet1k")} == {80}
 

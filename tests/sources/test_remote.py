@@ -1,4 +1,4 @@
-"""Sources by URL, read from real servers on this machine."""
+"""Sources behind URLs, read from local servers."""
 
 import json
 import multiprocessing
@@ -47,85 +47,102 @@ def pictures(folder: Path) -> Path:
 
 
 class TestFolderOnS3(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, bucket: str) -> Source:
-        return open_source(upload(pictures(tmp_path), f"{bucket}/deep/pictures"))
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        return open_source(upload(pictures(folder), f"{class_bucket}/deep/pictures"))
 
     def test_samples_equal_those_of_the_local_folder(self, tmp_path: Path, source: Source) -> None:
-        assert list(source.samples()) == list(open_source(tmp_path).samples())
+        assert list(source.samples()) == list(open_source(pictures(tmp_path)).samples())
 
 
 class TestPatternOnS3(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, bucket: str) -> Source:
-        return open_source(upload(shards(tmp_path), f"{bucket}/shards") + "/{00000..00001}.tar")
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        return open_source(upload(shards(folder), f"{class_bucket}/shards") + "/{00000..00001}.tar")
 
 
 class TestFolderOfShardsOnS3(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, bucket: str) -> Source:
-        return open_source(upload(shards(tmp_path), f"{bucket}/shards"))
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        return open_source(upload(shards(folder), f"{class_bucket}/shards"))
 
     def test_samples_equal_those_of_the_local_folder(self, tmp_path: Path, source: Source) -> None:
-        assert list(source.samples()) == list(open_source(tmp_path).samples())
+        assert list(source.samples()) == list(open_source(shards(tmp_path)).samples())
 
 
 class TestParquetOfBytesOnS3(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, bucket: str) -> Source:
-        write_parquet(tmp_path / "t.parquet", image=IMAGES, caption=list(COLORS))
-        return open_source(upload(tmp_path, bucket) + "/t.parquet")
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        write_parquet(folder / "t.parquet", image=IMAGES, caption=list(COLORS))
+        return open_source(upload(folder, class_bucket) + "/t.parquet")
 
 
 class TestFolderOfTablesOnS3(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, bucket: str) -> Source:
-        write(tmp_path, {f"images/{n}.bin": data for n, data in enumerate(IMAGES)})
-        write(tmp_path, {"sub/t.csv": "image,caption\n" + "".join(f"../images/{n}.bin,c\n" for n in range(5))})
-        write(tmp_path, {"t.jsonl": '{"image": "images/0.bin", "caption": ["x", "y"]}\n'})
-        return open_source(upload(tmp_path, f"{bucket}/tables"))
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        write(folder, {f"images/{n}.bin": data for n, data in enumerate(IMAGES)})
+        write(folder, {"sub/t.csv": "image,caption\n" + "".join(f"../images/{n}.bin,c\n" for n in range(5))})
+        write(folder, {"t.jsonl": '{"image": "images/0.bin", "caption": ["x", "y"]}\n'})
+        return open_source(upload(folder, f"{class_bucket}/tables"))
 
     def test_item_paths_are_relative(self, source: Source) -> None:
         assert [s.images[0].path for s in source.samples()] == [*(f"images/{n}.bin" for n in range(5)), "images/0.bin"]
 
 
 class TestOneShardByHttp(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, web: WebServer) -> Source:
-        shards(tmp_path / "web")
-        return open_source(f"{web.url}/00001.tar")
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, class_web: WebServer) -> Source:
+        shards(class_web.folder)
+        return open_source(f"{class_web.url}/00001.tar")
 
 
 class TestPatternByHttp(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, web: WebServer) -> Source:
-        shards(tmp_path / "web")
-        return open_source(f"{web.url}/{{00000..00002}}.tar")
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, class_web: WebServer) -> Source:
+        shards(class_web.folder)
+        return open_source(f"{class_web.url}/{{00000..00002}}.tar")
 
 
 class TestParquetByHttp(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, web: WebServer) -> Source:
-        write_parquet(tmp_path / "web" / "t.parquet", image=IMAGES, caption=list(COLORS))
-        return open_source(f"{web.url}/t.parquet")
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, class_web: WebServer) -> Source:
+        write_parquet(class_web.folder / "t.parquet", image=IMAGES, caption=list(COLORS))
+        return open_source(f"{class_web.url}/t.parquet")
 
 
 class TestTableHereOfUrls(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, web: WebServer, bucket: str) -> Source:
-        write(tmp_path / "web", {"0.jpg": IMAGES[0], "1.jpg": IMAGES[1]})
-        upload(tmp_path / "web", f"{bucket}/x")
-        urls = [f"{web.url}/0.jpg?size=1", f"{bucket}/x/1.jpg"]
-        return open_source(write_parquet(tmp_path / "t.parquet", image=urls, caption=["a", "b"]))
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_web: WebServer, class_bucket: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        write(class_web.folder, {"0.jpg": IMAGES[0], "1.jpg": IMAGES[1]})
+        upload(class_web.folder, f"{class_bucket}/x")
+        urls = [f"{class_web.url}/0.jpg?size=1", f"{class_bucket}/x/1.jpg"]
+        return open_source(write_parquet(folder / "t.parquet", image=urls, caption=["a", "b"]))
 
 
 class TestMemory(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path) -> Source:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory) -> Source:
+        folder = tmp_path_factory.mktemp("source")
         root = open_path("memory://tests-of-sources/pictures")
-        for path in pictures(tmp_path).rglob("*.*"):
+        for path in pictures(folder).rglob("*.*"):
             if path.is_file():
-                there = root / str(path.relative_to(tmp_path))
+                there = root / str(path.relative_to(folder))
                 there.parent.mkdir(parents=True, exist_ok=True)
                 there.write_bytes(path.read_bytes())
         return open_source(str(root))
@@ -180,7 +197,7 @@ def test_server_without_range_requests_raises(tmp_path: Path, name: str) -> None
     image = np.random.default_rng(0).bytes(12_000_000)  # more than one block
     write_tar(tmp_path / "00000.tar", [("0.jpg", image), ("0.txt", "words")])
     write_parquet(tmp_path / "t.parquet", image=[image], caption=["words"])
-    server = WebServer(tmp_path, gives_parts=False)
+    server = WebServer(tmp_path, has_ranges=False)
     try:
         with pytest.raises(PathError, match=rf"{name}.*range requests"):
             list(open_source(f"{server.url}/{name}").samples())
@@ -257,12 +274,11 @@ def test_only_one_row_group_is_read(tmp_path: Path, web: WebServer) -> None:
     assert sum(web.sent) < 2_000_000
 
 
-@pytest.mark.slow
 def test_new_process_reads_the_same(tmp_path: Path, bucket: str) -> None:
     source = open_source(upload(shards(tmp_path, 1), bucket))
     items = [sample.images[0] for sample in source.samples()]
     assert [source.read(item) for item in items] == IMAGES
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         read = executor.map(read_again, [dict(source.describe())] * len(items), items)
         assert list(read) == IMAGES
 

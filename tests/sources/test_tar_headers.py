@@ -53,9 +53,7 @@ def test_members_equal_those_of_tarfile(entries: list[tuple[str, int, bytes, flo
 
 
 @given(st.lists(files, min_size=1, max_size=4), st.sampled_from(sorted(FORMATS)), st.data())
-def test_truncated_tar_raises(
-    entries: list[tuple[str, int, bytes, float]], form: str, data: st.DataObject
-) -> None:
+def test_truncated_tar_raises(entries: list[tuple[str, int, bytes, float]], form: str, data: st.DataObject) -> None:
     whole = write([(f"n{name}", *rest) for name, *rest in entries], form)
     end = len(whole.rstrip(b"\0")) // BLOCK_BYTES * BLOCK_BYTES  # at most the last block that is not zero
     cut = data.draw(st.integers(0, end))

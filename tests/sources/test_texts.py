@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
 from embedcache.testing.sources import SourceContract
+from tests.pictures import write_pictures
 from tests.sources.files import write
 
 TEXTS = ["a photo of a cat", "ein Käse", "猫"]
@@ -46,9 +47,7 @@ def test_one_sample_per_line(tmp_path: Path) -> None:
 
 
 @given(said=st.lists(st.text(st.characters(exclude_categories=["C", "Z"]))), as_bytes=st.booleans())
-def test_array_strings_in_order(
-    tmp_path_factory: pytest.TempPathFactory, said: list[str], as_bytes: bool
-) -> None:
+def test_array_strings_in_order(tmp_path_factory: pytest.TempPathFactory, said: list[str], as_bytes: bool) -> None:
     array = np.array([text.encode() for text in said], "S") if as_bytes else np.array(said, "U")
     path = save(tmp_path_factory.mktemp("texts"), array)
     samples = list(open_source(path).samples())
@@ -105,3 +104,32 @@ def test_other_files_raise(tmp_path: Path) -> None:
         open_source(tmp_path / "p.md", kind="texts")
     with pytest.raises(SettingError, match="key_column"):
         open_source(tmp_path / "p.txt", settings=SourceSettings(key_column="x"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_pictures(tmp_path, 3)
+    (tmp_path / "00001.txt").write_text("one\ntwo\n")
+    (tmp_path / "00002.txt").unlink()
+    return tmp_path
+
+
+class TestPairs(SourceContract):
+    @pytest.fixture
+    def source(self, folder: Path) -> Source:
+        return open_source(f"pairs:{folder}")
+
+
+def test_pairs_have_one_caption_each(folder: Path) -> None:
+    before = {sample.key: sample for sample in open_source(folder).samples()}
+    found = list(open_source(f"pairs:{folder}").samples())
+    assert [(sample.columns["sample"], [item.text for item in sample.texts]) for sample in found] == [
+        (key, [item.text]) for key, sample in before.items() for item in sample.texts
+    ]
+    assert len(found) == sum(len(sample.texts) for sample in before.values())
+    assert all(sample.images == before[str(sample.columns["sample"])].images for sample in found)
+
+
+def test_pairs_of_pairs_raise(folder: Path) -> None:
+    with pytest.raises(SourceError, match="already has one caption per sample"):
+        open_source(f"pairs:pairs:{folder}")

@@ -6,6 +6,7 @@ from PIL import Image
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.sources import Source, TextItem, open_source, reopen_source
+from embedcache.sources.webdataset import expand_braces
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, encode, jpeg, write, write_tar
 
@@ -179,3 +180,56 @@ def test_shard_truncated_later_raises_item_error(shards: Path) -> None:
     (shards / "00000.tar").write_bytes(data[: last.offset + 10])
     with pytest.raises(ItemError, match=r"00000\.tar ends"):
         source.read(last)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "paths"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{08..10}.tar", ["08.tar", "09.tar", "10.tar"]),
+        ("{8..10}.tar", ["8.tar", "9.tar", "10.tar"]),
+        ("{2..0}.tar", ["2.tar", "1.tar", "0.tar"]),
+        ("{1..010}.tar", [f"{n:03d}.tar" for n in range(1, 11)]),
+        ("{val,train}/{0..1}.tar", ["val/0.tar", "val/1.tar", "train/0.tar", "train/1.tar"]),
+        ("x{,-b}.tar", ["x.tar", "x-b.tar"]),
+        ("{only}.tar", ["{only}.tar"]),
+        ("s3://b/{0..1}-{a,b}.tar", ["s3://b/0-a.tar", "s3://b/0-b.tar", "s3://b/1-a.tar", "s3://b/1-b.tar"]),
+    ],
+)
+def test_expand_braces(pattern: str, paths: list[str]) -> None:
+    assert expand_braces(pattern) == paths
+
+
+@pytest.fixture
+def split_folders(tmp_path: Path) -> Path:
+    for folder in ("train", "val"):
+        (tmp_path / folder).mkdir()
+        for n in range(2):
+            write_tar(tmp_path / folder / f"{n}.tar", [(f"{folder}{n}.jpg", jpeg())])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("location", "paths"),
+    [
+        ("train/0.tar::val/1.tar", ["0.tar", "{}/val/1.tar"]),
+        ("train/{0..1}.tar::val/0.tar", ["0.tar", "1.tar", "{}/val/0.tar"]),
+        ("{val,train}/1.tar", ["val/1.tar", "train/1.tar"]),
+        ("val::train", ["0.tar", "1.tar", "{}/train/0.tar", "{}/train/1.tar"]),
+    ],
+)
+def test_several_locations_are_one_source(
+    split_folders: Path, location: str, paths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(split_folders)
+    source = open_source(location)
+    monkeypatch.chdir("/")
+    items = [sample.images[0] for sample in source.samples()]
+    assert [item.path for item in items] == [path.format(split_folders) for path in paths]
+    assert {source.read(item) for item in items} == {jpeg()}
+    assert list(reopen_source(source.describe()).samples()) == list(source.samples())
+
+
+def test_missing_shard_of_a_list_raises(split_folders: Path) -> None:
+    with pytest.raises(PathError, match=r"val/2\.tar \(1 of 3"):
+        open_source(f"{split_folders}/train/0.tar::{split_folders}/val/{{0..2}}.tar")
