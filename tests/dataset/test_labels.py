@@ -80,7 +80,9 @@ def test_read_labels_error_is_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [-1, 2])
 def test_read_labels_number_out_of_range_raises(tmp_path: Path, number: int) -> None:
     cache = make_cache(tmp_path, label=[0, number, 1])
-    with pytest.raises(DataError, match=rf"1 of 3 samples .* not classes: {number} \(1 samples\).*'cat', 'dog', numbered"):
+    with pytest.raises(
+        DataError, match=rf"1 of 3 samples .* not classes: {number} \(1 samples\).*'cat', 'dog', numbered"
+    ):
         read(cache, classes=["cat", "dog"])
 
 
