@@ -12,7 +12,7 @@ from PIL import Image
 from embedcache.arrays import normalize
 from embedcache.errors import DataError, PathError
 from embedcache.interop import atlas
-from embedcache.interop.atlas import nearest_neighbors, write_atlas
+from embedcache.interop.atlas import nearest_neighbors, project_to_plane, write_atlas
 from embedcache.interop.settings import AtlasSettings
 from embedcache.progress import NullProgress
 from embedcache.store.cache import Cache
