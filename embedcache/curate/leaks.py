@@ -11,7 +11,7 @@ from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.curate.dedup import check_cosine
 from embedcache.curate.links import cosine_limit
 from embedcache.dataset.inputs import InputFeature, open_input, unit_vectors
-from embedcache.dataset.pairs import Items, items_of
+from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.metrics.neighbors import Closest, closest
@@ -265,7 +265,7 @@ def _any(cache: Cache, modality: str) -> InputFeature:
 
 
 def _items(cache: Cache, side: InputFeature) -> Items:
-    items = items_of([cache], [side])
+    items = read_items([cache], [side])
     if not len(items.rows):
         raise DataError(f"feature {side.name} of {cache.path} has no valid item")
     return items

@@ -103,7 +103,7 @@ def train(
 
     The run folder gets `started.json`, `split.parquet`, `losses.jsonl`, `last.safetensors`, `record.json`,
     `model.safetensors` and, last, `config.json`; before that `checkpoint.pt`, from which an interrupted run resumes. A
-    finished run with the same settings is reused. Memory: the features, or `memory_gb`. Under torchrun all processes
+    finished run with the same settings is reused. Memory: the features, or `memory`. Under torchrun all processes
     must call it.
 
     Args:
@@ -131,7 +131,7 @@ def train(
     torch_device(settings.machine.device)
     with process_group(settings.machine.device) as device:
         settings = replace(settings, machine=replace(settings.machine, device=device))
-        data = open_data(cache_paths, image=image, text=text, memory_gb=settings.machine.memory_gb)
+        data = open_data(cache_paths, image=image, text=text, memory_bytes=settings.machine.memory)
         return train_on(data, run_path, settings, progress=progress)
 
 
@@ -148,7 +148,7 @@ def train_on(
     Args:
         data: open caches.
         run_path: folder of the run.
-        settings: settings of the run, except `memory_gb`, which was applied when the data were opened.
+        settings: settings of the run, except `memory`, which was applied when the data were opened.
         progress: progress in training pairs.
         on_epoch: called after each validation; an exception that it raises ends the training.
     """
@@ -239,7 +239,7 @@ def _fit(
     pairs = data.pairs(settings.language)
     split = _split(data, run_path, pairs, settings)
     training = _training_pairs(data, pairs, split, settings)
-    validation = _shuffled_control(pairs.of(split.rows("val")), settings)
+    validation = _shuffled_control(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
         raise DataError(f"the validation part of {split_path(run_path)} has no sample with both features")
     batches, device = _batches(training, settings), settings.machine.device
@@ -277,7 +277,7 @@ def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: Train
     rows: Ints = split.rows("train")
     if settings.selection_path is not None:
         rows = np.intersect1d(rows, read_selection(settings.selection_path, data.caches))
-    training = pairs.of(rows)
+    training = pairs.select(rows)
     if not len(training.samples):
         named = "" if settings.selection is None else f" in selection {settings.selection_path}"
         raise DataError(f"the training part has no sample with both features{named}")
