@@ -19,7 +19,7 @@ from embedcache.curate.counting import (
 )
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.inequality import gini, top_share
+from embedcache.metrics.inequality import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
@@ -91,7 +91,7 @@ class ConceptCounts:
 
     def top_share(self, share: float) -> float:
         """Share of all matches that go to the largest concepts, such as the top 1 %."""
-        return top_share(self.counts, share)
+        return top_fraction(self.counts, share)
 
 
 @dataclass(frozen=True, kw_only=True)
