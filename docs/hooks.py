@@ -1,25 +1,30 @@
-"""What mkdocs makes while it builds: the reference of the command line, and the list of decisions."""
+"""Pages that mkdocs generates during the build: the command line, its options, and the list of decisions."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import typer
+from typer.cli import get_docs_for_click
 from typer.core import TyperGroup
 from typer.main import get_command
-from typer.testing import CliRunner
+
+from embedcache.cli.main import app
 
 DOCS = Path(__file__).parent
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Fill the two pages that are made from something else."""
-    path = page.file.src_uri
-    if path == "reference/cli.md":
-        return f"{markdown}\n{command_reference()}"
-    if path == "decisions/README.md":
-        return f"{markdown}\n{decision_list()}"
-    return markdown
+    """Append what is generated to the pages that ask for it."""
+    generated = {
+        "reference/cli.md": command_reference,
+        "reference/options.md": option_table,
+        "decisions/README.md": decision_list,
+    }
+    build = generated.get(page.file.src_uri)
+    return f"{markdown}\n{build()}" if build else markdown
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -29,27 +34,40 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def command_reference() -> str:
-    """Give what `--help` says of every command of `embedcache`, as Markdown."""
-    from embedcache.cli.main import app
+    """Return the help of every command as Markdown, as typer's own `utils docs` writes it."""
+    command = get_command(app)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="embedcache", indent=1)
+    return re.sub(r"^Example: (.+)$", r"```sh\n\1\n```", text, flags=re.MULTILINE)
 
-    return "\n".join(f"## {words}\n\n```text\n{_help(app, words)}```\n" for words in commands(get_command(app)))
+
+def option_table() -> str:
+    """Return a table of all options: value, meaning and the commands that take it."""
+    uses: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    names = [words for words, _ in leaves(get_command(app), "")]
+    for words, command in leaves(get_command(app), ""):
+        context = typer.Context(command)
+        for option in command.get_params(context):
+            if option.param_type_name == "option":
+                flags = ", ".join(f"`{flag}`" for flag in sorted([*option.opts, *option.secondary_opts], key=len)[::-1])
+                metavar = (option.display_type_rich(ctx=context) or "").replace("|", r"\|")
+                uses[flags, metavar, option.help or ""].append(words.strip())
+    lines = ["| option | value | meaning | commands |", "| --- | --- | --- | --- |"]
+    for (flags, metavar, meaning), commands in sorted(uses.items(), key=lambda use: use[0][0].strip("`-")):
+        where = "all" if len(commands) == len(names) else ", ".join(commands)
+        lines.append(f"| {flags} | {metavar and f'`{metavar}`'} | {meaning} | {where} |")
+    return "\n".join(lines)
 
 
-def commands(command: Any, words: str = "embedcache") -> Iterator[str]:
-    """Name a command and all below it by the words that call them."""
-    yield words
+def leaves(command: Any, words: str = "embedcache") -> Iterator[tuple[str, Any]]:
+    """Iterate over all commands that are not groups, with the words that call them."""
     if isinstance(command, TyperGroup):
         for name, below in command.commands.items():
-            yield from commands(below, f"{words} {name}")
+            yield from leaves(below, f"{words} {name}")
+    else:
+        yield words, command
 
 
 def decision_list() -> str:
-    """List the decision records by their titles."""
+    """Return a list of the decision records by title."""
     paths = sorted(DOCS.glob("decisions/0*.md"))
     return "\n".join(f"- [{path.read_text().splitlines()[0].removeprefix('# ')}]({path.name})" for path in paths)
-
-
-def _help(app: Any, words: str) -> str:
-    program, *rest = words.split()
-    said = CliRunner().invoke(app, [*rest, "--help"], prog_name=program, env={"COLUMNS": "100"})
-    return said.output.strip() + "\n"

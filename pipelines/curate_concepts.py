@@ -13,6 +13,7 @@ from typing import Any
 from embedcache.cli.console import print_line
 from embedcache.curate.select.select import SelectSettings, select
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.evaluate.zero_shot import evaluate_zero_shot
 from embedcache.reports.base import format_estimate
 from embedcache.train.data import TrainData, open_data
@@ -52,8 +53,10 @@ def measure(workdir: Path, data: TrainData, group: str, name: str, file: str) ->
     run_paths = [workdir / f"cut-{seed}" / file for seed in SEEDS]
     for seed, run_path in zip(SEEDS, run_paths, strict=True):
         train_on(data, run_path, with_options(settings, seed=seed))
-    report = evaluate_retrieval(workdir / "pool", run_paths, language="en")
-    classified = evaluate_zero_shot(workdir / "pool", run_paths, workdir / "groups", compares=False)
+    report = evaluate_retrieval(workdir / "pool", run_paths, RetrievalSettings(language=("en",)))
+    classified = evaluate_zero_shot(
+        workdir / "pool", run_paths, workdir / "groups", ZeroShotSettings(check_overlap=False)
+    )
     accuracy = format_estimate(classified.accuracies["mean_per_class_recall"])
     print_line(f"{group} {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}, classes {accuracy}")
     about = {"English pairs": f"{count_english(workdir, file, SEEDS):,.0f}", "9 classes": accuracy}

@@ -12,6 +12,7 @@ from pathlib import Path
 from embedcache.cli.console import open_progress, print_line, print_table
 from embedcache.evaluate.encoder_pairs import evaluate_pairs
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
+from embedcache.evaluate.settings import pairs_settings
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import split_path
 from embedcache.train.data import open_data
@@ -54,7 +55,10 @@ def main() -> None:
     cache_path = workdir / "cache"
     settings = ExtractSettings(features=STORED)
     extract_source("openmoji:en", cache_path, images=IMAGE_ENCODERS, texts=TEXT_ENCODERS, settings=settings)
-    measured = [evaluate_pairs(cache_path, images=IMAGES, texts=TEXTS, seed=seed, progress=progress) for seed in SEEDS]
+    features = {"image_feature": IMAGES, "text_feature": TEXTS}
+    measured = [
+        evaluate_pairs(cache_path, pairs_settings({**features, "seed": seed}), progress=progress) for seed in SEEDS
+    ]
     split = "strict"
     trained: dict[str, dict[Pair, list[RetrievalReport]]] = {}
     for recipe, base in RECIPES.items():

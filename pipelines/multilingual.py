@@ -10,6 +10,7 @@ from pathlib import Path
 
 from embedcache.cli.console import print_line
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.train.data import open_data
 from embedcache.train.settings import train_settings
 from pipelines.common import IMAGE_FEATURE, extract_source, parse_workdir, train_seeds, with_options
@@ -51,7 +52,7 @@ def main() -> None:
         return train_seeds(data, runs_path / name, settings, SEEDS)[0]
 
     def measure(encoder: str, name: str, run_paths: list[Path], *, language: str) -> Method:
-        report = evaluate_retrieval(cache_path, run_paths, language=language)
+        report = evaluate_retrieval(cache_path, run_paths, RetrievalSettings(language=(language,)))
         print_line(f"{encoder}, {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
         assert report.overlap is not None
         about = {

@@ -4,15 +4,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedcache.cli.options import CaptionColumns, Json, KeyColumn, Output, with_settings
+from embedcache.cli.options import Json, Output, with_settings
 from embedcache.errors import SettingError
 from embedcache.extract.settings import ExtractSettings
+from embedcache.sources.settings import SourceSettings
 
 if TYPE_CHECKING:
     from embedcache.extract.plan import Plan
 
 
-@with_settings(settings=ExtractSettings)
+@with_settings(settings=ExtractSettings, source_settings=SourceSettings)
 def extract(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="Folder, table, WebDataset tars, dataset on disk, or a URL.")
@@ -34,15 +35,11 @@ def extract(
         str | None,
         typer.Option(metavar="NAME", help="Kind of source, or module:attribute.", show_default="by its content"),
     ] = None,
-    image_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Table: column of image paths or bytes.")
-    ] = None,
-    caption_column: CaptionColumns = None,
-    key_column: KeyColumn = None,
     as_json: Json = False,
     output: Output = None,
     *,
     settings: ExtractSettings,
+    source_settings: SourceSettings,
 ) -> None:
     """Encode a dataset once, into a cache.
 
@@ -54,20 +51,12 @@ def extract(
     from embedcache.extract import extract as stage
     from embedcache.extract import plan as planning
     from embedcache.extract import repair as retry
-    from embedcache.sources import SourceSettings, open_source
+    from embedcache.sources import open_source
     from embedcache.store.cache import Cache, caption_error_lines
 
     if retry_failed and (plan or settings.extend):
         raise SettingError("--retry-failed: expected neither --plan nor --extend beside it; leave them out")
-    opened = open_source(
-        source,
-        kind=source_type,
-        settings=SourceSettings(
-            image_column=image_column,
-            caption_columns=tuple(caption_column or ()),
-            key_column=key_column,
-        ),
-    )
+    opened = open_source(source, kind=source_type, settings=source_settings)
     encoders: dict[str, Any] = {"image_encoders": image_encoder or (), "text_encoders": text_encoder or ()}
     progress = open_progress()
     with resumable():

@@ -24,6 +24,9 @@ from embedcache.errors import PathError, SettingError
 from embedcache.registry import unknown_name
 from embedcache.settings import FlatSetting, flat_settings, from_flat
 
+_OUTPUT = "Output options"
+_OUTPUT_NAMES = ("as_json", "output", "html")
+
 CacheArgument: TypeAlias = Annotated[str, typer.Argument(metavar="CACHE", help="Cache: a folder or a URL.")]
 RunArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="RUN", help="Run: a folder written by train.")]
 IndexArgument: TypeAlias = Annotated[
@@ -37,6 +40,9 @@ SelectionOutput: TypeAlias = Annotated[
 ]
 Run: TypeAlias = Annotated[
     Path | None, typer.Option("--run", metavar="RUN", help="Run that projects the features into the shared space.")
+]
+MovedRun: TypeAlias = Annotated[
+    Path | None, typer.Option("--run", metavar="RUN", help="Where the run of the index is, if it has moved.")
 ]
 Cache: TypeAlias = Annotated[
     str | None, typer.Option("--cache", metavar="CACHE", help="Where the cache of the index is, if it has moved.")
@@ -92,11 +98,16 @@ Languages: TypeAlias = Annotated[
 ]
 KeyColumn: TypeAlias = Annotated[
     str | None,
-    typer.Option("--key-column", metavar="COLUMN", help="Table: column of unique keys.", show_default="key, id or uid"),
+    typer.Option(
+        "--key-column",
+        metavar="COLUMN",
+        help="Table column that holds a unique key per row.",
+        show_default="key, id or uid",
+    ),
 ]
 CaptionColumns: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option("--caption-column", metavar="COLUMN", help="Table: column of captions. May be repeated."),
+    typer.Option("--caption-column", metavar="COLUMN", help="Table column that holds captions. May be repeated."),
 ]
 ChunkSize: TypeAlias = Annotated[
     int | None, typer.Option("--chunk-size", metavar="N", help="Items per chunk of a new cache.", show_default="2048")
@@ -106,7 +117,7 @@ NumResults: TypeAlias = Annotated[
 ]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")]
 Device: TypeAlias = Annotated[
-    str, typer.Option("--device", metavar="DEVICE", help="Torch device: cpu, cuda, cuda:1, …")
+    str, typer.Option("--device", metavar="DEVICE", help="Torch device, such as cpu, cuda or cuda:1.")
 ]
 Engine: TypeAlias = Annotated[
     Literal["local", "ray"], typer.Option("--engine", metavar="local|ray", help="Execution backend.")
@@ -116,17 +127,22 @@ Address: TypeAlias = Annotated[
     typer.Option("--address", metavar="URL", help="Address of a Ray cluster.", show_default="one on this machine"),
 ]
 Json: TypeAlias = Annotated[
-    bool, typer.Option("--json", metavar="", help="Print the report as JSON on standard output.")
+    bool,
+    typer.Option("--json", metavar="", help="Print the report as JSON on standard output.", rich_help_panel=_OUTPUT),
 ]
 Output: TypeAlias = Annotated[
-    Path | None, typer.Option("--output", metavar="FILE", help="Write the report as JSON to this file.")
+    Path | None,
+    typer.Option("--output", metavar="FILE", help="Write the report as JSON to this file.", rich_help_panel=_OUTPUT),
 ]
 Html: TypeAlias = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Write the report as an HTML page to this file.")
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write the report as an HTML page.", rich_help_panel=_OUTPUT),
 ]
 
 _CONFIG_HELP = "Read options from this TOML file, or from the config.json of a run; the command line takes precedence."
 _WIDEST_CHOICES = 24
+_WITH_COMMAS = ("FILE", "SPEC", "URL", "VALUE")
+"""Values that may contain a comma, so that a repeated option is not split at commas."""
 _METAVARS: Mapping[Any, str] = {int: "N", float: "FLOAT", str: "NAME", Path: "FILE"}
 
 
@@ -194,9 +210,14 @@ def _with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
         with verbosity(quiet=quiet, verbose=verbose):
             command(**values)
 
-    quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print no progress.")]
+    quiet = Annotated[
+        bool, typer.Option("--quiet", "-q", metavar="", help="Print no progress.", rich_help_panel=_OUTPUT)
+    ]
     verbose = Annotated[
-        bool, typer.Option("--verbose", "-v", metavar="", help="Print log messages, run time and peak memory.")
+        bool,
+        typer.Option(
+            "--verbose", "-v", metavar="", help="Print log messages, run time and peak memory.", rich_help_panel=_OUTPUT
+        ),
     ]
     own = inspect.signature(command, eval_str=True).parameters.values()
     _set_parameters(run, [*own, _keyword("quiet", quiet, False), _keyword("verbose", verbose, False)])
@@ -241,9 +262,10 @@ def with_settings(
             run,
             [
                 inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
-                *(parameter for name, parameter in own.items() if name not in kinds),
+                *(one for name, one in own.items() if name not in (*kinds, *_OUTPUT_NAMES)),
                 *generated,
                 _keyword("config", config, None),
+                *(one for name, one in own.items() if name in _OUTPUT_NAMES),
             ],
         )
         return run
@@ -281,13 +303,13 @@ def _option(item: FlatSetting, panel: str | None) -> inspect.Parameter:
         help = f"{help} One of: {', '.join(choices)}."
     is_list = get_origin(kind) is tuple
     element = get_args(kind)[0] if is_list else kind
-    title = item.path[0] if len(item.path) > 1 else panel
+    title = item.path[0] if len(item.path) > 1 else (panel or "").removesuffix("settings").strip("_")
     option = typer.Option(
         _flags(item, kind),
         help=help,
         metavar=_METAVARS.get(element, "NAME") if metavar is None else metavar,
         show_default=declared.default_text or not (item.default is None or item.default == () or kind is bool),
-        rich_help_panel=f"{title.capitalize()} options" if title and title != "settings" else None,
+        rich_help_panel=f"{title.capitalize()} options" if title else None,
     )
     if is_list:
         element = Path if element is Path else str
@@ -322,7 +344,9 @@ def _setting_value(item: FlatSetting, value: Any) -> Any:
     if get_origin(kind) is not tuple:
         return value
     element = get_args(kind)[0]
-    return tuple(value) if element is Path else tuple(_elements(item.name, element, value))
+    if element is Path or item.declared.metavar in _WITH_COMMAS:
+        return tuple(value)
+    return tuple(_elements(item.name, element, value))
 
 
 def _elements(name: str, kind: Any, values: Sequence[Any]) -> Iterator[Any]:

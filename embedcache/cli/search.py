@@ -1,7 +1,7 @@
 """embedcache search"""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from embedcache.search.search import Hit
 
 
-@with_settings(settings=SearchSettings, skip=("label_value",))
+@with_settings(settings=SearchSettings)
 def search(
     index: IndexArgument,
     query: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Texts to search for.")] = None,
@@ -32,9 +32,6 @@ def search(
         Path | None, typer.Option(metavar="FILE", help="Search with each row of this .npy file.")
     ] = None,
     concepts: Concepts = None,
-    label_value: Annotated[
-        list[str] | None, typer.Option(metavar="VALUE", help="Return only samples with this label.")
-    ] = None,
     *,
     settings: SearchSettings,
     as_json: Json = False,
@@ -58,8 +55,7 @@ def search(
         concept_cache=concepts,
         vectors=None if query_vectors is None else read_vectors(query_vectors),
     )
-    condition = replace(settings.filter, label_value=tuple(label_value or ()))
-    found = run_search(index, asked, replace(settings, filter=condition))
+    found = run_search(index, asked, settings)
     results = list(zip(asked.names, found, strict=True))
 
     def show() -> None:

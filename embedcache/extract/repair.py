@@ -170,7 +170,7 @@ def _retry_chunk(
         zip(rows, executor.map(lambda row: load_image(worker.source, items[row], writers), rows), strict=True)
     )
     for number, (writer, report) in enumerate(zip(writers, reports, strict=True)):
-        writer.leases.take(chunk, waits=True)
+        writer.leases.acquire(chunk, wait=True)
         retried = {row: loaded[row] for row in rows if row in _failed_rows(writer, chunk)}
         reasons = [item.failure.partition(":")[0] for item in retried.values() if item.failure is not None]
         report.num_tried += len(retried)
@@ -178,7 +178,7 @@ def _retry_chunk(
         report.reasons.update(reasons)
         if len(reasons) < len(retried):
             _rewrite_chunk(writer, chunk, retried, number)
-        writer.leases.give_back(chunk)
+        writer.leases.release(chunk)
 
 
 def _failed_rows(writer: FeatureWriter, chunk: int) -> set[int]:

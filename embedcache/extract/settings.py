@@ -19,8 +19,8 @@ class ExtractSettings:
 
     features: tuple[str, ...] = setting(
         (),
-        "Features to store, such as cls,patches,grid:4,kmeans:4,layer6.cls; an encoder without any of them stores its "
-        "first. May be repeated.",
+        "Feature to store, such as cls, patches, grid:4, kmeans:4 or layer6.cls; an encoder without any of them stores "
+        "its first. May be repeated.",
         flat_name="feature",
         metavar="NAME",
         default_text="the first of each encoder",
@@ -61,7 +61,7 @@ class ExtractSettings:
         "local", "Run on this machine, or on the machines of a Ray cluster.", affects_result=False
     )
     address: str | None = setting(
-        None, "Address of a Ray cluster.", affects_result=False, default_text="start one on this machine"
+        None, "Address of a Ray cluster.", affects_result=False, default_text="start one on this machine", metavar="URL"
     )
     actors: int | None = setting(
         None,

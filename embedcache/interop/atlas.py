@@ -53,7 +53,7 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
     check_new_file(path, ".parquet")
     [modality] = export.modalities
     vectors_NP = np.concatenate([normalize(block) for block in export.vectors(modality, _BLOCK)])
-    progress.note(f"projecting {len(vectors_NP):,} points with {settings.method}")
+    progress.note(f"projecting {len(vectors_NP):,} points with {settings.projection}")
     points_N2, neighbors = project_to_plane(vectors_NP, settings), nearest_neighbors(vectors_NP)
     images = settings.images if modality == "image" else "none"
     with replacing(path) as temporary:
@@ -76,7 +76,7 @@ def project_to_plane(vectors_NP: Floats, settings: AtlasSettings) -> Floats:
     """
     if len(vectors_NP) < _MIN_POINTS:
         raise DataError(f"points: expected at least {_MIN_POINTS}, got {len(vectors_NP)}; export more samples")
-    if settings.method == "pca":
+    if settings.projection == "pca":
         decomposition = require("sklearn.decomposition", extra=EXTRA)
         points = decomposition.PCA(n_components=2, random_state=settings.seed).fit_transform(vectors_NP)
     else:

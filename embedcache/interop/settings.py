@@ -18,11 +18,11 @@ class ImportSettings:
         None, "Description of the model that computed the vectors, for the record.", metavar="TEXT"
     )
     key_column: str | None = setting(
-        None, "Table: column of unique keys.", default_text="key, id or uid", metavar="COLUMN"
+        None, "Table column that holds a unique key per row.", default_text="key, id or uid", metavar="COLUMN"
     )
     caption_columns: tuple[str, ...] = setting(
         (),
-        "Table: column of captions. May be repeated.",
+        "Table column that holds captions. May be repeated.",
         flat_name="caption_column",
         default_text="caption, text or sentence",
         metavar="COLUMN",
@@ -45,7 +45,7 @@ class VectorExportSettings:
     text_feature: str | None = setting(
         None, "Text feature, as encoder/feature.", default_text="the run's, or the only one", metavar="NAME"
     )
-    modality: Literal["image", "text"] | None = setting(None, "Modality to export.", default_text="both")
+    modality: Literal["image", "text"] | None = setting(None, "Modality to read.", default_text="both")
     run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
     selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
@@ -71,7 +71,7 @@ class AtlasSettings:
     run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
     selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
-    method: Literal["umap", "pca"] = setting("umap", "Projection of the vectors to the plane.")
+    projection: Literal["umap", "pca"] = setting("umap", "Projection of the vectors to the plane.")
     images: Literal["thumbnails", "paths", "none"] = setting(
         "thumbnails", "Store thumbnails of the images, their paths, or nothing."
     )

@@ -8,7 +8,7 @@ from embedcache.errors import SettingError
 from embedcache.settings import check_settings, group, setting
 from embedcache.units import parse_size
 
-FEATURE_HELP = "Feature as encoder/feature."
+FEATURE_HELP = "Feature, as encoder/feature."
 FEATURE_DEFAULT = "the run's, or the only one of the modality"
 
 
@@ -16,9 +16,9 @@ FEATURE_DEFAULT = "the run's, or the only one of the modality"
 class IndexSettings:
     """What is indexed, and which kind of index is built."""
 
-    modality: Literal["image", "text"] = setting("image", "Modality of the indexed items.")
+    modality: Literal["image", "text"] = setting("image", "Modality to read.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
-    run: Path | str | None = setting(None, "Project the feature with this training run.", metavar="RUN")
+    run: Path | str | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
     factory: str | None = setting(
         None,
         "FAISS factory string, such as IVF4096,SQfp16.",
@@ -51,9 +51,7 @@ class IndexSettings:
 class Filter:
     """Which items a search may return; all conditions must hold."""
 
-    label_value: tuple[str, ...] = setting(
-        (), "Return only samples with this value in the column `label`; repeat it for several.", metavar="VALUE"
-    )
+    label_value: tuple[str, ...] = setting((), "Return only samples with this label. May be repeated.", metavar="VALUE")
     part: tuple[str, ...] = setting(
         (),
         "Return only samples of this part: a value of the column `split`, or of the run's split where there is no such "
@@ -61,10 +59,10 @@ class Filter:
         metavar="PART",
     )
     language: tuple[str, ...] = setting(
-        (), "Return only captions in this language, or images with such a caption.", metavar="CODE"
+        (), "Return only items with captions in this language. May be repeated.", metavar="CODE"
     )
     selection: Path | str | None = setting(
-        None, "Return only samples of this selection: Parquet, or a text file with one key per line.", metavar="FILE"
+        None, "Use only the samples of this selection: Parquet, or a text file with one key per line.", metavar="FILE"
     )
 
     def __post_init__(self) -> None:
@@ -81,15 +79,18 @@ class SearchSettings:
     k: int | None = setting(None, "Results per query.", ge=1, default_text="10, or all items if fewer")
     filter: Filter = group(Filter)
     run: Path | str | None = setting(
-        None, "Where the run of the index is now.", metavar="RUN", default_text="where it was when the index was built"
+        None,
+        "Where the run of the index is, if it has moved.",
+        metavar="RUN",
+        default_text="where it was when the index was built",
     )
     cache: str | Path | None = setting(
         None,
-        "Where the cache of the index is now.",
+        "Where the cache of the index is, if it has moved.",
         metavar="CACHE",
         default_text="where it was when the index was built",
     )
-    device: str = setting("cpu", "Torch device that encoders run on: cpu, cuda, cuda:1, …")
+    device: str = setting("cpu", "Torch device, such as cpu, cuda or cuda:1.", metavar="DEVICE", affects_result=False)
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -15,25 +15,25 @@ class SourceSettings:
     image_column: str | None = setting(
         None,
         "Table column that holds images, paths or URLs.",
-        metavar="NAME",
+        metavar="COLUMN",
         default_text="image, path, file_name, jpg, … if present",
     )
     caption_columns: tuple[str, ...] = setting(
         (),
-        "Table column that holds captions; repeat the option for several columns.",
+        "Table column that holds captions. May be repeated.",
         flat_name="caption_column",
-        metavar="NAME",
+        metavar="COLUMN",
         default_text="caption, text, sentence, … if present",
     )
     key_column: str | None = setting(
         None,
         "Table column that holds a unique key per row.",
-        metavar="NAME",
+        metavar="COLUMN",
         default_text="key, id, uid if present, else file and row",
     )
     languages: tuple[str, ...] = setting(
         (),
-        "Keep captions in this language only (ISO 639-1 code); repeat the option for several languages.",
+        "Use only captions of this language. May be repeated.",
         flat_name="language",
         metavar="CODE",
         default_text="all languages of the source",

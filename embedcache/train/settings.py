@@ -87,7 +87,11 @@ class LossSettings:
 class MachineSettings:
     """Where and how training runs."""
 
-    device: str = setting("cpu", "Torch device: cpu, cuda, cuda:1, …; under torchrun, cuda is each process's own GPU.")
+    device: str = setting(
+        "cpu",
+        "Torch device, such as cpu, cuda or cuda:1; under torchrun, cuda is each process's own GPU.",
+        metavar="DEVICE",
+    )
     precision: Literal["float32", "bfloat16"] = setting("float32", "Compute precision; bfloat16 uses autocast.")
     threads: int | None = setting(
         None,

@@ -177,7 +177,7 @@ def train_on(
             outcome.update(report.to_json())
         save_pair(run_path, pair, config)
         checkpoint_path(run_path).unlink(missing_ok=True)
-        leases.give_back(0)
+        leases.release(0)
     return report
 
 
@@ -216,7 +216,7 @@ def _start_run(run_path: Path, config: PairConfig) -> Leases:
     """Take a lease on the folder, for a new run or for an interrupted one with the same settings."""
     claim_folder(run_path, kind="a run", sign="started.json", ours=_FILES)
     leases = Leases(run_path)
-    if not leases.take(0):
+    if not leases.acquire(0):
         raise PathError(f"another process trains into {run_path}; wait for it, or give the path of a new folder")
     path, values = run_path / "started.json", config.to_json()
     if checkpoint_path(run_path).is_file():

@@ -251,7 +251,7 @@ def test_probe_writes_its_reports(labeled: Path) -> None:
 
 
 def test_probe_of_texts_by_one_method(labeled: Path) -> None:
-    line = "evaluate probe cache --modality text --feature open_toy/mean --method ridge"
+    line = "evaluate probe cache --modality text --feature open_toy/mean --classifier ridge"
     shown = succeed(*line.split(), cwd=labeled)
     assert "ridge" in shown
     assert "knn" not in shown
@@ -260,7 +260,7 @@ def test_probe_of_texts_by_one_method(labeled: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--feature open_toy/cls --method rigde", "did you mean 'ridge'"),
+        ("--feature open_toy/cls --classifier rigde", "did you mean 'ridge'"),
         ("--feature open_toy/cls --label lable", "did you mean 'label'"),
         ("--feature open_toy/cls --shots 1,x", "'x'"),
         ("--feature open_toy/cls --shots 99", "99"),

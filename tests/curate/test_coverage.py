@@ -202,7 +202,7 @@ def test_mistakes_are_named_with_their_numbers(cache_path: Path, prompts: Path, 
     ):
         of_texts(cache_path, prompts, settings=CoverageSettings(threshold=0.999))
     other = prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2")
-    with pytest.raises(FingerprintError, match="feature open_toy/mean .* weights: '.*' there, '.*' asked"):
+    with pytest.raises(FingerprintError, match="feature open_toy/mean .* weights: stored '.*', requested '.*'"):
         of_texts(cache_path, other)
     (tmp_path / "keys.txt").write_text("nobody\n")
     with pytest.raises(DataError, match="names 'nobody'"):
@@ -256,7 +256,7 @@ def test_an_index_names_the_items_and_their_cosines_are_exact(
 
 def test_an_index_of_something_else_is_refused(cache_path: Path, prompts: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls", factory="Flat"))
-    with pytest.raises(FingerprintError, match="modality: 'image' there, 'text' asked.*--modality text"):
+    with pytest.raises(FingerprintError, match="modality: stored 'image', requested 'text'.*--modality text"):
         of_texts(cache_path, prompts, index_path=tmp_path / "index")
 
 

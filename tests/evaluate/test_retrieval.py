@@ -8,8 +8,9 @@ import pytest
 
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, FingerprintError, SettingError
-from embedcache.evaluate.retrieval import _recalls, evaluate_retrieval, rank
+from embedcache.evaluate.retrieval import _recalls, compare_retrieval, evaluate_retrieval, rank
 from embedcache.evaluate.runs import load_runs, recipes
+from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import format_estimate
@@ -39,7 +40,7 @@ def runs(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     return [train_run(cache_path, folder / f"seed-{seed}", seed=seed) for seed in range(2)]
 
 
-def test_recall_is_what_counting_by_hand_gives(cache_path: Path, runs: list[Path]) -> None:
+def test_recall_matches_counting_by_hand(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs[:1])
     cache = Cache(cache_path)
     ranking = rank(cache, load_runs(runs[:1])[0])
@@ -54,7 +55,7 @@ def test_recall_is_what_counting_by_hand_gives(cache_path: Path, runs: list[Path
     assert report.num_images == report.num_texts == [75]
 
 
-def test_seeds_are_averaged_and_the_interval_holds_the_mean(cache_path: Path, runs: list[Path]) -> None:
+def test_seeds_are_averaged(cache_path: Path, runs: list[Path]) -> None:
     one, other, both = (evaluate_retrieval(cache_path, paths) for paths in (runs[:1], runs[1:], runs))
     for way in ("i2t", "t2i"):
         for name, estimate in both.recalls[way].items():
@@ -64,17 +65,17 @@ def test_seeds_are_averaged_and_the_interval_holds_the_mean(cache_path: Path, ru
     assert both.seeds == [0, 1]
 
 
-def test_captions_that_are_in_training_too_are_said_aloud(cache_path: Path, runs: list[Path]) -> None:
+def test_overlap_with_training_warns(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs[:1])
     assert report.overlap is not None
     assert report.overlap.exact > 0  # a split by key of pictures whose captions repeat
     said = f"WARNING: {report.overlap.exact} samples share an image or a caption with the training part"
     assert said in report.line()
-    assert evaluate_retrieval(cache_path, runs[:1], part="train").overlap is None
-    assert evaluate_retrieval(cache_path, runs[:1], compares=False).overlap is None
+    assert evaluate_retrieval(cache_path, runs[:1], RetrievalSettings(part="train")).overlap is None
+    assert evaluate_retrieval(cache_path, runs[:1], RetrievalSettings(check_overlap=False)).overlap is None
 
 
-def test_figures_as_json_and_as_rows(cache_path: Path, runs: list[Path]) -> None:
+def test_json_and_table(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs)
     figures = json.loads(json.dumps(retrieval_json(report, shuffled=report)))
     for place in (figures, figures["chance"], figures["shuffled"]):
@@ -103,30 +104,38 @@ def test_the_gallery_shows_what_is_right_and_what_is_wrong(cache_path: Path, run
     )
 
 
-def test_mistakes_are_named(cache_path: Path) -> None:
-    with pytest.raises(SettingError, match="no run to evaluate"):
+def test_no_run_raises(cache_path: Path) -> None:
+    with pytest.raises(SettingError, match="expected at least one run to evaluate, got none"):
         evaluate_retrieval(cache_path, [])
 
 
-def test_a_run_of_another_encoder_than_the_cache_holds_is_refused(tmp_path: Path) -> None:
+def test_several_languages_raise(cache_path: Path, runs: list[Path]) -> None:
+    with pytest.raises(SettingError, match="language: expected one language, got de, fr; use compare_retrieval"):
+        evaluate_retrieval(cache_path, runs, RetrievalSettings(language=("de", "fr")))
+
+
+def test_control_must_be_shuffled(cache_path: Path, runs: list[Path]) -> None:
+    with pytest.raises(SettingError, match="seed-0: expected a control trained with --shuffle-pairs"):
+        compare_retrieval(cache_path, runs, control_paths=runs)
+
+
+def test_run_of_another_encoder_is_refused(tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "s", 60))
     for name, scale in (("a", 1), ("b", 2)):
         extract(source, tmp_path / name, image_encoders=[f"{IMAGE},scale={scale}"], text_encoders=[TEXT])
     run = train_run(tmp_path / "a", tmp_path / "run")
-    with pytest.raises(FingerprintError, match="image feature open_toy/cls .*weights: '.*' there, '.*' asked"):
+    with pytest.raises(FingerprintError, match="image feature open_toy/cls .*weights: "):
         evaluate_retrieval(tmp_path / "b", [run])
 
 
-def test_a_split_that_was_exchanged_is_refused(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_swapped_split_is_refused(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     run = shutil.copytree(runs[0], tmp_path / "run")
     shutil.copy(runs[1] / "split.parquet", run)
     with pytest.raises(CorruptError, match="split.parquet is missing or not the split that the run was trained on"):
         evaluate_retrieval(cache_path, [run])
 
 
-def test_runs_that_differ_in_more_than_their_seeds_are_not_averaged(
-    cache_path: Path, runs: list[Path], tmp_path: Path
-) -> None:
+def test_different_recipes_are_not_averaged(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     settings = TrainSettings(
         model=ModelSettings(shared_width=16, projector="linear", shrinkage=0.01),
         optimizer=OptimizerSettings(epochs=0),
@@ -139,9 +148,7 @@ def test_runs_that_differ_in_more_than_their_seeds_are_not_averaged(
         evaluate_retrieval(cache_path, [*runs, tmp_path / "run"])
 
 
-def test_seeds_that_each_took_the_split_of_another_run_are_averaged(
-    cache_path: Path, runs: list[Path], tmp_path: Path
-) -> None:
+def test_seeds_with_given_splits_are_averaged(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     paths = [
         train_run(cache_path, tmp_path / f"seed-{seed}", seed=seed, split=str(run / "split.parquet"))
         for seed, run in enumerate(runs)
@@ -153,9 +160,7 @@ def test_seeds_that_each_took_the_split_of_another_run_are_averaged(
         evaluate_retrieval(cache_path, [paths[0], runs[1]])
 
 
-def test_recipes_stand_side_by_side_and_their_seeds_are_averaged(
-    cache_path: Path, runs: list[Path], tmp_path: Path
-) -> None:
+def test_recipes_are_named_and_compared(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     other = train_run(cache_path, tmp_path / "seed-0", shared_width=8)
     assert recipes([runs[0], other, runs[1]]) == {
         f"{runs[0]}, {runs[1]}": runs,
@@ -163,9 +168,14 @@ def test_recipes_stand_side_by_side_and_their_seeds_are_averaged(
     }
     renamed = Path(shutil.copytree(other, tmp_path / "narrow-0"))
     assert recipes([runs[0], renamed, runs[1]]) == {"seed": runs, "narrow": [renamed]}
+    settings = RetrievalSettings(check_overlap=False)
+    reports = compare_retrieval(cache_path, [runs[0], renamed, runs[1]], settings)
+    assert list(reports) == ["seed", "narrow"]
+    assert reports["seed"].run_paths == runs
+    assert reports["seed"].recalls == evaluate_retrieval(cache_path, runs, settings).recalls
 
 
-def test_median_ranks_and_curves_are_those_of_the_ranks(cache_path: Path, runs: list[Path]) -> None:
+def test_median_ranks_and_curves(cache_path: Path, runs: list[Path]) -> None:
     report, ranking = evaluate_retrieval(cache_path, runs[:1]), rank(Cache(cache_path), load_runs(runs[:1])[0])
     for way in ("i2t", "t2i"):
         ranks = np.sort(ranking.ranks[way])
@@ -174,7 +184,7 @@ def test_median_ranks_and_curves_are_those_of_the_ranks(cache_path: Path, runs: 
         assert report.curves[way][4] == pytest.approx(report.recalls[way]["r@5"].value)
 
 
-def test_intervals_are_over_groups_of_near_duplicates(cache_path: Path, runs: list[Path]) -> None:
+def test_intervals_are_over_near_duplicate_groups(cache_path: Path, runs: list[Path]) -> None:
     ranking = rank(Cache(cache_path), load_runs(runs[:1])[0])
     one_group = replace(ranking, groups=np.zeros_like(ranking.groups))
     assert _recalls([ranking], "i2t")["r@5"].high > _recalls([ranking], "i2t")["r@5"].low

@@ -7,6 +7,7 @@ import pytest
 from embedcache.arrays import Inputs, normalize
 from embedcache.errors import DataError, FingerprintError, UnknownNameError
 from embedcache.evaluate.runs import load_runs
+from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.evaluate.zero_shot import classify, evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import project
@@ -59,7 +60,7 @@ def prompt_cache(folder: Path, names: list[str], text: str = TEXT) -> Path:
     return cached(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}", folder / "prompts", text=text)
 
 
-def test_accuracy_is_what_counting_by_hand_gives(labeled: Path, prompts: Path, runs: list[Path]) -> None:
+def test_accuracy_matches_counting_by_hand(labeled: Path, prompts: Path, runs: list[Path]) -> None:
     report, run, cache = evaluate_zero_shot(labeled, runs[:1], prompts), load_runs(runs[:1])[0], Cache(labeled)
     words = Cache(prompts).items("text")["text"].to_pylist()
     texts = project(run.pair.text, Inputs(Cache(prompts).feature("text").gather(np.arange(len(words)))))
@@ -81,14 +82,14 @@ def test_accuracy_is_what_counting_by_hand_gives(labeled: Path, prompts: Path, r
     assert report.part == "all samples"
 
 
-def test_seeds_are_averaged_and_their_confusions_added(labeled: Path, prompts: Path, runs: list[Path]) -> None:
+def test_seeds_are_averaged(labeled: Path, prompts: Path, runs: list[Path]) -> None:
     one, other, both = (evaluate_zero_shot(labeled, paths, prompts) for paths in (runs[:1], runs[1:], runs))
     assert both.accuracies["acc1"].value == pytest.approx(np.mean([*one.by_seed, *other.by_seed]))
     assert np.array_equal(both.confusion, one.confusion + other.confusion)
     assert both.confusion.sum() == 200
 
 
-def test_labels_may_be_numbers_and_some_may_be_missing(prompts: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_labels_may_be_numbers_or_missing(prompts: Path, runs: list[Path], tmp_path: Path) -> None:
     write_pictures(tmp_path / "s", 12, seed=3)
     rows = ["file_name,caption,label"]
     for number in range(12):
@@ -102,7 +103,7 @@ def test_labels_may_be_numbers_and_some_may_be_missing(prompts: Path, runs: list
     assert "(1 without a label left out)" in report.line()
 
 
-def test_figures_as_rows_as_json_and_as_a_page(labeled: Path, prompts: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp_path: Path) -> None:
     report = evaluate_zero_shot(labeled, runs, prompts)
     columns, rows = zero_shot_table({"run": report})
     assert columns == ["", "top-1", "top-5", "mean per class"]
@@ -123,13 +124,15 @@ def test_figures_as_rows_as_json_and_as_a_page(labeled: Path, prompts: Path, run
     ).replace("http://creativecommons.org", "")
 
 
-def test_mistakes_are_named(labeled: Path, prompts: Path, cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_unusable_prompts_or_labels_raise(
+    labeled: Path, prompts: Path, cache_path: Path, runs: list[Path], tmp_path: Path
+) -> None:
     with pytest.raises(
         DataError, match=r"is no set of prompts: it has no column 'class'; make one: embedcache extract"
     ):
         evaluate_zero_shot(labeled, runs[:1], cache_path)
     with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
-        evaluate_zero_shot(labeled, runs[:1], prompts, label="labl")
+        evaluate_zero_shot(labeled, runs[:1], prompts, ZeroShotSettings(label="labl"))
     few = tmp_path / "few"
     few.mkdir()
     with pytest.raises(DataError, match=r"labels .* that are no class: 'yellow' .*; the classes are 'black'"):
@@ -143,7 +146,7 @@ def test_mistakes_are_named(labeled: Path, prompts: Path, cache_path: Path, runs
         evaluate_zero_shot(labeled, runs[:1], prompt_cache(other, COLOUR_NAMES, f"{TEXT},scale=2"))
 
 
-def test_a_class_whose_prompts_failed_is_named(labeled: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_class_without_prompts_is_named(labeled: Path, runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('{"black": ["x"], "blue": ["  y "]}')
     cache = cached(f"prompts:{tmp_path / 'p.json'}", tmp_path / "prompts", text=TEXT)
     with pytest.raises(DataError, match="that are no class"):

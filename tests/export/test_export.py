@@ -92,7 +92,7 @@ def test_the_same_again_is_left_as_it_is_and_another_refused(run: Path, tiny: di
     another = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], "mean"))
     with pytest.raises(FingerprintError, match=r"was made with other settings: run: .* give the path of a new folder"):
         export_run("safetensors", another, folder)
-    with pytest.raises(FingerprintError, match="form: 'safetensors' there, 'onnx' asked"):
+    with pytest.raises(FingerprintError, match="form: stored 'safetensors', requested 'onnx'"):
         export_run("onnx", run, folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(CorruptError, match=r"config.json is missing or was changed after the export"):

@@ -134,9 +134,9 @@ def test_parts_of_a_shard_cover_it_once(num_shards: int, num_parts: int, data: s
         ({"image": [IMAGE, f"{IMAGE},scale=2"]}, {}, "2 image encoders or views would be stored as open_toy"),
         ({"image": [IMAGE]}, {"views": ("flip", "flip")}, "2 image encoders or views would be .* open_toy@flip"),
         ({"text": [TEXT]}, {"views": ("flip",)}, "view flip applies to images, but no image encoder is named"),
-        ({"image": [IMAGE]}, {"devices": ("cuda:7",)}, "no device 'cuda:7' here"),
+        ({"image": [IMAGE]}, {"devices": ("cuda:7",)}, "device 'cuda:7' is not available"),
         ({"image": [IMAGE]}, {"views": ("flop",)}, "unknown view 'flop'; did you mean 'flip'"),
-        ({"image": ["toy"]}, {}, "'toy' does not name an encoder"),
+        ({"image": ["toy"]}, {}, "invalid encoder 'toy': expected family:model"),
         ({}, {}, "expected at least one encoder, got none; name one"),
     ],
 )

@@ -184,6 +184,7 @@ def test_figures_are_unchanged() -> None:
 
 
 def test_study_resumes() -> None:
+    Path("space.toml").write_text(commands.SPACE)  # with the names of today
     golden = read_json(Path("study/report.json"))
     written = {path: path.stat().st_mtime_ns for path in Path("study").rglob("*.safetensors")}
     same = commands.sweep("study", 2)

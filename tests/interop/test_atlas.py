@@ -22,7 +22,7 @@ NUM_POINTS = 39
 
 
 def write(cache: Path, path: Path, *, modality: str = "image", images: str = "thumbnails") -> pd.DataFrame:
-    settings = AtlasSettings(method="pca", images=images)  # type: ignore[arg-type]
+    settings = AtlasSettings(projection="pca", images=images)  # type: ignore[arg-type]
     write_atlas(export_of(cache, modality=modality), path, settings, progress=NullProgress())
     return pd.read_parquet(path)
 

@@ -174,7 +174,7 @@ def edited(run_path: Path, folder: Path, modality: str, **fields: object) -> Pat
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_an_encoder_that_is_another_now_is_refused(modality: str, runs: dict[str, Path], tmp_path: Path) -> None:
     run = edited(runs["vectors"], tmp_path, modality, spec=f"{IMAGE},scale=2")
-    with pytest.raises(FingerprintError, match=r"feature open_toy/\w+ .* other settings: weights: '.*' there"):
+    with pytest.raises(FingerprintError, match=r"feature open_toy/\w+ .* other settings: weights: stored '.*'"):
         load("embedcache", run)
 
 
@@ -190,7 +190,7 @@ def test_a_run_whose_encoder_is_not_installed_says_what_to_install(
 def test_mistakes_are_named(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PathError, match="nowhere does not exist; make one with: embedcache train"):
         evaluate(tmp_path / "nowhere", [])
-    with pytest.raises(SettingError, match="no device 'cuda:77' here"):
+    with pytest.raises(SettingError, match="device 'cuda:77' is not available"):
         load("embedcache", runs["vectors"], device="cuda:77")
     model, _, _ = load("embedcache", runs["vectors"])
     assert model.to("cpu") is model

@@ -83,16 +83,16 @@ def test_again_is_the_same_and_a_changed_source_is_refused(tree: Path, tmp_path:
     assert files_of(tmp_path / "cache") == before
 
     np.save(tree / "img_emb" / "img_emb_2.npy", unit_rows(10, seed=1))
-    with pytest.raises(FingerprintError, match="files: .* there, .* asked; restore the files"):
+    with pytest.raises(FingerprintError, match="files: stored .*, requested .*; restore the files"):
         import_files(open_clip_retrieval(tree), tmp_path / "cache")
     assert files_of(tmp_path / "cache") == before
 
 
 def test_other_options_are_refused(tree: Path, tmp_path: Path) -> None:
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
-    with pytest.raises(FingerprintError, match="columns.key_column: None there, 'caption' asked"):
+    with pytest.raises(FingerprintError, match="columns.key_column: stored None, requested 'caption'"):
         import_files(open_clip_retrieval(tree), tmp_path / "cache", key_column="caption")
-    with pytest.raises(FingerprintError, match="model: None there, 'ViT-B/32' asked"):
+    with pytest.raises(FingerprintError, match="model: stored None, requested 'ViT-B/32'"):
         import_files(open_clip_retrieval(tree), tmp_path / "cache", model="ViT-B/32")
 
 

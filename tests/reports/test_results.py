@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from embedcache.errors import SettingError
-from embedcache.evaluate.probe import ProbeSettings, evaluate_probe
+from embedcache.evaluate.probe import evaluate_probe
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
+from embedcache.evaluate.settings import ProbeSettings, RetrievalSettings, ZeroShotSettings
 from embedcache.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.provenance import read_json, write_json
@@ -40,12 +41,14 @@ def folder(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def retrieved(cache_path: Path, folder: Path) -> RetrievalReport:
-    return evaluate_retrieval(cache_path, [folder / "run"], compares=False)
+    return evaluate_retrieval(cache_path, [folder / "run"], RetrievalSettings(check_overlap=False))
 
 
 @pytest.fixture(scope="module")
 def classified(folder: Path) -> ZeroShotReport:
-    return evaluate_zero_shot(folder / "labeled", [folder / "run"], folder / "prompts", compares=False)
+    return evaluate_zero_shot(
+        folder / "labeled", [folder / "run"], folder / "prompts", ZeroShotSettings(check_overlap=False)
+    )
 
 
 def test_recall_of_images_is_asked_by_texts_and_the_other_way_round(retrieved: RetrievalReport) -> None:
@@ -97,7 +100,7 @@ def test_clip_benchmarks_build_makes_one_table_of_all_our_figures(
     write_results(tmp_path / "retrieval", languages)
     accuracies = zero_shot_result(classified, cache="cache", prompts=folder / "prompts", runs=["run-0"])
     write_results(tmp_path / "zero-shot.json", {"run": accuracies})
-    probe = evaluate_probe(folder / "labeled", image="open_toy/cls", settings=ProbeSettings(methods=("ridge",)))
+    probe = evaluate_probe(folder / "labeled", ProbeSettings(feature="open_toy/cls", classifiers=("ridge",)))
     write_json(tmp_path / "probe.json", probe_json(probe, "cache"))
 
     first, second, *others = build(tmp_path / "zero-shot.json", tmp_path / "probe.json", tmp_path / "retrieval")

@@ -110,7 +110,7 @@ def test_kill_while_growing_keeps_old_index(tmp_path: Path, pattern: str) -> Non
 @pytest.mark.slow
 def test_unfinished_index_of_other_feature_raises(cache_path: Path, tmp_path: Path) -> None:
     kill_at("after", r"index\.partial\.faiss", 2, cache_path, tmp_path / "index", "Flat")
-    with pytest.raises(FingerprintError, match=r"the unfinished index .* modality: 'image' there, 'text' asked"):
+    with pytest.raises(FingerprintError, match=r"the unfinished index .* modality: stored 'image', requested 'text'"):
         build_index(cache_path, tmp_path / "index", IndexSettings(modality="text", feature="open_toy/mean"))
 
 

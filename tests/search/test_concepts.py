@@ -125,7 +125,7 @@ def test_incomparable_concepts_raise(
     with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
         open_concepts(Cache(labeled), Vectors(cache_path, "image", "open_toy/cls"), label="labl")
     other = Cache(prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2"))
-    message = r"open_toy/mean.* made with other settings: weights: '.*' there, '.*' asked; extract the concepts with"
+    message = r"open_toy/mean.* made with other settings: weights: stored '.*', requested '.*'; extract the concepts"
     with pytest.raises(FingerprintError, match=message):
         open_concepts(other, Vectors(cache_path, "text", "open_toy/mean"))
     with pytest.raises(FingerprintError, match="the run's text feature open_toy/mean was made with other settings"):

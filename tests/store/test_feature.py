@@ -157,9 +157,9 @@ def test_commit_of_other_rows_raises(tmp_path: Path) -> None:
 def test_create_group_of_another_encoder_raises(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(4, (5,), seed=1), (5,), chunk_size=4)
     other = {"family": "test", "weights": "other"}
-    with pytest.raises(FingerprintError, match="encoder 'test'.*weights: 'w' there, 'other' asked"):
+    with pytest.raises(FingerprintError, match="encoder 'test'.*weights: stored 'w', requested 'other'"):
         create_group(tmp_path, "image", "test", feature.group.info, spec="test:m", fingerprint=other)
-    with pytest.raises(FingerprintError, match=r"feature test/f.*dtype: 'float16' there, 'float32' asked"):
+    with pytest.raises(FingerprintError, match=r"feature test/f.*dtype: stored 'float16', requested 'float32'"):
         add_feature(feature.group, "f", (5,), "float32")
 
 

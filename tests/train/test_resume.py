@@ -99,7 +99,7 @@ def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) 
     script = (
         "import sys; from pathlib import Path; from embedcache.files import Leases; "
         "leases = Leases(Path(sys.argv[1])); "
-        "print(leases.take(0), flush=True); input()"
+        "print(leases.acquire(0), flush=True); input()"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

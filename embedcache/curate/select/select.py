@@ -24,6 +24,7 @@ SELECTORS = Registry(
         "rare-first": "embedcache.curate.select.concept_methods:RareFirstSelector",
         "top-score": "embedcache.curate.select.baselines:TopScoreSelector",
     },
+    group="embedcache.selectors",
 )
 
 

@@ -1,0 +1,100 @@
+"""Every option means the same in every command, and every help text can be read."""
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from docs.hooks import leaves
+from embedcache.cli.main import app
+
+COMMANDS = list(leaves(typer.main.get_command(app)))
+OPTIONS = [
+    (words, option) for words, command in COMMANDS for option in command.params if option.param_type_name == "option"
+]
+
+SAME_NOUN = {
+    "--batch-size": "items of a forward pass in extract, of a training step in train",
+    "--chunk-size": "imports name the default of a new cache",
+    "--device": "extract takes several; train explains torchrun",
+    "--engine": "extract explains what the backends are",
+    "--feature": "extract names features to store, before encoder/feature exists",
+    "--image-cosine": "limit of near-duplicates: above it for a strict split, at or above it for leaks",
+    "--image-feature": "evaluate pairs takes several",
+    "--language": "language of the captions that are read: several in some commands",
+    "--part": "search can filter by any value of the column split; probe measures on two parts",
+    "--precision": "of the encoder in extract, of the projectors in train",
+    "--run": "search and serve find the run of the index themselves unless it has moved",
+    "--seed": "train names what it draws",
+    "--selection": "samples to use; serve offers several, train fills in {seed}",
+    "--split": "train explains each way to split",
+    "--text-cosine": "as --image-cosine",
+    "--text-feature": "as --image-feature",
+    "--threads": "of decoding in extract, of torch in train",
+    "--threshold": "select names the methods that use it",
+    "-k": "number of nearest items: per query, concept or sample",
+}
+"""Options whose help differs between commands, and why they have one meaning all the same."""
+SAME_VALUE = {
+    "--modality": "coverage can read both",
+    "--part": "search can filter by any value of the column split; probe measures on two parts",
+}
+"""Options whose placeholder of the value differs between commands, and why."""
+BRITISH = re.compile(r"\b\w*(colour|neighbour|centre|normalis|optimis|initialis|labell|analyse)\w*", re.IGNORECASE)
+AVOIDED = re.compile(r"\b(pictures?|spine|the share|a share|told|mend(ed|s)?)\b", re.IGNORECASE)
+
+
+def variants(describe: Any) -> dict[str, set[Any]]:
+    """Return option -> its different descriptions over all commands."""
+    found: dict[str, set[Any]] = defaultdict(set)
+    for _, option in OPTIONS:
+        for flag in option.opts:
+            found[flag].add(describe(option))
+    return found
+
+
+def test_same_option_has_the_same_help() -> None:
+    differing = {name for name, helps in variants(lambda option: option.help).items() if len(helps) > 1}
+    assert differing <= set(SAME_NOUN)
+
+
+def test_same_option_takes_the_same_value() -> None:
+    differing = {name for name, values in variants(lambda option: option.metavar).items() if len(values) > 1}
+    assert differing <= set(SAME_VALUE)
+
+
+def test_short_options_are_few() -> None:
+    short = {flag for _, option in OPTIONS for flag in option.opts if re.fullmatch("-.", flag)}
+    assert short == {"-k", "-q", "-v"}
+
+
+@pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[words for words, _ in COMMANDS])
+def test_help_is_readable(words: str, command: Any) -> None:
+    summary, _, _ = command.help.partition("\n\n")
+    assert len(summary) <= 60, summary
+    assert summary.endswith(".")
+    assert f"Example: {words} " in command.help or command.help.endswith(f"Example: {words}")
+    for text in (command.help, *(parameter.help for parameter in command.params)):
+        assert text, words
+        assert not BRITISH.search(text), text
+        assert not AVOIDED.search(text), text
+        assert "[" not in text, f"rich reads {text} as markup"
+    for parameter in command.params:
+        assert parameter.metavar is not None, f"{words} {parameter.name} has no metavar"
+        assert parameter.help.endswith("."), parameter.help
+
+
+@pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[words for words, _ in COMMANDS])
+def test_inputs_come_first_and_the_output_last(words: str, command: Any) -> None:
+    arguments = [parameter.metavar for parameter in command.params if parameter.param_type_name == "argument"]
+    assert not {"OUT", "STUDY"} & set(arguments[:-1])
+
+
+@pytest.mark.parametrize("words", ["", "evaluate", "curate", "export", "import"])
+def test_group_help_has_no_cut_line(words: str) -> None:
+    shown = CliRunner().invoke(app, [*words.split(), "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).output
+    assert "…" not in shown
+    assert "..." not in shown.replace("[ARGS]...", "")
