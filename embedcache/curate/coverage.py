@@ -179,15 +179,13 @@ def measure_modalities(
     *,
     progress: Progress | None = None,
 ) -> dict[str, CoverageReport]:
-    """Measure coverage for each modality of the settings, images before texts if it is `both`; see `measure_coverage`."""
+    """Measure coverage by each modality of the settings, images before texts for `both`; see `measure_coverage`."""
     settings = settings or CoverageSettings()
-    modalities = ("image", "text") if settings.modality == "both" else (settings.modality,)
-    return {
-        modality: measure_coverage(
-            cache_path, concepts_path, replace(settings, modality=modality), progress=progress
-        )
-        for modality in modalities
-    }
+    if settings.modality == "both":
+        by_modality = [replace(settings, modality="image"), replace(settings, modality="text")]
+    else:
+        by_modality = [settings]
+    return {one.modality: measure_coverage(cache_path, concepts_path, one, progress=progress) for one in by_modality}
 
 
 def measure_coverage(
@@ -200,9 +198,9 @@ def measure_coverage(
     """Count the items above each concept's threshold in one pass over the vectors of a cache.
 
     Counts, the best k and overlaps are exact, as each vector is multiplied with each concept's; through an index they
-    lack what it misses. Quantiles and calibrated thresholds come from 16,384 items drawn at random, or from all if there
-    are no more. Memory: the sample, C × (P + k) numbers, and per core a chunk, a tile of 8 MB of similarities, and a few
-    numbers per position above a threshold.
+    lack what it misses. Quantiles and calibrated thresholds come from 16,384 items drawn at random, or from all items.
+    Memory: the sample, C × (P + k) numbers, and per core a chunk, a tile of 8 MB of similarities, and a few numbers per
+    position above a threshold.
 
     Args:
         cache_path: cache of the items.
@@ -316,7 +314,5 @@ def _overlaps(counts_C: Ints, shared_CJ: Ints, nearest_CJ: Ints, cosines_CJ: Flo
         pair = (min(int(one), other), max(int(one), other))
         union = int(counts_C[one] + counts_C[other]) - num
         cosine = float(cosines_CJ[one, rank])
-        found[pair] = ConceptOverlap(
-            first=pair[0], second=pair[1], num_items=num, jaccard=num / union, cosine=cosine
-        )
+        found[pair] = ConceptOverlap(first=pair[0], second=pair[1], num_items=num, jaccard=num / union, cosine=cosine)
     return sorted(found.values(), key=lambda pair: (-pair.jaccard * pair.num_items, pair.first, pair.second))

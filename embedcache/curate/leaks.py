@@ -136,8 +136,8 @@ def find_leaks(
 
     Copies are found by the hashes of bytes and texts, for any encoders. Near-duplicates need one feature of one encoder
     in both caches: each test item is compared with each training item, Q C products of P numbers; 5,000 × 1,000,000 ×
-    768 take a minute on two cores. Memory: at most 65,536 test vectors, and a chunk of the training cache, which is read
-    once per as many.
+    768 take a minute on two cores. Memory: at most 65,536 test vectors, and a chunk of the training cache, which is
+    read once per so many test vectors.
 
     Args:
         train_path: the training cache.
@@ -179,9 +179,7 @@ def write_clean_selection(path: Path, report: LeakReport) -> None:
     write_selection(path, report.train, report.clean_selection(), {"method": "leaks", **report.to_json()})
 
 
-def _find_leaks(
-    train: Cache, test: Cache, modality: str, settings: LeakSettings, progress: Progress
-) -> ModalityLeaks:
+def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings, progress: Progress) -> ModalityLeaks:
     train_feature, test_feature, reason = _choose_features(train, test, modality, settings.feature(modality))
     train_items, test_items = _items(train, train_feature), _items(test, test_feature)
     train_hashes, test_hashes = train_feature.hashes_of(train_items.rows), test_feature.hashes_of(test_items.rows)

@@ -89,10 +89,10 @@ def find_near_duplicates(
 ) -> NearDuplicates:
     """Find the pairs of items whose cosine is at least a limit.
 
-    All pairs: every pair, N² / 2 products, `4 N P` bytes of scratch space. Clusters: nearly every pair (measured), about
-    10 N √N products with 2 √N clusters, `2 N P` bytes of scratch space in float16, whose rounding changes a cosine by
-    1e-5. Memory: pages of the scratch file, which the system may drop, about 200 bytes per item, and the pairs (at most
-    20 million, 0.5 GB). Deterministic for any number of workers.
+    All pairs: every pair, N² / 2 products, `4 N P` bytes of scratch space. Clusters: nearly every pair (measured),
+    about 10 N √N products with 2 √N clusters, `2 N P` bytes of scratch space in float16, whose rounding changes a
+    cosine by 1e-5. Memory: pages of the scratch file, which the system may drop, about 200 bytes per item, and the
+    pairs (at most 20 million, 0.5 GB). Deterministic for any number of workers.
 
     Args:
         vectors: vectors of a feature.
@@ -163,9 +163,7 @@ def assign_clusters(
     centroids_KP = fit_centroids(training, num_clusters, seed=settings.seed)
     work = ClusterAssigner(centroids_KP, cosine, _MAX_VISITS, _mask(rows_N, vectors))
     title = f"assigning to {len(centroids_KP):,} clusters"
-    parts = run_pass(
-        vectors, work, engine=settings.engine, address=settings.address, title=title, progress=progress
-    )
+    parts = run_pass(vectors, work, engine=settings.engine, address=settings.address, title=title, progress=progress)
     return concatenate_assignments(parts)
 
 
@@ -381,9 +379,7 @@ def _tiles_across(matrix_NP: Array, items_N: Ints, visitors: Array, members: Int
         right_BP = _float32(matrix_NP[right[0] : right[-1] + 1])
         for one in blocks(len(visitors), _BLOCK):
             left = visitors[one]
-            yield CosineTile(
-                left=items_N[left], right=items_N[right], cosines=_float32(matrix_NP[left]) @ right_BP.T
-            )
+            yield CosineTile(left=items_N[left], right=items_N[right], cosines=_float32(matrix_NP[left]) @ right_BP.T)
 
 
 def _float32(values: Array) -> Floats:

@@ -104,9 +104,7 @@ class DedupSettings:
 class LeakSettings:
     """From which similarity on a test item counts as leaked, and by which features."""
 
-    image_cosine: float = setting(
-        0.95, "Images at or above this cosine similarity are near-duplicates.", gt=0, le=1
-    )
+    image_cosine: float = setting(0.95, "Images at or above this cosine similarity are near-duplicates.", gt=0, le=1)
     text_cosine: float = setting(0.95, "Texts at or above this cosine similarity are near-duplicates.", gt=0, le=1)
     image_feature: str | None = setting(
         None,
@@ -173,9 +171,7 @@ class SelectSettings:
     join_names: bool = setting(False, "Merge concepts of the same name.")
     target: str | Path | None = setting(None, "image-based: cache of the images to resemble.", metavar="CACHE")
     run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
-    modality: Literal["image", "text"] | None = setting(
-        None, "Modality to compare.", default_text="the method's"
-    )
+    modality: Literal["image", "text"] | None = setting(None, "Modality to compare.", default_text="the method's")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     selection: Path | str | None = setting(
         None, f"Select only from the samples of this selection: {_SELECTION_FORMAT}.", metavar="FILE"

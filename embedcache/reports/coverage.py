@@ -62,7 +62,9 @@ def summary_table(report: CoverageReport) -> Table:
         ),
     ]
     if report.expected_by_chance is not None:
-        rows.append(["items above a threshold by chance", f"{report.expected_by_chance:,.2g}", *([""] * bool(report.selected))])
+        rows.append(
+            ["items above a threshold by chance", f"{report.expected_by_chance:,.2g}", *([""] * bool(report.selected))]
+        )
     return ["", *(part.name for part in parts)], rows
 
 

@@ -111,7 +111,7 @@ def above(scores_M: Floats, threshold: float) -> Ints:
     if not len(kept):
         low, middle, high = np.quantile(scores_M, [0, 0.5, 1])
         raise DataError(
-            f"none of {len(scores_M):,} cosines reaches --threshold {threshold}; they are between {low:.3f} and {high:.3f}, "
-            f"half of them above {middle:.3f}"
+            f"none of {len(scores_M):,} cosines reaches --threshold {threshold}; they range from {low:.3f} to "
+            f"{high:.3f}, half of them above {middle:.3f}"
         )
     return kept

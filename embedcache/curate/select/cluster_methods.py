@@ -86,8 +86,8 @@ class HierarchicalSelector:
     """The balancing of "Automatic Data Curation for Self-Supervised Learning: A Clustering-Based Approach" (TMLR 2024).
 
     k-means on the samples, then on its centroids, and so on. From the top, the budget is divided equally among the
-    branches; what small branches cannot use goes to the others, down to samples drawn at random. Unlike in the paper, no
-    level is clustered again on the points nearest its centroids. A sample is represented by its first item.
+    branches; what small branches cannot use goes to the others, down to samples drawn at random. Unlike in the paper,
+    no level is clustered again on the points nearest its centroids. A sample is represented by its first item.
     """
 
     accepts: ClassVar[tuple[str, ...]] = ("budget", "clusters")
@@ -97,7 +97,7 @@ class HierarchicalSelector:
     uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select the samples. Memory: 256 vectors per cluster of the finest level, and an integer per sample and level."""
+        """Select the samples. Memory: 256 vectors per finest cluster, and an integer per sample and level."""
         assert isinstance(settings.budget, int)
         rows_S = pool.first_items()
         sizes = settings.clusters or default_levels(len(rows_S))

@@ -81,9 +81,9 @@ class RareFirstSelector:
     """The curation of "Harnessing Frozen Unimodal Encoders for Flexible Multimodal Alignment" (CVPR 2025).
 
     About n samples per concept, each sample once. As in the paper, a concept's candidates are the 25 n samples that
-    match it best, and concepts choose one after another, the rarest first. Unlike in its code, a concept's rarity is its
-    score at rank n and not that of the last candidate, whose rank depends on memory; and cosines are float32, not in
-    steps of .0027.
+    match it best, and concepts choose one after another, the rarest first. Unlike in its code, a concept's rarity is
+    its score at rank n and not that of the last candidate, whose rank depends on memory; and cosines are float32, not
+    in steps of .0027.
     """
 
     accepts: ClassVar[tuple[str, ...]] = ("budget", "per_concept")

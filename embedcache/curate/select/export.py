@@ -77,8 +77,8 @@ def to_uids(keys: Sequence[str]) -> Array:
     others = [key for key in keys if not _UID.fullmatch(key)]
     if others:
         raise DataError(
-            f"expected DataComp's uids of 32 hexadecimal digits, got {len(others):,} other keys of {len(keys):,}, first "
-            f"{others[0]!r}; use --format keys, or extract with --key-column uid"
+            f"expected DataComp's uids of 32 hexadecimal digits, got {len(others):,} other keys of {len(keys):,}, "
+            f"first {others[0]!r}; use --format keys, or extract with --key-column uid"
         )
     return np.array(sorted((int(key[:16], 16), int(key[16:], 16)) for key in keys), np.dtype("u8,u8"))
 
@@ -153,8 +153,8 @@ class _Samples:
         if several:
             key = cache.samples["key"][several[0]].as_py()
             raise DataError(
-                f"{len(several):,} of {len(rows):,} samples have several images, first {key!r}, expected one per sample "
-                "of WebDataset; use --format keys"
+                f"{len(several):,} of {len(rows):,} samples have several images, first {key!r}, expected one per "
+                "sample of WebDataset; use --format keys"
             )
 
     def record(self, position: int) -> dict[str, Any]:
