@@ -42,7 +42,8 @@ def index(
 
     Example: embedcache curate index cache/ index/ --run run/ --memory 4GB
     """
-    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_line, publish, resumable
+    from embedcache.provenance import to_record
     from embedcache.search.index import build_index
 
     with resumable():
@@ -57,7 +58,7 @@ def index(
             f"{card.latency_ms:.2f} ms per query"
         )
 
-    publish(show, lambda: to_plain(card), as_json=as_json, output=output)
+    publish(show, lambda: to_record(card), as_json=as_json, output=output)
 
 
 @with_settings(settings=CoverageSettings)

@@ -7,31 +7,33 @@ import typer
 from embedcache.cli.options import CacheArgument, Device, Json, Output
 
 
-def inspect(cache: CacheArgument) -> None:
-    """Show what a cache holds.
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Cache, run, index, study or selection: a path or a URL.")
+    ],
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Show what a cache, run, index, study or selection holds.
 
-    Features, their shapes, how complete they are, and why items failed.
+    Of a cache: features, their shapes, how complete they are, and why items failed.
 
     Example: embedcache inspect cache/
     """
-    from embedcache.cli.console import print_line, print_table
-    from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
+    from embedcache.cli.console import print_line, print_table, publish
+    from embedcache.reports.summary import summarize
 
-    opened = Cache(cache)
-    for line in [describe_cache(opened), *caption_error_lines(opened)]:
-        print_line(line)
-    features = [feature for modality in ("image", "text") for feature in opened.features(modality)]
-    if not features:
-        print_line("no features yet: add some with embedcache extract")
-        return
-    print_table(
-        ["feature", "modality", "shape", "dtype", "chunks", "failed", "bytes"],
-        [describe_feature(feature) for feature in features],
-    )
-    for feature in features:
-        print_line(f"{feature.name}: {feature.group.spec}")
-        for line in failure_lines(opened, feature):
+    summary = summarize(path)
+
+    def show() -> None:
+        for line in summary.lines:
             print_line(line)
+        if summary.rows:
+            print_table(summary.columns, summary.rows)
+        for line in summary.notes:
+            print_line(line)
+
+    publish(show, lambda: {"kind": summary.kind, **summary.record}, as_json=as_json, output=output)
 
 
 def verify(

@@ -297,6 +297,7 @@ def _option(item: FlatSetting, panel: str | None) -> inspect.Parameter:
     metavar, help = declared.metavar, declared.help
     if kind is bool:
         metavar = ""
+        help = f"Do not {help[0].lower()}{help[1:]}" if item.default is True else help
     elif choices and len("|".join(choices)) <= _WIDEST_CHOICES:
         metavar = metavar or "|".join(choices)
     elif choices:

@@ -8,7 +8,7 @@ import pyarrow as pa
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.curate.similar_pairs import SimilarPairs
 from embedcache.dataset.inputs import InputFeature
-from embedcache.dataset.pairs import items_of
+from embedcache.dataset.pairs import read_items
 from embedcache.errors import SettingError
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
@@ -46,7 +46,7 @@ def find_copies(cache: Cache, feature: InputFeature) -> Copies:
     Raises:
         UnfinishedError: chunks of the feature are missing.
     """
-    items = items_of([cache], [feature])
+    items = read_items([cache], [feature])
     _, first, contents = np.unique(items.contents, return_index=True, return_inverse=True)
     order = np.argsort(first)  # the first item of a content may have failed where a copy of it did not
     number = np.empty(len(order), np.int64)

@@ -11,7 +11,7 @@ from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.curate.settings import LeakSettings
 from embedcache.curate.similar_pairs import cosine_limit
 from embedcache.dataset.inputs import InputFeature, open_input, unit_vectors
-from embedcache.dataset.pairs import Items, items_of
+from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.metrics.neighbors import Closest, closest
@@ -260,7 +260,7 @@ def _any_feature(cache: Cache, modality: str) -> InputFeature:
 
 
 def _items(cache: Cache, feature: InputFeature) -> Items:
-    items = items_of([cache], [feature])
+    items = read_items([cache], [feature])
     if not len(items.rows):
         raise DataError(f"feature {feature.name} of {cache.path} has no valid item")
     return items

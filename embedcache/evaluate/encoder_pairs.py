@@ -275,7 +275,7 @@ def _measure(
 def _probe(sample: PairSample, images_ID: Floats, texts_TE: Floats, resamples: int) -> tuple[Estimate, Estimate]:
     """Fit CCA on all pairs of the training part, as training does, and rank the validation items both ways."""
     places = sample.places(sample.train)
-    image_M, text_M = (place[joined] for place, joined in zip(places, sample.train.joined(), strict=True))
+    image_M, text_M = (place[joined] for place, joined in zip(places, sample.train.all_pairs(), strict=True))
     moments = Moments(images_ID.shape[1], texts_TE.shape[1])
     for block in blocks(len(image_M), 8 * _BLOCK):
         moments.add(images_ID[image_M[block]], texts_TE[text_M[block]])

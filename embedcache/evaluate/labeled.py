@@ -11,7 +11,7 @@ import numpy.typing as npt
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
 from embedcache.dataset.labels import Labels, has_label, read_labels
-from embedcache.dataset.pairs import Items, items_of
+from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.splits import PART_NAMES, PARTS, take_groups
 from embedcache.errors import DataError
 from embedcache.evaluate.classifiers import Examples
@@ -78,7 +78,7 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
     """
     feature = open_input(cache, settings.modality, settings.feature)
     feature.require_complete()
-    items, num_unlabeled = _with_label(items_of([cache], [feature]), cache, settings.label)
+    items, num_unlabeled = _with_label(read_items([cache], [feature]), cache, settings.label)
     part_S, rule = _parts(cache, items, settings.part, settings.seed)
     parts = part_S[items.samples]
     kept = items.where(parts != "")

@@ -107,7 +107,7 @@ def find_overlap(run: Run, evaluated: Mapping[str, ItemSet], *, trained_on: Sequ
     for modality, found in evaluated.items():
         others = [items[modality] for items in trained]
         exact |= set(found.items.samples[_is_equal(found, others)].tolist())
-        part = found.items.of(checked)
+        part = found.items.select(checked)
         is_near = _is_near(ItemSet(feature=found.feature, items=part), others, COSINES[modality])
         near |= set(part.samples[is_near].tolist())
     return Overlap(
@@ -158,7 +158,7 @@ def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
     if not len(rows):
         return {}
     image, text = run_input(cache, run.config, "image"), run_input(cache, run.config, "text")
-    pairs = pair_items([cache], [image], [text], language=run.config.training["language"]).of(rows)
+    pairs = pair_items([cache], [image], [text], language=run.config.training["language"]).select(rows)
     return {"image": ItemSet(feature=image, items=pairs.image), "text": ItemSet(feature=text, items=pairs.text)}
 
 

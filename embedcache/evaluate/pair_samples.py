@@ -42,7 +42,7 @@ def draw_samples(
         )
     if len(samples) > settings.num_samples:
         samples = np.random.default_rng(settings.seed).choice(samples, settings.num_samples, replace=False)
-    return Pairs(image=image.of(samples), text=text.of(samples))
+    return Pairs(image=image.select(samples), text=text.select(samples))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def split_samples(
         SettingError, SourceError, UnknownNameError: as of `make_split`.
     """
     split = make_split(_SplitInput([cache], image, text), pairs, settings)
-    train, val = pairs.of(split.rows("train")), pairs.of(split.rows("val"))
+    train, val = pairs.select(split.rows("train")), pairs.select(split.rows("val"))
     both = np.union1d(train.samples, val.samples)
     if len(both) < MIN_SAMPLES or not (len(train.samples) and len(val.samples)):
         raise DataError(
@@ -125,7 +125,7 @@ def split_samples(
             "features: compare fewer features, or use another split"
         )
     groups = np.array(split.groups)[both]
-    return PairSample(pairs=pairs.of(both), train=train, val=val, groups=groups, blocks=_blocks(groups))
+    return PairSample(pairs=pairs.select(both), train=train, val=val, groups=groups, blocks=_blocks(groups))
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def rank(cache: Cache, run: Run, settings: RetrievalSettings | None = None) -> R
     settings = settings or RetrievalSettings(check_overlap=False)
     image, text = run_input(cache, run.config, "image"), run_input(cache, run.config, "text")
     split = read_eval_split(cache, run, settings.part)
-    pairs = pair_items([cache], [image], [text], language=_language(run, settings)).of(split.samples)
+    pairs = pair_items([cache], [image], [text], language=_language(run, settings)).select(split.samples)
     if not len(pairs.samples):
         raise DataError(f"{split.part} of {cache.path} has no sample with both features")
     images = project(run.pair.image, image.read(pairs.image.rows))

@@ -10,7 +10,7 @@ from embedcache.arrays import Array, Floats, Ints, blocks, mean_directions
 from embedcache.dataset import prompts as cached
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.labels import has_label, read_labels
-from embedcache.dataset.pairs import Items, items_of
+from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.prompts import Prompts
 from embedcache.errors import DataError
 from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap, largest_overlap
@@ -201,7 +201,7 @@ def classify(
     settings = settings or ZeroShotSettings(check_overlap=False)
     prompts, image = read_prompts(prompts_cache, run), run_input(cache, run.config, "image")
     split = read_eval_split(cache, run, settings.part)
-    items = items_of([cache], [image]).of(split.samples)
+    items = read_items([cache], [image]).select(split.samples)
     if not len(items.rows):
         raise DataError(f"{split.part} of {cache.path} has no image with {image.name}")
     is_labeled = has_label(cache, items.samples, column=settings.label)
@@ -272,11 +272,11 @@ def read_prompts(cache: Cache, run: Run) -> Prompts:
         FingerprintError: another text encoder made the cache's feature.
         UnfinishedError: the feature has missing chunks.
     """
-    cached.require_prompts(cache, run.config.text.spec)
+    cached.check_prompts(cache, run.config.text.spec)
     return cached.read_prompts(cache, run_input(cache, run.config, "text"))
 
 
 def class_vectors(prompts: Prompts, run: Run) -> Floats:
     """Project the prompts and average those of each class: normalize, mean, normalize -> (C, P) float32."""
-    projected_TP = project(run.pair.text, prompts.side.read(prompts.rows))
+    projected_TP = project(run.pair.text, prompts.feature.read(prompts.rows))
     return mean_directions(projected_TP, prompts.classes, len(prompts.names))

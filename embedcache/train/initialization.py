@@ -39,7 +39,7 @@ def initialize(
         SettingError: a projector that has no linear branch, or fewer pairs than anchors.
         DataError: a value is NaN or infinite, or fewer than two pairs.
     """
-    image_positions, text_positions = pairs.joined()
+    image_positions, text_positions = pairs.all_pairs()
     towers = (
         _TowerRows(name="image", tower=pair.image, read=image, rows=pairs.image.rows[image_positions]),
         _TowerRows(name="text", tower=pair.text, read=text, rows=pairs.text.rows[text_positions]),

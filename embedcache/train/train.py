@@ -239,7 +239,7 @@ def _fit(
     pairs = data.pairs(settings.language)
     split = _split(data, run_path, pairs, settings)
     training = _training_pairs(data, pairs, split, settings)
-    validation = _shuffled_control(pairs.of(split.rows("val")), settings)
+    validation = _shuffled_control(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
         raise DataError(f"the validation part of {split_path(run_path)} has no sample with both features")
     batches, device = _batches(training, settings), settings.machine.device
@@ -277,7 +277,7 @@ def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: Train
     rows: Ints = split.rows("train")
     if settings.selection_path is not None:
         rows = np.intersect1d(rows, read_selection(settings.selection_path, data.caches))
-    training = pairs.of(rows)
+    training = pairs.select(rows)
     if not len(training.samples):
         named = "" if settings.selection is None else f" in selection {settings.selection_path}"
         raise DataError(f"the training part has no sample with both features{named}")

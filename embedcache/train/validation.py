@@ -31,7 +31,7 @@ class Validation:
         samples = pairs.samples
         if len(samples) > MAX_SAMPLES:
             samples = samples[np.linspace(0, len(samples) - 1, MAX_SAMPLES).astype(np.int64)]
-        pairs = pairs.of(samples)
+        pairs = pairs.select(samples)
         self._images, self._texts = image(pairs.image.rows), text(pairs.text.rows)
         self._positives = pairs.positives()
         self._device = device

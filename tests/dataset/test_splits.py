@@ -97,7 +97,7 @@ def test_split_round_trip(cache_path: Path, tmp_path: Path) -> None:
     assert read_split(tmp_path / "split.parquet", [cache]) == split
     other = replace(split, keys=split.keys[1:], parts=split.parts[1:], groups=split.groups[1:])
     write_split(tmp_path / "other.parquet", other)
-    with pytest.raises(DataError, match="is of other samples: it has 299 keys, .* has 300, and they differ"):
+    with pytest.raises(DataError, match="belongs to other samples: it has 299 keys, .* has 300, and they differ"):
         read_split(tmp_path / "other.parquet", [cache])
     with pytest.raises(PathError, match="does not exist"):
         read_split(tmp_path / "no", [cache])

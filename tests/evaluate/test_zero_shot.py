@@ -127,15 +127,13 @@ def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp
 def test_unusable_prompts_or_labels_raise(
     labeled: Path, prompts: Path, cache_path: Path, runs: list[Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        DataError, match=r"is no set of prompts: it has no column 'class'; make one: embedcache extract"
-    ):
+    with pytest.raises(DataError, match=r"holds no prompts: it has no column 'class'; make some: embedcache extract"):
         evaluate_zero_shot(labeled, runs[:1], cache_path)
     with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
         evaluate_zero_shot(labeled, runs[:1], prompts, ZeroShotSettings(label="labl"))
     few = tmp_path / "few"
     few.mkdir()
-    with pytest.raises(DataError, match=r"labels .* that are no class: 'yellow' .*; the classes are 'black'"):
+    with pytest.raises(DataError, match=r"labels .* that are not classes: 'yellow' .*; the classes are 'black'"):
         evaluate_zero_shot(labeled, runs[:1], prompt_cache(few, COLOUR_NAMES[:5]))
     other = tmp_path / "other"
     other.mkdir()
@@ -149,5 +147,5 @@ def test_unusable_prompts_or_labels_raise(
 def test_class_without_prompts_is_named(labeled: Path, runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('{"black": ["x"], "blue": ["  y "]}')
     cache = cached(f"prompts:{tmp_path / 'p.json'}", tmp_path / "prompts", text=TEXT)
-    with pytest.raises(DataError, match="that are no class"):
+    with pytest.raises(DataError, match="that are not classes"):
         evaluate_zero_shot(labeled, runs[:1], cache)

@@ -36,7 +36,7 @@ def made(pieces: list[str]) -> list[nn.Module]:
 
 @given(pieces=PIECES, is_bare=st.booleans())
 @settings(max_examples=40)
-def test_layers_norms_and_centring_are_folded_exactly(pieces: list[str], is_bare: bool) -> None:
+def test_dense_chain_is_exact(pieces: list[str], is_bare: bool) -> None:
     modules = made(pieces)
     torch.manual_seed(len(pieces))
     projector = OpenClipLinear(6, 6)

@@ -141,7 +141,7 @@ def test_repeated_name_raises(cache_path: Path, tmp_path: Path) -> None:
 def test_concept_without_example_raises(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("class,caption\nred,red\nblue,\n")
     extract(open_source(tmp_path / "p.csv"), tmp_path / "prompts", text_encoders=[TEXT])
-    with pytest.raises(DataError, match="1 of 2 classes .* have no prompt that was encoded, first 'blue'"):
+    with pytest.raises(DataError, match="1 of 2 classes .* have no encoded prompt, first 'blue'"):
         open_concepts(Cache(tmp_path / "prompts"), Vectors(cache_path, "text", "open_toy/mean"))
     reds = [f"{number:05d}" for number in range(60)]
     broken = Cache(labeled_cache(tmp_path, 2, broken=reds[1:]))

@@ -263,7 +263,9 @@ def test_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path) ->
     cache = Cache(cache_path)
     pairs = train_module.open_data(cache_path, image=IMAGE, text="open_toy/mean", memory_gb=1)
     split = read_split(tmp_path / "run/split.parquet", [cache])
-    validation = Validation(pairs.pairs(None).of(split.rows("val")), pairs.read_image, pairs.read_text, device="cpu")
+    validation = Validation(
+        pairs.pairs(None).select(split.rows("val")), pairs.read_image, pairs.read_text, device="cpu"
+    )
     assert validation.recalls(pair) == pytest.approx(scores[best])
 
 

@@ -64,7 +64,7 @@ def test_a_selection_is_selected_from_and_trained_on(around: dict[str, Path], tm
     for seed, run in enumerate(runs):
         settings = train_settings({**recipe, "seed": seed})
         train(around["cache"], run, image=IMAGE_FEATURE, text=TEXT_FEATURE, settings=settings)
-    assert len({read_config(run).inputs["selection"] for run in runs}) == 2
+    assert len({read_config(run).file_digests["selection"] for run in runs}) == 2
     assert list(recipes(runs).values()) == [runs]  # seeds of one recipe, each with a selection of its own
 
 
