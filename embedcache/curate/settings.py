@@ -17,10 +17,10 @@ _SELECTION_FORMAT = "Parquet, or a text file with one key per line"
 class CoverageSettings:
     """Which items are counted for a concept, and what is kept of them."""
 
-    modality: Literal["image", "text", "both"] = setting("image", "Modality of the items to count.")
+    modality: Literal["image", "text", "both"] = setting("image", "Modality to read.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
-    label: str = setting("label", "Column of labels, if the concepts are labeled examples.", metavar="COLUMN")
+    label: str = setting("label", "Column of class labels.", metavar="COLUMN")
     threshold: float | None = setting(
         None,
         "Count items above this cosine similarity, for all concepts.",
@@ -65,7 +65,7 @@ class DedupSettings:
     )
     copies_only: bool = setting(False, "Remove exact copies only: equal bytes or texts.", flat_name="copies")
     modality: Literal["image", "text"] | None = setting(
-        None, "Modality to compare.", default_text="image, or text if there are no image features"
+        None, "Modality to read.", default_text="image, or text if there are no image features"
     )
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
@@ -167,11 +167,11 @@ class SelectSettings:
         stored_as="drawn",
         default_text="20,000, or twice the budget if that is more",
     )
-    concepts: str | Path | None = setting(None, "Cache of prompts, or of labeled examples.", metavar="CACHE")
+    concepts: str | Path | None = setting(None, "Cache of prompts, one sample per concept.", metavar="CACHE")
     join_names: bool = setting(False, "Merge concepts of the same name.")
     target: str | Path | None = setting(None, "image-based: cache of the images to resemble.", metavar="CACHE")
     run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
-    modality: Literal["image", "text"] | None = setting(None, "Modality to compare.", default_text="the method's")
+    modality: Literal["image", "text"] | None = setting(None, "Modality to read.", default_text="the method's")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     selection: Path | str | None = setting(
         None, f"Select only from the samples of this selection: {_SELECTION_FORMAT}.", metavar="FILE"

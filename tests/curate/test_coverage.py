@@ -207,7 +207,7 @@ def test_mistakes_are_named_with_their_numbers(cache_path: Path, prompts: Path, 
     with pytest.raises(FingerprintError, match="feature open_toy/mean .* weights: stored '.*', requested '.*'"):
         of_texts(cache_path, other)
     (tmp_path / "keys.txt").write_text("nobody\n")
-    with pytest.raises(DataError, match="names 'nobody'"):
+    with pytest.raises(DataError, match="has 'nobody'"):
         of_texts(cache_path, prompts, selection=tmp_path / "keys.txt")
     for wrong in ({"threshold": 1.0}, {"deviations": 0.0}, {"k": 0}, {"min_count": 0}):
         (name,) = wrong

@@ -193,7 +193,7 @@ def test_a_cosine_out_of_its_range_is_refused(copied: Path, tmp_path: Path, cosi
 
 
 def test_what_cannot_be_meant_is_refused(copied: Path, tmp_path: Path) -> None:
-    with pytest.raises(PathError, match="end it in .parquet"):
+    with pytest.raises(PathError, match="expected a path that ends in .parquet"):
         dedup(copied, tmp_path / "kept.txt", DedupSettings(cosine=0.9))
     with pytest.raises(UnknownNameError, match="unknown keep rule 'last'"):
         analyze(copied, DedupSettings(keep="last"))

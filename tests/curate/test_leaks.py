@@ -123,9 +123,9 @@ def test_the_selection_holds_what_is_clean_and_how_close_it_comes(caches: tuple[
     assert all(reason.startswith("not in test; closest image ") for reason in table["reason"].to_pylist())
     made = json.loads(table.schema.metadata[b"embedcache"])
     assert made["by"]["image"]["num_samples_copied"] == 2
-    with pytest.raises(PathError, match="end it in .parquet"):
+    with pytest.raises(PathError, match="expected a path that ends in .parquet"):
         write_clean_selection(tmp_path / "clean.txt", found)
-    with pytest.raises(DataError, match="nothing of .* is selected"):
+    with pytest.raises(DataError, match="no sample of .* is selected"):
         write_clean_selection(tmp_path / "none.parquet", find_leaks(*caches, replace(BOTH, image_cosine=0.01)))
 
 

@@ -159,7 +159,7 @@ def test_a_threshold_that_nothing_passes_is_told(around: dict[str, Path], tmp_pa
 
 
 def test_a_selection_ends_in_parquet(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(PathError, match=r"end it in .parquet"):
+    with pytest.raises(PathError, match=r"expected a path that ends in .parquet"):
         chosen(around, tmp_path / "a.txt", budget=3)
 
 
