@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from embedcache.dataset.settings import SplitSettings
     from embedcache.encoders.settings import EncoderSettings
     from embedcache.errors import EmbedcacheError
-    from embedcache.evaluate.retrieval import evaluate_retrieval
-    from embedcache.evaluate.zero_shot import evaluate_zero_shot
+    from embedcache.evaluate.retrieval import compare_retrieval, evaluate_retrieval
+    from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
+    from embedcache.evaluate.zero_shot import compare_zero_shot, evaluate_zero_shot
     from embedcache.extract.extract import extract as extract_features
     from embedcache.extract.settings import ExtractSettings
     from embedcache.inference import Model, load
@@ -53,13 +54,17 @@ __all__ = [
     "ModelSettings",
     "OptimizerSettings",
     "Queries",
+    "RetrievalSettings",
     "SearchSettings",
     "SelectSettings",
     "SourceSettings",
     "SplitSettings",
     "TrainSettings",
+    "ZeroShotSettings",
     "analyze_duplicates",
     "build_index",
+    "compare_retrieval",
+    "compare_zero_shot",
     "evaluate_retrieval",
     "evaluate_zero_shot",
     "extract_features",

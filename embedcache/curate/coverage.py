@@ -20,7 +20,7 @@ from embedcache.curate.counting import (
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.inequality import gini, top_share
+from embedcache.metrics.inequality import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
@@ -62,7 +62,7 @@ class ConceptCounts:
 
     def top_fraction(self, fraction: float) -> float:
         """Return the fraction of all matches in the largest concepts, such as the top 1 %."""
-        return top_share(self.counts, fraction)
+        return top_fraction(self.counts, fraction)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.backends import Graph, OnnxExport, build_graph, choose_batch_size
-from embedcache.encoders.base import Fingerprint, ItemShape, Modality
-from embedcache.encoders.image import check_feature_names
+from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, build_graph, choose_batch_size
+from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
@@ -32,7 +31,7 @@ def build_text_encoder(
     fingerprint: Fingerprint,
     settings: EncoderSettings,
     onnx_key: Mapping[str, Any],
-) -> "TextEncoder":
+) -> GraphEncoder:
     """Create an encoder from a loaded model.
 
     Args:
@@ -66,13 +65,34 @@ def build_text_encoder(
     )
     graph, backend = build_graph(export, settings, fingerprint.weights)
     pooling = {name: fingerprint.pooling[name] for name in native_features(features)}
-    return TextEncoder(
-        graph=graph,
-        tokenize=tokenizer,
+    return text_encoder(
+        graph,
+        tokenizer,
         features=features,
         fingerprint=replace(fingerprint, pooling=pooling, backend=backend, precision=settings.precision),
         pad_id=tokenizer.pad_id,
         settings=settings,
+    )
+
+
+def text_encoder(
+    graph: Graph,
+    tokenize: Tokenize,
+    *,
+    features: Mapping[str, ItemShape],
+    fingerprint: Fingerprint,
+    pad_id: int,
+    settings: EncoderSettings,
+) -> GraphEncoder:
+    """Create a text encoder from its parts; see `GraphEncoder`."""
+    return GraphEncoder(
+        modality="text",
+        graph=graph,
+        prepare=lambda texts: list(tokenize(texts)),
+        collate=lambda prepared: pad(prepared, pad_id),
+        features=features,
+        fingerprint=fingerprint,
+        batch_size=choose_batch_size(settings, on_cpu=64, on_gpu=512),
     )
 
 
@@ -83,55 +103,6 @@ def _example_batch(lengths: tuple[int, ...], pad_id: int) -> dict[str, Ints]:
 def _item_shape(output: torch.Tensor) -> ItemShape:
     width = int(output.shape[-1])
     return (-1, width) if output.ndim == 3 else (width,)
-
-
-class TextEncoder:
-    """A frozen text model of any family.
-
-    Args:
-        graph: computes the features, with the batch as first axis; token features are still padded.
-        tokenize: called from many threads at once.
-        features: name -> shape of one item, the default first; `(-1, D)` has as many rows as the text has tokens.
-        fingerprint: everything that determines the output.
-        pad_id: token that fills up shorter texts.
-        settings: device and batch size.
-    """
-
-    modality: Modality = "text"
-
-    def __init__(
-        self,
-        *,
-        graph: Graph,
-        tokenize: Tokenize,
-        features: Mapping[str, ItemShape],
-        fingerprint: Fingerprint,
-        pad_id: int,
-        settings: EncoderSettings,
-    ) -> None:
-        self.features = features
-        self.fingerprint = fingerprint
-        self.batch_size = choose_batch_size(settings, on_cpu=64, on_gpu=512)
-        self._graph = graph
-        self._tokenize = tokenize
-        self._pad_id = pad_id
-
-    def prepare(self, items: Sequence[str]) -> list[Array]:
-        """Convert texts to (T,) int64 token ids, truncated to the model's maximum input length."""
-        return list(self._tokenize(items)) if items else []
-
-    def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
-        """Compute the named features of each text: float32, not normalized, without padding."""
-        check_feature_names(names, self.features)
-        if not prepared:
-            return {name: [] for name in names}
-        outputs = self._graph(pad(prepared, self._pad_id), names)
-        return {name: self._items(name, outputs[name], prepared) for name in names}
-
-    def _items(self, name: str, output: Array, prepared: Sequence[Array]) -> list[Array]:
-        if self.features[name][0] != -1:
-            return list(output)
-        return [tokens_TD[: len(ids)] for tokens_TD, ids in zip(output, prepared, strict=True)]
 
 
 def pad(ids: Sequence[Array], pad_id: int) -> dict[str, Ints]:

@@ -18,7 +18,7 @@ from embedcache.projectors.saved import project
 from embedcache.store.cache import Cache
 
 KS = (1, 5, 10)
-WAYS = ("i2t", "t2i")
+DIRECTIONS = ("i2t", "t2i")
 _MAX_K = 100
 
 
@@ -140,10 +140,10 @@ def evaluate_retrieval(
     return RetrievalReport(
         part=rankings[0].part,
         language=_language(runs[0], settings),
-        recalls={direction: _recalls(rankings, direction) for direction in WAYS},
-        orders={direction: _orders(rankings, direction) for direction in WAYS},
-        curves={direction: _curve(rankings, direction) for direction in WAYS},
-        chance={direction: {f"r@{k}": _chance(rankings, direction, k) for k in KS} for direction in WAYS},
+        recalls={direction: _recalls(rankings, direction) for direction in DIRECTIONS},
+        orders={direction: _orders(rankings, direction) for direction in DIRECTIONS},
+        curves={direction: _curve(rankings, direction) for direction in DIRECTIONS},
+        chance={direction: {f"r@{k}": _chance(rankings, direction, k) for k in KS} for direction in DIRECTIONS},
         by_seed=[_mean_recall(ranking) for ranking in rankings],
         num_images=[len(ranking.images) for ranking in rankings],
         num_texts=[len(ranking.texts) for ranking in rankings],
@@ -253,7 +253,7 @@ def _groups(rankings: Sequence[Ranking], direction: str) -> Ints:
 
 
 def _mean_recall(ranking: Ranking) -> float:
-    return float(np.mean([np.mean(ranking.ranks[direction] <= k) for direction in WAYS for k in KS]))
+    return float(np.mean([np.mean(ranking.ranks[direction] <= k) for direction in DIRECTIONS for k in KS]))
 
 
 def _chance(rankings: Sequence[Ranking], direction: str, k: int) -> Estimate:

@@ -81,7 +81,7 @@ class RequestGuard:
         host = headers.get("host", "")
         if not self._is_own_name(host):
             return _error(
-                421, f"host name {_host_name(host)!r} is not accepted; to accept it, start the server with --name"
+                421, f"host name {_host_name(host)!r} is not accepted; to accept it, start the server with --host-name"
             )
         if _is_cross_site(headers, host):
             return _error(403, "requests from pages of other sites are not accepted")

@@ -21,7 +21,9 @@ class ServeSettings:
     token: str | None = setting(
         None, "Token that visitors must send.", metavar="TOKEN", default_text="random, where required"
     )
-    names: tuple[str, ...] = setting((), "Accept requests for this host name too.", flat_name="name", metavar="NAME")
+    names: tuple[str, ...] = setting(
+        (), "Accept requests for this host name too.", flat_name="host_name", metavar="NAME"
+    )
     max_upload: int = setting(
         20 * 2**20, "Largest query image in bytes.", gt=0, metavar="SIZE", default_text="20MB", parse=parse_size
     )

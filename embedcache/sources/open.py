@@ -96,7 +96,7 @@ def base_source(description: Mapping[str, Any]) -> tuple[str, str]:
 def source_credit(description: Mapping[str, Any]) -> str:
     """Return the attribution that pages with images of a source must carry, or an empty text.
 
-    The description may come from an untrusted cache: only registered classes are imported.
+    The description may come from an untrusted cache: only built-in and installed plug-ins are imported.
     """
     kind, _ = base_source(description)
     return str(getattr(SOURCES.load(kind), "credit", "")) if kind in SOURCES else ""

@@ -78,8 +78,8 @@ def sweep(
     study_path, settings, progress = Path(study_path), settings or SweepSettings(), progress or NullProgress()
     space = read_space(Path(space_path))
     grid_points(space, settings)  # rejects an infinite grid before a folder is created
-    memory_gb = space.settings({}).machine.memory_gb
-    data = open_data(cache_paths, image=image, text=text, memory_gb=memory_gb)
+    memory = space.settings({}).machine.memory
+    data = open_data(cache_paths, image=image, text=text, memory_bytes=memory)
     space = _with_block_rows(space, data)
     with disk_errors(study_path):
         study = open_study(study_path, data, space, settings)

@@ -53,7 +53,9 @@ class StudyJob:
 
         Forked processes would share loaded features as well, but forking is unsafe after CUDA or OpenMP were used.
         """
-        return open_data(self.caches, image=self.study.image["feature"], text=self.study.text["feature"], memory_gb=0.0)
+        return open_data(
+            self.caches, image=self.study.image["feature"], text=self.study.text["feature"], memory_bytes=0
+        )
 
     def run_settings(self, params: Mapping[str, Value]) -> TrainSettings:
         """Return the training settings of a trial's parameters, with the study's split.

@@ -20,14 +20,14 @@ from embedcache.store.cache import Cache
 Paths: TypeAlias = Path | str | Sequence[Path | str]
 
 
-def open_data(paths: Paths, *, image: str | None, text: str | None, memory_gb: float) -> "TrainData":
+def open_data(paths: Paths, *, image: str | None, text: str | None, memory_bytes: int) -> "TrainData":
     """Open the same image and text feature of one or several caches.
 
     Args:
         paths: one cache, or several.
         image: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
         text: likewise.
-        memory_gb: features that fit into this many 10^9 bytes are loaded once.
+        memory_bytes: features that fit into this many bytes are loaded once.
 
     Raises:
         UnknownNameError: there is no feature of that name.
@@ -43,7 +43,7 @@ def open_data(paths: Paths, *, image: str | None, text: str | None, memory_gb: f
     for features in (images, texts):
         for cache, feature in zip(caches[1:], features[1:], strict=True):
             _check_same_feature(caches[0], features[0], cache, feature)
-    return TrainData(caches=caches, images=images, texts=texts, memory_bytes=memory_gb * 1e9)
+    return TrainData(caches=caches, images=images, texts=texts, memory_bytes=memory_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

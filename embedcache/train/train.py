@@ -103,7 +103,7 @@ def train(
 
     The run folder gets `started.json`, `split.parquet`, `losses.jsonl`, `last.safetensors`, `record.json`,
     `model.safetensors` and, last, `config.json`; before that `checkpoint.pt`, from which an interrupted run resumes. A
-    finished run with the same settings is reused. Memory: the features, or `memory_gb`. Under torchrun all processes
+    finished run with the same settings is reused. Memory: the features, or `memory`. Under torchrun all processes
     must call it.
 
     Args:
@@ -131,7 +131,7 @@ def train(
     torch_device(settings.machine.device)
     with process_group(settings.machine.device) as device:
         settings = replace(settings, machine=replace(settings.machine, device=device))
-        data = open_data(cache_paths, image=image, text=text, memory_gb=settings.machine.memory_gb)
+        data = open_data(cache_paths, image=image, text=text, memory_bytes=settings.machine.memory)
         return train_on(data, run_path, settings, progress=progress)
 
 
@@ -148,7 +148,7 @@ def train_on(
     Args:
         data: open caches.
         run_path: folder of the run.
-        settings: settings of the run, except `memory_gb`, which was applied when the data were opened.
+        settings: settings of the run, except `memory`, which was applied when the data were opened.
         progress: progress in training pairs.
         on_epoch: called after each validation; an exception that it raises ends the training.
     """

@@ -51,7 +51,7 @@ def classified(folder: Path) -> ZeroShotReport:
     )
 
 
-def test_recall_of_images_is_asked_by_texts_and_the_other_way_round(retrieved: RetrievalReport) -> None:
+def test_retrieval_result(retrieved: RetrievalReport) -> None:
     result = retrieval_result(retrieved, cache="caches/flickr", runs=["run-0", "run-1"])
     assert set(result) == {*FIELDS, "details"}
     assert result["metrics"] == {
@@ -63,7 +63,7 @@ def test_recall_of_images_is_asked_by_texts_and_the_other_way_round(retrieved: R
     assert result["details"]["num_images"] == 75
 
 
-def test_accuracies_have_their_names_and_the_language_of_the_prompts(classified: ZeroShotReport, folder: Path) -> None:
+def test_zero_shot_result(classified: ZeroShotReport, folder: Path) -> None:
     places = {"cache": folder / "labeled", "prompts": folder / "prompts", "runs": [folder / "run"]}
     result = zero_shot_result(classified, **places)
     assert set(result) == {*FIELDS, "details"}
@@ -90,7 +90,7 @@ def build(*files: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_clip_benchmarks_build_makes_one_table_of_all_our_figures(
+def test_clip_benchmark_build_reads_results(
     retrieved: RetrievalReport, classified: ZeroShotReport, folder: Path, tmp_path: Path
 ) -> None:
     languages = {
@@ -116,7 +116,7 @@ def test_clip_benchmarks_build_makes_one_table_of_all_our_figures(
     assert {row["dataset"] for row in (first, second, *others)} == {"cache"}
 
 
-def test_one_file_of_several_results_holds_the_others_too(retrieved: RetrievalReport, tmp_path: Path) -> None:
+def test_json_file_holds_all_results(retrieved: RetrievalReport, tmp_path: Path) -> None:
     results = {name: retrieval_result(retrieved, cache="cache", runs=[name]) for name in ("run", "shuffled")}
     write_results(tmp_path / "figures.json", results)
     written = read_json(tmp_path / "figures.json")

@@ -93,7 +93,7 @@ def test_foreign_host_names_are_rejected(client: TestClient) -> None:
     for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example:8000", "localhost.evil.example", ""):
         answer = client.get("/api/info", headers={"Host": host})
         assert answer.status_code == 421, host
-        assert "--name" in answer.json()["error"]
+        assert "--host-name" in answer.json()["error"]
     for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST"):
         assert client.get("/api/info", headers={"Host": host}).status_code == 200, host
 

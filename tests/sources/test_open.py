@@ -13,7 +13,9 @@ from tests.sources.files import jpeg, write, write_tar
 
 
 class CustomSource:
-    """A custom source, loaded as `module:attribute`."""
+    """A custom source, loaded as `module:attribute` or by an entry point."""
+
+    credit = "Images: mine"
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         self.location = location
@@ -107,6 +109,15 @@ def test_source_credit(kind: str, path: str, credit: str) -> None:
 def test_custom_source_opens_and_reopens() -> None:
     source = open_source("anywhere", kind=f"{__name__}:CustomSource")
     assert [sample.key for sample in reopen_source(source.describe()).samples()] == ["only"]
+
+
+def test_source_of_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "mine-1.0.dist-info", {"METADATA": "Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n"})
+    declared = f"[embedcache.sources]\nmine = {__name__}:CustomSource\n"
+    write(tmp_path / "mine-1.0.dist-info", {"entry_points.txt": declared})
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [sample.key for sample in open_source("mine:anywhere").samples()] == ["only"]
+    assert source_credit({"type": "mine", "path": "anywhere"}) == "Images: mine"
 
 
 def test_reopening_a_missing_path_raises(tmp_path: Path) -> None:

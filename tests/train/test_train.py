@@ -118,7 +118,7 @@ def test_zero_epochs_keep_the_closed_form(cache_path: Path, tmp_path: Path) -> N
 
 
 def test_mapped_features_train_the_same(cache_path: Path, finished: Path, tmp_path: Path) -> None:
-    run(cache_path, tmp_path / "run", memory_gb=0.0, block_rows=1)
+    run(cache_path, tmp_path / "run", memory=1, block_rows=1)
     assert (finished / "model.safetensors").read_bytes() == (tmp_path / "run/model.safetensors").read_bytes()
 
 
@@ -129,7 +129,7 @@ def test_bfloat16_trains(cache_path: Path, tmp_path: Path) -> None:
 
 def test_finished_run_is_reused(cache_path: Path, finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.iterdir()}
-    again = run(cache_path, finished, memory_gb=1.0)
+    again = run(cache_path, finished, memory=2**30)
     assert again.reused
     assert again.recalls == json.loads((finished / "record.json").read_text())["outcome"]["recalls"]
     assert "reused" in again.line(finished)
@@ -261,7 +261,7 @@ def test_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path) ->
     assert report.best_epoch == best != 6
     pair, _ = load_pair(tmp_path / "run")
     cache = Cache(cache_path)
-    pairs = train_module.open_data(cache_path, image=IMAGE, text="open_toy/mean", memory_gb=1)
+    pairs = train_module.open_data(cache_path, image=IMAGE, text="open_toy/mean", memory_bytes=10**9)
     split = read_split(tmp_path / "run/split.parquet", [cache])
     validation = Validation(
         pairs.pairs(None).select(split.rows("val")), pairs.read_image, pairs.read_text, device="cpu"
