@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.made import Made, write_made
-from benchmarks.measured import run_embedcache
-from benchmarks.table import median_rates
+from benchmarks.data import Made, write_made
+from benchmarks.measure import median_rates, run_embedcache
 from embedcache.arrays import Floats, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.curate.counting import SAMPLE, CoverageCounter, estimate_background

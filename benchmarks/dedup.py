@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks.measured import run_embedcache
+from benchmarks.measure import run_embedcache
 from embedcache.arrays import Array, Ints, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.curate.near_duplicates import NearDuplicates, find_near_duplicates
