@@ -14,7 +14,15 @@ from embedcache.encoders.image_features import FeatureName
 from embedcache.errors import DataError, UnfinishedError
 from embedcache.evaluate.pair_samples import PairSample, draw_samples, split_samples
 from embedcache.evaluate.settings import PairsSettings
-from embedcache.metrics.alignment import Blocked, Products, cka, nearest_others, neighbor_overlap, products, shuffled
+from embedcache.metrics.alignment import (
+    CenteredRows,
+    KernelProducts,
+    cka,
+    kernel_products,
+    nearest_others,
+    neighbor_overlap,
+    shuffled_from_products,
+)
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, jackknife
 from embedcache.metrics.ranking import best_ranks
 from embedcache.progress import NullProgress, Progress
@@ -211,7 +219,7 @@ class _PreparedFeature:
     items: Floats
     rows: Array
     neighbors: Ints
-    own: Products
+    own: KernelProducts
 
 
 def _compare(
@@ -240,10 +248,10 @@ def _prepare(feature: InputFeature, items: Items, sample: PairSample, k: int) ->
     np.add.at(rows_SD, row_I, unit_ID)
     rows_SD /= np.bincount(row_I)[:, None].astype(np.float32)
     try:
-        blocked = Blocked(rows_SD, sample.blocks)
+        blocked = CenteredRows(rows_SD, sample.blocks)
     except DataError as error:
         raise DataError(f"{feature.modality} feature {feature.name}: {error}") from error
-    own = products(blocked, blocked)
+    own = kernel_products(blocked, blocked)
     return _PreparedFeature(items=unit_ID, rows=rows_SD, neighbors=nearest_others(rows_SD, k), own=own)
 
 
@@ -256,8 +264,8 @@ def _read(feature: InputFeature, rows: Ints) -> Inputs:
 def _measure(
     sample: PairSample, names: tuple[str, str], image: _PreparedFeature, text: _PreparedFeature, resamples: int
 ) -> PairFigures:
-    x, y = Blocked(image.rows, sample.blocks), Blocked(text.rows, sample.blocks)
-    both, sizes = products(x, y), np.bincount(sample.blocks)
+    x, y = CenteredRows(image.rows, sample.blocks), CenteredRows(text.rows, sample.blocks)
+    both, sizes = kernel_products(x, y), np.bincount(sample.blocks)
     overlap_S = neighbor_overlap(image.neighbors, text.neighbors)
     i2t, t2i = _probe(sample, image.items, text.items, resamples)
     return PairFigures(
@@ -268,7 +276,7 @@ def _measure(
         mutual_knn=bootstrap_mean(overlap_S, sample.groups, num_draws=resamples),
         debiased_cka=jackknife(cka(both.unbiased, image.own.unbiased, text.own.unbiased), sizes),
         linear_cka=jackknife(cka(both.biased, image.own.biased, text.own.biased), sizes),
-        shuffled_cka=shuffled(x, y, image.own, text.own),
+        shuffled_cka=shuffled_from_products(x, y, image.own, text.own),
     )
 
 

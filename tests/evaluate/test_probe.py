@@ -242,7 +242,7 @@ def test_intervals_over_runs_are_wider() -> None:
     same = bootstrap_runs(np.tile(values[1], (5, 1)), np.arange(400))
     alone = bootstrap_mean(values[1])
     assert (same.low, same.high) == pytest.approx((alone.low, alone.high), abs=0.01)
-    with pytest.raises(DataError, match="no value"):
+    with pytest.raises(DataError, match="at least one value"):
         bootstrap_runs(np.empty((0, 0)), np.empty(0, np.int64))
 
 

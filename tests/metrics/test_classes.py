@@ -61,7 +61,7 @@ def test_bootstrap_means_share_resamples() -> None:
     for column, estimate in enumerate(bootstrap_means(values, clusters)):
         alone = bootstrap_mean(values[:, column], clusters)
         assert astuple(estimate) == pytest.approx(astuple(alone))
-    with pytest.raises(DataError, match="no value"):
+    with pytest.raises(DataError, match="at least one value"):
         bootstrap_means(np.empty((0, 2)))
-    with pytest.raises(DataError, match="no value"):
+    with pytest.raises(DataError, match="at least one value"):
         bootstrap_class_mean(np.empty(0), np.empty(0, np.int64))

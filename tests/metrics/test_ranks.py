@@ -72,7 +72,7 @@ def test_chance_recall_matches_enumeration(num_positives: list[int], num_candida
     assert chance_recall(np.array(num_positives), num_candidates, k) == pytest.approx(counted, abs=0.05)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_bootstrap_interval_coverage() -> None:
     rng = np.random.default_rng(0)
     inside = 0
     for trial in range(100):
@@ -91,7 +91,7 @@ def test_bootstrap_by_cluster_is_wider() -> None:
 
 
 def test_bootstrap_of_nothing_raises() -> None:
-    with pytest.raises(DataError, match="no value"):
+    with pytest.raises(DataError, match="at least one value"):
         bootstrap_mean(np.array([]))
 
 
