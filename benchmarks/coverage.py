@@ -104,17 +104,17 @@ def _pass(folder: Path, num_rows: int, cpu: list[float]) -> float:
     pool = Vectors(folder / "pool", "text")
     concepts = open_concepts(Cache(folder / "concepts"), pool)
     background = estimate_background(concepts.vectors, pool.sample(SAMPLE), K)
-    near, _ = top_k(concepts.vectors, concepts.vectors, 8)
+    nearest, _ = top_k(concepts.vectors, concepts.vectors, 8)
     work = CoverageCounter(
         concepts.vectors,
         thresholds_C=background.thresholds(4),
         floors_C=background.floors,
-        near_CJ=near,
+        nearest_CJ=nearest,
         k=K,
     )
     started, cpu_started = time.perf_counter(), time.process_time()
     counts = run_pass(pool, work)
-    counts.best.table()
+    counts.top.table()
     seconds = time.perf_counter() - started
     cpu.append(time.process_time() - cpu_started)
     assert counts.num_items[0] == num_rows
