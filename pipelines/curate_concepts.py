@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.cli.console import print_line
-from embedcache.curate.select.select import SelectSettings, select
+from embedcache.curate.select.select import select
+from embedcache.curate.settings import SelectSettings
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.evaluate.zero_shot import evaluate_zero_shot
@@ -38,11 +39,15 @@ def select_pairs(workdir: Path, name: str, budget: int, seed: int) -> None:
         workdir / "pool",
         cut / f"{name}-{budget}.parquet",
         method,
-        settings=SelectSettings(budget=budget, seed=seed, **METHODS[name]),
-        concepts_path=workdir / "concepts" if method in BY_CONCEPTS else None,
-        joins_names=True,  # two class names of ImageNet occur twice
-        run_path=cut / "scorer" if method == "clip-score" else None,
-        within=cut / ("english.parquet" if name == ENGLISH else "training.parquet"),
+        SelectSettings(
+            budget=budget,
+            concepts=workdir / "concepts" if method in BY_CONCEPTS else None,
+            join_names=True,  # two class names of ImageNet occur twice
+            run=cut / "scorer" if method == "clip-score" else None,
+            selection=cut / ("english.parquet" if name == ENGLISH else "training.parquet"),
+            seed=seed,
+            **METHODS[name],
+        ),
     )
 
 

@@ -181,7 +181,7 @@ def _without_metavar(option: Any) -> Any:
 
 def new_group(help: str, **options: Any) -> typer.Typer:
     """Return an empty group of commands; `options` are those of `typer.Typer`."""
-    return typer.Typer(help=help, cls=CommandGroup, no_args_is_help=True, **options)
+    return typer.Typer(help=help, short_help=help, cls=CommandGroup, no_args_is_help=True, **options)
 
 
 def add_command(app: typer.Typer, name: str, command: Callable[..., None], **options: Any) -> None:
@@ -193,7 +193,9 @@ def add_command(app: typer.Typer, name: str, command: Callable[..., None], **opt
         command: function with typer's annotations.
         options: further arguments of `typer.Typer.command`.
     """
-    app.command(name=name, help=_help_text(command), cls=Command, **options)(_with_verbosity(command))
+    help = _help_text(command)
+    summary = help.partition("\n\n")[0]
+    app.command(name=name, help=help, short_help=summary, cls=Command, **options)(_with_verbosity(command))
 
 
 def _help_text(command: Callable[..., None]) -> str:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.curate.select.export import export, to_uids, write_shards
+from embedcache.curate.select.export import export_selection, to_uids, write_shards
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.errors import DataError, PathError
 from embedcache.extract.extract import extract
@@ -30,7 +30,9 @@ def test_uids_are_sorted_halves_of_the_keys(keys: list[str]) -> None:
 
 
 def test_other_keys_are_no_uids() -> None:
-    with pytest.raises(DataError, match="1 of 2 keys are no uids of DataComp, .* first 'a/b'; take --format keys"):
+    with pytest.raises(
+        DataError, match="expected DataComp's uids of 32 hexadecimal digits, got 1 other keys of 2, first 'a/b'"
+    ):
         to_uids(["0" * 32, "a/b"])
 
 
@@ -45,7 +47,7 @@ def made(cache_path: Path, tmp_path: Path) -> tuple[Cache, Path]:
 
 def test_keys_select_the_same_samples_again(made: tuple[Cache, Path], tmp_path: Path) -> None:
     cache, path = made
-    assert export(cache.path, path, tmp_path / "keys.txt", "keys") == 7
+    assert export_selection(cache.path, path, tmp_path / "keys.txt", "keys") == 7
     assert np.array_equal(read_selection(tmp_path / "keys.txt", [cache]), read_selection(path, [cache]))
 
 
@@ -57,7 +59,7 @@ def test_a_pool_of_datacomps_gives_its_uids(tmp_path: Path) -> None:
     source = open_source(tmp_path / "table.jsonl", settings=SourceSettings(key_column="uid"))
     extract(source, tmp_path / "cache", image_encoders=[IMAGE])
     (tmp_path / "keys.txt").write_text("\n".join(uids[:3]))
-    assert export(tmp_path / "cache", tmp_path / "keys.txt", tmp_path / "uids.npy", "datacomp") == 3
+    assert export_selection(tmp_path / "cache", tmp_path / "keys.txt", tmp_path / "uids.npy", "datacomp") == 3
     assert [f"{high:016x}{low:016x}" for high, low in np.load(tmp_path / "uids.npy").tolist()] == sorted(uids[:3])
 
 
@@ -83,10 +85,10 @@ def test_shards_hold_the_very_bytes_and_are_extracted_again(
 def test_the_same_selection_gives_the_same_shards_in_a_new_folder(made: tuple[Cache, Path], tmp_path: Path) -> None:
     cache, path = made
     for name in ("a", "b"):
-        export(cache.path, path, tmp_path / name, "webdataset")
+        export_selection(cache.path, path, tmp_path / name, "webdataset")
     assert (tmp_path / "a/00000.tar").read_bytes() == (tmp_path / "b/00000.tar").read_bytes()
-    with pytest.raises(PathError, match="is not empty"):
-        export(cache.path, path, tmp_path / "a", "webdataset")
+    with pytest.raises(PathError, match="is not an empty folder"):
+        export_selection(cache.path, path, tmp_path / "a", "webdataset")
 
 
 def test_an_image_that_is_gone_leaves_no_shards(tmp_path: Path) -> None:

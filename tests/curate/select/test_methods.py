@@ -8,20 +8,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.curate.select.baselines import ClipScoreSelector, above, highest
-from embedcache.curate.select.cluster_methods import balanced, default_levels, farthest_first, fill, near_target
+from embedcache.curate.select.cluster_methods import (
+    balanced,
+    default_levels,
+    divide_budget,
+    farthest_first,
+    near_target,
+)
 from embedcache.curate.select.concept_methods import (
     Matches,
     MetaclipSelector,
     assign,
+    even_quotas,
     lowest_heads,
     match_near,
     match_words,
     rarest_first,
-    shares,
 )
-from embedcache.curate.select.select import SELECTORS, SelectSettings
+from embedcache.curate.select.select import SELECTORS
+from embedcache.curate.settings import SelectSettings
 from embedcache.errors import DataError
-from tests.curate.select.contract import SelectorContract
+from embedcache.testing.selectors import SelectorContract
 
 
 class TestRandom(SelectorContract):
@@ -119,8 +126,8 @@ def test_the_rare_concept_chooses_first() -> None:
 
 
 def test_a_budget_is_cut_into_equal_places() -> None:
-    assert shares(7, 3).tolist() == [3, 2, 2]
-    assert shares(2, 3).tolist() == [1, 1, 0]
+    assert even_quotas(7, 3).tolist() == [3, 2, 2]
+    assert even_quotas(2, 3).tolist() == [1, 1, 0]
 
 
 def test_the_reason_names_concept_cosine_and_rank(pools: Any) -> None:
@@ -140,7 +147,7 @@ def test_the_highest_are_kept_and_of_equals_the_first(scores: list[float], size:
 
 
 def test_a_threshold_that_nothing_reaches_says_where_the_cosines_lie() -> None:
-    with pytest.raises(DataError, match=r"none of 3 cosines reaches 0.9; they lie between 0.100 and 0.500"):
+    with pytest.raises(DataError, match=r"none of 3 cosines reaches --threshold 0.9; they range from 0.100 to 0.500"):
         above(np.array([0.1, 0.2, 0.5], np.float32), 0.9)
 
 
@@ -201,7 +208,7 @@ def test_a_higher_t_keeps_all_that_a_lower_one_keeps(pools: Any) -> None:
 
 
 def test_more_than_the_matching_samples_cannot_be_had(pools: Any) -> None:
-    with pytest.raises(DataError, match=r"only \d+ of 300 samples match .*fewer than the budget of 299"):
+    with pytest.raises(DataError, match=r"expected at most the \d+ of 300 samples that match .*, got 299"):
         MetaclipSelector().select(pools("cache", MetaclipSelector()), SelectSettings(budget=299))
     with pytest.raises(DataError, match="none of 300 samples matches any of 4 concepts"):
         MetaclipSelector().select(pools("cache", MetaclipSelector()), SelectSettings(budget=3, threshold=1.0))
@@ -219,7 +226,7 @@ def test_only_clusters_of_the_target_are_kept() -> None:
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.data())
 def test_a_budget_fills_branches_as_equally_as_their_sizes_allow(sizes: list[int], data: st.DataObject) -> None:
     budget = data.draw(st.integers(0, sum(sizes)))
-    found = fill(np.array(sizes), budget)
+    found = divide_budget(np.array(sizes), budget)
     assert found.sum() == budget
     assert (found <= sizes).all()
     open_ones = [share for share, size in zip(found.tolist(), sizes, strict=True) if share < size]
