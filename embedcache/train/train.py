@@ -26,8 +26,7 @@ from embedcache.train.distributed import num_processes, process_group, process_r
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
 from embedcache.train.settings import TrainSettings
-from embedcache.train.trainer import FitResult, OnEpoch, Trainer, seeded
-from embedcache.train.validation import Validation
+from embedcache.train.trainer import FitResult, OnEpoch, Trainer, Validation, seeded
 
 _FILES = (
     ".claims",

@@ -29,8 +29,7 @@ from embedcache.train import train as train_module
 from embedcache.train.batches import Batches
 from embedcache.train.initialization import initialize
 from embedcache.train.settings import OptimizerSettings
-from embedcache.train.trainer import learning_rate, make_optimizer
-from embedcache.train.validation import Validation
+from embedcache.train.trainer import Validation, learning_rate, make_optimizer
 from tests.train.runs import IMAGE, beats_chance, log_lines, run
 
 
