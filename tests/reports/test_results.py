@@ -89,6 +89,7 @@ def build(monkeypatch: pytest.MonkeyPatch, *files: Path) -> list[dict[str, str]]
         return list(csv.DictReader(file))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # clip_benchmark closes no file
 def test_clip_benchmark_build_reads_results(
     monkeypatch: pytest.MonkeyPatch,
     retrieved: RetrievalReport,
