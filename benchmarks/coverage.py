@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.made import Made, write_made
-from benchmarks.measured import run_embedcache
-from benchmarks.table import median_rates
+from benchmarks.data import Made, write_made
+from benchmarks.measure import median_rates, run_embedcache
 from embedcache.arrays import Floats, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.curate.counting import SAMPLE, CoverageCounter, estimate_background
@@ -103,17 +102,17 @@ def _pass(folder: Path, num_rows: int, cpu: list[float]) -> float:
     pool = Vectors(folder / "pool", "text")
     concepts = open_concepts(Cache(folder / "concepts"), pool)
     background = estimate_background(concepts.vectors, pool.sample(SAMPLE), K)
-    near, _ = top_k(concepts.vectors, concepts.vectors, 8)
+    nearest, _ = top_k(concepts.vectors, concepts.vectors, 8)
     work = CoverageCounter(
         concepts.vectors,
         thresholds_C=background.thresholds(4),
         floors_C=background.floors,
-        near_CJ=near,
+        nearest_CJ=nearest,
         k=K,
     )
     started, cpu_started = time.perf_counter(), time.process_time()
     counts = run_pass(pool, work)
-    counts.best.table()
+    counts.top.table()
     seconds = time.perf_counter() - started
     cpu.append(time.process_time() - cpu_started)
     assert counts.num_items[0] == num_rows

@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks.measured import run_embedcache
+from benchmarks.measure import run_embedcache
 from embedcache.arrays import Array, Ints, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.curate.near_duplicates import NearDuplicates, find_near_duplicates
+from embedcache.curate.settings import DedupSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources.base import ImageItem, Sample
 from embedcache.store.group import add_feature, create_group
@@ -104,8 +105,9 @@ def _compare(folder: Path, count: int) -> None:
     found: dict[str, set[tuple[int, int]]] = {}
 
     def ours(*, all_pairs: bool) -> set[tuple[int, int]]:
-        near: NearDuplicates = find_near_duplicates(vectors, rows, [LIMIT], all_pairs=all_pairs, scratch=folder)
-        return set(zip(near.links.left.tolist(), near.links.right.tolist(), strict=True))
+        settings = DedupSettings(all_pairs=all_pairs, scratch=folder)
+        near: NearDuplicates = find_near_duplicates(vectors, rows, [LIMIT], settings)
+        return set(zip(near.pairs.left.tolist(), near.pairs.right.tolist(), strict=True))
 
     def flat() -> set[tuple[int, int]]:
         searched = faiss.IndexFlatIP(WIDTH)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.made import Made, write_made
-from benchmarks.measured import run_embedcache
-from benchmarks.table import median_seconds
+from benchmarks.data import Made, write_made
+from benchmarks.measure import median_seconds, run_embedcache
 from embedcache.arrays import Inputs, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.dataset.settings import SplitSettings

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embedcache.curate.coverage import CoverageSettings, measure_coverage
-    from embedcache.curate.dedup import DedupSettings
+    from embedcache.curate.coverage import measure_coverage, measure_modalities
+    from embedcache.curate.dedup import analyze as analyze_duplicates
     from embedcache.curate.dedup import dedup as remove_duplicates
     from embedcache.curate.leaks import find_leaks
-    from embedcache.curate.select.select import SelectSettings
     from embedcache.curate.select.select import select as select_samples
+    from embedcache.curate.settings import CoverageSettings, DedupSettings, LeakSettings, SelectSettings
     from embedcache.dataset.settings import SplitSettings
     from embedcache.encoders.settings import EncoderSettings
     from embedcache.errors import EmbedcacheError
@@ -47,6 +47,7 @@ __all__ = [
     "ExtractSettings",
     "Filter",
     "IndexSettings",
+    "LeakSettings",
     "LossSettings",
     "MachineSettings",
     "Model",
@@ -60,6 +61,7 @@ __all__ = [
     "SplitSettings",
     "TrainSettings",
     "ZeroShotSettings",
+    "analyze_duplicates",
     "build_index",
     "compare_retrieval",
     "compare_zero_shot",
@@ -69,6 +71,7 @@ __all__ = [
     "find_leaks",
     "load",
     "measure_coverage",
+    "measure_modalities",
     "open_source",
     "remove_duplicates",
     "search_index",

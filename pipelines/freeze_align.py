@@ -80,9 +80,11 @@ def select_captions(workdir: Path, captions: str, concepts: str, recipe: Recipe,
         workdir / "captions",
         workdir / "chosen.parquet",
         "rare-first",
-        settings=embedcache.SelectSettings(per_concept=recipe.per_concept),
-        concepts_path=workdir / "concepts",
-        joins_names=True,  # two class names of ImageNet occur twice
+        embedcache.SelectSettings(
+            per_concept=recipe.per_concept,
+            concepts=workdir / "concepts",
+            join_names=True,  # two class names of ImageNet occur twice
+        ),
     )
     print_line(report.line())
 

@@ -148,7 +148,7 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     (hits,) = embedcache.search_index(f"{folder}/index", ["a red box"], embedcache.SearchSettings(k=3))
     assert len(hits) == 3
     chosen = embedcache.select_samples(
-        f"{folder}/cache", f"{folder}/some.parquet", "random", settings=embedcache.SelectSettings(budget=10)
+        f"{folder}/cache", f"{folder}/some.parquet", "random", embedcache.SelectSettings(budget=10)
     )
     assert chosen.num_selected == 10
     names = tmp_path / "names.txt"
@@ -157,15 +157,15 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     coverage = embedcache.measure_coverage(
         f"{folder}/cache",
         f"{folder}/concepts",
-        modality="text",
-        selection=f"{folder}/some.parquet",
-        settings=embedcache.CoverageSettings(threshold=-1.0),
+        embedcache.CoverageSettings(modality="text", selection=f"{folder}/some.parquet", threshold=-1.0),
     )
     assert coverage.whole.num_items == 90
-    done = embedcache.remove_duplicates(f"{folder}/cache", f"{folder}/kept.parquet", cosine=0.999)
+    done = embedcache.remove_duplicates(
+        f"{folder}/cache", f"{folder}/kept.parquet", embedcache.DedupSettings(cosine=0.999)
+    )
     assert done.path.is_file()
-    features = {"image": "open_toy/cls", "text": "open_toy/mean"}
-    leaks = embedcache.find_leaks(*two_caches, features=features)
+    features = embedcache.LeakSettings(image_feature="open_toy/cls", text_feature="open_toy/mean")
+    leaks = embedcache.find_leaks(*two_caches, features)
     assert {leak.modality for leak in leaks.leaks} == {"image", "text"}
 
 

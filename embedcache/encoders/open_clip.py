@@ -19,7 +19,13 @@ from embedcache.encoders.image import PixelScale, Transform, image_encoder, plai
 from embedcache.encoders.open import EncoderSpec, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import text_encoder
-from embedcache.encoders.weights import check_weights_file, find_hub_commit, hash_weights, translate_hub_errors
+from embedcache.encoders.weights import (
+    check_weights_file,
+    find_hub_commit,
+    hash_weights,
+    one_line,
+    translate_hub_errors,
+)
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.registry import require, unknown_name
 
@@ -124,9 +130,8 @@ def _load_once(name: str, pretrained: str, _changed_ns: int | None, _device: str
     except (UnpicklingError, SafetensorError) as error:
         raise CorruptError(f"cannot read {pretrained} as weights; save the model's state_dict()") from error
     except (RuntimeError, AssertionError) as error:  # open_clip asserts some of the shapes
-        reason = " ".join(str(error).split())[:200]
         raise ArtifactError(
-            f"the weights {pretrained} do not fit {name}: {reason}; name the model that they belong to"
+            f"the weights {pretrained} do not fit {name}: {one_line(error)}; name the model that they belong to"
         ) from error
     return Checkpoint(model=model.eval(), preprocess=preprocess, weights=hash_weights(model.state_dict()))
 
@@ -169,12 +174,7 @@ def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, setti
 
 
 def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Transform, torch.nn.Module]:
-    """Return open_clip's transform up to uint8, and the normalization that follows.
-
-    Args:
-        preprocess: the model's evaluation transform.
-        published: its settings.
-    """
+    """Return a model's evaluation transform up to uint8, and the normalization that follows."""
 
     def whole(image: Image) -> Array:
         array: Array = preprocess(image).numpy()

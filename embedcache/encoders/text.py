@@ -15,6 +15,7 @@ from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.weights import one_line
 from embedcache.errors import PathError, SettingError
 
 Tokenize: TypeAlias = Callable[[Sequence[str]], list[Ints]]
@@ -151,12 +152,7 @@ def open_tokenizer(
 ) -> Tokenizer:
     """Open the transformers tokenizer in a model folder, safe to call from many threads.
 
-    Args:
-        folder: holds the tokenizer's files.
-        max_tokens: maximum input length; None: the smaller of the tokenizer's and the model's limits.
-        model: the model, for its limit.
-        prefix: prepended to each text.
-        is_lower: whether to lowercase texts first.
+    `max_tokens` defaults to the smaller of the tokenizer's and the model's limits; see `Tokenizer` for the rest.
 
     Raises:
         PathError: there is no tokenizer in the folder.
@@ -167,8 +163,7 @@ def open_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PathError(f"no tokenizer in {folder}: {reason}; add the model's tokenizer files") from error
+        raise PathError(f"no tokenizer in {folder}: {one_line(error)}; add the model's tokenizer files") from error
     limit = _input_limit(max_tokens, tokenizer, model, folder)
     return Tokenizer(
         encode=_encode_function(tokenizer, limit),

@@ -25,7 +25,7 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import build_text_encoder, max_tokens_option, open_tokenizer
 from embedcache.encoders.text_features import POOLING as TEXT_POOLING
 from embedcache.encoders.text_features import TextFeatures
-from embedcache.encoders.weights import find_model_folder, load_config, load_pretrained, model_class
+from embedcache.encoders.weights import find_model_folder, load_config, load_pretrained, model_class, one_line
 from embedcache.errors import PathError, SettingError
 from embedcache.provenance import digest
 
@@ -135,8 +135,7 @@ def pixel_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str,
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PathError(f"no image processor in {folder}: {reason}; add preprocessor_config.json") from error
+        raise PathError(f"no image processor in {folder}: {one_line(error)}; add preprocessor_config.json") from error
 
     def whole(image: Image) -> Array:
         pixels = processor(images=image, return_tensors="np")["pixel_values"][0]

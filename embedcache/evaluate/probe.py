@@ -1,13 +1,13 @@
 """Probes: how well classifiers on a frozen feature predict a label, and few-shot curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Ints, blocks
+from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.errors import SettingError
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, load_method
 from embedcache.evaluate.labeled import LabeledFeature, name_some, read_labeled
@@ -194,18 +194,36 @@ def _score(name: str, fit: Fit, data: LabeledFeature, progress: Progress) -> Sco
 
 
 def _control(name: str, fit: Fit, data: LabeledFeature, settings: ProbeSettings, progress: Progress) -> Control:
-    rows = data.rows("test")
-    test = data.examples.take(rows)
-    is_right_RQ = np.empty((settings.draws, len(rows)), bool)
+    def fit_shuffled(draw: int) -> Classifier:
+        return _fit(fit, data, shuffle_labels(data, seed=(settings.seed, draw)))
+
+    is_right_RQ = _are_right(fit_shuffled, data, settings, progress)
+    accuracy = bootstrap_runs(is_right_RQ, data.items.samples[data.rows("test")])
+    return Control(method=name, accuracy=accuracy, by_shuffle=is_right_RQ.mean(axis=1).tolist())
+
+
+def _few_shot(
+    name: str, fit: Fit, data: LabeledFeature, shots: int, settings: ProbeSettings, progress: Progress
+) -> FewShot:
+    def fit_drawn(draw: int) -> Classifier:
+        drawn = draw_shots(data.examples.labels, data.rows("train"), shots, seed=(settings.seed, draw))
+        return fit(data.examples.take(drawn), None, len(data.names))
+
+    is_right_RQ = _are_right(fit_drawn, data, settings, progress)
+    accuracy = bootstrap_runs(is_right_RQ, data.items.samples[data.rows("test")])
+    return FewShot(method=name, shots=shots, accuracy=accuracy)
+
+
+def _are_right(
+    fit_draw: Callable[[int], Classifier], data: LabeledFeature, settings: ProbeSettings, progress: Progress
+) -> Bools:
+    """Return for each draw and test item whether the predicted class is right: (R, Q)."""
+    test = data.examples.take(data.rows("test"))
+    is_right_RQ = np.empty((settings.draws, len(test.labels)), bool)
     for draw in range(settings.draws):
-        labels_M = shuffle_labels(data, seed=(settings.seed, draw))
-        is_right_RQ[draw] = _ranks(_fit(fit, data, labels_M), test) == 1
+        is_right_RQ[draw] = _ranks(fit_draw(draw), test) == 1
         progress.advance(1)
-    return Control(
-        method=name,
-        accuracy=bootstrap_runs(is_right_RQ, data.items.samples[rows]),
-        by_shuffle=is_right_RQ.mean(axis=1).tolist(),
-    )
+    return is_right_RQ
 
 
 def _fit(fit: Fit, data: LabeledFeature, labels_M: Ints) -> Classifier:
@@ -220,19 +238,6 @@ def shuffle_labels(data: LabeledFeature, *, seed: Sequence[int]) -> Ints:
     shuffled = np.flatnonzero(data.parts != "test")
     labels_M[shuffled] = np.random.default_rng(seed).permutation(labels_M[shuffled])
     return labels_M
-
-
-def _few_shot(
-    name: str, fit: Fit, data: LabeledFeature, shots: int, settings: ProbeSettings, progress: Progress
-) -> FewShot:
-    rows = data.rows("test")
-    test = data.examples.take(rows)
-    is_right_RQ = np.empty((settings.draws, len(rows)), bool)
-    for draw in range(settings.draws):
-        drawn = draw_shots(data.examples.labels, data.rows("train"), shots, seed=(settings.seed, draw))
-        is_right_RQ[draw] = _ranks(fit(data.examples.take(drawn), None, len(data.names)), test) == 1
-        progress.advance(1)
-    return FewShot(method=name, shots=shots, accuracy=bootstrap_runs(is_right_RQ, data.items.samples[rows]))
 
 
 def draw_shots(labels_M: Ints, rows: Ints, shots: int, *, seed: Sequence[int]) -> Ints:

@@ -65,15 +65,8 @@ _NUM_ROWS, _NUM_TOKENS = 7, 5
 def write_onnx(run: ExportRun, folder: Path, *, towers: bool) -> ExportNotes:
     """Write ONNX graphs (opset 17, any number of items), and check them with onnxruntime.
 
-    Args:
-        run: the run to export.
-        folder: empty folder to fill.
-        towers: whether to include the encoders.
-
     Raises:
-        MissingExtraError: onnx or onnxruntime is not installed.
-        SettingError: an encoder cannot be included.
-        ArtifactError: a module cannot be exported to ONNX, or onnxruntime computes other vectors.
+        EmbedcacheError: see `export_run`; also if a module cannot be exported to ONNX.
     """
     require("onnx", extra="cpu")
     return _write_towers(run, folder) if towers else _write_projectors(run, folder)

@@ -1,11 +1,12 @@
 """Coverage for the page, read from a report or measured when the server starts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from embedcache.curate.coverage import CoverageSettings, measure_coverage
+from embedcache.curate.coverage import measure_coverage
+from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.progress import Progress
 from embedcache.provenance import fields_of, read_json
@@ -58,15 +59,13 @@ def measure_served_coverage(
     concepts_path: Path | str, index: OpenIndex, progress: Progress, *, settings: CoverageSettings | None = None
 ) -> CoverageData:
     """Measure coverage in the index's space; see `measure_coverage`."""
-    report = measure_coverage(
-        index.cache.path,
-        concepts_path,
-        modality=index.card.modality,
+    settings = replace(
+        settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors)),
+        modality="image" if index.card.modality == "image" else "text",
         feature=index.card.feature,
-        run_path=index.run_path,
-        settings=settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors)),
-        progress=progress,
+        run=index.run_path,
     )
+    report = measure_coverage(index.cache.path, concepts_path, settings, progress=progress)
     return _coverage_data(coverage_json(report))
 
 

@@ -89,6 +89,14 @@ def test_invalid_spec_raises(text: str, modality: Modality, error: type[Embedcac
         open_encoder(text, modality=modality)
 
 
+def test_imported_family_is_refused_and_not_listed() -> None:
+    with pytest.raises(SettingError, match="vectors of clip-vit were imported and their encoder is unknown"):
+        open_encoder("imported:clip-vit", modality="image")
+    with pytest.raises(UnknownNameError) as caught:
+        open_encoder("import:clip-vit", modality="image")
+    assert "imported" not in str(caught.value)
+
+
 def test_pickled_objects_raise(tmp_path: Path) -> None:
     (tmp_path / "objects.pth").write_bytes(b"no weights at all")
     with pytest.raises(CorruptError, match="does not hold a plain state dict; save the model's state_dict"):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from embedcache.curate.coverage import CoverageSettings, measure_coverage
+from embedcache.curate.coverage import measure_coverage
+from embedcache.curate.settings import CoverageSettings
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.provenance import write_json
@@ -47,8 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = {"red": ["red bar left on white"], "sky": ["blue bar top on white"]}
     (place / "concepts.json").write_text(json.dumps(prompts))
     extract(open_source(f"prompts:{place / 'concepts.json'}"), place / "concepts", text_encoders=[TEXT])
-    settings = CoverageSettings(threshold=0.5, k=24)
-    report = measure_coverage(place / "cache", place / "concepts", run_path=place / "run", settings=settings)
+    settings = CoverageSettings(run=place / "run", threshold=0.5, k=24)
+    report = measure_coverage(place / "cache", place / "concepts", settings)
     write_json(place / "coverage.json", coverage_json(report))
     key = open_source(place / "photos").samples()
     (place / "few.txt").write_text("".join(f"{sample.key}\n" for sample, _ in zip(key, range(7), strict=False)))

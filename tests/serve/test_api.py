@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from embedcache.curate.coverage import CoverageSettings, measure_coverage
+from embedcache.curate.coverage import measure_coverage
+from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
 from embedcache.progress import NullProgress
 from embedcache.search.index import build_index
@@ -157,8 +158,8 @@ def test_info_and_cards(client: TestClient) -> None:
 
 
 def test_coverage_equals_command(client: TestClient, place: Path) -> None:
-    settings = CoverageSettings(threshold=0.5, k=24)
-    report = measure_coverage(place / "cache", place / "concepts", run_path=place / "run", settings=settings)
+    settings = CoverageSettings(run=place / "run", threshold=0.5, k=24)
+    report = measure_coverage(place / "cache", place / "concepts", settings)
     found = client.get("/api/coverage").json()
     assert [concept["counts"] for concept in found["concepts"]] == [[count] for count in report.whole.counts.tolist()]
     sky = client.get("/api/coverage/1").json()
@@ -246,7 +247,7 @@ def test_start_errors(place: Path, tmp_path: Path) -> None:
     with pytest.raises(PathError, match="selection .* does not exist"):
         start(index=index, selections=[tmp_path / "no.txt"])
     (tmp_path / "other.txt").write_text("strange\n")
-    with pytest.raises(DataError, match="1 are no keys of"):
+    with pytest.raises(DataError, match="1 are not keys of"):
         start(index=index, selections=[tmp_path / "other.txt"])
     (tmp_path / "moved").mkdir()
     for name in ("card.json", "index.faiss"):

@@ -21,6 +21,7 @@ from embedcache.errors import (
     UnknownNameError,
 )
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.projectors.heads import ShareLockProjector
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import load_pair, project, read_config
 from embedcache.store.cache import Cache
@@ -28,8 +29,7 @@ from embedcache.train import train as train_module
 from embedcache.train.batches import Batches
 from embedcache.train.initialization import initialize
 from embedcache.train.settings import OptimizerSettings
-from embedcache.train.trainer import learning_rate, make_optimizer
-from embedcache.train.validation import Validation
+from embedcache.train.trainer import Validation, learning_rate, make_optimizer
 from tests.train.runs import IMAGE, beats_chance, log_lines, run
 
 
@@ -86,9 +86,11 @@ def test_training_beats_chance(cache_path: Path, tmp_path: Path, recipe: str) ->
         assert report.best_epoch > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("projector", ["fusemix", "glu", "identity+sharelock", "mlp+linear"])
-def test_every_projector_beats_chance(cache_path: Path, tmp_path: Path, projector: str) -> None:
+@pytest.mark.parametrize("projector", ["fusemix", "glu", "identity+sharelock"])
+def test_every_projector_beats_chance(
+    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, projector: str
+) -> None:
+    monkeypatch.setattr(ShareLockProjector, "HIDDEN_WIDTH", 256)  # 4,096 is slow on a CPU
     run(cache_path, tmp_path / "run", projector=projector, shared_width=48, shrinkage=0.01, epochs=8)
     assert beats_chance(evaluate_retrieval(cache_path, [tmp_path / "run"]))
 
@@ -314,7 +316,7 @@ def test_nan_loss_names_step_and_temperature(cache_path: Path, tmp_path: Path) -
 
 
 def test_several_threads_give_the_same_weights(cache_path: Path, tmp_path: Path) -> None:
-    options = {"threads": 2, "batch_size": 195, "shared_width": 64, "initialization": "random", "epochs": 1}
+    options = {"threads": 2, "batch_size": 195, "initialization": "random", "epochs": 1}
     for name in "ab":
         run(cache_path, tmp_path / name, **options)
     a, b = ((tmp_path / name / "last.safetensors").read_bytes() for name in "ab")
