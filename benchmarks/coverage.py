@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.data import Made, write_made
+from benchmarks.data import RandomSource, write_random_cache
 from benchmarks.measure import median_rates, run_embedcache
 from embedcache.arrays import Floats, normalize
 from embedcache.cli.console import print_line, print_table
@@ -33,15 +33,17 @@ def main(*, quick: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         directions = normalize(np.random.default_rng(0).standard_normal((NUM_CONCEPTS, WIDTH)))
-        write_made(
+        write_random_cache(
             folder / "concepts",
-            Made(NUM_CONCEPTS, num_captions=1, has_image=False),
+            RandomSource(NUM_CONCEPTS, num_captions=1, has_image=False),
             WIDTH,
             seed=1,
             draw=lambda _, rows: directions[rows.start : rows.stop],
         )
-        pool = Made(num_rows, num_captions=1, has_image=False)
-        write_made(folder / "pool", pool, WIDTH, seed=2, draw=lambda rng, rows: _near_two(rng, len(rows), directions))
+        pool = RandomSource(num_rows, num_captions=1, has_image=False)
+        write_random_cache(
+            folder / "pool", pool, WIDTH, seed=2, draw=lambda rng, rows: _near_two(rng, len(rows), directions)
+        )
         peaks: list[float] = []
         cpu: dict[str, list[float]] = {
             "product by NumPy": [],
