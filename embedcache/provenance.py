@@ -142,14 +142,14 @@ def from_record(record: Mapping[str, Any], stored_names: Mapping[str, str] = STO
     return {names.get(stored, stored): value for stored, value in record.items()}
 
 
-def claim_folder(path: Path, *, kind: str, sign: str, ours: Collection[str]) -> None:
+def prepare_folder(path: Path, *, kind: str, marker: str, allowed: Collection[str]) -> None:
     """Create a folder for the output of a stage, or reuse one that an interrupted run of the same stage left.
 
     Args:
         path: the folder.
         kind: kind of artifact with its article: `a run`, `an index`.
-        sign: file that an interrupted run has left.
-        ours: names that the stage writes, or patterns of them.
+        marker: file that an interrupted run has left.
+        allowed: names that the stage writes, or patterns of them.
 
     Raises:
         PathError: a file is in the way, or the folder holds other files; nothing is changed.
@@ -157,30 +157,30 @@ def claim_folder(path: Path, *, kind: str, sign: str, ours: Collection[str]) -> 
     make_folder(path)
     remove_partials(path)
     names = {entry.name for entry in path.iterdir()}
-    is_ours = sign in names
-    foreign = sorted(name for name in names if not (is_ours and any(fnmatch(name, pattern) for pattern in ours)))
+    is_resumed = marker in names
+    foreign = sorted(name for name in names if not (is_resumed and any(fnmatch(name, pattern) for pattern in allowed)))
     if foreign:
         raise PathError(
             f"{path} is not {kind} and not empty: it holds {', '.join(foreign[:3])}; give the path of a new folder"
         )
 
 
-def check_same(what: str, found: Mapping[str, Any], asked: Mapping[str, Any], *, next_step: str) -> None:
+def check_same(what: str, found: Mapping[str, Any], requested: Mapping[str, Any], *, next_step: str) -> None:
     """Check that an artifact was made with the requested settings.
 
     Raises:
         FingerprintError: names each field that differs with both values.
     """
-    differences = name_differences(found, asked)
+    differences = name_differences(found, requested)
     if differences:
         raise FingerprintError(f"{what} was made with other settings: {'; '.join(differences)}; {next_step}")
 
 
-def name_differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+def name_differences(found: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
     """Return a text per differing field, with both values."""
-    flat_found, flat_asked = _flatten(found), _flatten(asked)
-    differing = [name for name in {**flat_found, **flat_asked} if flat_found.get(name) != flat_asked.get(name)]
-    return [f"{name}: stored {flat_found.get(name)!r}, requested {flat_asked.get(name)!r}" for name in differing]
+    flat_found, flat_requested = _flatten(found), _flatten(requested)
+    differing = [name for name in {**flat_found, **flat_requested} if flat_found.get(name) != flat_requested.get(name)]
+    return [f"{name}: stored {flat_found.get(name)!r}, requested {flat_requested.get(name)!r}" for name in differing]
 
 
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -132,7 +132,7 @@ def _check_known(
     more = f" and {len(others) - _NUM_SHOWN:,} others" if len(others) > _NUM_SHOWN else ""
     raise DataError(
         f"{count_F[others].sum():,} of {len(which_M):,} samples have labels in {place} that are not classes: "
-        f"{listed}{more}; the labels are {_shorten(sorted(found))}; the classes are {_shorten(names)}, numbered from 0"
+        f"{listed}{more}; the labels are {_shorten(sorted(found))}; the classes are {_shorten(names)}, counted from 0"
     )
 
 

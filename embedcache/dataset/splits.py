@@ -217,8 +217,10 @@ def _split_column(cache: Cache) -> list[str]:
 
 def _carve_validation(keys: list[str], parts: list[str], settings: SplitSettings) -> list[str]:
     train = np.array([row for row, part in enumerate(parts) if part == "train"])
-    held = take_groups([[int(row)] for row in train], keys, round(settings.val_fraction * len(train)), settings.seed)
-    return ["val" if row in held else part for row, part in enumerate(parts)]
+    validation = take_groups(
+        [[int(row)] for row in train], keys, round(settings.val_fraction * len(train)), settings.seed
+    )
+    return ["val" if row in validation else part for row, part in enumerate(parts)]
 
 
 def _by_groups(keys: list[str], samples: Ints, groups: Ints, settings: SplitSettings) -> Split:

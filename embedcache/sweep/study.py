@@ -9,7 +9,15 @@ from uuid import uuid4
 
 from embedcache.dataset.splits import make_split, write_split
 from embedcache.files import LOCK, locked
-from embedcache.provenance import check_same, claim_folder, fields_of, from_record, read_manifest, to_record, write_json
+from embedcache.provenance import (
+    check_same,
+    fields_of,
+    from_record,
+    prepare_folder,
+    read_manifest,
+    to_record,
+    write_json,
+)
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space
 from embedcache.train.data import TrainData
@@ -108,7 +116,7 @@ def without_password(url: str) -> str:
 
 
 def _check_folder(path: Path) -> None:
-    claim_folder(path, kind="a study", sign=LOCK, ours=_FILES)
+    prepare_folder(path, kind="a study", marker=LOCK, allowed=_FILES)
 
 
 def _read_study(path: Path) -> Study:

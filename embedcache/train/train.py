@@ -18,7 +18,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import Cost, PairConfig, build, config_path, cost, read_config, save_pair, split_path
-from embedcache.provenance import check_same, claim_folder, digest_file, fields_of, read_json, run_record, write_json
+from embedcache.provenance import check_same, digest_file, fields_of, prepare_folder, read_json, run_record, write_json
 from embedcache.train.batches import Batches, Loader
 from embedcache.train.checkpoint import checkpoint_path, require_tensorboard
 from embedcache.train.data import Paths, TrainData, open_data
@@ -213,7 +213,7 @@ def _reuse_run(run_path: Path, config: PairConfig) -> TrainReport:
 
 def _start_run(run_path: Path, config: PairConfig) -> Leases:
     """Take a lease on the folder, for a new run or for an interrupted one with the same settings."""
-    claim_folder(run_path, kind="a run", sign="started.json", ours=_FILES)
+    prepare_folder(run_path, kind="a run", marker="started.json", allowed=_FILES)
     leases = Leases(run_path)
     if not leases.acquire(0):
         raise PathError(f"another process trains into {run_path}; wait for it, or give the path of a new folder")

@@ -68,7 +68,7 @@ def test_read_labels_unknown_class_raises(tmp_path: Path) -> None:
     said = str(caught.value)
     assert "3 of 4 samples have labels in column 'label' of" in said
     assert "'dgo' (2 samples, did you mean 'dog'?), 'xyzzy' (1 samples)" in said
-    assert "the labels are 'cat', 'dgo', 'xyzzy'; the classes are 'cat', 'dog', numbered from 0" in said
+    assert "the labels are 'cat', 'dgo', 'xyzzy'; the classes are 'cat', 'dog', counted from 0" in said
 
 
 def test_read_labels_error_is_short(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_read_labels_error_is_short(tmp_path: Path) -> None:
 def test_read_labels_number_out_of_range_raises(tmp_path: Path, number: int) -> None:
     cache = make_cache(tmp_path, label=[0, number, 1])
     with pytest.raises(
-        DataError, match=rf"1 of 3 samples .* not classes: {number} \(1 samples\).*'cat', 'dog', numbered"
+        DataError, match=rf"1 of 3 samples .* not classes: {number} \(1 samples\).*'cat', 'dog', counted"
     ):
         read(cache, classes=["cat", "dog"])
 

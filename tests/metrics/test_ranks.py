@@ -67,9 +67,9 @@ def test_query_without_positive_raises() -> None:
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(6, 12), st.integers(1, 12))
 def test_chance_recall_matches_enumeration(num_positives: list[int], num_candidates: int, k: int) -> None:
     rng = np.random.default_rng(0)
-    draws = [rng.permutation(num_candidates)[:k] for _ in range(2000)]
+    draws = [rng.permutation(num_candidates)[:k] for _ in range(1000)]
     counted = np.mean([[(draw < count).any() for draw in draws] for count in num_positives])
-    assert chance_recall(np.array(num_positives), num_candidates, k) == pytest.approx(counted, abs=0.05)
+    assert chance_recall(np.array(num_positives), num_candidates, k) == pytest.approx(counted, abs=0.07)
 
 
 def test_bootstrap_interval_coverage() -> None:

@@ -19,12 +19,12 @@ from tests.store.features import random_items, write_feature
 SHAPES = {"vector": (5,), "tokens": (3, 4), "ragged": (-1, 4)}
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(
     st.sampled_from(list(SHAPES.values())),
-    st.integers(1, 20),
+    st.integers(1, 12),
     st.integers(1, 8),
-    st.sets(st.integers(0, 19)),
+    st.sets(st.integers(0, 11)),
     st.integers(0, 99),
 )
 def test_round_trip(item_shape: tuple[int, ...], count: int, chunk_size: int, failed: set[int], seed: int) -> None:
