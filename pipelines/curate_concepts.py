@@ -21,7 +21,7 @@ from embedcache.train.data import TrainData, open_data
 from embedcache.train.train import train_on
 from pipelines.common import parse_workdir, with_options
 from pipelines.comparison import Method, write_comparison
-from pipelines.noisy_openmoji import CLOSED_FORM, NOTES, count_english, make_caches, make_cut
+from pipelines.noisy_openmoji import CLOSED_FORM, NOTES, count_english, make_caches, split_pool
 
 SEEDS, BUDGETS, PAGE = (0, 1, 2, 3, 4), (300, 600, 1200), Path("docs/benchmarks/curation.md")
 BY_CONCEPTS, ENGLISH = ("top-score", "rare-first", "metaclip"), "random of the English"
@@ -34,17 +34,17 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def select_pairs(workdir: Path, name: str, budget: int, seed: int) -> None:
     """Select pairs from the training part of one split."""
-    method, cut = ("random" if name == ENGLISH else name), workdir / f"cut-{seed}"
+    method, folder = ("random" if name == ENGLISH else name), workdir / f"cut-{seed}"
     select(
         workdir / "pool",
-        cut / f"{name}-{budget}.parquet",
+        folder / f"{name}-{budget}.parquet",
         method,
         SelectSettings(
             budget=budget,
             concepts=workdir / "concepts" if method in BY_CONCEPTS else None,
             join_names=True,  # two class names of ImageNet occur twice
-            run=cut / "scorer" if method == "clip-score" else None,
-            selection=cut / ("english.parquet" if name == ENGLISH else "training.parquet"),
+            run=folder / "scorer" if method == "clip-score" else None,
+            selection=folder / ("english.parquet" if name == ENGLISH else "training.parquet"),
             seed=seed,
             **METHODS[name],
         ),
@@ -53,8 +53,8 @@ def select_pairs(workdir: Path, name: str, budget: int, seed: int) -> None:
 
 def measure(workdir: Path, data: TrainData, group: str, name: str, file: str) -> Method:
     """Train on one selection of each split and evaluate."""
-    cuts = f"{workdir}/cut-{{seed}}"
-    settings = with_options(CLOSED_FORM, split=f"{cuts}/split.parquet", selection=f"{cuts}/{file}.parquet")
+    folders = f"{workdir}/cut-{{seed}}"
+    settings = with_options(CLOSED_FORM, split=f"{folders}/split.parquet", selection=f"{folders}/{file}.parquet")
     run_paths = [workdir / f"cut-{seed}" / file for seed in SEEDS]
     for seed, run_path in zip(SEEDS, run_paths, strict=True):
         train_on(data, run_path, with_options(settings, seed=seed))
@@ -73,7 +73,7 @@ def main() -> None:
     workdir = parse_workdir(__doc__)
     make_caches(workdir)
     for seed in SEEDS:
-        make_cut(workdir, seed)
+        split_pool(workdir, seed)
         for name, budget in product(METHODS, BUDGETS):
             select_pairs(workdir, name, budget, seed)
     data = open_data(workdir / "pool", image=None, text=None, memory_bytes=10**9)

@@ -238,7 +238,7 @@ def write_coverage_page(path: Path, *reports: CoverageReport) -> None:
         path,
         title="Concept coverage",
         summary=" ".join(f"{report.line()}." for report in reports),
-        warnings=warnings,
+        warnings=dict.fromkeys(warnings),
         sections=sections,
         credit=credit(reports[0].pool.cache) if reports[0].pool.modality == "image" else "",
     )

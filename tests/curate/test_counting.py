@@ -1,3 +1,4 @@
+import copy
 import tracemalloc
 from collections.abc import Sequence
 from functools import reduce
@@ -54,7 +55,7 @@ def problems(draw: st.DrawFn) -> dict[str, Array]:
 
 
 @given(problems())
-def test_any_chunking_gives_what_comparing_everything_gives(problem: dict[str, Array]) -> None:
+def test_counter_equals_brute_force(problem: dict[str, Array]) -> None:
     rows, thresholds, near, k = problem["rows"], problem["thresholds"], problem["near"], int(problem["k"])
     work = CoverageCounter(
         problem["concepts"],
@@ -84,7 +85,7 @@ def test_any_chunking_gives_what_comparing_everything_gives(problem: dict[str, A
     assert np.array_equal(found[1], rows[places])
 
 
-def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     concepts, vectors, rows = small(rng, 5, 4), small(rng, 100, 4), np.arange(100)
     whole, tiled = [], []
@@ -100,13 +101,16 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(np.array_equal(one, other) for one, other in zip(whole, tiled, strict=True))
 
 
-def test_results_that_cannot_be_written_are_merged() -> None:
-    """As Ray gives them."""
+def test_merge_of_copied_read_only_parts() -> None:
+    """As Ray returns them."""
     rng = np.random.default_rng(0)
     concepts, vectors = small(rng, 4, 3), small(rng, 30, 3)
     floors, near = estimate_background(concepts, vectors, 2).floors, np.zeros((4, 1), int)
     work = CoverageCounter(concepts, thresholds_C=np.zeros(4, np.float32), floors_C=floors, nearest_CJ=near, k=2)
-    parts = [work.process(np.arange(start, start + 10), vectors[start : start + 10]) for start in (0, 10, 20)]
+    parts = [
+        copy.deepcopy(work).process(np.arange(start, start + 10), vectors[start : start + 10]) for start in (0, 10, 20)
+    ]
+    parts = [copy.deepcopy(part) for part in parts]
     for array in (getattr(part, name) for part in parts for name in ("num_items", "counts", "assigned", "shared")):
         array.flags.writeable = False
     partial = reduce(work.merge, parts)
@@ -114,7 +118,7 @@ def test_results_that_cannot_be_written_are_merged() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-3, 3), st.integers(0, 99)), unique_by=lambda x: x[2]))
-def test_the_best_do_not_depend_on_the_order_they_come_in(candidates: list[tuple[int, int, int]]) -> None:
+def test_top_items_ignore_order(candidates: list[tuple[int, int, int]]) -> None:
     best, merged = TopItems(4, 2), TopItems(4, 2)
     for concept, score, row in candidates:
         best.add(np.array([concept]), np.array([score], np.float32), np.array([row]))
@@ -130,7 +134,7 @@ def test_the_best_do_not_depend_on_the_order_they_come_in(candidates: list[tuple
     assert np.array_equal(rows, merged.table()[1])
 
 
-def test_memory_does_not_grow_with_the_pool() -> None:
+def test_memory_is_bounded() -> None:
     rng = np.random.default_rng(0)
     concepts = normalize(rng.standard_normal((40, 16)))
     peaks = []
@@ -151,7 +155,7 @@ def test_memory_does_not_grow_with_the_pool() -> None:
     assert peaks[1] < 1.2 * peaks[0]
 
 
-def test_the_background_is_that_of_the_sample() -> None:
+def test_background_quantiles() -> None:
     rng = np.random.default_rng(0)
     concepts, sample = normalize(rng.standard_normal((200, 8))), normalize(rng.standard_normal((1001, 8)))
     background = estimate_background(concepts, sample, 7)
@@ -163,7 +167,7 @@ def test_the_background_is_that_of_the_sample() -> None:
     assert (background.floors > np.sort(sims, axis=1)[:, -8] - 1e-4).all()
 
 
-def test_items_of_a_concept_do_not_move_its_threshold_much() -> None:
+def test_threshold_is_robust_to_matches() -> None:
     """A tenth of the pool shows the concept: mean and deviation of all would put the threshold beyond most of it."""
     rng = np.random.default_rng(0)
     sims = np.where(np.arange(20_000) < 2000, rng.normal(0.5, 0.05, 20_000), rng.normal(0.1, 0.05, 20_000))

@@ -56,7 +56,7 @@ def of_texts(cache_path: Path, prompts: Path, **options: Any) -> CoverageReport:
     return measure_coverage(cache_path, prompts, CoverageSettings(modality="text", feature="open_toy/mean", **options))
 
 
-def test_texts_are_counted_as_comparing_everything_counts(cache_path: Path, prompts: Path) -> None:
+def test_counts_of_texts_equal_brute_force(cache_path: Path, prompts: Path) -> None:
     report = of_texts(cache_path, prompts, **FIXED)
     texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
     sims = texts @ report.concepts.vectors.T
@@ -70,7 +70,7 @@ def test_texts_are_counted_as_comparing_everything_counts(cache_path: Path, prom
     np.testing.assert_allclose(report.background.quantiles[:, 0], np.median(sims, axis=0), atol=0.02)
 
 
-def test_images_are_counted_through_a_run(cache_path: Path, prompts: Path, run_path: Path) -> None:
+def test_counts_of_projected_images(cache_path: Path, prompts: Path, run_path: Path) -> None:
     settings = CoverageSettings(run=run_path, deviations=1.5, k=3, min_count=10)
     report = measure_coverage(cache_path, prompts, settings)
     images = project(load_pair(run_path)[0].image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
@@ -84,7 +84,7 @@ def test_images_are_counted_through_a_run(cache_path: Path, prompts: Path, run_p
     assert np.mean(right) > 0.4  # chance is a sixth
 
 
-def test_plain_images_are_counted_by_prototypes(cache_path: Path, labeled: Path) -> None:
+def test_counts_by_prototypes(cache_path: Path, labeled: Path) -> None:
     report = measure_coverage(cache_path, labeled, CoverageSettings(feature="open_toy/cls", deviations=1, k=5))
     images = normalize(Cache(cache_path).feature("image", "open_toy/cls").load())
     sims = images @ report.concepts.vectors.T
@@ -93,7 +93,7 @@ def test_plain_images_are_counted_by_prototypes(cache_path: Path, labeled: Path)
     assert "6 concepts of 5 to 14 examples" in report.line()
 
 
-def test_the_size_of_chunks_changes_nothing(pictures: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
+def test_chunk_size_changes_nothing(pictures: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(features=("mean",), chunk_size=7)
     extract(open_source(pictures), tmp_path / "small", text_encoders=[TEXT], settings=settings)
     one = of_texts(cache_path, prompts, **FIXED)
@@ -106,7 +106,7 @@ def test_the_size_of_chunks_changes_nothing(pictures: Path, prompts: Path, cache
     ]
 
 
-def test_a_selection_is_counted_by_the_thresholds_of_the_pool(cache_path: Path, prompts: Path, half: Path) -> None:
+def test_selection_uses_thresholds_of_pool(cache_path: Path, prompts: Path, half: Path) -> None:
     report = of_texts(cache_path, prompts, deviations=1, k=2, selection=half)
     texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
     above = texts @ report.concepts.vectors.T > report.thresholds
@@ -136,7 +136,7 @@ def test_gaps_and_overlaps(cache_path: Path, tmp_path: Path) -> None:
     assert first.cosine == pytest.approx(report.concepts.vectors[0] @ report.concepts.vectors[1], abs=1e-5)
 
 
-def test_one_concept_has_no_neighbor(cache_path: Path, tmp_path: Path) -> None:
+def test_single_concept(cache_path: Path, tmp_path: Path) -> None:
     report = of_texts(cache_path, prompt_cache(tmp_path, ["red"]), deviations=1, k=300)
     assert report.nearest.tolist() == [-1]
     assert report.overlaps == []
@@ -144,9 +144,7 @@ def test_one_concept_has_no_neighbor(cache_path: Path, tmp_path: Path) -> None:
     assert concept_table(report, [0])[1][0][-1] == ""
 
 
-def test_figures_as_rows_as_json_and_as_a_page(
-    cache_path: Path, prompts: Path, run_path: Path, half: Path, tmp_path: Path
-) -> None:
+def test_tables_json_and_page(cache_path: Path, prompts: Path, run_path: Path, half: Path, tmp_path: Path) -> None:
     settings = CoverageSettings(run=run_path, deviations=1.5, k=4, min_count=25, selection=half)
     report = measure_coverage(cache_path, prompts, settings)
     columns, rows = summary_table(report)
@@ -171,7 +169,7 @@ def test_figures_as_rows_as_json_and_as_a_page(
     assert "Gaps" in page
 
 
-def test_a_page_of_texts_shows_captions(cache_path: Path, tmp_path: Path) -> None:
+def test_page_of_texts(cache_path: Path, tmp_path: Path) -> None:
     many = [f"{name} {place} {number}" for name in NAMES for place in ("bar", "left") for number in range(9)]
     report = of_texts(cache_path, prompt_cache(tmp_path, many), deviations=1, k=2)
     write_coverage_page(tmp_path / "page.html", report)
@@ -182,7 +180,7 @@ def test_a_page_of_texts_shows_captions(cache_path: Path, tmp_path: Path) -> Non
     assert Cache(cache_path).items("text")["text"][int(report.rows[0, 0])].as_py() in page
 
 
-def test_what_makes_counts_doubtful_is_said(cache_path: Path, prompts: Path) -> None:
+def test_warnings(cache_path: Path, prompts: Path) -> None:
     report = of_texts(cache_path, prompts, deviations=1, min_count=5)
     assert "48 of 300 items are above a threshold by chance, and a concept needs only 5" in report.warnings()[0]
     low = of_texts(cache_path, prompts, threshold=-0.9)
@@ -193,7 +191,7 @@ def test_what_makes_counts_doubtful_is_said(cache_path: Path, prompts: Path) -> 
     assert of_texts(cache_path, prompts, deviations=2).warnings() == []
 
 
-def test_mistakes_are_named_with_their_numbers(cache_path: Path, prompts: Path, labeled: Path, tmp_path: Path) -> None:
+def test_invalid_coverage_raises(cache_path: Path, prompts: Path, labeled: Path, tmp_path: Path) -> None:
     with pytest.raises(
         SettingError, match="k: expected 1 to 300, the number of texts of .* with open_toy/mean, got 301"
     ):
@@ -215,9 +213,7 @@ def test_mistakes_are_named_with_their_numbers(cache_path: Path, prompts: Path, 
             CoverageSettings(**wrong)  # type: ignore[arg-type]
 
 
-def test_the_command_prints_tables_and_writes_both_files(
-    cache_path: Path, prompts: Path, half: Path, tmp_path: Path
-) -> None:
+def test_command(cache_path: Path, prompts: Path, half: Path, tmp_path: Path) -> None:
     words = ["curate", "coverage", str(cache_path), str(prompts), "--modality", "text", "--feature", "open_toy/mean"]
     words += ["--threshold", "0.45", "-k", "3", "--min-count", "40", "--selection", str(half)]
     words += ["--output", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
@@ -232,7 +228,7 @@ def test_the_command_prints_tables_and_writes_both_files(
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF4,SQ8"])
-def test_an_index_names_the_items_and_their_cosines_are_exact(
+def test_coverage_through_index(
     cache_path: Path, prompts: Path, half: Path, tmp_path: Path, factory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(counting, "_FIRST_K", 4)
@@ -256,15 +252,13 @@ def test_an_index_names_the_items_and_their_cosines_are_exact(
         assert found.overlaps == exact.overlaps
 
 
-def test_an_index_of_something_else_is_refused(cache_path: Path, prompts: Path, tmp_path: Path) -> None:
+def test_other_index_raises(cache_path: Path, prompts: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls", factory="Flat"))
     with pytest.raises(FingerprintError, match="modality: stored 'image', requested 'text'.*--modality text"):
         of_texts(cache_path, prompts, index=tmp_path / "index")
 
 
-def test_images_and_captions_are_counted_side_by_side(
-    cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path
-) -> None:
+def test_both_modalities(cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path) -> None:
     words = ["curate", "coverage", str(cache_path), str(prompts), "--run", str(run_path), "--modality", "both"]
     words += ["--deviations", "1.5", "--output", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
@@ -281,18 +275,7 @@ def test_images_and_captions_are_counted_side_by_side(
         CliRunner().invoke(app, [*words, "--feature", "x"], catch_exceptions=False)
 
 
-@pytest.mark.slow
-def test_ray_gives_the_very_bits_of_one_process(cache_path: Path, prompts: Path, half: Path) -> None:
-    here, there = (
-        of_texts(cache_path, prompts, deviations=1, selection=half, engine=engine) for engine in ("local", "ray")
-    )
-    assert coverage_json(here) == coverage_json(there)
-    assert np.array_equal(here.scores, there.scores)
-
-
-def test_a_pool_that_moved_from_its_pictures_is_still_counted(
-    cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path
-) -> None:
+def test_coverage_without_source(cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "moved")
     settings = CoverageSettings(run=run_path, deviations=1.5)
     one, other = (measure_coverage(path, prompts, settings) for path in (cache_path, tmp_path / "moved"))

@@ -70,7 +70,7 @@ def unit(path: Path) -> Floats:
     return normalize(np.nan_to_num(values))
 
 
-def test_copies_are_found_by_their_bytes_alone(copied: Path, tmp_path: Path) -> None:
+def test_copies_only(copied: Path, tmp_path: Path) -> None:
     done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(copies_only=True))
     removed = pq.read_table(done.removed_path).to_pylist()
     assert {row["key"]: row["kept_key"] for row in removed} == COPIES
@@ -87,9 +87,7 @@ def test_copies_are_found_by_their_bytes_alone(copied: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("all_pairs", [True, False])
 @pytest.mark.parametrize("keep", ["first", "far", "best:score"])
-def test_each_sample_that_goes_is_close_to_one_that_stays(
-    copied: Path, tmp_path: Path, keep: str, all_pairs: bool
-) -> None:
+def test_removed_samples_are_near_kept_ones(copied: Path, tmp_path: Path, keep: str, all_pairs: bool) -> None:
     settings = DedupSettings(cosine=0.97, keep=keep, all_pairs=all_pairs, scratch=tmp_path)
     done = dedup(copied, tmp_path / "kept.parquet", settings)
     vectors = unit(copied)
@@ -106,7 +104,7 @@ def test_each_sample_that_goes_is_close_to_one_that_stays(
     assert cosines.max() < 0.97 + 1e-3
 
 
-def test_the_keep_rule_decides_which_stays(copied: Path, tmp_path: Path) -> None:
+def test_keep_rule(copied: Path, tmp_path: Path) -> None:
     done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(copies_only=True, keep="best:score"))
     rows = {row["key"]: row["kept_key"] for row in pq.read_table(done.removed_path).to_pylist()}
     assert rows == {"00003": "00051", "00050": "00051", "00020": "00057"}
@@ -119,7 +117,7 @@ def test_the_keep_rule_decides_which_stays(copied: Path, tmp_path: Path) -> None
     assert by_sample == sorted(by_sample)
 
 
-def test_looking_says_what_each_cosine_would_do(copied: Path, tmp_path: Path) -> None:
+def test_analyze_levels(copied: Path, tmp_path: Path) -> None:
     analysis = analyze(copied)
     levels = {level.cosine: level for level in analysis.levels()}
     assert levels[None].num_gone == 3
@@ -136,14 +134,14 @@ def test_looking_says_what_each_cosine_would_do(copied: Path, tmp_path: Path) ->
     json.dumps(written)
 
 
-def test_too_many_pairs_are_said(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_pairs(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.curate.near_duplicates.MAX_PAIRS", 2)
     assert threshold_table(analyze(copied))[1][-1][2:] == ["too many pairs", "", ""]
     with pytest.raises(SettingError, match=r"pairs are above 0.5; give a higher --cosine"):
         dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=0.5))
 
 
-def test_texts_and_projected_images_are_compared_too(cache_path: Path, copied: Path, tmp_path: Path) -> None:
+def test_dedup_texts_and_projected_images(cache_path: Path, copied: Path, tmp_path: Path) -> None:
     done = dedup(copied, tmp_path / "a.parquet", DedupSettings(copies_only=True, modality="text"))
     captions = Cache(copied).items("text")["text"].to_pylist()
     assert NUM - len(done.removed.samples) == len(set(captions))
@@ -153,7 +151,7 @@ def test_texts_and_projected_images_are_compared_too(cache_path: Path, copied: P
     assert projected.to_json()["run"] == str(run)
 
 
-def test_an_item_that_failed_is_in_no_group(copied: Path) -> None:
+def test_failed_item_is_ignored(copied: Path) -> None:
     copies = find_copies(Cache(copied), open_input(Cache(copied), "image"))
     assert 30 not in copies.item_rows
     assert len(copies.item_rows) == NUM - 1
@@ -187,12 +185,12 @@ def test_page_without_source_warns(copied: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cosine", [0.0, -0.1, 1.5, float("nan")])
-def test_a_cosine_out_of_its_range_is_refused(copied: Path, tmp_path: Path, cosine: float) -> None:
+def test_cosine_out_of_range_raises(copied: Path, tmp_path: Path, cosine: float) -> None:
     with pytest.raises(SettingError, match="cosine: expected a number above 0 and of at most 1"):
         dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=cosine))
 
 
-def test_what_cannot_be_meant_is_refused(copied: Path, tmp_path: Path) -> None:
+def test_invalid_settings_raise(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(PathError, match="expected a path that ends in .parquet"):
         dedup(copied, tmp_path / "kept.txt", DedupSettings(cosine=0.9))
     with pytest.raises(UnknownNameError, match="unknown keep rule 'last'"):
@@ -209,7 +207,7 @@ def test_what_cannot_be_meant_is_refused(copied: Path, tmp_path: Path) -> None:
         dedup(copied, tmp_path / "x.parquet", DedupSettings())
 
 
-def test_a_cosine_that_nothing_reaches_names_the_highest(cache_path: Path, distinct: Path, tmp_path: Path) -> None:
+def test_unreached_cosine_names_highest(cache_path: Path, distinct: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"reach 0.5: the highest cosine is 0\.00000; nothing would"):
         dedup(distinct, tmp_path / "kept.parquet", DedupSettings(cosine=0.5))
     assert not list(tmp_path.iterdir())
@@ -217,7 +215,7 @@ def test_a_cosine_that_nothing_reaches_names_the_highest(cache_path: Path, disti
         analyze(cache_path, DedupSettings(feature="open_toy/patches"))
 
 
-def test_a_cache_of_texts_alone_is_compared_by_them(tmp_path: Path) -> None:
+def test_dedup_text_cache(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\na red bar\n")
     extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text_encoders=[TEXT])
     done = dedup(tmp_path / "cache", tmp_path / "kept.parquet", DedupSettings(copies_only=True))

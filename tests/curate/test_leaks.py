@@ -62,7 +62,7 @@ def unit(path: Path, modality: str) -> Floats:
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 7), max_size=4), st.integers(0, 99))
-def test_closest_agrees_with_all_products(num_queries: int, sizes: list[int], seed: int) -> None:
+def test_closest_equals_brute_force(num_queries: int, sizes: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     queries = rng.standard_normal((num_queries, 4)).astype(np.float32)
     blocks = [rng.standard_normal((size, 4)).astype(np.float32) for size in sizes]
@@ -79,9 +79,7 @@ def test_closest_agrees_with_all_products(num_queries: int, sizes: list[int], se
 
 
 @pytest.mark.parametrize("most_queries", [65_536, 7])
-def test_leaks_are_those_of_comparing_all_with_all(
-    caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, most_queries: int
-) -> None:
+def test_leaks_equal_brute_force(caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, most_queries: int) -> None:
     monkeypatch.setattr(stage, "_MAX_QUERIES", most_queries)
     train, test = caches
     found = find_leaks(train, test, replace(BOTH, image_cosine=0.99, text_cosine=0.999))
@@ -98,7 +96,7 @@ def test_leaks_are_those_of_comparing_all_with_all(
     assert f"{len(leaked)} of 30 samples" in leak_line(found)
 
 
-def test_copies_are_found_and_come_first(caches: tuple[Path, Path]) -> None:
+def test_copies_come_first(caches: tuple[Path, Path]) -> None:
     found = find_leaks(*caches, BOTH)
     images = found.leaks[0]
     keys = Cache(caches[1]).samples["key"].to_pylist()
@@ -113,7 +111,7 @@ def test_copies_are_found_and_come_first(caches: tuple[Path, Path]) -> None:
     assert leaked_pair_table(texts)[1][0][2] == "equal"
 
 
-def test_the_selection_holds_what_is_clean_and_how_close_it_comes(caches: tuple[Path, Path], tmp_path: Path) -> None:
+def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
     found = find_leaks(*caches, LeakSettings(image_cosine=1.0, text_cosine=1.0, image_feature="open_toy/cls"))
     write_clean_selection(tmp_path / "clean.parquet", found)
     table = pq.read_table(tmp_path / "clean.parquet")
@@ -143,7 +141,7 @@ def test_token_features_are_averaged(caches: tuple[Path, Path]) -> None:
     assert len(found.leaks[0].copied_samples) == 2
 
 
-def test_features_of_another_encoder_leave_copies(caches: tuple[Path, Path], tmp_path: Path) -> None:
+def test_other_encoder_compares_hashes(caches: tuple[Path, Path], tmp_path: Path) -> None:
     train, test = caches
     extract(open_source(test.parent / "test-source"), tmp_path / "other", image_encoders=["tests.toy:open_other"])
     found = find_leaks(train, tmp_path / "other")
@@ -162,7 +160,7 @@ def test_features_of_another_encoder_leave_copies(caches: tuple[Path, Path], tmp
     assert len(found.leaked_samples) == 2
 
 
-def test_what_cannot_be_compared_is_refused(caches: tuple[Path, Path], tmp_path: Path) -> None:
+def test_incomparable_caches_raise(caches: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="text_cosine: expected a number above 0 and of at most 1, got 2.0"):
         LeakSettings(text_cosine=2.0)
     with pytest.raises(SettingError, match="hold the same samples"):

@@ -16,6 +16,7 @@ from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
 from torch.utils.data import default_collate
 
+from embedcache.cli.main import app
 from embedcache.dataset.inputs import open_input
 from embedcache.errors import FingerprintError, MissingExtraError, PathError, SettingError
 from embedcache.evaluate.runs import load_runs
@@ -237,10 +238,10 @@ def write_photos(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path) -> None:
+def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image, text = "lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"
     extract(
-        open_source(write_emoji(tmp_path / "emoji", 30)),
+        open_source(write_emoji(tmp_path / "emoji", 12)),
         tmp_path / "cache",
         image_encoders=[image],
         text_encoders=[text],
@@ -253,7 +254,11 @@ def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path) -> None:
     data = ["--dataset", "wds/photos", "--dataset_root", "photos", "--task", "zeroshot_classification"]
     options = [*data, "--num_workers", 0, "--quiet", "--save_clf", "classes.pt"]
     embedcache("evaluate", "clip-benchmark", "run", *options, cwd=tmp_path)
-    embedcache("evaluate", "zero-shot", "images", "run", "--prompts", "prompts", "--output", "ours.json", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    app(
+        ["evaluate", "zero-shot", "images", "run", "--prompts", "prompts", "--output", "ours.json"],
+        standalone_mode=False,
+    )
     theirs = json.loads((tmp_path / "photos_run_en_zeroshot_classification.json").read_text())
     ours = json.loads((tmp_path / "ours.json").read_text())
     assert theirs["metrics"] == pytest.approx(ours["metrics"], abs=1e-3)

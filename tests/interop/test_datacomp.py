@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.arrays import Array
-from embedcache.curate.select.export import export
+from embedcache.curate.select.export import export_selection
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, UnknownNameError
 from embedcache.interop.datacomp import import_uids, open_datacomp
@@ -79,7 +79,7 @@ def cache(tmp_path: Path) -> Cache:
 
 def test_uids_round_trip(cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("\n".join(UIDS[3:9]))
-    export(cache.path, tmp_path / "some.txt", tmp_path / "uids.npy", "datacomp")
+    export_selection(cache.path, tmp_path / "some.txt", tmp_path / "uids.npy", "datacomp")
     assert import_uids(tmp_path / "uids.npy", cache.path, tmp_path / "back.parquet") == 6
     assert read_selection(tmp_path / "back.parquet", [cache]).tolist() == [3, 4, 5, 6, 7, 8]
 

@@ -102,10 +102,10 @@ def test_dataset_format_is_ignored(form: str) -> None:
 
 def test_stored_images_are_read_undecoded(tmp_path: Path) -> None:
     write(tmp_path, {"x.jpg": IMAGES[0]})
-    picture = noise()
-    source = open_source(dataset(image=[picture, str(tmp_path / "x.jpg"), b"no image"]))
+    image = noise()
+    source = open_source(dataset(image=[image, str(tmp_path / "x.jpg"), b"no image"]))
     items = [sample.images[0] for sample in source.samples()]
-    assert decode_image(source.read(items[0])).tobytes() == picture.tobytes()
+    assert decode_image(source.read(items[0])).tobytes() == image.tobytes()
     assert [source.read(item) for item in items[1:]] == [IMAGES[0], b"no image"]
 
 

@@ -14,7 +14,7 @@ from embedcache.sources.images import decode_image
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import write
 
-PICTURES = np.random.default_rng(0).integers(0, 256, (7, 6, 5), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 6, 5), np.uint8)
 LABELS = np.array([3, 1, 4, 1, 5, 9, 2], np.uint8)
 
 
@@ -27,7 +27,7 @@ def write_idx(folder: Path, *, suffix: str = "") -> Path:
     """Write a set `train` of 5 images and a set `t10k` of 2."""
     pack = gzip.compress if suffix else bytes
     for name, rows in (("train", slice(0, 5)), ("t10k", slice(5, 7))):
-        write(folder, {f"{name}-images-idx3-ubyte{suffix}": pack(idx(PICTURES[rows]))})
+        write(folder, {f"{name}-images-idx3-ubyte{suffix}": pack(idx(IMAGES[rows]))})
         write(folder, {f"{name}-labels-idx1-ubyte{suffix}": pack(idx(LABELS[rows]))})
     return folder
 
@@ -72,8 +72,8 @@ def test_pixels_are_unchanged(tmp_path: Path) -> None:
     rows = [5, 6, 0, 1, 2, 3, 4]
     for sample, row in zip(source.samples(), rows, strict=True):
         data = source.read(sample.images[0])
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), PICTURES[row])
-        assert np.array_equal(np.asarray(decode_image(data))[..., 1], PICTURES[row])
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), IMAGES[row])
+        assert np.array_equal(np.asarray(decode_image(data))[..., 1], IMAGES[row])
 
 
 def test_single_file_is_one_set(tmp_path: Path) -> None:
@@ -105,11 +105,11 @@ BROKEN = {
     "another file": (b"not IDX at all", "expected 00 00 08 03 and 3 lengths, got 6e 6f 74 20"),
     "empty": (b"", "expected 00 00 08 03 and 3 lengths, got $"),
     "labels": (idx(LABELS), "expected 00 00 08 03 and 3 lengths, got 00 00 08 01"),
-    "header cut short": (idx(PICTURES)[:9], "expected 00 00 08 03 and 3 lengths"),
-    "cut short": (idx(PICTURES[:5])[:-1], "expected 5 x 6 x 5 bytes of pixels, got 149"),
-    "too long": (idx(PICTURES[:5]) + b"x", "expected 5 x 6 x 5 bytes of pixels, got 151"),
-    "no pixels": (idx(PICTURES[:5, :0]), "expected 5 x 0 x 5 bytes of pixels"),
-    "other count": (idx(PICTURES[:4]), "got 4 images and 5 labels"),
+    "header cut short": (idx(IMAGES)[:9], "expected 00 00 08 03 and 3 lengths"),
+    "cut short": (idx(IMAGES[:5])[:-1], "expected 5 x 6 x 5 bytes of pixels, got 149"),
+    "too long": (idx(IMAGES[:5]) + b"x", "expected 5 x 6 x 5 bytes of pixels, got 151"),
+    "no pixels": (idx(IMAGES[:5, :0]), "expected 5 x 0 x 5 bytes of pixels"),
+    "other count": (idx(IMAGES[:4]), "got 4 images and 5 labels"),
 }
 
 

@@ -13,7 +13,7 @@ from tests.sources.files import COLORS, jpeg, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, upload
 
 ROWS = 5
-FAILED = 2  # the row whose URL gave no picture
+FAILED = 2  # the row whose URL cannot be downloaded
 
 
 def row(shard: int, n: int) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def write_shard(folder: Path, shard: int, suffixes: tuple[str, ...]) -> None:
     members: list[tuple[str, bytes | str]] = []
     for n, one in enumerate(rows):
         if one["status"] == "success":
-            said = {".jpg": jpeg(COLORS[n]), ".txt": one["caption"], ".json": json.dumps(one)}
-            members += [(one["key"] + suffix, said[suffix]) for suffix in suffixes]
+            files = {".jpg": jpeg(COLORS[n]), ".txt": one["caption"], ".json": json.dumps(one)}
+            members += [(one["key"] + suffix, files[suffix]) for suffix in suffixes]
     folder.mkdir(parents=True, exist_ok=True)
     write_tar(folder / f"{shard:05d}.tar", members)
     write_parquet(folder / f"{shard:05d}.parquet", **{name: [one[name] for one in rows] for name in rows[0]})
@@ -56,6 +56,7 @@ class TestOutputWithoutCaptionFiles(SourceContract):
         return open_source(write_output(tmp_path))
 
 
+@pytest.mark.slow
 class TestOutputOnS3(SourceContract):
     @pytest.fixture(scope="class")
     @classmethod
@@ -93,7 +94,7 @@ def test_files_without_a_row_are_samples(tmp_path: Path) -> None:
 
 def test_other_table_is_ignored(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [("a.jpg", jpeg())])
-    write_parquet(tmp_path / "0.parquet", key=["a"], caption=["not said by img2dataset"])
+    write_parquet(tmp_path / "0.parquet", key=["a"], caption=["not by img2dataset"])
     (sample,) = open_source(tmp_path).samples()
     assert (sample.texts, sample.columns) == ((), {})
 

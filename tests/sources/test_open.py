@@ -53,9 +53,9 @@ def test_shards_are_detected(tmp_path: Path, location: str) -> None:
 
 
 def test_described_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, {"pictures/a.jpg": jpeg()})
+    write(tmp_path, {"images/a.jpg": jpeg()})
     monkeypatch.chdir(tmp_path)
-    assert open_source("pictures").describe()["path"] == str(tmp_path / "pictures")
+    assert open_source("images").describe()["path"] == str(tmp_path / "images")
 
 
 def test_missing_path_raises(tmp_path: Path) -> None:
@@ -121,10 +121,10 @@ def test_source_of_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_reopening_a_missing_path_raises(tmp_path: Path) -> None:
-    path = write(tmp_path / "pictures", {"a.jpg": jpeg()})
+    path = write(tmp_path / "images", {"a.jpg": jpeg()})
     description = open_source(path).describe()
     path.rename(tmp_path / "moved")
-    with pytest.raises(PathError, match="pictures"):
+    with pytest.raises(PathError, match="images"):
         reopen_source(description)
 
 

@@ -33,7 +33,7 @@ def shards(folder: Path, number: int = 3) -> Path:
     return folder
 
 
-def pictures(folder: Path) -> Path:
+def write_images(folder: Path) -> Path:
     return write(
         folder,
         {
@@ -51,10 +51,10 @@ class TestFolderOnS3(SourceContract):
     @classmethod
     def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
         folder = tmp_path_factory.mktemp("source")
-        return open_source(upload(pictures(folder), f"{class_bucket}/deep/pictures"))
+        return open_source(upload(write_images(folder), f"{class_bucket}/deep/images"))
 
     def test_samples_equal_those_of_the_local_folder(self, tmp_path: Path, source: Source) -> None:
-        assert list(source.samples()) == list(open_source(pictures(tmp_path)).samples())
+        assert list(source.samples()) == list(open_source(write_images(tmp_path)).samples())
 
 
 class TestPatternOnS3(SourceContract):
@@ -139,8 +139,8 @@ class TestMemory(SourceContract):
     @classmethod
     def source(cls, tmp_path_factory: pytest.TempPathFactory) -> Source:
         folder = tmp_path_factory.mktemp("source")
-        root = open_path("memory://tests-of-sources/pictures")
-        for path in pictures(folder).rglob("*.*"):
+        root = open_path("memory://tests-of-sources/images")
+        for path in write_images(folder).rglob("*.*"):
             if path.is_file():
                 there = root / str(path.relative_to(folder))
                 there.parent.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,8 @@ class TestFolderOfHuggingFaceParquet(SourceContract):
 class TestCsvOfPaths(SourceContract):
     @pytest.fixture
     def source(self, tmp_path: Path) -> Source:
-        write(tmp_path / "pictures", {f"{n}.jpg": data for n, data in enumerate(IMAGES)})
-        rows = "".join(f"k{n},pictures/{n}.jpg,caption {n}\n" for n in range(5))
+        write(tmp_path / "images", {f"{n}.jpg": data for n, data in enumerate(IMAGES)})
+        rows = "".join(f"k{n},images/{n}.jpg,caption {n}\n" for n in range(5))
         write(tmp_path, {"t.csv": "id,image_path,caption\n" + rows})
         return open_source(tmp_path / "t.csv")
 

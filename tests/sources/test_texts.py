@@ -46,18 +46,18 @@ def test_one_sample_per_line(tmp_path: Path) -> None:
     assert [sample.key for sample in samples] == ["p/0", "p/1", "p/2"]
 
 
-@given(said=st.lists(st.text(st.characters(exclude_categories=["C", "Z"]))), as_bytes=st.booleans())
-def test_array_strings_in_order(tmp_path_factory: pytest.TempPathFactory, said: list[str], as_bytes: bool) -> None:
-    array = np.array([text.encode() for text in said], "S") if as_bytes else np.array(said, "U")
+@given(expected=st.lists(st.text(st.characters(exclude_categories=["C", "Z"]))), as_bytes=st.booleans())
+def test_array_strings_in_order(tmp_path_factory: pytest.TempPathFactory, expected: list[str], as_bytes: bool) -> None:
+    array = np.array([text.encode() for text in expected], "S") if as_bytes else np.array(expected, "U")
     path = save(tmp_path_factory.mktemp("texts"), array)
     samples = list(open_source(path).samples())
-    assert texts(samples) == said
-    assert [sample.key for sample in samples] == [f"t/{row}" for row in range(len(said))]
+    assert texts(samples) == expected
+    assert [sample.key for sample in samples] == [f"t/{row}" for row in range(len(expected))]
 
 
 def test_several_batches_in_order(tmp_path: Path) -> None:
-    said = [str(row) for row in range(3000)]
-    assert texts(list(open_source(save(tmp_path, np.array(said))).samples())) == said
+    expected = [str(row) for row in range(3000)]
+    assert texts(list(open_source(save(tmp_path, np.array(expected))).samples())) == expected
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("line", "expected"), MISTAKES)
-def test_a_mistake_is_one_line(command: Command, line: str, expected: str) -> None:
+def test_error_is_one_line(command: Command, line: str, expected: str) -> None:
     code, _, err = command(line)
     assert code == 1
     (told,) = [part for part in err.splitlines() if part.startswith("error: ")]

@@ -23,13 +23,13 @@ UIDS = st.lists(st.binary(min_size=16, max_size=16).map(bytes.hex), min_size=1, 
 
 
 @given(UIDS)
-def test_uids_are_sorted_halves_of_the_keys(keys: list[str]) -> None:
+def test_uids_are_sorted(keys: list[str]) -> None:
     found = to_uids(keys)
     assert found.dtype == np.dtype("u8,u8")
     assert [f"{high:016x}{low:016x}" for high, low in found.tolist()] == sorted(keys)
 
 
-def test_other_keys_are_no_uids() -> None:
+def test_other_keys_raise() -> None:
     with pytest.raises(
         DataError, match="expected DataComp's uids of 32 hexadecimal digits, got 1 other keys of 2, first 'a/b'"
     ):
@@ -45,13 +45,13 @@ def made(cache_path: Path, tmp_path: Path) -> tuple[Cache, Path]:
     return cache, tmp_path / "s.parquet"
 
 
-def test_keys_select_the_same_samples_again(made: tuple[Cache, Path], tmp_path: Path) -> None:
+def test_keys_roundtrip(made: tuple[Cache, Path], tmp_path: Path) -> None:
     cache, path = made
     assert export_selection(cache.path, path, tmp_path / "keys.txt", "keys") == 7
     assert np.array_equal(read_selection(tmp_path / "keys.txt", [cache]), read_selection(path, [cache]))
 
 
-def test_a_pool_of_datacomps_gives_its_uids(tmp_path: Path) -> None:
+def test_export_datacomp(tmp_path: Path) -> None:
     write_pictures(tmp_path / "p", 4)
     uids = [hashlib.md5(str(number).encode()).hexdigest() for number in range(4)]
     lines = [json.dumps({"uid": uid, "image": f"p/{number:05d}.png"}) for number, uid in enumerate(uids)]
@@ -63,9 +63,7 @@ def test_a_pool_of_datacomps_gives_its_uids(tmp_path: Path) -> None:
     assert [f"{high:016x}{low:016x}" for high, low in np.load(tmp_path / "uids.npy").tolist()] == sorted(uids[:3])
 
 
-def test_shards_hold_the_very_bytes_and_are_extracted_again(
-    made: tuple[Cache, Path], pictures: Path, tmp_path: Path
-) -> None:
+def test_shards_roundtrip(made: tuple[Cache, Path], pictures: Path, tmp_path: Path) -> None:
     cache, path = made
     rows = read_selection(path, [cache])
     write_shards(cache, rows, tmp_path / "shards", size=3)
@@ -82,7 +80,7 @@ def test_shards_hold_the_very_bytes_and_are_extracted_again(
         assert np.array_equal(again.feature(modality).load(), cache.feature(modality, feature).load()[rows])
 
 
-def test_the_same_selection_gives_the_same_shards_in_a_new_folder(made: tuple[Cache, Path], tmp_path: Path) -> None:
+def test_shards_are_deterministic(made: tuple[Cache, Path], tmp_path: Path) -> None:
     cache, path = made
     for name in ("a", "b"):
         export_selection(cache.path, path, tmp_path / name, "webdataset")
@@ -91,7 +89,7 @@ def test_the_same_selection_gives_the_same_shards_in_a_new_folder(made: tuple[Ca
         export_selection(cache.path, path, tmp_path / "a", "webdataset")
 
 
-def test_an_image_that_is_gone_leaves_no_shards(tmp_path: Path) -> None:
+def test_missing_image_leaves_no_shards(tmp_path: Path) -> None:
     write_pictures(tmp_path / "p", 4)
     extract(open_source(tmp_path / "p"), tmp_path / "cache", image_encoders=[IMAGE])
     (tmp_path / "p" / "00002.png").unlink()

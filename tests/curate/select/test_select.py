@@ -32,7 +32,7 @@ def chosen(around: dict[str, Path], out: Path, method: str = "random", **options
     return read_selection(out, [Cache(around["cache"])])
 
 
-def test_a_selection_says_how_it_was_made(around: dict[str, Path], tmp_path: Path) -> None:
+def test_selection_metadata(around: dict[str, Path], tmp_path: Path) -> None:
     rows = chosen(around, tmp_path / "a.parquet", "rare-first", per_concept=5, concepts=around["concepts"])
     table = pq.read_table(tmp_path / "a.parquet")
     record = json.loads(table.schema.metadata[b"embedcache"])
@@ -42,17 +42,17 @@ def test_a_selection_says_how_it_was_made(around: dict[str, Path], tmp_path: Pat
     assert "concept '" in table["reason"][0].as_py()
 
 
-def test_a_share_of_the_pool_is_a_budget(around: dict[str, Path], tmp_path: Path) -> None:
+def test_budget_as_fraction(around: dict[str, Path], tmp_path: Path) -> None:
     assert len(chosen(around, tmp_path / "a.parquet", budget=0.1)) == 30
 
 
-def test_the_same_command_writes_the_same_bytes(around: dict[str, Path], tmp_path: Path) -> None:
+def test_select_is_deterministic(around: dict[str, Path], tmp_path: Path) -> None:
     for name in ("a.parquet", "b.parquet"):
         chosen(around, tmp_path / name, "k-center", budget=9, seed=2)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
-def test_a_selection_is_selected_from_and_trained_on(around: dict[str, Path], tmp_path: Path) -> None:
+def test_select_from_selection_and_train(around: dict[str, Path], tmp_path: Path) -> None:
     fitting = tmp_path / "fit.parquet"
     first = chosen(around, fitting, "clip-score", budget=150, run=around["run"], feature=None)
     for seed in (0, 1):
@@ -68,7 +68,7 @@ def test_a_selection_is_selected_from_and_trained_on(around: dict[str, Path], tm
     assert list(recipes(runs).values()) == [runs]  # seeds of one recipe, each with a selection of its own
 
 
-def test_selections_are_combined(around: dict[str, Path], tmp_path: Path) -> None:
+def test_combine_and_sample(around: dict[str, Path], tmp_path: Path) -> None:
     a, b = tmp_path / "a.parquet", tmp_path / "b.parquet"
     one, other = set(chosen(around, a, budget=100, seed=1)), set(chosen(around, b, budget=100, seed=2))
     cache = Cache(around["cache"])
@@ -82,7 +82,7 @@ def test_selections_are_combined(around: dict[str, Path], tmp_path: Path) -> Non
     assert found < one - other
 
 
-def test_a_list_of_keys_is_a_selection_too(around: dict[str, Path], tmp_path: Path) -> None:
+def test_combine_with_key_list(around: dict[str, Path], tmp_path: Path) -> None:
     keys = Cache(around["cache"]).samples["key"].to_pylist()[:5]
     (tmp_path / "keys.txt").write_text("\n".join(keys))
     chosen(around, tmp_path / "a.parquet", budget=300)
@@ -90,7 +90,7 @@ def test_a_list_of_keys_is_a_selection_too(around: dict[str, Path], tmp_path: Pa
     assert read_selection(tmp_path / "b.parquet", [Cache(around["cache"])]).tolist() == list(range(5, 300))
 
 
-def test_what_leaves_nothing_is_refused(around: dict[str, Path], tmp_path: Path) -> None:
+def test_empty_combination_raises(around: dict[str, Path], tmp_path: Path) -> None:
     chosen(around, tmp_path / "a.parquet", budget=4)
     with pytest.raises(DataError, match=r"is empty: they select 4 and 4 samples of .*, 4 of them both"):
         combine_selections(
@@ -138,7 +138,7 @@ MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("method", "options", "error", "words"), MISTAKES)
-def test_mistakes_are_told(
+def test_invalid_settings_raise(
     around: dict[str, Path], tmp_path: Path, method: str, options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
@@ -146,24 +146,24 @@ def test_mistakes_are_told(
     assert not (tmp_path / "a.parquet").exists()
 
 
-def test_inputs_that_a_method_does_not_look_at_are_refused(around: dict[str, Path], tmp_path: Path) -> None:
+def test_unused_inputs_raise(around: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="--method random does not use --concepts"):
         chosen(around, tmp_path / "a.parquet", budget=3, concepts=around["concepts"])
     with pytest.raises(SettingError, match="leave --modality out"):
         chosen(around, tmp_path / "a.parquet", "clip-score", budget=3, run=around["run"], modality="text")
 
 
-def test_a_threshold_that_nothing_passes_is_told(around: dict[str, Path], tmp_path: Path) -> None:
+def test_too_high_threshold_raises(around: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of 300 cosines reaches --threshold 1.0; they range from"):
         chosen(around, tmp_path / "a.parquet", "clip-score", threshold=1.0, run=around["run"], feature=None)
 
 
-def test_a_selection_ends_in_parquet(around: dict[str, Path], tmp_path: Path) -> None:
+def test_output_must_be_parquet(around: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(PathError, match=r"expected a path that ends in .parquet"):
         chosen(around, tmp_path / "a.txt", budget=3)
 
 
-def test_concepts_are_texts_of_the_same_encoder(around: dict[str, Path], tmp_path: Path) -> None:
+def test_incomparable_concepts_raise(around: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match="feature open_toy/cls of the pool cannot be compared with prompts; project both with"
     ):
@@ -186,7 +186,7 @@ def test_concepts_are_texts_of_the_same_encoder(around: dict[str, Path], tmp_pat
         chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts=around["target"])
 
 
-def test_concepts_of_one_name_are_refused_or_one(around: dict[str, Path], tmp_path: Path) -> None:
+def test_join_names(around: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("red\nblue\nred\n")
     extract(open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "names", text_encoders=["tests.toy:open_toy"])
     path = tmp_path / "a.parquet"
@@ -196,13 +196,13 @@ def test_concepts_of_one_name_are_refused_or_one(around: dict[str, Path], tmp_pa
     assert len(rows) == 8
 
 
-def test_a_concept_without_a_prompt_is_told(around: dict[str, Path], tmp_path: Path) -> None:
+def test_concept_with_unmatched_prompt(around: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"red": ["red"], "nothing": ["x"]}))
     extract(open_source(f"prompts:{tmp_path}/c.json"), tmp_path / "c", text_encoders=["tests.toy:open_toy"])
     assert len(chosen(around, tmp_path / "a.parquet", "rare-first", per_concept=4, concepts=tmp_path / "c")) == 8
 
 
-def test_images_are_compared_with_concepts_through_a_run(around: dict[str, Path], tmp_path: Path) -> None:
+def test_select_images_with_run(around: dict[str, Path], tmp_path: Path) -> None:
     rows = chosen(
         around,
         tmp_path / "a.parquet",
