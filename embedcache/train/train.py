@@ -212,7 +212,7 @@ def _reuse_run(run_path: Path, config: PairConfig) -> TrainReport:
 
 
 def _start_run(run_path: Path, config: PairConfig) -> Leases:
-    """Take a lease on the folder, for a new run or for an interrupted one with the same settings."""
+    """Acquire a lease on the folder, for a new run or for an interrupted one with the same settings."""
     prepare_folder(run_path, kind="a run", marker="started.json", allowed=_FILES)
     leases = Leases(run_path)
     if not leases.acquire(0):
@@ -284,7 +284,7 @@ def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: Train
 
 
 def _shuffled_control(pairs: Pairs, settings: TrainSettings) -> Pairs:
-    """With `shuffle_pairs`, assign each sample's captions to another sample, so that only chance remains."""
+    """Assign each sample's captions to another sample if `shuffle_pairs` is set, so that only chance remains."""
     if not settings.shuffle_pairs:
         return pairs
     samples = pairs.samples
