@@ -93,8 +93,8 @@ def train(
     cache_paths: Paths,
     run_path: Path | str,
     *,
-    image: str | None = None,
-    text: str | None = None,
+    image_feature: str | None = None,
+    text_feature: str | None = None,
     settings: TrainSettings | None = None,
     progress: Progress | None = None,
 ) -> TrainReport:
@@ -108,8 +108,8 @@ def train(
     Args:
         cache_paths: one cache, or several made by the same encoders.
         run_path: folder of the run.
-        image: image feature, `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
-        text: text feature, likewise.
+        image_feature: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
+        text_feature: likewise.
         settings: settings of the run.
         progress: progress in training pairs.
 
@@ -130,7 +130,9 @@ def train(
     torch_device(settings.machine.device)
     with process_group(settings.machine.device) as device:
         settings = replace(settings, machine=replace(settings.machine, device=device))
-        data = open_data(cache_paths, image=image, text=text, memory_bytes=settings.machine.memory)
+        data = open_data(
+            cache_paths, image_feature=image_feature, text_feature=text_feature, memory_bytes=settings.machine.memory
+        )
         return train_on(data, run_path, settings, progress=progress)
 
 
