@@ -23,7 +23,7 @@ from embedcache.store.writer import commit_chunk
 _IMAGENET = [f"imagenet_{number:02d}" for number in range(20)]
 
 
-def write_pictures(path: Path, count: int, *, first: int = 0) -> Path:
+def write_images(path: Path, count: int, *, first: int = 0) -> Path:
     """Write a WebDataset tar of `count` JPEGs with captions, numbered from `first`.
 
     They are random crops of foolbox's 20 images of ImageNet (512 x 512 and larger) and one of iscc-samples: shorter
@@ -98,7 +98,7 @@ def _variation(original: Image.Image, seed: int) -> bytes:
     return out.getvalue()
 
 
-Draw = Callable[[np.random.Generator, range], Array]
+DrawVectors = Callable[[np.random.Generator, range], Array]
 """Function that returns the vectors of a range of rows: (B, D)."""
 
 
@@ -110,7 +110,7 @@ class _Shape:
     has_image: bool = True
 
 
-class Made:
+class RandomSource:
     """A source of samples without bytes; without images they are classes."""
 
     def __init__(self, num_samples: int, **shape: Any) -> None:
@@ -135,7 +135,9 @@ class Made:
         return item.path.encode()
 
 
-def write_made(path: Path, source: Made, width: int, *, seed: int, draw: Draw | None = None) -> Path:
+def write_random_cache(
+    path: Path, source: RandomSource, width: int, *, seed: int, draw: DrawVectors | None = None
+) -> Path:
     """Index the samples and write random vectors as features; without `draw` they are normally distributed."""
     info = index(source, path)
     rng = np.random.default_rng(seed)

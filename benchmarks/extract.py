@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.data import save_open_clip, save_vit, write_captions, write_pictures
+from benchmarks.data import save_open_clip, save_vit, write_captions, write_images
 from benchmarks.measure import median_rates, show
 from embedcache.arrays import Array
 from embedcache.cli.console import print_line
@@ -51,7 +51,7 @@ def images(*, quick: bool) -> None:
     """
     count, repeats = (256, 1) if quick else (2048, 3)
     with TemporaryDirectory() as folder:
-        source = open_source(write_pictures(Path(folder) / "pictures.tar", count))
+        source = open_source(write_images(Path(folder) / "images.tar", count))
         heavy = save_vit(Path(folder) / "vit.pt")
         for title, specs in (("light", [LIGHT]), ("heavy", [heavy]), ("both in one pass", [LIGHT, heavy])):
             _show_images(title, source, specs, repeats, ExtractSettings(chunk_size=count // _NUM_CHUNKS))
@@ -166,7 +166,7 @@ def peers(*, quick: bool) -> None:
 def _write_shards(folder: Path, count: int) -> str:
     per_shard = count // _SHARDS
     for number in range(_SHARDS):
-        write_pictures(folder / f"{count}-{number}.tar", per_shard, first=number * per_shard)
+        write_images(folder / f"{count}-{number}.tar", per_shard, first=number * per_shard)
     return f"{folder}/{count}-{{0..{_SHARDS - 1}}}.tar"
 
 
@@ -207,7 +207,7 @@ def precision(*, quick: bool) -> None:
     """
     num_images, num_texts, repeats = (64, 512, 1) if quick else (512, 4096, 3)
     with TemporaryDirectory() as folder:
-        source = open_source(write_pictures(Path(folder) / "pictures.tar", num_images))
+        source = open_source(write_images(Path(folder) / "images.tar", num_images))
         images = _open_precisions(save_vit(Path(folder) / "vit.pt"), "image")
         items = [item for sample in source.samples() for item in sample.images]
         prepared = [prepare(source, item, [images["float32"]])[0] for item in items]

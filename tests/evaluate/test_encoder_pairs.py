@@ -108,10 +108,10 @@ def test_probe_matches_a_run_with_closed_form(captioned: Path, tmp_path: Path, k
     for given in (split, SplitSettings(kind=str(split_path(run)))):
         report = compare(captioned, image_feature=IMAGES[:1], text_feature=TEXTS[:1], split=given)
         found = {"i2t": report.pairs[0].i2t, "t2i": report.pairs[0].t2i}
-        for way, estimate in found.items():
-            assert estimate.value == pytest.approx(expected.recalls[way]["r@10"].value, abs=0.03)  # one may tie
-            assert estimate.low == pytest.approx(expected.recalls[way]["r@10"].low, abs=0.03)
-            assert report.chance[way] == expected.chance[way]["r@10"]
+        for direction, estimate in found.items():
+            assert estimate.value == pytest.approx(expected.recalls[direction]["r@10"].value, abs=0.03)  # one may tie
+            assert estimate.low == pytest.approx(expected.recalls[direction]["r@10"].low, abs=0.03)
+            assert report.chance[direction] == expected.chance[direction]["r@10"]
     assert 0.1 < expected.recalls["i2t"]["r@10"].value < 1
 
 

@@ -193,7 +193,13 @@ def test_ray_cluster_that_loses_a_machine(source: Path, one_process: Path, tmp_p
         lines = extract_slowly(source, tmp_path / "c", progress, delay_ms=300, engine="ray")
         with pytest.raises(EmbedcacheError, match="unknown option of the encoder family"):
             extract_slowly(
-                source, tmp_path / "c", RecordedProgress(), delay_ms=0, image=f"{IMAGE},nonsense=1", engine="ray"
+                source,
+                tmp_path / "c",
+                RecordedProgress(),
+                delay_ms=0,
+                image=f"{IMAGE},nonsense=1",
+                engine="ray",
+                actors=1,
             )
         assert sum(node["Alive"] for node in ray.nodes()) == 2, "a machine was lost"
     finally:
