@@ -1,10 +1,14 @@
+<<<<<<< HEAD
 """Estimates with 95% intervals: bootstrap by clusters, jackknife by blocks, chance levels, rank correlations."""
+=======
+"""Estimates with 95% intervals: bootstrap by clusters, jackknife by blocks, chance levels."""
+>>>>>>> main
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binom, kendalltau, rankdata, t
+from scipy.stats import binom, t
 
 from embedcache.arrays import Array, Ints
 from embedcache.errors import DataError
@@ -169,6 +173,7 @@ def jackknife(values: Array, sizes: Ints) -> Estimate:
     mean = num_blocks * value - ((1 - 1 / ratio_G) * without_G).sum()
     reach = float(t.ppf(0.975, num_blocks - 1) * np.sqrt(np.mean((pseudo_G - mean) ** 2 / (ratio_G - 1))))
     return Estimate(value, value - reach, value + reach)
+<<<<<<< HEAD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,3 +217,5 @@ def rank_correlation(x_M: Array, y_M: Array, *, num_draws: int = 1000, seed: int
         spearman=estimate(lambda x, y: float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])),
         kendall=estimate(lambda x, y: float(kendalltau(x, y, method="asymptotic").statistic)),
     )
+=======
+>>>>>>> main
