@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -129,60 +129,42 @@ _MAX_STRICT_ITEMS = 200_000
 _BLOCK = 1024
 
 
-class PairedData(Protocol):
-    """The image and text features of some caches that a split is made for."""
-
-    @property
-    def caches(self) -> Sequence[Cache]:
-        """The caches; rows and samples are counted across them."""
-        ...
-
-    @property
-    def keys(self) -> list[str]:
-        """Keys of all samples."""
-        ...
-
-    @property
-    def read_image(self) -> Reader:
-        """Reader of the image feature; only `strict` reads it."""
-        ...
-
-    @property
-    def read_text(self) -> Reader:
-        """Reader of the text feature."""
-        ...
-
-
-def make_split(data: PairedData, pairs: Pairs, settings: SplitSettings) -> Split:
+def make_split(
+    caches: Sequence[Cache], pairs: Pairs, settings: SplitSettings, *, read_image: Reader, read_text: Reader
+) -> Split:
     """Split the samples that have both features. The same features and settings give the same split.
 
     Memory: a tile of similarities.
+
+    Args:
+        caches: the caches; rows and samples are counted across them.
+        pairs: items of the samples.
+        settings: how to split.
+        read_image: reads rows of the image feature; called for a strict split only.
+        read_text: reads rows of the text feature; called for a strict split only.
 
     Raises:
         UnknownNameError: the kind is neither a known one nor a file.
         SettingError: `strict` on more than 200,000 items, since it compares all pairs; or no sample is held out.
         SourceError: `column` without a column `split` that names train and test.
     """
-    split = _split(data, pairs, settings)
-    if len(data.caches) == 1:
-        return split
-    return replace(
-        split, index_digests=[cache.info.index_digest for cache in data.caches for _ in range(cache.info.num_samples)]
-    )
-
-
-def _split(data: PairedData, pairs: Pairs, settings: SplitSettings) -> Split:
-    keys = data.keys
+    keys = [key for cache in caches for key in cache.samples["key"].to_pylist()]
     if settings.kind == "column":
-        return _by_column(data, pairs.samples, settings)
-    if settings.kind in KINDS:
-        groups = _near_duplicates(data, pairs, settings) if settings.kind == "strict" else pairs.samples
+        split = _by_column(caches, keys, pairs.samples, settings)
+    elif settings.kind in KINDS:
+        is_strict = settings.kind == "strict"
+        groups = _near_duplicates(pairs, settings, read_image, read_text) if is_strict else pairs.samples
         split = _by_groups(keys, pairs.samples, groups, settings)
         _require_parts(split, groups, settings)
-        return split
-    if settings.path is None or not settings.path.is_file():
+    elif settings.path is None or not settings.path.is_file():
         raise unknown_name("split", settings.kind, KINDS, hint="or give the path of another run's split.parquet")
-    return read_split(settings.path, data.caches)
+    else:
+        split = read_split(settings.path, caches)
+    if len(caches) == 1:
+        return split
+    return replace(
+        split, index_digests=[cache.info.index_digest for cache in caches for _ in range(len(cache.samples))]
+    )
 
 
 def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
@@ -195,18 +177,19 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
     )
 
 
-def _by_column(data: PairedData, samples: Ints, settings: SplitSettings) -> Split:
-    values = [value for cache in data.caches for value in _split_column(cache)]
+def _by_column(caches: Sequence[Cache], keys: list[str], samples: Ints, settings: SplitSettings) -> Split:
+    values = [value for cache in caches for value in _split_column(cache)]
     known = [PART_NAMES.get(value, "") for value in values]
     if not {"train", "test"} <= set(known):
-        where = name_caches(data.caches)
-        raise SourceError(f"column 'split' of {where} holds {sorted(set(values))}; it must name train and test")
-    parts = [""] * len(data.keys)
+        raise SourceError(
+            f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(sorted(set(values)))}"
+        )
+    parts = [""] * len(keys)
     for row in samples:
         parts[row] = known[row]
     if "val" not in parts:
-        parts = _carve_validation(data.keys, parts, settings)
-    return Split(keys=data.keys, parts=parts, groups=list(range(len(data.keys))))
+        parts = _carve_validation(keys, parts, settings)
+    return Split(keys=keys, parts=parts, groups=list(range(len(keys))))
 
 
 def _split_column(cache: Cache) -> list[str]:
@@ -238,7 +221,8 @@ def _by_groups(keys: list[str], samples: Ints, groups: Ints, settings: SplitSett
     return Split(keys=keys, parts=parts, groups=numbers)
 
 
-def _near_duplicates(data: PairedData, pairs: Pairs, settings: SplitSettings) -> Ints:
+def _near_duplicates(pairs: Pairs, settings: SplitSettings, read_image: Reader, read_text: Reader) -> Ints:
+    """Return the near-duplicate group of each sample: (S,) int64."""
     num_items = len(pairs.image.rows) + len(pairs.text.rows)
     if num_items > _MAX_STRICT_ITEMS:
         raise SettingError(
@@ -247,12 +231,12 @@ def _near_duplicates(data: PairedData, pairs: Pairs, settings: SplitSettings) ->
         )
     samples = pairs.samples
     labels = np.arange(len(samples))
-    for side, read, threshold in (
-        (pairs.image, data.read_image, settings.image_cosine),
-        (pairs.text, data.read_text, settings.text_cosine),
+    for items, read, threshold in (
+        (pairs.image, read_image, settings.image_cosine),
+        (pairs.text, read_text, settings.text_cosine),
     ):
-        vectors = np.concatenate([unit_vectors(read(side.rows[block])) for block in blocks(len(side.rows), _BLOCK)])
-        labels = _merge_groups(vectors, np.searchsorted(samples, side.samples), labels, threshold)
+        vectors = np.concatenate([unit_vectors(read(items.rows[block])) for block in blocks(len(items.rows), _BLOCK)])
+        labels = _merge_groups(vectors, np.searchsorted(samples, items.samples), labels, threshold)
     return labels
 
 

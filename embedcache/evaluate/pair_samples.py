@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.dataset.inputs import InputFeature, Reader
+from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import make_split
@@ -115,7 +115,7 @@ def split_samples(
         DataError: too few samples, or none in a part.
         SettingError, SourceError, UnknownNameError: as of `make_split`.
     """
-    split = make_split(_SplitInput([cache], image, text), pairs, settings)
+    split = make_split([cache], pairs, settings, read_image=image.read, read_text=text.read)
     train, val = pairs.select(split.rows("train")), pairs.select(split.rows("val"))
     both = np.union1d(train.samples, val.samples)
     if len(both) < MIN_SAMPLES or not (len(train.samples) and len(val.samples)):
@@ -126,28 +126,6 @@ def split_samples(
         )
     groups = np.array(split.groups)[both]
     return PairSample(pairs=pairs.select(both), train=train, val=val, groups=groups, blocks=_blocks(groups))
-
-
-@dataclass(frozen=True)
-class _SplitInput:
-    """Caches, and the two features that decide near-duplicates."""
-
-    caches: Sequence[Cache]
-    image: InputFeature
-    text: InputFeature
-
-    @property
-    def keys(self) -> list[str]:
-        keys: list[str] = self.caches[0].samples["key"].to_pylist()
-        return keys
-
-    @property
-    def read_image(self) -> Reader:
-        return self.image.read
-
-    @property
-    def read_text(self) -> Reader:
-        return self.text.read
 
 
 def _blocks(groups: Ints) -> Ints:

@@ -1,10 +1,10 @@
-"""Estimates with 95 % intervals: bootstrap by clusters, jackknife by blocks, chance levels, rank correlations."""
+"""Estimates with 95% intervals: bootstrap by clusters, jackknife by blocks, chance levels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binom, kendalltau, rankdata, t
+from scipy.stats import binom, t
 
 from embedcache.arrays import Array, Ints
 from embedcache.errors import DataError
@@ -12,7 +12,7 @@ from embedcache.errors import DataError
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval."""
+    """A value with its 95% interval."""
 
     value: float
     low: float
@@ -20,7 +20,7 @@ class Estimate:
 
 
 def bootstrap_mean(values: Array, clusters: Ints | None = None, *, num_draws: int = 2000, seed: int = 0) -> Estimate:
-    """Compute a mean with a 95 % percentile interval from resampling whole clusters.
+    """Compute a mean with a 95% percentile interval from resampling whole clusters.
 
     Values of one cluster, such as captions of one image or seeds of one item, are not independent: they are drawn
     together.
@@ -68,7 +68,7 @@ def bootstrap_median(values: Array, clusters: Ints | None = None, *, num_draws: 
 def bootstrap_class_mean(
     values: Array, labels: Ints, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Compute the mean of class means, with a 95 % percentile interval from resampling whole clusters.
+    """Compute the mean of class means, with a 95% percentile interval from resampling whole clusters.
 
     Args:
         values: (M,) float or bool.
@@ -136,7 +136,7 @@ def _estimates(values_K: Array, means_RK: Array) -> list[Estimate]:
 
 
 def chance_estimate(probability: float, num_queries: int) -> Estimate:
-    """Return the chance level of a fraction of correct queries, with its 95 % binomial interval.
+    """Return the chance level of a fraction of correct queries, with its 95% binomial interval.
 
     Args:
         probability: probability that one query is correct by chance.
@@ -147,7 +147,7 @@ def chance_estimate(probability: float, num_queries: int) -> Estimate:
 
 
 def jackknife(values: Array, sizes: Ints) -> Estimate:
-    """Compute a 95 % interval of a statistic from leaving out each block of rows in turn.
+    """Compute a 95% interval of a statistic from leaving out each block of rows in turn.
 
     For a statistic that compares rows with each other, resampling with replacement would compare rows with copies of
     themselves; leaving rows out does not. "Delete-m jackknife for unequal m" (Statistics and Computing
@@ -169,46 +169,3 @@ def jackknife(values: Array, sizes: Ints) -> Estimate:
     mean = num_blocks * value - ((1 - 1 / ratio_G) * without_G).sum()
     reach = float(t.ppf(0.975, num_blocks - 1) * np.sqrt(np.mean((pseudo_G - mean) ** 2 / (ratio_G - 1))))
     return Estimate(value, value - reach, value + reach)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankCorrelation:
-    """How far two measures order the same things alike: 1 for the same order, -1 for the reverse order.
-
-    Args:
-        spearman: Spearman's rho.
-        kendall: Kendall's tau-b, which accounts for ties.
-    """
-
-    spearman: Estimate
-    kendall: Estimate
-
-
-def rank_correlation(x_M: Array, y_M: Array, *, num_draws: int = 1000, seed: int = 0) -> RankCorrelation:
-    """Compute Spearman's rho and Kendall's tau-b, with 95 % percentile intervals from resampling the M things.
-
-    The things count as independent. Resamples in which one measure is constant are left out.
-
-    Args:
-        x_M: (M,) float.
-        y_M: (M,) float.
-        num_draws: number of resamples.
-        seed: random seed of the resampling.
-
-    Raises:
-        DataError: there are fewer than three things, or one measure is constant.
-    """
-    if len(x_M) < 3 or min(len(np.unique(x_M)), len(np.unique(y_M))) < 2:
-        raise DataError(f"rank correlation: expected at least 3 things that are not all equal, got {len(x_M)}")
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(x_M), size=(num_draws, len(x_M)))
-    usable = [draw for draw in draws if min(len(np.unique(x_M[draw])), len(np.unique(y_M[draw]))) > 1]
-
-    def estimate(statistic: Callable[[Array, Array], float]) -> Estimate:
-        low, high = np.quantile([statistic(x_M[draw], y_M[draw]) for draw in usable], [0.025, 0.975])
-        return Estimate(statistic(x_M, y_M), float(low), float(high))
-
-    return RankCorrelation(
-        spearman=estimate(lambda x, y: float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])),
-        kendall=estimate(lambda x, y: float(kendalltau(x, y, method="asymptotic").statistic)),
-    )

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
-from embedcache.dataset.splits import make_split, write_split
+from embedcache.dataset.splits import write_split
 from embedcache.files import LOCK, locked
 from embedcache.provenance import (
     check_same,
@@ -86,7 +86,7 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
             next_step = "give the path of a new folder, or request the same"
             check_same(f"study {path}", asdict(found), asdict(replace(requested, name=found.name)), next_step=next_step)
             return found
-        split = make_split(data, data.pairs(space.settings({}).language), space.settings({}).split)
+        split = data.split(data.pairs(space.settings({}).language), space.settings({}).split)
         write_split(split_path(path), split)
         write_json(path / "study.json", to_record(requested))
     return requested

@@ -12,6 +12,8 @@ import numpy as np
 from embedcache.arrays import Array, Inputs, Ints
 from embedcache.dataset.inputs import InputFeature, Reader, open_input
 from embedcache.dataset.pairs import Pairs, pair_items
+from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.splits import Split, make_split
 from embedcache.errors import DataError
 from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import check_same
@@ -83,6 +85,16 @@ class TrainData:
     def keys(self) -> list[str]:
         """Keys of the samples."""
         return [key for cache in self.caches for key in cache.samples["key"].to_pylist()]
+
+    def split(self, pairs: Pairs, settings: SplitSettings) -> Split:
+        """Split the samples; features are loaded for a strict split only."""
+        return make_split(
+            self.caches,
+            pairs,
+            settings,
+            read_image=lambda rows: self.read_image(rows),
+            read_text=lambda rows: self.read_text(rows),
+        )
 
     @cached_property
     def read_image(self) -> Reader:

@@ -10,7 +10,7 @@ import numpy as np
 from embedcache.arrays import Ints
 from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.selections import read_selection
-from embedcache.dataset.splits import PARTS, Split, make_split, read_split, write_split
+from embedcache.dataset.splits import PARTS, Split, read_split, write_split
 from embedcache.encoders.backends import torch_device
 from embedcache.errors import DataError, PathError, SettingError
 from embedcache.files import Leases, disk_errors
@@ -266,7 +266,7 @@ def _split(data: TrainData, run_path: Path, pairs: Pairs, settings: TrainSetting
 
     def make() -> None:
         if not path.is_file():
-            write_split(path, make_split(data, pairs, settings.split))
+            write_split(path, data.split(pairs, settings.split))
 
     run_on_first(make)
     return read_split(path, data.caches)

@@ -108,10 +108,10 @@ def test_probe_matches_a_run_with_closed_form(captioned: Path, tmp_path: Path, k
     for given in (split, SplitSettings(kind=str(split_path(run)))):
         report = compare(captioned, image_feature=IMAGES[:1], text_feature=TEXTS[:1], split=given)
         found = {"i2t": report.pairs[0].i2t, "t2i": report.pairs[0].t2i}
-        for way, estimate in found.items():
-            assert estimate.value == pytest.approx(expected.recalls[way]["r@10"].value, abs=0.03)  # one may tie
-            assert estimate.low == pytest.approx(expected.recalls[way]["r@10"].low, abs=0.03)
-            assert report.chance[way] == expected.chance[way]["r@10"]
+        for direction, estimate in found.items():
+            assert estimate.value == pytest.approx(expected.recalls[direction]["r@10"].value, abs=0.03)  # one may tie
+            assert estimate.low == pytest.approx(expected.recalls[direction]["r@10"].low, abs=0.03)
+            assert report.chance[direction] == expected.chance[direction]["r@10"]
     assert 0.1 < expected.recalls["i2t"]["r@10"].value < 1
 
 
@@ -166,7 +166,7 @@ def test_report_describes_the_comparison(report: PairsReport) -> None:
     assert "split strict by open_toy/cls and open_toy/mean (cosine above 0.995 and 0.95)" in line
     assert "each item scaled to length 1, then the mean over a sample's images and over its captions" in line
     assert "CKA centered; kNN by cosine, k 10" in line
-    assert f"95 % intervals over {report.num_groups} near-duplicate groups" in line
+    assert f"95% intervals over {report.num_groups} near-duplicate groups" in line
     figures = json.loads(json.dumps(encoder_pairs_json(report)))
     assert figures["pairs"][0]["linear_cka"]["low"] == report.pairs[0].linear_cka.low
     assert (figures["k"], figures["centred"], figures["num_held"]) == (10, True, report.num_held)

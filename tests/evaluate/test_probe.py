@@ -40,16 +40,16 @@ from tests.sources.files import write_tar
 from tests.toy import IMAGE, TEXT
 
 FEATURE = "open_toy/cls"
-Says = Callable[[int, str], dict[str, object]]
+ColumnsOf = Callable[[int, str], dict[str, object]]
 
 
 def color(number: int, caption: str) -> dict[str, object]:
-    """Label a picture with its color, and hold every fourth out."""
+    """Label an image with its color, and put every fourth into the test part."""
     return {"label": caption.split()[0], "split": "test" if number % 4 == 0 else "train"}
 
 
 def write_colors(folder: Path, count: int) -> Path:
-    """Write pictures of one color, each a shade of its own, with the color in the caption."""
+    """Write images of one color each, in random shades, with the color in the caption."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -60,14 +60,14 @@ def write_colors(folder: Path, count: int) -> Path:
     return folder
 
 
-def make_cache(folder: Path, says: Says, *, count: int = 120, copies: int = 0) -> Path:
-    """Make a cache of pictures with columns beside them; copies repeat the first pictures under other keys."""
+def make_cache(folder: Path, columns_of: ColumnsOf, *, count: int = 120, copies: int = 0) -> Path:
+    """Make a cache of images with the given columns; copies repeat the first images under other keys."""
     source = write_colors(folder / "source", count)
     for number in range(copies):
         for suffix in (".png", ".txt"):
             shutil.copy(source / f"{number:05d}{suffix}", source / f"copy-{number:05d}{suffix}")
     for number, path in enumerate(sorted(source.glob("*.txt"))):
-        path.with_suffix(".json").write_text(json.dumps(says(number, path.read_text().strip())))
+        path.with_suffix(".json").write_text(json.dumps(columns_of(number, path.read_text().strip())))
     settings = ExtractSettings(features=FEATURES, chunk_size=32)
     extract(open_source(source), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return folder / "cache"
@@ -75,7 +75,7 @@ def make_cache(folder: Path, says: Says, *, count: int = 120, copies: int = 0) -
 
 @pytest.fixture(scope="module")
 def labeled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache whose label is the picture's color, 240 pictures of which 60 are held out."""
+    """A cache of 240 images labeled with their color, 60 of them for test."""
     return make_cache(tmp_path_factory.mktemp("labeled"), color, count=240)
 
 
@@ -107,13 +107,13 @@ def test_shuffled_labels_keep_test_and_counts(labeled_path: Path) -> None:
 
 
 def test_control_interval_includes_chance(labeled_path: Path) -> None:
-    """One shuffle sends whole classes to one label: far from chance, with an interval over items that denies it."""
+    """Check that the interval is over shuffles: a single shuffle gives whole classes one label, far from chance."""
 
-    def rough(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
+    def fit_rough(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
         return Classifier(Ridge(joined(train, val), num_classes).scores(0.1), {})
 
     data = read_labeled(Cache(labeled_path), ProbeSettings(feature=FEATURE))
-    control = _control("rough", rough, data, ProbeSettings(draws=30), NullProgress())
+    control = _control("rough", fit_rough, data, ProbeSettings(draws=30), NullProgress())
     shares = np.array(control.by_shuffle)
     assert shares.max() - shares.min() > 0.25
     assert control.accuracy.low <= 1 / 6 <= control.accuracy.high
@@ -128,8 +128,8 @@ def test_more_shots_are_better(report: ProbeReport) -> None:
 def test_parts_follow_the_column_split(labeled_path: Path) -> None:
     cache = Cache(labeled_path)
     data = read_labeled(cache, ProbeSettings(feature=FEATURE))
-    said = np.array(cache.samples["split"].to_pylist())[data.items.samples]
-    np.testing.assert_array_equal(data.parts == "test", said == "test")
+    values = np.array(cache.samples["split"].to_pylist())[data.items.samples]
+    np.testing.assert_array_equal(data.parts == "test", values == "test")
     assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 162, "val": 18, "test": 60}
     assert data.split_rule == "parts by column 'split', 10% of train for validation"
     np.testing.assert_array_equal(data.parts, read_labeled(cache, ProbeSettings(feature=FEATURE)).parts)
@@ -165,29 +165,29 @@ def test_hash_split_keeps_copies_together(tmp_path: Path) -> None:
 
 
 def test_copies_of_training_items_warn(tmp_path: Path) -> None:
-    def says(number: int, caption: str) -> dict[str, object]:
+    def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0], "split": "test" if number < 10 or number >= 80 else "train"}
 
-    path = make_cache(tmp_path, says, count=80, copies=20)  # ten copies of test items, ten of training items
+    path = make_cache(tmp_path, columns_of, count=80, copies=20)  # ten copies of test items, ten of training items
     report = evaluate_probe(path, ProbeSettings(feature=FEATURE, classifiers=("ridge",)))
     assert report.warnings() == ["WARNING: 10 test images are copies of training or validation items"]
     assert probe_json(report, "x")["details"]["overlap"] == 10
 
 
 def test_validation_part_is_used_or_tested(tmp_path: Path) -> None:
-    def says(number: int, caption: str) -> dict[str, object]:
+    def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0], "split": ["train", "train", "validation", "test", "extra"][number % 5]}
 
-    cache = Cache(make_cache(tmp_path, says, count=100))
+    cache = Cache(make_cache(tmp_path, columns_of, count=100))
     data = read_labeled(cache, ProbeSettings(feature=FEATURE))
-    said = np.array(cache.samples["split"].to_pylist())[data.items.samples]
-    assert set(zip(said.tolist(), data.parts.tolist(), strict=True)) == {
+    values = np.array(cache.samples["split"].to_pylist())[data.items.samples]
+    assert set(zip(values.tolist(), data.parts.tolist(), strict=True)) == {
         ("train", "train"), ("validation", "val"), ("test", "test"),
     }  # fmt: skip
     assert (data.num_left_out, data.split_rule) == (20, "parts by column 'split'")
     held = read_labeled(cache, ProbeSettings(feature=FEATURE, part="val"))
-    said = np.array(cache.samples["split"].to_pylist())[held.items.samples]
-    assert set(zip(said.tolist(), held.parts.tolist(), strict=True)) == {
+    values = np.array(cache.samples["split"].to_pylist())[held.items.samples]
+    assert set(zip(values.tolist(), held.parts.tolist(), strict=True)) == {
         ("train", "train"), ("train", "val"), ("validation", "test"),
     }  # fmt: skip
     assert "val is held out" in held.split_rule
@@ -246,7 +246,7 @@ def test_intervals_over_runs_are_wider() -> None:
         bootstrap_runs(np.empty((0, 0)), np.empty(0, np.int64))
 
 
-def test_rows_to_print(report: ProbeReport) -> None:
+def test_tables(report: ProbeReport) -> None:
     columns, rows = probe_table(report)
     assert [row[0] for row in rows] == [
         *("knn", "logistic", "ridge"),
@@ -262,7 +262,7 @@ def test_rows_to_print(report: ProbeReport) -> None:
     assert all(len(row) == 3 for row in rows)
 
 
-def test_json_has_the_fields_of_clip_benchmark_and_all_else_in_details(report: ProbeReport) -> None:
+def test_json_has_the_fields_of_clip_benchmark(report: ProbeReport) -> None:
     figures = json.loads(json.dumps(probe_json(report, "pictures"), allow_nan=False))
     assert set(figures) == {"dataset", "model", "pretrained", "task", "metrics", "language", "details"}
     assert (figures["dataset"], figures["task"]) == ("pictures", "linear_probe")
@@ -293,7 +293,7 @@ def test_page_is_self_contained(report: ProbeReport, tmp_path: Path) -> None:
     assert "Few items per class" not in (tmp_path / "short.html").read_text()
 
 
-def mistake(path: Path, **settings: object) -> Callable[[], object]:
+def probing(path: Path, **settings: object) -> Callable[[], object]:
     return lambda: evaluate_probe(path, ProbeSettings(feature=FEATURE, classifiers=("ridge",), **settings))  # type: ignore[arg-type]
 
 
@@ -305,9 +305,9 @@ def test_unknown_names_raise(labeled_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'open_toy/cls'"):
         evaluate_probe(labeled_path, ProbeSettings(feature="open_toy/csl"))
     with pytest.raises(UnknownNameError, match="'labels'; did you mean 'label'"):
-        mistake(labeled_path, label="labels")()
+        probing(labeled_path, label="labels")()
     with pytest.raises(SettingError, match=r"shots: expected at most \d+, the training items of class .*, got 1,000"):
-        mistake(labeled_path, shots=(1, 1000))()
+        probing(labeled_path, shots=(1, 1000))()
 
 
 @pytest.mark.parametrize(
@@ -356,39 +356,39 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_unusable_data_raise(tmp_path: Path, case: str) -> None:
-    says, error, message = BAD[case]
-    path = make_cache(tmp_path, says, count=40)
+    columns_of, error, message = BAD[case]
+    path = make_cache(tmp_path, columns_of, count=40)
     with pytest.raises(error, match=message):
-        mistake(path)()
+        probing(path)()
 
 
 def test_val_part_needs_a_column(tmp_path: Path) -> None:
     path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=40)
     with pytest.raises(DataError, match="have no column 'split' that names a part 'val'"):
-        mistake(path, part="val")()
+        probing(path, part="val")()
 
 
 def test_unfinished_feature_is_refused(labeled_path: Path, tmp_path: Path) -> None:
     path = shutil.copytree(labeled_path, tmp_path / "cache")
     (path / "image" / "open_toy" / "chunks" / "00003.parquet").unlink()
     with pytest.raises(UnfinishedError, match="1 of 8 chunks are missing"):
-        mistake(path)()
+        probing(path)()
 
 
 def test_untrained_classes_warn(tmp_path: Path) -> None:
-    def says(number: int, caption: str) -> dict[str, object]:
+    def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0], "split": "test" if number % 4 == 0 or "red" in caption else "train"}
 
-    report = evaluate_probe(make_cache(tmp_path, says), ProbeSettings(feature=FEATURE, classifiers=("knn",)))
+    report = evaluate_probe(make_cache(tmp_path, columns_of), ProbeSettings(feature=FEATURE, classifiers=("knn",)))
     assert report.warnings() == ["WARNING: 1 classes have test items and no training items: 'red'"]
     assert report.scores[0].recalls[report.labeled.names.index("red")] == 0
 
 
 def test_unlabeled_items_are_counted(tmp_path: Path) -> None:
-    def says(number: int, caption: str) -> dict[str, object]:
+    def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0] if number % 3 else None}
 
-    report = evaluate_probe(make_cache(tmp_path, says), ProbeSettings(feature=FEATURE, classifiers=("ridge",)))
+    report = evaluate_probe(make_cache(tmp_path, columns_of), ProbeSettings(feature=FEATURE, classifiers=("ridge",)))
     assert report.counts == {"train": 52, "val": 8, "test": 20}
     assert report.line().endswith("; 40 without a label left out")
     assert probe_json(report, "x")["details"]["num_unlabelled"] == 40

@@ -45,7 +45,7 @@ def test_recall_matches_counting_by_hand(cache_path: Path, runs: list[Path]) -> 
     cache = Cache(cache_path)
     ranking = rank(cache, load_runs(runs[:1])[0])
     texts = np.array(cache.items("text")["text"].to_pylist())[ranking.pairs.text.rows]
-    own = texts[np.argsort(ranking.pairs.text.samples)]  # one caption a picture, in the pictures' order
+    own = texts[np.argsort(ranking.pairs.text.samples)]  # one caption per image, in the order of the images
     hits = 0
     for image, caption in zip(ranking.images, own, strict=True):
         scores = ranking.texts @ image
@@ -57,9 +57,9 @@ def test_recall_matches_counting_by_hand(cache_path: Path, runs: list[Path]) -> 
 
 def test_seeds_are_averaged(cache_path: Path, runs: list[Path]) -> None:
     one, other, both = (evaluate_retrieval(cache_path, paths) for paths in (runs[:1], runs[1:], runs))
-    for way in ("i2t", "t2i"):
-        for name, estimate in both.recalls[way].items():
-            mean = (one.recalls[way][name].value + other.recalls[way][name].value) / 2
+    for direction in ("i2t", "t2i"):
+        for name, estimate in both.recalls[direction].items():
+            mean = (one.recalls[direction][name].value + other.recalls[direction][name].value) / 2
             assert estimate.value == pytest.approx(mean)
             assert estimate.low <= estimate.value <= estimate.high
     assert both.seeds == [0, 1]
@@ -79,10 +79,10 @@ def test_json_and_table(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs)
     figures = json.loads(json.dumps(retrieval_json(report, shuffled=report)))
     for place in (figures, figures["chance"], figures["shuffled"]):
-        for way in ("i2t", "t2i"):
+        for direction in ("i2t", "t2i"):
             for name in ("r@1", "r@5", "r@10"):
-                low, high = place[way]["intervals"][name]
-                assert 0 <= low <= place[way][name] <= high <= 1
+                low, high = place[direction]["intervals"][name]
+                assert 0 <= low <= place[direction][name] <= high <= 1
     assert figures["num_images"] == 75
     columns, rows = retrieval_table({"run": report})
     assert columns == ["", "i2t R@1", "i2t R@5", "i2t R@10", "t2i R@1", "t2i R@5", "t2i R@10"]
@@ -90,10 +90,10 @@ def test_json_and_table(cache_path: Path, runs: list[Path]) -> None:
     assert format_estimate(Estimate(0.1234, 0, 1)) == "0.123 [0.000, 1.000]"
 
 
-def test_the_gallery_shows_what_is_right_and_what_is_wrong(cache_path: Path, runs: list[Path]) -> None:
+def test_sampled_queries_are_right_and_wrong(cache_path: Path, runs: list[Path]) -> None:
     ranking = rank(Cache(cache_path), load_runs(runs[:1])[0])
-    for way in ("i2t", "t2i"):
-        examples = sample_queries(ranking, way, num_each=3, num_results=4)
+    for direction in ("i2t", "t2i"):
+        examples = sample_queries(ranking, direction, num_each=3, num_results=4)
         assert len(examples) == 6
         for example in examples:
             assert len(example.results) == 4
@@ -177,11 +177,11 @@ def test_recipes_are_named_and_compared(cache_path: Path, runs: list[Path], tmp_
 
 def test_median_ranks_and_curves(cache_path: Path, runs: list[Path]) -> None:
     report, ranking = evaluate_retrieval(cache_path, runs[:1]), rank(Cache(cache_path), load_runs(runs[:1])[0])
-    for way in ("i2t", "t2i"):
-        ranks = np.sort(ranking.ranks[way])
-        assert report.orders[way]["median_rank"].value == ranks[(len(ranks) - 1) // 2]
-        assert report.orders[way]["map"].value == pytest.approx(ranking.precisions[way].mean())
-        assert report.curves[way][4] == pytest.approx(report.recalls[way]["r@5"].value)
+    for direction in ("i2t", "t2i"):
+        ranks = np.sort(ranking.ranks[direction])
+        assert report.orders[direction]["median_rank"].value == ranks[(len(ranks) - 1) // 2]
+        assert report.orders[direction]["map"].value == pytest.approx(ranking.precisions[direction].mean())
+        assert report.curves[direction][4] == pytest.approx(report.recalls[direction]["r@5"].value)
 
 
 def test_intervals_are_over_near_duplicate_groups(cache_path: Path, runs: list[Path]) -> None:

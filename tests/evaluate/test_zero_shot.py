@@ -29,7 +29,7 @@ def runs(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 @pytest.fixture(scope="module")
 def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hundred pictures that no run saw, in a folder for each background."""
+    """A cache of a hundred images that no run saw, in one folder per background."""
     folder = tmp_path_factory.mktemp("labeled")
     pictures = write_pictures(folder / "all", 100, seed=5)
     for picture in sorted(pictures.glob("*.png")):
@@ -41,7 +41,7 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All captions that name a background, as its prompts."""
+    """A cache with all captions that name a background as its prompts."""
     folder = tmp_path_factory.mktemp("prompts")
     return prompt_cache(folder, COLOUR_NAMES)
 

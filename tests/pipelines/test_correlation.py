@@ -5,8 +5,8 @@ import pytest
 
 from embedcache.evaluate.encoder_pairs import METRICS, PairFigures, PairsReport
 from embedcache.evaluate.retrieval import RetrievalReport
-from embedcache.metrics.intervals import Estimate, rank_correlation
-from pipelines.correlation import Outcomes, correlation_rows, write_correlations
+from embedcache.metrics.intervals import Estimate
+from pipelines.correlation import Outcomes, correlation_rows, rank_correlation, write_correlations
 
 NAMES = [(f"a/{image}", f"b/{text}") for image in "xyz" for text in "uv"]
 

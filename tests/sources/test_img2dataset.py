@@ -56,6 +56,7 @@ class TestOutputWithoutCaptionFiles(SourceContract):
         return open_source(write_output(tmp_path))
 
 
+@pytest.mark.slow
 class TestOutputOnS3(SourceContract):
     @pytest.fixture(scope="class")
     @classmethod

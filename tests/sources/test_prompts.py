@@ -67,9 +67,12 @@ def test_clip_benchmark_datasets() -> None:
     assert {len(sample.texts) for sample in found} == {80}
     assert len({sample.key for sample in found}) == 1000  # two names occur twice
     assert prompts(found[0])[0] == "a bad photo of a tench."
-    assert prompts(samples_of("imagenet1k+cupl")[0])[0].startswith("A tench")
+    assert prompts(samples_of("flowers+imagenet1k")[0])[0] == "a bad photo of a pink primrose."
     assert samples_of("imagenet1k", "it")[1].texts[0].text == "una brutta foto di un pesce rosso"
-    assert {len(sample.texts) for sample in samples_of("flowers+imagenet1k")} == {80}
+
+
+def test_cupl_prompts() -> None:
+    assert prompts(next(open_source("prompts:imagenet1k+cupl").samples()))[0].startswith("A tench")
 
 
 def test_path_with_plus(tmp_path: Path) -> None:

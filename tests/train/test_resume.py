@@ -82,7 +82,7 @@ def test_resume_is_identical(cache_path: Path, whole: Path, tmp_path: Path, num_
 def test_resume_uses_the_split_of_the_run(
     cache_path: Path, whole: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedcache.train.train.make_split", None)  # other samples may have features by now
+    monkeypatch.setattr("embedcache.train.data.make_split", None)  # other samples may have features by now
     run(cache_path, unfinished)
     assert_same_run(unfinished, whole)
 
