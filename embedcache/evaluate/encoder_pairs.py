@@ -122,7 +122,7 @@ class PairsReport:
         return (
             f"{self.num_compared:,} samples outside the test part of {self.num_drawn:,} drawn (seed {self.seed}), "
             f"split {self.split}; rows: {ROWS}{language}; CKA centered; kNN by cosine, k {self.k}; probe: CCA fitted "
-            f"on {self.num_trained:,} samples, ranked on {self.num_held:,} others; 95 % intervals over "
+            f"on {self.num_trained:,} samples, ranked on {self.num_held:,} others; 95% intervals over "
             f"{self.num_groups:,} near-duplicate groups"
         )
 
