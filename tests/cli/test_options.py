@@ -19,6 +19,7 @@ OPTIONS = [
 SAME_NOUN = {
     "--batch-size": "items of a forward pass in extract, of a training step in train",
     "--chunk-size": "imports name the default of a new cache",
+    "--config": "train reads the config.json of a run too",
     "--device": "extract takes several; train explains torchrun",
     "--engine": "extract explains what the backends are",
     "--feature": "extract names features to store, before encoder/feature exists",
