@@ -39,8 +39,8 @@ def sweep(
             caches,
             study,
             space,
-            image=image_feature,
-            text=text_feature,
+            image_feature=image_feature,
+            text_feature=text_feature,
             settings=settings,
             progress=open_progress(),
         )

@@ -40,8 +40,8 @@ def train(
         report = run_training(
             caches,
             run,
-            image=image_feature,
-            text=text_feature,
+            image_feature=image_feature,
+            text_feature=text_feature,
             settings=settings,
             progress=open_progress() if is_first else NullProgress(),
         )

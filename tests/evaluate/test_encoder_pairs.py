@@ -62,7 +62,7 @@ def trained_run(cache_path: Path, run_path: Path, split: SplitSettings) -> Path:
         optimizer=OptimizerSettings(epochs=0),
         split=split,
     )
-    train(cache_path, run_path, image=IMAGES[0], text=TEXTS[0], settings=settings)
+    train(cache_path, run_path, image_feature=IMAGES[0], text_feature=TEXTS[0], settings=settings)
     return run_path
 
 
