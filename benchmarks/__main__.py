@@ -1,23 +1,37 @@
-"""python -m benchmarks [--quick] [name …]
+"""Run benchmarks: python -m benchmarks [--quick] [NAME …]
 
-`--quick` takes a tenth of the data and one run: to see that a benchmark works, not to compare.
+`--quick` uses a tenth of the data and one run, to check that a benchmark works rather than to compare.
 """
 
 import importlib
 import sys
+from collections.abc import Callable
 
 NAMES = ("help", "gather", "extract", "index", "decode", "train", "evaluate", "search", "coverage", "dedup", "serve")
-PARTS = ("images", "texts", "peers", "precision", "thresholds")
-"""Of `extract` and `coverage`, to be run alone."""
+PARTS = {
+    "images": "extract:images",
+    "texts": "extract:texts",
+    "peers": "extract:peers",
+    "precision": "extract:precision",
+    "thresholds": "thresholds:main",
+}
+"""Parts of `extract` and `coverage` that can be run alone."""
+
+
+def load(name: str) -> Callable[..., None]:
+    """Return the function that runs a benchmark."""
+    module, _, function = PARTS.get(name, f"{name}:main").partition(":")
+    benchmark: Callable[..., None] = getattr(importlib.import_module(f"benchmarks.{module}"), function)
+    return benchmark
 
 
 def main() -> None:
-    """Run those that are named, or all."""
-    quick = "--quick" in sys.argv
-    for name in [word for word in sys.argv[1:] if word != "--quick"] or NAMES:
+    """Run the named benchmarks, or all of them."""
+    names = [word for word in sys.argv[1:] if word != "--quick"] or NAMES
+    for name in names:
         if name not in (*NAMES, *PARTS):
             sys.exit(f"unknown benchmark {name!r}; known: {', '.join((*NAMES, *PARTS))}")
-        importlib.import_module(f"benchmarks.{name}").main(quick=quick)
+        load(name)(quick="--quick" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""An encoder of numbers: text `17` is the seventeenth of many vectors in clusters, everywhere the same.
+"""An encoder of numbers for benchmarks: text `17` is vector 17 of a fixed set of vectors in clusters.
 
-768 wide, or as the option `width` says.
+The option `width` sets the width, 768 by default.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from embedcache.encoders.settings import EncoderSettings
 WIDTH = 768
 _CLUSTERS = 2000
 _DIRECTIONS = 64
-"""Within a cluster vectors differ in so many directions: real features do not fill their width."""
+"""Dimensions in which vectors of a cluster differ, as real features do not fill their width."""
 
 
 def open_clusters(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open it as `benchmarks.clusters:open_clusters`."""
+    """Open the encoder as `benchmarks.clusters:open_clusters`."""
     check_options(spec, ("width",))
     return Clusters(int(spec.options.get("width", WIDTH)))
 
 
 class Clusters:
-    """`vector` (D,), 768 unless it is said."""
+    """Encoder with one feature, `vector` (D,)."""
 
     modality: Modality = "text"
     batch_size = 1024
@@ -52,18 +52,18 @@ class Clusters:
         return {"vector": list(self.vectors(np.concatenate(list(prepared))))}
 
     def vectors(self, numbers_B: Array) -> Floats:
-        """Give the vectors of some numbers, of about length 1.4: (B,) -> (B, D) float32."""
-        centres_CP, directions_RP = self._tables
+        """Compute the vectors of some numbers, of length about 1.4: (B,) -> (B, D) float32."""
+        centers_CP, directions_RP = self._tables
         out = [np.random.default_rng(int(number)) for number in numbers_B]
         clusters = np.array([rng.integers(_CLUSTERS) for rng in out])
         offsets = np.stack([rng.standard_normal(_DIRECTIONS, np.float32) for rng in out])
-        made: Floats = centres_CP[clusters] + offsets @ directions_RP
+        made: Floats = centers_CP[clusters] + offsets @ directions_RP
         return made
 
     @cached_property
     def _tables(self) -> tuple[Floats, Floats]:
         rng = np.random.default_rng(0)
         width = self._width
-        centres_CP = rng.standard_normal((_CLUSTERS, width), np.float32) / np.float32(np.sqrt(width))
+        centers_CP = rng.standard_normal((_CLUSTERS, width), np.float32) / np.float32(np.sqrt(width))
         directions_RP = rng.standard_normal((_DIRECTIONS, width), np.float32) / np.float32(np.sqrt(_DIRECTIONS * width))
-        return centres_CP, directions_RP
+        return centers_CP, directions_RP

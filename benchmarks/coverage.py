@@ -1,9 +1,9 @@
-"""Concept coverage of 300,000 x 512 float16 vectors on disk, 3,000 concepts, beside the bare matrix product.
+"""Concept coverage of 300,000 x 512 float16 vectors on disk, 3,000 concepts, against the bare matrix product.
 
-The floor multiplies one chunk in memory, 2,048 x 512 float32, with the concepts as often as the pool has chunks: no
-reading, no scaling to length 1, nothing counted; by NumPy and by torch, and the faster one counts. An item is near two
-concepts of 3,000. The command is a process of its own, from start to table. Turns are taken, and medians shown; CPU
-seconds are the least of any turn, and say what the clock does not where other processes compute.
+The baseline multiplies one chunk in memory, 2,048 x 512 float32, with the concepts once per chunk of the pool, without
+reading, normalizing or counting, by NumPy and by torch; the faster one is the reference. Each item is near two of the
+3,000 concepts. The command runs in a separate process, from start to table. Measurements alternate; medians are shown.
+CPU seconds are the minimum, which other processes disturb less than the clock.
 """
 
 import tempfile
@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.made import Made, write_made
-from benchmarks.measured import run_embedcache
-from benchmarks.table import median_rates
+from benchmarks.data import RandomSource, write_random_cache
+from benchmarks.measure import median_rates, run_embedcache
 from embedcache.arrays import Floats, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.curate.counting import SAMPLE, CoverageCounter, estimate_background
@@ -29,20 +28,22 @@ LARGE = 10_000_000
 
 
 def main(*, quick: bool) -> None:
-    """Print items a second."""
+    """Print items per second."""
     num_rows = ROWS // 10 if quick else ROWS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         directions = normalize(np.random.default_rng(0).standard_normal((NUM_CONCEPTS, WIDTH)))
-        write_made(
+        write_random_cache(
             folder / "concepts",
-            Made(NUM_CONCEPTS, num_captions=1, has_image=False),
+            RandomSource(NUM_CONCEPTS, num_captions=1, has_image=False),
             WIDTH,
             seed=1,
             draw=lambda _, rows: directions[rows.start : rows.stop],
         )
-        pool = Made(num_rows, num_captions=1, has_image=False)
-        write_made(folder / "pool", pool, WIDTH, seed=2, draw=lambda rng, rows: _near_two(rng, len(rows), directions))
+        pool = RandomSource(num_rows, num_captions=1, has_image=False)
+        write_random_cache(
+            folder / "pool", pool, WIDTH, seed=2, draw=lambda rng, rows: _near_two(rng, len(rows), directions)
+        )
         peaks: list[float] = []
         cpu: dict[str, list[float]] = {
             "product by NumPy": [],
@@ -66,7 +67,7 @@ def main(*, quick: bool) -> None:
         for name, rate in rates.items()
     ]
     title = f"{num_rows:,} x {WIDTH}, {NUM_CONCEPTS:,} concepts"
-    print_table([title, "items/s", "of the product", "CPU s", "of the product's"], rows)
+    print_table([title, "items/s", "relative to the product", "CPU s", "relative to the product"], rows)
     print_line(f"peak memory of the command {max(peaks):.2f} GB")
     print_line(f"{LARGE:,} items at the pass's rate, extrapolated: {LARGE / rates['the pass'] / 3600:.2f} hours")
 
@@ -103,17 +104,17 @@ def _pass(folder: Path, num_rows: int, cpu: list[float]) -> float:
     pool = Vectors(folder / "pool", "text")
     concepts = open_concepts(Cache(folder / "concepts"), pool)
     background = estimate_background(concepts.vectors, pool.sample(SAMPLE), K)
-    near, _ = top_k(concepts.vectors, concepts.vectors, 8)
+    nearest, _ = top_k(concepts.vectors, concepts.vectors, 8)
     work = CoverageCounter(
         concepts.vectors,
         thresholds_C=background.thresholds(4),
         floors_C=background.floors,
-        near_CJ=near,
+        nearest_CJ=nearest,
         k=K,
     )
     started, cpu_started = time.perf_counter(), time.process_time()
     counts = run_pass(pool, work)
-    counts.best.table()
+    counts.top.table()
     seconds = time.perf_counter() - started
     cpu.append(time.process_time() - cpu_started)
     assert counts.num_items[0] == num_rows
@@ -121,8 +122,8 @@ def _pass(folder: Path, num_rows: int, cpu: list[float]) -> float:
 
 
 def _command(folder: Path, num_rows: int, peaks: list[float], cpu: list[float]) -> float:
-    """Run it in a process of its own, and note its peak memory in GB and CPU seconds."""
-    took = run_embedcache(["curate", "coverage", "pool", "concepts", "--modality", "text"], folder=folder)
-    peaks.append(took.peak_gb)
-    cpu.append(took.cpu_s)
-    return num_rows / took.seconds
+    """Run the command in a separate process; append its peak memory in GB and its CPU seconds."""
+    usage = run_embedcache(["curate", "coverage", "pool", "concepts", "--modality", "text"], folder=folder)
+    peaks.append(usage.peak_gb)
+    cpu.append(usage.cpu_s)
+    return num_rows / usage.seconds

@@ -1,26 +1,33 @@
-"""Pictures, captions and models of random weights: written into a folder, the same on every machine, no download."""
+"""Data of the benchmarks, the same on every machine without a download: images, captions, random models and caches."""
 
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from embedcache.arrays import Array
 from embedcache.sources import open_source
+from embedcache.sources.base import ImageItem, Sample, TextItem
+from embedcache.store.group import add_feature, create_group
+from embedcache.store.indexing import index
+from embedcache.store.writer import commit_chunk
 
 _IMAGENET = [f"imagenet_{number:02d}" for number in range(20)]
 
 
-def write_pictures(path: Path, count: int, *, first: int = 0) -> Path:
-    """Write a WebDataset tar of `count` JPEGs, numbered from `first`, each with a caption beside it.
+def write_images(path: Path, count: int, *, first: int = 0) -> Path:
+    """Write a WebDataset tar of `count` JPEGs with captions, numbered from `first`.
 
-    The pictures are the package foolbox's 20 of ImageNet (512 x 512 and larger) and one of iscc-samples: each time
-    another crop, shorter side 256 to 512 px, quality 80 to 95, about 50 kB.
+    They are random crops of foolbox's 20 images of ImageNet (512 x 512 and larger) and one of iscc-samples: shorter
+    side 256 to 512 px, quality 80 to 95, about 50 kB.
     """
     originals, numbers = list(_originals()), range(first, first + count)
     captions = write_captions(first + count)[first:]
@@ -33,7 +40,7 @@ def write_pictures(path: Path, count: int, *, first: int = 0) -> Path:
 
 
 def write_captions(count: int) -> list[str]:
-    """Make `count` distinct captions of 1 to 12 OpenMoji names each, in random order: 1 to about 60 words."""
+    """Return `count` distinct captions of 1 to 12 OpenMoji names each, in random order: 1 to about 60 words."""
     names = [text.text for sample in open_source("openmoji:en").samples() for text in sample.texts]
     rng = np.random.default_rng(0)
     captions: dict[str, None] = {}
@@ -50,7 +57,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def save_vit(path: Path) -> str:
-    """Save a ViT-B/32 with random weights, and name the encoder that reads it."""
+    """Save a ViT-B/32 with random weights, and return the encoder that reads it."""
     import timm
     import torch
 
@@ -60,7 +67,7 @@ def save_vit(path: Path) -> str:
 
 
 def save_open_clip(path: Path) -> str:
-    """Save OpenCLIP's ViT-B-32 with random weights, and name the encoder that reads it."""
+    """Save OpenCLIP's ViT-B-32 with random weights, and return the encoder that reads it."""
     import open_clip
     import torch
 
@@ -81,11 +88,66 @@ def _originals() -> Iterator[Image.Image]:
 def _variation(original: Image.Image, seed: int) -> bytes:
     rng = np.random.default_rng(seed)
     width, height = original.size
-    share = rng.uniform(0.7, 1.0)
-    left, top = rng.uniform(0, 1 - share, 2) * original.size
-    scale = int(rng.integers(256, 513)) / (share * min(width, height))
-    size = (round(share * width * scale), round(share * height * scale))
-    box = (left, top, left + share * width, top + share * height)
+    fraction = rng.uniform(0.7, 1.0)
+    left, top = rng.uniform(0, 1 - fraction, 2) * original.size
+    scale = int(rng.integers(256, 513)) / (fraction * min(width, height))
+    size = (round(fraction * width * scale), round(fraction * height * scale))
+    box = (left, top, left + fraction * width, top + fraction * height)
     out = io.BytesIO()
     original.resize(size, Image.Resampling.BICUBIC, box=box).save(out, "JPEG", quality=int(rng.integers(80, 96)))
     return out.getvalue()
+
+
+DrawVectors = Callable[[np.random.Generator, range], Array]
+"""Function that returns the vectors of a range of rows: (B, D)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    num_samples: int
+    num_captions: int = 0
+    num_classes: int = 0
+    has_image: bool = True
+
+
+class RandomSource:
+    """A source of samples without bytes; without images they are classes."""
+
+    def __init__(self, num_samples: int, **shape: Any) -> None:
+        self.shape = _Shape(num_samples=num_samples, **shape)
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"type": "made", "path": str(self.shape), "settings": {}}
+
+    def samples(self) -> Iterator[Sample]:
+        for row in range(self.shape.num_samples):
+            columns = {"label": row % self.shape.num_classes} if self.shape.num_classes else {}
+            if not self.shape.has_image:
+                columns = {"class": f"class {row}", "label": row}
+            yield Sample(
+                key=f"{row:07}",
+                images=(ImageItem(path=f"{row:07}.jpg"),) if self.shape.has_image else (),
+                texts=tuple(TextItem(text=f"{row} {number}") for number in range(self.shape.num_captions)),
+                columns=columns,
+            )
+
+    def read(self, item: ImageItem) -> bytes:
+        return item.path.encode()
+
+
+def write_random_cache(
+    path: Path, source: RandomSource, width: int, *, seed: int, draw: DrawVectors | None = None
+) -> Path:
+    """Index the samples and write random vectors as features; without `draw` they are normally distributed."""
+    info = index(source, path)
+    rng = np.random.default_rng(seed)
+    draw = draw or (lambda rng, rows: rng.standard_normal((len(rows), width), np.float32))
+    for modality in [name for name, count in info.num_items.items() if count]:
+        group = create_group(path, modality, "made", info, spec="made:m", fingerprint={"family": "made"})
+        add_feature(group, "vector", (width,), "float16")
+        for chunk in range(info.num_chunks(modality)):
+            rows = info.chunk_rows(modality, chunk)
+            vectors = draw(rng, range(rows.start, rows.stop)).astype(np.float16)
+            hashes = [f"{seed} {row}".encode().ljust(16) for row in range(rows.start, rows.stop)]
+            commit_chunk(group, chunk, {"vector": list(vectors)}, hashes, {"vector": [None] * len(vectors)})
+    return path

@@ -1,8 +1,8 @@
-"""Near-duplicates by cosine, 768 wide, with planted ones: 50,000 beside brute force, and a million as a command.
+"""Near-duplicate search with planted pairs, 768 wide: 50,000 vectors against brute force, a million as a command.
 
-Vectors lie around 20,000 centers, as strongly as the cosine 0.55 between two of one center. One in twenty is a
-near-duplicate of another: moved by an angle of up to that of cosine 0.95, half of them in a random direction, half
-towards another center, which is where the borders of clusters are.
+Vectors are drawn around 20,000 centers, with an expected cosine of 0.55 between two of one center. One in twenty is a
+near-duplicate of another, rotated by at most the angle of cosine 0.95: half of them in a random direction, half towards
+another center, where the borders of clusters are.
 """
 
 import time
@@ -17,17 +17,18 @@ import numpy as np
 import pyarrow.parquet as pq
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks.measured import run_embedcache
+from benchmarks.measure import run_embedcache
 from embedcache.arrays import Array, Ints, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.curate.near_duplicates import NearDuplicates, find_near_duplicates
+from embedcache.curate.settings import DedupSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources.base import ImageItem, Sample
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.indexing import index
 from embedcache.store.writer import commit_chunk
 
-WIDTH, NUM_CENTRES, SHARE, LIMIT = 768, 20_000, 0.05, 0.95
+WIDTH, NUM_CENTERS, FRACTION, LIMIT = 768, 20_000, 0.05, 0.95
 
 
 def main(*, quick: bool) -> None:
@@ -39,8 +40,8 @@ def main(*, quick: bool) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Made:
-    """A source of samples without any bytes."""
+class _EmptySource:
+    """A source of samples without bytes."""
 
     num_samples: int
 
@@ -56,9 +57,9 @@ class _Made:
 
 
 def _write(path: Path, count: int) -> Ints:
-    """Write a cache of vectors: gives pairs (M, 2) of rows that were planted."""
+    """Write a cache of vectors and return the planted pairs of rows: (M, 2)."""
     values, planted = _vectors(count)
-    info = index(_Made(num_samples=count), path)
+    info = index(_EmptySource(num_samples=count), path)
     group = create_group(path, "image", "made", info, spec="made:m", fingerprint={"family": "made"})
     add_feature(group, "vector", (WIDTH,), "float16")
     for chunk in range(info.num_chunks("image")):
@@ -71,22 +72,22 @@ def _write(path: Path, count: int) -> Ints:
 
 def _vectors(count: int) -> tuple[Array, Ints]:
     rng = np.random.default_rng(0)
-    centers = _directions(rng, NUM_CENTRES)
+    centers = _directions(rng, NUM_CENTERS)
     values = np.empty((count, WIDTH), np.float16)
     for start in range(0, count, 10_000):
         block = values[start : start + 10_000]
-        near = centers[rng.integers(0, NUM_CENTRES, len(block))]
+        near = centers[rng.integers(0, NUM_CENTERS, len(block))]
         block[:] = normalize(np.sqrt(0.55) * near + np.sqrt(0.45) * _directions(rng, len(block)))
-    pairs = rng.permutation(count)[: 2 * int(SHARE * count)].reshape(-1, 2)
+    pairs = rng.permutation(count)[: 2 * int(FRACTION * count)].reshape(-1, 2)
     for block in np.array_split(pairs, max(1, len(pairs) // 10_000)):
-        values[block[:, 1]] = _moved(rng, normalize(values[block[:, 0]]), centers)
+        values[block[:, 1]] = _rotate(rng, normalize(values[block[:, 0]]), centers)
     return values, pairs
 
 
-def _moved(rng: np.random.Generator, vectors: Array, centers: Array) -> Array:
+def _rotate(rng: np.random.Generator, vectors: Array, centers: Array) -> Array:
     aim = _directions(rng, len(vectors))
     half = len(vectors) // 2
-    aim[:half] = centers[rng.integers(0, NUM_CENTRES, half)]
+    aim[:half] = centers[rng.integers(0, NUM_CENTERS, half)]
     aim = normalize(aim - (aim * vectors).sum(axis=1, keepdims=True) * vectors)
     angle = rng.uniform(0, np.arccos(LIMIT + 0.001), (len(vectors), 1))
     return np.cos(angle) * vectors + np.sin(angle) * aim
@@ -97,32 +98,33 @@ def _directions(rng: np.random.Generator, count: int) -> Array:
 
 
 def _compare(folder: Path, count: int) -> None:
-    """All pairs and clusters beside what people write."""
+    """Compare all pairs and clusters with what people write themselves."""
     _write(folder / "small", count)
     vectors = Vectors(folder / "small", "image")
     values, rows = vectors.read(vectors.rows), vectors.rows
     found: dict[str, set[tuple[int, int]]] = {}
 
-    def ours(*, all_pairs: bool) -> set[tuple[int, int]]:
-        near: NearDuplicates = find_near_duplicates(vectors, rows, [LIMIT], all_pairs=all_pairs, scratch=folder)
-        return set(zip(near.links.left.tolist(), near.links.right.tolist(), strict=True))
+    def find_pairs(*, all_pairs: bool) -> set[tuple[int, int]]:
+        settings = DedupSettings(all_pairs=all_pairs, scratch=folder)
+        near: NearDuplicates = find_near_duplicates(vectors, rows, [LIMIT], settings)
+        return set(zip(near.pairs.left.tolist(), near.pairs.right.tolist(), strict=True))
 
-    def flat() -> set[tuple[int, int]]:
+    def search_flat() -> set[tuple[int, int]]:
         searched = faiss.IndexFlatIP(WIDTH)
         searched.add(values)
         limits, _, others = searched.range_search(values, LIMIT)
         return {(a, b) for a in range(count) for b in others[limits[a] : limits[a + 1]].tolist() if a < b}
 
-    def sklearn() -> set[tuple[int, int]]:
+    def search_sklearn() -> set[tuple[int, int]]:
         fitted = NearestNeighbors(metric="cosine", algorithm="brute").fit(values)
         found = fitted.radius_neighbors(values, 1 - LIMIT, return_distance=False)
         return {(a, int(b)) for a, others in enumerate(found) for b in others if a < b}
 
     calls = {
-        "embedcache, all pairs (default)": lambda: ours(all_pairs=True),
-        "embedcache, clusters": lambda: ours(all_pairs=False),
-        "FAISS IndexFlatIP.range_search": flat,
-        "scikit-learn radius_neighbors": sklearn,
+        "embedcache, all pairs (default)": lambda: find_pairs(all_pairs=True),
+        "embedcache, clusters": lambda: find_pairs(all_pairs=False),
+        "FAISS IndexFlatIP.range_search": search_flat,
+        "scikit-learn radius_neighbors": search_sklearn,
     }
     seconds, cpu_seconds = {}, {}
     for name, call in calls.items():
@@ -141,28 +143,30 @@ def _compare(folder: Path, count: int) -> None:
         ]
         for name, pairs in found.items()
     ]
-    print_table([f"{count:,} × {WIDTH}", "seconds", "CPU s", "pairs", "of FAISS's pairs", "others"], table)
+    print_table(
+        [f"{count:,} × {WIDTH}", "seconds", "CPU s", "pairs", "fraction of FAISS's pairs", "additional pairs"], table
+    )
 
 
 def _command(folder: Path, count: int) -> None:
-    """The whole command in a process of its own."""
+    """Run the whole command in a separate process."""
     print_line(f"writing {count:,} vectors")
     planted = _write(folder / "large", count)
     out = folder / "kept.parquet"
     words = ["curate", "dedup", "large", str(out), "--cosine", str(LIMIT), "--scratch", str(folder), "--no-all-pairs"]
-    took = run_embedcache(words, folder=folder, is_quiet=False)
+    usage = run_embedcache(words, folder=folder, is_quiet=False)
     removed = pq.read_table(out.with_suffix(".removed.parquet"))["row"].to_numpy()
-    gone = np.isin(planted, removed).any(axis=1)
+    is_removed = np.isin(planted, removed).any(axis=1)
     table = [
         [
-            f"{took.seconds:.0f}",
-            f"{took.peak_gb:.2f}",
-            f"{took.cpu_s:.0f}",
+            f"{usage.seconds:.0f}",
+            f"{usage.peak_gb:.2f}",
+            f"{usage.cpu_s:.0f}",
             f"{len(planted):,}",
-            f"{gone.mean():.5f}",
-            f"{len(removed) - int(gone.sum()):,}",
+            f"{is_removed.mean():.5f}",
+            f"{len(removed) - int(is_removed.sum()):,}",
         ]
     ]
     print_table(
-        ["seconds", "peak, GB", "CPU s", "planted", "recall", "removed besides"], table, title=f"{count:,} × {WIDTH}"
+        ["seconds", "peak, GB", "CPU s", "planted", "recall", "other removed"], table, title=f"{count:,} × {WIDTH}"
     )

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.made import Made, write_made
-from benchmarks.measured import run_embedcache
-from benchmarks.table import median_seconds
+from benchmarks.data import RandomSource, write_random_cache
+from benchmarks.measure import median_seconds, run_embedcache
 from embedcache.arrays import Inputs, normalize
 from embedcache.cli.console import print_line, print_table
 from embedcache.dataset.settings import SplitSettings
@@ -31,16 +30,18 @@ def main(*, quick: bool) -> None:
     small = 10 if quick else 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pairs = write_made(folder / "pairs", Made(20_000 // small, num_captions=1), WIDTH, seed=1)
+        pairs = write_random_cache(folder / "pairs", RandomSource(20_000 // small, num_captions=1), WIDTH, seed=1)
         recipe = TrainSettings(
             model=ModelSettings(projector="mlp", shared_width=WIDTH),
             optimizer=OptimizerSettings(epochs=0),
             split=SplitSettings(kind="key"),
         )
         train(pairs, folder / "run", settings=recipe)
-        write_made(folder / "images", Made(50_000 // small, num_classes=NUM_CLASSES), WIDTH, seed=2)
-        write_made(folder / "prompts", Made(NUM_CLASSES, num_captions=NUM_PROMPTS, has_image=False), WIDTH, seed=3)
-        write_made(folder / "captioned", Made(5_000 // small, num_captions=5), WIDTH, seed=4)
+        write_random_cache(folder / "images", RandomSource(50_000 // small, num_classes=NUM_CLASSES), WIDTH, seed=2)
+        write_random_cache(
+            folder / "prompts", RandomSource(NUM_CLASSES, num_captions=NUM_PROMPTS, has_image=False), WIDTH, seed=3
+        )
+        write_random_cache(folder / "captioned", RandomSource(5_000 // small, num_captions=5), WIDTH, seed=4)
         floors: Mapping[str, Callable[[Path], object]] = {"zero-shot": _classify, "retrieval": _retrieve}
         commands = {
             "zero-shot": ["zero-shot", "images", "run", "--prompts", "prompts"],

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from benchmarks.table import median_seconds, show
+from benchmarks.measure import median_seconds, show
 from embedcache.store.feature import Feature
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.layout import CacheInfo

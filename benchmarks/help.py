@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from benchmarks.table import median_seconds, show
+from benchmarks.measure import median_seconds, show
 
 
 def main(*, quick: bool) -> None:

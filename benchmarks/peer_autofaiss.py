@@ -1,6 +1,6 @@
-"""Run by an environment of its own: autofaiss builds an index and is asked. `PYTHON peer_autofaiss.py FOLDER MEMORY K`.
+"""Build and search an index with autofaiss in its own environment: `PYTHON peer_autofaiss.py FOLDER MEMORY K`.
 
-FOLDER holds `vectors/0.npy` and `queries.npy`, float32 of length 1; `answers.npz` comes to it.
+FOLDER holds `vectors/0.npy` and `queries.npy`, float32 rows of length 1; `answers.npz` is written there.
 """
 
 import sys
@@ -12,7 +12,7 @@ from autofaiss import build_index
 
 
 def main(folder: Path, memory: str, k: int) -> None:
-    """Build, ask each query alone, then all at once."""
+    """Build the index, search with each query alone, then with all at once."""
     queries = np.load(folder / "queries.npy")
     started = time.perf_counter()
     index, _ = build_index(

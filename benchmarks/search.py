@@ -1,11 +1,10 @@
-"""An index chosen by memory, built and asked, beside autofaiss 2.18 with the same memory, vectors and queries.
+"""Index building and search under a memory limit, against autofaiss 2.18 with the same memory, vectors and queries.
 
-Two sets: vectors in clusters (`benchmarks/clusters.py`), a million, or as many as the variable
-EMBEDCACHE_BENCH_VECTORS says; and 150,000 sentences, CuPL's prompts for ImageNet by wordllama, asked with
-`a photo of a …`.
-No query is in an index, and neither tool saw any. A build is a process of its own, training and tuning included.
-autofaiss needs numpy<2, so the benchmark makes it an environment of its own, and leaves it out where pip cannot; the
-variable EMBEDCACHE_BENCH_AUTOFAISS names the Python of one that is there.
+Two data sets: a million vectors in clusters (`benchmarks/clusters.py`; EMBEDCACHE_BENCH_VECTORS sets the number), and
+150,000 sentences, CuPL's prompts for ImageNet by wordllama, searched with `a photo of a …`. No query is in an index,
+and neither tool has seen one. Each build runs in a separate process, training and tuning included. autofaiss needs
+numpy<2: the benchmark creates an environment for it, or skips it if pip cannot; EMBEDCACHE_BENCH_AUTOFAISS names the
+Python of an existing environment.
 """
 
 import os
@@ -42,8 +41,8 @@ _SENTENCES = "wordllama:l2_supercat_256"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What a tool did: rows (Q, K) found, and what it took."""
+class SearchResult:
+    """Rows (Q, K) that a tool found, and its time and memory."""
 
     kind: str
     rows: Ints
@@ -73,17 +72,17 @@ def main(*, quick: bool) -> None:
 
 
 def _compare(folder: Path, cache: Path, vectors: Vectors, truth: Ints, budget: str, python: Path | None) -> None:
-    asked = {"embedcache": _ours(folder, cache, budget)}
+    results = {"embedcache": _run_embedcache(folder, cache, budget)}
     if python is not None:
-        theirs = _theirs(folder, budget, python)
-        asked |= {} if theirs is None else {"autofaiss": theirs}
-    rows = [[name, one.kind, *_figures(one, truth)] for name, one in asked.items()]
+        peer = _run_autofaiss(folder, budget, python)
+        results |= {} if peer is None else {"autofaiss": peer}
+    rows = [[name, one.kind, *_figures(one, truth)] for name, one in results.items()]
     title = f"{folder.name}, {len(vectors.rows):,} x {vectors.width}, memory {budget}"
-    columns = ["", "kind", "recall@10", "ms a query", "ms in a batch", "build, s", "index, MB", "peak, GB"]
+    columns = ["", "kind", "recall@10", "ms per query", "ms per query in a batch", "build, s", "index, MB", "peak, GB"]
     print_table(columns, rows, title=title)
 
 
-def _figures(one: Asked, truth: Ints) -> list[str]:
+def _figures(one: SearchResult, truth: Ints) -> list[str]:
     recall = float(np.mean((one.rows[:, :, None] == truth[:, None, :]).any(axis=2)))
     return [
         f"{recall:.3f}", f"{one.single_ms:.2f}", f"{one.batch_ms:.3f}", f"{one.build_s:.1f}",
@@ -91,16 +90,16 @@ def _figures(one: Asked, truth: Ints) -> list[str]:
     ]  # fmt: skip
 
 
-def _ours(folder: Path, cache_path: Path, budget: str) -> Asked:
+def _run_embedcache(folder: Path, cache_path: Path, budget: str) -> SearchResult:
     index_path = folder / f"index-{budget}"
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         build_s, peak = executor.submit(_build, cache_path, index_path, budget).result()
     index, card = read_index(index_path / "index.faiss"), read_card(index_path)
     queries = np.load(folder / "queries.npy")
     single_ms, batch_ms = index.measure_latency_ms(queries, _K, card.search)
-    effort = " ".join(f"{name} {value}" for name, value in card.search.items())
-    return Asked(
-        kind=f"{card.factory} {effort}",
+    parameters = " ".join(f"{name} {value}" for name, value in card.search.items())
+    return SearchResult(
+        kind=f"{card.factory} {parameters}",
         rows=index.search(queries, _K, card.search)[1],
         build_s=build_s,
         peak_bytes=peak,
@@ -116,7 +115,7 @@ def _build(cache_path: Path, index_path: Path, budget: str) -> tuple[float, int]
     return time.perf_counter() - started, peak_memory_bytes()
 
 
-def _theirs(folder: Path, budget: str, python: Path) -> Asked | None:
+def _run_autofaiss(folder: Path, budget: str, python: Path) -> SearchResult | None:
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     (folder / "answers.npz").unlink(missing_ok=True)
     done = subprocess.run([python, _PEER, folder, budget, str(_K)], check=False, env=clean, capture_output=True)
@@ -124,7 +123,7 @@ def _theirs(folder: Path, budget: str, python: Path) -> Asked | None:
         print_line(f"autofaiss with {budget} failed: {''.join(done.stderr.decode().strip().splitlines()[-1:])}")
         return None
     with np.load(folder / "answers.npz") as answers:
-        return Asked(
+        return SearchResult(
             kind=str(answers["kind"]),
             rows=answers["rows"],
             build_s=float(answers["build_s"]),
@@ -143,13 +142,13 @@ def _clusters(folder: Path, count: int) -> tuple[Path, Floats]:
 
 
 def _sentences(folder: Path, count: int) -> tuple[Path, Floats]:
-    """All of CuPL, whatever the count: it takes seconds."""
-    for name, prompts in (("cache", "imagenet1k+cupl"), ("asked", "imagenet1k+imagenet1k")):
+    """Encode all of CuPL, for any count: it takes seconds."""
+    for name, prompts in (("cache", "imagenet1k+cupl"), ("queries", "imagenet1k+imagenet1k")):
         extract(open_source(f"prompts:{prompts}"), folder / name, text_encoders=[_SENTENCES])
-    asked = Vectors(folder / "asked", "text")
-    texts = Cache(folder / "asked").items("text")["text"].to_pylist()
-    rows = [row for row in asked.rows if texts[row].startswith("a photo of a ")]
-    return folder / "cache", asked.read(np.array(rows)[:_NUM_QUERIES])
+    queries = Vectors(folder / "queries", "text")
+    texts = Cache(folder / "queries").items("text")["text"].to_pylist()
+    rows = [row for row in queries.rows if texts[row].startswith("a photo of a ")]
+    return folder / "cache", queries.read(np.array(rows)[:_NUM_QUERIES])
 
 
 def _write_for_peer(folder: Path, vectors: Vectors, queries: Floats) -> None:
@@ -168,6 +167,6 @@ def _peer_environment(folder: Path) -> Path | None:
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, capture_output=True)
     except subprocess.CalledProcessError as error:
         last = error.stderr.decode().strip().splitlines()[-1:]
-        print_line(f"autofaiss left out: pip cannot install it here: {''.join(last)}")
+        print_line(f"autofaiss skipped: pip cannot install it: {''.join(last)}")
         return None
     return python

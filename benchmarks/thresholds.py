@@ -1,8 +1,8 @@
-"""What coverage's thresholds find, by labels: OpenMoji's pictures and names, and its ten groups as concepts.
+"""Precision and recall of coverage thresholds by labels: OpenMoji's images and names, its ten groups as concepts.
 
-Precision is the share of what is above a group's threshold that is of the group, recall the share of the group that is
-above it; chance is what a normal background alone would put there. Concepts are the groups' names, or prototypes: the
-means of 128 pictures of each, or of half of a smaller group, which are left out of the pool.
+Precision is the fraction of the items above a group's threshold that belong to the group, recall the fraction of the
+group above it; chance is what a normal background alone would put there. Concepts are the names of the groups, or
+prototypes: the mean of 128 images of each, or of half of a smaller group, which are left out of the pool.
 """
 
 import tempfile
@@ -41,11 +41,12 @@ def main(*, quick: bool) -> None:
         for modality, run in (("text", None), ("text", folder / "run"), ("image", folder / "run")):
             pool = Vectors(cache.path, modality, run_path=run)
             concepts = open_concepts(Cache(folder / "groups"), pool)
-            through = "names, through the run" if run else "names, plain"
-            rows += _rows(f"{modality}s: {through}", concepts.vectors, pool.read(pool.rows), _labels(pool, groups))
+            space = "names, projected" if run else "names, plain"
+            rows += _rows(f"{modality}s: {space}", concepts.vectors, pool.read(pool.rows), _labels(pool, groups))
         rows += _prototypes(Vectors(cache.path, "image"), groups)
     print_table(
-        ["OpenMoji, ten groups", "deviations", "above", "by chance", "precision", "recall", "of the pool"], rows
+        ["OpenMoji, ten groups", "deviations", "above", "by chance", "precision", "recall", "fraction of the pool"],
+        rows,
     )
 
 
@@ -60,7 +61,7 @@ def _prototypes(pool: Vectors, groups: list[str]) -> list[list[str]]:
 
 
 def _labels(pool: Vectors, groups: list[str]) -> Array:
-    """Give each item its group's number; -1 where it is in none."""
+    """Return the group number of each item, -1 if it is in none."""
     samples = pool.cache.items(pool.modality)["sample"].to_numpy()[pool.rows]
     found = pool.cache.samples["label"].take(pa.array(samples)).to_pylist()
     return np.array([-1 if label is None else groups.index(label) for label in found])

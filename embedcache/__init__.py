@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embedcache.curate.coverage import CoverageSettings, measure_coverage
-    from embedcache.curate.dedup import DedupSettings
+    from embedcache.curate.coverage import measure_coverage, measure_modalities
+    from embedcache.curate.dedup import analyze as analyze_duplicates
     from embedcache.curate.dedup import dedup as remove_duplicates
     from embedcache.curate.leaks import find_leaks
-    from embedcache.curate.select.select import SelectSettings
     from embedcache.curate.select.select import select as select_samples
+    from embedcache.curate.settings import CoverageSettings, DedupSettings, LeakSettings, SelectSettings
     from embedcache.dataset.settings import SplitSettings
     from embedcache.encoders.settings import EncoderSettings
     from embedcache.errors import EmbedcacheError
-    from embedcache.evaluate.retrieval import evaluate_retrieval
-    from embedcache.evaluate.zero_shot import evaluate_zero_shot
+    from embedcache.evaluate.retrieval import compare_retrieval, evaluate_retrieval
+    from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
+    from embedcache.evaluate.zero_shot import compare_zero_shot, evaluate_zero_shot
     from embedcache.extract.extract import extract as extract_features
     from embedcache.extract.settings import ExtractSettings
     from embedcache.inference import Model, load
@@ -46,24 +47,31 @@ __all__ = [
     "ExtractSettings",
     "Filter",
     "IndexSettings",
+    "LeakSettings",
     "LossSettings",
     "MachineSettings",
     "Model",
     "ModelSettings",
     "OptimizerSettings",
     "Queries",
+    "RetrievalSettings",
     "SearchSettings",
     "SelectSettings",
     "SourceSettings",
     "SplitSettings",
     "TrainSettings",
+    "ZeroShotSettings",
+    "analyze_duplicates",
     "build_index",
+    "compare_retrieval",
+    "compare_zero_shot",
     "evaluate_retrieval",
     "evaluate_zero_shot",
     "extract_features",
     "find_leaks",
     "load",
     "measure_coverage",
+    "measure_modalities",
     "open_source",
     "remove_duplicates",
     "search_index",

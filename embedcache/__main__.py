@@ -2,5 +2,5 @@
 
 from embedcache.cli.main import main
 
-if __name__ == "__main__":  # a spawned process imports this file too
+if __name__ == "__main__":  # spawned processes import this file too
     main()

@@ -31,18 +31,18 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 
 
 class Inputs(NamedTuple):
-    """What a projector takes of B items: one vector each, or tokens.
+    """Inputs of a projector for B items: one vector each, or tokens.
 
     Args:
-        values: (B, D), or (B, T, D) with zeros behind the last token of shorter items.
-        lengths: (B,) tokens of each item; None where there is one vector, or T tokens each.
+        values: (B, D), or (B, T, D) padded with zeros.
+        lengths: (B,) number of tokens of each item; None: one vector, or T tokens each.
     """
 
     values: Array
     lengths: Ints | None = None
 
     def take(self, rows: slice) -> "Inputs":
-        """Keep some of the items."""
+        """Return some of the items."""
         return Inputs(self.values[rows], None if self.lengths is None else self.lengths[rows])
 
 
@@ -55,15 +55,15 @@ def normalize(vectors_ND: Array) -> Floats:
 
 
 def mean_directions(vectors_ND: Floats, groups_N: Ints, num_groups: int) -> Floats:
-    """Average the rows of each group, and scale the means to length 1: (num_groups, D) float32.
+    """Compute the mean of each group of rows, scaled to length 1: (G, D) float32.
 
-    Of rows of length 1, this is how the field ensembles prompts: normalize, mean, normalize. Sums are in float64; a
-    group without a row stays zero.
+    For rows of length 1 this is prompt ensembling: normalize, mean, normalize. Sums are in float64; an empty group
+    stays zero.
 
     Args:
         vectors_ND: (N, D) float32.
-        groups_N: (N,) the group of each row, from 0.
-        num_groups: how many there are.
+        groups_N: (N,) group of each row, from 0.
+        num_groups: number of groups.
 
     Example:
         >>> mean_directions(np.eye(2, dtype=np.float32), np.array([1, 1]), 2).round(3).tolist()
@@ -75,15 +75,15 @@ def mean_directions(vectors_ND: Floats, groups_N: Ints, num_groups: int) -> Floa
 
 
 def check_finite(values: Array, name: str, *, rows: Ints | None = None) -> None:
-    """Refuse NaN and infinity in an array of any shape.
+    """Check that an array of any shape has no NaN or infinity.
 
     Args:
         values: the array.
-        name: what it is, for the message.
-        rows: numbers that the message gives its rows; None counts from 0.
+        name: name of the array, for the message.
+        rows: row numbers for the message; None counts from 0.
 
     Raises:
-        DataError: names the array, how many rows are bad and the first of them.
+        DataError: names the array, the number of bad rows and the first of them.
     """
     bad = np.atleast_1d(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
     if bad.any():
@@ -92,13 +92,13 @@ def check_finite(values: Array, name: str, *, rows: Ints | None = None) -> None:
 
 
 def concatenated_ranges(starts: Ints, counts: Ints) -> tuple[Ints, Ints]:
-    """Give counts[k] numbers from starts[k] on, for each range k: (E,) the k of each, and (E,) the numbers."""
+    """Return the numbers of ranges that start at `starts` and have `counts` numbers: (M,) range, and (M,) number."""
     which = np.repeat(np.arange(len(starts)), counts)
     before = np.cumsum(counts) - counts
     return which, starts[which] + np.arange(len(which)) - before[which]
 
 
 def blocks(num_rows: int, size: int) -> Iterator[slice]:
-    """Cut `num_rows` rows into consecutive slices of `size` rows; the last may be shorter."""
+    """Iterate over consecutive slices of `size` of `num_rows` rows; the last may be shorter."""
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))

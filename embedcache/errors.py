@@ -1,31 +1,31 @@
-"""The errors a caller may catch. Each is also the built-in it refines.
+"""Errors that a caller may catch. Each is also a built-in error.
 
 EmbedcacheError
-├── UnknownNameError      LookupError   no encoder, feature, source, projector … of that name
-├── SettingError          ValueError    a setting out of its range, or two that contradict
+├── UnknownNameError      LookupError   there is no encoder, feature, source, projector … of that name
+├── SettingError          ValueError    a setting out of its range, or contradictory settings
 ├── MissingExtraError     ImportError   an optional package is not installed
-├── PathError             OSError       a path that is missing, or is not what it should be
-├── DiskFullError         OSError       no space left where a stage writes
-├── SourceError           ValueError    raw samples that cannot be numbered
-├── ItemError             ValueError    one raw item that cannot be read; becomes a row with a reason
-├── DataError             ValueError    arrays whose shape, dtype or values do not fit
-└── ArtifactError         ValueError    something on disk that does not fit what is asked of it
-    ├── FingerprintError                made by another encoder, source or run than asked
+├── PathError             OSError       a path that is missing or is not what was expected
+├── DiskFullError         OSError       no space is left where a stage writes
+├── SourceError           ValueError    raw samples that cannot be indexed
+├── ItemError             ValueError    a raw item that cannot be read; becomes a row with a reason
+├── DataError             ValueError    arrays of an unexpected shape, dtype or value
+└── ArtifactError         ValueError    an artifact on disk that does not fit the request
+    ├── FingerprintError                made by another encoder, source or run than requested
     ├── UnfinishedError                 chunks are missing
-    └── CorruptError                    bytes differ from the checksum written with them
+    └── CorruptError                    bytes that differ from their checksum
 """
 
 
 class EmbedcacheError(Exception):
-    """Anything a user can cause; the command line prints its text and exits with 1."""
+    """An error that a user can cause; the command line prints its text and exits with 1."""
 
 
 class UnknownNameError(EmbedcacheError, LookupError):
-    """A name that stands for nothing here."""
+    """An unknown name."""
 
 
 class SettingError(EmbedcacheError, ValueError):
-    """A setting out of its range."""
+    """A setting out of its range, or contradictory settings."""
 
 
 class MissingExtraError(EmbedcacheError, ImportError):
@@ -33,31 +33,31 @@ class MissingExtraError(EmbedcacheError, ImportError):
 
 
 class PathError(EmbedcacheError, OSError):
-    """A path that is missing, or is not what it should be."""
+    """A path that is missing or is not what was expected."""
 
 
 class DiskFullError(EmbedcacheError, OSError):
-    """No space left where a stage writes."""
+    """No space is left where a stage writes."""
 
 
 class SourceError(EmbedcacheError, ValueError):
-    """Raw samples that cannot be numbered."""
+    """Raw samples that cannot be indexed."""
 
 
 class ItemError(EmbedcacheError, ValueError):
-    """One raw item that cannot be read. Its text is the reason written beside its row."""
+    """A raw item that cannot be read. Its text is the reason stored with the row."""
 
 
 class DataError(EmbedcacheError, ValueError):
-    """Arrays whose shape, dtype or values do not fit."""
+    """Arrays of an unexpected shape, dtype or value."""
 
 
 class ArtifactError(EmbedcacheError, ValueError):
-    """Something on disk that does not fit what is asked of it."""
+    """An artifact on disk that does not fit the request."""
 
 
 class FingerprintError(ArtifactError):
-    """Made by another encoder, source or run than asked."""
+    """An artifact made by another encoder, source or run than requested."""
 
 
 class UnfinishedError(ArtifactError):
@@ -65,4 +65,4 @@ class UnfinishedError(ArtifactError):
 
 
 class CorruptError(ArtifactError):
-    """Bytes differ from the checksum written with them."""
+    """Bytes that differ from their checksum."""

@@ -1,7 +1,4 @@
-"""A path on this machine, or a URL (`s3://bucket/folder`, `gs://`, `https://`) that answers like one.
-
-Files that are whole or absent, here or behind a URL; locks between processes; and what a full disk says.
-"""
+"""Local paths and URLs (`s3://bucket/folder`, `gs://`, `https://`), atomic writes, and locks between processes."""
 
 import errno
 import fcntl
@@ -30,23 +27,23 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def open_path(location: str | Path) -> Path:
-    """Turn what a user typed into a path.
+    """Return a path for a local path or URL.
 
-    A URL becomes an object with the methods of `Path` (of the package universal-pathlib, which reads and writes
-    through fsspec); credentials, regions and endpoints come from the environment as that service's own tools take them.
+    A URL becomes a `UPath` of universal-pathlib, which has the methods of `Path` and reads and writes through fsspec.
+    Credentials, regions and endpoints come from the environment, as for the service's own tools.
 
     Raises:
-        MissingExtraError: a URL, and the packages that read it are not installed.
-        PathError: a URL of a kind that fsspec does not know, or of a server that does not answer.
+        MissingExtraError: the packages that read URLs are not installed.
+        PathError: fsspec does not know the protocol of the URL, or the server does not answer.
     """
     if isinstance(location, Path) or not is_url(str(location)):
         return Path(location)
     upath = require("upath", extra="remote")
     try:
         path = upath.UPath(str(location), use_listings_cache=False)  # other processes write there too
-        path.fs  # noqa: B018  # imports what reads such URLs
+        path.fs  # noqa: B018  # imports the file system of the protocol
     except ValueError as error:
-        raise PathError(f"{location} is a URL of a kind that cannot be read: {error}") from None
+        raise PathError(f"{location}: URLs of this protocol cannot be read: {error}") from None
     except OSError as error:  # some file systems connect at once
         raise PathError(f"cannot reach {location}: {io_reason(error)}") from None
     except ImportError as error:
@@ -55,36 +52,36 @@ def open_path(location: str | Path) -> Path:
 
 
 def is_url(location: str) -> bool:
-    """Say whether a text is a URL rather than a path on this machine."""
+    """Return whether a text is a URL."""
     return _URL.match(location) is not None
 
 
 def is_remote(path: Path) -> bool:
-    """Say whether a path from `open_path` is elsewhere: no locks, no renames, no memory maps."""
+    """Return whether a path is behind a URL, where there are no locks, renames or memory maps."""
     return not isinstance(path, Path)
 
 
 def has_no_folders(path: Path) -> bool:
-    """Say whether a remote path is in an object store, where a folder is but a part of a name, the first a bucket."""
+    """Return whether a remote path is in an object store, whose folders are only parts of names."""
     protocols: str | tuple[str, ...] = path.fs.protocol  # type: ignore[attr-defined]
     return not _OBJECT_STORES.isdisjoint({protocols} if isinstance(protocols, str) else protocols)
 
 
 def is_io_error(error: BaseException) -> bool:
-    """Say whether an error is a disk's or a service's, rather than a mistake of ours. The services' share no base."""
-    gives_no_parts = isinstance(error, ValueError) and "range requests" in str(error)  # fsspec, of a web server
-    return isinstance(error, OSError) or gives_no_parts or any(library_of(k) in _SERVICES for k in type(error).__mro__)
+    """Return whether an error comes from a disk or a remote service; those of services have no common base class."""
+    has_no_ranges = isinstance(error, ValueError) and "range requests" in str(error)  # fsspec on a web server
+    return isinstance(error, OSError) or has_no_ranges or any(library_of(k) in _SERVICES for k in type(error).__mro__)
 
 
 def io_reason(error: BaseException) -> str:
-    """Give a disk's or a service's reason in one line; fsspec hides that of a web server in the cause."""
+    """Return the reason of a disk or service in one line; for web servers, fsspec has it in the cause."""
     if isinstance(error, FileNotFoundError) and error.__cause__:
         return _one_line(error.__cause__)
     return (isinstance(error, OSError) and error.strerror) or _one_line(error)
 
 
 def library_of(kind: type) -> str:
-    """Name the library that a class comes from."""
+    """Return the name of the library that defines a class."""
     return kind.__module__.partition(".")[0]
 
 
@@ -95,7 +92,7 @@ def _one_line(error: BaseException) -> str:
 _PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
 _NODE = platform.node().replace(".", "-")
 LOCK = ".lock"
-"""The file in a folder that its locks stand in."""
+"""File in a folder on which its locks are taken."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _TAKEN = (errno.EACCES, errno.EAGAIN)
@@ -103,10 +100,10 @@ _TAKEN = (errno.EACCES, errno.EAGAIN)
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the system's word for a full disk into ours.
+    """Raise errors of a full disk as `DiskFullError`.
 
     Raises:
-        DiskFullError: names the path; what was committed before stays.
+        DiskFullError: no space is left; committed data stays.
     """
     try:
         yield
@@ -122,15 +119,15 @@ def disk_full_message(disk: str = "") -> str:
 
 
 def _is_full(error: Exception) -> bool:
-    """Say whether a disk is full, by number or, for libraries that write on their own, by text."""
+    """Return whether a disk is full: by error number, or by message for libraries that write on their own."""
     return getattr(error, "errno", None) in _NO_SPACE or "No space left on device" in str(error)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one, the new one, or none.
+    """Write a file so that a crash leaves either the old or the new file.
 
     Raises:
-        DiskFullError: nothing of it is left behind.
+        DiskFullError: no space is left; no partial file remains.
     """
     if is_remote(path):
         _put(path, data)
@@ -141,7 +138,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path on this machine; after the block its file is flushed and takes the place of `path`."""
+    """Create a temporary local path whose file replaces `path`, flushed, after the block."""
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / path.name
@@ -161,10 +158,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """Give a folder to fill, of the same name and on the same disk; after the block it is `folder`, or nothing is.
+    """Create a temporary folder that becomes `folder` after the block; after an error, nothing is left.
 
     Raises:
-        DiskFullError: nothing of it is left behind.
+        DiskFullError: no space is left; no partial folder remains.
     """
     make_folder(folder.parent)
     remove_leftovers(folder)
@@ -183,7 +180,7 @@ def building(folder: Path) -> Iterator[Path]:
 
 
 def put_file(file: Path, path: Path) -> None:
-    """Put a file of this machine in the place of `path`, flushed; a URL's object appears whole or not at all."""
+    """Move a local file to `path`, flushed; behind a URL the object appears at once."""
     if is_remote(path):
         with _service_errors(path):
             make_folder(path.parent)
@@ -203,11 +200,7 @@ def _put(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _service_errors(path: Path) -> Iterator[None]:
-    """Turn what a service says when it does not take a file into our error.
-
-    Raises:
-        PathError: names the URL and the reason.
-    """
+    """Raise write errors of a remote service as `PathError`."""
     try:
         yield
     except Exception as error:
@@ -217,28 +210,28 @@ def _service_errors(path: Path) -> Iterator[None]:
 
 
 def partial_path(path: Path) -> Path:
-    """Name a hidden sibling of `path` that `remove_partials` knows as unfinished work of this process."""
+    """Return a hidden sibling of `path` that `remove_partials` removes once this process has died."""
     return path.with_name(f".{path.name}.{_NODE}.{os.getpid()}.{uuid4().hex[:8]}.partial")
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed processes of this machine left below a folder; a living one's files stay."""
+    """Remove partial files below a folder that dead processes of this machine left."""
     if is_remote(folder):
         return
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            _remove_left(Path(parent, name))
+            _remove_if_abandoned(Path(parent, name))
 
 
 def remove_leftovers(path: Path) -> None:
     """Remove what killed processes of this machine left beside `path` when they wrote it; living ones keep theirs."""
     if not is_remote(path):
         for left in path.parent.glob(f".{path.name}.*.partial"):
-            _remove_left(left)
+            _remove_if_abandoned(left)
 
 
-def _remove_left(path: Path) -> None:
-    """Remove a file or folder whose name says that a process wrote it that is no more."""
+def _remove_if_abandoned(path: Path) -> None:
+    """Remove a partial file or folder if the process in its name is dead."""
     writer = _PARTIAL.fullmatch(path.name)
     if writer and writer["node"] == _NODE and not _is_alive(int(writer["process"])):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
@@ -249,13 +242,13 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it lives, and is another user's
+    except PermissionError:  # the process of another user
         return True
     return True
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk; behind a URL they are there once written."""
+    """Flush the bytes of a file or the entries of a folder to disk; a no-op behind a URL."""
     if is_remote(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -266,7 +259,7 @@ def flush(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder for a stage's output.
+    """Create a folder and its parents, flushed.
 
     Raises:
         PathError: a file is in the way.
@@ -286,7 +279,7 @@ def make_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and all that is in it."""
+    """Remove a folder and its content."""
     if is_remote(path):
         path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
     else:
@@ -298,9 +291,9 @@ _IN_THIS_PROCESS: dict[tuple[str, int], threading.Lock] = defaultdict(threading.
 
 @contextmanager
 def locked(folder: Path, number: int = 0) -> Iterator[None]:
-    """Let one thread of one process at a time at a numbered piece of a folder; others wait. The killed hold nothing.
+    """Lock a numbered piece of a folder for one thread of one process. The lock of a killed process is released.
 
-    Behind a URL there are no locks, so nobody waits: there the last writer wins.
+    Behind a URL there are no locks: the last writer wins.
     """
     if is_remote(folder):
         yield
@@ -320,11 +313,11 @@ def locked(folder: Path, number: int = 0) -> Iterator[None]:
 
 _SHARED: dict[Path, int] = {}
 _USERS: Counter[Path] = Counter()
-_SHARED_GUARD = threading.RLock()  # a thread that holds it may be made to collect garbage, claims too
+_SHARED_GUARD = threading.RLock()  # reentrant: garbage collection may finalize `Leases` in it
 
 
 def _open_shared(path: Path) -> int:
-    """Open a file for record locks once in a process: closing any descriptor of it would drop all its locks."""
+    """Open a file for record locks once per process: closing any of its descriptors drops all of its locks."""
     path = path.absolute()
     with _SHARED_GUARD:
         _USERS[path] += 1
@@ -339,7 +332,7 @@ def _open_shared(path: Path) -> int:
 
 
 def _close_shared(path: Path) -> None:
-    """Close it with the last who opened it."""
+    """Close the file once its last user has closed it."""
     path = path.absolute()
     with _SHARED_GUARD:
         _USERS[path] -= 1
@@ -348,13 +341,13 @@ def _close_shared(path: Path) -> None:
 
 
 class Leases:
-    """Which of a folder's numbered pieces of work this process has taken. A killed process has taken nothing.
+    """Leases of this process on numbered pieces of work in a folder. Those of a killed process are released.
 
-    They are record locks on one file, so they hold between the processes of a machine and, where the file system
-    supports it, of a cluster. Behind a URL everything can be taken by everybody.
+    They are record locks on one file, so they exclude other processes of the machine and, if the file system supports
+    it, of a cluster. Behind a URL every lease is granted to every process.
 
     Args:
-        folder: where the file `.claims` lies; it is made when something is taken.
+        folder: folder of the file `.claims`, which is created with the first lease.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -369,19 +362,19 @@ class Leases:
         weakref.finalize(self, _close_shared, path)
         return descriptor
 
-    def take(self, number: int, *, waits: bool = False) -> bool:
-        """Take a piece of work unless another process has it; or wait until that is done with it."""
+    def acquire(self, number: int, *, wait: bool = False) -> bool:
+        """Acquire a lease; return whether no other process holds it. With `wait`, wait until it is released."""
         if self._descriptor is None:
             return True
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB), 1, number)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
         except OSError as error:
             if error.errno not in _TAKEN:
                 raise
             return False
         return True
 
-    def give_back(self, number: int) -> None:
-        """Let others have it."""
+    def release(self, number: int) -> None:
+        """Release a lease."""
         if self._descriptor is not None:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, number)

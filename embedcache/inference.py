@@ -11,7 +11,7 @@ import torch
 from PIL.Image import Image
 
 from embedcache.arrays import Array, Floats, blocks
-from embedcache.dataset.inputs import inputs_of
+from embedcache.dataset.inputs import to_inputs
 from embedcache.encoders.backends import torch_device
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import feature_names, reopen_encoder
@@ -167,7 +167,7 @@ class ProjectedEncoder:
         with torch.autocast(torch.device(self.device).type, enabled=False):
             for rows in blocks(len(prepared), self.encoder.batch_size):
                 encoded = self.encoder.encode(prepared[rows], self.names)
-                inputs = inputs_of([encoded[name] for name in self.names])
+                inputs = to_inputs([encoded[name] for name in self.names])
                 parts.append(project(self.tower, inputs, device=self.device))
         return np.concatenate(parts)
 

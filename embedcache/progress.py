@@ -1,39 +1,39 @@
-"""How long work tells how far it is. The library is silent unless it is given one of these."""
+"""Progress reporting. The library reports nothing unless it is given an object with these methods."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Gets told what is going on; the command line draws it."""
+    """Receives progress; the command line draws it."""
 
     def start(self, what: str, total: int, unit: str) -> None:
-        """Begin a piece of work of `total` units; ends the one before."""
+        """Start a step of `total` units, which ends the step before; a total of 0 is unknown."""
         ...
 
     def advance(self, count: int) -> None:
-        """Say that `count` more units are done."""
+        """Add `count` finished units."""
         ...
 
     def finish(self) -> None:
-        """End the piece of work."""
+        """End the step."""
         ...
 
     def note(self, line: str) -> None:
-        """Say one line that a person should see."""
+        """Report one line for the user."""
         ...
 
 
 class NullProgress:
-    """Says nothing."""
+    """Discards all progress."""
 
     def start(self, what: str, total: int, unit: str) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def advance(self, count: int) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def finish(self) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def note(self, line: str) -> None:
-        """Ignore it."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""What every stage leaves on disk: fingerprints, manifests, and a record of the run."""
+"""Fingerprints, manifests and records that every stage writes."""
 
 import hashlib
 import json
@@ -30,24 +30,24 @@ T = TypeVar("T")
 
 
 def canonical_json(value: Any) -> bytes:
-    """Write JSON so that equal values give equal bytes: keys sorted, no spaces, UTF-8."""
+    """Return JSON in which equal values have equal bytes: sorted keys, no spaces, UTF-8."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return text.encode()
 
 
 def digest(value: Any) -> str:
-    """Get the SHA-256 of a JSON value as 64 hex digits."""
+    """Return the SHA-256 of a JSON value as 64 hex digits."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """Get the SHA-256 of a file's bytes as 64 hex digits."""
+    """Return the SHA-256 of the bytes of a file as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that people can read, atomically."""
+    """Write an indented JSON file, atomically."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -55,8 +55,8 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        PathError: there is no such file.
-        CorruptError: it is not JSON.
+        PathError: the file does not exist.
+        CorruptError: the file is not JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -67,17 +67,17 @@ def read_json(path: Path) -> Any:
 
 
 def read_manifest(path: Path, *, kind: str, latest_format: int, make: str) -> dict[str, Any]:
-    """Read the JSON file whose presence says that its folder is complete.
+    """Read the manifest of an artifact, the JSON file whose presence marks its folder as complete.
 
     Args:
-        path: the file.
-        kind: what the folder is: `cache`, `run`, `index`.
-        latest_format: the newest format that this version reads.
-        make: the command that makes such a folder.
+        path: path of the manifest.
+        kind: kind of artifact: `cache`, `run`, `index`.
+        latest_format: newest format that this version reads.
+        make: command that makes such an artifact.
 
     Raises:
-        PathError: there is no such folder, or it is not complete.
-        ArtifactError: it is of a later format.
+        PathError: the folder does not exist or is not complete.
+        ArtifactError: the artifact has a later format.
         CorruptError: the file is not JSON.
     """
     if not path.is_file():
@@ -96,11 +96,34 @@ def read_manifest(path: Path, *, kind: str, latest_format: int, make: str) -> di
     return dict(values)
 
 
-def fields_of(path: Path, make: Callable[[], T]) -> T:
-    """Build a dataclass from what `read_manifest` gave.
+MANIFESTS = {"cache.json": "cache", "config.json": "run", "card.json": "index", "study.json": "study"}
+"""File that completes a folder -> kind of artifact."""
+
+
+def recognize(path: Path) -> str:
+    """Return the kind of an artifact: `cache`, `run`, `index`, `study` or `selection`.
+
+    A folder is recognized by its manifest, a selection by its suffix `.parquet`; neither is opened.
 
     Raises:
-        CorruptError: fields are missing, or there are others.
+        PathError: the path does not exist or is not a finished artifact.
+    """
+    for name, kind in MANIFESTS.items():
+        if (path / name).is_file():
+            return kind
+    if path.suffix == ".parquet" and path.is_file():
+        return "selection"
+    if not path.exists():
+        raise PathError(f"{path} does not exist")
+    manifests = ", ".join(f"{kind} ({name})" for name, kind in MANIFESTS.items())
+    raise PathError(f"{path}: expected a finished {manifests} or a selection (.parquet)")
+
+
+def fields_of(path: Path, make: Callable[[], T]) -> T:
+    """Call the constructor of an artifact's dataclass.
+
+    Raises:
+        CorruptError: fields are missing or unknown.
     """
     try:
         return make()
@@ -119,45 +142,45 @@ def from_record(record: Mapping[str, Any], stored_names: Mapping[str, str] = STO
     return {names.get(stored, stored): value for stored, value in record.items()}
 
 
-def claim_folder(path: Path, *, kind: str, sign: str, ours: Collection[str]) -> None:
-    """Create a folder for a stage's output, or take one that an earlier try of the same stage left.
+def prepare_folder(path: Path, *, kind: str, marker: str, allowed: Collection[str]) -> None:
+    """Create a folder for the output of a stage, or reuse one that an interrupted run of the same stage left.
 
     Args:
         path: the folder.
-        kind: what it becomes, with its article: `a run`, `an index`.
-        sign: the file that every earlier try has left.
-        ours: names that the stage writes, or patterns of them.
+        kind: kind of artifact with its article: `a run`, `an index`.
+        marker: file that an interrupted run has left.
+        allowed: names that the stage writes, or patterns of them.
 
     Raises:
-        PathError: a file is in the way, or the folder holds other things; nothing is touched.
+        PathError: a file is in the way, or the folder holds other files; nothing is changed.
     """
     make_folder(path)
     remove_partials(path)
     names = {entry.name for entry in path.iterdir()}
-    is_ours = sign in names
-    foreign = sorted(name for name in names if not (is_ours and any(fnmatch(name, pattern) for pattern in ours)))
+    is_resumed = marker in names
+    foreign = sorted(name for name in names if not (is_resumed and any(fnmatch(name, pattern) for pattern in allowed)))
     if foreign:
         raise PathError(
             f"{path} is not {kind} and not empty: it holds {', '.join(foreign[:3])}; give the path of a new folder"
         )
 
 
-def check_same(what: str, found: Mapping[str, Any], asked: Mapping[str, Any], *, next_step: str) -> None:
-    """Refuse an artifact made with other settings than asked.
+def check_same(what: str, found: Mapping[str, Any], requested: Mapping[str, Any], *, next_step: str) -> None:
+    """Check that an artifact was made with the requested settings.
 
     Raises:
         FingerprintError: names each field that differs with both values.
     """
-    differences = name_differences(found, asked)
+    differences = name_differences(found, requested)
     if differences:
         raise FingerprintError(f"{what} was made with other settings: {'; '.join(differences)}; {next_step}")
 
 
-def name_differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Name each field that differs, with both values."""
-    flat_found, flat_asked = _flatten(found), _flatten(asked)
-    differing = [name for name in {**flat_found, **flat_asked} if flat_found.get(name) != flat_asked.get(name)]
-    return [f"{name}: {flat_found.get(name)!r} there, {flat_asked.get(name)!r} asked" for name in differing]
+def name_differences(found: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+    """Return a text per differing field, with both values."""
+    flat_found, flat_requested = _flatten(found), _flatten(requested)
+    differing = [name for name in {**flat_found, **flat_requested} if flat_found.get(name) != flat_requested.get(name)]
+    return [f"{name}: stored {flat_found.get(name)!r}, requested {flat_requested.get(name)!r}" for name in differing]
 
 
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -172,15 +195,15 @@ def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def run_record(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Keep who ran what, on what, and how long it took, as JSON at `path`.
+    """Write a JSON record of a stage: inputs, outcome, time, memory, machine and package versions.
 
     Args:
-        path: where the record goes when the stage ends without an error.
+        path: path of the record, written if the stage ends without an error.
         stage: `extract`, `train`, …
-        settings: the stage's inputs and settings, as JSON values.
+        settings: inputs and settings of the stage, as JSON values.
 
     Yields:
-        A dict for the stage to put its outcome in.
+        A dictionary for the outcome.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     outcome: dict[str, Any] = {}
@@ -202,7 +225,7 @@ def run_record(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterator[
 
 
 def peak_memory_bytes() -> int:
-    """Get the largest resident size this process has had, without that of the process that started it on Linux."""
+    """Return the peak resident size of this process; on Linux without that of its parent before `exec`."""
     status = Path("/proc/self/status")
     if status.is_file():
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])

@@ -1,9 +1,11 @@
-"""Names to objects, imported on first use, so that no heavy library loads before it is asked for."""
+"""Plug-ins by name, imported on first use, so that no heavy library loads before it is needed."""
 
 import importlib
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -12,42 +14,94 @@ from embedcache.errors import MissingExtraError, UnknownNameError
 
 @dataclass(frozen=True)
 class Registry:
-    """A table of plug-ins of one kind: a short name for each `module:attribute`.
+    """The plug-ins of one kind: built-in ones, and those of installed packages that declare an entry point.
 
     Args:
-        kind: what the names stand for, in the singular; used in error messages.
-        paths: short name -> `module:attribute`.
+        kind: what a name stands for, in the singular, for error messages.
+        paths: name of each built-in plug-in -> `module:attribute`.
+        group: entry-point group in which other packages declare plug-ins; None: built-in ones only.
     """
 
     kind: str
     paths: Mapping[str, str]
+    group: str | None = None
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether a name is built in or declared by an installed package."""
+        return name in self.paths or name in self._declared()
+
+    @property
+    def names(self) -> list[str]:
+        """All names, sorted; reads the metadata of installed packages."""
+        return sorted({*self.paths, *self._declared()})
 
     def load(self, name: str) -> Any:
-        """Get the object that `name` stands for: a name in the table, or a `module:attribute` of the user's own.
+        """Import a plug-in.
+
+        Args:
+            name: name of the plug-in, or the `module:attribute` of any importable object.
 
         Raises:
-            UnknownNameError: the name is in no table and is no importable path.
+            UnknownNameError: there is no such name, module or attribute.
+            MissingExtraError: the module of the plug-in imports a package that is not installed.
         """
-        path = self.paths.get(name, name)
-        module_name, _, attribute = path.partition(":")
+        if name in self.paths:
+            module, _, attribute = self.paths[name].partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        module, _, attribute = (name if ":" in name else self._declared().get(name, name)).partition(":")
         if not attribute:
-            raise unknown_name(self.kind, name, self.paths)
+            raise unknown_name(self.kind, name, self.names)
         try:
-            return getattr(importlib.import_module(module_name), attribute)
-        except (ModuleNotFoundError, AttributeError) as error:
-            if name in self.paths:
-                raise
-            hint = f"{error}; a plug-in of your own is named module:attribute"
-            raise unknown_name(self.kind, name, self.paths, hint=hint) from error
+            plugin = _import_plugin(name, module)
+        except ModuleNotFoundError as error:
+            raise self._not_found(name, error) from error
+        try:
+            return getattr(plugin, attribute)
+        except AttributeError as error:
+            raise self._not_found(name, error) from error
+
+    def _not_found(self, name: str, error: Exception) -> UnknownNameError:
+        return unknown_name(self.kind, name, self.names, hint=f"{error}; name a plug-in of yours as module:attribute")
+
+    def _declared(self) -> Mapping[str, str]:
+        return {} if self.group is None else _entry_points(self.group, tuple(sys.path))
+
+
+@cache
+def _entry_points(group: str, search_path: tuple[str, ...]) -> Mapping[str, str]:
+    """Return name -> `module:attribute` of the entry points of installed packages; a change of `sys.path` rereads."""
+    from importlib.metadata import distributions
+
+    declared = (point for package in distributions(path=list(search_path)) for point in package.entry_points)
+    return {point.name: point.value for point in declared if point.group == group}
+
+
+def _import_plugin(name: str, module: str) -> ModuleType:
+    """Import the module of a plug-in.
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
+        MissingExtraError: the module exists, and imports a package that is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if f"{module}.".startswith(f"{missing}."):
+            raise
+        raise MissingExtraError(
+            f"the plug-in {name!r} imports {missing!r}, which is not installed; install it, such as with: "
+            f"python -m pip install {missing.partition('.')[0]}"
+        ) from error
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str = "") -> UnknownNameError:
-    """Make the error for a name that stands for nothing: it lists what exists and the near miss."""
+    """Create the error for an unknown name, with the known names and the closest match."""
     names = sorted(known)
-    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
     parts = [f"unknown {kind} {name!r}"]
-    if near:
-        parts.append(f"did you mean {near[0]!r}?")
+    if close:
+        parts.append(f"did you mean {close[0]!r}?")
     parts.append(f"known: {', '.join(names)}" if names else f"there is no {kind} here")
     if hint:
         parts.append(hint)
@@ -58,11 +112,11 @@ def require(module: str, *, extra: str) -> ModuleType:
     """Import an optional package.
 
     Args:
-        module: the name to import.
-        extra: the extra of this package that installs it.
+        module: name of the module.
+        extra: extra of this package that installs it.
 
     Raises:
-        MissingExtraError: it is not installed; the message holds the pip line.
+        MissingExtraError: the package is not installed; the message has the pip command.
     """
     try:
         return importlib.import_module(module)

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.cli.console import print_line
-from embedcache.curate.select.select import SelectSettings, select
+from embedcache.curate.select.select import select
+from embedcache.curate.settings import SelectSettings
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.evaluate.zero_shot import evaluate_zero_shot
 from embedcache.reports.base import format_estimate
 from embedcache.train.data import TrainData, open_data
 from embedcache.train.train import train_on
 from pipelines.common import parse_workdir, with_options
 from pipelines.comparison import Method, write_comparison
-from pipelines.noisy_openmoji import CLOSED_FORM, NOTES, count_english, make_caches, make_cut
+from pipelines.noisy_openmoji import CLOSED_FORM, NOTES, count_english, make_caches, split_pool
 
 SEEDS, BUDGETS, PAGE = (0, 1, 2, 3, 4), (300, 600, 1200), Path("docs/benchmarks/curation.md")
 BY_CONCEPTS, ENGLISH = ("top-score", "rare-first", "metaclip"), "random of the English"
@@ -32,28 +34,34 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def select_pairs(workdir: Path, name: str, budget: int, seed: int) -> None:
     """Select pairs from the training part of one split."""
-    method, cut = ("random" if name == ENGLISH else name), workdir / f"cut-{seed}"
+    method, folder = ("random" if name == ENGLISH else name), workdir / f"cut-{seed}"
     select(
         workdir / "pool",
-        cut / f"{name}-{budget}.parquet",
+        folder / f"{name}-{budget}.parquet",
         method,
-        settings=SelectSettings(budget=budget, seed=seed, **METHODS[name]),
-        concepts_path=workdir / "concepts" if method in BY_CONCEPTS else None,
-        joins_names=True,  # two class names of ImageNet occur twice
-        run_path=cut / "scorer" if method == "clip-score" else None,
-        within=cut / ("english.parquet" if name == ENGLISH else "training.parquet"),
+        SelectSettings(
+            budget=budget,
+            concepts=workdir / "concepts" if method in BY_CONCEPTS else None,
+            join_names=True,  # two class names of ImageNet occur twice
+            run=folder / "scorer" if method == "clip-score" else None,
+            selection=folder / ("english.parquet" if name == ENGLISH else "training.parquet"),
+            seed=seed,
+            **METHODS[name],
+        ),
     )
 
 
 def measure(workdir: Path, data: TrainData, group: str, name: str, file: str) -> Method:
     """Train on one selection of each split and evaluate."""
-    cuts = f"{workdir}/cut-{{seed}}"
-    settings = with_options(CLOSED_FORM, split=f"{cuts}/split.parquet", selection=f"{cuts}/{file}.parquet")
+    folders = f"{workdir}/cut-{{seed}}"
+    settings = with_options(CLOSED_FORM, split=f"{folders}/split.parquet", selection=f"{folders}/{file}.parquet")
     run_paths = [workdir / f"cut-{seed}" / file for seed in SEEDS]
     for seed, run_path in zip(SEEDS, run_paths, strict=True):
         train_on(data, run_path, with_options(settings, seed=seed))
-    report = evaluate_retrieval(workdir / "pool", run_paths, language="en")
-    classified = evaluate_zero_shot(workdir / "pool", run_paths, workdir / "groups", compares=False)
+    report = evaluate_retrieval(workdir / "pool", run_paths, RetrievalSettings(language=("en",)))
+    classified = evaluate_zero_shot(
+        workdir / "pool", run_paths, workdir / "groups", ZeroShotSettings(check_overlap=False)
+    )
     accuracy = format_estimate(classified.accuracies["mean_per_class_recall"])
     print_line(f"{group} {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}, classes {accuracy}")
     about = {"English pairs": f"{count_english(workdir, file, SEEDS):,.0f}", "9 classes": accuracy}
@@ -65,10 +73,10 @@ def main() -> None:
     workdir = parse_workdir(__doc__)
     make_caches(workdir)
     for seed in SEEDS:
-        make_cut(workdir, seed)
+        split_pool(workdir, seed)
         for name, budget in product(METHODS, BUDGETS):
             select_pairs(workdir, name, budget, seed)
-    data = open_data(workdir / "pool", image=None, text=None, memory_gb=1)
+    data = open_data(workdir / "pool", image_feature=None, text_feature=None, memory_bytes=10**9)
     rows = [(f"{budget:,}", name, f"{name}-{budget}") for budget in BUDGETS for name in METHODS]
     rows += [("all", "everything", "training"), ("all", "the English", "english")]
     methods = [measure(workdir, data, *row) for row in rows]

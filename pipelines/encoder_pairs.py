@@ -12,6 +12,7 @@ from pathlib import Path
 from embedcache.cli.console import open_progress, print_line, print_table
 from embedcache.evaluate.encoder_pairs import evaluate_pairs
 from embedcache.evaluate.retrieval import RetrievalReport, evaluate_retrieval
+from embedcache.evaluate.settings import pairs_settings
 from embedcache.extract.settings import ExtractSettings
 from embedcache.projectors.saved import split_path
 from embedcache.train.data import open_data
@@ -54,13 +55,16 @@ def main() -> None:
     cache_path = workdir / "cache"
     settings = ExtractSettings(features=STORED)
     extract_source("openmoji:en", cache_path, images=IMAGE_ENCODERS, texts=TEXT_ENCODERS, settings=settings)
-    measured = [evaluate_pairs(cache_path, images=IMAGES, texts=TEXTS, seed=seed, progress=progress) for seed in SEEDS]
+    features = {"image_feature": IMAGES, "text_feature": TEXTS}
+    measured = [
+        evaluate_pairs(cache_path, pairs_settings({**features, "seed": seed}), progress=progress) for seed in SEEDS
+    ]
     split = "strict"
     trained: dict[str, dict[Pair, list[RetrievalReport]]] = {}
     for recipe, base in RECIPES.items():
         trained[recipe] = {}
         for image, text in product(IMAGES, TEXTS):
-            data = open_data(cache_path, image=image, text=text, memory_gb=1)
+            data = open_data(cache_path, image_feature=image, text_feature=text, memory_bytes=10**9)
             path = workdir / "runs" / f"{recipe}-{image}-{text}".replace("/", "-").replace(" ", "-")
             run_paths, _ = train_seeds(data, path, with_options(base, split=split), SEEDS)
             trained[recipe][image, text] = [evaluate_retrieval(cache_path, [run_path]) for run_path in run_paths]

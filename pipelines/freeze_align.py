@@ -80,9 +80,11 @@ def select_captions(workdir: Path, captions: str, concepts: str, recipe: Recipe,
         workdir / "captions",
         workdir / "chosen.parquet",
         "rare-first",
-        settings=embedcache.SelectSettings(per_concept=recipe.per_concept),
-        concepts_path=workdir / "concepts",
-        joins_names=True,  # two class names of ImageNet occur twice
+        embedcache.SelectSettings(
+            per_concept=recipe.per_concept,
+            concepts=workdir / "concepts",
+            join_names=True,  # two class names of ImageNet occur twice
+        ),
     )
     print_line(report.line())
 
@@ -96,7 +98,7 @@ def align(workdir: Path, pairs: str, recipe: Recipe, training: TrainSettings) ->
     for name, is_control in (("run", False), ("shuffled", True)):
         run, options = workdir / name, with_options(training, shuffle_pairs=is_control)
         report = embedcache.train_projectors(
-            cache, run, image=recipe.image_feature, settings=options, progress=open_progress()
+            cache, run, image_feature=recipe.image_feature, settings=options, progress=open_progress()
         )
         print_line(report.line(run))
         reports[name] = embedcache.evaluate_retrieval(cache, run, is_control=is_control)

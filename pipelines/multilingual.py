@@ -10,6 +10,7 @@ from pathlib import Path
 
 from embedcache.cli.console import print_line
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.train.data import open_data
 from embedcache.train.settings import train_settings
 from pipelines.common import IMAGE_FEATURE, extract_source, parse_workdir, train_seeds, with_options
@@ -45,13 +46,13 @@ def main() -> None:
     extract_source("openmoji:", cache_path, texts=list(TEXT_ENCODERS.values()))
 
     def train_encoder(encoder: str, name: str, *, shuffle_pairs: bool = False) -> list[Path]:
-        data = open_data(cache_path, image=IMAGE_FEATURE, text=FEATURES[encoder], memory_gb=1)
+        data = open_data(cache_path, image_feature=IMAGE_FEATURE, text_feature=FEATURES[encoder], memory_bytes=10**9)
         split = "strict" if name == "USE" else str(runs_path / "USE-{seed}" / "split.parquet")
         settings = with_options(BASE, split=split, shuffle_pairs=shuffle_pairs)
         return train_seeds(data, runs_path / name, settings, SEEDS)[0]
 
     def measure(encoder: str, name: str, run_paths: list[Path], *, language: str) -> Method:
-        report = evaluate_retrieval(cache_path, run_paths, language=language)
+        report = evaluate_retrieval(cache_path, run_paths, RetrievalSettings(language=(language,)))
         print_line(f"{encoder}, {name}: i2t R@10 {report.recalls['i2t']['r@10'].value:.3f}")
         assert report.overlap is not None
         about = {

@@ -50,38 +50,38 @@ def make_caches(workdir: Path) -> None:
 
 def count_english(workdir: Path, file: str, seeds: Sequence[int]) -> float:
     """Return the number of English pairs in a selection, averaged over the splits."""
-    cuts = [workdir / f"cut-{seed}" for seed in seeds]
+    folders = [workdir / f"cut-{seed}" for seed in seeds]
     counts = [
         combine_selections(
-            workdir / "pool", cut / "both.parquet", cut / f"{file}.parquet", "and", cut / "english.parquet"
+            workdir / "pool", folder / "both.parquet", folder / f"{file}.parquet", "and", folder / "english.parquet"
         )
-        for cut in cuts
+        for folder in folders
     ]
     return float(np.mean(counts))
 
 
-def make_cut(workdir: Path, seed: int) -> Path:
+def split_pool(workdir: Path, seed: int) -> Path:
     """Split the images strictly by their English names, and their pairs alike; train a scorer on validation alone.
 
     Returns:
         A folder with `split.parquet` of the pool, the selections `training.parquet` and `english.parquet` of its
         training part, and the run `scorer`.
     """
-    cut = workdir / f"cut-{seed}"
+    folder = workdir / f"cut-{seed}"
     clean, pool = Cache(workdir / "clean"), Cache(workdir / "pool")
     settings = with_options(CLOSED_FORM, seed=seed)
-    train(clean.path, cut / "clean", settings=settings)
-    images = read_split(split_path(cut / "clean"), [clean])
-    write_split(cut / "swapped.parquet", swap_parts(images, "train", "val"))
-    train(clean.path, cut / "scorer", settings=with_options(settings, split=str(cut / "swapped.parquet")))
+    train(clean.path, folder / "clean", settings=settings)
+    images = read_split(split_path(folder / "clean"), [clean])
+    write_split(folder / "swapped.parquet", swap_parts(images, "train", "val"))
+    train(clean.path, folder / "scorer", settings=with_options(settings, split=str(folder / "swapped.parquet")))
     split = spread_split(images, pool, "sample")
-    write_split(cut / "split.parquet", split)
+    write_split(folder / "split.parquet", split)
     rows = split.rows("train")
     is_english = np.array(pool.samples["language"].to_pylist())[rows] == "en"
     for name, kept in (("training", rows), ("english", rows[is_english])):
         selection = Selection(rows=kept, reasons=["of the training part"] * len(kept))
-        write_selection(cut / f"{name}.parquet", pool, selection, {})
-    return cut
+        write_selection(folder / f"{name}.parquet", pool, selection, {})
+    return folder
 
 
 def spread_split(split: Split, cache: Cache, column: str) -> Split:

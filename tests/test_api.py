@@ -36,17 +36,17 @@ def test_version_is_the_distributions() -> None:
     assert embedcache.__version__ == version("embedcache")
 
 
-def test_no_room_hides_a_name() -> None:
-    rooms = {path.stem for path in (ROOT / "embedcache").iterdir()}
-    assert not rooms & set(embedcache.__all__)
+def test_no_package_hides_a_name() -> None:
+    packages = {path.stem for path in (ROOT / "embedcache").iterdir()}
+    assert not packages & set(embedcache.__all__)
 
 
-def test_an_unknown_name_says_what_there_is() -> None:
+def test_unknown_name_raises() -> None:
     with pytest.raises(AttributeError, match="no attribute 'train_pair'; it has .*train_projectors"):
         _ = embedcache.train_pair
 
 
-def test_importing_it_loads_nothing_heavy() -> None:
+def test_import_is_light() -> None:
     code = (
         "import sys, time; start = time.process_time(); import embedcache; took = time.process_time() - start;"
         "print(took, *sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'pyarrow', 'zarr', "
@@ -62,7 +62,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
 
 @pytest.fixture(scope="module")
 def exact_cache(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the pictures that keeps every bit of the encoder's float32."""
+    """A cache in float32, so that values are exact."""
     path = tmp_path_factory.mktemp("api") / "cache"
     settings = embedcache.ExtractSettings(features=("cls", "patches", "mean", "tokens"), dtype="float32")
     embedcache.extract_features(
@@ -82,7 +82,7 @@ def cached_vectors(cache_path: Path, run_path: Path, modality: str, count: int) 
     return project(pair.tower(modality), side.read(np.arange(count)))
 
 
-def test_a_run_encodes_what_its_cache_holds(exact_cache: Path, pictures: Path, run_path: Path) -> None:
+def test_model_matches_the_cache(exact_cache: Path, pictures: Path, run_path: Path) -> None:
     model, paths = embedcache.load(run_path), sorted(pictures.glob("*.png"))[:20]
     texts = embedcache.Cache(exact_cache).items("text")["text"].to_pylist()[:20]
     images_NP = cached_vectors(exact_cache, run_path, "image", 20)
@@ -93,7 +93,7 @@ def test_a_run_encodes_what_its_cache_holds(exact_cache: Path, pictures: Path, r
     np.testing.assert_allclose(model.similarity(paths[:3], texts), images_NP[:3] @ texts_MP.T, atol=1e-4)
 
 
-def test_shapes_and_lengths(pictures: Path, run_path: Path) -> None:
+def test_embedding_shapes(pictures: Path, run_path: Path) -> None:
     model, path = embedcache.load(run_path), min(pictures.glob("*.png"))
     for one, some, none in (
         (model.encode_image(str(path)), model.encode_image([path, str(path)]), model.encode_image([])),
@@ -106,9 +106,9 @@ def test_shapes_and_lengths(pictures: Path, run_path: Path) -> None:
     assert model.scale > 1
 
 
-def test_bad_items_are_named(run_path: Path, tmp_path: Path) -> None:
+def test_invalid_items_raise(run_path: Path, tmp_path: Path) -> None:
     model = embedcache.load(run_path)
-    (tmp_path / "x.png").write_bytes(b"no picture")
+    (tmp_path / "x.png").write_bytes(b"not an image")
     with pytest.raises(PathError, match=r"image .*missing.png does not exist: expected the path"):
         model.encode_image("missing.png")
     with pytest.raises(DataError, match=r"x.png: not an image"):
@@ -117,7 +117,7 @@ def test_bad_items_are_named(run_path: Path, tmp_path: Path) -> None:
         model.encode_text(["a", " "])
 
 
-def test_another_encoder_of_that_name_is_refused_on_first_use(run_path: Path, tmp_path: Path) -> None:
+def test_changed_encoder_raises_on_first_use(run_path: Path, tmp_path: Path) -> None:
     copied = tmp_path / "run"
     copied.mkdir()
     for file in run_path.iterdir():
@@ -130,7 +130,7 @@ def test_another_encoder_of_that_name_is_refused_on_first_use(run_path: Path, tm
         model.encode_text("red")
 
 
-def test_the_whole_api_goes_together(two_caches: list[Path], tmp_path: Path) -> None:
+def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     """Every function, as a notebook calls them: paths as text, one run as a path."""
     folder = str(tmp_path)
     source = embedcache.open_source(write_pictures(tmp_path / "photos", 90))
@@ -148,7 +148,7 @@ def test_the_whole_api_goes_together(two_caches: list[Path], tmp_path: Path) -> 
     (hits,) = embedcache.search_index(f"{folder}/index", ["a red box"], embedcache.SearchSettings(k=3))
     assert len(hits) == 3
     chosen = embedcache.select_samples(
-        f"{folder}/cache", f"{folder}/some.parquet", "random", settings=embedcache.SelectSettings(budget=10)
+        f"{folder}/cache", f"{folder}/some.parquet", "random", embedcache.SelectSettings(budget=10)
     )
     assert chosen.num_selected == 10
     names = tmp_path / "names.txt"
@@ -157,15 +157,15 @@ def test_the_whole_api_goes_together(two_caches: list[Path], tmp_path: Path) -> 
     coverage = embedcache.measure_coverage(
         f"{folder}/cache",
         f"{folder}/concepts",
-        modality="text",
-        selection=f"{folder}/some.parquet",
-        settings=embedcache.CoverageSettings(threshold=-1.0),
+        embedcache.CoverageSettings(modality="text", selection=f"{folder}/some.parquet", threshold=-1.0),
     )
     assert coverage.whole.num_items == 90
-    done = embedcache.remove_duplicates(f"{folder}/cache", f"{folder}/kept.parquet", cosine=0.999)
+    done = embedcache.remove_duplicates(
+        f"{folder}/cache", f"{folder}/kept.parquet", embedcache.DedupSettings(cosine=0.999)
+    )
     assert done.path.is_file()
-    features = {"image": "open_toy/cls", "text": "open_toy/mean"}
-    leaks = embedcache.find_leaks(*two_caches, features=features)
+    features = embedcache.LeakSettings(image_feature="open_toy/cls", text_feature="open_toy/mean")
+    leaks = embedcache.find_leaks(*two_caches, features)
     assert {leak.modality for leak in leaks.leaks} == {"image", "text"}
 
 
@@ -186,7 +186,7 @@ WRONG = {"model.encode_text(3)": "arg-type", 'embedcache.load("run", "cpu")': "c
 
 
 @pytest.mark.slow
-def test_code_of_a_user_is_type_checked(tmp_path: Path) -> None:
+def test_user_code_is_type_checked(tmp_path: Path) -> None:
     lines = (USER + "\n".join(WRONG) + "\n").splitlines()
     (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
     done = subprocess.run(
@@ -204,5 +204,5 @@ def test_code_of_a_user_is_type_checked(tmp_path: Path) -> None:
         assert re.match(kinds, kind), done.stdout
 
 
-def test_the_package_says_that_it_is_typed() -> None:
+def test_package_is_typed() -> None:
     assert (ROOT / "embedcache" / "py.typed").is_file()

@@ -31,6 +31,42 @@ def test_load_missing_path_raises(name: str) -> None:
         TABLE.load(name)
 
 
+def test_load_plugin_with_missing_import_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_plugin.py").write_text("import no_such_dependency.part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingExtraError, match=r"'half_plugin:x' imports 'no_such_dependency'.*pip install no_such"):
+        TABLE.load("half_plugin:x")
+
+
+def test_load_plugin_with_bug_raises_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_plugin.py").write_text("import math\nmath.no_such_number\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(AttributeError, match="no_such_number"):
+        TABLE.load("broken_plugin:x")
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that declares an entry point."""
+    (tmp_path / "my_numbers.py").write_text("e = 2.718\n")
+    info = tmp_path / "my_numbers-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-numbers\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[embedcache.numbers]\ne = my_numbers:e\ngone = my_numbers:gone\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("installed")
+def test_load_entry_point() -> None:
+    table = Registry("number", {"pi": "math:pi"}, group="embedcache.numbers")
+    assert table.load("e") == 2.718
+    assert ("e" in table, "i" in table, table.names) == (True, False, ["e", "gone", "pi"])
+    with pytest.raises(UnknownNameError, match="unknown number 'gone'.*no attribute 'gone'"):
+        table.load("gone")
+    with pytest.raises(UnknownNameError, match="known: e, gone, pi"):
+        table.load("i")
+
+
 def test_load_broken_builtin_raises() -> None:
     with pytest.raises(AttributeError, match="no_such_number"):
         TABLE.load("broken")

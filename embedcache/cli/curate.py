@@ -7,26 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from embedcache.cli.options import (
-    Address,
     CacheArgument,
-    Concepts,
-    Engine,
-    Feature,
     Html,
     Json,
-    Label,
-    NumResults,
     Output,
-    Run,
     Seed,
     SelectionArgument,
-    SelectionOption,
     SelectionOutput,
     add_command,
     new_group,
     with_settings,
 )
-from embedcache.errors import SettingError
+from embedcache.curate.settings import CoverageSettings, DedupSettings, LeakSettings, SelectSettings
 from embedcache.search.settings import IndexSettings
 
 if TYPE_CHECKING:
@@ -50,7 +42,8 @@ def index(
 
     Example: embedcache curate index cache/ index/ --run run/ --memory 4GB
     """
-    from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
+    from embedcache.cli.console import open_progress, print_line, publish, resumable
+    from embedcache.provenance import to_record
     from embedcache.search.index import build_index
 
     with resumable():
@@ -65,38 +58,17 @@ def index(
             f"{card.latency_ms:.2f} ms per query"
         )
 
-    publish(show, lambda: to_plain(card), as_json=as_json, output=output)
+    publish(show, lambda: to_record(card), as_json=as_json, output=output)
 
 
+@with_settings(settings=CoverageSettings)
 def coverage(
     cache: CacheArgument,
     concepts: Annotated[
         str, typer.Argument(metavar="CONCEPTS", help="Cache of prompts, or of labeled example images.")
     ],
-    modality: Annotated[
-        Literal["image", "text", "both"], typer.Option(metavar="image|text|both", help="Modality to read.")
-    ] = "image",
-    feature: Feature = None,
-    run: Run = None,
-    label: Label = "label",
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            metavar="FLOAT", help="Cosine similarity from which an item counts.", show_default="calibrated per concept"
-        ),
-    ] = None,
-    deviations: Annotated[
-        float, typer.Option(metavar="FLOAT", help="Calibration: standard deviations above a concept's background.")
-    ] = 4.0,
-    k: NumResults = None,
-    min_count: Annotated[int, typer.Option(metavar="N", help="Report a concept with fewer items as a gap.")] = 20,
-    selection: SelectionOption = None,
-    index: Annotated[
-        Path | None,
-        typer.Option(metavar="INDEX", help="Count only what this index of the cache finds.", show_default="all items"),
-    ] = None,
-    engine: Engine = "local",
-    address: Address = None,
+    *,
+    settings: CoverageSettings,
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
@@ -108,38 +80,20 @@ def coverage(
     Example: embedcache curate coverage cache/ concepts/ --run run/ --html coverage.html
     """
     from embedcache.cli.console import open_progress, publish
-    from embedcache.curate.coverage import CoverageSettings, measure_coverage
+    from embedcache.curate.coverage import measure_modalities
     from embedcache.reports.coverage import coverage_json, write_coverage_page
 
-    if modality == "both" and (feature or index):
-        raise SettingError("--modality both: expected neither --feature nor --index, which are of one modality")
-    reports = [
-        measure_coverage(
-            cache,
-            concepts,
-            modality=side,
-            feature=feature,
-            run_path=run,
-            label=label,
-            settings=CoverageSettings(threshold=threshold, deviations=deviations, k=k or 10, min_count=min_count),
-            selection=selection,
-            index_path=index,
-            engine=engine,
-            address=address,
-            progress=open_progress(),
-        )
-        for side in (("image", "text") if modality == "both" else (modality,))
-    ]
+    reports = measure_modalities(cache, concepts, settings, progress=open_progress())
 
     def show() -> None:
-        for report in reports:
+        for report in reports.values():
             _show_coverage(report)
-        if modality == "both":
-            _show_difference(*reports)
+        if settings.modality == "both":
+            _show_difference(*reports.values())
 
     def record() -> Any:
-        figures = {report.pool.modality: coverage_json(report) for report in reports}
-        return figures if modality == "both" else figures[modality]
+        figures = {modality: coverage_json(report) for modality, report in reports.items()}
+        return figures if settings.modality == "both" else figures[settings.modality]
 
     publish(
         show,
@@ -147,7 +101,7 @@ def coverage(
         as_json=as_json,
         output=output,
         html=html,
-        write_page=lambda path: write_coverage_page(path, *reports),
+        write_page=lambda path: write_coverage_page(path, *reports.values()),
     )
 
 
@@ -175,6 +129,7 @@ def _show_difference(images: "CoverageReport", texts: "CoverageReport") -> None:
     print_table(*modality_table(images, texts, num_rows=10), title="concepts where images and captions differ most")
 
 
+@with_settings(settings=SelectSettings)
 def select(
     cache: CacheArgument,
     out: SelectionOutput,
@@ -186,42 +141,8 @@ def select(
             "hierarchical, k-center, or module:attribute.",
         ),
     ],
-    budget: Annotated[
-        str | None, typer.Option(metavar="COUNT", help="Samples to select: 1000, or 10% of the cache.")
-    ] = None,
-    per_concept: Annotated[
-        int | None, typer.Option(metavar="N", help="rare-first: at most this many samples per concept.")
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(metavar="FLOAT", help="clip-score, metaclip: cosine similarity from which an item counts."),
-    ] = None,
-    head: Annotated[
-        float | None, typer.Option(metavar="FLOAT", help="metaclip: t, the size to which frequent concepts are cut.")
-    ] = None,
-    clusters: Annotated[
-        str | None,
-        typer.Option(metavar="N,...", help="image-based, hierarchical: centroids per level, finest first."),
-    ] = None,
-    drawn: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="k-center: number of candidate samples.", show_default="20,000"),
-    ] = None,
-    concepts: Concepts = None,
-    join_names: Annotated[
-        bool, typer.Option("--join-names", metavar="", help="Merge concepts of the same name.")
-    ] = False,
-    target: Annotated[
-        str | None, typer.Option(metavar="CACHE", help="image-based: cache of the images to resemble.")
-    ] = None,
-    run: Run = None,
-    modality: Annotated[
-        Literal["image", "text"] | None,
-        typer.Option(metavar="image|text", help="Modality to read.", show_default="the method's"),
-    ] = None,
-    feature: Feature = None,
-    selection: SelectionOption = None,
-    seed: Seed = 0,
+    *,
+    settings: SelectSettings,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
@@ -230,36 +151,10 @@ def select(
     Example: embedcache curate select cache/ selection.parquet --method clip-score --run run/ --budget 25%
     """
     from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
-    from embedcache.curate.select.select import SelectSettings
     from embedcache.curate.select.select import select as run_select
-    from embedcache.units import parse_count_or_fraction, parse_counts
 
-    amount = None if budget is None else parse_count_or_fraction(budget)
-    settings = SelectSettings(
-        budget=amount if isinstance(amount, int) else None,
-        per_concept=per_concept,
-        threshold=threshold,
-        head=head,
-        clusters=None if clusters is None else parse_counts(clusters),
-        drawn=drawn,
-        seed=seed,
-    )
     with resumable():
-        report = run_select(
-            cache,
-            out,
-            method,
-            settings=settings,
-            share=amount if isinstance(amount, float) else None,
-            modality=modality,
-            feature=feature,
-            run_path=run,
-            concepts_path=concepts,
-            joins_names=join_names,
-            target_path=target,
-            within=selection,
-            progress=open_progress(),
-        )
+        report = run_select(cache, out, method, settings, progress=open_progress())
     publish(lambda: print_line(report.line()), lambda: to_plain(report), as_json=as_json, output=output)
 
 
@@ -320,59 +215,20 @@ def export(
     Example: embedcache curate export cache/ selection.parquet tars/ --format webdataset
     """
     from embedcache.cli.console import open_progress, print_line
-    from embedcache.curate.select.export import export as run_export
+    from embedcache.curate.select.export import export_selection
 
-    print_line(f"{out}: {run_export(cache, selection, out, form, progress=open_progress()):,} samples")
+    print_line(f"{out}: {export_selection(cache, selection, out, form, progress=open_progress()):,} samples")
 
 
+@with_settings(settings=DedupSettings)
 def dedup(
     cache: CacheArgument,
     out: Annotated[
         Path | None,
         typer.Argument(metavar="OUT", help="Selection of the samples that stay: a new .parquet file."),
     ] = None,
-    cosine: Annotated[
-        float | None,
-        typer.Option(
-            metavar="FLOAT", help="Remove near-duplicates at or above this cosine similarity; only report without it."
-        ),
-    ] = None,
-    copies: Annotated[
-        bool, typer.Option("--copies", metavar="", help="Remove exact copies only: equal bytes or texts.")
-    ] = False,
-    modality: Annotated[
-        Literal["image", "text"] | None,
-        typer.Option(metavar="image|text", help="Modality to read.", show_default="image, or text without images"),
-    ] = None,
-    feature: Feature = None,
-    run: Run = None,
-    keep: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Which duplicate stays: first, far (farthest from its cluster's center) or best:COLUMN (largest).",
-        ),
-    ] = "first",
-    all_pairs: Annotated[
-        bool | None,
-        typer.Option(
-            "--all-pairs/--no-all-pairs",
-            metavar="",
-            help="Compare every pair, instead of pairs within clusters.",
-            show_default="up to 50,000 items",
-        ),
-    ] = None,
-    engine: Engine = "local",
-    address: Address = None,
-    scratch: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder for a temporary file of 2 to 4 bytes per number.",
-            show_default="the system's",
-        ),
-    ] = None,
-    seed: Seed = 0,
+    *,
+    settings: DedupSettings,
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
@@ -395,18 +251,6 @@ def dedup(
         write_threshold_page,
     )
 
-    settings = stage.DedupSettings(
-        modality=modality,
-        feature=feature,
-        run_path=run,
-        keep=keep,
-        all_pairs=all_pairs,
-        scratch=scratch,
-        seed=seed,
-        engine=engine,
-        address=address,
-    )
-    stage.check_asked(out, cosine, only_copies=copies)
     publish_report = partial(publish, as_json=as_json, output=output, html=html)
     if out is None:
         analysis = stage.analyze(cache, settings, progress=open_progress())
@@ -423,7 +267,7 @@ def dedup(
             write_page=lambda path: write_threshold_page(path, analysis=analysis),
         )
         return
-    done = stage.dedup(cache, out, cosine=cosine, settings=settings, progress=open_progress())
+    done = stage.dedup(cache, out, settings, progress=open_progress())
 
     def show() -> None:
         print_line(comparison_line(done.analysis))
@@ -432,6 +276,7 @@ def dedup(
     publish_report(show, done.to_json, write_page=lambda path: write_dedup_page(path, result=done))
 
 
+@with_settings(settings=LeakSettings)
 def leaks(
     train: Annotated[str, typer.Argument(metavar="TRAIN", help="Training cache: a folder or a URL.")],
     test: Annotated[str, typer.Argument(metavar="TEST", help="Test cache: a folder or a URL.")],
@@ -439,24 +284,8 @@ def leaks(
         Path | None,
         typer.Argument(metavar="OUT", help="Selection of TRAIN without what leaks: a new .parquet file."),
     ] = None,
-    image_cosine: Annotated[
-        float, typer.Option(metavar="FLOAT", help="Images at or above this cosine similarity are near-duplicates.")
-    ] = 0.95,
-    text_cosine: Annotated[
-        float, typer.Option(metavar="FLOAT", help="Texts at or above this cosine similarity are near-duplicates.")
-    ] = 0.95,
-    image_feature: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Image feature, as encoder/feature.", show_default="the only one that both have"
-        ),
-    ] = None,
-    text_feature: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Text feature, as encoder/feature.", show_default="the only one that both have"
-        ),
-    ] = None,
+    *,
+    settings: LeakSettings,
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
@@ -478,13 +307,7 @@ def leaks(
         write_leak_page,
     )
 
-    found = find_leaks(
-        train,
-        test,
-        cosines={"image": image_cosine, "text": text_cosine},
-        features={"image": image_feature, "text": text_feature},
-        progress=open_progress(),
-    )
+    found = find_leaks(train, test, settings, progress=open_progress())
     if out is not None:
         write_clean_selection(out, found)
 
@@ -495,7 +318,9 @@ def leaks(
         for leak in filter(lambda leak: leak.is_leaked.any(), found.leaks):
             print_table(*leaked_pair_table(closest_pairs(found, leak, 10)), title=f"{leak.modality}s that leak most")
         if out is not None:
-            print_line(f"wrote {out}: {len(found.clean().rows):,} of {found.train.info.num_samples:,} samples stay")
+            print_line(
+                f"wrote {out}: {len(found.clean_selection().rows):,} of {found.train.info.num_samples:,} samples stay"
+            )
 
     publish(
         show,

@@ -1,27 +1,28 @@
 """embedcache evaluate"""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from embedcache.cli.options import (
     CacheArgument,
-    Feature,
     Html,
     Json,
-    Label,
-    Languages,
-    Modality,
     Output,
     RunArgument,
-    Seed,
     add_command,
     new_group,
-    split_names,
+    with_settings,
 )
-from embedcache.dataset.settings import SplitSettings
-from embedcache.errors import SettingError
+from embedcache.evaluate.settings import (
+    PairsSettings,
+    ProbeSettings,
+    RetrievalSettings,
+    ZeroShotSettings,
+    pairs_settings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,38 +30,22 @@ if TYPE_CHECKING:
 app = new_group("Measure runs and features.")
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN", help="Runs; those that differ in seed only are averaged.")]
-Part = Annotated[
-    Literal["train", "val", "test", "all"] | None,
-    typer.Option(
-        metavar="train|val|test|all",
-        help="Part of the run's split, or of the column split, to read.",
-        show_default="test, or all without a split",
-    ),
-]
 ControlRuns = Annotated[
     list[Path] | None,
     typer.Option(metavar="RUN", help="Run trained with --shuffle-pairs, as a control. May be repeated."),
 ]
-TrainedOn = Annotated[
-    list[str] | None,
-    typer.Option(metavar="CACHE", help="Where a training cache is now, if it has moved. May be repeated."),
-]
-NoOverlapCheck = Annotated[
-    bool, typer.Option("--no-overlap-check", metavar="", help="Skip the check for overlap with the training data.")
-]
 
 
+@with_settings(settings=RetrievalSettings)
 def retrieval(
     cache: CacheArgument,
     run: Runs,
-    part: Part = None,
-    language: Languages = None,
     control_run: ControlRuns = None,
-    trained_on: TrainedOn = None,
-    no_overlap_check: NoOverlapCheck = False,
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
+    *,
+    settings: RetrievalSettings,
 ) -> None:
     """Measure image-text retrieval in both directions.
 
@@ -70,26 +55,14 @@ def retrieval(
     Example: embedcache evaluate retrieval cache/ run/ --part test --html page.html
     """
     from embedcache.cli.console import print_table
-    from embedcache.evaluate.retrieval import evaluate_retrieval, rank
-    from embedcache.evaluate.runs import load_runs, named_recipes
+    from embedcache.evaluate.retrieval import compare_retrieval, rank
+    from embedcache.evaluate.runs import load_runs
     from embedcache.reports.results import retrieval_result
     from embedcache.reports.retrieval import rank_table, retrieval_table, write_retrieval_page
     from embedcache.store.cache import Cache
 
-    reports, results = {}, {}
-    for name, paths, is_control in named_recipes(run, control_run or []):
-        for code in language or [""]:
-            title = f"{name}, {code}" if code else name
-            reports[title] = evaluate_retrieval(
-                cache,
-                paths,
-                part=part,
-                language=code or None,
-                is_control=is_control,
-                trained_on=trained_on or [],
-                compares=not no_overlap_check,
-            )
-            results[title] = retrieval_result(reports[title], cache=cache, runs=paths)
+    reports = compare_retrieval(cache, run, settings, control_paths=control_run or [])
+    results = {name: retrieval_result(report, cache=cache, runs=report.run_paths) for name, report in reports.items()}
 
     def show() -> None:
         _show_lines(reports)
@@ -97,25 +70,23 @@ def retrieval(
         print_table(*rank_table(reports))
 
     def write_page(path: Path) -> None:
-        opened = Cache(cache)
-        ranking = rank(opened, load_runs(run[:1])[0], part=part, language=language[0] if language else None)
-        write_retrieval_page(path, opened, reports, ranking)
+        opened, shown = Cache(cache), replace(settings, language=settings.language[:1], check_overlap=False)
+        write_retrieval_page(path, opened, reports, rank(opened, load_runs(run[:1])[0], shown))
 
     _publish_results(show, results, as_json=as_json, output=output, html=html, write_page=write_page)
 
 
+@with_settings(settings=ZeroShotSettings)
 def zero_shot(
     cache: CacheArgument,
     run: Runs,
     prompts: Annotated[str, typer.Option(metavar="CACHE", help="Cache of prompts, written by extract prompts:FILE.")],
-    label: Label = "label",
-    part: Part = None,
     control_run: ControlRuns = None,
-    trained_on: TrainedOn = None,
-    no_overlap_check: NoOverlapCheck = False,
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
+    *,
+    settings: ZeroShotSettings,
 ) -> None:
     """Classify images by their similarity to prompts.
 
@@ -125,34 +96,25 @@ def zero_shot(
     Example: embedcache evaluate zero-shot labeled/ run/ --prompts prompts/
     """
     from embedcache.cli.console import print_table
-    from embedcache.evaluate.runs import load_runs, named_recipes
-    from embedcache.evaluate.zero_shot import classify, evaluate_zero_shot
+    from embedcache.evaluate.runs import load_runs
+    from embedcache.evaluate.zero_shot import classify, compare_zero_shot
     from embedcache.reports.results import zero_shot_result
     from embedcache.reports.zero_shot import write_zero_shot_page, zero_shot_table
     from embedcache.store.cache import Cache
 
-    reports, results = {}, {}
-    for name, paths, is_control in named_recipes(run, control_run or []):
-        reports[name] = evaluate_zero_shot(
-            cache,
-            paths,
-            prompts,
-            label=label,
-            part=part,
-            is_control=is_control,
-            trained_on=trained_on or [],
-            compares=not no_overlap_check,
-        )
-        results[name] = zero_shot_result(reports[name], cache=cache, prompts=prompts, runs=paths)
+    reports = compare_zero_shot(cache, run, prompts, settings, control_paths=control_run or [])
+    results = {
+        name: zero_shot_result(report, cache=cache, prompts=prompts, runs=report.run_paths)
+        for name, report in reports.items()
+    }
 
     def show() -> None:
         _show_lines(reports)
         print_table(*zero_shot_table(reports))
 
     def write_page(path: Path) -> None:
-        opened = Cache(cache)
-        shown = classify(opened, load_runs(run[:1])[0], Cache(prompts), label=label, part=part)
-        write_zero_shot_page(path, opened, reports, shown)
+        opened, shown = Cache(cache), replace(settings, check_overlap=False)
+        write_zero_shot_page(path, opened, reports, classify(opened, load_runs(run[:1])[0], Cache(prompts), shown))
 
     _publish_results(show, results, as_json=as_json, output=output, html=html, write_page=write_page)
 
@@ -187,34 +149,14 @@ def _publish_results(
     )
 
 
+@with_settings(settings=ProbeSettings)
 def probe(
     cache: CacheArgument,
-    modality: Modality = "image",
-    feature: Feature = None,
-    label: Label = "label",
-    classifier: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Classifier: knn, logistic or ridge. May be repeated.", show_default="all three"
-        ),
-    ] = None,
-    part: Annotated[
-        Literal["test", "val"], typer.Option(metavar="test|val", help="Part of the column split to measure on.")
-    ] = "test",
-    shots: Annotated[
-        list[str] | None,
-        typer.Option(metavar="N,...", help="Training items per class, such as 1,2,4,8,16, for a few-shot curve."),
-    ] = None,
-    draws: Annotated[
-        int, typer.Option(metavar="N", help="Random draws of those items, or shuffles of the control, to average.")
-    ] = 5,
-    control: Annotated[
-        bool, typer.Option("--control", metavar="", help="Also fit on shuffled labels, as a control.")
-    ] = False,
-    seed: Seed = 0,
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
+    *,
+    settings: ProbeSettings,
 ) -> None:
     """Train classifiers on a frozen feature.
 
@@ -224,27 +166,10 @@ def probe(
     Example: embedcache evaluate probe labeled/ --feature resnet18/pooled --shots 1,2,4,8
     """
     from embedcache.cli.console import open_progress, print_line, print_table, publish
-    from embedcache.evaluate.classifiers import METHODS
-    from embedcache.evaluate.probe import ProbeSettings, evaluate_probe
+    from embedcache.evaluate.probe import evaluate_probe
     from embedcache.reports.probe import few_shot_table, probe_json, probe_table, write_probe_page
 
-    settings = ProbeSettings(
-        methods=tuple(classifier or METHODS.paths),
-        label=label,
-        part=part,
-        shots=_whole_numbers(shots),
-        num_draws=draws,
-        has_control=control,
-        seed=seed,
-    )
-    features = {modality: feature}
-    report = evaluate_probe(
-        cache,
-        image=features.get("image"),
-        text=features.get("text"),
-        settings=settings,
-        progress=open_progress(),
-    )
+    report = evaluate_probe(cache, settings, progress=open_progress())
 
     def show() -> None:
         for line in (report.line(), *report.warnings()):
@@ -263,50 +188,14 @@ def probe(
     )
 
 
-def _whole_numbers(values: list[str] | None) -> tuple[int, ...]:
-    words = split_names(values)
-    for word in words:
-        if not word.isdecimal():
-            raise SettingError(f"--shots: expected whole numbers such as 1,2,4,8,16, got {word!r}")
-    return tuple(dict.fromkeys(map(int, words)))
-
-
+@with_settings(settings=PairsSettings, build={"settings": pairs_settings}, skip=("resamples", "test_fraction"))
 def pairs(
     cache: CacheArgument,
-    image_feature: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Image feature, as encoder/feature. May be repeated.", show_default="all complete ones"
-        ),
-    ] = None,
-    text_feature: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Text feature, as encoder/feature. May be repeated.", show_default="all complete ones"
-        ),
-    ] = None,
-    language: Annotated[str | None, typer.Option(metavar="CODE", help="Use only captions of this language.")] = None,
-    num_samples: Annotated[int, typer.Option(metavar="N", help="Draw at most this many samples.")] = 5000,
-    k: Annotated[int, typer.Option("-k", metavar="N", help="Neighbors of mutual kNN.")] = 10,
-    seed: Seed = 0,
-    split: Annotated[
-        str,
-        typer.Option(metavar="strict|key|column|FILE", help="How to split: strict, key, column or a split.parquet."),
-    ] = SplitSettings.kind,
-    val_fraction: Annotated[
-        float, typer.Option(metavar="FLOAT", help="Fraction of the samples for validation.")
-    ] = 0.25,
-    image_cosine: Annotated[
-        float,
-        typer.Option(metavar="FLOAT", help="Strict split: images above this cosine similarity are near-duplicates."),
-    ] = SplitSettings.image_cosine,
-    text_cosine: Annotated[
-        float,
-        typer.Option(metavar="FLOAT", help="Strict split: captions above this cosine similarity are near-duplicates."),
-    ] = SplitSettings.text_cosine,
     as_json: Json = False,
     output: Output = None,
     html: Html = None,
+    *,
+    settings: PairsSettings,
 ) -> None:
     """Compare encoder pairs before any training.
 
@@ -318,20 +207,7 @@ def pairs(
     from embedcache.evaluate.encoder_pairs import evaluate_pairs
     from embedcache.reports.encoder_pairs import encoder_pairs_json, encoder_pairs_table, write_encoder_pairs_page
 
-    settings = SplitSettings(
-        kind=split, val_fraction=val_fraction, image_cosine=image_cosine, text_cosine=text_cosine, seed=seed
-    )
-    report = evaluate_pairs(
-        cache,
-        images=image_feature,
-        texts=text_feature,
-        language=language,
-        num_samples=num_samples,
-        k=k,
-        seed=seed,
-        split=settings,
-        progress=open_progress(),
-    )
+    report = evaluate_pairs(cache, settings, progress=open_progress())
 
     def show() -> None:
         print_line(report.line())

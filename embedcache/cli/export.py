@@ -13,91 +13,71 @@ from embedcache.cli.options import (
     new_group,
     with_settings,
 )
+from embedcache.export.settings import ExportSettings
 from embedcache.interop.settings import AtlasSettings, VectorExportSettings
 
 app = new_group("Write a run, or vectors, for other tools.")
 
 NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")]
 NewParquet = Annotated[Path, typer.Argument(metavar="OUT", help="New .parquet file to write.")]
-Metrics = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", dir_okay=False, help="Report of evaluate --output, for the model card."),
-]
-PushToHub = Annotated[
-    str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this repository of the Hugging Face Hub.")
-]
-Public = Annotated[
-    bool, typer.Option("--public", metavar="", help="Make a new repository public; it is private otherwise.")
-]
 
 
-def transformers(
-    run: RunArgument, out: NewFolder, metrics: Metrics = None, push_to_hub: PushToHub = None, public: Public = False
-) -> None:
+@with_settings(settings=ExportSettings, skip=("towers",))
+def transformers(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> None:
     """Write a model for transformers.
 
     AutoModel, AutoProcessor and AutoTokenizer open the folder.
 
     Example: embedcache export transformers run/ model/
     """
-    _export_model("transformers", run, out, metrics=metrics, push_to_hub=push_to_hub, public=public)
+    _export_model("transformers", run, out, settings)
 
 
-def open_clip(
-    run: RunArgument, out: NewFolder, metrics: Metrics = None, push_to_hub: PushToHub = None, public: Public = False
-) -> None:
+@with_settings(settings=ExportSettings, skip=("towers",))
+def open_clip(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> None:
     """Write a model for open_clip.
 
     It opens the folder as local-dir:OUT.
 
     Example: embedcache export open-clip run/ model/
     """
-    _export_model("open-clip", run, out, metrics=metrics, push_to_hub=push_to_hub, public=public)
+    _export_model("open-clip", run, out, settings)
 
 
-def sentence_transformers(
-    run: RunArgument, out: NewFolder, metrics: Metrics = None, push_to_hub: PushToHub = None, public: Public = False
-) -> None:
+@with_settings(settings=ExportSettings, skip=("towers",))
+def sentence_transformers(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> None:
     """Write the text tower for sentence-transformers.
 
     Example: embedcache export sentence-transformers run/ model/
     """
-    _export_model("sentence-transformers", run, out, metrics=metrics, push_to_hub=push_to_hub, public=public)
+    _export_model("sentence-transformers", run, out, settings)
 
 
-def onnx(
-    run: RunArgument,
-    out: NewFolder,
-    towers: Annotated[bool, typer.Option("--towers", metavar="", help="Include the encoders.")] = False,
-    metrics: Metrics = None,
-    push_to_hub: PushToHub = None,
-    public: Public = False,
-) -> None:
+@with_settings(settings=ExportSettings)
+def onnx(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> None:
     """Write ONNX graphs of the projectors or the towers.
 
     Example: embedcache export onnx run/ model/ --towers
     """
-    _export_model("onnx", run, out, metrics=metrics, push_to_hub=push_to_hub, public=public, towers=towers)
+    _export_model("onnx", run, out, settings)
 
 
-def safetensors(
-    run: RunArgument, out: NewFolder, metrics: Metrics = None, push_to_hub: PushToHub = None, public: Public = False
-) -> None:
+@with_settings(settings=ExportSettings, skip=("towers",))
+def safetensors(run: RunArgument, out: NewFolder, *, settings: ExportSettings) -> None:
     """Write the projectors as plain tensors.
 
-    The model card says how they are computed with.
+    The model card describes how to apply them.
 
     Example: embedcache export safetensors run/ model/
     """
-    _export_model("safetensors", run, out, metrics=metrics, push_to_hub=push_to_hub, public=public)
+    _export_model("safetensors", run, out, settings)
 
 
-def _export_model(format_name: str, run: Path, out: Path, **options: Any) -> None:
+def _export_model(format_name: str, run: Path, out: Path, settings: ExportSettings) -> None:
     from embedcache.cli.console import print_line
     from embedcache.export.export import export_run
-    from embedcache.export.settings import ExportSettings
 
-    report = export_run(format_name, run, out, ExportSettings(**options))
+    report = export_run(format_name, run, out, settings)
     print_line(f"{out}: {'written' if report.is_new else 'already exists, unchanged'}")
     for modality, difference in report.differences.items():
         print_line(f"  {modality}: differs from the run by at most {difference:.1e}")

@@ -38,9 +38,6 @@ SelectionArgument: TypeAlias = Annotated[
 SelectionOutput: TypeAlias = Annotated[
     Path, typer.Argument(metavar="OUT", help="Selection to write: a new .parquet file.")
 ]
-Run: TypeAlias = Annotated[
-    Path | None, typer.Option("--run", metavar="RUN", help="Run that projects the features into the shared space.")
-]
 MovedRun: TypeAlias = Annotated[
     Path | None, typer.Option("--run", metavar="RUN", help="Where the run of the index is, if it has moved.")
 ]
@@ -49,26 +46,6 @@ Cache: TypeAlias = Annotated[
 ]
 Concepts: TypeAlias = Annotated[
     str | None, typer.Option("--concepts", metavar="CACHE", help="Cache of prompts, one sample per concept.")
-]
-SelectionOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--selection",
-        metavar="FILE",
-        help="Use only the samples of this selection: Parquet, or a text file with one key per line.",
-    ),
-]
-Modality: TypeAlias = Annotated[
-    Literal["image", "text"], typer.Option("--modality", metavar="image|text", help="Modality to read.")
-]
-Feature: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--feature",
-        metavar="NAME",
-        help="Feature, as encoder/feature.",
-        show_default="the run's, or the only one",
-    ),
 ]
 ImageFeature: TypeAlias = Annotated[
     str | None,
@@ -88,43 +65,9 @@ TextFeature: TypeAlias = Annotated[
         show_default="the run's, or the only one",
     ),
 ]
-Label: TypeAlias = Annotated[str, typer.Option("--label", metavar="COLUMN", help="Column of class labels.")]
-Language: TypeAlias = Annotated[
-    str | None, typer.Option("--language", metavar="CODE", help="Use only captions of this language.")
-]
-Languages: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--language", metavar="CODE", help="Use only captions of this language. May be repeated."),
-]
-KeyColumn: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--key-column",
-        metavar="COLUMN",
-        help="Table column that holds a unique key per row.",
-        show_default="key, id or uid",
-    ),
-]
-CaptionColumns: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--caption-column", metavar="COLUMN", help="Table column that holds captions. May be repeated."),
-]
-ChunkSize: TypeAlias = Annotated[
-    int | None, typer.Option("--chunk-size", metavar="N", help="Items per chunk of a new cache.", show_default="2048")
-]
-NumResults: TypeAlias = Annotated[
-    int | None, typer.Option("-k", metavar="N", help="Results per query or concept.", show_default="10")
-]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")]
 Device: TypeAlias = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="Torch device, such as cpu, cuda or cuda:1.")
-]
-Engine: TypeAlias = Annotated[
-    Literal["local", "ray"], typer.Option("--engine", metavar="local|ray", help="Execution backend.")
-]
-Address: TypeAlias = Annotated[
-    str | None,
-    typer.Option("--address", metavar="URL", help="Address of a Ray cluster.", show_default="one on this machine"),
 ]
 Json: TypeAlias = Annotated[
     bool,
@@ -139,7 +82,7 @@ Html: TypeAlias = Annotated[
     typer.Option("--html", metavar="FILE", help="Write the report as an HTML page.", rich_help_panel=_OUTPUT),
 ]
 
-_CONFIG_HELP = "Read options from this TOML file, or from the config.json of a run; the command line takes precedence."
+_CONFIG_HELP = "Read options from this TOML file; the command line takes precedence."
 _WIDEST_CHOICES = 24
 _WITH_COMMAS = ("FILE", "SPEC", "URL", "VALUE")
 """Values that may contain a comma, so that a repeated option is not split at commas."""
@@ -181,7 +124,7 @@ def _without_metavar(option: Any) -> Any:
 
 def new_group(help: str, **options: Any) -> typer.Typer:
     """Return an empty group of commands; `options` are those of `typer.Typer`."""
-    return typer.Typer(help=help, cls=CommandGroup, no_args_is_help=True, **options)
+    return typer.Typer(help=help, short_help=help, cls=CommandGroup, no_args_is_help=True, **options)
 
 
 def add_command(app: typer.Typer, name: str, command: Callable[..., None], **options: Any) -> None:
@@ -193,7 +136,9 @@ def add_command(app: typer.Typer, name: str, command: Callable[..., None], **opt
         command: function with typer's annotations.
         options: further arguments of `typer.Typer.command`.
     """
-    app.command(name=name, help=_help_text(command), cls=Command, **options)(_with_verbosity(command))
+    help = _help_text(command)
+    summary = help.partition("\n\n")[0]
+    app.command(name=name, help=help, short_help=summary, cls=Command, **options)(_with_verbosity(command))
 
 
 def _help_text(command: Callable[..., None]) -> str:
@@ -228,6 +173,7 @@ def with_settings(
     *,
     skip: Sequence[str] = (),
     build: Mapping[str, Callable[[Mapping[str, Any]], Any]] | None = None,
+    config_help: str = _CONFIG_HELP,
     **kinds: type[Any],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that replaces parameters of a command by one option per setting, and adds `--config`.
@@ -235,6 +181,7 @@ def with_settings(
     Args:
         skip: flat names that get no option.
         build: parameter -> function that builds its settings from flat values; `from_flat` if not given.
+        config_help: help of `--config`.
         kinds: parameter -> settings class.
     """
     items = {key: [item for item in flat_settings(kind) if item.name not in skip] for key, kind in kinds.items()}
@@ -256,7 +203,7 @@ def with_settings(
         generated = [_option(item, key if len(kinds) > 1 else None) for key in kinds for item in items[key]]
         config = Annotated[
             Path | None,
-            typer.Option("--config", metavar="FILE", help=_CONFIG_HELP, is_eager=True, callback=_use_config),
+            typer.Option("--config", metavar="FILE", help=config_help, is_eager=True, callback=_use_config),
         ]
         _set_parameters(
             run,
@@ -297,6 +244,7 @@ def _option(item: FlatSetting, panel: str | None) -> inspect.Parameter:
     metavar, help = declared.metavar, declared.help
     if kind is bool:
         metavar = ""
+        help = f"Do not {help[0].lower()}{help[1:]}" if item.default is True else help
     elif choices and len("|".join(choices)) <= _WIDEST_CHOICES:
         metavar = metavar or "|".join(choices)
     elif choices:
@@ -369,12 +317,16 @@ def _use_config(context: typer.Context, path: Path | None) -> Path | None:
         UnknownNameError: the command has no option of that name.
     """
     if path is not None:
-        options = {parameter.name: parameter for parameter in context.command.params}
+        names = {
+            flag.lstrip("-").replace("-", "_"): option.name
+            for option in context.command.params
+            for flag in (*option.opts, *option.secondary_opts)
+        }
         values = read_config(path)
         for name in values:
-            if name not in options or name in ("config", "context"):
-                raise unknown_name("option", name, sorted(filter(None, options)))
-        context.default_map = {name: _as_words(value) for name, value in values.items()}
+            if name not in names or name == "config":
+                raise unknown_name("option", name, sorted(names))
+        context.default_map = {str(names[name]): _as_words(value) for name, value in values.items()}
     return path
 
 

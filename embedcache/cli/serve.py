@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cli.options import Cache, Concepts, Device, IndexArgument, MovedRun
+from embedcache.cli.options import Cache, Concepts, Device, IndexArgument, MovedRun, with_settings
+from embedcache.serve.settings import ServeSettings
 
 
+@with_settings(settings=ServeSettings)
 def serve(
     index: IndexArgument,
     run: MovedRun = None,
@@ -19,25 +21,9 @@ def serve(
     selection: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Offer this selection as a filter on the page.")
     ] = None,
-    host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Address to bind; one that others can reach requires a token.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="Port to bind; 0 takes any free port.")] = 8000,
-    token: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Token that visitors must send.", show_default="random, where required"),
-    ] = None,
-    name: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Accept requests for this host name too.")
-    ] = None,
-    max_upload: Annotated[str, typer.Option(metavar="SIZE", help="Largest query image in bytes.")] = "20MB",
-    max_pixels: Annotated[int, typer.Option(metavar="N", help="Largest query image in pixels.")] = 40_000_000,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest time per request.")] = 30.0,
-    trust_cache: Annotated[
-        bool,
-        typer.Option("--trust-cache", metavar="", help="Read images from any URL, link or source the cache names."),
-    ] = False,
     device: Device = "cpu",
+    *,
+    settings: ServeSettings,
 ) -> None:
     """Serve a search page and its JSON API.
 
@@ -48,21 +34,15 @@ def serve(
     from contextlib import suppress
 
     from embedcache.cli.console import open_progress, print_line
-    from embedcache.serve.served import Places
-    from embedcache.serve.server import serve as run_server
-    from embedcache.serve.settings import ServeSettings
-    from embedcache.units import parse_size
+    from embedcache.registry import require
 
-    settings = ServeSettings(
-        host=host,
-        port=port,
-        token=token,
-        names=tuple(name or ()),
-        max_upload_bytes=parse_size(max_upload),
-        max_pixels=max_pixels,
-        timeout_s=timeout,
-        trusts_cache=trust_cache,
+    for package in ("fastapi", "uvicorn"):
+        require(package, extra="serve")  # the modules below import them
+    from embedcache.serve.server import serve as run_server
+    from embedcache.serve.service import ServePaths
+
+    paths = ServePaths(
+        index=index, run=run, cache=cache, selections=selection or (), coverage=coverage, concepts=concepts
     )
-    places = Places(index=index, run=run, cache=cache, selections=selection or (), coverage=coverage, concepts=concepts)
     with suppress(KeyboardInterrupt):  # Ctrl-C ends the server
-        run_server(places, settings, device=device, progress=open_progress(), say=print_line)
+        run_server(paths, settings, device=device, progress=open_progress(), print_line=print_line)

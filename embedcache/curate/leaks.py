@@ -1,6 +1,6 @@
-"""What of one cache is in another: copies by hash, and near-duplicates by cosine."""
+"""Leaks: test samples that are in a training cache, as exact copies by hash or as near-duplicates by cosine."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
-from embedcache.curate.dedup import check_cosine
-from embedcache.curate.links import cosine_limit
+from embedcache.curate.settings import LeakSettings
+from embedcache.curate.similar_pairs import cosine_limit
 from embedcache.dataset.inputs import InputFeature, open_input, unit_vectors
-from embedcache.dataset.pairs import Items, items_of
-from embedcache.dataset.selections import Selection, write_selection
+from embedcache.dataset.pairs import Items, read_items
+from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.metrics.neighbors import Closest, closest
 from embedcache.progress import NullProgress, Progress
@@ -21,25 +21,24 @@ from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 
 MODALITIES = ("image", "text")
-COSINE = 0.95
-_MOST_QUERIES = 65_536
+_MAX_QUERIES = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModalityLeaks:
-    """What of the test items of one modality is in training.
+    """Test items of one modality that are in a training cache.
 
     Args:
         modality: `image` or `text`.
-        feature: that near-duplicates were looked for with; None where only copies were.
-        reason: why only copies were.
+        feature: feature that near-duplicates were searched with; None if only copies were.
+        reason: why only copies were searched.
         cosine: limit of near-duplicates.
-        test: the items of the test cache.
-        train: those of the training cache.
-        train_rows: (Q,) int64, for each test item the row of the closest training item; -1 where none is known.
-        cosines: (Q,) float32 of the two; -inf where none is known; 1 for a copy.
+        test: items of the test cache.
+        train: items of the training cache.
+        train_rows: (Q,) int64, row of the training item closest to each test item; -1 if unknown.
+        cosines: (Q,) float32 of the two; 1 for a copy, -inf if unknown.
         is_copy: (Q,) bool.
-        train_cosines: (C,) float32, how close each training item comes to a test item; 1 for a copy.
+        train_cosines: (C,) float32, largest cosine of each training item to a test item; 1 for a copy.
         train_is_copy: (C,) bool.
     """
 
@@ -57,7 +56,7 @@ class ModalityLeaks:
 
     @property
     def is_leaked(self) -> Bools:
-        """(Q,) whether a test item has a copy or a near-duplicate in training."""
+        """Whether each test item has a copy or a near-duplicate in training: (Q,)."""
         return self.is_copy | (self.cosines >= cosine_limit(self.cosine))
 
     @property
@@ -78,7 +77,7 @@ class ModalityLeaks:
 
     @property
     def highest(self) -> float | None:
-        """The largest cosine of two items that are not equal; None where there is none."""
+        """Largest cosine of two items that are not equal; None if there is none."""
         near = self.cosines[~self.is_copy & np.isfinite(self.cosines)]
         return float(min(1, near.max())) if len(near) else None
 
@@ -90,7 +89,7 @@ class LeakReport:
     Args:
         train: the training cache.
         test: the test cache.
-        leaks: of images, of texts, or of both.
+        leaks: leaks of images, of texts, or of both.
     """
 
     train: Cache
@@ -102,11 +101,11 @@ class LeakReport:
         """Test samples of which an image or a text is in training, ascending."""
         return np.unique(np.concatenate([leak.leaked_samples for leak in self.leaks]))
 
-    def clean(self) -> Selection:
-        """Select the training samples of which nothing is in test, each with how close it comes."""
+    def clean_selection(self) -> Selection:
+        """Select the training samples of which nothing is in test; the reason is how close each comes to test."""
         leaked = np.concatenate([leak.train_samples for leak in self.leaks])
         rows = np.setdiff1d(np.arange(self.train.info.num_samples), leaked)
-        closest_S = [(leak.modality, _by_sample(leak, self.train)) for leak in self.leaks if leak.feature]
+        closest_S = [(leak.modality, _closest_by_sample(leak, self.train)) for leak in self.leaks if leak.feature]
         reasons = [
             ", ".join(f"closest {name} {cosines[row]:.3f}" for name, cosines in closest_S if cosines[row] > -1)
             for row in rows.tolist()
@@ -116,7 +115,7 @@ class LeakReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Give all counts as JSON values."""
+        """Return all counts as JSON values."""
         return {
             "train": str(self.train.path),
             "test": str(self.test.path),
@@ -129,79 +128,75 @@ class LeakReport:
 def find_leaks(
     train_path: Path | str,
     test_path: Path | str,
+    settings: LeakSettings | None = None,
     *,
-    cosines: Mapping[str, float] | None = None,
-    features: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
 ) -> LeakReport:
     """Find what of a test cache is in a training cache.
 
-    Copies are found by the hashes of bytes and texts, whatever the encoders. Near-duplicates need one feature, by one
-    encoder, in both; each test item is compared with each training item, Q C products of P numbers: 5,000 × 1,000,000
-    × 768 take a minute on two cores. Memory: at most 65,536 test vectors, and a chunk of the other cache, which is
-    read once for each so many.
+    Copies are found by the hashes of bytes and texts, for any encoders. Near-duplicates need one feature of one encoder
+    in both caches: each test item is compared with each training item, Q C products of P numbers; 5,000 × 1,000,000 ×
+    768 take a minute on two cores. Memory: at most 65,536 test vectors, and a chunk of the training cache, which is
+    read once per so many test vectors.
 
     Args:
         train_path: the training cache.
         test_path: the test cache.
-        cosines: `image`, `text` -> limit of near-duplicates; 0.95 where it is not given.
-        features: `image`, `text` -> `encoder/feature`; None is the only one that both have. Tokens are averaged.
-        progress: told about pairs.
+        settings: limits of near-duplicates, and the features to compare; tokens are averaged.
+        progress: progress in pairs.
 
     Raises:
-        SettingError: a cosine out of its range, one cache given twice, or several features that both have.
+        SettingError: one cache is given twice, or both have several features in common.
         DataError: the caches have no modality in common, or a feature has no valid item.
-        UnknownNameError: no such feature.
-        UnfinishedError: a feature has missing chunks.
+        UnknownNameError: there is no such feature.
+        UnfinishedError: chunks of a feature are missing.
     """
-    cosines = {**dict.fromkeys(MODALITIES, COSINE), **(cosines or {})}
-    for modality, cosine in cosines.items():
-        check_cosine(cosine, f"--{modality}-cosine")
+    settings, progress = settings or LeakSettings(), progress or NullProgress()
     train, test = Cache(train_path), Cache(test_path)
     if train.info.has_rows_of(test.info.index_digest):
-        raise SettingError(f"{train_path} and {test_path} hold the same samples; give a cache to train on and another")
+        raise SettingError(
+            f"expected a training cache and another test cache, but {train_path} and {test_path} hold the same samples"
+        )
     common = [name for name in MODALITIES if train.features(name) and test.features(name)]
     if not common:
         raise DataError(
-            f"{train_path} has features of {_modalities(train)} and {test_path} of {_modalities(test)}: nothing can be "
-            "compared"
+            f"the caches have no modality in common: {train_path} has features of {_modalities(train)}, {test_path} of "
+            f"{_modalities(test)}"
         )
-    asked = features or {}
-    leaks = [_find(train, test, name, cosines[name], asked.get(name), progress or NullProgress()) for name in common]
-    return LeakReport(train=train, test=test, leaks=leaks)
+    return LeakReport(
+        train=train, test=test, leaks=[_find_leaks(train, test, name, settings, progress) for name in common]
+    )
 
 
-def write_clean_selection(path: Path, leaks: LeakReport) -> None:
+def write_clean_selection(path: Path, report: LeakReport) -> None:
     """Write a selection of the training samples of which nothing is in test.
 
     Raises:
-        SettingError: the file is not to be Parquet.
-        DataError: everything leaks.
+        PathError: the file's name does not end in `.parquet`.
+        DataError: every sample leaks.
     """
-    if path.suffix != ".parquet":
-        raise SettingError(f"{path} is to be a selection: give it a name that ends with .parquet")
-    write_selection(path, leaks.train, leaks.clean(), {"method": "leaks", **leaks.to_json()})
+    check_selection_path(path)
+    write_selection(path, report.train, report.clean_selection(), {"method": "leaks", **report.to_json()})
 
 
-def _find(
-    train: Cache, test: Cache, modality: str, cosine: float, name: str | None, progress: Progress
-) -> ModalityLeaks:
-    train_side, test_side, reason = _choose(train, test, modality, name)
-    train_items, test_items = _items(train, train_side), _items(test, test_side)
-    train_hashes, test_hashes = train_side.hashes_of(train_items.rows), test_side.hashes_of(test_items.rows)
+def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings, progress: Progress) -> ModalityLeaks:
+    train_feature, test_feature, reason = _choose_features(train, test, modality, settings.feature(modality))
+    train_items, test_items = _items(train, train_feature), _items(test, test_feature)
+    train_hashes, test_hashes = train_feature.hashes_of(train_items.rows), test_feature.hashes_of(test_items.rows)
     first = dict(zip(reversed(train_hashes), reversed(train_items.rows.tolist()), strict=True))
     copies = np.array([first.get(value, -1) for value in test_hashes], np.int64)
-    seen = set(test_hashes)
-    train_is_copy = np.array([value in seen for value in train_hashes], bool)
-    found = _none(len(test_items.rows), len(train_items.rows))
+    test_set = set(test_hashes)
+    train_is_copy = np.array([value in test_set for value in train_hashes], bool)
     if reason is None:
-        found = _closest(train_side, train_items, test_side, test_items, progress)
+        found = _find_closest(train_feature, train_items, test_feature, test_items, progress)
+    else:
+        found = _unknown(len(test_items.rows), len(train_items.rows))
     rows = np.where(found.rows >= 0, train_items.rows[found.rows], -1)
     return ModalityLeaks(
         modality=modality,
-        feature=None if reason else test_side.name,
+        feature=None if reason else test_feature.name,
         reason=reason,
-        cosine=cosine,
+        cosine=settings.cosine(modality),
         test=test_items,
         train=train_items,
         train_rows=np.where(copies >= 0, copies, rows),
@@ -212,27 +207,27 @@ def _find(
     )
 
 
-def _choose(
+def _choose_features(
     train: Cache, test: Cache, modality: str, name: str | None
 ) -> tuple[InputFeature, InputFeature, str | None]:
-    """Open a feature of both caches; where it is not of one encoder, say so: then hashes are all that is compared."""
+    """Open a feature of both caches; if they are of different encoders, return why only hashes are compared."""
+    name = name or _common_feature(train, test, modality)
     if name is None:
-        name = _only_common(train, test, modality)
-    if name is None:
-        sides = _any(train, modality), _any(test, modality)
         names = [", ".join(feature.name for feature in cache.features(modality)) for cache in (train, test)]
-        return *sides, f"no encoder made {modality} features of both: {names[0]} there, {names[1]} here"
-    train_side, test_side = open_input(train, modality, name), open_input(test, modality, name)
-    differences = name_differences(train_side.fingerprint, test_side.fingerprint)
-    if not differences and train_side.name == test_side.name:
-        return train_side, test_side, None
-    names = [f"{side.name} of {side.spec}" for side in (train_side, test_side)]
-    differ = "; ".join(differences[:2]) or "its features differ"
-    return train_side, test_side, f"{names[0]} there and {names[1]} here are of other encoders ({differ})"
+        reason = f"no encoder made {modality} features of both: {names[0]} in training, {names[1]} in test"
+        return _any_feature(train, modality), _any_feature(test, modality), reason
+    train_feature, test_feature = open_input(train, modality, name), open_input(test, modality, name)
+    differences = name_differences(train_feature.fingerprint, test_feature.fingerprint)
+    if not differences and train_feature.name == test_feature.name:
+        return train_feature, test_feature, None
+    names = [f"{feature.name} of {feature.spec}" for feature in (train_feature, test_feature)]
+    differ = "; ".join(differences[:2]) or "the features differ"
+    reason = f"{names[0]} in training and {names[1]} in test are of different encoders ({differ})"
+    return train_feature, test_feature, reason
 
 
-def _only_common(train: Cache, test: Cache, modality: str) -> str | None:
-    """Name the feature that both have by one encoder; None where there is none, and leave the error to `open_input`."""
+def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:
+    """Return the only feature that both have by one encoder; None if there is none."""
     others = {feature.name: feature for feature in train.features(modality)}
     both = [
         feature.name
@@ -250,8 +245,8 @@ def _is_same(one: Feature, other: Feature) -> bool:
     return not name_differences(one.fingerprint, other.fingerprint)
 
 
-def _any(cache: Cache, modality: str) -> InputFeature:
-    """Open a finished feature, for its hashes."""
+def _any_feature(cache: Cache, modality: str) -> InputFeature:
+    """Open a complete feature, for its hashes."""
     problem: UnfinishedError | None = None
     for feature in cache.features(modality):
         try:
@@ -264,28 +259,32 @@ def _any(cache: Cache, modality: str) -> InputFeature:
     raise problem
 
 
-def _items(cache: Cache, side: InputFeature) -> Items:
-    items = items_of([cache], [side])
+def _items(cache: Cache, feature: InputFeature) -> Items:
+    items = read_items([cache], [feature])
     if not len(items.rows):
-        raise DataError(f"feature {side.name} of {cache.path} has no valid item")
+        raise DataError(f"feature {feature.name} of {cache.path} has no valid item")
     return items
 
 
-def _none(num_queries: int, num_candidates: int) -> Closest:
+def _unknown(num_queries: int, num_candidates: int) -> Closest:
     none = np.float32(-np.inf)
     return Closest(np.full(num_queries, -1), np.full(num_queries, none), np.full(num_candidates, none))
 
 
-def _closest(
-    train_side: InputFeature, train_items: Items, test_side: InputFeature, test_items: Items, progress: Progress
+def _find_closest(
+    train_feature: InputFeature,
+    train_items: Items,
+    test_feature: InputFeature,
+    test_items: Items,
+    progress: Progress,
 ) -> Closest:
-    """Compare all with all; rows are places in the training items."""
+    """Compare all test items with all training items; rows are positions in the training items."""
     num_pairs = len(test_items.rows) * len(train_items.rows)
-    progress.start(f"comparing {test_side.modality}s", num_pairs, "pairs")
+    progress.start(f"comparing {test_feature.modality}s", num_pairs, "pairs")
     parts = []
-    for block in blocks(len(test_items.rows), _MOST_QUERIES):
-        queries_QP = unit_vectors(test_side.read(test_items.rows[block]))
-        parts.append(closest(queries_QP, _told(train_side, len(queries_QP), progress)))
+    for block in blocks(len(test_items.rows), _MAX_QUERIES):
+        queries_QP = unit_vectors(test_feature.read(test_items.rows[block]))
+        parts.append(closest(queries_QP, _train_blocks(train_feature, len(queries_QP), progress)))
     progress.finish()
     return Closest(
         np.concatenate([part.rows for part in parts]),
@@ -294,14 +293,14 @@ def _closest(
     )
 
 
-def _told(side: InputFeature, num_queries: int, progress: Progress) -> Iterator[Floats]:
-    for rows, inputs in side.blocks():
+def _train_blocks(feature: InputFeature, num_queries: int, progress: Progress) -> Iterator[Floats]:
+    for rows, inputs in feature.blocks():
         yield unit_vectors(inputs)
         progress.advance(num_queries * len(rows))
 
 
-def _by_sample(leak: ModalityLeaks, cache: Cache) -> Array:
-    """Give how close each sample of the training cache comes to a test item."""
+def _closest_by_sample(leak: ModalityLeaks, cache: Cache) -> Array:
+    """Return the largest cosine of each training sample to a test item."""
     cosines_S = np.full(cache.info.num_samples, -np.inf, np.float32)
     np.maximum.at(cosines_S, leak.train.samples, leak.train_cosines)
     return cosines_S

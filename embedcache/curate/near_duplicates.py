@@ -1,40 +1,37 @@
-"""Near-duplicates by cosine: all pairs of items, or those within clusters and across near borders.
+"""Near-duplicates by cosine similarity: all pairs of items, or pairs within clusters and across near borders.
 
 After "SemDeDup: Data-efficient learning at web-scale through semantic deduplication", Abbas et al. 2023: k-means, then
-all pairs within each cluster. A pair that a border cuts in two is missed there. Here an item is compared with the
-members of further clusters too, those whose border it is nearest to, and the pairs found are measured against comparing
-drawn items with all."""
+all pairs within each cluster, which misses the pairs that a border between clusters separates. Here an item is also
+compared with the members of the clusters whose border is nearest to it, and the recall of the pairs is measured by
+comparing a random sample of items with all."""
 
 import copy
+import math
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
-from embedcache.curate.links import (
-    ClusterAssigner,
-    ClusterAssignment,
-    CosineTile,
-    PairCollector,
-    SimilarPairs,
-    choose_num_clusters,
-    cosine_limit,
-    fit_centroids,
-    join,
-    num_training,
-    scratch_matrix,
-)
-from embedcache.errors import DataError
+from embedcache.curate.settings import DedupSettings
+from embedcache.curate.similar_pairs import CosineTile, PairCollector, SimilarPairs, cosine_limit
+from embedcache.errors import DataError, DiskFullError, PathError
+from embedcache.files import disk_errors
 from embedcache.progress import NullProgress, Progress
-from embedcache.search.vectors import Engine, Vectors, run_pass
+from embedcache.search.faiss_index import spherical_kmeans
+from embedcache.search.vectors import Vectors, run_pass
 
 ALL_PAIRS_LIMIT = 50_000
 """Up to this many items all pairs are compared: some ten seconds on two cores."""
 
-MOST_LINKS = 20_000_000
-_MOST_VISITS = 16
+MAX_PAIRS = 20_000_000
+_MAX_VISITS = 16
 _NUM_PROBES = 1000
 _BLOCK = 2048
 _ROUNDING = 1e-6  # two ways of summing one cosine in float32
@@ -42,12 +39,12 @@ _ROUNDING = 1e-6  # two ways of summing one cosine in float32
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
-    """What of the pairs above the limit was found, of those that hold a drawn item.
+    """Pairs that were found, among all pairs above the limit that hold a drawn item.
 
     Args:
-        num_items: drawn, and compared with all.
-        num_pairs: above the limit that they are in.
-        num_found: of these.
+        num_items: items drawn and compared with all.
+        num_pairs: true pairs above the limit.
+        num_found: pairs that were found.
     """
 
     num_items: int
@@ -56,31 +53,31 @@ class Recall:
 
     @property
     def value(self) -> float | None:
-        """Share that was found, 0 to 1; None where there was no pair."""
+        """Fraction of the pairs that was found; None if there was none."""
         return self.num_found / self.num_pairs if self.num_pairs else None
 
     def to_json(self) -> dict[str, float | None]:
-        """Give all of it as JSON."""
+        """Return all values as JSON."""
         return {**asdict(self), "value": self.value}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NearDuplicates:
-    """The near-duplicates of N items.
+    """Near-duplicates among N items.
 
     Args:
-        links: pairs of numbers of items, from `limit` on.
-        limit: cosine; above the one asked for where there were too many pairs, infinite where there still are.
-        best: (N,) float32, each item's largest cosine to another that was found; -2 for an only item.
-        num_clusters: 1 where all pairs were compared.
-        complete: share of items whose borders within reach were all crossed: 1 means that no pair is missing.
-        recall: measured, where not all pairs were compared.
-        centroid_cosines: (N,) float32, to the item's own centroid; None where all pairs were compared.
+        pairs: pairs of item numbers, from `limit` on.
+        limit: cosine; above the requested one if there were too many pairs, infinite if there still are.
+        highest: (N,) float32, each item's largest cosine to another item it was compared with; -2 for a single item.
+        num_clusters: number of clusters; 1 if all pairs were compared.
+        complete: fraction of items whose near borders were all crossed; 1 means that no pair is missing.
+        recall: measured recall; None if all pairs were compared.
+        centroid_cosines: (N,) float32, to the item's own centroid; None if all pairs were compared.
     """
 
-    links: SimilarPairs
+    pairs: SimilarPairs
     limit: float
-    best: Floats
+    highest: Floats
     num_clusters: int
     complete: float
     recall: Recall | None
@@ -88,94 +85,171 @@ class NearDuplicates:
 
 
 def find_near_duplicates(
-    vectors: Vectors,
-    rows_N: Ints,
-    levels: Sequence[float],
-    *,
-    all_pairs: bool | None = None,
-    scratch: Path,
-    seed: int = 0,
-    engine: Engine = "local",
-    address: str | None = None,
-    progress: Progress | None = None,
+    vectors: Vectors, rows_N: Ints, levels: Sequence[float], settings: DedupSettings, progress: Progress | None = None
 ) -> NearDuplicates:
     """Find the pairs of items whose cosine is at least a limit.
 
-    All pairs: every one, N² / 2 products, `4 N P` bytes of scratch. Else 2 √N clusters: nearly every one (measured),
-    about 10 N √N products, `2 N P` bytes of scratch in float16, whose rounding moves a cosine by 1e-5. Memory:
-    the scratch file's pages, which the system may drop, about 200 bytes an item, and the pairs (at most 20 million,
-    0.5 GB). Deterministic for any number of workers.
+    All pairs: every pair, N² / 2 products, `4 N P` bytes of scratch space. Clusters: nearly every pair (measured),
+    about 10 N √N products with 2 √N clusters, `2 N P` bytes of scratch space in float16, whose rounding changes a
+    cosine by 1e-5. Memory: pages of the scratch file, which the system may drop, about 200 bytes per item, and the
+    pairs (at most 20 million, 0.5 GB). Deterministic for any number of workers.
 
     Args:
-        vectors: of a feature.
-        rows_N: (N,) the rows to compare, ascending.
-        levels: cosines, ascending: the limit, and what it may rise to where there are too many pairs.
-        all_pairs: compare all pairs; None is up to 50,000 items.
-        scratch: folder for the scratch file.
-        seed: of k-means and of the items that the recall is measured on.
-        engine: of the pass that assigns items to clusters.
-        address: of a Ray cluster.
-        progress: told about items.
+        vectors: vectors of a feature.
+        rows_N: (N,) rows to compare, ascending.
+        levels: ascending cosines: the limit, and what it may rise to if there are too many pairs.
+        settings: whether all pairs are compared (None: up to 50,000 items), scratch folder, seed and engine.
+        progress: progress in items.
 
     Raises:
-        DataError: a vector is of length zero or not a number.
-        DiskFullError, PathError: as of `scratch_matrix`.
-        MissingExtraError: clusters without faiss, or Ray without ray.
+        DataError: a vector is of length zero or not finite.
+        DiskFullError, PathError: see `scratch_matrix`.
+        MissingExtraError: faiss is needed for clusters, or Ray for its engine, and is not installed.
     """
     progress = progress or NullProgress()
-    if all_pairs is None:
-        all_pairs = len(rows_N) <= ALL_PAIRS_LIMIT
-    assigned = None
-    if not all_pairs:
-        assigned = assign(vectors, rows_N, levels[0], seed=seed, engine=engine, address=address, progress=progress)
-    plan = _Plan.of(assigned, len(rows_N))
-    dtype = np.float32 if all_pairs else np.float16
-    with scratch_matrix(scratch, (len(rows_N), vectors.width), dtype) as matrix_NP:
+    use_all_pairs = len(rows_N) <= ALL_PAIRS_LIMIT if settings.all_pairs is None else settings.all_pairs
+    assignment = None if use_all_pairs else assign_clusters(vectors, rows_N, levels[0], settings, progress)
+    plan = _make_plan(assignment, len(rows_N))
+    dtype = np.float32 if use_all_pairs else np.float16
+    folder = Path(settings.scratch or tempfile.gettempdir())
+    with scratch_matrix(folder, (len(rows_N), vectors.width), dtype) as matrix_NP:
         _fill(matrix_NP, vectors, rows_N, plan, progress)
-        collector = _search(matrix_NP, plan, levels, progress)
-        links = collector.links()
-        recall = None if all_pairs else _measure(matrix_NP, plan, links, collector.limit, seed)
+        collector = _compare(matrix_NP, plan, levels, progress)
+        pairs = collector.pairs()
+        recall = None if use_all_pairs else _measure_recall(matrix_NP, plan, pairs, collector.limit, settings.seed)
     return NearDuplicates(
-        links=links,
+        pairs=pairs,
         limit=collector.limit,
-        best=collector.best,
+        highest=collector.highest,
         num_clusters=len(plan.starts) - 1,
-        complete=1.0 if assigned is None else float(assigned.is_complete.mean()),
+        complete=1.0 if assignment is None else float(assignment.is_complete.mean()),
         recall=recall,
-        centroid_cosines=None if assigned is None else assigned.cosines,
+        centroid_cosines=None if assignment is None else assignment.cosines,
     )
 
 
-def assign(
-    vectors: Vectors,
-    rows_N: Ints,
-    cosine: float,
-    *,
-    seed: int = 0,
-    engine: Engine = "local",
-    address: str | None = None,
-    progress: Progress | None = None,
+_KMEANS_ITERATIONS = 10
+_BORDER_ROUNDING = 1e-4
+_MIN_SQUARED_DISTANCE = 1e-6  # nearer centroids count as this far apart, so that their border is crossed
+_TRAINING_PER_CLUSTER = 40  # FAISS asks for 39 at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterAssignment:
+    """Clusters of some items.
+
+    Args:
+        clusters: (B,) int32, the nearest centroid of each.
+        cosines: (B,) float32, to that centroid.
+        visits: (B, V) int32, other clusters that may hold a near-duplicate, the nearest border first; -1: no more.
+        is_complete: (B,) bool, whether no further cluster can hold one.
+    """
+
+    clusters: Array
+    cosines: Floats
+    visits: Array
+    is_complete: Bools
+
+
+def assign_clusters(
+    vectors: Vectors, rows_N: Ints, cosine: float, settings: DedupSettings, progress: Progress | None = None
 ) -> ClusterAssignment:
-    """Cut items into clusters; arguments and errors as of `find_near_duplicates`."""
-    rng = np.random.default_rng(seed)
-    num_clusters = choose_num_clusters(len(rows_N))
-    drawn = np.sort(rng.permutation(rows_N)[: num_training(num_clusters)])
-    training = copy.copy(vectors).read(drawn)  # a copy opens anew, and its maps of the whole feature go with it
-    _check(training, vectors)
-    centroids_KP = fit_centroids(training, num_clusters, seed=seed)
-    work = ClusterAssigner(centroids_KP, cosine, _MOST_VISITS, _mask(rows_N, vectors))
-    what = f"assigning to {len(centroids_KP):,} clusters"
-    return join(run_pass(vectors, work, engine=engine, address=address, title=what, progress=progress))
+    """Assign items to 2 √N clusters; arguments and errors as in `find_near_duplicates`."""
+    rng = np.random.default_rng(settings.seed)
+    num_clusters = max(1, round(2 * math.sqrt(len(rows_N))))
+    drawn = np.sort(rng.permutation(rows_N)[: _TRAINING_PER_CLUSTER * num_clusters])
+    training = copy.copy(vectors).read(drawn)  # a copy opens anew, and its maps of the whole feature are freed
+    _check_lengths(training, vectors)
+    centroids_KP = fit_centroids(training, num_clusters, seed=settings.seed)
+    work = ClusterAssigner(centroids_KP, cosine, _MAX_VISITS, _mask(rows_N, vectors))
+    title = f"assigning to {len(centroids_KP):,} clusters"
+    parts = run_pass(vectors, work, engine=settings.engine, address=settings.address, title=title, progress=progress)
+    return concatenate_assignments(parts)
+
+
+def fit_centroids(training_SP: Floats, num_clusters: int, *, seed: int) -> Floats:
+    """Fit spherical k-means: (K, P) float32 rows of length 1, K at most the number of vectors."""
+    count = min(num_clusters, len(training_SP))
+    return spherical_kmeans(
+        training_SP, count, seed=seed, iterations=_KMEANS_ITERATIONS, max_per_cluster=_TRAINING_PER_CLUSTER
+    )
+
+
+class ClusterAssigner:
+    """A pass (see `run_pass`) that assigns items to clusters.
+
+    Two items of clusters a and b are on both sides of the plane where the cosines to both centroids are equal. If their
+    angle is at most θ, neither is further than sin θ from that plane: for an item x of a, only clusters b with
+    x · (a - b) <= sin θ |a - b| can hold such a neighbor. In many dimensions that bound is wide; only the nearest
+    borders are crossed, and what that misses must be measured.
+
+    Args:
+        centroids_KP: (K, P) float32 rows.
+        cosine: smallest cosine that matters, cos θ.
+        max_visits: clusters an item may visit beside its own.
+        mask_N: (N,) bool, rows to assign.
+    """
+
+    def __init__(self, centroids_KP: Floats, cosine: float, max_visits: int, mask_N: Bools) -> None:
+        self._centroids = centroids_KP
+        self._reach = float(np.sqrt(1 - cosine**2)) + _BORDER_ROUNDING
+        self._max_visits = min(max_visits, len(centroids_KP) - 1)
+        self._mask_N = mask_N
+        self._inverse_KK = _inverse_distances(centroids_KP)
+
+    def process(self, rows_B: Ints, vectors_BP: Floats) -> list[ClusterAssignment]:
+        """Assign the items of a chunk."""
+        vectors_BP = vectors_BP[self._mask_N[rows_B]]
+        cosines_BK = vectors_BP @ self._centroids.T
+        clusters = cosines_BK.argmax(axis=1)
+        own = np.take_along_axis(cosines_BK, clusters[:, None], axis=1)
+        borders_BK = np.subtract(own, cosines_BK, out=cosines_BK)
+        borders_BK *= self._inverse_KK[clusters]
+        borders_BK[np.arange(len(clusters)), clusters] = np.inf
+        visits, is_complete = self._visits(borders_BK)
+        return [
+            ClusterAssignment(
+                clusters=clusters.astype(np.int32), cosines=own[:, 0], visits=visits, is_complete=is_complete
+            )
+        ]
+
+    def merge(self, before: list[ClusterAssignment], after: list[ClusterAssignment]) -> list[ClusterAssignment]:
+        """Append those of later chunks."""
+        before.extend(after)
+        return before
+
+    def _visits(self, borders_BK: Floats) -> tuple[Array, Bools]:
+        count = self._max_visits
+        nearest = np.argpartition(borders_BK, count, axis=1)[:, : count + 1]
+        borders = np.take_along_axis(borders_BK, nearest, axis=1)
+        order = np.argsort(borders, axis=1, kind="stable")
+        nearest, borders = np.take_along_axis(nearest, order, axis=1), np.take_along_axis(borders, order, axis=1)
+        visits = np.where(borders[:, :count] <= self._reach, nearest[:, :count], -1).astype(np.int32)
+        return visits, borders[:, count] > self._reach
+
+
+def concatenate_assignments(parts: Sequence[ClusterAssignment]) -> ClusterAssignment:
+    """Concatenate the results of a pass."""
+    names = [field.name for field in fields(ClusterAssignment)]
+    return ClusterAssignment(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+def _inverse_distances(centroids_KP: Floats) -> Floats:
+    """Compute 1 / |a - b| of all pairs of centroids: (K, K) float32."""
+    squared_K = np.einsum("kp,kp->k", centroids_KP, centroids_KP, dtype=np.float64)
+    squared_KK = squared_K[:, None] + squared_K - 2 * centroids_KP.astype(np.float64) @ centroids_KP.T
+    inverse_KK: Floats = (1 / np.sqrt(np.maximum(squared_KK, _MIN_SQUARED_DISTANCE))).astype(np.float32)
+    return inverse_KK
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """Which items are compared. Places are those of the scratch matrix: cluster by cluster, in row order within each.
+    """Which items are compared. Places are rows of the scratch matrix: cluster by cluster, in row order within each.
 
     Args:
         items: (N,) the item at each place.
         starts: (K + 1,) the place where each cluster begins.
-        visitors: (V,) places, cluster by cluster that they visit.
+        visitors: (V,) places, by the cluster that they visit.
         visitor_starts: (K + 1,) where in `visitors` each cluster's begin.
     """
 
@@ -184,79 +258,105 @@ class _Plan:
     visitors: Array
     visitor_starts: Ints
 
-    @staticmethod
-    def of(assigned: ClusterAssignment | None, num_items: int) -> "_Plan":
-        if assigned is None:
-            return _Plan(
-                items=np.arange(num_items),
-                starts=np.array([0, num_items]),
-                visitors=np.empty(0, np.int32),
-                visitor_starts=np.zeros(2, np.int64),
-            )
-        num_clusters = int(max(assigned.clusters.max(), assigned.visits.max(initial=0))) + 1
-        items = np.argsort(assigned.clusters, kind="stable")
-        visits = assigned.visits[items]
-        place, _ = np.nonzero(visits >= 0)
-        visited = visits[visits >= 0]
-        order = np.argsort(visited, kind="stable")
+
+def _make_plan(assignment: ClusterAssignment | None, num_items: int) -> _Plan:
+    if assignment is None:
         return _Plan(
-            items=items,
-            starts=_starts(assigned.clusters, num_clusters),
-            visitors=place.astype(np.int32)[order],
-            visitor_starts=_starts(visited, num_clusters),
+            items=np.arange(num_items),
+            starts=np.array([0, num_items]),
+            visitors=np.empty(0, np.int32),
+            visitor_starts=np.zeros(2, np.int64),
         )
+    num_clusters = int(max(assignment.clusters.max(), assignment.visits.max(initial=0))) + 1
+    items = np.argsort(assignment.clusters, kind="stable")
+    visits = assignment.visits[items]
+    place, _ = np.nonzero(visits >= 0)
+    visited = visits[visits >= 0]
+    order = np.argsort(visited, kind="stable")
+    return _Plan(
+        items=items,
+        starts=_starts(assignment.clusters, num_clusters),
+        visitors=place.astype(np.int32)[order],
+        visitor_starts=_starts(visited, num_clusters),
+    )
 
 
 def _starts(numbers: Array, count: int) -> Ints:
     return np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=count))])
 
 
+@contextmanager
+def scratch_matrix(folder: Path, shape: tuple[int, int], dtype: npt.DTypeLike) -> Iterator[Array]:
+    """Create a matrix in an unnamed file, which vanishes even if the process is killed; its space is allocated at once.
+
+    Args:
+        folder: existing folder for the file.
+        shape: shape of the matrix.
+        dtype: type of its values.
+
+    Raises:
+        PathError: the folder does not exist.
+        DiskFullError: the matrix does not fit; the message says how much is needed and how much is free.
+    """
+    if not folder.is_dir():
+        raise PathError(f"the scratch folder {folder} does not exist; create it, or give another with --scratch")
+    needed, free = shape[0] * shape[1] * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskFullError(
+            f"comparing {shape[0]:,} vectors needs {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB "
+            "free; free some, or give another folder with --scratch"
+        )
+    with disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, needed))  # a hole that cannot be filled later would be a SIGBUS
+        yield np.memmap(file, dtype, "r+", shape=shape)
+
+
 def _fill(matrix_NP: Array, vectors: Vectors, rows_N: Ints, plan: _Plan, progress: Progress) -> None:
     """Write each vector to its place."""
-    is_taken, place_N = _mask(rows_N, vectors), np.empty(len(rows_N), np.int64)
+    mask_N, place_N = _mask(rows_N, vectors), np.empty(len(rows_N), np.int64)
     place_N[plan.items] = np.arange(len(rows_N))
-    done = 0
+    num_written = 0
     progress.start("sorting", len(vectors.rows), f"{vectors.modality}s")
     for rows, vectors_BP in vectors.blocks():
-        taken_BP = vectors_BP[is_taken[rows]]
-        _check(taken_BP, vectors)
-        matrix_NP[place_N[done : done + len(taken_BP)]] = taken_BP
-        done += len(taken_BP)
+        kept_BP = vectors_BP[mask_N[rows]]
+        _check_lengths(kept_BP, vectors)
+        matrix_NP[place_N[num_written : num_written + len(kept_BP)]] = kept_BP
+        num_written += len(kept_BP)
         progress.advance(len(rows))
     progress.finish()
 
 
 def _mask(rows_N: Ints, vectors: Vectors) -> Bools:
-    is_taken = np.zeros(vectors.feature.num_items, bool)
-    is_taken[rows_N] = True
-    return is_taken
+    mask_N = np.zeros(vectors.feature.num_items, bool)
+    mask_N[rows_N] = True
+    return mask_N
 
 
-def _check(vectors_BP: Floats, vectors: Vectors) -> None:
+def _check_lengths(vectors_BP: Floats, vectors: Vectors) -> None:
     lengths = np.einsum("bp,bp->b", vectors_BP, vectors_BP)
     if not (lengths > 0.5).all():
         count = int((~(lengths > 0.5)).sum())
         raise DataError(
-            f"feature {vectors.feature.name} has {count:,} vectors of length zero or NaN in one chunk, expected finite "
-            "vectors that have a cosine; extract it again"
+            f"feature {vectors.feature.name} has {count:,} vectors of length zero or NaN in one chunk, which have no "
+            "cosine; extract it again"
         )
 
 
-def _search(matrix_NP: Array, plan: _Plan, levels: Sequence[float], progress: Progress) -> PairCollector:
-    collector = PairCollector(len(matrix_NP), levels, MOST_LINKS)
+def _compare(matrix_NP: Array, plan: _Plan, levels: Sequence[float], progress: Progress) -> PairCollector:
+    collector = PairCollector(len(matrix_NP), levels, MAX_PAIRS)
     progress.start("comparing", len(matrix_NP), "items")
     for cluster in range(len(plan.starts) - 1):
         members = np.arange(plan.starts[cluster], plan.starts[cluster + 1])
         visitors = plan.visitors[plan.visitor_starts[cluster] : plan.visitor_starts[cluster + 1]]
-        for tile in _within(matrix_NP, plan.items, members, progress):
-            collector.take(tile)
-        for tile in _across(matrix_NP, plan.items, visitors, members):
-            collector.take(tile)
+        for tile in _tiles_within(matrix_NP, plan.items, members, progress):
+            collector.add(tile)
+        for tile in _tiles_across(matrix_NP, plan.items, visitors, members):
+            collector.add(tile)
     progress.finish()
     return collector
 
 
-def _within(matrix_NP: Array, items_N: Ints, members: Ints, progress: Progress) -> Iterator[CosineTile]:
+def _tiles_within(matrix_NP: Array, items_N: Ints, members: Ints, progress: Progress) -> Iterator[CosineTile]:
     """Compare each pair of members once."""
     for one in blocks(len(members), _BLOCK):
         left, left_BP = items_N[members[one]], _float32(matrix_NP[members[one][0] : members[one][-1] + 1])
@@ -268,7 +368,7 @@ def _within(matrix_NP: Array, items_N: Ints, members: Ints, progress: Progress) 
         progress.advance(len(left))
 
 
-def _across(matrix_NP: Array, items_N: Ints, visitors: Array, members: Ints) -> Iterator[CosineTile]:
+def _tiles_across(matrix_NP: Array, items_N: Ints, visitors: Array, members: Ints) -> Iterator[CosineTile]:
     """Compare each visitor with each member."""
     for two in blocks(len(members) if len(visitors) else 0, _BLOCK):
         right = members[two]
@@ -282,8 +382,8 @@ def _float32(values: Array) -> Floats:
     return np.asarray(values, np.float32)
 
 
-def _measure(matrix_NP: Array, plan: _Plan, links: SimilarPairs, limit: float, seed: int) -> Recall:
-    """Compare drawn items with all, and see which of their pairs were found."""
+def _measure_recall(matrix_NP: Array, plan: _Plan, pairs: SimilarPairs, limit: float, seed: int) -> Recall:
+    """Compare drawn items with all, and count which of their pairs were found."""
     num_items = len(matrix_NP)
     places = np.sort(np.random.default_rng(seed).permutation(num_items)[:_NUM_PROBES])
     probes_QP = _float32(matrix_NP[places])
@@ -295,5 +395,5 @@ def _measure(matrix_NP: Array, plan: _Plan, links: SimilarPairs, limit: float, s
         is_pair = left != right
         true_keys.append((np.minimum(left, right) * num_items + np.maximum(left, right))[is_pair])
     true = np.unique(np.concatenate(true_keys))
-    found = np.isin(true, links.left * num_items + links.right)
+    found = np.isin(true, pairs.left * num_items + pairs.right)
     return Recall(num_items=len(places), num_pairs=len(true), num_found=int(found.sum()))

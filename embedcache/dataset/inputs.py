@@ -1,4 +1,4 @@
-"""What one side of a pair is trained on: a feature, or an encoder's vector and its tokens read as one."""
+"""Input features: one stored feature of an encoder, or its vector and tokens read as one sequence."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -13,17 +13,17 @@ from embedcache.store.feature import Feature
 from embedcache.store.group import Commit
 
 Reader: TypeAlias = Callable[[Ints], Inputs]
-"""Gathers rows of one side: (B,) int64 -> what a projector takes."""
+"""Gathers rows of an input feature: (B,) int64 -> the inputs of a projector."""
 
 
 class InputFeature:
-    """One or several features of one encoder over the items of a modality; tokens of several stand one after another.
+    """One or several features of one encoder over the items of a modality; several are concatenated as tokens.
 
     Args:
-        features: of one encoder and one width; in `dinov2/cls+dinov2/patches` the vector comes first.
+        features: features of one encoder and one width; in `dinov2/cls+dinov2/patches` the vector comes first.
 
     Raises:
-        DataError: features of two encoders or of two widths.
+        DataError: the features have different encoders or widths.
     """
 
     def __init__(self, features: Sequence[Feature]) -> None:
@@ -31,8 +31,8 @@ class InputFeature:
         for other in features[1:]:
             if other.group.name != first.group.name or other.item_shape[-1] != first.item_shape[-1]:
                 raise DataError(
-                    f"{first.name} is {first.item_shape[-1]} wide and {other.name} {other.item_shape[-1]}: only "
-                    "features of one encoder and one width can be read as one"
+                    f"expected features of one encoder and one width, got {first.name} of width "
+                    f"{first.item_shape[-1]} and {other.name} of width {other.item_shape[-1]}"
                 )
         self._features = list(features)
         self.name = "+".join(feature.name for feature in features)
@@ -58,14 +58,14 @@ class InputFeature:
 
     @property
     def item_shape(self) -> tuple[int, ...]:
-        """(D,), or (T, D); T is the mean number of tokens where it varies."""
+        """Shape of one item: (D,), or (T, D) with T the mean number of tokens if it varies."""
         if not self.has_tokens:
             return (self.width,)
         return (round(sum(feature.num_tokens for feature in self._features) / max(1, self.num_items)), self.width)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of what is read."""
+        """Dtype of the values that are read."""
         return np.result_type(*(feature.dtype for feature in self._features))
 
     @property
@@ -77,21 +77,21 @@ class InputFeature:
 
     @property
     def valid(self) -> Bools:
-        """(N,) bool: which items have all of the features."""
+        """(N,) bool, whether each item has all of the features."""
         valid: Bools = np.logical_and.reduce([feature.valid for feature in self._features])
         return valid
 
     def require_complete(self) -> None:
-        """Refuse a feature with uncommitted chunks.
+        """Check that every chunk of the features is committed.
 
         Raises:
-            UnfinishedError: says how many chunks are missing and how to get them.
+            UnfinishedError: chunks are missing.
         """
         for feature in self._features:
             feature.require_complete()
 
     def read(self, rows: Ints) -> Inputs:
-        """Gather rows from the maps, in the order asked for.
+        """Gather rows from the memory maps, in the given order.
 
         Raises:
             DataError: a row is out of range, failed or not committed.
@@ -104,10 +104,10 @@ class InputFeature:
         )
 
     def blocks(self) -> Iterator[tuple[Ints, Inputs]]:
-        """Go through the valid items of committed chunks in row order, checksums compared: rows, and what they hold.
+        """Iterate over the valid items of committed chunks in row order, with checksums checked: rows and inputs.
 
         Raises:
-            CorruptError: bytes differ from their checksum.
+            CorruptError: a checksum does not match.
         """
         for number, commits in enumerate(zip(*(feature.commits for feature in self._features), strict=True)):
             if None not in commits:
@@ -116,10 +116,10 @@ class InputFeature:
                     yield rows, inputs
 
     def chunk(self, number: int) -> tuple[Ints, Inputs]:
-        """Read the valid items of one committed chunk, checksums compared: rows, and what they hold.
+        """Read the valid items of one committed chunk, with checksums checked: rows and inputs.
 
         Raises:
-            CorruptError: bytes differ from their checksum.
+            CorruptError: a checksum does not match.
         """
         start = number * self._features[0].group.info.chunk_size
         commits = [feature.commits[number] for feature in self._features]
@@ -130,41 +130,41 @@ class InputFeature:
         kept = np.flatnonzero([all(part is not None for part in item) for item in zip(*items, strict=True)])
         if not len(kept):
             return kept, Inputs(np.empty((0, self.width), self.dtype))
-        return kept + start, inputs_of([[part[row] for row in kept] for part in items])  # type: ignore[misc]
+        return kept + start, to_inputs([[part[row] for row in kept] for part in items])  # type: ignore[misc]
 
     def load(self) -> Reader:
-        """Read all items into memory once, checksums compared, and get what gathers them from there.
+        """Read all items into memory, with checksums checked, and return a reader of their rows.
 
         Raises:
-            CorruptError: bytes differ from their checksum.
+            CorruptError: a checksum does not match.
         """
         readers = [_load_ragged(feature) if feature.is_ragged else _load(feature) for feature in self._features]
         return lambda rows: _join([read(rows) for read in readers])
 
 
 def open_input(cache: Cache, modality: str, name: str | None = None) -> InputFeature:
-    """Find the features of one side by name.
+    """Open an input feature by name.
 
     Args:
         cache: the cache.
         modality: `image` or `text`.
-        name: as of `Cache.feature`, or several such names with `+` between.
+        name: name as in `Cache.feature`, or several such names joined by `+`.
 
     Raises:
-        UnknownNameError: no feature is named so, or the name fits several; all that exist are listed.
-        DataError: features of two encoders or of two widths.
+        UnknownNameError: no feature or several features have that name; the message lists them.
+        DataError: the features have different encoders or widths.
     """
     names = [None] if name is None else name.split("+")
     return InputFeature([cache.feature(modality, part) for part in names])
 
 
-def inputs_of(features: Sequence[Sequence[Array]]) -> Inputs:
-    """Put items side by side, given one array an item of each feature: (D,) or (T, D)."""
+def to_inputs(features: Sequence[Sequence[Array]]) -> Inputs:
+    """Stack items into inputs, given one (D,) or (T, D) array per item of each feature."""
     return _join([_stacked(items) for items in features])
 
 
 def mean_vectors(inputs: Inputs) -> Array:
-    """Give one vector an item, the mean of its tokens: (B, D) float32."""
+    """Return one vector per item, the mean of its tokens: (B, D) float32."""
     values = np.asarray(inputs.values, np.float32)
     if values.ndim == 2:
         return values
@@ -179,7 +179,7 @@ def unit_vectors(inputs: Inputs) -> Floats:
 
 
 def _dense_chunk(feature: Feature, commit: Commit) -> tuple[Ints, Array]:
-    """Read the valid items of a chunk whose items are of one shape, without an object an item."""
+    """Read the valid items of a chunk of items of one shape, without a Python object per item."""
     parts = [values for _, values in feature.read_chunk(commit)]
     values = parts[0] if len(parts) == 1 else np.concatenate(parts)
     kept = np.flatnonzero([failure is None for failure in commit.failures[feature.feature][: len(values)]])
@@ -209,7 +209,7 @@ def _padded(tokens: Sequence[Array]) -> Inputs:
 
 
 def _pad(values_ND: Array, starts: Ints, lengths: Ints) -> Inputs:
-    """Put ranges of rows side by side, with zeros behind the shorter ones."""
+    """Stack ranges of rows, padded with zeros."""
     padded = np.zeros((len(lengths), int(lengths.max(initial=1)), values_ND.shape[1]), values_ND.dtype)
     item, row = concatenated_ranges(starts, lengths)
     padded[item, row - starts[item]] = values_ND[row]
@@ -220,7 +220,7 @@ def _join(parts: Sequence[Inputs]) -> Inputs:
     if len(parts) == 1:
         return parts[0]
     if any(part.lengths is not None for part in parts[:-1]):
-        raise DataError("tokens of varying number can only stand last: name the vector first")
+        raise DataError("a feature with a varying number of tokens must come last: name the vector first")
     values = [part.values if part.values.ndim == 3 else part.values[:, None] for part in parts]
     num_before = sum(part.shape[1] for part in values[:-1])
     lengths = parts[-1].lengths

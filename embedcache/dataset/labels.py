@@ -1,4 +1,4 @@
-"""The class of each sample: a label column of the cache, as numbers into a list of class names."""
+"""Class labels of samples, read from a column of the sample table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from embedcache.store.cache import Cache
 
 Label: TypeAlias = str | int
 
-_MOST_SHOWN = 5
-_IS_LABEL = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean)
+_NUM_SHOWN = 5
+_LABEL_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class Labels:
     """The class of each sample.
 
     Args:
-        names: the classes, in the order of their numbers.
-        numbers: (M,) int64, the class of each sample.
+        names: class names, in the order of their numbers.
+        numbers: (M,) int64, class number of each sample.
     """
 
     names: list[str]
@@ -34,32 +34,28 @@ class Labels:
 
 
 def has_label(cache: Cache, samples: Ints, *, column: str = "label") -> Bools:
-    """Say of each of some samples whether it has a label: (M,) bool.
+    """Return whether each of some samples has a label: (M,) bool.
 
     Raises:
         UnknownNameError: the cache has no such column.
     """
     _require_column(cache, column)
-    is_there: Bools = _read(cache, samples, column).is_valid().to_numpy(zero_copy_only=False)
-    return is_there
+    has_value: Bools = _read(cache, samples, column).is_valid().to_numpy(zero_copy_only=False)
+    return has_value
 
 
 def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: Sequence[str] | None = None) -> Labels:
-    """Read the label of each of some samples.
-
-    A label is a class's name, or its number. Memory: the table of samples.
+    """Read the label of each of some samples. Memory: the sample table.
 
     Args:
         cache: the cache.
-        samples: (M,) int64, rows of `cache.samples`, in any order.
-        column: holds the labels.
-        classes: the names of all classes: a label that is text must be one of them, one that is a number counts
-            from 0 in them. None: the classes are the labels found, sorted, numbers by value.
+        samples: (M,) int64 rows of `cache.samples`, in any order.
+        column: column of the labels, which are class names or class numbers from 0.
+        classes: names of all classes; None: the distinct labels, sorted.
 
     Raises:
-        UnknownNameError: the cache has no such column; those that it has are listed.
-        DataError: a sample without a label, labels that are neither text nor whole numbers, or, with `classes`,
-            labels that are no class: says which, and of how many samples.
+        UnknownNameError: the cache has no such column; the message lists its columns.
+        DataError: a sample has no label, labels are neither text nor whole numbers, or labels are not among `classes`.
     """
     place = f"column {column!r} of {cache.path}"
     found, which_M = _distinct(cache, samples, column, place)
@@ -69,23 +65,23 @@ def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: 
         names = [str(label) for label in order]
     else:
         numbers, names = _numbers(found, classes, place), list(classes)
-        _refuse_others(found, which_M, numbers, names, place)
+        _check_known(found, which_M, numbers, names, place)
     number_F = np.array([numbers[label] for label in found], np.int64)
     return Labels(names=names, numbers=number_F[which_M])
 
 
 def _distinct(cache: Cache, samples: Ints, column: str, place: str) -> tuple[list[Label], Ints]:
-    """Read the labels: each that there is, and (M,) which of them each sample has."""
+    """Return the distinct labels, and the position of each sample's label among them: (M,)."""
     _require_column(cache, column)
     values = _read(cache, samples, column)
     if values.null_count:
         first = cache.samples["key"][int(samples[np.flatnonzero(values.is_null())[0]])].as_py()
         raise DataError(
-            f"{values.null_count:,} of {len(samples):,} samples have no label in {place}, the first is {first!r}; "
-            "give them one in the source and extract again, or name another column"
+            f"{values.null_count:,} of {len(samples):,} samples have no label in {place}, first {first!r}; "
+            "label them in the source and extract again, or choose another column"
         )
-    if len(samples) and not any(is_label(values.type) for is_label in _IS_LABEL):
-        raise DataError(f"{place} holds {values.type}; a label is a class's name, or its number from 0 on")
+    if len(samples) and not any(is_label(values.type) for is_label in _LABEL_TYPES):
+        raise DataError(f"{place}: expected class names, or class numbers from 0, got {values.type}")
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.string())
     encoded = values.dictionary_encode()
@@ -94,7 +90,7 @@ def _distinct(cache: Cache, samples: Ints, column: str, place: str) -> tuple[lis
 
 
 def _read(cache: Cache, samples: Ints, column: str) -> pa.Array:
-    """Read some samples' labels; an empty text, as a table of text holds where nothing stands, is none."""
+    """Read the labels of some samples; an empty text, as in the empty cells of a CSV, is a missing label."""
     values = cache.samples[column].combine_chunks().take(pa.array(samples))
     is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     return pc.if_else(pc.equal(values, ""), None, values) if is_text else values
@@ -103,28 +99,28 @@ def _read(cache: Cache, samples: Ints, column: str) -> pa.Array:
 def _require_column(cache: Cache, column: str) -> None:
     if column not in cache.columns:
         has = [name for name in cache.columns if name != "key"]
-        hint = "a folder of class folders gives its samples the column 'label'"
+        hint = "a folder with a subfolder per class has the column 'label'"
         raise unknown_name(f"column of samples of {cache.path}", column, has, hint=hint)
 
 
 def _numbers(found: Sequence[Label], classes: Sequence[str], place: str) -> dict[Label, int]:
-    """Give each class its number, under its name or under its number, whichever the labels are."""
+    """Return label -> class number, where labels are class names or class numbers."""
     if found and isinstance(found[0], int):
         return {number: number for number in range(len(classes))}
     if not set(found) & set(classes) and all(str(label).isdecimal() for label in found):
-        return {str(number): number for number in range(len(classes))}  # as a CSV holds them
+        return {str(number): number for number in range(len(classes))}  # numbers in a CSV
     numbers: dict[Label, int] = {}
     for number, name in enumerate(classes):
         if name in numbers and name in found:
             raise DataError(
                 f"{name!r} is the name of classes {numbers[name]} and {number}, and {place} holds names; "
-                "label samples with the numbers of their classes, or give each class a name of its own"
+                "label samples with class numbers, or make the class names unique"
             )
         numbers.setdefault(name, number)
     return numbers
 
 
-def _refuse_others(
+def _check_known(
     found: Sequence[Label], which_M: Ints, numbers: Mapping[Label, int], names: Sequence[str], place: str
 ) -> None:
     count_F = np.bincount(which_M, minlength=len(found))
@@ -132,20 +128,20 @@ def _refuse_others(
     if not others:
         return
     others.sort(key=lambda position: -count_F[position])
-    listed = ", ".join(_other(found[position], int(count_F[position]), names) for position in others[:_MOST_SHOWN])
-    more = f" and {len(others) - _MOST_SHOWN:,} others" if len(others) > _MOST_SHOWN else ""
+    listed = ", ".join(_describe(found[position], int(count_F[position]), names) for position in others[:_NUM_SHOWN])
+    more = f" and {len(others) - _NUM_SHOWN:,} others" if len(others) > _NUM_SHOWN else ""
     raise DataError(
-        f"{count_F[others].sum():,} of {len(which_M):,} samples have labels in {place} that are no class: "
-        f"{listed}{more}; the labels are {_start(sorted(found))}; the classes are {_start(names)}, numbered from 0"
+        f"{count_F[others].sum():,} of {len(which_M):,} samples have labels in {place} that are not classes: "
+        f"{listed}{more}; the labels are {_shorten(sorted(found))}; the classes are {_shorten(names)}, counted from 0"
     )
 
 
-def _other(label: Label, count: int, names: Sequence[str]) -> str:
+def _describe(label: Label, count: int, names: Sequence[str]) -> str:
     near = get_close_matches(label, names, n=1, cutoff=0.5) if isinstance(label, str) else []
     hint = f", did you mean {near[0]!r}?" if near else ""
     return f"{label!r} ({count:,} samples{hint})"
 
 
-def _start(values: Sequence[Any]) -> str:
-    shown = ", ".join(repr(value) for value in values[:_MOST_SHOWN])
-    return f"{shown}, … ({len(values):,})" if len(values) > _MOST_SHOWN else shown
+def _shorten(values: Sequence[Any]) -> str:
+    shown = ", ".join(repr(value) for value in values[:_NUM_SHOWN])
+    return f"{shown}, … ({len(values):,})" if len(values) > _NUM_SHOWN else shown

@@ -1,4 +1,4 @@
-"""Which items of two modalities belong together: by the sample numbers of the item tables, and by equal content."""
+"""Pairs of images and texts: items of the same sample, and items with equal content."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ from embedcache.store.cache import Cache
 
 @dataclass(frozen=True, kw_only=True)
 class Items:
-    """The usable items of one modality, in row order. All arrays are (M,) int64.
+    """The items of one modality that have a feature, in row order. All arrays are (M,) int64.
 
     Args:
         rows: rows of the feature.
-        samples: the sample of each item.
-        contents: equal numbers mean equal bytes or text.
+        samples: sample of each item.
+        contents: number of each item's content; equal numbers mean equal bytes or text.
     """
 
     rows: Ints
     samples: Ints
     contents: Ints
 
-    def of(self, samples: Ints) -> "Items":
-        """Keep the items of some samples."""
+    def select(self, samples: Ints) -> "Items":
+        """Return the items of some samples."""
         return self.where(np.isin(self.samples, samples))
 
     def where(self, mask: Bools) -> "Items":
-        """Keep the items where the (M,) mask is true."""
+        """Return the items with a true mask: (M,) bool."""
         return Items(rows=self.rows[mask], samples=self.samples[mask], contents=self.contents[mask])
 
 
@@ -46,35 +46,35 @@ class Pairs:
 
     @property
     def samples(self) -> Ints:
-        """The samples with both, ascending."""
+        """Samples with an image and a text, ascending."""
         return np.unique(self.image.samples)
 
-    def joined(self) -> tuple[Ints, Ints]:
-        """Give every image with every text of its sample: two (M,) arrays of positions in `image` and `text`."""
+    def all_pairs(self) -> tuple[Ints, Ints]:
+        """Return every image with every text of its sample: two (M,) arrays of positions in `image` and `text`."""
         return _where(_members(self.image.samples, self._size) @ _members(self.text.samples, self._size).T)
 
     def relation(self) -> csr_array:
-        """Say which contents belong together: (image contents, text contents) bool.
+        """Return which contents belong together: (image contents, text contents) bool.
 
-        An image and a caption belong together where any sample holds both contents: so equal captions of different
-        images, several captions of one image, and copies of an image are positives.
+        They do if any sample has both. So several captions of one image, equal captions of different images, and copies
+        of an image are positives.
         """
-        image, text = self.joined()
+        image, text = self.all_pairs()
         shape = tuple(int(side.contents.max(initial=0)) + 1 for side in (self.image, self.text))
         contents = (self.image.contents[image], self.text.contents[text])
         return csr_array((np.ones(len(image), bool), contents), shape=shape)
 
     def positives(self) -> tuple[Ints, Ints]:
-        """Give all positive pairs by `relation`: two (M,) arrays of positions in `image` and `text`."""
+        """Return all positive pairs of `relation`: two (M,) arrays of positions in `image` and `text`."""
         return _where(self.relation()[self.image.contents][:, self.text.contents])
 
     @property
     def _size(self) -> int:
         return int(self.image.samples.max(initial=0)) + 1
 
-    def of(self, samples: Ints) -> "Pairs":
-        """Keep the items of some samples."""
-        return Pairs(image=self.image.of(samples), text=self.text.of(samples))
+    def select(self, samples: Ints) -> "Pairs":
+        """Return the items of some samples."""
+        return Pairs(image=self.image.select(samples), text=self.text.select(samples))
 
 
 def pair_items(
@@ -84,20 +84,20 @@ def pair_items(
     *,
     language: str | None = None,
 ) -> Pairs:
-    """Pair the items of caches that have both features. Rows and samples are counted on from cache to cache.
+    """Pair the items of caches that have both features. Rows and samples are counted across caches.
 
     Args:
         caches: the caches.
-        images: a finished image side of each.
-        texts: a finished text side of each.
-        language: keep only captions of this language; None keeps all.
+        images: image feature of each cache, complete.
+        texts: text feature of each cache, complete.
+        language: keep only captions in this language; None keeps all.
 
     Raises:
         UnfinishedError: a feature has uncommitted chunks.
-        UnknownNameError: no caption is of that language.
-        DataError: no sample has both.
+        UnknownNameError: no caption is in that language.
+        DataError: no sample has both features.
     """
-    image_items, text_items = items_of(caches, images), items_of(caches, texts)
+    image_items, text_items = read_items(caches, images), read_items(caches, texts)
     if language is not None:
         text_items = text_items.where(_is_language(caches, language)[text_items.rows])
     both = np.intersect1d(image_items.samples, text_items.samples)
@@ -106,11 +106,11 @@ def pair_items(
             f"no sample of {name_caches(caches)} has both an image with {images[0].name} and a caption with "
             f"{texts[0].name}"
         )
-    return Pairs(image=image_items.of(both), text=text_items.of(both))
+    return Pairs(image=image_items.select(both), text=text_items.select(both))
 
 
 def name_caches(caches: Sequence[Cache]) -> str:
-    """Name caches in a message."""
+    """Return the paths of caches for a message."""
     return " and ".join(str(cache.path) for cache in caches)
 
 
@@ -127,32 +127,34 @@ def _where(matrix: csr_array) -> tuple[Ints, Ints]:
     return rows[order].astype(np.int64), columns[order].astype(np.int64)
 
 
-def items_of(caches: Sequence[Cache], sides: Sequence[InputFeature]) -> Items:
-    """Get the usable items of one modality of caches. Rows and samples are counted on from cache to cache.
+def read_items(caches: Sequence[Cache], features: Sequence[InputFeature]) -> Items:
+    """Return the items of caches that have a feature. Rows and samples are counted across caches.
 
     Args:
         caches: the caches.
-        sides: a finished side of each.
+        features: feature of each cache, complete.
 
     Raises:
         UnfinishedError: a feature has uncommitted chunks.
     """
-    for side in sides:
-        side.require_complete()
+    for feature in features:
+        feature.require_complete()
     samples, num_before = [], 0
-    for cache, side in zip(caches, sides, strict=True):
-        found = cache.items(side.modality)["sample"].to_numpy()
-        if len(found) != side.num_items:
-            raise DataError(f"feature {side.name} has {side.num_items} rows, its items table has {len(found)}")
+    for cache, feature in zip(caches, features, strict=True):
+        found = cache.items(feature.modality)["sample"].to_numpy()
+        if len(found) != feature.num_items:
+            raise DataError(
+                f"feature {feature.name}: expected {len(found)} rows as in its item table, got {feature.num_items}"
+            )
         samples.append(found + num_before)
         num_before += cache.info.num_samples
-    rows = np.flatnonzero(np.concatenate([side.valid for side in sides]))
-    contents = number_equal([value for side in sides for value in side.hashes])
+    rows = np.flatnonzero(np.concatenate([feature.valid for feature in features]))
+    contents = number_values([value for feature in features for value in feature.hashes])
     return Items(rows=rows, samples=np.concatenate(samples)[rows], contents=contents[rows])
 
 
-def number_equal(values: Sequence[Any]) -> Ints:
-    """Give equal values equal numbers, in order of first appearance: (M,) int64."""
+def number_values(values: Sequence[Any]) -> Ints:
+    """Return a number for each value, equal for equal values, in order of first appearance: (M,) int64."""
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
 
@@ -163,6 +165,6 @@ def _is_language(caches: Sequence[Cache], language: str) -> Bools:
     if not mask.any():
         known = {str(name) for name in set(languages) if name is not None}
         if not known:
-            raise UnknownNameError(f"the captions of {name_caches(caches)} name no language; leave --language out")
+            raise UnknownNameError(f"the captions of {name_caches(caches)} have no language; leave --language out")
         raise unknown_name(f"caption language in {name_caches(caches)}", language, known)
     return mask

@@ -1,4 +1,4 @@
-"""The prompts of a cache that `extract prompts:…` made: a sample is a class, its captions are its prompts."""
+"""The prompts of a cache made by `extract prompts:…`: each sample is a class, its captions are the prompts."""
 
 from dataclasses import dataclass
 
@@ -14,68 +14,68 @@ CLASS = "class"
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """The cached prompts of some classes.
+    """The encoded prompts of some classes.
 
     Args:
-        side: the text feature.
-        names: of the classes, in the order of their numbers.
-        rows: (T,) rows of the text items that were encoded.
-        classes: (T,) the class of each.
+        feature: text feature of the prompts.
+        names: class names, in the order of their numbers.
+        rows: (T,) rows of the encoded text items.
+        classes: (T,) class number of each.
     """
 
-    side: InputFeature
+    feature: InputFeature
     names: list[str]
     rows: Ints
     classes: Ints
 
     @property
     def counts(self) -> Ints:
-        """Prompts of each class: (C,)."""
+        """Number of prompts per class: (C,)."""
         counts: Ints = np.bincount(self.classes, minlength=len(self.names))
         return counts
 
 
 def has_prompts(cache: Cache) -> bool:
-    """Say whether a cache is a set of prompts."""
+    """Return whether a cache holds prompts."""
     return CLASS in cache.columns
 
 
-def require_prompts(cache: Cache, spec: str) -> None:
-    """Refuse a cache that is no set of prompts.
+def check_prompts(cache: Cache, spec: str) -> None:
+    """Check that a cache holds prompts.
 
     Args:
         cache: the cache.
-        spec: of the text encoder to name in the message.
+        spec: specification of the text encoder for the message.
 
     Raises:
-        DataError: it has no column `class`.
+        DataError: the cache has no column `class`.
     """
     if not has_prompts(cache):
         raise DataError(
-            f"{cache.path} is no set of prompts: it has no column {CLASS!r}; make one: embedcache extract "
+            f"{cache.path} holds no prompts: it has no column {CLASS!r}; make some: embedcache extract "
             f"prompts:CLASSES+TEMPLATES {cache.path.name}-prompts --text-encoder {spec}"
         )
 
 
-def read_prompts(cache: Cache, side: InputFeature) -> Prompts:
-    """Find the encoded prompts of each class.
+def read_prompts(cache: Cache, feature: InputFeature) -> Prompts:
+    """Read the encoded prompts of each class.
 
     Args:
-        cache: a set of prompts.
-        side: a text feature of it.
+        cache: cache of prompts.
+        feature: one of its text features.
 
     Raises:
-        DataError: a class has no prompt that was encoded.
-        UnfinishedError: the feature has missing chunks.
+        DataError: a class has no encoded prompt.
+        UnfinishedError: the feature has uncommitted chunks.
     """
-    side.require_complete()
+    feature.require_complete()
     names: list[str] = cache.samples[CLASS].to_pylist()
-    rows = np.flatnonzero(side.valid)
-    prompts = Prompts(side=side, names=names, rows=rows, classes=cache.items("text")["sample"].to_numpy()[rows])
+    rows = np.flatnonzero(feature.valid)
+    prompts = Prompts(feature=feature, names=names, rows=rows, classes=cache.items("text")["sample"].to_numpy()[rows])
     without = [name for name, count in zip(names, prompts.counts, strict=True) if not count]
     if without:
         raise DataError(
-            f"{len(without)} of {len(names)} classes of {cache.path} have no prompt that was encoded, first "
+            f"{len(without)} of {len(names)} classes of {cache.path} have no encoded prompt, first "
             f"{without[0]!r}; give each class a prompt"
         )
     return prompts

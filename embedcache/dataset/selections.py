@@ -1,4 +1,4 @@
-"""A selection: some samples of a cache, by key, with the reason each was kept."""
+"""Selections: keys of samples with the reason each was kept."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ class Selection:
     """Samples of one cache.
 
     Args:
-        rows: (M,) int64 rows of `Cache.samples`, ascending, each once.
-        reasons: why each was kept, in a few words.
+        rows: (M,) int64 rows of `Cache.samples`, ascending and unique.
+        reasons: reason why each was kept.
     """
 
     rows: Ints
@@ -31,31 +31,31 @@ class Selection:
 
 
 def check_selection_path(path: Path) -> None:
-    """Refuse a name that `read_selection` would take for a list of keys.
+    """Check that a path ends in `.parquet`; `read_selection` reads any other file as a list of keys.
 
     Raises:
-        PathError: it does not end in `.parquet`.
+        PathError: the path has another suffix.
     """
     if path.suffix != ".parquet":
-        raise PathError(f"{path} is no name for a selection; end it in .parquet")
+        raise PathError(f"selection {path}: expected a path that ends in .parquet")
 
 
 def write_selection(path: Path, cache: Cache, selection: Selection, about: Mapping[str, Any]) -> None:
-    """Write a selection as Parquet: `row`, `key`, `reason`; its metadata says of which cache, and how it was made.
+    """Write a selection as Parquet: `row`, `key`, `reason`, with the cache, method and settings as metadata.
 
     Args:
-        path: of the file, in the place of whatever is there.
-        cache: whose samples they are.
+        path: path of the file, which is replaced.
+        cache: cache of the samples.
         selection: at least one sample.
-        about: JSON values: the method and its settings.
+        about: method and settings, as JSON values.
 
     Raises:
-        DataError: nothing is selected.
+        DataError: the selection is empty.
         PathError: the path does not end in `.parquet`.
     """
     check_selection_path(path)
     if not len(selection.rows):
-        raise DataError(f"nothing of {cache.path} is selected, so {path} is not written")
+        raise DataError(f"no sample of {cache.path} is selected, so {path} is not written")
     keys = cache.samples["key"].take(pa.array(selection.rows))
     table = pa.table({"row": selection.rows, "key": keys, "reason": list(selection.reasons)})
     made = {"cache": str(cache.path), "spine": cache.info.index_digest, **about}
@@ -64,16 +64,16 @@ def write_selection(path: Path, cache: Cache, selection: Selection, about: Mappi
 
 
 def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
-    """Get the samples that a selection names, counted on from cache to cache, ascending.
+    """Return the samples of a selection, ascending and counted across caches: (M,) int64.
 
     Args:
-        path: Parquet with a column `key`, or text with a key a line.
-        caches: where the keys are looked for. A key that several hold is selected in each.
+        path: Parquet file with a column `key`, or text file with one key per line.
+        caches: caches of the keys; a key of several caches is selected in each.
 
     Raises:
-        PathError: there is no such file.
-        CorruptError: it cannot be read.
-        DataError: it names a key that no cache has, or none at all.
+        PathError: the file does not exist.
+        CorruptError: the file cannot be read.
+        DataError: the file has no keys, or a key that no cache has.
     """
     selected = set(_read_keys(Path(path)))
     keys = [key for cache in caches for key in cache.samples["key"].to_pylist()]
@@ -82,7 +82,7 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
         shown = ", ".join(repr(key) for key in sorted(unknown)[:3]) or "nothing"
         where = " and ".join(str(cache.path) for cache in caches)
         raise DataError(
-            f"selection {path} of {len(selected):,} keys names {shown}; {len(unknown):,} are no keys of {where}, which "
+            f"selection {path} of {len(selected):,} keys has {shown}; {len(unknown):,} are not keys of {where}, which "
             f"has {len(keys):,}, such as {keys[0]!r}"
         )
     return np.flatnonzero([key in selected for key in keys])
@@ -90,10 +90,12 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
 
 def _read_keys(path: Path) -> list[str]:
     if not path.is_file():
-        raise PathError(f"selection {path} does not exist; give Parquet with a column key, or text with a key a line")
+        raise PathError(
+            f"selection {path} does not exist; give Parquet with a column key, or text with one key per line"
+        )
     try:
         if path.suffix == ".parquet":
             return list(map(str, read_table(path, ["key"])["key"].to_pylist()))
         return [line for line in path.read_text().split("\n") if line]
     except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{path} is no selection: {error}; it must be Parquet with a column key, or text") from error
+        raise CorruptError(f"{path}: expected a Parquet file with a column key, or a text file: {error}") from error

@@ -1,15 +1,10 @@
-"""Which samples are for training, validation and test: a table in the run, written down once.
-
-Making a split: by near-duplicate groups, by key, or by the source's own column.
-
-Cutting samples into parts: what splits of pairs and of labeled items share.
-"""
+"""Splits of samples into training, validation and test parts: by near-duplicate groups, by key, or by a column."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -34,13 +29,13 @@ PARTS: tuple[Part, ...] = ("train", "val", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One part for each sample of a cache, or of several caches, one after another.
+    """The part of each sample of a cache, or of several caches one after another.
 
     Args:
-        keys: the samples' keys, in row order.
-        parts: `train`, `val`, `test`, or `` for a sample left out.
-        groups: samples with the same number stay together.
-        index_digests: identity of each sample's cache; none where all are of one.
+        keys: keys of the samples, in row order.
+        parts: `train`, `val`, `test`, or an empty text for a sample that is left out.
+        groups: near-duplicate group of each sample; a group is never divided.
+        index_digests: index digest of each sample's cache; empty for a single cache.
     """
 
     keys: list[str]
@@ -49,10 +44,10 @@ class Split:
     index_digests: list[str] = field(default_factory=list)
 
     def rows(self, part: str) -> Ints:
-        """Get the sample rows of one part, ascending.
+        """Return the sample rows of one part, ascending.
 
         Raises:
-            DataError: there are none.
+            DataError: the part is empty.
         """
         rows = np.flatnonzero(np.array(self.parts) == part)
         if not len(rows):
@@ -62,7 +57,7 @@ class Split:
 
 
 def write_split(path: Path, split: Split) -> None:
-    """Write a split as Parquet: `row`, `key`, `part`, `group`, and `index_digest` where it is of several caches."""
+    """Write a split as Parquet: `row`, `key`, `part`, `group`, and `spine` for several caches."""
     columns = {
         "row": range(len(split.keys)),
         "key": split.keys,
@@ -75,16 +70,16 @@ def write_split(path: Path, split: Split) -> None:
 
 
 def read_split(path: Path, caches: Sequence[Cache]) -> Split:
-    """Read a split of some caches' samples. Those that were added to a cache since are in no part.
+    """Read the split of some caches. Samples that were appended to a cache since are in no part.
 
     Args:
-        path: what `write_split` wrote.
-        caches: of all whose samples it holds, or some.
+        path: path of a file from `write_split`.
+        caches: all or some of the caches of the split.
 
     Raises:
-        PathError: there is no such file.
-        CorruptError: it is no split.
-        DataError: it is of other samples.
+        PathError: the file does not exist.
+        CorruptError: the file is not a split.
+        DataError: the split belongs to other samples.
     """
     if not path.is_file():
         raise PathError(f"{path} does not exist; it is written by embedcache train")
@@ -94,8 +89,8 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
             keys=columns["key"], parts=columns["part"], groups=columns["group"], index_digests=columns.get("spine", [])
         )
     except (pa.ArrowInvalid, OSError, KeyError) as error:
-        raise CorruptError(f"{path} is no split: {error}") from error
-    parts = [_of_cache(path, found, cache) for cache in caches]
+        raise CorruptError(f"{path}: expected a split with the columns key, part and group: {error}") from error
+    parts = [_select_cache(path, found, cache) for cache in caches]
     if len(parts) == 1:
         return parts[0]
     return Split(
@@ -106,8 +101,8 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
     )
 
 
-def _of_cache(path: Path, split: Split, cache: Cache) -> Split:
-    """Give the part of a split that is of one cache's samples, longer by those that were added since."""
+def _select_cache(path: Path, split: Split, cache: Cache) -> Split:
+    """Return the split of one cache, with appended samples in no part."""
     keys = cache.samples["key"].to_pylist()
     rows = [row for row, index_digest in enumerate(split.index_digests) if cache.info.has_rows_of(index_digest)]
     if split.index_digests:
@@ -118,8 +113,8 @@ def _of_cache(path: Path, split: Split, cache: Cache) -> Split:
         )
     if split.keys != keys[: len(split.keys)] or not split.keys:
         raise DataError(
-            f"split {path} is of other samples: it has {len(split.keys)} keys, {cache.path} has {len(keys)}, and they "
-            "differ"
+            f"split {path} belongs to other samples: it has {len(split.keys)} keys, {cache.path} has {len(keys)}, and "
+            "they differ"
         )
     num_added, first_group = len(keys) - len(split.keys), max(split.groups, default=-1) + 1
     return replace(
@@ -130,88 +125,71 @@ def _of_cache(path: Path, split: Split, cache: Cache) -> Split:
     )
 
 
-_MOST_STRICT_ITEMS = 200_000
+_MAX_STRICT_ITEMS = 200_000
 _BLOCK = 1024
 
 
-class Paired(Protocol):
-    """The two sides of some caches that a split is made for."""
+def make_split(
+    caches: Sequence[Cache], pairs: Pairs, settings: SplitSettings, *, read_image: Reader, read_text: Reader
+) -> Split:
+    """Split the samples that have both features. The same features and settings give the same split.
 
-    @property
-    def caches(self) -> Sequence[Cache]:
-        """The caches; rows and samples are counted on from one to the next."""
-        ...
+    Memory: a tile of similarities.
 
-    @property
-    def keys(self) -> list[str]:
-        """The keys of all samples."""
-        ...
-
-    @property
-    def read_image(self) -> Reader:
-        """Gathers rows of the image side; only `strict` reads them."""
-        ...
-
-    @property
-    def read_text(self) -> Reader:
-        """Gathers rows of the text side."""
-        ...
-
-
-def make_split(data: Paired, pairs: Pairs, settings: SplitSettings) -> Split:
-    """Cut the samples that have both sides.
-
-    Deterministic: the same features and settings give the same split. Memory: a tile of similarities.
+    Args:
+        caches: the caches; rows and samples are counted across them.
+        pairs: items of the samples.
+        settings: how to split.
+        read_image: reads rows of the image feature; called for a strict split only.
+        read_text: reads rows of the text feature; called for a strict split only.
 
     Raises:
-        UnknownNameError: the kind is neither known nor a file.
-        SettingError: `strict` on more than 200,000 items, which compares all pairs; or nothing is held out.
-        SourceError: `column` without a usable column.
+        UnknownNameError: the kind is neither a known one nor a file.
+        SettingError: `strict` on more than 200,000 items, since it compares all pairs; or no sample is held out.
+        SourceError: `column` without a column `split` that names train and test.
     """
-    split = _cut(data, pairs, settings)
-    if len(data.caches) == 1:
-        return split
-    return replace(
-        split, index_digests=[cache.info.index_digest for cache in data.caches for _ in range(cache.info.num_samples)]
-    )
-
-
-def _cut(data: Paired, pairs: Pairs, settings: SplitSettings) -> Split:
-    keys = data.keys
+    keys = [key for cache in caches for key in cache.samples["key"].to_pylist()]
     if settings.kind == "column":
-        return _by_column(data, pairs.samples, settings)
-    if settings.kind in KINDS:
-        groups = _near_duplicates(data, pairs, settings) if settings.kind == "strict" else pairs.samples
+        split = _by_column(caches, keys, pairs.samples, settings)
+    elif settings.kind in KINDS:
+        is_strict = settings.kind == "strict"
+        groups = _near_duplicates(pairs, settings, read_image, read_text) if is_strict else pairs.samples
         split = _by_groups(keys, pairs.samples, groups, settings)
         _require_parts(split, groups, settings)
-        return split
-    if settings.path is None or not settings.path.is_file():
+    elif settings.path is None or not settings.path.is_file():
         raise unknown_name("split", settings.kind, KINDS, hint="or give the path of another run's split.parquet")
-    return read_split(settings.path, data.caches)
+    else:
+        split = read_split(settings.path, caches)
+    if len(caches) == 1:
+        return split
+    return replace(
+        split, index_digests=[cache.info.index_digest for cache in caches for _ in range(len(cache.samples))]
+    )
 
 
 def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
     if {"val", "test"} <= set(split.parts):
         return
     raise SettingError(
-        f"--split {settings.kind} leaves nothing to hold out of {len(groups)} samples: the largest group that must "
-        f"stay together has {np.bincount(groups).max()}; raise --image-cosine {settings.image_cosine} and "
+        f"--split {settings.kind} leaves nothing to hold out of {len(groups)} samples: the largest near-duplicate "
+        f"group has {np.bincount(groups).max()}; raise --image-cosine {settings.image_cosine} and "
         f"--text-cosine {settings.text_cosine}, or use --split key"
     )
 
 
-def _by_column(data: Paired, samples: Ints, settings: SplitSettings) -> Split:
-    values = [value for cache in data.caches for value in _split_column(cache)]
+def _by_column(caches: Sequence[Cache], keys: list[str], samples: Ints, settings: SplitSettings) -> Split:
+    values = [value for cache in caches for value in _split_column(cache)]
     known = [PART_NAMES.get(value, "") for value in values]
     if not {"train", "test"} <= set(known):
-        where = name_caches(data.caches)
-        raise SourceError(f"column 'split' of {where} holds {sorted(set(values))}; it must name train and test")
-    parts = [""] * len(data.keys)
+        raise SourceError(
+            f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(sorted(set(values)))}"
+        )
+    parts = [""] * len(keys)
     for row in samples:
         parts[row] = known[row]
     if "val" not in parts:
-        parts = _carve_validation(data.keys, parts, settings)
-    return Split(keys=data.keys, parts=parts, groups=list(range(len(data.keys))))
+        parts = _carve_validation(keys, parts, settings)
+    return Split(keys=keys, parts=parts, groups=list(range(len(keys))))
 
 
 def _split_column(cache: Cache) -> list[str]:
@@ -222,8 +200,10 @@ def _split_column(cache: Cache) -> list[str]:
 
 def _carve_validation(keys: list[str], parts: list[str], settings: SplitSettings) -> list[str]:
     train = np.array([row for row, part in enumerate(parts) if part == "train"])
-    held = take_groups([[int(row)] for row in train], keys, round(settings.val_fraction * len(train)), settings.seed)
-    return ["val" if row in held else part for row, part in enumerate(parts)]
+    validation = take_groups(
+        [[int(row)] for row in train], keys, round(settings.val_fraction * len(train)), settings.seed
+    )
+    return ["val" if row in validation else part for row, part in enumerate(parts)]
 
 
 def _by_groups(keys: list[str], samples: Ints, groups: Ints, settings: SplitSettings) -> Split:
@@ -241,21 +221,22 @@ def _by_groups(keys: list[str], samples: Ints, groups: Ints, settings: SplitSett
     return Split(keys=keys, parts=parts, groups=numbers)
 
 
-def _near_duplicates(data: Paired, pairs: Pairs, settings: SplitSettings) -> Ints:
+def _near_duplicates(pairs: Pairs, settings: SplitSettings, read_image: Reader, read_text: Reader) -> Ints:
+    """Return the near-duplicate group of each sample: (S,) int64."""
     num_items = len(pairs.image.rows) + len(pairs.text.rows)
-    if num_items > _MOST_STRICT_ITEMS:
+    if num_items > _MAX_STRICT_ITEMS:
         raise SettingError(
-            f"--split strict compares all pairs of items: {num_items} are more than {_MOST_STRICT_ITEMS}; "
+            f"--split strict compares all pairs of items: expected at most {_MAX_STRICT_ITEMS:,}, got {num_items:,}; "
             "use --split key or --split column"
         )
     samples = pairs.samples
     labels = np.arange(len(samples))
-    for side, read, threshold in (
-        (pairs.image, data.read_image, settings.image_cosine),
-        (pairs.text, data.read_text, settings.text_cosine),
+    for items, read, threshold in (
+        (pairs.image, read_image, settings.image_cosine),
+        (pairs.text, read_text, settings.text_cosine),
     ):
-        vectors = np.concatenate([unit_vectors(read(side.rows[block])) for block in blocks(len(side.rows), _BLOCK)])
-        labels = _merge_groups(vectors, np.searchsorted(samples, side.samples), labels, threshold)
+        vectors = np.concatenate([unit_vectors(read(items.rows[block])) for block in blocks(len(items.rows), _BLOCK)])
+        labels = _merge_groups(vectors, np.searchsorted(samples, items.samples), labels, threshold)
     return labels
 
 
@@ -279,17 +260,19 @@ PART_NAMES: dict[str, Part] = {
     "dev": "val",
     "test": "test",
 }
-"""What a source's column `split` may say, in lower case, and the part it means."""
+"""Value of a source's column `split`, in lower case -> part."""
 
 
 def take_groups(groups: Sequence[Sequence[int]], keys: Sequence[str], quota: int, seed: int) -> set[int]:
-    """Take whole groups in an order that only keys and the seed decide; one too large for what is left is passed by.
+    """Take whole groups up to a quota, in an order that depends only on keys and seed.
+
+    Groups that exceed what is left of the quota are skipped.
 
     Args:
-        groups: rows that must stay together, none of them empty.
-        keys: the key of each row.
-        quota: rows to take at most.
-        seed: which of the possible orders.
+        groups: rows of each group, not empty.
+        keys: key of each row.
+        quota: maximum number of rows.
+        seed: random seed of the order.
 
     Returns:
         The rows of the groups taken.

@@ -1,4 +1,4 @@
-"""Run a model with torch on any device, or with onnxruntime on the CPU.
+"""The encoder class of all built-in families: runs a model with torch on any device, or with onnxruntime on the CPU.
 
 A model that exports to ONNX is exported once, checked against torch, and kept in the user's cache folder.
 """
@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Floats
+from embedcache.encoders.base import Fingerprint, ItemShape, Modality
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.files import replacing
 from embedcache.provenance import digest
-from embedcache.registry import require
+from embedcache.registry import require, unknown_name
 
 Backend: TypeAlias = Literal["torch", "onnxruntime"]
 
@@ -40,6 +41,57 @@ class Graph(Protocol):
         ...
 
 
+class GraphEncoder:
+    """An encoder of any built-in family: prepares items on threads, and runs a model on batches.
+
+    Args:
+        modality: what it encodes.
+        graph: computes the features, with the batch as first axis; token features of texts are padded.
+        prepare: raw items -> one model input each; called from many threads at once.
+        collate: model inputs of one or more items -> inputs of the graph.
+        features: name -> shape of one item, the default first; `(-1, D)` has as many rows as the model input.
+        fingerprint: everything that determines the output.
+        batch_size: items that one `encode` call should get.
+    """
+
+    def __init__(
+        self,
+        *,
+        modality: Modality,
+        graph: Graph,
+        prepare: Callable[[Sequence[Any]], list[Array]],
+        collate: Callable[[Sequence[Array]], Mapping[str, Array]],
+        features: Mapping[str, ItemShape],
+        fingerprint: Fingerprint,
+        batch_size: int,
+    ) -> None:
+        self.modality, self.features, self.fingerprint, self.batch_size = modality, features, fingerprint, batch_size
+        self._graph, self._prepare, self._collate = graph, prepare, collate
+
+    def prepare(self, items: Sequence[Any]) -> list[Array]:
+        """Convert RGB images or texts to model inputs, see `Encoder`."""
+        return self._prepare(items) if items else []
+
+    def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
+        """Compute the named features of each item, see `Encoder`.
+
+        Raises:
+            UnknownNameError: the encoder does not have a feature; the message lists those it has.
+        """
+        for name in names:
+            if name not in self.features:
+                raise unknown_name("feature", name, self.features)
+        if not prepared:
+            return {name: [] for name in names}
+        outputs = self._graph(self._collate(prepared), names)
+        return {name: self._split(name, outputs[name], prepared) for name in names}
+
+    def _split(self, name: str, output: Array, prepared: Sequence[Array]) -> list[Array]:
+        if self.features[name][0] != -1:
+            return list(output)
+        return [tokens_TD[: len(ids)] for tokens_TD, ids in zip(output, prepared, strict=True)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OnnxExport:
     """A torch module and what its ONNX export needs.
@@ -47,18 +99,18 @@ class OnnxExport:
     Args:
         module: takes the inputs by name, in the order of `example`, and returns a dict of tensors.
         example: input name -> array to trace the module with.
-        check_inputs: inputs of other sizes along the dynamic axes; the export must agree with torch on them.
         outputs: names of the outputs to export, all with the batch as first axis.
         dynamic_axes: input or output name -> names of its dynamic axes, by number.
+        check_inputs: inputs of other sizes along the dynamic axes; the export must agree with torch on them.
         key: JSON values that determine the graph together with the weights; `name` starts the file name.
     """
 
     module: torch.nn.Module
     example: Mapping[str, Array]
-    check_inputs: Mapping[str, Array]
     outputs: Sequence[str]
     dynamic_axes: Mapping[str, Mapping[int, str]]
-    key: Mapping[str, Any]
+    check_inputs: Mapping[str, Array] = field(default_factory=dict)
+    key: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_graph(export: OnnxExport, settings: EncoderSettings, weights: str) -> tuple[Graph, Backend]:
@@ -199,7 +251,7 @@ class OnnxGraph:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = _LOG_ERRORS_ONLY
-        # Spinning idle threads take cores from the decoding threads: 8 % fewer images/s, 12 % fewer texts/s.
+        # Spinning idle threads take cores from the decoding threads: 8% fewer images/s, 12% fewer texts/s.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         failures = runtime.capi.onnxruntime_pybind11_state
         try:
@@ -218,37 +270,31 @@ def onnx_folder() -> Path:
     return Path(cache_home) / "embedcache" / "onnx"
 
 
-def export_graph(
-    path: Path,
-    module: torch.nn.Module,
-    *,
-    example: Mapping[str, Array],
-    outputs: Sequence[str],
-    dynamic_axes: Mapping[str, Mapping[int, str]],
-) -> None:
-    """Write a module as an ONNX file; see `OnnxExport` for the arguments.
+def export_graph(export: OnnxExport, path: Path) -> None:
+    """Write a module as an ONNX file.
 
     Raises:
         ArtifactError: torch cannot trace the module.
     """
-    arguments = tuple(torch.from_numpy(array) for array in example.values())
+    arguments = tuple(torch.from_numpy(array) for array in export.example.values())
+    module = _PositionalModule(export.module, list(export.example), export.outputs)
     # The exporter warns about its own age and about every Python branch; the comparison with torch decides instead.
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
-                _PositionalModule(module, list(example), outputs).eval(),  # the exporter restores the mode it found
+                module.eval(),  # the exporter restores the mode it found
                 arguments,
                 str(path),
-                input_names=list(example),
-                output_names=list(outputs),
-                dynamic_axes=dict(dynamic_axes),
+                input_names=list(export.example),
+                output_names=list(export.outputs),
+                dynamic_axes=dict(export.dynamic_axes),
                 opset_version=_OPSET,
                 dynamo=False,
             )
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             first_line = str(error).partition("\n")[0]
-            raise ArtifactError(f"cannot export {type(module).__name__} to ONNX: {first_line}") from error
+            raise ArtifactError(f"cannot export {type(export.module).__name__} to ONNX: {first_line}") from error
 
 
 class _PositionalModule(torch.nn.Module):
@@ -293,15 +339,9 @@ def _export_once(export: OnnxExport, weights: str) -> Path:
     path = onnx_folder() / f"{name}-{digest(key)[:32]}.onnx"
     if not path.is_file():
         require("onnx", extra="cpu")
-        module = export.module.eval()
+        export.module.eval()
         with replacing(path) as temporary:
-            export_graph(
-                temporary,
-                module,
-                example=export.example,
-                outputs=export.outputs,
-                dynamic_axes=export.dynamic_axes,
-            )
+            export_graph(export, temporary)
             _check_agreement(export, OnnxGraph(temporary))
     return path
 

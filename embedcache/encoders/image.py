@@ -13,12 +13,19 @@ import torch
 from PIL import Image
 
 from embedcache.arrays import Array
-from embedcache.encoders.backends import Backend, Graph, OnnxExport, build_graph, choose_batch_size, torch_graph
-from embedcache.encoders.base import Fingerprint, ItemShape, Modality
+from embedcache.encoders.backends import (
+    Backend,
+    Graph,
+    GraphEncoder,
+    OnnxExport,
+    build_graph,
+    choose_batch_size,
+    torch_graph,
+)
+from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import FeatureName, native_features, patch_grid, patch_pool
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
-from embedcache.registry import unknown_name
 
 Transform: TypeAlias = Callable[[Image.Image], Array]
 """RGB image of any size -> (3, H, W): uint8 if the model normalizes pixels itself, else float32."""
@@ -36,7 +43,7 @@ def build_image_encoder(
     fingerprint: Fingerprint,
     settings: EncoderSettings,
     onnx_name: str | None = None,
-) -> "ImageEncoder":
+) -> GraphEncoder:
     """Create an encoder from a loaded model.
 
     Args:
@@ -57,12 +64,32 @@ def build_image_encoder(
     else:
         graph, backend = build_graph(_onnx_export(module, onnx_name), settings, fingerprint.weights)
     pooling = {name: fingerprint.pooling[name] for name in native_features(module.features)}
-    return ImageEncoder(
-        graph=graph,
-        transform=transform,
+    return image_encoder(
+        graph,
+        transform,
         features=module.features,
         fingerprint=replace(fingerprint, pooling=pooling, backend=backend, precision=settings.precision),
         settings=settings,
+    )
+
+
+def image_encoder(
+    graph: Graph,
+    transform: Transform,
+    *,
+    features: Mapping[str, ItemShape],
+    fingerprint: Fingerprint,
+    settings: EncoderSettings,
+) -> GraphEncoder:
+    """Create an image encoder from its parts; see `GraphEncoder`."""
+    return GraphEncoder(
+        modality="image",
+        graph=graph,
+        prepare=lambda images: [transform(image) for image in images],
+        collate=lambda prepared: {_INPUT: np.stack(prepared)},
+        features=features,
+        fingerprint=fingerprint,
+        batch_size=choose_batch_size(settings, on_cpu=32, on_gpu=128),
     )
 
 
@@ -76,58 +103,6 @@ def _onnx_export(module: "ImageModel", name: str) -> OnnxExport:
         dynamic_axes={name: {0: "batch"} for name in (_INPUT, *module.features)},
         key={"name": name},
     )
-
-
-class ImageEncoder:
-    """A frozen image model of any family.
-
-    Args:
-        graph: computes the features, with the batch as first axis.
-        transform: converts one image to the model's input; called from many threads at once.
-        features: name -> shape of one item, the default first.
-        fingerprint: everything that determines the output.
-        settings: device and batch size.
-    """
-
-    modality: Modality = "image"
-
-    def __init__(
-        self,
-        *,
-        graph: Graph,
-        transform: Transform,
-        features: Mapping[str, ItemShape],
-        fingerprint: Fingerprint,
-        settings: EncoderSettings,
-    ) -> None:
-        self.features = features
-        self.fingerprint = fingerprint
-        self.batch_size = choose_batch_size(settings, on_cpu=32, on_gpu=128)
-        self._graph = graph
-        self._transform = transform
-
-    def prepare(self, items: Sequence[Image.Image]) -> list[Array]:
-        """Convert RGB images of any size to (3, H, W) arrays, uint8 or float32."""
-        return [self._transform(image) for image in items]
-
-    def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
-        """Compute the named features of each image: float32, not normalized."""
-        check_feature_names(names, self.features)
-        if not prepared:
-            return {name: [] for name in names}
-        outputs = self._graph({_INPUT: np.stack(prepared)}, names)
-        return {name: list(outputs[name]) for name in names}
-
-
-def check_feature_names(names: Sequence[str], features: Mapping[str, ItemShape]) -> None:
-    """Check that an encoder has the named features.
-
-    Raises:
-        UnknownNameError: it does not; the message lists those it has.
-    """
-    for name in names:
-        if name not in features:
-            raise unknown_name("feature", name, features)
 
 
 class ImageModel(torch.nn.Module):

@@ -6,6 +6,8 @@ its N-th level. NAME is one of the model's native features, such as `cls` or `pa
 - `grid:K`: means over K × K cells of the image, row by row;
 - `kmeans:K`: means over K clusters of similar patches, wherever they lie.
 
+`layers` are blocks, or levels, counted from 1; those beyond a model's depth are ignored.
+
 `embedcache export transformers` copies this file into the model folder, where it runs without embedcache: import only
 torch, NumPy, PIL, the standard library and `embedcache.errors`.
 """
@@ -98,12 +100,7 @@ def patch_grid(num_patches: int, height_px: int, width_px: int) -> tuple[int, in
 
 
 def patch_pool(name: FeatureName, shape: Sequence[int], input_size: Sequence[int]) -> "GridPool | KMeansPool | None":
-    """Create the module that derives a feature from patches.
-
-    Args:
-        name: name of a grid or of clusters.
-        shape: (T, D) of the patches.
-        input_size: (3, H, W) of the image.
+    """Create the module that derives a feature from (T, D) patches of a (3, H, W) image.
 
     Returns:
         None if there are too few patches, or if they do not form a grid.
@@ -115,12 +112,7 @@ def patch_pool(name: FeatureName, shape: Sequence[int], input_size: Sequence[int
 
 
 class GridPool(torch.nn.Module):
-    """Average patches over the cells of a grid, as adaptive average pooling does: cells may overlap by one patch.
-
-    Args:
-        grid: (H, W) rows and columns of patches.
-        num_cells: K, cells along each side.
-    """
+    """Average patches in a grid of (H, W) over K × K cells, as adaptive average pooling does: cells may overlap."""
 
     weights_KT: torch.Tensor
 
@@ -151,10 +143,6 @@ class KMeansPool(torch.nn.Module):
 
     Deterministic: the centers start at K patches at equal steps and keep their order, row by row. A cluster that loses
     its last patch keeps its center. Clusters differ in size: the mean of the K tokens is not that of the patches.
-
-    Args:
-        num_patches: T.
-        num_clusters: K, at most T.
     """
 
     starts_K: torch.Tensor
@@ -203,11 +191,9 @@ def with_patch_mean(patches_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 class TimmFeatures(torch.nn.Module):
-    """Native features of a timm model, and the same after some of its blocks: (B, 3, H, W) float32 -> dict by name.
+    """Native features of a timm model without its classifier, and the same after some of its blocks.
 
-    Args:
-        model: the model without its classifier.
-        layers: blocks, or levels, counted from 1; those beyond the model's depth are ignored.
+    (B, 3, H, W) float32 -> dict by name.
     """
 
     def __init__(self, model: Any, layers: Sequence[int]) -> None:
@@ -265,10 +251,6 @@ class ImageFeatures(torch.nn.Module):
     """Native features of a transformers vision model, and the same after some of its blocks.
 
     (B, 3, H, W) float32 -> dict by name.
-
-    Args:
-        model: vision tower.
-        layers: blocks, counted from 1; those beyond the model's depth are ignored.
     """
 
     def __init__(self, model: Any, layers: Sequence[int]) -> None:

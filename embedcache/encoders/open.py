@@ -29,6 +29,7 @@ ENCODERS = Registry(
         "use": "embedcache.encoders.use:open_use",
         "wordllama": "embedcache.encoders.wordllama:open_wordllama",
     },
+    group="embedcache.encoders",
 )
 """Each is a function `open_mine(spec, *, modality, settings) -> Encoder`."""
 
@@ -126,9 +127,9 @@ class EncoderSpec:
         if not (family and colon and model):
             raise SettingError(
                 f"invalid encoder {text!r}: expected family:model, such as {_EXAMPLES}; "
-                f"families: {', '.join(ENCODERS.paths)}"
+                f"families: {', '.join(ENCODERS.names)}"
             )
-        if family not in ENCODERS.paths and family != IMPORTED:
+        if family not in ENCODERS and family != IMPORTED:
             attribute, _, model = model.partition(":")
             family = f"{family}:{attribute}"
         return cls(family, model, _parse_options(text, options))
@@ -221,7 +222,7 @@ def _load_opener(spec: EncoderSpec) -> Callable[..., Encoder]:
         family = spec.family.partition(":")[0]
         cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
         hint = f"write a plug-in's encoder as module:attribute{cause}"
-        raise unknown_name("encoder family", family, ENCODERS.paths, hint=hint) from error
+        raise unknown_name("encoder family", family, ENCODERS.names, hint=hint) from error
     if not callable(opener):
         raise SettingError(
             f"{spec.family}: expected a function that opens an encoder, such as open_timm in "

@@ -15,11 +15,17 @@ from safetensors import SafetensorError
 from embedcache.arrays import Array, Ints
 from embedcache.encoders.backends import torch_graph
 from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
-from embedcache.encoders.image import ImageEncoder, PixelScale, Transform, plain_json, split_transform
+from embedcache.encoders.image import PixelScale, Transform, image_encoder, plain_json, split_transform
 from embedcache.encoders.open import EncoderSpec, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import TextEncoder
-from embedcache.encoders.weights import check_weights_file, find_hub_commit, hash_weights, translate_hub_errors
+from embedcache.encoders.text import text_encoder
+from embedcache.encoders.weights import (
+    check_weights_file,
+    find_hub_commit,
+    hash_weights,
+    one_line,
+    translate_hub_errors,
+)
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.registry import require, unknown_name
 
@@ -124,9 +130,8 @@ def _load_once(name: str, pretrained: str, _changed_ns: int | None, _device: str
     except (UnpicklingError, SafetensorError) as error:
         raise CorruptError(f"cannot read {pretrained} as weights; save the model's state_dict()") from error
     except (RuntimeError, AssertionError) as error:  # open_clip asserts some of the shapes
-        reason = " ".join(str(error).split())[:200]
         raise ArtifactError(
-            f"the weights {pretrained} do not fit {name}: {reason}; name the model that they belong to"
+            f"the weights {pretrained} do not fit {name}: {one_line(error)}; name the model that they belong to"
         ) from error
     return Checkpoint(model=model.eval(), preprocess=preprocess, weights=hash_weights(model.state_dict()))
 
@@ -156,12 +161,12 @@ def _check_published(open_clip: Any, model: str, tag: str) -> None:
         find_hub_commit(repository, model=f"{model} {tag}", next_step=_USE_FILE)
 
 
-def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> ImageEncoder:
+def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> Encoder:
     published = dict(open_clip.get_model_preprocess_cfg(checkpoint.model))
     transform, scale = pixel_transform(checkpoint.preprocess, published)
-    return ImageEncoder(
-        graph=torch_graph(_ImageTower(checkpoint.model, scale), settings, "open_clip"),
-        transform=transform,
+    return image_encoder(
+        torch_graph(_ImageTower(checkpoint.model, scale), settings, "open_clip"),
+        transform,
         features=_features(open_clip, spec),
         fingerprint=_fingerprint(spec, checkpoint, published, settings),
         settings=settings,
@@ -169,12 +174,7 @@ def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, setti
 
 
 def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Transform, torch.nn.Module]:
-    """Return open_clip's transform up to uint8, and the normalization that follows.
-
-    Args:
-        preprocess: the model's evaluation transform.
-        published: its settings.
-    """
+    """Return a model's evaluation transform up to uint8, and the normalization that follows."""
 
     def whole(image: Image) -> Array:
         array: Array = preprocess(image).numpy()
@@ -188,7 +188,7 @@ def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Tran
     return split_transform(whole, to_pixels, PixelScale(published["mean"], published["std"], divisor=255))
 
 
-def _open_text(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> TextEncoder:
+def _open_text(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> Encoder:
     with translate_hub_errors(
         f"the tokenizer of {spec.model}", next_step="choose a model with open_clip's own tokenizer"
     ):
@@ -199,9 +199,9 @@ def _open_text(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settin
     def tokenize(texts: Sequence[str]) -> list[Ints]:
         return [ids[: tower.num_read(ids)] for ids in tokenizer(list(texts)).numpy().astype(np.int64)]
 
-    return TextEncoder(
-        graph=torch_graph(tower, settings, "open_clip"),
-        tokenize=tokenize,
+    return text_encoder(
+        torch_graph(tower, settings, "open_clip"),
+        tokenize,
         features=_features(open_clip, spec),
         fingerprint=_fingerprint(spec, checkpoint, {"num_tokens": num_tokens}, settings),
         pad_id=0,

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.backends import Graph, OnnxExport, build_graph, choose_batch_size
-from embedcache.encoders.base import Fingerprint, ItemShape, Modality
-from embedcache.encoders.image import check_feature_names
+from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, build_graph, choose_batch_size
+from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.weights import one_line
 from embedcache.errors import PathError, SettingError
 
 Tokenize: TypeAlias = Callable[[Sequence[str]], list[Ints]]
@@ -32,7 +32,7 @@ def build_text_encoder(
     fingerprint: Fingerprint,
     settings: EncoderSettings,
     onnx_key: Mapping[str, Any],
-) -> "TextEncoder":
+) -> GraphEncoder:
     """Create an encoder from a loaded model.
 
     Args:
@@ -66,13 +66,34 @@ def build_text_encoder(
     )
     graph, backend = build_graph(export, settings, fingerprint.weights)
     pooling = {name: fingerprint.pooling[name] for name in native_features(features)}
-    return TextEncoder(
-        graph=graph,
-        tokenize=tokenizer,
+    return text_encoder(
+        graph,
+        tokenizer,
         features=features,
         fingerprint=replace(fingerprint, pooling=pooling, backend=backend, precision=settings.precision),
         pad_id=tokenizer.pad_id,
         settings=settings,
+    )
+
+
+def text_encoder(
+    graph: Graph,
+    tokenize: Tokenize,
+    *,
+    features: Mapping[str, ItemShape],
+    fingerprint: Fingerprint,
+    pad_id: int,
+    settings: EncoderSettings,
+) -> GraphEncoder:
+    """Create a text encoder from its parts; see `GraphEncoder`."""
+    return GraphEncoder(
+        modality="text",
+        graph=graph,
+        prepare=lambda texts: list(tokenize(texts)),
+        collate=lambda prepared: pad(prepared, pad_id),
+        features=features,
+        fingerprint=fingerprint,
+        batch_size=choose_batch_size(settings, on_cpu=64, on_gpu=512),
     )
 
 
@@ -83,55 +104,6 @@ def _example_batch(lengths: tuple[int, ...], pad_id: int) -> dict[str, Ints]:
 def _item_shape(output: torch.Tensor) -> ItemShape:
     width = int(output.shape[-1])
     return (-1, width) if output.ndim == 3 else (width,)
-
-
-class TextEncoder:
-    """A frozen text model of any family.
-
-    Args:
-        graph: computes the features, with the batch as first axis; token features are still padded.
-        tokenize: called from many threads at once.
-        features: name -> shape of one item, the default first; `(-1, D)` has as many rows as the text has tokens.
-        fingerprint: everything that determines the output.
-        pad_id: token that fills up shorter texts.
-        settings: device and batch size.
-    """
-
-    modality: Modality = "text"
-
-    def __init__(
-        self,
-        *,
-        graph: Graph,
-        tokenize: Tokenize,
-        features: Mapping[str, ItemShape],
-        fingerprint: Fingerprint,
-        pad_id: int,
-        settings: EncoderSettings,
-    ) -> None:
-        self.features = features
-        self.fingerprint = fingerprint
-        self.batch_size = choose_batch_size(settings, on_cpu=64, on_gpu=512)
-        self._graph = graph
-        self._tokenize = tokenize
-        self._pad_id = pad_id
-
-    def prepare(self, items: Sequence[str]) -> list[Array]:
-        """Convert texts to (T,) int64 token ids, truncated to the model's maximum input length."""
-        return list(self._tokenize(items)) if items else []
-
-    def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
-        """Compute the named features of each text: float32, not normalized, without padding."""
-        check_feature_names(names, self.features)
-        if not prepared:
-            return {name: [] for name in names}
-        outputs = self._graph(pad(prepared, self._pad_id), names)
-        return {name: self._items(name, outputs[name], prepared) for name in names}
-
-    def _items(self, name: str, output: Array, prepared: Sequence[Array]) -> list[Array]:
-        if self.features[name][0] != -1:
-            return list(output)
-        return [tokens_TD[: len(ids)] for tokens_TD, ids in zip(output, prepared, strict=True)]
 
 
 def pad(ids: Sequence[Array], pad_id: int) -> dict[str, Ints]:
@@ -180,12 +152,7 @@ def open_tokenizer(
 ) -> Tokenizer:
     """Open the transformers tokenizer in a model folder, safe to call from many threads.
 
-    Args:
-        folder: holds the tokenizer's files.
-        max_tokens: maximum input length; None: the smaller of the tokenizer's and the model's limits.
-        model: the model, for its limit.
-        prefix: prepended to each text.
-        is_lower: whether to lowercase texts first.
+    `max_tokens` defaults to the smaller of the tokenizer's and the model's limits; see `Tokenizer` for the rest.
 
     Raises:
         PathError: there is no tokenizer in the folder.
@@ -196,8 +163,7 @@ def open_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PathError(f"no tokenizer in {folder}: {reason}; add the model's tokenizer files") from error
+        raise PathError(f"no tokenizer in {folder}: {one_line(error)}; add the model's tokenizer files") from error
     limit = _input_limit(max_tokens, tokenizer, model, folder)
     return Tokenizer(
         encode=_encode_function(tokenizer, limit),

@@ -1,6 +1,7 @@
 """Text features computed from the token states of a text model, and pooling: (B, T, D) states -> (B, D).
 
-Masks are (B, T) with 1 on tokens and 0 on padding, which is on the right.
+Masks are (B, T) with 1 on tokens and 0 on padding, which is on the right. `layers` are blocks, counted from 1; those
+beyond a model's depth are ignored.
 
 `embedcache export transformers` copies this file into the model folder, where it runs without embedcache: import only
 torch, the standard library and `image_features`, which is copied along.
@@ -16,12 +17,7 @@ Pool = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class TextFeatures(torch.nn.Module):
-    """Native features of a transformers text model, and the same after some of its blocks: (B, T) -> dict by name.
-
-    Args:
-        model: text tower.
-        layers: blocks, counted from 1; those beyond the model's depth are ignored.
-    """
+    """Native features of a transformers text model, and the same after some of its blocks: (B, T) -> dict by name."""
 
     def __init__(self, model: torch.nn.Module, layers: Sequence[int]) -> None:
         super().__init__()
@@ -47,7 +43,7 @@ class SentenceFeatures(torch.nn.Module):
         transformer: the transformers model.
         pools: names of poolings; several are concatenated.
         heads: dense layers, in order.
-        layers: blocks, counted from 1; those beyond the model's depth are ignored.
+        layers: blocks.
     """
 
     def __init__(
@@ -84,14 +80,7 @@ class SentenceFeatures(torch.nn.Module):
 
 
 class Dense(torch.nn.Module):
-    """A linear layer with an activation: (B, D) -> (B, P).
-
-    Args:
-        input_width: D.
-        output_width: P.
-        has_bias: whether the layer has a bias.
-        activation: applied to the output.
-    """
+    """A linear layer with an activation: (B, D) -> (B, P)."""
 
     def __init__(self, input_width: int, output_width: int, *, has_bias: bool, activation: torch.nn.Module) -> None:
         super().__init__()

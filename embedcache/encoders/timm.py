@@ -28,7 +28,7 @@ from embedcache.encoders.image import (
 from embedcache.encoders.image_features import TimmFeatures, requested_layers
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.weights import find_hub_commit, hash_weights, read_weights, translate_hub_errors
+from embedcache.encoders.weights import find_hub_commit, hash_weights, one_line, read_weights, translate_hub_errors
 from embedcache.errors import ArtifactError, SettingError, UnknownNameError
 
 POOLING: Mapping[str, str] = {
@@ -98,12 +98,7 @@ def create_model(name: str) -> Any:
 
 
 def pixel_transform(model: Any, size_px: int | None = None) -> tuple[Transform, torch.nn.Module, dict[str, Any]]:
-    """Return a model's transform up to uint8, the normalization that follows, and the published settings.
-
-    Args:
-        model: the timm model.
-        size_px: side of the input images; None: the published one.
-    """
+    """Return a model's transform up to uint8, the normalization that follows, and the published settings."""
     from timm.data import create_transform, resolve_model_data_config
 
     config = resolve_model_data_config(model, args={} if size_px is None else {"img_size": size_px})
@@ -170,9 +165,8 @@ def _load_older_names(name: str, path: Path) -> Any:
     try:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source)
     except (RuntimeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ArtifactError(
-            f"the weights in {path} do not fit {name}: {reason}; name the model that they belong to"
+            f"the weights in {path} do not fit {name}: {one_line(error)}; name the model that they belong to"
         ) from error
     model.reset_classifier(0)
     return model.eval()
@@ -192,7 +186,6 @@ def _resized(spec: EncoderSpec, model: Any) -> Iterator[int | None]:
             model.set_input_size(img_size=(int(text), int(text)))
         yield int(text)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise SettingError(
-            f"{spec.model} does not support image_size={text}: {reason}; try a multiple of its patch or window size"
+            f"{spec.model} does not support image_size={text}: {one_line(error)}; try a multiple of its patch size"
         ) from error

@@ -1,6 +1,7 @@
 """`hf:facebook/dinov2-base` or `hf:/local/folder`: image and text models of transformers, with their own processor."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import build_text_encoder, max_tokens_option, open_tokenizer
 from embedcache.encoders.text_features import POOLING as TEXT_POOLING
 from embedcache.encoders.text_features import TextFeatures
-from embedcache.encoders.weights import find_model_folder, load_config, load_pretrained, model_class
+from embedcache.encoders.weights import find_model_folder, load_config, load_pretrained, model_class, one_line
 from embedcache.errors import PathError, SettingError
 from embedcache.provenance import digest
 
@@ -53,8 +54,17 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
     check_modality(spec, modality, "image" if is_vision else "text")
     model, weights = load_pretrained(loader, folder.path, config)
     untie_last_state(model, requested_layers(settings.features))
-    open_tower = _open_image if modality == "image" else _open_text
-    return open_tower(spec, folder.path, model, settings, weights=weights, revision=folder.revision)
+    fingerprint = Fingerprint(
+        family="hf",
+        model=spec.model_name,
+        revision=folder.revision,
+        weights=weights,
+        preprocessing={},
+        pooling=IMAGE_POOLING if modality == "image" else TEXT_POOLING,
+    )
+    if modality == "image":
+        return _image_encoder(model, folder.path, fingerprint, settings)
+    return _text_encoder(model, folder.path, fingerprint, settings, spec)
 
 
 def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
@@ -78,54 +88,25 @@ def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
     return part, transformers.AutoModel
 
 
-def _open_image(
-    spec: EncoderSpec,
-    folder: Path,
-    model: torch.nn.Module,
-    settings: EncoderSettings,
-    *,
-    weights: str,
-    revision: str | None,
+def _image_encoder(
+    model: torch.nn.Module, folder: Path, fingerprint: Fingerprint, settings: EncoderSettings
 ) -> Encoder:
     transform, scale, published, input_size = pixel_transform(folder)
     features = ImageFeatures(model, requested_layers(settings.features))
-    return build_image_encoder(
-        ImageModel(features, scale, input_size=input_size, requested=settings.features),
-        transform,
-        fingerprint=Fingerprint(
-            family="hf",
-            model=spec.model_name,
-            revision=revision,
-            weights=weights,
-            preprocessing=published,
-            pooling=IMAGE_POOLING,
-        ),
-        settings=settings,
-    )
+    module = ImageModel(features, scale, input_size=input_size, requested=settings.features)
+    fingerprint = replace(fingerprint, preprocessing=published)
+    return build_image_encoder(module, transform, fingerprint=fingerprint, settings=settings)
 
 
-def _open_text(
-    spec: EncoderSpec,
-    folder: Path,
-    model: torch.nn.Module,
-    settings: EncoderSettings,
-    *,
-    weights: str,
-    revision: str | None,
+def _text_encoder(
+    model: torch.nn.Module, folder: Path, fingerprint: Fingerprint, settings: EncoderSettings, spec: EncoderSpec
 ) -> Encoder:
     tokenizer = open_tokenizer(folder, max_tokens=max_tokens_option(spec), model=model)
     config: Any = model.config
     return build_text_encoder(
         TextFeatures(model, requested_layers(settings.features)),
         tokenizer,
-        fingerprint=Fingerprint(
-            family="hf",
-            model=spec.model_name,
-            revision=revision,
-            weights=weights,
-            preprocessing=tokenizer.preprocessing,
-            pooling=TEXT_POOLING,
-        ),
+        fingerprint=replace(fingerprint, preprocessing=tokenizer.preprocessing),
         settings=settings,
         onnx_key={"name": f"hf-{spec.folder}", "config": digest(config.to_dict())},
     )
@@ -154,8 +135,7 @@ def pixel_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str,
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PathError(f"no image processor in {folder}: {reason}; add preprocessor_config.json") from error
+        raise PathError(f"no image processor in {folder}: {one_line(error)}; add preprocessor_config.json") from error
 
     def whole(image: Image) -> Array:
         pixels = processor(images=image, return_tensors="np")["pixel_values"][0]

@@ -22,6 +22,11 @@ _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _OPTIONAL_WEIGHTS = ("pooler.", "lm_head.")  # a checkpoint may lack them: no feature depends on them
 
 
+def one_line(error: Exception, max_length: int = 200) -> str:
+    """Return an error's message on one line, to quote it in another message."""
+    return " ".join(str(error).split())[:max_length]
+
+
 def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
     """Return the SHA-256, as 64 hex digits, over names, dtypes, shapes and bytes of all weights, sorted by name."""
     sha = hashlib.sha256()
@@ -82,20 +87,14 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
         raise ArtifactError(
-            f"the weights in {path} belong to another model: {reason}; name the model that they belong to"
+            f"the weights in {path} belong to another model: {one_line(error)}; name the model that they belong to"
         ) from error
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's files on this machine.
-
-    Args:
-        path: the folder.
-        revision: commit on the hub; None: a local folder.
-    """
+    """A model's files on this machine, and their commit on the hub; None for a local folder."""
 
     path: Path
     revision: str | None = None
@@ -103,10 +102,6 @@ class ModelFolder:
 
 def find_model_folder(spec: EncoderSpec, *, next_step: str = USE_LOCAL_FOLDER) -> ModelFolder:
     """Return a model's folder; download it from the hub at the commit, tag or branch in the option `revision`.
-
-    Args:
-        spec: names the folder or the model.
-        next_step: what the user can do if the hub does not have it.
 
     Raises:
         PathError: a local path that is not a folder, a name that the hub does not know, or an unreachable hub.
@@ -133,14 +128,9 @@ def _download(model: str, revision: str | None, next_step: str) -> ModelFolder:
 
 
 def find_hub_commit(repository: str, *, model: str, next_step: str) -> str:
-    """Return the commit of a model on the hub, before a library downloads the weights in its own way.
+    """Return the commit of a hub repository, `owner/name` or `owner/name@revision`, before a library downloads it.
 
     This fails at once if the hub is unreachable; the libraries' own downloads retry for most of a minute.
-
-    Args:
-        repository: `owner/name`, or `owner/name@revision`.
-        model: what is downloaded, for the message.
-        next_step: what the user can do instead.
 
     Raises:
         PathError: the hub does not know it, or is unreachable and the local hub cache does not hold it.
@@ -154,12 +144,7 @@ def find_hub_commit(repository: str, *, model: str, next_step: str) -> str:
 
 @contextmanager
 def translate_hub_errors(model: str, *, next_step: str) -> Iterator[None]:
-    """Re-raise the hub libraries' errors about a missing model or network as `PathError`.
-
-    Args:
-        model: what is downloaded from the hub.
-        next_step: what the user can do instead.
-    """
+    """Re-raise the hub libraries' errors about a missing model or network as `PathError`."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -181,9 +166,8 @@ def load_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise PathError(
-            f"no model that transformers can read in {folder}: {reason}; give a folder written by save_pretrained()"
+            f"no model that transformers can read in {folder}: {one_line(error)}; give one of save_pretrained()"
         ) from error
 
 
@@ -209,11 +193,6 @@ def model_class(config: Any, folder: Path) -> Any:
 def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Module, str]:
     """Load a transformers model in float32 and hash its weights.
 
-    Args:
-        loader: `AutoModel`, or a class with the same `from_pretrained`.
-        folder: holds `config.json` and weights.
-        config: from `load_config`.
-
     Returns:
         The model in eval mode, and the SHA-256 of those of its weights that the checkpoint holds.
 
@@ -226,12 +205,13 @@ def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Mo
         try:
             model, info = loader.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
         except OSError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise PathError(f"no weights in {folder}: {reason}; give a folder with model.safetensors") from error
+            raise PathError(
+                f"no weights in {folder}: {one_line(error)}; give a folder with model.safetensors"
+            ) from error
         except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
             raise CorruptError(f"cannot read the weights in {folder}; download the folder again") from error
         except (RuntimeError, ValueError) as error:
-            raise _misfit(folder, " ".join(str(error).split())[:200]) from error
+            raise _misfit(folder, one_line(error)) from error
     missing = set(info["missing_keys"])
     if any(not name.startswith(_OPTIONAL_WEIGHTS) for name in missing):
         raise _misfit(folder, f"{len(missing)} are missing, such as {min(missing)}")

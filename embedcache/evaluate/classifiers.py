@@ -1,10 +1,11 @@
-"""The classifiers that a probe fits on frozen features: neighbors, ridge regression, and a table with logistic.py's.
+"""Classifiers on frozen features: nearest neighbors, ridge regression and logistic regression.
 
-All take length away from the vectors first. What is linear then takes off the mean of the training vectors and divides
-by one number, their root mean square length: as good as giving each dimension variance 1 where training data are many,
-and far better where they are few, since a handful of vectors says little about the variance of each dimension.
+All scale vectors to length 1. The linear ones then subtract the mean of the training vectors and divide by one number,
+their root mean square length: as good as scaling each dimension to variance 1 for many training items, and far better
+for few, which say little about the variance of each dimension.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -13,13 +14,17 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, blocks, normalize
 from embedcache.metrics.neighbors import top_k, vote
-from embedcache.registry import Registry
+from embedcache.registry import Registry, require
 
-NUM_NEIGHBOURS = 20
+NUM_NEIGHBORS = 20
 TEMPERATURE = 0.07
 SHRINKAGE_GRID = tuple(10.0**power for power in range(-7, 2))
 FEW_SHOT_SHRINKAGE = 0.01
-_NO_SPREAD = 1e-12  # all vectors point one way
+C_GRID = tuple(10.0**power for power in range(-2, 6))
+FEW_SHOT_C = 10.0
+_MAX_ITERATIONS = 1000
+_TOLERANCE = 1e-4  # scikit-learn's default, for dimensions of variance 1
+_MIN_VARIANCE = 1e-12  # below it, all vectors have one direction
 _BLOCK = 8192
 
 
@@ -36,57 +41,70 @@ class Examples:
     labels: Ints
 
     def take(self, rows: Ints) -> "Examples":
-        """Copy some of them."""
+        """Return a copy of some of them."""
         return Examples(vectors=self.vectors[rows], labels=self.labels[rows])
 
 
-class Fitted(NamedTuple):
-    """A classifier that was fitted.
+class Classifier(NamedTuple):
+    """A trained classifier.
 
     Args:
-        scores: (Q, D) float32 vectors -> (Q, C) scores, higher is more likely; -inf for classes it never saw.
-        chosen: what was chosen and on what grounds, as JSON values.
+        scores: (Q, D) float32 vectors -> (Q, C) scores, higher is more likely; -inf for classes without examples.
+        chosen: hyperparameters and how they were chosen, as JSON values.
     """
 
     scores: Callable[[Floats], Floats]
     chosen: Mapping[str, Any]
 
 
-Fit: TypeAlias = Callable[[Examples, Examples | None, int], Fitted]
-"""Fits on the examples; its strength is chosen on the validation examples, and both together fitted again. Without
-validation examples it is a fixed one. The number is that of the classes."""
+Fit: TypeAlias = Callable[[Examples, Examples | None, int], Classifier]
+"""Function of the training examples, the validation examples and the number of classes. It chooses its regularization
+on the validation examples and fits both together; without validation examples the regularization is fixed."""
 
 METHODS = Registry(
     "method",
     {
         "knn": "embedcache.evaluate.classifiers:fit_knn",
-        "logistic": "embedcache.evaluate.logistic:fit_logistic",
+        "logistic": "embedcache.evaluate.classifiers:fit_logistic",
         "ridge": "embedcache.evaluate.classifiers:fit_ridge",
     },
 )
 
 
-def fit_knn(train: Examples, val: Examples | None, num_classes: int) -> Fitted:
-    """Let the 20 nearest by cosine vote, each with exp(cosine / 0.07) as DINO's do; nothing is chosen."""
+def load_method(name: str) -> Fit:
+    """Return the function of a method: knn, logistic, ridge or module:attribute.
+
+    Raises:
+        UnknownNameError: there is no method of that name.
+        MissingExtraError: logistic regression, and scikit-learn is not installed.
+    """
+    if name == "logistic":
+        require("sklearn.linear_model", extra="evaluate")
+    fit: Fit = METHODS.load(name)
+    return fit
+
+
+def fit_knn(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
+    """Classify by a vote of the 20 nearest neighbors by cosine, with weight exp(cosine / 0.07) as in DINO."""
     both = joined(train, val)
     candidates = normalize(both.vectors)
-    k = min(NUM_NEIGHBOURS, len(candidates))
+    k = min(NUM_NEIGHBORS, len(candidates))
 
     def scores(vectors_QD: Floats) -> Floats:
         rows_QK, sims_QK = top_k(normalize(vectors_QD), candidates, k)
         return vote(both.labels[rows_QK], sims_QK, num_classes, temperature=TEMPERATURE)
 
-    return Fitted(scores, {"neighbors": k, "temperature": TEMPERATURE})
+    return Classifier(scores, {"neighbors": k, "temperature": TEMPERATURE})
 
 
-def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Fitted:
-    """Fit ridge regression to one-hot classes, in closed form; the shrinkage is a power of ten, chosen on validation.
+def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
+    """Fit ridge regression to one-hot classes in closed form; the shrinkage, a power of ten, is chosen on validation.
 
     The shrinkage is relative to the number of examples, whose squared lengths have mean 1.
     """
-    if val is None:
-        return Fitted(Ridge(train, num_classes).scores(FEW_SHOT_SHRINKAGE), {"shrinkage": FEW_SHOT_SHRINKAGE})
     ridge = Ridge(train, num_classes)
+    if val is None:
+        return Classifier(ridge.scores(FEW_SHOT_SHRINKAGE), {"shrinkage": FEW_SHOT_SHRINKAGE})
     accuracies = {
         strength: float(np.mean(ridge.scores(strength)(val.vectors).argmax(axis=1) == val.labels))
         for strength in SHRINKAGE_GRID
@@ -94,45 +112,14 @@ def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Fitted
     best = max(accuracies, key=lambda strength: (accuracies[strength], strength))
     chosen = {
         "shrinkage": best,
-        "val_accuracy": by_strength(accuracies),
-        "at_the_edge": is_at_the_edge(accuracies, SHRINKAGE_GRID),
+        "val_accuracy": _rounded(accuracies),
+        "at_the_edge": _is_at_the_edge(accuracies, SHRINKAGE_GRID),
     }
-    return Fitted(Ridge(joined(train, val), num_classes).scores(best), chosen)
-
-
-class Scale(NamedTuple):
-    """What makes vectors fit for a linear classifier: length 1, then the mean off, then divided by one number.
-
-    Args:
-        mean: (D,) float32, of the training vectors.
-        length: their root mean square length after that.
-    """
-
-    mean: Floats
-    length: np.float32
-
-    @classmethod
-    def of(cls, vectors_MD: Floats) -> "Scale":
-        """Measure training vectors; sums are taken in float64, a block at a time."""
-        total, squares = np.zeros(vectors_MD.shape[1]), 0.0
-        for block in blocks(len(vectors_MD), _BLOCK):
-            unit_BD = normalize(vectors_MD[block]).astype(np.float64)
-            total += unit_BD.sum(axis=0)
-            squares += float(np.square(unit_BD).sum())
-        mean = total / len(vectors_MD)
-        spread = squares / len(vectors_MD) - float(mean @ mean)
-        return cls(mean.astype(np.float32), np.float32(np.sqrt(spread) if spread > _NO_SPREAD else 1))
-
-    def __call__(self, vectors_ND: Floats) -> Floats:
-        """Give a scaled copy: (N, D) float32."""
-        scaled_ND = normalize(vectors_ND)
-        scaled_ND -= self.mean
-        scaled_ND /= self.length
-        return scaled_ND
+    return Classifier(Ridge(joined(train, val), num_classes).scores(best), chosen)
 
 
 class Ridge:
-    """Ridge regression to one-hot classes at any shrinkage, after one decomposition of the smaller Gram matrix.
+    """Ridge regression to one-hot classes at any shrinkage, from one decomposition of the smaller Gram matrix.
 
     Memory: a scaled copy of the vectors and three square matrices of min(M, D) rows in float64.
 
@@ -148,16 +135,15 @@ class Ridge:
         self._prior = self._counts / len(x_MD)
         y_MC = np.eye(num_classes, dtype=np.float32)[train.labels] - self._prior.astype(np.float32)
         self._num = len(x_MD)
-        self._is_wide = x_MD.shape[0] < x_MD.shape[1]
-        gram = _gram(x_MD.T) if self._is_wide else _gram(x_MD)
-        values, self._vectors = np.linalg.eigh(gram)
+        is_wide = x_MD.shape[0] < x_MD.shape[1]
+        values, self._vectors = np.linalg.eigh(_gram(x_MD.T if is_wide else x_MD))
         self._values = np.maximum(values, 0)
-        self._x_MD = x_MD if self._is_wide else None
-        target = y_MC if self._is_wide else x_MD.T @ y_MC
+        self._x_MD = x_MD if is_wide else None
+        target = y_MC if is_wide else x_MD.T @ y_MC
         self._target = self._vectors.T @ target.astype(np.float64)
 
     def scores(self, shrinkage: float) -> Callable[[Floats], Floats]:
-        """Solve for one shrinkage, above 0, relative to the number of examples."""
+        """Solve for one shrinkage above 0, relative to the number of examples."""
         solved = self._vectors @ (self._target / (self._values + shrinkage * self._num)[:, None])
         weights_DC = (solved if self._x_MD is None else self._x_MD.T @ solved).astype(np.float32)
         bias_C = np.where(self._counts, self._prior, -np.inf).astype(np.float32)
@@ -165,8 +151,103 @@ class Ridge:
         return lambda vectors_QD: scale(vectors_QD) @ weights_DC + bias_C
 
 
+def fit_logistic(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
+    """Fit multinomial logistic regression by L-BFGS; C, a power of ten, is chosen on validation.
+
+    Each C starts from the solution of the smaller one. As large ones take longest, the search ends when two in a row
+    are no better, or one is worse by more than a standard error.
+    """
+    chosen: dict[str, Any]
+    if val is None:
+        both, chosen = train, {"C": FEW_SHOT_C}
+    else:
+        accuracies = _validate_strengths(train, val)
+        best = max(accuracies, key=lambda strength: (accuracies[strength], -strength))
+        both, chosen = joined(train, val), {"C": best, "val_accuracy": _rounded(accuracies)}
+    model, scale = _logistic_model(chosen["C"], both), Scale.of(both.vectors)
+    chosen["iterations"] = _fit_model(model, scale(both.vectors), both.labels)
+    if val is not None:
+        chosen["converged"] = chosen["iterations"] < _MAX_ITERATIONS
+        chosen["at_the_edge"] = _is_at_the_edge(accuracies, C_GRID)
+
+    def scores(vectors_QD: Floats) -> Floats:
+        decision = model.decision_function(scale(vectors_QD)).astype(np.float32)
+        if decision.ndim == 1:  # for two classes scikit-learn returns the score of the second alone
+            decision = np.stack([-decision, decision], axis=1)
+        scores_QC = np.full((len(vectors_QD), num_classes), -np.inf, np.float32)
+        scores_QC[:, model.classes_] = decision
+        return scores_QC
+
+    return Classifier(scores, chosen)
+
+
+def _logistic_model(strength: float, train: Examples) -> Any:
+    """Create the model. Dimensions of scaled vectors have variance 1 / D, so gradients are smaller by its root."""
+    linear = require("sklearn.linear_model", extra="evaluate")
+    tolerance = _TOLERANCE / float(np.sqrt(train.vectors.shape[1]))
+    return linear.LogisticRegression(C=strength, max_iter=_MAX_ITERATIONS, tol=tolerance, warm_start=True)
+
+
+def _fit_model(model: Any, vectors_MD: Floats, labels_M: Ints) -> int:
+    """Fit the model and return the number of iterations; the report says if they were too few."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lbfgs failed to converge")
+        model.fit(vectors_MD, labels_M)
+    return int(model.n_iter_.max())
+
+
+def _validate_strengths(train: Examples, val: Examples) -> dict[float, float]:
+    model, scale = _logistic_model(C_GRID[0], train), Scale.of(train.vectors)
+    train_MD, val_MD = scale(train.vectors), scale(val.vectors)
+    accuracies: dict[float, float] = {}
+    for strength in C_GRID:
+        model.set_params(C=strength)
+        _fit_model(model, train_MD, train.labels)
+        accuracies[strength] = float(np.mean(model.predict(val_MD) == val.labels))
+        if _is_past_the_best(list(accuracies.values()), len(val.labels)):
+            break
+    return accuracies
+
+
+def _is_past_the_best(accuracies: Sequence[float], num_val: int) -> bool:
+    best = max(accuracies)
+    standard_error = np.sqrt(best * (1 - best) / num_val)
+    return accuracies.index(best) < len(accuracies) - 2 or accuracies[-1] < best - standard_error
+
+
+class Scale(NamedTuple):
+    """Scaling for linear classifiers: to length 1, minus the mean, divided by one number.
+
+    Args:
+        mean: (D,) float32 mean of the training vectors of length 1.
+        length: their root mean square length after centering.
+    """
+
+    mean: Floats
+    length: np.float32
+
+    @classmethod
+    def of(cls, vectors_MD: Floats) -> "Scale":
+        """Fit to training vectors; sums are in float64, block by block."""
+        total, squares = np.zeros(vectors_MD.shape[1]), 0.0
+        for block in blocks(len(vectors_MD), _BLOCK):
+            unit_BD = normalize(vectors_MD[block]).astype(np.float64)
+            total += unit_BD.sum(axis=0)
+            squares += float(np.square(unit_BD).sum())
+        mean = total / len(vectors_MD)
+        variance = squares / len(vectors_MD) - float(mean @ mean)
+        return cls(mean.astype(np.float32), np.float32(np.sqrt(variance) if variance > _MIN_VARIANCE else 1))
+
+    def __call__(self, vectors_ND: Floats) -> Floats:
+        """Return a scaled copy: (N, D) float32."""
+        scaled_ND = normalize(vectors_ND)
+        scaled_ND -= self.mean
+        scaled_ND /= self.length
+        return scaled_ND
+
+
 def joined(train: Examples, val: Examples | None) -> Examples:
-    """Put training and validation examples into one."""
+    """Concatenate training and validation examples."""
     if val is None:
         return train
     return Examples(
@@ -175,19 +256,18 @@ def joined(train: Examples, val: Examples | None) -> Examples:
 
 
 def _gram(x_MD: Array) -> Array:
-    """Give the products of all columns: (D, D) float64, added up in it from blocks of rows."""
+    """Compute x'x, (D, D) float64, summed over blocks of rows."""
     gram_DD = np.zeros((x_MD.shape[1], x_MD.shape[1]))
     for block in blocks(len(x_MD), _BLOCK):
         gram_DD += x_MD[block].T @ x_MD[block]
     return gram_DD
 
 
-def is_at_the_edge(accuracies: Mapping[float, float], grid: Sequence[float]) -> bool:
-    """Say whether a strength beyond those tried might well be better: the best is the first or last, and alone."""
+def _is_at_the_edge(accuracies: Mapping[float, float], grid: Sequence[float]) -> bool:
+    """Return whether the first or last strength of the grid alone is best, so that one beyond it may be better."""
     best = [strength for strength in grid if accuracies.get(strength) == max(accuracies.values())]
     return best in ([grid[0]], [grid[-1]])
 
 
-def by_strength(accuracies: Mapping[float, float]) -> dict[str, float]:
-    """Give the accuracies as JSON."""
+def _rounded(accuracies: Mapping[float, float]) -> dict[str, float]:
     return {f"{strength:g}": round(accuracy, 5) for strength, accuracy in accuracies.items()}

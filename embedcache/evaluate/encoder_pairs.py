@@ -1,4 +1,4 @@
-"""Which encoders go together, before any training: every image feature of a cache with every text feature."""
+"""Compare encoder pairs before any training: every image feature of a cache with every text feature."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,25 +11,30 @@ from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
 from embedcache.dataset.pairs import Items
 from embedcache.dataset.settings import SplitSettings
 from embedcache.encoders.image_features import FeatureName
-from embedcache.errors import DataError, SettingError, UnfinishedError
-from embedcache.evaluate.pair_samples import LEAST_SAMPLES, Drawn, cut, draw
-from embedcache.metrics.alignment import Blocked, Products, cka, nearest_others, neighbor_overlap, products, shuffled
+from embedcache.errors import DataError, UnfinishedError
+from embedcache.evaluate.pair_samples import PairSample, draw_samples, split_samples
+from embedcache.evaluate.settings import PairsSettings
+from embedcache.metrics.alignment import (
+    CenteredRows,
+    KernelProducts,
+    cka,
+    kernel_products,
+    nearest_others,
+    neighbor_overlap,
+    shuffled_from_products,
+)
 from embedcache.metrics.intervals import Estimate, bootstrap_mean, jackknife
 from embedcache.metrics.ranking import best_ranks
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.store.cache import Cache
 
-VAL_SHARE = 0.25
-"""Of the split that is made here: a probe needs more held-out samples than a choice of epochs does."""
-
 _RECALL_K = 10
-_SHARED_WIDTH, _SHRINKAGE = 256, 1.0  # as training starts
+_SHARED_WIDTH, _SHRINKAGE = 256, 1.0  # the defaults of training
 _BLOCK = 1024
 
-
 ROWS = "each item scaled to length 1, then the mean over a sample's images and over its captions"
-"""How a sample becomes one row of a side; the paper averages five captions too, and does not scale images first."""
+"""How a sample becomes one row per modality; the paper averages five captions too, and does not scale images first."""
 
 METRICS: Mapping[str, str] = {
     "probe": "probe R@10",
@@ -37,22 +42,22 @@ METRICS: Mapping[str, str] = {
     "debiased_cka": "debiased CKA",
     "linear_cka": "linear CKA",
 }
-"""Metric -> what it is called in tables and figures."""
+"""Metric -> name in tables and figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairFigures:
-    """What was measured of one image feature and one text feature.
+    """Metrics of one image feature and one text feature.
 
     Args:
         image: `encoder/feature`.
-        text: alike.
-        i2t: recall at 10 of the probe, image to text.
-        t2i: text to image.
-        mutual_knn: share of nearest neighbors in common.
+        text: `encoder/feature`.
+        i2t: R@10 of the probe, image to text.
+        t2i: R@10 of the probe, text to image.
+        mutual_knn: fraction of nearest neighbors in common.
         debiased_cka: linear CKA from unbiased HSIC.
-        linear_cka: linear CKA as the paper has it.
-        shuffled_cka: what linear CKA is expected to be with shuffled pairs.
+        linear_cka: linear CKA as in the paper.
+        shuffled_cka: expectation of linear CKA for shuffled pairs.
     """
 
     image: str
@@ -66,34 +71,34 @@ class PairFigures:
 
     @property
     def probe(self) -> float:
-        """Recall at 10, mean of both ways."""
+        """Mean R@10 of both directions."""
         return (self.i2t.value + self.t2i.value) / 2
 
     def value(self, metric: str) -> float:
-        """Get the value of one of `METRICS`."""
+        """Return the value of one of `METRICS`."""
         found = getattr(self, metric)
         return float(found.value if isinstance(found, Estimate) else found)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairsReport:
-    """All pairs of a cache's features, the best probe first, and what decided the figures.
+    """Metrics of all pairs of features of a cache, the best probe first.
 
     Args:
-        pairs: the figures.
-        pooling: feature -> how its encoder made one vector, or several that were averaged.
-        num_drawn: samples that were drawn from the cache.
-        num_compared: those of them outside the split's test part, which all metrics are of.
-        num_trained: those that the probe was fitted on.
-        num_held: those that it was measured on.
-        num_groups: groups of near-duplicates that intervals are over.
-        split: how the parts were cut, in words.
-        language: of the captions; None is all.
+        pairs: metrics of each pair.
+        pooling: feature -> how its encoder pooled one vector, or several that were averaged.
+        num_drawn: samples drawn from the cache.
+        num_compared: samples outside the test part of the split, which all metrics are of.
+        num_trained: samples that the probe was fitted on.
+        num_held: samples that the probe was measured on.
+        num_groups: near-duplicate groups, which intervals are over.
+        split: description of the split.
+        language: language of the captions; None is all.
         k: neighbors of mutual kNN.
-        seed: of the drawing and the split.
-        knn_chance: mutual kNN of sides that have nothing in common.
-        chance: of the probe: `i2t`, `t2i`.
-        skipped: a line for each feature that was left out.
+        seed: random seed of the draw.
+        knn_chance: mutual kNN of unrelated features.
+        chance: chance level of the probe: `i2t`, `t2i`.
+        skipped: one line per feature that was left out.
     """
 
     pairs: Sequence[PairFigures]
@@ -112,222 +117,204 @@ class PairsReport:
     skipped: Sequence[str] = ()
 
     def line(self) -> str:
-        """Say what was measured, in one line."""
+        """Summarize what was measured in one line."""
         language = "" if self.language is None else f" in {self.language}"
         return (
             f"{self.num_compared:,} samples outside the test part of {self.num_drawn:,} drawn (seed {self.seed}), "
             f"split {self.split}; rows: {ROWS}{language}; CKA centered; kNN by cosine, k {self.k}; probe: CCA fitted "
-            f"on {self.num_trained:,} samples, ranked on {self.num_held:,} others; 95 % intervals over "
-            f"{self.num_groups:,} groups of near-duplicates"
+            f"on {self.num_trained:,} samples, ranked on {self.num_held:,} others; 95% intervals over "
+            f"{self.num_groups:,} near-duplicate groups"
         )
 
 
 def evaluate_pairs(
-    cache_path: Path | str,
-    *,
-    images: Sequence[str] | None = None,
-    texts: Sequence[str] | None = None,
-    language: str | None = None,
-    num_samples: int = 5000,
-    k: int = 10,
-    seed: int = 0,
-    num_draws: int = 2000,
-    split: SplitSettings | None = None,
-    progress: Progress | None = None,
+    cache_path: Path | str, settings: PairsSettings | None = None, *, progress: Progress | None = None
 ) -> PairsReport:
-    """Compare every image feature with every text feature of a cache on the same samples; nothing is trained.
+    """Compare every image feature with every text feature of a cache on the same samples, without training.
 
-    Samples that have all of the features are drawn, and cut into parts; those of the test part are never looked at,
-    so that a choice made here may be tested there. `ROWS` in `pairs_report` says how a sample becomes a row; token
-    features are the mean of their tokens. The probe is CCA as training starts from it, fitted on the training part
-    and ranked on the validation part. A strict split is by the first image and the first text feature.
+    Samples that have all features are drawn and split. Those of the test part are not used, so that a choice made here
+    may be tested there. `ROWS` describes how a sample becomes a row; token features are averaged over tokens. The
+    probe is the CCA that training starts from, fitted on the training part and ranked on the validation part. A strict
+    split is by the first image and the first text feature.
 
-    Intervals of CKA are a jackknife over 50 blocks of whole groups of near-duplicates, those of the others a bootstrap
-    over the groups. Memory: all text features and one image feature of the drawn samples in float32, two features in
+    Intervals of CKA are a jackknife over 50 blocks of whole near-duplicate groups, those of the others a bootstrap over
+    the groups. Memory: all text features and one image feature of the drawn samples in float32, two features in
     float64, three D × D matrices of the widest, and 64 MB of similarities; never n × n.
 
     Args:
         cache_path: the cache.
-        images: image features, `encoder/feature`, with `+` between several of one encoder; None is all finished ones.
-        texts: text features, alike.
-        language: captions of this language; None is all.
-        num_samples: how many to draw, at most.
-        k: neighbors of mutual kNN.
-        seed: of the drawing, and of the split that is made where none is given.
-        num_draws: resamples of the bootstrap.
-        split: how to cut; None is strict with a quarter each for validation and test.
-        progress: told about pairs.
+        settings: features, samples and split.
+        progress: progress in pairs of features.
 
     Raises:
         UnknownNameError: no such feature or language, or the cache has no feature of a modality.
         UnfinishedError: a named feature has missing chunks, or all have.
-        SettingError: too few samples asked for, a k that is not below them, or nothing can be held out.
-        DataError: too few samples have all features, or a feature is constant or no number.
+        SettingError: k is not below the number of samples, or nothing can be held out.
+        DataError: too few samples have all features, or a feature is constant, NaN or infinite.
     """
-    if num_samples < LEAST_SAMPLES:
-        raise SettingError(f"num samples is {num_samples}; at least {LEAST_SAMPLES} are needed")
-    progress = progress or NullProgress()
+    settings, progress = settings or PairsSettings(), progress or NullProgress()
     cache = Cache(cache_path)
-    image_sides, skipped_images = _open_sides(cache, "image", images)
-    text_sides, skipped_texts = _open_sides(cache, "text", texts)
+    images, skipped_images = _open_features(cache, "image", settings.image_feature)
+    texts, skipped_texts = _open_features(cache, "text", settings.text_feature)
     for line in (skipped := [*skipped_images, *skipped_texts]):
         progress.note(line)
-    pairs = draw(cache, image_sides, text_sides, language, num_samples, seed)
-    settings = split or SplitSettings(val_fraction=VAL_SHARE, seed=seed)
-    drawn = cut(pairs, cache, (image_sides[0], text_sides[0]), settings)
-    drawn.check(k)
-    progress.start("encoder pairs", len(image_sides) * len(text_sides), "pairs")
-    figures = _compare(drawn, image_sides, text_sides, k, num_draws, lambda: progress.advance(1))
+    pairs = draw_samples(cache, images, texts, settings)
+    sample = split_samples(pairs, cache, images[0], texts[0], settings.split)
+    sample.check_k(settings.k)
+    progress.start("encoder pairs", len(images) * len(texts), "pairs")
+    figures = _compare(sample, images, texts, settings, lambda: progress.advance(1))
     progress.finish()
     return PairsReport(
         pairs=sorted(figures, key=lambda pair: -pair.probe),
-        pooling={side.name: _pooling(side) for side in (*image_sides, *text_sides)},
+        pooling={feature.name: _pooling(feature) for feature in (*images, *texts)},
         num_drawn=len(pairs.samples),
-        num_compared=len(drawn.samples),
-        num_trained=len(drawn.train.samples),
-        num_held=len(drawn.held.samples),
-        num_groups=len(np.unique(drawn.groups)),
-        split=_split_line(settings, image_sides[0], text_sides[0]),
-        language=language,
-        k=k,
-        seed=seed,
-        knn_chance=k / (len(drawn.samples) - 1),
-        chance=drawn.chance(_RECALL_K),
+        num_compared=len(sample.samples),
+        num_trained=len(sample.train.samples),
+        num_held=len(sample.val.samples),
+        num_groups=len(np.unique(sample.groups)),
+        split=_split_line(settings.split, images[0], texts[0]),
+        language=settings.language,
+        k=settings.k,
+        seed=settings.seed,
+        knn_chance=settings.k / (len(sample.samples) - 1),
+        chance=sample.chance(_RECALL_K),
         skipped=skipped,
     )
 
 
-def _open_sides(cache: Cache, modality: str, names: Sequence[str] | None) -> tuple[list[InputFeature], list[str]]:
-    """Open the named sides, or all finished ones: the sides, and a line for each that was left out."""
+def _open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[list[InputFeature], list[str]]:
+    """Open the named features, or all complete ones, and return them with a line for each that was left out."""
     if names:
-        named = {side.name: side for side in (open_input(cache, modality, name) for name in names)}
-        for side in named.values():
-            side.require_complete()
+        named = {feature.name: feature for feature in (open_input(cache, modality, name) for name in names)}
+        for feature in named.values():
+            feature.require_complete()
         return list(named.values()), []
-    features = cache.features(modality)
-    if not features:
-        open_input(cache, modality)  # raises, and says how to get some
+    stored = cache.features(modality)
+    if not stored:
+        open_input(cache, modality)  # raises, with the command that extracts some
     found, skipped = [], []
-    for feature in features:
-        side = InputFeature([feature])
+    for one in stored:
+        feature = InputFeature([one])
         try:
-            side.require_complete()
-            found.append(side)
+            feature.require_complete()
+            found.append(feature)
         except UnfinishedError as error:
             skipped.append(f"left out: {error}")
     if skipped and not found:
-        raise UnfinishedError(f"no {modality} feature of {cache.path} is finished; {skipped[0].partition(': ')[2]}")
+        raise UnfinishedError(f"no {modality} feature of {cache.path} is complete; {skipped[0].partition(': ')[2]}")
     return found, skipped
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Side:
-    """One side made ready for its pairs.
+class _PreparedFeature:
+    """All that its pairs need of one feature.
 
     Args:
-        items: (I, D) float32, the vectors of all items, of length 1.
-        rows: (S, D) float32, their mean in each sample.
-        neighbors: (S, K) int64, of the rows.
+        items: (I, D) float32 vectors of all items, of length 1.
+        rows: (S, D) float32 mean of the items of each sample.
+        neighbors: (S, K) int64 nearest neighbors of the rows.
         own: products of the rows with themselves.
     """
 
     items: Floats
     rows: Array
     neighbors: Ints
-    own: Products
+    own: KernelProducts
 
 
 def _compare(
-    drawn: Drawn,
+    sample: PairSample,
     images: Sequence[InputFeature],
     texts: Sequence[InputFeature],
-    k: int,
-    num_draws: int,
+    settings: PairsSettings,
     advance: Callable[[], None],
 ) -> list[PairFigures]:
-    prepared = [_prepare(side, drawn.pairs.text, drawn, k) for side in texts]
+    prepared = [_prepare(feature, sample.pairs.text, sample, settings.k) for feature in texts]
     figures = []
     for image in images:
-        image_side = _prepare(image, drawn.pairs.image, drawn, k)
-        for text, text_side in zip(texts, prepared, strict=True):
+        prepared_image = _prepare(image, sample.pairs.image, sample, settings.k)
+        for text, prepared_text in zip(texts, prepared, strict=True):
             names = image.name, text.name
-            figures.append(_measure(drawn, names, image_side, text_side, num_draws))
+            figures.append(_measure(sample, names, prepared_image, prepared_text, settings.resamples))
             advance()
     return figures
 
 
-def _prepare(side: InputFeature, items: Items, drawn: Drawn, k: int) -> _Side:
-    parts = [normalize(mean_vectors(_read(side, items.rows[block]))) for block in blocks(len(items.rows), _BLOCK)]
+def _prepare(feature: InputFeature, items: Items, sample: PairSample, k: int) -> _PreparedFeature:
+    parts = [normalize(mean_vectors(_read(feature, items.rows[block]))) for block in blocks(len(items.rows), _BLOCK)]
     unit_ID = np.concatenate(parts)
-    row_I = np.searchsorted(drawn.samples, items.samples)
-    rows_SD = np.zeros((len(drawn.samples), unit_ID.shape[1]), np.float32)
+    row_I = np.searchsorted(sample.samples, items.samples)
+    rows_SD = np.zeros((len(sample.samples), unit_ID.shape[1]), np.float32)
     np.add.at(rows_SD, row_I, unit_ID)
     rows_SD /= np.bincount(row_I)[:, None].astype(np.float32)
     try:
-        blocked = Blocked(rows_SD, drawn.blocks)
+        blocked = CenteredRows(rows_SD, sample.blocks)
     except DataError as error:
-        raise DataError(f"{side.modality} feature {side.name}: {error}") from error
-    return _Side(items=unit_ID, rows=rows_SD, neighbors=nearest_others(rows_SD, k), own=products(blocked, blocked))
+        raise DataError(f"{feature.modality} feature {feature.name}: {error}") from error
+    own = kernel_products(blocked, blocked)
+    return _PreparedFeature(items=unit_ID, rows=rows_SD, neighbors=nearest_others(rows_SD, k), own=own)
 
 
-def _read(side: InputFeature, rows: Ints) -> Inputs:
-    inputs = side.read(rows)
-    check_finite(inputs.values, f"the {side.modality} feature {side.name}", rows=rows)
+def _read(feature: InputFeature, rows: Ints) -> Inputs:
+    inputs = feature.read(rows)
+    check_finite(inputs.values, f"the {feature.modality} feature {feature.name}", rows=rows)
     return inputs
 
 
-def _measure(drawn: Drawn, names: tuple[str, str], image: _Side, text: _Side, num_draws: int) -> PairFigures:
-    x, y = Blocked(image.rows, drawn.blocks), Blocked(text.rows, drawn.blocks)
-    both, sizes = products(x, y), np.bincount(drawn.blocks)
+def _measure(
+    sample: PairSample, names: tuple[str, str], image: _PreparedFeature, text: _PreparedFeature, resamples: int
+) -> PairFigures:
+    x, y = CenteredRows(image.rows, sample.blocks), CenteredRows(text.rows, sample.blocks)
+    both, sizes = kernel_products(x, y), np.bincount(sample.blocks)
     overlap_S = neighbor_overlap(image.neighbors, text.neighbors)
-    i2t, t2i = _probe(drawn, image.items, text.items, num_draws)
+    i2t, t2i = _probe(sample, image.items, text.items, resamples)
     return PairFigures(
         image=names[0],
         text=names[1],
         i2t=i2t,
         t2i=t2i,
-        mutual_knn=bootstrap_mean(overlap_S, drawn.groups, num_draws=num_draws),
+        mutual_knn=bootstrap_mean(overlap_S, sample.groups, num_draws=resamples),
         debiased_cka=jackknife(cka(both.unbiased, image.own.unbiased, text.own.unbiased), sizes),
         linear_cka=jackknife(cka(both.biased, image.own.biased, text.own.biased), sizes),
-        shuffled_cka=shuffled(x, y, image.own, text.own),
+        shuffled_cka=shuffled_from_products(x, y, image.own, text.own),
     )
 
 
-def _probe(drawn: Drawn, images_ID: Floats, texts_TE: Floats, num_draws: int) -> tuple[Estimate, Estimate]:
-    """Fit CCA on all pairs of the training part, as training does, and rank the held-out items both ways."""
-    places = drawn.places(drawn.train)
-    image_M, text_M = (place[joined] for place, joined in zip(places, drawn.train.joined(), strict=True))
+def _probe(sample: PairSample, images_ID: Floats, texts_TE: Floats, resamples: int) -> tuple[Estimate, Estimate]:
+    """Fit CCA on all pairs of the training part, as training does, and rank the validation items both ways."""
+    places = sample.places(sample.train)
+    image_M, text_M = (place[joined] for place, joined in zip(places, sample.train.all_pairs(), strict=True))
     moments = Moments(images_ID.shape[1], texts_TE.shape[1])
     for block in blocks(len(image_M), 8 * _BLOCK):
         moments.add(images_ID[image_M[block]], texts_TE[text_M[block]])
     image_DP, text_EP = solve("cca", moments, _SHARED_WIDTH, shrinkage=_SHRINKAGE)
-    held_image, held_text = drawn.places(drawn.held)
-    images = normalize((images_ID[held_image] - moments.image_mean) @ image_DP)
-    texts = normalize((texts_TE[held_text] - moments.text_mean) @ text_EP)
-    image_P, text_P = drawn.held.positives()
-    i2t = best_ranks(images, texts, (image_P, text_P))
-    t2i = best_ranks(texts, images, (text_P, image_P))
-    of_images, of_texts = (drawn.groups_of(items.samples) for items in (drawn.held.image, drawn.held.text))
+    val_image, val_text = sample.places(sample.val)
+    images = normalize((images_ID[val_image] - moments.image_mean) @ image_DP)
+    texts = normalize((texts_TE[val_text] - moments.text_mean) @ text_EP)
+    image_M, text_M = sample.val.positives()
+    i2t = best_ranks(images, texts, (image_M, text_M))
+    t2i = best_ranks(texts, images, (text_M, image_M))
+    of_images, of_texts = (sample.groups_of(items.samples) for items in (sample.val.image, sample.val.text))
     return (
-        bootstrap_mean(i2t <= _RECALL_K, of_images, num_draws=num_draws),
-        bootstrap_mean(t2i <= _RECALL_K, of_texts, num_draws=num_draws),
+        bootstrap_mean(i2t <= _RECALL_K, of_images, num_draws=resamples),
+        bootstrap_mean(t2i <= _RECALL_K, of_texts, num_draws=resamples),
     )
 
 
-def _pooling(side: InputFeature) -> str:
-    """Say how a side's encoder made its vectors, in the words of the fingerprint."""
-    said = side.fingerprint.get("pooling", {})
-    words = " and ".join(_made(part.partition("/")[2], said) for part in side.name.split("+"))
-    return words + (", mean of the tokens" if side.has_tokens else "")
+def _pooling(feature: InputFeature) -> str:
+    """Describe how the encoder pooled its vectors, in the words of the fingerprint."""
+    pooling = feature.fingerprint.get("pooling", {})
+    words = " and ".join(_pooled(part.partition("/")[2], pooling) for part in feature.name.split("+"))
+    return words + (", mean of the tokens" if feature.has_tokens else "")
 
 
-def _made(name: str, said: Mapping[str, str]) -> str:
+def _pooled(name: str, pooling: Mapping[str, str]) -> str:
     parsed = FeatureName.parse(name)
-    if name in said or parsed is None:
-        return said.get(name, name)
+    if name in pooling or parsed is None:
+        return pooling.get(name, name)
     cells = "" if parsed.grid is None and parsed.clusters is None else f"{name.rpartition('.')[2]} of "
     layer = "" if parsed.layer is None else f"after block {parsed.layer}: "
-    return f"{layer}{cells}{said.get(parsed.native, parsed.native)}"
+    return f"{layer}{cells}{pooling.get(parsed.native, parsed.native)}"
 
 
 def _split_line(settings: SplitSettings, image: InputFeature, text: InputFeature) -> str:

@@ -1,4 +1,4 @@
-"""Items of a cache with a feature and a label, cut into parts for training, validation and test."""
+"""Labeled items of one feature, divided into training, validation and test parts."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,142 +11,136 @@ import numpy.typing as npt
 from embedcache.arrays import Bools, Floats, Ints
 from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
 from embedcache.dataset.labels import Labels, has_label, read_labels
-from embedcache.dataset.pairs import Items, items_of
+from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.splits import PART_NAMES, PARTS, take_groups
 from embedcache.errors import DataError
 from embedcache.evaluate.classifiers import Examples
+from embedcache.evaluate.settings import ProbeSettings
 from embedcache.store.cache import Cache
 
-HeldOut: TypeAlias = Literal["test", "val"]
 _Parts: TypeAlias = npt.NDArray[Any]
 
-_TEST_SHARE, _VAL_SHARE = 0.25, 0.1
+_TEST_FRACTION, _VAL_FRACTION = 0.25, 0.1
 _SPLIT = "split"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labeled:
+class LabeledFeature:
     """The labeled items of one feature, in row order.
 
     Args:
-        side: the feature.
-        names: the classes.
-        items: (M,) of each: row, sample and content.
-        examples: (M, D) vectors, the mean of an item's tokens where it has several, and (M,) classes.
+        feature: the feature.
+        names: names of the classes.
+        items: M items: row, sample and content.
+        examples: (M, D) vectors, the mean of the tokens of an item, and (M,) classes.
         parts: (M,) `train`, `val` or `test`.
-        cut: how they were cut, in words.
+        split_rule: description of how the parts were made.
         num_unlabeled: items without a label, left out.
-        num_left_out: others that are in no part, or failed.
+        num_left_out: other items that failed or are in no part.
     """
 
-    side: InputFeature
+    feature: InputFeature
     names: list[str]
     items: Items
     examples: Examples
     parts: _Parts
-    cut: str
+    split_rule: str
     num_unlabeled: int
     num_left_out: int
 
     def rows(self, part: str) -> Ints:
-        """Get the positions of a part's items, ascending."""
+        """Return the positions of the items of a part, ascending."""
         return np.flatnonzero(self.parts == part)
 
     def overlap(self) -> int:
-        """Count the test items whose bytes or text are, exactly, in training or validation too."""
+        """Count the test items whose bytes or text are in training or validation too."""
         is_test = self.parts == "test"
         return int(np.isin(self.items.contents[is_test], self.items.contents[~is_test]).sum())
 
 
-def read_labeled(
-    cache: Cache, modality: str, name: str | None, *, label: str = "label", part: HeldOut = "test", seed: int = 0
-) -> Labeled:
-    """Read a feature's vectors, labels and parts.
+def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
+    """Read the vectors, labels and parts of a feature.
 
-    The parts are those of the column `split`, where the cache has one; validation is cut from training where that
-    names none. Else a hash of the keys cuts 25 % for test and 10 % for validation. Copies of an item stay together in
-    what is cut. Items without a label are left out. Memory: the vectors in float32.
+    Parts are those of the column `split`, if the cache has one; if it names no validation part, one is taken from
+    training. Otherwise a hash of the keys selects 25% for test and 10% for validation. Copies of an item stay
+    together. Items without a label are left out. Memory: the vectors in float32.
 
     Args:
         cache: the cache.
-        modality: `image` or `text`.
-        name: as of `open_input`.
-        label: the column that holds the labels.
-        part: which part of the column `split` is the test; of `val`, validation is cut from training, and `test` is
-            left out.
-        seed: which of the possible cuts.
+        settings: modality, feature, label column, seed, and the part of the column `split` that is the test; for `val`,
+            validation is taken from training, and the test part is left out.
 
     Raises:
         UnknownNameError: there is no such feature or column.
-        UnfinishedError: the feature has uncommitted chunks.
-        DataError: a part is empty, there is one class only, no item has a label, or the column `split` names no part.
+        UnfinishedError: the feature has missing chunks.
+        DataError: a part is empty, there is only one class, no item has a label, or the column `split` names no part.
         CorruptError: bytes differ from their checksum.
     """
-    side = open_input(cache, modality, name)
-    side.require_complete()
-    items, num_unlabeled = _with_label(items_of([cache], [side]), cache, label)
-    part_S, cut = _parts(cache, items, part, seed)
+    feature = open_input(cache, settings.modality, settings.feature)
+    feature.require_complete()
+    items, num_unlabeled = _with_label(read_items([cache], [feature]), cache, settings.label)
+    part_S, rule = _parts(cache, items, settings.part, settings.seed)
     parts = part_S[items.samples]
     kept = items.where(parts != "")
     parts = parts[parts != ""]
-    _require_parts(parts, cache, side, cut)
-    labels = read_labels(cache, kept.samples, column=label)
-    _require_classes(labels, parts == "train", f"column {label!r} of {cache.path}")
-    return Labeled(
-        side=side,
+    _check_parts(parts, cache, feature, rule)
+    labels = read_labels(cache, kept.samples, column=settings.label)
+    _check_classes(labels, parts == "train", f"column {settings.label!r} of {cache.path}")
+    return LabeledFeature(
+        feature=feature,
         names=labels.names,
         items=kept,
-        examples=Examples(vectors=_read_vectors(side, kept.rows), labels=labels.numbers),
+        examples=Examples(vectors=_read_vectors(feature, kept.rows), labels=labels.numbers),
         parts=parts,
-        cut=cut,
+        split_rule=rule,
         num_unlabeled=num_unlabeled,
-        num_left_out=side.num_items - num_unlabeled - len(kept.rows),
+        num_left_out=feature.num_items - num_unlabeled - len(kept.rows),
     )
 
 
 def _with_label(items: Items, cache: Cache, label: str) -> tuple[Items, int]:
-    """Keep the items whose sample has a label, and count the others."""
+    """Return the items whose sample has a label, and the number of the others."""
     has_one = has_label(cache, items.samples, column=label)
     if not has_one.any():
         raise DataError(f"none of {len(has_one):,} items of {cache.path} has a label in column {label!r}")
     return items.where(has_one), int((~has_one).sum())
 
 
-def _parts(cache: Cache, items: Items, part: HeldOut, seed: int) -> tuple[_Parts, str]:
-    """Give each sample of the cache a part, or "", and say how."""
+def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) -> tuple[_Parts, str]:
+    """Return the (S,) part of each sample, or "", and the rule in words."""
     keys = cache.samples["key"].to_pylist()
     part_S = np.full(len(keys), "", "<U5")
     if _SPLIT in cache.columns:
-        part_S[:] = _said_parts(cache, part)
+        part_S[:] = _column_parts(cache, part)
         how = f"parts by column {_SPLIT!r}" + (f", {part} is held out" if part != "test" else "")
         if (part_S == "val").any():
             return part_S, how
         train = _groups(items, part_S[items.samples] == "train")
         num_train = int((part_S == "train").sum())
-        part_S[list(take_groups(train, keys, round(_VAL_SHARE * num_train), seed))] = "val"
-        return part_S, f"{how}, {_VAL_SHARE:.0%} of train for validation"
+        part_S[list(take_groups(train, keys, round(_VAL_FRACTION * num_train), seed))] = "val"
+        return part_S, f"{how}, {_VAL_FRACTION:.0%} of train for validation"
     if part != "test":
         raise DataError(f"the samples of {cache.path} have no column {_SPLIT!r} that names a part {part!r}; use test")
     groups = _groups(items, np.ones(len(items.rows), bool))
     num_samples = sum(map(len, groups))
-    test = take_groups(groups, keys, round(_TEST_SHARE * num_samples), seed)
+    test = take_groups(groups, keys, round(_TEST_FRACTION * num_samples), seed)
     rest = [group for group in groups if group[0] not in test]
-    val = take_groups(rest, keys, round(_VAL_SHARE * num_samples), seed)
+    val = take_groups(rest, keys, round(_VAL_FRACTION * num_samples), seed)
     part_S[np.unique(items.samples)] = "train"
     part_S[list(test)], part_S[list(val)] = "test", "val"
-    return part_S, f"parts by a hash of the keys, {_TEST_SHARE:.0%} for test and {_VAL_SHARE:.0%} for validation"
+    return part_S, f"parts by a hash of the keys, {_TEST_FRACTION:.0%} for test and {_VAL_FRACTION:.0%} for validation"
 
 
-def _said_parts(cache: Cache, part: HeldOut) -> list[str]:
-    """Read the column `split`; the part that is held out becomes `test`."""
-    said = [str(value).lower() for value in cache.samples[_SPLIT].to_pylist()]
-    named = [PART_NAMES.get(value, "") for value in said]
+def _column_parts(cache: Cache, part: Literal["test", "val"]) -> list[str]:
+    """Read the column `split`; the part to measure on becomes `test`."""
+    values = [str(value).lower() for value in cache.samples[_SPLIT].to_pylist()]
+    named = [PART_NAMES.get(value, "") for value in values]
     if not {"train", part} <= set(named):
-        held = [name for name in ("test", "val") if name in named and "train" in named]
-        next_step = f"; hold out another part: --part {held[0]}" if held else ""
+        others = [name for name in ("test", "val") if name in named and "train" in named]
+        next_step = f"; use another part: --part {others[0]}" if others else ""
         raise DataError(
-            f"column {_SPLIT!r} of {cache.path} holds {', '.join(sorted(set(said)))}; "
-            f"it must name train and {part}{next_step}"
+            f"column {_SPLIT!r} of {cache.path}: expected train and {part} among its values, got "
+            f"{', '.join(sorted(set(values)))}{next_step}"
         )
     if part == "test":
         return list(named)
@@ -154,7 +148,7 @@ def _said_parts(cache: Cache, part: HeldOut) -> list[str]:
 
 
 def _groups(items: Items, mask: Bools) -> list[list[int]]:
-    """Group the samples of some items: those that begin with the same content stay together."""
+    """Group the samples of some items: those whose first items have equal content stay together."""
     first: dict[int, int] = {}
     for sample, content in zip(items.samples[mask].tolist(), items.contents[mask].tolist(), strict=True):
         first.setdefault(sample, content)
@@ -164,26 +158,27 @@ def _groups(items: Items, mask: Bools) -> list[list[int]]:
     return list(groups.values())
 
 
-def _require_parts(parts: _Parts, cache: Cache, side: InputFeature, cut: str) -> None:
+def _check_parts(parts: _Parts, cache: Cache, feature: InputFeature, rule: str) -> None:
     counts = {part: int((parts == part).sum()) for part in PARTS}
     empty = [part for part, count in counts.items() if not count]
     if empty:
-        said = ", ".join(f"{part}: {count:,}" for part, count in counts.items())
-        raise DataError(f"{cache.path} has no {empty[0]} items with {side.name} ({said}; {cut})")
+        listed = ", ".join(f"{part}: {count:,}" for part, count in counts.items())
+        raise DataError(f"{cache.path} has no {empty[0]} items with {feature.name} ({listed}; {rule})")
 
 
-def _require_classes(labels: Labels, is_train: Bools, place: str) -> None:
+def _check_classes(labels: Labels, is_train: Bools, place: str) -> None:
     classes = np.unique(labels.numbers[is_train])
     if len(classes) < 2:
-        raise DataError(f"all training items have the label {labels.names[classes[0]]!r} in {place}; a probe needs two")
+        name = labels.names[classes[0]]
+        raise DataError(f"{place}: expected at least two classes among the training items, got only {name!r}")
 
 
-def _read_vectors(side: InputFeature, rows: Ints) -> Floats:
-    """Read the vectors of some rows, checksums compared: (M, D) float32."""
-    position_N = np.full(side.num_items, -1)
+def _read_vectors(feature: InputFeature, rows: Ints) -> Floats:
+    """Read the vectors of some rows and compare checksums: (M, D) float32."""
+    position_N = np.full(feature.num_items, -1)
     position_N[rows] = np.arange(len(rows))
-    vectors_MD = np.empty((len(rows), side.width), np.float32)
-    for found, inputs in side.blocks():
+    vectors_MD = np.empty((len(rows), feature.width), np.float32)
+    for found, inputs in feature.blocks():
         position_B = position_N[found]
         is_kept = position_B >= 0
         vectors_MD[position_B[is_kept]] = mean_vectors(inputs)[is_kept]
@@ -191,5 +186,5 @@ def _read_vectors(side: InputFeature, rows: Ints) -> Floats:
 
 
 def name_some(names: Sequence[str], most: int = 5) -> str:
-    """Name the first few of many."""
+    """List the first few of many names."""
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most:,} others" if len(names) > most else "")

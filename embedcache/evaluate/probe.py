@@ -1,16 +1,17 @@
-"""How much a frozen feature knows of a label: neighbors and linear classifiers fitted on it, and few-shot curves."""
+"""Probes: how well classifiers on a frozen feature predict a label, and few-shot curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Ints, blocks
+from embedcache.arrays import Array, Bools, Ints, blocks
 from embedcache.errors import SettingError
-from embedcache.evaluate.classifiers import METHODS, Examples, Fit, Fitted
-from embedcache.evaluate.labeled import HeldOut, Labeled, name_some, read_labeled
+from embedcache.evaluate.classifiers import Classifier, Examples, Fit, load_method
+from embedcache.evaluate.labeled import LabeledFeature, name_some, read_labeled
+from embedcache.evaluate.settings import ProbeSettings
 from embedcache.metrics.classification import class_means, ranks_of
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
 from embedcache.progress import NullProgress, Progress
@@ -21,49 +22,16 @@ _BLOCK = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeSettings:
-    """What is fitted, on which labels.
-
-    Args:
-        methods: `knn`, `logistic`, `ridge`, or `module:attribute` paths of your own; at least one.
-        label: the column that holds the labels.
-        part: which part of the source's column `split` is held out.
-        shots: numbers of training items a class, for a few-shot curve.
-        num_draws: how many drawings of those, and how many shuffles of the control.
-        has_control: fit on shuffled labels, too: the control that must end at chance, on average of several shuffles.
-        seed: of the cut, the drawings and the shuffling.
-    """
-
-    methods: tuple[str, ...] = ("knn", "logistic", "ridge")
-    label: str = "label"
-    part: HeldOut = "test"
-    shots: tuple[int, ...] = ()
-    num_draws: int = 5
-    has_control: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.methods:
-            raise SettingError(f"no method to probe with; name one of {', '.join(METHODS.paths)}")
-        if any(shots < 1 for shots in self.shots):
-            raise SettingError(f"shots are {', '.join(map(str, self.shots))}; each must be at least 1")
-        if self.num_draws < 1:
-            raise SettingError(f"{self.num_draws} drawings of a few shots; take at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise SettingError(f"seed is {self.seed}; it must be at least 0 and below 2^32")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Score:
-    """What one method reached on the test items.
+    """Accuracy of one method on the test items.
 
     Args:
-        method: its name.
-        accuracy: share whose best class is right, with a 95 % interval from resampling the samples.
-        top5: share whose class is among the best five; None where there are no more than five.
-        mean_per_class: mean of `recalls` over the classes that have test items, with its interval.
-        recalls: (C,) float64, share of each class's test items that are right; NaN where it has none.
-        chosen: what was chosen on validation.
+        method: name of the method.
+        accuracy: top-1 accuracy, with a 95% interval from resampling the samples.
+        top5: top-5 accuracy; None for five classes or fewer.
+        mean_per_class: mean of `recalls` over the classes with test items, with its interval.
+        recalls: (C,) float64 recall of each class; NaN for a class without test items.
+        chosen: hyperparameters chosen on validation.
     """
 
     method: str
@@ -76,12 +44,12 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class FewShot:
-    """What one method reached on the test items from a few training items a class.
+    """Accuracy of one method on the test items from a few training items per class.
 
     Args:
-        method: its name.
-        shots: how many.
-        accuracy: mean over drawings, with a 95 % interval from resampling both drawings and samples.
+        method: name of the method.
+        shots: training items per class.
+        accuracy: mean over draws, with a 95% interval from resampling both draws and samples.
     """
 
     method: str
@@ -91,15 +59,15 @@ class FewShot:
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """What one method reached on the test items after it was fitted on shuffled labels.
+    """Accuracy of one method on the test items after fitting on shuffled labels.
 
-    Items of a class lie together, so a classifier sends most of a class to one label, and one shuffle may end far
-    from chance, to either side, without a leak. The interval is therefore over shuffles, too.
+    Items of a class are close to each other, so a classifier gives most of a class one label, and a single shuffle may
+    be far from chance, above or below, without a leak. The interval is therefore over shuffles, too.
 
     Args:
-        method: its name.
-        accuracy: mean over shuffles, with a 95 % interval from resampling both shuffles and samples.
-        by_shuffle: the accuracy after each.
+        method: name of the method.
+        accuracy: mean over shuffles, with a 95% interval from resampling both shuffles and samples.
+        by_shuffle: accuracy of each shuffle.
     """
 
     method: str
@@ -109,18 +77,18 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeReport:
-    """All that was measured on one feature.
+    """Probes of one feature.
 
     Args:
-        labeled: the items.
-        settings: what was asked for.
-        scores: of each method.
-        controls: of each method, fitted on shuffled labels; none where not asked for.
-        few_shots: of each method and number of shots.
-        majority: share of the test items that are of the class most frequent in training and validation.
+        labeled: the labeled items.
+        settings: settings of the probes.
+        scores: accuracy of each method.
+        controls: accuracy of each method after fitting on shuffled labels, if asked for.
+        few_shots: accuracy of each method and number of shots.
+        majority: accuracy of predicting the most frequent class of training and validation.
     """
 
-    labeled: Labeled
+    labeled: LabeledFeature
     settings: ProbeSettings
     scores: Sequence[Score]
     controls: Sequence[Control]
@@ -129,27 +97,27 @@ class ProbeReport:
 
     @property
     def uniform(self) -> float:
-        """What guessing one of the classes at random reaches."""
+        """Accuracy of predicting classes at random."""
         return 1 / len(self.labeled.names)
 
     def line(self) -> str:
-        """Say what was measured, in one line."""
+        """Summarize what was measured in one line."""
         data, counts = self.labeled, self.counts
-        pooled = " (mean of its tokens)" if data.side.has_tokens else ""
-        left = f"; {data.num_left_out:,} items in no part or failed" if data.num_left_out else ""
-        left += f"; {data.num_unlabeled:,} without a label left out" if data.num_unlabeled else ""
+        pooled = " (mean of its tokens)" if data.feature.has_tokens else ""
+        rest = f"; {data.num_left_out:,} items in no part or failed" if data.num_left_out else ""
+        rest += f"; {data.num_unlabeled:,} without a label left out" if data.num_unlabeled else ""
         return (
-            f"{data.side.name}{pooled}: {len(data.names):,} classes; {counts['train']:,} train, {counts['val']:,} val, "
-            f"{counts['test']:,} test {data.side.modality}s; {data.cut}{left}"
+            f"{data.feature.name}{pooled}: {len(data.names):,} classes; {counts['train']:,} train, "
+            f"{counts['val']:,} val, {counts['test']:,} test {data.feature.modality}s; {data.split_rule}{rest}"
         )
 
     @property
     def counts(self) -> dict[str, int]:
-        """Items of each part."""
+        """Number of items of each part."""
         return {part: len(self.labeled.rows(part)) for part in ("train", "val", "test")}
 
     def warnings(self) -> list[str]:
-        """Say what makes the figures doubtful."""
+        """Return one line for each reason to doubt the figures."""
         return [*_overlap_warning(self.labeled), *_class_warning(self.labeled), *map(_fit_warning, self._doubtful())]
 
     def _doubtful(self) -> list[Score]:
@@ -157,71 +125,59 @@ class ProbeReport:
 
 
 def evaluate_probe(
-    cache_path: Path | str,
-    *,
-    image: str | None = None,
-    text: str | None = None,
-    settings: ProbeSettings | None = None,
-    progress: Progress | None = None,
+    cache_path: Path | str, settings: ProbeSettings | None = None, *, progress: Progress | None = None
 ) -> ProbeReport:
-    """Fit classifiers on a feature's training items, and measure them on its test items.
+    """Fit classifiers on the training items of a feature, and measure them on its test items.
 
-    What a method chooses, it chooses on validation, and is then fitted on training and validation together; test is
-    looked at once. A few shots are fitted at a fixed strength, as choosing one takes more labels. Memory: the vectors
-    in float32, and some three copies of the training part.
+    A method chooses its hyperparameters on validation and is then fitted on training and validation together. Few-shot
+    classifiers have fixed hyperparameters, as choosing them takes more labels. Memory: the vectors in float32, and
+    about three copies of the training part.
 
     Args:
         cache_path: the cache.
-        image: the feature, where it is of images; as of `Cache.feature`.
-        text: where it is of texts. One of both is given.
-        settings: what is fitted.
-        progress: is told of each fit.
+        settings: feature, labels and methods.
+        progress: progress in fits.
 
     Raises:
-        SettingError: not one feature, or more shots than a class has training items.
+        SettingError: more shots than a class has training items.
         UnknownNameError: there is no such feature, column or method.
-        UnfinishedError: the feature has uncommitted chunks.
-        DataError: the labels or parts do not allow it.
+        UnfinishedError: the feature has missing chunks.
+        DataError: labels or parts are not usable.
         MissingExtraError: logistic regression, and scikit-learn is not installed.
     """
     settings, progress = settings or ProbeSettings(), progress or NullProgress()
-    if (image is None) == (text is None):
-        raise SettingError("feature: expected the name of one feature, as encoder/feature, got none")
-    methods = {name: METHODS.load(name) for name in dict.fromkeys(settings.methods)}
-    modality = "text" if image is None else "image"
-    data = read_labeled(
-        Cache(cache_path), modality, image or text, label=settings.label, part=settings.part, seed=settings.seed
-    )
-    _require_shots(data, settings)
-    num_fits = 1 + (settings.has_control + len(settings.shots)) * settings.num_draws
+    methods = {name: load_method(name) for name in dict.fromkeys(settings.classifiers)}
+    data = read_labeled(Cache(cache_path), settings)
+    _check_shots(data, settings)
+    num_fits = 1 + (settings.control + len(settings.shots)) * settings.draws
     progress.start("probing", len(methods) * num_fits, "fits")
-    report = ProbeReport(
+    scores = [_score(name, fit, data, progress) for name, fit in methods.items()]
+    controls = [_control(name, fit, data, settings, progress) for name, fit in methods.items() if settings.control]
+    few_shots = [
+        _few_shot(name, fit, data, shots, settings, progress)
+        for name, fit in methods.items()
+        for shots in settings.shots
+    ]
+    progress.finish()
+    return ProbeReport(
         labeled=data,
         settings=settings,
-        scores=[_score(name, fit, data, progress) for name, fit in methods.items()],
-        controls=[
-            _control(name, fit, data, settings, progress) for name, fit in methods.items() if settings.has_control
-        ],
-        few_shots=[
-            _few_shot(name, fit, data, shots, settings, progress)
-            for name, fit in methods.items()
-            for shots in settings.shots
-        ],
-        majority=_majority(data),
+        scores=scores,
+        controls=controls,
+        few_shots=few_shots,
+        majority=_majority_accuracy(data),
     )
-    progress.finish()
-    return report
 
 
-def _ranks(fitted: Fitted, test: Examples) -> Ints:
-    """Rank each item's class among all by its score: (Q,) int64. Memory: the scores of 8,192 items."""
+def _ranks(fitted: Classifier, test: Examples) -> Ints:
+    """Compute the (Q,) rank of each item's class by its score. Memory: the scores of 8,192 items."""
     found = [
         ranks_of(fitted.scores(test.vectors[block]), test.labels[block]) for block in blocks(len(test.labels), _BLOCK)
     ]
     return np.concatenate(found)
 
 
-def _score(name: str, fit: Fit, data: Labeled, progress: Progress) -> Score:
+def _score(name: str, fit: Fit, data: LabeledFeature, progress: Progress) -> Score:
     fitted = _fit(fit, data, data.examples.labels)
     rows = data.rows("test")
     test, clusters = data.examples.take(rows), data.items.samples[rows]
@@ -237,54 +193,61 @@ def _score(name: str, fit: Fit, data: Labeled, progress: Progress) -> Score:
     )
 
 
-def _control(name: str, fit: Fit, data: Labeled, settings: ProbeSettings, progress: Progress) -> Control:
-    rows = data.rows("test")
-    test = data.examples.take(rows)
-    is_right_RQ = np.empty((settings.num_draws, len(rows)), bool)
-    for draw in range(settings.num_draws):
-        labels_M = shuffle_labels(data, seed=(settings.seed, draw))
-        is_right_RQ[draw] = _ranks(_fit(fit, data, labels_M), test) == 1
+def _control(name: str, fit: Fit, data: LabeledFeature, settings: ProbeSettings, progress: Progress) -> Control:
+    def fit_shuffled(draw: int) -> Classifier:
+        return _fit(fit, data, shuffle_labels(data, seed=(settings.seed, draw)))
+
+    is_right_RQ = _are_right(fit_shuffled, data, settings, progress)
+    accuracy = bootstrap_runs(is_right_RQ, data.items.samples[data.rows("test")])
+    return Control(method=name, accuracy=accuracy, by_shuffle=is_right_RQ.mean(axis=1).tolist())
+
+
+def _few_shot(
+    name: str, fit: Fit, data: LabeledFeature, shots: int, settings: ProbeSettings, progress: Progress
+) -> FewShot:
+    def fit_drawn(draw: int) -> Classifier:
+        drawn = draw_shots(data.examples.labels, data.rows("train"), shots, seed=(settings.seed, draw))
+        return fit(data.examples.take(drawn), None, len(data.names))
+
+    is_right_RQ = _are_right(fit_drawn, data, settings, progress)
+    accuracy = bootstrap_runs(is_right_RQ, data.items.samples[data.rows("test")])
+    return FewShot(method=name, shots=shots, accuracy=accuracy)
+
+
+def _are_right(
+    fit_draw: Callable[[int], Classifier], data: LabeledFeature, settings: ProbeSettings, progress: Progress
+) -> Bools:
+    """Return for each draw and test item whether the predicted class is right: (R, Q)."""
+    test = data.examples.take(data.rows("test"))
+    is_right_RQ = np.empty((settings.draws, len(test.labels)), bool)
+    for draw in range(settings.draws):
+        is_right_RQ[draw] = _ranks(fit_draw(draw), test) == 1
         progress.advance(1)
-    return Control(
-        method=name,
-        accuracy=bootstrap_runs(is_right_RQ, data.items.samples[rows]),
-        by_shuffle=is_right_RQ.mean(axis=1).tolist(),
-    )
+    return is_right_RQ
 
 
-def _fit(fit: Fit, data: Labeled, labels_M: Ints) -> Fitted:
-    """Fit on the training and validation items with these labels."""
-    taught = Examples(vectors=data.examples.vectors, labels=labels_M)
-    return fit(taught.take(data.rows("train")), taught.take(data.rows("val")), len(data.names))
+def _fit(fit: Fit, data: LabeledFeature, labels_M: Ints) -> Classifier:
+    """Fit on the training and validation items with the given labels."""
+    examples = Examples(vectors=data.examples.vectors, labels=labels_M)
+    return fit(examples.take(data.rows("train")), examples.take(data.rows("val")), len(data.names))
 
 
-def shuffle_labels(data: Labeled, *, seed: Sequence[int]) -> Ints:
-    """Give the (M,) labels with those of training and validation in random order; test keeps its own."""
+def shuffle_labels(data: LabeledFeature, *, seed: Sequence[int]) -> Ints:
+    """Return the (M,) labels, with those of training and validation in random order."""
     labels_M = data.examples.labels.copy()
-    taught = np.flatnonzero(data.parts != "test")
-    labels_M[taught] = np.random.default_rng(seed).permutation(labels_M[taught])
+    shuffled = np.flatnonzero(data.parts != "test")
+    labels_M[shuffled] = np.random.default_rng(seed).permutation(labels_M[shuffled])
     return labels_M
 
 
-def _few_shot(name: str, fit: Fit, data: Labeled, shots: int, settings: ProbeSettings, progress: Progress) -> FewShot:
-    rows = data.rows("test")
-    test = data.examples.take(rows)
-    is_right_RQ = np.empty((settings.num_draws, len(rows)), bool)
-    for draw in range(settings.num_draws):
-        drawn = draw_shots(data.examples.labels, data.rows("train"), shots, seed=(settings.seed, draw))
-        is_right_RQ[draw] = _ranks(fit(data.examples.take(drawn), None, len(data.names)), test) == 1
-        progress.advance(1)
-    return FewShot(method=name, shots=shots, accuracy=bootstrap_runs(is_right_RQ, data.items.samples[rows]))
-
-
 def draw_shots(labels_M: Ints, rows: Ints, shots: int, *, seed: Sequence[int]) -> Ints:
-    """Draw so many rows of each class, ascending by class; fewer shots of one seed are among its more.
+    """Draw rows of each class, ascending by class; with one seed, fewer shots are a subset of more.
 
     Args:
-        labels_M: (M,) int64, the class of each item.
-        rows: the rows to draw from.
-        shots: how many a class; each class that is there has as many.
-        seed: of the drawing.
+        labels_M: (M,) int64 class of each item.
+        rows: rows to draw from.
+        shots: rows per class; every class among the rows has at least as many.
+        seed: random seed.
     """
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(rows)
@@ -295,30 +258,29 @@ def draw_shots(labels_M: Ints, rows: Ints, shots: int, *, seed: Sequence[int]) -
     return drawn
 
 
-def _require_shots(data: Labeled, settings: ProbeSettings) -> None:
+def _check_shots(data: LabeledFeature, settings: ProbeSettings) -> None:
     classes, counts = np.unique(data.examples.labels[data.rows("train")], return_counts=True)
     if max(settings.shots, default=0) > counts.min():
         least = data.names[classes[counts.argmin()]]
         raise SettingError(
-            f"{max(settings.shots)} shots are more than class {least!r} has in training, {counts.min():,}; "
-            f"ask for at most {counts.min():,}"
+            f"shots: expected at most {counts.min():,}, the training items of class {least!r}, got "
+            f"{max(settings.shots):,}"
         )
 
 
-def _majority(data: Labeled) -> float:
+def _majority_accuracy(data: LabeledFeature) -> float:
     is_test = data.parts == "test"
     most = np.bincount(data.examples.labels[~is_test]).argmax()
     return float(np.mean(data.examples.labels[is_test] == most))
 
 
-def _overlap_warning(data: Labeled) -> list[str]:
+def _overlap_warning(data: LabeledFeature) -> list[str]:
     overlap = data.overlap()
-    what = "picture is" if data.side.modality == "image" else "text is"
-    said = f"WARNING: {overlap:,} test items, whose {what} exactly one of training or validation, raise the figures"
-    return [said] if overlap else []
+    line = f"WARNING: {overlap:,} test {data.feature.modality}s are copies of training or validation items"
+    return [line] if overlap else []
 
 
-def _class_warning(data: Labeled) -> list[str]:
+def _class_warning(data: LabeledFeature) -> list[str]:
     is_test = data.parts == "test"
     unseen = np.setdiff1d(data.examples.labels[is_test], data.examples.labels[~is_test])
     names = name_some([data.names[number] for number in unseen])
@@ -327,5 +289,5 @@ def _class_warning(data: Labeled) -> list[str]:
 
 def _fit_warning(score: Score) -> str:
     if not score.chosen.get("converged", True):
-        return f"WARNING: {score.method} stopped after {score.chosen['iterations']:,} steps, before it converged"
-    return f"WARNING: the strength of {score.method} that validation chose is the first or last of those tried"
+        return f"WARNING: {score.method} did not converge in {score.chosen['iterations']:,} iterations"
+    return f"WARNING: the regularization chosen for {score.method} is at the edge of the grid"

@@ -1,15 +1,19 @@
-"""Trained runs that are measured together: seeds of one recipe are averaged, recipes stand side by side."""
+"""The runs that are evaluated, and the samples they are evaluated on. Seeds of one recipe are averaged."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
+from embedcache.arrays import Ints
 from embedcache.dataset.inputs import InputFeature, open_input
-from embedcache.errors import SettingError
+from embedcache.dataset.splits import Split, read_split
+from embedcache.errors import CorruptError, DataError, SettingError
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, check_feature, load_pair, read_config
-from embedcache.provenance import check_same
+from embedcache.projectors.saved import PairConfig, check_feature, load_pair, read_config, split_path
+from embedcache.provenance import check_same, digest_file
 from embedcache.store.cache import Cache
 
 RunPaths: TypeAlias = Path | str | Sequence[Path | str]
@@ -18,7 +22,7 @@ RunPaths: TypeAlias = Path | str | Sequence[Path | str]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One trained pair with what it was trained on."""
+    """A trained pair with its config."""
 
     path: Path
     pair: AlignedPair
@@ -26,7 +30,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Of its training."""
+        """Random seed of the training."""
         return int(self.config.training["seed"])
 
 
@@ -34,30 +38,31 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False) -> list[Run]:
     """Load seeds of one recipe.
 
     Args:
-        run_paths: one, or several.
-        is_control: they must have been trained on shuffled pairs.
+        run_paths: one run, or several.
+        is_control: require that they were trained on shuffled pairs.
 
     Raises:
         SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
         FingerprintError: they differ in more than their seeds.
-        PathError: a folder is no finished run.
-        CorruptError: weights are not those that the config was written for.
+        PathError: a folder is not a finished run.
+        CorruptError: the weights differ from those that `config.json` was written for.
     """
-    run_paths = [run_paths] if isinstance(run_paths, Path | str) else run_paths
-    if not run_paths:
-        raise SettingError("no run to evaluate; give at least one run folder")
-    runs = [Run(path=Path(path), pair=pair, config=config) for path in run_paths for pair, config in [_load(path)]]
-    if is_control and not all(run.config.training["shuffle_pairs"] for run in runs):
-        raise SettingError("a control must be trained with --shuffle-pairs; one of these runs was not")
-    _refuse_mixed(runs)
+    paths = [Path(path) for path in ([run_paths] if isinstance(run_paths, Path | str) else run_paths)]
+    if not paths:
+        raise SettingError("expected at least one run to evaluate, got none")
+    runs = [Run(path=path, pair=pair, config=config) for path in paths for pair, config in [load_pair(path)]]
+    for run in runs:
+        if is_control and not run.config.training["shuffle_pairs"]:
+            raise SettingError(f"{run.path}: expected a control trained with --shuffle-pairs, got another run")
+    _check_same_recipe(runs)
     return runs
 
 
 def recipes(run_paths: Sequence[Path | str]) -> dict[str, list[Path]]:
-    """Sort runs by recipe: a name -> its seeds, in the order given.
+    """Group runs by recipe: name -> seeds, in the given order.
 
     Raises:
-        PathError: a folder is no finished run.
+        PathError: a folder is not a finished run.
     """
     found: list[tuple[dict[str, Any], list[Path]]] = []
     for path in map(Path, run_paths):
@@ -73,7 +78,7 @@ def recipes(run_paths: Sequence[Path | str]) -> dict[str, list[Path]]:
 def named_recipes(
     run_paths: Sequence[Path | str], control_paths: Sequence[Path | str]
 ) -> Iterator[tuple[str, list[Path], bool]]:
-    """Go through recipes, then those of controls: a name, its seeds, and whether it is a control."""
+    """Iterate over recipes, then over those of controls: name, seeds, and whether it is a control."""
     for name, paths in recipes(run_paths).items():
         yield name, paths, False
     controls = recipes(control_paths)
@@ -82,30 +87,91 @@ def named_recipes(
 
 
 def seeds_line(seeds: Sequence[int], figures: Sequence[float], name: str) -> str:
-    """Name seeds, and what each of several reaches."""
-    said = f"seeds {', '.join(map(str, seeds))}"
-    reached = ", ".join(f"{figure:.3f}" for figure in figures)
-    return f"{said} ({name} {reached})" if len(seeds) > 1 else said
+    """List seeds and, if there are several, the figure of each."""
+    line = f"seeds {', '.join(map(str, seeds))}"
+    listed = ", ".join(f"{figure:.3f}" for figure in figures)
+    return f"{line} ({name} {listed})" if len(seeds) > 1 else line
 
 
-def trained_side(cache: Cache, config: PairConfig, modality: str) -> InputFeature:
-    """Get what one side of a run was trained on.
+def run_input(cache: Cache, config: PairConfig, modality: str) -> InputFeature:
+    """Open the feature of a cache that a tower of a run was trained on.
 
     Raises:
         UnknownNameError: the cache has no feature of that name.
         FingerprintError: another encoder made it.
     """
-    side = open_input(cache, modality, config.tower_input(modality).feature)
-    check_feature(config, modality, side.name, side.fingerprint)
-    return side
+    feature = open_input(cache, modality, config.tower_input(modality).feature)
+    check_feature(config, modality, feature.name, feature.fingerprint)
+    return feature
 
 
-def _load(path: Path | str) -> tuple[AlignedPair, PairConfig]:
-    return load_pair(Path(path))
+@dataclass(frozen=True, kw_only=True)
+class EvalSplit:
+    """The samples that a run is evaluated on.
+
+    Args:
+        part: description of the part and its split.
+        samples: (M,) rows of the sample table, ascending.
+        groups: (S,) int64 number of the near-duplicate group of each sample of the cache.
+    """
+
+    part: str
+    samples: Ints
+    groups: Ints
+
+
+def read_eval_split(cache: Cache, run: Run, part: str | None = None) -> EvalSplit:
+    """Select the samples of a cache to evaluate a run on.
+
+    For a cache that the run was trained on, the run's split decides; for any other the column `split`, if there is
+    one, or else all samples.
+
+    Args:
+        cache: the cache.
+        run: the run.
+        part: `test`, `val`, `train` or `all`; None is `test`, or `all` of another cache without such a part.
+
+    Raises:
+        CorruptError: the run's split differs from the one it was trained on.
+        DataError: there is no such part.
+    """
+    if was_trained_on(run, cache):
+        split = read_run_split(run, cache)
+        rows = np.arange(len(split.keys)) if part == "all" else split.rows(part or "test")
+        return EvalSplit(part=f"part {part or 'test'} of the run's split", samples=rows, groups=np.array(split.groups))
+    parts = np.array(cache.samples["split"].to_pylist() if "split" in cache.columns else [], object)
+    groups = np.arange(cache.info.num_samples)
+    if part == "all" or (part is None and not (parts == "test").any()):
+        return EvalSplit(part="all samples", samples=groups, groups=groups)
+    rows = np.flatnonzero(parts == (part or "test"))
+    if not len(rows):
+        known = sorted({str(name) for name in parts if name is not None})
+        reason = f"its column split holds {', '.join(known)}" if known else "it has no column split"
+        raise DataError(f"{cache.path} has no {part} samples for this run: {reason}; use --part all")
+    return EvalSplit(part=f"split {part or 'test'} of {cache.path.name}", samples=rows, groups=groups)
+
+
+def was_trained_on(run: Run, cache: Cache) -> bool:
+    """Return whether a cache is one of those that a run was trained on."""
+    return any(map(cache.info.has_rows_of, run.config.index_digest.split("+")))
+
+
+def read_run_split(run: Run, cache: Cache) -> Split:
+    """Read the split of a run for one of its caches.
+
+    Raises:
+        CorruptError: it differs from the split that the run was trained on.
+    """
+    path = split_path(run.path)
+    if not path.is_file() or digest_file(path) != run.config.split_digest:
+        raise CorruptError(
+            f"{path} is missing or not the split that the run was trained on; train again into a new folder"
+        )
+    return read_split(path, [cache])
 
 
 def _named(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
-    """Name each recipe by what its folders' names have in common; by their paths where that is not unique."""
+    """Name each recipe by what the names of its folders have in common, or by their paths if that is not unique."""
     names = [", ".join(dict.fromkeys(_stem(path) for path in paths)) for paths in recipes]
     if len(set(names)) < len(names):
         names = [", ".join(map(str, paths)) for paths in recipes]
@@ -113,23 +179,23 @@ def _named(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
 
 
 def _stem(path: Path) -> str:
-    """Take the number of a seed off a folder's name: `run-0` -> `run`."""
+    """Return a folder's name without the number of a seed: `run-0` -> `run`."""
     return path.name.rstrip("0123456789").rstrip("-_.") or path.name
 
 
-def _refuse_mixed(runs: Sequence[Run]) -> None:
-    """Refuse to average runs that differ in more than their seeds."""
+def _check_same_recipe(runs: Sequence[Run]) -> None:
     seeds = [run.seed for run in runs]
     if len(set(seeds)) < len(seeds):
-        raise SettingError(f"runs to average must differ in their seed; these have {', '.join(map(str, seeds))}")
+        raise SettingError(f"expected runs of different seeds to average, got seeds {', '.join(map(str, seeds))}")
     for run in runs[1:]:
         next_step = f"average only seeds of one recipe: evaluate {runs[0].path} and {run.path} one by one"
         check_same(f"run {runs[0].path}", _recipe(runs[0].config), _recipe(run.config), next_step=next_step)
 
 
 def _recipe(config: PairConfig) -> dict[str, Any]:
-    """Give all that decides a run but its seeds. A split that was given as a file is one cut of many, as a seed is."""
-    split = {**config.training["split"], "seed": None, **({"kind": "a file"} if "split" in config.file_digests else {})}
+    """Return all that decides a run except its seeds; a split from a file counts as one of several, as a seed does."""
+    is_file = "split" in config.file_digests
+    split = {**config.training["split"], "seed": None, **({"kind": "a file"} if is_file else {})}
     return {
         "image": config.image.feature,
         "text": config.text.feature,

@@ -1,7 +1,4 @@
-"""Zero-shot classification of trained runs, from two caches: the images, and the prompts of the classes.
-
-One vector a class, from cached prompts that a run projects.
-"""
+"""Zero-shot classification of trained runs on two caches: the images, and the prompts of the classes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,11 +10,21 @@ from embedcache.arrays import Array, Floats, Ints, blocks, mean_directions
 from embedcache.dataset import prompts as cached
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.labels import has_label, read_labels
-from embedcache.dataset.pairs import Items, items_of
+from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.prompts import Prompts
 from embedcache.errors import DataError
-from embedcache.evaluate.held_out import Held, Looked, Overlap, find_overlap, held_out, worst
-from embedcache.evaluate.runs import Run, RunPaths, load_runs, seeds_line, trained_side
+from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap, largest_overlap
+from embedcache.evaluate.runs import (
+    EvalSplit,
+    Run,
+    RunPaths,
+    load_runs,
+    named_recipes,
+    read_eval_split,
+    run_input,
+    seeds_line,
+)
+from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.metrics.classification import class_means, confusion, ranks_of
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate
 from embedcache.projectors.saved import project
@@ -28,24 +35,24 @@ _BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classified:
-    """One run on one part: each image's class, and the classes it was given.
+class ZeroShotPredictions:
+    """Predicted classes of the images of one part with one run.
 
     Args:
-        seed: of the run.
-        held: what was measured.
-        items: the images that have a label.
-        num_unlabeled: the others.
-        names: of the classes.
-        num_prompts: (C,) of each class.
-        labels: (I,) the true class of each image.
+        seed: random seed of the run.
+        split: the evaluated samples.
+        items: images that have a label.
+        num_unlabeled: number of images without a label.
+        names: names of the classes.
+        num_prompts: (C,) number of prompts of each class.
+        labels: (I,) true class of each image.
         ranks: (I,) rank of the true class, 1 is the top.
-        predicted: (I, K) the classes that score best, best first.
-        overlap: with the training part; None where it was not asked for.
+        predicted: (I, K) classes with the highest scores, best first.
+        overlap: overlap with the training part; None if it was not checked.
     """
 
     seed: int
-    held: Held
+    split: EvalSplit
     items: Items
     num_unlabeled: int
     names: list[str]
@@ -58,22 +65,23 @@ class Classified:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotReport:
-    """Accuracies of one or several runs, with what chance gives.
+    """Accuracies of the seeds of one recipe, with the chance level.
 
     Args:
-        part: what was measured.
-        names: of the classes.
-        num_prompts: fewest and most of a class.
-        num_images: with a label, a run.
-        num_unlabeled: images without one, left out.
-        accuracies: `acc1`, `acc5` and `mean_per_class_recall` -> mean over runs and images, with a 95 % interval from
-            resampling groups of near-duplicates.
-        chance: alike, of drawing classes at random.
-        by_class: (C,) accuracy of each class, NaN for a class without an image.
-        confusion: (C, C) images by true class and predicted class, all runs together.
+        part: description of the part.
+        names: names of the classes.
+        num_prompts: smallest and largest number of prompts of a class.
+        num_images: labeled images per run.
+        num_unlabeled: images without a label, left out.
+        accuracies: `acc1`, `acc5` and `mean_per_class_recall` -> mean over runs and images, with a 95% interval from
+            resampling near-duplicate groups.
+        chance: likewise, for classes drawn at random.
+        by_class: (C,) accuracy of each class, NaN for a class without images.
+        confusion: (C, C) number of images by true class and predicted class, summed over runs.
         by_seed: `acc1` of each run, in the order of `seeds`.
-        seeds: of the runs.
-        overlaps: of each run, where they were asked for.
+        seeds: random seed of each run.
+        overlaps: overlap of each run with its training part, if it was checked.
+        run_paths: folder of each run.
     """
 
     part: str
@@ -88,25 +96,26 @@ class ZeroShotReport:
     by_seed: list[float]
     seeds: list[int]
     overlaps: list[Overlap]
+    run_paths: Sequence[Path] = ()
 
     def line(self) -> str:
-        """Say what was measured, in one line, and warn where it is not held out."""
+        """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
         fewest, most = self.num_prompts
         prompts = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
         counts = f"{self.num_images:,} images, {len(self.names):,} classes of {prompts} prompts"
         counts += f" ({self.num_unlabeled:,} without a label left out)" if self.num_unlabeled else ""
         seeds = seeds_line(self.seeds, self.by_seed, "top-1")
-        said = f"{self.part}: {counts}; {seeds}; 95 % intervals over images, near-duplicates together"
-        return "; ".join([said, *filter(None, [self.warning])])
+        line = f"{self.part}: {counts}; {seeds}; 95% intervals over near-duplicate groups"
+        return "; ".join([line, *filter(None, [self.warning])])
 
     @property
     def overlap(self) -> Overlap | None:
-        """The worst of any run's."""
-        return worst(self.overlaps)
+        """The largest overlap of any run."""
+        return largest_overlap(self.overlaps)
 
     @property
     def warning(self) -> str | None:
-        """What makes the figures doubtful, where something does."""
+        """Warning that the figures are too high, or None."""
         return self.overlap.warning if self.overlap else None
 
 
@@ -114,46 +123,36 @@ def evaluate_zero_shot(
     cache_path: Path | str,
     run_paths: RunPaths,
     prompts_path: Path | str,
+    settings: ZeroShotSettings | None = None,
     *,
-    label: str = "label",
-    part: str | None = None,
     is_control: bool = False,
-    trained_on: Sequence[Path | str] = (),
-    compares: bool = True,
 ) -> ZeroShotReport:
-    """Classify the images of a cache with trained runs and cached prompts.
+    """Classify the images of a cache with a run, or with the seeds of one recipe, which are averaged.
 
-    Several runs (seeds) are averaged; all must have been trained on the same features. Memory: a block of images and
-    their scores, and the prompts.
+    Memory: a block of images and their scores, and the prompts.
 
     Args:
-        cache_path: a cache with the runs' image feature, and labels.
-        run_paths: a run, or several: seeds of one recipe.
-        prompts_path: a cache with the runs' text feature, made by `extract prompts:…`.
-        label: the column of labels: names of classes, or their numbers from 0.
-        part: `test`, `val`, `train` or `all`; None is `test`, and all of another cache without such a part.
-        is_control: the runs must have been trained on shuffled pairs.
-        trained_on: where the caches of the training lie now; none: where they lay then.
-        compares: look for what was seen in training.
+        cache_path: cache with the image feature of the runs, and labels: names of classes, or their numbers from 0.
+        run_paths: one run, or seeds of one recipe.
+        prompts_path: cache with the text feature of the runs, written by `extract prompts:…`.
+        settings: label column, part and overlap check.
+        is_control: require that the runs were trained on shuffled pairs.
 
     Raises:
         SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
-        FingerprintError: a run was trained on another encoder's features, or unlike the others.
+        FingerprintError: a run was trained on features of another encoder, or with another recipe than the others.
         UnknownNameError: there is no such column.
-        DataError: the part is empty, no image has a label, one has a label that is no class, or a class has no prompt.
+        DataError: the part is empty, no image has a label, a label is not a class, or a class has no prompt.
     """
     cache, prompts_cache = Cache(cache_path), Cache(prompts_path)
     runs = load_runs(run_paths, is_control=is_control)
-    found = [
-        classify(cache, run, prompts_cache, label=label, part=part, trained_on=trained_on, compares=compares)
-        for run in runs
-    ]
+    found = [classify(cache, run, prompts_cache, settings or ZeroShotSettings()) for run in runs]
     first, num_classes = found[0], len(found[0].names)
     labels, ranks = (np.concatenate([getattr(one, name) for one in found]) for name in ("labels", "ranks"))
-    groups = np.concatenate([one.held.groups[one.items.samples] for one in found])
+    groups = np.concatenate([one.split.groups[one.items.samples] for one in found])
     predicted = np.concatenate([one.predicted[:, 0] for one in found])
     return ZeroShotReport(
-        part=first.held.part,
+        part=first.split.part,
         names=first.names,
         num_prompts=(int(first.num_prompts.min()), int(first.num_prompts.max())),
         num_images=len(first.labels),
@@ -165,34 +164,60 @@ def evaluate_zero_shot(
         by_seed=[float(np.mean(one.ranks == 1)) for one in found],
         seeds=[one.seed for one in found],
         overlaps=[one.overlap for one in found if one.overlap],
+        run_paths=[run.path for run in runs],
     )
 
 
-def classify(
-    cache: Cache,
-    run: Run,
-    prompts_cache: Cache,
+def compare_zero_shot(
+    cache_path: Path | str,
+    run_paths: Sequence[Path | str],
+    prompts_path: Path | str,
+    settings: ZeroShotSettings | None = None,
     *,
-    label: str = "label",
-    part: str | None = None,
-    trained_on: Sequence[Path | str] = (),
-    compares: bool = False,
-) -> Classified:
-    """Classify the images of one part with one run; the arguments are those of `evaluate_zero_shot`."""
-    prompts, image = read_prompts(prompts_cache, run), trained_side(cache, run.config, "image")
-    held = held_out(cache, run, part)
-    items = items_of([cache], [image]).of(held.samples)
+    control_paths: Sequence[Path | str] = (),
+) -> dict[str, ZeroShotReport]:
+    """Evaluate several recipes; seeds of one recipe are averaged.
+
+    Args:
+        cache_path: cache of labeled images.
+        run_paths: runs of any recipes.
+        prompts_path: cache of prompts.
+        settings: label column, part and overlap check.
+        control_paths: runs trained on shuffled pairs.
+
+    Returns:
+        Name of the recipe -> report.
+    """
+    return {
+        name: evaluate_zero_shot(cache_path, paths, prompts_path, settings, is_control=is_control)
+        for name, paths, is_control in named_recipes(run_paths, control_paths)
+    }
+
+
+def classify(
+    cache: Cache, run: Run, prompts_cache: Cache, settings: ZeroShotSettings | None = None
+) -> ZeroShotPredictions:
+    """Classify the images of one part with one run; errors are those of `evaluate_zero_shot`."""
+    settings = settings or ZeroShotSettings(check_overlap=False)
+    prompts, image = read_prompts(prompts_cache, run), run_input(cache, run.config, "image")
+    split = read_eval_split(cache, run, settings.part)
+    items = read_items([cache], [image]).select(split.samples)
     if not len(items.rows):
-        raise DataError(f"{held.part} of {cache.path} has no image with {image.name}")
-    has_one = has_label(cache, items.samples, column=label)
-    items, num_unlabeled = items.where(has_one), int((~has_one).sum())
+        raise DataError(f"{split.part} of {cache.path} has no image with {image.name}")
+    is_labeled = has_label(cache, items.samples, column=settings.label)
+    items, num_unlabeled = items.where(is_labeled), int((~is_labeled).sum())
     if not len(items.rows):
-        raise DataError(f"none of {num_unlabeled:,} images of {held.part} has a label in column {label!r}")
-    labels = read_labels(cache, items.samples, column=label, classes=prompts.names).numbers
+        raise DataError(
+            f"none of {num_unlabeled:,} images of {split.part} has a label in column {settings.label!r}; name another "
+            "column with --label"
+        )
+    labels = read_labels(cache, items.samples, column=settings.label, classes=prompts.names).numbers
     ranks, predicted = _rank(run, image, items.rows, labels, prompts)
-    return Classified(
+    evaluated = {"image": ItemSet(feature=image, items=items)}
+    has_check = settings.check_overlap and settings.part != "train"
+    return ZeroShotPredictions(
         seed=run.seed,
-        held=held,
+        split=split,
         items=items,
         num_unlabeled=num_unlabeled,
         names=prompts.names,
@@ -200,16 +225,12 @@ def classify(
         labels=labels,
         ranks=ranks,
         predicted=predicted,
-        overlap=(
-            find_overlap(run, {"image": Looked(side=image, items=items)}, trained_on=trained_on)
-            if compares and part != "train"
-            else None
-        ),
+        overlap=find_overlap(run, evaluated, trained_on=settings.trained_on) if has_check else None,
     )
 
 
 def _rank(run: Run, image: InputFeature, rows: Ints, labels: Ints, prompts: Prompts) -> tuple[Ints, Ints]:
-    """Rank each image's class, and find the classes that score best: (I,) and (I, K)."""
+    """Compute the (I,) rank of each image's class and the (I, K) classes with the highest scores."""
     found = list(_ranked_blocks(run, image, rows, labels, class_vectors(prompts, run)))
     return np.concatenate([ranks for ranks, _ in found]), np.concatenate([best for _, best in found])
 
@@ -239,23 +260,23 @@ def _accuracies(ranks: Ints, labels: Ints, groups: Ints) -> dict[str, Estimate]:
 
 
 def _chances(num_classes: int, num_images: int) -> dict[str, Estimate]:
-    shares = {"acc1": 1 / num_classes, "acc5": min(1, 5 / num_classes), "mean_per_class_recall": 1 / num_classes}
-    return {name: chance_estimate(share, num_images) for name, share in shares.items()}
+    expected = {"acc1": 1 / num_classes, "acc5": min(1, 5 / num_classes), "mean_per_class_recall": 1 / num_classes}
+    return {name: chance_estimate(accuracy, num_images) for name, accuracy in expected.items()}
 
 
 def read_prompts(cache: Cache, run: Run) -> Prompts:
-    """Find the prompts that a run can project.
+    """Read the prompts that a run can project.
 
     Raises:
-        DataError: the cache is no prompt set, or a class has no prompt with the run's text feature.
+        DataError: the cache does not hold prompts, or a class has no prompt with the run's text feature.
         FingerprintError: another text encoder made the cache's feature.
         UnfinishedError: the feature has missing chunks.
     """
-    cached.require_prompts(cache, run.config.text.spec)
-    return cached.read_prompts(cache, trained_side(cache, run.config, "text"))
+    cached.check_prompts(cache, run.config.text.spec)
+    return cached.read_prompts(cache, run_input(cache, run.config, "text"))
 
 
 def class_vectors(prompts: Prompts, run: Run) -> Floats:
-    """Project the prompts and ensemble them as the field does: normalize, mean, normalize: (C, P) float32."""
-    projected_TP = project(run.pair.text, prompts.side.read(prompts.rows))
+    """Project the prompts and average those of each class: normalize, mean, normalize -> (C, P) float32."""
+    projected_TP = project(run.pair.text, prompts.feature.read(prompts.rows))
     return mean_directions(projected_TP, prompts.classes, len(prompts.names))

@@ -98,18 +98,20 @@ class ExportNotes:
     encoders: Sequence[str] = MODALITIES
 
 
-def check_plain(side: TowerInput, format_name: str) -> None:
+def check_plain(tower_input: TowerInput, format_name: str) -> None:
     """Check that a feature is an encoder's plain output: not of a view, and computed in float32.
 
     Raises:
         SettingError: it is not.
     """
-    if side.fingerprint.get("view") is not None:
-        view = side.fingerprint["view"]["name"]
-        raise unsupported(format_name, f"the feature {side.feature} is of the view {view!r}, not of the encoder alone")
-    if side.fingerprint["precision"] != "float32":
-        precision = side.fingerprint["precision"]
-        raise unsupported(format_name, f"the feature {side.feature} was computed in {precision}, not in float32")
+    if tower_input.fingerprint.get("view") is not None:
+        view = tower_input.fingerprint["view"]["name"]
+        raise unsupported(
+            format_name, f"the feature {tower_input.feature} is of the view {view!r}, not of the encoder alone"
+        )
+    if tower_input.fingerprint["precision"] != "float32":
+        precision = tower_input.fingerprint["precision"]
+        raise unsupported(format_name, f"the feature {tower_input.feature} was computed in {precision}, not in float32")
 
 
 def unsupported(format_name: str, reason: str, next_step: str = "") -> SettingError:

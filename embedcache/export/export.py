@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embedcache.encoders.weights import one_line
 from embedcache.errors import CorruptError, PathError, SettingError
 from embedcache.export.base import ExportNotes, ExportRun
 from embedcache.export.card import write_card
@@ -158,9 +159,8 @@ def _push(folder: Path, repository: str, *, is_public: bool) -> str:
             repo_id=repository, folder_path=folder, commit_message="Export a trained pair with embedcache"
         )
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise PathError(
-            f"cannot upload to {repository}: {reason}; the export is in {folder}: run `hf auth login`, check the name "
-            "and the network, and run the same command again"
+            f"cannot upload to {repository}: {one_line(error)}; the export is in {folder}: run `hf auth login`, check "
+            "the name and the network, and run the same command again"
         ) from error
     return str(url)

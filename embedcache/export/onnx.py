@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from embedcache.arrays import Array, Inputs
-from embedcache.encoders.backends import OnnxGraph, export_graph
+from embedcache.encoders.backends import OnnxExport, OnnxGraph, export_graph
 from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, check_parity, example_images
 from embedcache.export.transformers import (
@@ -65,15 +65,8 @@ _NUM_ROWS, _NUM_TOKENS = 7, 5
 def write_onnx(run: ExportRun, folder: Path, *, towers: bool) -> ExportNotes:
     """Write ONNX graphs (opset 17, any number of items), and check them with onnxruntime.
 
-    Args:
-        run: the run to export.
-        folder: empty folder to fill.
-        towers: whether to include the encoders.
-
     Raises:
-        MissingExtraError: onnx or onnxruntime is not installed.
-        SettingError: an encoder cannot be included.
-        ArtifactError: a module cannot be exported to ONNX, or onnxruntime computes other vectors.
+        EmbedcacheError: see `export_run`; also if a module cannot be exported to ONNX.
     """
     require("onnx", extra="cpu")
     return _write_towers(run, folder) if towers else _write_projectors(run, folder)
@@ -98,7 +91,8 @@ def _write_projectors(run: ExportRun, folder: Path) -> ExportNotes:
         dynamic_axes = {name: {0: "batch"} for name in (*example, "embeds")}
         if isinstance(tower, TokenTower):
             dynamic_axes["features"][1] = "tokens"
-        export_graph(path, _Projection(tower).eval(), example=example, outputs=["embeds"], dynamic_axes=dynamic_axes)
+        module = _Projection(tower).eval()
+        export_graph(OnnxExport(module=module, example=example, outputs=["embeds"], dynamic_axes=dynamic_axes), path)
         _add_metadata(path, run, modality)
         differences[modality] = _check_projector(path, run, modality)
     return ExportNotes(
@@ -152,13 +146,13 @@ def _write_towers(run: ExportRun, folder: Path) -> ExportNotes:
     for modality, inputs in _prepared_inputs(folder).items():
         path = folder / f"{modality}.onnx"
         axes = {name: {0: "batch"} | ({1: "tokens"} if array.ndim == 2 else {}) for name, array in inputs.items()}
-        export_graph(
-            path,
-            _ModelTower(model, modality),
+        export = OnnxExport(
+            module=_ModelTower(model, modality),
             example={name: array[:2] for name, array in inputs.items()},
             outputs=["embeds"],
             dynamic_axes={**axes, "embeds": {0: "batch"}},
         )
+        export_graph(export, path)
         _add_metadata(path, run, modality)
         graph, expected = OnnxGraph(path), run.embed_examples(modality)
         differences[modality] = check_parity("onnxruntime", graph(inputs, ["embeds"])["embeds"], expected)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from embedcache.encoders.base import Modality
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.open_clip import load_checkpoint
+from embedcache.encoders.weights import one_line
 from embedcache.export.base import (
     MODALITIES,
     TEXTS,
@@ -92,9 +93,7 @@ def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str |
         hub_name: repository on the hub that it will be uploaded to, if any.
 
     Raises:
-        MissingExtraError: open_clip is not installed.
-        SettingError: an encoder, a preprocessing or a head that open_clip does not have; the message names it.
-        ArtifactError: open_clip computes other vectors.
+        EmbedcacheError: see `export_run`.
     """
     require("open_clip", extra=_FORMAT)
     for modality in MODALITIES:
@@ -151,7 +150,8 @@ def _layers(run: ExportRun, modality: Modality) -> tuple[DenseLayer, ...]:
 def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
     layers = {modality: _layers(run, modality) for modality in MODALITIES}
     width = run.config.shared_width
-    image_head, text_head = _image_head(layers["image"], width), _text_head(layers["text"], width)
+    image_head_config, image_head = _image_head(layers["image"], width)
+    text_head_config, text_head = _text_head(layers["text"], width)
     preprocess = _preprocess_config(run)
     image, text = open_image_module(run, _FORMAT), open_text_module(run, _FORMAT)
     pooler = _pooler(text.config, run)
@@ -162,21 +162,21 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
     return _Model(
         config={
             "embed_dim": width,
-            "vision_cfg": {**_vision_config(image.config), **image_head.config},
+            "vision_cfg": {**_vision_config(image.config), **image_head_config},
             "text_cfg": {
                 "hf_model_name": "",
                 "hf_tokenizer_name": "",
                 "hf_pooler_type": pooler,
                 "context_length": int(run.config.text.fingerprint["preprocessing"]["max_tokens"]),
-                **text_head.config,
+                **text_head_config,
             },
         },
         preprocess=preprocess,
         state={
             **_prefixed("visual.trunk", image.module.get_submodule("_model").state_dict()),
-            **_prefixed("visual.head", image_head.state),
+            **_prefixed("visual.head", image_head),
             **_prefixed("text.transformer", _without_pooler(transformer.state_dict())),
-            **_prefixed("text.proj", text_head.state),
+            **_prefixed("text.proj", text_head),
         },
         text_config=transformer.config,
         text_name=run.config.text.fingerprint["model"] if is_on_hub else None,
@@ -241,24 +241,15 @@ def _pooler(config: Mapping[str, Any], run: ExportRun) -> str:
     return _POOLERS[name]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Head:
-    """A head on a tower.
-
-    Args:
-        config: its entries in open_clip's config.
-        state: its weights, by the names of its modules.
-    """
-
-    config: Mapping[str, Any]
-    state: Mapping[str, Tensor]
+_Head = tuple[dict[str, Any], dict[str, Tensor]]
+"""Entries of a head in open_clip's config, and its weights by the names of its modules."""
 
 
 def _image_head(layers: Sequence[DenseLayer], shared_width: int) -> _Head:
     """Return layers as the head of a timm tower: `linear`, or `mlp` with 2 P hidden units and a hidden bias."""
     if _is_linear(layers):
         state = {"proj.weight": layers[0].weight_PD, **_bias("proj.bias", layers[0])}
-        return _Head(config={"timm_proj": "linear", "timm_proj_bias": layers[0].bias_P is not None}, state=state)
+        return {"timm_proj": "linear", "timm_proj_bias": layers[0].bias_P is not None}, state
     if _is_mlp(layers, 2 * shared_width):
         hidden, output = layers
         state = {
@@ -267,7 +258,7 @@ def _image_head(layers: Sequence[DenseLayer], shared_width: int) -> _Head:
             "mlp.fc2.weight": output.weight_PD,
             **_bias("mlp.fc2.bias", output),
         }
-        return _Head(config={"timm_proj": "mlp", "timm_proj_bias": output.bias_P is not None}, state=state)
+        return {"timm_proj": "mlp", "timm_proj_bias": output.bias_P is not None}, state
     raise unsupported(
         _FORMAT,
         "its image projector is neither a linear map nor two of them with a GELU between and 2 P hidden units",
@@ -279,10 +270,9 @@ def _text_head(layers: Sequence[DenseLayer], shared_width: int) -> _Head:
     """Return layers as the head of a transformer: `linear`, or `mlp` with (D + P) / 2 hidden units, without biases."""
     has_bias = any(layer.bias_P is not None for layer in layers)
     if _is_linear(layers) and not has_bias:
-        return _Head(config={"hf_proj_type": "linear"}, state={"weight": layers[0].weight_PD})
+        return {"hf_proj_type": "linear"}, {"weight": layers[0].weight_PD}
     if layers and _is_mlp(layers, (layers[0].weight_PD.shape[1] + shared_width) // 2) and not has_bias:
-        state = {"0.weight": layers[0].weight_PD, "2.weight": layers[1].weight_PD}
-        return _Head(config={"hf_proj_type": "mlp"}, state=state)
+        return {"hf_proj_type": "mlp"}, {"0.weight": layers[0].weight_PD, "2.weight": layers[1].weight_PD}
     raise unsupported(
         _FORMAT,
         "its text projector is neither a linear map without a bias nor two of them with a GELU between and (D + P) / 2 "
@@ -370,9 +360,8 @@ def _check(run: ExportRun, folder: Path) -> dict[str, float]:
             "text": model.encode_text(tokenizer(list(TEXTS)), normalize=True),
         }
     except RuntimeError as error:  # some timm networks have another width than they announce to open_clip
-        reason = " ".join(str(error).split())[:150]
         specs = f"{run.config.image.spec} with {run.config.text.spec}"
-        raise unsupported(_FORMAT, f"open_clip cannot run {specs}: {reason}") from error
+        raise unsupported(_FORMAT, f"open_clip cannot run {specs}: {one_line(error)}") from error
     return {
         modality: check_parity("open_clip", found[modality], run.embed_examples(modality)) for modality in MODALITIES
     }

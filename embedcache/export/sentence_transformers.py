@@ -27,10 +27,7 @@ def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
     """Write a folder that `SentenceTransformer` opens, and check it with that library.
 
     Raises:
-        MissingExtraError: sentence-transformers is not installed.
-        SettingError: the text encoder is not a transformer with a pooling, or the projector not a chain of dense
-            layers.
-        ArtifactError: sentence-transformers computes other vectors.
+        EmbedcacheError: see `export_run`.
     """
     library = require("sentence_transformers", extra=_FORMAT)
     chain = dense_chain(run.pair.text, _FORMAT)

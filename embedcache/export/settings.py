@@ -12,7 +12,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """Options of an export of a trained run."""
+    """Options of an export of a trained run; `towers` is an option of the onnx format only."""
 
     metrics: Path | None = setting(None, "JSON report of evaluate --output, for the model card.", metavar="FILE")
     push_to_hub: str | None = setting(
@@ -24,7 +24,7 @@ class ExportSettings:
     public: bool = setting(
         False, "Make a new repository on the hub public; it is private otherwise.", affects_result=False
     )
-    towers: bool = setting(False, "Include the encoders in the graphs (format onnx only).")
+    towers: bool = setting(False, "Include the encoders in the graphs, not the projectors alone.")
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,10 @@ def open_text_module(run: ExportRun, format_name: str) -> EncoderModule:
             "use embedcache export sentence-transformers for the text tower",
         )
     module, config, folder = openers[spec.family](spec, names)
-    max_tokens = int(preprocessing["max_tokens"])
     return EncoderModule(
         config={**_tower_config(run, "text"), **config},
         module=module,
-        save_processor=lambda out: _save_tokenizer(folder, max_tokens, out),
+        save_processor=partial(_save_tokenizer, folder, int(preprocessing["max_tokens"])),
     )
 
 
@@ -116,7 +116,7 @@ def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Image:
         "image_size": size_px if is_resized else None,
         "input_size": settings["input_size"],
     }
-    return TimmFeatures(model, requested_layers(names)).eval(), config, _processor_saver("timm", settings)
+    return TimmFeatures(model, requested_layers(names)).eval(), config, partial(_save_image_processor, "timm", settings)
 
 
 def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _Image:
@@ -130,7 +130,7 @@ def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _Image:
     network.load_state_dict(dict(zip(network.state_dict(), weights, strict=True)))
     config = {"kind": "timm", "model": name, "image_size": None, "input_size": [3, size_px, size_px]}
     settings = {"size_px": size_px, "crop_padding_px": LITE_CROP_PADDING_PX, "mean": lite.MEAN, "std": lite.STD}
-    return TimmFeatures(network, []).eval(), config, _processor_saver("lite", settings)
+    return TimmFeatures(network, []).eval(), config, partial(_save_image_processor, "lite", settings)
 
 
 def _open_hf_image(spec: EncoderSpec, names: Sequence[str]) -> _Image:
@@ -138,7 +138,7 @@ def _open_hf_image(spec: EncoderSpec, names: Sequence[str]) -> _Image:
     model, layers = _load_tower(folder, "image", names)
     input_size = list(transformers.pixel_transform(folder)[3])
     config = {"kind": "transformers", **_model_config(model), "input_size": input_size}
-    return ImageFeatures(model, layers).eval(), config, lambda out: transformers.copy_processor(folder, out)
+    return ImageFeatures(model, layers).eval(), config, partial(transformers.copy_processor, folder)
 
 
 _Text = tuple[nn.Module, dict[str, Any], Path]
@@ -193,13 +193,10 @@ def _head_config(head: Dense) -> dict[str, Any]:
     }
 
 
-def _processor_saver(kind: str, settings: Mapping[str, Any]) -> Callable[[Path], None]:
-    def save(folder: Path) -> None:
-        from embedcache.export.hub_code.image_processing_embedcache import EmbedcacheImageProcessor
+def _save_image_processor(kind: str, settings: Mapping[str, Any], folder: Path) -> None:
+    from embedcache.export.hub_code.image_processing_embedcache import EmbedcacheImageProcessor
 
-        EmbedcacheImageProcessor(kind=kind, settings=dict(settings)).save_pretrained(folder)
-
-    return save
+    EmbedcacheImageProcessor(kind=kind, settings=dict(settings)).save_pretrained(folder)
 
 
 def _save_tokenizer(source: Path, max_tokens: int, folder: Path) -> None:

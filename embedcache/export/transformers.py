@@ -62,8 +62,7 @@ def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
     """Write a folder that transformers opens with `trust_remote_code=True`, and check it with that library.
 
     Raises:
-        SettingError: an encoder or a projector that such a folder does not support.
-        ArtifactError: transformers computes other vectors.
+        EmbedcacheError: see `export_run`.
     """
     encoders = {"image": open_image_module(run, _FORMAT), "text": open_text_module(run, _FORMAT)}
     for encoder in encoders.values():

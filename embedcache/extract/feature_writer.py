@@ -32,7 +32,7 @@ _FEW_CORES = 4
 class CpuGate:
     """Makes decoding wait while a model computes, where both would need all cores.
 
-    On 2 cores, an EfficientNet and decoding at the same time took 6 % longer than one after the other, because they
+    On 2 cores, an EfficientNet and decoding at the same time took 6% longer than one after the other, because they
     evict each other's data from the CPU caches. Reading files never waits.
 
     Args:
@@ -241,13 +241,13 @@ class ChunkTask:
     def release(self) -> None:
         """Release the leases."""
         for writer in self.missing:
-            writer.leases.give_back(self.chunk)
+            writer.leases.release(self.chunk)
 
 
 def lease_free_chunks(writers: Sequence[FeatureWriter], chunks: Iterable[int]) -> Iterator[ChunkTask]:
     """Iterate over the chunks that no other process works on; each is leased when it is requested."""
     for chunk in chunks:
-        leased = [writer for writer in writers if writer.missing(chunk) and writer.leases.take(chunk)]
+        leased = [writer for writer in writers if writer.missing(chunk) and writer.leases.acquire(chunk)]
         task = _open_task(chunk, leased)
         if task.missing:
             yield task
@@ -258,7 +258,7 @@ def lease_chunk(writer: FeatureWriter, chunk: int) -> ChunkTask:
 
     Only for a process that holds no other lease: two of them could wait for each other.
     """
-    writer.leases.take(chunk, waits=True)
+    writer.leases.acquire(chunk, wait=True)
     return _open_task(chunk, [writer])
 
 

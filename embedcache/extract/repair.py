@@ -28,7 +28,7 @@ from embedcache.extract.loop import (
     load_image,
     load_texts,
 )
-from embedcache.extract.settings import ExtractSettings
+from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.extract.worker import Worker
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
@@ -38,11 +38,73 @@ from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import NOT_YET, EncoderGroup, open_group
-from embedcache.store.verify import Finding
+from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import commit_chunk, withdraw
 
 MIN_COSINE = 0.999
 """Below this an item has drifted: float16 on disk costs 1e-6, and another library's summation order about as much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What verifying a cache found.
+
+    Args:
+        cache: path of the cache.
+        found: problems found first.
+        repaired: one line per encoder that encoded damaged chunks again.
+        findings: problems that remain.
+        drifts: per feature, how far items that were encoded again are from the stored ones.
+    """
+
+    cache: Path
+    found: Sequence[Finding]
+    repaired: Sequence[str]
+    findings: Sequence[Finding]
+    drifts: Sequence["Drift"]
+
+    @property
+    def num_damaged(self) -> int:
+        """Number of damaged chunks and tables that remain."""
+        return sum(finding.is_damage for finding in self.findings)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is damaged and nothing drifted; chunks that were never extracted are not damage."""
+        return not self.num_damaged and not any(drift.is_bad for drift in self.drifts)
+
+    def lines(self) -> list[str]:
+        """Return a summary: a line per problem, then the totals, then a line per drift."""
+        num_missing = len(self.findings) - self.num_damaged
+        totals = f"{self.num_damaged:,} damaged chunks or tables, {num_missing:,} chunks not extracted yet"
+        problems = [finding.line() for finding in self.found]
+        return [*problems, *self.repaired, f"{self.cache}: {totals}", *(drift.line() for drift in self.drifts)]
+
+
+def verify_cache(
+    cache_path: Path | str, settings: VerifySettings | None = None, *, progress: Progress | None = None
+) -> VerifyReport:
+    """Check every chunk of a cache against its checksum; on request repair it and encode a sample again.
+
+    Args:
+        cache_path: path or URL of the cache.
+        settings: what to do beside checking.
+        progress: shows the number of chunks and items.
+
+    Raises:
+        FingerprintError: an encoder that is needed for a repair has changed.
+        CorruptError: a table is damaged, so that nothing can be repaired.
+    """
+    cache, settings = Cache(cache_path), settings or VerifySettings()
+    found = findings = verify(cache, progress=progress)
+    repaired: list[str] = []
+    if settings.repair:
+        repaired = repair(cache, found, device=settings.device, progress=progress)
+        findings = verify(cache, progress=progress)
+    drifts: list[Drift] = []
+    if settings.reencode is not None:
+        drifts = measure_drift(cache, settings.reencode, device=settings.device, progress=progress)
+    return VerifyReport(cache=cache.path, found=found, repaired=repaired, findings=findings, drifts=drifts)
 
 
 def repair(
@@ -170,7 +232,7 @@ def _retry_chunk(
         zip(rows, executor.map(lambda row: load_image(worker.source, items[row], writers), rows), strict=True)
     )
     for number, (writer, report) in enumerate(zip(writers, reports, strict=True)):
-        writer.leases.take(chunk, waits=True)
+        writer.leases.acquire(chunk, wait=True)
         retried = {row: loaded[row] for row in rows if row in _failed_rows(writer, chunk)}
         reasons = [item.failure.partition(":")[0] for item in retried.values() if item.failure is not None]
         report.num_tried += len(retried)
@@ -178,7 +240,7 @@ def _retry_chunk(
         report.reasons.update(reasons)
         if len(reasons) < len(retried):
             _rewrite_chunk(writer, chunk, retried, number)
-        writer.leases.give_back(chunk)
+        writer.leases.release(chunk)
 
 
 def _failed_rows(writer: FeatureWriter, chunk: int) -> set[int]:
@@ -257,7 +319,8 @@ def measure_drift(
     Raises:
         SettingError: the fraction is out of range.
     """
-    check_fraction(fraction)
+    if not 0 < fraction <= 1:
+        raise SettingError(f"fraction to encode again: expected a number above 0 and of at most 1, got {fraction:g}")
     progress = progress or NullProgress()
     source = reopen_source(cache.info.source)
     groups = [group for modality in cache.info.num_items for group in cache.encoders(modality)]
@@ -268,19 +331,6 @@ def measure_drift(
         progress.advance(1)
     progress.finish()
     return found
-
-
-def check_fraction(fraction: float) -> None:
-    """Check the fraction of items to encode again.
-
-    Raises:
-        SettingError: it is not above 0 and at most 1.
-    """
-    if not 0 < fraction <= 1:
-        raise SettingError(
-            f"fraction to encode again: expected a number above 0 and of at most 1, or a percentage such as 0.1%, "
-            f"got {fraction:g}"
-        )
 
 
 def _drift(

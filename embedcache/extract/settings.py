@@ -8,6 +8,7 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 from embedcache.processes import num_cores
 from embedcache.settings import check_settings, group, setting
+from embedcache.units import parse_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,25 @@ class ExtractSettings:
         if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
             raise SettingError(f"shard: expected i/n with i from 0 to n - 1, such as 0/4 to 3/4, got {self.shard!r}")
         return int(number), int(count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings:
+    """What is done beside comparing checksums when a cache is verified."""
+
+    reencode: float | None = setting(
+        None,
+        "Encode this fraction of the items again and compare, such as 0.1%.",
+        gt=0,
+        le=1,
+        parse=parse_fraction,
+        metavar="FRACTION",
+    )
+    repair: bool = setting(False, "Encode damaged chunks again.")
+    device: str = setting("cpu", "Torch device, such as cpu, cuda or cuda:1.", metavar="DEVICE")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""How alike two features of the same rows are. Linear kernels, in the features' own space: no n × n matrix is made.
+"""Alignment of two features of the same rows: CKA with a linear kernel, and mutual nearest neighbors.
 
-The letters: x is (N, D) and y is (N, E), row i of both is the same sample.
+x is (N, D) and y is (N, E); row i of both is the same sample. No N × N matrix is made.
 """
 
 from dataclasses import dataclass
@@ -19,44 +19,44 @@ _ROUNDING = 1e-24  # of float64, squared
 
 
 def linear_cka(x_ND: Array, y_NE: Array) -> float:
-    """Linear centered kernel alignment, from 0 to 1.
+    """Compute linear centered kernel alignment, from 0 to 1.
 
     ‖X'Y‖² / (‖X'X‖ ‖Y'Y‖) of centered columns, Frobenius norms: "Similarity of Neural Network Representations
-    Revisited" (ICML 2019). It grows with D / N even where the sides have nothing in common: `shuffled_cka`
-    says how far. Memory: both in float64, and three D × D matrices.
+    Revisited" (ICML 2019). It grows with D / N even for independent features; `shuffled_cka`
+    is its value for shuffled rows. Memory: both in float64, and three D × D matrices.
 
     Raises:
-        DataError: fewer than four rows, unequal numbers of them, a row that is no number, or rows that are all equal.
+        DataError: fewer than four rows, different numbers of rows, NaN, or constant rows.
     """
-    return float(cka(*(products(*sides).biased for sides in _sides(x_ND, y_NE)))[0])
+    return float(cka(*(kernel_products(*pair).biased for pair in _feature_pairs(x_ND, y_NE)))[0])
 
 
 def debiased_cka(x_ND: Array, y_NE: Array) -> float:
-    """Linear CKA from unbiased estimates of each HSIC: about 0 for independent sides at any width, and at most 1.
+    """Compute linear CKA from unbiased estimates of each HSIC: about 0 for independent features, at most 1.
 
     HSIC is estimator HSIC_1 of "Feature Selection via Dependence Maximization" (JMLR 2012); it may fall
     below 0. Memory and errors: those of `linear_cka`.
     """
-    return float(cka(*(products(*sides).unbiased for sides in _sides(x_ND, y_NE)))[0])
+    return float(cka(*(kernel_products(*pair).unbiased for pair in _feature_pairs(x_ND, y_NE)))[0])
 
 
 def shuffled_cka(x_ND: Array, y_NE: Array) -> float:
-    """Linear CKA that is to be expected once the rows of one side are shuffled.
+    """Compute the expected linear CKA after shuffling the rows of one feature.
 
     With centered Gram matrices K and L, the mean of tr(K P L P') over all permutations P is tr K tr L / (N - 1), so
     this is exact. Errors: those of `linear_cka`.
     """
-    (x, y), (_, _), (_, _) = _sides(x_ND, y_NE)
-    return shuffled(x, y, products(x, x), products(y, y))
+    (x, y), (_, _), (_, _) = _feature_pairs(x_ND, y_NE)
+    return shuffled_from_products(x, y, kernel_products(x, x), kernel_products(y, y))
 
 
 def mutual_knn(x_ND: Array, y_NE: Array, k: int) -> float:
-    """Share of each row's k nearest neighbors that both sides agree on, averaged over rows; chance is k / (N - 1).
+    """Compute the mean fraction of k nearest neighbors that both features agree on; chance is k / (N - 1).
 
-    Cosine, the row itself left out: "The Platonic Representation Hypothesis" (ICML 2024).
+    By cosine, without the row itself: "The Platonic Representation Hypothesis" (ICML 2024).
 
     Raises:
-        DataError: k is not below the number of rows, unequal numbers of rows, or a row that is no number.
+        DataError: k is not below the number of rows, different numbers of rows, or NaN.
     """
     _check_paired(x_ND, y_NE)
     return float(neighbor_overlap(nearest_others(x_ND, k), nearest_others(y_NE, k)).mean())
@@ -66,34 +66,34 @@ def nearest_others(rows_ND: Array, k: int) -> Ints:
     """Find the k nearest other rows of each row by cosine: (N, K) int64. Memory: that of `top_k`.
 
     Raises:
-        DataError: k is not from 1 to N - 1, or a row is no number.
+        DataError: k is not from 1 to N - 1, or a row has NaN.
     """
     num_rows = len(rows_ND)
     if not 0 < k < num_rows:
-        raise DataError(f"k is {k}, and each of {num_rows} rows has {num_rows - 1} others; take k from 1 to that")
+        raise DataError(f"k: expected a number from 1 to {num_rows - 1} for {num_rows} rows, got {k}")
     check_finite(rows_ND, "the rows")
     unit_ND = normalize(rows_ND)
     return top_k(unit_ND, unit_ND, k, exclude_self=True)[0]
 
 
 def neighbor_overlap(one_NK: Ints, other_NK: Ints) -> Doubles:
-    """Share of neighbors in common, row by row: two (N, K) of row numbers -> (N,) float64."""
+    """Return the fraction of common neighbors of each row: two (N, K) of row numbers -> (N,) float64."""
     num_rows, k = one_NK.shape
     ids = np.concatenate([one_NK, other_NK], axis=1)
-    ids.sort(axis=1)  # no side holds a number twice, so equal neighbors are one of each side
+    ids.sort(axis=1)  # neighbors of one feature are distinct, so equal numbers are one of each
     overlap_N: Doubles = (ids[:, 1:] == ids[:, :-1]).sum(axis=1).reshape(num_rows) / k
     return overlap_N
 
 
-class Blocked:
-    """Rows made ready to be compared with others, whole and without each of some blocks.
+class CenteredRows:
+    """Centered rows with the sums that products need, of all rows and without each block of rows.
 
     Args:
         rows: (N, D) any float; kept as float64, centered.
-        block_N: (N,) int64, the block of each row, from 0; None: there are no blocks.
+        block_N: (N,) int64, block of each row, from 0; None: no blocks.
 
     Raises:
-        DataError: fewer than four rows once any block is left out, a row that is no number, or rows that are all equal.
+        DataError: fewer than four rows without a block, NaN, or constant rows.
     """
 
     def __init__(self, rows: Array, block_N: Ints | None = None) -> None:
@@ -103,7 +103,7 @@ class Blocked:
         sizes = np.bincount(block_N)
         self.num_rows = np.concatenate([[len(rows)], len(rows) - sizes])
         if self.num_rows.min() < 4:
-            raise DataError(f"{self.num_rows.min()} rows are too few to compare; at least 4 are needed")
+            raise DataError(f"expected at least 4 rows to compare, got {self.num_rows.min()}")
         self.rows_ND: Doubles = np.asarray(rows, np.float64)[order]
         mean_D = self.rows_ND.mean(axis=0)
         self.rows_ND = self.rows_ND - mean_D
@@ -112,13 +112,13 @@ class Blocked:
         self.sums_GD = -np.stack([self.rows_ND[left_out].sum(axis=0) for left_out in self.slices])
         self.squares_N: Doubles = np.einsum("nd,nd->n", self.rows_ND, self.rows_ND)
         if self.squares_N.sum() <= _ROUNDING * np.vdot(mean_D, mean_D) * len(rows):
-            raise DataError("the rows are all equal; there is nothing to compare")
+            raise DataError("all rows are equal: there is nothing to compare")
         self.others_NG: Doubles = self.rows_ND @ self.sums_GD.T - self.squares_N[:, None]
 
 
 @dataclass(frozen=True)
-class Products:
-    """Inner products of two centered kernels, HSIC up to one factor: of all rows first, then without each block.
+class KernelProducts:
+    """Inner products of two centered kernels, HSIC up to one factor: of all rows, then without each block.
 
     Args:
         biased: (1 + G,) float64.
@@ -129,34 +129,34 @@ class Products:
     unbiased: Doubles
 
 
-def products(x: Blocked, y: Blocked) -> Products:
-    """Compare two sides that are cut into the same blocks. Memory: two D × E matrices."""
+def kernel_products(x: CenteredRows, y: CenteredRows) -> KernelProducts:
+    """Compute the products of two features with the same blocks. Memory: two D × E matrices."""
     total_DE = x.rows_ND.T @ y.rows_ND
     found = [_products_without(x, y, number, total_DE) for number in range(len(x.slices))]
     biased, unbiased = np.array(found).T
-    return Products(biased, unbiased)
+    return KernelProducts(biased, unbiased)
 
 
 def cka(xy: Doubles, xx: Doubles, yy: Doubles) -> Doubles:
-    """Give CKA from the products of both sides, and of each with itself: three (M,) -> (M,).
+    """Compute CKA from the products of both features and of each with itself: three (M,) -> (M,).
 
     Raises:
-        DataError: a product of a side with itself is not above 0.
+        DataError: the product of a feature with itself is not above 0.
     """
     if min(xx.min(), yy.min()) <= 0:
-        raise DataError("one side's rows are so few, or so alike, that its unbiased HSIC is not above 0: no CKA")
+        raise DataError("CKA: a feature has too few or too similar rows: its unbiased HSIC is not above 0")
     ratio_M: Doubles = xy / np.sqrt(xx * yy)
     return ratio_M
 
 
-def shuffled(x: Blocked, y: Blocked, xx: Products, yy: Products) -> float:
-    """Give what `shuffled_cka` does, of sides that are ready."""
-    traces = x.squares_N.sum() * y.squares_N.sum() / (len(x.squares_N) - 1) ** 3  # on the scale of `Products`
+def shuffled_from_products(x: CenteredRows, y: CenteredRows, xx: KernelProducts, yy: KernelProducts) -> float:
+    """Compute `shuffled_cka` from centered rows and their products."""
+    traces = x.squares_N.sum() * y.squares_N.sum() / (len(x.squares_N) - 1) ** 3  # on the scale of `KernelProducts`
     return float(cka(np.array([traces]), xx.biased[:1], yy.biased[:1])[0])
 
 
-def _products_without(x: Blocked, y: Blocked, number: int, total_DE: Doubles) -> tuple[float, float]:
-    """Give the biased and the unbiased product once a block is left out; both are turned to the same scale."""
+def _products_without(x: CenteredRows, y: CenteredRows, number: int, total_DE: Doubles) -> tuple[float, float]:
+    """Return the biased and the unbiased product without one block, on the same scale."""
     left_out, n = x.slices[number], int(x.num_rows[number])
     cross_DE = total_DE - x.rows_ND[left_out].T @ y.rows_ND[left_out]
     kept = np.ones(len(x.squares_N), bool)
@@ -173,13 +173,13 @@ def _products_without(x: Blocked, y: Blocked, number: int, total_DE: Doubles) ->
     return float(np.vdot(cross_DE, cross_DE)) / (n - 1) ** 2, float(unbiased)
 
 
-def _sides(x_ND: Array, y_NE: Array) -> list[tuple[Blocked, Blocked]]:
-    """Give the three pairs of sides whose products CKA is made of."""
+def _feature_pairs(x_ND: Array, y_NE: Array) -> list[tuple[CenteredRows, CenteredRows]]:
+    """Return the three pairs of features whose products CKA needs."""
     _check_paired(x_ND, y_NE)
-    x, y = Blocked(x_ND), Blocked(y_NE)
+    x, y = CenteredRows(x_ND), CenteredRows(y_NE)
     return [(x, y), (x, x), (y, y)]
 
 
 def _check_paired(x_ND: Array, y_NE: Array) -> None:
     if len(x_ND) != len(y_NE):
-        raise DataError(f"{len(x_ND)} rows on one side and {len(y_NE)} on the other; give both of the same samples")
+        raise DataError(f"expected features of the same rows, got {len(x_ND)} and {len(y_NE)} rows")

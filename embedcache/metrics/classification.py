@@ -1,4 +1,4 @@
-"""Classification: which class scores best, and what is counted of it."""
+"""Classification metrics: rank of the true class, confusion matrix, class means."""
 
 import numpy as np
 
@@ -6,13 +6,13 @@ from embedcache.arrays import Array, Bools, Floats, Ints
 
 
 def ranks_of(scores_NC: Floats, labels_N: Ints) -> Ints:
-    """Rank of each item's own class among all classes: (N,) int64, 1 is the top.
+    """Compute the rank of each item's true class: (N,) int64, 1 is the best.
 
-    A class that ties with it counts as ranked before, so that constant scores earn nothing; so does NaN.
+    A class with the same score or NaN counts as ranked before it, so that constant scores are never correct.
 
     Args:
         scores_NC: (N, C) float32.
-        labels_N: (N,) from 0.
+        labels_N: (N,) class of each item, from 0.
 
     Example:
         >>> ranks_of(np.array([[0.1, 0.9], [0.5, 0.5]], np.float32), np.array([1, 0])).tolist()
@@ -37,7 +37,7 @@ def confusion(labels_N: Ints, predicted_N: Ints, num_classes: int) -> Ints:
 
 
 def class_means(values_N: Array, labels_N: Ints, num_classes: int) -> Array:
-    """Mean of the items' values in each class: (C,) float64, NaN for a class without an item.
+    """Compute the mean value of each class: (C,) float64, NaN for a class without items.
 
     Example:
         >>> class_means(np.array([1.0, 0.0, 1.0]), np.array([0, 0, 1]), 2).tolist()

@@ -1,4 +1,4 @@
-"""How unevenly counts are spread."""
+"""Inequality of counts."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from embedcache.arrays import Array
 
 
 def gini(counts_C: Array) -> float:
-    """Gini coefficient: 0 where all counts are equal, near 1 where one has everything. NaN where all are 0.
+    """Compute the Gini coefficient: 0 for equal counts, near 1 if one has everything, NaN if all are 0.
 
     Half the mean absolute difference of two counts, over their mean; "Variabilità e mutabilità", Gini 1912.
 
@@ -25,18 +25,18 @@ def gini(counts_C: Array) -> float:
     return float((weights_C * sorted_C).sum() / (num * total))
 
 
-def top_share(counts_C: Array, share: float) -> float:
-    """Share of the sum that the largest counts hold, where they are a share of all, at least one. NaN where all are 0.
+def top_fraction(counts_C: Array, fraction: float) -> float:
+    """Return the fraction of the sum in the largest fraction of the counts, at least one count; NaN if all are 0.
 
     Args:
         counts_C: (C,) not negative.
-        share: of the counts, 0 to 1.
+        fraction: fraction of the counts, 0 to 1.
 
     Example:
-        >>> top_share(np.array([1, 6, 1, 2]), 0.25)
+        >>> top_fraction(np.array([1, 6, 1, 2]), 0.25)
         0.6
     """
     sorted_C = np.sort(np.asarray(counts_C, np.float64))[::-1]
     total = sorted_C.sum()
-    num = max(1, round(share * len(sorted_C)))
+    num = max(1, round(fraction * len(sorted_C)))
     return float(sorted_C[:num].sum() / total) if total else float("nan")

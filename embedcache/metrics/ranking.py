@@ -1,4 +1,4 @@
-"""Ranks of retrieval, and what is made of them."""
+"""Retrieval metrics: ranks of positives, recall at k, average precision, and their chance levels."""
 
 import numpy as np
 
@@ -9,20 +9,18 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 def negatives_before(queries_QP: Floats, candidates_CP: Floats, positives: tuple[Ints, Ints]) -> Ints:
-    """Count, for each positive pair, the candidates that are no positives of its query and come before: (M,) int64.
+    """Count the negatives ranked before each positive pair: (M,) int64.
 
-    Similarity is the dot product: give rows of length 1 for the cosine. A candidate that ties with the positive
-    counts as before it, so that a constant embedding earns nothing; so does one that is no number.
-
-    Exact and tiled: memory is about three times 64 MB above the inputs.
+    Similarity is the dot product, the cosine for rows of length 1. A negative with the same similarity or NaN counts as
+    ranked before the positive, so that a constant embedding scores zero. Tiled: about 200 MB above the inputs.
 
     Args:
         queries_QP: (Q, P) float32.
         candidates_CP: (C, P) float32.
-        positives: two (M,) arrays, query i and candidate j of each positive pair; every query needs at least one.
+        positives: two (M,) arrays, query and candidate of each positive pair; every query needs at least one.
 
     Raises:
-        DataError: a query without a positive.
+        DataError: a query has no positive.
 
     Example:
         >>> eye = np.eye(3, dtype=np.float32)
@@ -42,7 +40,7 @@ def negatives_before(queries_QP: Floats, candidates_CP: Floats, positives: tuple
         sims_BC = queries_QP[block] @ candidates_CP.T
         row, column = query_M[inside] - block.start, candidate_M[inside]
         own = sims_BC[row, column]
-        sims_BC[row, column] = -np.inf  # positives do not stand before each other
+        sims_BC[row, column] = -np.inf  # positives do not count as negatives of each other
         for part in blocks(len(inside), rows):
             is_after_EC = sims_BC[row[part]] < own[part, None]  # so that NaN counts as before
             before_M[inside[part]] = is_after_EC.shape[1] - is_after_EC.sum(axis=1)
@@ -50,10 +48,9 @@ def negatives_before(queries_QP: Floats, candidates_CP: Floats, positives: tuple
 
 
 def best_ranks(queries_QP: Floats, candidates_CP: Floats, positives: tuple[Ints, Ints]) -> Ints:
-    """Rank of each query's best positive among all candidates: (Q,) int64, 1 is the top.
+    """Compute the rank of each query's best positive among the negatives: (Q,) int64, 1 is the best.
 
-    The other positives of the query are left out of the count. Arguments, ties and errors are those of
-    `negatives_before`.
+    Arguments, ties and errors are those of `negatives_before`.
 
     Example:
         >>> eye = np.eye(3, dtype=np.float32)
@@ -64,11 +61,11 @@ def best_ranks(queries_QP: Floats, candidates_CP: Floats, positives: tuple[Ints,
 
 
 def first_ranks(query_M: Ints, before_M: Ints) -> Ints:
-    """Make the ranks of `best_ranks` from what stands before each positive: (Q,) int64.
+    """Compute the ranks of `best_ranks` from the result of `negatives_before`: (Q,) int64.
 
     Args:
-        query_M: (M,) the query of each positive pair, every query from 0 at least once.
-        before_M: (M,) of `negatives_before`.
+        query_M: (M,) query of each positive pair, every query from 0 at least once.
+        before_M: (M,) result of `negatives_before`.
 
     Example:
         >>> first_ranks(np.array([0, 1, 1]), np.array([2, 5, 0])).tolist()
@@ -80,11 +77,11 @@ def first_ranks(query_M: Ints, before_M: Ints) -> Ints:
 
 
 def average_precisions(query_M: Ints, before_M: Ints) -> Array:
-    """Average precision of each query: (Q,) float64, the mean over its positives of i / (rank of the i-th of them).
+    """Compute the average precision of each query: (Q,) float64, the mean over positives i of i / rank of the i-th.
 
     Args:
-        query_M: as of `first_ranks`.
-        before_M: as of `first_ranks`.
+        query_M: as in `first_ranks`.
+        before_M: as in `first_ranks`.
 
     Example:
         >>> average_precisions(np.array([0, 1, 1]), np.array([1, 0, 1])).round(3).tolist()
@@ -99,7 +96,7 @@ def average_precisions(query_M: Ints, before_M: Ints) -> Array:
 
 
 def recall_at(ranks_Q: Ints, k: int) -> float:
-    """Share of queries whose best positive is among the first k.
+    """Return the fraction of queries whose best positive is among the first k.
 
     Example:
         >>> recall_at(np.array([1, 3, 12, 2]), 3)
@@ -109,7 +106,7 @@ def recall_at(ranks_Q: Ints, k: int) -> float:
 
 
 def chance_recall(num_positives_Q: Ints, num_candidates: int, k: int) -> float:
-    """Expected recall at k of a random order: the mean over queries of 1 - C(C - p, k) / C(C, k).
+    """Compute the expected recall at k of a random order: the mean over queries of 1 - C(C - p, k) / C(C, k).
 
     Example:
         >>> round(chance_recall(np.array([1, 1]), 100, 10), 12)

@@ -26,6 +26,7 @@ PROJECTORS = Registry(
         "token": "embedcache.projectors.tokens:MeanTokenProjector",
         "token_mlp": "embedcache.projectors.tokens:TokenMlpProjector",
     },
+    group="embedcache.projectors",
 )
 
 _PRESETS = {"openclip-mlp": "openclip-mlp-image+openclip-mlp-text"}

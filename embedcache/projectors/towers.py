@@ -1,4 +1,4 @@
-"""A tower maps a frozen feature into the shared space: it prepares the input of a projector."""
+"""A tower maps a frozen feature of width D into the shared space of width P: it prepares the input of a projector."""
 
 from typing import Any
 
@@ -12,11 +12,7 @@ from embedcache.projectors.heads import Dropout
 class Tower(nn.Module):
     """Scale each vector to length 1, subtract the mean of the training vectors, and project.
 
-    Args:
-        projector: maps (B, D) to (B, P).
-        input_width: D of the feature.
-        output_width: P of the shared space.
-        dropout: fraction of the centered input set to zero in training.
+    `dropout` is the fraction of the centered input that is set to zero in training.
     """
 
     mean: Tensor
@@ -37,14 +33,7 @@ class Tower(nn.Module):
 
 
 class RawTower(nn.Module):
-    """Project vectors as the encoder returned them, divided by one number, as tools do that put a head on an encoder.
-
-    Args:
-        projector: maps (B, D) to (B, P).
-        input_width: D of the feature.
-        output_width: P of the shared space.
-        dropout: fraction of the input set to zero in training.
-    """
+    """Project vectors as the encoder returned them, divided by one number, as in tools that put a head on encoders."""
 
     length: Tensor
     """Root mean square length of the training vectors; an export folds it into the first linear layer."""
@@ -64,13 +53,7 @@ class RawTower(nn.Module):
 
 
 class TokenTower(nn.Module):
-    """Project all tokens of an item as the encoder returned them.
-
-    Args:
-        projector: maps (B, T, D) and lengths to (B, P).
-        input_width: D of the tokens.
-        output_width: P of the shared space.
-    """
+    """Project all tokens of an item as the encoder returned them."""
 
     def __init__(self, projector: nn.Module, input_width: int, output_width: int) -> None:
         super().__init__()

@@ -72,11 +72,7 @@ class OpenmojiSource:
     def samples(self) -> Iterator[Sample]:
         """Iterate over the images in the order of the package `emoji`."""
         self._emoji.config.load_language(list(self._languages))
-        emoji_by_glyph: dict[int, list[str]] = {}
-        for emoji, glyph in self._drawable_emoji():
-            emoji_by_glyph.setdefault(glyph, []).append(emoji)
-        for glyphs in self._font.group_identical(list(emoji_by_glyph)):
-            yield self._sample([emoji for glyph in glyphs for emoji in emoji_by_glyph[glyph]])
+        yield from map(self._sample, self._emoji_groups)
 
     def read(self, item: ImageItem) -> bytes:
         """Draw one image as a PNG of 256 x 256 pixels."""
@@ -92,14 +88,20 @@ class OpenmojiSource:
         folder = Path(str(self._package.get_openmoji_font_data()))
         return EmojiFont(folder / "glyf_colr0.ttf")
 
-    def _drawable_emoji(self) -> Iterator[tuple[str, int]]:
-        """Iterate over the emoji that make samples, each with its glyph."""
+    @cached_property
+    def _emoji_groups(self) -> list[list[str]]:
+        """The emoji of each sample."""
         qualified = self._emoji.STATUS["fully_qualified"]
+        emoji_by_glyph: defaultdict[int, list[str]] = defaultdict(list)
         for emoji, entry in self._emoji.EMOJI_DATA.items():
             if entry["status"] == qualified and not any(ord(character) in _SKIN_TONES for character in emoji):
                 glyph = self._font.glyph(emoji)
                 if glyph is not None:
-                    yield emoji, glyph
+                    emoji_by_glyph[glyph].append(emoji)
+        return [
+            [emoji for glyph in glyphs for emoji in emoji_by_glyph[glyph]]
+            for glyphs in self._font.group_identical(list(emoji_by_glyph))
+        ]
 
     def _sample(self, emoji: list[str]) -> Sample:
         entries = [self._emoji.EMOJI_DATA[one] for one in emoji]

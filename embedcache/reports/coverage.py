@@ -61,13 +61,15 @@ def summary_table(report: CoverageReport) -> Table:
             for fraction in _FRACTIONS
         ),
     ]
-    if report.by_chance is not None:
-        rows.append(["items above a threshold by chance", f"{report.by_chance:,.2g}", *([""] * bool(report.selected))])
+    if report.expected_by_chance is not None:
+        rows.append(
+            ["items above a threshold by chance", f"{report.expected_by_chance:,.2g}", *([""] * bool(report.selected))]
+        )
     return ["", *(part.name for part in parts)], rows
 
 
 def _top_percent(part: ConceptCounts, fraction: float) -> str:
-    return format_percent(part.top_share(fraction))
+    return format_percent(part.top_fraction(fraction))
 
 
 def concept_table(report: CoverageReport, numbers: Ints | Sequence[int]) -> Table:
@@ -83,7 +85,7 @@ def concept_table(report: CoverageReport, numbers: Ints | Sequence[int]) -> Tabl
 
 
 def _concept_row(report: CoverageReport, number: int) -> list[str]:
-    nearest = int(report.near[number])
+    nearest = int(report.nearest[number])
     return [
         report.concepts.names[number],
         *(format_count(part.counts[number]) for part in report.parts),
@@ -100,9 +102,9 @@ def overlap_table(report: CoverageReport, *, num_rows: int = _MAX_OVERLAPS) -> T
     names = report.concepts.names
     rows = [
         [
-            names[pair.one],
-            names[pair.other],
-            format_count(pair.num),
+            names[pair.first],
+            names[pair.second],
+            format_count(pair.num_items),
             format_fraction(pair.jaccard),
             format_fraction(pair.cosine),
         ]
@@ -157,14 +159,14 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
         "index": None
         if report.index is None
         else {"factory": report.index.factory, "recall_at_10": report.index.recall_at_10},
-        "by_chance": report.by_chance,
+        "by_chance": report.expected_by_chance,
         "warnings": report.warnings(),
         "parts": [_part_json(report, part) for part in report.parts],
         "concepts": _concepts_json(report),
         "overlaps": [
             {
-                "concepts": [report.concepts.names[pair.one], report.concepts.names[pair.other]],
-                "items": pair.num,
+                "concepts": [report.concepts.names[pair.first], report.concepts.names[pair.second]],
+                "items": pair.num_items,
                 "jaccard": round_json(pair.jaccard),
                 "cosine": round_json(pair.cosine),
             }
@@ -180,7 +182,7 @@ def _part_json(report: CoverageReport, part: ConceptCounts) -> dict[str, Any]:
         "covered": part.num_covered,
         "gaps": [report.concepts.names[number] for number in part.gaps(report.settings.min_count)],
         "gini": round_json(part.gini),
-        **{f"share_of_largest_{fraction:g}": round_json(part.top_share(fraction)) for fraction in _FRACTIONS},
+        **{f"share_of_largest_{fraction:g}": round_json(part.top_fraction(fraction)) for fraction in _FRACTIONS},
     }
 
 
@@ -236,7 +238,7 @@ def write_coverage_page(path: Path, *reports: CoverageReport) -> None:
         path,
         title="Concept coverage",
         summary=" ".join(f"{report.line()}." for report in reports),
-        warnings=warnings,
+        warnings=dict.fromkeys(warnings),
         sections=sections,
         credit=credit(reports[0].pool.cache) if reports[0].pool.modality == "image" else "",
     )

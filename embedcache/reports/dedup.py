@@ -11,7 +11,7 @@ import numpy as np
 from embedcache.arrays import Ints
 from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupLevel, DedupReport
 from embedcache.curate.keep import RemovedSamples
-from embedcache.curate.links import histogram
+from embedcache.curate.similar_pairs import histogram
 from embedcache.reports.base import (
     QueryExample,
     Section,
@@ -53,9 +53,9 @@ def _threshold_row(level: DedupLevel, num_samples: int) -> list[str]:
 
 def comparison_line(analysis: DedupAnalysis) -> str:
     """Return what was compared, and how completely, in one line."""
-    near, contents = analysis.near, analysis.contents
-    items = f"{len(contents.contents):,} {analysis.side.modality}s of {analysis.side.name}"
-    copies = f"{contents.num_copies:,} are byte-identical copies"
+    near, item_copies = analysis.near, analysis.copies
+    items = f"{len(item_copies.content_ids):,} {analysis.feature.modality}s of {analysis.feature.name}"
+    copies = f"{item_copies.num_copies:,} are byte-identical copies"
     if near is None:
         return f"{items}; {copies}"
     if near.recall is None:
@@ -69,16 +69,16 @@ def histogram_lines(analysis: DedupAnalysis) -> list[str]:
     """Return a histogram of each item's largest cosine, one line per bin; none if only copies were searched."""
     if analysis.near is None:
         return []
-    return ["largest cosine to another item (logarithmic bars)", *histogram(analysis.near.best).bars()]
+    return ["largest cosine to another item (logarithmic bars)", *histogram(analysis.near.highest).bars()]
 
 
 def threshold_json(analysis: DedupAnalysis) -> dict[str, Any]:
     """Return the histogram and what each cosine would do as JSON values."""
     assert analysis.near is not None
-    counted = histogram(analysis.near.best)
+    counted = histogram(analysis.near.highest)
     lows = [round(float(low), 4) for low in counted.lows]
     return {
-        **analysis.about(),
+        **analysis.to_json(),
         "histogram": {"lows": lows, "width": counted.width, "counts": counted.counts.tolist()},
         "levels": [asdict(level) for level in analysis.levels()],
     }
@@ -95,7 +95,7 @@ def dedup_line(result: DedupReport) -> str:
 
 def write_threshold_page(path: Path, analysis: DedupAnalysis) -> None:
     """Write a page to choose a cosine by: similarities, what each cosine would remove, and example pairs."""
-    renderer = ItemRenderer(analysis.cache, analysis.side.modality)
+    renderer = ItemRenderer(analysis.cache, analysis.feature.modality)
     thresholds = Section(
         title="What each cosine would remove",
         notes=["A sample is removed if each of its items is that close to an item of a sample that is kept."],
@@ -108,7 +108,7 @@ def write_threshold_page(path: Path, analysis: DedupAnalysis) -> None:
 def write_dedup_page(path: Path, result: DedupReport) -> None:
     """Write a page of the samples that are removed: counts, borderline cases, and random groups."""
     analysis, removed = result.analysis, result.removed
-    renderer = ItemRenderer(analysis.cache, analysis.side.modality)
+    renderer = ItemRenderer(analysis.cache, analysis.feature.modality)
     num_removed = len(removed.samples)
     counts = [
         "copies only" if result.cosine is None else f"{result.cosine:g}",
@@ -146,7 +146,7 @@ def _write(path: Path, analysis: DedupAnalysis, title: str, renderer: ItemRender
 
 def _similarity_section(analysis: DedupAnalysis, limit: float | None) -> Section:
     assert analysis.near is not None
-    counted = histogram(analysis.near.best)
+    counted = histogram(analysis.near.highest)
     figure = count_histogram(
         counted.lows, counted.width, counted.counts, x="largest cosine to another item", y="items", limit=limit
     )
@@ -158,22 +158,22 @@ def _band_sections(analysis: DedupAnalysis, renderer: ItemRenderer) -> Iterator[
     """Return one section for each band of cosines that has pairs, the closest first."""
     assert analysis.near is not None
     rng = np.random.default_rng(analysis.settings.seed)
-    rows = analysis.contents.rows
+    rows = analysis.copies.unique_rows
     for low, high in reversed(list(pairwise((*LEVELS, np.inf)))):
         if low < analysis.near.limit:
             continue
-        links = analysis.near.links.between(low, high)
-        sampled = np.sort(rng.permutation(len(links.left))[:_EXAMPLES_PER_BAND])
+        pairs = analysis.near.pairs.between(low, high)
+        sampled = np.sort(rng.permutation(len(pairs.left))[:_EXAMPLES_PER_BAND])
         if len(sampled):
             yield Section(
                 title=f"Pairs with a cosine of {low:g} to {min(high, 1):g}",
-                notes=[f"{len(sampled)} of {len(links.left):,}, drawn at random."],
+                notes=[f"{len(sampled)} of {len(pairs.left):,}, drawn at random."],
                 examples=[
                     QueryExample(
-                        query=renderer.render(int(rows[links.left[pair]])),
-                        outcome=f"cosine {format_fraction(min(links.cosines[pair], 1))}",
+                        query=renderer.render(int(rows[pairs.left[pair]])),
+                        outcome=f"cosine {format_fraction(min(pairs.cosines[pair], 1))}",
                         is_correct=True,
-                        results=[renderer.render(int(rows[links.right[pair]]))],
+                        results=[renderer.render(int(rows[pairs.right[pair]]))],
                     )
                     for pair in sampled.tolist()
                 ],
@@ -213,4 +213,4 @@ def _example(analysis: DedupAnalysis, removed: RemovedSamples, places: Ints, ren
 
 def _first_row(analysis: DedupAnalysis, sample: int) -> int:
     """Return the row of a sample's first usable item."""
-    return int(analysis.contents.item_rows[np.searchsorted(analysis.contents.samples, sample)])
+    return int(analysis.copies.item_rows[np.searchsorted(analysis.copies.samples, sample)])

@@ -80,12 +80,12 @@ def probe_json(report: ProbeReport, dataset: str) -> dict[str, Any]:
         report: report.
         dataset: name of the dataset.
     """
-    side = report.labeled.side
+    feature = report.labeled.feature
     is_linear = any(score.method != "knn" for score in report.scores)
     return {
         "dataset": dataset,
-        "model": side.spec,
-        "pretrained": side.fingerprint.get("revision") or f"sha256:{side.fingerprint['weights'][:16]}",
+        "model": feature.spec,
+        "pretrained": feature.fingerprint.get("revision") or f"sha256:{feature.fingerprint['weights'][:16]}",
         "task": "linear_probe" if is_linear else "knn",
         "metrics": {name: value for score in report.scores for name, value in _metrics_json(score).items()},
         "language": None,
@@ -105,13 +105,13 @@ def _metrics_json(score: Score) -> dict[str, float | None]:
 def _details(report: ProbeReport) -> dict[str, Any]:
     data, settings = report.labeled, report.settings
     return {
-        "feature": data.side.name,
-        "modality": data.side.modality,
-        "mean_of_tokens": data.side.has_tokens,
-        "fingerprint": dict(data.side.fingerprint),
+        "feature": data.feature.name,
+        "modality": data.feature.modality,
+        "mean_of_tokens": data.feature.has_tokens,
+        "fingerprint": dict(data.feature.fingerprint),
         "label": settings.label,
         "part": settings.part,
-        "cut": data.cut,
+        "cut": data.split_rule,
         "seed": settings.seed,
         "num_items": report.counts,
         "num_unlabelled": data.num_unlabeled,
@@ -123,7 +123,7 @@ def _details(report: ProbeReport) -> dict[str, Any]:
         "methods": {score.method: _score_json(score, data.names) for score in report.scores},
         "shuffled_labels": {control.method: _control_json(control) for control in report.controls},
         "few_shot": _few_shot_json(report.few_shots),
-        "few_shot_draws": settings.num_draws if settings.shots else 0,
+        "few_shot_draws": settings.draws if settings.shots else 0,
     }
 
 
@@ -163,7 +163,7 @@ def write_probe_page(path: Path, report: ProbeReport) -> None:
     few_shot = [_few_shot_section(report)] if report.few_shots else []
     write_report(
         path,
-        title=f"How well {report.labeled.side.name} predicts {report.settings.label!r}",
+        title=f"How well {report.labeled.feature.name} predicts {report.settings.label!r}",
         summary=report.line(),
         warnings=report.warnings(),
         sections=[_accuracy_section(report), *few_shot, _class_section(report)],
@@ -191,7 +191,7 @@ def _method_summary(method: str) -> str:
 
 def _few_shot_section(report: ProbeReport) -> Section:
     note = (
-        f"Fitted on that many training items per class, {report.settings.num_draws} draws, at a fixed regularization "
+        f"Fitted on that many training items per class, {report.settings.draws} draws, at a fixed regularization "
         "strength; intervals are over draws and test items."
     )
     return Section(

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from embedcache.arrays import Ints
-from embedcache.evaluate.retrieval import KS, WAYS, Ranking, RetrievalReport
+from embedcache.evaluate.retrieval import DIRECTIONS, KS, Ranking, RetrievalReport
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import (
     COLORS,
@@ -49,17 +49,18 @@ def retrieval_table(reports: Mapping[str, RetrievalReport]) -> Table:
     Args:
         reports: name -> report.
     """
-    columns = ["", *(f"{way} R@{k}" for way in WAYS for k in KS)]
+    columns = ["", *(f"{way} R@{k}" for way in DIRECTIONS for k in KS)]
     rows = {name: report.recalls for name, report in reports.items()}
     rows["chance"] = next(iter(reports.values())).chance
     return columns, [
-        [name, *(format_estimate(recalls[way][f"r@{k}"]) for way in WAYS for k in KS)] for name, recalls in rows.items()
+        [name, *(format_estimate(recalls[way][f"r@{k}"]) for way in DIRECTIONS for k in KS)]
+        for name, recalls in rows.items()
     ]
 
 
 def rank_table(reports: Mapping[str, RetrievalReport]) -> Table:
     """Return mean average precisions and median ranks with their 95% intervals, one row per report."""
-    columns = ["", *(f"{way} {metric}" for way in WAYS for metric in ("mAP", "median rank"))]
+    columns = ["", *(f"{way} {metric}" for way in DIRECTIONS for metric in ("mAP", "median rank"))]
     rows = []
     for name, report in reports.items():
         cells = [[format_estimate(orders["map"]), _format_rank(orders["median_rank"])] for orders in _orders(report)]
@@ -68,7 +69,7 @@ def rank_table(reports: Mapping[str, RetrievalReport]) -> Table:
 
 
 def _orders(report: RetrievalReport) -> list[Mapping[str, Estimate]]:
-    return [report.orders[way] for way in WAYS]
+    return [report.orders[way] for way in DIRECTIONS]
 
 
 def _format_rank(rank: Estimate) -> str:
@@ -82,7 +83,7 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
     95% interval of each.
     """
     return {
-        **{way: estimates_json({**report.recalls[way], **report.orders[way]}) for way in WAYS},
+        **{way: estimates_json({**report.recalls[way], **report.orders[way]}) for way in DIRECTIONS},
         "chance": _directions_json(report.chance),
         **{name: _directions_json(other.recalls) for name, other in others.items() if other is not None},
         "num_images": report.num_images[0],
@@ -135,7 +136,7 @@ def recall_bars(rows: Mapping[str, DirectionEstimates]) -> str:
     """Draw R@10 with its 95% interval in both directions, one bar per row, as an SVG element."""
     figure = Figure(figsize=(9, 0.5 + 0.42 * len(rows)), layout="constrained")
     all_axes = figure.subplots(1, 2, sharey=True)
-    for axes, way in zip(all_axes, WAYS, strict=True):
+    for axes, way in zip(all_axes, DIRECTIONS, strict=True):
         estimate_bars(axes, [recalls[way]["r@10"] for recalls in rows.values()], height=0.55)
         axes.set_yticks(range(len(rows)), list(rows))
         label(axes, f"{way} R@10 with its 95% interval")
@@ -146,7 +147,7 @@ def recall_bars(rows: Mapping[str, DirectionEstimates]) -> str:
 def recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
     """Draw recall by k in both directions, one line per report and gray for the first one's chance level, as SVG."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, way in zip(figure.subplots(1, 2, sharey=True), WAYS, strict=True):
+    for axes, way in zip(figure.subplots(1, 2, sharey=True), DIRECTIONS, strict=True):
         for position, (name, report) in enumerate(reports.items()):
             ks = np.arange(1, len(report.curves[way]) + 1)
             axes.plot(ks, report.curves[way], color=COLORS[position % len(COLORS)], label=name)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from embedcache.arrays import Array
-from embedcache.evaluate.zero_shot import Classified, ZeroShotReport
+from embedcache.evaluate.zero_shot import ZeroShotPredictions, ZeroShotReport
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import (
     COLORS,
@@ -92,7 +92,7 @@ def _unique_names(names: list[str]) -> list[str]:
 
 
 def write_zero_shot_page(
-    path: Path, cache: Cache, reports: Mapping[str, ZeroShotReport], classified: Classified, *, seed: int = 0
+    path: Path, cache: Cache, reports: Mapping[str, ZeroShotReport], classified: ZeroShotPredictions, *, seed: int = 0
 ) -> None:
     """Write a page with the accuracies of all reports, and the classes and example images of the first.
 
@@ -135,7 +135,7 @@ def write_zero_shot_page(
     )
 
 
-def _image_section(cache: Cache, classified: Classified, seed: int) -> Section:
+def _image_section(cache: Cache, classified: ZeroShotPredictions, seed: int) -> Section:
     thumbnails, rng = Thumbnails(cache), np.random.default_rng(seed)
     is_correct = classified.predicted[:, 0] == classified.labels
     sampled = [
@@ -150,7 +150,7 @@ def _image_section(cache: Cache, classified: Classified, seed: int) -> Section:
     )
 
 
-def _classified_image(classified: Classified, thumbnails: Thumbnails, place: int) -> QueryExample:
+def _classified_image(classified: ZeroShotPredictions, thumbnails: Thumbnails, place: int) -> QueryExample:
     true = int(classified.labels[place])
     image_url = thumbnails.data_url(int(classified.items.rows[place]))
     return ranked_example(

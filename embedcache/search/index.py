@@ -12,9 +12,9 @@ from embedcache.files import LOCK, disk_errors, is_remote, locked
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import (
     check_same,
-    claim_folder,
     fields_of,
     from_record,
+    prepare_folder,
     read_manifest,
     run_record,
     to_record,
@@ -178,7 +178,7 @@ def check_card(index_path: Path, card: IndexCard, requested: Mapping[str, Any], 
 
 
 def _claim(index_path: Path) -> None:
-    claim_folder(index_path, kind="an index", sign=LOCK, ours=[LOCK, "card.json", *FILES])
+    prepare_folder(index_path, kind="an index", marker=LOCK, allowed=[LOCK, "card.json", *FILES])
 
 
 def _candidates(settings: IndexSettings, num_vectors: int, width: int) -> list[Configuration]:

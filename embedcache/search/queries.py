@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from PIL.Image import Image
 
 from embedcache.arrays import Array, Floats, Inputs, blocks, check_finite, normalize
-from embedcache.dataset.inputs import inputs_of
+from embedcache.dataset.inputs import to_inputs
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
@@ -161,7 +161,7 @@ class QueryEncoder:
         names, vectors = feature_names(self._tower_input(modality).feature), []
         for block in blocks(len(items), encoder.batch_size):
             encoded = encoder.encode(encoder.prepare(list(items[block])), names)
-            vectors.append(self._project(modality, inputs_of([encoded[name] for name in names])))
+            vectors.append(self._project(modality, to_inputs([encoded[name] for name in names])))
         return np.concatenate(vectors)
 
     def _tower_input(self, modality: Modality) -> TowerInput | IndexCard:

@@ -1,7 +1,4 @@
-"""The app: one page, and the API behind it.
-
-The files of the pages, as they lie in the package: nothing else can be asked for.
-"""
+"""The web app: the JSON API, and the files of its pages, which are the only files that can be requested."""
 
 import asyncio
 import logging
@@ -20,21 +17,22 @@ from PIL.Image import Image
 from starlette.exceptions import HTTPException
 
 from embedcache.errors import EmbedcacheError, ItemError, UnknownNameError
-from embedcache.serve.batching import Answer, Batcher, BusyError, Question, answer_all
-from embedcache.serve.guard import BUG, PICTURE_PATH
+from embedcache.serve.batching import Batcher, BusyError, SearchQuery, SearchResult, search_batch
+from embedcache.serve.guard import BUG, IMAGE_SEARCH_PATH
+from embedcache.serve.images import ServedImages
 from embedcache.serve.schema import (
-    MOST_HITS,
+    MAX_HITS,
     CardOut,
     ConceptHits,
-    Coverage,
+    CoverageOut,
     ErrorOut,
-    Info,
-    Item,
+    ItemOut,
+    SearchOptions,
     SearchRequest,
     SearchResponse,
-    Wishes,
+    ServerInfo,
 )
-from embedcache.serve.served import Card, Served, cards
+from embedcache.serve.service import InfoTable, SearchService, info_tables
 from embedcache.sources.images import decode_image
 
 T = TypeVar("T")
@@ -42,40 +40,40 @@ Row = Annotated[int, Path(ge=0, le=10**12)]
 
 log = logging.getLogger("embedcache.serve")
 
-_NUM_QUESTIONS = 4
-"""Pictures to ask with that are in memory at the same time, from the first byte to the answer; others wait."""
+_MAX_IMAGE_QUERIES = 4
+"""Query images in memory at the same time, from the first byte to the response; others wait."""
 
-_NUM_READERS = 2
-"""Pictures decoded at the same time: each may take a quarter of a gigabyte."""
+_NUM_DECODERS = 2
+"""Images decoded at the same time; each may take a quarter of a gigabyte."""
 
-_ABOUT = """Search one index of frozen embeddings with words, pictures or items.
+_ABOUT = """Search one index of frozen embeddings with texts, images or indexed items.
 
-Answers are JSON; an error is {"error": "one line"}."""
+Responses are JSON; an error is {"error": "one line"}."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorOut, "description": said}
-    for status, said in {
-        400: "it cannot be answered",
-        404: "there is nothing of that name",
-        413: "too long",
-        422: "not as described",
-        503: "too many ask, or it took too long",
+    status: {"model": ErrorOut, "description": description}
+    for status, description in {
+        400: "the request cannot be answered",
+        404: "unknown name or row",
+        413: "the request is too large",
+        422: "the request has another form than described",
+        503: "too many requests, or a timeout",
     }.items()
 }
 
 
-def make_app(served: Served) -> FastAPI:
-    """Make the app. Whoever serves it puts a `Guard` before it."""
-    batcher: Batcher[Question, Answer] = Batcher(partial(answer_all, served.index))
-    readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="pictures")
+def make_app(service: SearchService) -> FastAPI:
+    """Create the app, which must be served behind a `RequestGuard`."""
+    batcher: Batcher[SearchQuery, SearchResult] = Batcher(partial(search_batch, service.index))
+    decoders = ThreadPoolExecutor(_NUM_DECODERS, thread_name_prefix="images")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        answering = asyncio.create_task(batcher.run())
+        task = asyncio.create_task(batcher.run())
         yield
-        answering.cancel()
+        task.cancel()
         with suppress(asyncio.CancelledError):
-            await answering
-        readers.shutdown(wait=False, cancel_futures=True)
+            await task
+        decoders.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
         title="embedcache",
@@ -88,138 +86,139 @@ def make_app(served: Served) -> FastAPI:
     )
     add_pages(app)
     _add_errors(app)
-    _add_search(app, served, batcher, partial(_on, readers))
-    _add_items(app, served, partial(_on, readers))
-    _add_about(app, served)
+    _add_search(app, service, batcher, partial(_run_on, decoders))
+    _add_items(app, service, partial(_run_on, decoders))
+    _add_info(app, service)
     return app
 
 
-async def _on(threads: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any) -> T:
+async def _run_on(threads: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(threads, call, *arguments)
 
 
-def _add_search(app: FastAPI, served: Served, batcher: Batcher[Question, Answer], read: Callable[..., Any]) -> None:
-    turns = asyncio.Semaphore(_NUM_QUESTIONS)
+def _add_search(
+    app: FastAPI, service: SearchService, batcher: Batcher[SearchQuery, SearchResult], run: Callable[..., Any]
+) -> None:
+    image_queries = asyncio.Semaphore(_MAX_IMAGE_QUERIES)
 
-    async def ask(wishes: Wishes, **question: Any) -> SearchResponse:
-        keep = served.filter(
-            labels=wishes.labels, splits=wishes.splits, languages=wishes.languages, selection=wishes.selection
+    async def respond(options: SearchOptions, **query: Any) -> SearchResponse:
+        keep = service.filter(
+            labels=options.labels, splits=options.splits, languages=options.languages, selection=options.selection
         )
-        answer = await batcher.ask(Question(k=wishes.k, keep=keep, **question))
+        result = await batcher.submit(SearchQuery(k=options.k, keep=keep, **query))
         return SearchResponse.model_validate(
             {
-                "hits": [served.hit(hit) for hit in answer.hits],
-                "encode_ms": round(answer.encode_ms, 3),
-                "search_ms": round(answer.search_ms, 3),
+                "hits": [service.hit(hit) for hit in result.hits],
+                "encode_ms": round(result.encode_ms, 3),
+                "search_ms": round(result.search_ms, 3),
             }
         )
 
     @app.post("/api/search")
-    async def search(asked: SearchRequest) -> SearchResponse:
-        """Find what fits words, or what is like an item."""
-        if (asked.text is None) == (asked.row is None):
-            raise HTTPException(422, "give either text or row")
-        if asked.text is not None and not asked.text.strip():
-            raise HTTPException(422, "the text is empty; give some words")
-        if asked.text is not None and "text" not in served.takes:
-            raise HTTPException(400, "this index cannot be compared with words; ask with a picture or a row")
-        if asked.row is not None and not served.index.query_encoder.has_row(asked.row):
-            raise HTTPException(404, f"row {asked.row} is not in the index")
-        return await ask(asked, text=asked.text, row=asked.row)
+    async def search(request: SearchRequest) -> SearchResponse:
+        """Search with a text, or for items similar to an indexed one."""
+        if (request.text is None) == (request.row is None):
+            raise HTTPException(422, "expected either text or row")
+        if request.text is not None and not request.text.strip():
+            raise HTTPException(422, "text: expected some words, got an empty text")
+        if request.text is not None and "text" not in service.takes:
+            raise HTTPException(400, "this index does not accept texts; search with an image or a row")
+        if request.row is not None and not service.has_row(request.row):
+            raise HTTPException(404, f"row {request.row} is not in the index")
+        return await respond(request, text=request.text, row=request.row)
 
-    @app.post(PICTURE_PATH, openapi_extra=_PICTURE_BODY)
-    async def search_with_a_picture(request: Request, wishes: Annotated[Wishes, Query()]) -> SearchResponse:
-        """Find what is like a picture: the body is the file, JPEG, PNG, WebP, GIF, BMP or TIFF."""
-        if "image" not in served.takes:
-            raise HTTPException(400, "this index cannot be compared with pictures; ask with words or a row")
-        async with turns:
-            most = served.settings.max_pixels
-            picture: Image = await read(partial(decode_image, await request.body(), max_pixels=most))
-            return await ask(wishes, picture=picture)
+    @app.post(IMAGE_SEARCH_PATH, openapi_extra=_IMAGE_BODY)
+    async def search_with_image(request: Request, options: Annotated[SearchOptions, Query()]) -> SearchResponse:
+        """Search with an image: the body is the file, JPEG, PNG, WebP, GIF, BMP or TIFF."""
+        if "image" not in service.takes:
+            raise HTTPException(400, "this index does not accept images; search with a text or a row")
+        async with image_queries:
+            decode = partial(decode_image, max_pixels=service.settings.max_pixels)
+            image: Image = await run(decode, await request.body())
+            return await respond(options, image=image)
 
 
-def _add_items(app: FastAPI, served: Served, read: Callable[..., Any]) -> None:
+def _add_items(app: FastAPI, service: SearchService, run: Callable[..., Any]) -> None:
     def webp(data: bytes) -> Response:
         return Response(data, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400"})
 
-    def check(row: int) -> None:
-        if served.pictures is None or row >= served.pictures.num:
-            raise HTTPException(404, f"there is no picture {row}")
+    def images_with(row: int) -> ServedImages:
+        if service.images is None or row >= service.images.num_images:
+            raise HTTPException(404, f"unknown image {row}")
+        return service.images
 
     @app.get("/api/items/{row}")
-    async def item(row: Row) -> Item:
-        """Give all that the cache says of an item."""
-        if row >= len(served.index.hits.samples):
-            raise HTTPException(404, f"there is no item {row}")
-        return Item.model_validate(served.item(row))
+    async def item(row: Row) -> ItemOut:
+        """Return all data of an item in the cache."""
+        if row >= len(service.index.hits.samples):
+            raise HTTPException(404, f"unknown item {row}")
+        return ItemOut.model_validate(service.item(row))
 
     @app.get("/api/images/{row}/thumbnail", response_class=Response)
     async def thumbnail(row: Row) -> Response:
-        """Give a picture as WebP, at most 224 pixels a side."""
-        check(row)
-        return webp(await read(served.pictures.thumbnail, row))  # type: ignore[union-attr]
+        """Return an image as WebP of at most 224 pixels per side."""
+        return webp(await run(images_with(row).thumbnail, row))
 
     @app.get("/api/images/{row}/picture", response_class=Response)
-    async def picture(row: Row) -> Response:
-        """Give a picture as WebP, at most 1,280 pixels a side."""
-        check(row)
-        return webp(await read(served.pictures.picture, row))  # type: ignore[union-attr]
+    async def image(row: Row) -> Response:
+        """Return an image as WebP of at most 1,280 pixels per side."""
+        return webp(await run(images_with(row).image, row))
 
 
-def _add_about(app: FastAPI, served: Served) -> None:
+def _add_info(app: FastAPI, service: SearchService) -> None:
     @app.get("/api/info")
-    async def info() -> Info:
-        """Say what this server holds and takes."""
-        return Info.model_validate({**served.info(), "most_hits": MOST_HITS})
+    async def info() -> ServerInfo:
+        """Return what this server holds and accepts."""
+        return ServerInfo.model_validate({**service.info(), "most_hits": MAX_HITS})
 
     @app.get("/api/cards", response_model=list[CardOut])
-    async def index_and_run_cards() -> list[Card]:
-        """Say what the index, its run and its cache are."""
-        return cards(served.index)
+    async def index_and_run_cards() -> list[InfoTable]:
+        """Return tables that describe the index, its run and its cache."""
+        return info_tables(service.index)
 
     @app.get("/api/coverage")
-    async def coverage() -> Coverage:
-        """Count the items of each concept."""
-        if served.coverage is None:
-            raise HTTPException(404, "there is no coverage here; start the server with --concepts or --coverage")
-        return Coverage.model_validate({**served.coverage.about, "concepts": served.coverage.concepts})
+    async def coverage() -> CoverageOut:
+        """Return the number of items of each concept."""
+        if service.coverage is None:
+            raise HTTPException(404, "no coverage; start the server with --concepts or --coverage")
+        return CoverageOut.model_validate({**service.coverage.about, "concepts": service.coverage.concepts})
 
     @app.get("/api/coverage/{number}")
     async def concept(number: Row) -> ConceptHits:
-        """Give the items that are most similar to a concept."""
-        return ConceptHits.model_validate(served.concept(number))
+        """Return the items that are most similar to a concept."""
+        return ConceptHits.model_validate(service.concept(number))
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def not_as_described(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
         return JSONResponse({"error": f"{place or 'the body'}: {first['msg']}"}, 422)
 
     @app.exception_handler(EmbedcacheError)
-    async def cannot(request: Request, error: EmbedcacheError) -> JSONResponse:
+    async def user_error(request: Request, error: EmbedcacheError) -> JSONResponse:
         if isinstance(error, UnknownNameError):
             return JSONResponse({"error": error.args[0]}, 404)
-        if isinstance(error, ItemError) and request.method == "GET":  # its text may hold a path of this machine
+        if isinstance(error, ItemError) and request.method == "GET":  # its message may contain a path of this machine
             log.warning("%s: %s", request.url.path, error)
-            return JSONResponse({"error": "the picture cannot be read; the server's log says why"}, 404)
+            return JSONResponse({"error": "the image cannot be read; the reason is in the server's log"}, 404)
         return JSONResponse({"error": str(error)}, 400)
 
     @app.exception_handler(BusyError)
     async def busy(_: Request, __: BusyError) -> JSONResponse:
-        return JSONResponse({"error": "too many are asking; ask again in a moment"}, 503, headers={"Retry-After": "1"})
+        return JSONResponse({"error": "too many requests; retry in a moment"}, 503, headers={"Retry-After": "1"})
 
     @app.exception_handler(Exception)
     async def bug(_: Request, __: Exception) -> JSONResponse:
         return JSONResponse({"error": BUG}, 500)
 
 
-_PICTURE_BODY = {
+_IMAGE_BODY = {
     "requestBody": {
         "required": True,
         "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
@@ -232,14 +231,14 @@ _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg"
 
 
 def add_pages(app: FastAPI) -> None:
-    """Serve the pages and what they load."""
+    """Serve the pages and the files they load."""
     folder = files("embedcache.serve") / "page"
     for url, name in {**_PAGES, **{f"/{name}": name for name in _FILES}}.items():
         _add_file(app, url, (folder / name).read_bytes(), _TYPES[name.rpartition(".")[2]])
 
 
 def _add_file(app: FastAPI, url: str, content: bytes, media_type: str) -> None:
-    async def give() -> Response:
+    async def send() -> Response:
         return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
 
-    app.add_api_route(url, give, methods=["GET", "HEAD"], include_in_schema=False)
+    app.add_api_route(url, send, methods=["GET", "HEAD"], include_in_schema=False)

@@ -1,7 +1,4 @@
-"""Gathering what is asked at about the same time, for one thread that answers in batches.
-
-Answering questions that came at about the same time: one batch through each encoder, one search a filter.
-"""
+"""Batching of concurrent queries: one batch per encoder and one search per filter, on one thread."""
 
 import asyncio
 import time
@@ -19,115 +16,115 @@ from embedcache.search.queries import Queries
 from embedcache.search.search import Hit, OpenIndex
 from embedcache.search.settings import Filter
 
-Asked = TypeVar("Asked")
-Answered = TypeVar("Answered")
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 
 WAIT_S = 0.004
-MOST = 32
-MOST_WAITING = 512
+MAX_BATCH = 32
+MAX_WAITING = 512
 
 
 class BusyError(Exception):
-    """Too many are waiting already."""
+    """Too many requests are waiting."""
 
 
-class Batcher(Generic[Asked, Answered]):
-    """Waits a few milliseconds after the first question for others, then has all answered together by one thread.
+class Batcher(Generic[Input, Output]):
+    """Collects requests for a few milliseconds after the first, then processes them together on one thread.
 
-    While that thread works, questions gather for the next batch. Whoever gave up waiting is left out of it.
+    While that thread works, requests collect for the next batch. Cancelled requests are left out of it.
 
     Args:
-        answer_all: gives an answer, or an exception, for each question, in order; runs on the thread.
-        wait_s: how long to gather.
-        most: questions in a batch.
-        most_waiting: questions that wait; more are refused.
+        process: returns a result or an exception for each request, in order; runs on the thread.
+        wait_s: time to collect requests, in seconds.
+        max_batch: requests per batch.
+        max_waiting: waiting requests; more are rejected.
     """
 
     def __init__(
         self,
-        answer_all: Callable[[Sequence[Asked]], Sequence[Answered | Exception]],
+        process: Callable[[Sequence[Input]], Sequence[Output | Exception]],
         *,
         wait_s: float = WAIT_S,
-        most: int = MOST,
-        most_waiting: int = MOST_WAITING,
+        max_batch: int = MAX_BATCH,
+        max_waiting: int = MAX_WAITING,
     ) -> None:
-        self._answer_all, self._wait_s, self._most, self._most_waiting = answer_all, wait_s, most, most_waiting
-        self._waiting: list[tuple[Asked, asyncio.Future[Answered]]] = []
-        self._is_asked = asyncio.Event()
+        self._process, self._wait_s, self._max_batch, self._max_waiting = process, wait_s, max_batch, max_waiting
+        self._waiting: list[tuple[Input, asyncio.Future[Output]]] = []
+        self._has_requests = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
 
-    async def ask(self, question: Asked) -> Answered:
-        """Get the answer to one question.
+    async def submit(self, request: Input) -> Output:
+        """Return the result of one request.
 
         Raises:
-            BusyError: too many are waiting.
+            BusyError: too many requests are waiting.
         """
-        if len(self._waiting) >= self._most_waiting:
+        if len(self._waiting) >= self._max_waiting:
             raise BusyError
-        future: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
-        self._waiting.append((question, future))
-        self._is_asked.set()
+        future: asyncio.Future[Output] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        self._has_requests.set()
         return await future
 
     async def run(self) -> None:
-        """Answer until cancelled."""
+        """Process requests until cancelled."""
         try:
             while True:
-                await self._is_asked.wait()
-                if len(self._waiting) < self._most:
+                await self._has_requests.wait()
+                if len(self._waiting) < self._max_batch:
                     await asyncio.sleep(self._wait_s)
-                await self._answer_some()
+                await self._process_batch()
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _answer_some(self) -> None:
-        batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
+    async def _process_batch(self) -> None:
+        batch, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
         if not self._waiting:
-            self._is_asked.clear()
-        batch = [(question, future) for question, future in batch if not future.done()]
+            self._has_requests.clear()
+        batch = [(request, future) for request, future in batch if not future.done()]
         if not batch:
             return
-        questions = [question for question, _ in batch]
+        requests = [request for request, _ in batch]
         try:
-            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._answer_all, questions)
-        except Exception as error:  # noqa: BLE001  # a bug of ours is told to all who asked, and the next batch goes on
-            answers = [error] * len(batch)
-        for (_, future), answer in zip(batch, answers, strict=True):
+            results = await asyncio.get_running_loop().run_in_executor(self._thread, self._process, requests)
+        except Exception as error:  # noqa: BLE001  # a bug is reported to all requests, and the next batch continues
+            results = [error] * len(batch)
+        for (_, future), result in zip(batch, results, strict=True):
             if future.done():
                 continue
-            if isinstance(answer, Exception):
-                future.set_exception(answer)
+            if isinstance(result, Exception):
+                future.set_exception(result)
             else:
-                future.set_result(answer)
+                future.set_result(result)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """What one visitor asks: a text, a picture or a row.
+class SearchQuery:
+    """One query: a text, an image or a row.
 
     Args:
-        text: words.
-        picture: RGB.
-        row: of an item of the index: what is like it.
-        k: hits, or as many as the filter leaves.
-        keep: what may be found.
+        text: text query.
+        image: RGB image query.
+        row: row of an indexed item, to find similar ones.
+        k: number of hits, or as many as the filter leaves.
+        keep: filter of the items.
     """
 
     text: str | None = None
-    picture: Image | None = None
+    image: Image | None = None
     row: int | None = None
     k: int
     keep: Filter = field(default_factory=Filter)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What was found.
+class SearchResult:
+    """Hits of one query.
 
     Args:
-        hits: best first; none where the filter leaves nothing.
-        encode_ms: that the batch's encoders took, or reading the vectors of rows.
-        search_ms: that the search and looking the hits up took, with others who asked with the same filter.
+        hits: best first; empty if the filter leaves nothing.
+        encode_ms: time of the batch's encoders, or of reading the vectors of rows.
+        search_ms: time of the search and of looking up the hits, together with other queries with the same filter.
     """
 
     hits: Sequence[Hit]
@@ -135,53 +132,54 @@ class Answer:
     search_ms: float
 
 
-def answer_all(index: OpenIndex, questions: Sequence[Question]) -> list[Answer | EmbedcacheError]:
-    """Answer each question, in order; one that cannot be answered gets its error, and the others their answers."""
+def search_batch(index: OpenIndex, queries: Sequence[SearchQuery]) -> list[SearchResult | EmbedcacheError]:
+    """Return the result of each query, in order; a query that fails gets its error, and the others their results."""
     started = time.perf_counter()
     try:
-        vectors_QP = _vectors(index, questions)
+        vectors_QP = _encode(index, queries)
     except EmbedcacheError as error:
-        return [error] * len(questions) if len(questions) == 1 else [answer_all(index, [one])[0] for one in questions]
+        return [error] * len(queries) if len(queries) == 1 else [search_batch(index, [one])[0] for one in queries]
     encode_ms = 1000 * (time.perf_counter() - started)
     places: dict[object, list[int]] = defaultdict(list)
-    for place, question in enumerate(questions):
-        places[question.keep].append(place)
-    answers: dict[int, Answer | EmbedcacheError] = {}
+    for place, query in enumerate(queries):
+        places[query.keep].append(place)
+    results: dict[int, SearchResult | EmbedcacheError] = {}
     for group in places.values():
-        found = _find(index, vectors_QP[group], [questions[place] for place in group], encode_ms)
-        answers |= dict(zip(group, found, strict=True))
-    return [answers[place] for place in range(len(questions))]
+        found = _search(index, vectors_QP[group], [queries[place] for place in group], encode_ms)
+        results |= dict(zip(group, found, strict=True))
+    return [results[place] for place in range(len(queries))]
 
 
-def _vectors(index: OpenIndex, questions: Sequence[Question]) -> Floats:
-    """Get a vector a question, in order: (Q, P)."""
-    of_texts = [place for place, one in enumerate(questions) if one.text is not None]
-    of_pictures = [place for place, one in enumerate(questions) if one.picture is not None]
-    of_rows = [place for place, one in enumerate(questions) if one.row is not None]
-    queries = Queries(
-        texts=[one.text for one in questions if one.text is not None],
-        images=[one.picture for one in questions if one.picture is not None],
-        rows=[one.row for one in questions if one.row is not None],
+def _encode(index: OpenIndex, queries: Sequence[SearchQuery]) -> Floats:
+    """Return one vector per query, in order: (Q, P)."""
+    text_places = [place for place, query in enumerate(queries) if query.text is not None]
+    image_places = [place for place, query in enumerate(queries) if query.image is not None]
+    row_places = [place for place, query in enumerate(queries) if query.row is not None]
+    by_kind = Queries(
+        texts=[query.text for query in queries if query.text is not None],
+        images=[query.image for query in queries if query.image is not None],
+        rows=[query.row for query in queries if query.row is not None],
     )
-    found = index.query_encoder.encode(queries)
-    ordered = found.copy()
-    ordered[[*of_texts, *of_pictures, *of_rows]] = found
-    return ordered
+    vectors_QP = index.query_encoder.encode(by_kind)
+    ordered_QP = vectors_QP.copy()
+    ordered_QP[[*text_places, *image_places, *row_places]] = vectors_QP
+    return ordered_QP
 
 
-def _find(
-    index: OpenIndex, vectors_QP: Floats, questions: Sequence[Question], encode_ms: float
-) -> Sequence[Answer | EmbedcacheError]:
-    started, keep = time.perf_counter(), questions[0].keep
+def _search(
+    index: OpenIndex, vectors_QP: Floats, queries: Sequence[SearchQuery], encode_ms: float
+) -> Sequence[SearchResult | EmbedcacheError]:
+    """Search with queries that have the same filter."""
+    started, keep = time.perf_counter(), queries[0].keep
     try:
-        k = min(max(question.k for question in questions), index.count(keep))
+        k = min(max(query.k for query in queries), index.count(keep))
         found: Sequence[Sequence[Hit]] = (
-            index.search_vectors(vectors_QP, k=k, condition=keep) if k else [[]] * len(questions)
+            index.search_vectors(vectors_QP, k=k, condition=keep) if k else [[]] * len(queries)
         )
     except EmbedcacheError as error:
-        return [error] * len(questions)
+        return [error] * len(queries)
     search_ms = 1000 * (time.perf_counter() - started)
     return [
-        Answer(hits=hits[: question.k], encode_ms=encode_ms, search_ms=search_ms)
-        for question, hits in zip(questions, found, strict=True)
+        SearchResult(hits=hits[: query.k], encode_ms=encode_ms, search_ms=search_ms)
+        for query, hits in zip(queries, found, strict=True)
     ]

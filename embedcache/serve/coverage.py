@@ -1,28 +1,29 @@
-"""What a coverage report says, for the page: read from a file, or measured when the server starts."""
+"""Coverage for the page, read from a report or measured when the server starts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from embedcache.curate.coverage import CoverageSettings, measure_coverage
+from embedcache.curate.coverage import measure_coverage
+from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.progress import Progress
 from embedcache.provenance import fields_of, read_json
 from embedcache.reports.coverage import coverage_json
 from embedcache.search.search import OpenIndex
 
-_NUM_BEST = 24
+_NUM_ITEMS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedCoverage:
-    """How well the indexed items cover some concepts.
+class CoverageData:
+    """Coverage of concepts by the indexed items.
 
     Args:
         about: `rule`, `min_count`, `warnings`, `parts` (`name`, `items`, `covered`, `gaps`, `gini`) and `overlaps`.
-        concepts: each with `number`, `name`, `counts` a part, `assigned`, `threshold` and whether it is a gap.
-        best: of each concept, `row` and `cosine` of its most similar items, best first.
+        concepts: `number`, `name`, `counts` per part, `assigned`, `threshold` and `is_gap` of each concept.
+        best: `row` and `cosine` of the most similar items of each concept, best first.
     """
 
     about: Mapping[str, Any]
@@ -30,47 +31,45 @@ class ServedCoverage:
     best: Sequence[Sequence[Mapping[str, Any]]]
 
 
-def read_coverage(path: Path, index: OpenIndex) -> ServedCoverage:
-    """Read what `embedcache curate coverage --output` wrote.
+def read_coverage(path: Path, index: OpenIndex) -> CoverageData:
+    """Read a report of `embedcache curate coverage --output`.
 
     Raises:
-        PathError: there is no such file.
-        CorruptError: it does not hold what it should.
-        FingerprintError: it is of other samples than the index.
-        DataError: it is of the other modality.
+        PathError: the file does not exist.
+        CorruptError: it is not such a report.
+        FingerprintError: it is about other samples than the index.
+        DataError: it is about the other modality.
     """
     if not path.is_file():
         raise PathError(
             f"{path} does not exist; write it with: embedcache curate coverage CACHE CONCEPTS --output {path}"
         )
     values = read_json(path)
-    served, index_digest, modality = fields_of(
-        path, lambda: (_served(values), str(values["pool"]["spine"]), str(values["pool"]["modality"]))
+    data, index_digest, modality = fields_of(
+        path, lambda: (_coverage_data(values), str(values["pool"]["spine"]), str(values["pool"]["modality"]))
     )
     if not index.cache.info.has_rows_of(index_digest):
-        raise FingerprintError(f"{path} is of other samples than {index.cache.path} holds; measure coverage again")
+        raise FingerprintError(f"{path} is about other samples than {index.cache.path}; measure coverage again")
     if modality != index.card.modality:
-        raise DataError(f"{path} counts {modality}s, and the index holds {index.card.modality}s")
-    return served
+        raise DataError(f"{path}: expected coverage by {index.card.modality}s as in the index, got {modality}s")
+    return data
 
 
-def compute_coverage(
+def measure_served_coverage(
     concepts_path: Path | str, index: OpenIndex, progress: Progress, *, settings: CoverageSettings | None = None
-) -> ServedCoverage:
-    """Measure how well the cache covers some concepts, in the index's space; see `measure_coverage`."""
-    report = measure_coverage(
-        index.cache.path,
-        concepts_path,
-        modality=index.card.modality,
+) -> CoverageData:
+    """Measure coverage in the index's space; see `measure_coverage`."""
+    settings = replace(
+        settings or CoverageSettings(k=min(_NUM_ITEMS, index.card.num_vectors)),
+        modality="image" if index.card.modality == "image" else "text",
         feature=index.card.feature,
-        run_path=index.run_path,
-        settings=settings or CoverageSettings(k=min(_NUM_BEST, index.card.num_vectors)),
-        progress=progress,
+        run=index.run_path,
     )
-    return _served(coverage_json(report))
+    report = measure_coverage(index.cache.path, concepts_path, settings, progress=progress)
+    return _coverage_data(coverage_json(report))
 
 
-def _served(values: Mapping[str, Any]) -> ServedCoverage:
+def _coverage_data(values: Mapping[str, Any]) -> CoverageData:
     least = values["min_count"]
     concepts = [
         {
@@ -96,7 +95,7 @@ def _served(values: Mapping[str, Any]) -> ServedCoverage:
     best = [
         [{"row": int(hit["row"]), "cosine": float(hit["cosine"])} for hit in one["best"]] for one in values["concepts"]
     ]
-    return ServedCoverage(about=about, concepts=concepts, best=best)
+    return CoverageData(about=about, concepts=concepts, best=best)
 
 
 def _rule(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What stands before the app: who may ask, how much and how long, and what no answer may hold."""
+"""Access control in front of the app: who may send requests, their size and time, and headers of responses."""
 
 import asyncio
 import hmac
@@ -13,13 +13,14 @@ from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embedcache.serve.settings import ServeSettings, as_address
+from embedcache.serve.settings import ServeSettings, parse_address
 
 log = logging.getLogger("embedcache.serve")
 
-MOST_JSON_BYTES = 64 * 1024
-PICTURE_PATH = "/api/search/image"
+MAX_JSON_BYTES = 64 * 1024
+IMAGE_SEARCH_PATH = "/api/search/image"
 BUG = "something went wrong; the server's log says what"
+_TIMEOUT = "this took too long; retry, or request fewer results"
 
 _CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
@@ -36,14 +37,14 @@ _HEADERS = {
 }
 
 
-class Guard:
-    """Checks each request before the app sees it, and each answer before it leaves.
+class RequestGuard:
+    """Checks each request before the app sees it, and adds headers to each response.
 
     Args:
-        app: what answers.
-        settings: what is allowed.
-        token: what must be shown, as a cookie or as `Authorization: Bearer`; None: nothing.
-        port: that is bound, for the cookie's name: cookies know no ports.
+        app: app to protect.
+        settings: access and limits.
+        token: token that requests must send, as a cookie or as `Authorization: Bearer`; None requires none.
+        port: bound port, part of the cookie's name, because cookies are shared by all ports.
     """
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, *, token: str | None, port: int) -> None:
@@ -53,69 +54,69 @@ class Guard:
         self._names |= {name.lower() for name in settings.names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; anything but HTTP and the start and end of the server is refused."""
+        """Serve one request; anything but HTTP and lifespan events is dropped."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            answering = _Answering(send)
-            await self._serve(scope, receive, answering)
+            response = _GuardedResponse(send)
+            await self._serve(scope, receive, response)
 
-    async def _serve(self, scope: Scope, receive: Receive, answering: "_Answering") -> None:
-        refusal = self._refusal(scope)
+    async def _serve(self, scope: Scope, receive: Receive, response: "_GuardedResponse") -> None:
+        rejection = self._rejection(scope)
         try:
-            async with asyncio.timeout(self._settings.timeout_s):
-                if refusal is not None:
-                    await refusal(scope, receive, answering.send)
+            async with asyncio.timeout(self._settings.timeout):
+                if rejection is not None:
+                    await rejection(scope, receive, response.send)
                 else:
-                    limited = _limited(receive, _most_bytes(scope, self._settings))
-                    await self._app(scope, limited, answering.send)
+                    limited = _limited(receive, _max_bytes(scope, self._settings))
+                    await self._app(scope, limited, response.send)
         except TimeoutError:
-            await answering.instead(scope, receive, _error(503, "this took too long; ask again, or for less"))
+            await response.send_error(scope, receive, _error(503, _TIMEOUT))
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"])
-            await answering.instead(scope, receive, _error(500, BUG))
+            await response.send_error(scope, receive, _error(500, BUG))
 
-    def _refusal(self, scope: Scope) -> Response | None:
+    def _rejection(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if not self._is_ours(host):
+        if not self._is_own_name(host):
             return _error(
-                421, f"this server does not go by the name {_name(host)!r}; where it should, start it with --name"
+                421, f"host name {_host_name(host)!r} is not accepted; to accept it, start the server with --host-name"
             )
-        if _is_from_elsewhere(headers, host):
-            return _error(403, "a page of another site may not ask here")
+        if _is_cross_site(headers, host):
+            return _error(403, "requests from pages of other sites are not accepted")
         length = headers.get("content-length", "0")
-        most = _most_bytes(scope, self._settings)
-        if not length.isdigit() or int(length) > most:
-            return _error(413, f"the request has {length} bytes; at most {most:,} are taken")
-        return None if self._token is None else self._token_refusal(scope, headers, self._token)
+        limit = _max_bytes(scope, self._settings)
+        if not length.isdigit() or int(length) > limit:
+            return _error(413, f"the request has {length} bytes; expected at most {limit:,}")
+        return None if self._token is None else self._token_rejection(scope, headers, self._token)
 
-    def _token_refusal(self, scope: Scope, headers: Headers, token: str) -> Response | None:
-        """Ask for the token; the link that holds it leads to the page without it, and leaves a cookie."""
+    def _token_rejection(self, scope: Scope, headers: Headers, token: str) -> Response | None:
+        """Return an error without the token; the link with the token sets a cookie and redirects to the page."""
         if scope["path"] == "/" and scope["method"] == "GET":
             given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-            if _same(given, token):
+            if _is_same(given, token):
                 response = RedirectResponse("/", status_code=303)
                 response.set_cookie(self._cookie, token, httponly=True, samesite="lax", path="/")
                 return response
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         cookie = cookie_parser(headers.get("cookie", "")).get(self._cookie, "")
-        if _same(cookie, token) or (scheme.lower() == "bearer" and _same(bearer.strip(), token)):
+        if _is_same(cookie, token) or (scheme.lower() == "bearer" and _is_same(bearer.strip(), token)):
             return None
         return _error(
             401,
-            "a token is needed: open the link that embedcache serve printed, or send Authorization: Bearer TOKEN",
+            "a token is required: open the link that embedcache serve printed, or send Authorization: Bearer TOKEN",
             {"WWW-Authenticate": "Bearer"},
         )
 
-    def _is_ours(self, host: str) -> bool:
-        """Say whether a Host header names this server: a name that a stranger's DNS could lead here does not."""
-        name = _name(host)
-        return name in self._names or as_address(name) is not None
+    def _is_own_name(self, host: str) -> bool:
+        """Return whether a Host header names this server; foreign names are rejected against DNS rebinding."""
+        name = _host_name(host)
+        return name in self._names or parse_address(name) is not None
 
 
-class _Answering:
-    """Sends an answer, adds the headers that all have, and knows whether one has begun."""
+class _GuardedResponse:
+    """Sends a response with the headers that all responses have, and knows whether it has begun."""
 
     def __init__(self, send: Send) -> None:
         self._send, self._has_begun = send, False
@@ -129,33 +130,33 @@ class _Answering:
             headers.setdefault("Cache-Control", "no-store")
         await self._send(message)
 
-    async def instead(self, scope: Scope, receive: Receive, response: Response) -> None:
-        """Answer with an error, unless an answer is on its way already."""
+    async def send_error(self, scope: Scope, receive: Receive, error: Response) -> None:
+        """Send an error, unless another response has begun."""
         if not self._has_begun:
-            await response(scope, receive, self.send)
+            await error(scope, receive, self.send)
 
 
-def _most_bytes(scope: Scope, settings: ServeSettings) -> int:
-    return settings.max_upload_bytes if scope["path"] == PICTURE_PATH else MOST_JSON_BYTES
+def _max_bytes(scope: Scope, settings: ServeSettings) -> int:
+    return settings.max_upload if scope["path"] == IMAGE_SEARCH_PATH else MAX_JSON_BYTES
 
 
-def _limited(receive: Receive, most: int) -> Receive:
-    """Refuse a body as soon as it grows too long, whatever it says of its length."""
+def _limited(receive: Receive, limit: int) -> Receive:
+    """Return a receiver that raises once a body is too long, whatever its Content-Length says."""
     num_bytes = 0
 
     async def limited() -> Message:
         nonlocal num_bytes
         message = await receive()
         num_bytes += len(message.get("body", b""))
-        if num_bytes > most:
-            raise HTTPException(413, f"the request has more than {most:,} bytes, and no more are taken")
+        if num_bytes > limit:
+            raise HTTPException(413, f"the request has too many bytes; expected at most {limit:,}")
         return message
 
     return limited
 
 
-def _is_from_elsewhere(headers: Headers, host: str) -> bool:
-    """Say whether a page of another site sent this; following a link to here is no harm."""
+def _is_cross_site(headers: Headers, host: str) -> bool:
+    """Return whether a page of another site sent a request; following a link to this server is allowed."""
     origin = headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != host:
         return True
@@ -163,13 +164,13 @@ def _is_from_elsewhere(headers: Headers, host: str) -> bool:
     return site not in ("none", "same-origin") and mode != "navigate"
 
 
-def _name(host: str) -> str:
-    """Take the port off a Host header."""
+def _host_name(host: str) -> str:
+    """Return a Host header without its port."""
     name, colon, port = host.rpartition(":")
     return (name if colon and port.isdigit() else host).strip("[]").lower()
 
 
-def _same(given: str, token: str) -> bool:
+def _is_same(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(), token.encode())
 
 

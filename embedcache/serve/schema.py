@@ -1,104 +1,104 @@
-"""What the API takes and gives."""
+"""Requests and responses of the API."""
 
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-USUAL_HITS = 60
-MOST_HITS = 500
-_MOST_LETTERS = 2000
-_MOST_VALUES = 100
+DEFAULT_HITS = 60
+MAX_HITS = 500
+_MAX_TEXT_LENGTH = 2000
+_MAX_VALUES = 100
 
-Values = Annotated[list[Annotated[str, Field(max_length=_MOST_LETTERS)]], Field(max_length=_MOST_VALUES)]
-Count = Annotated[int, Field(ge=1, le=MOST_HITS)]
+Values = Annotated[list[Annotated[str, Field(max_length=_MAX_TEXT_LENGTH)]], Field(max_length=_MAX_VALUES)]
+Count = Annotated[int, Field(ge=1, le=MAX_HITS)]
 
 
-class Wishes(BaseModel):
-    """How many hits, and what may be found; all that is given must hold."""
+class SearchOptions(BaseModel):
+    """Number of hits, and filters that all hits must pass."""
 
     model_config = ConfigDict(extra="forbid")
 
-    k: Count = Field(USUAL_HITS, description="Hits; fewer where the filters leave fewer.")
-    labels: Values = Field([], description="One of these labels.")
-    splits: Values = Field([], description="One of these splits.")
-    languages: Values = Field([], description="Captions in one of these languages; others are not shown.")
-    selection: str | None = Field(None, description="The name of a selection that the server was started with.")
+    k: Count = Field(DEFAULT_HITS, description="Number of hits; fewer if the filters leave fewer.")
+    labels: Values = Field([], description="Keep items with one of these labels.")
+    splits: Values = Field([], description="Keep items of one of these splits.")
+    languages: Values = Field([], description="Keep captions in one of these languages; others are not shown.")
+    selection: str | None = Field(None, description="Keep items of this selection, which the server offers.")
 
 
-class SearchRequest(Wishes):
-    """A question: either words or a row."""
+class SearchRequest(SearchOptions):
+    """A query: either a text or a row."""
 
-    text: str | None = Field(None, max_length=_MOST_LETTERS, description="What to look for, in words.")
-    row: int | None = Field(None, ge=0, le=10**12, description="Find what is like the item in this row.")
+    text: str | None = Field(None, max_length=_MAX_TEXT_LENGTH, description="Text query.")
+    row: int | None = Field(None, ge=0, le=10**12, description="Find items similar to the item in this row.")
 
 
 class HitOut(BaseModel):
-    """An item that was found."""
+    """One hit."""
 
-    score: float = Field(description="Cosine to the question; of an index of codes, its estimate.")
-    row: int = Field(description="The item's row in its modality's table of the cache.")
-    key: str = Field(description="The sample's key.")
-    captions: list[str] = Field(description="At most three.")
-    label: str | None = Field(description="The sample's label, where the cache has labels.")
-    image: int | None = Field(description="Row of the picture to show; of a caption, of its sample's first.")
+    score: float = Field(description="Cosine to the query; estimated if the index stores codes.")
+    row: int = Field(description="Row of the item in the item table of its modality.")
+    key: str = Field(description="Key of the sample.")
+    captions: list[str] = Field(description="Captions of the sample, at most three.")
+    label: str | None = Field(description="Label of the sample, if the cache has labels.")
+    image: int | None = Field(description="Row of the image to show; of a caption, the first image of its sample.")
 
 
 class SearchResponse(BaseModel):
-    """What was found, best first, and how long it took, together with questions that came at the same time."""
+    """Hits, best first, and times of the batch in which the query was processed."""
 
     hits: list[HitOut]
-    encode_ms: float = Field(description="Of the encoders, or of reading vectors.")
-    search_ms: float = Field(description="Of the search, and of looking up what was found.")
+    encode_ms: float = Field(description="Time of the encoders, or of reading vectors.")
+    search_ms: float = Field(description="Time of the search, and of looking up the hits.")
 
 
-class Caption(BaseModel):
-    """A caption and its language, where known."""
+class CaptionOut(BaseModel):
+    """A caption and its language, if known."""
 
     text: str
     language: str | None
 
 
-class Item(BaseModel):
-    """All that the cache says of an item."""
+class ItemOut(BaseModel):
+    """All data of an item in the cache."""
 
     row: int
     key: str
-    image: int | None = Field(description="Row of the picture to show.")
-    captions: list[Caption]
-    columns: dict[str, str | int | float | bool | None] = Field(description="The sample's other columns.")
+    image: int | None = Field(description="Row of the image to show.")
+    captions: list[CaptionOut]
+    columns: dict[str, str | int | float | bool | None] = Field(description="Other columns of the sample.")
 
 
-class Info(BaseModel):
-    """What this server can do."""
+class ServerInfo(BaseModel):
+    """Content and capabilities of this server."""
 
-    name: str = Field(description="Of the index.")
-    version: str = Field(description="Of the rows: changes with the cache.")
-    modality: str = Field(description="Of the items that are found: image or text.")
+    name: str = Field(description="Name of the index.")
+    version: str = Field(description="Version of the rows; changes with the cache.")
+    modality: str = Field(description="Modality of the hits: image or text.")
     num_items: int
-    takes: list[str] = Field(description="What can be asked with besides rows: text, image.")
+    takes: list[str] = Field(description="Accepted queries besides rows: text, image.")
     has_pictures: bool
-    pictures_are_missing: str | None = Field(description="Why, where they could be there.")
-    credit: str = Field(description="Whose the pictures are, where it must be said.")
-    filters: dict[str, dict[str, int]] = Field(description="label, split, language -> value -> items.")
+    pictures_are_missing: str | None = Field(description="Why images are missing, if they could exist.")
+    credit: str = Field(description="Attribution that must be shown with the images.")
+    filters: dict[str, dict[str, int]] = Field(description="label, split or language -> value -> number of items.")
     selections: list[str]
     has_coverage: bool
     max_upload_bytes: int
     most_hits: int
 
 
-class Concept(BaseModel):
-    """A concept, and how many items are above its threshold."""
+class ConceptOut(BaseModel):
+    """A concept, and the number of items above its threshold."""
 
     number: int
     name: str
-    counts: list[int] = Field(description="One a part.")
-    assigned: int = Field(description="Items that are most similar to it of all concepts that they count for.")
+    counts: list[int] = Field(description="One number per part.")
+    assigned: int = Field(description="Items for which it is the most similar of the concepts that they count for.")
     threshold: float
     is_gap: bool
 
 
-class Part(BaseModel):
-    """What was counted: all items, or a selection."""
+class PartOut(BaseModel):
+    """Counted items: all, or a selection."""
 
     name: str
     items: int
@@ -107,7 +107,7 @@ class Part(BaseModel):
     gaps: int
 
 
-class Overlap(BaseModel):
+class OverlapOut(BaseModel):
     """Two concepts that share items."""
 
     concepts: list[str]
@@ -116,15 +116,15 @@ class Overlap(BaseModel):
     cosine: float
 
 
-class Coverage(BaseModel):
-    """How well the items cover the concepts."""
+class CoverageOut(BaseModel):
+    """Coverage of the concepts by the items."""
 
     rule: str
     min_count: int = Field(description="A concept with fewer items is a gap.")
     warnings: list[str]
-    parts: list[Part]
-    concepts: list[Concept]
-    overlaps: list[Overlap]
+    parts: list[PartOut]
+    concepts: list[ConceptOut]
+    overlaps: list[OverlapOut]
 
 
 class ConceptHits(BaseModel):
@@ -136,13 +136,13 @@ class ConceptHits(BaseModel):
 
 
 class CardOut(BaseModel):
-    """Rows of a name and a text."""
+    """A table of names and values."""
 
     title: str
     rows: list[tuple[str, str]]
 
 
 class ErrorOut(BaseModel):
-    """What went wrong, in one line."""
+    """An error message of one line."""
 
     error: str

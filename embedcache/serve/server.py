@@ -1,4 +1,4 @@
-"""Serving: the port, the token, the link to open, and uvicorn."""
+"""The server of the search page: port, token, link to open, and uvicorn."""
 
 import asyncio
 import errno
@@ -13,51 +13,51 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from embedcache.errors import SettingError
 from embedcache.progress import Progress
 from embedcache.serve.app import make_app
-from embedcache.serve.guard import Guard
-from embedcache.serve.served import Places, Served, open_served
-from embedcache.serve.settings import ServeSettings, as_address
+from embedcache.serve.guard import RequestGuard
+from embedcache.serve.service import SearchService, ServePaths, open_service
+from embedcache.serve.settings import ServeSettings, parse_address
 
 _TOKEN_BYTES = 24
-_MOST_CONNECTIONS = 500
-_SILENCE_S = 15
-_GRACE_S = 3
+_MAX_CONNECTIONS = 500
+_IDLE_S = 15
+_SHUTDOWN_S = 3
 
 
 def serve(
-    places: Places, settings: ServeSettings, *, device: str, progress: Progress, say: Callable[[str], None]
+    paths: ServePaths, settings: ServeSettings, *, device: str, progress: Progress, print_line: Callable[[str], None]
 ) -> None:
     """Open an index and serve its page until interrupted.
 
     Args:
-        places: what is served.
-        settings: where, and to whom.
-        device: where encoders run.
-        progress: told about coverage that is measured first.
-        say: told what is served, and the link to open.
+        paths: index, cache, run and other files to serve.
+        settings: address, access and limits.
+        device: device of the encoders.
+        progress: receives the measurement of coverage, if any.
+        print_line: receives lines that describe what is served, and the link to open.
 
     Raises:
-        SettingError: the port is taken, or the host is no address of this machine.
-        EmbedcacheError: see `open_served`.
+        SettingError: the port is in use, or the host is not an address of this machine.
+        EmbedcacheError: see `open_service`.
     """
     with bind(settings) as bound:
         port = bound.getsockname()[1]
-        served = open_served(places, settings, device=device, progress=progress)
+        service = open_service(paths, settings, device=device, progress=progress)
         token = settings.token or (None if settings.is_local else secrets.token_urlsafe(_TOKEN_BYTES))
-        for line in _lines(served, settings, token, port):
-            say(line)
-        app = Guard(make_app(served), settings, token=token, port=port)
+        for line in _lines(service, settings, token, port):
+            print_line(line)
+        app = RequestGuard(make_app(service), settings, token=token, port=port)
         uvicorn.Server(config(app)).run(sockets=[bound])
 
 
 def bind(settings: ServeSettings) -> socket.socket:
-    """Take the port before anything is read, so that nobody waits for nothing.
+    """Bind the port, before the index is read, so that a port in use fails at once.
 
     Raises:
-        SettingError: it is taken, or the host is no address of this machine.
+        SettingError: the port is in use, or the host is not an address of this machine.
     """
-    address = as_address(settings.host)
+    address = parse_address(settings.host)
     family = socket.AF_INET6 if address is not None and address.version == 6 else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio delays small answers of others
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY for this only
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((settings.host, settings.port))
@@ -66,69 +66,69 @@ def bind(settings: ServeSettings) -> socket.socket:
         bound.close()
         if error.errno == errno.EADDRINUSE:
             raise SettingError(
-                f"port {settings.port} of {settings.host} is taken; give another with --port, or 0 for any"
+                f"port: expected a free port of {settings.host}, got {settings.port}, in use; --port 0 takes any"
             ) from None
         raise SettingError(
-            f"cannot bind {settings.host}, port {settings.port}: {error.strerror}; --host must be an address of this "
-            "machine, such as 127.0.0.1, and ports below 1024 are the administrator's"
+            f"cannot bind {settings.host}, port {settings.port}: {error.strerror}; expected an address of this "
+            "machine, such as 127.0.0.1, and a port above 1023"
         ) from None
     return bound
 
 
 def config(app: Any) -> uvicorn.Config:
-    """Configure uvicorn: no log of addresses, which would hold tokens; one protocol, bounded in all it takes."""
+    """Return the configuration of uvicorn: no access log, which would hold tokens; one protocol with limits."""
     return uvicorn.Config(
         app,
-        http=Impatient,
+        http=IdleTimeoutProtocol,
         ws="none",
         loop="asyncio",
         lifespan="on",
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=_MOST_CONNECTIONS,
+        limit_concurrency=_MAX_CONNECTIONS,
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=_GRACE_S,
+        timeout_graceful_shutdown=_SHUTDOWN_S,
     )
 
 
-class Impatient(H11Protocol):
-    """HTTP/1.1 that closes a connection which sends no whole request: uvicorn alone would wait for ever."""
+class IdleTimeoutProtocol(H11Protocol):
+    """HTTP/1.1 that closes a connection without a complete request: uvicorn alone would wait forever."""
 
-    _seen: object = None
+    _last_cycle: object = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait."""
+        """Start the idle timer."""
         super().connection_made(transport)
-        self.loop.call_later(_SILENCE_S, self._look)
+        self.loop.call_later(_IDLE_S, self._check_idle)
 
-    def _look(self) -> None:
-        """Close where no request has begun since the last look; one that is being answered has its own time limit."""
+    def _check_idle(self) -> None:
+        """Close if no request began since the last check; a request being answered has its own time limit."""
         if self.transport.is_closing():
             return
         is_idle = self.cycle is None or self.cycle.response_complete
-        if is_idle and self.cycle is self._seen:
+        if is_idle and self.cycle is self._last_cycle:
             self.transport.close()
             return
-        self._seen = self.cycle
-        self.loop.call_later(_SILENCE_S, self._look)
+        self._last_cycle = self.cycle
+        self.loop.call_later(_IDLE_S, self._check_idle)
 
 
-def _lines(served: Served, settings: ServeSettings, token: str | None, port: int) -> list[str]:
-    card = served.index.card
+def _lines(service: SearchService, settings: ServeSettings, token: str | None, port: int) -> list[str]:
+    card = service.index.card
     lines = [f"{card.num_vectors:,} {card.modality}s of {card.feature}, {card.factory}"]
-    if served.pictures is not None and served.pictures.folders:
-        lines.append(f"pictures are read below {', '.join(map(str, served.pictures.folders))}")
-    host = _shown(settings.host)
+    if service.images is not None and service.images.folders:
+        lines.append(f"images are read below {', '.join(map(str, service.images.folders))}")
+    host = _link_host(settings.host)
     lines.append(f"open http://{host}:{port}/" + (f"?token={token}" if token else ""))
     if token:
-        lines.append("whoever has this link can search here; nothing is encrypted, so others on the way can read it")
+        lines.append("anyone with this link can search here; traffic is not encrypted")
     return lines
 
 
-def _shown(host: str) -> str:
-    """Give what to write in a link: of all addresses, the machine's name."""
-    address = as_address(host)
+def _link_host(host: str) -> str:
+    """Return the host of a link; the machine's name if all addresses are bound."""
+    address = parse_address(host)
     if address is None:
         return host
     if address.is_unspecified:

@@ -12,6 +12,9 @@ from embedcache.files import is_remote
 from embedcache.sources.files import check_read_allowed, file_size, no_range_requests, remote_filesystem, wrap_io_errors
 
 MAX_OPEN_FILES = 32
+BLOCK_BYTES = 8 * 2**20
+MAX_BLOCKS = 8
+_PREFETCHED_BLOCKS = 2
 
 
 class ByteRanges:
@@ -72,11 +75,6 @@ class _OpenFile:
         return b"".join(parts)
 
 
-BLOCK_BYTES = 8 * 2**20
-MAX_BLOCKS = 8
-_BLOCKS_AHEAD = 2
-
-
 class RemoteBlocks:
     """Reads byte ranges of remote files through an LRU cache of blocks.
 
@@ -94,7 +92,7 @@ class RemoteBlocks:
         self._max_blocks = max_blocks
         self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._lock = Lock()
-        self._prefetcher = ThreadPoolExecutor(_BLOCKS_AHEAD, thread_name_prefix="block-prefetch")
+        self._prefetcher = ThreadPoolExecutor(_PREFETCHED_BLOCKS, thread_name_prefix="block-prefetch")
         self._size = lru_cache(maxsize=4096)(self._find_size)
 
     def read(self, path: Path, offset: int, length: int) -> bytes:
@@ -132,11 +130,14 @@ class RemoteBlocks:
     def _is_sequential(self, path: Path, number: int) -> bool:
         """Return whether the previous block is cached and the last one to prefetch is not."""
         with self._lock:
-            return (str(path), number - 1) in self._blocks and (str(path), number + _BLOCKS_AHEAD) not in self._blocks
+            return (str(path), number - 1) in self._blocks and (
+                str(path),
+                number + _PREFETCHED_BLOCKS,
+            ) not in self._blocks
 
     def _prefetch(self, path: Path, number: int) -> None:
         num_blocks = -(-self._size(path) // self._block_bytes)
-        for later in range(number + 1, min(number + 1 + _BLOCKS_AHEAD, num_blocks)):
+        for later in range(number + 1, min(number + 1 + _PREFETCHED_BLOCKS, num_blocks)):
             block, is_new = self._entry(path, later)
             if is_new:
                 self._prefetcher.submit(self._fetch_into, block, path, later)

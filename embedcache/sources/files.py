@@ -12,6 +12,15 @@ from typing import Any, BinaryIO, cast
 from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError
 from embedcache.files import io_reason, is_io_error, is_remote, is_url, library_of, open_path
 
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
+TAR_SUFFIXES = frozenset({".tar"})
+TEXT_SUFFIXES = frozenset({".npy", ".txt"})
+IDX_IMAGES = re.compile(r"(?P<set>.+)-images[-.]idx3-ubyte(\.gz)?")
+SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
+SHARD_SEPARATOR = "::"
+"""Separates several paths or patterns in the location of a WebDataset."""
+
 _NOT_FOUND = 404
 _FORBIDDEN = 403
 _READ_AHEAD_BYTES = 2**18  # one request for small columns that are adjacent in the file
@@ -170,16 +179,6 @@ def _is_missing(error: BaseException) -> bool:
 
 def _is_forbidden(error: OSError) -> bool:
     return isinstance(error, PermissionError) or getattr(error.__cause__, "status", None) == _FORBIDDEN
-
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
-TAR_SUFFIXES = frozenset({".tar"})
-TEXT_SUFFIXES = frozenset({".npy", ".txt"})
-IDX_IMAGES = re.compile(r"(?P<set>.+)-images[-.]idx3-ubyte(\.gz)?")
-SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
-SHARD_SEPARATOR = "::"
-"""Separates several paths or patterns in the location of a WebDataset."""
 
 
 def has_suffix(name: str, suffixes: frozenset[str]) -> bool:

@@ -35,6 +35,7 @@ SOURCES = Registry(
         "texts": "embedcache.sources.texts:TextsSource",
         "webdataset": "embedcache.sources.webdataset:WebdatasetSource",
     },
+    group="embedcache.sources",
 )
 _IMPORTED_SOURCE = "embedcache.interop.imported:ImportedSource"  # reopened only, so not among the names to choose from
 _ACCEPTED = (
@@ -95,16 +96,16 @@ def base_source(description: Mapping[str, Any]) -> tuple[str, str]:
 def source_credit(description: Mapping[str, Any]) -> str:
     """Return the attribution that pages with images of a source must carry, or an empty text.
 
-    The description may come from an untrusted cache: only registered classes are imported.
+    The description may come from an untrusted cache: only built-in and installed plug-ins are imported.
     """
     kind, _ = base_source(description)
-    return str(getattr(SOURCES.load(kind), "credit", "")) if kind in SOURCES.paths else ""
+    return str(getattr(SOURCES.load(kind), "credit", "")) if kind in SOURCES else ""
 
 
 def detect_kind(location: str) -> tuple[str, str]:
     """Return the kind of source at a location, and the location as that kind expects it."""
     kind, colon, rest = location.partition(":")
-    if colon and kind in SOURCES.paths:
+    if colon and kind in SOURCES:
         return kind, rest
     if is_shard_pattern(location):
         return "webdataset", location

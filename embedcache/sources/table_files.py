@@ -21,6 +21,7 @@ from embedcache.sources.files import open_binary, wrap_io_errors
 
 Row: TypeAlias = Mapping[str, Any]
 BATCH_ROWS = 1024
+CACHE_BYTES = 256 * 2**20
 _HEADER_ROWS = 100  # of a JSONL file, read to find its columns
 
 
@@ -192,9 +193,6 @@ def _csv_lines(path: Path, delimiter: str) -> Iterator[list[str]]:
     """Iterate over the rows of a CSV file, header first; blank lines are skipped."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         yield from (cells for cells in csv.reader(file, delimiter=delimiter, strict=True) if cells)
-
-
-CACHE_BYTES = 256 * 2**20
 
 
 class RowGroups:

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,11 @@ class EncoderGroup:
     spec: str
     fingerprint: Mapping[str, Any]
 
+    @cached_property
+    def fingerprint_digest(self) -> str:
+        """Digest of the fingerprint, as in the commits."""
+        return digest(self.fingerprint)
+
     @property
     def name(self) -> str:
         """Name of the folder."""
@@ -109,7 +115,7 @@ class EncoderGroup:
         commit = read_commit(self.path, chunk)
         if commit is None:
             return None
-        if commit.encoder != digest(self.fingerprint):
+        if commit.encoder != self.fingerprint_digest:
             raise CorruptError(f"chunk {chunk} in {self.path} was written by another encoder than the folder's")
         num_rows = self.info.num_chunk_rows(commit.index_digest, self.modality, chunk)
         if num_rows is None:  # another process may have appended samples since this one opened the cache

@@ -8,7 +8,6 @@ import numpy as np
 from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, DataError, FingerprintError
 from embedcache.files import locked
-from embedcache.provenance import digest
 from embedcache.store.arrays import write_array, write_chunk
 from embedcache.store.feature import Feature
 from embedcache.store.group import NOT_YET, Commit, EncoderGroup, chunk_shape, read_feature, remove_commit, write_commit
@@ -60,7 +59,7 @@ def commit_chunk(
         reasons = {name: failures[name] for name in features}
         commit = Commit(
             chunk=chunk,
-            encoder=digest(group.fingerprint),
+            encoder=group.fingerprint_digest,
             index_digest=group.info.index_digest,
             features=files if before is None else {**before.features, **files},
             hashes=hashes,

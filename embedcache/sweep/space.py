@@ -1,47 +1,44 @@
-"""What a sweep tries, as TOML says it: settings that are fixed, and ranges or choices of others."""
+"""The search space of a sweep, read from TOML: fixed training settings, and ranges or choices of others.
+
+Settings have their flat names here, such as `lr`. Studies on disk and Optuna know them by their stored names, such as
+`learning_rate`; `to_stored` and `from_stored` translate.
+"""
 
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args, get_origin
+from typing import Any, TypeAlias
 
+from embedcache.dataset.settings import SplitSettings
 from embedcache.encoders.backends import torch_device
 from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.registry import unknown_name
-from embedcache.settings import flat_settings
+from embedcache.settings import Declaration, check_value, flat_settings
 from embedcache.train.losses import LOSSES
 from embedcache.train.settings import TrainSettings, train_settings
 
 Number: TypeAlias = int | float
 Value: TypeAlias = str | int | float | bool
 
-_TYPES = {item.name: item.type for item in flat_settings(TrainSettings)}
-_EXAMPLE = "learning_rate = {low = 1e-4, high = 1e-2, log = true}, or projector = ['linear', 'mlp']"
-_COMPARED_BY = (
-    "split",
-    "val_share",
-    "test_share",
-    "image_cosine",
-    "text_cosine",
-    "split_seed",
-    "language",
-    "shuffle_pairs",
-)
-_ONLY_HOW = ("threads", "memory_gb", "checkpoint_s", "tensorboard")
+_SETTINGS = {item.name: item for item in flat_settings(TrainSettings)}
+_FLAT_NAMES = {item.stored_name: item.name for item in _SETTINGS.values()}
+_EXAMPLE = "lr = {low = 1e-4, high = 1e-2, log = true}, or projector = ['linear', 'mlp']"
+_COMPARED_BY = (*(item.name for item in flat_settings(SplitSettings)), "language", "shuffle_pairs")
+"""Settings that would give trials different validation samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Numbers from `low` to `high`, both included; whole ones where both are whole.
+    """Numbers from `low` to `high`, both included; whole numbers if all of its own are.
 
     Args:
-        low: the lowest.
-        high: the highest.
-        log: drawn evenly by their logarithm.
-        step: between neighbors; None: 1 of whole numbers, else none.
+        low: lowest value.
+        high: highest value.
+        log: whether values are drawn evenly on a logarithmic scale.
+        step: distance between neighboring values; None: 1 for whole numbers, any value otherwise.
     """
 
     low: Number
@@ -51,83 +48,90 @@ class Range:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it holds whole numbers only."""
+        """Whether it contains only whole numbers."""
         return all(isinstance(value, int) for value in (self.low, self.high, self.step or 0))
 
     def __post_init__(self) -> None:
         if not self.low <= self.high:
-            raise SettingError(f"low is {self.low} and high is {self.high}; low must be at most high")
+            raise SettingError(f"low: expected at most high, {self.high}, got {self.low}")
         if self.log and self.low <= 0:
-            raise SettingError(f"low is {self.low} with log; it must be above 0")
-        if self.log and self.step is not None:
-            raise SettingError(f"step is {self.step} with log; give one of both")
-        if self.step is not None:
-            self._check_step(self.step)
-
-    def _check_step(self, step: Number) -> None:
-        if step <= 0:
-            raise SettingError(f"step is {step}; it must be above 0")
-        num_steps = (self.high - self.low) / step
+            raise SettingError(f"low: expected a number above 0 with log, got {self.low}")
+        if self.step is None:
+            return
+        if self.log:
+            raise SettingError(f"step: expected none with log, got {self.step}; leave out one of the two")
+        if self.step <= 0:
+            raise SettingError(f"step: expected a number above 0, got {self.step}")
+        num_steps = (self.high - self.low) / self.step
         if not math.isclose(num_steps, round(num_steps), abs_tol=1e-9):
+            nearest = self.low + self.step * math.floor(num_steps)
             raise SettingError(
-                f"high is {self.high}; it must lie a number of steps of {step} above low {self.low}, "
-                f"such as {self.low + step * math.floor(num_steps)}"
+                f"high: expected low {self.low} plus a multiple of step {self.step}, such as {nearest}, got {self.high}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """All settings of all trials.
+    """The settings of all trials, by flat name.
 
     Args:
         fixed: setting -> its value in every trial.
-        ranges: setting -> what it may be.
+        ranges: setting -> its range or choices.
     """
 
     fixed: Mapping[str, Value]
     ranges: Mapping[str, Range | tuple[Value, ...]]
 
-    def settings(self, params: Mapping[str, Value]) -> TrainSettings:
-        """Make a trial's settings of what was drawn for it.
+    def settings(self, values: Mapping[str, Value]) -> TrainSettings:
+        """Return the training settings with these values of the swept settings.
 
         Raises:
-            SettingError: they contradict each other.
+            SettingError: the settings contradict each other.
         """
-        return train_settings({**self.fixed, **params})
+        return train_settings({**self.fixed, **values})
 
-    def most_epochs(self) -> int:
-        """Get the most epochs that a trial can have."""
-        over = self.ranges.get("epochs", (self.settings({}).optimizer.epochs,))
-        return int(over.high) if isinstance(over, Range) else max(int(value) for value in over)
+    def max_epochs(self) -> int:
+        """Return the largest number of epochs that a trial can have."""
+        epochs = self.ranges.get("epochs", (self.settings({}).optimizer.epochs,))
+        return int(epochs.high) if isinstance(epochs, Range) else max(int(value) for value in epochs)
 
     def to_json(self) -> Mapping[str, Any]:
-        """Give what decides the trials as JSON values."""
-        return {
-            "fixed": {name: value for name, value in self.fixed.items() if name not in _ONLY_HOW},
-            "space": {
-                name: asdict(over) if isinstance(over, Range) else list(over) for name, over in self.ranges.items()
-            },
+        """Return everything that decides the trials as JSON values, under stored names."""
+        fixed = {name: value for name, value in self.fixed.items() if _SETTINGS[name].declared.affects_result}
+        ranges = {
+            name: asdict(values) if isinstance(values, Range) else list(values) for name, values in self.ranges.items()
         }
+        return {"fixed": to_stored(fixed), "space": to_stored(ranges)}
+
+
+def to_stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace flat names by stored names."""
+    return {_SETTINGS[name].stored_name: value for name, value in values.items()}
+
+
+def from_stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace stored names by flat names."""
+    return {_FLAT_NAMES[name]: value for name, value in values.items()}
 
 
 def read_space(path: Path) -> Space:
-    """Read a space: `[fixed]` with values, `[space]` with ranges and choices. The split's seed is 0 unless fixed.
+    """Read a space: the table `[fixed]` with values, `[space]` with ranges and choices; `split_seed` defaults to 0.
 
     Raises:
-        PathError: there is no such file.
-        SettingError: it is no TOML, or a value, a range or a choice of it is none that the setting can take.
+        PathError: the file does not exist.
+        SettingError: it is not TOML, or holds a value, range or choice that the setting cannot have.
         UnknownNameError: there is no setting, projector or loss of that name.
     """
     tables = _read_tables(path)
-    fixed, given = tables.get("fixed", {}), tables.get("space", {})
-    for name in {**fixed, **given}:
-        if name not in _TYPES:
-            raise unknown_name("training setting", name, _TYPES, hint=f"named in {path}")
-    for name in given:
-        _check_place(path, name, fixed)
-    ranges = {name: _over(path, name, value) for name, value in given.items()}
+    fixed, swept = tables.get("fixed", {}), tables.get("space", {})
+    for name in {**fixed, **swept}:
+        if name not in _SETTINGS:
+            raise unknown_name("training setting", name, _SETTINGS, hint=f"named in {path}")
+    for name in swept:
+        _check_can_be_swept(path, name, fixed)
+    ranges = {name: _parse_range(path, name, value) for name, value in swept.items()}
     space = Space(fixed={"split_seed": 0, **fixed}, ranges=ranges)
-    for name, value in _all_values(space):
+    for name, value in _testable_values(space):
         _check_value(path, space, name, value)
     return space
 
@@ -136,69 +140,63 @@ def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise PathError(f"{path} is no file; give a TOML file with a table [space]") from error
-    except ValueError as error:  # of the TOML, or of its letters
-        raise SettingError(f"{path} is no TOML: {error}") from error
+        raise PathError(f"{path} is not a file; give a TOML file with a table [space]") from error
+    except ValueError as error:  # invalid TOML, or not UTF-8
+        raise SettingError(f"{path}: expected TOML, got an error: {error}") from error
     for name, table in tables.items():
         if name not in ("fixed", "space") or not isinstance(table, dict):
-            raise SettingError(f"{path} holds {name!r} at its top; it may hold the tables [fixed] and [space]")
+            raise SettingError(f"{path}: expected only the tables [fixed] and [space] at the top, got {name!r}")
     if not tables.get("space"):
-        raise SettingError(f"{path} has nothing in a table [space]; name there what to try: {_EXAMPLE}")
+        raise SettingError(f"{path}: expected settings to try in a table [space], got none; for example {_EXAMPLE}")
     return tables
 
 
-def _check_place(path: Path, name: str, fixed: Mapping[str, Any]) -> None:
+def _check_can_be_swept(path: Path, name: str, fixed: Mapping[str, Any]) -> None:
     if name in fixed:
-        raise SettingError(f"{path} has {name} in [fixed] and in [space]; leave it in one of them")
+        raise SettingError(f"{path} has {name} both in [fixed] and in [space]; remove one of them")
+    reason = None
     if name in _COMPARED_BY:
-        raise SettingError(
-            f"{path} has {name} in [space]; trials are compared on one validation part: put it into [fixed]"
-        )
-    if name == "seed":
-        raise SettingError(
-            f"{path} has seed in [space]; the best seed says nothing: put one into [fixed], "
-            "and the best configurations are trained with --seeds of them"
-        )
-    if name in (*_ONLY_HOW, "device"):
-        raise SettingError(f"{path} has {name} in [space]; it makes no trial better: put it into [fixed]")
+        reason = "all trials are compared on the same validation samples"
+    elif name == "seed":
+        reason = "the best seed means nothing, and --seeds-per-config retrains the best configurations"
+    elif name == "device" or not _SETTINGS[name].declared.affects_result:
+        reason = "it cannot improve a trial"
+    if reason is not None:
+        raise SettingError(f"{path} has {name} in [space], but {reason}; move it to [fixed]")
 
 
-def _over(path: Path, name: str, value: Any) -> Range | tuple[Value, ...]:
+def _parse_range(path: Path, name: str, value: Any) -> Range | tuple[Value, ...]:
+    where = f"{path}: {name} in [space]"
     if isinstance(value, list) and value:
         return tuple(value)
     if not isinstance(value, dict):
-        raise SettingError(f"{path}: {name} in [space] is {value!r}; give a range or choices: {_EXAMPLE}")
+        raise SettingError(f"{where}: expected a range or choices, such as {_EXAMPLE}, got {value!r}")
     unknown = [word for word in value if word not in ("low", "high", "log", "step")]
     missing = [word for word in ("low", "high") if word not in value]
     if unknown or missing:
-        fault = f"has {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
-        raise SettingError(f"{path}: {name} in [space] {fault}; a range has low, high, and may have log and step")
+        found = repr(unknown[0]) if unknown else f"no {missing[0]!r}"
+        raise SettingError(f"{where}: expected low and high, and optionally log or step, got {found}")
     for word, bound in value.items():
-        if not isinstance(bound, bool) if word == "log" else not _is_of(float, bound):
-            allowed = "true or false" if word == "log" else "a number"
-            raise SettingError(f"{path}: {word} of {name} in [space] is {bound!r}; it must be {allowed}")
+        check_value(f"{where}: {word}", bound, bool if word == "log" else float, Declaration(help=""))
     try:
         return Range(**value)
     except SettingError as error:
-        raise SettingError(f"{path}: {name} in [space]: {error}") from error
+        raise SettingError(f"{where}: {error}") from error
 
 
-def _all_values(space: Space) -> Iterator[tuple[str, Any]]:
-    """Give every value that can be tested alone: fixed ones, choices, and the ends of ranges."""
+def _testable_values(space: Space) -> Iterator[tuple[str, Any]]:
+    """Iterate over the values that can be checked one at a time: fixed ones, choices, and the ends of ranges."""
     yield from space.fixed.items()
-    for name, over in space.ranges.items():
-        for value in _ends(over) if isinstance(over, Range) else over:
+    for name, values in space.ranges.items():
+        for value in _ends(values) if isinstance(values, Range) else values:
             yield name, value
 
 
-def _ends(over: Range) -> tuple[Number, Number]:
-    return (over.low, over.high) if over.is_whole else (float(over.low), float(over.high))
+def _ends(values: Range) -> tuple[Number, Number]:
+    return (values.low, values.high) if values.is_whole else (float(values.low), float(values.high))
 
 
 def _check_value(path: Path, space: Space, name: str, value: Any) -> None:
-    hint = _TYPES[name]
-    if not _is_of(hint, value):
-        raise SettingError(f"{path}: {name} is {value!r}; it must be {_allowed(hint)}")
     try:
         settings = space.settings({name: value})
         for projector in split_names(settings.model.projector):
@@ -207,25 +205,3 @@ def _check_value(path: Path, space: Space, name: str, value: Any) -> None:
         torch_device(settings.machine.device)
     except EmbedcacheError as error:
         raise type(error)(f"{path}: {name} = {value!r}: {error}") from error
-
-
-def _is_of(hint: Any, value: Any) -> bool:
-    """Say whether a TOML value is of a setting's type; a whole number is a number too."""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_args(hint):  # a union
-        return any(_is_of(kind, value) for kind in get_args(hint))
-    if isinstance(value, bool) or hint is bool:
-        return hint is bool and isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, hint)
-
-
-def _allowed(hint: Any) -> str:
-    kinds = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    if get_origin(hint) is Literal:
-        return ", ".join(map(repr, get_args(hint)))
-    if get_args(hint):
-        return " or ".join(_allowed(kind) for kind in get_args(hint) if kind is not type(None))
-    return kinds[hint]

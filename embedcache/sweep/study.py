@@ -1,4 +1,4 @@
-"""A study's folder: what it asks, the split that all its trials share, and where each of them lies."""
+"""The folder of a study: what decides its trials, the split that they share, and the paths of their runs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -7,9 +7,17 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
-from embedcache.dataset.splits import make_split, write_split
+from embedcache.dataset.splits import write_split
 from embedcache.files import LOCK, locked
-from embedcache.provenance import check_same, claim_folder, fields_of, from_record, read_manifest, to_record, write_json
+from embedcache.provenance import (
+    check_same,
+    fields_of,
+    from_record,
+    prepare_folder,
+    read_manifest,
+    to_record,
+    write_json,
+)
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space
 from embedcache.train.data import TrainData
@@ -32,19 +40,19 @@ _FILES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The content of a study's `study.json`: all that decides its trials.
+    """The content of `study.json`: everything that decides the trials of a study.
 
     Args:
-        space: what is tried, and what is fixed.
-        index_digest: identity of the caches' rows.
-        image: feature and fingerprint of the image side.
-        text: of the text side.
-        sampler: by name.
-        pruner: by name.
-        seed: of the sampler.
-        storage: its URL without the password; none is the file `study.db` of the folder.
-        name: of the study in the storage.
-        format: version of the format on disk.
+        space: fixed and swept settings, by stored name.
+        index_digest: digest of the caches' item tables.
+        image: name and fingerprint of the image feature.
+        text: name and fingerprint of the text feature.
+        sampler: name of the sampler.
+        pruner: name of the pruner.
+        seed: random seed of the sampler.
+        storage: URL of the storage without its password; None is the file `study.db` in the folder.
+        name: name of the study in the storage.
+        format: format version on disk.
     """
 
     space: Mapping[str, Any]
@@ -60,57 +68,65 @@ class Study:
 
 
 def open_study(path: Path, data: TrainData, space: Space, settings: SweepSettings) -> Study:
-    """Begin a study in a folder, or go on with the one that is there. Processes that come at once wait for each other.
+    """Create a study in a folder, or open the existing one; processes that start together wait for each other.
 
-    The split is made once and written down: all trials are compared on it, and `strict` compares all pairs of items.
+    The split is made once and written, because all trials are compared on it and `strict` compares all pairs of items.
 
     Raises:
         FingerprintError: the folder's study has another space, other features, another sampler, pruner or storage.
-        PathError: the folder holds other things.
+        PathError: the folder holds other files.
     """
-    asked = _asked(data, space, settings)
-    if not (path / LOCK).is_file():  # so that nothing is put into a folder of others
-        _claim(path)
+    requested = _describe(data, space, settings)
+    if not (path / LOCK).is_file():  # before a lock file is written into a folder that is not a study
+        _check_folder(path)
     with locked(path):
-        _claim(path)
+        _check_folder(path)
         if (path / "study.json").is_file():
             found = _read_study(path)
-            next_step = "give the path of a new folder, or ask for the same"
-            check_same(f"study {path}", asdict(found), asdict(replace(asked, name=found.name)), next_step=next_step)
+            next_step = "give the path of a new folder, or request the same"
+            check_same(f"study {path}", asdict(found), asdict(replace(requested, name=found.name)), next_step=next_step)
             return found
-        split = make_split(data, data.pairs(space.settings({}).language), space.settings({}).split)
+        split = data.split(data.pairs(space.settings({}).language), space.settings({}).split)
         write_split(split_path(path), split)
-        write_json(path / "study.json", to_record(asked))
-    return asked
+        write_json(path / "study.json", to_record(requested))
+    return requested
 
 
 def split_path(path: Path) -> Path:
-    """Get the split that all trials of a study share."""
+    """Return the path of the split that all trials of a study share."""
     return path / "split.parquet"
 
 
 def trial_path(path: Path, number: int) -> Path:
-    """Get the run of a trial."""
+    """Return the path of a trial's run."""
     return path / "trials" / f"{number:05d}"
 
 
-def best_path(path: Path, number: int, seed: int) -> Path:
-    """Get the run of a trial's configuration, trained again with a seed."""
+def retrained_path(path: Path, number: int, seed: int) -> Path:
+    """Return the path of the run that retrains a trial's configuration with a seed."""
     return path / "best" / f"{number:05d}" / f"seed-{seed}"
 
 
-def _claim(path: Path) -> None:
-    claim_folder(path, kind="a study", sign=LOCK, ours=_FILES)
+def without_password(url: str) -> str:
+    """Return a URL with its password replaced by stars."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
+
+
+def _check_folder(path: Path) -> None:
+    prepare_folder(path, kind="a study", marker=LOCK, allowed=_FILES)
 
 
 def _read_study(path: Path) -> Study:
     values = read_manifest(
-        path / "study.json", kind="study", latest_format=FORMAT_VERSION, make="embedcache sweep CACHE STUDY SPACE.toml"
+        path / "study.json", kind="study", latest_format=FORMAT_VERSION, make="embedcache sweep CACHE SPACE.toml STUDY"
     )
     return fields_of(path / "study.json", lambda: Study(**from_record(values)))
 
 
-def _asked(data: TrainData, space: Space, settings: SweepSettings) -> Study:
+def _describe(data: TrainData, space: Space, settings: SweepSettings) -> Study:
     return Study(
         space=space.to_json(),
         index_digest=data.index_digest,
@@ -122,11 +138,3 @@ def _asked(data: TrainData, space: Space, settings: SweepSettings) -> Study:
         storage=None if settings.storage is None else without_password(settings.storage),
         name="sweep" if settings.storage is None else f"sweep-{uuid4().hex[:12]}",
     )
-
-
-def without_password(url: str) -> str:
-    """Write a URL so that it can be shown."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))

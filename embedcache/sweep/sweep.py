@@ -1,4 +1,4 @@
-"""A cache and a space in; many trials on it, the best of them measured, and a page about all."""
+"""Sweeps: many training runs on one cache, the best configurations retrained and evaluated, and a report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,36 +6,34 @@ from pathlib import Path
 
 from embedcache.files import disk_errors, locked
 from embedcache.progress import NullProgress, Progress
+from embedcache.provenance import write_json
 from embedcache.registry import require
-from embedcache.reports.sweep import Findings, find, write_figures, write_report
-from embedcache.sweep.best import Best, measure_best
+from embedcache.reports.sweep import SweepConfig, SweepFindings, write_sweep_page
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import open_study
-from embedcache.sweep.trials import grid_points
-from embedcache.sweep.worker import Job, best_trials, run_workers, work
 from embedcache.train.data import Paths, TrainData, open_data
 
-_NEIGHBOURS_ON_DISK = 64
+_BLOCK_ROWS_ON_DISK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepReport:
-    """What a sweep found.
+    """Result of a sweep.
 
     Args:
-        findings: all of it.
-        page_path: the page to open.
-        figures_path: the figures as JSON.
+        findings: everything that was found.
+        page_path: path of the HTML page.
+        json_path: path of the report as JSON.
     """
 
-    findings: Findings
+    findings: SweepFindings
     page_path: Path
-    figures_path: Path
+    json_path: Path
 
     @property
-    def best(self) -> Sequence[Best]:
-        """The best configurations; first comes what validation picks."""
+    def best(self) -> Sequence[SweepConfig]:
+        """The top configurations, best first on validation."""
         return self.findings.best
 
 
@@ -44,65 +42,70 @@ def sweep(
     study_path: Path | str,
     space_path: Path | str,
     *,
-    image: str | None = None,
-    text: str | None = None,
+    image_feature: str | None = None,
+    text_feature: str | None = None,
     settings: SweepSettings | None = None,
     progress: Progress | None = None,
 ) -> SweepReport:
-    """Train on one cache, or several, with many settings; train the best again with several seeds, and report.
+    """Train with many settings, retrain the best ones with several seeds, and report.
 
-    Validation picks, test only reports. The features are read once for all trials of a process; several processes map
-    them. The same call goes on with a study that was stopped, and with more trials it makes it longer. Two processes
-    that are given one study share its trials.
+    Validation selects, test only reports. Features are read once for all trials of a process; several processes map
+    them. The same call resumes an interrupted study, and extends it if it asks for more trials. Two processes with one
+    study share its trials.
 
     Args:
-        cache_paths: the cache, or several.
-        study_path: a folder for the study.
-        space_path: a TOML file: what is fixed and what is tried.
-        image: image feature, `encoder/feature`; None where there is only one.
-        text: text feature, alike.
-        settings: of the search.
-        progress: told about each trial.
+        cache_paths: one cache, or several.
+        study_path: folder of the study.
+        space_path: TOML file with fixed and swept settings.
+        image_feature: `encoder/feature`; None if there is only one.
+        text_feature: likewise.
+        settings: settings of the sweep.
+        progress: shows one note per trial.
 
     Raises:
         MissingExtraError: Optuna or scikit-learn is not installed.
-        SettingError: the space holds what no setting can be, or no trial was complete.
-        FingerprintError: the folder holds a study with another space, other features, another sampler or pruner.
-        PathError: the folder holds other things, or the storage cannot be opened.
+        SettingError: the space holds an invalid setting, or no trial is complete.
+        FingerprintError: the folder's study has another space, other features, another sampler or pruner.
+        PathError: the folder holds other files, or the storage cannot be opened.
         UnfinishedError: a feature has missing chunks, or all workers died.
     """
-    require("sklearn", extra="sweep")  # measures importance at the end, when it is late to learn that it is missing
+    for library in ("optuna", "sklearn"):  # scikit-learn is needed only at the end, to measure importance
+        require(library, extra="sweep")
+    from embedcache.sweep.findings import collect_findings, findings_json
+    from embedcache.sweep.trials import grid_points
+    from embedcache.sweep.worker import StudyJob, run_workers, work
+
     study_path, settings, progress = Path(study_path), settings or SweepSettings(), progress or NullProgress()
     space = read_space(Path(space_path))
-    grid_points(space, settings)  # refuses a space without an end before a folder is made
-    memory_gb = space.settings({}).machine.memory_gb
-    data = open_data(cache_paths, image=image, text=text, memory_gb=memory_gb)
-    space = _with_blocks(space, data)
+    grid_points(space, settings)  # rejects an infinite grid before a folder is created
+    memory = space.settings({}).machine.memory
+    data = open_data(cache_paths, image_feature=image_feature, text_feature=text_feature, memory_bytes=memory)
+    space = _with_block_rows(space, data)
     with disk_errors(study_path):
         study = open_study(study_path, data, space, settings)
         caches = tuple(str(cache.path) for cache in data.caches)
-        job = Job(caches=caches, path=study_path, study=study, space=space, settings=settings)
+        job = StudyJob(caches=caches, path=study_path, study=study, space=space, settings=settings)
         trials = job.trials()
-        if settings.num_workers > 1:
+        if settings.workers > 1:
             run_workers(job, progress)
             data = job.mapped_data()
-        work(job, data, trials, progress.note)
-        best, left_out = measure_best(study_path, data, space, best_trials(trials, settings), settings)
-        findings = find(study_path, study, data, trials, best, left_out)
+        work(job, data, trials, progress)
         report = SweepReport(
-            findings=findings, page_path=study_path / "report.html", figures_path=study_path / "report.json"
+            findings=collect_findings(job, data, trials),
+            page_path=study_path / "report.html",
+            json_path=study_path / "report.json",
         )
         with locked(study_path):
-            write_figures(report.figures_path, findings)
-            write_report(report.page_path, findings)
+            write_json(report.json_path, findings_json(job, trials, report.findings))
+            write_sweep_page(report.page_path, report.findings)
     return report
 
 
-def _with_blocks(space: Space, data: TrainData) -> Space:
-    """Fix which samples stay neighbors, by the size of the features alone.
+def _with_block_rows(space: Space, data: TrainData) -> Space:
+    """Fix the size of shuffled blocks by the size of the features alone.
 
-    Else `train` would decide by whether they are mapped, and as workers map them, their number would change the result.
+    Otherwise training would choose it by whether they are mapped, which depends on the number of workers.
     """
     if "block_rows" in {**space.fixed, **space.ranges}:
         return space
-    return replace(space, fixed={**space.fixed, "block_rows": _NEIGHBOURS_ON_DISK if data.is_mapped else 1})
+    return replace(space, fixed={**space.fixed, "block_rows": _BLOCK_ROWS_ON_DISK if data.is_mapped else 1})

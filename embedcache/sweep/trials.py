@@ -1,7 +1,4 @@
-"""The trials of a study, in Optuna's storage: handed out to one process each, and what became of them.
-
-Optuna's words for a space, and its samplers and pruners by name.
-"""
+"""The trials of a study in Optuna's storage: which process works on each, and their outcomes."""
 
 import itertools
 import warnings
@@ -22,45 +19,56 @@ from sqlalchemy.exc import SQLAlchemyError
 from embedcache.errors import PathError, SettingError
 from embedcache.files import Leases, locked, remove_folder
 from embedcache.sweep.settings import Pruner, Sampler, SweepSettings
-from embedcache.sweep.space import Range, Space, Value
+from embedcache.sweep.space import Range, Space, Value, to_stored
 from embedcache.sweep.study import Study, trial_path, without_password
 
-_MOST_DEATHS = 3
-_SQLITE_WAIT_S = 60
+Params: TypeAlias = dict[str, Value]
+"""Values of the swept settings, by stored name, as Optuna has them."""
+
+_MAX_ATTEMPTS = 3
+_SQLITE_TIMEOUT_S = 60
+_MAX_GRID_POINTS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a finished trial gave.
+    """The outcome of a complete trial.
 
     Args:
-        recalls: on validation, at the best epoch.
-        best_epoch: whose weights were kept; 0 is the start.
-        num_parameters: trained.
-        flops_a_pair: of both towers, forward.
-        num_pairs: seen in training.
-        seconds: of the trial.
+        recalls: validation recalls of the best epoch.
+        best_epoch: epoch whose weights were kept; 0 is the initialization.
+        num_parameters: number of trained parameters.
+        flops_per_pair: floating-point operations of the forward pass, per image and text.
+        num_pairs: number of pairs seen in training, repetitions included.
+        seconds: duration of the trial.
     """
 
     recalls: Mapping[str, float]
     best_epoch: int
     num_parameters: int
-    flops_a_pair: int
+    flops_per_pair: int
     num_pairs: int
     seconds: float
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the outcome as JSON values under their stored names."""
+        return {_STORED_NAMES.get(name, name): value for name, value in asdict(self).items()}
+
+
+_STORED_NAMES = {"flops_per_pair": "flops_a_pair"}
+
 
 class Trials:
-    """Hands out a study's trials, and keeps what became of them. Killed processes lose what they were at, and no more.
+    """Hands out the trials of a study and records their outcomes; a killed process loses only its current trial.
 
-    A process claims each trial it takes by a record lock, which ends with it. A trial that is running and claimed by
-    nobody was lost: it is closed, and what it tried is tried again under a new number.
+    A process leases each trial it works on by a record lock, which ends with the process. A running trial that nobody
+    has leased was lost: it is closed, and its settings are tried again under a new number.
 
     Args:
-        path: the study's folder, which all processes see.
-        study: what is asked.
-        space: that trials are drawn from.
-        settings: of the search.
+        path: folder of the study, visible to all processes.
+        study: description of the study.
+        space: search space.
+        settings: settings of the sweep.
 
     Raises:
         PathError: the storage cannot be opened.
@@ -68,15 +76,15 @@ class Trials:
 
     def __init__(self, path: Path, study: Study, space: Space, settings: SweepSettings) -> None:
         self._path, self._space, self._settings = path, space, settings
-        self._claims = Leases(path)
+        self._leases = Leases(path)
         self._grid = grid_points(space, settings)
-        self.total = settings.num_trials if self._grid is None else min(settings.num_trials, len(self._grid))
-        self.are_pruned = settings.pruner != "none"
+        self.total = settings.trials if self._grid is None else min(settings.trials, len(self._grid))
+        self.use_pruner = settings.pruner != "none"
         with locked(path):
-            self.optuna = _open(path, study, space, settings)
+            self.optuna = _open_storage(path, study, space, settings)
 
     def take(self) -> optuna.Trial | None:
-        """Get a trial to work on, or None when all are finished. Waits for those that others work on."""
+        """Lease a trial to work on, waiting for those of other processes; None if all are finished."""
         while True:
             with locked(self._path):
                 self._close_lost()
@@ -88,23 +96,23 @@ class Trials:
             self._wait_for(running[0])
 
     def complete(self, trial: optuna.Trial, score: float, outcome: Outcome) -> None:
-        """Keep what a trial reached."""
-        trial.set_user_attr("outcome", asdict(outcome))
+        """Record the score and the outcome of a trial."""
+        trial.set_user_attr("outcome", outcome.to_json())
         self._close(trial, TrialState.COMPLETE, score)
 
     def prune(self, trial: optuna.Trial) -> None:
-        """Keep that a trial was ended as it lay behind. Its folder goes; the scores it had are in the storage."""
-        remove_trial(self._path, trial.number)
+        """Record that a trial was pruned, and remove its run; the scores it reported stay in the storage."""
+        remove_run(self._path, trial.number)
         self._close(trial, TrialState.PRUNED)
 
     def fail(self, trial: optuna.Trial, reason: str) -> None:
-        """Keep why a trial came to nothing. Its folder goes."""
+        """Record why a trial failed, and remove its run."""
         trial.set_user_attr("reason", reason)
-        remove_trial(self._path, trial.number)
+        remove_run(self._path, trial.number)
         self._close(trial, TrialState.FAIL)
 
     def finished(self) -> list[FrozenTrial]:
-        """List the trials that ended by themselves: complete, pruned or failed, by number."""
+        """Return the trials that are complete, pruned or failed, by number, without lost ones that are repeated."""
         return [trial for trial in self._all() if trial.state.is_finished() and not _is_lost(trial)]
 
     def _all(self) -> list[FrozenTrial]:
@@ -115,48 +123,48 @@ class Trials:
 
     def _next(self) -> optuna.Trial:
         trials = self._all()
-        num_drawn = sum(not _num_deaths(trial) for trial in trials)  # without those that are tried again
+        num_drawn = sum(not _num_losses(trial) for trial in trials)  # without those that are repeated
         self.optuna.sampler = make_sampler(self._settings.sampler, seed=self._settings.seed, draw=num_drawn)
         if self._grid is not None and not any(trial.state == TrialState.WAITING for trial in trials):
             self.optuna.enqueue_trial(self._grid[num_drawn])
         trial = self.optuna.ask(distributions(self._space))
-        self._claims.take(trial.number)
+        self._leases.acquire(trial.number)
         return trial
 
     def _close(self, trial: optuna.Trial, state: TrialState, score: float | None = None) -> None:
         self.optuna.tell(trial, score, state=state)
-        self._claims.give_back(trial.number)
+        self._leases.release(trial.number)
 
     def _wait_for(self, trial: FrozenTrial) -> None:
-        self._claims.take(trial.number, waits=True)
-        self._claims.give_back(trial.number)
+        self._leases.acquire(trial.number, wait=True)
+        self._leases.release(trial.number)
 
     def _close_lost(self) -> None:
-        """Close the trials of dead processes, whose claims nobody holds."""
+        """Close the running trials of dead processes, which nobody has leased."""
         for number in [trial.number for trial in self._running()]:
-            if not self._claims.take(number):
+            if not self._leases.acquire(number):
                 continue
-            for trial in self._running():  # read again: it may have been finished before its claim was free
+            for trial in self._running():  # read again: it may have finished just before its lease was released
                 if trial.number == number:
                     self._close_as_lost(trial)
-            self._claims.give_back(number)
+            self._leases.release(number)
 
     def _close_as_lost(self, trial: FrozenTrial) -> None:
         self.optuna.tell(trial.number, state=TrialState.FAIL)
-        remove_trial(self._path, trial.number)
-        if _is_tried_again(trial):
-            self.optuna.enqueue_trial(trial.params, user_attrs={"deaths": _num_deaths(trial) + 1})
+        remove_run(self._path, trial.number)
+        if _is_repeated(trial):
+            self.optuna.enqueue_trial(trial.params, user_attrs={"deaths": _num_losses(trial) + 1})
 
 
-def remove_trial(path: Path, number: int) -> None:
-    """Remove the run of a trial, if there is one."""
+def remove_run(path: Path, number: int) -> None:
+    """Remove the run of a trial if it exists."""
     run_path = trial_path(path, number)
     if run_path.exists():
         remove_folder(run_path)
 
 
-def complete_first(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """List complete trials by their score, the best first, each configuration once."""
+def rank_complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the complete trials by score, the best first, each configuration once."""
     ranked: list[FrozenTrial] = []
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     for trial in sorted(complete, key=lambda trial: (-score_of(trial), trial.number)):
@@ -166,128 +174,127 @@ def complete_first(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def score_of(trial: FrozenTrial) -> float:
-    """Get a trial's score; of a pruned one, the last it reported."""
+    """Return the score of a complete trial, or the last one that a pruned trial reported."""
     assert trial.value is not None
     return trial.value
 
 
 def outcome_of(trial: FrozenTrial) -> Outcome:
-    """Get what a complete trial gave."""
-    return Outcome(**trial.user_attrs["outcome"])
+    """Return the outcome of a complete trial."""
+    names = {stored: name for name, stored in _STORED_NAMES.items()}
+    return Outcome(**{names.get(name, name): value for name, value in trial.user_attrs["outcome"].items()})
 
 
 def reason_of(trial: FrozenTrial) -> str:
-    """Say why a failed trial failed."""
-    return str(trial.user_attrs.get("reason", f"its process was killed, {_MOST_DEATHS} times"))
+    """Return the reason why a trial failed."""
+    return str(trial.user_attrs.get("reason", f"its process was killed {_MAX_ATTEMPTS} times"))
 
 
 def _is_lost(trial: FrozenTrial) -> bool:
-    """Say whether a trial ended with its process, and what it tried is tried again."""
-    return trial.state == TrialState.FAIL and "reason" not in trial.user_attrs and _is_tried_again(trial)
+    """Return whether a trial ended with its process and its settings are tried again."""
+    return trial.state == TrialState.FAIL and "reason" not in trial.user_attrs and _is_repeated(trial)
 
 
-def _is_tried_again(trial: FrozenTrial) -> bool:
-    """Say whether what a trial tries may kill another process; after the third it has failed."""
-    return _num_deaths(trial) + 1 < _MOST_DEATHS
+def _is_repeated(trial: FrozenTrial) -> bool:
+    """Return whether a lost trial is repeated; the third loss of the same settings is a failure."""
+    return _num_losses(trial) + 1 < _MAX_ATTEMPTS
 
 
-def _num_deaths(trial: FrozenTrial) -> int:
-    """Count how often what a trial tries was lost before."""
+def _num_losses(trial: FrozenTrial) -> int:
+    """Return how often the settings of a trial were lost before."""
     return int(trial.user_attrs.get("deaths", 0))
 
 
-def _open(path: Path, study: Study, space: Space, settings: SweepSettings) -> optuna.Study:
+def _open_storage(path: Path, study: Study, space: Space, settings: SweepSettings) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = settings.storage or f"sqlite:///{path.resolve() / 'study.db'}"
-    engine: dict[str, Any] = {"connect_args": {"timeout": _SQLITE_WAIT_S}} if url.startswith("sqlite") else {}
+    engine: dict[str, Any] = {"connect_args": {"timeout": _SQLITE_TIMEOUT_S}} if url.startswith("sqlite") else {}
     try:
         return optuna.create_study(
             storage=optuna.storages.RDBStorage(url, engine_kwargs=engine),
             study_name=study.name,
             direction="maximize",
-            pruner=make_pruner(settings.pruner, most_epochs=space.most_epochs()),
+            pruner=make_pruner(settings.pruner, max_epochs=space.max_epochs()),
             load_if_exists=True,
         )
     except (SQLAlchemyError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise PathError(
             f"storage {without_password(url)} cannot be opened: {reason}; give a URL such as "
-            "postgresql://user:password@host/database and install its driver, or leave --storage out"
+            "postgresql://user:password@host/database and install its driver, or leave out --storage"
         ) from error
 
 
-Params: TypeAlias = dict[str, Value]
-
-_MOST_POINTS = 100_000
-
-
 def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Give each swept setting's distribution."""
-    return {
-        name: _of_range(over) if isinstance(over, Range) else CategoricalDistribution(over)
-        for name, over in space.ranges.items()
-    }
+    """Return the distribution of each swept setting, by stored name."""
+    return to_stored(
+        {
+            name: _range_distribution(values) if isinstance(values, Range) else CategoricalDistribution(values)
+            for name, values in space.ranges.items()
+        }
+    )
 
 
-def _of_range(over: Range) -> BaseDistribution:
-    if over.is_whole:
-        return IntDistribution(int(over.low), int(over.high), log=over.log, step=int(over.step or 1))
-    return FloatDistribution(over.low, over.high, log=over.log, step=over.step)
+def _range_distribution(values: Range) -> BaseDistribution:
+    if values.is_whole:
+        return IntDistribution(int(values.low), int(values.high), log=values.log, step=int(values.step or 1))
+    return FloatDistribution(values.low, values.high, log=values.log, step=values.step)
 
 
 def make_sampler(name: Sampler, *, seed: int, draw: int) -> BaseSampler:
-    """Make the sampler of one draw.
+    """Create the sampler of one draw.
 
-    It is seeded by the study's seed and the draw's number, so that the same is drawn whichever process asks, and after
-    however many restarts.
+    It is seeded by the study's seed and the number of the draw, so that the result does not depend on which process
+    draws, or on restarts.
 
     Args:
-        name: of the sampler.
-        seed: of the study.
-        draw: how many were drawn before.
+        name: name of the sampler.
+        seed: seed of the study.
+        draw: number of earlier draws.
     """
-    of_draw = int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
+    draw_seed = int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
     if name != "tpe":
-        return RandomSampler(seed=of_draw)  # which draws nothing of a grid: its points are given
+        return RandomSampler(seed=draw_seed)  # the points of a grid are enqueued, so nothing is drawn
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # as Optuna 4 calls `constant_liar`
-        return TPESampler(seed=of_draw, constant_liar=True)  # which counts in what other processes are at
+        warnings.simplefilter("ignore", ExperimentalWarning)  # about `constant_liar` in Optuna 4
+        return TPESampler(seed=draw_seed, constant_liar=True)  # takes running trials of other processes into account
 
 
-def make_pruner(name: Pruner, *, most_epochs: int) -> BasePruner:
-    """Make a pruner; the steps of trials are epochs, from 1. The start counts for nothing: random ones begin below."""
+def make_pruner(name: Pruner, *, max_epochs: int) -> BasePruner:
+    """Create a pruner; its steps are epochs from 1, since random initializations begin below closed forms."""
     if name == "median":
-        return MedianPruner(n_startup_trials=5, n_warmup_steps=1 + most_epochs // 5)
+        return MedianPruner(n_startup_trials=5, n_warmup_steps=1 + max_epochs // 5)
     if name == "hyperband":
-        return HyperbandPruner(min_resource=1, max_resource=max(1, most_epochs))
+        return HyperbandPruner(min_resource=1, max_resource=max(1, max_epochs))
     return NopPruner()
 
 
 def grid_points(space: Space, settings: SweepSettings) -> list[Params] | None:
-    """List all that a space holds, shuffled, so that the first few are spread over it; None for another sampler.
+    """Return all points of a grid, shuffled so that the first few are spread out; None for other samplers.
 
     Raises:
-        SettingError: a range without steps has no end of values, or there are more than 100,000 points.
+        SettingError: a range without steps has infinitely many values, or there are more than 100,000 points.
     """
     if settings.sampler != "grid":
         return None
-    values = {name: _values(name, over) for name, over in space.ranges.items()}
+    values = to_stored({name: _grid_values(name, values) for name, values in space.ranges.items()})
     num_points = int(np.prod([len(values_V) for values_V in values.values()], dtype=np.float64))
-    if num_points > _MOST_POINTS:
+    if num_points > _MAX_GRID_POINTS:
         raise SettingError(
-            f"the grid has {num_points:,} points, of at most {_MOST_POINTS:,}; name fewer values, or use --sampler tpe"
+            f"grid: expected at most {_MAX_GRID_POINTS:,} points, got {num_points:,}; name fewer values, or use "
+            "--sampler tpe"
         )
     points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-    return [points[place] for place in np.random.default_rng(settings.seed).permutation(len(points))]
+    return [points[number] for number in np.random.default_rng(settings.seed).permutation(len(points))]
 
 
-def _values(name: str, over: Range | tuple[Value, ...]) -> tuple[Value, ...]:
-    if not isinstance(over, Range):
-        return over
-    step = over.step or (1 if over.is_whole and not over.log else None)
+def _grid_values(name: str, values: Range | tuple[Value, ...]) -> tuple[Value, ...]:
+    if not isinstance(values, Range):
+        return values
+    step = values.step or (1 if values.is_whole and not values.log else None)
     if step is None:
         raise SettingError(
-            f"--sampler grid: {name} is a range without steps; give it a step, or choices such as "
-            f"{name} = [{over.low}, {over.high}]"
+            f"--sampler grid: {name}: expected a range with a step, or choices such as "
+            f"{name} = [{values.low}, {values.high}], got a range without a step"
         )
-    return tuple(over.low + number * step for number in range(round((over.high - over.low) / step) + 1))
+    return tuple(values.low + number * step for number in range(round((values.high - values.low) / step) + 1))

@@ -1,43 +1,41 @@
-"""One trial: a training run on data that is open already, told to the study epoch by epoch.
+"""Work on a study, in this process or several: run trials, then retrain the top configurations with several seeds."""
 
-The processes that work on a study: this one, or several that it starts.
-"""
-
-import multiprocessing
-import os
-import signal
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from statistics import fmean
 
+import optuna
+import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from embedcache.errors import EmbedcacheError, SettingError, UnfinishedError
+from embedcache.errors import DiskFullError, EmbedcacheError, SettingError, UnfinishedError
+from embedcache.files import Leases
+from embedcache.processes import run_processes
 from embedcache.progress import Progress
-from embedcache.sweep.best import train_best
 from embedcache.sweep.settings import SweepSettings
-from embedcache.sweep.space import Space
-from embedcache.sweep.study import Study
-from embedcache.sweep.trial import run_trial
-from embedcache.sweep.trials import Trials, complete_first, reason_of, score_of
+from embedcache.sweep.space import Space, Value, from_stored
+from embedcache.sweep.study import Study, retrained_path, split_path, trial_path
+from embedcache.sweep.trials import Outcome, Trials, rank_complete, reason_of, remove_run, score_of
 from embedcache.train.data import TrainData, open_data
+from embedcache.train.settings import TrainSettings
+from embedcache.train.train import TrainReport, train_on
+from embedcache.train.trainer import OnEpoch
 
-Tell: TypeAlias = Callable[[str], None]
+_AFTER_TRIALS = 2**40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a process needs to work on a study.
+class StudyJob:
+    """Everything a process needs to work on a study.
 
     Args:
         caches: paths or URLs.
-        path: the study's folder.
-        study: what it asks.
-        space: that trials are drawn from.
-        settings: of the search.
+        path: folder of the study.
+        study: description of the study.
+        space: search space.
+        settings: settings of the sweep.
     """
 
     caches: tuple[str, ...]
@@ -47,109 +45,174 @@ class Job:
     settings: SweepSettings
 
     def trials(self) -> Trials:
-        """Open the study's trials."""
+        """Open the trials of the study."""
         return Trials(self.path, self.study, self.space, self.settings)
 
     def mapped_data(self) -> TrainData:
-        """Open the data so that its features are mapped: processes of a machine share what it has read of a file.
+        """Open the data memory-mapped, so that the processes of a machine share the pages that were read.
 
-        A fork of a process that has read them would share them as well, but is unsafe after CUDA or OpenMP were used.
+        Forked processes would share loaded features as well, but forking is unsafe after CUDA or OpenMP were used.
         """
-        return open_data(self.caches, image=self.study.image["feature"], text=self.study.text["feature"], memory_gb=0.0)
+        return open_data(
+            self.caches,
+            image_feature=self.study.image["feature"],
+            text_feature=self.study.text["feature"],
+            memory_bytes=0,
+        )
+
+    def run_settings(self, params: Mapping[str, Value]) -> TrainSettings:
+        """Return the training settings of a trial's parameters, with the study's split.
+
+        Raises:
+            SettingError: the settings contradict each other.
+        """
+        settings = self.space.settings(from_stored(params))
+        return replace(settings, split=replace(settings.split, kind=str(split_path(self.path.resolve()))))
+
+    def retrained_runs(self, trial: FrozenTrial) -> Iterator[tuple[Path, TrainSettings]]:
+        """Iterate over the runs that retrain a trial's configuration, one per seed, the trial's own seed first."""
+        first = self.run_settings(trial.params)
+        for seed in range(first.seed, first.seed + self.settings.seeds_per_config):
+            yield retrained_path(self.path, trial.number, seed), replace(first, seed=seed)
 
 
-def work(job: Job, data: TrainData, trials: Trials, tell: Tell) -> None:
-    """Take trials until all are finished, then train the best again with several seeds; others may do the same.
-
-    Raises:
-        SettingError: no trial was complete.
-    """
-    while (trial := trials.take()) is not None:
-        came_of_it = run_trial(job.path, data, job.space, trials, trial)
-        tell(_line(trials, came_of_it))
-    train_best(job.path, data, job.space, best_trials(trials, job.settings), job.settings)
-
-
-def best_trials(trials: Trials, settings: SweepSettings) -> list[FrozenTrial]:
-    """List the best trials, each configuration once.
-
-    Raises:
-        SettingError: no trial was complete; it says why the first failed.
-    """
-    best = complete_first(trials.finished())[: settings.top]
-    if not best:
-        failed = [trial for trial in trials.finished() if trial.state == TrialState.FAIL]
-        why = f"trial {failed[0].number} failed: {reason_of(failed[0])}" if failed else "all were pruned"
-        raise SettingError(f"none of {len(trials.finished())} trials was complete; {why}; try another space")
-    return best
-
-
-def run_workers(job: Job, progress: Progress) -> None:
-    """Start processes that work on a study, and wait for them. What one that dies was at, the others do.
+def run_workers(job: StudyJob, progress: Progress) -> None:
+    """Work on a study in several processes until it is finished; others repeat the trial of one that dies.
 
     Raises:
         UnfinishedError: all of them died.
-        EmbedcacheError: what went wrong in one of them; the others are stopped.
+        EmbedcacheError: raised in one of them; the others are terminated.
     """
-    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    processes: dict[Connection, Any] = {}
-    for _ in range(job.settings.num_workers):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_be_worker, args=(job, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        processes[ours] = process
-    try:
-        num_died = _listen(list(processes), progress)
-    finally:
-        for process in processes.values():
-            process.terminate()
-            process.join()
-    if num_died == len(processes):
-        raise UnfinishedError(f"all {num_died} workers died; finished trials are kept: run the same command again")
+    count = job.settings.workers
+    _, num_died = run_processes(_run_worker, [job] * count, progress)
+    if num_died == count:
+        raise UnfinishedError(f"all {count} workers died; finished trials are kept: rerun the same command")
     if num_died:
-        progress.note(f"{num_died} of {len(processes)} workers died; the others did their trials")
+        progress.note(f"{num_died} of {count} workers died; the others ran their trials")
 
 
-def _listen(pipes: list[Connection], progress: Progress) -> int:
-    """Pass on what the processes say until each has ended; give how many just died."""
-    num_died = 0
-    while pipes:
-        for pipe in wait(pipes):
-            assert isinstance(pipe, Connection)
-            try:
-                kind, content = pipe.recv()
-            except EOFError:
-                pipes.remove(pipe)
-                num_died += 1
-                continue
-            if kind == "error":
-                raise content
-            if kind == "bug":
-                raise RuntimeError(f"a worker of the sweep failed:\n{content}")
-            if kind == "done":
-                pipes.remove(pipe)
-            else:
-                progress.note(content)
-    return num_died
+def _run_worker(job: StudyJob, progress: Progress) -> None:
+    work(job, job.mapped_data(), job.trials(), progress)
 
 
-def _be_worker(job: Job, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started us ends us
+def work(job: StudyJob, data: TrainData, trials: Trials, progress: Progress) -> None:
+    """Run trials until all are finished, then retrain the top configurations; other processes may do the same.
+
+    Raises:
+        SettingError: no trial is complete.
+    """
+    while (trial := trials.take()) is not None:
+        result = _run_trial(job, data, trials, trial)
+        progress.note(_summary(trials, result))
+    retrain(job, data, top_trials(trials, job.settings))
+
+
+def top_trials(trials: Trials, settings: SweepSettings) -> list[FrozenTrial]:
+    """Return the best trials, each configuration once.
+
+    Raises:
+        SettingError: no trial is complete; the message says why the first one failed.
+    """
+    top = rank_complete(trials.finished())[: settings.top_configs]
+    if not top:
+        failed = [trial for trial in trials.finished() if trial.state == TrialState.FAIL]
+        reason = f"trial {failed[0].number} failed: {reason_of(failed[0])}" if failed else "all were pruned"
+        raise SettingError(f"none of {len(trials.finished())} trials is complete; {reason}; try another space")
+    return top
+
+
+def retrain(job: StudyJob, data: TrainData, trials: Sequence[FrozenTrial]) -> list[list[TrainReport | str]]:
+    """Retrain the configurations of some trials with several seeds each; existing runs are reused.
+
+    Processes that do so together share the runs: each first takes those that are free, then waits for the others.
+
+    Returns:
+        For each trial one report per seed, or the reason why that seed cannot be trained.
+    """
+    leases = Leases(job.path)
+    reports: dict[Path, TrainReport | str] = {}
+    for wait in (False, True):
+        for trial in trials:
+            for place, (run_path, settings) in enumerate(job.retrained_runs(trial)):
+                number = _AFTER_TRIALS + trial.number * 2**16 + place
+                if run_path not in reports and leases.acquire(number, wait=wait):
+                    reports[run_path] = _try_to_train(data, run_path, settings)
+                    leases.release(number)
+    return [[reports[run_path] for run_path, _ in job.retrained_runs(trial)] for trial in trials]
+
+
+def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Trial) -> str:
+    """Train one trial and record its outcome; return the result in a few words.
+
+    The score is the best validation recall, the mean of R@1, R@5 and R@10 of both directions.
+
+    Raises:
+        DiskFullError: not the fault of the trial.
+    """
+    reporter = _EpochReporter(trial, use_pruner=trials.use_pruner)
+    started = time.perf_counter()
+    remove_run(job.path, trial.number)  # left by a storage that was deleted
     try:
-        work(job, job.mapped_data(), job.trials(), lambda line: pipe.send(("note", line)))
-        pipe.send(("done", None))
-    except EmbedcacheError as error:
-        pipe.send(("error", error))
-    except BrokenPipeError:  # the process that started us was killed
-        os._exit(1)
-    except Exception:  # noqa: BLE001 - it is raised by the process that started us
-        pipe.send(("bug", traceback.format_exc()))
+        settings = job.run_settings(trial.params)
+        report = _try_to_train(data, trial_path(job.path, trial.number), settings, on_epoch=reporter)
+    except SettingError as error:
+        report = str(error)
+    except optuna.TrialPruned:
+        trials.prune(trial)
+        return f"pruned after epoch {reporter.epoch}"
+    if isinstance(report, str):
+        trials.fail(trial, report)
+        return f"failed: {report}"
+    score = fmean(report.recalls.values())
+    outcome = Outcome(
+        recalls=report.recalls,
+        best_epoch=report.best_epoch,
+        num_parameters=report.num_parameters,
+        flops_per_pair=report.flops_per_pair,
+        num_pairs=reporter.epoch * report.num_samples["train"],
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    trials.complete(trial, score, outcome)
+    return f"score {score:.3f}"
 
 
-def _line(trials: Trials, came_of_it: str) -> str:
-    """Say how far the study is: `trial 12 of 50: score 0.4120 (best 0.4310 in trials/00007)`."""
+def _try_to_train(
+    data: TrainData, run_path: Path, settings: TrainSettings, *, on_epoch: OnEpoch | None = None
+) -> TrainReport | str:
+    """Train, or return the reason why these settings cannot be trained, such as too little memory.
+
+    Raises:
+        DiskFullError: not the fault of the settings.
+    """
+    try:
+        return train_on(data, run_path, settings, on_epoch=on_epoch)
+    except DiskFullError:
+        raise
+    except (EmbedcacheError, MemoryError, torch.OutOfMemoryError) as error:
+        return str(error) or "not enough memory"
+
+
+class _EpochReporter:
+    """Counts epochs, and with a pruner reports each validation after the first epoch to the study.
+
+    Without a pruner nothing is reported: a commit to SQLite takes 10 ms, as long as an epoch of a small cache.
+    """
+
+    def __init__(self, trial: optuna.Trial, *, use_pruner: bool) -> None:
+        self._trial, self._use_pruner = trial, use_pruner
+        self.epoch = 0
+
+    def __call__(self, epoch: int, recalls: Mapping[str, float]) -> None:
+        self.epoch = epoch
+        if self._use_pruner and epoch:
+            self._trial.report(fmean(recalls.values()), epoch)
+            if self._trial.should_prune():
+                raise optuna.TrialPruned
+
+
+def _summary(trials: Trials, result: str) -> str:
+    """Return one line such as `trial 12 of 50: score 0.412 (best 0.431 in trials/00007)`."""
     finished = trials.finished()
-    best = complete_first(finished)[:1]
-    record = f" (best {score_of(best[0]):.4f} in trials/{best[0].number:05d})" if best else ""
-    return f"trial {len(finished)} of {trials.total}: {came_of_it}{record}"
+    best = rank_complete(finished)[:1]
+    record = f" (best {score_of(best[0]):.3f} in trials/{best[0].number:05d})" if best else ""
+    return f"trial {len(finished)} of {trials.total}: {result}{record}"

@@ -3,7 +3,8 @@
 - a source: `embedcache.testing.sources.SourceContract`;
 - an encoder: `embedcache.testing.encoders.ImageEncoderContract` or `TextEncoderContract`;
 - a projector: `embedcache.testing.projectors.ProjectorContract` or `TokenProjectorContract`;
-- a loss: `embedcache.testing.losses.LossContract`.
+- a loss: `embedcache.testing.losses.LossContract`;
+- a method of selection: `embedcache.testing.selectors.SelectorContract`.
 
 pytest must be installed; nothing else in the package imports these modules.
 """
@@ -11,4 +12,6 @@ pytest must be installed; nothing else in the package imports these modules.
 import pytest
 
 # Without it, a failed assert in these modules would not show the values that it compared.
-pytest.register_assert_rewrite(*(f"{__name__}.{name}" for name in ("encoders", "losses", "projectors", "sources")))
+pytest.register_assert_rewrite(
+    *(f"{__name__}.{name}" for name in ("encoders", "losses", "projectors", "selectors", "sources"))
+)

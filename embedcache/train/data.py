@@ -12,6 +12,8 @@ import numpy as np
 from embedcache.arrays import Array, Inputs, Ints
 from embedcache.dataset.inputs import InputFeature, Reader, open_input
 from embedcache.dataset.pairs import Pairs, pair_items
+from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.splits import Split, make_split
 from embedcache.errors import DataError
 from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import check_same
@@ -20,14 +22,14 @@ from embedcache.store.cache import Cache
 Paths: TypeAlias = Path | str | Sequence[Path | str]
 
 
-def open_data(paths: Paths, *, image: str | None, text: str | None, memory_gb: float) -> "TrainData":
+def open_data(paths: Paths, *, image_feature: str | None, text_feature: str | None, memory_bytes: int) -> "TrainData":
     """Open the same image and text feature of one or several caches.
 
     Args:
         paths: one cache, or several.
-        image: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
-        text: likewise.
-        memory_gb: features that fit into this many 10^9 bytes are loaded once.
+        image_feature: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
+        text_feature: likewise.
+        memory_bytes: features that fit into this many bytes are loaded once.
 
     Raises:
         UnknownNameError: there is no feature of that name.
@@ -38,12 +40,12 @@ def open_data(paths: Paths, *, image: str | None, text: str | None, memory_gb: f
     for cache, other in combinations(caches, 2):
         if cache.info.has_rows_of(other.info.index_digest) or other.info.has_rows_of(cache.info.index_digest):
             raise DataError(f"expected caches of different samples: {other.path} and {cache.path} hold the same")
-    images = [open_input(cache, "image", image) for cache in caches]
-    texts = [open_input(cache, "text", text) for cache in caches]
+    images = [open_input(cache, "image", image_feature) for cache in caches]
+    texts = [open_input(cache, "text", text_feature) for cache in caches]
     for features in (images, texts):
         for cache, feature in zip(caches[1:], features[1:], strict=True):
             _check_same_feature(caches[0], features[0], cache, feature)
-    return TrainData(caches=caches, images=images, texts=texts, memory_bytes=memory_gb * 1e9)
+    return TrainData(caches=caches, images=images, texts=texts, memory_bytes=memory_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,16 @@ class TrainData:
     def keys(self) -> list[str]:
         """Keys of the samples."""
         return [key for cache in self.caches for key in cache.samples["key"].to_pylist()]
+
+    def split(self, pairs: Pairs, settings: SplitSettings) -> Split:
+        """Split the samples; features are loaded for a strict split only."""
+        return make_split(
+            self.caches,
+            pairs,
+            settings,
+            read_image=lambda rows: self.read_image(rows),
+            read_text=lambda rows: self.read_text(rows),
+        )
 
     @cached_property
     def read_image(self) -> Reader:

@@ -39,7 +39,7 @@ def initialize(
         SettingError: a projector that has no linear branch, or fewer pairs than anchors.
         DataError: a value is NaN or infinite, or fewer than two pairs.
     """
-    image_positions, text_positions = pairs.joined()
+    image_positions, text_positions = pairs.all_pairs()
     towers = (
         _TowerRows(name="image", tower=pair.image, read=image, rows=pairs.image.rows[image_positions]),
         _TowerRows(name="text", tower=pair.text, read=text, rows=pairs.text.rows[text_positions]),
@@ -48,17 +48,17 @@ def initialize(
     _check(towers, form, settings)
     moments = _moments(*towers)
     covariances = moments.covariances()[:2]
-    for side in towers:
-        if isinstance(side.tower, RawTower):
-            side.tower.length.fill_(side.rms_length())
-    for side, mean in zip(towers, (moments.image_mean, moments.text_mean), strict=True):
-        if isinstance(side.tower, Tower):
-            side.tower.mean.copy_(torch.from_numpy(mean))
+    for one in towers:
+        if isinstance(one.tower, RawTower):
+            one.tower.length.fill_(one.rms_length())
+    for one, mean in zip(towers, (moments.image_mean, moments.text_mean), strict=True):
+        if isinstance(one.tower, Tower):
+            one.tower.mean.copy_(torch.from_numpy(mean))
     if form != "random":
         weights = solve(form, moments, settings.shared_width, shrinkage=settings.shrinkage)
-        for side, weights_DP, covariance in zip(towers, weights, covariances, strict=True):
+        for one, weights_DP, covariance in zip(towers, weights, covariances, strict=True):
             length = _projected_rms_length(weights_DP, covariance)
-            side.tower.projector.set_linear_map(torch.from_numpy(weights_DP / length))
+            one.tower.projector.set_linear_map(torch.from_numpy(weights_DP / length))
     if any(tower.has_anchors for tower in towers):
         _set_anchors(towers, settings.shared_width, seed)
 
@@ -133,7 +133,7 @@ def _projected_rms_length(weights_DP: Array, covariance: Matrix) -> float:
 def _set_anchors(towers: tuple[_TowerRows, _TowerRows], num_anchors: int, seed: int) -> None:
     """Set the anchors of both towers to the same pairs, drawn without replacement, as the projectors see them."""
     drawn = np.sort(np.random.default_rng(seed).choice(len(towers[0].rows), num_anchors, replace=False))
-    for side in towers:
-        if side.has_anchors and isinstance(side.tower, Tower):
-            unit_PD = torch.from_numpy(side.vectors(drawn)).to(side.tower.mean.device)
-            side.tower.projector.set_anchors(unit_PD - side.tower.mean)
+    for one in towers:
+        if one.has_anchors and isinstance(one.tower, Tower):
+            unit_PD = torch.from_numpy(one.vectors(drawn)).to(one.tower.mean.device)
+            one.tower.projector.set_anchors(unit_PD - one.tower.mean)

@@ -26,6 +26,7 @@ LOSSES = Registry(
         "sail": "embedcache.train.losses:Sail",
         "siglip": "embedcache.train.losses:SigLip",
     },
+    group="embedcache.losses",
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, flat_settings, from_flat, get_setting, group, setting, to_json
+from embedcache.units import parse_size
 
 Initialization: TypeAlias = Literal["cca", "csa", "procrustes", "ridge", "random"]
 
@@ -100,13 +101,16 @@ class MachineSettings:
         affects_result=False,
         default_text="one for small steps, else all cores",
     )
-    memory_gb: float = setting(
-        4.0,
-        "Load features that fit into this many gigabytes; memory-map larger ones.",
-        ge=0,
+    memory: int = setting(
+        4 * 2**30,
+        "Load features that fit into this much memory, such as 4GB; memory-map larger ones.",
+        gt=0,
         affects_result=False,
+        parse=parse_size,
+        metavar="SIZE",
+        default_text="4GB",
     )
-    checkpoint_s: float = setting(60.0, "Seconds between checkpoints.", ge=0, affects_result=False)
+    checkpoint_s: float = setting(60.0, "Seconds between checkpoints.", ge=0, affects_result=False, metavar="SECONDS")
     tensorboard: bool = setting(False, "Write TensorBoard event files beside losses.jsonl.", affects_result=False)
 
     def __post_init__(self) -> None:
@@ -121,13 +125,13 @@ class TrainSettings:
     loss: LossSettings = group(LossSettings)
     optimizer: OptimizerSettings = group(OptimizerSettings)
     split: SplitSettings = group(SplitSettings)
-    language: str | None = setting(None, "Train on captions of this language only.", metavar="CODE")
+    language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     captions: Literal["draw", "all"] = setting(
         "draw", "For several captions per sample: draw one per epoch, or use all as positives."
     )
     selection: str | None = setting(
         None,
-        "Train only on the samples of this selection: Parquet, or a text file with one key per line; {seed} stands for "
+        "Use only the samples of this selection: Parquet, or a text file with one key per line; {seed} stands for "
         "the seed.",
         metavar="FILE",
     )

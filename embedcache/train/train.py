@@ -10,7 +10,7 @@ import numpy as np
 from embedcache.arrays import Ints
 from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.selections import read_selection
-from embedcache.dataset.splits import PARTS, Split, make_split, read_split, write_split
+from embedcache.dataset.splits import PARTS, Split, read_split, write_split
 from embedcache.encoders.backends import torch_device
 from embedcache.errors import DataError, PathError, SettingError
 from embedcache.files import Leases, disk_errors
@@ -18,7 +18,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import Cost, PairConfig, build, config_path, cost, read_config, save_pair, split_path
-from embedcache.provenance import check_same, claim_folder, digest_file, fields_of, read_json, run_record, write_json
+from embedcache.provenance import check_same, digest_file, fields_of, prepare_folder, read_json, run_record, write_json
 from embedcache.train.batches import Batches, Loader
 from embedcache.train.checkpoint import checkpoint_path, require_tensorboard
 from embedcache.train.data import Paths, TrainData, open_data
@@ -26,8 +26,7 @@ from embedcache.train.distributed import num_processes, process_group, process_r
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
 from embedcache.train.settings import TrainSettings
-from embedcache.train.trainer import FitResult, OnEpoch, Trainer, seeded
-from embedcache.train.validation import Validation
+from embedcache.train.trainer import FitResult, OnEpoch, Trainer, Validation, seeded
 
 _FILES = (
     ".claims",
@@ -94,8 +93,8 @@ def train(
     cache_paths: Paths,
     run_path: Path | str,
     *,
-    image: str | None = None,
-    text: str | None = None,
+    image_feature: str | None = None,
+    text_feature: str | None = None,
     settings: TrainSettings | None = None,
     progress: Progress | None = None,
 ) -> TrainReport:
@@ -103,14 +102,14 @@ def train(
 
     The run folder gets `started.json`, `split.parquet`, `losses.jsonl`, `last.safetensors`, `record.json`,
     `model.safetensors` and, last, `config.json`; before that `checkpoint.pt`, from which an interrupted run resumes. A
-    finished run with the same settings is reused. Memory: the features, or `memory_gb`. Under torchrun all processes
+    finished run with the same settings is reused. Memory: the features, or `memory`. Under torchrun all processes
     must call it.
 
     Args:
         cache_paths: one cache, or several made by the same encoders.
         run_path: folder of the run.
-        image: image feature, `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
-        text: text feature, likewise.
+        image_feature: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
+        text_feature: likewise.
         settings: settings of the run.
         progress: progress in training pairs.
 
@@ -131,7 +130,9 @@ def train(
     torch_device(settings.machine.device)
     with process_group(settings.machine.device) as device:
         settings = replace(settings, machine=replace(settings.machine, device=device))
-        data = open_data(cache_paths, image=image, text=text, memory_gb=settings.machine.memory_gb)
+        data = open_data(
+            cache_paths, image_feature=image_feature, text_feature=text_feature, memory_bytes=settings.machine.memory
+        )
         return train_on(data, run_path, settings, progress=progress)
 
 
@@ -148,7 +149,7 @@ def train_on(
     Args:
         data: open caches.
         run_path: folder of the run.
-        settings: settings of the run, except `memory_gb`, which was applied when the data were opened.
+        settings: settings of the run, except `memory`, which was applied when the data were opened.
         progress: progress in training pairs.
         on_epoch: called after each validation; an exception that it raises ends the training.
     """
@@ -177,7 +178,7 @@ def train_on(
             outcome.update(report.to_json())
         save_pair(run_path, pair, config)
         checkpoint_path(run_path).unlink(missing_ok=True)
-        leases.give_back(0)
+        leases.release(0)
     return report
 
 
@@ -213,10 +214,10 @@ def _reuse_run(run_path: Path, config: PairConfig) -> TrainReport:
 
 
 def _start_run(run_path: Path, config: PairConfig) -> Leases:
-    """Take a lease on the folder, for a new run or for an interrupted one with the same settings."""
-    claim_folder(run_path, kind="a run", sign="started.json", ours=_FILES)
+    """Acquire a lease on the folder, for a new run or for an interrupted one with the same settings."""
+    prepare_folder(run_path, kind="a run", marker="started.json", allowed=_FILES)
     leases = Leases(run_path)
-    if not leases.take(0):
+    if not leases.acquire(0):
         raise PathError(f"another process trains into {run_path}; wait for it, or give the path of a new folder")
     path, values = run_path / "started.json", config.to_json()
     if checkpoint_path(run_path).is_file():
@@ -239,7 +240,7 @@ def _fit(
     pairs = data.pairs(settings.language)
     split = _split(data, run_path, pairs, settings)
     training = _training_pairs(data, pairs, split, settings)
-    validation = _shuffled_control(pairs.of(split.rows("val")), settings)
+    validation = _shuffled_control(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
         raise DataError(f"the validation part of {split_path(run_path)} has no sample with both features")
     batches, device = _batches(training, settings), settings.machine.device
@@ -267,7 +268,7 @@ def _split(data: TrainData, run_path: Path, pairs: Pairs, settings: TrainSetting
 
     def make() -> None:
         if not path.is_file():
-            write_split(path, make_split(data, pairs, settings.split))
+            write_split(path, data.split(pairs, settings.split))
 
     run_on_first(make)
     return read_split(path, data.caches)
@@ -277,7 +278,7 @@ def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: Train
     rows: Ints = split.rows("train")
     if settings.selection_path is not None:
         rows = np.intersect1d(rows, read_selection(settings.selection_path, data.caches))
-    training = pairs.of(rows)
+    training = pairs.select(rows)
     if not len(training.samples):
         named = "" if settings.selection is None else f" in selection {settings.selection_path}"
         raise DataError(f"the training part has no sample with both features{named}")
@@ -285,7 +286,7 @@ def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: Train
 
 
 def _shuffled_control(pairs: Pairs, settings: TrainSettings) -> Pairs:
-    """With `shuffle_pairs`, assign each sample's captions to another sample, so that only chance remains."""
+    """Assign each sample's captions to another sample if `shuffle_pairs` is set, so that only chance remains."""
     if not settings.shuffle_pairs:
         return pairs
     samples = pairs.samples

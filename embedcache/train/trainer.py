@@ -1,5 +1,6 @@
 """The training loop of one pair: AdamW with linear warm-up and cosine decay to zero, checkpoints and validation."""
 
+import copy
 import ctypes
 import math
 import time
@@ -7,27 +8,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from statistics import fmean
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from embedcache.arrays import check_finite
+from embedcache.dataset.inputs import Reader
+from embedcache.dataset.pairs import Pairs
 from embedcache.errors import DataError
+from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.progress import Progress
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import save_weights
+from embedcache.projectors.saved import project, save_weights
 from embedcache.train.batches import LoadedBatch, Loader
 from embedcache.train.checkpoint import RunLog, load_checkpoint, save_checkpoint
 from embedcache.train.distributed import broadcast_from_first, num_processes, process_rank
 from embedcache.train.objective import Objective
 from embedcache.train.settings import OptimizerSettings, TrainSettings
-from embedcache.train.validation import BestWeights, Validation
 
 OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
 """Called with the epoch and its validation recalls; an exception that it raises ends the training."""
 
+_KS = (1, 5, 10)
+_MAX_SAMPLES = 5000
 _SMALL_STEP_FLOPS = 2e10
 """Below this, threads mostly wait for each other: two were 5 times slower than one on busy cores."""
 
@@ -70,7 +77,7 @@ class Trainer:
         self,
         pair: AlignedPair,
         loader: Loader,
-        validation: Validation | None,
+        validation: "Validation | None",
         *,
         settings: TrainSettings,
         run_path: Path,
@@ -215,6 +222,66 @@ class Trainer:
             pairs_per_s=round(self._num_pairs / seconds, 1) if self._num_pairs else 0.0,
             wait_fraction=round(self._loader.waited_s / seconds, 4) if self._num_pairs else 0.0,
         )
+
+
+class Validation:
+    """Retrieval in both directions on the validation part.
+
+    Args:
+        pairs: validation pairs; of more than 5,000 samples, 5,000 evenly spaced ones are used.
+        image: reads rows of the image feature.
+        text: reads rows of the text feature.
+        device: device of the pair.
+    """
+
+    def __init__(self, pairs: Pairs, image: Reader, text: Reader, *, device: str) -> None:
+        samples = pairs.samples
+        if len(samples) > _MAX_SAMPLES:
+            samples = samples[np.linspace(0, len(samples) - 1, _MAX_SAMPLES).astype(np.int64)]
+        pairs = pairs.select(samples)
+        self._images, self._texts = image(pairs.image.rows), text(pairs.text.rows)
+        self._positives = pairs.positives()
+        self._device = device
+
+    def recalls(self, pair: AlignedPair) -> dict[str, float]:
+        """Compute validation recall, `i2t r@1` to `t2i r@10`, each from 0 to 1."""
+        pair.eval()
+        images = project(pair.image, self._images, device=self._device)
+        texts = project(pair.text, self._texts, device=self._device)
+        image, text = self._positives
+        ranks = {
+            "i2t": best_ranks(images, texts, (image, text)),
+            "t2i": best_ranks(texts, images, (text, image)),
+        }
+        return {f"{direction} r@{k}": recall_at(ranks[direction], k) for direction in ranks for k in _KS}
+
+
+class BestWeights:
+    """The weights with the highest validation recall: the mean of R@1, R@5 and R@10 over both directions."""
+
+    def __init__(self) -> None:
+        self.epoch, self.score = 0, -1.0
+        self.recalls: dict[str, float] = {}
+        self._weights: dict[str, Any] = {}
+
+    def update(self, epoch: int, recalls: Mapping[str, float], pair: AlignedPair) -> None:
+        """Copy the weights after an epoch if they are better than all before."""
+        if fmean(recalls.values()) > self.score:
+            self.epoch, self.score, self.recalls = epoch, fmean(recalls.values()), dict(recalls)
+            self._weights = copy.deepcopy(pair.state_dict())
+
+    def restore(self, pair: AlignedPair) -> None:
+        """Load the best weights into a pair."""
+        pair.load_state_dict(self._weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return {"epoch": self.epoch, "score": self.score, "recalls": self.recalls, "weights": self._weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of `state_dict`."""
+        self.epoch, self.score, self.recalls = state["epoch"], state["score"], state["recalls"]
+        self._weights = state["weights"]
 
 
 @contextmanager

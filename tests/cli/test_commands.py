@@ -216,7 +216,7 @@ MISTAKES = [
     ("curate dedup cache --cosine 0.9", "OUT"),
     ("curate dedup cache kept.parquet --cosine 95", "95"),
     ("curate leaks cache cache", "same samples"),
-    ("verify cache --reencode 0", "encode again"),
+    ("verify cache --reencode 0", "reencode: expected a number above 0"),
     ("inspect nowhere", "nowhere does not exist"),
 ]
 

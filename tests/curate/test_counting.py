@@ -1,3 +1,4 @@
+import copy
 import tracemalloc
 from collections.abc import Sequence
 from functools import reduce
@@ -27,7 +28,7 @@ def best_of(sims_NC: Array, k: int) -> tuple[Array, Array]:
 
 
 def count(work: CoverageCounter, rows: Array, vectors: Array, cuts: Sequence[int]) -> PartialCoverage:
-    parts = [work.take(*part) for part in zip(np.split(rows, cuts), np.split(vectors, cuts), strict=True)]
+    parts = [work.process(*part) for part in zip(np.split(rows, cuts), np.split(vectors, cuts), strict=True)]
     return reduce(work.merge, parts)
 
 
@@ -54,67 +55,70 @@ def problems(draw: st.DrawFn) -> dict[str, Array]:
 
 
 @given(problems())
-def test_any_chunking_gives_what_comparing_everything_gives(problem: dict[str, Array]) -> None:
+def test_counter_equals_brute_force(problem: dict[str, Array]) -> None:
     rows, thresholds, near, k = problem["rows"], problem["thresholds"], problem["near"], int(problem["k"])
     work = CoverageCounter(
         problem["concepts"],
         thresholds_C=thresholds,
         floors_C=problem["floors"],
-        near_CJ=near,
+        nearest_CJ=near,
         k=k,
         is_selected_N=problem["selected"],
     )
-    tally = count(work, rows, problem["vectors"], problem["cuts"].tolist())
+    partial = count(work, rows, problem["vectors"], problem["cuts"].tolist())
     sims = problem["vectors"] @ problem["concepts"].T
     above, selected = sims > thresholds, problem["selected"][rows]
     top = np.where(above, sims, -np.inf).argmax(axis=1)
     for group, chosen in enumerate((np.ones(len(rows), bool), selected)):
         covered = above.any(axis=1) & chosen
         assigned = np.bincount(top[covered], minlength=len(thresholds))
-        assert tally.num_items[group] == chosen.sum()
-        assert tally.num_covered[group] == covered.sum()
-        assert tally.counts[group].tolist() == above[chosen].sum(axis=0).tolist()
-        assert tally.assigned[group].tolist() == assigned.tolist()
+        assert partial.num_items[group] == chosen.sum()
+        assert partial.num_covered[group] == covered.sum()
+        assert partial.counts[group].tolist() == above[chosen].sum(axis=0).tolist()
+        assert partial.assigned[group].tolist() == assigned.tolist()
     for concept, others in enumerate(near):
         both = [int((above[:, concept] & above[:, other]).sum()) for other in others]
-        assert tally.shared[concept].tolist() == both
+        assert partial.shared[concept].tolist() == both
     scores, places = best_of(sims, k)
-    found = tally.best.table()
+    found = partial.top.table()
     assert np.array_equal(found[0], scores)
     assert np.array_equal(found[1], rows[places])
 
 
-def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     concepts, vectors, rows = small(rng, 5, 4), small(rng, 100, 4), np.arange(100)
     whole, tiled = [], []
     for found, tile in ((whole, 10**6), (tiled, 15)):
         monkeypatch.setattr(counting, "_TILE", tile)
-        monkeypatch.setattr(counting, "_FEWEST_ROWS", 1)
+        monkeypatch.setattr(counting, "_MIN_TILE_ROWS", 1)
         floors = estimate_background(concepts, vectors[:20], 3).floors
         work = CoverageCounter(
-            concepts, thresholds_C=np.full(5, 1, np.float32), floors_C=floors, near_CJ=np.zeros((5, 1), int), k=3
+            concepts, thresholds_C=np.full(5, 1, np.float32), floors_C=floors, nearest_CJ=np.zeros((5, 1), int), k=3
         )
-        tally = work.take(rows, vectors)
-        found += [tally.counts, tally.assigned, tally.shared, *tally.best.table()]
+        partial = work.process(rows, vectors)
+        found += [partial.counts, partial.assigned, partial.shared, *partial.top.table()]
     assert all(np.array_equal(one, other) for one, other in zip(whole, tiled, strict=True))
 
 
-def test_results_that_cannot_be_written_are_merged() -> None:
-    """As Ray gives them."""
+def test_merge_of_copied_read_only_parts() -> None:
+    """As Ray returns them."""
     rng = np.random.default_rng(0)
     concepts, vectors = small(rng, 4, 3), small(rng, 30, 3)
     floors, near = estimate_background(concepts, vectors, 2).floors, np.zeros((4, 1), int)
-    work = CoverageCounter(concepts, thresholds_C=np.zeros(4, np.float32), floors_C=floors, near_CJ=near, k=2)
-    parts = [work.take(np.arange(start, start + 10), vectors[start : start + 10]) for start in (0, 10, 20)]
+    work = CoverageCounter(concepts, thresholds_C=np.zeros(4, np.float32), floors_C=floors, nearest_CJ=near, k=2)
+    parts = [
+        copy.deepcopy(work).process(np.arange(start, start + 10), vectors[start : start + 10]) for start in (0, 10, 20)
+    ]
+    parts = [copy.deepcopy(part) for part in parts]
     for array in (getattr(part, name) for part in parts for name in ("num_items", "counts", "assigned", "shared")):
         array.flags.writeable = False
-    tally = reduce(work.merge, parts)
-    assert tally.counts[0].tolist() == (vectors @ concepts.T > 0).sum(axis=0).tolist()
+    partial = reduce(work.merge, parts)
+    assert partial.counts[0].tolist() == (vectors @ concepts.T > 0).sum(axis=0).tolist()
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-3, 3), st.integers(0, 99)), unique_by=lambda x: x[2]))
-def test_the_best_do_not_depend_on_the_order_they_come_in(candidates: list[tuple[int, int, int]]) -> None:
+def test_top_items_ignore_order(candidates: list[tuple[int, int, int]]) -> None:
     best, merged = TopItems(4, 2), TopItems(4, 2)
     for concept, score, row in candidates:
         best.add(np.array([concept]), np.array([score], np.float32), np.array([row]))
@@ -130,26 +134,28 @@ def test_the_best_do_not_depend_on_the_order_they_come_in(candidates: list[tuple
     assert np.array_equal(rows, merged.table()[1])
 
 
-def test_memory_does_not_grow_with_the_pool() -> None:
+def test_memory_is_bounded() -> None:
     rng = np.random.default_rng(0)
     concepts = normalize(rng.standard_normal((40, 16)))
     peaks = []
     for num_chunks in (40, 400):
         floors = estimate_background(concepts, normalize(rng.standard_normal((1000, 16))), 5).floors
         near = np.tile(np.arange(8), (40, 1))
-        work = CoverageCounter(concepts, thresholds_C=np.full(40, 0.8, np.float32), floors_C=floors, near_CJ=near, k=5)
+        work = CoverageCounter(
+            concepts, thresholds_C=np.full(40, 0.8, np.float32), floors_C=floors, nearest_CJ=near, k=5
+        )
         tracemalloc.start()
-        tally = work.take(np.arange(0), concepts[:0])
+        partial = work.process(np.arange(0), concepts[:0])
         for chunk in range(num_chunks):
             vectors = normalize(rng.standard_normal((256, 16)))
-            tally = work.merge(tally, work.take(np.arange(256) + 256 * chunk, vectors))
+            partial = work.merge(partial, work.process(np.arange(256) + 256 * chunk, vectors))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert tally.num_items[0] == 256 * num_chunks
+        assert partial.num_items[0] == 256 * num_chunks
     assert peaks[1] < 1.2 * peaks[0]
 
 
-def test_the_background_is_that_of_the_sample() -> None:
+def test_background_quantiles() -> None:
     rng = np.random.default_rng(0)
     concepts, sample = normalize(rng.standard_normal((200, 8))), normalize(rng.standard_normal((1001, 8)))
     background = estimate_background(concepts, sample, 7)
@@ -161,7 +167,7 @@ def test_the_background_is_that_of_the_sample() -> None:
     assert (background.floors > np.sort(sims, axis=1)[:, -8] - 1e-4).all()
 
 
-def test_items_of_a_concept_do_not_move_its_threshold_much() -> None:
+def test_threshold_is_robust_to_matches() -> None:
     """A tenth of the pool shows the concept: mean and deviation of all would put the threshold beyond most of it."""
     rng = np.random.default_rng(0)
     sims = np.where(np.arange(20_000) < 2000, rng.normal(0.5, 0.05, 20_000), rng.normal(0.1, 0.05, 20_000))

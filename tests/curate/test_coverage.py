@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from typer.testing import CliRunner
 
 from embedcache.arrays import Inputs, normalize
 from embedcache.cli.main import app
-from embedcache.curate import counting as indexed
-from embedcache.curate.coverage import CoverageReport, CoverageSettings, measure_coverage
+from embedcache.curate import counting
+from embedcache.curate.coverage import CoverageReport, measure_coverage
+from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.errors import DataError, FingerprintError, SettingError
 from embedcache.extract.extract import extract
@@ -24,7 +26,7 @@ from tests.interop.runs import SIDES, train_run
 from tests.search.test_concepts import NAMES, labeled_cache, prompt_cache
 from tests.toy import TEXT
 
-FIXED = CoverageSettings(threshold=0.45, k=5)
+FIXED: dict[str, Any] = {"threshold": 0.45, "k": 5}
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +52,12 @@ def half(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def of_texts(cache_path: Path, prompts: Path, **options: object) -> CoverageReport:
-    return measure_coverage(cache_path, prompts, modality="text", feature="open_toy/mean", **options)  # type: ignore[arg-type]
+def of_texts(cache_path: Path, prompts: Path, **options: Any) -> CoverageReport:
+    return measure_coverage(cache_path, prompts, CoverageSettings(modality="text", feature="open_toy/mean", **options))
 
 
-def test_texts_are_counted_as_comparing_everything_counts(cache_path: Path, prompts: Path) -> None:
-    report = of_texts(cache_path, prompts, settings=FIXED)
+def test_counts_of_texts_equal_brute_force(cache_path: Path, prompts: Path) -> None:
+    report = of_texts(cache_path, prompts, **FIXED)
     texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
     sims = texts @ report.concepts.vectors.T
     assert report.whole.num_items == 300
@@ -68,9 +70,9 @@ def test_texts_are_counted_as_comparing_everything_counts(cache_path: Path, prom
     np.testing.assert_allclose(report.background.quantiles[:, 0], np.median(sims, axis=0), atol=0.02)
 
 
-def test_images_are_counted_through_a_run(cache_path: Path, prompts: Path, run_path: Path) -> None:
-    settings = CoverageSettings(deviations=1.5, k=3, min_count=10)
-    report = measure_coverage(cache_path, prompts, run_path=run_path, settings=settings)
+def test_counts_of_projected_images(cache_path: Path, prompts: Path, run_path: Path) -> None:
+    settings = CoverageSettings(run=run_path, deviations=1.5, k=3, min_count=10)
+    report = measure_coverage(cache_path, prompts, settings)
     images = project(load_pair(run_path)[0].image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
     sims = images @ report.concepts.vectors.T
     ordered = np.sort(sims, axis=0)
@@ -82,9 +84,8 @@ def test_images_are_counted_through_a_run(cache_path: Path, prompts: Path, run_p
     assert np.mean(right) > 0.4  # chance is a sixth
 
 
-def test_plain_images_are_counted_by_prototypes(cache_path: Path, labeled: Path) -> None:
-    settings = CoverageSettings(deviations=1, k=5)
-    report = measure_coverage(cache_path, labeled, feature="open_toy/cls", settings=settings)
+def test_counts_by_prototypes(cache_path: Path, labeled: Path) -> None:
+    report = measure_coverage(cache_path, labeled, CoverageSettings(feature="open_toy/cls", deviations=1, k=5))
     images = normalize(Cache(cache_path).feature("image", "open_toy/cls").load())
     sims = images @ report.concepts.vectors.T
     assert report.whole.counts.tolist() == (sims > report.thresholds).sum(axis=0).tolist()
@@ -92,22 +93,21 @@ def test_plain_images_are_counted_by_prototypes(cache_path: Path, labeled: Path)
     assert "6 concepts of 5 to 14 examples" in report.line()
 
 
-def test_the_size_of_chunks_changes_nothing(pictures: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
+def test_chunk_size_changes_nothing(pictures: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(features=("mean",), chunk_size=7)
     extract(open_source(pictures), tmp_path / "small", text_encoders=[TEXT], settings=settings)
-    one = of_texts(cache_path, prompts, settings=FIXED)
-    other = measure_coverage(tmp_path / "small", prompts, modality="text", settings=FIXED)
+    one = of_texts(cache_path, prompts, **FIXED)
+    other = measure_coverage(tmp_path / "small", prompts, CoverageSettings(modality="text", **FIXED))
     assert np.array_equal(one.whole.counts, other.whole.counts)
     assert np.array_equal(one.whole.assigned, other.whole.assigned)
     np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
-    assert [(shared.one, shared.other, shared.num) for shared in one.overlaps] == [
-        (shared.one, shared.other, shared.num) for shared in other.overlaps
+    assert [(pair.first, pair.second, pair.num_items) for pair in one.overlaps] == [
+        (pair.first, pair.second, pair.num_items) for pair in other.overlaps
     ]
 
 
-def test_a_selection_is_counted_by_the_thresholds_of_the_pool(cache_path: Path, prompts: Path, half: Path) -> None:
-    settings = CoverageSettings(deviations=1, k=2)
-    report = of_texts(cache_path, prompts, settings=settings, selection=half)
+def test_selection_uses_thresholds_of_pool(cache_path: Path, prompts: Path, half: Path) -> None:
+    report = of_texts(cache_path, prompts, deviations=1, k=2, selection=half)
     texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
     above = texts @ report.concepts.vectors.T > report.thresholds
     assert report.selected is not None
@@ -115,14 +115,14 @@ def test_a_selection_is_counted_by_the_thresholds_of_the_pool(cache_path: Path, 
     assert report.selected.counts.tolist() == above[::2].sum(axis=0).tolist()
     assert report.whole.counts.tolist() == above.sum(axis=0).tolist()
     assert [part.name for part in report.parts] == ["all texts", "half.parquet"]
-    alone = of_texts(cache_path, prompts, settings=settings)
+    alone = of_texts(cache_path, prompts, deviations=1, k=2)
     assert np.array_equal(alone.whole.counts, report.whole.counts)
     assert alone.selected is None
 
 
 def test_gaps_and_overlaps(cache_path: Path, tmp_path: Path) -> None:
     prompts = prompt_cache(tmp_path, ["red", "red bar", "zebra"])
-    report = of_texts(cache_path, prompts, settings=CoverageSettings(threshold=0.6, min_count=20, k=1))
+    report = of_texts(cache_path, prompts, threshold=0.6, min_count=20, k=1)
     gaps = report.whole.gaps(20)
     assert report.concepts.names[gaps[0]] == "zebra"
     assert (report.whole.counts[gaps] < 20).all()
@@ -130,25 +130,23 @@ def test_gaps_and_overlaps(cache_path: Path, tmp_path: Path) -> None:
     texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
     above = texts @ report.concepts.vectors.T > 0.6
     first = report.overlaps[0]
-    assert (first.one, first.other) == (0, 1)
-    assert first.num == (above[:, 0] & above[:, 1]).sum() > 0
-    assert first.jaccard == pytest.approx(first.num / (above[:, 0] | above[:, 1]).sum())
+    assert (first.first, first.second) == (0, 1)
+    assert first.num_items == (above[:, 0] & above[:, 1]).sum() > 0
+    assert first.jaccard == pytest.approx(first.num_items / (above[:, 0] | above[:, 1]).sum())
     assert first.cosine == pytest.approx(report.concepts.vectors[0] @ report.concepts.vectors[1], abs=1e-5)
 
 
-def test_one_concept_has_no_neighbor(cache_path: Path, tmp_path: Path) -> None:
-    report = of_texts(cache_path, prompt_cache(tmp_path, ["red"]), settings=CoverageSettings(deviations=1, k=300))
-    assert report.near.tolist() == [-1]
+def test_single_concept(cache_path: Path, tmp_path: Path) -> None:
+    report = of_texts(cache_path, prompt_cache(tmp_path, ["red"]), deviations=1, k=300)
+    assert report.nearest.tolist() == [-1]
     assert report.overlaps == []
     assert sorted(report.rows[0].tolist()) == list(range(300))
     assert concept_table(report, [0])[1][0][-1] == ""
 
 
-def test_figures_as_rows_as_json_and_as_a_page(
-    cache_path: Path, prompts: Path, run_path: Path, half: Path, tmp_path: Path
-) -> None:
-    settings = CoverageSettings(deviations=1.5, k=4, min_count=25)
-    report = measure_coverage(cache_path, prompts, run_path=run_path, settings=settings, selection=half)
+def test_tables_json_and_page(cache_path: Path, prompts: Path, run_path: Path, half: Path, tmp_path: Path) -> None:
+    settings = CoverageSettings(run=run_path, deviations=1.5, k=4, min_count=25, selection=half)
+    report = measure_coverage(cache_path, prompts, settings)
     columns, rows = summary_table(report)
     assert columns == ["", "all images", "half.parquet"]
     assert rows[0] == ["items", "300", "150"]
@@ -162,7 +160,7 @@ def test_figures_as_rows_as_json_and_as_a_page(
     assert found["concepts"][0]["counts"] == [int(part.counts[0]) for part in report.parts]
     assert found["concepts"][0]["best"][0]["key"] == f"{report.rows[0, 0]:05d}"
     assert found["parts"][1]["gaps"] == [NAMES[number] for number in report.parts[1].gaps(25)]
-    assert found["pool"]["run_weights"] == load_pair(run_path)[1].weights
+    assert found["pool"]["run_weights"] == load_pair(run_path)[1].weights_digest
     assert found["concepts_from"]["of"] == "prompts"
     write_coverage_page(tmp_path / "page.html", report)
     page = (tmp_path / "page.html").read_text()
@@ -171,9 +169,9 @@ def test_figures_as_rows_as_json_and_as_a_page(
     assert "Gaps" in page
 
 
-def test_a_page_of_texts_shows_captions(cache_path: Path, tmp_path: Path) -> None:
+def test_page_of_texts(cache_path: Path, tmp_path: Path) -> None:
     many = [f"{name} {place} {number}" for name in NAMES for place in ("bar", "left") for number in range(9)]
-    report = of_texts(cache_path, prompt_cache(tmp_path, many), settings=CoverageSettings(deviations=1, k=2))
+    report = of_texts(cache_path, prompt_cache(tmp_path, many), deviations=1, k=2)
     write_coverage_page(tmp_path / "page.html", report)
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 2
@@ -182,40 +180,40 @@ def test_a_page_of_texts_shows_captions(cache_path: Path, tmp_path: Path) -> Non
     assert Cache(cache_path).items("text")["text"][int(report.rows[0, 0])].as_py() in page
 
 
-def test_what_makes_counts_doubtful_is_said(cache_path: Path, prompts: Path) -> None:
-    report = of_texts(cache_path, prompts, settings=CoverageSettings(deviations=1, min_count=5))
-    assert "48 of 300 items are above a threshold by chance, and 5 already" in report.warnings()[0]
-    low = of_texts(cache_path, prompts, settings=CoverageSettings(threshold=-0.9))
+def test_warnings(cache_path: Path, prompts: Path) -> None:
+    report = of_texts(cache_path, prompts, deviations=1, min_count=5)
+    assert "48 of 300 items are above a threshold by chance, and a concept needs only 5" in report.warnings()[0]
+    low = of_texts(cache_path, prompts, threshold=-0.9)
     assert low.warnings() == [
-        "WARNING: of 6 of 6 concepts at least half of the pool is above the threshold; raise --threshold"
+        "WARNING: for 6 of 6 concepts at least half of the pool is above the threshold; raise --threshold"
     ]
-    assert low.by_chance is None
-    assert of_texts(cache_path, prompts, settings=CoverageSettings(deviations=2)).warnings() == []
+    assert low.expected_by_chance is None
+    assert of_texts(cache_path, prompts, deviations=2).warnings() == []
 
 
-def test_mistakes_are_named_with_their_numbers(cache_path: Path, prompts: Path, labeled: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="k is 301; .* holds 300 texts with open_toy/mean, so k must be 1 to 300"):
-        of_texts(cache_path, prompts, settings=CoverageSettings(k=301))
+def test_invalid_coverage_raises(cache_path: Path, prompts: Path, labeled: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        SettingError, match="k: expected 1 to 300, the number of texts of .* with open_toy/mean, got 301"
+    ):
+        of_texts(cache_path, prompts, k=301)
     with pytest.raises(
         DataError,
         match=r"none of 300 texts .* of 6 concepts; the closest .*: highest similarity 0\.\d+, threshold 0.999",
     ):
-        of_texts(cache_path, prompts, settings=CoverageSettings(threshold=0.999))
+        of_texts(cache_path, prompts, threshold=0.999)
     other = prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2")
-    with pytest.raises(FingerprintError, match="feature open_toy/mean .* weights: '.*' there, '.*' asked"):
+    with pytest.raises(FingerprintError, match="feature open_toy/mean .* weights: stored '.*', requested '.*'"):
         of_texts(cache_path, other)
     (tmp_path / "keys.txt").write_text("nobody\n")
-    with pytest.raises(DataError, match="names 'nobody'"):
+    with pytest.raises(DataError, match="has 'nobody'"):
         of_texts(cache_path, prompts, selection=tmp_path / "keys.txt")
     for wrong in ({"threshold": 1.0}, {"deviations": 0.0}, {"k": 0}, {"min_count": 0}):
         (name,) = wrong
-        with pytest.raises(SettingError, match=f"{name} is {wrong[name]}; it"):
+        with pytest.raises(SettingError, match=f"{name}: expected a .* number of .*, got|{name}: expected a number"):
             CoverageSettings(**wrong)  # type: ignore[arg-type]
 
 
-def test_the_command_prints_tables_and_writes_both_files(
-    cache_path: Path, prompts: Path, half: Path, tmp_path: Path
-) -> None:
+def test_command(cache_path: Path, prompts: Path, half: Path, tmp_path: Path) -> None:
     words = ["curate", "coverage", str(cache_path), str(prompts), "--modality", "text", "--feature", "open_toy/mean"]
     words += ["--threshold", "0.45", "-k", "3", "--min-count", "40", "--selection", str(half)]
     words += ["--output", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
@@ -230,20 +228,20 @@ def test_the_command_prints_tables_and_writes_both_files(
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF4,SQ8"])
-def test_an_index_names_the_items_and_their_cosines_are_exact(
+def test_coverage_through_index(
     cache_path: Path, prompts: Path, half: Path, tmp_path: Path, factory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexed, "_FIRST", 4)
+    monkeypatch.setattr(counting, "_FIRST_K", 4)
     build_index(
         cache_path, tmp_path / "index", IndexSettings(modality="text", feature="open_toy/mean", factory=factory)
     )
-    options = {"settings": CoverageSettings(deviations=1, k=7), "selection": half}
+    options: dict[str, Any] = {"deviations": 1.0, "k": 7, "selection": half}
     exact = of_texts(cache_path, prompts, **options)
-    found = of_texts(cache_path, prompts, **options, index_path=tmp_path / "index")
+    found = of_texts(cache_path, prompts, **options, index=tmp_path / "index")
     assert found.whole.num_items == exact.whole.num_items
     assert (found.whole.counts <= exact.whole.counts).all()
     assert found.whole.counts.sum() >= 0.95 * exact.whole.counts.sum()
-    assert "through an index" in found.warnings()[0]
+    assert "counted through an index" in found.warnings()[0]
     assert found.index is not None
     if factory == "Flat":
         for here, there in zip(found.parts, exact.parts, strict=True):
@@ -254,48 +252,31 @@ def test_an_index_names_the_items_and_their_cosines_are_exact(
         assert found.overlaps == exact.overlaps
 
 
-def test_an_index_of_something_else_is_refused(cache_path: Path, prompts: Path, tmp_path: Path) -> None:
+def test_other_index_raises(cache_path: Path, prompts: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "index", IndexSettings(feature="open_toy/cls", factory="Flat"))
-    with pytest.raises(FingerprintError, match="modality: 'image' there, 'text' asked.*--modality text"):
-        of_texts(cache_path, prompts, index_path=tmp_path / "index")
+    with pytest.raises(FingerprintError, match="modality: stored 'image', requested 'text'.*--modality text"):
+        of_texts(cache_path, prompts, index=tmp_path / "index")
 
 
-def test_images_and_captions_are_counted_side_by_side(
-    cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path
-) -> None:
+def test_both_modalities(cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path) -> None:
     words = ["curate", "coverage", str(cache_path), str(prompts), "--run", str(run_path), "--modality", "both"]
     words += ["--deviations", "1.5", "--output", str(tmp_path / "c.json"), "--html", str(tmp_path / "c.html")]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert "among captions" in done.output
     found = json.loads((tmp_path / "c.json").read_text())
     for modality, figures in found.items():
-        settings = CoverageSettings(deviations=1.5)
-        alone = measure_coverage(cache_path, prompts, modality=modality, run_path=run_path, settings=settings)
+        settings = CoverageSettings(modality=modality, run=run_path, deviations=1.5)
+        alone = measure_coverage(cache_path, prompts, settings)
         assert figures == json.loads(json.dumps(coverage_json(alone)))
     page = (tmp_path / "c.html").read_text()
     for title in ("Images and captions", "Images: Gaps", "Texts: Gaps"):
         assert title in page
-    with pytest.raises(SettingError, match="--modality both: expected neither"):
+    with pytest.raises(SettingError, match="modality: expected image or text with a feature"):
         CliRunner().invoke(app, [*words, "--feature", "x"], catch_exceptions=False)
 
 
-@pytest.mark.slow
-def test_ray_gives_the_very_bits_of_one_process(cache_path: Path, prompts: Path, half: Path) -> None:
-    here, there = (
-        of_texts(cache_path, prompts, settings=CoverageSettings(deviations=1), selection=half, engine=engine)
-        for engine in ("local", "ray")
-    )
-    assert coverage_json(here) == coverage_json(there)
-    assert np.array_equal(here.scores, there.scores)
-
-
-def test_a_pool_that_moved_from_its_pictures_is_still_counted(
-    cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path
-) -> None:
+def test_coverage_without_source(cache_path: Path, prompts: Path, run_path: Path, tmp_path: Path) -> None:
     shutil.copytree(cache_path, tmp_path / "moved")
-    settings = CoverageSettings(deviations=1.5)
-    one, other = (
-        measure_coverage(path, prompts, run_path=run_path, settings=settings)
-        for path in (cache_path, tmp_path / "moved")
-    )
+    settings = CoverageSettings(run=run_path, deviations=1.5)
+    one, other = (measure_coverage(path, prompts, settings) for path in (cache_path, tmp_path / "moved"))
     assert np.array_equal(one.whole.counts, other.whole.counts)

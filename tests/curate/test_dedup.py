@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 from embedcache.arrays import Floats, normalize
-from embedcache.curate.dedup import DedupSettings, analyze, check_asked, dedup, one_modality
+from embedcache.curate.dedup import analyze, dedup
 from embedcache.curate.keep import find_copies
+from embedcache.curate.settings import DedupSettings
 from embedcache.dataset.inputs import open_input
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, SettingError, UnknownNameError
+from embedcache.errors import DataError, PathError, SettingError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.reports.dedup import (
@@ -69,8 +70,8 @@ def unit(path: Path) -> Floats:
     return normalize(np.nan_to_num(values))
 
 
-def test_copies_are_found_by_their_bytes_alone(copied: Path, tmp_path: Path) -> None:
-    done = dedup(copied, tmp_path / "kept.parquet", cosine=None)
+def test_copies_only(copied: Path, tmp_path: Path) -> None:
+    done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(copies_only=True))
     removed = pq.read_table(done.removed_path).to_pylist()
     assert {row["key"]: row["kept_key"] for row in removed} == COPIES
     assert all(row["is_copy"] and row["cosine"] == 1 for row in removed)
@@ -86,11 +87,9 @@ def test_copies_are_found_by_their_bytes_alone(copied: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("all_pairs", [True, False])
 @pytest.mark.parametrize("keep", ["first", "far", "best:score"])
-def test_each_sample_that_goes_is_close_to_one_that_stays(
-    copied: Path, tmp_path: Path, keep: str, all_pairs: bool
-) -> None:
-    settings = DedupSettings(keep=keep, all_pairs=all_pairs, scratch=tmp_path)
-    done = dedup(copied, tmp_path / "kept.parquet", cosine=0.97, settings=settings)
+def test_removed_samples_are_near_kept_ones(copied: Path, tmp_path: Path, keep: str, all_pairs: bool) -> None:
+    settings = DedupSettings(cosine=0.97, keep=keep, all_pairs=all_pairs, scratch=tmp_path)
+    done = dedup(copied, tmp_path / "kept.parquet", settings)
     vectors = unit(copied)
     stay = set(read_selection(done.path, [Cache(copied)]).tolist())
     removed = pq.read_table(done.removed_path).to_pylist()
@@ -105,25 +104,25 @@ def test_each_sample_that_goes_is_close_to_one_that_stays(
     assert cosines.max() < 0.97 + 1e-3
 
 
-def test_the_keep_rule_decides_which_stays(copied: Path, tmp_path: Path) -> None:
-    done = dedup(copied, tmp_path / "kept.parquet", cosine=None, settings=DedupSettings(keep="best:score"))
+def test_keep_rule(copied: Path, tmp_path: Path) -> None:
+    done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(copies_only=True, keep="best:score"))
     rows = {row["key"]: row["kept_key"] for row in pq.read_table(done.removed_path).to_pylist()}
     assert rows == {"00003": "00051", "00050": "00051", "00020": "00057"}
     analysis = analyze(copied, DedupSettings(keep="far", all_pairs=False))
     assert analysis.near is not None
     assert analysis.near.centroid_cosines is not None
-    first_of = analysis.contents.rows[analysis.contents.contents]
-    cosines = dict(zip(analysis.contents.rows.tolist(), analysis.near.centroid_cosines.tolist(), strict=True))
-    by_sample = [cosines[int(first_of[np.searchsorted(analysis.contents.samples, row)])] for row in analysis.order]
+    first_of = analysis.copies.unique_rows[analysis.copies.content_ids]
+    cosines = dict(zip(analysis.copies.unique_rows.tolist(), analysis.near.centroid_cosines.tolist(), strict=True))
+    by_sample = [cosines[int(first_of[np.searchsorted(analysis.copies.samples, row)])] for row in analysis.order]
     assert by_sample == sorted(by_sample)
 
 
-def test_looking_says_what_each_cosine_would_do(copied: Path, tmp_path: Path) -> None:
+def test_analyze_levels(copied: Path, tmp_path: Path) -> None:
     analysis = analyze(copied)
     levels = {level.cosine: level for level in analysis.levels()}
     assert levels[None].num_gone == 3
     for cosine in (0.9, 0.97, 0.99):
-        done = dedup(copied, tmp_path / "kept.parquet", cosine=cosine)
+        done = dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=cosine))
         assert levels[cosine].num_gone == len(done.removed.samples)
         row = next(row for row in threshold_table(analysis)[1] if row[0] == f"{cosine:g}")
         assert row[2] == f"{len(done.removed.samples)}"
@@ -135,29 +134,29 @@ def test_looking_says_what_each_cosine_would_do(copied: Path, tmp_path: Path) ->
     json.dumps(written)
 
 
-def test_too_many_pairs_are_said(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.curate.near_duplicates.MOST_LINKS", 2)
+def test_too_many_pairs(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedcache.curate.near_duplicates.MAX_PAIRS", 2)
     assert threshold_table(analyze(copied))[1][-1][2:] == ["too many pairs", "", ""]
-    with pytest.raises(SettingError, match=r"pairs lie above --cosine 0.5; give a higher one"):
-        dedup(copied, tmp_path / "kept.parquet", cosine=0.5)
+    with pytest.raises(SettingError, match=r"pairs are above 0.5; give a higher --cosine"):
+        dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=0.5))
 
 
-def test_texts_and_projected_images_are_compared_too(cache_path: Path, copied: Path, tmp_path: Path) -> None:
-    done = dedup(copied, tmp_path / "a.parquet", cosine=None, settings=DedupSettings(modality="text"))
+def test_dedup_texts_and_projected_images(cache_path: Path, copied: Path, tmp_path: Path) -> None:
+    done = dedup(copied, tmp_path / "a.parquet", DedupSettings(copies_only=True, modality="text"))
     captions = Cache(copied).items("text")["text"].to_pylist()
     assert NUM - len(done.removed.samples) == len(set(captions))
     run = train_run(cache_path, tmp_path / "run")
-    projected = analyze(cache_path, DedupSettings(run_path=run))
-    assert projected.side.name == "open_toy/cls"
-    assert projected.about()["run"] == str(run)
+    projected = analyze(cache_path, DedupSettings(run=run))
+    assert projected.feature.name == "open_toy/cls"
+    assert projected.to_json()["run"] == str(run)
 
 
-def test_an_item_that_failed_is_in_no_group(copied: Path) -> None:
-    contents = find_copies(Cache(copied), open_input(Cache(copied), "image"))
-    assert 30 not in contents.item_rows
-    assert len(contents.item_rows) == NUM - 1
-    assert contents.num_copies == 3
-    assert (np.diff(contents.rows) > 0).all()
+def test_failed_item_is_ignored(copied: Path) -> None:
+    copies = find_copies(Cache(copied), open_input(Cache(copied), "image"))
+    assert 30 not in copies.item_rows
+    assert len(copies.item_rows) == NUM - 1
+    assert copies.num_copies == 3
+    assert (np.diff(copies.unique_rows) > 0).all()
 
 
 def test_pages_show_images(copied: Path, tmp_path: Path) -> None:
@@ -166,11 +165,13 @@ def test_pages_show_images(copied: Path, tmp_path: Path) -> None:
     assert page.count("data:image/webp") >= 20
     assert "Pairs with a cosine of 0.995 to 1" in page
     assert "<svg" in page
-    write_dedup_page(tmp_path / "dedup.html", dedup(copied, tmp_path / "kept.parquet", cosine=0.97))
+    write_dedup_page(tmp_path / "dedup.html", dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=0.97)))
     page = (tmp_path / "dedup.html").read_text()
     assert "Borderline cases" in page
     assert "equal bytes" in page
-    write_dedup_page(tmp_path / "copies.html", dedup(copied, tmp_path / "kept.parquet", cosine=None))
+    write_dedup_page(
+        tmp_path / "copies.html", dedup(copied, tmp_path / "kept.parquet", DedupSettings(copies_only=True))
+    )
 
 
 def test_page_without_source_warns(copied: Path, tmp_path: Path) -> None:
@@ -184,43 +185,41 @@ def test_page_without_source_warns(copied: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cosine", [0.0, -0.1, 1.5, float("nan")])
-def test_a_cosine_out_of_its_range_is_refused(copied: Path, tmp_path: Path, cosine: float) -> None:
-    with pytest.raises(SettingError, match=f"--cosine is {cosine}; it must be above 0 and at most 1"):
-        dedup(copied, tmp_path / "kept.parquet", cosine=cosine)
+def test_cosine_out_of_range_raises(copied: Path, tmp_path: Path, cosine: float) -> None:
+    with pytest.raises(SettingError, match="cosine: expected a number above 0 and of at most 1"):
+        dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=cosine))
 
 
-def test_what_cannot_be_meant_is_refused(copied: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="give it a name that ends with .parquet"):
-        dedup(copied, tmp_path / "kept.txt", cosine=0.9)
+def test_invalid_settings_raise(copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="expected a path that ends in .parquet"):
+        dedup(copied, tmp_path / "kept.txt", DedupSettings(cosine=0.9))
     with pytest.raises(UnknownNameError, match="unknown keep rule 'last'"):
         analyze(copied, DedupSettings(keep="last"))
     with pytest.raises(UnknownNameError, match="unknown column .* 'scoer'; did you mean 'score'"):
         analyze(copied, DedupSettings(keep="best:scoer"))
-    with pytest.raises(SettingError, match="column 'key' of .* is of string; best:COLUMN takes numbers"):
+    with pytest.raises(SettingError, match="keep: expected numbers in column 'key' of .*, got string"):
         analyze(copied, DedupSettings(keep="best:key"))
-    with pytest.raises(SettingError, match="--cosine and --copies: give one"):
-        check_asked(tmp_path / "x.parquet", 0.9, only_copies=True)
-    with pytest.raises(SettingError, match="go together: name a file OUT.parquet"):
-        check_asked(None, 0.9, only_copies=False)
-    with pytest.raises(SettingError, match="go together: give --cosine or --copies"):
-        check_asked(tmp_path / "x.parquet", None, only_copies=False)
-    with pytest.raises(SettingError, match="--image-feature and --text-feature"):
-        one_modality("a", "b")
+    with pytest.raises(SettingError, match="expected --cosine or --copies, got both"):
+        DedupSettings(cosine=0.9, copies_only=True)
+    with pytest.raises(SettingError, match="remove samples: name a file OUT.parquet"):
+        analyze(copied, DedupSettings(cosine=0.9))
+    with pytest.raises(SettingError, match="with a file to write, got neither"):
+        dedup(copied, tmp_path / "x.parquet", DedupSettings())
 
 
-def test_a_cosine_that_nothing_reaches_names_the_highest(cache_path: Path, distinct: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"reach --cosine 0.5: the highest cosine is 0\.00000; nothing goes"):
-        dedup(distinct, tmp_path / "kept.parquet", cosine=0.5)
+def test_unreached_cosine_names_highest(cache_path: Path, distinct: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"reach 0.5: the highest cosine is 0\.00000; nothing would"):
+        dedup(distinct, tmp_path / "kept.parquet", DedupSettings(cosine=0.5))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(DataError, match="open_toy/patches has several vectors an item"):
+    with pytest.raises(DataError, match="open_toy/patches has several vectors per item"):
         analyze(cache_path, DedupSettings(feature="open_toy/patches"))
 
 
-def test_a_cache_of_texts_alone_is_compared_by_them(tmp_path: Path) -> None:
+def test_dedup_text_cache(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\na red bar\n")
     extract(open_source(tmp_path / "texts.txt"), tmp_path / "cache", text_encoders=[TEXT])
-    done = dedup(tmp_path / "cache", tmp_path / "kept.parquet", cosine=None)
-    assert done.analysis.side.modality == "text"
+    done = dedup(tmp_path / "cache", tmp_path / "kept.parquet", DedupSettings(copies_only=True))
+    assert done.analysis.feature.modality == "text"
     assert (done.removed.samples.tolist(), done.removed.kept.tolist()) == ([2], [0])
     write_threshold_page(tmp_path / "look.html", analyze(tmp_path / "cache"))
     with pytest.raises(UnknownNameError, match="has no image features"):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from embedcache.arrays import Floats, normalize
 from embedcache.curate import leaks as stage
 from embedcache.curate.leaks import find_leaks, write_clean_selection
+from embedcache.curate.settings import LeakSettings
 from embedcache.dataset.selections import read_selection
-from embedcache.errors import DataError, SettingError, SourceError, UnknownNameError
+from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.neighbors import closest
@@ -31,6 +33,7 @@ from tests.toy import IMAGE, TEXT
 
 PLANTED = {"00002": "00011", "00007": "00030"}
 FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
+BOTH = LeakSettings(image_feature="open_toy/cls", text_feature="open_toy/mean")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def unit(path: Path, modality: str) -> Floats:
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 7), max_size=4), st.integers(0, 99))
-def test_closest_agrees_with_all_products(num_queries: int, sizes: list[int], seed: int) -> None:
+def test_closest_equals_brute_force(num_queries: int, sizes: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     queries = rng.standard_normal((num_queries, 4)).astype(np.float32)
     blocks = [rng.standard_normal((size, 4)).astype(np.float32) for size in sizes]
@@ -76,12 +79,10 @@ def test_closest_agrees_with_all_products(num_queries: int, sizes: list[int], se
 
 
 @pytest.mark.parametrize("most_queries", [65_536, 7])
-def test_leaks_are_those_of_comparing_all_with_all(
-    caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, most_queries: int
-) -> None:
-    monkeypatch.setattr(stage, "_MOST_QUERIES", most_queries)
+def test_leaks_equal_brute_force(caches: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, most_queries: int) -> None:
+    monkeypatch.setattr(stage, "_MAX_QUERIES", most_queries)
     train, test = caches
-    found = find_leaks(train, test, cosines={"image": 0.99, "text": 0.999}, features=FEATURES)
+    found = find_leaks(train, test, replace(BOTH, image_cosine=0.99, text_cosine=0.999))
     leaked, dirty = set(), set()
     for leak in found.leaks:
         cosines = unit(test, leak.modality) @ unit(train, leak.modality).T
@@ -91,12 +92,12 @@ def test_leaks_are_those_of_comparing_all_with_all(
         leaked |= set(leak.leaked_samples.tolist())
         dirty |= set(leak.train_samples.tolist())
     assert set(found.leaked_samples.tolist()) == leaked
-    assert found.clean().rows.tolist() == sorted(set(range(80)) - dirty)
+    assert found.clean_selection().rows.tolist() == sorted(set(range(80)) - dirty)
     assert f"{len(leaked)} of 30 samples" in leak_line(found)
 
 
-def test_copies_are_found_and_come_first(caches: tuple[Path, Path]) -> None:
-    found = find_leaks(*caches, features=FEATURES)
+def test_copies_come_first(caches: tuple[Path, Path]) -> None:
+    found = find_leaks(*caches, BOTH)
     images = found.leaks[0]
     keys = Cache(caches[1]).samples["key"].to_pylist()
     assert {keys[row] for row in images.copied_samples} == set(PLANTED)
@@ -110,8 +111,8 @@ def test_copies_are_found_and_come_first(caches: tuple[Path, Path]) -> None:
     assert leaked_pair_table(texts)[1][0][2] == "equal"
 
 
-def test_the_selection_holds_what_is_clean_and_how_close_it_comes(caches: tuple[Path, Path], tmp_path: Path) -> None:
-    found = find_leaks(*caches, cosines={"image": 1.0, "text": 1.0}, features={**FEATURES, "text": None})
+def test_clean_selection(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    found = find_leaks(*caches, LeakSettings(image_cosine=1.0, text_cosine=1.0, image_feature="open_toy/cls"))
     write_clean_selection(tmp_path / "clean.parquet", found)
     table = pq.read_table(tmp_path / "clean.parquet")
     assert len(read_selection(tmp_path / "clean.parquet", [Cache(caches[0])])) == len(table)
@@ -120,16 +121,14 @@ def test_the_selection_holds_what_is_clean_and_how_close_it_comes(caches: tuple[
     assert all(reason.startswith("not in test; closest image ") for reason in table["reason"].to_pylist())
     made = json.loads(table.schema.metadata[b"embedcache"])
     assert made["by"]["image"]["num_samples_copied"] == 2
-    with pytest.raises(SettingError, match="ends with .parquet"):
+    with pytest.raises(PathError, match="expected a path that ends in .parquet"):
         write_clean_selection(tmp_path / "clean.txt", found)
-    with pytest.raises(DataError, match="nothing of .* is selected"):
-        write_clean_selection(
-            tmp_path / "none.parquet", find_leaks(*caches, cosines={"image": 0.01}, features=FEATURES)
-        )
+    with pytest.raises(DataError, match="no sample of .* is selected"):
+        write_clean_selection(tmp_path / "none.parquet", find_leaks(*caches, replace(BOTH, image_cosine=0.01)))
 
 
 def test_page_shows_images(caches: tuple[Path, Path], tmp_path: Path) -> None:
-    write_leak_page(tmp_path / "leaks.html", find_leaks(*caches, features=FEATURES))
+    write_leak_page(tmp_path / "leaks.html", find_leaks(*caches, BOTH))
     page = (tmp_path / "leaks.html").read_text()
     assert page.count("data:image/webp") >= 4
     assert "Leaked images" in page
@@ -137,12 +136,12 @@ def test_page_shows_images(caches: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_token_features_are_averaged(caches: tuple[Path, Path]) -> None:
-    found = find_leaks(*caches, features={"image": "open_toy/patches"})
+    found = find_leaks(*caches, LeakSettings(image_feature="open_toy/patches"))
     assert found.leaks[0].feature == "open_toy/patches"
     assert len(found.leaks[0].copied_samples) == 2
 
 
-def test_features_of_another_encoder_leave_copies(caches: tuple[Path, Path], tmp_path: Path) -> None:
+def test_other_encoder_compares_hashes(caches: tuple[Path, Path], tmp_path: Path) -> None:
     train, test = caches
     extract(open_source(test.parent / "test-source"), tmp_path / "other", image_encoders=["tests.toy:open_other"])
     found = find_leaks(train, tmp_path / "other")
@@ -155,30 +154,30 @@ def test_features_of_another_encoder_leave_copies(caches: tuple[Path, Path], tmp
     extract(
         open_source(test.parent / "test-source"), tmp_path / "scaled", image_encoders=["tests.toy:open_toy,scale=2"]
     )
-    found = find_leaks(train, tmp_path / "scaled", features=FEATURES)
-    assert "are of other encoders (weights: " in leak_notes(found)[0]
+    found = find_leaks(train, tmp_path / "scaled", BOTH)
+    assert "are of different encoders (weights: " in leak_notes(found)[0]
     assert "tests.toy:open_toy,scale=2" in leak_notes(found)[0]
     assert len(found.leaked_samples) == 2
 
 
-def test_what_cannot_be_compared_is_refused(caches: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="--text-cosine is 2; it must be above 0"):
-        find_leaks(*caches, cosines={"text": 2})
+def test_incomparable_caches_raise(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="text_cosine: expected a number above 0 and of at most 1, got 2.0"):
+        LeakSettings(text_cosine=2.0)
     with pytest.raises(SettingError, match="hold the same samples"):
         find_leaks(caches[0], caches[0])
     with pytest.raises(
-        SettingError, match=r"several image features; choose one with --image: open_toy/cls, open_toy/pa"
+        SettingError, match=r"several image features; choose one with --image-feature: open_toy/cls, open_toy/pa"
     ):
         find_leaks(*caches)
     with pytest.raises(UnknownNameError, match="unknown image feature of .*'open_toy/cl'"):
-        find_leaks(*caches, features={"image": "open_toy/cl"})
+        find_leaks(*caches, LeakSettings(image_feature="open_toy/cl"))
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\n")
     extract(open_source(tmp_path / "texts.txt"), tmp_path / "texts", text_encoders=[TEXT])
     write_pictures(tmp_path / "source", 3)
     for file in (tmp_path / "source").glob("*.txt"):
         file.unlink()
     extract(open_source(tmp_path / "source"), tmp_path / "images", image_encoders=[IMAGE])
-    with pytest.raises(DataError, match=r"texts has features of texts and .*images of images: nothing can be compared"):
+    with pytest.raises(DataError, match=r"no modality in common: .*texts has features of texts, .*images of images"):
         find_leaks(tmp_path / "texts", tmp_path / "images")
     assert find_leaks(caches[0], tmp_path / "texts").leaks[0].modality == "text"
     for file in (tmp_path / "source").glob("*.png"):

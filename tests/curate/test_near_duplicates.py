@@ -3,23 +3,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.arrays import Floats, Ints, normalize
-from embedcache.curate import near_duplicates as semantic
+from embedcache.curate import near_duplicates as near_duplicates
 from embedcache.curate.keep import Copies, choose_removed
-from embedcache.curate.links import (
+from embedcache.curate.near_duplicates import (
     ClusterAssigner,
-    CosineTile,
-    PairCollector,
-    SimilarPairs,
+    concatenate_assignments,
+    find_near_duplicates,
     fit_centroids,
-    histogram,
-    join,
     scratch_matrix,
 )
-from embedcache.curate.near_duplicates import find_near_duplicates
+from embedcache.curate.settings import DedupSettings
+from embedcache.curate.similar_pairs import CosineTile, PairCollector, SimilarPairs, histogram
 from embedcache.errors import DataError, DiskFullError, PathError
 from embedcache.search.vectors import Vectors
 from embedcache.store.group import add_feature, create_group
@@ -60,12 +58,12 @@ def brute(vectors_NP: Floats, limit: float) -> set[tuple[int, int]]:
     return {(int(i), int(j)) for i, j in zip(*np.nonzero(cosines >= limit), strict=True) if i < j}
 
 
-def pairs_of(links: SimilarPairs) -> set[tuple[int, int]]:
-    return set(zip(links.left.tolist(), links.right.tolist(), strict=True))
+def pairs_of(pairs: SimilarPairs) -> set[tuple[int, int]]:
+    return set(zip(pairs.left.tolist(), pairs.right.tolist(), strict=True))
 
 
 @given(st.integers(2, 60), st.integers(1, 7), st.integers(0, 999))
-def test_all_tiles_give_each_pair_once_and_the_largest_cosines(count: int, size: int, seed: int) -> None:
+def test_collector_equals_brute_force(count: int, size: int, seed: int) -> None:
     vectors = made_vectors(count, seed, width=6)
     collector = PairCollector(count, [LIMIT], 10**6)
     items = np.random.default_rng(seed).permutation(count)
@@ -73,32 +71,34 @@ def test_all_tiles_give_each_pair_once_and_the_largest_cosines(count: int, size:
     for a in starts:
         for b in starts[a // size :]:
             left, right = items[a : a + size], items[b : b + size]
-            collector.take(
+            collector.add(
                 CosineTile(left=left, right=right, cosines=vectors[left] @ vectors[right].T, is_diagonal=a == b)
             )
-    assert pairs_of(collector.links()) == brute(vectors, LIMIT)
+    assert pairs_of(collector.pairs()) == brute(vectors, LIMIT)
     cosines = vectors @ vectors.T
     np.fill_diagonal(cosines, -2)
-    assert collector.best == pytest.approx(cosines.max(axis=1), abs=1e-5)
+    assert collector.highest == pytest.approx(cosines.max(axis=1), abs=1e-5)
 
 
-def test_too_many_pairs_raise_the_limit_to_the_next_level() -> None:
+def test_collector_raises_limit() -> None:
     vectors = made_vectors(80, 1, width=4)
     few = len(brute(vectors, 0.99))
     collector = PairCollector(80, [0.5, 0.9, 0.99], few)
     for half in (np.arange(40), np.arange(40, 80)):
-        collector.take(CosineTile(left=half, right=half, cosines=vectors[half] @ vectors[half].T, is_diagonal=True))
-    collector.take(CosineTile(left=np.arange(40), right=np.arange(40, 80), cosines=vectors[:40] @ vectors[40:].T))
+        collector.add(CosineTile(left=half, right=half, cosines=vectors[half] @ vectors[half].T, is_diagonal=True))
+    collector.add(CosineTile(left=np.arange(40), right=np.arange(40, 80), cosines=vectors[:40] @ vectors[40:].T))
     assert collector.limit == 0.99
-    assert pairs_of(collector.links()) == brute(vectors, 0.99)
+    assert pairs_of(collector.pairs()) == brute(vectors, 0.99)
     assert PairCollector(80, [], 0).limit == np.inf
 
 
 @given(st.integers(5, 120), st.integers(1, 9), st.integers(0, 999), st.floats(0.5, 0.999))
-def test_no_neighbor_lies_behind_a_border_out_of_reach(count: int, num: int, seed: int, limit: float) -> None:
+def test_visits_cover_all_neighbors(count: int, num: int, seed: int, limit: float) -> None:
     vectors = made_vectors(count, seed, width=5)
     centroids = normalize(np.random.default_rng(seed).standard_normal((num, 5)))
-    assigned = join(ClusterAssigner(centroids, limit, num, np.ones(count, bool)).take(np.arange(count), vectors))
+    assigned = concatenate_assignments(
+        [*ClusterAssigner(centroids, limit, num, np.ones(count, bool)).process(np.arange(count), vectors)]
+    )
     assert assigned.is_complete.all()
     for one, other in brute(vectors, limit):
         for here, there in ((one, other), (other, one)):
@@ -106,72 +106,70 @@ def test_no_neighbor_lies_behind_a_border_out_of_reach(count: int, num: int, see
             assert cluster == assigned.clusters[here] or cluster in assigned.visits[here]
 
 
-@pytest.mark.slow
+@settings(max_examples=12)
 @given(st.integers(30, 150), st.integers(0, 99))
-def test_clusters_agree_with_comparing_all_pairs_where_all_borders_are_crossed(count: int, seed: int) -> None:
+def test_clusters_equal_all_pairs_if_complete(count: int, seed: int) -> None:
     vectors = made_vectors(count, seed)
     with tempfile.TemporaryDirectory() as folder:
         opened = write_vectors(Path(folder) / "cache", vectors, chunk_size=16)
-        near = find_near_duplicates(opened, np.arange(count), [LIMIT], all_pairs=False, scratch=Path(folder))
+        near = find_near_duplicates(opened, np.arange(count), [LIMIT], DedupSettings(all_pairs=False, scratch=folder))
     doubtful = brute(vectors, LIMIT - 1e-4) - brute(vectors, LIMIT + 1e-4)  # float16 in the scratch file
-    assert pairs_of(near.links) - doubtful <= brute(vectors, LIMIT)
+    assert pairs_of(near.pairs) - doubtful <= brute(vectors, LIMIT)
     assert near.recall is not None
     if near.complete == 1:
-        assert pairs_of(near.links) | doubtful >= brute(vectors, LIMIT)
+        assert pairs_of(near.pairs) | doubtful >= brute(vectors, LIMIT)
         assert near.recall.num_found == near.recall.num_pairs
 
 
-def test_all_pairs_are_those_of_brute_force(tmp_path: Path) -> None:
-    vectors = made_vectors(5000, 3, width=24, noise=0.15)
+def test_all_pairs_equal_brute_force(tmp_path: Path) -> None:
+    vectors = made_vectors(4200, 3, width=24, noise=0.15)
     near = find_near_duplicates(
-        write_vectors(tmp_path / "cache", vectors, chunk_size=2048), np.arange(5000), [LIMIT], scratch=tmp_path
+        write_vectors(tmp_path / "cache", vectors, chunk_size=2048),
+        np.arange(4200),
+        [LIMIT],
+        DedupSettings(scratch=tmp_path),
     )
     assert near.num_clusters == 1
-    assert pairs_of(near.links) == brute(vectors, LIMIT)
-    assert len(near.links.left) > 500
+    assert pairs_of(near.pairs) == brute(vectors, LIMIT)
+    assert len(near.pairs.left) > 500
 
 
-@pytest.mark.slow
-def test_fifty_thousand_are_compared_as_brute_force_does(tmp_path: Path) -> None:
-    vectors = made_vectors(semantic.ALL_PAIRS_LIMIT, 1, width=32, noise=0.2)
-    opened = write_vectors(tmp_path / "cache", vectors, chunk_size=2048)
-    near = find_near_duplicates(opened, np.arange(len(vectors)), [LIMIT], scratch=tmp_path)
-    keys = [np.empty(0, np.int64)]
-    for start in range(0, len(vectors), 1000):
-        one, other = np.nonzero(vectors[start : start + 1000] @ vectors.T >= LIMIT + 1e-6)
-        is_above = one + start < other
-        keys.append((one[is_above] + start) * len(vectors) + other[is_above])
-    found = near.links.left * len(vectors) + near.links.right
-    assert near.num_clusters == 1
-    assert np.isin(np.concatenate(keys), found).all()
-    assert (near.links.cosines < LIMIT + 2e-6).sum() >= len(found) - sum(map(len, keys))
+def test_all_pairs_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "ALL_PAIRS_LIMIT", 200)
+    opened = write_vectors(tmp_path / "cache", made_vectors(201, 1))
+    for count, is_all_pairs in ((200, True), (201, False)):
+        near = find_near_duplicates(opened, np.arange(count), [LIMIT], DedupSettings(scratch=tmp_path))
+        assert (near.num_clusters == 1) == is_all_pairs
+        assert (near.recall is None) == is_all_pairs
 
 
-def test_the_recall_is_that_of_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(semantic, "_MOST_VISITS", 0)  # as SemDeDup: pairs that a border cuts are missed
+def test_recall_equals_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "_MAX_VISITS", 0)  # as SemDeDup: pairs that a border cuts are missed
     vectors = made_vectors(2000, 5, width=8, noise=0.12)
     opened = write_vectors(tmp_path / "cache", vectors)
-    near = find_near_duplicates(opened, np.arange(2000), [LIMIT], all_pairs=False, scratch=tmp_path)
+    near = find_near_duplicates(opened, np.arange(2000), [LIMIT], DedupSettings(all_pairs=False, scratch=tmp_path))
     true = brute(vectors, LIMIT)
     assert near.recall is not None
-    assert near.recall.value == pytest.approx(len(pairs_of(near.links) & true) / len(true), abs=0.01)
+    assert near.recall.value == pytest.approx(len(pairs_of(near.pairs) & true) / len(true), abs=0.01)
     assert 0.1 < near.recall.value < 0.95
     assert near.complete < 1
 
 
-def test_any_chunks_and_any_block_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_and_block_size_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = made_vectors(600, 7)
     rows = np.delete(np.arange(600), [3, 64, 599])
     found = []
     for name, chunk_size, block in (("a", 64, 2048), ("b", 600, 16), ("c", 7, 100)):
-        monkeypatch.setattr(semantic, "_BLOCK", block)
+        monkeypatch.setattr(near_duplicates, "_BLOCK", block)
         opened = write_vectors(tmp_path / name, vectors, chunk_size=chunk_size)
-        found.append(find_near_duplicates(opened, rows, [LIMIT], all_pairs=False, scratch=tmp_path, seed=4))
+        found.append(
+            find_near_duplicates(opened, rows, [LIMIT], DedupSettings(all_pairs=False, scratch=tmp_path, seed=4))
+        )
     for other in found[1:]:
-        assert pairs_of(other.links) == pairs_of(found[0].links)
-        assert other.best == pytest.approx(found[0].best, abs=1e-6)
+        assert pairs_of(other.pairs) == pairs_of(found[0].pairs)
+        assert other.highest == pytest.approx(found[0].highest, abs=1e-6)
         assert other.recall == found[0].recall
-    assert not {3, 64, 599} & {int(rows[i]) for pair in pairs_of(found[0].links) for i in pair}
+    assert not {3, 64, 599} & {int(rows[i]) for pair in pairs_of(found[0].pairs) for i in pair}
 
 
 @st.composite
@@ -187,21 +185,23 @@ def duplicates(draw: st.DrawFn) -> tuple[Copies, SimilarPairs, Ints]:
     left, right = (np.array([edge[k] for edge in sorted(edges)], np.int64) for k in (0, 1))
     cosines = np.array([0.9 + 0.01 * (k % 9) for k in range(len(left))], np.float32)
     order = np.array(draw(st.permutations(np.unique(samples).tolist())))
-    items = Copies(item_rows=np.arange(len(samples)), samples=samples, contents=rank[contents], rows=np.sort(first))
+    items = Copies(
+        item_rows=np.arange(len(samples)), samples=samples, content_ids=rank[contents], unique_rows=np.sort(first)
+    )
     return items, SimilarPairs(left=left, right=right, cosines=cosines), order
 
 
 @given(duplicates())
-def test_whatever_goes_is_close_to_what_stays(made: tuple[Copies, SimilarPairs, Ints]) -> None:
+def test_removed_samples_have_a_kept_partner(made: tuple[Copies, SimilarPairs, Ints]) -> None:
     items, links, order = made
     removed = choose_removed(items, links, order)
-    close = {(a, a): 1.0 for a in range(len(items.rows))}
+    close = {(a, a): 1.0 for a in range(len(items.unique_rows))}
     for a, b, cosine in zip(links.left.tolist(), links.right.tolist(), links.cosines.tolist(), strict=True):
         close[a, b] = close[b, a] = cosine
     gone = set(removed.samples.tolist())
     assert removed.samples.tolist() == sorted(gone)
     assert not gone & set(removed.kept.tolist())
-    contents_of = {sample: items.contents[items.samples == sample].tolist() for sample in order.tolist()}
+    contents_of = {sample: items.content_ids[items.samples == sample].tolist() for sample in order.tolist()}
     place = {sample: k for k, sample in enumerate(order.tolist())}
     stay = [sample for sample in order.tolist() if sample not in gone]
 
@@ -219,8 +219,8 @@ def test_whatever_goes_is_close_to_what_stays(made: tuple[Copies, SimilarPairs, 
         assert any((a, b) in close for a in contents_of[sample] for b in contents_of[kept])
 
 
-def test_a_chain_keeps_both_ends() -> None:
-    items = Copies(item_rows=np.arange(3), samples=np.arange(3), contents=np.arange(3), rows=np.arange(3))
+def test_chain_keeps_both_ends() -> None:
+    items = Copies(item_rows=np.arange(3), samples=np.arange(3), content_ids=np.arange(3), unique_rows=np.arange(3))
     links = SimilarPairs(left=np.array([0, 1]), right=np.array([1, 2]), cosines=np.array([0.96, 0.97], np.float32))
     removed = choose_removed(items, links, np.arange(3))
     assert (removed.samples.tolist(), removed.kept.tolist()) == ([1], [0])
@@ -228,16 +228,16 @@ def test_a_chain_keeps_both_ends() -> None:
     assert (from_the_middle.samples.tolist(), from_the_middle.kept.tolist()) == ([0, 2], [1, 1])
 
 
-def test_vectors_without_a_direction_are_refused(tmp_path: Path) -> None:
+def test_zero_vector_raises(tmp_path: Path) -> None:
     vectors = made_vectors(20, 0)
     vectors[7] = 0
     with pytest.raises(DataError, match="feature made/f has 1 vectors of length zero"):
-        find_near_duplicates(write_vectors(tmp_path / "cache", vectors), np.arange(20), [LIMIT], scratch=tmp_path)
+        find_near_duplicates(
+            write_vectors(tmp_path / "cache", vectors), np.arange(20), [LIMIT], DedupSettings(scratch=tmp_path)
+        )
 
 
-def test_a_disk_without_room_is_said_before_anything_is_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scratch_space_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(DiskFullError, match="comparing 1,000,000,000 vectors needs 1536.0 GB in .* --scratch"),
         scratch_matrix(tmp_path, (10**9, 768), np.float16),
@@ -259,7 +259,7 @@ def test_a_disk_without_room_is_said_before_anything_is_compared(
 
 
 @given(st.lists(st.floats(-2, 1, width=32), min_size=1, max_size=50))
-def test_a_histogram_counts_everything_once(cosines: list[float]) -> None:
+def test_histogram_counts_all(cosines: list[float]) -> None:
     counted = histogram(np.array(cosines, np.float32))
     assert counted.counts.sum() == len(cosines)
     assert len(counted.lows) <= 32
@@ -270,7 +270,7 @@ def test_a_histogram_counts_everything_once(cosines: list[float]) -> None:
     assert len(list(counted.bars())) == len(counted.lows)
 
 
-def test_centroids_are_the_same_for_the_same_seed() -> None:
+def test_centroids_depend_on_seed() -> None:
     vectors = made_vectors(400, 2)
     one, two, other = (fit_centroids(vectors, 10, seed=seed) for seed in (1, 1, 2))
     assert np.array_equal(one, two)

@@ -68,7 +68,7 @@ def test_read_labels_unknown_class_raises(tmp_path: Path) -> None:
     said = str(caught.value)
     assert "3 of 4 samples have labels in column 'label' of" in said
     assert "'dgo' (2 samples, did you mean 'dog'?), 'xyzzy' (1 samples)" in said
-    assert "the labels are 'cat', 'dgo', 'xyzzy'; the classes are 'cat', 'dog', numbered from 0" in said
+    assert "the labels are 'cat', 'dgo', 'xyzzy'; the classes are 'cat', 'dog', counted from 0" in said
 
 
 def test_read_labels_error_is_short(tmp_path: Path) -> None:
@@ -80,7 +80,9 @@ def test_read_labels_error_is_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [-1, 2])
 def test_read_labels_number_out_of_range_raises(tmp_path: Path, number: int) -> None:
     cache = make_cache(tmp_path, label=[0, number, 1])
-    with pytest.raises(DataError, match=rf"1 of 3 samples .* no class: {number} \(1 samples\).*'cat', 'dog', numbered"):
+    with pytest.raises(
+        DataError, match=rf"1 of 3 samples .* not classes: {number} \(1 samples\).*'cat', 'dog', counted"
+    ):
         read(cache, classes=["cat", "dog"])
 
 
@@ -103,11 +105,11 @@ def test_read_labels_missing_column_raises(tmp_path: Path) -> None:
 
 def test_read_labels_missing_label_raises(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, label=["cat", None, "dog", None])
-    with pytest.raises(DataError, match="2 of 4 samples have no label in column 'label' of .* the first is 'k1'"):
+    with pytest.raises(DataError, match="2 of 4 samples have no label in column 'label' of .* first 'k1'"):
         read(cache)
     assert read_labels(cache, np.array([0, 2])).names == ["cat", "dog"]
 
 
 def test_read_labels_other_type_raises(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds double; a label is a class's name, or its number"):
+    with pytest.raises(DataError, match="expected class names, or class numbers from 0, got double"):
         read(make_cache(tmp_path, label=[0.5, 1.5]))

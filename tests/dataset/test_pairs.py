@@ -44,4 +44,4 @@ def test_joined_pairs_all_items_of_a_sample(pairs: Pairs) -> None:
         for t, text in enumerate(pairs.text.samples)
         if image == text
     ]
-    assert list(zip(*(array.tolist() for array in pairs.joined()), strict=True)) == expected
+    assert list(zip(*(array.tolist() for array in pairs.all_pairs()), strict=True)) == expected

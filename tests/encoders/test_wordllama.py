@@ -1,4 +1,4 @@
-"""The packaged table against the package's own code."""
+"""The packaged token table, compared with the package's code."""
 
 from pathlib import Path
 
@@ -32,19 +32,19 @@ class TestWordLlama(TextEncoderContract):
         return f"{SPEC},weights={path}"
 
 
-def test_values_are_those_of_the_package() -> None:
+def test_matches_package() -> None:
     encoder = open_encoder(SPEC, modality="text")
     texts = [*TEXTS, "Häuser & 猫, 42!"]
     found = encoder.encode(encoder.prepare(texts), ["mean"])["mean"]
-    theirs = wordllama.WordLlama.load(cache_dir=FOLDER, disable_download=True)
-    np.testing.assert_allclose(np.stack(found), theirs.embed(texts), atol=1e-6)
+    package = wordllama.WordLlama.load(cache_dir=FOLDER, disable_download=True)
+    np.testing.assert_allclose(np.stack(found), package.embed(texts), atol=1e-6)
 
 
-def test_a_text_without_tokens_is_one_unknown_token() -> None:
+def test_text_without_tokens() -> None:
     encoder = open_encoder(SPEC, modality="text")
     assert [ids.tolist() for ids in encoder.prepare([""])] == [[0]]
 
 
-def test_an_unknown_model_is_named_with_those_there_are() -> None:
+def test_unknown_model_raises() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown wordllama model 'l9_64'; .*known: l2_supercat_256"):
         open_encoder("wordllama:l9_64", modality="text")

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownN
 from embedcache.evaluate.encoder_pairs import METRICS, PairFigures, PairsReport, evaluate_pairs
 from embedcache.evaluate.pair_samples import _blocks
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.evaluate.settings import PairsSettings, RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.alignment import debiased_cka, linear_cka, mutual_knn, shuffled_cka
@@ -27,13 +29,17 @@ from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 
 SPLIT = SplitSettings(val_fraction=0.25, image_cosine=0.995, text_cosine=0.95)
-IMAGES, TEXTS = ["open_toy/cls", "open_toy/patches"], ["open_toy/mean", "open_toy/tokens"]
+IMAGES, TEXTS = ("open_toy/cls", "open_toy/patches"), ("open_toy/mean", "open_toy/tokens")
 OTHER = "tests.toy:open_other"
+
+
+def compare(cache_path: Path, **settings: Any) -> PairsReport:
+    return evaluate_pairs(cache_path, PairsSettings(**settings))
 
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eighty pictures with one to three captions."""
+    """A cache of eighty images with one to three captions."""
     folder = write_pictures(tmp_path_factory.mktemp("source") / "s", 80, seed=3)
     for number, path in enumerate(sorted(folder.glob("*.txt"))):
         own = path.read_text().strip()
@@ -46,17 +52,17 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(cache_path: Path) -> PairsReport:
-    return evaluate_pairs(cache_path, split=SPLIT, num_draws=200)
+    return compare(cache_path, split=SPLIT, resamples=200)
 
 
 def trained_run(cache_path: Path, run_path: Path, split: SplitSettings) -> Path:
-    """The closed form alone, as a run."""
+    """Train a run of zero epochs, which keeps the closed form."""
     settings = TrainSettings(
         model=ModelSettings(projector="linear", initialization="cca"),
         optimizer=OptimizerSettings(epochs=0),
         split=split,
     )
-    train(cache_path, run_path, image=IMAGES[0], text=TEXTS[0], settings=settings)
+    train(cache_path, run_path, image_feature=IMAGES[0], text_feature=TEXTS[0], settings=settings)
     return run_path
 
 
@@ -65,7 +71,7 @@ def of(report: PairsReport, image: str, text: str) -> PairFigures:
 
 
 def unit_means(cache: Cache, modality: str, name: str, samples: Ints) -> Array:
-    """A sample's row, by the obvious loop."""
+    """Compute the row of each sample in a plain loop."""
     feature, owner = cache.feature(modality, name), cache.items(modality)["sample"].to_numpy()
     rows = []
     for sample in samples:
@@ -80,11 +86,9 @@ def unit_means(cache: Cache, modality: str, name: str, samples: Ints) -> Array:
 
 
 @pytest.mark.parametrize(("image", "text"), [(IMAGES[0], TEXTS[0]), (IMAGES[1], TEXTS[1])])
-def test_figures_are_those_of_the_mean_unit_rows_outside_the_test_part(
-    captioned: Path, tmp_path: Path, image: str, text: str
-) -> None:
+def test_metrics_match_the_plain_formulas(captioned: Path, tmp_path: Path, image: str, text: str) -> None:
     split = replace(SPLIT, kind="key")
-    report = evaluate_pairs(captioned, images=[image], texts=[text], split=split, k=5, num_draws=20)
+    report = compare(captioned, image_feature=(image,), text_feature=(text,), split=split, k=5, resamples=20)
     cut = read_split(split_path(trained_run(captioned, tmp_path / "run", split)), [Cache(captioned)])
     samples = np.flatnonzero(np.isin(cut.parts, ["train", "val"]))
     assert (report.num_drawn, report.num_compared, report.num_held) == (80, 60, 20)
@@ -97,21 +101,21 @@ def test_figures_are_those_of_the_mean_unit_rows_outside_the_test_part(
 
 
 @pytest.mark.parametrize("kind", ["strict", "key"])
-def test_the_probe_is_the_closed_form_that_training_starts_from(captioned: Path, tmp_path: Path, kind: str) -> None:
+def test_probe_matches_a_run_with_closed_form(captioned: Path, tmp_path: Path, kind: str) -> None:
     split = replace(SPLIT, kind=kind, image_cosine=0.999, text_cosine=0.99)
     run = trained_run(captioned, tmp_path / "run", split)
-    expected = evaluate_retrieval(captioned, [run], part="val")
+    expected = evaluate_retrieval(captioned, [run], RetrievalSettings(part="val"))
     for given in (split, SplitSettings(kind=str(split_path(run)))):
-        report = evaluate_pairs(captioned, images=IMAGES[:1], texts=TEXTS[:1], split=given)
+        report = compare(captioned, image_feature=IMAGES[:1], text_feature=TEXTS[:1], split=given)
         found = {"i2t": report.pairs[0].i2t, "t2i": report.pairs[0].t2i}
-        for way, estimate in found.items():
-            assert estimate.value == pytest.approx(expected.recalls[way]["r@10"].value, abs=0.03)  # one may tie
-            assert estimate.low == pytest.approx(expected.recalls[way]["r@10"].low, abs=0.03)
-            assert report.chance[way] == expected.chance[way]["r@10"]
+        for direction, estimate in found.items():
+            assert estimate.value == pytest.approx(expected.recalls[direction]["r@10"].value, abs=0.03)  # one may tie
+            assert estimate.low == pytest.approx(expected.recalls[direction]["r@10"].low, abs=0.03)
+            assert report.chance[direction] == expected.chance[direction]["r@10"]
     assert 0.1 < expected.recalls["i2t"]["r@10"].value < 1
 
 
-def test_all_pairs_are_compared_best_probe_first(report: PairsReport) -> None:
+def test_pairs_are_sorted_by_probe(report: PairsReport) -> None:
     assert {(pair.image, pair.text) for pair in report.pairs} == {(image, text) for image in IMAGES for text in TEXTS}
     probes = [pair.probe for pair in report.pairs]
     assert probes == sorted(probes, reverse=True)
@@ -125,17 +129,23 @@ def test_all_pairs_are_compared_best_probe_first(report: PairsReport) -> None:
         assert pair.shuffled_cka < pair.linear_cka.value
 
 
-def test_pairs_are_in_order_of_their_probe_however_they_were_named(cache_path: Path) -> None:
+def test_order_of_names_does_not_matter(cache_path: Path) -> None:
     key = SplitSettings(kind="key", val_fraction=0.25)
-    report = evaluate_pairs(cache_path, images=IMAGES[::-1], texts=TEXTS[:1], split=key, num_draws=20)
-    assert [pair.image for pair in report.pairs] == IMAGES
+    report = compare(cache_path, image_feature=IMAGES[::-1], text_feature=TEXTS[:1], split=key, resamples=20)
+    assert [pair.image for pair in report.pairs] == list(IMAGES)
 
 
-def test_a_draw_is_decided_by_the_seed_and_bounded(cache_path: Path) -> None:
+def test_draw_is_bounded_and_seeded(cache_path: Path) -> None:
     def drawn(seed: int) -> PairsReport:
         key = SplitSettings(kind="key", val_fraction=0.25)
-        return evaluate_pairs(
-            cache_path, images=IMAGES[:1], texts=TEXTS[:1], num_samples=100, seed=seed, split=key, num_draws=20
+        return compare(
+            cache_path,
+            image_feature=IMAGES[:1],
+            text_feature=TEXTS[:1],
+            num_samples=100,
+            seed=seed,
+            split=key,
+            resamples=20,
         )
 
     assert drawn(0).num_drawn == 100
@@ -143,7 +153,7 @@ def test_a_draw_is_decided_by_the_seed_and_bounded(cache_path: Path) -> None:
     assert drawn(0).pairs == drawn(0).pairs != drawn(1).pairs
 
 
-def test_what_decided_the_figures_is_recorded(report: PairsReport) -> None:
+def test_report_describes_the_comparison(report: PairsReport) -> None:
     assert report.pooling == {
         "open_toy/cls": "all colours",
         "open_toy/patches": "one colour a cell, mean of the tokens",
@@ -156,13 +166,13 @@ def test_what_decided_the_figures_is_recorded(report: PairsReport) -> None:
     assert "split strict by open_toy/cls and open_toy/mean (cosine above 0.995 and 0.95)" in line
     assert "each item scaled to length 1, then the mean over a sample's images and over its captions" in line
     assert "CKA centered; kNN by cosine, k 10" in line
-    assert f"95 % intervals over {report.num_groups} groups of near-duplicates" in line
+    assert f"95% intervals over {report.num_groups} near-duplicate groups" in line
     figures = json.loads(json.dumps(encoder_pairs_json(report)))
     assert figures["pairs"][0]["linear_cka"]["low"] == report.pairs[0].linear_cka.low
     assert (figures["k"], figures["centred"], figures["num_held"]) == (10, True, report.num_held)
 
 
-def test_rows_end_with_chance(report: PairsReport) -> None:
+def test_table_ends_with_chance(report: PairsReport) -> None:
     columns, rows = encoder_pairs_table(report)
     assert len(rows) == 5
     assert {len(row) for row in rows} == {len(columns)}
@@ -181,61 +191,60 @@ def test_page_has_one_heat_map_per_metric(report: PairsReport, tmp_path: Path) -
     assert "one colour a cell, mean of the tokens" in page
 
 
-def test_an_unfinished_feature_is_left_out_with_a_line_or_refused_by_name(tmp_path: Path) -> None:
+def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "s", 60))
     extract(source, tmp_path / "c", image_encoders=[IMAGE, OTHER], text_encoders=[TEXT])
     next((tmp_path / "c" / "image" / "open_other" / "chunks").glob("*.parquet")).unlink()
     key = SplitSettings(kind="key", val_fraction=0.25)
-    report = evaluate_pairs(tmp_path / "c", split=key, num_draws=20)
+    report = compare(tmp_path / "c", split=key, resamples=20)
     assert [pair.image for pair in report.pairs] == ["open_toy/cls"]
     assert report.skipped == ["left out: feature open_other/cls is not finished: 1 of 1 chunks are missing; "
                               "run the same embedcache extract again to resume it"]  # fmt: skip
     with pytest.raises(UnfinishedError, match="feature open_other/cls is not finished"):
-        evaluate_pairs(tmp_path / "c", images=["open_other"], split=key)
+        compare(tmp_path / "c", image_feature=("open_other",), split=key)
     next((tmp_path / "c" / "image" / "open_toy" / "chunks").glob("*.parquet")).unlink()
-    with pytest.raises(UnfinishedError, match=r"no image feature of .* is finished; feature open_other/cls"):
-        evaluate_pairs(tmp_path / "c", split=key)
+    with pytest.raises(UnfinishedError, match=r"no image feature of .* is complete; .*open_other/cls"):
+        compare(tmp_path / "c", split=key)
 
 
-def test_a_cache_without_one_modality_is_refused(tmp_path: Path) -> None:
+def test_cache_without_a_modality_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
     extract(open_source(tmp_path / "prompts.txt"), tmp_path / "texts", text_encoders=[TEXT])
     with pytest.raises(UnknownNameError, match="no image features; add some: embedcache extract --image-encoder SPEC"):
-        evaluate_pairs(tmp_path / "texts")
+        compare(tmp_path / "texts")
     extract(open_source(write_pictures(tmp_path / "s", 30)), tmp_path / "images", image_encoders=[IMAGE])
     with pytest.raises(UnknownNameError, match="no text features; add some: embedcache extract --text-encoder SPEC"):
-        evaluate_pairs(tmp_path / "images")
+        compare(tmp_path / "images")
 
 
-def test_mistakes_are_named(cache_path: Path, captioned: Path, tmp_path: Path) -> None:
+def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Path) -> None:
     key = SplitSettings(kind="key", val_fraction=0.25)
     with pytest.raises(UnknownNameError, match=r"unknown image feature .*; did you mean 'open_toy/cls'"):
-        evaluate_pairs(cache_path, images=["open_toy/clz"])
-    with pytest.raises(SettingError, match="num samples is 19; at least 20 are needed"):
-        evaluate_pairs(cache_path, num_samples=19)
-    for k in (0, 60):
-        with pytest.raises(SettingError, match=f"k is {k}, and 60 samples are compared; give a k from 1 to 59"):
-            evaluate_pairs(captioned, k=k, split=key)
+        compare(cache_path, image_feature=("open_toy/clz",))
+    with pytest.raises(SettingError, match="num_samples: expected a whole number of at least 20, got 19"):
+        compare(cache_path, num_samples=19)
+    with pytest.raises(SettingError, match="k: expected less than the 60 compared samples, got 60"):
+        compare(captioned, k=60, split=key)
     with pytest.raises(SettingError, match="leaves nothing to hold out of 300 samples"):
-        evaluate_pairs(cache_path, split=replace(SPLIT, text_cosine=0.1))
-    with pytest.raises(DataError, match="of 20 samples of .* 10 are for training and 5 for validation; at least 20"):
-        evaluate_pairs(cache_path, num_samples=20, split=key)
+        compare(cache_path, split=replace(SPLIT, text_cosine=0.1))
+    with pytest.raises(DataError, match="expected at least 20 samples .*, got 10 and 5 of 20 samples"):
+        compare(cache_path, num_samples=20, split=key)
     extract(
         open_source(write_pictures(tmp_path / "few", 19)), tmp_path / "f", image_encoders=[IMAGE], text_encoders=[TEXT]
     )
-    with pytest.raises(DataError, match="19 samples of .* have all of the features; at least 20 are needed"):
-        evaluate_pairs(tmp_path / "f", split=key)
+    with pytest.raises(DataError, match="expected at least 20 samples of .* with all of the features, got 19"):
+        compare(tmp_path / "f", split=key)
     extract(
         open_source(write_pictures(tmp_path / "s", 60)),
         tmp_path / "c",
         image_encoders=[f"{IMAGE},scale=0"],
         text_encoders=[TEXT],
     )
-    with pytest.raises(DataError, match="image feature open_toy/cls: the rows are all equal"):
-        evaluate_pairs(tmp_path / "c", split=key)
+    with pytest.raises(DataError, match="image feature open_toy/cls: all rows are equal"):
+        compare(tmp_path / "c", split=key)
 
 
-def test_whole_groups_share_a_block_and_blocks_are_about_equal() -> None:
+def test_blocks_hold_whole_groups() -> None:
     groups = np.random.default_rng(0).integers(0, 300, 1000)
     blocks = _blocks(groups)
     assert {len(set(blocks[groups == group])) for group in set(groups)} == {1}
@@ -245,7 +254,7 @@ def test_whole_groups_share_a_block_and_blocks_are_about_equal() -> None:
     assert _blocks(np.array([7, 7, 9])).tolist() == [0, 0, 1]
 
 
-def test_the_command_prints_the_table_and_writes_both_files(cache_path: Path, tmp_path: Path) -> None:
+def test_command_prints_and_writes(cache_path: Path, tmp_path: Path) -> None:
     words = ["evaluate", "pairs", str(cache_path), "--image-feature", IMAGES[0]]
     words += ["--text-feature", TEXTS[0], "--text-feature", TEXTS[1]]
     words += ["--image-cosine", "0.995", "--text-cosine", "0.95", "-k", "5"]
@@ -255,6 +264,6 @@ def test_the_command_prints_the_table_and_writes_both_files(cache_path: Path, tm
     assert "samples outside the test part of 300 drawn" in result.output
     assert "debiased CKA" in result.output
     figures = json.loads((tmp_path / "p.json").read_text())["pairs"]
-    assert [pair["image"] for pair in figures["pairs"]] == IMAGES[:1] * 2
+    assert [pair["image"] for pair in figures["pairs"]] == [IMAGES[0]] * 2
     assert figures["k"] == 5
     assert "<svg" in (tmp_path / "p.html").read_text()

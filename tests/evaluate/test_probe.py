@@ -3,6 +3,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -14,17 +15,17 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_scor
 
 from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.evaluate import probe
-from embedcache.evaluate.classifiers import Examples, Fitted, Ridge, fit_ridge, joined
+from embedcache.evaluate.classifiers import Classifier, Examples, Ridge, fit_ridge, joined
 from embedcache.evaluate.labeled import read_labeled
 from embedcache.evaluate.probe import (
     ProbeReport,
-    ProbeSettings,
     _control,
     _ranks,
     draw_shots,
     evaluate_probe,
     shuffle_labels,
 )
+from embedcache.evaluate.settings import ProbeSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.metrics.classification import ranks_of
@@ -39,16 +40,16 @@ from tests.sources.files import write_tar
 from tests.toy import IMAGE, TEXT
 
 FEATURE = "open_toy/cls"
-Says = Callable[[int, str], dict[str, object]]
+ColumnsOf = Callable[[int, str], dict[str, object]]
 
 
 def color(number: int, caption: str) -> dict[str, object]:
-    """Label a picture with its color, and hold every fourth out."""
+    """Label an image with its color, and put every fourth into the test part."""
     return {"label": caption.split()[0], "split": "test" if number % 4 == 0 else "train"}
 
 
 def write_colors(folder: Path, count: int) -> Path:
-    """Write pictures of one color, each a shade of its own, with the color in the caption."""
+    """Write images of one color each, in random shades, with the color in the caption."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -59,14 +60,14 @@ def write_colors(folder: Path, count: int) -> Path:
     return folder
 
 
-def make_cache(folder: Path, says: Says, *, count: int = 120, copies: int = 0) -> Path:
-    """Make a cache of pictures with columns beside them; copies repeat the first pictures under other keys."""
+def make_cache(folder: Path, columns_of: ColumnsOf, *, count: int = 120, copies: int = 0) -> Path:
+    """Make a cache of images with the given columns; copies repeat the first images under other keys."""
     source = write_colors(folder / "source", count)
     for number in range(copies):
         for suffix in (".png", ".txt"):
             shutil.copy(source / f"{number:05d}{suffix}", source / f"copy-{number:05d}{suffix}")
     for number, path in enumerate(sorted(source.glob("*.txt"))):
-        path.with_suffix(".json").write_text(json.dumps(says(number, path.read_text().strip())))
+        path.with_suffix(".json").write_text(json.dumps(columns_of(number, path.read_text().strip())))
     settings = ExtractSettings(features=FEATURES, chunk_size=32)
     extract(open_source(source), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return folder / "cache"
@@ -74,17 +75,17 @@ def make_cache(folder: Path, says: Says, *, count: int = 120, copies: int = 0) -
 
 @pytest.fixture(scope="module")
 def labeled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache whose label is the picture's color, 240 pictures of which 60 are held out."""
+    """A cache of 240 images labeled with their color, 60 of them for test."""
     return make_cache(tmp_path_factory.mktemp("labeled"), color, count=240)
 
 
 @pytest.fixture(scope="module")
 def report(labeled_path: Path) -> ProbeReport:
-    settings = ProbeSettings(shots=(1, 4), num_draws=3, has_control=True)
-    return evaluate_probe(labeled_path, image=FEATURE, settings=settings)
+    settings = ProbeSettings(feature=FEATURE, shots=(1, 4), draws=3, control=True)
+    return evaluate_probe(labeled_path, settings)
 
 
-def test_all_methods_know_the_color_and_learn_nothing_from_shuffled_labels(report: ProbeReport) -> None:
+def test_methods_beat_chance_and_controls_do_not(report: ProbeReport) -> None:
     assert [score.method for score in report.scores] == ["knn", "logistic", "ridge"]
     for score, control in zip(report.scores, report.controls, strict=True):
         assert score.accuracy.value > 0.65
@@ -95,8 +96,8 @@ def test_all_methods_know_the_color_and_learn_nothing_from_shuffled_labels(repor
         assert len(control.by_shuffle) == 3
 
 
-def test_a_shuffle_keeps_the_labels_of_test_and_the_counts_of_the_others(labeled_path: Path) -> None:
-    data = read_labeled(Cache(labeled_path), "image", FEATURE)
+def test_shuffled_labels_keep_test_and_counts(labeled_path: Path) -> None:
+    data = read_labeled(Cache(labeled_path), ProbeSettings(feature=FEATURE))
     labels = shuffle_labels(data, seed=(0, 0))
     is_test = data.parts == "test"
     np.testing.assert_array_equal(labels[is_test], data.examples.labels[is_test])
@@ -105,96 +106,95 @@ def test_a_shuffle_keeps_the_labels_of_test_and_the_counts_of_the_others(labeled
     assert (labels != shuffle_labels(data, seed=(0, 1))).any()
 
 
-def test_the_controls_interval_holds_chance_where_classes_go_together(labeled_path: Path) -> None:
-    """One shuffle sends whole classes to one label: far from chance, with an interval over items that denies it."""
+def test_control_interval_includes_chance(labeled_path: Path) -> None:
+    """Check that the interval is over shuffles: a single shuffle gives whole classes one label, far from chance."""
 
-    def rough(train: Examples, val: Examples | None, num_classes: int) -> Fitted:
-        return Fitted(Ridge(joined(train, val), num_classes).scores(0.1), {})
+    def fit_rough(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
+        return Classifier(Ridge(joined(train, val), num_classes).scores(0.1), {})
 
-    data = read_labeled(Cache(labeled_path), "image", FEATURE)
-    control = _control("rough", rough, data, ProbeSettings(num_draws=30), NullProgress())
+    data = read_labeled(Cache(labeled_path), ProbeSettings(feature=FEATURE))
+    control = _control("rough", fit_rough, data, ProbeSettings(draws=30), NullProgress())
     shares = np.array(control.by_shuffle)
     assert shares.max() - shares.min() > 0.25
     assert control.accuracy.low <= 1 / 6 <= control.accuracy.high
 
 
-def test_more_shots_are_better_and_all_are_best(report: ProbeReport) -> None:
+def test_more_shots_are_better(report: ProbeReport) -> None:
     for score in report.scores:
         one, four = (one.accuracy.value for one in report.few_shots if one.method == score.method)
         assert one < four < score.accuracy.value + 0.05
 
 
-def test_parts_are_those_of_the_column_and_validation_is_cut_from_train(labeled_path: Path) -> None:
+def test_parts_follow_the_column_split(labeled_path: Path) -> None:
     cache = Cache(labeled_path)
-    data = read_labeled(cache, "image", FEATURE)
-    said = np.array(cache.samples["split"].to_pylist())[data.items.samples]
-    np.testing.assert_array_equal(data.parts == "test", said == "test")
+    data = read_labeled(cache, ProbeSettings(feature=FEATURE))
+    values = np.array(cache.samples["split"].to_pylist())[data.items.samples]
+    np.testing.assert_array_equal(data.parts == "test", values == "test")
     assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 162, "val": 18, "test": 60}
-    assert data.cut == "parts by column 'split', 10% of train for validation"
-    np.testing.assert_array_equal(data.parts, read_labeled(cache, "image", FEATURE).parts)
-    assert (data.parts != read_labeled(cache, "image", FEATURE, seed=1).parts).any()
+    assert data.split_rule == "parts by column 'split', 10% of train for validation"
+    np.testing.assert_array_equal(data.parts, read_labeled(cache, ProbeSettings(feature=FEATURE)).parts)
+    assert (data.parts != read_labeled(cache, ProbeSettings(feature=FEATURE, seed=1)).parts).any()
 
 
-def test_vectors_and_labels_are_those_of_their_rows(labeled_path: Path) -> None:
+def test_vectors_and_labels_match_rows(labeled_path: Path) -> None:
     cache = Cache(labeled_path)
-    data = read_labeled(cache, "image", FEATURE)
+    data = read_labeled(cache, ProbeSettings(feature=FEATURE))
     np.testing.assert_array_equal(data.examples.vectors, cache.feature("image", FEATURE).load().astype(np.float32))
     assert [data.names[label] for label in data.examples.labels] == cache.samples["label"].to_pylist()
 
 
-def test_tokens_are_averaged_and_it_is_said(labeled_path: Path) -> None:
-    data = read_labeled(Cache(labeled_path), "text", "open_toy/tokens")
+def test_tokens_are_averaged(labeled_path: Path) -> None:
+    data = read_labeled(Cache(labeled_path), ProbeSettings(modality="text", feature="open_toy/tokens"))
     tokens = Cache(labeled_path).feature("text", "open_toy/tokens").gather_tokens(np.array([7]))[0]
     np.testing.assert_allclose(data.examples.vectors[7], tokens.astype(np.float32).mean(axis=0), rtol=1e-6)
-    report = evaluate_probe(labeled_path, text="open_toy/tokens", settings=ProbeSettings(methods=("ridge",)))
+    report = evaluate_probe(
+        labeled_path, ProbeSettings(modality="text", feature="open_toy/tokens", classifiers=("ridge",))
+    )
     assert report.line().startswith("open_toy/tokens (mean of its tokens): 6 classes; 162 train, 18 val, 60 test texts")
     assert report.scores[0].accuracy.value > 0.9
 
 
-def test_without_a_column_a_hash_of_keys_cuts_and_copies_stay_together(tmp_path: Path) -> None:
+def test_hash_split_keeps_copies_together(tmp_path: Path) -> None:
     path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=100, copies=60)
-    data = read_labeled(Cache(path), "image", FEATURE)
-    assert data.cut == "parts by a hash of the keys, 25% for test and 10% for validation"
+    data = read_labeled(Cache(path), ProbeSettings(feature=FEATURE))
+    assert data.split_rule == "parts by a hash of the keys, 25% for test and 10% for validation"
     assert {part: len(data.rows(part)) for part in ("train", "val", "test")} == {"train": 104, "val": 16, "test": 40}
     for content in np.unique(data.items.contents):
         assert len(set(data.parts[data.items.contents == content].tolist())) == 1
     assert data.overlap() == 0
 
 
-def test_test_items_that_are_in_training_too_are_said_aloud(tmp_path: Path) -> None:
-    def says(number: int, caption: str) -> dict[str, object]:
+def test_copies_of_training_items_warn(tmp_path: Path) -> None:
+    def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0], "split": "test" if number < 10 or number >= 80 else "train"}
 
-    path = make_cache(tmp_path, says, count=80, copies=20)  # ten copies of test items, ten of training items
-    report = evaluate_probe(path, image=FEATURE, settings=ProbeSettings(methods=("ridge",)))
-    assert report.warnings() == [
-        "WARNING: 10 test items, whose picture is exactly one of training or validation, raise the figures"
-    ]
+    path = make_cache(tmp_path, columns_of, count=80, copies=20)  # ten copies of test items, ten of training items
+    report = evaluate_probe(path, ProbeSettings(feature=FEATURE, classifiers=("ridge",)))
+    assert report.warnings() == ["WARNING: 10 test images are copies of training or validation items"]
     assert probe_json(report, "x")["details"]["overlap"] == 10
 
 
-def test_validation_of_the_column_is_used_and_can_be_the_test(tmp_path: Path) -> None:
-    def says(number: int, caption: str) -> dict[str, object]:
+def test_validation_part_is_used_or_tested(tmp_path: Path) -> None:
+    def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0], "split": ["train", "train", "validation", "test", "extra"][number % 5]}
 
-    cache = Cache(make_cache(tmp_path, says, count=100))
-    data = read_labeled(cache, "image", FEATURE)
-    said = np.array(cache.samples["split"].to_pylist())[data.items.samples]
-    assert set(zip(said.tolist(), data.parts.tolist(), strict=True)) == {
+    cache = Cache(make_cache(tmp_path, columns_of, count=100))
+    data = read_labeled(cache, ProbeSettings(feature=FEATURE))
+    values = np.array(cache.samples["split"].to_pylist())[data.items.samples]
+    assert set(zip(values.tolist(), data.parts.tolist(), strict=True)) == {
         ("train", "train"), ("validation", "val"), ("test", "test"),
     }  # fmt: skip
-    assert (data.num_left_out, data.cut) == (20, "parts by column 'split'")
-    held = read_labeled(cache, "image", FEATURE, part="val")
-    said = np.array(cache.samples["split"].to_pylist())[held.items.samples]
-    assert set(zip(said.tolist(), held.parts.tolist(), strict=True)) == {
+    assert (data.num_left_out, data.split_rule) == (20, "parts by column 'split'")
+    held = read_labeled(cache, ProbeSettings(feature=FEATURE, part="val"))
+    values = np.array(cache.samples["split"].to_pylist())[held.items.samples]
+    assert set(zip(values.tolist(), held.parts.tolist(), strict=True)) == {
         ("train", "train"), ("train", "val"), ("validation", "test"),
     }  # fmt: skip
-    assert "val is held out" in held.cut
+    assert "val is held out" in held.split_rule
 
 
-def test_figures_are_those_of_scikit_learn(labeled_path: Path) -> None:
-    settings = ProbeSettings(methods=("ridge",))
-    report = evaluate_probe(labeled_path, image=FEATURE, settings=settings)
+def test_figures_match_scikit_learn(labeled_path: Path) -> None:
+    report = evaluate_probe(labeled_path, ProbeSettings(feature=FEATURE, classifiers=("ridge",)))
     data, score = report.labeled, report.scores[0]
     train, val, test = (data.examples.take(data.rows(part)) for part in ("train", "val", "test"))
     scores = fit_ridge(train, val, len(data.names)).scores(test.vectors)
@@ -206,17 +206,17 @@ def test_figures_are_those_of_scikit_learn(labeled_path: Path) -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), block=st.integers(1, 50))
-def test_ranks_in_blocks_are_those_of_all(seed: int, block: int) -> None:
+def test_ranks_are_the_same_in_blocks(seed: int, block: int) -> None:
     rng = np.random.default_rng(seed)
     scores, labels = rng.integers(0, 4, (40, 6)).astype(np.float32), rng.integers(0, 6, 40)
-    fitted = Fitted(lambda rows: scores[rows[:, 0].astype(int)], {})
+    fitted = Classifier(lambda rows: scores[rows[:, 0].astype(int)], {})
     test = Examples(vectors=np.arange(40, dtype=np.float32)[:, None], labels=labels)
     with patch.object(probe, "_BLOCK", block):
         np.testing.assert_array_equal(_ranks(fitted, test), ranks_of(scores, labels))
 
 
 @given(seed=st.integers(0, 2**32 - 1), shots=st.integers(1, 4))
-def test_shots_are_so_many_a_class_and_grow_by_adding(seed: int, shots: int) -> None:
+def test_shots_per_class_are_nested(seed: int, shots: int) -> None:
     labels = np.random.default_rng(seed).permutation(np.repeat([0, 1, 3], [4, 7, 30]))
     rows = np.flatnonzero(np.arange(41) >= 0)
     drawn = draw_shots(labels, rows, shots, seed=(seed, 0))
@@ -225,13 +225,13 @@ def test_shots_are_so_many_a_class_and_grow_by_adding(seed: int, shots: int) -> 
     assert set(draw_shots(labels, rows, max(1, shots - 1), seed=(seed, 0)).tolist()) <= set(drawn.tolist())
 
 
-def test_shots_come_from_the_rows_given() -> None:
+def test_shots_come_from_given_rows() -> None:
     labels = np.arange(40) % 2
     rows = np.arange(10, 20)
     assert set(draw_shots(labels, rows, 3, seed=(0, 0)).tolist()) <= set(rows.tolist())
 
 
-def test_intervals_over_runs_and_items_are_wider_than_over_items_alone() -> None:
+def test_intervals_over_runs_are_wider() -> None:
     rng = np.random.default_rng(0)
     shares = np.array([0.2, 0.5, 0.8])[:, None]
     values = rng.random((3, 400)) < shares
@@ -242,11 +242,11 @@ def test_intervals_over_runs_and_items_are_wider_than_over_items_alone() -> None
     same = bootstrap_runs(np.tile(values[1], (5, 1)), np.arange(400))
     alone = bootstrap_mean(values[1])
     assert (same.low, same.high) == pytest.approx((alone.low, alone.high), abs=0.01)
-    with pytest.raises(DataError, match="no value"):
+    with pytest.raises(DataError, match="at least one value"):
         bootstrap_runs(np.empty((0, 0)), np.empty(0, np.int64))
 
 
-def test_rows_to_print(report: ProbeReport) -> None:
+def test_tables(report: ProbeReport) -> None:
     columns, rows = probe_table(report)
     assert [row[0] for row in rows] == [
         *("knn", "logistic", "ridge"),
@@ -262,7 +262,7 @@ def test_rows_to_print(report: ProbeReport) -> None:
     assert all(len(row) == 3 for row in rows)
 
 
-def test_json_has_the_fields_of_clip_benchmark_and_all_else_in_details(report: ProbeReport) -> None:
+def test_json_has_the_fields_of_clip_benchmark(report: ProbeReport) -> None:
     figures = json.loads(json.dumps(probe_json(report, "pictures"), allow_nan=False))
     assert set(figures) == {"dataset", "model", "pretrained", "task", "metrics", "language", "details"}
     assert (figures["dataset"], figures["task"]) == ("pictures", "linear_probe")
@@ -293,38 +293,42 @@ def test_page_is_self_contained(report: ProbeReport, tmp_path: Path) -> None:
     assert "Few items per class" not in (tmp_path / "short.html").read_text()
 
 
-def mistake(path: Path, **settings: object) -> Callable[[], object]:
-    return lambda: evaluate_probe(path, image=FEATURE, settings=ProbeSettings(methods=("ridge",), **settings))  # type: ignore[arg-type]
+def probing(path: Path, **settings: object) -> Callable[[], object]:
+    return lambda: evaluate_probe(path, ProbeSettings(feature=FEATURE, classifiers=("ridge",), **settings))  # type: ignore[arg-type]
 
 
-def test_mistakes_in_what_is_asked_are_named(labeled_path: Path) -> None:
-    with pytest.raises(SettingError, match="expected the name of one feature"):
+def test_unknown_names_raise(labeled_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="open_toy/cls, open_toy/patches"):
         evaluate_probe(labeled_path)
-    with pytest.raises(SettingError, match="one feature"):
-        evaluate_probe(labeled_path, image=FEATURE, text="open_toy/mean")
     with pytest.raises(UnknownNameError, match="did you mean 'ridge'"):
-        evaluate_probe(labeled_path, image=FEATURE, settings=ProbeSettings(methods=("rigde",)))
+        evaluate_probe(labeled_path, ProbeSettings(feature=FEATURE, classifiers=("rigde",)))
     with pytest.raises(UnknownNameError, match="did you mean 'open_toy/cls'"):
-        evaluate_probe(labeled_path, image="open_toy/csl")
+        evaluate_probe(labeled_path, ProbeSettings(feature="open_toy/csl"))
     with pytest.raises(UnknownNameError, match="'labels'; did you mean 'label'"):
-        mistake(labeled_path, label="labels")()
-    with pytest.raises(SettingError, match=r"1000 shots are more than class '\w+' has in training, \d+; ask"):
-        mistake(labeled_path, shots=(1, 1000))()
-    with pytest.raises(SettingError, match="shots are 0, 2; each must be at least 1"):
-        ProbeSettings(shots=(0, 2))
-    with pytest.raises(SettingError, match="0 drawings"):
-        ProbeSettings(num_draws=0)
-    with pytest.raises(SettingError, match="no method to probe with; name one of knn, logistic, ridge"):
-        ProbeSettings(methods=())
-    with pytest.raises(SettingError, match="seed is -1"):
-        ProbeSettings(seed=-1)
+        probing(labeled_path, label="labels")()
+    with pytest.raises(SettingError, match=r"shots: expected at most \d+, the training items of class .*, got 1,000"):
+        probing(labeled_path, shots=(1, 1000))()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shots": (0, 2)}, "shots: expected whole numbers above 0, got 0, 2"),
+        ({"draws": 0}, "draws: expected a whole number of at least 1, got 0"),
+        ({"classifiers": ()}, "classifier: expected at least one classifier such as knn, got none"),
+        ({"seed": -1}, "seed: expected a whole number of at least 0"),
+    ],
+)
+def test_invalid_settings_raise(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        ProbeSettings(**settings)
 
 
 BAD = {
     "one class": (
         lambda n, c: {**color(n, c), "label": "red"},
         DataError,
-        "all training items have the label 'red'",
+        "expected at least two classes among the training items, got only 'red'",
     ),
     "no label": (
         lambda n, c: {"label": None, "color": 1.5},
@@ -340,68 +344,68 @@ BAD = {
     "no test": (
         lambda n, c: {**color(n, c), "split": "val" if n % 3 else "train"},
         DataError,
-        "holds train, val; it must name train and test; hold out another part: --part val",
+        "expected train and test among its values, got train, val; use another part: --part val",
     ),
     "no part at all": (
         lambda n, c: {**color(n, c), "split": f"fold {n % 2}"},
         DataError,
-        "holds fold 0, fold 1; it must name train and test$",
+        "expected train and test among its values, got fold 0, fold 1$",
     ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_data_that_do_not_allow_it_are_named(tmp_path: Path, case: str) -> None:
-    says, error, message = BAD[case]
-    path = make_cache(tmp_path, says, count=40)
+def test_unusable_data_raise(tmp_path: Path, case: str) -> None:
+    columns_of, error, message = BAD[case]
+    path = make_cache(tmp_path, columns_of, count=40)
     with pytest.raises(error, match=message):
-        mistake(path)()
+        probing(path)()
 
 
-def test_a_part_that_only_a_column_could_name_is_refused_without_one(tmp_path: Path) -> None:
+def test_val_part_needs_a_column(tmp_path: Path) -> None:
     path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=40)
     with pytest.raises(DataError, match="have no column 'split' that names a part 'val'"):
-        mistake(path, part="val")()
+        probing(path, part="val")()
 
 
-def test_an_unfinished_feature_is_refused(labeled_path: Path, tmp_path: Path) -> None:
+def test_unfinished_feature_is_refused(labeled_path: Path, tmp_path: Path) -> None:
     path = shutil.copytree(labeled_path, tmp_path / "cache")
     (path / "image" / "open_toy" / "chunks" / "00003.parquet").unlink()
     with pytest.raises(UnfinishedError, match="1 of 8 chunks are missing"):
-        mistake(path)()
+        probing(path)()
 
 
-def test_classes_without_training_items_are_said_aloud(tmp_path: Path) -> None:
-    def says(number: int, caption: str) -> dict[str, object]:
+def test_untrained_classes_warn(tmp_path: Path) -> None:
+    def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0], "split": "test" if number % 4 == 0 or "red" in caption else "train"}
 
-    report = evaluate_probe(make_cache(tmp_path, says), image=FEATURE, settings=ProbeSettings(methods=("knn",)))
+    report = evaluate_probe(make_cache(tmp_path, columns_of), ProbeSettings(feature=FEATURE, classifiers=("knn",)))
     assert report.warnings() == ["WARNING: 1 classes have test items and no training items: 'red'"]
     assert report.scores[0].recalls[report.labeled.names.index("red")] == 0
 
 
-def test_items_without_a_label_are_left_out_and_counted(tmp_path: Path) -> None:
-    def says(number: int, caption: str) -> dict[str, object]:
+def test_unlabeled_items_are_counted(tmp_path: Path) -> None:
+    def columns_of(number: int, caption: str) -> dict[str, object]:
         return {"label": caption.split()[0] if number % 3 else None}
 
-    report = evaluate_probe(make_cache(tmp_path, says), image=FEATURE, settings=ProbeSettings(methods=("ridge",)))
+    report = evaluate_probe(make_cache(tmp_path, columns_of), ProbeSettings(feature=FEATURE, classifiers=("ridge",)))
     assert report.counts == {"train": 52, "val": 8, "test": 20}
     assert report.line().endswith("; 40 without a label left out")
     assert probe_json(report, "x")["details"]["num_unlabelled"] == 40
 
 
-def test_failed_items_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_failed_items_are_counted(tmp_path: Path) -> None:
     source = write_colors(tmp_path / "source", 60)
     for number, path in enumerate(sorted(source.glob("*.txt"))):
         path.with_suffix(".json").write_text(json.dumps(color(number, path.read_text().strip())))
     (source / "00007.png").write_bytes(b"no picture")
     extract(open_source(source), tmp_path / "cache", image_encoders=[IMAGE])
-    data = read_labeled(Cache(tmp_path / "cache"), "image", FEATURE)
+    data = read_labeled(Cache(tmp_path / "cache"), ProbeSettings(feature=FEATURE))
     assert data.num_left_out == 1
     assert 7 not in data.items.rows
 
 
-def test_labeled_tars_are_probed_as_they_lie(tmp_path: Path) -> None:
+def test_labeled_tars(tmp_path: Path) -> None:
     source = write_colors(tmp_path / "source", 120)
     captions = [path.read_text().split()[0] for path in sorted(source.glob("*.txt"))]
     for split, numbers in (("train", range(90)), ("test", range(90, 120))):
@@ -416,7 +420,7 @@ def test_labeled_tars_are_probed_as_they_lie(tmp_path: Path) -> None:
         ]
         write_tar(tmp_path / "tars" / split / "0.tar", members)
     extract(open_source(tmp_path / "tars"), tmp_path / "cache", image_encoders=[IMAGE])
-    report = evaluate_probe(tmp_path / "cache", image="open_toy", settings=ProbeSettings(methods=("knn",)))
+    report = evaluate_probe(tmp_path / "cache", ProbeSettings(feature="open_toy", classifiers=("knn",)))
     assert report.counts == {"train": 81, "val": 9, "test": 30}
     assert report.labeled.names == list("012345")
     assert report.scores[0].accuracy.value > 0.5

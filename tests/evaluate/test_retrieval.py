@@ -8,8 +8,9 @@ import pytest
 
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, FingerprintError, SettingError
-from embedcache.evaluate.retrieval import _recalls, evaluate_retrieval, rank
+from embedcache.evaluate.retrieval import _recalls, compare_retrieval, evaluate_retrieval, rank
 from embedcache.evaluate.runs import load_runs, recipes
+from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import format_estimate
@@ -29,7 +30,7 @@ def train_run(cache_path: Path, run_path: Path, *, seed: int = 0, shared_width: 
         split=SplitSettings(kind=split, seed=seed),
         seed=seed,
     )
-    train(cache_path, run_path, image="open_toy/cls", text="open_toy/mean", settings=settings)
+    train(cache_path, run_path, image_feature="open_toy/cls", text_feature="open_toy/mean", settings=settings)
     return run_path
 
 
@@ -39,12 +40,12 @@ def runs(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     return [train_run(cache_path, folder / f"seed-{seed}", seed=seed) for seed in range(2)]
 
 
-def test_recall_is_what_counting_by_hand_gives(cache_path: Path, runs: list[Path]) -> None:
+def test_recall_matches_counting_by_hand(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs[:1])
     cache = Cache(cache_path)
     ranking = rank(cache, load_runs(runs[:1])[0])
     texts = np.array(cache.items("text")["text"].to_pylist())[ranking.pairs.text.rows]
-    own = texts[np.argsort(ranking.pairs.text.samples)]  # one caption a picture, in the pictures' order
+    own = texts[np.argsort(ranking.pairs.text.samples)]  # one caption per image, in the order of the images
     hits = 0
     for image, caption in zip(ranking.images, own, strict=True):
         scores = ranking.texts @ image
@@ -54,34 +55,34 @@ def test_recall_is_what_counting_by_hand_gives(cache_path: Path, runs: list[Path
     assert report.num_images == report.num_texts == [75]
 
 
-def test_seeds_are_averaged_and_the_interval_holds_the_mean(cache_path: Path, runs: list[Path]) -> None:
+def test_seeds_are_averaged(cache_path: Path, runs: list[Path]) -> None:
     one, other, both = (evaluate_retrieval(cache_path, paths) for paths in (runs[:1], runs[1:], runs))
-    for way in ("i2t", "t2i"):
-        for name, estimate in both.recalls[way].items():
-            mean = (one.recalls[way][name].value + other.recalls[way][name].value) / 2
+    for direction in ("i2t", "t2i"):
+        for name, estimate in both.recalls[direction].items():
+            mean = (one.recalls[direction][name].value + other.recalls[direction][name].value) / 2
             assert estimate.value == pytest.approx(mean)
             assert estimate.low <= estimate.value <= estimate.high
     assert both.seeds == [0, 1]
 
 
-def test_captions_that_are_in_training_too_are_said_aloud(cache_path: Path, runs: list[Path]) -> None:
+def test_overlap_with_training_warns(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs[:1])
     assert report.overlap is not None
     assert report.overlap.exact > 0  # a split by key of pictures whose captions repeat
     said = f"WARNING: {report.overlap.exact} samples share an image or a caption with the training part"
     assert said in report.line()
-    assert evaluate_retrieval(cache_path, runs[:1], part="train").overlap is None
-    assert evaluate_retrieval(cache_path, runs[:1], compares=False).overlap is None
+    assert evaluate_retrieval(cache_path, runs[:1], RetrievalSettings(part="train")).overlap is None
+    assert evaluate_retrieval(cache_path, runs[:1], RetrievalSettings(check_overlap=False)).overlap is None
 
 
-def test_figures_as_json_and_as_rows(cache_path: Path, runs: list[Path]) -> None:
+def test_json_and_table(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs)
     figures = json.loads(json.dumps(retrieval_json(report, shuffled=report)))
     for place in (figures, figures["chance"], figures["shuffled"]):
-        for way in ("i2t", "t2i"):
+        for direction in ("i2t", "t2i"):
             for name in ("r@1", "r@5", "r@10"):
-                low, high = place[way]["intervals"][name]
-                assert 0 <= low <= place[way][name] <= high <= 1
+                low, high = place[direction]["intervals"][name]
+                assert 0 <= low <= place[direction][name] <= high <= 1
     assert figures["num_images"] == 75
     columns, rows = retrieval_table({"run": report})
     assert columns == ["", "i2t R@1", "i2t R@5", "i2t R@10", "t2i R@1", "t2i R@5", "t2i R@10"]
@@ -89,10 +90,10 @@ def test_figures_as_json_and_as_rows(cache_path: Path, runs: list[Path]) -> None
     assert format_estimate(Estimate(0.1234, 0, 1)) == "0.123 [0.000, 1.000]"
 
 
-def test_the_gallery_shows_what_is_right_and_what_is_wrong(cache_path: Path, runs: list[Path]) -> None:
+def test_sampled_queries_are_right_and_wrong(cache_path: Path, runs: list[Path]) -> None:
     ranking = rank(Cache(cache_path), load_runs(runs[:1])[0])
-    for way in ("i2t", "t2i"):
-        examples = sample_queries(ranking, way, num_each=3, num_results=4)
+    for direction in ("i2t", "t2i"):
+        examples = sample_queries(ranking, direction, num_each=3, num_results=4)
         assert len(examples) == 6
         for example in examples:
             assert len(example.results) == 4
@@ -103,30 +104,38 @@ def test_the_gallery_shows_what_is_right_and_what_is_wrong(cache_path: Path, run
     )
 
 
-def test_mistakes_are_named(cache_path: Path) -> None:
-    with pytest.raises(SettingError, match="no run to evaluate"):
+def test_no_run_raises(cache_path: Path) -> None:
+    with pytest.raises(SettingError, match="expected at least one run to evaluate, got none"):
         evaluate_retrieval(cache_path, [])
 
 
-def test_a_run_of_another_encoder_than_the_cache_holds_is_refused(tmp_path: Path) -> None:
+def test_several_languages_raise(cache_path: Path, runs: list[Path]) -> None:
+    with pytest.raises(SettingError, match="language: expected one language, got de, fr; use compare_retrieval"):
+        evaluate_retrieval(cache_path, runs, RetrievalSettings(language=("de", "fr")))
+
+
+def test_control_must_be_shuffled(cache_path: Path, runs: list[Path]) -> None:
+    with pytest.raises(SettingError, match="seed-0: expected a control trained with --shuffle-pairs"):
+        compare_retrieval(cache_path, runs, control_paths=runs)
+
+
+def test_run_of_another_encoder_is_refused(tmp_path: Path) -> None:
     source = open_source(write_pictures(tmp_path / "s", 60))
     for name, scale in (("a", 1), ("b", 2)):
         extract(source, tmp_path / name, image_encoders=[f"{IMAGE},scale={scale}"], text_encoders=[TEXT])
     run = train_run(tmp_path / "a", tmp_path / "run")
-    with pytest.raises(FingerprintError, match="image feature open_toy/cls .*weights: '.*' there, '.*' asked"):
+    with pytest.raises(FingerprintError, match="image feature open_toy/cls .*weights: "):
         evaluate_retrieval(tmp_path / "b", [run])
 
 
-def test_a_split_that_was_exchanged_is_refused(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_swapped_split_is_refused(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     run = shutil.copytree(runs[0], tmp_path / "run")
     shutil.copy(runs[1] / "split.parquet", run)
     with pytest.raises(CorruptError, match="split.parquet is missing or not the split that the run was trained on"):
         evaluate_retrieval(cache_path, [run])
 
 
-def test_runs_that_differ_in_more_than_their_seeds_are_not_averaged(
-    cache_path: Path, runs: list[Path], tmp_path: Path
-) -> None:
+def test_different_recipes_are_not_averaged(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     settings = TrainSettings(
         model=ModelSettings(shared_width=16, projector="linear", shrinkage=0.01),
         optimizer=OptimizerSettings(epochs=0),
@@ -134,14 +143,12 @@ def test_runs_that_differ_in_more_than_their_seeds_are_not_averaged(
         shuffle_pairs=True,
         seed=5,
     )
-    train(cache_path, tmp_path / "run", image="open_toy/cls", text="open_toy/mean", settings=settings)
+    train(cache_path, tmp_path / "run", image_feature="open_toy/cls", text_feature="open_toy/mean", settings=settings)
     with pytest.raises(FingerprintError, match="average only seeds of one recipe"):
         evaluate_retrieval(cache_path, [*runs, tmp_path / "run"])
 
 
-def test_seeds_that_each_took_the_split_of_another_run_are_averaged(
-    cache_path: Path, runs: list[Path], tmp_path: Path
-) -> None:
+def test_seeds_with_given_splits_are_averaged(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     paths = [
         train_run(cache_path, tmp_path / f"seed-{seed}", seed=seed, split=str(run / "split.parquet"))
         for seed, run in enumerate(runs)
@@ -153,9 +160,7 @@ def test_seeds_that_each_took_the_split_of_another_run_are_averaged(
         evaluate_retrieval(cache_path, [paths[0], runs[1]])
 
 
-def test_recipes_stand_side_by_side_and_their_seeds_are_averaged(
-    cache_path: Path, runs: list[Path], tmp_path: Path
-) -> None:
+def test_recipes_are_named_and_compared(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     other = train_run(cache_path, tmp_path / "seed-0", shared_width=8)
     assert recipes([runs[0], other, runs[1]]) == {
         f"{runs[0]}, {runs[1]}": runs,
@@ -163,18 +168,23 @@ def test_recipes_stand_side_by_side_and_their_seeds_are_averaged(
     }
     renamed = Path(shutil.copytree(other, tmp_path / "narrow-0"))
     assert recipes([runs[0], renamed, runs[1]]) == {"seed": runs, "narrow": [renamed]}
+    settings = RetrievalSettings(check_overlap=False)
+    reports = compare_retrieval(cache_path, [runs[0], renamed, runs[1]], settings)
+    assert list(reports) == ["seed", "narrow"]
+    assert reports["seed"].run_paths == runs
+    assert reports["seed"].recalls == evaluate_retrieval(cache_path, runs, settings).recalls
 
 
-def test_median_ranks_and_curves_are_those_of_the_ranks(cache_path: Path, runs: list[Path]) -> None:
+def test_median_ranks_and_curves(cache_path: Path, runs: list[Path]) -> None:
     report, ranking = evaluate_retrieval(cache_path, runs[:1]), rank(Cache(cache_path), load_runs(runs[:1])[0])
-    for way in ("i2t", "t2i"):
-        ranks = np.sort(ranking.ranks[way])
-        assert report.orders[way]["median_rank"].value == ranks[(len(ranks) - 1) // 2]
-        assert report.orders[way]["map"].value == pytest.approx(ranking.precisions[way].mean())
-        assert report.curves[way][4] == pytest.approx(report.recalls[way]["r@5"].value)
+    for direction in ("i2t", "t2i"):
+        ranks = np.sort(ranking.ranks[direction])
+        assert report.orders[direction]["median_rank"].value == ranks[(len(ranks) - 1) // 2]
+        assert report.orders[direction]["map"].value == pytest.approx(ranking.precisions[direction].mean())
+        assert report.curves[direction][4] == pytest.approx(report.recalls[direction]["r@5"].value)
 
 
-def test_intervals_are_over_groups_of_near_duplicates(cache_path: Path, runs: list[Path]) -> None:
+def test_intervals_are_over_near_duplicate_groups(cache_path: Path, runs: list[Path]) -> None:
     ranking = rank(Cache(cache_path), load_runs(runs[:1])[0])
     one_group = replace(ranking, groups=np.zeros_like(ranking.groups))
     assert _recalls([ranking], "i2t")["r@5"].high > _recalls([ranking], "i2t")["r@5"].low

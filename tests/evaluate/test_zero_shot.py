@@ -7,6 +7,7 @@ import pytest
 from embedcache.arrays import Inputs, normalize
 from embedcache.errors import DataError, FingerprintError, UnknownNameError
 from embedcache.evaluate.runs import load_runs
+from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.evaluate.zero_shot import classify, evaluate_zero_shot
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import project
@@ -28,7 +29,7 @@ def runs(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 @pytest.fixture(scope="module")
 def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hundred pictures that no run saw, in a folder for each background."""
+    """A cache of a hundred images that no run saw, in one folder per background."""
     folder = tmp_path_factory.mktemp("labeled")
     pictures = write_pictures(folder / "all", 100, seed=5)
     for picture in sorted(pictures.glob("*.png")):
@@ -40,7 +41,7 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All captions that name a background, as its prompts."""
+    """A cache with all captions that name a background as its prompts."""
     folder = tmp_path_factory.mktemp("prompts")
     return prompt_cache(folder, COLOUR_NAMES)
 
@@ -59,7 +60,7 @@ def prompt_cache(folder: Path, names: list[str], text: str = TEXT) -> Path:
     return cached(f"prompts:{folder / 'names.txt'}+{folder / 'templates.txt'}", folder / "prompts", text=text)
 
 
-def test_accuracy_is_what_counting_by_hand_gives(labeled: Path, prompts: Path, runs: list[Path]) -> None:
+def test_accuracy_matches_counting_by_hand(labeled: Path, prompts: Path, runs: list[Path]) -> None:
     report, run, cache = evaluate_zero_shot(labeled, runs[:1], prompts), load_runs(runs[:1])[0], Cache(labeled)
     words = Cache(prompts).items("text")["text"].to_pylist()
     texts = project(run.pair.text, Inputs(Cache(prompts).feature("text").gather(np.arange(len(words)))))
@@ -81,14 +82,14 @@ def test_accuracy_is_what_counting_by_hand_gives(labeled: Path, prompts: Path, r
     assert report.part == "all samples"
 
 
-def test_seeds_are_averaged_and_their_confusions_added(labeled: Path, prompts: Path, runs: list[Path]) -> None:
+def test_seeds_are_averaged(labeled: Path, prompts: Path, runs: list[Path]) -> None:
     one, other, both = (evaluate_zero_shot(labeled, paths, prompts) for paths in (runs[:1], runs[1:], runs))
     assert both.accuracies["acc1"].value == pytest.approx(np.mean([*one.by_seed, *other.by_seed]))
     assert np.array_equal(both.confusion, one.confusion + other.confusion)
     assert both.confusion.sum() == 200
 
 
-def test_labels_may_be_numbers_and_some_may_be_missing(prompts: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_labels_may_be_numbers_or_missing(prompts: Path, runs: list[Path], tmp_path: Path) -> None:
     write_pictures(tmp_path / "s", 12, seed=3)
     rows = ["file_name,caption,label"]
     for number in range(12):
@@ -102,7 +103,7 @@ def test_labels_may_be_numbers_and_some_may_be_missing(prompts: Path, runs: list
     assert "(1 without a label left out)" in report.line()
 
 
-def test_figures_as_rows_as_json_and_as_a_page(labeled: Path, prompts: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp_path: Path) -> None:
     report = evaluate_zero_shot(labeled, runs, prompts)
     columns, rows = zero_shot_table({"run": report})
     assert columns == ["", "top-1", "top-5", "mean per class"]
@@ -123,16 +124,16 @@ def test_figures_as_rows_as_json_and_as_a_page(labeled: Path, prompts: Path, run
     ).replace("http://creativecommons.org", "")
 
 
-def test_mistakes_are_named(labeled: Path, prompts: Path, cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"is no set of prompts: it has no column 'class'; make one: embedcache extract"
-    ):
+def test_unusable_prompts_or_labels_raise(
+    labeled: Path, prompts: Path, cache_path: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"holds no prompts: it has no column 'class'; make some: embedcache extract"):
         evaluate_zero_shot(labeled, runs[:1], cache_path)
     with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
-        evaluate_zero_shot(labeled, runs[:1], prompts, label="labl")
+        evaluate_zero_shot(labeled, runs[:1], prompts, ZeroShotSettings(label="labl"))
     few = tmp_path / "few"
     few.mkdir()
-    with pytest.raises(DataError, match=r"labels .* that are no class: 'yellow' .*; the classes are 'black'"):
+    with pytest.raises(DataError, match=r"labels .* that are not classes: 'yellow' .*; the classes are 'black'"):
         evaluate_zero_shot(labeled, runs[:1], prompt_cache(few, COLOUR_NAMES[:5]))
     other = tmp_path / "other"
     other.mkdir()
@@ -143,8 +144,8 @@ def test_mistakes_are_named(labeled: Path, prompts: Path, cache_path: Path, runs
         evaluate_zero_shot(labeled, runs[:1], prompt_cache(other, COLOUR_NAMES, f"{TEXT},scale=2"))
 
 
-def test_a_class_whose_prompts_failed_is_named(labeled: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_class_without_prompts_is_named(labeled: Path, runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('{"black": ["x"], "blue": ["  y "]}')
     cache = cached(f"prompts:{tmp_path / 'p.json'}", tmp_path / "prompts", text=TEXT)
-    with pytest.raises(DataError, match="that are no class"):
+    with pytest.raises(DataError, match="that are not classes"):
         evaluate_zero_shot(labeled, runs[:1], cache)

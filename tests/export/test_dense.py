@@ -1,4 +1,4 @@
-"""A tower as a chain of dense layers."""
+"""Towers as chains of dense layers."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def made(pieces: list[str]) -> list[nn.Module]:
 
 @given(pieces=PIECES, is_bare=st.booleans())
 @settings(max_examples=40)
-def test_layers_norms_and_centring_are_folded_exactly(pieces: list[str], is_bare: bool) -> None:
+def test_dense_chain_is_exact(pieces: list[str], is_bare: bool) -> None:
     modules = made(pieces)
     torch.manual_seed(len(pieces))
     projector = OpenClipLinear(6, 6)
@@ -56,7 +56,7 @@ def test_layers_norms_and_centring_are_folded_exactly(pieces: list[str], is_bare
 
 
 def _is_alone(modules: list[nn.Module], place: int) -> bool:
-    """Whether an activation stands behind another one, dropouts and norms between them not counted."""
+    """Return whether an activation follows another one, apart from dropout and norms between them."""
     if not isinstance(modules[place], (nn.ReLU, nn.GELU)):
         return False
     before = [module for module in modules[:place] if not isinstance(module, (nn.Dropout, nn.BatchNorm1d))]

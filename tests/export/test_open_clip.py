@@ -1,4 +1,4 @@
-"""A run as a folder that open_clip opens."""
+"""Export for open_clip."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
         ("cls", "st", "mean", "openclip-mlp-image+openclip-linear"),
     ],
 )
-def test_values_are_those_of_the_run(
+def test_matches_the_run(
     image: str, text: str, feature: str, projector: str, tiny: dict[str, str], tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run", (tiny["whole"], image), (tiny[text], feature), projector)
@@ -56,22 +56,25 @@ def _check_loads(folder: Path, run: Path) -> None:
     torch.testing.assert_close(model.logit_scale.exp(), opened.pair.scale)
 
 
+@pytest.fixture(scope="module")
+def cache(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preset")
+    source = open_source(write_pictures(folder / "images", 12))
+    settings = ExtractSettings(features=("patch_mean", "mean"))
+    extract(source, folder / "cache", image_encoders=[tiny["whole"]], text_encoders=[tiny["bert"]], settings=settings)
+    return folder / "cache"
+
+
 @pytest.mark.parametrize("projector", ["openclip-linear", "openclip-mlp"])
-def test_a_preset_trained_on_cached_features_is_exported(projector: str, tiny: dict[str, str], tmp_path: Path) -> None:
-    source = open_source(write_pictures(tmp_path / "pictures", 24))
-    extract(
-        source, tmp_path / "cache", image_encoders=[tiny["whole"]], text_encoders=[tiny["bert"]],
-        settings=ExtractSettings(features=("patch_mean", "mean")),
-    )  # fmt: skip
+def test_trained_preset(projector: str, cache: Path, tmp_path: Path) -> None:
     settings = TrainSettings(
         model=ModelSettings(projector=projector, shared_width=16),
-        optimizer=OptimizerSettings(epochs=3, batch_size=8),
+        optimizer=OptimizerSettings(epochs=3, batch_size=4),
         split=SplitSettings(kind="key"),
     )
-    report = train(tmp_path / "cache", tmp_path / "run", settings=settings)
-    assert report is not None
+    assert train(cache, tmp_path / "run", settings=settings) is not None
     run = ExportRun.open(tmp_path / "run")
-    assert run.pair.image.length != 1, "the features' length was learned"
+    assert run.pair.image.length != 1, "the length of the features was learned"
     report = export_run("open-clip", tmp_path / "run", tmp_path / "model")
     assert max(report.differences.values()) < TOLERANCE
     _check_loads(tmp_path / "model", tmp_path / "run")
@@ -86,7 +89,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"open_clip:tiny-clip,pretrained={folder / 'clip.pt'}"
 
 
-def test_towers_of_its_own_take_a_linear_projector_in(tiny_clip: str, tmp_path: Path) -> None:
+def test_linear_projector_folds_into_clip(tiny_clip: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", (tiny_clip, "pooled"), (tiny_clip, "pooled"), "openclip-linear")
     report = export_run("open-clip", run, tmp_path / "model")
     assert max(report.differences.values()) < TOLERANCE
@@ -110,7 +113,7 @@ def test_towers_of_its_own_take_a_linear_projector_in(tiny_clip: str, tmp_path: 
         (("whole", "layer1.patch_mean"), ("bert", "mean"), "openclip-linear", "its image feature is layer1.patch_mean"),
     ],
 )  # fmt: skip
-def test_what_it_cannot_hold_is_refused(
+def test_unsupported_run_raises(
     image: tuple[str, str], text: tuple[str, str], projector: str, words: str, tiny: dict[str, str], tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run", (tiny[image[0]], image[1]), (tiny[text[0]], text[1]), projector)

@@ -1,4 +1,4 @@
-"""The text side of a run as a sentence-transformers model."""
+"""Export of the text tower for sentence-transformers."""
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.slow
     [
         ("st", "mean", "linear", "TPNDN"),
         ("bert", "cls", "linear+identity", "TPNDN"),
-        ("dense", "dense", "sharelock", "TPDNDDDDN"),
+        ("dense", "dense", "linear+sharelock", "TPDNDDDDN"),
         ("dense", "cls", "linear", "TPNDN"),
         ("bert", "mean", "openclip-mlp", "TPDDN"),
         ("bert", "mean", "openclip-linear", "TPDN"),
     ],
 )
-def test_values_are_those_of_the_run(
+def test_matches_the_run(
     text: str, feature: str, projector: str, kinds: str, tiny: dict[str, str], tmp_path: Path
 ) -> None:
     from sentence_transformers import SentenceTransformer
@@ -49,9 +49,7 @@ def test_values_are_those_of_the_run(
         ("layer1.mean", "linear", "its text feature is encoder/layer1.mean"),
     ],
 )
-def test_what_it_cannot_hold_is_refused(
-    feature: str, projector: str, words: str, tiny: dict[str, str], tmp_path: Path
-) -> None:
+def test_unsupported_run_raises(feature: str, projector: str, words: str, tiny: dict[str, str], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["bert"], feature), projector)
     with pytest.raises(SettingError, match=words):
         export_run("sentence-transformers", run, tmp_path / "model")

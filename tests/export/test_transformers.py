@@ -1,4 +1,4 @@
-"""A run as a model folder of transformers."""
+"""Export for transformers."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_values_are_those_of_the_run(case: str, tiny: dict[str, str], tmp_path: Path) -> None:
+def test_matches_the_run(case: str, tiny: dict[str, str], tmp_path: Path) -> None:
     image, feature, text, text_feature, projector = CASES[case]
     width = 32 if "identity" in projector else 16
     run = make_run(tmp_path / "run", (tiny[image], feature), (tiny[text], text_feature), projector, width=width)
@@ -38,7 +38,7 @@ def test_values_are_those_of_the_run(case: str, tiny: dict[str, str], tmp_path: 
     assert max(report.differences.values()) < TOLERANCE
 
 
-def test_it_is_called_as_a_clip_model(tiny: dict[str, str], tmp_path: Path) -> None:
+def test_has_the_interface_of_clip(tiny: dict[str, str], tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny["st"], "mean"))
@@ -66,7 +66,7 @@ def test_it_is_called_as_a_clip_model(tiny: dict[str, str], tmp_path: Path) -> N
 
 
 class Own(torch.nn.Module):
-    """A projector whose file imports more than torch."""
+    """A projector whose module imports more than torch."""
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
@@ -84,9 +84,7 @@ class Own(torch.nn.Module):
         ("st", f"{__name__}:Own", "expected only PIL, numpy, torch, transformers"),
     ],
 )
-def test_what_it_cannot_hold_is_refused(
-    text: str, projector: str, words: str, tiny: dict[str, str], tmp_path: Path
-) -> None:
+def test_unsupported_run_raises(text: str, projector: str, words: str, tiny: dict[str, str], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", (tiny["vit"], "cls"), (tiny.get(text, text), "mean"), projector)
     with pytest.raises(SettingError, match=words):
         export_run("transformers", run, tmp_path / "model")

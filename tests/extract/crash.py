@@ -13,7 +13,12 @@ from embedcache.cli.main import app
 
 replace = Path.replace
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.extract.crash", "tests.toy", "embedcache.extract.extract", "torch", "zarr"])
+_CONTEXT.set_forkserver_preload(
+    [
+        *("tests.extract.crash", "tests.toy", "torch", "zarr", "pandas", "pydantic", "PIL.PngImagePlugin"),
+        *("embedcache.extract.plan", "embedcache.extract.repair", "embedcache.sources.folder"),
+    ]
+)
 
 
 def start(arguments: Sequence[str], *, output: Path | None = None) -> BaseProcess:

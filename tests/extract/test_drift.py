@@ -160,6 +160,6 @@ def test_repair_rejects_changed_encoder(cache: Path, monkeypatch: pytest.MonkeyP
     before = tree(cache)
     fingerprint = toy._fingerprint
     monkeypatch.setattr(toy, "_fingerprint", lambda modality, scale: fingerprint(modality, scale + 1))
-    with pytest.raises(FingerprintError, match="weights: .* there, .* asked; restore the versions"):
+    with pytest.raises(FingerprintError, match="weights: stored .*, requested .*; restore the versions"):
         repair(Cache(cache), verify(Cache(cache)))
     assert tree(cache) == before

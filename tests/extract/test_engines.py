@@ -134,9 +134,9 @@ def test_parts_of_a_shard_cover_it_once(num_shards: int, num_parts: int, data: s
         ({"image": [IMAGE, f"{IMAGE},scale=2"]}, {}, "2 image encoders or views would be stored as open_toy"),
         ({"image": [IMAGE]}, {"views": ("flip", "flip")}, "2 image encoders or views would be .* open_toy@flip"),
         ({"text": [TEXT]}, {"views": ("flip",)}, "view flip applies to images, but no image encoder is named"),
-        ({"image": [IMAGE]}, {"devices": ("cuda:7",)}, "no device 'cuda:7' here"),
+        ({"image": [IMAGE]}, {"devices": ("cuda:7",)}, "device 'cuda:7' is not available"),
         ({"image": [IMAGE]}, {"views": ("flop",)}, "unknown view 'flop'; did you mean 'flip'"),
-        ({"image": ["toy"]}, {}, "'toy' does not name an encoder"),
+        ({"image": ["toy"]}, {}, "invalid encoder 'toy': expected family:model"),
         ({}, {}, "expected at least one encoder, got none; name one"),
     ],
 )
@@ -193,7 +193,13 @@ def test_ray_cluster_that_loses_a_machine(source: Path, one_process: Path, tmp_p
         lines = extract_slowly(source, tmp_path / "c", progress, delay_ms=300, engine="ray")
         with pytest.raises(EmbedcacheError, match="unknown option of the encoder family"):
             extract_slowly(
-                source, tmp_path / "c", RecordedProgress(), delay_ms=0, image=f"{IMAGE},nonsense=1", engine="ray"
+                source,
+                tmp_path / "c",
+                RecordedProgress(),
+                delay_ms=0,
+                image=f"{IMAGE},nonsense=1",
+                engine="ray",
+                actors=1,
             )
         assert sum(node["Alive"] for node in ray.nodes()) == 2, "a machine was lost"
     finally:

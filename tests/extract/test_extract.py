@@ -45,8 +45,8 @@ def test_cache_holds_the_encoders_outputs(pictures: Path, cache_path: Path) -> N
     image, text = open_encoder(IMAGE, modality="image"), open_encoder(TEXT, modality="text")
     for row in (0, 63, 64, 299):
         item = cache.items("image").slice(row, 1).to_pylist()[0]
-        picture = decode_image((pictures / item["path"]).read_bytes())
-        expected = image.encode(image.prepare([picture]), ["cls", "patches"])
+        pil_image = decode_image((pictures / item["path"]).read_bytes())
+        expected = image.encode(image.prepare([pil_image]), ["cls", "patches"])
         for name, (value,) in expected.items():
             found = cache.feature("image", f"open_toy/{name}").gather(np.array([row]))[0]
             np.testing.assert_array_equal(found, value.astype(np.float16))

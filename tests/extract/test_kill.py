@@ -1,8 +1,6 @@
 """SIGKILL at any moment, then the same command again: the same bytes as an uninterrupted run."""
 
 import re
-import subprocess
-import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -33,8 +31,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(source: Path) -> dict[str, str]:
     cache = source.parent / "whole"
-    words = [sys.executable, "-m", "embedcache", *command(source, cache)]
-    subprocess.run(words, check=True, capture_output=True)
+    start(command(source, cache)).join()
     return tree(cache)
 
 

@@ -40,7 +40,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def run(source: str, cache: str, *, progress: Progress | None = None, **options: Any) -> list[str]:
-    settings = ExtractSettings(features=FEATURES, chunk_size=8)
+    settings = ExtractSettings(features=FEATURES, chunk_size=8, **options)
     reports = extract(
         open_source(source), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings, progress=progress
     )
@@ -90,7 +90,7 @@ def test_resume_extend_and_repair_remote_cache(shards: Path, bucket: str) -> Non
     last.write_bytes(data)
     with pytest.raises(FingerprintError, match="it has 10 more"):
         run(source, cache)
-    assert "encoded 14 images, reused 16" in run(source, cache, extends=True)[0]
+    assert "encoded 14 images, reused 16" in run(source, cache, extend=True)[0]
     before = bytes_of(cache)
     chunk = open_path(f"{cache}/image/open_toy/cls/c/3/0")
     chunk.write_bytes(bytes(len(chunk.read_bytes())))

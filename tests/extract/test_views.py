@@ -37,12 +37,12 @@ def test_view_is_a_feature_of_its_own(tmp_path: Path) -> None:
         "open_toy", "open_toy@crop-0.5", "open_toy@flip", f"{folder}gray",
     ]  # fmt: skip
     assert [group.name for group in cache.encoders("text")] == ["open_toy", f"{folder}shout"]
-    picture = decode_image((source / "00002.png").read_bytes())
+    pil_image = decode_image((source / "00002.png").read_bytes())
     expected = {
-        "open_toy": picture,
-        "open_toy@crop-0.5": picture.crop((8, 8, 24, 24)),
-        "open_toy@flip": ImageOps.mirror(picture),
-        f"{folder}gray": gray(picture),
+        "open_toy": pil_image,
+        "open_toy@crop-0.5": pil_image.crop((8, 8, 24, 24)),
+        "open_toy@flip": ImageOps.mirror(pil_image),
+        f"{folder}gray": gray(pil_image),
     }
     for name, image in expected.items():
         value = encoder.encode(encoder.prepare([image]), ["cls"])["cls"][0]

@@ -70,21 +70,23 @@ SELECTIONS = {
     "metaclip": "--concepts concepts --feature open_toy/mean --modality text --threshold 0.4 --head 6",
 }
 COVERAGES = {"calibrated": "--deviations 1.5 --min-count 6", "one threshold": "--threshold 0.3 -k 3"}
-SWEEP = "--image-feature open_toy/cls --text-feature open_toy/mean --sampler random --seeds 2 --top 1"
+SWEEP = (
+    "--image-feature open_toy/cls --text-feature open_toy/mean --sampler random --seeds-per-config 2 --top-configs 1"
+)
 INDEXES = {
     "index": "--run run --factory HNSW8 --min-recall 0.5",
     "disk-index": "--feature open_toy/cls --factory IVF2,SQfp16 --on-disk --min-recall 0.5",
 }
 SPACE = """[fixed]
 projector = "linear"
-start = "random"
+initialization = "random"
 split = "key"
 epochs = 2
 batch_size = 16
 threads = 1
 
 [space]
-learning_rate = {low = 1e-3, high = 1e-1, log = true}
+lr = {low = 1e-3, high = 1e-1, log = true}
 shared_width = {low = 8, high = 24, step = 8}
 """
 REAL_ENCODERS = (("lite:efficientnet-lite0", "st:all-MiniLM-L6-v2"), (None, "wordllama:l2_supercat_256"))

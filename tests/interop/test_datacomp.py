@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.arrays import Array
-from embedcache.curate.select.export import export
+from embedcache.curate.select.export import export_selection
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, UnknownNameError
 from embedcache.interop.datacomp import import_uids, open_datacomp
@@ -35,7 +35,7 @@ def write_metadata(folder: Path, *, compressed: bool = False) -> dict[str, Array
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_the_arrays_that_are_named_are_imported(tmp_path: Path, compressed: bool) -> None:
+def test_named_arrays_are_imported(tmp_path: Path, compressed: bool) -> None:
     arrays = write_metadata(tmp_path / "index", compressed=compressed)
     vectors = open_datacomp(tmp_path / "index", image_array=["l14_img", "b32_img"], text_array=["l14_txt"])
     cache, _ = import_files(vectors, tmp_path / "cache", chunk_size=5)
@@ -53,13 +53,13 @@ def test_the_arrays_that_are_named_are_imported(tmp_path: Path, compressed: bool
         ({"image_array": ["g14_img"]}, UnknownNameError, "unknown array 'g14_img'.*known: b32_img, l14_img, l14_txt"),
     ],
 )
-def test_names_that_do_not_fit(tmp_path: Path, names: dict[str, list[str]], error: type[Exception], words: str) -> None:
+def test_wrong_arrays_raise(tmp_path: Path, names: dict[str, list[str]], error: type[Exception], words: str) -> None:
     write_metadata(tmp_path / "index")
     with pytest.raises(error, match=words):
         open_datacomp(tmp_path / "index", **names)
 
 
-def test_half_a_pair_and_no_archive(tmp_path: Path) -> None:
+def test_damaged_or_unpaired_files_raise(tmp_path: Path) -> None:
     write_metadata(tmp_path / "index")
     (tmp_path / "index" / "1abc.npz").write_bytes(b"no zip")
     with pytest.raises(CorruptError, match="1abc.npz is damaged"):
@@ -77,9 +77,9 @@ def cache(tmp_path: Path) -> Cache:
     return import_files(open_datacomp(tmp_path / "index", image_array=["l14_img"]), tmp_path / "cache")[0]
 
 
-def test_uids_go_out_and_in(cache: Cache, tmp_path: Path) -> None:
+def test_uids_round_trip(cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("\n".join(UIDS[3:9]))
-    export(cache.path, tmp_path / "some.txt", tmp_path / "uids.npy", "datacomp")
+    export_selection(cache.path, tmp_path / "some.txt", tmp_path / "uids.npy", "datacomp")
     assert import_uids(tmp_path / "uids.npy", cache.path, tmp_path / "back.parquet") == 6
     assert read_selection(tmp_path / "back.parquet", [cache]).tolist() == [3, 4, 5, 6, 7, 8]
 
@@ -91,20 +91,20 @@ def test_uids_go_out_and_in(cache: Cache, tmp_path: Path) -> None:
         (np.zeros(3), DataError, r"expected a list of uids, .*, got float64 shaped \(3,\)"),
     ],
 )
-def test_lists_that_do_not_fit(cache: Cache, tmp_path: Path, array: Array, error: type[Exception], words: str) -> None:
+def test_wrong_uid_lists_raise(cache: Cache, tmp_path: Path, array: Array, error: type[Exception], words: str) -> None:
     np.save(tmp_path / "uids.npy", array)
     with pytest.raises(error, match=words):
         import_uids(tmp_path / "uids.npy", cache.path, tmp_path / "back.parquet")
     assert not (tmp_path / "back.parquet").exists()
 
 
-def test_a_cache_without_uids(cache_path: Path, tmp_path: Path) -> None:
+def test_cache_without_uids_raises(cache_path: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "uids.npy", np.array([(1, 2)], "u8,u8"))
-    with pytest.raises(DataError, match="keys are no uids of DataComp"):
+    with pytest.raises(DataError, match="expected DataComp's uids"):
         import_uids(tmp_path / "uids.npy", cache_path, tmp_path / "back.parquet")
 
 
-def test_no_list(cache: Cache, tmp_path: Path) -> None:
+def test_missing_uid_list_raises(cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(PathError, match="no such file"):
         import_uids(tmp_path / "uids.npy", cache.path, tmp_path / "back.parquet")
     (tmp_path / "uids.npy").write_bytes(b"no array")

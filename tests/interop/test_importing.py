@@ -36,7 +36,7 @@ def tree(tmp_path: Path) -> Path:
     return write_tree(tmp_path / "tree", unit_rows(40), caption=CAPTIONS)
 
 
-def test_a_vector_that_holds_nan_is_a_failed_item(tmp_path: Path) -> None:
+def test_nan_vector_is_a_failed_item(tmp_path: Path) -> None:
     vectors = unit_rows(40)
     vectors[3, 2], vectors[21] = np.nan, np.inf
     cache, [report] = import_files(open_clip_retrieval(write_tree(tmp_path / "tree", vectors)), tmp_path / "cache")
@@ -48,13 +48,13 @@ def test_a_vector_that_holds_nan_is_a_failed_item(tmp_path: Path) -> None:
     assert not verify(cache)
 
 
-def test_nothing_but_nan(tmp_path: Path) -> None:
+def test_only_nan_raises(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", np.full((5, 8), np.nan, np.float16))
     with pytest.raises(SourceError, match="expected usable vectors, got none in 5 rows of img_emb"):
         import_files(open_clip_retrieval(tree), tmp_path / "cache")
 
 
-def test_a_blank_caption_is_a_failed_item_as_in_extract(tmp_path: Path) -> None:
+def test_blank_caption_is_a_failed_item(tmp_path: Path) -> None:
     captions = [None if row == 5 else " " if row == 6 else f"{row}" for row in range(40)]
     cache, _ = import_files(
         open_clip_retrieval(write_tree(tmp_path / "tree", unit_rows(40), caption=captions)), tmp_path / "cache"
@@ -64,7 +64,7 @@ def test_a_blank_caption_is_a_failed_item_as_in_extract(tmp_path: Path) -> None:
     assert not verify(cache)
 
 
-def test_whether_it_is_normalized_is_recorded(tmp_path: Path) -> None:
+def test_is_normalized_is_recorded(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", unit_rows(40) * np.float16(2))
     cache, [report] = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     assert not report.is_normalized
@@ -75,7 +75,7 @@ def test_whether_it_is_normalized_is_recorded(tmp_path: Path) -> None:
     }
 
 
-def test_again_is_the_same_and_a_changed_source_is_refused(tree: Path, tmp_path: Path) -> None:
+def test_second_import_reuses_or_rejects(tree: Path, tmp_path: Path) -> None:
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
     before = files_of(tmp_path / "cache")
     _, reports = import_files(open_clip_retrieval(tree), tmp_path / "cache")
@@ -83,26 +83,26 @@ def test_again_is_the_same_and_a_changed_source_is_refused(tree: Path, tmp_path:
     assert files_of(tmp_path / "cache") == before
 
     np.save(tree / "img_emb" / "img_emb_2.npy", unit_rows(10, seed=1))
-    with pytest.raises(FingerprintError, match="files: .* there, .* asked; restore the files"):
+    with pytest.raises(FingerprintError, match="files: stored .*, requested .*; restore the files"):
         import_files(open_clip_retrieval(tree), tmp_path / "cache")
     assert files_of(tmp_path / "cache") == before
 
 
-def test_other_options_are_refused(tree: Path, tmp_path: Path) -> None:
+def test_other_options_raise(tree: Path, tmp_path: Path) -> None:
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
-    with pytest.raises(FingerprintError, match="columns.key_column: None there, 'caption' asked"):
+    with pytest.raises(FingerprintError, match="columns.key_column: stored None, requested 'caption'"):
         import_files(open_clip_retrieval(tree), tmp_path / "cache", key_column="caption")
-    with pytest.raises(FingerprintError, match="model: None there, 'ViT-B/32' asked"):
+    with pytest.raises(FingerprintError, match="model: stored None, requested 'ViT-B/32'"):
         import_files(open_clip_retrieval(tree), tmp_path / "cache", model="ViT-B/32")
 
 
-def test_files_that_moved_are_the_same(tree: Path, tmp_path: Path) -> None:
+def test_moved_files_are_reused(tree: Path, tmp_path: Path) -> None:
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
     moved = tree.rename(tmp_path / "elsewhere")
     assert import_files(open_clip_retrieval(moved), tmp_path / "cache")[1][0].reused == 40
 
 
-def test_a_damaged_chunk_is_mended_by_the_same_import(tree: Path, tmp_path: Path) -> None:
+def test_damaged_chunk_is_repaired(tree: Path, tmp_path: Path) -> None:
     cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     before = files_of(cache.path)
     path = cache.path / "image" / "img_emb" / "vector" / "c" / "2" / "0"
@@ -126,9 +126,7 @@ def test_a_damaged_chunk_is_mended_by_the_same_import(tree: Path, tmp_path: Path
         ("after", r"\d+\.parquet", 7),
     ],
 )
-def test_killed_and_run_again_gives_the_same_bytes(
-    tree: Path, tmp_path: Path, moment: str, pattern: str, number: int
-) -> None:
+def test_resume_after_kill_is_identical(tree: Path, tmp_path: Path, moment: str, pattern: str, number: int) -> None:
     import_files(open_clip_retrieval(tree), tmp_path / "whole")
     words = ["import", "clip-retrieval", str(tree), str(tmp_path / "cache"), "--chunk-size", "8"]
     crash(words, moment, pattern, number)
@@ -137,7 +135,7 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
 
 
-def test_a_run_can_be_trained_and_an_index_built(tree: Path, tmp_path: Path) -> None:
+def test_train_and_index_on_import(tree: Path, tmp_path: Path) -> None:
     cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     optimizer = OptimizerSettings(epochs=1, batch_size=8)
     train(cache.path, tmp_path / "run", settings=TrainSettings(split=SplitSettings(kind="key"), optimizer=optimizer))
@@ -148,7 +146,7 @@ def test_a_run_can_be_trained_and_an_index_built(tree: Path, tmp_path: Path) -> 
         search(tmp_path / "index", ["a dog"])
 
 
-def test_nothing_can_be_extracted_into_it(tree: Path, tmp_path: Path, pictures: Path) -> None:
+def test_extract_into_import_raises(tree: Path, tmp_path: Path, pictures: Path) -> None:
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
     with pytest.raises(SettingError, match="was imported from .*: it has vectors, but no images or texts to encode"):
         extract(open_source(pictures), tmp_path / "cache", image_encoders=["tests.toy:open_toy"])
@@ -156,7 +154,7 @@ def test_nothing_can_be_extracted_into_it(tree: Path, tmp_path: Path, pictures: 
         extract(open_source(f"imported:{tree}"), tmp_path / "other", image_encoders=["tests.toy:open_toy"])
 
 
-def test_texts_need_their_captions(tmp_path: Path) -> None:
+def test_text_vectors_need_captions(tmp_path: Path) -> None:
     np.save(tmp_path / "texts.npy", unit_rows(4))
     with pytest.raises(SettingError, match="text vectors need a table with their captions"):
         import_files(open_npy_vectors(text_file=tmp_path / "texts.npy"), tmp_path / "cache")
@@ -184,13 +182,13 @@ def test_wrong_columns_raise(tmp_path: Path, settings: dict[str, object], words:
         import_files(open_clip_retrieval(tree), tmp_path / "cache", **settings)
 
 
-def test_a_damaged_table(tree: Path, tmp_path: Path) -> None:
+def test_damaged_table_raises(tree: Path, tmp_path: Path) -> None:
     (tree / "metadata" / "metadata_3.parquet").write_bytes(b"no Parquet")
     with pytest.raises(SourceError, match="metadata_3.parquet cannot be read as parquet"):
         import_files(open_clip_retrieval(tree), tmp_path / "cache")
 
 
-def test_an_array_cut_short_between_looking_and_reading(tree: Path, tmp_path: Path) -> None:
+def test_array_cut_short_after_open_raises(tree: Path, tmp_path: Path) -> None:
     vectors = open_clip_retrieval(tree)
     path = tree / "img_emb" / "img_emb_1.npy"
     path.write_bytes(path.read_bytes()[:-20])
@@ -198,7 +196,7 @@ def test_an_array_cut_short_between_looking_and_reading(tree: Path, tmp_path: Pa
         import_files(vectors, tmp_path / "cache")
 
 
-def test_an_imported_feature_is_complete(tree: Path, tmp_path: Path) -> None:
+def test_imported_feature_is_complete(tree: Path, tmp_path: Path) -> None:
     cache, _ = import_files(open_clip_retrieval(tree), tmp_path / "cache")
     feature = cache.feature("image", "img_emb")
     assert isinstance(feature, Feature)

@@ -35,7 +35,7 @@ def lists_of(vectors: Sequence[Any], kind: pa.DataType) -> pa.Array:
     ],
 )
 @pytest.mark.parametrize("row_group_size", [7, 100])
-def test_lists_of_every_kind(tmp_path: Path, kind: pa.DataType, dtype: type, row_group_size: int) -> None:
+def test_list_types(tmp_path: Path, kind: pa.DataType, dtype: type, row_group_size: int) -> None:
     vectors = unit_rows(30).astype(dtype)
     path = write(tmp_path / "x.parquet", lists_of([*vectors[:-1], None], kind), row_group_size=row_group_size)
     vectors_in = open_parquet_vectors(path, image_vector_column="emb")
@@ -48,7 +48,7 @@ def test_lists_of_every_kind(tmp_path: Path, kind: pa.DataType, dtype: type, row
         assert len(np.concatenate(list(vectors_in.blocks("emb", first, 4)))) == 30 - first
 
 
-def test_a_folder_of_files(tmp_path: Path) -> None:
+def test_folder_of_files(tmp_path: Path) -> None:
     vectors = unit_rows(20).astype(np.float32)
     (tmp_path / "files").mkdir()
     for number, rows in enumerate((slice(0, 12), slice(12, 20))):
@@ -59,7 +59,7 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
     assert cache.samples["key"][19].as_py() == "000000019"
 
 
-def test_where_it_came_from_is_kept(labeled: Path, tmp_path: Path) -> None:
+def test_origin_is_recorded(labeled: Path, tmp_path: Path) -> None:
     write_parquet(export_of(labeled), tmp_path / "rows.parquet", progress=NullProgress())
     cache, _ = import_files(open_parquet_vectors(tmp_path / "rows.parquet"), tmp_path / "cache")
     assert cache.info.source["origin"]["features"]["image"]["spec"] == "tests.toy:open_toy"
@@ -85,7 +85,7 @@ def test_where_it_came_from_is_kept(labeled: Path, tmp_path: Path) -> None:
         ([None] * 3, {"image_vector_column": "emb"}, DataError, "expected vectors, got none in 3 rows"),
     ],
 )
-def test_columns_that_do_not_fit(
+def test_wrong_columns_raise(
     tmp_path: Path, lists: list[object], asked: dict[str, str], error: type[EmbedcacheError], words: str
 ) -> None:
     path = write(tmp_path / "x.parquet", lists_of(lists, pa.list_(pa.float32())))
@@ -93,7 +93,7 @@ def test_columns_that_do_not_fit(
         open_parquet_vectors(path, **asked)
 
 
-def test_lists_of_other_lengths_and_of_double(tmp_path: Path) -> None:
+def test_ragged_lists_and_double_raise(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", lists_of([[1, 2], [1, 2], [1, 2, 3]], pa.list_(pa.float32())))
     with pytest.raises(DataError, match="row 2: expected 2 numbers as in the first row, got 3"):
         import_files(open_parquet_vectors(path, image_vector_column="emb"), tmp_path / "cache")
@@ -102,7 +102,7 @@ def test_lists_of_other_lengths_and_of_double(tmp_path: Path) -> None:
         open_parquet_vectors(path, image_vector_column="emb")
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_missing_file_raises(tmp_path: Path) -> None:
     with pytest.raises(PathError, match="no such file"):
         open_parquet_vectors(tmp_path / "x.parquet")
     with pytest.raises(PathError, match="got a folder without .parquet files"):

@@ -1,5 +1,7 @@
 """What goes out comes back: vectors to the bit, keys, captions, labels and splits."""
 
+import multiprocessing
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +11,14 @@ from embedcache.arrays import normalize
 from embedcache.errors import DataError, EmbedcacheError, PathError, SettingError, UnknownNameError
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
-from tests.interop.cases import FORMATS, export_of, import_files
+from tests.interop.cases import FORMATS, export_and_die, export_of, import_files
 from tests.interop.conftest import FAILED, NUM_SAMPLES
 
 KEPT = [row for row in range(NUM_SAMPLES) if row != FAILED]
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_export_imported_again_is_the_same(form: str, labeled: Path, tmp_path: Path) -> None:
+def test_export_then_import_is_identical(form: str, labeled: Path, tmp_path: Path) -> None:
     write, read, features, name = FORMATS[form]
     assert write(export_of(labeled), tmp_path / name) == len(KEPT)
     there, back = Cache(labeled), import_files(read(tmp_path / name), tmp_path / "cache")[0]
@@ -41,7 +43,7 @@ def test_an_export_imported_again_is_the_same(form: str, labeled: Path, tmp_path
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_what_was_imported_goes_out_and_in_again_to_the_bit(form: str, labeled: Path, tmp_path: Path) -> None:
+def test_import_export_import_is_identical(form: str, labeled: Path, tmp_path: Path) -> None:
     write, read, features, name = FORMATS[form]
     write(export_of(labeled), tmp_path / "1" / name)
     once = import_files(read(tmp_path / "1" / name), tmp_path / "one")[0]
@@ -54,7 +56,7 @@ def test_what_was_imported_goes_out_and_in_again_to_the_bit(form: str, labeled: 
         )
 
 
-def test_a_selection_and_one_modality(labeled: Path, tmp_path: Path) -> None:
+def test_selection_and_modality(labeled: Path, tmp_path: Path) -> None:
     write, read, *_ = FORMATS["parquet"]
     chosen = [f"{row:032x}" for row in (5, 6, FAILED, 20)]
     (tmp_path / "chosen.txt").write_text("\n".join(chosen))
@@ -67,12 +69,12 @@ def test_a_selection_and_one_modality(labeled: Path, tmp_path: Path) -> None:
     assert len(back.items("text")) == 3  # their captions came along
 
 
-def test_it_says_what_is_left_out(labeled: Path) -> None:
+def test_left_out(labeled: Path) -> None:
     assert export_of(labeled).left_out == "1 samples without a vector, 1 captions beyond a sample's first"
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_nothing_is_written_over(form: str, labeled: Path, tmp_path: Path) -> None:
+def test_existing_output_is_not_overwritten(form: str, labeled: Path, tmp_path: Path) -> None:
     write, _, _, name = FORMATS[form]
     path = tmp_path / name
     path.mkdir() if form != "parquet" else None
@@ -85,7 +87,7 @@ def test_nothing_is_written_over(form: str, labeled: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_failed_export_leaves_nothing(form: str, labeled: Path, tmp_path: Path) -> None:
+def test_failed_export_leaves_nothing(form: str, labeled: Path, tmp_path: Path) -> None:
     write, read, _, name = FORMATS[form]
     write(export_of(labeled), tmp_path / "out" / name)
     back = import_files(read(tmp_path / "out" / name), tmp_path / "cache")[0]
@@ -98,6 +100,21 @@ def test_a_failed_export_leaves_nothing(form: str, labeled: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["npy", "parquet"])  # a folder and a file
+def test_leftovers_of_killed_export_are_removed(form: str, labeled: Path, tmp_path: Path) -> None:
+    write, _, _, name = FORMATS[form]
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=export_and_die, args=(form, labeled, tmp_path / name))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    [left] = tmp_path.iterdir()
+    assert left.name.endswith(".partial")
+    write(export_of(labeled), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
@@ -108,14 +125,14 @@ def test_a_failed_export_leaves_nothing(form: str, labeled: Path, tmp_path: Path
         ({"selection": Path("nowhere.txt")}, PathError, "nowhere.txt does not exist"),
     ],
 )
-def test_what_cannot_be_exported(
+def test_invalid_settings_raise(
     labeled: Path, settings: dict[str, object], error: type[EmbedcacheError], words: str
 ) -> None:
     with pytest.raises(error, match=words):
         export_of(labeled, **settings)
 
 
-def test_a_selection_of_failed_samples_only(labeled: Path, tmp_path: Path) -> None:
+def test_selection_without_vectors_raises(labeled: Path, tmp_path: Path) -> None:
     (tmp_path / "failed.txt").write_text(f"{FAILED:032x}\n")
     with pytest.raises(DataError, match="expected samples with image and text vectors, got none among 1"):
         export_of(labeled, selection=tmp_path / "failed.txt")

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from embedcache.errors import DataError
 from embedcache.metrics import neighbors
 from embedcache.metrics.alignment import (
-    Blocked,
+    CenteredRows,
     cka,
     debiased_cka,
+    kernel_products,
     linear_cka,
     mutual_knn,
     nearest_others,
     neighbor_overlap,
-    products,
     shuffled_cka,
 )
 from embedcache.metrics.intervals import jackknife
@@ -123,8 +123,8 @@ def test_mutual_knn_at_chance() -> None:
 def test_cka_without_each_block(num_blocks: int, seed: int) -> None:
     x, y = sides(40, seed=seed)
     block_N = np.random.default_rng(seed).permutation(np.arange(40) % num_blocks)
-    one, other = Blocked(x, block_N), Blocked(y, block_N)
-    xy, xx, yy = products(one, other), products(one, one), products(other, other)
+    one, other = CenteredRows(x, block_N), CenteredRows(y, block_N)
+    xy, xx, yy = kernel_products(one, other), kernel_products(one, one), kernel_products(other, other)
     kept = [np.ones(40, bool), *(block_N != block for block in range(num_blocks))]
     biased = [cka_by_gram_matrices(x[rows], y[rows]) for rows in kept]
     np.testing.assert_allclose(cka(xy.biased, xx.biased, yy.biased), biased, atol=1e-9)
@@ -134,13 +134,13 @@ def test_cka_without_each_block(num_blocks: int, seed: int) -> None:
 
 def debiased_with_interval(x: np.ndarray, y: np.ndarray, groups: np.ndarray, num_blocks: int):  # type: ignore[no-untyped-def]
     block_N = groups % num_blocks
-    one, other = Blocked(x, block_N), Blocked(y, block_N)
-    xy, xx, yy = products(one, other), products(one, one), products(other, other)
+    one, other = CenteredRows(x, block_N), CenteredRows(y, block_N)
+    xy, xx, yy = kernel_products(one, other), kernel_products(one, one), kernel_products(other, other)
     return jackknife(cka(xy.unbiased, xx.unbiased, yy.unbiased), np.bincount(block_N))
 
 
 @pytest.mark.parametrize("copies", [1, 4])
-def test_the_interval_covers_the_truth_about_as_often_as_it_says(copies: int) -> None:
+def test_jackknife_interval_coverage(copies: int) -> None:
     """Also where rows come in groups of near-copies, as long as a group is in one block."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((3, 7)), rng.standard_normal((3, 5))
@@ -167,7 +167,7 @@ def test_jackknife_of_mean() -> None:
     error = values.std(ddof=1) / np.sqrt(50)
     assert estimate.value == values.mean()
     assert (estimate.high - estimate.value) / error == pytest.approx(2.0096, abs=1e-3)  # t of 49 degrees
-    with pytest.raises(DataError, match="1 blocks are too few"):
+    with pytest.raises(DataError, match="at least 2 blocks, got 1"):
         jackknife(np.array([1.0, 1.0]), np.array([3]))
 
 
@@ -186,16 +186,16 @@ def test_jackknife_of_unequal_blocks() -> None:
     assert np.mean(widths) == pytest.approx(np.std(means), rel=0.1)
 
 
-def test_mistakes_are_named() -> None:
+def test_invalid_input_raises() -> None:
     x, y = sides(20)
-    with pytest.raises(DataError, match="20 rows on one side and 19 on the other"):
+    with pytest.raises(DataError, match="the same rows, got 20 and 19 rows"):
         linear_cka(x, y[1:])
-    with pytest.raises(DataError, match="3 rows are too few to compare; at least 4"):
+    with pytest.raises(DataError, match="at least 4 rows to compare, got 3"):
         debiased_cka(x[:3], y[:3])
-    with pytest.raises(DataError, match="the rows are all equal"):
+    with pytest.raises(DataError, match="all rows are equal"):
         linear_cka(np.full((20, 3), 0.1), y)
     with pytest.raises(DataError, match="NaN or infinity in 1 of 20 rows"):
         mutual_knn(np.where(np.arange(20)[:, None] == 3, np.nan, x), y, 3)
     for k in (0, 20):
-        with pytest.raises(DataError, match=f"k is {k}, and each of 20 rows has 19 others"):
+        with pytest.raises(DataError, match=f"from 1 to 19 for 20 rows, got {k}"):
             mutual_knn(x, y, k)

@@ -52,7 +52,7 @@ def test_bootstrap_class_mean_coverage() -> None:
         right = rng.random(1000) < np.where(labels == 0, 0.9, 0.3)
         estimate = bootstrap_class_mean(right, labels, num_draws=200, seed=trial)
         hits += estimate.low <= 0.6 <= estimate.high
-    assert hits >= 52  # of 60 intervals of 95 %
+    assert hits >= 52  # of 60 intervals of 95%
 
 
 def test_bootstrap_means_share_resamples() -> None:
@@ -61,7 +61,7 @@ def test_bootstrap_means_share_resamples() -> None:
     for column, estimate in enumerate(bootstrap_means(values, clusters)):
         alone = bootstrap_mean(values[:, column], clusters)
         assert astuple(estimate) == pytest.approx(astuple(alone))
-    with pytest.raises(DataError, match="no value"):
+    with pytest.raises(DataError, match="at least one value"):
         bootstrap_means(np.empty((0, 2)))
-    with pytest.raises(DataError, match="no value"):
+    with pytest.raises(DataError, match="at least one value"):
         bootstrap_class_mean(np.empty(0), np.empty(0, np.int64))

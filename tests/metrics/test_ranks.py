@@ -67,12 +67,12 @@ def test_query_without_positive_raises() -> None:
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(6, 12), st.integers(1, 12))
 def test_chance_recall_matches_enumeration(num_positives: list[int], num_candidates: int, k: int) -> None:
     rng = np.random.default_rng(0)
-    draws = [rng.permutation(num_candidates)[:k] for _ in range(2000)]
+    draws = [rng.permutation(num_candidates)[:k] for _ in range(1000)]
     counted = np.mean([[(draw < count).any() for draw in draws] for count in num_positives])
-    assert chance_recall(np.array(num_positives), num_candidates, k) == pytest.approx(counted, abs=0.05)
+    assert chance_recall(np.array(num_positives), num_candidates, k) == pytest.approx(counted, abs=0.07)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_bootstrap_interval_coverage() -> None:
     rng = np.random.default_rng(0)
     inside = 0
     for trial in range(100):
@@ -91,7 +91,7 @@ def test_bootstrap_by_cluster_is_wider() -> None:
 
 
 def test_bootstrap_of_nothing_raises() -> None:
-    with pytest.raises(DataError, match="no value"):
+    with pytest.raises(DataError, match="at least one value"):
         bootstrap_mean(np.array([]))
 
 

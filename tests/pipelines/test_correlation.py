@@ -1,11 +1,19 @@
+from functools import partial
 from pathlib import Path
+
+import pytest
 
 from embedcache.evaluate.encoder_pairs import METRICS, PairFigures, PairsReport
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.metrics.intervals import Estimate
-from pipelines.correlation import Outcomes, correlation_rows, write_correlations
+from pipelines.correlation import Outcomes, correlation_rows, rank_correlation, write_correlations
 
 NAMES = [(f"a/{image}", f"b/{text}") for image in "xyz" for text in "uv"]
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.correlation.rank_correlation", partial(rank_correlation, num_draws=20))
 
 
 def exactly(value: float) -> Estimate:

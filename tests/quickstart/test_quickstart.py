@@ -97,7 +97,7 @@ def test_printed_commands_reuse_the_results(
         assert stopped.value.code == 0, command
         output = capsys.readouterr().out
         if " train " in command:
-            assert "is there already, made with the same settings" in output
+            assert "reused, trained earlier with the same settings" in output
         if " extract " in command:
             assert "encoded 0 images" in output
             assert "encoded 0 texts" in output
@@ -108,5 +108,5 @@ def test_second_run_reuses_the_results(report: QuickstartReport, workdir: Path) 
     again = quickstart(workdir, progress=notes)
     output = "\n".join(notes.lines)
     assert "encoded 0 images, reused 1,893" in output
-    assert output.count("is there already") == 9
+    assert output.count("reused, trained earlier") == 9
     assert again.retrieval == report.retrieval

@@ -125,7 +125,7 @@ def test_incomparable_concepts_raise(
     with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
         open_concepts(Cache(labeled), Vectors(cache_path, "image", "open_toy/cls"), label="labl")
     other = Cache(prompt_cache(tmp_path, NAMES, f"{TEXT},scale=2"))
-    message = r"open_toy/mean.* made with other settings: weights: '.*' there, '.*' asked; extract the concepts with"
+    message = r"open_toy/mean.* made with other settings: weights: stored '.*', requested '.*'; extract the concepts"
     with pytest.raises(FingerprintError, match=message):
         open_concepts(other, Vectors(cache_path, "text", "open_toy/mean"))
     with pytest.raises(FingerprintError, match="the run's text feature open_toy/mean was made with other settings"):
@@ -141,7 +141,7 @@ def test_repeated_name_raises(cache_path: Path, tmp_path: Path) -> None:
 def test_concept_without_example_raises(cache_path: Path, tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("class,caption\nred,red\nblue,\n")
     extract(open_source(tmp_path / "p.csv"), tmp_path / "prompts", text_encoders=[TEXT])
-    with pytest.raises(DataError, match="1 of 2 classes .* have no prompt that was encoded, first 'blue'"):
+    with pytest.raises(DataError, match="1 of 2 classes .* have no encoded prompt, first 'blue'"):
         open_concepts(Cache(tmp_path / "prompts"), Vectors(cache_path, "text", "open_toy/mean"))
     reds = [f"{number:05d}" for number in range(60)]
     broken = Cache(labeled_cache(tmp_path, 2, broken=reds[1:]))

@@ -40,7 +40,7 @@ def test_same_index_is_reused(cache_path: Path, run_path: Path, index_path: Path
     before = (index_path / "index.faiss").stat().st_mtime_ns
     assert build_index(cache_path, index_path, IndexSettings(run=run_path)) == read_card(index_path)
     assert (index_path / "index.faiss").stat().st_mtime_ns == before
-    with pytest.raises(FingerprintError, match="factory: 'Flat' there, 'HNSW8' asked; give the path of a new folder"):
+    with pytest.raises(FingerprintError, match="factory: stored 'Flat', requested 'HNSW8'"):
         build_index(cache_path, index_path, IndexSettings(run=run_path, factory="HNSW8"))
 
 

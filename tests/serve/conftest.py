@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from embedcache.curate.coverage import CoverageSettings, measure_coverage
+from embedcache.curate.coverage import measure_coverage
+from embedcache.curate.settings import CoverageSettings
 from embedcache.extract.extract import extract
 from embedcache.progress import NullProgress
 from embedcache.provenance import write_json
@@ -15,8 +16,8 @@ from embedcache.reports.coverage import coverage_json
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.app import make_app
-from embedcache.serve.guard import Guard
-from embedcache.serve.served import Places, Served, open_served
+from embedcache.serve.guard import RequestGuard
+from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
 from tests.evaluate.test_retrieval import train_run
@@ -26,9 +27,9 @@ from tests.toy import IMAGE, TEXT
 PORT = 8000
 
 
-def visit(served: Served, *, token: str | None = None, app: object = None) -> TestClient:
+def visit(served: SearchService, *, token: str | None = None, app: object = None) -> TestClient:
     """Open a client of the app behind its guard; use it with `with`."""
-    guard = Guard(app or make_app(served), served.settings, token=token, port=PORT)  # type: ignore[arg-type]
+    guard = RequestGuard(app or make_app(served), served.settings, token=token, port=PORT)  # type: ignore[arg-type]
     return TestClient(guard, base_url=f"http://127.0.0.1:{PORT}", follow_redirects=False)
 
 
@@ -47,8 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = {"red": ["red bar left on white"], "sky": ["blue bar top on white"]}
     (place / "concepts.json").write_text(json.dumps(prompts))
     extract(open_source(f"prompts:{place / 'concepts.json'}"), place / "concepts", text_encoders=[TEXT])
-    settings = CoverageSettings(threshold=0.5, k=24)
-    report = measure_coverage(place / "cache", place / "concepts", run_path=place / "run", settings=settings)
+    settings = CoverageSettings(run=place / "run", threshold=0.5, k=24)
+    report = measure_coverage(place / "cache", place / "concepts", settings)
     write_json(place / "coverage.json", coverage_json(report))
     key = open_source(place / "photos").samples()
     (place / "few.txt").write_text("".join(f"{sample.key}\n" for sample, _ in zip(key, range(7), strict=False)))
@@ -56,12 +57,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served(place: Path) -> Served:
-    places = Places(index=place / "index", coverage=place / "coverage.json", selections=[place / "few.txt"])
-    return open_served(places, ServeSettings(max_upload_bytes=200_000), device="cpu", progress=NullProgress())
+def served(place: Path) -> SearchService:
+    places = ServePaths(index=place / "index", coverage=place / "coverage.json", selections=[place / "few.txt"])
+    return open_service(places, ServeSettings(max_upload=200_000), device="cpu", progress=NullProgress())
 
 
 @pytest.fixture
-def client(served: Served) -> Iterator[TestClient]:
+def client(served: SearchService) -> Iterator[TestClient]:
     with visit(served) as client:
         yield client

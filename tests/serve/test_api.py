@@ -13,15 +13,16 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from embedcache.curate.coverage import CoverageSettings, measure_coverage
+from embedcache.curate.coverage import measure_coverage
+from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError
 from embedcache.progress import NullProgress
 from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.search.settings import Filter, IndexSettings, SearchSettings
-from embedcache.serve.coverage import compute_coverage
-from embedcache.serve.served import Places, Served, open_served
+from embedcache.serve.coverage import measure_served_coverage
+from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from tests.serve.conftest import visit
 
@@ -35,8 +36,8 @@ def ask(client: TestClient, **asked: Any) -> list[dict[str, Any]]:
     return hits
 
 
-def start(**places: Any) -> Served:
-    return open_served(Places(**places), ServeSettings(), device="cpu", progress=NullProgress())
+def start(**places: Any) -> SearchService:
+    return open_service(ServePaths(**places), ServeSettings(), device="cpu", progress=NullProgress())
 
 
 def as_found(place: Path, queries: Queries | list[str], **wishes: Any) -> list[dict[str, Any]]:
@@ -48,27 +49,27 @@ def without_image(hits: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in hit.items() if name != "image"} for hit in hits]
 
 
-def test_words_find_what_the_command_finds(client: TestClient, place: Path) -> None:
+def test_text_query_equals_command(client: TestClient, place: Path) -> None:
     hits = ask(client, text=TEXT, k=9)
     assert without_image(hits) == as_found(place, [TEXT], k=9)
     assert all(hit["image"] == hit["row"] for hit in hits)
 
 
-def test_a_picture_finds_what_the_command_finds(client: TestClient, place: Path) -> None:
+def test_image_query_equals_command(client: TestClient, place: Path) -> None:
     path = place / "photos" / "val" / "dog" / "00003.png"
     answer = client.post("/api/search/image?k=5", content=path.read_bytes(), headers={"Content-Type": "image/png"})
     assert without_image(answer.json()["hits"]) == as_found(place, Queries(images=[path]), k=5)
     assert answer.json()["hits"][0]["key"] == "val/dog/00003"
 
 
-def test_more_like_this_is_asking_with_the_row(client: TestClient, place: Path) -> None:
+def test_row_query_equals_command(client: TestClient, place: Path) -> None:
     hits = ask(client, row=33, k=4)
     assert hits[0]["row"] == 33
     assert without_image(hits) == as_found(place, Queries(rows=[33]), k=4)
     assert client.post("/api/search", json={"row": 80}).status_code == 404
 
 
-def test_filters_choose_as_the_command_does(client: TestClient, place: Path) -> None:
+def test_filters_equal_command(client: TestClient, place: Path) -> None:
     for wishes, keep in (
         ({"labels": ["cat"]}, Filter(label_value=("cat",))),
         ({"splits": ["val"], "labels": ["cat", "dog"]}, Filter(part=("val",), label_value=("cat", "dog"))),
@@ -82,19 +83,19 @@ def test_filters_choose_as_the_command_does(client: TestClient, place: Path) -> 
     assert all(caption.endswith("auf deutsch") for hit in german for caption in hit["captions"])
 
 
-def test_a_picture_is_asked_with_filters(client: TestClient, place: Path) -> None:
+def test_image_query_with_filters(client: TestClient, place: Path) -> None:
     data = (place / "photos" / "train" / "cat" / "00000.png").read_bytes()
     hits = client.post("/api/search/image?k=50&labels=dog&splits=val", content=data).json()["hits"]
     assert len(hits) == 20
     assert all(hit["key"].startswith("val/dog/") for hit in hits)
 
 
-def test_more_hits_than_the_filter_leaves_are_what_it_leaves(client: TestClient) -> None:
+def test_k_beyond_filter_returns_all_left(client: TestClient) -> None:
     assert len(ask(client, text=TEXT, k=500, selection="few")) == 7
     assert ask(client, text=TEXT, selection="few", splits=["val"]) == []
 
 
-def test_questions_at_the_same_time_get_each_their_own_answer(client: TestClient, place: Path) -> None:
+def test_concurrent_queries_get_own_results(client: TestClient, place: Path) -> None:
     texts = [f"{front} bar {side} on white" for front in ("red", "blue", "green") for side in ("left", "top", "right")]
     expected = search(place / "index", texts, SearchSettings(k=3))
     labels: list[list[str]] = [[], ["cat"]]
@@ -108,7 +109,7 @@ def test_questions_at_the_same_time_get_each_their_own_answer(client: TestClient
             assert [hit["key"] for hit in answer] == [hit.key for hit in expected[number % len(texts)]]
 
 
-def test_questions_are_gathered_into_batches(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_queries_form_batches(served: SearchService, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     real, first = served.index.query_encoder.encode, threading.Event()
 
@@ -126,7 +127,7 @@ def test_questions_are_gathered_into_batches(served: Served, monkeypatch: pytest
     assert max(sizes) > 4
 
 
-def test_an_item_is_all_that_the_cache_says(client: TestClient) -> None:
+def test_item_has_all_columns(client: TestClient) -> None:
     item = client.get("/api/items/0").json()
     assert item["key"] == "train/cat/00000"
     assert [one["language"] for one in item["captions"]] == ["de", None]
@@ -134,7 +135,7 @@ def test_an_item_is_all_that_the_cache_says(client: TestClient) -> None:
     assert client.get("/api/items/80").status_code == 404
 
 
-def test_pictures_are_small_and_written_anew(client: TestClient, place: Path) -> None:
+def test_images_are_scaled_and_reencoded(client: TestClient, place: Path) -> None:
     answer = client.get("/api/images/3/thumbnail")
     assert answer.headers["content-type"] == "image/webp"
     shown = np.asarray(Image.open(BytesIO(answer.content)).convert("RGB"), np.int64)
@@ -144,7 +145,7 @@ def test_pictures_are_small_and_written_anew(client: TestClient, place: Path) ->
     assert client.get("/api/images/80/thumbnail").status_code == 404
 
 
-def test_the_server_says_what_it_holds(client: TestClient) -> None:
+def test_info_and_cards(client: TestClient) -> None:
     info = client.get("/api/info").json()
     assert info["num_items"] == 80
     assert info["takes"] == ["text", "image"]
@@ -156,9 +157,9 @@ def test_the_server_says_what_it_holds(client: TestClient) -> None:
     assert titles == ["Index", "Run", "Cache"]
 
 
-def test_coverage_is_what_the_command_measures(client: TestClient, place: Path) -> None:
-    settings = CoverageSettings(threshold=0.5, k=24)
-    report = measure_coverage(place / "cache", place / "concepts", run_path=place / "run", settings=settings)
+def test_coverage_equals_command(client: TestClient, place: Path) -> None:
+    settings = CoverageSettings(run=place / "run", threshold=0.5, k=24)
+    report = measure_coverage(place / "cache", place / "concepts", settings)
     found = client.get("/api/coverage").json()
     assert [concept["counts"] for concept in found["concepts"]] == [[count] for count in report.whole.counts.tolist()]
     sky = client.get("/api/coverage/1").json()
@@ -167,17 +168,19 @@ def test_coverage_is_what_the_command_measures(client: TestClient, place: Path) 
     assert client.get("/api/coverage/2").status_code == 404
 
 
-def test_coverage_is_measured_at_the_start_as_from_a_file(place: Path, served: Served) -> None:
+def test_measured_coverage_equals_report(place: Path, served: SearchService) -> None:
     settings = CoverageSettings(threshold=0.5, k=24)
-    assert compute_coverage(place / "concepts", served.index, NullProgress(), settings=settings) == served.coverage
+    assert (
+        measure_served_coverage(place / "concepts", served.index, NullProgress(), settings=settings) == served.coverage
+    )
     with pytest.raises(DataError, match="none of 80 images .* is above the threshold"):
         start(index=place / "index", concepts=str(place / "concepts"))
 
 
-def test_coverage_of_other_samples_is_refused(place: Path, cache_path: Path, tmp_path: Path) -> None:
+def test_foreign_coverage_raises(place: Path, cache_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "other", IndexSettings(feature="open_toy/cls"))
     for path, index, error, message in (
-        (place / "coverage.json", tmp_path / "other", FingerprintError, "is of other samples"),
+        (place / "coverage.json", tmp_path / "other", FingerprintError, "is about other samples"),
         (tmp_path / "no.json", place / "index", PathError, "does not exist; write it with"),
         (place / "concepts.json", place / "index", CorruptError, "does not hold the fields"),
     ):
@@ -185,7 +188,7 @@ def test_coverage_of_other_samples_is_refused(place: Path, cache_path: Path, tmp
             start(index=index, coverage=path)
 
 
-def test_an_index_of_captions_shows_their_samples_pictures(place: Path, tmp_path: Path) -> None:
+def test_caption_index_shows_sample_images(place: Path, tmp_path: Path) -> None:
     build_index(place / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
     with visit(start(index=tmp_path / "index")) as client:
         (hit,) = ask(client, text=TEXT, k=1)
@@ -195,22 +198,22 @@ def test_an_index_of_captions_shows_their_samples_pictures(place: Path, tmp_path
         assert client.get(f"/api/items/{hit['image']}").status_code == 200
         refused = client.post("/api/search/image", content=b"x")
         assert refused.status_code == 400
-        assert "cannot be compared with pictures" in refused.json()["error"]
+        assert "does not accept images" in refused.json()["error"]
         german = ask(client, text=TEXT, k=100, languages=["de"])
         assert len(german) == 20
 
 
-def test_bad_questions_are_told_in_one_line(client: TestClient) -> None:
+def test_invalid_requests_get_one_line_errors(client: TestClient) -> None:
     for body, status, message in (
-        ({}, 422, "give either text or row"),
-        ({"text": "a", "row": 1}, 422, "give either text or row"),
-        ({"text": "  "}, 422, "the text is empty"),
+        ({}, 422, "expected either text or row"),
+        ({"text": "a", "row": 1}, 422, "expected either text or row"),
+        ({"text": "  "}, 422, "text: expected some words"),
         ({"text": "a", "k": 0}, 422, "k: Input should be greater than or equal to 1"),
         ({"text": "a", "k": 501}, 422, "k: Input should be less than or equal to 500"),
         ({"text": "a", "x": 1}, 422, "x: Extra inputs are not permitted"),
         ({"text": "a" * 2001}, 422, "text: String should have at most 2000"),
-        ({"text": "a", "labels": ["bird"]}, 404, "there is no label 'bird' here"),
-        ({"text": "a", "selection": "../few"}, 404, "there is no selection '../few' here"),
+        ({"text": "a", "labels": ["bird"]}, 404, "unknown label 'bird'"),
+        ({"text": "a", "selection": "../few"}, 404, "unknown selection '../few'"),
         ({"row": -1}, 422, "row: Input should be greater"),
         ({"row": 10**30}, 422, "row: Input should be less"),
     ):
@@ -222,7 +225,7 @@ def test_bad_questions_are_told_in_one_line(client: TestClient) -> None:
         assert "\n" not in answer.json()["error"]
 
 
-def test_the_api_page_describes_every_operation(client: TestClient) -> None:
+def test_openapi_lists_every_operation(client: TestClient) -> None:
     operations = client.get("/openapi.json").json()["paths"]
     assert set(operations) == {
         "/api/search", "/api/search/image", "/api/items/{row}", "/api/images/{row}/thumbnail",
@@ -233,18 +236,18 @@ def test_the_api_page_describes_every_operation(client: TestClient) -> None:
         assert client.get(page).headers["content-type"].startswith("text/html")
 
 
-def test_mistakes_at_the_start_are_named(place: Path, tmp_path: Path) -> None:
+def test_start_errors(place: Path, tmp_path: Path) -> None:
     index = place / "index"
     with pytest.raises(PathError, match="make one with: embedcache curate index"):
         start(index=tmp_path / "no")
-    with pytest.raises(SettingError, match="give --coverage or --concepts"):
+    with pytest.raises(SettingError, match="expected --coverage or --concepts, got both"):
         start(index=index, coverage=tmp_path / "x", concepts="y")
-    with pytest.raises(SettingError, match="two selections have the same name"):
+    with pytest.raises(SettingError, match="expected different file names"):
         start(index=index, selections=[place / "few.txt", tmp_path / "few.txt"])
     with pytest.raises(PathError, match="selection .* does not exist"):
         start(index=index, selections=[tmp_path / "no.txt"])
     (tmp_path / "other.txt").write_text("strange\n")
-    with pytest.raises(DataError, match="1 are no keys of"):
+    with pytest.raises(DataError, match="1 are not keys of"):
         start(index=index, selections=[tmp_path / "other.txt"])
     (tmp_path / "moved").mkdir()
     for name in ("card.json", "index.faiss"):

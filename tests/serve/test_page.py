@@ -3,17 +3,30 @@
 import shutil
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 
+from embedcache.extract.extract import extract
+from embedcache.progress import NullProgress
+from embedcache.search.index import build_index
 from embedcache.search.queries import Queries
 from embedcache.search.search import search
 from embedcache.search.settings import Filter, IndexSettings, SearchSettings
+from embedcache.serve.app import make_app
+from embedcache.serve.guard import RequestGuard
+from embedcache.serve.server import bind, config
+from embedcache.serve.service import ServePaths, open_service
+from embedcache.serve.settings import ServeSettings
+from embedcache.sources import open_source
+from tests.pictures import write_pictures
 from tests.serve.browser import Browsing, open_browser
+from tests.toy import IMAGE
+from tests.toy import TEXT as TEXT_ENCODER
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -58,7 +71,7 @@ def captions_of(place: Path, queries: Any, **wishes: Any) -> list[str]:
     return [" · ".join(hit.captions) for hit in hits]
 
 
-def test_what_is_typed_finds_what_the_command_finds(page: Browsing, place: Path) -> None:
+def test_text_query(page: Browsing, place: Path) -> None:
     page.type(TEXT)
     assert page.captions()[:10] == captions_of(place, [TEXT])
     assert "60 results, best first" in page.text("#status")
@@ -72,11 +85,11 @@ def test_what_is_typed_finds_what_the_command_finds(page: Browsing, place: Path)
     assert page.captions()[:10] == captions_of(place, [TEXT])
 
 
-def test_a_picture_is_chosen_pasted_and_dropped(page: Browsing, place: Path) -> None:
+def test_image_query_by_file_paste_and_drop(page: Browsing, place: Path) -> None:
     path = place / "photos" / "val" / "dog" / "00003.png"
     expected = captions_of(place, Queries(images=[path]))
     page.page.set_input_files("#file", path)
-    page.wait_for("#asked-text", "Like your picture 00003.png")
+    page.wait_for("#query-text", "Similar to your image 00003.png")
     page.wait_for("#status", "results")
     assert page.captions()[:10] == expected
     for way in ("paste", "drop"):
@@ -87,7 +100,7 @@ def test_a_picture_is_chosen_pasted_and_dropped(page: Browsing, place: Path) -> 
         assert page.captions()[:10] == expected
 
 
-def test_filters_choose(page: Browsing, place: Path) -> None:
+def test_filters(page: Browsing, place: Path) -> None:
     page.type(TEXT)
     page.page.select_option("select[name=label]", "dog")
     page.page.select_option("select[name=split]", "val")
@@ -95,13 +108,13 @@ def test_filters_choose(page: Browsing, place: Path) -> None:
     keep = Filter(label_value=("dog",), part=("val",))
     assert page.captions()[:10] == captions_of(place, [TEXT], filter=keep)
     page.page.select_option("select[name=selection]", "few")
-    page.wait_for("#status", "Nothing passes these filters")
+    page.wait_for("#status", "No item passes these filters")
     page.page.reload()
-    page.wait_for("#status", "Nothing passes these filters")
+    page.wait_for("#status", "No item passes these filters")
     assert page.page.input_value("select[name=label]") == "dog"
 
 
-def test_more_like_this_and_the_keyboard_alone(page: Browsing, place: Path) -> None:
+def test_keyboard_navigation(page: Browsing, place: Path) -> None:
     page.page.keyboard.press("Escape")
     page.page.keyboard.press("/")
     page.page.keyboard.type(TEXT)
@@ -124,12 +137,12 @@ def test_more_like_this_and_the_keyboard_alone(page: Browsing, place: Path) -> N
     assert not page.page.is_visible("#item")
     page.wait_for_focus(hits[2].row)
     page.page.keyboard.press("m")
-    page.wait_for("#asked-text", "Like ")
+    page.wait_for("#query-text", "Similar to ")
     page.wait_for("#status", "results")
     assert page.captions()[:10] == captions_of(place, Queries(rows=[hits[2].row]))
 
 
-def test_coverage_shows_bars_gaps_and_a_gallery(page: Browsing) -> None:
+def test_coverage_view(page: Browsing) -> None:
     page.page.click("#tab-coverage")
     page.page.wait_for_selector(".bars button")
     names = page.page.eval_on_selector_all(".bars .name", "all => all.map(one => one.textContent)")
@@ -139,19 +152,19 @@ def test_coverage_shows_bars_gaps_and_a_gallery(page: Browsing) -> None:
     found = page.page.evaluate("fetch('/api/coverage/1').then(answer => answer.json())")
     rows = page.page.eval_on_selector_all(".gallery .hit", "all => all.map(one => Number(one.dataset.row))")
     assert rows == [hit["row"] for hit in found["hits"]]
-    page.page.click("text=Search for it")
+    page.page.click("text=Search for this concept")
     page.wait_for("#status", "results")
     assert page.page.input_value("#query") == "sky"
 
 
-def test_cards_say_what_the_index_is(page: Browsing) -> None:
+def test_about_view(page: Browsing) -> None:
     page.page.click("#tab-cards")
     page.page.wait_for_selector(".cards h2")
     assert "80 images" in page.text(".cards")
     assert "open_toy/cls" in page.text(".cards")
 
 
-def test_the_api_page_lists_every_operation(page: Browsing) -> None:
+def test_api_page_lists_every_operation(page: Browsing) -> None:
     page.page.goto(f"{page.address}/api")
     page.page.wait_for_selector(".operations section")
     text = page.text(".operations")
@@ -162,7 +175,7 @@ def test_the_api_page_lists_every_operation(page: Browsing) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_screens_and_colors(browser: Any, address: str, scheme: str) -> None:
+def test_narrow_screen_and_color_scheme(browser: Any, address: str, scheme: str) -> None:
     page = Browsing(browser, address, viewport={"width": 360, "height": 740}, color_scheme=scheme)
     page.type(TEXT)
     assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -181,33 +194,31 @@ _NAMELESS = """all => all.filter(one => !one.closest('[hidden]')).filter(one =>
   : !(one.textContent.trim() || one.getAttribute('aria-label') || one.closest('label'))).map(one => one.outerHTML)"""
 
 
-def test_captions_are_text_and_never_markup(browser: Any, tmp_path: Path) -> None:
-    """A caption of a stranger's that holds a script is shown as it is written."""
-    from embedcache.extract.extract import extract
-    from embedcache.search.index import build_index
-    from embedcache.sources import open_source
-    from tests.pictures import write_pictures
-    from tests.toy import IMAGE
-    from tests.toy import TEXT as TOY_TEXT
-
+def test_captions_are_not_markup(browser: Any, tmp_path: Path) -> None:
+    """A caption with a script is shown as it is written."""
     evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
     write_pictures(tmp_path / "photos", 5)
     for path in (tmp_path / "photos").glob("*.txt"):
         path.write_text(evil)
-    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TOY_TEXT])
+    extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT_ENCODER])
     build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
-    command = [sys.executable, "-m", "embedcache", "serve", str(tmp_path / "index"), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as server:
-        assert server.stdout is not None
-        found = next(line.split()[1] for line in server.stdout if line.startswith("open http"))
-        page = Browsing(browser, found.rstrip("/"))
+    paths = ServePaths(index=tmp_path / "index")
+    service = open_service(paths, ServeSettings(), device="cpu", progress=NullProgress())
+    with bind(ServeSettings(port=0)) as bound:
+        port = bound.getsockname()[1]
+        guard = RequestGuard(make_app(service), ServeSettings(), token=None, port=port)
+        server = uvicorn.Server(config(guard))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        page = Browsing(browser, f"http://127.0.0.1:{port}")
         page.type("red")
         page.page.keyboard.press("ArrowDown")
         page.page.keyboard.press("Enter")
         page.wait_for("#item-title", "onerror")
-        time.sleep(0.2)
+        page.page.wait_for_function("() => document.querySelectorAll('#item-captions li').length")
         assert page.page.title() == "index · embedcache"
         assert page.captions()[0] == evil
         page.close()
-        server.terminate()
+        server.should_exit = True
+        thread.join()
     assert page.elsewhere == page.errors == []

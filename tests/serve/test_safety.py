@@ -1,4 +1,4 @@
-"""What a stranger, a stranger's page, or a stranger's cache tries."""
+"""Attacks by visitors, by pages of other sites, and by untrusted caches."""
 
 import logging
 import os
@@ -24,9 +24,9 @@ from embedcache.provenance import read_json, write_json
 from embedcache.search.index import build_index
 from embedcache.search.settings import IndexSettings
 from embedcache.serve.app import make_app
-from embedcache.serve.pictures import source_folders
-from embedcache.serve.served import Places, Served, open_served
+from embedcache.serve.images import source_folders
 from embedcache.serve.server import bind
+from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
 from tests.pictures import write_pictures
@@ -36,10 +36,10 @@ from tests.toy import IMAGE, TEXT
 TOKEN = "a-token-of-the-test-0123456789"
 
 
-# A stranger
+# Visitors without access
 
 
-def test_every_answer_carries_the_headers_that_protect_it(client: TestClient) -> None:
+def test_every_response_has_security_headers(client: TestClient) -> None:
     for path in ("/", "/page.js", "/api/info", "/api/images/0/thumbnail", "/nothing", "/api/items/x"):
         headers = client.get(path).headers
         assert "default-src 'none'" in headers["content-security-policy"]
@@ -54,18 +54,18 @@ def test_every_answer_carries_the_headers_that_protect_it(client: TestClient) ->
     ["/../cache.json", "/%2e%2e/%2e%2e/etc/passwd", "/page/page.js", "/..%2fserve.py", "/api/images/-1/thumbnail",
      "/api/images/..%2f0/thumbnail", "/api/images/99999999999999999999/thumbnail", "/docs", "/redoc", "//etc/passwd"],
 )  # fmt: skip
-def test_paths_lead_nowhere(client: TestClient, path: str) -> None:
+def test_path_traversal_finds_nothing(client: TestClient, path: str) -> None:
     answer = client.get(path)
     assert answer.status_code in (404, 422)
     assert "root:" not in answer.text
 
 
-def test_a_stranger_needs_the_token(served: Served) -> None:
+def test_token_is_required(served: SearchService) -> None:
     with visit(served, token=TOKEN) as client:
         for path in ("/", "/page.js", "/api/info", "/openapi.json", "/api/images/0/thumbnail", "/?token=wrong"):
             answer = client.get(path)
             assert answer.status_code == 401, path
-            assert "a token is needed" in answer.json()["error"]
+            assert "a token is required" in answer.json()["error"]
         assert client.get("/api/info", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
         assert client.get("/api/info", headers={"Authorization": f"Bearer {TOKEN}x"}).status_code == 401
         assert client.get(f"/api/info?token={TOKEN}").status_code == 401
@@ -78,7 +78,7 @@ def test_a_stranger_needs_the_token(served: Served) -> None:
         assert client.get("/api/info", headers={"Cookie": "embedcache-8000=é".encode()}).status_code == 401
 
 
-def test_who_binds_for_others_gets_a_token() -> None:
+def test_is_local() -> None:
     for host, is_local in (
         ("127.0.0.1", True), ("127.3.2.1", True), ("::1", True), ("localhost", True),
         ("0.0.0.0", False), ("::", False), ("192.168.1.5", False), ("search.example.org", False),
@@ -86,25 +86,25 @@ def test_who_binds_for_others_gets_a_token() -> None:
         assert ServeSettings(host=host).is_local == is_local, host
 
 
-# A stranger's page
+# Pages of other sites
 
 
-def test_a_name_that_a_strangers_dns_leads_here_is_refused(client: TestClient) -> None:
+def test_foreign_host_names_are_rejected(client: TestClient) -> None:
     for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example:8000", "localhost.evil.example", ""):
         answer = client.get("/api/info", headers={"Host": host})
         assert answer.status_code == 421, host
-        assert "--name" in answer.json()["error"]
+        assert "--host-name" in answer.json()["error"]
     for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "LOCALHOST"):
         assert client.get("/api/info", headers={"Host": host}).status_code == 200, host
 
 
-def test_a_name_that_is_given_is_answered(served: Served) -> None:
-    named = Served(served.index, ServeSettings(names=("search.example.org",)))
+def test_named_host_is_accepted(served: SearchService) -> None:
+    named = SearchService(served.index, ServeSettings(names=("search.example.org",)))
     with visit(named) as client:
         assert client.get("/api/info", headers={"Host": "search.example.org"}).status_code == 200
 
 
-def test_another_sites_page_may_not_ask(client: TestClient) -> None:
+def test_cross_site_requests_are_rejected(client: TestClient) -> None:
     body = {"text": "red"}
     for headers in (
         {"Origin": "http://evil.example"},
@@ -120,10 +120,10 @@ def test_another_sites_page_may_not_ask(client: TestClient) -> None:
     assert client.options("/api/search", headers={"Origin": "http://evil.example"}).status_code == 403
 
 
-# Too much, too long, broken
+# Requests that are too large, too slow or broken
 
 
-def test_bodies_that_are_too_long_are_refused(client: TestClient) -> None:
+def test_long_bodies_are_rejected(client: TestClient) -> None:
     picture = "/api/search/image"
     assert client.post(picture, content=b"x" * 200_001).status_code == 413
     assert client.post("/api/search", content=b"x" * 65_537).status_code == 413
@@ -136,7 +136,7 @@ def test_bodies_that_are_too_long_are_refused(client: TestClient) -> None:
 
     answer = client.post(picture, content=chunks())  # no Content-Length
     assert answer.status_code == 413
-    assert "no more are taken" in answer.json()["error"]
+    assert "too many bytes; expected at most 200,000" in answer.json()["error"]
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -150,7 +150,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def test_pictures_that_are_none_or_too_large_are_refused_by_reason(client: TestClient) -> None:
+def test_bad_images_are_rejected(client: TestClient) -> None:
     for data, message in (
         (bomb(50_000, 50_000), "too many pixels"),
         (bomb(7_000, 6_000), "too many pixels: 7000 x 6000, more than 40,000,000"),
@@ -164,7 +164,7 @@ def test_pictures_that_are_none_or_too_large_are_refused_by_reason(client: TestC
         assert message in answer.json()["error"]
 
 
-def test_a_bug_is_logged_and_not_shown(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_bug_is_logged_and_hidden(served: SearchService, caplog: pytest.LogCaptureFixture) -> None:
     app = make_app(served)
 
     @app.get("/bug")
@@ -179,8 +179,8 @@ def test_a_bug_is_logged_and_not_shown(served: Served, caplog: pytest.LogCapture
     assert "Traceback" in caplog.text
 
 
-def test_a_search_that_fails_is_told_and_the_next_is_answered(
-    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_failed_search_does_not_stop_the_next(
+    served: SearchService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = served.index.query_encoder.encode
 
@@ -198,10 +198,10 @@ def test_a_search_that_fails_is_told_and_the_next_is_answered(
     assert "a secret of the search" in caplog.text
 
 
-def test_what_takes_too_long_is_given_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_requests_time_out(served: SearchService, monkeypatch: pytest.MonkeyPatch) -> None:
     real, go_on = served.index.query_encoder.encode, threading.Event()
     monkeypatch.setattr(served.index.query_encoder, "encode", lambda queries: (go_on.wait(10), real(queries))[1])
-    hasty = Served(served.index, ServeSettings(timeout_s=0.3))
+    hasty = SearchService(served.index, ServeSettings(timeout=0.3))
     with visit(hasty) as client:
         answer = client.post("/api/search", json={"text": "red"})
         assert answer.status_code == 503
@@ -210,7 +210,7 @@ def test_what_takes_too_long_is_given_up(served: Served, monkeypatch: pytest.Mon
         assert client.post("/api/search", json={"text": "red"}).status_code == 200
 
 
-# A stranger's cache
+# Untrusted caches
 
 
 @pytest.fixture
@@ -237,14 +237,14 @@ def tamper(cache: Path, *, path: str | None = None, source: dict[str, Any] | Non
     pq.write_table(pa.table(columns, schema=table.schema), cache / "image" / "items.parquet", row_group_size=2048)
 
 
-def open_hostile(place: Path, **settings: Any) -> Served:
-    return open_served(Places(index=place / "index"), ServeSettings(**settings), device="cpu", progress=NullProgress())
+def open_hostile(place: Path, **settings: Any) -> SearchService:
+    return open_service(
+        ServePaths(index=place / "index"), ServeSettings(**settings), device="cpu", progress=NullProgress()
+    )
 
 
 @pytest.mark.parametrize("kind", ["climbing", "absolute", "link", "link of a folder", "pipe", "device", "folder"])
-def test_pictures_outside_of_the_sources_folder_are_not_served(
-    hostile: Path, kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_images_outside_source_are_not_served(hostile: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     photos = hostile / "photos"
     if kind == "link":
         (photos / "x.png").symlink_to(hostile / "secret.png")
@@ -266,17 +266,17 @@ def test_pictures_outside_of_the_sources_folder_are_not_served(
     assert "is outside the source's folder" in caplog.text or "is not a regular file" in caplog.text
 
 
-def test_a_link_that_stays_inside_is_served(hostile: Path) -> None:
+def test_link_inside_source_is_served(hostile: Path) -> None:
     (hostile / "photos" / "x.png").symlink_to(hostile / "photos" / "00001.png")
     tamper(hostile / "cache", path="x.png")
     with visit(open_hostile(hostile)) as client:
         assert client.get("/api/images/0/thumbnail").status_code == 200
 
 
-def test_a_cache_that_is_trusted_may_lead_out(hostile: Path) -> None:
+def test_trusted_cache_may_lead_outside(hostile: Path) -> None:
     (hostile / "photos" / "x.png").symlink_to(hostile / "secret.png")
     tamper(hostile / "cache", path="x.png")
-    with visit(open_hostile(hostile, trusts_cache=True)) as client:
+    with visit(open_hostile(hostile, trust_cache=True)) as client:
         assert client.get("/api/images/0/thumbnail").status_code == 200
 
 
@@ -304,7 +304,7 @@ def trap() -> Iterator[tuple[str, list[str]]]:
     server.server_close()
 
 
-def test_no_url_of_a_hostile_source_is_asked_for(hostile: Path, trap: tuple[str, list[str]]) -> None:
+def test_urls_of_source_are_not_requested(hostile: Path, trap: tuple[str, list[str]]) -> None:
     address, asked = trap
     for kind, path in (
         ("folder", f"{address}/photos"),
@@ -318,7 +318,7 @@ def test_no_url_of_a_hostile_source_is_asked_for(hostile: Path, trap: tuple[str,
     ):
         tamper(hostile / "cache", source={"type": kind, "path": path})
         served = open_hostile(hostile)
-        assert served.pictures is None, (kind, path)
+        assert served.images is None, (kind, path)
         assert "cannot be read" in served.info()["pictures_are_missing"]
         with visit(served) as client:
             assert client.get("/api/images/0/thumbnail").status_code == 404
@@ -327,7 +327,7 @@ def test_no_url_of_a_hostile_source_is_asked_for(hostile: Path, trap: tuple[str,
     assert not Path("pwned").exists()
 
 
-def test_no_url_of_a_hostile_table_is_asked_for(hostile: Path, trap: tuple[str, list[str]]) -> None:
+def test_urls_of_table_are_not_requested(hostile: Path, trap: tuple[str, list[str]]) -> None:
     address, asked = trap
     folder = hostile / "table"
     folder.mkdir()
@@ -345,7 +345,7 @@ def test_no_url_of_a_hostile_table_is_asked_for(hostile: Path, trap: tuple[str, 
     assert asked == []
 
 
-def test_lengths_of_a_hostile_tar_take_no_memory(hostile: Path) -> None:
+def test_hostile_tar_lengths_take_no_memory(hostile: Path) -> None:
     (hostile / "photos" / "a.tar").write_bytes(b"\0" * 10_240)
     tamper(
         hostile / "cache",
@@ -357,8 +357,8 @@ def test_lengths_of_a_hostile_tar_take_no_memory(hostile: Path) -> None:
         assert client.get("/api/images/0/thumbnail").status_code == 404
 
 
-def test_sources_of_ones_own_are_named(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match="'os:system' reads them.*--trust-cache"):
+def test_custom_sources_need_trust(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="source class 'os:system'.*--trust-cache"):
         source_folders({"type": "os:system", "path": "x"})
     with pytest.raises(PathError, match="they are at s3://bucket/photos.*--trust-cache"):
         source_folders({"type": "folder", "path": "s3://bucket/photos"})
@@ -369,24 +369,24 @@ def test_sources_of_ones_own_are_named(tmp_path: Path) -> None:
 # Mistakes at the start
 
 
-def test_settings_out_of_range_are_named() -> None:
+def test_invalid_settings_raise() -> None:
     for message, wrong in (
-        ("port is 70000", {"port": 70000}),
-        ("the token has 5 characters", {"token": "short"}),
-        ("the token must be of ASCII letters", {"token": "with a space in the middle"}),
-        ("timeout_s is 0", {"timeout_s": 0}),
-        ("max_pixels is -1", {"max_pixels": -1}),
+        ("port: expected .* at most 65535, got 70000", {"port": 70000}),
+        ("token: expected at least 16 characters, got 5", {"token": "short"}),
+        ("token: expected ASCII letters", {"token": "with a space in the middle"}),
+        ("timeout: expected a number above 0, got 0", {"timeout": 0}),
+        ("max_pixels: expected .*, got -1", {"max_pixels": -1}),
     ):
         with pytest.raises(SettingError, match=message):
             ServeSettings(**wrong)  # type: ignore[arg-type]
 
 
-def test_a_port_that_is_taken_is_named() -> None:
+def test_port_in_use_raises() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(SettingError, match=f"port {port} of 127.0.0.1 is taken; give another with --port"):
+        with pytest.raises(SettingError, match=f"expected a free port of 127.0.0.1, got {port}"):
             bind(ServeSettings(port=port))
-    with pytest.raises(SettingError, match="cannot bind 203.0.113.1.*must be an address of this machine"):
+    with pytest.raises(SettingError, match="cannot bind 203.0.113.1.*expected an address of this machine"):
         bind(ServeSettings(host="203.0.113.1", port=0))

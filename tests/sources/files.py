@@ -1,4 +1,4 @@
-"""Tiny files of every kind that the tests of sources read."""
+"""Tiny files for the tests of sources."""
 
 import io
 import tarfile
@@ -14,19 +14,19 @@ COLORS = ("red", "green", "blue", "black", "white")
 
 
 def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    """Get the bytes of an image file."""
+    """Return the bytes of an image file."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def jpeg(color: str = "red") -> bytes:
-    """Get a JPEG of 20 x 10 pixels in one color."""
+    """Return a JPEG of 20 x 10 pixels in one color."""
     return encode(Image.new("RGB", (20, 10), color))
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = (30, 20)) -> Image.Image:
-    """Get an image of noise, the same every time."""
+    """Return an image of deterministic noise."""
     width, height = size
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
@@ -42,7 +42,7 @@ def write(folder: Path, files: dict[str, bytes | str]) -> Path:
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes | str]]) -> Path:
-    """Write a tar of plain files in the order given."""
+    """Write a tar of plain files."""
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             data = content.encode() if isinstance(content, str) else content

@@ -1,8 +1,9 @@
-"""Real servers on this machine: one that speaks S3, one that speaks HTTP with ranges."""
+"""Local servers for tests of remote sources: S3, and HTTP with range requests."""
 
+import os
 import re
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
@@ -18,7 +19,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFA
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """Start a server that speaks S3 and give its address."""
+    """Start an S3 server and return its address."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
@@ -29,22 +30,34 @@ def s3_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Make an empty bucket, set the environment as a user would, and give the bucket's URL."""
+def bucket(s3_server: str) -> Iterator[str]:
+    """Create an empty bucket, set the environment as a user would, and return the URL of the bucket."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield _new_bucket(s3_server, patch)
+
+
+@pytest.fixture(scope="class")
+def class_bucket(s3_server: str) -> Iterator[str]:
+    """Create a bucket that the tests of a class share."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield _new_bucket(s3_server, patch)
+
+
+def _new_bucket(server: str, patch: pytest.MonkeyPatch) -> str:
     import s3fs
 
-    for name, value in {**KEYS, "AWS_ENDPOINT_URL": s3_server}.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # others may have been made with another environment
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": server}.items():
+        patch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # instances keep the environment they were created in
     name = f"bucket-{next(_NUMBERS)}"
-    s3_client().create_bucket(Bucket=name)
+    _s3_client(server).create_bucket(Bucket=name)
     return f"s3://{name}"
 
 
 def upload(folder: Path, url: str) -> str:
-    """Copy the files of a folder to `s3://bucket/prefix`, and give that URL."""
+    """Copy the files of a folder to `s3://bucket/prefix`, and return that URL."""
     name, _, prefix = url.removeprefix("s3://").partition("/")
-    client = s3_client()
+    client = _s3_client(os.environ["AWS_ENDPOINT_URL"])
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             key = f"{prefix}/{path.relative_to(folder)}".lstrip("/")
@@ -52,32 +65,39 @@ def upload(folder: Path, url: str) -> str:
     return url
 
 
-def s3_client() -> Any:
-    """Get a client of the server in the environment."""
+@cache
+def _s3_client(server: str) -> Any:
     import boto3
 
-    return boto3.client("s3")
+    return boto3.client(
+        "s3",
+        endpoint_url=server,
+        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+        region_name=KEYS["AWS_DEFAULT_REGION"],
+    )
 
 
 class WebServer:
-    """Serves a folder by HTTP, ranges of files included, and counts what it sends.
+    """Serves a folder by HTTP with range requests, and records the number of bytes sent.
 
     Args:
-        folder: what is served.
-        gives_parts: whether ranges are honoured.
-        missing: the answer where there is no file.
+        folder: folder to serve.
+        has_ranges: whether range requests are supported.
+        missing: status code for a missing file.
     """
 
-    def __init__(self, folder: Path, *, gives_parts: bool = True, missing: int = 404) -> None:
+    def __init__(self, folder: Path, *, has_ranges: bool = True, missing: int = 404) -> None:
+        self.folder = folder
         self.sent: list[int] = []
-        handler = partial(_Handler, folder=folder, sent=self.sent, gives_parts=gives_parts, missing=missing)
+        handler = partial(_Handler, folder=folder, sent=self.sent, has_ranges=has_ranges, missing=missing)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def stop(self) -> None:
-        """End it; its address answers no more."""
+        """Stop the server."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -86,9 +106,16 @@ class WebServer:
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[WebServer]:
     """Serve the folder `tmp_path / "web"`."""
-    folder = tmp_path / "web"
-    folder.mkdir()
-    server = WebServer(folder)
+    (tmp_path / "web").mkdir()
+    server = WebServer(tmp_path / "web")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="class")
+def class_web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+    """Serve a folder that the tests of a class share."""
+    server = WebServer(tmp_path_factory.mktemp("web"))
     yield server
     server.stop()
 
@@ -96,10 +123,10 @@ def web(tmp_path: Path) -> Iterator[WebServer]:
 class _Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, *arguments: Any, folder: Path, sent: list[int], gives_parts: bool, missing: int) -> None:
+    def __init__(self, *arguments: Any, folder: Path, sent: list[int], has_ranges: bool, missing: int) -> None:
         self._sent = sent
         self._missing = missing
-        self._gives_parts = gives_parts
+        self._has_ranges = has_ranges
         super().__init__(*arguments, directory=str(folder))
 
     def log_message(self, *arguments: Any) -> None:
@@ -110,7 +137,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = Path(self.directory) / unquote(self.path).lstrip("/")
-        if not path.is_file() or not self._gives_parts:
+        if not path.is_file() or not self._has_ranges:
             super().do_GET()
             return
         data = path.read_bytes()

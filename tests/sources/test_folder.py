@@ -31,7 +31,7 @@ def only_sample(folder: Path) -> Sample:
     return sample
 
 
-def test_images_come_sorted_by_path_with_the_suffix_left_out_of_the_key(tmp_path: Path) -> None:
+def test_samples_are_sorted_by_path(tmp_path: Path) -> None:
     names = ["b.jpg", "a/z.png", "a/b/c.WEBP", "z.tiff", "a.gif"]
     write(tmp_path, dict.fromkeys(names, jpeg()))
     samples = list(open_source(tmp_path).samples())
@@ -40,7 +40,7 @@ def test_images_come_sorted_by_path_with_the_suffix_left_out_of_the_key(tmp_path
     assert [sample.key for sample in samples] == ["a", "a/b/c", "a/z", "b", "z"]
 
 
-def test_an_item_knows_its_length_and_a_sample_its_folder(tmp_path: Path) -> None:
+def test_item_length_and_folder_column(tmp_path: Path) -> None:
     write(tmp_path, {"cats/x.jpg": jpeg()})
     sample = only_sample(tmp_path)
     assert sample.images == (ImageItem(path="cats/x.jpg", length=len(jpeg())),)
@@ -59,24 +59,22 @@ def test_an_item_knows_its_length_and_a_sample_its_folder(tmp_path: Path) -> Non
         ("cat/test/x.jpg", {"folder": "cat/test", "label": "test"}),
     ],
 )
-def test_class_folders_give_labels_and_a_top_folder_the_split(
-    tmp_path: Path, path: str, columns: dict[str, str]
-) -> None:
+def test_label_and_split_from_folders(tmp_path: Path, path: str, columns: dict[str, str]) -> None:
     write(tmp_path, {path: jpeg()})
     assert only_sample(tmp_path).columns == columns
 
 
-def test_a_json_file_says_more_than_the_folders(tmp_path: Path) -> None:
+def test_json_overrides_folders(tmp_path: Path) -> None:
     write(tmp_path, {"train/cat/x.jpg": jpeg(), "train/cat/x.json": '{"label": "lynx", "split": "test"}'})
     assert only_sample(tmp_path).columns == {"folder": "train/cat", "label": "lynx", "split": "test"}
 
 
-def test_each_line_of_a_text_file_is_a_caption(tmp_path: Path) -> None:
+def test_txt_has_one_caption_per_line(tmp_path: Path) -> None:
     write(tmp_path, {"x.jpg": jpeg(), "x.txt": "\ufeffone\r\n\r\n  two \n"})
     assert only_sample(tmp_path).texts == (TextItem(text="one"), TextItem(text="two"))
 
 
-def test_a_json_file_gives_captions_language_and_columns(tmp_path: Path) -> None:
+def test_json_captions_language_and_columns(tmp_path: Path) -> None:
     fields = {"caption": "a dog", "texts": ["x", "y"], "language": "en", "split": "test"}
     write(tmp_path, {"x.jpg": jpeg(), "x.json": json.dumps({**fields, "label": 3, "boxes": [1]})})
     sample = only_sample(tmp_path)
@@ -85,12 +83,12 @@ def test_a_json_file_gives_captions_language_and_columns(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("content", ["", " \n\n"])
-def test_an_empty_caption_file_is_one_empty_caption(tmp_path: Path, content: str) -> None:
+def test_empty_txt_is_one_empty_caption(tmp_path: Path, content: str) -> None:
     write(tmp_path, {"x.jpg": jpeg(), "x.txt": content})
     assert only_sample(tmp_path).texts == (TextItem(text=""),)
 
 
-def test_hidden_files_and_loops_of_links_are_left_out(tmp_path: Path) -> None:
+def test_hidden_files_and_link_loops_are_skipped(tmp_path: Path) -> None:
     write(tmp_path, {"x.jpg": jpeg(), ".y.jpg": jpeg(), ".trash/z.jpg": jpeg(), "sub/a.jpg": jpeg()})
     (tmp_path / "sub" / "up").symlink_to(tmp_path, target_is_directory=True)
     assert [sample.key for sample in open_source(tmp_path).samples()] == ["sub/a", "x"]
@@ -107,14 +105,14 @@ def test_hidden_files_and_loops_of_links_are_left_out(tmp_path: Path) -> None:
         (b"[" * 100_000, "not valid JSON"),
     ],
 )
-def test_a_broken_json_file_is_a_sample_with_the_reason(tmp_path: Path, content: bytes, words: str) -> None:
+def test_invalid_json_is_reported_in_a_column(tmp_path: Path, content: bytes, words: str) -> None:
     write(tmp_path, {"sub/x.jpg": jpeg(), "sub/x.json": content})
     sample = only_sample(tmp_path)
     assert sample.texts == ()
     assert re.match(rf"sub/x\.json.*{words}", str(sample.columns["caption_error"]))
 
 
-def test_of_two_caption_files_the_good_one_counts(tmp_path: Path) -> None:
+def test_invalid_txt_keeps_captions_of_json(tmp_path: Path) -> None:
     write(tmp_path, {"x.jpg": jpeg(), "x.txt": "Käse".encode("latin-1"), "x.json": '{"caption": "cheese", "n": 1}'})
     sample = only_sample(tmp_path)
     assert sample.texts == (TextItem(text="cheese"),)
@@ -122,12 +120,12 @@ def test_of_two_caption_files_the_good_one_counts(tmp_path: Path) -> None:
     assert re.match(r"x\.txt is not UTF-8.*save it as UTF-8", str(sample.columns["caption_error"]))
 
 
-def test_two_broken_caption_files_are_both_named(tmp_path: Path) -> None:
+def test_two_invalid_sidecars_are_both_reported(tmp_path: Path) -> None:
     write(tmp_path, {"x.jpg": jpeg(), "x.txt": b"\xff", "x.json": "{"})
     assert re.match(r"x\.json is.*; x\.txt is", str(only_sample(tmp_path).columns["caption_error"]))
 
 
-def test_a_caption_file_that_is_gone_is_a_sample_with_the_reason(tmp_path: Path) -> None:
+def test_missing_sidecar_is_reported_in_a_column(tmp_path: Path) -> None:
     write(tmp_path, {"x.jpg": jpeg(), "y.jpg": jpeg(), "y.txt": "words"})
     (tmp_path / "x.txt").symlink_to(tmp_path / "nowhere")
     first, second = open_source(tmp_path).samples()
@@ -135,14 +133,14 @@ def test_a_caption_file_that_is_gone_is_a_sample_with_the_reason(tmp_path: Path)
     assert second.texts == (TextItem(text="words"),)
 
 
-def test_a_file_that_is_gone_is_an_item_with_a_reason(tmp_path: Path) -> None:
+def test_missing_image_raises_item_error(tmp_path: Path) -> None:
     write(tmp_path, {"x.jpg": jpeg()})
     source = open_source(tmp_path)
     with pytest.raises(ItemError, match="no such file"):
         source.read(ImageItem(path="gone.jpg"))
 
 
-def test_a_link_to_nothing_is_an_item_with_a_reason(tmp_path: Path) -> None:
+def test_broken_link_raises_item_error(tmp_path: Path) -> None:
     write(tmp_path, {"x.jpg": jpeg()})
     (tmp_path / "y.jpg").symlink_to(tmp_path / "nowhere")
     source = open_source(tmp_path)
@@ -151,11 +149,11 @@ def test_a_link_to_nothing_is_an_item_with_a_reason(tmp_path: Path) -> None:
         source.read(last.images[0])
 
 
-def test_a_folder_that_is_gone_is_refused(tmp_path: Path) -> None:
+def test_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(PathError, match="no such folder"):
         open_source(tmp_path / "nowhere", kind="folder")
 
 
-def test_a_setting_for_tables_is_refused(tmp_path: Path) -> None:
+def test_table_setting_raises(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="image_column"):
         open_source(tmp_path, kind="folder", settings=SourceSettings(image_column="x"))

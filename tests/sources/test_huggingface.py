@@ -24,7 +24,7 @@ def no_progress_bars() -> None:
 
 
 def dataset(**columns: object) -> Any:
-    """Make a dataset in memory; `image` holds images, `label` classes."""
+    """Return a dataset in memory; `image` holds images, `label` class labels."""
     known = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
     made = datasets.Dataset.from_dict(columns)
     for name in columns:
@@ -33,7 +33,7 @@ def dataset(**columns: object) -> Any:
 
 
 def colored(start: int = 0, stop: int = 5) -> Any:
-    """Make a dataset of images with two captions each."""
+    """Return a dataset of images with two captions each."""
     captions = [[color, f"all {color}"] for color in COLORS]
     return dataset(image=IMAGES, sentences=captions, label=[0, 1, 0, 1, 0]).select(range(start, stop))
 
@@ -74,12 +74,12 @@ def test_splits_labels_keys_and_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [-1, None])
-def test_a_row_without_a_label_has_none(number: int | None) -> None:
+def test_missing_label_is_none(number: int | None) -> None:
     (sample,) = open_source(dataset(caption=["x"], label=[number])).samples()
     assert sample.columns == {"label": None}
 
 
-def test_a_dataset_in_memory_is_extracted_but_not_reopened(tmp_path: Path) -> None:
+def test_memory_dataset_extracts_but_never_reopens(tmp_path: Path) -> None:
     source = open_source(colored().shuffle(seed=1))
     for _ in range(2):
         extract(source, tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
@@ -88,7 +88,7 @@ def test_a_dataset_in_memory_is_extracted_but_not_reopened(tmp_path: Path) -> No
         reopen_source(Cache(tmp_path / "cache").info.source)
 
 
-def test_rows_are_those_the_dataset_shows_after_select(tmp_path: Path) -> None:
+def test_rows_after_select(tmp_path: Path) -> None:
     source = open_source(colored().select([4, 0]))
     samples = list(source.samples())
     assert [sample.texts[0].text for sample in samples] == ["white", "red"]
@@ -96,20 +96,20 @@ def test_rows_are_those_the_dataset_shows_after_select(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["numpy", "torch"])
-def test_the_format_of_a_dataset_does_not_matter(form: str) -> None:
+def test_dataset_format_is_ignored(form: str) -> None:
     assert list(open_source(colored().with_format(form)).samples()) == list(open_source(colored()).samples())
 
 
-def test_images_given_as_pictures_paths_and_bytes_are_read_without_decoding(tmp_path: Path) -> None:
+def test_stored_images_are_read_undecoded(tmp_path: Path) -> None:
     write(tmp_path, {"x.jpg": IMAGES[0]})
-    picture = noise()
-    source = open_source(dataset(image=[picture, str(tmp_path / "x.jpg"), b"no image"]))
+    image = noise()
+    source = open_source(dataset(image=[image, str(tmp_path / "x.jpg"), b"no image"]))
     items = [sample.images[0] for sample in source.samples()]
-    assert decode_image(source.read(items[0])).tobytes() == picture.tobytes()
+    assert decode_image(source.read(items[0])).tobytes() == image.tobytes()
     assert [source.read(item) for item in items[1:]] == [IMAGES[0], b"no image"]
 
 
-def test_a_column_of_images_is_found_by_its_feature() -> None:
+def test_image_column_is_found_by_feature() -> None:
     given = dataset(file_name=["nowhere.jpg"], image=[IMAGES[1]], caption=["x"]).rename_column("image", "img")
     source = open_source(given)
     (sample,) = source.samples()
@@ -117,7 +117,7 @@ def test_a_column_of_images_is_found_by_its_feature() -> None:
     assert sample.columns == {"file_name": "nowhere.jpg"}
 
 
-def test_a_column_of_bytes_or_paths_holds_images_as_in_a_table(tmp_path: Path) -> None:
+def test_image_column_of_bytes_or_paths(tmp_path: Path) -> None:
     write(tmp_path, {"x.jpg": IMAGES[0]})
     for column in ({"jpg": [IMAGES[0]]}, {"path": [str(tmp_path / "x.jpg")]}):
         source = open_source(datasets.Dataset.from_dict(column))
@@ -125,7 +125,7 @@ def test_a_column_of_bytes_or_paths_holds_images_as_in_a_table(tmp_path: Path) -
         assert source.read(sample.images[0]) == IMAGES[0]
 
 
-def test_what_cannot_be_read_is_an_item_with_a_reason() -> None:
+def test_unreadable_image_raises_item_error() -> None:
     source = open_source(dataset(image=[None, "/nowhere/x.jpg"]))
     empty, gone = (sample.images[0] for sample in source.samples())
     for item, words in (
@@ -138,7 +138,7 @@ def test_what_cannot_be_read_is_an_item_with_a_reason() -> None:
             source.read(item)
 
 
-def test_going_through_the_samples_loads_no_image() -> None:
+def test_samples_load_no_image() -> None:
     big = encode(noise(size=(600, 600)), "BMP")
     source = open_source(dataset(image=[big] * 20, caption=list("abcdefghijklmnopqrst")))
     tracemalloc.start()
@@ -157,30 +157,30 @@ def test_going_through_the_samples_loads_no_image() -> None:
         ({"dataset_info.json": "{}", "state.json": "{}"}, "cannot be read as a saved dataset"),
     ],
 )
-def test_a_damaged_folder_is_named(tmp_path: Path, files: Mapping[str, str], words: str) -> None:
+def test_damaged_folder_raises(tmp_path: Path, files: Mapping[str, str], words: str) -> None:
     write(tmp_path, dict(files))
     with pytest.raises(SourceError, match=rf"{tmp_path}.*{words}"):
         open_source(tmp_path)
 
 
-def test_a_folder_without_its_data_is_named(tmp_path: Path) -> None:
+def test_folder_without_data_raises(tmp_path: Path) -> None:
     folder = saved(tmp_path, colored())
     next(folder.glob("*.arrow")).write_bytes(b"no arrow")
     with pytest.raises(SourceError, match="saved cannot be read as a saved dataset"):
         open_source(folder)
 
 
-def test_a_name_that_neither_the_disk_nor_the_hub_has_is_refused() -> None:
+def test_unknown_name_raises() -> None:
     with pytest.raises(PathError, match=r"no folder org/nowhere.*Hub.*save_to_disk"):
         open_source("huggingface:org/nowhere")
 
 
-def test_what_cannot_be_read_by_row_is_refused() -> None:
+def test_iterable_dataset_raises() -> None:
     with pytest.raises(SourceError, match=r"IterableDataset.*Dataset or DatasetDict"):
         open_source(colored().to_iterable_dataset())
 
 
-def test_columns_and_settings_are_checked_on_opening() -> None:
+def test_columns_and_settings_are_checked() -> None:
     with pytest.raises(SourceError, match=r"--image-column and --caption-column"):
         open_source(datasets.Dataset.from_dict({"words": ["x"]}))
     with pytest.raises(SourceError, match=r"--caption-column said: no such column.*image, sentences, label"):

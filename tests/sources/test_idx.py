@@ -14,20 +14,20 @@ from embedcache.sources.images import decode_image
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import write
 
-PICTURES = np.random.default_rng(0).integers(0, 256, (7, 6, 5), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 6, 5), np.uint8)
 LABELS = np.array([3, 1, 4, 1, 5, 9, 2], np.uint8)
 
 
 def idx(values: Array) -> bytes:
-    """Give an array of bytes as an IDX file."""
+    """Return an array of bytes as an IDX file."""
     return struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
 
 
 def write_idx(folder: Path, *, suffix: str = "") -> Path:
-    """Write a set of 5 pictures, train, and one of 2, t10k."""
+    """Write a set `train` of 5 images and a set `t10k` of 2."""
     pack = gzip.compress if suffix else bytes
     for name, rows in (("train", slice(0, 5)), ("t10k", slice(5, 7))):
-        write(folder, {f"{name}-images-idx3-ubyte{suffix}": pack(idx(PICTURES[rows]))})
+        write(folder, {f"{name}-images-idx3-ubyte{suffix}": pack(idx(IMAGES[rows]))})
         write(folder, {f"{name}-labels-idx1-ubyte{suffix}": pack(idx(LABELS[rows]))})
     return folder
 
@@ -57,7 +57,7 @@ class TestOneFile(SourceContract):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_samples_have_keys_splits_and_labels(tmp_path: Path, suffix: str) -> None:
+def test_keys_splits_and_labels(tmp_path: Path, suffix: str) -> None:
     samples = list(open_source(write_idx(tmp_path, suffix=suffix)).samples())
     keys = ["t10k/00000", "t10k/00001", *(f"train/0000{row}" for row in range(5))]
     assert [sample.key for sample in samples] == keys
@@ -67,21 +67,21 @@ def test_samples_have_keys_splits_and_labels(tmp_path: Path, suffix: str) -> Non
     ]
 
 
-def test_the_pixels_are_those_of_the_file(tmp_path: Path) -> None:
+def test_pixels_are_unchanged(tmp_path: Path) -> None:
     source = open_source(write_idx(tmp_path, suffix=".gz"))
     rows = [5, 6, 0, 1, 2, 3, 4]
     for sample, row in zip(source.samples(), rows, strict=True):
         data = source.read(sample.images[0])
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), PICTURES[row])
-        assert np.array_equal(np.asarray(decode_image(data))[..., 1], PICTURES[row])
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), IMAGES[row])
+        assert np.array_equal(np.asarray(decode_image(data))[..., 1], IMAGES[row])
 
 
-def test_one_file_is_its_set_alone(tmp_path: Path) -> None:
+def test_single_file_is_one_set(tmp_path: Path) -> None:
     source = open_source(write_idx(tmp_path) / "train-images-idx3-ubyte")
     assert [sample.key for sample in source.samples()] == [f"train/0000{row}" for row in range(5)]
 
 
-def test_folders_and_longer_names_are_part_of_the_set(tmp_path: Path) -> None:
+def test_set_names_with_folders_and_prefixes(tmp_path: Path) -> None:
     write_idx(tmp_path / "raw")
     for kind, dimensions in (("images", 3), ("labels", 1)):
         for split in ("train", "extra"):
@@ -93,7 +93,7 @@ def test_folders_and_longer_names_are_part_of_the_set(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_set_that_is_there_twice_is_read_once(tmp_path: Path) -> None:
+def test_gzipped_copy_is_skipped(tmp_path: Path) -> None:
     write_idx(tmp_path)
     write_idx(tmp_path, suffix=".gz")
     assert {s.images[0].path for s in open_source(tmp_path).samples()} == {
@@ -105,17 +105,17 @@ BROKEN = {
     "another file": (b"not IDX at all", "expected 00 00 08 03 and 3 lengths, got 6e 6f 74 20"),
     "empty": (b"", "expected 00 00 08 03 and 3 lengths, got $"),
     "labels": (idx(LABELS), "expected 00 00 08 03 and 3 lengths, got 00 00 08 01"),
-    "header cut short": (idx(PICTURES)[:9], "expected 00 00 08 03 and 3 lengths"),
-    "cut short": (idx(PICTURES[:5])[:-1], "expected 5 x 6 x 5 bytes of pixels, got 149"),
-    "too long": (idx(PICTURES[:5]) + b"x", "expected 5 x 6 x 5 bytes of pixels, got 151"),
-    "no pixels": (idx(PICTURES[:5, :0]), "expected 5 x 0 x 5 bytes of pixels"),
-    "other count": (idx(PICTURES[:4]), "got 4 images and 5 labels"),
+    "header cut short": (idx(IMAGES)[:9], "expected 00 00 08 03 and 3 lengths"),
+    "cut short": (idx(IMAGES[:5])[:-1], "expected 5 x 6 x 5 bytes of pixels, got 149"),
+    "too long": (idx(IMAGES[:5]) + b"x", "expected 5 x 6 x 5 bytes of pixels, got 151"),
+    "no pixels": (idx(IMAGES[:5, :0]), "expected 5 x 0 x 5 bytes of pixels"),
+    "other count": (idx(IMAGES[:4]), "got 4 images and 5 labels"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_broken_file_is_named_with_the_reason(tmp_path: Path, case: str, suffix: str) -> None:
+def test_invalid_file_raises(tmp_path: Path, case: str, suffix: str) -> None:
     content, message = BROKEN[case]
     name = f"train-images-idx3-ubyte{suffix}"
     write(write_idx(tmp_path, suffix=suffix), {name: gzip.compress(content) if suffix else content})
@@ -124,21 +124,21 @@ def test_a_broken_file_is_named_with_the_reason(tmp_path: Path, case: str, suffi
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40])
-def test_damaged_gzip_is_named(tmp_path: Path, keep: int) -> None:
+def test_damaged_gzip_raises(tmp_path: Path, keep: int) -> None:
     path = write_idx(tmp_path, suffix=".gz") / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(SourceError, match=r"t10k-images-idx3-ubyte\.gz"):
         list(open_source(tmp_path).samples())
 
 
-def test_missing_labels_are_named(tmp_path: Path) -> None:
+def test_missing_labels_raise(tmp_path: Path) -> None:
     write_idx(tmp_path, suffix=".gz")
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(SourceError, match=r"has no labels: expected train-labels-idx1-ubyte or .*\.gz"):
         list(open_source(tmp_path).samples())
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_files_raise(tmp_path: Path) -> None:
     with pytest.raises(PathError, match="nowhere"):
         open_source(f"idx:{tmp_path / 'nowhere'}")
     with pytest.raises(SourceError, match="expected a file such as train-images-idx3-ubyte"):
@@ -149,7 +149,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         open_source(tmp_path, settings=SourceSettings(key_column="x"))
 
 
-def test_a_picture_that_is_not_there_is_a_reason(tmp_path: Path) -> None:
+def test_missing_image_raises_item_error(tmp_path: Path) -> None:
     source = open_source(write_idx(tmp_path))
     with pytest.raises(ItemError, match="has no picture 5, but 5"):
         source.read(ImageItem(path="train-images-idx3-ubyte", offset=5))

@@ -13,7 +13,7 @@ from tests.sources.files import COLORS, jpeg, write, write_parquet, write_tar
 from tests.sources.s3 import WebServer, upload
 
 ROWS = 5
-FAILED = 2  # the row whose URL gave no picture
+FAILED = 2  # the row whose URL cannot be downloaded
 
 
 def row(shard: int, n: int) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def write_shard(folder: Path, shard: int, suffixes: tuple[str, ...]) -> None:
     members: list[tuple[str, bytes | str]] = []
     for n, one in enumerate(rows):
         if one["status"] == "success":
-            said = {".jpg": jpeg(COLORS[n]), ".txt": one["caption"], ".json": json.dumps(one)}
-            members += [(one["key"] + suffix, said[suffix]) for suffix in suffixes]
+            files = {".jpg": jpeg(COLORS[n]), ".txt": one["caption"], ".json": json.dumps(one)}
+            members += [(one["key"] + suffix, files[suffix]) for suffix in suffixes]
     folder.mkdir(parents=True, exist_ok=True)
     write_tar(folder / f"{shard:05d}.tar", members)
     write_parquet(folder / f"{shard:05d}.parquet", **{name: [one[name] for one in rows] for name in rows[0]})
@@ -56,14 +56,16 @@ class TestOutputWithoutCaptionFiles(SourceContract):
         return open_source(write_output(tmp_path))
 
 
+@pytest.mark.slow
 class TestOutputOnS3(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, bucket: str) -> Source:
-        return open_source(upload(write_output(tmp_path), f"{bucket}/laion"))
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+        return open_source(upload(write_output(tmp_path_factory.mktemp("laion")), f"{class_bucket}/laion"))
 
 
 @pytest.mark.parametrize("suffixes", [(".jpg",), (".jpg", ".txt"), (".jpg", ".txt", ".json")])
-def test_a_sample_has_one_caption_and_the_columns_of_the_table(tmp_path: Path, suffixes: tuple[str, ...]) -> None:
+def test_samples_have_the_columns_of_the_table(tmp_path: Path, suffixes: tuple[str, ...]) -> None:
     source = open_source(write_output(tmp_path, suffixes))
     assert source.describe()["type"] == "webdataset"
     samples = list(source.samples())
@@ -76,35 +78,35 @@ def test_a_sample_has_one_caption_and_the_columns_of_the_table(tmp_path: Path, s
     assert {name: last.columns[name] for name in expected} == expected
 
 
-def test_a_caption_in_the_tar_comes_before_that_of_the_table(tmp_path: Path) -> None:
+def test_caption_in_tar_takes_precedence(tmp_path: Path) -> None:
     write_shard(tmp_path, 0, (".jpg",))
     write_tar(tmp_path / "00000.tar", [("000000000.jpg", jpeg()), ("000000000.txt", "better words")])
     (sample,) = open_source(tmp_path).samples()
     assert sample.texts == (TextItem(text="better words"),)
 
 
-def test_files_without_a_row_are_samples_all_the_same(tmp_path: Path) -> None:
+def test_files_without_a_row_are_samples(tmp_path: Path) -> None:
     write_shard(tmp_path, 0, (".jpg",))
     write_tar(tmp_path / "00000.tar", [("other.jpg", jpeg()), ("other.txt", "words")])
     (sample,) = open_source(tmp_path).samples()
     assert (sample.key, sample.columns) == ("other", {})
 
 
-def test_another_table_beside_a_tar_is_left_alone(tmp_path: Path) -> None:
+def test_other_table_is_ignored(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [("a.jpg", jpeg())])
-    write_parquet(tmp_path / "0.parquet", key=["a"], caption=["not said by img2dataset"])
+    write_parquet(tmp_path / "0.parquet", key=["a"], caption=["not by img2dataset"])
     (sample,) = open_source(tmp_path).samples()
     assert (sample.texts, sample.columns) == ((), {})
 
 
-def test_a_damaged_table_beside_a_shard_is_named(tmp_path: Path) -> None:
+def test_damaged_table_raises(tmp_path: Path) -> None:
     write_shard(tmp_path, 1, (".jpg",))
     write(tmp_path, {"00001.parquet": b"PAR1 no table"})
     with pytest.raises(SourceError, match=r"00001\.parquet cannot be read as parquet"):
         list(open_source(tmp_path).samples())
 
 
-def test_a_server_that_forbids_what_is_not_there_has_no_table(tmp_path: Path) -> None:
+def test_forbidden_table_counts_as_missing(tmp_path: Path) -> None:
     shards = write_output(tmp_path / "web", (".jpg", ".txt"))
     (shards / "00000.parquet").unlink()
     server = WebServer(shards, missing=403)

@@ -8,17 +8,20 @@ import pytest
 
 from embedcache.errors import PathError, SettingError, SourceError, UnknownNameError
 from embedcache.sources import Sample, SourceSettings, open_source, reopen_source
+from embedcache.sources.open import source_credit
 from tests.sources.files import jpeg, write, write_tar
 
 
-class OwnSource:
-    """A source of the user's own, found by `module:attribute`."""
+class CustomSource:
+    """A custom source, loaded as `module:attribute` or by an entry point."""
+
+    credit = "Images: mine"
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         self.location = location
 
     def describe(self) -> Mapping[str, Any]:
-        return {"type": f"{__name__}:OwnSource", "path": self.location, "settings": {}}
+        return {"type": f"{__name__}:CustomSource", "path": self.location, "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
         yield Sample(key="only")
@@ -38,26 +41,24 @@ class OwnSource:
         ({"captions.NPY": b""}, "captions.NPY", "texts"),
     ],
 )
-def test_the_kind_is_found_from_what_is_there(
-    tmp_path: Path, files: dict[str, bytes | str], location: str, kind: str
-) -> None:
+def test_kind_is_detected(tmp_path: Path, files: dict[str, bytes | str], location: str, kind: str) -> None:
     write(tmp_path, files)
     assert open_source(tmp_path / location).describe()["type"] == kind
 
 
 @pytest.mark.parametrize("location", ["", "0.tar", "{0..0}.tar"])
-def test_shards_are_found(tmp_path: Path, location: str) -> None:
+def test_shards_are_detected(tmp_path: Path, location: str) -> None:
     write_tar(tmp_path / "0.tar", [("a.jpg", jpeg())])
     assert open_source(tmp_path / location).describe()["type"] == "webdataset"
 
 
-def test_a_path_is_written_down_as_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, {"pictures/a.jpg": jpeg()})
+def test_described_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"images/a.jpg": jpeg()})
     monkeypatch.chdir(tmp_path)
-    assert open_source("pictures").describe()["path"] == str(tmp_path / "pictures")
+    assert open_source("images").describe()["path"] == str(tmp_path / "images")
 
 
-def test_a_path_where_nothing_is_says_what_is_accepted(tmp_path: Path) -> None:
+def test_missing_path_raises(tmp_path: Path) -> None:
     with pytest.raises(
         PathError, match=r"nowhere.*folder of images.*\.parquet.*\.tar.*\.txt.*\.npy.*IDX.*save_to_disk.*openmoji:"
     ):
@@ -65,7 +66,7 @@ def test_a_path_where_nothing_is_says_what_is_accepted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("files", "location"), [({"a.docx": b""}, "a.docx"), ({"a.docx": b""}, "")])
-def test_what_is_no_source_says_what_is_accepted(tmp_path: Path, files: dict[str, bytes], location: str) -> None:
+def test_other_file_raises(tmp_path: Path, files: dict[str, bytes], location: str) -> None:
     write(tmp_path, files)
     with pytest.raises(
         SourceError, match=r"folder of images.*\.parquet.*\.tar.*\.txt.*\.npy.*IDX.*save_to_disk.*openmoji:"
@@ -73,31 +74,67 @@ def test_what_is_no_source_says_what_is_accepted(tmp_path: Path, files: dict[str
         open_source(tmp_path / location)
 
 
-def test_an_unknown_kind_is_refused_with_the_near_miss(tmp_path: Path) -> None:
+def test_unknown_kind_suggests_a_name(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'folder'"):
         open_source(tmp_path, kind="foldr")
 
 
-def test_a_source_of_the_users_own_opens_and_reopens() -> None:
-    source = open_source("anywhere", kind=f"{__name__}:OwnSource")
+def test_known_kinds_can_all_be_opened() -> None:
+    with pytest.raises(UnknownNameError, match="known: ") as caught:
+        open_source("x", kind="none")
+    assert "imported" not in str(caught.value)
+
+
+def test_imported_source_reopens(tmp_path: Path) -> None:
+    description = {"type": "imported", "path": str(tmp_path), "settings": {}}
+    assert reopen_source(description).describe() == description
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "credit"),
+    [
+        ("openmoji", "en", "OpenMoji"),
+        ("pairs", "openmoji:en", "OpenMoji"),
+        ("pairs", "pairs:openmoji:en", "OpenMoji"),
+        ("folder", "/images", ""),
+        ("imported", "/vectors", ""),
+        ("never.imported:Source", "x", ""),  # an untrusted cache may name any module
+    ],
+)
+def test_source_credit(kind: str, path: str, credit: str) -> None:
+    text = source_credit({"type": kind, "path": path, "settings": {}})
+    assert (credit in text) if credit else (text == "")
+
+
+def test_custom_source_opens_and_reopens() -> None:
+    source = open_source("anywhere", kind=f"{__name__}:CustomSource")
     assert [sample.key for sample in reopen_source(source.describe()).samples()] == ["only"]
 
 
-def test_reopening_what_is_gone_names_the_path(tmp_path: Path) -> None:
-    path = write(tmp_path / "pictures", {"a.jpg": jpeg()})
+def test_source_of_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "mine-1.0.dist-info", {"METADATA": "Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n"})
+    declared = f"[embedcache.sources]\nmine = {__name__}:CustomSource\n"
+    write(tmp_path / "mine-1.0.dist-info", {"entry_points.txt": declared})
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [sample.key for sample in open_source("mine:anywhere").samples()] == ["only"]
+    assert source_credit({"type": "mine", "path": "anywhere"}) == "Images: mine"
+
+
+def test_reopening_a_missing_path_raises(tmp_path: Path) -> None:
+    path = write(tmp_path / "images", {"a.jpg": jpeg()})
     description = open_source(path).describe()
     path.rename(tmp_path / "moved")
-    with pytest.raises(PathError, match="pictures"):
+    with pytest.raises(PathError, match="images"):
         reopen_source(description)
 
 
-def test_reopening_with_a_setting_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+def test_reopening_with_unknown_setting_raises(tmp_path: Path) -> None:
     description = {"type": "table", "path": str(tmp_path), "settings": {"color": "red"}}
     with pytest.raises(SettingError, match=r"'color'.*image_column"):
         reopen_source(description)
 
 
-def test_importing_the_sources_loads_no_heavy_library() -> None:
+def test_import_loads_no_heavy_library() -> None:
     heavy = ("pyarrow", "PIL", "numpy", "emoji", "fontTools", "datasets")
     code = f"import sys, embedcache.sources; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

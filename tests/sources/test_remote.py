@@ -1,4 +1,4 @@
-"""Sources by URL, read from real servers on this machine."""
+"""Sources behind URLs, read from local servers."""
 
 import json
 import multiprocessing
@@ -33,7 +33,7 @@ def shards(folder: Path, number: int = 3) -> Path:
     return folder
 
 
-def pictures(folder: Path) -> Path:
+def write_images(folder: Path) -> Path:
     return write(
         folder,
         {
@@ -47,105 +47,122 @@ def pictures(folder: Path) -> Path:
 
 
 class TestFolderOnS3(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, bucket: str) -> Source:
-        return open_source(upload(pictures(tmp_path), f"{bucket}/deep/pictures"))
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        return open_source(upload(write_images(folder), f"{class_bucket}/deep/images"))
 
-    def test_it_gives_the_samples_of_the_same_folder_here(self, tmp_path: Path, source: Source) -> None:
-        assert list(source.samples()) == list(open_source(tmp_path).samples())
+    def test_samples_equal_those_of_the_local_folder(self, tmp_path: Path, source: Source) -> None:
+        assert list(source.samples()) == list(open_source(write_images(tmp_path)).samples())
 
 
 class TestPatternOnS3(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, bucket: str) -> Source:
-        return open_source(upload(shards(tmp_path), f"{bucket}/shards") + "/{00000..00001}.tar")
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        return open_source(upload(shards(folder), f"{class_bucket}/shards") + "/{00000..00001}.tar")
 
 
 class TestFolderOfShardsOnS3(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, bucket: str) -> Source:
-        return open_source(upload(shards(tmp_path), f"{bucket}/shards"))
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        return open_source(upload(shards(folder), f"{class_bucket}/shards"))
 
-    def test_it_gives_the_samples_of_the_same_folder_here(self, tmp_path: Path, source: Source) -> None:
-        assert list(source.samples()) == list(open_source(tmp_path).samples())
+    def test_samples_equal_those_of_the_local_folder(self, tmp_path: Path, source: Source) -> None:
+        assert list(source.samples()) == list(open_source(shards(tmp_path)).samples())
 
 
 class TestParquetOfBytesOnS3(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, bucket: str) -> Source:
-        write_parquet(tmp_path / "t.parquet", image=IMAGES, caption=list(COLORS))
-        return open_source(upload(tmp_path, bucket) + "/t.parquet")
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        write_parquet(folder / "t.parquet", image=IMAGES, caption=list(COLORS))
+        return open_source(upload(folder, class_bucket) + "/t.parquet")
 
 
 class TestFolderOfTablesOnS3(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, bucket: str) -> Source:
-        write(tmp_path, {f"images/{n}.bin": data for n, data in enumerate(IMAGES)})
-        write(tmp_path, {"sub/t.csv": "image,caption\n" + "".join(f"../images/{n}.bin,c\n" for n in range(5))})
-        write(tmp_path, {"t.jsonl": '{"image": "images/0.bin", "caption": ["x", "y"]}\n'})
-        return open_source(upload(tmp_path, f"{bucket}/tables"))
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_bucket: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        write(folder, {f"images/{n}.bin": data for n, data in enumerate(IMAGES)})
+        write(folder, {"sub/t.csv": "image,caption\n" + "".join(f"../images/{n}.bin,c\n" for n in range(5))})
+        write(folder, {"t.jsonl": '{"image": "images/0.bin", "caption": ["x", "y"]}\n'})
+        return open_source(upload(folder, f"{class_bucket}/tables"))
 
-    def test_items_lie_below_the_folder(self, source: Source) -> None:
+    def test_item_paths_are_relative(self, source: Source) -> None:
         assert [s.images[0].path for s in source.samples()] == [*(f"images/{n}.bin" for n in range(5)), "images/0.bin"]
 
 
 class TestOneShardByHttp(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, web: WebServer) -> Source:
-        shards(tmp_path / "web")
-        return open_source(f"{web.url}/00001.tar")
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, class_web: WebServer) -> Source:
+        shards(class_web.folder)
+        return open_source(f"{class_web.url}/00001.tar")
 
 
 class TestPatternByHttp(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, web: WebServer) -> Source:
-        shards(tmp_path / "web")
-        return open_source(f"{web.url}/{{00000..00002}}.tar")
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, class_web: WebServer) -> Source:
+        shards(class_web.folder)
+        return open_source(f"{class_web.url}/{{00000..00002}}.tar")
 
 
 class TestParquetByHttp(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, web: WebServer) -> Source:
-        write_parquet(tmp_path / "web" / "t.parquet", image=IMAGES, caption=list(COLORS))
-        return open_source(f"{web.url}/t.parquet")
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, class_web: WebServer) -> Source:
+        write_parquet(class_web.folder / "t.parquet", image=IMAGES, caption=list(COLORS))
+        return open_source(f"{class_web.url}/t.parquet")
 
 
 class TestTableHereOfUrls(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path, web: WebServer, bucket: str) -> Source:
-        write(tmp_path / "web", {"0.jpg": IMAGES[0], "1.jpg": IMAGES[1]})
-        upload(tmp_path / "web", f"{bucket}/x")
-        urls = [f"{web.url}/0.jpg?size=1", f"{bucket}/x/1.jpg"]
-        return open_source(write_parquet(tmp_path / "t.parquet", image=urls, caption=["a", "b"]))
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory, class_web: WebServer, class_bucket: str) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        write(class_web.folder, {"0.jpg": IMAGES[0], "1.jpg": IMAGES[1]})
+        upload(class_web.folder, f"{class_bucket}/x")
+        urls = [f"{class_web.url}/0.jpg?size=1", f"{class_bucket}/x/1.jpg"]
+        return open_source(write_parquet(folder / "t.parquet", image=urls, caption=["a", "b"]))
 
 
 class TestMemory(SourceContract):
-    @pytest.fixture
-    def source(self, tmp_path: Path) -> Source:
-        root = open_path("memory://tests-of-sources/pictures")
-        for path in pictures(tmp_path).rglob("*.*"):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def source(cls, tmp_path_factory: pytest.TempPathFactory) -> Source:
+        folder = tmp_path_factory.mktemp("source")
+        root = open_path("memory://tests-of-sources/images")
+        for path in write_images(folder).rglob("*.*"):
             if path.is_file():
-                there = root / str(path.relative_to(tmp_path))
+                there = root / str(path.relative_to(folder))
                 there.parent.mkdir(parents=True, exist_ok=True)
                 there.write_bytes(path.read_bytes())
         return open_source(str(root))
 
 
 @pytest.mark.parametrize("place", ["none", "none.tar", "none.parquet", "{0..1}.tar", "shards/{0..1}.tar"])
-def test_where_nothing_is_the_url_is_named(bucket: str, web: WebServer, place: str) -> None:
+def test_missing_url_raises(bucket: str, web: WebServer, place: str) -> None:
     for server in (bucket, web.url):
         with pytest.raises(PathError, match=f"no such .*{server}/{place[0] if '{' not in place else ''}"):
             open_source(f"{server}/{place}")
 
 
 @pytest.mark.parametrize("place", ["x", "x.tar", "x.parquet", "{0..1}.tar"])
-def test_a_server_that_does_not_answer_is_named(place: str, web: WebServer) -> None:
+def test_unreachable_server_raises(place: str, web: WebServer) -> None:
     web.stop()
     with pytest.raises(PathError, match=rf"cannot read {web.url}/.*(Connect|connect)"):
         open_source(f"{web.url}/{place}")
 
 
-def test_missing_credentials_are_said(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_raise(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -156,7 +173,7 @@ def test_missing_credentials_are_said(bucket: str, monkeypatch: pytest.MonkeyPat
         open_source(f"{bucket}/x.tar")
 
 
-def test_an_image_that_is_gone_is_an_item_with_a_reason(tmp_path: Path, bucket: str, web: WebServer) -> None:
+def test_missing_image_raises_item_error(tmp_path: Path, bucket: str, web: WebServer) -> None:
     shards(tmp_path / "web", 1)
     upload(tmp_path / "web", bucket)
     for url in (f"{web.url}/00000.tar", f"{bucket}/00000.tar", f"{bucket}/{{00000..00000}}.tar"):
@@ -167,7 +184,7 @@ def test_an_image_that_is_gone_is_an_item_with_a_reason(tmp_path: Path, bucket: 
             source.read(ImageItem(path="00000.tar", offset=1000, length=10**6))
 
 
-def test_a_url_in_a_cell_that_cannot_be_read_is_an_item_with_a_reason(tmp_path: Path, web: WebServer) -> None:
+def test_unreadable_url_raises_item_error(tmp_path: Path, web: WebServer) -> None:
     urls = [f"{web.url}/gone.jpg", "nonsense://x/y.jpg"]
     source = open_source(write_parquet(tmp_path / "t.parquet", image=urls))
     for item, words in zip((s.images[0] for s in source.samples()), ("no such file", "cannot be read"), strict=True):
@@ -176,11 +193,11 @@ def test_a_url_in_a_cell_that_cannot_be_read_is_an_item_with_a_reason(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["00000.tar", "t.parquet"])
-def test_a_server_that_gives_whole_files_only_is_refused(tmp_path: Path, name: str) -> None:
+def test_server_without_range_requests_raises(tmp_path: Path, name: str) -> None:
     image = np.random.default_rng(0).bytes(12_000_000)  # more than one block
     write_tar(tmp_path / "00000.tar", [("0.jpg", image), ("0.txt", "words")])
     write_parquet(tmp_path / "t.parquet", image=[image], caption=["words"])
-    server = WebServer(tmp_path, gives_parts=False)
+    server = WebServer(tmp_path, has_ranges=False)
     try:
         with pytest.raises(PathError, match=rf"{name}.*range requests"):
             list(open_source(f"{server.url}/{name}").samples())
@@ -188,14 +205,14 @@ def test_a_server_that_gives_whole_files_only_is_refused(tmp_path: Path, name: s
         server.stop()
 
 
-def test_a_remote_shard_that_is_cut_short_is_named(tmp_path: Path, web: WebServer) -> None:
+def test_truncated_remote_shard_raises(tmp_path: Path, web: WebServer) -> None:
     path = shards(tmp_path / "web", 1) / "00000.tar"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(SourceError, match=rf"{web.url}/00000.tar is not a tar, or is truncated"):
         list(open_source(f"{web.url}/00000.tar").samples())
 
 
-def test_items_side_by_side_cost_a_request_a_block(tmp_path: Path, web: WebServer) -> None:
+def test_adjacent_items_cost_one_request_per_block(tmp_path: Path, web: WebServer) -> None:
     data = np.random.default_rng(0).bytes(100_000)
     write_tar(tmp_path / "web" / "0.tar", [(f"{n:03d}.jpg", data) for n in range(200)])
     source = open_source(f"{web.url}/0.tar")
@@ -216,28 +233,28 @@ def blocks_of(web: WebServer, folder: Path, *, num_blocks: int) -> tuple[RemoteB
 
 @given(ranges=st.lists(st.tuples(st.integers(0, 9_600), st.integers(0, 4_000)), min_size=1, max_size=8))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
-def test_blocks_give_the_bytes_of_the_file(tmp_path: Path, web: WebServer, ranges: list[tuple[int, int]]) -> None:
+def test_blocks_return_the_bytes_of_the_file(tmp_path: Path, web: WebServer, ranges: list[tuple[int, int]]) -> None:
     blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=10)
     for offset, length in ranges:
         if offset < len(data):
             assert blocks.read(path, offset, length) == data[offset : offset + length]
 
 
-def test_reading_forwards_fetches_ahead_and_each_block_once(tmp_path: Path, web: WebServer) -> None:
+def test_sequential_reads_fetch_each_block_once(tmp_path: Path, web: WebServer) -> None:
     blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=20)
     assert b"".join(blocks.read(path, offset, 100) for offset in range(0, len(data), 100)) == data
-    blocks._ahead.shutdown()  # waits for what is on the way
+    blocks._prefetcher.shutdown()  # waits for pending requests
     assert sorted(web.sent) == [500] + [1000] * 19
 
 
-def test_jumping_about_fetches_nothing_ahead(tmp_path: Path, web: WebServer) -> None:
+def test_random_reads_prefetch_nothing(tmp_path: Path, web: WebServer) -> None:
     blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=20)
     for number in (15, 3, 9):
         assert blocks.read(path, 1000 * number, 10) == data[1000 * number : 1000 * number + 10]
     assert web.sent == [1000] * 3
 
 
-def test_a_block_that_failed_is_asked_for_again(tmp_path: Path, web: WebServer) -> None:
+def test_failed_block_is_retried(tmp_path: Path, web: WebServer) -> None:
     blocks, path, data = blocks_of(web, tmp_path / "web", num_blocks=2)
     (tmp_path / "web" / "x.bin").rename(tmp_path / "web" / "away")
     with pytest.raises(ItemError, match="no such file"):
@@ -246,7 +263,7 @@ def test_a_block_that_failed_is_asked_for_again(tmp_path: Path, web: WebServer) 
     assert blocks.read(path, 0, 10) == data[:10]
 
 
-def test_row_groups_are_read_without_their_neighbors(tmp_path: Path, web: WebServer) -> None:
+def test_only_one_row_group_is_read(tmp_path: Path, web: WebServer) -> None:
     images = [np.random.default_rng(n).bytes(500_000) for n in range(20)]
     write_parquet(tmp_path / "web" / "t.parquet", row_group_size=2, image=images, caption=["x"] * 20)
     source = open_source(f"{web.url}/t.parquet")
@@ -257,12 +274,11 @@ def test_row_groups_are_read_without_their_neighbors(tmp_path: Path, web: WebSer
     assert sum(web.sent) < 2_000_000
 
 
-@pytest.mark.slow
-def test_a_process_started_anew_reads_the_same(tmp_path: Path, bucket: str) -> None:
+def test_new_process_reads_the_same(tmp_path: Path, bucket: str) -> None:
     source = open_source(upload(shards(tmp_path, 1), bucket))
     items = [sample.images[0] for sample in source.samples()]
     assert [source.read(item) for item in items] == IMAGES
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         read = executor.map(read_again, [dict(source.describe())] * len(items), items)
         assert list(read) == IMAGES
 
@@ -271,7 +287,7 @@ def read_again(description: dict[str, Any], item: ImageItem) -> bytes:
     return reopen_source(description).read(item)
 
 
-def test_listings_are_not_remembered(tmp_path: Path, bucket: str) -> None:
+def test_listings_are_not_cached(tmp_path: Path, bucket: str) -> None:
     url = upload(write(tmp_path, {"a.jpg": IMAGES[0]}), f"{bucket}/x")
     assert len(list(open_source(url).samples())) == 1
     upload(write(tmp_path, {"b.jpg": IMAGES[0]}), f"{bucket}/x")

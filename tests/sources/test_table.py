@@ -32,8 +32,8 @@ class TestFolderOfHuggingFaceParquet(SourceContract):
 class TestCsvOfPaths(SourceContract):
     @pytest.fixture
     def source(self, tmp_path: Path) -> Source:
-        write(tmp_path / "pictures", {f"{n}.jpg": data for n, data in enumerate(IMAGES)})
-        rows = "".join(f"k{n},pictures/{n}.jpg,caption {n}\n" for n in range(5))
+        write(tmp_path / "images", {f"{n}.jpg": data for n, data in enumerate(IMAGES)})
+        rows = "".join(f"k{n},images/{n}.jpg,caption {n}\n" for n in range(5))
         write(tmp_path, {"t.csv": "id,image_path,caption\n" + rows})
         return open_source(tmp_path / "t.csv")
 
@@ -48,21 +48,21 @@ class TestJsonlWithSettings(SourceContract):
         return open_source(tmp_path / "t.jsonl", settings=settings)
 
 
-def test_keys_are_file_and_row_where_there_is_no_key_column(tmp_path: Path) -> None:
+def test_keys_without_key_column(tmp_path: Path) -> None:
     for name in ("b", "a"):
         write_parquet(tmp_path / f"{name}.parquet", caption=["x", "y"])
     keys = [sample.key for sample in open_source(tmp_path).samples()]
     assert keys == ["a/0", "a/1", "b/0", "b/1"]
 
 
-def test_a_row_of_bytes_is_an_item_of_file_and_row(tmp_path: Path) -> None:
+def test_item_of_bytes_is_file_and_row(tmp_path: Path) -> None:
     source = open_source(write_parquet(tmp_path / "t.parquet", image=IMAGES))
     items = [sample.images[0] for sample in source.samples()]
     assert items == [ImageItem(path="t.parquet", offset=n) for n in range(5)]
     assert [source.read(item) for item in reversed(items)] == IMAGES[::-1]
 
 
-def test_columns_that_are_not_used_otherwise_stay(tmp_path: Path) -> None:
+def test_other_columns_are_kept(tmp_path: Path) -> None:
     path = write_parquet(
         tmp_path / "t.parquet",
         caption=["x"], split=["test"], label=[3], language=["de"], id=[7],
@@ -74,7 +74,7 @@ def test_columns_that_are_not_used_otherwise_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("caption_0", "caption_1"), ("sentence", "sentences"), ("text1", "text2")])
-def test_several_caption_columns_are_found(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_several_caption_columns(tmp_path: Path, names: tuple[str, str]) -> None:
     path = write_parquet(tmp_path / "t.parquet", **{names[0]: ["a"], names[1]: ["b"]})
     (sample,) = open_source(path).samples()
     assert [item.text for item in sample.texts] == ["a", "b"]
@@ -86,7 +86,7 @@ def test_csv_cells_stay_text(tmp_path: Path) -> None:
     assert (sample.key, sample.texts) == ("007", (TextItem(text="a, b"),))
 
 
-def test_a_missing_column_is_refused_with_those_that_exist(tmp_path: Path) -> None:
+def test_missing_column_raises(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", photo=["x.jpg"], words=["y"])
     for settings, option in (
         (SourceSettings(image_column="image"), "--image-column"),
@@ -99,7 +99,7 @@ def test_a_missing_column_is_refused_with_those_that_exist(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.jsonl", "t.csv"])
-def test_a_damaged_table_is_named(tmp_path: Path, name: str) -> None:
+def test_damaged_table_raises(tmp_path: Path, name: str) -> None:
     contents = {
         "t.parquet": b"PAR1 no parquet",
         "t.jsonl": b'{"caption": "x"}\n{"capt',
@@ -110,7 +110,7 @@ def test_a_damaged_table_is_named(tmp_path: Path, name: str) -> None:
         list(open_source(tmp_path / name).samples())
 
 
-def test_a_damaged_page_of_parquet_is_an_item_with_a_reason(tmp_path: Path) -> None:
+def test_damaged_parquet_page_raises_item_error(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"image": IMAGES}), path, use_dictionary=False, compression="none")
     source = open_source(path)
@@ -120,7 +120,7 @@ def test_a_damaged_page_of_parquet_is_an_item_with_a_reason(tmp_path: Path) -> N
         source.read(item)
 
 
-def test_an_empty_cell_is_an_item_with_a_reason(tmp_path: Path) -> None:
+def test_empty_cell_raises_item_error(tmp_path: Path) -> None:
     image = pa.array([None, IMAGES[0]], pa.binary())
     source = open_source(write_parquet(tmp_path / "t.parquet", image=image))
     first, second = (sample.images[0] for sample in source.samples())

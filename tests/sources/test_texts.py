@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
 from embedcache.testing.sources import SourceContract
+from tests.pictures import write_pictures
 from tests.sources.files import write
 
 TEXTS = ["a photo of a cat", "ein Käse", "猫"]
@@ -38,27 +39,25 @@ def texts(samples: list[Sample]) -> list[str]:
     return [item.text for sample in samples for item in sample.texts]
 
 
-def test_each_line_is_a_sample_and_blank_ones_keep_their_row(tmp_path: Path) -> None:
+def test_one_sample_per_line(tmp_path: Path) -> None:
     write(tmp_path, {"p.txt": "\ufeffone \r\n\r\nthree\n"})
     samples = list(open_source(tmp_path / "p.txt").samples())
     assert texts(samples) == ["one", "", "three"]
     assert [sample.key for sample in samples] == ["p/0", "p/1", "p/2"]
 
 
-@given(said=st.lists(st.text(st.characters(exclude_categories=["C", "Z"]))), as_bytes=st.booleans())
-def test_an_array_gives_its_strings_in_order(
-    tmp_path_factory: pytest.TempPathFactory, said: list[str], as_bytes: bool
-) -> None:
-    array = np.array([text.encode() for text in said], "S") if as_bytes else np.array(said, "U")
+@given(expected=st.lists(st.text(st.characters(exclude_categories=["C", "Z"]))), as_bytes=st.booleans())
+def test_array_strings_in_order(tmp_path_factory: pytest.TempPathFactory, expected: list[str], as_bytes: bool) -> None:
+    array = np.array([text.encode() for text in expected], "S") if as_bytes else np.array(expected, "U")
     path = save(tmp_path_factory.mktemp("texts"), array)
     samples = list(open_source(path).samples())
-    assert texts(samples) == said
-    assert [sample.key for sample in samples] == [f"t/{row}" for row in range(len(said))]
+    assert texts(samples) == expected
+    assert [sample.key for sample in samples] == [f"t/{row}" for row in range(len(expected))]
 
 
-def test_more_texts_than_a_batch_come_in_order(tmp_path: Path) -> None:
-    said = [str(row) for row in range(3000)]
-    assert texts(list(open_source(save(tmp_path, np.array(said))).samples())) == said
+def test_several_batches_in_order(tmp_path: Path) -> None:
+    expected = [str(row) for row in range(3000)]
+    assert texts(list(open_source(save(tmp_path, np.array(expected))).samples())) == expected
 
 
 @pytest.mark.parametrize(
@@ -71,33 +70,33 @@ def test_more_texts_than_a_batch_come_in_order(tmp_path: Path) -> None:
         (np.array([b"\xff"]), "not UTF-8"),
     ],
 )
-def test_an_array_of_something_else_is_refused(tmp_path: Path, array: np.ndarray, words: str) -> None:
+def test_other_arrays_raise(tmp_path: Path, array: np.ndarray, words: str) -> None:
     path = save(tmp_path, array)
     with pytest.raises(SourceError, match=rf"t\.npy.*{words}"):
         list(open_source(path).samples())
 
 
 @pytest.mark.parametrize("length", [0, 4, 40, 130])
-def test_a_damaged_array_is_named(tmp_path: Path, length: int) -> None:
+def test_damaged_array_raises(tmp_path: Path, length: int) -> None:
     path = save(tmp_path, np.array(TEXTS))
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(SourceError, match=r"t\.npy.*damaged"):
         list(open_source(path).samples())
 
 
-def test_a_text_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+def test_text_file_with_other_encoding_raises(tmp_path: Path) -> None:
     write(tmp_path, {"p.txt": "Käse".encode("latin-1")})
     with pytest.raises(SourceError, match=r"p\.txt is not UTF-8"):
         list(open_source(tmp_path / "p.txt").samples())
 
 
-def test_asking_for_an_image_is_an_item_error(tmp_path: Path) -> None:
+def test_read_raises_item_error(tmp_path: Path) -> None:
     write(tmp_path, {"p.txt": "x"})
     with pytest.raises(ItemError, match="texts, no image"):
         open_source(tmp_path / "p.txt").read(ImageItem(path="x.jpg"))
 
 
-def test_what_is_no_list_is_refused(tmp_path: Path) -> None:
+def test_other_files_raise(tmp_path: Path) -> None:
     write(tmp_path, {"p.md": "x", "p.txt": "x"})
     with pytest.raises(PathError, match="no such file"):
         open_source(tmp_path / "q.txt", kind="texts")
@@ -105,3 +104,32 @@ def test_what_is_no_list_is_refused(tmp_path: Path) -> None:
         open_source(tmp_path / "p.md", kind="texts")
     with pytest.raises(SettingError, match="key_column"):
         open_source(tmp_path / "p.txt", settings=SourceSettings(key_column="x"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_pictures(tmp_path, 3)
+    (tmp_path / "00001.txt").write_text("one\ntwo\n")
+    (tmp_path / "00002.txt").unlink()
+    return tmp_path
+
+
+class TestPairs(SourceContract):
+    @pytest.fixture
+    def source(self, folder: Path) -> Source:
+        return open_source(f"pairs:{folder}")
+
+
+def test_pairs_have_one_caption_each(folder: Path) -> None:
+    before = {sample.key: sample for sample in open_source(folder).samples()}
+    found = list(open_source(f"pairs:{folder}").samples())
+    assert [(sample.columns["sample"], [item.text for item in sample.texts]) for sample in found] == [
+        (key, [item.text]) for key, sample in before.items() for item in sample.texts
+    ]
+    assert len(found) == sum(len(sample.texts) for sample in before.values())
+    assert all(sample.images == before[str(sample.columns["sample"])].images for sample in found)
+
+
+def test_pairs_of_pairs_raise(folder: Path) -> None:
+    with pytest.raises(SourceError, match="already has one caption per sample"):
+        open_source(f"pairs:pairs:{folder}")

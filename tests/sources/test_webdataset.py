@@ -6,6 +6,7 @@ from PIL import Image
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.sources import Source, TextItem, open_source, reopen_source
+from embedcache.sources.webdataset import expand_braces
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, encode, jpeg, write, write_tar
 
@@ -71,7 +72,7 @@ def webp() -> bytes:
     return encode(Image.new("RGB", (20, 10), "red"), "WEBP")
 
 
-def test_a_classification_set_gives_labels_and_splits(tmp_path: Path) -> None:
+def test_classification_dataset_labels_and_splits(tmp_path: Path) -> None:
     samples = list(open_source(write_classes(tmp_path)).samples())
     assert [(sample.key, dict(sample.columns)) for sample in samples] == [
         ("test/s0000000", {"split": "test", "label": 0}),
@@ -80,19 +81,19 @@ def test_a_classification_set_gives_labels_and_splits(tmp_path: Path) -> None:
     ]
 
 
-def test_one_split_by_its_own_path_has_plain_keys(tmp_path: Path) -> None:
+def test_single_split_has_plain_keys(tmp_path: Path) -> None:
     samples = list(open_source(write_classes(tmp_path) / "test").samples())
     assert [(sample.key, dict(sample.columns)) for sample in samples] == [("s0000000", {"label": 0})]
 
 
 @pytest.mark.parametrize(("content", "label"), [("7", 7), (" 12\n", 12), ("-1", -1)])
-def test_a_cls_is_the_number_of_a_class(tmp_path: Path, content: str, label: int) -> None:
+def test_cls_is_a_class_number(tmp_path: Path, content: str, label: int) -> None:
     path = write_tar(tmp_path / "x.tar", [("0.jpg", jpeg()), ("0.CLS", content)])
     assert [dict(sample.columns) for sample in open_source(path).samples()] == [{"label": label}]
 
 
 @pytest.mark.parametrize("content", [b"cat", b"", b"0.5", b"1 2", b"\xff", b"9" * 5000])
-def test_a_cls_that_is_no_number_is_the_reason(tmp_path: Path, content: bytes) -> None:
+def test_invalid_cls_is_reported_in_a_column(tmp_path: Path, content: bytes) -> None:
     path = write_tar(tmp_path / "x.tar", [("0.cls", content), ("0.jpg", jpeg()), ("1.cls", "3"), ("1.jpg", jpeg())])
     first, second = open_source(path).samples()
     assert "label" not in first.columns
@@ -100,12 +101,12 @@ def test_a_cls_that_is_no_number_is_the_reason(tmp_path: Path, content: bytes) -
     assert second.columns == {"label": 3}
 
 
-def test_a_label_in_the_json_comes_first(tmp_path: Path) -> None:
+def test_label_in_json_takes_precedence(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("0.cls", "3"), ("0.jpg", jpeg()), ("0.json", '{"label": "cat", "w": 1}')])
     assert [dict(sample.columns) for sample in open_source(path).samples()] == [{"label": "cat", "w": 1}]
 
 
-def test_a_sample_joins_the_files_of_one_name(shards: Path) -> None:
+def test_sample_joins_files_of_one_name(shards: Path) -> None:
     sample = list(open_source(shards).samples())[5]
     assert sample.key == "0011"
     assert sample.texts == (TextItem(text="caption 11"),)
@@ -113,23 +114,23 @@ def test_a_sample_joins_the_files_of_one_name(shards: Path) -> None:
     assert sample.images[0].path == "00001.tar"
 
 
-def test_an_item_says_where_the_bytes_lie(shards: Path) -> None:
+def test_item_offset_and_length(shards: Path) -> None:
     item = list(open_source(shards).samples())[5].images[0]
     data = (shards / item.path).read_bytes()
     assert data[item.offset : item.offset + item.length] == jpeg(COLORS[11 % 5])
 
 
-def test_a_pattern_takes_the_shards_it_names_and_no_more(shards: Path) -> None:
+def test_pattern_selects_shards(shards: Path) -> None:
     keys = [sample.key for sample in open_source(shards / "{00001..00002}.tar").samples()]
     assert keys == [f"{n:04d}" for first in (10, 20) for n in range(first, first + 4)]
 
 
-def test_the_folder_of_a_member_is_part_of_its_key(tmp_path: Path) -> None:
+def test_member_folder_is_part_of_the_key(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("a.b/c.d.jpg", jpeg()), ("a.b/e.txt", "words")])
     assert [sample.key for sample in open_source(path).samples()] == ["a.b/c", "a.b/e"]
 
 
-def test_more_shards_than_files_kept_open_are_read(tmp_path: Path) -> None:
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
     for shard in range(40):
         write_tar(tmp_path / f"{shard:02d}.tar", [(f"{shard}.jpg", jpeg(COLORS[shard % 5]))])
     source = open_source(tmp_path)
@@ -139,43 +140,96 @@ def test_more_shards_than_files_kept_open_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [100, 700, 2_048, 5_000])
-def test_a_truncated_shard_is_named_with_the_offset(tmp_path: Path, keep: int) -> None:
+def test_truncated_shard_raises_with_offset(tmp_path: Path, keep: int) -> None:
     path = write_tar(tmp_path / "cut.tar", members(0, 4))
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(SourceError, match=r"cut\.tar.*offset \d+|cut\.tar.*truncated"):
         list(open_source(path).samples())
 
 
-def test_a_file_that_is_no_tar_is_named(tmp_path: Path) -> None:
+def test_other_content_raises(tmp_path: Path) -> None:
     path = tmp_path / "no.tar"
     path.write_bytes(b"no tar at all" * 100)
     with pytest.raises(SourceError, match=r"no\.tar is not a tar"):
         list(open_source(path).samples())
 
 
-def test_broken_captions_are_a_sample_with_the_reason(tmp_path: Path) -> None:
+def test_invalid_json_is_reported_in_a_column(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("0001.jpg", jpeg()), ("0001.json", "{"), ("0002.txt", "words")])
     first, second = open_source(path).samples()
     assert str(first.columns["caption_error"]).startswith("0001.json is not valid JSON")
     assert second.texts == (TextItem(text="words"),)
 
 
-def test_a_shard_missing_from_a_pattern_is_named(shards: Path) -> None:
+def test_missing_shard_of_a_pattern_raises(shards: Path) -> None:
     with pytest.raises(PathError, match=r"00003\.tar.*1 of 4"):
         open_source(shards / "{00000..00003}.tar")
 
 
-def test_shards_that_are_gone_cannot_be_reopened(shards: Path) -> None:
+def test_missing_shard_cannot_be_reopened(shards: Path) -> None:
     description = open_source(shards / "00000.tar").describe()
     (shards / "00000.tar").unlink()
     with pytest.raises(PathError, match=r"00000\.tar"):
         reopen_source(description)
 
 
-def test_a_shard_cut_after_indexing_is_an_item_with_a_reason(shards: Path) -> None:
+def test_shard_truncated_later_raises_item_error(shards: Path) -> None:
     source = open_source(shards / "00000.tar")
     last = list(source.samples())[-1].images[0]
     data = (shards / "00000.tar").read_bytes()
     (shards / "00000.tar").write_bytes(data[: last.offset + 10])
     with pytest.raises(ItemError, match=r"00000\.tar ends"):
         source.read(last)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "paths"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{08..10}.tar", ["08.tar", "09.tar", "10.tar"]),
+        ("{8..10}.tar", ["8.tar", "9.tar", "10.tar"]),
+        ("{2..0}.tar", ["2.tar", "1.tar", "0.tar"]),
+        ("{1..010}.tar", [f"{n:03d}.tar" for n in range(1, 11)]),
+        ("{val,train}/{0..1}.tar", ["val/0.tar", "val/1.tar", "train/0.tar", "train/1.tar"]),
+        ("x{,-b}.tar", ["x.tar", "x-b.tar"]),
+        ("{only}.tar", ["{only}.tar"]),
+        ("s3://b/{0..1}-{a,b}.tar", ["s3://b/0-a.tar", "s3://b/0-b.tar", "s3://b/1-a.tar", "s3://b/1-b.tar"]),
+    ],
+)
+def test_expand_braces(pattern: str, paths: list[str]) -> None:
+    assert expand_braces(pattern) == paths
+
+
+@pytest.fixture
+def split_folders(tmp_path: Path) -> Path:
+    for folder in ("train", "val"):
+        (tmp_path / folder).mkdir()
+        for n in range(2):
+            write_tar(tmp_path / folder / f"{n}.tar", [(f"{folder}{n}.jpg", jpeg())])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("location", "paths"),
+    [
+        ("train/0.tar::val/1.tar", ["0.tar", "{}/val/1.tar"]),
+        ("train/{0..1}.tar::val/0.tar", ["0.tar", "1.tar", "{}/val/0.tar"]),
+        ("{val,train}/1.tar", ["val/1.tar", "train/1.tar"]),
+        ("val::train", ["0.tar", "1.tar", "{}/train/0.tar", "{}/train/1.tar"]),
+    ],
+)
+def test_several_locations_are_one_source(
+    split_folders: Path, location: str, paths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(split_folders)
+    source = open_source(location)
+    monkeypatch.chdir("/")
+    items = [sample.images[0] for sample in source.samples()]
+    assert [item.path for item in items] == [path.format(split_folders) for path in paths]
+    assert {source.read(item) for item in items} == {jpeg()}
+    assert list(reopen_source(source.describe()).samples()) == list(source.samples())
+
+
+def test_missing_shard_of_a_list_raises(split_folders: Path) -> None:
+    with pytest.raises(PathError, match=r"val/2\.tar \(1 of 3"):
+        open_source(f"{split_folders}/train/0.tar::{split_folders}/val/{{0..2}}.tar")

@@ -19,12 +19,12 @@ from tests.store.features import random_items, write_feature
 SHAPES = {"vector": (5,), "tokens": (3, 4), "ragged": (-1, 4)}
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(
     st.sampled_from(list(SHAPES.values())),
-    st.integers(1, 20),
+    st.integers(1, 12),
     st.integers(1, 8),
-    st.sets(st.integers(0, 19)),
+    st.sets(st.integers(0, 11)),
     st.integers(0, 99),
 )
 def test_round_trip(item_shape: tuple[int, ...], count: int, chunk_size: int, failed: set[int], seed: int) -> None:
@@ -157,9 +157,9 @@ def test_commit_of_other_rows_raises(tmp_path: Path) -> None:
 def test_create_group_of_another_encoder_raises(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(4, (5,), seed=1), (5,), chunk_size=4)
     other = {"family": "test", "weights": "other"}
-    with pytest.raises(FingerprintError, match="encoder 'test'.*weights: 'w' there, 'other' asked"):
+    with pytest.raises(FingerprintError, match="encoder 'test'.*weights: stored 'w', requested 'other'"):
         create_group(tmp_path, "image", "test", feature.group.info, spec="test:m", fingerprint=other)
-    with pytest.raises(FingerprintError, match=r"feature test/f.*dtype: 'float16' there, 'float32' asked"):
+    with pytest.raises(FingerprintError, match=r"feature test/f.*dtype: stored 'float16', requested 'float32'"):
         add_feature(feature.group, "f", (5,), "float32")
 
 

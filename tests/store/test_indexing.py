@@ -91,7 +91,7 @@ def test_index_changed_source_raises(tmp_path: Path) -> None:
 def test_index_other_chunk_size_raises(tmp_path: Path) -> None:
     index(rows(3), tmp_path / "c", chunk_size=2)
     begin_a_feature(tmp_path / "c")
-    with pytest.raises(FingerprintError, match="chunk_size: 2 there, 3 asked"):
+    with pytest.raises(FingerprintError, match="chunk_size: stored 2, requested 3"):
         index(rows(3), tmp_path / "c", chunk_size=3)
 
 

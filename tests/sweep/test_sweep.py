@@ -1,11 +1,8 @@
 """Whole sweeps of a toy cache."""
 
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,25 +14,33 @@ from embedcache.cli.main import main
 from embedcache.errors import FingerprintError, PathError, SettingError
 from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file, read_json
+from embedcache.reports.sweep import write_sweep_page
 from embedcache.sweep.sweep import SweepReport, sweep
-from tests.sweep.conftest import RANDOM, SIDES, SPACE, Notes
+from tests.extract.crash import start
+from tests.recorded import RecordedProgress
+from tests.sweep.conftest import FEATURES, RANDOM, SPACE
 
 pytestmark = pytest.mark.slow
 
 Swept = tuple[Path, SweepReport, list[str]]
 
 
-def test_figures_tell_every_trial_the_best_and_what_chance_gives(swept: Swept) -> None:
+def write_space(folder: Path, text: str) -> Path:
+    (folder / "space.toml").write_text(text)
+    return folder / "space.toml"
+
+
+def test_json_has_trials_test_and_chance(swept: Swept) -> None:
     study_path, report, _ = swept
-    figures = read_json(study_path / "report.json")
-    assert figures["counts"] == {"complete": 6, "pruned": 0, "failed": 0}
-    assert [trial["trial"] for trial in figures["trials"]] == list(range(6))
-    assert set(figures["trials"][0]["params"]) == {"lr", "shared_width", "projector"}
-    assert figures["trials"][0]["num_pairs"] == 2 * 195
-    assert set(figures["importance"]) == {"lr", "shared_width", "projector"}
-    assert sum(figures["importance"].values()) == pytest.approx(1, abs=1e-3)
-    assert len(figures["best"]) == 2
-    for best in figures["best"]:
+    found = read_json(study_path / "report.json")
+    assert found["counts"] == {"complete": 6, "pruned": 0, "failed": 0}
+    assert [trial["trial"] for trial in found["trials"]] == list(range(6))
+    assert set(found["trials"][0]["params"]) == {"learning_rate", "shared_width", "projector"}
+    assert found["trials"][0]["num_pairs"] == 2 * 195
+    assert set(found["importance"]) == {"learning_rate", "shared_width", "projector"}
+    assert sum(found["importance"].values()) == pytest.approx(1, abs=1e-3)
+    assert len(found["best"]) == 2
+    for best in found["best"]:
         (test,) = best["test"].values()
         assert test["seeds"] == [0, 1]
         assert test["num_images"] == 75
@@ -44,12 +49,12 @@ def test_figures_tell_every_trial_the_best_and_what_chance_gives(swept: Swept) -
         assert test["chance"]["i2t"]["r@10"] < low
         validation = best["validation"]
         assert validation["lowest"] <= validation["mean"] <= validation["highest"]
-    assert report.best[0].number == figures["winner"]["trial"]
+    assert report.best[0].number == found["winner"]["trial"]
 
 
-def test_validation_picks_the_winner(swept: Swept) -> None:
+def test_validation_selects_the_winner(swept: Swept) -> None:
     _, report, _ = swept
-    scores = {trial.number: trial.value for trial in report.findings.trials}
+    scores = {trial.number: trial.score for trial in report.findings.trials}
     retrained = {best.number for best in report.best}
     assert retrained == set(sorted(scores, key=lambda number: (-(scores[number] or 0), number))[:2])
     assert report.best[0].mean_score == max(best.mean_score for best in report.best)
@@ -57,32 +62,37 @@ def test_validation_picks_the_winner(swept: Swept) -> None:
         assert best.scores[0] == best.score == scores[best.number]
 
 
-def test_the_page_has_every_part_and_asks_for_nothing(swept: Swept) -> None:
+def test_page_has_every_section_and_loads_nothing(swept: Swept) -> None:
     study_path, report, _ = swept
     page = (study_path / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
     assert "<script" not in page
     assert page.count("<svg") == 4
-    for title in ("Best configurations", "Retrieval on test", "Train the winner again", "History", "What matters"):
-        assert f"<h2>{title}</h2>" in page
-    for words in (
-        "chance",
+    titles = re.findall(r"<h2>(.*)</h2>", page)
+    assert titles == [
+        "Best configurations",
+        "Retrieval on test",
+        "Train the winner again",
+        "History",
+        "Which settings matter",
         "All settings together",
-        "What it costs",
-        f"trial {report.best[1].number}",
-        "6",
-        "shared_width",
-    ):
+        "Costs",
+    ]
+    for words in ("chance", f"trial {report.best[1].number}", "shared_width"):
         assert words in page
-    assert "What failed" not in page
 
 
-def test_the_printed_command_gives_the_winners_weights(
+def test_page_without_importance(swept: Swept, tmp_path: Path) -> None:
+    write_sweep_page(tmp_path / "page.html", replace(swept[1].findings, importance={}))
+    assert "There are too few complete trials" in (tmp_path / "page.html").read_text()
+
+
+def test_printed_command_gives_the_winners_weights(
     swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study_path, report, _ = swept
-    figures = read_json(study_path / "report.json")["winner"]
-    words = shlex.split(figures["command"])
+    winner = read_json(study_path / "report.json")["winner"]
+    words = shlex.split(winner["command"])
     place = words.index(str(study_path.resolve() / "winner"))
     words[place] = str(tmp_path / "again")
     monkeypatch.chdir(tmp_path)
@@ -90,170 +100,158 @@ def test_the_printed_command_gives_the_winners_weights(
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 0, capsys.readouterr().err
-    assert digest_file(tmp_path / "again" / "model.safetensors") == figures["weights"]
-    assert read_config(report.best[0].run_paths[0]).weights == figures["weights"]
+    assert digest_file(tmp_path / "again" / "model.safetensors") == winner["weights"]
+    assert read_config(report.best[0].run_paths[0]).weights_digest == winner["weights"]
 
 
-def test_trials_share_one_split_and_go_by_their_settings(swept: Swept) -> None:
+def test_trials_share_one_split(swept: Swept) -> None:
     study_path, report, _ = swept
     split_path = study_path.resolve() / "split.parquet"
-    digests = {read_config(study_path / "trials" / f"{number:05d}").split for number in range(6)}
+    digests = {read_config(study_path / "trials" / f"{number:05d}").split_digest for number in range(6)}
     assert digests == {digest_file(split_path)}
     for trial in report.findings.trials:
         config = read_config(study_path / "trials" / f"{trial.number:05d}")
-        assert config.training["optimizer"]["lr"] == trial.params["learning_rate"]
+        assert config.training["optimizer"]["learning_rate"] == trial.params["lr"]
         assert config.training["split"]["kind"] == str(split_path)
         assert (config.projector, config.shared_width) == (trial.params["projector"], trial.params["shared_width"])
 
 
-def test_each_trial_is_told_in_a_line(swept: Swept) -> None:
-    _, _, lines = swept
-    assert len(lines) == 6
-    pattern = r"trial (\d) of 6: score 0\.\d{4} \(best (0\.\d{4}) in trials/\d{5}\)"
-    found = [re.fullmatch(pattern, line) for line in lines]
-    assert [match[1] for match in found if match] == list("123456")
-    bests = [match[2] for match in found if match]
-    assert bests == sorted(bests)
+def test_one_note_per_trial(swept: Swept) -> None:
+    _, _, notes = swept
+    assert len(notes) == 6
+    pattern = r"trial (\d) of 6: score 0\.\d{3} \(best (0\.\d{3}) in trials/\d{5}\)"
+    found = [match for match in (re.fullmatch(pattern, line) for line in notes) if match]
+    assert [match[1] for match in found] == list("123456")
+    assert [match[2] for match in found] == sorted(match[2] for match in found)
 
 
-def test_more_trials_make_a_study_longer(cache_path: Path, tmp_path: Path, space_path: Path, swept: Swept) -> None:
+def test_more_trials_extend_a_study(cache_path: Path, tmp_path: Path, space_path: Path, swept: Swept) -> None:
     def run(num_trials: int) -> tuple[SweepReport, list[str]]:
-        notes = Notes()
-        settings = replace(RANDOM, num_trials=num_trials, top=1, num_seeds=1)
-        report = sweep(cache_path, tmp_path / "study", space_path, **SIDES, settings=settings, progress=notes)
-        return report, notes.lines
+        progress = RecordedProgress()
+        settings = replace(RANDOM, trials=num_trials, top_configs=1, seeds_per_config=1)
+        report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings, progress=progress)
+        return report, progress.notes
 
     first, _ = run(2)
     written = (tmp_path / "study/trials/00001/model.safetensors").stat().st_mtime_ns
-    longer, lines = run(3)
-    assert len(lines) == 1
+    longer, notes = run(3)
+    assert len(notes) == 1
     assert (tmp_path / "study/trials/00001/model.safetensors").stat().st_mtime_ns == written
-    whole = [(trial.params, trial.value) for trial in swept[1].findings.trials]
-    assert [(trial.params, trial.value) for trial in longer.findings.trials] == whole[:3]
+    whole = [(trial.params, trial.score) for trial in swept[1].findings.trials]
+    assert [(trial.params, trial.score) for trial in longer.findings.trials] == whole[:3]
     assert [trial.number for trial in first.findings.trials] == [0, 1]
     assert not first.findings.importance
-    assert "Too few complete trials" in first.page_path.read_text()
 
 
-def test_another_question_is_refused_with_both_answers(cache_path: Path, tmp_path: Path, swept: Swept) -> None:
-    study_path, _, _ = swept
-    space_path = study_path.parent / "space.toml"
-    other = tmp_path / "space.toml"
-    other.write_text(SPACE.replace("1e-1", "1e-2").replace('["linear", "mlp"]', '["linear", "glu"]'))
-    with pytest.raises(
-        FingerprintError, match=r"space\.space\.learning_rate\.high: 0\.1 there, 0\.01 asked.*'glu'\] as"
-    ):
-        sweep(cache_path, study_path, other, **SIDES, settings=RANDOM)
-    with pytest.raises(FingerprintError, match="sampler: 'random' there, 'tpe' asked; give the path of a new folder"):
-        sweep(cache_path, study_path, space_path, **SIDES, settings=replace(RANDOM, sampler="tpe"))
-    with pytest.raises(FingerprintError, match="storage: None there, 'sqlite:///other.db' asked"):
-        sweep(cache_path, study_path, space_path, **SIDES, settings=replace(RANDOM, storage="sqlite:///other.db"))
-    other.write_text(SPACE.replace("epochs = 2", "epochs = 2\nthreads = 1"))  # which decides nothing
-    sweep(cache_path, study_path, other, **SIDES, settings=RANDOM)
+def test_other_space_is_rejected(cache_path: Path, tmp_path: Path, swept: Swept) -> None:
+    text = SPACE.replace("1e-1", "1e-2").replace('["linear", "mlp"]', '["linear", "glu"]')
+    with pytest.raises(FingerprintError, match=r"space\.space\.learning_rate\.high: .*0\.1.*0\.01.*'glu'\]"):
+        sweep(cache_path, swept[0], write_space(tmp_path, text), **FEATURES, settings=RANDOM)
 
 
-def test_a_folder_with_other_things_is_refused_and_untouched(cache_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "space.toml").write_text(SPACE)
-    with pytest.raises(PathError, match=r"is not a study and not empty: it holds space\.toml; give the path of a new"):
-        sweep(cache_path, tmp_path, tmp_path / "space.toml", **SIDES)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "tpe"}, "sampler: .*'random'.*'tpe'"),
+        ({"storage": "sqlite:///other.db"}, "storage: .*None.*other.db"),
+    ],
+)
+def test_other_settings_are_rejected(cache_path: Path, swept: Swept, settings: dict[str, str], message: str) -> None:
+    space_path = swept[0].parent / "space.toml"
+    with pytest.raises(FingerprintError, match=message):
+        sweep(cache_path, swept[0], space_path, **FEATURES, settings=replace(RANDOM, **settings))
+
+
+def test_settings_without_effect_may_change(cache_path: Path, tmp_path: Path, swept: Swept) -> None:
+    space_path = write_space(tmp_path, SPACE.replace("epochs = 2", "epochs = 2\nthreads = 1"))
+    progress = RecordedProgress()
+    sweep(cache_path, swept[0], space_path, **FEATURES, settings=RANDOM, progress=progress)
+    assert progress.notes == []
+
+
+def test_folder_with_other_files_is_rejected(cache_path: Path, tmp_path: Path) -> None:
+    space_path = write_space(tmp_path, SPACE)
+    with pytest.raises(PathError, match=r"holds space\.toml; give the path of a new"):
+        sweep(cache_path, tmp_path, space_path, **FEATURES)
     assert [path.name for path in tmp_path.iterdir()] == ["space.toml"]
 
 
-def test_a_trial_that_fails_stops_nothing(cache_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "space.toml").write_text(
-        "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\n[space]\nbatch_size = [64, 9999]"
-    )
-    settings = replace(RANDOM, sampler="grid", top=3, num_seeds=1)
-    report = sweep(cache_path, tmp_path / "study", tmp_path / "space.toml", **SIDES, settings=settings)
-    figures = read_json(report.figures_path)
-    assert figures["counts"] == {"complete": 1, "pruned": 0, "failed": 1}
-    (failed,) = (trial for trial in figures["trials"] if trial["state"] == "failed")
-    assert "batch size is 9,999, and there are 195 samples to train on" in failed["reason"]
-    assert not (tmp_path / f"study/trials/{failed['trial']:05d}").exists()
-    assert "batch size is 9,999, and there are 195 samples" in report.page_path.read_text()
-
-
-def test_a_study_of_failures_says_why(cache_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "space.toml").write_text("[fixed]\nsplit = 'key'\n[space]\nbatch_size = [8888, 9999]")
-    settings = replace(RANDOM, num_trials=2)
-    with pytest.raises(
-        SettingError, match=r"none of 2 trials was complete; trial 0 failed: batch size is .*another sp"
-    ):
-        sweep(cache_path, tmp_path / "study", tmp_path / "space.toml", **SIDES, settings=settings)
-
-
-def test_a_configuration_that_another_seed_fails_on_is_left_out(cache_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "space.toml").write_text(
+def test_failing_trials_and_seeds_are_reported(cache_path: Path, tmp_path: Path) -> None:
+    space_path = write_space(
+        tmp_path,
         "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\n"
-        "[space]\nloss = ['multi_positive', 'tests.sweep.unlucky:Unlucky']"
+        "[space]\nloss = ['multi_positive', 'tests.sweep.unlucky:Unlucky']\nbatch_size = [64, 9999]",
     )
-    settings = replace(RANDOM, sampler="grid", top=2)
-    report = sweep(cache_path, tmp_path / "study", tmp_path / "space.toml", **SIDES, settings=settings)
+    settings = replace(RANDOM, sampler="grid")
+    report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings)
+    found, page = read_json(report.json_path), report.page_path.read_text()
+    assert found["counts"] == {"complete": 2, "pruned": 0, "failed": 2}
+    for trial in found["trials"]:
+        if trial["state"] == "failed":
+            assert "195 training samples, got 9,999" in trial["reason"]
+            assert f"<td>{trial['trial']}</td>" in page
+            assert not (tmp_path / f"study/trials/{trial['trial']:05d}").exists()
     assert [best.params["loss"] for best in report.best] == ["multi_positive"]
-    ((number, reason),) = read_json(report.figures_path)["left_out"].items()
+    ((number, reason),) = found["left_out"].items()
     assert report.findings.trials[int(number)].params["loss"] == "tests.sweep.unlucky:Unlucky"
     assert "the loss is nan at step 0" in reason
-    assert f"<td>{number}, another seed</td><td>the loss is nan at step 0" in report.page_path.read_text()
-    (tmp_path / "space.toml").write_text("[fixed]\nsplit = 'key'\n[space]\nloss = ['tests.sweep.unlucky:Unlucky']")
-    with pytest.raises(
-        SettingError, match=r"none of the best 1 configurations can be trained with 2 seeds; trial 0 fai"
-    ):
-        sweep(
-            cache_path, tmp_path / "other", tmp_path / "space.toml", **SIDES, settings=replace(settings, num_trials=1)
-        )
+    assert f"<td>{number}, another seed</td><td>the loss is nan at step 0" in page
 
 
-def test_trials_that_lie_behind_are_pruned(cache_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "space.toml").write_text(
-        "[fixed]\nsplit = 'key'\nepochs = 3\nshared_width = 8\nstart = 'random'\n"
-        "[space]\nlr = [1e-9, 1e-2]\ndropout = [0.0, 0.1, 0.2, 0.3, 0.4]"
+def test_study_of_failing_seeds_raises(cache_path: Path, tmp_path: Path) -> None:
+    space_path = write_space(
+        tmp_path, "[fixed]\nsplit = 'key'\nepochs = 1\n[space]\nloss = ['tests.sweep.unlucky:Unlucky']"
     )
-    settings = replace(RANDOM, sampler="grid", num_trials=10, pruner="median", top=1, num_seeds=1)
-    notes = Notes()
-    report = sweep(cache_path, tmp_path / "study", tmp_path / "space.toml", **SIDES, settings=settings, progress=notes)
-    pruned = [trial for trial in report.findings.trials if trial.state.name == "PRUNED"]
+    settings = replace(RANDOM, sampler="grid", trials=1)
+    with pytest.raises(SettingError, match="none of the top 1 configurations .* with 2 seeds; trial 0 failed"):
+        sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings)
+
+
+def test_underperforming_trials_are_pruned(cache_path: Path, tmp_path: Path) -> None:
+    space_path = write_space(
+        tmp_path,
+        "[fixed]\nsplit = 'key'\nepochs = 3\nshared_width = 8\ninitialization = 'random'\n"
+        "[space]\nlr = [1e-9, 1e-2]\ndropout = [0.0, 0.1, 0.2, 0.3, 0.4]",
+    )
+    settings = replace(RANDOM, sampler="grid", trials=10, pruner="median", top_configs=1, seeds_per_config=1)
+    progress = RecordedProgress()
+    report = sweep(cache_path, tmp_path / "study", space_path, **FEATURES, settings=settings, progress=progress)
+    pruned = [trial for trial in report.findings.trials if trial.state == "pruned"]
     assert pruned
     assert report.best[0].params["lr"] == 1e-2
-    assert sum("pruned after epoch" in line for line in notes.lines) == len(pruned)
+    assert sum("pruned after epoch" in line for line in progress.notes) == len(pruned)
     for trial in pruned:
         assert not (tmp_path / f"study/trials/{trial.number:05d}").exists()
     assert "pruned" in report.page_path.read_text()
 
 
-def test_several_caches_are_measured_each(two_caches: list[Path], tmp_path: Path) -> None:
-    (tmp_path / "space.toml").write_text(
-        "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\n[space]\nprojector = ['linear', 'mlp']"
+def test_each_cache_is_evaluated(two_caches: list[Path], tmp_path: Path) -> None:
+    space_path = write_space(
+        tmp_path, "[fixed]\nsplit = 'key'\nepochs = 1\nshared_width = 8\n[space]\nprojector = ['linear']"
     )
-    settings = replace(RANDOM, num_trials=2, sampler="grid", top=1)
-    report = sweep(two_caches, tmp_path / "study", tmp_path / "space.toml", **SIDES, settings=settings)
+    settings = replace(RANDOM, trials=1, sampler="grid", top_configs=1, seeds_per_config=1)
+    report = sweep(two_caches, tmp_path / "study", space_path, **FEATURES, settings=settings)
     assert list(report.best[0].test) == [str(path) for path in two_caches]
     assert len(read_config(tmp_path / "study/trials/00000").index_digest.split("+")) == 2
 
 
-def words(cache_path: Path, *more: str) -> list[str]:
-    """What a person types, in the folder that holds the space."""
-    sides = ["--image-feature", SIDES["image"], "--text-feature", SIDES["text"]]
-    search = ["--sampler", "random", "--top", "1", "--seeds", "1", "--trials", "6"]
-    return ["embedcache", "sweep", str(cache_path), "space.toml", "study", *sides, *search, *more]
-
-
 def scores(study_path: Path) -> dict[str, float]:
-    """What a study tried, and what came of it."""
+    """Return the score of each configuration of a study."""
     return {json.dumps(trial["params"]): trial["score"] for trial in read_json(study_path / "report.json")["trials"]}
 
 
 def wait_for_a_later_trial(study_path: Path) -> int:
-    """Wait until a trial after the first is at work, and give its number."""
+    """Wait until a trial after the first is running, and return its number."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for path in study_path.glob("trials/0000[1-5]"):
             if (path / "losses.jsonl").is_file() and not (path / "config.json").is_file():
                 return int(path.name)
         time.sleep(0.002)
-    raise TimeoutError(f"no trial of {study_path} was at work")
+    raise TimeoutError(f"no trial of {study_path} was running")
 
 
-def test_a_killed_sweep_goes_on_with_two_workers_and_loses_only_what_it_was_at(
+def test_killed_sweep_resumes_with_two_workers(
     cache_path: Path,
     tmp_path: Path,
     space_path: Path,
@@ -261,21 +259,23 @@ def test_a_killed_sweep_goes_on_with_two_workers_and_loses_only_what_it_was_at(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    line = [sys.executable, "-m", *words(cache_path)]
-    with subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process:
-        number = wait_for_a_later_trial(tmp_path / "study")
-        process.send_signal(signal.SIGKILL)
-    written = (tmp_path / "study/trials/00000/model.safetensors").stat().st_mtime_ns
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", words(cache_path, "--workers", "2"))
+    study_path = tmp_path / "study"
+    words = ["sweep", str(cache_path), str(space_path), str(study_path)]
+    words += ["--image-feature", FEATURES["image"], "--text-feature", FEATURES["text"]]
+    words += ["--sampler", "random", "--top-configs", "1", "--seeds-per-config", "1", "--trials", "6"]
+    process = start(words)
+    number = wait_for_a_later_trial(study_path)
+    process.kill()
+    process.join()
+    written = (study_path / "trials/00000/model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(sys, "argv", ["embedcache", *words, "--workers", "2"])
     with pytest.raises(SystemExit) as stopped:
         main()
     shown = capsys.readouterr()
     assert stopped.value.code == 0, shown.err
-    for said in ("Best on validation", "chance", "train the best again: embedcache train", "open study/report.html in"):
-        assert said in shown.out
+    for line in ("Best on validation", "chance", "embedcache train", f"open {study_path}/report.html in"):
+        assert line in shown.out
     assert shown.err.count("of 6: score") == 6 - number
-    assert (tmp_path / "study/trials/00000/model.safetensors").stat().st_mtime_ns == written
-    assert not (tmp_path / f"study/trials/{number:05d}").exists()
-    assert scores(tmp_path / "study") == scores(swept[0])  # of one process, that held the features in memory
+    assert (study_path / "trials/00000/model.safetensors").stat().st_mtime_ns == written
+    assert not (study_path / f"trials/{number:05d}").exists()
+    assert scores(study_path) == scores(swept[0])  # of one process that held the features in memory

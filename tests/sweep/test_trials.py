@@ -1,4 +1,4 @@
-"""Who gets which trial. Nothing is trained here."""
+"""Which process gets which trial. Nothing is trained here."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,25 +7,26 @@ import pytest
 from optuna.trial import TrialState
 
 from embedcache.dataset.splits import read_split
-from embedcache.errors import PathError
+from embedcache.errors import PathError, SettingError
 from embedcache.files import make_folder
 from embedcache.reports.sweep import pareto_front
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import Study, open_study, split_path, trial_path, without_password
-from embedcache.sweep.trials import Outcome, Trials, complete_first, reason_of
+from embedcache.sweep.trials import Outcome, Trials, rank_complete, reason_of
+from embedcache.sweep.worker import top_trials
 from embedcache.train.data import open_data
-from tests.sweep.conftest import SIDES
+from tests.sweep.conftest import FEATURES
 
 pytestmark = pytest.mark.slow
 
-OUTCOME = Outcome(recalls={}, best_epoch=1, num_parameters=1, flops_a_pair=1, num_pairs=1, seconds=1.0)
+OUTCOME = Outcome(recalls={}, best_epoch=1, num_parameters=1, flops_per_pair=1, num_pairs=1, seconds=1.0)
 
 
-def opened(path: Path, space: Space, **settings: object) -> Trials:
-    """As a process of its own would open them, after the one before has died."""
+def open_trials(path: Path, space: Space, **settings: object) -> Trials:
+    """Open the trials as a new process would, after the one before has died."""
     make_folder(path)
-    given = SweepSettings(**{"num_trials": 5, "sampler": "random", **settings})  # type: ignore[arg-type]
+    given = SweepSettings(**{"trials": 5, "sampler": "random", **settings})  # type: ignore[arg-type]
     study = Study(
         space={},
         index_digest="",
@@ -39,8 +40,8 @@ def opened(path: Path, space: Space, **settings: object) -> Trials:
     return Trials(path, study, space, given)
 
 
-def drawn(trials: Trials) -> list[dict[str, object]]:
-    """Finish all that are left, and give what was tried."""
+def run_all(trials: Trials) -> list[dict[str, object]]:
+    """Complete all remaining trials, and return what was tried."""
     while (trial := trials.take()) is not None:
         trials.complete(trial, 0.5, OUTCOME)
     return [trial.params for trial in trials.finished()]
@@ -51,41 +52,43 @@ def space(space_path: Path) -> Space:
     return read_space(space_path)
 
 
-@pytest.mark.parametrize(("sampler", "num_trials"), [("random", 4), ("tpe", 11)])  # of which tpe draws 10 at random
-def test_a_seed_decides_what_is_tried(tmp_path: Path, space: Space, sampler: str, num_trials: int) -> None:
+@pytest.mark.parametrize(("sampler", "trials"), [("random", 4), ("tpe", 11)])  # of which tpe draws 10 at random
+def test_seed_decides_the_trials(tmp_path: Path, space: Space, sampler: str, trials: int) -> None:
     a, b, c = (
-        drawn(opened(tmp_path / name, space, sampler=sampler, seed=seed, num_trials=num, storage="sqlite:///:memory:"))
-        for name, seed, num in (("a", 1, num_trials), ("b", 1, num_trials), ("c", 2, 3))
+        run_all(
+            open_trials(tmp_path / name, space, sampler=sampler, seed=seed, trials=num, storage="sqlite:///:memory:")
+        )
+        for name, seed, num in (("a", 1, trials), ("b", 1, trials), ("c", 2, 3))
     )
     assert a == b
     assert a[:3] != c
-    assert len({params["lr"] for params in a}) == num_trials
+    assert len({params["learning_rate"] for params in a}) == trials
 
 
-def test_a_restart_does_not_draw_the_same_again(tmp_path: Path, space: Space) -> None:
-    whole = drawn(opened(tmp_path / "whole", space))
-    drawn(opened(tmp_path / "parts", space, num_trials=2))
-    assert drawn(opened(tmp_path / "parts", space, num_trials=5)) == whole
+def test_restart_draws_new_trials(tmp_path: Path, space: Space) -> None:
+    whole = run_all(open_trials(tmp_path / "whole", space))
+    run_all(open_trials(tmp_path / "parts", space, trials=2))
+    assert run_all(open_trials(tmp_path / "parts", space, trials=5)) == whole
 
 
-def test_what_a_dead_process_was_at_is_tried_again(tmp_path: Path, space: Space) -> None:
-    whole = drawn(opened(tmp_path / "whole", space))
-    trials = opened(tmp_path / "killed", space)
+def test_trial_of_a_dead_process_is_repeated(tmp_path: Path, space: Space) -> None:
+    whole = run_all(open_trials(tmp_path / "whole", space))
+    trials = open_trials(tmp_path / "killed", space)
     done = trials.take()
     assert done is not None
     trials.complete(done, 0.5, OUTCOME)
     lost = trials.take()
     assert lost is not None
     make_folder(trial_path(tmp_path / "killed", lost.number))
-    again = drawn(opened(tmp_path / "killed", space))
+    again = run_all(open_trials(tmp_path / "killed", space))
     assert sorted(map(str, again)) == sorted(map(str, whole))
     assert not trial_path(tmp_path / "killed", lost.number).exists()
 
 
-def test_a_trial_that_is_finished_while_others_look_at_it_stays_finished(
+def test_trial_finished_during_check_stays_finished(
     tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, theirs = opened(tmp_path, space, num_trials=1), opened(tmp_path, space, num_trials=1)
+    ours, theirs = open_trials(tmp_path, space, trials=1), open_trials(tmp_path, space, trials=1)
     trial = ours.take()
     assert trial is not None
 
@@ -93,18 +96,16 @@ def test_a_trial_that_is_finished_while_others_look_at_it_stays_finished(
         ours.complete(trial, 0.5, OUTCOME)
         return True
 
-    monkeypatch.setattr(theirs._claims, "take", take)
+    monkeypatch.setattr(theirs._leases, "acquire", take)
     assert theirs.take() is None
     assert [trial.state for trial in theirs.finished()] == [TrialState.COMPLETE]
 
 
-def test_what_a_living_process_is_at_stays_its_own(
-    tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ours, theirs = opened(tmp_path, space), opened(tmp_path, space)
+def test_trial_of_a_living_process_is_kept(tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = open_trials(tmp_path, space), open_trials(tmp_path, space)
     alive = ours.take()
-    monkeypatch.setattr(ours._claims, "take", lambda number: number != 0)  # as if another process had it
-    monkeypatch.setattr(theirs._claims, "take", lambda number: number != 0)
+    monkeypatch.setattr(ours._leases, "acquire", lambda number: number != 0)  # as if another process had it
+    monkeypatch.setattr(theirs._leases, "acquire", lambda number: number != 0)
     lost, again = ours.take(), theirs.take()
     assert alive is not None
     assert lost is not None
@@ -115,64 +116,73 @@ def test_what_a_living_process_is_at_stays_its_own(
     assert states == [TrialState.RUNNING, TrialState.FAIL, TrialState.RUNNING]
 
 
-def test_what_kills_its_process_three_times_has_failed(tmp_path: Path, space: Space) -> None:
+def test_third_loss_is_a_failure(tmp_path: Path, space: Space) -> None:
     tried = []
     for _ in range(3):
-        trial = opened(tmp_path, space, num_trials=1).take()
+        trial = open_trials(tmp_path, space, trials=1).take()
         assert trial is not None
         tried.append(trial.params)
     assert tried[0] == tried[1] == tried[2]
-    trials = opened(tmp_path, space, num_trials=1)
+    trials = open_trials(tmp_path, space, trials=1)
     assert trials.take() is None
     (failed,) = trials.finished()
     assert failed.state == TrialState.FAIL
-    assert reason_of(failed) == "its process was killed, 3 times"
+    assert reason_of(failed) == "its process was killed 3 times"
 
 
-def test_a_grid_ends_with_its_points_also_after_a_death(tmp_path: Path) -> None:
+def test_grid_ends_with_its_points_after_a_loss(tmp_path: Path) -> None:
     (tmp_path / "space.toml").write_text("[space]\nprojector = ['linear', 'mlp']\nshared_width = [8, 16]")
     space = read_space(tmp_path / "space.toml")
-    opened(tmp_path / "a", space, sampler="grid").take()
-    trials = opened(tmp_path / "a", space, sampler="grid", num_trials=50)
+    open_trials(tmp_path / "a", space, sampler="grid").take()
+    trials = open_trials(tmp_path / "a", space, sampler="grid", trials=50)
     assert trials.total == 4
-    tried = drawn(trials)
+    tried = run_all(trials)
     assert {(params["projector"], params["shared_width"]) for params in tried} == {
         (projector, width) for projector in ("linear", "mlp") for width in (8, 16)
     }
     assert len(tried) == 4
 
 
-def test_the_best_come_first_and_each_configuration_once(tmp_path: Path) -> None:
+def test_rank_complete_lists_each_configuration_once(tmp_path: Path) -> None:
     (tmp_path / "space.toml").write_text("[space]\nprojector = ['linear', 'mlp']")
-    trials = opened(tmp_path / "a", read_space(tmp_path / "space.toml"), num_trials=8)
+    trials = open_trials(tmp_path / "a", read_space(tmp_path / "space.toml"), trials=8)
     scores = [0.1, 0.5, 0.3, 0.5, 0.2, 0.4, 0.5, 0.1]
     for score in scores:
         trial = trials.take()
         assert trial is not None
         trials.complete(trial, score, OUTCOME)
-    first, second = complete_first(trials.finished())
+    first, second = rank_complete(trials.finished())
     assert (first.number, first.value) == (1, 0.5)
     others = [trial.value for trial in trials.finished() if trial.params == second.params]
     assert first.params != second.params
     assert second.value == max(value for value in others if value is not None)
 
 
-def test_a_storage_that_cannot_be_opened_is_named_without_its_password(tmp_path: Path, space: Space) -> None:
+def test_study_without_complete_trials_raises(tmp_path: Path, space: Space) -> None:
+    trials = open_trials(tmp_path, space, trials=1)
+    trial = trials.take()
+    assert trial is not None
+    trials.fail(trial, "too few samples")
+    with pytest.raises(SettingError, match="none of 1 trials is complete; trial 0 failed: too few samples"):
+        top_trials(trials, SweepSettings())
+
+
+def test_storage_error_hides_the_password(tmp_path: Path, space: Space) -> None:
     for url in ("nonsense://user:secret@host/x", "sqlite:////nowhere/at/all/study.db"):
         with pytest.raises(PathError, match="cannot be opened: .*give a URL such as postgresql") as raised:
-            opened(tmp_path, space, storage=url)
+            open_trials(tmp_path, space, storage=url)
         assert "secret" not in str(raised.value)
     assert without_password("a://user:secret@host/x") == "a://user:***@host/x"
     assert without_password("sqlite:///study.db") == "sqlite:///study.db"
 
 
-def test_nothing_on_the_front_is_dearer_and_no_better() -> None:
+def test_pareto_front() -> None:
     points = [(5, 0.5), (1, 0.2), (1, 0.3), (2, 0.3), (9, 0.9), (7, 0.4)]
     assert pareto_front(points) == [(1, 0.3), (5, 0.5), (9, 0.9)]
 
 
-def test_who_comes_at_the_same_time_finds_one_study(cache_path: Path, tmp_path: Path, space: Space) -> None:
-    data = open_data(cache_path, **SIDES, memory_gb=1.0)
+def test_processes_together_open_one_study(cache_path: Path, tmp_path: Path, space: Space) -> None:
+    data = open_data(cache_path, **FEATURES, memory_bytes=10**9)
     settings = SweepSettings(storage="sqlite:///elsewhere.db")  # where a study is named by chance
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: open_study(tmp_path / "study", data, space, settings), range(8)))

@@ -1,4 +1,4 @@
-"""Run by torchrun: writes the gradients of every loss, with and without mixup and the regularizer, of a fixed batch."""
+"""Write the gradients of every loss for a fixed batch, with and without mixup and STRUCTURE; run by torchrun."""
 
 import sys
 
@@ -20,7 +20,7 @@ SAMPLES, WIDTH = 23, 6
 
 
 def main(path: str) -> None:
-    """Write loss and options -> parameter -> gradient."""
+    """Write a file that maps loss and options -> parameter -> gradient."""
     torch.manual_seed(0)
     tiles.TILE_ROWS, tiles.TILE_COLUMNS = 4, 5
     pair = AlignedPair("linear", image_width=WIDTH, text_width=WIDTH, shared_width=4)

@@ -1,6 +1,5 @@
 """Several processes compute the gradients of one with the same batch: real processes, on gloo."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from embedcache.train.distributed import own_slice
+from tests.train.runs import IMAGE, TEXT, log_lines, run
 
 pytestmark = pytest.mark.slow
 
@@ -23,34 +23,23 @@ def torchrun(num_processes: int, *words: str) -> None:
 
 
 def test_gradients_match_one_process(tmp_path: Path) -> None:
-    for processes in (1, 2, 3):
-        torchrun(processes, str(WORKER), str(tmp_path / str(processes)))
-    expected = torch.load(tmp_path / "1", weights_only=True)
+    subprocess.run([sys.executable, str(WORKER), str(tmp_path / "1")], check=True, capture_output=True)
+    torchrun(3, str(WORKER), str(tmp_path / "3"))
+    expected, found = (torch.load(tmp_path / name, weights_only=True) for name in "13")
     assert len(expected) == 4 * 4 + 3
-    for processes in (2, 3):
-        found = torch.load(tmp_path / str(processes), weights_only=True)
-        for name, gradients in expected.items():
-            for parameter, gradient in gradients.items():
-                error = (found[name][parameter] - gradient).abs().max() / gradient.abs().max()
-                assert error < 1e-6, (processes, name, parameter)
+    for name, gradients in expected.items():
+        for parameter, gradient in gradients.items():
+            error = (found[name][parameter] - gradient).abs().max() / gradient.abs().max()
+            assert error < 1e-6, (name, parameter)
 
 
 def test_two_processes_train_the_same(cache_path: Path, tmp_path: Path) -> None:
-    options = (
-        "--image-feature open_toy/cls --text-feature open_toy/mean --split key --epochs 3 --batch-size 64 --dropout 0 "
-        "--projector linear --initialization random --shared-width 16 --threads 1"
-    )
-    for processes in (1, 2):
-        run_path = str(tmp_path / str(processes))
-        torchrun(processes, "-m", "--", "embedcache", "train", str(cache_path), run_path, *options.split())
-    losses = [
-        [
-            line["loss"]
-            for line in map(json.loads, (tmp_path / name / "losses.jsonl").read_text().splitlines())
-            if "loss" in line
-        ]
-        for name in "12"
-    ]
+    options = {"epochs": 3, "dropout": 0, "projector": "linear", "initialization": "random", "shared_width": 16}
+    run(cache_path, tmp_path / "1", **options)
+    words = ["--image-feature", IMAGE, "--text-feature", TEXT, "--split", "key", "--batch-size", "64"]
+    words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    torchrun(2, "-m", "--", "embedcache", "train", str(cache_path), str(tmp_path / "2"), *words)
+    losses = [[line["loss"] for line in log_lines(tmp_path / name) if "loss" in line] for name in "12"]
     assert len(losses[0]) == 12
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in "12")

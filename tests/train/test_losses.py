@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
+from embedcache.testing.losses import LossContract
 from embedcache.train import tiles
 from embedcache.train.losses import LOSSES, Positives
 
@@ -74,8 +75,29 @@ def dense(positives: Positives, size: int) -> Tensor:
     return matrix
 
 
+class TestInfoNce(LossContract):
+    name = "info_nce"
+    has_all_captions = False
+
+
+class TestMultiPositive(LossContract):
+    name = "multi_positive"
+
+
+class TestSail(LossContract):
+    name = "sail"
+
+
+class TestSigLip(LossContract):
+    name = "siglip"
+
+
+class TestPlugIn(LossContract):
+    name = "embedcache.train.losses:SigLip"
+
+
 def test_every_loss_has_a_plain_formula() -> None:
-    assert set(PLAIN) == set(LOSSES.paths)
+    assert set(PLAIN) == set(LOSSES.paths) <= {kind.name for kind in LossContract.__subclasses__()}
 
 
 @every_loss
@@ -94,23 +116,6 @@ def test_value_and_gradients_match_the_plain_formula(
     gradients = (torch.autograd.grad(value, inputs) for value in (ours, plain))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
-
-
-@every_loss
-@settings(max_examples=6)
-@given(st.integers(1, 5), st.integers(0, 100), st.sampled_from([None, 2]), st.sampled_from([2.0, 20.0, 90.0]))
-def test_gradients_match_finite_differences(
-    name: str, size: int, seed: int, num_contents: int | None, scale: float
-) -> None:
-    loss = LOSSES.load(name)().double()
-    images, texts, positives = draw(size, seed, num_contents=num_contents)
-    factor = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-
-    def value(images: Tensor, texts: Tensor, factor: Tensor, *_: Tensor) -> Tensor:
-        result: Tensor = loss(images, texts, factor, positives)
-        return result
-
-    assert torch.autograd.gradcheck(value, (images, texts, factor, *loss.parameters()), atol=1e-4)
 
 
 def plain_captions(name: str, logits_BM: Tensor, positives_BM: Tensor) -> Tensor:
@@ -177,13 +182,6 @@ def test_float32_is_close(name: str, size: int, seed: int, scale: float) -> None
     exact = loss.double()(images, texts, factor.double(), positives)
     ours = loss.float()(images.float(), texts.float(), factor, positives)
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6 * scale)
-
-
-@every_loss
-def test_matching_pairs_have_a_lower_loss(name: str) -> None:
-    loss, (images, texts, positives) = LOSSES.load(name)().double(), draw(8, 0)
-    scale = torch.tensor(10.0, dtype=torch.float64)
-    assert loss(images, images, scale, positives) < loss(images, texts, scale, positives)
 
 
 def test_other_positives_attract_or_are_ignored() -> None:

@@ -82,7 +82,7 @@ def test_resume_is_identical(cache_path: Path, whole: Path, tmp_path: Path, num_
 def test_resume_uses_the_split_of_the_run(
     cache_path: Path, whole: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedcache.train.train.make_split", None)  # other samples may have features by now
+    monkeypatch.setattr("embedcache.train.data.make_split", None)  # other samples may have features by now
     run(cache_path, unfinished)
     assert_same_run(unfinished, whole)
 
@@ -99,7 +99,7 @@ def test_folder_of_another_process_is_refused(cache_path: Path, tmp_path: Path) 
     script = (
         "import sys; from pathlib import Path; from embedcache.files import Leases; "
         "leases = Leases(Path(sys.argv[1])); "
-        "print(leases.take(0), flush=True); input()"
+        "print(leases.acquire(0), flush=True); input()"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -138,19 +138,17 @@ def test_corrupt_checkpoint_is_named(cache_path: Path, unfinished: Path) -> None
 
 @pytest.mark.slow
 def test_resume_after_kill_is_identical(cache_path: Path, tmp_path: Path) -> None:
-    def command(run_path: Path) -> list[str]:
-        options = (
-            "--image-feature open_toy/cls --text-feature open_toy/mean --split key --epochs 40 --batch-size 64 "
-            "--shared-width 16 --initialization random --checkpoint-s 0 --threads 1"
-        )
-        return [sys.executable, "-m", "embedcache", "train", str(cache_path), str(run_path), *options.split()]
-
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    with subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.DEVNULL) as process:
+    options = (
+        "--image-feature open_toy/cls --text-feature open_toy/mean --split key --epochs 40 --batch-size 64 "
+        "--shared-width 16 --checkpoint-s 0"
+    )
+    command = [sys.executable, "-m", "embedcache", "train", str(cache_path), str(tmp_path / "killed"), *options.split()]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while not checkpoint_path(tmp_path / "killed").exists():
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
     assert not (tmp_path / "killed/config.json").exists()
-    outcome = subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, text=True)
+    outcome = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "resumed from the checkpoint after step" in outcome.stderr
+    runs.run(cache_path, tmp_path / "whole", epochs=40)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")

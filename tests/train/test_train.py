@@ -21,6 +21,7 @@ from embedcache.errors import (
     UnknownNameError,
 )
 from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.projectors.heads import ShareLockProjector
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import load_pair, project, read_config
 from embedcache.store.cache import Cache
@@ -28,8 +29,7 @@ from embedcache.train import train as train_module
 from embedcache.train.batches import Batches
 from embedcache.train.initialization import initialize
 from embedcache.train.settings import OptimizerSettings
-from embedcache.train.trainer import learning_rate, make_optimizer
-from embedcache.train.validation import Validation
+from embedcache.train.trainer import Validation, learning_rate, make_optimizer
 from tests.train.runs import IMAGE, beats_chance, log_lines, run
 
 
@@ -86,9 +86,11 @@ def test_training_beats_chance(cache_path: Path, tmp_path: Path, recipe: str) ->
         assert report.best_epoch > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("projector", ["fusemix", "glu", "identity+sharelock", "mlp+linear"])
-def test_every_projector_beats_chance(cache_path: Path, tmp_path: Path, projector: str) -> None:
+@pytest.mark.parametrize("projector", ["fusemix", "glu", "identity+sharelock"])
+def test_every_projector_beats_chance(
+    cache_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, projector: str
+) -> None:
+    monkeypatch.setattr(ShareLockProjector, "HIDDEN_WIDTH", 256)  # 4,096 is slow on a CPU
     run(cache_path, tmp_path / "run", projector=projector, shared_width=48, shrinkage=0.01, epochs=8)
     assert beats_chance(evaluate_retrieval(cache_path, [tmp_path / "run"]))
 
@@ -118,7 +120,7 @@ def test_zero_epochs_keep_the_closed_form(cache_path: Path, tmp_path: Path) -> N
 
 
 def test_mapped_features_train_the_same(cache_path: Path, finished: Path, tmp_path: Path) -> None:
-    run(cache_path, tmp_path / "run", memory_gb=0.0, block_rows=1)
+    run(cache_path, tmp_path / "run", memory=1, block_rows=1)
     assert (finished / "model.safetensors").read_bytes() == (tmp_path / "run/model.safetensors").read_bytes()
 
 
@@ -129,7 +131,7 @@ def test_bfloat16_trains(cache_path: Path, tmp_path: Path) -> None:
 
 def test_finished_run_is_reused(cache_path: Path, finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.iterdir()}
-    again = run(cache_path, finished, memory_gb=1.0)
+    again = run(cache_path, finished, memory=2**30)
     assert again.reused
     assert again.recalls == json.loads((finished / "record.json").read_text())["outcome"]["recalls"]
     assert "reused" in again.line(finished)
@@ -261,9 +263,11 @@ def test_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path) ->
     assert report.best_epoch == best != 6
     pair, _ = load_pair(tmp_path / "run")
     cache = Cache(cache_path)
-    pairs = train_module.open_data(cache_path, image=IMAGE, text="open_toy/mean", memory_gb=1)
+    pairs = train_module.open_data(cache_path, image_feature=IMAGE, text_feature="open_toy/mean", memory_bytes=10**9)
     split = read_split(tmp_path / "run/split.parquet", [cache])
-    validation = Validation(pairs.pairs(None).of(split.rows("val")), pairs.read_image, pairs.read_text, device="cpu")
+    validation = Validation(
+        pairs.pairs(None).select(split.rows("val")), pairs.read_image, pairs.read_text, device="cpu"
+    )
     assert validation.recalls(pair) == pytest.approx(scores[best])
 
 
@@ -312,7 +316,7 @@ def test_nan_loss_names_step_and_temperature(cache_path: Path, tmp_path: Path) -
 
 
 def test_several_threads_give_the_same_weights(cache_path: Path, tmp_path: Path) -> None:
-    options = {"threads": 2, "batch_size": 195, "shared_width": 64, "initialization": "random", "epochs": 1}
+    options = {"threads": 2, "batch_size": 195, "initialization": "random", "epochs": 1}
     for name in "ab":
         run(cache_path, tmp_path / name, **options)
     a, b = ((tmp_path / name / "last.safetensors").read_bytes() for name in "ab")

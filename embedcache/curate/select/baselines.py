@@ -1,9 +1,4 @@
-"""The baseline that every method must beat: samples drawn at random.
-
-A baseline: the samples that fit any concept best, however unevenly.
-
-CLIP-score filtering: samples whose caption fits their image by a trained run.
-"""
+"""Baselines of selection: random samples, the best matches of any concept, and CLIP-score filtering."""
 
 from typing import ClassVar
 
@@ -11,13 +6,13 @@ import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints
 from embedcache.curate.select.pool import Pool, cosines, to_keys, whole_samples
-from embedcache.curate.select.select import SelectSettings
+from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError
 
 
 class RandomSelector:
-    """As many samples as the budget says, each as likely as any other."""
+    """A random sample of the pool, the baseline that every method must beat."""
 
     accepts: ClassVar[tuple[str, ...]] = ("budget",)
     requires_one_of: ClassVar[tuple[str, ...]] = ("budget",)
@@ -26,20 +21,20 @@ class RandomSelector:
     uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Draw them."""
-        assert settings.budget is not None
-        rows = draw(pool.samples, settings.budget, seed=settings.seed)
+        """Select the samples."""
+        assert isinstance(settings.budget, int)
+        rows = draw_rows(pool.samples, settings.budget, seed=settings.seed)
         return Selection(rows=rows, reasons=[f"drawn at random, seed {settings.seed}"] * len(rows))
 
 
-def draw(samples_S: Ints, size: int, *, seed: int) -> Ints:
-    """Draw `size` of some samples without replacement, or all where there are no more: ascending."""
+def draw_rows(samples_S: Ints, size: int, *, seed: int) -> Ints:
+    """Draw `size` of some samples without replacement, or all if there are no more: ascending."""
     drawn: Ints = np.sort(np.random.default_rng(seed).permutation(samples_S)[:size])
     return drawn
 
 
 class TopScoreSelector:
-    """The samples whose best cosine with any concept is highest."""
+    """The samples whose best cosine with any concept is highest, however unevenly over concepts."""
 
     accepts: ClassVar[tuple[str, ...]] = ("budget",)
     requires_one_of: ClassVar[tuple[str, ...]] = ("budget",)
@@ -48,8 +43,8 @@ class TopScoreSelector:
     uses_seed: ClassVar[bool] = False
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select them. Memory: a score and a concept a sample."""
-        assert settings.budget is not None
+        """Select the samples. Memory: a score and a concept per sample."""
+        assert isinstance(settings.budget, int)
         scores_S, concept_S = nearest_concepts(pool, pool.concepts.vectors)
         kept = highest(scores_S, settings.budget)
         names = pool.concepts.names
@@ -61,14 +56,14 @@ class TopScoreSelector:
 
 
 def highest(scores_S: Array, size: int) -> Ints:
-    """Find the `size` highest scores, or all where there are no more; of equals the first. Ascending positions."""
+    """Return ascending positions of the `size` highest scores, or of all; of equal scores the first."""
     keys_S = to_keys(scores_S, np.arange(len(scores_S)))
     kept: Ints = np.sort(np.argsort(-keys_S)[:size])
     return kept
 
 
 def nearest_concepts(pool: Pool, concepts_CP: Floats) -> tuple[Floats, Ints]:
-    """Find what concept fits each sample of a pool best, by its best item: (S,) cosine and (S,) concept."""
+    """Find the concept that matches each sample of a pool best, by its best item: (S,) cosines and (S,) concepts."""
     scores, concepts = [], []
     for samples_B, vectors_BP in whole_samples(pool.blocks("comparing with concepts")):
         _, starts_S = np.unique(samples_B, return_index=True)
@@ -81,8 +76,7 @@ def nearest_concepts(pool: Pool, concepts_CP: Floats) -> tuple[Floats, Ints]:
 class ClipScoreSelector:
     """The CLIP-score filter of "DataComp" (NeurIPS 2023): the best cosine of a sample's images and captions.
 
-    The run says what fits, so it must not have been trained on what is measured afterwards. Its own training pairs
-    score higher than others.
+    The run must not have been trained on the test data. Its own training pairs score higher than others.
     """
 
     accepts: ClassVar[tuple[str, ...]] = ("budget", "threshold")
@@ -92,10 +86,14 @@ class ClipScoreSelector:
     uses_seed: ClassVar[bool] = False
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select them. Memory: a score a sample."""
+        """Select the samples. Memory: a score per sample."""
         samples_M, scores_M = pool.pair_scores()
-        if settings.budget is not None:
-            _refuse_few(settings.budget, len(samples_M))
+        if isinstance(settings.budget, int):
+            if settings.budget > len(samples_M):
+                raise DataError(
+                    f"budget: expected at most the {len(samples_M):,} samples that have both an image and a caption, "
+                    f"got {settings.budget:,}"
+                )
             kept = highest(scores_M, settings.budget)
         else:
             kept = above(scores_M, settings.threshold or 0.0)
@@ -104,23 +102,16 @@ class ClipScoreSelector:
 
 
 def above(scores_M: Floats, threshold: float) -> Ints:
-    """Find the scores of at least a threshold: ascending positions.
+    """Return ascending positions of the scores of at least a threshold.
 
     Raises:
-        DataError: there are none; says where the scores lie.
+        DataError: there are none; the message gives the range of the scores.
     """
     kept: Ints = np.flatnonzero(scores_M >= threshold)
     if not len(kept):
         low, middle, high = np.quantile(scores_M, [0, 0.5, 1])
         raise DataError(
-            f"none of {len(scores_M):,} cosines reaches {threshold}; they lie between {low:.3f} and {high:.3f}, "
-            f"half of them above {middle:.3f}"
+            f"none of {len(scores_M):,} cosines reaches --threshold {threshold}; they range from {low:.3f} to "
+            f"{high:.3f}, half of them above {middle:.3f}"
         )
     return kept
-
-
-def _refuse_few(budget: int, num_scored: int) -> None:
-    if budget > num_scored:
-        raise DataError(
-            f"the budget is {budget:,}, and {num_scored:,} samples have both an image and a caption; lower it"
-        )

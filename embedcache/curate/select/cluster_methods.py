@@ -1,9 +1,4 @@
-"""DataComp's image-based filter: samples that lie where a target's items lie.
-
-Hierarchical k-means: a tree of clusters, from whose branches equal shares are drawn.
-
-Diversity: samples as far from one another as they can be.
-"""
+"""Methods on vectors alone: DataComp's image-based filter, hierarchical k-means, and the greedy k-center coreset."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -12,9 +7,9 @@ from typing import ClassVar
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, blocks
-from embedcache.curate.select.baselines import draw
-from embedcache.curate.select.pool import Pool, default_clusters, find_centroids, most_training_vectors
-from embedcache.curate.select.select import SelectSettings
+from embedcache.curate.select.baselines import draw_rows
+from embedcache.curate.select.pool import Pool, default_clusters, find_centroids, max_training_vectors
+from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.neighbors import closest
@@ -23,8 +18,8 @@ from embedcache.metrics.neighbors import closest
 class ImageBasedSelector:
     """The image-based filter of "DataComp" (NeurIPS 2023).
 
-    The pool is cut into clusters; those that hold the nearest centroid of an item of the target are kept whole, and
-    `budget`, where it is given, is drawn from them. The target must not hold what is measured afterwards.
+    The pool is divided into clusters. The samples of those that hold an item of the target are selected, or, with a
+    budget, a random sample of them. The target must not hold test data.
     """
 
     accepts: ClassVar[tuple[str, ...]] = ("budget", "clusters")
@@ -34,23 +29,23 @@ class ImageBasedSelector:
     uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select them. Memory: 256 vectors a cluster, and two integers an item."""
+        """Select the samples. Memory: 256 vectors per cluster, and two integers per item."""
         num_clusters = _one_level(settings.clusters) or default_clusters(len(pool.samples))
-        drawn = pool.sample(most_training_vectors(num_clusters), seed=settings.seed)
+        drawn = pool.sample(max_training_vectors(num_clusters), seed=settings.seed)
         centroids_CP = find_centroids(drawn, num_clusters, seed=settings.seed)
         target_T = _nearest_centroids((vectors for _, vectors in pool.target.blocks()), centroids_CP)
         samples, clusters = [], []
-        for samples_B, vectors_BP in pool.blocks("looking for the nearest centroids"):
+        for samples_B, vectors_BP in pool.blocks("assigning to clusters"):
             samples.append(samples_B)
             clusters.append(closest(vectors_BP, [centroids_CP]).rows)
         kept_S, cluster_S = near_target(np.concatenate(samples), np.concatenate(clusters), target_T)
-        if settings.budget is not None:
+        if isinstance(settings.budget, int):
             if settings.budget > len(kept_S):
                 raise DataError(
-                    f"{len(kept_S):,} of {len(pool.samples):,} samples lie in the target's {len(set(target_T)):,} "
-                    f"clusters, fewer than the budget of {settings.budget:,}; lower it, or give fewer --clusters"
+                    f"budget: expected at most the {len(kept_S):,} of {len(pool.samples):,} samples in the target's "
+                    f"{len(set(target_T)):,} clusters, got {settings.budget:,}; lower it, or give fewer --clusters"
                 )
-            drawn_rows = draw(kept_S, settings.budget, seed=settings.seed)
+            drawn_rows = draw_rows(kept_S, settings.budget, seed=settings.seed)
             cluster_S, kept_S = cluster_S[np.searchsorted(kept_S, drawn_rows)], drawn_rows
         counts_C = np.bincount(target_T, minlength=num_clusters)
         reasons = [f"cluster {c}, with {counts_C[c]:,} items of the target" for c in cluster_S.tolist()]
@@ -62,15 +57,15 @@ def _nearest_centroids(vectors: Iterable[Floats], centroids_CP: Floats) -> Ints:
 
 
 def near_target(samples_N: Ints, clusters_N: Ints, target_T: Ints) -> tuple[Ints, Ints]:
-    """Keep the samples with an item in a cluster that holds an item of the target.
+    """Find the samples with an item in a cluster that holds an item of the target.
 
     Args:
-        samples_N: the sample of each item.
-        clusters_N: its cluster.
-        target_T: the cluster of each item of the target.
+        samples_N: sample of each item.
+        clusters_N: cluster of each item.
+        target_T: cluster of each item of the target.
 
     Returns:
-        The samples, ascending and each once, (S,), and the cluster of each one's first such item, (S,).
+        Unique samples, ascending, (S,), and the cluster of each one's first such item, (S,).
     """
     inside = np.flatnonzero(np.isin(clusters_N, target_T))
     kept, first = np.unique(samples_N[inside], return_index=True)
@@ -79,7 +74,7 @@ def near_target(samples_N: Ints, clusters_N: Ints, target_T: Ints) -> tuple[Ints
 
 def _one_level(clusters: tuple[int, ...] | None) -> int | None:
     if clusters is not None and len(clusters) > 1:
-        raise SettingError(f"--clusters names {len(clusters)} levels; image-based has one")
+        raise SettingError(f"clusters: expected one level for image-based, got {len(clusters)}")
     return clusters[0] if clusters else None
 
 
@@ -90,9 +85,9 @@ _BLOCK = 4096
 class HierarchicalSelector:
     """The balancing of "Automatic Data Curation for Self-Supervised Learning: A Clustering-Based Approach" (TMLR 2024).
 
-    k-means on the samples, then on its centroids, and so on; then the budget is cut from the top into equal shares of
-    the branches, and what small branches cannot fill goes to the others, down to samples drawn at
-    random. Unlike there, no level is clustered again on the points nearest its centroids. A sample is its first item.
+    k-means on the samples, then on its centroids, and so on. From the top, the budget is divided equally among the
+    branches; what small branches cannot use goes to the others, down to samples drawn at random. Unlike in the paper,
+    no level is clustered again on the points nearest its centroids. A sample is represented by its first item.
     """
 
     accepts: ClassVar[tuple[str, ...]] = ("budget", "clusters")
@@ -102,15 +97,15 @@ class HierarchicalSelector:
     uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select them. Memory: 256 vectors a cluster of the finest level, and an integer a sample and level."""
-        assert settings.budget is not None
+        """Select the samples. Memory: 256 vectors per finest cluster, and an integer per sample and level."""
+        assert isinstance(settings.budget, int)
         rows_S = pool.first_items()
         sizes = settings.clusters or default_levels(len(rows_S))
         if any(finer <= coarser for finer, coarser in pairwise(sizes)):
             raise SettingError(
-                f"--clusters {','.join(map(str, sizes))}: each level must have fewer than the one before it"
+                f"clusters: expected fewer on each level than on the one before, got {','.join(map(str, sizes))}"
             )
-        drawn = np.random.default_rng(settings.seed).permutation(rows_S)[: most_training_vectors(sizes[0])]
+        drawn = np.random.default_rng(settings.seed).permutation(rows_S)[: max_training_vectors(sizes[0])]
         centroids = find_centroids(pool.vectors.read(np.sort(drawn)), sizes[0], seed=settings.seed)
         leaf_S = _nearest_centroids(
             (pool.vectors.read(rows_S[block]) for block in blocks(len(rows_S), _BLOCK)), centroids
@@ -123,7 +118,7 @@ class HierarchicalSelector:
 
 
 def default_levels(num_samples: int) -> tuple[int, ...]:
-    """Work out the levels: a centroid for 40 samples, and a tenth on each level above, while there are several."""
+    """Return the default levels: a cluster per 40 samples, and a tenth on each level above, while there are several."""
     sizes = [default_clusters(num_samples)]
     while sizes[-1] // _RATIO > 1:
         sizes.append(sizes[-1] // _RATIO)
@@ -131,7 +126,7 @@ def default_levels(num_samples: int) -> tuple[int, ...]:
 
 
 def tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed: int) -> Ints:
-    """Cluster the centroids of each level: (S, L) int64, the cluster of each sample on each level, finest first."""
+    """Cluster the centroids of each level: (S, L) int64, cluster of each sample on each level, finest first."""
     labels = [leaf_S]
     for size in sizes:
         above_CP = find_centroids(centroids_CP, size, seed=seed)
@@ -141,47 +136,47 @@ def tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed: int)
 
 
 def balanced(labels_SL: Ints, budget: int, *, seed: int) -> Ints:
-    """Draw samples so that branches of the tree get equal shares, level by level.
+    """Draw samples equally from the branches of a tree, level by level.
 
     Args:
         labels_SL: (S, L) cluster of each sample on each level, finest first.
-        budget: at most S.
-        seed: of the draws.
+        budget: number of samples, at most S.
+        seed: random seed.
 
     Returns:
-        Exactly `budget` positions, ascending, each once.
+        Exactly `budget` unique positions, ascending.
     """
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels_SL))
-    kept = _drawn(labels_SL[:, ::-1], shuffled, budget, rng)
+    kept = _draw(labels_SL[:, ::-1], shuffled, budget, rng)
     return np.sort(kept)
 
 
-def fill(sizes_C: Ints, budget: int) -> Ints:
-    """Cut a budget into shares as equal as the sizes allow: (C,) int64, their sum the budget, none above its size.
+def divide_budget(sizes_C: Ints, budget: int) -> Ints:
+    """Divide a budget as equally as the sizes allow: (C,) int64, their sum is the budget, none is above its size.
 
-    The largest n with sum min(n, size) <= budget; what is left goes one by one to the first that have more.
+    The largest n with sum min(n, size) <= budget; the remainder goes one by one to the first that have more.
     """
     order = np.argsort(sizes_C, kind="stable")
-    shares_C = np.zeros(len(sizes_C), np.int64)
+    counts_C = np.zeros(len(sizes_C), np.int64)
     left = budget
     for place, branch in enumerate(order.tolist()):
-        shares_C[branch] = min(int(sizes_C[branch]), left // (len(order) - place))
-        left -= int(shares_C[branch])
-    return shares_C
+        counts_C[branch] = min(int(sizes_C[branch]), left // (len(order) - place))
+        left -= int(counts_C[branch])
+    return counts_C
 
 
-def _drawn(labels_SL: Ints, rows: Ints, budget: int, rng: np.random.Generator) -> Ints:
-    """Take `budget` of the shuffled rows, whose labels are coarsest first."""
+def _draw(labels_SL: Ints, rows: Ints, budget: int, rng: np.random.Generator) -> Ints:
+    """Return `budget` of the shuffled rows; labels are coarsest first."""
     if budget >= len(rows) or not labels_SL.shape[1]:
         return rows[:budget]
     order = np.argsort(labels_SL[rows, 0], kind="stable")
     starts = np.unique(labels_SL[rows[order], 0], return_index=True)[1]
     branches = [rows[part] for part in np.split(order, starts[1:])]
-    branches = [branches[place] for place in rng.permutation(len(branches))]  # who gets one more is drawn
-    shares_C = fill(np.array([len(branch) for branch in branches]), budget)
+    branches = [branches[place] for place in rng.permutation(len(branches))]  # which branches get one more is random
+    counts_C = divide_budget(np.array([len(branch) for branch in branches]), budget)
     return np.concatenate(
-        [_drawn(labels_SL[:, 1:], branch, int(share), rng) for branch, share in zip(branches, shares_C, strict=True)]
+        [_draw(labels_SL[:, 1:], branch, int(count), rng) for branch, count in zip(branches, counts_C, strict=True)]
     )
 
 
@@ -189,28 +184,28 @@ def _reason(path: Sequence[int], size: int) -> str:
     return f"cluster {'/'.join(map(str, reversed(path)))}, of {size:,} samples"
 
 
-_DRAWN = 20_000
+_CANDIDATES = 20_000
 
 
 class KCenterSelector:
     """The greedy k-center coreset of "Active Learning for Convolutional Neural Networks" (ICLR 2018), Algorithm 1.
 
-    On samples drawn from the pool, as its time is budget x drawn. It starts from one drawn at random. Noise is far
-    from everything, so it is chosen early: clean the pool first. A sample is its first item.
+    It chooses from candidates drawn at random, as its time is budget x candidates, and starts from a random one. Noise
+    is far from everything, so it is chosen early: clean the pool first. A sample is represented by its first item.
     """
 
-    accepts: ClassVar[tuple[str, ...]] = ("budget", "drawn")
+    accepts: ClassVar[tuple[str, ...]] = ("budget", "candidates")
     requires_one_of: ClassVar[tuple[str, ...]] = ("budget",)
     modality: ClassVar[str | None] = "image"
     required_inputs: ClassVar[tuple[str, ...]] = ()
     uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select them. Memory: the vectors of those drawn."""
-        assert settings.budget is not None
-        num_drawn = settings.drawn or max(_DRAWN, 2 * settings.budget)
+        """Select the samples. Memory: the vectors of the candidates."""
+        assert isinstance(settings.budget, int)
+        num_drawn = settings.candidates or max(_CANDIDATES, 2 * settings.budget)
         if num_drawn < settings.budget:
-            raise SettingError(f"--drawn {num_drawn:,} is fewer than the budget of {settings.budget:,}")
+            raise SettingError(f"candidates: expected at least the budget of {settings.budget:,}, got {num_drawn:,}")
         drawn = np.random.default_rng(settings.seed).permutation(len(pool.samples))[:num_drawn]
         chosen, cosines = farthest_first(pool.vectors.read(pool.first_items()[drawn]), settings.budget)
         order = np.argsort(drawn[chosen])
@@ -221,15 +216,15 @@ class KCenterSelector:
 
 
 def farthest_first(vectors_NP: Floats, size: int) -> tuple[Ints, Floats]:
-    """Begin with the first vector; then take, again and again, the one whose nearest of those taken is farthest.
+    """Choose the first vector, then repeatedly the one that is farthest from all chosen ones.
 
     Args:
-        vectors_NP: (N, P) float32 unit rows.
-        size: how many, at most N.
+        vectors_NP: (N, P) float32 rows of length 1.
+        size: number of vectors to choose, at most N.
 
     Returns:
-        (M,) positions in the order in which they were taken, and (M,) the cosine of each to the nearest before it, -1
-        for the first. The cosines never fall.
+        (M,) positions in the order of choice, and (M,) the cosine of each to the nearest one before it, -1 for the
+        first. The cosines never decrease.
     """
     nearest_N = np.full(len(vectors_NP), -1, np.float32)
     chosen, cosines = np.empty(size, np.int64), np.empty(size, np.float32)

@@ -1,4 +1,4 @@
-"""Selections out of selections: in both, in one and not in another, or some drawn."""
+"""Selections from selections: intersection, difference, or a random sample."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.curate.select.baselines import draw
+from embedcache.curate.select.baselines import draw_rows
 from embedcache.dataset.selections import Selection, read_selection, write_selection
 from embedcache.errors import DataError, SettingError
 from embedcache.store.cache import Cache
@@ -19,24 +19,24 @@ _OPERATIONS: dict[str, Callable[[Ints, Ints], Ints]] = {"and": np.intersect1d, "
 
 
 def combine_selections(cache_path: Path | str, out_path: Path, first: Path, operation: Operation, second: Path) -> int:
-    """Keep the samples of one selection that are also in another (`and`), or that are not (`minus`).
+    """Write the samples of one selection that are also in another (`and`), or that are not (`minus`).
 
     The reasons are those of the first and, with `and`, of the second.
 
     Args:
-        cache_path: the cache that they are of.
-        out_path: Parquet.
-        first: a selection, or a text with a key a line.
-        operation: what to do.
-        second: alike.
+        cache_path: cache of the selections.
+        out_path: Parquet file to write.
+        first: a selection, or a text file with one key per line.
+        operation: `and` or `minus`.
+        second: another selection.
 
     Returns:
-        How many samples were kept.
+        The number of samples.
 
     Raises:
-        PathError: there is no such file.
-        CorruptError: it cannot be read.
-        DataError: it names a key that the cache has not, or nothing is left.
+        PathError: a file does not exist.
+        CorruptError: a file cannot be read.
+        DataError: a key is not in the cache, or no sample is left.
     """
     cache = Cache(cache_path)
     one, other = (read_reasons(path, cache) for path in (first, second))
@@ -46,47 +46,47 @@ def combine_selections(cache_path: Path | str, out_path: Path, first: Path, oper
             f"{first} {operation} {second} is empty: they select {len(one):,} and {len(other):,} samples of "
             f"{cache.path}, {len(one.keys() & other.keys()):,} of them both"
         )
-    joins = operation == "and"
-    reasons = [f"{one[row]}; {other[row]}" if joins else one[row] for row in rows.tolist()]
-    about = {"method": operation, "selections": [str(first), str(second)]}
-    write_selection(out_path, cache, Selection(rows=rows, reasons=reasons), about)
+    is_and = operation == "and"
+    reasons = [f"{one[row]}; {other[row]}" if is_and else one[row] for row in rows.tolist()]
+    record = {"method": operation, "selections": [str(first), str(second)]}
+    write_selection(out_path, cache, Selection(rows=rows, reasons=reasons), record)
     return len(rows)
 
 
 def sample_selection(cache_path: Path | str, out_path: Path, selection: Path, size: int, *, seed: int = 0) -> int:
-    """Draw some samples of a selection at random; their reasons stay.
+    """Write a random sample of a selection, with its reasons.
 
     Args:
-        cache_path: the cache that it is of.
-        out_path: Parquet.
-        selection: a selection, or a text with a key a line.
-        size: how many.
-        seed: of the draw.
+        cache_path: cache of the selection.
+        out_path: Parquet file to write.
+        selection: a selection, or a text file with one key per line.
+        size: number of samples.
+        seed: random seed.
 
     Returns:
-        How many samples were drawn.
+        The number of samples.
 
     Raises:
-        SettingError: there are no more than that.
-        DataError: it names a key that the cache has not.
+        SettingError: the selection has fewer samples.
+        DataError: a key is not in the cache.
     """
     cache = Cache(cache_path)
     found = read_reasons(selection, cache)
     if not 1 <= size <= len(found):
-        raise SettingError(f"cannot draw {size:,} of the {len(found):,} samples of {selection}; give as many at most")
-    rows = draw(np.array(sorted(found), np.int64), size, seed=seed)
-    about = {"method": "sample", "selections": [str(selection)], "seed": seed}
-    write_selection(out_path, cache, Selection(rows=rows, reasons=[found[row] for row in rows.tolist()]), about)
+        raise SettingError(f"size: expected 1 to {len(found):,}, the number of samples of {selection}, got {size:,}")
+    rows = draw_rows(np.array(sorted(found), np.int64), size, seed=seed)
+    record = {"method": "sample", "selections": [str(selection)], "seed": seed}
+    write_selection(out_path, cache, Selection(rows=rows, reasons=[found[row] for row in rows.tolist()]), record)
     return size
 
 
 def read_reasons(path: Path, cache: Cache) -> dict[int, str]:
-    """Read a selection: row -> reason; of a text, its name is the reason.
+    """Read a selection as row -> reason; for a text file, the reason is its name.
 
     Raises:
-        PathError: there is no such file.
+        PathError: the file does not exist.
         CorruptError: it cannot be read.
-        DataError: it names a key that the cache has not, or none.
+        DataError: it names no key, or one that is not in the cache.
     """
     rows = read_selection(path, [cache])
     keys = cache.samples["key"].to_pylist()

@@ -1,9 +1,4 @@
-"""Which samples belong to which concepts: captions that name them, or items that lie near them.
-
-The paper's curation: the best samples of each concept, concepts that have few good ones first.
-
-MetaCLIP's balancing: of concepts that many samples show only some are kept, of rare ones all.
-"""
+"""Methods on concepts: the best samples of each concept, rare concepts first, and MetaCLIP's balancing."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -13,7 +8,7 @@ import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints
 from embedcache.curate.select.pool import Pool, best_samples, cosines
-from embedcache.curate.select.select import SelectSettings
+from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError
 
@@ -21,21 +16,21 @@ _WORD = re.compile(r"\w+")
 
 
 class Matches(NamedTuple):
-    """M matches, each once, by sample and then concept: two (M,) int64 arrays."""
+    """M unique matches, sorted by sample and then concept: two (M,) int64 arrays."""
 
     samples_M: Ints
     concepts_M: Ints
 
 
 def match_words(texts: Iterable[tuple[int, str]], names: Sequence[str]) -> Matches:
-    """Match captions that hold a concept's name: whole words, in either case, punctuation aside.
+    """Match captions that contain a concept's name: whole words, ignoring case and punctuation.
 
-    As the substring match of "Demystifying CLIP Data" (ICLR 2024); like it, it knows no plurals, and nothing of
-    languages that set no spaces. One look-up for each run of words of a caption.
+    As the substring match of "Demystifying CLIP Data" (ICLR 2024), it matches neither plurals nor languages without
+    spaces. One look-up per sequence of words of a caption.
 
     Args:
         texts: sample and caption.
-        names: of the concepts.
+        names: names of the concepts.
     """
     concept_of = {_words(name): concept for concept, name in enumerate(names)}
     lengths = {len(words) for words in concept_of} - {0}
@@ -48,12 +43,12 @@ def match_words(texts: Iterable[tuple[int, str]], names: Sequence[str]) -> Match
 def match_near(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, threshold: float) -> Matches:
     """Match items whose cosine with a concept is at least a threshold.
 
-    Memory: the products of a block, and 16 bytes a match.
+    Memory: the products of a block, and 16 bytes per match.
 
     Args:
-        blocks: the sample of each item (B,), and its vector (B, P).
-        concepts_CP: (C, P) float32 unit rows.
-        threshold: of the cosine.
+        blocks: sample of each item (B,), and its vector (B, P).
+        concepts_CP: (C, P) float32 rows of length 1.
+        threshold: smallest cosine.
     """
     samples, concepts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for samples_B, vectors_BP in blocks:
@@ -79,16 +74,16 @@ def _sorted(pairs: set[tuple[int, int]]) -> Matches:
     return Matches(pairs_M2[:, 0], pairs_M2[:, 1])
 
 
-_CANDIDATES_A_PLACE = 25
+_CANDIDATES_PER_SAMPLE = 25
 
 
 class RareFirstSelector:
     """The curation of "Harnessing Frozen Unimodal Encoders for Flexible Multimodal Alignment" (CVPR 2025).
 
-    About n samples a concept, each sample once.
-    As there, a concept's candidates are the 25 n samples that fit it best, and concepts choose one after another, the
-    rarest first. Unlike there, a concept's rarity is its score at rank n, the last that it hopes for, where the code
-    takes the last candidate, whose rank memory decides; and cosines are kept as float32, not in steps of .0027.
+    About n samples per concept, each sample once. As in the paper, a concept's candidates are the 25 n samples that
+    match it best, and concepts choose one after another, the rarest first. Unlike in its code, a concept's rarity is
+    its score at rank n and not that of the last candidate, whose rank depends on memory; and cosines are float32, not
+    in steps of .0027.
     """
 
     accepts: ClassVar[tuple[str, ...]] = ("budget", "per_concept")
@@ -98,16 +93,17 @@ class RareFirstSelector:
     uses_seed: ClassVar[bool] = False
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select them. Memory: 16 bytes for each of C x 25 n candidates."""
+        """Select the samples. Memory: 16 bytes for each of C x 25 n candidates."""
         concepts = pool.concepts
         num_concepts = len(concepts.names)
-        most = settings.per_concept or -(-(settings.budget or 0) // num_concepts)
-        k = min(len(pool.samples), _CANDIDATES_A_PLACE * most)
+        budget = settings.budget if isinstance(settings.budget, int) else None
+        most = settings.per_concept or -(-(budget or 0) // num_concepts)
+        k = min(len(pool.samples), _CANDIDATES_PER_SAMPLE * most)
         best = best_samples(pool.blocks("comparing with concepts"), concepts.vectors, k)
         order_C = rarest_first(best.scores_CK, most)
         quota_C = np.full(num_concepts, most)
-        if settings.budget is not None:
-            quota_C[order_C] = shares(settings.budget, num_concepts)
+        if budget is not None:
+            quota_C[order_C] = even_quotas(budget, num_concepts)
         concept_M, rank_M = assign(best.samples_CK, order_C, quota_C)
         rows_M = best.samples_CK[concept_M, rank_M]
         by_row = np.argsort(rows_M)
@@ -119,13 +115,13 @@ class RareFirstSelector:
         return Selection(rows=rows_M[by_row], reasons=reasons)
 
 
-def shares(budget: int, num_concepts: int) -> Ints:
-    """Cut a budget into equal places, one more for the first where it does not divide: (C,) int64, their sum it."""
+def even_quotas(budget: int, num_concepts: int) -> Ints:
+    """Divide a budget equally, one more for the first concepts if there is a remainder: (C,) int64."""
     return budget // num_concepts + (np.arange(num_concepts) < budget % num_concepts).astype(np.int64)
 
 
 def rarest_first(scores_CK: Floats, quota: int) -> Ints:
-    """Order concepts by their score at rank `quota`, or at the last rank there is, lowest first: (C,) int64."""
+    """Sort concepts by their score at rank `quota`, or at their last rank, lowest first: (C,) int64."""
     return np.argsort(scores_CK[:, min(quota, scores_CK.shape[1]) - 1], kind="stable")
 
 
@@ -133,9 +129,9 @@ def assign(samples_CK: Ints, order_C: Ints, quota_C: Ints) -> tuple[Ints, Ints]:
     """Let concepts choose one after another, each its best candidates that no other has chosen.
 
     Args:
-        samples_CK: (C, K) each concept's candidates, best first.
-        order_C: the concepts in the order in which they choose.
-        quota_C: (C,) the most that each chooses; one whose candidates are taken gets fewer.
+        samples_CK: (C, K) candidates of each concept, best first.
+        order_C: concepts in the order in which they choose.
+        quota_C: (C,) number of samples that each chooses at most.
 
     Returns:
         Two (M,) arrays: the concept that chose, and the rank of its candidate, from 0.
@@ -153,8 +149,8 @@ class MetaclipSelector:
     """The balancing of "Demystifying CLIP Data" (ICLR 2024), Algorithm 1.
 
     Samples match concepts by the words of their captions or, with `threshold`, by cosine. Each match of a concept with
-    n matches is kept with probability min(1, t / n), and a sample with any of its matches. t is `head`, or the one that
-    keeps `budget` samples. What matches no concept is never kept.
+    n matches is kept with probability min(1, t / n), and a sample if any of its matches is. t is `head`, or the value
+    that keeps `budget` samples. A sample that matches no concept is never kept.
     """
 
     accepts: ClassVar[tuple[str, ...]] = ("budget", "head", "threshold")
@@ -164,7 +160,7 @@ class MetaclipSelector:
     uses_seed: ClassVar[bool] = True
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select them. Memory: some 50 bytes a match."""
+        """Select the samples. Memory: some 50 bytes per match."""
         names = pool.concepts.names
         matches = _match(pool, settings.threshold)
         if not len(matches.samples_M):
@@ -175,8 +171,8 @@ class MetaclipSelector:
         first_M, heads_M = lowest_heads(matches, seed=settings.seed)
         if settings.budget is not None and settings.budget > len(first_M):
             raise DataError(
-                f"only {len(first_M):,} of {len(pool.samples):,} samples match one of {len(names):,} concepts, fewer "
-                f"than the budget of {settings.budget:,}; lower it, or match by a lower --threshold"
+                f"budget: expected at most the {len(first_M):,} of {len(pool.samples):,} samples that match one of "
+                f"{len(names):,} concepts, got {settings.budget:,}; lower it, or match by a lower --threshold"
             )
         kept = first_M[_kept(heads_M, settings)]
         kept = kept[np.argsort(matches.samples_M[kept])]
@@ -188,11 +184,11 @@ class MetaclipSelector:
 def lowest_heads(matches: Matches, *, seed: int) -> tuple[Ints, Array]:
     """Find the t from which on each sample is kept, and the match that keeps it then.
 
-    A match of a concept with n of them is kept where its draw u, uniform in [0, 1), is below t / n: where t is above
-    u n. So one draw gives nested selections for all t, and any budget is met exactly.
+    A match of a concept with n matches is kept if its draw u, uniform in [0, 1), is below t / n, that is if t > u n. So
+    one draw gives nested selections for all t, and any budget is met exactly.
 
     Returns:
-        (S,) position in the matches of each matching sample's first one, and (S,) float64 its t; by sample.
+        (S,) position in the matches of the first kept match of each matching sample, and (S,) float64 its t; by sample.
     """
     counts_C = np.bincount(matches.concepts_M)
     heads_M = np.random.default_rng(seed).random(len(matches.samples_M)) * counts_C[matches.concepts_M]
@@ -203,7 +199,7 @@ def lowest_heads(matches: Matches, *, seed: int) -> tuple[Ints, Array]:
 
 
 def _kept(heads_S: Array, settings: SelectSettings) -> Ints:
-    if settings.budget is not None:
+    if isinstance(settings.budget, int):
         return np.argsort(heads_S, kind="stable")[: settings.budget]
     return np.flatnonzero(heads_S < settings.head)
 

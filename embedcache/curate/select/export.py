@@ -1,7 +1,4 @@
-"""Selections for other tools: DataComp's uids, a list of keys, or new WebDataset shards.
-
-New WebDataset shards of some samples: the images' own bytes, captions and columns.
-"""
+"""Export of selections: DataComp's uids, a list of keys, or new WebDataset shards."""
 
 import io
 import json
@@ -30,39 +27,39 @@ Format: TypeAlias = Literal["datacomp", "keys", "webdataset"]
 _UID = re.compile(r"[0-9a-fA-F]{32}")
 
 
-def export(
-    cache_path: Path | str, selection: Path, out_path: Path, form: Format, *, progress: Progress | None = None
+def export_selection(
+    cache_path: Path | str, selection: Path, out_path: Path, format_name: Format, *, progress: Progress | None = None
 ) -> int:
     """Write a selection in another tool's format.
 
-    `datacomp` is a `.npy` of dtype `u8,u8`, the halves of DataComp's uids, sorted; `keys` is a text with a key a line,
-    in the order of the cache; `webdataset` is a folder of tars, see `write_shards`. A file is whole or absent.
+    `datacomp` is a `.npy` file of dtype `u8,u8`, the halves of DataComp's uids, sorted; `keys` is a text file with one
+    key per line, in the order of the cache; `webdataset` is a folder of tars, see `write_shards`. Writes are atomic.
 
     Args:
-        cache_path: the cache that the selection is of.
-        selection: Parquet, or a text with a key a line.
-        out_path: a file; for `webdataset` a folder.
-        form: the format.
-        progress: told about samples.
+        cache_path: cache of the selection.
+        selection: Parquet, or a text file with one key per line.
+        out_path: file to write; for `webdataset` a folder.
+        format_name: format to write.
+        progress: progress in samples.
 
     Returns:
-        How many samples were written.
+        The number of samples.
 
     Raises:
-        DataError: keys that are no uids, for `datacomp`; or the selection names a key that the cache has not.
-        PathError: there is no such selection; for `webdataset`, the folder is there already, or the source is gone.
+        DataError: a key is not in the cache, or, for `datacomp`, not a uid.
+        PathError: the selection does not exist; for `webdataset`, the folder exists, or the source does not.
     """
     cache = Cache(cache_path)
     rows = read_selection(selection, [cache])
-    if form == "webdataset":
+    if format_name == "webdataset":
         write_shards(cache, rows, out_path, progress=progress)
         return len(rows)
     if out_path.is_dir():
-        raise PathError(f"{out_path} is a folder; give the path of a file for --format {form}")
+        raise PathError(f"{out_path} is a folder; give the path of a file for --format {format_name}")
     all_keys = cache.samples["key"].to_pylist()
     keys = [all_keys[row] for row in rows.tolist()]
-    if form == "keys":
-        _refuse_breaks(keys)
+    if format_name == "keys":
+        _check_no_breaks(keys)
         write_atomic(out_path, "".join(f"{key}\n" for key in keys).encode())
     else:
         uids = to_uids(keys)
@@ -72,27 +69,27 @@ def export(
 
 
 def to_uids(keys: Sequence[str]) -> Array:
-    """Make DataComp's uids of keys of 32 hexadecimal digits: (M,) of dtype `u8,u8`, sorted.
+    """Convert keys of 32 hexadecimal digits to DataComp's uids: (M,) of dtype `u8,u8`, sorted.
 
     Raises:
-        DataError: a key is no such number.
+        DataError: a key has another form.
     """
     others = [key for key in keys if not _UID.fullmatch(key)]
     if others:
         raise DataError(
-            f"{len(others):,} of {len(keys):,} keys are no uids of DataComp, which are 32 hexadecimal digits, first "
-            f"{others[0]!r}; take --format keys, or extract with --key-column uid"
+            f"expected DataComp's uids of 32 hexadecimal digits, got {len(others):,} other keys of {len(keys):,}, "
+            f"first {others[0]!r}; use --format keys, or extract with --key-column uid"
         )
     return np.array(sorted((int(key[:16], 16), int(key[16:], 16)) for key in keys), np.dtype("u8,u8"))
 
 
-def _refuse_breaks(keys: Sequence[str]) -> None:
+def _check_no_breaks(keys: Sequence[str]) -> None:
     broken = [key for key in keys if "\n" in key]
     if broken:
-        raise DataError(f"{len(broken):,} keys hold a line break, first {broken[0]!r}; a list has a key a line")
+        raise DataError(f"expected keys without line breaks, got {len(broken):,} with one, first {broken[0]!r}")
 
 
-SAMPLES_A_SHARD = 10_000
+SAMPLES_PER_SHARD = 10_000
 
 _MAGIC = (
     (b"\xff\xd8\xff", "jpg"),
@@ -105,29 +102,29 @@ _MAGIC = (
 
 
 def write_shards(
-    cache: Cache, rows: Ints, folder: Path, *, size: int = SAMPLES_A_SHARD, progress: Progress | None = None
+    cache: Cache, rows: Ints, folder: Path, *, size: int = SAMPLES_PER_SHARD, progress: Progress | None = None
 ) -> None:
     """Write samples as `00000.tar` … into a new folder, in the order of the cache.
 
-    A sample's files are named by its row, in nine digits, as keys may hold dots and slashes; its `.json` holds the
+    A sample's files are named by its row, in nine digits, as keys may contain dots and slashes. Its `.json` holds the
     `key`, the `captions` and the columns, which `embedcache extract` reads again, and its `.txt` the first caption, for
-    other readers. Languages of captions are not kept. The images' bytes are the source's. The same selection gives the
-    same bytes, and the folder is whole or absent. Memory: one image, and the items of those samples.
+    other readers. Languages of captions are lost. The bytes of images are those of the source. The same selection gives
+    the same bytes, and the folder appears when it is complete. Memory: one image, and the items of those samples.
 
     Args:
-        cache: whose source is still there.
+        cache: cache whose source still exists.
         rows: samples, ascending.
-        folder: there must be none, or an empty one.
-        size: samples a shard.
-        progress: told about samples.
+        folder: new or empty folder.
+        size: samples per shard.
+        progress: progress in samples.
 
     Raises:
-        PathError: the source is gone, or the folder is not empty.
-        DataError: an image cannot be read any more, or a sample has several images: a tar has one file of a suffix.
+        PathError: the source does not exist, or the folder is not empty.
+        DataError: an image cannot be read any more, or a sample has several images.
     """
     progress = progress or NullProgress()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise PathError(f"{folder} is not empty, or no folder; give the path of a new one")
+        raise PathError(f"{folder} exists and is not an empty folder; give the path of a new one")
     source = reopen_source(cache.info.source)
     samples = _Samples(cache, rows)
     temporary = partial_path(folder)
@@ -145,7 +142,7 @@ def write_shards(
 
 
 class _Samples:
-    """The tables of some samples, and who has which items."""
+    """Tables of some samples and their items."""
 
     def __init__(self, cache: Cache, rows: Ints) -> None:
         self.rows = rows
@@ -156,18 +153,18 @@ class _Samples:
         if several:
             key = cache.samples["key"][several[0]].as_py()
             raise DataError(
-                f"{len(several):,} of {len(rows):,} samples have several images, first {key!r}; a sample of WebDataset "
-                "has one: take --format keys"
+                f"{len(several):,} of {len(rows):,} samples have several images, first {key!r}, expected one per "
+                "sample of WebDataset; use --format keys"
             )
 
-    def said(self, position: int) -> dict[str, Any]:
-        """Give the key, the captions and the columns of one sample."""
+    def record(self, position: int) -> dict[str, Any]:
+        """Return the key, the captions and the columns of one sample."""
         columns = {name: self._columns[name][position].as_py() for name in self._columns.column_names}
         captions = [item["text"] for item in self._texts.get(int(self.rows[position]), [])]
         return {**columns, "captions": captions}
 
     def image(self, position: int) -> ImageItem | None:
-        """Say where the bytes of one sample's image are."""
+        """Return where the bytes of one sample's image are."""
         items = self._images.get(int(self.rows[position]), [])
         return ImageItem(**{name: items[0][name] for name in ("path", "offset", "length")}) if items else None
 
@@ -192,20 +189,20 @@ def _write_shard(path: Path, samples: _Samples, positions: range, source: Source
 
 
 def _files(samples: _Samples, position: int, source: Source) -> Iterator[tuple[str, bytes]]:
-    said, image = samples.said(position), samples.image(position)
+    record, image = samples.record(position), samples.image(position)
     if image is not None:
         try:
             data = source.read(image)
         except ItemError as error:
-            raise DataError(f"the image of {said['key']!r} cannot be read any more: {error}") from error
+            raise DataError(f"the image of {record['key']!r} cannot be read any more: {error}") from error
         yield _suffix(data), data
-    if said["captions"]:
-        yield "txt", said["captions"][0].encode()
-    yield "json", json.dumps(said, ensure_ascii=False).encode()
+    if record["captions"]:
+        yield "txt", record["captions"][0].encode()
+    yield "json", json.dumps(record, ensure_ascii=False).encode()
 
 
 def _suffix(data: bytes) -> str:
-    """Name the format of an image by its first bytes: a font or a table has no file names."""
+    """Return an image's file extension by its first bytes, as fonts and tables have no file names."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), "jpg")

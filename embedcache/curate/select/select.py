@@ -1,13 +1,12 @@
-"""Selecting samples of a cache by a named method, and writing down which and why.
+"""Selecting samples of a cache by a named method, with a reason for each."""
 
-What a method of selection is to the rest of the package.
-"""
-
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from embedcache.curate.select.pool import Pool
+from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.errors import SettingError
 from embedcache.progress import Progress
@@ -25,59 +24,19 @@ SELECTORS = Registry(
         "rare-first": "embedcache.curate.select.concept_methods:RareFirstSelector",
         "top-score": "embedcache.curate.select.baselines:TopScoreSelector",
     },
+    group="embedcache.selectors",
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SelectSettings:
-    """How much to select, and how. A method refuses what it does not look at.
-
-    Args:
-        budget: samples to select; None where another setting decides.
-        per_concept: samples of each concept, at most.
-        threshold: cosine from which on a caption fits its image (`clip-score`) or an item a concept (`metaclip`).
-        head: `metaclip`'s t: concepts with more samples are cut to about so many.
-        clusters: centroids, finest level first; None is worked out from the number of samples.
-        drawn: samples that `k-center` looks at; None is 20,000, or twice the budget where that is more.
-        seed: of all that is drawn.
-    """
-
-    budget: int | None = None
-    per_concept: int | None = None
-    threshold: float | None = None
-    head: float | None = None
-    clusters: tuple[int, ...] | None = None
-    drawn: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("budget", "per_concept", "head", "drawn"):
-            value = getattr(self, name)
-            if value is not None and not value >= 1:
-                raise SettingError(f"{name.replace('_', ' ')} is {value}; it must be at least 1")
-        if self.threshold is not None and not -1 <= self.threshold <= 1:
-            raise SettingError(f"threshold is {self.threshold}; a cosine lies between -1 and 1")
-        if self.clusters is not None and (not self.clusters or min(self.clusters) < 1):
-            raise SettingError(f"clusters are {self.clusters}; give at least one number, each at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise SettingError(f"seed is {self.seed}; it must be at least 0 and below 2^32")
-
-    @property
-    def given(self) -> list[str]:
-        """Names of the settings that were said, without `seed`."""
-        names = ("budget", "per_concept", "threshold", "head", "clusters", "drawn")
-        return [name for name in names if getattr(self, name) is not None]
-
-
 class Selector(Protocol):
-    """One method.
+    """A method of selection.
 
     Attributes:
-        takes: settings that it looks at; `seed` is always allowed.
-        needs_one_of: settings of which exactly one must be given.
-        modality: `image` or `text`: what it looks at unless told otherwise; None: neither, or both.
-        needs: `concepts`, `target` and `run`: what the pool must have.
-        draws: whether the seed decides anything.
+        accepts: settings of `METHOD_SETTINGS` that it uses; `seed` is always accepted.
+        requires_one_of: settings of which exactly one must be set.
+        modality: modality that it compares by default; None: neither, or both.
+        required_inputs: `concepts`, `target` and `run`, as far as the pool must have them.
+        uses_seed: whether the seed changes the result.
     """
 
     accepts: ClassVar[tuple[str, ...]]
@@ -87,42 +46,22 @@ class Selector(Protocol):
     uses_seed: ClassVar[bool]
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
-        """Select some samples of a pool, each once.
+        """Select some samples of a pool, each once. `settings.budget` is a whole number, or None.
 
         Raises:
-            DataError: nothing passes.
+            DataError: no sample passes.
         """
         ...
 
 
-def check_settings(method: str, selector: Selector, settings: SelectSettings) -> None:
-    """Refuse settings that a method does not look at, and ask for those that it needs.
-
-    Raises:
-        SettingError: names the options.
-    """
-    others = [name for name in settings.given if name not in selector.accepts]
-    if others:
-        takes = f"it takes {_options(selector.accepts)}" if selector.accepts else "it takes none"
-        raise SettingError(f"--method {method} does not look at {_options(others)}; {takes}")
-    found = [name for name in selector.requires_one_of if name in settings.given]
-    if selector.requires_one_of and len(found) != 1:
-        got = _options(found) if found else "none"
-        raise SettingError(f"--method {method} needs one of {_options(selector.requires_one_of)}, and got {got}")
-
-
-def _options(names: "list[str] | tuple[str, ...]") -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
-
-
 @dataclass(frozen=True, kw_only=True)
 class SelectReport:
-    """What was selected.
+    """A written selection.
 
     Args:
-        path: of the selection.
-        num_selected: samples.
-        num_pool: samples that could have been selected.
+        path: path of the selection.
+        num_selected: number of selected samples.
+        num_pool: number of samples that could have been selected.
     """
 
     path: Path
@@ -130,115 +69,98 @@ class SelectReport:
     num_pool: int
 
     def line(self) -> str:
-        """Say it in one line."""
-        share = self.num_selected / self.num_pool
-        return f"{self.path}: {self.num_selected:,} of {self.num_pool:,} samples ({share:.1%})"
+        """Describe the selection in one line."""
+        fraction = self.num_selected / self.num_pool
+        return f"{self.path}: {self.num_selected:,} of {self.num_pool:,} samples ({fraction:.1%})"
 
 
 def select(
     cache_path: Path | str,
     out_path: Path | str,
     method: str,
-    *,
     settings: SelectSettings | None = None,
-    share: float | None = None,
-    modality: str | None = None,
-    feature: str | None = None,
-    run_path: Path | str | None = None,
-    concepts_path: Path | str | None = None,
-    joins_names: bool = False,
-    target_path: Path | str | None = None,
-    within: Path | str | None = None,
+    *,
     progress: Progress | None = None,
 ) -> SelectReport:
-    """Select some samples of a cache.
-
-    Deterministic: the same cache, method and settings give the same selection.
+    """Select some samples of a cache and write the selection; the same arguments give the same selection.
 
     Args:
-        cache_path: the pool.
-        out_path: Parquet, in the place of whatever is there.
+        cache_path: path or URL of the cache.
+        out_path: Parquet file to write, or to replace.
         method: a name in `SELECTORS`, or `module:attribute`.
-        settings: of the method.
-        share: the budget as a share of the pool, above 0 and at most 1.
-        modality: `image` or `text`; None is the method's.
-        feature: `encoder/feature`; None is the run's, or the only one of the modality.
-        run_path: project with this run.
-        concepts_path: a cache of prompts, or of labeled examples.
-        joins_names: take concepts of one name as one; they are refused otherwise.
-        target_path: a cache of what is wanted.
-        within: a selection, or a text with a key a line: only its samples are selected from.
-        progress: told about items.
+        settings: how much is selected, by what, and from which samples.
+        progress: progress in items.
 
     Raises:
-        PathError: the selection's name does not end in `.parquet`.
+        PathError: the file's name does not end in `.parquet`.
         UnknownNameError: there is no such method or feature.
-        SettingError: a setting is missing, or one that the method does not look at, or a budget larger than the pool.
-        DataError: nothing passes.
+        SettingError: a setting is missing or not used by the method, or the budget exceeds the pool.
+        DataError: no sample passes.
         FingerprintError: the run, the concepts or the target have features of another encoder.
-        UnfinishedError: a feature has missing chunks.
+        UnfinishedError: chunks of a feature are missing.
     """
-    out_path = Path(out_path)
+    out_path, settings = Path(out_path), settings or SelectSettings()
     check_selection_path(out_path)
     selector: Selector = SELECTORS.load(method)()
-    settings = settings or SelectSettings()
-    given = {"concepts": concepts_path, "target": target_path, "run": run_path}
-    check_settings(method, selector, settings if share is None else _with_budget(settings, 1))
-    _check_inputs(method, selector, {name: str(path) for name, path in given.items() if path is not None})
-    if selector.modality is None and modality is not None:
-        raise SettingError(f"--method {method} looks at images and captions; leave --modality out")
-    pool = Pool(
-        cache_path,
-        modality or selector.modality or "image",
-        feature=feature,
-        run_path=None if run_path is None else Path(run_path),
-        concepts_path=concepts_path,
-        joins_names=joins_names,
-        target_path=target_path,
-        within=None if within is None else Path(within),
-        progress=progress,
-    )
+    check_method_settings(method, selector, settings)
+    pool = Pool(cache_path, settings.modality or selector.modality or "image", settings, progress=progress)
     num_pool = len(pool.samples)
-    if share is not None:
-        settings = _with_budget(settings, _budget(share, num_pool))
-    if settings.budget is not None and settings.budget > num_pool:
-        raise SettingError(f"the budget is {settings.budget:,}, and the pool has {num_pool:,} samples; lower it")
+    settings = replace(settings, budget=_resolve_budget(settings.budget, num_pool))
     selection = selector.select(pool, settings)
-    about = {
+    inputs = settings.inputs()
+    record = {
         "method": method,
-        "settings": asdict(settings),
+        "settings": settings.method_json(),
         "modality": pool.modality,
         "feature": pool.vectors.feature.name,
-        "within": None if within is None else str(within),
-        **{name: None if path is None else str(path) for name, path in given.items()},
+        "within": None if settings.selection is None else str(settings.selection),
+        **{name: inputs.get(name) for name in ("concepts", "target", "run")},
     }
-    write_selection(out_path, pool.cache, selection, about)
+    write_selection(out_path, pool.cache, selection, record)
     return SelectReport(path=out_path, num_selected=len(selection.rows), num_pool=num_pool)
 
 
-def _with_budget(settings: SelectSettings, budget: int) -> SelectSettings:
-    if settings.budget is not None:
-        raise SettingError("the budget is given as a number and as a share; give one")
-    return SelectSettings(**{**asdict(settings), "budget": budget})
-
-
-def _budget(share: float, num_pool: int) -> int:
-    if not 0 < share <= 1:
-        raise SettingError(f"the budget is a share of {share}; it must be above 0 and at most 1 (100%)")
-    return max(1, round(share * num_pool))
-
-
-_OPTIONS = {
+_INPUTS = {
     "concepts": "--concepts CACHE, made by: embedcache extract prompts:concepts.txt CACHE --text-encoder SPEC",
     "target": "--target CACHE, with the features of the pool's encoder",
     "run": "--run RUN, a run of embedcache train",
 }
 
 
-def _check_inputs(method: str, selector: Selector, given: dict[str, str]) -> None:
+def check_method_settings(method: str, selector: Selector, settings: SelectSettings) -> None:
+    """Check that a method uses all settings that are set, and has all that it needs.
+
+    Raises:
+        SettingError: names the options.
+    """
+    unused = [name for name in settings.method_settings if name not in selector.accepts]
+    if unused:
+        accepted = f"it takes {_options(selector.accepts)}" if selector.accepts else "it takes none"
+        raise SettingError(f"--method {method} does not use {_options(unused)}; {accepted}")
+    found = [name for name in selector.requires_one_of if name in settings.method_settings]
+    if selector.requires_one_of and len(found) != 1:
+        got = _options(found) if found else "none"
+        raise SettingError(f"--method {method}: expected one of {_options(selector.requires_one_of)}, got {got}")
+    inputs = settings.inputs()
     for name in selector.required_inputs:
-        if name not in given:
-            raise SettingError(f"--method {method} needs {_OPTIONS[name]}")
-    for name, path in given.items():
+        if name not in inputs:
+            raise SettingError(f"--method {method} needs {_INPUTS[name]}")
+    for name, path in inputs.items():
         if name != "run" and name not in selector.required_inputs:
-            raise SettingError(f"--method {method} does not look at --{name} {path}; leave it out")
+            raise SettingError(f"--method {method} does not use --{name} {path}; leave it out")
+    if selector.modality is None and settings.modality is not None:
+        raise SettingError(f"--method {method} compares images with captions; leave --modality out")
+
+
+def _options(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def _resolve_budget(budget: float | None, num_pool: int) -> int | None:
+    """Return a budget as a number of samples."""
+    if budget is None:
+        return None
+    count = max(1, round(budget * num_pool)) if isinstance(budget, float) else budget
+    if count > num_pool:
+        raise SettingError(f"budget: expected at most the {num_pool:,} samples of the pool, got {count:,}")
+    return count

@@ -40,11 +40,7 @@ class EmbedcacheConfig(transformers.PretrainedConfig):  # type: ignore[misc]
 
 
 class EmbedcacheModel(transformers.PreTrainedModel):  # type: ignore[misc]
-    """An aligned pair: `get_image_features`, `get_text_features`, and `logits_per_image` of both.
-
-    Args:
-        config: config that an export wrote.
-    """
+    """An aligned pair: `get_image_features`, `get_text_features`, and `logits_per_image` of both."""
 
     config_class = EmbedcacheConfig
     main_input_name = "pixel_values"
@@ -97,12 +93,7 @@ class EmbedcacheModel(transformers.PreTrainedModel):  # type: ignore[misc]
 
 
 class ImageTower(nn.Module):
-    """Embed images: (B, 3, H, W) -> (B, P), not normalized.
-
-    Args:
-        config: config of the image tower.
-        width: P.
-    """
+    """Embed images: (B, 3, H, W) -> (B, P), not normalized."""
 
     def __init__(self, config: Mapping[str, Any], width: int) -> None:
         super().__init__()
@@ -139,12 +130,7 @@ def patch_pools(config: Mapping[str, Any]) -> nn.ModuleDict:
 
 
 class TextTower(nn.Module):
-    """Embed texts: token ids and mask, (B, T) -> (B, P), not normalized.
-
-    Args:
-        config: config of the text tower.
-        width: P.
-    """
+    """Embed texts: token ids and mask, (B, T) -> (B, P), not normalized."""
 
     def __init__(self, config: Mapping[str, Any], width: int) -> None:
         super().__init__()

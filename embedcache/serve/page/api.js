@@ -1,4 +1,4 @@
-// openapi.json as a page to read.
+// Shows openapi.json as a page.
 
 import { api, byId, element, table } from "./dom.js";
 
@@ -11,16 +11,16 @@ function typeOf(schema) {
   if (schema.type === "array") return `list of ${typeOf(schema.items) || "values"}`;
   if (schema.additionalProperties) return `object of ${typeOf(schema.additionalProperties) || "values"}`;
   const bounds = [
-    ["minimum", "≥"], ["exclusiveMinimum", ">"], ["maximum", "≤"], ["exclusiveMaximum", "<"], ["maxLength", "letters ≤"], ["maxItems", "items ≤"],
+    ["minimum", "≥"], ["exclusiveMinimum", ">"], ["maximum", "≤"], ["exclusiveMaximum", "<"], ["maxLength", "length ≤"], ["maxItems", "items ≤"],
   ].filter(([name]) => schema[name] !== undefined).map(([name, sign]) => `${sign} ${schema[name]}`);
   return [schema.format === "binary" ? "bytes" : schema.type, ...bounds].filter(Boolean).join(", ");
 }
 
 const fields = (schema) => table(
   Object.entries(schema.properties ?? {}).map(([name, field]) => [
-    name, typeOf(field), schema.required?.includes(name) ? "needed" : field.default === undefined ? "" : `else ${JSON.stringify(field.default)}`,
+    name, typeOf(field), schema.required?.includes(name) ? "required" : field.default === undefined ? "" : `default ${JSON.stringify(field.default)}`,
     field.description ?? "",
-  ]), { head: ["field", "type", "", "meaning"] });
+  ]), { head: ["field", "type", "", "description"] });
 
 const contentOf = (holder) => Object.entries(holder?.content ?? {})[0] ?? [null, {}];
 
@@ -28,7 +28,7 @@ function example(method, path, operation, schemas) {
   const [kind, { schema }] = contentOf(operation.requestBody);
   const address = `${location.origin}${path.replace(/\{\w+\}/g, "0")}`;
   if (method !== "post") return `curl ${address}`;
-  if (kind !== "application/json") return `curl --data-binary @picture.jpg -H 'Content-Type: image/jpeg' '${address}?k=10'`;
+  if (kind !== "application/json") return `curl --data-binary @image.jpg -H 'Content-Type: image/jpeg' '${address}?k=10'`;
   const known = schemas[nameOf(schema)]?.properties ?? {};
   const body = "text" in known ? { text: "an animal with feathers", k: 10 } : {};
   return `curl ${address} -H 'Content-Type: application/json' -d '${JSON.stringify(body)}'`;
@@ -37,17 +37,17 @@ function example(method, path, operation, schemas) {
 function section(path, method, operation, schemas) {
   const [kind, { schema }] = contentOf(operation.requestBody);
   const [, { schema: answer }] = contentOf(operation.responses["200"]);
-  const asked = schemas[nameOf(schema)];
-  const given = schemas[nameOf(answer)] ?? schemas[nameOf(answer?.items)];
+  const request = schemas[nameOf(schema)];
+  const response = schemas[nameOf(answer)] ?? schemas[nameOf(answer?.items)];
   const parameters = (operation.parameters ?? []).map((one) => [one.name, one.in, typeOf(one.schema), one.description ?? one.schema.description ?? ""]);
   return element("section", {},
     element("h2", {}, element("span", { class: "method" }, method.toUpperCase()), " ", element("code", {}, path)),
     element("p", {}, operation.description ?? operation.summary),
-    parameters.length ? element("div", { class: "scroll" }, table(parameters, { head: ["parameter", "in", "type", "meaning"] })) : null,
-    kind ? element("h3", {}, `Body: ${asked ? nameOf(schema) : "the file's bytes"}, ${kind}`) : null,
-    asked ? element("div", { class: "scroll" }, fields(asked)) : null,
-    given ? element("h3", {}, `Answer: ${answer.items ? "list of " : ""}${nameOf(answer) ?? nameOf(answer.items)}`) : null,
-    given ? element("div", { class: "scroll" }, fields(given)) : null,
+    parameters.length ? element("div", { class: "scroll" }, table(parameters, { head: ["parameter", "in", "type", "description"] })) : null,
+    kind ? element("h3", {}, `Request body: ${request ? nameOf(schema) : "bytes of the file"}, ${kind}`) : null,
+    request ? element("div", { class: "scroll" }, fields(request)) : null,
+    response ? element("h3", {}, `Response: ${answer.items ? "list of " : ""}${nameOf(answer) ?? nameOf(answer.items)}`) : null,
+    response ? element("div", { class: "scroll" }, fields(response)) : null,
     element("pre", {}, example(method, path, operation, schemas)));
 }
 
@@ -56,8 +56,8 @@ async function start() {
   const schemas = components?.schemas ?? {};
   const operations = Object.entries(paths).flatMap(([path, methods]) =>
     Object.entries(methods).map(([method, operation]) => section(path, method, operation, schemas)));
-  const shown = new Set(["Wishes", "ErrorOut"]);
-  const others = Object.entries(schemas).filter(([name]) => /^(HitOut|Caption|Concept|Part|Overlap|ErrorOut)$/.test(name) || shown.has(name));
+  const others = Object.entries(schemas).filter(([name]) =>
+    /^(SearchOptions|HitOut|CaptionOut|ConceptOut|PartOut|OverlapOut|ErrorOut)$/.test(name));
   byId("operations").replaceChildren(
     element("p", {}, info.description),
     ...operations,

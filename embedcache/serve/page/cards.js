@@ -1,4 +1,4 @@
-// What the index, its run and its cache are.
+// Tables that describe the index, its run and its cache.
 
 import { api, element, table } from "./dom.js";
 

@@ -1,15 +1,15 @@
-// Concepts as bars with their gaps, and the most similar items of the one that is chosen.
+// Concepts as bars with their gaps, and the most similar items of the selected one.
 
 import { api, count, element, table } from "./dom.js";
 import { moveInGrid, showHits } from "./grid.js";
 
-const SHOWN = 200;
+const MAX_BARS = 200;
 
 export class CoverageView {
   constructor(panel, search) {
     this.panel = panel;
     this.search = search;
-    this.most = SHOWN;
+    this.limit = MAX_BARS;
     this.hits = [];
   }
 
@@ -25,34 +25,34 @@ export class CoverageView {
     this.largest = Math.max(1, ...this.coverage.concepts.flatMap((concept) => concept.counts));
     this.build();
     this.draw();
-    if (this.shown.length) this.choose(this.shown[0].number);
+    if (this.shown.length) this.select(this.shown[0].number);
   }
 
   build() {
     const { parts, rule, warnings, min_count: least, concepts, overlaps } = this.coverage;
     const rows = [
       ["items", ...parts.map((part) => count(part.items))],
-      ["above any threshold", ...parts.map((part) => `${count(part.covered)} (${(100 * part.covered / Math.max(1, part.items)).toFixed(1)} %)`)],
+      ["items above any threshold", ...parts.map((part) => `${count(part.covered)} (${(100 * part.covered / Math.max(1, part.items)).toFixed(1)}%)`)],
       [`gaps: concepts with fewer than ${count(least)}`, ...parts.map((part) => `${count(part.gaps)} of ${count(concepts.length)}`)],
-      ["Gini", ...parts.map((part) => (part.gini === null ? "" : part.gini.toFixed(3)))],
+      ["Gini coefficient", ...parts.map((part) => (part.gini === null ? "" : part.gini.toFixed(3)))],
     ];
     this.find = element("input", { type: "search", "aria-label": "Find a concept", placeholder: "Find a concept", oninput: () => this.draw() });
     this.gaps = element("input", { type: "checkbox", id: "gaps-only", onchange: () => this.draw() });
     this.order = element("select", { "aria-label": "Order", onchange: () => this.draw() },
       ...[["most", "most items first"], ["fewest", "fewest items first"], ["name", "by name"]].map(([value, text]) => element("option", { value }, text)));
-    this.said = element("span", { role: "status", "aria-live": "polite" });
+    this.summary = element("span", { role: "status", "aria-live": "polite" });
     this.bars = element("ul", { class: "bars", "aria-label": "Concepts" });
-    this.all = element("button", { type: "button", onclick: () => { this.most = Infinity; this.draw(); } }, "Show all");
+    this.all = element("button", { type: "button", onclick: () => { this.limit = Infinity; this.draw(); } }, "Show all");
     this.gallery = element("div", { class: "gallery" });
     this.panel.replaceChildren(
-      element("p", {}, `An item counts for every concept whose threshold its cosine is above: ${rule}.`),
+      element("p", {}, `An item counts for every concept whose threshold its cosine exceeds; threshold: ${rule}.`),
       ...warnings.map((warning) => element("p", { class: "warning" }, warning)),
       element("div", { class: "scroll" }, table(rows, { head: ["", ...parts.map((part) => part.name)] })),
-      element("div", { class: "tools" }, this.find, this.order, element("label", {}, this.gaps, "gaps only"), this.said),
+      element("div", { class: "tools" }, this.find, this.order, element("label", {}, this.gaps, "gaps only"), this.summary),
       element("div", { class: "covered" }, element("div", {}, this.bars, this.all), this.gallery),
       ...(overlaps.length ? [element("h2", {}, "Concepts that share items"), element("div", { class: "scroll" }, table(
         overlaps.map((one) => [one.concepts[0], one.concepts[1], count(one.items), one.jaccard.toFixed(3), one.cosine.toFixed(3)]),
-        { head: ["concept", "and", "items of both", "of the items of either", "cosine of the concepts"] }))] : []));
+        { head: ["concept", "and", "items of both", "Jaccard index", "cosine of the concepts"] }))] : []));
   }
 
   draw() {
@@ -64,9 +64,9 @@ export class CoverageView {
     const matching = this.coverage.concepts
       .filter((concept) => (!this.gaps.checked || concept.is_gap) && concept.name.toLowerCase().includes(wanted))
       .sort(orders[this.order.value]);
-    this.shown = matching.slice(0, this.most);
+    this.shown = matching.slice(0, this.limit);
     this.all.hidden = this.shown.length === matching.length;
-    this.said.textContent = `${count(matching.length)} of ${count(this.coverage.concepts.length)} concepts`;
+    this.summary.textContent = `${count(matching.length)} of ${count(this.coverage.concepts.length)} concepts`;
     this.bars.replaceChildren(...this.shown.map((concept) => this.bar(concept)));
   }
 
@@ -78,35 +78,35 @@ export class CoverageView {
       return bar;
     });
     return element("li", { class: concept.is_gap ? "gap" : null }, element("button", {
-      type: "button", "data-number": concept.number, "aria-pressed": String(concept.number === this.chosen),
+      type: "button", "data-number": concept.number, "aria-pressed": String(concept.number === this.selected),
       "aria-label": `${concept.name}: ${numbers} items${concept.is_gap ? ", a gap" : ""}`,
-      onclick: () => this.choose(concept.number),
+      onclick: () => this.select(concept.number),
     },
       element("span", { class: "name" }, concept.name),
       element("span", { class: "track" }, ...bars),
       element("span", { class: "count number" }, numbers)));
   }
 
-  async choose(number) {
-    this.chosen = number;
+  async select(number) {
+    this.selected = number;
     for (const button of this.bars.querySelectorAll("button"))
       button.setAttribute("aria-pressed", String(Number(button.dataset.number) === number));
     const found = await api(`/api/coverage/${number}`);
-    if (this.chosen !== number) return;
+    if (this.selected !== number) return;
     this.hits = found.hits;
     const grid = element("ul", { class: "grid", "aria-label": `The most similar items of ${found.name}` });
     const actions = {
       threshold: found.threshold,
-      onOpen: (place) => this.search.opened.open(this.hits, place, () => grid.querySelectorAll(".hit")[place]?.focus()),
-      onLike: (hit) => this.search.like(hit),
+      onOpen: (place) => this.search.itemDialog.open(this.hits, place, () => grid.querySelectorAll(".hit")[place]?.focus()),
+      onSimilar: (hit) => this.search.searchSimilar(hit),
     };
-    grid.addEventListener("keydown", (event) => moveInGrid(grid, event, { onLike: actions.onLike, hits: () => this.hits }));
+    grid.addEventListener("keydown", (event) => moveInGrid(grid, event, { onSimilar: actions.onSimilar, hits: () => this.hits }));
     showHits(grid, this.hits, actions);
-    const about = this.search.info.takes.includes("text")
-      ? element("button", { type: "button", onclick: () => this.search.about(found.name) }, "Search for it") : null;
+    const button = this.search.info.takes.includes("text")
+      ? element("button", { type: "button", onclick: () => this.search.searchText(found.name) }, "Search for this concept") : null;
     this.gallery.replaceChildren(
-      element("div", { class: "tools" }, element("h2", {}, found.name), about),
-      element("p", {}, `The most similar items; framed are those above the threshold ${found.threshold.toFixed(3)}.`),
+      element("div", { class: "tools" }, element("h2", {}, found.name), button),
+      element("p", {}, `The most similar items; those above the threshold ${found.threshold.toFixed(3)} are framed.`),
       grid);
   }
 }

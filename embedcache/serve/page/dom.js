@@ -1,4 +1,4 @@
-// Making elements, and asking the API. Text is only ever set as text: captions are a stranger's.
+// Creates elements and calls the API. Text is only ever set as text, because captions are untrusted.
 
 export const byId = (id) => document.getElementById(id);
 
@@ -38,4 +38,4 @@ export function table(rows, { head = null } = {}) {
 
 let version = "";
 export const setVersion = (value) => { version = value; };
-export const pictureUrl = (row, size) => `/api/images/${row}/${size}?v=${version}`;
+export const imageUrl = (row, size) => `/api/images/${row}/${size}?v=${version}`;

@@ -1,10 +1,10 @@
-// Hits as a grid that the arrow keys move in, and one of them opened.
+// Hits as a grid with keyboard navigation, and a dialog that shows one of them.
 
-import { api, byId, element, pictureUrl } from "./dom.js";
+import { api, byId, element, imageUrl } from "./dom.js";
 
 export const caption = (hit) => hit.captions.join(" · ") || hit.key;
 
-function card(hit, place, { onOpen, onLike, threshold }) {
+function card(hit, place, { onOpen, onSimilar, threshold }) {
   const isAbove = threshold !== undefined && hit.score > threshold;
   const open = element("button", {
     type: "button",
@@ -15,14 +15,14 @@ function card(hit, place, { onOpen, onLike, threshold }) {
     onclick: () => onOpen(place),
   },
     hit.image === null ? null : element("img", {
-      src: pictureUrl(hit.image, "thumbnail"), alt: "", loading: "lazy", decoding: "async", width: 224, height: 224,
+      src: imageUrl(hit.image, "thumbnail"), alt: "", loading: "lazy", decoding: "async", width: 224, height: 224,
     }),
     element("span", { class: "captions" }, caption(hit)),
-    element("span", { class: "said" },
+    element("span", { class: "details" },
       element("span", {}, hit.label ?? ""),
       element("span", { class: "score" }, hit.score.toFixed(3))));
   const like = element("button", {
-    type: "button", class: "like", tabindex: -1, "aria-label": `More like ${caption(hit)}`, onclick: () => onLike(hit),
+    type: "button", class: "like", tabindex: -1, "aria-label": `More like ${caption(hit)}`, onclick: () => onSimilar(hit),
   }, "more like this");
   return element("li", {}, open, like);
 }
@@ -45,7 +45,7 @@ export function focusCell(grid, place) {
 
 const numColumns = (grid) => getComputedStyle(grid).gridTemplateColumns.split(" ").length;
 
-export function moveInGrid(grid, event, { onLike, hits }) {
+export function moveInGrid(grid, event, { onSimilar, hits }) {
   const place = cells(grid).indexOf(document.activeElement);
   if (place < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
   const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -numColumns(grid), ArrowDown: numColumns(grid) };
@@ -55,27 +55,27 @@ export function moveInGrid(grid, event, { onLike, hits }) {
     if (next >= 0 && next <= last) focusCell(grid, next);
   } else if (event.key === "Home") focusCell(grid, 0);
   else if (event.key === "End") focusCell(grid, last);
-  else if (event.key === "m") onLike(hits()[place]);
+  else if (event.key === "m") onSimilar(hits()[place]);
   else return;
   event.preventDefault();
 }
 
-export class Opened {
-  // The dialog that shows one of some hits.
-  constructor(onLike) {
+export class ItemDialog {
+  // Dialog that shows one hit in detail.
+  constructor(onSimilar) {
     this.hits = [];
     this.place = 0;
     this.dialog = byId("item");
     byId("item-close").addEventListener("click", () => this.dialog.close());
-    byId("item-before").addEventListener("click", () => this.show(this.place - 1));
-    byId("item-after").addEventListener("click", () => this.show(this.place + 1));
-    byId("item-more").addEventListener("click", () => this.like(onLike));
+    byId("item-previous").addEventListener("click", () => this.show(this.place - 1));
+    byId("item-next").addEventListener("click", () => this.show(this.place + 1));
+    byId("item-more").addEventListener("click", () => this.similar(onSimilar));
     this.dialog.addEventListener("click", (event) => { if (event.target === this.dialog) this.dialog.close(); });
     this.dialog.addEventListener("close", () => this.onClose?.(this.place));
     this.dialog.addEventListener("keydown", (event) => {
       if (event.key === "ArrowLeft") this.show(this.place - 1);
       else if (event.key === "ArrowRight") this.show(this.place + 1);
-      else if (event.key === "m") this.like(onLike);
+      else if (event.key === "m") this.similar(onSimilar);
     });
   }
 
@@ -86,30 +86,30 @@ export class Opened {
     this.dialog.showModal();
   }
 
-  like(onLike) {
+  similar(onSimilar) {
     this.onClose = null;
     this.dialog.close();
-    onLike(this.hits[this.place]);
+    onSimilar(this.hits[this.place]);
   }
 
   async show(place) {
     if (place < 0 || place >= this.hits.length) return;
     this.place = place;
     const hit = this.hits[place];
-    const picture = byId("item-picture");
-    picture.hidden = hit.image === null;
+    const image = byId("item-image");
+    image.hidden = hit.image === null;
     if (hit.image !== null) {
-      picture.src = pictureUrl(hit.image, "picture");
-      picture.alt = caption(hit);
+      image.src = imageUrl(hit.image, "picture");
+      image.alt = caption(hit);
     }
     byId("item-title").textContent = caption(hit);
-    byId("item-before").disabled = place === 0;
-    byId("item-after").disabled = place === this.hits.length - 1;
+    byId("item-previous").disabled = place === 0;
+    byId("item-next").disabled = place === this.hits.length - 1;
     const item = await api(`/api/items/${hit.row}`);
     if (this.hits[this.place] !== hit) return;
     byId("item-captions").replaceChildren(...item.captions.map((one) =>
       element("li", {}, one.text, one.language ? element("span", { class: "language" }, ` ${one.language}`) : null)));
-    const rows = [["cosine", hit.score.toFixed(4)], ["key", item.key], ...Object.entries(item.columns)];
+    const rows = [["cosine", hit.score.toFixed(3)], ["key", item.key], ...Object.entries(item.columns)];
     byId("item-columns").replaceChildren(...rows.filter(([, value]) => value !== null).map(([name, value]) =>
       element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, String(value)))));
   }

@@ -1,4 +1,4 @@
-// The page: asks what the server holds, then wires the three views.
+// Starts the page: requests what the server holds, then connects the three views.
 
 import { loadCards } from "./cards.js";
 import { CoverageView } from "./coverage.js";
@@ -45,8 +45,8 @@ async function start() {
   });
   const search = new Search(info, show);
   coverage = new CoverageView(byId("coverage"), search);
-  await search.fromAddress();
-  if (!search.question) byId("query").focus();
+  await search.loadAddress();
+  if (!search.query) byId("query").focus();
   document.body.dataset.ready = "yes";
 }
 

@@ -1,4 +1,4 @@
-"""A pool, the same in chunks of another size, concepts, a target, and a run."""
+"""Pools for methods of selection: a cache, the same in chunks of another size, concepts, a target and a run."""
 
 import json
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import pytest
 
 from embedcache.curate.select.pool import Pool
 from embedcache.curate.select.select import Selector
+from embedcache.curate.settings import SelectSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
@@ -38,18 +39,18 @@ def around(cache_path: Path, pictures: Path, tmp_path_factory: pytest.TempPathFa
         settings=plain,
     )
     settings = train_settings({"projector": "linear", "epochs": 0, "split": "key"})
-    train(cache_path, folder / "run", image=FEATURES["image"], text=FEATURES["text"], settings=settings)
+    train(cache_path, folder / "run", image_feature=FEATURES["image"], text_feature=FEATURES["text"], settings=settings)
     return {"cache": cache_path, **{name: folder / name for name in ("other", "concepts", "target", "run")}}
 
 
 @pytest.fixture
 def pools(around: dict[str, Path]) -> Callable[..., Pool]:
-    """Make a pool with all that a method needs."""
+    """Return a function that opens a pool with all that a method needs."""
 
-    def make(which: str, selector: Selector, *, within: Path | None = None) -> Pool:
+    def make(which: str, selector: Selector, *, selection: Path | None = None) -> Pool:
         modality = selector.modality or "image"
-        given: dict[str, Any] = {f"{name}_path": around[name] for name in selector.required_inputs}
+        inputs: dict[str, Any] = {name: around[name] for name in selector.required_inputs}
         feature = None if "run" in selector.required_inputs else FEATURES[modality]
-        return Pool(around[which], modality, feature=feature, within=within, **given)
+        return Pool(around[which], modality, SelectSettings(feature=feature, selection=selection, **inputs))
 
     return make

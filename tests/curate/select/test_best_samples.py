@@ -10,7 +10,7 @@ SCORES = st.floats(-1, 1, width=32)
 
 
 @given(st.lists(st.tuples(SCORES, st.integers(0, 2**32 - 1)), min_size=1, max_size=20))
-def test_a_key_keeps_the_order_of_scores_and_then_of_samples(pairs: list[tuple[float, int]]) -> None:
+def test_keys_sort_by_score_then_sample(pairs: list[tuple[float, int]]) -> None:
     scores, samples = np.array([score for score, _ in pairs], np.float32), np.array([sample for _, sample in pairs])
     keys = to_keys(scores, samples)
     by_key = sorted(range(len(pairs)), key=lambda row: -keys[row])
@@ -21,7 +21,7 @@ def test_a_key_keeps_the_order_of_scores_and_then_of_samples(pairs: list[tuple[f
 
 
 @given(st.integers(0, 999), st.integers(1, 14), st.integers(1, 8))
-def test_any_blocks_give_what_sorting_everything_gives(seed: int, size: int, k: int) -> None:
+def test_best_samples_equal_sorting(seed: int, size: int, k: int) -> None:
     rng = np.random.default_rng(seed)
     samples = np.sort(rng.integers(0, 9, 13))
     vectors = rng.integers(-2, 3, (13, 4)).astype(np.float32)  # small whole numbers: many ties
@@ -35,7 +35,7 @@ def test_any_blocks_give_what_sorting_everything_gives(seed: int, size: int, k: 
 
 
 @given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 5))
-def test_a_sample_stands_in_one_block(samples: list[int], size: int) -> None:
+def test_whole_samples(samples: list[int], size: int) -> None:
     ordered = np.array(sorted(samples), np.int64)
     cut = [
         (ordered[start : start + size], np.zeros((len(ordered[start : start + size]), 1), np.float32))

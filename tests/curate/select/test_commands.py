@@ -65,11 +65,14 @@ def test_select_combine_sample_and_export(command: Command, tmp_path: Path) -> N
 MISTAKES = [
     ("select cache a.parquet --method rndom --budget 3", "did you mean 'random'"),
     ("select cache a.parquet --method random --budget many", "invalid count 'many'"),
-    ("select cache a.parquet --method random --budget 400 --feature {image}", "budget is 400, and the pool has 300"),
+    (
+        "select cache a.parquet --method random --budget 400 --feature {image}",
+        "budget: expected at most the 300 samples of the pool, got 400",
+    ),
     ("select cache a.parquet --method random --budget 200% --feature {image}", "invalid fraction '200%'"),
     ("select cache a.parquet --method hierarchical --budget 3 --clusters 5,x", "invalid count 'x'"),
     ("select cache a.parquet --method metaclip --budget 3", "needs --concepts CACHE"),
-    ("select cache a.parquet --method random --per-concept 3", "does not look at --per-concept; it takes --budget"),
+    ("select cache a.parquet --method random --per-concept 3", "does not use --per-concept; it takes --budget"),
     (
         "select cache a.parquet --method random --budget 3 --selection none.txt --feature {image}",
         "none.txt does not exist",
@@ -80,7 +83,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("line", "expected"), MISTAKES)
-def test_a_mistake_is_one_line(command: Command, line: str, expected: str) -> None:
+def test_error_is_one_line(command: Command, line: str, expected: str) -> None:
     code, _, err = command(line)
     assert code == 1
     (told,) = [part for part in err.splitlines() if part.startswith("error: ")]

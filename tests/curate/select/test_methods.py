@@ -8,20 +8,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.curate.select.baselines import ClipScoreSelector, above, highest
-from embedcache.curate.select.cluster_methods import balanced, default_levels, farthest_first, fill, near_target
+from embedcache.curate.select.cluster_methods import (
+    balanced,
+    default_levels,
+    divide_budget,
+    farthest_first,
+    near_target,
+)
 from embedcache.curate.select.concept_methods import (
     Matches,
     MetaclipSelector,
     assign,
+    even_quotas,
     lowest_heads,
     match_near,
     match_words,
     rarest_first,
-    shares,
 )
-from embedcache.curate.select.select import SELECTORS, SelectSettings
+from embedcache.curate.select.select import SELECTORS
+from embedcache.curate.settings import SelectSettings
 from embedcache.errors import DataError
-from tests.curate.select.contract import SelectorContract
+from embedcache.testing.selectors import SelectorContract
 
 
 class TestRandom(SelectorContract):
@@ -87,7 +94,7 @@ class TestKCentre(SelectorContract):
     name = "k-center"
 
 
-def test_every_method_of_the_table_keeps_to_the_contract() -> None:
+def test_every_selector_has_a_contract_test() -> None:
     tested = {kind.name for kind in SelectorContract.__subclasses__()}
     assert tested == set(SELECTORS.paths)
 
@@ -96,7 +103,7 @@ def test_every_method_of_the_table_keeps_to_the_contract() -> None:
 
 
 @given(st.data())
-def test_no_quota_is_passed_and_nothing_is_chosen_twice(data: st.DataObject) -> None:
+def test_assign_respects_quotas(data: st.DataObject) -> None:
     num_concepts, num_samples = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12))
     rng = np.random.default_rng(data.draw(st.integers(0, 999)))
     samples_CK = np.stack([rng.permutation(num_samples) for _ in range(num_concepts)])
@@ -109,7 +116,7 @@ def test_no_quota_is_passed_and_nothing_is_chosen_twice(data: st.DataObject) -> 
     assert len(rows) == min(num_samples, quota_C.sum())  # every sample is a candidate of every concept
 
 
-def test_the_rare_concept_chooses_first() -> None:
+def test_rarest_concept_chooses_first() -> None:
     scores = np.array([[0.9, 0.8, 0.7], [0.6, 0.2, 0.1]], np.float32)
     samples = np.array([[0, 1, 2], [0, 2, 1]])
     order = rarest_first(scores, 1)
@@ -118,12 +125,12 @@ def test_the_rare_concept_chooses_first() -> None:
     assert list(zip(concepts.tolist(), samples[concepts, ranks].tolist(), strict=True)) == [(1, 0), (0, 1)]
 
 
-def test_a_budget_is_cut_into_equal_places() -> None:
-    assert shares(7, 3).tolist() == [3, 2, 2]
-    assert shares(2, 3).tolist() == [1, 1, 0]
+def test_even_quotas() -> None:
+    assert even_quotas(7, 3).tolist() == [3, 2, 2]
+    assert even_quotas(2, 3).tolist() == [1, 1, 0]
 
 
-def test_the_reason_names_concept_cosine_and_rank(pools: Any) -> None:
+def test_rare_first_reason(pools: Any) -> None:
     selector = SELECTORS.load("rare-first")()
     found = selector.select(pools("cache", selector), SelectSettings(per_concept=1))
     assert len(found.rows) == 4
@@ -134,17 +141,17 @@ def test_the_reason_names_concept_cosine_and_rank(pools: Any) -> None:
 
 
 @given(st.lists(st.sampled_from([-0.5, 0.0, -0.0, 0.25, 0.5]), min_size=1, max_size=12), st.integers(1, 14))
-def test_the_highest_are_kept_and_of_equals_the_first(scores: list[float], size: int) -> None:
+def test_highest_prefers_first_of_equals(scores: list[float], size: int) -> None:
     expected = sorted(sorted(range(len(scores)), key=lambda row: (-scores[row], row))[:size])
     assert highest(np.array(scores, np.float32), size).tolist() == expected
 
 
-def test_a_threshold_that_nothing_reaches_says_where_the_cosines_lie() -> None:
-    with pytest.raises(DataError, match=r"none of 3 cosines reaches 0.9; they lie between 0.100 and 0.500"):
+def test_above_names_range_of_scores() -> None:
+    with pytest.raises(DataError, match=r"none of 3 cosines reaches --threshold 0.9; they range from 0.100 to 0.500"):
         above(np.array([0.1, 0.2, 0.5], np.float32), 0.9)
 
 
-def test_pairs_that_fit_score_higher_than_shuffled_ones(pools: Any) -> None:
+def test_clip_score_exceeds_shuffled_pairs(pools: Any) -> None:
     pool = pools("cache", ClipScoreSelector())
     samples, scores = pool.pair_scores()
     assert len(samples) == 300
@@ -158,14 +165,14 @@ def test_pairs_that_fit_score_higher_than_shuffled_ones(pools: Any) -> None:
 # MetaCLIP
 
 
-def test_captions_that_hold_a_name_match_it() -> None:
+def test_match_words() -> None:
     texts = [(4, "A Hot-dog, please!"), (5, "hotdog"), (6, "dogs"), (4, "dog")]
     found = match_words(texts, ["hot dog", "dog", "!!!"])
     assert list(zip(*(values.tolist() for values in found), strict=True)) == [(4, 0), (4, 1)]
 
 
 @given(st.integers(0, 99), st.integers(1, 6))
-def test_near_matches_are_the_same_for_all_blocks(seed: int, size: int) -> None:
+def test_match_near_ignores_blocks(seed: int, size: int) -> None:
     rng = np.random.default_rng(seed)
     samples, vectors = np.sort(rng.integers(0, 6, 9)), rng.standard_normal((9, 3)).astype(np.float32)
     concepts = rng.standard_normal((4, 3)).astype(np.float32)
@@ -176,7 +183,7 @@ def test_near_matches_are_the_same_for_all_blocks(seed: int, size: int) -> None:
     assert list(zip(*(values.tolist() for values in found), strict=True)) == expected
 
 
-def test_rare_concepts_are_kept_whole_and_frequent_ones_cut_to_t() -> None:
+def test_metaclip_keeps_rare_concepts() -> None:
     matches = Matches(np.arange(1010), np.repeat([0, 1], [1000, 10]))
     kept = []
     for seed in range(50):
@@ -188,7 +195,7 @@ def test_rare_concepts_are_kept_whole_and_frequent_ones_cut_to_t() -> None:
     assert frequent == pytest.approx(50, abs=5 * np.sqrt(50 / 50))
 
 
-def test_a_higher_t_keeps_all_that_a_lower_one_keeps(pools: Any) -> None:
+def test_metaclip_heads_are_nested(pools: Any) -> None:
     few, more = (
         set(
             MetaclipSelector()
@@ -200,8 +207,8 @@ def test_a_higher_t_keeps_all_that_a_lower_one_keeps(pools: Any) -> None:
     assert few < more
 
 
-def test_more_than_the_matching_samples_cannot_be_had(pools: Any) -> None:
-    with pytest.raises(DataError, match=r"only \d+ of 300 samples match .*fewer than the budget of 299"):
+def test_metaclip_too_large_budget_raises(pools: Any) -> None:
+    with pytest.raises(DataError, match=r"expected at most the \d+ of 300 samples that match .*, got 299"):
         MetaclipSelector().select(pools("cache", MetaclipSelector()), SelectSettings(budget=299))
     with pytest.raises(DataError, match="none of 300 samples matches any of 4 concepts"):
         MetaclipSelector().select(pools("cache", MetaclipSelector()), SelectSettings(budget=3, threshold=1.0))
@@ -210,16 +217,16 @@ def test_more_than_the_matching_samples_cannot_be_had(pools: Any) -> None:
 # clusters
 
 
-def test_only_clusters_of_the_target_are_kept() -> None:
+def test_near_target() -> None:
     samples, clusters = np.array([0, 1, 1, 2, 3]), np.array([5, 1, 2, 3, 2])
     kept, cluster = near_target(samples, clusters, np.array([2, 2, 3]))
     assert (kept.tolist(), cluster.tolist()) == ([1, 2, 3], [2, 3, 2])
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.data())
-def test_a_budget_fills_branches_as_equally_as_their_sizes_allow(sizes: list[int], data: st.DataObject) -> None:
+def test_divide_budget(sizes: list[int], data: st.DataObject) -> None:
     budget = data.draw(st.integers(0, sum(sizes)))
-    found = fill(np.array(sizes), budget)
+    found = divide_budget(np.array(sizes), budget)
     assert found.sum() == budget
     assert (found <= sizes).all()
     open_ones = [share for share, size in zip(found.tolist(), sizes, strict=True) if share < size]
@@ -227,7 +234,7 @@ def test_a_budget_fills_branches_as_equally_as_their_sizes_allow(sizes: list[int
 
 
 @given(st.integers(0, 99), st.integers(0, 40))
-def test_a_tree_gives_equal_branches_equal_shares(seed: int, budget: int) -> None:
+def test_balanced_divides_equally(seed: int, budget: int) -> None:
     rng = np.random.default_rng(seed)
     leaf = np.repeat(np.arange(4), [5, 20, 5, 10])
     labels = np.stack([leaf, np.array([0, 0, 1, 1])[leaf]], axis=1)
@@ -238,13 +245,13 @@ def test_a_tree_gives_equal_branches_equal_shares(seed: int, budget: int) -> Non
     assert abs(tops[0] - tops[1]) <= max(1, budget - 30)  # the second has 15 samples
 
 
-def test_levels_shrink_by_ten() -> None:
+def test_default_levels() -> None:
     assert default_levels(40_000) == (1000, 100, 10)
     assert default_levels(30) == (1,)
 
 
 @given(st.integers(0, 99))
-def test_each_next_one_is_the_farthest_from_those_before(seed: int) -> None:
+def test_farthest_first(seed: int) -> None:
     vectors = np.random.default_rng(seed).standard_normal((9, 3)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     chosen, cosines = farthest_first(vectors, 9)
@@ -256,7 +263,7 @@ def test_each_next_one_is_the_farthest_from_those_before(seed: int) -> None:
         assert nearest[chosen[number]] == pytest.approx(nearest.min(), abs=1e-6)
 
 
-def test_copies_are_taken_once_each() -> None:
+def test_farthest_first_takes_copies_last() -> None:
     chosen, cosines = farthest_first(np.tile(np.array([[1, 0]], np.float32), (5, 1)), 5)
     assert sorted(chosen.tolist()) == list(range(5))
     assert cosines[1:].tolist() == [1, 1, 1, 1]

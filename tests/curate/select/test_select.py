@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.curate.select.combine import combine_selections, sample_selection
-from embedcache.curate.select.select import SelectSettings, select
+from embedcache.curate.select.select import select
+from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.runs import recipes
@@ -25,51 +26,49 @@ TEXT_FEATURE, IMAGE_FEATURE = FEATURES["text"], FEATURES["image"]
 
 
 def chosen(around: dict[str, Path], out: Path, method: str = "random", **options: Any) -> np.ndarray:
-    """Select from the pool, and read the rows again."""
-    names = ("share", "feature", "concepts_path", "joins_names", "run_path", "target_path", "within", "modality")
-    given = {name: options.pop(name) for name in names if name in options}
-    given.setdefault("feature", IMAGE_FEATURE if "concepts_path" not in given else TEXT_FEATURE)
-    select(around["cache"], out, method, settings=SelectSettings(**options), **given)
+    """Select from the pool and return the rows that are written."""
+    options.setdefault("feature", TEXT_FEATURE if "concepts" in options else IMAGE_FEATURE)
+    select(around["cache"], out, method, SelectSettings(**options))
     return read_selection(out, [Cache(around["cache"])])
 
 
-def test_a_selection_says_how_it_was_made(around: dict[str, Path], tmp_path: Path) -> None:
-    rows = chosen(around, tmp_path / "a.parquet", "rare-first", per_concept=5, concepts_path=around["concepts"])
+def test_selection_metadata(around: dict[str, Path], tmp_path: Path) -> None:
+    rows = chosen(around, tmp_path / "a.parquet", "rare-first", per_concept=5, concepts=around["concepts"])
     table = pq.read_table(tmp_path / "a.parquet")
-    about = json.loads(table.schema.metadata[b"embedcache"])
+    record = json.loads(table.schema.metadata[b"embedcache"])
     assert len(rows) == 20
-    assert (about["method"], about["modality"], about["feature"]) == ("rare-first", "text", TEXT_FEATURE)
-    assert about["settings"]["per_concept"] == 5
+    assert (record["method"], record["modality"], record["feature"]) == ("rare-first", "text", TEXT_FEATURE)
+    assert record["settings"]["per_concept"] == 5
     assert "concept '" in table["reason"][0].as_py()
 
 
-def test_a_share_of_the_pool_is_a_budget(around: dict[str, Path], tmp_path: Path) -> None:
-    assert len(chosen(around, tmp_path / "a.parquet", share=0.1)) == 30
+def test_budget_as_fraction(around: dict[str, Path], tmp_path: Path) -> None:
+    assert len(chosen(around, tmp_path / "a.parquet", budget=0.1)) == 30
 
 
-def test_the_same_command_writes_the_same_bytes(around: dict[str, Path], tmp_path: Path) -> None:
+def test_select_is_deterministic(around: dict[str, Path], tmp_path: Path) -> None:
     for name in ("a.parquet", "b.parquet"):
         chosen(around, tmp_path / name, "k-center", budget=9, seed=2)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
-def test_a_selection_is_selected_from_and_trained_on(around: dict[str, Path], tmp_path: Path) -> None:
+def test_select_from_selection_and_train(around: dict[str, Path], tmp_path: Path) -> None:
     fitting = tmp_path / "fit.parquet"
-    first = chosen(around, fitting, "clip-score", budget=150, run_path=around["run"], feature=None)
+    first = chosen(around, fitting, "clip-score", budget=150, run=around["run"], feature=None)
     for seed in (0, 1):
-        second = chosen(around, tmp_path / f"some-{seed}.parquet", budget=90, within=fitting, seed=seed)
+        second = chosen(around, tmp_path / f"some-{seed}.parquet", budget=90, selection=fitting, seed=seed)
         assert set(second) < set(first)
     pattern = f"{tmp_path}/some-{{seed}}.parquet"
     recipe = {"projector": "linear", "epochs": 0, "split": "key", "selection": pattern}
     runs = [tmp_path / f"run-{seed}" for seed in (0, 1)]
     for seed, run in enumerate(runs):
         settings = train_settings({**recipe, "seed": seed})
-        train(around["cache"], run, image=IMAGE_FEATURE, text=TEXT_FEATURE, settings=settings)
-    assert len({read_config(run).given["selection"] for run in runs}) == 2
+        train(around["cache"], run, image_feature=IMAGE_FEATURE, text_feature=TEXT_FEATURE, settings=settings)
+    assert len({read_config(run).file_digests["selection"] for run in runs}) == 2
     assert list(recipes(runs).values()) == [runs]  # seeds of one recipe, each with a selection of its own
 
 
-def test_selections_are_combined(around: dict[str, Path], tmp_path: Path) -> None:
+def test_combine_and_sample(around: dict[str, Path], tmp_path: Path) -> None:
     a, b = tmp_path / "a.parquet", tmp_path / "b.parquet"
     one, other = set(chosen(around, a, budget=100, seed=1)), set(chosen(around, b, budget=100, seed=2))
     cache = Cache(around["cache"])
@@ -83,7 +82,7 @@ def test_selections_are_combined(around: dict[str, Path], tmp_path: Path) -> Non
     assert found < one - other
 
 
-def test_a_list_of_keys_is_a_selection_too(around: dict[str, Path], tmp_path: Path) -> None:
+def test_combine_with_key_list(around: dict[str, Path], tmp_path: Path) -> None:
     keys = Cache(around["cache"]).samples["key"].to_pylist()[:5]
     (tmp_path / "keys.txt").write_text("\n".join(keys))
     chosen(around, tmp_path / "a.parquet", budget=300)
@@ -91,13 +90,13 @@ def test_a_list_of_keys_is_a_selection_too(around: dict[str, Path], tmp_path: Pa
     assert read_selection(tmp_path / "b.parquet", [Cache(around["cache"])]).tolist() == list(range(5, 300))
 
 
-def test_what_leaves_nothing_is_refused(around: dict[str, Path], tmp_path: Path) -> None:
+def test_empty_combination_raises(around: dict[str, Path], tmp_path: Path) -> None:
     chosen(around, tmp_path / "a.parquet", budget=4)
     with pytest.raises(DataError, match=r"is empty: they select 4 and 4 samples of .*, 4 of them both"):
         combine_selections(
             around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", "minus", tmp_path / "a.parquet"
         )
-    with pytest.raises(SettingError, match="cannot draw 5 of the 4 samples"):
+    with pytest.raises(SettingError, match="size: expected 1 to 4, the number of samples of .*, got 5"):
         sample_selection(around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", 5)
     assert not (tmp_path / "b.parquet").exists()
 
@@ -109,28 +108,37 @@ MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         UnknownNameError,
         "unknown method of selection 'rare-frist'; did you mean 'rare-first'",
     ),
-    ("random", {}, SettingError, "--method random needs one of --budget, and got none"),
-    ("random", {"budget": 301}, SettingError, "the budget is 301, and the pool has 300 samples"),
-    ("random", {"budget": 0}, SettingError, "budget is 0; it must be at least 1"),
-    ("random", {"share": 1.5}, SettingError, "share of 1.5; it must be above 0 and at most 1"),
-    ("random", {"share": 0.5, "budget": 3}, SettingError, "as a number and as a share"),
+    ("random", {}, SettingError, "--method random: expected one of --budget, got none"),
+    ("random", {"budget": 301}, SettingError, "budget: expected at most the 300 samples of the pool, got 301"),
+    ("random", {"budget": 0}, SettingError, "budget: expected a .* above 0, got 0"),
+    ("random", {"budget": 1.5}, SettingError, "budget: expected a whole number or a fraction of at most 1"),
     ("rare-first", {"budget": 3}, SettingError, "--method rare-first needs --concepts CACHE, made by"),
     ("clip-score", {"budget": 3}, SettingError, "--method clip-score needs --run RUN"),
     ("image-based", {"budget": 3}, SettingError, "--method image-based needs --target CACHE"),
-    ("clip-score", {"threshold": 1.5}, SettingError, "threshold is 1.5; a cosine lies between -1 and 1"),
+    (
+        "clip-score",
+        {"threshold": 1.5},
+        SettingError,
+        "threshold: expected a number of at least -1 and of at most 1, got 1.5",
+    ),
     (
         "hierarchical",
         {"budget": 3, "clusters": (5, 9)},
         SettingError,
-        "each level must have fewer than the one before it",
+        "clusters: expected fewer on each level than on the one before, got 5,9",
     ),
-    ("hierarchical", {"budget": 3, "clusters": (999,)}, SettingError, "999 clusters of 300 vectors"),
-    ("k-center", {"budget": 9, "drawn": 5}, SettingError, "--drawn 5 is fewer than the budget of 9"),
+    (
+        "hierarchical",
+        {"budget": 3, "clusters": (999,)},
+        SettingError,
+        "clusters: expected at most the 300 vectors, got 999",
+    ),
+    ("k-center", {"budget": 9, "candidates": 5}, SettingError, "candidates: expected at least the budget of 9, got 5"),
 ]
 
 
 @pytest.mark.parametrize(("method", "options", "error", "words"), MISTAKES)
-def test_mistakes_are_told(
+def test_invalid_settings_raise(
     around: dict[str, Path], tmp_path: Path, method: str, options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
@@ -138,31 +146,33 @@ def test_mistakes_are_told(
     assert not (tmp_path / "a.parquet").exists()
 
 
-def test_inputs_that_a_method_does_not_look_at_are_refused(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="--method random does not look at --concepts"):
-        chosen(around, tmp_path / "a.parquet", budget=3, concepts_path=around["concepts"])
+def test_unused_inputs_raise(around: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="--method random does not use --concepts"):
+        chosen(around, tmp_path / "a.parquet", budget=3, concepts=around["concepts"])
     with pytest.raises(SettingError, match="leave --modality out"):
-        chosen(around, tmp_path / "a.parquet", "clip-score", budget=3, run_path=around["run"], modality="text")
+        chosen(around, tmp_path / "a.parquet", "clip-score", budget=3, run=around["run"], modality="text")
 
 
-def test_a_threshold_that_nothing_passes_is_told(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none of 300 cosines reaches 1.0; they lie between"):
-        chosen(around, tmp_path / "a.parquet", "clip-score", threshold=1.0, run_path=around["run"], feature=None)
+def test_too_high_threshold_raises(around: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none of 300 cosines reaches --threshold 1.0; they range from"):
+        chosen(around, tmp_path / "a.parquet", "clip-score", threshold=1.0, run=around["run"], feature=None)
 
 
-def test_a_selection_ends_in_parquet(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(PathError, match=r"end it in .parquet"):
+def test_output_must_be_parquet(around: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(PathError, match=r"expected a path that ends in .parquet"):
         chosen(around, tmp_path / "a.txt", budget=3)
 
 
-def test_concepts_are_texts_of_the_same_encoder(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="feature open_toy/cls cannot be compared with prompts; project both with"):
+def test_incomparable_concepts_raise(around: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match="feature open_toy/cls of the pool cannot be compared with prompts; project both with"
+    ):
         chosen(
             around,
             tmp_path / "a.parquet",
             "rare-first",
             budget=3,
-            concepts_path=around["concepts"],
+            concepts=around["concepts"],
             modality="image",
             feature=IMAGE_FEATURE,
         )
@@ -171,35 +181,35 @@ def test_concepts_are_texts_of_the_same_encoder(around: dict[str, Path], tmp_pat
         open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "louder", text_encoders=["tests.toy:open_toy,scale=2"]
     )
     with pytest.raises(FingerprintError, match="extract the concepts with the pool's encoder"):
-        chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts_path=tmp_path / "louder")
+        chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts=tmp_path / "louder")
     with pytest.raises(UnknownNameError, match="column of samples of .* 'label'"):
-        chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts_path=around["target"])
+        chosen(around, tmp_path / "a.parquet", "rare-first", budget=3, concepts=around["target"])
 
 
-def test_concepts_of_one_name_are_refused_or_one(around: dict[str, Path], tmp_path: Path) -> None:
+def test_join_names(around: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("red\nblue\nred\n")
     extract(open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "names", text_encoders=["tests.toy:open_toy"])
     path = tmp_path / "a.parquet"
-    with pytest.raises(DataError, match="1 of 2 concepts of .* stand twice, counted from 0: 'red'"):
-        chosen(around, path, "rare-first", per_concept=4, concepts_path=tmp_path / "names")
-    rows = chosen(around, path, "rare-first", per_concept=4, concepts_path=tmp_path / "names", joins_names=True)
+    with pytest.raises(DataError, match="1 of 2 concepts of .* are repeated, counted from 0: 'red'"):
+        chosen(around, path, "rare-first", per_concept=4, concepts=tmp_path / "names")
+    rows = chosen(around, path, "rare-first", per_concept=4, concepts=tmp_path / "names", join_names=True)
     assert len(rows) == 8
 
 
-def test_a_concept_without_a_prompt_is_told(around: dict[str, Path], tmp_path: Path) -> None:
+def test_concept_with_unmatched_prompt(around: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"red": ["red"], "nothing": ["x"]}))
     extract(open_source(f"prompts:{tmp_path}/c.json"), tmp_path / "c", text_encoders=["tests.toy:open_toy"])
-    assert len(chosen(around, tmp_path / "a.parquet", "rare-first", per_concept=4, concepts_path=tmp_path / "c")) == 8
+    assert len(chosen(around, tmp_path / "a.parquet", "rare-first", per_concept=4, concepts=tmp_path / "c")) == 8
 
 
-def test_images_are_compared_with_concepts_through_a_run(around: dict[str, Path], tmp_path: Path) -> None:
+def test_select_images_with_run(around: dict[str, Path], tmp_path: Path) -> None:
     rows = chosen(
         around,
         tmp_path / "a.parquet",
         "top-score",
         budget=20,
-        concepts_path=around["concepts"],
-        run_path=around["run"],
+        concepts=around["concepts"],
+        run=around["run"],
         modality="image",
         feature=None,
     )

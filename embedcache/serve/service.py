@@ -1,13 +1,10 @@
-"""All that the server answers from, opened once.
-
-What an index, its run and its cache are, as rows to read.
-"""
+"""The opened index, images, filters and coverage that requests are answered from, and tables that describe them."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,8 +16,8 @@ from embedcache.provenance import read_json
 from embedcache.reports.thumbnails import credit
 from embedcache.search.search import Hit, OpenIndex
 from embedcache.search.settings import Filter
-from embedcache.serve.coverage import ServedCoverage, compute_coverage, read_coverage
-from embedcache.serve.pictures import ServedPictures
+from embedcache.serve.coverage import CoverageData, measure_served_coverage, read_coverage
+from embedcache.serve.images import ServedImages
 from embedcache.serve.settings import ServeSettings
 
 FILTERS = ("split", "label", "language")
@@ -29,19 +26,21 @@ MODALITIES: tuple[Modality, ...] = ("text", "image")
 log = logging.getLogger("embedcache.serve")
 
 
-class Served:
-    """An index with its encoders, pictures, filters and coverage. It only reads.
+class SearchService:
+    """An index with its encoders, images, filters and coverage; read-only.
+
+    Everything a first request needs is loaded here.
 
     Args:
-        index: open.
-        settings: whether the cache is trusted.
-        selections: files that may be chosen from; each is named by its stem.
-        coverage: None where none was asked for.
+        index: opened index.
+        settings: limits, and whether the cache is trusted.
+        selections: files of selections that visitors may filter by; each is named by its stem.
+        coverage: coverage of concepts; None if there is none.
 
     Raises:
-        SettingError: two selections of one name.
+        SettingError: two selections have the same name.
         PathError, CorruptError, DataError: a selection cannot be read, or names other keys.
-        FingerprintError: an encoder that opens now is not the one that made the index.
+        FingerprintError: an installed encoder is not the one that made the index.
     """
 
     def __init__(
@@ -50,16 +49,16 @@ class Served:
         settings: ServeSettings,
         *,
         selections: Sequence[Path] = (),
-        coverage: ServedCoverage | None = None,
+        coverage: CoverageData | None = None,
     ) -> None:
         self.index, self.settings, self.coverage = index, settings, coverage
         self.name = index.path.resolve().name
         self.version = index.cache.info.index_digest[:16]
         self.takes = [modality for modality in MODALITIES if index.query_encoder.accepts(modality)]
         self.selections = _by_name(selections)
-        self.values = {name: values for name in FILTERS if _chooses(values := index.filters.values(name), index)}
+        self.values = {name: values for name in FILTERS if _is_useful(values := index.filters.values(name), index)}
         self.credit = credit(index.cache)
-        self.pictures, self.pictures_are_missing = _open_pictures(index, settings)
+        self.images, self.missing_images = _open_images(index, settings)
         self._image_samples: Ints = np.empty(0, np.int64)
         if "image" in index.cache.info.num_items:
             self._image_samples = index.cache.items("image")["sample"].to_numpy()
@@ -67,7 +66,12 @@ class Served:
             index.query_encoder.encoder(modality)
         for path in self.selections.values():
             index.filters.mask(Filter(selection=path))
-        _ = index.query_encoder.indexed.rows  # reads which rows are valid
+        self._indexed_rows = index.query_encoder.indexed.rows
+
+    def has_row(self, row: int) -> bool:
+        """Return whether an item is in the index."""
+        place = int(np.searchsorted(self._indexed_rows, row))
+        return place < len(self._indexed_rows) and bool(self._indexed_rows[place] == row)
 
     def filter(
         self,
@@ -77,40 +81,40 @@ class Served:
         languages: Sequence[str] = (),
         selection: str | None = None,
     ) -> Filter:
-        """Make a filter of what a visitor names.
+        """Return a filter of the values that a visitor names.
 
         Raises:
-            UnknownNameError: there is nothing of that name.
+            UnknownNameError: there is no such value.
         """
         for name, values in (("label", labels), ("split", splits), ("language", languages)):
             known = self.values.get(name, {})
             for value in values:
                 if value not in known:
-                    raise UnknownNameError(f"there is no {name} {value!r} here; GET /api/info lists those that are")
+                    raise UnknownNameError(f"unknown {name} {value!r}; GET /api/info lists the known ones")
         if selection is not None and selection not in self.selections:
-            raise UnknownNameError(f"there is no selection {selection!r} here; GET /api/info lists those that are")
+            raise UnknownNameError(f"unknown selection {selection!r}; GET /api/info lists the known ones")
         path = None if selection is None else self.selections[selection]
         return Filter(label_value=tuple(labels), part=tuple(splits), language=tuple(languages), selection=path)
 
     def info(self) -> dict[str, Any]:
-        """Say what is here as the API does, without `most_hits`."""
+        """Return the fields of `ServerInfo` except `most_hits`."""
         return {
             "name": self.name,
             "version": self.version,
             "modality": self.index.card.modality,
             "num_items": self.index.card.num_vectors,
             "takes": self.takes,
-            "has_pictures": self.pictures is not None,
-            "pictures_are_missing": self.pictures_are_missing,
+            "has_pictures": self.images is not None,
+            "pictures_are_missing": self.missing_images,
             "credit": self.credit,
             "filters": self.values,
             "selections": list(self.selections),
             "has_coverage": self.coverage is not None,
-            "max_upload_bytes": self.settings.max_upload_bytes,
+            "max_upload_bytes": self.settings.max_upload,
         }
 
     def item(self, row: int) -> dict[str, Any]:
-        """Give all that the cache says of an item as the API does."""
+        """Return the fields of `ItemOut` for the item in a row."""
         sample = int(self.index.hits.samples[row])
         columns = self.index.cache.samples.slice(sample, 1).to_pylist()[0]
         return {
@@ -122,18 +126,18 @@ class Served:
         }
 
     def image_row(self, row: int) -> int | None:
-        """Get the row of the picture that shows an item: itself, or of a caption its sample's first; None without."""
-        if self.pictures is None:
+        """Return the row of the image to show for an item; of a caption, its sample's first image; None if none."""
+        if self.images is None:
             return None
         if self.index.card.modality == "image":
             return row
         sample = self.index.hits.samples[row]
         place = int(np.searchsorted(self._image_samples, sample))
-        is_there = place < len(self._image_samples) and self._image_samples[place] == sample
-        return place if is_there else None
+        has_image = place < len(self._image_samples) and self._image_samples[place] == sample
+        return place if has_image else None
 
     def hit(self, hit: Hit) -> dict[str, Any]:
-        """Give a hit as the API does."""
+        """Return the fields of `HitOut` for a hit."""
         return {
             "score": hit.score,
             "row": hit.row,
@@ -144,13 +148,13 @@ class Served:
         }
 
     def concept(self, number: int) -> dict[str, Any]:
-        """Give the best items of a concept as the API does.
+        """Return the fields of `ConceptHits` for a concept.
 
         Raises:
-            UnknownNameError: there is no coverage here, or no such concept.
+            UnknownNameError: there is no coverage, or no such concept.
         """
         if self.coverage is None or not 0 <= number < len(self.coverage.concepts):
-            raise UnknownNameError(f"there is no concept {number} here")
+            raise UnknownNameError(f"unknown concept {number}")
         concept, best = self.coverage.concepts[number], self.coverage.best[number]
         num_items = len(self.index.hits.samples)
         kept = [one for one in best if 0 <= one["row"] < num_items]
@@ -160,16 +164,16 @@ class Served:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
-    """Where what is served lies.
+class ServePaths:
+    """Files and folders to serve.
 
     Args:
-        index: the index.
-        run: where its run is, if it has moved.
-        cache: where its cache is, alike.
-        selections: files to choose from.
-        coverage: a file of `embedcache curate coverage --output`.
-        concepts: a cache of concepts, to measure coverage of now.
+        index: index to serve.
+        run: its run, if it has moved.
+        cache: its cache, if it has moved.
+        selections: selections that visitors may filter by.
+        coverage: report of `embedcache curate coverage --output`.
+        concepts: cache of concepts whose coverage is measured at the start.
     """
 
     index: Path
@@ -180,80 +184,82 @@ class Places:
     concepts: str | None = None
 
 
-def open_served(places: Places, settings: ServeSettings, *, device: str, progress: Progress) -> Served:
-    """Open all that is served.
+def open_service(paths: ServePaths, settings: ServeSettings, *, device: str, progress: Progress) -> SearchService:
+    """Open everything that is served.
 
     Raises:
-        SettingError: coverage from a file and from concepts.
-        EmbedcacheError: a leaf of it for whatever is missing or does not fit; see `OpenIndex`, `Served`.
+        SettingError: both a coverage report and concepts are named.
+        EmbedcacheError: see `OpenIndex` and `SearchService`.
     """
-    if places.coverage is not None and places.concepts is not None:
-        raise SettingError("coverage from a file and of concepts are both given; give --coverage or --concepts")
-    index = OpenIndex(places.index, run_path=places.run, cache_path=places.cache, device=device)
+    if paths.coverage is not None and paths.concepts is not None:
+        raise SettingError("coverage: expected --coverage or --concepts, got both; leave out one of them")
+    index = OpenIndex(paths.index, run_path=paths.run, cache_path=paths.cache, device=device)
     coverage = None
-    if places.coverage is not None:
-        coverage = read_coverage(places.coverage, index)
-    elif places.concepts is not None:
-        coverage = compute_coverage(places.concepts, index, progress)
-    return Served(index, settings, selections=places.selections, coverage=coverage)
+    if paths.coverage is not None:
+        coverage = read_coverage(paths.coverage, index)
+    elif paths.concepts is not None:
+        coverage = measure_served_coverage(paths.concepts, index, progress)
+    return SearchService(index, settings, selections=paths.selections, coverage=coverage)
 
 
-def _open_pictures(index: OpenIndex, settings: ServeSettings) -> tuple[ServedPictures | None, str | None]:
-    """Open the pictures; where they cannot be, search works without, and the page says why."""
+def _open_images(index: OpenIndex, settings: ServeSettings) -> tuple[ServedImages | None, str | None]:
+    """Open the images, or return why they are missing; search works without them."""
     if not index.cache.info.num_items.get("image"):
         return None, None
     try:
-        return ServedPictures(index.cache, trusts_cache=settings.trusts_cache), None
+        return ServedImages(index.cache, trust_cache=settings.trust_cache), None
     except EmbedcacheError as error:
         log.warning("%s", error)
-        return None, "the pictures cannot be read; the server's log says why"
+        return None, "the images cannot be read; the reason is in the server's log"
 
 
-def _chooses(values: Mapping[str, int], index: OpenIndex) -> bool:
-    """Say whether a filter would leave anything out."""
+def _is_useful(values: Mapping[str, int], index: OpenIndex) -> bool:
+    """Return whether a filter can leave anything out."""
     return len(values) > 1 or any(num < len(index.hits.samples) for num in values.values())
 
 
 def _by_name(paths: Sequence[Path]) -> Mapping[str, Path]:
     found = {path.stem: path for path in paths}
     if len(found) < len(paths):
-        raise SettingError("two selections have the same name; give files of different names")
+        raise SettingError("selections: expected different file names, got the same name twice; rename one of them")
     return found
 
 
-Card = dict[str, Any]
+InfoTable: TypeAlias = dict[str, Any]
 """`title`, and `rows`: pairs of a name and a text."""
 
 
-def cards(index: OpenIndex) -> list[Card]:
-    """Give the cards of an index, of the run that projected it, and of its cache. They hold no path."""
-    found = [_index_card(index), _cache_card(index)]
+def info_tables(index: OpenIndex) -> list[InfoTable]:
+    """Return tables that describe an index, the run that projected it, and its cache; they contain no paths."""
+    tables = [_index_table(index), _cache_table(index)]
     if index.run_path is not None:
-        found.insert(1, _run_card(index))
-    return found
+        tables.insert(1, _run_table(index))
+    return tables
 
 
-def _index_card(index: OpenIndex) -> Card:
+def _index_table(index: OpenIndex) -> InfoTable:
     card = index.card
-    batch = [] if card.batch_latency_ms is None else [["milliseconds a query in a batch", f"{card.batch_latency_ms:g}"]]
     return {
         "title": "Index",
         "rows": [
-            ["holds", f"{card.num_vectors:,} {card.modality}s"],
+            ["items", f"{card.num_vectors:,} {card.modality}s"],
             ["feature", card.feature],
             ["encoder", card.spec],
-            ["kind (FAISS)", card.factory],
-            ["searched with", " ".join(f"{name} {value}" for name, value in card.search.items()) or "no setting"],
+            ["FAISS factory", card.factory],
+            ["search settings", " ".join(f"{name} {value}" for name, value in card.search.items()) or "none"],
             ["width", f"{card.width:,}"],
             ["recall@10 against exact search", f"{card.recall_at_10:.3f} on {card.num_queries:,} queries"],
-            ["milliseconds a query, where it was built", f"{card.latency_ms:g}"],
-            *batch,
+            ["milliseconds per query when built", f"{card.latency_ms:g}"],
+            [
+                "milliseconds per query in a batch",
+                "" if card.batch_latency_ms is None else f"{card.batch_latency_ms:g}",
+            ],
             ["on disk", "" if card.file_bytes is None else f"{card.file_bytes / 1e6:,.1f} MB"],
         ],
     }
 
 
-def _run_card(index: OpenIndex) -> Card:
+def _run_table(index: OpenIndex) -> InfoTable:
     config = index.query_encoder.config
     assert config is not None
     assert index.run_path is not None
@@ -265,15 +271,15 @@ def _run_card(index: OpenIndex) -> Card:
             ["name", index.run_path.resolve().name],
             ["projector", config.projector],
             ["shared width", f"{config.shared_width:,}"],
-            ["images", f"{config.image.feature} of {config.image.spec}"],
-            ["texts", f"{config.text.feature} of {config.text.spec}"],
+            ["image feature", f"{config.image.feature} of {config.image.spec}"],
+            ["text feature", f"{config.text.feature} of {config.text.spec}"],
             ["weights (SHA-256)", config.weights_digest],
             *_flat("", outcome),
         ],
     }
 
 
-def _cache_card(index: OpenIndex) -> Card:
+def _cache_table(index: OpenIndex) -> InfoTable:
     info = index.cache.info
     return {
         "title": "Cache",

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import kendalltau, spearmanr
 
 from embedcache.errors import DataError
-from embedcache.metrics.intervals import rank_correlation
+from pipelines.correlation import rank_correlation
 
 
 def test_rank_correlation_limits() -> None:
@@ -37,7 +37,7 @@ def test_rank_correlation_skips_constant_draws() -> None:
 
 
 def test_rank_correlation_of_constant_raises() -> None:
-    with pytest.raises(DataError, match="no rank correlation of 2 things; at least 3 are needed"):
+    with pytest.raises(DataError, match="at least 3 things that are not all equal, got 2"):
         rank_correlation(np.array([1.0, 2]), np.array([1.0, 2]))
     with pytest.raises(DataError, match="not all equal"):
         rank_correlation(np.ones(5), np.arange(5.0))

@@ -1,0 +1,93 @@
+"""Measuring: medians of repeated calls as a table, and time and peak memory of a command in its own process.
+
+    python -m benchmarks.measure FILE MODULE [ARGUMENTS]
+
+runs a module as `python -m` does and writes its time and memory to a file. The process reports its own peak, because
+the peak that the system reports for a child includes the memory of the process that started it.
+"""
+
+import json
+import os
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from embedcache.cli.console import print_line, print_table
+from embedcache.provenance import peak_memory_bytes
+
+
+def median_seconds(call: Callable[[], object], *, repeats: int = 5) -> float:
+    """Return the median time of several calls, after one that does not count."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def median_rates(calls: Mapping[str, Callable[[], float]], *, repeats: int) -> dict[str, float]:
+    """Return the median result of each call, made in turns so that a slow minute affects all of them."""
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            rates[name].append(call())
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def show(title: str, unit: str, rates: Sequence[tuple[str, float]]) -> None:
+    """Print rates, each with its ratio to the first, which is the floor or the peer, and the peak memory so far."""
+    floor = rates[0][1]
+    rows = [[name, f"{rate:,.1f}", f"{rate / floor:.3f}"] for name, rate in rates]
+    print_table([title, unit, f"ratio to {rates[0][0]}"], rows)
+    print_line(f"peak memory {peak_memory_bytes() / 1e9:.2f} GB")
+
+
+class Cost(NamedTuple):
+    """Cost of a command.
+
+    Args:
+        seconds: wall-clock time, imports included.
+        cpu_s: CPU time of all threads.
+        peak_gb: largest resident memory.
+    """
+
+    seconds: float
+    cpu_s: float
+    peak_gb: float
+
+
+def run_embedcache(words: Sequence[str], *, folder: Path, is_quiet: bool = True) -> Cost:
+    """Run `embedcache` with arguments in a process of its own."""
+    with tempfile.NamedTemporaryFile() as file:
+        command = [sys.executable, "-m", "benchmarks.measure", file.name, "embedcache", *words]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
+        out = subprocess.DEVNULL if is_quiet else None
+        started = time.perf_counter()
+        subprocess.run(command, check=True, cwd=folder, env=environment, stdout=out, stderr=out)
+        seconds = time.perf_counter() - started
+        return Cost(seconds, **json.loads(Path(file.name).read_text()))
+
+
+def main() -> None:
+    """Run the module and write the file."""
+    path, module, *words = sys.argv[1:]
+    sys.argv = [module, *words]
+    code: object = None
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code
+    Path(path).write_text(json.dumps({"cpu_s": time.process_time(), "peak_gb": peak_memory_bytes() / 1e9}))
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

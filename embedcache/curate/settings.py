@@ -1,0 +1,201 @@
+"""Settings of coverage, deduplication, leak detection and selection. Nothing heavy is imported here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from embedcache.errors import SettingError
+from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP
+from embedcache.settings import check_settings, setting
+from embedcache.units import parse_count_or_fraction, parse_counts
+
+_RUN_HELP = "Run that projects the features into the shared space."
+_SELECTION_FORMAT = "Parquet, or a text file with one key per line"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverageSettings:
+    """Which items are counted for a concept, and what is kept of them."""
+
+    modality: Literal["image", "text", "both"] = setting("image", "Modality to read.")
+    feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
+    run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
+    label: str = setting("label", "Column of class labels.", metavar="COLUMN")
+    threshold: float | None = setting(
+        None,
+        "Count items above this cosine similarity, for all concepts.",
+        ge=-1,
+        lt=1,
+        default_text="calibrated per concept",
+    )
+    deviations: float = setting(
+        4.0, "Calibrate each threshold to this many standard deviations above the concept's background.", gt=0
+    )
+    k: int = setting(10, "Most similar items to keep per concept.", ge=1)
+    min_count: int = setting(20, "Report a concept with fewer items as a gap.", ge=1)
+    selection: Path | str | None = setting(
+        None, f"Count the samples of this selection as well: {_SELECTION_FORMAT}.", metavar="FILE"
+    )
+    index: Path | str | None = setting(
+        None, "Count only what this index of the cache finds.", metavar="INDEX", default_text="all items"
+    )
+    engine: Literal["local", "ray"] = setting("local", "Execution backend.", affects_result=False)
+    address: str | None = setting(
+        None,
+        "Address of a Ray cluster.",
+        affects_result=False,
+        metavar="URL",
+        default_text="one on this machine",
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.modality == "both" and (self.feature or self.index):
+            raise SettingError(
+                "modality: expected image or text with a feature or an index, which are of one modality, got both"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DedupSettings:
+    """What counts as a duplicate, how duplicates are found, and which of them stay."""
+
+    cosine: float | None = setting(
+        None, "Remove near-duplicates at or above this cosine similarity; without it, only report.", gt=0, le=1
+    )
+    copies_only: bool = setting(False, "Remove exact copies only: equal bytes or texts.", flat_name="copies")
+    modality: Literal["image", "text"] | None = setting(
+        None, "Modality to read.", default_text="image, or text if there are no image features"
+    )
+    feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
+    run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
+    keep: str = setting(
+        "first",
+        "Which duplicate stays: first, far (farthest from the center of its cluster) or best:COLUMN (largest number).",
+        metavar="RULE",
+    )
+    all_pairs: bool | None = setting(
+        None, "Compare every pair instead of pairs within clusters.", default_text="up to 50,000 items"
+    )
+    scratch: Path | str | None = setting(
+        None,
+        "Folder for a temporary file of 2 to 4 bytes per number.",
+        affects_result=False,
+        metavar="FOLDER",
+        default_text="the system's",
+    )
+    seed: int = setting(0, "Random seed of clusters and of items drawn to measure recall.", ge=0, lt=2**32)
+    engine: Literal["local", "ray"] = setting("local", "Execution backend.", affects_result=False)
+    address: str | None = setting(
+        None,
+        "Address of a Ray cluster.",
+        affects_result=False,
+        metavar="URL",
+        default_text="one on this machine",
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.cosine is not None and self.copies_only:
+            raise SettingError("expected --cosine or --copies, got both; copies are removed with either")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakSettings:
+    """From which similarity on a test item counts as leaked, and by which features."""
+
+    image_cosine: float = setting(0.95, "Images at or above this cosine similarity are near-duplicates.", gt=0, le=1)
+    text_cosine: float = setting(0.95, "Texts at or above this cosine similarity are near-duplicates.", gt=0, le=1)
+    image_feature: str | None = setting(
+        None,
+        "Image feature of both caches, as encoder/feature.",
+        metavar="NAME",
+        default_text="the only one that both have",
+    )
+    text_feature: str | None = setting(
+        None,
+        "Text feature of both caches, as encoder/feature.",
+        metavar="NAME",
+        default_text="the only one that both have",
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def cosine(self, modality: str) -> float:
+        """Return the limit of a modality."""
+        return self.image_cosine if modality == "image" else self.text_cosine
+
+    def feature(self, modality: str) -> str | None:
+        """Return the feature of a modality."""
+        return self.image_feature if modality == "image" else self.text_feature
+
+
+METHOD_SETTINGS = ("budget", "per_concept", "threshold", "head", "clusters", "candidates")
+"""Settings that a method may refuse; the seed is accepted by all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectSettings:
+    """How much is selected, by what, and from which samples. A method refuses settings that it does not use."""
+
+    budget: int | float | None = setting(
+        None,
+        "Number of samples to select, or a fraction of them: 1000 or 10%.",
+        gt=0,
+        parse=parse_count_or_fraction,
+        metavar="COUNT",
+    )
+    per_concept: int | None = setting(None, "rare-first: at most this many samples per concept.", ge=1)
+    threshold: float | None = setting(
+        None, "clip-score, metaclip: cosine similarity from which an item matches.", ge=-1, le=1
+    )
+    head: float | None = setting(
+        None, "metaclip: cut concepts with more matches than this to about this many samples.", ge=1
+    )
+    clusters: tuple[int, ...] | None = setting(
+        None,
+        "image-based, hierarchical: number of clusters, one per level, finest first, such as 1000,100.",
+        parse=parse_counts,
+        metavar="N,...",
+        default_text="one per 40 samples",
+    )
+    candidates: int | None = setting(
+        None,
+        "k-center: number of randomly drawn samples to choose from.",
+        ge=1,
+        stored_as="drawn",
+        default_text="20,000, or twice the budget if that is more",
+    )
+    concepts: str | Path | None = setting(None, "Cache of prompts, one sample per concept.", metavar="CACHE")
+    join_names: bool = setting(False, "Merge concepts of the same name.")
+    target: str | Path | None = setting(None, "image-based: cache of the images to resemble.", metavar="CACHE")
+    run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
+    modality: Literal["image", "text"] | None = setting(None, "Modality to read.", default_text="the method's")
+    feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
+    selection: Path | str | None = setting(
+        None, f"Use only the samples of this selection: {_SELECTION_FORMAT}.", metavar="FILE"
+    )
+    seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if isinstance(self.budget, float) and self.budget > 1:
+            raise SettingError(f"budget: expected a whole number or a fraction of at most 1 (100%), got {self.budget}")
+        if self.clusters is not None and (not self.clusters or min(self.clusters) < 1):
+            raise SettingError(f"clusters: expected whole numbers of at least 1, got {self.clusters}")
+
+    @property
+    def method_settings(self) -> list[str]:
+        """Names of the settings of `METHOD_SETTINGS` that are set."""
+        return [name for name in METHOD_SETTINGS if getattr(self, name) is not None]
+
+    def inputs(self) -> dict[str, str]:
+        """Return the inputs that are set among `concepts`, `target` and `run`, as text."""
+        values: dict[str, Any] = {"concepts": self.concepts, "target": self.target, "run": self.run}
+        return {name: str(value) for name, value in values.items() if value is not None}
+
+    def method_json(self) -> dict[str, Any]:
+        """Return the settings that a selection's metadata stores."""
+        names = [(name, "drawn" if name == "candidates" else name) for name in (*METHOD_SETTINGS, "seed")]
+        return {stored: getattr(self, name) for name, stored in names}

@@ -1,0 +1,160 @@
+"""Pairs of similar items, collected from tiles of cosine similarities, and a histogram of the largest similarities."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from embedcache.arrays import Floats, Ints
+
+_BELOW_ALL = np.float32(-2)
+_ALMOST_ONE = 1 - 1e-5  # equal vectors reach this in spite of rounding
+
+
+def cosine_limit(cosine: float) -> np.float32:
+    """Return the number that float32 cosines are compared with; for 1 it leaves room for rounding."""
+    return np.float32(cosine if np.isinf(cosine) else min(cosine, _ALMOST_ONE))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineTile:
+    """Cosine similarities of some items to others.
+
+    Args:
+        left: (B,) int64, unique numbers of items.
+        right: (R,) int64, unique numbers of items.
+        cosines: (B, R) float32; the collector may change it.
+        is_diagonal: whether both are the same items; otherwise they have none in common.
+    """
+
+    left: Ints
+    right: Ints
+    cosines: Floats
+    is_diagonal: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarPairs:
+    """Unique pairs of items whose cosine is at least a limit, the smaller number first, sorted by both numbers.
+
+    Args:
+        left: (L,) int64.
+        right: (L,) int64.
+        cosines: (L,) float32.
+    """
+
+    left: Ints
+    right: Ints
+    cosines: Floats
+
+    def between(self, low: float, high: float = np.inf) -> "SimilarPairs":
+        """Return the pairs of at least one cosine and below another."""
+        mask = (self.cosines >= cosine_limit(low)) & (self.cosines < cosine_limit(high))
+        return SimilarPairs(left=self.left[mask], right=self.right[mask], cosines=self.cosines[mask])
+
+
+class PairCollector:
+    """Collects the pairs above a limit and each item's largest cosine from tiles.
+
+    If there are more pairs than allowed, the limit rises to the next level. Memory: 12 bytes per pair, 4 per item, and
+    as much again for a moment.
+
+    Args:
+        num_items: number of items N.
+        levels: ascending cosines; the first is the limit, which may rise to the others.
+        max_pairs: number of pairs to keep at most.
+    """
+
+    def __init__(self, num_items: int, levels: Sequence[float], max_pairs: int) -> None:
+        self.highest: Floats = np.full(num_items, _BELOW_ALL, np.float32)
+        self._levels = [*levels, np.inf]
+        self._max_pairs = max_pairs
+        self._keys: list[Ints] = []
+        self._cosines: list[Floats] = []
+
+    @property
+    def limit(self) -> float:
+        """Cosine from which all pairs were kept; infinite if even the last level has too many."""
+        return self._levels[0]
+
+    def add(self, tile: CosineTile) -> None:
+        """Add the pairs of a tile; an item's cosine to itself does not count."""
+        if tile.is_diagonal:
+            np.fill_diagonal(tile.cosines, _BELOW_ALL)
+        highest_B = tile.cosines.max(axis=1, initial=_BELOW_ALL)
+        self._raise_highest(tile.left, highest_B)
+        if not tile.is_diagonal:
+            self._raise_highest(tile.right, tile.cosines.max(axis=0, initial=_BELOW_ALL))
+        rows = np.flatnonzero(highest_B >= cosine_limit(self.limit))
+        if len(rows):
+            self._add_pairs(tile, rows)
+
+    def pairs(self) -> SimilarPairs:
+        """Return all pairs."""
+        keys, first = np.unique(np.concatenate([np.empty(0, np.int64), *self._keys]), return_index=True)
+        cosines = np.concatenate([np.empty(0, np.float32), *self._cosines])[first]
+        left, right = np.divmod(keys, max(1, len(self.highest)))
+        return SimilarPairs(left=left, right=right, cosines=cosines)
+
+    def _raise_highest(self, items: Ints, cosines: Floats) -> None:
+        self.highest[items] = np.maximum(self.highest[items], cosines)
+
+    def _add_pairs(self, tile: CosineTile, rows: Ints) -> None:
+        row, column = np.nonzero(tile.cosines[rows] >= cosine_limit(self.limit))
+        row = rows[row]
+        if tile.is_diagonal:
+            is_above = row < column
+            row, column = row[is_above], column[is_above]
+        left, right = tile.left[row], tile.right[column]
+        self._keys.append(np.minimum(left, right) * len(self.highest) + np.maximum(left, right))
+        self._cosines.append(tile.cosines[row, column])
+        while sum(map(len, self._keys)) > self._max_pairs:
+            self._raise_limit()
+
+    def _raise_limit(self) -> None:
+        self._levels = self._levels[1:]
+        masks = [cosines >= cosine_limit(self.limit) for cosines in self._cosines]
+        self._keys = [keys[mask] for keys, mask in zip(self._keys, masks, strict=True)]
+        self._cosines = [cosines[mask] for cosines, mask in zip(self._cosines, masks, strict=True)]
+
+
+_WIDTHS = (0.005, 0.01, 0.02, 0.05, 0.1)
+_MAX_BINS = 32
+_BAR_LENGTH = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Counts of cosines.
+
+    Args:
+        lows: (H,) lower bound of each bin, ascending.
+        width: width of a bin; the last bin includes its upper bound, 1.
+        counts: (H,) int64.
+    """
+
+    lows: Floats
+    width: float
+    counts: Ints
+
+    def bars(self) -> Iterator[str]:
+        """Draw one line per bin, the most similar first; the length of a bar is the logarithm of its count."""
+        logs = np.log1p(self.counts) / np.log1p(max(1, self.counts.max(initial=0)))
+        for low, log, count in zip(self.lows[::-1], logs[::-1], self.counts[::-1], strict=True):
+            yield f"{low:6.3f}  {'█' * round(_BAR_LENGTH * float(log)):{_BAR_LENGTH}}  {count:,}"
+
+
+def histogram(cosines_N: Floats) -> Histogram:
+    """Count cosines in at most 32 bins that end at 1; the first bin includes all below it.
+
+    Args:
+        cosines_N: (N,) each item's largest cosine to another.
+    """
+    lowest = float(np.clip(cosines_N.min(initial=1), -1, 1))
+    width = next((width for width in _WIDTHS if (1 - lowest) / width <= _MAX_BINS), _WIDTHS[-1])
+    num_bins = min(_MAX_BINS, max(1, int(np.ceil((1 - lowest) / width - 1e-6))))
+    bins = np.ceil((1 - cosines_N.astype(np.float64)) / width - 1e-4).astype(np.int64) - 1
+    bins = np.clip(bins, 0, num_bins - 1)
+    lows = (1 - width * np.arange(num_bins, 0, -1)).astype(np.float32)
+    counts = np.bincount(num_bins - 1 - bins, minlength=num_bins).astype(np.int64)
+    return Histogram(lows=lows, width=width, counts=counts)

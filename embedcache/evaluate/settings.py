@@ -1,0 +1,116 @@
+"""Settings of evaluations. Nothing heavy is imported here, so that the command line starts quickly."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from embedcache.dataset.settings import SplitSettings
+from embedcache.errors import SettingError
+from embedcache.settings import check_settings, from_flat, group, setting
+
+_PART_HELP = "Part of the run's split, or of the column split, to read."
+_PART_DEFAULT = "test, or all without a split"
+_TRAINED_ON_HELP = "Where a training cache is now, if it has moved. May be repeated."
+_OVERLAP_HELP = "Check whether evaluated items were seen in training."
+_LABEL_HELP = "Column of class labels."
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSettings:
+    """Settings of image-text retrieval."""
+
+    part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
+    language: tuple[str, ...] = setting(
+        (),
+        "Use only captions of this language. May be repeated.",
+        metavar="CODE",
+        default_text="the language of the training run",
+    )
+    trained_on: tuple[str, ...] = setting((), _TRAINED_ON_HELP, metavar="CACHE")
+    check_overlap: bool = setting(True, _OVERLAP_HELP)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotSettings:
+    """Settings of zero-shot classification."""
+
+    label: str = setting("label", _LABEL_HELP, metavar="COLUMN")
+    part: Literal["train", "val", "test", "all"] | None = setting(None, _PART_HELP, default_text=_PART_DEFAULT)
+    trained_on: tuple[str, ...] = setting((), _TRAINED_ON_HELP, metavar="CACHE")
+    check_overlap: bool = setting(True, _OVERLAP_HELP)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """Settings of classifiers on a frozen feature."""
+
+    modality: Literal["image", "text"] = setting("image", "Modality to read.")
+    feature: str | None = setting(None, "Feature, as encoder/feature.", metavar="NAME", default_text="the only one")
+    label: str = setting("label", _LABEL_HELP, metavar="COLUMN")
+    classifiers: tuple[str, ...] = setting(
+        ("knn", "logistic", "ridge"),
+        "Classifier: knn, logistic, ridge or module:attribute. May be repeated.",
+        flat_name="classifier",
+        metavar="NAME",
+        default_text="knn, logistic and ridge",
+    )
+    part: Literal["test", "val"] = setting("test", "Part of the column split to measure on.")
+    shots: tuple[int, ...] = setting(
+        (), "Training items per class, such as 1,2,4,8,16, for a few-shot curve.", metavar="N,..."
+    )
+    draws: int = setting(5, "Random draws of those items, or shuffles of the control, to average.", ge=1)
+    control: bool = setting(False, "Also fit on shuffled labels, as a control that must stay at chance.")
+    seed: int = setting(0, "Random seed of the split, the draws and the shuffles.", ge=0, lt=2**32)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not self.classifiers:
+            raise SettingError("classifier: expected at least one classifier such as knn, got none")
+        if any(shots < 1 for shots in self.shots):
+            raise SettingError(f"shots: expected whole numbers above 0, got {', '.join(map(str, self.shots))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsSettings:
+    """Settings of the comparison of encoder pairs."""
+
+    image_feature: tuple[str, ...] = setting(
+        (),
+        "Image feature, as encoder/feature. May be repeated.",
+        metavar="NAME",
+        default_text="all complete ones",
+    )
+    text_feature: tuple[str, ...] = setting(
+        (),
+        "Text feature, as encoder/feature. May be repeated.",
+        metavar="NAME",
+        default_text="all complete ones",
+    )
+    language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
+    num_samples: int = setting(5000, "Draw at most this many samples.", ge=20)
+    k: int = setting(10, "Neighbors of mutual kNN.", ge=1)
+    resamples: int = setting(2000, "Bootstrap resamples of the 95% intervals.", ge=1)
+    seed: int = setting(0, "Random seed of the draw.", ge=0, lt=2**32)
+    split: SplitSettings = group(SplitSettings, val_fraction=0.25)  # a probe needs many samples to be measured on
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def pairs_settings(options: Mapping[str, Any]) -> PairsSettings:
+    """Build settings from flat names; `split_seed` defaults to `seed`.
+
+    Raises:
+        UnknownNameError: there is no setting of that name.
+        SettingError: a value does not fit its declaration.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if "seed" in given:
+        given.setdefault("split_seed", given["seed"])
+    return from_flat(PairsSettings, given)

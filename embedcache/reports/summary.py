@@ -1,0 +1,183 @@
+"""Summaries of what embedcache writes: a cache, a run, an index, a study or a selection."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedcache.errors import PathError
+from embedcache.files import open_path
+from embedcache.projectors.saved import read_config
+from embedcache.provenance import read_json, recognize
+from embedcache.search.index import read_card
+from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
+
+_FEATURE_COLUMNS = ("feature", "modality", "shape", "dtype", "chunks", "failed", "bytes")
+_MOST_REASONS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Summary of an artifact.
+
+    Args:
+        kind: `cache`, `run`, `index`, `study` or `selection`.
+        lines: lines to print first.
+        columns: names of the columns of a table.
+        rows: rows of the table; empty: no table.
+        notes: lines to print below the table.
+        record: the content as JSON values.
+    """
+
+    kind: str
+    lines: Sequence[str]
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = field(default=())
+    record: Mapping[str, Any]
+
+
+def summarize(location: str | Path) -> Summary:
+    """Return a summary of what a path or URL holds.
+
+    Raises:
+        PathError: the path does not exist, or is nothing that embedcache writes.
+    """
+    path = open_path(location)
+    return _SUMMARIES[recognize(path)](path)
+
+
+def _summarize_cache(path: Path) -> Summary:
+    cache = Cache(path)
+    features = [feature for modality in cache.info.num_items for feature in cache.features(modality)]
+    notes = []
+    for feature in features:
+        notes += [f"{feature.name}: {feature.group.spec}", *failure_lines(cache, feature)]
+    rows = [describe_feature(feature) for feature in features]
+    return Summary(
+        kind="cache",
+        lines=[describe_cache(cache), *caption_error_lines(cache)],
+        columns=_FEATURE_COLUMNS,
+        rows=rows,
+        notes=notes or ["no features yet: add some with embedcache extract"],
+        record={
+            "path": str(path),
+            "source": cache.info.source,
+            "num_samples": cache.info.num_samples,
+            "num_items": dict(cache.info.num_items),
+            "chunk_size": cache.info.chunk_size,
+            "columns": cache.columns,
+            "features": [
+                {
+                    **dict(zip(_FEATURE_COLUMNS[:4], row[:4], strict=True)),
+                    "encoder": feature.group.spec,
+                    "num_chunks": len(feature.commits),
+                    "num_committed": sum(commit is not None for commit in feature.commits),
+                    "num_failed": len(feature.failures),
+                }
+                for feature, row in zip(features, rows, strict=True)
+            ],
+        },
+    )
+
+
+def _summarize_run(path: Path) -> Summary:
+    config, outcome = read_config(path), _record(path).get("outcome", {})
+    projector = config.training["model"]["projector"]
+    lines = [f"{path}: projector {projector}, shared width {config.shared_width}, seed {config.training['seed']}"]
+    rows = []
+    for modality in ("image", "text"):
+        entry = config.tower_input(modality)
+        rows.append([modality, entry.feature, f"{entry.width:,}", entry.spec])
+    counts = ", ".join(f"{count:,} {part}" for part, count in outcome.get("num_samples", {}).items())
+    notes = [f"samples: {counts}"] if counts else []
+    if outcome.get("recalls"):
+        recalls = ", ".join(f"{name.replace('r@', 'R@')} {value:.3f}" for name, value in outcome["recalls"].items())
+        notes.append(f"validation of epoch {outcome.get('best_epoch')}: {recalls}")
+    return Summary(
+        kind="run",
+        lines=lines,
+        columns=("modality", "feature", "width", "encoder"),
+        rows=rows,
+        notes=notes,
+        record={"path": str(path), **config.to_json(), "outcome": outcome},
+    )
+
+
+def _summarize_index(path: Path) -> Summary:
+    card = read_card(path)
+    size = "" if card.file_bytes is None else f", {card.file_bytes / 1e6:,.1f} MB"
+    lines = [
+        f"{path}: {card.num_vectors:,} {card.modality}s, width {card.width}, {card.factory}{size}",
+        f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries:,} queries, "
+        f"{card.latency_ms:.2f} ms per query",
+        f"feature {card.feature} of {card.cache}" + (f", projected by {card.run}" if card.run else ""),
+    ]
+    return Summary(kind="index", lines=lines, record={"path": str(path), **read_json(path / "card.json")})
+
+
+def _summarize_study(path: Path) -> Summary:
+    study = read_json(path / "study.json")
+    report = read_json(path / "report.json") if (path / "report.json").is_file() else {}
+    counts = ", ".join(f"{count:,} {state}" for state, count in report.get("counts", {}).items())
+    lines = [
+        f"{path}: sampler {study['sampler']}, pruner {study['pruner']}, seed {study['seed']}",
+        f"searched: {', '.join(study['space']['space'])}",
+        f"trials: {counts}" if counts else "not finished: run the same embedcache sweep again",
+    ]
+    best = report.get("best", [])
+    rows = [[str(one["trial"]), f"{one['score']:.3f}", _values(one["params"])] for one in best]
+    notes = [f"to train the best again: {report['winner']['command']}"] if report.get("winner") else []
+    return Summary(
+        kind="study",
+        lines=lines,
+        columns=("trial", "score", "settings"),
+        rows=rows,
+        notes=notes,
+        record={"path": str(path), **study, "counts": report.get("counts", {}), "best": best},
+    )
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in values.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
+
+
+def _summarize_selection(path: Path) -> Summary:
+    try:
+        table = pq.read_table(path, columns=["reason"])
+        about = json.loads(table.schema.metadata[b"embedcache"])
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        raise PathError(f"{path}: expected a selection, got another Parquet file: {error}") from error
+    reasons = Counter(reason.partition(",")[0] for reason in table["reason"].to_pylist())
+    settings = _values(about.get("settings", {}))
+    lines = [f"{path}: {len(table):,} samples of {about.get('cache')}"]
+    if about.get("method"):
+        lines.append(f"method {about['method']}" + (f": {settings}" if settings else ""))
+    return Summary(
+        kind="selection",
+        lines=lines,
+        columns=("reason", "samples"),
+        rows=[[reason, f"{count:,}"] for reason, count in reasons.most_common(_MOST_REASONS)],
+        notes=[f"and {len(reasons) - _MOST_REASONS:,} other reasons"] if len(reasons) > _MOST_REASONS else [],
+        record={"path": str(path), **about, "num_samples": len(table)},
+    )
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = read_json(path / "record.json") if (path / "record.json").is_file() else {}
+    return record
+
+
+_SUMMARIES: Mapping[str, Callable[[Path], Summary]] = {
+    "cache": _summarize_cache,
+    "run": _summarize_run,
+    "index": _summarize_index,
+    "study": _summarize_study,
+    "selection": _summarize_selection,
+}

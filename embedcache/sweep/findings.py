@@ -1,0 +1,204 @@
+"""The findings of a sweep: the top configurations on the test part, what matters, and the report as JSON."""
+
+import shlex
+import warnings
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution
+from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+from optuna.trial import FrozenTrial, TrialState
+
+from embedcache.dataset.splits import read_split
+from embedcache.errors import SettingError
+from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.files import is_remote
+from embedcache.provenance import digest_file, to_record
+from embedcache.reports.retrieval import retrieval_json
+from embedcache.reports.sweep import State, SweepConfig, SweepFindings, SweepParameter, SweepTrial
+from embedcache.store.cache import Cache
+from embedcache.sweep.space import from_stored, to_stored
+from embedcache.sweep.study import split_path
+from embedcache.sweep.trials import Trials, outcome_of, reason_of, score_of
+from embedcache.sweep.worker import StudyJob, retrain, top_trials
+from embedcache.train.data import TrainData
+from embedcache.train.settings import command_line
+from embedcache.train.train import TrainReport
+
+_MIN_TRIALS_FOR_IMPORTANCE = 4
+
+
+def collect_findings(job: StudyJob, data: TrainData, trials: Trials) -> SweepFindings:
+    """Retrain and evaluate the top configurations, and collect everything a sweep found.
+
+    Raises:
+        SettingError: no trial is complete, or every top configuration fails with another seed.
+    """
+    best, left_out = _evaluate_top(job, data, top_trials(trials, job.settings))
+    return SweepFindings(
+        image_feature=data.image.feature,
+        text_feature=data.text.feature,
+        sampler=job.study.sampler,
+        pruner=job.study.pruner,
+        seed=job.study.seed,
+        parameters=_parameters(trials.finished()),
+        trials=[_trial(trial) for trial in trials.finished()],
+        best=best,
+        left_out=left_out,
+        importance=_importance(trials),
+        command=_command(job, data, best[0].number, trials),
+    )
+
+
+def _evaluate_top(
+    job: StudyJob, data: TrainData, top: Sequence[FrozenTrial]
+) -> tuple[list[SweepConfig], dict[int, str]]:
+    """Evaluate the retrained configurations on the test part.
+
+    Returns:
+        The configurations, the best one on validation first; and trial number -> reason why another seed fails.
+
+    Raises:
+        SettingError: every configuration fails with another seed.
+    """
+    best: list[SweepConfig] = []
+    left_out: dict[int, str] = {}
+    caches = [str(cache.path) for cache in _caches_with_test(job, data)]
+    for trial, reports in zip(top, retrain(job, data, top), strict=True):
+        trained = [report for report in reports if isinstance(report, TrainReport)]
+        if len(trained) < len(reports):
+            left_out[trial.number] = next(report for report in reports if isinstance(report, str))
+            continue
+        run_paths = [run_path for run_path, _ in job.retrained_runs(trial)]
+        outcome = outcome_of(trial)
+        best.append(
+            SweepConfig(
+                number=trial.number,
+                params=from_stored(trial.params),
+                score=score_of(trial),
+                num_parameters=outcome.num_parameters,
+                num_pairs=outcome.num_pairs,
+                scores=[fmean(report.recalls.values()) for report in trained],
+                run_paths=run_paths,
+                test={cache: evaluate_retrieval(cache, run_paths) for cache in caches},
+            )
+        )
+    if not best:
+        number, reason = next(iter(left_out.items()))
+        raise SettingError(
+            f"none of the top {len(left_out)} configurations can be trained with {job.settings.seeds_per_config} "
+            f"seeds; trial {number} failed: {reason}; give a larger --top-configs or a smaller --seeds-per-config"
+        )
+    return sorted(best, key=lambda config: (-config.mean_score, config.number)), left_out
+
+
+def _caches_with_test(job: StudyJob, data: TrainData) -> Iterator[Cache]:
+    parts, start = read_split(split_path(job.path), data.caches).parts, 0
+    for cache in data.caches:
+        stop = start + cache.info.num_samples
+        if "test" in parts[start:stop]:
+            yield cache
+        start = stop
+
+
+def _parameters(trials: Sequence[FrozenTrial]) -> list[SweepParameter]:
+    complete = next(trial for trial in trials if trial.state == TrialState.COMPLETE)
+    distributions = from_stored({name: complete.distributions[name] for name in complete.params})
+    return [
+        SweepParameter(
+            name=name,
+            choices=distribution.choices if isinstance(distribution, CategoricalDistribution) else None,
+            is_log=bool(getattr(distribution, "log", False)),
+        )
+        for name, distribution in distributions.items()
+    ]
+
+
+def _trial(trial: FrozenTrial) -> SweepTrial:
+    outcome = outcome_of(trial) if trial.state == TrialState.COMPLETE else None
+    return SweepTrial(
+        number=trial.number,
+        state=_state(trial),
+        score=trial.value,
+        params=from_stored(trial.params),
+        num_parameters=outcome.num_parameters if outcome else 0,
+        num_pairs=outcome.num_pairs if outcome else 0,
+        reason=reason_of(trial) if trial.state == TrialState.FAIL else "",
+    )
+
+
+def _state(trial: FrozenTrial) -> State:
+    if trial.state == TrialState.COMPLETE:
+        return "complete"
+    return "pruned" if trial.state == TrialState.PRUNED else "failed"
+
+
+def _importance(trials: Trials) -> dict[str, float]:
+    """Split the variance of scores by fANOVA, which ranks settings better than Optuna's default on 60 trials."""
+    complete = [trial for trial in trials.finished() if trial.state == TrialState.COMPLETE]
+    if len(complete) < _MIN_TRIALS_FOR_IMPORTANCE or len({trial.value for trial in complete}) == 1:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fractions = get_param_importances(trials.optuna, evaluator=FanovaImportanceEvaluator(seed=0))
+    return {name: float(fraction) for name, fraction in from_stored(fractions).items()}
+
+
+def _command(job: StudyJob, data: TrainData, winner: int, trials: Trials) -> str:
+    """Return the command that trains the winner again, to the same weights."""
+    trial = next(trial for trial in trials.finished() if trial.number == winner)
+    caches = [str(cache.path if is_remote(cache.path) else cache.path.resolve()) for cache in data.caches]
+    features = ["--image-feature", data.image.feature, "--text-feature", data.text.feature]
+    run = str(job.path.resolve() / "winner")
+    settings = job.run_settings(trial.params)
+    return shlex.join(["embedcache", "train", *caches, run, *features, *command_line(settings)])
+
+
+def findings_json(job: StudyJob, trials: Trials, findings: SweepFindings) -> dict[str, Any]:
+    """Return everything the page shows as JSON values, with settings by their stored names."""
+    winner, by_number = findings.winner, {trial.number: trial for trial in trials.finished()}
+    return {
+        "study": to_record(job.study),
+        "counts": findings.counts(),
+        "winner": {
+            "trial": winner.number,
+            "run": str(winner.run_paths[0]),
+            "weights": digest_file(winner.run_paths[0] / "model.safetensors"),
+            "command": findings.command,
+        },
+        "best": [_config_json(config, by_number[config.number]) for config in findings.best],
+        "left_out": {str(number): reason for number, reason in findings.left_out.items()},
+        "importance": {name: round(fraction, 5) for name, fraction in to_stored(findings.importance).items()},
+        "trials": [_trial_json(trial) for trial in by_number.values()],
+    }
+
+
+def _config_json(config: SweepConfig, trial: FrozenTrial) -> dict[str, Any]:
+    outcome = outcome_of(trial).to_json()
+    return {
+        "trial": config.number,
+        "params": dict(trial.params),
+        "score": round(config.score, 5),
+        "validation": {
+            "mean": round(config.mean_score, 5),
+            "lowest": round(min(config.scores), 5),
+            "highest": round(max(config.scores), 5),
+            "scores": [round(score, 5) for score in config.scores],
+        },
+        **{name: outcome[name] for name in ("num_parameters", "flops_a_pair", "num_pairs")},
+        "runs": [str(run_path) for run_path in config.run_paths],
+        "test": {cache: retrieval_json(report) for cache, report in config.test.items()},
+    }
+
+
+def _trial_json(trial: FrozenTrial) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "trial": trial.number,
+        "state": _state(trial),
+        "score": None if trial.value is None else round(trial.value, 5),
+        "params": trial.params,
+    }
+    if trial.state == TrialState.COMPLETE:
+        return {**values, **outcome_of(trial).to_json()}
+    return {**values, "reason": reason_of(trial)} if trial.state == TrialState.FAIL else values

@@ -1,0 +1,101 @@
+"""Contract tests for methods of selection.
+
+class TestMine(SelectorContract):
+    name = "mypackage.selection:MySelector"
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from embedcache.curate.select.pool import Pool
+from embedcache.curate.select.select import SELECTORS, Selector, check_method_settings
+from embedcache.curate.settings import SelectSettings
+from embedcache.dataset.selections import Selection
+from embedcache.errors import SettingError
+
+Pools = Callable[..., Pool]
+"""`pools(which, selector, selection=None)` opens a pool of 40 samples or more, `cache` or `other`, which differ in
+chunk size."""
+
+_VALUES: dict[str, Any] = {
+    "budget": 3,
+    "per_concept": 2,
+    "threshold": 0.5,
+    "head": 2.0,
+    "clusters": (3,),
+    "candidates": 9,
+}
+
+
+class SelectorContract:
+    """Tests of a method; `name` is its name, `settings` are what it needs beside `budget`, which may be None.
+
+    The fixture `pools` must be defined, see `Pools`.
+    """
+
+    name: str
+    settings: ClassVar[dict[str, Any]] = {}
+    budget: int | None = 40
+
+    @pytest.fixture
+    def selector(self) -> Selector:
+        """Return the method."""
+        selector: Selector = SELECTORS.load(self.name)()
+        return selector
+
+    def select(
+        self,
+        selector: Selector,
+        pools: Pools,
+        which: str = "cache",
+        *,
+        selection: Path | None = None,
+        **others: Any,
+    ) -> Selection:
+        """Select from a pool."""
+        settings = SelectSettings(**{"budget": self.budget, **self.settings, **others})
+        return selector.select(pools(which, selector, selection=selection), settings)
+
+    def test_rows_ascend_with_reasons(self, selector: Selector, pools: Pools) -> None:
+        """Check that each sample is selected once, in order, with a reason."""
+        found = self.select(selector, pools)
+        assert found.rows.dtype == np.int64
+        assert (np.diff(found.rows) > 0).all()
+        assert len(found.reasons) == len(found.rows)
+        assert all(reason.strip() for reason in found.reasons)
+
+    def test_budget_is_met(self, selector: Selector, pools: Pools) -> None:
+        """Check the number of samples."""
+        for budget in (1, 7, 40) if self.budget is not None else ():
+            assert len(self.select(selector, pools, budget=budget).rows) == budget
+
+    def test_seed(self, selector: Selector, pools: Pools) -> None:
+        """Check that the same seed selects the same, and another seed something else if the method uses it."""
+        first, again, other = (self.select(selector, pools, seed=seed) for seed in (3, 3, 4))
+        assert np.array_equal(first.rows, again.rows)
+        assert list(first.reasons) == list(again.reasons)
+        if self.budget is not None:
+            assert np.array_equal(first.rows, other.rows) != selector.uses_seed
+
+    def test_chunk_size_changes_nothing(self, selector: Selector, pools: Pools) -> None:
+        """Check that the same samples in chunks of another size give the same selection."""
+        rows, other = (self.select(selector, pools, which).rows for which in ("cache", "other"))
+        assert np.array_equal(rows, other)
+
+    def test_selection_limits_the_pool(self, selector: Selector, pools: Pools, tmp_path: Path) -> None:
+        """Check that only samples of a given selection are selected."""
+        keys = pools("cache", selector).cache.samples["key"].to_pylist()
+        (tmp_path / "keys.txt").write_text("\n".join(keys[::2]))
+        rows = self.select(selector, pools, selection=tmp_path / "keys.txt").rows
+        assert (rows % 2 == 0).all()
+
+    def test_unused_setting_raises(self, selector: Selector) -> None:
+        """Check that the method accepts its settings, and that others are refused."""
+        check = [name for name in _VALUES if name not in selector.accepts]
+        for name in check:
+            with pytest.raises(SettingError, match=f"--method {self.name} does not use --{name.replace('_', '-')}"):
+                check_method_settings(self.name, selector, SelectSettings(**{name: _VALUES[name]}))

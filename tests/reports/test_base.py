@@ -1,0 +1,64 @@
+"""Numbers, examples and pages of all reports."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.metrics.intervals import Estimate
+from embedcache.reports.base import (
+    PageItem,
+    Section,
+    count_histogram,
+    estimates_json,
+    format_count,
+    format_estimate,
+    format_fraction,
+    format_part,
+    format_percent,
+    ranked_example,
+    round_json,
+    write_report,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (format_fraction(0.0658), "0.066"),
+        (format_fraction(-0.5), "-0.500"),
+        (format_fraction(None), ""),
+        (format_fraction(float("nan")), ""),
+        (format_estimate(Estimate(0.0658, 0.0461, 0.101)), "0.066 [0.046, 0.101]"),
+        (format_percent(0.12345), "12.3%"),
+        (format_count(np.int64(12345)), "12,345"),
+        (format_part(12, 345), "12 (3.5%)"),
+        (format_part(0, 0), "0"),
+    ],
+)
+def test_numbers_as_text(text: str, expected: str) -> None:
+    assert text == expected
+
+
+def test_numbers_as_json() -> None:
+    assert round_json(np.float32("nan")) is None
+    assert estimates_json({"r@1": Estimate(0.1234567, 0, 1)}) == {"r@1": 0.12346, "intervals": {"r@1": [0, 1]}}
+
+
+def test_answer_is_shown_only_if_missing() -> None:
+    right, wrong = PageItem(text="right", is_correct=True), PageItem(text="wrong")
+    assert ranked_example(wrong, [wrong, right], rank=2, answer=right).answer is None
+    example = ranked_example(wrong, [wrong], rank=1234, answer=right)
+    assert (example.answer, example.outcome) == (right, "first correct result at rank 1,234")
+
+
+def test_page_escapes_text_and_loads_nothing(tmp_path: Path) -> None:
+    histogram = count_histogram(np.arange(3) / 10, 0.1, np.array([1, 0, 100]), x="cosine", y="items", limit=0.2)
+    section = Section(title="<b>", notes=["<i>"], table=(["", "a"], [["x", "0.500"]]), figures=[histogram])
+    write_report(tmp_path / "page.html", title="T", summary="S", warnings=["W"], sections=[section], credit="C")
+    page = (tmp_path / "page.html").read_text()
+    assert "&lt;b&gt;" in page
+    assert "&lt;i&gt;" in page
+    assert page.count("<svg") == 1
+    assert "src=" not in page
+    assert "<link" not in page

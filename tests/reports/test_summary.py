@@ -1,0 +1,41 @@
+"""`embedcache inspect` recognizes what embedcache writes: the golden artifacts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from embedcache.errors import PathError
+from embedcache.reports.summary import summarize
+from tests.golden.commands import ARTIFACTS
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "line", "row"),
+    [
+        ("cache", "cache", "96 samples with 96 images", "open_toy/cls"),
+        ("run", "run", "projector mlp, shared width 16, seed 3", "open_toy/mean"),
+        ("index", "index", "95 images, width 16, HNSW8", None),
+        ("study", "study", "sampler random, pruner none, seed 0", "1.000"),
+        ("selection.parquet", "selection", "samples of cache", None),
+        ("kept.parquet", "selection", "samples of cache", None),
+    ],
+)
+def test_artifact_is_recognized(name: str, kind: str, line: str, row: str | None) -> None:
+    summary = summarize(ARTIFACTS / name)
+    assert summary.kind == kind
+    assert line in summary.lines[0]
+    assert row is None or any(row in cells for cells in summary.rows)
+    assert all(len(cells) == len(summary.columns) for cells in summary.rows)
+    assert json.loads(json.dumps(summary.record))["path"] == str(ARTIFACTS / name)
+
+
+@pytest.mark.parametrize("name", ["losses", "space.toml", "kept.removed.parquet", "run/split.parquet"])
+def test_other_files_are_refused(name: str) -> None:
+    with pytest.raises(PathError, match="expected a"):
+        summarize(ARTIFACTS / name)
+
+
+def test_missing_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="nowhere does not exist"):
+        summarize(tmp_path / "nowhere")

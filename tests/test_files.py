@@ -1,0 +1,147 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedcache.errors import DiskFullError, PathError
+from embedcache.files import (
+    Leases,
+    disk_errors,
+    is_remote,
+    locked,
+    make_folder,
+    open_path,
+    put_file,
+    remove_folder,
+    remove_partials,
+    replacing,
+    write_atomic,
+)
+
+
+def test_failed_write_keeps_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "file"
+    write_atomic(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomic(path, "text")  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_remove_partials_of_dead_processes(tmp_path: Path) -> None:
+    program = (
+        "import sys, os, signal\n"
+        "from pathlib import Path\n"
+        "from embedcache.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "x")], check=False)
+    (left,) = tmp_path.iterdir()
+    alive = tmp_path / left.name.replace(left.name.split(".")[3], str(os.getpid()))
+    alive.write_bytes(b"half")
+    remove_partials(tmp_path)
+    assert list(tmp_path.iterdir()) == [alive]
+
+
+def test_full_disk_raises(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError, match="no space left.*rerun the same command"), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_by_message_raises(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError), disk_errors(tmp_path):
+        raise RuntimeError("Error in faiss: write error: No space left on device")
+    with pytest.raises(RuntimeError, match="another"), disk_errors(tmp_path):
+        raise RuntimeError("another")
+
+
+def test_make_folder_at_file_raises(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(PathError, match="is a file"):
+            make_folder(path)
+
+
+OTHER = """
+import sys, time
+from pathlib import Path
+from embedcache.files import Leases
+leases = Leases(Path(sys.argv[1]))
+print([leases.acquire(number) for number in (0, 1, 2)], flush=True)
+sys.stdin.read()
+"""
+
+
+def other_process(folder: Path) -> "subprocess.Popen[str]":
+    """Start a process that takes 0, 1 and 2, says what it got and lives until its input ends."""
+    command = [sys.executable, "-c", OTHER, str(folder)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_lease_excludes_other_processes(tmp_path: Path) -> None:
+    leases = Leases(tmp_path)
+    assert leases.acquire(1)
+    with other_process(tmp_path) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "[True, False, True]\n"
+        assert not leases.acquire(0)
+        assert leases.acquire(3)
+        other.kill()
+        other.wait()
+    assert leases.acquire(0), "a killed process has taken nothing"
+
+
+def test_lease_can_be_released(tmp_path: Path) -> None:
+    leases = Leases(tmp_path)
+    leases.acquire(1)
+    leases.release(1)
+    with other_process(tmp_path) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "[True, True, True]\n"
+        other.kill()
+
+
+def test_remote_files(tmp_path: Path) -> None:
+    folder = open_path("memory://disk/cache")
+    write_atomic(folder / "a" / "one.json", b"1")
+    with replacing(folder / "a" / "two") as temporary:
+        temporary.write_bytes(b"2")
+    (tmp_path / "three").write_bytes(b"3")
+    put_file(tmp_path / "three", folder / "a" / "three")
+    assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == {
+        "one.json": b"1",
+        "two": b"2",
+        "three": b"3",
+    }
+    with locked(folder), locked(folder):
+        assert Leases(folder).acquire(1)
+    remove_folder(folder)
+    assert not (folder / "a" / "two").exists()
+
+
+def test_open_path_local(tmp_path: Path) -> None:
+    for location in (str(tmp_path), tmp_path, "shards/{00..09}.tar", "a:b"):
+        path = open_path(location)
+        assert isinstance(path, Path)
+        assert not is_remote(path)
+        assert path == Path(location)
+
+
+def test_open_path_url() -> None:
+    folder = open_path("memory://bucket/folder")
+    assert is_remote(folder)
+    (folder / "sub").mkdir(parents=True, exist_ok=True)
+    (folder / "sub" / "a.txt").write_bytes(b"hello")
+    assert (folder / "sub" / "a.txt").read_bytes() == b"hello"
+    assert [path.name for path in folder.glob("*/a.txt")] == ["a.txt"]
+    assert str(folder / "sub") == "memory://bucket/folder/sub"
+
+
+def test_open_path_unknown_protocol_raises() -> None:
+    with pytest.raises(PathError, match="nonsense://x"):
+        open_path("nonsense://x")

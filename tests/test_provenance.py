@@ -1,0 +1,63 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from embedcache.errors import CorruptError, FingerprintError, PathError
+from embedcache.provenance import check_same, digest, read_json, recognize, run_record
+from tests.golden.test_artifacts import ARTIFACTS
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("cache", "cache"), ("run", "run"), ("index", "index"), ("study", "study"), ("selection.parquet", "selection")],
+)
+def test_recognize(name: str, kind: str) -> None:
+    assert recognize(ARTIFACTS / name) == kind
+
+
+def test_recognize_other_path_raises(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="does not exist"):
+        recognize(tmp_path / "none")
+    with pytest.raises(PathError, match=r"expected a finished cache \(cache.json\), run"):
+        recognize(tmp_path)
+
+
+def test_digest_of_equal_values() -> None:
+    assert digest({"a": 1, "b": [1.5, "é"]}) == digest({"b": [1.5, "é"], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_check_same_names_both_values() -> None:
+    check_same("cache c", {"a": 1}, {"a": 1}, next_step="")
+    with pytest.raises(FingerprintError, match=r"x\.y: stored 1, requested 2"):
+        check_same("cache c", {"x": {"y": 1, "z": 3}}, {"x": {"y": 2, "z": 3}}, next_step="")
+    with pytest.raises(
+        FingerprintError, match=r"cache c .*a: stored 1, requested 2; b: stored None, requested 3; do this"
+    ):
+        check_same("cache c", {"a": 1}, {"a": 2, "b": 3}, next_step="do this")
+
+
+def test_read_json_of_other_content_raises(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="does not exist"):
+        read_json(tmp_path / "no")
+    (tmp_path / "bad").write_text("{")
+    with pytest.raises(CorruptError, match="not valid JSON"):
+        read_json(tmp_path / "bad")
+
+
+def test_run_record(tmp_path: Path) -> None:
+    with run_record(tmp_path / "record.json", "train", {"seed": 1}) as outcome:
+        outcome["loss"] = 0.5
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["stage"] == "train"
+    assert record["settings"] == {"seed": 1}
+    assert record["outcome"] == {"loss": 0.5}
+    assert record["peak_memory_bytes"] > 1e6
+    assert "numpy" in record["packages"]
+
+
+def test_run_record_after_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), run_record(tmp_path / "record.json", "train", {}):
+        raise ZeroDivisionError
+    assert not (tmp_path / "record.json").exists()
