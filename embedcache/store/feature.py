@@ -96,11 +96,7 @@ class Feature:
         return [value for commit in self.commits if commit is not None for value in commit.hashes]
 
     def require_complete(self) -> None:
-        """Check that every chunk is committed.
-
-        Raises:
-            UnfinishedError: chunks are missing.
-        """
+        """Check that every chunk is committed, or raise an `UnfinishedError`."""
         missing = sum(commit is None or not commit.is_complete(self.feature) for commit in self.commits)
         if missing:
             raise UnfinishedError(
@@ -128,11 +124,7 @@ class Feature:
         return out
 
     def gather_tokens(self, rows: Ints) -> list[Array]:
-        """Copy rows of a token feature in the given order: one (T, D) array per item.
-
-        Raises:
-            DataError: a row is out of range, failed or not committed.
-        """
+        """Copy rows in the given order, as `gather` does, but as one (D,) or (T, D) array per item."""
         if not self.is_ragged:
             return list(self.gather(rows))
         rows = self._check_rows(rows)
@@ -151,9 +143,6 @@ class Feature:
         Yields:
             The rows, and their (rows, D) or (rows, T, D) array: a read-only view, NaN in failed rows. A ragged feature
             yields a list of (T, D) arrays, None for a failed item.
-
-        Raises:
-            CorruptError: a checksum does not match.
         """
         for commit in self.commits:
             if commit is not None:
