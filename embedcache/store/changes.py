@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from embedcache.errors import FingerprintError
@@ -78,12 +78,6 @@ def source_changed(
         f"cache {cache_path} has other samples than this source has now: {reason}; it was made from {made_from}; "
         f"{next_step}"
     )
-
-
-def batches(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
-    """Iterate over samples in lists of `BATCH`."""
-    while batch := list(islice(samples, BATCH)):
-        yield batch
 
 
 class _DigestBuffer:

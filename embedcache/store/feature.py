@@ -157,8 +157,17 @@ class Feature:
         """
         if self.is_ragged:
             yield self._rows(commit.chunk), self._ragged_chunk(commit.chunk, commit=commit)
-        else:
-            yield from self._dense_chunks(commit)
+            return
+        path, crcs = self.group.path / self.feature, commit.features[self.feature]
+        rows, size = self._rows(commit.chunk), self._chunk_shape[0]
+        for start in range(rows.start, rows.stop, size):
+            number = start // size
+            if f"{self.feature}/{number}" not in crcs:
+                return  # of samples that were appended since
+            values = map_chunk(path, number, self._chunk_shape, self.dtype)
+            check_chunk(path, number, values, crcs[f"{self.feature}/{number}"])
+            stop = min(start + size, rows.stop)
+            yield slice(start, stop), values[: stop - start]
 
     def items(self, commit: Commit) -> list[Array | None]:
         """Read one committed chunk as one array per item, None for a failed item; raises what `read_chunk` raises."""
@@ -213,18 +222,6 @@ class Feature:
             if len(self._maps) > max_maps(path, chunk_bytes):
                 self._maps.popitem(last=False)
         return self._maps[number]
-
-    def _dense_chunks(self, commit: Commit) -> Iterator[tuple[slice, Array]]:
-        rows, size = self._rows(commit.chunk), self._chunk_shape[0]
-        for start in range(rows.start, rows.stop, size):
-            number = start // size
-            if f"{self.feature}/{number}" not in commit.features[self.feature]:
-                return  # of samples that were appended since
-            values = map_chunk(self.group.path / self.feature, number, self._chunk_shape, self.dtype)
-            crc = commit.features[self.feature][f"{self.feature}/{number}"]
-            check_chunk(self.group.path / self.feature, number, values, crc)
-            stop = min(start + size, rows.stop)
-            yield slice(start, stop), values[: stop - start]
 
     def _ragged_chunk(self, chunk: int, *, commit: Commit | None = None) -> list[Array | None]:
         """Map one chunk of tokens; check its checksums if its commit is given."""

@@ -3,10 +3,10 @@
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 from embedcache.errors import FingerprintError, PathError, SettingError, SourceError
@@ -26,7 +26,7 @@ from embedcache.provenance import check_same, read_json, write_json
 from embedcache.sources.base import Sample, Source
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.cache import Cache
-from embedcache.store.changes import SourceChanges, batches, find_changes, source_changed
+from embedcache.store.changes import SourceChanges, find_changes, source_changed
 from embedcache.store.layout import (
     DEFAULT_CHUNK_SIZE,
     CacheInfo,
@@ -39,7 +39,7 @@ from embedcache.store.layout import (
     samples_path,
     write_info,
 )
-from embedcache.store.tables import ITEM_SCHEMAS, TableWriter, digest_input
+from embedcache.store.tables import BATCH, ITEM_SCHEMAS, TableWriter, digest_input
 
 _CACHE_FILES = {LOCK, "cache.json", "mending.json", "samples.parquet", *ITEM_SCHEMAS}
 
@@ -92,7 +92,10 @@ def index(
             return _update(source, cache_path, extend=extend, accept_replaced=accept_replaced, progress=progress)
         if _is_unchanged(source, cache_path, info, chunk_size, progress):
             return info
-        _remove_tables(cache_path)
+        info_path(cache_path).unlink()  # the manifest first: without it the tables do not exist
+        flush(cache_path)
+        for group in cache_path.glob("*/*/zarr.json"):
+            remove_folder(group.parent)
         return _create(source, cache_path, chunk_size or info.chunk_size, progress)
 
 
@@ -129,7 +132,7 @@ def _is_unchanged(
     if chunk_size not in (None, info.chunk_size) or _update_path(cache_path).is_file():
         return False
     if len(info.all_segments) == 1:
-        return _digest(source, info, progress) == info.index_digest
+        return _digest(source, "checking samples", info.num_samples, _count_only, progress) == info.index_digest
     try:
         changes = find_changes(cache_path, info, source.samples(), on_new=_count_only, progress=progress)
     except FingerprintError:
@@ -137,34 +140,23 @@ def _is_unchanged(
     return not changes.num_new and _has_digests(info, changes)
 
 
-def _digest(source: Source, info: CacheInfo, progress: Progress) -> str:
-    index_digest = hashlib.sha256()
-    progress.start("checking samples", info.num_samples, "samples")
-    for batch in batches(source.samples()):
+def _digest(
+    source: Source, step: str, num_samples: int, on_batch: Callable[[list[Sample]], None], progress: Progress
+) -> str:
+    index_digest, samples = hashlib.sha256(), source.samples()
+    progress.start(step, num_samples, "samples")
+    while batch := list(islice(samples, BATCH)):
         index_digest.update(digest_input(batch))
+        on_batch(batch)
         progress.advance(len(batch))
     progress.finish()
     return index_digest.hexdigest()
 
 
-def _remove_tables(cache_path: Path) -> None:
-    """Remove the tables of a cache without features, its manifest first."""
-    info_path(cache_path).unlink()
-    flush(cache_path)
-    for group in cache_path.glob("*/*/zarr.json"):
-        remove_folder(group.parent)
-
-
 def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progress) -> CacheInfo:
-    index_digest = hashlib.sha256()
     with _scratch_folder(cache_path) as folder:
         writer = TableWriter(folder, chunk_size)
-        progress.start("indexing", 0, "samples")
-        for batch in batches(source.samples()):
-            index_digest.update(digest_input(batch))
-            writer.add(batch)
-            progress.advance(len(batch))
-        progress.finish()
+        index_digest = _digest(source, "indexing", 0, writer.add, progress)
         if not writer.num_samples:
             raise SourceError(
                 f"no sample found in {source.describe().get('path', 'the source')}; "
@@ -173,7 +165,7 @@ def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progres
         info = CacheInfo(
             chunk_size=chunk_size,
             source=dict(source.describe()),
-            index_digest=index_digest.hexdigest(),
+            index_digest=index_digest,
             num_samples=writer.num_samples,
             num_items=writer.close(),
             table_digests=writer.digests,

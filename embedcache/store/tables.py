@@ -42,13 +42,6 @@ def read_table(file: Path | BytesIO, columns: Sequence[str] | None = None) -> pa
         return table.read(columns=columns, use_threads=False)
 
 
-def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
-    """Iterate over the rows of a table. Memory: one batch."""
-    with table_errors(path), open_table(path) as table:
-        for batch in table.iter_batches(columns=columns, use_threads=False):
-            yield from batch.to_pylist()
-
-
 class TableDigest:
     """SHA-256 of the values of a table's columns in row order, independent of batches."""
 
@@ -280,15 +273,21 @@ class IndexedSample:
 
 def read_samples(cache_path: Path, rows: range) -> Iterator[IndexedSample]:
     """Iterate over samples of a cache in row order. Memory: one batch of each table."""
-    keys = (row["key"] for row in iterate_rows(samples_path(cache_path), ["key"]))
-    images = _RowsBySample(iterate_rows(items_path(cache_path, "image")))
-    texts = _RowsBySample(iterate_rows(items_path(cache_path, "text")))
+    keys = (row["key"] for row in _iterate_rows(samples_path(cache_path), ["key"]))
+    images = _RowsBySample(_iterate_rows(items_path(cache_path, "image")))
+    texts = _RowsBySample(_iterate_rows(items_path(cache_path, "text")))
     for number, key in zip(range(rows.stop), keys, strict=False):
         image_row = images.num_taken
         items = [ImageItem(path=row["path"], offset=row["offset"], length=row["length"]) for row in images.take(number)]
         captions = [(row["text"], row["language"]) for row in texts.take(number)]
         if number >= rows.start:
             yield IndexedSample(key=key, image_row=image_row, images=items, texts=captions)
+
+
+def _iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
+    with table_errors(path), open_table(path) as table:
+        for batch in table.iter_batches(columns=columns, use_threads=False):
+            yield from batch.to_pylist()
 
 
 class _RowsBySample:
