@@ -1,7 +1,7 @@
 """The extraction loop: chunk by chunk, items are loaded ahead on threads while the encoders run, then committed."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from embedcache.store.writer import commit_chunk
 T = TypeVar("T")
 R = TypeVar("R")
 
-_Commit: TypeAlias = "Callable[[ChunkTask, Sequence[BatchBuffer], Sequence[LoadedItem]], None]"
+_CommitFunction: TypeAlias = "Callable[[ChunkTask, Sequence[BatchBuffer], Sequence[LoadedItem]], None]"
 
 _IMAGES_AHEAD = 256
 
@@ -53,7 +53,7 @@ def _encode_image_chunks(
     source: Source,
     tasks: Iterable[ChunkTask],
     executor: Executor,
-    commit: _Commit,
+    commit: _CommitFunction,
     progress: Progress,
 ) -> None:
     """Encode chunks of images, each image read and decoded once for all encoders, in row order.
@@ -85,7 +85,7 @@ def _encode_text_chunks(
     _: Source,
     tasks: Iterable[ChunkTask],
     executor: Executor,
-    commit: _Commit,
+    commit: _CommitFunction,
     progress: Progress,
 ) -> None:
     """Encode chunks of texts, each distinct text once per chunk and the longest first, so that batches are padded less.
@@ -244,7 +244,7 @@ def add_distinct(buffer: BatchBuffer, loaded: Sequence[LoadedItem], number: int)
 
 
 @contextmanager
-def _commit_thread() -> Iterator[_Commit]:
+def _commit_thread() -> Iterator[_CommitFunction]:
     """Yield a function that commits one chunk after the other on a thread, so that no encoder waits for the disk."""
     with ThreadPoolExecutor(1, thread_name_prefix="commit") as thread:
         running: Future[None] | None = None
