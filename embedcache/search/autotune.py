@@ -33,7 +33,7 @@ class Configuration:
 
 
 def in_memory_configurations(num_vectors: int, width: int) -> list[Configuration]:
-    """Return candidates in the order they are tried: exact if that is fast, a graph, then ever smaller codes in lists."""
+    """Return candidates in the order to try: exact if that is fast, a graph, then ever smaller codes in lists."""
     exact = Configuration(factory="Flat", memory_bytes=num_vectors * (4 * width + _ID_BYTES), bits=32)
     graph = Configuration(factory="HNSW32", memory_bytes=num_vectors * (4 * width + _LINK_BYTES + _ID_BYTES), bits=32)
     return [*([exact] if num_vectors <= FLAT_LIMIT else []), graph, *_inverted_files(num_vectors, width)]

@@ -79,7 +79,7 @@ class RowIndex:
         return 0 if needs_none else max(_MIN_TRAINING, _TRAINING_PER_LIST * self.num_lists)
 
     def train(self, vectors_SP: Floats) -> None:
-        """Train on a sample, on the GPUs that FAISS can use; `SettingError` if there are too few vectors for this kind."""
+        """Train on a sample, on the GPUs that FAISS can use; `SettingError` if there are too few vectors."""
         lists = self._faiss.try_extract_index_ivf(self._inner)
         if lists is not None and num_gpus():
             lists.clustering_index = self._faiss.index_cpu_to_all_gpus(self._faiss.IndexFlatIP(lists.d))

@@ -142,7 +142,7 @@ def build_index(
 
 
 def read_card(index_path: Path) -> IndexCard:
-    """Read an index's card; `PathError` if the folder holds no finished index, `ArtifactError` if its format is later."""
+    """Read an index's card; `PathError` without a finished index, `ArtifactError` if its format is later."""
     path = index_path / "card.json"
     make = f"embedcache curate index CACHE {index_path}"
     values = read_manifest(path, kind="index", latest_format=FORMAT_VERSION, make=make)
