@@ -39,7 +39,7 @@ def main() -> None:
     methods = []
     for name, projector in PROJECTORS.items():
         image = "+".join(f"efficientnet-lite0/{part}" for part in name.split("+"))
-        data = open_data(cache_path, image=image, text=TEXT_FEATURE, memory_bytes=4 * 10**9)
+        data = open_data(cache_path, image_feature=image, text_feature=TEXT_FEATURE, memory_bytes=4 * 10**9)
         settings = with_options(BASE, projector=f"{projector}+token_mlp")
         run_paths, runs = train_seeds(data, workdir / "runs" / name.replace(":", "-"), settings, SEEDS)
         num_bytes = round(data.images[0].num_bytes / data.images[0].num_items)

@@ -37,8 +37,8 @@ def test_version_is_the_distributions() -> None:
 
 
 def test_no_package_hides_a_name() -> None:
-    rooms = {path.stem for path in (ROOT / "embedcache").iterdir()}
-    assert not rooms & set(embedcache.__all__)
+    packages = {path.stem for path in (ROOT / "embedcache").iterdir()}
+    assert not packages & set(embedcache.__all__)
 
 
 def test_unknown_name_raises() -> None:
@@ -62,7 +62,7 @@ def test_import_is_light() -> None:
 
 @pytest.fixture(scope="module")
 def exact_cache(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the pictures that keeps every bit of the encoder's float32."""
+    """A cache in float32, so that values are exact."""
     path = tmp_path_factory.mktemp("api") / "cache"
     settings = embedcache.ExtractSettings(features=("cls", "patches", "mean", "tokens"), dtype="float32")
     embedcache.extract_features(
@@ -108,7 +108,7 @@ def test_embedding_shapes(pictures: Path, run_path: Path) -> None:
 
 def test_invalid_items_raise(run_path: Path, tmp_path: Path) -> None:
     model = embedcache.load(run_path)
-    (tmp_path / "x.png").write_bytes(b"no picture")
+    (tmp_path / "x.png").write_bytes(b"not an image")
     with pytest.raises(PathError, match=r"image .*missing.png does not exist: expected the path"):
         model.encode_image("missing.png")
     with pytest.raises(DataError, match=r"x.png: not an image"):

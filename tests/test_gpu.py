@@ -1,4 +1,4 @@
-"""The same work on a CUDA device."""
+"""Training and encoding on a CUDA device."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_training_on_a_gpu_reaches_what_the_cpu_reaches(cache_path: Path, tmp_path: Path, precision: str) -> None:
+def test_training_recall_matches_cpu(cache_path: Path, tmp_path: Path, precision: str) -> None:
     recalls = {}
     for device in ("cpu", "cuda"):
         settings = TrainSettings(
@@ -31,34 +31,36 @@ def test_training_on_a_gpu_reaches_what_the_cpu_reaches(cache_path: Path, tmp_pa
             split=SplitSettings(kind="key"),
             machine=MachineSettings(device=device, precision=precision),  # type: ignore[arg-type]
         )
-        train(cache_path, tmp_path / device, image="open_toy/cls", text="open_toy/mean", settings=settings)
+        train(
+            cache_path, tmp_path / device, image_feature="open_toy/cls", text_feature="open_toy/mean", settings=settings
+        )
         recalls[device] = evaluate_retrieval(cache_path, [tmp_path / device]).recalls["i2t"]["r@10"].value
     assert recalls["cuda"] == pytest.approx(recalls["cpu"], abs=0.1)
 
 
-ASKED = ("grid:4", "layer2.cls", "layer2.tokens")
+REQUESTED = ("grid:4", "layer2.cls", "layer2.tokens")
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
-def test_features_are_those_of_the_cpu(specs: dict[Modality, str], modality: Modality) -> None:
-    _check_close(specs[modality], modality, EncoderSettings(device="cuda", features=ASKED), relative=2e-3)  # TF32
+def test_features_match_cpu(specs: dict[Modality, str], modality: Modality) -> None:
+    _check_close(specs[modality], modality, EncoderSettings(device="cuda", features=REQUESTED), relative=2e-3)  # TF32
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_bfloat16_features_are_close(specs: dict[Modality, str], modality: Modality) -> None:
-    settings = EncoderSettings(device="cuda", precision="bfloat16", features=ASKED)
+    settings = EncoderSettings(device="cuda", precision="bfloat16", features=REQUESTED)
     _check_close(specs[modality], modality, settings, relative=0.05)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.filterwarnings("ignore")  # of the compiler
 @pytest.mark.parametrize("modality", ["image", "text"])
-def test_a_compiled_model_gives_the_same(specs: dict[Modality, str], modality: Modality) -> None:
-    settings = EncoderSettings(device="cuda", compile=True, features=ASKED)
+def test_compile_does_not_change_values(specs: dict[Modality, str], modality: Modality) -> None:
+    settings = EncoderSettings(device="cuda", compile=True, features=REQUESTED)
     _check_close(specs[modality], modality, settings, relative=2e-3)
 
 
-def test_batches_go_through_pinned_memory_whole() -> None:
+def test_pinned_memory_copies_are_complete() -> None:
     class Echo(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
             assert (images.device.type, images.dtype) == ("cuda", torch.uint8)
@@ -66,26 +68,26 @@ def test_batches_go_through_pinned_memory_whole() -> None:
 
     graph = TorchGraph(Echo(), EncoderSettings(device="cuda"))
     rng = np.random.default_rng(0)
-    for _ in range(20):  # a copy that nobody waited for would show in one of them
+    for _ in range(20):  # an unfinished copy would show in one of them
         images = rng.integers(0, 256, (64, 3, 64, 64), dtype=np.uint8)
         np.testing.assert_array_equal(graph({"images": images}, ["same"])["same"], images)
 
 
-def test_a_batch_beyond_the_memory_is_run_in_parts(caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_splits_batch(caplog: pytest.LogCaptureFixture) -> None:
     class Wide(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
             _, total_bytes = torch.cuda.mem_get_info()
-            room = torch.empty((len(images), total_bytes // 20), dtype=torch.uint8, device=images.device)
-            room[:, 0] = images[:, 0]
-            return {"first": room[:, :1]}
+            buffer = torch.empty((len(images), total_bytes // 20), dtype=torch.uint8, device=images.device)
+            buffer[:, 0] = images[:, 0]
+            return {"first": buffer[:, :1]}
 
     images = np.arange(100, dtype=np.uint8).reshape(50, 2)
     found = TorchGraph(Wide(), EncoderSettings(device="cuda"))({"images": images}, ["first"])
     np.testing.assert_array_equal(found["first"], images[:, :1])
-    assert "cuda is out of memory at a batch of 50, going on with 25" in caplog.text
+    assert "cuda is out of memory at batch size 50; continuing with 25" in caplog.text
 
 
-def test_a_gpu_has_larger_batches(specs: dict[Modality, str]) -> None:
+def test_default_batch_is_larger_on_gpu(specs: dict[Modality, str]) -> None:
     for modality in specs:
         on_gpu = open_encoder(specs[modality], modality=modality, settings=EncoderSettings(device="cuda"))
         assert on_gpu.batch_size > open_encoder(specs[modality], modality=modality).batch_size
@@ -101,7 +103,7 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[Modality, str]:
 
 
 def _check_close(spec: str, modality: Modality, settings: EncoderSettings, *, relative: float) -> None:
-    on_cpu = open_encoder(spec, modality=modality, settings=EncoderSettings(backend="torch", features=ASKED))
+    on_cpu = open_encoder(spec, modality=modality, settings=EncoderSettings(backend="torch", features=REQUESTED))
     on_gpu = open_encoder(spec, modality=modality, settings=settings)
     assert on_gpu.features == on_cpu.features
     expected, found = _encode(on_cpu, modality), _encode(on_gpu, modality)
@@ -115,13 +117,13 @@ def _encode(encoder: Encoder, modality: Modality) -> dict[str, list[np.ndarray]]
     return encoder.encode(prepared, list(encoder.features))
 
 
-def test_a_run_in_the_form_of_clip_benchmark_gives_the_same(cache_path: Path, tmp_path: Path) -> None:
+def test_clip_benchmark_model_matches_cpu(cache_path: Path, tmp_path: Path) -> None:
     settings = TrainSettings(
         model=ModelSettings(projector="linear", shared_width=16),
         optimizer=OptimizerSettings(epochs=0),
         split=SplitSettings(kind="key"),
     )
-    train(cache_path, tmp_path / "run", image="open_toy/cls", text="open_toy/mean", settings=settings)
+    train(cache_path, tmp_path / "run", image_feature="open_toy/cls", text_feature="open_toy/mean", settings=settings)
     vectors = {}
     for device in ("cpu", "cuda"):
         model, _, tokenizer = load("embedcache", tmp_path / "run", device=device)

@@ -34,6 +34,7 @@ class Outer:
     mode: Literal["a", "b"] = setting("a", "A mode.")
     is_on: bool = setting(False, "A flag.", affects_result=False)
     names: tuple[str, ...] = setting((), "Some names.")
+    check: bool = setting(True, "Check something.", affects_result=False)
     inner: Inner = group(Inner, fraction=0.25)
 
     def __post_init__(self) -> None:
@@ -198,6 +199,14 @@ def test_config_lists_become_tuples(tmp_path: Path) -> None:
     path.write_text('names = ["a", "b"]')
     assert parse(["--config", str(path)], Outer).names == ("a", "b")
     assert parse(["--names", "a,b", "--names", "c"], Outer).names == ("a", "b", "c")
+
+
+def test_flag_that_is_on_is_switched_off(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("no-check = true")
+    assert parse([], Outer).check
+    assert not parse(["--no-check"], Outer).check
+    assert not parse(["--config", str(path)], Outer).check
 
 
 def test_config_of_a_run_restores_its_settings() -> None:

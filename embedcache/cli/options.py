@@ -11,8 +11,6 @@ becomes a panel of `--help`. An option that several commands declare by hand is 
 
 import functools
 import inspect
-import json
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
@@ -38,9 +36,6 @@ SelectionArgument: TypeAlias = Annotated[
 SelectionOutput: TypeAlias = Annotated[
     Path, typer.Argument(metavar="OUT", help="Selection to write: a new .parquet file.")
 ]
-Run: TypeAlias = Annotated[
-    Path | None, typer.Option("--run", metavar="RUN", help="Run that projects the features into the shared space.")
-]
 MovedRun: TypeAlias = Annotated[
     Path | None, typer.Option("--run", metavar="RUN", help="Where the run of the index is, if it has moved.")
 ]
@@ -49,26 +44,6 @@ Cache: TypeAlias = Annotated[
 ]
 Concepts: TypeAlias = Annotated[
     str | None, typer.Option("--concepts", metavar="CACHE", help="Cache of prompts, one sample per concept.")
-]
-SelectionOption: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--selection",
-        metavar="FILE",
-        help="Use only the samples of this selection: Parquet, or a text file with one key per line.",
-    ),
-]
-Modality: TypeAlias = Annotated[
-    Literal["image", "text"], typer.Option("--modality", metavar="image|text", help="Modality to read.")
-]
-Feature: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--feature",
-        metavar="NAME",
-        help="Feature, as encoder/feature.",
-        show_default="the run's, or the only one",
-    ),
 ]
 ImageFeature: TypeAlias = Annotated[
     str | None,
@@ -88,43 +63,9 @@ TextFeature: TypeAlias = Annotated[
         show_default="the run's, or the only one",
     ),
 ]
-Label: TypeAlias = Annotated[str, typer.Option("--label", metavar="COLUMN", help="Column of class labels.")]
-Language: TypeAlias = Annotated[
-    str | None, typer.Option("--language", metavar="CODE", help="Use only captions of this language.")
-]
-Languages: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--language", metavar="CODE", help="Use only captions of this language. May be repeated."),
-]
-KeyColumn: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--key-column",
-        metavar="COLUMN",
-        help="Table column that holds a unique key per row.",
-        show_default="key, id or uid",
-    ),
-]
-CaptionColumns: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--caption-column", metavar="COLUMN", help="Table column that holds captions. May be repeated."),
-]
-ChunkSize: TypeAlias = Annotated[
-    int | None, typer.Option("--chunk-size", metavar="N", help="Items per chunk of a new cache.", show_default="2048")
-]
-NumResults: TypeAlias = Annotated[
-    int | None, typer.Option("-k", metavar="N", help="Results per query or concept.", show_default="10")
-]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")]
 Device: TypeAlias = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="Torch device, such as cpu, cuda or cuda:1.")
-]
-Engine: TypeAlias = Annotated[
-    Literal["local", "ray"], typer.Option("--engine", metavar="local|ray", help="Execution backend.")
-]
-Address: TypeAlias = Annotated[
-    str | None,
-    typer.Option("--address", metavar="URL", help="Address of a Ray cluster.", show_default="one on this machine"),
 ]
 Json: TypeAlias = Annotated[
     bool,
@@ -139,7 +80,7 @@ Html: TypeAlias = Annotated[
     typer.Option("--html", metavar="FILE", help="Write the report as an HTML page.", rich_help_panel=_OUTPUT),
 ]
 
-_CONFIG_HELP = "Read options from this TOML file, or from the config.json of a run; the command line takes precedence."
+_CONFIG_HELP = "Read options from this TOML file; the command line takes precedence."
 _WIDEST_CHOICES = 24
 _WITH_COMMAS = ("FILE", "SPEC", "URL", "VALUE")
 """Values that may contain a comma, so that a repeated option is not split at commas."""
@@ -205,10 +146,10 @@ def _help_text(command: Callable[..., None]) -> str:
 
 
 def _with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
-    from embedcache.cli.console import verbosity
-
     @functools.wraps(command)
     def run(*, quiet: bool, verbose: bool, **values: Any) -> None:
+        from embedcache.cli.console import verbosity
+
         with verbosity(quiet=quiet, verbose=verbose):
             command(**values)
 
@@ -230,6 +171,7 @@ def with_settings(
     *,
     skip: Sequence[str] = (),
     build: Mapping[str, Callable[[Mapping[str, Any]], Any]] | None = None,
+    config_help: str = _CONFIG_HELP,
     **kinds: type[Any],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that replaces parameters of a command by one option per setting, and adds `--config`.
@@ -237,6 +179,7 @@ def with_settings(
     Args:
         skip: flat names that get no option.
         build: parameter -> function that builds its settings from flat values; `from_flat` if not given.
+        config_help: help of `--config`.
         kinds: parameter -> settings class.
     """
     items = {key: [item for item in flat_settings(kind) if item.name not in skip] for key, kind in kinds.items()}
@@ -258,7 +201,7 @@ def with_settings(
         generated = [_option(item, key if len(kinds) > 1 else None) for key in kinds for item in items[key]]
         config = Annotated[
             Path | None,
-            typer.Option("--config", metavar="FILE", help=_CONFIG_HELP, is_eager=True, callback=_use_config),
+            typer.Option("--config", metavar="FILE", help=config_help, is_eager=True, callback=_use_config),
         ]
         _set_parameters(
             run,
@@ -372,12 +315,16 @@ def _use_config(context: typer.Context, path: Path | None) -> Path | None:
         UnknownNameError: the command has no option of that name.
     """
     if path is not None:
-        options = {parameter.name: parameter for parameter in context.command.params}
+        names = {
+            flag.lstrip("-").replace("-", "_"): option.name
+            for option in context.command.params
+            for flag in (*option.opts, *option.secondary_opts)
+        }
         values = read_config(path)
         for name in values:
-            if name not in options or name in ("config", "context"):
-                raise unknown_name("option", name, sorted(filter(None, options)))
-        context.default_map = {name: _as_words(value) for name, value in values.items()}
+            if name not in names or name == "config":
+                raise unknown_name("option", name, sorted(names))
+        context.default_map = {str(names[name]): _as_words(value) for name, value in values.items()}
     return path
 
 
@@ -407,6 +354,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise SettingError(f"{path}: expected UTF-8 text, got other bytes: {error}") from error
     if path.suffix == ".json":
         return _read_run_config(path, text)
+    import tomllib
+
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -416,6 +365,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read_run_config(path: Path, text: str) -> dict[str, Any]:
     """Return the settings and features of a run by option name."""
+    import json
+
     from embedcache.train.settings import TrainSettings
 
     try:

@@ -30,7 +30,7 @@ def quickstart(
         report = run(folder, progress=open_progress())
 
     def show() -> None:
-        title = "Held-out retrieval, strict split, mean of 3 seeds [95 % interval]"
+        title = "Held-out retrieval, strict split, mean of 3 seeds [95% interval]"
         print_table(*retrieval_table(report.retrieval), title=title)
         print_line(f"figures: {report.metrics_path}")
         print_line(f"open {report.page_path} in a browser")

@@ -39,8 +39,8 @@ def sweep(
             caches,
             study,
             space,
-            image=image_feature,
-            text=text_feature,
+            image_feature=image_feature,
+            text_feature=text_feature,
             settings=settings,
             progress=open_progress(),
         )
@@ -48,7 +48,7 @@ def sweep(
     def show() -> None:
         print_table(*best_table(report.best), title="Best on validation, each trained with several seeds")
         for cache, table in test_tables(report.best).items():
-            print_table(*table, title=f"{cache}: held-out retrieval [95 % interval]")
+            print_table(*table, title=f"{cache}: held-out retrieval [95% interval]")
         print_line(f"to train the best again: {report.findings.command}")
         print_line(f"figures: {report.json_path}")
         print_line(f"open {report.page_path} in a browser")

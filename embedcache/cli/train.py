@@ -9,7 +9,11 @@ from embedcache.cli.options import ImageFeature, Json, Output, TextFeature, with
 from embedcache.train.settings import TrainSettings, train_settings
 
 
-@with_settings(settings=TrainSettings, build={"settings": train_settings})
+@with_settings(
+    settings=TrainSettings,
+    build={"settings": train_settings},
+    config_help="Read options from this TOML file, or from a run's config.json; the command line takes precedence.",
+)
 def train(
     caches: Annotated[list[str], typer.Argument(metavar="CACHE", help="One or more caches: folders or URLs.")],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder to write the run to.")],
@@ -36,8 +40,8 @@ def train(
         report = run_training(
             caches,
             run,
-            image=image_feature,
-            text=text_feature,
+            image_feature=image_feature,
+            text_feature=text_feature,
             settings=settings,
             progress=open_progress() if is_first else NullProgress(),
         )

@@ -61,7 +61,7 @@ class ConceptCounts:
         return gini(self.counts)
 
     def top_fraction(self, fraction: float) -> float:
-        """Return the fraction of all matches in the largest concepts, such as the top 1 %."""
+        """Return the fraction of all matches in the largest concepts, such as the top 1%."""
         return top_fraction(self.counts, fraction)
 
 

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -230,12 +230,8 @@ class ClusterAssigner:
 
 def concatenate_assignments(parts: Sequence[ClusterAssignment]) -> ClusterAssignment:
     """Concatenate the results of a pass."""
-    return ClusterAssignment(
-        clusters=np.concatenate([part.clusters for part in parts]),
-        cosines=np.concatenate([part.cosines for part in parts]),
-        visits=np.concatenate([part.visits for part in parts]),
-        is_complete=np.concatenate([part.is_complete for part in parts]),
-    )
+    names = [field.name for field in fields(ClusterAssignment)]
+    return ClusterAssignment(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
 def _inverse_distances(centroids_KP: Floats) -> Floats:

@@ -9,7 +9,7 @@ from embedcache.search.settings import FEATURE_DEFAULT, FEATURE_HELP
 from embedcache.settings import check_settings, setting
 from embedcache.units import parse_count_or_fraction, parse_counts
 
-_RUN_HELP = "Project the vectors with this training run."
+_RUN_HELP = "Run that projects the features into the shared space."
 _SELECTION_FORMAT = "Parquet, or a text file with one key per line"
 
 
@@ -174,7 +174,7 @@ class SelectSettings:
     modality: Literal["image", "text"] | None = setting(None, "Modality to read.", default_text="the method's")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     selection: Path | str | None = setting(
-        None, f"Select only from the samples of this selection: {_SELECTION_FORMAT}.", metavar="FILE"
+        None, f"Use only the samples of this selection: {_SELECTION_FORMAT}.", metavar="FILE"
     )
     seed: int = setting(0, "Random seed.", ge=0, lt=2**32)
 

@@ -251,7 +251,7 @@ class OnnxGraph:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = _LOG_ERRORS_ONLY
-        # Spinning idle threads take cores from the decoding threads: 8 % fewer images/s, 12 % fewer texts/s.
+        # Spinning idle threads take cores from the decoding threads: 8% fewer images/s, 12% fewer texts/s.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         failures = runtime.capi.onnxruntime_pybind11_state
         try:

@@ -122,7 +122,7 @@ class PairsReport:
         return (
             f"{self.num_compared:,} samples outside the test part of {self.num_drawn:,} drawn (seed {self.seed}), "
             f"split {self.split}; rows: {ROWS}{language}; CKA centered; kNN by cosine, k {self.k}; probe: CCA fitted "
-            f"on {self.num_trained:,} samples, ranked on {self.num_held:,} others; 95 % intervals over "
+            f"on {self.num_trained:,} samples, ranked on {self.num_held:,} others; 95% intervals over "
             f"{self.num_groups:,} near-duplicate groups"
         )
 
@@ -291,9 +291,9 @@ def _probe(sample: PairSample, images_ID: Floats, texts_TE: Floats, resamples: i
     val_image, val_text = sample.places(sample.val)
     images = normalize((images_ID[val_image] - moments.image_mean) @ image_DP)
     texts = normalize((texts_TE[val_text] - moments.text_mean) @ text_EP)
-    image_P, text_P = sample.val.positives()
-    i2t = best_ranks(images, texts, (image_P, text_P))
-    t2i = best_ranks(texts, images, (text_P, image_P))
+    image_M, text_M = sample.val.positives()
+    i2t = best_ranks(images, texts, (image_M, text_M))
+    t2i = best_ranks(texts, images, (text_M, image_M))
     of_images, of_texts = (sample.groups_of(items.samples) for items in (sample.val.image, sample.val.text))
     return (
         bootstrap_mean(i2t <= _RECALL_K, of_images, num_draws=resamples),

@@ -62,7 +62,7 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
     """Read the vectors, labels and parts of a feature.
 
     Parts are those of the column `split`, if the cache has one; if it names no validation part, one is taken from
-    training. Otherwise a hash of the keys selects 25 % for test and 10 % for validation. Copies of an item stay
+    training. Otherwise a hash of the keys selects 25% for test and 10% for validation. Copies of an item stay
     together. Items without a label are left out. Memory: the vectors in float32.
 
     Args:

@@ -27,7 +27,7 @@ class Score:
 
     Args:
         method: name of the method.
-        accuracy: top-1 accuracy, with a 95 % interval from resampling the samples.
+        accuracy: top-1 accuracy, with a 95% interval from resampling the samples.
         top5: top-5 accuracy; None for five classes or fewer.
         mean_per_class: mean of `recalls` over the classes with test items, with its interval.
         recalls: (C,) float64 recall of each class; NaN for a class without test items.
@@ -49,7 +49,7 @@ class FewShot:
     Args:
         method: name of the method.
         shots: training items per class.
-        accuracy: mean over draws, with a 95 % interval from resampling both draws and samples.
+        accuracy: mean over draws, with a 95% interval from resampling both draws and samples.
     """
 
     method: str
@@ -66,7 +66,7 @@ class Control:
 
     Args:
         method: name of the method.
-        accuracy: mean over shuffles, with a 95 % interval from resampling both shuffles and samples.
+        accuracy: mean over shuffles, with a 95% interval from resampling both shuffles and samples.
         by_shuffle: accuracy of each shuffle.
     """
 

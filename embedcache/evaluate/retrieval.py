@@ -66,11 +66,11 @@ class RetrievalReport:
     Args:
         part: description of the part.
         language: language of the captions; None is all.
-        recalls: direction -> `r@k` -> mean over runs and queries, with a 95 % interval from resampling near-duplicate
+        recalls: direction -> `r@k` -> mean over runs and queries, with a 95% interval from resampling near-duplicate
             groups.
         orders: direction -> `map`, the mean average precision, and `median_rank`, likewise.
         curves: direction -> mean recalls at k = 1, 2, … up to 100 or the number of candidates.
-        chance: as `recalls`, for a random order: its expectation, and the range of 95 % of random orders.
+        chance: as `recalls`, for a random order: its expectation, and the range of 95% of random orders.
         by_seed: mean recall over both directions and all k of each run, in the order of `seeds`.
         num_images: number of images per run.
         num_texts: number of captions per run.
@@ -97,7 +97,7 @@ class RetrievalReport:
         of_language = f" in {self.language}" if self.language else ""
         counts = f"{self.num_images[0]:,} images, {self.num_texts[0]:,} captions{of_language}"
         seeds = seeds_line(self.seeds, self.by_seed, "mean recall")
-        line = f"{self.part}: {counts} per run; {seeds}; 95 % intervals over near-duplicate groups"
+        line = f"{self.part}: {counts} per run; {seeds}; 95% intervals over near-duplicate groups"
         return "; ".join([line, *filter(None, [self.warning])])
 
     @property

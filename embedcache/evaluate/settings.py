@@ -95,7 +95,7 @@ class PairsSettings:
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     num_samples: int = setting(5000, "Draw at most this many samples.", ge=20)
     k: int = setting(10, "Neighbors of mutual kNN.", ge=1)
-    resamples: int = setting(2000, "Bootstrap resamples of the 95 % intervals.", ge=1)
+    resamples: int = setting(2000, "Bootstrap resamples of the 95% intervals.", ge=1)
     seed: int = setting(0, "Random seed of the draw.", ge=0, lt=2**32)
     split: SplitSettings = group(SplitSettings, val_fraction=0.25)  # a probe needs many samples to be measured on
 

@@ -73,7 +73,7 @@ class ZeroShotReport:
         num_prompts: smallest and largest number of prompts of a class.
         num_images: labeled images per run.
         num_unlabeled: images without a label, left out.
-        accuracies: `acc1`, `acc5` and `mean_per_class_recall` -> mean over runs and images, with a 95 % interval from
+        accuracies: `acc1`, `acc5` and `mean_per_class_recall` -> mean over runs and images, with a 95% interval from
             resampling near-duplicate groups.
         chance: likewise, for classes drawn at random.
         by_class: (C,) accuracy of each class, NaN for a class without images.
@@ -105,7 +105,7 @@ class ZeroShotReport:
         counts = f"{self.num_images:,} images, {len(self.names):,} classes of {prompts} prompts"
         counts += f" ({self.num_unlabeled:,} without a label left out)" if self.num_unlabeled else ""
         seeds = seeds_line(self.seeds, self.by_seed, "top-1")
-        line = f"{self.part}: {counts}; {seeds}; 95 % intervals over near-duplicate groups"
+        line = f"{self.part}: {counts}; {seeds}; 95% intervals over near-duplicate groups"
         return "; ".join([line, *filter(None, [self.warning])])
 
     @property

@@ -135,7 +135,7 @@ def _metrics(metrics: Any) -> str:
     if not rows:
         return "## Metrics\n\nThe given report contains no metrics.\n"
     task = f"`{metrics['task']}` on `{metrics['dataset']}`. " if isinstance(metrics, dict) and "task" in metrics else ""
-    table = ["| | value | 95 % interval |", "| --- | --- | --- |", *rows]
+    table = ["| | value | 95% interval |", "| --- | --- | --- |", *rows]
     return "\n".join(["## Metrics\n", f"{task}Computed by `embedcache evaluate`.\n", *table, ""])
 
 

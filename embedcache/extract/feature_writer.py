@@ -32,7 +32,7 @@ _FEW_CORES = 4
 class CpuGate:
     """Makes decoding wait while a model computes, where both would need all cores.
 
-    On 2 cores, an EfficientNet and decoding at the same time took 6 % longer than one after the other, because they
+    On 2 cores, an EfficientNet and decoding at the same time took 6% longer than one after the other, because they
     evict each other's data from the CPU caches. Reading files never waits.
 
     Args:

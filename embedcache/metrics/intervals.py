@@ -1,4 +1,4 @@
-"""Estimates with 95 % intervals: bootstrap by clusters, jackknife by blocks, chance levels."""
+"""Estimates with 95% intervals: bootstrap by clusters, jackknife by blocks, chance levels."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from embedcache.errors import DataError
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval."""
+    """A value with its 95% interval."""
 
     value: float
     low: float
@@ -20,7 +20,7 @@ class Estimate:
 
 
 def bootstrap_mean(values: Array, clusters: Ints | None = None, *, num_draws: int = 2000, seed: int = 0) -> Estimate:
-    """Compute a mean with a 95 % percentile interval from resampling whole clusters.
+    """Compute a mean with a 95% percentile interval from resampling whole clusters.
 
     Values of one cluster, such as captions of one image or seeds of one item, are not independent: they are drawn
     together.
@@ -68,7 +68,7 @@ def bootstrap_median(values: Array, clusters: Ints | None = None, *, num_draws: 
 def bootstrap_class_mean(
     values: Array, labels: Ints, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Compute the mean of class means, with a 95 % percentile interval from resampling whole clusters.
+    """Compute the mean of class means, with a 95% percentile interval from resampling whole clusters.
 
     Args:
         values: (M,) float or bool.
@@ -136,7 +136,7 @@ def _estimates(values_K: Array, means_RK: Array) -> list[Estimate]:
 
 
 def chance_estimate(probability: float, num_queries: int) -> Estimate:
-    """Return the chance level of a fraction of correct queries, with its 95 % binomial interval.
+    """Return the chance level of a fraction of correct queries, with its 95% binomial interval.
 
     Args:
         probability: probability that one query is correct by chance.
@@ -147,7 +147,7 @@ def chance_estimate(probability: float, num_queries: int) -> Estimate:
 
 
 def jackknife(values: Array, sizes: Ints) -> Estimate:
-    """Compute a 95 % interval of a statistic from leaving out each block of rows in turn.
+    """Compute a 95% interval of a statistic from leaving out each block of rows in turn.
 
     For a statistic that compares rows with each other, resampling with replacement would compare rows with copies of
     themselves; leaving rows out does not. "Delete-m jackknife for unequal m" (Statistics and Computing

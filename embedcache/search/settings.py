@@ -54,7 +54,7 @@ class Filter:
     label_value: tuple[str, ...] = setting((), "Return only samples with this label. May be repeated.", metavar="VALUE")
     part: tuple[str, ...] = setting(
         (),
-        "Return only samples of this part: a value of the column `split`, or of the run's split where there is no such "
+        "Return only samples of this part: a value of the column split, or of the run's split if there is no such "
         "column.",
         metavar="PART",
     )

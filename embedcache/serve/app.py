@@ -160,7 +160,7 @@ def _add_items(app: FastAPI, service: SearchService, run: Callable[..., Any]) ->
         return webp(await run(images_with(row).thumbnail, row))
 
     @app.get("/api/images/{row}/picture", response_class=Response)
-    async def picture(row: Row) -> Response:
+    async def image(row: Row) -> Response:
         """Return an image as WebP of at most 1,280 pixels per side."""
         return webp(await run(images_with(row).image, row))
 
@@ -173,7 +173,7 @@ def _add_info(app: FastAPI, service: SearchService) -> None:
 
     @app.get("/api/cards", response_model=list[CardOut])
     async def index_and_run_cards() -> list[InfoTable]:
-        """Say what the index, its run and its cache are."""
+        """Return tables that describe the index, its run and its cache."""
         return info_tables(service.index)
 
     @app.get("/api/coverage")

@@ -42,8 +42,8 @@ def sweep(
     study_path: Path | str,
     space_path: Path | str,
     *,
-    image: str | None = None,
-    text: str | None = None,
+    image_feature: str | None = None,
+    text_feature: str | None = None,
     settings: SweepSettings | None = None,
     progress: Progress | None = None,
 ) -> SweepReport:
@@ -57,8 +57,8 @@ def sweep(
         cache_paths: one cache, or several.
         study_path: folder of the study.
         space_path: TOML file with fixed and swept settings.
-        image: image feature, `encoder/feature`; None if there is only one.
-        text: text feature, likewise.
+        image_feature: `encoder/feature`; None if there is only one.
+        text_feature: likewise.
         settings: settings of the sweep.
         progress: shows one note per trial.
 
@@ -79,7 +79,7 @@ def sweep(
     space = read_space(Path(space_path))
     grid_points(space, settings)  # rejects an infinite grid before a folder is created
     memory = space.settings({}).machine.memory
-    data = open_data(cache_paths, image=image, text=text, memory_bytes=memory)
+    data = open_data(cache_paths, image_feature=image_feature, text_feature=text_feature, memory_bytes=memory)
     space = _with_block_rows(space, data)
     with disk_errors(study_path):
         study = open_study(study_path, data, space, settings)

@@ -54,7 +54,10 @@ class StudyJob:
         Forked processes would share loaded features as well, but forking is unsafe after CUDA or OpenMP were used.
         """
         return open_data(
-            self.caches, image=self.study.image["feature"], text=self.study.text["feature"], memory_bytes=0
+            self.caches,
+            image_feature=self.study.image["feature"],
+            text_feature=self.study.text["feature"],
+            memory_bytes=0,
         )
 
     def run_settings(self, params: Mapping[str, Value]) -> TrainSettings:

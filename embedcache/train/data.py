@@ -22,13 +22,13 @@ from embedcache.store.cache import Cache
 Paths: TypeAlias = Path | str | Sequence[Path | str]
 
 
-def open_data(paths: Paths, *, image: str | None, text: str | None, memory_bytes: int) -> "TrainData":
+def open_data(paths: Paths, *, image_feature: str | None, text_feature: str | None, memory_bytes: int) -> "TrainData":
     """Open the same image and text feature of one or several caches.
 
     Args:
         paths: one cache, or several.
-        image: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
-        text: likewise.
+        image_feature: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
+        text_feature: likewise.
         memory_bytes: features that fit into this many bytes are loaded once.
 
     Raises:
@@ -40,8 +40,8 @@ def open_data(paths: Paths, *, image: str | None, text: str | None, memory_bytes
     for cache, other in combinations(caches, 2):
         if cache.info.has_rows_of(other.info.index_digest) or other.info.has_rows_of(cache.info.index_digest):
             raise DataError(f"expected caches of different samples: {other.path} and {cache.path} hold the same")
-    images = [open_input(cache, "image", image) for cache in caches]
-    texts = [open_input(cache, "text", text) for cache in caches]
+    images = [open_input(cache, "image", image_feature) for cache in caches]
+    texts = [open_input(cache, "text", text_feature) for cache in caches]
     for features in (images, texts):
         for cache, feature in zip(caches[1:], features[1:], strict=True):
             _check_same_feature(caches[0], features[0], cache, feature)

@@ -125,13 +125,13 @@ class TrainSettings:
     loss: LossSettings = group(LossSettings)
     optimizer: OptimizerSettings = group(OptimizerSettings)
     split: SplitSettings = group(SplitSettings)
-    language: str | None = setting(None, "Train on captions of this language only.", metavar="CODE")
+    language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     captions: Literal["draw", "all"] = setting(
         "draw", "For several captions per sample: draw one per epoch, or use all as positives."
     )
     selection: str | None = setting(
         None,
-        "Train only on the samples of this selection: Parquet, or a text file with one key per line; {seed} stands for "
+        "Use only the samples of this selection: Parquet, or a text file with one key per line; {seed} stands for "
         "the seed.",
         metavar="FILE",
     )

@@ -93,8 +93,8 @@ def train(
     cache_paths: Paths,
     run_path: Path | str,
     *,
-    image: str | None = None,
-    text: str | None = None,
+    image_feature: str | None = None,
+    text_feature: str | None = None,
     settings: TrainSettings | None = None,
     progress: Progress | None = None,
 ) -> TrainReport:
@@ -108,8 +108,8 @@ def train(
     Args:
         cache_paths: one cache, or several made by the same encoders.
         run_path: folder of the run.
-        image: image feature, `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
-        text: text feature, likewise.
+        image_feature: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
+        text_feature: likewise.
         settings: settings of the run.
         progress: progress in training pairs.
 
@@ -130,7 +130,9 @@ def train(
     torch_device(settings.machine.device)
     with process_group(settings.machine.device) as device:
         settings = replace(settings, machine=replace(settings.machine, device=device))
-        data = open_data(cache_paths, image=image, text=text, memory_bytes=settings.machine.memory)
+        data = open_data(
+            cache_paths, image_feature=image_feature, text_feature=text_feature, memory_bytes=settings.machine.memory
+        )
         return train_on(data, run_path, settings, progress=progress)
 
 
@@ -212,7 +214,7 @@ def _reuse_run(run_path: Path, config: PairConfig) -> TrainReport:
 
 
 def _start_run(run_path: Path, config: PairConfig) -> Leases:
-    """Take a lease on the folder, for a new run or for an interrupted one with the same settings."""
+    """Acquire a lease on the folder, for a new run or for an interrupted one with the same settings."""
     prepare_folder(run_path, kind="a run", marker="started.json", allowed=_FILES)
     leases = Leases(run_path)
     if not leases.acquire(0):
@@ -284,7 +286,7 @@ def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: Train
 
 
 def _shuffled_control(pairs: Pairs, settings: TrainSettings) -> Pairs:
-    """With `shuffle_pairs`, assign each sample's captions to another sample, so that only chance remains."""
+    """Assign each sample's captions to another sample if `shuffle_pairs` is set, so that only chance remains."""
     if not settings.shuffle_pairs:
         return pairs
     samples = pairs.samples

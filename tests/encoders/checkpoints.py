@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights, written to disk as each library writes its own."""
+"""Tiny checkpoints with random weights, written by each library's own code."""
 
 import json
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def save_bert(folder: Path, *, seed: int) -> Path:
 def save_sentence_transformer(
     folder: Path, bert: Path, *, pooling: str, max_tokens: int, width: int | None = None
 ) -> Path:
-    """Save a sentence-transformers folder: the BERT, a pooling, a Dense of `width` where given, Normalize."""
+    """Save a sentence-transformers folder: the BERT, a pooling, a Dense of `width` if given, Normalize."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
 

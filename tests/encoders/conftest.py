@@ -1,4 +1,4 @@
-"""No network, and exported models go to a folder of the tests' own."""
+"""Fixtures of the encoder tests: no network, a separate ONNX cache, tiny checkpoints."""
 
 import os
 

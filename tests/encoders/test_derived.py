@@ -1,4 +1,4 @@
-"""Features derived by name, against plain pooling and against hooks on the libraries' own blocks."""
+"""Derived features, compared with reference pooling and with hooks on the libraries' blocks."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_kmeans_empty_cluster_keeps_its_center() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_kmeans_ignores_rounding(seed: int) -> None:
-    """As a convolution gives equal patches, and other digits in another batch."""
+    """A convolution yields equal patches that differ by rounding between batches."""
     patches_BTD = _draw(4, 100, seed)
     patches_BTD[:, 20:90] = patches_BTD[:, :1]
     others_BTD = patches_BTD + 1e-6 * _draw(4, 100, seed + 5)
@@ -349,8 +349,8 @@ def _grid(patches_BTD: torch.Tensor, side: int) -> torch.Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(maps_BDHW, side).flatten(2).transpose(1, 2)
 
 
-def _draw(num_pictures: int, num_patches: int, seed: int) -> torch.Tensor:
-    return torch.randn(num_pictures, num_patches, 5, generator=torch.Generator().manual_seed(seed))
+def _draw(num_images: int, num_patches: int, seed: int) -> torch.Tensor:
+    return torch.randn(num_images, num_patches, 5, generator=torch.Generator().manual_seed(seed))
 
 
 def _clusters(patches_BTD: torch.Tensor, num_clusters: int) -> np.ndarray[Any, Any]:
@@ -358,19 +358,19 @@ def _clusters(patches_BTD: torch.Tensor, num_clusters: int) -> np.ndarray[Any, A
 
 
 def _lloyd(patches_TD: Any, num_clusters: int) -> Any:
-    """Ten rounds in float64, a patch and a cluster at a time."""
+    """Reference: ten rounds in float64, one patch and one cluster at a time."""
     rounding = 1e-4 * ((patches_TD - patches_TD.mean(0)) ** 2).sum(1).mean()
     odd_numbers_K = np.arange(1, 2 * num_clusters, 2)
-    centres_KD = patches_TD[odd_numbers_K * len(patches_TD) // (2 * num_clusters)]
+    centers_KD = patches_TD[odd_numbers_K * len(patches_TD) // (2 * num_clusters)]
     for _ in range(10):
         labels = []
         for patch_D in patches_TD:
-            distances_K = ((centres_KD - patch_D) ** 2).sum(1)
+            distances_K = ((centers_KD - patch_D) ** 2).sum(1)
             labels.append(int(np.flatnonzero(distances_K <= distances_K.min() + rounding)[0]))
         for cluster in range(num_clusters):
             if cluster in labels:
-                centres_KD[cluster] = patches_TD[np.array(labels) == cluster].mean(0)
-    return centres_KD
+                centers_KD[cluster] = patches_TD[np.array(labels) == cluster].mean(0)
+    return centers_KD
 
 
 def _bert(folder: Path) -> Any:

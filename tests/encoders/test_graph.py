@@ -1,4 +1,4 @@
-"""How a torch module is run: batches that do not fit, batch sizes, precision, compilation."""
+"""Running a torch module: out of memory, batch size, compilation."""
 
 import logging
 from pathlib import Path

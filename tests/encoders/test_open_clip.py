@@ -1,4 +1,4 @@
-"""open_clip's towers against its own encode_image and encode_text."""
+"""open_clip encoders, compared with its `encode_image` and `encode_text`."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_matches_open_clip(weights: Path) -> None:
     spec = f"open_clip:tiny-clip,pretrained={weights}"
     image, text = (open_encoder(spec, modality="image"), open_encoder(spec, modality="text"))
     with torch.no_grad():
-        images = model.eval().encode_image(torch.stack([preprocess(picture) for picture in example_images()])).numpy()
+        images = model.eval().encode_image(torch.stack([preprocess(image) for image in example_images()])).numpy()
         texts = model.encode_text(open_clip.get_tokenizer("tiny-clip")(TEXTS)).numpy()
     np.testing.assert_allclose(_pooled(image, example_images()), images, atol=1e-4)
     np.testing.assert_allclose(_pooled(text, TEXTS), texts, atol=1e-4)

@@ -1,4 +1,4 @@
-"""uint8 pictures scaled by the model, against each library's own whole transform."""
+"""Split transforms, compared with each library's whole transform."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Our reading of sentence-transformers folders against that library's `encode`."""
+"""sentence-transformers folders, compared with that library's `encode`."""
 
 import json
 import shutil

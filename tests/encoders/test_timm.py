@@ -1,4 +1,4 @@
-"""timm models against timm's own transform and forward pass."""
+"""timm encoders, compared with timm's transform and forward pass."""
 
 from collections.abc import Sequence
 from pathlib import Path

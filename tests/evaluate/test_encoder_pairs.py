@@ -62,7 +62,7 @@ def trained_run(cache_path: Path, run_path: Path, split: SplitSettings) -> Path:
         optimizer=OptimizerSettings(epochs=0),
         split=split,
     )
-    train(cache_path, run_path, image=IMAGES[0], text=TEXTS[0], settings=settings)
+    train(cache_path, run_path, image_feature=IMAGES[0], text_feature=TEXTS[0], settings=settings)
     return run_path
 
 
@@ -166,7 +166,7 @@ def test_report_describes_the_comparison(report: PairsReport) -> None:
     assert "split strict by open_toy/cls and open_toy/mean (cosine above 0.995 and 0.95)" in line
     assert "each item scaled to length 1, then the mean over a sample's images and over its captions" in line
     assert "CKA centered; kNN by cosine, k 10" in line
-    assert f"95 % intervals over {report.num_groups} near-duplicate groups" in line
+    assert f"95% intervals over {report.num_groups} near-duplicate groups" in line
     figures = json.loads(json.dumps(encoder_pairs_json(report)))
     assert figures["pairs"][0]["linear_cka"]["low"] == report.pairs[0].linear_cka.low
     assert (figures["k"], figures["centred"], figures["num_held"]) == (10, True, report.num_held)

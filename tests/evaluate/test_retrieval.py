@@ -30,7 +30,7 @@ def train_run(cache_path: Path, run_path: Path, *, seed: int = 0, shared_width: 
         split=SplitSettings(kind=split, seed=seed),
         seed=seed,
     )
-    train(cache_path, run_path, image="open_toy/cls", text="open_toy/mean", settings=settings)
+    train(cache_path, run_path, image_feature="open_toy/cls", text_feature="open_toy/mean", settings=settings)
     return run_path
 
 
@@ -143,7 +143,7 @@ def test_different_recipes_are_not_averaged(cache_path: Path, runs: list[Path], 
         shuffle_pairs=True,
         seed=5,
     )
-    train(cache_path, tmp_path / "run", image="open_toy/cls", text="open_toy/mean", settings=settings)
+    train(cache_path, tmp_path / "run", image_feature="open_toy/cls", text_feature="open_toy/mean", settings=settings)
     with pytest.raises(FingerprintError, match="average only seeds of one recipe"):
         evaluate_retrieval(cache_path, [*runs, tmp_path / "run"])
 

@@ -13,7 +13,7 @@ from tests.encoders.checkpoints import save_bert, save_dinov2, save_sentence_tra
 
 @pytest.fixture(scope="session", autouse=True)
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Exported graphs and copied code go to folders of the tests' own."""
+    """Use separate folders for exported graphs and for model code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache-home")))
         modules = str(tmp_path_factory.mktemp("modules"))
@@ -28,7 +28,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Specs of tiny encoders by a short name; `whole` is the smallest that looks at the whole of a picture."""
+    """Specs of tiny encoders by a short name; `whole` is the smallest whose transform does not crop."""
     folder = tmp_path_factory.mktemp("encoders")
     bert = save_bert(folder / "bert", seed=0)
     st = save_sentence_transformer(folder / "st", bert, pooling="mean", max_tokens=20)

@@ -1,4 +1,4 @@
-"""Runs on tiny real encoders, with weights that nothing in a projector can hide behind."""
+"""Runs on tiny encoders, with random weights everywhere so that every part of a projector matters."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def tower_input(modality: Modality, spec: str, feature: str) -> TowerInput:
 def make_run(
     path: Path, image: tuple[str, str], text: tuple[str, str], projector: str = "mlp", *, width: int = 16, seed: int = 0
 ) -> Path:
-    """Write a run whose every weight is random, means and norms too."""
+    """Write a run whose weights are all random, including means and norms."""
     path.mkdir(parents=True)
     inputs = {"image": tower_input("image", *image), "text": tower_input("text", *text)}
     torch.manual_seed(seed)
@@ -34,7 +34,7 @@ def make_run(
     )
     with torch.no_grad():
         for tower in (pair.image, pair.text):
-            _stir(tower)
+            _randomize(tower)
         pair.log_scale.fill_(2.5)
     split_path(path).write_bytes(b"a split")
     training = {"loss": {"name": "multi_positive"}, "optimizer": {"epochs": 3}, "split": {"kind": "key"}, "seed": 0}
@@ -43,7 +43,7 @@ def make_run(
     return path
 
 
-def _stir(tower: torch.nn.Module) -> None:
+def _randomize(tower: torch.nn.Module) -> None:
     for name, value in [*tower.named_parameters(), *tower.named_buffers()]:
         if name.endswith("num_batches_tracked"):
             continue

@@ -1,4 +1,4 @@
-"""A tower as a chain of dense layers."""
+"""Towers as chains of dense layers."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_dense_chain_is_exact(pieces: list[str], is_bare: bool) -> None:
 
 
 def _is_alone(modules: list[nn.Module], place: int) -> bool:
-    """Whether an activation stands behind another one, dropouts and norms between them not counted."""
+    """Return whether an activation follows another one, apart from dropout and norms between them."""
     if not isinstance(modules[place], (nn.ReLU, nn.GELU)):
         return False
     before = [module for module in modules[:place] if not isinstance(module, (nn.Dropout, nn.BatchNorm1d))]

@@ -1,4 +1,4 @@
-"""What holds for every export."""
+"""Properties of every export."""
 
 import http.server
 import json
@@ -154,7 +154,7 @@ def test_card_content(run: Path, tmp_path: Path) -> None:
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """The answers of a hub that a push needs; the repository `me/closed` is read-only."""
+    """A hub that answers what an upload needs; the repository `me/closed` is read-only."""
 
     protocol_version = "HTTP/1.1"
 

@@ -1,4 +1,4 @@
-"""A run as ONNX graphs."""
+"""Export to ONNX graphs."""
 
 import json
 from pathlib import Path

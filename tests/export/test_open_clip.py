@@ -1,4 +1,4 @@
-"""A run as a folder that open_clip opens."""
+"""Export for open_clip."""
 
 import json
 from pathlib import Path

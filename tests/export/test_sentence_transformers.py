@@ -1,4 +1,4 @@
-"""The text side of a run as a sentence-transformers model."""
+"""Export of the text tower for sentence-transformers."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A run as a model folder of transformers."""
+"""Export for transformers."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_has_the_interface_of_clip(tiny: dict[str, str], tmp_path: Path) -> None
 
 
 class Own(torch.nn.Module):
-    """A projector whose file imports more than torch."""
+    """A projector whose module imports more than torch."""
 
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()

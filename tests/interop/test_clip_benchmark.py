@@ -196,6 +196,7 @@ def test_errors(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(SettingError, match="device: expected cpu, got meta"):
         model.to("meta")
     monkeypatch.setitem(sys.modules, "clip_benchmark", None)
+    monkeypatch.setitem(sys.modules, "clip_benchmark.cli", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'embedcache\[clip-benchmark\]'"):
         evaluate(runs["vectors"], [])
 

@@ -52,7 +52,7 @@ def test_bootstrap_class_mean_coverage() -> None:
         right = rng.random(1000) < np.where(labels == 0, 0.9, 0.3)
         estimate = bootstrap_class_mean(right, labels, num_draws=200, seed=trial)
         hits += estimate.low <= 0.6 <= estimate.high
-    assert hits >= 52  # of 60 intervals of 95 %
+    assert hits >= 52  # of 60 intervals of 95%
 
 
 def test_bootstrap_means_share_resamples() -> None:

@@ -45,7 +45,13 @@ def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
         optimizer=OptimizerSettings(epochs=2, batch_size=64),
         split=SplitSettings(kind="key"),
     )
-    train(cache_path, tmp_path / "run", image="open_toy/patches", text="open_toy/tokens", settings=settings)
+    train(
+        cache_path,
+        tmp_path / "run",
+        image_feature="open_toy/patches",
+        text_feature="open_toy/tokens",
+        settings=settings,
+    )
     assert build_index(cache_path, tmp_path / "index", IndexSettings(run=tmp_path / "run")).num_vectors == 300
     cache = Cache(cache_path)
     pair, _ = load_pair(tmp_path / "run")

@@ -85,7 +85,7 @@ def test_trial_of_a_dead_process_is_repeated(tmp_path: Path, space: Space) -> No
     assert not trial_path(tmp_path / "killed", lost.number).exists()
 
 
-def test_trial_finished_during_the_check_stays_finished(
+def test_trial_finished_during_check_stays_finished(
     tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs = open_trials(tmp_path, space, trials=1), open_trials(tmp_path, space, trials=1)

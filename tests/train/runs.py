@@ -16,7 +16,9 @@ def run(
 ) -> TrainReport:
     """Train a small run, by default two epochs of the default recipe."""
     defaults = {"shared_width": 16, "epochs": 2, "batch_size": 64, "split": "key"}
-    return train(caches, run_path, image=image, text=text, settings=train_settings({**defaults, **options}))  # type: ignore[arg-type]
+    return train(
+        caches, run_path, image_feature=image, text_feature=text, settings=train_settings({**defaults, **options})
+    )  # type: ignore[arg-type]
 
 
 def log_lines(run_path: Path) -> list[dict[str, Any]]:

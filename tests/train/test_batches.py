@@ -92,7 +92,7 @@ def test_positives_match_the_whole_relation(samples: int, seed: int) -> None:
 @pytest.mark.parametrize("image", ["cls", "patches"])
 @pytest.mark.parametrize("text", ["mean", "tokens"])
 def test_loaded_and_mapped_rows_are_equal(two_caches: list[Path], image: str, text: str) -> None:
-    names = {"image": f"open_toy/{image}", "text": f"open_toy/{text}"}
+    names = {"image_feature": f"open_toy/{image}", "text_feature": f"open_toy/{text}"}
     mapped, loaded = (open_data(two_caches, **names, memory_bytes=size) for size in (0, 10**9))
     assert mapped.is_mapped
     assert not loaded.is_mapped

@@ -40,9 +40,19 @@ def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_pa
     source = open_source(write_pictures(tmp_path / "s", 10))
     extract(source, tmp_path / "c", image_encoders=["tests.toy:open_toy,scale=2"], text_encoders=[TEXT])
     with pytest.raises(FingerprintError, match=r"open_toy/cls of .*a .*c"):
-        open_data([two_caches[0], tmp_path / "c"], image="open_toy/cls", text="open_toy/mean", memory_bytes=10**9)
+        open_data(
+            [two_caches[0], tmp_path / "c"],
+            image_feature="open_toy/cls",
+            text_feature="open_toy/mean",
+            memory_bytes=10**9,
+        )
     with pytest.raises(DataError, match="expected caches of different samples: .*a and .*a hold the same"):
-        open_data([two_caches[0], two_caches[0]], image="open_toy/cls", text="open_toy/mean", memory_bytes=10**9)
+        open_data(
+            [two_caches[0], two_caches[0]],
+            image_feature="open_toy/cls",
+            text_feature="open_toy/mean",
+            memory_bytes=10**9,
+        )
 
 
 def test_unfinished_feature_is_named(two_caches: list[Path], tmp_path: Path) -> None:

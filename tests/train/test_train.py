@@ -263,7 +263,7 @@ def test_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path) ->
     assert report.best_epoch == best != 6
     pair, _ = load_pair(tmp_path / "run")
     cache = Cache(cache_path)
-    pairs = train_module.open_data(cache_path, image=IMAGE, text="open_toy/mean", memory_bytes=10**9)
+    pairs = train_module.open_data(cache_path, image_feature=IMAGE, text_feature="open_toy/mean", memory_bytes=10**9)
     split = read_split(tmp_path / "run/split.parquet", [cache])
     validation = Validation(
         pairs.pairs(None).select(split.rows("val")), pairs.read_image, pairs.read_text, device="cpu"

@@ -39,7 +39,7 @@ def around(cache_path: Path, pictures: Path, tmp_path_factory: pytest.TempPathFa
         settings=plain,
     )
     settings = train_settings({"projector": "linear", "epochs": 0, "split": "key"})
-    train(cache_path, folder / "run", image=FEATURES["image"], text=FEATURES["text"], settings=settings)
+    train(cache_path, folder / "run", image_feature=FEATURES["image"], text_feature=FEATURES["text"], settings=settings)
     return {"cache": cache_path, **{name: folder / name for name in ("other", "concepts", "target", "run")}}
 
 
