@@ -118,10 +118,6 @@ def build_graph(export: OnnxExport, settings: EncoderSettings, weights: str) -> 
 
     `auto` chooses onnxruntime if possible: float32 on the CPU, extra `cpu` installed, weights small enough for one
     file, and an export that agrees with torch. Otherwise it chooses torch. The choice is part of the fingerprint.
-
-    Raises:
-        SettingError: onnxruntime was requested together with another device or precision.
-        ArtifactError: onnxruntime was requested and the model cannot be exported.
     """
     if settings.backend == "torch" or (settings.backend == "auto" and not _suits_onnx(export.module, settings)):
         return TorchGraph(export.module, settings), "torch"
@@ -136,11 +132,7 @@ def build_graph(export: OnnxExport, settings: EncoderSettings, weights: str) -> 
 
 
 def torch_graph(module: torch.nn.Module, settings: EncoderSettings, family: str) -> "TorchGraph":
-    """Prepare a model without an ONNX export to run on torch.
-
-    Raises:
-        SettingError: onnxruntime was requested.
-    """
+    """Prepare a model without an ONNX export to run on torch."""
     if settings.backend == "onnxruntime":
         raise SettingError(
             f"backend: expected auto or torch for the encoder family {family!r}, which runs on torch only, "
@@ -155,11 +147,7 @@ def choose_batch_size(settings: EncoderSettings, *, on_cpu: int, on_gpu: int) ->
 
 
 def torch_device(name: str) -> torch.device:
-    """Return a torch device that exists on this machine.
-
-    Raises:
-        SettingError: the name is not a torch device, or this machine has no such device.
-    """
+    """Return a torch device that exists on this machine."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -176,10 +164,6 @@ class TorchGraph:
     """A torch module on its device.
 
     A batch that does not fit the device's memory is split in halves, and later batches are split alike.
-
-    Args:
-        module: takes the inputs by name and returns a dict of tensors.
-        settings: device, precision, and whether to compile.
     """
 
     def __init__(self, module: torch.nn.Module, settings: EncoderSettings) -> None:
@@ -193,11 +177,7 @@ class TorchGraph:
             self._module.compile()
 
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
-        """Run one batch; outputs are float32 at any precision.
-
-        Raises:
-            SettingError: the device's memory is too small for a single item.
-        """
+        """Run one batch; outputs are float32 at any precision."""
         num_rows = len(next(iter(inputs.values())))
         parts: list[dict[str, Floats]] = []
         start = 0
@@ -239,12 +219,7 @@ class TorchGraph:
 
 
 class OnnxGraph:
-    """An ONNX file, opened by onnxruntime on the CPU.
-
-    Raises:
-        CorruptError: onnxruntime cannot read the file.
-        MissingExtraError: onnxruntime is not installed.
-    """
+    """An ONNX file, opened by onnxruntime on the CPU."""
 
     def __init__(self, path: Path) -> None:
         runtime = require("onnxruntime", extra="cpu")
@@ -271,11 +246,7 @@ def onnx_folder() -> Path:
 
 
 def export_graph(export: OnnxExport, path: Path) -> None:
-    """Write a module as an ONNX file.
-
-    Raises:
-        ArtifactError: torch cannot trace the module.
-    """
+    """Write a module as an ONNX file."""
     arguments = tuple(torch.from_numpy(array) for array in export.example.values())
     module = _PositionalModule(export.module, list(export.example), export.outputs)
     # The exporter warns about its own age and about every Python branch; the comparison with torch decides instead.

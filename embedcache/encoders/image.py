@@ -52,10 +52,6 @@ def build_image_encoder(
         fingerprint: of the model; backend, precision and the list of native features are filled in here.
         settings: device, precision, backend and batch size.
         onnx_name: starts the file name of the ONNX export; None: the family runs on torch only.
-
-    Raises:
-        SettingError: onnxruntime was requested for a family that runs on torch only, or with another device or
-            precision.
     """
     graph: Graph
     backend: Backend = "torch"
@@ -114,9 +110,6 @@ class ImageModel(torch.nn.Module):
         scale: normalizes a batch of prepared images.
         input_size: (3, H, W).
         requested: names of features; those that cannot be derived are left out.
-
-    Raises:
-        SettingError: the model is not deterministic.
     """
 
     features: dict[str, ItemShape]
@@ -221,11 +214,6 @@ class PixelScale(torch.nn.Module):
 
 def split_transform(whole: Transform, to_pixels: Transform, scale: PixelScale) -> tuple[Transform, torch.nn.Module]:
     """Split a published transform at uint8 pixels, if the result stays the same.
-
-    Args:
-        whole: published transform, to float32.
-        to_pixels: the same without normalization.
-        scale: normalization with the published settings.
 
     Returns:
         `to_pixels` and `scale` if together they compute what `whole` computes on images of noise; else `whole` and an

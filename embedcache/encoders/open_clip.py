@@ -34,15 +34,7 @@ POOLING = {"pooled": "the tower's output in the joint space, before normalisatio
 
 
 def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open one tower of a CLIP model. Required option: `pretrained`, a published tag or the path of a local file.
-
-    Raises:
-        MissingExtraError: open_clip is not installed.
-        UnknownNameError: unknown model, tag or option.
-        PathError: the file does not exist, or the hub is unreachable.
-        ArtifactError: the weights belong to another model.
-        SettingError: `pretrained` is missing, or onnxruntime was requested.
-    """
+    """Open one tower of a CLIP model. Required option: `pretrained`, a published tag or the path of a local file."""
     check_options(spec, ("pretrained",))
     open_clip = require("open_clip", extra="open-clip")
     if spec.model not in open_clip.list_models():

@@ -53,13 +53,7 @@ _OLD_FLAGS = {
 
 
 def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open a text model. Options: `revision` (of a hub model), `max_tokens` (default: the published limit).
-
-    Raises:
-        PathError: there is no such folder, and no such model on a reachable hub.
-        SettingError: images were requested, or the model has other modules than the common ones.
-        ArtifactError: the weights do not fit.
-    """
+    """Open a text model. Options: `revision` (of a hub model), `max_tokens` (default: the published limit)."""
     check_options(spec, ("max_tokens", "revision"))
     check_modality(spec, modality, "text")
     folder = find_folder(spec)
@@ -155,12 +149,7 @@ def _find_named(spec: EncoderSpec) -> ModelFolder:
 
 
 def read_modules(folder: Path) -> SentenceModules:
-    """Read a folder's list of modules.
-
-    Raises:
-        PathError: there is no list.
-        SettingError: it lists other modules than the common ones.
-    """
+    """Read a folder's list of modules."""
     if not (folder / "modules.json").is_file():
         raise PathError(f"{folder} has no modules.json: expected a sentence-transformers model; try hf:{folder}")
     modules = [
@@ -209,11 +198,7 @@ def load_transformer(modules: SentenceModules) -> tuple[torch.nn.Module, str]:
 
 
 def load_dense(folder: Path) -> Dense:
-    """Load a dense layer.
-
-    Raises:
-        SettingError: it is residual, or applies to tokens.
-    """
+    """Load a dense layer."""
     config = read_json(folder / "config.json")
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     if activation not in ACTIVATIONS:

@@ -42,10 +42,6 @@ def build_text_encoder(
         fingerprint: of the model; backend, precision and the list of native features are filled in here.
         settings: device, precision, backend, batch size and requested features.
         onnx_key: JSON values that determine the ONNX graph together with the weights; `name` starts the file name.
-
-    Raises:
-        SettingError: onnxruntime was requested with another device or precision.
-        ArtifactError: onnxruntime was requested and the model cannot be exported.
     """
     example = _example_batch((5, 9), tokenizer.pad_id)
     with torch.inference_mode():
@@ -153,10 +149,6 @@ def open_tokenizer(
     """Open the transformers tokenizer in a model folder, safe to call from many threads.
 
     `max_tokens` defaults to the smaller of the tokenizer's and the model's limits; see `Tokenizer` for the rest.
-
-    Raises:
-        PathError: there is no tokenizer in the folder.
-        SettingError: neither the tokenizer nor the model states a limit, or `max_tokens` exceeds the model's.
     """
     from transformers import AutoTokenizer
 
@@ -175,11 +167,7 @@ def open_tokenizer(
 
 
 def max_tokens_option(spec: EncoderSpec) -> int | None:
-    """Return the option `max_tokens` of a spec.
-
-    Raises:
-        SettingError: it is not a positive whole number.
-    """
+    """Return the option `max_tokens` of a spec."""
     text = spec.options.get("max_tokens")
     if text is None:
         return None

@@ -45,12 +45,6 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
 
     Options: `weights`, a local .safetensors or .pth file instead of the hub's; `image_size`, in pixels, instead of the
     published one: position embeddings are resized to it.
-
-    Raises:
-        UnknownNameError: unknown model or option.
-        PathError: the file does not exist, or the hub is unreachable.
-        ArtifactError: the weights belong to another model.
-        SettingError: text or onnxruntime was requested, or an image size that the model does not support.
     """
     check_options(spec, ("image_size", "weights"))
     check_modality(spec, modality, "image")
@@ -79,11 +73,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
 
 
 def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
-    """Load a model without its classifier, at its published size; return it and its commit on the hub, if any.
-
-    Raises:
-        EmbedcacheError: see `open_timm`.
-    """
+    """Load a model without its classifier, at its published size; return it and its commit on the hub, if any."""
     path = Path(spec.options["weights"]).expanduser() if "weights" in spec.options else None
     if not spec.model.startswith(HUB_PREFIXES):
         _check_name(spec.model, has_file=path is not None)

@@ -41,11 +41,6 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
     """Open an image or text model. Options: `revision` (of a hub model), for texts also `max_tokens`.
 
     Of a model of both modalities, such as CLIP, the requested tower is opened.
-
-    Raises:
-        PathError: there is no such folder, and no such model on a reachable hub.
-        SettingError: the model is of another modality, or onnxruntime was requested for images.
-        ArtifactError: the weights do not fit.
     """
     check_options(spec, ("revision",) if modality == "image" else ("max_tokens", "revision"))
     folder = find_model_folder(spec)
@@ -68,12 +63,7 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
 
 
 def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
-    """Return the config of a folder's model, or of its tower of a modality, and the class that loads it.
-
-    Raises:
-        PathError: there is no model.
-        SettingError: the tower cannot be loaded alone.
-    """
+    """Return the config of a folder's model, or of its tower of a modality, and the class that loads it."""
     import transformers
 
     config = load_config(folder)
@@ -125,10 +115,6 @@ def pixel_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str,
     Returns:
         The transform up to uint8, the normalization that follows, the published settings, and the (3, H, W) shape of
         the result.
-
-    Raises:
-        PathError: there is no image processor.
-        SettingError: the processor keeps each image's aspect ratio.
     """
     from transformers import AutoImageProcessor
 

@@ -47,13 +47,7 @@ _EPSILON = 1e-12
 
 
 def open_use(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open the packaged model. Option: `weights`, a file with the state of this network instead of the package's.
-
-    Raises:
-        UnknownNameError: unknown model or option.
-        MissingExtraError: the package is not installed.
-        SettingError: images were requested.
-    """
+    """Open the packaged model. Option: `weights`, a file with the state of this network instead of the package's."""
     check_options(spec, ("weights",))
     check_modality(spec, modality, "text")
     if spec.model != MODEL:
@@ -145,11 +139,7 @@ class _Dense(torch.nn.Module):
 
 
 def packaged_weights() -> dict[str, torch.Tensor]:
-    """Read the package's weights as the state of `SentenceEncoder`.
-
-    Raises:
-        MissingExtraError: the package is not installed.
-    """
+    """Read the package's weights as the state of `SentenceEncoder`."""
     with np.load(_resources() / "weights.npz", allow_pickle=False) as file:
         arrays: dict[str, Array] = {name: file[name] for name in file.files}
     table = np.stack([arrays[f"q{chunk}"] for chunk in range(1, _NUM_CHUNKS + 1)], axis=1)

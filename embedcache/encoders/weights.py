@@ -38,23 +38,14 @@ def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def check_weights_file(path: Path) -> None:
-    """Check that a file exists.
-
-    Raises:
-        PathError: it does not.
-    """
+    """Check that a file exists."""
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
         raise PathError(f"the weights file {path} {reason}; give the path of a .safetensors or .pth file")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a `.safetensors` or torch file, without executing anything in it.
-
-    Raises:
-        PathError: the file does not exist or is not readable.
-        CorruptError: it does not hold weights.
-    """
+    """Read the tensors of a `.safetensors` or torch file, without executing anything in it."""
     check_weights_file(path)
     if not os.access(path, os.R_OK):  # safetensors would report that the file does not exist
         raise PathError(f"cannot read {path}: permission denied")
@@ -76,13 +67,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:
-    """Load a file's weights into a model; every name and shape must fit.
-
-    Raises:
-        PathError: the file does not exist or is not readable.
-        CorruptError: it does not hold weights.
-        ArtifactError: the weights belong to another model.
-    """
+    """Load a file's weights into a model; every name and shape must fit."""
     state = read_weights(path)
     try:
         module.load_state_dict(state)
@@ -101,11 +86,7 @@ class ModelFolder:
 
 
 def find_model_folder(spec: EncoderSpec, *, next_step: str = USE_LOCAL_FOLDER) -> ModelFolder:
-    """Return a model's folder; download it from the hub at the commit, tag or branch in the option `revision`.
-
-    Raises:
-        PathError: a local path that is not a folder, a name that the hub does not know, or an unreachable hub.
-    """
+    """Return a model's folder; download it from the hub at the commit, tag or branch in the option `revision`."""
     path = Path(spec.model).expanduser()
     if path.is_dir():
         return ModelFolder(path)
@@ -131,9 +112,6 @@ def find_hub_commit(repository: str, *, model: str, next_step: str) -> str:
     """Return the commit of a hub repository, `owner/name` or `owner/name@revision`, before a library downloads it.
 
     This fails at once if the hub is unreachable; the libraries' own downloads retry for most of a minute.
-
-    Raises:
-        PathError: the hub does not know it, or is unreachable and the local hub cache does not hold it.
     """
     from huggingface_hub import snapshot_download
 
@@ -156,11 +134,7 @@ def translate_hub_errors(model: str, *, next_step: str) -> Iterator[None]:
 
 
 def load_config(folder: Path) -> Any:
-    """Read a transformers model's `config.json`.
-
-    Raises:
-        PathError: it is missing, or names an architecture that transformers does not know.
-    """
+    """Read a transformers model's `config.json`."""
     from transformers import AutoConfig
 
     try:
@@ -172,11 +146,7 @@ def load_config(folder: Path) -> Any:
 
 
 def model_class(config: Any, folder: Path) -> Any:
-    """Return the transformers class that loads a model: `AutoModel`, or the encoder of an encoder-decoder.
-
-    Raises:
-        SettingError: an encoder-decoder whose encoder cannot be loaded alone.
-    """
+    """Return the transformers class that loads a model: `AutoModel`, or the encoder of an encoder-decoder."""
     import transformers
 
     if not getattr(config, "is_encoder_decoder", False):
@@ -195,11 +165,6 @@ def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Mo
 
     Returns:
         The model in eval mode, and the SHA-256 of those of its weights that the checkpoint holds.
-
-    Raises:
-        PathError: there are no weights.
-        CorruptError: a file of weights is truncated or invalid.
-        ArtifactError: the weights belong to another model.
     """
     with _quiet_transformers():
         try:

@@ -27,13 +27,7 @@ TEXTS = ("a red cat", "two small dogs on the green hill, and a cat.", "x", "Zwei
 
 @dataclass(frozen=True)
 class ExportRun:
-    """A trained run to export; its encoders are opened on first use.
-
-    Args:
-        path: folder of the run.
-        pair: its projectors, on the CPU.
-        config: its config.
-    """
+    """A trained run to export; its encoders are opened on first use."""
 
     path: Path
     pair: AlignedPair
@@ -41,12 +35,7 @@ class ExportRun:
 
     @classmethod
     def open(cls, path: Path) -> "ExportRun":
-        """Load a run.
-
-        Raises:
-            PathError: the folder is not a finished run.
-            CorruptError: the weights do not match the config.
-        """
+        """Load a run."""
         return cls(path, *load_pair(path))
 
     @cached_property
@@ -99,11 +88,7 @@ class ExportNotes:
 
 
 def check_plain(tower_input: TowerInput, format_name: str) -> None:
-    """Check that a feature is an encoder's plain output: not of a view, and computed in float32.
-
-    Raises:
-        SettingError: it is not.
-    """
+    """Check that a feature is an encoder's plain output: not of a view, and computed in float32."""
     if tower_input.fingerprint.get("view") is not None:
         view = tower_input.fingerprint["view"]["name"]
         raise unsupported(

@@ -20,15 +20,7 @@ _UNKNOWN_LICENSE = "unknown: ask its authors"
 
 
 def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str, metrics: Any) -> None:
-    """Write the model card, `README.md`.
-
-    Args:
-        path: the file, in the export's folder.
-        run: the exported run.
-        notes: what the format reports about the export.
-        format_name: name of the format.
-        metrics: JSON report of `embedcache evaluate`; None: no metrics.
-    """
+    """Write the model card, `README.md`."""
     licenses: dict[str, str | None] = {
         modality: find_license(run.config.tower_input(modality)) for modality in MODALITIES
     }

@@ -70,11 +70,7 @@ class DenseChain:
 
 @torch.no_grad()
 def dense_chain(tower: AnyTower, format_name: str) -> DenseChain:
-    """Return a trained tower as a chain of dense layers that computes the same, up to rounding.
-
-    Raises:
-        SettingError: its projector is not such a chain; the message says why.
-    """
+    """Return a trained tower as a chain of dense layers that computes the same, up to rounding."""
     if isinstance(tower, TokenTower):
         raise unsupported(format_name, f"{_name(tower)} maps every token, and a dense layer expects one vector")
     modules = list(_modules(tower, format_name))
@@ -103,13 +99,7 @@ def _name(tower: AnyTower) -> str:
 
 
 def _fold(modules: list[nn.Module], affine: tuple[Tensor, Tensor] | None, format_name: str) -> list[DenseLayer]:
-    """Fold affine maps x -> a x + b, before or after a linear layer, into the layers, in float64.
-
-    Args:
-        modules: modules of a projector, in order.
-        affine: (a, b) applied before the first module.
-        format_name: for the error.
-    """
+    """Fold affine maps x -> a x + b, before or after a linear layer, into the layers, in float64."""
     layers: list[DenseLayer] = []
     for module in modules:
         can_extend = bool(layers) and layers[-1].is_linear and affine is None

@@ -63,11 +63,7 @@ _NUM_ROWS, _NUM_TOKENS = 7, 5
 
 
 def write_onnx(run: ExportRun, folder: Path, *, towers: bool) -> ExportNotes:
-    """Write ONNX graphs (opset 17, any number of items), and check them with onnxruntime.
-
-    Raises:
-        EmbedcacheError: see `export_run`; also if a module cannot be exported to ONNX.
-    """
+    """Write ONNX graphs (opset 17, any number of items), and check them with onnxruntime."""
     require("onnx", extra="cpu")
     return _write_towers(run, folder) if towers else _write_projectors(run, folder)
 

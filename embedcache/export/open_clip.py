@@ -91,9 +91,6 @@ def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str |
         folder: empty folder to fill.
         final: path that the folder will have.
         hub_name: repository on the hub that it will be uploaded to, if any.
-
-    Raises:
-        EmbedcacheError: see `export_run`.
     """
     require("open_clip", extra=_FORMAT)
     for modality in MODALITIES:
@@ -299,16 +296,7 @@ def _clip_model(run: ExportRun, folder: Path) -> _Model:
 
 
 def fold_into_tower(state: dict[str, Tensor], modality: str, layers: Sequence[DenseLayer]) -> None:
-    """Fold a linear projector into the linear map at the end of an own tower of open_clip.
-
-    Args:
-        state: state of the whole model; changed in place.
-        modality: `image` or `text`.
-        layers: layers of the projector.
-
-    Raises:
-        SettingError: the projector is more than a linear map, or the tower does not end in one.
-    """
+    """Fold a linear projector into the linear map at the end of an own tower of open_clip."""
     if not _is_linear(layers) or layers[0].bias_P is not None:
         raise unsupported(
             _FORMAT,

@@ -24,11 +24,7 @@ print(vectors.shape)
 
 
 def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
-    """Write a folder that `SentenceTransformer` opens, and check it with that library.
-
-    Raises:
-        EmbedcacheError: see `export_run`.
-    """
+    """Write a folder that `SentenceTransformer` opens, and check it with that library."""
     library = require("sentence_transformers", extra=_FORMAT)
     chain = dense_chain(run.pair.text, _FORMAT)
     check_plain(run.config.text, _FORMAT)

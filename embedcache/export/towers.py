@@ -44,11 +44,7 @@ class EncoderModule:
 
 
 def open_image_module(run: ExportRun, format_name: str) -> EncoderModule:
-    """Open the image encoder of a run.
-
-    Raises:
-        SettingError: the format does not support its family, or the feature is of a view or not in float32.
-    """
+    """Open the image encoder of a run."""
     spec, names = _spec_and_names(run, "image", format_name)
     openers = {"timm": _open_timm, "hf": _open_hf_image, "lite": _open_lite}
     if spec.family not in openers:
@@ -62,11 +58,7 @@ def open_image_module(run: ExportRun, format_name: str) -> EncoderModule:
 
 
 def open_text_module(run: ExportRun, format_name: str) -> EncoderModule:
-    """Open the text encoder of a run.
-
-    Raises:
-        SettingError: the format does not support its family, or the feature is not in float32.
-    """
+    """Open the text encoder of a run."""
     spec, names = _spec_and_names(run, "text", format_name)
     openers = {"hf": _open_hf_text, "st": _open_sentences}
     if spec.family not in openers:

@@ -59,11 +59,7 @@ with torch.inference_mode():
 
 
 def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
-    """Write a folder that transformers opens with `trust_remote_code=True`, and check it with that library.
-
-    Raises:
-        EmbedcacheError: see `export_run`.
-    """
+    """Write a folder that transformers opens with `trust_remote_code=True`, and check it with that library."""
     encoders = {"image": open_image_module(run, _FORMAT), "text": open_text_module(run, _FORMAT)}
     for encoder in encoders.values():
         encoder.save_processor(folder)
@@ -114,11 +110,7 @@ def has_own_processor(folder: Path) -> bool:
 
 
 def copy_modules(modules: list[str], folder: Path, format_name: str) -> None:
-    """Copy modules, and those of this package that they import, with imports made relative; keep existing files.
-
-    Raises:
-        SettingError: a module imports a library that model folders must not require.
-    """
+    """Copy modules, and those of this package that they import, with imports made relative; keep existing files."""
     waiting, done = list(modules), set()
     while waiting:
         module = waiting.pop()
