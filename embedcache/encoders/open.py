@@ -132,8 +132,9 @@ class EncoderSpec:
     @property
     def absolute(self) -> "EncoderSpec":
         """The same spec with absolute local paths, so that it opens from any working directory."""
-        model = _absolute(self.model) if self.is_path else self.model
-        options = {key: _absolute(value) if _exists(value) else value for key, value in self.options.items()}
+        values = {key: Path(value).expanduser() for key, value in self.options.items()}
+        options = {key: str(path.absolute()) if path.exists() else self.options[key] for key, path in values.items()}
+        model = str(Path(self.model).expanduser().absolute()) if self.is_path else self.model
         return EncoderSpec(self.family, model, options)
 
     @property
@@ -171,14 +172,6 @@ def check_modality(spec: EncoderSpec, modality: Modality, served: Modality) -> N
             f"{spec.text} encodes {served}, requested for {modality}; use it as the {served} encoder, "
             f"or choose another for {modality}"
         )
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
-
-
-def _exists(value: str) -> bool:
-    return Path(value).expanduser().exists()
 
 
 def _parse_options(text: str, parts: Collection[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """`open_clip:ViT-B-32,pretrained=/path.pt`: one tower of a CLIP model, not normalized."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -40,8 +40,33 @@ def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
     if spec.model not in open_clip.list_models():
         raise unknown_name("open_clip model", spec.model, open_clip.list_models())
     checkpoint = load_checkpoint(open_clip, spec, settings.device)
-    open_tower = _open_image if modality == "image" else _open_text
-    return open_tower(open_clip, spec, checkpoint, settings)
+    features: dict[str, ItemShape] = {"pooled": (int(open_clip.get_model_config(spec.model)["embed_dim"]),)}
+    fingerprint = Fingerprint(
+        family="open_clip", model=spec.model, weights=checkpoint.weights, preprocessing={}, pooling=POOLING
+    )
+    if modality == "image":
+        published = dict(open_clip.get_model_preprocess_cfg(checkpoint.model))
+        transform, scale = pixel_transform(checkpoint.preprocess, published)
+        return image_encoder(
+            torch_graph(_ImageTower(checkpoint.model, scale), settings, "open_clip"),
+            transform,
+            features=features,
+            fingerprint=replace(fingerprint, preprocessing=plain_json(published)),
+            settings=settings,
+        )
+    with translate_hub_errors(
+        f"the tokenizer of {spec.model}", next_step="choose a model with open_clip's own tokenizer"
+    ):
+        tokenizer = open_clip.get_tokenizer(spec.model)
+    tower = _TextTower(checkpoint.model)
+    return text_encoder(
+        torch_graph(tower, settings, "open_clip"),
+        lambda texts: [ids[: tower.num_read(ids)] for ids in tokenizer(list(texts)).numpy().astype(np.int64)],
+        features=features,
+        fingerprint=replace(fingerprint, preprocessing={"num_tokens": int(tokenizer.context_length)}),
+        pad_id=0,
+        settings=settings,
+    )
 
 
 class _ImageTower(torch.nn.Module):
@@ -137,32 +162,16 @@ def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
         )
     pretrained = spec.options["pretrained"]
     if pretrained in tags:
-        _check_published(open_clip, spec.model, pretrained)
+        owner, _, rest = open_clip.get_pretrained_cfg(spec.model, pretrained).get("hf_hub", "").partition("/")
+        if owner:
+            repository = f"{owner}/{rest.partition('/')[0]}"
+            find_hub_commit(repository, model=f"{spec.model} {pretrained}", next_step=_USE_FILE)
         return pretrained
     path = Path(pretrained).expanduser()
     if not path.exists() and "/" not in pretrained and not path.suffix:
         raise unknown_name(f"published weights of {spec.model}", pretrained, tags)
     check_weights_file(path)
     return str(path)
-
-
-def _check_published(open_clip: Any, model: str, tag: str) -> None:
-    owner, _, rest = open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "").partition("/")
-    if owner:
-        repository = f"{owner}/{rest.partition('/')[0]}"
-        find_hub_commit(repository, model=f"{model} {tag}", next_step=_USE_FILE)
-
-
-def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> Encoder:
-    published = dict(open_clip.get_model_preprocess_cfg(checkpoint.model))
-    transform, scale = pixel_transform(checkpoint.preprocess, published)
-    return image_encoder(
-        torch_graph(_ImageTower(checkpoint.model, scale), settings, "open_clip"),
-        transform,
-        features=_features(open_clip, spec),
-        fingerprint=_fingerprint(spec, checkpoint, published, settings),
-        settings=settings,
-    )
 
 
 def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Transform, torch.nn.Module]:
@@ -178,41 +187,3 @@ def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Tran
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
     return split_transform(whole, to_pixels, PixelScale(published["mean"], published["std"], divisor=255))
-
-
-def _open_text(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> Encoder:
-    with translate_hub_errors(
-        f"the tokenizer of {spec.model}", next_step="choose a model with open_clip's own tokenizer"
-    ):
-        tokenizer = open_clip.get_tokenizer(spec.model)
-    num_tokens = int(tokenizer.context_length)
-    tower = _TextTower(checkpoint.model)
-
-    def tokenize(texts: Sequence[str]) -> list[Ints]:
-        return [ids[: tower.num_read(ids)] for ids in tokenizer(list(texts)).numpy().astype(np.int64)]
-
-    return text_encoder(
-        torch_graph(tower, settings, "open_clip"),
-        tokenize,
-        features=_features(open_clip, spec),
-        fingerprint=_fingerprint(spec, checkpoint, {"num_tokens": num_tokens}, settings),
-        pad_id=0,
-        settings=settings,
-    )
-
-
-def _features(open_clip: Any, spec: EncoderSpec) -> dict[str, ItemShape]:
-    return {"pooled": (int(open_clip.get_model_config(spec.model)["embed_dim"]),)}
-
-
-def _fingerprint(
-    spec: EncoderSpec, checkpoint: Checkpoint, preprocessing: Mapping[str, Any], settings: EncoderSettings
-) -> Fingerprint:
-    return Fingerprint(
-        family="open_clip",
-        model=spec.model,
-        weights=checkpoint.weights,
-        preprocessing=plain_json(preprocessing),
-        pooling=POOLING,
-        precision=settings.precision,
-    )

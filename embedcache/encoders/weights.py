@@ -18,7 +18,6 @@ from embedcache.errors import ArtifactError, CorruptError, PathError, SettingErr
 
 USE_LOCAL_FOLDER = "give the path of a local folder instead"
 
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _OPTIONAL_WEIGHTS = ("pooler.", "lm_head.")  # a checkpoint may lack them: no feature depends on them
 
 
@@ -38,7 +37,6 @@ def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def check_weights_file(path: Path) -> None:
-    """Check that a file exists."""
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
         raise PathError(f"the weights file {path} {reason}; give the path of a .safetensors or .pth file")
@@ -93,19 +91,15 @@ def find_model_folder(spec: EncoderSpec, *, next_step: str = USE_LOCAL_FOLDER) -
     if spec.is_path or path.exists():
         reason = "is a file" if path.exists() else "does not exist"
         raise PathError(f"the model folder {path} {reason}; give a folder with config.json and weights in it")
-    return _download(spec.model, spec.options.get("revision"), next_step)
-
-
-def _download(model: str, revision: str | None, next_step: str) -> ModelFolder:
     from huggingface_hub import snapshot_download
 
-    with translate_hub_errors(f"{model!r} (not a local folder)", next_step=next_step):
+    with translate_hub_errors(f"{spec.model!r} (not a local folder)", next_step=next_step):
         for weights in ("*.safetensors", "*.bin"):
-            patterns = [*_SMALL_FILES, weights]
-            path = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+            patterns = ["*.json", "*.txt", "*.model", "*.jinja", weights]
+            path = Path(snapshot_download(spec.model, revision=spec.options.get("revision"), allow_patterns=patterns))
             if any(path.rglob(weights)):
                 return ModelFolder(path, revision=path.name)
-    raise PathError(f"{model!r} on the hub has no .safetensors or .bin weights; choose another, or {next_step}")
+    raise PathError(f"{spec.model!r} on the hub has no .safetensors or .bin weights; choose another, or {next_step}")
 
 
 def find_hub_commit(repository: str, *, model: str, next_step: str) -> str:
@@ -161,11 +155,7 @@ def model_class(config: Any, folder: Path) -> Any:
 
 
 def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Module, str]:
-    """Load a transformers model in float32 and hash its weights.
-
-    Returns:
-        The model in eval mode, and the SHA-256 of those of its weights that the checkpoint holds.
-    """
+    """Load a transformers model in float32 and eval mode, and hash those of its weights that the checkpoint holds."""
     with _quiet_transformers():
         try:
             model, info = loader.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)

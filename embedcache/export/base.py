@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from PIL import Image
 from embedcache.arrays import Floats
 from embedcache.encoders.base import Modality
 from embedcache.errors import ArtifactError, SettingError
-from embedcache.inference import ProjectedEncoder, open_projected_encoder
+from embedcache.inference import open_projected_encoder
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair
@@ -27,41 +26,38 @@ TEXTS = ("a red cat", "two small dogs on the green hill, and a cat.", "x", "Zwei
 
 @dataclass(frozen=True)
 class ExportRun:
-    """A trained run to export; its encoders are opened on first use."""
+    """A trained run to export, with its projectors on the CPU."""
 
     path: Path
     pair: AlignedPair
     config: PairConfig
+    _examples: dict[str, Floats] = field(default_factory=dict, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> "ExportRun":
         """Load a run."""
         return cls(path, *load_pair(path))
 
-    @cached_property
-    def image(self) -> ProjectedEncoder:
-        """Image encoder and projector."""
-        return open_projected_encoder("image", self.config.image, self.pair.image, "cpu")
-
-    @cached_property
-    def text(self) -> ProjectedEncoder:
-        """Text encoder and projector."""
-        return open_projected_encoder("text", self.config.text, self.pair.text, "cpu")
-
     def projector(self, modality: Modality) -> str:
-        """Return the name of a modality's projector."""
         return dict(zip(MODALITIES, split_names(self.config.projector), strict=True))[modality]
 
     def projector_class(self, modality: Modality) -> type:
-        """Return the class of a modality's projector."""
         projector: type = PROJECTORS.load(self.projector(modality))
         return projector
 
-    def embed_examples(self, modality: str) -> Floats:
-        """Embed the example images or texts: (N, P) float32 unit vectors."""
-        encoder = self.image if modality == "image" else self.text
-        items: Sequence[Any] = example_images() if modality == "image" else TEXTS
-        return encoder.embed(encoder.prepare(items))
+    def embed_examples(self, modality: Modality) -> Floats:
+        """Embed the example images or texts with the run's own encoder: (N, P) float32 unit vectors."""
+        if modality not in self._examples:
+            encoder = open_projected_encoder(modality, self.pair, self.config, device="cpu")
+            items: Sequence[Any] = example_images() if modality == "image" else TEXTS
+            self._examples[modality] = encoder.embed(encoder.prepare(items))
+        return self._examples[modality]
+
+    def check_parity(self, library: str, found: Mapping[Modality, Any]) -> dict[str, float]:
+        """Compare the example vectors of a library with the run's; return the largest difference per modality."""
+        return {
+            modality: check_parity(library, rows, self.embed_examples(modality)) for modality, rows in found.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +85,15 @@ class ExportNotes:
 
 def check_plain(tower_input: TowerInput, format_name: str) -> None:
     """Check that a feature is an encoder's plain output: not of a view, and computed in float32."""
-    if tower_input.fingerprint.get("view") is not None:
-        view = tower_input.fingerprint["view"]["name"]
-        raise unsupported(
-            format_name, f"the feature {tower_input.feature} is of the view {view!r}, not of the encoder alone"
-        )
-    if tower_input.fingerprint["precision"] != "float32":
-        precision = tower_input.fingerprint["precision"]
-        raise unsupported(format_name, f"the feature {tower_input.feature} was computed in {precision}, not in float32")
+    name, view, precision = (
+        tower_input.feature,
+        tower_input.fingerprint.get("view"),
+        tower_input.fingerprint["precision"],
+    )
+    if view is not None:
+        raise unsupported(format_name, f"the feature {name} is of the view {view['name']!r}, not of the encoder alone")
+    if precision != "float32":
+        raise unsupported(format_name, f"the feature {name} was computed in {precision}, not in float32")
 
 
 def unsupported(format_name: str, reason: str, next_step: str = "") -> SettingError:
@@ -114,11 +111,7 @@ def example_images() -> list[Image.Image]:
 
 
 def check_parity(library: str, found: Any, expected: Floats) -> float:
-    """Compare unit vectors and return the largest difference in one element.
-
-    Raises:
-        ArtifactError: the difference exceeds the tolerance, or is not a number.
-    """
+    """Return the largest difference in one element of unit vectors; raise `ArtifactError` if it is too large or NaN."""
     difference = float(np.abs(np.asarray(found, np.float32) - expected).max(initial=0))
     if not difference <= TOLERANCE:
         raise ArtifactError(

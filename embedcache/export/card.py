@@ -22,7 +22,7 @@ _UNKNOWN_LICENSE = "unknown: ask its authors"
 def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str, metrics: Any) -> None:
     """Write the model card, `README.md`."""
     licenses: dict[str, str | None] = {
-        modality: find_license(run.config.tower_input(modality)) for modality in MODALITIES
+        modality: _find_license(run.config.tower_input(modality)) for modality in MODALITIES
     }
     parts = [
         _front_matter(notes, licenses),
@@ -36,7 +36,7 @@ def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str,
     write_atomic(path, "\n".join(parts).encode())
 
 
-def find_license(tower_input: TowerInput) -> str | None:
+def _find_license(tower_input: TowerInput) -> str | None:
     """Return the license of an encoder: of a packaged one, or from the card in its folder; None if unknown."""
     fingerprint = tower_input.fingerprint
     for (family, start), known in _KNOWN_LICENSES.items():

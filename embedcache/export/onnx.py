@@ -59,7 +59,6 @@ tokens = {{name: ids[name].astype(np.int64) for name in names}}
 text = onnxruntime.InferenceSession(f"{{folder}}/text.onnx").run(None, tokens)[0]
 print(image @ text.T)
 """
-_NUM_ROWS, _NUM_TOKENS = 7, 5
 
 
 def write_onnx(run: ExportRun, folder: Path, *, towers: bool) -> ExportNotes:
@@ -88,9 +87,14 @@ def _write_projectors(run: ExportRun, folder: Path) -> ExportNotes:
         if isinstance(tower, TokenTower):
             dynamic_axes["features"][1] = "tokens"
         module = _Projection(tower).eval()
-        export_graph(OnnxExport(module=module, example=example, outputs=["embeds"], dynamic_axes=dynamic_axes), path)
-        _add_metadata(path, run, modality)
-        differences[modality] = _check_projector(path, run, modality)
+        export = OnnxExport(module=module, example=example, outputs=["embeds"], dynamic_axes=dynamic_axes)
+        graph = _write_graph(export, path, run, modality)
+        differences[modality] = 0.0
+        for num_rows in (1, 7):
+            inputs = _example_features(run, modality, num_rows, 5)
+            expected = project(tower, Inputs(inputs["features"], inputs.get("lengths")))
+            difference = check_parity("onnxruntime", graph(inputs, ["embeds"])["embeds"], expected)
+            differences[modality] = max(differences[modality], difference)
     return ExportNotes(
         library="onnx",
         task=None,
@@ -115,15 +119,6 @@ def _example_features(run: ExportRun, modality: Modality, num_rows: int, num_tok
     }
 
 
-def _check_projector(path: Path, run: ExportRun, modality: Modality) -> float:
-    graph, largest = OnnxGraph(path), 0.0
-    for num_rows in (1, _NUM_ROWS):
-        inputs = _example_features(run, modality, num_rows, _NUM_TOKENS)
-        expected = project(run.pair.tower(modality), Inputs(inputs["features"], inputs.get("lengths")))
-        largest = max(largest, check_parity("onnxruntime", graph(inputs, ["embeds"])["embeds"], expected))
-    return largest
-
-
 class _ModelTower(nn.Module):
     """One tower of the exported model."""
 
@@ -140,7 +135,6 @@ def _write_towers(run: ExportRun, folder: Path) -> ExportNotes:
     model = load_exported(folder)
     differences: dict[str, float] = {}
     for modality, inputs in _prepared_inputs(folder).items():
-        path = folder / f"{modality}.onnx"
         axes = {name: {0: "batch"} | ({1: "tokens"} if array.ndim == 2 else {}) for name, array in inputs.items()}
         export = OnnxExport(
             module=_ModelTower(model, modality),
@@ -148,9 +142,8 @@ def _write_towers(run: ExportRun, folder: Path) -> ExportNotes:
             outputs=["embeds"],
             dynamic_axes={**axes, "embeds": {0: "batch"}},
         )
-        export_graph(export, path)
-        _add_metadata(path, run, modality)
-        graph, expected = OnnxGraph(path), run.embed_examples(modality)
+        graph = _write_graph(export, folder / f"{modality}.onnx", run, modality)
+        expected = run.embed_examples(modality)
         differences[modality] = check_parity("onnxruntime", graph(inputs, ["embeds"])["embeds"], expected)
         single = graph({name: array[:1] for name, array in inputs.items()}, ["embeds"])["embeds"]
         check_parity("onnxruntime, for a single item,", single, expected[:1])
@@ -179,9 +172,10 @@ def _prepared_inputs(folder: Path) -> Mapping[Modality, dict[str, Array]]:
     return {"image": {"pixel_values": pixels}, "text": ids}
 
 
-def _add_metadata(path: Path, run: ExportRun, modality: Modality) -> None:
-    """Record the run, feature and encoder in the graph's metadata."""
+def _write_graph(export: OnnxExport, path: Path, run: ExportRun, modality: Modality) -> OnnxGraph:
+    """Write a graph with the run, feature and encoder in its metadata, and open it."""
     onnx = require("onnx", extra="cpu")
+    export_graph(export, path)
     tower_input = run.config.tower_input(modality)
     graph = onnx.load(path)
     metadata = {
@@ -194,6 +188,7 @@ def _add_metadata(path: Path, run: ExportRun, modality: Modality) -> None:
     }
     onnx.helper.set_model_props(graph, metadata)
     onnx.save(graph, path)
+    return OnnxGraph(path)
 
 
 def _keep_processors(folder: Path) -> None:

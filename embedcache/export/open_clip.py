@@ -21,13 +21,12 @@ from embedcache.export.base import (
     TEXTS,
     ExportNotes,
     ExportRun,
-    check_parity,
     check_plain,
     example_images,
     unsupported,
 )
 from embedcache.export.dense import DenseLayer, dense_chain
-from embedcache.export.towers import open_image_module, open_text_module
+from embedcache.export.towers import open_module
 from embedcache.provenance import write_json
 from embedcache.registry import require
 
@@ -150,10 +149,12 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
     image_head_config, image_head = _image_head(layers["image"], width)
     text_head_config, text_head = _text_head(layers["text"], width)
     preprocess = _preprocess_config(run)
-    image, text = open_image_module(run, _FORMAT), open_text_module(run, _FORMAT)
+    image, text = (open_module(run, modality, _FORMAT) for modality in MODALITIES)
     pooler = _pooler(text.config, run)
     text.save_processor(folder)
     transformer: Any = text.module.get_submodule("_transformer" if text.config["kind"] == "sentences" else "_model")
+    state: dict[str, Tensor] = transformer.state_dict()
+    transformer_state = {name: value for name, value in state.items() if not name.startswith("pooler.")}
     spec = EncoderSpec.parse(run.config.text.spec)
     is_on_hub = spec.family == "hf" and not spec.is_path
     return _Model(
@@ -172,7 +173,7 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
         state={
             **_prefixed("visual.trunk", image.module.get_submodule("_model").state_dict()),
             **_prefixed("visual.head", image_head),
-            **_prefixed("text.transformer", _without_pooler(transformer.state_dict())),
+            **_prefixed("text.transformer", transformer_state),
             **_prefixed("text.proj", text_head),
         },
         text_config=transformer.config,
@@ -182,10 +183,6 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
 
 def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": value for name, value in state.items()}
-
-
-def _without_pooler(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if not name.startswith("pooler.")}
 
 
 def _vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,7 +284,7 @@ def _clip_model(run: ExportRun, folder: Path) -> _Model:
     checkpoint = load_checkpoint(library, specs["image"], "cpu")
     state = dict(checkpoint.model.state_dict())
     for modality in MODALITIES:
-        fold_into_tower(state, modality, _layers(run, modality))
+        _fold_into_tower(state, modality, _layers(run, modality))
     config = {**library.get_model_config(specs["image"].model), "embed_dim": run.config.shared_width}
     tokenizer = library.get_tokenizer(specs["image"].model)
     if config["text_cfg"].get("hf_tokenizer_name"):
@@ -295,7 +292,7 @@ def _clip_model(run: ExportRun, folder: Path) -> _Model:
     return _Model(config=config, preprocess=dict(library.get_model_preprocess_cfg(checkpoint.model)), state=state)
 
 
-def fold_into_tower(state: dict[str, Tensor], modality: str, layers: Sequence[DenseLayer]) -> None:
+def _fold_into_tower(state: dict[str, Tensor], modality: str, layers: Sequence[DenseLayer]) -> None:
     """Fold a linear projector into the linear map at the end of an own tower of open_clip."""
     if not _is_linear(layers) or layers[0].bias_P is not None:
         raise unsupported(
@@ -350,6 +347,4 @@ def _check(run: ExportRun, folder: Path) -> dict[str, float]:
     except RuntimeError as error:  # some timm networks have another width than they announce to open_clip
         specs = f"{run.config.image.spec} with {run.config.text.spec}"
         raise unsupported(_FORMAT, f"open_clip cannot run {specs}: {one_line(error)}") from error
-    return {
-        modality: check_parity("open_clip", found[modality], run.embed_examples(modality)) for modality in MODALITIES
-    }
+    return run.check_parity("open_clip", found)

@@ -17,16 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from embedcache.export.base import (
-    MODALITIES,
-    TEXTS,
-    ExportNotes,
-    ExportRun,
-    check_parity,
-    example_images,
-    unsupported,
-)
-from embedcache.export.towers import EncoderModule, open_image_module, open_text_module
+from embedcache.encoders.base import Modality
+from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images, unsupported
+from embedcache.export.towers import EncoderModule, open_module
 from embedcache.provenance import read_json, write_json
 
 _FORMAT = "transformers"
@@ -60,7 +53,7 @@ with torch.inference_mode():
 
 def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
     """Write a folder that transformers opens with `trust_remote_code=True`, and check it with that library."""
-    encoders = {"image": open_image_module(run, _FORMAT), "text": open_text_module(run, _FORMAT)}
+    encoders = {modality: open_module(run, modality, _FORMAT) for modality in MODALITIES}
     for encoder in encoders.values():
         encoder.save_processor(folder)
     _copy_code(run, folder)
@@ -105,8 +98,8 @@ def _copy_code(run: ExportRun, folder: Path) -> None:
 
 def has_own_processor(folder: Path) -> bool:
     """Return whether an exported folder's image processor is embedcache's, not one of transformers'."""
-    kind = read_json(folder / "preprocessor_config.json").get("image_processor_type")
-    return bool(kind == "EmbedcacheImageProcessor")
+    kind: str | None = read_json(folder / "preprocessor_config.json").get("image_processor_type")
+    return kind == "EmbedcacheImageProcessor"
 
 
 def copy_modules(modules: list[str], folder: Path, format_name: str) -> None:
@@ -135,7 +128,7 @@ def _check_imports(module: str, text: str, format_name: str) -> None:
                 raise unsupported(format_name, f"{module} imports {name}: expected only {', '.join(_LIBRARIES)}")
 
 
-def _write_config(run: ExportRun, folder: Path, encoders: Mapping[str, EncoderModule]) -> None:
+def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, EncoderModule]) -> None:
     from embedcache.export.hub_code.modeling_embedcache import EmbedcacheConfig
 
     config = EmbedcacheConfig(
@@ -156,7 +149,7 @@ def _write_config(run: ExportRun, folder: Path, encoders: Mapping[str, EncoderMo
     write_json(folder / "processor_config.json", {"processor_class": "VisionTextDualEncoderProcessor"})
 
 
-def _state(run: ExportRun, encoders: Mapping[str, EncoderModule]) -> dict[str, Tensor]:
+def _state(run: ExportRun, encoders: Mapping[Modality, EncoderModule]) -> dict[str, Tensor]:
     from embedcache.export.hub_code.modeling_embedcache import patch_pools
 
     state = {"logit_scale": run.pair.scale.detach().log()}
@@ -170,10 +163,7 @@ def _state(run: ExportRun, encoders: Mapping[str, EncoderModule]) -> dict[str, T
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers of a module, including those that its state dict leaves out."""
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
 @torch.inference_mode()
@@ -184,10 +174,10 @@ def _check(run: ExportRun, folder: Path) -> dict[str, float]:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     images = processor(images=example_images(), return_tensors="pt")["pixel_values"]
     texts = processor(text=list(TEXTS), return_tensors="pt", padding=True, truncation=True)
-    found = {
+    found: dict[Modality, Any] = {
         "image": model.get_image_features(images),
         "text": model.get_text_features(texts["input_ids"], texts["attention_mask"]),
     }
     del model
     gc.collect()
-    return {modality: check_parity(_FORMAT, found[modality], run.embed_examples(modality)) for modality in MODALITIES}
+    return run.check_parity(_FORMAT, found)
