@@ -70,7 +70,6 @@ class ExportNotes:
         code: Python code that loads the export from its parent folder; `{folder}` stands for the export's name.
         requirements: packages that the code imports.
         differences: modality -> largest difference from the run in one element of a unit vector.
-        notes: remarks for users.
         encoders: modalities whose encoder is included.
     """
 
@@ -80,7 +79,7 @@ class ExportNotes:
     requirements: Sequence[str]
     differences: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    encoders: Sequence[str] = MODALITIES
+    encoders: Sequence[Modality] = MODALITIES
 
 
 def check_plain(tower_input: TowerInput, format_name: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
 from embedcache.files import write_atomic
 from embedcache.projectors.saved import TowerInput
@@ -21,9 +22,8 @@ _UNKNOWN_LICENSE = "unknown: ask its authors"
 
 def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str, metrics: Any) -> None:
     """Write the model card, `README.md`."""
-    licenses: dict[str, str | None] = {
-        modality: _find_license(run.config.tower_input(modality)) for modality in MODALITIES
-    }
+    licenses = {modality: _find_license(run.config.tower_input(modality)) for modality in MODALITIES}
+    code, packages = notes.code.format(folder=path.parent.name), " ".join(notes.requirements)
     parts = [
         _front_matter(notes, licenses),
         f"# {path.parent.name}\n",
@@ -31,13 +31,13 @@ def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str,
         _encoders(run, notes, licenses),
         _training(run),
         _metrics(metrics),
-        _loading(path.parent.name, notes),
+        f"## Usage\n\n`pip install {packages}`, then, in the parent folder:\n\n```python\n{code}```\n",
     ]
     write_atomic(path, "\n".join(parts).encode())
 
 
 def _find_license(tower_input: TowerInput) -> str | None:
-    """Return the license of an encoder: of a packaged one, or from the card in its folder; None if unknown."""
+    """Return the license of a packaged encoder, or the one that the card in its folder names; None if unknown."""
     fingerprint = tower_input.fingerprint
     for (family, start), known in _KNOWN_LICENSES.items():
         if fingerprint["family"] == family and fingerprint["model"].startswith(start):
@@ -51,7 +51,7 @@ def _find_license(tower_input: TowerInput) -> str | None:
     return found[1] if found else None
 
 
-def _front_matter(notes: ExportNotes, licenses: Mapping[str, str | None]) -> str:
+def _front_matter(notes: ExportNotes, licenses: Mapping[Modality, str | None]) -> str:
     included = {licenses[modality] for modality in notes.encoders}
     known = included.pop() if len(included) == 1 else None
     lines = ["---", f"library_name: {notes.library}", f"license: {known or 'other'}"]
@@ -82,7 +82,7 @@ def _summary(run: ExportRun, notes: ExportNotes, format_name: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[str, str | None]) -> str:
+def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[Modality, str | None]) -> str:
     rows = ["## Encoders\n", "| | encoder | feature | license | included |", "| --- | --- | --- | --- | --- |"]
     weights = []
     for modality in MODALITIES:
@@ -145,9 +145,3 @@ def _metric_rows(values: Any, prefix: str = "") -> Iterator[str]:
             yield f"| {name} | {value:.5g} | |"
         elif name != "intervals":
             yield from _metric_rows(value, f"{prefix}{name} ".removeprefix("details "))
-
-
-def _loading(name: str, notes: ExportNotes) -> str:
-    code = notes.code.format(folder=name)
-    packages = " ".join(notes.requirements)
-    return f"## Usage\n\n`pip install {packages}`, then, in the parent folder:\n\n```python\n{code}```\n"

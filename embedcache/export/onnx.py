@@ -13,13 +13,7 @@ from embedcache.arrays import Array, Inputs
 from embedcache.encoders.backends import OnnxExport, OnnxGraph, export_graph
 from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, check_parity, example_images
-from embedcache.export.transformers import (
-    PROCESSOR_MODULE,
-    copy_modules,
-    has_own_processor,
-    load_exported,
-    write_transformers,
-)
+from embedcache.export.transformers import copy_code, load_exported, write_transformers
 from embedcache.projectors.pair import AnyTower
 from embedcache.projectors.saved import project
 from embedcache.projectors.towers import TokenTower
@@ -200,5 +194,4 @@ def _keep_processors(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.suffix == ".py":
             path.unlink()
-    if has_own_processor(folder):
-        copy_modules([PROCESSOR_MODULE], folder, "onnx")
+    copy_code([], folder, "onnx")

@@ -16,15 +16,7 @@ from embedcache.encoders.base import Modality
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.open_clip import load_checkpoint
 from embedcache.encoders.weights import one_line
-from embedcache.export.base import (
-    MODALITIES,
-    TEXTS,
-    ExportNotes,
-    ExportRun,
-    check_plain,
-    example_images,
-    unsupported,
-)
+from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, check_plain, example_images, unsupported
 from embedcache.export.dense import DenseLayer, dense_chain
 from embedcache.export.towers import open_module
 from embedcache.provenance import write_json
@@ -65,31 +57,21 @@ _LAST_MAPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
-    """Content of the folder.
-
-    Args:
-        config: `model_cfg`.
-        preprocess: `preprocess_cfg`.
-        state: weights.
-        text_config: config of the text transformer, which open_clip looks up by name; None: an own tower of open_clip.
-        text_name: the transformer's name on the hub; None: a local folder.
-    """
+    """Content of the folder: `model_cfg`, `preprocess_cfg` and weights."""
 
     config: dict[str, Any]
     preprocess: dict[str, Any]
     state: dict[str, Tensor]
     text_config: Any = None
+    """Config of the text transformer, which open_clip looks up by name; None: an own tower of open_clip."""
     text_name: str | None = None
+    """Name of the transformer on the hub; None: a local folder."""
 
 
 def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str | None) -> ExportNotes:
     """Write a folder that open_clip opens, and check it with that library.
 
-    Args:
-        run: the run to export.
-        folder: empty folder to fill.
-        final: path that the folder will have.
-        hub_name: repository on the hub that it will be uploaded to, if any.
+    `final` is the path that the folder will have, `hub_name` the repository that it will be uploaded to, if any.
     """
     require("open_clip", extra=_FORMAT)
     for modality in MODALITIES:
@@ -150,7 +132,12 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
     text_head_config, text_head = _text_head(layers["text"], width)
     preprocess = _preprocess_config(run)
     image, text = (open_module(run, modality, _FORMAT) for modality in MODALITIES)
-    pooler = _pooler(text.config, run)
+    architecture = text.config["config"]["model_type"]
+    if architecture not in _ARCHITECTURES:
+        raise unsupported(_FORMAT, f"its text encoder is a {architecture}: expected {', '.join(_ARCHITECTURES)}")
+    pooler = _POOLERS.get("_".join(text.config["features"]))
+    if pooler is None:
+        raise unsupported(_FORMAT, f"its text feature is {run.config.text.feature}: expected mean or cls")
     text.save_processor(folder)
     transformer: Any = text.module.get_submodule("_transformer" if text.config["kind"] == "sentences" else "_model")
     state: dict[str, Tensor] = transformer.state_dict()
@@ -225,16 +212,6 @@ def _preprocess_config(run: ExportRun) -> dict[str, Any]:
     }
 
 
-def _pooler(config: Mapping[str, Any], run: ExportRun) -> str:
-    architecture = config["config"]["model_type"]
-    if architecture not in _ARCHITECTURES:
-        raise unsupported(_FORMAT, f"its text encoder is a {architecture}: expected {', '.join(_ARCHITECTURES)}")
-    name = "_".join(config["features"])
-    if name not in _POOLERS:
-        raise unsupported(_FORMAT, f"its text feature is {run.config.text.feature}: expected mean or cls")
-    return _POOLERS[name]
-
-
 _Head = tuple[dict[str, Any], dict[str, Tensor]]
 """Entries of a head in open_clip's config, and its weights by the names of its modules."""
 
@@ -242,22 +219,21 @@ _Head = tuple[dict[str, Any], dict[str, Tensor]]
 def _image_head(layers: Sequence[DenseLayer], shared_width: int) -> _Head:
     """Return layers as the head of a timm tower: `linear`, or `mlp` with 2 P hidden units and a hidden bias."""
     if _is_linear(layers):
-        state = {"proj.weight": layers[0].weight_PD, **_bias("proj.bias", layers[0])}
-        return {"timm_proj": "linear", "timm_proj_bias": layers[0].bias_P is not None}, state
-    if _is_mlp(layers, 2 * shared_width):
-        hidden, output = layers
-        state = {
-            "mlp.fc1.weight": hidden.weight_PD,
-            "mlp.fc1.bias": hidden.weight_PD.new_zeros(2 * shared_width) if hidden.bias_P is None else hidden.bias_P,
-            "mlp.fc2.weight": output.weight_PD,
-            **_bias("mlp.fc2.bias", output),
-        }
-        return {"timm_proj": "mlp", "timm_proj_bias": output.bias_P is not None}, state
-    raise unsupported(
-        _FORMAT,
-        "its image projector is neither a linear map nor two of them with a GELU between and 2 P hidden units",
-        _NEXT_STEP,
-    )
+        kind, name, state = "linear", "proj", {}
+    elif _is_mlp(layers, 2 * shared_width):
+        kind, name, hidden = "mlp", "mlp.fc2", layers[0]
+        bias_P = hidden.weight_PD.new_zeros(2 * shared_width) if hidden.bias_P is None else hidden.bias_P
+        state = {"mlp.fc1.weight": hidden.weight_PD, "mlp.fc1.bias": bias_P}
+    else:
+        raise unsupported(
+            _FORMAT,
+            "its image projector is neither a linear map nor two of them with a GELU between and 2 P hidden units",
+            _NEXT_STEP,
+        )
+    state[f"{name}.weight"] = layers[-1].weight_PD
+    if layers[-1].bias_P is not None:
+        state[f"{name}.bias"] = layers[-1].bias_P
+    return {"timm_proj": kind, "timm_proj_bias": layers[-1].bias_P is not None}, state
 
 
 def _text_head(layers: Sequence[DenseLayer], shared_width: int) -> _Head:
@@ -280,16 +256,17 @@ def _clip_model(run: ExportRun, folder: Path) -> _Model:
     specs = {modality: EncoderSpec.parse(run.config.tower_input(modality).spec) for modality in MODALITIES}
     if specs["image"] != specs["text"]:
         raise unsupported(_FORMAT, f"its towers are of two models, {specs['image'].text} and {specs['text'].text}")
-    library = require("open_clip", extra=_FORMAT)
-    checkpoint = load_checkpoint(library, specs["image"], "cpu")
+    import open_clip
+
+    checkpoint = load_checkpoint(open_clip, specs["image"], "cpu")
     state = dict(checkpoint.model.state_dict())
     for modality in MODALITIES:
         _fold_into_tower(state, modality, _layers(run, modality))
-    config = {**library.get_model_config(specs["image"].model), "embed_dim": run.config.shared_width}
-    tokenizer = library.get_tokenizer(specs["image"].model)
+    config = {**open_clip.get_model_config(specs["image"].model), "embed_dim": run.config.shared_width}
+    tokenizer = open_clip.get_tokenizer(specs["image"].model)
     if config["text_cfg"].get("hf_tokenizer_name"):
         tokenizer.save_pretrained(str(folder))
-    return _Model(config=config, preprocess=dict(library.get_model_preprocess_cfg(checkpoint.model)), state=state)
+    return _Model(config=config, preprocess=dict(open_clip.get_model_preprocess_cfg(checkpoint.model)), state=state)
 
 
 def _fold_into_tower(state: dict[str, Tensor], modality: str, layers: Sequence[DenseLayer]) -> None:
@@ -327,17 +304,14 @@ def _is_mlp(layers: Sequence[DenseLayer], hidden_width: int) -> bool:
     )
 
 
-def _bias(name: str, layer: DenseLayer) -> dict[str, Tensor]:
-    return {} if layer.bias_P is None else {name: layer.bias_P}
-
-
 @torch.inference_mode()
 def _check(run: ExportRun, folder: Path) -> dict[str, float]:
-    library = require("open_clip", extra=_FORMAT)
+    import open_clip
+
     name = f"local-dir:{folder}"
     try:
-        model, _, preprocess = library.create_model_and_transforms(name)
-        tokenizer = library.get_tokenizer(name)
+        model, _, preprocess = open_clip.create_model_and_transforms(name)
+        tokenizer = open_clip.get_tokenizer(name)
         model.eval()
         images = torch.stack([preprocess(image) for image in example_images()])
         found: dict[Modality, Tensor] = {

@@ -30,17 +30,13 @@ _STALE_OPTIONS = ("max_length", "stride", "truncation_strategy", "pad_to_multipl
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderModule:
-    """A frozen encoder as a module.
-
-    Args:
-        config: JSON values that `hub_code/modeling_embedcache.py` builds it from.
-        module: returns a dict of features; holds the weights.
-        save_processor: writes its image processor or tokenizer into a folder.
-    """
+    """A frozen encoder as a module that returns a dict of features."""
 
     config: Mapping[str, Any]
+    """JSON values that `hub_code/modeling_embedcache.py` builds it from."""
     module: nn.Module
     save_processor: Callable[[Path], None]
+    """Writes its image processor or tokenizer into a folder."""
 
 
 def open_module(run: ExportRun, modality: Modality, format_name: str) -> EncoderModule:
@@ -52,7 +48,7 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
     tower_input, tower = run.config.tower_input(modality), run.pair.tower(modality)
     check_plain(tower_input, format_name)
     spec, names = EncoderSpec.parse(tower_input.spec), list(feature_names(tower_input.feature))
-    config = {
+    config: dict[str, Any] = {
         "features": names,
         "layers": requested_layers(names),
         "width": tower_input.width,
@@ -64,8 +60,7 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
     else:
         openers = {"hf": _open_hf_text, "st": _open_sentences}
     if spec.family not in openers:
-        *families, last = list(openers)
-        expected = f"{', '.join(families)} or {last}"
+        expected = " or ".join(", ".join(openers).rsplit(", ", 1))
         raise unsupported(format_name, f"its {modality} encoder is of the family {spec.family!r}: expected {expected}")
     preprocessing = tower_input.fingerprint["preprocessing"]
     if modality == "text" and (preprocessing["prefix"] or preprocessing["lower"]):

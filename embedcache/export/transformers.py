@@ -8,7 +8,7 @@ import gc
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from embedcache.provenance import read_json, write_json
 _FORMAT = "transformers"
 _CODE_PACKAGE = "embedcache.export.hub_code"
 _MODEL = "modeling_embedcache"
-PROCESSOR_MODULE = f"{_CODE_PACKAGE}.image_processing_embedcache"
+_PROCESSOR_MODULE = f"{_CODE_PACKAGE}.image_processing_embedcache"
 
 _IMPORT = re.compile(r"^(\s*from )(embedcache\.[\w.]+)( import )", re.MULTILINE)
 _HEADER = "# Copyright the embedcache authors. Apache-2.0. Copied from {module} of embedcache by its export.\n"
@@ -91,20 +91,12 @@ def _copy_code(run: ExportRun, folder: Path) -> None:
     ]
     (folder / "projectors.py").write_text("\n".join([*lines, "", '__all__ = ["ImageProjector", "TextProjector"]', ""]))
     modules = [f"{_CODE_PACKAGE}.{_MODEL}", *(projector.__module__ for projector in projectors.values())]
-    if has_own_processor(folder):
-        modules.append(PROCESSOR_MODULE)
-    copy_modules(modules, folder, _FORMAT)
+    copy_code(modules, folder, _FORMAT)
 
 
-def has_own_processor(folder: Path) -> bool:
-    """Return whether an exported folder's image processor is embedcache's, not one of transformers'."""
-    kind: str | None = read_json(folder / "preprocessor_config.json").get("image_processor_type")
-    return kind == "EmbedcacheImageProcessor"
-
-
-def copy_modules(modules: list[str], folder: Path, format_name: str) -> None:
-    """Copy modules, and those of this package that they import, with imports made relative; keep existing files."""
-    waiting, done = list(modules), set()
+def copy_code(modules: Sequence[str], folder: Path, format_name: str) -> None:
+    """Copy modules, that of the image processor, and those of this package that they import; keep existing files."""
+    waiting, done = [*modules, *([_PROCESSOR_MODULE] if _has_own_processor(folder) else [])], set()
     while waiting:
         module = waiting.pop()
         if module in done:
@@ -117,6 +109,12 @@ def copy_modules(modules: list[str], folder: Path, format_name: str) -> None:
         path = folder / f"{module.rpartition('.')[2]}.py"
         if not path.exists():  # `projectors.py` was written for this run
             path.write_text(_HEADER.format(module=module) + text, encoding="utf-8")
+
+
+def _has_own_processor(folder: Path) -> bool:
+    """Return whether an exported folder's image processor is embedcache's, not one of transformers'."""
+    kind: str | None = read_json(folder / "preprocessor_config.json").get("image_processor_type")
+    return kind == "EmbedcacheImageProcessor"
 
 
 def _check_imports(module: str, text: str, format_name: str) -> None:
@@ -141,9 +139,9 @@ def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, Enco
     config.save_pretrained(folder)
     path = folder / "preprocessor_config.json"
     processor = {**read_json(path), "processor_class": "VisionTextDualEncoderProcessor"}
-    if has_own_processor(folder):
+    if _has_own_processor(folder):
         processor["auto_map"] = {
-            "AutoImageProcessor": f"{PROCESSOR_MODULE.rpartition('.')[2]}.EmbedcacheImageProcessor"
+            "AutoImageProcessor": f"{_PROCESSOR_MODULE.rpartition('.')[2]}.EmbedcacheImageProcessor"
         }
     write_json(path, processor)
     write_json(folder / "processor_config.json", {"processor_class": "VisionTextDualEncoderProcessor"})
