@@ -93,18 +93,14 @@ class SentenceEncoder(torch.nn.Module):
         self.dense = _Dense()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute all features of a padded batch."""
-        vectors_BTD = self._look_up(input_ids)
+        chunks_BT1 = (input_ids % _NUM_CHUNKS)[:, :, None]
+        vectors_BTD = self.table[input_ids].float() * self.scale[chunks_BT1] + self.low[chunks_BT1]
         mask_BT1 = attention_mask[:, :, None].to(vectors_BTD.dtype)
         states = self.norm_in(self.project_in(vectors_BTD)).split(_NGRAM_WIDTH, dim=-1)
         ngrams = [ngram(state_BTD, mask_BT1) for ngram, state_BTD in zip(self.ngrams, states, strict=True)]
         tokens_BTD = self.project_out(self.norm_out(torch.cat([vectors_BTD, *ngrams], dim=-1))).float()
         pooled_BD = mean_sqrt_len(tokens_BTD, attention_mask)
         return {"dense": self.dense(pooled_BD), "mean_sqrt_len": pooled_BD, "tokens": tokens_BTD}
-
-    def _look_up(self, input_ids: torch.Tensor) -> torch.Tensor:
-        chunks_BT1 = (input_ids % _NUM_CHUNKS)[:, :, None]
-        return self.table[input_ids].float() * self.scale[chunks_BT1] + self.low[chunks_BT1]
 
 
 class _NGrams(torch.nn.Module):

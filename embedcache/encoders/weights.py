@@ -5,9 +5,8 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -75,8 +74,7 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
         ) from error
 
 
-@dataclass(frozen=True)
-class ModelFolder:
+class ModelFolder(NamedTuple):
     """A model's files on this machine, and their commit on the hub; None for a local folder."""
 
     path: Path
@@ -156,6 +154,7 @@ def model_class(config: Any, folder: Path) -> Any:
 
 def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Module, str]:
     """Load a transformers model in float32 and eval mode, and hash those of its weights that the checkpoint holds."""
+    misfit, next_step = f"the weights in {folder} do not fit its config.json", "download the folder again"
     with _quiet_transformers():
         try:
             model, info = loader.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
@@ -166,16 +165,12 @@ def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Mo
         except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
             raise CorruptError(f"cannot read the weights in {folder}; download the folder again") from error
         except (RuntimeError, ValueError) as error:
-            raise _misfit(folder, one_line(error)) from error
+            raise ArtifactError(f"{misfit}: {one_line(error)}; {next_step}") from error
     missing = set(info["missing_keys"])
     if any(not name.startswith(_OPTIONAL_WEIGHTS) for name in missing):
-        raise _misfit(folder, f"{len(missing)} are missing, such as {min(missing)}")
+        raise ArtifactError(f"{misfit}: {len(missing)} are missing, such as {min(missing)}; {next_step}")
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
     return model.eval(), hash_weights(state)
-
-
-def _misfit(folder: Path, reason: str) -> ArtifactError:
-    return ArtifactError(f"the weights in {folder} do not fit its config.json: {reason}; download the folder again")
 
 
 @contextmanager

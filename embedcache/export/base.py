@@ -55,9 +55,7 @@ class ExportRun:
 
     def check_parity(self, library: str, found: Mapping[Modality, Any]) -> dict[str, float]:
         """Compare the example vectors of a library with the run's; return the largest difference per modality."""
-        return {
-            modality: check_parity(library, rows, self.embed_examples(modality)) for modality, rows in found.items()
-        }
+        return {name: check_parity(library, rows, self.embed_examples(name)) for name, rows in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +82,8 @@ class ExportNotes:
 
 def check_plain(tower_input: TowerInput, format_name: str) -> None:
     """Check that a feature is an encoder's plain output: not of a view, and computed in float32."""
-    name, view, precision = (
-        tower_input.feature,
-        tower_input.fingerprint.get("view"),
-        tower_input.fingerprint["precision"],
-    )
+    name, fingerprint = tower_input.feature, tower_input.fingerprint
+    view, precision = fingerprint.get("view"), fingerprint["precision"]
     if view is not None:
         raise unsupported(format_name, f"the feature {name} is of the view {view['name']!r}, not of the encoder alone")
     if precision != "float32":

@@ -97,11 +97,14 @@ def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[Modality, st
 
 
 def _training(run: ExportRun) -> str:
-    training = run.config.training
+    path, training = run.path / "record.json", run.config.training
+    record = read_json(path) if path.is_file() else {}
+    names = [f"the cache `{Path(name).name}`" for name in record.get("settings", {}).get("caches", [])]
+    data = ", ".join(names) or f"the rows `{run.config.index_digest}`"
     loss, optimizer, split = (training.get(name, {}) for name in ("loss", "optimizer", "split"))
     lines = [
         "## Data and training\n",
-        f"- data: {_data(run)}; its license: {_UNKNOWN_LICENSE}",
+        f"- data: {data}; its license: {_UNKNOWN_LICENSE}",
         f"- selection: {training.get('selection') or 'none, all samples of the training part'}",
         f"- caption language: {training.get('language') or 'all'}",
         f"- held out: split `{split.get('kind')}`, {split.get('val_share')} for validation, {split.get('test_share')} "
@@ -111,13 +114,6 @@ def _training(run: ExportRun) -> str:
     if training.get("shuffle_pairs"):
         lines.append("- **control: trained on shuffled pairs, so it must perform at chance**")
     return "\n".join([*lines, ""])
-
-
-def _data(run: ExportRun) -> str:
-    path = run.path / "record.json"
-    outcome = read_json(path) if path.is_file() else {}
-    names = [Path(name).name for name in outcome.get("settings", {}).get("caches", [])]
-    return ", ".join(f"the cache `{name}`" for name in names) or f"the rows `{run.config.index_digest}`"
 
 
 def _metrics(metrics: Any) -> str:

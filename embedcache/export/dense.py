@@ -61,16 +61,15 @@ class DenseChain(NamedTuple):
 def dense_chain(tower: AnyTower, format_name: str) -> DenseChain:
     """Return a trained tower as a chain of dense layers that computes the same, up to rounding."""
     if isinstance(tower, TokenTower):
-        raise unsupported(
-            format_name, f"{type(tower.projector).__name__} maps every token, and a dense layer expects one vector"
-        )
+        name = type(tower.projector).__name__
+        raise unsupported(format_name, f"{name} maps every token, and a dense layer expects one vector")
     modules = list(_modules(tower, format_name))
     ones_D = torch.ones(tower.input_width, dtype=torch.float64)
     if isinstance(tower, RawTower):
-        return DenseChain(
-            _fold(modules, (ones_D / tower.length.double(), 0 * ones_D), format_name), has_unit_input=False
-        )
-    return DenseChain(_fold(modules, (ones_D, -tower.mean.double()), format_name), has_unit_input=True)
+        affine = (ones_D / tower.length.double(), 0 * ones_D)
+    else:
+        affine = (ones_D, -tower.mean.double())
+    return DenseChain(_fold(modules, affine, format_name), has_unit_input=not isinstance(tower, RawTower))
 
 
 def _modules(tower: AnyTower, format_name: str) -> Iterable[nn.Module]:
@@ -82,9 +81,8 @@ def _modules(tower: AnyTower, format_name: str) -> Iterable[nn.Module]:
     if isinstance(projector, _CHAINS):
         return projector.layers
     reason = _REASONS.get(type(projector), "is a plug-in with unknown layers")
-    raise unsupported(
-        format_name, f"{type(tower.projector).__name__} {reason}, unlike a chain of dense layers", _NEXT_STEP
-    )
+    name = type(projector).__name__
+    raise unsupported(format_name, f"{name} {reason}, unlike a chain of dense layers", _NEXT_STEP)
 
 
 def _fold(modules: list[nn.Module], affine: _Affine | None, format_name: str) -> tuple[DenseLayer, ...]:

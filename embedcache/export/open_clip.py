@@ -44,13 +44,8 @@ with torch.inference_mode():
 _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
 _ARCHITECTURES = ("bert", "roberta", "xlm-roberta")
 _LAST_MAPS = {
-    "image": (("visual.proj", "matrix"), ("visual.head.proj", "linear"), ("visual.attnpool.c_proj", "linear")),
-    "text": (
-        ("text_projection", "matrix"),
-        ("text.text_projection", "matrix"),
-        ("text.text_projection", "linear"),
-        ("text.proj", "linear"),
-    ),
+    "image": ("visual.proj", "visual.head.proj", "visual.attnpool.c_proj"),
+    "text": ("text_projection", "text.text_projection", "text.proj"),
 }
 """Where open_clip's own towers end in a linear map: a matrix (D, P), or a linear layer."""
 
@@ -278,14 +273,12 @@ def _fold_into_tower(state: dict[str, Tensor], modality: str, layers: Sequence[D
             "train with --projector openclip-linear",
         )
     weight_PD = layers[0].weight_PD.double()
-    for name, kind in _LAST_MAPS[modality]:
-        if kind == "matrix" and name in state:
-            state[name] = (state[name].double() @ weight_PD.T).float()
-            return
-        if kind == "linear" and f"{name}.weight" in state:
-            for key in (f"{name}.weight", f"{name}.bias"):
-                if key in state:
-                    state[key] = (weight_PD @ state[key].double()).float()
+    for name in _LAST_MAPS[modality]:
+        keys = [key for key in (name, f"{name}.weight", f"{name}.bias") if key in state]
+        for key in keys:
+            last = state[key].double()
+            state[key] = (last @ weight_PD.T if key == name else weight_PD @ last).float()
+        if keys:
             return
     raise unsupported(_FORMAT, f"the {modality} tower does not end in a linear map to fold the projector into")
 

@@ -4,6 +4,8 @@ class TestMine(ProjectorContract):
     name = "mypackage.heads:MyProjector"
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 import torch
@@ -45,15 +47,8 @@ class ProjectorContract:
         """Check that two steps of gradient descent change every parameter."""
         if isinstance(projector, HasLinearBranch):
             projector.set_linear_map(torch.randn(*self.widths))
-        before = {name: parameter.detach().clone() for name, parameter in projector.named_parameters()}
-        if not before:
-            return
-        optimizer = torch.optim.SGD(projector.parameters(), lr=0.1)
-        for _ in range(2):
-            optimizer.zero_grad()
-            projector(torch.randn(16, self.widths[0])).pow(2).sum().backward()
-            optimizer.step()
-        assert [name for name, value in projector.named_parameters() if torch.equal(value, before[name])] == []
+        losses = (projector(torch.randn(16, self.widths[0])).pow(2).sum() for _ in range(2))
+        assert _unchanged(projector, losses) == []
 
     def test_items_are_independent(self, projector: torch.nn.Module) -> None:
         rows = torch.randn(6, self.widths[0])
@@ -109,8 +104,15 @@ class TokenProjectorContract:
         torch.testing.assert_close(projector(tokens[2:3, :3], None), whole[2:3], atol=1e-6, rtol=1e-5)
 
     def test_every_parameter_is_trained(self, projector: torch.nn.Module) -> None:
-        before = {name: parameter.detach().clone() for name, parameter in projector.named_parameters()}
-        optimizer = torch.optim.SGD(projector.parameters(), lr=0.1)
-        (projector(torch.randn(16, 5, self.widths[0]), None) * torch.randn(16, self.widths[1])).sum().backward()
-        optimizer.step()
-        assert [name for name, value in projector.named_parameters() if torch.equal(value, before[name])] == []
+        loss = (projector(torch.randn(16, 5, self.widths[0]), None) * torch.randn(16, self.widths[1])).sum()
+        assert _unchanged(projector, [loss]) == []
+
+
+def _unchanged(projector: torch.nn.Module, losses: Iterable[torch.Tensor]) -> list[str]:
+    """Return the parameters that steps of gradient descent on the losses do not change."""
+    before = {name: parameter.detach().clone() for name, parameter in projector.named_parameters()}
+    for loss in losses if before else ():
+        projector.zero_grad()
+        loss.backward()
+        torch.optim.SGD(projector.parameters(), lr=0.1).step()
+    return [name for name, value in projector.named_parameters() if torch.equal(value, before[name])]

@@ -88,7 +88,6 @@ class SelectorContract:
         assert (rows % 2 == 0).all()
 
     def test_unused_setting_raises(self, selector: Selector) -> None:
-        check = [name for name in _VALUES if name not in selector.accepts]
-        for name in check:
+        for name in set(_VALUES) - set(selector.accepts):
             with pytest.raises(SettingError, match=f"--method {self.name} does not use --{name.replace('_', '-')}"):
                 check_method_settings(self.name, selector, SelectSettings(**{name: _VALUES[name]}))
