@@ -4,7 +4,6 @@ import errno
 import os
 import sys
 import traceback
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -41,6 +40,8 @@ _USER_ERRNOS = {
 
 def _show_version(is_asked: bool) -> None:
     if is_asked:
+        from importlib import metadata
+
         print(f"embedcache {metadata.version('embedcache')}")
         raise typer.Exit
 

@@ -11,8 +11,6 @@ becomes a panel of `--help`. An option that several commands declare by hand is 
 
 import functools
 import inspect
-import json
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
@@ -148,10 +146,10 @@ def _help_text(command: Callable[..., None]) -> str:
 
 
 def _with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
-    from embedcache.cli.console import verbosity
-
     @functools.wraps(command)
     def run(*, quiet: bool, verbose: bool, **values: Any) -> None:
+        from embedcache.cli.console import verbosity
+
         with verbosity(quiet=quiet, verbose=verbose):
             command(**values)
 
@@ -356,6 +354,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise SettingError(f"{path}: expected UTF-8 text, got other bytes: {error}") from error
     if path.suffix == ".json":
         return _read_run_config(path, text)
+    import tomllib
+
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -365,6 +365,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read_run_config(path: Path, text: str) -> dict[str, Any]:
     """Return the settings and features of a run by option name."""
+    import json
+
     from embedcache.train.settings import TrainSettings
 
     try:

@@ -15,7 +15,7 @@ def quickstart(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Run the whole system on 4,000 packaged images.
+    """Run the whole system on packaged images.
 
     Extract OpenMoji with two packaged encoders, train projectors, evaluate, index, search and write an HTML report.
 
@@ -32,7 +32,7 @@ def quickstart(
     def show() -> None:
         title = "Held-out retrieval, strict split, mean of 3 seeds [95% interval]"
         print_table(*retrieval_table(report.retrieval), title=title)
-        print_line(f"figures: {report.metrics_path}")
+        print_line(f"metrics: {report.metrics_path}")
         print_line(f"open {report.page_path} in a browser")
 
     publish(show, lambda: read_json(report.metrics_path), as_json=as_json, output=output)

@@ -23,20 +23,11 @@ _PATIENCE_S = 30.0
 
 
 def run_engine(job: ExtractJob, source: Source, progress: Progress) -> list[ShardReport]:
-    """Encode all missing chunks with the engine that the settings name.
-
-    Args:
-        job: description of the extraction.
-        source: the job's source, open in this process.
-        progress: shows the number of encoded items.
-
-    Returns:
-        One report per feature writer.
+    """Encode all missing chunks with the engine that the settings name; an error in one process ends the others.
 
     Raises:
         UnfinishedError: all worker processes died, or one that had chunks of its own.
         MissingExtraError: Ray is not installed.
-        EmbedcacheError: raised in one of the processes or actors; the others are terminated.
     """
     return {"local": _run_local, "ray": _run_ray}[job.settings.engine](job, source, progress)
 
@@ -63,27 +54,25 @@ def _run_local(job: ExtractJob, source: Source, progress: Progress) -> list[Shar
     leased, each has a fixed part of the chunks instead.
     """
     devices = job.settings.devices or all_devices()
-    if len(devices) == 1:
+    count = len(devices)
+    if count == 1:
         return Worker(job, source=source, device=devices[0]).run(progress)
     is_split = is_remote(open_path(job.cache))
-    tasks = [
-        (replace(job, settings=job.settings.split_shard(number, len(devices))) if is_split else job, device)
-        for number, device in enumerate(devices)
-    ]
-    threads = max(1, num_cores() // len(devices))
+    threads = max(1, num_cores() // count)
+    parts = [job.settings.split_shard(number, count) if is_split else job.settings for number in range(count)]
     reports, num_died = run_processes(
         _run_device,
-        [(job, device, threads) for job, device in tasks],
+        [(replace(job, settings=part), device, threads) for part, device in zip(parts, devices, strict=True)],
         progress,
         steps=[step_name("image"), step_name("text")],
         is_split=is_split,
     )
     if num_died and (is_split or not reports):
         raise UnfinishedError(
-            f"{num_died} of {len(devices)} worker processes died; finished chunks are kept: rerun the same command"
+            f"{num_died} of {count} worker processes died; finished chunks are kept: rerun the same command"
         )
     if num_died:
-        progress.note(f"{num_died} of {len(devices)} worker processes died; the others finished their chunks")
+        progress.note(f"{num_died} of {count} worker processes died; the others finished their chunks")
     return merge_reports(report for some in reports for report in some)
 
 

@@ -28,15 +28,7 @@ _AFTER_TRIALS = 2**40
 
 @dataclass(frozen=True, kw_only=True)
 class StudyJob:
-    """Everything a process needs to work on a study.
-
-    Args:
-        caches: paths or URLs.
-        path: folder of the study.
-        study: description of the study.
-        space: search space.
-        settings: settings of the sweep.
-    """
+    """Everything a process needs to work on a study in the folder `path`."""
 
     caches: tuple[str, ...]
     path: Path
@@ -61,11 +53,7 @@ class StudyJob:
         )
 
     def run_settings(self, params: Mapping[str, Value]) -> TrainSettings:
-        """Return the training settings of a trial's parameters, with the study's split.
-
-        Raises:
-            SettingError: the settings contradict each other.
-        """
+        """Return the training settings of a trial's parameters, with the study's split."""
         settings = self.space.settings(from_stored(params))
         return replace(settings, split=replace(settings.split, kind=str(split_path(self.path.resolve()))))
 
@@ -96,11 +84,7 @@ def _run_worker(job: StudyJob, progress: Progress) -> None:
 
 
 def work(job: StudyJob, data: TrainData, trials: Trials, progress: Progress) -> None:
-    """Run trials until all are finished, then retrain the top configurations; other processes may do the same.
-
-    Raises:
-        SettingError: no trial is complete.
-    """
+    """Run trials until all are finished, then retrain the top configurations; other processes may do the same."""
     while (trial := trials.take()) is not None:
         result = _run_trial(job, data, trials, trial)
         progress.note(_summary(trials, result))
@@ -108,11 +92,7 @@ def work(job: StudyJob, data: TrainData, trials: Trials, progress: Progress) -> 
 
 
 def top_trials(trials: Trials, settings: SweepSettings) -> list[FrozenTrial]:
-    """Return the best trials, each configuration once.
-
-    Raises:
-        SettingError: no trial is complete; the message says why the first one failed.
-    """
+    """Return the best trials, each configuration once; if no trial is complete, a `SettingError` says why."""
     top = rank_complete(trials.finished())[: settings.top_configs]
     if not top:
         failed = [trial for trial in trials.finished() if trial.state == TrialState.FAIL]
@@ -142,13 +122,7 @@ def retrain(job: StudyJob, data: TrainData, trials: Sequence[FrozenTrial]) -> li
 
 
 def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Trial) -> str:
-    """Train one trial and record its outcome; return the result in a few words.
-
-    The score is the best validation recall, the mean of R@1, R@5 and R@10 of both directions.
-
-    Raises:
-        DiskFullError: not the fault of the trial.
-    """
+    """Train one trial and record its outcome: its best mean of R@1, R@5 and R@10 of both directions is the score."""
     reporter = _EpochReporter(trial, use_pruner=trials.use_pruner)
     started = time.perf_counter()
     remove_run(job.path, trial.number)  # left by a storage that was deleted
@@ -179,14 +153,10 @@ def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Tri
 def _try_to_train(
     data: TrainData, run_path: Path, settings: TrainSettings, *, on_epoch: OnEpoch | None = None
 ) -> TrainReport | str:
-    """Train, or return the reason why these settings cannot be trained, such as too little memory.
-
-    Raises:
-        DiskFullError: not the fault of the settings.
-    """
+    """Train, or return the reason why these settings cannot be trained, such as too little memory."""
     try:
         return train_on(data, run_path, settings, on_epoch=on_epoch)
-    except DiskFullError:
+    except DiskFullError:  # not the fault of the settings
         raise
     except (EmbedcacheError, MemoryError, torch.OutOfMemoryError) as error:
         return str(error) or "not enough memory"

@@ -74,7 +74,7 @@ class TrainReport:
         """Summarize the report in one line."""
         counts = ", ".join(f"{count:,} {part}" for part, count in self.num_samples.items())
         kept = f"best epoch {self.best_epoch}" if self.best_epoch else "the initialization was best and was kept"
-        recalls = ", ".join(f"{name} {value:.3f}" for name, value in self.recalls.items())
+        recalls = ", ".join(f"{name.replace('r@', 'R@')} {value:.3f}" for name, value in self.recalls.items())
         state = "reused, trained earlier with the same settings" if self.reused else "trained"
         size = f"{self.num_parameters:,} parameters, {self.flops_per_pair / 1e6:,.1f} MFLOP per pair"
         return f"{run_path}: {state}: {size}; samples: {counts}; {kept}; validation {recalls}"

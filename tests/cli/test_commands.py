@@ -104,7 +104,7 @@ def test_search_is_filtered_by_a_selection(folder: Path) -> None:
     assert {hit["key"] for hit in answer["hits"]} == {"00001", "00002"}
 
 
-def test_duplicates_and_leaks_are_removed_from_training(folder: Path) -> None:
+def test_training_without_duplicates_and_leaks(folder: Path) -> None:
     write_pictures(folder / "others", 20, seed=5)
     shutil.copy(folder / "photos" / "00000.png", folder / "others" / "00000.png")
     succeed("extract", "others", "others-cache", *TOY, cwd=folder)
