@@ -18,7 +18,6 @@ from embedcache.metrics.neighbors import Closest, closest
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
 from embedcache.store.cache import Cache
-from embedcache.store.feature import Feature
 
 MODALITIES = ("image", "text")
 _MAX_QUERIES = 65_536
@@ -26,33 +25,19 @@ _MAX_QUERIES = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class ModalityLeaks:
-    """Test items of one modality that are in a training cache.
-
-    Args:
-        modality: `image` or `text`.
-        feature: feature that near-duplicates were searched with; None if only copies were.
-        reason: why only copies were searched.
-        cosine: limit of near-duplicates.
-        test: items of the test cache.
-        train: items of the training cache.
-        train_rows: (Q,) int64, row of the training item closest to each test item; -1 if unknown.
-        cosines: (Q,) float32 of the two; 1 for a copy, -inf if unknown.
-        is_copy: (Q,) bool.
-        train_cosines: (C,) float32, largest cosine of each training item to a test item; 1 for a copy.
-        train_is_copy: (C,) bool.
-    """
+    """Q test items of one modality, and what of them is in a training cache of C items."""
 
     modality: str
-    feature: str | None
-    reason: str | None
-    cosine: float
+    feature: str | None  # that near-duplicates were searched with; None if only copies were
+    reason: str | None  # why only copies were searched
+    cosine: float  # limit of near-duplicates
     test: Items
     train: Items
-    train_rows: Ints
-    cosines: Floats
-    is_copy: Bools
-    train_cosines: Floats
-    train_is_copy: Bools
+    train_rows: Ints  # (Q,) row of the training item closest to each test item; -1 if unknown
+    cosines: Floats  # (Q,) of the two; 1 for a copy, -inf if unknown
+    is_copy: Bools  # (Q,)
+    train_cosines: Floats  # (C,) largest cosine of each training item to a test item; 1 for a copy
+    train_is_copy: Bools  # (C,)
 
     @property
     def is_leaked(self) -> Bools:
@@ -169,12 +154,7 @@ def find_leaks(
 
 
 def write_clean_selection(path: Path, report: LeakReport) -> None:
-    """Write a selection of the training samples of which nothing is in test.
-
-    Raises:
-        PathError: the file's name does not end in `.parquet`.
-        DataError: every sample leaks.
-    """
+    """Write a selection of the training samples of which nothing is in test; `DataError` if every sample leaks."""
     check_selection_path(path)
     write_selection(path, report.train, report.clean_selection(), {"method": "leaks", **report.to_json()})
 
@@ -190,7 +170,8 @@ def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings
     if reason is None:
         found = _find_closest(train_feature, train_items, test_feature, test_items, progress)
     else:
-        found = _unknown(len(test_items.rows), len(train_items.rows))
+        unknown = [np.full(len(items.rows), np.float32(-np.inf)) for items in (test_items, train_items)]
+        found = Closest(np.full(len(test_items.rows), -1), *unknown)
     rows = np.where(found.rows >= 0, train_items.rows[found.rows], -1)
     return ModalityLeaks(
         modality=modality,
@@ -232,17 +213,13 @@ def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:
     both = [
         feature.name
         for feature in test.features(modality)
-        if feature.name in others and _is_same(others[feature.name], feature)
+        if feature.name in others and not name_differences(others[feature.name].fingerprint, feature.fingerprint)
     ]
     if len(both) > 1:
         raise SettingError(
             f"both caches have several {modality} features; choose one with --{modality}-feature: {', '.join(both)}"
         )
     return both[0] if both else None
-
-
-def _is_same(one: Feature, other: Feature) -> bool:
-    return not name_differences(one.fingerprint, other.fingerprint)
 
 
 def _any_feature(cache: Cache, modality: str) -> InputFeature:
@@ -264,11 +241,6 @@ def _items(cache: Cache, feature: InputFeature) -> Items:
     if not len(items.rows):
         raise DataError(f"feature {feature.name} of {cache.path} has no valid item")
     return items
-
-
-def _unknown(num_queries: int, num_candidates: int) -> Closest:
-    none = np.float32(-np.inf)
-    return Closest(np.full(num_queries, -1), np.full(num_queries, none), np.full(num_candidates, none))
 
 
 def _find_closest(

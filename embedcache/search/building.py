@@ -28,14 +28,8 @@ FILES = ("index.faiss", "index.partial.faiss", "building.json", "record.json", *
 class IndexBuilder:
     """The unfinished index in a folder. The ids in `index.partial.faiss` say which rows it holds.
 
-    Args:
-        folder: folder of the index.
-        source: what the index is made from; another unfinished index in the folder is refused.
-        info: description of the cache, which may have grown since.
-        lists: file of inverted lists that a finished index in the folder uses.
-
-    Raises:
-        FingerprintError: the folder holds an unfinished index of something else.
+    `lists` is the file of inverted lists that a finished index in the folder uses. Raises `FingerprintError` if the
+    folder holds an unfinished index of something else than `source`; the cache may have grown since.
     """
 
     def __init__(self, folder: Path, source: Mapping[str, Any], info: CacheInfo, *, lists: str | None = None) -> None:
@@ -57,17 +51,9 @@ class IndexBuilder:
     def fill(self, kind: Configuration, vectors: Vectors, progress: Progress, *, checkpoint_s: float) -> RowIndex:
         """Build an index of all valid rows, or resume from the checkpoint or from the finished index.
 
-        An index with lists on disk has no checkpoints: an interrupted build keeps its finished parts.
-
-        Args:
-            kind: configuration to build.
-            vectors: items to index.
-            progress: progress in items.
-            checkpoint_s: seconds between checkpoints; more if writing one takes longer than a tenth of that.
-
-        Raises:
-            SettingError: FAISS does not accept the factory string, has too few vectors to train, or the configuration
-                has no lists to leave on disk.
+        Checkpoints are written every `checkpoint_s`, less often if writing takes longer than a tenth of that. An index
+        with lists on disk has none: an interrupted build keeps its finished parts. Raises `SettingError` if FAISS
+        refuses the factory string or has too few vectors to train, or if there are no lists to leave on disk.
         """
         if kind.is_on_disk:
             return self._fill_on_disk(kind.factory, vectors, progress)
@@ -79,10 +65,6 @@ class IndexBuilder:
         self._write_state(None)
         self._partial_path.unlink(missing_ok=True)
         _remove_lists(self._folder, keep=self._lists)
-
-    def finish(self, index: RowIndex) -> None:
-        """Write the finished index."""
-        index.write(self._folder / "index.faiss")
 
     def _fill(self, factory: str, vectors: Vectors, progress: Progress, checkpoint_s: float) -> RowIndex:
         index = self._resume(factory)
@@ -149,15 +131,7 @@ class IndexBuilder:
 def _fill_lists(
     folder: Path, trained_path: Path, old: RowIndex | None, vectors: Vectors, progress: Progress
 ) -> RowIndex:
-    """Index all valid rows part by part, keep the parts that exist, and merge all into one file of lists.
-
-    Args:
-        folder: folder of the index.
-        trained_path: trained index without vectors.
-        old: finished index on disk that holds some of the rows.
-        vectors: items to index.
-        progress: progress in items.
-    """
+    """Index all valid rows part by part, keep the parts that exist, and merge all into one file of lists."""
     parts = [] if old is None else [old]
     for path in sorted(folder.glob("index.part-*.faiss")):
         part = read_index(path, is_mapped=True)
@@ -182,19 +156,15 @@ def _fill_lists(
         part.write(path)
         parts.append(read_index(path, is_mapped=True))
     progress.finish()
-    return _merge(read_index(trained_path, is_mapped=False), parts, folder)
+    path = folder / lists_name(sum(map(len, parts)))
+    merged = read_index(trained_path, is_mapped=False).merge_on_disk(parts, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return merged
 
 
 def _rows(parts: list[RowIndex]) -> Ints:
     return np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)])
-
-
-def _merge(index: RowIndex, parts: list[RowIndex], folder: Path) -> RowIndex:
-    path = folder / lists_name(sum(map(len, parts)))
-    merged = index.merge_on_disk(parts, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return merged
 
 
 def lists_name(num_vectors: int) -> str:

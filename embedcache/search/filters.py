@@ -25,10 +25,7 @@ _OPTIONS = {"label": "label-value", "split": "part"}  # column -> option of `emb
 class CacheFilters:
     """Applies filters to the items of a cache; the columns they need are read on first use and kept.
 
-    Args:
-        cache: cache of the items.
-        modality: modality of the items.
-        run_path: run whose split is used if the samples have no column `split`.
+    The split of the run at `run_path` is used if the samples have no column `split`.
     """
 
     def __init__(self, cache: Cache, modality: str, run_path: Path | None = None) -> None:
@@ -41,9 +38,7 @@ class CacheFilters:
     def mask(self, condition: Filter) -> Bools:
         """Return for each item of the modality whether it passes a filter: (N,) bool.
 
-        Raises:
-            UnknownNameError: the cache has no such column, or no sample has that label, part or language.
-            PathError, CorruptError, DataError: the selection cannot be read, or names other keys.
+        Raises `UnknownNameError` if the cache has no such column, label, part or language.
         """
         mask_N = np.ones(len(self._samples), bool)
         if condition.label_value:

@@ -82,11 +82,7 @@ class Vectors:
         return int(self.read(self.rows[:1]).shape[1])
 
     def chunk(self, number: int) -> tuple[Ints, Floats]:
-        """Read one chunk and verify its checksums: rows (B,) and vectors (B, P); both are empty if all items failed.
-
-        Raises:
-            CorruptError: bytes differ from their checksum.
-        """
+        """Read one chunk and verify its checksums: rows (B,) and vectors (B, P); both are empty if all items failed."""
         rows, inputs = self.feature.chunk(number)
         return rows, self._unit(inputs)
 
@@ -96,11 +92,7 @@ class Vectors:
             yield self.chunk(number)
 
     def read(self, rows: Ints) -> Floats:
-        """Read rows in the given order: (B, P).
-
-        Raises:
-            DataError: a row is out of range or failed.
-        """
+        """Read rows in the given order: (B, P); `DataError` if a row is out of range or failed."""
         return self._unit(self.feature.read(rows))
 
     def sample(self, size: int, *, seed: int = 0) -> Floats:
@@ -170,16 +162,9 @@ def run_pass(
 ) -> State:
     """Run a pass over all chunks, one chunk per core at a time.
 
-    Memory: per core, a chunk, what the pass needs for it, and two partial results. With Ray the chunks are in its
-    workers, the partial results here.
-
-    Args:
-        vectors: items to read.
-        work: computation per chunk.
-        engine: `local`, or `ray`, whose machines must all see the cache and the run.
-        address: address of a Ray cluster; None: the connected one, or a new one on this machine.
-        title: name of the task for progress.
-        progress: progress in items.
+    With the engine `ray`, all machines must see the cache and the run; without an address, the connected cluster is
+    used, or a new one on this machine. Memory: per core, a chunk, what the pass needs for it, and two partial results.
+    With Ray the chunks are in its workers, the partial results here.
 
     Raises:
         MissingExtraError: Ray is not installed.

@@ -102,11 +102,7 @@ class ClipScoreSelector:
 
 
 def above(scores_M: Floats, threshold: float) -> Ints:
-    """Return ascending positions of the scores of at least a threshold.
-
-    Raises:
-        DataError: there are none; the message gives the range of the scores.
-    """
+    """Return ascending positions of the scores of at least a threshold; `DataError` with their range if none is."""
     kept: Ints = np.flatnonzero(scores_M >= threshold)
     if not len(kept):
         low, middle, high = np.quantile(scores_M, [0, 0.5, 1])

@@ -30,20 +30,10 @@ _UID = re.compile(r"[0-9a-fA-F]{32}")
 def export_selection(
     cache_path: Path | str, selection: Path, out_path: Path, format_name: Format, *, progress: Progress | None = None
 ) -> int:
-    """Write a selection in another tool's format.
+    """Write a selection in another tool's format, and return the number of samples.
 
     `datacomp` is a `.npy` file of dtype `u8,u8`, the halves of DataComp's uids, sorted; `keys` is a text file with one
     key per line, in the order of the cache; `webdataset` is a folder of tars, see `write_shards`. Writes are atomic.
-
-    Args:
-        cache_path: cache of the selection.
-        selection: Parquet, or a text file with one key per line.
-        out_path: file to write; for `webdataset` a folder.
-        format_name: format to write.
-        progress: progress in samples.
-
-    Returns:
-        The number of samples.
 
     Raises:
         DataError: a key is not in the cache, or, for `datacomp`, not a uid.
@@ -59,7 +49,9 @@ def export_selection(
     all_keys = cache.samples["key"].to_pylist()
     keys = [all_keys[row] for row in rows.tolist()]
     if format_name == "keys":
-        _check_no_breaks(keys)
+        broken = [key for key in keys if "\n" in key]
+        if broken:
+            raise DataError(f"expected keys without line breaks, got {len(broken):,} with one, first {broken[0]!r}")
         write_atomic(out_path, "".join(f"{key}\n" for key in keys).encode())
     else:
         uids = to_uids(keys)
@@ -69,11 +61,7 @@ def export_selection(
 
 
 def to_uids(keys: Sequence[str]) -> Array:
-    """Convert keys of 32 hexadecimal digits to DataComp's uids: (M,) of dtype `u8,u8`, sorted.
-
-    Raises:
-        DataError: a key has another form.
-    """
+    """Convert keys of 32 hexadecimal digits, else `DataError`, to DataComp's uids: (M,) of dtype `u8,u8`, sorted."""
     others = [key for key in keys if not _UID.fullmatch(key)]
     if others:
         raise DataError(
@@ -81,12 +69,6 @@ def to_uids(keys: Sequence[str]) -> Array:
             f"first {others[0]!r}; use --format keys, or extract with --key-column uid"
         )
     return np.array(sorted((int(key[:16], 16), int(key[16:], 16)) for key in keys), np.dtype("u8,u8"))
-
-
-def _check_no_breaks(keys: Sequence[str]) -> None:
-    broken = [key for key in keys if "\n" in key]
-    if broken:
-        raise DataError(f"expected keys without line breaks, got {len(broken):,} with one, first {broken[0]!r}")
 
 
 SAMPLES_PER_SHARD = 10_000
@@ -110,13 +92,6 @@ def write_shards(
     `key`, the `captions` and the columns, which `embedcache extract` reads again, and its `.txt` the first caption, for
     other readers. Languages of captions are lost. The bytes of images are those of the source. The same selection gives
     the same bytes, and the folder appears when it is complete. Memory: one image, and the items of those samples.
-
-    Args:
-        cache: cache whose source still exists.
-        rows: samples, ascending.
-        folder: new or empty folder.
-        size: samples per shard.
-        progress: progress in samples.
 
     Raises:
         PathError: the source does not exist, or the folder is not empty.

@@ -105,7 +105,12 @@ def select(
     check_method_settings(method, selector, settings)
     pool = Pool(cache_path, settings.modality or selector.modality or "image", settings, progress=progress)
     num_pool = len(pool.samples)
-    settings = replace(settings, budget=_resolve_budget(settings.budget, num_pool))
+    budget = settings.budget
+    if isinstance(budget, float):
+        budget = max(1, round(budget * num_pool))
+    if budget is not None and budget > num_pool:
+        raise SettingError(f"budget: expected at most the {num_pool:,} samples of the pool, got {budget:,}")
+    settings = replace(settings, budget=budget)
     selection = selector.select(pool, settings)
     inputs = settings.inputs()
     record = {
@@ -128,11 +133,7 @@ _INPUTS = {
 
 
 def check_method_settings(method: str, selector: Selector, settings: SelectSettings) -> None:
-    """Check that a method uses all settings that are set, and has all that it needs.
-
-    Raises:
-        SettingError: names the options.
-    """
+    """Check that a method uses all settings that are set and has all that it needs, else raise `SettingError`."""
     unused = [name for name in settings.method_settings if name not in selector.accepts]
     if unused:
         accepted = f"it takes {_options(selector.accepts)}" if selector.accepts else "it takes none"
@@ -154,13 +155,3 @@ def check_method_settings(method: str, selector: Selector, settings: SelectSetti
 
 def _options(names: Sequence[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
-
-
-def _resolve_budget(budget: float | None, num_pool: int) -> int | None:
-    """Return a budget as a number of samples."""
-    if budget is None:
-        return None
-    count = max(1, round(budget * num_pool)) if isinstance(budget, float) else budget
-    if count > num_pool:
-        raise SettingError(f"budget: expected at most the {num_pool:,} samples of the pool, got {count:,}")
-    return count
