@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from embedcache.arrays import Ints, concatenated_ranges
@@ -27,11 +26,9 @@ _NUM_PREFETCHED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows of the two features for B samples, and which image belongs to which text.
+    """Rows of the two features for B samples, one image per sample, and which image belongs to which text.
 
     Args:
-        samples: (B,) int64.
-        image_rows: (B,) int64, one per sample.
         text_rows: (M,) int64; one per sample (M = B), or all of each sample, sample after sample.
         positives: two (E,) int64 arrays of positions in the batch, image and text, the first ascending: the pairs that
             belong together by `Pairs.relation`.
@@ -109,7 +106,9 @@ class Batches:
             half = len(image) // 2
             samples, image, text = samples[: 2 * half], image[: 2 * half], text[: 2 * half]
             first, second = self._positives(image[:half], text[:half]), self._positives(image[half:], text[half:])
-            positives = _intersection(first, second, half)
+            # a mixed image belongs to a mixed text where both of their parts do
+            codes = [image_positions * half + text_positions for image_positions, text_positions in (first, second)]
+            positives = np.divmod(np.intersect1d(codes[0], codes[1]), half)
         return Batch(
             samples=samples,
             image_rows=self._pairs.image.rows[image],
@@ -119,7 +118,16 @@ class Batches:
         )
 
     def _positives(self, image: Ints, text: Ints) -> tuple[Ints, Ints]:
-        return _find_positives(self._relation, self._pairs.image.contents[image], self._pairs.text.contents[text])
+        """Find all pairs of positions that belong together. Time and memory grow with the batch alone."""
+        images, texts = self._pairs.image.contents[image], self._pairs.text.contents[text]
+        starts = self._relation.indptr[images]
+        position, found = concatenated_ranges(starts, self._relation.indptr[images + 1] - starts)
+        contents = self._relation.indices[found]
+        order = np.argsort(texts, kind="stable")
+        first = np.searchsorted(texts[order], contents)
+        count = np.searchsorted(texts[order], contents, side="right") - first
+        again, place = concatenated_ranges(first, count)
+        return position[again], order[place]
 
 
 class _SampleItems:
@@ -142,13 +150,7 @@ class _SampleItems:
 
 
 def shuffle_blocks(count: int, block_rows: int, rng: np.random.Generator) -> Ints:
-    """Return 0 … count - 1 in a random order in which numbers stay near those of 1,024 neighboring blocks.
-
-    Args:
-        count: how many numbers.
-        block_rows: consecutive numbers per block; 1 shuffles uniformly.
-        rng: source of randomness.
-    """
+    """Return 0 … count - 1 in a random order in which numbers stay near those of 1,024 neighboring blocks."""
     if block_rows == 1:
         return rng.permutation(count)
     starts = rng.permutation(-(-count // block_rows)) * block_rows
@@ -157,32 +159,12 @@ def shuffle_blocks(count: int, block_rows: int, rng: np.random.Generator) -> Int
     return np.concatenate([rng.permutation(order[start : start + size]) for start in range(0, count, size)])
 
 
-def _find_positives(relation: csr_array, images: Ints, texts: Ints) -> tuple[Ints, Ints]:
-    """Find all pairs of positions whose contents belong together. Time and memory grow with the batch alone."""
-    starts = relation.indptr[images]
-    position, found = concatenated_ranges(starts, relation.indptr[images + 1] - starts)
-    contents = relation.indices[found]
-    order = np.argsort(texts, kind="stable")
-    first = np.searchsorted(texts[order], contents)
-    count = np.searchsorted(texts[order], contents, side="right") - first
-    again, place = concatenated_ranges(first, count)
-    return position[again], order[place]
-
-
-def _intersection(first: tuple[Ints, Ints], second: tuple[Ints, Ints], size: int) -> tuple[Ints, Ints]:
-    """Return the pairs in both: a mixed image belongs to a mixed text where both of their parts do."""
-    codes = [images * size + texts for images, texts in (first, second)]
-    return np.divmod(np.intersect1d(codes[0], codes[1]), size)
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoadedInputs:
     """One modality of a batch on the device.
 
     Args:
         values: (b, D) or (b, T, D) of this process's items, in the dtype on disk.
-        lengths: (b,) int64 number of tokens of each item, or None.
-        rows: (b,) int64 rows of the feature.
         num_items: number of items of all processes.
     """
 
@@ -196,11 +178,8 @@ class LoadedInputs:
 class LoadedBatch:
     """The input of one training step.
 
-    Args:
-        batch: rows of all processes.
-        image: images of this process; with mixup, its part of the first half, then that of the second.
-        text: texts of this process, likewise.
-        positives: pairs of the whole batch that belong together.
+    `batch` and `positives` are those of all processes. With mixup, this process's items are its part of the first
+    half, then that of the second.
     """
 
     batch: Batch
@@ -210,13 +189,7 @@ class LoadedBatch:
 
 
 class Loader:
-    """Read batches in order on one thread, two batches ahead.
-
-    Args:
-        batches: rows of each batch.
-        image: reads rows of the image feature.
-        text: reads rows of the text feature.
-        device: where tensors go; to a GPU through pinned memory.
+    """Read batches in order on one thread, two batches ahead, to the device; to a GPU through pinned memory.
 
     `waited_s` counts the seconds that the training loop waited for a batch.
     """

@@ -25,11 +25,7 @@ Paths: TypeAlias = Path | str | Sequence[Path | str]
 def open_data(paths: Paths, *, image_feature: str | None, text_feature: str | None, memory_bytes: int) -> "TrainData":
     """Open the same image and text feature of one or several caches.
 
-    Args:
-        paths: one cache, or several.
-        image_feature: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
-        text_feature: likewise.
-        memory_bytes: features that fit into this many bytes are loaded once.
+    Features that fit into `memory_bytes` are loaded once.
 
     Raises:
         UnknownNameError: there is no feature of that name.
@@ -54,11 +50,7 @@ class TrainData:
 
     Features that fit the memory are loaded once, so that many runs can share this object.
 
-    Args:
-        caches: the caches.
-        images: image feature of each cache.
-        texts: text feature of each cache.
-        memory_bytes: memory for both features; a feature larger than half of it is memory-mapped.
+    A feature larger than half of `memory_bytes` is memory-mapped.
     """
 
     caches: Sequence[Cache]
@@ -88,13 +80,8 @@ class TrainData:
 
     def split(self, pairs: Pairs, settings: SplitSettings) -> Split:
         """Split the samples; features are loaded for a strict split only."""
-        return make_split(
-            self.caches,
-            pairs,
-            settings,
-            read_image=lambda rows: self.read_image(rows),
-            read_text=lambda rows: self.read_text(rows),
-        )
+        readers = {"read_image": lambda rows: self.read_image(rows), "read_text": lambda rows: self.read_text(rows)}
+        return make_split(self.caches, pairs, settings, **readers)
 
     @cached_property
     def read_image(self) -> Reader:

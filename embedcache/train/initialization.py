@@ -27,14 +27,6 @@ def initialize(
     the root mean square length. A token tower is left as it is, and its feature is not read. Memory: a block of rows,
     and the anchors.
 
-    Args:
-        pair: changed in place.
-        pairs: training pairs.
-        image: reads rows of the image feature.
-        text: reads rows of the text feature.
-        settings: closed form; `random` keeps random weights.
-        seed: random seed of the anchors.
-
     Raises:
         SettingError: a projector that has no linear branch, or fewer pairs than anchors.
         DataError: a value is NaN or infinite, or fewer than two pairs.
@@ -46,7 +38,9 @@ def initialize(
     )
     form = settings.initialization or ("cca" if all(tower.has_linear_branch for tower in towers) else "random")
     _check(towers, form, settings)
-    moments = _moments(*towers)
+    moments = Moments(towers[0].width, towers[1].width)
+    for block in blocks(len(towers[0].rows), _BLOCK):
+        moments.add(towers[0].vectors(block), towers[1].vectors(block))
     covariances = moments.covariances()[:2]
     for one in towers:
         if isinstance(one.tower, RawTower):
@@ -116,13 +110,6 @@ def _check(towers: tuple[_TowerRows, _TowerRows], form: str, settings: ModelSett
             f"projector {settings.projector}: expected at least as many training pairs as the shared width "
             f"{settings.shared_width}, got {num_pairs}; use --shared-width {num_pairs} or less"
         )
-
-
-def _moments(image: _TowerRows, text: _TowerRows) -> Moments:
-    moments = Moments(image.width, text.width)
-    for block in blocks(len(image.rows), _BLOCK):
-        moments.add(image.vectors(block), text.vectors(block))
-    return moments
 
 
 def _projected_rms_length(weights_DP: Array, covariance: Matrix) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
+from embedcache.arrays import blocks
 from embedcache.registry import Registry
 from embedcache.train import tiles
 from embedcache.train.tiles import log_sum_exp, logits_of, softplus_sum
@@ -96,9 +97,6 @@ def _weights(positions_E: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bincount(positions_E)[positions_E].to(dtype).reciprocal()
 
 
-_INITIAL_BIAS = -10.0
-
-
 class SigLip(nn.Module):
     """Binary cross-entropy of each pair of the batch, with a learned bias.
 
@@ -108,7 +106,7 @@ class SigLip(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.tensor(_INITIAL_BIAS))
+        self.bias = nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
         """Compute the loss, a scalar."""
@@ -143,15 +141,8 @@ def structure(inputs_BD: Tensor, outputs_BP: Tensor, *, temperature: float = 0.0
     authors' code scales before it centers.
 
     No (B, B) matrix is held: the backward pass recomputes each tile. Memory: about fifteen tiles of `tiles.TILE_ROWS`
-    × B.
-
-    Args:
-        inputs_BD: (B, D) float32 or float64 inputs of the projector; no gradient flows into them.
-        outputs_BP: (B, P) outputs of the projector, of any length. B is at least 1; 1 or 2 items give 0.
-        temperature: divisor of the similarities; 0.05 is the authors' setting.
-
-    Returns:
-        A scalar, differentiable in the outputs.
+    × B. No gradient flows into the (B, D) inputs; the (B, P) outputs have any length. 1 or 2 items give 0. The
+    temperature is the authors' setting.
     """
     before_BD, after_BP = _directions(inputs_BD), _directions(outputs_BP)
     result: Tensor = _Divergence.apply(before_BD, after_BP, temperature)  # type: ignore[no-untyped-call]
@@ -189,7 +180,6 @@ def _directions(vectors_BD: Tensor) -> Tensor:
 
 def _tiles(before: Tensor, after: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Iterate over tiles of T rows: (T, B) logarithms of both neighborhoods and of their mean."""
-    for start in range(0, len(after), tiles.TILE_ROWS):
-        rows = slice(start, start + tiles.TILE_ROWS)
+    for rows in blocks(len(after), tiles.TILE_ROWS):
         log_p, log_q = (torch.log_softmax(side[rows] @ side.T / temperature, dim=1) for side in (before, after))
         yield rows, log_p, log_q, torch.logaddexp(log_p, log_q) - math.log(2)

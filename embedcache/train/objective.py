@@ -21,13 +21,8 @@ MAX_VECTORS = 32_768
 class Objective(nn.Module):
     """All trained parameters, and the loss of a batch.
 
-    Memory: two embeddings per modality, the activations of `MAX_VECTORS` vectors, and the tiles of the loss.
-
-    Args:
-        pair: towers and temperature.
-        settings: training loss; its own parameters, if any, are trained with those of the pair.
-        precision: `bfloat16` computes the matrix products of the towers and of the loss in bfloat16, and the rest in
-            float32.
+    Memory: two embeddings per modality, the activations of `MAX_VECTORS` vectors, and the tiles of the loss. Parameters
+    of the loss are trained with those of the pair. The precision `bfloat16` is that of matrix products only.
     """
 
     def __init__(self, pair: AlignedPair, settings: LossSettings, *, precision: str) -> None:

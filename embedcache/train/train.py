@@ -19,8 +19,9 @@ from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import Cost, PairConfig, build, config_path, cost, read_config, save_pair, split_path
 from embedcache.provenance import check_same, digest_file, fields_of, prepare_folder, read_json, run_record, write_json
+from embedcache.registry import require
 from embedcache.train.batches import Batches, Loader
-from embedcache.train.checkpoint import checkpoint_path, require_tensorboard
+from embedcache.train.checkpoint import checkpoint_path
 from embedcache.train.data import Paths, TrainData, open_data
 from embedcache.train.distributed import num_processes, process_group, process_rank, run_on_first
 from embedcache.train.initialization import initialize
@@ -146,17 +147,14 @@ def train_on(
 ) -> TrainReport:
     """Train on open data, as `train` does; many runs can share the data.
 
-    Args:
-        data: open caches.
-        run_path: folder of the run.
-        settings: settings of the run, except `memory`, which was applied when the data were opened.
-        progress: progress in training pairs.
-        on_epoch: called after each validation; an exception that it raises ends the training.
+    `memory` was applied when the data were opened. `on_epoch` is called after each validation; an exception that it
+    raises ends the training.
     """
     run_path, progress = Path(run_path), progress or NullProgress()
     if settings.block_rows is None:
         settings = replace(settings, block_rows=_MAPPED_BLOCK_ROWS if data.is_mapped else 1)
     _check_features(data, settings)
+    files = {"split": settings.split.path, "selection": settings.selection_path}
     config = PairConfig(
         projector=settings.model.projector,
         shared_width=settings.model.shared_width,
@@ -164,7 +162,7 @@ def train_on(
         text=data.text,
         index_digest=data.index_digest,
         training=settings.to_json(),
-        file_digests=_file_digests(settings),
+        file_digests={name: digest_file(path) for name, path in files.items() if path and path.is_file()},
     )
     if config_path(run_path).is_file():
         return _reuse_run(run_path, config)
@@ -184,7 +182,7 @@ def train_on(
 
 def _check_features(data: TrainData, settings: TrainSettings) -> None:
     if settings.machine.tensorboard:
-        require_tensorboard()
+        require("tensorboard", extra="tensorboard")
     for feature, name in zip((data.images[0], data.texts[0]), split_names(settings.model.projector), strict=True):
         if feature.has_tokens and not has_token_input(name):
             raise DataError(
@@ -194,11 +192,6 @@ def _check_features(data: TrainData, settings: TrainSettings) -> None:
         for option, value in (("mixup", settings.loss.mixup), ("structure", settings.loss.structure)):
             if feature.has_tokens and value:
                 raise SettingError(f"{option}: expected 0 for the token feature {feature.name}, got {value}")
-
-
-def _file_digests(settings: TrainSettings) -> dict[str, str]:
-    paths = {"split": settings.split.path, "selection": settings.selection_path}
-    return {name: digest_file(path) for name, path in paths.items() if path and path.is_file()}
 
 
 def _reuse_run(run_path: Path, config: PairConfig) -> TrainReport:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
@@ -41,14 +41,7 @@ _SMALL_STEP_FLOPS = 2e10
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """Result of `Trainer.fit`.
-
-    Args:
-        best_epoch: epoch whose weights the pair has now; 0 is the initialization.
-        recalls: validation recall at that epoch.
-        pairs_per_s: training pairs per second of all processes, since this process started or resumed.
-        wait_fraction: fraction of the training time spent waiting for data.
-    """
+    """Result of `Trainer.fit`: fields of `TrainReport`."""
 
     best_epoch: int
     recalls: dict[str, float]
@@ -61,16 +54,8 @@ class Trainer:
 
     Deterministic for a seed on one kind of device, also where training resumes from a checkpoint: to the bit.
 
-    Args:
-        pair: trained in place.
-        loader: batches of the training part.
-        validation: validation part; None on all processes but the first.
-        settings: settings of the run.
-        run_path: folder that gets `losses.jsonl`, checkpoints and, at the end, the last weights.
-        keys: keys of the samples, for error messages.
-        flops_per_pair: operations of a forward pass of both towers.
-        progress: progress in training pairs.
-        on_epoch: called after each validation.
+    `validation` is None on all processes but the first. The run folder gets `losses.jsonl`, checkpoints and, at the
+    end, the last weights.
     """
 
     def __init__(
@@ -89,7 +74,7 @@ class Trainer:
         self._pair, self._loader, self._validation = pair, loader, validation
         self._settings, self._run_path, self._keys = settings, run_path, keys
         self._flops_per_pair, self._progress, self._on_epoch = flops_per_pair, progress, on_epoch
-        self._best = BestWeights()
+        self._best = _BestWeights()
         self._step = self._epoch = self._log_bytes = self._num_resumed = self._num_pairs = 0
         self._last_checkpoint = time.perf_counter()
 
@@ -156,13 +141,9 @@ class Trainer:
         value, temperature = loss.item(), self._pair.temperature.item()
         if not math.isfinite(value):
             self._raise_loss_error(value, temperature, loaded)
-        values = {
-            "epoch": self._epoch,
-            "loss": value,
-            "temperature": temperature,
-            "learning_rate": self._learning_rate(),
-        }
-        self._log.write_step(self._step, values)
+        rate = self._learning_rate()
+        values = {"epoch": self._epoch, "loss": value, "temperature": temperature, "learning_rate": rate}
+        self._log.write({"step": self._step, **values}, self._step, values)
 
     def _raise_loss_error(self, value: float, temperature: float, loaded: LoadedBatch) -> None:
         for name, inputs in (("image", loaded.image), ("text", loaded.text)):
@@ -177,7 +158,7 @@ class Trainer:
 
     def _validate(self) -> None:
         recalls = broadcast_from_first({} if self._validation is None else self._validation.recalls(self._pair))
-        self._log.write_validation(self._step, self._epoch, recalls)
+        self._log.write({"epoch": self._epoch, "validation": recalls}, self._step, recalls)
         self._best.update(self._epoch, recalls, self._pair)
         if self._on_epoch is not None:
             self._on_epoch(self._epoch, recalls)
@@ -192,7 +173,7 @@ class Trainer:
             {
                 "objective": self._objective.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
-                "best": self._best.state_dict(),
+                "best": vars(self._best),
                 "step": self._step,
                 "epoch": self._epoch,
                 "pairs": self._num_resumed + self._num_pairs,
@@ -207,7 +188,7 @@ class Trainer:
             return
         self._objective.load_state_dict(state["objective"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._best.load_state_dict(state["best"])
+        self._best = _BestWeights(**state["best"])
         self._step, self._epoch, self._log_bytes = state["step"], state["epoch"], state["log_bytes"]
         self._num_resumed = state["pairs"]
         self._progress.note(f"resumed from the checkpoint after step {self._step:,}")
@@ -215,7 +196,7 @@ class Trainer:
     def _result(self, seconds: float) -> FitResult:
         if process_rank() == 0:
             save_weights(self._run_path / "last.safetensors", self._pair)
-        self._best.restore(self._pair)
+        self._pair.load_state_dict(self._best.weights)
         return FitResult(
             best_epoch=self._best.epoch,
             recalls=self._best.recalls,
@@ -225,14 +206,7 @@ class Trainer:
 
 
 class Validation:
-    """Retrieval in both directions on the validation part.
-
-    Args:
-        pairs: validation pairs; of more than 5,000 samples, 5,000 evenly spaced ones are used.
-        image: reads rows of the image feature.
-        text: reads rows of the text feature.
-        device: device of the pair.
-    """
+    """Retrieval in both directions on the validation pairs, of at most 5,000 evenly spaced samples."""
 
     def __init__(self, pairs: Pairs, image: Reader, text: Reader, *, device: str) -> None:
         samples = pairs.samples
@@ -256,32 +230,20 @@ class Validation:
         return {f"{direction} r@{k}": recall_at(ranks[direction], k) for direction in ranks for k in _KS}
 
 
-class BestWeights:
+@dataclass(kw_only=True)
+class _BestWeights:
     """The weights with the highest validation recall: the mean of R@1, R@5 and R@10 over both directions."""
 
-    def __init__(self) -> None:
-        self.epoch, self.score = 0, -1.0
-        self.recalls: dict[str, float] = {}
-        self._weights: dict[str, Any] = {}
+    epoch: int = 0
+    score: float = -1.0
+    recalls: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
 
     def update(self, epoch: int, recalls: Mapping[str, float], pair: AlignedPair) -> None:
         """Copy the weights after an epoch if they are better than all before."""
         if fmean(recalls.values()) > self.score:
             self.epoch, self.score, self.recalls = epoch, fmean(recalls.values()), dict(recalls)
-            self._weights = copy.deepcopy(pair.state_dict())
-
-    def restore(self, pair: AlignedPair) -> None:
-        """Load the best weights into a pair."""
-        pair.load_state_dict(self._weights)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
-        return {"epoch": self.epoch, "score": self.score, "recalls": self.recalls, "weights": self._weights}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state of `state_dict`."""
-        self.epoch, self.score, self.recalls = state["epoch"], state["score"], state["recalls"]
-        self._weights = state["weights"]
+            self.weights = copy.deepcopy(pair.state_dict())
 
 
 @contextmanager
@@ -307,10 +269,7 @@ def make_optimizer(trained: nn.Module, settings: OptimizerSettings) -> torch.opt
     """Create fused AdamW; weight decay applies to matrices, not to biases, norms and the temperature."""
     matrices = [parameter for parameter in trained.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in trained.parameters() if parameter.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
 
 
