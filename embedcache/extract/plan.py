@@ -121,7 +121,7 @@ def plan(
                     feature = PlannedFeature(
                         name=f"{writer.group.name}/{name}",
                         modality=modality,
-                        num_items=worker.count_items(modality, lacking),
+                        num_items=worker.cache.info.count_items(modality, lacking),
                         item_bytes=fmean(sizes or [0]),
                     )
                     features.append(feature)
