@@ -147,10 +147,7 @@ def _gather(readers: Sequence[Reader], stops: Ints, rows: Ints, dtype: np.dtype[
     values: Array = np.zeros((len(rows), *shape), dtype)
     lengths = None if found[0][1].lengths is None else np.zeros(len(rows), np.int64)
     for places, inputs in found:
-        if values.ndim == 2:
-            values[places] = inputs.values
-        else:
-            values[places, : inputs.values.shape[1]] = inputs.values
+        values[places, : inputs.values.shape[1]] = inputs.values
         if lengths is not None and inputs.lengths is not None:
             lengths[places] = inputs.lengths
     return Inputs(values, lengths)
