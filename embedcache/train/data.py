@@ -48,9 +48,8 @@ def open_data(paths: Paths, *, image_feature: str | None, text_feature: str | No
 class TrainData:
     """An image and a text feature of some caches. Rows and samples are numbered across the caches, in their order.
 
-    Features that fit the memory are loaded once, so that many runs can share this object.
-
-    A feature larger than half of `memory_bytes` is memory-mapped.
+    Features that fit the memory are loaded once, so that many runs can share this object; a feature larger than half
+    of `memory_bytes` is memory-mapped.
     """
 
     caches: Sequence[Cache]

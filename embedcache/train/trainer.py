@@ -5,7 +5,7 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -97,7 +97,8 @@ class Trainer:
         total = self.settings.optimizer.epochs * self.loader.num_samples
         self.progress.start("training", total - self._num_resumed, "pairs")
         tensorboard = self.settings.machine.tensorboard
-        with RunLog(self.run_path, num_bytes=self._log_bytes, step=self._step, tensorboard=tensorboard) as self._log:
+        self._log = RunLog(self.run_path, num_bytes=self._log_bytes, step=self._step, tensorboard=tensorboard)
+        with closing(self._log):
             if self._best.score < 0:
                 self._validate()
             trained = DistributedDataParallel(self._objective) if num_processes() > 1 else self._objective
@@ -273,10 +274,6 @@ def update(trained: nn.Module, optimizer: torch.optim.Optimizer, rate: float, ma
     optimizer.zero_grad(set_to_none=True)
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LARGEST_TENSOR = 2**30
-
-
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next step, for the rest of the process.
 
@@ -285,5 +282,6 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGEST_TENSOR)
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
