@@ -9,7 +9,6 @@ their names, through embedding-reader, which parses the first line of a `.npy` i
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,17 +18,14 @@ import pyarrow.parquet as pq
 from embedcache.arrays import Array, blocks, normalize
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError
-from embedcache.interop.exporting import new_folder
+from embedcache.interop.exporting import VectorExport, new_folder
 from embedcache.interop.imported import FileGroup, VectorImport
 from embedcache.interop.importing import UNIT_TOLERANCE
 from embedcache.interop.npy import open_npy, write_header
 from embedcache.progress import Progress
 
-if TYPE_CHECKING:
-    from embedcache.interop.exporting import VectorExport
-
-FORM = "clip-retrieval"
-ROWS_PER_FILE = 1_000_000
+_FORM = "clip-retrieval"
+_ROWS_PER_FILE = 1_000_000
 _ARRAYS: Mapping[str, Modality] = {"img_emb": "image", "text_emb": "text"}
 _METADATA = "metadata"
 _BLOCK = 8192
@@ -58,22 +54,16 @@ def open_clip_retrieval(path: Path) -> VectorImport:
         FileGroup(vectors={name: open_npy(files[name][number]) for name in names}, table=tables.get(number))
         for number in numbers
     ]
-    return VectorImport(form=FORM, path=path, modalities={name: _ARRAYS[name] for name in names}, groups=groups)
+    return VectorImport(form=_FORM, path=path, modalities={name: _ARRAYS[name] for name in names}, groups=groups)
 
 
 def write_clip_retrieval(
-    export: "VectorExport", folder: Path, *, rows_per_file: int = ROWS_PER_FILE, progress: Progress
+    export: VectorExport, folder: Path, *, rows_per_file: int = _ROWS_PER_FILE, progress: Progress
 ) -> int:
     """Write clip-retrieval's files into a new folder, whole or not at all; return the number of rows.
 
     Vectors have length 1: a row whose length differs by more than 0.001 is scaled, others are kept as they are, so that
     an import of such files is exported bit for bit. Memory: a block, and the tables of the cache.
-
-    Args:
-        export: exported rows.
-        folder: a new or empty folder.
-        rows_per_file: rows of each file but the last.
-        progress: receives vectors.
 
     Raises:
         PathError: the folder is not empty.
@@ -110,7 +100,7 @@ def _common_numbers(path: Path, files: Mapping[str, Mapping[str, Path]]) -> list
     return every
 
 
-def _metadata(export: "VectorExport", rows: slice) -> pa.Table:
+def _metadata(export: VectorExport, rows: slice) -> pa.Table:
     """Return the columns of some rows; clip-retrieval's own, `image_path` and `caption`, have no nulls."""
     table = export.table(rows)
     for name in ("image_path", "caption"):
@@ -134,7 +124,7 @@ def _write_arrays(
     folder: Path,
     name: str,
     numbers: Mapping[str, slice],
-    export: "VectorExport",
+    export: VectorExport,
     modality: Modality,
     progress: Progress,
 ) -> None:

@@ -67,13 +67,7 @@ def interval_json(estimate: Estimate) -> list[float | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class PageItem:
-    """An image or a text on a page.
-
-    Args:
-        text: caption below the image, or the text itself.
-        image_url: a `data:` URL; None for a text.
-        is_correct: whether the item is marked as correct.
-    """
+    """An image on a page, as a `data:` URL with its caption below, or a text."""
 
     text: str = ""
     image_url: str | None = None
@@ -82,15 +76,7 @@ class PageItem:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryExample:
-    """A query with its top results.
-
-    Args:
-        query: the query.
-        outcome: how it went, in a few words.
-        is_correct: whether it went well.
-        results: top results, best first.
-        answer: a correct item, if none is among the results.
-    """
+    """A query with its top results, best first; how it went; and a correct item, if none is among the results."""
 
     query: PageItem
     outcome: str
@@ -100,14 +86,7 @@ class QueryExample:
 
 
 def ranked_example(query: PageItem, results: Sequence[PageItem], *, rank: int, answer: PageItem) -> QueryExample:
-    """Return the example of a query whose best correct item has `rank`; 1 is the top.
-
-    Args:
-        query: the query.
-        results: top results, best first.
-        rank: rank of the best correct item.
-        answer: a correct item, shown if none is among the results.
-    """
+    """Return the example of a query whose best correct item has `rank`; 1 is the top."""
     return QueryExample(
         query=query,
         outcome="correct at rank 1" if rank == 1 else f"first correct result at rank {rank:,}",
@@ -153,12 +132,9 @@ def write_report(
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Render a template and write the page atomically; it loads nothing from elsewhere.
+    """Render a template of this folder and write the page atomically; it loads nothing from elsewhere.
 
-    Args:
-        path: file to write.
-        template: name of a template in `embedcache/reports`, such as `report.html.j2`.
-        values: variables of the template; text is escaped, SVG figures go through `| safe`.
+    Text in `values` is escaped; SVG figures go through `| safe`.
     """
     environment = Environment(
         loader=PackageLoader("embedcache.reports", ""),
@@ -171,11 +147,11 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     write_atomic(path, environment.get_template(template).render(**values).encode())
 
 
-INK, SOFT, GRID, INTERVAL = "#52606d", "#9aa5b1", "#e4e7eb", "#111827"
+INK, SOFT, GRID = "#52606d", "#9aa5b1", "#e4e7eb"
 COLORS = ("#2563eb", "#0d9488", "#9333ea", "#ea580c", "#db2777", "#ca8a04", "#111827")
 """Colors of series, in this order."""
 
-GOOD, BAD = "#15803d", "#b91c1c"
+BAD = "#b91c1c"
 
 
 def label(axes: Any, x: str, y: str = "") -> None:
@@ -192,7 +168,7 @@ def estimate_bars(axes: Any, estimates: Sequence[Estimate], *, height: float, co
     """Draw one horizontal bar per estimate with its interval as a line, the first one at the top."""
     for position, estimate in enumerate(estimates):
         axes.barh(position, estimate.value, color=colors[position % len(colors)], height=height)
-        axes.plot([estimate.low, estimate.high], [position, position], color=INTERVAL, linewidth=1.5)
+        axes.plot([estimate.low, estimate.high], [position, position], color="#111827", linewidth=1.5)
 
 
 def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: str, limit: float | None = None) -> str:

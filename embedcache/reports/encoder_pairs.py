@@ -30,14 +30,13 @@ def encoder_pairs_table(report: PairsReport) -> Table:
     """Return all metrics with their 95% intervals: one row per pair, best probe first, and a last row for chance."""
     columns = ["image × text", "probe i2t R@10", "probe t2i R@10", "mutual kNN", "debiased CKA", "linear CKA"]
     columns.append("shuffled")
-    rows = [_pair_row(pair) for pair in report.pairs]
+    rows = []
+    for pair in report.pairs:
+        estimates = (pair.i2t, pair.t2i, pair.mutual_knn, pair.debiased_cka, pair.linear_cka)
+        shuffled = format_fraction(pair.shuffled_cka)
+        rows.append([f"{pair.image} × {pair.text}", *map(format_estimate, estimates), shuffled])
     chance = [*(format_estimate(report.chance[way]) for way in ("i2t", "t2i")), format_fraction(report.knn_chance)]
     return columns, [*rows, ["chance", *chance, format_fraction(0.0), "as shuffled", ""]]
-
-
-def _pair_row(pair: PairFigures) -> list[str]:
-    estimates = (pair.i2t, pair.t2i, pair.mutual_knn, pair.debiased_cka, pair.linear_cka)
-    return [f"{pair.image} × {pair.text}", *map(format_estimate, estimates), format_fraction(pair.shuffled_cka)]
 
 
 def encoder_pairs_json(report: PairsReport) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def write_encoder_pairs_page(path: Path, report: PairsReport) -> None:
     best = report.pairs[0]
     table = Section(title="All pairs, best probe first", notes=[f"{report.line()}."], table=encoder_pairs_table(report))
     heat_maps = [
-        Section(title=name, notes=[_NOTES[metric]], figures=[heat_map(report, metric)])
+        Section(title=name, notes=[_NOTES[metric]], figures=[_heat_map(report, metric)])
         for metric, name in METRICS.items()
     ]
     pooling = [[feature, words] for feature, words in report.pooling.items()]
@@ -64,12 +63,10 @@ def write_encoder_pairs_page(path: Path, report: PairsReport) -> None:
     )
 
 
-_SHADES = colormaps["Blues"]
 _DARKEST = 0.6  # of the shades, so that dark text is readable on all of them
-_TEXT = "#1f2933"
 
 
-def heat_map(report: PairsReport, metric: str) -> str:
+def _heat_map(report: PairsReport, metric: str) -> str:
     """Draw one of `METRICS` as an SVG element: one row per image feature, one column per text feature.
 
     Both are in order of their mean probe, best first, so that the heat maps of all metrics have the same layout.
@@ -82,8 +79,8 @@ def heat_map(report: PairsReport, metric: str) -> str:
     values = np.array([[pairs[image, text].value(metric) for text in texts] for image in images])
     lowest = min(0.0, values.min())  # colors start at 0, so that a small difference looks small
     scale = Normalize(lowest, lowest + (values.max() - lowest) / _DARKEST)
-    axes.imshow(values, cmap=_SHADES, norm=scale, aspect="auto")
-    centered: dict[str, Any] = {"ha": "center", "va": "center", "color": _TEXT}
+    axes.imshow(values, cmap=colormaps["Blues"], norm=scale, aspect="auto")
+    centered: dict[str, Any] = {"ha": "center", "va": "center", "color": "#1f2933"}
     for row, image in enumerate(images):
         for column, text in enumerate(texts):
             axes.text(column, row - 0.12, format_fraction(values[row, column]), **centered)

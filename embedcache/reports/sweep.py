@@ -27,13 +27,7 @@ State = Literal["complete", "pruned", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class SweepParameter:
-    """A swept setting.
-
-    Args:
-        name: name of the setting.
-        choices: its choices; None if it is a range of numbers.
-        is_log: whether the range is logarithmic.
-    """
+    """A swept setting: its choices, or a range of numbers, which may be logarithmic."""
 
     name: str
     choices: Sequence[Any] | None
@@ -45,8 +39,6 @@ class SweepTrial:
     """A finished trial.
 
     Args:
-        number: number of the trial.
-        state: how it ended.
         score: validation recall; the last one reported if it was pruned, None if there is none.
         params: values of the swept settings.
         num_parameters: number of trained parameters of a complete trial.
@@ -65,11 +57,9 @@ class SweepTrial:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A top configuration, retrained with several seeds.
+    """The configuration of a top trial, retrained with several seeds.
 
     Args:
-        number: number of its trial.
-        params: values of the swept settings.
         score: score of the trial.
         num_parameters: number of trained parameters.
         num_pairs: number of pairs that the trial saw in training.
@@ -98,10 +88,6 @@ class SweepFindings:
     """Everything a sweep found.
 
     Args:
-        image_feature: name of the image feature.
-        text_feature: name of the text feature.
-        sampler: name of the sampler.
-        pruner: name of the pruner.
         seed: seed of the sampler.
         parameters: the swept settings.
         trials: finished trials by number.
@@ -125,7 +111,6 @@ class SweepFindings:
 
     @property
     def winner(self) -> SweepConfig:
-        """The best configuration on validation."""
         return self.best[0]
 
     def counts(self) -> dict[str, int]:
@@ -288,12 +273,7 @@ def _costs(complete: Sequence[SweepTrial]) -> str:
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the (cost, score) points that no other point reaches at the same cost or less, the cheapest first.
-
-    Example:
-        >>> pareto_front([(1, 0.5), (2, 0.4), (3, 0.7), (1, 0.3)])
-        [(1, 0.5), (3, 0.7)]
-    """
+    """Return the (cost, score) points that no other point reaches at the same cost or less, the cheapest first."""
     front: list[tuple[float, float]] = []
     for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or score > front[-1][1]:

@@ -40,11 +40,7 @@ _MAX_LABELED_CLASSES = 20
 
 
 def zero_shot_table(reports: Mapping[str, ZeroShotReport]) -> Table:
-    """Return accuracies with their 95% intervals: one row per report, and a last row for the first one's chance level.
-
-    Args:
-        reports: name -> report.
-    """
+    """Return accuracies with their 95% intervals: one row per report, and a last row for the first's chance level."""
     rows = {name: report.accuracies for name, report in reports.items()}
     rows["chance"] = next(iter(reports.values())).chance
     return ["", *_COLUMNS.values()], [
@@ -69,13 +65,12 @@ def confusion_table(report: ZeroShotReport, *, num_rows: int = 10) -> Table:
 
 def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
     """Return a report as JSON values: accuracies with intervals, chance, each class, counts, seeds and overlap."""
+    names = report.names
+    unique = [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names)]
     return {
         **estimates_json(report.accuracies),
         "chance": estimates_json(report.chance),
-        "by_class": {
-            name: round_json(accuracy)
-            for name, accuracy in zip(_unique_names(report.names), report.by_class, strict=True)
-        },
+        "by_class": dict(zip(unique, map(round_json, report.by_class), strict=True)),
         "acc1_by_seed": [round_json(accuracy) for accuracy in report.by_seed],
         "num_images": report.num_images,
         "num_unlabelled": report.num_unlabeled,
@@ -87,22 +82,10 @@ def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
     }
 
 
-def _unique_names(names: list[str]) -> list[str]:
-    return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names)]
-
-
 def write_zero_shot_page(
     path: Path, cache: Cache, reports: Mapping[str, ZeroShotReport], classified: ZeroShotPredictions, *, seed: int = 0
 ) -> None:
-    """Write a page with the accuracies of all reports, and the classes and example images of the first.
-
-    Args:
-        path: file to write.
-        cache: evaluated cache.
-        reports: name -> report; the first is the main one.
-        classified: classification whose images are shown.
-        seed: random seed of the example images.
-    """
+    """Write a page with the accuracies of all reports, and the classes and example images of the first."""
     first = next(iter(reports.values()))
     chance = first.chance["acc1"].value
     accuracy = Section(
@@ -118,7 +101,7 @@ def write_zero_shot_page(
         title="Confusions",
         notes=["Sum over all runs."],
         table=confusion_table(first),
-        figures=[confusion_matrix(first.names, first.confusion)],
+        figures=[_confusion_matrix(first.names, first.confusion)],
     )
     write_report(
         path,
@@ -193,7 +176,7 @@ def class_bars(names: Sequence[str], accuracies_C: Array, *, chance: float) -> s
     return svg(figure)
 
 
-def confusion_matrix(names: Sequence[str], confusion_CC: Array) -> str:
+def _confusion_matrix(names: Sequence[str], confusion_CC: Array) -> str:
     """Draw a confusion matrix in percent of each row as an SVG element; of many classes those confused most."""
     shown = _most_confused(confusion_CC)
     fractions = confusion_CC[np.ix_(shown, shown)] / np.maximum(1, confusion_CC[shown].sum(axis=1))[:, None]
