@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
 from embedcache.evaluate.encoder_pairs import METRICS, ROWS, PairFigures, PairsReport
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import INK, Section, Table, format_estimate, format_fraction, svg, write_report
+from embedcache.reports.base import INK, Section, Table, format_estimate, format_fraction, open_axes, svg, write_report
 
 _NOTES = {
     "probe": "Recall at 10, mean of both directions, of a CCA fitted on the training part that ranks the validation "
@@ -73,8 +72,7 @@ def _heat_map(report: PairsReport, metric: str) -> str:
     """
     images = _by_probe(report.pairs, lambda pair: pair.image)
     texts = _by_probe(report.pairs, lambda pair: pair.text)
-    figure = Figure(figsize=(2.6 + 1.35 * len(texts), 0.9 + 0.55 * len(images)), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(0.9 + 0.55 * len(images), width=2.6 + 1.35 * len(texts))
     pairs = {(pair.image, pair.text): pair for pair in report.pairs}
     values = np.array([[pairs[image, text].value(metric) for text in texts] for image in images])
     lowest = min(0.0, values.min())  # colors start at 0, so that a small difference looks small
@@ -89,7 +87,7 @@ def _heat_map(report: PairsReport, metric: str) -> str:
     axes.set_yticks(range(len(images)), [image.replace("/", "/\n", 1) for image in images], fontsize=8)
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def _by_probe(pairs: Sequence[PairFigures], name_of: Callable[[PairFigures], str]) -> list[str]:
