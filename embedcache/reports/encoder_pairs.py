@@ -1,6 +1,7 @@
 """A comparison of encoder pairs as a table, JSON and one page with a heat map per metric."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def _heat_map(report: PairsReport, metric: str) -> str:
 
     Both are in order of their mean probe, best first, so that the heat maps of all metrics have the same layout.
     """
-    images = _by_probe(report.pairs, lambda pair: pair.image)
-    texts = _by_probe(report.pairs, lambda pair: pair.text)
+    images = _by_probe(report.pairs, "image")
+    texts = _by_probe(report.pairs, "text")
     axes = open_axes(0.9 + 0.55 * len(images), width=2.6 + 1.35 * len(texts))
     pairs = {(pair.image, pair.text): pair for pair in report.pairs}
     values = np.array([[pairs[image, text].value(metric) for text in texts] for image in images])
@@ -90,9 +91,11 @@ def _heat_map(report: PairsReport, metric: str) -> str:
     return svg(axes.figure)
 
 
-def _by_probe(pairs: Sequence[PairFigures], name_of: Callable[[PairFigures], str]) -> list[str]:
-    means = {name: np.mean([pair.probe for pair in pairs if name_of(pair) == name]) for name in map(name_of, pairs)}
-    return sorted(means, key=lambda name: -means[name])
+def _by_probe(pairs: Sequence[PairFigures], modality: str) -> list[str]:
+    probes = defaultdict(list)
+    for pair in pairs:
+        probes[getattr(pair, modality)].append(pair.probe)
+    return sorted(probes, key=lambda name: -np.mean(probes[name]))
 
 
 def _interval(pair: PairFigures, metric: str) -> str:
