@@ -67,13 +67,11 @@ class Overlap:
     @property
     def warning(self) -> str | None:
         """Warning that the figures are too high, or None."""
+        near = f"{self.near:,} of {self.num_checked:,}"
         if self.exact:
-            return f"WARNING: {self.exact:,} samples share an image or a caption with the training part" + (
-                f", {self.near:,} of {self.num_checked:,} have a near-duplicate there" if self.near else ""
-            )
-        if self.near:
-            return f"WARNING: {self.near:,} of {self.num_checked:,} samples have a near-duplicate in the training part"
-        return None
+            line = f"WARNING: {self.exact:,} samples share an image or a caption with the training part"
+            return line + (f", {near} have a near-duplicate there" if self.near else "")
+        return f"WARNING: {near} samples have a near-duplicate in the training part" if self.near else None
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON values."""

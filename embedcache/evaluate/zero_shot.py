@@ -40,7 +40,6 @@ class ZeroShotPredictions:
 
     Args:
         items: images that have a label.
-        names: names of the classes.
         num_prompts: (C,) number of prompts of each class.
         labels: (I,) true class of each image.
         ranks: (I,) rank of the true class, 1 is the top.
@@ -137,7 +136,8 @@ def evaluate_zero_shot(
     runs = load_runs(run_paths, is_control=is_control)
     found = [classify(cache, run, prompts_cache, settings or ZeroShotSettings()) for run in runs]
     first, num_classes = found[0], len(found[0].names)
-    labels, ranks = (np.concatenate([getattr(one, name) for one in found]) for name in ("labels", "ranks"))
+    labels = np.concatenate([one.labels for one in found])
+    ranks = np.concatenate([one.ranks for one in found])
     groups = np.concatenate([one.split.groups[one.items.samples] for one in found])
     predicted = np.concatenate([one.predicted[:, 0] for one in found])
     return ZeroShotReport(

@@ -90,8 +90,8 @@ def load(
     del model_name, cache_dir
     device = str(torch_device(str(device)))
     pair, config = load_pair(Path(pretrained), device=device)
-    image = open_projected_encoder("image", config.image, pair.image, device)
-    text = open_projected_encoder("text", config.text, pair.text, device)
+    image = open_projected_encoder("image", pair, config, device=device)
+    text = open_projected_encoder("text", pair, config, device=device)
     return (
         _RunModel(image, text, device),
         lambda pil_image: torch.from_numpy(image.prepare([rgb_image(pil_image)])[0]),

@@ -29,16 +29,10 @@ _MAX_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
 def log_sum_exp(
     left_BP: Tensor, right_NP: Tensor, scale: Tensor, masked: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute log Σ exp of all logits, over each row and over each column.
+    """Compute log Σ exp of the logits scale · left · right', over each row and over each column: (B,) and (N,).
 
-    Args:
-        left_BP: (B, P) rows of length 1.
-        right_NP: (N, P) rows of length 1.
-        scale: scalar; logits are scale · left · right'.
-        masked: (E,) rows, ascending, and (E,) columns of logits that are left out; each row and column keeps one.
-
-    Returns:
-        (B,) and (N,), differentiable in left, right and scale.
+    Left and right have rows of length 1. Masked are (E,) rows, ascending, and (E,) columns of logits that are left out;
+    each row and column keeps one. Differentiable in left, right and scale.
     """
     rows, columns = masked or (torch.empty(0, dtype=torch.int64, device=left_BP.device),) * 2
     dtype = _product_dtype(left_BP)
