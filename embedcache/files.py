@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -21,20 +21,21 @@ from embedcache.errors import DiskFullError, PathError
 from embedcache.registry import require
 
 _SERVICES = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs"})
-_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})  # have no folders
 _LONGEST_REASON = 300
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
+_NODE = platform.node().replace(".", "-")
+LOCK = ".lock"
+"""File in a folder on which its locks are taken."""
 
 
 def open_path(location: str | Path) -> Path:
     """Return a path for a local path or URL.
 
     A URL becomes a `UPath` of universal-pathlib, which has the methods of `Path` and reads and writes through fsspec.
-    Credentials, regions and endpoints come from the environment, as for the service's own tools.
-
-    Raises:
-        MissingExtraError: the packages that read URLs are not installed.
-        PathError: fsspec does not know the protocol of the URL, or the server does not answer.
+    Credentials, regions and endpoints come from the environment, as for the service's own tools. PathError if fsspec
+    does not know the protocol or the server does not answer.
     """
     if isinstance(location, Path) or not is_url(str(location)):
         return Path(location)
@@ -61,12 +62,6 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, Path)
 
 
-def has_no_folders(path: Path) -> bool:
-    """Return whether a remote path is in an object store, whose folders are only parts of names."""
-    protocols: str | tuple[str, ...] = path.fs.protocol  # type: ignore[attr-defined]
-    return not _OBJECT_STORES.isdisjoint({protocols} if isinstance(protocols, str) else protocols)
-
-
 def is_io_error(error: BaseException) -> bool:
     """Return whether an error comes from a disk or a remote service; those of services have no common base class."""
     has_no_ranges = isinstance(error, ValueError) and "range requests" in str(error)  # fsspec on a web server
@@ -89,26 +84,14 @@ def _one_line(error: BaseException) -> str:
     return (str(error).partition("\n")[0] or type(error).__name__)[:_LONGEST_REASON]
 
 
-_PARTIAL = re.compile(r"\..+\.(?P<node>[^.]*)\.(?P<process>\d+)\.[0-9a-f]{8}\.partial")
-_NODE = platform.node().replace(".", "-")
-LOCK = ".lock"
-"""File in a folder on which its locks are taken."""
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_TAKEN = (errno.EACCES, errno.EAGAIN)
-
-
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise errors of a full disk as `DiskFullError`.
-
-    Raises:
-        DiskFullError: no space is left; committed data stays.
-    """
+    """Raise errors of a full disk as `DiskFullError`; some libraries report one only by its message."""
     try:
         yield
     except Exception as error:
-        if not _is_full(error):
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full and "No space left on device" not in str(error):
             raise
         raise DiskFullError(disk_full_message(f" of {path}")) from error
 
@@ -118,19 +101,12 @@ def disk_full_message(disk: str = "") -> str:
     return f"no space left on the disk{disk}; finished work is kept: free some space and rerun the same command"
 
 
-def _is_full(error: Exception) -> bool:
-    """Return whether a disk is full: by error number, or by message for libraries that write on their own."""
-    return getattr(error, "errno", None) in _NO_SPACE or "No space left on device" in str(error)
-
-
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves either the old or the new file.
-
-    Raises:
-        DiskFullError: no space is left; no partial file remains.
-    """
+    """Write a file so that a crash leaves either the old or the new file; a full disk leaves no partial file."""
     if is_remote(path):
-        _put(path, data)
+        with _service_errors(path):
+            make_folder(path.parent)
+            path.fs.pipe_file(path.path, data)  # type: ignore[attr-defined]
         return
     with replacing(path) as temporary:
         temporary.write_bytes(data)
@@ -158,11 +134,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """Create a temporary folder that becomes `folder` after the block; after an error, nothing is left.
-
-    Raises:
-        DiskFullError: no space is left; no partial folder remains.
-    """
+    """Create a temporary folder that becomes `folder` after the block; after an error, nothing is left."""
     make_folder(folder.parent)
     remove_leftovers(folder)
     scratch = partial_path(folder)
@@ -190,12 +162,6 @@ def put_file(file: Path, path: Path) -> None:
     make_folder(path.parent)
     file.replace(path)
     flush(path.parent)
-
-
-def _put(path: Path, data: bytes) -> None:
-    with _service_errors(path):
-        make_folder(path.parent)
-        path.fs.pipe_file(path.path, data)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -233,18 +199,14 @@ def remove_leftovers(path: Path) -> None:
 def _remove_if_abandoned(path: Path) -> None:
     """Remove a partial file or folder if the process in its name is dead."""
     writer = _PARTIAL.fullmatch(path.name)
-    if writer and writer["node"] == _NODE and not _is_alive(int(writer["process"])):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
+    if writer is None or writer["node"] != _NODE:
+        return
     try:
-        os.kill(process, 0)
+        os.kill(int(writer["process"]), 0)
+    except PermissionError:  # the living process of another user
+        return
     except ProcessLookupError:
-        return False
-    except PermissionError:  # the process of another user
-        return True
-    return True
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
@@ -259,13 +221,10 @@ def flush(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, flushed.
-
-    Raises:
-        PathError: a file is in the way.
-    """
+    """Create a folder and its parents, flushed; PathError if a file is in the way."""
     if is_remote(path):
-        if not has_no_folders(path):
+        protocols: str | tuple[str, ...] = path.fs.protocol  # type: ignore[attr-defined]
+        if _OBJECT_STORES.isdisjoint({protocols} if isinstance(protocols, str) else protocols):
             with _service_errors(path):
                 path.mkdir(parents=True, exist_ok=True)
         return
@@ -299,16 +258,12 @@ def locked(folder: Path, number: int = 0) -> Iterator[None]:
         yield
         return
     path = folder / LOCK
-    with _IN_THIS_PROCESS[str(folder.absolute()), number]:
+    with _IN_THIS_PROCESS[str(folder.absolute()), number], ExitStack() as stack:
         descriptor = _open_shared(path)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, number)
-            try:
-                yield
-            finally:
-                fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, number)
-        finally:
-            _close_shared(path)
+        stack.callback(_close_shared, path)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, number)
+        stack.callback(fcntl.lockf, descriptor, fcntl.LOCK_UN, 1, number)
+        yield
 
 
 _SHARED: dict[Path, int] = {}
@@ -344,10 +299,7 @@ class Leases:
     """Leases of this process on numbered pieces of work in a folder. Those of a killed process are released.
 
     They are record locks on one file, so they exclude other processes of the machine and, if the file system supports
-    it, of a cluster. Behind a URL every lease is granted to every process.
-
-    Args:
-        folder: folder of the file `.claims`, which is created with the first lease.
+    it, of a cluster: `.claims` in the folder. Behind a URL every lease is granted to every process.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -369,7 +321,7 @@ class Leases:
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
         except OSError as error:
-            if error.errno not in _TAKEN:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             return False
         return True

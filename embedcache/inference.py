@@ -46,20 +46,13 @@ def load(run_path: Path | str, *, device: str = "cpu") -> "Model":
 
 
 class Model:
-    """A trained pair with its frozen encoders: embeds images and texts in a shared space. Create it with `load`.
-
-    Args:
-        pair: projectors, on the device.
-        config: config of the run.
-        device: torch device of the encoders.
-    """
+    """A trained pair with its frozen encoders: embeds images and texts in a shared space. Create it with `load`."""
 
     def __init__(self, pair: AlignedPair, config: PairConfig, *, device: str) -> None:
         self._pair, self._device = pair, device
         self.config = config
 
     def __repr__(self) -> str:
-        """Return both features and the shared width."""
         return f"Model({self.config.image.feature} + {self.config.text.feature} -> {self.width})"
 
     @property
@@ -111,26 +104,18 @@ class Model:
     def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Floats:
         """Compute the cosine similarity of every image with every text; for embeddings, use `images @ texts.T`.
 
-        Args:
-            images: N images, see `encode_image`.
-            texts: Q texts, see `encode_text`.
-
-        Returns:
-            (N, Q) float32.
-
-        Raises:
-            PathError, DataError, FingerprintError, MissingExtraError: see `encode_image` and `encode_text`.
+        Arguments and errors are those of `encode_image` and `encode_text`, for N images and Q texts: (N, Q) float32.
         """
         similarities_NQ: Floats = self.encode_image(images) @ self.encode_text(texts).T
         return similarities_NQ
 
     @cached_property
     def _image_encoder(self) -> "ProjectedEncoder":
-        return open_projected_encoder("image", self.config.image, self._pair.image, self._device)
+        return open_projected_encoder("image", self._pair, self.config, device=self._device)
 
     @cached_property
     def _text_encoder(self) -> "ProjectedEncoder":
-        return open_projected_encoder("text", self.config.text, self._pair.text, self._device)
+        return open_projected_encoder("text", self._pair, self.config, device=self._device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +123,8 @@ class ProjectedEncoder:
     """A frozen encoder with a trained projector: from raw items to the shared space.
 
     Args:
-        encoder: has the fingerprint that the run was trained on.
         view: transform of an item before encoding, as the feature was extracted.
         names: features that the projector takes.
-        tower: the projector.
         device: torch device of the projector.
     """
 
@@ -173,23 +156,25 @@ class ProjectedEncoder:
 
 
 def open_projected_encoder(
-    modality: Modality, tower_input: TowerInput, tower: AnyTower, device: str
+    modality: Modality, pair: AlignedPair, config: PairConfig, *, device: str
 ) -> ProjectedEncoder:
     """Open the encoder of one tower of a run, with the view that it was used with.
 
     Raises:
         FingerprintError: the encoder or view is not the one that the run was trained on.
-        MissingExtraError: the encoder's package is not installed.
     """
+    tower_input = config.tower_input(modality)
+    feature, fingerprint = tower_input.feature, tower_input.fingerprint
     encoder = reopen_encoder(
-        tower_input.spec,
-        modality=modality,
-        feature=tower_input.feature,
-        fingerprint=tower_input.fingerprint,
+        tower_input.spec, modality=modality, feature=feature, fingerprint=fingerprint, device=device
+    )
+    return ProjectedEncoder(
+        encoder=encoder,
+        view=_reopen_view(tower_input),
+        names=feature_names(feature),
+        tower=pair.tower(modality),
         device=device,
     )
-    names = feature_names(tower_input.feature)
-    return ProjectedEncoder(encoder=encoder, view=_reopen_view(tower_input), names=names, tower=tower, device=device)
 
 
 def _reopen_view(tower_input: TowerInput) -> Callable[[Any], Any]:
@@ -203,16 +188,12 @@ def _reopen_view(tower_input: TowerInput) -> Callable[[Any], Any]:
 
 
 def _load_image(image: ImageLike) -> Image:
+    if not isinstance(image, Image) and not Path(image).is_file():
+        raise PathError(f"image {image} does not exist: expected the path of a file, or an open PIL image")
     try:
-        return rgb_image(image) if isinstance(image, Image) else decode_image(_read(Path(image)))
+        return rgb_image(image) if isinstance(image, Image) else decode_image(Path(image).read_bytes())
     except ItemError as error:
         raise DataError(f"image {image}: {error}") from error
-
-
-def _read(path: Path) -> bytes:
-    if not path.is_file():
-        raise PathError(f"image {path} does not exist: expected the path of a file, or an open PIL image")
-    return path.read_bytes()
 
 
 def _check_text(text: str) -> str:

@@ -33,13 +33,9 @@ def num_cores() -> int:
 
 
 def cgroup_cores(root: Path) -> int | None:
-    """Return the CPU quota of a container in whole cores, rounded up; None if it has none.
-
-    Args:
-        root: where the kernel mounts the control groups; version 2 has one file, version 1 has two.
-    """
+    """Return the CPU quota of a container in whole cores, rounded up; None if there is none below `root`."""
     try:
-        if (root / "cpu.max").is_file():
+        if (root / "cpu.max").is_file():  # version 2 of the control groups; version 1 has two files
             quota, period = (root / "cpu.max").read_text().split()
         else:
             quota, period = ((root / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
@@ -63,7 +59,7 @@ def run_processes(
     Args:
         work: function of a module; the tasks and what it returns must be picklable.
         tasks: one per process.
-        progress: shows the progress of all processes together, and their notes.
+        progress: shows the progress of all processes together.
         steps: names of the steps that a process may start, in order; a process may leave some of them out.
         is_split: whether each process reports the total of its own part of a step; otherwise they share one total.
 
@@ -203,15 +199,7 @@ class _MergedProgress:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Connect to a Ray cluster and yield Ray; a connection that existed before stays open afterwards.
-
-    Args:
-        address: address of a running cluster; None starts one on this machine.
-
-    Raises:
-        MissingExtraError: Ray is not installed.
-        EmbedcacheError: there is no cluster at the address.
-    """
+    """Connect to a Ray cluster, or start one without an address; a connection that existed before stays open."""
     ray = require("ray", extra="ray")
     if ray.is_initialized():
         yield ray

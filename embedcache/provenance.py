@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -31,8 +31,7 @@ T = TypeVar("T")
 
 def canonical_json(value: Any) -> bytes:
     """Return JSON in which equal values have equal bytes: sorted keys, no spaces, UTF-8."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return text.encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def digest(value: Any) -> str:
@@ -52,12 +51,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        PathError: the file does not exist.
-        CorruptError: the file is not JSON.
-    """
+    """Read a JSON file; PathError if it does not exist, CorruptError if it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -96,35 +90,27 @@ def read_manifest(path: Path, *, kind: str, latest_format: int, make: str) -> di
     return dict(values)
 
 
-MANIFESTS = {"cache.json": "cache", "config.json": "run", "card.json": "index", "study.json": "study"}
-"""File that completes a folder -> kind of artifact."""
+_MANIFESTS = {"cache.json": "cache", "config.json": "run", "card.json": "index", "study.json": "study"}
 
 
 def recognize(path: Path) -> str:
     """Return the kind of an artifact: `cache`, `run`, `index`, `study` or `selection`.
 
     A folder is recognized by its manifest, a selection by its suffix `.parquet`; neither is opened.
-
-    Raises:
-        PathError: the path does not exist or is not a finished artifact.
     """
-    for name, kind in MANIFESTS.items():
+    for name, kind in _MANIFESTS.items():
         if (path / name).is_file():
             return kind
     if path.suffix == ".parquet" and path.is_file():
         return "selection"
     if not path.exists():
         raise PathError(f"{path} does not exist")
-    manifests = ", ".join(f"{kind} ({name})" for name, kind in MANIFESTS.items())
+    manifests = ", ".join(f"{kind} ({name})" for name, kind in _MANIFESTS.items())
     raise PathError(f"{path}: expected a finished {manifests} or a selection (.parquet)")
 
 
 def fields_of(path: Path, make: Callable[[], T]) -> T:
-    """Call the constructor of an artifact's dataclass.
-
-    Raises:
-        CorruptError: fields are missing or unknown.
-    """
+    """Call the constructor of an artifact's dataclass; CorruptError if fields are missing or unknown."""
     try:
         return make()
     except (KeyError, TypeError) as error:
@@ -149,10 +135,7 @@ def prepare_folder(path: Path, *, kind: str, marker: str, allowed: Collection[st
         path: the folder.
         kind: kind of artifact with its article: `a run`, `an index`.
         marker: file that an interrupted run has left.
-        allowed: names that the stage writes, or patterns of them.
-
-    Raises:
-        PathError: a file is in the way, or the folder holds other files; nothing is changed.
+        allowed: names that the stage writes, or patterns of them; other files raise `PathError`.
     """
     make_folder(path)
     remove_partials(path)
@@ -166,11 +149,7 @@ def prepare_folder(path: Path, *, kind: str, marker: str, allowed: Collection[st
 
 
 def check_same(what: str, found: Mapping[str, Any], requested: Mapping[str, Any], *, next_step: str) -> None:
-    """Check that an artifact was made with the requested settings.
-
-    Raises:
-        FingerprintError: names each field that differs with both values.
-    """
+    """Check that an artifact was made with the requested settings; FingerprintError names each field that differs."""
     differences = name_differences(found, requested)
     if differences:
         raise FingerprintError(f"{what} was made with other settings: {'; '.join(differences)}; {next_step}")
@@ -195,19 +174,17 @@ def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def run_record(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Write a JSON record of a stage: inputs, outcome, time, memory, machine and package versions.
+    """Write a JSON record of a stage, if it ends without an error; yields a dictionary for the outcome.
 
-    Args:
-        path: path of the record, written if the stage ends without an error.
-        stage: `extract`, `train`, …
-        settings: inputs and settings of the stage, as JSON values.
-
-    Yields:
-        A dictionary for the outcome.
+    The record holds inputs and settings, outcome, time, memory, machine and package versions.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     outcome: dict[str, Any] = {}
     yield outcome
+    packages = {}
+    for name in _RECORDED_PACKAGES:
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
     write_json(
         path,
         {
@@ -219,7 +196,7 @@ def run_record(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterator[
             "outcome": outcome,
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "packages": _installed_packages(),
+            "packages": packages,
         },
     )
 
@@ -231,13 +208,3 @@ def peak_memory_bytes() -> int:
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _installed_packages() -> dict[str, str]:
-    installed = {}
-    for name in _RECORDED_PACKAGES:
-        try:
-            installed[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return installed

@@ -36,10 +36,7 @@ class Registry:
         return sorted({*self.paths, *self._declared()})
 
     def load(self, name: str) -> Any:
-        """Import a plug-in.
-
-        Args:
-            name: name of the plug-in, or the `module:attribute` of any importable object.
+        """Import a plug-in by its name, or any object by its `module:attribute`.
 
         Raises:
             UnknownNameError: there is no such name, module or attribute.
@@ -77,12 +74,7 @@ def _entry_points(group: str, search_path: tuple[str, ...]) -> Mapping[str, str]
 
 
 def _import_plugin(name: str, module: str) -> ModuleType:
-    """Import the module of a plug-in.
-
-    Raises:
-        ModuleNotFoundError: there is no such module.
-        MissingExtraError: the module exists, and imports a package that is not installed.
-    """
+    """Import the module of a plug-in; MissingExtraError if it exists and imports a package that is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -109,15 +101,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str = "") 
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import an optional package.
-
-    Args:
-        module: name of the module.
-        extra: extra of this package that installs it.
-
-    Raises:
-        MissingExtraError: the package is not installed; the message has the pip command.
-    """
+    """Import an optional package; if it is missing, MissingExtraError has the pip command for our `extra`."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -12,6 +12,7 @@ A field that is itself a settings class is a group; its fields join those of the
 """
 
 import math
+import operator
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -67,12 +68,7 @@ def setting(default: Any, help: str, **declared: Any) -> Any:
 
 
 def group(kind: type[S], **defaults: Any) -> S:
-    """Return a dataclass field that holds a group of settings.
-
-    Args:
-        kind: settings class of the group.
-        defaults: defaults that differ from those of the class, by field name.
-    """
+    """Return a dataclass field that holds a group of settings, with defaults that differ from those of its class."""
     made: S = field(default_factory=lambda: kind(**defaults), metadata={_DEFAULTS: defaults})
     return made
 
@@ -84,9 +80,6 @@ class FlatSetting:
     Args:
         name: flat name, unique within the outer class, such as `split_seed`.
         path: names of the groups that lead to the field, then the field's own name.
-        type: annotated type.
-        default: default value.
-        declared: the declaration.
     """
 
     name: str
@@ -139,45 +132,38 @@ def check_settings(settings: Any) -> None:
 
 
 def check_value(name: str, value: Any, hint: Any, declared: Declaration) -> None:
-    """Check one value against its type and declaration.
-
-    Raises:
-        SettingError: it does not fit; the message names the setting, the value and what was expected.
-    """
+    """Check one value against its type and declaration; SettingError names it and what was expected."""
     if not _has_type(value, hint):
-        raise SettingError(f"{name}: expected {expectation(hint, declared)}, got {value!r}")
+        raise SettingError(f"{name}: expected {_expectation(hint, declared)}, got {value!r}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         fits = math.isfinite(value) and (isinstance(value, float) or -_INT64 <= value < _INT64)
-        if not fits or not _is_within(value, declared):
-            raise SettingError(f"{name}: expected {expectation(hint, declared)}, got {value}")
+        if not fits or not all(compare(value, bound) for compare, _, bound in _bounds(declared)):
+            raise SettingError(f"{name}: expected {_expectation(hint, declared)}, got {value}")
 
 
-def expectation(hint: Any, declared: Declaration) -> str:
+def _expectation(hint: Any, declared: Declaration) -> str:
     """Describe the values that a setting takes, such as `a number of at least 0 and below 1`."""
     kinds = _alternatives(hint)
     choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     if choices:
         return f"one of {', '.join(choices)}"
-    noun = next((text for kind, text in _NOUNS if kind in kinds), "a value")
-    bounds = [
-        f"{words} {_short(bound)}"
-        for words, bound in (
-            ("of at least", declared.ge),
-            ("above", declared.gt),
-            ("of at most", declared.le),
-            ("below", declared.lt),
-        )
-        if bound is not None
-    ]
-    return " and ".join([f"{noun} {bounds[0]}", *bounds[1:]]) if bounds else noun
+    noun = next((text for kind, text in _NOUNS.items() if kind in kinds), "a value")
+    bounds = [f"{words} {_short(bound)}" for _, words, bound in _bounds(declared)]
+    return f"{noun} {' and '.join(bounds)}" if bounds else noun
 
 
-_NOUNS: tuple[tuple[Any, str], ...] = (
-    (float, "a number"),
-    (int, "a whole number"),
-    (bool, "true or false"),
-    (str, "a text"),
-)
+_NOUNS = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+
+
+def _bounds(declared: Declaration) -> list[tuple[Callable[[float, float], bool], str, float]]:
+    """Return the bounds that are declared: how a value compares with each, in code and in words."""
+    bounds = (
+        (operator.ge, "of at least", declared.ge),
+        (operator.gt, "above", declared.gt),
+        (operator.le, "of at most", declared.le),
+        (operator.lt, "below", declared.lt),
+    )
+    return [(compare, words, bound) for compare, words, bound in bounds if bound is not None]
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -195,22 +181,13 @@ def _is_instance(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if kind is Any:
         return True
+    if kind in (int, float) and isinstance(value, bool):
+        return False
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int | float)
     if origin is tuple:
         return isinstance(value, tuple) and all(_has_type(element, get_args(kind)[0]) for element in value)
     return isinstance(value, origin or kind)
-
-
-def _is_within(value: float, declared: Declaration) -> bool:
-    return (
-        (declared.ge is None or value >= declared.ge)
-        and (declared.gt is None or value > declared.gt)
-        and (declared.le is None or value <= declared.le)
-        and (declared.lt is None or value < declared.lt)
-    )
 
 
 def _short(bound: float) -> str:

@@ -1,4 +1,4 @@
-"""Sizes, fractions and counts as people write them: `4GB`, `0.1%`, `1000`."""
+"""Sizes, fractions and counts as people write them: `4GB`, `0.1%`, `1000`. Other texts raise `SettingError`."""
 
 import re
 
@@ -9,11 +9,7 @@ _POWERS = ("", "K", "M", "G", "T")
 
 
 def parse_size(text: str) -> int:
-    """Parse a number of bytes, such as `4GB`, `500M` or `4096`; K, M, G and T are powers of 1024.
-
-    Raises:
-        SettingError: the text is not a size above 0.
-    """
+    """Parse a number of bytes, such as `4GB`, `500M` or `4096`; K, M, G and T are powers of 1024."""
     match = _SIZE.fullmatch(text.strip())
     size = int(float(match[1]) * 1024 ** _POWERS.index(match[2].upper())) if match else 0
     if size <= 0:
@@ -22,11 +18,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_fraction(text: str) -> float:
-    """Parse a fraction of a whole, such as `0.1%` or `0.001`.
-
-    Raises:
-        SettingError: the text is not a number from 0 to 1 or a percentage.
-    """
+    """Parse a fraction of a whole, such as `0.1%` or `0.001`."""
     try:
         fraction = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -36,12 +28,8 @@ def parse_fraction(text: str) -> float:
     return fraction
 
 
-def parse_count(text: str) -> int:
-    """Parse a whole number of at least 1, such as `1000` or `20,000`.
-
-    Raises:
-        SettingError: the text is not such a number.
-    """
+def _parse_count(text: str) -> int:
+    """Parse a whole number of at least 1, such as `1000` or `20,000`."""
     try:
         count = int(text.replace(",", ""))
     except ValueError:
@@ -52,18 +40,10 @@ def parse_count(text: str) -> int:
 
 
 def parse_count_or_fraction(text: str) -> int | float:
-    """Parse a number of things, `1000`, or a percentage of them, `10%`, which becomes the fraction 0.1.
-
-    Raises:
-        SettingError: the text is neither.
-    """
-    return parse_fraction(text) if text.endswith("%") else parse_count(text)
+    """Parse a number of things, `1000`, or a percentage of them, `10%`, which becomes the fraction 0.1."""
+    return parse_fraction(text) if text.endswith("%") else _parse_count(text)
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
-    """Parse whole numbers separated by commas, such as `1000,100`.
-
-    Raises:
-        SettingError: one of them is not a number of at least 1.
-    """
-    return tuple(parse_count(part) for part in text.split(","))
+    """Parse whole numbers separated by commas, such as `1000,100`."""
+    return tuple(_parse_count(part) for part in text.split(","))

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 
@@ -15,9 +14,7 @@ from embedcache.search.faiss_index import RowIndex, read_index
 from embedcache.search.index import IndexCard, check_card, read_card
 from embedcache.search.vectors import Vectors
 
-SAMPLE = 16_384
-"""Items drawn for quantiles and thresholds, which are exact if the pool has no more."""
-
+SAMPLE = 16_384  # items drawn for quantiles and thresholds, which are exact if the pool has no more
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
 _ONE_DEVIATION_BELOW = 0.158655  # quantile of a normal distribution one standard deviation below its mean
@@ -27,19 +24,12 @@ _ROUNDING = 1e-5  # two ways of summing one cosine in float32
 
 @dataclass(frozen=True, kw_only=True)
 class Background:
-    """Similarities of concepts to a random sample of a pool.
-
-    Args:
-        num_items: size of the sample.
-        quantiles: (C, 4) float32, at `QUANTILES`.
-        spreads: (C,) float32, standard deviation of a normal background, estimated below the median.
-        floors: (C,) float32, below the k-th best of the sample, and so below that of the pool.
-    """
+    """Similarities of C concepts to a random sample of a pool."""
 
     num_items: int
-    quantiles: Array
-    spreads: Array
-    floors: Array
+    quantiles: Array  # (C, 4) float32, at `QUANTILES`
+    spreads: Array  # (C,) float32, standard deviation of a normal background, estimated below the median
+    floors: Array  # (C,) float32, below the k-th best of the sample, and so below that of the pool
 
     def thresholds(self, deviations: float) -> Floats:
         """Return thresholds this many standard deviations of the background above its median: (C,).
@@ -53,13 +43,7 @@ class Background:
 
 
 def estimate_background(concepts_CP: Floats, sample_SP: Floats, k: int) -> Background:
-    """Compare concepts with a random sample. Memory: similarities of 128 concepts.
-
-    Args:
-        concepts_CP: rows of length 1.
-        sample_SP: rows of length 1, at least k of them.
-        k: items that will be kept per concept.
-    """
+    """Compare concepts with a sample of at least k items, rows of length 1. Memory: similarities of 128 concepts."""
     columns = []
     for block in blocks(len(concepts_CP), _CONCEPTS_PER_BLOCK):
         sims_BS = np.sort(concepts_CP[block] @ sample_SP.T, axis=1)
@@ -79,10 +63,6 @@ class TopItems:
 
     The result does not depend on the order in which candidates are added. Memory: 2 C × k candidates, and those that
     were added last.
-
-    Args:
-        num_concepts: number of concepts C.
-        k: items to keep per concept.
     """
 
     def __init__(self, num_concepts: int, k: int) -> None:
@@ -134,22 +114,13 @@ _SCRATCH = threading.local()
 
 @dataclass(kw_only=True)
 class PartialCoverage:
-    """Counts of a range of chunks. G is 1, or 2 if a selection is counted beside the whole pool.
+    """Counts of a range of chunks. G is 1, or 2 if a selection is counted beside the whole pool."""
 
-    Args:
-        num_items: (G,) items.
-        num_covered: (G,) items above the threshold of at least one concept.
-        counts: (G, C) items above each concept's threshold.
-        assigned: (G, C) covered items by the concept they are most similar to, among those they are above.
-        shared: (C, J) items of the whole pool above the thresholds of both a concept and its j-th nearest concept.
-        top: the most similar items of each concept.
-    """
-
-    num_items: Ints
-    num_covered: Ints
-    counts: Ints
-    assigned: Ints
-    shared: Ints
+    num_items: Ints  # (G,)
+    num_covered: Ints  # (G,) items above the threshold of at least one concept
+    counts: Ints  # (G, C) items above each concept's threshold
+    assigned: Ints  # (G, C) covered items by the concept they are most similar to, among those they are above
+    shared: Ints  # (C, J) items of the whole pool above the thresholds of both a concept and its j-th nearest
     top: TopItems
 
 
@@ -188,7 +159,8 @@ class CoverageCounter:
         partial = self.empty()
         partial.num_items = self.count_items(rows_B)
         num_concepts = len(self.lower_C)
-        size = _even_size(len(rows_B), max(_MIN_TILE_ROWS, _TILE // num_concepts))
+        num_tiles = max(1, -(-len(rows_B) // max(_MIN_TILE_ROWS, _TILE // num_concepts)))
+        size = max(1, -(-len(rows_B) // num_tiles))  # tiles of about equal size
         sims, mask = _scratch_arrays(size, num_concepts)
         for tile in blocks(len(rows_B), size):
             sims_BC, mask_BC = sims[: tile.stop - tile.start], mask[: tile.stop - tile.start]
@@ -248,18 +220,14 @@ class CoverageCounter:
         return [everything] if self._is_selected_N is None else [everything, self._is_selected_N[rows]]
 
     def _count_shared(self, partial: PartialCoverage, rows_A: Ints, concepts_A: Ints) -> None:
+        if not len(rows_A):
+            return
         codes_A = rows_A * len(self.lower_C) + concepts_A  # ascending
         wanted_AJ = rows_A[:, None] * len(self.lower_C) + self._nearest_CJ[concepts_A]
-        which, ranks = np.nonzero(_are_in(wanted_AJ, codes_A))
+        positions_AJ = np.searchsorted(codes_A, wanted_AJ).clip(max=len(codes_A) - 1)
+        which, ranks = np.nonzero(codes_A[positions_AJ] == wanted_AJ)
         codes = concepts_A[which] * self._nearest_CJ.shape[1] + ranks
         partial.shared += np.bincount(codes, minlength=partial.shared.size).reshape(partial.shared.shape)
-
-
-def _are_in(wanted: Ints, sorted_A: Ints) -> Bools:
-    if not len(sorted_A):
-        return np.zeros(wanted.shape, bool)
-    found: Bools = sorted_A[np.searchsorted(sorted_A, wanted).clip(max=len(sorted_A) - 1)] == wanted
-    return found
 
 
 def _scratch_arrays(num_rows: int, num_concepts: int) -> tuple[Floats, Bools]:
@@ -269,11 +237,6 @@ def _scratch_arrays(num_rows: int, num_concepts: int) -> tuple[Floats, Bools]:
         arrays = np.empty((num_rows, num_concepts), np.float32), np.empty((num_rows, num_concepts), bool)
         _SCRATCH.arrays = arrays
     return arrays
-
-
-def _even_size(num_rows: int, most: int) -> int:
-    """Return the size of the fewest tiles of about equal size."""
-    return max(1, -(-num_rows // max(1, -(-num_rows // most))))
 
 
 def _first_largest(groups_M: Ints, values_M: Floats) -> Bools:
@@ -288,24 +251,15 @@ def _first_largest(groups_M: Ints, values_M: Floats) -> Bools:
     return is_first_M
 
 
-_Matches: TypeAlias = tuple[Ints, Ints, Floats]
-"""Rows, concepts and exact cosines: (M,) each."""
-
-_FIRST_K = 256
-"""Results requested at first; doubled while some of the last half are above the limit."""
-
+_FIRST_K = 256  # results requested at first; doubled while some of the last half are above the limit
 _MORE_LISTS = 4
-
-_ITEMS_PER_BLOCK = 2**17
-"""Results that are compared at a time, for as many concepts as that makes."""
+_ITEMS_PER_BLOCK = 2**17  # results that are compared at a time, for as many concepts as that makes
 
 
 def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
     """Open an index of the vectors of a pool.
 
-    Raises:
-        PathError: the folder holds no finished index.
-        FingerprintError: the index is of other samples, another feature or run, or holds fewer items.
+    Raises `FingerprintError` if it is of other samples, another feature or run, or holds fewer items.
     """
     path = Path(path)
     card = read_card(path)
@@ -334,14 +288,6 @@ def count_indexed(
     """Count what an index finds near each concept, by exact cosines: never too much, too little by what it misses.
 
     Memory: 20 bytes per match, and the vectors of 131,072 items.
-
-    Args:
-        pool: vectors that the index holds.
-        counter: counts the matches.
-        concepts_CP: rows of length 1.
-        index: index of the pool.
-        parameters: search parameters.
-        progress: progress in concepts.
     """
     partial = counter.empty()
     partial.num_items = counter.count_items(pool.rows)
@@ -362,8 +308,8 @@ def _search_matches(
     index: RowIndex,
     parameters: Mapping[str, int],
     progress: Progress,
-) -> Iterator[_Matches]:
-    """Search for the items that are not below a concept's limit."""
+) -> Iterator[tuple[Ints, Ints, Floats]]:
+    """Search for the items that are not below a concept's limit: rows, concepts and exact cosines, (M,) each."""
     numbers, k = np.arange(len(concepts_CP)), min(_FIRST_K, len(index))
     while len(numbers):
         unfinished = []

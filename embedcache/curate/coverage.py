@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from embedcache.arrays import Bools, Floats, Ints
+from embedcache.arrays import Floats, Ints
 from embedcache.curate.counting import (
     SAMPLE,
     Background,
@@ -28,8 +28,7 @@ from embedcache.search.index import IndexCard
 from embedcache.search.vectors import Vectors, run_pass
 from embedcache.store.cache import Cache
 
-_NUM_NEAREST = 8
-"""Nearest concepts that each concept is compared with for overlap."""
+_NUM_NEAREST = 8  # concepts that each concept is compared with for overlap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +66,13 @@ class ConceptCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptOverlap:
-    """Two concepts that share items.
-
-    Args:
-        first: number of the first concept.
-        second: number of the second.
-        num_items: items above both thresholds.
-        jaccard: these as a fraction of the items above at least one of the two.
-        cosine: cosine similarity of the concepts' vectors.
-    """
+    """Two concepts, by number, that share items."""
 
     first: int
     second: int
-    num_items: int
-    jaccard: float
-    cosine: float
+    num_items: int  # above both thresholds
+    jaccard: float  # these as a fraction of the items above at least one of the two
+    cosine: float  # of the concepts' vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,10 +217,15 @@ def measure_coverage(
             f"{pool.feature.name}, got {settings.k}"
         )
     selection = None if settings.selection is None else Path(settings.selection)
-    is_selected = None if selection is None else _is_selected(pool, selection)
+    is_selected = None
+    if selection is not None:
+        samples = pool.cache.items(pool.modality)["sample"].to_numpy()
+        is_selected = np.isin(samples, read_selection(selection, [pool.cache]))
     concepts = open_concepts(Cache(concepts_path), pool, label=settings.label)
     background = estimate_background(concepts.vectors, pool.sample(max(SAMPLE, settings.k)), settings.k)
-    thresholds = _thresholds(background, settings)
+    thresholds = background.thresholds(settings.deviations)
+    if settings.threshold is not None:
+        thresholds = np.full_like(thresholds, settings.threshold)
     nearest, cosines = top_k(
         concepts.vectors, concepts.vectors, min(_NUM_NEAREST, len(concepts.names) - 1), exclude_self=True
     )
@@ -252,7 +248,11 @@ def measure_coverage(
     scores, rows = partial.top.table()
     _check_any_covered(partial, scores, thresholds, concepts, pool)
     names = [f"all {pool.modality}s", *([selection.name] if selection else [])]
-    whole, *others = [_counts(partial, group, name) for group, name in enumerate(names)]
+    columns = zip(names, partial.num_items, partial.num_covered, partial.counts, partial.assigned, strict=True)
+    whole, *others = [
+        ConceptCounts(name=name, num_items=int(items), num_covered=int(covered), counts=counts, assigned=assigned)
+        for name, items, covered, counts, assigned in columns
+    ]
     return CoverageReport(
         pool=pool,
         concepts=concepts,
@@ -269,19 +269,6 @@ def measure_coverage(
     )
 
 
-def _is_selected(pool: Vectors, path: Path) -> Bools:
-    """Return whether the sample of each row of the pool's modality is selected: (N,)."""
-    samples = read_selection(path, [pool.cache])
-    is_selected: Bools = np.isin(pool.cache.items(pool.modality)["sample"].to_numpy(), samples)
-    return is_selected
-
-
-def _thresholds(background: Background, settings: CoverageSettings) -> Floats:
-    if settings.threshold is None:
-        return background.thresholds(settings.deviations)
-    return np.full(len(background.spreads), settings.threshold, np.float32)
-
-
 def _check_any_covered(
     partial: PartialCoverage, scores_CK: Floats, thresholds_C: Floats, concepts: Concepts, pool: Vectors
 ) -> None:
@@ -293,16 +280,6 @@ def _check_any_covered(
         f"{len(concepts.names):,} concepts; the closest is {concepts.names[closest]!r}: highest similarity "
         f"{scores_CK[closest, 0]:.3f}, threshold {thresholds_C[closest]:.3f}; the highest similarity of all is "
         f"{scores_CK[:, 0].max():.3f}; give a lower --threshold, or fewer --deviations"
-    )
-
-
-def _counts(partial: PartialCoverage, group: int, name: str) -> ConceptCounts:
-    return ConceptCounts(
-        name=name,
-        num_items=int(partial.num_items[group]),
-        num_covered=int(partial.num_covered[group]),
-        counts=partial.counts[group],
-        assigned=partial.assigned[group],
     )
 
 

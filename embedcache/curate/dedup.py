@@ -1,6 +1,6 @@
 """Deduplication of a cache: compare its items, choose a cosine, and write which samples stay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedcache.arrays import Array, Floats, Ints
-from embedcache.curate.keep import (
-    FAR,
-    Copies,
-    RemovedSamples,
-    check_keep,
-    choose_removed,
-    find_copies,
-    order_samples,
-)
+from embedcache.arrays import Array, Ints
+from embedcache.curate.keep import FAR, Copies, RemovedSamples, check_keep, choose_removed, find_copies, order_samples
 from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, assign_clusters, find_near_duplicates
 from embedcache.curate.settings import DedupSettings
 from embedcache.curate.similar_pairs import SimilarPairs, cosine_limit
@@ -31,45 +23,28 @@ from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 
-LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
-"""Cosines that are analyzed before one is chosen."""
-
+LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen
 _NO_PAIRS = SimilarPairs(left=np.empty(0, np.int64), right=np.empty(0, np.int64), cosines=np.empty(0, np.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DedupLevel:
-    """What deduplication at one cosine would remove.
+    """What deduplication at one cosine would remove."""
 
-    Args:
-        cosine: limit; None: copies only.
-        num_near: items with another above it, copies counted once; None for copies.
-        num_gone: samples that would be removed; None if there are too many pairs.
-    """
-
-    cosine: float | None
-    num_near: int | None
-    num_gone: int | None
+    cosine: float | None  # limit; None: copies only
+    num_near: int | None  # items with another above it, copies counted once; None for copies
+    num_gone: int | None  # samples that would be removed; None if there are too many pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class DedupAnalysis:
-    """The items of a cache, compared with each other.
-
-    Args:
-        cache: the cache.
-        feature: the compared feature.
-        copies: the items, numbered by content.
-        order: samples in the order of the keep rule.
-        near: near-duplicates among the contents; None if only copies were searched.
-        settings: settings of the comparison.
-    """
+    """The items of a cache, compared with each other."""
 
     cache: Cache
     feature: InputFeature
     copies: Copies
-    order: Ints
-    near: NearDuplicates | None
+    order: Ints  # samples in the order of the keep rule
+    near: NearDuplicates | None  # among the contents; None if only copies were searched
     settings: DedupSettings = field(default_factory=DedupSettings)
 
     def removed(self, cosine: float | None) -> RemovedSamples:
@@ -79,8 +54,13 @@ class DedupAnalysis:
 
     def levels(self) -> list[DedupLevel]:
         """Return what deduplication by copies and at each cosine of `LEVELS` would remove."""
-        copies = DedupLevel(cosine=None, num_near=None, num_gone=len(self.removed(None).samples))
-        return [copies, *map(self._level, reversed(LEVELS))]
+        assert self.near is not None
+        found = [DedupLevel(cosine=None, num_near=None, num_gone=len(self.removed(None).samples))]
+        for cosine in reversed(LEVELS):
+            num_near = int((self.near.highest >= cosine_limit(cosine)).sum())
+            num_gone = len(self.removed(cosine).samples) if cosine >= self.near.limit else None
+            found.append(DedupLevel(cosine=cosine, num_near=num_near, num_gone=num_gone))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return what was compared, and how completely, as JSON values."""
@@ -108,12 +88,6 @@ class DedupAnalysis:
         if self.near is None or len(self.near.highest) < 2:
             return None
         return min(1.0, float(self.near.highest.max()))
-
-    def _level(self, cosine: float) -> DedupLevel:
-        assert self.near is not None
-        num_near = int((self.near.highest >= cosine_limit(cosine)).sum())
-        num_gone = len(self.removed(cosine).samples) if cosine >= self.near.limit else None
-        return DedupLevel(cosine=cosine, num_near=num_near, num_gone=num_gone)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +175,8 @@ def dedup(
         removed_path=out_path.with_suffix(".removed.parquet"),
     )
     _write_removed(report.removed_path, analysis.cache, report.removed)
-    selection = _selection(analysis, report.removed)
-    write_selection(out_path, analysis.cache, selection, {"method": "dedup", **report.to_json()})
+    record = {"method": "dedup", **report.to_json()}
+    write_selection(out_path, analysis.cache, _selection(analysis, report.removed), record)
     return report
 
 
@@ -221,19 +195,11 @@ def _compare(
     near = None
     if vectors is not None and levels:
         near = find_near_duplicates(vectors, copies.unique_rows, levels, settings, progress)
-    centroid_cosines = None
-    if settings.keep == FAR and vectors is not None:
-        centroid_cosines = _centroid_cosines(vectors, copies, near, settings, progress)
+    centroid_cosines = None if near is None else near.centroid_cosines
+    if settings.keep == FAR and vectors is not None and centroid_cosines is None:
+        centroid_cosines = assign_clusters(vectors, copies.unique_rows, 1.0, settings, progress).cosines
     order = order_samples(settings.keep, copies, cache, centroid_cosines)
     return DedupAnalysis(cache=cache, feature=feature, copies=copies, order=order, near=near, settings=settings)
-
-
-def _centroid_cosines(
-    vectors: Vectors, copies: Copies, near: NearDuplicates | None, settings: DedupSettings, progress: Progress | None
-) -> Floats:
-    if near is not None and near.centroid_cosines is not None:
-        return near.centroid_cosines
-    return assign_clusters(vectors, copies.unique_rows, 1.0, settings, progress).cosines
 
 
 def _check_any_pairs(analysis: DedupAnalysis, cosine: float | None) -> None:
@@ -258,23 +224,18 @@ def _selection(analysis: DedupAnalysis, removed: RemovedSamples) -> Selection:
     rows = np.setdiff1d(np.arange(num_samples), removed.samples)
     has_items = np.zeros(num_samples, bool)
     has_items[analysis.copies.samples] = True
-    reasons = _reasons(removed)
-    none = f"no {analysis.feature.modality} to compare"
-    return Selection(
-        rows=rows,
-        reasons=[reasons.get(row, "no duplicate" if has_items[row] else none) for row in rows.tolist()],
-    )
-
-
-def _reasons(removed: RemovedSamples) -> Mapping[int, str]:
-    """Return for each sample that others duplicate, what is removed for it."""
     order = np.argsort(removed.kept, kind="stable")
     kept, starts = np.unique(removed.kept[order], return_index=True)
     groups = np.split(order, starts[1:]) if len(kept) else []
-    return {int(sample): _reason(removed, group) for sample, group in zip(kept, groups, strict=True)}
+    reasons = {sample: _reason(removed, group) for sample, group in zip(kept.tolist(), groups, strict=True)}
+    none = f"no {analysis.feature.modality} to compare"
+    return Selection(
+        rows=rows, reasons=[reasons.get(row, "no duplicate" if has_items[row] else none) for row in rows.tolist()]
+    )
 
 
 def _reason(removed: RemovedSamples, group: Array) -> str:
+    """Describe what is removed for a sample that stays."""
     num_copies = int(removed.is_copy[group].sum())
     near = group[~removed.is_copy[group]]
     parts = [f"{num_copies} {'copy' if num_copies == 1 else 'copies'}"] if num_copies else []

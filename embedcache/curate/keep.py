@@ -20,19 +20,12 @@ _COPY = 2.0  # sorts above every cosine
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
-    """The usable items of one feature, numbered by content: equal bytes or text by the BLAKE2b hashes of the commits.
+    """The M usable items of one feature, numbered by content: equal BLAKE2b hashes in the commits."""
 
-    Args:
-        item_rows: (M,) int64, row of each usable item, ascending.
-        samples: (M,) int64, its sample, ascending.
-        content_ids: (M,) int64, from 0 to C - 1 in order of first appearance.
-        unique_rows: (C,) int64, ascending, row of the first item of each content.
-    """
-
-    item_rows: Ints
-    samples: Ints
-    content_ids: Ints
-    unique_rows: Ints
+    item_rows: Ints  # (M,) ascending
+    samples: Ints  # (M,) sample of each item, ascending
+    content_ids: Ints  # (M,) from 0 to C - 1 in order of first appearance
+    unique_rows: Ints  # (C,) ascending, row of the first item of each content
 
     @property
     def num_copies(self) -> int:
@@ -41,11 +34,7 @@ class Copies:
 
 
 def find_copies(cache: Cache, feature: InputFeature) -> Copies:
-    """Number the usable items of a feature by content.
-
-    Raises:
-        UnfinishedError: chunks of the feature are missing.
-    """
+    """Number the usable items of a feature by content; `UnfinishedError` if chunks of it are missing."""
     items = read_items([cache], [feature])
     _, first, contents = np.unique(items.contents, return_index=True, return_inverse=True)
     order = np.argsort(first)  # the first item of a content may have failed where a copy of it did not
@@ -58,37 +47,29 @@ def find_copies(cache: Cache, feature: InputFeature) -> Copies:
 
 @dataclass(frozen=True, kw_only=True)
 class RemovedSamples:
-    """Removed samples in row order, with the sample that each duplicates. All arrays are (R,).
+    """R removed samples in row order, with the sample that each duplicates."""
 
-    Args:
-        samples: int64.
-        kept: int64, a sample that stays.
-        cosines: float32, of the two; for a sample with several items, the smallest of its items' cosines.
-        is_copy: bool, whether all of its items have the bytes or text of items that stay.
-    """
-
-    samples: Ints
-    kept: Ints
-    cosines: Floats
-    is_copy: Bools
+    samples: Ints  # (R,)
+    kept: Ints  # (R,) a sample that stays
+    cosines: Floats  # (R,) of the two; for a sample with several items, the smallest of its items' cosines
+    is_copy: Bools  # (R,) whether all of its items have the bytes or text of items that stay
 
 
 def choose_removed(copies: Copies, pairs: SimilarPairs, order: Ints) -> RemovedSamples:
     """Visit samples in an order and remove one if each of its items equals, or is paired with, an item that stays.
 
     So each removed sample has a partner that stays, unlike with connected components: of a chain a - b - c, a and c may
-    be far apart, and here both stay. SemDeDup compares with earlier samples whether they stay or not.
-
-    Args:
-        copies: the items.
-        pairs: near-duplicates among their contents.
-        order: (A,) all samples that have items, those to keep first.
+    be far apart, and here both stay. SemDeDup compares with earlier samples whether they stay or not. `order` has all
+    samples with items, those to keep first.
     """
     graph = _Graph(pairs, len(copies.unique_rows))
-    starts, content_ids = _by_sample(copies)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(copies.samples))])
+    content_ids = copies.content_ids[np.argsort(copies.samples, kind="stable")]
+    is_shared = (np.bincount(copies.content_ids) > 1) | (np.diff(graph.starts) > 0)
+    may_be_duplicate = np.bincount(copies.samples, weights=is_shared[copies.content_ids]) > 0  # the others stay
     holder_C = np.full(len(copies.unique_rows), -1, np.int64)
     found = []
-    for sample in order[_may_be_duplicate(copies, graph)[order]].tolist():
+    for sample in order[may_be_duplicate[order]].tolist():
         own = content_ids[starts[sample] : starts[sample + 1]]
         partners = [graph.partner(content, holder_C) for content in own.tolist()]
         if all(kept >= 0 for kept, _ in partners):
@@ -129,32 +110,12 @@ class _Graph:
         return int(holders[first]), float(self._cosines[here][first])
 
 
-def _by_sample(copies: Copies) -> tuple[Ints, Ints]:
-    """Return where each sample's contents begin, and the contents sample by sample."""
-    order = np.argsort(copies.samples, kind="stable")
-    counts = np.bincount(copies.samples)
-    return np.concatenate([[0], np.cumsum(counts)]), copies.content_ids[order]
-
-
-def _may_be_duplicate(copies: Copies, graph: _Graph) -> Bools:
-    """Return for each sample whether one of its items has a copy or a near-duplicate; the others stay."""
-    is_shared = (np.bincount(copies.content_ids) > 1) | (np.diff(graph.starts) > 0)
-    return np.bincount(copies.samples, weights=is_shared[copies.content_ids]) > 0
-
-
 def order_samples(keep: str, copies: Copies, cache: Cache, centroid_cosines: Floats | None) -> Ints:
     """Sort the samples that have items by a keep rule.
 
-    Args:
-        keep: `first`: in row order. `far`: farthest from the centroid of its cluster first, as in SemDeDup.
-            `best:COLUMN`: the largest number in a column of the samples first, samples without a number last.
-        copies: the items.
-        cache: cache of the samples.
-        centroid_cosines: (C,) of each content; only `far` needs them.
-
-    Raises:
-        UnknownNameError: there is no such rule or column.
-        SettingError: the column holds no numbers.
+    `first`: in row order. `far`: farthest from the centroid of its cluster first, as in SemDeDup. `best:COLUMN`: the
+    largest number in a column of the samples first, samples without a number last. `centroid_cosines` (C,) are of each
+    content; only `far` needs them.
     """
     samples, first = np.unique(copies.samples, return_index=True)
     if keep == FIRST:
@@ -166,12 +127,7 @@ def order_samples(keep: str, copies: Copies, cache: Cache, centroid_cosines: Flo
 
 
 def check_keep(keep: str, cache: Cache) -> None:
-    """Check a keep rule.
-
-    Raises:
-        UnknownNameError: there is no such rule or column.
-        SettingError: the column holds no numbers.
-    """
+    """Check a keep rule: `UnknownNameError` for another rule or column, `SettingError` if it holds no numbers."""
     if keep.startswith(BEST):
         _read_column(cache, keep.removeprefix(BEST))
     elif keep not in (FIRST, FAR):

@@ -18,7 +18,6 @@ from embedcache.metrics.neighbors import Closest, closest
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
 from embedcache.store.cache import Cache
-from embedcache.store.feature import Feature
 
 MODALITIES = ("image", "text")
 _MAX_QUERIES = 65_536
@@ -26,33 +25,19 @@ _MAX_QUERIES = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class ModalityLeaks:
-    """Test items of one modality that are in a training cache.
-
-    Args:
-        modality: `image` or `text`.
-        feature: feature that near-duplicates were searched with; None if only copies were.
-        reason: why only copies were searched.
-        cosine: limit of near-duplicates.
-        test: items of the test cache.
-        train: items of the training cache.
-        train_rows: (Q,) int64, row of the training item closest to each test item; -1 if unknown.
-        cosines: (Q,) float32 of the two; 1 for a copy, -inf if unknown.
-        is_copy: (Q,) bool.
-        train_cosines: (C,) float32, largest cosine of each training item to a test item; 1 for a copy.
-        train_is_copy: (C,) bool.
-    """
+    """Q test items of one modality, and what of them is in a training cache of C items."""
 
     modality: str
-    feature: str | None
-    reason: str | None
-    cosine: float
+    feature: str | None  # that near-duplicates were searched with; None if only copies were
+    reason: str | None  # why only copies were searched
+    cosine: float  # limit of near-duplicates
     test: Items
     train: Items
-    train_rows: Ints
-    cosines: Floats
-    is_copy: Bools
-    train_cosines: Floats
-    train_is_copy: Bools
+    train_rows: Ints  # (Q,) row of the training item closest to each test item; -1 if unknown
+    cosines: Floats  # (Q,) of the two; 1 for a copy, -inf if unknown
+    is_copy: Bools  # (Q,)
+    train_cosines: Floats  # (C,) largest cosine of each training item to a test item; 1 for a copy
+    train_is_copy: Bools  # (C,)
 
     @property
     def is_leaked(self) -> Bools:
@@ -80,6 +65,20 @@ class ModalityLeaks:
         """Largest cosine of two items that are not equal; None if there is none."""
         near = self.cosines[~self.is_copy & np.isfinite(self.cosines)]
         return float(min(1, near.max())) if len(near) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all counts as JSON values."""
+        return {
+            "feature": self.feature,
+            "only_copies_because": self.reason,
+            "cosine": self.cosine,
+            "num_test_items": len(self.test.rows),
+            "num_train_items": len(self.train.rows),
+            "num_samples_copied": len(self.copied_samples),
+            "num_samples_leaked": len(self.leaked_samples),
+            "num_train_samples": len(self.train_samples),
+            "highest_cosine": self.highest,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ class LeakReport:
             "test": str(self.test.path),
             "num_samples": self.test.info.num_samples,
             "num_leaked": len(self.leaked_samples),
-            "by": {leak.modality: _to_json(leak) for leak in self.leaks},
+            "by": {leak.modality: leak.to_json() for leak in self.leaks},
         }
 
 
@@ -159,9 +158,13 @@ def find_leaks(
         )
     common = [name for name in MODALITIES if train.features(name) and test.features(name)]
     if not common:
+        train_has, test_has = (
+            " and ".join(f"{name}s" for name in MODALITIES if cache.features(name)) or "nothing"
+            for cache in (train, test)
+        )
         raise DataError(
-            f"the caches have no modality in common: {train_path} has features of {_modalities(train)}, {test_path} of "
-            f"{_modalities(test)}"
+            f"the caches have no modality in common: {train_path} has features of {train_has}, "
+            f"{test_path} of {test_has}"
         )
     return LeakReport(
         train=train, test=test, leaks=[_find_leaks(train, test, name, settings, progress) for name in common]
@@ -169,12 +172,7 @@ def find_leaks(
 
 
 def write_clean_selection(path: Path, report: LeakReport) -> None:
-    """Write a selection of the training samples of which nothing is in test.
-
-    Raises:
-        PathError: the file's name does not end in `.parquet`.
-        DataError: every sample leaks.
-    """
+    """Write a selection of the training samples of which nothing is in test; `DataError` if every sample leaks."""
     check_selection_path(path)
     write_selection(path, report.train, report.clean_selection(), {"method": "leaks", **report.to_json()})
 
@@ -190,7 +188,8 @@ def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings
     if reason is None:
         found = _find_closest(train_feature, train_items, test_feature, test_items, progress)
     else:
-        found = _unknown(len(test_items.rows), len(train_items.rows))
+        unknown = [np.full(len(items.rows), np.float32(-np.inf)) for items in (test_items, train_items)]
+        found = Closest(np.full(len(test_items.rows), -1), *unknown)
     rows = np.where(found.rows >= 0, train_items.rows[found.rows], -1)
     return ModalityLeaks(
         modality=modality,
@@ -232,17 +231,13 @@ def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:
     both = [
         feature.name
         for feature in test.features(modality)
-        if feature.name in others and _is_same(others[feature.name], feature)
+        if feature.name in others and not name_differences(others[feature.name].fingerprint, feature.fingerprint)
     ]
     if len(both) > 1:
         raise SettingError(
             f"both caches have several {modality} features; choose one with --{modality}-feature: {', '.join(both)}"
         )
     return both[0] if both else None
-
-
-def _is_same(one: Feature, other: Feature) -> bool:
-    return not name_differences(one.fingerprint, other.fingerprint)
 
 
 def _any_feature(cache: Cache, modality: str) -> InputFeature:
@@ -266,25 +261,22 @@ def _items(cache: Cache, feature: InputFeature) -> Items:
     return items
 
 
-def _unknown(num_queries: int, num_candidates: int) -> Closest:
-    none = np.float32(-np.inf)
-    return Closest(np.full(num_queries, -1), np.full(num_queries, none), np.full(num_candidates, none))
-
-
 def _find_closest(
-    train_feature: InputFeature,
-    train_items: Items,
-    test_feature: InputFeature,
-    test_items: Items,
-    progress: Progress,
+    train_feature: InputFeature, train_items: Items, test_feature: InputFeature, test_items: Items, progress: Progress
 ) -> Closest:
     """Compare all test items with all training items; rows are positions in the training items."""
     num_pairs = len(test_items.rows) * len(train_items.rows)
     progress.start(f"comparing {test_feature.modality}s", num_pairs, "pairs")
+
+    def train_blocks(num_queries: int) -> Iterator[Floats]:
+        for rows, inputs in train_feature.blocks():
+            yield unit_vectors(inputs)
+            progress.advance(num_queries * len(rows))
+
     parts = []
     for block in blocks(len(test_items.rows), _MAX_QUERIES):
         queries_QP = unit_vectors(test_feature.read(test_items.rows[block]))
-        parts.append(closest(queries_QP, _train_blocks(train_feature, len(queries_QP), progress)))
+        parts.append(closest(queries_QP, train_blocks(len(queries_QP))))
     progress.finish()
     return Closest(
         np.concatenate([part.rows for part in parts]),
@@ -293,32 +285,8 @@ def _find_closest(
     )
 
 
-def _train_blocks(feature: InputFeature, num_queries: int, progress: Progress) -> Iterator[Floats]:
-    for rows, inputs in feature.blocks():
-        yield unit_vectors(inputs)
-        progress.advance(num_queries * len(rows))
-
-
 def _closest_by_sample(leak: ModalityLeaks, cache: Cache) -> Array:
     """Return the largest cosine of each training sample to a test item."""
     cosines_S = np.full(cache.info.num_samples, -np.inf, np.float32)
     np.maximum.at(cosines_S, leak.train.samples, leak.train_cosines)
     return cosines_S
-
-
-def _modalities(cache: Cache) -> str:
-    return " and ".join(f"{name}s" for name in MODALITIES if cache.features(name)) or "nothing"
-
-
-def _to_json(leak: ModalityLeaks) -> dict[str, Any]:
-    return {
-        "feature": leak.feature,
-        "only_copies_because": leak.reason,
-        "cosine": leak.cosine,
-        "num_test_items": len(leak.test.rows),
-        "num_train_items": len(leak.train.rows),
-        "num_samples_copied": len(leak.copied_samples),
-        "num_samples_leaked": len(leak.leaked_samples),
-        "num_train_samples": len(leak.train_samples),
-        "highest_cosine": leak.highest,
-    }

@@ -27,9 +27,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.search.faiss_index import spherical_kmeans
 from embedcache.search.vectors import Vectors, run_pass
 
-ALL_PAIRS_LIMIT = 50_000
-"""Up to this many items all pairs are compared: some ten seconds on two cores."""
-
+ALL_PAIRS_LIMIT = 50_000  # up to this many items all pairs are compared: some ten seconds on two cores
 MAX_PAIRS = 20_000_000
 _MAX_VISITS = 16
 _NUM_PROBES = 1000
@@ -39,16 +37,10 @@ _ROUNDING = 1e-6  # two ways of summing one cosine in float32
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
-    """Pairs that were found, among all pairs above the limit that hold a drawn item.
+    """Pairs that were found, among all pairs above the limit that hold a drawn item."""
 
-    Args:
-        num_items: items drawn and compared with all.
-        num_pairs: true pairs above the limit.
-        num_found: pairs that were found.
-    """
-
-    num_items: int
-    num_pairs: int
+    num_items: int  # drawn and compared with all
+    num_pairs: int  # true pairs above the limit
     num_found: int
 
     @property
@@ -63,47 +55,30 @@ class Recall:
 
 @dataclass(frozen=True, kw_only=True)
 class NearDuplicates:
-    """Near-duplicates among N items.
+    """Near-duplicates among N items."""
 
-    Args:
-        pairs: pairs of item numbers, from `limit` on.
-        limit: cosine; above the requested one if there were too many pairs, infinite if there still are.
-        highest: (N,) float32, each item's largest cosine to another item it was compared with; -2 for a single item.
-        num_clusters: number of clusters; 1 if all pairs were compared.
-        complete: fraction of items whose near borders were all crossed; 1 means that no pair is missing.
-        recall: measured recall; None if all pairs were compared.
-        centroid_cosines: (N,) float32, to the item's own centroid; None if all pairs were compared.
-    """
-
-    pairs: SimilarPairs
-    limit: float
-    highest: Floats
-    num_clusters: int
-    complete: float
-    recall: Recall | None
-    centroid_cosines: Floats | None
+    pairs: SimilarPairs  # of item numbers, from `limit` on
+    limit: float  # above the requested cosine if there were too many pairs, infinite if there still are
+    highest: Floats  # (N,) each item's largest cosine to another item it was compared with; -2 for a single item
+    num_clusters: int  # 1 if all pairs were compared
+    complete: float  # fraction of items whose near borders were all crossed; 1 means that no pair is missing
+    recall: Recall | None  # None if all pairs were compared
+    centroid_cosines: Floats | None  # (N,) to the item's own centroid; None if all pairs were compared
 
 
 def find_near_duplicates(
     vectors: Vectors, rows_N: Ints, levels: Sequence[float], settings: DedupSettings, progress: Progress | None = None
 ) -> NearDuplicates:
-    """Find the pairs of items whose cosine is at least a limit.
+    """Find the pairs of items whose cosine is at least `levels[0]`, which may rise to the next if there are too many.
 
     All pairs: every pair, N² / 2 products, `4 N P` bytes of scratch space. Clusters: nearly every pair (measured),
     about 10 N √N products with 2 √N clusters, `2 N P` bytes of scratch space in float16, whose rounding changes a
     cosine by 1e-5. Memory: pages of the scratch file, which the system may drop, about 200 bytes per item, and the
     pairs (at most 20 million, 0.5 GB). Deterministic for any number of workers.
 
-    Args:
-        vectors: vectors of a feature.
-        rows_N: (N,) rows to compare, ascending.
-        levels: ascending cosines: the limit, and what it may rise to if there are too many pairs.
-        settings: whether all pairs are compared (None: up to 50,000 items), scratch folder, seed and engine.
-        progress: progress in items.
-
     Raises:
         DataError: a vector is of length zero or not finite.
-        DiskFullError, PathError: see `scratch_matrix`.
+        DiskFullError: the scratch file does not fit.
         MissingExtraError: faiss is needed for clusters, or Ray for its engine, and is not installed.
     """
     progress = progress or NullProgress()
@@ -136,25 +111,18 @@ _TRAINING_PER_CLUSTER = 40  # FAISS asks for 39 at least
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterAssignment:
-    """Clusters of some items.
+    """Clusters of B items."""
 
-    Args:
-        clusters: (B,) int32, the nearest centroid of each.
-        cosines: (B,) float32, to that centroid.
-        visits: (B, V) int32, other clusters that may hold a near-duplicate, the nearest border first; -1: no more.
-        is_complete: (B,) bool, whether no further cluster can hold one.
-    """
-
-    clusters: Array
-    cosines: Floats
-    visits: Array
-    is_complete: Bools
+    clusters: Array  # (B,) int32, the nearest centroid of each
+    cosines: Floats  # (B,) to that centroid
+    visits: Array  # (B, V) int32, other clusters that may hold a near-duplicate, the nearest border first; -1: no more
+    is_complete: Bools  # (B,) whether no further cluster can hold one
 
 
 def assign_clusters(
     vectors: Vectors, rows_N: Ints, cosine: float, settings: DedupSettings, progress: Progress | None = None
 ) -> ClusterAssignment:
-    """Assign items to 2 √N clusters; arguments and errors as in `find_near_duplicates`."""
+    """Assign items to 2 √N clusters; errors as in `find_near_duplicates`."""
     rng = np.random.default_rng(settings.seed)
     num_clusters = max(1, round(2 * math.sqrt(len(rows_N))))
     drawn = np.sort(rng.permutation(rows_N)[: _TRAINING_PER_CLUSTER * num_clusters])
@@ -176,18 +144,12 @@ def fit_centroids(training_SP: Floats, num_clusters: int, *, seed: int) -> Float
 
 
 class ClusterAssigner:
-    """A pass (see `run_pass`) that assigns items to clusters.
+    """A pass (see `run_pass`) that assigns the items of a mask to clusters.
 
     Two items of clusters a and b are on both sides of the plane where the cosines to both centroids are equal. If their
-    angle is at most θ, neither is further than sin θ from that plane: for an item x of a, only clusters b with
-    x · (a - b) <= sin θ |a - b| can hold such a neighbor. In many dimensions that bound is wide; only the nearest
-    borders are crossed, and what that misses must be measured.
-
-    Args:
-        centroids_KP: (K, P) float32 rows.
-        cosine: smallest cosine that matters, cos θ.
-        max_visits: clusters an item may visit beside its own.
-        mask_N: (N,) bool, rows to assign.
+    angle is at most θ (of `cosine`), neither is further than sin θ from that plane: for an item x of a, only clusters b
+    with x · (a - b) <= sin θ |a - b| can hold such a neighbor. In many dimensions that bound is wide; only the nearest
+    `max_visits` borders are crossed, and what that misses must be measured.
     """
 
     def __init__(self, centroids_KP: Floats, cosine: float, max_visits: int, mask_N: Bools) -> None:
@@ -195,7 +157,10 @@ class ClusterAssigner:
         self._reach = float(np.sqrt(1 - cosine**2)) + _BORDER_ROUNDING
         self._max_visits = min(max_visits, len(centroids_KP) - 1)
         self._mask_N = mask_N
-        self._inverse_KK = _inverse_distances(centroids_KP)
+        squared_K = np.einsum("kp,kp->k", centroids_KP, centroids_KP, dtype=np.float64)
+        squared_KK = squared_K[:, None] + squared_K - 2 * centroids_KP.astype(np.float64) @ centroids_KP.T
+        # 1 / |a - b| of all pairs of centroids
+        self._inverse_KK = (1 / np.sqrt(np.maximum(squared_KK, _MIN_SQUARED_DISTANCE))).astype(np.float32)
 
     def process(self, rows_B: Ints, vectors_BP: Floats) -> list[ClusterAssignment]:
         """Assign the items of a chunk."""
@@ -206,26 +171,20 @@ class ClusterAssigner:
         borders_BK = np.subtract(own, cosines_BK, out=cosines_BK)
         borders_BK *= self._inverse_KK[clusters]
         borders_BK[np.arange(len(clusters)), clusters] = np.inf
-        visits, is_complete = self._visits(borders_BK)
-        return [
-            ClusterAssignment(
-                clusters=clusters.astype(np.int32), cosines=own[:, 0], visits=visits, is_complete=is_complete
-            )
-        ]
-
-    def merge(self, before: list[ClusterAssignment], after: list[ClusterAssignment]) -> list[ClusterAssignment]:
-        """Append those of later chunks."""
-        before.extend(after)
-        return before
-
-    def _visits(self, borders_BK: Floats) -> tuple[Array, Bools]:
         count = self._max_visits
         nearest = np.argpartition(borders_BK, count, axis=1)[:, : count + 1]
         borders = np.take_along_axis(borders_BK, nearest, axis=1)
         order = np.argsort(borders, axis=1, kind="stable")
         nearest, borders = np.take_along_axis(nearest, order, axis=1), np.take_along_axis(borders, order, axis=1)
         visits = np.where(borders[:, :count] <= self._reach, nearest[:, :count], -1).astype(np.int32)
-        return visits, borders[:, count] > self._reach
+        is_complete = borders[:, count] > self._reach
+        clusters = clusters.astype(np.int32)
+        return [ClusterAssignment(clusters=clusters, cosines=own[:, 0], visits=visits, is_complete=is_complete)]
+
+    def merge(self, before: list[ClusterAssignment], after: list[ClusterAssignment]) -> list[ClusterAssignment]:
+        """Append those of later chunks."""
+        before.extend(after)
+        return before
 
 
 def concatenate_assignments(parts: Sequence[ClusterAssignment]) -> ClusterAssignment:
@@ -234,48 +193,28 @@ def concatenate_assignments(parts: Sequence[ClusterAssignment]) -> ClusterAssign
     return ClusterAssignment(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
-def _inverse_distances(centroids_KP: Floats) -> Floats:
-    """Compute 1 / |a - b| of all pairs of centroids: (K, K) float32."""
-    squared_K = np.einsum("kp,kp->k", centroids_KP, centroids_KP, dtype=np.float64)
-    squared_KK = squared_K[:, None] + squared_K - 2 * centroids_KP.astype(np.float64) @ centroids_KP.T
-    inverse_KK: Floats = (1 / np.sqrt(np.maximum(squared_KK, _MIN_SQUARED_DISTANCE))).astype(np.float32)
-    return inverse_KK
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """Which items are compared. Places are rows of the scratch matrix: cluster by cluster, in row order within each.
+    """Which items are compared. Places are rows of the scratch matrix: cluster by cluster, in row order within each."""
 
-    Args:
-        items: (N,) the item at each place.
-        starts: (K + 1,) the place where each cluster begins.
-        visitors: (V,) places, by the cluster that they visit.
-        visitor_starts: (K + 1,) where in `visitors` each cluster's begin.
-    """
-
-    items: Ints
-    starts: Ints
-    visitors: Array
-    visitor_starts: Ints
+    items: Ints  # (N,) the item at each place
+    starts: Ints  # (K + 1,) the place where each cluster begins
+    visitors: Array  # (V,) places, by the cluster that they visit
+    visitor_starts: Ints  # (K + 1,) where in `visitors` each cluster's begin
 
 
 def _make_plan(assignment: ClusterAssignment | None, num_items: int) -> _Plan:
-    if assignment is None:
-        return _Plan(
-            items=np.arange(num_items),
-            starts=np.array([0, num_items]),
-            visitors=np.empty(0, np.int32),
-            visitor_starts=np.zeros(2, np.int64),
-        )
-    num_clusters = int(max(assignment.clusters.max(), assignment.visits.max(initial=0))) + 1
-    items = np.argsort(assignment.clusters, kind="stable")
-    visits = assignment.visits[items]
+    clusters = np.zeros(num_items, np.int32) if assignment is None else assignment.clusters
+    visits = np.empty((num_items, 0), np.int32) if assignment is None else assignment.visits
+    num_clusters = int(max(clusters.max(), visits.max(initial=0))) + 1
+    items = np.argsort(clusters, kind="stable")
+    visits = visits[items]
     place, _ = np.nonzero(visits >= 0)
     visited = visits[visits >= 0]
     order = np.argsort(visited, kind="stable")
     return _Plan(
         items=items,
-        starts=_starts(assignment.clusters, num_clusters),
+        starts=_starts(clusters, num_clusters),
         visitors=place.astype(np.int32)[order],
         visitor_starts=_starts(visited, num_clusters),
     )
@@ -289,14 +228,7 @@ def _starts(numbers: Array, count: int) -> Ints:
 def scratch_matrix(folder: Path, shape: tuple[int, int], dtype: npt.DTypeLike) -> Iterator[Array]:
     """Create a matrix in an unnamed file, which vanishes even if the process is killed; its space is allocated at once.
 
-    Args:
-        folder: existing folder for the file.
-        shape: shape of the matrix.
-        dtype: type of its values.
-
-    Raises:
-        PathError: the folder does not exist.
-        DiskFullError: the matrix does not fit; the message says how much is needed and how much is free.
+    Raises `PathError` if the folder does not exist, and `DiskFullError` if the matrix does not fit.
     """
     if not folder.is_dir():
         raise PathError(f"the scratch folder {folder} does not exist; create it, or give another with --scratch")

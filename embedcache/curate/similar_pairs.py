@@ -18,34 +18,21 @@ def cosine_limit(cosine: float) -> np.float32:
 
 @dataclass(frozen=True, kw_only=True)
 class CosineTile:
-    """Cosine similarities of some items to others.
+    """Cosine similarities of some items to others, both unique."""
 
-    Args:
-        left: (B,) int64, unique numbers of items.
-        right: (R,) int64, unique numbers of items.
-        cosines: (B, R) float32; the collector may change it.
-        is_diagonal: whether both are the same items; otherwise they have none in common.
-    """
-
-    left: Ints
-    right: Ints
-    cosines: Floats
-    is_diagonal: bool = False
+    left: Ints  # (B,) numbers of items
+    right: Ints  # (R,) numbers of items
+    cosines: Floats  # (B, R); the collector may change it
+    is_diagonal: bool = False  # whether both are the same items; otherwise they have none in common
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimilarPairs:
-    """Unique pairs of items whose cosine is at least a limit, the smaller number first, sorted by both numbers.
+    """Unique pairs of items whose cosine is at least a limit, the smaller number first, sorted by both numbers."""
 
-    Args:
-        left: (L,) int64.
-        right: (L,) int64.
-        cosines: (L,) float32.
-    """
-
-    left: Ints
-    right: Ints
-    cosines: Floats
+    left: Ints  # (L,)
+    right: Ints  # (L,)
+    cosines: Floats  # (L,)
 
     def between(self, low: float, high: float = np.inf) -> "SimilarPairs":
         """Return the pairs of at least one cosine and below another."""
@@ -56,13 +43,8 @@ class SimilarPairs:
 class PairCollector:
     """Collects the pairs above a limit and each item's largest cosine from tiles.
 
-    If there are more pairs than allowed, the limit rises to the next level. Memory: 12 bytes per pair, 4 per item, and
-    as much again for a moment.
-
-    Args:
-        num_items: number of items N.
-        levels: ascending cosines; the first is the limit, which may rise to the others.
-        max_pairs: number of pairs to keep at most.
+    If there are more than `max_pairs`, the limit rises to the next of the ascending `levels`. Memory: 12 bytes per
+    pair, 4 per item, and as much again for a moment.
     """
 
     def __init__(self, num_items: int, levels: Sequence[float], max_pairs: int) -> None:
@@ -109,13 +91,10 @@ class PairCollector:
         self._keys.append(np.minimum(left, right) * len(self.highest) + np.maximum(left, right))
         self._cosines.append(tile.cosines[row, column])
         while sum(map(len, self._keys)) > self._max_pairs:
-            self._raise_limit()
-
-    def _raise_limit(self) -> None:
-        self._levels = self._levels[1:]
-        masks = [cosines >= cosine_limit(self.limit) for cosines in self._cosines]
-        self._keys = [keys[mask] for keys, mask in zip(self._keys, masks, strict=True)]
-        self._cosines = [cosines[mask] for cosines, mask in zip(self._cosines, masks, strict=True)]
+            self._levels = self._levels[1:]
+            masks = [cosines >= cosine_limit(self.limit) for cosines in self._cosines]
+            self._keys = [keys[mask] for keys, mask in zip(self._keys, masks, strict=True)]
+            self._cosines = [cosines[mask] for cosines, mask in zip(self._cosines, masks, strict=True)]
 
 
 _WIDTHS = (0.005, 0.01, 0.02, 0.05, 0.1)
@@ -125,17 +104,11 @@ _BAR_LENGTH = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Counts of cosines.
+    """Counts of cosines, in bins of one width; the last includes its upper bound, 1."""
 
-    Args:
-        lows: (H,) lower bound of each bin, ascending.
-        width: width of a bin; the last bin includes its upper bound, 1.
-        counts: (H,) int64.
-    """
-
-    lows: Floats
+    lows: Floats  # (H,) lower bound of each bin, ascending
     width: float
-    counts: Ints
+    counts: Ints  # (H,)
 
     def bars(self) -> Iterator[str]:
         """Draw one line per bin, the most similar first; the length of a bar is the logarithm of its count."""
@@ -145,11 +118,7 @@ class Histogram:
 
 
 def histogram(cosines_N: Floats) -> Histogram:
-    """Count cosines in at most 32 bins that end at 1; the first bin includes all below it.
-
-    Args:
-        cosines_N: (N,) each item's largest cosine to another.
-    """
+    """Count each item's largest cosine in at most 32 bins that end at 1; the first bin includes all below it."""
     lowest = float(np.clip(cosines_N.min(initial=1), -1, 1))
     width = next((width for width in _WIDTHS if (1 - lowest) / width <= _MAX_BINS), _WIDTHS[-1])
     num_bins = min(_MAX_BINS, max(1, int(np.ceil((1 - lowest) / width - 1e-6))))

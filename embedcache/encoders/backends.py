@@ -7,38 +7,34 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from embedcache.arrays import Array, Floats
 from embedcache.encoders.base import Fingerprint, ItemShape, Modality
+from embedcache.encoders.image_features import native_features
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, CorruptError, SettingError
 from embedcache.files import replacing
 from embedcache.provenance import digest
 from embedcache.registry import require, unknown_name
 
-Backend: TypeAlias = Literal["torch", "onnxruntime"]
-
-MAX_ONNX_BYTES = 1_900_000_000
-"""An ONNX file is a protobuf message, which is limited to 2 GiB."""
-
+_MAX_ONNX_BYTES = 1_900_000_000  # an ONNX file is a protobuf message, which is limited to 2 GiB
 _OPSET = 17
-_LOG_ERRORS_ONLY = 3
 _log = logging.getLogger(__name__)
 
 
 class Graph(Protocol):
-    """A model that maps named arrays to named arrays."""
+    """A model that maps named arrays to those of the given names; the first axis of each is the batch."""
 
-    def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
-        """Run one batch; the first axis of every input and output is the batch."""
-        ...
+    backend: Literal["torch", "onnxruntime"]
+
+    def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]: ...
 
 
 class GraphEncoder:
@@ -46,50 +42,49 @@ class GraphEncoder:
 
     Args:
         modality: what it encodes.
-        graph: computes the features, with the batch as first axis; token features of texts are padded.
+        graph: computes the features; token features of texts are padded.
         prepare: raw items -> one model input each; called from many threads at once.
         collate: model inputs of one or more items -> inputs of the graph.
         features: name -> shape of one item, the default first; `(-1, D)` has as many rows as the model input.
-        fingerprint: everything that determines the output.
-        batch_size: items that one `encode` call should get.
+        fingerprint: of the model; backend, precision and the list of native features are filled in here.
+        settings: batch size, device and precision.
     """
 
     def __init__(
         self,
-        *,
         modality: Modality,
         graph: Graph,
+        *,
         prepare: Callable[[Sequence[Any]], list[Array]],
         collate: Callable[[Sequence[Array]], Mapping[str, Array]],
         features: Mapping[str, ItemShape],
         fingerprint: Fingerprint,
-        batch_size: int,
+        settings: EncoderSettings,
     ) -> None:
-        self.modality, self.features, self.fingerprint, self.batch_size = modality, features, fingerprint, batch_size
         self._graph, self._prepare, self._collate = graph, prepare, collate
+        self.modality, self.features = modality, features
+        on_cpu, on_gpu = (32, 128) if modality == "image" else (64, 512)
+        self.batch_size = settings.batch_size or (on_cpu if torch_device(settings.device).type == "cpu" else on_gpu)
+        pooling = {name: fingerprint.pooling[name] for name in native_features(features)}
+        self.fingerprint = replace(fingerprint, pooling=pooling, backend=graph.backend, precision=settings.precision)
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
-        """Convert RGB images or texts to model inputs, see `Encoder`."""
         return self._prepare(items) if items else []
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
-        """Compute the named features of each item, see `Encoder`.
-
-        Raises:
-            UnknownNameError: the encoder does not have a feature; the message lists those it has.
-        """
         for name in names:
             if name not in self.features:
                 raise unknown_name("feature", name, self.features)
         if not prepared:
             return {name: [] for name in names}
         outputs = self._graph(self._collate(prepared), names)
-        return {name: self._split(name, outputs[name], prepared) for name in names}
-
-    def _split(self, name: str, output: Array, prepared: Sequence[Array]) -> list[Array]:
-        if self.features[name][0] != -1:
-            return list(output)
-        return [tokens_TD[: len(ids)] for tokens_TD, ids in zip(output, prepared, strict=True)]
+        lengths = [len(ids) for ids in prepared]
+        return {
+            name: list(outputs[name])
+            if self.features[name][0] != -1
+            else [tokens_TD[:length] for tokens_TD, length in zip(outputs[name], lengths, strict=True)]
+            for name in names
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,34 +108,26 @@ class OnnxExport:
     key: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build_graph(export: OnnxExport, settings: EncoderSettings, weights: str) -> tuple[Graph, Backend]:
+def build_graph(export: OnnxExport, settings: EncoderSettings, weights: str) -> Graph:
     """Choose a backend for a model that exports to ONNX, and prepare the model to run on it.
 
     `auto` chooses onnxruntime if possible: float32 on the CPU, extra `cpu` installed, weights small enough for one
     file, and an export that agrees with torch. Otherwise it chooses torch. The choice is part of the fingerprint.
-
-    Raises:
-        SettingError: onnxruntime was requested together with another device or precision.
-        ArtifactError: onnxruntime was requested and the model cannot be exported.
     """
     if settings.backend == "torch" or (settings.backend == "auto" and not _suits_onnx(export.module, settings)):
-        return TorchGraph(export.module, settings), "torch"
+        return TorchGraph(export.module, settings)
     _check_onnx_settings(settings)
     try:
-        return OnnxGraph(_export_once(export, weights)), "onnxruntime"
+        return OnnxGraph(_export_once(export, weights))
     except ArtifactError as error:
         if settings.backend == "onnxruntime":
             raise
         _log.warning("running on torch: %s", error)
-        return TorchGraph(export.module, settings), "torch"
+        return TorchGraph(export.module, settings)
 
 
 def torch_graph(module: torch.nn.Module, settings: EncoderSettings, family: str) -> "TorchGraph":
-    """Prepare a model without an ONNX export to run on torch.
-
-    Raises:
-        SettingError: onnxruntime was requested.
-    """
+    """Prepare a model without an ONNX export to run on torch."""
     if settings.backend == "onnxruntime":
         raise SettingError(
             f"backend: expected auto or torch for the encoder family {family!r}, which runs on torch only, "
@@ -149,17 +136,8 @@ def torch_graph(module: torch.nn.Module, settings: EncoderSettings, family: str)
     return TorchGraph(module, settings)
 
 
-def choose_batch_size(settings: EncoderSettings, *, on_cpu: int, on_gpu: int) -> int:
-    """Return the requested batch size, or one that suits the device."""
-    return settings.batch_size or (on_cpu if torch_device(settings.device).type == "cpu" else on_gpu)
-
-
 def torch_device(name: str) -> torch.device:
-    """Return a torch device that exists on this machine.
-
-    Raises:
-        SettingError: the name is not a torch device, or this machine has no such device.
-    """
+    """Return a torch device that exists on this machine."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -176,11 +154,9 @@ class TorchGraph:
     """A torch module on its device.
 
     A batch that does not fit the device's memory is split in halves, and later batches are split alike.
-
-    Args:
-        module: takes the inputs by name and returns a dict of tensors.
-        settings: device, precision, and whether to compile.
     """
+
+    backend: Literal["torch", "onnxruntime"] = "torch"
 
     def __init__(self, module: torch.nn.Module, settings: EncoderSettings) -> None:
         self._device = torch_device(settings.device)
@@ -193,11 +169,7 @@ class TorchGraph:
             self._module.compile()
 
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
-        """Run one batch; outputs are float32 at any precision.
-
-        Raises:
-            SettingError: the device's memory is too small for a single item.
-        """
+        """Run one batch; outputs are float32 at any precision."""
         num_rows = len(next(iter(inputs.values())))
         parts: list[dict[str, Floats]] = []
         start = 0
@@ -239,18 +211,15 @@ class TorchGraph:
 
 
 class OnnxGraph:
-    """An ONNX file, opened by onnxruntime on the CPU.
+    """An ONNX file, opened by onnxruntime on the CPU."""
 
-    Raises:
-        CorruptError: onnxruntime cannot read the file.
-        MissingExtraError: onnxruntime is not installed.
-    """
+    backend: Literal["torch", "onnxruntime"] = "onnxruntime"
 
     def __init__(self, path: Path) -> None:
         runtime = require("onnxruntime", extra="cpu")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = _LOG_ERRORS_ONLY
+        options.log_severity_level = 3  # errors only
         # Spinning idle threads take cores from the decoding threads: 8% fewer images/s, 12% fewer texts/s.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         failures = runtime.capi.onnxruntime_pybind11_state
@@ -260,22 +229,11 @@ class OnnxGraph:
             raise CorruptError(f"cannot read {path} as ONNX; delete it and run the command again") from error
 
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
-        """Run one batch; only the named outputs are computed."""
         return dict(zip(names, self._session.run(list(names), dict(inputs)), strict=True))
 
 
-def onnx_folder() -> Path:
-    """Return the folder of exported encoders: `embedcache/onnx` in XDG_CACHE_HOME, or in ~/.cache."""
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_home) / "embedcache" / "onnx"
-
-
 def export_graph(export: OnnxExport, path: Path) -> None:
-    """Write a module as an ONNX file.
-
-    Raises:
-        ArtifactError: torch cannot trace the module.
-    """
+    """Write a module as an ONNX file."""
     arguments = tuple(torch.from_numpy(array) for array in export.example.values())
     module = _PositionalModule(export.module, list(export.example), export.outputs)
     # The exporter warns about its own age and about every Python branch; the comparison with torch decides instead.
@@ -313,7 +271,7 @@ def _suits_onnx(module: torch.nn.Module, settings: EncoderSettings) -> bool:
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     is_installed = find_spec("onnx") is not None and find_spec("onnxruntime") is not None
     is_cpu = torch_device(settings.device).type == "cpu"
-    return is_installed and is_cpu and settings.precision == "float32" and num_bytes < MAX_ONNX_BYTES
+    return is_installed and is_cpu and settings.precision == "float32" and num_bytes < _MAX_ONNX_BYTES
 
 
 def _check_onnx_settings(settings: EncoderSettings) -> None:
@@ -336,7 +294,8 @@ def _export_once(export: OnnxExport, weights: str) -> Path:
         "opset": _OPSET,
     }
     name = str(key["name"]).replace("/", "--")
-    path = onnx_folder() / f"{name}-{digest(key)[:32]}.onnx"
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache_home / "embedcache" / "onnx" / f"{name}-{digest(key)[:32]}.onnx"
     if not path.is_file():
         require("onnx", extra="cpu")
         export.module.eval()
@@ -346,7 +305,7 @@ def _export_once(export: OnnxExport, weights: str) -> Path:
     return path
 
 
-def _check_agreement(export: OnnxExport, graph: Callable[..., Mapping[str, Floats]]) -> None:
+def _check_agreement(export: OnnxExport, graph: Graph) -> None:
     expected = TorchGraph(export.module, EncoderSettings())(export.check_inputs, export.outputs)
     found = graph(export.check_inputs, export.outputs)
     for name in export.outputs:

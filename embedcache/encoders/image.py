@@ -5,7 +5,6 @@ Preprocessing is split where possible: images are resized to uint8 on threads an
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,15 +12,7 @@ import torch
 from PIL import Image
 
 from embedcache.arrays import Array
-from embedcache.encoders.backends import (
-    Backend,
-    Graph,
-    GraphEncoder,
-    OnnxExport,
-    build_graph,
-    choose_batch_size,
-    torch_graph,
-)
+from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, build_graph, torch_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import FeatureName, native_features, patch_grid, patch_pool
 from embedcache.encoders.settings import EncoderSettings
@@ -29,9 +20,6 @@ from embedcache.errors import SettingError
 
 Transform: TypeAlias = Callable[[Image.Image], Array]
 """RGB image of any size -> (3, H, W): uint8 if the model normalizes pixels itself, else float32."""
-
-TOLERANCE = 1e-6
-"""Allowed difference of a split transform, for values of about 1: the order of float32 operations may differ."""
 
 _INPUT = "images"
 
@@ -47,30 +35,15 @@ def build_image_encoder(
     """Create an encoder from a loaded model.
 
     Args:
-        module: the model.
         transform: converts one image to the model's input; called from many threads at once.
-        fingerprint: of the model; backend, precision and the list of native features are filled in here.
-        settings: device, precision, backend and batch size.
+        fingerprint: see `GraphEncoder`.
         onnx_name: starts the file name of the ONNX export; None: the family runs on torch only.
-
-    Raises:
-        SettingError: onnxruntime was requested for a family that runs on torch only, or with another device or
-            precision.
     """
-    graph: Graph
-    backend: Backend = "torch"
     if onnx_name is None:
-        graph = torch_graph(module, settings, fingerprint.family)
+        graph: Graph = torch_graph(module, settings, fingerprint.family)
     else:
-        graph, backend = build_graph(_onnx_export(module, onnx_name), settings, fingerprint.weights)
-    pooling = {name: fingerprint.pooling[name] for name in native_features(module.features)}
-    return image_encoder(
-        graph,
-        transform,
-        features=module.features,
-        fingerprint=replace(fingerprint, pooling=pooling, backend=backend, precision=settings.precision),
-        settings=settings,
-    )
+        graph = build_graph(_onnx_export(module, onnx_name), settings, fingerprint.weights)
+    return image_encoder(graph, transform, features=module.features, fingerprint=fingerprint, settings=settings)
 
 
 def image_encoder(
@@ -83,13 +56,13 @@ def image_encoder(
 ) -> GraphEncoder:
     """Create an image encoder from its parts; see `GraphEncoder`."""
     return GraphEncoder(
-        modality="image",
-        graph=graph,
+        "image",
+        graph,
         prepare=lambda images: [transform(image) for image in images],
         collate=lambda prepared: {_INPUT: np.stack(prepared)},
         features=features,
         fingerprint=fingerprint,
-        batch_size=choose_batch_size(settings, on_cpu=32, on_gpu=128),
+        settings=settings,
     )
 
 
@@ -114,9 +87,6 @@ class ImageModel(torch.nn.Module):
         scale: normalizes a batch of prepared images.
         input_size: (3, H, W).
         requested: names of features; those that cannot be derived are left out.
-
-    Raises:
-        SettingError: the model is not deterministic.
     """
 
     features: dict[str, ItemShape]
@@ -138,7 +108,7 @@ class ImageModel(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = self._module(self._scale(images))
         for text, source in self._sources.items():
-            outputs[text] = self._pools[_module_name(text)](outputs[source])
+            outputs[text] = self._pools[text.replace(".", "_")](outputs[source])
         return {text: outputs[text] for text in self.features}
 
     def _add(self, text: str, shapes: Mapping[str, ItemShape]) -> None:
@@ -148,23 +118,15 @@ class ImageModel(torch.nn.Module):
         if name.grid is None and name.clusters is None:
             self.features[text] = shapes[name.source]
         elif (pool := patch_pool(name, shapes[name.source], self.input_size)) is not None:
-            self._pools[_module_name(text)] = pool
+            self._pools[text.replace(".", "_")] = pool  # torch allows no dot in a submodule's name
             self._sources[text] = name.source
             self.features[text] = (pool.num_tokens, shapes[name.source][1])
-
-
-def _module_name(text: str) -> str:
-    return text.replace(".", "_")  # torch allows no dot in a submodule's name
 
 
 def _find_shapes(module: torch.nn.Module, input_size: Sequence[int]) -> dict[str, ItemShape]:
     """Return the shapes of a model's outputs for one image, found by running it twice on noise.
 
-    A `pooled` that repeats another feature is left out, and so are patches that do not form a grid, because some of
-    them are special tokens.
-
-    Raises:
-        SettingError: the two runs differ.
+    A `pooled` that repeats another feature is left out, and so are patches that form no grid: some are special tokens.
     """
     noise = torch.rand((2, *input_size), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -193,10 +155,7 @@ def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
 class PixelScale(torch.nn.Module):
     """Normalize pixels in float32: (pixels / divisor - mean) / std.
 
-    Args:
-        mean: one value per channel, as numbers or a tensor.
-        std: one value per channel, as numbers or a tensor.
-        divisor: 255 if mean and std are those of pixels in [0, 1].
+    Mean and std have one value per channel; the divisor is 255 if they are those of pixels in [0, 1].
     """
 
     mean: torch.Tensor
@@ -212,7 +171,6 @@ class PixelScale(torch.nn.Module):
             self.register_buffer(name, per_channel, persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalize (B, 3, H, W) uint8 to float32."""
         pixels = images.float()
         if self._divisor != 1:
             pixels = pixels / self._divisor
@@ -220,16 +178,10 @@ class PixelScale(torch.nn.Module):
 
 
 def split_transform(whole: Transform, to_pixels: Transform, scale: PixelScale) -> tuple[Transform, torch.nn.Module]:
-    """Split a published transform at uint8 pixels, if the result stays the same.
-
-    Args:
-        whole: published transform, to float32.
-        to_pixels: the same without normalization.
-        scale: normalization with the published settings.
+    """Split a published transform at uint8 pixels.
 
     Returns:
-        `to_pixels` and `scale` if together they compute what `whole` computes on images of noise; else `whole` and an
-        identity.
+        `to_pixels` and `scale` if together they compute what `whole` does on noise; else `whole` and an identity.
     """
     is_same = all(_is_split_exact(whole, to_pixels, scale, size) for size in ((320, 200), (200, 320)))
     return (to_pixels, scale) if is_same else (whole, torch.nn.Identity())
@@ -245,7 +197,7 @@ def _is_split_exact(whole: Transform, to_pixels: Transform, scale: PixelScale, s
     if pixels.dtype != np.uint8 or pixels.shape != expected.shape:
         return False
     found = scale(torch.from_numpy(pixels)[None])[0].numpy()
-    return np.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    return np.allclose(found, expected, rtol=1e-6, atol=1e-6)  # the order of float32 operations may differ
 
 
 def plain_json(published: Mapping[str, Any]) -> dict[str, Any]:

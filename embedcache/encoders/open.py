@@ -68,13 +68,6 @@ def reopen_encoder(
 ) -> Encoder:
     """Open the encoder that computed a cached feature, with the same precision and backend.
 
-    Args:
-        spec: as stored in the cache.
-        modality: what it encodes.
-        feature: `encoder/feature`, or several joined by `+`.
-        fingerprint: expected fingerprint; the fingerprint of a view is that of the encoder behind it.
-        device: torch device; an encoder that ran on onnxruntime runs on the CPU again.
-
     Raises:
         FingerprintError: the encoder differs; the message names each field with both values.
     """
@@ -117,11 +110,7 @@ class EncoderSpec:
 
     @classmethod
     def parse(cls, text: str) -> "EncoderSpec":
-        """Parse `family:model[,option=value]…`.
-
-        Raises:
-            SettingError: the family or the model is missing, or an option is not `name=value`.
-        """
+        """Parse `family:model[,option=value]…`."""
         name, *options = text.strip().split(",")
         family, colon, model = name.partition(":")
         if not (family and colon and model):
@@ -143,8 +132,9 @@ class EncoderSpec:
     @property
     def absolute(self) -> "EncoderSpec":
         """The same spec with absolute local paths, so that it opens from any working directory."""
-        model = _absolute(self.model) if self.is_path else self.model
-        options = {key: _absolute(value) if _exists(value) else value for key, value in self.options.items()}
+        values = {key: Path(value).expanduser() for key, value in self.options.items()}
+        options = {key: str(path.absolute()) if path.exists() else self.options[key] for key, path in values.items()}
+        model = str(Path(self.model).expanduser().absolute()) if self.is_path else self.model
         return EncoderSpec(self.family, model, options)
 
     @property
@@ -169,35 +159,19 @@ class EncoderSpec:
 
 
 def check_options(spec: EncoderSpec, known: Collection[str]) -> None:
-    """Check that a spec has only options of its family.
-
-    Raises:
-        UnknownNameError: the message lists the family's options.
-    """
+    """Check that a spec has only options of its family."""
     for name in spec.options:
         if name not in known:
             raise unknown_name(f"option of the encoder family {spec.family!r}", name, known)
 
 
 def check_modality(spec: EncoderSpec, modality: Modality, served: Modality) -> None:
-    """Check that a family, or a model of it, serves the requested modality.
-
-    Raises:
-        SettingError: the message names the modality that it serves.
-    """
+    """Check that a family, or a model of it, serves the requested modality."""
     if modality != served:
         raise SettingError(
             f"{spec.text} encodes {served}, requested for {modality}; use it as the {served} encoder, "
             f"or choose another for {modality}"
         )
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
-
-
-def _exists(value: str) -> bool:
-    return Path(value).expanduser().exists()
 
 
 def _parse_options(text: str, parts: Collection[str]) -> dict[str, str]:

@@ -1,11 +1,11 @@
 """`open_clip:ViT-B-32,pretrained=/path.pt`: one tower of a CLIP model, not normalized."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,22 +34,39 @@ POOLING = {"pooled": "the tower's output in the joint space, before normalisatio
 
 
 def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open one tower of a CLIP model. Required option: `pretrained`, a published tag or the path of a local file.
-
-    Raises:
-        MissingExtraError: open_clip is not installed.
-        UnknownNameError: unknown model, tag or option.
-        PathError: the file does not exist, or the hub is unreachable.
-        ArtifactError: the weights belong to another model.
-        SettingError: `pretrained` is missing, or onnxruntime was requested.
-    """
+    """Open one tower of a CLIP model. Required option: `pretrained`, a published tag or the path of a local file."""
     check_options(spec, ("pretrained",))
     open_clip = require("open_clip", extra="open-clip")
     if spec.model not in open_clip.list_models():
         raise unknown_name("open_clip model", spec.model, open_clip.list_models())
     checkpoint = load_checkpoint(open_clip, spec, settings.device)
-    open_tower = _open_image if modality == "image" else _open_text
-    return open_tower(open_clip, spec, checkpoint, settings)
+    features: dict[str, ItemShape] = {"pooled": (int(open_clip.get_model_config(spec.model)["embed_dim"]),)}
+    fingerprint = Fingerprint(
+        family="open_clip", model=spec.model, weights=checkpoint.weights, preprocessing={}, pooling=POOLING
+    )
+    if modality == "image":
+        published = dict(open_clip.get_model_preprocess_cfg(checkpoint.model))
+        transform, scale = pixel_transform(checkpoint.preprocess, published)
+        return image_encoder(
+            torch_graph(_ImageTower(checkpoint.model, scale), settings, "open_clip"),
+            transform,
+            features=features,
+            fingerprint=replace(fingerprint, preprocessing=plain_json(published)),
+            settings=settings,
+        )
+    with translate_hub_errors(
+        f"the tokenizer of {spec.model}", next_step="choose a model with open_clip's own tokenizer"
+    ):
+        tokenizer = open_clip.get_tokenizer(spec.model)
+    tower = _TextTower(checkpoint.model)
+    return text_encoder(
+        torch_graph(tower, settings, "open_clip"),
+        lambda texts: [ids[: tower.num_read(ids)] for ids in tokenizer(list(texts)).numpy().astype(np.int64)],
+        features=features,
+        fingerprint=replace(fingerprint, preprocessing={"num_tokens": int(tokenizer.context_length)}),
+        pad_id=0,
+        settings=settings,
+    )
 
 
 class _ImageTower(torch.nn.Module):
@@ -104,8 +121,7 @@ class _EncodeText(torch.nn.Module):
         return vectors
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A CLIP model with its evaluation transform and the hash of its weights."""
 
     model: Any
@@ -145,32 +161,16 @@ def _pretrained(open_clip: Any, spec: EncoderSpec) -> str:
         )
     pretrained = spec.options["pretrained"]
     if pretrained in tags:
-        _check_published(open_clip, spec.model, pretrained)
+        owner, _, rest = open_clip.get_pretrained_cfg(spec.model, pretrained).get("hf_hub", "").partition("/")
+        if owner:
+            repository = f"{owner}/{rest.partition('/')[0]}"
+            find_hub_commit(repository, model=f"{spec.model} {pretrained}", next_step=_USE_FILE)
         return pretrained
     path = Path(pretrained).expanduser()
     if not path.exists() and "/" not in pretrained and not path.suffix:
         raise unknown_name(f"published weights of {spec.model}", pretrained, tags)
     check_weights_file(path)
     return str(path)
-
-
-def _check_published(open_clip: Any, model: str, tag: str) -> None:
-    owner, _, rest = open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "").partition("/")
-    if owner:
-        repository = f"{owner}/{rest.partition('/')[0]}"
-        find_hub_commit(repository, model=f"{model} {tag}", next_step=_USE_FILE)
-
-
-def _open_image(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> Encoder:
-    published = dict(open_clip.get_model_preprocess_cfg(checkpoint.model))
-    transform, scale = pixel_transform(checkpoint.preprocess, published)
-    return image_encoder(
-        torch_graph(_ImageTower(checkpoint.model, scale), settings, "open_clip"),
-        transform,
-        features=_features(open_clip, spec),
-        fingerprint=_fingerprint(spec, checkpoint, published, settings),
-        settings=settings,
-    )
 
 
 def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Transform, torch.nn.Module]:
@@ -186,41 +186,3 @@ def pixel_transform(preprocess: Any, published: Mapping[str, Any]) -> tuple[Tran
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
     return split_transform(whole, to_pixels, PixelScale(published["mean"], published["std"], divisor=255))
-
-
-def _open_text(open_clip: Any, spec: EncoderSpec, checkpoint: Checkpoint, settings: EncoderSettings) -> Encoder:
-    with translate_hub_errors(
-        f"the tokenizer of {spec.model}", next_step="choose a model with open_clip's own tokenizer"
-    ):
-        tokenizer = open_clip.get_tokenizer(spec.model)
-    num_tokens = int(tokenizer.context_length)
-    tower = _TextTower(checkpoint.model)
-
-    def tokenize(texts: Sequence[str]) -> list[Ints]:
-        return [ids[: tower.num_read(ids)] for ids in tokenizer(list(texts)).numpy().astype(np.int64)]
-
-    return text_encoder(
-        torch_graph(tower, settings, "open_clip"),
-        tokenize,
-        features=_features(open_clip, spec),
-        fingerprint=_fingerprint(spec, checkpoint, {"num_tokens": num_tokens}, settings),
-        pad_id=0,
-        settings=settings,
-    )
-
-
-def _features(open_clip: Any, spec: EncoderSpec) -> dict[str, ItemShape]:
-    return {"pooled": (int(open_clip.get_model_config(spec.model)["embed_dim"]),)}
-
-
-def _fingerprint(
-    spec: EncoderSpec, checkpoint: Checkpoint, preprocessing: Mapping[str, Any], settings: EncoderSettings
-) -> Fingerprint:
-    return Fingerprint(
-        family="open_clip",
-        model=spec.model,
-        weights=checkpoint.weights,
-        preprocessing=plain_json(preprocessing),
-        pooling=POOLING,
-        precision=settings.precision,
-    )

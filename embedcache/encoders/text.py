@@ -1,7 +1,7 @@
 """Text encoders: a tokenizer, run on threads, and a model per padded batch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeAlias
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, build_graph, choose_batch_size
+from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, build_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features
 from embedcache.encoders.open import EncoderSpec
@@ -38,19 +38,15 @@ def build_text_encoder(
     Args:
         module: maps token ids and mask to a dict of tensors: its native features, and the same names with the prefix
             `layerN.` for each requested block; `tokens` are (B, T, D).
-        tokenizer: converts texts to token ids.
-        fingerprint: of the model; backend, precision and the list of native features are filled in here.
-        settings: device, precision, backend, batch size and requested features.
+        fingerprint: see `GraphEncoder`.
         onnx_key: JSON values that determine the ONNX graph together with the weights; `name` starts the file name.
-
-    Raises:
-        SettingError: onnxruntime was requested with another device or precision.
-        ArtifactError: onnxruntime was requested and the model cannot be exported.
     """
     example = _example_batch((5, 9), tokenizer.pad_id)
     with torch.inference_mode():
         outputs = module.eval()(**{name: torch.from_numpy(array) for name, array in example.items()})
-    shapes = {name: _item_shape(output) for name, output in outputs.items()}
+    shapes: dict[str, ItemShape] = {
+        name: (*((-1,) if output.ndim == 3 else ()), output.shape[-1]) for name, output in outputs.items()
+    }
     requested = [name for name in settings.features if name in shapes]
     features = {name: shapes[name] for name in [*native_features(shapes), *requested]}
     export = OnnxExport(
@@ -64,13 +60,11 @@ def build_text_encoder(
         },
         key=onnx_key,
     )
-    graph, backend = build_graph(export, settings, fingerprint.weights)
-    pooling = {name: fingerprint.pooling[name] for name in native_features(features)}
     return text_encoder(
-        graph,
+        build_graph(export, settings, fingerprint.weights),
         tokenizer,
         features=features,
-        fingerprint=replace(fingerprint, pooling=pooling, backend=backend, precision=settings.precision),
+        fingerprint=fingerprint,
         pad_id=tokenizer.pad_id,
         settings=settings,
     )
@@ -87,23 +81,18 @@ def text_encoder(
 ) -> GraphEncoder:
     """Create a text encoder from its parts; see `GraphEncoder`."""
     return GraphEncoder(
-        modality="text",
-        graph=graph,
+        "text",
+        graph,
         prepare=lambda texts: list(tokenize(texts)),
         collate=lambda prepared: pad(prepared, pad_id),
         features=features,
         fingerprint=fingerprint,
-        batch_size=choose_batch_size(settings, on_cpu=64, on_gpu=512),
+        settings=settings,
     )
 
 
 def _example_batch(lengths: tuple[int, ...], pad_id: int) -> dict[str, Ints]:
     return pad([np.arange(2, length + 2, dtype=np.int64) for length in lengths], pad_id)
-
-
-def _item_shape(output: torch.Tensor) -> ItemShape:
-    width = int(output.shape[-1])
-    return (-1, width) if output.ndim == 3 else (width,)
 
 
 def pad(ids: Sequence[Array], pad_id: int) -> dict[str, Ints]:
@@ -136,7 +125,6 @@ class Tokenizer:
     is_lower: bool = False
 
     def __call__(self, texts: Sequence[str]) -> list[Ints]:
-        """Convert texts to (T,) int64 token ids."""
         prefixed = [self.prefix + text for text in texts]
         rows = self.encode([text.lower() for text in prefixed] if self.is_lower else prefixed)
         return [np.array(ids, dtype=np.int64) for ids in rows]
@@ -153,10 +141,6 @@ def open_tokenizer(
     """Open the transformers tokenizer in a model folder, safe to call from many threads.
 
     `max_tokens` defaults to the smaller of the tokenizer's and the model's limits; see `Tokenizer` for the rest.
-
-    Raises:
-        PathError: there is no tokenizer in the folder.
-        SettingError: neither the tokenizer nor the model states a limit, or `max_tokens` exceeds the model's.
     """
     from transformers import AutoTokenizer
 
@@ -175,11 +159,7 @@ def open_tokenizer(
 
 
 def max_tokens_option(spec: EncoderSpec) -> int | None:
-    """Return the option `max_tokens` of a spec.
-
-    Raises:
-        SettingError: it is not a positive whole number.
-    """
+    """Return the option `max_tokens` of a spec."""
     text = spec.options.get("max_tokens")
     if text is None:
         return None

@@ -37,14 +37,7 @@ class TextFeatures(torch.nn.Module):
 
 
 class SentenceFeatures(torch.nn.Module):
-    """Features of a sentence-transformers model: transformer, poolings, dense layers: (B, T) -> dict by name.
-
-    Args:
-        transformer: the transformers model.
-        pools: names of poolings; several are concatenated.
-        heads: dense layers, in order.
-        layers: blocks.
-    """
+    """Features of a sentence-transformers model by name: transformer, concatenated poolings, then dense layers."""
 
     def __init__(
         self,

@@ -6,16 +6,14 @@ has `pooled`, which is the default. Register and distillation tokens belong to n
 of a transformer, and timm's feature levels (`model.feature_info`) of other networks: stages, or stem and stages.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 
-from embedcache.arrays import Array
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.image import (
     ImageModel,
@@ -45,12 +43,6 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
 
     Options: `weights`, a local .safetensors or .pth file instead of the hub's; `image_size`, in pixels, instead of the
     published one: position embeddings are resized to it.
-
-    Raises:
-        UnknownNameError: unknown model or option.
-        PathError: the file does not exist, or the hub is unreachable.
-        ArtifactError: the weights belong to another model.
-        SettingError: text or onnxruntime was requested, or an image size that the model does not support.
     """
     check_options(spec, ("image_size", "weights"))
     check_modality(spec, modality, "image")
@@ -79,11 +71,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
 
 
 def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
-    """Load a model without its classifier, at its published size; return it and its commit on the hub, if any.
-
-    Raises:
-        EmbedcacheError: see `open_timm`.
-    """
+    """Load a model without its classifier, at its published size; return it and its commit on the hub, if any."""
     path = Path(spec.options["weights"]).expanduser() if "weights" in spec.options else None
     if not spec.model.startswith(HUB_PREFIXES):
         _check_name(spec.model, has_file=path is not None)
@@ -102,20 +90,13 @@ def pixel_transform(model: Any, size_px: int | None = None) -> tuple[Transform, 
     from timm.data import create_transform, resolve_model_data_config
 
     config = resolve_model_data_config(model, args={} if size_px is None else {"img_size": size_px})
+    whole, to_pixels = (create_transform(**config, is_training=False, normalize=flag) for flag in (True, False))
     transform, scale = split_transform(
-        _as_array(create_transform(**config, is_training=False)),
-        _as_array(create_transform(**config, is_training=False, normalize=False)),
+        lambda image: whole(image).numpy(),
+        lambda image: to_pixels(image).numpy(),
         PixelScale(config["mean"], config["std"], divisor=255),
     )
     return transform, scale, plain_json(config)
-
-
-def _as_array(published: Callable[[Image], torch.Tensor]) -> Transform:
-    def transform(image: Image) -> Array:
-        array: Array = published(image).numpy()
-        return array
-
-    return transform
 
 
 def _check_name(name: str, *, has_file: bool) -> None:
@@ -145,20 +126,17 @@ def _load_published(name: str) -> tuple[Any, str | None]:
 
 
 def _load_file(name: str, path: Path) -> Any:
+    import timm
+
     model = create_model(name)
     state = read_weights(path)
     heads = model.pretrained_cfg.get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
     try:
         model.load_state_dict({key: value for key, value in state.items() if not key.startswith(prefixes)})
+        return model
     except RuntimeError:
-        return _load_older_names(name, path)
-    return model
-
-
-def _load_older_names(name: str, path: Path) -> Any:
-    import timm
-
+        pass
     # The file replaces timm's download, so that timm renames the weights of older checkpoints. With the classifier,
     # timm insists that every weight fits; without it, timm would leave the others random.
     source = {"file": str(path)}

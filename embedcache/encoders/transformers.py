@@ -41,11 +41,6 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
     """Open an image or text model. Options: `revision` (of a hub model), for texts also `max_tokens`.
 
     Of a model of both modalities, such as CLIP, the requested tower is opened.
-
-    Raises:
-        PathError: there is no such folder, and no such model on a reachable hub.
-        SettingError: the model is of another modality, or onnxruntime was requested for images.
-        ArtifactError: the weights do not fit.
     """
     check_options(spec, ("revision",) if modality == "image" else ("max_tokens", "revision"))
     folder = find_model_folder(spec)
@@ -53,7 +48,8 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
     is_vision = hasattr(config, "num_channels") and not hasattr(config, "vocab_size")
     check_modality(spec, modality, "image" if is_vision else "text")
     model, weights = load_pretrained(loader, folder.path, config)
-    untie_last_state(model, requested_layers(settings.features))
+    layers = requested_layers(settings.features)
+    untie_last_state(model, layers)
     fingerprint = Fingerprint(
         family="hf",
         model=spec.model_name,
@@ -63,17 +59,23 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
         pooling=IMAGE_POOLING if modality == "image" else TEXT_POOLING,
     )
     if modality == "image":
-        return _image_encoder(model, folder.path, fingerprint, settings)
-    return _text_encoder(model, folder.path, fingerprint, settings, spec)
+        transform, scale, published, input_size = pixel_transform(folder.path)
+        module = ImageModel(ImageFeatures(model, layers), scale, input_size=input_size, requested=settings.features)
+        fingerprint = replace(fingerprint, preprocessing=published)
+        return build_image_encoder(module, transform, fingerprint=fingerprint, settings=settings)
+    model_config: Any = model.config
+    tokenizer = open_tokenizer(folder.path, max_tokens=max_tokens_option(spec), model=model)
+    return build_text_encoder(
+        TextFeatures(model, layers),
+        tokenizer,
+        fingerprint=replace(fingerprint, preprocessing=tokenizer.preprocessing),
+        settings=settings,
+        onnx_key={"name": f"hf-{spec.folder}", "config": digest(model_config.to_dict())},
+    )
 
 
 def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
-    """Return the config of a folder's model, or of its tower of a modality, and the class that loads it.
-
-    Raises:
-        PathError: there is no model.
-        SettingError: the tower cannot be loaded alone.
-    """
+    """Return the config of a folder's model, or of its tower of a modality, and the class that loads it."""
     import transformers
 
     config = load_config(folder)
@@ -88,48 +90,8 @@ def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
     return part, transformers.AutoModel
 
 
-def _image_encoder(
-    model: torch.nn.Module, folder: Path, fingerprint: Fingerprint, settings: EncoderSettings
-) -> Encoder:
-    transform, scale, published, input_size = pixel_transform(folder)
-    features = ImageFeatures(model, requested_layers(settings.features))
-    module = ImageModel(features, scale, input_size=input_size, requested=settings.features)
-    fingerprint = replace(fingerprint, preprocessing=published)
-    return build_image_encoder(module, transform, fingerprint=fingerprint, settings=settings)
-
-
-def _text_encoder(
-    model: torch.nn.Module, folder: Path, fingerprint: Fingerprint, settings: EncoderSettings, spec: EncoderSpec
-) -> Encoder:
-    tokenizer = open_tokenizer(folder, max_tokens=max_tokens_option(spec), model=model)
-    config: Any = model.config
-    return build_text_encoder(
-        TextFeatures(model, requested_layers(settings.features)),
-        tokenizer,
-        fingerprint=replace(fingerprint, preprocessing=tokenizer.preprocessing),
-        settings=settings,
-        onnx_key={"name": f"hf-{spec.folder}", "config": digest(config.to_dict())},
-    )
-
-
-def copy_processor(folder: Path, out: Path) -> None:
-    """Write a folder's image processor to another folder."""
-    from transformers import AutoImageProcessor
-
-    AutoImageProcessor.from_pretrained(folder).save_pretrained(out)
-
-
 def pixel_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str, Any], tuple[int, ...]]:
-    """Open a folder's image processor.
-
-    Returns:
-        The transform up to uint8, the normalization that follows, the published settings, and the (3, H, W) shape of
-        the result.
-
-    Raises:
-        PathError: there is no image processor.
-        SettingError: the processor keeps each image's aspect ratio.
-    """
+    """Return the transform up to uint8, the normalization that follows, the published settings, and (3, H, W)."""
     from transformers import AutoImageProcessor
 
     try:

@@ -47,13 +47,7 @@ _EPSILON = 1e-12
 
 
 def open_use(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open the packaged model. Option: `weights`, a file with the state of this network instead of the package's.
-
-    Raises:
-        UnknownNameError: unknown model or option.
-        MissingExtraError: the package is not installed.
-        SettingError: images were requested.
-    """
+    """Open the packaged model. Option: `weights`, a file with the state of this network instead of the package's."""
     check_options(spec, ("weights",))
     check_modality(spec, modality, "text")
     if spec.model != MODEL:
@@ -99,18 +93,14 @@ class SentenceEncoder(torch.nn.Module):
         self.dense = _Dense()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compute all features of a padded batch."""
-        vectors_BTD = self._look_up(input_ids)
+        chunks_BT1 = (input_ids % _NUM_CHUNKS)[:, :, None]
+        vectors_BTD = self.table[input_ids].float() * self.scale[chunks_BT1] + self.low[chunks_BT1]
         mask_BT1 = attention_mask[:, :, None].to(vectors_BTD.dtype)
         states = self.norm_in(self.project_in(vectors_BTD)).split(_NGRAM_WIDTH, dim=-1)
         ngrams = [ngram(state_BTD, mask_BT1) for ngram, state_BTD in zip(self.ngrams, states, strict=True)]
         tokens_BTD = self.project_out(self.norm_out(torch.cat([vectors_BTD, *ngrams], dim=-1))).float()
         pooled_BD = mean_sqrt_len(tokens_BTD, attention_mask)
         return {"dense": self.dense(pooled_BD), "mean_sqrt_len": pooled_BD, "tokens": tokens_BTD}
-
-    def _look_up(self, input_ids: torch.Tensor) -> torch.Tensor:
-        chunks_BT1 = (input_ids % _NUM_CHUNKS)[:, :, None]
-        return self.table[input_ids].float() * self.scale[chunks_BT1] + self.low[chunks_BT1]
 
 
 class _NGrams(torch.nn.Module):
@@ -145,11 +135,7 @@ class _Dense(torch.nn.Module):
 
 
 def packaged_weights() -> dict[str, torch.Tensor]:
-    """Read the package's weights as the state of `SentenceEncoder`.
-
-    Raises:
-        MissingExtraError: the package is not installed.
-    """
+    """Read the package's weights as the state of `SentenceEncoder`."""
     with np.load(_resources() / "weights.npz", allow_pickle=False) as file:
         arrays: dict[str, Array] = {name: file[name] for name in file.files}
     table = np.stack([arrays[f"q{chunk}"] for chunk in range(1, _NUM_CHUNKS + 1)], axis=1)

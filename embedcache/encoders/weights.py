@@ -5,9 +5,8 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +17,6 @@ from embedcache.errors import ArtifactError, CorruptError, PathError, SettingErr
 
 USE_LOCAL_FOLDER = "give the path of a local folder instead"
 
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _OPTIONAL_WEIGHTS = ("pooler.", "lm_head.")  # a checkpoint may lack them: no feature depends on them
 
 
@@ -38,23 +36,13 @@ def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def check_weights_file(path: Path) -> None:
-    """Check that a file exists.
-
-    Raises:
-        PathError: it does not.
-    """
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
         raise PathError(f"the weights file {path} {reason}; give the path of a .safetensors or .pth file")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a `.safetensors` or torch file, without executing anything in it.
-
-    Raises:
-        PathError: the file does not exist or is not readable.
-        CorruptError: it does not hold weights.
-    """
+    """Read the tensors of a `.safetensors` or torch file, without executing anything in it."""
     check_weights_file(path)
     if not os.access(path, os.R_OK):  # safetensors would report that the file does not exist
         raise PathError(f"cannot read {path}: permission denied")
@@ -76,13 +64,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:
-    """Load a file's weights into a model; every name and shape must fit.
-
-    Raises:
-        PathError: the file does not exist or is not readable.
-        CorruptError: it does not hold weights.
-        ArtifactError: the weights belong to another model.
-    """
+    """Load a file's weights into a model; every name and shape must fit."""
     state = read_weights(path)
     try:
         module.load_state_dict(state)
@@ -92,8 +74,7 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
         ) from error
 
 
-@dataclass(frozen=True)
-class ModelFolder:
+class ModelFolder(NamedTuple):
     """A model's files on this machine, and their commit on the hub; None for a local folder."""
 
     path: Path
@@ -101,39 +82,28 @@ class ModelFolder:
 
 
 def find_model_folder(spec: EncoderSpec, *, next_step: str = USE_LOCAL_FOLDER) -> ModelFolder:
-    """Return a model's folder; download it from the hub at the commit, tag or branch in the option `revision`.
-
-    Raises:
-        PathError: a local path that is not a folder, a name that the hub does not know, or an unreachable hub.
-    """
+    """Return a model's folder; download it from the hub at the commit, tag or branch in the option `revision`."""
     path = Path(spec.model).expanduser()
     if path.is_dir():
         return ModelFolder(path)
     if spec.is_path or path.exists():
         reason = "is a file" if path.exists() else "does not exist"
         raise PathError(f"the model folder {path} {reason}; give a folder with config.json and weights in it")
-    return _download(spec.model, spec.options.get("revision"), next_step)
-
-
-def _download(model: str, revision: str | None, next_step: str) -> ModelFolder:
     from huggingface_hub import snapshot_download
 
-    with translate_hub_errors(f"{model!r} (not a local folder)", next_step=next_step):
+    with translate_hub_errors(f"{spec.model!r} (not a local folder)", next_step=next_step):
         for weights in ("*.safetensors", "*.bin"):
-            patterns = [*_SMALL_FILES, weights]
-            path = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+            patterns = ["*.json", "*.txt", "*.model", "*.jinja", weights]
+            path = Path(snapshot_download(spec.model, revision=spec.options.get("revision"), allow_patterns=patterns))
             if any(path.rglob(weights)):
                 return ModelFolder(path, revision=path.name)
-    raise PathError(f"{model!r} on the hub has no .safetensors or .bin weights; choose another, or {next_step}")
+    raise PathError(f"{spec.model!r} on the hub has no .safetensors or .bin weights; choose another, or {next_step}")
 
 
 def find_hub_commit(repository: str, *, model: str, next_step: str) -> str:
     """Return the commit of a hub repository, `owner/name` or `owner/name@revision`, before a library downloads it.
 
     This fails at once if the hub is unreachable; the libraries' own downloads retry for most of a minute.
-
-    Raises:
-        PathError: the hub does not know it, or is unreachable and the local hub cache does not hold it.
     """
     from huggingface_hub import snapshot_download
 
@@ -156,11 +126,7 @@ def translate_hub_errors(model: str, *, next_step: str) -> Iterator[None]:
 
 
 def load_config(folder: Path) -> Any:
-    """Read a transformers model's `config.json`.
-
-    Raises:
-        PathError: it is missing, or names an architecture that transformers does not know.
-    """
+    """Read a transformers model's `config.json`."""
     from transformers import AutoConfig
 
     try:
@@ -172,11 +138,7 @@ def load_config(folder: Path) -> Any:
 
 
 def model_class(config: Any, folder: Path) -> Any:
-    """Return the transformers class that loads a model: `AutoModel`, or the encoder of an encoder-decoder.
-
-    Raises:
-        SettingError: an encoder-decoder whose encoder cannot be loaded alone.
-    """
+    """Return the transformers class that loads a model: `AutoModel`, or the encoder of an encoder-decoder."""
     import transformers
 
     if not getattr(config, "is_encoder_decoder", False):
@@ -191,16 +153,8 @@ def model_class(config: Any, folder: Path) -> Any:
 
 
 def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Module, str]:
-    """Load a transformers model in float32 and hash its weights.
-
-    Returns:
-        The model in eval mode, and the SHA-256 of those of its weights that the checkpoint holds.
-
-    Raises:
-        PathError: there are no weights.
-        CorruptError: a file of weights is truncated or invalid.
-        ArtifactError: the weights belong to another model.
-    """
+    """Load a transformers model in float32 and eval mode, and hash those of its weights that the checkpoint holds."""
+    misfit, next_step = f"the weights in {folder} do not fit its config.json", "download the folder again"
     with _quiet_transformers():
         try:
             model, info = loader.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
@@ -211,16 +165,12 @@ def load_pretrained(loader: Any, folder: Path, config: Any) -> tuple[torch.nn.Mo
         except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
             raise CorruptError(f"cannot read the weights in {folder}; download the folder again") from error
         except (RuntimeError, ValueError) as error:
-            raise _misfit(folder, one_line(error)) from error
+            raise ArtifactError(f"{misfit}: {one_line(error)}; {next_step}") from error
     missing = set(info["missing_keys"])
     if any(not name.startswith(_OPTIONAL_WEIGHTS) for name in missing):
-        raise _misfit(folder, f"{len(missing)} are missing, such as {min(missing)}")
+        raise ArtifactError(f"{misfit}: {len(missing)} are missing, such as {min(missing)}; {next_step}")
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
     return model.eval(), hash_weights(state)
-
-
-def _misfit(folder: Path, reason: str) -> ArtifactError:
-    return ArtifactError(f"the weights in {folder} do not fit its config.json: {reason}; download the folder again")
 
 
 @contextmanager

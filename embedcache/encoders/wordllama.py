@@ -27,13 +27,7 @@ _VOCABULARY_SIZE = 32_000  # of Llama 2
 
 
 def open_wordllama(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open a packaged table. Options: `weights`, a file instead of the package's; `max_tokens` (default 512).
-
-    Raises:
-        UnknownNameError: unknown model or option.
-        MissingExtraError: the package is not installed.
-        SettingError: images were requested.
-    """
+    """Open a packaged table. Options: `weights`, a file instead of the package's; `max_tokens` (default 512)."""
     check_options(spec, ("max_tokens", "weights"))
     check_modality(spec, modality, "text")
     path = _packaged_weights(spec.model)

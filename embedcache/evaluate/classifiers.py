@@ -16,10 +16,10 @@ from embedcache.arrays import Array, Floats, Ints, blocks, normalize
 from embedcache.metrics.neighbors import top_k, vote
 from embedcache.registry import Registry, require
 
-NUM_NEIGHBORS = 20
-TEMPERATURE = 0.07
+_NUM_NEIGHBORS = 20
+_TEMPERATURE = 0.07
 SHRINKAGE_GRID = tuple(10.0**power for power in range(-7, 2))
-FEW_SHOT_SHRINKAGE = 0.01
+_FEW_SHOT_SHRINKAGE = 0.01
 C_GRID = tuple(10.0**power for power in range(-2, 6))
 FEW_SHOT_C = 10.0
 _MAX_ITERATIONS = 1000
@@ -30,12 +30,7 @@ _BLOCK = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Vectors and their classes.
-
-    Args:
-        vectors: (M, D) float32, not zero.
-        labels: (M,) int64.
-    """
+    """Vectors, (M, D) float32 and not zero, and their classes, (M,) int64."""
 
     vectors: Floats
     labels: Ints
@@ -72,12 +67,7 @@ METHODS = Registry(
 
 
 def load_method(name: str) -> Fit:
-    """Return the function of a method: knn, logistic, ridge or module:attribute.
-
-    Raises:
-        UnknownNameError: there is no method of that name.
-        MissingExtraError: logistic regression, and scikit-learn is not installed.
-    """
+    """Return the function of a method: knn, logistic, ridge or module:attribute."""
     if name == "logistic":
         require("sklearn.linear_model", extra="evaluate")
     fit: Fit = METHODS.load(name)
@@ -88,13 +78,13 @@ def fit_knn(train: Examples, val: Examples | None, num_classes: int) -> Classifi
     """Classify by a vote of the 20 nearest neighbors by cosine, with weight exp(cosine / 0.07) as in DINO."""
     both = joined(train, val)
     candidates = normalize(both.vectors)
-    k = min(NUM_NEIGHBORS, len(candidates))
+    k = min(_NUM_NEIGHBORS, len(candidates))
 
     def scores(vectors_QD: Floats) -> Floats:
         rows_QK, sims_QK = top_k(normalize(vectors_QD), candidates, k)
-        return vote(both.labels[rows_QK], sims_QK, num_classes, temperature=TEMPERATURE)
+        return vote(both.labels[rows_QK], sims_QK, num_classes, temperature=_TEMPERATURE)
 
-    return Classifier(scores, {"neighbors": k, "temperature": TEMPERATURE})
+    return Classifier(scores, {"neighbors": k, "temperature": _TEMPERATURE})
 
 
 def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
@@ -104,7 +94,7 @@ def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Classi
     """
     ridge = Ridge(train, num_classes)
     if val is None:
-        return Classifier(ridge.scores(FEW_SHOT_SHRINKAGE), {"shrinkage": FEW_SHOT_SHRINKAGE})
+        return Classifier(ridge.scores(_FEW_SHOT_SHRINKAGE), {"shrinkage": _FEW_SHOT_SHRINKAGE})
     accuracies = {
         strength: float(np.mean(ridge.scores(strength)(val.vectors).argmax(axis=1) == val.labels))
         for strength in SHRINKAGE_GRID
@@ -122,10 +112,6 @@ class Ridge:
     """Ridge regression to one-hot classes at any shrinkage, from one decomposition of the smaller Gram matrix.
 
     Memory: a scaled copy of the vectors and three square matrices of min(M, D) rows in float64.
-
-    Args:
-        train: (M, D) vectors and their classes.
-        num_classes: C.
     """
 
     def __init__(self, train: Examples, num_classes: int) -> None:
@@ -216,12 +202,7 @@ def _is_past_the_best(accuracies: Sequence[float], num_val: int) -> bool:
 
 
 class Scale(NamedTuple):
-    """Scaling for linear classifiers: to length 1, minus the mean, divided by one number.
-
-    Args:
-        mean: (D,) float32 mean of the training vectors of length 1.
-        length: their root mean square length after centering.
-    """
+    """Scaling for linear classifiers: to length 1, minus the (D,) mean, divided by the root mean square length."""
 
     mean: Floats
     length: np.float32

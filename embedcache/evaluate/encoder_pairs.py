@@ -1,18 +1,19 @@
 """Compare encoder pairs before any training: every image feature of a cache with every text feature."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Inputs, Ints, blocks, check_finite, normalize
-from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
-from embedcache.dataset.pairs import Items
+from embedcache.arrays import Floats, Ints, blocks, check_finite, normalize
+from embedcache.dataset.inputs import InputFeature, open_input, unit_vectors
+from embedcache.dataset.pairs import Items, Pairs, pair_items
 from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.splits import make_split
 from embedcache.encoders.image_features import FeatureName
-from embedcache.errors import DataError, UnfinishedError
-from embedcache.evaluate.pair_samples import PairSample, draw_samples, split_samples
+from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.evaluate.settings import PairsSettings
 from embedcache.metrics.alignment import (
     CenteredRows,
@@ -23,8 +24,8 @@ from embedcache.metrics.alignment import (
     neighbor_overlap,
     shuffled_from_products,
 )
-from embedcache.metrics.intervals import Estimate, bootstrap_mean, jackknife
-from embedcache.metrics.ranking import best_ranks
+from embedcache.metrics.intervals import Estimate, bootstrap_mean, chance_estimate, jackknife
+from embedcache.metrics.ranking import best_ranks, chance_recall
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.closed_form import Moments, solve
 from embedcache.store.cache import Cache
@@ -32,6 +33,8 @@ from embedcache.store.cache import Cache
 _RECALL_K = 10
 _SHARED_WIDTH, _SHRINKAGE = 256, 1.0  # the defaults of training
 _BLOCK = 1024
+_MIN_SAMPLES = 20
+_NUM_BLOCKS = 50
 
 ROWS = "each item scaled to length 1, then the mean over a sample's images and over its captions"
 """How a sample becomes one row per modality; the paper averages five captions too, and does not scale images first."""
@@ -52,11 +55,9 @@ class PairFigures:
     Args:
         image: `encoder/feature`.
         text: `encoder/feature`.
-        i2t: R@10 of the probe, image to text.
-        t2i: R@10 of the probe, text to image.
+        i2t: R@10 of the probe, image to text; `t2i` is the other direction.
         mutual_knn: fraction of nearest neighbors in common.
         debiased_cka: linear CKA from unbiased HSIC.
-        linear_cka: linear CKA as in the paper.
         shuffled_cka: expectation of linear CKA for shuffled pairs.
     """
 
@@ -85,17 +86,11 @@ class PairsReport:
     """Metrics of all pairs of features of a cache, the best probe first.
 
     Args:
-        pairs: metrics of each pair.
         pooling: feature -> how its encoder pooled one vector, or several that were averaged.
-        num_drawn: samples drawn from the cache.
-        num_compared: samples outside the test part of the split, which all metrics are of.
+        num_compared: of the drawn samples, those outside the test part of the split, which all metrics are of.
         num_trained: samples that the probe was fitted on.
         num_held: samples that the probe was measured on.
         num_groups: near-duplicate groups, which intervals are over.
-        split: description of the split.
-        language: language of the captions; None is all.
-        k: neighbors of mutual kNN.
-        seed: random seed of the draw.
         knn_chance: mutual kNN of unrelated features.
         chance: chance level of the probe: `i2t`, `t2i`.
         skipped: one line per feature that was left out.
@@ -141,11 +136,6 @@ def evaluate_pairs(
     the groups. Memory: all text features and one image feature of the drawn samples in float32, two features in
     float64, three D × D matrices of the widest, and 64 MB of similarities; never n × n.
 
-    Args:
-        cache_path: the cache.
-        settings: features, samples and split.
-        progress: progress in pairs of features.
-
     Raises:
         UnknownNameError: no such feature or language, or the cache has no feature of a modality.
         UnfinishedError: a named feature has missing chunks, or all have.
@@ -158,11 +148,18 @@ def evaluate_pairs(
     texts, skipped_texts = _open_features(cache, "text", settings.text_feature)
     for line in (skipped := [*skipped_images, *skipped_texts]):
         progress.note(line)
-    pairs = draw_samples(cache, images, texts, settings)
-    sample = split_samples(pairs, cache, images[0], texts[0], settings.split)
-    sample.check_k(settings.k)
+    pairs = _draw_samples(cache, images, texts, settings)
+    sample = _split_samples(pairs, cache, images[0], texts[0], settings.split)
+    if settings.k >= len(sample.samples):
+        raise SettingError(f"k: expected less than the {len(sample.samples)} compared samples, got {settings.k}")
     progress.start("encoder pairs", len(images) * len(texts), "pairs")
-    figures = _compare(sample, images, texts, settings, lambda: progress.advance(1))
+    prepared_texts = [_prepare(feature, sample.pairs.text, sample, settings.k) for feature in texts]
+    figures = []
+    for feature in images:
+        image = _prepare(feature, sample.pairs.image, sample, settings.k)
+        for text in prepared_texts:
+            figures.append(_measure(sample, image, text, settings.resamples))
+            progress.advance(1)
     progress.finish()
     return PairsReport(
         pairs=sorted(figures, key=lambda pair: -pair.probe),
@@ -205,43 +202,111 @@ def _open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[l
     return found, skipped
 
 
-@dataclass(frozen=True, kw_only=True)
-class _PreparedFeature:
-    """All that its pairs need of one feature.
+def _draw_samples(
+    cache: Cache, images: Sequence[InputFeature], texts: Sequence[InputFeature], settings: PairsSettings
+) -> Pairs:
+    """Draw samples without replacement from those that have an image and a text with all of the features."""
+    pairs = pair_items([cache], images[:1], texts[:1], language=settings.language)
+    image, text = (
+        items.where(np.logical_and.reduce([feature.valid for feature in features])[items.rows])
+        for items, features in ((pairs.image, images), (pairs.text, texts))
+    )
+    samples = np.intersect1d(image.samples, text.samples)
+    if len(samples) < _MIN_SAMPLES:
+        raise DataError(
+            f"expected at least {_MIN_SAMPLES} samples of {cache.path} with all of the features, got {len(samples)}: "
+            "compare fewer features, or extract more samples"
+        )
+    if len(samples) > settings.num_samples:
+        samples = np.random.default_rng(settings.seed).choice(samples, settings.num_samples, replace=False)
+    return Pairs(image=image.select(samples), text=text.select(samples))
 
-    Args:
-        items: (I, D) float32 vectors of all items, of length 1.
-        rows: (S, D) float32 mean of the items of each sample.
-        neighbors: (S, K) int64 nearest neighbors of the rows.
-        own: products of the rows with themselves.
+
+@dataclass(frozen=True, kw_only=True)
+class _PairSample:
+    """The compared samples: all pairs, those that the probe is fitted on, and those that it is measured on.
+
+    `groups` and `blocks` are (S,): the near-duplicate group and the jackknife block of each of `samples`.
     """
 
-    items: Floats
-    rows: Array
-    neighbors: Ints
+    pairs: Pairs
+    train: Pairs
+    val: Pairs
+    groups: Ints
+    blocks: Ints
+
+    @property
+    def samples(self) -> Ints:
+        """(S,) int64 rows of the sample table, ascending."""
+        return self.pairs.samples
+
+    def groups_of(self, samples: Ints) -> Ints:
+        """Return the groups of some of the samples."""
+        groups: Ints = self.groups[np.searchsorted(self.samples, samples)]
+        return groups
+
+    def places(self, part: Pairs) -> tuple[Ints, Ints]:
+        """Return the positions of the images and texts of a part among those of all samples."""
+        return (
+            np.searchsorted(self.pairs.image.rows, part.image.rows),
+            np.searchsorted(self.pairs.text.rows, part.text.rows),
+        )
+
+    def chance(self, k: int) -> dict[str, Estimate]:
+        """Compute the recall at k of a random order of the validation items: `i2t` and `t2i`."""
+        image_M, text_M = self.val.positives()
+        directions = {"i2t": (image_M, self.val.text), "t2i": (text_M, self.val.image)}
+        return {
+            name: chance_estimate(chance_recall(np.bincount(query_M), len(candidates.rows), k), len(np.unique(query_M)))
+            for name, (query_M, candidates) in directions.items()
+        }
+
+
+def _split_samples(
+    pairs: Pairs, cache: Cache, image: InputFeature, text: InputFeature, settings: SplitSettings
+) -> _PairSample:
+    """Split samples into parts, without the test part; the two features decide near-duplicates of a strict split."""
+    split = make_split([cache], pairs, settings, read_image=image.read, read_text=text.read)
+    train, val = pairs.select(split.rows("train")), pairs.select(split.rows("val"))
+    both = np.union1d(train.samples, val.samples)
+    if len(both) < _MIN_SAMPLES or not (len(train.samples) and len(val.samples)):
+        raise DataError(
+            f"expected at least {_MIN_SAMPLES} samples in the training and validation parts, some in each, got "
+            f"{len(train.samples)} and {len(val.samples)} of {len(pairs.samples)} samples of {cache.path} with all "
+            "features: compare fewer features, or use another split"
+        )
+    groups = np.array(split.groups)[both]
+    return _PairSample(pairs=pairs.select(both), train=train, val=val, groups=groups, blocks=_blocks(groups))
+
+
+def _blocks(groups: Ints) -> Ints:
+    """Assign whole groups to blocks of about equal size, the largest group first: (S,) block of each sample."""
+    _, group_S, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    filled = np.zeros(min(_NUM_BLOCKS, len(sizes)), np.int64)
+    block_G = np.empty(len(sizes), np.int64)
+    for group in np.argsort(-sizes, kind="stable"):
+        block_G[group] = filled.argmin()
+        filled[block_G[group]] += sizes[group]
+    block_S: Ints = block_G[group_S]
+    return block_S
+
+
+class _PreparedFeature(NamedTuple):
+    """All that its pairs need of one feature: vectors of items, means of samples, and the neighbors of those."""
+
+    name: str
+    items_ID: Floats
+    rows_SD: Floats
+    neighbors_SK: Ints
     own: KernelProducts
 
 
-def _compare(
-    sample: PairSample,
-    images: Sequence[InputFeature],
-    texts: Sequence[InputFeature],
-    settings: PairsSettings,
-    advance: Callable[[], None],
-) -> list[PairFigures]:
-    prepared = [_prepare(feature, sample.pairs.text, sample, settings.k) for feature in texts]
-    figures = []
-    for image in images:
-        prepared_image = _prepare(image, sample.pairs.image, sample, settings.k)
-        for text, prepared_text in zip(texts, prepared, strict=True):
-            names = image.name, text.name
-            figures.append(_measure(sample, names, prepared_image, prepared_text, settings.resamples))
-            advance()
-    return figures
-
-
-def _prepare(feature: InputFeature, items: Items, sample: PairSample, k: int) -> _PreparedFeature:
-    parts = [normalize(mean_vectors(_read(feature, items.rows[block]))) for block in blocks(len(items.rows), _BLOCK)]
+def _prepare(feature: InputFeature, items: Items, sample: _PairSample, k: int) -> _PreparedFeature:
+    parts = []
+    for block in blocks(len(items.rows), _BLOCK):
+        inputs = feature.read(items.rows[block])
+        check_finite(inputs.values, f"the {feature.modality} feature {feature.name}", rows=items.rows[block])
+        parts.append(unit_vectors(inputs))
     unit_ID = np.concatenate(parts)
     row_I = np.searchsorted(sample.samples, items.samples)
     rows_SD = np.zeros((len(sample.samples), unit_ID.shape[1]), np.float32)
@@ -252,25 +317,17 @@ def _prepare(feature: InputFeature, items: Items, sample: PairSample, k: int) ->
     except DataError as error:
         raise DataError(f"{feature.modality} feature {feature.name}: {error}") from error
     own = kernel_products(blocked, blocked)
-    return _PreparedFeature(items=unit_ID, rows=rows_SD, neighbors=nearest_others(rows_SD, k), own=own)
+    return _PreparedFeature(feature.name, unit_ID, rows_SD, nearest_others(rows_SD, k), own)
 
 
-def _read(feature: InputFeature, rows: Ints) -> Inputs:
-    inputs = feature.read(rows)
-    check_finite(inputs.values, f"the {feature.modality} feature {feature.name}", rows=rows)
-    return inputs
-
-
-def _measure(
-    sample: PairSample, names: tuple[str, str], image: _PreparedFeature, text: _PreparedFeature, resamples: int
-) -> PairFigures:
-    x, y = CenteredRows(image.rows, sample.blocks), CenteredRows(text.rows, sample.blocks)
+def _measure(sample: _PairSample, image: _PreparedFeature, text: _PreparedFeature, resamples: int) -> PairFigures:
+    x, y = CenteredRows(image.rows_SD, sample.blocks), CenteredRows(text.rows_SD, sample.blocks)
     both, sizes = kernel_products(x, y), np.bincount(sample.blocks)
-    overlap_S = neighbor_overlap(image.neighbors, text.neighbors)
-    i2t, t2i = _probe(sample, image.items, text.items, resamples)
+    overlap_S = neighbor_overlap(image.neighbors_SK, text.neighbors_SK)
+    i2t, t2i = _probe(sample, image.items_ID, text.items_ID, resamples)
     return PairFigures(
-        image=names[0],
-        text=names[1],
+        image=image.name,
+        text=text.name,
         i2t=i2t,
         t2i=t2i,
         mutual_knn=bootstrap_mean(overlap_S, sample.groups, num_draws=resamples),
@@ -280,7 +337,7 @@ def _measure(
     )
 
 
-def _probe(sample: PairSample, images_ID: Floats, texts_TE: Floats, resamples: int) -> tuple[Estimate, Estimate]:
+def _probe(sample: _PairSample, images_ID: Floats, texts_TE: Floats, resamples: int) -> tuple[Estimate, Estimate]:
     """Fit CCA on all pairs of the training part, as training does, and rank the validation items both ways."""
     places = sample.places(sample.train)
     image_M, text_M = (place[joined] for place, joined in zip(places, sample.train.all_pairs(), strict=True))
@@ -292,13 +349,12 @@ def _probe(sample: PairSample, images_ID: Floats, texts_TE: Floats, resamples: i
     images = normalize((images_ID[val_image] - moments.image_mean) @ image_DP)
     texts = normalize((texts_TE[val_text] - moments.text_mean) @ text_EP)
     image_M, text_M = sample.val.positives()
-    i2t = best_ranks(images, texts, (image_M, text_M))
-    t2i = best_ranks(texts, images, (text_M, image_M))
-    of_images, of_texts = (sample.groups_of(items.samples) for items in (sample.val.image, sample.val.text))
-    return (
-        bootstrap_mean(i2t <= _RECALL_K, of_images, num_draws=resamples),
-        bootstrap_mean(t2i <= _RECALL_K, of_texts, num_draws=resamples),
-    )
+
+    def recall(ranks: Ints, items: Items) -> Estimate:
+        return bootstrap_mean(ranks <= _RECALL_K, sample.groups_of(items.samples), num_draws=resamples)
+
+    i2t = recall(best_ranks(images, texts, (image_M, text_M)), sample.val.image)
+    return i2t, recall(best_ranks(texts, images, (text_M, image_M)), sample.val.text)
 
 
 def _pooling(feature: InputFeature) -> str:

@@ -1,24 +1,20 @@
 """Labeled items of one feature, divided into training, validation and test parts."""
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from embedcache.arrays import Bools, Floats, Ints
+from embedcache.arrays import Array, Bools, Floats, Ints
 from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
-from embedcache.dataset.labels import Labels, has_label, read_labels
+from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.splits import PART_NAMES, PARTS, take_groups
 from embedcache.errors import DataError
 from embedcache.evaluate.classifiers import Examples
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.store.cache import Cache
-
-_Parts: TypeAlias = npt.NDArray[Any]
 
 _TEST_FRACTION, _VAL_FRACTION = 0.25, 0.1
 _SPLIT = "split"
@@ -29,9 +25,7 @@ class LabeledFeature:
     """The labeled items of one feature, in row order.
 
     Args:
-        feature: the feature.
         names: names of the classes.
-        items: M items: row, sample and content.
         examples: (M, D) vectors, the mean of the tokens of an item, and (M,) classes.
         parts: (M,) `train`, `val` or `test`.
         split_rule: description of how the parts were made.
@@ -43,7 +37,7 @@ class LabeledFeature:
     names: list[str]
     items: Items
     examples: Examples
-    parts: _Parts
+    parts: Array
     split_rule: str
     num_unlabeled: int
     num_left_out: int
@@ -63,29 +57,33 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
 
     Parts are those of the column `split`, if the cache has one; if it names no validation part, one is taken from
     training. Otherwise a hash of the keys selects 25% for test and 10% for validation. Copies of an item stay
-    together. Items without a label are left out. Memory: the vectors in float32.
-
-    Args:
-        cache: the cache.
-        settings: modality, feature, label column, seed, and the part of the column `split` that is the test; for `val`,
-            validation is taken from training, and the test part is left out.
+    together. Items without a label are left out. If the settings name `val` as the test part, validation is taken from
+    training, and the test part is left out. Memory: the vectors in float32.
 
     Raises:
-        UnknownNameError: there is no such feature or column.
         UnfinishedError: the feature has missing chunks.
         DataError: a part is empty, there is only one class, no item has a label, or the column `split` names no part.
         CorruptError: bytes differ from their checksum.
     """
     feature = open_input(cache, settings.modality, settings.feature)
     feature.require_complete()
-    items, num_unlabeled = _with_label(read_items([cache], [feature]), cache, settings.label)
+    items = read_items([cache], [feature])
+    is_labeled = has_label(cache, items.samples, column=settings.label)
+    if not is_labeled.any():
+        raise DataError(f"none of {len(is_labeled):,} items of {cache.path} has a label in column {settings.label!r}")
+    items, num_unlabeled = items.where(is_labeled), int((~is_labeled).sum())
     part_S, rule = _parts(cache, items, settings.part, settings.seed)
     parts = part_S[items.samples]
     kept = items.where(parts != "")
     parts = parts[parts != ""]
     _check_parts(parts, cache, feature, rule)
     labels = read_labels(cache, kept.samples, column=settings.label)
-    _check_classes(labels, parts == "train", f"column {settings.label!r} of {cache.path}")
+    classes = np.unique(labels.numbers[parts == "train"])
+    if len(classes) < 2:
+        raise DataError(
+            f"column {settings.label!r} of {cache.path}: expected at least two classes among the training items, got "
+            f"only {labels.names[classes[0]]!r}"
+        )
     return LabeledFeature(
         feature=feature,
         names=labels.names,
@@ -98,15 +96,7 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
     )
 
 
-def _with_label(items: Items, cache: Cache, label: str) -> tuple[Items, int]:
-    """Return the items whose sample has a label, and the number of the others."""
-    has_one = has_label(cache, items.samples, column=label)
-    if not has_one.any():
-        raise DataError(f"none of {len(has_one):,} items of {cache.path} has a label in column {label!r}")
-    return items.where(has_one), int((~has_one).sum())
-
-
-def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) -> tuple[_Parts, str]:
+def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) -> tuple[Array, str]:
     """Return the (S,) part of each sample, or "", and the rule in words."""
     keys = cache.samples["key"].to_pylist()
     part_S = np.full(len(keys), "", "<U5")
@@ -158,19 +148,12 @@ def _groups(items: Items, mask: Bools) -> list[list[int]]:
     return list(groups.values())
 
 
-def _check_parts(parts: _Parts, cache: Cache, feature: InputFeature, rule: str) -> None:
+def _check_parts(parts: Array, cache: Cache, feature: InputFeature, rule: str) -> None:
     counts = {part: int((parts == part).sum()) for part in PARTS}
     empty = [part for part, count in counts.items() if not count]
     if empty:
         listed = ", ".join(f"{part}: {count:,}" for part, count in counts.items())
         raise DataError(f"{cache.path} has no {empty[0]} items with {feature.name} ({listed}; {rule})")
-
-
-def _check_classes(labels: Labels, is_train: Bools, place: str) -> None:
-    classes = np.unique(labels.numbers[is_train])
-    if len(classes) < 2:
-        name = labels.names[classes[0]]
-        raise DataError(f"{place}: expected at least two classes among the training items, got only {name!r}")
 
 
 def _read_vectors(feature: InputFeature, rows: Ints) -> Floats:
@@ -183,8 +166,3 @@ def _read_vectors(feature: InputFeature, rows: Ints) -> Floats:
         is_kept = position_B >= 0
         vectors_MD[position_B[is_kept]] = mean_vectors(inputs)[is_kept]
     return vectors_MD
-
-
-def name_some(names: Sequence[str], most: int = 5) -> str:
-    """List the first few of many names."""
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most:,} others" if len(names) > most else "")

@@ -1,17 +1,17 @@
 """Overlap of evaluated items with the training part: equal bytes or text, and near-duplicates by cosine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from embedcache.arrays import Bools, Ints, blocks
+from embedcache.arrays import Bools, blocks
 from embedcache.dataset.inputs import InputFeature, unit_vectors
 from embedcache.dataset.pairs import Items, pair_items
 from embedcache.errors import DataError, PathError
 from embedcache.evaluate.runs import Run, read_run_split, run_input, was_trained_on
+from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.metrics.neighbors import closest
 from embedcache.provenance import fields_of, read_json
 from embedcache.store.cache import Cache
@@ -24,8 +24,7 @@ _MIN_CHECKED = 200
 _BLOCK = 4096
 
 
-@dataclass(frozen=True, kw_only=True)
-class ItemSet:
+class ItemSet(NamedTuple):
     """Items of one modality with a feature that compares them."""
 
     feature: InputFeature
@@ -37,7 +36,6 @@ class Overlap:
     """How many of the evaluated samples were seen in training.
 
     Args:
-        num_samples: number of evaluated samples.
         exact: samples with an image or a text that is in the training part, byte for byte.
         num_checked: samples that were compared by cosine, drawn at random if there are many.
         near: of these, samples with an image or a text above `COSINES` to one of the training part, or equal to one.
@@ -69,46 +67,44 @@ class Overlap:
     @property
     def warning(self) -> str | None:
         """Warning that the figures are too high, or None."""
+        near = f"{self.near:,} of {self.num_checked:,}"
         if self.exact:
-            return f"WARNING: {self.exact:,} samples share an image or a caption with the training part" + (
-                f", {self.near:,} of {self.num_checked:,} have a near-duplicate there" if self.near else ""
-            )
-        if self.near:
-            return f"WARNING: {self.near:,} of {self.num_checked:,} samples have a near-duplicate in the training part"
-        return None
+            line = f"WARNING: {self.exact:,} samples share an image or a caption with the training part"
+            return line + (f", {near} have a near-duplicate there" if self.near else "")
+        return f"WARNING: {near} samples have a near-duplicate in the training part" if self.near else None
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON values."""
         return {**asdict(self), "not_compared": list(self.not_compared)}
 
 
-def largest_overlap(overlaps: Sequence[Overlap]) -> Overlap | None:
+def largest_overlap(overlaps: Iterable[Overlap | None]) -> Overlap | None:
     """Return the largest overlap of several runs, or None."""
-    return max(overlaps, key=lambda found: (found.exact, found.near), default=None)
+    return max(filter(None, overlaps), key=lambda found: (found.exact, found.near), default=None)
 
 
-def find_overlap(run: Run, evaluated: Mapping[str, ItemSet], *, trained_on: Sequence[Path | str] = ()) -> Overlap:
-    """Compare evaluated items with those of the training part of a run.
+def find_overlap(
+    run: Run, evaluated: Mapping[str, ItemSet], settings: RetrievalSettings | ZeroShotSettings
+) -> Overlap | None:
+    """Compare evaluated items, by modality, with those of the training part of a run, if the settings ask for it.
 
     Of many samples, some are drawn at random (seed 0), so that it takes seconds. Memory: the compared vectors, and
     tiles of their cosines.
-
-    Args:
-        run: the run.
-        evaluated: `image`, `text` or both -> evaluated items.
-        trained_on: where the training caches are now; empty: where they were during training.
     """
-    caches, missing = open_training_caches(run, trained_on)
+    if not settings.check_overlap or settings.part == "train":
+        return None
+    caches, missing = _open_training_caches(run, settings.trained_on)
     trained = [items for cache in caches for items in [training_items(run, cache)] if items]
     samples = np.unique(np.concatenate([items.items.samples for items in evaluated.values()]))
     rng = np.random.default_rng(0)
-    checked = _draw(samples, _num_affordable(evaluated, trained), rng) if trained else samples[:0]
+    count = _num_affordable(evaluated, trained) if trained else 0
+    checked = samples if len(samples) <= count else np.sort(rng.choice(samples, count, replace=False))
     exact, near = set[int](), set[int]()
     for modality, found in evaluated.items():
         others = [items[modality] for items in trained]
         exact |= set(found.items.samples[_is_equal(found, others)].tolist())
         part = found.items.select(checked)
-        is_near = _is_near(ItemSet(feature=found.feature, items=part), others, COSINES[modality])
+        is_near = _is_near(ItemSet(found.feature, part), others, COSINES[modality])
         near |= set(part.samples[is_near].tolist())
     return Overlap(
         num_samples=len(samples),
@@ -120,20 +116,8 @@ def find_overlap(run: Run, evaluated: Mapping[str, ItemSet], *, trained_on: Sequ
     )
 
 
-def open_training_caches(run: Run, paths: Sequence[Path | str] = ()) -> tuple[list[Cache], list[str]]:
-    """Open the caches that a run was trained on.
-
-    Args:
-        run: the run.
-        paths: where they are now; empty: where they were during training.
-
-    Returns:
-        The caches that exist, and the paths of those that do not.
-
-    Raises:
-        DataError: the run was not trained on one of `paths`.
-        CorruptError: `record.json` does not name the caches.
-    """
+def _open_training_caches(run: Run, paths: Sequence[str]) -> tuple[list[Cache], list[str]]:
+    """Open the caches that a run was trained on, at `paths` or else where they were; return the missing paths too."""
     record_path = run.path / "record.json"
     record: dict[str, Any] = {} if paths else read_json(record_path)
     caches, missing = [], []
@@ -159,7 +143,7 @@ def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
         return {}
     image, text = run_input(cache, run.config, "image"), run_input(cache, run.config, "text")
     pairs = pair_items([cache], [image], [text], language=run.config.training["language"]).select(rows)
-    return {"image": ItemSet(feature=image, items=pairs.image), "text": ItemSet(feature=text, items=pairs.text)}
+    return {"image": ItemSet(image, pairs.image), "text": ItemSet(text, pairs.text)}
 
 
 def _num_affordable(evaluated: Mapping[str, ItemSet], trained: Sequence[Mapping[str, ItemSet]]) -> int:
@@ -169,10 +153,6 @@ def _num_affordable(evaluated: Mapping[str, ItemSet], trained: Sequence[Mapping[
         for modality, found in evaluated.items()
     )
     return max(_MIN_CHECKED, int(_MAX_PRODUCTS / max(1, products_per_sample)))
-
-
-def _draw(rows: Ints, count: int, rng: np.random.Generator) -> Ints:
-    return rows if len(rows) <= count else np.sort(rng.choice(rows, count, replace=False))
 
 
 def _is_equal(found: ItemSet, others: Sequence[ItemSet]) -> Bools:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.arrays import Array, Bools, Ints, blocks
+from embedcache.arrays import Array, Ints, blocks
 from embedcache.errors import SettingError
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, load_method
-from embedcache.evaluate.labeled import LabeledFeature, name_some, read_labeled
+from embedcache.evaluate.labeled import LabeledFeature, read_labeled
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.metrics.classification import class_means, ranks_of
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
@@ -26,7 +26,6 @@ class Score:
     """Accuracy of one method on the test items.
 
     Args:
-        method: name of the method.
         accuracy: top-1 accuracy, with a 95% interval from resampling the samples.
         top5: top-5 accuracy; None for five classes or fewer.
         mean_per_class: mean of `recalls` over the classes with test items, with its interval.
@@ -44,13 +43,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class FewShot:
-    """Accuracy of one method on the test items from a few training items per class.
-
-    Args:
-        method: name of the method.
-        shots: training items per class.
-        accuracy: mean over draws, with a 95% interval from resampling both draws and samples.
-    """
+    """Mean accuracy from a few training items per class, with an interval from resampling both draws and samples."""
 
     method: str
     shots: int
@@ -63,11 +56,6 @@ class Control:
 
     Items of a class are close to each other, so a classifier gives most of a class one label, and a single shuffle may
     be far from chance, above or below, without a leak. The interval is therefore over shuffles, too.
-
-    Args:
-        method: name of the method.
-        accuracy: mean over shuffles, with a 95% interval from resampling both shuffles and samples.
-        by_shuffle: accuracy of each shuffle.
     """
 
     method: str
@@ -77,16 +65,7 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeReport:
-    """Probes of one feature.
-
-    Args:
-        labeled: the labeled items.
-        settings: settings of the probes.
-        scores: accuracy of each method.
-        controls: accuracy of each method after fitting on shuffled labels, if asked for.
-        few_shots: accuracy of each method and number of shots.
-        majority: accuracy of predicting the most frequent class of training and validation.
-    """
+    """Probes of one feature; `majority` is the accuracy of predicting the most frequent class."""
 
     labeled: LabeledFeature
     settings: ProbeSettings
@@ -118,10 +97,20 @@ class ProbeReport:
 
     def warnings(self) -> list[str]:
         """Return one line for each reason to doubt the figures."""
-        return [*_overlap_warning(self.labeled), *_class_warning(self.labeled), *map(_fit_warning, self._doubtful())]
-
-    def _doubtful(self) -> list[Score]:
-        return [s for s in self.scores if s.chosen.get("at_the_edge") or not s.chosen.get("converged", True)]
+        data, is_test, lines = self.labeled, self.labeled.parts == "test", []
+        if overlap := data.overlap():
+            lines.append(f"{overlap:,} test {data.feature.modality}s are copies of training or validation items")
+        unseen = np.setdiff1d(data.examples.labels[is_test], data.examples.labels[~is_test])
+        if len(unseen):
+            names = ", ".join(repr(data.names[number]) for number in unseen[:5])
+            names += f" and {len(unseen) - 5:,} others" if len(unseen) > 5 else ""
+            lines.append(f"{len(unseen):,} classes have test items and no training items: {names}")
+        for score in self.scores:
+            if not score.chosen.get("converged", True):
+                lines.append(f"{score.method} did not converge in {score.chosen['iterations']:,} iterations")
+            elif score.chosen.get("at_the_edge"):
+                lines.append(f"the regularization chosen for {score.method} is at the edge of the grid")
+        return [f"WARNING: {line}" for line in lines]
 
 
 def evaluate_probe(
@@ -132,11 +121,6 @@ def evaluate_probe(
     A method chooses its hyperparameters on validation and is then fitted on training and validation together. Few-shot
     classifiers have fixed hyperparameters, as choosing them takes more labels. Memory: the vectors in float32, and
     about three copies of the training part.
-
-    Args:
-        cache_path: the cache.
-        settings: feature, labels and methods.
-        progress: progress in fits.
 
     Raises:
         SettingError: more shots than a class has training items.
@@ -159,22 +143,22 @@ def evaluate_probe(
         for shots in settings.shots
     ]
     progress.finish()
+    is_test = data.parts == "test"
+    most_frequent = np.bincount(data.examples.labels[~is_test]).argmax()
     return ProbeReport(
         labeled=data,
         settings=settings,
         scores=scores,
         controls=controls,
         few_shots=few_shots,
-        majority=_majority_accuracy(data),
+        majority=float(np.mean(data.examples.labels[is_test] == most_frequent)),
     )
 
 
 def _ranks(fitted: Classifier, test: Examples) -> Ints:
     """Compute the (Q,) rank of each item's class by its score. Memory: the scores of 8,192 items."""
-    found = [
-        ranks_of(fitted.scores(test.vectors[block]), test.labels[block]) for block in blocks(len(test.labels), _BLOCK)
-    ]
-    return np.concatenate(found)
+    all_rows = blocks(len(test.labels), _BLOCK)
+    return np.concatenate([ranks_of(fitted.scores(test.vectors[rows]), test.labels[rows]) for rows in all_rows])
 
 
 def _score(name: str, fit: Fit, data: LabeledFeature, progress: Progress) -> Score:
@@ -197,9 +181,8 @@ def _control(name: str, fit: Fit, data: LabeledFeature, settings: ProbeSettings,
     def fit_shuffled(draw: int) -> Classifier:
         return _fit(fit, data, shuffle_labels(data, seed=(settings.seed, draw)))
 
-    is_right_RQ = _are_right(fit_shuffled, data, settings, progress)
-    accuracy = bootstrap_runs(is_right_RQ, data.items.samples[data.rows("test")])
-    return Control(method=name, accuracy=accuracy, by_shuffle=is_right_RQ.mean(axis=1).tolist())
+    accuracy, by_shuffle = _repeat(fit_shuffled, data, settings, progress)
+    return Control(method=name, accuracy=accuracy, by_shuffle=by_shuffle)
 
 
 def _few_shot(
@@ -209,21 +192,20 @@ def _few_shot(
         drawn = draw_shots(data.examples.labels, data.rows("train"), shots, seed=(settings.seed, draw))
         return fit(data.examples.take(drawn), None, len(data.names))
 
-    is_right_RQ = _are_right(fit_drawn, data, settings, progress)
-    accuracy = bootstrap_runs(is_right_RQ, data.items.samples[data.rows("test")])
-    return FewShot(method=name, shots=shots, accuracy=accuracy)
+    return FewShot(method=name, shots=shots, accuracy=_repeat(fit_drawn, data, settings, progress)[0])
 
 
-def _are_right(
+def _repeat(
     fit_draw: Callable[[int], Classifier], data: LabeledFeature, settings: ProbeSettings, progress: Progress
-) -> Bools:
-    """Return for each draw and test item whether the predicted class is right: (R, Q)."""
-    test = data.examples.take(data.rows("test"))
+) -> tuple[Estimate, list[float]]:
+    """Compute the accuracy over draws, with an interval over draws and samples, and that of each draw."""
+    rows = data.rows("test")
+    test = data.examples.take(rows)
     is_right_RQ = np.empty((settings.draws, len(test.labels)), bool)
     for draw in range(settings.draws):
         is_right_RQ[draw] = _ranks(fit_draw(draw), test) == 1
         progress.advance(1)
-    return is_right_RQ
+    return bootstrap_runs(is_right_RQ, data.items.samples[rows]), is_right_RQ.mean(axis=1).tolist()
 
 
 def _fit(fit: Fit, data: LabeledFeature, labels_M: Ints) -> Classifier:
@@ -241,18 +223,9 @@ def shuffle_labels(data: LabeledFeature, *, seed: Sequence[int]) -> Ints:
 
 
 def draw_shots(labels_M: Ints, rows: Ints, shots: int, *, seed: Sequence[int]) -> Ints:
-    """Draw rows of each class, ascending by class; with one seed, fewer shots are a subset of more.
-
-    Args:
-        labels_M: (M,) int64 class of each item.
-        rows: rows to draw from.
-        shots: rows per class; every class among the rows has at least as many.
-        seed: random seed.
-    """
-    rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(rows)
-    order = np.argsort(labels_M[shuffled], kind="stable")
-    ordered = shuffled[order]
+    """Draw some of the rows of each class, ascending by class; with one seed, fewer shots are a subset of more."""
+    shuffled = np.random.default_rng(seed).permutation(rows)
+    ordered = shuffled[np.argsort(labels_M[shuffled], kind="stable")]
     _, starts = np.unique(labels_M[ordered], return_index=True)
     drawn: Ints = ordered[(starts[:, None] + np.arange(shots)).ravel()]
     return drawn
@@ -266,28 +239,3 @@ def _check_shots(data: LabeledFeature, settings: ProbeSettings) -> None:
             f"shots: expected at most {counts.min():,}, the training items of class {least!r}, got "
             f"{max(settings.shots):,}"
         )
-
-
-def _majority_accuracy(data: LabeledFeature) -> float:
-    is_test = data.parts == "test"
-    most = np.bincount(data.examples.labels[~is_test]).argmax()
-    return float(np.mean(data.examples.labels[is_test] == most))
-
-
-def _overlap_warning(data: LabeledFeature) -> list[str]:
-    overlap = data.overlap()
-    line = f"WARNING: {overlap:,} test {data.feature.modality}s are copies of training or validation items"
-    return [line] if overlap else []
-
-
-def _class_warning(data: LabeledFeature) -> list[str]:
-    is_test = data.parts == "test"
-    unseen = np.setdiff1d(data.examples.labels[is_test], data.examples.labels[~is_test])
-    names = name_some([data.names[number] for number in unseen])
-    return [f"WARNING: {len(unseen):,} classes have test items and no training items: {names}"] if len(unseen) else []
-
-
-def _fit_warning(score: Score) -> str:
-    if not score.chosen.get("converged", True):
-        return f"WARNING: {score.method} did not converge in {score.chosen['iterations']:,} iterations"
-    return f"WARNING: the regularization chosen for {score.method} is at the edge of the grid"

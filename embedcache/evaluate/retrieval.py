@@ -10,7 +10,7 @@ from embedcache.arrays import Array, Floats, Ints
 from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap, largest_overlap
-from embedcache.evaluate.runs import Run, RunPaths, load_runs, named_recipes, read_eval_split, run_input, seeds_line
+from embedcache.evaluate.runs import Run, RunPaths, load_runs, named_recipes, read_eval_split, report_line, run_input
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.metrics.intervals import Estimate, bootstrap_means, bootstrap_median, chance_estimate
 from embedcache.metrics.ranking import average_precisions, chance_recall, first_ranks, negatives_before
@@ -27,16 +27,13 @@ class Ranking:
     """The rank of every query of one part with one run, and the projected items.
 
     Args:
-        seed: random seed of the run.
         part: description of the part.
-        pairs: items of the part.
         groups: (S,) int64 number of the near-duplicate group of each sample of the cache.
         images: (I, P) float32 rows of length 1, in the order of `pairs.image`.
         texts: (T, P) float32 rows of length 1, in the order of `pairs.text`.
         positives: two (M,) arrays: image i and text j of each positive pair.
         ranks: `i2t` (I,) and `t2i` (T,): rank of the best positive among all candidates, 1 is the top.
         precisions: `i2t` (I,) and `t2i` (T,): average precision of each query.
-        overlap: overlap with the training part; None if it was not checked.
     """
 
     seed: int
@@ -75,7 +72,7 @@ class RetrievalReport:
         num_images: number of images per run.
         num_texts: number of captions per run.
         seeds: random seed of each run.
-        overlaps: overlap of each run with its training part, if it was checked.
+        overlap: the largest overlap of a run with its training part; None if it was not checked.
         run_paths: folder of each run.
     """
 
@@ -89,21 +86,14 @@ class RetrievalReport:
     num_images: list[int]
     num_texts: list[int]
     seeds: list[int]
-    overlaps: list[Overlap]
+    overlap: Overlap | None
     run_paths: Sequence[Path] = ()
 
     def line(self) -> str:
         """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
         of_language = f" in {self.language}" if self.language else ""
-        counts = f"{self.num_images[0]:,} images, {self.num_texts[0]:,} captions{of_language}"
-        seeds = seeds_line(self.seeds, self.by_seed, "mean recall")
-        line = f"{self.part}: {counts} per run; {seeds}; 95% intervals over near-duplicate groups"
-        return "; ".join([line, *filter(None, [self.warning])])
-
-    @property
-    def overlap(self) -> Overlap | None:
-        """The largest overlap of any run."""
-        return largest_overlap(self.overlaps)
+        counts = f"{self.num_images[0]:,} images, {self.num_texts[0]:,} captions{of_language} per run"
+        return report_line(f"{self.part}: {counts}", self.seeds, self.by_seed, "mean recall", self.warning)
 
     @property
     def warning(self) -> str | None:
@@ -137,18 +127,20 @@ def evaluate_retrieval(
     settings = settings or RetrievalSettings()
     cache, runs = Cache(cache_path), load_runs(run_paths, is_control=is_control)
     rankings = [rank(cache, run, settings) for run in runs]
+    measured = [_measure(rankings, direction) for direction in DIRECTIONS]
+    recalls, orders, curves = (dict(zip(DIRECTIONS, values, strict=True)) for values in zip(*measured, strict=True))
     return RetrievalReport(
         part=rankings[0].part,
         language=_language(runs[0], settings),
-        recalls={direction: _recalls(rankings, direction) for direction in DIRECTIONS},
-        orders={direction: _orders(rankings, direction) for direction in DIRECTIONS},
-        curves={direction: _curve(rankings, direction) for direction in DIRECTIONS},
+        recalls=recalls,
+        orders=orders,
+        curves=curves,
         chance={direction: {f"r@{k}": _chance(rankings, direction, k) for k in KS} for direction in DIRECTIONS},
         by_seed=[_mean_recall(ranking) for ranking in rankings],
         num_images=[len(ranking.images) for ranking in rankings],
         num_texts=[len(ranking.texts) for ranking in rankings],
         seeds=[ranking.seed for ranking in rankings],
-        overlaps=[ranking.overlap for ranking in rankings if ranking.overlap],
+        overlap=largest_overlap(ranking.overlap for ranking in rankings),
         run_paths=[run.path for run in runs],
     )
 
@@ -182,12 +174,7 @@ def compare_retrieval(
 
 
 def rank(cache: Cache, run: Run, settings: RetrievalSettings | None = None) -> Ranking:
-    """Project and rank one part of a cache with one run, in both directions.
-
-    Raises:
-        FingerprintError: the run was trained on other features.
-        DataError: the part is empty.
-    """
+    """Project and rank one part of a cache with one run, in both directions."""
     settings = settings or RetrievalSettings(check_overlap=False)
     image, text = run_input(cache, run.config, "image"), run_input(cache, run.config, "text")
     split = read_eval_split(cache, run, settings.part)
@@ -201,8 +188,7 @@ def rank(cache: Cache, run: Run, settings: RetrievalSettings | None = None) -> R
         "i2t": (image_M, negatives_before(images, texts, (image_M, text_M))),
         "t2i": (text_M, negatives_before(texts, images, (text_M, image_M))),
     }
-    evaluated = {"image": ItemSet(feature=image, items=pairs.image), "text": ItemSet(feature=text, items=pairs.text)}
-    has_check = settings.check_overlap and settings.part != "train"
+    evaluated = {"image": ItemSet(image, pairs.image), "text": ItemSet(text, pairs.text)}
     return Ranking(
         seed=run.seed,
         part=split.part,
@@ -213,7 +199,7 @@ def rank(cache: Cache, run: Run, settings: RetrievalSettings | None = None) -> R
         positives=(image_M, text_M),
         ranks={direction: first_ranks(*found) for direction, found in before.items()},
         precisions={direction: average_precisions(*found) for direction, found in before.items()},
-        overlap=find_overlap(run, evaluated, trained_on=settings.trained_on) if has_check else None,
+        overlap=find_overlap(run, evaluated, settings),
     )
 
 
@@ -225,31 +211,20 @@ def _language(run: Run, settings: RetrievalSettings) -> str | None:
     return language
 
 
-def _recalls(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
+def _measure(
+    rankings: Sequence[Ranking], direction: str
+) -> tuple[dict[str, Estimate], dict[str, Estimate], list[float]]:
+    """Compute recalls, mean average precision with median rank, and the curve, over the queries of all runs."""
     ranks = np.concatenate([ranking.ranks[direction] for ranking in rankings])
-    estimates = bootstrap_means(ranks[:, None] <= np.array(KS), _groups(rankings, direction))
-    return {f"r@{k}": estimate for k, estimate in zip(KS, estimates, strict=True)}
-
-
-def _curve(rankings: Sequence[Ranking], direction: str) -> list[float]:
-    ranks = np.concatenate([ranking.ranks[direction] for ranking in rankings])
+    precisions = np.concatenate([ranking.precisions[direction] for ranking in rankings])
+    groups = np.concatenate([ranking.groups[ranking.queries(direction)] for ranking in rankings])
+    recalls = bootstrap_means(ranks[:, None] <= np.array(KS), groups)
     num_candidates = max(ranking.num_candidates(direction) for ranking in rankings)
-    return [float(np.mean(ranks <= k)) for k in range(1, min(_MAX_K, num_candidates) + 1)]
-
-
-def _orders(rankings: Sequence[Ranking], direction: str) -> dict[str, Estimate]:
-    groups = _groups(rankings, direction)
-    precisions, ranks = (
-        np.concatenate([getattr(ranking, name)[direction] for ranking in rankings]) for name in ("precisions", "ranks")
+    return (
+        {f"r@{k}": estimate for k, estimate in zip(KS, recalls, strict=True)},
+        {"map": bootstrap_means(precisions[:, None], groups)[0], "median_rank": bootstrap_median(ranks, groups)},
+        [float(np.mean(ranks <= k)) for k in range(1, min(_MAX_K, num_candidates) + 1)],
     )
-    return {
-        "map": bootstrap_means(precisions[:, None], groups)[0],
-        "median_rank": bootstrap_median(ranks, groups),
-    }
-
-
-def _groups(rankings: Sequence[Ranking], direction: str) -> Ints:
-    return np.concatenate([ranking.groups[ranking.queries(direction)] for ranking in rankings])
 
 
 def _mean_recall(ranking: Ranking) -> float:

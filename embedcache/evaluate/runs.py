@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -37,10 +37,6 @@ class Run:
 def load_runs(run_paths: RunPaths, *, is_control: bool = False) -> list[Run]:
     """Load seeds of one recipe.
 
-    Args:
-        run_paths: one run, or several.
-        is_control: require that they were trained on shuffled pairs.
-
     Raises:
         SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
         FingerprintError: they differ in more than their seeds.
@@ -59,19 +55,14 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False) -> list[Run]:
 
 
 def recipes(run_paths: Sequence[Path | str]) -> dict[str, list[Path]]:
-    """Group runs by recipe: name -> seeds, in the given order.
-
-    Raises:
-        PathError: a folder is not a finished run.
-    """
+    """Group runs by recipe: name -> seeds, in the given order."""
     found: list[tuple[dict[str, Any], list[Path]]] = []
     for path in map(Path, run_paths):
         recipe = _recipe(read_config(path))
         seeds = next((paths for other, paths in found if other == recipe), None)
         if seeds is None:
-            found.append((recipe, [path]))
-        else:
-            seeds.append(path)
+            found.append((recipe, seeds := []))
+        seeds.append(path)
     return _named([paths for _, paths in found])
 
 
@@ -86,27 +77,22 @@ def named_recipes(
         yield "shuffled pairs" if len(controls) == 1 else f"shuffled pairs, {name}", paths, True
 
 
-def seeds_line(seeds: Sequence[int], figures: Sequence[float], name: str) -> str:
-    """List seeds and, if there are several, the figure of each."""
-    line = f"seeds {', '.join(map(str, seeds))}"
-    listed = ", ".join(f"{figure:.3f}" for figure in figures)
-    return f"{line} ({name} {listed})" if len(seeds) > 1 else line
+def report_line(start: str, seeds: Sequence[int], figures: Sequence[float], name: str, warning: str | None) -> str:
+    """Summarize a report in one line: its start, the seeds with the figure of each if there are several, a warning."""
+    line = f"{start}; seeds {', '.join(map(str, seeds))}"
+    if len(seeds) > 1:
+        line += f" ({name} {', '.join(f'{figure:.3f}' for figure in figures)})"
+    return "; ".join([f"{line}; 95% intervals over near-duplicate groups", *filter(None, [warning])])
 
 
 def run_input(cache: Cache, config: PairConfig, modality: str) -> InputFeature:
-    """Open the feature of a cache that a tower of a run was trained on.
-
-    Raises:
-        UnknownNameError: the cache has no feature of that name.
-        FingerprintError: another encoder made it.
-    """
+    """Open the feature of a cache that a tower of a run was trained on, made by the same encoder."""
     feature = open_input(cache, modality, config.tower_input(modality).feature)
     check_feature(config, modality, feature.name, feature.fingerprint)
     return feature
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalSplit:
+class EvalSplit(NamedTuple):
     """The samples that a run is evaluated on.
 
     Args:
@@ -126,10 +112,7 @@ def read_eval_split(cache: Cache, run: Run, part: str | None = None) -> EvalSpli
     For a cache that the run was trained on, the run's split decides; for any other the column `split`, if there is
     one, or else all samples.
 
-    Args:
-        cache: the cache.
-        run: the run.
-        part: `test`, `val`, `train` or `all`; None is `test`, or `all` of another cache without such a part.
+    The part None is `test`, or `all` of another cache without such a part.
 
     Raises:
         CorruptError: the run's split differs from the one it was trained on.
@@ -138,17 +121,17 @@ def read_eval_split(cache: Cache, run: Run, part: str | None = None) -> EvalSpli
     if was_trained_on(run, cache):
         split = read_run_split(run, cache)
         rows = np.arange(len(split.keys)) if part == "all" else split.rows(part or "test")
-        return EvalSplit(part=f"part {part or 'test'} of the run's split", samples=rows, groups=np.array(split.groups))
+        return EvalSplit(f"part {part or 'test'} of the run's split", rows, np.array(split.groups))
     parts = np.array(cache.samples["split"].to_pylist() if "split" in cache.columns else [], object)
     groups = np.arange(cache.info.num_samples)
     if part == "all" or (part is None and not (parts == "test").any()):
-        return EvalSplit(part="all samples", samples=groups, groups=groups)
+        return EvalSplit("all samples", groups, groups)
     rows = np.flatnonzero(parts == (part or "test"))
     if not len(rows):
         known = sorted({str(name) for name in parts if name is not None})
         reason = f"its column split holds {', '.join(known)}" if known else "it has no column split"
         raise DataError(f"{cache.path} has no {part} samples for this run: {reason}; use --part all")
-    return EvalSplit(part=f"split {part or 'test'} of {cache.path.name}", samples=rows, groups=groups)
+    return EvalSplit(f"split {part or 'test'} of {cache.path.name}", rows, groups)
 
 
 def was_trained_on(run: Run, cache: Cache) -> bool:
@@ -157,11 +140,7 @@ def was_trained_on(run: Run, cache: Cache) -> bool:
 
 
 def read_run_split(run: Run, cache: Cache) -> Split:
-    """Read the split of a run for one of its caches.
-
-    Raises:
-        CorruptError: it differs from the split that the run was trained on.
-    """
+    """Read the split of a run for one of its caches."""
     path = split_path(run.path)
     if not path.is_file() or digest_file(path) != run.config.split_digest:
         raise CorruptError(
@@ -172,15 +151,12 @@ def read_run_split(run: Run, cache: Cache) -> Split:
 
 def _named(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
     """Name each recipe by what the names of its folders have in common, or by their paths if that is not unique."""
-    names = [", ".join(dict.fromkeys(_stem(path) for path in paths)) for paths in recipes]
+    # without the number of a seed: `run-0` -> `run`
+    stems = [[path.name.rstrip("0123456789").rstrip("-_.") or path.name for path in paths] for paths in recipes]
+    names = [", ".join(dict.fromkeys(found)) for found in stems]
     if len(set(names)) < len(names):
         names = [", ".join(map(str, paths)) for paths in recipes]
     return dict(zip(names, recipes, strict=True))
-
-
-def _stem(path: Path) -> str:
-    """Return a folder's name without the number of a seed: `run-0` -> `run`."""
-    return path.name.rstrip("0123456789").rstrip("-_.") or path.name
 
 
 def _check_same_recipe(runs: Sequence[Run]) -> None:

@@ -1,6 +1,6 @@
 """Zero-shot classification of trained runs on two caches: the images, and the prompts of the classes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from embedcache.evaluate.runs import (
     load_runs,
     named_recipes,
     read_eval_split,
+    report_line,
     run_input,
-    seeds_line,
 )
 from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.metrics.classification import class_means, confusion, ranks_of
@@ -39,16 +39,11 @@ class ZeroShotPredictions:
     """Predicted classes of the images of one part with one run.
 
     Args:
-        seed: random seed of the run.
-        split: the evaluated samples.
         items: images that have a label.
-        num_unlabeled: number of images without a label.
-        names: names of the classes.
         num_prompts: (C,) number of prompts of each class.
         labels: (I,) true class of each image.
         ranks: (I,) rank of the true class, 1 is the top.
         predicted: (I, K) classes with the highest scores, best first.
-        overlap: overlap with the training part; None if it was not checked.
     """
 
     seed: int
@@ -80,7 +75,7 @@ class ZeroShotReport:
         confusion: (C, C) number of images by true class and predicted class, summed over runs.
         by_seed: `acc1` of each run, in the order of `seeds`.
         seeds: random seed of each run.
-        overlaps: overlap of each run with its training part, if it was checked.
+        overlap: the largest overlap of a run with its training part; None if it was not checked.
         run_paths: folder of each run.
     """
 
@@ -95,7 +90,7 @@ class ZeroShotReport:
     confusion: Ints
     by_seed: list[float]
     seeds: list[int]
-    overlaps: list[Overlap]
+    overlap: Overlap | None
     run_paths: Sequence[Path] = ()
 
     def line(self) -> str:
@@ -104,14 +99,7 @@ class ZeroShotReport:
         prompts = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
         counts = f"{self.num_images:,} images, {len(self.names):,} classes of {prompts} prompts"
         counts += f" ({self.num_unlabeled:,} without a label left out)" if self.num_unlabeled else ""
-        seeds = seeds_line(self.seeds, self.by_seed, "top-1")
-        line = f"{self.part}: {counts}; {seeds}; 95% intervals over near-duplicate groups"
-        return "; ".join([line, *filter(None, [self.warning])])
-
-    @property
-    def overlap(self) -> Overlap | None:
-        """The largest overlap of any run."""
-        return largest_overlap(self.overlaps)
+        return report_line(f"{self.part}: {counts}", self.seeds, self.by_seed, "top-1", self.warning)
 
     @property
     def warning(self) -> str | None:
@@ -148,7 +136,8 @@ def evaluate_zero_shot(
     runs = load_runs(run_paths, is_control=is_control)
     found = [classify(cache, run, prompts_cache, settings or ZeroShotSettings()) for run in runs]
     first, num_classes = found[0], len(found[0].names)
-    labels, ranks = (np.concatenate([getattr(one, name) for one in found]) for name in ("labels", "ranks"))
+    labels = np.concatenate([one.labels for one in found])
+    ranks = np.concatenate([one.ranks for one in found])
     groups = np.concatenate([one.split.groups[one.items.samples] for one in found])
     predicted = np.concatenate([one.predicted[:, 0] for one in found])
     return ZeroShotReport(
@@ -163,7 +152,7 @@ def evaluate_zero_shot(
         confusion=confusion(labels, predicted, num_classes),
         by_seed=[float(np.mean(one.ranks == 1)) for one in found],
         seeds=[one.seed for one in found],
-        overlaps=[one.overlap for one in found if one.overlap],
+        overlap=largest_overlap(one.overlap for one in found),
         run_paths=[run.path for run in runs],
     )
 
@@ -213,8 +202,6 @@ def classify(
         )
     labels = read_labels(cache, items.samples, column=settings.label, classes=prompts.names).numbers
     ranks, predicted = _rank(run, image, items.rows, labels, prompts)
-    evaluated = {"image": ItemSet(feature=image, items=items)}
-    has_check = settings.check_overlap and settings.part != "train"
     return ZeroShotPredictions(
         seed=run.seed,
         split=split,
@@ -225,30 +212,22 @@ def classify(
         labels=labels,
         ranks=ranks,
         predicted=predicted,
-        overlap=find_overlap(run, evaluated, trained_on=settings.trained_on) if has_check else None,
+        overlap=find_overlap(run, {"image": ItemSet(image, items)}, settings),
     )
 
 
 def _rank(run: Run, image: InputFeature, rows: Ints, labels: Ints, prompts: Prompts) -> tuple[Ints, Ints]:
     """Compute the (I,) rank of each image's class and the (I, K) classes with the highest scores."""
-    found = list(_ranked_blocks(run, image, rows, labels, class_vectors(prompts, run)))
-    return np.concatenate([ranks for ranks, _ in found]), np.concatenate([best for _, best in found])
-
-
-def _ranked_blocks(
-    run: Run, image: InputFeature, rows: Ints, labels: Ints, classes_CP: Floats
-) -> Iterator[tuple[Ints, Ints]]:
+    classes_CP = class_vectors(prompts, run)
+    ranks, predicted = [], []
     for block in blocks(len(rows), _BLOCK):
         scores_BC = project(run.pair.image, image.read(rows[block])) @ classes_CP.T
-        yield ranks_of(scores_BC, labels[block]), _best_classes(scores_BC)
-
-
-def _best_classes(scores_BC: Floats) -> Ints:
-    k = min(max(KS), scores_BC.shape[1])
-    best_BK = np.argpartition(-scores_BC, k - 1, axis=1)[:, :k]
-    order_BK = np.argsort(-np.take_along_axis(scores_BC, best_BK, axis=1), axis=1, kind="stable")
-    ordered: Ints = np.take_along_axis(best_BK, order_BK, axis=1)
-    return ordered
+        ranks.append(ranks_of(scores_BC, labels[block]))
+        k = min(max(KS), scores_BC.shape[1])
+        best_BK = np.argpartition(-scores_BC, k - 1, axis=1)[:, :k]
+        order_BK = np.argsort(-np.take_along_axis(scores_BC, best_BK, axis=1), axis=1, kind="stable")
+        predicted.append(np.take_along_axis(best_BK, order_BK, axis=1))
+    return np.concatenate(ranks), np.concatenate(predicted)
 
 
 def _accuracies(ranks: Ints, labels: Ints, groups: Ints) -> dict[str, Estimate]:
@@ -265,13 +244,7 @@ def _chances(num_classes: int, num_images: int) -> dict[str, Estimate]:
 
 
 def read_prompts(cache: Cache, run: Run) -> Prompts:
-    """Read the prompts that a run can project.
-
-    Raises:
-        DataError: the cache does not hold prompts, or a class has no prompt with the run's text feature.
-        FingerprintError: another text encoder made the cache's feature.
-        UnfinishedError: the feature has missing chunks.
-    """
+    """Read the prompts that a run can project; errors are those of `evaluate_zero_shot`."""
     cached.check_prompts(cache, run.config.text.spec)
     return cached.read_prompts(cache, run_input(cache, run.config, "text"))
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from PIL import Image
 from embedcache.arrays import Floats
 from embedcache.encoders.base import Modality
 from embedcache.errors import ArtifactError, SettingError
-from embedcache.inference import ProjectedEncoder, open_projected_encoder
+from embedcache.inference import open_projected_encoder
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair
@@ -27,52 +26,36 @@ TEXTS = ("a red cat", "two small dogs on the green hill, and a cat.", "x", "Zwei
 
 @dataclass(frozen=True)
 class ExportRun:
-    """A trained run to export; its encoders are opened on first use.
-
-    Args:
-        path: folder of the run.
-        pair: its projectors, on the CPU.
-        config: its config.
-    """
+    """A trained run to export, with its projectors on the CPU."""
 
     path: Path
     pair: AlignedPair
     config: PairConfig
+    _examples: dict[str, Floats] = field(default_factory=dict, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> "ExportRun":
-        """Load a run.
-
-        Raises:
-            PathError: the folder is not a finished run.
-            CorruptError: the weights do not match the config.
-        """
+        """Load a run."""
         return cls(path, *load_pair(path))
 
-    @cached_property
-    def image(self) -> ProjectedEncoder:
-        """Image encoder and projector."""
-        return open_projected_encoder("image", self.config.image, self.pair.image, "cpu")
-
-    @cached_property
-    def text(self) -> ProjectedEncoder:
-        """Text encoder and projector."""
-        return open_projected_encoder("text", self.config.text, self.pair.text, "cpu")
-
     def projector(self, modality: Modality) -> str:
-        """Return the name of a modality's projector."""
         return dict(zip(MODALITIES, split_names(self.config.projector), strict=True))[modality]
 
     def projector_class(self, modality: Modality) -> type:
-        """Return the class of a modality's projector."""
         projector: type = PROJECTORS.load(self.projector(modality))
         return projector
 
-    def embed_examples(self, modality: str) -> Floats:
-        """Embed the example images or texts: (N, P) float32 unit vectors."""
-        encoder = self.image if modality == "image" else self.text
-        items: Sequence[Any] = example_images() if modality == "image" else TEXTS
-        return encoder.embed(encoder.prepare(items))
+    def embed_examples(self, modality: Modality) -> Floats:
+        """Embed the example images or texts with the run's own encoder: (N, P) float32 unit vectors."""
+        if modality not in self._examples:
+            encoder = open_projected_encoder(modality, self.pair, self.config, device="cpu")
+            items: Sequence[Any] = example_images() if modality == "image" else TEXTS
+            self._examples[modality] = encoder.embed(encoder.prepare(items))
+        return self._examples[modality]
+
+    def check_parity(self, library: str, found: Mapping[Modality, Any]) -> dict[str, float]:
+        """Compare the example vectors of a library with the run's; return the largest difference per modality."""
+        return {name: check_parity(library, rows, self.embed_examples(name)) for name, rows in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +68,6 @@ class ExportNotes:
         code: Python code that loads the export from its parent folder; `{folder}` stands for the export's name.
         requirements: packages that the code imports.
         differences: modality -> largest difference from the run in one element of a unit vector.
-        notes: remarks for users.
         encoders: modalities whose encoder is included.
     """
 
@@ -95,23 +77,17 @@ class ExportNotes:
     requirements: Sequence[str]
     differences: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
-    encoders: Sequence[str] = MODALITIES
+    encoders: Sequence[Modality] = MODALITIES
 
 
 def check_plain(tower_input: TowerInput, format_name: str) -> None:
-    """Check that a feature is an encoder's plain output: not of a view, and computed in float32.
-
-    Raises:
-        SettingError: it is not.
-    """
-    if tower_input.fingerprint.get("view") is not None:
-        view = tower_input.fingerprint["view"]["name"]
-        raise unsupported(
-            format_name, f"the feature {tower_input.feature} is of the view {view!r}, not of the encoder alone"
-        )
-    if tower_input.fingerprint["precision"] != "float32":
-        precision = tower_input.fingerprint["precision"]
-        raise unsupported(format_name, f"the feature {tower_input.feature} was computed in {precision}, not in float32")
+    """Check that a feature is an encoder's plain output: not of a view, and computed in float32."""
+    name, fingerprint = tower_input.feature, tower_input.fingerprint
+    view, precision = fingerprint.get("view"), fingerprint["precision"]
+    if view is not None:
+        raise unsupported(format_name, f"the feature {name} is of the view {view['name']!r}, not of the encoder alone")
+    if precision != "float32":
+        raise unsupported(format_name, f"the feature {name} was computed in {precision}, not in float32")
 
 
 def unsupported(format_name: str, reason: str, next_step: str = "") -> SettingError:
@@ -129,11 +105,7 @@ def example_images() -> list[Image.Image]:
 
 
 def check_parity(library: str, found: Any, expected: Floats) -> float:
-    """Compare unit vectors and return the largest difference in one element.
-
-    Raises:
-        ArtifactError: the difference exceeds the tolerance, or is not a number.
-    """
+    """Return the largest difference in one element of unit vectors; raise `ArtifactError` if it is too large or NaN."""
     difference = float(np.abs(np.asarray(found, np.float32) - expected).max(initial=0))
     if not difference <= TOLERANCE:
         raise ArtifactError(

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, ExportNotes, ExportRun
 from embedcache.files import write_atomic
 from embedcache.projectors.saved import TowerInput
@@ -20,18 +21,9 @@ _UNKNOWN_LICENSE = "unknown: ask its authors"
 
 
 def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str, metrics: Any) -> None:
-    """Write the model card, `README.md`.
-
-    Args:
-        path: the file, in the export's folder.
-        run: the exported run.
-        notes: what the format reports about the export.
-        format_name: name of the format.
-        metrics: JSON report of `embedcache evaluate`; None: no metrics.
-    """
-    licenses: dict[str, str | None] = {
-        modality: find_license(run.config.tower_input(modality)) for modality in MODALITIES
-    }
+    """Write the model card, `README.md`."""
+    licenses = {modality: _find_license(run.config.tower_input(modality)) for modality in MODALITIES}
+    code, packages = notes.code.format(folder=path.parent.name), " ".join(notes.requirements)
     parts = [
         _front_matter(notes, licenses),
         f"# {path.parent.name}\n",
@@ -39,13 +31,13 @@ def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str,
         _encoders(run, notes, licenses),
         _training(run),
         _metrics(metrics),
-        _loading(path.parent.name, notes),
+        f"## Usage\n\n`pip install {packages}`, then, in the parent folder:\n\n```python\n{code}```\n",
     ]
     write_atomic(path, "\n".join(parts).encode())
 
 
-def find_license(tower_input: TowerInput) -> str | None:
-    """Return the license of an encoder: of a packaged one, or from the card in its folder; None if unknown."""
+def _find_license(tower_input: TowerInput) -> str | None:
+    """Return the license of a packaged encoder, or the one that the card in its folder names; None if unknown."""
     fingerprint = tower_input.fingerprint
     for (family, start), known in _KNOWN_LICENSES.items():
         if fingerprint["family"] == family and fingerprint["model"].startswith(start):
@@ -59,7 +51,7 @@ def find_license(tower_input: TowerInput) -> str | None:
     return found[1] if found else None
 
 
-def _front_matter(notes: ExportNotes, licenses: Mapping[str, str | None]) -> str:
+def _front_matter(notes: ExportNotes, licenses: Mapping[Modality, str | None]) -> str:
     included = {licenses[modality] for modality in notes.encoders}
     known = included.pop() if len(included) == 1 else None
     lines = ["---", f"library_name: {notes.library}", f"license: {known or 'other'}"]
@@ -90,7 +82,7 @@ def _summary(run: ExportRun, notes: ExportNotes, format_name: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[str, str | None]) -> str:
+def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[Modality, str | None]) -> str:
     rows = ["## Encoders\n", "| | encoder | feature | license | included |", "| --- | --- | --- | --- | --- |"]
     weights = []
     for modality in MODALITIES:
@@ -105,11 +97,14 @@ def _encoders(run: ExportRun, notes: ExportNotes, licenses: Mapping[str, str | N
 
 
 def _training(run: ExportRun) -> str:
-    training = run.config.training
+    path, training = run.path / "record.json", run.config.training
+    record = read_json(path) if path.is_file() else {}
+    names = [f"the cache `{Path(name).name}`" for name in record.get("settings", {}).get("caches", [])]
+    data = ", ".join(names) or f"the rows `{run.config.index_digest}`"
     loss, optimizer, split = (training.get(name, {}) for name in ("loss", "optimizer", "split"))
     lines = [
         "## Data and training\n",
-        f"- data: {_data(run)}; its license: {_UNKNOWN_LICENSE}",
+        f"- data: {data}; its license: {_UNKNOWN_LICENSE}",
         f"- selection: {training.get('selection') or 'none, all samples of the training part'}",
         f"- caption language: {training.get('language') or 'all'}",
         f"- held out: split `{split.get('kind')}`, {split.get('val_share')} for validation, {split.get('test_share')} "
@@ -119,13 +114,6 @@ def _training(run: ExportRun) -> str:
     if training.get("shuffle_pairs"):
         lines.append("- **control: trained on shuffled pairs, so it must perform at chance**")
     return "\n".join([*lines, ""])
-
-
-def _data(run: ExportRun) -> str:
-    path = run.path / "record.json"
-    outcome = read_json(path) if path.is_file() else {}
-    names = [Path(name).name for name in outcome.get("settings", {}).get("caches", [])]
-    return ", ".join(f"the cache `{name}`" for name in names) or f"the rows `{run.config.index_digest}`"
 
 
 def _metrics(metrics: Any) -> str:
@@ -153,9 +141,3 @@ def _metric_rows(values: Any, prefix: str = "") -> Iterator[str]:
             yield f"| {name} | {value:.5g} | |"
         elif name != "intervals":
             yield from _metric_rows(value, f"{prefix}{name} ".removeprefix("details "))
-
-
-def _loading(name: str, notes: ExportNotes) -> str:
-    code = notes.code.format(folder=name)
-    packages = " ".join(notes.requirements)
-    return f"## Usage\n\n`pip install {packages}`, then, in the parent folder:\n\n```python\n{code}```\n"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from embedcache.projectors.heads import (
 from embedcache.projectors.pair import AnyTower
 from embedcache.projectors.towers import RawTower, TokenTower
 
+_Affine = tuple[Tensor, Tensor]  # (a, b) of x -> a x + b, in float64
 _ACTIVATIONS = (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid)
 _CHAINS = (OpenClipLinear, OpenClipImageMlp, OpenClipTextMlp, ShareLockProjector)
 _REASONS = {
@@ -37,13 +39,7 @@ _NEXT_STEP = (
 
 @dataclass(frozen=True, kw_only=True)
 class DenseLayer:
-    """y = activation(W x + b).
-
-    Args:
-        weight_PD: W, float32.
-        bias_P: b; None: no bias.
-        activation: applied to the output.
-    """
+    """y = activation(W x + b), in float32."""
 
     weight_PD: Tensor
     bias_P: Tensor | None
@@ -51,18 +47,11 @@ class DenseLayer:
 
     @property
     def is_linear(self) -> bool:
-        """Whether there is no activation."""
         return isinstance(self.activation, nn.Identity)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DenseChain:
-    """A tower as layers.
-
-    Args:
-        layers: in order; empty: an identity.
-        has_unit_input: whether vectors are scaled to length 1 before the first layer.
-    """
+class DenseChain(NamedTuple):
+    """A tower as layers, none for an identity; with `has_unit_input`, on vectors that are scaled to length 1 first."""
 
     layers: tuple[DenseLayer, ...]
     has_unit_input: bool
@@ -70,20 +59,17 @@ class DenseChain:
 
 @torch.no_grad()
 def dense_chain(tower: AnyTower, format_name: str) -> DenseChain:
-    """Return a trained tower as a chain of dense layers that computes the same, up to rounding.
-
-    Raises:
-        SettingError: its projector is not such a chain; the message says why.
-    """
+    """Return a trained tower as a chain of dense layers that computes the same, up to rounding."""
     if isinstance(tower, TokenTower):
-        raise unsupported(format_name, f"{_name(tower)} maps every token, and a dense layer expects one vector")
+        name = type(tower.projector).__name__
+        raise unsupported(format_name, f"{name} maps every token, and a dense layer expects one vector")
     modules = list(_modules(tower, format_name))
+    ones_D = torch.ones(tower.input_width, dtype=torch.float64)
     if isinstance(tower, RawTower):
-        scale_D = torch.ones(tower.input_width, dtype=torch.float64) / tower.length.double()
-        affine = (scale_D, torch.zeros_like(scale_D))
+        affine = (ones_D / tower.length.double(), 0 * ones_D)
     else:
-        affine = (torch.ones_like(tower.mean).double(), -tower.mean.double())
-    return DenseChain(layers=tuple(_fold(modules, affine, format_name)), has_unit_input=not isinstance(tower, RawTower))
+        affine = (ones_D, -tower.mean.double())
+    return DenseChain(_fold(modules, affine, format_name), has_unit_input=not isinstance(tower, RawTower))
 
 
 def _modules(tower: AnyTower, format_name: str) -> Iterable[nn.Module]:
@@ -95,21 +81,12 @@ def _modules(tower: AnyTower, format_name: str) -> Iterable[nn.Module]:
     if isinstance(projector, _CHAINS):
         return projector.layers
     reason = _REASONS.get(type(projector), "is a plug-in with unknown layers")
-    raise unsupported(format_name, f"{_name(tower)} {reason}, unlike a chain of dense layers", _NEXT_STEP)
+    name = type(projector).__name__
+    raise unsupported(format_name, f"{name} {reason}, unlike a chain of dense layers", _NEXT_STEP)
 
 
-def _name(tower: AnyTower) -> str:
-    return type(tower.projector).__name__
-
-
-def _fold(modules: list[nn.Module], affine: tuple[Tensor, Tensor] | None, format_name: str) -> list[DenseLayer]:
-    """Fold affine maps x -> a x + b, before or after a linear layer, into the layers, in float64.
-
-    Args:
-        modules: modules of a projector, in order.
-        affine: (a, b) applied before the first module.
-        format_name: for the error.
-    """
+def _fold(modules: list[nn.Module], affine: _Affine | None, format_name: str) -> tuple[DenseLayer, ...]:
+    """Fold affine maps x -> a x + b, before or after a linear layer, into the layers, in float64."""
     layers: list[DenseLayer] = []
     for module in modules:
         can_extend = bool(layers) and layers[-1].is_linear and affine is None
@@ -120,20 +97,21 @@ def _fold(modules: list[nn.Module], affine: tuple[Tensor, Tensor] | None, format
             if can_extend:
                 layers[-1] = _fold_after(layers[-1], _as_affine(module))
             else:
-                affine = _compose(affine, _as_affine(module))
+                scale_D, shift_D = _as_affine(module)
+                affine = (scale_D, shift_D) if affine is None else (affine[0] * scale_D, affine[1] * scale_D + shift_D)
         elif isinstance(module, _ACTIVATIONS) and can_extend:
             layers[-1] = replace(layers[-1], activation=module)
         elif not isinstance(module, (nn.Dropout, nn.Identity)):
             raise unsupported(format_name, f"a {type(module).__name__} cannot be folded into a dense layer")
     if affine is not None and any((affine[0] != 1) | (affine[1] != 0)):
         layers.append(DenseLayer(weight_PD=torch.diag(affine[0]), bias_P=affine[1], activation=nn.Identity()))
-    return [
+    return tuple(
         replace(layer, weight_PD=layer.weight_PD.float(), bias_P=None if layer.bias_P is None else layer.bias_P.float())
         for layer in layers
-    ]
+    )
 
 
-def _fold_before(linear: nn.Linear, affine: tuple[Tensor, Tensor] | None) -> DenseLayer:
+def _fold_before(linear: nn.Linear, affine: _Affine | None) -> DenseLayer:
     weight_PD = linear.weight.double()
     bias_P = None if linear.bias is None else linear.bias.double()
     if affine is not None:
@@ -144,18 +122,14 @@ def _fold_before(linear: nn.Linear, affine: tuple[Tensor, Tensor] | None) -> Den
     return DenseLayer(weight_PD=weight_PD, bias_P=bias_P, activation=nn.Identity())
 
 
-def _fold_after(layer: DenseLayer, affine: tuple[Tensor, Tensor]) -> DenseLayer:
+def _fold_after(layer: DenseLayer, affine: _Affine) -> DenseLayer:
     scale_P, shift_P = affine
     bias_P = shift_P if layer.bias_P is None else layer.bias_P * scale_P + shift_P
     return replace(layer, weight_PD=layer.weight_PD * scale_P[:, None], bias_P=bias_P)
 
 
-def _as_affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+def _as_affine(norm: nn.BatchNorm1d) -> _Affine:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale_P = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return scale_P, norm.bias.double() - norm.running_mean.double() * scale_P
-
-
-def _compose(first: tuple[Tensor, Tensor] | None, second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return second if first is None else (first[0] * second[0], first[1] * second[0] + second[1])

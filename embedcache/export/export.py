@@ -1,6 +1,6 @@
 """Export a run in another library's format: complete, checked with that library, with a model card, or not at all."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,27 +24,15 @@ FORMAT_VERSION = 1
 RECORD, CARD = "embedcache_export.json", "README.md"
 
 
-@dataclass(frozen=True)
-class ExportFormat:
-    """A format that runs can be exported in.
-
-    Args:
-        write: `write(run, folder, **options)` fills an empty folder, checks it with the other library and returns
-            notes.
-        options: names of the options, see `_options`, that the files depend on; they are recorded with the export.
-    """
-
-    write: Callable[..., ExportNotes]
-    options: tuple[str, ...] = ()
-
-
-FORMATS: Mapping[str, ExportFormat] = {
-    "onnx": ExportFormat(write_onnx, ("towers",)),
-    "open-clip": ExportFormat(write_open_clip, ("final", "hub_name")),
-    "safetensors": ExportFormat(write_safetensors),
-    "sentence-transformers": ExportFormat(write_sentence_transformers),
-    "transformers": ExportFormat(write_transformers),
+FORMATS: Mapping[str, tuple[Callable[..., ExportNotes], Sequence[str]]] = {
+    "onnx": (write_onnx, ("towers",)),
+    "open-clip": (write_open_clip, ("final", "hub_name")),
+    "safetensors": (write_safetensors, ()),
+    "sentence-transformers": (write_sentence_transformers, ()),
+    "transformers": (write_transformers, ()),
 }
+"""Format -> a function that fills an empty folder, checks it with the other library and returns notes, and the names of
+the options that the files depend on, which are recorded with the export."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +40,9 @@ class ExportReport:
     """Result of an export.
 
     Args:
-        differences: modality -> largest difference from the run, as the other library computes it, in one element of
-            a unit vector.
-        url: where it was uploaded to; None: it was not.
-        is_new: whether it was written now; False: an identical export was reused.
+        differences: modality -> largest difference of the other library from the run in one element of a unit vector.
+        url: where it was uploaded to, if it was.
+        is_new: False: an identical export was reused.
     """
 
     differences: Mapping[str, float]
@@ -87,7 +74,8 @@ def export_run(format_name: str, run_path: Path, folder: Path, settings: ExportS
     settings = settings or ExportSettings()
     if format_name not in FORMATS:
         raise unknown_name("export format", format_name, FORMATS)
-    options = _options(FORMATS[format_name], settings, folder)
+    values = {"towers": settings.towers, "final": str(folder.absolute()), "hub_name": settings.push_to_hub}
+    options = {name: values[name] for name in FORMATS[format_name][1]}
     if settings.towers and "towers" not in options:
         raise SettingError(f"towers: expected false for the {format_name} format, got true")
     run = ExportRun.open(run_path)
@@ -103,11 +91,6 @@ def export_run(format_name: str, run_path: Path, folder: Path, settings: ExportS
         differences, is_new = _write(run, folder, identity, metrics, options), True
     url = None if settings.push_to_hub is None else _push(folder, settings.push_to_hub, is_public=settings.public)
     return ExportReport(differences=differences, url=url, is_new=is_new)
-
-
-def _options(export_format: ExportFormat, settings: ExportSettings, folder: Path) -> dict[str, Any]:
-    values = {"towers": settings.towers, "final": str(folder.absolute()), "hub_name": settings.push_to_hub}
-    return {name: values[name] for name in export_format.options}
 
 
 def _existing_differences(folder: Path, identity: Mapping[str, Any]) -> Mapping[str, float] | None:
@@ -132,7 +115,7 @@ def _write(
 ) -> Mapping[str, float]:
     format_name = str(identity["form"])
     with building(folder) as temporary:
-        notes = FORMATS[format_name].write(run, temporary, **options)
+        notes = FORMATS[format_name][0](run, temporary, **options)
         for cached in temporary.rglob("__pycache__"):
             remove_folder(cached)
         write_card(temporary / CARD, run, notes, format_name, metrics)

@@ -13,13 +13,7 @@ from embedcache.arrays import Array, Inputs
 from embedcache.encoders.backends import OnnxExport, OnnxGraph, export_graph
 from embedcache.encoders.base import Modality
 from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, check_parity, example_images
-from embedcache.export.transformers import (
-    PROCESSOR_MODULE,
-    copy_modules,
-    has_own_processor,
-    load_exported,
-    write_transformers,
-)
+from embedcache.export.transformers import copy_code, load_exported, write_transformers
 from embedcache.projectors.pair import AnyTower
 from embedcache.projectors.saved import project
 from embedcache.projectors.towers import TokenTower
@@ -59,15 +53,10 @@ tokens = {{name: ids[name].astype(np.int64) for name in names}}
 text = onnxruntime.InferenceSession(f"{{folder}}/text.onnx").run(None, tokens)[0]
 print(image @ text.T)
 """
-_NUM_ROWS, _NUM_TOKENS = 7, 5
 
 
 def write_onnx(run: ExportRun, folder: Path, *, towers: bool) -> ExportNotes:
-    """Write ONNX graphs (opset 17, any number of items), and check them with onnxruntime.
-
-    Raises:
-        EmbedcacheError: see `export_run`; also if a module cannot be exported to ONNX.
-    """
+    """Write ONNX graphs (opset 17, any number of items), and check them with onnxruntime."""
     require("onnx", extra="cpu")
     return _write_towers(run, folder) if towers else _write_projectors(run, folder)
 
@@ -92,9 +81,14 @@ def _write_projectors(run: ExportRun, folder: Path) -> ExportNotes:
         if isinstance(tower, TokenTower):
             dynamic_axes["features"][1] = "tokens"
         module = _Projection(tower).eval()
-        export_graph(OnnxExport(module=module, example=example, outputs=["embeds"], dynamic_axes=dynamic_axes), path)
-        _add_metadata(path, run, modality)
-        differences[modality] = _check_projector(path, run, modality)
+        export = OnnxExport(module=module, example=example, outputs=["embeds"], dynamic_axes=dynamic_axes)
+        graph = _write_graph(export, path, run, modality)
+        differences[modality] = 0.0
+        for num_rows in (1, 7):
+            inputs = _example_features(run, modality, num_rows, 5)
+            expected = project(tower, Inputs(inputs["features"], inputs.get("lengths")))
+            difference = check_parity("onnxruntime", graph(inputs, ["embeds"])["embeds"], expected)
+            differences[modality] = max(differences[modality], difference)
     return ExportNotes(
         library="onnx",
         task=None,
@@ -119,15 +113,6 @@ def _example_features(run: ExportRun, modality: Modality, num_rows: int, num_tok
     }
 
 
-def _check_projector(path: Path, run: ExportRun, modality: Modality) -> float:
-    graph, largest = OnnxGraph(path), 0.0
-    for num_rows in (1, _NUM_ROWS):
-        inputs = _example_features(run, modality, num_rows, _NUM_TOKENS)
-        expected = project(run.pair.tower(modality), Inputs(inputs["features"], inputs.get("lengths")))
-        largest = max(largest, check_parity("onnxruntime", graph(inputs, ["embeds"])["embeds"], expected))
-    return largest
-
-
 class _ModelTower(nn.Module):
     """One tower of the exported model."""
 
@@ -144,7 +129,6 @@ def _write_towers(run: ExportRun, folder: Path) -> ExportNotes:
     model = load_exported(folder)
     differences: dict[str, float] = {}
     for modality, inputs in _prepared_inputs(folder).items():
-        path = folder / f"{modality}.onnx"
         axes = {name: {0: "batch"} | ({1: "tokens"} if array.ndim == 2 else {}) for name, array in inputs.items()}
         export = OnnxExport(
             module=_ModelTower(model, modality),
@@ -152,9 +136,8 @@ def _write_towers(run: ExportRun, folder: Path) -> ExportNotes:
             outputs=["embeds"],
             dynamic_axes={**axes, "embeds": {0: "batch"}},
         )
-        export_graph(export, path)
-        _add_metadata(path, run, modality)
-        graph, expected = OnnxGraph(path), run.embed_examples(modality)
+        graph = _write_graph(export, folder / f"{modality}.onnx", run, modality)
+        expected = run.embed_examples(modality)
         differences[modality] = check_parity("onnxruntime", graph(inputs, ["embeds"])["embeds"], expected)
         single = graph({name: array[:1] for name, array in inputs.items()}, ["embeds"])["embeds"]
         check_parity("onnxruntime, for a single item,", single, expected[:1])
@@ -183,9 +166,10 @@ def _prepared_inputs(folder: Path) -> Mapping[Modality, dict[str, Array]]:
     return {"image": {"pixel_values": pixels}, "text": ids}
 
 
-def _add_metadata(path: Path, run: ExportRun, modality: Modality) -> None:
-    """Record the run, feature and encoder in the graph's metadata."""
+def _write_graph(export: OnnxExport, path: Path, run: ExportRun, modality: Modality) -> OnnxGraph:
+    """Write a graph with the run, feature and encoder in its metadata, and open it."""
     onnx = require("onnx", extra="cpu")
+    export_graph(export, path)
     tower_input = run.config.tower_input(modality)
     graph = onnx.load(path)
     metadata = {
@@ -198,6 +182,7 @@ def _add_metadata(path: Path, run: ExportRun, modality: Modality) -> None:
     }
     onnx.helper.set_model_props(graph, metadata)
     onnx.save(graph, path)
+    return OnnxGraph(path)
 
 
 def _keep_processors(folder: Path) -> None:
@@ -209,5 +194,4 @@ def _keep_processors(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.suffix == ".py":
             path.unlink()
-    if has_own_processor(folder):
-        copy_modules([PROCESSOR_MODULE], folder, "onnx")
+    copy_code([], folder, "onnx")

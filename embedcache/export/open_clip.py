@@ -16,18 +16,9 @@ from embedcache.encoders.base import Modality
 from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.open_clip import load_checkpoint
 from embedcache.encoders.weights import one_line
-from embedcache.export.base import (
-    MODALITIES,
-    TEXTS,
-    ExportNotes,
-    ExportRun,
-    check_parity,
-    check_plain,
-    example_images,
-    unsupported,
-)
+from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, check_plain, example_images, unsupported
 from embedcache.export.dense import DenseLayer, dense_chain
-from embedcache.export.towers import open_image_module, open_text_module
+from embedcache.export.towers import open_module
 from embedcache.provenance import write_json
 from embedcache.registry import require
 
@@ -53,47 +44,29 @@ with torch.inference_mode():
 _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
 _ARCHITECTURES = ("bert", "roberta", "xlm-roberta")
 _LAST_MAPS = {
-    "image": (("visual.proj", "matrix"), ("visual.head.proj", "linear"), ("visual.attnpool.c_proj", "linear")),
-    "text": (
-        ("text_projection", "matrix"),
-        ("text.text_projection", "matrix"),
-        ("text.text_projection", "linear"),
-        ("text.proj", "linear"),
-    ),
+    "image": ("visual.proj", "visual.head.proj", "visual.attnpool.c_proj"),
+    "text": ("text_projection", "text.text_projection", "text.proj"),
 }
 """Where open_clip's own towers end in a linear map: a matrix (D, P), or a linear layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
-    """Content of the folder.
-
-    Args:
-        config: `model_cfg`.
-        preprocess: `preprocess_cfg`.
-        state: weights.
-        text_config: config of the text transformer, which open_clip looks up by name; None: an own tower of open_clip.
-        text_name: the transformer's name on the hub; None: a local folder.
-    """
+    """Content of the folder: `model_cfg`, `preprocess_cfg` and weights."""
 
     config: dict[str, Any]
     preprocess: dict[str, Any]
     state: dict[str, Tensor]
     text_config: Any = None
+    """Config of the text transformer, which open_clip looks up by name; None: an own tower of open_clip."""
     text_name: str | None = None
+    """Name of the transformer on the hub; None: a local folder."""
 
 
 def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str | None) -> ExportNotes:
     """Write a folder that open_clip opens, and check it with that library.
 
-    Args:
-        run: the run to export.
-        folder: empty folder to fill.
-        final: path that the folder will have.
-        hub_name: repository on the hub that it will be uploaded to, if any.
-
-    Raises:
-        EmbedcacheError: see `export_run`.
+    `final` is the path that the folder will have, `hub_name` the repository that it will be uploaded to, if any.
     """
     require("open_clip", extra=_FORMAT)
     for modality in MODALITIES:
@@ -153,10 +126,17 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
     image_head_config, image_head = _image_head(layers["image"], width)
     text_head_config, text_head = _text_head(layers["text"], width)
     preprocess = _preprocess_config(run)
-    image, text = open_image_module(run, _FORMAT), open_text_module(run, _FORMAT)
-    pooler = _pooler(text.config, run)
+    image, text = (open_module(run, modality, _FORMAT) for modality in MODALITIES)
+    architecture = text.config["config"]["model_type"]
+    if architecture not in _ARCHITECTURES:
+        raise unsupported(_FORMAT, f"its text encoder is a {architecture}: expected {', '.join(_ARCHITECTURES)}")
+    pooler = _POOLERS.get("_".join(text.config["features"]))
+    if pooler is None:
+        raise unsupported(_FORMAT, f"its text feature is {run.config.text.feature}: expected mean or cls")
     text.save_processor(folder)
     transformer: Any = text.module.get_submodule("_transformer" if text.config["kind"] == "sentences" else "_model")
+    state: dict[str, Tensor] = transformer.state_dict()
+    transformer_state = {name: value for name, value in state.items() if not name.startswith("pooler.")}
     spec = EncoderSpec.parse(run.config.text.spec)
     is_on_hub = spec.family == "hf" and not spec.is_path
     return _Model(
@@ -175,7 +155,7 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
         state={
             **_prefixed("visual.trunk", image.module.get_submodule("_model").state_dict()),
             **_prefixed("visual.head", image_head),
-            **_prefixed("text.transformer", _without_pooler(transformer.state_dict())),
+            **_prefixed("text.transformer", transformer_state),
             **_prefixed("text.proj", text_head),
         },
         text_config=transformer.config,
@@ -185,10 +165,6 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
 
 def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": value for name, value in state.items()}
-
-
-def _without_pooler(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if not name.startswith("pooler.")}
 
 
 def _vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,16 +207,6 @@ def _preprocess_config(run: ExportRun) -> dict[str, Any]:
     }
 
 
-def _pooler(config: Mapping[str, Any], run: ExportRun) -> str:
-    architecture = config["config"]["model_type"]
-    if architecture not in _ARCHITECTURES:
-        raise unsupported(_FORMAT, f"its text encoder is a {architecture}: expected {', '.join(_ARCHITECTURES)}")
-    name = "_".join(config["features"])
-    if name not in _POOLERS:
-        raise unsupported(_FORMAT, f"its text feature is {run.config.text.feature}: expected mean or cls")
-    return _POOLERS[name]
-
-
 _Head = tuple[dict[str, Any], dict[str, Tensor]]
 """Entries of a head in open_clip's config, and its weights by the names of its modules."""
 
@@ -248,22 +214,21 @@ _Head = tuple[dict[str, Any], dict[str, Tensor]]
 def _image_head(layers: Sequence[DenseLayer], shared_width: int) -> _Head:
     """Return layers as the head of a timm tower: `linear`, or `mlp` with 2 P hidden units and a hidden bias."""
     if _is_linear(layers):
-        state = {"proj.weight": layers[0].weight_PD, **_bias("proj.bias", layers[0])}
-        return {"timm_proj": "linear", "timm_proj_bias": layers[0].bias_P is not None}, state
-    if _is_mlp(layers, 2 * shared_width):
-        hidden, output = layers
-        state = {
-            "mlp.fc1.weight": hidden.weight_PD,
-            "mlp.fc1.bias": hidden.weight_PD.new_zeros(2 * shared_width) if hidden.bias_P is None else hidden.bias_P,
-            "mlp.fc2.weight": output.weight_PD,
-            **_bias("mlp.fc2.bias", output),
-        }
-        return {"timm_proj": "mlp", "timm_proj_bias": output.bias_P is not None}, state
-    raise unsupported(
-        _FORMAT,
-        "its image projector is neither a linear map nor two of them with a GELU between and 2 P hidden units",
-        _NEXT_STEP,
-    )
+        kind, name, state = "linear", "proj", {}
+    elif _is_mlp(layers, 2 * shared_width):
+        kind, name, hidden = "mlp", "mlp.fc2", layers[0]
+        bias_P = hidden.weight_PD.new_zeros(2 * shared_width) if hidden.bias_P is None else hidden.bias_P
+        state = {"mlp.fc1.weight": hidden.weight_PD, "mlp.fc1.bias": bias_P}
+    else:
+        raise unsupported(
+            _FORMAT,
+            "its image projector is neither a linear map nor two of them with a GELU between and 2 P hidden units",
+            _NEXT_STEP,
+        )
+    state[f"{name}.weight"] = layers[-1].weight_PD
+    if layers[-1].bias_P is not None:
+        state[f"{name}.bias"] = layers[-1].bias_P
+    return {"timm_proj": kind, "timm_proj_bias": layers[-1].bias_P is not None}, state
 
 
 def _text_head(layers: Sequence[DenseLayer], shared_width: int) -> _Head:
@@ -286,29 +251,21 @@ def _clip_model(run: ExportRun, folder: Path) -> _Model:
     specs = {modality: EncoderSpec.parse(run.config.tower_input(modality).spec) for modality in MODALITIES}
     if specs["image"] != specs["text"]:
         raise unsupported(_FORMAT, f"its towers are of two models, {specs['image'].text} and {specs['text'].text}")
-    library = require("open_clip", extra=_FORMAT)
-    checkpoint = load_checkpoint(library, specs["image"], "cpu")
+    import open_clip
+
+    checkpoint = load_checkpoint(open_clip, specs["image"], "cpu")
     state = dict(checkpoint.model.state_dict())
     for modality in MODALITIES:
-        fold_into_tower(state, modality, _layers(run, modality))
-    config = {**library.get_model_config(specs["image"].model), "embed_dim": run.config.shared_width}
-    tokenizer = library.get_tokenizer(specs["image"].model)
+        _fold_into_tower(state, modality, _layers(run, modality))
+    config = {**open_clip.get_model_config(specs["image"].model), "embed_dim": run.config.shared_width}
+    tokenizer = open_clip.get_tokenizer(specs["image"].model)
     if config["text_cfg"].get("hf_tokenizer_name"):
         tokenizer.save_pretrained(str(folder))
-    return _Model(config=config, preprocess=dict(library.get_model_preprocess_cfg(checkpoint.model)), state=state)
+    return _Model(config=config, preprocess=dict(open_clip.get_model_preprocess_cfg(checkpoint.model)), state=state)
 
 
-def fold_into_tower(state: dict[str, Tensor], modality: str, layers: Sequence[DenseLayer]) -> None:
-    """Fold a linear projector into the linear map at the end of an own tower of open_clip.
-
-    Args:
-        state: state of the whole model; changed in place.
-        modality: `image` or `text`.
-        layers: layers of the projector.
-
-    Raises:
-        SettingError: the projector is more than a linear map, or the tower does not end in one.
-    """
+def _fold_into_tower(state: dict[str, Tensor], modality: str, layers: Sequence[DenseLayer]) -> None:
+    """Fold a linear projector into the linear map at the end of an own tower of open_clip."""
     if not _is_linear(layers) or layers[0].bias_P is not None:
         raise unsupported(
             _FORMAT,
@@ -316,14 +273,12 @@ def fold_into_tower(state: dict[str, Tensor], modality: str, layers: Sequence[De
             "train with --projector openclip-linear",
         )
     weight_PD = layers[0].weight_PD.double()
-    for name, kind in _LAST_MAPS[modality]:
-        if kind == "matrix" and name in state:
-            state[name] = (state[name].double() @ weight_PD.T).float()
-            return
-        if kind == "linear" and f"{name}.weight" in state:
-            for key in (f"{name}.weight", f"{name}.bias"):
-                if key in state:
-                    state[key] = (weight_PD @ state[key].double()).float()
+    for name in _LAST_MAPS[modality]:
+        keys = [key for key in (name, f"{name}.weight", f"{name}.bias") if key in state]
+        for key in keys:
+            last = state[key].double()
+            state[key] = (last @ weight_PD.T if key == name else weight_PD @ last).float()
+        if keys:
             return
     raise unsupported(_FORMAT, f"the {modality} tower does not end in a linear map to fold the projector into")
 
@@ -342,17 +297,14 @@ def _is_mlp(layers: Sequence[DenseLayer], hidden_width: int) -> bool:
     )
 
 
-def _bias(name: str, layer: DenseLayer) -> dict[str, Tensor]:
-    return {} if layer.bias_P is None else {name: layer.bias_P}
-
-
 @torch.inference_mode()
 def _check(run: ExportRun, folder: Path) -> dict[str, float]:
-    library = require("open_clip", extra=_FORMAT)
+    import open_clip
+
     name = f"local-dir:{folder}"
     try:
-        model, _, preprocess = library.create_model_and_transforms(name)
-        tokenizer = library.get_tokenizer(name)
+        model, _, preprocess = open_clip.create_model_and_transforms(name)
+        tokenizer = open_clip.get_tokenizer(name)
         model.eval()
         images = torch.stack([preprocess(image) for image in example_images()])
         found: dict[Modality, Tensor] = {
@@ -362,6 +314,4 @@ def _check(run: ExportRun, folder: Path) -> dict[str, float]:
     except RuntimeError as error:  # some timm networks have another width than they announce to open_clip
         specs = f"{run.config.image.spec} with {run.config.text.spec}"
         raise unsupported(_FORMAT, f"open_clip cannot run {specs}: {one_line(error)}") from error
-    return {
-        modality: check_parity("open_clip", found[modality], run.embed_examples(modality)) for modality in MODALITIES
-    }
+    return run.check_parity("open_clip", found)

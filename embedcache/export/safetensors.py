@@ -65,19 +65,17 @@ def _describe(run: ExportRun, modality: Modality) -> dict[str, Any]:
 
 def _recipe(run: ExportRun, modality: Modality) -> list[str]:
     """Return the steps from a feature to the shared space in words."""
-    projector = run.projector_class(modality)
+    projector, tower = run.projector_class(modality), run.pair.tower(modality)
+    if isinstance(tower, TokenTower):
+        steps = ["take all tokens as they are, without padding"]
+    elif isinstance(tower, RawTower):
+        steps = [f"divide by {modality}.length"]
+    else:
+        steps = ["scale to length 1", f"subtract {modality}.mean"]
     meaning = " ".join((inspect.getdoc(projector) or projector.__name__).split("Args:")[0].split())
     return [
         f"{modality}: take the feature {run.config.tower_input(modality).feature} of the encoder, in float32",
-        *(f"{modality}: {step}" for step in _input_steps(modality, run.pair.tower(modality))),
+        *(f"{modality}: {step}" for step in steps),
         f"{modality}: apply {projector.__name__} with the tensors {modality}.projector.*, dropout off: {meaning}",
         f"{modality}: scale to length 1",
     ]
-
-
-def _input_steps(modality: Modality, tower: object) -> list[str]:
-    if isinstance(tower, TokenTower):
-        return ["take all tokens as they are, without padding"]
-    if isinstance(tower, RawTower):
-        return [f"divide by {modality}.length"]
-    return ["scale to length 1", f"subtract {modality}.mean"]

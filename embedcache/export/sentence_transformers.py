@@ -9,7 +9,7 @@ import torch
 from embedcache.encoders import sentence_transformers as encoders
 from embedcache.encoders.open import EncoderSpec, feature_names
 from embedcache.encoders.weights import find_model_folder
-from embedcache.export.base import TEXTS, ExportNotes, ExportRun, check_parity, check_plain, unsupported
+from embedcache.export.base import TEXTS, ExportNotes, ExportRun, check_plain, unsupported
 from embedcache.export.dense import DenseChain, dense_chain
 from embedcache.registry import require
 
@@ -24,11 +24,7 @@ print(vectors.shape)
 
 
 def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
-    """Write a folder that `SentenceTransformer` opens, and check it with that library.
-
-    Raises:
-        EmbedcacheError: see `export_run`.
-    """
+    """Write a folder that `SentenceTransformer` opens, and check it with that library."""
     library = require("sentence_transformers", extra=_FORMAT)
     chain = dense_chain(run.pair.text, _FORMAT)
     check_plain(run.config.text, _FORMAT)
@@ -42,7 +38,7 @@ def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
         task="sentence-similarity",
         code=_CODE,
         requirements=("sentence-transformers",),
-        differences={"text": check_parity(_FORMAT, found, run.embed_examples("text"))},
+        differences=run.check_parity(_FORMAT, {"text": found}),
         notes=("The text tower only; `embedcache export transformers` includes both.",),
         encoders=("text",),
     )

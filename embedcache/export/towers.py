@@ -19,7 +19,7 @@ from embedcache.encoders.image_features import (
     untie_last_state,
 )
 from embedcache.encoders.open import EncoderSpec, feature_names
-from embedcache.encoders.text_features import Dense, SentenceFeatures, TextFeatures
+from embedcache.encoders.text_features import SentenceFeatures, TextFeatures
 from embedcache.encoders.weights import find_model_folder, load_pretrained
 from embedcache.export.base import ExportRun, check_plain, unsupported
 from embedcache.projectors.towers import RawTower, TokenTower
@@ -30,79 +30,61 @@ _STALE_OPTIONS = ("max_length", "stride", "truncation_strategy", "pad_to_multipl
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderModule:
-    """A frozen encoder as a module.
-
-    Args:
-        config: JSON values that `hub_code/modeling_embedcache.py` builds it from.
-        module: returns a dict of features; holds the weights.
-        save_processor: writes its image processor or tokenizer into a folder.
-    """
+    """A frozen encoder as a module that returns a dict of features."""
 
     config: Mapping[str, Any]
+    """JSON values that `hub_code/modeling_embedcache.py` builds it from."""
     module: nn.Module
     save_processor: Callable[[Path], None]
+    """Writes its image processor or tokenizer into a folder."""
 
 
-def open_image_module(run: ExportRun, format_name: str) -> EncoderModule:
-    """Open the image encoder of a run.
+def open_module(run: ExportRun, modality: Modality, format_name: str) -> EncoderModule:
+    """Open an encoder of a run.
 
     Raises:
         SettingError: the format does not support its family, or the feature is of a view or not in float32.
     """
-    spec, names = _spec_and_names(run, "image", format_name)
-    openers = {"timm": _open_timm, "hf": _open_hf_image, "lite": _open_lite}
+    tower_input, tower = run.config.tower_input(modality), run.pair.tower(modality)
+    check_plain(tower_input, format_name)
+    spec, names = EncoderSpec.parse(tower_input.spec), list(feature_names(tower_input.feature))
+    config: dict[str, Any] = {
+        "features": names,
+        "layers": requested_layers(names),
+        "width": tower_input.width,
+        "takes": "tokens" if isinstance(tower, TokenTower) else "bare" if isinstance(tower, RawTower) else "centred",
+    }
+    openers: Mapping[str, Callable[..., _Opened]]
+    if modality == "image":
+        openers = {"timm": _open_timm, "hf": _open_hf_image, "lite": _open_lite}
+    else:
+        openers = {"hf": _open_hf_text, "st": _open_sentences}
     if spec.family not in openers:
-        raise unsupported(format_name, f"its image encoder is of the family {spec.family!r}: expected timm, hf or lite")
-    module, config, save_processor = openers[spec.family](spec, names)
-    with torch.inference_mode():
-        outputs: dict[str, torch.Tensor] = module(torch.zeros(1, *config["input_size"]))
-    shapes = {name: list(output.shape[1:]) for name, output in outputs.items()}
-    config = {**_tower_config(run, "image"), **config, "shapes": shapes}
-    return EncoderModule(config=config, module=module, save_processor=save_processor)
-
-
-def open_text_module(run: ExportRun, format_name: str) -> EncoderModule:
-    """Open the text encoder of a run.
-
-    Raises:
-        SettingError: the format does not support its family, or the feature is not in float32.
-    """
-    spec, names = _spec_and_names(run, "text", format_name)
-    openers = {"hf": _open_hf_text, "st": _open_sentences}
-    if spec.family not in openers:
-        raise unsupported(format_name, f"its text encoder is of the family {spec.family!r}: expected hf or st")
-    preprocessing = run.config.text.fingerprint["preprocessing"]
-    if preprocessing["prefix"] or preprocessing["lower"]:
+        expected = " or ".join(", ".join(openers).rsplit(", ", 1))
+        raise unsupported(format_name, f"its {modality} encoder is of the family {spec.family!r}: expected {expected}")
+    preprocessing = tower_input.fingerprint["preprocessing"]
+    if modality == "text" and (preprocessing["prefix"] or preprocessing["lower"]):
         raise unsupported(
             format_name,
             "its text encoder prepends a prompt or lowercases texts, and a tokenizer does not",
             "use embedcache export sentence-transformers for the text tower",
         )
-    module, config, folder = openers[spec.family](spec, names)
-    return EncoderModule(
-        config={**_tower_config(run, "text"), **config},
-        module=module,
-        save_processor=partial(_save_tokenizer, folder, int(preprocessing["max_tokens"])),
-    )
+    module, own_config, save_processor = openers[spec.family](spec, names)
+    config |= own_config
+    if modality == "image":
+        with torch.inference_mode():
+            outputs: dict[str, torch.Tensor] = module(torch.zeros(1, *config["input_size"]))
+        config["shapes"] = {name: list(output.shape[1:]) for name, output in outputs.items()}
+    else:
+        save_processor = partial(save_processor, max_tokens=int(preprocessing["max_tokens"]))
+    return EncoderModule(config=config, module=module, save_processor=save_processor)
 
 
-def _spec_and_names(run: ExportRun, modality: Modality, format_name: str) -> tuple[EncoderSpec, tuple[str, ...]]:
-    tower_input = run.config.tower_input(modality)
-    check_plain(tower_input, format_name)
-    return EncoderSpec.parse(tower_input.spec), feature_names(tower_input.feature)
+_Opened = tuple[nn.Module, dict[str, Any], Callable[..., None]]
+"""The module, its config, and a function that writes its processor, or its tokenizer with `max_tokens`, to a folder."""
 
 
-def _tower_config(run: ExportRun, modality: Modality) -> dict[str, Any]:
-    tower_input, tower = run.config.tower_input(modality), run.pair.tower(modality)
-    takes = "tokens" if isinstance(tower, TokenTower) else "bare" if isinstance(tower, RawTower) else "centred"
-    names = list(feature_names(tower_input.feature))
-    return {"features": names, "layers": requested_layers(names), "width": tower_input.width, "takes": takes}
-
-
-_Image = tuple[nn.Module, dict[str, Any], Callable[[Path], None]]
-
-
-def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Image:
+def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     model, _ = timm.load_model(spec)
     size_px = int(spec.options["image_size"]) if "image_size" in spec.options else None
     is_resized = size_px is not None and hasattr(model, "set_input_size")
@@ -119,7 +101,7 @@ def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Image:
     return TimmFeatures(model, requested_layers(names)).eval(), config, partial(_save_image_processor, "timm", settings)
 
 
-def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _Image:
+def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     """Load the package's weights into timm's network of the same architecture, whose layers are in the same order."""
     model, size_px = lite.load_model(spec)
     if requested_layers(names):
@@ -133,21 +115,21 @@ def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _Image:
     return TimmFeatures(network, []).eval(), config, partial(_save_image_processor, "lite", settings)
 
 
-def _open_hf_image(spec: EncoderSpec, names: Sequence[str]) -> _Image:
+def _open_hf_image(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
+    from transformers import AutoImageProcessor
+
     folder = find_model_folder(spec).path
     model, layers = _load_tower(folder, "image", names)
     input_size = list(transformers.pixel_transform(folder)[3])
     config = {"kind": "transformers", **_model_config(model), "input_size": input_size}
-    return ImageFeatures(model, layers).eval(), config, partial(transformers.copy_processor, folder)
+    return ImageFeatures(model, layers).eval(), config, AutoImageProcessor.from_pretrained(folder).save_pretrained
 
 
-_Text = tuple[nn.Module, dict[str, Any], Path]
-
-
-def _open_hf_text(spec: EncoderSpec, names: Sequence[str]) -> _Text:
+def _open_hf_text(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     folder = find_model_folder(spec).path
     model, layers = _load_tower(folder, "text", names)
-    return TextFeatures(model, layers).eval(), {"kind": "transformers", **_model_config(model)}, folder
+    config = {"kind": "transformers", **_model_config(model)}
+    return TextFeatures(model, layers).eval(), config, partial(_save_tokenizer, folder)
 
 
 def _load_tower(folder: Path, modality: Modality, names: Sequence[str]) -> tuple[nn.Module, list[int]]:
@@ -165,7 +147,7 @@ def _load_seeded(load: Callable[[], tuple[nn.Module, str]], names: Sequence[str]
     return model, layers
 
 
-def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _Text:
+def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     modules = sentence_transformers.read_modules(sentence_transformers.find_folder(spec).path)
     model, layers = _load_seeded(lambda: sentence_transformers.load_transformer(modules), names)
     heads = [sentence_transformers.load_dense(path) for path in modules.dense]
@@ -173,9 +155,18 @@ def _open_sentences(spec: EncoderSpec, names: Sequence[str]) -> _Text:
         "kind": "sentences",
         **_model_config(model),
         "pools": list(modules.pools),
-        "heads": [_head_config(head) for head in heads],
+        "heads": [
+            {
+                "num_in": head.linear.in_features,
+                "num_out": head.linear.out_features,
+                "has_bias": head.linear.bias is not None,
+                "activation": type(head.activation).__name__,
+            }
+            for head in heads
+        ],
     }
-    return SentenceFeatures(model, modules.pools, heads, layers).eval(), config, modules.tokenizer
+    module = SentenceFeatures(model, modules.pools, heads, layers).eval()
+    return module, config, partial(_save_tokenizer, modules.tokenizer)
 
 
 def _model_config(model: nn.Module) -> dict[str, Any]:
@@ -184,22 +175,13 @@ def _model_config(model: nn.Module) -> dict[str, Any]:
     return {"class": type(model).__name__, "config": settings}
 
 
-def _head_config(head: Dense) -> dict[str, Any]:
-    return {
-        "num_in": head.linear.in_features,
-        "num_out": head.linear.out_features,
-        "has_bias": head.linear.bias is not None,
-        "activation": type(head.activation).__name__,
-    }
-
-
 def _save_image_processor(kind: str, settings: Mapping[str, Any], folder: Path) -> None:
     from embedcache.export.hub_code.image_processing_embedcache import EmbedcacheImageProcessor
 
     EmbedcacheImageProcessor(kind=kind, settings=dict(settings)).save_pretrained(folder)
 
 
-def _save_tokenizer(source: Path, max_tokens: int, folder: Path) -> None:
+def _save_tokenizer(source: Path, folder: Path, *, max_tokens: int) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)

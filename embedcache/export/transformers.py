@@ -8,7 +8,7 @@ import gc
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from embedcache.export.base import (
-    MODALITIES,
-    TEXTS,
-    ExportNotes,
-    ExportRun,
-    check_parity,
-    example_images,
-    unsupported,
-)
-from embedcache.export.towers import EncoderModule, open_image_module, open_text_module
+from embedcache.encoders.base import Modality
+from embedcache.export.base import MODALITIES, TEXTS, ExportNotes, ExportRun, example_images, unsupported
+from embedcache.export.towers import EncoderModule, open_module
 from embedcache.provenance import read_json, write_json
 
 _FORMAT = "transformers"
 _CODE_PACKAGE = "embedcache.export.hub_code"
 _MODEL = "modeling_embedcache"
-PROCESSOR_MODULE = f"{_CODE_PACKAGE}.image_processing_embedcache"
+_PROCESSOR_MODULE = f"{_CODE_PACKAGE}.image_processing_embedcache"
 
 _IMPORT = re.compile(r"^(\s*from )(embedcache\.[\w.]+)( import )", re.MULTILINE)
 _HEADER = "# Copyright the embedcache authors. Apache-2.0. Copied from {module} of embedcache by its export.\n"
@@ -59,12 +52,8 @@ with torch.inference_mode():
 
 
 def write_transformers(run: ExportRun, folder: Path) -> ExportNotes:
-    """Write a folder that transformers opens with `trust_remote_code=True`, and check it with that library.
-
-    Raises:
-        EmbedcacheError: see `export_run`.
-    """
-    encoders = {"image": open_image_module(run, _FORMAT), "text": open_text_module(run, _FORMAT)}
+    """Write a folder that transformers opens with `trust_remote_code=True`, and check it with that library."""
+    encoders = {modality: open_module(run, modality, _FORMAT) for modality in MODALITIES}
     for encoder in encoders.values():
         encoder.save_processor(folder)
     _copy_code(run, folder)
@@ -102,24 +91,12 @@ def _copy_code(run: ExportRun, folder: Path) -> None:
     ]
     (folder / "projectors.py").write_text("\n".join([*lines, "", '__all__ = ["ImageProjector", "TextProjector"]', ""]))
     modules = [f"{_CODE_PACKAGE}.{_MODEL}", *(projector.__module__ for projector in projectors.values())]
-    if has_own_processor(folder):
-        modules.append(PROCESSOR_MODULE)
-    copy_modules(modules, folder, _FORMAT)
+    copy_code(modules, folder, _FORMAT)
 
 
-def has_own_processor(folder: Path) -> bool:
-    """Return whether an exported folder's image processor is embedcache's, not one of transformers'."""
-    kind = read_json(folder / "preprocessor_config.json").get("image_processor_type")
-    return bool(kind == "EmbedcacheImageProcessor")
-
-
-def copy_modules(modules: list[str], folder: Path, format_name: str) -> None:
-    """Copy modules, and those of this package that they import, with imports made relative; keep existing files.
-
-    Raises:
-        SettingError: a module imports a library that model folders must not require.
-    """
-    waiting, done = list(modules), set()
+def copy_code(modules: Sequence[str], folder: Path, format_name: str) -> None:
+    """Copy modules, that of the image processor, and those of this package that they import; keep existing files."""
+    waiting, done = [*modules, *([_PROCESSOR_MODULE] if _has_own_processor(folder) else [])], set()
     while waiting:
         module = waiting.pop()
         if module in done:
@@ -134,6 +111,12 @@ def copy_modules(modules: list[str], folder: Path, format_name: str) -> None:
             path.write_text(_HEADER.format(module=module) + text, encoding="utf-8")
 
 
+def _has_own_processor(folder: Path) -> bool:
+    """Return whether an exported folder's image processor is embedcache's, not one of transformers'."""
+    kind: str | None = read_json(folder / "preprocessor_config.json").get("image_processor_type")
+    return kind == "EmbedcacheImageProcessor"
+
+
 def _check_imports(module: str, text: str, format_name: str) -> None:
     for node in ast.walk(ast.parse(text)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -143,7 +126,7 @@ def _check_imports(module: str, text: str, format_name: str) -> None:
                 raise unsupported(format_name, f"{module} imports {name}: expected only {', '.join(_LIBRARIES)}")
 
 
-def _write_config(run: ExportRun, folder: Path, encoders: Mapping[str, EncoderModule]) -> None:
+def _write_config(run: ExportRun, folder: Path, encoders: Mapping[Modality, EncoderModule]) -> None:
     from embedcache.export.hub_code.modeling_embedcache import EmbedcacheConfig
 
     config = EmbedcacheConfig(
@@ -156,15 +139,15 @@ def _write_config(run: ExportRun, folder: Path, encoders: Mapping[str, EncoderMo
     config.save_pretrained(folder)
     path = folder / "preprocessor_config.json"
     processor = {**read_json(path), "processor_class": "VisionTextDualEncoderProcessor"}
-    if has_own_processor(folder):
+    if _has_own_processor(folder):
         processor["auto_map"] = {
-            "AutoImageProcessor": f"{PROCESSOR_MODULE.rpartition('.')[2]}.EmbedcacheImageProcessor"
+            "AutoImageProcessor": f"{_PROCESSOR_MODULE.rpartition('.')[2]}.EmbedcacheImageProcessor"
         }
     write_json(path, processor)
     write_json(folder / "processor_config.json", {"processor_class": "VisionTextDualEncoderProcessor"})
 
 
-def _state(run: ExportRun, encoders: Mapping[str, EncoderModule]) -> dict[str, Tensor]:
+def _state(run: ExportRun, encoders: Mapping[Modality, EncoderModule]) -> dict[str, Tensor]:
     from embedcache.export.hub_code.modeling_embedcache import patch_pools
 
     state = {"logit_scale": run.pair.scale.detach().log()}
@@ -178,10 +161,7 @@ def _state(run: ExportRun, encoders: Mapping[str, EncoderModule]) -> dict[str, T
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers of a module, including those that its state dict leaves out."""
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
 @torch.inference_mode()
@@ -192,10 +172,10 @@ def _check(run: ExportRun, folder: Path) -> dict[str, float]:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     images = processor(images=example_images(), return_tensors="pt")["pixel_values"]
     texts = processor(text=list(TEXTS), return_tensors="pt", padding=True, truncation=True)
-    found = {
+    found: dict[Modality, Any] = {
         "image": model.get_image_features(images),
         "text": model.get_text_features(texts["input_ids"], texts["attention_mask"]),
     }
     del model
     gc.collect()
-    return {modality: check_parity(_FORMAT, found[modality], run.embed_examples(modality)) for modality in MODALITIES}
+    return run.check_parity(_FORMAT, found)

@@ -23,20 +23,11 @@ _PATIENCE_S = 30.0
 
 
 def run_engine(job: ExtractJob, source: Source, progress: Progress) -> list[ShardReport]:
-    """Encode all missing chunks with the engine that the settings name.
-
-    Args:
-        job: description of the extraction.
-        source: the job's source, open in this process.
-        progress: shows the number of encoded items.
-
-    Returns:
-        One report per feature writer.
+    """Encode all missing chunks with the engine that the settings name; an error in one process ends the others.
 
     Raises:
         UnfinishedError: all worker processes died, or one that had chunks of its own.
         MissingExtraError: Ray is not installed.
-        EmbedcacheError: raised in one of the processes or actors; the others are terminated.
     """
     return {"local": _run_local, "ray": _run_ray}[job.settings.engine](job, source, progress)
 
@@ -63,27 +54,25 @@ def _run_local(job: ExtractJob, source: Source, progress: Progress) -> list[Shar
     leased, each has a fixed part of the chunks instead.
     """
     devices = job.settings.devices or all_devices()
-    if len(devices) == 1:
+    count = len(devices)
+    if count == 1:
         return Worker(job, source=source, device=devices[0]).run(progress)
     is_split = is_remote(open_path(job.cache))
-    tasks = [
-        (replace(job, settings=job.settings.split_shard(number, len(devices))) if is_split else job, device)
-        for number, device in enumerate(devices)
-    ]
-    threads = max(1, num_cores() // len(devices))
+    threads = max(1, num_cores() // count)
+    parts = [job.settings.split_shard(number, count) if is_split else job.settings for number in range(count)]
     reports, num_died = run_processes(
         _run_device,
-        [(job, device, threads) for job, device in tasks],
+        [(replace(job, settings=part), device, threads) for part, device in zip(parts, devices, strict=True)],
         progress,
         steps=[step_name("image"), step_name("text")],
         is_split=is_split,
     )
     if num_died and (is_split or not reports):
         raise UnfinishedError(
-            f"{num_died} of {len(devices)} worker processes died; finished chunks are kept: rerun the same command"
+            f"{num_died} of {count} worker processes died; finished chunks are kept: rerun the same command"
         )
     if num_died:
-        progress.note(f"{num_died} of {len(devices)} worker processes died; the others finished their chunks")
+        progress.note(f"{num_died} of {count} worker processes died; the others finished their chunks")
     return merge_reports(report for some in reports for report in some)
 
 
@@ -103,8 +92,7 @@ def _run_ray(job: ExtractJob, _: Source, progress: Progress) -> list[ShardReport
     with connected(job.settings.address) as ray:
         actors = _start_actors(ray, job)
         try:
-            missing: dict[Modality, dict[int, int]] = _get(ray, actors[0].missing.remote())
-            reports = _get(ray, actors[0].empty_reports.remote())
+            missing, reports = _get(ray, actors[0].open.remote())
             for modality, num_items in missing.items():
                 progress.start(step_name(modality), sum(num_items.values()), f"{modality}s")
                 reports += _encode_on_actors(ray, actors, modality, num_items, progress)
@@ -122,19 +110,17 @@ class _Actor:
         self._job, self._device, self._threads = job, device, threads
         self._opened: Worker | None = None
 
-    def missing(self) -> dict[Modality, dict[int, int]]:
-        """Return modality -> chunk that lacks a feature -> its number of items."""
+    def open(self) -> tuple[dict[Modality, dict[int, int]], list[ShardReport]]:
+        """Return modality -> chunk that lacks a feature -> its number of items, and a report per feature writer."""
         worker = self._worker()
-        return {
+        missing = {
             modality: {chunk: worker.count_items(modality, [chunk]) for chunk in worker.missing(modality)}
             for modality in worker.writers
         }
+        return missing, worker.empty_reports()
 
     def encode(self, modality: Modality, chunk: int) -> list[ShardReport]:
         return self._worker().encode(modality, [chunk], NullProgress())
-
-    def empty_reports(self) -> list[ShardReport]:
-        return self._worker().empty_reports()
 
     def _worker(self) -> Worker:
         if self._opened is None:

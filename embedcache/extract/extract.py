@@ -109,14 +109,7 @@ def open_job(
 ) -> ExtractJob:
     """Check the request, then index the source, or check that the cache's index matches it.
 
-    Args:
-        source: the raw samples.
-        cache_path: path or URL of the cache.
-        image_encoders: encoders of images.
-        text_encoders: encoders of texts.
-        settings: how features are extracted and stored.
-        repair_items: whether items that failed before may have changed in the source.
-        progress: shows the number of indexed samples.
+    With `repair_items`, items that failed before may have changed in the source.
 
     Raises:
         SettingError: no encoder is named, a name is invalid, or two would be stored as one; or the cache was imported.
@@ -131,7 +124,11 @@ def open_job(
     for device in settings.devices:
         torch_device(device)
     path = open_path(cache_path)
-    _check_not_imported(path)
+    if info_path(path).is_file() and (imported := read_info(path).source).get("type") == IMPORTED:
+        raise SettingError(
+            f"{path} was imported from {imported['path']}: it has vectors, but no images or texts to encode; "
+            "extract the images and captions themselves into a new folder"
+        )
     index(
         source,
         path,
@@ -166,16 +163,6 @@ def _check_encoders(encoders: dict[str, Sequence[str]], settings: ExtractSetting
             )
 
 
-def _check_not_imported(cache_path: Path) -> None:
-    if info_path(cache_path).is_file():
-        source = read_info(cache_path).source
-        if source.get("type") == IMPORTED:
-            raise SettingError(
-                f"{cache_path} was imported from {source['path']}: it has vectors, but no images or texts to encode; "
-                "extract the images and captions themselves into a new folder"
-            )
-
-
 def record_run(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextManager[dict[str, Any]]:
     """Record who did what to a cache in its folder `records`."""
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
@@ -193,25 +180,22 @@ def record_run(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextMana
 def _count_items(cache: Cache, report: ShardReport) -> EncoderReport:
     """Count items over the commits, one at a time: those of 20 million items do not fit in memory together."""
     group = open_group(cache.path, report.modality, report.encoder, cache.info)
-    encoded = reused = 0
+    num_items: Counter[bool] = Counter()  # encoded now or not -> number of items
     failures: Counter[str] = Counter()
     for chunk in range(cache.info.num_chunks(report.modality)):
         commit = group.commit(chunk)
         if not group.has(commit, report.features[0]):
             continue
         assert commit is not None
-        if chunk in report.chunks:
-            encoded += len(commit.hashes)
-        else:
-            reused += len(commit.hashes)
+        num_items[chunk in report.chunks] += len(commit.hashes)
         reasons = commit.failures[report.features[0]]
         failures.update(reason.partition(":")[0] for reason in reasons if reason is not None)
     return EncoderReport(
         modality=report.modality,
         encoder=report.encoder,
         features=list(report.features),
-        encoded=encoded,
-        reused=reused,
+        encoded=num_items[True],
+        reused=num_items[False],
         failures=dict(failures.most_common()),
     )
 

@@ -3,11 +3,13 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
+
+import pyarrow as pa
 
 from embedcache.arrays import Array
 from embedcache.errors import ItemError
@@ -22,6 +24,8 @@ from embedcache.store.writer import commit_chunk
 T = TypeVar("T")
 R = TypeVar("R")
 
+_CommitFunction: TypeAlias = "Callable[[ChunkTask, Sequence[BatchBuffer], Sequence[LoadedItem]], None]"
+
 _IMAGES_AHEAD = 256
 
 
@@ -34,19 +38,14 @@ def encode_chunks(
     *,
     threads: int,
 ) -> None:
-    """Encode leased chunks and commit them; the leases are released.
+    """Encode leased chunks, each requested when it is needed, commit them, and release their leases.
 
     Args:
-        cache: the cache.
-        source: source of the raw images.
-        modality: modality of the chunks.
-        tasks: leased chunks; each is requested when it is needed.
-        progress: shows the number of encoded items.
         threads: number of threads that read and decode items.
     """
     encode = _encode_image_chunks if modality == "image" else _encode_text_chunks
-    with ThreadPoolExecutor(threads) as executor, _CommitThread() as commits:
-        encode(cache, source, tasks, executor, commits, progress)
+    with ThreadPoolExecutor(threads) as executor, _commit_thread() as commit:
+        encode(cache, source, tasks, executor, commit, progress)
 
 
 def _encode_image_chunks(
@@ -54,7 +53,7 @@ def _encode_image_chunks(
     source: Source,
     tasks: Iterable[ChunkTask],
     executor: Executor,
-    commits: "_CommitThread",
+    commit: _CommitFunction,
     progress: Progress,
 ) -> None:
     """Encode chunks of images, each image read and decoded once for all encoders, in row order.
@@ -64,13 +63,13 @@ def _encode_image_chunks(
 
     def load(task_item: tuple[ChunkTask, ImageItem]) -> tuple[ChunkTask, LoadedItem]:
         task, item = task_item
-        return task, load_image(source, item, task.writers)
+        return task, _load_image(source, item, list(task.missing))
 
-    task_items = ((task, item) for task in tasks for item in image_items(cache, task.chunk))
+    task_items = ((task, item) for task in tasks for item in _image_items(cache.items("image", chunk=task.chunk)))
     with closing(_prefetch_map(executor, load, task_items, window=_IMAGES_AHEAD)) as stream:
         for task, group in groupby(stream, key=itemgetter(0)):
             rows = cache.info.chunk_rows("image", task.chunk)
-            buffers = _open_buffers(task, rows.stop - rows.start)
+            buffers = [BatchBuffer(writer, names, rows.stop - rows.start) for writer, names in task.missing.items()]
             loaded = []
             for row, (_, item) in enumerate(group):
                 if item.failure is None:
@@ -78,7 +77,7 @@ def _encode_image_chunks(
                         buffer.add(row, inputs)
                 loaded.append(LoadedItem(hash=item.hash, failure=item.failure))  # without the inputs
                 progress.advance(1)
-            commits.submit(task, buffers, loaded)
+            commit(task, buffers, loaded)
 
 
 def _encode_text_chunks(
@@ -86,7 +85,7 @@ def _encode_text_chunks(
     _: Source,
     tasks: Iterable[ChunkTask],
     executor: Executor,
-    commits: "_CommitThread",
+    commit: _CommitFunction,
     progress: Progress,
 ) -> None:
     """Encode chunks of texts, each distinct text once per chunk and the longest first, so that batches are padded less.
@@ -95,39 +94,40 @@ def _encode_text_chunks(
     """
 
     def load(task: ChunkTask) -> tuple[ChunkTask, list[LoadedItem]]:
-        return task, load_texts(cache.items("text", chunk=task.chunk)["text"].to_pylist(), task.writers)
+        return task, _load_texts(cache.items("text", chunk=task.chunk), list(task.missing))
 
     with closing(_prefetch_map(executor, load, tasks, window=2)) as stream:
         for task, loaded in stream:
-            buffers = _open_buffers(task, len(loaded))
+            buffers = [BatchBuffer(writer, names, len(loaded)) for writer, names in task.missing.items()]
             for number, buffer in enumerate(buffers):
                 add_distinct(buffer, loaded, number)
             progress.advance(len(loaded))
-            commits.submit(task, buffers, loaded)
-
-
-def image_items(cache: Cache, chunk: int) -> Iterator[ImageItem]:
-    """Iterate over the items of a chunk of images."""
-    for row in cache.items("image", chunk=chunk).drop_columns("sample").to_pylist():
-        yield ImageItem(**row)
+            commit(task, buffers, loaded)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedItem:
-    """One item as model inputs, or the reason why it has none.
-
-    Args:
-        hash: BLAKE2b-128 of the raw bytes or text; None if they could not be read.
-        failure: the reason; None if the item was loaded.
-        inputs: one array per feature writer; empty after a failure.
-    """
+    """One item as one array per feature writer, or the reason why it failed; `hash` is None if it was not read."""
 
     hash: bytes | None
     failure: str | None = None
     inputs: Sequence[Array] = ()
 
 
-def load_image(source: Source, item: ImageItem, writers: Sequence[FeatureWriter]) -> LoadedItem:
+def load_items(
+    source: Source, table: pa.Table, writers: Sequence[FeatureWriter], executor: Executor
+) -> list[LoadedItem]:
+    """Load rows of an item table, all of the writers' modality, for every writer; images on several threads."""
+    if "text" in table.column_names:
+        return _load_texts(table, writers)
+    return list(executor.map(lambda item: _load_image(source, item, writers), _image_items(table)))
+
+
+def _image_items(table: pa.Table) -> list[ImageItem]:
+    return [ImageItem(**row) for row in table.drop_columns("sample").to_pylist()]
+
+
+def _load_image(source: Source, item: ImageItem, writers: Sequence[FeatureWriter]) -> LoadedItem:
     """Read and decode one image, and prepare it for every writer."""
     content_hash = None
     try:
@@ -140,8 +140,9 @@ def load_image(source: Source, item: ImageItem, writers: Sequence[FeatureWriter]
     return LoadedItem(hash=content_hash, inputs=[writer.prepare([image])[0] for writer in writers])
 
 
-def load_texts(texts: Sequence[str], writers: Sequence[FeatureWriter]) -> list[LoadedItem]:
+def _load_texts(table: pa.Table, writers: Sequence[FeatureWriter]) -> list[LoadedItem]:
     """Tokenize texts for every writer; equal texts share their inputs."""
+    texts = table["text"].to_pylist()
     distinct = [text for text in dict.fromkeys(texts) if text.strip()]
     prepared = [writer.prepare(distinct) for writer in writers]
     inputs = {text: list(arrays) for text, *arrays in zip(distinct, *prepared, strict=True)}
@@ -176,11 +177,6 @@ class BatchBuffer:
     """Collects prepared items into batches, runs the encoder on them and keeps the outputs of some rows.
 
     While the encoder runs one batch, the next one is filled.
-
-    Args:
-        writer: the encoder.
-        features: names of the features to compute.
-        num_rows: number of rows, counted from 0.
     """
 
     def __init__(self, writer: FeatureWriter, features: Sequence[str], num_rows: int) -> None:
@@ -247,33 +243,21 @@ def add_distinct(buffer: BatchBuffer, loaded: Sequence[LoadedItem], number: int)
             buffer.copy(first_row[item.hash], row)
 
 
-def _open_buffers(task: ChunkTask, num_rows: int) -> list[BatchBuffer]:
-    return [BatchBuffer(writer, missing, num_rows) for writer, missing in task.missing.items()]
+@contextmanager
+def _commit_thread() -> Iterator[_CommitFunction]:
+    """Yield a function that commits one chunk after the other on a thread, so that no encoder waits for the disk."""
+    with ThreadPoolExecutor(1, thread_name_prefix="commit") as thread:
+        running: Future[None] | None = None
 
+        def commit(task: ChunkTask, buffers: Sequence[BatchBuffer], loaded: Sequence[LoadedItem]) -> None:
+            nonlocal running
+            if running is not None:
+                running.result()
+            running = thread.submit(_commit, task, buffers, loaded)
 
-class _CommitThread:
-    """Commits chunks one after the other on a thread of its own, so that no encoder waits for the disk."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._running: Future[None] | None = None
-
-    def __enter__(self) -> "_CommitThread":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown()
-        if kind is None:
-            self._wait()
-
-    def submit(self, task: ChunkTask, buffers: Sequence[BatchBuffer], loaded: Sequence[LoadedItem]) -> None:
-        """Commit a chunk once its outputs are complete; waits until the chunk before is committed."""
-        self._wait()
-        self._running = self._thread.submit(_commit, task, buffers, loaded)
-
-    def _wait(self) -> None:
-        if self._running is not None:
-            self._running.result()
+        yield commit
+        if running is not None:
+            running.result()
 
 
 def _commit(task: ChunkTask, buffers: Sequence[BatchBuffer], loaded: Sequence[LoadedItem]) -> None:

@@ -3,20 +3,18 @@
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
-import numpy as np
+import pyarrow as pa
 
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
 from embedcache.extract.engines import all_devices, count_processes
 from embedcache.extract.extract import open_job
-from embedcache.extract.feature_writer import FeatureWriter
-from embedcache.extract.loop import BatchBuffer, add_distinct, image_items, load_image, load_texts
+from embedcache.extract.loop import BatchBuffer, add_distinct, load_items
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker
 from embedcache.files import is_remote
@@ -33,8 +31,6 @@ class PlannedFeature:
     """What one feature will take.
 
     Args:
-        name: `encoder/feature`.
-        modality: modality of the items.
         num_items: number of items in the chunks that lack it.
         item_bytes: bytes on disk per item; the mean of the probe where items differ in length.
     """
@@ -55,12 +51,9 @@ class Plan:
     """What an extraction will take.
 
     Args:
-        cache: path of the cache.
         features: the features to compute; empty if nothing is missing.
         rates: modality -> items per second with all its encoders together, measured on one device.
-        num_processes: number of devices or actors that will share the work.
         free_bytes: free space on the cache's disk; None behind a URL.
-        chunk_size: items per chunk.
     """
 
     cache: Path
@@ -90,11 +83,7 @@ class Plan:
         return num_items / self.rates[modality] / self.num_processes / 3600
 
     def check_space(self) -> None:
-        """Check that the disk can hold the features.
-
-        Raises:
-            DiskFullError: it cannot; the message states how much is lacking.
-        """
+        """Check that the disk can hold the features, or raise a `DiskFullError`."""
         if self.free_bytes is not None and self.num_bytes > self.free_bytes:
             raise DiskFullError(
                 f"the disk of {self.cache} has {self.free_bytes / 1e9:,.2f} GB free, but the features take "
@@ -126,7 +115,16 @@ def plan(
         if chunks:
             rates[modality], buffers = _probe(worker, modality, chunks[0], job.settings.num_threads)
             for writer, buffer in zip(writers, buffers, strict=True):
-                features += _planned(worker, modality, writer, buffer, chunks)
+                for name, items in buffer.features.items():
+                    lacking = [chunk for chunk in chunks if name in writer.missing(chunk)]
+                    sizes = [item.nbytes for item in items if item is not None]
+                    feature = PlannedFeature(
+                        name=f"{writer.group.name}/{name}",
+                        modality=modality,
+                        num_items=worker.count_items(modality, lacking),
+                        item_bytes=fmean(sizes or [0]),
+                    )
+                    features.append(feature)
     return Plan(
         cache=worker.cache.path,
         features=features,
@@ -137,20 +135,6 @@ def plan(
     )
 
 
-def _planned(
-    worker: Worker, modality: Modality, writer: FeatureWriter, buffer: BatchBuffer, chunks: Sequence[int]
-) -> list[PlannedFeature]:
-    return [
-        PlannedFeature(
-            name=f"{writer.group.name}/{name}",
-            modality=modality,
-            num_items=worker.count_items(modality, [chunk for chunk in chunks if name in writer.missing(chunk)]),
-            item_bytes=float(np.mean([item.nbytes for item in buffer.features[name] if item is not None] or [0])),
-        )
-        for name in writer.features
-    ]
-
-
 def _probe(worker: Worker, modality: Modality, chunk: int, threads: int) -> tuple[float, list[BatchBuffer]]:
     """Encode the first batches of a chunk; return items per second, without the first batch, and the outputs.
 
@@ -158,27 +142,20 @@ def _probe(worker: Worker, modality: Modality, chunk: int, threads: int) -> tupl
     """
     writers = worker.writers[modality]
     num_items = _PROBE_BATCHES * max(writer.encoder.batch_size for writer in writers)
+    items = worker.cache.items(modality, chunk=chunk).slice(0, num_items)
+    num_warmup = max(1, len(items) // _PROBE_BATCHES)
     with ThreadPoolExecutor(threads) as executor:
-        if modality == "image":
-            items: list[Any] = list(islice(image_items(worker.cache, chunk), num_items))
-        else:
-            items = worker.cache.items("text", chunk=chunk)["text"].to_pylist()[:num_items]
-        num_warmup = max(1, len(items) // _PROBE_BATCHES)
-        buffers = _encode(worker, modality, items[:num_warmup], executor)
+
+        def encode(some: pa.Table) -> list[BatchBuffer]:
+            loaded = load_items(worker.source, some, writers, executor)
+            buffers = [BatchBuffer(writer, writer.features, len(loaded)) for writer in writers]
+            for number, buffer in enumerate(buffers):
+                add_distinct(buffer, loaded, number)
+            return buffers
+
+        buffers = encode(items.slice(0, num_warmup))
         started = time.perf_counter()
         if len(items) > num_warmup:
-            buffers = _encode(worker, modality, items[num_warmup:], executor)
+            buffers = encode(items.slice(num_warmup))
         rate = max(len(items) - num_warmup, 1) / max(time.perf_counter() - started, 1e-9)
     return rate, buffers
-
-
-def _encode(worker: Worker, modality: Modality, items: Sequence[Any], executor: Executor) -> list[BatchBuffer]:
-    writers = worker.writers[modality]
-    if modality == "image":
-        loaded = list(executor.map(lambda item: load_image(worker.source, item, writers), items))
-    else:
-        loaded = load_texts(items, writers)
-    buffers = [BatchBuffer(writer, writer.features, len(loaded)) for writer in writers]
-    for number, buffer in enumerate(buffers):
-        add_distinct(buffer, loaded, number)
-    return buffers

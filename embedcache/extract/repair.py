@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, normalize
-from embedcache.errors import CorruptError, SettingError
+from embedcache.errors import CorruptError
 from embedcache.extract.engines import all_devices
 from embedcache.extract.extract import open_job, record_run
 from embedcache.extract.feature_writer import (
@@ -19,21 +19,13 @@ from embedcache.extract.feature_writer import (
     reopen_writer,
     view_fingerprint,
 )
-from embedcache.extract.loop import (
-    BatchBuffer,
-    LoadedItem,
-    add_loaded,
-    encode_chunks,
-    image_items,
-    load_image,
-    load_texts,
-)
+from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, encode_chunks, load_items
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.extract.worker import Worker
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
-from embedcache.sources import ImageItem, reopen_source
+from embedcache.sources import reopen_source
 from embedcache.sources.base import Source
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
@@ -50,11 +42,9 @@ class VerifyReport:
     """What verifying a cache found.
 
     Args:
-        cache: path of the cache.
         found: problems found first.
         repaired: one line per encoder that encoded damaged chunks again.
         findings: problems that remain.
-        drifts: per feature, how far items that were encoded again are from the stored ones.
     """
 
     cache: Path
@@ -86,11 +76,6 @@ def verify_cache(
 ) -> VerifyReport:
     """Check every chunk of a cache against its checksum; on request repair it and encode a sample again.
 
-    Args:
-        cache_path: path or URL of the cache.
-        settings: what to do beside checking.
-        progress: shows the number of chunks and items.
-
     Raises:
         FingerprintError: an encoder that is needed for a repair has changed.
         CorruptError: a table is damaged, so that nothing can be repaired.
@@ -112,11 +97,7 @@ def repair(
 ) -> list[str]:
     """Withdraw the damaged features of each chunk and encode those chunks again with the encoders that made them.
 
-    Args:
-        cache: the cache; its source and encoders must still be available.
-        findings: result of `verify`; those that are not damage or cannot be repaired this way are skipped.
-        device: torch device.
-        progress: shows the number of encoded items.
+    Findings of `verify` that are not damage or cannot be repaired this way are skipped.
 
     Returns:
         One line per encoder.
@@ -153,14 +134,7 @@ def repair(
 
 @dataclass(kw_only=True)
 class RetryReport:
-    """What retrying the failed items gave for one encoder.
-
-    Args:
-        encoder: name of its folder in the cache.
-        num_tried: number of items that had failed before.
-        num_recovered: number of those that have features now.
-        reasons: kind of failure -> number of items that failed again.
-    """
+    """What retrying the failed items gave for one encoder; `reasons` counts the items that failed again by kind."""
 
     encoder: str
     num_tried: int = 0
@@ -227,10 +201,8 @@ def _retry_chunk(
     rows = sorted(set().union(*(_failed_rows(writer, chunk) for writer in writers)))
     if not rows:
         return
-    items = list(image_items(worker.cache, chunk))
-    loaded = dict(
-        zip(rows, executor.map(lambda row: load_image(worker.source, items[row], writers), rows), strict=True)
-    )
+    items = worker.cache.items("image", chunk=chunk).take(rows)
+    loaded = dict(zip(rows, load_items(worker.source, items, writers, executor), strict=True))
     for number, (writer, report) in enumerate(zip(writers, reports, strict=True)):
         writer.leases.acquire(chunk, wait=True)
         retried = {row: loaded[row] for row in rows if row in _failed_rows(writer, chunk)}
@@ -259,9 +231,9 @@ def _rewrite_chunk(writer: FeatureWriter, chunk: int, retried: Mapping[int, Load
     features = [name for name in writer.features if writer.group.has(commit, name)]
     buffer = BatchBuffer(writer, features, len(commit.hashes))
     add_loaded(buffer, retried.items(), number)
-    rows = range(len(commit.hashes))
-    hashes = [retried[row].hash if row in retried else None for row in rows]
-    failures = [retried[row].failure if row in retried else NOT_YET for row in rows]
+    kept = LoadedItem(hash=None, failure=NOT_YET)
+    items = [retried.get(row, kept) for row in range(len(commit.hashes))]
+    hashes, failures = [item.hash for item in items], [item.failure for item in items]
     commit_chunk(writer.group, chunk, buffer.features, hashes, dict.fromkeys(features, failures), overwrite_failed=True)
 
 
@@ -270,11 +242,8 @@ class Drift:
     """How far the features of items that were encoded again are from the stored ones.
 
     Args:
-        feature: `encoder/feature`.
         rows: (n,) int64, the items that could be read.
         cosines: (n,) float32, cosine between the stored and the new feature; of token features over all tokens.
-        num_unreadable: number of items that can no longer be read.
-        num_changed: number of items whose raw bytes have changed.
         differences: fields of the encoder's fingerprint that have changed.
     """
 
@@ -307,20 +276,8 @@ def measure_drift(
 ) -> list[Drift]:
     """Encode a random sample of the items of every feature again and compare with what is stored.
 
-    This detects changes in libraries, preprocessing, weights and source.
-
-    Args:
-        cache: the cache; its source and encoders must still be available.
-        fraction: fraction of the items of each modality, above 0 and at most 1; at least one item is encoded.
-        device: torch device.
-        seed: random seed of the sample.
-        progress: shows the number of encoders.
-
-    Raises:
-        SettingError: the fraction is out of range.
+    This detects changes in libraries, preprocessing, weights and source. At least one item per modality is encoded.
     """
-    if not 0 < fraction <= 1:
-        raise SettingError(f"fraction to encode again: expected a number above 0 and of at most 1, got {fraction:g}")
     progress = progress or NullProgress()
     source = reopen_source(cache.info.source)
     groups = [group for modality in cache.info.num_items for group in cache.encoders(modality)]
@@ -377,12 +334,7 @@ def _load_rows(
             commit = writer.group.commit(chunk)
             assert commit is not None  # its rows are valid
             hashes += [commit.hashes[offset] for offset in offsets]
-            table = cache.items(modality, chunk=chunk).take(offsets)
-            if modality == "text":
-                loaded += load_texts(table["text"].to_pylist(), [writer])
-            else:
-                items = [ImageItem(**row) for row in table.drop_columns("sample").to_pylist()]
-                loaded += executor.map(lambda item: load_image(source, item, [writer]), items)
+            loaded += load_items(source, cache.items(modality, chunk=chunk).take(offsets), [writer], executor)
     return hashes, loaded
 
 

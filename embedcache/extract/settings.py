@@ -120,15 +120,7 @@ class VerifySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractJob:
-    """A complete description of an extraction, from which any process on any machine can take part.
-
-    Args:
-        cache: path or URL of the cache, which holds the item tables.
-        source: description that reopens the source.
-        image_encoders: specs of the image encoders.
-        text_encoders: specs of the text encoders.
-        settings: how features are extracted and stored.
-    """
+    """A complete description of an extraction, from which any process on any machine can take part."""
 
     cache: str
     source: Mapping[str, Any]

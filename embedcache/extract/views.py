@@ -30,8 +30,6 @@ class View:
 
     Args:
         name: name as the user wrote it.
-        modality: modality of the items it takes.
-        apply: function from an item to the altered item.
         fingerprint: everything that decides its output, as JSON values; part of the features' fingerprint.
     """
 

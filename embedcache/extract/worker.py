@@ -19,7 +19,7 @@ from embedcache.extract.feature_writer import (
     lease_free_chunks,
 )
 from embedcache.extract.loop import encode_chunks
-from embedcache.extract.settings import ExtractJob, ExtractSettings
+from embedcache.extract.settings import ExtractJob
 from embedcache.extract.views import open_view
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources import Source, reopen_source
@@ -28,14 +28,7 @@ from embedcache.store.cache import Cache
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """The chunks that one or more processes encoded for one feature writer.
-
-    Args:
-        modality: modality of the items.
-        encoder: name of the writer's folder in the cache.
-        features: features that are stored.
-        chunks: chunks that lacked some of them and were encoded.
-    """
+    """The chunks that one or more processes encoded for one feature writer; `encoder` names its folder."""
 
     modality: str
     encoder: str
@@ -56,9 +49,7 @@ class Worker:
     """Holds the encoders of a job on one device and encodes chunks.
 
     Args:
-        job: description of the extraction.
         source: the job's source, if this process has it open already; None opens it.
-        device: torch device.
 
     Raises:
         SourceError: the source lacks a modality.
@@ -131,9 +122,9 @@ def _report(writer: FeatureWriter, chunks: Iterable[int]) -> ShardReport:
 def _record_chunks(tasks: Iterable[ChunkTask], encoded: Mapping[str, set[int]]) -> Iterator[ChunkTask]:
     """Pass tasks on, and add each chunk to the set of its encoder's folder."""
     for task in tasks:
-        for writer in task.writers:
+        for writer in task.missing:
             encoded[writer.group.name].add(task.chunk)
-        if task.writers:
+        if task.missing:
             yield task
 
 
@@ -154,25 +145,16 @@ def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, 
         if requested
     }
     check_features([encoder for some in encoders.values() for encoder in some], job.settings.features)
-    gate = CpuGate(device)
-    return {
-        modality: [
-            writer
-            for spec, encoder in zip(specs[modality], some, strict=True)
-            for writer in _create_writers(cache, spec, encoder, job.settings, gate)
-        ]
-        for modality, some in encoders.items()
-    }
-
-
-def _create_writers(
-    cache: Cache, spec: EncoderSpec, encoder: Encoder, settings: ExtractSettings, gate: CpuGate
-) -> list[FeatureWriter]:
-    """Create one writer for the unaltered items and one per view; they share the encoder's thread."""
-    executor = ThreadPoolExecutor(1, thread_name_prefix=spec.folder)
-    features = choose_features(encoder, settings.features)
-    views = [None, *(view for view in map(open_view, settings.views) if view.modality == encoder.modality)]
-    return [
-        create_writer(cache, spec, encoder, features, settings.dtype, view=view, executor=executor, gate=gate)
-        for view in views
-    ]
+    gate, dtype = CpuGate(device), job.settings.dtype
+    views = [open_view(name) for name in job.settings.views]
+    writers: dict[Modality, list[FeatureWriter]] = {}
+    for modality, some in encoders.items():
+        writers[modality] = []
+        for spec, encoder in zip(specs[modality], some, strict=True):
+            features = choose_features(encoder, job.settings.features)
+            executor = ThreadPoolExecutor(1, thread_name_prefix=spec.folder)  # shared by the encoder's views
+            writers[modality] += [
+                create_writer(cache, spec, encoder, features, dtype, view=view, executor=executor, gate=gate)
+                for view in [None, *(view for view in views if view.modality == modality)]
+            ]
+    return writers

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Array, Floats, Ints, blocks, normalize
+from embedcache.arrays import Floats, Ints, blocks, normalize
 from embedcache.errors import DataError, ItemError
 from embedcache.files import replacing
 from embedcache.interop.exporting import VectorExport, check_new_file
@@ -23,7 +23,7 @@ from embedcache.registry import require
 from embedcache.reports.thumbnails import Thumbnails
 from embedcache.search.faiss_index import exact_search, make_index
 
-EXTRA = "atlas"
+_EXTRA = "atlas"
 _MIN_POINTS = 4
 _NUM_NEIGHBORS = 15
 _MAX_EXACT = 100_000
@@ -31,18 +31,13 @@ _QUERIES_PER_BLOCK = 4096
 _GRAPH, _GRAPH_SEARCH = "HNSW32", {"efSearch": 128}
 _BLOCK = 1024
 _SIZE_PX = 128
+_IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as Hugging Face datasets store images
 
 
 def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None = None, *, progress: Progress) -> int:
     """Write the file, whole or not at all; return the number of points. An image that cannot be read is null.
 
     Memory: all vectors as float32, and one block of images.
-
-    Args:
-        export: samples with vectors of one modality.
-        path: a new `.parquet` file.
-        settings: method of the projection, images and seed.
-        progress: receives points.
 
     Raises:
         PathError: the file exists, or its name does not end in `.parquet`.
@@ -63,27 +58,21 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
 
 
 def project_to_plane(vectors_NP: Floats, settings: AtlasSettings) -> Floats:
-    """Project vectors to two dimensions: (N, 2) float32.
+    """Project (N, P) float32 rows of length 1 to two dimensions: (N, 2) float32; at least 4, or a DataError.
 
-    Args:
-        vectors_NP: (N, P) float32 rows of length 1, at least 4.
-        settings: method and seed: `umap` preserves neighborhoods (cosine, 15 neighbors) and runs on one core, so that a
-            seed gives the same result; `pca` keeps the two directions of largest variance.
-
-    Raises:
-        MissingExtraError: umap-learn or scikit-learn is not installed.
-        DataError: there are too few vectors.
+    `umap` preserves neighborhoods (cosine, 15 neighbors) and runs on one core, so that a seed gives the same result;
+    `pca` keeps the two directions of largest variance.
     """
     if len(vectors_NP) < _MIN_POINTS:
         raise DataError(f"points: expected at least {_MIN_POINTS}, got {len(vectors_NP)}; export more samples")
     if settings.projection == "pca":
-        decomposition = require("sklearn.decomposition", extra=EXTRA)
+        decomposition = require("sklearn.decomposition", extra=_EXTRA)
         points = decomposition.PCA(n_components=2, random_state=settings.seed).fit_transform(vectors_NP)
     else:
         num_neighbors = min(_NUM_NEIGHBORS, len(vectors_NP) - 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that TensorFlow is missing, and that there are few points
-            umap = require("umap", extra=EXTRA)
+            umap = require("umap", extra=_EXTRA)
             model = umap.UMAP(metric="cosine", n_neighbors=num_neighbors, random_state=settings.seed, n_jobs=1)
             points = model.fit_transform(vectors_NP)
     return np.ascontiguousarray(points, np.float32)
@@ -119,21 +108,24 @@ def _tables(
     neighbors: tuple[Ints, Floats],
     progress: Progress,
 ) -> Iterator[pa.Table]:
-    thumbnails = _ThumbnailColumn(export) if images == "thumbnails" else None
+    thumbnails = Thumbnails(export.cache) if images == "thumbnails" else None
     progress.start("writing", len(vectors_NP), "points")
     for rows in blocks(len(vectors_NP), _BLOCK):
         table = export.table(rows)
         table = table.rename_columns(["text" if name == "caption" else name for name in table.column_names])
         if thumbnails is not None:
-            table = table.append_column("image", thumbnails.column(rows))
+            item_rows = export.item_rows("image", rows).tolist()
+            found = [_thumbnail(thumbnails, row) for row in item_rows]
+            table = table.append_column("image", pa.array(found, _IMAGE_TYPE))
         elif images == "paths":
             table = table.append_column("image", table["image_path"])
-        ids, distances = (_lists(values_NK[rows]) for values_NK in neighbors)
+        offsets = np.arange(rows.stop - rows.start + 1, dtype=np.int32) * neighbors[0].shape[1]
+        lists = [pa.ListArray.from_arrays(offsets, pa.array(values_NK[rows].reshape(-1))) for values_NK in neighbors]
         columns = {
             "vector": vector_lists(vectors_NP[rows]),
             "projection_x": pa.array(points_N2[rows, 0]),
             "projection_y": pa.array(points_N2[rows, 1]),
-            "neighbors": pa.StructArray.from_arrays([ids, distances], names=["ids", "distances"]),
+            "neighbors": pa.StructArray.from_arrays(lists, names=["ids", "distances"]),
         }
         for name, column in columns.items():
             table = table.append_column(name, column)
@@ -142,25 +134,8 @@ def _tables(
     progress.finish()
 
 
-def _lists(values_NK: Array) -> pa.Array:
-    offsets = np.arange(len(values_NK) + 1, dtype=np.int32) * values_NK.shape[1]
-    return pa.ListArray.from_arrays(offsets, pa.array(values_NK.reshape(-1)))
-
-
-class _ThumbnailColumn:
-    """Thumbnails of an export's rows as the struct in which Hugging Face datasets store images."""
-
-    _TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-    def __init__(self, export: VectorExport) -> None:
-        self._thumbnails = Thumbnails(export.cache)
-        self._rows = export.item_rows("image")
-
-    def column(self, rows: slice) -> pa.Array:
-        return pa.array([self._value(int(row)) for row in self._rows[rows]], self._TYPE)
-
-    def _value(self, row: int) -> dict[str, Any] | None:
-        try:
-            return {"bytes": self._thumbnails.webp(row, _SIZE_PX), "path": None}
-        except ItemError:
-            return None
+def _thumbnail(thumbnails: Thumbnails, row: int) -> dict[str, Any] | None:
+    try:
+        return {"bytes": thumbnails.webp(row, _SIZE_PX), "path": None}
+    except ItemError:
+        return None

@@ -1,8 +1,7 @@
 """Evaluation of runs with CLIP_benchmark: a model loader as it expects, and its own command with that loader added."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,11 @@ from embedcache.registry import require
 from embedcache.reports.results import MODEL
 from embedcache.sources.images import rgb_image
 
-EXTRA = "clip-benchmark"
+_EXTRA = "clip-benchmark"
 
 
-class Tokens:
-    """Token ids of several texts of different lengths, in place of the tensor that CLIP_benchmark passes on.
-
-    Args:
-        ids: one (T,) int64 array per text.
-    """
+class _Tokens:
+    """Token ids of several texts of different lengths, in place of the tensor that CLIP_benchmark passes on."""
 
     def __init__(self, ids: Sequence[Array]) -> None:
         self.ids = ids
@@ -35,21 +30,16 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: Any) -> "Tokens":
+    def to(self, device: Any) -> "_Tokens":
         """Return the same object, because encoders take their input from the CPU."""
         del device
         return self
 
 
-class RunModel:
+class _RunModel:
     """A run with both of its frozen encoders and the methods that CLIP_benchmark calls.
 
     Vectors are float32 under autocast too; the precision is that of the features that the run was trained on.
-
-    Args:
-        image: image tower.
-        text: text tower.
-        device: device of the returned vectors.
     """
 
     def __init__(self, image: ProjectedEncoder, text: ProjectedEncoder, device: str) -> None:
@@ -59,21 +49,18 @@ class RunModel:
         """Encode images prepared by `transform`: (B, 3, H, W) -> (B, P) float32, rows of length 1."""
         return self._on_device(self._image.embed(list(images.cpu().numpy())))
 
-    def encode_text(self, tokens: Tokens) -> Tensor:
+    def encode_text(self, tokens: _Tokens) -> Tensor:
         """Encode texts prepared by `tokenizer`: (B, P) float32, rows of length 1."""
         return self._on_device(self._text.embed(tokens.ids))
 
-    def eval(self) -> "RunModel":
+    def eval(self) -> "_RunModel":
         """Return the model itself, which is never in training mode."""
         return self
 
-    def to(self, device: str | torch.device) -> "RunModel":
-        """Return the model itself.
-
-        Raises:
-            SettingError: another device than the model was loaded on.
-        """
-        if _indexed_device(device) != _indexed_device(self._device):
+    def to(self, device: str | torch.device) -> "_RunModel":
+        """Return the model itself; raise a SettingError for another device than it was loaded on."""
+        # a tensor names its device with the index, so that `cuda` equals `cuda:0`
+        if torch.empty(0, device=torch_device(str(device))).device != torch.empty(0, device=self._device).device:
             raise SettingError(f"device: expected {self._device}, got {device}; pass the device to load()")
         return self
 
@@ -83,33 +70,32 @@ class RunModel:
 
 def load(
     model_name: str, pretrained: str | Path, cache_dir: str | None = None, device: str | torch.device = "cpu"
-) -> tuple[RunModel, Callable[[Image], Tensor], Callable[[Sequence[str]], Tokens]]:
+) -> tuple[_RunModel, Callable[[Image], Tensor], Callable[[Sequence[str]], _Tokens]]:
     """Load a run as CLIP_benchmark loads a model: (model, transform, tokenizer).
 
     `transform` prepares one PIL image of any mode as in extraction, including transparency and EXIF orientation, and
-    returns (3, H, W) uint8 or float32.
+    returns (3, H, W) uint8 or float32. An encoder that ran on onnxruntime stays on the CPU.
 
     Args:
         model_name: unused; CLIP_benchmark writes it into its results.
         pretrained: folder of the run.
         cache_dir: unused, because the run names its encoders.
-        device: device of the encoders and projectors; an encoder that ran on onnxruntime stays on the CPU.
+        device: device of the encoders and projectors.
 
     Raises:
         PathError: the folder is not a finished run.
-        MissingExtraError: an encoder's package is not installed.
         FingerprintError: an installed encoder differs from the one whose features the run was trained on.
         SettingError: the device does not exist.
     """
     del model_name, cache_dir
     device = str(torch_device(str(device)))
     pair, config = load_pair(Path(pretrained), device=device)
-    image = open_projected_encoder("image", config.image, pair.image, device)
-    text = open_projected_encoder("text", config.text, pair.text, device)
+    image = open_projected_encoder("image", pair, config, device=device)
+    text = open_projected_encoder("text", pair, config, device=device)
     return (
-        RunModel(image, text, device),
+        _RunModel(image, text, device),
         lambda pil_image: torch.from_numpy(image.prepare([rgb_image(pil_image)])[0]),
-        lambda texts: Tokens(text.prepare(texts)),
+        lambda texts: _Tokens(text.prepare(texts)),
     )
 
 
@@ -117,53 +103,39 @@ def evaluate(run_path: Path, arguments: Sequence[str]) -> None:
     """Run CLIP_benchmark's `eval` on a run; it prints its metrics and writes a JSON file.
 
     Mixed precision is off, because it would only round the similarities. By default the result goes to
-    `{dataset}_RUN_{language}_{task}.json`, where RUN is the last part of the run's path.
-
-    Args:
-        run_path: run to evaluate.
-        arguments: options of its `eval`, such as `--dataset` and `--dataset_root`.
+    `{dataset}_RUN_{language}_{task}.json`, where RUN is the last part of the run's path. `arguments` are options of its
+    `eval`, such as `--dataset` and `--dataset_root`.
 
     Raises:
         MissingExtraError: CLIP_benchmark is not installed.
         EmbedcacheError: see `load`.
     """
     read_config(run_path)  # fails before the slow imports of the next line
-    command = require("clip_benchmark.cli", extra=EXTRA)
+    command = require("clip_benchmark.cli", extra=_EXTRA)
     register()
     _patch_accuracy()
     output = f"{{dataset}}_{run_path.resolve().name}_{{language}}_{{task}}.json"
     ours = ["--model_type", MODEL, "--model", MODEL, "--pretrained", str(run_path), "--no_amp"]
-    with _arguments(["eval", "--output", output, *arguments, *ours]):
+    words = sys.argv  # which its command reads
+    sys.argv = ["clip_benchmark", "eval", "--output", output, *arguments, *ours]
+    try:
         command.main()
+    finally:
+        sys.argv = words
 
 
 def register() -> None:
-    """Register `embedcache` as a model type of CLIP_benchmark in this process.
-
-    Raises:
-        MissingExtraError: CLIP_benchmark is not installed.
-    """
-    models = require("clip_benchmark.models", extra=EXTRA)
+    """Register `embedcache` as a model type of CLIP_benchmark in this process."""
+    models = require("clip_benchmark.models", extra=_EXTRA)
     models.TYPE2FUNC[MODEL] = load
     if MODEL not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL)
 
 
 def top_k_accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> list[float]:
-    """Return the top-k accuracy for each k, with the signature of CLIP_benchmark's `accuracy`.
-
-    Args:
-        output: (N, C) score of each class.
-        target: (N,) class of each item.
-        topk: values of k.
-    """
+    """Return the top-k accuracy for each k of (N, C) scores and (N,) classes, as CLIP_benchmark's `accuracy` does."""
     is_hit_NK = output.topk(max(topk), dim=1).indices == target[:, None]
     return [is_hit_NK[:, :k].any(dim=1).double().mean().item() for k in topk]
-
-
-def _indexed_device(device: str | torch.device) -> torch.device:
-    """Return a device with its index, so that `cuda` equals `cuda:0`."""
-    return torch.empty(0, device=torch_device(str(device))).device
 
 
 def _patch_accuracy() -> None:
@@ -172,22 +144,11 @@ def _patch_accuracy() -> None:
     Release 1.6.2 converts an array of one number to float, which NumPy refuses from version 2.4 on (its issue 147).
     """
     modules = [
-        require("clip_benchmark.metrics.zeroshot_classification", extra=EXTRA),
-        require("clip_benchmark.metrics.linear_probe", extra=EXTRA),
+        require("clip_benchmark.metrics.zeroshot_classification", extra=_EXTRA),
+        require("clip_benchmark.metrics.linear_probe", extra=_EXTRA),
     ]
     try:
         modules[0].accuracy(torch.eye(1), torch.zeros(1, dtype=torch.int64))
     except TypeError:
         for module in modules:
             vars(module)["accuracy"] = top_k_accuracy
-
-
-@contextmanager
-def _arguments(words: Sequence[str]) -> Iterator[None]:
-    """Set `sys.argv`, which CLIP_benchmark's command reads."""
-    before = sys.argv
-    sys.argv = ["clip_benchmark", *words]
-    try:
-        yield
-    finally:
-        sys.argv = before

@@ -9,25 +9,19 @@ from embedcache.arrays import Array
 from embedcache.curate.select.export import to_uids
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.encoders.base import Modality
-from embedcache.errors import CorruptError, DataError, PathError, SettingError
+from embedcache.errors import DataError, PathError, SettingError
 from embedcache.interop.imported import FileGroup, VectorImport
 from embedcache.interop.npy import damage_named, open_npz
 from embedcache.store.cache import Cache
 
-FORM = "datacomp"
-REASON = "in the list of uids"
+_REASON = "in the list of uids"
 
 
 def open_datacomp(path: Path, *, image_array: Sequence[str] = (), text_array: Sequence[str] = ()) -> VectorImport:
-    """Open a folder of DataComp's metadata.
-
-    Args:
-        path: the folder; its files are read in the order of their names.
-        image_array: arrays of image vectors, such as `l14_img`.
-        text_array: arrays of text vectors, such as `l14_txt`.
+    """Open a folder of DataComp's metadata, whose files are read in the order of their names.
 
     Raises:
-        SettingError: no array is named, or one is named twice.
+        SettingError: no array such as `l14_img` is named, or one is named twice.
         PathError: a file does not exist, or lacks its counterpart.
         UnknownNameError: an `.npz` has no such array.
         DataError: files that belong together differ in their rows.
@@ -48,16 +42,11 @@ def open_datacomp(path: Path, *, image_array: Sequence[str] = (), text_array: Se
         FileGroup(vectors={name: open_npz(file, name) for name in modalities}, table=tables[stem])
         for stem, file in arrays.items()
     ]
-    return VectorImport(form=FORM, path=path, modalities=modalities, groups=groups)
+    return VectorImport(form="datacomp", path=path, modalities=modalities, groups=groups)
 
 
 def import_uids(uids_path: Path, cache_path: Path | str, out_path: Path) -> int:
     """Write a selection from a list of DataComp's uids, a `.npy` of dtype `u8,u8`; return its number of samples.
-
-    Args:
-        uids_path: list of uids, in any order.
-        cache_path: cache whose keys are uids.
-        out_path: selection to write, `.parquet`.
 
     Raises:
         PathError: the list does not exist, or the selection's name does not end in `.parquet`.
@@ -79,7 +68,7 @@ def import_uids(uids_path: Path, cache_path: Path | str, out_path: Path) -> int:
         )
     rows = np.array(sorted(known[uid] for uid in wanted.tolist()), np.int64)
     write_selection(
-        out_path, cache, Selection(rows=rows, reasons=[REASON] * len(rows)), {"method": "uids", "from": str(uids_path)}
+        out_path, cache, Selection(rows=rows, reasons=[_REASON] * len(rows)), {"method": "uids", "from": str(uids_path)}
     )
     return len(rows)
 
@@ -97,12 +86,7 @@ def _modalities(images: Sequence[str], texts: Sequence[str]) -> Mapping[str, Mod
 def _read_uids(path: Path) -> Array:
     """Return the uids in a list, each once."""
     with damage_named(path):
-        try:
-            found = np.load(path, allow_pickle=False)
-        except ValueError as error:
-            raise CorruptError(
-                f"{path}: expected an array written by NumPy, got an error: {error}; get the file again"
-            ) from error
+        found = np.load(path, allow_pickle=False)
     if not isinstance(found, np.ndarray) or found.dtype != np.dtype("u8,u8") or found.ndim != 1:
         kind = f"{found.dtype} shaped {found.shape}" if isinstance(found, np.ndarray) else "several arrays"
         raise DataError(f"{path}: expected a list of uids, one row of dtype u8,u8, got {kind}")

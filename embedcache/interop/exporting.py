@@ -3,9 +3,8 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from embedcache.registry import unknown_name
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 
-MODALITIES: Sequence[Modality] = ("image", "text")
+_MODALITIES: Sequence[Modality] = ("image", "text")
 _SOURCES_WITH_FILES = ("folder", "table")
 
 
@@ -31,10 +30,6 @@ class VectorExport:
 
     A row holds a sample's first image and first caption; `left_out` describes what the rows do not hold. Memory: the
     tables of the cache.
-
-    Args:
-        cache_path: cache to export from.
-        settings: features, run and samples.
 
     Raises:
         UnknownNameError: there is no such feature or language, or several features and none is named.
@@ -58,13 +53,17 @@ class VectorExport:
         if settings.selection is not None:
             requested_S = read_selection(settings.selection, [self.cache])
         self._num_requested = len(requested_S)
-        self.samples = self._samples_with_vectors(requested_S)
+        self.samples: Ints = reduce(np.intersect1d, [samples for samples, _ in self._items.values()], requested_S)
         """(S,) int64 rows of the cache's samples, ascending."""
+        if not len(self.samples):
+            raise DataError(
+                f"{self.cache.path}: expected samples with {' and '.join(self._vectors)} vectors, got none among "
+                f"{self._num_requested:,} requested samples"
+            )
 
     @property
     def modalities(self) -> list[Modality]:
-        """Modalities whose vectors are exported."""
-        return [modality for modality in MODALITIES if modality in self._vectors]
+        return [modality for modality in _MODALITIES if modality in self._vectors]
 
     @property
     def left_out(self) -> str:
@@ -79,8 +78,8 @@ class VectorExport:
         return ", ".join(parts)
 
     @property
-    def about(self) -> dict[str, Any]:
-        """Provenance as JSON values: the cache, its rows, and the encoder of each feature."""
+    def metadata(self) -> dict[str, str]:
+        """Provenance as metadata of a Parquet schema: the cache, its rows, and the encoder of each feature."""
         features = {
             modality: {
                 "feature": vectors.feature.name,
@@ -90,37 +89,28 @@ class VectorExport:
             for modality, vectors in self._vectors.items()
         }
         run = self._settings.run
-        return {
+        about = {
             "cache": str(self.cache.path),
             "spine": self.cache.info.index_digest,
             "features": features,
             "run": None if run is None else str(run),
         }
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """Provenance as metadata of a Parquet schema."""
-        return {"embedcache": json.dumps(self.about)}
+        return {"embedcache": json.dumps(about)}
 
     def width(self, modality: Modality) -> int:
-        """Return the numbers per vector."""
         return self._vectors[modality].width
 
     def dtype(self, modality: Modality) -> str:
         """Return the dtype of the vectors: as stored, or float16 if a run projects them."""
         return "float16" if self._settings.run is not None else str(self._vectors[modality].feature.dtype)
 
-    def item_rows(self, modality: Modality) -> Ints:
-        """Return the row of each sample's item: (S,) int64, ascending."""
-        samples, rows = self._items[modality]
-        return rows[np.searchsorted(samples, self.samples)]
+    def item_rows(self, modality: Modality, rows: slice = slice(None)) -> Ints:
+        """Return the row of the item of each of these samples: (S,) int64, ascending."""
+        samples, item_rows = self._items[modality]
+        return item_rows[np.searchsorted(samples, self.samples[rows])]
 
     def vectors(self, modality: Modality, size: int) -> Iterator[Array]:
-        """Iterate over the vectors in arrays of `size` rows, checksums verified. Memory: a chunk and two such arrays.
-
-        Raises:
-            CorruptError: bytes differ from their checksum.
-        """
+        """Iterate over the vectors in arrays of `size` rows, checksums verified. Memory: a chunk and two arrays."""
         return rechunk(self._chunks(modality), size)
 
     def table(self, rows: slice) -> pa.Table:
@@ -128,7 +118,7 @@ class VectorExport:
         samples = self.cache.samples.take(pa.array(self.samples[rows]))
         columns = {"key": samples["key"]}
         if "image" in self._vectors:
-            images = self._tables["image"].take(pa.array(self.item_rows("image")[rows]))
+            images = self._tables["image"].take(pa.array(self.item_rows("image", rows)))
             columns["image_path"] = self._image_paths(images)
         if "text" in self._tables:
             captions = self._captions(rows)
@@ -147,20 +137,13 @@ class VectorExport:
         table, is_usable_N = self._tables[modality], np.ones(self.cache.info.num_items[modality], bool)
         if modality in self._vectors:
             is_usable_N &= self._vectors[modality].feature.valid
-        if modality == "text" and self._settings.language is not None:
-            is_usable_N &= _is_language(table, self._settings.language)
+        if modality == "text" and (language := self._settings.language) is not None:
+            is_language_N = pc.equal(table["language"], language).to_numpy() == np.True_
+            if not is_language_N.any():
+                known = [str(name) for name in pc.unique(table["language"]).to_pylist() if name is not None]
+                raise unknown_name("caption language", language, known)
+            is_usable_N &= is_language_N
         return is_usable_N
-
-    def _samples_with_vectors(self, requested_S: Ints) -> Ints:
-        samples = requested_S
-        for samples_with_item, _ in self._items.values():
-            samples = np.intersect1d(samples, samples_with_item)
-        if not len(samples):
-            raise DataError(
-                f"{self.cache.path}: expected samples with {' and '.join(self._vectors)} vectors, got none among "
-                f"{self._num_requested:,} requested samples"
-            )
-        return samples
 
     def _chunks(self, modality: Modality) -> Iterator[Array]:
         wanted, vectors, size = self.item_rows(modality), self._vectors[modality], self.cache.info.chunk_size
@@ -177,7 +160,7 @@ class VectorExport:
         """Return the caption of each row, null if the sample has none."""
         table = self._tables["text"]
         if "text" in self._vectors:
-            return table.take(pa.array(self.item_rows("text")[rows]))
+            return table.take(pa.array(self.item_rows("text", rows)))
         samples, first = _first_items(table, self._is_usable("text"))
         place = np.minimum(np.searchsorted(samples, self.samples[rows]), max(len(samples) - 1, 0))
         has_caption = samples[place] == self.samples[rows] if len(samples) else np.zeros(len(place), bool)
@@ -197,7 +180,7 @@ class VectorExport:
 
 
 def _exported_modalities(cache: Cache, settings: VectorExportSettings) -> list[Modality]:
-    requested: Sequence[Modality] = MODALITIES if settings.modality is None else (settings.modality,)
+    requested: Sequence[Modality] = _MODALITIES if settings.modality is None else (settings.modality,)
     found = [modality for modality in requested if cache.features(modality)]
     if not found:
         raise DataError(
@@ -216,21 +199,9 @@ def _first_items(table: pa.Table, is_usable_N: Bools) -> tuple[Ints, Ints]:
     return samples, rows[first]
 
 
-def _is_language(table: pa.Table, language: str) -> Bools:
-    is_language_N: Bools = pc.equal(table["language"], language).to_numpy() == np.True_
-    if not is_language_N.any():
-        known = [str(name) for name in pc.unique(table["language"]).to_pylist() if name is not None]
-        raise unknown_name("caption language", language, known)
-    return is_language_N
-
-
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which becomes `folder` after the block; after an error or a kill nothing is left.
-
-    Raises:
-        PathError: `folder` exists and is not empty, or is a file.
-    """
+    """Yield a folder to write into, which becomes `folder` after the block; after an error nothing is left."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise PathError(f"{folder}: expected a new or empty folder, got one that is not empty; name another one")
     with building(folder) as temporary:
@@ -238,11 +209,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_new_file(path: Path, suffix: str) -> None:
-    """Check that a file can be written, and remove what a killed export of it left.
-
-    Raises:
-        PathError: the file exists, or its name has another suffix.
-    """
+    """Check that a file does not exist and has this suffix, and remove what a killed export of it left."""
     if path.suffix != suffix:
         raise PathError(f"{path}: expected a name that ends in {suffix}, got {path.suffix or 'no suffix'}")
     if path.exists():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,34 +16,26 @@ from embedcache.sources.captions import scalar_columns
 from embedcache.sources.files import read_item_file, resolve_item
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table import TableColumns, assign_columns, row_key, row_texts
-from embedcache.sources.table_files import Row, TableFile, open_table_file
+from embedcache.sources.table_files import Row, open_table_file
 
-DTYPES = ("float16", "float32")
+_DTYPES = ("float16", "float32")
 _KEY_FORMAT = "{:09d}"
 
 
 class VectorFile(Protocol):
-    """Vectors in one file, one per row."""
+    """Vectors of float16 or float32 in one file, one per row."""
 
     @property
-    def path(self) -> Path:
-        """Path of the file."""
-        ...
+    def path(self) -> Path: ...
 
     @property
-    def num_rows(self) -> int:
-        """Number of rows."""
-        ...
+    def num_rows(self) -> int: ...
 
     @property
-    def width(self) -> int:
-        """Numbers per vector."""
-        ...
+    def width(self) -> int: ...
 
     @property
-    def dtype(self) -> str:
-        """`float16` or `float32`."""
-        ...
+    def dtype(self) -> str: ...
 
     def blocks(self, first: int, size: int) -> Iterator[Array]:
         """Iterate over the rows from `first` on in arrays (B, D) of up to `size` rows; a missing vector is NaN."""
@@ -51,31 +44,25 @@ class VectorFile(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FileGroup:
-    """Files whose rows belong together: row i of each describes the same sample.
-
-    Args:
-        vectors: name of the feature -> file with its vectors.
-        table: file with keys, captions and columns; None if there is none.
-    """
+    """Files of one feature each, and of their table, whose rows belong together: row i of each is the same sample."""
 
     vectors: Mapping[str, VectorFile]
     table: Path | None = None
 
     @property
     def num_rows(self) -> int:
-        """Rows of each of the files."""
         return next(iter(self.vectors.values())).num_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorImport:
-    """All files of one import.
+    """All files of one import; rows are numbered across its groups in order.
 
     Args:
         form: name of the format.
         path: path that the user named.
         modalities: name of a feature -> modality of its vectors.
-        groups: groups of files, at least one; rows are numbered across them in order.
+        groups: groups of files, at least one.
         about: what the format itself records of the vectors, as JSON values.
 
     Raises:
@@ -91,15 +78,22 @@ class VectorImport:
 
     def __post_init__(self) -> None:
         for group in self.groups:
-            _check_rows(group)
-        for name in self.modalities:
-            _check_same_kind([group.vectors[name] for group in self.groups])
+            counts = {str(vectors.path): vectors.num_rows for vectors in group.vectors.values()}
+            if len(set(counts.values())) > 1:
+                listed = ", ".join(f"{path} has {count:,}" for path, count in counts.items())
+                raise DataError(f"files of one group: expected equal numbers of rows, but {listed}; get them again")
+        for name, group in product(self.modalities, self.groups):
+            vectors, first = group.vectors[name], self.groups[0].vectors[name]
+            if (vectors.width, vectors.dtype) != (first.width, first.dtype):
+                raise DataError(
+                    f"{vectors.path}: expected {first.dtype} vectors of {first.width:,} numbers as in {first.path}, "
+                    f"got {vectors.dtype} of {vectors.width:,}; a feature has one dtype and one width"
+                )
         if not self.num_rows:
             raise DataError(f"{self.path}: expected at least one vector, got none; nothing is imported")
 
     @property
     def num_rows(self) -> int:
-        """Rows of all groups."""
         return sum(group.num_rows for group in self.groups)
 
     @property
@@ -141,31 +135,10 @@ def rechunk(arrays: Iterator[Array], size: int) -> Iterator[Array]:
 
 
 def check_dtype(dtype: np.dtype[np.generic] | str, place: str) -> str:
-    """Return a dtype that a cache can store.
-
-    Raises:
-        DataError: any other dtype.
-    """
-    if str(dtype) not in DTYPES:
-        raise DataError(f"{place}: expected little-endian {' or '.join(DTYPES)}, got {dtype}; convert it first")
+    """Return a dtype that a cache can store, or raise a DataError."""
+    if str(dtype) not in _DTYPES:
+        raise DataError(f"{place}: expected little-endian {' or '.join(_DTYPES)}, got {dtype}; convert it first")
     return str(dtype)
-
-
-def _check_rows(group: FileGroup) -> None:
-    counts = {str(vectors.path): vectors.num_rows for vectors in group.vectors.values()}
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{path} has {count:,}" for path, count in counts.items())
-        raise DataError(f"files of one group: expected equal numbers of rows, but {listed}; get them again")
-
-
-def _check_same_kind(files: Sequence[VectorFile]) -> None:
-    first = files[0]
-    for vectors in files:
-        if (vectors.width, vectors.dtype) != (first.width, first.dtype):
-            raise DataError(
-                f"{vectors.path}: expected {first.dtype} vectors of {first.width:,} numbers as in {first.path}, got "
-                f"{vectors.dtype} of {vectors.width:,}; a feature has one dtype and one width"
-            )
 
 
 class ImportedSamples:
@@ -173,11 +146,6 @@ class ImportedSamples:
 
     A key is the cell of the key column, otherwise the row number over all groups. With image vectors, a sample has one
     image; with text vectors, one caption, "" if the cell is blank; without text vectors, all captions in the table.
-
-    Args:
-        vectors: imported files.
-        about: description of the import that the cache stores.
-        settings: `key_column` and `caption_columns` of the tables.
 
     Raises:
         SettingError: text vectors without a table of their captions.
@@ -217,13 +185,18 @@ class ImportedSamples:
 
     def _table_samples(self, group: FileGroup, first: int) -> Iterator[Sample]:
         assert group.table is not None
-        table = _SampleTable.open(group.table, self._settings, set(group.vectors))
-        if "text" in self._modalities:
-            table.check_has_captions()
+        file = open_table_file(group.table)
+        columns = assign_columns(file, self._settings)
+        columns = replace(columns, others=tuple(name for name in columns.others if name not in group.vectors))
+        if "text" in self._modalities and not columns.captions:
+            raise SourceError(
+                f"{file.path}: text vectors need a column of captions; name one of {', '.join(file.columns)} with "
+                "--caption-column"
+            )
         count = 0
-        for count, row in enumerate(table.rows(), start=1):
+        for count, row in enumerate(file.rows(columns.to_read()), start=1):
             if count <= group.num_rows:
-                yield self._sample(table, row, first + count - 1, f"{group.table} row {count - 1:,}")
+                yield self._sample(columns, row, first + count - 1, f"{group.table} row {count - 1:,}")
         if count != group.num_rows:
             vectors = next(iter(group.vectors.values())).path
             raise SourceError(
@@ -231,8 +204,8 @@ class ImportedSamples:
                 "belong together"
             )
 
-    def _sample(self, table: "_SampleTable", row: Row, number: int, place: str) -> Sample:
-        texts = row_texts(table.columns, row, place)
+    def _sample(self, columns: TableColumns, row: Row, number: int, place: str) -> Sample:
+        texts = row_texts(columns, row, place)
         if "text" in self._modalities:
             if len(texts) > 1:
                 raise SourceError(
@@ -240,50 +213,18 @@ class ImportedSamples:
                     "with --caption-column"
                 )
             texts = texts or (TextItem(text=""),)
+        image = None if columns.image is None or columns.holds_bytes else row.get(columns.image)
+        path = image if isinstance(image, str) else ""
         return Sample(
-            key=row_key(table.columns, row, place) or _KEY_FORMAT.format(number),
-            images=(ImageItem(path=table.image_path(row)),) if "image" in self._modalities else (),
+            key=row_key(columns, row, place) or _KEY_FORMAT.format(number),
+            images=(ImageItem(path=path),) if "image" in self._modalities else (),
             texts=texts,
-            columns=scalar_columns({name: row.get(name) for name in table.columns.others}),
+            columns=scalar_columns({name: row.get(name) for name in columns.others}),
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _SampleTable:
-    file: TableFile
-    columns: TableColumns
-
-    @classmethod
-    def open(cls, path: Path, settings: SourceSettings, features: set[str]) -> "_SampleTable":
-        """Open a table without its columns of vectors."""
-        file = open_table_file(path)
-        columns = assign_columns(file, settings)
-        others = tuple(name for name in columns.others if name not in features)
-        return cls(file=file, columns=replace(columns, others=others))
-
-    def check_has_captions(self) -> None:
-        if not self.columns.captions:
-            raise SourceError(
-                f"{self.file.path}: text vectors need a column of captions; name one of "
-                f"{', '.join(self.file.columns)} with --caption-column"
-            )
-
-    def rows(self) -> Iterator[Row]:
-        return self.file.rows(self.columns.to_read())
-
-    def image_path(self, row: Row) -> str:
-        """Return the image path of a row as it is written; "" if it has none."""
-        value = None if self.columns.image is None or self.columns.holds_bytes else row.get(self.columns.image)
-        return value if isinstance(value, str) else ""
-
-
 class ImportedSource:
-    """Reads the images that an import named, if their files still exist; it has no samples to extract features from.
-
-    Args:
-        location: path that was imported.
-        settings: must be empty.
-    """
+    """Reads the images that an import named, if their files still exist; it has no samples to extract features from."""
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported(IMPORTED)
@@ -295,11 +236,7 @@ class ImportedSource:
         return {"type": IMPORTED, "path": str(self._location), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
-        """Raise, because there are vectors and nothing that an encoder could encode.
-
-        Raises:
-            SourceError: always.
-        """
+        """Raise a SourceError, because there are vectors and nothing that an encoder could encode."""
         raise SourceError(
             f"{self._location} was imported: it has vectors, and no images or texts to encode; extract from the "
             "original images and captions"

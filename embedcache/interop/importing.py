@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,9 +27,9 @@ from embedcache.store.indexing import index
 from embedcache.store.layout import info_path, read_info
 from embedcache.store.writer import commit_chunk, withdraw
 
-FEATURE = "vector"
-NO_VECTOR = "NaN or infinity in the imported vector"
-EMPTY = "empty caption"
+_FEATURE = "vector"
+_NO_VECTOR = "NaN or infinity in the imported vector"
+_EMPTY = "empty caption"
 UNIT_TOLERANCE = 1e-3
 _CHECKED_ROWS = 1024
 _NEXT_STEP = "restore the files and use the same options, or import into a new folder"
@@ -89,12 +89,6 @@ def import_vectors(
     reused, so an interrupted import resumes and a damaged chunk is repaired. Memory: one chunk; while the samples are
     numbered, their keys.
 
-    Args:
-        vectors: files to import.
-        cache_path: a new folder, or the cache of the same import.
-        settings: model name, columns of the tables, and chunk size.
-        progress: receives files, samples and vectors.
-
     Returns:
         One report per feature.
 
@@ -110,7 +104,8 @@ def import_vectors(
     hashes = _hash_files(vectors, progress)
     source = _describe(vectors, hashes, settings.model, columns)
     if info_path(path).is_file():
-        check_same(f"cache {path}", _comparable(read_info(path).source), _comparable(source), next_step=_NEXT_STEP)
+        stored = {**read_info(path).source, "path": source["path"]}  # files may have moved
+        check_same(f"cache {path}", stored, source, next_step=_NEXT_STEP)
     else:
         index(ImportedSamples(vectors, source, columns), path, chunk_size=settings.chunk_size, progress=progress)
     cache = Cache(path)
@@ -157,11 +152,6 @@ def _describe(
     }
 
 
-def _comparable(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a description without the path, since files may have moved."""
-    return {name: value for name, value in source.items() if name != "path"}
-
-
 def _import_feature(
     cache: Cache, vectors: VectorImport, name: str, source: Mapping[str, Any], progress: Progress
 ) -> ImportReport:
@@ -180,14 +170,15 @@ def _import_feature(
     }
     folder = EncoderSpec(IMPORTED, name).folder
     group = create_group(cache.path, modality, folder, cache.info, spec=f"{IMPORTED}:{folder}", fingerprint=fingerprint)
-    add_feature(group, FEATURE, (files[0].width,), files[0].dtype)
+    add_feature(group, _FEATURE, (files[0].width,), files[0].dtype)
     num_imported = _write_chunks(cache, group, vectors, name, progress)
-    failures = _count_failures(cache, group)
+    commits = filter(None, map(group.commit, range(cache.info.num_chunks(modality))))
+    failures = Counter(reason for commit in commits for reason in commit.failures[_FEATURE] if reason is not None)
     if failures.total() == vectors.num_rows:
         raise SourceError(f"{vectors.path}: expected usable vectors, got none in {vectors.num_rows:,} rows of {name}")
     return ImportReport(
         modality=modality,
-        feature=f"{group.name}/{FEATURE}",
+        feature=f"{group.name}/{_FEATURE}",
         imported=num_imported,
         reused=vectors.num_rows - num_imported,
         failures=dict(failures.most_common()),
@@ -215,12 +206,12 @@ def _is_intact(group: EncoderGroup, chunk: int) -> bool:
     """Return whether a chunk is committed with correct checksums; withdraw the commit of a damaged one."""
     try:
         commit = group.commit(chunk)
-        if commit is None or not group.has(commit, FEATURE):
+        if commit is None or not group.has(commit, _FEATURE):
             return False
-        for _ in Feature(group, FEATURE).read_chunk(commit):
+        for _ in Feature(group, _FEATURE).read_chunk(commit):
             pass
     except (CorruptError, UnfinishedError):
-        withdraw(group, chunk, [FEATURE])
+        withdraw(group, chunk, [_FEATURE])
         return False
     return True
 
@@ -229,27 +220,13 @@ def _write_chunk(cache: Cache, group: EncoderGroup, chunk: int, vectors_BD: Arra
     texts: list[str | None] = [None] * len(vectors_BD)
     if group.modality == "text":
         texts = cache.items("text", chunk=chunk)["text"].to_pylist()
-    failures = list(_failures(vectors_BD, texts))
+    is_finite_B: Bools = np.asarray(np.isfinite(vectors_BD).all(axis=1))
+    failures = [
+        _EMPTY if text is not None and not text.strip() else None if is_finite else _NO_VECTOR
+        for is_finite, text in zip(is_finite_B, texts, strict=True)
+    ]
     values = [vector if reason is None else None for vector, reason in zip(vectors_BD, failures, strict=True)]
     contents = (
         vector.tobytes() if text is None else text.encode() for vector, text in zip(vectors_BD, texts, strict=True)
     )
-    commit_chunk(group, chunk, {FEATURE: values}, [hash_item(data) for data in contents], {FEATURE: failures})
-
-
-def _failures(vectors_BD: Array, texts: Sequence[str | None]) -> Iterator[str | None]:
-    is_finite_B: Bools = np.asarray(np.isfinite(vectors_BD).all(axis=1))
-    for is_finite, text in zip(is_finite_B, texts, strict=True):
-        if text is not None and not text.strip():
-            yield EMPTY
-        else:
-            yield None if is_finite else NO_VECTOR
-
-
-def _count_failures(cache: Cache, group: EncoderGroup) -> Counter[str]:
-    failures: Counter[str] = Counter()
-    for chunk in range(cache.info.num_chunks(group.modality)):
-        commit = group.commit(chunk)
-        if commit is not None:
-            failures.update(reason for reason in commit.failures[FEATURE] if reason is not None)
-    return failures
+    commit_chunk(group, chunk, {_FEATURE: values}, [hash_item(data) for data in contents], {_FEATURE: failures})

@@ -2,11 +2,11 @@
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -15,17 +15,13 @@ from numpy.lib import format as npy_format
 
 from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
-from embedcache.errors import CorruptError, DataError, SettingError
-from embedcache.interop.exporting import new_folder
+from embedcache.errors import CorruptError, DataError, EmbedcacheError, SettingError
+from embedcache.interop.exporting import VectorExport, new_folder
 from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
 from embedcache.sources.files import wrap_io_errors
 
-if TYPE_CHECKING:
-    from embedcache.interop.exporting import VectorExport
-
-FORM = "npy"
 _BLOCK = 8192
 _SKIP_BYTES = 2**24
 
@@ -33,36 +29,26 @@ _SKIP_BYTES = 2**24
 def open_npy_vectors(
     *, image_file: Path | None = None, text_file: Path | None = None, table: Path | None = None
 ) -> VectorImport:
-    """Open arrays whose rows belong together.
-
-    Args:
-        image_file: `.npy` file of image vectors.
-        text_file: `.npy` file of text vectors.
-        table: their keys, captions and columns: `.parquet`, `.csv`, `.tsv` or `.jsonl`.
+    """Open `.npy` files whose rows belong together, with a table of their keys, captions and columns.
 
     Raises:
         SettingError: neither array is named.
-        PathError: a file does not exist.
         CorruptError: a file is damaged.
         DataError: an array is not (rows, width) of float16 or float32, or they differ in their rows.
     """
-    given: list[tuple[Modality, Path | None]] = [("image", image_file), ("text", text_file)]
-    files = {modality: open_npy(path) for modality, path in given if path is not None}
     first = image_file or text_file
     if first is None:
         raise SettingError("vectors: expected a .npy file, got none; name one with --image-file or --text-file")
-    modalities = {str(modality): modality for modality in files}
-    group = FileGroup(vectors={str(modality): file for modality, file in files.items()}, table=table)
-    return VectorImport(form=FORM, path=first, modalities=modalities, groups=[group])
+    given: list[tuple[Modality, Path | None]] = [("image", image_file), ("text", text_file)]
+    modalities: dict[str, Modality] = {modality: modality for modality, path in given if path is not None}
+    group = FileGroup(vectors={name: open_npy(path) for name, path in given if path is not None}, table=table)
+    return VectorImport(form="npy", path=first, modalities=modalities, groups=[group])
 
 
-def write_npy(export: "VectorExport", folder: Path, *, progress: Progress) -> int:
+def write_npy(export: VectorExport, folder: Path, *, progress: Progress) -> int:
     """Write `image.npy`, `text.npy` and `rows.parquet` into a new folder, whole or not at all; return the row count.
 
     Vectors are as they are in the cache. Memory: a block, and the tables of the cache.
-
-    Raises:
-        PathError: the folder is not empty.
     """
     num_rows = len(export.samples)
     with new_folder(folder) as temporary:
@@ -70,11 +56,9 @@ def write_npy(export: "VectorExport", folder: Path, *, progress: Progress) -> in
         pq.write_table(table.replace_schema_metadata(export.metadata), temporary / "rows.parquet")
         for modality in export.modalities:
             progress.start(f"writing {modality}.npy", num_rows, "vectors")
-            with (temporary / f"{modality}.npy").open("wb") as file:
-                write_header(file, (num_rows, export.width(modality)), export.dtype(modality))
-                for block in export.vectors(modality, _BLOCK):
-                    file.write(block.tobytes())
-                    progress.advance(len(block))
+            shape = (num_rows, export.width(modality))
+            stream = export.vectors(modality, _BLOCK)
+            write_array(temporary / f"{modality}.npy", stream, shape, export.dtype(modality), progress)
             progress.finish()
     return num_rows
 
@@ -100,11 +84,7 @@ class NpyFile:
     member: str | None = None
 
     def blocks(self, first: int, size: int) -> Iterator[Array]:
-        """Iterate over the rows from `first` on: arrays (B, D) of at most `size` rows.
-
-        Raises:
-            CorruptError: the file ends before its last row.
-        """
+        """Iterate over the rows from `first` on: arrays (B, D) of at most `size` rows."""
         row_bytes = self.width * np.dtype(self.dtype).itemsize
         with self._open() as file:
             _skip(file, self.start + first * row_bytes)
@@ -130,7 +110,6 @@ def open_npy(path: Path) -> NpyFile:
     """Read the header of a `.npy` file.
 
     Raises:
-        PathError: the file does not exist.
         CorruptError: it is not a `.npy` file, or ends before its last row.
         DataError: it is not a two-dimensional array of float16 or float32 in C order.
     """
@@ -144,14 +123,7 @@ def open_npy(path: Path) -> NpyFile:
 
 
 def open_npz(path: Path, name: str) -> NpyFile:
-    """Read the header of one array of an `.npz` file.
-
-    Raises:
-        PathError: the file does not exist.
-        CorruptError: it is not an `.npz` file.
-        UnknownNameError: it has no such array; the message lists those it has.
-        DataError: the array is not two-dimensional, of float16 or float32, in C order.
-    """
+    """Read the header of one array of an `.npz` file; raise an UnknownNameError that lists its arrays."""
     with damage_named(path), zipfile.ZipFile(path) as archive:
         names = [entry.removesuffix(".npy") for entry in archive.namelist()]
         if name not in names:
@@ -160,10 +132,14 @@ def open_npz(path: Path, name: str) -> NpyFile:
             return _parse_header(path, file, name)
 
 
-def write_header(file: IO[bytes], shape: tuple[int, int], dtype: str) -> None:
-    """Write the header of a `.npy` file, format 1.0: 128 bytes, one line that other readers parse by themselves."""
-    header = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": shape}
-    npy_format.write_array_header_1_0(file, header)
+def write_array(path: Path, stream: Iterable[Array], shape: tuple[int, int], dtype: str, progress: Progress) -> None:
+    """Write a `.npy` file, whose header is format 1.0: 128 bytes, one line that other readers parse by themselves."""
+    with path.open("wb") as file:
+        header = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": shape}
+        npy_format.write_array_header_1_0(file, header)
+        for block in stream:
+            file.write(block.tobytes())
+            progress.advance(len(block))
 
 
 @contextmanager
@@ -172,13 +148,21 @@ def damage_named(path: Path) -> Iterator[None]:
     try:
         with wrap_io_errors(path):
             yield
+    except EmbedcacheError:
+        raise
     except (zipfile.BadZipFile, EOFError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path} is damaged: {error or 'it ends too early'}; get the file again") from error
+    except ValueError as error:
+        raise CorruptError(
+            f"{path}: expected an array written by NumPy, got an error: {error}; get the file again"
+        ) from error
 
 
 def _parse_header(path: Path, file: IO[bytes], member: str | None) -> NpyFile:
     place = str(path) if member is None else f"{path}, array {member}"
-    shape, is_fortran, dtype = _read_header(path, file)
+    is_version_1 = npy_format.read_magic(file) == (1, 0)
+    read = npy_format.read_array_header_1_0 if is_version_1 else npy_format.read_array_header_2_0
+    shape, is_fortran, dtype = read(file)
     if len(shape) != 2 or is_fortran:
         order = " in Fortran order" if is_fortran else ""
         raise DataError(f"{place}: expected an array (rows, width) in C order, got shape {shape}{order}")
@@ -190,17 +174,6 @@ def _parse_header(path: Path, file: IO[bytes], member: str | None) -> NpyFile:
         start=file.tell(),
         member=member,
     )
-
-
-def _read_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    try:
-        version = npy_format.read_magic(file)
-        read = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-        return read(file)
-    except ValueError as error:
-        raise CorruptError(
-            f"{path}: expected an array written by NumPy, got an error: {error}; get the file again"
-        ) from error
 
 
 def _skip(file: IO[bytes], num_bytes: int) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,17 +14,13 @@ from embedcache.arrays import Array, blocks
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError
 from embedcache.files import replacing
-from embedcache.interop.exporting import check_new_file
+from embedcache.interop.exporting import VectorExport, check_new_file
 from embedcache.interop.imported import FileGroup, VectorImport, check_dtype
 from embedcache.progress import Progress
 from embedcache.registry import unknown_name
 from embedcache.sources.table_files import open_parquet, wrap_table_errors
 
-if TYPE_CHECKING:
-    from embedcache.interop.exporting import VectorExport
-
-FORM = "parquet"
-COLUMNS: Mapping[Modality, str] = {"image": "image_vector", "text": "text_vector"}
+_COLUMNS: Mapping[Modality, str] = {"image": "image_vector", "text": "text_vector"}
 _BLOCK = 8192
 
 
@@ -33,14 +29,9 @@ def open_parquet_vectors(
 ) -> VectorImport:
     """Open a Parquet file, or a folder of them in the order of their names.
 
-    Args:
-        path: file or folder.
-        image_vector_column: column of image vectors; if neither is named, `image_vector` and `text_vector`, or those of
-            them that exist.
-        text_vector_column: column of text vectors.
+    If no column is named, `image_vector` and `text_vector` are read, or those of them that exist.
 
     Raises:
-        PathError: there is no such file.
         SettingError: no column is named, and the default ones do not exist.
         UnknownNameError: a file has no such column.
         DataError: a column does not hold vectors of float16 or float32, or files differ in width or dtype.
@@ -51,35 +42,29 @@ def open_parquet_vectors(
     with wrap_table_errors(files[0]), open_parquet(files[0]) as file:
         schema = file.schema_arrow
     modalities = _modalities(schema, image_vector_column, text_vector_column, files[0])
-    groups = [FileGroup(vectors={name: open_column(file, name) for name in modalities}, table=file) for file in files]
-    return VectorImport(form=FORM, path=path, modalities=modalities, groups=groups, about=_origin(schema))
+    groups = [FileGroup(vectors={name: _open_column(file, name) for name in modalities}, table=file) for file in files]
+    return VectorImport(form="parquet", path=path, modalities=modalities, groups=groups, about=_origin(schema))
 
 
-def write_parquet(export: "VectorExport", path: Path, *, progress: Progress) -> int:
+def write_parquet(export: VectorExport, path: Path, *, progress: Progress) -> int:
     """Write one Parquet file, whole or not at all; return the number of rows. Vectors are as they are in the cache.
 
     Memory: a block, and the tables of the cache.
-
-    Raises:
-        PathError: the file exists, or its name does not end in `.parquet`.
     """
     check_new_file(path, ".parquet")
     with replacing(path) as temporary:
-        write_rows(temporary, table_blocks(export, progress), export.metadata)
+        write_rows(temporary, _table_blocks(export, progress), export.metadata)
     return len(export.samples)
 
 
-def table_blocks(
-    export: "VectorExport", progress: Progress, *, names: Mapping[Modality, str] = COLUMNS
-) -> Iterator[pa.Table]:
-    """Iterate over the columns and vectors of an export in tables of a few thousand rows."""
+def _table_blocks(export: VectorExport, progress: Progress) -> Iterator[pa.Table]:
     num_rows = len(export.samples)
     progress.start("writing", num_rows, "rows")
-    streams = {modality: export.vectors(modality, _BLOCK) for modality in export.modalities if modality in names}
+    streams = {modality: export.vectors(modality, _BLOCK) for modality in export.modalities}
     for rows in blocks(num_rows, _BLOCK):
         table = export.table(rows)
         for modality, stream in streams.items():
-            table = table.append_column(names[modality], vector_lists(next(stream)))
+            table = table.append_column(_COLUMNS[modality], vector_lists(next(stream)))
         yield table
         progress.advance(len(table))
     progress.finish()
@@ -104,11 +89,11 @@ def _modalities(
     schema: pa.Schema, image_column: str | None, text_column: str | None, path: Path
 ) -> Mapping[str, Modality]:
     if image_column is None and text_column is None:
-        image_column, text_column = (name if name in schema.names else None for name in COLUMNS.values())
+        image_column, text_column = (name if name in schema.names else None for name in _COLUMNS.values())
     if image_column is None and text_column is None:
         raise SettingError(
-            f"{path}: expected a column {' or '.join(COLUMNS.values())}; name one of its columns of vectors with "
-            f"--image-vector-column or --text-vector-column: {', '.join(vector_columns(schema)) or 'it has none'}"
+            f"{path}: expected a column {' or '.join(_COLUMNS.values())}; name one of its columns of vectors with "
+            f"--image-vector-column or --text-vector-column: {', '.join(_vector_columns(schema)) or 'it has none'}"
         )
     if image_column == text_column:
         raise SettingError(
@@ -133,15 +118,7 @@ _DTYPES = {"halffloat": "float16", "float": "float32"}
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetColumn:
-    """A column of float16 or float32 lists of one length.
-
-    Args:
-        path: path of the file.
-        column: name of the column.
-        num_rows: number of rows.
-        width: numbers per row.
-        dtype: `float16` or `float32`.
-    """
+    """A column of float16 or float32 lists of one length in a Parquet file."""
 
     path: Path
     column: str
@@ -162,37 +139,31 @@ class ParquetColumn:
                 row += len(batch)
 
     def _values(self, lists: pa.Array, first: int) -> Array:
-        found = lists.drop_null()
-        if not pa.types.is_fixed_size_list(lists.type):
-            self._check_lengths(lists, first)
-        values = np.full((len(lists), self.width), np.nan, self.dtype)
-        numbers = found.flatten().to_numpy(zero_copy_only=False)
-        values[lists.is_valid().to_numpy(zero_copy_only=False)] = numbers.reshape(len(found), self.width)
-        return values
-
-    def _check_lengths(self, lists: pa.Array, first: int) -> None:
-        lengths = lists.value_lengths().fill_null(self.width).to_numpy()
+        lengths = lists.value_lengths().fill_null(self.width).to_numpy(zero_copy_only=False)
         wrong = np.flatnonzero(lengths != self.width)
         if len(wrong):
             raise DataError(
                 f"{self.path}, column {self.column}, row {first + wrong[0]:,}: expected {self.width:,} numbers as in "
                 f"the first row, got {lengths[wrong[0]]:,}; vectors of a feature have one width"
             )
+        found = lists.drop_null()
+        values = np.full((len(lists), self.width), np.nan, self.dtype)
+        numbers = found.flatten().to_numpy(zero_copy_only=False)
+        values[lists.is_valid().to_numpy(zero_copy_only=False)] = numbers.reshape(len(found), self.width)
+        return values
 
 
-def open_column(path: Path, column: str) -> ParquetColumn:
+def _open_column(path: Path, column: str) -> ParquetColumn:
     """Open a column of vectors.
 
     Raises:
-        PathError: the file does not exist.
-        SourceError: it is not a Parquet file.
-        UnknownNameError: it has no such column; the message lists its columns of vectors.
+        UnknownNameError: there is no such column; the message lists the columns of vectors.
         DataError: the column does not hold lists of float16 or float32, or has no list at all.
     """
     with wrap_table_errors(path), open_parquet(path) as file:
         schema = file.schema_arrow
         if column not in schema.names:
-            raise unknown_name("column of vectors", column, vector_columns(schema), hint=f"in {path}")
+            raise unknown_name("column of vectors", column, _vector_columns(schema), hint=f"in {path}")
         kind = schema.field(column).type
         if not _is_list(kind):
             raise DataError(f"column {column} of {path}: expected lists of float16 or float32, got {kind}")
@@ -204,7 +175,7 @@ def open_column(path: Path, column: str) -> ParquetColumn:
         return ParquetColumn(path=path, column=column, num_rows=file.metadata.num_rows, width=width, dtype=dtype)
 
 
-def vector_columns(schema: pa.Schema) -> list[str]:
+def _vector_columns(schema: pa.Schema) -> list[str]:
     """Return the columns that hold lists of floating-point numbers."""
     return [field.name for field in schema if _is_list(field.type) and pa.types.is_floating(field.type.value_type)]
 

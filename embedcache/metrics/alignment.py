@@ -3,8 +3,8 @@
 x is (N, D) and y is (N, E); row i of both is the same sample. No N × N matrix is made.
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ def linear_cka(x_ND: Array, y_NE: Array) -> float:
     is its value for shuffled rows. Memory: both in float64, and three D × D matrices.
 
     Raises:
-        DataError: fewer than four rows, different numbers of rows, NaN, or constant rows.
+        DataError: fewer than four rows, different numbers of rows, NaN, or constant rows; so do the next two.
     """
     return float(cka(*(kernel_products(*pair).biased for pair in _feature_pairs(x_ND, y_NE)))[0])
 
@@ -35,7 +35,7 @@ def debiased_cka(x_ND: Array, y_NE: Array) -> float:
     """Compute linear CKA from unbiased estimates of each HSIC: about 0 for independent features, at most 1.
 
     HSIC is estimator HSIC_1 of "Feature Selection via Dependence Maximization" (JMLR 2012); it may fall
-    below 0. Memory and errors: those of `linear_cka`.
+    below 0.
     """
     return float(cka(*(kernel_products(*pair).unbiased for pair in _feature_pairs(x_ND, y_NE)))[0])
 
@@ -44,7 +44,7 @@ def shuffled_cka(x_ND: Array, y_NE: Array) -> float:
     """Compute the expected linear CKA after shuffling the rows of one feature.
 
     With centered Gram matrices K and L, the mean of tr(K P L P') over all permutations P is tr K tr L / (N - 1), so
-    this is exact. Errors: those of `linear_cka`.
+    this is exact.
     """
     (x, y), (_, _), (_, _) = _feature_pairs(x_ND, y_NE)
     return shuffled_from_products(x, y, kernel_products(x, x), kernel_products(y, y))
@@ -54,20 +54,13 @@ def mutual_knn(x_ND: Array, y_NE: Array, k: int) -> float:
     """Compute the mean fraction of k nearest neighbors that both features agree on; chance is k / (N - 1).
 
     By cosine, without the row itself: "The Platonic Representation Hypothesis" (ICML 2024).
-
-    Raises:
-        DataError: k is not below the number of rows, different numbers of rows, or NaN.
     """
     _check_paired(x_ND, y_NE)
     return float(neighbor_overlap(nearest_others(x_ND, k), nearest_others(y_NE, k)).mean())
 
 
 def nearest_others(rows_ND: Array, k: int) -> Ints:
-    """Find the k nearest other rows of each row by cosine: (N, K) int64. Memory: that of `top_k`.
-
-    Raises:
-        DataError: k is not from 1 to N - 1, or a row has NaN.
-    """
+    """Find the k nearest other rows of each row by cosine: (N, K) int64. Memory: that of `top_k`."""
     num_rows = len(rows_ND)
     if not 0 < k < num_rows:
         raise DataError(f"k: expected a number from 1 to {num_rows - 1} for {num_rows} rows, got {k}")
@@ -91,9 +84,6 @@ class CenteredRows:
     Args:
         rows: (N, D) any float; kept as float64, centered.
         block_N: (N,) int64, block of each row, from 0; None: no blocks.
-
-    Raises:
-        DataError: fewer than four rows without a block, NaN, or constant rows.
     """
 
     def __init__(self, rows: Array, block_N: Ints | None = None) -> None:
@@ -116,14 +106,8 @@ class CenteredRows:
         self.others_NG: Doubles = self.rows_ND @ self.sums_GD.T - self.squares_N[:, None]
 
 
-@dataclass(frozen=True)
-class KernelProducts:
-    """Inner products of two centered kernels, HSIC up to one factor: of all rows, then without each block.
-
-    Args:
-        biased: (1 + G,) float64.
-        unbiased: (1 + G,) float64.
-    """
+class KernelProducts(NamedTuple):
+    """Inner products of two centered kernels, HSIC up to one factor: (1 + G,) of all rows, then without each block."""
 
     biased: Doubles
     unbiased: Doubles
@@ -133,16 +117,11 @@ def kernel_products(x: CenteredRows, y: CenteredRows) -> KernelProducts:
     """Compute the products of two features with the same blocks. Memory: two D × E matrices."""
     total_DE = x.rows_ND.T @ y.rows_ND
     found = [_products_without(x, y, number, total_DE) for number in range(len(x.slices))]
-    biased, unbiased = np.array(found).T
-    return KernelProducts(biased, unbiased)
+    return KernelProducts(*np.array(found).T)
 
 
 def cka(xy: Doubles, xx: Doubles, yy: Doubles) -> Doubles:
-    """Compute CKA from the products of both features and of each with itself: three (M,) -> (M,).
-
-    Raises:
-        DataError: the product of a feature with itself is not above 0.
-    """
+    """Compute CKA from the products of both features and of each with itself: three (M,) -> (M,)."""
     if min(xx.min(), yy.min()) <= 0:
         raise DataError("CKA: a feature has too few or too similar rows: its unbiased HSIC is not above 0")
     ratio_M: Doubles = xy / np.sqrt(xx * yy)

@@ -10,10 +10,6 @@ def ranks_of(scores_NC: Floats, labels_N: Ints) -> Ints:
 
     A class with the same score or NaN counts as ranked before it, so that constant scores are never correct.
 
-    Args:
-        scores_NC: (N, C) float32.
-        labels_N: (N,) class of each item, from 0.
-
     Example:
         >>> ranks_of(np.array([[0.1, 0.9], [0.5, 0.5]], np.float32), np.array([1, 0])).tolist()
         [1, 2]

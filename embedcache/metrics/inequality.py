@@ -10,9 +10,6 @@ def gini(counts_C: Array) -> float:
 
     Half the mean absolute difference of two counts, over their mean; "Variabilità e mutabilità", Gini 1912.
 
-    Args:
-        counts_C: (C,) not negative.
-
     Example:
         >>> gini(np.array([1, 1, 1, 1])), gini(np.array([0, 0, 0, 4]))
         (0.0, 0.75)
@@ -27,10 +24,6 @@ def gini(counts_C: Array) -> float:
 
 def top_fraction(counts_C: Array, fraction: float) -> float:
     """Return the fraction of the sum in the largest fraction of the counts, at least one count; NaN if all are 0.
-
-    Args:
-        counts_C: (C,) not negative.
-        fraction: fraction of the counts, 0 to 1.
 
     Example:
         >>> top_fraction(np.array([1, 6, 1, 2]), 0.25)

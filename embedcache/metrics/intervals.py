@@ -1,6 +1,6 @@
 """Estimates with 95% intervals: bootstrap by clusters, jackknife by blocks, chance levels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,8 +41,6 @@ def bootstrap_means(
     values_MK: Array, clusters: Ints | None = None, *, num_draws: int = 2000, seed: int = 0
 ) -> list[Estimate]:
     """Compute `bootstrap_mean` of each of K columns, on the same resamples."""
-    if not len(values_MK):
-        raise DataError("bootstrap: expected at least one value, got none")
     cluster_M, count_G = _clusters(clusters, len(values_MK))
     sum_GK = np.stack([np.bincount(cluster_M, weights=column.astype(np.float64)) for column in values_MK.T], axis=1)
     means = [weight_G @ sum_GK / (weight_G @ count_G) for weight_G in _resamples(len(count_G), num_draws, seed)]
@@ -51,72 +49,54 @@ def bootstrap_means(
 
 def bootstrap_median(values: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
     """Compute a median, the lower one of two, with an interval as in `bootstrap_mean`."""
-    if not len(values):
-        raise DataError("bootstrap: expected at least one value, got none")
     order_M = np.argsort(values)
-    cluster_M, count_G = _clusters(clusters, len(values))
-    cluster_M = cluster_M[order_M]
 
     def median(weights_M: Array) -> float:
-        totals_M = np.cumsum(weights_M)
+        totals_M = np.cumsum(weights_M[order_M])
         return float(values[order_M[np.searchsorted(totals_M, totals_M[-1] / 2)]])
 
-    medians = [median(weight_G[cluster_M]) for weight_G in _resamples(len(count_G), num_draws, seed)]
-    return _estimates(np.array([median(np.ones(len(values)))]), np.array(medians)[:, None])[0]
+    return _bootstrap(median, len(values), clusters, num_draws, seed)
 
 
 def bootstrap_class_mean(
     values: Array, labels: Ints, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Compute the mean of class means, with a 95% percentile interval from resampling whole clusters.
+    """Compute the mean of class means, with an interval as in `bootstrap_mean`.
 
-    Args:
-        values: (M,) float or bool.
-        labels: (M,) int from 0, class of each value; classes without a value are left out.
-        clusters: as in `bootstrap_mean`.
-        num_draws: number of resamples.
-        seed: random seed of the resampling.
-
-    Raises:
-        DataError: there are no values.
+    `labels` are (M,) int from 0, the class of each value; classes without a value are left out.
     """
-    if not len(values):
-        raise DataError("bootstrap: expected at least one value, got none")
     values = values.astype(np.float64)
-    cluster_M, count_G = _clusters(clusters, len(values))
 
     def class_mean(weights_M: Array) -> float:
         sums, counts = np.bincount(labels, weights=weights_M * values), np.bincount(labels, weights=weights_M)
         return float((sums[counts > 0] / counts[counts > 0]).mean())
 
-    means = [class_mean(weight_G[cluster_M]) for weight_G in _resamples(len(count_G), num_draws, seed)]
-    return _estimates(np.array([class_mean(np.ones(len(values)))]), np.array(means)[:, None])[0]
+    return _bootstrap(class_mean, len(values), clusters, num_draws, seed)
 
 
 def bootstrap_runs(values_RM: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
-    """Compute the mean of several runs on the same items, with an interval from resampling runs and clusters.
-
-    Args:
-        values_RM: (R, M) float or bool, one row per run.
-        clusters: (M,) as in `bootstrap_mean`.
-        num_draws: number of resamples.
-        seed: random seed of the resampling.
-
-    Raises:
-        DataError: there are no values.
-    """
-    if not values_RM.size:
-        raise DataError("bootstrap: expected at least one value, got none")
+    """Compute the mean of several runs on the same items, (R, M), from resampling both runs and clusters."""
     num_runs, num_items = values_RM.shape
-    cluster_M, count_G = _clusters(clusters, num_items)
+    cluster_M, count_G = _clusters(clusters, num_items if num_runs else 0)
     sum_RG = np.stack([np.bincount(cluster_M, weights=row.astype(np.float64)) for row in values_RM])
     draws = zip(_resamples(len(count_G), num_draws, seed), _resamples(num_runs, num_draws, seed + 1), strict=True)
     means = [weight_R @ sum_RG @ weight_G / (num_runs * (weight_G @ count_G)) for weight_G, weight_R in draws]
     return _estimates(np.array([values_RM.mean(dtype=np.float64)]), np.array(means)[:, None])[0]
 
 
+def _bootstrap(
+    statistic: Callable[[Array], float], num_values: int, clusters: Ints | None, num_draws: int, seed: int
+) -> Estimate:
+    """Estimate a statistic that is computed from how often each value is drawn, (M,)."""
+    cluster_M, count_G = _clusters(clusters, num_values)
+    draws = [statistic(weight_G[cluster_M]) for weight_G in _resamples(len(count_G), num_draws, seed)]
+    return _estimates(np.array([statistic(np.ones(num_values))]), np.array(draws)[:, None])[0]
+
+
 def _clusters(clusters: Ints | None, num_values: int) -> tuple[Ints, Ints]:
     """Return the number of each value's cluster, from 0, and the cluster sizes."""
+    if not num_values:
+        raise DataError("bootstrap: expected at least one value, got none")
     numbers: Ints = np.arange(num_values)
     if clusters is not None:
         _, numbers = np.unique(clusters, return_inverse=True)
@@ -136,12 +116,7 @@ def _estimates(values_K: Array, means_RK: Array) -> list[Estimate]:
 
 
 def chance_estimate(probability: float, num_queries: int) -> Estimate:
-    """Return the chance level of a fraction of correct queries, with its 95% binomial interval.
-
-    Args:
-        probability: probability that one query is correct by chance.
-        num_queries: number of independent queries.
-    """
+    """Return the chance level of a fraction of correct independent queries, with its 95% binomial interval."""
     low, high = binom.ppf([0.025, 0.975], num_queries, probability) / num_queries
     return Estimate(probability, float(low), float(high))
 
@@ -155,10 +130,7 @@ def jackknife(values: Array, sizes: Ints) -> Estimate:
 
     Args:
         values: (1 + G,) statistic of all rows, then without each block.
-        sizes: (G,) number of rows of each block; every row is in one block.
-
-    Raises:
-        DataError: there are fewer than two blocks.
+        sizes: (G,) number of rows of each block, at least two; every row is in one block.
     """
     value, without_G = float(values[0]), values[1:]
     num_blocks = len(without_G)

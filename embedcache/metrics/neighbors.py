@@ -18,8 +18,6 @@ def top_k(queries_QP: Floats, candidates_CP: Floats, k: int, *, exclude_self: bo
     """Find the k candidates with the largest dot product. Memory: about 200 MB above the inputs and the result.
 
     Args:
-        queries_QP: (Q, P) float32.
-        candidates_CP: (C, P) float32.
         k: number of candidates per query, from 0 to C, or to C - 1 with `exclude_self`.
         exclude_self: queries and candidates are the same rows; a row is not its own neighbor.
 
@@ -67,17 +65,14 @@ def _largest(values_BC: Floats, k: int) -> Ints:
 
 
 class Closest(NamedTuple):
-    """The closest pairs between queries and candidates.
-
-    Args:
-        rows: (Q,) int64, closest candidate of each query; -1 without candidates.
-        sims: (Q,) float32, its similarity; -inf without candidates.
-        candidate_sims: (C,) float32, similarity of each candidate to its closest query.
-    """
+    """The closest pairs between queries and candidates."""
 
     rows: Ints
+    """(Q,) closest candidate of each query; -1 without candidates."""
     sims: Floats
+    """(Q,) its similarity; -inf without candidates."""
     candidate_sims: Floats
+    """(C,) similarity of each candidate to its closest query."""
 
 
 def closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
@@ -86,7 +81,6 @@ def closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
     Memory: a block of candidates, its product with 1,024 queries, and the result.
 
     Args:
-        queries_QP: (Q, P) float32, at least one row.
         candidates: blocks of (B, P) float32 rows; rows are counted across blocks.
 
     Example:
@@ -116,14 +110,7 @@ def closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
 def pairs_above(vectors_NP: Floats, cosine: float) -> Iterator[tuple[Ints, Ints]]:
     """Iterate over all pairs of rows above a cosine, each row with itself included, in tiles of 1,024 rows.
 
-    Memory: one tile of 1,024 x N similarities and its pairs.
-
-    Args:
-        vectors_NP: (N, P) float32 rows of length 1.
-        cosine: lower limit, exclusive.
-
-    Yields:
-        Two (M,) int64 arrays of row numbers.
+    Rows have length 1; a tile yields two (M,) int64 arrays of row numbers. Memory: 1,024 x N similarities.
     """
     for block in blocks(len(vectors_NP), _TILE):
         left, right = np.nonzero(vectors_NP[block] @ vectors_NP.T > cosine)
@@ -137,9 +124,8 @@ def vote(labels_QK: Ints, sims_QK: Floats, num_classes: int, *, temperature: flo
     the nearest neighbor's weight so that no temperature overflows.
 
     Args:
-        labels_QK: (Q, K) int64, class of each neighbor.
-        sims_QK: (Q, K) float32, similarity of each neighbor, best first.
-        num_classes: number of classes.
+        labels_QK: class of each neighbor.
+        sims_QK: similarity of each neighbor, best first.
         temperature: a lower temperature gives more weight to the nearest neighbors.
     """
     weights_QK = np.exp((sims_QK - sims_QK[:, :1]) / temperature)

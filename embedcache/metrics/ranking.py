@@ -15,12 +15,7 @@ def negatives_before(queries_QP: Floats, candidates_CP: Floats, positives: tuple
     ranked before the positive, so that a constant embedding scores zero. Tiled: about 200 MB above the inputs.
 
     Args:
-        queries_QP: (Q, P) float32.
-        candidates_CP: (C, P) float32.
         positives: two (M,) arrays, query and candidate of each positive pair; every query needs at least one.
-
-    Raises:
-        DataError: a query has no positive.
 
     Example:
         >>> eye = np.eye(3, dtype=np.float32)
@@ -61,11 +56,7 @@ def best_ranks(queries_QP: Floats, candidates_CP: Floats, positives: tuple[Ints,
 
 
 def first_ranks(query_M: Ints, before_M: Ints) -> Ints:
-    """Compute the ranks of `best_ranks` from the result of `negatives_before`: (Q,) int64.
-
-    Args:
-        query_M: (M,) query of each positive pair, every query from 0 at least once.
-        before_M: (M,) result of `negatives_before`.
+    """Compute the ranks of `best_ranks` from the result of `negatives_before` and the query of each positive pair.
 
     Example:
         >>> first_ranks(np.array([0, 1, 1]), np.array([2, 5, 0])).tolist()
@@ -79,9 +70,7 @@ def first_ranks(query_M: Ints, before_M: Ints) -> Ints:
 def average_precisions(query_M: Ints, before_M: Ints) -> Array:
     """Compute the average precision of each query: (Q,) float64, the mean over positives i of i / rank of the i-th.
 
-    Args:
-        query_M: as in `first_ranks`.
-        before_M: as in `first_ranks`.
+    Arguments are those of `first_ranks`.
 
     Example:
         >>> average_precisions(np.array([0, 1, 1]), np.array([1, 0, 1])).round(3).tolist()

@@ -16,24 +16,14 @@ Matrix = npt.NDArray[np.float64]
 
 
 def solve(name: str, moments: "Moments", width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
-    """Solve `cca`, `csa`, `procrustes` or `ridge`.
+    """Solve `cca`, `csa`, `procrustes` or `ridge`: (D, P) for images and (E, P) for texts, float64.
 
-    Args:
-        name: closed form.
-        moments: second moments of the training pairs.
-        width: P of the shared space; directions beyond the rank of the solution are zero.
-        shrinkage: regularization in units of the mean eigenvalue; use more for fewer pairs.
-
-    Returns:
-        (D, P) for images and (E, P) for texts, float64.
-
-    Raises:
-        SettingError: the shrinkage is not positive.
-        DataError: fewer than two rows.
+    P is the width; directions beyond the rank of the solution are zero. Shrinkage is regularization in units of the
+    mean eigenvalue; use more for fewer pairs.
     """
     if shrinkage <= 0:
         raise SettingError(f"shrinkage: expected a number above 0, got {shrinkage}")
-    forms = {"cca": cca, "csa": csa, "procrustes": procrustes, "ridge": ridge}
+    forms = {"cca": cca, "csa": _csa, "procrustes": _procrustes, "ridge": ridge}
     return forms[name](moments, width, shrinkage=shrinkage)
 
 
@@ -43,10 +33,6 @@ class Moments:
 
     The result does not depend on how rows are divided into batches, up to float64 rounding. Memory: three D × D
     matrices.
-
-    Args:
-        image_width: D of the image feature.
-        text_width: E of the text feature.
     """
 
     image_width: int
@@ -58,11 +44,7 @@ class Moments:
         self._products = np.zeros((len(self._sum), len(self._sum)))
 
     def add(self, images_BD: npt.NDArray[np.floating], texts_BE: npt.NDArray[np.floating]) -> None:
-        """Add aligned rows: two arrays of equal length and any float dtype.
-
-        Raises:
-            DataError: a value is NaN or infinite.
-        """
+        """Add aligned rows: two finite arrays of equal length and any float dtype."""
         rows = np.concatenate([images_BD, texts_BE], axis=1, dtype=np.float64)
         check_finite(rows, "the training pairs")
         self.num_rows += len(rows)
@@ -80,11 +62,7 @@ class Moments:
         return self._mean[self.image_width :]
 
     def covariances(self) -> tuple[Matrix, Matrix, Matrix]:
-        """Return the image, text and cross covariance: (D, D), (E, E), (D, E).
-
-        Raises:
-            DataError: fewer than two rows.
-        """
+        """Return the image, text and cross covariance: (D, D), (E, E), (D, E)."""
         if self.num_rows < 2:
             raise DataError(f"expected at least 2 pairs to fit a projector, got {self.num_rows}; add training samples")
         covariance = self._products / self.num_rows - np.outer(self._mean, self._mean)
@@ -106,7 +84,7 @@ def cca(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matr
     return _canonical(moments, width, shrinkage=shrinkage, power=1.0)
 
 
-def csa(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
+def _csa(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
     """Solve canonical similarity analysis: as `cca`, but inner products weight a direction by its correlation once.
 
     The projectors are Wx U diag(r)^1/2 and Wy V diag(r)^1/2. CSA, "Canonical Similarity Analysis" (ICLR 2025), which
@@ -129,7 +107,7 @@ def ridge(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Ma
     return _pad(weights @ axes, width), _pad(axes, width)
 
 
-def procrustes(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
+def _procrustes(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
     """Solve orthogonal Procrustes: the rotation that minimizes the distance of centered images to their texts.
 
     With U diag(s) V' the singular value decomposition of Sxy, images are rotated by U and texts by V, so that the

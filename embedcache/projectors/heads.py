@@ -30,13 +30,11 @@ class LinearProjector(nn.Module):
         self.linear = nn.Linear(input_width, output_width, bias=False)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch: (B, D) -> (B, P)."""
         projected: Tensor = self.linear(vectors_BD)
         return projected
 
     @torch.no_grad()
     def set_linear_map(self, weights_DP: Tensor) -> None:
-        """Set the projector to x @ weights."""
         self.linear.weight.copy_(weights_DP.T)
 
 
@@ -56,7 +54,6 @@ class IdentityProjector(nn.Module):
             )
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Return the batch."""
         return vectors_BD
 
 
@@ -79,13 +76,11 @@ class MlpProjector(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch: (B, D) -> (B, P)."""
         projected: Tensor = self.linear(vectors_BD) + self.output(self.hidden(vectors_BD))
         return projected
 
     @torch.no_grad()
     def set_linear_map(self, weights_DP: Tensor) -> None:
-        """Set the projector to x @ weights."""
         self.linear.weight.copy_(weights_DP.T)
         self.output.weight.zero_()
 
@@ -111,7 +106,6 @@ class GluProjector(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch: (B, D) -> (B, P)."""
         normed = self.norm(vectors_BD)
         gated = (relu6(self.gate(normed)) * self.value(normed)).clamp(-self.LARGEST, self.LARGEST)
         projected: Tensor = self.output(gated)
@@ -133,7 +127,6 @@ class FuseMixProjector(nn.Module):
         self.linear = nn.Linear(input_width, output_width)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch: (B, D) -> (B, P)."""
         for block in self.blocks:
             vectors_BD = vectors_BD + block(vectors_BD)
         projected: Tensor = self.linear(vectors_BD)
@@ -178,7 +171,6 @@ class ShareLockProjector(nn.Module):
         self.layers = nn.Sequential(*hidden, nn.Linear(self.HIDDEN_WIDTH, output_width))
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch: (B, D) -> (B, P)."""
         projected: Tensor = self.layers(vectors_BD)
         return projected
 
@@ -200,7 +192,6 @@ class AsifProjector(nn.Module):
         self.register_buffer("anchors", torch.zeros(output_width, input_width))
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch: (B, D) -> (B, P)."""
         cosines_BP = normalize(vectors_BD, dim=-1) @ self.anchors.T
         largest_BK, where_BK = cosines_BP.topk(min(self.NUM_KEPT, len(self.anchors)), dim=-1)
         kept_BK = largest_BK.float().clamp(min=0) ** self.POWER
@@ -212,57 +203,40 @@ class AsifProjector(nn.Module):
         self.anchors.copy_(normalize(anchors_PD, dim=-1))
 
 
-class OpenClipLinear(nn.Module):
+class _OpenClipHead(nn.Module):
+    has_raw_input = True
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, vectors_BD: Tensor) -> Tensor:
+        projected: Tensor = self.layers(vectors_BD)
+        return projected
+
+
+class OpenClipLinear(_OpenClipHead):
     """y = W x: open_clip's `linear` head for images and for texts."""
 
-    has_raw_input = True
-
     def __init__(self, input_width: int, output_width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(input_width, output_width, bias=False))
-
-    def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch: (B, D) -> (B, P)."""
-        projected: Tensor = self.layers(vectors_BD)
-        return projected
+        super().__init__(nn.Linear(input_width, output_width, bias=False))
 
 
-class OpenClipImageMlp(nn.Module):
+class OpenClipImageMlp(_OpenClipHead):
     """y = V gelu(U x + b), hidden width 2 P: open_clip's `timm_proj: mlp`."""
 
-    has_raw_input = True
-
     def __init__(self, input_width: int, output_width: int) -> None:
-        super().__init__()
-        hidden_width = 2 * output_width
-        self.layers = nn.Sequential(
-            nn.Linear(input_width, hidden_width), nn.GELU(), nn.Linear(hidden_width, output_width, bias=False)
-        )
-
-    def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch: (B, D) -> (B, P)."""
-        projected: Tensor = self.layers(vectors_BD)
-        return projected
+        width = 2 * output_width
+        super().__init__(nn.Linear(input_width, width), nn.GELU(), nn.Linear(width, output_width, bias=False))
 
 
-class OpenClipTextMlp(nn.Module):
+class OpenClipTextMlp(_OpenClipHead):
     """y = V gelu(U x), hidden width (D + P) / 2: open_clip's `hf_proj_type: mlp`."""
 
-    has_raw_input = True
-
     def __init__(self, input_width: int, output_width: int) -> None:
-        super().__init__()
-        hidden_width = (input_width + output_width) // 2
-        self.layers = nn.Sequential(
-            nn.Linear(input_width, hidden_width, bias=False),
-            nn.GELU(),
-            nn.Linear(hidden_width, output_width, bias=False),
-        )
-
-    def forward(self, vectors_BD: Tensor) -> Tensor:
-        """Project a batch: (B, D) -> (B, P)."""
-        projected: Tensor = self.layers(vectors_BD)
-        return projected
+        width = (input_width + output_width) // 2
+        layers = nn.Linear(input_width, width, bias=False), nn.GELU(), nn.Linear(width, output_width, bias=False)
+        super().__init__(*layers)
 
 
 class Dropout(nn.Dropout):

@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from embedcache.projectors.base import PROJECTORS, has_raw_input, has_token_input, split_names
+from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.towers import RawTower, TokenTower, Tower
 
 AnyTower: TypeAlias = Tower | RawTower | TokenTower
@@ -19,14 +19,7 @@ class AlignedPair(nn.Module):
     """Two towers and a temperature, trained together.
 
     The temperature is stored as the log of its inverse and clamped to 0.001 … 0.5, as in the code of "From Unimodal
-    to Multimodal" (CVPR 2025).
-
-    Args:
-        projector: name of the projector of both towers, or `IMAGE+TEXT`.
-        image_width: D of the image feature.
-        text_width: D of the text feature.
-        shared_width: P of the shared space.
-        dropout: fraction of each tower's input set to zero in training.
+    to Multimodal" (CVPR 2025). `dropout` is the fraction of each tower's input set to zero in training.
     """
 
     def __init__(
@@ -40,7 +33,6 @@ class AlignedPair(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        """The temperature, a scalar."""
         return torch.exp(-self.log_scale).clamp(*_TEMPERATURE_RANGE)
 
     @property
@@ -57,5 +49,5 @@ def _tower(projector: str, input_width: int, output_width: int, dropout: float) 
     kind = PROJECTORS.load(projector)
     if has_token_input(projector):
         return TokenTower(kind(input_width, output_width, dropout=dropout), input_width, output_width)
-    tower = RawTower if has_raw_input(projector) else Tower
+    tower = RawTower if getattr(kind, "has_raw_input", False) else Tower
     return tower(kind(input_width, output_width), input_width, output_width, dropout=dropout)

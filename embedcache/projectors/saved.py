@@ -6,7 +6,7 @@ This module is the only one that knows the keys of `config.json`.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,14 +32,7 @@ _STORED_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TowerInput:
-    """The frozen feature that a tower was trained on.
-
-    Args:
-        feature: `encoder/feature` in the cache.
-        spec: specification that opens the encoder again.
-        fingerprint: fingerprint of the encoder.
-        width: D.
-    """
+    """The frozen feature, `encoder/feature`, that a tower was trained on; `spec` opens the encoder again."""
 
     feature: str
     spec: str
@@ -53,15 +46,11 @@ class PairConfig:
 
     Args:
         projector: name of the projector of both towers, or `IMAGE+TEXT`.
-        shared_width: P.
-        image: input of the image tower.
-        text: input of the text tower.
         index_digest: digest of the sample and item tables of the cache, joined by `+` for several caches.
         training: all settings of the training run that affect its result.
         file_digests: SHA-256 of the files named by the settings `split` and `selection`, if any.
         split_digest: SHA-256 of `split.parquet`.
         weights_digest: SHA-256 of `model.safetensors`.
-        format: version of the format on disk.
     """
 
     projector: str
@@ -121,7 +110,6 @@ def save_pair(run_path: Path, pair: AlignedPair, config: PairConfig) -> None:
 
 
 def save_weights(path: Path, pair: AlignedPair) -> None:
-    """Write the weights of a pair, replacing the file."""
     state = {name: value.contiguous() for name, value in pair.state_dict().items()}
     with replacing(path) as temporary:
         save_file(state, temporary)
@@ -179,11 +167,7 @@ def project(tower: AnyTower, inputs: Inputs, *, device: str = "cpu") -> Floats:
 
 
 def check_feature(config: PairConfig, modality: str, name: str, fingerprint: Mapping[str, Any]) -> None:
-    """Check that a feature comes from the encoder that the tower was trained on.
-
-    Raises:
-        FingerprintError: another encoder made it; names the field with both values.
-    """
+    """Check that a feature comes from the encoder that the tower was trained on."""
     expected = config.tower_input(modality)
     check_same(
         f"the run's {modality} feature {expected.feature}",
@@ -193,28 +177,15 @@ def check_feature(config: PairConfig, modality: str, name: str, fingerprint: Map
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Size of a pair.
-
-    Args:
-        parameters: number of trained parameters, the temperature included.
-        flops_per_pair: operations of matrix products in a forward pass of one image and one text; a multiply-add
-            counts as two.
-    """
+class Cost(NamedTuple):
+    """Number of trained parameters, and operations of the matrix products of one pair; a multiply-add counts as two."""
 
     parameters: int
     flops_per_pair: int
 
 
 def cost(config: PairConfig, image_shape: tuple[int, ...], text_shape: tuple[int, ...]) -> Cost:
-    """Count parameters and operations without allocating the weights.
-
-    Args:
-        config: config of the pair.
-        image_shape: shape of one item, (D,) or (T, D).
-        text_shape: likewise.
-    """
+    """Count parameters and operations without allocating the weights; an item has the shape (D,) or (T, D)."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         pair = build(config).eval()
         pair.image(torch.zeros(1, *image_shape))

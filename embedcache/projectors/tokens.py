@@ -27,7 +27,6 @@ class MeanTokenProjector(nn.Module):
         self.output = nn.Linear(output_width, output_width)
 
     def forward(self, tokens_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
-        """Project a batch: (B, T, D) -> (B, P)."""
         is_token = None if lengths_B is None else _is_token(tokens_BTD, lengths_B)
         normed = self.norm(tokens_BTD if is_token is None else tokens_BTD[is_token])
         hidden = gelu(self.hidden(normed))
@@ -49,7 +48,6 @@ class ClsTokenProjector(nn.Module):
         self.patches = MeanTokenProjector(input_width, output_width, dropout)
 
     def forward(self, tokens_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
-        """Project a batch: (B, T, D) -> (B, P)."""
         cls: Tensor = self.cls(tokens_BTD[:, :1], None)
         if lengths_B is None:
             return cls if tokens_BTD.shape[1] == 1 else cls + self.patches(tokens_BTD[:, 1:], None)
@@ -74,7 +72,6 @@ class TokenMlpProjector(nn.Module):
         self.norm = nn.LayerNorm(output_width)
 
     def forward(self, tokens_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
-        """Project a batch: (B, T, D) -> (B, P)."""
         linear = self.linear(self.tokens(tokens_BTD, lengths_B))
         projected: Tensor = self.norm(self.residual(linear) + linear)
         return projected

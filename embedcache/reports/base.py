@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, Bools
 from embedcache.files import write_atomic
 from embedcache.metrics.intervals import Estimate
 
@@ -67,13 +67,7 @@ def interval_json(estimate: Estimate) -> list[float | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class PageItem:
-    """An image or a text on a page.
-
-    Args:
-        text: caption below the image, or the text itself.
-        image_url: a `data:` URL; None for a text.
-        is_correct: whether the item is marked as correct.
-    """
+    """An image on a page, as a `data:` URL with its caption below, or a text."""
 
     text: str = ""
     image_url: str | None = None
@@ -82,15 +76,7 @@ class PageItem:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryExample:
-    """A query with its top results.
-
-    Args:
-        query: the query.
-        outcome: how it went, in a few words.
-        is_correct: whether it went well.
-        results: top results, best first.
-        answer: a correct item, if none is among the results.
-    """
+    """A query with its top results, best first; how it went; and a correct item, if none is among the results."""
 
     query: PageItem
     outcome: str
@@ -100,14 +86,7 @@ class QueryExample:
 
 
 def ranked_example(query: PageItem, results: Sequence[PageItem], *, rank: int, answer: PageItem) -> QueryExample:
-    """Return the example of a query whose best correct item has `rank`; 1 is the top.
-
-    Args:
-        query: the query.
-        results: top results, best first.
-        rank: rank of the best correct item.
-        answer: a correct item, shown if none is among the results.
-    """
+    """Return the example of a query whose best correct item has `rank`; 1 is the top."""
     return QueryExample(
         query=query,
         outcome="correct at rank 1" if rank == 1 else f"first correct result at rank {rank:,}",
@@ -115,6 +94,16 @@ def ranked_example(query: PageItem, results: Sequence[PageItem], *, rank: int, a
         results=results,
         answer=None if any(result.is_correct for result in results) else answer,
     )
+
+
+def sample_outcomes(is_correct_N: Bools, num_each: int) -> list[int]:
+    """Sample the positions of `num_each` correct outcomes, then of as many wrong ones, or as many as there are."""
+    rng = np.random.default_rng(0)
+    return [
+        int(position)
+        for outcome_N in (is_correct_N, ~is_correct_N)
+        for position in rng.permutation(np.flatnonzero(outcome_N))[:num_each]
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +142,9 @@ def write_report(
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Render a template and write the page atomically; it loads nothing from elsewhere.
+    """Render a template of this folder and write the page atomically; it loads nothing from elsewhere.
 
-    Args:
-        path: file to write.
-        template: name of a template in `embedcache/reports`, such as `report.html.j2`.
-        values: variables of the template; text is escaped, SVG figures go through `| safe`.
+    Text in `values` is escaped; SVG figures go through `| safe`.
     """
     environment = Environment(
         loader=PackageLoader("embedcache.reports", ""),
@@ -171,11 +157,16 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     write_atomic(path, environment.get_template(template).render(**values).encode())
 
 
-INK, SOFT, GRID, INTERVAL = "#52606d", "#9aa5b1", "#e4e7eb", "#111827"
+INK, SOFT, GRID = "#52606d", "#9aa5b1", "#e4e7eb"
 COLORS = ("#2563eb", "#0d9488", "#9333ea", "#ea580c", "#db2777", "#ca8a04", "#111827")
 """Colors of series, in this order."""
 
-GOOD, BAD = "#15803d", "#b91c1c"
+BAD = "#b91c1c"
+
+
+def open_axes(height: float, *, width: float = 9, **subplots: Any) -> Any:
+    """Create a figure of that size in inches; return its axes, or an array of them, see `Figure.subplots`."""
+    return Figure(figsize=(width, height), layout="constrained").subplots(**subplots)
 
 
 def label(axes: Any, x: str, y: str = "") -> None:
@@ -188,11 +179,16 @@ def label(axes: Any, x: str, y: str = "") -> None:
         spine.set_color(INK)
 
 
-def estimate_bars(axes: Any, estimates: Sequence[Estimate], *, height: float, colors: Sequence[str] = COLORS) -> None:
-    """Draw one horizontal bar per estimate with its interval as a line, the first one at the top."""
-    for position, estimate in enumerate(estimates):
+def estimate_bars(
+    axes: Any, estimates: Mapping[str, Estimate], *, height: float, colors: Sequence[str] = COLORS
+) -> None:
+    """Draw one horizontal bar per named estimate with its interval as a line, the first one at the top."""
+    for position, estimate in enumerate(estimates.values()):
         axes.barh(position, estimate.value, color=colors[position % len(colors)], height=height)
-        axes.plot([estimate.low, estimate.high], [position, position], color=INTERVAL, linewidth=1.5)
+        axes.plot([estimate.low, estimate.high], [position, position], color="#111827", linewidth=1.5)
+    axes.set_yticks(range(len(estimates)), list(estimates))
+    if not axes.yaxis_inverted():
+        axes.invert_yaxis()  # once for axes that share it
 
 
 def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: str, limit: float | None = None) -> str:
@@ -206,8 +202,7 @@ def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: 
         y: label of the vertical axis.
         limit: value from which bars are red; None draws all bars alike.
     """
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(3)
     is_above = np.zeros(len(lows_H), bool) if limit is None else lows_H + width / 2 >= limit
     colors = np.where(is_above, BAD, COLORS[0])
     axes.bar(lows_H, counts_H, width=0.92 * width, align="edge", color=colors)
@@ -215,7 +210,7 @@ def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: 
         axes.axvline(limit, color=BAD, linestyle="--")
     axes.set_yscale("symlog", linthresh=1)
     label(axes, x, y)
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def svg(figure: Figure) -> str:

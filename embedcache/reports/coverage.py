@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from embedcache.arrays import Array, Ints
+from embedcache.arrays import Ints
 from embedcache.curate.counting import QUANTILES
 from embedcache.curate.coverage import ConceptCounts, CoverageReport
 from embedcache.reports.base import (
@@ -27,16 +26,15 @@ from embedcache.reports.base import (
     format_part,
     format_percent,
     label,
+    open_axes,
     round_json,
     svg,
     write_report,
 )
 from embedcache.reports.thumbnails import ItemRenderer, credit
 
-MAX_BARS = 50
-"""Largest number of concepts drawn as bars."""
-
 _FRACTIONS = (0.01, 0.1)
+_MAX_BARS = 50
 _MAX_GAPS = 100
 _MAX_EXAMPLES = 100
 _MAX_OVERLAPS = 20
@@ -57,7 +55,10 @@ def summary_table(report: CoverageReport) -> Table:
         ["items per concept, median", *(format_count(np.median(part.counts)) for part in parts)],
         ["Gini coefficient", *(format_fraction(part.gini) for part in parts)],
         *(
-            [f"matches of the largest {fraction:.0%} of concepts", *(_top_percent(part, fraction) for part in parts)]
+            [
+                f"matches of the largest {fraction:.0%} of concepts",
+                *(format_percent(part.top_fraction(fraction)) for part in parts),
+            ]
             for fraction in _FRACTIONS
         ),
     ]
@@ -68,17 +69,8 @@ def summary_table(report: CoverageReport) -> Table:
     return ["", *(part.name for part in parts)], rows
 
 
-def _top_percent(part: ConceptCounts, fraction: float) -> str:
-    return format_percent(part.top_fraction(fraction))
-
-
 def concept_table(report: CoverageReport, numbers: Ints | Sequence[int]) -> Table:
-    """Return the counts, threshold and similarities of some concepts.
-
-    Args:
-        report: report.
-        numbers: positions of the concepts.
-    """
+    """Return the counts, threshold and similarities of the concepts at some positions."""
     columns = ["concept", *(part.name for part in report.parts)]
     columns += ["most similar to it", "threshold", "median", "highest", "nearest concept"]
     return columns, [_concept_row(report, int(number)) for number in numbers]
@@ -100,16 +92,10 @@ def _concept_row(report: CoverageReport, number: int) -> list[str]:
 def overlap_table(report: CoverageReport, *, num_rows: int = _MAX_OVERLAPS) -> Table:
     """Return the pairs of concepts that share most items."""
     names = report.concepts.names
-    rows = [
-        [
-            names[pair.first],
-            names[pair.second],
-            format_count(pair.num_items),
-            format_fraction(pair.jaccard),
-            format_fraction(pair.cosine),
-        ]
-        for pair in report.overlaps[:num_rows]
-    ]
+    rows = []
+    for pair in report.overlaps[:num_rows]:
+        numbers = [format_count(pair.num_items), format_fraction(pair.jaccard), format_fraction(pair.cosine)]
+        rows.append([names[pair.first], names[pair.second], *numbers])
     return ["concept", "and", "items of both", "Jaccard index", "cosine of the concepts"], rows
 
 
@@ -125,16 +111,10 @@ def modality_line(images: CoverageReport, texts: CoverageReport) -> str:
 
 def modality_table(images: CoverageReport, texts: CoverageReport, *, num_rows: int) -> Table:
     """Return the concepts whose fraction of the images and fraction of the captions differ most."""
-    fractions = [part.counts / max(1, part.num_items) for part in (images.whole, texts.whole)]
+    parts = (images.whole, texts.whole)
+    fractions = [part.counts / max(1, part.num_items) for part in parts]
     order = np.argsort(-np.abs(fractions[0] - fractions[1]), kind="stable")[:num_rows]
-    rows = [
-        [
-            images.concepts.names[number],
-            format_count(images.whole.counts[number]),
-            format_count(texts.whole.counts[number]),
-        ]
-        for number in order
-    ]
+    rows = [[images.concepts.names[number], *(format_count(part.counts[number]) for part in parts)] for number in order]
     return ["concept", "images", "captions"], rows
 
 
@@ -161,7 +141,19 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
         else {"factory": report.index.factory, "recall_at_10": report.index.recall_at_10},
         "by_chance": report.expected_by_chance,
         "warnings": report.warnings(),
-        "parts": [_part_json(report, part) for part in report.parts],
+        "parts": [
+            {
+                "name": part.name,
+                "items": part.num_items,
+                "covered": part.num_covered,
+                "gaps": [report.concepts.names[number] for number in part.gaps(report.settings.min_count)],
+                "gini": round_json(part.gini),
+                **{
+                    f"share_of_largest_{fraction:g}": round_json(part.top_fraction(fraction)) for fraction in _FRACTIONS
+                },
+            }
+            for part in report.parts
+        ],
         "concepts": _concepts_json(report),
         "overlaps": [
             {
@@ -175,19 +167,10 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
     }
 
 
-def _part_json(report: CoverageReport, part: ConceptCounts) -> dict[str, Any]:
-    return {
-        "name": part.name,
-        "items": part.num_items,
-        "covered": part.num_covered,
-        "gaps": [report.concepts.names[number] for number in part.gaps(report.settings.min_count)],
-        "gini": round_json(part.gini),
-        **{f"share_of_largest_{fraction:g}": round_json(part.top_fraction(fraction)) for fraction in _FRACTIONS},
-    }
-
-
 def _concepts_json(report: CoverageReport) -> list[dict[str, Any]]:
-    keys = np.array(sample_keys(report, report.rows.ravel()), object).reshape(report.rows.shape)
+    cache = report.pool.cache
+    samples = cache.items(report.pool.modality)["sample"].to_numpy()[report.rows.ravel()]
+    keys = cache.samples["key"].take(pa.array(samples)).to_numpy().reshape(report.rows.shape)
     return [
         {
             "name": name,
@@ -208,24 +191,18 @@ def _concepts_json(report: CoverageReport) -> list[dict[str, Any]]:
     ]
 
 
-def sample_keys(report: CoverageReport, rows: Array) -> list[str]:
-    """Return the key of the sample that each of some items belongs to."""
-    cache = report.pool.cache
-    samples = cache.items(report.pool.modality)["sample"].to_numpy()[rows]
-    keys: list[str] = cache.samples["key"].take(pa.array(samples)).to_pylist()
-    return keys
-
-
 def write_coverage_page(path: Path, *reports: CoverageReport) -> None:
-    """Write a page of coverage by images, by captions, or by both.
-
-    Args:
-        path: file to write.
-        reports: one report, or that of the images and that of the captions; images are read again from the source.
-    """
+    """Write a page of coverage by images, by captions, or by both; images are read again from the source."""
     is_both = len(reports) == 2
     renderers = [ItemRenderer(report.pool.cache, report.pool.modality) for report in reports]
-    sections = [_modality_section(*reports)] if is_both else []
+    sections = []
+    if is_both:
+        notes = [
+            f"{modality_line(*reports).capitalize()}.",
+            "The table lists the concepts whose fractions of the images and of the captions differ most.",
+        ]
+        table = modality_table(*reports, num_rows=_MAX_DIFFERENCES)
+        sections = [Section(title="Images and captions", notes=notes, table=table)]
     for report, renderer in zip(reports, renderers, strict=True):
         prefix = f"{report.pool.modality.capitalize()}s: " if is_both else ""
         sections += [replace(section, title=f"{prefix}{section.title}") for section in _sections(report, renderer)]
@@ -244,26 +221,7 @@ def write_coverage_page(path: Path, *reports: CoverageReport) -> None:
     )
 
 
-def _modality_section(images: CoverageReport, texts: CoverageReport) -> Section:
-    notes = [
-        f"{modality_line(images, texts).capitalize()}.",
-        "The table lists the concepts whose fractions of the images and of the captions differ most.",
-    ]
-    table = modality_table(images, texts, num_rows=_MAX_DIFFERENCES)
-    return Section(title="Images and captions", notes=notes, table=table)
-
-
 def _sections(report: CoverageReport, renderer: ItemRenderer) -> list[Section]:
-    return [
-        Section(title="Summary", notes=_summary_notes(report), table=summary_table(report)),
-        _count_section(report),
-        _gap_section(report),
-        _overlap_section(report),
-        _concept_section(report, renderer),
-    ]
-
-
-def _summary_notes(report: CoverageReport) -> list[str]:
     notes = ["An item counts for every concept whose threshold its cosine exceeds, and is most similar to one of them."]
     if report.settings.threshold is None:
         notes.append(
@@ -271,16 +229,22 @@ def _summary_notes(report: CoverageReport) -> list[str]:
             f"{report.settings.deviations:g} standard deviations of their background, measured below the median, where "
             "items of the concept do not widen it. The number by chance is what a normal background puts above it."
         )
-    return notes
+    return [
+        Section(title="Summary", notes=notes, table=summary_table(report)),
+        _count_section(report),
+        _gap_section(report),
+        _overlap_section(report),
+        _concept_section(report, renderer),
+    ]
 
 
 def _count_section(report: CoverageReport) -> Section:
     parts, least = report.parts, report.settings.min_count
-    bars = coverage_bars(report.concepts.names, parts, min_count=least)
-    if len(report.concepts.names) <= MAX_BARS:
+    bars = _coverage_bars(report.concepts.names, parts, min_count=least)
+    if len(report.concepts.names) <= _MAX_BARS:
         return Section(title="Items per concept", figures=[bars])
-    notes = [f"All concepts as a curve, then the {MAX_BARS // 2} largest and the {MAX_BARS // 2} smallest as bars."]
-    figures = [coverage_curve(parts, min_count=least), bars]
+    notes = [f"All concepts as a curve, then the {_MAX_BARS // 2} largest and the {_MAX_BARS // 2} smallest as bars."]
+    figures = [_coverage_curve(parts, min_count=least), bars]
     return Section(title="Items per concept", notes=notes, figures=figures)
 
 
@@ -333,10 +297,9 @@ def _concept_example(report: CoverageReport, renderer: ItemRenderer, number: int
     )
 
 
-def coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
+def _coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     """Draw the items per concept, the largest first: one curve per part, dashed where gaps begin; an SVG element."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(3.4)
     for part, color in zip(parts, COLORS, strict=False):
         counts = np.sort(part.counts)[::-1]
         axes.plot(np.arange(1, len(counts) + 1), counts, color=color, label=part.name, linewidth=2)
@@ -346,16 +309,15 @@ def coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     axes.yaxis.set_major_formatter(_COUNT)
     axes.legend(frameon=False, labelcolor=INK)
     label(axes, f"concepts, the largest first; dashed: {min_count:,}, gaps lie below", "items above the threshold")
-    return svg(figure)
+    return svg(axes.figure)
 
 
-def coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_count: int) -> str:
+def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     """Draw one bar per concept and part as an SVG element; of many concepts the largest and the smallest."""
     order = largest_first(parts[0].counts)
-    if len(order) > MAX_BARS:
-        order = np.concatenate([order[: MAX_BARS // 2], order[-MAX_BARS // 2 :]])
-    figure = Figure(figsize=(9, 0.8 + (0.12 + 0.12 * len(parts)) * len(order)), layout="constrained")
-    axes = figure.subplots()
+    if len(order) > _MAX_BARS:
+        order = np.concatenate([order[: _MAX_BARS // 2], order[-_MAX_BARS // 2 :]])
+    axes = open_axes(0.8 + (0.12 + 0.12 * len(parts)) * len(order))
     height = 0.8 / len(parts)
     for number, part in enumerate(parts):
         places = np.arange(len(order)) + (number - (len(parts) - 1) / 2) * height
@@ -368,11 +330,11 @@ def coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_c
     axes.invert_yaxis()
     axes.margins(y=0.01)
     if len(order) < len(names):
-        axes.axhline(MAX_BARS // 2 - 0.5, color=SOFT, linewidth=1)
+        axes.axhline(_MAX_BARS // 2 - 0.5, color=SOFT, linewidth=1)
     if len(parts) > 1:
         axes.legend(frameon=False, labelcolor=INK, loc="lower right")
     label(axes, f"items above the threshold; dashed: {min_count:,}, gaps lie below")
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def largest_first(counts_C: Ints) -> Ints:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Ints
-from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupLevel, DedupReport
+from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupReport
 from embedcache.curate.keep import RemovedSamples
 from embedcache.curate.similar_pairs import histogram
 from embedcache.reports.base import (
@@ -32,23 +32,18 @@ _MAX_SHOWN_PER_GROUP = 8
 
 def threshold_table(analysis: DedupAnalysis) -> Table:
     """Return what removing copies only, and removing at each cosine, would do."""
-    columns = ["cosine", "samples with a near-duplicate", "removed", "kept", "removed of all"]
-    return columns, [_threshold_row(level, analysis.cache.info.num_samples) for level in analysis.levels()]
-
-
-def _threshold_row(level: DedupLevel, num_samples: int) -> list[str]:
-    name = "copies only" if level.cosine is None else f"{level.cosine:g}"
-    near = "" if level.num_near is None else format_count(level.num_near)
-    if level.num_gone is None:
-        return [name, near, "too many pairs", "", ""]
-    num_kept = num_samples - level.num_gone
-    return [
-        name,
-        near,
-        format_count(level.num_gone),
-        format_count(num_kept),
-        format_percent(level.num_gone / num_samples),
-    ]
+    num_samples = analysis.cache.info.num_samples
+    rows = []
+    for level in analysis.levels():
+        row = ["copies only" if level.cosine is None else f"{level.cosine:g}"]
+        row.append("" if level.num_near is None else format_count(level.num_near))
+        if level.num_gone is None:
+            row += ["too many pairs", "", ""]
+        else:
+            row += [format_count(level.num_gone), format_count(num_samples - level.num_gone)]
+            row.append(format_percent(level.num_gone / num_samples))
+        rows.append(row)
+    return ["cosine", "samples with a near-duplicate", "removed", "kept", "removed of all"], rows
 
 
 def comparison_line(analysis: DedupAnalysis) -> str:
@@ -110,6 +105,11 @@ def write_dedup_page(path: Path, result: DedupReport) -> None:
     analysis, removed = result.analysis, result.removed
     renderer = ItemRenderer(analysis.cache, analysis.feature.modality)
     num_removed = len(removed.samples)
+    near = np.flatnonzero(~removed.is_copy)
+    borderline = near[np.argsort(removed.cosines[near], kind="stable")][:_NUM_BORDERLINE].tolist()
+    rng = np.random.default_rng(analysis.settings.seed)
+    kept = np.sort(rng.permutation(np.unique(removed.kept))[:_NUM_GROUPS]).tolist()
+    groups = [np.flatnonzero(removed.kept == sample) for sample in kept]
     counts = [
         "copies only" if result.cosine is None else f"{result.cosine:g}",
         format_count(num_removed),
@@ -122,12 +122,12 @@ def write_dedup_page(path: Path, result: DedupReport) -> None:
         Section(
             title="Borderline cases",
             notes=["The removed samples closest to the threshold; left what is kept, right what is removed."],
-            examples=_borderline_examples(analysis, removed, renderer),
+            examples=[_example(analysis, removed, np.array([place]), renderer) for place in borderline],
         ),
         Section(
             title="Drawn at random",
             notes=["Left what is kept, right what is removed as its duplicate."],
-            examples=_group_examples(analysis, removed, renderer),
+            examples=[_example(analysis, removed, places, renderer) for places in groups],
         ),
     ]
     _write(path, analysis, "Duplicates", renderer, sections)
@@ -155,7 +155,7 @@ def _similarity_section(analysis: DedupAnalysis, limit: float | None) -> Section
 
 
 def _band_sections(analysis: DedupAnalysis, renderer: ItemRenderer) -> Iterator[Section]:
-    """Return one section for each band of cosines that has pairs, the closest first."""
+    """Iterate over one section for each band of cosines that has pairs, the closest first."""
     assert analysis.near is not None
     rng = np.random.default_rng(analysis.settings.seed)
     rows = analysis.copies.unique_rows
@@ -180,20 +180,6 @@ def _band_sections(analysis: DedupAnalysis, renderer: ItemRenderer) -> Iterator[
             )
 
 
-def _borderline_examples(
-    analysis: DedupAnalysis, removed: RemovedSamples, renderer: ItemRenderer
-) -> list[QueryExample]:
-    near = np.flatnonzero(~removed.is_copy)
-    order = near[np.argsort(removed.cosines[near], kind="stable")][:_NUM_BORDERLINE]
-    return [_example(analysis, removed, np.array([place]), renderer) for place in order.tolist()]
-
-
-def _group_examples(analysis: DedupAnalysis, removed: RemovedSamples, renderer: ItemRenderer) -> list[QueryExample]:
-    rng = np.random.default_rng(analysis.settings.seed)
-    kept = np.sort(rng.permutation(np.unique(removed.kept))[:_NUM_GROUPS]).tolist()
-    return [_example(analysis, removed, np.flatnonzero(removed.kept == sample), renderer) for sample in kept]
-
-
 def _example(analysis: DedupAnalysis, removed: RemovedSamples, places: Ints, renderer: ItemRenderer) -> QueryExample:
     """Return a kept sample beside the samples that are removed as its duplicates."""
     shown = places[np.argsort(-removed.cosines[places], kind="stable")][:_MAX_SHOWN_PER_GROUP]
@@ -212,5 +198,4 @@ def _example(analysis: DedupAnalysis, removed: RemovedSamples, places: Ints, ren
 
 
 def _first_row(analysis: DedupAnalysis, sample: int) -> int:
-    """Return the row of a sample's first usable item."""
     return int(analysis.copies.item_rows[np.searchsorted(analysis.copies.samples, sample)])

@@ -1,6 +1,7 @@
 """A comparison of encoder pairs as a table, JSON and one page with a heat map per metric."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
 from embedcache.evaluate.encoder_pairs import METRICS, ROWS, PairFigures, PairsReport
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import INK, Section, Table, format_estimate, format_fraction, svg, write_report
+from embedcache.reports.base import INK, Section, Table, format_estimate, format_fraction, open_axes, svg, write_report
 
 _NOTES = {
     "probe": "Recall at 10, mean of both directions, of a CCA fitted on the training part that ranks the validation "
@@ -30,14 +30,13 @@ def encoder_pairs_table(report: PairsReport) -> Table:
     """Return all metrics with their 95% intervals: one row per pair, best probe first, and a last row for chance."""
     columns = ["image × text", "probe i2t R@10", "probe t2i R@10", "mutual kNN", "debiased CKA", "linear CKA"]
     columns.append("shuffled")
-    rows = [_pair_row(pair) for pair in report.pairs]
+    rows = []
+    for pair in report.pairs:
+        estimates = (pair.i2t, pair.t2i, pair.mutual_knn, pair.debiased_cka, pair.linear_cka)
+        shuffled = format_fraction(pair.shuffled_cka)
+        rows.append([f"{pair.image} × {pair.text}", *map(format_estimate, estimates), shuffled])
     chance = [*(format_estimate(report.chance[way]) for way in ("i2t", "t2i")), format_fraction(report.knn_chance)]
     return columns, [*rows, ["chance", *chance, format_fraction(0.0), "as shuffled", ""]]
-
-
-def _pair_row(pair: PairFigures) -> list[str]:
-    estimates = (pair.i2t, pair.t2i, pair.mutual_knn, pair.debiased_cka, pair.linear_cka)
-    return [f"{pair.image} × {pair.text}", *map(format_estimate, estimates), format_fraction(pair.shuffled_cka)]
 
 
 def encoder_pairs_json(report: PairsReport) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def write_encoder_pairs_page(path: Path, report: PairsReport) -> None:
     best = report.pairs[0]
     table = Section(title="All pairs, best probe first", notes=[f"{report.line()}."], table=encoder_pairs_table(report))
     heat_maps = [
-        Section(title=name, notes=[_NOTES[metric]], figures=[heat_map(report, metric)])
+        Section(title=name, notes=[_NOTES[metric]], figures=[_heat_map(report, metric)])
         for metric, name in METRICS.items()
     ]
     pooling = [[feature, words] for feature, words in report.pooling.items()]
@@ -64,26 +63,23 @@ def write_encoder_pairs_page(path: Path, report: PairsReport) -> None:
     )
 
 
-_SHADES = colormaps["Blues"]
 _DARKEST = 0.6  # of the shades, so that dark text is readable on all of them
-_TEXT = "#1f2933"
 
 
-def heat_map(report: PairsReport, metric: str) -> str:
+def _heat_map(report: PairsReport, metric: str) -> str:
     """Draw one of `METRICS` as an SVG element: one row per image feature, one column per text feature.
 
     Both are in order of their mean probe, best first, so that the heat maps of all metrics have the same layout.
     """
-    images = _by_probe(report.pairs, lambda pair: pair.image)
-    texts = _by_probe(report.pairs, lambda pair: pair.text)
-    figure = Figure(figsize=(2.6 + 1.35 * len(texts), 0.9 + 0.55 * len(images)), layout="constrained")
-    axes = figure.subplots()
+    images = _by_probe(report.pairs, "image")
+    texts = _by_probe(report.pairs, "text")
+    axes = open_axes(0.9 + 0.55 * len(images), width=2.6 + 1.35 * len(texts))
     pairs = {(pair.image, pair.text): pair for pair in report.pairs}
     values = np.array([[pairs[image, text].value(metric) for text in texts] for image in images])
     lowest = min(0.0, values.min())  # colors start at 0, so that a small difference looks small
     scale = Normalize(lowest, lowest + (values.max() - lowest) / _DARKEST)
-    axes.imshow(values, cmap=_SHADES, norm=scale, aspect="auto")
-    centered: dict[str, Any] = {"ha": "center", "va": "center", "color": _TEXT}
+    axes.imshow(values, cmap=colormaps["Blues"], norm=scale, aspect="auto")
+    centered: dict[str, Any] = {"ha": "center", "va": "center", "color": "#1f2933"}
     for row, image in enumerate(images):
         for column, text in enumerate(texts):
             axes.text(column, row - 0.12, format_fraction(values[row, column]), **centered)
@@ -92,12 +88,14 @@ def heat_map(report: PairsReport, metric: str) -> str:
     axes.set_yticks(range(len(images)), [image.replace("/", "/\n", 1) for image in images], fontsize=8)
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
-    return svg(figure)
+    return svg(axes.figure)
 
 
-def _by_probe(pairs: Sequence[PairFigures], name_of: Callable[[PairFigures], str]) -> list[str]:
-    means = {name: np.mean([pair.probe for pair in pairs if name_of(pair) == name]) for name in map(name_of, pairs)}
-    return sorted(means, key=lambda name: -means[name])
+def _by_probe(pairs: Sequence[PairFigures], modality: str) -> list[str]:
+    probes = defaultdict(list)
+    for pair in pairs:
+        probes[getattr(pair, modality)].append(pair.probe)
+    return sorted(probes, key=lambda name: -np.mean(probes[name]))
 
 
 def _interval(pair: PairFigures, metric: str) -> str:

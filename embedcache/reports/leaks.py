@@ -23,15 +23,7 @@ _MAX_PAIRS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class LeakedPair:
-    """A test item and the training item closest to it.
-
-    Args:
-        test_row: row of the test item.
-        train_row: row of the training item.
-        test: key of the test item's sample, or the text itself.
-        train: the same for the training item.
-        similarity: `equal` or the cosine.
-    """
+    """A test item and the training item closest to it: rows, and the keys of their samples or the texts themselves."""
 
     test_row: int
     train_row: int
@@ -55,29 +47,23 @@ def leak_notes(leaks: LeakReport) -> list[str]:
 def leak_table(leaks: LeakReport) -> Table:
     """Return the number of test samples with copies or near-duplicates in training, one row per modality."""
     columns = ["compared", "feature", "cosine", "test samples copied", "copied or near", "training samples"]
-    return [*columns, "highest cosine"], [_leak_row(leak) for leak in leaks.leaks]
-
-
-def _leak_row(leak: ModalityLeaks) -> list[str]:
-    return [
-        f"{len(leak.test.rows):,} × {len(leak.train.rows):,} {leak.modality}s",
-        leak.feature or "hashes only",
-        f"{leak.cosine:g}" if leak.feature else "",
-        format_count(len(leak.copied_samples)),
-        format_count(len(leak.leaked_samples)) if leak.feature else "unknown",
-        format_count(len(leak.train_samples)),
-        format_fraction(leak.highest),
+    rows = [
+        [
+            f"{len(leak.test.rows):,} × {len(leak.train.rows):,} {leak.modality}s",
+            leak.feature or "hashes only",
+            f"{leak.cosine:g}" if leak.feature else "",
+            format_count(len(leak.copied_samples)),
+            format_count(len(leak.leaked_samples)) if leak.feature else "unknown",
+            format_count(len(leak.train_samples)),
+            format_fraction(leak.highest),
+        ]
+        for leak in leaks.leaks
     ]
+    return [*columns, "highest cosine"], rows
 
 
 def closest_pairs(leaks: LeakReport, leak: ModalityLeaks, num_pairs: int) -> list[LeakedPair]:
-    """Return the leaked test items closest to training, copies first, each with its closest training item.
-
-    Args:
-        leaks: comparison of the two caches.
-        leak: comparison in one modality.
-        num_pairs: pairs to return, or as many as there are.
-    """
+    """Return the leaked test items closest to training, copies first, each with its closest training item."""
     leaked = np.flatnonzero(leak.is_leaked)
     order = leaked[np.lexsort((leaked, -leak.cosines[leaked], ~leak.is_copy[leaked]))][:num_pairs]
     items = [(leaks.test, leak.test.rows[order]), (leaks.train, leak.train_rows[order])]

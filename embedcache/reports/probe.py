@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from embedcache.evaluate.classifiers import METHODS
@@ -22,6 +21,7 @@ from embedcache.reports.base import (
     format_fraction,
     interval_json,
     label,
+    open_axes,
     round_json,
     svg,
     write_report,
@@ -36,24 +36,21 @@ _MAX_CLASSES = 40
 def probe_table(report: ProbeReport) -> Table:
     """Return accuracies: one row per method, one per control, and two for guessing without a feature."""
     majority, uniform = format_fraction(report.majority), format_fraction(report.uniform)
-    rows = [
-        *(_score_row(score) for score in report.scores),
+    rows = []
+    for score in report.scores:
+        accuracies = (
+            format_estimate(score.accuracy),
+            format_fraction(score.top5),
+            format_estimate(score.mean_per_class),
+        )
+        chosen = [text.format(score.chosen[key]) for key, text in _CHOSEN.items() if key in score.chosen]
+        rows.append([score.method, *accuracies, ", ".join(chosen)])
+    rows += [
         *([control_name(control), format_estimate(control.accuracy), "", "", ""] for control in report.controls),
         ["the most frequent class", majority, "", uniform, ""],
         ["a class at random", uniform, "", uniform, ""],
     ]
     return ["", "top-1 [95%]", "top-5", "mean per class [95%]", "chosen on validation"], rows
-
-
-def _score_row(score: Score) -> list[str]:
-    chosen = [text.format(score.chosen[key]) for key, text in _CHOSEN.items() if key in score.chosen]
-    return [
-        score.method,
-        format_estimate(score.accuracy),
-        format_fraction(score.top5),
-        format_estimate(score.mean_per_class),
-        ", ".join(chosen),
-    ]
 
 
 def control_name(control: Control) -> str:
@@ -75,30 +72,23 @@ def probe_json(report: ProbeReport, dataset: str) -> dict[str, Any]:
     """Return a report as JSON values with the keys of CLIP_benchmark's files; `details` holds everything else.
 
     Metrics of logistic regression begin with CLIP_benchmark's `lp_`, those of other methods with the method's name.
-
-    Args:
-        report: report.
-        dataset: name of the dataset.
     """
     feature = report.labeled.feature
+    metrics: dict[str, float | None] = {}
+    for score in report.scores:
+        prefix = _PREFIXES.get(score.method, score.method)
+        metrics[f"{prefix}_acc1"] = round_json(score.accuracy.value)
+        metrics[f"{prefix}_acc5"] = round_json(score.top5)
+        metrics[f"{prefix}_mean_per_class_recall"] = round_json(score.mean_per_class.value)
     is_linear = any(score.method != "knn" for score in report.scores)
     return {
         "dataset": dataset,
         "model": feature.spec,
         "pretrained": feature.fingerprint.get("revision") or f"sha256:{feature.fingerprint['weights'][:16]}",
         "task": "linear_probe" if is_linear else "knn",
-        "metrics": {name: value for score in report.scores for name, value in _metrics_json(score).items()},
+        "metrics": metrics,
         "language": None,
         "details": _details(report),
-    }
-
-
-def _metrics_json(score: Score) -> dict[str, float | None]:
-    prefix = _PREFIXES.get(score.method, score.method)
-    return {
-        f"{prefix}_acc1": round_json(score.accuracy.value),
-        f"{prefix}_acc5": round_json(score.top5),
-        f"{prefix}_mean_per_class_recall": round_json(score.mean_per_class.value),
     }
 
 
@@ -121,7 +111,13 @@ def _details(report: ProbeReport) -> dict[str, Any]:
         "warnings": report.warnings(),
         "chance": {"majority_acc1": round_json(report.majority), "uniform_acc1": round_json(report.uniform)},
         "methods": {score.method: _score_json(score, data.names) for score in report.scores},
-        "shuffled_labels": {control.method: _control_json(control) for control in report.controls},
+        "shuffled_labels": {
+            control.method: {
+                **_estimate_json(control.accuracy),
+                "by_shuffle": list(map(round_json, control.by_shuffle)),
+            }
+            for control in report.controls
+        },
         "few_shot": _few_shot_json(report.few_shots),
         "few_shot_draws": settings.draws if settings.shots else 0,
     }
@@ -138,10 +134,6 @@ def _score_json(score: Score, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _control_json(control: Control) -> dict[str, Any]:
-    return {**_estimate_json(control.accuracy), "by_shuffle": list(map(round_json, control.by_shuffle))}
-
-
 def _few_shot_json(few_shots: Sequence[FewShot]) -> Mapping[str, Mapping[str, Any]]:
     return {
         method: {str(result.shots): _estimate_json(result.accuracy) for result in few_shots if result.method == method}
@@ -154,13 +146,15 @@ def _estimate_json(estimate: Estimate) -> dict[str, Any]:
 
 
 def write_probe_page(path: Path, report: ProbeReport) -> None:
-    """Write a page with the accuracies, the few-shot curve and each class.
-
-    Args:
-        path: file to write.
-        report: report.
-    """
-    few_shot = [_few_shot_section(report)] if report.few_shots else []
+    """Write a page with the accuracies, the few-shot curve and each class."""
+    few_shot = []
+    if report.few_shots:
+        note = (
+            f"Fitted on that many training items per class, {report.settings.draws} draws, at a fixed regularization "
+            "strength; intervals are over draws and test items."
+        )
+        table, figures = few_shot_table(report), [_few_shot_curve(report)]
+        few_shot = [Section(title="Few items per class", notes=[note], table=table, figures=figures)]
     write_report(
         path,
         title=f"How well {report.labeled.feature.name} predicts {report.settings.label!r}",
@@ -171,7 +165,10 @@ def write_probe_page(path: Path, report: ProbeReport) -> None:
 
 
 def _accuracy_section(report: ProbeReport) -> Section:
-    notes = [f"{score.method}: {_method_summary(score.method)}" for score in report.scores]
+    notes = []
+    for score in report.scores:
+        about = METHODS.load(score.method).__doc__ or "a method of your own"
+        notes.append(f"{score.method}: {about.strip().splitlines()[0]}")
     notes.append("Vectors have length 1; linear methods then center them and divide by one number.")
     if report.controls:
         notes.append(
@@ -183,20 +180,6 @@ def _accuracy_section(report: ProbeReport) -> Section:
     rows |= {f"{control.method}, labels shuffled": control.accuracy for control in report.controls}
     figure = accuracy_bars(rows, chance=max(report.majority, report.uniform))
     return Section(title="Accuracy on the test items", notes=notes, table=probe_table(report), figures=[figure])
-
-
-def _method_summary(method: str) -> str:
-    return (METHODS.load(method).__doc__ or "a method of your own").strip().partition("\n")[0]
-
-
-def _few_shot_section(report: ProbeReport) -> Section:
-    note = (
-        f"Fitted on that many training items per class, {report.settings.draws} draws, at a fixed regularization "
-        "strength; intervals are over draws and test items."
-    )
-    return Section(
-        title="Few items per class", notes=[note], table=few_shot_table(report), figures=[few_shot_curve(report)]
-    )
 
 
 def _class_section(report: ProbeReport) -> Section:
@@ -217,11 +200,10 @@ def _class_section(report: ProbeReport) -> Section:
     )
 
 
-def few_shot_curve(report: ProbeReport) -> str:
+def _few_shot_curve(report: ProbeReport) -> str:
     """Draw accuracy by training items per class, and the accuracy with all of them dashed, as an SVG element."""
     shots = sorted({result.shots for result in report.few_shots})
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(3.6)
     for score, color in zip(report.scores, COLORS * len(report.scores), strict=False):
         results = sorted((r for r in report.few_shots if r.method == score.method), key=lambda result: result.shots)
         lows, highs = [r.accuracy.low for r in results], [r.accuracy.high for r in results]
@@ -236,5 +218,5 @@ def few_shot_curve(report: ProbeReport) -> str:
     axes.set_ylim(0, 1)
     axes.grid(axis="y", color=GRID)
     label(axes, "training items per class; dashed: all of them", "top-1 accuracy")
-    figure.legend(frameon=False, labelcolor=INK, loc="outside upper right", ncols=4)
-    return svg(figure)
+    axes.figure.legend(frameon=False, labelcolor=INK, loc="outside upper right", ncols=4)
+    return svg(axes.figure)

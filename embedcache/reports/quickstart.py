@@ -4,12 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from statistics import fmean
 
 from embedcache.evaluate.retrieval import RetrievalReport, rank
 from embedcache.evaluate.runs import load_runs
-from embedcache.reports.base import COLORS, INK, label, svg, write_page
+from embedcache.reports.base import COLORS, INK, label, open_axes, svg, write_page
 from embedcache.reports.retrieval import query_sections, recall_bars, retrieval_table
 from embedcache.reports.thumbnails import Thumbnails, credit
 from embedcache.search.search import Hit
@@ -18,14 +17,7 @@ from embedcache.store.cache import Cache
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One finished stage of the quickstart.
-
-    Args:
-        name: short name, such as `train seed-0`.
-        command: shell command that does the same.
-        seconds: wall-clock time.
-        outcome: result in one line.
-    """
+    """One finished stage of the quickstart, the shell command that does the same, and its result in one line."""
 
     name: str
     command: str
@@ -68,7 +60,7 @@ def write_quickstart_page(report: QuickstartReport, cache: Cache) -> None:
         trained=trained,
         table=retrieval_table(report.retrieval),
         bars=recall_bars({**recalls, "chance": trained.chance}),
-        curves=training_curves(report.run_paths),
+        curves=_training_curves(report.run_paths),
         queries=query_sections(cache, rank(cache, load_runs(report.run_paths[:1])[0])),
         hits={
             query: [(thumbnails.data_url(hit.row), ", ".join(hit.captions), hit.score) for hit in hits]
@@ -78,21 +70,16 @@ def write_quickstart_page(report: QuickstartReport, cache: Cache) -> None:
     )
 
 
-def training_curves(run_paths: Sequence[Path]) -> str:
+def _training_curves(run_paths: Sequence[Path]) -> str:
     """Draw training loss by step and validation recall by epoch, one line per run, as an SVG element."""
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    loss_axes, recall_axes = figure.subplots(1, 2)
+    loss_axes, recall_axes = open_axes(3, ncols=2)
     for path, color in zip(run_paths, COLORS, strict=False):
         lines = [json.loads(line) for line in (path / "losses.jsonl").read_text().splitlines()]
         losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-        recalls = [(line["epoch"], _mean(line["validation"])) for line in lines if "validation" in line]
+        recalls = [(line["epoch"], fmean(line["validation"].values())) for line in lines if "validation" in line]
         loss_axes.plot(*zip(*losses, strict=True), color=color, label=path.name)
         recall_axes.plot(*zip(*recalls, strict=True), color=color, marker=".", label=path.name)
     label(loss_axes, "step", "training loss")
     label(recall_axes, "epoch (0: closed form)", "validation recall, mean of R@1, 5, 10")
     loss_axes.legend(frameon=False, labelcolor=INK)
-    return svg(figure)
-
-
-def _mean(recalls: Mapping[str, float]) -> float:
-    return sum(recalls.values()) / len(recalls)
+    return svg(loss_axes.figure)

@@ -6,7 +6,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from embedcache.errors import SettingError
 from embedcache.evaluate.retrieval import RetrievalReport
@@ -20,9 +20,7 @@ from embedcache.store.cache import Cache
 MODEL = "embedcache"
 """Name of the model in a result, and of its type among CLIP_benchmark's model types."""
 
-BenchmarkTask: TypeAlias = Literal["zeroshot_classification", "zeroshot_retrieval"]
-
-METRICS: Mapping[BenchmarkTask, str] = {
+_METRICS = {
     "zeroshot_classification": "acc1|acc5|mean_per_class_recall",
     "zeroshot_retrieval": r"(image|text)_retrieval_recall@\d+",
 }
@@ -33,7 +31,7 @@ _TOP_K = 5
 
 
 def clip_benchmark_result(
-    task: BenchmarkTask,
+    task: str,
     metrics: Mapping[str, float],
     *,
     dataset: Path | str,
@@ -45,21 +43,15 @@ def clip_benchmark_result(
 
     Args:
         task: CLIP_benchmark's name of the task.
-        metrics: fractions from 0 to 1 by CLIP_benchmark's names, see `METRICS`.
+        metrics: fractions from 0 to 1 by CLIP_benchmark's names, see `_METRICS`; another name raises a SettingError.
         dataset: path of the evaluated dataset; its last part names it.
-        runs: the run, or the seeds that were averaged.
+        runs: the run, or the seeds that were averaged, which `pretrained` lists.
         language: language of the class names and templates, or of the captions.
         details: our own JSON values: counts, chance, intervals.
-
-    Returns:
-        `dataset`, `model`, `pretrained` (the runs, separated by commas), `task`, `metrics`, `language`, `details`.
-
-    Raises:
-        SettingError: a metric that the task does not have.
     """
     for name in metrics:
-        if not re.fullmatch(METRICS[task], name):
-            raise SettingError(f"metric of {task}: expected CLIP_benchmark's {METRICS[task]}, got {name!r}")
+        if not re.fullmatch(_METRICS[task], name):
+            raise SettingError(f"metric of {task}: expected CLIP_benchmark's {_METRICS[task]}, got {name!r}")
     return {
         "dataset": Path(dataset).name,
         "model": MODEL,
@@ -72,16 +64,11 @@ def clip_benchmark_result(
 
 
 def retrieval_result(report: RetrievalReport, *, cache: Path | str, runs: Sequence[Path | str]) -> dict[str, Any]:
-    """Return a retrieval report as CLIP_benchmark's `zeroshot_retrieval`.
+    """Return a retrieval report of a run, or of seeds that were averaged, as CLIP_benchmark's `zeroshot_retrieval`.
 
     `image_retrieval_recall@K` is the fraction of texts with their image among the top K, `text_retrieval_recall@K`
     that of images with any of their texts there. Two things differ: equal texts and copies of an image are positives
     of each other here and not there; among equal similarities we rank the wrong ones first, CLIP_benchmark any.
-
-    Args:
-        report: report of the runs.
-        cache: evaluated cache.
-        runs: the run, or the seeds that were averaged.
     """
     metrics = {
         f"{_RETRIEVED[way]}_retrieval_recall@{name.removeprefix('r@')}": estimate.value
@@ -101,14 +88,7 @@ def retrieval_result(report: RetrievalReport, *, cache: Path | str, runs: Sequen
 def zero_shot_result(
     report: ZeroShotReport, *, cache: Path | str, prompts: Path | str, runs: Sequence[Path | str]
 ) -> dict[str, Any]:
-    """Return a zero-shot report as CLIP_benchmark's `zeroshot_classification`; `acc5` needs five classes, as there.
-
-    Args:
-        report: report of the runs.
-        cache: cache of the images.
-        prompts: cache of the class prompts, which knows their language.
-        runs: the run, or the seeds that were averaged.
-    """
+    """Return a zero-shot report as CLIP_benchmark's `zeroshot_classification`; `acc5` needs five classes, as there."""
     metrics = {name: estimate.value for name, estimate in report.accuracies.items()}
     if len(report.names) < _TOP_K:
         del metrics["acc5"]
@@ -126,10 +106,7 @@ def zero_shot_result(
 def write_results(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Write results for `clip_benchmark build`, which makes one row of each file.
 
-    Args:
-        path: a `.json` file, which holds the first result and the others in its `details.others`; or a folder, which
-            gets one file per result.
-        results: name -> result, at least one.
+    A `.json` file holds the first result, and the others in its `details.others`; a folder gets one file per result.
     """
     if path.suffix == ".json":
         (_, first), *others = results.items()

@@ -23,15 +23,9 @@ _MOST_REASONS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Summary of an artifact.
+    """Summary of a `cache`, `run`, `index`, `study` or `selection`: lines, a table (unless empty), and notes below it.
 
-    Args:
-        kind: `cache`, `run`, `index`, `study` or `selection`.
-        lines: lines to print first.
-        columns: names of the columns of a table.
-        rows: rows of the table; empty: no table.
-        notes: lines to print below the table.
-        record: the content as JSON values.
+    `record` is the content as JSON values.
     """
 
     kind: str
@@ -87,7 +81,8 @@ def _summarize_cache(path: Path) -> Summary:
 
 
 def _summarize_run(path: Path) -> Summary:
-    config, outcome = read_config(path), _record(path).get("outcome", {})
+    config = read_config(path)
+    outcome = read_json(path / "record.json").get("outcome", {}) if (path / "record.json").is_file() else {}
     projector = config.training["model"]["projector"]
     lines = [f"{path}: projector {projector}, shared width {config.shared_width}, seed {config.training['seed']}"]
     rows = []
@@ -167,11 +162,6 @@ def _summarize_selection(path: Path) -> Summary:
         notes=[f"and {len(reasons) - _MOST_REASONS:,} other reasons"] if len(reasons) > _MOST_REASONS else [],
         record={"path": str(path), **about, "num_samples": len(table)},
     )
-
-
-def _record(path: Path) -> dict[str, Any]:
-    record: dict[str, Any] = read_json(path / "record.json") if (path / "record.json").is_file() else {}
-    return record
 
 
 _SUMMARIES: Mapping[str, Callable[[Path], Summary]] = {

@@ -19,14 +19,7 @@ def credit(cache: Cache) -> str:
 
 
 class Thumbnails:
-    """Reads images again from the source of a cache and scales them down.
-
-    Args:
-        cache: cache with images.
-
-    Raises:
-        EmbedcacheError: the source cannot be opened again.
-    """
+    """Reads images again from the source of a cache, if it can be opened again, and scales them down."""
 
     def __init__(self, cache: Cache) -> None:
         self._source = reopen_source(cache.info.source)
@@ -34,22 +27,14 @@ class Thumbnails:
         self._urls: dict[int, str] = {}
 
     def data_url(self, row: int) -> str:
-        """Return a thumbnail of the image in a row as a `data:` URL.
-
-        Raises:
-            ItemError: the image cannot be read; the message is the reason.
-        """
+        """Return a thumbnail of the image in a row as a `data:` URL; raise an ItemError with the reason if it fails."""
         if row not in self._urls:
             data = self.webp(row, _SIZE_PX)
             self._urls[row] = "data:image/webp;base64," + base64.b64encode(data).decode()
         return self._urls[row]
 
     def webp(self, row: int, size_px: int) -> bytes:
-        """Return the image in a row as a WebP file that fits into a square of `size_px`. Thread-safe.
-
-        Raises:
-            ItemError: the image cannot be read; the message is the reason.
-        """
+        """Return the image in a row as a WebP file that fits into a square of `size_px`. Thread-safe."""
         item = ImageItem(**self._items.slice(row, 1).to_pylist()[0])
         image = decode_image(self._source.read(item))
         image.thumbnail((size_px, size_px))
@@ -59,12 +44,7 @@ class Thumbnails:
 
 
 class ItemRenderer:
-    """Renders items of one modality for a page; an image that cannot be read is represented by its sample's key.
-
-    Args:
-        cache: cache with the items.
-        modality: `image` or `text`.
-    """
+    """Renders items of one modality for a page; an image that cannot be read is represented by its sample's key."""
 
     def __init__(self, cache: Cache, modality: str) -> None:
         self._keys = cache.samples["key"]
@@ -82,21 +62,14 @@ class ItemRenderer:
         """Return the item in a row as it is shown on a page."""
         if self._texts is not None:
             return PageItem(text=self._texts[row].as_py(), is_correct=is_correct)
-        return PageItem(text=self.key(row), image_url=self._image_url(row), is_correct=is_correct)
-
-    def key(self, row: int) -> str:
-        """Return the key of the sample that an item belongs to."""
-        return str(self._keys[self._samples[row].as_py()])
+        image_url = None
+        try:
+            image_url = None if self._thumbnails is None else self._thumbnails.data_url(row)
+        except EmbedcacheError as error:
+            self._missing = str(error)
+        key = str(self._keys[self._samples[row].as_py()])
+        return PageItem(text=key, image_url=image_url, is_correct=is_correct)
 
     def warnings(self) -> list[str]:
         """Return why images are missing from the page, if any are."""
         return [f"some images cannot be shown: {self._missing}"] if self._missing else []
-
-    def _image_url(self, row: int) -> str | None:
-        if self._thumbnails is None:
-            return None
-        try:
-            return self._thumbnails.data_url(row)
-        except EmbedcacheError as error:
-            self._missing = str(error)
-            return None

@@ -11,9 +11,7 @@ from embedcache.errors import SettingError
 from embedcache.search.faiss_index import RowIndex, exact_search
 from embedcache.search.vectors import Vectors
 
-FLAT_LIMIT = 200_000
-"""Up to this many vectors the default index is exact: a query takes tens of milliseconds on one core."""
-
+_FLAT_LIMIT = 200_000  # up to this many vectors, an exact query takes tens of milliseconds on one core
 _ID_BYTES = 8
 _LINK_BYTES = 272  # HNSW32: 64 neighbors of 4 bytes on the lowest level, about 2 above, and 12 bytes of bookkeeping
 _LIST_BYTES = 24  # where a list on disk is in its file
@@ -24,54 +22,35 @@ _POINTS_PER_LIST = 39  # with fewer, FAISS warns that k-means has too few traini
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """A kind of index for a given number of vectors.
-
-    Args:
-        factory: FAISS factory string.
-        memory_bytes: memory of the finished index by formula.
-        bits: bits per number; fewer bits bound the recall, however many lists are searched.
-        is_on_disk: whether the inverted lists are a file, which does not count as memory.
-    """
+    """A kind of index for a given number of vectors."""
 
     factory: str
-    memory_bytes: int
-    bits: int
-    is_on_disk: bool = False
-
-    @property
-    def is_graph(self) -> bool:
-        """Whether missed neighbors are due to the graph and not to the codes."""
-        return self.factory.startswith("HNSW")
+    memory_bytes: int  # of the finished index by formula
+    bits: int  # per number; fewer bits bound the recall, however many lists are searched
+    is_on_disk: bool = False  # the inverted lists are a file, which does not count as memory
 
 
 def in_memory_configurations(num_vectors: int, width: int) -> list[Configuration]:
-    """Return candidates in the order they are tried: exact if that is fast, a graph, then ever smaller codes in lists.
-
-    Args:
-        num_vectors: number of vectors N.
-        width: width of a vector P.
-    """
+    """Return candidates in the order to try: exact if that is fast, a graph, then ever smaller codes in lists."""
     exact = Configuration(factory="Flat", memory_bytes=num_vectors * (4 * width + _ID_BYTES), bits=32)
     graph = Configuration(factory="HNSW32", memory_bytes=num_vectors * (4 * width + _LINK_BYTES + _ID_BYTES), bits=32)
-    return [*([exact] if num_vectors <= FLAT_LIMIT else []), graph, *_inverted_files(num_vectors, width)]
+    coarse, coarse_bytes = _coarse_quantizer(num_vectors, width)
+    found = [exact, graph] if num_vectors <= _FLAT_LIMIT else [graph]
+    for codes, bits, code_bytes, table_bytes in _codes(num_vectors, width):
+        size = round(num_vectors * (code_bytes + 2 * _ID_BYTES)) + coarse_bytes + table_bytes
+        found.append(Configuration(factory=f"{coarse},{codes}", memory_bytes=size, bits=bits))
+    return found
 
 
 def on_disk_configurations(num_vectors: int, width: int) -> list[Configuration]:
-    """Return the one candidate whose vectors stay on disk, as float16.
-
-    The centroids are in memory, and the rows of the items twice.
-    """
+    """Return the one candidate whose vectors stay on disk, as float16; centroids and rows (twice) are in memory."""
     coarse, coarse_bytes = _coarse_quantizer(num_vectors, width)
     size = num_vectors * 2 * _ID_BYTES + coarse_bytes + num_lists(num_vectors) * _LIST_BYTES
     return [Configuration(factory=f"{coarse},SQfp16", memory_bytes=size, bits=16, is_on_disk=True)]
 
 
 def fit_memory(candidates: Sequence[Configuration], memory_bytes: int | None) -> list[Configuration]:
-    """Return the candidates that fit a memory; None: all of them.
-
-    Raises:
-        SettingError: none fits; the message names the smallest and its size.
-    """
+    """Return the candidates that fit a memory; the `SettingError` names the smallest if none fits."""
     fitting = [one for one in candidates if memory_bytes is None or one.memory_bytes <= memory_bytes]
     if not fitting:
         smallest = min(candidates, key=lambda one: one.memory_bytes)
@@ -86,20 +65,14 @@ def fit_memory(candidates: Sequence[Configuration], memory_bytes: int | None) ->
 
 def remaining_candidates(rest: Sequence[Configuration], failed: Configuration) -> list[Configuration]:
     """Return those worth trying after one missed the recall with all lists searched: not those with fewer bits."""
-    return [one for one in rest if failed.is_graph or one.bits >= failed.bits]
+    is_graph = failed.factory.startswith("HNSW")  # then the graph misses neighbors, and not the codes
+    return [one for one in rest if is_graph or one.bits >= failed.bits]
 
 
 def num_lists(num_vectors: int) -> int:
     """Return the number of inverted lists for N vectors: the power of two nearest to 2 √N, with enough vectors each."""
     power = round(math.log2(2 * math.sqrt(num_vectors)))
     return int(max(1, min(2**power, num_vectors // _POINTS_PER_LIST)))
-
-
-def _inverted_files(num_vectors: int, width: int) -> Iterator[Configuration]:
-    coarse, coarse_bytes = _coarse_quantizer(num_vectors, width)
-    for codes, bits, code_bytes, table_bytes in _codes(num_vectors, width):
-        size = round(num_vectors * (code_bytes + 2 * _ID_BYTES)) + coarse_bytes + table_bytes
-        yield Configuration(factory=f"{coarse},{codes}", memory_bytes=size, bits=bits)
 
 
 def _coarse_quantizer(num_vectors: int, width: int) -> tuple[str, int]:
@@ -133,19 +106,12 @@ _MAX_EF_SEARCH = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class QuerySet:
-    """Queries with their true nearest neighbors.
+    """Q queries with their T true nearest neighbors, best first."""
 
-    Args:
-        vectors: (Q, P) float32 rows of length 1.
-        own: (Q,) the row that each query itself is, which is no neighbor; None: queries are of another modality.
-        scores: (Q, T) similarities of the true nearest, best first.
-        rows: (Q, T) their rows.
-    """
-
-    vectors: Floats
-    own: Ints | None
-    scores: Floats
-    rows: Ints
+    vectors: Floats  # (Q, P) rows of length 1
+    own: Ints | None  # (Q,) the row that each query itself is, which is no neighbor; None: of another modality
+    scores: Floats  # (Q, T)
+    rows: Ints  # (Q, T)
 
     @property
     def k(self) -> int:
@@ -174,18 +140,9 @@ class QuerySet:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexQuality:
-    """Recall and latency of an index, on queries that tuned nothing.
+    """Recall and latency of an index, on queries that tuned nothing; see `IndexCard`."""
 
-    Args:
-        parameters: search parameters that tuning chose.
-        recall_at_1: fraction of queries whose nearest neighbor is found first.
-        recall_at_10: fraction of the true 10 nearest that are found.
-        num_queries: number of queries.
-        latency_ms: median milliseconds of a single query.
-        batch_latency_ms: milliseconds per query in one batch.
-    """
-
-    parameters: Mapping[str, int]
+    search: Mapping[str, int]
     recall_at_1: float
     recall_at_10: float
     num_queries: int
@@ -235,7 +192,7 @@ def measure_index(index: RowIndex, queries: QuerySet, min_recall: float) -> Inde
     found = test.search(index, parameters)
     single, batch = index.measure_latency_ms(test.vectors[:_NUM_TIMED], test.k, parameters)
     return IndexQuality(
-        parameters=parameters,
+        search=parameters,
         recall_at_1=test.recall(found, 1),
         recall_at_10=test.recall(found, test.k),
         num_queries=len(test.vectors),

@@ -17,9 +17,7 @@ from embedcache.search.faiss_index import RowIndex, make_index, read_index
 from embedcache.search.vectors import Vectors
 from embedcache.store.layout import CacheInfo
 
-PART_BYTES = 256_000_000
-"""Bytes of codes per part on disk: what building keeps in memory beside a chunk, and what a killed build repeats."""
-
+PART_BYTES = 256_000_000  # codes per part on disk: kept in memory beside a chunk, and repeated by a killed build
 _LIST_FILES = ("index.part-*.faiss", "lists-*.ivfdata")
 
 FILES = ("index.faiss", "index.partial.faiss", "building.json", "record.json", *_LIST_FILES)
@@ -28,14 +26,8 @@ FILES = ("index.faiss", "index.partial.faiss", "building.json", "record.json", *
 class IndexBuilder:
     """The unfinished index in a folder. The ids in `index.partial.faiss` say which rows it holds.
 
-    Args:
-        folder: folder of the index.
-        source: what the index is made from; another unfinished index in the folder is refused.
-        info: description of the cache, which may have grown since.
-        lists: file of inverted lists that a finished index in the folder uses.
-
-    Raises:
-        FingerprintError: the folder holds an unfinished index of something else.
+    `lists` is the file of inverted lists that a finished index in the folder uses. Raises `FingerprintError` if the
+    folder holds an unfinished index of something else than `source`; the cache may have grown since.
     """
 
     def __init__(self, folder: Path, source: Mapping[str, Any], info: CacheInfo, *, lists: str | None = None) -> None:
@@ -57,34 +49,13 @@ class IndexBuilder:
     def fill(self, kind: Configuration, vectors: Vectors, progress: Progress, *, checkpoint_s: float) -> RowIndex:
         """Build an index of all valid rows, or resume from the checkpoint or from the finished index.
 
-        An index with lists on disk has no checkpoints: an interrupted build keeps its finished parts.
-
-        Args:
-            kind: configuration to build.
-            vectors: items to index.
-            progress: progress in items.
-            checkpoint_s: seconds between checkpoints; more if writing one takes longer than a tenth of that.
-
-        Raises:
-            SettingError: FAISS does not accept the factory string, has too few vectors to train, or the configuration
-                has no lists to leave on disk.
+        Checkpoints are written every `checkpoint_s`, less often if writing takes longer than a tenth of that. An index
+        with lists on disk has none: an interrupted build keeps its finished parts. Raises `SettingError` if FAISS
+        refuses the factory string or has too few vectors to train, or if there are no lists to leave on disk.
         """
+        factory = kind.factory
         if kind.is_on_disk:
-            return self._fill_on_disk(kind.factory, vectors, progress)
-        return self._fill(kind.factory, vectors, progress, checkpoint_s)
-
-    def reject(self, factory: str, recall: float) -> None:
-        """Record that a configuration missed the recall, and delete its files."""
-        self.rejected[factory] = recall
-        self._write_state(None)
-        self._partial_path.unlink(missing_ok=True)
-        _remove_lists(self._folder, keep=self._lists)
-
-    def finish(self, index: RowIndex) -> None:
-        """Write the finished index."""
-        index.write(self._folder / "index.faiss")
-
-    def _fill(self, factory: str, vectors: Vectors, progress: Progress, checkpoint_s: float) -> RowIndex:
+            return self._fill_on_disk(factory, vectors, progress)
         index = self._resume(factory)
         if index is None:
             index = make_index(factory, vectors.width)
@@ -95,9 +66,26 @@ class IndexBuilder:
                 index.write(self._partial_path)
         missing = np.setdiff1d(vectors.rows, index.rows)
         progress.start(f"indexing as {factory}", len(missing), f"{vectors.modality}s")
-        self._add(index, vectors, missing, progress, checkpoint_s)
+        last, writing_s = time.monotonic(), 0.0
+        for number in np.unique(missing // vectors.cache.info.chunk_size):
+            rows, vectors_BP = vectors.chunk(int(number))
+            is_new = np.isin(rows, missing)
+            index.add(rows[is_new], vectors_BP[is_new])
+            progress.advance(int(is_new.sum()))
+            if time.monotonic() - last >= max(checkpoint_s, 10 * writing_s):
+                started = time.monotonic()
+                index.write(self._partial_path)
+                last = time.monotonic()
+                writing_s = last - started if checkpoint_s else 0.0
         progress.finish()
         return index
+
+    def reject(self, factory: str, recall: float) -> None:
+        """Record that a configuration missed the recall, and delete its files."""
+        self.rejected[factory] = recall
+        self._write_state(None)
+        self._partial_path.unlink(missing_ok=True)
+        _remove_lists(self._folder, keep=self._lists)
 
     def _resume(self, factory: str) -> RowIndex | None:
         if self._factory == factory and self._partial_path.is_file():
@@ -108,20 +96,6 @@ class IndexBuilder:
         index = read_index(finished_path, is_mapped=False).resume()
         self._write_state(factory)
         return index
-
-    def _add(self, index: RowIndex, vectors: Vectors, missing: Ints, progress: Progress, checkpoint_s: float) -> None:
-        last, writing_s = time.monotonic(), 0.0
-        chunk_size = vectors.cache.info.chunk_size
-        for number in np.unique(missing // chunk_size):
-            rows, vectors_BP = vectors.chunk(int(number))
-            is_new = np.isin(rows, missing)
-            index.add(rows[is_new], vectors_BP[is_new])
-            progress.advance(int(is_new.sum()))
-            if time.monotonic() - last >= max(checkpoint_s, 10 * writing_s):
-                started = time.monotonic()
-                index.write(self._partial_path)
-                last = time.monotonic()
-                writing_s = last - started if checkpoint_s else 0.0
 
     def _fill_on_disk(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
         finished_path = self._folder / "index.faiss"
@@ -149,15 +123,7 @@ class IndexBuilder:
 def _fill_lists(
     folder: Path, trained_path: Path, old: RowIndex | None, vectors: Vectors, progress: Progress
 ) -> RowIndex:
-    """Index all valid rows part by part, keep the parts that exist, and merge all into one file of lists.
-
-    Args:
-        folder: folder of the index.
-        trained_path: trained index without vectors.
-        old: finished index on disk that holds some of the rows.
-        vectors: items to index.
-        progress: progress in items.
-    """
+    """Index all valid rows part by part, keep the parts that exist, and merge all into one file of lists."""
     parts = [] if old is None else [old]
     for path in sorted(folder.glob("index.part-*.faiss")):
         part = read_index(path, is_mapped=True)
@@ -169,8 +135,7 @@ def _fill_lists(
     if old is not None and not len(missing) and len(parts) == 1:
         return old
     progress.start("indexing on disk", len(missing), f"{vectors.modality}s")
-    chunk_size = vectors.cache.info.chunk_size
-    numbers = np.unique(missing // chunk_size).tolist()
+    numbers = np.unique(missing // vectors.cache.info.chunk_size).tolist()
     while numbers:
         part, num_before = read_index(trained_path, is_mapped=False), sum(map(len, parts))
         while numbers and len(part) * part.code_size < PART_BYTES:
@@ -182,19 +147,15 @@ def _fill_lists(
         part.write(path)
         parts.append(read_index(path, is_mapped=True))
     progress.finish()
-    return _merge(read_index(trained_path, is_mapped=False), parts, folder)
+    path = folder / lists_name(sum(map(len, parts)))
+    merged = read_index(trained_path, is_mapped=False).merge_on_disk(parts, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return merged
 
 
 def _rows(parts: list[RowIndex]) -> Ints:
     return np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)])
-
-
-def _merge(index: RowIndex, parts: list[RowIndex], folder: Path) -> RowIndex:
-    path = folder / lists_name(sum(map(len, parts)))
-    merged = index.merge_on_disk(parts, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return merged
 
 
 def lists_name(num_vectors: int) -> str:

@@ -1,6 +1,5 @@
 """Concepts: named directions, from the cached prompts of a list or from labeled examples."""
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,7 @@ from embedcache.provenance import check_same
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 
-MAX_EXAMPLES = 128
-"""Examples per concept, as "From Unimodal to Multimodal" (CVPR 2025) averages for its prototypes."""
-
+MAX_EXAMPLES = 128  # as "From Unimodal to Multimodal" (CVPR 2025) averages for its prototypes
 _BLOCK = 4096
 _MAX_NAMED = 5
 
@@ -26,17 +23,13 @@ _MAX_NAMED = 5
 class Concepts:
     """Named directions in the space of a pool's vectors.
 
-    Args:
-        names: unique names.
-        vectors: (C, P) float32 rows of length 1.
-        counts: (C,) number of prompts or examples that each is the mean of.
-        source: where they come from, as JSON values: `cache`, `spine`, `feature`, `fingerprint`, `run`, `run_weights`,
-            and `of`, which is `prompts` or `examples`; for examples also `label`, `most_examples` and `seed`.
+    `source` says where they come from, as JSON values: `cache`, `spine`, `feature`, `fingerprint`, `run`,
+    `run_weights`, and `of`, which is `prompts` or `examples`; for examples also `label`, `most_examples` and `seed`.
     """
 
     names: list[str]
-    vectors: Floats
-    counts: Ints
+    vectors: Floats  # (C, P) rows of length 1
+    counts: Ints  # (C,) number of prompts or examples that each is the mean of
     source: dict[str, Any]
 
 
@@ -51,25 +44,16 @@ def open_concepts(
 ) -> Concepts:
     """Read concepts in the space of a pool's vectors.
 
-    In a cache made from `prompts:…`, each sample is a concept, the mean of its prompts. In other caches, each label
-    is a concept, the mean of its examples (a prototype). Vectors are normalized, averaged and normalized again. If a
-    run projects the pool, its text tower projects prompts, and its image tower projects examples (or its text tower, if
-    there are no images). If the pool is a plain feature, the concepts must have the same feature. Memory: the concepts,
-    and a block of items.
-
-    Args:
-        cache: cache of prompts or of labeled examples.
-        pool: vectors that the concepts will be compared with.
-        label: column of the examples' labels.
-        max_examples: examples per label; a random sample if there are more.
-        seed: random seed of that sample.
-        join_names: merge concepts with equal names, such as the two cranes of ImageNet, instead of raising an error.
+    In a cache made from `prompts:…`, each sample is a concept, the mean of its prompts. In other caches, each value of
+    the column `label` is a concept, the mean of at most `max_examples` random examples (a prototype). Vectors are
+    normalized, averaged and normalized again. If a run projects the pool, its text tower projects prompts, and its
+    image tower projects examples (or its text tower, if there are no images). If the pool is a plain feature, the
+    concepts must have the same feature. `join_names` merges concepts with equal names, such as the two cranes of
+    ImageNet, instead of raising an error. Memory: the concepts, and a block of items.
 
     Raises:
         FingerprintError: the concepts' feature is of another encoder than the pool's, or than the run was trained on.
         UnknownNameError: the cache has no such feature, or neither prompts nor a column of that name.
-        UnfinishedError: chunks of the feature are missing.
-        SettingError: `max_examples` is below 1.
         DataError: prompts for plain image features, equal names, or a concept without a prompt or example.
     """
     if max_examples < 1:
@@ -80,11 +64,20 @@ def open_concepts(
         names, rows, numbers = prompts.names, prompts.rows, prompts.classes
     else:
         names, rows, numbers = _draw_examples(vectors, label, max_examples, np.random.default_rng(seed))
-    if join_names:
-        names, numbers = _join_names(names, numbers)
+    if join_names:  # concepts of equal names get the number of the first
+        unique = list(dict.fromkeys(names))
+        names, numbers = unique, np.array([unique.index(name) for name in names], np.int64)[numbers]
     _check_unique(names, cache)
-    vectors_CP = _average(vectors, rows, numbers, len(names))
-    _check_nonzero(vectors_CP, names, cache)
+    sums_CP: Array = np.zeros((len(names), vectors.width), np.float64)  # `mean_directions` needs all vectors in memory
+    for block in blocks(len(rows), _BLOCK):
+        np.add.at(sums_CP, numbers[block], vectors.read(rows[block]))
+    vectors_CP = normalize(sums_CP)
+    is_zero_C = ~vectors_CP.any(axis=1)
+    if is_zero_C.any():
+        raise DataError(
+            f"{is_zero_C.sum():,} of {len(names):,} concepts of {cache.path} have vectors whose mean is zero, first "
+            f"{names[int(is_zero_C.argmax())]!r}; give them other prompts or examples"
+        )
     source: dict[str, Any] = {
         "cache": str(cache.path),
         "spine": cache.info.index_digest,
@@ -133,7 +126,12 @@ def _draw_examples(
             f"no {vectors.modality} of {cache.path} with {vectors.feature.name} has a label in column {label!r}"
         )
     labels = read_labels(cache, samples_N, column=label)
-    _check_encoded(cache, label, len(labels.names))
+    num_labels = len([value for value in pc.unique(cache.samples[label]).to_pylist() if value not in (None, "")])
+    if len(labels.names) < num_labels:
+        raise DataError(
+            f"{num_labels - len(labels.names):,} of {num_labels:,} labels in column {label!r} of {cache.path} have no "
+            "encoded example; retry with extract --retry-failed, or leave these labels out"
+        )
     shuffled = rng.permutation(len(rows_N))
     order = shuffled[np.argsort(labels.numbers[shuffled], kind="stable")]
     counts_C = np.bincount(labels.numbers)
@@ -142,50 +140,14 @@ def _draw_examples(
     return labels.names, rows_N[drawn], labels.numbers[drawn]
 
 
-def _check_encoded(cache: Cache, label: str, num_encoded: int) -> None:
-    """Raise if no example of some label was encoded."""
-    values = cache.samples[label]
-    num_labels = len([value for value in pc.unique(values).to_pylist() if value not in (None, "")])
-    if num_encoded < num_labels:
-        raise DataError(
-            f"{num_labels - num_encoded:,} of {num_labels:,} labels in column {label!r} of {cache.path} have no "
-            "encoded example; retry with extract --retry-failed, or leave these labels out"
-        )
-
-
-def _join_names(names: list[str], numbers: Ints) -> tuple[list[str], Ints]:
-    """Give concepts of equal names the number of the first."""
-    unique = list(dict.fromkeys(names))
-    return unique, np.array([unique.index(name) for name in names], np.int64)[numbers]
-
-
 def _check_unique(names: list[str], cache: Cache) -> None:
-    counts = Counter(names)
-    repeated = [name for name, count in counts.items() if count > 1]
+    numbers_of: dict[str, list[str]] = {}
+    for number, name in enumerate(names):
+        numbers_of.setdefault(name, []).append(str(number))
+    repeated = [(name, numbers) for name, numbers in numbers_of.items() if len(numbers) > 1]
     if repeated:
-        shown = ", ".join(f"{name!r} (numbers {_positions(names, name)})" for name in repeated[:_MAX_NAMED])
+        shown = ", ".join(f"{name!r} (numbers {' and '.join(numbers)})" for name, numbers in repeated[:_MAX_NAMED])
         raise DataError(
-            f"{len(repeated):,} of {len(counts):,} concepts of {cache.path} are repeated, counted from 0: {shown}; "
+            f"{len(repeated):,} of {len(numbers_of):,} concepts of {cache.path} are repeated, counted from 0: {shown}; "
             "extract a list with each name once"
         )
-
-
-def _positions(names: list[str], name: str) -> str:
-    return " and ".join(str(number) for number, other in enumerate(names) if other == name)
-
-
-def _check_nonzero(vectors_CP: Floats, names: list[str], cache: Cache) -> None:
-    is_zero_C = ~vectors_CP.any(axis=1)
-    if is_zero_C.any():
-        raise DataError(
-            f"{is_zero_C.sum():,} of {len(names):,} concepts of {cache.path} have vectors whose mean is zero, first "
-            f"{names[int(is_zero_C.argmax())]!r}; give them other prompts or examples"
-        )
-
-
-def _average(vectors: Vectors, rows_M: Ints, numbers_M: Ints, num_concepts: int) -> Floats:
-    """Average by concept as `mean_directions` does, without all vectors in memory."""
-    sums_CP: Array = np.zeros((num_concepts, vectors.width), np.float64)
-    for block in blocks(len(rows_M), _BLOCK):
-        np.add.at(sums_CP, numbers_M[block], vectors.read(rows_M[block]))
-    return normalize(sums_CP)

@@ -17,23 +17,24 @@ from embedcache.registry import require
 
 _TRAINING_PER_LIST = 50
 _MIN_TRAINING = 20_000
-_MAPPED_FRACTION = 0.5  # of the memory of the machine
+_MAPPED_FRACTION = 0.5  # of the machine's memory
 _MOST_GPU_NEIGHBORS = 2048
 _OWN = True  # FAISS takes no keyword
 
 
 class RowIndex:
-    """An inner-product index over vectors of length 1.
-
-    Args:
-        wrapped: FAISS `IndexIDMap` whose ids are rows of the cache.
-    """
+    """An inner-product index over vectors of length 1: a FAISS `IndexIDMap` whose ids are rows of the cache."""
 
     def __init__(self, wrapped: Any) -> None:
         self.wrapped = wrapped
-        self._faiss = import_faiss()
+        self._faiss = _import_faiss()
         self._inner = self._faiss.downcast_index(wrapped.index)
         self._rows: Ints | None = None
+        lists = self._faiss.try_extract_index_ivf(self._inner)
+        self.num_lists = 0 if lists is None else int(lists.nlist)
+        self.is_graph = isinstance(self._inner, self._faiss.IndexHNSW)
+        self.is_refined = isinstance(self._inner, self._faiss.IndexRefine)  # finer codes re-rank the best results
+        self.is_exact = isinstance(self._inner, self._faiss.IndexFlat)  # float32 vectors are all compared
 
     def __len__(self) -> int:
         return int(self.wrapped.ntotal)
@@ -44,27 +45,6 @@ class RowIndex:
         if self._rows is None:
             self._rows = np.asarray(self._faiss.vector_to_array(self.wrapped.id_map), np.int64)
         return self._rows
-
-    @property
-    def num_lists(self) -> int:
-        """Number of inverted lists; 0 if the index has none."""
-        lists = self._faiss.try_extract_index_ivf(self._inner)
-        return 0 if lists is None else int(lists.nlist)
-
-    @property
-    def is_graph(self) -> bool:
-        """Whether the index is an HNSW graph."""
-        return isinstance(self._inner, self._faiss.IndexHNSW)
-
-    @property
-    def is_refined(self) -> bool:
-        """Whether finer codes re-rank the best results."""
-        return isinstance(self._inner, self._faiss.IndexRefine)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether a search compares the query with every vector in float32."""
-        return isinstance(self._inner, self._faiss.IndexFlat)
 
     @property
     def code_size(self) -> int:
@@ -83,11 +63,7 @@ class RowIndex:
         return 0 if needs_none else max(_MIN_TRAINING, _TRAINING_PER_LIST * self.num_lists)
 
     def train(self, vectors_SP: Floats) -> None:
-        """Train on a sample; k-means runs on the GPUs that FAISS can use.
-
-        Raises:
-            SettingError: there are too few vectors for this kind of index.
-        """
+        """Train on a sample, on the GPUs that FAISS can use; `SettingError` if there are too few vectors."""
         lists = self._faiss.try_extract_index_ivf(self._inner)
         if lists is not None and num_gpus():
             lists.clustering_index = self._faiss.index_cpu_to_all_gpus(self._faiss.IndexFlatIP(lists.d))
@@ -113,16 +89,12 @@ class RowIndex:
     ) -> tuple[Floats, Ints]:
         """Return the k best rows of each query, best first: scores (Q, K) float32, rows (Q, K) int64 (-1: none found).
 
-        Args:
-            queries_QP: query vectors of length 1.
-            k: results per query.
-            parameters: `nprobe`, `efSearch` and `k_factor`; those that the kind of index has are used.
-            is_allowed_N: which vectors may be returned, in the order of `rows`; None: all.
+        Of `nprobe`, `efSearch` and `k_factor`, the parameters that the kind of index has are used. `is_allowed_N` says
+        which vectors may be returned, in the order of `rows`.
         """
         selector = None
         if is_allowed_N is not None:
-            packed = np.packbits(is_allowed_N, bitorder="little")
-            selector = self._faiss.IDSelectorBitmap(packed)
+            selector = self._faiss.IDSelectorBitmap(np.packbits(is_allowed_N, bitorder="little"))
         chosen = self._faiss_parameters(self._inner, parameters, selector)
         scores, positions = self._inner.search(np.ascontiguousarray(queries_QP), k, params=chosen)
         return scores, np.where(positions < 0, -1, self.rows[positions])
@@ -199,12 +171,8 @@ class RowIndex:
 
 
 def make_index(factory: str, width: int) -> RowIndex:
-    """Create an empty index.
-
-    Raises:
-        SettingError: FAISS does not accept the factory string.
-    """
-    faiss = import_faiss()
+    """Create an empty index; `SettingError` if FAISS does not accept the factory string."""
+    faiss = _import_faiss()
     try:
         return RowIndex(faiss.IndexIDMap(faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)))
     except RuntimeError as error:
@@ -214,22 +182,16 @@ def make_index(factory: str, width: int) -> RowIndex:
 
 
 def read_index(path: Path, *, is_mapped: bool | None = None) -> RowIndex:
-    """Read an index.
+    """Read an index that `RowIndex.write` wrote; `CorruptError` if FAISS cannot read it.
 
-    Args:
-        path: file written by `RowIndex.write`.
-        is_mapped: memory-map the vectors instead of loading them; None: if the file is larger than half of the
-            machine's memory. A memory-mapped index can only be searched.
-
-    Raises:
-        PathError: the file does not exist.
-        CorruptError: FAISS cannot read it.
+    A memory-mapped index can only be searched. By default, files larger than half of the machine's memory are mapped.
     """
     if not path.is_file():
         raise PathError(f"{path} does not exist; build an index with: embedcache curate index CACHE {path.parent}")
     if is_mapped is None:
-        is_mapped = path.stat().st_size > _MAPPED_FRACTION * _machine_bytes()
-    faiss = import_faiss()
+        machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        is_mapped = path.stat().st_size > _MAPPED_FRACTION * machine_bytes
+    faiss = _import_faiss()
     try:
         if not is_mapped:
             with _silence_stdout():
@@ -244,11 +206,6 @@ def exact_search(queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], k: i
     """Search for the true k best of each query among all vectors, best first: scores and rows, (Q, K).
 
     Equal scores are ordered by row. K is smaller if there are fewer vectors. Memory: a block, and 8 bytes per vector.
-
-    Args:
-        queries_QP: query vectors of length 1.
-        blocks: rows (B,) and vectors (B, P).
-        k: results per query.
     """
     rows: list[Ints] = []
 
@@ -260,7 +217,7 @@ def exact_search(queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], k: i
 
     search = require("faiss.contrib.exhaustive_search", extra="cpu").knn_ground_truth
     gpus = num_gpus() if k <= _MOST_GPU_NEIGHBORS else 0
-    metric = import_faiss().METRIC_INNER_PRODUCT
+    metric = _import_faiss().METRIC_INNER_PRODUCT
     scores_QK, positions_QK = search(np.ascontiguousarray(queries_QP), vectors(), k, metric_type=metric, ngpu=gpus)
     rows_N = np.concatenate([np.empty(0, np.int64), *rows])
     scores_QK = scores_QK[:, : len(rows_N)]
@@ -271,25 +228,14 @@ def exact_search(queries_QP: Floats, blocks: Iterable[tuple[Ints, Floats]], k: i
 
 def num_gpus() -> int:
     """Return the number of GPUs that FAISS can use: 0 with faiss-cpu."""
-    return int(getattr(import_faiss(), "get_num_gpus", lambda: 0)())
+    return int(getattr(_import_faiss(), "get_num_gpus", lambda: 0)())
 
 
 def spherical_kmeans(
     vectors_NP: Floats, num_clusters: int, *, seed: int, iterations: int, max_per_cluster: int
 ) -> Floats:
-    """Cluster vectors by cosine similarity: (K, P) float32 centroids.
-
-    Args:
-        vectors_NP: (N, P) float32 rows of length 1, at least K.
-        num_clusters: K.
-        seed: random seed of the first centroids.
-        iterations: iterations of Lloyd's algorithm.
-        max_per_cluster: train on a random sample of at most this many vectors per cluster.
-
-    Raises:
-        MissingExtraError: faiss is not installed.
-    """
-    kmeans = import_faiss().Kmeans(
+    """Cluster rows of length 1 by cosine similarity: (K, P) float32 centroids. `MissingExtraError` without faiss."""
+    kmeans = _import_faiss().Kmeans(
         vectors_NP.shape[1],
         num_clusters,
         niter=iterations,
@@ -303,12 +249,7 @@ def spherical_kmeans(
     return centroids_KP
 
 
-def import_faiss() -> Any:
-    """Import faiss.
-
-    Raises:
-        MissingExtraError: faiss is not installed.
-    """
+def _import_faiss() -> Any:
     return require("faiss", extra="cpu")
 
 
@@ -324,10 +265,6 @@ def _silence_stdout() -> Iterator[None]:
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nothing)
-
-
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +142,7 @@ def build_index(
 
 
 def read_card(index_path: Path) -> IndexCard:
-    """Read an index's card.
-
-    Raises:
-        PathError: the folder holds no finished index.
-        ArtifactError: the index has a later format.
-        CorruptError: fields are missing or of another type.
-    """
+    """Read an index's card; `PathError` without a finished index, `ArtifactError` if its format is later."""
     path = index_path / "card.json"
     make = f"embedcache curate index CACHE {index_path}"
     values = read_manifest(path, kind="index", latest_format=FORMAT_VERSION, make=make)
@@ -156,16 +150,9 @@ def read_card(index_path: Path) -> IndexCard:
 
 
 def check_card(index_path: Path, card: IndexCard, requested: Mapping[str, Any], *, next_step: str) -> None:
-    """Check that an index is of what was requested; if it is of another feature, the error names only that.
+    """Check that an index is of what was requested, as fields of the card on disk, `modality` and `feature` among them.
 
-    Args:
-        index_path: folder of the index.
-        card: its card.
-        requested: fields of the card as on disk, `modality` and `feature` among them.
-        next_step: what the user can do.
-
-    Raises:
-        FingerprintError: names each field that differs with both values.
+    The `FingerprintError` names each field that differs; if it is of another feature, only that.
     """
     record = to_record(card)
     for names in (("modality", "feature"), requested):
@@ -178,7 +165,7 @@ def check_card(index_path: Path, card: IndexCard, requested: Mapping[str, Any], 
 
 
 def _claim(index_path: Path) -> None:
-    prepare_folder(index_path, kind="an index", marker=LOCK, allowed=[LOCK, "card.json", *FILES])
+    prepare_folder(index_path, kind="an index", marker=LOCK, allowed=[LOCK, "card.json", *FILES, ".*.partial"])
 
 
 def _candidates(settings: IndexSettings, num_vectors: int, width: int) -> list[Configuration]:
@@ -238,7 +225,7 @@ def _build(
                 queries = queries or draw_query_set(vectors)
                 quality = measure_index(index, queries, settings.min_recall)
                 if quality.recall_at_10 >= settings.min_recall:
-                    builder.finish(index)
+                    index.write(index_path / "index.faiss")
                     outcome.update({"recall_at_10": quality.recall_at_10, "num_vectors": num})
                     seconds = time.perf_counter() - started
                     return _card(vectors, index_path, candidate, index, quality, settings.min_recall, seconds)
@@ -273,13 +260,8 @@ def _card(
         factory=candidate.factory,
         num_vectors=len(index),
         width=vectors.width,
-        recall_at_10=quality.recall_at_10,
-        num_queries=quality.num_queries,
-        latency_ms=quality.latency_ms,
-        search=quality.parameters,
+        **asdict(quality),
         min_recall=min_recall,
-        recall_at_1=quality.recall_at_1,
-        batch_latency_ms=quality.batch_latency_ms,
         memory_bytes=candidate.memory_bytes or None,
         file_bytes=sum((index_path / name).stat().st_size for name in ("index.faiss", lists) if name),
         num_training=min(index.num_training, len(index)),

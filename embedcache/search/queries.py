@@ -68,14 +68,7 @@ class Queries:
 class QueryEncoder:
     """Encodes queries into an index's vector space. Each encoder is opened once, when it is first needed.
 
-    Args:
-        card: card of the index.
-        cache: cache that was indexed.
-        run_path: run that projected it; None for a plain feature.
-        device: device that encoders run on.
-
-    Raises:
-        FingerprintError: the run is not the one that the index was built with.
+    Raises `FingerprintError` if the run is not the one that the index was built with.
     """
 
     def __init__(self, card: IndexCard, cache: Cache, run_path: Path | None, device: str) -> None:
@@ -88,7 +81,12 @@ class QueryEncoder:
             )
         if run_path is not None:
             self._run = load_pair(run_path)
-            _check_run(card, self._run[1], run_path)
+            weights = self._run[1].weights_digest
+            if weights != card.run_weights:
+                raise FingerprintError(
+                    f"the index was built with another run than {run_path}: weights {card.run_weights} in the index, "
+                    f"{weights} in the run; build the index again with: embedcache curate index CACHE INDEX --run RUN"
+                )
 
     @cached_property
     def indexed(self) -> Vectors:
@@ -105,12 +103,7 @@ class QueryEncoder:
         return self._run is not None or self._card.modality == modality
 
     def encoder(self, modality: Modality) -> Encoder:
-        """Return the encoder of a modality.
-
-        Raises:
-            DataError: the index cannot be compared with items of that modality.
-            FingerprintError: the encoder that opens now is not the one that made the feature.
-        """
+        """Return the encoder of a modality, which must be the one that made the feature."""
         if modality not in self._encoders:
             if not self.accepts(modality):
                 raise DataError(
@@ -136,10 +129,8 @@ class QueryEncoder:
     def encode(self, queries: Queries) -> Floats:
         """Compute one vector per query: (Q, P) float32, rows of length 1.
 
-        Raises:
-            DataError: the index cannot be compared with such queries.
-            UnknownNameError: a key, row or concept does not exist.
-            FingerprintError: an encoder that opens now is not the one that made the feature.
+        Raises `DataError` for queries that cannot be compared with the index, `UnknownNameError` for a key, row or
+        concept that does not exist, and `FingerprintError` for an encoder that did not make the feature.
         """
         parts = [np.empty((0, self._card.width), np.float32)]
         if queries.texts:
@@ -208,12 +199,7 @@ class QueryEncoder:
 
 
 def read_vectors(path: Path) -> Array:
-    """Read the array of a `.npy` file.
-
-    Raises:
-        PathError: the file does not exist.
-        CorruptError: it is not a `.npy` file of numbers.
-    """
+    """Read the array of a `.npy` file; `CorruptError` if it is not one of numbers."""
     if not path.is_file():
         raise PathError(f"{path} does not exist; give a .npy file with one query vector per row")
     try:
@@ -222,15 +208,6 @@ def read_vectors(path: Path) -> Array:
     except (ValueError, EOFError, OSError, TypeError) as error:
         raise CorruptError(f"{path}: expected a .npy file of numbers, got an error: {error}") from error
     return values
-
-
-def _check_run(card: IndexCard, config: PairConfig, run_path: Path) -> None:
-    if config.weights_digest != card.run_weights:
-        raise FingerprintError(
-            f"the index was built with another run than {run_path}: weights {card.run_weights} in the index, "
-            f"{config.weights_digest} in the run; build the index again with: embedcache curate index CACHE INDEX "
-            "--run RUN"
-        )
 
 
 def _decode(image: Path | Image) -> Image:

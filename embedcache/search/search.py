@@ -1,6 +1,6 @@
 """Searching an index: texts, images, samples, concepts or vectors in, the nearest items out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from embedcache.errors import DataError, FingerprintError, PathError, SettingErr
 from embedcache.files import is_url
 from embedcache.search.faiss_index import exact_search, read_index
 from embedcache.search.filters import CacheFilters
-from embedcache.search.index import IndexCard, read_card
+from embedcache.search.index import read_card
 from embedcache.search.queries import Queries, QueryEncoder
 from embedcache.search.settings import Filter, SearchSettings
 from embedcache.store.cache import Cache
@@ -24,8 +24,7 @@ _DEFAULT_K = 10
 _CACHED_FILTERS = 8
 _MAX_CAPTIONS = 3
 _NO_TEXTS = ITEM_SCHEMAS["text"].empty_table()
-_COMPARE_ALL = 20_000
-"""If a filter leaves so few items, all are compared: that is fast, and a graph or lists would miss most of them."""
+_COMPARE_ALL = 20_000  # so few filtered items are all compared: fast, and a graph or lists would miss most of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,6 @@ class OpenIndex:
     Raises:
         PathError: the index, its run or its cache does not exist.
         FingerprintError: the run or the cache is not the one that the index was built from.
-        CorruptError: FAISS cannot read the index.
     """
 
     def __init__(
@@ -105,7 +103,9 @@ class OpenIndex:
             cache_path = self.card.cache
         elif cache_path is None:
             cache_path = _require_file(self.path / self.card.cache, "cache.json", "cache")
-        self.cache = _open_cache(cache_path, self.card)
+        self.cache = Cache(cache_path)
+        if not self.cache.info.has_rows_of(self.card.index_digest):
+            raise FingerprintError(f"the index was built from other samples than those of {cache_path}; build it again")
         self.run_path = None if run_path is None else Path(run_path)
         self.query_encoder = QueryEncoder(self.card, self.cache, self.run_path, device)
         self.filters = CacheFilters(self.cache, self.card.modality, self.run_path)
@@ -114,21 +114,11 @@ class OpenIndex:
         self._subset = lru_cache(maxsize=_CACHED_FILTERS)(self._apply)
 
     def search(self, queries: Queries, *, k: int | None = None, condition: Filter | None = None) -> list[list[Hit]]:
-        """Search for the items nearest to each query.
+        """Search for the items nearest to each query: a list of hits per query, best first.
 
-        Args:
-            queries: what to search for.
-            k: results per query; None: 10, or all if there are fewer.
-            condition: which items may be returned; None: all.
-
-        Returns:
-            A list of hits per query, best first.
-
-        Raises:
-            SettingError: k is below 1, or above what the index holds and the filter passes.
-            DataError: a query cannot be compared with the index, or the filter passes nothing.
-            UnknownNameError: a label, part, language, key, row or concept does not exist.
-            FingerprintError: the encoder that opens now is not the one that made the feature.
+        Raises `SettingError` if k is above what the index holds and the filter passes, `DataError` if a query cannot be
+        compared with the index or the filter passes nothing, and the errors of `QueryEncoder.encode` and
+        `CacheFilters.mask`.
         """
         _check_k(k, self.card.num_vectors, f"the index holds {self.card.num_vectors} items")
         return self.search_vectors(self.query_encoder.encode(queries), k=k, condition=condition)
@@ -171,34 +161,20 @@ class OpenIndex:
         parameters = {
             name: value if name == "k_factor" else round(value / fraction) for name, value in self.card.search.items()
         }
-        return self._search_until_full(queries_QP, k, parameters, subset.is_allowed_N)
-
-    def _search_until_full(
-        self, queries_QP: Floats, k: int, parameters: Mapping[str, int], is_allowed_N: Bools | None
-    ) -> tuple[Floats, Ints]:
-        """Search the whole index again if a query found fewer than k."""
-        index = self._index
-        found = index.search(queries_QP, k, parameters, is_allowed_N=is_allowed_N)
+        found = self._index.search(queries_QP, k, parameters, is_allowed_N=subset.is_allowed_N)
         if (found[1] >= 0).all():
             return found
-        k_factor = parameters.get("k_factor", 1)
-        thorough = {"nprobe": max(1, index.num_lists), "efSearch": len(index), "k_factor": k_factor}
-        return index.search(queries_QP, k, thorough, is_allowed_N=is_allowed_N)
+        parameters |= {"nprobe": max(1, self._index.num_lists), "efSearch": len(self._index)}  # all of the index
+        return self._index.search(queries_QP, k, parameters, is_allowed_N=subset.is_allowed_N)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Subset:
-    """What of an index passes a filter.
+    """What of an index passes a filter."""
 
-    Args:
-        is_allowed_N: which vectors, in the order of the index's rows; None: all.
-        num: how many.
-        vectors: their rows and vectors, if all of them are to be compared.
-    """
-
-    is_allowed_N: Bools | None
+    is_allowed_N: Bools | None  # which vectors, in the order of the index's rows; None: all
     num: int
-    vectors: tuple[Ints, Floats] | None
+    vectors: tuple[Ints, Floats] | None  # rows and vectors, if all of them are to be compared
 
 
 def _check_k(k: int | None, most: int, reason: str) -> None:
@@ -221,20 +197,8 @@ def _require_file(path: Path, file: str, option: str) -> Path:
     return path
 
 
-def _open_cache(path: Path | str, card: IndexCard) -> Cache:
-    cache = Cache(path)
-    if not cache.info.has_rows_of(card.index_digest):
-        raise FingerprintError(f"the index was built from other samples than those of {path}; build it again")
-    return cache
-
-
 class HitReader:
-    """Looks up the keys, labels and captions of rows. All of them are read once and kept in memory.
-
-    Args:
-        cache: cache of the items.
-        modality: modality of the rows.
-    """
+    """Looks up the keys, labels and captions of rows. All of them are read once and kept in memory."""
 
     def __init__(self, cache: Cache, modality: str) -> None:
         self._modality = modality
@@ -246,13 +210,7 @@ class HitReader:
         self._text_samples: Ints = texts["sample"].to_numpy()
 
     def read(self, scores_K: Floats, rows_K: Ints, languages: Sequence[str] = ()) -> list[Hit]:
-        """Return the hits of one query; rows of -1 are skipped.
-
-        Args:
-            scores_K: (K,) scores, best first.
-            rows_K: (K,) their rows.
-            languages: include only captions in these languages; empty: all.
-        """
+        """Return the hits of one query, with captions in some languages (empty: all); rows of -1 are skipped."""
         scores, rows = scores_K[rows_K >= 0].tolist(), rows_K[rows_K >= 0]
         samples = self.samples[rows]
         labels = [None] * len(rows) if self._labels is None else _take(self._labels, samples)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -43,11 +43,7 @@ class Vectors:
     """
 
     def __init__(
-        self,
-        cache_path: Path | str,
-        modality: str,
-        feature: str | None = None,
-        run_path: Path | str | None = None,
+        self, cache_path: Path | str, modality: str, feature: str | None = None, run_path: Path | str | None = None
     ) -> None:
         self._arguments = (str(cache_path), modality, feature, None if run_path is None else str(run_path))
         self.cache = Cache(cache_path)
@@ -82,11 +78,7 @@ class Vectors:
         return int(self.read(self.rows[:1]).shape[1])
 
     def chunk(self, number: int) -> tuple[Ints, Floats]:
-        """Read one chunk and verify its checksums: rows (B,) and vectors (B, P); both are empty if all items failed.
-
-        Raises:
-            CorruptError: bytes differ from their checksum.
-        """
+        """Read one chunk and verify its checksums: rows (B,) and vectors (B, P); both are empty if all items failed."""
         rows, inputs = self.feature.chunk(number)
         return rows, self._unit(inputs)
 
@@ -96,11 +88,7 @@ class Vectors:
             yield self.chunk(number)
 
     def read(self, rows: Ints) -> Floats:
-        """Read rows in the given order: (B, P).
-
-        Raises:
-            DataError: a row is out of range or failed.
-        """
+        """Read rows in the given order: (B, P); `DataError` if a row is out of range or failed."""
         return self._unit(self.feature.read(rows))
 
     def sample(self, size: int, *, seed: int = 0) -> Floats:
@@ -138,7 +126,6 @@ def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | No
     return feature
 
 
-Engine: TypeAlias = Literal["local", "ray"]
 State = TypeVar("State")
 
 _TASKS_PER_CORE = 2  # one running, one waiting
@@ -163,23 +150,16 @@ def run_pass(
     vectors: Vectors,
     work: ChunkPass[State],
     *,
-    engine: Engine = "local",
+    engine: Literal["local", "ray"] = "local",
     address: str | None = None,
     title: str = "reading vectors",
     progress: Progress | None = None,
 ) -> State:
     """Run a pass over all chunks, one chunk per core at a time.
 
-    Memory: per core, a chunk, what the pass needs for it, and two partial results. With Ray the chunks are in its
-    workers, the partial results here.
-
-    Args:
-        vectors: items to read.
-        work: computation per chunk.
-        engine: `local`, or `ray`, whose machines must all see the cache and the run.
-        address: address of a Ray cluster; None: the connected one, or a new one on this machine.
-        title: name of the task for progress.
-        progress: progress in items.
+    With the engine `ray`, all machines must see the cache and the run; without an address, the connected cluster is
+    used, or a new one on this machine. Memory: per core, a chunk, what the pass needs for it, and two partial results.
+    With Ray the chunks are in its workers, the partial results here.
 
     Raises:
         MissingExtraError: Ray is not installed.

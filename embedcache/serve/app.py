@@ -35,8 +35,8 @@ from embedcache.serve.schema import (
 from embedcache.serve.service import InfoTable, SearchService, info_tables
 from embedcache.sources.images import decode_image
 
-T = TypeVar("T")
-Row = Annotated[int, Path(ge=0, le=10**12)]
+_T = TypeVar("_T")
+_Row = Annotated[int, Path(ge=0, le=10**12)]
 
 log = logging.getLogger("embedcache.serve")
 
@@ -84,7 +84,7 @@ def make_app(service: SearchService) -> FastAPI:
         redoc_url=None,
         responses=_ERRORS,
     )
-    add_pages(app)
+    _add_pages(app)
     _add_errors(app)
     _add_search(app, service, batcher, partial(_run_on, decoders))
     _add_items(app, service, partial(_run_on, decoders))
@@ -92,7 +92,7 @@ def make_app(service: SearchService) -> FastAPI:
     return app
 
 
-async def _run_on(threads: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any) -> T:
+async def _run_on(threads: ThreadPoolExecutor, call: Callable[..., _T], *arguments: Any) -> _T:
     return await asyncio.get_running_loop().run_in_executor(threads, call, *arguments)
 
 
@@ -148,19 +148,19 @@ def _add_items(app: FastAPI, service: SearchService, run: Callable[..., Any]) ->
         return service.images
 
     @app.get("/api/items/{row}")
-    async def item(row: Row) -> ItemOut:
+    async def item(row: _Row) -> ItemOut:
         """Return all data of an item in the cache."""
         if row >= len(service.index.hits.samples):
             raise HTTPException(404, f"unknown item {row}")
         return ItemOut.model_validate(service.item(row))
 
     @app.get("/api/images/{row}/thumbnail", response_class=Response)
-    async def thumbnail(row: Row) -> Response:
+    async def thumbnail(row: _Row) -> Response:
         """Return an image as WebP of at most 224 pixels per side."""
         return webp(await run(images_with(row).thumbnail, row))
 
     @app.get("/api/images/{row}/picture", response_class=Response)
-    async def image(row: Row) -> Response:
+    async def image(row: _Row) -> Response:
         """Return an image as WebP of at most 1,280 pixels per side."""
         return webp(await run(images_with(row).image, row))
 
@@ -184,7 +184,7 @@ def _add_info(app: FastAPI, service: SearchService) -> None:
         return CoverageOut.model_validate({**service.coverage.about, "concepts": service.coverage.concepts})
 
     @app.get("/api/coverage/{number}")
-    async def concept(number: Row) -> ConceptHits:
+    async def concept(number: _Row) -> ConceptHits:
         """Return the items that are most similar to a concept."""
         return ConceptHits.model_validate(service.concept(number))
 
@@ -230,8 +230,7 @@ _FILES = ("page.css", "page.js", "search.js", "grid.js", "coverage.js", "cards.j
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 
-def add_pages(app: FastAPI) -> None:
-    """Serve the pages and the files they load."""
+def _add_pages(app: FastAPI) -> None:
     folder = files("embedcache.serve") / "page"
     for url, name in {**_PAGES, **{f"/{name}": name for name in _FILES}}.items():
         _add_file(app, url, (folder / name).read_bytes(), _TYPES[name.rpartition(".")[2]])

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import numpy as np
 from PIL.Image import Image
 
 from embedcache.arrays import Floats
@@ -16,19 +17,19 @@ from embedcache.search.queries import Queries
 from embedcache.search.search import Hit, OpenIndex
 from embedcache.search.settings import Filter
 
-Input = TypeVar("Input")
-Output = TypeVar("Output")
+_Input = TypeVar("_Input")
+_Output = TypeVar("_Output")
 
-WAIT_S = 0.004
-MAX_BATCH = 32
-MAX_WAITING = 512
+_WAIT_S = 0.004
+_MAX_BATCH = 32
+_MAX_WAITING = 512
 
 
 class BusyError(Exception):
     """Too many requests are waiting."""
 
 
-class Batcher(Generic[Input, Output]):
+class Batcher(Generic[_Input, _Output]):
     """Collects requests for a few milliseconds after the first, then processes them together on one thread.
 
     While that thread works, requests collect for the next batch. Cancelled requests are left out of it.
@@ -42,26 +43,22 @@ class Batcher(Generic[Input, Output]):
 
     def __init__(
         self,
-        process: Callable[[Sequence[Input]], Sequence[Output | Exception]],
+        process: Callable[[Sequence[_Input]], Sequence[_Output | Exception]],
         *,
-        wait_s: float = WAIT_S,
-        max_batch: int = MAX_BATCH,
-        max_waiting: int = MAX_WAITING,
+        wait_s: float = _WAIT_S,
+        max_batch: int = _MAX_BATCH,
+        max_waiting: int = _MAX_WAITING,
     ) -> None:
         self._process, self._wait_s, self._max_batch, self._max_waiting = process, wait_s, max_batch, max_waiting
-        self._waiting: list[tuple[Input, asyncio.Future[Output]]] = []
+        self._waiting: list[tuple[_Input, asyncio.Future[_Output]]] = []
         self._has_requests = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
 
-    async def submit(self, request: Input) -> Output:
-        """Return the result of one request.
-
-        Raises:
-            BusyError: too many requests are waiting.
-        """
+    async def submit(self, request: _Input) -> _Output:
+        """Return the result of one request; raise `BusyError` if too many are waiting."""
         if len(self._waiting) >= self._max_waiting:
             raise BusyError
-        future: asyncio.Future[Output] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[_Output] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         self._has_requests.set()
         return await future
@@ -100,15 +97,7 @@ class Batcher(Generic[Input, Output]):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchQuery:
-    """One query: a text, an image or a row.
-
-    Args:
-        text: text query.
-        image: RGB image query.
-        row: row of an indexed item, to find similar ones.
-        k: number of hits, or as many as the filter leaves.
-        keep: filter of the items.
-    """
+    """One query, a text, an RGB image or the row of an indexed item, for `k` hits or as many as the filter leaves."""
 
     text: str | None = None
     image: Image | None = None
@@ -119,10 +108,10 @@ class SearchQuery:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """Hits of one query.
+    """Hits of one query, best first; empty if the filter leaves nothing.
 
     Args:
-        hits: best first; empty if the filter leaves nothing.
+        hits: best first.
         encode_ms: time of the batch's encoders, or of reading the vectors of rows.
         search_ms: time of the search and of looking up the hits, together with other queries with the same filter.
     """
@@ -140,46 +129,33 @@ def search_batch(index: OpenIndex, queries: Sequence[SearchQuery]) -> list[Searc
     except EmbedcacheError as error:
         return [error] * len(queries) if len(queries) == 1 else [search_batch(index, [one])[0] for one in queries]
     encode_ms = 1000 * (time.perf_counter() - started)
-    places: dict[object, list[int]] = defaultdict(list)
+    places: dict[Filter, list[int]] = defaultdict(list)
     for place, query in enumerate(queries):
         places[query.keep].append(place)
     results: dict[int, SearchResult | EmbedcacheError] = {}
-    for group in places.values():
-        found = _search(index, vectors_QP[group], [queries[place] for place in group], encode_ms)
-        results |= dict(zip(group, found, strict=True))
+    for keep, group in places.items():
+        k = max(queries[place].k for place in group)
+        try:
+            started = time.perf_counter()
+            found = _search(index, vectors_QP[group], k, keep)
+        except EmbedcacheError as error:
+            results |= dict.fromkeys(group, error)
+            continue
+        search_ms = 1000 * (time.perf_counter() - started)
+        for place, hits in zip(group, found, strict=True):
+            results[place] = SearchResult(hits=hits[: queries[place].k], encode_ms=encode_ms, search_ms=search_ms)
     return [results[place] for place in range(len(queries))]
 
 
 def _encode(index: OpenIndex, queries: Sequence[SearchQuery]) -> Floats:
     """Return one vector per query, in order: (Q, P)."""
-    text_places = [place for place, query in enumerate(queries) if query.text is not None]
-    image_places = [place for place, query in enumerate(queries) if query.image is not None]
-    row_places = [place for place, query in enumerate(queries) if query.row is not None]
-    by_kind = Queries(
-        texts=[query.text for query in queries if query.text is not None],
-        images=[query.image for query in queries if query.image is not None],
-        rows=[query.row for query in queries if query.row is not None],
-    )
-    vectors_QP = index.query_encoder.encode(by_kind)
-    ordered_QP = vectors_QP.copy()
-    ordered_QP[[*text_places, *image_places, *row_places]] = vectors_QP
-    return ordered_QP
+    texts = {place: query.text for place, query in enumerate(queries) if query.text is not None}
+    images = {place: query.image for place, query in enumerate(queries) if query.image is not None}
+    rows = {place: query.row for place, query in enumerate(queries) if query.row is not None}
+    by_kind = Queries(texts=[*texts.values()], images=[*images.values()], rows=[*rows.values()])
+    return index.query_encoder.encode(by_kind)[np.argsort([*texts, *images, *rows])]
 
 
-def _search(
-    index: OpenIndex, vectors_QP: Floats, queries: Sequence[SearchQuery], encode_ms: float
-) -> Sequence[SearchResult | EmbedcacheError]:
-    """Search with queries that have the same filter."""
-    started, keep = time.perf_counter(), queries[0].keep
-    try:
-        k = min(max(query.k for query in queries), index.count(keep))
-        found: Sequence[Sequence[Hit]] = (
-            index.search_vectors(vectors_QP, k=k, condition=keep) if k else [[]] * len(queries)
-        )
-    except EmbedcacheError as error:
-        return [error] * len(queries)
-    search_ms = 1000 * (time.perf_counter() - started)
-    return [
-        SearchResult(hits=hits[: query.k], encode_ms=encode_ms, search_ms=search_ms)
-        for query, hits in zip(queries, found, strict=True)
-    ]
+def _search(index: OpenIndex, vectors_QP: Floats, k: int, keep: Filter) -> Sequence[Sequence[Hit]]:
+    k = min(k, index.count(keep))
+    return index.search_vectors(vectors_QP, k=k, condition=keep) if k else [[]] * len(vectors_QP)

@@ -70,7 +70,9 @@ def measure_served_coverage(
 
 
 def _coverage_data(values: Mapping[str, Any]) -> CoverageData:
-    least = values["min_count"]
+    least, rule = values["min_count"], "{deviations:g} deviations above each concept's background"
+    if values["threshold"] is not None:
+        rule = "{threshold:g} for all concepts"
     concepts = [
         {
             "number": number,
@@ -83,7 +85,7 @@ def _coverage_data(values: Mapping[str, Any]) -> CoverageData:
         for number, one in enumerate(values["concepts"])
     ]
     about = {
-        "rule": _rule(values),
+        "rule": rule.format_map(values),
         "min_count": int(least),
         "warnings": values["warnings"],
         "parts": [
@@ -96,9 +98,3 @@ def _coverage_data(values: Mapping[str, Any]) -> CoverageData:
         [{"row": int(hit["row"]), "cosine": float(hit["cosine"])} for hit in one["best"]] for one in values["concepts"]
     ]
     return CoverageData(about=about, concepts=concepts, best=best)
-
-
-def _rule(values: Mapping[str, Any]) -> str:
-    if values["threshold"] is not None:
-        return f"{values['threshold']:g} for all concepts"
-    return f"{values['deviations']:g} deviations above each concept's background"

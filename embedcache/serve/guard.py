@@ -17,7 +17,7 @@ from embedcache.serve.settings import ServeSettings, parse_address
 
 log = logging.getLogger("embedcache.serve")
 
-MAX_JSON_BYTES = 64 * 1024
+_MAX_JSON_BYTES = 64 * 1024
 IMAGE_SEARCH_PATH = "/api/search/image"
 BUG = "something went wrong; the server's log says what"
 _TIMEOUT = "this took too long; retry, or request fewer results"
@@ -137,7 +137,7 @@ class _GuardedResponse:
 
 
 def _max_bytes(scope: Scope, settings: ServeSettings) -> int:
-    return settings.max_upload if scope["path"] == IMAGE_SEARCH_PATH else MAX_JSON_BYTES
+    return settings.max_upload if scope["path"] == IMAGE_SEARCH_PATH else _MAX_JSON_BYTES
 
 
 def _limited(receive: Receive, limit: int) -> Receive:

@@ -4,13 +4,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-DEFAULT_HITS = 60
+_DEFAULT_HITS = 60
 MAX_HITS = 500
 _MAX_TEXT_LENGTH = 2000
 _MAX_VALUES = 100
 
-Values = Annotated[list[Annotated[str, Field(max_length=_MAX_TEXT_LENGTH)]], Field(max_length=_MAX_VALUES)]
-Count = Annotated[int, Field(ge=1, le=MAX_HITS)]
+_Values = Annotated[list[Annotated[str, Field(max_length=_MAX_TEXT_LENGTH)]], Field(max_length=_MAX_VALUES)]
+_Count = Annotated[int, Field(ge=1, le=MAX_HITS)]
 
 
 class SearchOptions(BaseModel):
@@ -18,10 +18,10 @@ class SearchOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    k: Count = Field(DEFAULT_HITS, description="Number of hits; fewer if the filters leave fewer.")
-    labels: Values = Field([], description="Keep items with one of these labels.")
-    splits: Values = Field([], description="Keep items of one of these splits.")
-    languages: Values = Field([], description="Keep captions in one of these languages; others are not shown.")
+    k: _Count = Field(_DEFAULT_HITS, description="Number of hits; fewer if the filters leave fewer.")
+    labels: _Values = Field([], description="Keep items with one of these labels.")
+    splits: _Values = Field([], description="Keep items of one of these splits.")
+    languages: _Values = Field([], description="Keep captions in one of these languages; others are not shown.")
     selection: str | None = Field(None, description="Keep items of this selection, which the server offers.")
 
 

@@ -29,7 +29,7 @@ def serve(
     """Open an index and serve its page until interrupted.
 
     Args:
-        paths: index, cache, run and other files to serve.
+        paths: files and folders to serve.
         settings: address, access and limits.
         device: device of the encoders.
         progress: receives the measurement of coverage, if any.
@@ -50,11 +50,7 @@ def serve(
 
 
 def bind(settings: ServeSettings) -> socket.socket:
-    """Bind the port, before the index is read, so that a port in use fails at once.
-
-    Raises:
-        SettingError: the port is in use, or the host is not an address of this machine.
-    """
+    """Bind the port, before the index is read, so that a port in use fails at once."""
     address = parse_address(settings.host)
     family = socket.AF_INET6 if address is not None and address.version == 6 else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY for this only
@@ -119,18 +115,14 @@ def _lines(service: SearchService, settings: ServeSettings, token: str | None, p
     lines = [f"{card.num_vectors:,} {card.modality}s of {card.feature}, {card.factory}"]
     if service.images is not None and service.images.folders:
         lines.append(f"images are read below {', '.join(map(str, service.images.folders))}")
-    host = _link_host(settings.host)
+    address = parse_address(settings.host)
+    if address is None:
+        host = settings.host
+    elif address.is_unspecified:  # all addresses are bound
+        host = socket.gethostname()
+    else:
+        host = f"[{address}]" if address.version == 6 else str(address)
     lines.append(f"open http://{host}:{port}/" + (f"?token={token}" if token else ""))
     if token:
         lines.append("anyone with this link can search here; traffic is not encrypted")
     return lines
-
-
-def _link_host(host: str) -> str:
-    """Return the host of a link; the machine's name if all addresses are bound."""
-    address = parse_address(host)
-    if address is None:
-        return host
-    if address.is_unspecified:
-        return socket.gethostname()
-    return f"[{address}]" if address.version == 6 else str(address)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,22 +20,13 @@ from embedcache.serve.coverage import CoverageData, measure_served_coverage, rea
 from embedcache.serve.images import ServedImages
 from embedcache.serve.settings import ServeSettings
 
-FILTERS = ("split", "label", "language")
-MODALITIES: tuple[Modality, ...] = ("text", "image")
-
 log = logging.getLogger("embedcache.serve")
 
 
 class SearchService:
     """An index with its encoders, images, filters and coverage; read-only.
 
-    Everything a first request needs is loaded here.
-
-    Args:
-        index: opened index.
-        settings: limits, and whether the cache is trusted.
-        selections: files of selections that visitors may filter by; each is named by its stem.
-        coverage: coverage of concepts; None if there is none.
+    Everything a first request needs is loaded here. Visitors may filter by selections, each named by its file's stem.
 
     Raises:
         SettingError: two selections have the same name.
@@ -54,9 +45,18 @@ class SearchService:
         self.index, self.settings, self.coverage = index, settings, coverage
         self.name = index.path.resolve().name
         self.version = index.cache.info.index_digest[:16]
-        self.takes = [modality for modality in MODALITIES if index.query_encoder.accepts(modality)]
-        self.selections = _by_name(selections)
-        self.values = {name: values for name in FILTERS if _is_useful(values := index.filters.values(name), index)}
+        modalities: tuple[Modality, ...] = ("text", "image")
+        self.takes = [modality for modality in modalities if index.query_encoder.accepts(modality)]
+        self.selections = {path.stem: path for path in selections}
+        if len(self.selections) < len(selections):
+            raise SettingError("selections: expected different file names, got the same name twice; rename one of them")
+        counts = {name: index.filters.values(name) for name in ("split", "label", "language")}
+        num_items = len(index.hits.samples)  # a filter that leaves nothing out is not offered
+        self.values = {
+            name: values
+            for name, values in counts.items()
+            if len(values) > 1 or any(num < num_items for num in values.values())
+        }
         self.credit = credit(index.cache)
         self.images, self.missing_images = _open_images(index, settings)
         self._image_samples: Ints = np.empty(0, np.int64)
@@ -81,11 +81,7 @@ class SearchService:
         languages: Sequence[str] = (),
         selection: str | None = None,
     ) -> Filter:
-        """Return a filter of the values that a visitor names.
-
-        Raises:
-            UnknownNameError: there is no such value.
-        """
+        """Return a filter of the values that a visitor names, or raise an UnknownNameError."""
         for name, values in (("label", labels), ("split", splits), ("language", languages)):
             known = self.values.get(name, {})
             for value in values:
@@ -138,21 +134,10 @@ class SearchService:
 
     def hit(self, hit: Hit) -> dict[str, Any]:
         """Return the fields of `HitOut` for a hit."""
-        return {
-            "score": hit.score,
-            "row": hit.row,
-            "key": hit.key,
-            "captions": list(hit.captions),
-            "label": hit.label,
-            "image": self.image_row(hit.row),
-        }
+        return {**asdict(hit), "image": self.image_row(hit.row)}
 
     def concept(self, number: int) -> dict[str, Any]:
-        """Return the fields of `ConceptHits` for a concept.
-
-        Raises:
-            UnknownNameError: there is no coverage, or no such concept.
-        """
+        """Return the fields of `ConceptHits` for a concept, or raise an UnknownNameError."""
         if self.coverage is None or not 0 <= number < len(self.coverage.concepts):
             raise UnknownNameError(f"unknown concept {number}")
         concept, best = self.coverage.concepts[number], self.coverage.best[number]
@@ -165,12 +150,9 @@ class SearchService:
 
 @dataclass(frozen=True, kw_only=True)
 class ServePaths:
-    """Files and folders to serve.
+    """Files and folders to serve: an index, its run and cache if they have moved, selections, and coverage.
 
     Args:
-        index: index to serve.
-        run: its run, if it has moved.
-        cache: its cache, if it has moved.
         selections: selections that visitors may filter by.
         coverage: report of `embedcache curate coverage --output`.
         concepts: cache of concepts whose coverage is measured at the start.
@@ -185,12 +167,7 @@ class ServePaths:
 
 
 def open_service(paths: ServePaths, settings: ServeSettings, *, device: str, progress: Progress) -> SearchService:
-    """Open everything that is served.
-
-    Raises:
-        SettingError: both a coverage report and concepts are named.
-        EmbedcacheError: see `OpenIndex` and `SearchService`.
-    """
+    """Open everything that is served; see `OpenIndex` and `SearchService` for the errors."""
     if paths.coverage is not None and paths.concepts is not None:
         raise SettingError("coverage: expected --coverage or --concepts, got both; leave out one of them")
     index = OpenIndex(paths.index, run_path=paths.run, cache_path=paths.cache, device=device)
@@ -213,33 +190,15 @@ def _open_images(index: OpenIndex, settings: ServeSettings) -> tuple[ServedImage
         return None, "the images cannot be read; the reason is in the server's log"
 
 
-def _is_useful(values: Mapping[str, int], index: OpenIndex) -> bool:
-    """Return whether a filter can leave anything out."""
-    return len(values) > 1 or any(num < len(index.hits.samples) for num in values.values())
-
-
-def _by_name(paths: Sequence[Path]) -> Mapping[str, Path]:
-    found = {path.stem: path for path in paths}
-    if len(found) < len(paths):
-        raise SettingError("selections: expected different file names, got the same name twice; rename one of them")
-    return found
-
-
 InfoTable: TypeAlias = dict[str, Any]
 """`title`, and `rows`: pairs of a name and a text."""
 
 
 def info_tables(index: OpenIndex) -> list[InfoTable]:
     """Return tables that describe an index, the run that projected it, and its cache; they contain no paths."""
-    tables = [_index_table(index), _cache_table(index)]
-    if index.run_path is not None:
-        tables.insert(1, _run_table(index))
-    return tables
-
-
-def _index_table(index: OpenIndex) -> InfoTable:
-    card = index.card
-    return {
+    card, info = index.card, index.cache.info
+    batch_ms = "" if card.batch_latency_ms is None else f"{card.batch_latency_ms:g}"
+    about_index = {
         "title": "Index",
         "rows": [
             ["items", f"{card.num_vectors:,} {card.modality}s"],
@@ -250,38 +209,11 @@ def _index_table(index: OpenIndex) -> InfoTable:
             ["width", f"{card.width:,}"],
             ["recall@10 against exact search", f"{card.recall_at_10:.3f} on {card.num_queries:,} queries"],
             ["milliseconds per query when built", f"{card.latency_ms:g}"],
-            [
-                "milliseconds per query in a batch",
-                "" if card.batch_latency_ms is None else f"{card.batch_latency_ms:g}",
-            ],
+            ["milliseconds per query in a batch", batch_ms],
             ["on disk", "" if card.file_bytes is None else f"{card.file_bytes / 1e6:,.1f} MB"],
         ],
     }
-
-
-def _run_table(index: OpenIndex) -> InfoTable:
-    config = index.query_encoder.config
-    assert config is not None
-    assert index.run_path is not None
-    path = index.run_path / "record.json"
-    outcome = read_json(path).get("outcome", {}) if path.is_file() else {}
-    return {
-        "title": "Run",
-        "rows": [
-            ["name", index.run_path.resolve().name],
-            ["projector", config.projector],
-            ["shared width", f"{config.shared_width:,}"],
-            ["image feature", f"{config.image.feature} of {config.image.spec}"],
-            ["text feature", f"{config.text.feature} of {config.text.spec}"],
-            ["weights (SHA-256)", config.weights_digest],
-            *_flat("", outcome),
-        ],
-    }
-
-
-def _cache_table(index: OpenIndex) -> InfoTable:
-    info = index.cache.info
-    return {
+    about_cache = {
         "title": "Cache",
         "rows": [
             ["name", index.cache.path.resolve().name],
@@ -292,6 +224,25 @@ def _cache_table(index: OpenIndex) -> InfoTable:
             ["rows (SHA-256)", info.index_digest],
         ],
     }
+    return [about_index, *_run_table(index), about_cache]
+
+
+def _run_table(index: OpenIndex) -> list[InfoTable]:
+    config = index.query_encoder.config
+    if index.run_path is None or config is None:
+        return []
+    path = index.run_path / "record.json"
+    outcome = read_json(path).get("outcome", {}) if path.is_file() else {}
+    rows = [
+        ["name", index.run_path.resolve().name],
+        ["projector", config.projector],
+        ["shared width", f"{config.shared_width:,}"],
+        ["image feature", f"{config.image.feature} of {config.image.spec}"],
+        ["text feature", f"{config.text.feature} of {config.text.spec}"],
+        ["weights (SHA-256)", config.weights_digest],
+        *_flat("", outcome),
+    ]
+    return [{"title": "Run", "rows": rows}]
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> list[list[str]]:
@@ -301,11 +252,8 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> list[list[str]]:
         if isinstance(value, Mapping):
             rows += _flat(f"{title}: ", value)
         elif value is not None:
-            rows.append([title, _number(value)])
+            text = (
+                f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+            )
+            rows.append([title, text])
     return rows
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)

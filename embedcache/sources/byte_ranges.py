@@ -11,23 +11,15 @@ from embedcache.errors import ItemError
 from embedcache.files import is_remote
 from embedcache.sources.files import check_read_allowed, file_size, no_range_requests, remote_filesystem, wrap_io_errors
 
-MAX_OPEN_FILES = 32
-BLOCK_BYTES = 8 * 2**20
-MAX_BLOCKS = 8
+_MAX_OPEN_FILES = 32
 _PREFETCHED_BLOCKS = 2
 
 
 class ByteRanges:
-    """Reads byte ranges; keeps recently used files open, and the last blocks of remote files in memory.
+    """Reads byte ranges; keeps recently used files open, and the last blocks of remote files in memory."""
 
-    Args:
-        max_open: number of files kept open, besides those that threads are reading at the moment.
-    """
-
-    def __init__(self, max_open: int = MAX_OPEN_FILES) -> None:
-        self._max_open = max_open
-        self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
-        self._lock = Lock()
+    def __init__(self) -> None:
+        self._open = lru_cache(_MAX_OPEN_FILES)(_OpenFile)
         self._blocks = RemoteBlocks()
 
     def read(self, path: Path, offset: int, length: int) -> bytes:
@@ -41,19 +33,10 @@ class ByteRanges:
             data = self._blocks.read(path, offset, length)
         else:
             with wrap_io_errors(path, ItemError):
-                data = self._file(path).read(offset, length)
+                data = self._open(path).read(offset, length)
         if len(data) < length:
             raise ItemError(f"{path} ends {length - len(data)} bytes before the image does")
         return data
-
-    def _file(self, path: Path) -> "_OpenFile":
-        with self._lock:
-            if path not in self._open:
-                self._open[path] = _OpenFile(path)
-            self._open.move_to_end(path)
-            if len(self._open) > self._max_open:
-                self._open.popitem(last=False)
-            return self._open[path]
 
 
 class _OpenFile:
@@ -76,24 +59,20 @@ class _OpenFile:
 
 
 class RemoteBlocks:
-    """Reads byte ranges of remote files through an LRU cache of blocks.
+    """Reads byte ranges of remote files through an LRU cache of blocks, which start at multiples of `block_bytes`.
 
     A request takes tens of milliseconds. Adjacent items cost one request per block, however many threads read them:
     threads wait for a block that another one fetches. After two consecutive blocks, the next ones are prefetched.
     Peak memory: `max_blocks` blocks, those in use by threads and those being prefetched.
-
-    Args:
-        block_bytes: bytes per request; blocks start at multiples of it.
-        max_blocks: number of blocks kept.
     """
 
-    def __init__(self, *, block_bytes: int = BLOCK_BYTES, max_blocks: int = MAX_BLOCKS) -> None:
+    def __init__(self, *, block_bytes: int = 8 * 2**20, max_blocks: int = 8) -> None:
         self._block_bytes = block_bytes
         self._max_blocks = max_blocks
         self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._lock = Lock()
         self._prefetcher = ThreadPoolExecutor(_PREFETCHED_BLOCKS, thread_name_prefix="block-prefetch")
-        self._size = lru_cache(maxsize=4096)(self._find_size)
+        self._size = lru_cache(maxsize=4096)(_find_size)
 
     def read(self, path: Path, offset: int, length: int) -> bytes:
         """Read `length` bytes from `offset` on, or up to the end of the file. Thread-safe.
@@ -109,12 +88,23 @@ class RemoteBlocks:
         return b"".join(parts)
 
     def _block(self, path: Path, number: int) -> bytes:
-        if self._is_sequential(path, number):
-            self._prefetch(path, number)
+        self._prefetch(path, number)
         block, is_new = self._entry(path, number)
         if is_new:
             self._fetch_into(block, path, number)
         return block.result()
+
+    def _prefetch(self, path: Path, number: int) -> None:
+        """Fetch the blocks after `number` in the background if the one before it is cached and the last is not."""
+        name = str(path)
+        with self._lock:
+            if (name, number - 1) not in self._blocks or (name, number + _PREFETCHED_BLOCKS) in self._blocks:
+                return
+        num_blocks = -(-self._size(path) // self._block_bytes)
+        for later in range(number + 1, min(number + 1 + _PREFETCHED_BLOCKS, num_blocks)):
+            block, is_new = self._entry(path, later)
+            if is_new:
+                self._prefetcher.submit(self._fetch_into, block, path, later)
 
     def _entry(self, path: Path, number: int) -> tuple[Future[bytes], bool]:
         """Return the future of a block, and whether the caller has to fill it."""
@@ -127,28 +117,15 @@ class RemoteBlocks:
                 self._blocks.popitem(last=False)
         return block, is_new
 
-    def _is_sequential(self, path: Path, number: int) -> bool:
-        """Return whether the previous block is cached and the last one to prefetch is not."""
-        with self._lock:
-            return (str(path), number - 1) in self._blocks and (
-                str(path),
-                number + _PREFETCHED_BLOCKS,
-            ) not in self._blocks
-
-    def _prefetch(self, path: Path, number: int) -> None:
-        num_blocks = -(-self._size(path) // self._block_bytes)
-        for later in range(number + 1, min(number + 1 + _PREFETCHED_BLOCKS, num_blocks)):
-            block, is_new = self._entry(path, later)
-            if is_new:
-                self._prefetcher.submit(self._fetch_into, block, path, later)
-
-    def _find_size(self, path: Path) -> int:
-        with wrap_io_errors(path, ItemError):
-            return file_size(path) or 0
-
     def _fetch_into(self, block: Future[bytes], path: Path, number: int) -> None:
+        start = number * self._block_bytes
         try:
-            block.set_result(self._fetch(path, number))
+            filesystem, name = remote_filesystem(path)
+            with wrap_io_errors(path, ItemError):
+                data: bytes = filesystem.cat_file(name, start=start, end=start + self._block_bytes)
+            if len(data) > self._block_bytes:
+                raise ItemError(no_range_requests(path))
+            block.set_result(data)
         except BaseException as error:
             with self._lock:  # the next read retries it
                 if self._blocks.get((str(path), number)) is block:
@@ -156,11 +133,7 @@ class RemoteBlocks:
             block.set_exception(error)
             raise
 
-    def _fetch(self, path: Path, number: int) -> bytes:
-        filesystem, name = remote_filesystem(path)
-        start = number * self._block_bytes
-        with wrap_io_errors(path, ItemError):
-            data: bytes = filesystem.cat_file(name, start=start, end=start + self._block_bytes)
-        if len(data) > self._block_bytes:
-            raise ItemError(no_range_requests(path))
-        return data
+
+def _find_size(path: Path) -> int:
+    with wrap_io_errors(path, ItemError):
+        return file_size(path) or 0

@@ -1,7 +1,7 @@
 """Captions of images in `.txt` and `.json` sidecar files, and checks of captions shared with tables."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,19 +12,12 @@ SIDECAR_SUFFIXES = frozenset({".json", ".txt"})
 CAPTION_ERROR = "caption_error"
 
 _SCALARS = (str, int, float, bool, type(None))
-
 _CAPTION_FIELDS = ("caption", "captions", "text", "texts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sidecar:
-    """Content of the files beside one image.
-
-    Args:
-        key: key of the sample, if a `.json` holds one.
-        texts: captions, those of the `.json` first.
-        columns: other scalar fields of the `.json`, and `caption_error` if a file is invalid.
-    """
+    """Content of the files beside one image; its columns include `caption_error` if a file is invalid."""
 
     key: str | None = None
     texts: tuple[TextItem, ...] = ()
@@ -41,15 +34,19 @@ def read_sidecar(files: Mapping[str, bytes | ItemError], name: str) -> Sidecar:
         name: name of the files in the source, without the suffix.
     """
     sidecars = [_read_file(files[suffix], name + suffix) for suffix in (".json", ".txt") if suffix in files]
-    return sidecars[0] if len(sidecars) == 1 else _merge(sidecars)
+    if len(sidecars) == 1:
+        return sidecars[0]
+    columns = {name: value for sidecar in sidecars for name, value in sidecar.columns.items()}
+    errors = [str(sidecar.columns[CAPTION_ERROR]) for sidecar in sidecars if CAPTION_ERROR in sidecar.columns]
+    return Sidecar(
+        key=next((sidecar.key for sidecar in sidecars if sidecar.key), None),
+        texts=tuple(dict.fromkeys(text for sidecar in sidecars for text in sidecar.texts)),
+        columns={**columns, CAPTION_ERROR: "; ".join(errors)} if errors else columns,
+    )
 
 
 def caption_list(value: Any, place: str) -> list[str]:
-    """Return the captions in one field: a string, a list of strings, or None.
-
-    Raises:
-        SourceError: the field holds another type; the message starts with `place`.
-    """
+    """Return the captions in a string, a list of strings or None; the error for other types starts with `place`."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     for one in values:
         if not isinstance(one, str):
@@ -67,33 +64,32 @@ def scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:
     return {name: value for name, value in fields.items() if isinstance(value, _SCALARS)}
 
 
+def json_object(text: str, place: str) -> dict[str, Any]:
+    """Parse a JSON object; the error for other text starts with `place`."""
+    try:
+        fields = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise SourceError(f"{place} is not valid JSON: {error}; repair or remove it") from None
+    if not isinstance(fields, dict):
+        example = '{"caption": "a dog"}'
+        raise SourceError(f"{place} is not a JSON object such as {example}: {fields!r:.60}")
+    return fields
+
+
 def _read_file(content: bytes | ItemError, name: str) -> Sidecar:
     try:
         if isinstance(content, ItemError):
             raise content
-        return _read_json(content, name) if name.endswith(".json") else _read_lines(content, name)
+        if name.endswith(".json"):
+            return _read_json(content, name)
+        lines = [line for line in _decode(content, name).splitlines() if line.strip()]
+        return Sidecar(texts=text_items(lines or [""], None))
     except (ItemError, SourceError) as error:
         return Sidecar(columns={CAPTION_ERROR: str(error)})
 
 
-def _merge(sidecars: Sequence[Sidecar]) -> Sidecar:
-    columns = {name: value for sidecar in sidecars for name, value in sidecar.columns.items()}
-    errors = [str(sidecar.columns[CAPTION_ERROR]) for sidecar in sidecars if CAPTION_ERROR in sidecar.columns]
-    return Sidecar(
-        key=next((sidecar.key for sidecar in sidecars if sidecar.key), None),
-        texts=tuple(dict.fromkeys(text for sidecar in sidecars for text in sidecar.texts)),
-        columns={**columns, CAPTION_ERROR: "; ".join(errors)} if errors else columns,
-    )
-
-
-def _read_lines(content: bytes, name: str) -> Sidecar:
-    """Return one caption per line that is not blank; a file without any is one empty caption."""
-    lines = [line for line in _decode(content, name).splitlines() if line.strip()]
-    return Sidecar(texts=text_items(lines or [""], None))
-
-
 def _read_json(content: bytes, name: str) -> Sidecar:
-    fields = _json_object(content, name)
+    fields = json_object(_decode(content, name), name)
     language, key = _string(fields, "language", name), _string(fields, "key", name)
     captions = [
         caption
@@ -101,17 +97,6 @@ def _read_json(content: bytes, name: str) -> Sidecar:
         for caption in caption_list(fields.pop(caption_field, None), f"{name}: {caption_field}")
     ]
     return Sidecar(key=key, texts=text_items(captions, language), columns=scalar_columns(fields))
-
-
-def _json_object(content: bytes, name: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(_decode(content, name))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise SourceError(f"{name} is not valid JSON: {error}; repair or remove it") from None
-    if not isinstance(fields, dict):
-        example = '{"caption": "a dog"}'
-        raise SourceError(f"{name} is not a JSON object such as {example}: {fields!r:.60}")
-    return fields
 
 
 def _string(fields: dict[str, Any], name: str, file_name: str) -> str | None:

@@ -17,17 +17,14 @@ TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
 TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})
 IDX_IMAGES = re.compile(r"(?P<set>.+)-images[-.]idx3-ubyte(\.gz)?")
-SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
+_SPLIT_FOLDERS = frozenset({"train", "val", "valid", "validation", "test"})
 SHARD_SEPARATOR = "::"
 """Separates several paths or patterns in the location of a WebDataset."""
 
 _NOT_FOUND = 404
 _FORBIDDEN = 403
 _READ_AHEAD_BYTES = 2**18  # one request for small columns that are adjacent in the file
-
-MAX_RESTRICTED_BYTES = 2**28
-"""Most bytes per read inside `restrict_reads`."""
-
+_MAX_RESTRICTED_BYTES = 2**28
 _ALLOWED_FOLDERS: ContextVar[tuple[Path, ...] | None] = ContextVar("allowed_folders", default=None)
 
 
@@ -50,8 +47,7 @@ def wrap_io_errors(path: Path | str, error_class: type[EmbedcacheError] = PathEr
 def restrict_reads(folders: Sequence[Path]) -> Iterator[None]:
     """Restrict reads of this thread to regular local files of at most 256 MiB below some folders, links resolved.
 
-    For sources of untrusted caches: paths in their tables are read and shown to others. Any other read raises
-    `ItemError`.
+    For sources of untrusted caches, whose tables may name any path. Any other read raises `ItemError`.
     """
     token = _ALLOWED_FOLDERS.set(tuple(folder.resolve() for folder in folders))
     try:
@@ -61,15 +57,7 @@ def restrict_reads(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def check_read_allowed(place: Path | str, num_bytes: int | None = None) -> None:
-    """Check that `restrict_reads` allows this thread a read; outside of it, every read is allowed.
-
-    Args:
-        place: path, or URL as text.
-        num_bytes: bytes to read; None: the whole file.
-
-    Raises:
-        ItemError: the file is outside the allowed folders, not a regular file, or too large.
-    """
+    """Check that `restrict_reads` allows this thread to read `num_bytes`, or all, of a path, or of a URL as text."""
     folders = _ALLOWED_FOLDERS.get()
     if folders is None:
         return
@@ -81,18 +69,15 @@ def check_read_allowed(place: Path | str, num_bytes: int | None = None) -> None:
     if real.exists() and not real.is_file():
         raise ItemError(f"{place} is not a regular file")
     size = num_bytes if num_bytes is not None else real.stat().st_size if real.exists() else 0
-    if size > MAX_RESTRICTED_BYTES:
-        raise ItemError(f"{place}: expected at most {MAX_RESTRICTED_BYTES:,} bytes to read, got {size:,}")
+    if size > _MAX_RESTRICTED_BYTES:
+        raise ItemError(f"{place}: expected at most {_MAX_RESTRICTED_BYTES:,} bytes to read, got {size:,}")
 
 
 def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
-    """Return whether a path is a folder.
+    """Return whether a path is a folder; PathError if the disk or service does not answer.
 
     A remote path that ends in one of `file_suffixes` counts as a file: a web server would have to send all of it to
     find out.
-
-    Raises:
-        PathError: the disk or service does not answer.
     """
     if is_remote(path) and path.suffix.lower() in file_suffixes:
         return False
@@ -101,15 +86,10 @@ def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
 
 
 def file_size(path: Path, *, forbidden_is_missing: bool = False) -> int | None:
-    """Return the size of a file in bytes; None if there is no file.
+    """Return the size of a file in bytes, None if there is no file; PathError if the disk or service does not answer.
 
-    Args:
-        path: the file.
-        forbidden_is_missing: treat the answer "forbidden" as a missing file: S3 gives it to users who may read files
-            but not list them.
-
-    Raises:
-        PathError: the disk or service does not answer.
+    With `forbidden_is_missing`, the answer "forbidden" counts as a missing file: S3 gives it to users who may read
+    files but not list them.
     """
     with wrap_io_errors(path):
         try:
@@ -117,7 +97,8 @@ def file_size(path: Path, *, forbidden_is_missing: bool = False) -> int | None:
                 return _remote_size(path)
             return path.stat().st_size if path.is_file() else None
         except OSError as error:
-            if _is_missing(error) or (forbidden_is_missing and _is_forbidden(error)):
+            is_forbidden = isinstance(error, PermissionError) or getattr(error.__cause__, "status", None) == _FORBIDDEN
+            if _is_missing(error) or (forbidden_is_missing and is_forbidden):
                 return None
             raise
 
@@ -149,14 +130,12 @@ def open_binary(path: Path) -> BinaryIO:
 
 
 def no_range_requests(path: Path) -> str:
-    """Return the error message for a server without range requests."""
     return f"{path}: the server does not support HTTP range requests; copy the file to this machine first"
 
 
 def remote_filesystem(path: Path) -> tuple[Any, str]:
     """Return the fsspec file system of a remote path, and the name of the path in it."""
-    upath = cast(Any, path)
-    return upath.fs, upath.path
+    return path.fs, path.path  # type: ignore[attr-defined]
 
 
 def _remote_size(path: Path) -> int | None:
@@ -177,41 +156,45 @@ def _is_missing(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
-def _is_forbidden(error: OSError) -> bool:
-    return isinstance(error, PermissionError) or getattr(error.__cause__, "status", None) == _FORBIDDEN
-
-
 def has_suffix(name: str, suffixes: frozenset[str]) -> bool:
     """Return whether a file name ends in one of `suffixes`, ignoring case."""
     return PurePosixPath(name).suffix.lower() in suffixes
 
 
-def is_shard_pattern(location: str) -> bool:
-    """Return whether a location names tars by a brace pattern or as a list."""
-    return SHARD_SEPARATOR in location or ("{" in location and has_suffix(location, TAR_SUFFIXES))
-
-
 def split_from_path(path: str) -> str | None:
     """Return the top folder of a relative path if it is the name of a split, ignoring case; else None."""
     top, slash, _ = path.partition("/")
-    return top if slash and top.lower() in SPLIT_FOLDERS else None
+    return top if slash and top.lower() in _SPLIT_FOLDERS else None
 
 
-def walk_files(root: Path) -> Iterator[tuple[str, Mapping[str, int]]]:
+def walk_files(
+    folder: Path, *, prefix: str = "", above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[tuple[str, Mapping[str, int]]]:
     """Iterate over all files below a folder, sorted by path.
 
     Hidden files and folders are skipped, and so are links to a folder above them. Memory holds the names of one folder
     and of those above it.
 
-    Yields:
-        the path relative to `root`, with `/`, and all files of the same folder: name -> size in bytes, or -1 if the
-        listing does not contain sizes.
+    Args:
+        folder: the folder.
+        prefix: prepended to the paths.
+        above: device and inode of the folders above.
 
-    Raises:
-        PathError: a folder cannot be listed.
-        SourceError: a name is not valid Unicode.
+    Yields:
+        the path relative to `folder`, with `/`, and all files of the same folder: name -> size in bytes, or -1 if the
+        listing does not contain sizes.
     """
-    return _walk(root, "", ())
+    identity = _identity(folder)
+    if identity in above:
+        return
+    names = _list_remote(folder) if is_remote(folder) else _list(folder)
+    files = {name: size for name, size in names.items() if not name.endswith("/")}
+    for name in sorted(names):
+        if name.endswith("/"):
+            inner = (*above, identity) if identity else ()
+            yield from walk_files(folder / name[:-1], prefix=prefix + name, above=inner)
+        else:
+            yield prefix + name, files
 
 
 def relative_to(root: str, path: str) -> str:
@@ -220,12 +203,9 @@ def relative_to(root: str, path: str) -> str:
 
 
 def item_path(root: str, folder: str, written: str) -> str:
-    """Return the path of an item as stored: relative to the root if it lies below it, else whole.
+    """Return the path of an item as stored: relative to the root if it lies below it, else whole; URLs are unchanged.
 
-    Args:
-        root: folder of the source, a path or a URL.
-        folder: folder that `written` is relative to.
-        written: relative path, absolute path or URL; a URL is returned unchanged.
+    A relative path as `written` in a table is relative to `folder`.
     """
     if is_url(written):
         return written
@@ -233,36 +213,23 @@ def item_path(root: str, folder: str, written: str) -> str:
 
 
 def resolve_item(root: Path, written: str) -> Path:
-    """Return the path of an item from the result of `item_path`.
-
-    Raises:
-        ItemError: the URL has an unsupported scheme.
-        MissingExtraError: the packages that read URLs are not installed.
-    """
-    if not is_url(written) and not written.startswith("/"):
-        return root / written
+    """Return the path of an item from the result of `item_path`; ItemError if the scheme of a URL is unsupported."""
     if is_url(written):
         check_read_allowed(written)
+    elif not written.startswith("/"):
+        return root / written
     with wrap_io_errors(written, ItemError):
         return open_path(written)
 
 
 def read_item_file(path: Path) -> bytes:
-    """Read the bytes of an image file.
-
-    Raises:
-        ItemError: the file cannot be read; the message is the reason.
-    """
+    """Read the bytes of an image file; ItemError with the reason if it cannot be read."""
     with wrap_io_errors(path, ItemError):
         return read_bytes(path)
 
 
 def check_utf8_name(name: str, place: Path | str) -> str:
-    """Return a name if a table can store it.
-
-    Raises:
-        SourceError: the name is not valid Unicode.
-    """
+    """Return a name if it is valid Unicode, so that a table can store it; else raise SourceError."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -274,19 +241,6 @@ def _normal(path: str) -> str:
     """Remove `.`, `..` and repeated slashes from a path; the `//` of a URL stays."""
     scheme, mark, rest = path.partition("://") if is_url(path) else ("", "", path)
     return scheme + mark + posixpath.normpath(rest)
-
-
-def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, Mapping[str, int]]]:
-    identity = _identity(folder)
-    if identity in above:
-        return
-    names = _list_remote(folder) if is_remote(folder) else _list(folder)
-    files = {name: size for name, size in names.items() if not name.endswith("/")}
-    for name in sorted(names):
-        if name.endswith("/"):
-            yield from _walk(folder / name[:-1], prefix + name, (*above, identity) if identity else ())
-        else:
-            yield prefix + name, files
 
 
 def _list(folder: Path) -> dict[str, int]:

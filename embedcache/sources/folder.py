@@ -34,14 +34,7 @@ class FolderSource:
     folders; images in the top folder have neither. Below a top folder named `train`, `val`, `valid`, `validation` or
     `test`, in any case, the column `split` is that name; an image directly in `train` has no label. A `label` or
     `split` in the `.json` beside an image takes precedence. An image without sidecar files has no captions. Hidden
-    files are skipped.
-
-    Args:
-        location: top folder, a path or a URL.
-        settings: unused.
-
-    Raises:
-        PathError: there is no such folder.
+    files are skipped. The location is the top folder, a path or a URL.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -51,28 +44,23 @@ class FolderSource:
             raise PathError(f"no such folder: {self._root}")
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source."""
         return {"type": "folder", "path": str(self._root), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over the images. Memory holds the names of one folder and of those above it."""
-        found = (
-            (PurePosixPath(path), siblings)
-            for path, siblings in walk_files(self._root)
-            if has_suffix(path, IMAGE_SUFFIXES)
-        )
+        found = (image for image in walk_files(self._root) if has_suffix(image[0], IMAGE_SUFFIXES))
         if not is_remote(self._root):
-            yield from (self._sample(path, siblings) for path, siblings in found)
+            yield from (self._sample(*image) for image in found)
             return
         with ThreadPoolExecutor(_CONCURRENT_READS) as executor:
             while batch := list(islice(found, 8 * _CONCURRENT_READS)):
                 yield from executor.map(lambda image: self._sample(*image), batch)
 
     def read(self, item: ImageItem) -> bytes:
-        """Read the bytes of one image file."""
         return read_item_file(self._root / item.path)
 
-    def _sample(self, path: PurePosixPath, siblings: Mapping[str, int]) -> Sample:
+    def _sample(self, name: str, siblings: Mapping[str, int]) -> Sample:
+        path = PurePosixPath(name)
         key = path.with_suffix("")
         folder = {"folder": str(path.parent)} if len(path.parts) > 1 else {}
         sidecar = read_sidecar(self._sidecar_files(key, siblings), str(key))

@@ -25,16 +25,8 @@ class HuggingfaceSource:
     Images are a column with the feature `Image`, else one found as in a table (`embedcache.sources.table`); captions
     and keys follow the rules of tables. A class label becomes the name of its class. In a `DatasetDict`, keys are
     `<split>/<cell of the key column, else row>` and the column `split` names the split, unless the dataset has such a
-    column. An item is a split and a row.
-
-    Args:
-        location: a `Dataset` or `DatasetDict`, or the path or name of one. A dataset in memory cannot be reopened.
-        settings: `image_column`, `caption_columns`, `key_column`.
-
-    Raises:
-        MissingExtraError: `datasets` is not installed.
-        PathError: there is no such dataset.
-        SourceError: the dataset cannot be read, is a stream, or lacks a column.
+    column. An item is a split and a row. The location is a `Dataset` or `DatasetDict`, which cannot be reopened, or the
+    path or name of one.
     """
 
     def __init__(self, location: object, settings: SourceSettings) -> None:
@@ -43,16 +35,15 @@ class HuggingfaceSource:
         splits = _by_split(_load(location) if isinstance(location, str) else location)
         self._path = _describe(location, splits)
         self._folder = Path(self._path) if Path(self._path).is_dir() else Path.cwd()
-        self._tables = {split: _table(dataset, Path(self._path, split)) for split, dataset in splits.items()}
-        self._columns = {
-            split: find_columns(self._tables[split], _with_image(settings, dataset))
-            for split, dataset in splits.items()
-        }
-        self._images = {
-            split: dataset.with_format("arrow").select_columns([columns.image])
-            for (split, dataset), columns in zip(splits.items(), self._columns.values(), strict=True)
-            if columns.image is not None
-        }
+        self._tables: dict[str, tuple[TableFile, TableColumns]] = {}
+        self._images = {}
+        for split, dataset in splits.items():
+            schema = dataset.features.arrow_schema
+            table = arrow_table(Path(self._path, split), schema, partial(_rows, dataset))
+            columns = find_columns(table, _with_image(settings, dataset))
+            self._tables[split] = table, columns
+            if columns.image is not None:
+                self._images[split] = dataset.with_format("arrow").select_columns([columns.image])
 
     def describe(self) -> Mapping[str, Any]:
         """Return what reopens the source; for a dataset in memory, its fingerprint."""
@@ -60,8 +51,7 @@ class HuggingfaceSource:
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over all rows. Memory holds one batch of rows, without images."""
-        for split, table in self._tables.items():
-            columns = self._columns[split]
+        for split, (table, columns) in self._tables.items():
             names = [name for name in columns.to_read() if name != columns.image]
             for number, row in enumerate(table.rows(names)):
                 yield _sample(split, columns, number, row, f"{table.path} row {number}")
@@ -72,10 +62,10 @@ class HuggingfaceSource:
             cell = self._images[item.path][item.offset].column(0)[0].as_py()
         except (KeyError, IndexError):
             raise ItemError(f"{self._path} has no image in row {item.offset} of split {item.path!r}") from None
-        data, path = _bytes_and_path(cell)
+        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
         if isinstance(data, bytes):
             return data
-        if path:
+        if isinstance(path, str) and path:
             return read_item_file(self._folder / path)
         raise ItemError(f"no image in row {item.offset} of {Path(self._path, item.path)}")
 
@@ -88,13 +78,6 @@ def _sample(split: str, columns: TableColumns, number: int, row: Row, place: str
         texts=row_texts(columns, row, place),
         columns=({"split": split} if split else {}) | scalar_columns({name: row[name] for name in columns.others}),
     )
-
-
-def _bytes_and_path(cell: Any) -> tuple[Any, Any]:
-    """Return the bytes and the path in a cell; either may be None."""
-    if isinstance(cell, dict):
-        return cell.get("bytes"), cell.get("path")
-    return (None, cell) if isinstance(cell, str) else (cell, None)
 
 
 def _load(location: str) -> Any:
@@ -132,25 +115,16 @@ def _describe(location: object, splits: Mapping[str, Any]) -> str:
     return _MEMORY + ",".join(f"{split}={dataset._fingerprint}".lstrip("=") for split, dataset in splits.items())
 
 
-def _table(dataset: Any, path: Path) -> TableFile:
-    return arrow_table(path, dataset.features.arrow_schema, partial(_rows, dataset))
-
-
 def _rows(dataset: Any, columns: Sequence[str]) -> Iterator[Row]:
     if not columns:
         yield from ({} for _ in range(len(dataset)))
         return
-    classes = _class_names(dataset, columns)
+    kind = require("datasets", extra="datasets").ClassLabel  # stored as numbers; missing labels are -1 or None
+    features = {name: dataset.features[name] for name in columns}
+    classes = {name: dict(enumerate(f.names)) for name, f in features.items() if isinstance(f, kind)}
     for batch in dataset.with_format("arrow").select_columns(list(columns)).iter(BATCH_ROWS):
         for row in batch.to_pylist():
             yield row | {name: names.get(row[name]) for name, names in classes.items()}
-
-
-def _class_names(dataset: Any, columns: Sequence[str]) -> dict[str, dict[int, str]]:
-    """Return column -> number -> class name for columns of class labels; missing labels are -1 or None."""
-    kind = require("datasets", extra="datasets").ClassLabel
-    features = {name: dataset.features[name] for name in columns}
-    return {name: dict(enumerate(feature.names)) for name, feature in features.items() if isinstance(feature, kind)}
 
 
 def _with_image(settings: SourceSettings, dataset: Any) -> SourceSettings:

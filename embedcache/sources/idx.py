@@ -5,7 +5,7 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -31,15 +31,9 @@ class IdxSource:
     it. The column `label` is the number there; `split` is `train`, `test` (also for `t10k`) or `val` if the name of
     the set ends in one. If a file exists plain and gzipped, the plain one is read.
 
+    The location is a folder with such files, at any depth, or one file of images, which is that set alone.
+
     Memory: each set is read whole, once per process, and kept: 47 MB for MNIST's 60,000 images.
-
-    Args:
-        location: folder with such files, at any depth, or one file of images, which is that set alone.
-        settings: unused.
-
-    Raises:
-        PathError: there is no such folder or file.
-        SourceError: no file is named like a file of images.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -52,14 +46,13 @@ class IdxSource:
         self._lock = Lock()
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source."""
         return {"type": "idx", "path": str(self._location), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over the images, set by set. Memory holds all images and the labels of one set."""
         for name, path in self._sets.items():
             images_NHW = self._open(path)
-            labels_N = _read(self._root / _labels_path(self._root, path), num_dimensions=1)
+            labels_N = _read(_labels_file(self._root / path), num_dimensions=1)
             if len(labels_N) != len(images_NHW):
                 raise SourceError(
                     f"{self._root / path}: expected one label per image, got {len(images_NHW):,} images and "
@@ -92,7 +85,7 @@ class IdxSource:
 
 
 def _find_sets(root: Path) -> dict[str, str]:
-    """Find the files of images below a folder: name of the set -> path relative to the folder."""
+    """Return name of the set -> path relative to the folder of its file of images."""
     sets: dict[str, str] = {}
     for path, _ in walk_files(root):  # sorted, so that a plain file comes before its gzipped copy
         found = IDX_IMAGES.fullmatch(path)
@@ -112,23 +105,23 @@ def _set_of_file(file: Path) -> dict[str, str]:
     return {found["set"]: file.name}
 
 
-def _labels_path(root: Path, path: str) -> str:
-    name = PurePosixPath(path).name.replace("images", "labels").replace("idx3", "idx1")
-    plain = str(PurePosixPath(path).with_name(name.removesuffix(_GZIP)))
-    for candidate in (plain, plain + _GZIP):
-        if file_size(root / candidate) is not None:
-            return candidate
-    raise SourceError(f"{root / path} has no labels: expected {plain} or {plain}{_GZIP} beside it")
+def _labels_file(images: Path) -> Path:
+    plain = images.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(_GZIP)
+    for name in (plain, plain + _GZIP):
+        if file_size(images.with_name(name)) is not None:
+            return images.with_name(name)
+    raise SourceError(f"{images} has no labels: expected {plain} or {plain}{_GZIP} beside it")
 
 
 def _read(path: Path, *, num_dimensions: int) -> Array:
-    """Read an IDX file of unsigned bytes: a header of big-endian numbers, then the values in C order.
-
-    Raises:
-        PathError: the file cannot be read.
-        SourceError: the file has another format or is damaged.
-    """
-    data = _read_unzipped(path)
+    """Read an IDX file of unsigned bytes: a header of big-endian numbers, then the values in C order."""
+    with wrap_io_errors(path):
+        data = read_bytes(path)
+    if path.suffix == _GZIP:
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise SourceError(f"{path} is damaged: {error}; copy it again") from None
     header_bytes = 4 + 4 * num_dimensions
     magic = bytes([0, 0, _UNSIGNED_BYTES, num_dimensions])
     if data[:4] != magic or len(data) < header_bytes:
@@ -142,14 +135,3 @@ def _read(path: Path, *, num_dimensions: int) -> Array:
         sizes = " x ".join(map(str, shape))
         raise SourceError(f"{path} is damaged: expected {sizes} bytes of pixels, got {len(values):,}; copy it again")
     return values.reshape(shape)
-
-
-def _read_unzipped(path: Path) -> bytes:
-    with wrap_io_errors(path):
-        data = read_bytes(path)
-    if path.suffix != _GZIP:
-        return data
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise SourceError(f"{path} is damaged: {error}; copy it again") from None

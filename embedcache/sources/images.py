@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from embedcache.errors import ItemError
 
-MAX_ASPECT_RATIO = 100
+_MAX_ASPECT_RATIO = 100
 MAX_PIXELS = 89_478_485
 """Limit checked in the header: Pillow's own, 256 MiB as RGB."""
 
@@ -32,16 +32,8 @@ _TRANSPOSE = {
 }
 # Errors that Pillow raises on damaged bytes: those of 340,000 mutated files, and those that `Image.open` handles.
 _DAMAGE = (
-    OSError,  # UnidentifiedImageError among them
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    LookupError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
+    *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, MemoryError),
+    *(struct.error, zlib.error),
 )
 
 
@@ -49,11 +41,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image file to an RGB image with 8 bits per channel. Thread-safe.
 
     Applies the EXIF orientation, composites transparent pixels onto white, converts gray and CMYK, scales 16-bit gray,
-    and takes the first frame of an animation. An unreadable EXIF block is ignored.
-
-    Args:
-        data: content of the file.
-        max_pixels: images with more pixels are rejected from the header, before memory is allocated.
+    and takes the first frame of an animation. An unreadable EXIF block is ignored. Images with more than `max_pixels`
+    are rejected from the header, before memory is allocated.
 
     Raises:
         ItemError: the file cannot be decoded; the message is a short reason.
@@ -62,7 +51,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ItemError("empty file")
     _keep_blocks()
     try:
-        with suppress_warnings():
+        with _suppress_warnings():
             return rgb_image(_load(data, max_pixels))
     except ItemError:
         raise
@@ -75,13 +64,16 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def rgb_image(image: Image.Image) -> Image.Image:
-    """Convert an open image of any mode as `decode_image` does.
-
-    Raises:
-        ItemError: the pixels are floating-point numbers, or exceed 16 bits.
-    """
+    """Convert an open image as `decode_image` does; ItemError if pixels are floating-point or exceed 16 bits."""
     image.load()  # a PNG may store its orientation after the pixels
-    return _rgb(_upright(image))
+    image = _upright(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _eight_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
 
 
 @cache
@@ -93,16 +85,13 @@ def _keep_blocks() -> None:
 def _load(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header, then the pixels."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_pixels(image.width, image.height, max_pixels)
+    width, height = image.size
+    if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):  # resizing the short side would exhaust memory
+        raise ItemError(f"too narrow: {width} x {height} pixels, more than {_MAX_ASPECT_RATIO} to 1")
+    if width * height > max_pixels:
+        raise ItemError(f"too many pixels: {width} x {height}, more than {max_pixels:,}")
     image.load()
     return image
-
-
-def _check_pixels(width: int, height: int, most: int) -> None:
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):  # resizing the short side would exhaust memory
-        raise ItemError(f"too narrow: {width} x {height} pixels, more than {MAX_ASPECT_RATIO} to 1")
-    if width * height > most:
-        raise ItemError(f"too many pixels: {width} x {height}, more than {most:,}")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -117,22 +106,8 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _eight_bit(image).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
-
-
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray to 8-bit gray: 0..65535 -> 0..255, rounded.
-
-    Raises:
-        ItemError: values exceed 16 bits, or are floating-point numbers: neither has a standard range.
-    """
+    """Scale 16-bit gray to 8-bit gray: 0..65535 -> 0..255, rounded; other values have no standard range."""
     if image.mode == "F":
         raise ItemError("floating-point pixels; save as 8 or 16 bit")
     values = np.asarray(image).astype(np.int64)
@@ -149,7 +124,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _ThreadFilter(threading.local):
-    """Stands in for the compiled message pattern of a warnings filter; matches inside `suppress_warnings` only."""
+    """Stands in for the compiled message pattern of a warnings filter; matches inside `_suppress_warnings` only."""
 
     depth = 0
     pattern = "(?!)"  # matches nothing; scikit-learn copies filters to its threads by this attribute
@@ -163,24 +138,19 @@ _FILTER: Any = ("ignore", _this_thread, Warning, None, 0)
 
 
 @contextmanager
-def suppress_warnings() -> Iterator[None]:
+def _suppress_warnings() -> Iterator[None]:
     """Suppress all warnings of this thread inside the block; other threads keep theirs.
 
     `warnings.catch_warnings` replaces a list shared by all threads (until Python 3.14), so one decoding thread would
     silence all others. Instead, one permanent filter in that list asks whether the warning thread is in this block.
     """
-    _move_filter_first()
+    filters: list[Any] = warnings.filters  # type: ignore[assignment]  # declared as a Sequence; is a list
+    if not filters or filters[0] is not _FILTER:  # others may have been added before it since the last call
+        filters.insert(0, _FILTER)
+        for position in reversed([n for n, item in enumerate(filters) if n and item is _FILTER]):
+            del filters[position]
     _this_thread.depth += 1
     try:
         yield
     finally:
         _this_thread.depth -= 1
-
-
-def _move_filter_first() -> None:
-    """Move the filter before all others, including those added since the last call."""
-    filters: list[Any] = warnings.filters  # type: ignore[assignment]  # declared as a Sequence; is a list
-    if not filters or filters[0] is not _FILTER:
-        filters.insert(0, _FILTER)
-        for position in reversed([n for n, item in enumerate(filters) if n and item is _FILTER]):
-            del filters[position]

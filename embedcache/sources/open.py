@@ -1,6 +1,6 @@
 """Open a source from a path, URL or name, and reopen it from what a cache recorded."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ from embedcache.sources.base import IMPORTED, Source
 from embedcache.sources.files import (
     IDX_IMAGES,
     IMAGE_SUFFIXES,
+    SHARD_SEPARATOR,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
     TEXT_SUFFIXES,
     file_size,
     has_suffix,
     is_folder,
-    is_shard_pattern,
     walk_files,
 )
 from embedcache.sources.settings import SourceSettings
@@ -45,9 +45,6 @@ _ACCEPTED = (
     "pairs: followed by any of these"
 )
 
-_SAVED_DATASETS = (("dataset_dict.json",), ("dataset_info.json", "state.json"))
-"""Files that `save_to_disk` of a `DatasetDict` or a `Dataset` writes."""
-
 
 def open_source(location: object, *, kind: str | None = None, settings: SourceSettings | None = None) -> Source:
     """Open a source of raw samples.
@@ -69,17 +66,13 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
     if isinstance(place, str) and not place.strip():
         raise SourceError(f"the source is an empty text; {_ACCEPTED}")
     if kind is None:
-        kind, place = detect_kind(place) if isinstance(place, str) else ("huggingface", place)
+        kind, place = _detect_kind(place) if isinstance(place, str) else ("huggingface", place)
     source: Source = SOURCES.load(kind)(place, settings or SourceSettings())
     return source
 
 
 def reopen_source(description: Mapping[str, Any]) -> Source:
-    """Open a source again from the result of its `describe`.
-
-    Raises:
-        PathError: its files no longer exist.
-    """
+    """Open a source again from the result of its `describe`; PathError if its files no longer exist."""
     settings = SourceSettings.from_json(description.get("settings", {}))
     kind = _IMPORTED_SOURCE if description["type"] == IMPORTED else description["type"]
     return open_source(description["path"], kind=kind, settings=settings)
@@ -102,12 +95,12 @@ def source_credit(description: Mapping[str, Any]) -> str:
     return str(getattr(SOURCES.load(kind), "credit", "")) if kind in SOURCES else ""
 
 
-def detect_kind(location: str) -> tuple[str, str]:
+def _detect_kind(location: str) -> tuple[str, str]:
     """Return the kind of source at a location, and the location as that kind expects it."""
     kind, colon, rest = location.partition(":")
     if colon and kind in SOURCES:
         return kind, rest
-    if is_shard_pattern(location):
+    if SHARD_SEPARATOR in location or ("{" in location and has_suffix(location, TAR_SUFFIXES)):
         return "webdataset", location
     path = open_path(location)
     if is_folder(path, TAR_SUFFIXES | TABLE_SUFFIXES):
@@ -127,24 +120,19 @@ def _folder_kind(folder: Path) -> str:
 
     Stops at the first image, so that a folder of millions of images is not listed.
     """
-    if any(all((folder / name).is_file() for name in names) for names in _SAVED_DATASETS):
-        return "huggingface"
-    found = _file_kinds(name for name, _ in walk_files(folder))
-    for kind in ("folder", "idx", "webdataset", "table"):
-        if kind in found:
-            return kind
-    raise SourceError(f"{folder} holds no image, IDX file, .tar or table; {_ACCEPTED}")
-
-
-def _file_kinds(names: Iterable[str]) -> set[str]:
+    for names in (("dataset_dict.json",), ("dataset_info.json", "state.json")):  # of a DatasetDict, of a Dataset
+        if all((folder / name).is_file() for name in names):
+            return "huggingface"
     found: set[str] = set()
-    for name in names:
+    for name, _ in walk_files(folder):
         if has_suffix(name, IMAGE_SUFFIXES):
-            return {"folder"}
+            return "folder"
         if IDX_IMAGES.fullmatch(name):
             found.add("idx")
-        if has_suffix(name, TAR_SUFFIXES):
+        elif has_suffix(name, TAR_SUFFIXES):
             found.add("webdataset")
-        if has_suffix(name, TABLE_SUFFIXES):
+        elif has_suffix(name, TABLE_SUFFIXES):
             found.add("table")
-    return found
+    if not found:
+        raise SourceError(f"{folder} holds no image, IDX file, .tar or table; {_ACCEPTED}")
+    return next(kind for kind in ("idx", "webdataset", "table") if kind in found)

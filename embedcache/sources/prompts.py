@@ -15,7 +15,6 @@ CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.tx
 """Files of a dataset in CLIP_benchmark's layout."""
 
 _SLOT = "{c}"
-_CUPL = "cupl"
 _LANGUAGES = ("ar", "cn", "en", "it", "jp")
 
 
@@ -26,34 +25,25 @@ class PromptsSource:
     prompts, which takes no templates; a folder with `classnames.txt`, or else with one sub-folder per class; or a
     dataset of the package clip-benchmark, such as `imagenet1k`. Templates are a `.txt` with one template per line and
     `{c}` in place of the name; a dataset of clip-benchmark; or `cupl`, prompts that a language model wrote for each
-    ImageNet class. By default they are those of the folder or dataset, else `a photo of a {c}.`
-
-    Args:
-        location: as above.
-        settings: `languages` may hold one language of clip-benchmark: ar, cn, en, it or jp.
-
-    Raises:
-        PathError: there is no such file or folder.
-        SourceError: a class has no name or no prompts, or a template lacks `{c}`.
-        UnknownNameError: clip-benchmark has no such dataset.
-        MissingExtraError: clip-benchmark is needed and not installed.
+    ImageNet class. By default they are those of the folder or dataset, else `a photo of a {c}.` The setting `languages`
+    may hold one language of clip-benchmark: ar, cn, en, it or jp.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("prompts", "languages")
-        classes, templates = _parts(location)
         if len(settings.languages) > 1:
             raise SourceError(f"expected one language of prompts, got {', '.join(settings.languages)}")
         self._language = settings.languages[0] if settings.languages else "en"
-        self._location, self._settings = _absolute(location), settings
+        classes, _, templates = (location, "", "") if open_path(location).exists() else location.partition("+")
+        parts = [part for part in (classes, templates) if part]
+        self._location = "+".join(str(open_path(part).absolute()) if _is_path(part) else part for part in parts)
+        self._settings = settings
         self._prompts = _class_prompts(classes, templates, self._language)
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source."""
         return {"type": "prompts", "path": self._location, "settings": self._settings.to_json()}
 
     def samples(self) -> Iterator[Sample]:
-        """Iterate over the classes."""
         for number, (name, prompts) in enumerate(self._prompts):
             yield Sample(
                 key=f"{number:05}/{name}",
@@ -62,36 +52,29 @@ class PromptsSource:
             )
 
     def read(self, item: ImageItem) -> bytes:
-        """Raise, as there are no images."""
         raise ItemError(f"prompts have no image such as {item.path}")
-
-
-def _absolute(location: str) -> str:
-    """Return a location with absolute paths; names of datasets stay."""
-    parts = [part for part in _parts(location) if part]
-    return "+".join(str(open_path(part).absolute()) if _is_path(part) else part for part in parts)
-
-
-def _parts(location: str) -> tuple[str, str | None]:
-    classes, _, templates = (location, "", "") if open_path(location).exists() else location.partition("+")
-    return classes, templates or None
 
 
 def _is_path(part: str) -> bool:
     return "/" in part or part.endswith((".txt", ".json")) or open_path(part).exists()
 
 
-def _class_prompts(classes: str, templates: str | None, language: str) -> list[tuple[str, Sequence[str]]]:
+def _class_prompts(classes: str, templates: str, language: str) -> list[tuple[str, Sequence[str]]]:
     """Return the name and the prompts of each class."""
     if classes.endswith(".json"):
-        if templates is not None:
+        if templates:
             raise SourceError(f"{classes} already holds prompts; remove the templates {templates}")
         return _json_prompts(open_path(classes))
     names, default = _class_names(classes, language)
-    if templates == _CUPL:
+    if templates == "cupl":
         return list(zip(names, _cupl_prompts(names), strict=True))
-    lines = default if templates is None else _templates(templates, language)
-    words = [name.replace("_", " ") for name in names] if _has_sub_folders(classes) else names
+    if not templates:
+        lines = default
+    elif _is_path(templates):
+        lines = _read_templates(open_path(templates))
+    else:
+        lines = _dataset_entry(f"{language}_zeroshot_classification_templates.json", templates, "templates")
+    words = [name.replace("_", " ") for name in names] if _has_sub_folders(open_path(classes)) else names
     return [(name, [line.replace(_SLOT, word) for line in lines]) for name, word in zip(names, words, strict=True)]
 
 
@@ -104,48 +87,34 @@ def _json_prompts(path: Path) -> list[tuple[str, Sequence[str]]]:
         raise SourceError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict) or not content:
         raise SourceError(f"{path}: expected a JSON object of class name -> list of prompts")
-    return [(name, _checked_prompts(name, prompts, path)) for name, prompts in content.items()]
-
-
-def _checked_prompts(name: str, prompts: Any, path: Path) -> list[str]:
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise SourceError(f"class {name!r} of {path} has no prompts; expected a list of texts for each class")
-    return texts
+    classes = {name: [prompts] if isinstance(prompts, str) else prompts for name, prompts in content.items()}
+    for name, prompts in classes.items():
+        are_texts = isinstance(prompts, list) and all(isinstance(text, str) and text.strip() for text in prompts)
+        if not prompts or not are_texts:
+            raise SourceError(f"class {name!r} of {path} has no prompts; expected a list of texts for each class")
+    return list(classes.items())
 
 
 def _class_names(classes: str, language: str) -> tuple[list[str], list[str]]:
     """Return the class names and their default templates."""
     plain = [f"a photo of a {_SLOT}."]
     path = open_path(classes)
-    if _has_sub_folders(classes):
-        return _sub_folders(path), plain
+    if _has_sub_folders(path):
+        names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if not names:
+            raise SourceError(f"{path}: expected {CLASS_NAMES} or one sub-folder per class")
+        return names, plain
     if path.is_dir():
         own = path / TEMPLATES
         return _read_lines(path / CLASS_NAMES), _read_templates(own) if own.is_file() else plain
     if _is_path(classes):
         return _read_lines(path), plain
-    names: list[str] = _dataset_entry(_names_file(language), classes, "class names")
-    return names, clip_benchmark_file(_templates_file(language)).get(classes, plain)
+    names = _dataset_entry(f"{language}_classnames.json", classes, "class names")
+    return names, clip_benchmark_file(f"{language}_zeroshot_classification_templates.json").get(classes, plain)
 
 
-def _has_sub_folders(classes: str) -> bool:
-    path = open_path(classes)
+def _has_sub_folders(path: Path) -> bool:
     return path.is_dir() and not (path / CLASS_NAMES).is_file()
-
-
-def _sub_folders(path: Path) -> list[str]:
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise SourceError(f"{path}: expected {CLASS_NAMES} or one sub-folder per class")
-    return names
-
-
-def _templates(templates: str, language: str) -> list[str]:
-    if _is_path(templates):
-        return _read_templates(open_path(templates))
-    lines: list[str] = _dataset_entry(_templates_file(language), templates, "templates")
-    return lines
 
 
 def _read_templates(path: Path) -> list[str]:
@@ -178,29 +147,17 @@ def _cupl_prompts(names: Sequence[str]) -> list[Sequence[str]]:
     return [prompts[name] for name in names]
 
 
-def _names_file(language: str) -> str:
-    return f"{language}_classnames.json"
-
-
-def _templates_file(language: str) -> str:
-    return f"{language}_zeroshot_classification_templates.json"
-
-
-def _dataset_entry(file: str, name: str, kind: str) -> Any:
+def _dataset_entry(file: str, name: str, kind: str) -> list[str]:
     datasets = clip_benchmark_file(file)
     if name not in datasets:
         hint = "or use a file or a folder"
         raise unknown_name(f"dataset of clip-benchmark with {kind}", name, datasets, hint=hint)
-    return datasets[name]
+    entry: list[str] = datasets[name]
+    return entry
 
 
 def clip_benchmark_file(file: str) -> dict[str, Any]:
-    """Read a JSON file of the package clip-benchmark: dataset -> class names, templates or prompts.
-
-    Raises:
-        MissingExtraError: clip-benchmark is not installed.
-        SourceError: clip-benchmark has no file for this language.
-    """
+    """Read a JSON file of the package clip-benchmark: dataset -> class names, templates or prompts."""
     package = require("clip_benchmark", extra="clip-benchmark")
     path = Path(str(package.__file__)).parent / "datasets" / file
     if not path.is_file():

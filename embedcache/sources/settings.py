@@ -48,11 +48,7 @@ class SourceSettings:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "SourceSettings":
-        """Build settings from the result of `to_json`.
-
-        Raises:
-            SettingError: there is no setting of that name.
-        """
+        """Build settings from the result of `to_json`; SettingError if there is no setting of a name."""
         known = [item.name for item in fields(cls)]
         for name in record:
             if name not in known:
@@ -61,11 +57,7 @@ class SourceSettings:
         return cls(**values)
 
     def check_supported(self, kind: str, *names: str) -> None:
-        """Check that only settings are given that a source of this kind uses.
-
-        Raises:
-            SettingError: another setting is given; the message lists those that the kind supports.
-        """
+        """Check that only settings are given that a source of this kind uses; else raise SettingError."""
         for name in self.to_json():
             if name not in names:
                 supported = f"it supports {', '.join(names)}" if names else "it has no settings"

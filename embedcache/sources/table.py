@@ -29,9 +29,6 @@ IMAGE_NAMES = (
     "image", "image_path", "path", "file", "filepath", "file_name", "filename",
     "jpg", "jpeg", "png", "webp",
 )  # fmt: skip
-CAPTION_STEMS = ("caption", "text", "sentence")
-KEY_NAMES = ("key", "id", "uid", "__key__")
-LANGUAGE_NAMES = ("language", "lang")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +36,7 @@ class TableColumns:
     """Roles of the columns of a table.
 
     Args:
-        image: image column, if any.
         holds_bytes: whether the image column holds images rather than their paths.
-        captions: caption columns, possibly none.
-        key: column of row keys, if any.
-        language: column with the language of the captions, if any.
         others: columns kept as columns of the samples.
     """
 
@@ -56,41 +49,33 @@ class TableColumns:
 
     def to_read(self) -> list[str]:
         """Return the columns that indexing reads: all but the bytes of images."""
-        image = () if self.holds_bytes else (self.image,)
-        names = (*image, *self.captions, self.key, self.language, *self.others)
+        image = None if self.holds_bytes else self.image
+        names = (image, *self.captions, self.key, self.language, *self.others)
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
-    """Assign roles to the columns of a table of images or captions.
-
-    Raises:
-        SourceError: a column named in the settings is missing or has the wrong type, or there is neither an image nor
-            a caption column; the message lists the existing columns.
-    """
+    """Assign roles to the columns of a table, and check that one holds images or captions."""
     columns = assign_columns(file, settings)
     if columns.image is None and not columns.captions:
+        names = ", ".join(file.columns) or "none"
         raise SourceError(
-            f"{file.path} has no column with a usual name for images or captions; it has {_columns_text(file)}; name "
-            "them with --image-column and --caption-column"
+            f"{file.path} has no column with a usual name for images or captions; it has {names}; name them with "
+            "--image-column and --caption-column"
         )
     return columns
 
 
 def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
-    """Assign roles to the columns of any table.
-
-    Raises:
-        SourceError: a column named in the settings is missing or has the wrong type.
-    """
+    """Assign roles to the columns of any table; SourceError if a column named in the settings does not fit."""
     image = _existing(file, settings.image_column, "--image-column") or _find(file, IMAGE_NAMES)
-    captions = tuple(settings.caption_columns) or _find_captions(file.columns)
+    captions = settings.caption_columns or _find_captions(file.columns)
     for name in captions:
         _check_plain(file, _existing(file, name, "--caption-column"), "--caption-column")
     if image not in file.image_bytes:
         _check_plain(file, image, "--image-column")
-    key = _existing(file, settings.key_column, "--key-column") or _find(file, KEY_NAMES)
-    language = _find(file, LANGUAGE_NAMES)
+    key = _existing(file, settings.key_column, "--key-column") or _find(file, ("key", "id", "uid", "__key__"))
+    language = _find(file, ("language", "lang"))
     used = {image, *captions, key, language, "key"}  # the sample table has its own column `key`
     return TableColumns(
         image=image,
@@ -103,11 +88,7 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
 
 
 def row_key(columns: TableColumns, row: Row, place: str) -> str | None:
-    """Return the key of a row; None if the table has no key column.
-
-    Raises:
-        SourceError: the cell is empty; the message starts with `place`.
-    """
+    """Return the key of a row; None if the table has no key column. The error for an empty cell starts with `place`."""
     if columns.key is None:
         return None
     key = row.get(columns.key)
@@ -120,10 +101,7 @@ def row_texts(columns: TableColumns, row: Row, place: str) -> tuple[TextItem, ..
     """Return the captions of a row, with the language in its language column, if any.
 
     With several caption columns, blank cells are dropped unless all are blank: a row of a CSV file may have fewer
-    captions than there are columns.
-
-    Raises:
-        SourceError: a cell holds something other than captions; the message starts with `place`.
+    captions than there are columns. The error for cells without captions starts with `place`.
     """
     cells = [caption_list(row.get(name), f"{place}: {name}") for name in columns.captions]
     captions = [caption for cell in cells for caption in cell]
@@ -134,7 +112,7 @@ def row_texts(columns: TableColumns, row: Row, place: str) -> tuple[TextItem, ..
 
 def _existing(file: TableFile, name: str | None, option: str) -> str | None:
     if name is not None and name not in file.columns:
-        raise SourceError(f"{option} {name}: no such column in {file.path}; it has {_columns_text(file)}")
+        raise SourceError(f"{option} {name}: no such column in {file.path}; it has {', '.join(file.columns) or 'none'}")
     return name
 
 
@@ -142,7 +120,7 @@ def _check_plain(file: TableFile, name: str | None, option: str) -> None:
     if name is not None and name not in file.plain:
         raise SourceError(
             f"column {name} of {file.path} holds values of another type; name another column with {option}; the table "
-            f"has {_columns_text(file)}"
+            f"has {', '.join(file.columns)}"
         )
 
 
@@ -154,15 +132,11 @@ def _find(file: TableFile, names: Sequence[str]) -> str | None:
 
 def _find_captions(columns: Sequence[str]) -> tuple[str, ...]:
     """Return the caption columns: `caption`, `captions`, `caption_0`, …, else those named `text` or `sentence`."""
-    for stem in CAPTION_STEMS:
+    for stem in ("caption", "text", "sentence"):
         found = [name for name in columns if re.fullmatch(rf"{stem}s?(_?\d+)?", name, re.IGNORECASE)]
         if found:
             return tuple(found)
     return ()
-
-
-def _columns_text(file: TableFile) -> str:
-    return ", ".join(file.columns) or "none"
 
 
 class TableSource:
@@ -171,13 +145,6 @@ class TableSource:
     Keys are the cells of the key column, else `<path of the file without suffix>/<row>`. An image column holds bytes,
     a struct of `bytes` and `path` as Hugging Face writes it, or paths: absolute, relative to the folder of the table,
     or URLs. Iterating over the samples reads no image.
-
-    Args:
-        location: table file or folder of tables, a path or a URL.
-        settings: `image_column`, `caption_columns`, `key_column`.
-
-    Raises:
-        PathError: there is no table.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -191,7 +158,6 @@ class TableSource:
         self._image_column = lru_cache(maxsize=4096)(self._find_image_column)
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source."""
         return {"type": "table", "path": str(self._location), "settings": self._settings.to_json()}
 
     def samples(self) -> Iterator[Sample]:
@@ -207,7 +173,14 @@ class TableSource:
         path = resolve_item(self._root, item.path)
         if path.suffix.lower() != ".parquet":
             return read_item_file(path)
-        return self._cell(path, self._image_column(path), item.offset)
+        column = self._image_column(path)
+        cell = self._row_groups.read(path, column, item.offset)
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if isinstance(data, bytes):
+            return data
+        if isinstance(cell, dict) and cell.get("path"):
+            return read_item_file(resolve_item(path.parent, cell["path"]))
+        raise ItemError(f"no image in column {column}, row {item.offset} of {path}")
 
     def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> Sample:
         place = f"{file.path} row {number}"
@@ -231,7 +204,7 @@ class TableSource:
                 f"{file.path} row {number}: expected a path in column {columns.image}, got {value!r:.60}; name another "
                 "column with --image-column"
             )
-        return (ImageItem(path=item_path(self._root_text, file.folder, value)),)
+        return (ImageItem(path=item_path(self._root_text, file.stem.rpartition("/")[0], value)),)
 
     def _find_image_column(self, path: Path) -> str:
         try:
@@ -241,15 +214,6 @@ class TableSource:
         if column is None:
             raise ItemError(f"{path} has no image column")
         return column
-
-    def _cell(self, path: Path, column: str, row: int) -> bytes:
-        cell = self._row_groups.read(path, column, row)
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if isinstance(data, bytes):
-            return data
-        if isinstance(cell, dict) and cell.get("path"):
-            return read_item_file(resolve_item(path.parent, cell["path"]))
-        raise ItemError(f"no image in column {column}, row {row} of {path}")
 
 
 def _find_files(location: Path) -> list[Path]:

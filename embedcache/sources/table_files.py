@@ -1,7 +1,6 @@
 """Streaming rows of Parquet, CSV, TSV and JSONL files, and thread-safe reads of single cells of Parquet files."""
 
 import csv
-import json
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.errors import EmbedcacheError, ItemError, SourceError
+from embedcache.sources.captions import json_object
 from embedcache.sources.files import open_binary, wrap_io_errors
 
 Row: TypeAlias = Mapping[str, Any]
 BATCH_ROWS = 1024
-CACHE_BYTES = 256 * 2**20
+_CACHE_BYTES = 256 * 2**20  # of decoded row groups
 _HEADER_ROWS = 100  # of a JSONL file, read to find its columns
 
 
@@ -30,8 +30,6 @@ class TableFile:
     """One table file.
 
     Args:
-        path: the file.
-        columns: names of all columns, in order.
         image_bytes: columns that hold images: bytes, or a struct with a field `bytes`.
         plain: columns of text, numbers, booleans or lists of them.
         read: iterates over the rows with the given columns.
@@ -44,21 +42,12 @@ class TableFile:
     read: Callable[[Sequence[str]], Iterator[Row]]
 
     @cached_property
-    def folder(self) -> str:
-        """Folder of the file."""
-        return str(self.path.parent)
-
-    @cached_property
     def stem(self) -> str:
         """Path without the suffix."""
         return str(self.path.with_suffix(""))
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        """Iterate over the rows in order, reading only `columns` if the format allows it.
-
-        Raises:
-            SourceError: the file is damaged; the message names it and, for text formats, the line.
-        """
+        """Iterate over the rows in order, reading only `columns` if the format allows it."""
         with wrap_table_errors(self.path):
             yield from self.read(columns)
 
@@ -67,10 +56,6 @@ def open_table_file(path: Path) -> TableFile:
     """Read the columns of a table file, whose format follows from its suffix.
 
     CSV and TSV have no types, so all their cells are text and a key `007` keeps its zeros.
-
-    Raises:
-        PathError: the file cannot be read.
-        SourceError: the file is damaged.
     """
     suffix = path.suffix.lower()
     with wrap_table_errors(path):
@@ -78,11 +63,14 @@ def open_table_file(path: Path) -> TableFile:
             with open_parquet(path) as file:
                 schema = file.schema_arrow
             return arrow_table(path, schema, partial(_read_parquet, path))
-        if suffix == ".jsonl":
-            return _text_file(path, _jsonl_columns(path), partial(_read_jsonl, path))
-        delimiter = "\t" if suffix == ".tsv" else ","
-        header = tuple(next(_csv_lines(path, delimiter), []))
-        return _text_file(path, header, partial(_read_csv, path, delimiter))
+        if suffix == ".jsonl":  # later rows may lack some of the fields of the first ones, or have others
+            columns = tuple(dict.fromkeys(name for row in islice(_jsonl_rows(path), _HEADER_ROWS) for name in row))
+            read = partial(_read_jsonl, path)
+        else:
+            delimiter = "\t" if suffix == ".tsv" else ","
+            columns = tuple(next(_csv_lines(path, delimiter), []))
+            read = partial(_read_csv, path, delimiter)
+    return TableFile(path=path, columns=columns, image_bytes=frozenset(), plain=columns, read=read)
 
 
 def arrow_table(path: Path, schema: pa.Schema, read: Callable[[Sequence[str]], Iterator[Row]]) -> TableFile:
@@ -124,15 +112,9 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 def _is_plain(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _is_plain(kind.value_type)
-    tests = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_integer,
-        pa.types.is_floating,
-        pa.types.is_boolean,
-        pa.types.is_null,
-    )
-    return any(test(kind) for test in tests)
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return bool(is_text or is_number or pa.types.is_boolean(kind) or pa.types.is_null(kind))
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -142,15 +124,6 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             return
         for batch in file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
             yield from batch.to_pylist()
-
-
-def _text_file(path: Path, columns: tuple[str, ...], read: Callable[[Sequence[str]], Iterator[Row]]) -> TableFile:
-    return TableFile(path=path, columns=columns, image_bytes=frozenset(), plain=columns, read=read)
-
-
-def _jsonl_columns(path: Path) -> tuple[str, ...]:
-    """Return all fields of the first rows of a JSONL file; later rows may lack some or have others."""
-    return tuple(dict.fromkeys(name for row in islice(_jsonl_rows(path), _HEADER_ROWS) for name in row))
 
 
 def _read_jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -163,17 +136,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _json_object(line, f"{path} line {number}")
-
-
-def _json_object(line: str, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise SourceError(f"{place} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise SourceError(f"{place}: expected a JSON object, got {value!r:.60}")
-    return value
+                yield json_object(line, f"{path} line {number}")
 
 
 def _read_csv(path: Path, delimiter: str, columns: Sequence[str]) -> Iterator[Row]:
@@ -198,14 +161,10 @@ def _csv_lines(path: Path, delimiter: str) -> Iterator[list[str]]:
 class RowGroups:
     """Reads single cells through an LRU cache of row groups: consecutive rows cost one read of their group.
 
-    Peak memory: `cache_bytes`, or one row group of the image column if larger, plus the one being read.
-
-    Args:
-        cache_bytes: size of the decoded row groups kept, in bytes.
+    Peak memory: 256 MiB, or one row group of the image column if larger, plus the one being read.
     """
 
-    def __init__(self, cache_bytes: int = CACHE_BYTES) -> None:
-        self._cache_bytes = cache_bytes
+    def __init__(self) -> None:
         self._groups: OrderedDict[tuple[Path, str, int], pa.ChunkedArray] = OrderedDict()
         self._starts: dict[Path, list[int]] = {}
         self._lock = Lock()
@@ -227,8 +186,9 @@ class RowGroups:
     def _locate(self, path: Path, row: int) -> tuple[int, int]:
         """Return the row group of a row and the first row of that group."""
         if path not in self._starts:
-            with wrap_table_errors(path):
-                self._starts[path] = _group_starts(path)
+            with wrap_table_errors(path), open_parquet(path) as file:
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            self._starts[path] = list(accumulate(sizes, initial=0))
         starts = self._starts[path]
         if row >= starts[-1]:
             raise ItemError(f"{path} has {starts[-1]} rows, no row {row}")
@@ -241,19 +201,6 @@ class RowGroups:
             with wrap_table_errors(path), open_parquet(path) as file:
                 self._groups[name] = file.read_row_group(group, columns=[column]).column(column)
         self._groups.move_to_end(name)
-        self._drop_oldest()
-        return self._groups[name]
-
-    def _drop_oldest(self) -> None:
-        while len(self._groups) > 1 and self._size_bytes() > self._cache_bytes:
+        while len(self._groups) > 1 and sum(cells.nbytes for cells in self._groups.values()) > _CACHE_BYTES:
             self._groups.popitem(last=False)
-
-    def _size_bytes(self) -> int:
-        return sum(int(cells.nbytes) for cells in self._groups.values())
-
-
-def _group_starts(path: Path) -> list[int]:
-    """Return the first row of each row group, followed by the number of rows."""
-    with open_parquet(path) as file:
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    return list(accumulate(sizes, initial=0))
+        return self._groups[name]

@@ -13,7 +13,7 @@ from embedcache.errors import SourceError
 from embedcache.sources.files import check_utf8_name
 
 BLOCK_BYTES = 512
-WINDOW_BYTES = 128 * 1024
+_WINDOW_BYTES = 128 * 1024
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _CHECKSUM_BLANKS = 8 * ord(" ")
 _OVERRIDES = re.compile(rb" path=| size=|GNU\.sparse|hdrcharset")  # pax records that override fields of the header
@@ -28,13 +28,7 @@ class Member(NamedTuple):
 
 
 class TarBytes:
-    """Buffered, mostly sequential reads of one tar.
-
-    Args:
-        place: path or URL of the tar, for error messages.
-        size: length of the tar in bytes.
-        fetch: returns `length` bytes from `offset` on, within the tar.
-    """
+    """Buffered, mostly sequential reads of one tar of `size` bytes; `fetch(offset, length)` reads a part of it."""
 
     def __init__(self, place: str, size: int, fetch: Callable[[int, int], bytes]) -> None:
         self.place = place
@@ -50,33 +44,28 @@ class TarBytes:
             available = self.size - offset
             if available <= 0:
                 return b""
-            self._data = self._fetch(offset, min(available, max(length, WINDOW_BYTES)))
+            self._data = self._fetch(offset, min(available, max(length, _WINDOW_BYTES)))
             self._start, first = offset, 0
         return self._data[first : first + length]
 
 
 def members(tar: TarBytes) -> Iterator[Member]:
-    """Iterate over the files of a tar, in order. Memory holds one window of it.
-
-    Raises:
-        SourceError: the file is not a tar, or is truncated or damaged; the message names the offset.
-    """
+    """Iterate over the files of a tar, in order. Memory holds one window of it. Errors name the offset."""
     offset = 0
     while (header := tar.read(offset, BLOCK_BYTES)) != _ZERO_BLOCK:
         if len(header) < BLOCK_BYTES:
-            raise damaged(tar.place, f"the file ends at offset {offset}, where a header was expected")
+            raise _damaged(tar.place, f"the file ends at offset {offset}, where a header was expected")
         member, after = _plain_member(tar, offset, header) or _other_member(tar, offset)
         if after <= offset:
-            raise damaged(tar.place, f"the header at offset {offset} has no valid size")
+            raise _damaged(tar.place, f"the header at offset {offset} has no valid size")
         if after > tar.size:
-            raise damaged(tar.place, f"the member at offset {offset} ends {after - tar.size} bytes after the file")
+            raise _damaged(tar.place, f"the member at offset {offset} ends {after - tar.size} bytes after the file")
         offset = after
         if member is not None:
             yield member
 
 
-def damaged(place: str, reason: str) -> SourceError:
-    """Return the error for a tar that cannot be read."""
+def _damaged(place: str, reason: str) -> SourceError:
     return SourceError(f"{place} is not a tar, or is truncated or damaged: {reason}; copy or create it again")
 
 
@@ -144,11 +133,11 @@ def _other_member(tar: TarBytes, offset: int) -> tuple[Member | None, int]:
             info = one.next()
             after = one.offset
     except tarfile.TarError as error:
-        raise damaged(tar.place, f"{error} at offset {offset}") from None
+        raise _damaged(tar.place, f"{error} at offset {offset}") from None
     if info is None:
-        raise damaged(tar.place, f"no valid header at offset {offset}")
+        raise _damaged(tar.place, f"no valid header at offset {offset}")
     if info.issparse():
-        raise damaged(tar.place, f"{info.name} is a sparse file; create the tar without --sparse")
+        raise _damaged(tar.place, f"{info.name} is a sparse file; create the tar without --sparse")
     if not info.isreg():
         return None, after
     return Member(check_utf8_name(info.name, tar.place), info.offset_data, info.size), after

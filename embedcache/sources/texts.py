@@ -28,14 +28,6 @@ class TextsSource:
     A `.txt` holds one text per line; a blank line is an empty caption, so that row numbers are line numbers, and spaces
     around a text are stripped. A `.npy` holds a one-dimensional array of strings, or of UTF-8 bytes; it is
     memory-mapped.
-
-    Args:
-        location: the file.
-        settings: unused.
-
-    Raises:
-        PathError: there is no such file.
-        SourceError: the file is neither a `.txt` nor a `.npy`.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -47,27 +39,23 @@ class TextsSource:
             raise SourceError(f"{self._path}: expected a file of texts, {' or '.join(sorted(TEXT_SUFFIXES))}")
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source."""
         return {"type": "texts", "path": str(self._path), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over the texts. Memory holds one line, or one batch of an array."""
-        is_array = self._path.suffix.lower() == ".npy"
         with wrap_table_errors(self._path):
-            for row, text in enumerate(_array_texts(self._path) if is_array else _lines(self._path)):
+            for row, text in enumerate(_texts(self._path)):
                 yield Sample(key=f"{self._path.stem}/{row}", texts=text_items([text], None))
 
     def read(self, item: ImageItem) -> bytes:
-        """Raise, as there are no images."""
         raise ItemError(f"{self._path} holds texts, no image such as {item.path}")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as lines:
-        yield from lines
-
-
-def _array_texts(path: Path) -> Iterator[str]:
+def _texts(path: Path) -> Iterator[str]:
+    if path.suffix.lower() != ".npy":
+        with path.open(encoding="utf-8-sig") as lines:
+            yield from lines
+        return
     texts_N = _open_array(path)
     for start in range(0, len(texts_N), _BATCH_ROWS):
         for text in texts_N[start : start + _BATCH_ROWS].tolist():
@@ -75,11 +63,7 @@ def _array_texts(path: Path) -> Iterator[str]:
 
 
 def _open_array(path: Path) -> npt.NDArray[Any]:
-    """Open an array of strings, memory-mapped if local.
-
-    Raises:
-        SourceError: the file is damaged, or is not a one-dimensional array of strings.
-    """
+    """Open a one-dimensional array of strings, memory-mapped if local."""
     try:
         texts_N: npt.NDArray[Any] = (
             np.lib.format.read_array(BytesIO(path.read_bytes()), allow_pickle=False)
@@ -102,14 +86,7 @@ class PairsSource:
 
     The key is the key of the original sample, `#` and the number of the caption from 0; the column `sample` holds the
     original key and `language` the language of the caption. Samples without captions are skipped. Each sample keeps all
-    images of the original, so an image is encoded once per caption.
-
-    Args:
-        location: location of the other source, as for `open_source`: `photos/`, `openmoji:en+de`.
-        settings: settings of the other source.
-
-    Raises:
-        SourceError: the other source is a `pairs:` source, too.
+    images of the original, so an image is encoded once per caption. Location and settings are those of that source.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -118,17 +95,14 @@ class PairsSource:
         self._source: Source = open_source(location, settings=settings)
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source."""
         inner = self._source.describe()
         return {**inner, "type": "pairs", "path": f"{inner['type']}:{inner['path']}"}
 
     def samples(self) -> Iterator[Sample]:
-        """Iterate over the captions, in the order of the samples."""
         for sample in self._source.samples():
             for number, text in enumerate(sample.texts):
                 columns = {**sample.columns, "sample": sample.key, "language": text.language}
                 yield replace(sample, key=f"{sample.key}#{number}", texts=(text,), columns=columns)
 
     def read(self, item: ImageItem) -> bytes:
-        """Read the bytes of one image."""
         return self._source.read(item)

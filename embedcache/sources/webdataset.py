@@ -36,7 +36,7 @@ from embedcache.sources.files import (
     wrap_io_errors,
 )
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table_files import Row, open_table_file
+from embedcache.sources.table_files import open_table_file
 from embedcache.sources.tar_headers import Member, TarBytes, members
 
 _EMPTY = Sidecar()
@@ -46,9 +46,7 @@ _MAX_LABEL_BYTES = 32
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _CONCURRENT_REQUESTS = 32  # for the sizes of remote shards
 
-# Columns of the tables that img2dataset writes; the first two identify such a table.
-_REQUIRED_COLUMNS = frozenset({"key", "status"})
-_DROPPED_COLUMNS = frozenset({"key", "status", "error_message", "caption"})
+_DROPPED_COLUMNS = frozenset({"key", "status", "error_message", "caption"})  # of the tables that img2dataset writes
 
 
 class WebdatasetSource:
@@ -61,24 +59,19 @@ class WebdatasetSource:
     `test`, in any case, that name is the column `split` and the first part of the keys, as shards are numbered from 0
     in each such folder. Iterating over the samples reads headers, captions and labels, but no image.
 
-    Args:
-        location: a tar, a folder of tars, a pattern such as `shards/{00000..00009}.tar` or `{train,val}.tar`, or
-            several of these joined by `::`; paths or URLs.
-        settings: unused.
-
-    Raises:
-        PathError: a shard is missing.
+    The location is a tar, a folder of tars, a pattern such as `shards/{00000..00009}.tar` or `{train,val}.tar`, or
+    several of these joined by `::`; paths or URLs.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported("webdataset")
-        self._location = _absolute(location)
-        self._shards = _find_shards(self._location)
+        parts = [str(open_path(part).absolute()) for part in location.split(SHARD_SEPARATOR)]
+        self._location = SHARD_SEPARATOR.join(parts)
+        self._shards = [shard for part in parts for shard in _find_shards(part)]
         self._root = shard_root(self._location)
         self._ranges = ByteRanges()
 
     def describe(self) -> Mapping[str, Any]:
-        """Return what reopens the source."""
         return {"type": "webdataset", "path": self._location, "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
@@ -87,7 +80,6 @@ class WebdatasetSource:
             yield from self._samples_of(shard)
 
     def read(self, item: ImageItem) -> bytes:
-        """Read the bytes of one image from its shard."""
         return self._ranges.read(resolve_item(self._root, item.path), item.offset, item.length)
 
     def _samples_of(self, shard: Path) -> Iterator[Sample]:
@@ -100,7 +92,10 @@ class WebdatasetSource:
         split = split_from_path(path)
         for key, group in groupby(_files(members(tar)), key=itemgetter(0)):
             sample = _sample(tar, path, key, group, table.get(key, _EMPTY))
-            yield _with_split(sample, split) if split else sample
+            if split:
+                columns = {"split": split, **sample.columns}
+                sample = replace(sample, key=f"{split}/{sample.key}", columns=columns)
+            yield sample
 
     def _fetch(self, shard: Path, offset: int, length: int) -> bytes:
         with wrap_io_errors(shard):
@@ -152,24 +147,12 @@ def _label(content: bytes, key: str) -> Mapping[str, Scalar]:
     return {"label_error": f"{key}{_LABEL_SUFFIX} holds {content!r}; expected the number of a class"}
 
 
-def _with_split(sample: Sample, split: str) -> Sample:
-    return replace(sample, key=f"{split}/{sample.key}", columns={"split": split, **sample.columns})
-
-
 def shard_root(location: str) -> Path:
     """Return the folder that item paths are relative to: the one before the first brace or tar of the first part."""
     part = location.split(SHARD_SEPARATOR)[0]
     if is_folder(open_path(part), TAR_SUFFIXES):
         return open_path(part)
     return open_path(_BRACES.split(part, maxsplit=1)[0] + "_").parent
-
-
-def _absolute(location: str) -> str:
-    return SHARD_SEPARATOR.join(str(open_path(part).absolute()) for part in location.split(SHARD_SEPARATOR))
-
-
-def _find_shards(location: str) -> list[Path]:
-    return [shard for part in location.split(SHARD_SEPARATOR) for shard in _shards_of(part)]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -183,7 +166,7 @@ def expand_braces(pattern: str) -> list[str]:
     return [f"{pattern[: found.start()]}{value}{tail}" for value in values for tail in tails]
 
 
-def _shards_of(part: str) -> list[Path]:
+def _find_shards(part: str) -> list[Path]:
     folder = open_path(part)
     if is_folder(folder, TAR_SUFFIXES):
         shards = [folder / name for name, _ in walk_files(folder) if has_suffix(name, TAR_SUFFIXES)]
@@ -191,17 +174,11 @@ def _shards_of(part: str) -> list[Path]:
             raise PathError(f"no .tar file below {part}")
         return shards
     shards = [open_path(path) for path in expand_braces(part)]
-    missing = [shard for shard, size in zip(shards, _sizes(shards), strict=True) if size is None]
+    with ThreadPoolExecutor(_CONCURRENT_REQUESTS if is_remote(shards[0]) else 1) as executor:
+        missing = [shard for shard, size in zip(shards, executor.map(file_size, shards), strict=True) if size is None]
     if missing:
         raise PathError(f"no such shard: {missing[0]} ({len(missing)} of {len(shards)} are missing)")
     return shards
-
-
-def _sizes(shards: list[Path]) -> Iterable[int | None]:
-    if not is_remote(shards[0]):
-        return map(file_size, shards)
-    with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as executor:
-        return list(executor.map(file_size, shards))
 
 
 def _range(first: str, last: str) -> Iterator[str]:
@@ -221,13 +198,10 @@ def _read_shard_table(shard: Path) -> Mapping[str, Sidecar]:
     if file_size(path, forbidden_is_missing=True) is None:
         return {}
     file = open_table_file(path)
-    if not set(file.columns) >= _REQUIRED_COLUMNS:
-        return {}
-    return dict(_table_sidecars(file.rows(file.plain), str(path)))
-
-
-def _table_sidecars(rows: Iterator[Row], place: str) -> Iterator[tuple[str, Sidecar]]:
-    for row in rows:
-        columns: dict[str, Scalar] = scalar_columns({n: row[n] for n in row if n not in _DROPPED_COLUMNS})
-        texts = text_items(caption_list(row.get("caption"), f"{place}: caption"), None)
-        yield row["key"], Sidecar(texts=texts, columns=columns)
+    sidecars: dict[str, Sidecar] = {}
+    if {"key", "status"} <= set(file.columns):
+        for row in file.rows(file.plain):
+            columns = scalar_columns({name: row[name] for name in row if name not in _DROPPED_COLUMNS})
+            texts = text_items(caption_list(row.get("caption"), f"{path}: caption"), None)
+            sidecars[row["key"]] = Sidecar(texts=texts, columns=columns)
+    return sidecars

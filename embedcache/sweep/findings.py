@@ -27,6 +27,11 @@ from embedcache.train.settings import command_line
 from embedcache.train.train import TrainReport
 
 _MIN_TRIALS_FOR_IMPORTANCE = 4
+_STATES: dict[TrialState, State] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
 
 
 def collect_findings(job: StudyJob, data: TrainData, trials: Trials) -> SweepFindings:
@@ -54,14 +59,7 @@ def collect_findings(job: StudyJob, data: TrainData, trials: Trials) -> SweepFin
 def _evaluate_top(
     job: StudyJob, data: TrainData, top: Sequence[FrozenTrial]
 ) -> tuple[list[SweepConfig], dict[int, str]]:
-    """Evaluate the retrained configurations on the test part.
-
-    Returns:
-        The configurations, the best one on validation first; and trial number -> reason why another seed fails.
-
-    Raises:
-        SettingError: every configuration fails with another seed.
-    """
+    """Evaluate retrained configurations on the test part; also return trial number -> reason why another seed fails."""
     best: list[SweepConfig] = []
     left_out: dict[int, str] = {}
     caches = [str(cache.path) for cache in _caches_with_test(job, data)]
@@ -70,8 +68,7 @@ def _evaluate_top(
         if len(trained) < len(reports):
             left_out[trial.number] = next(report for report in reports if isinstance(report, str))
             continue
-        run_paths = [run_path for run_path, _ in job.retrained_runs(trial)]
-        outcome = outcome_of(trial)
+        run_paths, outcome = [run_path for run_path, _ in job.retrained_runs(trial)], outcome_of(trial)
         best.append(
             SweepConfig(
                 number=trial.number,
@@ -119,19 +116,13 @@ def _trial(trial: FrozenTrial) -> SweepTrial:
     outcome = outcome_of(trial) if trial.state == TrialState.COMPLETE else None
     return SweepTrial(
         number=trial.number,
-        state=_state(trial),
+        state=_STATES[trial.state],
         score=trial.value,
         params=from_stored(trial.params),
         num_parameters=outcome.num_parameters if outcome else 0,
         num_pairs=outcome.num_pairs if outcome else 0,
         reason=reason_of(trial) if trial.state == TrialState.FAIL else "",
     )
-
-
-def _state(trial: FrozenTrial) -> State:
-    if trial.state == TrialState.COMPLETE:
-        return "complete"
-    return "pruned" if trial.state == TrialState.PRUNED else "failed"
 
 
 def _importance(trials: Trials) -> dict[str, float]:
@@ -195,7 +186,7 @@ def _config_json(config: SweepConfig, trial: FrozenTrial) -> dict[str, Any]:
 def _trial_json(trial: FrozenTrial) -> dict[str, Any]:
     values: dict[str, Any] = {
         "trial": trial.number,
-        "state": _state(trial),
+        "state": _STATES[trial.state],
         "score": None if trial.value is None else round(trial.value, 5),
         "params": trial.params,
     }

@@ -35,8 +35,6 @@ class Range:
     """Numbers from `low` to `high`, both included; whole numbers if all of its own are.
 
     Args:
-        low: lowest value.
-        high: highest value.
         log: whether values are drawn evenly on a logarithmic scale.
         step: distance between neighboring values; None: 1 for whole numbers, any value otherwise.
     """
@@ -72,22 +70,13 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """The settings of all trials, by flat name.
-
-    Args:
-        fixed: setting -> its value in every trial.
-        ranges: setting -> its range or choices.
-    """
+    """The settings of all trials by flat name: fixed values, and ranges or choices."""
 
     fixed: Mapping[str, Value]
     ranges: Mapping[str, Range | tuple[Value, ...]]
 
     def settings(self, values: Mapping[str, Value]) -> TrainSettings:
-        """Return the training settings with these values of the swept settings.
-
-        Raises:
-            SettingError: the settings contradict each other.
-        """
+        """Return the training settings with values of the swept settings; contradictions raise a `SettingError`."""
         return train_settings({**self.fixed, **values})
 
     def max_epochs(self) -> int:
@@ -188,12 +177,10 @@ def _testable_values(space: Space) -> Iterator[tuple[str, Any]]:
     """Iterate over the values that can be checked one at a time: fixed ones, choices, and the ends of ranges."""
     yield from space.fixed.items()
     for name, values in space.ranges.items():
-        for value in _ends(values) if isinstance(values, Range) else values:
+        if isinstance(values, Range):
+            values = (values.low, values.high) if values.is_whole else (float(values.low), float(values.high))
+        for value in values:
             yield name, value
-
-
-def _ends(values: Range) -> tuple[Number, Number]:
-    return (values.low, values.high) if values.is_whole else (float(values.low), float(values.high))
 
 
 def _check_value(path: Path, space: Space, name: str, value: Any) -> None:

@@ -44,15 +44,10 @@ class Study:
 
     Args:
         space: fixed and swept settings, by stored name.
-        index_digest: digest of the caches' item tables.
         image: name and fingerprint of the image feature.
         text: name and fingerprint of the text feature.
-        sampler: name of the sampler.
-        pruner: name of the pruner.
-        seed: random seed of the sampler.
         storage: URL of the storage without its password; None is the file `study.db` in the folder.
         name: name of the study in the storage.
-        format: format version on disk.
     """
 
     space: Mapping[str, Any]
@@ -76,19 +71,31 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
         FingerprintError: the folder's study has another space, other features, another sampler, pruner or storage.
         PathError: the folder holds other files.
     """
-    requested = _describe(data, space, settings)
+    requested = Study(
+        space=space.to_json(),
+        index_digest=data.index_digest,
+        image={"feature": data.image.feature, "fingerprint": data.image.fingerprint},
+        text={"feature": data.text.feature, "fingerprint": data.text.fingerprint},
+        sampler=settings.sampler,
+        pruner=settings.pruner,
+        seed=settings.seed,
+        storage=None if settings.storage is None else without_password(settings.storage),
+        name="sweep" if settings.storage is None else f"sweep-{uuid4().hex[:12]}",
+    )
     if not (path / LOCK).is_file():  # before a lock file is written into a folder that is not a study
         _check_folder(path)
     with locked(path):
         _check_folder(path)
-        if (path / "study.json").is_file():
-            found = _read_study(path)
+        if (manifest := path / "study.json").is_file():
+            make = "embedcache sweep CACHE SPACE.toml STUDY"
+            values = read_manifest(manifest, kind="study", latest_format=FORMAT_VERSION, make=make)
+            found = fields_of(manifest, lambda: Study(**from_record(values)))
             next_step = "give the path of a new folder, or request the same"
             check_same(f"study {path}", asdict(found), asdict(replace(requested, name=found.name)), next_step=next_step)
             return found
         split = data.split(data.pairs(space.settings({}).language), space.settings({}).split)
         write_split(split_path(path), split)
-        write_json(path / "study.json", to_record(requested))
+        write_json(manifest, to_record(requested))
     return requested
 
 
@@ -117,24 +124,3 @@ def without_password(url: str) -> str:
 
 def _check_folder(path: Path) -> None:
     prepare_folder(path, kind="a study", marker=LOCK, allowed=_FILES)
-
-
-def _read_study(path: Path) -> Study:
-    values = read_manifest(
-        path / "study.json", kind="study", latest_format=FORMAT_VERSION, make="embedcache sweep CACHE SPACE.toml STUDY"
-    )
-    return fields_of(path / "study.json", lambda: Study(**from_record(values)))
-
-
-def _describe(data: TrainData, space: Space, settings: SweepSettings) -> Study:
-    return Study(
-        space=space.to_json(),
-        index_digest=data.index_digest,
-        image={"feature": data.image.feature, "fingerprint": data.image.fingerprint},
-        text={"feature": data.text.feature, "fingerprint": data.text.fingerprint},
-        sampler=settings.sampler,
-        pruner=settings.pruner,
-        seed=settings.seed,
-        storage=None if settings.storage is None else without_password(settings.storage),
-        name="sweep" if settings.storage is None else f"sweep-{uuid4().hex[:12]}",
-    )

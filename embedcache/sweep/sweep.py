@@ -19,13 +19,7 @@ _BLOCK_ROWS_ON_DISK = 64
 
 @dataclass(frozen=True, kw_only=True)
 class SweepReport:
-    """Result of a sweep.
-
-    Args:
-        findings: everything that was found.
-        page_path: path of the HTML page.
-        json_path: path of the report as JSON.
-    """
+    """Result of a sweep, and the paths of its page and its report."""
 
     findings: SweepFindings
     page_path: Path
@@ -54,12 +48,9 @@ def sweep(
     study share its trials.
 
     Args:
-        cache_paths: one cache, or several.
-        study_path: folder of the study.
         space_path: TOML file with fixed and swept settings.
         image_feature: `encoder/feature`; None if there is only one.
         text_feature: likewise.
-        settings: settings of the sweep.
         progress: shows one note per trial.
 
     Raises:

@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from embedcache.errors import PathError, SettingError
 from embedcache.files import Leases, locked, remove_folder
+from embedcache.provenance import from_record, to_record
 from embedcache.sweep.settings import Pruner, Sampler, SweepSettings
 from embedcache.sweep.space import Range, Space, Value, to_stored
 from embedcache.sweep.study import Study, trial_path, without_password
@@ -37,10 +38,8 @@ class Outcome:
     Args:
         recalls: validation recalls of the best epoch.
         best_epoch: epoch whose weights were kept; 0 is the initialization.
-        num_parameters: number of trained parameters.
         flops_per_pair: floating-point operations of the forward pass, per image and text.
         num_pairs: number of pairs seen in training, repetitions included.
-        seconds: duration of the trial.
     """
 
     recalls: Mapping[str, float]
@@ -52,7 +51,7 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """Return the outcome as JSON values under their stored names."""
-        return {_STORED_NAMES.get(name, name): value for name, value in asdict(self).items()}
+        return to_record(self, _STORED_NAMES)
 
 
 _STORED_NAMES = {"flops_per_pair": "flops_a_pair"}
@@ -64,14 +63,7 @@ class Trials:
     A process leases each trial it works on by a record lock, which ends with the process. A running trial that nobody
     has leased was lost: it is closed, and its settings are tried again under a new number.
 
-    Args:
-        path: folder of the study, visible to all processes.
-        study: description of the study.
-        space: search space.
-        settings: settings of the sweep.
-
-    Raises:
-        PathError: the storage cannot be opened.
+    The study's folder must be visible to all processes. A storage that cannot be opened raises a `PathError`.
     """
 
     def __init__(self, path: Path, study: Study, space: Space, settings: SweepSettings) -> None:
@@ -93,7 +85,8 @@ class Trials:
                     return self._next()
             if not running:
                 return None
-            self._wait_for(running[0])
+            self._leases.acquire(running[0].number, wait=True)
+            self._leases.release(running[0].number)
 
     def complete(self, trial: optuna.Trial, score: float, outcome: Outcome) -> None:
         """Record the score and the outcome of a trial."""
@@ -124,7 +117,7 @@ class Trials:
     def _next(self) -> optuna.Trial:
         trials = self._all()
         num_drawn = sum(not _num_losses(trial) for trial in trials)  # without those that are repeated
-        self.optuna.sampler = make_sampler(self._settings.sampler, seed=self._settings.seed, draw=num_drawn)
+        self.optuna.sampler = _make_sampler(self._settings.sampler, seed=self._settings.seed, draw=num_drawn)
         if self._grid is not None and not any(trial.state == TrialState.WAITING for trial in trials):
             self.optuna.enqueue_trial(self._grid[num_drawn])
         trial = self.optuna.ask(distributions(self._space))
@@ -135,10 +128,6 @@ class Trials:
         self.optuna.tell(trial, score, state=state)
         self._leases.release(trial.number)
 
-    def _wait_for(self, trial: FrozenTrial) -> None:
-        self._leases.acquire(trial.number, wait=True)
-        self._leases.release(trial.number)
-
     def _close_lost(self) -> None:
         """Close the running trials of dead processes, which nobody has leased."""
         for number in [trial.number for trial in self._running()]:
@@ -146,14 +135,11 @@ class Trials:
                 continue
             for trial in self._running():  # read again: it may have finished just before its lease was released
                 if trial.number == number:
-                    self._close_as_lost(trial)
+                    self.optuna.tell(number, state=TrialState.FAIL)
+                    remove_run(self._path, number)
+                    if _is_repeated(trial):
+                        self.optuna.enqueue_trial(trial.params, user_attrs={"deaths": _num_losses(trial) + 1})
             self._leases.release(number)
-
-    def _close_as_lost(self, trial: FrozenTrial) -> None:
-        self.optuna.tell(trial.number, state=TrialState.FAIL)
-        remove_run(self._path, trial.number)
-        if _is_repeated(trial):
-            self.optuna.enqueue_trial(trial.params, user_attrs={"deaths": _num_losses(trial) + 1})
 
 
 def remove_run(path: Path, number: int) -> None:
@@ -181,8 +167,7 @@ def score_of(trial: FrozenTrial) -> float:
 
 def outcome_of(trial: FrozenTrial) -> Outcome:
     """Return the outcome of a complete trial."""
-    names = {stored: name for name, stored in _STORED_NAMES.items()}
-    return Outcome(**{names.get(name, name): value for name, value in trial.user_attrs["outcome"].items()})
+    return Outcome(**from_record(trial.user_attrs["outcome"], _STORED_NAMES))
 
 
 def reason_of(trial: FrozenTrial) -> str:
@@ -201,7 +186,6 @@ def _is_repeated(trial: FrozenTrial) -> bool:
 
 
 def _num_losses(trial: FrozenTrial) -> int:
-    """Return how often the settings of a trial were lost before."""
     return int(trial.user_attrs.get("deaths", 0))
 
 
@@ -214,7 +198,7 @@ def _open_storage(path: Path, study: Study, space: Space, settings: SweepSetting
             storage=optuna.storages.RDBStorage(url, engine_kwargs=engine),
             study_name=study.name,
             direction="maximize",
-            pruner=make_pruner(settings.pruner, max_epochs=space.max_epochs()),
+            pruner=_make_pruner(settings.pruner, max_epochs=space.max_epochs()),
             load_if_exists=True,
         )
     except (SQLAlchemyError, ImportError) as error:
@@ -241,17 +225,8 @@ def _range_distribution(values: Range) -> BaseDistribution:
     return FloatDistribution(values.low, values.high, log=values.log, step=values.step)
 
 
-def make_sampler(name: Sampler, *, seed: int, draw: int) -> BaseSampler:
-    """Create the sampler of one draw.
-
-    It is seeded by the study's seed and the number of the draw, so that the result does not depend on which process
-    draws, or on restarts.
-
-    Args:
-        name: name of the sampler.
-        seed: seed of the study.
-        draw: number of earlier draws.
-    """
+def _make_sampler(name: Sampler, *, seed: int, draw: int) -> BaseSampler:
+    """Create the sampler of one draw, seeded so that neither restarts nor the process that draws change the result."""
     draw_seed = int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
     if name != "tpe":
         return RandomSampler(seed=draw_seed)  # the points of a grid are enqueued, so nothing is drawn
@@ -260,7 +235,7 @@ def make_sampler(name: Sampler, *, seed: int, draw: int) -> BaseSampler:
         return TPESampler(seed=draw_seed, constant_liar=True)  # takes running trials of other processes into account
 
 
-def make_pruner(name: Pruner, *, max_epochs: int) -> BasePruner:
+def _make_pruner(name: Pruner, *, max_epochs: int) -> BasePruner:
     """Create a pruner; its steps are epochs from 1, since random initializations begin below closed forms."""
     if name == "median":
         return MedianPruner(n_startup_trials=5, n_warmup_steps=1 + max_epochs // 5)

@@ -28,15 +28,7 @@ _AFTER_TRIALS = 2**40
 
 @dataclass(frozen=True, kw_only=True)
 class StudyJob:
-    """Everything a process needs to work on a study.
-
-    Args:
-        caches: paths or URLs.
-        path: folder of the study.
-        study: description of the study.
-        space: search space.
-        settings: settings of the sweep.
-    """
+    """Everything a process needs to work on a study in the folder `path`."""
 
     caches: tuple[str, ...]
     path: Path
@@ -61,11 +53,7 @@ class StudyJob:
         )
 
     def run_settings(self, params: Mapping[str, Value]) -> TrainSettings:
-        """Return the training settings of a trial's parameters, with the study's split.
-
-        Raises:
-            SettingError: the settings contradict each other.
-        """
+        """Return the training settings of a trial's parameters, with the study's split."""
         settings = self.space.settings(from_stored(params))
         return replace(settings, split=replace(settings.split, kind=str(split_path(self.path.resolve()))))
 
@@ -96,11 +84,7 @@ def _run_worker(job: StudyJob, progress: Progress) -> None:
 
 
 def work(job: StudyJob, data: TrainData, trials: Trials, progress: Progress) -> None:
-    """Run trials until all are finished, then retrain the top configurations; other processes may do the same.
-
-    Raises:
-        SettingError: no trial is complete.
-    """
+    """Run trials until all are finished, then retrain the top configurations; other processes may do the same."""
     while (trial := trials.take()) is not None:
         result = _run_trial(job, data, trials, trial)
         progress.note(_summary(trials, result))
@@ -108,11 +92,7 @@ def work(job: StudyJob, data: TrainData, trials: Trials, progress: Progress) -> 
 
 
 def top_trials(trials: Trials, settings: SweepSettings) -> list[FrozenTrial]:
-    """Return the best trials, each configuration once.
-
-    Raises:
-        SettingError: no trial is complete; the message says why the first one failed.
-    """
+    """Return the best trials, each configuration once; if no trial is complete, a `SettingError` says why."""
     top = rank_complete(trials.finished())[: settings.top_configs]
     if not top:
         failed = [trial for trial in trials.finished() if trial.state == TrialState.FAIL]
@@ -142,24 +122,26 @@ def retrain(job: StudyJob, data: TrainData, trials: Sequence[FrozenTrial]) -> li
 
 
 def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Trial) -> str:
-    """Train one trial and record its outcome; return the result in a few words.
+    """Train one trial and record its outcome: its best mean of R@1, R@5 and R@10 of both directions is the score."""
+    started, last_epoch = time.perf_counter(), 0
 
-    The score is the best validation recall, the mean of R@1, R@5 and R@10 of both directions.
+    def on_epoch(epoch: int, recalls: Mapping[str, float]) -> None:
+        nonlocal last_epoch
+        last_epoch = epoch
+        if trials.use_pruner and epoch:  # a commit to SQLite takes 10 ms, as long as an epoch of a small cache
+            trial.report(fmean(recalls.values()), epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
 
-    Raises:
-        DiskFullError: not the fault of the trial.
-    """
-    reporter = _EpochReporter(trial, use_pruner=trials.use_pruner)
-    started = time.perf_counter()
     remove_run(job.path, trial.number)  # left by a storage that was deleted
     try:
         settings = job.run_settings(trial.params)
-        report = _try_to_train(data, trial_path(job.path, trial.number), settings, on_epoch=reporter)
+        report = _try_to_train(data, trial_path(job.path, trial.number), settings, on_epoch=on_epoch)
     except SettingError as error:
         report = str(error)
     except optuna.TrialPruned:
         trials.prune(trial)
-        return f"pruned after epoch {reporter.epoch}"
+        return f"pruned after epoch {last_epoch}"
     if isinstance(report, str):
         trials.fail(trial, report)
         return f"failed: {report}"
@@ -169,7 +151,7 @@ def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Tri
         best_epoch=report.best_epoch,
         num_parameters=report.num_parameters,
         flops_per_pair=report.flops_per_pair,
-        num_pairs=reporter.epoch * report.num_samples["train"],
+        num_pairs=last_epoch * report.num_samples["train"],
         seconds=round(time.perf_counter() - started, 3),
     )
     trials.complete(trial, score, outcome)
@@ -179,35 +161,13 @@ def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Tri
 def _try_to_train(
     data: TrainData, run_path: Path, settings: TrainSettings, *, on_epoch: OnEpoch | None = None
 ) -> TrainReport | str:
-    """Train, or return the reason why these settings cannot be trained, such as too little memory.
-
-    Raises:
-        DiskFullError: not the fault of the settings.
-    """
+    """Train, or return the reason why these settings cannot be trained, such as too little memory."""
     try:
         return train_on(data, run_path, settings, on_epoch=on_epoch)
-    except DiskFullError:
+    except DiskFullError:  # not the fault of the settings
         raise
     except (EmbedcacheError, MemoryError, torch.OutOfMemoryError) as error:
         return str(error) or "not enough memory"
-
-
-class _EpochReporter:
-    """Counts epochs, and with a pruner reports each validation after the first epoch to the study.
-
-    Without a pruner nothing is reported: a commit to SQLite takes 10 ms, as long as an epoch of a small cache.
-    """
-
-    def __init__(self, trial: optuna.Trial, *, use_pruner: bool) -> None:
-        self._trial, self._use_pruner = trial, use_pruner
-        self.epoch = 0
-
-    def __call__(self, epoch: int, recalls: Mapping[str, float]) -> None:
-        self.epoch = epoch
-        if self._use_pruner and epoch:
-            self._trial.report(fmean(recalls.values()), epoch)
-            if self._trial.should_prune():
-                raise optuna.TrialPruned
 
 
 def _summary(trials: Trials, result: str) -> str:

@@ -20,13 +20,11 @@ class LossContract:
 
     @pytest.fixture
     def loss(self) -> torch.nn.Module:
-        """Return the loss in float64."""
         torch.manual_seed(0)
         module: torch.nn.Module = LOSSES.load(self.name)()
         return module.double()
 
     def test_loss_is_a_finite_scalar(self, loss: torch.nn.Module) -> None:
-        """Check shape and value for several batch sizes and temperatures."""
         for size in (1, 2, 9):
             for scale in (2.0, 1000.0):
                 value = loss(*_batch(size, seed=size), torch.tensor(scale, dtype=torch.float64), _own_pairs(size))
@@ -34,7 +32,6 @@ class LossContract:
                 assert value.isfinite()
 
     def test_gradients_match_finite_differences(self, loss: torch.nn.Module) -> None:
-        """Check the gradients of both modalities, the scale and the parameters of the loss."""
         images, texts = _batch(4, seed=0)
         scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
         positives = Positives(images=torch.tensor([0, 0, 1, 2, 3]), texts=torch.tensor([0, 2, 1, 2, 3]))
@@ -47,20 +44,17 @@ class LossContract:
         assert torch.autograd.gradcheck(value, inputs, atol=1e-4)
 
     def test_matching_pairs_have_a_lower_loss(self, loss: torch.nn.Module) -> None:
-        """Check that equal images and texts cost less than random ones."""
         images, texts = _batch(8, seed=0)
         scale = torch.tensor(10.0, dtype=torch.float64)
         assert loss(images, images, scale, _own_pairs(8)) < loss(images, texts, scale, _own_pairs(8))
 
     def test_order_of_samples_does_not_matter(self, loss: torch.nn.Module) -> None:
-        """Check that permuting the samples of a batch changes nothing."""
         images, texts = _batch(7, seed=1)
         order, scale = torch.randperm(7), torch.tensor(3.0, dtype=torch.float64)
         permuted = loss(images[order], texts[order], scale, _own_pairs(7))
         torch.testing.assert_close(permuted, loss(images, texts, scale, _own_pairs(7)))
 
     def test_several_captions_per_image(self, loss: torch.nn.Module) -> None:
-        """Check that the loss takes more texts than images, unless it needs one text per image."""
         if not self.has_all_captions:
             return
         images, texts = _batch(4, seed=0)

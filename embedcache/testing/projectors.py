@@ -4,6 +4,9 @@ class TestMine(ProjectorContract):
     name = "mypackage.heads:MyProjector"
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +22,6 @@ class ProjectorContract:
 
     @pytest.fixture
     def projector(self) -> torch.nn.Module:
-        """Return a projector with fixed weights, with anchors if it has them."""
         torch.manual_seed(0)
         module: torch.nn.Module = PROJECTORS.load(self.name)(*self.widths)
         if isinstance(module, HasAnchors):
@@ -27,7 +29,6 @@ class ProjectorContract:
         return module
 
     def test_output_is_one_float32_row_per_item(self, projector: torch.nn.Module) -> None:
-        """Check shape and dtype for several batch sizes."""
         projector.eval()
         for batch in (0, 1, 7):
             out = projector(torch.randn(batch, self.widths[0]))
@@ -47,18 +48,10 @@ class ProjectorContract:
         """Check that two steps of gradient descent change every parameter."""
         if isinstance(projector, HasLinearBranch):
             projector.set_linear_map(torch.randn(*self.widths))
-        before = {name: parameter.detach().clone() for name, parameter in projector.named_parameters()}
-        if not before:
-            return
-        optimizer = torch.optim.SGD(projector.parameters(), lr=0.1)
-        for _ in range(2):
-            optimizer.zero_grad()
-            projector(torch.randn(16, self.widths[0])).pow(2).sum().backward()
-            optimizer.step()
-        assert [name for name, value in projector.named_parameters() if torch.equal(value, before[name])] == []
+        losses = (projector(torch.randn(16, self.widths[0])).pow(2).sum() for _ in range(2))
+        assert _unchanged(projector, losses) == []
 
     def test_items_are_independent(self, projector: torch.nn.Module) -> None:
-        """Check that an item's projection does not depend on the other items of its batch."""
         rows = torch.randn(6, self.widths[0])
         projector.eval()
         np.testing.assert_allclose(projector(rows)[2:3].detach(), projector(rows[2:3]).detach(), atol=1e-6)
@@ -72,17 +65,14 @@ class TokenProjectorContract:
 
     @pytest.fixture
     def projector(self) -> torch.nn.Module:
-        """Return a projector with fixed weights."""
         torch.manual_seed(0)
         module: torch.nn.Module = PROJECTORS.load(self.name)(*self.widths, dropout=0.1)
         return module
 
     def test_token_input_is_declared(self) -> None:
-        """Check the class attribute `has_token_input`."""
         assert has_token_input(self.name)
 
     def test_output_is_one_float32_row_per_item(self, projector: torch.nn.Module) -> None:
-        """Check shape and dtype for several batch sizes, with and without lengths."""
         projector.eval()
         for batch, num_tokens in ((0, 4), (1, 1), (7, 5)):
             tokens = torch.randn(batch, num_tokens, self.widths[0])
@@ -110,15 +100,20 @@ class TokenProjectorContract:
             )
 
     def test_items_are_independent(self, projector: torch.nn.Module) -> None:
-        """Check that an item's projection does not depend on the other items of its batch."""
         tokens, lengths = torch.randn(6, 5, self.widths[0]), torch.tensor([5, 2, 3, 1, 4, 5])
         whole = projector.eval()(tokens, lengths)
         torch.testing.assert_close(projector(tokens[2:3, :3], None), whole[2:3], atol=1e-6, rtol=1e-5)
 
     def test_every_parameter_is_trained(self, projector: torch.nn.Module) -> None:
-        """Check that a step of gradient descent changes every parameter."""
-        before = {name: parameter.detach().clone() for name, parameter in projector.named_parameters()}
-        optimizer = torch.optim.SGD(projector.parameters(), lr=0.1)
-        (projector(torch.randn(16, 5, self.widths[0]), None) * torch.randn(16, self.widths[1])).sum().backward()
-        optimizer.step()
-        assert [name for name, value in projector.named_parameters() if torch.equal(value, before[name])] == []
+        loss = (projector(torch.randn(16, 5, self.widths[0]), None) * torch.randn(16, self.widths[1])).sum()
+        assert _unchanged(projector, [loss]) == []
+
+
+def _unchanged(projector: torch.nn.Module, losses: Iterable[Any]) -> list[str]:
+    """Return the parameters that steps of gradient descent on the losses do not change."""
+    before = {name: parameter.detach().clone() for name, parameter in projector.named_parameters()}
+    for loss in losses if before else ():
+        projector.zero_grad()
+        loss.backward()
+        torch.optim.SGD(projector.parameters(), lr=0.1).step()
+    return [name for name, value in projector.named_parameters() if torch.equal(value, before[name])]

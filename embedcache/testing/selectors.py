@@ -43,7 +43,6 @@ class SelectorContract:
 
     @pytest.fixture
     def selector(self) -> Selector:
-        """Return the method."""
         selector: Selector = SELECTORS.load(self.name)()
         return selector
 
@@ -56,12 +55,10 @@ class SelectorContract:
         selection: Path | None = None,
         **others: Any,
     ) -> Selection:
-        """Select from a pool."""
         settings = SelectSettings(**{"budget": self.budget, **self.settings, **others})
         return selector.select(pools(which, selector, selection=selection), settings)
 
     def test_rows_ascend_with_reasons(self, selector: Selector, pools: Pools) -> None:
-        """Check that each sample is selected once, in order, with a reason."""
         found = self.select(selector, pools)
         assert found.rows.dtype == np.int64
         assert (np.diff(found.rows) > 0).all()
@@ -69,7 +66,6 @@ class SelectorContract:
         assert all(reason.strip() for reason in found.reasons)
 
     def test_budget_is_met(self, selector: Selector, pools: Pools) -> None:
-        """Check the number of samples."""
         for budget in (1, 7, 40) if self.budget is not None else ():
             assert len(self.select(selector, pools, budget=budget).rows) == budget
 
@@ -82,20 +78,16 @@ class SelectorContract:
             assert np.array_equal(first.rows, other.rows) != selector.uses_seed
 
     def test_chunk_size_changes_nothing(self, selector: Selector, pools: Pools) -> None:
-        """Check that the same samples in chunks of another size give the same selection."""
         rows, other = (self.select(selector, pools, which).rows for which in ("cache", "other"))
         assert np.array_equal(rows, other)
 
     def test_selection_limits_the_pool(self, selector: Selector, pools: Pools, tmp_path: Path) -> None:
-        """Check that only samples of a given selection are selected."""
         keys = pools("cache", selector).cache.samples["key"].to_pylist()
         (tmp_path / "keys.txt").write_text("\n".join(keys[::2]))
         rows = self.select(selector, pools, selection=tmp_path / "keys.txt").rows
         assert (rows % 2 == 0).all()
 
     def test_unused_setting_raises(self, selector: Selector) -> None:
-        """Check that the method accepts its settings, and that others are refused."""
-        check = [name for name in _VALUES if name not in selector.accepts]
-        for name in check:
+        for name in set(_VALUES) - set(selector.accepts):
             with pytest.raises(SettingError, match=f"--method {self.name} does not use --{name.replace('_', '-')}"):
                 check_method_settings(self.name, selector, SelectSettings(**{name: _VALUES[name]}))

@@ -12,10 +12,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
 
-from embedcache.arrays import Ints, concatenated_ranges
+from embedcache.arrays import Array, Ints, concatenated_ranges
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.train.distributed import own_slice
@@ -27,11 +26,9 @@ _NUM_PREFETCHED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows of the two features for B samples, and which image belongs to which text.
+    """Rows of the two features for B samples, one image per sample, and which image belongs to which text.
 
     Args:
-        samples: (B,) int64.
-        image_rows: (B,) int64, one per sample.
         text_rows: (M,) int64; one per sample (M = B), or all of each sample, sample after sample.
         positives: two (E,) int64 arrays of positions in the batch, image and text, the first ascending: the pairs that
             belong together by `Pairs.relation`.
@@ -58,14 +55,8 @@ def num_batches(num_samples: int, batch_size: int) -> int:
 class Batches:
     """Draw batches: each epoch holds every sample once, in a new order, with one of its images and its captions.
 
-    Args:
-        pairs: training pairs.
-        batch_size: samples per batch; an epoch is divided into `num_batches` batches of equal size, to within one.
-        seed: random seed of order and draws.
-        captions: `draw` one per sample, or `all`.
-        block_rows: number of neighboring samples that stay together: blocks are shuffled, then all samples within
-            1,024 blocks.
-        mixup: alpha of Beta(alpha, alpha), from which lambda of each batch is drawn; 0 disables mixup.
+    An epoch is divided into `num_batches` batches of equal size, to within one. Blocks of `block_rows` neighboring
+    samples are shuffled, then all samples within 1,024 blocks. Lambda of mixup is drawn from Beta(`mixup`, `mixup`).
     """
 
     def __init__(
@@ -108,8 +99,9 @@ class Batches:
         else:
             half = len(image) // 2
             samples, image, text = samples[: 2 * half], image[: 2 * half], text[: 2 * half]
-            first, second = self._positives(image[:half], text[:half]), self._positives(image[half:], text[half:])
-            positives = _intersection(first, second, half)
+            parts = [self._positives(image[part], text[part]) for part in (slice(half), slice(half, None))]
+            codes = [images * half + texts for images, texts in parts]
+            positives = np.divmod(np.intersect1d(codes[0], codes[1]), half)  # where both of the mixed items belong
         return Batch(
             samples=samples,
             image_rows=self._pairs.image.rows[image],
@@ -119,7 +111,16 @@ class Batches:
         )
 
     def _positives(self, image: Ints, text: Ints) -> tuple[Ints, Ints]:
-        return _find_positives(self._relation, self._pairs.image.contents[image], self._pairs.text.contents[text])
+        """Find all pairs of positions that belong together. Time and memory grow with the batch alone."""
+        images, texts = self._pairs.image.contents[image], self._pairs.text.contents[text]
+        starts = self._relation.indptr[images]
+        position, found = concatenated_ranges(starts, self._relation.indptr[images + 1] - starts)
+        contents = self._relation.indices[found]
+        order = np.argsort(texts, kind="stable")
+        first = np.searchsorted(texts[order], contents)
+        count = np.searchsorted(texts[order], contents, side="right") - first
+        again, place = concatenated_ranges(first, count)
+        return position[again], order[place]
 
 
 class _SampleItems:
@@ -142,13 +143,7 @@ class _SampleItems:
 
 
 def shuffle_blocks(count: int, block_rows: int, rng: np.random.Generator) -> Ints:
-    """Return 0 … count - 1 in a random order in which numbers stay near those of 1,024 neighboring blocks.
-
-    Args:
-        count: how many numbers.
-        block_rows: consecutive numbers per block; 1 shuffles uniformly.
-        rng: source of randomness.
-    """
+    """Return 0 … count - 1 in a random order in which numbers stay near those of 1,024 neighboring blocks."""
     if block_rows == 1:
         return rng.permutation(count)
     starts = rng.permutation(-(-count // block_rows)) * block_rows
@@ -157,32 +152,12 @@ def shuffle_blocks(count: int, block_rows: int, rng: np.random.Generator) -> Int
     return np.concatenate([rng.permutation(order[start : start + size]) for start in range(0, count, size)])
 
 
-def _find_positives(relation: csr_array, images: Ints, texts: Ints) -> tuple[Ints, Ints]:
-    """Find all pairs of positions whose contents belong together. Time and memory grow with the batch alone."""
-    starts = relation.indptr[images]
-    position, found = concatenated_ranges(starts, relation.indptr[images + 1] - starts)
-    contents = relation.indices[found]
-    order = np.argsort(texts, kind="stable")
-    first = np.searchsorted(texts[order], contents)
-    count = np.searchsorted(texts[order], contents, side="right") - first
-    again, place = concatenated_ranges(first, count)
-    return position[again], order[place]
-
-
-def _intersection(first: tuple[Ints, Ints], second: tuple[Ints, Ints], size: int) -> tuple[Ints, Ints]:
-    """Return the pairs in both: a mixed image belongs to a mixed text where both of their parts do."""
-    codes = [images * size + texts for images, texts in (first, second)]
-    return np.divmod(np.intersect1d(codes[0], codes[1]), size)
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoadedInputs:
     """One modality of a batch on the device.
 
     Args:
         values: (b, D) or (b, T, D) of this process's items, in the dtype on disk.
-        lengths: (b,) int64 number of tokens of each item, or None.
-        rows: (b,) int64 rows of the feature.
         num_items: number of items of all processes.
     """
 
@@ -196,11 +171,8 @@ class LoadedInputs:
 class LoadedBatch:
     """The input of one training step.
 
-    Args:
-        batch: rows of all processes.
-        image: images of this process; with mixup, its part of the first half, then that of the second.
-        text: texts of this process, likewise.
-        positives: pairs of the whole batch that belong together.
+    `batch` and `positives` are those of all processes. With mixup, this process's items are its part of the first
+    half, then that of the second.
     """
 
     batch: Batch
@@ -210,13 +182,7 @@ class LoadedBatch:
 
 
 class Loader:
-    """Read batches in order on one thread, two batches ahead.
-
-    Args:
-        batches: rows of each batch.
-        image: reads rows of the image feature.
-        text: reads rows of the text feature.
-        device: where tensors go; to a GPU through pinned memory.
+    """Read batches in order on one thread, two batches ahead, to the device; to a GPU through pinned memory.
 
     `waited_s` counts the seconds that the training loop waited for a batch.
     """
@@ -245,12 +211,11 @@ class Loader:
         return loaded
 
     def _load(self, batch: Batch) -> LoadedBatch:
-        images, texts = (self._to_device(torch.from_numpy(positions)) for positions in batch.positives)
-        is_mixed = batch.mix is not None
+        images, texts = map(self._to_device, batch.positives)
         return LoadedBatch(
             batch=batch,
-            image=self._read(self._image, batch.image_rows, is_mixed=is_mixed),
-            text=self._read(self._text, batch.text_rows, is_mixed=is_mixed),
+            image=self._read(self._image, batch.image_rows, is_mixed=batch.mix is not None),
+            text=self._read(self._text, batch.text_rows, is_mixed=batch.mix is not None),
             positives=Positives(images=images, texts=texts),
         )
 
@@ -259,13 +224,14 @@ class Loader:
         own = parts[:, own_slice(parts.shape[1])].ravel()
         inputs = read(own)
         return LoadedInputs(
-            values=self._to_device(torch.from_numpy(inputs.values)),
-            lengths=None if inputs.lengths is None else self._to_device(torch.from_numpy(inputs.lengths)),
+            values=self._to_device(inputs.values),
+            lengths=None if inputs.lengths is None else self._to_device(inputs.lengths),
             rows=own,
             num_items=parts.shape[1],
         )
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
+    def _to_device(self, array: Array) -> Tensor:
+        tensor = torch.from_numpy(array)
         if self._device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)

@@ -24,11 +24,9 @@ def checkpoint_path(run_path: Path) -> Path:
 
 
 def save_checkpoint(run_path: Path, device: str, state: Mapping[str, Any]) -> None:
-    """Write the state of a run with the random generators of all processes.
-
-    All processes must call it; the first one writes.
-    """
-    generators = gather_objects(_generators(device))
+    """Write the state of a run with the random generators of all processes, which must all call it."""
+    cuda = torch.cuda.get_rng_state(device) if device.startswith("cuda") else None
+    generators = gather_objects({"cpu": torch.get_rng_state(), "cuda": cuda})
     if process_rank() == 0:
         buffer = io.BytesIO()  # torch.save into a file does not raise OSError when the disk is full
         torch.save({**state, "generators": generators}, buffer)
@@ -56,32 +54,17 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
             f"{path}: expected {len(generators)} processes, which wrote it, got {num_processes()}; start "
             f"{len(generators)} processes, or delete it to restart training"
         )
-    _set_generators(generators[process_rank()], device)
+    own = generators[process_rank()]
+    torch.set_rng_state(own["cpu"].cpu())
+    if own["cuda"] is not None and device.startswith("cuda"):
+        torch.cuda.set_rng_state(own["cuda"].cpu(), device)
     return state
-
-
-def _generators(device: str) -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state(device) if device.startswith("cuda") else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_generators(state: Mapping[str, Any], device: str) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] is not None and device.startswith("cuda"):
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 class RunLog:
     """Write `losses.jsonl` of a run, and TensorBoard events if asked; of several processes, only the first writes.
 
-    Args:
-        run_path: folder of the run.
-        num_bytes: bytes of existing lines to keep; later lines are cut off.
-        step: first step that will be written.
-        tensorboard: write event files into `tensorboard` too.
-
-    Raises:
-        MissingExtraError: tensorboard is not installed.
+    Lines after the first `num_bytes` and events from `step` on are cut off.
     """
 
     def __init__(self, run_path: Path, *, num_bytes: int, step: int, tensorboard: bool) -> None:
@@ -91,27 +74,25 @@ class RunLog:
         self._file = (run_path / "losses.jsonl").open("ab")
         self._file.truncate(min(num_bytes, self._file.seek(0, os.SEEK_END)))
         if tensorboard:
-            require_tensorboard()
+            require("tensorboard", extra="tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(run_path / "tensorboard"), purge_step=step)
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Close the files."""
         if self._file is not None:
             self._file.close()
         if self._events is not None:
             self._events.close()
 
-    def write_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values of a training step."""
-        self._write({"step": step, **values}, step, values)
-
-    def write_validation(self, step: int, epoch: int, recalls: Mapping[str, float]) -> None:
-        """Write the validation recalls after an epoch."""
-        self._write({"epoch": epoch, "validation": recalls}, step, recalls)
+    def write(self, line: Mapping[str, Any], step: int, scalars: Mapping[str, float]) -> None:
+        """Write a line of JSON, and the scalars of a step as events."""
+        if self._file is not None:
+            self._file.write(json.dumps(line).encode() + b"\n")
+        if self._events is not None:
+            for name, value in scalars.items():
+                self._events.add_scalar(name, value, step)
 
     def flush(self) -> int:
         """Flush all lines to the disk and return their size in bytes."""
@@ -120,19 +101,3 @@ class RunLog:
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
-
-    def _write(self, line: Mapping[str, Any], step: int, scalars: Mapping[str, float]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(line).encode() + b"\n")
-        if self._events is not None:
-            for name, value in scalars.items():
-                self._events.add_scalar(name, value, step)
-
-
-def require_tensorboard() -> None:
-    """Check that TensorBoard is installed.
-
-    Raises:
-        MissingExtraError: it is not; the message holds the pip command.
-    """
-    require("tensorboard", extra="tensorboard")

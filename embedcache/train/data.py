@@ -25,11 +25,7 @@ Paths: TypeAlias = Path | str | Sequence[Path | str]
 def open_data(paths: Paths, *, image_feature: str | None, text_feature: str | None, memory_bytes: int) -> "TrainData":
     """Open the same image and text feature of one or several caches.
 
-    Args:
-        paths: one cache, or several.
-        image_feature: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
-        text_feature: likewise.
-        memory_bytes: features that fit into this many bytes are loaded once.
+    Features that fit into `memory_bytes` are loaded once.
 
     Raises:
         UnknownNameError: there is no feature of that name.
@@ -52,13 +48,8 @@ def open_data(paths: Paths, *, image_feature: str | None, text_feature: str | No
 class TrainData:
     """An image and a text feature of some caches. Rows and samples are numbered across the caches, in their order.
 
-    Features that fit the memory are loaded once, so that many runs can share this object.
-
-    Args:
-        caches: the caches.
-        images: image feature of each cache.
-        texts: text feature of each cache.
-        memory_bytes: memory for both features; a feature larger than half of it is memory-mapped.
+    Features that fit the memory are loaded once, so that many runs can share this object; a feature larger than half
+    of `memory_bytes` is memory-mapped.
     """
 
     caches: Sequence[Cache]
@@ -88,13 +79,8 @@ class TrainData:
 
     def split(self, pairs: Pairs, settings: SplitSettings) -> Split:
         """Split the samples; features are loaded for a strict split only."""
-        return make_split(
-            self.caches,
-            pairs,
-            settings,
-            read_image=lambda rows: self.read_image(rows),
-            read_text=lambda rows: self.read_text(rows),
-        )
+        readers = {"read_image": lambda rows: self.read_image(rows), "read_text": lambda rows: self.read_text(rows)}
+        return make_split(self.caches, pairs, settings, **readers)
 
     @cached_property
     def read_image(self) -> Reader:
@@ -160,10 +146,7 @@ def _gather(readers: Sequence[Reader], stops: Ints, rows: Ints, dtype: np.dtype[
     values: Array = np.zeros((len(rows), *shape), dtype)
     lengths = None if found[0][1].lengths is None else np.zeros(len(rows), np.int64)
     for places, inputs in found:
-        if values.ndim == 2:
-            values[places] = inputs.values
-        else:
-            values[places, : inputs.values.shape[1]] = inputs.values
+        values[places, : inputs.values.shape[1]] = inputs.values
         if lengths is not None and inputs.lengths is not None:
             lengths[places] = inputs.lengths
     return Inputs(values, lengths)

@@ -21,14 +21,7 @@ T = TypeVar("T")
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """Join the processes that torchrun started; do nothing in a single process.
-
-    Args:
-        device: torch device; `cuda` becomes this process's own GPU.
-
-    Yields:
-        The device of this process.
-    """
+    """Join the processes that torchrun started, if any, and yield this process's device: of `cuda` its own GPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield device
         return
@@ -100,10 +93,6 @@ def gather_rows(own_BD: Tensor, num_rows: int) -> Tensor:
     """Collect the rows of all processes: (own, D) -> (num_rows, D), differentiable.
 
     The gradient, averaged over processes by DistributedDataParallel, is that of one process with all rows.
-
-    Args:
-        own_BD: the rows of `own_slice(num_rows)`.
-        num_rows: rows of all processes.
     """
     if not dist.is_initialized():
         return own_BD

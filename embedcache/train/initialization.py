@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embedcache.arrays import Array, Floats, Ints, blocks, check_finite, normalize
+from embedcache.arrays import Floats, Ints, blocks, check_finite, normalize
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Pairs
 from embedcache.errors import SettingError
 from embedcache.projectors.base import HasAnchors, HasLinearBranch
-from embedcache.projectors.closed_form import Matrix, Moments, solve
+from embedcache.projectors.closed_form import Moments, solve
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.projectors.towers import RawTower, Tower
 from embedcache.train.settings import ModelSettings
@@ -27,14 +27,6 @@ def initialize(
     the root mean square length. A token tower is left as it is, and its feature is not read. Memory: a block of rows,
     and the anchors.
 
-    Args:
-        pair: changed in place.
-        pairs: training pairs.
-        image: reads rows of the image feature.
-        text: reads rows of the text feature.
-        settings: closed form; `random` keeps random weights.
-        seed: random seed of the anchors.
-
     Raises:
         SettingError: a projector that has no linear branch, or fewer pairs than anchors.
         DataError: a value is NaN or infinite, or fewer than two pairs.
@@ -46,18 +38,20 @@ def initialize(
     )
     form = settings.initialization or ("cca" if all(tower.has_linear_branch for tower in towers) else "random")
     _check(towers, form, settings)
-    moments = _moments(*towers)
+    moments = Moments(towers[0].width, towers[1].width)
+    for block in blocks(len(towers[0].rows), _BLOCK):
+        moments.add(towers[0].vectors(block), towers[1].vectors(block))
     covariances = moments.covariances()[:2]
-    for one in towers:
+    for one, mean in zip(towers, (moments.image_mean, moments.text_mean), strict=True):
         if isinstance(one.tower, RawTower):
             one.tower.length.fill_(one.rms_length())
-    for one, mean in zip(towers, (moments.image_mean, moments.text_mean), strict=True):
-        if isinstance(one.tower, Tower):
+        elif isinstance(one.tower, Tower):
             one.tower.mean.copy_(torch.from_numpy(mean))
     if form != "random":
         weights = solve(form, moments, settings.shared_width, shrinkage=settings.shrinkage)
         for one, weights_DP, covariance in zip(towers, weights, covariances, strict=True):
-            length = _projected_rms_length(weights_DP, covariance)
+            # the root mean square length of the projected training rows: a learned branch expects about 1
+            length = float(np.sqrt(np.trace(weights_DP.T @ covariance @ weights_DP)) + np.finfo(np.float64).tiny)
             one.tower.projector.set_linear_map(torch.from_numpy(weights_DP / length))
     if any(tower.has_anchors for tower in towers):
         _set_anchors(towers, settings.shared_width, seed)
@@ -116,18 +110,6 @@ def _check(towers: tuple[_TowerRows, _TowerRows], form: str, settings: ModelSett
             f"projector {settings.projector}: expected at least as many training pairs as the shared width "
             f"{settings.shared_width}, got {num_pairs}; use --shared-width {num_pairs} or less"
         )
-
-
-def _moments(image: _TowerRows, text: _TowerRows) -> Moments:
-    moments = Moments(image.width, text.width)
-    for block in blocks(len(image.rows), _BLOCK):
-        moments.add(image.vectors(block), text.vectors(block))
-    return moments
-
-
-def _projected_rms_length(weights_DP: Array, covariance: Matrix) -> float:
-    """Compute the root mean square length of the projected training rows; a learned branch expects about 1."""
-    return float(np.sqrt(np.trace(weights_DP.T @ covariance @ weights_DP)) + np.finfo(np.float64).tiny)
 
 
 def _set_anchors(towers: tuple[_TowerRows, _TowerRows], num_anchors: int, seed: int) -> None:

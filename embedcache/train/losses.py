@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
+from embedcache.arrays import blocks
 from embedcache.registry import Registry
 from embedcache.train import tiles
 from embedcache.train.tiles import log_sum_exp, logits_of, softplus_sum
@@ -66,7 +67,6 @@ class InfoNce(nn.Module):
     """
 
     def forward(self, images_BP: Tensor, texts_BP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        """Compute the mean cross-entropy of both directions, a scalar."""
         is_other = positives.images != positives.texts
         hidden = (positives.images[is_other], positives.texts[is_other])
         over_texts, over_images = log_sum_exp(images_BP, texts_BP, scale, hidden)
@@ -83,7 +83,6 @@ class MultiPositive(nn.Module):
     """
 
     def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        """Compute the mean cross-entropy of both directions, a scalar."""
         over_texts, over_images = log_sum_exp(images_BP, texts_MP, scale)
         logits_E = logits_of(images_BP, texts_MP, scale, (positives.images, positives.texts))
         of_images = over_texts.mean() - (_weights(positives.images, logits_E.dtype) * logits_E).sum() / len(images_BP)
@@ -96,9 +95,6 @@ def _weights(positions_E: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bincount(positions_E)[positions_E].to(dtype).reciprocal()
 
 
-_INITIAL_BIAS = -10.0
-
-
 class SigLip(nn.Module):
     """Binary cross-entropy of each pair of the batch, with a learned bias.
 
@@ -108,10 +104,9 @@ class SigLip(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.tensor(_INITIAL_BIAS))
+        self.bias = nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        """Compute the loss, a scalar."""
         return self._sum(images_BP, texts_MP, scale, positives) / len(images_BP)
 
     def _sum(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
@@ -128,7 +123,6 @@ class Sail(SigLip):
     """
 
     def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        """Compute the loss, a scalar."""
         return self._sum(images_BP, texts_MP, scale, positives) / (len(images_BP) * len(texts_MP))
 
 
@@ -143,17 +137,10 @@ def structure(inputs_BD: Tensor, outputs_BP: Tensor, *, temperature: float = 0.0
     authors' code scales before it centers.
 
     No (B, B) matrix is held: the backward pass recomputes each tile. Memory: about fifteen tiles of `tiles.TILE_ROWS`
-    × B.
-
-    Args:
-        inputs_BD: (B, D) float32 or float64 inputs of the projector; no gradient flows into them.
-        outputs_BP: (B, P) outputs of the projector, of any length. B is at least 1; 1 or 2 items give 0.
-        temperature: divisor of the similarities; 0.05 is the authors' setting.
-
-    Returns:
-        A scalar, differentiable in the outputs.
+    × B. No gradient flows into the (B, D) inputs; the (B, P) outputs have any length. 1 or 2 items give 0. The
+    temperature is the authors' setting.
     """
-    before_BD, after_BP = _directions(inputs_BD), _directions(outputs_BP)
+    before_BD, after_BP = (normalize(side - side.mean(dim=0), dim=1) for side in (inputs_BD, outputs_BP))
     result: Tensor = _Divergence.apply(before_BD, after_BP, temperature)  # type: ignore[no-untyped-call]
     return result
 
@@ -183,13 +170,8 @@ class _Divergence(torch.autograd.Function):
         return None, total * (gradient / (2 * len(after) * ctx.temperature)), None
 
 
-def _directions(vectors_BD: Tensor) -> Tensor:
-    return normalize(vectors_BD - vectors_BD.mean(dim=0), dim=1)
-
-
 def _tiles(before: Tensor, after: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Iterate over tiles of T rows: (T, B) logarithms of both neighborhoods and of their mean."""
-    for start in range(0, len(after), tiles.TILE_ROWS):
-        rows = slice(start, start + tiles.TILE_ROWS)
+    for rows in blocks(len(after), tiles.TILE_ROWS):
         log_p, log_q = (torch.log_softmax(side[rows] @ side.T / temperature, dim=1) for side in (before, after))
         yield rows, log_p, log_q, torch.logaddexp(log_p, log_q) - math.log(2)

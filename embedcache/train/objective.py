@@ -21,13 +21,8 @@ MAX_VECTORS = 32_768
 class Objective(nn.Module):
     """All trained parameters, and the loss of a batch.
 
-    Memory: two embeddings per modality, the activations of `MAX_VECTORS` vectors, and the tiles of the loss.
-
-    Args:
-        pair: towers and temperature.
-        settings: training loss; its own parameters, if any, are trained with those of the pair.
-        precision: `bfloat16` computes the matrix products of the towers and of the loss in bfloat16, and the rest in
-            float32.
+    Memory: two embeddings per modality, the activations of `MAX_VECTORS` vectors, and the tiles of the loss. Parameters
+    of the loss are trained with those of the pair. The precision `bfloat16` is that of matrix products only.
     """
 
     def __init__(self, pair: AlignedPair, settings: LossSettings, *, precision: str) -> None:
@@ -58,7 +53,8 @@ class Objective(nn.Module):
     def _embed(self, tower: nn.Module, inputs: LoadedInputs) -> Tensor:
         num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
         part_rows = max(1, MAX_VECTORS // num_tokens)
-        if len(inputs.values) <= part_rows or _has_batch_norm(tower):
+        has_batch_norm = any(isinstance(module, nn.BatchNorm1d) for module in tower.modules())
+        if len(inputs.values) <= part_rows or has_batch_norm:  # a batch that is normalized must not be divided
             return self._project(tower, inputs.values, inputs.lengths)
         return torch.cat(
             [
@@ -80,11 +76,6 @@ class Objective(nn.Module):
 
     def _autocast(self, values: Tensor) -> torch.autocast:
         return torch.autocast(values.device.type, dtype=torch.bfloat16, enabled=self._bfloat16)
-
-
-def _has_batch_norm(tower: nn.Module) -> bool:
-    """Return whether the tower normalizes over the batch, so that it must not be divided."""
-    return any(isinstance(module, nn.BatchNorm1d) for module in tower.modules())
 
 
 def _mix(inputs: LoadedInputs, mix: float | None) -> LoadedInputs:

@@ -4,14 +4,15 @@ The backward pass recomputes each tile. Several processes divide the tiles. Unde
 dtype, everything else float32. Memory: a few tiles of `TILE_ROWS` × `TILE_COLUMNS`, and one gradient per modality."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+from embedcache.arrays import blocks
 from embedcache.train.distributed import log_sum_over_processes, num_processes, process_rank, sum_over_processes
 
 TILE_ROWS = 512
@@ -19,6 +20,7 @@ TILE_COLUMNS = 2048
 """A float32 tile of this size stays in the cache of a core between its product and its sum."""
 
 _PAIRS_PER_PART = 65_536
+_Tile: TypeAlias = tuple[slice, slice, Tensor]
 
 _MAX_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
 """Below it, e^logit neither vanishes nor overflows in float32, as logits of unit vectors lie in ± scale."""
@@ -27,16 +29,10 @@ _MAX_SAFE_SCALE = math.log(torch.finfo(torch.float32).max) / 2 - 4
 def log_sum_exp(
     left_BP: Tensor, right_NP: Tensor, scale: Tensor, masked: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute log Σ exp of all logits, over each row and over each column.
+    """Compute log Σ exp of the logits scale · left · right', over each row and over each column: (B,) and (N,).
 
-    Args:
-        left_BP: (B, P) rows of length 1.
-        right_NP: (N, P) rows of length 1.
-        scale: scalar; logits are scale · left · right'.
-        masked: (E,) rows, ascending, and (E,) columns of logits that are left out; each row and column keeps one.
-
-    Returns:
-        (B,) and (N,), differentiable in left, right and scale.
+    Left and right have rows of length 1. Masked are (E,) rows, ascending, and (E,) columns of logits that are left out;
+    each row and column keeps one. Differentiable in left, right and scale.
     """
     rows, columns = masked or (torch.empty(0, dtype=torch.int64, device=left_BP.device),) * 2
     dtype = _product_dtype(left_BP)
@@ -70,7 +66,7 @@ class _Cosines(torch.autograd.Function):
     def forward(ctx: Any, left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         ctx.save_for_backward(left, right, rows, columns)
         cosines = left.new_empty(len(rows))
-        for part in _parts(len(rows)):
+        for part in blocks(len(rows), _PAIRS_PER_PART):
             cosines[part] = (left[rows[part]] * right[columns[part]]).sum(dim=1)
         return cosines
 
@@ -79,16 +75,11 @@ class _Cosines(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         left, right, rows, columns = ctx.saved_tensors
         left_sum, right_sum = torch.zeros_like(left), torch.zeros_like(right)
-        for part in _parts(len(rows)):
+        for part in blocks(len(rows), _PAIRS_PER_PART):
             weights = gradient[part, None]
             left_sum.index_add_(0, rows[part], weights * right[columns[part]])
             right_sum.index_add_(0, columns[part], weights * left[rows[part]])
         return left_sum, right_sum, None, None
-
-
-def _parts(count: int) -> Iterator[slice]:
-    for start in range(0, count, _PAIRS_PER_PART):
-        yield slice(start, start + _PAIRS_PER_PART)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -97,7 +88,7 @@ class _LogSumExp(torch.autograd.Function):
         ctx: Any, left: Tensor, right: Tensor, scale: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         sums = _sum_powers if _is_safe(scale) else _sum_logs
-        over_rows, over_columns = sums(_Tiles(left, right, scale, dtype, (rows, columns)))
+        over_rows, over_columns = sums(left, right, _tiles(left, right, scale, dtype, (rows, columns)))
         ctx.save_for_backward(left, right, scale, rows, columns, over_rows, over_columns)
         ctx.dtype = dtype
         return over_rows, over_columns
@@ -109,7 +100,7 @@ class _LogSumExp(torch.autograd.Function):
         gradients = _Gradients(left, right, ctx.dtype)
         if _is_safe(scale):
             by_row, by_column = row_gradient * (-over_rows).exp(), column_gradient * (-over_columns).exp()
-        for across, down, logits in _Tiles(left, right, scale, ctx.dtype, (rows, columns)):
+        for across, down, logits in _tiles(left, right, scale, ctx.dtype, (rows, columns)):
             if _is_safe(scale):
                 weights = logits.exp_().mul_(by_row[across, None] + by_column[down])
             else:
@@ -125,7 +116,7 @@ class _SoftplusSum(torch.autograd.Function):
         ctx.save_for_backward(left, right, scale, bias)
         ctx.dtype = dtype
         total = left.new_zeros(())
-        for _, _, logits in _Tiles(left, right, scale, dtype):
+        for _, _, logits in _tiles(left, right, scale, dtype):
             total += softplus(logits.add_(bias)).sum()
         sum_over_processes(total)
         return total
@@ -135,7 +126,7 @@ class _SoftplusSum(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         left, right, scale, bias = ctx.saved_tensors
         gradients, bias_gradient = _Gradients(left, right, ctx.dtype), torch.zeros_like(bias)
-        for across, down, logits in _Tiles(left, right, scale, ctx.dtype):
+        for across, down, logits in _tiles(left, right, scale, ctx.dtype):
             weights = logits.add_(bias).sigmoid_().mul_(gradient)
             bias_gradient += weights.sum()
             gradients.add(across, down, weights)
@@ -163,55 +154,35 @@ class _Gradients:
         return self._left_sum.mul_(scale), self._right_sum.mul_(scale), of_scale
 
 
-class _Tiles:
-    """Iterate over this process's tiles of logits.
+def _tiles(
+    left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype, masked: tuple[Tensor, Tensor] | None = None
+) -> Iterator[_Tile]:
+    """Iterate over this process's tiles: rows, columns, and logits as a new (T, U) tensor of the inputs' dtype.
 
-    Args:
-        left: (B, P).
-        right: (N, P).
-        scale: scalar.
-        dtype: dtype of the products.
-        masked: rows and columns of logits that become -inf, as in `log_sum_exp`.
+    Logits of the `masked` rows and columns become -inf, as in `log_sum_exp`.
     """
-
-    def __init__(
-        self,
-        left: Tensor,
-        right: Tensor,
-        scale: Tensor,
-        dtype: torch.dtype,
-        masked: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        self.left, self.right = left, right
-        self._scaled, self._right = (left * scale).to(dtype), right.to(dtype)
-        self._masked_pairs = masked if masked is not None and len(masked[0]) else None
-
-    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield the rows and columns of each tile, and its logits: a new (T, U) tensor of the inputs' dtype."""
-        starts = range(0, len(self.left), TILE_ROWS)
-        for start in starts[process_rank() :: num_processes()]:
-            across = slice(start, start + TILE_ROWS)
-            masked = self._masked_rows(start)
-            for first in range(0, len(self.right), TILE_COLUMNS):
-                down = slice(first, first + TILE_COLUMNS)
-                logits = (self._scaled[across] @ self._right[down].T).to(self.left.dtype)
-                if masked is not None:
-                    _mask(logits, masked, first)
-                yield across, down, logits
-
-    def _masked_rows(self, start: int) -> tuple[Tensor, Tensor] | None:
-        if self._masked_pairs is None:
-            return None
-        rows, columns = self._masked_pairs
-        edges = torch.tensor([start, start + TILE_ROWS], device=rows.device)
-        part = slice(*torch.searchsorted(rows, edges).tolist())
-        return (rows[part] - start, columns[part]) if part.stop > part.start else None
+    scaled, right = (left * scale).to(dtype), right.to(dtype)
+    starts = range(0, len(left), TILE_ROWS)
+    for start in starts[process_rank() :: num_processes()]:
+        across = slice(start, start + TILE_ROWS)
+        inside = _masked_rows(masked, start)
+        for first in range(0, len(right), TILE_COLUMNS):
+            down = slice(first, first + TILE_COLUMNS)
+            logits = (scaled[across] @ right[down].T).to(left.dtype)
+            if inside is not None:
+                rows, columns = inside
+                is_here = (columns >= first) & (columns < first + logits.shape[1])
+                logits[rows[is_here], columns[is_here] - first] = -math.inf
+            yield across, down, logits
 
 
-def _mask(logits_TU: Tensor, masked: tuple[Tensor, Tensor], first: int) -> None:
+def _masked_rows(masked: tuple[Tensor, Tensor] | None, start: int) -> tuple[Tensor, Tensor] | None:
+    if masked is None or not len(masked[0]):
+        return None
     rows, columns = masked
-    is_here = (columns >= first) & (columns < first + logits_TU.shape[1])
-    logits_TU[rows[is_here], columns[is_here] - first] = -math.inf
+    edges = torch.tensor([start, start + TILE_ROWS], device=rows.device)
+    part = slice(*torch.searchsorted(rows, edges).tolist())
+    return (rows[part] - start, columns[part]) if part.stop > part.start else None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -221,8 +192,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _sum_powers(tiles: _Tiles) -> tuple[Tensor, Tensor]:
-    over_rows, over_columns = tiles.left.new_zeros(len(tiles.left)), tiles.left.new_zeros(len(tiles.right))
+def _sum_powers(left: Tensor, right: Tensor, tiles: Iterable[_Tile]) -> tuple[Tensor, Tensor]:
+    over_rows, over_columns = left.new_zeros(len(left)), left.new_zeros(len(right))
     for across, down, logits in tiles:
         powers = logits.exp_()
         over_rows[across] += powers.sum(dim=1)
@@ -231,8 +202,8 @@ def _sum_powers(tiles: _Tiles) -> tuple[Tensor, Tensor]:
     return over_rows.log_(), over_columns.log_()
 
 
-def _sum_logs(tiles: _Tiles) -> tuple[Tensor, Tensor]:
-    over_rows, over_columns = (tiles.left.new_full((len(side),), -math.inf) for side in (tiles.left, tiles.right))
+def _sum_logs(left: Tensor, right: Tensor, tiles: Iterable[_Tile]) -> tuple[Tensor, Tensor]:
+    over_rows, over_columns = (left.new_full((len(side),), -math.inf) for side in (left, right))
     for across, down, logits in tiles:
         over_rows[across] = torch.logaddexp(over_rows[across], logits.logsumexp(dim=1))
         over_columns[down] = torch.logaddexp(over_columns[down], logits.logsumexp(dim=0))

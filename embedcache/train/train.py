@@ -17,16 +17,17 @@ from embedcache.files import Leases, disk_errors
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import Cost, PairConfig, build, config_path, cost, read_config, save_pair, split_path
+from embedcache.projectors.saved import PairConfig, build, config_path, cost, read_config, save_pair, split_path
 from embedcache.provenance import check_same, digest_file, fields_of, prepare_folder, read_json, run_record, write_json
+from embedcache.registry import require
 from embedcache.train.batches import Batches, Loader
-from embedcache.train.checkpoint import checkpoint_path, require_tensorboard
+from embedcache.train.checkpoint import checkpoint_path
 from embedcache.train.data import Paths, TrainData, open_data
 from embedcache.train.distributed import num_processes, process_group, process_rank, run_on_first
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
 from embedcache.train.settings import TrainSettings
-from embedcache.train.trainer import FitResult, OnEpoch, Trainer, Validation, seeded
+from embedcache.train.trainer import OnEpoch, Trainer, Validation, seeded
 
 _FILES = (
     ".claims",
@@ -146,17 +147,14 @@ def train_on(
 ) -> TrainReport:
     """Train on open data, as `train` does; many runs can share the data.
 
-    Args:
-        data: open caches.
-        run_path: folder of the run.
-        settings: settings of the run, except `memory`, which was applied when the data were opened.
-        progress: progress in training pairs.
-        on_epoch: called after each validation; an exception that it raises ends the training.
+    `memory` was applied when the data were opened. `on_epoch` is called after each validation; an exception that it
+    raises ends the training.
     """
     run_path, progress = Path(run_path), progress or NullProgress()
     if settings.block_rows is None:
         settings = replace(settings, block_rows=_MAPPED_BLOCK_ROWS if data.is_mapped else 1)
     _check_features(data, settings)
+    files = {"split": settings.split.path, "selection": settings.selection_path}
     config = PairConfig(
         projector=settings.model.projector,
         shared_width=settings.model.shared_width,
@@ -164,7 +162,7 @@ def train_on(
         text=data.text,
         index_digest=data.index_digest,
         training=settings.to_json(),
-        file_digests=_file_digests(settings),
+        file_digests={name: digest_file(path) for name, path in files.items() if path and path.is_file()},
     )
     if config_path(run_path).is_file():
         return _reuse_run(run_path, config)
@@ -184,7 +182,7 @@ def train_on(
 
 def _check_features(data: TrainData, settings: TrainSettings) -> None:
     if settings.machine.tensorboard:
-        require_tensorboard()
+        require("tensorboard", extra="tensorboard")
     for feature, name in zip((data.images[0], data.texts[0]), split_names(settings.model.projector), strict=True):
         if feature.has_tokens and not has_token_input(name):
             raise DataError(
@@ -194,11 +192,6 @@ def _check_features(data: TrainData, settings: TrainSettings) -> None:
         for option, value in (("mixup", settings.loss.mixup), ("structure", settings.loss.structure)):
             if feature.has_tokens and value:
                 raise SettingError(f"{option}: expected 0 for the token feature {feature.name}, got {value}")
-
-
-def _file_digests(settings: TrainSettings) -> dict[str, str]:
-    paths = {"split": settings.split.path, "selection": settings.selection_path}
-    return {name: digest_file(path) for name, path in paths.items() if path and path.is_file()}
 
 
 def _reuse_run(run_path: Path, config: PairConfig) -> TrainReport:
@@ -238,20 +231,27 @@ def _fit(
     on_epoch: OnEpoch | None,
 ) -> tuple[AlignedPair, TrainReport]:
     pairs = data.pairs(settings.language)
-    split = _split(data, run_path, pairs, settings)
+    path = split_path(run_path)
+
+    def make_split() -> None:
+        if not path.is_file():  # a resumed run has one
+            write_split(path, data.split(pairs, settings.split))
+
+    run_on_first(make_split)
+    split = read_split(path, data.caches)
     training = _training_pairs(data, pairs, split, settings)
     validation = _shuffled_control(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
-        raise DataError(f"the validation part of {split_path(run_path)} has no sample with both features")
+        raise DataError(f"the validation part of {path} has no sample with both features")
     batches, device = _batches(training, settings), settings.machine.device
     with seeded(settings.seed, device):
         pair = build(config, dropout=settings.model.dropout).to(device)
     initialize(pair, training, data.read_image, data.read_text, settings.model, seed=settings.seed)
     size = cost(config, data.images[0].item_shape, data.texts[0].item_shape)
     result = Trainer(
-        pair,
-        Loader(batches, image=data.read_image, text=data.read_text, device=device),
-        None if process_rank() else Validation(validation, data.read_image, data.read_text, device=device),
+        pair=pair,
+        loader=Loader(batches, image=data.read_image, text=data.read_text, device=device),
+        validation=None if process_rank() else Validation(validation, data.read_image, data.read_text, device=device),
         settings=settings,
         run_path=run_path,
         keys=data.keys,
@@ -259,19 +259,16 @@ def _fit(
         progress=progress,
         on_epoch=on_epoch,
     ).fit()
-    return pair, _report(split, training, size, result)
-
-
-def _split(data: TrainData, run_path: Path, pairs: Pairs, settings: TrainSettings) -> Split:
-    """Split the samples and write the split; a resumed run has one."""
-    path = split_path(run_path)
-
-    def make() -> None:
-        if not path.is_file():
-            write_split(path, data.split(pairs, settings.split))
-
-    run_on_first(make)
-    return read_split(path, data.caches)
+    counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
+    if left_out := split.parts.count(""):
+        counts["left out"] = left_out
+    return pair, TrainReport(
+        reused=False,
+        num_samples={**counts, "train": len(training.samples)},
+        num_parameters=size.parameters,
+        flops_per_pair=size.flops_per_pair,
+        **result,
+    )
 
 
 def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:
@@ -316,16 +313,3 @@ def _batches(training: Pairs, settings: TrainSettings) -> Batches:
             f"{num_processes()} processes; raise --batch-size, or start fewer processes"
         )
     return batches
-
-
-def _report(split: Split, training: Pairs, size: Cost, result: FitResult) -> TrainReport:
-    counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
-    left_out = split.parts.count("")
-    num_samples = {**counts, **({"left out": left_out} if left_out else {}), "train": len(training.samples)}
-    return TrainReport(
-        reused=False,
-        num_samples=num_samples,
-        num_parameters=size.parameters,
-        flops_per_pair=size.flops_per_pair,
-        **asdict(result),
-    )

@@ -12,8 +12,7 @@ from embedcache.cli.main import app
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
-from embedcache.evaluate.encoder_pairs import METRICS, PairFigures, PairsReport, evaluate_pairs
-from embedcache.evaluate.pair_samples import _blocks
+from embedcache.evaluate.encoder_pairs import METRICS, PairFigures, PairsReport, _blocks, evaluate_pairs
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.settings import PairsSettings, RetrievalSettings
 from embedcache.extract.extract import extract

@@ -11,7 +11,7 @@ from PIL import Image
 from embedcache.errors import CorruptError, FingerprintError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import MIN_COSINE, measure_drift, repair
-from embedcache.extract.settings import ExtractSettings
+from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
@@ -121,9 +121,9 @@ def test_changed_source_drifts(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.1])
-def test_fraction_out_of_range_raises(extracted: Path, fraction: float) -> None:
-    with pytest.raises(SettingError, match=f"expected a number above 0 and of at most 1.* got {fraction:g}"):
-        measure_drift(Cache(extracted), fraction)
+def test_fraction_out_of_range_raises(fraction: float) -> None:
+    with pytest.raises(SettingError, match=f"reencode: expected .*, got {fraction:g}"):
+        VerifySettings(reencode=fraction)
 
 
 DAMAGES = {

@@ -15,6 +15,7 @@ from embedcache.errors import FingerprintError, SettingError
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import retry_failed
 from embedcache.extract.settings import ExtractSettings
+from embedcache.files import partial_path
 from embedcache.search import building
 from embedcache.search.faiss_index import read_index
 from embedcache.search.index import build_index, read_card
@@ -245,6 +246,12 @@ def test_concurrent_builds_build_once(cache_path: Path, tmp_path: Path) -> None:
     assert first == second  # the seconds it took too: one was built
     build_index(cache_path, tmp_path / "alone", IndexSettings(factory="Flat", **FEATURE))
     assert bytes_of(tmp_path / "index") == bytes_of(tmp_path / "alone")
+
+
+def test_build_ignores_file_that_another_process_writes(cache_path: Path, tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    partial_path(tmp_path / "building.json").touch()  # of a living process, as in a concurrent build
+    assert build_index(cache_path, tmp_path, IndexSettings(factory="Flat", **FEATURE)).num_vectors == 300
 
 
 def test_on_disk_without_lists_raises(cache_path: Path, tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_killed_sweep_resumes_with_two_workers(
 ) -> None:
     study_path = tmp_path / "study"
     words = ["sweep", str(cache_path), str(space_path), str(study_path)]
-    words += ["--image-feature", FEATURES["image"], "--text-feature", FEATURES["text"]]
+    words += ["--image-feature", FEATURES["image_feature"], "--text-feature", FEATURES["text_feature"]]
     words += ["--sampler", "random", "--top-configs", "1", "--seeds-per-config", "1", "--trials", "6"]
     process = start(words)
     number = wait_for_a_later_trial(study_path)

@@ -8,7 +8,7 @@ import numpy as np
 
 from embedcache.arrays import Floats, Ints, blocks
 from embedcache.curate.select.baselines import draw_rows
-from embedcache.curate.select.pool import Pool, default_clusters, find_centroids, max_training_vectors
+from embedcache.curate.select.pool import TRAINING_PER_CLUSTER, Pool, default_clusters, find_centroids
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError, SettingError
@@ -30,8 +30,10 @@ class ImageBasedSelector:
 
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select the samples. Memory: 256 vectors per cluster, and two integers per item."""
-        num_clusters = _one_level(settings.clusters) or default_clusters(len(pool.samples))
-        drawn = pool.sample(max_training_vectors(num_clusters), seed=settings.seed)
+        if settings.clusters is not None and len(settings.clusters) > 1:
+            raise SettingError(f"clusters: expected one level for image-based, got {len(settings.clusters)}")
+        num_clusters = settings.clusters[0] if settings.clusters else default_clusters(len(pool.samples))
+        drawn = pool.sample(TRAINING_PER_CLUSTER * num_clusters, seed=settings.seed)
         centroids_CP = find_centroids(drawn, num_clusters, seed=settings.seed)
         target_T = _nearest_centroids((vectors for _, vectors in pool.target.blocks()), centroids_CP)
         samples, clusters = [], []
@@ -59,23 +61,11 @@ def _nearest_centroids(vectors: Iterable[Floats], centroids_CP: Floats) -> Ints:
 def near_target(samples_N: Ints, clusters_N: Ints, target_T: Ints) -> tuple[Ints, Ints]:
     """Find the samples with an item in a cluster that holds an item of the target.
 
-    Args:
-        samples_N: sample of each item.
-        clusters_N: cluster of each item.
-        target_T: cluster of each item of the target.
-
-    Returns:
-        Unique samples, ascending, (S,), and the cluster of each one's first such item, (S,).
+    Returns unique samples, ascending, (S,), and the cluster of each one's first such item, (S,).
     """
     inside = np.flatnonzero(np.isin(clusters_N, target_T))
     kept, first = np.unique(samples_N[inside], return_index=True)
     return kept, clusters_N[inside[first]]
-
-
-def _one_level(clusters: tuple[int, ...] | None) -> int | None:
-    if clusters is not None and len(clusters) > 1:
-        raise SettingError(f"clusters: expected one level for image-based, got {len(clusters)}")
-    return clusters[0] if clusters else None
 
 
 _RATIO = 10
@@ -105,7 +95,7 @@ class HierarchicalSelector:
             raise SettingError(
                 f"clusters: expected fewer on each level than on the one before, got {','.join(map(str, sizes))}"
             )
-        drawn = np.random.default_rng(settings.seed).permutation(rows_S)[: max_training_vectors(sizes[0])]
+        drawn = np.random.default_rng(settings.seed).permutation(rows_S)[: TRAINING_PER_CLUSTER * sizes[0]]
         centroids = find_centroids(pool.vectors.read(np.sort(drawn)), sizes[0], seed=settings.seed)
         leaf_S = _nearest_centroids(
             (pool.vectors.read(rows_S[block]) for block in blocks(len(rows_S), _BLOCK)), centroids
@@ -113,7 +103,10 @@ class HierarchicalSelector:
         labels_SL = tree(leaf_S, centroids, sizes[1:], seed=settings.seed)
         kept = balanced(labels_SL, settings.budget, seed=settings.seed)
         counts = np.bincount(leaf_S, minlength=sizes[0])
-        reasons = [_reason(path, counts[path[0]]) for path in labels_SL[kept].tolist()]
+        reasons = [
+            f"cluster {'/'.join(map(str, reversed(path)))}, of {counts[path[0]]:,} samples"
+            for path in labels_SL[kept].tolist()
+        ]
         return Selection(rows=pool.samples[kept], reasons=reasons)
 
 
@@ -136,20 +129,12 @@ def tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed: int)
 
 
 def balanced(labels_SL: Ints, budget: int, *, seed: int) -> Ints:
-    """Draw samples equally from the branches of a tree, level by level.
+    """Draw exactly `budget` samples equally from the branches of a tree, level by level: ascending positions.
 
-    Args:
-        labels_SL: (S, L) cluster of each sample on each level, finest first.
-        budget: number of samples, at most S.
-        seed: random seed.
-
-    Returns:
-        Exactly `budget` unique positions, ascending.
+    `labels_SL` has the cluster of each sample on each level, finest first.
     """
     rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(len(labels_SL))
-    kept = _draw(labels_SL[:, ::-1], shuffled, budget, rng)
-    return np.sort(kept)
+    return np.sort(_draw(labels_SL[:, ::-1], rng.permutation(len(labels_SL)), budget, rng))
 
 
 def divide_budget(sizes_C: Ints, budget: int) -> Ints:
@@ -178,10 +163,6 @@ def _draw(labels_SL: Ints, rows: Ints, budget: int, rng: np.random.Generator) ->
     return np.concatenate(
         [_draw(labels_SL[:, 1:], branch, int(count), rng) for branch, count in zip(branches, counts_C, strict=True)]
     )
-
-
-def _reason(path: Sequence[int], size: int) -> str:
-    return f"cluster {'/'.join(map(str, reversed(path)))}, of {size:,} samples"
 
 
 _CANDIDATES = 20_000
@@ -218,13 +199,8 @@ class KCenterSelector:
 def farthest_first(vectors_NP: Floats, size: int) -> tuple[Ints, Floats]:
     """Choose the first vector, then repeatedly the one that is farthest from all chosen ones.
 
-    Args:
-        vectors_NP: (N, P) float32 rows of length 1.
-        size: number of vectors to choose, at most N.
-
-    Returns:
-        (M,) positions in the order of choice, and (M,) the cosine of each to the nearest one before it, -1 for the
-        first. The cosines never decrease.
+    Returns `size` positions in the order of choice, and the cosine of each to the nearest one before it, -1 for the
+    first. The cosines never decrease.
     """
     nearest_N = np.full(len(vectors_NP), -1, np.float32)
     chosen, cosines = np.empty(size, np.int64), np.empty(size, np.float32)

@@ -27,28 +27,20 @@ def match_words(texts: Iterable[tuple[int, str]], names: Sequence[str]) -> Match
 
     As the substring match of "Demystifying CLIP Data" (ICLR 2024), it matches neither plurals nor languages without
     spaces. One look-up per sequence of words of a caption.
-
-    Args:
-        texts: sample and caption.
-        names: names of the concepts.
     """
     concept_of = {_words(name): concept for concept, name in enumerate(names)}
     lengths = {len(words) for words in concept_of} - {0}
     found = {
         (sample, concept_of[run]) for sample, text in texts for run in _runs(_words(text), lengths) if run in concept_of
     }
-    return _sorted(found)
+    pairs_M2 = np.array(sorted(found), np.int64).reshape(-1, 2)
+    return Matches(pairs_M2[:, 0], pairs_M2[:, 1])
 
 
 def match_near(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, threshold: float) -> Matches:
-    """Match items whose cosine with a concept is at least a threshold.
+    """Match items whose cosine with a concept is at least a threshold; samples (B,) and vectors (B, P) per block.
 
     Memory: the products of a block, and 16 bytes per match.
-
-    Args:
-        blocks: sample of each item (B,), and its vector (B, P).
-        concepts_CP: (C, P) float32 rows of length 1.
-        threshold: smallest cosine.
     """
     samples, concepts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for samples_B, vectors_BP in blocks:
@@ -67,11 +59,6 @@ def _runs(words: tuple[str, ...], lengths: set[int]) -> Iterable[tuple[str, ...]
     for length in lengths:
         for start in range(len(words) - length + 1):
             yield words[start : start + length]
-
-
-def _sorted(pairs: set[tuple[int, int]]) -> Matches:
-    pairs_M2 = np.array(sorted(pairs), np.int64).reshape(-1, 2)
-    return Matches(pairs_M2[:, 0], pairs_M2[:, 1])
 
 
 _CANDIDATES_PER_SAMPLE = 25
@@ -126,15 +113,9 @@ def rarest_first(scores_CK: Floats, quota: int) -> Ints:
 
 
 def assign(samples_CK: Ints, order_C: Ints, quota_C: Ints) -> tuple[Ints, Ints]:
-    """Let concepts choose one after another, each its best candidates that no other has chosen.
+    """Let concepts choose in order, each at most `quota_C` of its best candidates that no other has chosen.
 
-    Args:
-        samples_CK: (C, K) candidates of each concept, best first.
-        order_C: concepts in the order in which they choose.
-        quota_C: (C,) number of samples that each chooses at most.
-
-    Returns:
-        Two (M,) arrays: the concept that chose, and the rank of its candidate, from 0.
+    Returns two (M,) arrays: the concept that chose, and the rank of its candidate, from 0.
     """
     is_taken: Bools = np.zeros(int(samples_CK.max(initial=-1)) + 1, bool)
     chosen = []
@@ -162,7 +143,10 @@ class MetaclipSelector:
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select the samples. Memory: some 50 bytes per match."""
         names = pool.concepts.names
-        matches = _match(pool, settings.threshold)
+        if settings.threshold is None:
+            matches = match_words(pool.texts(), names)
+        else:
+            matches = match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors, settings.threshold)
         if not len(matches.samples_M):
             raise DataError(
                 f"none of {len(pool.samples):,} samples matches any of {len(names):,} concepts, such as {names[0]!r}; "
@@ -174,7 +158,10 @@ class MetaclipSelector:
                 f"budget: expected at most the {len(first_M):,} of {len(pool.samples):,} samples that match one of "
                 f"{len(names):,} concepts, got {settings.budget:,}; lower it, or match by a lower --threshold"
             )
-        kept = first_M[_kept(heads_M, settings)]
+        if isinstance(settings.budget, int):
+            kept = first_M[np.argsort(heads_M, kind="stable")[: settings.budget]]
+        else:
+            kept = first_M[heads_M < settings.head]
         kept = kept[np.argsort(matches.samples_M[kept])]
         counts_C = np.bincount(matches.concepts_M)
         reasons = [f"concept {names[c]!r}, one of {counts_C[c]:,} matches" for c in matches.concepts_M[kept].tolist()]
@@ -185,10 +172,8 @@ def lowest_heads(matches: Matches, *, seed: int) -> tuple[Ints, Array]:
     """Find the t from which on each sample is kept, and the match that keeps it then.
 
     A match of a concept with n matches is kept if its draw u, uniform in [0, 1), is below t / n, that is if t > u n. So
-    one draw gives nested selections for all t, and any budget is met exactly.
-
-    Returns:
-        (S,) position in the matches of the first kept match of each matching sample, and (S,) float64 its t; by sample.
+    one draw gives nested selections for all t, and any budget is met exactly. Returns the position in the matches of
+    the first kept match of each matching sample, (S,), and its t, (S,) float64; by sample.
     """
     counts_C = np.bincount(matches.concepts_M)
     heads_M = np.random.default_rng(seed).random(len(matches.samples_M)) * counts_C[matches.concepts_M]
@@ -196,15 +181,3 @@ def lowest_heads(matches: Matches, *, seed: int) -> tuple[Ints, Array]:
     _, first_S = np.unique(matches.samples_M[order_M], return_index=True)
     kept_S: Ints = order_M[first_S]
     return kept_S, heads_M[kept_S]
-
-
-def _kept(heads_S: Array, settings: SelectSettings) -> Ints:
-    if isinstance(settings.budget, int):
-        return np.argsort(heads_S, kind="stable")[: settings.budget]
-    return np.flatnonzero(heads_S < settings.head)
-
-
-def _match(pool: Pool, threshold: float | None) -> Matches:
-    if threshold is None:
-        return match_words(pool.texts(), pool.concepts.names)
-    return match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors, threshold)

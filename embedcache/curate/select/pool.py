@@ -119,11 +119,8 @@ class Pool:
     def pair_scores(self) -> tuple[Ints, Floats]:
         """Compare each image of the pool with each caption of its sample, projected by the run.
 
-        Returns:
-            Samples with both, ascending, (M,) int64, and the best cosine of each, (M,) float32.
-
-        Raises:
-            DataError: no sample has both.
+        Returns samples with both, ascending, (M,) int64, and the best cosine of each, (M,) float32. Raises `DataError`
+        if no sample has both.
         """
         texts = Vectors(self.cache.path, "text", run_path=self._settings.run)
         text_samples = self._samples_of("text")[texts.rows]
@@ -149,27 +146,18 @@ _MOST_SAMPLES = 2**32
 
 
 class TopSamples(NamedTuple):
-    """The K samples that match each of C concepts best, best first; equal scores by sample.
+    """The K samples that match each of C concepts best, best first; equal scores by sample."""
 
-    Args:
-        scores_CK: float32, cosine of the sample's best item.
-        samples_CK: int64.
-    """
-
-    scores_CK: Floats
+    scores_CK: Floats  # cosine of the sample's best item
     samples_CK: Ints
 
 
 def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: int) -> TopSamples:
     """Find the `k` best samples of each concept, or all if there are fewer. A sample counts once, by its best item.
 
-    Exact, for any division of the items into blocks. Memory: the products of a block in float64, and 8 bytes
-    for each of C x 2 K candidates; it does not grow with the items.
-
-    Args:
-        blocks: sample of each item (B,), ascending over all blocks, and its vector (B, P).
-        concepts_CP: (C, P) float32 rows of length 1.
-        k: samples per concept, at least 1.
+    Exact, for any division of the items into blocks: the sample of each item (B,), ascending over all blocks, and its
+    vector (B, P). Memory: the products of a block in float64, and 8 bytes for each of C x 2 K candidates; it does not
+    grow with the items.
     """
     kept = [np.empty((len(concepts_CP), 0), np.int64)]
     for samples_B, vectors_BP in whole_samples(blocks):
@@ -234,7 +222,7 @@ def _largest(keys_CN: Ints, k: int) -> Ints:
 
 
 _ITERATIONS = 20
-_TRAINING_PER_CLUSTER = 256
+TRAINING_PER_CLUSTER = 256  # vectors that k-means trains on at most
 _ITEMS_PER_CLUSTER = 40
 _MAX_CLUSTERS = 10_000
 
@@ -244,27 +232,15 @@ def default_clusters(num_vectors: int) -> int:
     return max(1, min(_MAX_CLUSTERS, num_vectors // _ITEMS_PER_CLUSTER))
 
 
-def max_training_vectors(num_clusters: int) -> int:
-    """Return the number of vectors that k-means trains on at most: 256 per cluster."""
-    return num_clusters * _TRAINING_PER_CLUSTER
-
-
 def find_centroids(vectors_NP: Floats, num_clusters: int, *, seed: int) -> Floats:
-    """Cluster vectors by cosine similarity: (C, P) float32 rows of length 1.
+    """Cluster rows of length 1 by cosine similarity: (C, P) float32 rows of length 1.
 
-    Args:
-        vectors_NP: (N, P) float32 rows of length 1.
-        num_clusters: number of clusters C.
-        seed: random seed of the first centroids.
-
-    Raises:
-        SettingError: there are fewer vectors than clusters.
-        MissingExtraError: faiss is not installed.
+    Raises `SettingError` if there are fewer vectors than clusters, and `MissingExtraError` without faiss.
     """
     if num_clusters > len(vectors_NP):
         raise SettingError(f"clusters: expected at most the {len(vectors_NP):,} vectors, got {num_clusters:,}")
     return normalize(
         spherical_kmeans(
-            vectors_NP, num_clusters, seed=seed % 2**31, iterations=_ITERATIONS, max_per_cluster=_TRAINING_PER_CLUSTER
+            vectors_NP, num_clusters, seed=seed % 2**31, iterations=_ITERATIONS, max_per_cluster=TRAINING_PER_CLUSTER
         )
     )
