@@ -153,6 +153,18 @@ class EncoderSpec:
         return re.sub(r"[^\w.=+-]", "-", name.replace("/", "--")).lstrip(".") or "model"
 
     @property
+    def weights(self) -> Path | None:
+        """The option `weights`, a local file instead of the published weights."""
+        return Path(self.options["weights"]).expanduser() if "weights" in self.options else None
+
+    def int_option(self, name: str) -> int | None:
+        """Return an option that is a positive whole number; None if it is not given."""
+        text = self.options.get(name)
+        if text is not None and not (text.isdecimal() and int(text)):
+            raise SettingError(f"{name}={text} in {self.text}: expected a whole number of at least 1")
+        return None if text is None else int(text)
+
+    @property
     def model_name(self) -> str:
         """Name of the model in a fingerprint: a path is replaced by the folder's name."""
         return self.folder if self.is_path else self.model

@@ -13,7 +13,6 @@ from embedcache.arrays import Array, Ints
 from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, build_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features
-from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import one_line
 from embedcache.errors import PathError, SettingError
@@ -156,16 +155,6 @@ def open_tokenizer(
         prefix=prefix,
         is_lower=is_lower,
     )
-
-
-def max_tokens_option(spec: EncoderSpec) -> int | None:
-    """Return the option `max_tokens` of a spec."""
-    text = spec.options.get("max_tokens")
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise SettingError(f"max_tokens={text} in {spec.text}: expected a whole number of at least 1")
-    return int(text)
 
 
 def num_positions(model: torch.nn.Module) -> int | None:
