@@ -152,7 +152,7 @@ def _load_file(name: str, path: Path) -> Any:
 @contextmanager
 def _resized(spec: EncoderSpec, model: Any) -> Iterator[int | None]:
     """Resize a model to the option `image_size`; an error of the model's first run, in the block, is that option's."""
-    size_px = spec.int_option("image_size")
+    size_px = spec.int_option("image_size", expected="a whole number of pixels, such as 518")
     if size_px is None:
         yield None
         return
