@@ -82,33 +82,20 @@ class InputFeature:
         return valid
 
     def require_complete(self) -> None:
-        """Check that every chunk of the features is committed.
-
-        Raises:
-            UnfinishedError: chunks are missing.
-        """
+        """Check that every chunk of the features is committed, or raise an `UnfinishedError`."""
         for feature in self._features:
             feature.require_complete()
 
     def read(self, rows: Ints) -> Inputs:
-        """Gather rows from the memory maps, in the given order.
-
-        Raises:
-            DataError: a row is out of range, failed or not committed.
-        """
-        return _join(
-            [
-                _padded(feature.gather_tokens(rows)) if feature.is_ragged else Inputs(feature.gather(rows))
-                for feature in self._features
-            ]
-        )
+        """Gather rows from the memory maps in the given order; one without the feature raises a `DataError`."""
+        parts = [
+            _padded(feature.gather_tokens(rows)) if feature.is_ragged else Inputs(feature.gather(rows))
+            for feature in self._features
+        ]
+        return _join(parts)
 
     def blocks(self) -> Iterator[tuple[Ints, Inputs]]:
-        """Iterate over the valid items of committed chunks in row order, with checksums checked: rows and inputs.
-
-        Raises:
-            CorruptError: a checksum does not match.
-        """
+        """Iterate over the valid items of committed chunks in row order, with checksums checked: rows and inputs."""
         for number, commits in enumerate(zip(*(feature.commits for feature in self._features), strict=True)):
             if None not in commits:
                 rows, inputs = self.chunk(number)
@@ -116,11 +103,7 @@ class InputFeature:
                     yield rows, inputs
 
     def chunk(self, number: int) -> tuple[Ints, Inputs]:
-        """Read the valid items of one committed chunk, with checksums checked: rows and inputs.
-
-        Raises:
-            CorruptError: a checksum does not match.
-        """
+        """Read the valid items of one committed chunk, with checksums checked: rows and inputs."""
         start = number * self._features[0].group.info.chunk_size
         commits = [feature.commits[number] for feature in self._features]
         if len(self._features) == 1 and not self._features[0].is_ragged and commits[0]:
@@ -133,22 +116,13 @@ class InputFeature:
         return kept + start, to_inputs([[part[row] for row in kept] for part in items])  # type: ignore[misc]
 
     def load(self) -> Reader:
-        """Read all items into memory, with checksums checked, and return a reader of their rows.
-
-        Raises:
-            CorruptError: a checksum does not match.
-        """
+        """Read all items into memory, with checksums checked, and return a reader of their rows."""
         readers = [_load_ragged(feature) if feature.is_ragged else _load(feature) for feature in self._features]
         return lambda rows: _join([read(rows) for read in readers])
 
 
 def open_input(cache: Cache, modality: str, name: str | None = None) -> InputFeature:
-    """Open an input feature by name.
-
-    Args:
-        cache: the cache.
-        modality: `image` or `text`.
-        name: name as in `Cache.feature`, or several such names joined by `+`.
+    """Open an input feature by a name as in `Cache.feature`, or by several such names joined by `+`.
 
     Raises:
         UnknownNameError: no feature or several features have that name; the message lists them.

@@ -22,23 +22,14 @@ _LABEL_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_intege
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """The class of each sample.
-
-    Args:
-        names: class names, in the order of their numbers.
-        numbers: (M,) int64, class number of each sample.
-    """
+    """The class number of each sample, (M,) int64, and the class names in the order of their numbers."""
 
     names: list[str]
     numbers: Ints
 
 
 def has_label(cache: Cache, samples: Ints, *, column: str = "label") -> Bools:
-    """Return whether each of some samples has a label: (M,) bool.
-
-    Raises:
-        UnknownNameError: the cache has no such column.
-    """
+    """Return whether each of some samples has a label: (M,) bool."""
     _require_column(cache, column)
     has_value: Bools = _read(cache, samples, column).is_valid().to_numpy(zero_copy_only=False)
     return has_value
@@ -48,7 +39,6 @@ def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: 
     """Read the label of each of some samples. Memory: the sample table.
 
     Args:
-        cache: the cache.
         samples: (M,) int64 rows of `cache.samples`, in any order.
         column: column of the labels, which are class names or class numbers from 0.
         classes: names of all classes; None: the distinct labels, sorted.

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -87,9 +86,8 @@ def pair_items(
     """Pair the items of caches that have both features. Rows and samples are counted across caches.
 
     Args:
-        caches: the caches.
-        images: image feature of each cache, complete.
-        texts: text feature of each cache, complete.
+        images: image feature of each cache.
+        texts: text feature of each cache.
         language: keep only captions in this language; None keeps all.
 
     Raises:
@@ -115,10 +113,8 @@ def name_caches(caches: Sequence[Cache]) -> str:
 
 
 def _members(samples: Ints, size: int) -> csr_array:
-    return csr_array(
-        (np.ones(len(samples), np.int32), (np.arange(len(samples)), samples)),
-        shape=(len(samples), size),
-    )
+    ones, positions = np.ones(len(samples), np.int32), np.arange(len(samples))
+    return csr_array((ones, (positions, samples)), shape=(len(samples), size))
 
 
 def _where(matrix: csr_array) -> tuple[Ints, Ints]:
@@ -128,15 +124,7 @@ def _where(matrix: csr_array) -> tuple[Ints, Ints]:
 
 
 def read_items(caches: Sequence[Cache], features: Sequence[InputFeature]) -> Items:
-    """Return the items of caches that have a feature. Rows and samples are counted across caches.
-
-    Args:
-        caches: the caches.
-        features: feature of each cache, complete.
-
-    Raises:
-        UnfinishedError: a feature has uncommitted chunks.
-    """
+    """Return the items of caches that have a feature, which must be complete; rows are counted across caches."""
     for feature in features:
         feature.require_complete()
     samples, num_before = [], 0
@@ -149,14 +137,9 @@ def read_items(caches: Sequence[Cache], features: Sequence[InputFeature]) -> Ite
         samples.append(found + num_before)
         num_before += cache.info.num_samples
     rows = np.flatnonzero(np.concatenate([feature.valid for feature in features]))
-    contents = number_values([value for feature in features for value in feature.hashes])
-    return Items(rows=rows, samples=np.concatenate(samples)[rows], contents=contents[rows])
-
-
-def number_values(values: Sequence[Any]) -> Ints:
-    """Return a number for each value, equal for equal values, in order of first appearance: (M,) int64."""
-    numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
+    numbers: dict[bytes | None, int] = {}
+    contents = [numbers.setdefault(content, len(numbers)) for feature in features for content in feature.hashes]
+    return Items(rows=rows, samples=np.concatenate(samples)[rows], contents=np.array(contents, np.int64)[rows])
 
 
 def _is_language(caches: Sequence[Cache], language: str) -> Bools:

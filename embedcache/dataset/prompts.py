@@ -9,7 +9,7 @@ from embedcache.dataset.inputs import InputFeature
 from embedcache.errors import DataError
 from embedcache.store.cache import Cache
 
-CLASS = "class"
+_CLASS = "class"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,6 @@ class Prompts:
     """The encoded prompts of some classes.
 
     Args:
-        feature: text feature of the prompts.
         names: class names, in the order of their numbers.
         rows: (T,) rows of the encoded text items.
         classes: (T,) class number of each.
@@ -37,22 +36,14 @@ class Prompts:
 
 def has_prompts(cache: Cache) -> bool:
     """Return whether a cache holds prompts."""
-    return CLASS in cache.columns
+    return _CLASS in cache.columns
 
 
 def check_prompts(cache: Cache, spec: str) -> None:
-    """Check that a cache holds prompts.
-
-    Args:
-        cache: the cache.
-        spec: specification of the text encoder for the message.
-
-    Raises:
-        DataError: the cache has no column `class`.
-    """
+    """Check that a cache holds prompts; the error names the text encoder to make some with."""
     if not has_prompts(cache):
         raise DataError(
-            f"{cache.path} holds no prompts: it has no column {CLASS!r}; make some: embedcache extract "
+            f"{cache.path} holds no prompts: it has no column {_CLASS!r}; make some: embedcache extract "
             f"prompts:CLASSES+TEMPLATES {cache.path.name}-prompts --text-encoder {spec}"
         )
 
@@ -60,16 +51,12 @@ def check_prompts(cache: Cache, spec: str) -> None:
 def read_prompts(cache: Cache, feature: InputFeature) -> Prompts:
     """Read the encoded prompts of each class.
 
-    Args:
-        cache: cache of prompts.
-        feature: one of its text features.
-
     Raises:
         DataError: a class has no encoded prompt.
         UnfinishedError: the feature has uncommitted chunks.
     """
     feature.require_complete()
-    names: list[str] = cache.samples[CLASS].to_pylist()
+    names: list[str] = cache.samples[_CLASS].to_pylist()
     rows = np.flatnonzero(feature.valid)
     prompts = Prompts(feature=feature, names=names, rows=rows, classes=cache.items("text")["sample"].to_numpy()[rows])
     without = [name for name, count in zip(names, prompts.counts, strict=True) if not count]

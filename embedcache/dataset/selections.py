@@ -19,35 +19,20 @@ from embedcache.store.tables import read_table
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Samples of one cache.
-
-    Args:
-        rows: (M,) int64 rows of `Cache.samples`, ascending and unique.
-        reasons: reason why each was kept.
-    """
+    """Samples of one cache, (M,) int64 rows of its table in ascending order, and why each was kept."""
 
     rows: Ints
     reasons: Sequence[str]
 
 
 def check_selection_path(path: Path) -> None:
-    """Check that a path ends in `.parquet`; `read_selection` reads any other file as a list of keys.
-
-    Raises:
-        PathError: the path has another suffix.
-    """
+    """Check that a path ends in `.parquet`; `read_selection` reads any other file as a list of keys."""
     if path.suffix != ".parquet":
         raise PathError(f"selection {path}: expected a path that ends in .parquet")
 
 
 def write_selection(path: Path, cache: Cache, selection: Selection, about: Mapping[str, Any]) -> None:
-    """Write a selection as Parquet: `row`, `key`, `reason`, with the cache, method and settings as metadata.
-
-    Args:
-        path: path of the file, which is replaced.
-        cache: cache of the samples.
-        selection: at least one sample.
-        about: method and settings, as JSON values.
+    """Write a selection as Parquet: `row`, `key`, `reason`, and as metadata the cache, method and settings (`about`).
 
     Raises:
         DataError: the selection is empty.

@@ -70,11 +70,7 @@ def write_split(path: Path, split: Split) -> None:
 
 
 def read_split(path: Path, caches: Sequence[Cache]) -> Split:
-    """Read the split of some caches. Samples that were appended to a cache since are in no part.
-
-    Args:
-        path: path of a file from `write_split`.
-        caches: all or some of the caches of the split.
+    """Read the split of all or some of its caches. Samples that were appended to a cache since are in no part.
 
     Raises:
         PathError: the file does not exist.
@@ -134,14 +130,7 @@ def make_split(
 ) -> Split:
     """Split the samples that have both features. The same features and settings give the same split.
 
-    Memory: a tile of similarities.
-
-    Args:
-        caches: the caches; rows and samples are counted across them.
-        pairs: items of the samples.
-        settings: how to split.
-        read_image: reads rows of the image feature; called for a strict split only.
-        read_text: reads rows of the text feature; called for a strict split only.
+    Only a strict split reads the features. Memory: a tile of similarities.
 
     Raises:
         UnknownNameError: the kind is neither a known one nor a file.
@@ -178,7 +167,10 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
 
 
 def _by_column(caches: Sequence[Cache], keys: list[str], samples: Ints, settings: SplitSettings) -> Split:
-    values = [value for cache in caches for value in _split_column(cache)]
+    for cache in caches:
+        if "split" not in cache.columns:
+            raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
+    values = [str(value).lower() for cache in caches for value in cache.samples["split"].to_pylist()]
     known = [PART_NAMES.get(value, "") for value in values]
     if not {"train", "test"} <= set(known):
         raise SourceError(
@@ -190,12 +182,6 @@ def _by_column(caches: Sequence[Cache], keys: list[str], samples: Ints, settings
     if "val" not in parts:
         parts = _carve_validation(keys, parts, settings)
     return Split(keys=keys, parts=parts, groups=list(range(len(keys))))
-
-
-def _split_column(cache: Cache) -> list[str]:
-    if "split" not in cache.samples.column_names:
-        raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
-    return [str(value).lower() for value in cache.samples["split"].to_pylist()]
 
 
 def _carve_validation(keys: list[str], parts: list[str], settings: SplitSettings) -> list[str]:
@@ -264,18 +250,9 @@ PART_NAMES: dict[str, Part] = {
 
 
 def take_groups(groups: Sequence[Sequence[int]], keys: Sequence[str], quota: int, seed: int) -> set[int]:
-    """Take whole groups up to a quota, in an order that depends only on keys and seed.
+    """Take whole groups up to a quota of rows, in an order that depends only on keys and seed; return their rows.
 
     Groups that exceed what is left of the quota are skipped.
-
-    Args:
-        groups: rows of each group, not empty.
-        keys: key of each row.
-        quota: maximum number of rows.
-        seed: random seed of the order.
-
-    Returns:
-        The rows of the groups taken.
     """
 
     def order(group: Sequence[int]) -> bytes:

@@ -92,8 +92,7 @@ def _run_ray(job: ExtractJob, _: Source, progress: Progress) -> list[ShardReport
     with connected(job.settings.address) as ray:
         actors = _start_actors(ray, job)
         try:
-            missing: dict[Modality, dict[int, int]] = _get(ray, actors[0].missing.remote())
-            reports = _get(ray, actors[0].empty_reports.remote())
+            missing, reports = _get(ray, actors[0].open.remote())
             for modality, num_items in missing.items():
                 progress.start(step_name(modality), sum(num_items.values()), f"{modality}s")
                 reports += _encode_on_actors(ray, actors, modality, num_items, progress)
@@ -111,19 +110,17 @@ class _Actor:
         self._job, self._device, self._threads = job, device, threads
         self._opened: Worker | None = None
 
-    def missing(self) -> dict[Modality, dict[int, int]]:
-        """Return modality -> chunk that lacks a feature -> its number of items."""
+    def open(self) -> tuple[dict[Modality, dict[int, int]], list[ShardReport]]:
+        """Return modality -> chunk that lacks a feature -> its number of items, and a report per feature writer."""
         worker = self._worker()
-        return {
+        missing = {
             modality: {chunk: worker.count_items(modality, [chunk]) for chunk in worker.missing(modality)}
             for modality in worker.writers
         }
+        return missing, worker.empty_reports()
 
     def encode(self, modality: Modality, chunk: int) -> list[ShardReport]:
         return self._worker().encode(modality, [chunk], NullProgress())
-
-    def empty_reports(self) -> list[ShardReport]:
-        return self._worker().empty_reports()
 
     def _worker(self) -> Worker:
         if self._opened is None:

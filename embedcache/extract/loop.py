@@ -1,13 +1,13 @@
 """The extraction loop: chunk by chunk, items are loaded ahead on threads while the encoders run, then committed."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import pyarrow as pa
 
@@ -23,6 +23,8 @@ from embedcache.store.writer import commit_chunk
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_CommitFunction: TypeAlias = "Callable[[ChunkTask, Sequence[BatchBuffer], Sequence[LoadedItem]], None]"
 
 _IMAGES_AHEAD = 256
 
@@ -42,8 +44,8 @@ def encode_chunks(
         threads: number of threads that read and decode items.
     """
     encode = _encode_image_chunks if modality == "image" else _encode_text_chunks
-    with ThreadPoolExecutor(threads) as executor, _CommitThread() as commits:
-        encode(cache, source, tasks, executor, commits, progress)
+    with ThreadPoolExecutor(threads) as executor, _commit_thread() as commit:
+        encode(cache, source, tasks, executor, commit, progress)
 
 
 def _encode_image_chunks(
@@ -51,7 +53,7 @@ def _encode_image_chunks(
     source: Source,
     tasks: Iterable[ChunkTask],
     executor: Executor,
-    commits: "_CommitThread",
+    commit: _CommitFunction,
     progress: Progress,
 ) -> None:
     """Encode chunks of images, each image read and decoded once for all encoders, in row order.
@@ -75,7 +77,7 @@ def _encode_image_chunks(
                         buffer.add(row, inputs)
                 loaded.append(LoadedItem(hash=item.hash, failure=item.failure))  # without the inputs
                 progress.advance(1)
-            commits.submit(task, buffers, loaded)
+            commit(task, buffers, loaded)
 
 
 def _encode_text_chunks(
@@ -83,7 +85,7 @@ def _encode_text_chunks(
     _: Source,
     tasks: Iterable[ChunkTask],
     executor: Executor,
-    commits: "_CommitThread",
+    commit: _CommitFunction,
     progress: Progress,
 ) -> None:
     """Encode chunks of texts, each distinct text once per chunk and the longest first, so that batches are padded less.
@@ -100,7 +102,7 @@ def _encode_text_chunks(
             for number, buffer in enumerate(buffers):
                 add_distinct(buffer, loaded, number)
             progress.advance(len(loaded))
-            commits.submit(task, buffers, loaded)
+            commit(task, buffers, loaded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,29 +243,21 @@ def add_distinct(buffer: BatchBuffer, loaded: Sequence[LoadedItem], number: int)
             buffer.copy(first_row[item.hash], row)
 
 
-class _CommitThread:
-    """Commits chunks one after the other on a thread of its own, so that no encoder waits for the disk."""
+@contextmanager
+def _commit_thread() -> Iterator[_CommitFunction]:
+    """Yield a function that commits one chunk after the other on a thread, so that no encoder waits for the disk."""
+    with ThreadPoolExecutor(1, thread_name_prefix="commit") as thread:
+        running: Future[None] | None = None
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._running: Future[None] | None = None
+        def commit(task: ChunkTask, buffers: Sequence[BatchBuffer], loaded: Sequence[LoadedItem]) -> None:
+            nonlocal running
+            if running is not None:
+                running.result()
+            running = thread.submit(_commit, task, buffers, loaded)
 
-    def __enter__(self) -> "_CommitThread":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown()
-        if kind is None:
-            self._wait()
-
-    def submit(self, task: ChunkTask, buffers: Sequence[BatchBuffer], loaded: Sequence[LoadedItem]) -> None:
-        """Commit a chunk once its outputs are complete; waits until the chunk before is committed."""
-        self._wait()
-        self._running = self._thread.submit(_commit, task, buffers, loaded)
-
-    def _wait(self) -> None:
-        if self._running is not None:
-            self._running.result()
+        yield commit
+        if running is not None:
+            running.result()
 
 
 def _commit(task: ChunkTask, buffers: Sequence[BatchBuffer], loaded: Sequence[LoadedItem]) -> None:

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
-import numpy as np
 import pyarrow as pa
 
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
 from embedcache.extract.engines import all_devices, count_processes
 from embedcache.extract.extract import open_job
-from embedcache.extract.feature_writer import FeatureWriter
 from embedcache.extract.loop import BatchBuffer, add_distinct, load_items
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker
@@ -116,7 +115,16 @@ def plan(
         if chunks:
             rates[modality], buffers = _probe(worker, modality, chunks[0], job.settings.num_threads)
             for writer, buffer in zip(writers, buffers, strict=True):
-                features += _planned(worker, modality, writer, buffer, chunks)
+                for name, items in buffer.features.items():
+                    lacking = [chunk for chunk in chunks if name in writer.missing(chunk)]
+                    sizes = [item.nbytes for item in items if item is not None]
+                    feature = PlannedFeature(
+                        name=f"{writer.group.name}/{name}",
+                        modality=modality,
+                        num_items=worker.count_items(modality, lacking),
+                        item_bytes=fmean(sizes or [0]),
+                    )
+                    features.append(feature)
     return Plan(
         cache=worker.cache.path,
         features=features,
@@ -125,20 +133,6 @@ def plan(
         free_bytes=None if is_remote(worker.cache.path) else shutil.disk_usage(worker.cache.path).free,
         chunk_size=worker.cache.info.chunk_size,
     )
-
-
-def _planned(
-    worker: Worker, modality: Modality, writer: FeatureWriter, buffer: BatchBuffer, chunks: Sequence[int]
-) -> list[PlannedFeature]:
-    return [
-        PlannedFeature(
-            name=f"{writer.group.name}/{name}",
-            modality=modality,
-            num_items=worker.count_items(modality, [chunk for chunk in chunks if name in writer.missing(chunk)]),
-            item_bytes=float(np.mean([item.nbytes for item in buffer.features[name] if item is not None] or [0])),
-        )
-        for name in writer.features
-    ]
 
 
 def _probe(worker: Worker, modality: Modality, chunk: int, threads: int) -> tuple[float, list[BatchBuffer]]:

@@ -231,9 +231,9 @@ def _rewrite_chunk(writer: FeatureWriter, chunk: int, retried: Mapping[int, Load
     features = [name for name in writer.features if writer.group.has(commit, name)]
     buffer = BatchBuffer(writer, features, len(commit.hashes))
     add_loaded(buffer, retried.items(), number)
-    rows = range(len(commit.hashes))
-    hashes = [retried[row].hash if row in retried else None for row in rows]
-    failures = [retried[row].failure if row in retried else NOT_YET for row in rows]
+    kept = LoadedItem(hash=None, failure=NOT_YET)
+    items = [retried.get(row, kept) for row in range(len(commit.hashes))]
+    hashes, failures = [item.hash for item in items], [item.failure for item in items]
     commit_chunk(writer.group, chunk, buffer.features, hashes, dict.fromkeys(features, failures), overwrite_failed=True)
 
 

@@ -67,13 +67,7 @@ def chunk_path(array_path: Path, number: int, ndim: int) -> Path:
 
 
 def write_chunk(array_path: Path, number: int, values: Array, chunk_shape: tuple[int, ...]) -> str:
-    """Write one chunk and flush it to disk.
-
-    Args:
-        array_path: folder of the array.
-        number: number of the chunk along the first axis.
-        values: rows of the array's dtype; a short chunk is padded with the fill value.
-        chunk_shape: chunk shape of the array.
+    """Write one chunk and flush it to disk; a short chunk is padded with the fill value.
 
     Returns:
         The CRC-32C of the rows as 8 hex digits. Its 4 bytes, little-endian, end the file.
@@ -132,11 +126,7 @@ def _raise_open_file_limit() -> int:
 
 
 def check_chunk(array_path: Path, number: int, chunk: Array, committed_crc: str) -> None:
-    """Check a mapped chunk against the checksum in its commit.
-
-    Raises:
-        CorruptError: names the file and both checksums.
-    """
+    """Check a mapped chunk against the checksum in its commit, or raise a `CorruptError`."""
     found = f"{google_crc32c.value(chunk.tobytes()):08x}"
     if found != committed_crc:
         path = chunk_path(array_path, number, chunk.ndim)

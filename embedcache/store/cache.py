@@ -131,6 +131,7 @@ def caption_error_lines(cache: Cache, *, num_shown: int = 5) -> list[str]:
 def describe_feature(feature: Feature) -> list[str]:
     """Return the name, modality, shape, dtype, committed chunks, failed items and bytes on disk of a feature."""
     committed = [commit for commit in feature.commits if commit is not None]
+    files = [path for path in (feature.group.path / feature.feature).rglob("*") if path.is_file()]
     shape = " × ".join("any" if size < 0 else f"{size:,}" for size in feature.shape)
     return [
         feature.name,
@@ -139,7 +140,7 @@ def describe_feature(feature: Feature) -> list[str]:
         feature.dtype,
         f"{len(committed)}/{len(feature.commits)}",
         f"{len(feature.failures):,}",
-        f"{_num_bytes(feature.group.path / feature.feature):,}",
+        f"{sum(path.stat().st_size for path in files):,}",
     ]
 
 
@@ -165,7 +166,3 @@ def _describe_item(cache: Cache, feature: Feature, row: int) -> str:
     item = cache.items(feature.modality, chunk=chunk).slice(offset, 1).to_pylist()[0]
     key = cache.samples["key"][item["sample"]].as_py()
     return f"row {row}, key {key}" + (f", {item['path']}" if "path" in item else "")
-
-
-def _num_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

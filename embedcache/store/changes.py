@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from embedcache.errors import FingerprintError
@@ -41,19 +41,13 @@ def find_changes(
     """Compare a source with a cache, sample by sample. Memory: one batch.
 
     The samples of each segment must come in its order; new samples may stand anywhere between them, as new files in a
-    sorted folder do.
-
-    Args:
-        cache_path: folder of the cache.
-        info: manifest of the cache.
-        samples: samples of the source.
-        on_new: called with batches of new samples.
-        progress: reports samples.
+    sorted folder do; `on_new` gets them in batches.
 
     Raises:
         FingerprintError: a sample is missing or out of order, or has other captions or images.
     """
-    segments = [_SegmentReader(cache_path, info, rows) for rows in _segment_rows(info)]
+    bounds = pairwise(accumulate((segment.num_samples for segment in info.all_segments), initial=0))
+    segments = [_SegmentReader(cache_path, info, range(start, stop)) for start, stop in bounds]
     new, relocated = _DigestBuffer(on_new), dict[int, ImageItem]()
     progress.start("comparing samples", info.num_samples, "samples")
     for sample in samples:
@@ -84,17 +78,6 @@ def source_changed(
         f"cache {cache_path} has other samples than this source has now: {reason}; it was made from {made_from}; "
         f"{next_step}"
     )
-
-
-def batches(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
-    """Iterate over samples in lists of `BATCH`."""
-    while batch := list(islice(samples, BATCH)):
-        yield batch
-
-
-def _segment_rows(info: CacheInfo) -> list[range]:
-    stops = list(accumulate(segment.num_samples for segment in info.all_segments))
-    return [range(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 class _DigestBuffer:

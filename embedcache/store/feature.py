@@ -96,11 +96,7 @@ class Feature:
         return [value for commit in self.commits if commit is not None for value in commit.hashes]
 
     def require_complete(self) -> None:
-        """Check that every chunk is committed.
-
-        Raises:
-            UnfinishedError: chunks are missing.
-        """
+        """Check that every chunk is committed, or raise an `UnfinishedError`."""
         missing = sum(commit is None or not commit.is_complete(self.feature) for commit in self.commits)
         if missing:
             raise UnfinishedError(
@@ -128,11 +124,7 @@ class Feature:
         return out
 
     def gather_tokens(self, rows: Ints) -> list[Array]:
-        """Copy rows of a token feature in the given order: one (T, D) array per item.
-
-        Raises:
-            DataError: a row is out of range, failed or not committed.
-        """
+        """Copy rows in the given order, as `gather` does, but as one (D,) or (T, D) array per item."""
         if not self.is_ragged:
             return list(self.gather(rows))
         rows = self._check_rows(rows)
@@ -151,9 +143,6 @@ class Feature:
         Yields:
             The rows, and their (rows, D) or (rows, T, D) array: a read-only view, NaN in failed rows. A ragged feature
             yields a list of (T, D) arrays, None for a failed item.
-
-        Raises:
-            CorruptError: a checksum does not match.
         """
         for commit in self.commits:
             if commit is not None:
@@ -168,8 +157,17 @@ class Feature:
         """
         if self.is_ragged:
             yield self._rows(commit.chunk), self._ragged_chunk(commit.chunk, commit=commit)
-        else:
-            yield from self._dense_chunks(commit)
+            return
+        path, crcs = self.group.path / self.feature, commit.features[self.feature]
+        rows, size = self._rows(commit.chunk), self._chunk_shape[0]
+        for start in range(rows.start, rows.stop, size):
+            number = start // size
+            if f"{self.feature}/{number}" not in crcs:
+                return  # of samples that were appended since
+            values = map_chunk(path, number, self._chunk_shape, self.dtype)
+            check_chunk(path, number, values, crcs[f"{self.feature}/{number}"])
+            stop = min(start + size, rows.stop)
+            yield slice(start, stop), values[: stop - start]
 
     def items(self, commit: Commit) -> list[Array | None]:
         """Read one committed chunk as one array per item, None for a failed item; raises what `read_chunk` raises."""
@@ -224,18 +222,6 @@ class Feature:
             if len(self._maps) > max_maps(path, chunk_bytes):
                 self._maps.popitem(last=False)
         return self._maps[number]
-
-    def _dense_chunks(self, commit: Commit) -> Iterator[tuple[slice, Array]]:
-        rows, size = self._rows(commit.chunk), self._chunk_shape[0]
-        for start in range(rows.start, rows.stop, size):
-            number = start // size
-            if f"{self.feature}/{number}" not in commit.features[self.feature]:
-                return  # of samples that were appended since
-            values = map_chunk(self.group.path / self.feature, number, self._chunk_shape, self.dtype)
-            crc = commit.features[self.feature][f"{self.feature}/{number}"]
-            check_chunk(self.group.path / self.feature, number, values, crc)
-            stop = min(start + size, rows.stop)
-            yield slice(start, stop), values[: stop - start]
 
     def _ragged_chunk(self, chunk: int, *, commit: Commit | None = None) -> list[Array | None]:
         """Map one chunk of tokens; check its checksums if its commit is given."""

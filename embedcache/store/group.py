@@ -23,7 +23,6 @@ from embedcache.store.arrays import CRC_BYTES, REPAIR, chunk_path, read_metadata
 from embedcache.store.layout import FORMAT_VERSION, CacheInfo, commit_path, encoder_path, read_info
 from embedcache.store.tables import read_table
 
-HASH_BYTES = 16
 NOT_YET = "not extracted yet"
 """Reason of a row that was appended to a committed chunk: the next extraction encodes it."""
 
@@ -39,7 +38,6 @@ class Commit:
     """The record of one chunk of one encoder.
 
     Args:
-        chunk: number of the chunk.
         encoder: digest of the encoder's fingerprint.
         index_digest: identity of the cache's rows.
         features: feature name -> file below the encoder's folder -> CRC-32C of its rows.
@@ -75,15 +73,7 @@ class Commit:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderGroup:
-    """The features of one encoder.
-
-    Args:
-        path: folder of the encoder.
-        modality: `image` or `text`.
-        info: manifest of the cache.
-        spec: specification that opens the encoder again.
-        fingerprint: everything that decides the features.
-    """
+    """The features of one encoder; `spec` opens it again, and its fingerprint is everything that decides them."""
 
     path: Path
     modality: str
@@ -140,11 +130,7 @@ class EncoderGroup:
         return all(_have_right_size(self.path / array, numbers) for array, numbers in arrays.items())
 
     def check_fingerprint(self) -> None:
-        """Check that the folder still belongs to this encoder: two processes may have created it together.
-
-        Raises:
-            FingerprintError: names each field that differs with both values.
-        """
+        """Check that the folder still belongs to this encoder: two processes may have created it together."""
         found = open_group(self.path.parents[1], self.modality, self.name, self.info)
         check_same(f"encoder {self.path}", found.fingerprint, self.fingerprint, next_step=_SAME_ENCODER)
 
@@ -160,12 +146,7 @@ def _have_right_size(array_path: Path, numbers: Sequence[int]) -> bool:
 
 
 def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> EncoderGroup:
-    """Open the folder of one encoder.
-
-    Raises:
-        PathError: the folder does not exist.
-        CorruptError: the folder was not written by embedcache.
-    """
+    """Open the folder of one encoder."""
     path = encoder_path(cache_path, modality, name)
     attributes = _read_attributes(path)
     return EncoderGroup(
@@ -192,13 +173,7 @@ def create_group(
 
 
 def add_feature(group: EncoderGroup, feature: str, item_shape: tuple[int, ...], dtype: str) -> None:
-    """Write the metadata of a feature, unless a chunk of the feature is committed already.
-
-    Args:
-        group: folder of the encoder.
-        feature: name of the feature.
-        item_shape: shape of one item: `(D,)`, `(T, D)` or `(-1, D)`.
-        dtype: `float16` or `float32`.
+    """Write the metadata of a feature with items of shape (D,), (T, D) or (-1, D), unless a chunk is committed.
 
     Raises:
         FingerprintError: the feature exists with another shape or dtype.
@@ -254,7 +229,7 @@ def chunk_shape(info: CacheInfo, item_shape: tuple[int, ...], dtype: str) -> tup
 
 def hash_item(data: bytes) -> bytes:
     """Return the BLAKE2b-128 of an item's raw bytes, or of its text as UTF-8."""
-    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def write_commit(encoder_folder: Path, commit: Commit) -> None:
@@ -266,7 +241,7 @@ def write_commit(encoder_folder: Path, commit: Commit) -> None:
         "features": commit.features,
         "digest": _digest(commit),
     }
-    columns = {"hash": pa.array(commit.hashes, pa.binary(HASH_BYTES))}
+    columns = {"hash": pa.array(commit.hashes, pa.binary(16))}
     for feature in sorted(commit.features):
         columns[f"{_FAILURE}{feature}"] = pa.array(commit.failures[feature], pa.string())
     table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: canonical_json(about)})

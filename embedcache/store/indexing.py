@@ -3,10 +3,10 @@
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 from embedcache.errors import FingerprintError, PathError, SettingError, SourceError
@@ -26,7 +26,7 @@ from embedcache.provenance import check_same, read_json, write_json
 from embedcache.sources.base import Sample, Source
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.cache import Cache
-from embedcache.store.changes import SourceChanges, batches, find_changes, source_changed
+from embedcache.store.changes import SourceChanges, find_changes, source_changed
 from embedcache.store.layout import (
     DEFAULT_CHUNK_SIZE,
     CacheInfo,
@@ -39,7 +39,7 @@ from embedcache.store.layout import (
     samples_path,
     write_info,
 )
-from embedcache.store.tables import ITEM_SCHEMAS, TableWriter, digest_input
+from embedcache.store.tables import BATCH, ITEM_SCHEMAS, TableWriter, digest_input
 
 _CACHE_FILES = {LOCK, "cache.json", "mending.json", "samples.parquet", *ITEM_SCHEMAS}
 
@@ -59,12 +59,10 @@ def index(
     batch while a cache is checked.
 
     Args:
-        source: where the samples come from.
         cache_path: a new or empty folder, or a cache of this source; a cache without features is indexed again.
         chunk_size: items per chunk; None keeps the cache's own, or uses 2,048 for a new cache.
         extend: append samples that were added to the source.
         accept_replaced: accept other bytes of images on which all encoders failed.
-        progress: reports samples.
 
     Raises:
         PathError: the folder holds something else, or a file is in the way.
@@ -82,9 +80,8 @@ def index(
             _check_no_other_files(cache_path)
     if exists:
         info = read_info(cache_path)
-        if _has_features(cache_path):
-            _check_chunk_size(cache_path, info, chunk_size)
-        if _has_chunk_size(info, chunk_size) and _is_unchanged(source, cache_path, info, progress):
+        _check_chunk_size(cache_path, info, chunk_size)
+        if _is_unchanged(source, cache_path, info, chunk_size, progress):
             return info
     with locked(cache_path), disk_errors(cache_path):  # check again: another process may have been first
         if not info_path(cache_path).is_file():
@@ -93,9 +90,12 @@ def index(
         if _has_features(cache_path):
             _check_chunk_size(cache_path, info, chunk_size)
             return _update(source, cache_path, extend=extend, accept_replaced=accept_replaced, progress=progress)
-        if _has_chunk_size(info, chunk_size) and _is_unchanged(source, cache_path, info, progress):
+        if _is_unchanged(source, cache_path, info, chunk_size, progress):
             return info
-        _remove_tables(cache_path)
+        info_path(cache_path).unlink()  # the manifest first: without it the tables do not exist
+        flush(cache_path)
+        for group in cache_path.glob("*/*/zarr.json"):
+            remove_folder(group.parent)
         return _create(source, cache_path, chunk_size or info.chunk_size, progress)
 
 
@@ -114,12 +114,9 @@ def _has_features(cache_path: Path) -> bool:
     return any(cache_path.glob("*/*/chunks/*.parquet"))
 
 
-def _has_chunk_size(info: CacheInfo, chunk_size: int | None) -> bool:
-    return chunk_size in (None, info.chunk_size)
-
-
 def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None) -> None:
-    if chunk_size is not None:
+    """Check that a cache with features keeps its chunk size."""
+    if chunk_size is not None and _has_features(cache_path):
         check_same(
             f"cache {cache_path}",
             {"chunk_size": info.chunk_size},
@@ -128,47 +125,38 @@ def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None)
         )
 
 
-def _is_unchanged(source: Source, cache_path: Path, info: CacheInfo, progress: Progress) -> bool:
-    """Return whether a cache has the samples of its source, and no update of it was interrupted."""
-    if _update_path(cache_path).is_file():
+def _is_unchanged(
+    source: Source, cache_path: Path, info: CacheInfo, chunk_size: int | None, progress: Progress
+) -> bool:
+    """Return whether a cache has the chunk size and the samples of its source, and no update of it was interrupted."""
+    if chunk_size not in (None, info.chunk_size) or _update_path(cache_path).is_file():
         return False
     if len(info.all_segments) == 1:
-        return _digest(source, info, progress) == info.index_digest
+        return _digest(source, "checking samples", info.num_samples, _count_only, progress) == info.index_digest
     try:
-        changes = find_changes(cache_path, info, source.samples(), on_new=_ignore, progress=progress)
+        changes = find_changes(cache_path, info, source.samples(), on_new=_count_only, progress=progress)
     except FingerprintError:
         return False  # raised again by `_update`, under the lock
     return not changes.num_new and _has_digests(info, changes)
 
 
-def _digest(source: Source, info: CacheInfo, progress: Progress) -> str:
-    index_digest = hashlib.sha256()
-    progress.start("checking samples", info.num_samples, "samples")
-    for batch in batches(source.samples()):
+def _digest(
+    source: Source, step: str, num_samples: int, on_batch: Callable[[list[Sample]], None], progress: Progress
+) -> str:
+    index_digest, samples = hashlib.sha256(), source.samples()
+    progress.start(step, num_samples, "samples")
+    while batch := list(islice(samples, BATCH)):
         index_digest.update(digest_input(batch))
+        on_batch(batch)
         progress.advance(len(batch))
     progress.finish()
     return index_digest.hexdigest()
 
 
-def _remove_tables(cache_path: Path) -> None:
-    """Remove the tables of a cache without features, its manifest first."""
-    info_path(cache_path).unlink()
-    flush(cache_path)
-    for group in cache_path.glob("*/*/zarr.json"):
-        remove_folder(group.parent)
-
-
 def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progress) -> CacheInfo:
-    index_digest = hashlib.sha256()
     with _scratch_folder(cache_path) as folder:
         writer = TableWriter(folder, chunk_size)
-        progress.start("indexing", 0, "samples")
-        for batch in batches(source.samples()):
-            index_digest.update(digest_input(batch))
-            writer.add(batch)
-            progress.advance(len(batch))
-        progress.finish()
+        index_digest = _digest(source, "indexing", 0, writer.add, progress)
         if not writer.num_samples:
             raise SourceError(
                 f"no sample found in {source.describe().get('path', 'the source')}; "
@@ -177,7 +165,7 @@ def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progres
         info = CacheInfo(
             chunk_size=chunk_size,
             source=dict(source.describe()),
-            index_digest=index_digest.hexdigest(),
+            index_digest=index_digest,
             num_samples=writer.num_samples,
             num_items=writer.close(),
             table_digests=writer.digests,
@@ -192,11 +180,12 @@ def _update(source: Source, cache_path: Path, *, extend: bool, accept_replaced: 
     info = read_info(cache_path)  # read again: another process may have written the changes before we got the lock
     with _scratch_folder(cache_path) as folder:
         extended = _ExtendedTables(cache_path, info, folder / "longer")
-        on_new = extended.add if extend else _ignore
+        on_new = extended.add if extend else _count_only
         changes = find_changes(cache_path, info, source.samples(), on_new=on_new, progress=progress)
         has_replaced = bool(changes.relocated) or _is_interrupted(cache_path, info, changes)
         if not (changes.num_new or has_replaced):
-            _check_columns(cache_path, info, changes)
+            if not _has_digests(info, changes):
+                raise source_changed(cache_path, info, "columns or languages of its samples differ")
             _update_path(cache_path).unlink(missing_ok=True)
             return info
         _check_allowed(cache_path, info, changes, extend=extend, accept_replaced=accept_replaced)
@@ -246,8 +235,8 @@ class _ExtendedTables:
         return self._folder, self._writer.close(), self._writer.digests
 
 
-def _ignore(_: list[Sample]) -> None:
-    """Leave new samples out; they are only counted."""
+def _count_only(_: list[Sample]) -> None:
+    """Leave new samples out."""
 
 
 def _update_path(cache_path: Path) -> Path:
@@ -263,11 +252,6 @@ def _is_interrupted(cache_path: Path, info: CacheInfo, changes: SourceChanges) -
 
 def _has_digests(info: CacheInfo, changes: SourceChanges) -> bool:
     return list(changes.digests) == [segment.digest for segment in info.all_segments]
-
-
-def _check_columns(cache_path: Path, info: CacheInfo, changes: SourceChanges) -> None:
-    if not _has_digests(info, changes):
-        raise source_changed(cache_path, info, "columns or languages of its samples differ")
 
 
 def _check_allowed(

@@ -15,12 +15,7 @@ _OMITTED_IF_EMPTY = ("parts", "earlier", "tables")
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Consecutive samples that were indexed together.
-
-    Args:
-        num_samples: number of samples.
-        digest: SHA-256 of the samples in row order.
-    """
+    """Consecutive samples that were indexed together, with the SHA-256 of them in row order."""
 
     num_samples: int
     digest: str
@@ -28,12 +23,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class TableVersion:
-    """An earlier version of the sample and item tables; chunks committed for it stay valid.
-
-    Args:
-        index_digest: digest of that version, as in its commits.
-        num_items: modality -> number of items in that version.
-    """
+    """An earlier version of the sample and item tables; chunks committed for it, with its digest, stay valid."""
 
     index_digest: str
     num_items: Mapping[str, int]
@@ -49,7 +39,6 @@ class CacheInfo:
         index_digest: digest of all samples and items in row order, the identity of the rows.
         num_samples: rows of `samples.parquet`.
         num_items: modality -> rows of its `items.parquet`; a modality without items is absent.
-        format: version of the format on disk.
         segments: groups of samples that were added one after another; empty if all were indexed together.
         earlier_versions: versions of the tables before this one, oldest first.
         table_digests: `samples`, `image`, `text` -> digest of the keys, or of the items, in row order.
@@ -71,11 +60,9 @@ class CacheInfo:
         return list(self.segments) or [Segment(num_samples=self.num_samples, digest=self.index_digest)]
 
     def num_chunks(self, modality: str) -> int:
-        """Return the number of chunks of a modality."""
         return -(-self.num_items.get(modality, 0) // self.chunk_size)
 
     def chunk_rows(self, modality: str, chunk: int) -> slice:
-        """Return the item rows of one chunk."""
         start = chunk * self.chunk_size
         return slice(start, min(start + self.chunk_size, self.num_items[modality]))
 
@@ -139,8 +126,7 @@ def read_info(cache_path: Path) -> CacheInfo:
 
     Raises:
         PathError: the folder is not a cache.
-        ArtifactError: the cache has a later format than this version reads.
-        CorruptError: the file has missing or unknown fields.
+        ArtifactError: the cache has a later format, or missing or unknown fields.
     """
     path = info_path(cache_path)
     make = f"embedcache extract SOURCE {cache_path}"

@@ -42,13 +42,6 @@ def read_table(file: Path | BytesIO, columns: Sequence[str] | None = None) -> pa
         return table.read(columns=columns, use_threads=False)
 
 
-def iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
-    """Iterate over the rows of a table. Memory: one batch."""
-    with table_errors(path), open_table(path) as table:
-        for batch in table.iter_batches(columns=columns, use_threads=False):
-            yield from batch.to_pylist()
-
-
 class TableDigest:
     """SHA-256 of the values of a table's columns in row order, independent of batches."""
 
@@ -72,12 +65,7 @@ class TableDigest:
 
 @contextmanager
 def table_errors(path: Path) -> Iterator[None]:
-    """Raise errors of reading a table as errors of this package.
-
-    Raises:
-        PathError: the file cannot be read.
-        CorruptError: the file is not the expected table.
-    """
+    """Raise errors of reading a table as a `PathError`, or as a `CorruptError` if the file is not that table."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
@@ -102,37 +90,24 @@ def digest_input(batch: Sequence[Sample]) -> bytes:
     Raises:
         SourceError: text that is not Unicode.
     """
-    try:
-        return "".join(map(_line, batch)).encode()
-    except UnicodeEncodeError:
-        _raise_not_unicode(batch)
-        raise
-
-
-def _line(sample: Sample) -> str:
-    images = [[item.path, item.offset, item.length] for item in sample.images]
-    texts = [[item.text, item.language] for item in sample.texts]
-    return _JSON.encode([sample.key, images, texts, dict(sample.columns)]) + "\n"
-
-
-def _raise_not_unicode(batch: Sequence[Sample]) -> None:
+    lines = []
     for sample in batch:
+        images = [[item.path, item.offset, item.length] for item in sample.images]
+        texts = [[item.text, item.language] for item in sample.texts]
+        line = _JSON.encode([sample.key, images, texts, dict(sample.columns)])
         try:
-            _line(sample).encode()
+            lines.append(f"{line}\n".encode())
         except UnicodeEncodeError as error:
             raise SourceError(
                 f"sample {sample.key!r} holds text that is not Unicode: {error.reason}; fix the source"
             ) from error
+    return b"".join(lines)
 
 
 class TableWriter:
-    """Writes the sample and item tables of a cache.
+    """Writes the sample and item tables of a cache to a new local folder; a row group holds one chunk of items.
 
     Memory: the keys, to check that they are unique, and a batch.
-
-    Args:
-        folder: new local folder for the tables.
-        chunk_size: items per row group, so that a worker reads only the rows of its chunk.
     """
 
     def __init__(self, folder: Path, chunk_size: int) -> None:
@@ -143,13 +118,7 @@ class TableWriter:
         }
 
     def copy(self, cache_path: Path, num_samples: int, relocated: Mapping[int, ImageItem]) -> None:
-        """Copy the first samples of a cache's tables.
-
-        Args:
-            cache_path: folder of the cache.
-            num_samples: number of samples.
-            relocated: image row -> new location of its bytes.
-        """
+        """Copy the first samples of a cache's tables; some image rows have a new location of their bytes."""
         with open_table(samples_path(cache_path)) as file:
             for batch in file.iter_batches(BATCH, use_threads=False):
                 left = num_samples - self._samples.num_rows
@@ -165,8 +134,8 @@ class TableWriter:
     def add(self, batch: Sequence[Sample]) -> None:
         """Append samples."""
         self._samples.write(_sample_table(batch))
-        self._items["image"].write(_image_table(batch, self.num_samples))
-        self._items["text"].write(_text_table(batch, self.num_samples))
+        for modality, writer in self._items.items():
+            writer.write(_item_table(batch, modality, self.num_samples))
         self.num_samples += len(batch)
 
     @property
@@ -246,21 +215,12 @@ class _ItemWriter:
         self._writer.close()
 
 
-def _image_table(batch: Sequence[Sample], first: int) -> pa.Table:
-    rows = [(row, item) for row, sample in enumerate(batch, first) for item in sample.images]
-    columns = [
-        [row for row, _ in rows],
-        [item.path for _, item in rows],
-        [item.offset for _, item in rows],
-        [item.length for _, item in rows],
-    ]
-    return pa.table(columns, schema=ITEM_SCHEMAS["image"])
-
-
-def _text_table(batch: Sequence[Sample], first: int) -> pa.Table:
-    rows = [(row, item) for row, sample in enumerate(batch, first) for item in sample.texts]
-    columns = [[row for row, _ in rows], [item.text for _, item in rows], [item.language for _, item in rows]]
-    return pa.table(columns, schema=ITEM_SCHEMAS["text"])
+def _item_table(batch: Sequence[Sample], modality: str, first: int) -> pa.Table:
+    schema = ITEM_SCHEMAS[modality]
+    items: list[Sequence[Any]] = [sample.images if modality == "image" else sample.texts for sample in batch]
+    rows = [row for row, some in enumerate(items, first) for _ in some]
+    columns = ([getattr(item, name) for some in items for item in some] for name in schema.names[1:])
+    return pa.table([rows, *columns], schema=schema)
 
 
 def _sample_table(batch: Sequence[Sample]) -> pa.Table:
@@ -303,14 +263,7 @@ def _check_unique(keys: pa.ChunkedArray) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedSample:
-    """One sample of the tables of a cache.
-
-    Args:
-        key: key of the sample.
-        image_row: row of its first image.
-        images: locations of its images.
-        texts: captions, each with its language.
-    """
+    """One sample of the tables of a cache; its images start in `image_row`, and each text has its language."""
 
     key: str
     image_row: int
@@ -320,15 +273,21 @@ class IndexedSample:
 
 def read_samples(cache_path: Path, rows: range) -> Iterator[IndexedSample]:
     """Iterate over samples of a cache in row order. Memory: one batch of each table."""
-    keys = (row["key"] for row in iterate_rows(samples_path(cache_path), ["key"]))
-    images = _RowsBySample(iterate_rows(items_path(cache_path, "image")))
-    texts = _RowsBySample(iterate_rows(items_path(cache_path, "text")))
+    keys = (row["key"] for row in _iterate_rows(samples_path(cache_path), ["key"]))
+    images = _RowsBySample(_iterate_rows(items_path(cache_path, "image")))
+    texts = _RowsBySample(_iterate_rows(items_path(cache_path, "text")))
     for number, key in zip(range(rows.stop), keys, strict=False):
         image_row = images.num_taken
         items = [ImageItem(path=row["path"], offset=row["offset"], length=row["length"]) for row in images.take(number)]
         captions = [(row["text"], row["language"]) for row in texts.take(number)]
         if number >= rows.start:
             yield IndexedSample(key=key, image_row=image_row, images=items, texts=captions)
+
+
+def _iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
+    with table_errors(path), open_table(path) as table:
+        for batch in table.iter_batches(columns=columns, use_threads=False):
+            yield from batch.to_pylist()
 
 
 class _RowsBySample:

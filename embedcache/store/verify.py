@@ -26,7 +26,6 @@ class Finding:
     Args:
         modality: `image` or `text`; `samples` for the sample table.
         encoder: folder of the encoder; empty for a table.
-        name: name of the feature or of the table.
         chunk: number of the chunk; -1 for a table or the metadata of a feature.
         is_damage: whether bytes are wrong; false for a chunk that was never extracted.
         can_repair: whether encoding the chunk again repairs it.
@@ -56,10 +55,6 @@ def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
 
     Finds missing chunks, changed bytes, truncated files, chunks of another encoder or of other rows, changed or
     reordered tables, and captions other than those that were encoded. Memory: one chunk.
-
-    Args:
-        cache: the cache.
-        progress: reports chunks.
     """
     progress = progress or NullProgress()
     findings, features = list(_check_tables(cache)), []

@@ -31,8 +31,6 @@ def commit_chunk(
     while it is written.
 
     Args:
-        group: folder of the encoder.
-        chunk: number of the chunk.
         features: feature -> one array per item from `fit_item`, in row order; None for a failed item.
         hashes: hash of each item's raw bytes or text; None if they could not be read.
         failures: feature -> reason for each failed item, None for the others.
@@ -135,17 +133,7 @@ def _remove_features(group: EncoderGroup, before: Commit, features: Collection[s
 
 
 def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Sequence[Array | None]) -> dict[str, str]:
-    """Write the arrays of one feature of one chunk, which exist only once the chunk is committed.
-
-    Args:
-        group: folder of the encoder.
-        feature: feature that `add_feature` made.
-        chunk: number of the chunk.
-        items: one array per item from `fit_item`, in row order; None for a failed item.
-
-    Returns:
-        File relative to the group -> CRC-32C of its rows.
-    """
+    """Write the arrays of one feature of one chunk; return file relative to the group -> CRC-32C of its rows."""
     about = read_feature(group, feature)
     item_shape, dtype = tuple(about["item_shape"]), about["dtype"]
     found = {str(item.dtype) for item in items if item is not None}
@@ -182,13 +170,7 @@ def _write_ragged(
 
 
 def fit_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -> Array:
-    """Convert the output of an encoder for one item to the dtype on disk.
-
-    Args:
-        item: (D,) or (T, D) float.
-        item_shape: expected shape, -1 where it varies.
-        dtype: dtype on disk.
-        name: name of the feature, for errors.
+    """Convert the output of an encoder for one item, (D,) or (T, D) float, to the dtype on disk.
 
     Raises:
         DataError: the shape differs, or a value is NaN or beyond the range of the dtype on disk.

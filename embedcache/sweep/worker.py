@@ -123,17 +123,25 @@ def retrain(job: StudyJob, data: TrainData, trials: Sequence[FrozenTrial]) -> li
 
 def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Trial) -> str:
     """Train one trial and record its outcome: its best mean of R@1, R@5 and R@10 of both directions is the score."""
-    reporter = _EpochReporter(trial, use_pruner=trials.use_pruner)
-    started = time.perf_counter()
+    started, last_epoch = time.perf_counter(), 0
+
+    def on_epoch(epoch: int, recalls: Mapping[str, float]) -> None:
+        nonlocal last_epoch
+        last_epoch = epoch
+        if trials.use_pruner and epoch:  # a commit to SQLite takes 10 ms, as long as an epoch of a small cache
+            trial.report(fmean(recalls.values()), epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
     remove_run(job.path, trial.number)  # left by a storage that was deleted
     try:
         settings = job.run_settings(trial.params)
-        report = _try_to_train(data, trial_path(job.path, trial.number), settings, on_epoch=reporter)
+        report = _try_to_train(data, trial_path(job.path, trial.number), settings, on_epoch=on_epoch)
     except SettingError as error:
         report = str(error)
     except optuna.TrialPruned:
         trials.prune(trial)
-        return f"pruned after epoch {reporter.epoch}"
+        return f"pruned after epoch {last_epoch}"
     if isinstance(report, str):
         trials.fail(trial, report)
         return f"failed: {report}"
@@ -143,7 +151,7 @@ def _run_trial(job: StudyJob, data: TrainData, trials: Trials, trial: optuna.Tri
         best_epoch=report.best_epoch,
         num_parameters=report.num_parameters,
         flops_per_pair=report.flops_per_pair,
-        num_pairs=reporter.epoch * report.num_samples["train"],
+        num_pairs=last_epoch * report.num_samples["train"],
         seconds=round(time.perf_counter() - started, 3),
     )
     trials.complete(trial, score, outcome)
@@ -160,24 +168,6 @@ def _try_to_train(
         raise
     except (EmbedcacheError, MemoryError, torch.OutOfMemoryError) as error:
         return str(error) or "not enough memory"
-
-
-class _EpochReporter:
-    """Counts epochs, and with a pruner reports each validation after the first epoch to the study.
-
-    Without a pruner nothing is reported: a commit to SQLite takes 10 ms, as long as an epoch of a small cache.
-    """
-
-    def __init__(self, trial: optuna.Trial, *, use_pruner: bool) -> None:
-        self._trial, self._use_pruner = trial, use_pruner
-        self.epoch = 0
-
-    def __call__(self, epoch: int, recalls: Mapping[str, float]) -> None:
-        self.epoch = epoch
-        if self._use_pruner and epoch:
-            self._trial.report(fmean(recalls.values()), epoch)
-            if self._trial.should_prune():
-                raise optuna.TrialPruned
 
 
 def _summary(trials: Trials, result: str) -> str:
