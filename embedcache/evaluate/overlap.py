@@ -96,9 +96,10 @@ def find_overlap(
     caches, missing = _open_training_caches(run, settings.trained_on)
     trained = [items for cache in caches for items in [training_items(run, cache)] if items]
     samples = np.unique(np.concatenate([items.items.samples for items in evaluated.values()]))
-    rng = np.random.default_rng(0)
     count = _num_affordable(evaluated, trained) if trained else 0
-    checked = samples if len(samples) <= count else np.sort(rng.choice(samples, count, replace=False))
+    checked = (
+        samples if len(samples) <= count else np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
+    )
     exact, near = set[int](), set[int]()
     for modality, found in evaluated.items():
         others = [items[modality] for items in trained]
