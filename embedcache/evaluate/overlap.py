@@ -1,7 +1,7 @@
 """Overlap of evaluated items with the training part: equal bytes or text, and near-duplicates by cosine."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,10 +72,6 @@ class Overlap:
             line = f"WARNING: {self.exact:,} samples share an image or a caption with the training part"
             return line + (f", {near} have a near-duplicate there" if self.near else "")
         return f"WARNING: {near} samples have a near-duplicate in the training part" if self.near else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields as JSON values."""
-        return {**asdict(self), "not_compared": list(self.not_compared)}
 
 
 def largest_overlap(overlaps: Iterable[Overlap | None]) -> Overlap | None:
