@@ -175,7 +175,7 @@ def combine(
     Example: embedcache curate combine cache/ first.parquet and second.parquet both.parquet
     """
     from embedcache.cli.console import print_line
-    from embedcache.curate.select.combine import combine_selections
+    from embedcache.curate.select.select import combine_selections
 
     print_line(f"{out}: {combine_selections(cache, out, first, operation, second):,} samples")
 
@@ -192,7 +192,7 @@ def sample(
     Example: embedcache curate sample cache/ selection.parquet 1000 some.parquet
     """
     from embedcache.cli.console import print_line
-    from embedcache.curate.select.combine import sample_selection
+    from embedcache.curate.select.select import sample_selection
 
     print_line(f"{out}: {sample_selection(cache, out, selection, size, seed=seed):,} samples")
 

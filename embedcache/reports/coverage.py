@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from embedcache.arrays import Ints
@@ -27,6 +26,7 @@ from embedcache.reports.base import (
     format_part,
     format_percent,
     label,
+    open_axes,
     round_json,
     svg,
     write_report,
@@ -299,8 +299,7 @@ def _concept_example(report: CoverageReport, renderer: ItemRenderer, number: int
 
 def _coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     """Draw the items per concept, the largest first: one curve per part, dashed where gaps begin; an SVG element."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(3.4)
     for part, color in zip(parts, COLORS, strict=False):
         counts = np.sort(part.counts)[::-1]
         axes.plot(np.arange(1, len(counts) + 1), counts, color=color, label=part.name, linewidth=2)
@@ -310,7 +309,7 @@ def _coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     axes.yaxis.set_major_formatter(_COUNT)
     axes.legend(frameon=False, labelcolor=INK)
     label(axes, f"concepts, the largest first; dashed: {min_count:,}, gaps lie below", "items above the threshold")
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_count: int) -> str:
@@ -318,8 +317,7 @@ def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_
     order = largest_first(parts[0].counts)
     if len(order) > _MAX_BARS:
         order = np.concatenate([order[: _MAX_BARS // 2], order[-_MAX_BARS // 2 :]])
-    figure = Figure(figsize=(9, 0.8 + (0.12 + 0.12 * len(parts)) * len(order)), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(0.8 + (0.12 + 0.12 * len(parts)) * len(order))
     height = 0.8 / len(parts)
     for number, part in enumerate(parts):
         places = np.arange(len(order)) + (number - (len(parts) - 1) / 2) * height
@@ -336,7 +334,7 @@ def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_
     if len(parts) > 1:
         axes.legend(frameon=False, labelcolor=INK, loc="lower right")
     label(axes, f"items above the threshold; dashed: {min_count:,}, gaps lie below")
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def largest_first(counts_C: Ints) -> Ints:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from embedcache.evaluate.classifiers import METHODS
@@ -22,6 +21,7 @@ from embedcache.reports.base import (
     format_fraction,
     interval_json,
     label,
+    open_axes,
     round_json,
     svg,
     write_report,
@@ -203,8 +203,7 @@ def _class_section(report: ProbeReport) -> Section:
 def _few_shot_curve(report: ProbeReport) -> str:
     """Draw accuracy by training items per class, and the accuracy with all of them dashed, as an SVG element."""
     shots = sorted({result.shots for result in report.few_shots})
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(3.6)
     for score, color in zip(report.scores, COLORS * len(report.scores), strict=False):
         results = sorted((r for r in report.few_shots if r.method == score.method), key=lambda result: result.shots)
         lows, highs = [r.accuracy.low for r in results], [r.accuracy.high for r in results]
@@ -219,5 +218,5 @@ def _few_shot_curve(report: ProbeReport) -> str:
     axes.set_ylim(0, 1)
     axes.grid(axis="y", color=GRID)
     label(axes, "training items per class; dashed: all of them", "top-1 accuracy")
-    figure.legend(frameon=False, labelcolor=INK, loc="outside upper right", ncols=4)
-    return svg(figure)
+    axes.figure.legend(frameon=False, labelcolor=INK, loc="outside upper right", ncols=4)
+    return svg(axes.figure)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -134,14 +134,7 @@ class SearchService:
 
     def hit(self, hit: Hit) -> dict[str, Any]:
         """Return the fields of `HitOut` for a hit."""
-        return {
-            "score": hit.score,
-            "row": hit.row,
-            "key": hit.key,
-            "captions": list(hit.captions),
-            "label": hit.label,
-            "image": self.image_row(hit.row),
-        }
+        return {**asdict(hit), "image": self.image_row(hit.row)}
 
     def concept(self, number: int) -> dict[str, Any]:
         """Return the fields of `ConceptHits` for a concept, or raise an UnknownNameError."""
