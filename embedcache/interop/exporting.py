@@ -81,12 +81,8 @@ class VectorExport:
     def metadata(self) -> dict[str, str]:
         """Provenance as metadata of a Parquet schema: the cache, its rows, and the encoder of each feature."""
         features = {
-            modality: {
-                "feature": vectors.feature.name,
-                "spec": vectors.feature.spec,
-                "fingerprint": vectors.feature.fingerprint,
-            }
-            for modality, vectors in self._vectors.items()
+            modality: {"feature": feature.name, "spec": feature.spec, "fingerprint": feature.fingerprint}
+            for modality, feature in ((modality, vectors.feature) for modality, vectors in self._vectors.items())
         }
         run = self._settings.run
         about = {

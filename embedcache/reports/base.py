@@ -126,16 +126,7 @@ def write_report(
     sections: Sequence[Section],
     credit: str = "",
 ) -> None:
-    """Write a report as one self-contained HTML page.
-
-    Args:
-        path: file to write.
-        title: title of the page.
-        summary: what was measured, in one sentence.
-        warnings: reasons to doubt the numbers, shown at the top.
-        sections: sections in order.
-        credit: attribution of the images.
-    """
+    """Write a report as one self-contained HTML page; `warnings` at the top are reasons to doubt the numbers."""
     write_page(
         path, "report.html.j2", title=title, summary=summary, warnings=warnings, sections=sections, credit=credit
     )
@@ -194,13 +185,7 @@ def estimate_bars(
 def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: str, limit: float | None = None) -> str:
     """Draw a histogram with a logarithmic count axis as an SVG element; bars from `limit` upward are red.
 
-    Args:
-        lows_H: (H,) lower edge of each bin.
-        width: width of a bin.
-        counts_H: (H,) count of each bin.
-        x: label of the horizontal axis.
-        y: label of the vertical axis.
-        limit: value from which bars are red; None draws all bars alike.
+    `lows_H` are the (H,) lower edges of the bins, `counts_H` the (H,) counts.
     """
     axes = open_axes(3)
     is_above = np.zeros(len(lows_H), bool) if limit is None else lows_H + width / 2 >= limit

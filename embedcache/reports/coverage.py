@@ -54,39 +54,27 @@ def summary_table(report: CoverageReport) -> Table:
         ["concepts without items", *(format_count((part.counts == 0).sum()) for part in parts)],
         ["items per concept, median", *(format_count(np.median(part.counts)) for part in parts)],
         ["Gini coefficient", *(format_fraction(part.gini) for part in parts)],
-        *(
-            [
-                f"matches of the largest {fraction:.0%} of concepts",
-                *(format_percent(part.top_fraction(fraction)) for part in parts),
-            ]
-            for fraction in _FRACTIONS
-        ),
     ]
+    for fraction in _FRACTIONS:
+        percents = [format_percent(part.top_fraction(fraction)) for part in parts]
+        rows.append([f"matches of the largest {fraction:.0%} of concepts", *percents])
     if report.expected_by_chance is not None:
-        rows.append(
-            ["items above a threshold by chance", f"{report.expected_by_chance:,.2g}", *([""] * bool(report.selected))]
-        )
+        empty = [""] * (len(parts) - 1)
+        rows.append(["items above a threshold by chance", f"{report.expected_by_chance:,.2g}", *empty])
     return ["", *(part.name for part in parts)], rows
 
 
 def concept_table(report: CoverageReport, numbers: Ints | Sequence[int]) -> Table:
     """Return the counts, threshold and similarities of the concepts at some positions."""
+    names, rows = report.concepts.names, []
+    for number in map(int, numbers):
+        nearest = int(report.nearest[number])
+        cosines = (report.thresholds[number], report.background.quantiles[number, 0], report.scores[number, 0])
+        counts = [*(part.counts[number] for part in report.parts), report.whole.assigned[number]]
+        cells = [*map(format_count, counts), *map(format_fraction, cosines)]
+        rows.append([names[number], *cells, names[nearest] if nearest >= 0 else ""])
     columns = ["concept", *(part.name for part in report.parts)]
-    columns += ["most similar to it", "threshold", "median", "highest", "nearest concept"]
-    return columns, [_concept_row(report, int(number)) for number in numbers]
-
-
-def _concept_row(report: CoverageReport, number: int) -> list[str]:
-    nearest = int(report.nearest[number])
-    return [
-        report.concepts.names[number],
-        *(format_count(part.counts[number]) for part in report.parts),
-        format_count(report.whole.assigned[number]),
-        format_fraction(report.thresholds[number]),
-        format_fraction(report.background.quantiles[number, 0]),
-        format_fraction(report.scores[number, 0]),
-        report.concepts.names[nearest] if nearest >= 0 else "",
-    ]
+    return [*columns, "most similar to it", "threshold", "median", "highest", "nearest concept"], rows
 
 
 def overlap_table(report: CoverageReport, *, num_rows: int = _MAX_OVERLAPS) -> Table:
@@ -120,7 +108,7 @@ def modality_table(images: CoverageReport, texts: CoverageReport, *, num_rows: i
 
 def coverage_json(report: CoverageReport) -> dict[str, Any]:
     """Return a report as JSON values: what was measured, a summary of each part, each concept, and the overlaps."""
-    pool, background = report.pool, report.background
+    pool, background, index = report.pool, report.background, report.index
     return {
         "pool": {
             "cache": str(pool.cache.path),
@@ -136,9 +124,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
         "deviations": report.settings.deviations if report.settings.threshold is None else None,
         "min_count": report.settings.min_count,
         "num_sampled": background.num_items,
-        "index": None
-        if report.index is None
-        else {"factory": report.index.factory, "recall_at_10": report.index.recall_at_10},
+        "index": index and {"factory": index.factory, "recall_at_10": index.recall_at_10},
         "by_chance": report.expected_by_chance,
         "warnings": report.warnings(),
         "parts": [

@@ -30,13 +30,9 @@ class QuickstartReport:
     """Results of the quickstart.
 
     Args:
-        stages: stages in order.
         retrieval: recalls of the trained runs, which come first, of the closed form and of the shuffled control.
         run_paths: trained runs; the page shows queries of the first.
         hits: query -> hits of the index.
-        peak_memory_bytes: peak memory of the process.
-        page_path: page to open in a browser.
-        metrics_path: metrics as JSON.
     """
 
     stages: Sequence[Stage]

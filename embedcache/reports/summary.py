@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Summary:
     lines: Sequence[str]
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
     record: Mapping[str, Any]
 
 

@@ -47,14 +47,13 @@ class SweepParameter:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepTrial:
-    """A finished trial.
+    """A finished trial; only a complete one has counts, only a failed one a reason.
 
     Args:
         score: validation recall; the last one reported if it was pruned, None if there is none.
         params: values of the swept settings.
-        num_parameters: number of trained parameters of a complete trial.
-        num_pairs: number of pairs that a complete trial saw in training.
-        reason: why it failed.
+        num_parameters: number of trained parameters.
+        num_pairs: number of pairs seen in training.
     """
 
     number: int
@@ -72,7 +71,6 @@ class SweepConfig:
 
     Args:
         score: score of the trial.
-        num_parameters: number of trained parameters.
         num_pairs: number of pairs that the trial saw in training.
         scores: validation recall of each seed, the trial's own seed first.
         run_paths: one run per seed.
@@ -99,9 +97,6 @@ class SweepFindings:
     """Everything a sweep found.
 
     Args:
-        seed: seed of the sampler.
-        parameters: the swept settings.
-        trials: finished trials by number.
         best: the top configurations, the best one on validation first.
         left_out: number of a top trial whose configuration fails with another seed -> reason.
         importance: swept setting -> fraction of the variance of scores, the largest first; empty with too few trials.
@@ -152,19 +147,21 @@ def write_sweep_page(path: Path, findings: SweepFindings) -> None:
 
 def best_table(best: Sequence[SweepConfig]) -> Table:
     """Return a table of the top configurations: their settings and their validation recall."""
-    names = list(best[0].params)
+    names, rows = list(best[0].params), []
+    for config in best:
+        values = [config.params[name] for name in names]
+        rows.append(
+            [
+                str(config.number),
+                *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values),
+                format_count(config.num_parameters),
+                format_count(config.num_pairs),
+                format_fraction(config.score),
+                f"{config.mean_score:.3f} [{min(config.scores):.3f}, {max(config.scores):.3f}]",
+            ]
+        )
     columns = ["trial", *names, "parameters", "pairs seen", "score of the trial", "mean of seeds [min, max]"]
-    return columns, [
-        [
-            str(config.number),
-            *(_format_value(config.params[name]) for name in names),
-            format_count(config.num_parameters),
-            format_count(config.num_pairs),
-            format_fraction(config.score),
-            f"{config.mean_score:.3f} [{min(config.scores):.3f}, {max(config.scores):.3f}]",
-        ]
-        for config in best
-    ]
+    return columns, rows
 
 
 def test_tables(best: Sequence[SweepConfig]) -> dict[str, Table]:
@@ -173,10 +170,6 @@ def test_tables(best: Sequence[SweepConfig]) -> dict[str, Table]:
         cache: retrieval_table({f"trial {config.number}": config.test[cache] for config in best})
         for cache in best[0].test
     }
-
-
-def _format_value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _history(trials: Sequence[SweepTrial]) -> str:
@@ -221,9 +214,8 @@ def _parallel_coordinates(parameters: Sequence[SweepParameter], complete: Sequen
     low, high = min(scores_T), max(scores_T)
     colors = _SHADES(Normalize(*((low, high) if high > low else (low - 1, high)))(scores_T))
     for place, color in enumerate(colors):
-        axes.plot(
-            range(len(columns)), [heights[place] for heights, _ in columns], color=color, linewidth=1.3, alpha=0.8
-        )
+        heights = [heights[place] for heights, _ in columns]
+        axes.plot(range(len(columns)), heights, color=color, linewidth=1.3, alpha=0.8)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
     for position, (_, ticks) in enumerate(columns):
         axes.axvline(position, color=SOFT, linewidth=0.8, zorder=0)

@@ -162,7 +162,10 @@ def class_bars(names: Sequence[str], accuracies_C: Array, *, chance: float) -> s
 
 def _confusion_matrix(names: Sequence[str], confusion_CC: Array) -> str:
     """Draw a confusion matrix in percent of each row as an SVG element; of many classes those confused most."""
-    shown = _most_confused(confusion_CC)
+    shown: Array = np.arange(len(confusion_CC))
+    if len(shown) > _MAX_CONFUSION_CLASSES:
+        errors_C = confusion_CC.sum(axis=1) + confusion_CC.sum(axis=0) - 2 * confusion_CC.diagonal()
+        shown = np.sort(np.argsort(-errors_C, kind="stable")[:_MAX_CONFUSION_CLASSES])
     fractions = confusion_CC[np.ix_(shown, shown)] / np.maximum(1, confusion_CC[shown].sum(axis=1))[:, None]
     side = 2.2 + 0.3 * len(shown)
     axes = open_axes(side, width=side + 1.5)
@@ -177,10 +180,3 @@ def _confusion_matrix(names: Sequence[str], confusion_CC: Array) -> str:
     axes.set_yticks(ticks, [names[number] for number in shown], fontsize=8)
     label(axes, "predicted; numbers are % of the row", "true class")
     return svg(axes.figure)
-
-
-def _most_confused(confusion_CC: Array) -> Array:
-    if len(confusion_CC) <= _MAX_CONFUSION_CLASSES:
-        return np.arange(len(confusion_CC))
-    errors_C = confusion_CC.sum(axis=1) + confusion_CC.sum(axis=0) - 2 * confusion_CC.diagonal()
-    return np.sort(np.argsort(-errors_C, kind="stable")[:_MAX_CONFUSION_CLASSES])

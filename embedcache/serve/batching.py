@@ -111,7 +111,6 @@ class SearchResult:
     """Hits of one query, best first; empty if the filter leaves nothing.
 
     Args:
-        hits: best first.
         encode_ms: time of the batch's encoders, or of reading the vectors of rows.
         search_ms: time of the search and of looking up the hits, together with other queries with the same filter.
     """
