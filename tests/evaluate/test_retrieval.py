@@ -19,7 +19,7 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 
@@ -68,7 +68,7 @@ def test_seeds_are_averaged(cache_path: Path, runs: list[Path]) -> None:
 def test_overlap_with_training_warns(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs[:1])
     assert report.overlap is not None
-    assert report.overlap.exact > 0  # a split by key of pictures whose captions repeat
+    assert report.overlap.exact > 0  # a split by key of images whose captions repeat
     said = f"WARNING: {report.overlap.exact} samples share an image or a caption with the training part"
     assert said in report.line()
     assert evaluate_retrieval(cache_path, runs[:1], RetrievalSettings(part="train")).overlap is None
@@ -122,7 +122,7 @@ def test_control_must_be_shuffled(cache_path: Path, runs: list[Path]) -> None:
 
 
 def test_run_of_another_encoder_is_refused(tmp_path: Path) -> None:
-    source = open_source(write_pictures(tmp_path / "s", 60))
+    source = open_source(write_images(tmp_path / "s", 60))
     for name, scale in (("a", 1), ("b", 2)):
         extract(source, tmp_path / name, image_encoders=[f"{IMAGE},scale={scale}"], text_encoders=[TEXT])
     run = train_run(tmp_path / "a", tmp_path / "run")

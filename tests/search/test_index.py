@@ -18,7 +18,7 @@ from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 
@@ -139,7 +139,7 @@ def test_gpu_training_reaches_recall(cache_path: Path, tmp_path: Path) -> None:
 
 
 def test_failed_items_are_not_indexed(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "s", 30)
+    folder = write_images(tmp_path / "s", 30)
     (folder / "00004.png").write_bytes(b"")
     extract(
         open_source(folder),
