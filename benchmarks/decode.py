@@ -1,11 +1,11 @@
-"""JPEG decoders: time from bytes to the 224 pixels of EfficientNet-Lite0, and how far each moves the embedding.
+"""JPEG decoders: time from bytes to EfficientNet-Lite0's 224-pixel input, and the change of the embedding.
 
-Pictures: foolbox's ImageNet photographs and the one of iscc-samples, enlarged with Lanczos to each size; and mosaics of
-48 photographs of 512 x 512 pixels, which have as much detail as a camera's picture of that size. JPEG of quality 90,
-4:2:0. Time is CPU time of one thread, which other processes on the machine disturb least. Packages that are not
-installed are left out with a line: simplejpeg, PyTurboJPEG (1.x for libturbojpeg 2, 2.x for 3).
+The images are foolbox's ImageNet photographs and the one of iscc-samples, enlarged with Lanczos to each size, and
+mosaics of 48 photographs of 512 x 512 pixels, which have as much detail as a camera image of that size. They are saved
+as JPEG of quality 90, 4:2:0. Time is the CPU time of one thread, which other processes on the machine disturb least.
+Packages that are not installed are skipped with a message: simplejpeg, PyTurboJPEG (1.x for libturbojpeg 2, 2.x for 3).
 
-"same crop": the center square is taken where it lies in the full picture, to a fraction of a pixel of the reduced one.
+"same crop": the center square has the same position as in the full image, to a fraction of a pixel of the reduced one.
 """
 
 import io
@@ -45,7 +45,7 @@ PEER = "Pillow, as embedcache decodes"
 
 
 def main(*, quick: bool) -> None:
-    """Print CPU milliseconds an image, and the distance of the embeddings."""
+    """Print CPU milliseconds per image, and the distance of the embeddings."""
     torch.set_num_threads(1)
     encoder = open_encoder("lite:efficientnet-lite0", modality="image")
     decoders = dict(_decoders())
@@ -54,7 +54,7 @@ def main(*, quick: bool) -> None:
     sizes = []
     for size, jpegs in islice(_jpegs(), 2 if quick else None):
         sizes.append(size)
-        print_line(f"{size}: {len(jpegs)} pictures, {np.mean([len(data) for data in jpegs]) / 1000:,.0f} kB each")
+        print_line(f"{size}: {len(jpegs)} images, {np.mean([len(data) for data in jpegs]) / 1000:,.0f} kB each")
         ours = _features(encoder, decoders[PEER], jpegs)
         for name, prepare in decoders.items():
             Image.core.set_blocks_max(0)  # Pillow's default; one of the decoders sets another
@@ -65,7 +65,7 @@ def main(*, quick: bool) -> None:
 
 
 def _decoders() -> Iterator[tuple[str, Prepare]]:
-    """Give each decoder that is installed, ours first."""
+    """Yield each installed decoder, embedcache's first."""
     yield PEER, _full(decode_image)
     yield f"the same, {BLOCKS} blocks of memory kept", _with_blocks(_full(decode_image))
     yield f"Pillow, draft to {SIDES_PX[0]} px", _full(partial(_draft, side_px=SIDES_PX[0]))
@@ -75,7 +75,7 @@ def _decoders() -> Iterator[tuple[str, Prepare]]:
         try:
             yield from find().items()
         except (ImportError, RuntimeError) as error:
-            print_line(f"left out: {find.__name__.removeprefix('_')}: {str(error).splitlines()[0]}")
+            print_line(f"skipped: {find.__name__.removeprefix('_')}: {str(error).splitlines()[0]}")
 
 
 def _full(decode: Callable[[bytes], Image.Image]) -> Prepare:
@@ -83,7 +83,7 @@ def _full(decode: Callable[[bytes], Image.Image]) -> Prepare:
 
 
 def _with_blocks(prepare: Prepare) -> Prepare:
-    """Let Pillow keep memory that it frees, as PILLOW_BLOCKS_MAX in the environment does."""
+    """Prepare while Pillow keeps freed memory, as with PILLOW_BLOCKS_MAX in the environment."""
 
     def prepare_with_blocks(data: bytes) -> Array:
         Image.core.set_blocks_max(BLOCKS)
@@ -93,20 +93,20 @@ def _with_blocks(prepare: Prepare) -> Prepare:
 
 
 def _same_crop(decode: Callable[[bytes], Image.Image]) -> Prepare:
-    """Prepare a picture that is decoded to some eighths of its size."""
+    """Prepare an image that is decoded at a reduced size, some eighths of its own."""
 
     def prepare(data: bytes) -> Array:
         image = decode(data)
         width, height = Image.open(io.BytesIO(data)).size
         scale = round(8 * image.width / width) / 8
-        square = image.resize((MODEL_PX, MODEL_PX), Image.Resampling.BICUBIC, box=_centre_box(width, height, scale))
+        square = image.resize((MODEL_PX, MODEL_PX), Image.Resampling.BICUBIC, box=_center_box(width, height, scale))
         return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
     return prepare
 
 
-def _centre_box(width: int, height: int, scale: float) -> tuple[float, float, float, float]:
-    """Give the square that `lite_crop` takes of the full picture, in pixels of the reduced one."""
+def _center_box(width: int, height: int, scale: float) -> tuple[float, float, float, float]:
+    """Return the square that `lite_crop` takes from the full image, in pixels of the reduced one."""
     side = int(min(width, height) * MODEL_PX / (MODEL_PX + LITE_CROP_PADDING_PX))
     left, top = (width - side + 1) // 2, (height - side + 1) // 2
     return left * scale, top * scale, (left + side) * scale, (top + side) * scale
@@ -153,46 +153,46 @@ def _turbojpeg() -> Mapping[str, Prepare]:
 
 
 def _jpegs() -> Iterator[tuple[str, list[bytes]]]:
-    """Give each size and its files."""
-    pictures = _pictures()
+    """Yield each image size with its JPEG files."""
+    images = _images()
     for megapixels in MEGAPIXELS:
-        yield f"{megapixels:g} MP", [_encode(_enlarged(picture, megapixels)) for picture in pictures]
-    tiles = [picture for picture in pictures if min(picture.size) >= TILE_PX]
+        yield f"{megapixels:g} MP", [_encode(_enlarged(image, megapixels)) for image in images]
+    tiles = [image for image in images if min(image.size) >= TILE_PX]
     rng = np.random.default_rng(0)
-    mosaics = (_mosaic([tiles[n] for n in rng.integers(0, len(tiles), math.prod(MOSAIC_TILES))]) for _ in pictures)
+    mosaics = (_mosaic([tiles[n] for n in rng.integers(0, len(tiles), math.prod(MOSAIC_TILES))]) for _ in images)
     yield "12.6 MP mosaic", [_encode(mosaic) for mosaic in mosaics]
 
 
-def _pictures() -> list[Image.Image]:
+def _images() -> list[Image.Image]:
     """Open 20 photographs of 512 x 512 pixels or more and one of 200 x 133."""
     photographs = sorted(p for p in (files("foolbox") / "data").iterdir() if p.name.startswith("imagenet_"))
     sample = files("iscc_samples") / "files" / "image" / "demo.jpg"
     return [Image.open(io.BytesIO(path.read_bytes())).convert("RGB") for path in (*photographs, sample)]
 
 
-def _enlarged(picture: Image.Image, megapixels: float) -> Image.Image:
-    scale = (megapixels * 1e6 / (picture.width * picture.height)) ** 0.5
-    size = (round(picture.width * scale), round(picture.height * scale))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+def _enlarged(image: Image.Image, megapixels: float) -> Image.Image:
+    scale = (megapixels * 1e6 / (image.width * image.height)) ** 0.5
+    size = (round(image.width * scale), round(image.height * scale))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _mosaic(pictures: Sequence[Image.Image]) -> Image.Image:
+def _mosaic(images: Sequence[Image.Image]) -> Image.Image:
     columns, rows = MOSAIC_TILES
     mosaic = Image.new("RGB", (columns * TILE_PX, rows * TILE_PX))
-    for place, picture in enumerate(pictures):
-        tile = picture.crop((0, 0, TILE_PX, TILE_PX))
-        mosaic.paste(tile, (place % columns * TILE_PX, place // columns * TILE_PX))
+    for position, image in enumerate(images):
+        tile = image.crop((0, 0, TILE_PX, TILE_PX))
+        mosaic.paste(tile, (position % columns * TILE_PX, position // columns * TILE_PX))
     return mosaic
 
 
-def _encode(picture: Image.Image) -> bytes:
+def _encode(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=QUALITY, subsampling="4:2:0")
+    image.save(file, "JPEG", quality=QUALITY, subsampling="4:2:0")
     return file.getvalue()
 
 
 def _milliseconds(prepare: Prepare, jpegs: Sequence[bytes]) -> float:
-    """Time bytes to model input: the median over the pictures of the fastest of several tries."""
+    """Return milliseconds from bytes to model input: the median over images of the fastest repeat."""
 
     def once(data: bytes) -> float:
         started = time.thread_time()
@@ -207,14 +207,14 @@ def _features(encoder: Encoder, prepare: Prepare, jpegs: Sequence[bytes]) -> Flo
 
 
 def _cosines(a_ND: Floats, b_ND: Floats) -> Floats:
-    """Give the cosine of each row of one with the same row of the other, in float64: (N,)."""
+    """Compute the cosine between corresponding rows of two arrays, in float64: (N,)."""
     a_ND, b_ND = (m / np.linalg.norm(m, axis=1, keepdims=True) for m in (a_ND.astype(float), b_ND.astype(float)))
     return np.einsum("nd,nd->n", a_ND, b_ND)
 
 
 def _show_times(times: Mapping[str, Sequence[float]], sizes: Sequence[str]) -> None:
     rows = [[name, *(f"{ms:.1f}" for ms in row), f"{times[PEER][-1] / row[-1]:.2f}"] for name, row in times.items()]
-    print_table(["CPU ms an image", *sizes, f"times as fast, {sizes[-1]}"], rows)
+    print_table(["CPU ms per image", *sizes, f"speedup, {sizes[-1]}"], rows)
 
 
 def _show_drifts(drifts: Mapping[str, Sequence[Floats]], sizes: Sequence[str]) -> None:

@@ -98,7 +98,7 @@ def _directions(rng: np.random.Generator, count: int) -> Array:
 
 
 def _compare(folder: Path, count: int) -> None:
-    """Compare all pairs and clusters with what people write themselves."""
+    """Compare all pairs and clusters with hand-written baselines."""
     _write(folder / "small", count)
     vectors = Vectors(folder / "small", "image")
     values, rows = vectors.read(vectors.rows), vectors.rows

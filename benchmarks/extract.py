@@ -126,7 +126,7 @@ def _encode_rate_of_peer(model: Any, captions: list[str]) -> float:
 
 _CLIP_RETRIEVAL = "EMBEDCACHE_BENCH_CLIP_RETRIEVAL"
 _SHARDS = 4
-"""One for each of the four processes of clip-retrieval: one without a shard fails, and the rest wait for ever."""
+"""One for each of the four processes of clip-retrieval: one without a shard fails, and the rest wait forever."""
 _LIMIT_S = 3600
 
 
@@ -201,7 +201,7 @@ _ANY_DRIFT = 2.0
 
 
 def precision(*, quick: bool) -> None:
-    """Measure the models alone in bfloat16 and float32 on this device, and how far the vectors move.
+    """Measure the models alone in bfloat16 and float32 on this device, and the change of the vectors.
 
     A CPU without bfloat16 instructions (avx512_bf16, amx_bf16) emulates it, slower than float32.
     """
@@ -286,7 +286,7 @@ def _drop(prepared: Sequence[Array]) -> None:
 
 
 class _Clock:
-    """Times the last step that is reported as progress: the encoding."""
+    """Progress that times the last reported step: the encoding."""
 
     def start(self, what: str, total: int, unit: str) -> None:
         self._total, self._started = total, time.perf_counter()

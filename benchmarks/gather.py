@@ -21,7 +21,7 @@ ROWS, WIDTH, BATCH, BLOCK = 200_000, 768, 4096, 64
 
 
 def main(*, quick: bool) -> None:
-    """Print rows a second."""
+    """Print rows per second."""
     with tempfile.TemporaryDirectory() as folder:
         values = np.random.default_rng(0).standard_normal((ROWS, WIDTH), np.float32).astype(np.float16)
         feature = _write(Path(folder), values)

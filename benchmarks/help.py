@@ -1,4 +1,4 @@
-"""How long `embedcache --help` takes, beside Python starting and doing nothing."""
+"""Start-up time of `embedcache --help`, relative to that of Python alone."""
 
 import subprocess
 import sys
@@ -7,11 +7,11 @@ from benchmarks.measure import median_seconds, show
 
 
 def main(*, quick: bool) -> None:
-    """Print starts a second."""
+    """Print starts per second."""
     nothing = [sys.executable, "-c", "pass"]
-    asking = [sys.executable, "-m", "embedcache", "--help"]
+    show_help = [sys.executable, "-m", "embedcache", "--help"]
     rates = [
         (name, 1 / median_seconds(lambda command=command: subprocess.run(command, capture_output=True, check=True)))  # type: ignore[misc]
-        for name, command in (("python -c pass", nothing), ("embedcache --help", asking))
+        for name, command in (("python -c pass", nothing), ("embedcache --help", show_help))
     ]
     show("start", "starts/s", rates)

@@ -1,6 +1,6 @@
-"""Numbering a million samples of WebDataset tars: samples a second and the peak memory of a process of its own.
+"""Indexing a million samples of WebDataset tars: samples per second, and the peak memory of a separate process.
 
-The tars hold 10,000 samples each: a picture of a few hundred bytes and a caption, so that headers are all the work.
+Each tar holds 10,000 samples, an image of a few hundred bytes and a caption, so that reading headers is all the work.
 """
 
 import io
@@ -19,20 +19,20 @@ from embedcache.provenance import peak_memory_bytes
 from embedcache.sources import open_source
 from embedcache.store.indexing import index
 
-SAMPLES_IN_A_TAR = 10_000
+SAMPLES_PER_TAR = 10_000
 
 
 def main(*, quick: bool) -> None:
-    """Print samples a second."""
+    """Print samples per second."""
     num_tars = 2 if quick else 100
     with TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
-        print_line(f"writing {num_tars * SAMPLES_IN_A_TAR:,} samples")
+        print_line(f"writing {num_tars * SAMPLES_PER_TAR:,} samples")
         write_tars(Path(folder) / "tars", num_tars)
-        samples = executor.submit(_go_through, Path(folder) / "tars").result()
+        samples = executor.submit(_iterate, Path(folder) / "tars").result()
         whole, peak = executor.submit(_index, Path(folder) / "tars", Path(folder) / "cache").result()
     rates = [("source alone", samples), ("index", whole)]
-    rows = [[name, f"{num_tars * SAMPLES_IN_A_TAR / seconds:,.0f}", f"{seconds:.1f}"] for name, seconds in rates]
-    print_table([f"{num_tars * SAMPLES_IN_A_TAR:,} samples", "samples/s", "seconds"], rows)
+    rows = [[name, f"{num_tars * SAMPLES_PER_TAR / seconds:,.0f}", f"{seconds:.1f}"] for name, seconds in rates]
+    print_table([f"{num_tars * SAMPLES_PER_TAR:,} samples", "samples/s", "seconds"], rows)
     print_line(f"peak memory {peak / 1e9:.2f} GB")
 
 
@@ -43,13 +43,13 @@ def write_tars(folder: Path, num_tars: int) -> None:
     Image.new("RGB", (8, 8), "white").save(out, "JPEG")
     for number in range(num_tars):
         with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
-            for row in range(SAMPLES_IN_A_TAR):
+            for row in range(SAMPLES_PER_TAR):
                 key = f"{number:05d}{row:04d}"
                 add_member(tar, f"{key}.jpg", out.getvalue())
-                add_member(tar, f"{key}.txt", f"a picture with the number {key}".encode())
+                add_member(tar, f"{key}.txt", f"an image with the number {key}".encode())
 
 
-def _go_through(tars: Path) -> float:
+def _iterate(tars: Path) -> float:
     started = time.perf_counter()
     for _ in open_source(tars).samples():
         pass

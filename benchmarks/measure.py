@@ -34,7 +34,7 @@ def median_seconds(call: Callable[[], object], *, repeats: int = 5) -> float:
 
 
 def median_rates(calls: Mapping[str, Callable[[], float]], *, repeats: int) -> dict[str, float]:
-    """Return the median result of each call, made in turns so that a slow minute affects all of them."""
+    """Return the median result of each call, alternated so that a slow minute affects all of them."""
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -65,7 +65,7 @@ class Cost(NamedTuple):
 
 
 def run_embedcache(words: Sequence[str], *, folder: Path, is_quiet: bool = True) -> Cost:
-    """Run `embedcache` with arguments in a process of its own."""
+    """Run `embedcache` with arguments in a separate process."""
     with tempfile.NamedTemporaryFile() as file:
         command = [sys.executable, "-m", "benchmarks.measure", file.name, "embedcache", *words]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}

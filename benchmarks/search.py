@@ -42,7 +42,7 @@ _SENTENCES = "wordllama:l2_supercat_256"
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """Rows (Q, K) that a tool found, and its time and memory."""
+    """Rows (Q, K) found by a tool, with its time and memory."""
 
     kind: str
     rows: Ints
@@ -142,7 +142,7 @@ def _clusters(folder: Path, count: int) -> tuple[Path, Floats]:
 
 
 def _sentences(folder: Path, count: int) -> tuple[Path, Floats]:
-    """Encode all of CuPL, for any count: it takes seconds."""
+    """Encode all of CuPL, whatever the count: it takes seconds."""
     for name, prompts in (("cache", "imagenet1k+cupl"), ("queries", "imagenet1k+imagenet1k")):
         extract(open_source(f"prompts:{prompts}"), folder / name, text_encoders=[_SENTENCES])
     queries = Vectors(folder / "queries", "text")

@@ -1,10 +1,10 @@
-"""The search page under load on loopback: queries a second, latency, errors and memory; and over a million vectors.
+"""The search page under load on loopback: queries per second, latency, errors and memory, up to a million vectors.
 
-A server is started as people start it, and asked by its own JSON API over kept-alive connections, each of which asks
-again as soon as it is answered. First OpenMoji with its real encoders and texts that are all different; then vectors
-of width 256 in clusters (`benchmarks/clusters.py`), a million, or as many as the variable EMBEDCACHE_BENCH_VECTORS
-says, where the encoder costs nothing and the search is what is left: with no filter, one that keeps half, and one that
-keeps a hundredth. The client runs on the same machine and takes its share of it.
+Start the server as users do and query its JSON API over keep-alive connections; each connection sends the next query
+when it has received an answer. The client competes for the same cores. The first index is OpenMoji with its real
+encoders and distinct query texts. The second one holds a million clustered vectors of width 256
+(`benchmarks/clusters.py`; the environment variable EMBEDCACHE_BENCH_VECTORS sets another number), whose encoder costs
+nothing, so that only the search is measured: without a filter, and with filters that keep 1/2 and 1/100 of the items.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ _COLUMNS = [
 
 @dataclass
 class Load:
-    """What clients saw: milliseconds of each answer, and what the server says that its search took."""
+    """Measurements of the clients: response times, search times as reported by the server, and errors."""
 
     answers_ms: list[float] = field(default_factory=list)
     search_ms: list[float] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Load:
 
 
 def main(*, quick: bool) -> None:
-    """Print a row a load."""
+    """Print one row per load."""
     seconds = 2.0 if quick else 15.0
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -63,8 +63,8 @@ def main(*, quick: bool) -> None:
         with _server(index) as (address, process):
             loads = ((f"{connections} at a time", connections, seconds) for connections in (1, 8, 32))
             rows = [_row(*load, address, process, texts, {}) for load in loads]
-            rows.append(_row("for long", 32, 8 * seconds, address, process, texts, {}))
-        print_table(_COLUMNS, rows, title="OpenMoji, 1,893 images, MiniLM, 60 hits a query")
+            rows.append(_row("long run", 32, 8 * seconds, address, process, texts, {}))
+        print_table(_COLUMNS, rows, title="OpenMoji, 1,893 images, MiniLM, 60 hits per query")
         num = int(os.environ.get(VARIABLE, 1_000_000)) // (20 if quick else 1)
         index, selections = _clusters(folder / "clusters", num)
         numbers = [str(number) for number in range(num, num + 50_000)]
@@ -73,15 +73,15 @@ def main(*, quick: bool) -> None:
             process,
         ):
             rows = [
-                _row(title, connections, seconds, address, process, numbers, wishes)
+                _row(title, connections, seconds, address, process, numbers, filters)
                 for connections in (1, 16)
-                for title, wishes in (
+                for title, filters in (
                     ("all", {}),
-                    ("half", {"selection": "half"}),
-                    ("a hundredth", {"selection": "hundredth"}),
+                    ("1/2", {"selection": "half"}),
+                    ("1/100", {"selection": "hundredth"}),
                 )
             ]
-        print_table(_COLUMNS, rows, title=f"{num:,} x 256, {_FACTORY}, 60 hits a query")
+        print_table(_COLUMNS, rows, title=f"{num:,} x 256, {_FACTORY}, 60 hits per query")
 
 
 def _row(
@@ -91,45 +91,48 @@ def _row(
     address: str,
     process: "subprocess.Popen[str]",
     texts: Sequence[str],
-    wishes: Mapping[str, Any],
+    filters: Mapping[str, Any],
 ) -> list[str]:
-    asyncio.run(_load(address, connections, 0.1 * seconds, texts, wishes))  # a filter is read once, memory fills
+    asyncio.run(_load(address, connections, 0.1 * seconds, texts, filters))  # a filter is read once, memory fills
     first, started = _memory_mb(process), time.perf_counter()
-    load = asyncio.run(_load(address, connections, seconds, texts, wishes))
-    took = time.perf_counter() - started
-    answered = len(load.answers_ms)
+    load = asyncio.run(_load(address, connections, seconds, texts, filters))
+    elapsed = time.perf_counter() - started
+    num_answers = len(load.answers_ms)
     return [
-        title, str(connections), f"{answered:,}", str(load.errors), f"{answered / took:,.0f}",
-        *(f"{np.percentile(values, share):.1f}" for values in (load.answers_ms, load.search_ms) for share in (50, 99)),
+        title, str(connections), f"{num_answers:,}", str(load.errors), f"{num_answers / elapsed:,.0f}",
+        *(
+            f"{np.percentile(values, percentile):.1f}"
+            for values in (load.answers_ms, load.search_ms) for percentile in (50, 99)
+        ),
         f"{first:,.0f}", f"{_memory_mb(process):,.0f}",
     ]  # fmt: skip
 
 
 async def _load(
-    address: str, connections: int, seconds: float, texts: Sequence[str], wishes: Mapping[str, Any]
+    address: str, connections: int, seconds: float, texts: Sequence[str], filters: Mapping[str, Any]
 ) -> Load:
     load, numbers, until = Load(), count(), time.perf_counter() + seconds
-    await asyncio.gather(*(_client(address, load, numbers, until, texts, wishes) for _ in range(connections)))
+    await asyncio.gather(*(_client(address, load, numbers, until, texts, filters) for _ in range(connections)))
     return load
 
 
 async def _client(
-    address: str, load: Load, numbers: Iterator[int], until: float, texts: Sequence[str], wishes: Mapping[str, Any]
+    address: str, load: Load, numbers: Iterator[int], until: float, texts: Sequence[str], filters: Mapping[str, Any]
 ) -> None:
     parts = urlsplit(address)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     while time.perf_counter() < until:
-        body = json.dumps({"text": texts[next(numbers) % len(texts)], **wishes}).encode()
+        body = json.dumps({"text": texts[next(numbers) % len(texts)], **filters}).encode()
         started = time.perf_counter()
         head = f"POST /api/search HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         status, answer = await _read(reader)
-        found = json.loads(answer)
-        if status != 200 or not found.get("hits"):  # a wrong answer is an error, too
+        response = json.loads(answer)
+        if status != 200 or not response.get("hits"):  # a response without hits is an error, too
             load.errors += 1
             continue
         load.answers_ms.append(1000 * (time.perf_counter() - started))
-        load.search_ms.append(found["search_ms"])
+        load.search_ms.append(response["search_ms"])
     writer.close()
 
 

@@ -1,8 +1,8 @@
-"""Training steps beside the matrix products alone, the obvious loop, and a loader of one tensor a row; 512 wide.
+"""Training steps relative to their matrix products, a plain loop, and a loader of one tensor per row; width 512.
 
-The floor of a step is what its matrix products take at the rate that this machine reaches on products of those shapes:
-three products a layer, and four of B x 512 x B in the loss, which makes the similarities again in backward so that no
-B x B matrix is held. With three of those, as if it were held, the ratio is given too.
+The floor of a step is the time of its matrix products, measured on products of the same shapes: three products per
+layer, and four of B x 512 x B in the loss, which computes the similarities again in the backward pass so that no B x B
+matrix is stored. The ratio with three products, as if the matrix were stored, is printed as well.
 """
 
 import resource
@@ -31,7 +31,7 @@ from embedcache.train.settings import LossSettings, OptimizerSettings
 from embedcache.train.trainer import keep_freed_memory, make_optimizer, update
 
 WIDTH = 512
-PROJECTOR, NUM_LAYERS = "cls_token+token_mlp", 8  # the paper's pair on one vector an item
+PROJECTOR, NUM_LAYERS = "cls_token+token_mlp", 8  # the paper's pair on one vector per item
 BATCHES = (4096, 16_384)
 PRECISIONS = ("float32", "bfloat16")
 
@@ -66,7 +66,7 @@ def _floors(folder: str, *, quick: bool) -> None:
 
 
 def _step_against_floor(folder: str, batch_size: int, precision: str, repeats: int) -> tuple[float, float, float]:
-    """Take turns between the products and a step: medians of seconds of four and three products in the loss, a step."""
+    """Alternate the products and a step; return median seconds of both floors and of a step."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     layer = _product(batch_size, WIDTH, WIDTH, dtype)
     tile = _product(1024, WIDTH, batch_size, dtype)
@@ -112,8 +112,12 @@ def _loader(folder: str, batch_size: int) -> Loader:
 
 
 def _loops(folder: str, *, quick: bool) -> None:
-    """Whole loops from disk, a process each: pairs a second and the memory that they add."""
-    loops = {"embedcache": _ours, "DataLoader, cross-entropies": _obvious, "a tensor a row, padded": _a_tensor_a_row}
+    """Print pairs per second and added memory of whole loops from disk, each in its own process."""
+    loops = {
+        "embedcache": _ours,
+        "DataLoader, cross-entropies": _obvious,
+        "one tensor per row, padded": _tensor_per_row,
+    }
     for batch_size in (2048,) if quick else (4096, 8192):
         rates: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
         for _ in range(1 if quick else 3):
@@ -122,7 +126,7 @@ def _loops(folder: str, *, quick: bool) -> None:
         medians = {name: np.median(values, axis=0) for name, values in rates.items()}
         ours = medians["embedcache"][0]
         rows = [[name, f"{rate:,.0f}", f"{ours / rate:.2f}", f"{peak:.2f}"] for name, (rate, peak) in medians.items()]
-        print_table([f"batch {batch_size:,}", "pairs/s", "ours is so many times as fast", "peak above start, GB"], rows)
+        print_table([f"batch {batch_size:,}", "pairs/s", "speedup of embedcache", "added peak, GB"], rows)
     print_line("mlp projectors, float32, 65,536 pairs of float16 on disk, two epochs' steps or 20 s, loading included")
 
 
@@ -144,13 +148,13 @@ def _ours(folder: str, batch_size: int) -> float:
 
 
 def _obvious(folder: str, batch_size: int) -> float:
-    """What most people write first."""
+    """Run the plain loop: `DataLoader` and two cross-entropies."""
     sides = [np.load(Path(folder) / f"{name}.npy", mmap_mode="c") for name in ("image", "text")]
     return _plain(DataLoader(_Rows(sides), batch_size=batch_size, shuffle=True, drop_last=True), batch_size)
 
 
-def _a_tensor_a_row(folder: str, batch_size: int) -> float:
-    """What SAIL's loader does: a tensor object a row in a list, padded to equal length at collate."""
+def _tensor_per_row(folder: str, batch_size: int) -> float:
+    """Run a loop with SAIL's loader: a list of one tensor per row, padded to equal length by the collate function."""
     sides = [list(torch.from_numpy(np.load(Path(folder) / f"{name}.npy"))) for name in ("image", "text")]
 
     def collate(rows: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -197,7 +201,7 @@ def _pair() -> AlignedPair:
 
 
 def _rate(batches: Iterator, step: Callable, batch_size: int) -> float:  # type: ignore[type-arg]
-    """Pairs a second after a first step, for at most 20 s."""
+    """Return pairs per second after a first step, for at most 20 s."""
     step(next(batches))
     started, count = time.perf_counter(), 0
     for batch in batches:
@@ -215,7 +219,7 @@ def _time(call: Callable[[], object]) -> float:
 
 
 def _in_own_process(function: Callable, *arguments: object) -> tuple:  # type: ignore[type-arg]
-    """Call in a fresh process on all cores: the result, and how many GB its memory grew above what imports take."""
+    """Call in a fresh process on all cores; return the result and the GB it added to the memory of the imports."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         return executor.submit(_measured, function, arguments).result()
 

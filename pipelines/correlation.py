@@ -120,9 +120,9 @@ class RankCorrelation:
 
 
 def rank_correlation(x_M: Array, y_M: Array, *, num_draws: int = 1000, seed: int = 0) -> RankCorrelation:
-    """Compute Spearman's rho and Kendall's tau-b, with 95 % percentile intervals from resampling the M things.
+    """Compute Spearman's rho and Kendall's tau-b, with 95% percentile intervals from resampling the M rows.
 
-    The things count as independent. Resamples in which one measure is constant are left out.
+    Rows are treated as independent. Resamples in which one measure is constant are left out.
 
     Args:
         x_M: (M,) float.
@@ -131,7 +131,7 @@ def rank_correlation(x_M: Array, y_M: Array, *, num_draws: int = 1000, seed: int
         seed: random seed of the resampling.
 
     Raises:
-        DataError: there are fewer than three things, or one measure is constant.
+        DataError: there are fewer than three rows, or one measure is constant.
     """
     if len(x_M) < 3 or min(len(np.unique(x_M)), len(np.unique(y_M))) < 2:
         raise DataError(f"rank correlation: expected at least 3 things that are not all equal, got {len(x_M)}")

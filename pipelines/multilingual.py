@@ -32,9 +32,9 @@ NOTES = (
     "close to one of training (cosine 0.9, 0.7, by the row's encoder; the worst seed): USE's split does not know "
     "those of MiniLM, and a German name may be close to another image's English name. All languages have the same "
     "number of names, so the chance level is the same.",
-    "In English the two are equal within their intervals. In each other supported language, USE keeps about 70 to 85 % "
+    "In English the two are equal within their intervals. In each other supported language, USE keeps about 70 to 85% "
     "of its English R@10, and as much in Indonesian, which its publishers do not list; in Persian, also not listed, a "
-    "quarter or less. MiniLM keeps 15 to 40 % in languages with Latin script, 20 to 25 % in Chinese and Japanese, and "
+    "quarter or less. MiniLM keeps 15 to 40% in languages with Latin script, 20 to 25% in Chinese and Japanese, and "
     "is at or slightly above chance in Russian, Arabic, Persian and Korean.",
 )
 

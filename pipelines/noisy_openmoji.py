@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.curate.select.combine import combine_selections
+from embedcache.curate.select.select import combine_selections
 from embedcache.dataset.selections import Selection, write_selection
 from embedcache.dataset.splits import Part, Split, read_split, write_split
 from embedcache.errors import DataError

@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: withou
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 settings.register_profile("dev", max_examples=50, deadline=None)
@@ -22,28 +22,30 @@ FEATURES = ("cls", "patches", "mean", "tokens")
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three hundred pictures with a caption each."""
-    return write_pictures(tmp_path_factory.mktemp("source") / "pictures", 300)
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three hundred images with a caption each."""
+    return write_images(tmp_path_factory.mktemp("source") / "images", 300)
 
 
 @pytest.fixture(scope="session")
-def cache_path(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the pictures with vectors, fixed tokens and ragged tokens, in chunks of 64. Not to be changed."""
+def cache_path(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the images with vectors, fixed tokens and ragged tokens, in chunks of 64. Not to be changed."""
     path = tmp_path_factory.mktemp("caches") / "cache"
     settings = ExtractSettings(features=FEATURES, chunk_size=64)
-    extract(open_source(pictures), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    extract(open_source(image_folder), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return path
 
 
 @pytest.fixture(scope="session")
 def two_caches(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two caches of one encoder, 40 and 80 pictures with equal keys at their start. Not to be changed."""
+    """Two caches of one encoder, 40 and 80 images with equal keys at their start. Not to be changed."""
     folder = tmp_path_factory.mktemp("two")
     for name, count, seed in (("a", 40, 1), ("b", 80, 2)):
-        pictures = write_pictures(folder / f"{name}-source", count, seed=seed)
+        image_folder = write_images(folder / f"{name}-source", count, seed=seed)
         settings = ExtractSettings(features=FEATURES, chunk_size=32)
-        extract(open_source(pictures), folder / name, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+        extract(
+            open_source(image_folder), folder / name, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings
+        )
     return [folder / "a", folder / "b"]
 
 
@@ -60,7 +62,7 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty images in two splits and two classes, in chunks of 16. Not to be changed."""
     folder = tmp_path_factory.mktemp("labeled")
     for number, name in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
-        write_pictures(folder / "s" / name, 15, seed=number)
+        write_images(folder / "s" / name, 15, seed=number)
     settings = ExtractSettings(chunk_size=16)
     extract(
         open_source(folder / "s"), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings

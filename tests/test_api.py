@@ -15,8 +15,8 @@ import embedcache
 from embedcache.dataset.inputs import open_input
 from embedcache.errors import DataError, FingerprintError, PathError
 from embedcache.projectors.saved import load_pair, project
+from tests.images import write_images
 from tests.interop.runs import SIDES, train_run
-from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 
 ROOT = Path(__file__).parents[1]
@@ -61,12 +61,12 @@ def test_import_is_light() -> None:
 
 
 @pytest.fixture(scope="module")
-def exact_cache(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exact_cache(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache in float32, so that values are exact."""
     path = tmp_path_factory.mktemp("api") / "cache"
     settings = embedcache.ExtractSettings(features=("cls", "patches", "mean", "tokens"), dtype="float32")
     embedcache.extract_features(
-        embedcache.open_source(pictures), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings
+        embedcache.open_source(image_folder), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings
     )
     return path
 
@@ -82,8 +82,8 @@ def cached_vectors(cache_path: Path, run_path: Path, modality: str, count: int) 
     return project(pair.tower(modality), side.read(np.arange(count)))
 
 
-def test_model_matches_the_cache(exact_cache: Path, pictures: Path, run_path: Path) -> None:
-    model, paths = embedcache.load(run_path), sorted(pictures.glob("*.png"))[:20]
+def test_model_matches_the_cache(exact_cache: Path, image_folder: Path, run_path: Path) -> None:
+    model, paths = embedcache.load(run_path), sorted(image_folder.glob("*.png"))[:20]
     texts = embedcache.Cache(exact_cache).items("text")["text"].to_pylist()[:20]
     images_NP = cached_vectors(exact_cache, run_path, "image", 20)
     texts_MP = cached_vectors(exact_cache, run_path, "text", 20)
@@ -93,8 +93,8 @@ def test_model_matches_the_cache(exact_cache: Path, pictures: Path, run_path: Pa
     np.testing.assert_allclose(model.similarity(paths[:3], texts), images_NP[:3] @ texts_MP.T, atol=1e-4)
 
 
-def test_embedding_shapes(pictures: Path, run_path: Path) -> None:
-    model, path = embedcache.load(run_path), min(pictures.glob("*.png"))
+def test_embedding_shapes(image_folder: Path, run_path: Path) -> None:
+    model, path = embedcache.load(run_path), min(image_folder.glob("*.png"))
     for one, some, none in (
         (model.encode_image(str(path)), model.encode_image([path, str(path)]), model.encode_image([])),
         (model.encode_text("a red box"), model.encode_text(("a", "b")), model.encode_text([])),
@@ -133,7 +133,7 @@ def test_changed_encoder_raises_on_first_use(run_path: Path, tmp_path: Path) -> 
 def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
     """Every function, as a notebook calls them: paths as text, one run as a path."""
     folder = str(tmp_path)
-    source = embedcache.open_source(write_pictures(tmp_path / "photos", 90))
+    source = embedcache.open_source(write_images(tmp_path / "photos", 90))
     embedcache.extract_features(source, f"{folder}/cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     settings = embedcache.TrainSettings(
         split=embedcache.SplitSettings(kind="key"),

@@ -17,9 +17,10 @@ import pytest
 import typer
 from typer.core import TyperGroup
 
+from embedcache import arrays
 from embedcache.cli.main import app
 from tests.cli.run import embedcache
-from tests.pictures import write_pictures
+from tests.images import write_images
 
 ROOT = Path(__file__).parents[1]
 OTHERS = re.compile(r"#|(\w+=\S+ )?(just|(python -m )?pip install) ")
@@ -62,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder in which examples run, with a cache `flickr` and `photos`, images with captions."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "tests" / "golden" / "cache-1", folder / "flickr")
-    write_pictures(folder / "photos", 120)
+    write_images(folder / "photos", 120)
     return folder
 
 
@@ -164,13 +165,48 @@ def plain(output: str) -> set[str]:
 
 
 def test_links_exist() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page}: {target}"
+    """Check the files and anchors of links; anchors of Python names, `embedcache.…`, are generated with the site."""
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    broken = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page, link in links
+        if not link.startswith("http") and is_broken(page, link)
+    ]
+    assert not broken
 
 
-def test_readme_names_every_package() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for path in (ROOT / "embedcache").glob("*/__init__.py"):
-        assert re.search(rf"\b{path.parent.name}/", readme), f"README lacks {path.parent.name}/"
+def is_broken(page: Path, link: str) -> bool:
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    if not target.exists():
+        return True
+    return bool(anchor) and not anchor.startswith("embedcache.") and anchor not in anchors_of(target)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, formed as GitHub and the site form them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("link", ["train.md#choose-a-projektor", "no-such-page.md", "#no-such-section"])
+def test_broken_link_is_found(link: str) -> None:
+    assert is_broken(ROOT / "docs" / "howto" / "evaluate.md", link)
+
+
+def test_readme_names_every_module_and_package() -> None:
+    tree = re.search(r"^embedcache/\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert tree
+    package = ROOT / "embedcache"
+    names = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    names += [path.stem for path in package.glob("*.py") if not path.stem.startswith("_")]
+    assert not [name for name in names if not re.search(rf"(?<![\w/]){name}(?![\w/])", tree[1])]
+
+
+def test_shape_letters_match_the_legend() -> None:
+    legend = (arrays.__doc__ or "").replace("\n", "   ")
+    letters = dict(re.findall(r"   ([A-Z])  (.+?)(?=   |$)", legend))
+    rows = re.findall(r"^\| ([A-Z]) \| (.+) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert len(letters) > 20
+    assert dict(rows) == letters

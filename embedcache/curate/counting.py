@@ -14,9 +14,7 @@ from embedcache.search.faiss_index import RowIndex, read_index
 from embedcache.search.index import IndexCard, check_card, read_card
 from embedcache.search.vectors import Vectors
 
-SAMPLE = 16_384
-"""Items drawn for quantiles and thresholds, which are exact if the pool has no more."""
-
+SAMPLE = 16_384  # items drawn for quantiles and thresholds, which are exact if the pool has no more
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
 _ONE_DEVIATION_BELOW = 0.158655  # quantile of a normal distribution one standard deviation below its mean
@@ -253,13 +251,9 @@ def _first_largest(groups_M: Ints, values_M: Floats) -> Bools:
     return is_first_M
 
 
-_FIRST_K = 256
-"""Results requested at first; doubled while some of the last half are above the limit."""
-
+_FIRST_K = 256  # results requested at first; doubled while some of the last half are above the limit
 _MORE_LISTS = 4
-
-_ITEMS_PER_BLOCK = 2**17
-"""Results that are compared at a time, for as many concepts as that makes."""
+_ITEMS_PER_BLOCK = 2**17  # results that are compared at a time, for as many concepts as that makes
 
 
 def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:

@@ -28,8 +28,7 @@ from embedcache.search.index import IndexCard
 from embedcache.search.vectors import Vectors, run_pass
 from embedcache.store.cache import Cache
 
-_NUM_NEAREST = 8
-"""Nearest concepts that each concept is compared with for overlap."""
+_NUM_NEAREST = 8  # concepts that each concept is compared with for overlap
 
 
 @dataclass(frozen=True, kw_only=True)

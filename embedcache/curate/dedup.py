@@ -10,15 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.arrays import Array, Ints
-from embedcache.curate.keep import (
-    FAR,
-    Copies,
-    RemovedSamples,
-    check_keep,
-    choose_removed,
-    find_copies,
-    order_samples,
-)
+from embedcache.curate.keep import FAR, Copies, RemovedSamples, check_keep, choose_removed, find_copies, order_samples
 from embedcache.curate.near_duplicates import MAX_PAIRS, NearDuplicates, assign_clusters, find_near_duplicates
 from embedcache.curate.settings import DedupSettings
 from embedcache.curate.similar_pairs import SimilarPairs, cosine_limit
@@ -31,9 +23,7 @@ from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 
-LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)
-"""Cosines that are analyzed before one is chosen."""
-
+LEVELS = (0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995)  # cosines that are analyzed before one is chosen
 _NO_PAIRS = SimilarPairs(left=np.empty(0, np.int64), right=np.empty(0, np.int64), cosines=np.empty(0, np.float32))
 
 
@@ -185,8 +175,8 @@ def dedup(
         removed_path=out_path.with_suffix(".removed.parquet"),
     )
     _write_removed(report.removed_path, analysis.cache, report.removed)
-    selection = _selection(analysis, report.removed)
-    write_selection(out_path, analysis.cache, selection, {"method": "dedup", **report.to_json()})
+    record = {"method": "dedup", **report.to_json()}
+    write_selection(out_path, analysis.cache, _selection(analysis, report.removed), record)
     return report
 
 
@@ -240,8 +230,7 @@ def _selection(analysis: DedupAnalysis, removed: RemovedSamples) -> Selection:
     reasons = {sample: _reason(removed, group) for sample, group in zip(kept.tolist(), groups, strict=True)}
     none = f"no {analysis.feature.modality} to compare"
     return Selection(
-        rows=rows,
-        reasons=[reasons.get(row, "no duplicate" if has_items[row] else none) for row in rows.tolist()],
+        rows=rows, reasons=[reasons.get(row, "no duplicate" if has_items[row] else none) for row in rows.tolist()]
     )
 
 

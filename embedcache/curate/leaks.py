@@ -66,6 +66,20 @@ class ModalityLeaks:
         near = self.cosines[~self.is_copy & np.isfinite(self.cosines)]
         return float(min(1, near.max())) if len(near) else None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return all counts as JSON values."""
+        return {
+            "feature": self.feature,
+            "only_copies_because": self.reason,
+            "cosine": self.cosine,
+            "num_test_items": len(self.test.rows),
+            "num_train_items": len(self.train.rows),
+            "num_samples_copied": len(self.copied_samples),
+            "num_samples_leaked": len(self.leaked_samples),
+            "num_train_samples": len(self.train_samples),
+            "highest_cosine": self.highest,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class LeakReport:
@@ -106,7 +120,7 @@ class LeakReport:
             "test": str(self.test.path),
             "num_samples": self.test.info.num_samples,
             "num_leaked": len(self.leaked_samples),
-            "by": {leak.modality: _to_json(leak) for leak in self.leaks},
+            "by": {leak.modality: leak.to_json() for leak in self.leaks},
         }
 
 
@@ -144,9 +158,13 @@ def find_leaks(
         )
     common = [name for name in MODALITIES if train.features(name) and test.features(name)]
     if not common:
+        train_has, test_has = (
+            " and ".join(f"{name}s" for name in MODALITIES if cache.features(name)) or "nothing"
+            for cache in (train, test)
+        )
         raise DataError(
-            f"the caches have no modality in common: {train_path} has features of {_modalities(train)}, {test_path} of "
-            f"{_modalities(test)}"
+            f"the caches have no modality in common: {train_path} has features of {train_has}, "
+            f"{test_path} of {test_has}"
         )
     return LeakReport(
         train=train, test=test, leaks=[_find_leaks(train, test, name, settings, progress) for name in common]
@@ -244,19 +262,21 @@ def _items(cache: Cache, feature: InputFeature) -> Items:
 
 
 def _find_closest(
-    train_feature: InputFeature,
-    train_items: Items,
-    test_feature: InputFeature,
-    test_items: Items,
-    progress: Progress,
+    train_feature: InputFeature, train_items: Items, test_feature: InputFeature, test_items: Items, progress: Progress
 ) -> Closest:
     """Compare all test items with all training items; rows are positions in the training items."""
     num_pairs = len(test_items.rows) * len(train_items.rows)
     progress.start(f"comparing {test_feature.modality}s", num_pairs, "pairs")
+
+    def train_blocks(num_queries: int) -> Iterator[Floats]:
+        for rows, inputs in train_feature.blocks():
+            yield unit_vectors(inputs)
+            progress.advance(num_queries * len(rows))
+
     parts = []
     for block in blocks(len(test_items.rows), _MAX_QUERIES):
         queries_QP = unit_vectors(test_feature.read(test_items.rows[block]))
-        parts.append(closest(queries_QP, _train_blocks(train_feature, len(queries_QP), progress)))
+        parts.append(closest(queries_QP, train_blocks(len(queries_QP))))
     progress.finish()
     return Closest(
         np.concatenate([part.rows for part in parts]),
@@ -265,32 +285,8 @@ def _find_closest(
     )
 
 
-def _train_blocks(feature: InputFeature, num_queries: int, progress: Progress) -> Iterator[Floats]:
-    for rows, inputs in feature.blocks():
-        yield unit_vectors(inputs)
-        progress.advance(num_queries * len(rows))
-
-
 def _closest_by_sample(leak: ModalityLeaks, cache: Cache) -> Array:
     """Return the largest cosine of each training sample to a test item."""
     cosines_S = np.full(cache.info.num_samples, -np.inf, np.float32)
     np.maximum.at(cosines_S, leak.train.samples, leak.train_cosines)
     return cosines_S
-
-
-def _modalities(cache: Cache) -> str:
-    return " and ".join(f"{name}s" for name in MODALITIES if cache.features(name)) or "nothing"
-
-
-def _to_json(leak: ModalityLeaks) -> dict[str, Any]:
-    return {
-        "feature": leak.feature,
-        "only_copies_because": leak.reason,
-        "cosine": leak.cosine,
-        "num_test_items": len(leak.test.rows),
-        "num_train_items": len(leak.train.rows),
-        "num_samples_copied": len(leak.copied_samples),
-        "num_samples_leaked": len(leak.leaked_samples),
-        "num_train_samples": len(leak.train_samples),
-        "highest_cosine": leak.highest,
-    }

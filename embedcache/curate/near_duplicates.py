@@ -27,9 +27,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.search.faiss_index import spherical_kmeans
 from embedcache.search.vectors import Vectors, run_pass
 
-ALL_PAIRS_LIMIT = 50_000
-"""Up to this many items all pairs are compared: some ten seconds on two cores."""
-
+ALL_PAIRS_LIMIT = 50_000  # up to this many items all pairs are compared: some ten seconds on two cores
 MAX_PAIRS = 20_000_000
 _MAX_VISITS = 16
 _NUM_PROBES = 1000
@@ -173,26 +171,20 @@ class ClusterAssigner:
         borders_BK = np.subtract(own, cosines_BK, out=cosines_BK)
         borders_BK *= self._inverse_KK[clusters]
         borders_BK[np.arange(len(clusters)), clusters] = np.inf
-        visits, is_complete = self._visits(borders_BK)
-        return [
-            ClusterAssignment(
-                clusters=clusters.astype(np.int32), cosines=own[:, 0], visits=visits, is_complete=is_complete
-            )
-        ]
-
-    def merge(self, before: list[ClusterAssignment], after: list[ClusterAssignment]) -> list[ClusterAssignment]:
-        """Append those of later chunks."""
-        before.extend(after)
-        return before
-
-    def _visits(self, borders_BK: Floats) -> tuple[Array, Bools]:
         count = self._max_visits
         nearest = np.argpartition(borders_BK, count, axis=1)[:, : count + 1]
         borders = np.take_along_axis(borders_BK, nearest, axis=1)
         order = np.argsort(borders, axis=1, kind="stable")
         nearest, borders = np.take_along_axis(nearest, order, axis=1), np.take_along_axis(borders, order, axis=1)
         visits = np.where(borders[:, :count] <= self._reach, nearest[:, :count], -1).astype(np.int32)
-        return visits, borders[:, count] > self._reach
+        is_complete = borders[:, count] > self._reach
+        clusters = clusters.astype(np.int32)
+        return [ClusterAssignment(clusters=clusters, cosines=own[:, 0], visits=visits, is_complete=is_complete)]
+
+    def merge(self, before: list[ClusterAssignment], after: list[ClusterAssignment]) -> list[ClusterAssignment]:
+        """Append those of later chunks."""
+        before.extend(after)
+        return before
 
 
 def concatenate_assignments(parts: Sequence[ClusterAssignment]) -> ClusterAssignment:
@@ -212,22 +204,17 @@ class _Plan:
 
 
 def _make_plan(assignment: ClusterAssignment | None, num_items: int) -> _Plan:
-    if assignment is None:
-        return _Plan(
-            items=np.arange(num_items),
-            starts=np.array([0, num_items]),
-            visitors=np.empty(0, np.int32),
-            visitor_starts=np.zeros(2, np.int64),
-        )
-    num_clusters = int(max(assignment.clusters.max(), assignment.visits.max(initial=0))) + 1
-    items = np.argsort(assignment.clusters, kind="stable")
-    visits = assignment.visits[items]
+    clusters = np.zeros(num_items, np.int32) if assignment is None else assignment.clusters
+    visits = np.empty((num_items, 0), np.int32) if assignment is None else assignment.visits
+    num_clusters = int(max(clusters.max(), visits.max(initial=0))) + 1
+    items = np.argsort(clusters, kind="stable")
+    visits = visits[items]
     place, _ = np.nonzero(visits >= 0)
     visited = visits[visits >= 0]
     order = np.argsort(visited, kind="stable")
     return _Plan(
         items=items,
-        starts=_starts(assignment.clusters, num_clusters),
+        starts=_starts(clusters, num_clusters),
         visitors=place.astype(np.int32)[order],
         visitor_starts=_starts(visited, num_clusters),
     )

@@ -10,6 +10,7 @@ from embedcache.settings import check_settings, setting
 from embedcache.units import parse_count_or_fraction, parse_counts
 
 _RUN_HELP = "Run that projects the features into the shared space."
+_COMMON_FEATURE = "the only one that both have"
 _SELECTION_FORMAT = "Parquet, or a text file with one key per line"
 
 
@@ -39,13 +40,11 @@ class CoverageSettings:
     index: Path | str | None = setting(
         None, "Count only what this index of the cache finds.", metavar="INDEX", default_text="all items"
     )
-    engine: Literal["local", "ray"] = setting("local", "Execution backend.", affects_result=False)
+    engine: Literal["local", "ray"] = setting(
+        "local", "Run on this machine, or on the machines of a Ray cluster.", affects_result=False
+    )
     address: str | None = setting(
-        None,
-        "Address of a Ray cluster.",
-        affects_result=False,
-        metavar="URL",
-        default_text="one on this machine",
+        None, "Address of a Ray cluster.", affects_result=False, metavar="URL", default_text="start one on this machine"
     )
 
     def __post_init__(self) -> None:
@@ -85,13 +84,11 @@ class DedupSettings:
         default_text="the system's",
     )
     seed: int = setting(0, "Random seed of clusters and of items drawn to measure recall.", ge=0, lt=2**32)
-    engine: Literal["local", "ray"] = setting("local", "Execution backend.", affects_result=False)
+    engine: Literal["local", "ray"] = setting(
+        "local", "Run on this machine, or on the machines of a Ray cluster.", affects_result=False
+    )
     address: str | None = setting(
-        None,
-        "Address of a Ray cluster.",
-        affects_result=False,
-        metavar="URL",
-        default_text="one on this machine",
+        None, "Address of a Ray cluster.", affects_result=False, metavar="URL", default_text="start one on this machine"
     )
 
     def __post_init__(self) -> None:
@@ -107,16 +104,10 @@ class LeakSettings:
     image_cosine: float = setting(0.95, "Images at or above this cosine similarity are near-duplicates.", gt=0, le=1)
     text_cosine: float = setting(0.95, "Texts at or above this cosine similarity are near-duplicates.", gt=0, le=1)
     image_feature: str | None = setting(
-        None,
-        "Image feature of both caches, as encoder/feature.",
-        metavar="NAME",
-        default_text="the only one that both have",
+        None, "Image feature of both caches, as encoder/feature.", metavar="NAME", default_text=_COMMON_FEATURE
     )
     text_feature: str | None = setting(
-        None,
-        "Text feature of both caches, as encoder/feature.",
-        metavar="NAME",
-        default_text="the only one that both have",
+        None, "Text feature of both caches, as encoder/feature.", metavar="NAME", default_text=_COMMON_FEATURE
     )
 
     def __post_init__(self) -> None:
@@ -131,8 +122,7 @@ class LeakSettings:
         return self.image_feature if modality == "image" else self.text_feature
 
 
-METHOD_SETTINGS = ("budget", "per_concept", "threshold", "head", "clusters", "candidates")
-"""Settings that a method may refuse; the seed is accepted by all."""
+METHOD_SETTINGS = ("budget", "per_concept", "threshold", "head", "clusters", "candidates")  # a method may refuse these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,5 +187,5 @@ class SelectSettings:
 
     def method_json(self) -> dict[str, Any]:
         """Return the settings that a selection's metadata stores."""
-        names = [(name, "drawn" if name == "candidates" else name) for name in (*METHOD_SETTINGS, "seed")]
-        return {stored: getattr(self, name) for name, stored in names}
+        names = (*METHOD_SETTINGS, "seed")
+        return {"drawn" if name == "candidates" else name: getattr(self, name) for name in names}

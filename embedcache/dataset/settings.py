@@ -1,13 +1,21 @@
 """Settings of a split. Nothing heavy is imported here, so that the command line starts quickly."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
 KINDS = ("strict", "key", "column")
 """Ways to split; any other `kind` is the path of a split file."""
+
+
+def with_split_seed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flat names that are not None; `split_seed` defaults to `seed`."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return {"split_seed": given["seed"], **given} if "seed" in given else given
 
 
 @dataclass(frozen=True, kw_only=True)

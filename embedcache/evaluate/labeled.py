@@ -2,12 +2,11 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from embedcache.arrays import Bools, Floats, Ints
+from embedcache.arrays import Array, Bools, Floats, Ints
 from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
@@ -16,8 +15,6 @@ from embedcache.errors import DataError
 from embedcache.evaluate.classifiers import Examples
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.store.cache import Cache
-
-_Parts: TypeAlias = npt.NDArray[Any]
 
 _TEST_FRACTION, _VAL_FRACTION = 0.25, 0.1
 _SPLIT = "split"
@@ -40,7 +37,7 @@ class LabeledFeature:
     names: list[str]
     items: Items
     examples: Examples
-    parts: _Parts
+    parts: Array
     split_rule: str
     num_unlabeled: int
     num_left_out: int
@@ -60,9 +57,8 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
 
     Parts are those of the column `split`, if the cache has one; if it names no validation part, one is taken from
     training. Otherwise a hash of the keys selects 25% for test and 10% for validation. Copies of an item stay
-    together. Items without a label are left out. Memory: the vectors in float32.
-
-    If the settings name `val` as the test part, validation is taken from training, and the test part is left out.
+    together. Items without a label are left out. If the settings name `val` as the test part, validation is taken from
+    training, and the test part is left out. Memory: the vectors in float32.
 
     Raises:
         UnfinishedError: the feature has missing chunks.
@@ -80,7 +76,11 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
     parts = part_S[items.samples]
     kept = items.where(parts != "")
     parts = parts[parts != ""]
-    _check_parts(parts, cache, feature, rule)
+    counts = {part: int((parts == part).sum()) for part in PARTS}
+    for part in PARTS:
+        if not counts[part]:
+            listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+            raise DataError(f"{cache.path} has no {part} items with {feature.name} ({listed}; {rule})")
     labels = read_labels(cache, kept.samples, column=settings.label)
     classes = np.unique(labels.numbers[parts == "train"])
     if len(classes) < 2:
@@ -100,7 +100,7 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
     )
 
 
-def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) -> tuple[_Parts, str]:
+def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) -> tuple[Array, str]:
     """Return the (S,) part of each sample, or "", and the rule in words."""
     keys = cache.samples["key"].to_pylist()
     part_S = np.full(len(keys), "", "<U5")
@@ -150,14 +150,6 @@ def _groups(items: Items, mask: Bools) -> list[list[int]]:
     for sample, content in first.items():
         groups[content].append(sample)
     return list(groups.values())
-
-
-def _check_parts(parts: _Parts, cache: Cache, feature: InputFeature, rule: str) -> None:
-    counts = {part: int((parts == part).sum()) for part in PARTS}
-    empty = [part for part, count in counts.items() if not count]
-    if empty:
-        listed = ", ".join(f"{part}: {count:,}" for part, count in counts.items())
-        raise DataError(f"{cache.path} has no {empty[0]} items with {feature.name} ({listed}; {rule})")
 
 
 def _read_vectors(feature: InputFeature, rows: Ints) -> Floats:

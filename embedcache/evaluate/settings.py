@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, from_flat, group, setting
 
@@ -104,13 +104,5 @@ class PairsSettings:
 
 
 def pairs_settings(options: Mapping[str, Any]) -> PairsSettings:
-    """Build settings from flat names; `split_seed` defaults to `seed`.
-
-    Raises:
-        UnknownNameError: there is no setting of that name.
-        SettingError: a value does not fit its declaration.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    if "seed" in given:
-        given.setdefault("split_seed", given["seed"])
-    return from_flat(PairsSettings, given)
+    """Build settings from flat names; `split_seed` defaults to `seed`."""
+    return from_flat(PairsSettings, with_split_seed(options))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedcache.arrays import Array, Floats, Ints, blocks, normalize
+from embedcache.arrays import Floats, Ints, blocks, normalize
 from embedcache.errors import DataError, ItemError
 from embedcache.files import replacing
 from embedcache.interop.exporting import VectorExport, check_new_file
@@ -114,28 +114,24 @@ def _tables(
         table = export.table(rows)
         table = table.rename_columns(["text" if name == "caption" else name for name in table.column_names])
         if thumbnails is not None:
-            item_rows = export.item_rows("image")[rows].tolist()
+            item_rows = export.item_rows("image", rows).tolist()
             found = [_thumbnail(thumbnails, row) for row in item_rows]
             table = table.append_column("image", pa.array(found, _IMAGE_TYPE))
         elif images == "paths":
             table = table.append_column("image", table["image_path"])
-        ids, distances = (_lists(values_NK[rows]) for values_NK in neighbors)
+        offsets = np.arange(rows.stop - rows.start + 1, dtype=np.int32) * neighbors[0].shape[1]
+        lists = [pa.ListArray.from_arrays(offsets, pa.array(values_NK[rows].reshape(-1))) for values_NK in neighbors]
         columns = {
             "vector": vector_lists(vectors_NP[rows]),
             "projection_x": pa.array(points_N2[rows, 0]),
             "projection_y": pa.array(points_N2[rows, 1]),
-            "neighbors": pa.StructArray.from_arrays([ids, distances], names=["ids", "distances"]),
+            "neighbors": pa.StructArray.from_arrays(lists, names=["ids", "distances"]),
         }
         for name, column in columns.items():
             table = table.append_column(name, column)
         yield table
         progress.advance(len(table))
     progress.finish()
-
-
-def _lists(values_NK: Array) -> pa.Array:
-    offsets = np.arange(len(values_NK) + 1, dtype=np.int32) * values_NK.shape[1]
-    return pa.ListArray.from_arrays(offsets, pa.array(values_NK.reshape(-1)))
 
 
 def _thumbnail(thumbnails: Thumbnails, row: int) -> dict[str, Any] | None:

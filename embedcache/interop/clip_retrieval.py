@@ -8,6 +8,7 @@ their names, through embedding-reader, which parses the first line of a `.npy` i
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,13 @@ from embedcache.errors import DataError, PathError
 from embedcache.interop.exporting import VectorExport, new_folder
 from embedcache.interop.imported import FileGroup, VectorImport
 from embedcache.interop.importing import UNIT_TOLERANCE
-from embedcache.interop.npy import open_npy, write_header
+from embedcache.interop.npy import open_npy, write_array
 from embedcache.progress import Progress
 
-_FORM = "clip-retrieval"
 _ROWS_PER_FILE = 1_000_000
 _ARRAYS: Mapping[str, Modality] = {"img_emb": "image", "text_emb": "text"}
 _METADATA = "metadata"
-_BLOCK = 8192
+_BLOCK = 8000
 
 
 def open_clip_retrieval(path: Path) -> VectorImport:
@@ -54,7 +54,9 @@ def open_clip_retrieval(path: Path) -> VectorImport:
         FileGroup(vectors={name: open_npy(files[name][number]) for name in names}, table=tables.get(number))
         for number in numbers
     ]
-    return VectorImport(form=_FORM, path=path, modalities={name: _ARRAYS[name] for name in names}, groups=groups)
+    return VectorImport(
+        form="clip-retrieval", path=path, modalities={name: _ARRAYS[name] for name in names}, groups=groups
+    )
 
 
 def write_clip_retrieval(
@@ -72,13 +74,21 @@ def write_clip_retrieval(
     digits = int(math.log10(len(ranges))) + 1
     numbers = {f"{number:0{digits}d}": rows for number, rows in enumerate(ranges)}
     names = {name: modality for name, modality in _ARRAYS.items() if modality in export.modalities}
+    size = math.gcd(rows_per_file, _BLOCK)  # so that no block of vectors spans two files
     with new_folder(folder) as temporary:
         for name in (*names, _METADATA):
             (temporary / name).mkdir()
         for number, rows in numbers.items():
             pq.write_table(_metadata(export, rows), temporary / _METADATA / f"{_METADATA}_{number}.parquet")
         for name, modality in names.items():
-            _write_arrays(temporary / name, name, numbers, export, modality, progress)
+            progress.start(f"writing {name}", len(export.samples), "vectors")
+            stream = map(_unit, export.vectors(modality, size))
+            for number, rows in numbers.items():
+                num_rows = rows.stop - rows.start
+                blocks_of_file = islice(stream, math.ceil(num_rows / size))
+                shape, dtype = (num_rows, export.width(modality)), export.dtype(modality)
+                write_array(temporary / name / f"{name}_{number}.npy", blocks_of_file, shape, dtype, progress)
+            progress.finish()
     return len(export.samples)
 
 
@@ -118,29 +128,3 @@ def _unit(vectors_ND: Array) -> Array:
     unit_ND = vectors_ND.copy()
     unit_ND[is_off] = normalize(vectors_ND[is_off]).astype(vectors_ND.dtype)
     return unit_ND
-
-
-def _write_arrays(
-    folder: Path,
-    name: str,
-    numbers: Mapping[str, slice],
-    export: VectorExport,
-    modality: Modality,
-    progress: Progress,
-) -> None:
-    """Write `name_NUMBER.npy` for each range of rows from one stream of vectors."""
-    progress.start(f"writing {name}", len(export.samples), "vectors")
-    stream = export.vectors(modality, _BLOCK)
-    waiting = np.empty((0, export.width(modality)), export.dtype(modality))
-    for number, rows in numbers.items():
-        left = rows.stop - rows.start
-        with (folder / f"{name}_{number}.npy").open("wb") as file:
-            write_header(file, (left, export.width(modality)), export.dtype(modality))
-            while left:
-                if not len(waiting):
-                    waiting = _unit(next(stream))
-                block, waiting = waiting[:left], waiting[left:]
-                file.write(block.tobytes())
-                left -= len(block)
-                progress.advance(len(block))
-    progress.finish()

@@ -14,7 +14,6 @@ from embedcache.interop.imported import FileGroup, VectorImport
 from embedcache.interop.npy import damage_named, open_npz
 from embedcache.store.cache import Cache
 
-_FORM = "datacomp"
 _REASON = "in the list of uids"
 
 
@@ -43,7 +42,7 @@ def open_datacomp(path: Path, *, image_array: Sequence[str] = (), text_array: Se
         FileGroup(vectors={name: open_npz(file, name) for name in modalities}, table=tables[stem])
         for stem, file in arrays.items()
     ]
-    return VectorImport(form=_FORM, path=path, modalities=modalities, groups=groups)
+    return VectorImport(form="datacomp", path=path, modalities=modalities, groups=groups)
 
 
 def import_uids(uids_path: Path, cache_path: Path | str, out_path: Path) -> int:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +53,13 @@ class VectorExport:
         if settings.selection is not None:
             requested_S = read_selection(settings.selection, [self.cache])
         self._num_requested = len(requested_S)
-        self.samples = self._samples_with_vectors(requested_S)
+        self.samples: Ints = reduce(np.intersect1d, [samples for samples, _ in self._items.values()], requested_S)
         """(S,) int64 rows of the cache's samples, ascending."""
+        if not len(self.samples):
+            raise DataError(
+                f"{self.cache.path}: expected samples with {' and '.join(self._vectors)} vectors, got none among "
+                f"{self._num_requested:,} requested samples"
+            )
 
     @property
     def modalities(self) -> list[Modality]:
@@ -76,12 +81,8 @@ class VectorExport:
     def metadata(self) -> dict[str, str]:
         """Provenance as metadata of a Parquet schema: the cache, its rows, and the encoder of each feature."""
         features = {
-            modality: {
-                "feature": vectors.feature.name,
-                "spec": vectors.feature.spec,
-                "fingerprint": vectors.feature.fingerprint,
-            }
-            for modality, vectors in self._vectors.items()
+            modality: {"feature": feature.name, "spec": feature.spec, "fingerprint": feature.fingerprint}
+            for modality, feature in ((modality, vectors.feature) for modality, vectors in self._vectors.items())
         }
         run = self._settings.run
         about = {
@@ -99,10 +100,10 @@ class VectorExport:
         """Return the dtype of the vectors: as stored, or float16 if a run projects them."""
         return "float16" if self._settings.run is not None else str(self._vectors[modality].feature.dtype)
 
-    def item_rows(self, modality: Modality) -> Ints:
-        """Return the row of each sample's item: (S,) int64, ascending."""
-        samples, rows = self._items[modality]
-        return rows[np.searchsorted(samples, self.samples)]
+    def item_rows(self, modality: Modality, rows: slice = slice(None)) -> Ints:
+        """Return the row of the item of each of these samples: (S,) int64, ascending."""
+        samples, item_rows = self._items[modality]
+        return item_rows[np.searchsorted(samples, self.samples[rows])]
 
     def vectors(self, modality: Modality, size: int) -> Iterator[Array]:
         """Iterate over the vectors in arrays of `size` rows, checksums verified. Memory: a chunk and two arrays."""
@@ -113,7 +114,7 @@ class VectorExport:
         samples = self.cache.samples.take(pa.array(self.samples[rows]))
         columns = {"key": samples["key"]}
         if "image" in self._vectors:
-            images = self._tables["image"].take(pa.array(self.item_rows("image")[rows]))
+            images = self._tables["image"].take(pa.array(self.item_rows("image", rows)))
             columns["image_path"] = self._image_paths(images)
         if "text" in self._tables:
             captions = self._captions(rows)
@@ -140,17 +141,6 @@ class VectorExport:
             is_usable_N &= is_language_N
         return is_usable_N
 
-    def _samples_with_vectors(self, requested_S: Ints) -> Ints:
-        samples = requested_S
-        for samples_with_item, _ in self._items.values():
-            samples = np.intersect1d(samples, samples_with_item)
-        if not len(samples):
-            raise DataError(
-                f"{self.cache.path}: expected samples with {' and '.join(self._vectors)} vectors, got none among "
-                f"{self._num_requested:,} requested samples"
-            )
-        return samples
-
     def _chunks(self, modality: Modality) -> Iterator[Array]:
         wanted, vectors, size = self.item_rows(modality), self._vectors[modality], self.cache.info.chunk_size
         for number in np.unique(wanted // size).tolist():
@@ -166,7 +156,7 @@ class VectorExport:
         """Return the caption of each row, null if the sample has none."""
         table = self._tables["text"]
         if "text" in self._vectors:
-            return table.take(pa.array(self.item_rows("text")[rows]))
+            return table.take(pa.array(self.item_rows("text", rows)))
         samples, first = _first_items(table, self._is_usable("text"))
         place = np.minimum(np.searchsorted(samples, self.samples[rows]), max(len(samples) - 1, 0))
         has_caption = samples[place] == self.samples[rows] if len(samples) else np.zeros(len(place), bool)

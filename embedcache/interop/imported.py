@@ -117,10 +117,6 @@ def rechunk(arrays: Iterator[Array], size: int) -> Iterator[Array]:
     """Iterate over a stream of arrays in arrays of `size` rows; the last may be shorter.
 
     Memory: two arrays of the input and two of the output.
-
-    Example:
-        >>> [len(block) for block in rechunk(iter([np.zeros((3, 2)), np.zeros((4, 2))]), 5)]
-        [5, 2]
     """
     waiting: list[Array] = []
     for array in arrays:

@@ -172,7 +172,8 @@ def _import_feature(
     group = create_group(cache.path, modality, folder, cache.info, spec=f"{IMPORTED}:{folder}", fingerprint=fingerprint)
     add_feature(group, _FEATURE, (files[0].width,), files[0].dtype)
     num_imported = _write_chunks(cache, group, vectors, name, progress)
-    failures = _count_failures(cache, group)
+    commits = filter(None, map(group.commit, range(cache.info.num_chunks(modality))))
+    failures = Counter(reason for commit in commits for reason in commit.failures[_FEATURE] if reason is not None)
     if failures.total() == vectors.num_rows:
         raise SourceError(f"{vectors.path}: expected usable vectors, got none in {vectors.num_rows:,} rows of {name}")
     return ImportReport(
@@ -229,12 +230,3 @@ def _write_chunk(cache: Cache, group: EncoderGroup, chunk: int, vectors_BD: Arra
         vector.tobytes() if text is None else text.encode() for vector, text in zip(vectors_BD, texts, strict=True)
     )
     commit_chunk(group, chunk, {_FEATURE: values}, [hash_item(data) for data in contents], {_FEATURE: failures})
-
-
-def _count_failures(cache: Cache, group: EncoderGroup) -> Counter[str]:
-    failures: Counter[str] = Counter()
-    for chunk in range(cache.info.num_chunks(group.modality)):
-        commit = group.commit(chunk)
-        if commit is not None:
-            failures.update(reason for reason in commit.failures[_FEATURE] if reason is not None)
-    return failures

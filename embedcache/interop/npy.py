@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from embedcache.progress import Progress
 from embedcache.registry import unknown_name
 from embedcache.sources.files import wrap_io_errors
 
-_FORM = "npy"
 _BLOCK = 8192
 _SKIP_BYTES = 2**24
 
@@ -37,14 +36,13 @@ def open_npy_vectors(
         CorruptError: a file is damaged.
         DataError: an array is not (rows, width) of float16 or float32, or they differ in their rows.
     """
-    given: list[tuple[Modality, Path | None]] = [("image", image_file), ("text", text_file)]
-    files = {modality: open_npy(path) for modality, path in given if path is not None}
     first = image_file or text_file
     if first is None:
         raise SettingError("vectors: expected a .npy file, got none; name one with --image-file or --text-file")
-    modalities = {str(modality): modality for modality in files}
-    group = FileGroup(vectors={str(modality): file for modality, file in files.items()}, table=table)
-    return VectorImport(form=_FORM, path=first, modalities=modalities, groups=[group])
+    given: list[tuple[Modality, Path | None]] = [("image", image_file), ("text", text_file)]
+    modalities: dict[str, Modality] = {modality: modality for modality, path in given if path is not None}
+    group = FileGroup(vectors={name: open_npy(path) for name, path in given if path is not None}, table=table)
+    return VectorImport(form="npy", path=first, modalities=modalities, groups=[group])
 
 
 def write_npy(export: VectorExport, folder: Path, *, progress: Progress) -> int:
@@ -58,11 +56,9 @@ def write_npy(export: VectorExport, folder: Path, *, progress: Progress) -> int:
         pq.write_table(table.replace_schema_metadata(export.metadata), temporary / "rows.parquet")
         for modality in export.modalities:
             progress.start(f"writing {modality}.npy", num_rows, "vectors")
-            with (temporary / f"{modality}.npy").open("wb") as file:
-                write_header(file, (num_rows, export.width(modality)), export.dtype(modality))
-                for block in export.vectors(modality, _BLOCK):
-                    file.write(block.tobytes())
-                    progress.advance(len(block))
+            shape = (num_rows, export.width(modality))
+            stream = export.vectors(modality, _BLOCK)
+            write_array(temporary / f"{modality}.npy", stream, shape, export.dtype(modality), progress)
             progress.finish()
     return num_rows
 
@@ -136,10 +132,14 @@ def open_npz(path: Path, name: str) -> NpyFile:
             return _parse_header(path, file, name)
 
 
-def write_header(file: IO[bytes], shape: tuple[int, int], dtype: str) -> None:
-    """Write the header of a `.npy` file, format 1.0: 128 bytes, one line that other readers parse by themselves."""
-    header = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": shape}
-    npy_format.write_array_header_1_0(file, header)
+def write_array(path: Path, stream: Iterable[Array], shape: tuple[int, int], dtype: str, progress: Progress) -> None:
+    """Write a `.npy` file, whose header is format 1.0: 128 bytes, one line that other readers parse by themselves."""
+    with path.open("wb") as file:
+        header = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": shape}
+        npy_format.write_array_header_1_0(file, header)
+        for block in stream:
+            file.write(block.tobytes())
+            progress.advance(len(block))
 
 
 @contextmanager

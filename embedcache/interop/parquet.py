@@ -20,7 +20,6 @@ from embedcache.progress import Progress
 from embedcache.registry import unknown_name
 from embedcache.sources.table_files import open_parquet, wrap_table_errors
 
-_FORM = "parquet"
 _COLUMNS: Mapping[Modality, str] = {"image": "image_vector", "text": "text_vector"}
 _BLOCK = 8192
 
@@ -44,7 +43,7 @@ def open_parquet_vectors(
         schema = file.schema_arrow
     modalities = _modalities(schema, image_vector_column, text_vector_column, files[0])
     groups = [FileGroup(vectors={name: _open_column(file, name) for name in modalities}, table=file) for file in files]
-    return VectorImport(form=_FORM, path=path, modalities=modalities, groups=groups, about=_origin(schema))
+    return VectorImport(form="parquet", path=path, modalities=modalities, groups=groups, about=_origin(schema))
 
 
 def write_parquet(export: VectorExport, path: Path, *, progress: Progress) -> int:

@@ -43,11 +43,6 @@ def has_token_input(projector: str) -> bool:
     return bool(getattr(PROJECTORS.load(projector), "has_token_input", False))
 
 
-def has_raw_input(projector: str) -> bool:
-    """Return whether the projector of this name maps vectors that are neither normalized nor centered."""
-    return bool(getattr(PROJECTORS.load(projector), "has_raw_input", False))
-
-
 class Projector(Protocol):
     """A module for one vector per item, built as `Projector(input_width, output_width)`.
 

@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from embedcache.projectors.base import PROJECTORS, has_raw_input, has_token_input, split_names
+from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.towers import RawTower, TokenTower, Tower
 
 AnyTower: TypeAlias = Tower | RawTower | TokenTower
@@ -49,5 +49,5 @@ def _tower(projector: str, input_width: int, output_width: int, dropout: float) 
     kind = PROJECTORS.load(projector)
     if has_token_input(projector):
         return TokenTower(kind(input_width, output_width, dropout=dropout), input_width, output_width)
-    tower = RawTower if has_raw_input(projector) else Tower
+    tower = RawTower if getattr(kind, "has_raw_input", False) else Tower
     return tower(kind(input_width, output_width), input_width, output_width, dropout=dropout)

@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, Bools
 from embedcache.files import write_atomic
 from embedcache.metrics.intervals import Estimate
 
@@ -96,6 +96,16 @@ def ranked_example(query: PageItem, results: Sequence[PageItem], *, rank: int, a
     )
 
 
+def sample_outcomes(is_correct_N: Bools, num_each: int) -> list[int]:
+    """Sample the positions of `num_each` correct outcomes, then of as many wrong ones, or as many as there are."""
+    rng = np.random.default_rng(0)
+    return [
+        int(position)
+        for outcome_N in (is_correct_N, ~is_correct_N)
+        for position in rng.permutation(np.flatnonzero(outcome_N))[:num_each]
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """One section of a page, shown in this order: title, notes, table, figures (SVG), examples."""
@@ -116,16 +126,7 @@ def write_report(
     sections: Sequence[Section],
     credit: str = "",
 ) -> None:
-    """Write a report as one self-contained HTML page.
-
-    Args:
-        path: file to write.
-        title: title of the page.
-        summary: what was measured, in one sentence.
-        warnings: reasons to doubt the numbers, shown at the top.
-        sections: sections in order.
-        credit: attribution of the images.
-    """
+    """Write a report as one self-contained HTML page; `warnings` at the top are reasons to doubt the numbers."""
     write_page(
         path, "report.html.j2", title=title, summary=summary, warnings=warnings, sections=sections, credit=credit
     )
@@ -154,6 +155,11 @@ COLORS = ("#2563eb", "#0d9488", "#9333ea", "#ea580c", "#db2777", "#ca8a04", "#11
 BAD = "#b91c1c"
 
 
+def open_axes(height: float, *, width: float = 9, **subplots: Any) -> Any:
+    """Create a figure of that size in inches; return its axes, or an array of them, see `Figure.subplots`."""
+    return Figure(figsize=(width, height), layout="constrained").subplots(**subplots)
+
+
 def label(axes: Any, x: str, y: str = "") -> None:
     """Label both axes and hide the top and right spines."""
     axes.set_xlabel(x, color=INK)
@@ -164,26 +170,24 @@ def label(axes: Any, x: str, y: str = "") -> None:
         spine.set_color(INK)
 
 
-def estimate_bars(axes: Any, estimates: Sequence[Estimate], *, height: float, colors: Sequence[str] = COLORS) -> None:
-    """Draw one horizontal bar per estimate with its interval as a line, the first one at the top."""
-    for position, estimate in enumerate(estimates):
+def estimate_bars(
+    axes: Any, estimates: Mapping[str, Estimate], *, height: float, colors: Sequence[str] = COLORS
+) -> None:
+    """Draw one horizontal bar per named estimate with its interval as a line, the first one at the top."""
+    for position, estimate in enumerate(estimates.values()):
         axes.barh(position, estimate.value, color=colors[position % len(colors)], height=height)
         axes.plot([estimate.low, estimate.high], [position, position], color="#111827", linewidth=1.5)
+    axes.set_yticks(range(len(estimates)), list(estimates))
+    if not axes.yaxis_inverted():
+        axes.invert_yaxis()  # once for axes that share it
 
 
 def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: str, limit: float | None = None) -> str:
     """Draw a histogram with a logarithmic count axis as an SVG element; bars from `limit` upward are red.
 
-    Args:
-        lows_H: (H,) lower edge of each bin.
-        width: width of a bin.
-        counts_H: (H,) count of each bin.
-        x: label of the horizontal axis.
-        y: label of the vertical axis.
-        limit: value from which bars are red; None draws all bars alike.
+    `lows_H` are the (H,) lower edges of the bins, `counts_H` the (H,) counts.
     """
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(3)
     is_above = np.zeros(len(lows_H), bool) if limit is None else lows_H + width / 2 >= limit
     colors = np.where(is_above, BAD, COLORS[0])
     axes.bar(lows_H, counts_H, width=0.92 * width, align="edge", color=colors)
@@ -191,7 +195,7 @@ def count_histogram(lows_H: Array, width: float, counts_H: Array, *, x: str, y: 
         axes.axvline(limit, color=BAD, linestyle="--")
     axes.set_yscale("symlog", linthresh=1)
     label(axes, x, y)
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def svg(figure: Figure) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from embedcache.arrays import Ints
@@ -27,6 +26,7 @@ from embedcache.reports.base import (
     format_part,
     format_percent,
     label,
+    open_axes,
     round_json,
     svg,
     write_report,
@@ -54,39 +54,27 @@ def summary_table(report: CoverageReport) -> Table:
         ["concepts without items", *(format_count((part.counts == 0).sum()) for part in parts)],
         ["items per concept, median", *(format_count(np.median(part.counts)) for part in parts)],
         ["Gini coefficient", *(format_fraction(part.gini) for part in parts)],
-        *(
-            [
-                f"matches of the largest {fraction:.0%} of concepts",
-                *(format_percent(part.top_fraction(fraction)) for part in parts),
-            ]
-            for fraction in _FRACTIONS
-        ),
     ]
+    for fraction in _FRACTIONS:
+        percents = [format_percent(part.top_fraction(fraction)) for part in parts]
+        rows.append([f"matches of the largest {fraction:.0%} of concepts", *percents])
     if report.expected_by_chance is not None:
-        rows.append(
-            ["items above a threshold by chance", f"{report.expected_by_chance:,.2g}", *([""] * bool(report.selected))]
-        )
+        empty = [""] * (len(parts) - 1)
+        rows.append(["items above a threshold by chance", f"{report.expected_by_chance:,.2g}", *empty])
     return ["", *(part.name for part in parts)], rows
 
 
 def concept_table(report: CoverageReport, numbers: Ints | Sequence[int]) -> Table:
     """Return the counts, threshold and similarities of the concepts at some positions."""
+    names, rows = report.concepts.names, []
+    for number in map(int, numbers):
+        nearest = int(report.nearest[number])
+        cosines = (report.thresholds[number], report.background.quantiles[number, 0], report.scores[number, 0])
+        counts = [*(part.counts[number] for part in report.parts), report.whole.assigned[number]]
+        cells = [*map(format_count, counts), *map(format_fraction, cosines)]
+        rows.append([names[number], *cells, names[nearest] if nearest >= 0 else ""])
     columns = ["concept", *(part.name for part in report.parts)]
-    columns += ["most similar to it", "threshold", "median", "highest", "nearest concept"]
-    return columns, [_concept_row(report, int(number)) for number in numbers]
-
-
-def _concept_row(report: CoverageReport, number: int) -> list[str]:
-    nearest = int(report.nearest[number])
-    return [
-        report.concepts.names[number],
-        *(format_count(part.counts[number]) for part in report.parts),
-        format_count(report.whole.assigned[number]),
-        format_fraction(report.thresholds[number]),
-        format_fraction(report.background.quantiles[number, 0]),
-        format_fraction(report.scores[number, 0]),
-        report.concepts.names[nearest] if nearest >= 0 else "",
-    ]
+    return [*columns, "most similar to it", "threshold", "median", "highest", "nearest concept"], rows
 
 
 def overlap_table(report: CoverageReport, *, num_rows: int = _MAX_OVERLAPS) -> Table:
@@ -120,7 +108,7 @@ def modality_table(images: CoverageReport, texts: CoverageReport, *, num_rows: i
 
 def coverage_json(report: CoverageReport) -> dict[str, Any]:
     """Return a report as JSON values: what was measured, a summary of each part, each concept, and the overlaps."""
-    pool, background = report.pool, report.background
+    pool, background, index = report.pool, report.background, report.index
     return {
         "pool": {
             "cache": str(pool.cache.path),
@@ -136,9 +124,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
         "deviations": report.settings.deviations if report.settings.threshold is None else None,
         "min_count": report.settings.min_count,
         "num_sampled": background.num_items,
-        "index": None
-        if report.index is None
-        else {"factory": report.index.factory, "recall_at_10": report.index.recall_at_10},
+        "index": index and {"factory": index.factory, "recall_at_10": index.recall_at_10},
         "by_chance": report.expected_by_chance,
         "warnings": report.warnings(),
         "parts": [
@@ -299,8 +285,7 @@ def _concept_example(report: CoverageReport, renderer: ItemRenderer, number: int
 
 def _coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     """Draw the items per concept, the largest first: one curve per part, dashed where gaps begin; an SVG element."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(3.4)
     for part, color in zip(parts, COLORS, strict=False):
         counts = np.sort(part.counts)[::-1]
         axes.plot(np.arange(1, len(counts) + 1), counts, color=color, label=part.name, linewidth=2)
@@ -310,7 +295,7 @@ def _coverage_curve(parts: Sequence[ConceptCounts], *, min_count: int) -> str:
     axes.yaxis.set_major_formatter(_COUNT)
     axes.legend(frameon=False, labelcolor=INK)
     label(axes, f"concepts, the largest first; dashed: {min_count:,}, gaps lie below", "items above the threshold")
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_count: int) -> str:
@@ -318,8 +303,7 @@ def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_
     order = largest_first(parts[0].counts)
     if len(order) > _MAX_BARS:
         order = np.concatenate([order[: _MAX_BARS // 2], order[-_MAX_BARS // 2 :]])
-    figure = Figure(figsize=(9, 0.8 + (0.12 + 0.12 * len(parts)) * len(order)), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(0.8 + (0.12 + 0.12 * len(parts)) * len(order))
     height = 0.8 / len(parts)
     for number, part in enumerate(parts):
         places = np.arange(len(order)) + (number - (len(parts) - 1) / 2) * height
@@ -336,7 +320,7 @@ def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_
     if len(parts) > 1:
         axes.legend(frameon=False, labelcolor=INK, loc="lower right")
     label(axes, f"items above the threshold; dashed: {min_count:,}, gaps lie below")
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def largest_first(counts_C: Ints) -> Ints:

@@ -1,6 +1,7 @@
 """A comparison of encoder pairs as a table, JSON and one page with a heat map per metric."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
 from embedcache.evaluate.encoder_pairs import METRICS, ROWS, PairFigures, PairsReport
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import INK, Section, Table, format_estimate, format_fraction, svg, write_report
+from embedcache.reports.base import INK, Section, Table, format_estimate, format_fraction, open_axes, svg, write_report
 
 _NOTES = {
     "probe": "Recall at 10, mean of both directions, of a CCA fitted on the training part that ranks the validation "
@@ -71,10 +71,9 @@ def _heat_map(report: PairsReport, metric: str) -> str:
 
     Both are in order of their mean probe, best first, so that the heat maps of all metrics have the same layout.
     """
-    images = _by_probe(report.pairs, lambda pair: pair.image)
-    texts = _by_probe(report.pairs, lambda pair: pair.text)
-    figure = Figure(figsize=(2.6 + 1.35 * len(texts), 0.9 + 0.55 * len(images)), layout="constrained")
-    axes = figure.subplots()
+    images = _by_probe(report.pairs, "image")
+    texts = _by_probe(report.pairs, "text")
+    axes = open_axes(0.9 + 0.55 * len(images), width=2.6 + 1.35 * len(texts))
     pairs = {(pair.image, pair.text): pair for pair in report.pairs}
     values = np.array([[pairs[image, text].value(metric) for text in texts] for image in images])
     lowest = min(0.0, values.min())  # colors start at 0, so that a small difference looks small
@@ -89,12 +88,14 @@ def _heat_map(report: PairsReport, metric: str) -> str:
     axes.set_yticks(range(len(images)), [image.replace("/", "/\n", 1) for image in images], fontsize=8)
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
-    return svg(figure)
+    return svg(axes.figure)
 
 
-def _by_probe(pairs: Sequence[PairFigures], name_of: Callable[[PairFigures], str]) -> list[str]:
-    means = {name: np.mean([pair.probe for pair in pairs if name_of(pair) == name]) for name in map(name_of, pairs)}
-    return sorted(means, key=lambda name: -means[name])
+def _by_probe(pairs: Sequence[PairFigures], modality: str) -> list[str]:
+    probes = defaultdict(list)
+    for pair in pairs:
+        probes[getattr(pair, modality)].append(pair.probe)
+    return sorted(probes, key=lambda name: -np.mean(probes[name]))
 
 
 def _interval(pair: PairFigures, metric: str) -> str:

@@ -1,15 +1,14 @@
 """A linear probe as tables, JSON and one page: accuracies beside chance, the few-shot curve, and each class."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from embedcache.evaluate.classifiers import METHODS
-from embedcache.evaluate.probe import Control, FewShot, ProbeReport, Score
+from embedcache.evaluate.probe import Control, ProbeReport, Score
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import (
     COLORS,
@@ -22,6 +21,7 @@ from embedcache.reports.base import (
     format_fraction,
     interval_json,
     label,
+    open_axes,
     round_json,
     svg,
     write_report,
@@ -38,13 +38,9 @@ def probe_table(report: ProbeReport) -> Table:
     majority, uniform = format_fraction(report.majority), format_fraction(report.uniform)
     rows = []
     for score in report.scores:
-        accuracies = (
-            format_estimate(score.accuracy),
-            format_fraction(score.top5),
-            format_estimate(score.mean_per_class),
-        )
+        top1, top5, by_class = score.accuracy, format_fraction(score.top5), format_estimate(score.mean_per_class)
         chosen = [text.format(score.chosen[key]) for key, text in _CHOSEN.items() if key in score.chosen]
-        rows.append([score.method, *accuracies, ", ".join(chosen)])
+        rows.append([score.method, format_estimate(top1), top5, by_class, ", ".join(chosen)])
     rows += [
         *([control_name(control), format_estimate(control.accuracy), "", "", ""] for control in report.controls),
         ["the most frequent class", majority, "", uniform, ""],
@@ -94,6 +90,9 @@ def probe_json(report: ProbeReport, dataset: str) -> dict[str, Any]:
 
 def _details(report: ProbeReport) -> dict[str, Any]:
     data, settings = report.labeled, report.settings
+    few_shot: dict[str, dict[str, Any]] = {}
+    for result in report.few_shots:
+        few_shot.setdefault(result.method, {})[str(result.shots)] = _estimate_json(result.accuracy)
     return {
         "feature": data.feature.name,
         "modality": data.feature.modality,
@@ -112,13 +111,10 @@ def _details(report: ProbeReport) -> dict[str, Any]:
         "chance": {"majority_acc1": round_json(report.majority), "uniform_acc1": round_json(report.uniform)},
         "methods": {score.method: _score_json(score, data.names) for score in report.scores},
         "shuffled_labels": {
-            control.method: {
-                **_estimate_json(control.accuracy),
-                "by_shuffle": list(map(round_json, control.by_shuffle)),
-            }
-            for control in report.controls
+            one.method: {**_estimate_json(one.accuracy), "by_shuffle": [round_json(value) for value in one.by_shuffle]}
+            for one in report.controls
         },
-        "few_shot": _few_shot_json(report.few_shots),
+        "few_shot": few_shot,
         "few_shot_draws": settings.draws if settings.shots else 0,
     }
 
@@ -131,13 +127,6 @@ def _score_json(score: Score, names: Sequence[str]) -> dict[str, Any]:
         "mean_per_class_interval": interval_json(score.mean_per_class),
         "chosen": dict(score.chosen),
         "recall": dict(zip(names, map(round_json, score.recalls), strict=True)),
-    }
-
-
-def _few_shot_json(few_shots: Sequence[FewShot]) -> Mapping[str, Mapping[str, Any]]:
-    return {
-        method: {str(result.shots): _estimate_json(result.accuracy) for result in few_shots if result.method == method}
-        for method in dict.fromkeys(result.method for result in few_shots)
     }
 
 
@@ -203,8 +192,7 @@ def _class_section(report: ProbeReport) -> Section:
 def _few_shot_curve(report: ProbeReport) -> str:
     """Draw accuracy by training items per class, and the accuracy with all of them dashed, as an SVG element."""
     shots = sorted({result.shots for result in report.few_shots})
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(3.6)
     for score, color in zip(report.scores, COLORS * len(report.scores), strict=False):
         results = sorted((r for r in report.few_shots if r.method == score.method), key=lambda result: result.shots)
         lows, highs = [r.accuracy.low for r in results], [r.accuracy.high for r in results]
@@ -219,5 +207,5 @@ def _few_shot_curve(report: ProbeReport) -> str:
     axes.set_ylim(0, 1)
     axes.grid(axis="y", color=GRID)
     label(axes, "training items per class; dashed: all of them", "top-1 accuracy")
-    figure.legend(frameon=False, labelcolor=INK, loc="outside upper right", ncols=4)
-    return svg(figure)
+    axes.figure.legend(frameon=False, labelcolor=INK, loc="outside upper right", ncols=4)
+    return svg(axes.figure)

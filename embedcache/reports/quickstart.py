@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from matplotlib.figure import Figure
-
 from embedcache.evaluate.retrieval import RetrievalReport, rank
 from embedcache.evaluate.runs import load_runs
-from embedcache.reports.base import COLORS, INK, label, svg, write_page
+from embedcache.reports.base import COLORS, INK, label, open_axes, svg, write_page
 from embedcache.reports.retrieval import query_sections, recall_bars, retrieval_table
 from embedcache.reports.thumbnails import Thumbnails, credit
 from embedcache.search.search import Hit
@@ -32,13 +30,9 @@ class QuickstartReport:
     """Results of the quickstart.
 
     Args:
-        stages: stages in order.
         retrieval: recalls of the trained runs, which come first, of the closed form and of the shuffled control.
         run_paths: trained runs; the page shows queries of the first.
         hits: query -> hits of the index.
-        peak_memory_bytes: peak memory of the process.
-        page_path: page to open in a browser.
-        metrics_path: metrics as JSON.
     """
 
     stages: Sequence[Stage]
@@ -74,8 +68,7 @@ def write_quickstart_page(report: QuickstartReport, cache: Cache) -> None:
 
 def _training_curves(run_paths: Sequence[Path]) -> str:
     """Draw training loss by step and validation recall by epoch, one line per run, as an SVG element."""
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    loss_axes, recall_axes = figure.subplots(1, 2)
+    loss_axes, recall_axes = open_axes(3, ncols=2)
     for path, color in zip(run_paths, COLORS, strict=False):
         lines = [json.loads(line) for line in (path / "losses.jsonl").read_text().splitlines()]
         losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
@@ -85,4 +78,4 @@ def _training_curves(run_paths: Sequence[Path]) -> str:
     label(loss_axes, "step", "training loss")
     label(recall_axes, "epoch (0: closed form)", "validation recall, mean of R@1, 5, 10")
     loss_axes.legend(frameon=False, labelcolor=INK)
-    return svg(figure)
+    return svg(loss_axes.figure)

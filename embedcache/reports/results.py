@@ -27,7 +27,6 @@ _METRICS = {
 """Task -> regular expression of CLIP_benchmark's metric names."""
 
 _RETRIEVED = {"t2i": "image", "i2t": "text"}
-_TOP_K = 5
 
 
 def clip_benchmark_result(
@@ -39,15 +38,10 @@ def clip_benchmark_result(
     language: str | None,
     details: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return one result with CLIP_benchmark's keys.
+    """Return one result with CLIP_benchmark's keys; its dataset is named by the last part of the path.
 
-    Args:
-        task: CLIP_benchmark's name of the task.
-        metrics: fractions from 0 to 1 by CLIP_benchmark's names, see `_METRICS`; another name raises a SettingError.
-        dataset: path of the evaluated dataset; its last part names it.
-        runs: the run, or the seeds that were averaged, which `pretrained` lists.
-        language: language of the class names and templates, or of the captions.
-        details: our own JSON values: counts, chance, intervals.
+    `metrics` are fractions from 0 to 1 by the names of `_METRICS`, or else a SettingError; `runs` are the run, or the
+    seeds that were averaged; `details` are our own JSON values.
     """
     for name in metrics:
         if not re.fullmatch(_METRICS[task], name):
@@ -90,7 +84,7 @@ def zero_shot_result(
 ) -> dict[str, Any]:
     """Return a zero-shot report as CLIP_benchmark's `zeroshot_classification`; `acc5` needs five classes, as there."""
     metrics = {name: estimate.value for name, estimate in report.accuracies.items()}
-    if len(report.names) < _TOP_K:
+    if len(report.names) < 5:
         del metrics["acc5"]
     languages = set(Cache(prompts).items("text")["language"].to_pylist())
     return clip_benchmark_result(

@@ -1,12 +1,11 @@
 """Retrieval as tables, JSON and one page: recalls, curves, and example queries."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from embedcache.evaluate.retrieval import DIRECTIONS, KS, Ranking, RetrievalReport
 from embedcache.metrics.intervals import Estimate
@@ -23,8 +22,10 @@ from embedcache.reports.base import (
     format_count,
     format_estimate,
     label,
+    open_axes,
     ranked_example,
     round_json,
+    sample_outcomes,
     svg,
     write_report,
 )
@@ -85,7 +86,7 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
         "recall_by_seed": [round_json(recall) for recall in report.by_seed],
         "part": report.part,
         "language": report.language,
-        "overlap": report.overlap.to_json() if report.overlap else None,
+        "overlap": asdict(report.overlap) if report.overlap else None,
     }
 
 
@@ -120,20 +121,16 @@ def write_retrieval_page(path: Path, cache: Cache, reports: Mapping[str, Retriev
 
 def recall_bars(rows: Mapping[str, _DirectionEstimates]) -> str:
     """Draw R@10 with its 95% interval in both directions, one bar per row, as an SVG element."""
-    figure = Figure(figsize=(9, 0.5 + 0.42 * len(rows)), layout="constrained")
-    all_axes = figure.subplots(1, 2, sharey=True)
+    all_axes = open_axes(0.5 + 0.42 * len(rows), ncols=2, sharey=True)
     for axes, way in zip(all_axes, DIRECTIONS, strict=True):
-        estimate_bars(axes, [recalls[way]["r@10"] for recalls in rows.values()], height=0.55)
-        axes.set_yticks(range(len(rows)), list(rows))
+        estimate_bars(axes, {name: recalls[way]["r@10"] for name, recalls in rows.items()}, height=0.55)
         label(axes, f"{way} R@10 with its 95% interval")
-    all_axes[0].invert_yaxis()
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def _recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
     """Draw recall by k in both directions, one line per report and gray for the first one's chance level, as SVG."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, way in zip(figure.subplots(1, 2, sharey=True), DIRECTIONS, strict=True):
+    for axes, way in zip(open_axes(3.2, ncols=2, sharey=True), DIRECTIONS, strict=True):
         for position, (name, report) in enumerate(reports.items()):
             ks = np.arange(1, len(report.curves[way]) + 1)
             axes.plot(ks, report.curves[way], color=COLORS[position % len(COLORS)], label=name)
@@ -144,7 +141,7 @@ def _recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
         axes.set_ylim(0, 1)
         label(axes, f"k of {way} R@k", "recall")
     axes.legend(frameon=False, labelcolor=INK, loc="upper left")
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def query_sections(cache: Cache, ranking: Ranking) -> list[Section]:
@@ -158,72 +155,34 @@ def query_sections(cache: Cache, ranking: Ranking) -> list[Section]:
     def text(position: int, *, is_correct: bool = False) -> PageItem:
         return PageItem(text=texts[int(ranking.pairs.text.rows[position])], is_correct=is_correct)
 
-    def examples(way: str, query: Callable[[int], PageItem], result: Callable[..., PageItem]) -> list[QueryExample]:
-        queries = sample_queries(ranking, way, num_each=_EXAMPLES_PER_OUTCOME, num_results=_NUM_RESULTS)
-        return [
-            ranked_example(
-                query(one.query),
-                [result(place, is_correct=correct) for place, correct in zip(one.results, one.is_correct, strict=True)],
-                rank=one.rank,
-                answer=result(one.answer, is_correct=True),
-            )
-            for one in queries
-        ]
-
     return [
         Section(
             title="Text to images",
             notes=[_EXAMPLES_NOTE.format(query="caption")],
-            examples=examples("t2i", text, image),
+            examples=query_examples(ranking, "t2i", text, image),
         ),
         Section(
             title="Image to texts",
             notes=[_EXAMPLES_NOTE.format(query="image")],
-            examples=examples("i2t", image, text),
+            examples=query_examples(ranking, "i2t", image, text),
         ),
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _RankedQuery:
-    """A query and its top candidates, as positions in the ranking's `pairs`.
+def query_examples(
+    ranking: Ranking, way: str, show_query: Callable[[int], PageItem], show_result: Callable[..., PageItem]
+) -> list[QueryExample]:
+    """Return random queries whose top candidate is correct, then random ones whose top candidate is wrong.
 
-    Args:
-        query: position of the query.
-        rank: rank of its best positive; 1 is the top.
-        results: positions of the top candidates, best first.
-        is_correct: for each of them, whether it is a positive.
-        answer: position of a positive.
+    `show_query` and `show_result` make the item at a position in the ranking's `pairs`.
     """
-
-    query: int
-    rank: int
-    results: list[int]
-    is_correct: list[bool]
-    answer: int
-
-
-def sample_queries(ranking: Ranking, way: str, *, num_each: int, num_results: int, seed: int = 0) -> list[_RankedQuery]:
-    """Sample `num_each` queries whose top candidate is correct, then `num_each` whose top candidate is wrong."""
-    rng = np.random.default_rng(seed)
-    is_correct = ranking.ranks[way] == 1
-    sampled = [
-        int(query)
-        for outcome in (is_correct, ~is_correct)
-        for query in rng.permutation(np.flatnonzero(outcome))[:num_each]
-    ]
-    return [_rank_candidates(ranking, way, query, num_results) for query in sampled]
-
-
-def _rank_candidates(ranking: Ranking, way: str, query: int, num_results: int) -> _RankedQuery:
     images, texts = (ranking.images, ranking.positives[0]), (ranking.texts, ranking.positives[1])
     (queries, query_ids), (candidates, candidate_ids) = (images, texts) if way == "i2t" else (texts, images)
-    order = np.argsort(-(candidates @ queries[query]), kind="stable")[:num_results]
-    positives = candidate_ids[query_ids == query]
-    return _RankedQuery(
-        query=query,
-        rank=int(ranking.ranks[way][query]),
-        results=order.tolist(),
-        is_correct=np.isin(order, positives).tolist(),
-        answer=int(positives[0]),
-    )
+    examples = []
+    for query in sample_outcomes(ranking.ranks[way] == 1, _EXAMPLES_PER_OUTCOME):
+        order = np.argsort(-(candidates @ queries[query]), kind="stable")[:_NUM_RESULTS].tolist()
+        positives = candidate_ids[query_ids == query].tolist()
+        results = [show_result(place, is_correct=place in positives) for place in order]
+        answer = show_result(positives[0], is_correct=True)
+        examples.append(ranked_example(show_query(query), results, rank=int(ranking.ranks[way][query]), answer=answer))
+    return examples

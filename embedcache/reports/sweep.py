@@ -10,11 +10,22 @@ from typing import Any, Literal
 
 from matplotlib import colormaps
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from embedcache.evaluate.retrieval import RetrievalReport
-from embedcache.reports.base import BAD, COLORS, INK, SOFT, Table, format_count, format_fraction, label, svg, write_page
+from embedcache.reports.base import (
+    BAD,
+    COLORS,
+    INK,
+    SOFT,
+    Table,
+    format_count,
+    format_fraction,
+    label,
+    open_axes,
+    svg,
+    write_page,
+)
 from embedcache.reports.retrieval import retrieval_table
 
 _BLUE, _ORANGE = COLORS[0], COLORS[3]
@@ -36,14 +47,13 @@ class SweepParameter:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepTrial:
-    """A finished trial.
+    """A finished trial; only a complete one has counts, only a failed one a reason.
 
     Args:
         score: validation recall; the last one reported if it was pruned, None if there is none.
         params: values of the swept settings.
-        num_parameters: number of trained parameters of a complete trial.
-        num_pairs: number of pairs that a complete trial saw in training.
-        reason: why it failed.
+        num_parameters: number of trained parameters.
+        num_pairs: number of pairs seen in training.
     """
 
     number: int
@@ -61,7 +71,6 @@ class SweepConfig:
 
     Args:
         score: score of the trial.
-        num_parameters: number of trained parameters.
         num_pairs: number of pairs that the trial saw in training.
         scores: validation recall of each seed, the trial's own seed first.
         run_paths: one run per seed.
@@ -88,9 +97,6 @@ class SweepFindings:
     """Everything a sweep found.
 
     Args:
-        seed: seed of the sampler.
-        parameters: the swept settings.
-        trials: finished trials by number.
         best: the top configurations, the best one on validation first.
         left_out: number of a top trial whose configuration fails with another seed -> reason.
         importance: swept setting -> fraction of the variance of scores, the largest first; empty with too few trials.
@@ -141,19 +147,21 @@ def write_sweep_page(path: Path, findings: SweepFindings) -> None:
 
 def best_table(best: Sequence[SweepConfig]) -> Table:
     """Return a table of the top configurations: their settings and their validation recall."""
-    names = list(best[0].params)
+    names, rows = list(best[0].params), []
+    for config in best:
+        values = [config.params[name] for name in names]
+        rows.append(
+            [
+                str(config.number),
+                *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values),
+                format_count(config.num_parameters),
+                format_count(config.num_pairs),
+                format_fraction(config.score),
+                f"{config.mean_score:.3f} [{min(config.scores):.3f}, {max(config.scores):.3f}]",
+            ]
+        )
     columns = ["trial", *names, "parameters", "pairs seen", "score of the trial", "mean of seeds [min, max]"]
-    return columns, [
-        [
-            str(config.number),
-            *(_format_value(config.params[name]) for name in names),
-            format_count(config.num_parameters),
-            format_count(config.num_pairs),
-            format_fraction(config.score),
-            f"{config.mean_score:.3f} [{min(config.scores):.3f}, {max(config.scores):.3f}]",
-        ]
-        for config in best
-    ]
+    return columns, rows
 
 
 def test_tables(best: Sequence[SweepConfig]) -> dict[str, Table]:
@@ -164,14 +172,9 @@ def test_tables(best: Sequence[SweepConfig]) -> dict[str, Table]:
     }
 
 
-def _format_value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _history(trials: Sequence[SweepTrial]) -> str:
     """Draw the score of every trial by its number, and the best score so far; mark pruned and failed trials."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(3.2)
     complete = [trial for trial in trials if trial.state == "complete"]
     axes.scatter(_numbers(complete), _scores(complete), s=16, color=_BLUE, label="complete", zorder=3)
     best_so_far = [max(_scores(complete[: place + 1])) for place in range(len(complete))]
@@ -181,24 +184,16 @@ def _history(trials: Sequence[SweepTrial]) -> str:
         axes.scatter(_numbers(pruned), _scores(pruned), s=22, color=_ORANGE, marker="x", label="pruned, its last score")
     failed = [trial for trial in trials if trial.state == "failed"]
     if failed:
-        axes.scatter(
-            _numbers(failed),
-            [0.03] * len(failed),
-            s=22,
-            color=BAD,
-            marker="^",
-            transform=axes.get_xaxis_transform(),  # at the bottom, since they have no score
-            label="failed",
-        )
+        at_bottom: dict[str, Any] = {"transform": axes.get_xaxis_transform()}  # since they have no score
+        axes.scatter(_numbers(failed), [0.03] * len(failed), s=22, color=BAD, marker="^", label="failed", **at_bottom)
     label(axes, "trial", _SCORE)
-    figure.legend(frameon=False, labelcolor=INK, loc="outside upper right", ncols=4)
-    return svg(figure)
+    axes.figure.legend(frameon=False, labelcolor=INK, loc="outside upper right", ncols=4)
+    return svg(axes.figure)
 
 
 def _importance_bars(importance: Mapping[str, float]) -> str:
     """Draw the fraction of the variance of scores that each setting explains."""
-    figure = Figure(figsize=(9, 0.6 + 0.36 * len(importance)), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(0.6 + 0.36 * len(importance))
     for position, fraction in enumerate(importance.values()):
         axes.barh(position, fraction, color=_BLUE, height=0.6)
         _annotate(axes, f"{fraction:.2f}", fraction, position, color=INK)
@@ -206,7 +201,7 @@ def _importance_bars(importance: Mapping[str, float]) -> str:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1 * max(importance.values()))
     label(axes, "fraction of the variance of scores (fANOVA)", "")
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def _parallel_coordinates(parameters: Sequence[SweepParameter], complete: Sequence[SweepTrial]) -> str:
@@ -215,14 +210,12 @@ def _parallel_coordinates(parameters: Sequence[SweepParameter], complete: Sequen
     scores_T = _scores(trials)
     columns = [_column(parameter, [trial.params[parameter.name] for trial in trials]) for parameter in parameters]
     columns.append(_column(SweepParameter(name="", choices=None, is_log=False), scores_T))
-    figure = Figure(figsize=(max(9, 1.5 * len(columns)), 4), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(4, width=max(9, 1.5 * len(columns)))
     low, high = min(scores_T), max(scores_T)
     colors = _SHADES(Normalize(*((low, high) if high > low else (low - 1, high)))(scores_T))
     for place, color in enumerate(colors):
-        axes.plot(
-            range(len(columns)), [heights[place] for heights, _ in columns], color=color, linewidth=1.3, alpha=0.8
-        )
+        heights = [heights[place] for heights, _ in columns]
+        axes.plot(range(len(columns)), heights, color=color, linewidth=1.3, alpha=0.8)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
     for position, (_, ticks) in enumerate(columns):
         axes.axvline(position, color=SOFT, linewidth=0.8, zorder=0)
@@ -234,7 +227,7 @@ def _parallel_coordinates(parameters: Sequence[SweepParameter], complete: Sequen
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def _column(parameter: SweepParameter, values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
@@ -252,12 +245,11 @@ def _column(parameter: SweepParameter, values: Sequence[Any]) -> tuple[list[floa
 
 def _costs(complete: Sequence[SweepTrial]) -> str:
     """Draw each complete trial's score against its costs, and the line of trials that none beats at lower cost."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
     costs = {
         "parameters": [trial.num_parameters for trial in complete],
         "pairs seen in training": [trial.num_pairs for trial in complete],
     }
-    for axes, (name, costs_T) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
+    for axes, (name, costs_T) in zip(open_axes(3.4, ncols=2, sharey=True), costs.items(), strict=True):
         axes.scatter(costs_T, _scores(complete), s=16, color=_BLUE, label="trial")
         front = pareto_front(zip(costs_T, _scores(complete), strict=True))
         axes.plot(*zip(*front, strict=True), color=_ORANGE, marker=".", label="best for its cost", zorder=3)
@@ -268,8 +260,8 @@ def _costs(complete: Sequence[SweepTrial]) -> str:
             axes.xaxis.set_major_formatter(lambda value, _: _format_short(value))
         label(axes, name, _SCORE if name == "parameters" else "")
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, labelcolor=INK, loc="outside upper right", ncols=2)
-    return svg(figure)
+    axes.figure.legend(handles, labels, frameon=False, labelcolor=INK, loc="outside upper right", ncols=2)
+    return svg(axes.figure)
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,11 +1,11 @@
 """Zero-shot classification as tables, JSON and one page: accuracies, classes, confusions and example images."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from embedcache.arrays import Array
 from embedcache.evaluate.zero_shot import ZeroShotPredictions, ZeroShotReport
@@ -15,7 +15,6 @@ from embedcache.reports.base import (
     INK,
     SOFT,
     PageItem,
-    QueryExample,
     Section,
     Table,
     estimate_bars,
@@ -24,8 +23,10 @@ from embedcache.reports.base import (
     format_estimate,
     format_percent,
     label,
+    open_axes,
     ranked_example,
     round_json,
+    sample_outcomes,
     svg,
     write_report,
 )
@@ -78,12 +79,12 @@ def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
         "num_prompts": list(report.num_prompts),
         "seeds": report.seeds,
         "part": report.part,
-        "overlap": report.overlap.to_json() if report.overlap else None,
+        "overlap": asdict(report.overlap) if report.overlap else None,
     }
 
 
 def write_zero_shot_page(
-    path: Path, cache: Cache, reports: Mapping[str, ZeroShotReport], classified: ZeroShotPredictions, *, seed: int = 0
+    path: Path, cache: Cache, reports: Mapping[str, ZeroShotReport], classified: ZeroShotPredictions
 ) -> None:
     """Write a page with the accuracies of all reports, and the classes and example images of the first."""
     first = next(iter(reports.values()))
@@ -112,52 +113,36 @@ def write_zero_shot_page(
             accuracy,
             Section(title="Classes", figures=[class_bars(first.names, first.by_class, chance=chance)]),
             confusions,
-            _image_section(cache, classified, seed),
+            _image_section(cache, classified),
         ],
         credit=credit(cache),
     )
 
 
-def _image_section(cache: Cache, classified: ZeroShotPredictions, seed: int) -> Section:
-    thumbnails, rng = Thumbnails(cache), np.random.default_rng(seed)
-    is_correct = classified.predicted[:, 0] == classified.labels
-    sampled = [
-        int(place)
-        for outcome in (is_correct, ~is_correct)
-        for place in rng.permutation(np.flatnonzero(outcome))[:_EXAMPLES_PER_OUTCOME]
-    ]
+def _image_section(cache: Cache, classified: ZeroShotPredictions) -> Section:
+    thumbnails, names, examples = Thumbnails(cache), classified.names, []
+    for place in sample_outcomes(classified.predicted[:, 0] == classified.labels, _EXAMPLES_PER_OUTCOME):
+        true, image_url = int(classified.labels[place]), thumbnails.data_url(int(classified.items.rows[place]))
+        results = [
+            PageItem(text=names[number], is_correct=number == true) for number in classified.predicted[place].tolist()
+        ]
+        image, answer = PageItem(image_url=image_url, text=names[true]), PageItem(text=names[true], is_correct=True)
+        examples.append(ranked_example(image, results, rank=int(classified.ranks[place]), answer=answer))
     return Section(
         title="Images",
         notes=["Drawn at random: first images whose top class is correct, then images whose top class is wrong."],
-        examples=[_classified_image(classified, thumbnails, place) for place in sampled],
-    )
-
-
-def _classified_image(classified: ZeroShotPredictions, thumbnails: Thumbnails, place: int) -> QueryExample:
-    true = int(classified.labels[place])
-    image_url = thumbnails.data_url(int(classified.items.rows[place]))
-    return ranked_example(
-        PageItem(image_url=image_url, text=classified.names[true]),
-        [
-            PageItem(text=classified.names[number], is_correct=number == true)
-            for number in classified.predicted[place].tolist()
-        ],
-        rank=int(classified.ranks[place]),
-        answer=PageItem(text=classified.names[true], is_correct=True),
+        examples=examples,
     )
 
 
 def accuracy_bars(rows: Mapping[str, Estimate], *, chance: float) -> str:
     """Draw one bar per accuracy with its 95% interval, and a line at the chance level, as an SVG element."""
-    figure = Figure(figsize=(9, 0.6 + 0.36 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    estimate_bars(axes, list(rows.values()), height=0.6, colors=COLORS[:1])
+    axes = open_axes(0.6 + 0.36 * len(rows))
+    estimate_bars(axes, rows, height=0.6, colors=COLORS[:1])
     axes.axvline(chance, color=SOFT, linestyle="--")
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.invert_yaxis()
     axes.set_xlim(0, 1)
     label(axes, "accuracy with its 95% interval; dashed: chance")
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def class_bars(names: Sequence[str], accuracies_C: Array, *, chance: float) -> str:
@@ -165,24 +150,25 @@ def class_bars(names: Sequence[str], accuracies_C: Array, *, chance: float) -> s
     order = np.argsort(-np.nan_to_num(accuracies_C), kind="stable")
     if len(order) > _MAX_BARS:
         order = np.concatenate([order[: _MAX_BARS // 2], order[-_MAX_BARS // 2 :]])
-    figure = Figure(figsize=(9, 0.6 + 0.24 * len(order)), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(0.6 + 0.24 * len(order))
     axes.barh(range(len(order)), accuracies_C[order], color=COLORS[0], height=0.7)
     axes.axvline(chance, color=SOFT, linestyle="--")
     axes.set_yticks(range(len(order)), [names[number] for number in order], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     label(axes, "fraction of the class's items that are correct; dashed: chance")
-    return svg(figure)
+    return svg(axes.figure)
 
 
 def _confusion_matrix(names: Sequence[str], confusion_CC: Array) -> str:
     """Draw a confusion matrix in percent of each row as an SVG element; of many classes those confused most."""
-    shown = _most_confused(confusion_CC)
+    shown: Array = np.arange(len(confusion_CC))
+    if len(shown) > _MAX_CONFUSION_CLASSES:
+        errors_C = confusion_CC.sum(axis=1) + confusion_CC.sum(axis=0) - 2 * confusion_CC.diagonal()
+        shown = np.sort(np.argsort(-errors_C, kind="stable")[:_MAX_CONFUSION_CLASSES])
     fractions = confusion_CC[np.ix_(shown, shown)] / np.maximum(1, confusion_CC[shown].sum(axis=1))[:, None]
     side = 2.2 + 0.3 * len(shown)
-    figure = Figure(figsize=(side + 1.5, side), layout="constrained")
-    axes = figure.subplots()
+    axes = open_axes(side, width=side + 1.5)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     if len(shown) <= _MAX_LABELED_CLASSES:
         for row, column in np.argwhere(fractions >= 0.005):
@@ -193,11 +179,4 @@ def _confusion_matrix(names: Sequence[str], confusion_CC: Array) -> str:
     axes.set_xticks(ticks, [names[number] for number in shown], rotation=90, fontsize=8)
     axes.set_yticks(ticks, [names[number] for number in shown], fontsize=8)
     label(axes, "predicted; numbers are % of the row", "true class")
-    return svg(figure)
-
-
-def _most_confused(confusion_CC: Array) -> Array:
-    if len(confusion_CC) <= _MAX_CONFUSION_CLASSES:
-        return np.arange(len(confusion_CC))
-    errors_C = confusion_CC.sum(axis=1) + confusion_CC.sum(axis=0) - 2 * confusion_CC.diagonal()
-    return np.sort(np.argsort(-errors_C, kind="stable")[:_MAX_CONFUSION_CLASSES])
+    return svg(axes.figure)

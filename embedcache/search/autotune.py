@@ -11,9 +11,7 @@ from embedcache.errors import SettingError
 from embedcache.search.faiss_index import RowIndex, exact_search
 from embedcache.search.vectors import Vectors
 
-FLAT_LIMIT = 200_000
-"""Up to this many vectors the default index is exact: a query takes tens of milliseconds on one core."""
-
+_FLAT_LIMIT = 200_000  # up to this many vectors, an exact query takes tens of milliseconds on one core
 _ID_BYTES = 8
 _LINK_BYTES = 272  # HNSW32: 64 neighbors of 4 bytes on the lowest level, about 2 above, and 12 bytes of bookkeeping
 _LIST_BYTES = 24  # where a list on disk is in its file
@@ -36,7 +34,12 @@ def in_memory_configurations(num_vectors: int, width: int) -> list[Configuration
     """Return candidates in the order to try: exact if that is fast, a graph, then ever smaller codes in lists."""
     exact = Configuration(factory="Flat", memory_bytes=num_vectors * (4 * width + _ID_BYTES), bits=32)
     graph = Configuration(factory="HNSW32", memory_bytes=num_vectors * (4 * width + _LINK_BYTES + _ID_BYTES), bits=32)
-    return [*([exact] if num_vectors <= FLAT_LIMIT else []), graph, *_inverted_files(num_vectors, width)]
+    coarse, coarse_bytes = _coarse_quantizer(num_vectors, width)
+    found = [exact, graph] if num_vectors <= _FLAT_LIMIT else [graph]
+    for codes, bits, code_bytes, table_bytes in _codes(num_vectors, width):
+        size = round(num_vectors * (code_bytes + 2 * _ID_BYTES)) + coarse_bytes + table_bytes
+        found.append(Configuration(factory=f"{coarse},{codes}", memory_bytes=size, bits=bits))
+    return found
 
 
 def on_disk_configurations(num_vectors: int, width: int) -> list[Configuration]:
@@ -70,13 +73,6 @@ def num_lists(num_vectors: int) -> int:
     """Return the number of inverted lists for N vectors: the power of two nearest to 2 √N, with enough vectors each."""
     power = round(math.log2(2 * math.sqrt(num_vectors)))
     return int(max(1, min(2**power, num_vectors // _POINTS_PER_LIST)))
-
-
-def _inverted_files(num_vectors: int, width: int) -> Iterator[Configuration]:
-    coarse, coarse_bytes = _coarse_quantizer(num_vectors, width)
-    for codes, bits, code_bytes, table_bytes in _codes(num_vectors, width):
-        size = round(num_vectors * (code_bytes + 2 * _ID_BYTES)) + coarse_bytes + table_bytes
-        yield Configuration(factory=f"{coarse},{codes}", memory_bytes=size, bits=bits)
 
 
 def _coarse_quantizer(num_vectors: int, width: int) -> tuple[str, int]:

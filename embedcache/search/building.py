@@ -17,9 +17,7 @@ from embedcache.search.faiss_index import RowIndex, make_index, read_index
 from embedcache.search.vectors import Vectors
 from embedcache.store.layout import CacheInfo
 
-PART_BYTES = 256_000_000
-"""Bytes of codes per part on disk: what building keeps in memory beside a chunk, and what a killed build repeats."""
-
+PART_BYTES = 256_000_000  # codes per part on disk: kept in memory beside a chunk, and repeated by a killed build
 _LIST_FILES = ("index.part-*.faiss", "lists-*.ivfdata")
 
 FILES = ("index.faiss", "index.partial.faiss", "building.json", "record.json", *_LIST_FILES)
@@ -55,18 +53,9 @@ class IndexBuilder:
         with lists on disk has none: an interrupted build keeps its finished parts. Raises `SettingError` if FAISS
         refuses the factory string or has too few vectors to train, or if there are no lists to leave on disk.
         """
+        factory = kind.factory
         if kind.is_on_disk:
-            return self._fill_on_disk(kind.factory, vectors, progress)
-        return self._fill(kind.factory, vectors, progress, checkpoint_s)
-
-    def reject(self, factory: str, recall: float) -> None:
-        """Record that a configuration missed the recall, and delete its files."""
-        self.rejected[factory] = recall
-        self._write_state(None)
-        self._partial_path.unlink(missing_ok=True)
-        _remove_lists(self._folder, keep=self._lists)
-
-    def _fill(self, factory: str, vectors: Vectors, progress: Progress, checkpoint_s: float) -> RowIndex:
+            return self._fill_on_disk(factory, vectors, progress)
         index = self._resume(factory)
         if index is None:
             index = make_index(factory, vectors.width)
@@ -77,9 +66,26 @@ class IndexBuilder:
                 index.write(self._partial_path)
         missing = np.setdiff1d(vectors.rows, index.rows)
         progress.start(f"indexing as {factory}", len(missing), f"{vectors.modality}s")
-        self._add(index, vectors, missing, progress, checkpoint_s)
+        last, writing_s = time.monotonic(), 0.0
+        for number in np.unique(missing // vectors.cache.info.chunk_size):
+            rows, vectors_BP = vectors.chunk(int(number))
+            is_new = np.isin(rows, missing)
+            index.add(rows[is_new], vectors_BP[is_new])
+            progress.advance(int(is_new.sum()))
+            if time.monotonic() - last >= max(checkpoint_s, 10 * writing_s):
+                started = time.monotonic()
+                index.write(self._partial_path)
+                last = time.monotonic()
+                writing_s = last - started if checkpoint_s else 0.0
         progress.finish()
         return index
+
+    def reject(self, factory: str, recall: float) -> None:
+        """Record that a configuration missed the recall, and delete its files."""
+        self.rejected[factory] = recall
+        self._write_state(None)
+        self._partial_path.unlink(missing_ok=True)
+        _remove_lists(self._folder, keep=self._lists)
 
     def _resume(self, factory: str) -> RowIndex | None:
         if self._factory == factory and self._partial_path.is_file():
@@ -90,20 +96,6 @@ class IndexBuilder:
         index = read_index(finished_path, is_mapped=False).resume()
         self._write_state(factory)
         return index
-
-    def _add(self, index: RowIndex, vectors: Vectors, missing: Ints, progress: Progress, checkpoint_s: float) -> None:
-        last, writing_s = time.monotonic(), 0.0
-        chunk_size = vectors.cache.info.chunk_size
-        for number in np.unique(missing // chunk_size):
-            rows, vectors_BP = vectors.chunk(int(number))
-            is_new = np.isin(rows, missing)
-            index.add(rows[is_new], vectors_BP[is_new])
-            progress.advance(int(is_new.sum()))
-            if time.monotonic() - last >= max(checkpoint_s, 10 * writing_s):
-                started = time.monotonic()
-                index.write(self._partial_path)
-                last = time.monotonic()
-                writing_s = last - started if checkpoint_s else 0.0
 
     def _fill_on_disk(self, factory: str, vectors: Vectors, progress: Progress) -> RowIndex:
         finished_path = self._folder / "index.faiss"
@@ -143,8 +135,7 @@ def _fill_lists(
     if old is not None and not len(missing) and len(parts) == 1:
         return old
     progress.start("indexing on disk", len(missing), f"{vectors.modality}s")
-    chunk_size = vectors.cache.info.chunk_size
-    numbers = np.unique(missing // chunk_size).tolist()
+    numbers = np.unique(missing // vectors.cache.info.chunk_size).tolist()
     while numbers:
         part, num_before = read_index(trained_path, is_mapped=False), sum(map(len, parts))
         while numbers and len(part) * part.code_size < PART_BYTES:

@@ -14,9 +14,7 @@ from embedcache.provenance import check_same
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
 
-MAX_EXAMPLES = 128
-"""Examples per concept, as "From Unimodal to Multimodal" (CVPR 2025) averages for its prototypes."""
-
+MAX_EXAMPLES = 128  # as "From Unimodal to Multimodal" (CVPR 2025) averages for its prototypes
 _BLOCK = 4096
 _MAX_NAMED = 5
 
@@ -70,7 +68,10 @@ def open_concepts(
         unique = list(dict.fromkeys(names))
         names, numbers = unique, np.array([unique.index(name) for name in names], np.int64)[numbers]
     _check_unique(names, cache)
-    vectors_CP = _average(vectors, rows, numbers, len(names))
+    sums_CP: Array = np.zeros((len(names), vectors.width), np.float64)  # `mean_directions` needs all vectors in memory
+    for block in blocks(len(rows), _BLOCK):
+        np.add.at(sums_CP, numbers[block], vectors.read(rows[block]))
+    vectors_CP = normalize(sums_CP)
     is_zero_C = ~vectors_CP.any(axis=1)
     if is_zero_C.any():
         raise DataError(
@@ -125,23 +126,18 @@ def _draw_examples(
             f"no {vectors.modality} of {cache.path} with {vectors.feature.name} has a label in column {label!r}"
         )
     labels = read_labels(cache, samples_N, column=label)
-    _check_encoded(cache, label, len(labels.names))
+    num_labels = len([value for value in pc.unique(cache.samples[label]).to_pylist() if value not in (None, "")])
+    if len(labels.names) < num_labels:
+        raise DataError(
+            f"{num_labels - len(labels.names):,} of {num_labels:,} labels in column {label!r} of {cache.path} have no "
+            "encoded example; retry with extract --retry-failed, or leave these labels out"
+        )
     shuffled = rng.permutation(len(rows_N))
     order = shuffled[np.argsort(labels.numbers[shuffled], kind="stable")]
     counts_C = np.bincount(labels.numbers)
     ranks = np.arange(len(order)) - np.repeat(np.cumsum(counts_C) - counts_C, counts_C)
     drawn = np.sort(order[ranks < max_examples])
     return labels.names, rows_N[drawn], labels.numbers[drawn]
-
-
-def _check_encoded(cache: Cache, label: str, num_encoded: int) -> None:
-    """Raise if no example of some label was encoded."""
-    num_labels = len([value for value in pc.unique(cache.samples[label]).to_pylist() if value not in (None, "")])
-    if num_encoded < num_labels:
-        raise DataError(
-            f"{num_labels - num_encoded:,} of {num_labels:,} labels in column {label!r} of {cache.path} have no "
-            "encoded example; retry with extract --retry-failed, or leave these labels out"
-        )
 
 
 def _check_unique(names: list[str], cache: Cache) -> None:
@@ -155,11 +151,3 @@ def _check_unique(names: list[str], cache: Cache) -> None:
             f"{len(repeated):,} of {len(numbers_of):,} concepts of {cache.path} are repeated, counted from 0: {shown}; "
             "extract a list with each name once"
         )
-
-
-def _average(vectors: Vectors, rows_M: Ints, numbers_M: Ints, num_concepts: int) -> Floats:
-    """Average by concept as `mean_directions` does, without all vectors in memory."""
-    sums_CP: Array = np.zeros((num_concepts, vectors.width), np.float64)
-    for block in blocks(len(rows_M), _BLOCK):
-        np.add.at(sums_CP, numbers_M[block], vectors.read(rows_M[block]))
-    return normalize(sums_CP)

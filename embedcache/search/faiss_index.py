@@ -30,6 +30,11 @@ class RowIndex:
         self._faiss = _import_faiss()
         self._inner = self._faiss.downcast_index(wrapped.index)
         self._rows: Ints | None = None
+        lists = self._faiss.try_extract_index_ivf(self._inner)
+        self.num_lists = 0 if lists is None else int(lists.nlist)
+        self.is_graph = isinstance(self._inner, self._faiss.IndexHNSW)
+        self.is_refined = isinstance(self._inner, self._faiss.IndexRefine)  # finer codes re-rank the best results
+        self.is_exact = isinstance(self._inner, self._faiss.IndexFlat)  # float32 vectors are all compared
 
     def __len__(self) -> int:
         return int(self.wrapped.ntotal)
@@ -40,27 +45,6 @@ class RowIndex:
         if self._rows is None:
             self._rows = np.asarray(self._faiss.vector_to_array(self.wrapped.id_map), np.int64)
         return self._rows
-
-    @property
-    def num_lists(self) -> int:
-        """Number of inverted lists; 0 if the index has none."""
-        lists = self._faiss.try_extract_index_ivf(self._inner)
-        return 0 if lists is None else int(lists.nlist)
-
-    @property
-    def is_graph(self) -> bool:
-        """Whether the index is an HNSW graph."""
-        return isinstance(self._inner, self._faiss.IndexHNSW)
-
-    @property
-    def is_refined(self) -> bool:
-        """Whether finer codes re-rank the best results."""
-        return isinstance(self._inner, self._faiss.IndexRefine)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether a search compares the query with every vector in float32."""
-        return isinstance(self._inner, self._faiss.IndexFlat)
 
     @property
     def code_size(self) -> int:

@@ -29,7 +29,9 @@ class CacheFilters:
     """
 
     def __init__(self, cache: Cache, modality: str, run_path: Path | None = None) -> None:
-        self._cache, self._modality, self._run_path = cache, modality, run_path
+        self._cache, self._modality = cache, modality
+        path = None if run_path is None else split_path(run_path)
+        self._split_path = path if path is not None and path.is_file() else None
         self._samples: Ints = cache.items(modality)["sample"].to_numpy()
         self._column = lru_cache(maxsize=None)(self._read_column)
         self._languages = lru_cache(maxsize=None)(self._read_languages)
@@ -65,10 +67,7 @@ class CacheFilters:
     def _has_column(self, name: str) -> bool:
         if name == "language":
             return "text" in self._cache.info.num_items
-        return name in self._cache.columns or (name == "split" and self._has_run_split())
-
-    def _has_run_split(self) -> bool:
-        return self._run_path is not None and split_path(self._run_path).is_file()
+        return name in self._cache.columns or (name == "split" and self._split_path is not None)
 
     def _has_value(self, column: "_Column", values: Sequence[str], name: str) -> Bools:
         for value in values:
@@ -89,8 +88,8 @@ class CacheFilters:
     def _read_column(self, name: str) -> "_Column":
         if name in self._cache.columns:
             return _encode(self._cache.samples[name])
-        if name == "split" and self._run_path is not None and self._has_run_split():
-            parts = read_split(split_path(self._run_path), [self._cache]).parts
+        if name == "split" and self._split_path is not None:
+            parts = read_split(self._split_path, [self._cache]).parts
             return _encode(pa.chunked_array([pa.array([part or None for part in parts], pa.string())]))
         raise UnknownNameError(
             f"the samples of {self._cache.path} have no column {name!r}, so --{_OPTIONS[name]} cannot filter by "

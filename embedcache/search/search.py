@@ -24,8 +24,7 @@ _DEFAULT_K = 10
 _CACHED_FILTERS = 8
 _MAX_CAPTIONS = 3
 _NO_TEXTS = ITEM_SCHEMAS["text"].empty_table()
-_COMPARE_ALL = 20_000
-"""If a filter leaves so few items, all are compared: that is fast, and a graph or lists would miss most of them."""
+_COMPARE_ALL = 20_000  # so few filtered items are all compared: fast, and a graph or lists would miss most of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,6 @@ class OpenIndex:
     Raises:
         PathError: the index, its run or its cache does not exist.
         FingerprintError: the run or the cache is not the one that the index was built from.
-        CorruptError: FAISS cannot read the index.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -43,11 +43,7 @@ class Vectors:
     """
 
     def __init__(
-        self,
-        cache_path: Path | str,
-        modality: str,
-        feature: str | None = None,
-        run_path: Path | str | None = None,
+        self, cache_path: Path | str, modality: str, feature: str | None = None, run_path: Path | str | None = None
     ) -> None:
         self._arguments = (str(cache_path), modality, feature, None if run_path is None else str(run_path))
         self.cache = Cache(cache_path)
@@ -130,7 +126,6 @@ def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | No
     return feature
 
 
-Engine: TypeAlias = Literal["local", "ray"]
 State = TypeVar("State")
 
 _TASKS_PER_CORE = 2  # one running, one waiting
@@ -155,7 +150,7 @@ def run_pass(
     vectors: Vectors,
     work: ChunkPass[State],
     *,
-    engine: Engine = "local",
+    engine: Literal["local", "ray"] = "local",
     address: str | None = None,
     title: str = "reading vectors",
     progress: Progress | None = None,

@@ -102,17 +102,10 @@ def _add_search(
     image_queries = asyncio.Semaphore(_MAX_IMAGE_QUERIES)
 
     async def respond(options: SearchOptions, **query: Any) -> SearchResponse:
-        keep = service.filter(
-            labels=options.labels, splits=options.splits, languages=options.languages, selection=options.selection
-        )
-        result = await batcher.submit(SearchQuery(k=options.k, keep=keep, **query))
-        return SearchResponse.model_validate(
-            {
-                "hits": [service.hit(hit) for hit in result.hits],
-                "encode_ms": round(result.encode_ms, 3),
-                "search_ms": round(result.search_ms, 3),
-            }
-        )
+        result = await batcher.submit(SearchQuery(k=options.k, keep=service.filter(options), **query))
+        encode_ms, search_ms = round(result.encode_ms, 3), round(result.search_ms, 3)
+        hits = [service.hit(hit) for hit in result.hits]
+        return SearchResponse.model_validate({"hits": hits, "encode_ms": encode_ms, "search_ms": search_ms})
 
     @app.post("/api/search")
     async def search(request: SearchRequest) -> SearchResponse:
@@ -219,10 +212,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 _IMAGE_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
-    }
+    "requestBody": {"required": True, "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}
 }
 
 _PAGES = {"/": "index.html", "/api": "api.html"}

@@ -111,7 +111,6 @@ class SearchResult:
     """Hits of one query, best first; empty if the filter leaves nothing.
 
     Args:
-        hits: best first.
         encode_ms: time of the batch's encoders, or of reading the vectors of rows.
         search_ms: time of the search and of looking up the hits, together with other queries with the same filter.
     """
@@ -133,9 +132,17 @@ def search_batch(index: OpenIndex, queries: Sequence[SearchQuery]) -> list[Searc
     for place, query in enumerate(queries):
         places[query.keep].append(place)
     results: dict[int, SearchResult | EmbedcacheError] = {}
-    for group in places.values():
-        found = _search(index, vectors_QP[group], [queries[place] for place in group], encode_ms)
-        results |= dict(zip(group, found, strict=True))
+    for keep, group in places.items():
+        k = max(queries[place].k for place in group)
+        try:
+            started = time.perf_counter()
+            found = _search(index, vectors_QP[group], k, keep)
+        except EmbedcacheError as error:
+            results |= dict.fromkeys(group, error)
+            continue
+        search_ms = 1000 * (time.perf_counter() - started)
+        for place, hits in zip(group, found, strict=True):
+            results[place] = SearchResult(hits=hits[: queries[place].k], encode_ms=encode_ms, search_ms=search_ms)
     return [results[place] for place in range(len(queries))]
 
 
@@ -148,20 +155,6 @@ def _encode(index: OpenIndex, queries: Sequence[SearchQuery]) -> Floats:
     return index.query_encoder.encode(by_kind)[np.argsort([*texts, *images, *rows])]
 
 
-def _search(
-    index: OpenIndex, vectors_QP: Floats, queries: Sequence[SearchQuery], encode_ms: float
-) -> Sequence[SearchResult | EmbedcacheError]:
-    """Search with queries that have the same filter."""
-    started, keep = time.perf_counter(), queries[0].keep
-    try:
-        k = min(max(query.k for query in queries), index.count(keep))
-        found: Sequence[Sequence[Hit]] = (
-            index.search_vectors(vectors_QP, k=k, condition=keep) if k else [[]] * len(queries)
-        )
-    except EmbedcacheError as error:
-        return [error] * len(queries)
-    search_ms = 1000 * (time.perf_counter() - started)
-    return [
-        SearchResult(hits=hits[: query.k], encode_ms=encode_ms, search_ms=search_ms)
-        for query, hits in zip(queries, found, strict=True)
-    ]
+def _search(index: OpenIndex, vectors_QP: Floats, k: int, keep: Filter) -> Sequence[Sequence[Hit]]:
+    k = min(k, index.count(keep))
+    return index.search_vectors(vectors_QP, k=k, condition=keep) if k else [[]] * len(vectors_QP)

@@ -40,11 +40,8 @@ _HEADERS = {
 class RequestGuard:
     """Checks each request before the app sees it, and adds headers to each response.
 
-    Args:
-        app: app to protect.
-        settings: access and limits.
-        token: token that requests must send, as a cookie or as `Authorization: Bearer`; None requires none.
-        port: bound port, part of the cookie's name, because cookies are shared by all ports.
+    The token, if any, is sent as a cookie or as `Authorization: Bearer`; the port is part of the cookie's name, because
+    cookies are shared by all ports.
     """
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, *, token: str | None, port: int) -> None:

@@ -28,12 +28,8 @@ def serve(
 ) -> None:
     """Open an index and serve its page until interrupted.
 
-    Args:
-        paths: files and folders to serve.
-        settings: address, access and limits.
-        device: device of the encoders.
-        progress: receives the measurement of coverage, if any.
-        print_line: receives lines that describe what is served, and the link to open.
+    `print_line` receives lines that describe what is served, and the link to open; `progress` the measurement of
+    coverage, if any.
 
     Raises:
         SettingError: the port is in use, or the host is not an address of this machine.

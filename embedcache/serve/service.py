@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,7 +18,9 @@ from embedcache.search.search import Hit, OpenIndex
 from embedcache.search.settings import Filter
 from embedcache.serve.coverage import CoverageData, measure_served_coverage, read_coverage
 from embedcache.serve.images import ServedImages
+from embedcache.serve.schema import SearchOptions
 from embedcache.serve.settings import ServeSettings
+from embedcache.units import format_bytes
 
 log = logging.getLogger("embedcache.serve")
 
@@ -43,8 +45,6 @@ class SearchService:
         coverage: CoverageData | None = None,
     ) -> None:
         self.index, self.settings, self.coverage = index, settings, coverage
-        self.name = index.path.resolve().name
-        self.version = index.cache.info.index_digest[:16]
         modalities: tuple[Modality, ...] = ("text", "image")
         self.takes = [modality for modality in modalities if index.query_encoder.accepts(modality)]
         self.selections = {path.stem: path for path in selections}
@@ -57,7 +57,6 @@ class SearchService:
             for name, values in counts.items()
             if len(values) > 1 or any(num < num_items for num in values.values())
         }
-        self.credit = credit(index.cache)
         self.images, self.missing_images = _open_images(index, settings)
         self._image_samples: Ints = np.empty(0, np.int64)
         if "image" in index.cache.info.num_items:
@@ -73,36 +72,30 @@ class SearchService:
         place = int(np.searchsorted(self._indexed_rows, row))
         return place < len(self._indexed_rows) and bool(self._indexed_rows[place] == row)
 
-    def filter(
-        self,
-        *,
-        labels: Sequence[str] = (),
-        splits: Sequence[str] = (),
-        languages: Sequence[str] = (),
-        selection: str | None = None,
-    ) -> Filter:
+    def filter(self, options: SearchOptions) -> Filter:
         """Return a filter of the values that a visitor names, or raise an UnknownNameError."""
-        for name, values in (("label", labels), ("split", splits), ("language", languages)):
-            known = self.values.get(name, {})
+        labels, splits, languages = tuple(options.labels), tuple(options.splits), tuple(options.languages)
+        selection = () if options.selection is None else (options.selection,)
+        named = {"label": labels, "split": splits, "language": languages, "selection": selection}
+        for name, values in named.items():
+            known = self.selections if name == "selection" else self.values.get(name, {})
             for value in values:
                 if value not in known:
                     raise UnknownNameError(f"unknown {name} {value!r}; GET /api/info lists the known ones")
-        if selection is not None and selection not in self.selections:
-            raise UnknownNameError(f"unknown selection {selection!r}; GET /api/info lists the known ones")
-        path = None if selection is None else self.selections[selection]
-        return Filter(label_value=tuple(labels), part=tuple(splits), language=tuple(languages), selection=path)
+        path = None if options.selection is None else self.selections[options.selection]
+        return Filter(label_value=labels, part=splits, language=languages, selection=path)
 
     def info(self) -> dict[str, Any]:
         """Return the fields of `ServerInfo` except `most_hits`."""
         return {
-            "name": self.name,
-            "version": self.version,
+            "name": self.index.path.resolve().name,
+            "version": self.index.cache.info.index_digest[:16],
             "modality": self.index.card.modality,
             "num_items": self.index.card.num_vectors,
             "takes": self.takes,
             "has_pictures": self.images is not None,
             "pictures_are_missing": self.missing_images,
-            "credit": self.credit,
+            "credit": credit(self.index.cache),
             "filters": self.values,
             "selections": list(self.selections),
             "has_coverage": self.coverage is not None,
@@ -134,14 +127,7 @@ class SearchService:
 
     def hit(self, hit: Hit) -> dict[str, Any]:
         """Return the fields of `HitOut` for a hit."""
-        return {
-            "score": hit.score,
-            "row": hit.row,
-            "key": hit.key,
-            "captions": list(hit.captions),
-            "label": hit.label,
-            "image": self.image_row(hit.row),
-        }
+        return {**asdict(hit), "image": self.image_row(hit.row)}
 
     def concept(self, number: int) -> dict[str, Any]:
         """Return the fields of `ConceptHits` for a concept, or raise an UnknownNameError."""
@@ -217,7 +203,7 @@ def info_tables(index: OpenIndex) -> list[InfoTable]:
             ["recall@10 against exact search", f"{card.recall_at_10:.3f} on {card.num_queries:,} queries"],
             ["milliseconds per query when built", f"{card.latency_ms:g}"],
             ["milliseconds per query in a batch", batch_ms],
-            ["on disk", "" if card.file_bytes is None else f"{card.file_bytes / 1e6:,.1f} MB"],
+            ["on disk", "" if card.file_bytes is None else format_bytes(card.file_bytes)],
         ],
     }
     about_cache = {

@@ -60,7 +60,6 @@ class Source(Protocol):
 
     def describe(self) -> Mapping[str, Any]:
         """Return what reopens the source, as JSON values: `type`, `path` and `settings`. The cache records it."""
-        ...
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over all samples, in an order that never changes, without reading images.
@@ -68,7 +67,6 @@ class Source(Protocol):
         Raises:
             SourceError: the samples cannot be listed; the message names the file and the row.
         """
-        ...
 
     def read(self, item: ImageItem) -> bytes:
         """Read the bytes of one image file. Thread-safe.
@@ -76,4 +74,3 @@ class Source(Protocol):
         Raises:
             ItemError: the image cannot be read; the message is the reason.
         """
-        ...

@@ -5,7 +5,7 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -52,7 +52,7 @@ class IdxSource:
         """Iterate over the images, set by set. Memory holds all images and the labels of one set."""
         for name, path in self._sets.items():
             images_NHW = self._open(path)
-            labels_N = _read(self._root / _labels_path(self._root, path), num_dimensions=1)
+            labels_N = _read(_labels_file(self._root / path), num_dimensions=1)
             if len(labels_N) != len(images_NHW):
                 raise SourceError(
                     f"{self._root / path}: expected one label per image, got {len(images_NHW):,} images and "
@@ -105,13 +105,12 @@ def _set_of_file(file: Path) -> dict[str, str]:
     return {found["set"]: file.name}
 
 
-def _labels_path(root: Path, path: str) -> str:
-    name = PurePosixPath(path).name.replace("images", "labels").replace("idx3", "idx1")
-    plain = str(PurePosixPath(path).with_name(name.removesuffix(_GZIP)))
-    for candidate in (plain, plain + _GZIP):
-        if file_size(root / candidate) is not None:
-            return candidate
-    raise SourceError(f"{root / path} has no labels: expected {plain} or {plain}{_GZIP} beside it")
+def _labels_file(images: Path) -> Path:
+    plain = images.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(_GZIP)
+    for name in (plain, plain + _GZIP):
+        if file_size(images.with_name(name)) is not None:
+            return images.with_name(name)
+    raise SourceError(f"{images} has no labels: expected {plain} or {plain}{_GZIP} beside it")
 
 
 def _read(path: Path, *, num_dimensions: int) -> Array:

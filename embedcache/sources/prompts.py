@@ -68,7 +68,12 @@ def _class_prompts(classes: str, templates: str, language: str) -> list[tuple[st
     names, default = _class_names(classes, language)
     if templates == "cupl":
         return list(zip(names, _cupl_prompts(names), strict=True))
-    lines = _templates(templates, language) if templates else default
+    if not templates:
+        lines = default
+    elif _is_path(templates):
+        lines = _read_templates(open_path(templates))
+    else:
+        lines = _dataset_entry(f"{language}_zeroshot_classification_templates.json", templates, "templates")
     words = [name.replace("_", " ") for name in names] if _has_sub_folders(open_path(classes)) else names
     return [(name, [line.replace(_SLOT, word) for line in lines]) for name, word in zip(names, words, strict=True)]
 
@@ -82,14 +87,12 @@ def _json_prompts(path: Path) -> list[tuple[str, Sequence[str]]]:
         raise SourceError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict) or not content:
         raise SourceError(f"{path}: expected a JSON object of class name -> list of prompts")
-    return [(name, _checked_prompts(name, prompts, path)) for name, prompts in content.items()]
-
-
-def _checked_prompts(name: str, prompts: Any, path: Path) -> list[str]:
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise SourceError(f"class {name!r} of {path} has no prompts; expected a list of texts for each class")
-    return texts
+    classes = {name: [prompts] if isinstance(prompts, str) else prompts for name, prompts in content.items()}
+    for name, prompts in classes.items():
+        are_texts = isinstance(prompts, list) and all(isinstance(text, str) and text.strip() for text in prompts)
+        if not prompts or not are_texts:
+            raise SourceError(f"class {name!r} of {path} has no prompts; expected a list of texts for each class")
+    return list(classes.items())
 
 
 def _class_names(classes: str, language: str) -> tuple[list[str], list[str]]:
@@ -112,12 +115,6 @@ def _class_names(classes: str, language: str) -> tuple[list[str], list[str]]:
 
 def _has_sub_folders(path: Path) -> bool:
     return path.is_dir() and not (path / CLASS_NAMES).is_file()
-
-
-def _templates(templates: str, language: str) -> list[str]:
-    if _is_path(templates):
-        return _read_templates(open_path(templates))
-    return _dataset_entry(f"{language}_zeroshot_classification_templates.json", templates, "templates")
 
 
 def _read_templates(path: Path) -> list[str]:

@@ -47,11 +47,7 @@ class TableFile:
         return str(self.path.with_suffix(""))
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        """Iterate over the rows in order, reading only `columns` if the format allows it.
-
-        Raises:
-            SourceError: the file is damaged; the message names it and, for text formats, the line.
-        """
+        """Iterate over the rows in order, reading only `columns` if the format allows it."""
         with wrap_table_errors(self.path):
             yield from self.read(columns)
 
@@ -60,10 +56,6 @@ def open_table_file(path: Path) -> TableFile:
     """Read the columns of a table file, whose format follows from its suffix.
 
     CSV and TSV have no types, so all their cells are text and a key `007` keeps its zeros.
-
-    Raises:
-        PathError: the file cannot be read.
-        SourceError: the file is damaged.
     """
     suffix = path.suffix.lower()
     with wrap_table_errors(path):

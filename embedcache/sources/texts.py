@@ -86,11 +86,7 @@ class PairsSource:
 
     The key is the key of the original sample, `#` and the number of the caption from 0; the column `sample` holds the
     original key and `language` the language of the caption. Samples without captions are skipped. Each sample keeps all
-    images of the original, so an image is encoded once per caption.
-
-    Args:
-        location: location of the other source, as for `open_source`: `photos/`, `openmoji:en+de`.
-        settings: settings of the other source.
+    images of the original, so an image is encoded once per caption. Location and settings are those of that source.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:

@@ -59,9 +59,8 @@ class WebdatasetSource:
     `test`, in any case, that name is the column `split` and the first part of the keys, as shards are numbered from 0
     in each such folder. Iterating over the samples reads headers, captions and labels, but no image.
 
-    Args:
-        location: a tar, a folder of tars, a pattern such as `shards/{00000..00009}.tar` or `{train,val}.tar`, or
-            several of these joined by `::`; paths or URLs.
+    The location is a tar, a folder of tars, a pattern such as `shards/{00000..00009}.tar` or `{train,val}.tar`, or
+    several of these joined by `::`; paths or URLs.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedcache.arrays import Ints, concatenated_ranges
+from embedcache.arrays import Array, Ints, concatenated_ranges
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.train.distributed import own_slice
@@ -55,14 +55,8 @@ def num_batches(num_samples: int, batch_size: int) -> int:
 class Batches:
     """Draw batches: each epoch holds every sample once, in a new order, with one of its images and its captions.
 
-    Args:
-        pairs: training pairs.
-        batch_size: samples per batch; an epoch is divided into `num_batches` batches of equal size, to within one.
-        seed: random seed of order and draws.
-        captions: `draw` one per sample, or `all`.
-        block_rows: number of neighboring samples that stay together: blocks are shuffled, then all samples within
-            1,024 blocks.
-        mixup: alpha of Beta(alpha, alpha), from which lambda of each batch is drawn; 0 disables mixup.
+    An epoch is divided into `num_batches` batches of equal size, to within one. Blocks of `block_rows` neighboring
+    samples are shuffled, then all samples within 1,024 blocks. Lambda of mixup is drawn from Beta(`mixup`, `mixup`).
     """
 
     def __init__(
@@ -105,10 +99,9 @@ class Batches:
         else:
             half = len(image) // 2
             samples, image, text = samples[: 2 * half], image[: 2 * half], text[: 2 * half]
-            first, second = self._positives(image[:half], text[:half]), self._positives(image[half:], text[half:])
-            # a mixed image belongs to a mixed text where both of their parts do
-            codes = [image_positions * half + text_positions for image_positions, text_positions in (first, second)]
-            positives = np.divmod(np.intersect1d(codes[0], codes[1]), half)
+            parts = [self._positives(image[part], text[part]) for part in (slice(half), slice(half, None))]
+            codes = [images * half + texts for images, texts in parts]
+            positives = np.divmod(np.intersect1d(codes[0], codes[1]), half)  # where both of the mixed items belong
         return Batch(
             samples=samples,
             image_rows=self._pairs.image.rows[image],
@@ -218,12 +211,11 @@ class Loader:
         return loaded
 
     def _load(self, batch: Batch) -> LoadedBatch:
-        images, texts = (self._to_device(torch.from_numpy(positions)) for positions in batch.positives)
-        is_mixed = batch.mix is not None
+        images, texts = map(self._to_device, batch.positives)
         return LoadedBatch(
             batch=batch,
-            image=self._read(self._image, batch.image_rows, is_mixed=is_mixed),
-            text=self._read(self._text, batch.text_rows, is_mixed=is_mixed),
+            image=self._read(self._image, batch.image_rows, is_mixed=batch.mix is not None),
+            text=self._read(self._text, batch.text_rows, is_mixed=batch.mix is not None),
             positives=Positives(images=images, texts=texts),
         )
 
@@ -232,13 +224,14 @@ class Loader:
         own = parts[:, own_slice(parts.shape[1])].ravel()
         inputs = read(own)
         return LoadedInputs(
-            values=self._to_device(torch.from_numpy(inputs.values)),
-            lengths=None if inputs.lengths is None else self._to_device(torch.from_numpy(inputs.lengths)),
+            values=self._to_device(inputs.values),
+            lengths=None if inputs.lengths is None else self._to_device(inputs.lengths),
             rows=own,
             num_items=parts.shape[1],
         )
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
+    def _to_device(self, array: Array) -> Tensor:
+        tensor = torch.from_numpy(array)
         if self._device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)

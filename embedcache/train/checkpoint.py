@@ -79,10 +79,8 @@ class RunLog:
 
             self._events = SummaryWriter(str(run_path / "tensorboard"), purge_step=step)
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Close the files."""
         if self._file is not None:
             self._file.close()
         if self._events is not None:

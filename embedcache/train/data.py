@@ -48,9 +48,8 @@ def open_data(paths: Paths, *, image_feature: str | None, text_feature: str | No
 class TrainData:
     """An image and a text feature of some caches. Rows and samples are numbered across the caches, in their order.
 
-    Features that fit the memory are loaded once, so that many runs can share this object.
-
-    A feature larger than half of `memory_bytes` is memory-mapped.
+    Features that fit the memory are loaded once, so that many runs can share this object; a feature larger than half
+    of `memory_bytes` is memory-mapped.
     """
 
     caches: Sequence[Cache]
@@ -60,12 +59,10 @@ class TrainData:
 
     @property
     def image(self) -> TowerInput:
-        """Input of the image tower."""
         return _tower_input(self.images[0])
 
     @property
     def text(self) -> TowerInput:
-        """Input of the text tower."""
         return _tower_input(self.texts[0])
 
     @property
@@ -75,7 +72,6 @@ class TrainData:
 
     @cached_property
     def keys(self) -> list[str]:
-        """Keys of the samples."""
         return [key for cache in self.caches for key in cache.samples["key"].to_pylist()]
 
     def split(self, pairs: Pairs, settings: SplitSettings) -> Split:
@@ -147,10 +143,7 @@ def _gather(readers: Sequence[Reader], stops: Ints, rows: Ints, dtype: np.dtype[
     values: Array = np.zeros((len(rows), *shape), dtype)
     lengths = None if found[0][1].lengths is None else np.zeros(len(rows), np.int64)
     for places, inputs in found:
-        if values.ndim == 2:
-            values[places] = inputs.values
-        else:
-            values[places, : inputs.values.shape[1]] = inputs.values
+        values[places, : inputs.values.shape[1]] = inputs.values
         if lengths is not None and inputs.lengths is not None:
             lengths[places] = inputs.lengths
     return Inputs(values, lengths)

@@ -67,7 +67,6 @@ class InfoNce(nn.Module):
     """
 
     def forward(self, images_BP: Tensor, texts_BP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        """Compute the mean cross-entropy of both directions, a scalar."""
         is_other = positives.images != positives.texts
         hidden = (positives.images[is_other], positives.texts[is_other])
         over_texts, over_images = log_sum_exp(images_BP, texts_BP, scale, hidden)
@@ -84,7 +83,6 @@ class MultiPositive(nn.Module):
     """
 
     def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        """Compute the mean cross-entropy of both directions, a scalar."""
         over_texts, over_images = log_sum_exp(images_BP, texts_MP, scale)
         logits_E = logits_of(images_BP, texts_MP, scale, (positives.images, positives.texts))
         of_images = over_texts.mean() - (_weights(positives.images, logits_E.dtype) * logits_E).sum() / len(images_BP)
@@ -109,7 +107,6 @@ class SigLip(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        """Compute the loss, a scalar."""
         return self._sum(images_BP, texts_MP, scale, positives) / len(images_BP)
 
     def _sum(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
@@ -126,7 +123,6 @@ class Sail(SigLip):
     """
 
     def forward(self, images_BP: Tensor, texts_MP: Tensor, scale: Tensor, positives: Positives) -> Tensor:
-        """Compute the loss, a scalar."""
         return self._sum(images_BP, texts_MP, scale, positives) / (len(images_BP) * len(texts_MP))
 
 
@@ -144,7 +140,7 @@ def structure(inputs_BD: Tensor, outputs_BP: Tensor, *, temperature: float = 0.0
     × B. No gradient flows into the (B, D) inputs; the (B, P) outputs have any length. 1 or 2 items give 0. The
     temperature is the authors' setting.
     """
-    before_BD, after_BP = _directions(inputs_BD), _directions(outputs_BP)
+    before_BD, after_BP = (normalize(side - side.mean(dim=0), dim=1) for side in (inputs_BD, outputs_BP))
     result: Tensor = _Divergence.apply(before_BD, after_BP, temperature)  # type: ignore[no-untyped-call]
     return result
 
@@ -172,10 +168,6 @@ class _Divergence(torch.autograd.Function):
             total.addmm_(weights.T, after[rows])
             total[rows].addmm_(weights, after)
         return None, total * (gradient / (2 * len(after) * ctx.temperature)), None
-
-
-def _directions(vectors_BD: Tensor) -> Tensor:
-    return normalize(vectors_BD - vectors_BD.mean(dim=0), dim=1)
 
 
 def _tiles(before: Tensor, after: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:

@@ -53,7 +53,8 @@ class Objective(nn.Module):
     def _embed(self, tower: nn.Module, inputs: LoadedInputs) -> Tensor:
         num_tokens = inputs.values.shape[1] if inputs.values.ndim == 3 else 1
         part_rows = max(1, MAX_VECTORS // num_tokens)
-        if len(inputs.values) <= part_rows or _has_batch_norm(tower):
+        has_batch_norm = any(isinstance(module, nn.BatchNorm1d) for module in tower.modules())
+        if len(inputs.values) <= part_rows or has_batch_norm:  # a batch that is normalized must not be divided
             return self._project(tower, inputs.values, inputs.lengths)
         return torch.cat(
             [
@@ -75,11 +76,6 @@ class Objective(nn.Module):
 
     def _autocast(self, values: Tensor) -> torch.autocast:
         return torch.autocast(values.device.type, dtype=torch.bfloat16, enabled=self._bfloat16)
-
-
-def _has_batch_norm(tower: nn.Module) -> bool:
-    """Return whether the tower normalizes over the batch, so that it must not be divided."""
-    return any(isinstance(module, nn.BatchNorm1d) for module in tower.modules())
 
 
 def _mix(inputs: LoadedInputs, mix: float | None) -> LoadedInputs:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from embedcache.dataset.settings import SplitSettings
+from embedcache.dataset.settings import SplitSettings, with_split_seed
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, flat_settings, from_flat, get_setting, group, setting, to_json
 from embedcache.units import parse_size
@@ -166,16 +166,8 @@ class TrainSettings:
 
 
 def train_settings(options: Mapping[str, Any]) -> TrainSettings:
-    """Build training settings from flat names; `split_seed` defaults to `seed`.
-
-    Raises:
-        UnknownNameError: there is no setting of that name.
-        SettingError: a value does not fit its declaration.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    if "seed" in given:
-        given.setdefault("split_seed", given["seed"])
-    return from_flat(TrainSettings, given)
+    """Build settings from flat names; `split_seed` defaults to `seed`."""
+    return from_flat(TrainSettings, with_split_seed(options))
 
 
 def command_line(settings: TrainSettings) -> list[str]:

@@ -17,7 +17,7 @@ from embedcache.files import Leases, disk_errors
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import Cost, PairConfig, build, config_path, cost, read_config, save_pair, split_path
+from embedcache.projectors.saved import PairConfig, build, config_path, cost, read_config, save_pair, split_path
 from embedcache.provenance import check_same, digest_file, fields_of, prepare_folder, read_json, run_record, write_json
 from embedcache.registry import require
 from embedcache.train.batches import Batches, Loader
@@ -27,7 +27,7 @@ from embedcache.train.distributed import num_processes, process_group, process_r
 from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
 from embedcache.train.settings import TrainSettings
-from embedcache.train.trainer import FitResult, OnEpoch, Trainer, Validation, seeded
+from embedcache.train.trainer import OnEpoch, Trainer, Validation, seeded
 
 _FILES = (
     ".claims",
@@ -231,20 +231,27 @@ def _fit(
     on_epoch: OnEpoch | None,
 ) -> tuple[AlignedPair, TrainReport]:
     pairs = data.pairs(settings.language)
-    split = _split(data, run_path, pairs, settings)
+    path = split_path(run_path)
+
+    def make_split() -> None:
+        if not path.is_file():  # a resumed run has one
+            write_split(path, data.split(pairs, settings.split))
+
+    run_on_first(make_split)
+    split = read_split(path, data.caches)
     training = _training_pairs(data, pairs, split, settings)
     validation = _shuffled_control(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
-        raise DataError(f"the validation part of {split_path(run_path)} has no sample with both features")
+        raise DataError(f"the validation part of {path} has no sample with both features")
     batches, device = _batches(training, settings), settings.machine.device
     with seeded(settings.seed, device):
         pair = build(config, dropout=settings.model.dropout).to(device)
     initialize(pair, training, data.read_image, data.read_text, settings.model, seed=settings.seed)
     size = cost(config, data.images[0].item_shape, data.texts[0].item_shape)
     result = Trainer(
-        pair,
-        Loader(batches, image=data.read_image, text=data.read_text, device=device),
-        None if process_rank() else Validation(validation, data.read_image, data.read_text, device=device),
+        pair=pair,
+        loader=Loader(batches, image=data.read_image, text=data.read_text, device=device),
+        validation=None if process_rank() else Validation(validation, data.read_image, data.read_text, device=device),
         settings=settings,
         run_path=run_path,
         keys=data.keys,
@@ -252,19 +259,16 @@ def _fit(
         progress=progress,
         on_epoch=on_epoch,
     ).fit()
-    return pair, _report(split, training, size, result)
-
-
-def _split(data: TrainData, run_path: Path, pairs: Pairs, settings: TrainSettings) -> Split:
-    """Split the samples and write the split; a resumed run has one."""
-    path = split_path(run_path)
-
-    def make() -> None:
-        if not path.is_file():
-            write_split(path, data.split(pairs, settings.split))
-
-    run_on_first(make)
-    return read_split(path, data.caches)
+    counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
+    if left_out := split.parts.count(""):
+        counts["left out"] = left_out
+    return pair, TrainReport(
+        reused=False,
+        num_samples={**counts, "train": len(training.samples)},
+        num_parameters=size.parameters,
+        flops_per_pair=size.flops_per_pair,
+        **result,
+    )
 
 
 def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:
@@ -309,16 +313,3 @@ def _batches(training: Pairs, settings: TrainSettings) -> Batches:
             f"{num_processes()} processes; raise --batch-size, or start fewer processes"
         )
     return batches
-
-
-def _report(split: Split, training: Pairs, size: Cost, result: FitResult) -> TrainReport:
-    counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
-    left_out = split.parts.count("")
-    num_samples = {**counts, **({"left out": left_out} if left_out else {}), "train": len(training.samples)}
-    return TrainReport(
-        reused=False,
-        num_samples=num_samples,
-        num_parameters=size.parameters,
-        flops_per_pair=size.flops_per_pair,
-        **asdict(result),
-    )

@@ -5,7 +5,7 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -39,16 +39,7 @@ _SMALL_STEP_FLOPS = 2e10
 """Below this, threads mostly wait for each other: two were 5 times slower than one on busy cores."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitResult:
-    """Result of `Trainer.fit`: fields of `TrainReport`."""
-
-    best_epoch: int
-    recalls: dict[str, float]
-    pairs_per_s: float
-    wait_fraction: float
-
-
+@dataclass(kw_only=True)
 class Trainer:
     """Train a pair in place.
 
@@ -58,49 +49,56 @@ class Trainer:
     end, the last weights.
     """
 
-    def __init__(
-        self,
-        pair: AlignedPair,
-        loader: Loader,
-        validation: "Validation | None",
-        *,
-        settings: TrainSettings,
-        run_path: Path,
-        keys: Sequence[str],
-        flops_per_pair: float,
-        progress: Progress,
-        on_epoch: OnEpoch | None = None,
-    ) -> None:
-        self._pair, self._loader, self._validation = pair, loader, validation
-        self._settings, self._run_path, self._keys = settings, run_path, keys
-        self._flops_per_pair, self._progress, self._on_epoch = flops_per_pair, progress, on_epoch
+    pair: AlignedPair
+    loader: Loader
+    validation: "Validation | None"
+    settings: TrainSettings
+    run_path: Path
+    keys: Sequence[str]
+    flops_per_pair: float
+    progress: Progress
+    on_epoch: OnEpoch | None = None
+
+    def __post_init__(self) -> None:
         self._best = _BestWeights()
         self._step = self._epoch = self._log_bytes = self._num_resumed = self._num_pairs = 0
         self._last_checkpoint = time.perf_counter()
 
-    def fit(self) -> FitResult:
+    def fit(self) -> dict[str, Any]:
         """Train to the end; the pair then has the weights of its best validation recall, or its initialization.
+
+        Returns:
+            `best_epoch`, `recalls`, `pairs_per_s` and `wait_fraction` of `TrainReport`.
 
         Raises:
             DataError: the loss is NaN or infinite; names step, keys and temperature.
             CorruptError: the checkpoint cannot be read.
         """
         keep_freed_memory()
-        forward_flops = self._flops_per_pair * self._loader.batch_size
-        with seeded(self._settings.seed, self._settings.machine.device), _threads(forward_flops, self._settings):
-            self._objective = Objective(self._pair, self._settings.loss, precision=self._settings.machine.precision)
-            self._objective.to(self._settings.machine.device)
-            self._optimizer = make_optimizer(self._objective, self._settings.optimizer)
+        forward_flops = self.flops_per_pair * self.loader.batch_size
+        with seeded(self.settings.seed, self.settings.machine.device), _threads(forward_flops, self.settings):
+            self._objective = Objective(self.pair, self.settings.loss, precision=self.settings.machine.precision)
+            self._objective.to(self.settings.machine.device)
+            self._optimizer = make_optimizer(self._objective, self.settings.optimizer)
             self._resume()
             seconds = self._train()
-            return self._result(seconds)
+        if process_rank() == 0:
+            save_weights(self.run_path / "last.safetensors", self.pair)
+        self.pair.load_state_dict(self._best.weights)
+        return {
+            "best_epoch": self._best.epoch,
+            "recalls": self._best.recalls,
+            "pairs_per_s": round(self._num_pairs / seconds, 1) if self._num_pairs else 0.0,
+            "wait_fraction": round(self.loader.waited_s / seconds, 4) if self._num_pairs else 0.0,
+        }
 
     def _train(self) -> float:
         """Run all epochs and return the seconds of training, without validation."""
-        total = self._settings.optimizer.epochs * self._loader.num_samples
-        self._progress.start("training", total - self._num_resumed, "pairs")
-        tensorboard = self._settings.machine.tensorboard
-        with RunLog(self._run_path, num_bytes=self._log_bytes, step=self._step, tensorboard=tensorboard) as self._log:
+        total = self.settings.optimizer.epochs * self.loader.num_samples
+        self.progress.start("training", total - self._num_resumed, "pairs")
+        tensorboard = self.settings.machine.tensorboard
+        self._log = RunLog(self.run_path, num_bytes=self._log_bytes, step=self._step, tensorboard=tensorboard)
+        with closing(self._log):
             if self._best.score < 0:
                 self._validate()
             trained = DistributedDataParallel(self._objective) if num_processes() > 1 else self._objective
@@ -111,37 +109,33 @@ class Trainer:
                 seconds += time.perf_counter() - started
                 self._epoch += 1
                 self._validate()
-        self._progress.finish()
+        self.progress.finish()
         return seconds
 
     def _is_finished(self) -> bool:
-        optimizer = self._settings.optimizer
+        optimizer = self.settings.optimizer
         is_stalled = optimizer.patience is not None and self._epoch - self._best.epoch >= optimizer.patience
-        has_parameters = any(True for tower in (self._pair.image, self._pair.text) for _ in tower.parameters())
+        has_parameters = any(True for tower in (self.pair.image, self.pair.text) for _ in tower.parameters())
         return self._epoch >= optimizer.epochs or is_stalled or not has_parameters
 
     def _train_epoch(self, trained: nn.Module) -> None:
-        self._pair.train()
-        for loaded in self._loader.epoch(self._epoch, first_step=self._step - self._epoch * self._loader.num_steps):
+        self.pair.train()
+        optimizer = self.settings.optimizer
+        for loaded in self.loader.epoch(self._epoch, first_step=self._step - self._epoch * self.loader.num_steps):
             loss = trained(loaded)
-            self._log_step(loss, loaded)
+            rate = learning_rate(optimizer, self._step, optimizer.epochs * self.loader.num_steps)
+            self._log_step(loss, rate, loaded)
             loss.backward()
-            optimizer = self._settings.optimizer
-            update(self._objective, self._optimizer, self._learning_rate(), optimizer.max_grad_norm)
+            update(self._objective, self._optimizer, rate, optimizer.max_grad_norm)
             self._step += 1
             self._num_pairs += len(loaded.batch.samples)
-            self._progress.advance(len(loaded.batch.samples))
+            self.progress.advance(len(loaded.batch.samples))
             self._checkpoint()
 
-    def _learning_rate(self) -> float:
-        optimizer = self._settings.optimizer
-        return learning_rate(optimizer, self._step, optimizer.epochs * self._loader.num_steps)
-
-    def _log_step(self, loss: Tensor, loaded: LoadedBatch) -> None:
-        value, temperature = loss.item(), self._pair.temperature.item()
+    def _log_step(self, loss: Tensor, rate: float, loaded: LoadedBatch) -> None:
+        value, temperature = loss.item(), self.pair.temperature.item()
         if not math.isfinite(value):
             self._raise_loss_error(value, temperature, loaded)
-        rate = self._learning_rate()
         values = {"epoch": self._epoch, "loss": value, "temperature": temperature, "learning_rate": rate}
         self._log.write({"step": self._step, **values}, self._step, values)
 
@@ -149,7 +143,7 @@ class Trainer:
         for name, inputs in (("image", loaded.image), ("text", loaded.text)):
             values = inputs.values.float().cpu().numpy()
             check_finite(values, f"at step {self._step}, the {name} feature", rows=inputs.rows)
-        keys = [self._keys[sample] for sample in loaded.batch.samples[:5].tolist()]
+        keys = [self.keys[sample] for sample in loaded.batch.samples[:5].tolist()]
         raise DataError(
             f"the loss is {value} at step {self._step} with temperature {temperature:.4g}, in the batch of the "
             f"{len(loaded.batch.samples):,} keys {', '.join(keys)} …; lower --lr, or check the features "
@@ -157,19 +151,19 @@ class Trainer:
         )
 
     def _validate(self) -> None:
-        recalls = broadcast_from_first({} if self._validation is None else self._validation.recalls(self._pair))
+        recalls = broadcast_from_first({} if self.validation is None else self.validation.recalls(self.pair))
         self._log.write({"epoch": self._epoch, "validation": recalls}, self._step, recalls)
-        self._best.update(self._epoch, recalls, self._pair)
-        if self._on_epoch is not None:
-            self._on_epoch(self._epoch, recalls)
+        self._best.update(self._epoch, recalls, self.pair)
+        if self.on_epoch is not None:
+            self.on_epoch(self._epoch, recalls)
 
     def _checkpoint(self) -> None:
         seconds = time.perf_counter() - self._last_checkpoint
-        if not broadcast_from_first(seconds >= self._settings.machine.checkpoint_s):
+        if not broadcast_from_first(seconds >= self.settings.machine.checkpoint_s):
             return
         save_checkpoint(
-            self._run_path,
-            self._settings.machine.device,
+            self.run_path,
+            self.settings.machine.device,
             {
                 "objective": self._objective.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
@@ -183,7 +177,7 @@ class Trainer:
         self._last_checkpoint = time.perf_counter()
 
     def _resume(self) -> None:
-        state = load_checkpoint(self._run_path, self._settings.machine.device)
+        state = load_checkpoint(self.run_path, self.settings.machine.device)
         if state is None:
             return
         self._objective.load_state_dict(state["objective"])
@@ -191,18 +185,7 @@ class Trainer:
         self._best = _BestWeights(**state["best"])
         self._step, self._epoch, self._log_bytes = state["step"], state["epoch"], state["log_bytes"]
         self._num_resumed = state["pairs"]
-        self._progress.note(f"resumed from the checkpoint after step {self._step:,}")
-
-    def _result(self, seconds: float) -> FitResult:
-        if process_rank() == 0:
-            save_weights(self._run_path / "last.safetensors", self._pair)
-        self._pair.load_state_dict(self._best.weights)
-        return FitResult(
-            best_epoch=self._best.epoch,
-            recalls=self._best.recalls,
-            pairs_per_s=round(self._num_pairs / seconds, 1) if self._num_pairs else 0.0,
-            wait_fraction=round(self._loader.waited_s / seconds, 4) if self._num_pairs else 0.0,
-        )
+        self.progress.note(f"resumed from the checkpoint after step {self._step:,}")
 
 
 class Validation:
@@ -291,10 +274,6 @@ def update(trained: nn.Module, optimizer: torch.optim.Optimizer, rate: float, ma
     optimizer.zero_grad(set_to_none=True)
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LARGEST_TENSOR = 2**30
-
-
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next step, for the rest of the process.
 
@@ -303,5 +282,6 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGEST_TENSOR)
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)

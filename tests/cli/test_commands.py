@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.cli.run import TOY, embedcache, succeed
-from tests.pictures import write_pictures
+from tests.images import write_images
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with `photos`, `cache`, `run`, `index` and `concepts`, and what the commands printed."""
     folder = tmp_path_factory.mktemp("newcomer")
-    write_pictures(folder / "photos", 100)
+    write_images(folder / "photos", 100)
     (folder / "concepts.json").write_text(json.dumps({"red": ["red bar left on white", "red bar top on blue"]}))
     for name, line in (
         ("extract", ["extract", "photos", "cache", *TOY]),
@@ -105,7 +105,7 @@ def test_search_is_filtered_by_a_selection(folder: Path) -> None:
 
 
 def test_training_without_duplicates_and_leaks(folder: Path) -> None:
-    write_pictures(folder / "others", 20, seed=5)
+    write_images(folder / "others", 20, seed=5)
     shutil.copy(folder / "photos" / "00000.png", folder / "others" / "00000.png")
     succeed("extract", "others", "others-cache", *TOY, cwd=folder)
     assert "largest cosine" in succeed(*["curate", "dedup", "cache", "--html", "look.html"], cwd=folder)
@@ -127,7 +127,7 @@ def test_training_without_duplicates_and_leaks(folder: Path) -> None:
 
 def test_zero_shot_writes_a_page(folder: Path) -> None:
     for name, seed in (("red", 1), ("blue", 2)):
-        write_pictures(folder / "labeled" / name, 8, seed=seed)
+        write_images(folder / "labeled" / name, 8, seed=seed)
     (folder / "classes.txt").write_text("blue\nred\n")
     succeed("extract", "labeled", "labeled-cache", *TOY[:2], cwd=folder)
     succeed("extract", "prompts:classes.txt", "prompts", *TOY[2:], cwd=folder)
@@ -161,7 +161,7 @@ def test_plan_estimates_and_writes_no_feature(folder: Path, tmp_path: Path) -> N
 
 
 def test_unreadable_captions_are_reported(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "photos", 8)
+    write_images(tmp_path / "photos", 8)
     for number in range(6):
         (tmp_path / f"photos/{number:05d}.txt").write_bytes(b"\xff")
     extracted = succeed("extract", "photos", "c", *TOY, cwd=tmp_path)

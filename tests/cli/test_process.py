@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.run import TOY, embedcache
-from tests.pictures import write_pictures
+from tests.images import write_images
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "embedcache"]
@@ -23,7 +23,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS"
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of images with captions."""
-    return write_pictures(tmp_path_factory.mktemp("process") / "photos", 64)
+    return write_images(tmp_path_factory.mktemp("process") / "photos", 64)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "-h"], ["curate", "select", "-h"]], ids=" ".join)

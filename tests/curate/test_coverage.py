@@ -93,9 +93,9 @@ def test_counts_by_prototypes(cache_path: Path, labeled: Path) -> None:
     assert "6 concepts of 5 to 14 examples" in report.line()
 
 
-def test_chunk_size_changes_nothing(pictures: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
+def test_chunk_size_changes_nothing(image_folder: Path, prompts: Path, cache_path: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(features=("mean",), chunk_size=7)
-    extract(open_source(pictures), tmp_path / "small", text_encoders=[TEXT], settings=settings)
+    extract(open_source(image_folder), tmp_path / "small", text_encoders=[TEXT], settings=settings)
     one = of_texts(cache_path, prompts, **FIXED)
     other = measure_coverage(tmp_path / "small", prompts, CoverageSettings(modality="text", **FIXED))
     assert np.array_equal(one.whole.counts, other.whole.counts)

@@ -28,7 +28,7 @@ from embedcache.reports.dedup import (
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.evaluate.test_retrieval import train_run
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 NUM, COPIES = 60, {"00050": "00003", "00051": "00003", "00057": "00020"}
@@ -36,7 +36,7 @@ NUM, COPIES = 60, {"00050": "00003", "00051": "00003", "00057": "00020"}
 
 @pytest.fixture(scope="module")
 def distinct(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of three pictures that have nothing in common."""
+    """A cache of three images that have nothing in common."""
     folder = tmp_path_factory.mktemp("distinct")
     (folder / "source").mkdir()
     for number, color in enumerate(("red", "lime", "blue")):
@@ -47,12 +47,12 @@ def distinct(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of sixty pictures with scores: three are copies of others, and one cannot be read."""
+    """A cache of sixty images with scores: three are copies of others, and one cannot be read."""
     folder = tmp_path_factory.mktemp("copied")
-    source = write_pictures(folder / "source", NUM)
+    source = write_images(folder / "source", NUM)
     for copy, original in COPIES.items():
         shutil.copy(source / f"{original}.png", source / f"{copy}.png")
-    (source / "00030.png").write_bytes(b"no picture")
+    (source / "00030.png").write_bytes(b"not an image")
     for number in range(NUM):
         (source / f"{number:05d}.json").write_text(json.dumps({"score": number if number % 7 else None}))
     extract(

@@ -28,7 +28,7 @@ from embedcache.reports.leaks import (
 )
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 PLANTED = {"00002": "00011", "00007": "00030"}
@@ -38,13 +38,13 @@ BOTH = LeakSettings(image_feature="open_toy/cls", text_feature="open_toy/mean")
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A cache to train on, of 80 pictures, and one of 30 to test on; two of these are copies of the former."""
+    """A cache to train on, of 80 images, and one of 30 to test on; two of these are copies of the former."""
     folder = tmp_path_factory.mktemp("leaks")
-    train = write_pictures(folder / "train-source", 80, seed=1)
-    test = write_pictures(folder / "test-source", 30, seed=2)
+    train = write_images(folder / "train-source", 80, seed=1)
+    test = write_images(folder / "test-source", 30, seed=2)
     for name, original in PLANTED.items():
         shutil.copy(train / f"{original}.png", test / f"{name}.png")
-    (test / "00005.png").write_bytes(b"no picture")
+    (test / "00005.png").write_bytes(b"not an image")
     settings = ExtractSettings(features=("cls", "patches", "mean"), chunk_size=32)
     for name in ("train", "test"):
         extract(
@@ -173,7 +173,7 @@ def test_incomparable_caches_raise(caches: tuple[Path, Path], tmp_path: Path) ->
         find_leaks(*caches, LeakSettings(image_feature="open_toy/cl"))
     (tmp_path / "texts.txt").write_text("a red bar\na blue bar\n")
     extract(open_source(tmp_path / "texts.txt"), tmp_path / "texts", text_encoders=[TEXT])
-    write_pictures(tmp_path / "source", 3)
+    write_images(tmp_path / "source", 3)
     for file in (tmp_path / "source").glob("*.txt"):
         file.unlink()
     extract(open_source(tmp_path / "source"), tmp_path / "images", image_encoders=[IMAGE])
@@ -181,7 +181,7 @@ def test_incomparable_caches_raise(caches: tuple[Path, Path], tmp_path: Path) ->
         find_leaks(tmp_path / "texts", tmp_path / "images")
     assert find_leaks(caches[0], tmp_path / "texts").leaks[0].modality == "text"
     for file in (tmp_path / "source").glob("*.png"):
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"not an image")
     with pytest.raises(SourceError, match="all 3 images failed"):
         extract(open_source(tmp_path / "source"), tmp_path / "broken", image_encoders=[IMAGE])
     with pytest.raises(DataError, match=r"feature open_toy/cls of .*broken has no valid item"):

@@ -13,7 +13,7 @@ from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.data import open_data
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 
@@ -63,7 +63,7 @@ def test_key_split_keeps_fractions(cache_path: Path) -> None:
 
 
 def test_column_split(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "s", 60)
+    folder = write_images(tmp_path / "s", 60)
     for number, path in enumerate(sorted(folder.glob("*.txt"))):
         part = "test" if number % 3 == 0 else "restval" if number % 10 == 1 else "train"
         path.with_suffix(".json").write_text(json.dumps({"split": part}))
@@ -79,7 +79,7 @@ def test_column_split(tmp_path: Path) -> None:
 
 
 def test_strict_split_joins_by_any_caption(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "s", 40)
+    folder = write_images(tmp_path / "s", 40)
     (folder / "00003.txt").write_text("something of its own\nthe very same words\n")
     (folder / "00020.txt").write_text("the very same words\nsomething else again\n")
     (folder / "00007.txt").unlink()  # a sample without captions: rows and positions differ

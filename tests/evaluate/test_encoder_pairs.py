@@ -24,7 +24,7 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 SPLIT = SplitSettings(val_fraction=0.25, image_cosine=0.995, text_cosine=0.95)
@@ -39,7 +39,7 @@ def compare(cache_path: Path, **settings: Any) -> PairsReport:
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of eighty images with one to three captions."""
-    folder = write_pictures(tmp_path_factory.mktemp("source") / "s", 80, seed=3)
+    folder = write_images(tmp_path_factory.mktemp("source") / "s", 80, seed=3)
     for number, path in enumerate(sorted(folder.glob("*.txt"))):
         own = path.read_text().strip()
         path.write_text("\n".join([own, f"a {own} picture", f"{own} again"][: 1 + number % 3]))
@@ -191,7 +191,7 @@ def test_page_has_one_heat_map_per_metric(report: PairsReport, tmp_path: Path) -
 
 
 def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
-    source = open_source(write_pictures(tmp_path / "s", 60))
+    source = open_source(write_images(tmp_path / "s", 60))
     extract(source, tmp_path / "c", image_encoders=[IMAGE, OTHER], text_encoders=[TEXT])
     next((tmp_path / "c" / "image" / "open_other" / "chunks").glob("*.parquet")).unlink()
     key = SplitSettings(kind="key", val_fraction=0.25)
@@ -211,7 +211,7 @@ def test_cache_without_a_modality_is_refused(tmp_path: Path) -> None:
     extract(open_source(tmp_path / "prompts.txt"), tmp_path / "texts", text_encoders=[TEXT])
     with pytest.raises(UnknownNameError, match="no image features; add some: embedcache extract --image-encoder SPEC"):
         compare(tmp_path / "texts")
-    extract(open_source(write_pictures(tmp_path / "s", 30)), tmp_path / "images", image_encoders=[IMAGE])
+    extract(open_source(write_images(tmp_path / "s", 30)), tmp_path / "images", image_encoders=[IMAGE])
     with pytest.raises(UnknownNameError, match="no text features; add some: embedcache extract --text-encoder SPEC"):
         compare(tmp_path / "images")
 
@@ -229,12 +229,12 @@ def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Pat
     with pytest.raises(DataError, match="expected at least 20 samples .*, got 10 and 5 of 20 samples"):
         compare(cache_path, num_samples=20, split=key)
     extract(
-        open_source(write_pictures(tmp_path / "few", 19)), tmp_path / "f", image_encoders=[IMAGE], text_encoders=[TEXT]
+        open_source(write_images(tmp_path / "few", 19)), tmp_path / "f", image_encoders=[IMAGE], text_encoders=[TEXT]
     )
     with pytest.raises(DataError, match="expected at least 20 samples of .* with all of the features, got 19"):
         compare(tmp_path / "f", split=key)
     extract(
-        open_source(write_pictures(tmp_path / "s", 60)),
+        open_source(write_images(tmp_path / "s", 60)),
         tmp_path / "c",
         image_encoders=[f"{IMAGE},scale=0"],
         text_encoders=[TEXT],

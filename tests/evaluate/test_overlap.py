@@ -15,7 +15,7 @@ from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.evaluate.test_retrieval import train_run
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 
@@ -25,12 +25,12 @@ def run(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def other(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of eighty samples that the run never saw, with a split; the first is a copy of a training sample."""
     folder = tmp_path_factory.mktemp("other")
-    source = write_pictures(folder / "source" / "test", 50, seed=9)
-    write_pictures(folder / "source" / "train", 30, seed=8)
-    shutil.copy(pictures / "00000.png", source / "00000.png")
+    source = write_images(folder / "source" / "test", 50, seed=9)
+    write_images(folder / "source" / "train", 30, seed=8)
+    shutil.copy(image_folder / "00000.png", source / "00000.png")
     extract(open_source(folder / "source"), folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     return folder / "cache"
 

@@ -35,7 +35,7 @@ from embedcache.reports.probe import control_name, few_shot_table, probe_json, p
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.conftest import FEATURES
-from tests.pictures import COLORS
+from tests.images import COLORS
 from tests.sources.files import write_tar
 from tests.toy import IMAGE, TEXT
 
@@ -263,9 +263,9 @@ def test_tables(report: ProbeReport) -> None:
 
 
 def test_json_has_the_fields_of_clip_benchmark(report: ProbeReport) -> None:
-    figures = json.loads(json.dumps(probe_json(report, "pictures"), allow_nan=False))
+    figures = json.loads(json.dumps(probe_json(report, "images"), allow_nan=False))
     assert set(figures) == {"dataset", "model", "pretrained", "task", "metrics", "language", "details"}
-    assert (figures["dataset"], figures["task"]) == ("pictures", "linear_probe")
+    assert (figures["dataset"], figures["task"]) == ("images", "linear_probe")
     assert {"lp_acc1", "lp_acc5", "lp_mean_per_class_recall", "knn_acc1", "ridge_acc1"} <= set(figures["metrics"])
     assert figures["metrics"]["lp_acc1"] == round(report.scores[1].accuracy.value, 5)
     details = figures["details"]
@@ -398,7 +398,7 @@ def test_failed_items_are_counted(tmp_path: Path) -> None:
     source = write_colors(tmp_path / "source", 60)
     for number, path in enumerate(sorted(source.glob("*.txt"))):
         path.with_suffix(".json").write_text(json.dumps(color(number, path.read_text().strip())))
-    (source / "00007.png").write_bytes(b"no picture")
+    (source / "00007.png").write_bytes(b"not an image")
     extract(open_source(source), tmp_path / "cache", image_encoders=[IMAGE])
     data = read_labeled(Cache(tmp_path / "cache"), ProbeSettings(feature=FEATURE))
     assert data.num_left_out == 1

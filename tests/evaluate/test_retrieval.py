@@ -13,13 +13,13 @@ from embedcache.evaluate.runs import load_runs, recipes
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.metrics.intervals import Estimate
-from embedcache.reports.base import format_estimate
-from embedcache.reports.retrieval import retrieval_json, retrieval_table, sample_queries
+from embedcache.reports.base import PageItem, format_estimate
+from embedcache.reports.retrieval import query_examples, retrieval_json, retrieval_table
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 
@@ -68,7 +68,7 @@ def test_seeds_are_averaged(cache_path: Path, runs: list[Path]) -> None:
 def test_overlap_with_training_warns(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs[:1])
     assert report.overlap is not None
-    assert report.overlap.exact > 0  # a split by key of pictures whose captions repeat
+    assert report.overlap.exact > 0  # a split by key of images whose captions repeat
     said = f"WARNING: {report.overlap.exact} samples share an image or a caption with the training part"
     assert said in report.line()
     assert evaluate_retrieval(cache_path, runs[:1], RetrievalSettings(part="train")).overlap is None
@@ -93,15 +93,17 @@ def test_json_and_table(cache_path: Path, runs: list[Path]) -> None:
 def test_sampled_queries_are_right_and_wrong(cache_path: Path, runs: list[Path]) -> None:
     ranking = rank(Cache(cache_path), load_runs(runs[:1])[0])
     for direction in ("i2t", "t2i"):
-        examples = sample_queries(ranking, direction, num_each=3, num_results=4)
-        assert len(examples) == 6
+        examples = query_examples(ranking, direction, page_item, page_item)
+        assert [example.is_correct for example in examples] == [True] * 5 + [False] * 5
         for example in examples:
-            assert len(example.results) == 4
-            assert example.is_correct[0] == (example.rank == 1)
-            assert (example.answer in example.results[: example.rank]) or example.rank > 4 or any(example.is_correct)
-    assert sample_queries(ranking, "i2t", num_each=3, num_results=4) == sample_queries(
-        ranking, "i2t", num_each=3, num_results=4
-    )
+            assert len(example.results) == 5
+            assert example.results[0].is_correct == example.is_correct
+            assert (example.answer is None) == any(result.is_correct for result in example.results)
+        assert query_examples(ranking, direction, page_item, page_item) == examples
+
+
+def page_item(position: int, *, is_correct: bool = False) -> PageItem:
+    return PageItem(text=str(position), is_correct=is_correct)
 
 
 def test_no_run_raises(cache_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_control_must_be_shuffled(cache_path: Path, runs: list[Path]) -> None:
 
 
 def test_run_of_another_encoder_is_refused(tmp_path: Path) -> None:
-    source = open_source(write_pictures(tmp_path / "s", 60))
+    source = open_source(write_images(tmp_path / "s", 60))
     for name, scale in (("a", 1), ("b", 2)):
         extract(source, tmp_path / name, image_encoders=[f"{IMAGE},scale={scale}"], text_encoders=[TEXT])
     run = train_run(tmp_path / "a", tmp_path / "run")

@@ -15,10 +15,10 @@ from embedcache.reports.zero_shot import confusion_table, write_zero_shot_page, 
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from tests.evaluate.test_retrieval import train_run
-from tests.pictures import COLORS, PLACES, write_pictures
+from tests.images import COLORS, PLACES, write_images
 from tests.toy import IMAGE, TEXT
 
-COLOUR_NAMES = sorted(COLORS)
+COLOR_NAMES = sorted(COLORS)
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,11 @@ def runs(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of a hundred images that no run saw, in one folder per background."""
     folder = tmp_path_factory.mktemp("labeled")
-    pictures = write_pictures(folder / "all", 100, seed=5)
-    for picture in sorted(pictures.glob("*.png")):
-        back = picture.with_suffix(".txt").read_text().split()[-1]
+    image_folder = write_images(folder / "all", 100, seed=5)
+    for path in sorted(image_folder.glob("*.png")):
+        back = path.with_suffix(".txt").read_text().split()[-1]
         (folder / "sorted" / back).mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture, folder / "sorted" / back)
+        shutil.copy(path, folder / "sorted" / back)
     return cached(folder / "sorted", folder / "cache")
 
 
@@ -43,7 +43,7 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with all captions that name a background as its prompts."""
     folder = tmp_path_factory.mktemp("prompts")
-    return prompt_cache(folder, COLOUR_NAMES)
+    return prompt_cache(folder, COLOR_NAMES)
 
 
 def cached(source: object, cache: Path, *, text: str | None = None) -> Path:
@@ -65,15 +65,15 @@ def test_accuracy_matches_counting_by_hand(labeled: Path, prompts: Path, runs: l
     words = Cache(prompts).items("text")["text"].to_pylist()
     texts = project(run.pair.text, Inputs(Cache(prompts).feature("text").gather(np.arange(len(words)))))
     means = np.stack(
-        [texts[[word.endswith(f" {name}") for word in words]].mean(axis=0) for name in COLOUR_NAMES],
+        [texts[[word.endswith(f" {name}") for word in words]].mean(axis=0) for name in COLOR_NAMES],
     )
     images = project(run.pair.image, Inputs(cache.feature("image").gather(np.arange(100))))
     scores = images @ normalize(means).T
-    truth = np.array([COLOUR_NAMES.index(label) for label in cache.samples["label"].to_pylist()])
+    truth = np.array([COLOR_NAMES.index(label) for label in cache.samples["label"].to_pylist()])
     right = scores.argmax(axis=1) == truth
     assert report.accuracies["acc1"].value == pytest.approx(right.mean())
     assert report.accuracies["acc1"].value > 2 * report.chance["acc1"].value
-    recalls = [right[truth == number].mean() for number in range(len(COLOUR_NAMES))]
+    recalls = [right[truth == number].mean() for number in range(len(COLOR_NAMES))]
     assert report.accuracies["mean_per_class_recall"].value == pytest.approx(np.mean(recalls))
     assert report.by_class == pytest.approx(recalls)
     in_top = [truth[row] in np.argsort(-scores[row])[:5] for row in range(100)]
@@ -90,11 +90,11 @@ def test_seeds_are_averaged(labeled: Path, prompts: Path, runs: list[Path]) -> N
 
 
 def test_labels_may_be_numbers_or_missing(prompts: Path, runs: list[Path], tmp_path: Path) -> None:
-    write_pictures(tmp_path / "s", 12, seed=3)
+    write_images(tmp_path / "s", 12, seed=3)
     rows = ["file_name,caption,label"]
     for number in range(12):
         caption = (tmp_path / "s" / f"{number:05d}.txt").read_text().strip()
-        label = "" if number == 0 else COLOUR_NAMES.index(caption.split()[-1])
+        label = "" if number == 0 else COLOR_NAMES.index(caption.split()[-1])
         rows.append(f"{number:05d}.png,{caption},{label}")
     (tmp_path / "s" / "table.csv").write_text("\n".join(rows))
     cache = cached(tmp_path / "s" / "table.csv", tmp_path / "cache")
@@ -111,7 +111,7 @@ def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp
     figures = zero_shot_json(report)
     low, high = figures["intervals"]["acc1"]
     assert low <= figures["acc1"] <= high
-    assert set(figures["by_class"]) == set(COLOUR_NAMES)
+    assert set(figures["by_class"]) == set(COLOR_NAMES)
     wrong = report.confusion.copy()
     np.fill_diagonal(wrong, 0)
     assert int(confusion_table(report)[1][0][2]) == wrong.max()
@@ -134,14 +134,14 @@ def test_unusable_prompts_or_labels_raise(
     few = tmp_path / "few"
     few.mkdir()
     with pytest.raises(DataError, match=r"labels .* that are not classes: 'yellow' .*; the classes are 'black'"):
-        evaluate_zero_shot(labeled, runs[:1], prompt_cache(few, COLOUR_NAMES[:5]))
+        evaluate_zero_shot(labeled, runs[:1], prompt_cache(few, COLOR_NAMES[:5]))
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(
         FingerprintError,
         match=r"text feature open_toy/mean was made with other settings: .* comes from another encoder",
     ):
-        evaluate_zero_shot(labeled, runs[:1], prompt_cache(other, COLOUR_NAMES, f"{TEXT},scale=2"))
+        evaluate_zero_shot(labeled, runs[:1], prompt_cache(other, COLOR_NAMES, f"{TEXT},scale=2"))
 
 
 def test_class_without_prompts_is_named(labeled: Path, runs: list[Path], tmp_path: Path) -> None:

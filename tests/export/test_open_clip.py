@@ -18,7 +18,7 @@ from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSet
 from embedcache.train.train import train
 from tests.encoders.checkpoints import write_clip_config
 from tests.export.runs import make_run
-from tests.pictures import write_pictures
+from tests.images import write_images
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ def _check_loads(folder: Path, run: Path) -> None:
 @pytest.fixture(scope="module")
 def cache(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preset")
-    source = open_source(write_pictures(folder / "images", 12))
+    source = open_source(write_images(folder / "images", 12))
     settings = ExtractSettings(features=("patch_mean", "mean"))
     extract(source, folder / "cache", image_encoders=[tiny["whole"]], text_encoders=[tiny["bert"]], settings=settings)
     return folder / "cache"

@@ -20,14 +20,14 @@ from embedcache.store.tables import read_table
 from embedcache.train.settings import OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.extract.cases import FEATURES, run, tree
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Twenty images, of which 3 and 9 are broken; the good files are in `good`."""
-    folder = write_pictures(tmp_path / "source", 20)
+    folder = write_images(tmp_path / "source", 20)
     (tmp_path / "good").mkdir()
     for number in (3, 9):
         name = f"{number:05d}.png"
@@ -93,7 +93,7 @@ def test_retry_rejects_changed_good_file(source: Path, tmp_path: Path) -> None:
 
 
 def test_extend_encodes_new_rows_only(tmp_path: Path) -> None:
-    source = write_pictures(tmp_path / "source", 20)
+    source = write_images(tmp_path / "source", 20)
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     before = Cache(tmp_path / "c").feature("image", "open_toy/cls").load()
     first = (tmp_path / "c/image/open_toy/cls/c/1/0").stat().st_mtime_ns
@@ -116,7 +116,7 @@ def test_extend_encodes_new_rows_only(tmp_path: Path) -> None:
 
 
 def test_extend_one_feature_then_the_other(tmp_path: Path) -> None:
-    source = write_pictures(tmp_path / "source", 20)
+    source = write_images(tmp_path / "source", 20)
     run(source, tmp_path / "c", features=("cls", "patches"), chunk_size=8)
     shutil.copy(source / "00000.png", source / "a.png")
     run(source, tmp_path / "c", features=("cls",), extend=True)
@@ -131,7 +131,7 @@ def test_extend_one_feature_then_the_other(tmp_path: Path) -> None:
 def test_extended_cache_opens_with_zarr(tmp_path: Path) -> None:
     import zarr
 
-    source = write_pictures(tmp_path / "source", 20)
+    source = write_images(tmp_path / "source", 20)
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     shutil.copy(source / "00000.png", source / "a.png")
     (source / "a.txt").write_text("a red bar")
@@ -142,7 +142,7 @@ def test_extended_cache_opens_with_zarr(tmp_path: Path) -> None:
 
 
 def test_run_and_index_survive_extend(tmp_path: Path) -> None:
-    source = write_pictures(tmp_path / "source", 60)
+    source = write_images(tmp_path / "source", 60)
     run(source, tmp_path / "c", chunk_size=16)
     settings = TrainSettings(split=SplitSettings(kind="key"), optimizer=OptimizerSettings(epochs=2, batch_size=16))
     train(tmp_path / "c", tmp_path / "run", settings=settings)

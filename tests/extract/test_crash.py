@@ -10,7 +10,7 @@ from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests.extract.cases import tree
 from tests.extract.crash import crash
-from tests.pictures import write_pictures
+from tests.images import write_images
 
 ENCODERS = ["--image-encoder", "tests.toy:open_toy", "--text-encoder", "tests.toy:open_toy", "--device", "cpu"]
 FEATURES = ["--feature", "cls,patches,tokens"]
@@ -32,7 +32,7 @@ def finish(arguments: list[str]) -> None:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty images; those in `later` are the good file of a broken one, and one to add."""
-    folder = write_pictures(tmp_path_factory.mktemp("crash") / "source", 20)
+    folder = write_images(tmp_path_factory.mktemp("crash") / "source", 20)
     later = folder.parent / "later"
     later.mkdir()
     shutil.copy(folder / "00003.png", later / "00003.png")

@@ -17,19 +17,19 @@ from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests import toy
 from tests.extract.cases import FEATURES, run, tree
-from tests.pictures import write_pictures
+from tests.images import write_images
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "source", 20)
+    return write_images(tmp_path / "source", 20)
 
 
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Views and features of all shapes, of twenty images in chunks of 8. Not to be changed."""
     folder = tmp_path_factory.mktemp("drift")
-    source = write_pictures(folder / "source", 20)
+    source = write_images(folder / "source", 20)
     run(source, folder / "c", features=FEATURES, views=("crop:0.5",), chunk_size=8)
     return folder / "c"
 

@@ -17,7 +17,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from tests.extract.cases import FEATURES, run, tree
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
@@ -26,7 +26,7 @@ NUM_IMAGES = 60
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("engines") / "source", NUM_IMAGES)
+    return write_images(tmp_path_factory.mktemp("engines") / "source", NUM_IMAGES)
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ from embedcache.sources import open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from tests.extract.cases import lines, run, tree
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty images. Not to be changed."""
-    return write_pictures(tmp_path_factory.mktemp("extract") / "source", 20)
+    return write_images(tmp_path_factory.mktemp("extract") / "source", 20)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,12 @@ def cache(extracted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(extracted, tmp_path / "c"))
 
 
-def test_cache_holds_the_encoders_outputs(pictures: Path, cache_path: Path) -> None:
+def test_cache_holds_the_encoders_outputs(image_folder: Path, cache_path: Path) -> None:
     cache = Cache(cache_path)
     image, text = open_encoder(IMAGE, modality="image"), open_encoder(TEXT, modality="text")
     for row in (0, 63, 64, 299):
         item = cache.items("image").slice(row, 1).to_pylist()[0]
-        pil_image = decode_image((pictures / item["path"]).read_bytes())
+        pil_image = decode_image((image_folder / item["path"]).read_bytes())
         expected = image.encode(image.prepare([pil_image]), ["cls", "patches"])
         for name, (value,) in expected.items():
             found = cache.feature("image", f"open_toy/{name}").gather(np.array([row]))[0]
@@ -73,7 +73,7 @@ def test_adding_a_feature_keeps_the_others(source: Path, cache: Path) -> None:
 
 
 def test_item_that_changed_before_a_feature_is_added(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "s", 6)
+    folder = write_images(tmp_path / "s", 6)
     run(folder, tmp_path / "c")
     size = (folder / "00002.png").stat().st_size
     (folder / "00002.png").write_bytes(b"x" * size)
@@ -84,7 +84,7 @@ def test_item_that_changed_before_a_feature_is_added(tmp_path: Path) -> None:
 
 
 def test_complete_encoder_is_left_alone(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "s", 6)
+    folder = write_images(tmp_path / "s", 6)
     run(folder, tmp_path / "c")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c/image/open_toy").rglob("*.parquet")}
     whole = (folder / "00002.png").read_bytes()
@@ -117,7 +117,7 @@ def png_of_size(width: int, height: int) -> bytes:
 
 
 def test_bad_items_are_rows_with_reasons(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "s", 8)
+    folder = write_images(tmp_path / "s", 8)
     (folder / "00001.png").write_bytes((folder / "00001.png").read_bytes()[:200])
     (folder / "00002.png").write_bytes(b"")
     (folder / "00003.png").write_text("not an image")
@@ -152,7 +152,7 @@ def test_damaged_chunk_is_encoded_again(source: Path, cache: Path, is_gone: bool
 
 
 def test_source_without_readable_items_raises(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "s", 3)
+    folder = write_images(tmp_path / "s", 3)
     for path in folder.glob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(SourceError, match="all 3 images failed: 3 empty file; repair the source"):
@@ -170,7 +170,7 @@ def test_shards_together_equal_one_run(source: Path, extracted: Path, tmp_path: 
 
 
 def test_equal_items_have_equal_hashes(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "s", 3)
+    folder = write_images(tmp_path / "s", 3)
     (folder / "00002.png").write_bytes((folder / "00000.png").read_bytes())
     run(folder, tmp_path / "c")
     hashes = Cache(tmp_path / "c").feature("image").hashes
@@ -202,7 +202,7 @@ def test_unknown_encoder_family_raises(source: Path, tmp_path: Path) -> None:
 
 
 def test_source_without_captions_has_no_texts(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "s", 2)
+    folder = write_images(tmp_path / "s", 2)
     for path in folder.glob("*.txt"):
         path.unlink()
     with pytest.raises(SourceError, match="has no text items; leave out --text-encoder"):

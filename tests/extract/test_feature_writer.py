@@ -11,7 +11,7 @@ from embedcache.extract import feature_writer
 from embedcache.extract.feature_writer import CpuGate
 from embedcache.store import group
 from tests.extract.cases import FEATURES, run
-from tests.pictures import write_pictures
+from tests.images import write_images
 
 
 def is_closed(gate: CpuGate) -> bool:
@@ -60,7 +60,7 @@ def test_commits_are_read_a_few_times(tmp_path: Path, monkeypatch: pytest.Monkey
         return read_commit(folder, chunk)
 
     monkeypatch.setattr(group, "read_commit", count_read)
-    source = write_pictures(tmp_path / "source", 24)
+    source = write_images(tmp_path / "source", 24)
     run(source, tmp_path / "c", features=FEATURES, chunk_size=8)
     assert set(reads.values()) == {4}  # to list missing chunks, with the lease, to commit, and for the report
     reads.clear()

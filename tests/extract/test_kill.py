@@ -9,7 +9,7 @@ import pytest
 
 from tests.extract.cases import tree
 from tests.extract.crash import start
-from tests.pictures import write_pictures
+from tests.images import write_images
 
 ENCODERS = ["--image-encoder", "tests.toy:open_toy,delay_ms=20", "--text-encoder", "tests.toy:open_toy,delay_ms=5"]
 ENCODERS += ["--feature", "cls,patches,tokens", "--chunk-size", "8", "--device", "cpu"]
@@ -25,7 +25,7 @@ def command(source: Path, cache: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("kill") / "source", NUM_IMAGES)
+    return write_images(tmp_path_factory.mktemp("kill") / "source", NUM_IMAGES)
 
 
 @pytest.fixture(scope="module")

@@ -18,34 +18,34 @@ from tests.toy import IMAGE, TEXT
 SETTINGS = ExtractSettings(features=FEATURES, chunk_size=64)
 
 
-def planned_for(pictures: Path, cache: Path, settings: ExtractSettings = SETTINGS) -> Plan:
-    return plan(open_source(pictures), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+def planned_for(image_folder: Path, cache: Path, settings: ExtractSettings = SETTINGS) -> Plan:
+    return plan(open_source(image_folder), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
 
 
-def test_planned_bytes_match_the_stored_features(pictures: Path, tmp_path: Path) -> None:
-    planned = planned_for(pictures, tmp_path / "c")
+def test_planned_bytes_match_the_stored_features(image_folder: Path, tmp_path: Path) -> None:
+    planned = planned_for(image_folder, tmp_path / "c")
     assert [feature.name for feature in planned.features] == ["open_toy/cls", "open_toy/patches", "open_toy/tokens"]
     assert [feature.num_items for feature in planned.features] == [300, 300, 300]
-    run(pictures, tmp_path / "c", features=FEATURES)
+    run(image_folder, tmp_path / "c", features=FEATURES)
     for feature in planned.features:
         folder = tmp_path / "c" / feature.modality / feature.name
         stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "zarr.json")
         assert 300 * feature.item_bytes == pytest.approx(stored, rel=0.1)  # the last chunk is padded
 
 
-def test_plan_measures_a_rate_and_stores_nothing(pictures: Path, tmp_path: Path) -> None:
-    planned = planned_for(pictures, tmp_path / "c")
+def test_plan_measures_a_rate_and_stores_nothing(image_folder: Path, tmp_path: Path) -> None:
+    planned = planned_for(image_folder, tmp_path / "c")
     assert not [name for name in tree(tmp_path / "c") if "chunks" in name or "/c/" in name]
     assert planned.rates["image"] > 1
     assert planned.hours("image") == pytest.approx(300 / planned.rates["image"] / 3600)
 
 
-def test_plan_skips_existing_chunks(pictures: Path, tmp_path: Path) -> None:
-    run(pictures, tmp_path / "c", features=("cls",), chunk_size=64, shard="0/5")
-    planned = planned_for(pictures, tmp_path / "c")
+def test_plan_skips_existing_chunks(image_folder: Path, tmp_path: Path) -> None:
+    run(image_folder, tmp_path / "c", features=("cls",), chunk_size=64, shard="0/5")
+    planned = planned_for(image_folder, tmp_path / "c")
     assert {feature.name: feature.num_items for feature in planned.features}["open_toy/cls"] == 236
-    run(pictures, tmp_path / "c", features=FEATURES)
-    assert planned_for(pictures, tmp_path / "c").features == []
+    run(image_folder, tmp_path / "c", features=FEATURES)
+    assert planned_for(image_folder, tmp_path / "c").features == []
 
 
 def test_plan_beyond_disk_space_raises() -> None:
@@ -60,14 +60,16 @@ def test_plan_beyond_disk_space_raises() -> None:
     )
     assert planned.hours("image") == pytest.approx(2.78, abs=0.01)
     assert planned.memory_bytes == 2 * 2048 * 530_000
-    with pytest.raises(DiskFullError, match=r"1,000\.00 GB free, but .* take 10,600\.48 GB; free 9,600\.48 GB"):
+    with pytest.raises(
+        DiskFullError, match=r"expected 10,600\.48 GB of free disk space, got 1,000\.00 GB; free 9,600\.48 GB"
+    ):
         planned.check_space()
     replace(planned, free_bytes=None).check_space()
 
 
 @pytest.mark.parametrize("threads", [None, 2])
 def test_plan_uses_the_threads_of_extraction(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None
 ) -> None:
     names, prepare = set(), toy.ToyImages.prepare
 
@@ -78,5 +80,5 @@ def test_plan_uses_the_threads_of_extraction(
 
     monkeypatch.setattr("embedcache.extract.settings.num_cores", lambda: 1)
     monkeypatch.setattr(toy.ToyImages, "prepare", record_thread)
-    plan(open_source(pictures), tmp_path / "c", image_encoders=[IMAGE], settings=ExtractSettings(threads=threads))
+    plan(open_source(image_folder), tmp_path / "c", image_encoders=[IMAGE], settings=ExtractSettings(threads=threads))
     assert len(names) == (threads or 1)

@@ -17,7 +17,7 @@ from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
 from tests.extract.cases import FEATURES
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.sources.s3 import bucket, s3_server, upload
 from tests.toy import IMAGE, TEXT
@@ -29,12 +29,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Three tars of ten pictures each."""
-    pictures, folder = write_pictures(tmp_path / "pictures", 30), tmp_path / "shards"
+    """Three tars of ten images each."""
+    image_folder, folder = write_images(tmp_path / "images", 30), tmp_path / "shards"
     folder.mkdir()
     for shard in range(3):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for path in sorted(pictures.iterdir())[20 * shard : 20 * (shard + 1)]:
+            for path in sorted(image_folder.iterdir())[20 * shard : 20 * (shard + 1)]:
                 tar.add(path, path.name)
     return folder
 

@@ -10,7 +10,7 @@ from embedcache.extract.views import open_view
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from tests.extract.cases import run
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE
 
 
@@ -28,7 +28,7 @@ shout.modality = "text"  # type: ignore[attr-defined]
 
 
 def test_view_is_a_feature_of_its_own(tmp_path: Path) -> None:
-    source = write_pictures(tmp_path / "s", 6)
+    source = write_images(tmp_path / "s", 6)
     views = ("crop:0.5", "flip", "tests.extract.test_views:gray", "tests.extract.test_views:shout")
     run(source, tmp_path / "c", views=views)
     cache, encoder = Cache(tmp_path / "c"), open_encoder(IMAGE, modality="image")
@@ -52,7 +52,7 @@ def test_view_is_a_feature_of_its_own(tmp_path: Path) -> None:
 
 
 def test_changed_view_function_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write_pictures(tmp_path / "s", 4)
+    source = write_images(tmp_path / "s", 4)
     run(source, tmp_path / "c", views=("tests.extract.test_views:gray",))
     monkeypatch.setattr("tests.extract.test_views.gray", shout)
     monkeypatch.delattr(shout, "modality")

@@ -15,7 +15,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.layout import FORMAT_VERSION, write_info
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 FOLDER = Path(__file__).parent
@@ -27,7 +27,7 @@ def make() -> Path:
     path = FOLDER / f"cache-{FORMAT_VERSION}"
     shutil.rmtree(path, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
-        source = write_pictures(Path(folder) / "golden", 10)
+        source = write_images(Path(folder) / "golden", 10)
         (source / "00003.png").write_bytes(b"")
         (source / "00006.txt").write_text("")
         (source / "00001.txt").write_text("a first caption\nand a second one\n")

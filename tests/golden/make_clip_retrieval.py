@@ -1,10 +1,10 @@
-"""Made `clip-retrieval-2.45/`: what clip-retrieval 2.45.0 itself writes of twelve pictures, with a tiny model.
+"""Made `clip-retrieval-2.45/`: what clip-retrieval 2.45.0 itself writes of twelve images, with a tiny model.
 
     python -m venv peer && peer/bin/pip install clip-retrieval==2.45.0 "setuptools<70"
     peer/bin/python tests/golden/make_clip_retrieval.py FOLDER
 
 It runs clip-retrieval's `inference` on WebDataset tars, three partitions of four rows: its `files` input finds no
-caption of a picture in this version. The model is a random CLIP of `transformers`, from a seed, so its vectors mean
+caption of an image in this version. The model is a random CLIP of `transformers`, from a seed, so its vectors mean
 nothing. The arrays and tables of FOLDER/tree are copied as they were written.
 """
 
@@ -37,21 +37,21 @@ def write_model(folder: Path) -> Path:
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     size = {"shortest_edge": SIDE_PX}
-    pictures = CLIPImageProcessor(size=size, crop_size={"height": SIDE_PX, "width": SIDE_PX})
-    CLIPProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(folder)
+    image_processor = CLIPImageProcessor(size=size, crop_size={"height": SIDE_PX, "width": SIDE_PX})
+    CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
     return folder
 
 
 def write_shards(folder: Path) -> str:
-    """Write three tars of four pictures of one colour, each with a caption and metadata."""
+    """Write three tars of four images of one color, each with a caption and metadata."""
     folder.mkdir()
     shards = [folder / f"{number:05d}.tar" for number in range(3)]
     for number in range(12):
-        colour = (20 * number, 255 - 20 * number, 128)
-        picture = io.BytesIO()
-        Image.new("RGB", (SIDE_PX, SIDE_PX), colour).save(picture, "JPEG")
+        color = (20 * number, 255 - 20 * number, 128)
+        image = io.BytesIO()
+        Image.new("RGB", (SIDE_PX, SIDE_PX), color).save(image, "JPEG")
         about = {"key": f"square-{number:02d}", "label": number % 3, "split": "test" if number > 8 else "train"}
-        files = {"jpg": picture.getvalue(), "txt": f"a square, number {number}".encode()}
+        files = {"jpg": image.getvalue(), "txt": f"a square, number {number}".encode()}
         files["json"] = json.dumps(about).encode()
         with tarfile.open(shards[number // 4], "a") as tar:
             for suffix, data in files.items():

@@ -8,7 +8,7 @@ import pytest
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 NUM_SAMPLES = 40
@@ -18,16 +18,16 @@ TWO_CAPTIONS = 3
 
 @pytest.fixture(scope="session")
 def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty pictures with a caption each and columns `label` and `split`, in chunks of 16. Not to be changed."""
+    """Forty images with a caption each and columns `label` and `split`, in chunks of 16. Not to be changed."""
     folder = tmp_path_factory.mktemp("labeled")
-    pictures = write_pictures(folder / "pictures", NUM_SAMPLES)
+    image_folder = write_images(folder / "images", NUM_SAMPLES)
     rows = []
-    for number, path in enumerate(sorted(pictures.glob("*.png"))):
+    for number, path in enumerate(sorted(image_folder.glob("*.png"))):
         said = [path.with_suffix(".txt").read_text().strip()]
         said += ["another caption"] * (number == TWO_CAPTIONS)
-        about = {"key": f"{number:032x}", "image": f"pictures/{path.name}", "captions": said, "language": "en"}
+        about = {"key": f"{number:032x}", "image": f"images/{path.name}", "captions": said, "language": "en"}
         rows.append({**about, "label": number % 3, "split": "test" if number >= 30 else "train"})
-    (pictures / f"{FAILED:05d}.png").write_bytes(b"no picture")
+    (image_folder / f"{FAILED:05d}.png").write_bytes(b"not an image")
     (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ExtractSettings(chunk_size=16)
     extract(

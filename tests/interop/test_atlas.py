@@ -44,8 +44,8 @@ def test_columns_that_embedding_atlas_reads(labeled: Path, tmp_path: Path) -> No
     cache = Cache(labeled)
     expected = normalize(cache.feature("image").gather(np.flatnonzero(cache.feature("image").valid)))
     np.testing.assert_allclose(vectors, expected, atol=1e-6)
-    picture = Image.open(io.BytesIO(points["image"][0]["bytes"]))
-    assert (picture.format, picture.size) == ("WEBP", (32, 32))
+    image = Image.open(io.BytesIO(points["image"][0]["bytes"]))
+    assert (image.format, image.size) == ("WEBP", (32, 32))
     assert points["text"][0] == cache.items("text")["text"][0].as_py()
 
 
@@ -56,13 +56,13 @@ def test_image_paths_or_none(labeled: Path, tmp_path: Path) -> None:
 
 
 def test_missing_image_is_null(labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = labeled.parent / "pictures" / "00002.png"
+    path = labeled.parent / "images" / "00002.png"
     moved = path.rename(tmp_path / "00002.png")
     try:
         points = write(labeled, tmp_path / "atlas.parquet")
     finally:
         moved.rename(path)
-    assert [row for row, picture in enumerate(points["image"]) if picture is None] == [2]
+    assert [row for row, image in enumerate(points["image"]) if image is None] == [2]
 
 
 def test_points_of_captions(labeled: Path, tmp_path: Path) -> None:

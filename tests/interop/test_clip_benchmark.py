@@ -18,9 +18,10 @@ from torch.utils.data import default_collate
 
 from embedcache.cli.main import app
 from embedcache.dataset.inputs import open_input
+from embedcache.dataset.prompts import read_prompts
 from embedcache.errors import FingerprintError, MissingExtraError, PathError, SettingError
-from embedcache.evaluate.runs import load_runs
-from embedcache.evaluate.zero_shot import class_vectors, read_prompts
+from embedcache.evaluate.runs import load_runs, run_input
+from embedcache.evaluate.zero_shot import class_vectors
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.interop.clip_benchmark import evaluate, load, top_k_accuracy
@@ -40,11 +41,11 @@ HALF = 2e-3  # features of float16, which has 11 bits
 
 
 @pytest.fixture(scope="module")
-def exact_cache(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the pictures that keeps every bit of the encoder's float32."""
+def exact_cache(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the images that keeps every bit of the encoder's float32."""
     path = tmp_path_factory.mktemp("exact") / "cache"
     settings = ExtractSettings(features=FEATURES, dtype="float32")
-    extract(open_source(pictures), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    extract(open_source(image_folder), path, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return path
 
 
@@ -62,10 +63,10 @@ def cached_vectors(cache_path: Path, run_path: Path, modality: str) -> np.ndarra
 
 
 @pytest.mark.parametrize("name", SIDES)
-def test_vectors_equal_cache(name: str, exact_cache: Path, pictures: Path, runs: dict[str, Path]) -> None:
+def test_vectors_equal_cache(name: str, exact_cache: Path, image_folder: Path, runs: dict[str, Path]) -> None:
     model, transform, tokenizer = load("embedcache", str(runs[name]))
-    images = [transform(Image.open(path)) for path in sorted(pictures.glob("*.png"))[:20]]
-    texts = [path.read_text().strip() for path in sorted(pictures.glob("*.txt"))[:20]] + ["bar"]
+    images = [transform(Image.open(path)) for path in sorted(image_folder.glob("*.png"))[:20]]
+    texts = [path.read_text().strip() for path in sorted(image_folder.glob("*.txt"))[:20]] + ["bar"]
     with torch.no_grad():
         image_vectors = model.eval().encode_image(default_collate(images).to("cpu"))
         text_vectors = model.encode_text(tokenizer(texts).to("cpu"))
@@ -77,9 +78,9 @@ def test_vectors_equal_cache(name: str, exact_cache: Path, pictures: Path, runs:
     np.testing.assert_allclose(text_vectors[-1], alone, atol=CLOSE)
 
 
-def test_autocast_changes_no_vector(pictures: Path, runs: dict[str, Path]) -> None:
+def test_autocast_changes_no_vector(image_folder: Path, runs: dict[str, Path]) -> None:
     model, transform, tokenizer = load("embedcache", runs["vectors"])
-    image, tokens = transform(Image.open(pictures / "00000.png"))[None], tokenizer(["red bar", "blue"])
+    image, tokens = transform(Image.open(image_folder / "00000.png"))[None], tokenizer(["red bar", "blue"])
     plain = (model.encode_image(image), model.encode_text(tokens))
     with torch.no_grad(), torch.autocast("cpu", enabled=True):
         mixed = (model.encode_image(image), model.encode_text(tokens))
@@ -110,12 +111,14 @@ def test_image_modes_are_prepared_as_in_extraction(kind: str, runs: dict[str, Pa
     assert torch.equal(transform(Image.open(io.BytesIO(file.getvalue()))), expected)
 
 
-def test_view_of_run_is_applied(pictures: Path, tmp_path: Path) -> None:
+def test_view_of_run_is_applied(image_folder: Path, tmp_path: Path) -> None:
     settings = ExtractSettings(views=("crop:0.5",), dtype="float32")
-    extract(open_source(pictures), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    extract(
+        open_source(image_folder), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings
+    )
     run = train_run(tmp_path / "cache", tmp_path / "run", "open_toy@crop-0.5/cls", "open_toy/mean", "linear")
     model, transform, _ = load("embedcache", run)
-    images = [transform(Image.open(path)) for path in sorted(pictures.glob("*.png"))[:20]]
+    images = [transform(Image.open(path)) for path in sorted(image_folder.glob("*.png"))[:20]]
     expected = cached_vectors(tmp_path / "cache", run, "image")[:20]
     np.testing.assert_allclose(model.encode_image(default_collate(images)).numpy(), expected, atol=CLOSE)
 
@@ -125,12 +128,14 @@ def test_no_texts_give_no_vectors(runs: dict[str, Path]) -> None:
     assert model.encode_text(tokenizer([])).shape == (0, 16)
 
 
-def pairs_of(pictures: Path, transform: object, count: int) -> Iterator[tuple[torch.Tensor, Sequence[Sequence[str]]]]:
-    """Batches of pictures with one to three captions each, all different."""
+def pairs_of(
+    image_folder: Path, transform: object, count: int
+) -> Iterator[tuple[torch.Tensor, Sequence[Sequence[str]]]]:
+    """Batches of images with one to three captions each, all different."""
     for start in range(0, count, 16):
         numbers = range(start, min(start + 16, count))
-        images = [transform(Image.open(pictures / f"{number:05d}.png")) for number in numbers]
-        captions = [(pictures / f"{number:05d}.txt").read_text().strip() for number in numbers]
+        images = [transform(Image.open(image_folder / f"{number:05d}.png")) for number in numbers]
+        captions = [(image_folder / f"{number:05d}.txt").read_text().strip() for number in numbers]
         yield (
             default_collate(images),
             [
@@ -140,9 +145,9 @@ def pairs_of(pictures: Path, transform: object, count: int) -> Iterator[tuple[to
         )
 
 
-def test_retrieval_equals_clip_benchmark(pictures: Path, runs: dict[str, Path]) -> None:
+def test_retrieval_equals_clip_benchmark(image_folder: Path, runs: dict[str, Path]) -> None:
     model, transform, tokenizer = load("embedcache", runs["vectors"])
-    batches = list(pairs_of(pictures, transform, 100))
+    batches = list(pairs_of(image_folder, transform, 100))
     theirs = zeroshot_retrieval.evaluate(model, batches, tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
     captions = [texts for _, batch in batches for texts in batch]
     images = torch.cat([model.encode_image(batch) for batch, _ in batches]).numpy()
@@ -211,7 +216,7 @@ def embedcache(*words: object, cwd: Path) -> str:
 
 
 def write_emoji(folder: Path, every: int) -> Path:
-    """Write some of OpenMoji's pictures with their English names beside them."""
+    """Write some of OpenMoji's images with their English names beside them."""
     folder.mkdir()
     source = open_source("openmoji:en")
     for number, sample in enumerate(source.samples()):
@@ -267,6 +272,7 @@ def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path, monkeypatch: pytes
         assert theirs[field] == ours[field]
     assert 0 < ours["metrics"]["acc5"] < 1
     [loaded] = load_runs([run])
-    classes = class_vectors(read_prompts(Cache(tmp_path / "prompts"), loaded), loaded)
+    prompts = Cache(tmp_path / "prompts")
+    classes = class_vectors(read_prompts(prompts, run_input(prompts, loaded.config, "text")), loaded)
     found = torch.load(tmp_path / "classes.pt", weights_only=True).T
     np.testing.assert_allclose(found, classes, atol=HALF)

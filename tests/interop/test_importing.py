@@ -146,10 +146,10 @@ def test_train_and_index_on_import(tree: Path, tmp_path: Path) -> None:
         search(tmp_path / "index", ["a dog"])
 
 
-def test_extract_into_import_raises(tree: Path, tmp_path: Path, pictures: Path) -> None:
+def test_extract_into_import_raises(tree: Path, tmp_path: Path, image_folder: Path) -> None:
     import_files(open_clip_retrieval(tree), tmp_path / "cache")
     with pytest.raises(SettingError, match="was imported from .*: it has vectors, but no images or texts to encode"):
-        extract(open_source(pictures), tmp_path / "cache", image_encoders=["tests.toy:open_toy"])
+        extract(open_source(image_folder), tmp_path / "cache", image_encoders=["tests.toy:open_toy"])
     with pytest.raises(PathError, match="no such file or folder: imported:"):  # not a kind of source to choose
         extract(open_source(f"imported:{tree}"), tmp_path / "other", image_encoders=["tests.toy:open_toy"])
 

@@ -8,7 +8,7 @@ from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from pipelines.noisy_openmoji import spread_split, swap_parts
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import TEXT
 
 SPLIT = Split(keys=["00000", "00001", "00002"], parts=["train", "val", "test"], groups=[0, 5, 2])
@@ -18,7 +18,7 @@ SPLIT = Split(keys=["00000", "00001", "00002"], parts=["train", "val", "test"], 
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """Cache of pairs: one each of samples 00000 and 00003, two of 00001."""
     folder = tmp_path_factory.mktemp("pairs")
-    images = write_pictures(folder / "images", 4)
+    images = write_images(folder / "images", 4)
     (images / "00001.json").write_text(json.dumps({"captions": ["one"]}))
     (images / "00002.txt").unlink()
     extract(open_source(f"pairs:{images}"), folder / "cache", text_encoders=[TEXT])

@@ -16,8 +16,8 @@ from embedcache.provenance import read_json, write_json
 from embedcache.reports.probe import probe_json
 from embedcache.reports.results import clip_benchmark_result, retrieval_result, write_results, zero_shot_result
 from embedcache.sources import open_source
+from tests.images import write_images
 from tests.interop.runs import SIDES, train_run
-from tests.pictures import write_pictures
 from tests.toy import IMAGE, TEXT
 
 pytestmark = pytest.mark.slow
@@ -28,11 +28,11 @@ CLASSES = ("red", "green", "blue", "yellow", "black")
 
 @pytest.fixture(scope="module")
 def folder(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, `labeled` with pictures in class folders, and `prompts` for these classes."""
+    """A run, `labeled` with images in class folders, and `prompts` for these classes."""
     folder = tmp_path_factory.mktemp("results")
     train_run(cache_path, folder / "run", *SIDES["vectors"])
     for number, name in enumerate(CLASSES):
-        write_pictures(folder / "source" / name, 6, seed=number)
+        write_images(folder / "source" / name, 6, seed=number)
     extract(open_source(folder / "source"), folder / "labeled", image_encoders=[IMAGE])
     (folder / "names.txt").write_text("\n".join(CLASSES) + "\n")
     extract(open_source(f"prompts:{folder / 'names.txt'}"), folder / "prompts", text_encoders=[TEXT])

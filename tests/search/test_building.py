@@ -24,7 +24,7 @@ from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE
 
 KINDS = ("Flat", "HNSW8", "IVF4,SQ8", "IVF4,RaBitQ,Refine(SQ8)")
@@ -47,7 +47,7 @@ build_index(cache, index, IndexSettings(feature="open_toy/cls", min_recall=0.0, 
 
 
 def write_cache(folder: Path, count: int, chunk_size: int = 16) -> Path:
-    source = open_source(write_pictures(folder / "source", count))
+    source = open_source(write_images(folder / "source", count))
     settings = ExtractSettings(chunk_size=chunk_size, extend=(folder / "cache").exists())
     extract(source, folder / "cache", image_encoders=[IMAGE], settings=settings)
     return folder / "cache"
@@ -139,7 +139,7 @@ def test_new_samples_are_added(tmp_path: Path, factory: str) -> None:
 
 
 def test_retried_item_is_added(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "source", 20)
+    folder = write_images(tmp_path / "source", 20)
     good = (folder / "00004.png").read_bytes()
     (folder / "00004.png").write_bytes(b"")
     source = open_source(folder)
@@ -173,7 +173,7 @@ def test_build_on_other_samples_raises(tmp_path: Path) -> None:
     build_index(cache, tmp_path / "index", IndexSettings(**FEATURE))
     shutil.rmtree(cache)
     shutil.rmtree(tmp_path / "source")
-    write_pictures(tmp_path / "source", 30, seed=3)
+    write_images(tmp_path / "source", 30, seed=3)
     extract(open_source(tmp_path / "source"), cache, image_encoders=[IMAGE])
     with pytest.raises(FingerprintError, match="was built from other samples than .*; give the path of a new folder"):
         build_index(cache, tmp_path / "index", IndexSettings(**FEATURE))
@@ -217,7 +217,7 @@ def test_on_disk_new_samples_are_added(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(index.rows.tolist()) == list(range(70))
     vectors = Vectors(cache, "image", "open_toy/cls").read(index.rows)
     scores, rows = index.search(vectors, 10, {"nprobe": 4})
-    assert (rows == index.rows[:, None]).any(axis=1).all()  # some pictures look alike
+    assert (rows == index.rows[:, None]).any(axis=1).all()  # some images look alike
     assert scores[:, 0] == pytest.approx(1, abs=2e-3)
 
 

@@ -13,8 +13,8 @@ from embedcache.search.concepts import open_concepts
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from tests.images import COLORS, write_images
 from tests.interop.runs import SIDES, train_run
-from tests.pictures import COLORS, write_pictures
 from tests.toy import IMAGE, TEXT
 
 NAMES = sorted(COLORS)
@@ -33,7 +33,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty pictures in a folder for each background, one of them broken."""
+    """Sixty images in a folder for each background, one of them broken."""
     folder = tmp_path_factory.mktemp("labeled")
     return labeled_cache(folder, 60, broken=["00007"])
 
@@ -47,13 +47,13 @@ def prompt_cache(folder: Path, names: Sequence[str], text: str = TEXT) -> Path:
 
 
 def labeled_cache(folder: Path, count: int, *, broken: Sequence[str] = (), image: str = IMAGE) -> Path:
-    pictures = write_pictures(folder / "all", count, seed=5)
-    for picture in sorted(pictures.glob("*.png")):
-        back = picture.with_suffix(".txt").read_text().split()[-1]
+    image_folder = write_images(folder / "all", count, seed=5)
+    for path in sorted(image_folder.glob("*.png")):
+        back = path.with_suffix(".txt").read_text().split()[-1]
         (folder / "sorted" / back).mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture, folder / "sorted" / back)
-        if picture.stem in broken:
-            (folder / "sorted" / back / picture.name).write_bytes(b"no picture")
+        shutil.copy(path, folder / "sorted" / back)
+        if path.stem in broken:
+            (folder / "sorted" / back / path.name).write_bytes(b"not an image")
     extract(open_source(folder / "sorted"), folder / "cache", image_encoders=[image])
     return folder / "cache"
 

@@ -22,7 +22,7 @@ from embedcache.search.settings import Filter, IndexSettings, SearchSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 
@@ -95,7 +95,7 @@ def test_part_of_run_split(cache_path: Path, run_path: Path, index_path: Path) -
 
 
 def test_language(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "photos", 12)
+    write_images(tmp_path / "photos", 12)
     for path in sorted((tmp_path / "photos").glob("*.txt"))[:4]:
         path.with_suffix(".json").write_text(json.dumps({"caption": f"rot {path.stem}", "language": "de"}))
     extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])

@@ -18,7 +18,7 @@ from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 
@@ -102,7 +102,7 @@ def test_memory_and_recall_choose_index(cache_path: Path, tmp_path: Path) -> Non
     assert build_index(cache_path, path, IndexSettings(feature=feature, min_recall=0.8)) == card
     with pytest.raises(SettingError, match=r"takes 3\d,\d+ bytes with 300 items, requested at most 2,000"):
         build_index(cache_path, path, IndexSettings(feature=feature, memory=2000))
-    with pytest.raises(SettingError, match=r"min_recall: expected a number of at least 0 and of at most 1, got 1.2"):
+    with pytest.raises(SettingError, match=r"min_recall: expected a number from 0 to 1, got 1.2"):
         build_index(cache_path, path, IndexSettings(feature=feature, min_recall=1.2))
     assert card.recall_at_10 < 1
     with pytest.raises(SettingError, match=r"has recall@10 .*, requested at least 1; give the path of a new folder"):
@@ -139,7 +139,7 @@ def test_gpu_training_reaches_recall(cache_path: Path, tmp_path: Path) -> None:
 
 
 def test_failed_items_are_not_indexed(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "s", 30)
+    folder = write_images(tmp_path / "s", 30)
     (folder / "00004.png").write_bytes(b"")
     extract(
         open_source(folder),

@@ -20,7 +20,7 @@ from embedcache.store.cache import Cache
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.train import train
 from tests.evaluate.test_retrieval import train_run
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import TEXT
 
 
@@ -67,14 +67,14 @@ def test_search_on_other_samples_raises(cache_path: Path, tmp_path: Path) -> Non
     shutil.copytree(cache_path, tmp_path / "cache")
     build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
     shutil.rmtree(tmp_path / "cache")
-    source = open_source(write_pictures(tmp_path / "s", 30, seed=5))
+    source = open_source(write_images(tmp_path / "s", 30, seed=5))
     extract(source, tmp_path / "cache", text_encoders=[TEXT])
     with pytest.raises(FingerprintError, match="built from other samples"):
         search(tmp_path / "index", ["red"])
 
 
 def test_search_with_changed_encoder_raises(tmp_path: Path) -> None:
-    source = open_source(write_pictures(tmp_path / "s", 30))
+    source = open_source(write_images(tmp_path / "s", 30))
     extract(source, tmp_path / "c", text_encoders=[TEXT])
     build_index(tmp_path / "c", tmp_path / "index", IndexSettings(modality="text"))
     card = json.loads((tmp_path / "index" / "card.json").read_text())
@@ -148,10 +148,10 @@ def test_invalid_search_raises(cache_path: Path, index_path: Path, tmp_path: Pat
         search(tmp_path / "no", ["red"])
 
 
-def test_query_images_keys_and_vectors(cache_path: Path, pictures: Path, run_path: Path, index_path: Path) -> None:
+def test_query_images_keys_and_vectors(cache_path: Path, image_folder: Path, run_path: Path, index_path: Path) -> None:
     pair, _ = load_pair(run_path)
     images = project(pair.image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
-    paths = [pictures / "00005.png", pictures / "00012.png"]
+    paths = [image_folder / "00005.png", image_folder / "00012.png"]
     asked = Queries(images=paths, keys=["00005", "00012"], vectors=3 * images[[5, 12]])
     assert asked.names == [*map(str, paths), "00005", "00012", "vector 0", "vector 1"]
     found = search(index_path, asked, SearchSettings(k=4))
@@ -162,13 +162,13 @@ def test_query_images_keys_and_vectors(cache_path: Path, pictures: Path, run_pat
         assert hits[0].row == row
 
 
-def test_query_image_of_text_index(cache_path: Path, pictures: Path, run_path: Path, tmp_path: Path) -> None:
+def test_query_image_of_text_index(cache_path: Path, image_folder: Path, run_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path, modality="text"))
     pair, _ = load_pair(run_path)
     cache = Cache(cache_path)
     image = project(pair.image, Inputs(cache.feature("image", "open_toy/cls").load()[5:6]))
     texts = project(pair.text, Inputs(cache.feature("text", "open_toy/mean").load()))
-    (hits,) = search(tmp_path / "index", Queries(images=[pictures / "00005.png"]), SearchSettings(k=3))
+    (hits,) = search(tmp_path / "index", Queries(images=[image_folder / "00005.png"]), SearchSettings(k=3))
     np.testing.assert_allclose([hit.score for hit in hits], -np.sort(-(texts @ image[0]))[:3], atol=2e-3)
 
 
@@ -206,7 +206,7 @@ def test_query_concept_of_other_encoder_raises(cache_path: Path, concepts: Path,
 
 
 def test_invalid_queries_raise(
-    labeled_index: Path, index_path: Path, concepts: Path, pictures: Path, tmp_path: Path
+    labeled_index: Path, index_path: Path, concepts: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UnknownNameError, match="no sample of .* has the key 'x'; the first has '00000'"):
         search(index_path, Queries(keys=["00001", "x"]))

@@ -10,7 +10,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.search.vectors import Vectors, run_pass
 from embedcache.sources import open_source
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE
 
 Found = tuple[list[int], np.ndarray]
@@ -28,11 +28,11 @@ class Sums:
 
 @pytest.fixture(scope="module")
 def holed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty pictures in chunks of four, whose third and second chunk has broken ones."""
+    """Thirty images in chunks of four, whose third and second chunk has broken ones."""
     folder = tmp_path_factory.mktemp("holed")
-    write_pictures(folder / "s", 30)
+    write_images(folder / "s", 30)
     for number in (8, 9, 10, 11, 5):
-        (folder / "s" / f"{number:05d}.png").write_bytes(b"no picture")
+        (folder / "s" / f"{number:05d}.png").write_bytes(b"not an image")
     extract(open_source(folder / "s"), folder / "cache", image_encoders=[IMAGE], settings=ExtractSettings(chunk_size=4))
     return folder / "cache"
 

@@ -85,8 +85,8 @@ class Browsing:
         columns = "getComputedStyle(document.querySelector('#results')).gridTemplateColumns.split(' ').length"
         return int(self.page.evaluate(columns))
 
-    def shown_pictures(self) -> int:
-        """Wait for the first pictures, and count those that have loaded."""
+    def shown_images(self) -> int:
+        """Wait for the first images, and count those that have loaded."""
         all_of = "[...document.querySelectorAll('#results img')]"
         self.page.wait_for_function(f"() => {all_of}.slice(0, 4).every((one) => one.complete && one.naturalWidth)")
         return int(self.page.evaluate(f"{all_of}.filter((one) => one.naturalWidth).length"))

@@ -21,7 +21,7 @@ from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
 from tests.evaluate.test_retrieval import train_run
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 PORT = 8000
@@ -35,10 +35,10 @@ def visit(served: SearchService, *, token: str | None = None, app: object = None
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eighty captioned pictures in two splits and two classes, with a run, an index and concepts. Not to be changed."""
+    """Eighty captioned images in two splits and two classes, with a run, an index and concepts. Not to be changed."""
     place = tmp_path_factory.mktemp("serve")
     for number, name in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
-        folder = write_pictures(place / "photos" / name, 20, seed=number)
+        folder = write_images(place / "photos" / name, 20, seed=number)
         for path in sorted(folder.glob("*.txt"))[:5]:
             english = path.read_text().strip()
             path.with_suffix(".json").write_text(json.dumps({"caption": f"{english} auf deutsch", "language": "de"}))

@@ -23,7 +23,7 @@ from embedcache.serve.server import bind, config
 from embedcache.serve.service import ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.serve.browser import Browsing, open_browser
 from tests.toy import IMAGE
 from tests.toy import TEXT as TEXT_ENCODER
@@ -75,7 +75,7 @@ def test_text_query(page: Browsing, place: Path) -> None:
     page.type(TEXT)
     assert page.captions()[:10] == captions_of(place, [TEXT])
     assert "60 results, best first" in page.text("#status")
-    assert page.shown_pictures() > 3
+    assert page.shown_images() > 3
     assert page.page.url.endswith("/?q=red+bar+left+on+white")
     page.page.click("#more")
     page.wait_for("#status", "80 results")
@@ -197,7 +197,7 @@ _NAMELESS = """all => all.filter(one => !one.closest('[hidden]')).filter(one =>
 def test_captions_are_not_markup(browser: Any, tmp_path: Path) -> None:
     """A caption with a script is shown as it is written."""
     evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-    write_pictures(tmp_path / "photos", 5)
+    write_images(tmp_path / "photos", 5)
     for path in (tmp_path / "photos").glob("*.txt"):
         path.write_text(evil)
     extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT_ENCODER])

@@ -29,7 +29,7 @@ from embedcache.serve.server import bind
 from embedcache.serve.service import SearchService, ServePaths, open_service
 from embedcache.serve.settings import ServeSettings
 from embedcache.sources import open_source
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.serve.conftest import visit
 from tests.toy import IMAGE, TEXT
 
@@ -124,8 +124,8 @@ def test_cross_site_requests_are_rejected(client: TestClient) -> None:
 
 
 def test_long_bodies_are_rejected(client: TestClient) -> None:
-    picture = "/api/search/image"
-    assert client.post(picture, content=b"x" * 200_001).status_code == 413
+    url = "/api/search/image"
+    assert client.post(url, content=b"x" * 200_001).status_code == 413
     assert client.post("/api/search", content=b"x" * 65_537).status_code == 413
 
     assert client.post("/api/search", content=b"[" * 60_000).status_code in (400, 422)
@@ -134,7 +134,7 @@ def test_long_bodies_are_rejected(client: TestClient) -> None:
         for _ in range(300):
             yield b"x" * 1000
 
-    answer = client.post(picture, content=chunks())  # no Content-Length
+    answer = client.post(url, content=chunks())  # no Content-Length
     assert answer.status_code == 413
     assert "too many bytes; expected at most 200,000" in answer.json()["error"]
 
@@ -215,8 +215,8 @@ def test_slow_requests_time_out(served: SearchService, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
-    """A cache of a folder of eight pictures, its index of plain features, and a secret picture outside."""
-    write_pictures(tmp_path / "photos", 8)
+    """A cache of a folder of eight images, its index of plain features, and a secret image outside."""
+    write_images(tmp_path / "photos", 8)
     extract(open_source(tmp_path / "photos"), tmp_path / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
     build_index(tmp_path / "cache", tmp_path / "index", IndexSettings(feature="open_toy/cls"))
     Image.new("RGB", (32, 32), "red").save(tmp_path / "secret.png")
@@ -224,7 +224,7 @@ def hostile(tmp_path: Path) -> Path:
 
 
 def tamper(cache: Path, *, path: str | None = None, source: dict[str, Any] | None = None, **changes: int) -> None:
-    """Make a cache say that its first picture, or all of them, are elsewhere."""
+    """Make a cache say that its first image, or all of them, are elsewhere."""
     if source is not None:
         info = read_json(cache / "cache.json")
         write_json(cache / "cache.json", {**info, "source": {**info["source"], **source}})

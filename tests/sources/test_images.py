@@ -143,7 +143,7 @@ def test_empty_file_raises() -> None:
         decode_image(b"")
 
 
-@pytest.mark.parametrize("data", [b"a caption, not a picture", b"\x00", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
+@pytest.mark.parametrize("data", [b"a caption, not an image", b"\x00", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
 def test_other_content_raises(data: bytes) -> None:
     with pytest.raises(ItemError, match="not an image"):
         decode_image(data)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
 from embedcache.testing.sources import SourceContract
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.sources.files import write
 
 TEXTS = ["a photo of a cat", "ein Käse", "猫"]
@@ -108,7 +108,7 @@ def test_other_files_raise(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_pictures(tmp_path, 3)
+    write_images(tmp_path, 3)
     (tmp_path / "00001.txt").write_text("one\ntwo\n")
     (tmp_path / "00002.txt").unlink()
     return tmp_path

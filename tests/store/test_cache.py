@@ -6,7 +6,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache, describe_cache, describe_feature, failure_lines
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE
 
 
@@ -14,7 +14,7 @@ from tests.toy import IMAGE
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """A cache of 20 images, of which 7 cannot be read."""
     folder = tmp_path_factory.mktemp("failures")
-    source = write_pictures(folder / "source", 20)
+    source = write_images(folder / "source", 20)
     for row in range(3, 10):
         (source / f"{row:05d}.png").write_bytes(b"")
     settings = ExtractSettings(features=("cls",), chunk_size=4)

@@ -79,14 +79,14 @@ def test_verify_ignores_uncounted_rows(copy: Path) -> None:
     assert verify(Cache(copy)) == []
 
 
-def test_repair_after_verify(copy: Path, cache_path: Path, pictures: Path) -> None:
+def test_repair_after_verify(copy: Path, cache_path: Path, image_folder: Path) -> None:
     path = copy / "image/open_toy/cls/c/2/0"
     flip_a_bit(path)
     (finding,) = verify(Cache(copy))
     assert f"{path}: expected checksum" in finding.reason
     assert "repair it with: embedcache verify CACHE --repair" in finding.reason
     path.unlink()
-    extract(open_source(pictures), copy, image_encoders=[IMAGE], text_encoders=[TEXT])
+    extract(open_source(image_folder), copy, image_encoders=[IMAGE], text_encoders=[TEXT])
     assert verify(Cache(copy)) == []
     assert path.read_bytes() == (cache_path / "image/open_toy/cls/c/2/0").read_bytes()
 
@@ -114,12 +114,12 @@ def test_verify_finds_unreadable_file(copy: Path, name: str, places: set[str], d
     assert all(finding.is_damage != (damage == "gone" and "chunks" in name) for finding in findings)
 
 
-def test_extract_restores_metadata(copy: Path, pictures: Path) -> None:
+def test_extract_restores_metadata(copy: Path, image_folder: Path) -> None:
     for name in ("image/open_toy/zarr.json", "image/open_toy/cls/zarr.json"):
         (copy / name).unlink()
     assert "run the same embedcache extract again" in verify(Cache(copy))[0].line()
     reports = extract(
-        open_source(pictures),
+        open_source(image_folder),
         copy,
         image_encoders=[IMAGE],
         text_encoders=[TEXT],

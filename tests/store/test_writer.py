@@ -23,7 +23,7 @@ SHAPES = pytest.mark.parametrize("shape", [(3,), (2, 3), (-1, 3)])
 
 
 def group_of(path: Path, num_items: int, *, earlier: int | None = None) -> EncoderGroup:
-    """Make a cache of chunks of four; with `earlier`, one that had so many items when its identity was `s`."""
+    """Create a cache with chunks of four; `earlier` is its number of items when its identity was `s`."""
     index_digest = "s" if earlier is None else "longer"
     states = () if earlier is None else (TableVersion(index_digest="s", num_items={"image": earlier}),)
     info = CacheInfo(

@@ -14,7 +14,7 @@ from embedcache.extract.extract import extract
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.train.data import open_data
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 from tests.train.runs import beats_chance, run
 
@@ -37,7 +37,7 @@ def test_other_cache_is_evaluated_as_a_whole(cache_path: Path, two_caches: list[
 
 
 def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
-    source = open_source(write_pictures(tmp_path / "s", 10))
+    source = open_source(write_images(tmp_path / "s", 10))
     extract(source, tmp_path / "c", image_encoders=["tests.toy:open_toy,scale=2"], text_encoders=[TEXT])
     with pytest.raises(FingerprintError, match=r"open_toy/cls of .*a .*c"):
         open_data(
@@ -56,7 +56,7 @@ def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_pa
 
 
 def test_unfinished_feature_is_named(two_caches: list[Path], tmp_path: Path) -> None:
-    source = open_source(write_pictures(tmp_path / "s", 10))
+    source = open_source(write_images(tmp_path / "s", 10))
     extract(source, tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT])
     next((tmp_path / "c/image/open_toy/chunks").iterdir()).unlink()
     with pytest.raises(UnfinishedError, match="open_toy/cls .*1 of 1 chunks"):
@@ -111,7 +111,7 @@ def test_selection_without_training_samples_raises(cache_path: Path, tmp_path: P
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 120 images, every other one with two captions."""
-    folder = write_pictures(tmp_path_factory.mktemp("source") / "s", 120)
+    folder = write_images(tmp_path_factory.mktemp("source") / "s", 120)
     for path in sorted(folder.glob("*.txt"))[::2]:
         path.write_text(path.read_text() + "a picture with a " + path.read_text())
     path = tmp_path_factory.mktemp("captioned") / "cache"

@@ -45,7 +45,13 @@ class TopScoreSelector:
     def select(self, pool: Pool, settings: SelectSettings) -> Selection:
         """Select the samples. Memory: a score and a concept per sample."""
         assert isinstance(settings.budget, int)
-        scores_S, concept_S = nearest_concepts(pool, pool.concepts.vectors)
+        scores, concepts = [], []
+        for samples_B, vectors_BP in whole_samples(pool.blocks("comparing with concepts")):
+            _, starts_S = np.unique(samples_B, return_index=True)
+            scores_SC = np.maximum.reduceat(cosines(vectors_BP, pool.concepts.vectors), starts_S, axis=0)
+            scores.append(scores_SC.max(axis=1))
+            concepts.append(scores_SC.argmax(axis=1))
+        scores_S, concept_S = np.concatenate(scores), np.concatenate(concepts)
         kept = highest(scores_S, settings.budget)
         names = pool.concepts.names
         reasons = [
@@ -60,17 +66,6 @@ def highest(scores_S: Array, size: int) -> Ints:
     keys_S = to_keys(scores_S, np.arange(len(scores_S)))
     kept: Ints = np.sort(np.argsort(-keys_S)[:size])
     return kept
-
-
-def nearest_concepts(pool: Pool, concepts_CP: Floats) -> tuple[Floats, Ints]:
-    """Find the concept that matches each sample of a pool best, by its best item: (S,) cosines and (S,) concepts."""
-    scores, concepts = [], []
-    for samples_B, vectors_BP in whole_samples(pool.blocks("comparing with concepts")):
-        _, starts_S = np.unique(samples_B, return_index=True)
-        scores_SC = np.maximum.reduceat(cosines(vectors_BP, concepts_CP), starts_S, axis=0)
-        scores.append(scores_SC.max(axis=1))
-        concepts.append(scores_SC.argmax(axis=1))
-    return np.concatenate(scores), np.concatenate(concepts)
 
 
 class ClipScoreSelector:

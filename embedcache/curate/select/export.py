@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, ItemError, PathError
-from embedcache.files import disk_errors, partial_path, replacing, write_atomic
+from embedcache.files import building, replacing, write_atomic
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import ImageItem, Source
 from embedcache.sources.open import reopen_source
@@ -71,8 +70,6 @@ def to_uids(keys: Sequence[str]) -> Array:
     return np.array(sorted((int(key[:16], 16), int(key[16:], 16)) for key in keys), np.dtype("u8,u8"))
 
 
-SAMPLES_PER_SHARD = 10_000
-
 _MAGIC = (
     (b"\xff\xd8\xff", "jpg"),
     (b"\x89PNG", "png"),
@@ -84,7 +81,7 @@ _MAGIC = (
 
 
 def write_shards(
-    cache: Cache, rows: Ints, folder: Path, *, size: int = SAMPLES_PER_SHARD, progress: Progress | None = None
+    cache: Cache, rows: Ints, folder: Path, *, size: int = 10_000, progress: Progress | None = None
 ) -> None:
     """Write samples as `00000.tar` … into a new folder, in the order of the cache.
 
@@ -102,18 +99,12 @@ def write_shards(
         raise PathError(f"{folder} exists and is not an empty folder; give the path of a new one")
     source = reopen_source(cache.info.source)
     samples = _Samples(cache, rows)
-    temporary = partial_path(folder)
-    temporary.mkdir(parents=True)
-    try:
-        with disk_errors(folder):
-            progress.start("writing shards", len(rows), "samples")
-            for number, part in enumerate(blocks(len(rows), size)):
-                _write_shard(temporary / f"{number:05d}.tar", samples, range(part.start, part.stop), source)
-                progress.advance(part.stop - part.start)
-            progress.finish()
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with building(folder) as temporary:
+        progress.start("writing shards", len(rows), "samples")
+        for number, part in enumerate(blocks(len(rows), size)):
+            _write_shard(temporary / f"{number:05d}.tar", samples, range(part.start, part.stop), source)
+            progress.advance(part.stop - part.start)
+        progress.finish()
 
 
 class _Samples:
@@ -132,16 +123,20 @@ class _Samples:
                 "sample of WebDataset; use --format keys"
             )
 
-    def record(self, position: int) -> dict[str, Any]:
-        """Return the key, the captions and the columns of one sample."""
+    def files(self, position: int, source: Source) -> Iterator[tuple[str, bytes]]:
+        """Iterate over the files of one sample: suffix and content."""
+        row = int(self.rows[position])
         columns = {name: self._columns[name][position].as_py() for name in self._columns.column_names}
-        captions = [item["text"] for item in self._texts.get(int(self.rows[position]), [])]
-        return {**columns, "captions": captions}
-
-    def image(self, position: int) -> ImageItem | None:
-        """Return where the bytes of one sample's image are."""
-        items = self._images.get(int(self.rows[position]), [])
-        return ImageItem(**{name: items[0][name] for name in ("path", "offset", "length")}) if items else None
+        captions = [item["text"] for item in self._texts.get(row, [])]
+        for item in self._images.get(row, []):
+            try:
+                data = source.read(ImageItem(**{name: item[name] for name in ("path", "offset", "length")}))
+            except ItemError as error:
+                raise DataError(f"the image of {columns['key']!r} cannot be read any more: {error}") from error
+            yield _suffix(data), data
+        if captions:
+            yield "txt", captions[0].encode()
+        yield "json", json.dumps({**columns, "captions": captions}, ensure_ascii=False).encode()
 
 
 def _by_sample(cache: Cache, modality: str, rows: Ints) -> dict[int, list[dict[str, Any]]]:
@@ -157,23 +152,10 @@ def _by_sample(cache: Cache, modality: str, rows: Ints) -> dict[int, list[dict[s
 def _write_shard(path: Path, samples: _Samples, positions: range, source: Source) -> None:
     with tarfile.open(path, "w") as tar:
         for position in positions:
-            for suffix, data in _files(samples, position, source):
+            for suffix, data in samples.files(position, source):
                 member = tarfile.TarInfo(f"{samples.rows[position]:09d}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-
-
-def _files(samples: _Samples, position: int, source: Source) -> Iterator[tuple[str, bytes]]:
-    record, image = samples.record(position), samples.image(position)
-    if image is not None:
-        try:
-            data = source.read(image)
-        except ItemError as error:
-            raise DataError(f"the image of {record['key']!r} cannot be read any more: {error}") from error
-        yield _suffix(data), data
-    if record["captions"]:
-        yield "txt", record["captions"][0].encode()
-    yield "json", json.dumps(record, ensure_ascii=False).encode()
 
 
 def _suffix(data: bytes) -> str:

@@ -15,7 +15,7 @@ from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
 from embedcache.train.settings import train_settings
 from embedcache.train.train import train
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 CONCEPTS = {"red bar": ["red bar", "a red bar"], "left": ["left"], "white": ["on white"], "zebra": ["a zebra"]}
@@ -23,16 +23,16 @@ FEATURES = {"image": "open_toy/cls", "text": "open_toy/mean"}
 
 
 @pytest.fixture(scope="session")
-def around(cache_path: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def around(cache_path: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Paths: `cache`, `other`, `concepts`, `target`, `run`."""
     folder = tmp_path_factory.mktemp("around")
     (folder / "concepts.json").write_text(json.dumps(CONCEPTS))
-    write_pictures(folder / "pictures", 12, seed=5)
+    write_images(folder / "images", 12, seed=5)
     plain, small = ExtractSettings(features=("cls", "mean")), ExtractSettings(features=("cls", "mean"), chunk_size=17)
-    extract(open_source(pictures), folder / "other", image_encoders=[IMAGE], text_encoders=[TEXT], settings=small)
+    extract(open_source(image_folder), folder / "other", image_encoders=[IMAGE], text_encoders=[TEXT], settings=small)
     extract(open_source(f"prompts:{folder}/concepts.json"), folder / "concepts", text_encoders=[TEXT])
     extract(
-        open_source(folder / "pictures"),
+        open_source(folder / "images"),
         folder / "target",
         image_encoders=[IMAGE],
         text_encoders=[TEXT],

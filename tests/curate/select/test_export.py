@@ -16,7 +16,7 @@ from embedcache.errors import DataError, PathError
 from embedcache.extract.extract import extract
 from embedcache.sources import SourceSettings, open_source
 from embedcache.store.cache import Cache
-from tests.pictures import write_pictures
+from tests.images import write_images
 from tests.toy import IMAGE, TEXT
 
 UIDS = st.lists(st.binary(min_size=16, max_size=16).map(bytes.hex), min_size=1, max_size=9, unique=True)
@@ -52,7 +52,7 @@ def test_keys_roundtrip(made: tuple[Cache, Path], tmp_path: Path) -> None:
 
 
 def test_export_datacomp(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "p", 4)
+    write_images(tmp_path / "p", 4)
     uids = [hashlib.md5(str(number).encode()).hexdigest() for number in range(4)]
     lines = [json.dumps({"uid": uid, "image": f"p/{number:05d}.png"}) for number, uid in enumerate(uids)]
     (tmp_path / "table.jsonl").write_text("\n".join(lines))
@@ -63,7 +63,7 @@ def test_export_datacomp(tmp_path: Path) -> None:
     assert [f"{high:016x}{low:016x}" for high, low in np.load(tmp_path / "uids.npy").tolist()] == sorted(uids[:3])
 
 
-def test_shards_roundtrip(made: tuple[Cache, Path], pictures: Path, tmp_path: Path) -> None:
+def test_shards_roundtrip(made: tuple[Cache, Path], image_folder: Path, tmp_path: Path) -> None:
     cache, path = made
     rows = read_selection(path, [cache])
     write_shards(cache, rows, tmp_path / "shards", size=3)
@@ -72,7 +72,7 @@ def test_shards_roundtrip(made: tuple[Cache, Path], pictures: Path, tmp_path: Pa
         assert tar.getnames() == ["000000299.png", "000000299.txt", "000000299.json"]
         image = tar.extractfile("000000299.png")
         assert image is not None
-        assert image.read() == (pictures / "00299.png").read_bytes()
+        assert image.read() == (image_folder / "00299.png").read_bytes()
     extract(open_source(tmp_path / "shards"), tmp_path / "again", image_encoders=[IMAGE], text_encoders=[TEXT])
     again = Cache(tmp_path / "again")
     assert again.samples["key"].to_pylist() == [cache.samples["key"].to_pylist()[row] for row in rows]
@@ -90,7 +90,7 @@ def test_shards_are_deterministic(made: tuple[Cache, Path], tmp_path: Path) -> N
 
 
 def test_missing_image_leaves_no_shards(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "p", 4)
+    write_images(tmp_path / "p", 4)
     extract(open_source(tmp_path / "p"), tmp_path / "cache", image_encoders=[IMAGE])
     (tmp_path / "p" / "00002.png").unlink()
     with pytest.raises(DataError, match="the image of '00002.*' cannot be read any more"):

@@ -90,7 +90,7 @@ class TestHierarchical(SelectorContract):
     settings: ClassVar[dict[str, Any]] = {"clusters": (20, 4)}
 
 
-class TestKCentre(SelectorContract):
+class TestKCenter(SelectorContract):
     name = "k-center"
 
 

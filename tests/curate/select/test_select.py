@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from embedcache.curate.select.combine import combine_selections, sample_selection
-from embedcache.curate.select.select import select
+from embedcache.curate.select.select import combine_selections, sample_selection, select
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError

@@ -16,7 +16,7 @@ COLORS = {
 PLACES = {"left": (0, 0, 16, 32), "right": (16, 0, 32, 32), "top": (0, 0, 32, 16), "bottom": (0, 16, 32, 32)}
 
 
-def write_pictures(folder: Path, count: int, *, seed: int = 0) -> Path:
+def write_images(folder: Path, count: int, *, seed: int = 0) -> Path:
     """Write `count` PNG files, a background with a bar, each with a caption beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
