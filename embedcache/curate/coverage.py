@@ -20,7 +20,7 @@ from embedcache.curate.counting import (
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.inequality import gini, top_fraction
+from embedcache.metrics.classification import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
