@@ -148,6 +148,8 @@ def _expectation(hint: Any, declared: Declaration) -> str:
     if choices:
         return f"one of {', '.join(choices)}"
     noun = next((text for kind, text in _NOUNS.items() if kind in kinds), "a value")
+    if declared.ge is not None and declared.le is not None:
+        return f"{noun} from {_short(declared.ge)} to {_short(declared.le)}"
     bounds = [f"{words} {_short(bound)}" for _, words, bound in _bounds(declared)]
     return f"{noun} {' and '.join(bounds)}" if bounds else noun
 
@@ -213,7 +215,12 @@ def from_flat(kind: type[S], values: Mapping[str, Any]) -> S:
             for key in item.path[:-1]:
                 target = target.setdefault(key, {})
             value, parse = values[item.name], item.declared.parse
-            target[item.path[-1]] = parse(value) if parse is not None and isinstance(value, str) else value
+            if parse is not None and isinstance(value, str):
+                try:
+                    value = parse(value)
+                except SettingError as error:
+                    raise SettingError(f"{item.name}: {error}") from error
+            target[item.path[-1]] = value
     return _build(kind, nested)
 
 

@@ -1,20 +1,25 @@
-"""Sizes, fractions and counts as people write them: `4GB`, `0.1%`, `1000`. Other texts raise `SettingError`."""
+"""Sizes, fractions and counts as people write them: `4GB`, `0.1%`, `1000`. Invalid text raises `SettingError`."""
 
 import re
 
 from embedcache.errors import SettingError
 
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _POWERS = ("", "K", "M", "G", "T")
 
 
 def parse_size(text: str) -> int:
-    """Parse a number of bytes, such as `4GB`, `500M` or `4096`; K, M, G and T are powers of 1024."""
+    """Parse a number of bytes, such as `4GB`, `500M` or `4096`; 1 GB is 1000³ bytes, 1 GiB is 1024³."""
     match = _SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * 1024 ** _POWERS.index(match[2].upper())) if match else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS.index(match[2].upper())) if match else 0
     if size <= 0:
         raise SettingError(f"invalid size {text!r}: expected a number of bytes such as 500MB, 4GB or 4096")
     return size
+
+
+def format_bytes(count: float) -> str:
+    """Format a number of bytes in GB, or in MB below 1 GB, such as `1.50 GB`."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def parse_fraction(text: str) -> float:

@@ -58,13 +58,14 @@ HEAVY = {
 }
 """Heavy library -> packages that may import it. A library that is not listed may be imported anywhere."""
 FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
 MODULES = {".".join(("embedcache", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
 
 
-def all_imports(path: Path) -> set[str]:
+def all_imports(tree: ast.Module) -> set[str]:
     """Return every module that a file imports at any place, and every name it passes to `require`."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         found |= imported_by(node)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
             found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
@@ -89,7 +90,7 @@ def test_imports_go_downwards_only() -> None:
         f"{path.relative_to(PACKAGE)} imports {module}"
         for path in FILES
         if package_of(path) != "__init__"
-        for module in all_imports(path)
+        for module in all_imports(TREES[path])
         if module.startswith("embedcache.") and module.split(".")[1] in LEVEL
         if module.split(".")[1] != package_of(path) and LEVEL[module.split(".")[1]] >= LEVEL[package_of(path)]
     ]
@@ -98,8 +99,7 @@ def test_imports_go_downwards_only() -> None:
 
 def test_modules_have_no_import_cycles() -> None:
     graph = {
-        name: {module for node in ast.parse(path.read_text()).body for module in imported_by(node)}
-        & set(MODULES) - {name}
+        name: {module for node in TREES[path].body for module in imported_by(node)} & set(MODULES) - {name}
         for name, path in MODULES.items()
     }
     try:
@@ -112,7 +112,7 @@ def test_heavy_libraries_have_few_importers() -> None:
     wrong = [
         f"{path.relative_to(PACKAGE)} imports {module}"
         for path in FILES
-        for module in all_imports(path)
+        for module in all_imports(TREES[path])
         if package_of(path) not in HEAVY.get(module.split(".")[0], {package_of(path)})
     ]
     assert not wrong
@@ -122,7 +122,6 @@ def test_every_package_has_a_level() -> None:
     assert {package_of(path) for path in FILES} - {"__init__"} == set(LEVEL)
 
 
-def test_local_imports_are_found(tmp_path: Path) -> None:
-    file = tmp_path / "x.py"
-    file.write_text("def f():\n    from embedcache.cli import main\n    import faiss\n")
-    assert all_imports(file) == {"embedcache.cli", "embedcache.cli.main", "faiss"}
+def test_local_imports_are_found() -> None:
+    tree = ast.parse("def f():\n    from embedcache.cli import main\n    import faiss\n")
+    assert all_imports(tree) == {"embedcache.cli", "embedcache.cli.main", "faiss"}

@@ -13,9 +13,9 @@ from embedcache.units import parse_count_or_fraction, parse_counts, parse_fracti
     ("parse", "text", "value"),
     [
         (parse_size, "4096", 4096),
-        (parse_size, "2K", 2048),
-        (parse_size, "1.5m", 3 * 2**19),
-        (parse_size, "4GB", 4 * 2**30),
+        (parse_size, "2K", 2000),
+        (parse_size, "1.5MiB", 3 * 2**19),
+        (parse_size, "4GB", 4 * 10**9),
         (parse_fraction, "0.1%", 0.001),
         (parse_fraction, "1", 1.0),
         (parse_count_or_fraction, "20,000", 20_000),

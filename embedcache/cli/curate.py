@@ -20,6 +20,7 @@ from embedcache.cli.options import (
 )
 from embedcache.curate.settings import CoverageSettings, DedupSettings, LeakSettings, SelectSettings
 from embedcache.search.settings import IndexSettings
+from embedcache.units import format_bytes
 
 if TYPE_CHECKING:
     from embedcache.curate.coverage import CoverageReport
@@ -51,7 +52,7 @@ def index(
 
     def show() -> None:
         where = " on disk" if card.lists else ""
-        size = "" if card.file_bytes is None else f"{card.file_bytes / 1e6:,.1f} MB{where}, "
+        size = "" if card.file_bytes is None else f"{format_bytes(card.file_bytes)}{where}, "
         print_line(
             f"{out}: {card.num_vectors:,} {card.modality}s of {card.feature}, {card.factory}, {size}"
             f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries} queries, "
@@ -240,7 +241,8 @@ def dedup(
     Example: embedcache curate dedup cache/ kept.parquet --cosine 0.95
     """
     from embedcache.cli.console import open_progress, print_line, print_table, publish
-    from embedcache.curate import dedup as stage
+    from embedcache.curate.dedup import analyze as analyze_duplicates
+    from embedcache.curate.dedup import dedup as remove_duplicates
     from embedcache.reports.dedup import (
         comparison_line,
         dedup_line,
@@ -253,7 +255,7 @@ def dedup(
 
     publish_report = partial(publish, as_json=as_json, output=output, html=html)
     if out is None:
-        analysis = stage.analyze(cache, settings, progress=open_progress())
+        analysis = analyze_duplicates(cache, settings, progress=open_progress())
 
         def show_levels() -> None:
             for line in (comparison_line(analysis), *histogram_lines(analysis)):
@@ -267,7 +269,7 @@ def dedup(
             write_page=lambda path: write_threshold_page(path, analysis=analysis),
         )
         return
-    done = stage.dedup(cache, out, settings, progress=open_progress())
+    done = remove_duplicates(cache, out, settings, progress=open_progress())
 
     def show() -> None:
         print_line(comparison_line(done.analysis))

@@ -8,6 +8,7 @@ from embedcache.cli.options import Json, Output, with_settings
 from embedcache.errors import SettingError
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources.settings import SourceSettings
+from embedcache.units import format_bytes
 
 if TYPE_CHECKING:
     from embedcache.extract.plan import Plan
@@ -48,9 +49,9 @@ def extract(
     Example: embedcache extract photos/ cache/ --image-encoder timm:resnet18 --text-encoder st:all-MiniLM-L6-v2
     """
     from embedcache.cli.console import open_progress, print_line, publish, resumable, to_plain
-    from embedcache.extract import extract as stage
-    from embedcache.extract import plan as planning
-    from embedcache.extract import repair as retry
+    from embedcache.extract.extract import extract as extract_features
+    from embedcache.extract.plan import plan as plan_extraction
+    from embedcache.extract.repair import retry_failed as retry_failed_items
     from embedcache.sources import open_source
     from embedcache.store.cache import Cache, caption_error_lines
 
@@ -61,15 +62,15 @@ def extract(
     progress = open_progress()
     with resumable():
         if plan:
-            made = planning.plan(opened, cache, **encoders, settings=settings, progress=progress)
+            made = plan_extraction(opened, cache, **encoders, settings=settings, progress=progress)
             publish(lambda: _show_plan(made), lambda: to_plain(made), as_json=as_json, output=output)
             made.check_space()
             return
         if retry_failed:
             lines = []
-            reports: Any = retry.retry_failed(opened, cache, **encoders, settings=settings, progress=progress)
+            reports: Any = retry_failed_items(opened, cache, **encoders, settings=settings, progress=progress)
         else:
-            reports = stage.extract(opened, cache, **encoders, settings=settings, progress=progress)
+            reports = extract_features(opened, cache, **encoders, settings=settings, progress=progress)
             lines = caption_error_lines(Cache(cache))
 
     def show() -> None:
@@ -86,20 +87,16 @@ def _show_plan(plan: "Plan") -> None:
         print_line(f"{plan.cache}: nothing is missing")
         return
     rows = [
-        [feature.name, f"{feature.num_items:,}", f"{feature.item_bytes:,.0f}", _bytes(feature.num_bytes)]
+        [feature.name, f"{feature.num_items:,}", f"{feature.item_bytes:,.0f}", format_bytes(feature.num_bytes)]
         for feature in plan.features
     ]
     print_table(["feature", "items", "bytes per item", "disk"], rows)
     for modality, rate in plan.rates.items():
         processes = f" on each of {plan.num_processes} devices" if plan.num_processes > 1 else ""
         print_line(f"{modality}s: measured {rate:,.1f} per second{processes}; {_time(plan.hours(modality))}")
-    print_line(f"memory: {_bytes(plan.memory_bytes)} per process for the outputs of two chunks; see --chunk-size")
-    free = "" if plan.free_bytes is None else f"; {_bytes(plan.free_bytes)} are free"
-    print_line(f"disk: {_bytes(plan.num_bytes)}{free}")
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
+    print_line(f"memory: {format_bytes(plan.memory_bytes)} per process for the outputs of two chunks; see --chunk-size")
+    free = "" if plan.free_bytes is None else f"; {format_bytes(plan.free_bytes)} are free"
+    print_line(f"disk: {format_bytes(plan.num_bytes)}{free}")
 
 
 def _time(hours: float) -> str:

@@ -153,9 +153,7 @@ def _with_verbosity(command: Callable[..., None]) -> Callable[..., None]:
         with verbosity(quiet=quiet, verbose=verbose):
             command(**values)
 
-    quiet = Annotated[
-        bool, typer.Option("--quiet", "-q", metavar="", help="Print no progress.", rich_help_panel=_OUTPUT)
-    ]
+    quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Hide progress.", rich_help_panel=_OUTPUT)]
     verbose = Annotated[
         bool,
         typer.Option(

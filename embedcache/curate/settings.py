@@ -40,9 +40,11 @@ class CoverageSettings:
     index: Path | str | None = setting(
         None, "Count only what this index of the cache finds.", metavar="INDEX", default_text="all items"
     )
-    engine: Literal["local", "ray"] = setting("local", "Execution backend.", affects_result=False)
+    engine: Literal["local", "ray"] = setting(
+        "local", "Run on this machine, or on the machines of a Ray cluster.", affects_result=False
+    )
     address: str | None = setting(
-        None, "Address of a Ray cluster.", affects_result=False, metavar="URL", default_text="one on this machine"
+        None, "Address of a Ray cluster.", affects_result=False, metavar="URL", default_text="start one on this machine"
     )
 
     def __post_init__(self) -> None:
@@ -82,9 +84,11 @@ class DedupSettings:
         default_text="the system's",
     )
     seed: int = setting(0, "Random seed of clusters and of items drawn to measure recall.", ge=0, lt=2**32)
-    engine: Literal["local", "ray"] = setting("local", "Execution backend.", affects_result=False)
+    engine: Literal["local", "ray"] = setting(
+        "local", "Run on this machine, or on the machines of a Ray cluster.", affects_result=False
+    )
     address: str | None = setting(
-        None, "Address of a Ray cluster.", affects_result=False, metavar="URL", default_text="one on this machine"
+        None, "Address of a Ray cluster.", affects_result=False, metavar="URL", default_text="start one on this machine"
     )
 
     def __post_init__(self) -> None:

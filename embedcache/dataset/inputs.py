@@ -134,7 +134,10 @@ def open_input(cache: Cache, modality: str, name: str | None = None) -> InputFea
 
 def to_inputs(features: Sequence[Sequence[Array]]) -> Inputs:
     """Stack items into inputs, given one (D,) or (T, D) array per item of each feature."""
-    return _join([_stacked(items) for items in features])
+    parts = [
+        Inputs(np.stack(items)) if len({item.shape for item in items}) == 1 else _padded(items) for items in features
+    ]
+    return _join(parts)
 
 
 def mean_vectors(inputs: Inputs) -> Array:
@@ -171,10 +174,6 @@ def _load_ragged(feature: Feature) -> Reader:
     values = np.concatenate([tokens for tokens in items if tokens is not None])
     starts = np.cumsum(lengths) - lengths
     return lambda rows: _pad(values, starts[rows], lengths[rows])
-
-
-def _stacked(items: Sequence[Array]) -> Inputs:
-    return Inputs(np.stack(items)) if len({item.shape for item in items}) == 1 else _padded(items)
 
 
 def _padded(tokens: Sequence[Array]) -> Inputs:

@@ -180,16 +180,11 @@ def _by_column(caches: Sequence[Cache], keys: list[str], samples: Ints, settings
     for row in samples:
         parts[row] = known[row]
     if "val" not in parts:
-        parts = _carve_validation(keys, parts, settings)
+        train = [row for row, part in enumerate(parts) if part == "train"]
+        quota = round(settings.val_fraction * len(train))
+        validation = take_groups([[row] for row in train], keys, quota, settings.seed)
+        parts = ["val" if row in validation else part for row, part in enumerate(parts)]
     return Split(keys=keys, parts=parts, groups=list(range(len(keys))))
-
-
-def _carve_validation(keys: list[str], parts: list[str], settings: SplitSettings) -> list[str]:
-    train = np.array([row for row, part in enumerate(parts) if part == "train"])
-    validation = take_groups(
-        [[int(row)] for row in train], keys, round(settings.val_fraction * len(train)), settings.seed
-    )
-    return ["val" if row in validation else part for row, part in enumerate(parts)]
 
 
 def _by_groups(keys: list[str], samples: Ints, groups: Ints, settings: SplitSettings) -> Split:

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, blocks, mean_directions
-from embedcache.dataset import prompts as cached
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
-from embedcache.dataset.prompts import Prompts
+from embedcache.dataset.prompts import Prompts, check_prompts, read_prompts
 from embedcache.errors import DataError
 from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap, largest_overlap
 from embedcache.evaluate.runs import (
@@ -188,7 +187,7 @@ def classify(
 ) -> ZeroShotPredictions:
     """Classify the images of one part with one run; errors are those of `evaluate_zero_shot`."""
     settings = settings or ZeroShotSettings(check_overlap=False)
-    prompts, image = read_prompts(prompts_cache, run), run_input(cache, run.config, "image")
+    prompts, image = _run_prompts(prompts_cache, run), run_input(cache, run.config, "image")
     split = read_eval_split(cache, run, settings.part)
     items = read_items([cache], [image]).select(split.samples)
     if not len(items.rows):
@@ -243,10 +242,10 @@ def _chances(num_classes: int, num_images: int) -> dict[str, Estimate]:
     return {name: chance_estimate(accuracy, num_images) for name, accuracy in expected.items()}
 
 
-def read_prompts(cache: Cache, run: Run) -> Prompts:
+def _run_prompts(cache: Cache, run: Run) -> Prompts:
     """Read the prompts that a run can project; errors are those of `evaluate_zero_shot`."""
-    cached.check_prompts(cache, run.config.text.spec)
-    return cached.read_prompts(cache, run_input(cache, run.config, "text"))
+    check_prompts(cache, run.config.text.spec)
+    return read_prompts(cache, run_input(cache, run.config, "text"))
 
 
 def class_vectors(prompts: Prompts, run: Run) -> Floats:

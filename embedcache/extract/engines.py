@@ -114,7 +114,7 @@ class _Actor:
         """Return modality -> chunk that lacks a feature -> its number of items, and a report per feature writer."""
         worker = self._worker()
         missing = {
-            modality: {chunk: worker.count_items(modality, [chunk]) for chunk in worker.missing(modality)}
+            modality: {chunk: worker.cache.info.count_items(modality, [chunk]) for chunk in worker.missing(modality)}
             for modality in worker.writers
         }
         return missing, worker.empty_reports()

@@ -68,8 +68,8 @@ def _encode_image_chunks(
     task_items = ((task, item) for task in tasks for item in _image_items(cache.items("image", chunk=task.chunk)))
     with closing(_prefetch_map(executor, load, task_items, window=_IMAGES_AHEAD)) as stream:
         for task, group in groupby(stream, key=itemgetter(0)):
-            rows = cache.info.chunk_rows("image", task.chunk)
-            buffers = [BatchBuffer(writer, names, rows.stop - rows.start) for writer, names in task.missing.items()]
+            num_items = cache.info.count_items("image", [task.chunk])
+            buffers = [BatchBuffer(writer, names, num_items) for writer, names in task.missing.items()]
             loaded = []
             for row, (_, item) in enumerate(group):
                 if item.failure is None:

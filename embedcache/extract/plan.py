@@ -20,6 +20,7 @@ from embedcache.extract.worker import Worker
 from embedcache.files import is_remote
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import Source
+from embedcache.units import format_bytes
 
 _PROBE_BATCHES = 4
 _COMMIT_BYTES = 24
@@ -86,9 +87,9 @@ class Plan:
         """Check that the disk can hold the features, or raise a `DiskFullError`."""
         if self.free_bytes is not None and self.num_bytes > self.free_bytes:
             raise DiskFullError(
-                f"the disk of {self.cache} has {self.free_bytes / 1e9:,.2f} GB free, but the features take "
-                f"{self.num_bytes / 1e9:,.2f} GB; free {(self.num_bytes - self.free_bytes) / 1e9:,.2f} GB, store fewer "
-                "features, or put the cache elsewhere"
+                f"{self.cache}: expected {format_bytes(self.num_bytes)} of free disk space, got "
+                f"{format_bytes(self.free_bytes)}; "
+                f"free {format_bytes(self.num_bytes - self.free_bytes)}, store fewer features, or use another disk"
             )
 
 
@@ -121,7 +122,7 @@ def plan(
                     feature = PlannedFeature(
                         name=f"{writer.group.name}/{name}",
                         modality=modality,
-                        num_items=worker.count_items(modality, lacking),
+                        num_items=worker.cache.info.count_items(modality, lacking),
                         item_bytes=fmean(sizes or [0]),
                     )
                     features.append(feature)

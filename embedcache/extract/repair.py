@@ -123,8 +123,7 @@ def repair(
         for finding in some:
             withdraw(group, finding.chunk, [finding.name])
         chunks = sorted({finding.chunk for finding in some})
-        rows = [cache.info.chunk_rows(modality, chunk) for chunk in chunks]
-        progress.start(f"repairing {encoder}", sum(row.stop - row.start for row in rows), f"{modality}s")
+        progress.start(f"repairing {encoder}", cache.info.count_items(modality, chunks), f"{modality}s")
         tasks = (task for chunk in chunks if (task := lease_chunk(writer, chunk)).missing)
         encode_chunks(cache, source, modality, tasks, progress, threads=num_cores())
         progress.finish()

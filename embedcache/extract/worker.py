@@ -68,11 +68,6 @@ class Worker:
         chunks = filter(self.settings.is_in_shard, range(self.cache.info.num_chunks(modality)))
         return [chunk for chunk in chunks if any(writer.missing(chunk) for writer in self.writers[modality])]
 
-    def count_items(self, modality: Modality, chunks: Iterable[int]) -> int:
-        """Return the number of items in some chunks."""
-        rows = [self.cache.info.chunk_rows(modality, chunk) for chunk in chunks]
-        return sum(row.stop - row.start for row in rows)
-
     def run(self, progress: Progress | None = None) -> list[ShardReport]:
         """Encode every missing chunk of the shard."""
         progress = progress or NullProgress()
@@ -80,7 +75,7 @@ class Worker:
         for modality in self.writers:
             chunks = self.missing(modality)
             if chunks:
-                progress.start(step_name(modality), self.count_items(modality, chunks), f"{modality}s")
+                progress.start(step_name(modality), self.cache.info.count_items(modality, chunks), f"{modality}s")
                 reports += self.encode(modality, chunks, progress)
                 progress.finish()
         return merge_reports(reports)

@@ -16,6 +16,7 @@ from embedcache.projectors.saved import read_config
 from embedcache.provenance import read_json, recognize
 from embedcache.search.index import read_card
 from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
+from embedcache.units import format_bytes
 
 _FEATURE_COLUMNS = ("feature", "modality", "shape", "dtype", "chunks", "failed", "bytes")
 _MOST_REASONS = 10
@@ -106,7 +107,7 @@ def _summarize_run(path: Path) -> Summary:
 
 def _summarize_index(path: Path) -> Summary:
     card = read_card(path)
-    size = "" if card.file_bytes is None else f", {card.file_bytes / 1e6:,.1f} MB"
+    size = "" if card.file_bytes is None else f", {format_bytes(card.file_bytes)}"
     lines = [
         f"{path}: {card.num_vectors:,} {card.modality}s, width {card.width}, {card.factory}{size}",
         f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries:,} queries, "

@@ -20,6 +20,7 @@ from embedcache.serve.coverage import CoverageData, measure_served_coverage, rea
 from embedcache.serve.images import ServedImages
 from embedcache.serve.schema import SearchOptions
 from embedcache.serve.settings import ServeSettings
+from embedcache.units import format_bytes
 
 log = logging.getLogger("embedcache.serve")
 
@@ -202,7 +203,7 @@ def info_tables(index: OpenIndex) -> list[InfoTable]:
             ["recall@10 against exact search", f"{card.recall_at_10:.3f} on {card.num_queries:,} queries"],
             ["milliseconds per query when built", f"{card.latency_ms:g}"],
             ["milliseconds per query in a batch", batch_ms],
-            ["on disk", "" if card.file_bytes is None else f"{card.file_bytes / 1e6:,.1f} MB"],
+            ["on disk", "" if card.file_bytes is None else format_bytes(card.file_bytes)],
         ],
     }
     about_cache = {

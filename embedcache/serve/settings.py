@@ -25,7 +25,7 @@ class ServeSettings:
         (), "Accept requests for this host name too.", flat_name="host_name", metavar="NAME"
     )
     max_upload: int = setting(
-        20 * 2**20, "Largest query image in bytes.", gt=0, metavar="SIZE", default_text="20MB", parse=parse_size
+        20 * 2**20, "Largest query image in bytes.", gt=0, metavar="SIZE", default_text="20MiB", parse=parse_size
     )
     max_pixels: int = setting(40_000_000, "Largest query image in pixels.", gt=0)
     timeout: float = setting(30.0, "Longest time per request in seconds.", gt=0, metavar="SECONDS")

@@ -61,12 +61,11 @@ class Cache:
         with table_errors(path):
             if chunk is None:
                 return read_table(path).slice(0, self.info.num_items.get(modality, 0))
-            rows = self.info.chunk_rows(modality, chunk)
             status = path.stat()
             stamp = (modality, status.st_size, status.st_mtime)  # another process may append samples at any time
             with open_table(path, self._footers.get(stamp)) as file:
                 self._footers = {stamp: file.metadata}
-                return file.read_row_group(chunk, use_threads=False).slice(0, rows.stop - rows.start)
+                return file.read_row_group(chunk, use_threads=False).slice(0, self.info.count_items(modality, [chunk]))
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
         """Return the encoders with features of a modality, sorted by name."""

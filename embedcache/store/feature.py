@@ -234,8 +234,7 @@ class Feature:
             crcs = commit.features[self.feature]
             check_chunk(values_path, 0, values, crcs[f"{self.feature}/values/{chunk:05d}/0"])
             check_chunk(path / "lengths", chunk, lengths, crcs[f"{self.feature}/lengths/{chunk}"])
-        rows = self._rows(chunk)
-        lengths = lengths[: rows.stop - rows.start]
+        lengths = lengths[: self.group.info.count_items(self.modality, [chunk])]
         stops = np.cumsum(np.maximum(lengths, 0))
         return [
             None if length < 0 else values[stop - length : stop] for length, stop in zip(lengths, stops, strict=True)

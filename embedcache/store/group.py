@@ -114,8 +114,7 @@ class EncoderGroup:
             raise CorruptError(f"chunk {chunk} in {self.path} was written for other rows than those of this cache")
         if len(commit.hashes) != num_rows:
             raise CorruptError(f"chunk {chunk} in {self.path}: expected {num_rows} rows, got {len(commit.hashes)}")
-        rows = self.info.chunk_rows(self.modality, chunk)
-        return commit.resized(rows.stop - rows.start)
+        return commit.resized(self.info.count_items(self.modality, [chunk]))
 
     def has(self, commit: Commit | None, feature: str) -> bool:
         """Return whether a chunk has a feature for all of its rows, in files of the right size."""

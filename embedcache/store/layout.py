@@ -1,6 +1,6 @@
 """File names of a cache, and its manifest `cache.json`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,11 @@ class CacheInfo:
     def chunk_rows(self, modality: str, chunk: int) -> slice:
         start = chunk * self.chunk_size
         return slice(start, min(start + self.chunk_size, self.num_items[modality]))
+
+    def count_items(self, modality: str, chunks: Iterable[int]) -> int:
+        """Return the number of items in some chunks."""
+        rows = [self.chunk_rows(modality, chunk) for chunk in chunks]
+        return sum(row.stop - row.start for row in rows)
 
     def has_rows_of(self, index_digest: str) -> bool:
         """Return whether the rows of that digest mean the same in this cache, which may have grown since."""

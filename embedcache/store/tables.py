@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import groupby, islice, repeat
 from json import JSONEncoder
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -274,14 +276,17 @@ class IndexedSample:
 def read_samples(cache_path: Path, rows: range) -> Iterator[IndexedSample]:
     """Iterate over samples of a cache in row order. Memory: one batch of each table."""
     keys = (row["key"] for row in _iterate_rows(samples_path(cache_path), ["key"]))
-    images = _RowsBySample(_iterate_rows(items_path(cache_path, "image")))
-    texts = _RowsBySample(_iterate_rows(items_path(cache_path, "text")))
-    for number, key in zip(range(rows.stop), keys, strict=False):
-        image_row = images.num_taken
-        items = [ImageItem(path=row["path"], offset=row["offset"], length=row["length"]) for row in images.take(number)]
-        captions = [(row["text"], row["language"]) for row in texts.take(number)]
+    items = (_rows_by_sample(items_path(cache_path, modality)) for modality in ITEM_SCHEMAS)
+    image_row = 0
+    for number, (key, images, texts) in enumerate(islice(zip(keys, *items, strict=False), rows.stop)):
         if number >= rows.start:
-            yield IndexedSample(key=key, image_row=image_row, images=items, texts=captions)
+            yield IndexedSample(
+                key=key,
+                image_row=image_row,
+                images=[ImageItem(path=row["path"], offset=row["offset"], length=row["length"]) for row in images],
+                texts=[(row["text"], row["language"]) for row in texts],
+            )
+        image_row += len(images)
 
 
 def _iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
@@ -290,18 +295,11 @@ def _iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[
             yield from batch.to_pylist()
 
 
-class _RowsBySample:
-    """Rows of an item table, which are sorted by sample, taken one sample at a time."""
-
-    def __init__(self, rows: Iterator[Mapping[str, Any]]) -> None:
-        self.num_taken = 0
-        self._rows = rows
-        self._next = next(rows, None)
-
-    def take(self, sample: int) -> list[Mapping[str, Any]]:
-        taken = []
-        while self._next is not None and self._next["sample"] == sample:
-            taken.append(self._next)
-            self._next = next(self._rows, None)
-        self.num_taken += len(taken)
-        return taken
+def _rows_by_sample(path: Path) -> Iterator[list[Mapping[str, Any]]]:
+    """Iterate over the rows of each sample in an item table, which is sorted by sample; without end."""
+    next_sample = 0
+    for sample, rows in groupby(_iterate_rows(path), key=itemgetter("sample")):
+        yield from repeat([], sample - next_sample)
+        yield list(rows)
+        next_sample = sample + 1
+    yield from repeat([])

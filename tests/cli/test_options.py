@@ -21,7 +21,6 @@ SAME_NOUN = {
     "--chunk-size": "imports name the default of a new cache",
     "--config": "train reads the config.json of a run too",
     "--device": "extract takes several; train explains torchrun",
-    "--engine": "extract explains what the backends are",
     "--feature": "extract names features to store, before encoder/feature exists",
     "--image-cosine": "limit of near-duplicates: above it for a strict split, at or above it for leaks",
     "--image-feature": "evaluate pairs takes several",

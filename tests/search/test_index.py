@@ -102,7 +102,7 @@ def test_memory_and_recall_choose_index(cache_path: Path, tmp_path: Path) -> Non
     assert build_index(cache_path, path, IndexSettings(feature=feature, min_recall=0.8)) == card
     with pytest.raises(SettingError, match=r"takes 3\d,\d+ bytes with 300 items, requested at most 2,000"):
         build_index(cache_path, path, IndexSettings(feature=feature, memory=2000))
-    with pytest.raises(SettingError, match=r"min_recall: expected a number of at least 0 and of at most 1, got 1.2"):
+    with pytest.raises(SettingError, match=r"min_recall: expected a number from 0 to 1, got 1.2"):
         build_index(cache_path, path, IndexSettings(feature=feature, min_recall=1.2))
     assert card.recall_at_10 < 1
     with pytest.raises(SettingError, match=r"has recall@10 .*, requested at least 1; give the path of a new folder"):
