@@ -96,8 +96,7 @@ class Model:
 
         Raises:
             DataError: a text is empty.
-            FingerprintError: the encoder is not the one whose features the run was trained on.
-            MissingExtraError: the encoder's package is not installed.
+            FingerprintError, MissingExtraError: as in `encode_image`.
         """
         return self._text_encoder.encode([texts] if isinstance(texts, str) else texts, _check_text)
 
@@ -122,10 +121,7 @@ class Model:
 class ProjectedEncoder:
     """A frozen encoder with a trained projector: from raw items to the shared space.
 
-    Args:
-        view: transform of an item before encoding, as the feature was extracted.
-        names: features that the projector takes.
-        device: torch device of the projector.
+    `view` transforms an item before encoding, `names` are the features that the projector takes.
     """
 
     encoder: Encoder

@@ -38,8 +38,7 @@ class Background:
         empirical null is ("Large-Scale Simultaneous Hypothesis Testing: The Choice of a Null Hypothesis", Efron, JASA
         2004, fits the center). A normal background exceeds 4 deviations for 1 in 31,574 items.
         """
-        thresholds_C: Floats = (self.quantiles[:, 0] + deviations * self.spreads).astype(np.float32)
-        return thresholds_C
+        return (self.quantiles[:, 0] + deviations * self.spreads).astype(np.float32)
 
 
 def estimate_background(concepts_CP: Floats, sample_SP: Floats, k: int) -> Background:
@@ -103,8 +102,7 @@ class TopItems:
 
 def _ranks(sorted_M: Array) -> Ints:
     """Count equal neighbors from 0: [3, 3, 5] -> [0, 1, 0]."""
-    ranks_M: Ints = np.arange(len(sorted_M)) - np.searchsorted(sorted_M, sorted_M)
-    return ranks_M
+    return np.arange(len(sorted_M)) - np.searchsorted(sorted_M, sorted_M)
 
 
 _TILE = 2_000_000  # similarities at a time: 8 MB per core; smaller tiles slow the product down
@@ -330,8 +328,7 @@ def _exact_cosines(pool: Vectors, concepts_BP: Floats, rows_BK: Ints) -> Floats:
     """Compare concepts with the stored vectors of their results: (B, K); arbitrary where nothing was found."""
     rows_U, positions = np.unique(rows_BK.clip(min=pool.rows[0]), return_inverse=True)
     sims_BU = concepts_BP @ pool.read(rows_U).T
-    sims_BK: Floats = np.take_along_axis(sims_BU, positions.reshape(rows_BK.shape), axis=1)
-    return sims_BK
+    return np.take_along_axis(sims_BU, positions.reshape(rows_BK.shape), axis=1)
 
 
 def _more_thorough(parameters: Mapping[str, int], k: int) -> dict[str, int]:

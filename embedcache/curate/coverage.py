@@ -20,7 +20,7 @@ from embedcache.curate.counting import (
 from embedcache.curate.settings import CoverageSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.inequality import gini, top_fraction
+from embedcache.metrics.classification import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
@@ -113,18 +113,14 @@ class CoverageReport:
         fewest, most = int(self.concepts.counts.min()), int(self.concepts.counts.max())
         of = self.concepts.source["of"]
         each = f"{most:,} {of if most > 1 else of[:-1]}" if fewest == most else f"{fewest:,} to {most:,} {of}"
+        if self.settings.threshold is None:
+            bounds = f"{self.thresholds.min():.3f} to {self.thresholds.max():.3f}"
+            rule = f"thresholds {self.settings.deviations:g} deviations above each background ({bounds})"
+        else:
+            rule = f"threshold {self.settings.threshold:g} for all"
         return (
             f"{self.pool.cache.path.name}: {self.whole.num_items:,} {self.pool.modality}s, {self.pool.feature.name}"
-            f"{run}; {len(self.concepts.names):,} concepts of {each}; {self.rule()}"
-        )
-
-    def rule(self) -> str:
-        """Describe when an item counts for a concept."""
-        if self.settings.threshold is not None:
-            return f"threshold {self.settings.threshold:g} for all"
-        lowest, highest = self.thresholds.min(), self.thresholds.max()
-        return (
-            f"thresholds {self.settings.deviations:g} deviations above each background ({lowest:.3f} to {highest:.3f})"
+            f"{run}; {len(self.concepts.names):,} concepts of {each}; {rule}"
         )
 
     @property

@@ -94,7 +94,6 @@ class OnnxExport:
     Args:
         module: takes the inputs by name, in the order of `example`, and returns a dict of tensors.
         example: input name -> array to trace the module with.
-        outputs: names of the outputs to export, all with the batch as first axis.
         dynamic_axes: input or output name -> names of its dynamic axes, by number.
         check_inputs: inputs of other sizes along the dynamic axes; the export must agree with torch on them.
         key: JSON values that determine the graph together with the weights; `name` starts the file name.

@@ -21,7 +21,8 @@ from embedcache.errors import SettingError
 Transform: TypeAlias = Callable[[Image.Image], Array]
 """RGB image of any size -> (3, H, W): uint8 if the model normalizes pixels itself, else float32."""
 
-_INPUT = "images"
+INPUT = "images"
+"""Name of an image model's input."""
 
 
 def build_image_encoder(
@@ -43,24 +44,12 @@ def build_image_encoder(
         graph: Graph = torch_graph(module, settings, fingerprint.family)
     else:
         graph = build_graph(_onnx_export(module, onnx_name), settings, fingerprint.weights)
-    return image_encoder(graph, transform, features=module.features, fingerprint=fingerprint, settings=settings)
-
-
-def image_encoder(
-    graph: Graph,
-    transform: Transform,
-    *,
-    features: Mapping[str, ItemShape],
-    fingerprint: Fingerprint,
-    settings: EncoderSettings,
-) -> GraphEncoder:
-    """Create an image encoder from its parts; see `GraphEncoder`."""
     return GraphEncoder(
         "image",
         graph,
         prepare=lambda images: [transform(image) for image in images],
-        collate=lambda prepared: {_INPUT: np.stack(prepared)},
-        features=features,
+        collate=lambda prepared: {INPUT: np.stack(prepared)},
+        features=module.features,
         fingerprint=fingerprint,
         settings=settings,
     )
@@ -70,10 +59,10 @@ def _onnx_export(module: "ImageModel", name: str) -> OnnxExport:
     noise = np.random.default_rng(0).integers(0, 256, (2, *module.input_size), dtype=np.uint8)
     return OnnxExport(
         module=module,
-        example={_INPUT: np.zeros((1, *module.input_size), np.uint8)},
-        check_inputs={_INPUT: noise},
+        example={INPUT: np.zeros((1, *module.input_size), np.uint8)},
+        check_inputs={INPUT: noise},
         outputs=tuple(module.features),
-        dynamic_axes={name: {0: "batch"} for name in (_INPUT, *module.features)},
+        dynamic_axes={name: {0: "batch"} for name in (INPUT, *module.features)},
         key={"name": name},
     )
 

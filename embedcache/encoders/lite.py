@@ -79,7 +79,7 @@ def load_model(spec: EncoderSpec) -> tuple[Any, int]:
     if spec.model not in MODELS:
         raise unknown_name("lite model", spec.model, MODELS)
     network = require("efficientnet_lite_pytorch", extra="demo").EfficientNet
-    path = Path(spec.options["weights"]).expanduser() if "weights" in spec.options else _packaged_weights(spec.model)
+    path = spec.weights or _packaged_weights(spec.model)
     model = network.from_name(spec.model)
     load_weights(model, path)
     return model.eval(), int(network.get_image_size(spec.model))

@@ -96,13 +96,7 @@ def feature_names(feature: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """A parsed encoder spec.
-
-    Args:
-        family: a name in `ENCODERS`, or `module:attribute`.
-        model: a name that the family knows, or the path of a local folder.
-        options: options of the family, such as `weights`.
-    """
+    """A parsed encoder spec: a name in `ENCODERS` or `module:attribute`, a name or path of a model, and options."""
 
     family: str
     model: str
@@ -151,6 +145,18 @@ class EncoderSpec:
             path = Path(self.model).expanduser()
             name = (path.resolve() if path.name in {"", ".."} else path).name
         return re.sub(r"[^\w.=+-]", "-", name.replace("/", "--")).lstrip(".") or "model"
+
+    @property
+    def weights(self) -> Path | None:
+        """The option `weights`, a local file instead of the published weights."""
+        return Path(self.options["weights"]).expanduser() if "weights" in self.options else None
+
+    def int_option(self, name: str, *, expected: str = "a whole number of at least 1") -> int | None:
+        """Return an option that is a positive whole number; None if it is not given."""
+        text = self.options.get(name)
+        if text is not None and not (text.isdecimal() and int(text)):
+            raise SettingError(f"{name}={text} in {self.text}: expected {expected}")
+        return None if text is None else int(text)
 
     @property
     def model_name(self) -> str:

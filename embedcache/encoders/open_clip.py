@@ -13,12 +13,12 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.backends import torch_graph
+from embedcache.encoders.backends import GraphEncoder, torch_graph
 from embedcache.encoders.base import Encoder, Fingerprint, ItemShape, Modality
-from embedcache.encoders.image import PixelScale, Transform, image_encoder, plain_json, split_transform
+from embedcache.encoders.image import INPUT, PixelScale, Transform, plain_json, split_transform
 from embedcache.encoders.open import EncoderSpec, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import text_encoder
+from embedcache.encoders.text import pad
 from embedcache.encoders.weights import (
     check_weights_file,
     find_hub_commit,
@@ -47,9 +47,11 @@ def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
     if modality == "image":
         published = dict(open_clip.get_model_preprocess_cfg(checkpoint.model))
         transform, scale = pixel_transform(checkpoint.preprocess, published)
-        return image_encoder(
+        return GraphEncoder(
+            "image",
             torch_graph(_ImageTower(checkpoint.model, scale), settings, "open_clip"),
-            transform,
+            prepare=lambda images: [transform(image) for image in images],
+            collate=lambda prepared: {INPUT: np.stack(prepared)},
             features=features,
             fingerprint=replace(fingerprint, preprocessing=plain_json(published)),
             settings=settings,
@@ -59,12 +61,13 @@ def open_open_clip(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
     ):
         tokenizer = open_clip.get_tokenizer(spec.model)
     tower = _TextTower(checkpoint.model)
-    return text_encoder(
+    return GraphEncoder(
+        "text",
         torch_graph(tower, settings, "open_clip"),
-        lambda texts: [ids[: tower.num_read(ids)] for ids in tokenizer(list(texts)).numpy().astype(np.int64)],
+        prepare=lambda texts: [ids[: tower.num_read(ids)] for ids in tokenizer(list(texts)).numpy().astype(np.int64)],
+        collate=lambda prepared: pad(prepared, pad_id=0),
         features=features,
         fingerprint=replace(fingerprint, preprocessing={"num_tokens": int(tokenizer.context_length)}),
-        pad_id=0,
         settings=settings,
     )
 

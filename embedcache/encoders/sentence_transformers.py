@@ -17,7 +17,7 @@ from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.image_features import requested_layers, untie_last_state
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import build_text_encoder, max_tokens_option, num_positions, open_tokenizer
+from embedcache.encoders.text import build_text_encoder, num_positions, open_tokenizer
 from embedcache.encoders.text_features import POOLING, Dense, SentenceFeatures
 from embedcache.encoders.weights import (
     USE_LOCAL_FOLDER,
@@ -60,7 +60,7 @@ def open_sentence_transformers(spec: EncoderSpec, *, modality: Modality, setting
     transformer, weights = load_transformer(modules)
     tokenizer = open_tokenizer(
         modules.tokenizer,
-        max_tokens=max_tokens_option(spec) or _published_limit(modules, transformer),
+        max_tokens=spec.int_option("max_tokens") or _published_limit(modules, transformer),
         model=transformer,
         prefix=modules.prompt,
         is_lower=bool(modules.config.get("do_lower_case", False)),

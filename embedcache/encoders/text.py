@@ -4,22 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
 from embedcache.arrays import Array, Ints
-from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, build_graph
+from embedcache.encoders.backends import GraphEncoder, OnnxExport, build_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import native_features
-from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import one_line
 from embedcache.errors import PathError, SettingError
-
-Tokenize: TypeAlias = Callable[[Sequence[str]], list[Ints]]
-"""Texts -> (T,) int64 token ids each, special tokens included, truncated to the model's maximum input length."""
 
 _IDS, _MASK = "input_ids", "attention_mask"
 _NO_LIMIT = 1_000_000  # tokenizers without a limit of their own state 1e30
@@ -60,31 +56,11 @@ def build_text_encoder(
         },
         key=onnx_key,
     )
-    return text_encoder(
-        build_graph(export, settings, fingerprint.weights),
-        tokenizer,
-        features=features,
-        fingerprint=fingerprint,
-        pad_id=tokenizer.pad_id,
-        settings=settings,
-    )
-
-
-def text_encoder(
-    graph: Graph,
-    tokenize: Tokenize,
-    *,
-    features: Mapping[str, ItemShape],
-    fingerprint: Fingerprint,
-    pad_id: int,
-    settings: EncoderSettings,
-) -> GraphEncoder:
-    """Create a text encoder from its parts; see `GraphEncoder`."""
     return GraphEncoder(
         "text",
-        graph,
-        prepare=lambda texts: list(tokenize(texts)),
-        collate=lambda prepared: pad(prepared, pad_id),
+        build_graph(export, settings, fingerprint.weights),
+        prepare=tokenizer,
+        collate=lambda prepared: pad(prepared, tokenizer.pad_id),
         features=features,
         fingerprint=fingerprint,
         settings=settings,
@@ -156,16 +132,6 @@ def open_tokenizer(
         prefix=prefix,
         is_lower=is_lower,
     )
-
-
-def max_tokens_option(spec: EncoderSpec) -> int | None:
-    """Return the option `max_tokens` of a spec."""
-    text = spec.options.get("max_tokens")
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise SettingError(f"max_tokens={text} in {spec.text}: expected a whole number of at least 1")
-    return int(text)
 
 
 def num_positions(model: torch.nn.Module) -> int | None:

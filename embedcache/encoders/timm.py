@@ -72,10 +72,9 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
 
 def load_model(spec: EncoderSpec) -> tuple[Any, str | None]:
     """Load a model without its classifier, at its published size; return it and its commit on the hub, if any."""
-    path = Path(spec.options["weights"]).expanduser() if "weights" in spec.options else None
     if not spec.model.startswith(HUB_PREFIXES):
-        _check_name(spec.model, has_file=path is not None)
-    return _load_published(spec.model) if path is None else (_load_file(spec.model, path), None)
+        _check_name(spec.model, has_file=spec.weights is not None)
+    return _load_published(spec.model) if spec.weights is None else (_load_file(spec.model, spec.weights), None)
 
 
 def create_model(name: str) -> Any:
@@ -153,17 +152,15 @@ def _load_file(name: str, path: Path) -> Any:
 @contextmanager
 def _resized(spec: EncoderSpec, model: Any) -> Iterator[int | None]:
     """Resize a model to the option `image_size`; an error of the model's first run, in the block, is that option's."""
-    text = spec.options.get("image_size")
-    if text is None:
+    size_px = spec.int_option("image_size", expected="a whole number of pixels, such as 518")
+    if size_px is None:
         yield None
         return
-    if not text.isdecimal() or int(text) < 1:
-        raise SettingError(f"image_size={text} in {spec.text}: expected a whole number of pixels, such as 518")
     try:
         if hasattr(model, "set_input_size"):  # networks without it accept any size
-            model.set_input_size(img_size=(int(text), int(text)))
-        yield int(text)
+            model.set_input_size(img_size=(size_px, size_px))
+        yield size_px
     except (RuntimeError, AssertionError, ValueError) as error:
         raise SettingError(
-            f"{spec.model} does not support image_size={text}: {one_line(error)}; try a multiple of its patch size"
+            f"{spec.model} does not support image_size={size_px}: {one_line(error)}; try a multiple of its patch size"
         ) from error

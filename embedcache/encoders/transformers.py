@@ -22,7 +22,7 @@ from embedcache.encoders.image import (
 from embedcache.encoders.image_features import ImageFeatures, requested_layers, untie_last_state
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import build_text_encoder, max_tokens_option, open_tokenizer
+from embedcache.encoders.text import build_text_encoder, open_tokenizer
 from embedcache.encoders.text_features import POOLING as TEXT_POOLING
 from embedcache.encoders.text_features import TextFeatures
 from embedcache.encoders.weights import find_model_folder, load_config, load_pretrained, model_class, one_line
@@ -64,7 +64,7 @@ def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: Encode
         fingerprint = replace(fingerprint, preprocessing=published)
         return build_image_encoder(module, transform, fingerprint=fingerprint, settings=settings)
     model_config: Any = model.config
-    tokenizer = open_tokenizer(folder.path, max_tokens=max_tokens_option(spec), model=model)
+    tokenizer = open_tokenizer(folder.path, max_tokens=spec.int_option("max_tokens"), model=model)
     return build_text_encoder(
         TextFeatures(model, layers),
         tokenizer,

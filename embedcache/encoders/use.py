@@ -53,8 +53,8 @@ def open_use(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings
     if spec.model != MODEL:
         raise unknown_name("use model", spec.model, (MODEL,))
     module = SentenceEncoder()
-    if "weights" in spec.options:
-        load_weights(module, Path(spec.options["weights"]).expanduser())
+    if spec.weights:
+        load_weights(module, spec.weights)
     else:
         module.load_state_dict(packaged_weights())
     tokenizer = _open_tokenizer()

@@ -14,7 +14,7 @@ import torch
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.encoders.text import Tokenizer, build_text_encoder, max_tokens_option
+from embedcache.encoders.text import Tokenizer, build_text_encoder
 from embedcache.encoders.text_features import mean
 from embedcache.encoders.weights import hash_weights, load_weights
 from embedcache.errors import MissingExtraError
@@ -33,9 +33,9 @@ def open_wordllama(spec: EncoderSpec, *, modality: Modality, settings: EncoderSe
     path = _packaged_weights(spec.model)
     name, _, width = spec.model.rpartition("_")
     module = _TokenTable(int(width))
-    load_weights(module, Path(spec.options["weights"]).expanduser() if "weights" in spec.options else path)
+    load_weights(module, spec.weights or path)
     tokenizer = _open_tokenizer(
-        path.parents[1] / "tokenizers" / f"{name}_tokenizer_config.json", max_tokens_option(spec) or MAX_TOKENS
+        path.parents[1] / "tokenizers" / f"{name}_tokenizer_config.json", spec.int_option("max_tokens") or MAX_TOKENS
     )
     return build_text_encoder(
         module,

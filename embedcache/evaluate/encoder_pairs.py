@@ -161,6 +161,10 @@ def evaluate_pairs(
             figures.append(_measure(sample, image, text, settings.resamples))
             progress.advance(1)
     progress.finish()
+    split = settings.split.kind
+    if split == "strict":
+        limits = f"{settings.split.image_cosine:g} and {settings.split.text_cosine:g}"
+        split += f" by {images[0].name} and {texts[0].name} (cosine above {limits})"
     return PairsReport(
         pairs=sorted(figures, key=lambda pair: -pair.probe),
         pooling={feature.name: _pooling(feature) for feature in (*images, *texts)},
@@ -169,7 +173,7 @@ def evaluate_pairs(
         num_trained=len(sample.train.samples),
         num_held=len(sample.val.samples),
         num_groups=len(np.unique(sample.groups)),
-        split=_split_line(settings.split, images[0], texts[0]),
+        split=split,
         language=settings.language,
         k=settings.k,
         seed=settings.seed,
@@ -371,10 +375,3 @@ def _pooled(name: str, pooling: Mapping[str, str]) -> str:
     cells = "" if parsed.grid is None and parsed.clusters is None else f"{name.rpartition('.')[2]} of "
     layer = "" if parsed.layer is None else f"after block {parsed.layer}: "
     return f"{layer}{cells}{pooling.get(parsed.native, parsed.native)}"
-
-
-def _split_line(settings: SplitSettings, image: InputFeature, text: InputFeature) -> str:
-    if settings.kind != "strict":
-        return settings.kind
-    limits = f"{settings.image_cosine:g} and {settings.text_cosine:g}"
-    return f"strict by {image.name} and {text.name} (cosine above {limits})"

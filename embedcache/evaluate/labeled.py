@@ -76,7 +76,11 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
     parts = part_S[items.samples]
     kept = items.where(parts != "")
     parts = parts[parts != ""]
-    _check_parts(parts, cache, feature, rule)
+    counts = {part: int((parts == part).sum()) for part in PARTS}
+    for part in PARTS:
+        if not counts[part]:
+            listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+            raise DataError(f"{cache.path} has no {part} items with {feature.name} ({listed}; {rule})")
     labels = read_labels(cache, kept.samples, column=settings.label)
     classes = np.unique(labels.numbers[parts == "train"])
     if len(classes) < 2:
@@ -146,14 +150,6 @@ def _groups(items: Items, mask: Bools) -> list[list[int]]:
     for sample, content in first.items():
         groups[content].append(sample)
     return list(groups.values())
-
-
-def _check_parts(parts: Array, cache: Cache, feature: InputFeature, rule: str) -> None:
-    counts = {part: int((parts == part).sum()) for part in PARTS}
-    empty = [part for part, count in counts.items() if not count]
-    if empty:
-        listed = ", ".join(f"{part}: {count:,}" for part, count in counts.items())
-        raise DataError(f"{cache.path} has no {empty[0]} items with {feature.name} ({listed}; {rule})")
 
 
 def _read_vectors(feature: InputFeature, rows: Ints) -> Floats:

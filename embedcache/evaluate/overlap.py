@@ -1,7 +1,7 @@
 """Overlap of evaluated items with the training part: equal bytes or text, and near-duplicates by cosine."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,10 +73,6 @@ class Overlap:
             return line + (f", {near} have a near-duplicate there" if self.near else "")
         return f"WARNING: {near} samples have a near-duplicate in the training part" if self.near else None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields as JSON values."""
-        return {**asdict(self), "not_compared": list(self.not_compared)}
-
 
 def largest_overlap(overlaps: Iterable[Overlap | None]) -> Overlap | None:
     """Return the largest overlap of several runs, or None."""
@@ -96,9 +92,10 @@ def find_overlap(
     caches, missing = _open_training_caches(run, settings.trained_on)
     trained = [items for cache in caches for items in [training_items(run, cache)] if items]
     samples = np.unique(np.concatenate([items.items.samples for items in evaluated.values()]))
-    rng = np.random.default_rng(0)
     count = _num_affordable(evaluated, trained) if trained else 0
-    checked = samples if len(samples) <= count else np.sort(rng.choice(samples, count, replace=False))
+    checked = (
+        samples if len(samples) <= count else np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
+    )
     exact, near = set[int](), set[int]()
     for modality, found in evaluated.items():
         others = [items[modality] for items in trained]

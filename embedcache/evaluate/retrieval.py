@@ -232,10 +232,6 @@ def _mean_recall(ranking: Ranking) -> float:
 
 
 def _chance(rankings: Sequence[Ranking], direction: str, k: int) -> Estimate:
-    expected, num_queries = [], 0
-    for ranking in rankings:
-        image_M, text_M = ranking.positives
-        num_positives = np.bincount(image_M if direction == "i2t" else text_M)
-        expected.append(chance_recall(num_positives, ranking.num_candidates(direction), k))
-        num_queries += len(ranking.ranks[direction])
-    return chance_estimate(float(np.mean(expected)), num_queries)
+    side = 0 if direction == "i2t" else 1
+    expected = [chance_recall(np.bincount(one.positives[side]), one.num_candidates(direction), k) for one in rankings]
+    return chance_estimate(float(np.mean(expected)), sum(len(one.ranks[direction]) for one in rankings))

@@ -110,9 +110,7 @@ def read_eval_split(cache: Cache, run: Run, part: str | None = None) -> EvalSpli
     """Select the samples of a cache to evaluate a run on.
 
     For a cache that the run was trained on, the run's split decides; for any other the column `split`, if there is
-    one, or else all samples.
-
-    The part None is `test`, or `all` of another cache without such a part.
+    one, or else all samples. The part None is `test`, or `all` of another cache without such a part.
 
     Raises:
         CorruptError: the run's split differs from the one it was trained on.

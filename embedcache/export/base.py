@@ -66,7 +66,6 @@ class ExportNotes:
         library: the card's `library_name`.
         task: the card's `pipeline_tag`; None: no tag fits.
         code: Python code that loads the export from its parent folder; `{folder}` stands for the export's name.
-        requirements: packages that the code imports.
         differences: modality -> largest difference from the run in one element of a unit vector.
         encoders: modalities whose encoder is included.
     """

@@ -58,9 +58,7 @@ def export_run(format_name: str, run_path: Path, folder: Path, settings: ExportS
 
     Args:
         format_name: a name in `FORMATS`.
-        run_path: the run.
         folder: a new or empty folder, or one that holds the same export.
-        settings: options; None: the defaults.
 
     Raises:
         UnknownNameError: unknown format.

@@ -73,11 +73,9 @@ def write_open_clip(run: ExportRun, folder: Path, *, final: str, hub_name: str |
         check_plain(run.config.tower_input(modality), _FORMAT)
     families = {EncoderSpec.parse(run.config.tower_input(modality).spec).family for modality in MODALITIES}
     model = _clip_model(run, folder) if families == {"open_clip"} else _timm_and_transformer_model(run, folder)
-    state = {**model.state, "logit_scale": run.pair.scale.detach().log()}
-    save_file(
-        {name: value.detach().clone().contiguous() for name, value in state.items()},
-        folder / "open_clip_model.safetensors",
-    )
+    state = {**model.state, "logit_scale": run.pair.scale.log()}
+    state = {name: value.detach().clone().contiguous() for name, value in state.items()}
+    save_file(state, folder / "open_clip_model.safetensors")
     notes, requirements = [], ["open_clip_torch"]
     if model.text_config is not None:
         model.text_config.save_pretrained(folder)

@@ -54,11 +54,12 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
         "width": tower_input.width,
         "takes": "tokens" if isinstance(tower, TokenTower) else "bare" if isinstance(tower, RawTower) else "centred",
     }
+    open_hf = partial(_open_hf, modality)
     openers: Mapping[str, Callable[..., _Opened]]
     if modality == "image":
-        openers = {"timm": _open_timm, "hf": _open_hf_image, "lite": _open_lite}
+        openers = {"timm": _open_timm, "hf": open_hf, "lite": _open_lite}
     else:
-        openers = {"hf": _open_hf_text, "st": _open_sentences}
+        openers = {"hf": open_hf, "st": _open_sentences}
     if spec.family not in openers:
         expected = " or ".join(", ".join(openers).rsplit(", ", 1))
         raise unsupported(format_name, f"its {modality} encoder is of the family {spec.family!r}: expected {expected}")
@@ -86,7 +87,7 @@ _Opened = tuple[nn.Module, dict[str, Any], Callable[..., None]]
 
 def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     model, _ = timm.load_model(spec)
-    size_px = int(spec.options["image_size"]) if "image_size" in spec.options else None
+    size_px = spec.int_option("image_size")
     is_resized = size_px is not None and hasattr(model, "set_input_size")
     if is_resized:
         model.set_input_size(img_size=(size_px, size_px))
@@ -115,26 +116,18 @@ def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     return TimmFeatures(network, []).eval(), config, partial(_save_image_processor, "lite", settings)
 
 
-def _open_hf_image(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
+def _open_hf(modality: Modality, spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     from transformers import AutoImageProcessor
 
     folder = find_model_folder(spec).path
-    model, layers = _load_tower(folder, "image", names)
-    input_size = list(transformers.pixel_transform(folder)[3])
-    config = {"kind": "transformers", **_model_config(model), "input_size": input_size}
-    return ImageFeatures(model, layers).eval(), config, AutoImageProcessor.from_pretrained(folder).save_pretrained
-
-
-def _open_hf_text(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
-    folder = find_model_folder(spec).path
-    model, layers = _load_tower(folder, "text", names)
+    tower_config, loader = transformers.find_tower(folder, modality)
+    model, layers = _load_seeded(lambda: load_pretrained(loader, folder, tower_config), names)
     config = {"kind": "transformers", **_model_config(model)}
-    return TextFeatures(model, layers).eval(), config, partial(_save_tokenizer, folder)
-
-
-def _load_tower(folder: Path, modality: Modality, names: Sequence[str]) -> tuple[nn.Module, list[int]]:
-    config, loader = transformers.find_tower(folder, modality)
-    return _load_seeded(lambda: load_pretrained(loader, folder, config), names)
+    if modality == "text":
+        return TextFeatures(model, layers).eval(), config, partial(_save_tokenizer, folder)
+    config["input_size"] = list(transformers.pixel_transform(folder)[3])
+    processor = AutoImageProcessor.from_pretrained(folder)
+    return ImageFeatures(model, layers).eval(), config, processor.save_pretrained
 
 
 def _load_seeded(load: Callable[[], tuple[nn.Module, str]], names: Sequence[str]) -> tuple[nn.Module, list[int]]:

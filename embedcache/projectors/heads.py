@@ -92,12 +92,9 @@ class GluProjector(nn.Module):
     two for 2,048 and 4,096 -> 1,024 have 386.0 M parameters. It has no linear branch for a closed form.
     """
 
-    EXPANSION = 8
-    LARGEST = 1e3
-
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
-        hidden_width = self.EXPANSION * input_width
+        hidden_width = 8 * input_width
         self.norm = nn.LayerNorm(input_width)
         self.gate = nn.Linear(input_width, hidden_width)
         self.value = nn.Linear(input_width, hidden_width)
@@ -107,7 +104,7 @@ class GluProjector(nn.Module):
 
     def forward(self, vectors_BD: Tensor) -> Tensor:
         normed = self.norm(vectors_BD)
-        gated = (relu6(self.gate(normed)) * self.value(normed)).clamp(-self.LARGEST, self.LARGEST)
+        gated = (relu6(self.gate(normed)) * self.value(normed)).clamp(-1e3, 1e3)
         projected: Tensor = self.output(gated)
         return projected
 
@@ -119,11 +116,9 @@ class FuseMixProjector(nn.Module):
     configuration: the two for 1,536 and 1,024 -> 512 have 110.4 M parameters.
     """
 
-    NUM_BLOCKS = 4
-
     def __init__(self, input_width: int, output_width: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_FuseMixBlock(input_width) for _ in range(self.NUM_BLOCKS))
+        self.blocks = nn.ModuleList(_FuseMixBlock(input_width) for _ in range(4))
         self.linear = nn.Linear(input_width, output_width)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:

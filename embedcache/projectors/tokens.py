@@ -27,7 +27,9 @@ class MeanTokenProjector(nn.Module):
         self.output = nn.Linear(output_width, output_width)
 
     def forward(self, tokens_BTD: Tensor, lengths_B: Tensor | None) -> Tensor:
-        is_token = None if lengths_B is None else _is_token(tokens_BTD, lengths_B)
+        is_token = None
+        if lengths_B is not None:  # false for padding: (B, T)
+            is_token = torch.arange(tokens_BTD.shape[1], device=tokens_BTD.device) < lengths_B[:, None]
         normed = self.norm(tokens_BTD if is_token is None else tokens_BTD[is_token])
         hidden = gelu(self.hidden(normed))
         projected: Tensor = self.linear(_mean(normed, is_token)) + self.output(_mean(hidden, is_token))
@@ -75,11 +77,6 @@ class TokenMlpProjector(nn.Module):
         linear = self.linear(self.tokens(tokens_BTD, lengths_B))
         projected: Tensor = self.norm(self.residual(linear) + linear)
         return projected
-
-
-def _is_token(tokens_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-    """Return a (B, T) mask that is false for padding."""
-    return torch.arange(tokens_BTD.shape[1], device=tokens_BTD.device) < lengths_B[:, None]
 
 
 def _mean(values: Tensor, is_token: Tensor | None) -> Tensor:

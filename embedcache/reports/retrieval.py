@@ -1,6 +1,7 @@
 """Retrieval as tables, JSON and one page: recalls, curves, and example queries."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -85,7 +86,7 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
         "recall_by_seed": [round_json(recall) for recall in report.by_seed],
         "part": report.part,
         "language": report.language,
-        "overlap": report.overlap.to_json() if report.overlap else None,
+        "overlap": asdict(report.overlap) if report.overlap else None,
     }
 
 

@@ -1,6 +1,7 @@
 """Zero-shot classification as tables, JSON and one page: accuracies, classes, confusions and example images."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
         "num_prompts": list(report.num_prompts),
         "seeds": report.seeds,
         "part": report.part,
-        "overlap": report.overlap.to_json() if report.overlap else None,
+        "overlap": asdict(report.overlap) if report.overlap else None,
     }
 
 

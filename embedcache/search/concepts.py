@@ -16,7 +16,6 @@ from embedcache.store.cache import Cache
 
 MAX_EXAMPLES = 128  # as "From Unimodal to Multimodal" (CVPR 2025) averages for its prototypes
 _BLOCK = 4096
-_MAX_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +145,7 @@ def _check_unique(names: list[str], cache: Cache) -> None:
         numbers_of.setdefault(name, []).append(str(number))
     repeated = [(name, numbers) for name, numbers in numbers_of.items() if len(numbers) > 1]
     if repeated:
-        shown = ", ".join(f"{name!r} (numbers {' and '.join(numbers)})" for name, numbers in repeated[:_MAX_NAMED])
+        shown = ", ".join(f"{name!r} (numbers {' and '.join(numbers)})" for name, numbers in repeated[:5])
         raise DataError(
             f"{len(repeated):,} of {len(numbers_of):,} concepts of {cache.path} are repeated, counted from 0: {shown}; "
             "extract a list with each name once"

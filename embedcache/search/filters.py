@@ -18,7 +18,6 @@ from embedcache.registry import unknown_name
 from embedcache.search.settings import Filter
 from embedcache.store.cache import Cache
 
-_CACHED_SELECTIONS = 16
 _OPTIONS = {"label": "label-value", "split": "part"}  # column -> option of `embedcache search`
 
 
@@ -35,7 +34,7 @@ class CacheFilters:
         self._samples: Ints = cache.items(modality)["sample"].to_numpy()
         self._column = lru_cache(maxsize=None)(self._read_column)
         self._languages = lru_cache(maxsize=None)(self._read_languages)
-        self._selected = lru_cache(maxsize=_CACHED_SELECTIONS)(self._read_selection)
+        self._selected = lru_cache(maxsize=16)(self._read_selection)
 
     def mask(self, condition: Filter) -> Bools:
         """Return for each item of the modality whether it passes a filter: (N,) bool.

@@ -128,8 +128,8 @@ def build_index(
     vectors = Vectors(cache_path, settings.modality, settings.feature, settings.run)
     if not (index_path / "card.json").is_file():  # so that nothing is put into a folder of others
         _candidates(settings, len(vectors.rows), vectors.width)
-        if not (index_path / LOCK).is_file():
-            _claim(index_path)
+        allowed = [LOCK, "card.json", *FILES]
+        prepare_folder(index_path, kind="an index", marker=LOCK, allowed=allowed)
     with locked(index_path):
         card = read_card(index_path) if (index_path / "card.json").is_file() else None
         if card is not None:
@@ -162,10 +162,6 @@ def check_card(index_path: Path, card: IndexCard, requested: Mapping[str, Any], 
             {name: requested[name] for name in names},
             next_step=next_step,
         )
-
-
-def _claim(index_path: Path) -> None:
-    prepare_folder(index_path, kind="an index", marker=LOCK, allowed=[LOCK, "card.json", *FILES, ".*.partial"])
 
 
 def _candidates(settings: IndexSettings, num_vectors: int, width: int) -> list[Configuration]:
@@ -202,8 +198,6 @@ def _build(
     index_path: Path, vectors: Vectors, old: IndexCard | None, settings: IndexSettings, progress: Progress
 ) -> IndexCard:
     """Build one candidate after another until one reaches the recall; a finished index keeps its configuration."""
-    if old is None:
-        _claim(index_path)
     source, num = _source(vectors, index_path), len(vectors.rows)
     left = _candidates(settings, num, vectors.width) if old is None else [_grown(old, num)]
     record = {

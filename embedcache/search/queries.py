@@ -203,8 +203,7 @@ def read_vectors(path: Path) -> Array:
     if not path.is_file():
         raise PathError(f"{path} does not exist; give a .npy file with one query vector per row")
     try:
-        array = np.load(path, allow_pickle=False)
-        values: Array = np.asarray(array, np.float32)
+        values: Array = np.asarray(np.load(path, allow_pickle=False), np.float32)
     except (ValueError, EOFError, OSError, TypeError) as error:
         raise CorruptError(f"{path}: expected a .npy file of numbers, got an error: {error}") from error
     return values

@@ -21,7 +21,6 @@ from embedcache.store.cache import Cache
 from embedcache.store.tables import ITEM_SCHEMAS
 
 _DEFAULT_K = 10
-_CACHED_FILTERS = 8
 _MAX_CAPTIONS = 3
 _NO_TEXTS = ITEM_SCHEMAS["text"].empty_table()
 _COMPARE_ALL = 20_000  # so few filtered items are all compared: fast, and a graph or lists would miss most of them
@@ -111,7 +110,7 @@ class OpenIndex:
         self.filters = CacheFilters(self.cache, self.card.modality, self.run_path)
         self.hits = HitReader(self.cache, self.card.modality)
         self._index = read_index(self.path / "index.faiss")
-        self._subset = lru_cache(maxsize=_CACHED_FILTERS)(self._apply)
+        self._subset = lru_cache(maxsize=8)(self._apply)
 
     def search(self, queries: Queries, *, k: int | None = None, condition: Filter | None = None) -> list[list[Hit]]:
         """Search for the items nearest to each query: a list of hits per query, best first.

@@ -47,14 +47,12 @@ class EncoderContract:
         names = list(encoder.features)
         outputs = encoder.encode(encoder.prepare(items), names)
         assert list(outputs) == names
-        for name in names:
+        for name, shape in encoder.features.items():
             assert len(outputs[name]) == len(items)
             for output in outputs[name]:
                 assert output.dtype == np.float32
                 assert np.isfinite(output).all()
-                fixed = [size for size in encoder.features[name] if size != -1]
-                assert list(output.shape)[-len(fixed) :] == fixed
-                assert output.ndim == len(encoder.features[name])
+                assert all(size in (-1, found) for size, found in zip(shape, output.shape, strict=True))
 
     def test_only_named_features_are_returned(self, encoder: Encoder, items: Sequence[Any]) -> None:
         first = next(iter(encoder.features))

@@ -27,12 +27,13 @@ class LossContract:
     def test_loss_is_a_finite_scalar(self, loss: torch.nn.Module) -> None:
         for size in (1, 2, 9):
             for scale in (2.0, 1000.0):
-                value = loss(*_batch(size, seed=size), torch.tensor(scale, dtype=torch.float64), _own_pairs(size))
+                images, texts, positives = _batch(size, seed=size)
+                value = loss(images, texts, torch.tensor(scale, dtype=torch.float64), positives)
                 assert value.shape == ()
                 assert value.isfinite()
 
     def test_gradients_match_finite_differences(self, loss: torch.nn.Module) -> None:
-        images, texts = _batch(4, seed=0)
+        images, texts, _ = _batch(4, seed=0)
         scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
         positives = Positives(images=torch.tensor([0, 0, 1, 2, 3]), texts=torch.tensor([0, 2, 1, 2, 3]))
 
@@ -44,30 +45,30 @@ class LossContract:
         assert torch.autograd.gradcheck(value, inputs, atol=1e-4)
 
     def test_matching_pairs_have_a_lower_loss(self, loss: torch.nn.Module) -> None:
-        images, texts = _batch(8, seed=0)
+        images, texts, positives = _batch(8, seed=0)
         scale = torch.tensor(10.0, dtype=torch.float64)
-        assert loss(images, images, scale, _own_pairs(8)) < loss(images, texts, scale, _own_pairs(8))
+        assert loss(images, images, scale, positives) < loss(images, texts, scale, positives)
 
     def test_order_of_samples_does_not_matter(self, loss: torch.nn.Module) -> None:
-        images, texts = _batch(7, seed=1)
+        images, texts, positives = _batch(7, seed=1)
         order, scale = torch.randperm(7), torch.tensor(3.0, dtype=torch.float64)
-        permuted = loss(images[order], texts[order], scale, _own_pairs(7))
-        torch.testing.assert_close(permuted, loss(images, texts, scale, _own_pairs(7)))
+        permuted = loss(images[order], texts[order], scale, positives)
+        torch.testing.assert_close(permuted, loss(images, texts, scale, positives))
 
     def test_several_captions_per_image(self, loss: torch.nn.Module) -> None:
         if not self.has_all_captions:
             return
-        images, texts = _batch(4, seed=0)
+        images, texts, _ = _batch(4, seed=0)
         positives = Positives(images=torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), texts=torch.arange(8))
         value = loss(images, torch.cat([texts, texts]), torch.tensor(3.0, dtype=torch.float64), positives)
         assert value.isfinite()
 
 
-def _batch(size: int, *, seed: int) -> tuple[Tensor, Tensor]:
+def _batch(size: int, *, seed: int) -> tuple[Tensor, Tensor, Positives]:
     generator = torch.Generator().manual_seed(seed)
     images, texts = torch.randn(2, size, 5, generator=generator, dtype=torch.float64)
-    return normalize(images, dim=1), normalize(texts, dim=1)
-
-
-def _own_pairs(size: int) -> Positives:
-    return Positives(images=torch.arange(size), texts=torch.arange(size))
+    return (
+        normalize(images, dim=1),
+        normalize(texts, dim=1),
+        Positives(images=torch.arange(size), texts=torch.arange(size)),
+    )

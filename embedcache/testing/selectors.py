@@ -47,13 +47,7 @@ class SelectorContract:
         return selector
 
     def select(
-        self,
-        selector: Selector,
-        pools: Pools,
-        which: str = "cache",
-        *,
-        selection: Path | None = None,
-        **others: Any,
+        self, selector: Selector, pools: Pools, which: str = "cache", *, selection: Path | None = None, **others: Any
     ) -> Selection:
         settings = SelectSettings(**{"budget": self.budget, **self.settings, **others})
         return selector.select(pools(which, selector, selection=selection), settings)

@@ -59,12 +59,10 @@ class TrainData:
 
     @property
     def image(self) -> TowerInput:
-        """Input of the image tower."""
         return _tower_input(self.images[0])
 
     @property
     def text(self) -> TowerInput:
-        """Input of the text tower."""
         return _tower_input(self.texts[0])
 
     @property
@@ -74,7 +72,6 @@ class TrainData:
 
     @cached_property
     def keys(self) -> list[str]:
-        """Keys of the samples."""
         return [key for cache in self.caches for key in cache.samples["key"].to_pylist()]
 
     def split(self, pairs: Pairs, settings: SplitSettings) -> Split:

@@ -36,7 +36,7 @@ def initialize(
         _TowerRows(name="image", tower=pair.image, read=image, rows=pairs.image.rows[image_positions]),
         _TowerRows(name="text", tower=pair.text, read=text, rows=pairs.text.rows[text_positions]),
     )
-    form = settings.initialization or ("cca" if all(tower.has_linear_branch for tower in towers) else "random")
+    form = settings.initialization or ("cca" if all(tower.supports(HasLinearBranch) for tower in towers) else "random")
     _check(towers, form, settings)
     moments = Moments(towers[0].width, towers[1].width)
     for block in blocks(len(towers[0].rows), _BLOCK):
@@ -53,7 +53,7 @@ def initialize(
             # the root mean square length of the projected training rows: a learned branch expects about 1
             length = float(np.sqrt(np.trace(weights_DP.T @ covariance @ weights_DP)) + np.finfo(np.float64).tiny)
             one.tower.projector.set_linear_map(torch.from_numpy(weights_DP / length))
-    if any(tower.has_anchors for tower in towers):
+    if any(tower.supports(HasAnchors) for tower in towers):
         _set_anchors(towers, settings.shared_width, seed)
 
 
@@ -71,13 +71,8 @@ class _TowerRows:
         """D of the vectors to center; 0 for other towers."""
         return self.tower.mean.numel() if isinstance(self.tower, Tower) else 0
 
-    @property
-    def has_linear_branch(self) -> bool:
-        return isinstance(self.tower, Tower) and isinstance(self.tower.projector, HasLinearBranch)
-
-    @property
-    def has_anchors(self) -> bool:
-        return isinstance(self.tower, Tower) and isinstance(self.tower.projector, HasAnchors)
+    def supports(self, interface: type[HasLinearBranch] | type[HasAnchors]) -> bool:
+        return isinstance(self.tower, Tower) and isinstance(self.tower.projector, interface)
 
     def rms_length(self) -> float:
         """Compute the root mean square length of the rows in one pass."""
@@ -99,13 +94,13 @@ class _TowerRows:
 
 
 def _check(towers: tuple[_TowerRows, _TowerRows], form: str, settings: ModelSettings) -> None:
-    if form != "random" and not all(tower.has_linear_branch for tower in towers):
+    if form != "random" and not all(tower.supports(HasLinearBranch) for tower in towers):
         raise SettingError(
             f"initialization: expected random, as projector {settings.projector} has no linear branch, got {form}; "
             "use --initialization random"
         )
     num_pairs = len(towers[0].rows)
-    if num_pairs < settings.shared_width and any(tower.has_anchors for tower in towers):
+    if num_pairs < settings.shared_width and any(tower.supports(HasAnchors) for tower in towers):
         raise SettingError(
             f"projector {settings.projector}: expected at least as many training pairs as the shared width "
             f"{settings.shared_width}, got {num_pairs}; use --shared-width {num_pairs} or less"
@@ -116,6 +111,6 @@ def _set_anchors(towers: tuple[_TowerRows, _TowerRows], num_anchors: int, seed: 
     """Set the anchors of both towers to the same pairs, drawn without replacement, as the projectors see them."""
     drawn = np.sort(np.random.default_rng(seed).choice(len(towers[0].rows), num_anchors, replace=False))
     for one in towers:
-        if one.has_anchors and isinstance(one.tower, Tower):
+        if one.supports(HasAnchors) and isinstance(one.tower, Tower):
             unit_PD = torch.from_numpy(one.vectors(drawn)).to(one.tower.mean.device)
             one.tower.projector.set_anchors(unit_PD - one.tower.mean)

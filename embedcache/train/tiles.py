@@ -35,17 +35,13 @@ def log_sum_exp(
     each row and column keeps one. Differentiable in left, right and scale.
     """
     rows, columns = masked or (torch.empty(0, dtype=torch.int64, device=left_BP.device),) * 2
-    dtype = _product_dtype(left_BP)
-    with torch.autocast(left_BP.device.type, enabled=False):
-        result: tuple[Tensor, Tensor] = _LogSumExp.apply(left_BP, right_NP, scale, rows, columns, dtype)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _apply(_LogSumExp, left_BP, right_NP, scale, rows, columns)
     return result
 
 
 def softplus_sum(left_BP: Tensor, right_NP: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Compute Σ log(1 + exp(logit + bias)) over all pairs, a scalar; the arguments are those of `log_sum_exp`."""
-    dtype = _product_dtype(left_BP)
-    with torch.autocast(left_BP.device.type, enabled=False):
-        result: Tensor = _SoftplusSum.apply(left_BP, right_NP, scale, bias, dtype)  # type: ignore[no-untyped-call]
+    result: Tensor = _apply(_SoftplusSum, left_BP, right_NP, scale, bias)
     return result
 
 
@@ -55,9 +51,12 @@ def logits_of(left_BP: Tensor, right_NP: Tensor, scale: Tensor, pairs: tuple[Ten
     return scale * cosines_E
 
 
-def _product_dtype(left: Tensor) -> torch.dtype:
+def _apply(function: type[torch.autograd.Function], left: Tensor, *others: Tensor) -> Any:
+    """Apply a function whose last argument is the dtype of matrix products: under autocast that of autocast."""
     device = left.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else left.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else left.dtype
+    with torch.autocast(device, enabled=False):
+        return function.apply(left, *others, dtype)  # type: ignore[no-untyped-call]
 
 
 class _Cosines(torch.autograd.Function):

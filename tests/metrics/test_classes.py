@@ -9,8 +9,10 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_acc
 
 from embedcache.errors import DataError
 from embedcache.metrics import classification as classes
-from embedcache.metrics.classification import class_means, confusion, ranks_of
+from embedcache.metrics.classification import class_means, confusion, gini, ranks_of, top_fraction
 from embedcache.metrics.intervals import bootstrap_class_mean, bootstrap_mean, bootstrap_means
+
+COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=30).filter(any)
 
 
 def test_docstring_examples() -> None:
@@ -65,3 +67,27 @@ def test_bootstrap_means_share_resamples() -> None:
         bootstrap_means(np.empty((0, 2)))
     with pytest.raises(DataError, match="at least one value"):
         bootstrap_class_mean(np.empty(0), np.empty(0, np.int64))
+
+
+@given(COUNTS)
+def test_gini_matches_definition(counts: list[int]) -> None:
+    values = np.array(counts, float)
+    differences = np.abs(values[:, None] - values[None, :]).mean()
+    assert gini(values) == pytest.approx(differences / (2 * values.mean()))
+
+
+@given(COUNTS, st.integers(1, 5))
+def test_gini_ignores_order_and_scale(counts: list[int], factor: int) -> None:
+    assert gini(np.array(counts)) == pytest.approx(gini(factor * np.array(counts[::-1])))
+
+
+@given(COUNTS, st.floats(0, 1))
+def test_top_fraction_is_at_least_its_fraction(counts: list[int], share: float) -> None:
+    num = max(1, round(share * len(counts)))
+    assert top_fraction(np.array(counts), share) == pytest.approx(sum(sorted(counts)[::-1][:num]) / sum(counts))
+    assert top_fraction(np.array(counts), share) >= num / len(counts) - 1e-9
+
+
+def test_inequality_of_zeros_is_nan() -> None:
+    assert np.isnan(gini(np.zeros(3)))
+    assert np.isnan(top_fraction(np.zeros(3), 0.1))

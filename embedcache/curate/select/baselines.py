@@ -29,8 +29,7 @@ class RandomSelector:
 
 def draw_rows(samples_S: Ints, size: int, *, seed: int) -> Ints:
     """Draw `size` of some samples without replacement, or all if there are no more: ascending."""
-    drawn: Ints = np.sort(np.random.default_rng(seed).permutation(samples_S)[:size])
-    return drawn
+    return np.sort(np.random.default_rng(seed).permutation(samples_S)[:size])
 
 
 class TopScoreSelector:
@@ -64,8 +63,7 @@ class TopScoreSelector:
 def highest(scores_S: Array, size: int) -> Ints:
     """Return ascending positions of the `size` highest scores, or of all; of equal scores the first."""
     keys_S = to_keys(scores_S, np.arange(len(scores_S)))
-    kept: Ints = np.sort(np.argsort(-keys_S)[:size])
-    return kept
+    return np.sort(np.argsort(-keys_S)[:size])
 
 
 class ClipScoreSelector:

@@ -100,8 +100,7 @@ class Pool:
         """Return the row of the first item of each of `samples`: (S,) int64."""
         rows = self.vectors.rows[self.item_samples[self.vectors.rows] >= 0]
         _, first = np.unique(self.item_samples[rows], return_index=True)
-        found: Ints = rows[first]
-        return found
+        return rows[first]
 
     def sample(self, size: int, *, seed: int) -> Floats:
         """Read a random sample of the items, or all items if there are no more: (M, P)."""
@@ -175,8 +174,7 @@ def cosines(left_QP: Floats, right_CP: Floats) -> Floats:
 
     Sums in float32 depend on the other rows of a block; in float64, equal vectors get equal cosines.
     """
-    products: Floats = (left_QP.astype(np.float64) @ right_CP.astype(np.float64).T).astype(np.float32)
-    return products
+    return (left_QP.astype(np.float64) @ right_CP.astype(np.float64).T).astype(np.float32)
 
 
 def whole_samples(blocks: Iterable[tuple[Ints, Floats]]) -> Iterator[tuple[Ints, Floats]]:
@@ -203,8 +201,7 @@ def to_keys(scores: Array, samples: Ints) -> Ints:
     assert not len(samples) or samples.max() < _MOST_SAMPLES
     bits = (scores.astype(np.float32) + np.float32(0)).view(np.int32).astype(np.int64)  # + 0: of -0.0 makes 0.0
     ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    keys: Ints = ordered * _MOST_SAMPLES + (_MOST_SAMPLES - 1 - samples)
-    return keys
+    return ordered * _MOST_SAMPLES + (_MOST_SAMPLES - 1 - samples)
 
 
 def from_keys(keys: Ints) -> TopSamples:

@@ -103,7 +103,6 @@ class ImageTower(nn.Module):
         self.pools = patch_pools(config)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode and project."""
         outputs = self.encoder(pixel_values)
         parts = [self._part(outputs, text) for text in self._texts]
         projected: Tensor = self.tower(_concatenate(parts))
@@ -139,7 +138,6 @@ class TextTower(nn.Module):
         self._names = config["features"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode and project."""
         outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
         parts = [outputs[name] for name in self._names]
         lengths_B = attention_mask.sum(dim=1)
