@@ -2,8 +2,8 @@
 
 The images are the glyphs of OpenMoji's color font, drawn with Pillow. Most emoji are sequences of characters that the
 font joins to one glyph (a ligature). Pillow joins these only on systems with the library FriBiDi, so the ligatures are
-read from the font here, and each glyph gets its own character in a copy of the font held in memory. The images are then the
-same on every machine.
+read from the font here, and each glyph gets its own character in a copy of the font held in memory. The images are then
+the same on every machine.
 """
 
 import io

@@ -177,7 +177,7 @@ def _find_shards(part: str) -> list[Path]:
     with ThreadPoolExecutor(_CONCURRENT_REQUESTS if is_remote(shards[0]) else 1) as executor:
         missing = [shard for shard, size in zip(shards, executor.map(file_size, shards), strict=True) if size is None]
     if missing:
-        raise PathError(f"expected a shard {missing[0]}, got no file ({len(missing)} of {len(shards)} are missing)")
+        raise PathError(f"expected a shard, got no file at {missing[0]} ({len(missing)} of {len(shards)} are missing)")
     return shards
 
 
