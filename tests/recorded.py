@@ -1,4 +1,4 @@
-"""A progress that remembers what it was told."""
+"""Progress that records its calls."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""What `import embedcache` gives: names, types, and a run that encodes as its cache says."""
+"""The public API: names, types, and a model whose embeddings equal those in the cache."""
 
 import os
 import re

@@ -89,9 +89,9 @@ def test_json_is_the_only_output(folder: Path, line: str | list[str], key: str) 
 def test_search_takes_all_kinds_of_queries(folder: Path) -> None:
     (folder / "queries.txt").write_text("red bar left on white\n\nblue bar top on red\n")
     np.save(folder / "vectors.npy", np.eye(256, dtype=np.float16)[:2])
-    asked = "search index --queries queries.txt --query-image photos/00007.png --query-key 00009 --concepts concepts"
-    asked += " --query-concept red --query-vectors vectors.npy -k 2 --json"
-    answers = json.loads(succeed(*asked.split(), cwd=folder))
+    command = "search index --queries queries.txt --query-image photos/00007.png --query-key 00009 --concepts concepts"
+    command += " --query-concept red --query-vectors vectors.npy -k 2 --json"
+    answers = json.loads(succeed(*command.split(), cwd=folder))
     names = ["red bar left on white", "blue bar top on red", "photos/00007.png", "00009", "red", "vector 0", "vector 1"]
     assert [answer["query"] for answer in answers] == names
     assert answers[2]["hits"][0]["key"] == "00007"
@@ -227,8 +227,8 @@ MISTAKES = [
 def test_user_error_is_one_line_and_exit_1(folder: Path, line: str | list[str], message: str) -> None:
     done = embedcache(*(line.split() if isinstance(line, str) else line), cwd=folder)
     assert done.code == 1, done.stderr
-    (told,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
-    assert message in told
+    (error,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert message in error
 
 
 @pytest.fixture(scope="module")

@@ -202,12 +202,12 @@ def test_removed_samples_have_a_kept_partner(made: tuple[Copies, SimilarPairs, I
     assert removed.samples.tolist() == sorted(gone)
     assert not gone & set(removed.kept.tolist())
     contents_of = {sample: items.content_ids[items.samples == sample].tolist() for sample in order.tolist()}
-    place = {sample: k for k, sample in enumerate(order.tolist())}
+    position = {sample: k for k, sample in enumerate(order.tolist())}
     stay = [sample for sample in order.tolist() if sample not in gone]
 
     def best(content: int, sample: int) -> float:
-        """How close a content comes to the samples that stay and come before a sample."""
-        others = [c for other in stay if place[other] < place[sample] for c in contents_of[other]]
+        """Return the largest cosine of a content to the earlier samples that are kept."""
+        others = [c for other in stay if position[other] < position[sample] for c in contents_of[other]]
         return max((close.get((content, c), 0.0) for c in others), default=0.0)
 
     for sample in order.tolist():

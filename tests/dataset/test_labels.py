@@ -15,7 +15,7 @@ PETS = ["cat", "dog", "cat", "newt", "dog"]
 
 
 def make_cache(folder: Path, **columns: list[object]) -> Cache:
-    """Make a cache of texts with columns beside them."""
+    """Create a cache of texts with additional columns."""
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     lines = [json.dumps({"key": f"k{number}", "text": "words", **row}) for number, row in enumerate(rows)]
     (folder / "table.jsonl").write_text("\n".join(lines))

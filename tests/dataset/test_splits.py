@@ -69,13 +69,13 @@ def test_column_split(tmp_path: Path) -> None:
         path.with_suffix(".json").write_text(json.dumps({"split": part}))
     extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE], text_encoders=[TEXT])
     cache = Cache(tmp_path / "c")
-    asked = np.array(cache.samples["split"].to_pylist())
-    for share in (0.1, 0.4):
-        settings = SplitSettings(kind="column", val_fraction=share)
+    column = np.array(cache.samples["split"].to_pylist())
+    for fraction in (0.1, 0.4):
+        settings = SplitSettings(kind="column", val_fraction=fraction)
         parts = np.array(split_of(tmp_path / "c", settings).parts)
-        assert ((parts == "test") == (asked == "test")).all()
-        assert ((parts == "") == (asked == "restval")).all()
-        assert (parts == "val").sum() == round(share * (asked == "train").sum())
+        assert ((parts == "test") == (column == "test")).all()
+        assert ((parts == "") == (column == "restval")).all()
+        assert (parts == "val").sum() == round(fraction * (column == "train").sum())
 
 
 def test_strict_split_joins_by_any_caption(tmp_path: Path) -> None:

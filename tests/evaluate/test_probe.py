@@ -61,7 +61,7 @@ def write_colors(folder: Path, count: int) -> Path:
 
 
 def make_cache(folder: Path, columns_of: ColumnsOf, *, count: int = 120, copies: int = 0) -> Path:
-    """Make a cache of images with the given columns; copies repeat the first images under other keys."""
+    """Create a cache of images with the given columns; copies repeat the first images under other keys."""
     source = write_colors(folder / "source", count)
     for number in range(copies):
         for suffix in (".png", ".txt"):

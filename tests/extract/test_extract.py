@@ -1,4 +1,4 @@
-"""What an extraction stores, and what it refuses."""
+"""What an extraction stores, and what it rejects."""
 
 import shutil
 import struct

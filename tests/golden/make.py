@@ -1,4 +1,4 @@
-"""Make the golden cache of the format that this version writes: `just golden`.
+"""Write the golden cache in the format of this version: `just golden`.
 
 Run it once per new format. The cache of an old format is never made again: all later versions must open it.
 """

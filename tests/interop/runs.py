@@ -10,7 +10,7 @@ SIDES = {
     "vectors": ("open_toy/cls", "open_toy/mean", "linear"),
     "tokens": ("open_toy/patches+open_toy/patches", "open_toy/tokens", "token"),
 }
-"""What a run is trained on: image feature, text feature, projector."""
+"""Image feature, text feature and projector of a run."""
 
 
 def train_run(cache_path: Path, run_path: Path, image: str, text: str, projector: str) -> Path:

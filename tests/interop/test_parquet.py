@@ -66,7 +66,7 @@ def test_origin_is_recorded(labeled: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lists", "asked", "error", "words"),
+    ("lists", "options", "error", "words"),
     [
         ([[1, 2]] * 3, {}, SettingError, "expected a column image_vector or text_vector; name one .*: emb"),
         ([[1, 2]] * 3, {"image_vector_column": "vec"}, UnknownNameError, "unknown column of vectors 'vec'.*known: emb"),
@@ -86,11 +86,11 @@ def test_origin_is_recorded(labeled: Path, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_columns_raise(
-    tmp_path: Path, lists: list[object], asked: dict[str, str], error: type[EmbedcacheError], words: str
+    tmp_path: Path, lists: list[object], options: dict[str, str], error: type[EmbedcacheError], words: str
 ) -> None:
     path = write(tmp_path / "x.parquet", lists_of(lists, pa.list_(pa.float32())))
     with pytest.raises(error, match=words):
-        open_parquet_vectors(path, **asked)
+        open_parquet_vectors(path, **options)
 
 
 def test_ragged_lists_and_double_raise(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What goes out comes back: vectors to the bit, keys, captions, labels and splits."""
+"""Exported caches are imported unchanged: vectors bit for bit, keys, captions, labels and splits."""
 
 import multiprocessing
 import signal

@@ -53,7 +53,7 @@ def test_label_and_part(labeled: Path, tmp_path: Path, factory: str) -> None:
     cache, vectors = Cache(labeled), Vectors(labeled, "image")
     keys = np.array(cache.samples["key"].to_pylist())
     queries = Queries(keys=[str(keys[0]), str(keys[40])])
-    asked = vectors.read(np.array([0, 40]))
+    query_vectors = vectors.read(np.array([0, 40]))
     for keep, prefix in (
         (Filter(label_value=("cat",)), ("train/cat", "val/cat")),
         (Filter(part=("val",)), ("val/",)),
@@ -62,7 +62,7 @@ def test_label_and_part(labeled: Path, tmp_path: Path, factory: str) -> None:
     ):
         rows = np.flatnonzero([str(key).startswith(prefix) for key in keys])
         assert np.flatnonzero(CacheFilters(cache, "image").mask(keep)).tolist() == rows.tolist()
-        expected = -np.sort(-(asked @ vectors.read(rows).T), axis=1)[:, :7]
+        expected = -np.sort(-(query_vectors @ vectors.read(rows).T), axis=1)[:, :7]
         for hits, scores in zip(
             search(tmp_path / "index", queries, SearchSettings(k=7, filter=keep)), expected, strict=True
         ):

@@ -52,9 +52,9 @@ def test_folder_with_other_files_raises(cache_path: Path, run_path: Path, tmp_pa
 
 
 def test_low_recall_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
-    asked = r"no index reaches recall@10 0.95: the best, PQ1x4, reaches 0\.\d+ .*; leave --factory out, or lower it"
+    expected = r"no index reaches recall@10 0.95: the best, PQ1x4, reaches 0\.\d+ .*; leave --factory out, or lower it"
     for _ in range(2):  # the second time it is known
-        with pytest.raises(SettingError, match=asked):
+        with pytest.raises(SettingError, match=expected):
             build_index(cache_path, tmp_path / "pq", IndexSettings(run=run_path, factory="PQ1x4"))
     assert {path.name for path in (tmp_path / "pq").iterdir()} == {".lock", "building.json"}
     card = build_index(cache_path, tmp_path / "pq", IndexSettings(run=run_path, factory="PQ1x4", min_recall=0.0))
@@ -81,9 +81,9 @@ def test_item_is_not_its_own_neighbor(cache_path: Path, tmp_path: Path) -> None:
     ],
 )
 def test_search_parameters_reach_recall(cache_path: Path, tmp_path: Path, factory: str, effort: set[str]) -> None:
-    asked = {"feature": "open_toy/cls", "factory": factory}
-    low = build_index(cache_path, tmp_path / "low", IndexSettings(**asked, min_recall=0.1))  # type: ignore[arg-type]
-    high = build_index(cache_path, tmp_path / "high", IndexSettings(**asked, min_recall=0.7))  # type: ignore[arg-type]
+    options = {"feature": "open_toy/cls", "factory": factory}
+    low = build_index(cache_path, tmp_path / "low", IndexSettings(**options, min_recall=0.1))  # type: ignore[arg-type]
+    high = build_index(cache_path, tmp_path / "high", IndexSettings(**options, min_recall=0.7))  # type: ignore[arg-type]
     assert set(low.search) == set(high.search) == effort
     assert 0.1 <= low.recall_at_10 <= high.recall_at_10
     assert high.recall_at_10 >= 0.7

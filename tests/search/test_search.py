@@ -58,8 +58,8 @@ def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
     queries = cache.items("text")["text"].to_pylist()[:2]
     rows = np.arange(300)
     images = project(pair.image, open_input(cache, "image", "open_toy/patches").read(rows))
-    asked = project(pair.text, open_input(cache, "text", "open_toy/tokens").read(rows[:2]))
-    for query, hits in zip(asked, search(tmp_path / "index", queries, SearchSettings(k=3)), strict=True):
+    vectors = project(pair.text, open_input(cache, "text", "open_toy/tokens").read(rows[:2]))
+    for query, hits in zip(vectors, search(tmp_path / "index", queries, SearchSettings(k=3)), strict=True):
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(images @ query)[::-1][:3], atol=2e-3)
 
 
@@ -152,9 +152,9 @@ def test_query_images_keys_and_vectors(cache_path: Path, image_folder: Path, run
     pair, _ = load_pair(run_path)
     images = project(pair.image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
     paths = [image_folder / "00005.png", image_folder / "00012.png"]
-    asked = Queries(images=paths, keys=["00005", "00012"], vectors=3 * images[[5, 12]])
-    assert asked.names == [*map(str, paths), "00005", "00012", "vector 0", "vector 1"]
-    found = search(index_path, asked, SearchSettings(k=4))
+    queries = Queries(images=paths, keys=["00005", "00012"], vectors=3 * images[[5, 12]])
+    assert queries.names == [*map(str, paths), "00005", "00012", "vector 0", "vector 1"]
+    found = search(index_path, queries, SearchSettings(k=4))
     for number, hits in enumerate(found):
         row = (5, 12)[number % 2]
         scores = -np.sort(-(images @ images[row]))[:4]
@@ -244,9 +244,9 @@ def test_open_index_keeps_encoder(index_path: Path) -> None:
 
 def test_query_row_equals_key(index_path: Path) -> None:
     index = OpenIndex(index_path)
-    asked = Queries(keys=["00005"], rows=[5])
-    assert asked.names == ["00005", "row 5"]
-    by_key, by_row = index.search(asked, k=3)
+    queries = Queries(keys=["00005"], rows=[5])
+    assert queries.names == ["00005", "row 5"]
+    by_key, by_row = index.search(queries, k=3)
     assert by_key == by_row
     with pytest.raises(UnknownNameError, match="no image with the feature open_toy/cls has row 300"):
         index.search(Queries(rows=[300]))

@@ -1,4 +1,4 @@
-"""A page of the server in headless Chromium, with what people do on it."""
+"""A page of the server in headless Chromium, with the actions of a user."""
 
 import base64
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def open_browser(chromium: str) -> Iterator[Any]:
 
 
 class Browsing:
-    """A page that has loaded, what it asked of others, and what went wrong in it."""
+    """A loaded page, its requests to other servers, and its errors."""
 
     def __init__(self, browser: Any, address: str, **options: Any) -> None:
         self.address, self.elsewhere, self.errors = address, [], []  # type: ignore[var-annotated]

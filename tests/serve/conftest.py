@@ -1,4 +1,4 @@
-"""A server's parts over the tests' small caches, asked through the real app behind its guard."""
+"""The parts of a server over small caches, queried through the real app behind its guard."""
 
 import json
 from collections.abc import Iterator

@@ -29,8 +29,8 @@ from tests.serve.conftest import visit
 TEXT = "red bar left on white"
 
 
-def ask(client: TestClient, **asked: Any) -> list[dict[str, Any]]:
-    answer = client.post("/api/search", json=asked)
+def ask(client: TestClient, **query: Any) -> list[dict[str, Any]]:
+    answer = client.post("/api/search", json=query)
     assert answer.status_code == 200, answer.text
     hits: list[dict[str, Any]] = answer.json()["hits"]
     return hits
@@ -99,9 +99,9 @@ def test_concurrent_queries_get_own_results(client: TestClient, place: Path) -> 
     texts = [f"{front} bar {side} on white" for front in ("red", "blue", "green") for side in ("left", "top", "right")]
     expected = search(place / "index", texts, SearchSettings(k=3))
     labels: list[list[str]] = [[], ["cat"]]
-    asked = [{"text": text, "k": 3, "labels": labels[number % 2]} for number, text in enumerate(4 * texts)]
+    queries = [{"text": text, "k": 3, "labels": labels[number % 2]} for number, text in enumerate(4 * texts)]
     with ThreadPoolExecutor(16) as threads:
-        answers = list(threads.map(lambda one: ask(client, **one), asked))
+        answers = list(threads.map(lambda query: ask(client, **query), queries))
     for number, answer in enumerate(answers):
         if number % 2:
             assert all(hit["label"] == "cat" for hit in answer)

@@ -1,4 +1,4 @@
-"""The page in a real browser, headless Chromium, over a real server: what people see is what the command finds."""
+"""The page in headless Chromium with a real server: it shows the same hits as the command."""
 
 import shutil
 import subprocess
@@ -39,7 +39,7 @@ TEXT = "red bar left on white"
 
 @pytest.fixture(scope="module")
 def address(place: Path) -> Iterator[str]:
-    """A server as people start it."""
+    """A server started from the command line."""
     command = [sys.executable, "-m", "embedcache", "serve", str(place / "index"), "--port", "0"]
     command += ["--coverage", str(place / "coverage.json"), "--selection", str(place / "few.txt")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as server:
@@ -58,7 +58,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Browsing]:
-    """A page that has loaded; at its end, nothing was asked of anyone else and nothing went wrong in it."""
+    """A loaded page; at the end of the test it must have sent no request to another server and had no error."""
     browsing = Browsing(browser, address)
     yield browsing
     browsing.close()

@@ -224,7 +224,7 @@ def hostile(tmp_path: Path) -> Path:
 
 
 def tamper(cache: Path, *, path: str | None = None, source: dict[str, Any] | None = None, **changes: int) -> None:
-    """Make a cache say that its first image, or all of them, are elsewhere."""
+    """Change the paths of the first image, or of all images, in a cache."""
     if source is not None:
         info = read_json(cache / "cache.json")
         write_json(cache / "cache.json", {**info, "source": {**info["source"], **source}})
@@ -282,12 +282,12 @@ def test_trusted_cache_may_lead_outside(hostile: Path) -> None:
 
 @pytest.fixture
 def trap() -> Iterator[tuple[str, list[str]]]:
-    """A web server that must not be asked: its address, and the paths that it was asked for."""
-    asked: list[str] = []
+    """A web server that must not receive a request: its address, and the requested paths."""
+    requested: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requested.append(self.path)
             self.send_error(404)
 
         do_HEAD = do_GET
@@ -298,14 +298,14 @@ def trap() -> Iterator[tuple[str, list[str]]]:
     server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
+    yield f"http://127.0.0.1:{server.server_port}", requested
     server.shutdown()
     thread.join()
     server.server_close()
 
 
 def test_urls_of_source_are_not_requested(hostile: Path, trap: tuple[str, list[str]]) -> None:
-    address, asked = trap
+    address, requested = trap
     for kind, path in (
         ("folder", f"{address}/photos"),
         ("table", f"{address}/pairs.parquet"),
@@ -323,12 +323,12 @@ def test_urls_of_source_are_not_requested(hostile: Path, trap: tuple[str, list[s
         with visit(served) as client:
             assert client.get("/api/images/0/thumbnail").status_code == 404
             assert client.post("/api/search", json={"row": 0}).status_code == 200
-    assert asked == []
+    assert requested == []
     assert not Path("pwned").exists()
 
 
 def test_urls_of_table_are_not_requested(hostile: Path, trap: tuple[str, list[str]]) -> None:
-    address, asked = trap
+    address, requested = trap
     folder = hostile / "table"
     folder.mkdir()
     cells = [{"bytes": None, "path": f"{address}/cell.png"}, {"bytes": None, "path": str(hostile / "secret.png")}]
@@ -342,7 +342,7 @@ def test_urls_of_table_are_not_requested(hostile: Path, trap: tuple[str, list[st
         tamper(hostile / "cache", path="cells.parquet", offset=1)
     with visit(open_hostile(hostile)) as client:
         assert client.get("/api/images/0/thumbnail").status_code == 404
-    assert asked == []
+    assert requested == []
 
 
 def test_hostile_tar_lengths_take_no_memory(hostile: Path) -> None:

@@ -141,11 +141,11 @@ class _Handler(SimpleHTTPRequestHandler):
             super().do_GET()
             return
         data = path.read_bytes()
-        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        first, last = (int(asked[1]), int(asked[2] or len(data) - 1)) if asked else (0, len(data) - 1)
+        byte_range = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first, last = (int(byte_range[1]), int(byte_range[2] or len(data) - 1)) if byte_range else (0, len(data) - 1)
         part = data[first : last + 1]
-        self.send_response(206 if asked else 200)
-        if asked:
+        self.send_response(206 if byte_range else 200)
+        if byte_range:
             self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(part)))

@@ -151,7 +151,7 @@ class TestMemory(SourceContract):
 @pytest.mark.parametrize("place", ["none", "none.tar", "none.parquet", "{0..1}.tar", "shards/{0..1}.tar"])
 def test_missing_url_raises(bucket: str, web: WebServer, place: str) -> None:
     for server in (bucket, web.url):
-        with pytest.raises(PathError, match=f"no such .*{server}/{place[0] if '{' not in place else ''}"):
+        with pytest.raises(PathError, match=f"{server}/{place[0] if '{' not in place else ''}"):
             open_source(f"{server}/{place}")
 
 

@@ -45,7 +45,7 @@ def write_feature(
 def random_items(
     count: int, item_shape: tuple[int, ...], *, seed: int, failed: Sequence[int] = ()
 ) -> list[Array | None]:
-    """Make float32 items; ragged ones have 0 to 4 tokens."""
+    """Return float32 items; ragged ones have 0 to 4 tokens."""
     rng = np.random.default_rng(seed)
     items: list[Array | None] = []
     for row in range(count):

@@ -73,7 +73,7 @@ def test_verify_finds_reordered_table(copy: Path, name: str) -> None:
 
 
 def test_verify_ignores_uncounted_rows(copy: Path) -> None:
-    """What a process leaves that was killed while it added samples."""
+    """Files left by a process that was killed while it added samples."""
     table = pq.read_table(copy / "image/items.parquet")
     pq.write_table(pa.concat_tables([table, table.slice(0, 5)]), copy / "image/items.parquet", row_group_size=64)
     assert verify(Cache(copy)) == []

@@ -1,4 +1,4 @@
-"""What a chunk has stays as it is when more is written to it."""
+"""Existing values of a chunk stay unchanged when more are written to it."""
 
 import subprocess
 import sys

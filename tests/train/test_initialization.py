@@ -1,4 +1,4 @@
-"""What the towers hold when training starts, for rows in memory."""
+"""Initial weights of the towers, for rows in memory."""
 
 import numpy as np
 import pytest

@@ -86,5 +86,5 @@ MISTAKES = [
 def test_error_is_one_line(command: Command, line: str, expected: str) -> None:
     code, _, err = command(line)
     assert code == 1
-    (told,) = [part for part in err.splitlines() if part.startswith("error: ")]
-    assert expected in told
+    (error_line,) = [part for part in err.splitlines() if part.startswith("error: ")]
+    assert expected in error_line
