@@ -188,7 +188,7 @@ def load_dense(folder: Path) -> Dense:
         raise unknown_name(f"activation in {folder}", activation, _ACTIVATIONS)
     if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
         raise SettingError(
-            f"the Dense module in {folder} is residual or applies to tokens: expected a plain layer; choose another model"
+            f"the Dense module in {folder} is residual or applies to tokens: expected a plain one; choose another"
         )
     head = Dense(
         int(config["in_features"]),
