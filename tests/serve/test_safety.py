@@ -237,9 +237,9 @@ def tamper(cache: Path, *, path: str | None = None, source: dict[str, Any] | Non
     pq.write_table(pa.table(columns, schema=table.schema), cache / "image" / "items.parquet", row_group_size=2048)
 
 
-def open_hostile(place: Path, **settings: Any) -> SearchService:
+def open_hostile(root: Path, **settings: Any) -> SearchService:
     return open_service(
-        ServePaths(index=place / "index"), ServeSettings(**settings), device="cpu", progress=NullProgress()
+        ServePaths(index=root / "index"), ServeSettings(**settings), device="cpu", progress=NullProgress()
     )
 
 
