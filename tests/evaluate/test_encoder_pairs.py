@@ -224,7 +224,7 @@ def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Pat
         compare(cache_path, num_samples=19)
     with pytest.raises(SettingError, match="k: expected less than the 60 compared samples, got 60"):
         compare(captioned, k=60, split=key)
-    with pytest.raises(SettingError, match="leaves nothing to hold out of 300 samples"):
+    with pytest.raises(SettingError, match="leaves no validation or test samples among 300"):
         compare(cache_path, split=replace(SPLIT, text_cosine=0.1))
     with pytest.raises(DataError, match="expected at least 20 samples .*, got 10 and 5 of 20 samples"):
         compare(cache_path, num_samples=20, split=key)

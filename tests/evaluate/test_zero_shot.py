@@ -127,7 +127,7 @@ def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp
 def test_unusable_prompts_or_labels_raise(
     labeled: Path, prompts: Path, cache_path: Path, runs: list[Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"holds no prompts: it has no column 'class'; make some: embedcache extract"):
+    with pytest.raises(DataError, match=r"holds no prompts: it has no column 'class'; create them: embedcache extract"):
         evaluate_zero_shot(labeled, runs[:1], cache_path)
     with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
         evaluate_zero_shot(labeled, runs[:1], prompts, ZeroShotSettings(label="labl"))

@@ -151,7 +151,7 @@ class TestMemory(SourceContract):
 @pytest.mark.parametrize("path", ["none", "none.tar", "none.parquet", "{0..1}.tar", "shards/{0..1}.tar"])
 def test_missing_url_raises(bucket: str, web: WebServer, path: str) -> None:
     for server in (bucket, web.url):
-        with pytest.raises(PathError, match=f"no such .*{server}/{path[0] if '{' not in path else ''}"):
+        with pytest.raises(PathError, match=f"{server}/{path[0] if '{' not in path else ''}"):
             open_source(f"{server}/{path}")
 
 
