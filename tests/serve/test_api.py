@@ -180,8 +180,8 @@ def test_measured_coverage_equals_report(place: Path, served: SearchService) -> 
 def test_foreign_coverage_raises(place: Path, cache_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "other", IndexSettings(feature="open_toy/cls"))
     for path, index, error, message in (
-        (place / "coverage.json", tmp_path / "other", FingerprintError, "is about other samples"),
-        (tmp_path / "no.json", place / "index", PathError, "does not exist; write it with"),
+        (place / "coverage.json", tmp_path / "other", FingerprintError, "got other samples"),
+        (tmp_path / "no.json", place / "index", PathError, "which does not exist; write it with"),
         (place / "concepts.json", place / "index", CorruptError, "does not hold the fields"),
     ):
         with pytest.raises(error, match=message):
