@@ -139,7 +139,7 @@ def prepare_folder(path: Path, *, kind: str, marker: str, allowed: Collection[st
     """
     make_folder(path)
     remove_partials(path)
-    names = {entry.name for entry in path.iterdir()}
+    names = {entry.name for entry in path.iterdir() if not fnmatch(entry.name, ".*.partial")}  # left: of live processes
     is_resumed = marker in names
     foreign = sorted(name for name in names if not (is_resumed and any(fnmatch(name, pattern) for pattern in allowed)))
     if foreign:

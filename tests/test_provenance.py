@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from embedcache.errors import CorruptError, FingerprintError, PathError
-from embedcache.provenance import check_same, digest, read_json, recognize, run_record
+from embedcache.files import partial_path
+from embedcache.provenance import check_same, digest, prepare_folder, read_json, recognize, run_record
 from tests.golden.test_artifacts import ARTIFACTS
 
 
@@ -61,3 +62,11 @@ def test_run_record_after_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), run_record(tmp_path / "record.json", "train", {}):
         raise ZeroDivisionError
     assert not (tmp_path / "record.json").exists()
+
+
+def test_partial_file_of_another_process_is_not_foreign(tmp_path: Path) -> None:
+    partial_path(tmp_path / "building.json").write_text("{}")  # of this process, which lives
+    prepare_folder(tmp_path, kind="an index", marker="started.json", allowed=["started.json"])
+    (tmp_path / "other.txt").write_text("")
+    with pytest.raises(PathError, match=r"not an index and not empty: it holds other\.txt;"):
+        prepare_folder(tmp_path, kind="an index", marker="started.json", allowed=["started.json"])

@@ -128,7 +128,7 @@ def build_index(
     vectors = Vectors(cache_path, settings.modality, settings.feature, settings.run)
     if not (index_path / "card.json").is_file():  # so that nothing is put into a folder of others
         _candidates(settings, len(vectors.rows), vectors.width)
-        allowed = [LOCK, "card.json", *FILES, ".*.partial"]  # also what a concurrent build writes
+        allowed = [LOCK, "card.json", *FILES]
         prepare_folder(index_path, kind="an index", marker=LOCK, allowed=allowed)
     with locked(index_path):
         card = read_card(index_path) if (index_path / "card.json").is_file() else None
