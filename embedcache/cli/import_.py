@@ -56,11 +56,11 @@ def datacomp(
     cache: NewCache,
     image_array: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Array of image vectors in the .npz files, such as l14_img. May be repeated."),
+        typer.Option(metavar="NAME", help="Array of image vectors in the .npz, such as l14_img. May be repeated."),
     ] = None,
     text_array: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Array of text vectors in the .npz files, such as l14_txt. May be repeated."),
+        typer.Option(metavar="NAME", help="Array of text vectors in the .npz, such as l14_txt. May be repeated."),
     ] = None,
     as_json: Json = False,
     output: Output = None,

@@ -63,8 +63,8 @@ def import_uids(uids_path: Path, cache_path: Path | str, out_path: Path) -> int:
     if unknown:
         first = f"{unknown[0][0]:016x}{unknown[0][1]:016x}"
         raise DataError(
-            f"{uids_path}: expected keys of {cache.path}, got {len(unknown):,} unknown uids of {len(wanted):,}, first {first};"
-            " name the cache that they were selected from"
+            f"{uids_path}: expected keys of {cache.path}, got {len(unknown):,} unknown uids of {len(wanted):,}, first "
+            f"{first}; name the cache that they were selected from"
         )
     rows = np.array(sorted(known[uid] for uid in wanted.tolist()), np.int64)
     write_selection(

@@ -72,9 +72,7 @@ class AtlasSettings:
     """What embedding-atlas shows: one point per sample."""
 
     modality: Literal["image", "text"] = setting("image", "Modality to read.")
-    feature: str | None = setting(
-        None, "Feature, as encoder/feature.", default_text=_FEATURE_DEFAULT, metavar="NAME"
-    )
+    feature: str | None = setting(None, "Feature, as encoder/feature.", default_text=_FEATURE_DEFAULT, metavar="NAME")
     run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
     selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")

@@ -371,7 +371,7 @@ def test_custom_sources_need_trust(tmp_path: Path) -> None:
 
 def test_invalid_settings_raise() -> None:
     for message, wrong in (
-        ("port: expected .* at most 65535, got 70000", {"port": 70000}),
+        ("port: expected .* to 65535, got 70000", {"port": 70000}),
         ("token: expected at least 16 characters, got 5", {"token": "short"}),
         ("token: expected ASCII letters", {"token": "with a space in the middle"}),
         ("timeout: expected a number above 0, got 0", {"timeout": 0}),
