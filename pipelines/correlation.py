@@ -40,9 +40,7 @@ class Outcomes:
 
     def metric(self, name: str) -> Array:
         """Return one of `METRICS` for each of `pairs`: (M,) float64."""
-        values = [
-            {(figures.image, figures.text): figures.value(name) for figures in report.pairs} for report in self.measured
-        ]
+        values = [{(pair.image, pair.text): pair.value(name) for pair in report.pairs} for report in self.measured]
         return np.array([np.mean([value[pair] for value in values]) for pair in self.pairs])
 
     def recall(self, recipe: str) -> Array:
@@ -81,8 +79,8 @@ def write_correlations(path: Path, outcomes: Outcomes, *, title: str, notes: Seq
 
 def _pair_rows(outcomes: Outcomes) -> Table:
     columns = [*(f"test R@10, {recipe}" for recipe in outcomes.trained), *METRICS.values()]
-    figures = [*map(outcomes.recall, outcomes.trained), *map(outcomes.metric, METRICS)]
-    rows = [[*pair, *(format_fraction(values[row]) for values in figures)] for row, pair in enumerate(outcomes.pairs)]
+    measures = [*map(outcomes.recall, outcomes.trained), *map(outcomes.metric, METRICS)]
+    rows = [[*pair, *(format_fraction(values[row]) for values in measures)] for row, pair in enumerate(outcomes.pairs)]
     return ["image", "text", *columns], rows
 
 

@@ -17,7 +17,7 @@ Reader: TypeAlias = Callable[[Ints], Inputs]
 
 
 class InputFeature:
-    """One or several features of one encoder over the items of a modality; several are concatenated as tokens.
+    """One or more features of one encoder over the items of a modality; several features are concatenated as tokens.
 
     Args:
         features: features of one encoder and one width; in `dinov2/cls+dinov2/patches` the vector comes first.
@@ -87,7 +87,7 @@ class InputFeature:
             feature.require_complete()
 
     def read(self, rows: Ints) -> Inputs:
-        """Gather rows from the memory maps in the given order; one without the feature raises a `DataError`."""
+        """Gather rows from the memory maps in the given order; a row without the feature raises a `DataError`."""
         parts = [
             _padded(feature.gather_tokens(rows)) if feature.is_ragged else Inputs(feature.gather(rows))
             for feature in self._features
@@ -107,13 +107,13 @@ class InputFeature:
         start = number * self._features[0].group.info.chunk_size
         commits = [feature.commits[number] for feature in self._features]
         if len(self._features) == 1 and not self._features[0].is_ragged and commits[0]:
-            kept, values = _dense_chunk(self._features[0], commits[0])
-            return kept + start, Inputs(values)
+            valid_rows, values = _read_dense_chunk(self._features[0], commits[0])
+            return valid_rows + start, Inputs(values)
         items = [feature.items(commit) for feature, commit in zip(self._features, commits, strict=True) if commit]
-        kept = np.flatnonzero([all(part is not None for part in item) for item in zip(*items, strict=True)])
-        if not len(kept):
-            return kept, Inputs(np.empty((0, self.width), self.dtype))
-        return kept + start, to_inputs([[part[row] for row in kept] for part in items])  # type: ignore[misc]
+        valid_rows = np.flatnonzero([all(part is not None for part in item) for item in zip(*items, strict=True)])
+        if not len(valid_rows):
+            return valid_rows, Inputs(np.empty((0, self.width), self.dtype))
+        return valid_rows + start, to_inputs([[part[row] for row in valid_rows] for part in items])  # type: ignore[misc]
 
     def load(self) -> Reader:
         """Read all items into memory, with checksums checked, and return a reader of their rows."""
@@ -151,16 +151,16 @@ def mean_vectors(inputs: Inputs) -> Array:
 
 
 def unit_vectors(inputs: Inputs) -> Floats:
-    """Return one vector of length 1 per item, the mean of its tokens: (B, D) float32."""
+    """Return one unit vector per item, the mean of its tokens: (B, D) float32."""
     return normalize(mean_vectors(inputs))
 
 
-def _dense_chunk(feature: Feature, commit: Commit) -> tuple[Ints, Array]:
+def _read_dense_chunk(feature: Feature, commit: Commit) -> tuple[Ints, Array]:
     """Read the valid items of a chunk of items of one shape, without a Python object per item."""
     parts = [values for _, values in feature.read_chunk(commit)]
     values = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    kept = np.flatnonzero([failure is None for failure in commit.failures[feature.feature][: len(values)]])
-    return kept, values if len(kept) == len(values) else values[kept]
+    valid_rows = np.flatnonzero([failure is None for failure in commit.failures[feature.feature][: len(values)]])
+    return valid_rows, values if len(valid_rows) == len(values) else values[valid_rows]
 
 
 def _load(feature: Feature) -> Reader:

@@ -45,33 +45,33 @@ def read_labels(cache: Cache, samples: Ints, *, column: str = "label", classes: 
 
     Raises:
         UnknownNameError: the cache has no such column; the message lists its columns.
-        DataError: a sample has no label, labels are neither text nor whole numbers, or labels are not among `classes`.
+        DataError: a sample has no label, labels are neither text nor integers, or labels are not among `classes`.
     """
-    place = f"column {column!r} of {cache.path}"
-    found, which_M = _distinct(cache, samples, column, place)
+    location = f"column {column!r} of {cache.path}"
+    labels, which_M = _find_distinct(cache, samples, column, location)
     if classes is None:
-        order = sorted(found)
-        numbers: Mapping[Label, int] = {label: number for number, label in enumerate(order)}
-        names = [str(label) for label in order]
+        sorted_labels = sorted(labels)
+        numbers: Mapping[Label, int] = {label: number for number, label in enumerate(sorted_labels)}
+        names = [str(label) for label in sorted_labels]
     else:
-        numbers, names = _numbers(found, classes, place), list(classes)
-        _check_known(found, which_M, numbers, names, place)
-    number_F = np.array([numbers[label] for label in found], np.int64)
+        numbers, names = _number_labels(labels, classes, location), list(classes)
+        _check_known(labels, which_M, numbers, names, location)
+    number_F = np.array([numbers[label] for label in labels], np.int64)
     return Labels(names=names, numbers=number_F[which_M])
 
 
-def _distinct(cache: Cache, samples: Ints, column: str, place: str) -> tuple[list[Label], Ints]:
+def _find_distinct(cache: Cache, samples: Ints, column: str, location: str) -> tuple[list[Label], Ints]:
     """Return the distinct labels, and the position of each sample's label among them: (M,)."""
     _require_column(cache, column)
     values = _read(cache, samples, column)
     if values.null_count:
         first = cache.samples["key"][int(samples[np.flatnonzero(values.is_null())[0]])].as_py()
         raise DataError(
-            f"{values.null_count:,} of {len(samples):,} samples have no label in {place}, first {first!r}; "
+            f"{values.null_count:,} of {len(samples):,} samples have no label in {location}, first {first!r}; "
             "label them in the source and extract again, or choose another column"
         )
     if len(samples) and not any(is_label(values.type) for is_label in _LABEL_TYPES):
-        raise DataError(f"{place}: expected class names, or class numbers from 0, got {values.type}")
+        raise DataError(f"{location}: expected class names, or class numbers from 0, got {values.type}")
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.string())
     encoded = values.dictionary_encode()
@@ -80,7 +80,7 @@ def _distinct(cache: Cache, samples: Ints, column: str, place: str) -> tuple[lis
 
 
 def _read(cache: Cache, samples: Ints, column: str) -> pa.Array:
-    """Read the labels of some samples; an empty text, as in the empty cells of a CSV, is a missing label."""
+    """Read the labels of some samples; an empty string, as in the empty cells of a CSV, is a missing label."""
     values = cache.samples[column].combine_chunks().take(pa.array(samples))
     is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     return pc.if_else(pc.equal(values, ""), None, values) if is_text else values
@@ -88,22 +88,22 @@ def _read(cache: Cache, samples: Ints, column: str) -> pa.Array:
 
 def _require_column(cache: Cache, column: str) -> None:
     if column not in cache.columns:
-        has = [name for name in cache.columns if name != "key"]
+        known = [name for name in cache.columns if name != "key"]
         hint = "a folder with a subfolder per class has the column 'label'"
-        raise unknown_name(f"column of samples of {cache.path}", column, has, hint=hint)
+        raise unknown_name(f"column of samples of {cache.path}", column, known, hint=hint)
 
 
-def _numbers(found: Sequence[Label], classes: Sequence[str], place: str) -> dict[Label, int]:
+def _number_labels(labels: Sequence[Label], classes: Sequence[str], location: str) -> dict[Label, int]:
     """Return label -> class number, where labels are class names or class numbers."""
-    if found and isinstance(found[0], int):
+    if labels and isinstance(labels[0], int):
         return {number: number for number in range(len(classes))}
-    if not set(found) & set(classes) and all(str(label).isdecimal() for label in found):
+    if not set(labels) & set(classes) and all(str(label).isdecimal() for label in labels):
         return {str(number): number for number in range(len(classes))}  # numbers in a CSV
     numbers: dict[Label, int] = {}
     for number, name in enumerate(classes):
-        if name in numbers and name in found:
+        if name in numbers and name in labels:
             raise DataError(
-                f"{name!r} is the name of classes {numbers[name]} and {number}, and {place} holds names; "
+                f"{name!r} is the name of classes {numbers[name]} and {number}, and {location} holds names; "
                 "label samples with class numbers, or make the class names unique"
             )
         numbers.setdefault(name, number)
@@ -111,24 +111,24 @@ def _numbers(found: Sequence[Label], classes: Sequence[str], place: str) -> dict
 
 
 def _check_known(
-    found: Sequence[Label], which_M: Ints, numbers: Mapping[Label, int], names: Sequence[str], place: str
+    labels: Sequence[Label], which_M: Ints, numbers: Mapping[Label, int], names: Sequence[str], location: str
 ) -> None:
-    count_F = np.bincount(which_M, minlength=len(found))
-    others = [position for position, label in enumerate(found) if label not in numbers]
+    count_F = np.bincount(which_M, minlength=len(labels))
+    others = [position for position, label in enumerate(labels) if label not in numbers]
     if not others:
         return
     others.sort(key=lambda position: -count_F[position])
-    listed = ", ".join(_describe(found[position], int(count_F[position]), names) for position in others[:_NUM_SHOWN])
+    listed = ", ".join(_describe(labels[position], int(count_F[position]), names) for position in others[:_NUM_SHOWN])
     more = f" and {len(others) - _NUM_SHOWN:,} others" if len(others) > _NUM_SHOWN else ""
     raise DataError(
-        f"{count_F[others].sum():,} of {len(which_M):,} samples have labels in {place} that are not classes: "
-        f"{listed}{more}; the labels are {_shorten(sorted(found))}; the classes are {_shorten(names)}, counted from 0"
+        f"{count_F[others].sum():,} of {len(which_M):,} samples have labels in {location} that are not classes: "
+        f"{listed}{more}; the labels are {_shorten(sorted(labels))}; the classes are {_shorten(names)}, counted from 0"
     )
 
 
 def _describe(label: Label, count: int, names: Sequence[str]) -> str:
-    near = get_close_matches(label, names, n=1, cutoff=0.5) if isinstance(label, str) else []
-    hint = f", did you mean {near[0]!r}?" if near else ""
+    similar = get_close_matches(label, names, n=1, cutoff=0.5) if isinstance(label, str) else []
+    hint = f", did you mean {similar[0]!r}?" if similar else ""
     return f"{label!r} ({count:,} samples{hint})"
 
 

@@ -55,8 +55,8 @@ class Pairs:
     def relation(self) -> csr_array:
         """Return which contents belong together: (image contents, text contents) bool.
 
-        They do if any sample has both. So several captions of one image, equal captions of different images, and copies
-        of an image are positives.
+        Contents belong together if any sample has both: several captions of one image, equal captions of different
+        images, and copies of an image are all positives.
         """
         image, text = self.all_pairs()
         shape = tuple(int(side.contents.max(initial=0)) + 1 for side in (self.image, self.text))
@@ -101,14 +101,14 @@ def pair_items(
     both = np.intersect1d(image_items.samples, text_items.samples)
     if not len(both):
         raise DataError(
-            f"no sample of {name_caches(caches)} has both an image with {images[0].name} and a caption with "
-            f"{texts[0].name}"
+            f"{name_caches(caches)}: expected samples with {images[0].name} and {texts[0].name}, got none; "
+            "check --language and embedcache inspect"
         )
     return Pairs(image=image_items.select(both), text=text_items.select(both))
 
 
 def name_caches(caches: Sequence[Cache]) -> str:
-    """Return the paths of caches for a message."""
+    """Return the paths of caches for an error message."""
     return " and ".join(str(cache.path) for cache in caches)
 
 
@@ -129,12 +129,12 @@ def read_items(caches: Sequence[Cache], features: Sequence[InputFeature]) -> Ite
         feature.require_complete()
     samples, num_before = [], 0
     for cache, feature in zip(caches, features, strict=True):
-        found = cache.items(feature.modality)["sample"].to_numpy()
-        if len(found) != feature.num_items:
+        samples_N = cache.items(feature.modality)["sample"].to_numpy()
+        if len(samples_N) != feature.num_items:
             raise DataError(
-                f"feature {feature.name}: expected {len(found)} rows as in its item table, got {feature.num_items}"
+                f"feature {feature.name}: expected {len(samples_N)} rows as in its item table, got {feature.num_items}"
             )
-        samples.append(found + num_before)
+        samples.append(samples_N + num_before)
         num_before += cache.info.num_samples
     rows = np.flatnonzero(np.concatenate([feature.valid for feature in features]))
     numbers: dict[bytes | None, int] = {}
@@ -148,6 +148,6 @@ def _is_language(caches: Sequence[Cache], language: str) -> Bools:
     if not mask.any():
         known = {str(name) for name in set(languages) if name is not None}
         if not known:
-            raise UnknownNameError(f"the captions of {name_caches(caches)} have no language; leave --language out")
+            raise UnknownNameError(f"the captions of {name_caches(caches)} have no language; omit --language")
         raise unknown_name(f"caption language in {name_caches(caches)}", language, known)
     return mask

@@ -1,4 +1,4 @@
-"""The prompts of a cache made by `extract prompts:…`: each sample is a class, its captions are the prompts."""
+"""Prompts in a cache of `extract prompts:…`, where each sample is a class and its captions are the prompts."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Prompts:
     Args:
         names: class names, in the order of their numbers.
         rows: (T,) rows of the encoded text items.
-        classes: (T,) class number of each.
+        classes: (T,) class number of each prompt.
     """
 
     feature: InputFeature
@@ -40,10 +40,10 @@ def has_prompts(cache: Cache) -> bool:
 
 
 def check_prompts(cache: Cache, spec: str) -> None:
-    """Check that a cache holds prompts; the error names the text encoder to make some with."""
+    """Check that a cache holds prompts; the error names the command that extracts them with this encoder."""
     if not has_prompts(cache):
         raise DataError(
-            f"{cache.path} holds no prompts: it has no column {_CLASS!r}; make some: embedcache extract "
+            f"{cache.path} holds no prompts: it has no column {_CLASS!r}; create them: embedcache extract "
             f"prompts:CLASSES+TEMPLATES {cache.path.name}-prompts --text-encoder {spec}"
         )
 
@@ -59,10 +59,10 @@ def read_prompts(cache: Cache, feature: InputFeature) -> Prompts:
     names: list[str] = cache.samples[_CLASS].to_pylist()
     rows = np.flatnonzero(feature.valid)
     prompts = Prompts(feature=feature, names=names, rows=rows, classes=cache.items("text")["sample"].to_numpy()[rows])
-    without = [name for name, count in zip(names, prompts.counts, strict=True) if not count]
-    if without:
+    missing = [name for name, count in zip(names, prompts.counts, strict=True) if not count]
+    if missing:
         raise DataError(
-            f"{len(without)} of {len(names)} classes of {cache.path} have no encoded prompt, first "
-            f"{without[0]!r}; give each class a prompt"
+            f"{len(missing)} of {len(names)} classes of {cache.path} have no encoded prompt, first "
+            f"{missing[0]!r}; add one and extract again"
         )
     return prompts

@@ -1,4 +1,4 @@
-"""Selections: keys of samples with the reason each was kept."""
+"""Selections: keys of samples with the reason each was selected."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from embedcache.store.tables import read_table
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Samples of one cache, (M,) int64 rows of its table in ascending order, and why each was kept."""
+    """Samples of one cache, (M,) int64 rows of its table in ascending order, and why each was selected."""
 
     rows: Ints
     reasons: Sequence[str]
@@ -28,11 +28,11 @@ class Selection:
 def check_selection_path(path: Path) -> None:
     """Check that a path ends in `.parquet`; `read_selection` reads any other file as a list of keys."""
     if path.suffix != ".parquet":
-        raise PathError(f"selection {path}: expected a path that ends in .parquet")
+        raise PathError(f"selection {path}: expected a path that ends in .parquet, got {path.suffix or 'no suffix'}")
 
 
-def write_selection(path: Path, cache: Cache, selection: Selection, about: Mapping[str, Any]) -> None:
-    """Write a selection as Parquet: `row`, `key`, `reason`, and as metadata the cache, method and settings (`about`).
+def write_selection(path: Path, cache: Cache, selection: Selection, metadata: Mapping[str, Any]) -> None:
+    """Write a selection as Parquet: `row`, `key`, `reason`, and `metadata` (method and settings).
 
     Raises:
         DataError: the selection is empty.
@@ -40,12 +40,12 @@ def write_selection(path: Path, cache: Cache, selection: Selection, about: Mappi
     """
     check_selection_path(path)
     if not len(selection.rows):
-        raise DataError(f"no sample of {cache.path} is selected, so {path} is not written")
+        raise DataError(f"no sample of {cache.path} is selected, so {path} is not written; select with looser settings")
     keys = cache.samples["key"].take(pa.array(selection.rows))
     table = pa.table({"row": selection.rows, "key": keys, "reason": list(selection.reasons)})
-    made = {"cache": str(cache.path), "spine": cache.info.index_digest, **about}
+    header = {"cache": str(cache.path), "spine": cache.info.index_digest, **metadata}
     with replacing(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(made)}), temporary)
+        pq.write_table(table.replace_schema_metadata({"embedcache": json.dumps(header)}), temporary)
 
 
 def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
@@ -65,9 +65,9 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
     unknown = selected.difference(keys)
     if unknown or not selected:
         shown = ", ".join(repr(key) for key in sorted(unknown)[:3]) or "nothing"
-        where = " and ".join(str(cache.path) for cache in caches)
+        names = " and ".join(str(cache.path) for cache in caches)
         raise DataError(
-            f"selection {path} of {len(selected):,} keys has {shown}; {len(unknown):,} are not keys of {where}, which "
+            f"selection {path} of {len(selected):,} keys has {shown}; {len(unknown):,} are not keys of {names}, which "
             f"has {len(keys):,}, such as {keys[0]!r}"
         )
     return np.flatnonzero([key in selected for key in keys])
@@ -76,7 +76,7 @@ def read_selection(path: Path | str, caches: Sequence[Cache]) -> Ints:
 def _read_keys(path: Path) -> list[str]:
     if not path.is_file():
         raise PathError(
-            f"selection {path} does not exist; give Parquet with a column key, or text with one key per line"
+            f"selection {path} does not exist; expected Parquet with a column key, or text with one key per line"
         )
     try:
         if path.suffix == ".parquet":

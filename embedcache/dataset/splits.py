@@ -33,7 +33,7 @@ class Split:
 
     Args:
         keys: keys of the samples, in row order.
-        parts: `train`, `val`, `test`, or an empty text for a sample that is left out.
+        parts: `train`, `val`, `test`, or an empty string for a sample that is left out.
         groups: near-duplicate group of each sample; a group is never divided.
         index_digests: index digest of each sample's cache; empty for a single cache.
     """
@@ -70,7 +70,7 @@ def write_split(path: Path, split: Split) -> None:
 
 
 def read_split(path: Path, caches: Sequence[Cache]) -> Split:
-    """Read the split of all or some of its caches. Samples that were appended to a cache since are in no part.
+    """Read the split of all or some of its caches. Samples that were appended to a cache later are in no part.
 
     Raises:
         PathError: the file does not exist.
@@ -81,12 +81,12 @@ def read_split(path: Path, caches: Sequence[Cache]) -> Split:
         raise PathError(f"{path} does not exist; it is written by embedcache train")
     try:
         columns = read_table(path).to_pydict()
-        found = Split(
+        split = Split(
             keys=columns["key"], parts=columns["part"], groups=columns["group"], index_digests=columns.get("spine", [])
         )
     except (pa.ArrowInvalid, OSError, KeyError) as error:
         raise CorruptError(f"{path}: expected a split with the columns key, part and group: {error}") from error
-    parts = [_select_cache(path, found, cache) for cache in caches]
+    parts = [_select_cache(path, split, cache) for cache in caches]
     if len(parts) == 1:
         return parts[0]
     return Split(
@@ -110,7 +110,7 @@ def _select_cache(path: Path, split: Split, cache: Cache) -> Split:
     if split.keys != keys[: len(split.keys)] or not split.keys:
         raise DataError(
             f"split {path} belongs to other samples: it has {len(split.keys)} keys, {cache.path} has {len(keys)}, and "
-            "they differ"
+            "they differ; use a split of the same samples"
         )
     num_added, first_group = len(keys) - len(split.keys), max(split.groups, default=-1) + 1
     return replace(
@@ -134,7 +134,7 @@ def make_split(
 
     Raises:
         UnknownNameError: the kind is neither a known one nor a file.
-        SettingError: `strict` on more than 200,000 items, since it compares all pairs; or no sample is held out.
+        SettingError: `strict` on more than 200,000 items, since it compares all pairs; or a part is empty.
         SourceError: `column` without a column `split` that names train and test.
     """
     keys = [key for cache in caches for key in cache.samples["key"].to_pylist()]
@@ -160,8 +160,8 @@ def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
     if {"val", "test"} <= set(split.parts):
         return
     raise SettingError(
-        f"--split {settings.kind} leaves nothing to hold out of {len(groups)} samples: the largest near-duplicate "
-        f"group has {np.bincount(groups).max()}; raise --image-cosine {settings.image_cosine} and "
+        f"--split {settings.kind} leaves no validation or test samples among {len(groups)}: the largest near-duplicate "
+        f"group has {np.bincount(groups).max()} samples; raise --image-cosine {settings.image_cosine} and "
         f"--text-cosine {settings.text_cosine}, or use --split key"
     )
 
@@ -171,14 +171,14 @@ def _by_column(caches: Sequence[Cache], keys: list[str], samples: Ints, settings
         if "split" not in cache.columns:
             raise SourceError(f"the samples of {cache.path} have no column 'split'; use --split strict or --split key")
     values = [str(value).lower() for cache in caches for value in cache.samples["split"].to_pylist()]
-    known = [PART_NAMES.get(value, "") for value in values]
-    if not {"train", "test"} <= set(known):
+    named_parts = [PART_NAMES.get(value, "") for value in values]
+    if not {"train", "test"} <= set(named_parts):
         raise SourceError(
             f"column 'split' of {name_caches(caches)}: expected train and test, got {', '.join(sorted(set(values)))}"
         )
     parts = [""] * len(keys)
     for row in samples:
-        parts[row] = known[row]
+        parts[row] = named_parts[row]
     if "val" not in parts:
         train = [row for row, part in enumerate(parts) if part == "train"]
         quota = round(settings.val_fraction * len(train))
@@ -194,12 +194,12 @@ def _by_groups(keys: list[str], samples: Ints, groups: Ints, settings: SplitSett
     test = take_groups(list(members.values()), keys, round(settings.test_fraction * len(samples)), settings.seed)
     rest = [group for group in members.values() if group[0] not in test]
     val = take_groups(rest, keys, round(settings.val_fraction * len(samples)), settings.seed)
-    parts, numbers = [""] * len(keys), [-1] * len(keys)
+    parts, group_numbers = [""] * len(keys), [-1] * len(keys)
     for number, group in enumerate(members.values()):
         for row in group:
             parts[row] = "test" if row in test else "val" if row in val else "train"
-            numbers[row] = number
-    return Split(keys=keys, parts=parts, groups=numbers)
+            group_numbers[row] = number
+    return Split(keys=keys, parts=parts, groups=group_numbers)
 
 
 def _near_duplicates(pairs: Pairs, settings: SplitSettings, read_image: Reader, read_text: Reader) -> Ints:
@@ -245,9 +245,9 @@ PART_NAMES: dict[str, Part] = {
 
 
 def take_groups(groups: Sequence[Sequence[int]], keys: Sequence[str], quota: int, seed: int) -> set[int]:
-    """Take whole groups up to a quota of rows, in an order that depends only on keys and seed; return their rows.
+    """Select complete groups up to a quota of rows, in an order that depends only on keys and seed; return their rows.
 
-    Groups that exceed what is left of the quota are skipped.
+    Groups larger than the rest of the quota are skipped.
     """
 
     def order(group: Sequence[int]) -> bytes:

@@ -1,9 +1,9 @@
-"""OpenMoji as a source: captioned images that are installed with pip, for a first run without data of one's own.
+"""OpenMoji as a source: captioned images that are installed with pip, for a first run without your own data.
 
-The images are those of OpenMoji's color font, drawn with Pillow. Most emoji are sequences of characters that the font
-joins to one glyph (a ligature). Pillow joins them only on systems with the library FriBiDi, so the ligatures are read
-from the font here, and each glyph gets its own character in a copy of the font held in memory. The images are then the
-same on every machine.
+The images are the glyphs of OpenMoji's color font, drawn with Pillow. Most emoji are sequences of characters that the
+font joins to one glyph (a ligature). Pillow joins these only on systems with the library FriBiDi, so the ligatures are
+read from the font here, and each glyph gets its own character in a copy of the font held in memory. The images are then
+the same on every machine.
 """
 
 import io
@@ -96,7 +96,7 @@ class OpenmojiSource:
         ]
 
     def _sample(self, emoji: list[str]) -> Sample:
-        entries = [self._emoji.EMOJI_DATA[one] for one in emoji]
+        entries = [self._emoji.EMOJI_DATA[code] for code in emoji]
         key = "-".join(f"{ord(character):X}" for character in emoji[0])
         names = [
             TextItem(text=entry[language].strip(":").replace("_", " ").strip(), language=language)

@@ -1,4 +1,4 @@
-"""The whole workflow on packaged data: extract, train, evaluate, index and search, with a page of results."""
+"""The complete workflow on packaged data: extract, train, evaluate, index and search, with a page of results."""
 
 import shlex
 import time

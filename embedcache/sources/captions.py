@@ -45,12 +45,12 @@ def read_sidecar(files: Mapping[str, bytes | ItemError], name: str) -> Sidecar:
     )
 
 
-def caption_list(value: Any, place: str) -> list[str]:
-    """Return the captions in a string, a list of strings or None; the error for other types starts with `place`."""
+def caption_list(value: Any, location: str) -> list[str]:
+    """Return the captions in a string, a list of strings or None; the error for other types starts with `location`."""
     values = value if isinstance(value, list) else [] if value is None else [value]
-    for one in values:
-        if not isinstance(one, str):
-            raise SourceError(f"{place} holds {one!r:.60}; expected a string or a list of strings")
+    for caption in values:
+        if not isinstance(caption, str):
+            raise SourceError(f"{location} holds {caption!r:.60}; expected a string or a list of strings")
     return values
 
 
@@ -64,15 +64,15 @@ def scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:
     return {name: value for name, value in fields.items() if isinstance(value, _SCALARS)}
 
 
-def json_object(text: str, place: str) -> dict[str, Any]:
-    """Parse a JSON object; the error for other text starts with `place`."""
+def json_object(text: str, location: str) -> dict[str, Any]:
+    """Parse a JSON object; the error for other text starts with `location`."""
     try:
         fields = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise SourceError(f"{place} is not valid JSON: {error}; repair or remove it") from None
+        raise SourceError(f"{location} is not valid JSON: {error}; repair or remove it") from None
     if not isinstance(fields, dict):
         example = '{"caption": "a dog"}'
-        raise SourceError(f"{place} is not a JSON object such as {example}: {fields!r:.60}")
+        raise SourceError(f"{location} is not a JSON object such as {example}: {fields!r:.60}")
     return fields
 
 

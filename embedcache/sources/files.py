@@ -56,21 +56,21 @@ def restrict_reads(folders: Sequence[Path]) -> Iterator[None]:
         _ALLOWED_FOLDERS.reset(token)
 
 
-def check_read_allowed(place: Path | str, num_bytes: int | None = None) -> None:
+def check_read_allowed(path: Path | str, num_bytes: int | None = None) -> None:
     """Check that `restrict_reads` allows this thread to read `num_bytes`, or all, of a path, or of a URL as text."""
     folders = _ALLOWED_FOLDERS.get()
     if folders is None:
         return
-    if isinstance(place, str) or is_remote(place):
-        raise ItemError(f"{place} is a URL; expected a file in the source's folder")
-    real = place.resolve()
+    if isinstance(path, str) or is_remote(path):
+        raise ItemError(f"{path} is a URL; expected a file in the source's folder")
+    real = path.resolve()
     if not any(real.is_relative_to(folder) for folder in folders):
-        raise ItemError(f"{place} is outside the source's folder")
+        raise ItemError(f"{path} is outside the source's folder")
     if real.exists() and not real.is_file():
-        raise ItemError(f"{place} is not a regular file")
+        raise ItemError(f"{path} is not a regular file")
     size = num_bytes if num_bytes is not None else real.stat().st_size if real.exists() else 0
     if size > _MAX_RESTRICTED_BYTES:
-        raise ItemError(f"{place}: expected at most {_MAX_RESTRICTED_BYTES:,} bytes to read, got {size:,}")
+        raise ItemError(f"{path}: expected at most {_MAX_RESTRICTED_BYTES:,} bytes to read, got {size:,}")
 
 
 def is_folder(path: Path, file_suffixes: frozenset[str]) -> bool:
@@ -228,12 +228,12 @@ def read_item_file(path: Path) -> bytes:
         return read_bytes(path)
 
 
-def check_utf8_name(name: str, place: Path | str) -> str:
+def check_utf8_name(name: str, location: Path | str) -> str:
     """Return a name if it is valid Unicode, so that a table can store it; else raise SourceError."""
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise SourceError(f"{place} holds a name that is not UTF-8: {name!r}; rename it") from None
+        raise SourceError(f"{location} holds a name that is not UTF-8: {name!r}; rename it") from None
     return name
 
 
@@ -256,16 +256,16 @@ def _list_remote(folder: Path) -> dict[str, int]:
     with wrap_io_errors(folder):
         entries = filesystem.ls(here, detail=True)
         filesystem.invalidate_cache(here)  # fsspec would keep the listings of all folders
-    found = {}
+    sizes = {}
     for entry in entries:
         name = entry["name"].rstrip("/").removeprefix(here.rstrip("/") + "/")
         if not name.startswith(".") and "/" not in name:  # the listing contains the folder itself if it is an object
-            found[name + "/" * (entry["type"] == "directory")] = -1 if entry["size"] is None else entry["size"]
-    return found
+            sizes[name + "/" * (entry["type"] == "directory")] = -1 if entry["size"] is None else entry["size"]
+    return sizes
 
 
 def _typed_name(entry: os.DirEntry[str]) -> str:
-    """Return the name of a file, the name of a folder with `/`, or an empty text for a pipe or a device."""
+    """Return the name of a file, the name of a folder with `/`, or an empty string for a pipe or a device."""
     try:
         if entry.is_dir():
             return entry.name + "/"

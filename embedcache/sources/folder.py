@@ -41,19 +41,19 @@ class FolderSource:
         settings.check_supported("folder")
         self._root = open_path(location).absolute()
         if not is_folder(self._root, TABLE_SUFFIXES | TAR_SUFFIXES):
-            raise PathError(f"no such folder: {self._root}")
+            raise PathError(f"expected a folder of images, got {self._root}, which does not exist; check the path")
 
     def describe(self) -> Mapping[str, Any]:
         return {"type": "folder", "path": str(self._root), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over the images. Memory holds the names of one folder and of those above it."""
-        found = (image for image in walk_files(self._root) if has_suffix(image[0], IMAGE_SUFFIXES))
+        images = (image for image in walk_files(self._root) if has_suffix(image[0], IMAGE_SUFFIXES))
         if not is_remote(self._root):
-            yield from (self._sample(*image) for image in found)
+            yield from (self._sample(*image) for image in images)
             return
         with ThreadPoolExecutor(_CONCURRENT_READS) as executor:
-            while batch := list(islice(found, 8 * _CONCURRENT_READS)):
+            while batch := list(islice(images, 8 * _CONCURRENT_READS)):
                 yield from executor.map(lambda image: self._sample(*image), batch)
 
     def read(self, item: ImageItem) -> bytes:

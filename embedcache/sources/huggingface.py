@@ -70,12 +70,12 @@ class HuggingfaceSource:
         raise ItemError(f"no image in row {item.offset} of {Path(self._path, item.path)}")
 
 
-def _sample(split: str, columns: TableColumns, number: int, row: Row, place: str) -> Sample:
-    key = row_key(columns, row, place) or str(number)
+def _sample(split: str, columns: TableColumns, number: int, row: Row, location: str) -> Sample:
+    key = row_key(columns, row, location) or str(number)
     return Sample(
         key=f"{split}/{key}" if split else key,
         images=() if columns.image is None else (ImageItem(path=split, offset=number),),
-        texts=row_texts(columns, row, place),
+        texts=row_texts(columns, row, location),
         columns=({"split": split} if split else {}) | scalar_columns({name: row[name] for name in columns.others}),
     )
 
@@ -106,7 +106,7 @@ def _by_split(loaded: Any) -> dict[str, Any]:
         return {"": loaded}
     if isinstance(loaded, datasets.DatasetDict):
         return dict(loaded)
-    raise SourceError(f"rows of a {type(loaded).__name__} cannot be read by number; {_EXPECTED}")
+    raise SourceError(f"{_EXPECTED}, got an object of type {type(loaded).__name__}")
 
 
 def _describe(location: object, splits: Mapping[str, Any]) -> str:

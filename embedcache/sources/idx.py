@@ -1,4 +1,4 @@
-"""IDX files as of MNIST: all images of a set in one file, all labels in another, plain or gzipped."""
+"""IDX files, the format of MNIST: a file of all images of a set, and a file of its labels, plain or gzipped."""
 
 import gzip
 import io
@@ -27,13 +27,13 @@ _UNSIGNED_BYTES = 8  # data type code of the IDX format
 class IdxSource:
     """One sample per image; the key is `<set>/<row>`, such as `train/00000` or `t10k/09999`.
 
-    A set is named by the part of a file name before `-images-idx3-ubyte`; `<set>-labels-idx1-ubyte` is expected beside
-    it. The column `label` is the number there; `split` is `train`, `test` (also for `t10k`) or `val` if the name of
-    the set ends in one. If a file exists plain and gzipped, the plain one is read.
+    A set is named by the part of a file name before `-images-idx3-ubyte`; `<set>-labels-idx1-ubyte` is beside it.
+    The column `label` is the class number from that file; `split` is `train`, `test` (also for `t10k`) or `val` if the
+    name of the set ends in one. If a file exists plain and gzipped, the plain one is read.
 
     The location is a folder with such files, at any depth, or one file of images, which is that set alone.
 
-    Memory: each set is read whole, once per process, and kept: 47 MB for MNIST's 60,000 images.
+    Memory: each set is read completely, once per process, and stays in memory: 47 MB for MNIST's 60,000 images.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
@@ -88,9 +88,9 @@ def _find_sets(root: Path) -> dict[str, str]:
     """Return name of the set -> path relative to the folder of its file of images."""
     sets: dict[str, str] = {}
     for path, _ in walk_files(root):  # sorted, so that a plain file comes before its gzipped copy
-        found = IDX_IMAGES.fullmatch(path)
-        if found:
-            sets.setdefault(found["set"], path)
+        match = IDX_IMAGES.fullmatch(path)
+        if match:
+            sets.setdefault(match["set"], path)
     if not sets:
         raise SourceError(f"{root}: expected a file such as train-images-idx3-ubyte or train-images-idx3-ubyte.gz")
     return sets
@@ -98,11 +98,11 @@ def _find_sets(root: Path) -> dict[str, str]:
 
 def _set_of_file(file: Path) -> dict[str, str]:
     if file_size(file) is None:
-        raise PathError(f"no such file or folder: {file}")
-    found = IDX_IMAGES.fullmatch(file.name)
-    if found is None:
+        raise PathError(f"expected a file or folder, got {file}, which does not exist; check the path")
+    match = IDX_IMAGES.fullmatch(file.name)
+    if match is None:
         raise SourceError(f"{file}: expected a file name such as t10k-images-idx3-ubyte.gz")
-    return {found["set"]: file.name}
+    return {match["set"]: file.name}
 
 
 def _labels_file(images: Path) -> Path:

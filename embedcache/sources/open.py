@@ -62,12 +62,12 @@ def open_source(location: object, *, kind: str | None = None, settings: SourceSe
         UnknownNameError: there is no source of that kind.
         SettingError: a setting that this kind does not support.
     """
-    place = str(location) if isinstance(location, str | Path) else location
-    if isinstance(place, str) and not place.strip():
-        raise SourceError(f"the source is an empty text; {_ACCEPTED}")
+    path = str(location) if isinstance(location, str | Path) else location
+    if isinstance(path, str) and not path.strip():
+        raise SourceError(f"the source is an empty string; {_ACCEPTED}")
     if kind is None:
-        kind, place = _detect_kind(place) if isinstance(place, str) else ("huggingface", place)
-    source: Source = SOURCES.load(kind)(place, settings or SourceSettings())
+        kind, path = _detect_kind(path) if isinstance(path, str) else ("huggingface", path)
+    source: Source = SOURCES.load(kind)(path, settings or SourceSettings())
     return source
 
 
@@ -87,7 +87,7 @@ def base_source(description: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def source_credit(description: Mapping[str, Any]) -> str:
-    """Return the attribution that pages with images of a source must carry, or an empty text.
+    """Return the attribution that pages with images of a source must carry, or an empty string.
 
     The description may come from an untrusted cache: only built-in and installed plug-ins are imported.
     """
@@ -106,7 +106,7 @@ def _detect_kind(location: str) -> tuple[str, str]:
     if is_folder(path, TAR_SUFFIXES | TABLE_SUFFIXES):
         return _folder_kind(path), location
     if file_size(path) is None:
-        raise PathError(f"no such file or folder: {location}; {_ACCEPTED}")
+        raise PathError(f"{location} does not exist; {_ACCEPTED}")
     for suffixes, name in ((TAR_SUFFIXES, "webdataset"), (TABLE_SUFFIXES, "table"), (TEXT_SUFFIXES, "texts")):
         if has_suffix(location, suffixes):
             return name, location
@@ -123,16 +123,16 @@ def _folder_kind(folder: Path) -> str:
     for names in (("dataset_dict.json",), ("dataset_info.json", "state.json")):  # of a DatasetDict, of a Dataset
         if all((folder / name).is_file() for name in names):
             return "huggingface"
-    found: set[str] = set()
+    kinds: set[str] = set()
     for name, _ in walk_files(folder):
         if has_suffix(name, IMAGE_SUFFIXES):
             return "folder"
         if IDX_IMAGES.fullmatch(name):
-            found.add("idx")
+            kinds.add("idx")
         elif has_suffix(name, TAR_SUFFIXES):
-            found.add("webdataset")
+            kinds.add("webdataset")
         elif has_suffix(name, TABLE_SUFFIXES):
-            found.add("table")
-    if not found:
+            kinds.add("table")
+    if not kinds:
         raise SourceError(f"{folder} holds no image, IDX file, .tar or table; {_ACCEPTED}")
-    return next(kind for kind in ("idx", "webdataset", "table") if kind in found)
+    return next(kind for kind in ("idx", "webdataset", "table") if kind in kinds)

@@ -65,11 +65,11 @@ def _class_prompts(classes: str, templates: str, language: str) -> list[tuple[st
         if templates:
             raise SourceError(f"{classes} already holds prompts; remove the templates {templates}")
         return _json_prompts(open_path(classes))
-    names, default = _class_names(classes, language)
+    names, default_templates = _class_names(classes, language)
     if templates == "cupl":
         return list(zip(names, _cupl_prompts(names), strict=True))
     if not templates:
-        lines = default
+        lines = default_templates
     elif _is_path(templates):
         lines = _read_templates(open_path(templates))
     else:
@@ -80,18 +80,18 @@ def _class_prompts(classes: str, templates: str, language: str) -> list[tuple[st
 
 def _json_prompts(path: Path) -> list[tuple[str, Sequence[str]]]:
     if not path.is_file():
-        raise PathError(f"no such file: {path}")
+        raise PathError(f"expected a file, got {path}, which does not exist; check the path")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SourceError(f"{path} is not valid JSON: {error}") from None
+        raise SourceError(f"{path} is not valid JSON: {error}; repair or replace it") from None
     if not isinstance(content, dict) or not content:
-        raise SourceError(f"{path}: expected a JSON object of class name -> list of prompts")
+        raise SourceError(f"{path}: expected a JSON object of class name -> list of prompts, got {content!r:.60}")
     classes = {name: [prompts] if isinstance(prompts, str) else prompts for name, prompts in content.items()}
     for name, prompts in classes.items():
         are_texts = isinstance(prompts, list) and all(isinstance(text, str) and text.strip() for text in prompts)
         if not prompts or not are_texts:
-            raise SourceError(f"class {name!r} of {path} has no prompts; expected a list of texts for each class")
+            raise SourceError(f"class {name!r} of {path}: expected a list of prompts, got {prompts!r:.60}")
     return list(classes.items())
 
 
@@ -102,11 +102,11 @@ def _class_names(classes: str, language: str) -> tuple[list[str], list[str]]:
     if _has_sub_folders(path):
         names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         if not names:
-            raise SourceError(f"{path}: expected {CLASS_NAMES} or one sub-folder per class")
+            raise SourceError(f"{path}: expected {CLASS_NAMES} or one sub-folder per class, got neither")
         return names, plain
     if path.is_dir():
-        own = path / TEMPLATES
-        return _read_lines(path / CLASS_NAMES), _read_templates(own) if own.is_file() else plain
+        templates = path / TEMPLATES
+        return _read_lines(path / CLASS_NAMES), _read_templates(templates) if templates.is_file() else plain
     if _is_path(classes):
         return _read_lines(path), plain
     names = _dataset_entry(f"{language}_classnames.json", classes, "class names")
@@ -127,12 +127,12 @@ def _read_templates(path: Path) -> list[str]:
 
 def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise PathError(f"no such file: {path}")
+        raise PathError(f"expected a file, got {path}, which does not exist; check the path")
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
-        raise SourceError(f"{path} is empty")
+        raise SourceError(f"{path}: expected one text per line, got an empty file; add the texts")
     for number, line in enumerate(lines):
         if not line:
             raise SourceError(f"{path} line {number + 1} is blank; line numbers are class numbers, so name every class")

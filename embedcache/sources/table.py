@@ -1,4 +1,4 @@
-"""Tables of images and captions (Parquet, CSV, TSV, JSONL), and which of their columns hold what."""
+"""Tables of images and captions (Parquet, CSV, TSV, JSONL), and the roles of their columns."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,23 +87,23 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     )
 
 
-def row_key(columns: TableColumns, row: Row, place: str) -> str | None:
-    """Return the key of a row; None if the table has no key column. The error for an empty cell starts with `place`."""
+def row_key(columns: TableColumns, row: Row, location: str) -> str | None:
+    """Return the key of a row, or None without a key column. The error for an empty cell starts with `location`."""
     if columns.key is None:
         return None
     key = row.get(columns.key)
     if key is None or key == "":
-        raise SourceError(f"{place} has no key in column {columns.key}")
+        raise SourceError(f"{location} has no key in column {columns.key}")
     return str(key)
 
 
-def row_texts(columns: TableColumns, row: Row, place: str) -> tuple[TextItem, ...]:
+def row_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem, ...]:
     """Return the captions of a row, with the language in its language column, if any.
 
     With several caption columns, blank cells are dropped unless all are blank: a row of a CSV file may have fewer
-    captions than there are columns. The error for cells without captions starts with `place`.
+    captions than there are columns. The error for cells without captions starts with `location`.
     """
-    cells = [caption_list(row.get(name), f"{place}: {name}") for name in columns.captions]
+    cells = [caption_list(row.get(name), f"{location}: {name}") for name in columns.captions]
     captions = [caption for cell in cells for caption in cell]
     if len(columns.captions) > 1:
         captions = [caption for caption in captions if caption.strip()] or captions
@@ -133,9 +133,9 @@ def _find(file: TableFile, names: Sequence[str]) -> str | None:
 def _find_captions(columns: Sequence[str]) -> tuple[str, ...]:
     """Return the caption columns: `caption`, `captions`, `caption_0`, …, else those named `text` or `sentence`."""
     for stem in ("caption", "text", "sentence"):
-        found = [name for name in columns if re.fullmatch(rf"{stem}s?(_?\d+)?", name, re.IGNORECASE)]
-        if found:
-            return tuple(found)
+        matches = [name for name in columns if re.fullmatch(rf"{stem}s?(_?\d+)?", name, re.IGNORECASE)]
+        if matches:
+            return tuple(matches)
     return ()
 
 
@@ -183,11 +183,11 @@ class TableSource:
         raise ItemError(f"no image in column {column}, row {item.offset} of {path}")
 
     def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> Sample:
-        place = f"{file.path} row {number}"
+        location = f"{file.path} row {number}"
         return Sample(
-            key=row_key(columns, row, place) or f"{relative_to(self._root_text, file.stem)}/{number}",
+            key=row_key(columns, row, location) or f"{relative_to(self._root_text, file.stem)}/{number}",
             images=self._images(file, columns, number, row),
-            texts=row_texts(columns, row, place),
+            texts=row_texts(columns, row, location),
             columns=scalar_columns({name: row.get(name) for name in columns.others}),
         )
 
@@ -219,9 +219,9 @@ class TableSource:
 def _find_files(location: Path) -> list[Path]:
     if not is_folder(location, TABLE_SUFFIXES):
         if file_size(location) is None:
-            raise PathError(f"no such table: {location}")
+            raise PathError(f"expected a table or a folder, got {location}, which does not exist; check the path")
         return [location]
     names = [name for name, _ in walk_files(location) if has_suffix(name, TABLE_SUFFIXES)]
     if not names:
-        raise PathError(f"no {', '.join(sorted(TABLE_SUFFIXES))} file below {location}")
+        raise PathError(f"{location}: expected {', '.join(sorted(TABLE_SUFFIXES))} files, got none; check the path")
     return [location / name for name in names]

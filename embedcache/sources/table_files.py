@@ -142,14 +142,14 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 def _read_csv(path: Path, delimiter: str, columns: Sequence[str]) -> Iterator[Row]:
     lines = _csv_lines(path, delimiter)
     header = next(lines, [])
-    places = [(name, header.index(name)) for name in columns]
+    positions = [(name, header.index(name)) for name in columns]
     for number, cells in enumerate(lines, start=1):
         if len(cells) != len(header):
             raise SourceError(
                 f"{path} row {number}: expected {len(header)} cells as in the header, got {len(cells)}: "
                 f"{delimiter.join(cells)!r:.60}"
             )
-        yield {name: cells[place] for name, place in places}
+        yield {name: cells[position] for name, position in positions}
 
 
 def _csv_lines(path: Path, delimiter: str) -> Iterator[list[str]]:

@@ -30,8 +30,8 @@ class Member(NamedTuple):
 class TarBytes:
     """Buffered, mostly sequential reads of one tar of `size` bytes; `fetch(offset, length)` reads a part of it."""
 
-    def __init__(self, place: str, size: int, fetch: Callable[[int, int], bytes]) -> None:
-        self.place = place
+    def __init__(self, location: str, size: int, fetch: Callable[[int, int], bytes]) -> None:
+        self.location = location
         self.size = size
         self._fetch = fetch
         self._start = 0
@@ -49,24 +49,24 @@ class TarBytes:
         return self._data[first : first + length]
 
 
-def members(tar: TarBytes) -> Iterator[Member]:
+def iter_members(tar: TarBytes) -> Iterator[Member]:
     """Iterate over the files of a tar, in order. Memory holds one window of it. Errors name the offset."""
     offset = 0
     while (header := tar.read(offset, BLOCK_BYTES)) != _ZERO_BLOCK:
         if len(header) < BLOCK_BYTES:
-            raise _damaged(tar.place, f"the file ends at offset {offset}, where a header was expected")
+            raise _damaged(tar.location, f"the file ends at offset {offset}, where a header was expected")
         member, after = _plain_member(tar, offset, header) or _other_member(tar, offset)
         if after <= offset:
-            raise _damaged(tar.place, f"the header at offset {offset} has no valid size")
+            raise _damaged(tar.location, f"the header at offset {offset} has no valid size")
         if after > tar.size:
-            raise _damaged(tar.place, f"the member at offset {offset} ends {after - tar.size} bytes after the file")
+            raise _damaged(tar.location, f"the member at offset {offset} ends {after - tar.size} bytes after the file")
         offset = after
         if member is not None:
             yield member
 
 
-def _damaged(place: str, reason: str) -> SourceError:
-    return SourceError(f"{place} is not a tar, or is truncated or damaged: {reason}; copy or create it again")
+def _damaged(location: str, reason: str) -> SourceError:
+    return SourceError(f"{location} is not a tar, or is truncated or damaged: {reason}; copy or create it again")
 
 
 def _plain_member(tar: TarBytes, offset: int, header: bytes) -> tuple[Member, int] | None:
@@ -129,18 +129,18 @@ def _other_member(tar: TarBytes, offset: int) -> tuple[Member | None, int]:
     """Return the member at an offset as read by `tarfile`, None if it is not a file, and the next header's offset."""
     file: Any = _TarFile(tar, offset)
     try:
-        with tarfile.TarFile(fileobj=file) as one:
-            info = one.next()
-            after = one.offset
+        with tarfile.TarFile(fileobj=file) as archive:
+            info = archive.next()
+            after = archive.offset
     except tarfile.TarError as error:
-        raise _damaged(tar.place, f"{error} at offset {offset}") from None
+        raise _damaged(tar.location, f"{error} at offset {offset}") from None
     if info is None:
-        raise _damaged(tar.place, f"no valid header at offset {offset}")
+        raise _damaged(tar.location, f"no valid header at offset {offset}")
     if info.issparse():
-        raise _damaged(tar.place, f"{info.name} is a sparse file; create the tar without --sparse")
+        raise _damaged(tar.location, f"{info.name} is a sparse file; create the tar without --sparse")
     if not info.isreg():
         return None, after
-    return Member(check_utf8_name(info.name, tar.place), info.offset_data, info.size), after
+    return Member(check_utf8_name(info.name, tar.location), info.offset_data, info.size), after
 
 
 class _TarFile:

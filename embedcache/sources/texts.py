@@ -34,7 +34,7 @@ class TextsSource:
         settings.check_supported("texts")
         self._path = open_path(location).absolute()
         if file_size(self._path) is None:
-            raise PathError(f"no such file: {self._path}")
+            raise PathError(f"expected a file, got {self._path}, which does not exist; check the path")
         if not has_suffix(location, TEXT_SUFFIXES):
             raise SourceError(f"{self._path}: expected a file of texts, {' or '.join(sorted(TEXT_SUFFIXES))}")
 
@@ -82,7 +82,7 @@ def _open_array(path: Path) -> npt.NDArray[Any]:
 
 
 class PairsSource:
-    """The samples of another source, split into one sample per caption, so that captions can be selected one by one.
+    """Samples of another source, split into one sample per caption, so that captions can be selected individually.
 
     The key is the key of the original sample, `#` and the number of the caption from 0; the column `sample` holds the
     original key and `language` the language of the caption. Samples without captions are skipped. Each sample keeps all

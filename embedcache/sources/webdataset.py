@@ -37,7 +37,7 @@ from embedcache.sources.files import (
 )
 from embedcache.sources.settings import SourceSettings
 from embedcache.sources.table_files import open_table_file
-from embedcache.sources.tar_headers import Member, TarBytes, members
+from embedcache.sources.tar_headers import Member, TarBytes, iter_members
 
 _EMPTY = Sidecar()
 _LABEL_SUFFIX = ".cls"
@@ -85,12 +85,12 @@ class WebdatasetSource:
     def _samples_of(self, shard: Path) -> Iterator[Sample]:
         size = file_size(shard)
         if size is None:
-            raise PathError(f"no such shard: {shard}")
+            raise PathError(f"expected a shard, got {shard}, which does not exist; check the path")
         tar = TarBytes(str(shard), size, partial(self._fetch, shard))
         path = relative_to(str(self._root), str(shard))
         table = _read_shard_table(shard)
         split = split_from_path(path)
-        for key, group in groupby(_files(members(tar)), key=itemgetter(0)):
+        for key, group in groupby(_files(iter_members(tar)), key=itemgetter(0)):
             sample = _sample(tar, path, key, group, table.get(key, _EMPTY))
             if split:
                 columns = {"split": split, **sample.columns}
@@ -111,9 +111,9 @@ class _File(NamedTuple):
     length: int
 
 
-def _files(found: Iterable[Member]) -> Iterator[_File]:
+def _files(tar_members: Iterable[Member]) -> Iterator[_File]:
     """Split names into key and suffix; hidden files are skipped."""
-    for name, offset, length in found:
+    for name, offset, length in tar_members:
         plain = PurePosixPath(name).as_posix() if "./" in name or "//" in name else name
         folder, slash, file_name = plain.rpartition("/")
         stem, dot, suffix = file_name.partition(".")
@@ -157,13 +157,13 @@ def shard_root(location: str) -> Path:
 
 def expand_braces(pattern: str) -> list[str]:
     """Expand ranges and lists: `{08..10}` -> `08`, `09`, `10`; `{a,b}` -> `a`, `b`. Other text is unchanged."""
-    found = _BRACES.search(pattern)
-    if found is None:
+    match = _BRACES.search(pattern)
+    if match is None:
         return [pattern]
-    first, last, listed = found.groups()
+    first, last, listed = match.groups()
     values = listed.split(",") if listed else _range(first, last)
-    tails = expand_braces(pattern[found.end() :])
-    return [f"{pattern[: found.start()]}{value}{tail}" for value in values for tail in tails]
+    tails = expand_braces(pattern[match.end() :])
+    return [f"{pattern[: match.start()]}{value}{tail}" for value in values for tail in tails]
 
 
 def _find_shards(part: str) -> list[Path]:
@@ -171,13 +171,13 @@ def _find_shards(part: str) -> list[Path]:
     if is_folder(folder, TAR_SUFFIXES):
         shards = [folder / name for name, _ in walk_files(folder) if has_suffix(name, TAR_SUFFIXES)]
         if not shards:
-            raise PathError(f"no .tar file below {part}")
+            raise PathError(f"{part}: expected .tar files, got none; check the path")
         return shards
     shards = [open_path(path) for path in expand_braces(part)]
     with ThreadPoolExecutor(_CONCURRENT_REQUESTS if is_remote(shards[0]) else 1) as executor:
         missing = [shard for shard, size in zip(shards, executor.map(file_size, shards), strict=True) if size is None]
     if missing:
-        raise PathError(f"no such shard: {missing[0]} ({len(missing)} of {len(shards)} are missing)")
+        raise PathError(f"expected a shard, got no file at {missing[0]} ({len(missing)} of {len(shards)} are missing)")
     return shards
 
 

@@ -166,9 +166,9 @@ def test_report_describes_the_comparison(report: PairsReport) -> None:
     assert "each item scaled to length 1, then the mean over a sample's images and over its captions" in line
     assert "CKA centered; kNN by cosine, k 10" in line
     assert f"95% intervals over {report.num_groups} near-duplicate groups" in line
-    figures = json.loads(json.dumps(encoder_pairs_json(report)))
-    assert figures["pairs"][0]["linear_cka"]["low"] == report.pairs[0].linear_cka.low
-    assert (figures["k"], figures["centred"], figures["num_held"]) == (10, True, report.num_held)
+    report_json = json.loads(json.dumps(encoder_pairs_json(report)))
+    assert report_json["pairs"][0]["linear_cka"]["low"] == report.pairs[0].linear_cka.low
+    assert (report_json["k"], report_json["centred"], report_json["num_held"]) == (10, True, report.num_held)
 
 
 def test_table_ends_with_chance(report: PairsReport) -> None:
@@ -224,7 +224,7 @@ def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Pat
         compare(cache_path, num_samples=19)
     with pytest.raises(SettingError, match="k: expected less than the 60 compared samples, got 60"):
         compare(captioned, k=60, split=key)
-    with pytest.raises(SettingError, match="leaves nothing to hold out of 300 samples"):
+    with pytest.raises(SettingError, match="leaves no validation or test samples among 300"):
         compare(cache_path, split=replace(SPLIT, text_cosine=0.1))
     with pytest.raises(DataError, match="expected at least 20 samples .*, got 10 and 5 of 20 samples"):
         compare(cache_path, num_samples=20, split=key)
@@ -262,7 +262,7 @@ def test_command_prints_and_writes(cache_path: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "samples outside the test part of 300 drawn" in result.output
     assert "debiased CKA" in result.output
-    figures = json.loads((tmp_path / "p.json").read_text())["pairs"]
-    assert [pair["image"] for pair in figures["pairs"]] == [IMAGES[0]] * 2
-    assert figures["k"] == 5
+    report_json = json.loads((tmp_path / "p.json").read_text())["pairs"]
+    assert [pair["image"] for pair in report_json["pairs"]] == [IMAGES[0]] * 2
+    assert report_json["k"] == 5
     assert "<svg" in (tmp_path / "p.html").read_text()

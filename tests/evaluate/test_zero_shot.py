@@ -108,10 +108,10 @@ def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp
     columns, rows = zero_shot_table({"run": report})
     assert columns == ["", "top-1", "top-5", "mean per class"]
     assert [row[0] for row in rows] == ["run", "chance"]
-    figures = zero_shot_json(report)
-    low, high = figures["intervals"]["acc1"]
-    assert low <= figures["acc1"] <= high
-    assert set(figures["by_class"]) == set(COLOR_NAMES)
+    report_json = zero_shot_json(report)
+    low, high = report_json["intervals"]["acc1"]
+    assert low <= report_json["acc1"] <= high
+    assert set(report_json["by_class"]) == set(COLOR_NAMES)
     wrong = report.confusion.copy()
     np.fill_diagonal(wrong, 0)
     assert int(confusion_table(report)[1][0][2]) == wrong.max()
@@ -127,7 +127,7 @@ def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp
 def test_unusable_prompts_or_labels_raise(
     labeled: Path, prompts: Path, cache_path: Path, runs: list[Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"holds no prompts: it has no column 'class'; make some: embedcache extract"):
+    with pytest.raises(DataError, match=r"holds no prompts: it has no column 'class'; create them: embedcache extract"):
         evaluate_zero_shot(labeled, runs[:1], cache_path)
     with pytest.raises(UnknownNameError, match="unknown column of samples .*'labl'.*did you mean 'label'"):
         evaluate_zero_shot(labeled, runs[:1], prompts, ZeroShotSettings(label="labl"))

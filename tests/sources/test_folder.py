@@ -150,7 +150,7 @@ def test_broken_link_raises_item_error(tmp_path: Path) -> None:
 
 
 def test_missing_folder_raises(tmp_path: Path) -> None:
-    with pytest.raises(PathError, match="no such folder"):
+    with pytest.raises(PathError, match="expected a folder of images"):
         open_source(tmp_path / "nowhere", kind="folder")
 
 

@@ -176,7 +176,7 @@ def test_unknown_name_raises() -> None:
 
 
 def test_iterable_dataset_raises() -> None:
-    with pytest.raises(SourceError, match=r"IterableDataset.*Dataset or DatasetDict"):
+    with pytest.raises(SourceError, match=r"Dataset or DatasetDict.*IterableDataset"):
         open_source(colored().to_iterable_dataset())
 
 

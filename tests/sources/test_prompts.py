@@ -83,15 +83,15 @@ def test_path_with_plus(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "location", "error", "words"),
     [
-        ({}, "none.txt", PathError, "no such file: .*none.txt"),
-        ({}, "none.json", PathError, "no such file: .*none.json"),
+        ({}, "none.txt", PathError, "expected a file, got .*none.txt"),
+        ({}, "none.json", PathError, "expected a file, got .*none.json"),
         ({}, "", SourceError, "expected classnames.txt or one sub-folder per class"),
-        ({"n.txt": ""}, "n.txt", SourceError, "n.txt is empty"),
+        ({"n.txt": ""}, "n.txt", SourceError, "n.txt: expected one text per line"),
         ({"n.txt": "a\n\nb"}, "n.txt", SourceError, "n.txt line 2 is blank"),
         ({"n.txt": "a", "t.txt": "a photo"}, "n.txt+t.txt", SourceError, "template 'a photo' of .*: expected {c}"),
         ({"p.json": "[1]"}, "p.json", SourceError, "p.json: expected a JSON object"),
         ({"p.json": "{"}, "p.json", SourceError, "p.json is not valid JSON"),
-        ({"p.json": '{"cat": ["x"], "dog": []}'}, "p.json", SourceError, "class 'dog' of .* has no prompts"),
+        ({"p.json": '{"cat": ["x"], "dog": []}'}, "p.json", SourceError, "class 'dog' of .*: expected a list"),
         (
             {"p.json": '{"cat": "x"}', "t.txt": "{c}"},
             "p.json+t.txt",

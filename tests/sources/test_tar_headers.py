@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.errors import SourceError
-from embedcache.sources.tar_headers import BLOCK_BYTES, Member, TarBytes, members
+from embedcache.sources.tar_headers import BLOCK_BYTES, Member, TarBytes, iter_members
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 KINDS = (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CONTTYPE)
@@ -38,7 +38,7 @@ def ours(data: bytes, reads: list[int] | None = None) -> list[Member]:
         assert offset + length <= len(data)
         return data[offset : offset + length]
 
-    return list(members(TarBytes("x.tar", len(data), fetch)))
+    return list(iter_members(TarBytes("x.tar", len(data), fetch)))
 
 
 def by_tarfile(data: bytes) -> list[Member]:
@@ -76,10 +76,10 @@ def test_v7_files_are_read() -> None:
     assert ours(data) == by_tarfile(data) == [Member("a.jpg", 512, 5)]
 
 
-@pytest.mark.parametrize("place", [0, 60, 124, 156, 300])
-def test_changed_header_raises_with_offset(place: int) -> None:
+@pytest.mark.parametrize("position", [0, 60, 124, 156, 300])
+def test_changed_header_raises_with_offset(position: int) -> None:
     data = bytearray(write([("a.jpg", 100, tarfile.REGTYPE, 0), ("b.jpg", 100, tarfile.REGTYPE, 0)], "gnu"))
-    data[1024 + place] ^= 1
+    data[1024 + position] ^= 1
     with pytest.raises(SourceError, match="offset 1024"):
         ours(bytes(data))
 
@@ -93,7 +93,7 @@ def test_binary_size_is_read() -> None:
     def fetch(offset: int, length: int) -> bytes:
         return header + bytes(length - 512) if offset == 0 else bytes(length)
 
-    assert list(members(TarBytes("x.tar", size, fetch))) == [Member("a.jpg", 512, 2**33 + 5)]
+    assert list(iter_members(TarBytes("x.tar", size, fetch))) == [Member("a.jpg", 512, 2**33 + 5)]
 
 
 def test_negative_size_raises() -> None:

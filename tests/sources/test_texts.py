@@ -98,7 +98,7 @@ def test_read_raises_item_error(tmp_path: Path) -> None:
 
 def test_other_files_raise(tmp_path: Path) -> None:
     write(tmp_path, {"p.md": "x", "p.txt": "x"})
-    with pytest.raises(PathError, match="no such file"):
+    with pytest.raises(PathError, match="expected a file"):
         open_source(tmp_path / "q.txt", kind="texts")
     with pytest.raises(SourceError, match=r"\.npy or \.txt"):
         open_source(tmp_path / "p.md", kind="texts")
