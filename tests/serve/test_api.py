@@ -180,8 +180,8 @@ def test_measured_coverage_equals_report(root: Path, served: SearchService) -> N
 def test_foreign_coverage_raises(root: Path, cache_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "other", IndexSettings(feature="open_toy/cls"))
     for path, index, error, message in (
-        (root / "coverage.json", tmp_path / "other", FingerprintError, "is about other samples"),
-        (tmp_path / "no.json", root / "index", PathError, "does not exist; write it with"),
+        (root / "coverage.json", tmp_path / "other", FingerprintError, "got other samples"),
+        (tmp_path / "no.json", root / "index", PathError, "which does not exist; write it with"),
         (root / "concepts.json", root / "index", CorruptError, "does not hold the fields"),
     ):
         with pytest.raises(error, match=message):
