@@ -93,10 +93,10 @@ def publish(
     html: Path | None = None,
     write_page: Callable[[Path], None] | None = None,
 ) -> None:
-    """Print a report for people or as JSON, and write the files that were asked for.
+    """Print a report as text or as JSON, and write the requested files.
 
     Args:
-        show: prints the report for people.
+        show: prints the report as text.
         record: returns the report as JSON values.
         as_json: print the JSON values instead.
         output: JSON file to write.
@@ -125,9 +125,9 @@ def to_plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): to_plain(one) for key, one in value.items()}
+        return {str(key): to_plain(element) for key, element in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(one) for one in value]
+        return [to_plain(element) for element in value]
     if hasattr(value, "tolist"):
         return value.tolist()
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
@@ -143,7 +143,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError as error:
-        raise PathError(f"{path} does not exist; expected a text file with one text per line") from error
+        raise PathError(f"expected a file with one text per line, got {path}, which does not exist") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, got other bytes: {error}") from error
 

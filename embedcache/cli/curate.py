@@ -93,8 +93,8 @@ def coverage(
             _show_difference(*reports.values())
 
     def record() -> Any:
-        figures = {modality: coverage_json(report) for modality, report in reports.items()}
-        return figures if settings.modality == "both" else figures[settings.modality]
+        records = {modality: coverage_json(report) for modality, report in reports.items()}
+        return records if settings.modality == "both" else records[settings.modality]
 
     publish(
         show,
@@ -166,7 +166,7 @@ def combine(
     ],
     operation: Annotated[
         Literal["and", "minus"],
-        typer.Argument(metavar="and|minus", help="Keep what both hold, or what the second does not hold."),
+        typer.Argument(metavar="and|minus", help="Keep the samples in both, or those not in the second."),
     ],
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="Second selection.")],
     out: SelectionOutput,
@@ -226,7 +226,7 @@ def dedup(
     cache: CacheArgument,
     out: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="Selection of the samples that stay: a new .parquet file."),
+        typer.Argument(metavar="OUT", help="Selection of kept samples: a new .parquet file."),
     ] = None,
     *,
     settings: DedupSettings,
@@ -284,7 +284,7 @@ def leaks(
     test: Annotated[str, typer.Argument(metavar="TEST", help="Test cache: a folder or a URL.")],
     out: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="Selection of TRAIN without what leaks: a new .parquet file."),
+        typer.Argument(metavar="OUT", help="Selection of training samples without leaks: a new .parquet file."),
     ] = None,
     *,
     settings: LeakSettings,
@@ -309,28 +309,28 @@ def leaks(
         write_leak_page,
     )
 
-    found = find_leaks(train, test, settings, progress=open_progress())
+    report = find_leaks(train, test, settings, progress=open_progress())
     if out is not None:
-        write_clean_selection(out, found)
+        write_clean_selection(out, report)
 
     def show() -> None:
-        for text in (leak_line(found), *leak_notes(found)):
+        for text in (leak_line(report), *leak_notes(report)):
             print_line(text)
-        print_table(*leak_table(found))
-        for leak in filter(lambda leak: leak.is_leaked.any(), found.leaks):
-            print_table(*leaked_pair_table(closest_pairs(found, leak, 10)), title=f"{leak.modality}s that leak most")
+        print_table(*leak_table(report))
+        for leak in filter(lambda leak: leak.is_leaked.any(), report.leaks):
+            print_table(*leaked_pair_table(closest_pairs(report, leak, 10)), title=f"{leak.modality}s that leak most")
         if out is not None:
             print_line(
-                f"wrote {out}: {len(found.clean_selection().rows):,} of {found.train.info.num_samples:,} samples stay"
+                f"wrote {out}: kept {len(report.clean_selection().rows):,} of {report.train.info.num_samples:,} samples"
             )
 
     publish(
         show,
-        found.to_json,
+        report.to_json,
         as_json=as_json,
         output=output,
         html=html,
-        write_page=lambda path: write_leak_page(path, found),
+        write_page=lambda path: write_leak_page(path, report),
     )
 
 

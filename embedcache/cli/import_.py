@@ -56,11 +56,11 @@ def datacomp(
     cache: NewCache,
     image_array: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Array of image vectors, such as l14_img. May be repeated."),
+        typer.Option(metavar="NAME", help="Array of image vectors in the .npz, such as l14_img. May be repeated."),
     ] = None,
     text_array: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Array of text vectors, such as l14_txt. May be repeated."),
+        typer.Option(metavar="NAME", help="Array of text vectors in the .npz, such as l14_txt. May be repeated."),
     ] = None,
     as_json: Json = False,
     output: Output = None,
@@ -84,10 +84,10 @@ def parquet(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A .parquet file, or a folder of them.")],
     cache: NewCache,
     image_vector_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column of image vectors.", show_default="image_vector")
+        str | None, typer.Option(metavar="NAME", help="Parquet column of image vectors.", show_default="image_vector")
     ] = None,
     text_vector_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column of text vectors.", show_default="text_vector")
+        str | None, typer.Option(metavar="NAME", help="Parquet column of text vectors.", show_default="text_vector")
     ] = None,
     as_json: Json = False,
     output: Output = None,

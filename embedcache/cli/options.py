@@ -51,7 +51,7 @@ ImageFeature: TypeAlias = Annotated[
         "--image-feature",
         metavar="NAME",
         help="Image feature, as encoder/feature.",
-        show_default="the run's, or the only one",
+        show_default="the run's, or the only one in the cache",
     ),
 ]
 TextFeature: TypeAlias = Annotated[
@@ -60,7 +60,7 @@ TextFeature: TypeAlias = Annotated[
         "--text-feature",
         metavar="NAME",
         help="Text feature, as encoder/feature.",
-        show_default="the run's, or the only one",
+        show_default="the run's, or the only one in the cache",
     ),
 ]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")]
@@ -205,10 +205,10 @@ def with_settings(
             run,
             [
                 inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
-                *(one for name, one in own.items() if name not in (*kinds, *_OUTPUT_NAMES)),
+                *(parameter for name, parameter in own.items() if name not in (*kinds, *_OUTPUT_NAMES)),
                 *generated,
                 _keyword("config", config, None),
-                *(one for name, one in own.items() if name in _OUTPUT_NAMES),
+                *(parameter for name, parameter in own.items() if name in _OUTPUT_NAMES),
             ],
         )
         return run
@@ -276,8 +276,8 @@ def _flags(item: FlatSetting, kind: Any) -> str:
 
 def _plain_type(kind: Any) -> Any:
     """Return a type without None."""
-    kinds = [one for one in get_args(kind) if one is not type(None)] if type(None) in get_args(kind) else [kind]
-    return kinds[0]
+    arguments = get_args(kind)
+    return next(part for part in arguments if part is not type(None)) if type(None) in arguments else kind
 
 
 def _setting_value(item: FlatSetting, value: Any) -> Any:
@@ -307,7 +307,7 @@ def split_names(values: Sequence[Any] | None) -> tuple[str, ...]:
 
 
 def _use_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the options that are not on the command line from a file.
+    """Read the options that are not on the command line from a file.
 
     Raises:
         UnknownNameError: the command has no option of that name.
@@ -327,7 +327,7 @@ def _use_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def _as_words(value: Any) -> Any:
-    """Return a value as the command line's parser takes it."""
+    """Return a value as the parser of the command line expects it."""
     if isinstance(value, list):
         return [str(element) for element in value]
     return value if isinstance(value, bool) else str(value)

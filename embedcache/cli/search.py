@@ -47,7 +47,7 @@ def search(
     from embedcache.search.queries import Queries, read_vectors
     from embedcache.search.search import search as run_search
 
-    asked = Queries(
+    all_queries = Queries(
         texts=[*(query or ()), *(read_lines(queries) if queries else ())],
         images=query_image or (),
         keys=query_key or (),
@@ -55,8 +55,8 @@ def search(
         concept_cache=concepts,
         vectors=None if query_vectors is None else read_vectors(query_vectors),
     )
-    found = run_search(index, asked, settings)
-    results = list(zip(asked.names, found, strict=True))
+    hit_lists = run_search(index, all_queries, settings)
+    results = list(zip(all_queries.names, hit_lists, strict=True))
 
     def show() -> None:
         for name, hits in results:

@@ -50,7 +50,7 @@ def sweep(
         for cache, table in test_tables(report.best).items():
             print_table(*table, title=f"{cache}: held-out retrieval [95% interval]")
         print_line(f"to train the best again: {report.findings.command}")
-        print_line(f"figures: {report.json_path}")
+        print_line(f"results: {report.json_path}")
         print_line(f"open {report.page_path} in a browser")
 
     publish(show, lambda: read_json(report.json_path), as_json=as_json, output=output)

@@ -115,8 +115,8 @@ def _tables(
         table = table.rename_columns(["text" if name == "caption" else name for name in table.column_names])
         if thumbnails is not None:
             item_rows = export.item_rows("image", rows).tolist()
-            found = [_thumbnail(thumbnails, row) for row in item_rows]
-            table = table.append_column("image", pa.array(found, _IMAGE_TYPE))
+            cells = [_thumbnail(thumbnails, row) for row in item_rows]
+            table = table.append_column("image", pa.array(cells, _IMAGE_TYPE))
         elif images == "paths":
             table = table.append_column("image", table["image_path"])
         offsets = np.arange(rows.stop - rows.start + 1, dtype=np.int32) * neighbors[0].shape[1]

@@ -99,8 +99,8 @@ def _by_number(path: Path, name: str, suffix: str) -> dict[str, Path]:
 
 def _common_numbers(path: Path, files: Mapping[str, Mapping[str, Path]]) -> list[str]:
     every = sorted(set().union(*files.values()))
-    for name, found in files.items():
-        missing = [number for number in every if number not in found]
+    for name, by_number in files.items():
+        missing = [number for number in every if number not in by_number]
         if missing:
             counts = ", ".join(f"{len(numbers)} in {folder}" for folder, numbers in files.items())
             raise DataError(

@@ -26,7 +26,7 @@ def open_datacomp(path: Path, *, image_array: Sequence[str] = (), text_array: Se
         UnknownNameError: an `.npz` has no such array.
         DataError: files that belong together differ in their rows.
     """
-    modalities = _modalities(image_array, text_array)
+    modalities = _assign_modalities(image_array, text_array)
     tables, arrays = ({file.stem: file for file in sorted(path.glob(f"*.{suffix}"))} for suffix in ("parquet", "npz"))
     if not arrays:
         raise PathError(f"{path}: expected DataComp's metadata, NAME.parquet and NAME.npz, got no .npz file")
@@ -63,8 +63,8 @@ def import_uids(uids_path: Path, cache_path: Path | str, out_path: Path) -> int:
     if unknown:
         first = f"{unknown[0][0]:016x}{unknown[0][1]:016x}"
         raise DataError(
-            f"{len(unknown):,} of {len(wanted):,} uids in {uids_path} are not keys of {cache.path}, first {first}; name"
-            " the cache that they were selected from"
+            f"{uids_path}: expected keys of {cache.path}, got {len(unknown):,} unknown uids of {len(wanted):,}, first "
+            f"{first}; name the cache that they were selected from"
         )
     rows = np.array(sorted(known[uid] for uid in wanted.tolist()), np.int64)
     write_selection(
@@ -73,7 +73,7 @@ def import_uids(uids_path: Path, cache_path: Path | str, out_path: Path) -> int:
     return len(rows)
 
 
-def _modalities(images: Sequence[str], texts: Sequence[str]) -> Mapping[str, Modality]:
+def _assign_modalities(images: Sequence[str], texts: Sequence[str]) -> Mapping[str, Modality]:
     names = [*images, *texts]
     if not names or len(set(names)) < len(names):
         raise SettingError(
@@ -86,8 +86,8 @@ def _modalities(images: Sequence[str], texts: Sequence[str]) -> Mapping[str, Mod
 def _read_uids(path: Path) -> Array:
     """Return the uids in a list, each once."""
     with damage_named(path):
-        found = np.load(path, allow_pickle=False)
-    if not isinstance(found, np.ndarray) or found.dtype != np.dtype("u8,u8") or found.ndim != 1:
-        kind = f"{found.dtype} shaped {found.shape}" if isinstance(found, np.ndarray) else "several arrays"
+        uids = np.load(path, allow_pickle=False)
+    if not isinstance(uids, np.ndarray) or uids.dtype != np.dtype("u8,u8") or uids.ndim != 1:
+        kind = f"{uids.dtype} shaped {uids.shape}" if isinstance(uids, np.ndarray) else "several arrays"
         raise DataError(f"{path}: expected a list of uids, one row of dtype u8,u8, got {kind}")
-    return np.unique(found)
+    return np.unique(uids)

@@ -85,13 +85,13 @@ class VectorExport:
             for modality, feature in ((modality, vectors.feature) for modality, vectors in self._vectors.items())
         }
         run = self._settings.run
-        about = {
+        metadata = {
             "cache": str(self.cache.path),
             "spine": self.cache.info.index_digest,
             "features": features,
             "run": None if run is None else str(run),
         }
-        return {"embedcache": json.dumps(about)}
+        return {"embedcache": json.dumps(metadata)}
 
     def width(self, modality: Modality) -> int:
         return self._vectors[modality].width
@@ -158,9 +158,9 @@ class VectorExport:
         if "text" in self._vectors:
             return table.take(pa.array(self.item_rows("text", rows)))
         samples, first = _first_items(table, self._is_usable("text"))
-        place = np.minimum(np.searchsorted(samples, self.samples[rows]), max(len(samples) - 1, 0))
-        has_caption = samples[place] == self.samples[rows] if len(samples) else np.zeros(len(place), bool)
-        return table.take(pa.array(first[place] if len(samples) else place, mask=~has_caption))
+        position = np.minimum(np.searchsorted(samples, self.samples[rows]), max(len(samples) - 1, 0))
+        has_caption = samples[position] == self.samples[rows] if len(samples) else np.zeros(len(position), bool)
+        return table.take(pa.array(first[position] if len(samples) else position, mask=~has_caption))
 
     def _image_paths(self, images: pa.Table) -> pa.ChunkedArray:
         """Return absolute paths where the images are files below a folder or a table; otherwise the stored ones."""
@@ -177,15 +177,15 @@ class VectorExport:
 
 def _exported_modalities(cache: Cache, settings: VectorExportSettings) -> list[Modality]:
     requested: Sequence[Modality] = _MODALITIES if settings.modality is None else (settings.modality,)
-    found = [modality for modality in requested if cache.features(modality)]
-    if not found:
+    modalities = [modality for modality in requested if cache.features(modality)]
+    if not modalities:
         raise DataError(
             f"{cache.path}: expected {' or '.join(requested)} features, got none; add some with embedcache extract"
         )
     for modality, name in (("image", settings.image_feature), ("text", settings.text_feature)):
-        if name is not None and modality not in found:
+        if name is not None and modality not in modalities:
             raise UnknownNameError(f"unknown {modality} feature {name!r}: {cache.path} has no {modality} features")
-    return found
+    return modalities
 
 
 def _first_items(table: pa.Table, is_usable_N: Bools) -> tuple[Ints, Ints]:

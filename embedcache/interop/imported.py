@@ -63,7 +63,7 @@ class VectorImport:
         path: path that the user named.
         modalities: name of a feature -> modality of its vectors.
         groups: groups of files, at least one.
-        about: what the format itself records of the vectors, as JSON values.
+        origin: what the format itself records of the vectors, as JSON values.
 
     Raises:
         DataError: files of one group differ in their number of rows, or those of one feature in width or dtype; or
@@ -74,7 +74,7 @@ class VectorImport:
     path: Path
     modalities: Mapping[str, Modality]
     groups: Sequence[FileGroup]
-    about: Mapping[str, object] = field(default_factory=dict)
+    origin: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for group in self.groups:
@@ -86,7 +86,7 @@ class VectorImport:
             vectors, first = group.vectors[name], self.groups[0].vectors[name]
             if (vectors.width, vectors.dtype) != (first.width, first.dtype):
                 raise DataError(
-                    f"{vectors.path}: expected {first.dtype} vectors of {first.width:,} numbers as in {first.path}, "
+                    f"{vectors.path}: expected {first.dtype} vectors of {first.width:,} components as in {first.path}, "
                     f"got {vectors.dtype} of {vectors.width:,}; a feature has one dtype and one width"
                 )
         if not self.num_rows:
@@ -130,10 +130,10 @@ def rechunk(arrays: Iterator[Array], size: int) -> Iterator[Array]:
         yield np.concatenate(waiting)
 
 
-def check_dtype(dtype: np.dtype[np.generic] | str, place: str) -> str:
+def check_dtype(dtype: np.dtype[np.generic] | str, location: str) -> str:
     """Return a dtype that a cache can store, or raise a DataError."""
     if str(dtype) not in _DTYPES:
-        raise DataError(f"{place}: expected little-endian {' or '.join(_DTYPES)}, got {dtype}; convert it first")
+        raise DataError(f"{location}: expected little-endian {' or '.join(_DTYPES)}, got {dtype}; convert it first")
     return str(dtype)
 
 
@@ -147,8 +147,8 @@ class ImportedSamples:
         SettingError: text vectors without a table of their captions.
     """
 
-    def __init__(self, vectors: VectorImport, about: Mapping[str, Any], settings: SourceSettings) -> None:
-        self._vectors, self._about, self._settings = vectors, about, settings
+    def __init__(self, vectors: VectorImport, description: Mapping[str, Any], settings: SourceSettings) -> None:
+        self._vectors, self._description, self._settings = vectors, description, settings
         self._modalities = set(vectors.modalities.values())
         if "text" in self._modalities and any(group.table is None for group in vectors.groups):
             raise SettingError(
@@ -157,7 +157,7 @@ class ImportedSamples:
 
     def describe(self) -> Mapping[str, Any]:
         """Return the description that the cache stores."""
-        return self._about
+        return self._description
 
     def samples(self) -> Iterator[Sample]:
         """Iterate over all rows. Memory: one batch of a table.
@@ -200,19 +200,19 @@ class ImportedSamples:
                 "belong together"
             )
 
-    def _sample(self, columns: TableColumns, row: Row, number: int, place: str) -> Sample:
-        texts = row_texts(columns, row, place)
+    def _sample(self, columns: TableColumns, row: Row, number: int, location: str) -> Sample:
+        texts = row_texts(columns, row, location)
         if "text" in self._modalities:
             if len(texts) > 1:
                 raise SourceError(
-                    f"{place}: expected one caption per text vector, got {len(texts)}; name the column of the caption "
+                    f"{location}: expected one caption per text vector, got {len(texts)}; name the caption column "
                     "with --caption-column"
                 )
             texts = texts or (TextItem(text=""),)
         image = None if columns.image is None or columns.holds_bytes else row.get(columns.image)
         path = image if isinstance(image, str) else ""
         return Sample(
-            key=row_key(columns, row, place) or _KEY_FORMAT.format(number),
+            key=row_key(columns, row, location) or _KEY_FORMAT.format(number),
             images=(ImageItem(path=path),) if "image" in self._modalities else (),
             texts=texts,
             columns=scalar_columns({name: row.get(name) for name in columns.others}),

@@ -148,7 +148,7 @@ def _describe(
         "features": dict(vectors.modalities),
         "files": digest(hashes),
         "model": model,
-        **vectors.about,
+        **vectors.origin,
     }
 
 

@@ -70,9 +70,9 @@ class NpyFile:
     Args:
         path: the `.npy` or `.npz` file.
         num_rows: number of rows.
-        width: numbers per row.
+        width: components per row.
         dtype: `float16` or `float32`.
-        start: offset of its numbers in the file or member, in bytes.
+        start: offset of its components in the file or member, in bytes.
         member: name of the array in an `.npz`; None for a `.npy`.
     """
 
@@ -159,18 +159,18 @@ def damage_named(path: Path) -> Iterator[None]:
 
 
 def _parse_header(path: Path, file: IO[bytes], member: str | None) -> NpyFile:
-    place = str(path) if member is None else f"{path}, array {member}"
+    location = str(path) if member is None else f"{path}, array {member}"
     is_version_1 = npy_format.read_magic(file) == (1, 0)
     read = npy_format.read_array_header_1_0 if is_version_1 else npy_format.read_array_header_2_0
     shape, is_fortran, dtype = read(file)
     if len(shape) != 2 or is_fortran:
         order = " in Fortran order" if is_fortran else ""
-        raise DataError(f"{place}: expected an array (rows, width) in C order, got shape {shape}{order}")
+        raise DataError(f"{location}: expected an array (rows, width) in C order, got shape {shape}{order}")
     return NpyFile(
         path=path,
         num_rows=shape[0],
         width=shape[1],
-        dtype=check_dtype(dtype, place),
+        dtype=check_dtype(dtype, location),
         start=file.tell(),
         member=member,
     )

@@ -41,9 +41,9 @@ def open_parquet_vectors(
         raise PathError(f"{path}: expected a Parquet file or a folder of them, got a folder without .parquet files")
     with wrap_table_errors(files[0]), open_parquet(files[0]) as file:
         schema = file.schema_arrow
-    modalities = _modalities(schema, image_vector_column, text_vector_column, files[0])
+    modalities = _assign_modalities(schema, image_vector_column, text_vector_column, files[0])
     groups = [FileGroup(vectors={name: _open_column(file, name) for name in modalities}, table=file) for file in files]
-    return VectorImport(form="parquet", path=path, modalities=modalities, groups=groups, about=_origin(schema))
+    return VectorImport(form="parquet", path=path, modalities=modalities, groups=groups, origin=_read_origin(schema))
 
 
 def write_parquet(export: VectorExport, path: Path, *, progress: Progress) -> int:
@@ -85,7 +85,7 @@ def write_rows(path: Path, tables: Iterator[pa.Table], metadata: Mapping[str, st
             writer.write_table(table.cast(schema))
 
 
-def _modalities(
+def _assign_modalities(
     schema: pa.Schema, image_column: str | None, text_column: str | None, path: Path
 ) -> Mapping[str, Modality]:
     if image_column is None and text_column is None:
@@ -104,7 +104,7 @@ def _modalities(
     return {name: modality for name, modality in named if name is not None}
 
 
-def _origin(schema: pa.Schema) -> Mapping[str, Any]:
+def _read_origin(schema: pa.Schema) -> Mapping[str, Any]:
     """Return what the file records of the cache that it was exported from; empty for other files."""
     try:
         origin = json.loads((schema.metadata or {})[b"embedcache"])
@@ -143,13 +143,13 @@ class ParquetColumn:
         wrong = np.flatnonzero(lengths != self.width)
         if len(wrong):
             raise DataError(
-                f"{self.path}, column {self.column}, row {first + wrong[0]:,}: expected {self.width:,} numbers as in "
-                f"the first row, got {lengths[wrong[0]]:,}; vectors of a feature have one width"
+                f"{self.path}, column {self.column}, row {first + wrong[0]:,}: expected {self.width:,} components as "
+                f"in the first row, got {lengths[wrong[0]]:,}; vectors of a feature have one width"
             )
-        found = lists.drop_null()
+        valid_lists = lists.drop_null()
         values = np.full((len(lists), self.width), np.nan, self.dtype)
-        numbers = found.flatten().to_numpy(zero_copy_only=False)
-        values[lists.is_valid().to_numpy(zero_copy_only=False)] = numbers.reshape(len(found), self.width)
+        components = valid_lists.flatten().to_numpy(zero_copy_only=False)
+        values[lists.is_valid().to_numpy(zero_copy_only=False)] = components.reshape(len(valid_lists), self.width)
         return values
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from embedcache.errors import SettingError
 from embedcache.settings import check_settings, setting
 
+_FEATURE_DEFAULT = "the run's, or the only one in the cache"
 _SELECTION_HELP = "Use only the samples of this selection: Parquet, or a text file with one key per line."
 
 
@@ -40,10 +41,16 @@ class VectorExportSettings:
     """Which vectors of a cache are exported, and of which samples."""
 
     image_feature: str | None = setting(
-        None, "Image feature, as encoder/feature.", default_text="the run's, or the only one", metavar="NAME"
+        None,
+        "Image feature, as encoder/feature.",
+        default_text=_FEATURE_DEFAULT,
+        metavar="NAME",
     )
     text_feature: str | None = setting(
-        None, "Text feature, as encoder/feature.", default_text="the run's, or the only one", metavar="NAME"
+        None,
+        "Text feature, as encoder/feature.",
+        default_text=_FEATURE_DEFAULT,
+        metavar="NAME",
     )
     modality: Literal["image", "text"] | None = setting(None, "Modality to read.", default_text="both")
     run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
@@ -55,7 +62,7 @@ class VectorExportSettings:
         for modality, feature in (("image", self.image_feature), ("text", self.text_feature)):
             if feature is not None and self.modality not in (None, modality):
                 raise SettingError(
-                    f"modality: expected {modality} with {modality}_feature {feature}, got {self.modality}; leave out "
+                    f"modality: expected {modality} with {modality}_feature {feature}, got {self.modality}; omit "
                     "one of them"
                 )
 
@@ -65,9 +72,7 @@ class AtlasSettings:
     """What embedding-atlas shows: one point per sample."""
 
     modality: Literal["image", "text"] = setting("image", "Modality to read.")
-    feature: str | None = setting(
-        None, "Feature, as encoder/feature.", default_text="the run's, or the only one", metavar="NAME"
-    )
+    feature: str | None = setting(None, "Feature, as encoder/feature.", default_text=_FEATURE_DEFAULT, metavar="NAME")
     run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
     selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")

@@ -306,8 +306,8 @@ def _coverage_bars(names: Sequence[str], parts: Sequence[ConceptCounts], *, min_
     axes = open_axes(0.8 + (0.12 + 0.12 * len(parts)) * len(order))
     height = 0.8 / len(parts)
     for number, part in enumerate(parts):
-        places = np.arange(len(order)) + (number - (len(parts) - 1) / 2) * height
-        axes.barh(places, part.counts[order], color=COLORS[number], height=height, label=part.name)
+        positions = np.arange(len(order)) + (number - (len(parts) - 1) / 2) * height
+        axes.barh(positions, part.counts[order], color=COLORS[number], height=height, label=part.name)
     axes.axvline(min_count, color=BAD, linestyle="--", linewidth=1)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=0)

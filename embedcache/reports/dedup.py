@@ -56,8 +56,8 @@ def comparison_line(analysis: DedupAnalysis) -> str:
     if near.recall is None:
         return f"{items}; {copies}; every pair was compared"
     recall = near.recall
-    found = f"found {recall.num_found:,} of the {recall.num_pairs:,} pairs of {recall.num_items:,} sampled items"
-    return f"{items}; {copies}; {near.num_clusters:,} clusters {found}"
+    pairs = f"found {recall.num_found:,} of the {recall.num_pairs:,} pairs of {recall.num_items:,} sampled items"
+    return f"{items}; {copies}; {near.num_clusters:,} clusters {pairs}"
 
 
 def histogram_lines(analysis: DedupAnalysis) -> list[str]:
@@ -122,12 +122,12 @@ def write_dedup_page(path: Path, result: DedupReport) -> None:
         Section(
             title="Borderline cases",
             notes=["The removed samples closest to the threshold; left what is kept, right what is removed."],
-            examples=[_example(analysis, removed, np.array([place]), renderer) for place in borderline],
+            examples=[_example(analysis, removed, np.array([position]), renderer) for position in borderline],
         ),
         Section(
             title="Drawn at random",
             notes=["Left what is kept, right what is removed as its duplicate."],
-            examples=[_example(analysis, removed, places, renderer) for places in groups],
+            examples=[_example(analysis, removed, positions, renderer) for positions in groups],
         ),
     ]
     _write(path, analysis, "Duplicates", renderer, sections)
@@ -180,17 +180,17 @@ def _band_sections(analysis: DedupAnalysis, renderer: ItemRenderer) -> Iterator[
             )
 
 
-def _example(analysis: DedupAnalysis, removed: RemovedSamples, places: Ints, renderer: ItemRenderer) -> QueryExample:
+def _example(analysis: DedupAnalysis, removed: RemovedSamples, positions: Ints, renderer: ItemRenderer) -> QueryExample:
     """Return a kept sample beside the samples that are removed as its duplicates."""
-    shown = places[np.argsort(-removed.cosines[places], kind="stable")][:_MAX_SHOWN_PER_GROUP]
-    cosines = removed.cosines[places]
+    shown = positions[np.argsort(-removed.cosines[positions], kind="stable")][:_MAX_SHOWN_PER_GROUP]
+    cosines = removed.cosines[positions]
     lowest, highest = format_fraction(cosines.min()), format_fraction(cosines.max())
-    similarity = f"cosine {highest}" if len(places) == 1 else f"cosine {lowest} to {highest}"
-    if removed.is_copy[places].all():
+    similarity = f"cosine {highest}" if len(positions) == 1 else f"cosine {lowest} to {highest}"
+    if removed.is_copy[positions].all():
         similarity = "equal bytes"
-    count = f", {len(places):,} removed" if len(places) > 1 else ""
+    count = f", {len(positions):,} removed" if len(positions) > 1 else ""
     return QueryExample(
-        query=renderer.render(_first_row(analysis, int(removed.kept[places[0]]))),
+        query=renderer.render(_first_row(analysis, int(removed.kept[positions[0]]))),
         outcome=similarity + count,
         is_correct=True,
         results=[renderer.render(_first_row(analysis, sample)) for sample in removed.samples[shown].tolist()],

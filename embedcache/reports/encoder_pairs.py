@@ -35,7 +35,10 @@ def encoder_pairs_table(report: PairsReport) -> Table:
         estimates = (pair.i2t, pair.t2i, pair.mutual_knn, pair.debiased_cka, pair.linear_cka)
         shuffled = format_fraction(pair.shuffled_cka)
         rows.append([f"{pair.image} × {pair.text}", *map(format_estimate, estimates), shuffled])
-    chance = [*(format_estimate(report.chance[way]) for way in ("i2t", "t2i")), format_fraction(report.knn_chance)]
+    chance = [
+        *(format_estimate(report.chance[direction]) for direction in ("i2t", "t2i")),
+        format_fraction(report.knn_chance),
+    ]
     return columns, [*rows, ["chance", *chance, format_fraction(0.0), "as shuffled", ""]]
 
 

@@ -73,13 +73,13 @@ def closest_pairs(leaks: LeakReport, leak: ModalityLeaks, num_pairs: int) -> lis
         names.append(table["text"] if leak.modality == "text" else cache.samples["key"].take(table["sample"]))
     return [
         LeakedPair(
-            test_row=int(leak.test.rows[place]),
-            train_row=int(leak.train_rows[place]),
+            test_row=int(leak.test.rows[position]),
+            train_row=int(leak.train_rows[position]),
             test=str(test),
             train=str(train),
-            similarity="equal" if leak.is_copy[place] else format_fraction(min(1, leak.cosines[place])),
+            similarity="equal" if leak.is_copy[position] else format_fraction(min(1, leak.cosines[position])),
         )
-        for place, test, train in zip(order.tolist(), *names, strict=True)
+        for position, test, train in zip(order.tolist(), *names, strict=True)
     ]
 
 

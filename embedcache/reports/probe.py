@@ -111,8 +111,11 @@ def _details(report: ProbeReport) -> dict[str, Any]:
         "chance": {"majority_acc1": round_json(report.majority), "uniform_acc1": round_json(report.uniform)},
         "methods": {score.method: _score_json(score, data.names) for score in report.scores},
         "shuffled_labels": {
-            one.method: {**_estimate_json(one.accuracy), "by_shuffle": [round_json(value) for value in one.by_shuffle]}
-            for one in report.controls
+            control.method: {
+                **_estimate_json(control.accuracy),
+                "by_shuffle": list(map(round_json, control.by_shuffle)),
+            }
+            for control in report.controls
         },
         "few_shot": few_shot,
         "few_shot_draws": settings.draws if settings.shots else 0,
@@ -156,8 +159,8 @@ def write_probe_page(path: Path, report: ProbeReport) -> None:
 def _accuracy_section(report: ProbeReport) -> Section:
     notes = []
     for score in report.scores:
-        about = METHODS.load(score.method).__doc__ or "a method of your own"
-        notes.append(f"{score.method}: {about.strip().splitlines()[0]}")
+        description = METHODS.load(score.method).__doc__ or "a method of your own"
+        notes.append(f"{score.method}: {description.strip().splitlines()[0]}")
     notes.append("Vectors have length 1; linear methods then center them and divide by one number.")
     if report.controls:
         notes.append(

@@ -47,7 +47,7 @@ class QuickstartReport:
 def write_quickstart_page(report: QuickstartReport, cache: Cache) -> None:
     """Write the page at `report.page_path`; it is self-contained."""
     trained = next(iter(report.retrieval.values()))
-    recalls = {name: one.recalls for name, one in report.retrieval.items()}
+    recalls = {name: result.recalls for name, result in report.retrieval.items()}
     thumbnails = Thumbnails(cache)
     write_page(
         report.page_path,

@@ -65,8 +65,8 @@ def retrieval_result(report: RetrievalReport, *, cache: Path | str, runs: Sequen
     of each other here and not there; among equal similarities we rank the wrong ones first, CLIP_benchmark any.
     """
     metrics = {
-        f"{_RETRIEVED[way]}_retrieval_recall@{name.removeprefix('r@')}": estimate.value
-        for way, recalls in report.recalls.items()
+        f"{_RETRIEVED[direction]}_retrieval_recall@{name.removeprefix('r@')}": estimate.value
+        for direction, recalls in report.recalls.items()
         for name, estimate in recalls.items()
     }
     return clip_benchmark_result(

@@ -45,23 +45,26 @@ _EXAMPLES_NOTE = (
 
 def retrieval_table(reports: Mapping[str, RetrievalReport]) -> Table:
     """Return recalls with their 95% intervals: one row per report, and one for the first's chance level."""
-    columns = ["", *(f"{way} R@{k}" for way in DIRECTIONS for k in KS)]
+    columns = ["", *(f"{direction} R@{k}" for direction in DIRECTIONS for k in KS)]
     rows = {name: report.recalls for name, report in reports.items()}
     rows["chance"] = next(iter(reports.values())).chance
     return columns, [
-        [name, *(format_estimate(recalls[way][f"r@{k}"]) for way in DIRECTIONS for k in KS)]
+        [name, *(format_estimate(recalls[direction][f"r@{k}"]) for direction in DIRECTIONS for k in KS)]
         for name, recalls in rows.items()
     ]
 
 
 def rank_table(reports: Mapping[str, RetrievalReport]) -> Table:
     """Return mean average precisions and median ranks with their 95% intervals, one row per report."""
-    columns = ["", *(f"{way} {metric}" for way in DIRECTIONS for metric in ("mAP", "median rank"))]
+    columns = ["", *(f"{direction} {metric}" for direction in DIRECTIONS for metric in ("mAP", "median rank"))]
     rows = []
     for name, report in reports.items():
         cells = []
-        for way in DIRECTIONS:
-            cells += [format_estimate(report.orders[way]["map"]), _format_rank(report.orders[way]["median_rank"])]
+        for direction in DIRECTIONS:
+            cells += [
+                format_estimate(report.orders[direction]["map"]),
+                _format_rank(report.orders[direction]["median_rank"]),
+            ]
         rows.append([name, *cells])
     return columns, rows
 
@@ -77,7 +80,10 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
     95% interval of each.
     """
     return {
-        **{way: estimates_json({**report.recalls[way], **report.orders[way]}) for way in DIRECTIONS},
+        **{
+            direction: estimates_json({**report.recalls[direction], **report.orders[direction]})
+            for direction in DIRECTIONS
+        },
         "chance": _directions_json(report.chance),
         **{name: _directions_json(other.recalls) for name, other in others.items() if other is not None},
         "num_images": report.num_images[0],
@@ -91,7 +97,7 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
 
 
 def _directions_json(recalls: _DirectionEstimates) -> dict[str, Any]:
-    return {way: estimates_json(estimates) for way, estimates in recalls.items()}
+    return {direction: estimates_json(estimates) for direction, estimates in recalls.items()}
 
 
 def write_retrieval_page(path: Path, cache: Cache, reports: Mapping[str, RetrievalReport], ranking: Ranking) -> None:
@@ -122,24 +128,24 @@ def write_retrieval_page(path: Path, cache: Cache, reports: Mapping[str, Retriev
 def recall_bars(rows: Mapping[str, _DirectionEstimates]) -> str:
     """Draw R@10 with its 95% interval in both directions, one bar per row, as an SVG element."""
     all_axes = open_axes(0.5 + 0.42 * len(rows), ncols=2, sharey=True)
-    for axes, way in zip(all_axes, DIRECTIONS, strict=True):
-        estimate_bars(axes, {name: recalls[way]["r@10"] for name, recalls in rows.items()}, height=0.55)
-        label(axes, f"{way} R@10 with its 95% interval")
+    for axes, direction in zip(all_axes, DIRECTIONS, strict=True):
+        estimate_bars(axes, {name: recalls[direction]["r@10"] for name, recalls in rows.items()}, height=0.55)
+        label(axes, f"{direction} R@10 with its 95% interval")
     return svg(axes.figure)
 
 
 def _recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
     """Draw recall by k in both directions, one line per report and gray for the first one's chance level, as SVG."""
-    for axes, way in zip(open_axes(3.2, ncols=2, sharey=True), DIRECTIONS, strict=True):
+    for axes, direction in zip(open_axes(3.2, ncols=2, sharey=True), DIRECTIONS, strict=True):
         for position, (name, report) in enumerate(reports.items()):
-            ks = np.arange(1, len(report.curves[way]) + 1)
-            axes.plot(ks, report.curves[way], color=COLORS[position % len(COLORS)], label=name)
-        chance = next(iter(reports.values())).chance[way]
+            ks = np.arange(1, len(report.curves[direction]) + 1)
+            axes.plot(ks, report.curves[direction], color=COLORS[position % len(COLORS)], label=name)
+        chance = next(iter(reports.values())).chance[direction]
         chance_ks = [int(metric.removeprefix("r@")) for metric in chance]
         axes.plot(chance_ks, [estimate.value for estimate in chance.values()], color=SOFT, label="chance")
         axes.set_xscale("log")
         axes.set_ylim(0, 1)
-        label(axes, f"k of {way} R@k", "recall")
+        label(axes, f"k of {direction} R@k", "recall")
     axes.legend(frameon=False, labelcolor=INK, loc="upper left")
     return svg(axes.figure)
 
@@ -170,19 +176,21 @@ def query_sections(cache: Cache, ranking: Ranking) -> list[Section]:
 
 
 def query_examples(
-    ranking: Ranking, way: str, show_query: Callable[[int], PageItem], show_result: Callable[..., PageItem]
+    ranking: Ranking, direction: str, show_query: Callable[[int], PageItem], show_result: Callable[..., PageItem]
 ) -> list[QueryExample]:
     """Return random queries whose top candidate is correct, then random ones whose top candidate is wrong.
 
     `show_query` and `show_result` make the item at a position in the ranking's `pairs`.
     """
     images, texts = (ranking.images, ranking.positives[0]), (ranking.texts, ranking.positives[1])
-    (queries, query_ids), (candidates, candidate_ids) = (images, texts) if way == "i2t" else (texts, images)
+    (queries, query_ids), (candidates, candidate_ids) = (images, texts) if direction == "i2t" else (texts, images)
     examples = []
-    for query in sample_outcomes(ranking.ranks[way] == 1, _EXAMPLES_PER_OUTCOME):
+    for query in sample_outcomes(ranking.ranks[direction] == 1, _EXAMPLES_PER_OUTCOME):
         order = np.argsort(-(candidates @ queries[query]), kind="stable")[:_NUM_RESULTS].tolist()
         positives = candidate_ids[query_ids == query].tolist()
-        results = [show_result(place, is_correct=place in positives) for place in order]
+        results = [show_result(position, is_correct=position in positives) for position in order]
         answer = show_result(positives[0], is_correct=True)
-        examples.append(ranked_example(show_query(query), results, rank=int(ranking.ranks[way][query]), answer=answer))
+        examples.append(
+            ranked_example(show_query(query), results, rank=int(ranking.ranks[direction][query]), answer=answer)
+        )
     return examples

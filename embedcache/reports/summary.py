@@ -127,7 +127,7 @@ def _summarize_study(path: Path) -> Summary:
         f"trials: {counts}" if counts else "not finished: run the same embedcache sweep again",
     ]
     best = report.get("best", [])
-    rows = [[str(one["trial"]), f"{one['score']:.3f}", _values(one["params"])] for one in best]
+    rows = [[str(trial["trial"]), f"{trial['score']:.3f}", _values(trial["params"])] for trial in best]
     notes = [f"to train the best again: {report['winner']['command']}"] if report.get("winner") else []
     return Summary(
         kind="study",
@@ -147,21 +147,21 @@ def _values(values: Mapping[str, Any]) -> str:
 def _summarize_selection(path: Path) -> Summary:
     try:
         table = pq.read_table(path, columns=["reason"])
-        about = json.loads(table.schema.metadata[b"embedcache"])
+        metadata = json.loads(table.schema.metadata[b"embedcache"])
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise PathError(f"{path}: expected a selection, got another Parquet file: {error}") from error
     reasons = Counter(reason.partition(",")[0] for reason in table["reason"].to_pylist())
-    settings = _values(about.get("settings", {}))
-    lines = [f"{path}: {len(table):,} samples of {about.get('cache')}"]
-    if about.get("method"):
-        lines.append(f"method {about['method']}" + (f": {settings}" if settings else ""))
+    settings = _values(metadata.get("settings", {}))
+    lines = [f"{path}: {len(table):,} samples of {metadata.get('cache')}"]
+    if metadata.get("method"):
+        lines.append(f"method {metadata['method']}" + (f": {settings}" if settings else ""))
     return Summary(
         kind="selection",
         lines=lines,
         columns=("reason", "samples"),
         rows=[[reason, f"{count:,}"] for reason, count in reasons.most_common(_MOST_REASONS)],
         notes=[f"and {len(reasons) - _MOST_REASONS:,} other reasons"] if len(reasons) > _MOST_REASONS else [],
-        record={"path": str(path), **about, "num_samples": len(table)},
+        record={"path": str(path), **metadata, "num_samples": len(table)},
     )
 
 

@@ -94,7 +94,7 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepFindings:
-    """Everything a sweep found.
+    """All results of a sweep.
 
     Args:
         best: the top configurations, the best one on validation first.
@@ -177,7 +177,7 @@ def _history(trials: Sequence[SweepTrial]) -> str:
     axes = open_axes(3.2)
     complete = [trial for trial in trials if trial.state == "complete"]
     axes.scatter(_numbers(complete), _scores(complete), s=16, color=_BLUE, label="complete", zorder=3)
-    best_so_far = [max(_scores(complete[: place + 1])) for place in range(len(complete))]
+    best_so_far = [max(_scores(complete[: position + 1])) for position in range(len(complete))]
     axes.step(_numbers(complete), best_so_far, where="post", color=_BLUE, label="best so far")
     pruned = [trial for trial in trials if trial.state == "pruned" and trial.score is not None]
     if pruned:
@@ -213,8 +213,8 @@ def _parallel_coordinates(parameters: Sequence[SweepParameter], complete: Sequen
     axes = open_axes(4, width=max(9, 1.5 * len(columns)))
     low, high = min(scores_T), max(scores_T)
     colors = _SHADES(Normalize(*((low, high) if high > low else (low - 1, high)))(scores_T))
-    for place, color in enumerate(colors):
-        heights = [heights[place] for heights, _ in columns]
+    for position, color in enumerate(colors):
+        heights = [heights[position] for heights, _ in columns]
         axes.plot(range(len(columns)), heights, color=color, linewidth=1.3, alpha=0.8)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
     for position, (_, ticks) in enumerate(columns):
@@ -233,8 +233,10 @@ def _parallel_coordinates(parameters: Sequence[SweepParameter], complete: Sequen
 def _column(parameter: SweepParameter, values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
     """Place values on a vertical axis from 0 to 1: numbers to scale, other values evenly; return heights and ticks."""
     if parameter.choices is not None:
-        places = {choice: place / max(1, len(parameter.choices) - 1) for place, choice in enumerate(parameter.choices)}
-        return [places[value] for value in values], [(y, _format_choice(choice)) for choice, y in places.items()]
+        positions = {
+            choice: position / max(1, len(parameter.choices) - 1) for position, choice in enumerate(parameter.choices)
+        }
+        return [positions[value] for value in values], [(y, _format_choice(choice)) for choice, y in positions.items()]
     scaled = [math.log(value) if parameter.is_log else float(value) for value in values]
     low, high = min(scaled), max(scaled)
     heights = [(value - low) / (high - low) if high > low else 0.5 for value in scaled]

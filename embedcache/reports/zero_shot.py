@@ -55,8 +55,8 @@ def confusion_table(report: ZeroShotReport, *, num_rows: int = 10) -> Table:
     np.fill_diagonal(errors_CC, 0)
     totals_C = report.confusion.sum(axis=1)
     rows = []
-    for place in np.argsort(-errors_CC, axis=None, kind="stable")[:num_rows]:
-        true, predicted = divmod(int(place), len(errors_CC))
+    for position in np.argsort(-errors_CC, axis=None, kind="stable")[:num_rows]:
+        true, predicted = divmod(int(position), len(errors_CC))
         count = int(errors_CC[true, predicted])
         if count:
             names = [report.names[true], report.names[predicted]]
@@ -67,7 +67,7 @@ def confusion_table(report: ZeroShotReport, *, num_rows: int = 10) -> Table:
 def zero_shot_json(report: ZeroShotReport) -> dict[str, Any]:
     """Return a report as JSON values: accuracies with intervals, chance, each class, counts, seeds and overlap."""
     names = report.names
-    unique = [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names)]
+    unique = [name if names.count(name) == 1 else f"{name} ({position})" for position, name in enumerate(names)]
     return {
         **estimates_json(report.accuracies),
         "chance": estimates_json(report.chance),
@@ -121,13 +121,14 @@ def write_zero_shot_page(
 
 def _image_section(cache: Cache, classified: ZeroShotPredictions) -> Section:
     thumbnails, names, examples = Thumbnails(cache), classified.names, []
-    for place in sample_outcomes(classified.predicted[:, 0] == classified.labels, _EXAMPLES_PER_OUTCOME):
-        true, image_url = int(classified.labels[place]), thumbnails.data_url(int(classified.items.rows[place]))
+    for position in sample_outcomes(classified.predicted[:, 0] == classified.labels, _EXAMPLES_PER_OUTCOME):
+        true, image_url = int(classified.labels[position]), thumbnails.data_url(int(classified.items.rows[position]))
         results = [
-            PageItem(text=names[number], is_correct=number == true) for number in classified.predicted[place].tolist()
+            PageItem(text=names[number], is_correct=number == true)
+            for number in classified.predicted[position].tolist()
         ]
         image, answer = PageItem(image_url=image_url, text=names[true]), PageItem(text=names[true], is_correct=True)
-        examples.append(ranked_example(image, results, rank=int(classified.ranks[place]), answer=answer))
+        examples.append(ranked_example(image, results, rank=int(classified.ranks[position]), answer=answer))
     return Section(
         title="Images",
         notes=["Drawn at random: first images whose top class is correct, then images whose top class is wrong."],

@@ -114,7 +114,7 @@ def _add_search(
             raise HTTPException(422, "expected either text or row")
         if request.text is not None and not request.text.strip():
             raise HTTPException(422, "text: expected some words, got an empty text")
-        if request.text is not None and "text" not in service.takes:
+        if request.text is not None and "text" not in service.accepted_queries:
             raise HTTPException(400, "this index does not accept texts; search with an image or a row")
         if request.row is not None and not service.has_row(request.row):
             raise HTTPException(404, f"row {request.row} is not in the index")
@@ -123,7 +123,7 @@ def _add_search(
     @app.post(IMAGE_SEARCH_PATH, openapi_extra=_IMAGE_BODY)
     async def search_with_image(request: Request, options: Annotated[SearchOptions, Query()]) -> SearchResponse:
         """Search with an image: the body is the file, JPEG, PNG, WebP, GIF, BMP or TIFF."""
-        if "image" not in service.takes:
+        if "image" not in service.accepted_queries:
             raise HTTPException(400, "this index does not accept images; search with a text or a row")
         async with image_queries:
             decode = partial(decode_image, max_pixels=service.settings.max_pixels)
@@ -174,7 +174,7 @@ def _add_info(app: FastAPI, service: SearchService) -> None:
         """Return the number of items of each concept."""
         if service.coverage is None:
             raise HTTPException(404, "no coverage; start the server with --concepts or --coverage")
-        return CoverageOut.model_validate({**service.coverage.about, "concepts": service.coverage.concepts})
+        return CoverageOut.model_validate({**service.coverage.summary, "concepts": service.coverage.concepts})
 
     @app.get("/api/coverage/{number}")
     async def concept(number: _Row) -> ConceptHits:
@@ -190,8 +190,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-        return JSONResponse({"error": f"{place or 'the body'}: {first['msg']}"}, 422)
+        location = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+        return JSONResponse({"error": f"{location or 'the body'}: {first['msg']}"}, 422)
 
     @app.exception_handler(EmbedcacheError)
     async def user_error(request: Request, error: EmbedcacheError) -> JSONResponse:

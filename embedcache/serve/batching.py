@@ -126,31 +126,31 @@ def search_batch(index: OpenIndex, queries: Sequence[SearchQuery]) -> list[Searc
     try:
         vectors_QP = _encode(index, queries)
     except EmbedcacheError as error:
-        return [error] * len(queries) if len(queries) == 1 else [search_batch(index, [one])[0] for one in queries]
+        return [error] * len(queries) if len(queries) == 1 else [search_batch(index, [query])[0] for query in queries]
     encode_ms = 1000 * (time.perf_counter() - started)
-    places: dict[Filter, list[int]] = defaultdict(list)
-    for place, query in enumerate(queries):
-        places[query.keep].append(place)
+    positions: dict[Filter, list[int]] = defaultdict(list)
+    for position, query in enumerate(queries):
+        positions[query.keep].append(position)
     results: dict[int, SearchResult | EmbedcacheError] = {}
-    for keep, group in places.items():
-        k = max(queries[place].k for place in group)
+    for keep, group in positions.items():
+        k = max(queries[position].k for position in group)
         try:
             started = time.perf_counter()
-            found = _search(index, vectors_QP[group], k, keep)
+            batch_hits = _search(index, vectors_QP[group], k, keep)
         except EmbedcacheError as error:
             results |= dict.fromkeys(group, error)
             continue
         search_ms = 1000 * (time.perf_counter() - started)
-        for place, hits in zip(group, found, strict=True):
-            results[place] = SearchResult(hits=hits[: queries[place].k], encode_ms=encode_ms, search_ms=search_ms)
-    return [results[place] for place in range(len(queries))]
+        for position, hits in zip(group, batch_hits, strict=True):
+            results[position] = SearchResult(hits=hits[: queries[position].k], encode_ms=encode_ms, search_ms=search_ms)
+    return [results[position] for position in range(len(queries))]
 
 
 def _encode(index: OpenIndex, queries: Sequence[SearchQuery]) -> Floats:
     """Return one vector per query, in order: (Q, P)."""
-    texts = {place: query.text for place, query in enumerate(queries) if query.text is not None}
-    images = {place: query.image for place, query in enumerate(queries) if query.image is not None}
-    rows = {place: query.row for place, query in enumerate(queries) if query.row is not None}
+    texts = {position: query.text for position, query in enumerate(queries) if query.text is not None}
+    images = {position: query.image for position, query in enumerate(queries) if query.image is not None}
+    rows = {position: query.row for position, query in enumerate(queries) if query.row is not None}
     by_kind = Queries(texts=[*texts.values()], images=[*images.values()], rows=[*rows.values()])
     return index.query_encoder.encode(by_kind)[np.argsort([*texts, *images, *rows])]
 

@@ -21,12 +21,12 @@ class CoverageData:
     """Coverage of concepts by the indexed items.
 
     Args:
-        about: `rule`, `min_count`, `warnings`, `parts` (`name`, `items`, `covered`, `gaps`, `gini`) and `overlaps`.
+        summary: `rule`, `min_count`, `warnings`, `parts` (`name`, `items`, `covered`, `gaps`, `gini`) and `overlaps`.
         concepts: `number`, `name`, `counts` per part, `assigned`, `threshold` and `is_gap` of each concept.
         best: `row` and `cosine` of the most similar items of each concept, best first.
     """
 
-    about: Mapping[str, Any]
+    summary: Mapping[str, Any]
     concepts: Sequence[Mapping[str, Any]]
     best: Sequence[Sequence[Mapping[str, Any]]]
 
@@ -37,19 +37,20 @@ def read_coverage(path: Path, index: OpenIndex) -> CoverageData:
     Raises:
         PathError: the file does not exist.
         CorruptError: it is not such a report.
-        FingerprintError: it is about other samples than the index.
-        DataError: it is about the other modality.
+        FingerprintError: it was built from other samples than the index.
+        DataError: it covers the other modality.
     """
     if not path.is_file():
         raise PathError(
-            f"{path} does not exist; write it with: embedcache curate coverage CACHE CONCEPTS --output {path}"
+            f"expected a report, got {path}, which does not exist; write it with: "
+            f"embedcache curate coverage CACHE CONCEPTS --output {path}"
         )
     values = read_json(path)
     data, index_digest, modality = fields_of(
         path, lambda: (_coverage_data(values), str(values["pool"]["spine"]), str(values["pool"]["modality"]))
     )
     if not index.cache.info.has_rows_of(index_digest):
-        raise FingerprintError(f"{path} is about other samples than {index.cache.path}; measure coverage again")
+        raise FingerprintError(f"{path}: expected samples of {index.cache.path}, got other samples; measure it again")
     if modality != index.card.modality:
         raise DataError(f"{path}: expected coverage by {index.card.modality}s as in the index, got {modality}s")
     return data
@@ -76,15 +77,15 @@ def _coverage_data(values: Mapping[str, Any]) -> CoverageData:
     concepts = [
         {
             "number": number,
-            "name": str(one["name"]),
-            "counts": [int(count) for count in one["counts"]],
-            "assigned": int(one["assigned"][0]),
-            "threshold": float(one["threshold"]),
-            "is_gap": int(one["counts"][-1]) < least,
+            "name": str(concept["name"]),
+            "counts": [int(count) for count in concept["counts"]],
+            "assigned": int(concept["assigned"][0]),
+            "threshold": float(concept["threshold"]),
+            "is_gap": int(concept["counts"][-1]) < least,
         }
-        for number, one in enumerate(values["concepts"])
+        for number, concept in enumerate(values["concepts"])
     ]
-    about = {
+    summary = {
         "rule": rule.format_map(values),
         "min_count": int(least),
         "warnings": values["warnings"],
@@ -95,6 +96,7 @@ def _coverage_data(values: Mapping[str, Any]) -> CoverageData:
         "overlaps": values["overlaps"][:20],
     }
     best = [
-        [{"row": int(hit["row"]), "cosine": float(hit["cosine"])} for hit in one["best"]] for one in values["concepts"]
+        [{"row": int(hit["row"]), "cosine": float(hit["cosine"])} for hit in concept["best"]]
+        for concept in values["concepts"]
     ]
-    return CoverageData(about=about, concepts=concepts, best=best)
+    return CoverageData(summary=summary, concepts=concepts, best=best)

@@ -75,7 +75,7 @@ class ServerInfo(BaseModel):
     version: str = Field(description="Version of the rows; changes with the cache.")
     modality: str = Field(description="Modality of the hits: image or text.")
     num_items: int
-    takes: list[str] = Field(description="Accepted queries besides rows: text, image.")
+    accepted_queries: list[str] = Field(alias="takes", description="Accepted queries besides rows: text, image.")
     has_pictures: bool
     pictures_are_missing: str | None = Field(description="Why images are missing, if they could exist.")
     credit: str = Field(description="Attribution that must be shown with the images.")

@@ -58,7 +58,7 @@ def bind(settings: ServeSettings) -> socket.socket:
         bound.close()
         if error.errno == errno.EADDRINUSE:
             raise SettingError(
-                f"port: expected a free port of {settings.host}, got {settings.port}, in use; --port 0 takes any"
+                f"port: expected a free port of {settings.host}, got {settings.port}, in use; --port 0 chooses one"
             ) from None
         raise SettingError(
             f"cannot bind {settings.host}, port {settings.port}: {error.strerror}; expected an address of this "

@@ -46,7 +46,7 @@ class SearchService:
     ) -> None:
         self.index, self.settings, self.coverage = index, settings, coverage
         modalities: tuple[Modality, ...] = ("text", "image")
-        self.takes = [modality for modality in modalities if index.query_encoder.accepts(modality)]
+        self.accepted_queries = [modality for modality in modalities if index.query_encoder.accepts(modality)]
         self.selections = {path.stem: path for path in selections}
         if len(self.selections) < len(selections):
             raise SettingError("selections: expected different file names, got the same name twice; rename one of them")
@@ -61,7 +61,7 @@ class SearchService:
         self._image_samples: Ints = np.empty(0, np.int64)
         if "image" in index.cache.info.num_items:
             self._image_samples = index.cache.items("image")["sample"].to_numpy()
-        for modality in self.takes:
+        for modality in self.accepted_queries:
             index.query_encoder.encoder(modality)
         for path in self.selections.values():
             index.filters.mask(Filter(selection=path))
@@ -69,8 +69,8 @@ class SearchService:
 
     def has_row(self, row: int) -> bool:
         """Return whether an item is in the index."""
-        place = int(np.searchsorted(self._indexed_rows, row))
-        return place < len(self._indexed_rows) and bool(self._indexed_rows[place] == row)
+        position = int(np.searchsorted(self._indexed_rows, row))
+        return position < len(self._indexed_rows) and bool(self._indexed_rows[position] == row)
 
     def filter(self, options: SearchOptions) -> Filter:
         """Return a filter of the values that a visitor names, or raise an UnknownNameError."""
@@ -92,7 +92,7 @@ class SearchService:
             "version": self.index.cache.info.index_digest[:16],
             "modality": self.index.card.modality,
             "num_items": self.index.card.num_vectors,
-            "takes": self.takes,
+            "takes": self.accepted_queries,
             "has_pictures": self.images is not None,
             "pictures_are_missing": self.missing_images,
             "credit": credit(self.index.cache),
@@ -121,9 +121,9 @@ class SearchService:
         if self.index.card.modality == "image":
             return row
         sample = self.index.hits.samples[row]
-        place = int(np.searchsorted(self._image_samples, sample))
-        has_image = place < len(self._image_samples) and self._image_samples[place] == sample
-        return place if has_image else None
+        position = int(np.searchsorted(self._image_samples, sample))
+        has_image = position < len(self._image_samples) and self._image_samples[position] == sample
+        return position if has_image else None
 
     def hit(self, hit: Hit) -> dict[str, Any]:
         """Return the fields of `HitOut` for a hit."""
@@ -132,11 +132,12 @@ class SearchService:
     def concept(self, number: int) -> dict[str, Any]:
         """Return the fields of `ConceptHits` for a concept, or raise an UnknownNameError."""
         if self.coverage is None or not 0 <= number < len(self.coverage.concepts):
-            raise UnknownNameError(f"unknown concept {number}")
+            raise UnknownNameError(f"unknown concept {number}; GET /api/coverage lists the known ones")
         concept, best = self.coverage.concepts[number], self.coverage.best[number]
         num_items = len(self.index.hits.samples)
-        kept = [one for one in best if 0 <= one["row"] < num_items]
-        scores, rows = np.array([one["cosine"] for one in kept]), np.array([one["row"] for one in kept], np.int64)
+        shown_hits = [hit for hit in best if 0 <= hit["row"] < num_items]
+        scores = np.array([hit["cosine"] for hit in shown_hits])
+        rows = np.array([hit["row"] for hit in shown_hits], np.int64)
         hits = [self.hit(hit) for hit in self.index.hits.read(scores, rows)]
         return {"name": concept["name"], "threshold": concept["threshold"], "hits": hits}
 
@@ -162,7 +163,7 @@ class ServePaths:
 def open_service(paths: ServePaths, settings: ServeSettings, *, device: str, progress: Progress) -> SearchService:
     """Open everything that is served; see `OpenIndex` and `SearchService` for the errors."""
     if paths.coverage is not None and paths.concepts is not None:
-        raise SettingError("coverage: expected --coverage or --concepts, got both; leave out one of them")
+        raise SettingError("coverage: expected --coverage or --concepts, got both; omit one of them")
     index = OpenIndex(paths.index, run_path=paths.run, cache_path=paths.cache, device=device)
     coverage = None
     if paths.coverage is not None:

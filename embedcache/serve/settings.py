@@ -17,7 +17,7 @@ class ServeSettings:
     """Where a search page is served, to whom, and its limits."""
 
     host: str = setting("127.0.0.1", "Address to bind; one that others can reach requires a token.", metavar="ADDRESS")
-    port: int = setting(8000, "Port to bind; 0 takes any free port.", ge=0, le=65535)
+    port: int = setting(8000, "Port to bind; 0 chooses any free port.", ge=0, le=65535)
     token: str | None = setting(
         None, "Token that visitors must send.", metavar="TOKEN", default_text="random, where required"
     )
@@ -28,14 +28,14 @@ class ServeSettings:
         20 * 2**20, "Largest query image in bytes.", gt=0, metavar="SIZE", default_text="20MiB", parse=parse_size
     )
     max_pixels: int = setting(40_000_000, "Largest query image in pixels.", gt=0)
-    timeout: float = setting(30.0, "Longest time per request in seconds.", gt=0, metavar="SECONDS")
+    timeout: float = setting(30.0, "Request timeout in seconds.", gt=0, metavar="SECONDS")
     trust_cache: bool = setting(False, "Read images from any URL, link or source the cache names.")
 
     def __post_init__(self) -> None:
         check_settings(self)
         if self.token is not None and len(self.token) < _MIN_TOKEN_LENGTH:
             raise SettingError(
-                f"token: expected at least {_MIN_TOKEN_LENGTH} characters, got {len(self.token)}; leave out --token "
+                f"token: expected at least {_MIN_TOKEN_LENGTH} characters, got {len(self.token)}; omit --token "
                 "for a random one"
             )
         if self.token is not None and not _TOKEN.fullmatch(self.token):

@@ -20,7 +20,7 @@ def small(rng: np.random.Generator, *shape: int) -> Array:
 
 
 def best_of(sims_NC: Array, k: int) -> tuple[Array, Array]:
-    """Sort everything: scores and places (C, k), ties by place, -inf and -1 where there are fewer."""
+    """Sort everything: scores and rows (C, k), ties in row order, padded with -inf and -1."""
     order = np.argsort(-sims_NC.T, axis=1, kind="stable")[:, :k]
     scores = np.take_along_axis(sims_NC.T, order, axis=1)
     padding = ((0, 0), (0, k - order.shape[1]))

@@ -264,10 +264,10 @@ def test_both_modalities(cache_path: Path, prompts: Path, run_path: Path, tmp_pa
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert "among captions" in done.output
     found = json.loads((tmp_path / "c.json").read_text())
-    for modality, figures in found.items():
+    for modality, values in found.items():
         settings = CoverageSettings(modality=modality, run=run_path, deviations=1.5)
         alone = measure_coverage(cache_path, prompts, settings)
-        assert figures == json.loads(json.dumps(coverage_json(alone)))
+        assert values == json.loads(json.dumps(coverage_json(alone)))
     page = (tmp_path / "c.html").read_text()
     for title in ("Images and captions", "Images: Gaps", "Texts: Gaps"):
         assert title in page

@@ -166,9 +166,9 @@ def test_report_describes_the_comparison(report: PairsReport) -> None:
     assert "each item scaled to length 1, then the mean over a sample's images and over its captions" in line
     assert "CKA centered; kNN by cosine, k 10" in line
     assert f"95% intervals over {report.num_groups} near-duplicate groups" in line
-    figures = json.loads(json.dumps(encoder_pairs_json(report)))
-    assert figures["pairs"][0]["linear_cka"]["low"] == report.pairs[0].linear_cka.low
-    assert (figures["k"], figures["centred"], figures["num_held"]) == (10, True, report.num_held)
+    report_json = json.loads(json.dumps(encoder_pairs_json(report)))
+    assert report_json["pairs"][0]["linear_cka"]["low"] == report.pairs[0].linear_cka.low
+    assert (report_json["k"], report_json["centred"], report_json["num_held"]) == (10, True, report.num_held)
 
 
 def test_table_ends_with_chance(report: PairsReport) -> None:
@@ -262,7 +262,7 @@ def test_command_prints_and_writes(cache_path: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "samples outside the test part of 300 drawn" in result.output
     assert "debiased CKA" in result.output
-    figures = json.loads((tmp_path / "p.json").read_text())["pairs"]
-    assert [pair["image"] for pair in figures["pairs"]] == [IMAGES[0]] * 2
-    assert figures["k"] == 5
+    report_json = json.loads((tmp_path / "p.json").read_text())["pairs"]
+    assert [pair["image"] for pair in report_json["pairs"]] == [IMAGES[0]] * 2
+    assert report_json["k"] == 5
     assert "<svg" in (tmp_path / "p.html").read_text()

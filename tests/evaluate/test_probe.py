@@ -263,12 +263,12 @@ def test_tables(report: ProbeReport) -> None:
 
 
 def test_json_has_the_fields_of_clip_benchmark(report: ProbeReport) -> None:
-    figures = json.loads(json.dumps(probe_json(report, "images"), allow_nan=False))
-    assert set(figures) == {"dataset", "model", "pretrained", "task", "metrics", "language", "details"}
-    assert (figures["dataset"], figures["task"]) == ("images", "linear_probe")
-    assert {"lp_acc1", "lp_acc5", "lp_mean_per_class_recall", "knn_acc1", "ridge_acc1"} <= set(figures["metrics"])
-    assert figures["metrics"]["lp_acc1"] == round(report.scores[1].accuracy.value, 5)
-    details = figures["details"]
+    report_json = json.loads(json.dumps(probe_json(report, "images"), allow_nan=False))
+    assert set(report_json) == {"dataset", "model", "pretrained", "task", "metrics", "language", "details"}
+    assert (report_json["dataset"], report_json["task"]) == ("images", "linear_probe")
+    assert {"lp_acc1", "lp_acc5", "lp_mean_per_class_recall", "knn_acc1", "ridge_acc1"} <= set(report_json["metrics"])
+    assert report_json["metrics"]["lp_acc1"] == round(report.scores[1].accuracy.value, 5)
+    details = report_json["details"]
     assert details["num_items"] == {"train": 162, "val": 18, "test": 60}
     assert set(details["few_shot"]["ridge"]) == {"1", "4"}
     assert set(details["methods"]["knn"]["recall"]) == set(report.labeled.names)
@@ -411,8 +411,8 @@ def test_labeled_tars(tmp_path: Path) -> None:
     for split, numbers in (("train", range(90)), ("test", range(90, 120))):
         (tmp_path / "tars" / split).mkdir(parents=True)
         members = [
-            (f"s{place:07d}{suffix}", content)
-            for place, number in enumerate(numbers)
+            (f"s{row:07d}{suffix}", content)
+            for row, number in enumerate(numbers)
             for suffix, content in (
                 (".cls", str(list(COLORS).index(captions[number]))),
                 (".png", (source / f"{number:05d}.png").read_bytes()),

@@ -77,13 +77,13 @@ def test_overlap_with_training_warns(cache_path: Path, runs: list[Path]) -> None
 
 def test_json_and_table(cache_path: Path, runs: list[Path]) -> None:
     report = evaluate_retrieval(cache_path, runs)
-    figures = json.loads(json.dumps(retrieval_json(report, shuffled=report)))
-    for place in (figures, figures["chance"], figures["shuffled"]):
+    report_json = json.loads(json.dumps(retrieval_json(report, shuffled=report)))
+    for values in (report_json, report_json["chance"], report_json["shuffled"]):
         for direction in ("i2t", "t2i"):
             for name in ("r@1", "r@5", "r@10"):
-                low, high = place[direction]["intervals"][name]
-                assert 0 <= low <= place[direction][name] <= high <= 1
-    assert figures["num_images"] == 75
+                low, high = values[direction]["intervals"][name]
+                assert 0 <= low <= values[direction][name] <= high <= 1
+    assert report_json["num_images"] == 75
     columns, rows = retrieval_table({"run": report})
     assert columns == ["", "i2t R@1", "i2t R@5", "i2t R@10", "t2i R@1", "t2i R@5", "t2i R@10"]
     assert [row[0] for row in rows] == ["run", "chance"]

@@ -108,10 +108,10 @@ def test_table_json_and_page(labeled: Path, prompts: Path, runs: list[Path], tmp
     columns, rows = zero_shot_table({"run": report})
     assert columns == ["", "top-1", "top-5", "mean per class"]
     assert [row[0] for row in rows] == ["run", "chance"]
-    figures = zero_shot_json(report)
-    low, high = figures["intervals"]["acc1"]
-    assert low <= figures["acc1"] <= high
-    assert set(figures["by_class"]) == set(COLOR_NAMES)
+    report_json = zero_shot_json(report)
+    low, high = report_json["intervals"]["acc1"]
+    assert low <= report_json["acc1"] <= high
+    assert set(report_json["by_class"]) == set(COLOR_NAMES)
     wrong = report.confusion.copy()
     np.fill_diagonal(wrong, 0)
     assert int(confusion_table(report)[1][0][2]) == wrong.max()

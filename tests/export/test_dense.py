@@ -47,7 +47,7 @@ def test_dense_chain_is_exact(pieces: list[str], is_bare: bool) -> None:
             if value.is_floating_point():
                 value.copy_(torch.rand_like(value) + 0.1)
     vectors = torch.randn(5, 6)
-    if any(_is_alone(modules, place) for place in range(len(modules))):
+    if any(_is_alone(modules, position) for position in range(len(modules))):
         with pytest.raises(ValueError, match="cannot be folded into a dense layer"):
             dense_chain(tower.eval(), "test")
         return
@@ -55,9 +55,9 @@ def test_dense_chain_is_exact(pieces: list[str], is_bare: bool) -> None:
     torch.testing.assert_close(run_chain(chain, vectors), tower(vectors).detach(), atol=1e-4, rtol=1e-4)
 
 
-def _is_alone(modules: list[nn.Module], place: int) -> bool:
+def _is_alone(modules: list[nn.Module], position: int) -> bool:
     """Return whether an activation follows another one, apart from dropout and norms between them."""
-    if not isinstance(modules[place], (nn.ReLU, nn.GELU)):
+    if not isinstance(modules[position], (nn.ReLU, nn.GELU)):
         return False
-    before = [module for module in modules[:place] if not isinstance(module, (nn.Dropout, nn.BatchNorm1d))]
+    before = [module for module in modules[:position] if not isinstance(module, (nn.Dropout, nn.BatchNorm1d))]
     return isinstance(before[-1], (nn.ReLU, nn.GELU))

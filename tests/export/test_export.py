@@ -107,8 +107,8 @@ def test_invalid_input_raises(run: Path, tmp_path: Path) -> None:
         export_run("safetensors", run, tmp_path / "full" / "mine.txt")
     with pytest.raises(PathError, match=r"does not exist; make one with: embedcache train"):
         export_run("safetensors", tmp_path / "none", tmp_path / "out")
-    with pytest.raises(PathError, match=r"figures.json does not exist"):
-        export_run("safetensors", run, tmp_path / "out", ExportSettings(metrics=tmp_path / "figures.json"))
+    with pytest.raises(PathError, match=r"metrics.json does not exist"):
+        export_run("safetensors", run, tmp_path / "out", ExportSettings(metrics=tmp_path / "metrics.json"))
     with pytest.raises(SettingError, match="push_to_hub: expected OWNER/NAME"):
         ExportSettings(push_to_hub="name")
     with pytest.raises(SettingError, match="towers: expected false for the safetensors format"):
@@ -134,12 +134,12 @@ def test_failed_parity_writes_nothing(run: Path, tmp_path: Path, monkeypatch: py
 
 def test_card_content(run: Path, tmp_path: Path) -> None:
     chance = {"r@1": 0.01, "intervals": {"r@1": [0.1, 0.2]}}
-    figures = {
+    metrics = {
         "dataset": "birds", "task": "zeroshot_retrieval", "metrics": {"image_retrieval_recall@5": 0.5},
         "details": {"i2t": {**chance, "r@1": 0.15}, "chance": {"i2t": chance}},
     }  # fmt: skip
-    (tmp_path / "figures.json").write_text(json.dumps(figures))
-    export_run("safetensors", run, tmp_path / "out", ExportSettings(metrics=tmp_path / "figures.json"))
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    export_run("safetensors", run, tmp_path / "out", ExportSettings(metrics=tmp_path / "metrics.json"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: safetensors\nlicense: other\n")
     for words in (

@@ -135,7 +135,7 @@ def train_projector(run: Path, name: str) -> None:
 
 
 def select(out: Path | str, method: str) -> None:
-    """Select samples of `cache` by a method of `SELECTIONS`; the golden figures still spell one of them `k-centre`."""
+    """Select samples of `cache` by a method of `SELECTIONS`; the golden file still spells one of them `k-centre`."""
     name = method.replace("centre", "center")
     embedcache("curate", "select", "cache", out, f"--method {name}", SELECTIONS[method])
 
@@ -160,19 +160,19 @@ def sweep(study: str, num_trials: int) -> dict[str, Any]:
     return report
 
 
-def deduplicate(kept: Path | str, figures: Path | str) -> None:
+def deduplicate(kept: Path | str, report: Path | str) -> None:
     """Write a selection of `cache` without near-duplicates."""
-    embedcache("curate", "dedup", "cache", kept, f"--cosine 0.995 --output {figures} --feature open_toy/cls")
+    embedcache("curate", "dedup", "cache", kept, f"--cosine 0.995 --output {report} --feature open_toy/cls")
 
 
-def find_leaks(clean: Path | str, figures: Path | str) -> None:
+def find_leaks(clean: Path | str, report: Path | str) -> None:
     """Write a selection of `cache` without the samples that are in `other`."""
     features = "--image-feature open_toy/cls --text-feature open_toy/mean --image-cosine 0.995 --text-cosine 0.9"
-    embedcache("curate", "leaks", "cache", "other", clean, f"--output {figures} {features}")
+    embedcache("curate", "leaks", "cache", "other", clean, f"--output {report} {features}")
 
 
 def measure(out: Path) -> Iterator[tuple[str, Any]]:
-    """Compute the figures of every golden artifact; yields a name and JSON values.
+    """Compute the results of every golden artifact; yield a name and JSON values.
 
     Args:
         out: an existing folder for the files that commands write, relative to the working directory.

@@ -31,20 +31,20 @@ def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def assert_close(found: Any, golden: Any, place: str = "") -> None:
+def assert_close(found: Any, golden: Any, location: str = "") -> None:
     """Check that JSON values are the same: keys, texts and whole numbers exactly, other numbers closely."""
     if isinstance(golden, dict):
-        assert set(found) == set(golden), place
+        assert set(found) == set(golden), location
         for name in golden.keys() - MEASURED:
-            assert_close(found[name], golden[name], f"{place}/{name}")
+            assert_close(found[name], golden[name], f"{location}/{name}")
     elif isinstance(golden, list):
-        assert len(found) == len(golden), place
+        assert len(found) == len(golden), location
         for number, value in enumerate(golden):
-            assert_close(found[number], value, f"{place}[{number}]")
+            assert_close(found[number], value, f"{location}[{number}]")
     elif isinstance(golden, float):
-        assert found == pytest.approx(golden, rel=RELATIVE, abs=ABSOLUTE), place
+        assert found == pytest.approx(golden, rel=RELATIVE, abs=ABSOLUTE), location
     else:
-        assert found == golden, place
+        assert found == golden, location
 
 
 def assert_losses_close(found: Path, golden: Path) -> None:
@@ -180,11 +180,11 @@ def test_leaks_are_unchanged() -> None:
 
 
 def test_figures_are_unchanged() -> None:
-    figures, golden = dict(commands.measure(Path("out"))), read_json(ARTIFACTS / "figures.json")
+    results, golden = dict(commands.measure(Path("out"))), read_json(ARTIFACTS / "figures.json")
     for name in commands.COVERAGES:  # the words of warnings may change
-        for record in (figures[f"coverage, {name}"], golden[f"coverage, {name}"]):
+        for record in (results[f"coverage, {name}"], golden[f"coverage, {name}"]):
             record["warnings"] = len(record["warnings"])
-    assert_close(figures, golden)
+    assert_close(results, golden)
 
 
 def test_study_resumes() -> None:

@@ -108,7 +108,7 @@ def test_an_array_cut_short(tmp_path: Path) -> None:
         (np.zeros((5, 8), np.int64), "got int64"),
         (np.zeros(5, np.float16), r"got shape \(5,\)"),
         (np.asfortranarray(np.zeros((5, 8), np.float16)), "in Fortran order"),
-        (np.zeros((5, 9), np.float16), "vectors of 8 numbers as in .*, got float16 of 9"),
+        (np.zeros((5, 9), np.float16), "vectors of 8 components as in .*, got float16 of 9"),
         (np.zeros((5, 8), np.float32), "expected float16 vectors .*, got float32 of 8"),
     ],
 )

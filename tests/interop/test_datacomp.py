@@ -87,7 +87,7 @@ def test_uids_round_trip(cache: Cache, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "error", "words"),
     [
-        (np.array([(1, 2), (3, 4)], "u8,u8"), DataError, "2 of 2 uids in .* are not keys of .*, first 0+10+2"),
+        (np.array([(1, 2), (3, 4)], "u8,u8"), DataError, "expected keys of .*, got 2 unknown uids of 2, first 0+10+2"),
         (np.zeros(3), DataError, r"expected a list of uids, .*, got float64 shaped \(3,\)"),
     ],
 )

@@ -95,7 +95,7 @@ def test_wrong_columns_raise(
 
 def test_ragged_lists_and_double_raise(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", lists_of([[1, 2], [1, 2], [1, 2, 3]], pa.list_(pa.float32())))
-    with pytest.raises(DataError, match="row 2: expected 2 numbers as in the first row, got 3"):
+    with pytest.raises(DataError, match="row 2: expected 2 components as in the first row, got 3"):
         import_files(open_parquet_vectors(path, image_vector_column="emb"), tmp_path / "cache")
     path = write(tmp_path / "y.parquet", lists_of([[1, 2]], pa.list_(pa.float64())))
     with pytest.raises(DataError, match="column emb of .*: expected little-endian float16 or float32, got double"):

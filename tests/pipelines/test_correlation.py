@@ -6,14 +6,15 @@ import pytest
 from embedcache.evaluate.encoder_pairs import METRICS, PairFigures, PairsReport
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.metrics.intervals import Estimate
-from pipelines.correlation import Outcomes, correlation_rows, rank_correlation, write_correlations
+from pipelines.correlation import Outcomes, correlation_rows, write_correlations
+from pipelines.rank_correlation import rank_correlation
 
 NAMES = [(f"a/{image}", f"b/{text}") for image in "xyz" for text in "uv"]
 
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.correlation.rank_correlation", partial(rank_correlation, num_draws=20))
+    monkeypatch.setattr("pipelines.rank_correlation.rank_correlation", partial(rank_correlation, num_draws=20))
 
 
 def exactly(value: float) -> Estimate:
@@ -26,14 +27,14 @@ def measured(shift: float) -> PairsReport:
         PairFigures(
             image=image,
             text=text,
-            i2t=exactly(0.1 * place + shift),
-            t2i=exactly(0.1 * place - shift),
-            mutual_knn=exactly(0.01 * ((place * 7) % 5)),
-            debiased_cka=exactly(0.02 * place),
-            linear_cka=exactly(0.9 - 0.1 * place + shift),
+            i2t=exactly(0.1 * position + shift),
+            t2i=exactly(0.1 * position - shift),
+            mutual_knn=exactly(0.01 * ((position * 7) % 5)),
+            debiased_cka=exactly(0.02 * position),
+            linear_cka=exactly(0.9 - 0.1 * position + shift),
             shuffled_cka=0.0,
         )
-        for place, (image, text) in enumerate(NAMES)
+        for position, (image, text) in enumerate(NAMES)
     ]
     return PairsReport(
         pairs=pairs[::-1], pooling={}, num_drawn=9, num_compared=9, num_trained=6, num_held=3, num_groups=9,
@@ -51,7 +52,7 @@ def trained(recall: float) -> RetrievalReport:
 
 OUTCOMES = Outcomes(
     measured=[measured(0.0), measured(0.04)],
-    trained={"plain": {pair: [trained(0.1 * place), trained(0.1 * place)] for place, pair in enumerate(NAMES)}},
+    trained={"plain": {pair: [trained(0.1 * rank), trained(0.1 * rank)] for rank, pair in enumerate(NAMES)}},
 )
 
 

@@ -34,31 +34,31 @@ def visit(served: SearchService, *, token: str | None = None, app: object = None
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eighty captioned images in two splits and two classes, with a run, an index and concepts. Not to be changed."""
-    place = tmp_path_factory.mktemp("serve")
+    root = tmp_path_factory.mktemp("serve")
     for number, name in enumerate(("train/cat", "train/dog", "val/cat", "val/dog")):
-        folder = write_images(place / "photos" / name, 20, seed=number)
+        folder = write_images(root / "photos" / name, 20, seed=number)
         for path in sorted(folder.glob("*.txt"))[:5]:
             english = path.read_text().strip()
             path.with_suffix(".json").write_text(json.dumps({"caption": f"{english} auf deutsch", "language": "de"}))
-    extract(open_source(place / "photos"), place / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
-    train_run(place / "cache", place / "run")
-    build_index(place / "cache", place / "index", IndexSettings(run=place / "run"))
+    extract(open_source(root / "photos"), root / "cache", image_encoders=[IMAGE], text_encoders=[TEXT])
+    train_run(root / "cache", root / "run")
+    build_index(root / "cache", root / "index", IndexSettings(run=root / "run"))
     prompts = {"red": ["red bar left on white"], "sky": ["blue bar top on white"]}
-    (place / "concepts.json").write_text(json.dumps(prompts))
-    extract(open_source(f"prompts:{place / 'concepts.json'}"), place / "concepts", text_encoders=[TEXT])
-    settings = CoverageSettings(run=place / "run", threshold=0.5, k=24)
-    report = measure_coverage(place / "cache", place / "concepts", settings)
-    write_json(place / "coverage.json", coverage_json(report))
-    key = open_source(place / "photos").samples()
-    (place / "few.txt").write_text("".join(f"{sample.key}\n" for sample, _ in zip(key, range(7), strict=False)))
-    return place
+    (root / "concepts.json").write_text(json.dumps(prompts))
+    extract(open_source(f"prompts:{root / 'concepts.json'}"), root / "concepts", text_encoders=[TEXT])
+    settings = CoverageSettings(run=root / "run", threshold=0.5, k=24)
+    report = measure_coverage(root / "cache", root / "concepts", settings)
+    write_json(root / "coverage.json", coverage_json(report))
+    key = open_source(root / "photos").samples()
+    (root / "few.txt").write_text("".join(f"{sample.key}\n" for sample, _ in zip(key, range(7), strict=False)))
+    return root
 
 
 @pytest.fixture(scope="session")
-def served(place: Path) -> SearchService:
-    places = ServePaths(index=place / "index", coverage=place / "coverage.json", selections=[place / "few.txt"])
+def served(root: Path) -> SearchService:
+    places = ServePaths(index=root / "index", coverage=root / "coverage.json", selections=[root / "few.txt"])
     return open_service(places, ServeSettings(max_upload=200_000), device="cpu", progress=NullProgress())
 
 

@@ -40,8 +40,8 @@ def start(**places: Any) -> SearchService:
     return open_service(ServePaths(**places), ServeSettings(), device="cpu", progress=NullProgress())
 
 
-def as_found(place: Path, queries: Queries | list[str], **wishes: Any) -> list[dict[str, Any]]:
-    (hits,) = search(place / "index", queries, SearchSettings(**wishes))
+def as_found(root: Path, queries: Queries | list[str], **options: Any) -> list[dict[str, Any]]:
+    (hits,) = search(root / "index", queries, SearchSettings(**options))
     return json.loads(json.dumps([asdict(hit) for hit in hits]))  # type: ignore[no-any-return]
 
 
@@ -49,42 +49,42 @@ def without_image(hits: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in hit.items() if name != "image"} for hit in hits]
 
 
-def test_text_query_equals_command(client: TestClient, place: Path) -> None:
+def test_text_query_equals_command(client: TestClient, root: Path) -> None:
     hits = ask(client, text=TEXT, k=9)
-    assert without_image(hits) == as_found(place, [TEXT], k=9)
+    assert without_image(hits) == as_found(root, [TEXT], k=9)
     assert all(hit["image"] == hit["row"] for hit in hits)
 
 
-def test_image_query_equals_command(client: TestClient, place: Path) -> None:
-    path = place / "photos" / "val" / "dog" / "00003.png"
+def test_image_query_equals_command(client: TestClient, root: Path) -> None:
+    path = root / "photos" / "val" / "dog" / "00003.png"
     answer = client.post("/api/search/image?k=5", content=path.read_bytes(), headers={"Content-Type": "image/png"})
-    assert without_image(answer.json()["hits"]) == as_found(place, Queries(images=[path]), k=5)
+    assert without_image(answer.json()["hits"]) == as_found(root, Queries(images=[path]), k=5)
     assert answer.json()["hits"][0]["key"] == "val/dog/00003"
 
 
-def test_row_query_equals_command(client: TestClient, place: Path) -> None:
+def test_row_query_equals_command(client: TestClient, root: Path) -> None:
     hits = ask(client, row=33, k=4)
     assert hits[0]["row"] == 33
-    assert without_image(hits) == as_found(place, Queries(rows=[33]), k=4)
+    assert without_image(hits) == as_found(root, Queries(rows=[33]), k=4)
     assert client.post("/api/search", json={"row": 80}).status_code == 404
 
 
-def test_filters_equal_command(client: TestClient, place: Path) -> None:
-    for wishes, keep in (
+def test_filters_equal_command(client: TestClient, root: Path) -> None:
+    for options, keep in (
         ({"labels": ["cat"]}, Filter(label_value=("cat",))),
         ({"splits": ["val"], "labels": ["cat", "dog"]}, Filter(part=("val",), label_value=("cat", "dog"))),
-        ({"selection": "few"}, Filter(selection=place / "few.txt")),
+        ({"selection": "few"}, Filter(selection=root / "few.txt")),
         ({"languages": ["de"]}, Filter(language=("de",))),
     ):
-        hits = ask(client, text=TEXT, k=6, **wishes)
-        assert without_image(hits) == as_found(place, [TEXT], k=6, filter=keep)
+        hits = ask(client, text=TEXT, k=6, **options)
+        assert without_image(hits) == as_found(root, [TEXT], k=6, filter=keep)
     german = ask(client, text=TEXT, k=500, languages=["de"])
     assert len(german) == 20
     assert all(caption.endswith("auf deutsch") for hit in german for caption in hit["captions"])
 
 
-def test_image_query_with_filters(client: TestClient, place: Path) -> None:
-    data = (place / "photos" / "train" / "cat" / "00000.png").read_bytes()
+def test_image_query_with_filters(client: TestClient, root: Path) -> None:
+    data = (root / "photos" / "train" / "cat" / "00000.png").read_bytes()
     hits = client.post("/api/search/image?k=50&labels=dog&splits=val", content=data).json()["hits"]
     assert len(hits) == 20
     assert all(hit["key"].startswith("val/dog/") for hit in hits)
@@ -95,9 +95,9 @@ def test_k_beyond_filter_returns_all_left(client: TestClient) -> None:
     assert ask(client, text=TEXT, selection="few", splits=["val"]) == []
 
 
-def test_concurrent_queries_get_own_results(client: TestClient, place: Path) -> None:
+def test_concurrent_queries_get_own_results(client: TestClient, root: Path) -> None:
     texts = [f"{front} bar {side} on white" for front in ("red", "blue", "green") for side in ("left", "top", "right")]
-    expected = search(place / "index", texts, SearchSettings(k=3))
+    expected = search(root / "index", texts, SearchSettings(k=3))
     labels: list[list[str]] = [[], ["cat"]]
     queries = [{"text": text, "k": 3, "labels": labels[number % 2]} for number, text in enumerate(4 * texts)]
     with ThreadPoolExecutor(16) as threads:
@@ -135,11 +135,11 @@ def test_item_has_all_columns(client: TestClient) -> None:
     assert client.get("/api/items/80").status_code == 404
 
 
-def test_images_are_scaled_and_reencoded(client: TestClient, place: Path) -> None:
+def test_images_are_scaled_and_reencoded(client: TestClient, root: Path) -> None:
     answer = client.get("/api/images/3/thumbnail")
     assert answer.headers["content-type"] == "image/webp"
     shown = np.asarray(Image.open(BytesIO(answer.content)).convert("RGB"), np.int64)
-    real = np.asarray(Image.open(place / "photos" / "train" / "cat" / "00003.png").convert("RGB"), np.int64)
+    real = np.asarray(Image.open(root / "photos" / "train" / "cat" / "00003.png").convert("RGB"), np.int64)
     assert abs(shown - real).mean() < 12
     assert client.get("/api/images/3/picture").status_code == 200
     assert client.get("/api/images/80/thumbnail").status_code == 404
@@ -157,9 +157,9 @@ def test_info_and_cards(client: TestClient) -> None:
     assert titles == ["Index", "Run", "Cache"]
 
 
-def test_coverage_equals_command(client: TestClient, place: Path) -> None:
-    settings = CoverageSettings(run=place / "run", threshold=0.5, k=24)
-    report = measure_coverage(place / "cache", place / "concepts", settings)
+def test_coverage_equals_command(client: TestClient, root: Path) -> None:
+    settings = CoverageSettings(run=root / "run", threshold=0.5, k=24)
+    report = measure_coverage(root / "cache", root / "concepts", settings)
     found = client.get("/api/coverage").json()
     assert [concept["counts"] for concept in found["concepts"]] == [[count] for count in report.whole.counts.tolist()]
     sky = client.get("/api/coverage/1").json()
@@ -168,28 +168,28 @@ def test_coverage_equals_command(client: TestClient, place: Path) -> None:
     assert client.get("/api/coverage/2").status_code == 404
 
 
-def test_measured_coverage_equals_report(place: Path, served: SearchService) -> None:
+def test_measured_coverage_equals_report(root: Path, served: SearchService) -> None:
     settings = CoverageSettings(threshold=0.5, k=24)
     assert (
-        measure_served_coverage(place / "concepts", served.index, NullProgress(), settings=settings) == served.coverage
+        measure_served_coverage(root / "concepts", served.index, NullProgress(), settings=settings) == served.coverage
     )
     with pytest.raises(DataError, match="none of 80 images .* is above the threshold"):
-        start(index=place / "index", concepts=str(place / "concepts"))
+        start(index=root / "index", concepts=str(root / "concepts"))
 
 
-def test_foreign_coverage_raises(place: Path, cache_path: Path, tmp_path: Path) -> None:
+def test_foreign_coverage_raises(root: Path, cache_path: Path, tmp_path: Path) -> None:
     build_index(cache_path, tmp_path / "other", IndexSettings(feature="open_toy/cls"))
     for path, index, error, message in (
-        (place / "coverage.json", tmp_path / "other", FingerprintError, "is about other samples"),
-        (tmp_path / "no.json", place / "index", PathError, "does not exist; write it with"),
-        (place / "concepts.json", place / "index", CorruptError, "does not hold the fields"),
+        (root / "coverage.json", tmp_path / "other", FingerprintError, "got other samples"),
+        (tmp_path / "no.json", root / "index", PathError, "which does not exist; write it with"),
+        (root / "concepts.json", root / "index", CorruptError, "does not hold the fields"),
     ):
         with pytest.raises(error, match=message):
             start(index=index, coverage=path)
 
 
-def test_caption_index_shows_sample_images(place: Path, tmp_path: Path) -> None:
-    build_index(place / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
+def test_caption_index_shows_sample_images(root: Path, tmp_path: Path) -> None:
+    build_index(root / "cache", tmp_path / "index", IndexSettings(feature="open_toy/mean", modality="text"))
     with visit(start(index=tmp_path / "index")) as client:
         (hit,) = ask(client, text=TEXT, k=1)
         assert hit["captions"] == [TEXT] or hit["score"] < 1
@@ -236,14 +236,14 @@ def test_openapi_lists_every_operation(client: TestClient) -> None:
         assert client.get(page).headers["content-type"].startswith("text/html")
 
 
-def test_start_errors(place: Path, tmp_path: Path) -> None:
-    index = place / "index"
+def test_start_errors(root: Path, tmp_path: Path) -> None:
+    index = root / "index"
     with pytest.raises(PathError, match="make one with: embedcache curate index"):
         start(index=tmp_path / "no")
     with pytest.raises(SettingError, match="expected --coverage or --concepts, got both"):
         start(index=index, coverage=tmp_path / "x", concepts="y")
     with pytest.raises(SettingError, match="expected different file names"):
-        start(index=index, selections=[place / "few.txt", tmp_path / "few.txt"])
+        start(index=index, selections=[root / "few.txt", tmp_path / "few.txt"])
     with pytest.raises(PathError, match="selection .* does not exist"):
         start(index=index, selections=[tmp_path / "no.txt"])
     (tmp_path / "other.txt").write_text("strange\n")
@@ -251,8 +251,8 @@ def test_start_errors(place: Path, tmp_path: Path) -> None:
         start(index=index, selections=[tmp_path / "other.txt"])
     (tmp_path / "moved").mkdir()
     for name in ("card.json", "index.faiss"):
-        (tmp_path / "moved" / name).write_bytes((place / "index" / name).read_bytes())
+        (tmp_path / "moved" / name).write_bytes((root / "index" / name).read_bytes())
     with pytest.raises(PathError, match="run .* does not exist; if it has moved, give --run"):
         start(index=tmp_path / "moved")
     with pytest.raises(PathError, match="cache .* does not exist; if it has moved, give --cache"):
-        start(index=tmp_path / "moved", run=place / "run")
+        start(index=tmp_path / "moved", run=root / "run")

@@ -38,10 +38,10 @@ TEXT = "red bar left on white"
 
 
 @pytest.fixture(scope="module")
-def address(place: Path) -> Iterator[str]:
+def address(root: Path) -> Iterator[str]:
     """A server started from the command line."""
-    command = [sys.executable, "-m", "embedcache", "serve", str(place / "index"), "--port", "0"]
-    command += ["--coverage", str(place / "coverage.json"), "--selection", str(place / "few.txt")]
+    command = [sys.executable, "-m", "embedcache", "serve", str(root / "index"), "--port", "0"]
+    command += ["--coverage", str(root / "coverage.json"), "--selection", str(root / "few.txt")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as server:
         assert server.stdout is not None
         found = next(line.split()[1] for line in server.stdout if line.startswith("open http"))
@@ -66,14 +66,14 @@ def page(browser: Any, address: str) -> Iterator[Browsing]:
     assert browsing.errors == []
 
 
-def captions_of(place: Path, queries: Any, **wishes: Any) -> list[str]:
-    (hits,) = search(place / "index", queries, SearchSettings(**wishes))
+def captions_of(root: Path, queries: Any, **options: Any) -> list[str]:
+    (hits,) = search(root / "index", queries, SearchSettings(**options))
     return [" · ".join(hit.captions) for hit in hits]
 
 
-def test_text_query(page: Browsing, place: Path) -> None:
+def test_text_query(page: Browsing, root: Path) -> None:
     page.type(TEXT)
-    assert page.captions()[:10] == captions_of(place, [TEXT])
+    assert page.captions()[:10] == captions_of(root, [TEXT])
     assert "60 results, best first" in page.text("#status")
     assert page.shown_images() > 3
     assert page.page.url.endswith("/?q=red+bar+left+on+white")
@@ -82,12 +82,12 @@ def test_text_query(page: Browsing, place: Path) -> None:
     page.type("blue bar")
     page.page.go_back()
     page.wait_for("#status", "80 results")
-    assert page.captions()[:10] == captions_of(place, [TEXT])
+    assert page.captions()[:10] == captions_of(root, [TEXT])
 
 
-def test_image_query_by_file_paste_and_drop(page: Browsing, place: Path) -> None:
-    path = place / "photos" / "val" / "dog" / "00003.png"
-    expected = captions_of(place, Queries(images=[path]))
+def test_image_query_by_file_paste_and_drop(page: Browsing, root: Path) -> None:
+    path = root / "photos" / "val" / "dog" / "00003.png"
+    expected = captions_of(root, Queries(images=[path]))
     page.page.set_input_files("#file", path)
     page.wait_for("#query-text", "Similar to your image 00003.png")
     page.wait_for("#status", "results")
@@ -100,13 +100,13 @@ def test_image_query_by_file_paste_and_drop(page: Browsing, place: Path) -> None
         assert page.captions()[:10] == expected
 
 
-def test_filters(page: Browsing, place: Path) -> None:
+def test_filters(page: Browsing, root: Path) -> None:
     page.type(TEXT)
     page.page.select_option("select[name=label]", "dog")
     page.page.select_option("select[name=split]", "val")
     page.wait_for("#status", "20 results")
     keep = Filter(label_value=("dog",), part=("val",))
-    assert page.captions()[:10] == captions_of(place, [TEXT], filter=keep)
+    assert page.captions()[:10] == captions_of(root, [TEXT], filter=keep)
     page.page.select_option("select[name=selection]", "few")
     page.wait_for("#status", "No item passes these filters")
     page.page.reload()
@@ -114,13 +114,13 @@ def test_filters(page: Browsing, place: Path) -> None:
     assert page.page.input_value("select[name=label]") == "dog"
 
 
-def test_keyboard_navigation(page: Browsing, place: Path) -> None:
+def test_keyboard_navigation(page: Browsing, root: Path) -> None:
     page.page.keyboard.press("Escape")
     page.page.keyboard.press("/")
     page.page.keyboard.type(TEXT)
     page.page.keyboard.press("Enter")
     page.wait_for("#status", "results")
-    (hits,) = search(place / "index", [TEXT], SearchSettings(k=20))
+    (hits,) = search(root / "index", [TEXT], SearchSettings(k=20))
     page.page.keyboard.press("ArrowDown")
     page.wait_for_focus(hits[0].row)
     page.page.keyboard.press("ArrowRight")
@@ -139,7 +139,7 @@ def test_keyboard_navigation(page: Browsing, place: Path) -> None:
     page.page.keyboard.press("m")
     page.wait_for("#query-text", "Similar to ")
     page.wait_for("#status", "results")
-    assert page.captions()[:10] == captions_of(place, Queries(rows=[hits[2].row]))
+    assert page.captions()[:10] == captions_of(root, Queries(rows=[hits[2].row]))
 
 
 def test_coverage_view(page: Browsing) -> None:

@@ -237,9 +237,9 @@ def tamper(cache: Path, *, path: str | None = None, source: dict[str, Any] | Non
     pq.write_table(pa.table(columns, schema=table.schema), cache / "image" / "items.parquet", row_group_size=2048)
 
 
-def open_hostile(place: Path, **settings: Any) -> SearchService:
+def open_hostile(root: Path, **settings: Any) -> SearchService:
     return open_service(
-        ServePaths(index=place / "index"), ServeSettings(**settings), device="cpu", progress=NullProgress()
+        ServePaths(index=root / "index"), ServeSettings(**settings), device="cpu", progress=NullProgress()
     )
 
 
@@ -371,7 +371,7 @@ def test_custom_sources_need_trust(tmp_path: Path) -> None:
 
 def test_invalid_settings_raise() -> None:
     for message, wrong in (
-        ("port: expected .* at most 65535, got 70000", {"port": 70000}),
+        ("port: expected .* from 0 to 65535, got 70000", {"port": 70000}),
         ("token: expected at least 16 characters, got 5", {"token": "short"}),
         ("token: expected ASCII letters", {"token": "with a space in the middle"}),
         ("timeout: expected a number above 0, got 0", {"timeout": 0}),

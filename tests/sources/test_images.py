@@ -182,8 +182,8 @@ def test_extreme_aspect_ratio_raises() -> None:
 @pytest.mark.parametrize("action", ["error", "always"])
 def test_pillow_warnings_are_suppressed(action: str) -> None:
     data = bytearray(encode(noise(), "TIFF", software="x" * 40))
-    place = data.index(struct.pack("<HH", 305, 2))  # tag 305, type ASCII: claim more text than there is
-    data[place + 4 : place + 8] = struct.pack("<I", 1 << 20)
+    offset = data.index(struct.pack("<HH", 305, 2))  # tag 305, type ASCII: claim more text than there is
+    data[offset + 4 : offset + 8] = struct.pack("<I", 1 << 20)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter(action)
         assert decode_image(bytes(data)).size == noise().size
@@ -229,8 +229,8 @@ def test_damaged_bytes_decode_or_raise_item_error(data: st.DataObject) -> None:
     damaged = bytearray(data.draw(st.sampled_from(SEEDS)))
     for _ in range(data.draw(st.integers(0, 8))):
         near_header = data.draw(st.booleans())
-        place = data.draw(st.integers(0, min(len(damaged), 300 if near_header else 10**6) - 1))
-        damaged[place] = data.draw(st.integers(0, 255))
+        offset = data.draw(st.integers(0, min(len(damaged), 300 if near_header else 10**6) - 1))
+        damaged[offset] = data.draw(st.integers(0, 255))
     cut = data.draw(st.one_of(st.just(len(damaged)), st.integers(0, len(damaged))))
     with suppress(ItemError):
         assert decode_image(bytes(damaged[:cut])).mode == "RGB"

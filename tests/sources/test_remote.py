@@ -148,18 +148,18 @@ class TestMemory(SourceContract):
         return open_source(str(root))
 
 
-@pytest.mark.parametrize("place", ["none", "none.tar", "none.parquet", "{0..1}.tar", "shards/{0..1}.tar"])
-def test_missing_url_raises(bucket: str, web: WebServer, place: str) -> None:
+@pytest.mark.parametrize("path", ["none", "none.tar", "none.parquet", "{0..1}.tar", "shards/{0..1}.tar"])
+def test_missing_url_raises(bucket: str, web: WebServer, path: str) -> None:
     for server in (bucket, web.url):
-        with pytest.raises(PathError, match=f"{server}/{place[0] if '{' not in place else ''}"):
-            open_source(f"{server}/{place}")
+        with pytest.raises(PathError, match=f"{server}/{path[0] if '{' not in path else ''}"):
+            open_source(f"{server}/{path}")
 
 
-@pytest.mark.parametrize("place", ["x", "x.tar", "x.parquet", "{0..1}.tar"])
-def test_unreachable_server_raises(place: str, web: WebServer) -> None:
+@pytest.mark.parametrize("path", ["x", "x.tar", "x.parquet", "{0..1}.tar"])
+def test_unreachable_server_raises(path: str, web: WebServer) -> None:
     web.stop()
     with pytest.raises(PathError, match=rf"cannot read {web.url}/.*(Connect|connect)"):
-        open_source(f"{web.url}/{place}")
+        open_source(f"{web.url}/{path}")
 
 
 def test_missing_credentials_raise(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,10 +76,10 @@ def test_v7_files_are_read() -> None:
     assert ours(data) == by_tarfile(data) == [Member("a.jpg", 512, 5)]
 
 
-@pytest.mark.parametrize("place", [0, 60, 124, 156, 300])
-def test_changed_header_raises_with_offset(place: int) -> None:
+@pytest.mark.parametrize("position", [0, 60, 124, 156, 300])
+def test_changed_header_raises_with_offset(position: int) -> None:
     data = bytearray(write([("a.jpg", 100, tarfile.REGTYPE, 0), ("b.jpg", 100, tarfile.REGTYPE, 0)], "gnu"))
-    data[1024 + place] ^= 1
+    data[1024 + position] ^= 1
     with pytest.raises(SourceError, match="offset 1024"):
         ours(bytes(data))
 

@@ -93,8 +93,8 @@ def test_printed_command_gives_the_winners_weights(
     study_path, report, _ = swept
     winner = read_json(study_path / "report.json")["winner"]
     words = shlex.split(winner["command"])
-    place = words.index(str(study_path.resolve() / "winner"))
-    words[place] = str(tmp_path / "again")
+    position = words.index(str(study_path.resolve() / "winner"))
+    words[position] = str(tmp_path / "again")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stopped:
