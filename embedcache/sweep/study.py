@@ -90,10 +90,8 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
             command = "embedcache sweep CACHE SPACE.toml STUDY"
             values = read_manifest(manifest, kind="study", latest_format=FORMAT_VERSION, make=command)
             stored = fields_of(manifest, lambda: Study(**from_record(values)))
-            next_step = "use a new folder, or request the same"
-            check_same(
-                f"study {path}", asdict(stored), asdict(replace(requested, name=stored.name)), next_step=next_step
-            )
+            expected, next_step = replace(requested, name=stored.name), "use a new folder, or request the same"
+            check_same(f"study {path}", asdict(stored), asdict(expected), next_step=next_step)
             return stored
         split = data.split(data.pairs(space.settings({}).language), space.settings({}).split)
         write_split(split_path(path), split)

@@ -170,16 +170,16 @@ def test_create_group_of_another_encoder_raises(tmp_path: Path) -> None:
             np.full(3, 70_000, np.float32),
             "feature a/b holds 70000, beyond the range of float16; extract with --dtype float32",
         ),
-        (np.array([1, np.nan, 1], np.float32), "NaN or infinity for feature a/b"),
+        (np.array([1, np.nan, 1], np.float32), "feature a/b: expected finite values, got NaN"),
         (np.ones(4, np.float32), r"feature a/b: expected shape \(3,\), got \(4,\)"),
     ],
 )
-def test_fit_item_raises(item: np.ndarray, words: str) -> None:
+def test_cast_item_raises(item: np.ndarray, words: str) -> None:
     with pytest.raises(DataError, match=words):
         cast_item(item, (3,), "float16", "a/b")
 
 
-def test_fit_item_large_value_in_float32() -> None:
+def test_cast_item_large_value_in_float32() -> None:
     assert cast_item(np.full(3, 70_000, np.float32), (3,), "float32", "a/b").max() == 70_000
 
 
