@@ -47,7 +47,7 @@ def test_read_json_of_other_content_raises(tmp_path: Path) -> None:
         read_json(tmp_path / "bad")
 
 
-def test_run_record(tmp_path: Path) -> None:
+def test_record_stage(tmp_path: Path) -> None:
     with record_stage(tmp_path / "record.json", "train", {"seed": 1}) as outcome:
         outcome["loss"] = 0.5
     record = json.loads((tmp_path / "record.json").read_text())
@@ -58,7 +58,7 @@ def test_run_record(tmp_path: Path) -> None:
     assert "numpy" in record["packages"]
 
 
-def test_run_record_after_error(tmp_path: Path) -> None:
+def test_record_stage_after_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), record_stage(tmp_path / "record.json", "train", {}):
         raise ZeroDivisionError
     assert not (tmp_path / "record.json").exists()

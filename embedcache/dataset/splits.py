@@ -146,7 +146,7 @@ def make_split(
         split = _by_groups(keys, pairs.samples, groups, settings)
         _require_parts(split, groups, settings)
     elif settings.path is None or not settings.path.is_file():
-        raise unknown_name("split", settings.kind, KINDS, hint="or give the path of another run's split.parquet")
+        raise unknown_name("split", settings.kind, KINDS, hint="or use the path of another run's split.parquet")
     else:
         split = read_split(settings.path, caches)
     if len(caches) == 1:

@@ -21,10 +21,10 @@ class ExtractSettings:
     features: tuple[str, ...] = setting(
         (),
         "Feature to store, such as cls, patches, grid:4, kmeans:4 or layer6.cls; an encoder without any of them stores "
-        "its first. May be repeated.",
+        "its default feature. May be repeated.",
         flat_name="feature",
         metavar="NAME",
-        default_text="the first of each encoder",
+        default_text="the default of each encoder",
     )
     views: tuple[str, ...] = setting(
         (),
@@ -101,7 +101,7 @@ class ExtractSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
-    """What is done beside comparing checksums when a cache is verified."""
+    """Steps beyond comparing checksums when a cache is verified."""
 
     reencode: float | None = setting(
         None,

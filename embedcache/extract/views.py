@@ -1,4 +1,4 @@
-"""Views: the same items altered before encoding, by `crop:0.5`, `flip` or a user's function `my_module:blur`.
+"""Views: items altered before encoding, by `crop:0.5`, `flip` or a user's function `my_module:blur`.
 
 A view is a deterministic function from one item, an RGB image or a text, to another. Its features are stored in a
 folder of their own, `encoder@view`.
@@ -21,7 +21,7 @@ VIEWS = Registry(
     "view",
     {"crop": "embedcache.extract.views:open_crop", "flip": "embedcache.extract.views:open_flip"},
 )
-"""Each is a function from the text after the colon to the function that alters an item."""
+"""Each is a function of the text after the colon that returns the function that alters an item."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def open_crop(argument: str) -> Callable[[Image], Image]:
 def open_flip(argument: str) -> Callable[[Image], Image]:
     """Return a horizontal flip."""
     if argument:
-        raise SettingError(f"invalid view 'flip:{argument}': expected flip without an argument")
+        raise SettingError(f"invalid view 'flip:{argument}': expected flip without an argument, got {argument!r}")
     return lambda image: image.transpose(Transpose.FLIP_LEFT_RIGHT)
 
 

@@ -134,5 +134,5 @@ def _folder_kind(folder: Path) -> str:
         elif has_suffix(name, TABLE_SUFFIXES):
             kinds.add("table")
     if not kinds:
-        raise SourceError(f"{folder} holds no image, IDX file, .tar or table; {_ACCEPTED}")
+        raise SourceError(f"{folder} contains no image, IDX file, .tar or table; {_ACCEPTED}")
     return next(kind for kind in ("idx", "webdataset", "table") if kind in kinds)

@@ -55,7 +55,7 @@ class TableColumns:
 
 
 def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
-    """Assign roles to the columns of a table, and check that one holds images or captions."""
+    """Assign roles to the columns of a table, and check that one of them contains images or captions."""
     columns = assign_columns(file, settings)
     if columns.image is None and not columns.captions:
         names = ", ".join(file.columns) or "none"

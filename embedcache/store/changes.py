@@ -73,9 +73,9 @@ def source_changed(
     cache_path: Path, info: CacheInfo, reason: str, *, next_step: str = "extract into a new folder"
 ) -> FingerprintError:
     """Create the error for a source that differs from the source of a cache."""
-    made_from = f"{info.source.get('type')} {info.source.get('path', '')}".strip()
+    original = f"{info.source.get('type')} {info.source.get('path', '')}".strip()
     return FingerprintError(
-        f"cache {cache_path} has other samples than this source has now: {reason}; it was made from {made_from}; "
+        f"cache {cache_path} has other samples than this source has now: {reason}; it was extracted from {original}; "
         f"{next_step}"
     )
 

@@ -271,7 +271,7 @@ def _check_allowed(
 
 
 def _used_rows(cache_path: Path, info: CacheInfo, rows: Sequence[int]) -> Iterator[int]:
-    """Iterate over the images that any feature was made from. Memory: the commits of one chunk."""
+    """Iterate over the images that any feature was computed from. Memory: the commits of one chunk."""
     groups = Cache(cache_path).encoders("image")
     for chunk, chunk_rows in groupby(rows, key=lambda row: row // info.chunk_size):
         commits = [commit for group in groups if (commit := group.commit(chunk)) is not None]

@@ -221,7 +221,7 @@ def _item_table(batch: Sequence[Sample], modality: str, first: int) -> pa.Table:
     schema = ITEM_SCHEMAS[modality]
     items: list[Sequence[Any]] = [sample.images if modality == "image" else sample.texts for sample in batch]
     rows = [row for row, sample_items in enumerate(items, first) for _ in sample_items]
-    columns = ([getattr(item, name) for some in items for item in some] for name in schema.names[1:])
+    columns = ([getattr(item, name) for group in items for item in group] for name in schema.names[1:])
     return pa.table([rows, *columns], schema=schema)
 
 

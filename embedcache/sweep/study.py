@@ -69,7 +69,7 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
 
     Raises:
         FingerprintError: the folder's study has another space, other features, another sampler, pruner or storage.
-        PathError: the folder holds other files.
+        PathError: the folder contains other files.
     """
     requested = Study(
         space=space.to_json(),

@@ -55,20 +55,20 @@ def sweep(
 
     Raises:
         MissingExtraError: Optuna or scikit-learn is not installed.
-        SettingError: the space holds an invalid setting, or no trial is complete.
+        SettingError: the space contains an invalid setting, or no trial is complete.
         FingerprintError: the folder's study has another space, other features, another sampler or pruner.
-        PathError: the folder holds other files, or the storage cannot be opened.
+        PathError: the folder contains other files, or the storage cannot be opened.
         UnfinishedError: a feature has missing chunks, or all workers died.
     """
     for library in ("optuna", "sklearn"):  # scikit-learn is needed only at the end, to measure importance
         require(library, extra="sweep")
     from embedcache.sweep.findings import collect_findings, findings_json
-    from embedcache.sweep.trials import grid_points
+    from embedcache.sweep.trials import make_grid_points
     from embedcache.sweep.worker import StudyJob, run_workers, work
 
     study_path, settings, progress = Path(study_path), settings or SweepSettings(), progress or NullProgress()
     space = read_space(Path(space_path))
-    grid_points(space, settings)  # rejects an infinite grid before a folder is created
+    make_grid_points(space, settings)  # rejects an infinite grid before a folder is created
     memory = space.settings({}).machine.memory
     data = open_data(cache_paths, image_feature=image_feature, text_feature=text_feature, memory_bytes=memory)
     space = _with_block_rows(space, data)

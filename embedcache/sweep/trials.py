@@ -69,7 +69,7 @@ class Trials:
     def __init__(self, path: Path, study: Study, space: Space, settings: SweepSettings) -> None:
         self._path, self._space, self._settings = path, space, settings
         self._leases = Leases(path)
-        self._grid = grid_points(space, settings)
+        self._grid = make_grid_points(space, settings)
         self.total = settings.trials if self._grid is None else min(settings.trials, len(self._grid))
         self.use_pruner = settings.pruner != "none"
         with locked(path):
@@ -120,7 +120,7 @@ class Trials:
         self.optuna.sampler = _make_sampler(self._settings.sampler, seed=self._settings.seed, draw=num_started)
         if self._grid is not None and not any(trial.state == TrialState.WAITING for trial in trials):
             self.optuna.enqueue_trial(self._grid[num_started])
-        trial = self.optuna.ask(distributions(self._space))
+        trial = self.optuna.ask(make_distributions(self._space))
         self._leases.acquire(trial.number)
         return trial
 
@@ -209,7 +209,7 @@ def _open_storage(path: Path, study: Study, space: Space, settings: SweepSetting
         ) from error
 
 
-def distributions(space: Space) -> dict[str, BaseDistribution]:
+def make_distributions(space: Space) -> dict[str, BaseDistribution]:
     """Return the distribution of each swept setting, by stored name."""
     return to_stored(
         {
@@ -244,7 +244,7 @@ def _make_pruner(name: Pruner, *, max_epochs: int) -> BasePruner:
     return NopPruner()
 
 
-def grid_points(space: Space, settings: SweepSettings) -> list[Params] | None:
+def make_grid_points(space: Space, settings: SweepSettings) -> list[Params] | None:
     """Return all points of a grid, shuffled so that the first few are spread out; None for other samplers.
 
     Raises:

@@ -7,7 +7,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from embedcache.errors import PathError, SettingError, UnknownNameError
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Range, from_stored, read_space
-from embedcache.sweep.trials import distributions, grid_points
+from embedcache.sweep.trials import make_distributions, make_grid_points
 
 WHOLE = """
 [fixed]
@@ -32,7 +32,7 @@ def written(folder: Path, text: str) -> Path:
 def test_read_space(tmp_path: Path) -> None:
     space = read_space(written(tmp_path, WHOLE))
     assert space.fixed == {"epochs": 7, "split": "key", "split_seed": 0}
-    assert distributions(space) == {
+    assert make_distributions(space) == {
         "learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
         "batch_size": IntDistribution(128, 1024, step=128),
         "dropout": FloatDistribution(0.0, 0.5),
@@ -133,22 +133,22 @@ def test_max_epochs(tmp_path: Path) -> None:
 def test_grid_has_every_point_in_the_order_of_the_seed(tmp_path: Path) -> None:
     text = "[space]\ndropout = {low = 0.1, high = 0.3, step = 0.1}\nshared_width = {low = 4, high = 6}\nloss = ['sail']"
     space = read_space(written(tmp_path, text))
-    a, b, c = (grid_points(space, SweepSettings(sampler="grid", seed=seed)) for seed in (0, 0, 1))
+    a, b, c = (make_grid_points(space, SweepSettings(sampler="grid", seed=seed)) for seed in (0, 0, 1))
     assert a is not None
     assert a == b != c
     assert Counter((round(float(p["dropout"]), 9), p["shared_width"], p["loss"]) for p in a) == Counter(
         (dropout, width, "sail") for dropout in (0.1, 0.2, 0.3) for width in (4, 5, 6)
     )
-    assert grid_points(space, SweepSettings(sampler="random")) is None
+    assert make_grid_points(space, SweepSettings(sampler="random")) is None
 
 
 def test_infinite_grid_raises(tmp_path: Path) -> None:
     text = "[space]\nlr = {low = 0.1, high = 0.2}"
     with pytest.raises(SettingError, match=r"lr: expected a range with a step, or choices such as"):
-        grid_points(read_space(written(tmp_path, text)), SweepSettings(sampler="grid"))
+        make_grid_points(read_space(written(tmp_path, text)), SweepSettings(sampler="grid"))
     text = "[space]\nshared_width = {low = 1, high = 1000}\nbatch_size = {low = 2, high = 1001}"
     with pytest.raises(SettingError, match=r"expected at most 100,000 points, got 1,000,000"):
-        grid_points(read_space(written(tmp_path, text)), SweepSettings(sampler="grid"))
+        make_grid_points(read_space(written(tmp_path, text)), SweepSettings(sampler="grid"))
 
 
 def test_range_of_one_value() -> None:
