@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints
-from embedcache.curate.select.pool import Pool, to_keys, whole_samples
+from embedcache.curate.select.pool import Pool, compute_cosines, to_keys, whole_samples
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError
