@@ -142,8 +142,8 @@ class CoverageReport:
         if by_chance is not None and by_chance >= self.settings.min_count:
             warnings.append(
                 f"WARNING: with a normal background, {by_chance:,.0f} of {self.pool_counts.num_items:,} items are "
-                f"above a threshold by chance, and a concept needs only {self.settings.min_count:,} not to be a gap; raise "
-                "--deviations"
+                f"above a threshold by chance, and a concept needs only {self.settings.min_count:,} not to be a gap; "
+                "raise --deviations"
             )
         num_low = int((self.thresholds <= self.background.quantiles[:, 0]).sum())
         if num_low:
