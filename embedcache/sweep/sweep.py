@@ -50,7 +50,7 @@ def sweep(
     Args:
         space_path: TOML file with fixed and swept settings.
         image_feature: `encoder/feature`; None if there is only one.
-        text_feature: likewise.
+        text_feature: as `image_feature`, of the captions.
         progress: shows one note per trial.
 
     Raises:
