@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -20,11 +20,13 @@ class Registry:
         kind: what a name stands for, in the singular, for error messages.
         paths: name of each built-in plug-in -> `module:attribute`.
         group: entry-point group in which other packages declare plug-ins; None: built-in ones only.
+        presets: names of combinations of plug-ins, to list in error messages.
     """
 
     kind: str
     paths: Mapping[str, str]
     group: str | None = None
+    presets: Collection[str] = ()
 
     def __contains__(self, name: str) -> bool:
         """Return whether a name is built in or declared by an installed package."""
@@ -47,7 +49,7 @@ class Registry:
             return getattr(importlib.import_module(module), attribute)
         module, _, attribute = (name if ":" in name else self._declared().get(name, name)).partition(":")
         if not attribute:
-            raise unknown_name(self.kind, name, self.names)
+            raise unknown_name(self.kind, name, [*self.names, *self.presets])
         try:
             plugin = _import_plugin(name, module)
         except ModuleNotFoundError as error:

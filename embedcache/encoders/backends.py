@@ -240,7 +240,7 @@ def export_graph(export: OnnxExport, path: Path) -> None:
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
-                module.eval(),  # the exporter restores the mode it found
+                module.eval(),  # the exporter restores the earlier mode
                 arguments,
                 str(path),
                 input_names=list(export.example),
@@ -251,7 +251,9 @@ def export_graph(export: OnnxExport, path: Path) -> None:
             )
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             first_line = str(error).partition("\n")[0]
-            raise ArtifactError(f"cannot export {type(export.module).__name__} to ONNX: {first_line}") from error
+            raise ArtifactError(
+                f"cannot export {type(export.module).__name__} to ONNX: {first_line}; use backend torch"
+            ) from error
 
 
 class _PositionalModule(torch.nn.Module):
@@ -306,8 +308,10 @@ def _export_once(export: OnnxExport, weights: str) -> Path:
 
 def _check_agreement(export: OnnxExport, graph: Graph) -> None:
     expected = TorchGraph(export.module, EncoderSettings())(export.check_inputs, export.outputs)
-    found = graph(export.check_inputs, export.outputs)
+    outputs = graph(export.check_inputs, export.outputs)
     for name in export.outputs:
         # The packaged models differ by at most 1e-5; a constant that the tracer froze wrongly differs by 1e-1 and more.
-        if not np.allclose(found[name], expected[name], rtol=1e-3, atol=1e-3):
-            raise ArtifactError(f"the ONNX export of {export.key['name']} computes another {name} than torch")
+        if not np.allclose(outputs[name], expected[name], rtol=1e-3, atol=1e-3):
+            raise ArtifactError(
+                f"the ONNX export of {export.key['name']} computes another {name} than torch; use backend torch"
+            )

@@ -54,7 +54,7 @@ class Encoder(Protocol):
     """Features that the encoder offers, in order; the first is the default."""
     fingerprint: Fingerprint
     batch_size: int
-    """Items that one `encode` call should get."""
+    """Number of items per call of `encode`."""
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
         """Convert raw items to model inputs.

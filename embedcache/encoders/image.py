@@ -137,8 +137,8 @@ def _find_shapes(module: torch.nn.Module, input_size: Sequence[int]) -> dict[str
     return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
 
 
-def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+def _is_close(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.shape == second.shape and torch.allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
 class PixelScale(torch.nn.Module):
@@ -181,12 +181,12 @@ def _is_split_exact(whole: Transform, to_pixels: Transform, scale: PixelScale, s
     expected = whole(Image.fromarray(noise))
     try:
         pixels = to_pixels(Image.fromarray(noise))
-    except (TypeError, ValueError, RuntimeError):  # a transform that normalizes twice may refuse to skip it
+    except (TypeError, ValueError, RuntimeError):  # a transform that normalizes twice may not support skipping it
         return False
     if pixels.dtype != np.uint8 or pixels.shape != expected.shape:
         return False
-    found = scale(torch.from_numpy(pixels)[None])[0].numpy()
-    return np.allclose(found, expected, rtol=1e-6, atol=1e-6)  # the order of float32 operations may differ
+    scaled = scale(torch.from_numpy(pixels)[None])[0].numpy()
+    return np.allclose(scaled, expected, rtol=1e-6, atol=1e-6)  # the order of float32 operations may differ
 
 
 def plain_json(published: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
         settings: device, precision and backend; None: float32 on the CPU.
 
     Raises:
-        EmbedcacheError: one leaf of it for each possible mistake in a spec: unknown family, model or option, a modality
+        EmbedcacheError: a subclass of it per kind of mistake in a spec: unknown family, model or option, a modality
             that the family does not serve, a missing package, weights that are missing or do not fit.
     """
     if isinstance(spec, str):
@@ -155,7 +155,7 @@ class EncoderSpec:
         """Return an option that is a positive whole number; None if it is not given."""
         text = self.options.get(name)
         if text is not None and not (text.isdecimal() and int(text)):
-            raise SettingError(f"{name}={text} in {self.text}: expected {expected}")
+            raise SettingError(f"option {name} in {self.text}: expected {expected}, got {text!r}")
         return None if text is None else int(text)
 
     @property
@@ -175,7 +175,7 @@ def check_modality(spec: EncoderSpec, modality: Modality, served: Modality) -> N
     """Check that a family, or a model of it, serves the requested modality."""
     if modality != served:
         raise SettingError(
-            f"{spec.text} encodes {served}, requested for {modality}; use it as the {served} encoder, "
+            f"{spec.text}: expected an encoder of {modality}s, got one of {served}s; use it as the {served} encoder, "
             f"or choose another for {modality}"
         )
 
@@ -190,7 +190,7 @@ def _parse_options(text: str, parts: Collection[str]) -> dict[str, str]:
                 "supported: rename it or link to it)"
             )
         if name in options:
-            raise SettingError(f"option {name!r} appears twice in {text!r}: expected it once")
+            raise SettingError(f"option {name} in {text!r}: expected it once, got it twice; remove one")
         options[name] = value
     return options
 
@@ -206,6 +206,6 @@ def _load_opener(spec: EncoderSpec) -> Callable[..., Encoder]:
     if not callable(opener):
         raise SettingError(
             f"{spec.family}: expected a function that opens an encoder, such as open_timm in "
-            f"embedcache/encoders/timm.py, got a {type(opener).__name__}"
+            f"embedcache/encoders/timm.py, got {type(opener).__name__}"
         )
     return cast(Callable[..., Encoder], opener)

@@ -22,12 +22,12 @@ from embedcache.encoders.text_features import POOLING, Dense, SentenceFeatures
 from embedcache.encoders.weights import (
     USE_LOCAL_FOLDER,
     ModelFolder,
+    find_model_class,
     find_model_folder,
     hash_weights,
     load_config,
     load_pretrained,
     load_weights,
-    model_class,
 )
 from embedcache.errors import PathError, SettingError
 from embedcache.provenance import digest, read_json
@@ -177,7 +177,7 @@ def _read_prompt(path: Path) -> str:
 def load_transformer(modules: SentenceModules) -> tuple[torch.nn.Module, str]:
     """Load the transformer; return it in eval mode, and the hash of its weights."""
     config = load_config(modules.transformer)
-    return load_pretrained(model_class(config, modules.transformer), modules.transformer, config)
+    return load_pretrained(find_model_class(config, modules.transformer), modules.transformer, config)
 
 
 def load_dense(folder: Path) -> Dense:
@@ -188,7 +188,7 @@ def load_dense(folder: Path) -> Dense:
         raise unknown_name(f"activation in {folder}", activation, _ACTIVATIONS)
     if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
         raise SettingError(
-            f"the Dense module in {folder} is residual or applies to tokens: expected a plain one; choose another model"
+            f"the Dense module in {folder} is residual or applies to tokens: expected a plain one; choose another"
         )
     head = Dense(
         int(config["in_features"]),

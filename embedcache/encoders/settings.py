@@ -12,8 +12,8 @@ class EncoderSettings:
 
     Args:
         device: torch device.
-        features: names of requested features; one that an encoder can derive, such as `grid:4` or `layer6.cls`, joins
-            its native ones (grammar: `embedcache/encoders/image_features.py`), one that it cannot is left out.
+        features: names of requested features; a name that an encoder can derive, such as `grid:4` or `layer6.cls`,
+            joins its native features (grammar: `embedcache/encoders/image_features.py`), any other name is left out.
     """
 
     device: str = "cpu"

@@ -42,7 +42,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     """Open an image model.
 
     Options: `weights`, a local .safetensors or .pth file instead of the hub's; `image_size`, in pixels, instead of the
-    published one: position embeddings are resized to it.
+    published size: position embeddings are resized to it.
     """
     check_options(spec, ("image_size", "weights"))
     check_modality(spec, modality, "image")

@@ -25,7 +25,7 @@ from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import build_text_encoder, open_tokenizer
 from embedcache.encoders.text_features import POOLING as TEXT_POOLING
 from embedcache.encoders.text_features import TextFeatures
-from embedcache.encoders.weights import find_model_folder, load_config, load_pretrained, model_class, one_line
+from embedcache.encoders.weights import find_model_class, find_model_folder, load_config, load_pretrained, one_line
 from embedcache.errors import PathError, SettingError
 from embedcache.provenance import digest
 
@@ -81,7 +81,7 @@ def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
     config = load_config(folder)
     part = getattr(config, "vision_config" if modality == "image" else "text_config", None)
     if part is None:
-        return config, model_class(config, folder)
+        return config, find_model_class(config, folder)
     if type(part) not in transformers.MODEL_MAPPING:
         raise SettingError(
             f"{folder} is a {config.model_type}, whose {modality} tower transformers cannot load alone; choose another "

@@ -38,14 +38,14 @@ def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
 def check_weights_file(path: Path) -> None:
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
-        raise PathError(f"the weights file {path} {reason}; give the path of a .safetensors or .pth file")
+        raise PathError(f"expected a weights file, got {path}, which {reason}; give a .safetensors or .pth file")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a `.safetensors` or torch file, without executing anything in it."""
     check_weights_file(path)
     if not os.access(path, os.R_OK):  # safetensors would report that the file does not exist
-        raise PathError(f"cannot read {path}: permission denied")
+        raise PathError(f"cannot read {path}: permission denied; change its permissions")
     try:
         if path.suffix == ".safetensors":
             tensors: dict[str, torch.Tensor] = load_file(path)
@@ -88,7 +88,7 @@ def find_model_folder(spec: EncoderSpec, *, next_step: str = USE_LOCAL_FOLDER) -
         return ModelFolder(path)
     if spec.is_path or path.exists():
         reason = "is a file" if path.exists() else "does not exist"
-        raise PathError(f"the model folder {path} {reason}; give a folder with config.json and weights in it")
+        raise PathError(f"expected a model folder, got {path}, which {reason}; give one with config.json and weights")
     from huggingface_hub import snapshot_download
 
     with translate_hub_errors(f"{spec.model!r} (not a local folder)", next_step=next_step):
@@ -133,11 +133,11 @@ def load_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise PathError(
-            f"no model that transformers can read in {folder}: {one_line(error)}; give one of save_pretrained()"
+            f"transformers cannot read the model in {folder}: {one_line(error)}; give a folder of save_pretrained()"
         ) from error
 
 
-def model_class(config: Any, folder: Path) -> Any:
+def find_model_class(config: Any, folder: Path) -> Any:
     """Return the transformers class that loads a model: `AutoModel`, or the encoder of an encoder-decoder."""
     import transformers
 
@@ -147,7 +147,7 @@ def model_class(config: Any, folder: Path) -> Any:
     if config.model_type not in encoders:
         raise SettingError(
             f"{folder} is an encoder-decoder of type {config.model_type}: expected {' or '.join(encoders)}, whose "
-            "encoder can be loaded alone"
+            "encoder can be loaded alone; choose another model"
         )
     return getattr(transformers, encoders[config.model_type])
 

@@ -83,6 +83,6 @@ def _open_tokenizer(path: Path, max_tokens: int) -> Tokenizer:
     backend.enable_truncation(max_tokens)
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [found.ids or [_UNKNOWN_ID] for found in backend.encode_batch(texts, add_special_tokens=False)]
+        return [encoding.ids or [_UNKNOWN_ID] for encoding in backend.encode_batch(texts, add_special_tokens=False)]
 
     return Tokenizer(encode=encode, max_tokens=max_tokens, pad_id=_UNKNOWN_ID)

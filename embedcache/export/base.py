@@ -19,7 +19,7 @@ from embedcache.projectors.saved import PairConfig, TowerInput, load_pair
 MODALITIES: tuple[Modality, Modality] = ("image", "text")
 
 TOLERANCE = 1e-4
-"""Allowed difference in one element of a unit vector; float32 sums in another order differ by some 1e-6."""
+"""Allowed difference in one component of a unit vector; float32 sums in another order differ by some 1e-6."""
 
 TEXTS = ("a red cat", "two small dogs on the green hill, and a cat.", "x", "Zwei kleine Hunde " * 200)
 
@@ -53,20 +53,20 @@ class ExportRun:
             self._examples[modality] = encoder.embed(encoder.prepare(items))
         return self._examples[modality]
 
-    def check_parity(self, library: str, found: Mapping[Modality, Any]) -> dict[str, float]:
+    def check_parity(self, library: str, vectors: Mapping[Modality, Any]) -> dict[str, float]:
         """Compare the example vectors of a library with the run's; return the largest difference per modality."""
-        return {name: check_parity(library, rows, self.embed_examples(name)) for name, rows in found.items()}
+        return {name: check_parity(library, rows, self.embed_examples(name)) for name, rows in vectors.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportNotes:
-    """What a format reports about an export, for its model card.
+    """Facts about an export from its format, for the model card.
 
     Args:
         library: the card's `library_name`.
         task: the card's `pipeline_tag`; None: no tag fits.
         code: Python code that loads the export from its parent folder; `{folder}` stands for the export's name.
-        differences: modality -> largest difference from the run in one element of a unit vector.
+        differences: modality -> largest difference from the run in one component of a unit vector.
         encoders: modalities whose encoder is included.
     """
 
@@ -84,7 +84,7 @@ def check_plain(tower_input: TowerInput, format_name: str) -> None:
     name, fingerprint = tower_input.feature, tower_input.fingerprint
     view, precision = fingerprint.get("view"), fingerprint["precision"]
     if view is not None:
-        raise unsupported(format_name, f"the feature {name} is of the view {view['name']!r}, not of the encoder alone")
+        raise unsupported(format_name, f"the feature {name} is built from the view {view['name']!r}, not the encoder")
     if precision != "float32":
         raise unsupported(format_name, f"the feature {name} was computed in {precision}, not in float32")
 
@@ -96,19 +96,19 @@ def unsupported(format_name: str, reason: str, next_step: str = "") -> SettingEr
 
 
 def example_images() -> list[Image.Image]:
-    """Create images of noise, landscape, portrait and small, and one of a single color."""
+    """Create images of noise, landscape, portrait and small, and a single-colored image."""
     random = np.random.default_rng(0)
     sizes = ((320, 200), (200, 320), (37, 41))
     noise = [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
     return [*noise, Image.new("RGB", (120, 90), (200, 30, 60))]
 
 
-def check_parity(library: str, found: Any, expected: Floats) -> float:
-    """Return the largest difference in one element of unit vectors; raise `ArtifactError` if it is too large or NaN."""
-    difference = float(np.abs(np.asarray(found, np.float32) - expected).max(initial=0))
+def check_parity(library: str, actual: Any, expected: Floats) -> float:
+    """Return the largest difference of a component of unit vectors; raise `ArtifactError` if it is too large or NaN."""
+    difference = float(np.abs(np.asarray(actual, np.float32) - expected).max(initial=0))
     if not difference <= TOLERANCE:
         raise ArtifactError(
             f"{library} computes vectors that differ from the run's by {difference:.1e}: expected at most "
-            f"{TOLERANCE:.0e}; nothing was written"
+            f"{TOLERANCE:.0e}; nothing was written: use another format"
         )
     return difference

@@ -37,7 +37,7 @@ def write_card(path: Path, run: ExportRun, notes: ExportNotes, format_name: str,
 
 
 def _find_license(tower_input: TowerInput) -> str | None:
-    """Return the license of a packaged encoder, or the one that the card in its folder names; None if unknown."""
+    """Return the license of a packaged encoder, or that in the model card of its folder; None if unknown."""
     fingerprint = tower_input.fingerprint
     for (family, start), known in _KNOWN_LICENSES.items():
         if fingerprint["family"] == family and fingerprint["model"].startswith(start):
@@ -47,8 +47,8 @@ def _find_license(tower_input: TowerInput) -> str | None:
     card = Path(tower_input.spec.partition(":")[2].partition(",")[0]) / "README.md"
     if not card.is_file():
         return None
-    found = re.match(r"---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    return found[1] if found else None
+    match = re.match(r"---\n.*?^license:\s*(\S+)\s*$.*?^---$", card.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return match[1] if match else None
 
 
 def _front_matter(notes: ExportNotes, licenses: Mapping[Modality, str | None]) -> str:

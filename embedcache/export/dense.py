@@ -27,7 +27,7 @@ _Affine = tuple[Tensor, Tensor]  # (a, b) of x -> a x + b, in float64
 _ACTIVATIONS = (nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid)
 _CHAINS = (OpenClipLinear, OpenClipImageMlp, OpenClipTextMlp, ShareLockProjector)
 _REASONS = {
-    MlpProjector: "adds a linear branch to one with layer normalization",
+    MlpProjector: "adds a linear branch to a branch with layer normalization",
     GluProjector: "multiplies two branches with layer normalization",
     FuseMixProjector: "has residual blocks with layer normalization",
     AsifProjector: "keeps the largest of its cosines",
@@ -62,7 +62,7 @@ def dense_chain(tower: AnyTower, format_name: str) -> DenseChain:
     """Return a trained tower as a chain of dense layers that computes the same, up to rounding."""
     if isinstance(tower, TokenTower):
         name = type(tower.projector).__name__
-        raise unsupported(format_name, f"{name} maps every token, and a dense layer expects one vector")
+        raise unsupported(format_name, f"{name} maps every token, and a dense layer maps one vector")
     modules = list(_modules(tower, format_name))
     ones_D = torch.ones(tower.input_width, dtype=torch.float64)
     if isinstance(tower, RawTower):

@@ -40,7 +40,7 @@ class ExportReport:
     """Result of an export.
 
     Args:
-        differences: modality -> largest difference of the other library from the run in one element of a unit vector.
+        differences: modality -> largest difference of the other library from the run in one component of a unit vector.
         url: where it was uploaded to, if it was.
         is_new: False: an identical export was reused.
     """
@@ -53,18 +53,18 @@ class ExportReport:
 def export_run(format_name: str, run_path: Path, folder: Path, settings: ExportSettings | None = None) -> ExportReport:
     """Export a run, and upload it if requested.
 
-    An existing export of the same run with the same options is reused after its files were found unchanged; its model
-    card may have been edited.
+    An existing export of the same run with the same options is reused if its files are unchanged, which is checked; its
+    model card may have been edited.
 
     Args:
         format_name: a name in `FORMATS`.
-        folder: a new or empty folder, or one that holds the same export.
+        folder: a new or empty folder, or a folder with the same export.
 
     Raises:
         UnknownNameError: unknown format.
-        PathError: the run does not exist, the folder holds something else, or the hub refuses the upload.
+        PathError: the run does not exist, the folder holds something else, or the hub rejects the upload.
         SettingError: the format does not support the run or an option; the message says why.
-        FingerprintError: the folder holds an export of another run or with other options.
+        FingerprintError: the folder holds an export of another run, or was made with other options.
         CorruptError: a file of the existing export was changed.
         ArtifactError: the other library computes other vectors.
         MissingExtraError: the other library is not installed.

@@ -248,7 +248,7 @@ def _clip_model(run: ExportRun, folder: Path) -> _Model:
     """Fold both projectors into the linear maps at the end of a CLIP model's own towers."""
     specs = {modality: EncoderSpec.parse(run.config.tower_input(modality).spec) for modality in MODALITIES}
     if specs["image"] != specs["text"]:
-        raise unsupported(_FORMAT, f"its towers are of two models, {specs['image'].text} and {specs['text'].text}")
+        raise unsupported(_FORMAT, f"its towers belong to two models, {specs['image'].text} and {specs['text'].text}")
     import open_clip
 
     checkpoint = load_checkpoint(open_clip, specs["image"], "cpu")
@@ -267,7 +267,7 @@ def _fold_into_tower(state: dict[str, Tensor], modality: str, layers: Sequence[D
     if not _is_linear(layers) or layers[0].bias_P is not None:
         raise unsupported(
             _FORMAT,
-            f"the {modality} projector is more than a linear map, and open_clip's towers end in one",
+            f"the {modality} projector is more than a linear map, and open_clip's towers end in a linear map",
             "train with --projector openclip-linear",
         )
     weight_PD = layers[0].weight_PD.double()
@@ -305,11 +305,11 @@ def _check(run: ExportRun, folder: Path) -> dict[str, float]:
         tokenizer = open_clip.get_tokenizer(name)
         model.eval()
         images = torch.stack([preprocess(image) for image in example_images()])
-        found: dict[Modality, Tensor] = {
+        vectors: dict[Modality, Tensor] = {
             "image": model.encode_image(images, normalize=True),
             "text": model.encode_text(tokenizer(list(TEXTS)), normalize=True),
         }
     except RuntimeError as error:  # some timm networks have another width than they announce to open_clip
         specs = f"{run.config.image.spec} with {run.config.text.spec}"
         raise unsupported(_FORMAT, f"open_clip cannot run {specs}: {one_line(error)}") from error
-    return run.check_parity("open_clip", found)
+    return run.check_parity("open_clip", vectors)

@@ -32,13 +32,13 @@ def write_sentence_transformers(run: ExportRun, folder: Path) -> ExportNotes:
     model = library.SentenceTransformer(modules=modules, device="cpu")
     with torch.inference_mode():
         model.save(str(folder), create_model_card=False)
-    found = library.SentenceTransformer(str(folder), device="cpu").encode(list(TEXTS), show_progress_bar=False)
+    vectors = library.SentenceTransformer(str(folder), device="cpu").encode(list(TEXTS), show_progress_bar=False)
     return ExportNotes(
         library=_FORMAT,
         task="sentence-similarity",
         code=_CODE,
         requirements=("sentence-transformers",),
-        differences=run.check_parity(_FORMAT, {"text": found}),
+        differences=run.check_parity(_FORMAT, {"text": vectors}),
         notes=("The text tower only; `embedcache export transformers` includes both.",),
         encoders=("text",),
     )
@@ -65,13 +65,13 @@ def _sentence_modules(spec: EncoderSpec, name: str, max_tokens: int, library: An
     modules = encoders.read_modules(folder)
     model = library.SentenceTransformer(str(folder), device="cpu")
     model.max_seq_length = max_tokens
-    kept = [module for module in model if type(module).__name__ != "Normalize"]
+    library_modules = [module for module in model if type(module).__name__ != "Normalize"]
     pooled = "_".join(modules.pools)
     default = "dense" if modules.dense else pooled
     if name == default:
-        return kept
+        return library_modules
     if name == pooled:
-        return [module for module in kept if type(module).__name__ != "Dense"]
+        return [module for module in library_modules if type(module).__name__ != "Dense"]
     raise unsupported(_FORMAT, f"its text feature is {name!r}: expected {default!r}, the library's pooling")
 
 

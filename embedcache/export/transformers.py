@@ -112,7 +112,7 @@ def copy_code(modules: Sequence[str], folder: Path, format_name: str) -> None:
 
 
 def _has_own_processor(folder: Path) -> bool:
-    """Return whether an exported folder's image processor is embedcache's, not one of transformers'."""
+    """Return whether an exported folder's image processor is embedcache's, not transformers'."""
     kind: str | None = read_json(folder / "preprocessor_config.json").get("image_processor_type")
     return kind == "EmbedcacheImageProcessor"
 
@@ -172,10 +172,10 @@ def _check(run: ExportRun, folder: Path) -> dict[str, float]:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     images = processor(images=example_images(), return_tensors="pt")["pixel_values"]
     texts = processor(text=list(TEXTS), return_tensors="pt", padding=True, truncation=True)
-    found: dict[Modality, Any] = {
+    vectors: dict[Modality, Any] = {
         "image": model.get_image_features(images),
         "text": model.get_text_features(texts["input_ids"], texts["attention_mask"]),
     }
     del model
     gc.collect()
-    return run.check_parity(_FORMAT, found)
+    return run.check_parity(_FORMAT, vectors)

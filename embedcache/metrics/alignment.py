@@ -26,7 +26,7 @@ def linear_cka(x_ND: Array, y_NE: Array) -> float:
     is its value for shuffled rows. Memory: both in float64, and three D × D matrices.
 
     Raises:
-        DataError: fewer than four rows, different numbers of rows, NaN, or constant rows; so do the next two.
+        DataError: fewer than four rows, a different number of rows, NaN, or constant rows.
     """
     return float(cka(*(kernel_products(*pair).biased for pair in _feature_pairs(x_ND, y_NE)))[0])
 
@@ -69,11 +69,11 @@ def nearest_others(rows_ND: Array, k: int) -> Ints:
     return top_k(unit_ND, unit_ND, k, exclude_self=True)[0]
 
 
-def neighbor_overlap(one_NK: Ints, other_NK: Ints) -> Doubles:
-    """Return the fraction of common neighbors of each row: two (N, K) of row numbers -> (N,) float64."""
-    num_rows, k = one_NK.shape
-    ids = np.concatenate([one_NK, other_NK], axis=1)
-    ids.sort(axis=1)  # neighbors of one feature are distinct, so equal numbers are one of each
+def neighbor_overlap(first_NK: Ints, second_NK: Ints) -> Doubles:
+    """Return the fraction of common neighbors of each row: two (N, K) of row indices -> (N,) float64."""
+    num_rows, k = first_NK.shape
+    ids = np.concatenate([first_NK, second_NK], axis=1)
+    ids.sort(axis=1)  # neighbors of one feature are distinct, so equal indices come from both
     overlap_N: Doubles = (ids[:, 1:] == ids[:, :-1]).sum(axis=1).reshape(num_rows) / k
     return overlap_N
 
@@ -82,7 +82,7 @@ class CenteredRows:
     """Centered rows with the sums that products need, of all rows and without each block of rows.
 
     Args:
-        rows: (N, D) any float; kept as float64, centered.
+        rows: (N, D) any float; stored centered, as float64.
         block_N: (N,) int64, block of each row, from 0; None: no blocks.
     """
 
@@ -102,12 +102,12 @@ class CenteredRows:
         self.sums_GD = -np.stack([self.rows_ND[left_out].sum(axis=0) for left_out in self.slices])
         self.squares_N: Doubles = np.einsum("nd,nd->n", self.rows_ND, self.rows_ND)
         if self.squares_N.sum() <= _ROUNDING * np.vdot(mean_D, mean_D) * len(rows):
-            raise DataError("all rows are equal: there is nothing to compare")
+            raise DataError("expected rows that differ, got equal rows")
         self.others_NG: Doubles = self.rows_ND @ self.sums_GD.T - self.squares_N[:, None]
 
 
 class KernelProducts(NamedTuple):
-    """Inner products of two centered kernels, HSIC up to one factor: (1 + G,) of all rows, then without each block."""
+    """Inner products of two centered kernels, HSIC up to a factor: (1 + G,) of all rows, then without each block."""
 
     biased: Doubles
     unbiased: Doubles
@@ -116,14 +116,14 @@ class KernelProducts(NamedTuple):
 def kernel_products(x: CenteredRows, y: CenteredRows) -> KernelProducts:
     """Compute the products of two features with the same blocks. Memory: two D × E matrices."""
     total_DE = x.rows_ND.T @ y.rows_ND
-    found = [_products_without(x, y, number, total_DE) for number in range(len(x.slices))]
-    return KernelProducts(*np.array(found).T)
+    products = [_products_without(x, y, number, total_DE) for number in range(len(x.slices))]
+    return KernelProducts(*np.array(products).T)
 
 
 def cka(xy: Doubles, xx: Doubles, yy: Doubles) -> Doubles:
     """Compute CKA from the products of both features and of each with itself: three (M,) -> (M,)."""
     if min(xx.min(), yy.min()) <= 0:
-        raise DataError("CKA: a feature has too few or too similar rows: its unbiased HSIC is not above 0")
+        raise DataError("CKA: expected an unbiased HSIC above 0, got a feature of too few or too similar rows")
     ratio_M: Doubles = xy / np.sqrt(xx * yy)
     return ratio_M
 
@@ -138,10 +138,10 @@ def _products_without(x: CenteredRows, y: CenteredRows, number: int, total_DE: D
     """Return the biased and the unbiased product without one block, on the same scale."""
     left_out, n = x.slices[number], int(x.num_rows[number])
     cross_DE = total_DE - x.rows_ND[left_out].T @ y.rows_ND[left_out]
-    kept = np.ones(len(x.squares_N), bool)
-    kept[left_out] = False
-    diagonal = float(x.squares_N[kept] @ y.squares_N[kept])
-    others_x, others_y = x.others_NG[kept, number], y.others_NG[kept, number]
+    is_kept_N = np.ones(len(x.squares_N), bool)
+    is_kept_N[left_out] = False
+    diagonal = float(x.squares_N[is_kept_N] @ y.squares_N[is_kept_N])
+    others_x, others_y = x.others_NG[is_kept_N, number], y.others_NG[is_kept_N, number]
     unbiased = (
         np.vdot(cross_DE, cross_DE)
         - diagonal

@@ -48,7 +48,7 @@ def bootstrap_means(
 
 
 def bootstrap_median(values: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
-    """Compute a median, the lower one of two, with an interval as in `bootstrap_mean`."""
+    """Compute a median, the lower of the two middle values, with an interval as in `bootstrap_mean`."""
     order_M = np.argsort(values)
 
     def median(weights_M: Array) -> float:
@@ -97,10 +97,10 @@ def _clusters(clusters: Ints | None, num_values: int) -> tuple[Ints, Ints]:
     """Return the number of each value's cluster, from 0, and the cluster sizes."""
     if not num_values:
         raise DataError("bootstrap: expected at least one value, got none")
-    numbers: Ints = np.arange(num_values)
+    cluster_M: Ints = np.arange(num_values)
     if clusters is not None:
-        _, numbers = np.unique(clusters, return_inverse=True)
-    return numbers, np.bincount(numbers)
+        _, cluster_M = np.unique(clusters, return_inverse=True)
+    return cluster_M, np.bincount(cluster_M)
 
 
 def _resamples(num_clusters: int, num_draws: int, seed: int) -> Iterator[Ints]:
@@ -112,7 +112,7 @@ def _resamples(num_clusters: int, num_draws: int, seed: int) -> Iterator[Ints]:
 
 def _estimates(values_K: Array, means_RK: Array) -> list[Estimate]:
     low_K, high_K = np.quantile(means_RK, [0.025, 0.975], axis=0)
-    return [Estimate(*map(float, figures)) for figures in zip(values_K, low_K, high_K, strict=True)]
+    return [Estimate(*map(float, values)) for values in zip(values_K, low_K, high_K, strict=True)]
 
 
 def chance_estimate(probability: float, num_queries: int) -> Estimate:
@@ -126,7 +126,7 @@ def jackknife(values: Array, sizes: Ints) -> Estimate:
 
     For a statistic that compares rows with each other, resampling with replacement would compare rows with copies of
     themselves; leaving rows out does not. "Delete-m jackknife for unequal m" (Statistics and Computing
-    1999), with Student's t of one degree of freedom less than there are blocks.
+    1999), with Student's t of as many degrees of freedom as blocks minus one.
 
     Args:
         values: (1 + G,) statistic of all rows, then without each block.

@@ -96,10 +96,10 @@ def closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
         best_B = np.full(len(block_BP), -np.inf, np.float32)
         for tile in blocks(len(queries_QP) if len(block_BP) else 0, _TILE):
             sims_TB = queries_QP[tile] @ block_BP.T
-            found = sims_TB.argmax(axis=1)
-            sims = sims_TB[np.arange(len(found)), found]
+            nearest_T = sims_TB.argmax(axis=1)
+            sims = sims_TB[np.arange(len(nearest_T)), nearest_T]
             is_closer = sims > sims_Q[tile]
-            rows_Q[tile][is_closer] = found[is_closer] + num_before
+            rows_Q[tile][is_closer] = nearest_T[is_closer] + num_before
             sims_Q[tile][is_closer] = sims[is_closer]
             best_B = np.maximum(best_B, sims_TB.max(axis=0))
         candidate_sims.append(best_B)
@@ -110,7 +110,7 @@ def closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
 def pairs_above(vectors_NP: Floats, cosine: float) -> Iterator[tuple[Ints, Ints]]:
     """Iterate over all pairs of rows above a cosine, each row with itself included, in tiles of 1,024 rows.
 
-    Rows have length 1; a tile yields two (M,) int64 arrays of row numbers. Memory: 1,024 x N similarities.
+    Rows have length 1; a tile yields two (M,) int64 arrays of row indices. Memory: 1,024 x N similarities.
     """
     for block in blocks(len(vectors_NP), _TILE):
         left, right = np.nonzero(vectors_NP[block] @ vectors_NP.T > cosine)

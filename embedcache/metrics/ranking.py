@@ -25,7 +25,9 @@ def negatives_before(queries_QP: Floats, candidates_CP: Floats, positives: tuple
     query_M, candidate_M = positives
     missing = np.setdiff1d(np.arange(len(queries_QP)), query_M)
     if len(missing):
-        raise DataError(f"{len(missing)} queries have no positive candidate, first query {missing[0]}")
+        raise DataError(
+            f"expected a positive candidate per query, got none for {len(missing)}, first query {missing[0]}"
+        )
     order_M = np.argsort(query_M, kind="stable")
     before_M = np.empty(len(query_M), np.int64)
     rows = max(1, _BLOCK_BYTES // (4 * max(1, len(candidates_CP))))
@@ -102,7 +104,7 @@ def chance_recall(num_positives_Q: Ints, num_candidates: int, k: int) -> float:
         0.1
     """
     misses_Q = np.ones(len(num_positives_Q))
-    for drawn in range(min(k, num_candidates)):
-        left = num_candidates - drawn
+    for num_drawn in range(min(k, num_candidates)):
+        left = num_candidates - num_drawn
         misses_Q *= np.clip((left - num_positives_Q) / left, 0, 1)
     return float(np.mean(1 - misses_Q))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from embedcache.registry import Registry
 
+_PRESETS = {"openclip-mlp": "openclip-mlp-image+openclip-mlp-text"}
+
 PROJECTORS = Registry(
     "projector",
     {
@@ -27,13 +29,12 @@ PROJECTORS = Registry(
         "token_mlp": "embedcache.projectors.tokens:TokenMlpProjector",
     },
     group="embedcache.projectors",
+    presets=_PRESETS,
 )
-
-_PRESETS = {"openclip-mlp": "openclip-mlp-image+openclip-mlp-text"}
 
 
 def split_names(names: str) -> tuple[str, str]:
-    """Return the image and the text projector of a name: `glu` is both, `identity+sharelock` is one for each."""
+    """Return the image and the text projector of a name: `glu` stands for both, `identity+sharelock` for one each."""
     image, _, text = _PRESETS.get(names, names).partition("+")
     return image, text or image
 
@@ -44,7 +45,7 @@ def has_token_input(projector: str) -> bool:
 
 
 class Projector(Protocol):
-    """A module for one vector per item, built as `Projector(input_width, output_width)`.
+    """A projector of one vector per item, built as `Projector(input_width, output_width)`.
 
     A class attribute `has_raw_input = True` asks for vectors as the encoder returned them; otherwise they are scaled
     to length 1 and centered.

@@ -77,7 +77,7 @@ class Moments:
 def cca(moments: Moments, width: int, *, shrinkage: float) -> tuple[Matrix, Matrix]:
     """Solve regularized canonical correlation analysis, with each direction weighted by its correlation.
 
-    With whiteners Wx = (Sxx + s mean(eig Sxx) I)^-1/2 and Wy likewise, and U diag(r) V' the singular value
+    With whiteners Wx = (Sxx + s mean(eig Sxx) I)^-1/2 and Wy from Syy, and U diag(r) V' the singular value
     decomposition of Wx Sxy Wy, the projectors are Wx U diag(r) and Wy V diag(r). Hotelling, "Relations between two
     sets of variates" (1936); the weighting is our choice and stronger than that of `csa`.
     """

@@ -87,9 +87,9 @@ def test_texts_match_transformers(backend: str, bert: Path) -> None:
 
 
 def test_wrong_modality_raises(bert: Path, dinov2: Path) -> None:
-    with pytest.raises(SettingError, match="encodes text, requested for image"):
+    with pytest.raises(SettingError, match="expected an encoder of images, got one of texts"):
         open_encoder(f"hf:{bert}", modality="image")
-    with pytest.raises(SettingError, match="encodes image, requested for text"):
+    with pytest.raises(SettingError, match="expected an encoder of texts, got one of images"):
         open_encoder(f"hf:{dinov2}", modality="text")
 
 
@@ -127,7 +127,7 @@ def test_missing_pooler_is_allowed(bert: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
-        ("config.json", "no model that transformers can read"),
+        ("config.json", "transformers cannot read the model"),
         ("model.safetensors", "no weights in"),
         ("preprocessor_config.json", "no image processor in"),
     ],

@@ -111,7 +111,7 @@ def test_unknown_model_raises() -> None:
 
 
 def test_image_modality_raises() -> None:
-    with pytest.raises(SettingError, match=r"use:multilingual-v3 encodes text, requested for image"):
+    with pytest.raises(SettingError, match=r"use:multilingual-v3: expected an encoder of images, got one of texts"):
         open_encoder(SPEC, modality="image")
 
 

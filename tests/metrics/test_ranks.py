@@ -60,7 +60,7 @@ def test_nan_embedding_ranks_last(where: str) -> None:
 
 def test_query_without_positive_raises() -> None:
     one = np.ones((2, 1), np.float32)
-    with pytest.raises(DataError, match="1 queries have no positive candidate, first query 1"):
+    with pytest.raises(DataError, match="got none for 1, first query 1"):
         best_ranks(one, one, (np.array([0]), np.array([0])))
 
 

@@ -6,14 +6,15 @@ import pytest
 from embedcache.evaluate.encoder_pairs import METRICS, PairFigures, PairsReport
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.metrics.intervals import Estimate
-from pipelines.correlation import Outcomes, correlation_rows, rank_correlation, write_correlations
+from pipelines.correlation import Outcomes, correlation_rows, write_correlations
+from pipelines.rank_correlation import rank_correlation
 
 NAMES = [(f"a/{image}", f"b/{text}") for image in "xyz" for text in "uv"]
 
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.correlation.rank_correlation", partial(rank_correlation, num_draws=20))
+    monkeypatch.setattr("pipelines.rank_correlation.rank_correlation", partial(rank_correlation, num_draws=20))
 
 
 def exactly(value: float) -> Estimate:

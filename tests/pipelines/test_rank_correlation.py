@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import kendalltau, spearmanr
 
 from embedcache.errors import DataError
-from pipelines.correlation import rank_correlation
+from pipelines.rank_correlation import rank_correlation
 
 
 def test_rank_correlation_limits() -> None:

@@ -102,7 +102,7 @@ def test_split_names() -> None:
 
 
 def test_unknown_projector_suggests_a_name() -> None:
-    with pytest.raises(UnknownNameError, match="unknown projector 'mpl'; did you mean 'mlp'"):
+    with pytest.raises(UnknownNameError, match="unknown projector 'mpl'; did you mean 'mlp'.*openclip-mlp,"):
         PROJECTORS.load("mpl")
 
 
