@@ -33,7 +33,7 @@ def num_cores() -> int:
 
 
 def cgroup_cores(root: Path) -> int | None:
-    """Return the CPU quota of a container in whole cores, rounded up; None if there is none below `root`."""
+    """Return the CPU quota of a container in cores, rounded up; None if there is none below `root`."""
     try:
         if (root / "cpu.max").is_file():  # version 2 of the control groups; version 1 has two files
             quota, period = (root / "cpu.max").read_text().split()
@@ -54,13 +54,13 @@ def run_processes(
 ) -> tuple[list[R], int]:
     """Run `work(task, progress)` in one spawned process per task until all of them have ended.
 
-    A process that dies, such as one killed for want of memory, does not stop the others.
+    A process that dies, such as one killed because memory ran out, does not stop the others.
 
     Args:
-        work: function of a module; the tasks and what it returns must be picklable.
+        work: function of a module; the tasks and its results must be picklable.
         tasks: one per process.
         progress: shows the progress of all processes together.
-        steps: names of the steps that a process may start, in order; a process may leave some of them out.
+        steps: names of the steps that a process may start, in order; a process may skip some of them.
         is_split: whether each process reports the total of its own part of a step; otherwise they share one total.
 
     Returns:
@@ -148,7 +148,7 @@ class _PipeProgress:
 
 
 class _MergedProgress:
-    """Shows several processes as one: each step in turn, until the last process has left it.
+    """Shows several processes as one: each step in turn, until the last process has finished it.
 
     Where processes report the totals of their own parts, a step is shown once all of them have reported, so that its
     total is complete.

@@ -173,7 +173,7 @@ def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def run_record(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def record_stage(path: Path, stage: str, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Write a JSON record of a stage, if it ends without an error; yields a dictionary for the outcome.
 
     The record holds inputs and settings, outcome, time, memory, machine and package versions.

@@ -5,7 +5,7 @@ import pytest
 
 from embedcache.errors import CorruptError, FingerprintError, PathError
 from embedcache.files import partial_path
-from embedcache.provenance import check_same, digest, prepare_folder, read_json, recognize, run_record
+from embedcache.provenance import check_same, digest, prepare_folder, read_json, recognize, record_stage
 from tests.golden.test_artifacts import ARTIFACTS
 
 
@@ -48,7 +48,7 @@ def test_read_json_of_other_content_raises(tmp_path: Path) -> None:
 
 
 def test_run_record(tmp_path: Path) -> None:
-    with run_record(tmp_path / "record.json", "train", {"seed": 1}) as outcome:
+    with record_stage(tmp_path / "record.json", "train", {"seed": 1}) as outcome:
         outcome["loss"] = 0.5
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["stage"] == "train"
@@ -59,7 +59,7 @@ def test_run_record(tmp_path: Path) -> None:
 
 
 def test_run_record_after_error(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), run_record(tmp_path / "record.json", "train", {}):
+    with pytest.raises(ZeroDivisionError), record_stage(tmp_path / "record.json", "train", {}):
         raise ZeroDivisionError
     assert not (tmp_path / "record.json").exists()
 

@@ -18,12 +18,12 @@ from embedcache.processes import connected, num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import Source
 
-_PATIENCE_S = 30.0
-"""After this long without a result, the chunks of an actor that Ray cannot restart go to an idle one."""
+_RESULT_TIMEOUT_S = 30.0
+"""Time without a result after which the chunks of an actor that Ray cannot restart are given to an idle one."""
 
 
 def run_engine(job: ExtractJob, source: Source, progress: Progress) -> list[ShardReport]:
-    """Encode all missing chunks with the engine that the settings name; an error in one process ends the others.
+    """Encode all missing chunks with the engine named in the settings; an error in one process ends the others.
 
     Raises:
         UnfinishedError: all worker processes died, or one that had chunks of its own.
@@ -50,7 +50,7 @@ def all_devices() -> tuple[str, ...]:
 def _run_local(job: ExtractJob, source: Source, progress: Progress) -> list[ShardReport]:
     """Encode on the devices of this machine: in this process if there is one, else in one process per device.
 
-    Processes take chunks as they go, and finish the chunks of one that was killed. Behind a URL, where nothing can be
+    Processes lease chunks one by one, and finish the chunks of one that was killed. Behind a URL, where nothing can be
     leased, each has a fixed part of the chunks instead.
     """
     devices = job.settings.devices or all_devices()
@@ -69,11 +69,11 @@ def _run_local(job: ExtractJob, source: Source, progress: Progress) -> list[Shar
     )
     if num_died and (is_split or not reports):
         raise UnfinishedError(
-            f"{num_died} of {count} worker processes died; finished chunks are kept: rerun the same command"
+            f"{num_died} of {count} worker processes died; finished chunks are stored; run the same command again"
         )
     if num_died:
         progress.note(f"{num_died} of {count} worker processes died; the others finished their chunks")
-    return merge_reports(report for some in reports for report in some)
+    return merge_reports(report for process_reports in reports for report in process_reports)
 
 
 def _run_device(task: tuple[ExtractJob, str, int], progress: Progress) -> list[ShardReport]:
@@ -166,7 +166,7 @@ def _encode_on_actors(
         while waiting and idle:
             actor, chunk = idle.popleft(), waiting.popleft()
             running[actor.encode.remote(modality, chunk)] = actor, chunk
-        ready, _ = ray.wait(list(running), timeout=_PATIENCE_S)
+        ready, _ = ray.wait(list(running), timeout=_RESULT_TIMEOUT_S)
         for task in ready:
             actor, chunk = running.pop(task)
             yield from _get(ray, task)

@@ -17,7 +17,7 @@ from embedcache.extract.views import open_view
 from embedcache.extract.worker import ShardReport
 from embedcache.files import open_path, remove_partials
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import run_record
+from embedcache.provenance import record_stage
 from embedcache.sources.base import IMPORTED, Source
 from embedcache.store.cache import Cache
 from embedcache.store.group import open_group
@@ -27,7 +27,7 @@ from embedcache.store.layout import info_path, read_info
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderReport:
-    """What an extraction did for one encoder, or one view of it.
+    """Result of an extraction for one encoder, or one view of it.
 
     Args:
         modality: modality of the items.
@@ -83,14 +83,14 @@ def extract(
         SettingError: no encoder is named, or the cache was imported.
         UnknownNameError: an encoder or feature is unknown.
         SourceError: the source cannot be indexed, lacks a modality, or none of its items can be read.
-        FingerprintError: the cache holds other samples, or features of another encoder of that name.
-        DiskFullError: the disk is full; committed chunks are kept, so run again with more space.
+        FingerprintError: the cache holds other samples, or features of a different encoder of that name.
+        DiskFullError: the disk is full; committed chunks stay valid, so run again with more space.
     """
     progress = progress or NullProgress()
     job = open_job(source, cache_path, image_encoders, text_encoders, settings=settings, progress=progress)
     cache = Cache(job.cache)
     remove_partials(cache.path)
-    with record_run(cache, job, "extract") as outcome:
+    with record_job(cache, job, "extract") as outcome:
         reports = [_count_items(cache, report) for report in run_engine(job, source, progress)]
         outcome["encoders"] = [vars(report) for report in reports]
     _check_any_encoded(cache, reports)
@@ -163,8 +163,8 @@ def _check_encoders(encoders: dict[str, Sequence[str]], settings: ExtractSetting
             )
 
 
-def record_run(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextManager[dict[str, Any]]:
-    """Record who did what to a cache in its folder `records`."""
+def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextManager[dict[str, Any]]:
+    """Record a stage on a cache in its folder `records`."""
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     request = {
         "source": job.source,
@@ -174,7 +174,7 @@ def record_run(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextMana
         "views": list(job.settings.views),
         "dtype": job.settings.dtype,
     }
-    return run_record(cache.path / "records" / f"{stage}-{started}.json", stage, request)
+    return record_stage(cache.path / "records" / f"{stage}-{started}.json", stage, request)
 
 
 def _count_items(cache: Cache, report: ShardReport) -> EncoderReport:

@@ -20,7 +20,7 @@ from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
 from embedcache.store.group import EncoderGroup, add_feature, create_group
-from embedcache.store.writer import fit_item
+from embedcache.store.writer import cast_item
 
 _DERIVED_FEATURES = (
     "a model may also offer grid:K, K × K averages of its patches, kmeans:K, averages of K clusters of them, "
@@ -33,7 +33,7 @@ _FEW_CORES = 4
 class CpuGate:
     """Makes decoding wait while a model computes, where both would need all cores.
 
-    On 2 cores, an EfficientNet and decoding at the same time took 6% longer than one after the other, because they
+    On 2 cores, an EfficientNet and decoding at the same time took 6% longer than in sequence, because they
     evict each other's data from the CPU caches. Reading files never waits. The gate of another device stays open.
     """
 
@@ -72,7 +72,7 @@ class FeatureWriter:
 
     Args:
         dtypes: feature -> dtype on disk.
-        view: alters items before they are encoded; None leaves them as they are.
+        view: alters items before they are encoded; None encodes them unchanged.
         executor: the one thread on which the encoder runs.
         gate: decides when decoding waits for the encoder; one gate for all writers of a process.
     """
@@ -107,13 +107,13 @@ class FeatureWriter:
         with self.gate.inference():
             return self.encoder.encode(batch, features)
 
-    def fit(self, feature: str, item: Array) -> Array:
+    def cast(self, feature: str, item: Array) -> Array:
         """Check the encoder's output for one item and convert it to the dtype on disk."""
         name = f"{self.group.name}/{feature}"
-        return fit_item(item, self.encoder.features[feature], self.dtypes[feature], name)
+        return cast_item(item, self.encoder.features[feature], self.dtypes[feature], name)
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
-        """Turn raw items, or their view, into model inputs."""
+        """Convert raw items, or their view, to model inputs."""
         return self.encoder.prepare([item if self.view is None else self.view.apply(item) for item in items])
 
 
@@ -141,7 +141,7 @@ def create_writer(
     executor: Executor,
     gate: CpuGate,
 ) -> FeatureWriter:
-    """Create an encoder's folder in a cache, or open it; one of another encoder raises a `FingerprintError`."""
+    """Create an encoder's folder in a cache, or open it; a folder of another encoder raises a `FingerprintError`."""
     group = create_group(
         cache.path,
         encoder.modality,
@@ -195,7 +195,7 @@ def check_unchanged(writer: FeatureWriter) -> None:
         f"encoder {writer.group.path}",
         writer.group.fingerprint,
         view_fingerprint(writer.encoder, writer.view),
-        next_step="restore the versions and files it was made with, or extract into a new folder",
+        next_step="restore the versions and files it was written with, or extract into a new folder",
     )
 
 

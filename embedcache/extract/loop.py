@@ -219,11 +219,11 @@ class BatchBuffer:
         encoded = running.result()
         for name, items in self.features.items():
             for row, item in zip(rows, encoded[name], strict=True):
-                items[row] = self.writer.fit(name, item)
+                items[row] = self.writer.cast(name, item)
 
 
 def add_loaded(buffer: BatchBuffer, items: Iterable[tuple[int, LoadedItem]], number: int) -> None:
-    """Encode the loaded items of some rows; `number` is the writer's place in their inputs."""
+    """Encode the loaded items of some rows; `number` is the writer's position in their inputs."""
     for row, item in items:
         if item.failure is None:
             buffer.add(row, item.inputs[number])
@@ -231,7 +231,7 @@ def add_loaded(buffer: BatchBuffer, items: Iterable[tuple[int, LoadedItem]], num
 
 
 def add_distinct(buffer: BatchBuffer, loaded: Sequence[LoadedItem], number: int) -> None:
-    """Encode loaded items, each distinct one once and the longest first."""
+    """Encode loaded items, each distinct item once and the longest first."""
     first_row: dict[bytes | None, int] = {}
     for row, item in enumerate(loaded):
         if item.failure is None:

@@ -24,12 +24,12 @@ from embedcache.units import format_bytes
 
 _PROBE_BATCHES = 4
 _COMMIT_BYTES = 24
-"""Per item in a commit: its hash, and now and then the reason of a failure."""
+"""Per item in a commit: its hash, and sometimes the reason of a failure."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedFeature:
-    """What one feature will take.
+    """Estimated size of one feature.
 
     Args:
         num_items: number of items in the chunks that lack it.
@@ -49,7 +49,7 @@ class PlannedFeature:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What an extraction will take.
+    """Estimated size, memory and time of an extraction.
 
     Args:
         features: the features to compute; empty if nothing is missing.
@@ -117,12 +117,12 @@ def plan(
             rates[modality], buffers = _probe(worker, modality, chunks[0], job.settings.num_threads)
             for writer, buffer in zip(writers, buffers, strict=True):
                 for name, items in buffer.features.items():
-                    lacking = [chunk for chunk in chunks if name in writer.missing(chunk)]
+                    missing_chunks = [chunk for chunk in chunks if name in writer.missing(chunk)]
                     sizes = [item.nbytes for item in items if item is not None]
                     feature = PlannedFeature(
                         name=f"{writer.group.name}/{name}",
                         modality=modality,
-                        num_items=worker.cache.info.count_items(modality, lacking),
+                        num_items=worker.cache.info.count_items(modality, missing_chunks),
                         item_bytes=fmean(sizes or [0]),
                     )
                     features.append(feature)
@@ -139,7 +139,7 @@ def plan(
 def _probe(worker: Worker, modality: Modality, chunk: int, threads: int) -> tuple[float, list[BatchBuffer]]:
     """Encode the first batches of a chunk; return items per second, without the first batch, and the outputs.
 
-    Loading and encoding are timed one after the other. On a GPU they overlap, so extraction is faster than this.
+    Loading and encoding are timed in sequence. On a GPU they overlap, so extraction is faster than this.
     """
     writers = worker.writers[modality]
     num_items = _PROBE_BATCHES * max(writer.encoder.batch_size for writer in writers)
@@ -147,8 +147,8 @@ def _probe(worker: Worker, modality: Modality, chunk: int, threads: int) -> tupl
     num_warmup = max(1, len(items) // _PROBE_BATCHES)
     with ThreadPoolExecutor(threads) as executor:
 
-        def encode(some: pa.Table) -> list[BatchBuffer]:
-            loaded = load_items(worker.source, some, writers, executor)
+        def encode(table: pa.Table) -> list[BatchBuffer]:
+            loaded = load_items(worker.source, table, writers, executor)
             buffers = [BatchBuffer(writer, writer.features, len(loaded)) for writer in writers]
             for number, buffer in enumerate(buffers):
                 add_distinct(buffer, loaded, number)

@@ -11,7 +11,7 @@ import numpy as np
 from embedcache.arrays import Array, Floats, Ints, normalize
 from embedcache.errors import CorruptError
 from embedcache.extract.engines import all_devices
-from embedcache.extract.extract import open_job, record_run
+from embedcache.extract.extract import open_job, record_job
 from embedcache.extract.feature_writer import (
     FeatureWriter,
     check_unchanged,
@@ -34,21 +34,21 @@ from embedcache.store.verify import Finding, verify
 from embedcache.store.writer import commit_chunk, withdraw
 
 MIN_COSINE = 0.999
-"""Below this an item has drifted: float16 on disk costs 1e-6, and another library's summation order about as much."""
+"""Cosine below which an item has drifted: float16 on disk costs 1e-6, and another summation order about as much."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What verifying a cache found.
+    """Result of verifying a cache.
 
     Args:
-        found: problems found first.
+        detected: problems before any repair.
         repaired: one line per encoder that encoded damaged chunks again.
         findings: problems that remain.
     """
 
     cache: Path
-    found: Sequence[Finding]
+    detected: Sequence[Finding]
     repaired: Sequence[str]
     findings: Sequence[Finding]
     drifts: Sequence["Drift"]
@@ -67,7 +67,7 @@ class VerifyReport:
         """Return a summary: a line per problem, then the totals, then a line per drift."""
         num_missing = len(self.findings) - self.num_damaged
         totals = f"{self.num_damaged:,} damaged chunks or tables, {num_missing:,} chunks not extracted yet"
-        problems = [finding.line() for finding in self.found]
+        problems = [finding.line() for finding in self.detected]
         return [*problems, *self.repaired, f"{self.cache}: {totals}", *(drift.line() for drift in self.drifts)]
 
 
@@ -81,21 +81,21 @@ def verify_cache(
         CorruptError: a table is damaged, so that nothing can be repaired.
     """
     cache, settings = Cache(cache_path), settings or VerifySettings()
-    found = findings = verify(cache, progress=progress)
+    detected = findings = verify(cache, progress=progress)
     repaired: list[str] = []
     if settings.repair:
-        repaired = repair(cache, found, device=settings.device, progress=progress)
+        repaired = repair(cache, detected, device=settings.device, progress=progress)
         findings = verify(cache, progress=progress)
     drifts: list[Drift] = []
     if settings.reencode is not None:
         drifts = measure_drift(cache, settings.reencode, device=settings.device, progress=progress)
-    return VerifyReport(cache=cache.path, found=found, repaired=repaired, findings=findings, drifts=drifts)
+    return VerifyReport(cache=cache.path, detected=detected, repaired=repaired, findings=findings, drifts=drifts)
 
 
 def repair(
     cache: Cache, findings: Sequence[Finding], *, device: str = "cpu", progress: Progress | None = None
 ) -> list[str]:
-    """Withdraw the damaged features of each chunk and encode those chunks again with the encoders that made them.
+    """Withdraw the damaged features of each chunk and encode those chunks again with the encoders that computed them.
 
     Findings of `verify` that are not damage or cannot be repaired this way are skipped.
 
@@ -103,12 +103,12 @@ def repair(
         One line per encoder.
 
     Raises:
-        FingerprintError: an encoder has changed; nothing of it is touched.
-        CorruptError: a table is damaged, so the rows of the chunks are unknown; nothing is touched.
+        FingerprintError: an encoder has changed; its features are not modified.
+        CorruptError: a table is damaged, so the rows of the chunks are unknown; nothing is modified.
     """
     tables = [finding for finding in findings if finding.is_damage and not finding.encoder]
     if tables:
-        raise CorruptError(f"nothing is repaired while {tables[0].line()}")
+        raise CorruptError(f"expected intact tables, got {tables[0].line()}")
     progress = progress or NullProgress()
     source = reopen_source(cache.info.source)
     damaged: dict[tuple[str, str], list[Finding]] = defaultdict(list)
@@ -116,13 +116,13 @@ def repair(
         if finding.is_damage and finding.can_repair:
             damaged[finding.modality, finding.encoder].append(finding)
     lines = []
-    for (modality, encoder), some in damaged.items():
+    for (modality, encoder), group_findings in damaged.items():
         group = open_group(cache.path, modality, encoder, cache.info)
-        writer = reopen_writer(group, sorted({finding.name for finding in some}), device=device)
+        writer = reopen_writer(group, sorted({finding.name for finding in group_findings}), device=device)
         check_unchanged(writer)
-        for finding in some:
+        for finding in group_findings:
             withdraw(group, finding.chunk, [finding.name])
-        chunks = sorted({finding.chunk for finding in some})
+        chunks = sorted({finding.chunk for finding in group_findings})
         progress.start(f"repairing {encoder}", cache.info.count_items(modality, chunks), f"{modality}s")
         tasks = (task for chunk in chunks if (task := lease_chunk(writer, chunk)).missing)
         encode_chunks(cache, source, modality, tasks, progress, threads=num_cores())
@@ -133,7 +133,7 @@ def repair(
 
 @dataclass(kw_only=True)
 class RetryReport:
-    """What retrying the failed items gave for one encoder; `reasons` counts the items that failed again by kind."""
+    """Result of retrying the failed items of one encoder; `reasons` counts the items that failed again by kind."""
 
     encoder: str
     num_tried: int = 0
@@ -167,10 +167,10 @@ def retry_failed(
     settings: ExtractSettings | None = None,
     progress: Progress | None = None,
 ) -> list[RetryReport]:
-    """Retry the images that failed, after a file was replaced or a network came back; all other rows are kept.
+    """Retry the images that failed, after a file was replaced or a network came back; all other rows stay unchanged.
 
-    Captions that failed are blank and stay so, because captions are part of the item table. The arguments and errors
-    are those of `extract`.
+    Captions that failed are blank and remain failed, because captions are part of the item table. The arguments and
+    errors are those of `extract`.
     """
     progress = progress or NullProgress()
     job = open_job(
@@ -179,7 +179,7 @@ def retry_failed(
     worker = Worker(job, source=source, device=(job.settings.devices or all_devices())[0])
     writers = worker.writers.get("image", [])
     reports = [RetryReport(encoder=writer.group.name) for writer in writers]
-    with record_run(worker.cache, job, "retry") as outcome, ThreadPoolExecutor(job.settings.num_threads) as executor:
+    with record_job(worker.cache, job, "retry") as outcome, ThreadPoolExecutor(job.settings.num_threads) as executor:
         num_chunks = worker.cache.info.num_chunks("image")
         progress.start("looking for failed images", num_chunks, "chunks")
         for chunk in range(num_chunks):
@@ -224,21 +224,21 @@ def _failed_rows(writer: FeatureWriter, chunk: int) -> set[int]:
 
 
 def _rewrite_chunk(writer: FeatureWriter, chunk: int, retried: Mapping[int, LoadedItem], number: int) -> None:
-    """Write a chunk again, with the features of the retried rows; `number` is the writer's place in their inputs."""
+    """Write a chunk again, with the features of the retried rows; `number` is the writer's position in their inputs."""
     commit = writer.group.commit(chunk)
     assert commit is not None  # some of its rows failed
     features = [name for name in writer.features if writer.group.has(commit, name)]
     buffer = BatchBuffer(writer, features, len(commit.hashes))
     add_loaded(buffer, retried.items(), number)
-    kept = LoadedItem(hash=None, failure=NOT_YET)
-    items = [retried.get(row, kept) for row in range(len(commit.hashes))]
+    unchanged = LoadedItem(hash=None, failure=NOT_YET)
+    items = [retried.get(row, unchanged) for row in range(len(commit.hashes))]
     hashes, failures = [item.hash for item in items], [item.failure for item in items]
     commit_chunk(writer.group, chunk, buffer.features, hashes, dict.fromkeys(features, failures), overwrite_failed=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How far the features of items that were encoded again are from the stored ones.
+    """Difference between stored features and those of the same items encoded again.
 
     Args:
         rows: (n,) int64, the items that could be read.
@@ -281,15 +281,15 @@ def measure_drift(
     source = reopen_source(cache.info.source)
     groups = [group for modality in cache.info.num_items for group in cache.encoders(modality)]
     progress.start("encoding a sample again", len(groups), "encoders")
-    found = []
+    drifts: list[Drift] = []
     for group in groups:
-        found += list(_drift(cache, source, group, fraction, device, np.random.default_rng(seed)))
+        drifts += list(_measure_group(cache, source, group, fraction, device, np.random.default_rng(seed)))
         progress.advance(1)
     progress.finish()
-    return found
+    return drifts
 
 
-def _drift(
+def _measure_group(
     cache: Cache, source: Source, group: EncoderGroup, fraction: float, device: str, rng: np.random.Generator
 ) -> Iterator[Drift]:
     features = [feature for feature in (Feature(group, name) for name in group.features) if feature.valid.any()]
@@ -342,5 +342,5 @@ def _cosine(stored: Array, encoded: Array) -> float:
         return -1.0
     if np.array_equal(stored, encoded.astype(stored.dtype)):  # zeros have no direction
         return 1.0
-    one, other = (normalize(array.astype(np.float32).reshape(1, -1)) for array in (stored, encoded))
-    return float((one * other).sum())
+    left, right = (normalize(array.astype(np.float32).reshape(1, -1)) for array in (stored, encoded))
+    return float((left * right).sum())

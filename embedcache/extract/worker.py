@@ -81,7 +81,7 @@ class Worker:
         return merge_reports(reports)
 
     def encode(self, modality: Modality, chunks: Sequence[int], progress: Progress) -> list[ShardReport]:
-        """Encode chunks: first those that no other process works on, then those that other processes left undone."""
+        """Encode chunks: first those that no other process works on, then those that other processes did not finish."""
         writers, encoded = self.writers[modality], defaultdict[str, set[int]](set)
 
         def encode_all(tasks: Iterable[ChunkTask]) -> None:
@@ -115,7 +115,7 @@ def _report(writer: FeatureWriter, chunks: Iterable[int]) -> ShardReport:
 
 
 def _record_chunks(tasks: Iterable[ChunkTask], encoded: Mapping[str, set[int]]) -> Iterator[ChunkTask]:
-    """Pass tasks on, and add each chunk to the set of its encoder's folder."""
+    """Iterate over tasks, and add each chunk to the set of its encoder's folder."""
     for task in tasks:
         for writer in task.missing:
             encoded[writer.group.name].add(task.chunk)
@@ -131,7 +131,7 @@ def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, 
     for modality, requested in specs.items():
         if requested and not cache.info.num_items.get(modality):
             raise SourceError(
-                f"cache {cache.path} has no {modality} items; leave out --{modality}-encoder, or check the source"
+                f"cache {cache.path} has no {modality} items; omit --{modality}-encoder, or check the source"
             )
     settings = replace(job.settings.encoder, device=device, features=job.settings.features)
     encoders: dict[Modality, list[Encoder]] = {
@@ -139,13 +139,13 @@ def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, 
         for modality, requested in specs.items()
         if requested
     }
-    check_features([encoder for some in encoders.values() for encoder in some], job.settings.features)
+    check_features([encoder for group in encoders.values() for encoder in group], job.settings.features)
     gate, dtype = CpuGate(device), job.settings.dtype
     views = [open_view(name) for name in job.settings.views]
     writers: dict[Modality, list[FeatureWriter]] = {}
-    for modality, some in encoders.items():
+    for modality, modality_encoders in encoders.items():
         writers[modality] = []
-        for spec, encoder in zip(specs[modality], some, strict=True):
+        for spec, encoder in zip(specs[modality], modality_encoders, strict=True):
             features = choose_features(encoder, job.settings.features)
             executor = ThreadPoolExecutor(1, thread_name_prefix=spec.folder)  # shared by the encoder's views
             writers[modality] += [

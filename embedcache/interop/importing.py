@@ -17,7 +17,7 @@ from embedcache.files import open_path, remove_partials
 from embedcache.interop.imported import ImportedSamples, VectorImport
 from embedcache.interop.settings import ImportSettings
 from embedcache.progress import NullProgress, Progress
-from embedcache.provenance import check_same, digest, digest_file, run_record
+from embedcache.provenance import check_same, digest, digest_file, record_stage
 from embedcache.sources.base import IMPORTED
 from embedcache.sources.settings import SourceSettings
 from embedcache.store.cache import Cache
@@ -111,7 +111,7 @@ def import_vectors(
     cache = Cache(path)
     remove_partials(path)
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    with run_record(path / "records" / f"import-{started}.json", "import", {**source, "files": hashes}) as outcome:
+    with record_stage(path / "records" / f"import-{started}.json", "import", {**source, "files": hashes}) as outcome:
         reports = [_import_feature(cache, vectors, name, source, progress) for name in vectors.modalities]
         outcome["features"] = [report.to_json() for report in reports]
     return reports

@@ -16,7 +16,7 @@ from embedcache.provenance import (
     from_record,
     prepare_folder,
     read_manifest,
-    run_record,
+    record_stage,
     to_record,
     write_json,
 )
@@ -210,7 +210,7 @@ def _build(
         "on_disk": settings.on_disk,
     }
     started, queries = time.perf_counter(), None
-    with run_record(index_path / "record.json", "index", record) as outcome, disk_errors(index_path):
+    with record_stage(index_path / "record.json", "index", record) as outcome, disk_errors(index_path):
         builder = IndexBuilder(index_path, source, vectors.cache.info, lists=None if old is None else old.lists)
         while left:
             candidate, left = left[0], left[1:]

@@ -1,7 +1,7 @@
 """Zarr v3 arrays whose chunks are raw little-endian rows and a CRC-32C, so that they can be memory-mapped.
 
 zarr-python writes the metadata, and any Zarr reader can read the arrays. Chunks are written here because they must be
-flushed before they are committed, and read from memory maps because zarr-python reads a whole chunk for one row."""
+flushed before they are committed, and read from memory maps because zarr-python reads a complete chunk for one row."""
 
 import mmap
 import resource
@@ -109,7 +109,7 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def max_maps(array_path: Path, chunk_bytes: int) -> int:
-    """Return how many chunks a feature may keep open: a local one takes an open file, a remote one takes memory."""
+    """Return how many chunks a feature may keep open: each takes an open file, or memory if it is remote."""
     if is_remote(array_path):
         return max(1, _REMOTE_BYTES // chunk_bytes)
     return _raise_open_file_limit() // 8
@@ -119,17 +119,17 @@ def max_maps(array_path: Path, chunk_bytes: int) -> int:
 def _raise_open_file_limit() -> int:
     """Raise this process's limit of open files as far as the system allows, once, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(128, wanted)
+    limit = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return max(128, limit)
 
 
 def check_chunk(array_path: Path, number: int, chunk: Array, committed_crc: str) -> None:
     """Check a mapped chunk against the checksum in its commit, or raise a `CorruptError`."""
-    found = f"{google_crc32c.value(chunk.tobytes()):08x}"
-    if found != committed_crc:
+    actual_crc = f"{google_crc32c.value(chunk.tobytes()):08x}"
+    if actual_crc != committed_crc:
         path = chunk_path(array_path, number, chunk.ndim)
         raise CorruptError(
-            f"{path}: expected checksum {committed_crc}, got {found}: the bytes changed on disk; {REPAIR}"
+            f"{path}: expected checksum {committed_crc}, got {actual_crc}: the bytes changed on disk; {REPAIR}"
         )

@@ -45,7 +45,7 @@ class Cache:
     def samples(self) -> pa.Table:
         """The sample table: one row per sample in row order, `key` and the columns of the source.
 
-        Rows beyond those that `cache.json` counts are left out: a process killed while it appended samples leaves them.
+        Rows beyond those that `cache.json` counts are omitted: a process killed while it appended samples leaves them.
         """
         with table_errors(samples_path(self.path)):
             return read_table(samples_path(self.path)).slice(0, self.info.num_samples)
@@ -69,8 +69,8 @@ class Cache:
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
         """Return the encoders with features of a modality, sorted by name."""
-        found = sorted((self.path / modality).glob("*/zarr.json"))
-        return [open_group(self.path, modality, path.parent.name, self.info) for path in found]
+        paths = sorted((self.path / modality).glob("*/zarr.json"))
+        return [open_group(self.path, modality, path.parent.name, self.info) for path in paths]
 
     def features(self, modality: str) -> list[Feature]:
         """Return all features of a modality, complete or not, sorted by name."""
@@ -94,7 +94,7 @@ class Cache:
         names = [feature.name for feature in features]
         if not features:
             raise UnknownNameError(
-                f"{self.path} has no {modality} features; add some: embedcache extract --{modality}-encoder SPEC"
+                f"{self.path} has no {modality} features; extract some: embedcache extract --{modality}-encoder SPEC"
             )
         if not matches:
             raise unknown_name(kind, name or "", names)
@@ -118,13 +118,13 @@ def caption_error_lines(cache: Cache, *, num_shown: int = 5) -> list[str]:
     """Return lines about the samples whose captions cannot be read; empty if there are none."""
     if "caption_error" not in cache.columns:
         return []
-    broken = cache.samples.select(["key", "caption_error"])
-    broken = broken.filter(broken["caption_error"].is_valid())
-    if not len(broken):
+    unreadable = cache.samples.select(["key", "caption_error"])
+    unreadable = unreadable.filter(unreadable["caption_error"].is_valid())
+    if not len(unreadable):
         return []
-    lines = [f"{len(broken):,} samples have captions that cannot be read; they count as having none"]
-    lines += [f"  key {row['key']}: {row['caption_error']}" for row in broken.slice(0, num_shown).to_pylist()]
-    return [*lines, f"  … and {len(broken) - num_shown:,} more"] if len(broken) > num_shown else lines
+    lines = [f"{len(unreadable):,} samples have captions that cannot be read; they count as samples without captions"]
+    lines += [f"  key {row['key']}: {row['caption_error']}" for row in unreadable.slice(0, num_shown).to_pylist()]
+    return [*lines, f"  … and {len(unreadable) - num_shown:,} more"] if len(unreadable) > num_shown else lines
 
 
 def describe_feature(feature: Feature) -> list[str]:

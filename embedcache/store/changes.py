@@ -15,10 +15,10 @@ from embedcache.store.tables import BATCH, digest_input, read_samples
 
 @dataclass(kw_only=True)
 class SourceChanges:
-    """What changed in a source since it was indexed.
+    """Changes in a source since it was indexed.
 
     Args:
-        digests: SHA-256 of the samples of each segment as they are now.
+        digests: SHA-256 of the current samples of each segment.
         relocated: image row -> new location of its bytes, or their new length.
         num_new: number of samples that the cache does not have.
         new_digest: SHA-256 of those samples.
@@ -40,7 +40,7 @@ def find_changes(
 ) -> SourceChanges:
     """Compare a source with a cache, sample by sample. Memory: one batch.
 
-    The samples of each segment must come in its order; new samples may stand anywhere between them, as new files in a
+    The samples of each segment must come in its order; new samples may be anywhere between them, as new files in a
     sorted folder do; `on_new` gets them in batches.
 
     Raises:
@@ -72,7 +72,7 @@ def find_changes(
 def source_changed(
     cache_path: Path, info: CacheInfo, reason: str, *, next_step: str = "extract into a new folder"
 ) -> FingerprintError:
-    """Create the error for a source that differs from the one that a cache was made from."""
+    """Create the error for a source that differs from the source of a cache."""
     made_from = f"{info.source.get('type')} {info.source.get('path', '')}".strip()
     return FingerprintError(
         f"cache {cache_path} has other samples than this source has now: {reason}; it was made from {made_from}; "
@@ -129,6 +129,4 @@ class _SegmentReader:
     def close(self) -> None:
         self.buffer.flush()
         if self._next is not None:
-            raise source_changed(
-                self._cache_path, self._info, f"sample {self._next.key!r} is missing or in another place"
-            )
+            raise source_changed(self._cache_path, self._info, f"sample {self._next.key!r} is missing or out of order")

@@ -22,11 +22,11 @@ class Feature:
     """
 
     def __init__(self, group: EncoderGroup, feature: str) -> None:
-        about = read_feature(group, feature)
+        attributes = read_feature(group, feature)
         self.group = group
         self.feature = feature
-        self.item_shape: tuple[int, ...] = tuple(about["item_shape"])
-        self.dtype: str = about["dtype"]
+        self.item_shape: tuple[int, ...] = tuple(attributes["item_shape"])
+        self.dtype: str = attributes["dtype"]
         self.num_items = group.info.num_items[group.modality]
         self._maps: OrderedDict[int, Array] = OrderedDict()
 
@@ -163,7 +163,7 @@ class Feature:
         for start in range(rows.start, rows.stop, size):
             number = start // size
             if f"{self.feature}/{number}" not in crcs:
-                return  # of samples that were appended since
+                return  # of samples that were appended later
             values = map_chunk(path, number, self._chunk_shape, self.dtype)
             check_chunk(path, number, values, crcs[f"{self.feature}/{number}"])
             stop = min(start + size, rows.stop)
@@ -176,7 +176,7 @@ class Feature:
         return [item if reason is None else None for item, reason in zip(items, reasons, strict=True)]
 
     def load(self) -> Array:
-        """Read the whole feature into memory: (N, D) or (N, T, D), NaN in failed rows, with checksums checked.
+        """Read the complete feature into memory: (N, D) or (N, T, D), NaN in failed rows, with checksums checked.
 
         Raises:
             UnfinishedError: chunks are missing.

@@ -52,8 +52,8 @@ class Commit:
     hashes: Sequence[bytes | None]
     failures: Mapping[str, Sequence[str | None]]
 
-    def resized(self, num_rows: int) -> "Commit":
-        """Return the commit with as many rows as the caller's tables have; appended rows are `NOT_YET`."""
+    def resize(self, num_rows: int) -> "Commit":
+        """Return the commit with the number of rows of the caller's tables; appended rows are `NOT_YET`."""
         added = num_rows - len(self.hashes)
         if not added:
             return self
@@ -106,15 +106,15 @@ class EncoderGroup:
         if commit is None:
             return None
         if commit.encoder != self.fingerprint_digest:
-            raise CorruptError(f"chunk {chunk} in {self.path} was written by another encoder than the folder's")
+            raise CorruptError(f"chunk {chunk} in {self.path} belongs to another encoder; {REPAIR}")
         num_rows = self.info.num_chunk_rows(commit.index_digest, self.modality, chunk)
         if num_rows is None:  # another process may have appended samples since this one opened the cache
             num_rows = read_info(self.path.parents[1]).num_chunk_rows(commit.index_digest, self.modality, chunk)
         if num_rows is None:
-            raise CorruptError(f"chunk {chunk} in {self.path} was written for other rows than those of this cache")
+            raise CorruptError(f"chunk {chunk} in {self.path} belongs to other rows; {REPAIR}")
         if len(commit.hashes) != num_rows:
             raise CorruptError(f"chunk {chunk} in {self.path}: expected {num_rows} rows, got {len(commit.hashes)}")
-        return commit.resized(self.info.count_items(self.modality, [chunk]))
+        return commit.resize(self.info.count_items(self.modality, [chunk]))
 
     def has(self, commit: Commit | None, feature: str) -> bool:
         """Return whether a chunk has a feature for all of its rows, in files of the right size."""
@@ -130,8 +130,8 @@ class EncoderGroup:
 
     def check_fingerprint(self) -> None:
         """Check that the folder still belongs to this encoder: two processes may have created it together."""
-        found = open_group(self.path.parents[1], self.modality, self.name, self.info)
-        check_same(f"encoder {self.path}", found.fingerprint, self.fingerprint, next_step=_SAME_ENCODER)
+        stored = open_group(self.path.parents[1], self.modality, self.name, self.info)
+        check_same(f"encoder {self.path}", stored.fingerprint, self.fingerprint, next_step=_SAME_ENCODER)
 
 
 def _have_right_size(array_path: Path, numbers: Sequence[int]) -> bool:
@@ -156,10 +156,10 @@ def open_group(cache_path: Path, modality: str, name: str, info: CacheInfo) -> E
 def create_group(
     cache_path: Path, modality: str, name: str, info: CacheInfo, *, spec: str, fingerprint: Mapping[str, Any]
 ) -> EncoderGroup:
-    """Create the folder of one encoder, or open it if the same encoder made it; one without commits is replaced.
+    """Create the folder of one encoder, or open it if the same encoder wrote it; a folder without commits is replaced.
 
     Raises:
-        FingerprintError: another encoder made it; names each field that differs with both values.
+        FingerprintError: another encoder wrote it; names each field that differs with both values.
     """
     path = encoder_path(cache_path, modality, name)
     if (path / "zarr.json").exists() and any(path.glob("chunks/*.parquet")):
@@ -178,26 +178,26 @@ def add_feature(group: EncoderGroup, feature: str, item_shape: tuple[int, ...], 
         FingerprintError: the feature exists with another shape or dtype.
     """
     path = group.path / feature
-    about = {"item_shape": list(item_shape), "dtype": dtype}
+    attributes = {"item_shape": list(item_shape), "dtype": dtype}
     num_items = group.info.num_items[group.modality]
-    if (path / "zarr.json").exists() and _must_keep(group, feature, about):
+    if (path / "zarr.json").exists() and _must_keep(group, feature, attributes):
         next_step = "use the same, or extract into a new folder"
-        check_same(f"feature {group.name}/{feature}", read_feature(group, feature), about, next_step=next_step)
+        check_same(f"feature {group.name}/{feature}", read_feature(group, feature), attributes, next_step=next_step)
         first_axis = path / "lengths" if item_shape[0] < 0 else path
         if read_metadata(first_axis)["shape"][0] == num_items:
-            return  # otherwise samples were appended since
+            return  # otherwise samples were appended later
     if item_shape[0] < 0:
         write_array(path / "lengths", (num_items,), (group.info.chunk_size,), "int32", {})
         write_group(path / "values", {})
-        write_group(path, {_ATTRIBUTE: about})
+        write_group(path, {_ATTRIBUTE: attributes})
     else:
         chunks = chunk_shape(group.info, item_shape, dtype)
-        write_array(path, (num_items, *item_shape), chunks, dtype, {_ATTRIBUTE: about})
+        write_array(path, (num_items, *item_shape), chunks, dtype, {_ATTRIBUTE: attributes})
 
 
-def _must_keep(group: EncoderGroup, feature: str, about: Mapping[str, Any]) -> bool:
+def _must_keep(group: EncoderGroup, feature: str, attributes: Mapping[str, Any]) -> bool:
     """Return whether the metadata is as requested, or a chunk of the feature is committed."""
-    if read_feature(group, feature) == about:
+    if read_feature(group, feature) == attributes:
         return True
     commits = (group.commit(chunk) for chunk in range(group.info.num_chunks(group.modality)))
     return any(commit is not None and feature in commit.features for commit in commits)
@@ -212,7 +212,7 @@ def _read_attributes(path: Path) -> dict[str, Any]:
     metadata = read_metadata(path)
     attributes = metadata.get("attributes", {}).get(_ATTRIBUTE) if isinstance(metadata, dict) else None
     if not isinstance(attributes, dict):
-        raise CorruptError(f"{path} was not written by embedcache: expected its Zarr attributes; extract elsewhere")
+        raise CorruptError(f"{path}: expected Zarr attributes of embedcache, got none; extract into a new folder")
     return attributes
 
 
@@ -233,7 +233,7 @@ def hash_item(data: bytes) -> bytes:
 
 def write_commit(encoder_folder: Path, commit: Commit) -> None:
     """Commit a chunk. Its arrays must be on disk already."""
-    about = {
+    metadata = {
         "chunk": commit.chunk,
         "encoder": commit.encoder,
         "spine": commit.index_digest,
@@ -243,7 +243,7 @@ def write_commit(encoder_folder: Path, commit: Commit) -> None:
     columns = {"hash": pa.array(commit.hashes, pa.binary(16))}
     for feature in sorted(commit.features):
         columns[f"{_FAILURE}{feature}"] = pa.array(commit.failures[feature], pa.string())
-    table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: canonical_json(about)})
+    table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: canonical_json(metadata)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_atomic(commit_path(encoder_folder, commit.chunk), buffer.getvalue())
@@ -274,7 +274,7 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise CorruptError(f"{path} is not a readable commit: {error}; {REPAIR}") from error
     if written not in (None, _digest(commit)):  # the first commits were written without a digest
-        raise CorruptError(f"{path} has other content than was written; {REPAIR}")
+        raise CorruptError(f"{path} has changed since it was written; {REPAIR}")
     if commit.chunk != chunk:
         raise CorruptError(f"{path}: expected the commit of chunk {chunk}, got chunk {commit.chunk}; {REPAIR}")
     return commit
@@ -282,16 +282,16 @@ def read_commit(encoder_folder: Path, chunk: int) -> Commit | None:
 
 def _parse(data: bytes) -> tuple[Commit, str | None]:
     table = read_table(io.BytesIO(data))
-    about: dict[str, Any] = json.loads(table.schema.metadata[_METADATA_KEY])
+    metadata: dict[str, Any] = json.loads(table.schema.metadata[_METADATA_KEY])
     commit = Commit(
-        chunk=about["chunk"],
-        encoder=about["encoder"],
-        index_digest=about["spine"],
-        features=about["features"],
+        chunk=metadata["chunk"],
+        encoder=metadata["encoder"],
+        index_digest=metadata["spine"],
+        features=metadata["features"],
         hashes=table["hash"].to_pylist(),
-        failures={feature: table[f"{_FAILURE}{feature}"].to_pylist() for feature in about["features"]},
+        failures={feature: table[f"{_FAILURE}{feature}"].to_pylist() for feature in metadata["features"]},
     )
-    return commit, about.get("digest")
+    return commit, metadata.get("digest")
 
 
 def _digest(commit: Commit) -> str:

@@ -65,14 +65,14 @@ def index(
         accept_replaced: accept other bytes of images on which all encoders failed.
 
     Raises:
-        PathError: the folder holds something else, or a file is in the way.
-        FingerprintError: the cache was made from another source, the source changed, or the chunk size differs.
+        PathError: the folder contains other files, or the path is a file.
+        FingerprintError: the cache belongs to another source, the source changed, or the chunk size differs.
         SettingError: the chunk size is below 1.
         SourceError: there are no samples, a key is not unique, or a column has incompatible types.
     """
     progress = progress or NullProgress()
     if chunk_size is not None and chunk_size < 1:
-        raise SettingError(f"chunk_size: expected a whole number of at least 1, got {chunk_size}")
+        raise SettingError(f"chunk_size: expected an integer of at least 1, got {chunk_size}")
     with wrap_io_errors(cache_path):
         exists = info_path(cache_path).is_file()
         if not exists:
@@ -102,11 +102,11 @@ def index(
 def _check_no_other_files(cache_path: Path) -> None:
     entries = cache_path.iterdir() if cache_path.is_dir() else ()  # an object store has no empty folders
     names = (entry.name for entry in entries)
-    foreign = sorted(name for name in names if name not in _CACHE_FILES and not name.endswith(".partial"))
-    if foreign:
+    other_names = sorted(name for name in names if name not in _CACHE_FILES and not name.endswith(".partial"))
+    if other_names:
         raise PathError(
-            f"{cache_path} is not a cache and not empty: it holds {', '.join(foreign[:3])}; "
-            "give the path of a new folder"
+            f"{cache_path} is not a cache and not empty: it contains {', '.join(other_names[:3])}; "
+            "use the path of a new folder"
         )
 
 
@@ -121,7 +121,7 @@ def _check_chunk_size(cache_path: Path, info: CacheInfo, chunk_size: int | None)
             f"cache {cache_path}",
             {"chunk_size": info.chunk_size},
             {"chunk_size": chunk_size},
-            next_step="leave --chunk-size out, or extract into a new folder",
+            next_step="omit --chunk-size, or extract into a new folder",
         )
 
 
@@ -159,8 +159,8 @@ def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progres
         index_digest = _digest(source, "indexing", 0, writer.add, progress)
         if not writer.num_samples:
             raise SourceError(
-                f"no sample found in {source.describe().get('path', 'the source')}; "
-                "give a source that holds images or captions"
+                f"{source.describe().get('path', 'the source')}: expected samples, got none; "
+                "use a source that contains images or captions"
             )
         info = CacheInfo(
             chunk_size=chunk_size,
@@ -236,7 +236,7 @@ class _ExtendedTables:
 
 
 def _count_only(_: list[Sample]) -> None:
-    """Leave new samples out."""
+    """Ignore new samples."""
 
 
 def _update_path(cache_path: Path) -> Path:

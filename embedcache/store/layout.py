@@ -72,7 +72,7 @@ class CacheInfo:
         return sum(row.stop - row.start for row in rows)
 
     def has_rows_of(self, index_digest: str) -> bool:
-        """Return whether the rows of that digest mean the same in this cache, which may have grown since."""
+        """Return whether the rows of that digest are the same rows in this cache, which may have more now."""
         return any(index_digest == version.index_digest for version in self._versions())
 
     def num_chunk_rows(self, index_digest: str, modality: str, chunk: int) -> int | None:
@@ -122,8 +122,8 @@ def write_info(cache_path: Path, info: CacheInfo) -> None:
     record = to_record(info, _STORED_NAMES)
     record["parts"] = [asdict(segment) for segment in info.segments]
     record["earlier"] = [to_record(version, _STORED_NAMES) for version in info.earlier_versions]
-    kept = {name: value for name, value in record.items() if value or name not in _OMITTED_IF_EMPTY}
-    write_json(info_path(cache_path), kept)
+    stored = {name: value for name, value in record.items() if value or name not in _OMITTED_IF_EMPTY}
+    write_json(info_path(cache_path), stored)
 
 
 def read_info(cache_path: Path) -> CacheInfo:
@@ -134,8 +134,8 @@ def read_info(cache_path: Path) -> CacheInfo:
         ArtifactError: the cache has a later format, or missing or unknown fields.
     """
     path = info_path(cache_path)
-    make = f"embedcache extract SOURCE {cache_path}"
-    record = read_manifest(path, kind="cache", latest_format=FORMAT_VERSION, make=make)
+    command = f"embedcache extract SOURCE {cache_path}"
+    record = read_manifest(path, kind="cache", latest_format=FORMAT_VERSION, make=command)
     return fields_of(path, lambda: _parse(from_record(record, _STORED_NAMES)))
 
 

@@ -34,12 +34,12 @@ def open_table(file: Path | BytesIO, metadata: pq.FileMetaData | None = None) ->
         with pq.ParquetFile(file, metadata=metadata) as table:
             yield table
         return
-    with file.open("rb") as opened, pq.ParquetFile(opened, metadata=metadata) as table:
+    with file.open("rb") as stream, pq.ParquetFile(stream, metadata=metadata) as table:
         yield table
 
 
 def read_table(file: Path | BytesIO, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a whole table."""
+    """Read all rows of a table."""
     with open_table(file) as table:
         return table.read(columns=columns, use_threads=False)
 
@@ -101,7 +101,7 @@ def digest_input(batch: Sequence[Sample]) -> bytes:
             lines.append(f"{line}\n".encode())
         except UnicodeEncodeError as error:
             raise SourceError(
-                f"sample {sample.key!r} holds text that is not Unicode: {error.reason}; fix the source"
+                f"sample {sample.key!r} holds text that is not valid Unicode: {error.reason}; correct the source"
             ) from error
     return b"".join(lines)
 
@@ -123,8 +123,8 @@ class TableWriter:
         """Copy the first samples of a cache's tables; some image rows have a new location of their bytes."""
         with open_table(samples_path(cache_path)) as file:
             for batch in file.iter_batches(BATCH, use_threads=False):
-                left = num_samples - self._samples.num_rows
-                self._samples.write(pa.table(batch).slice(0, left))
+                num_left = num_samples - self._samples.num_rows
+                self._samples.write(pa.table(batch).slice(0, num_left))
         for modality, writer in self._items.items():
             with open_table(items_path(cache_path, modality)) as file:
                 for group in range(file.num_row_groups):
@@ -206,10 +206,10 @@ class _ItemWriter:
         self.num_rows += len(rows)
         self.digest.update(rows)
         buffered = pa.concat_tables([self._buffer, rows.cast(self._schema)])
-        whole = len(buffered) // self._chunk_size * self._chunk_size
-        if whole:
-            self._writer.write_table(buffered.slice(0, whole), row_group_size=self._chunk_size)
-        self._buffer = buffered.slice(whole).combine_chunks()
+        num_full = len(buffered) // self._chunk_size * self._chunk_size
+        if num_full:
+            self._writer.write_table(buffered.slice(0, num_full), row_group_size=self._chunk_size)
+        self._buffer = buffered.slice(num_full).combine_chunks()
 
     def close(self) -> None:
         if len(self._buffer):
@@ -220,7 +220,7 @@ class _ItemWriter:
 def _item_table(batch: Sequence[Sample], modality: str, first: int) -> pa.Table:
     schema = ITEM_SCHEMAS[modality]
     items: list[Sequence[Any]] = [sample.images if modality == "image" else sample.texts for sample in batch]
-    rows = [row for row, some in enumerate(items, first) for _ in some]
+    rows = [row for row, sample_items in enumerate(items, first) for _ in sample_items]
     columns = ([getattr(item, name) for some in items for item in some] for name in schema.names[1:])
     return pa.table([rows, *columns], schema=schema)
 
@@ -242,10 +242,10 @@ def _column(values: list[Any]) -> pa.Array:
 
 
 def _relocate(table: pa.Table, first_row: int, relocated: Mapping[int, ImageItem]) -> pa.Table:
-    here = {row - first_row: item for row, item in relocated.items() if first_row <= row < first_row + len(table)}
-    for name in ("offset", "length") if here else ():
+    new_items = {row - first_row: item for row, item in relocated.items() if first_row <= row < first_row + len(table)}
+    for name in ("offset", "length") if new_items else ():
         values = table[name].to_pylist()
-        for row, item in here.items():
+        for row, item in new_items.items():
             values[row] = getattr(item, name)
         table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.int64()))
     return table

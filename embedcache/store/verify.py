@@ -41,20 +41,21 @@ class Finding:
     reason: str
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """`encoder/feature`, or a table's name."""
         return f"{self.encoder}/{self.name}" if self.encoder else self.name
 
     def line(self) -> str:
         """Return the finding as one line."""
-        return f"{self.place}: {self.reason}" if self.chunk < 0 else f"{self.place} chunk {self.chunk}: {self.reason}"
+        chunk = "" if self.chunk < 0 else f" chunk {self.chunk}"
+        return f"{self.location}{chunk}: {self.reason}"
 
 
 def verify(cache: Cache, *, progress: Progress | None = None) -> list[Finding]:
     """Check every committed chunk against its commit, and every commit against the cache. Reads all features once.
 
-    Finds missing chunks, changed bytes, truncated files, chunks of another encoder or of other rows, changed or
-    reordered tables, and captions other than those that were encoded. Memory: one chunk.
+    Finds missing chunks, changed bytes, truncated files, chunks from another encoder or for other rows, changed or
+    reordered tables, and captions that changed after they were encoded. Memory: one chunk.
     """
     progress = progress or NullProgress()
     findings, features = list(_check_tables(cache)), []
@@ -82,11 +83,11 @@ def _check_tables(cache: Cache) -> Iterator[Finding]:
         )
         num_rows = cache.info.num_samples if is_samples else cache.info.num_items[name]
         try:
-            found = _digest(path, num_rows, columns=["key"] if is_samples else None)
+            actual_digest = _digest(path, num_rows, columns=["key"] if is_samples else None)
         except (CorruptError, PathError) as error:
             yield finding(reason=str(error))
             continue
-        if found != digest:
+        if actual_digest != digest:
             yield finding(
                 reason="its rows or their order changed since they were indexed; restore the file, or extract into a "
                 "new folder"
@@ -95,13 +96,13 @@ def _check_tables(cache: Cache) -> Iterator[Finding]:
 
 def _digest(path: Path, num_rows: int, *, columns: Sequence[str] | None) -> str | None:
     """Return the digest of the first rows of a table; None if it has fewer."""
-    found = TableDigest()
+    table_digest = TableDigest()
     with table_errors(path), open_table(path) as table:
         for batch in table.iter_batches(columns=columns, use_threads=False):
             rows = pa.table(batch).slice(0, num_rows)
-            found.update(rows)
+            table_digest.update(rows)
             num_rows -= len(rows)
-    return None if num_rows else found.hexdigest()
+    return None if num_rows else table_digest.hexdigest()
 
 
 def _encoders(cache: Cache, modality: str) -> list[str]:

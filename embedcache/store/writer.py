@@ -1,4 +1,4 @@
-"""Writing a chunk of features: the arrays first, then the commit that makes them exist."""
+"""Write a chunk of features: the arrays first, then the commit that makes them valid."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -24,20 +24,20 @@ def commit_chunk(
     *,
     overwrite_failed: bool = False,
 ) -> None:
-    """Write features of one chunk, then the commit that makes them exist.
+    """Write features of one chunk, then the commit that makes them valid.
 
     Stored data stays: features that the chunk has, also those that another process committed meanwhile, and rows of a
     chunk that was not full when samples were appended. The chunk is locked. A feature that gets new rows does not exist
     while it is written.
 
     Args:
-        features: feature -> one array per item from `fit_item`, in row order; None for a failed item.
+        features: feature -> one array per item from `cast_item`, in row order; None for a failed item.
         hashes: hash of each item's raw bytes or text; None if they could not be read.
         failures: feature -> reason for each failed item, None for the others.
         overwrite_failed: also write rows that failed before.
 
     Raises:
-        FingerprintError: an item's bytes differ from those that stored features were made from, or the folder belongs
+        FingerprintError: an item's bytes differ from those of the stored features, or the folder belongs
             to another encoder by now.
     """
     with locked(group.path / "chunks", chunk):
@@ -95,7 +95,7 @@ def _keep_stored(
     *,
     overwrite_failed: bool,
 ) -> tuple[dict[str, list[Array | None]], dict[str, list[str | None]]]:
-    """Replace new items and reasons by those that the chunk has already."""
+    """Replace new items and reasons by those already stored."""
     items = {name: list(new) for name, new in features.items()}
     reasons = {name: list(failures[name]) for name in features}
     for name in before.features.keys() & features.keys():
@@ -122,25 +122,25 @@ def withdraw(group: EncoderGroup, chunk: int, features: Collection[str]) -> None
 
 
 def _remove_features(group: EncoderGroup, before: Commit, features: Collection[str]) -> Commit | None:
-    """Write a commit without some features, and return it; None if no feature is left."""
-    left = before.without(features)
-    if not left.features:
+    """Write a commit without some features, and return it; None if no feature remains."""
+    remaining = before.without(features)
+    if not remaining.features:
         remove_commit(group.path, before.chunk)
         return None
-    if len(left.features) < len(before.features):
-        write_commit(group.path, replace(left, index_digest=group.info.index_digest))
-    return left
+    if len(remaining.features) < len(before.features):
+        write_commit(group.path, replace(remaining, index_digest=group.info.index_digest))
+    return remaining
 
 
 def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Sequence[Array | None]) -> dict[str, str]:
     """Write the arrays of one feature of one chunk; return file relative to the group -> CRC-32C of its rows."""
-    about = read_feature(group, feature)
-    item_shape, dtype = tuple(about["item_shape"]), about["dtype"]
-    found = {str(item.dtype) for item in items if item is not None}
-    if found - {dtype}:
+    attributes = read_feature(group, feature)
+    item_shape, dtype = tuple(attributes["item_shape"]), attributes["dtype"]
+    dtypes = {str(item.dtype) for item in items if item is not None}
+    if dtypes - {dtype}:
         raise FingerprintError(
-            f"feature {group.name}/{feature} is stored as {dtype}, got {', '.join(found)}: another process created it; "
-            "use the same --dtype"
+            f"feature {group.name}/{feature} is stored as {dtype}, got {', '.join(dtypes)}: another process "
+            "created it; use the same --dtype"
         )
     if item_shape[0] < 0:
         return _write_ragged(group, feature, chunk, items, item_shape[1], dtype)
@@ -169,7 +169,7 @@ def _write_ragged(
     }
 
 
-def fit_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -> Array:
+def cast_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -> Array:
     """Convert the output of an encoder for one item, (D,) or (T, D) float, to the dtype on disk.
 
     Raises:
@@ -185,5 +185,5 @@ def fit_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) ->
             raise DataError(
                 f"feature {name} holds {largest:.6g}, beyond the range of {dtype}; extract with --dtype float32"
             )
-        raise DataError(f"the encoder gave NaN or infinity for feature {name}; check its weights and its precision")
+        raise DataError(f"feature {name}: expected finite values, got NaN or infinity; check weights and precision")
     return stored

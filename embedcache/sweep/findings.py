@@ -1,4 +1,4 @@
-"""The findings of a sweep: the top configurations on the test part, what matters, and the report as JSON."""
+"""The findings of a sweep: top configurations on the test part, the importance of settings, and the report as JSON."""
 
 import shlex
 import warnings
@@ -35,7 +35,7 @@ _STATES: dict[TrialState, State] = {
 
 
 def collect_findings(job: StudyJob, data: TrainData, trials: Trials) -> SweepFindings:
-    """Retrain and evaluate the top configurations, and collect everything a sweep found.
+    """Retrain and evaluate the top configurations, and collect the results of a sweep.
 
     Raises:
         SettingError: no trial is complete, or every top configuration fails with another seed.
@@ -85,7 +85,7 @@ def _evaluate_top(
         number, reason = next(iter(left_out.items()))
         raise SettingError(
             f"none of the top {len(left_out)} configurations can be trained with {job.settings.seeds_per_config} "
-            f"seeds; trial {number} failed: {reason}; give a larger --top-configs or a smaller --seeds-per-config"
+            f"seeds; trial {number} failed: {reason}; use a larger --top-configs or a smaller --seeds-per-config"
         )
     return sorted(best, key=lambda config: (-config.mean_score, config.number)), left_out
 

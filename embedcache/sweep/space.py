@@ -32,11 +32,11 @@ _COMPARED_BY = (*(item.name for item in flat_settings(SplitSettings)), "language
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Numbers from `low` to `high`, both included; whole numbers if all of its own are.
+    """Numbers from `low` to `high`, both inclusive; integers if the bounds and the step are.
 
     Args:
-        log: whether values are drawn evenly on a logarithmic scale.
-        step: distance between neighboring values; None: 1 for whole numbers, any value otherwise.
+        log: whether values are sampled evenly on a logarithmic scale.
+        step: distance between neighboring values; None: 1 for integers, any value otherwise.
     """
 
     low: Number
@@ -46,7 +46,7 @@ class Range:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it contains only whole numbers."""
+        """Whether it contains only integers."""
         return all(isinstance(value, int) for value in (self.low, self.high, self.step or 0))
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class Range:
         if self.step is None:
             return
         if self.log:
-            raise SettingError(f"step: expected none with log, got {self.step}; leave out one of the two")
+            raise SettingError(f"step: expected none with log, got {self.step}; omit one of the two")
         if self.step <= 0:
             raise SettingError(f"step: expected a number above 0, got {self.step}")
         num_steps = (self.high - self.low) / self.step
@@ -129,7 +129,7 @@ def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise PathError(f"{path} is not a file; give a TOML file with a table [space]") from error
+        raise PathError(f"expected a TOML file with a table [space], got {path}, which is not a file") from error
     except ValueError as error:  # invalid TOML, or not UTF-8
         raise SettingError(f"{path}: expected TOML, got an error: {error}") from error
     for name, table in tables.items():
@@ -155,22 +155,22 @@ def _check_can_be_swept(path: Path, name: str, fixed: Mapping[str, Any]) -> None
 
 
 def _parse_range(path: Path, name: str, value: Any) -> Range | tuple[Value, ...]:
-    where = f"{path}: {name} in [space]"
+    location = f"{path}: {name} in [space]"
     if isinstance(value, list) and value:
         return tuple(value)
     if not isinstance(value, dict):
-        raise SettingError(f"{where}: expected a range or choices, such as {_EXAMPLE}, got {value!r}")
-    unknown = [word for word in value if word not in ("low", "high", "log", "step")]
-    missing = [word for word in ("low", "high") if word not in value]
+        raise SettingError(f"{location}: expected a range or choices, such as {_EXAMPLE}, got {value!r}")
+    unknown = [key for key in value if key not in ("low", "high", "log", "step")]
+    missing = [key for key in ("low", "high") if key not in value]
     if unknown or missing:
-        found = repr(unknown[0]) if unknown else f"no {missing[0]!r}"
-        raise SettingError(f"{where}: expected low and high, and optionally log or step, got {found}")
-    for word, bound in value.items():
-        check_value(f"{where}: {word}", bound, bool if word == "log" else float, Declaration(help=""))
+        problem = repr(unknown[0]) if unknown else f"no {missing[0]!r}"
+        raise SettingError(f"{location}: expected low and high, and optionally log or step, got {problem}")
+    for key, bound in value.items():
+        check_value(f"{location}: {key}", bound, bool if key == "log" else float, Declaration(help=""))
     try:
         return Range(**value)
     except SettingError as error:
-        raise SettingError(f"{where}: {error}") from error
+        raise SettingError(f"{location}: {error}") from error
 
 
 def _testable_values(space: Space) -> Iterator[tuple[str, Any]]:

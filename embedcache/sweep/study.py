@@ -1,4 +1,4 @@
-"""The folder of a study: what decides its trials, the split that they share, and the paths of their runs."""
+"""The folder of a study: settings that decide its trials, the split that they share, and the paths of their runs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -87,12 +87,12 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
     with locked(path):
         _check_folder(path)
         if (manifest := path / "study.json").is_file():
-            make = "embedcache sweep CACHE SPACE.toml STUDY"
-            values = read_manifest(manifest, kind="study", latest_format=FORMAT_VERSION, make=make)
-            found = fields_of(manifest, lambda: Study(**from_record(values)))
-            next_step = "give the path of a new folder, or request the same"
-            check_same(f"study {path}", asdict(found), asdict(replace(requested, name=found.name)), next_step=next_step)
-            return found
+            command = "embedcache sweep CACHE SPACE.toml STUDY"
+            values = read_manifest(manifest, kind="study", latest_format=FORMAT_VERSION, make=command)
+            stored = fields_of(manifest, lambda: Study(**from_record(values)))
+            expected, next_step = replace(requested, name=stored.name), "use a new folder, or request the same"
+            check_same(f"study {path}", asdict(stored), asdict(expected), next_step=next_step)
+            return stored
         split = data.split(data.pairs(space.settings({}).language), space.settings({}).split)
         write_split(split_path(path), split)
         write_json(manifest, to_record(requested))

@@ -43,14 +43,14 @@ def sweep(
 ) -> SweepReport:
     """Train with many settings, retrain the best ones with several seeds, and report.
 
-    Validation selects, test only reports. Features are read once for all trials of a process; several processes map
-    them. The same call resumes an interrupted study, and extends it if it asks for more trials. Two processes with one
-    study share its trials.
+    Configurations are selected on validation and reported on test. Features are read once for all trials of a process;
+    several processes map them. The same call resumes an interrupted study, and extends it if more trials are requested.
+    Several processes with one study share its trials.
 
     Args:
         space_path: TOML file with fixed and swept settings.
-        image_feature: `encoder/feature`; None if there is only one.
-        text_feature: as `image_feature`, of the captions.
+        image_feature: `encoder/feature`; None if the caches have only one.
+        text_feature: `encoder/feature`; None if the caches have only one.
         progress: shows one note per trial.
 
     Raises:

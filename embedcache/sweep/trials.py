@@ -37,7 +37,7 @@ class Outcome:
 
     Args:
         recalls: validation recalls of the best epoch.
-        best_epoch: epoch whose weights were kept; 0 is the initialization.
+        best_epoch: epoch whose weights were saved; 0 is the initialization.
         flops_per_pair: floating-point operations of the forward pass, per image and text.
         num_pairs: number of pairs seen in training, repetitions included.
     """
@@ -58,7 +58,7 @@ _STORED_NAMES = {"flops_per_pair": "flops_a_pair"}
 
 
 class Trials:
-    """Hands out the trials of a study and records their outcomes; a killed process loses only its current trial.
+    """Leases the trials of a study and records their outcomes; a killed process loses only its current trial.
 
     A process leases each trial it works on by a record lock, which ends with the process. A running trial that nobody
     has leased was lost: it is closed, and its settings are tried again under a new number.
@@ -75,7 +75,7 @@ class Trials:
         with locked(path):
             self.optuna = _open_storage(path, study, space, settings)
 
-    def take(self) -> optuna.Trial | None:
+    def lease_next(self) -> optuna.Trial | None:
         """Lease a trial to work on, waiting for those of other processes; None if all are finished."""
         while True:
             with locked(self._path):
@@ -116,10 +116,10 @@ class Trials:
 
     def _next(self) -> optuna.Trial:
         trials = self._all()
-        num_drawn = sum(not _num_losses(trial) for trial in trials)  # without those that are repeated
-        self.optuna.sampler = _make_sampler(self._settings.sampler, seed=self._settings.seed, draw=num_drawn)
+        num_started = sum(not _num_losses(trial) for trial in trials)  # without those that are repeated
+        self.optuna.sampler = _make_sampler(self._settings.sampler, seed=self._settings.seed, draw=num_started)
         if self._grid is not None and not any(trial.state == TrialState.WAITING for trial in trials):
-            self.optuna.enqueue_trial(self._grid[num_drawn])
+            self.optuna.enqueue_trial(self._grid[num_started])
         trial = self.optuna.ask(distributions(self._space))
         self._leases.acquire(trial.number)
         return trial
@@ -204,8 +204,8 @@ def _open_storage(path: Path, study: Study, space: Space, settings: SweepSetting
     except (SQLAlchemyError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise PathError(
-            f"storage {without_password(url)} cannot be opened: {reason}; give a URL such as "
-            "postgresql://user:password@host/database and install its driver, or leave out --storage"
+            f"storage {without_password(url)} cannot be opened: {reason}; use a URL such as "
+            "postgresql://user:password@host/database and install its driver, or omit --storage"
         ) from error
 
 
@@ -226,10 +226,10 @@ def _range_distribution(values: Range) -> BaseDistribution:
 
 
 def _make_sampler(name: Sampler, *, seed: int, draw: int) -> BaseSampler:
-    """Create the sampler of one draw, seeded so that neither restarts nor the process that draws change the result."""
+    """Create the sampler of one trial, seeded so that neither restarts nor the choice of process change the result."""
     draw_seed = int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
     if name != "tpe":
-        return RandomSampler(seed=draw_seed)  # the points of a grid are enqueued, so nothing is drawn
+        return RandomSampler(seed=draw_seed)  # the points of a grid are enqueued, so nothing is sampled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # about `constant_liar` in Optuna 4
         return TPESampler(seed=draw_seed, constant_liar=True)  # takes running trials of other processes into account

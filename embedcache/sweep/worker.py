@@ -65,16 +65,16 @@ class StudyJob:
 
 
 def run_workers(job: StudyJob, progress: Progress) -> None:
-    """Work on a study in several processes until it is finished; others repeat the trial of one that dies.
+    """Work on a study in several processes until it is finished; if one dies, another repeats its trial.
 
     Raises:
-        UnfinishedError: all of them died.
+        UnfinishedError: all processes died.
         EmbedcacheError: raised in one of them; the others are terminated.
     """
     count = job.settings.workers
     _, num_died = run_processes(_run_worker, [job] * count, progress)
     if num_died == count:
-        raise UnfinishedError(f"all {count} workers died; finished trials are kept: rerun the same command")
+        raise UnfinishedError(f"all {count} workers died; finished trials are stored; run the same command again")
     if num_died:
         progress.note(f"{num_died} of {count} workers died; the others ran their trials")
 
@@ -85,7 +85,7 @@ def _run_worker(job: StudyJob, progress: Progress) -> None:
 
 def work(job: StudyJob, data: TrainData, trials: Trials, progress: Progress) -> None:
     """Run trials until all are finished, then retrain the top configurations; other processes may do the same."""
-    while (trial := trials.take()) is not None:
+    while (trial := trials.lease_next()) is not None:
         result = _run_trial(job, data, trials, trial)
         progress.note(_summary(trials, result))
     retrain(job, data, top_trials(trials, job.settings))
@@ -104,7 +104,7 @@ def top_trials(trials: Trials, settings: SweepSettings) -> list[FrozenTrial]:
 def retrain(job: StudyJob, data: TrainData, trials: Sequence[FrozenTrial]) -> list[list[TrainReport | str]]:
     """Retrain the configurations of some trials with several seeds each; existing runs are reused.
 
-    Processes that do so together share the runs: each first takes those that are free, then waits for the others.
+    Processes that do so together share the runs: each first trains those that are free, then waits for the others.
 
     Returns:
         For each trial one report per seed, or the reason why that seed cannot be trained.
@@ -113,8 +113,8 @@ def retrain(job: StudyJob, data: TrainData, trials: Sequence[FrozenTrial]) -> li
     reports: dict[Path, TrainReport | str] = {}
     for wait in (False, True):
         for trial in trials:
-            for place, (run_path, settings) in enumerate(job.retrained_runs(trial)):
-                number = _AFTER_TRIALS + trial.number * 2**16 + place
+            for position, (run_path, settings) in enumerate(job.retrained_runs(trial)):
+                number = _AFTER_TRIALS + trial.number * 2**16 + position
                 if run_path not in reports and leases.acquire(number, wait=wait):
                     reports[run_path] = _try_to_train(data, run_path, settings)
                     leases.release(number)

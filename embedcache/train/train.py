@@ -18,7 +18,15 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, build, config_path, cost, read_config, save_pair, split_path
-from embedcache.provenance import check_same, digest_file, fields_of, prepare_folder, read_json, run_record, write_json
+from embedcache.provenance import (
+    check_same,
+    digest_file,
+    fields_of,
+    prepare_folder,
+    read_json,
+    record_stage,
+    write_json,
+)
 from embedcache.registry import require
 from embedcache.train.batches import Batches, Loader
 from embedcache.train.checkpoint import checkpoint_path
@@ -172,7 +180,7 @@ def train_on(
     with disk_errors(run_path):
         if leases is None:  # not the first of several processes
             return _fit(data, run_path, config, settings, progress, on_epoch)[1]
-        with run_record(run_path / "record.json", "train", recorded) as outcome:
+        with record_stage(run_path / "record.json", "train", recorded) as outcome:
             pair, report = _fit(data, run_path, config, settings, progress, on_epoch)
             outcome.update(report.to_json())
         save_pair(run_path, pair, config)

@@ -97,7 +97,7 @@ def test_killed_process_leaves_its_chunks_to_others(
     progress, killer = RecordedProgress(), threading.Thread(target=kill)
     killer.start()
     if num_killed == 2:
-        with pytest.raises(UnfinishedError, match="2 of 2 worker processes died; finished chunks are kept: rerun"):
+        with pytest.raises(UnfinishedError, match="2 of 2 worker processes died; finished chunks are stored; run"):
             extract_slowly(source, tmp_path / "c", progress, delay_ms=200, devices=("cpu", "cpu"))
     else:
         extract_slowly(source, tmp_path / "c", progress, delay_ms=200, devices=("cpu", "cpu"))

@@ -205,5 +205,5 @@ def test_source_without_captions_has_no_texts(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "s", 2)
     for path in folder.glob("*.txt"):
         path.unlink()
-    with pytest.raises(SourceError, match="has no text items; leave out --text-encoder"):
+    with pytest.raises(SourceError, match="has no text items; omit --text-encoder"):
         run(folder, tmp_path / "c")

@@ -9,7 +9,7 @@ from embedcache.arrays import Array
 from embedcache.store.feature import Feature
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.layout import CacheInfo, write_info
-from embedcache.store.writer import commit_chunk, fit_item, write_feature_chunk
+from embedcache.store.writer import cast_item, commit_chunk, write_feature_chunk
 
 FINGERPRINT = {"family": "test", "weights": "w"}
 
@@ -32,7 +32,7 @@ def write_feature(
     add_feature(group, "f", item_shape, dtype)
     for chunk in range(info.num_chunks("image")):
         rows = info.chunk_rows("image", chunk)
-        fitted = [None if item is None else fit_item(item, item_shape, dtype, "test/f") for item in items[rows]]
+        fitted = [None if item is None else cast_item(item, item_shape, dtype, "test/f") for item in items[rows]]
         if chunk in skip_chunks:
             write_feature_chunk(group, "f", chunk, fitted)
             continue

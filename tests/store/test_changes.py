@@ -93,10 +93,10 @@ def changed(source: Rows, row: int, **fields: object) -> Rows:
 @pytest.mark.parametrize(
     ("now", "words"),
     [
-        (rows(5), "sample 'k5' is missing or in another place"),
+        (rows(5), "sample 'k5' is missing or out of order"),
         (
             Rows([*rows(6).rows[:4], rows(6).rows[5], rows(6).rows[4]]),
-            "sample 'k5' is missing or in another place",
+            "sample 'k5' is missing or out of order",
         ),
         (Rows([*rows(6).rows, sample("a")]), "it has 1 more;.*append them with --extend"),
         (changed(rows(6), 2, texts=(TextItem(text="other"),)), "sample 'k2' has other captions"),

@@ -13,7 +13,7 @@ from embedcache.store import group as group_module
 from embedcache.store.feature import Feature
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.layout import write_info
-from embedcache.store.writer import fit_item
+from embedcache.store.writer import cast_item
 from tests.store.features import random_items, write_feature
 
 SHAPES = {"vector": (5,), "tokens": (3, 4), "ragged": (-1, 4)}
@@ -142,7 +142,7 @@ def test_commit_of_another_encoder_raises(tmp_path: Path) -> None:
     meta = tmp_path / "image" / "test" / "zarr.json"
     meta.write_text(meta.read_text().replace('"w"', '"other"'))
     group = group_module.open_group(tmp_path, "image", "test", feature.group.info)
-    with pytest.raises(CorruptError, match="was written by another encoder"):
+    with pytest.raises(CorruptError, match="belongs to another encoder"):
         Feature(group, "f").load()
 
 
@@ -150,7 +150,7 @@ def test_commit_of_other_rows_raises(tmp_path: Path) -> None:
     feature = write_feature(tmp_path, random_items(4, (5,), seed=1), (5,), chunk_size=4)
     group = replace(feature.group, info=replace(feature.group.info, index_digest="other"))
     write_info(tmp_path, group.info)
-    with pytest.raises(CorruptError, match="was written for other rows than those of this cache"):
+    with pytest.raises(CorruptError, match="belongs to other rows"):
         Feature(group, "f").load()
 
 
@@ -170,17 +170,17 @@ def test_create_group_of_another_encoder_raises(tmp_path: Path) -> None:
             np.full(3, 70_000, np.float32),
             "feature a/b holds 70000, beyond the range of float16; extract with --dtype float32",
         ),
-        (np.array([1, np.nan, 1], np.float32), "NaN or infinity for feature a/b"),
+        (np.array([1, np.nan, 1], np.float32), "feature a/b: expected finite values, got NaN"),
         (np.ones(4, np.float32), r"feature a/b: expected shape \(3,\), got \(4,\)"),
     ],
 )
-def test_fit_item_raises(item: np.ndarray, words: str) -> None:
+def test_cast_item_raises(item: np.ndarray, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        fit_item(item, (3,), "float16", "a/b")
+        cast_item(item, (3,), "float16", "a/b")
 
 
-def test_fit_item_large_value_in_float32() -> None:
-    assert fit_item(np.full(3, 70_000, np.float32), (3,), "float32", "a/b").max() == 70_000
+def test_cast_item_large_value_in_float32() -> None:
+    assert cast_item(np.full(3, 70_000, np.float32), (3,), "float32", "a/b").max() == 70_000
 
 
 def test_token_chunk_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,20 +104,20 @@ def test_index_duplicate_key_raises(tmp_path: Path) -> None:
 
 
 def test_index_empty_source_raises(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no sample found in nowhere"):
+    with pytest.raises(SourceError, match="nowhere: expected samples, got none"):
         index(Rows(), tmp_path / "c")
 
 
 def test_index_into_foreign_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(PathError, match=r"not a cache and not empty: it holds thesis\.tex"):
+    with pytest.raises(PathError, match=r"not a cache and not empty: it contains thesis\.tex"):
         index(rows(2), tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
 @pytest.mark.parametrize(
     ("sample", "words"),
-    [(Sample(key="bad", texts=(TextItem(text="\ud800"),)), "sample 'bad' holds text that is not Unicode")],
+    [(Sample(key="bad", texts=(TextItem(text="\ud800"),)), "sample 'bad' holds text that is not valid Unicode")],
 )
 def test_index_text_not_unicode_raises(tmp_path: Path, sample: Sample, words: str) -> None:
     with pytest.raises(SourceError, match=words):

@@ -44,7 +44,7 @@ def test_verify_intact_cache(copy: Path) -> None:
 def test_verify_finds_damage(copy: Path, damage: object, feature: str, chunk: int, words: str) -> None:
     damage(copy)  # type: ignore[operator]
     (finding,) = verify(Cache(copy))
-    assert (finding.place, finding.chunk, finding.is_damage) == (feature, chunk, True)
+    assert (finding.location, finding.chunk, finding.is_damage) == (feature, chunk, True)
     assert words in finding.reason
 
 
@@ -53,13 +53,13 @@ def test_verify_foreign_and_missing_commit(copy: Path) -> None:
     (commits / "00003.parquet").unlink()
     shutil.copy(copy / "text/open_toy/chunks/00001.parquet", commits)
     findings = verify(Cache(copy))
-    assert {(finding.place, finding.chunk, finding.is_damage) for finding in findings} == {
+    assert {(finding.location, finding.chunk, finding.is_damage) for finding in findings} == {
         ("open_toy/cls", 1, True),
         ("open_toy/cls", 3, False),
         ("open_toy/patches", 1, True),
         ("open_toy/patches", 3, False),
     }
-    assert "written by another encoder" in findings[0].reason
+    assert "belongs to another encoder" in findings[0].reason
 
 
 @pytest.mark.parametrize("name", ["samples.parquet", "image/items.parquet", "text/items.parquet"])
@@ -67,7 +67,7 @@ def test_verify_finds_reordered_table(copy: Path, name: str) -> None:
     table = pq.read_table(copy / name)
     pq.write_table(table.take([1, 0, *range(2, len(table))]), copy / name, row_group_size=64)
     findings = verify(Cache(copy))
-    assert (findings[0].place, findings[0].can_repair) == (name, False)
+    assert (findings[0].location, findings[0].can_repair) == (name, False)
     assert findings[0].line().startswith(f"{name}: its rows or their order changed since they were indexed")
     assert {finding.chunk for finding in findings[1:]} == ({0} if name.startswith("text") else set())
 
@@ -110,7 +110,7 @@ def test_verify_finds_unreadable_file(copy: Path, name: str, places: set[str], d
     else:
         path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"{}" * 99)
     findings = verify(Cache(copy))
-    assert {finding.place for finding in findings} == places
+    assert {finding.location for finding in findings} == places
     assert all(finding.is_damage != (damage == "gone" and "chunks" in name) for finding in findings)
 
 

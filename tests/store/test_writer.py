@@ -166,5 +166,5 @@ def test_commit_with_changed_hash_raises(tmp_path: Path) -> None:
     path = tmp_path / "image/test/chunks/00000.parquet"
     table = pq.read_table(path)
     pq.write_table(table.set_column(0, "hash", [[b"1" * 16] * 4]).cast(table.schema), path)
-    with pytest.raises(CorruptError, match="other content than was written"):
+    with pytest.raises(CorruptError, match="has changed since it was written"):
         group.commit(0)

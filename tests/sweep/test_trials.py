@@ -42,7 +42,7 @@ def open_trials(path: Path, space: Space, **settings: object) -> Trials:
 
 def run_all(trials: Trials) -> list[dict[str, object]]:
     """Complete all remaining trials, and return what was tried."""
-    while (trial := trials.take()) is not None:
+    while (trial := trials.lease_next()) is not None:
         trials.complete(trial, 0.5, OUTCOME)
     return [trial.params for trial in trials.finished()]
 
@@ -74,10 +74,10 @@ def test_restart_draws_new_trials(tmp_path: Path, space: Space) -> None:
 def test_trial_of_a_dead_process_is_repeated(tmp_path: Path, space: Space) -> None:
     whole = run_all(open_trials(tmp_path / "whole", space))
     trials = open_trials(tmp_path / "killed", space)
-    done = trials.take()
+    done = trials.lease_next()
     assert done is not None
     trials.complete(done, 0.5, OUTCOME)
-    lost = trials.take()
+    lost = trials.lease_next()
     assert lost is not None
     make_folder(trial_path(tmp_path / "killed", lost.number))
     again = run_all(open_trials(tmp_path / "killed", space))
@@ -89,7 +89,7 @@ def test_trial_finished_during_check_stays_finished(
     tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs = open_trials(tmp_path, space, trials=1), open_trials(tmp_path, space, trials=1)
-    trial = ours.take()
+    trial = ours.lease_next()
     assert trial is not None
 
     def take(_number: int) -> bool:
@@ -97,16 +97,16 @@ def test_trial_finished_during_check_stays_finished(
         return True
 
     monkeypatch.setattr(theirs._leases, "acquire", take)
-    assert theirs.take() is None
+    assert theirs.lease_next() is None
     assert [trial.state for trial in theirs.finished()] == [TrialState.COMPLETE]
 
 
 def test_trial_of_a_living_process_is_kept(tmp_path: Path, space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = open_trials(tmp_path, space), open_trials(tmp_path, space)
-    alive = ours.take()
+    alive = ours.lease_next()
     monkeypatch.setattr(ours._leases, "acquire", lambda number: number != 0)  # as if another process had it
     monkeypatch.setattr(theirs._leases, "acquire", lambda number: number != 0)
-    lost, again = ours.take(), theirs.take()
+    lost, again = ours.lease_next(), theirs.lease_next()
     assert alive is not None
     assert lost is not None
     assert again is not None
@@ -119,12 +119,12 @@ def test_trial_of_a_living_process_is_kept(tmp_path: Path, space: Space, monkeyp
 def test_third_loss_is_a_failure(tmp_path: Path, space: Space) -> None:
     tried = []
     for _ in range(3):
-        trial = open_trials(tmp_path, space, trials=1).take()
+        trial = open_trials(tmp_path, space, trials=1).lease_next()
         assert trial is not None
         tried.append(trial.params)
     assert tried[0] == tried[1] == tried[2]
     trials = open_trials(tmp_path, space, trials=1)
-    assert trials.take() is None
+    assert trials.lease_next() is None
     (failed,) = trials.finished()
     assert failed.state == TrialState.FAIL
     assert reason_of(failed) == "its process was killed 3 times"
@@ -133,7 +133,7 @@ def test_third_loss_is_a_failure(tmp_path: Path, space: Space) -> None:
 def test_grid_ends_with_its_points_after_a_loss(tmp_path: Path) -> None:
     (tmp_path / "space.toml").write_text("[space]\nprojector = ['linear', 'mlp']\nshared_width = [8, 16]")
     space = read_space(tmp_path / "space.toml")
-    open_trials(tmp_path / "a", space, sampler="grid").take()
+    open_trials(tmp_path / "a", space, sampler="grid").lease_next()
     trials = open_trials(tmp_path / "a", space, sampler="grid", trials=50)
     assert trials.total == 4
     tried = run_all(trials)
@@ -148,7 +148,7 @@ def test_rank_complete_lists_each_configuration_once(tmp_path: Path) -> None:
     trials = open_trials(tmp_path / "a", read_space(tmp_path / "space.toml"), trials=8)
     scores = [0.1, 0.5, 0.3, 0.5, 0.2, 0.4, 0.5, 0.1]
     for score in scores:
-        trial = trials.take()
+        trial = trials.lease_next()
         assert trial is not None
         trials.complete(trial, score, OUTCOME)
     first, second = rank_complete(trials.finished())
@@ -160,7 +160,7 @@ def test_rank_complete_lists_each_configuration_once(tmp_path: Path) -> None:
 
 def test_study_without_complete_trials_raises(tmp_path: Path, space: Space) -> None:
     trials = open_trials(tmp_path, space, trials=1)
-    trial = trials.take()
+    trial = trials.lease_next()
     assert trial is not None
     trials.fail(trial, "too few samples")
     with pytest.raises(SettingError, match="none of 1 trials is complete; trial 0 failed: too few samples"):
@@ -169,7 +169,7 @@ def test_study_without_complete_trials_raises(tmp_path: Path, space: Space) -> N
 
 def test_storage_error_hides_the_password(tmp_path: Path, space: Space) -> None:
     for url in ("nonsense://user:secret@host/x", "sqlite:////nowhere/at/all/study.db"):
-        with pytest.raises(PathError, match="cannot be opened: .*give a URL such as postgresql") as raised:
+        with pytest.raises(PathError, match="cannot be opened: .*use a URL such as postgresql") as raised:
             open_trials(tmp_path, space, storage=url)
         assert "secret" not in str(raised.value)
     assert without_password("a://user:secret@host/x") == "a://user:***@host/x"
