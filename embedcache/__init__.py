@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embedcache.curate.coverage import measure_coverage, measure_modalities
+    from embedcache.curate.coverage import measure_coverage, measure_coverage_by_modality
     from embedcache.curate.dedup import analyze as analyze_duplicates
     from embedcache.curate.dedup import dedup as remove_duplicates
     from embedcache.curate.leaks import find_leaks
@@ -71,7 +71,7 @@ __all__ = [
     "find_leaks",
     "load",
     "measure_coverage",
-    "measure_modalities",
+    "measure_coverage_by_modality",
     "open_source",
     "remove_duplicates",
     "search_index",

@@ -159,7 +159,7 @@ def test_workflow(two_caches: list[Path], tmp_path: Path) -> None:
         f"{folder}/concepts",
         embedcache.CoverageSettings(modality="text", selection=f"{folder}/some.parquet", threshold=-1.0),
     )
-    assert coverage.whole.num_items == 90
+    assert coverage.pool_counts.num_items == 90
     done = embedcache.remove_duplicates(
         f"{folder}/cache", f"{folder}/kept.parquet", embedcache.DedupSettings(cosine=0.999)
     )

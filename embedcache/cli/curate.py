@@ -81,10 +81,10 @@ def coverage(
     Example: embedcache curate coverage cache/ concepts/ --run run/ --html coverage.html
     """
     from embedcache.cli.console import open_progress, publish
-    from embedcache.curate.coverage import measure_modalities
+    from embedcache.curate.coverage import measure_coverage_by_modality
     from embedcache.reports.coverage import coverage_json, write_coverage_page
 
-    reports = measure_modalities(cache, concepts, settings, progress=open_progress())
+    reports = measure_coverage_by_modality(cache, concepts, settings, progress=open_progress())
 
     def show() -> None:
         for report in reports.values():
@@ -114,7 +114,7 @@ def _show_coverage(report: "CoverageReport") -> None:
     for warning in report.warnings():
         print_line(warning)
     print_table(*summary_table(report))
-    order = largest_first(report.whole.counts)
+    order = largest_first(report.pool_counts.counts)
     print_table(*concept_table(report, order[:10]), title="largest concepts")
     if len(order) > 10:
         print_table(*concept_table(report, order[10:][-10:]), title="smallest concepts")

@@ -164,9 +164,9 @@ class CoverageCounter:
             sims_BC, mask_BC = sims[: tile.stop - tile.start], mask[: tile.stop - tile.start]
             np.matmul(vectors_BP[tile], self._columns_PC, out=sims_BC)
             np.greater_equal(sims_BC, self.lower_C, out=mask_BC)
-            found = np.flatnonzero(mask_BC)
-            items, concepts = np.divmod(found, num_concepts)
-            self.add(partial, rows_B[tile][items], concepts, sims_BC.ravel()[found])
+            positions = np.flatnonzero(mask_BC)
+            items, concepts = np.divmod(positions, num_concepts)
+            self.add(partial, rows_B[tile][items], concepts, sims_BC.ravel()[positions])
         return partial
 
     def merge(self, before: PartialCoverage, after: PartialCoverage) -> PartialCoverage:
@@ -251,13 +251,13 @@ def _first_largest(groups_M: Ints, values_M: Floats) -> Bools:
 
 _FIRST_K = 256  # results requested at first; doubled while some of the last half are above the limit
 _MORE_LISTS = 4
-_ITEMS_PER_BLOCK = 2**17  # results that are compared at a time, for as many concepts as that makes
+_ITEMS_PER_BLOCK = 2**17  # results that are compared at a time
 
 
 def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
     """Open an index of the vectors of a pool.
 
-    Raises `FingerprintError` if it is of other samples, another feature or run, or holds fewer items.
+    Raises `FingerprintError` if it was built from other samples, another feature or run, or fewer items.
     """
     path = Path(path)
     card = read_card(path)
@@ -283,7 +283,7 @@ def count_indexed(
     parameters: Mapping[str, int],
     progress: Progress,
 ) -> PartialCoverage:
-    """Count what an index finds near each concept, by exact cosines: never too much, too little by what it misses.
+    """Count what an index finds near each concept, by exact cosines: never too many, too few by what it misses.
 
     Memory: 20 bytes per match, and the vectors of 131,072 items.
     """

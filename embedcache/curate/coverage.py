@@ -36,7 +36,7 @@ class ConceptCounts:
     """Items of a pool, or of a selection of it, near each concept.
 
     Args:
-        name: name of the pool or the selection, for people.
+        name: name of the pool or the selection, as displayed.
         num_items: number of items.
         num_covered: items above the threshold of at least one concept.
         counts: (C,) items above each concept's threshold; an item counts for every concept that it is above.
@@ -85,8 +85,8 @@ class CoverageReport:
         settings: settings of the measurement.
         background: similarities of each concept on a random sample of the pool.
         thresholds: (C,) float32.
-        whole: counts of the pool.
-        selected: counts of a selection, with the same thresholds.
+        pool_counts: counts of the pool.
+        selection_counts: counts of a selection, with the same thresholds.
         scores: (C, k) float32, similarities of the most similar items of the pool, best first.
         rows: (C, k) their rows.
         nearest: (C,) the nearest other concept; -1 if there is none.
@@ -99,8 +99,8 @@ class CoverageReport:
     settings: CoverageSettings
     background: Background
     thresholds: Floats
-    whole: ConceptCounts
-    selected: ConceptCounts | None
+    pool_counts: ConceptCounts
+    selection_counts: ConceptCounts | None
     scores: Floats
     rows: Ints
     nearest: Ints
@@ -108,7 +108,7 @@ class CoverageReport:
     index: IndexCard | None = None
 
     def line(self) -> str:
-        """Describe what was measured in one line."""
+        """Describe the measurement in one line."""
         run = "" if self.pool.run_path is None else f" projected by {self.pool.run_path.name}"
         fewest, most = int(self.concepts.counts.min()), int(self.concepts.counts.max())
         of = self.concepts.source["of"]
@@ -119,8 +119,8 @@ class CoverageReport:
         else:
             rule = f"threshold {self.settings.threshold:g} for all"
         return (
-            f"{self.pool.cache.path.name}: {self.whole.num_items:,} {self.pool.modality}s, {self.pool.feature.name}"
-            f"{run}; {len(self.concepts.names):,} concepts of {each}; {rule}"
+            f"{self.pool.cache.path.name}: {self.pool_counts.num_items:,} {self.pool.modality}s, "
+            f"{self.pool.feature.name}{run}; {len(self.concepts.names):,} concepts of {each}; {rule}"
         )
 
     @property
@@ -128,38 +128,38 @@ class CoverageReport:
         """Items of the pool that a normal background puts above a calibrated threshold."""
         if self.settings.threshold is not None:
             return None
-        return self.whole.num_items * NormalDist().cdf(-self.settings.deviations)
+        return self.pool_counts.num_items * NormalDist().cdf(-self.settings.deviations)
 
     def warnings(self) -> list[str]:
-        """Return what makes the counts doubtful."""
-        found = []
+        """Return reasons why the counts may be wrong."""
+        warnings = []
         if self.index is not None:
-            found.append(
+            warnings.append(
                 f"counted through an index, {self.index.factory}, whose measured recall@10 is "
                 f"{self.index.recall_at_10:.3f}: a count may be too low, never too high"
             )
         by_chance = self.expected_by_chance
         if by_chance is not None and by_chance >= self.settings.min_count:
-            found.append(
-                f"WARNING: with a normal background, {by_chance:,.0f} of {self.whole.num_items:,} items are above a "
-                f"threshold by chance, and a concept needs only {self.settings.min_count:,} not to be a gap; raise "
-                "--deviations"
+            warnings.append(
+                f"WARNING: with a normal background, {by_chance:,.0f} of {self.pool_counts.num_items:,} items are "
+                f"above a threshold by chance, and a concept needs only {self.settings.min_count:,} not to be a gap; "
+                "raise --deviations"
             )
         num_low = int((self.thresholds <= self.background.quantiles[:, 0]).sum())
         if num_low:
-            found.append(
+            warnings.append(
                 f"WARNING: for {num_low:,} of {len(self.thresholds):,} concepts at least half of the pool is above the "
                 "threshold; raise --threshold"
             )
-        return found
+        return warnings
 
     @property
-    def parts(self) -> list[ConceptCounts]:
+    def all_counts(self) -> list[ConceptCounts]:
         """Counts of the pool, and of the selection if there is one."""
-        return [self.whole] if self.selected is None else [self.whole, self.selected]
+        return [self.pool_counts] if self.selection_counts is None else [self.pool_counts, self.selection_counts]
 
 
-def measure_modalities(
+def measure_coverage_by_modality(
     cache_path: Path | str,
     concepts_path: Path | str,
     settings: CoverageSettings | None = None,
@@ -172,7 +172,7 @@ def measure_modalities(
         by_modality = [replace(settings, modality="image"), replace(settings, modality="text")]
     else:
         by_modality = [settings]
-    return {one.modality: measure_coverage(cache_path, concepts_path, one, progress=progress) for one in by_modality}
+    return {each.modality: measure_coverage(cache_path, concepts_path, each, progress=progress) for each in by_modality}
 
 
 def measure_coverage(
@@ -186,13 +186,13 @@ def measure_coverage(
 
     Counts, the best k and overlaps are exact, as each vector is multiplied with each concept's; through an index they
     lack what it misses. Quantiles and calibrated thresholds come from 16,384 items drawn at random, or from all items.
-    Memory: the sample, C × (P + k) numbers, and per core a chunk, a tile of 8 MB of similarities, and a few numbers per
+    Memory: the sample, C × (P + k) values, and per core a chunk, a tile of 8 MB of similarities, and a few values per
     position above a threshold.
 
     Args:
         cache_path: cache of the items.
         concepts_path: cache of prompts, or of labeled examples; see `open_concepts`.
-        settings: modality, feature, thresholds, and what is kept.
+        settings: modality, feature, thresholds, and what to keep.
         progress: progress in items.
 
     Raises:
@@ -205,7 +205,7 @@ def measure_coverage(
     """
     settings = settings or CoverageSettings()
     if settings.modality == "both":
-        raise SettingError("modality: expected image or text, got both; use measure_modalities for both")
+        raise SettingError("modality: expected image or text, got both; use measure_coverage_by_modality for both")
     pool = Vectors(cache_path, settings.modality, settings.feature, settings.run)
     if settings.k > len(pool.rows):
         raise SettingError(
@@ -245,7 +245,7 @@ def measure_coverage(
     _check_any_covered(partial, scores, thresholds, concepts, pool)
     names = [f"all {pool.modality}s", *([selection.name] if selection else [])]
     columns = zip(names, partial.num_items, partial.num_covered, partial.counts, partial.assigned, strict=True)
-    whole, *others = [
+    pool_counts, *others = [
         ConceptCounts(name=name, num_items=int(items), num_covered=int(covered), counts=counts, assigned=assigned)
         for name, items, covered, counts, assigned in columns
     ]
@@ -255,12 +255,12 @@ def measure_coverage(
         settings=settings,
         background=background,
         thresholds=thresholds,
-        whole=whole,
-        selected=others[0] if others else None,
+        pool_counts=pool_counts,
+        selection_counts=others[0] if others else None,
         scores=scores,
         rows=rows,
         nearest=nearest[:, 0] if nearest.shape[1] else np.full(len(nearest), -1),
-        overlaps=_overlaps(whole.counts, partial.shared, nearest, cosines),
+        overlaps=_overlaps(pool_counts.counts, partial.shared, nearest, cosines),
         index=card,
     )
 
@@ -281,11 +281,11 @@ def _check_any_covered(
 
 def _overlaps(counts_C: Ints, shared_CJ: Ints, nearest_CJ: Ints, cosines_CJ: Floats) -> list[ConceptOverlap]:
     """Return each pair of near concepts that share an item once, sorted by shared items times Jaccard index."""
-    found: dict[tuple[int, int], ConceptOverlap] = {}
-    for one, rank in zip(*np.nonzero(shared_CJ), strict=True):
-        other, num = int(nearest_CJ[one, rank]), int(shared_CJ[one, rank])
-        pair = (min(int(one), other), max(int(one), other))
-        union = int(counts_C[one] + counts_C[other]) - num
-        cosine = float(cosines_CJ[one, rank])
-        found[pair] = ConceptOverlap(first=pair[0], second=pair[1], num_items=num, jaccard=num / union, cosine=cosine)
-    return sorted(found.values(), key=lambda pair: (-pair.jaccard * pair.num_items, pair.first, pair.second))
+    overlaps: dict[tuple[int, int], ConceptOverlap] = {}
+    for first, rank in zip(*np.nonzero(shared_CJ), strict=True):
+        second, num = int(nearest_CJ[first, rank]), int(shared_CJ[first, rank])
+        pair = (min(int(first), second), max(int(first), second))
+        jaccard = num / (int(counts_C[first] + counts_C[second]) - num)
+        cosine = float(cosines_CJ[first, rank])
+        overlaps[pair] = ConceptOverlap(first=pair[0], second=pair[1], num_items=num, jaccard=jaccard, cosine=cosine)
+    return sorted(overlaps.values(), key=lambda pair: (-pair.jaccard * pair.num_items, pair.first, pair.second))

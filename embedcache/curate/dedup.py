@@ -29,7 +29,7 @@ _NO_PAIRS = SimilarPairs(left=np.empty(0, np.int64), right=np.empty(0, np.int64)
 
 @dataclass(frozen=True, kw_only=True)
 class DedupLevel:
-    """What deduplication at one cosine would remove."""
+    """Numbers of items that deduplication at one cosine would remove."""
 
     cosine: float | None  # limit; None: copies only
     num_near: int | None  # items with another above it, copies counted once; None for copies
@@ -55,12 +55,12 @@ class DedupAnalysis:
     def levels(self) -> list[DedupLevel]:
         """Return what deduplication by copies and at each cosine of `LEVELS` would remove."""
         assert self.near is not None
-        found = [DedupLevel(cosine=None, num_near=None, num_gone=len(self.removed(None).samples))]
+        levels = [DedupLevel(cosine=None, num_near=None, num_gone=len(self.removed(None).samples))]
         for cosine in reversed(LEVELS):
             num_near = int((self.near.highest >= cosine_limit(cosine)).sum())
             num_gone = len(self.removed(cosine).samples) if cosine >= self.near.limit else None
-            found.append(DedupLevel(cosine=cosine, num_near=num_near, num_gone=num_gone))
-        return found
+            levels.append(DedupLevel(cosine=cosine, num_near=num_near, num_gone=num_gone))
+        return levels
 
     def to_json(self) -> dict[str, Any]:
         """Return what was compared, and how completely, as JSON values."""
@@ -130,7 +130,7 @@ def analyze(
     Raises:
         SettingError: a cosine or `copies_only` is set, which need a file to write, or the keep rule is invalid.
         UnknownNameError: there is no such keep rule or feature.
-        DataError, UnfinishedError, FingerprintError: as for `Vectors`.
+        DataError, UnfinishedError, FingerprintError: see `Vectors`.
     """
     settings = settings or DedupSettings()
     if settings.cosine is not None or settings.copies_only:
@@ -158,7 +158,7 @@ def dedup(
     Raises:
         SettingError: neither a cosine nor `copies_only` is set, no pair reaches the cosine, or too many pairs do.
         PathError: the file's name does not end in `.parquet`.
-        DataError, UnfinishedError, FingerprintError, UnknownNameError: as for `analyze`.
+        DataError, UnfinishedError, FingerprintError, UnknownNameError: see `analyze`.
         DiskFullError: the scratch file does not fit.
     """
     out_path, cosine = Path(out_path), settings.cosine
@@ -191,7 +191,7 @@ def _compare(
     feature = open_input(cache, modality, settings.feature) if vectors is None else vectors.feature
     copies = find_copies(cache, feature)
     if not len(copies.unique_rows):
-        raise DataError(f"feature {feature.name} has no valid item")
+        raise DataError(f"feature {feature.name} has no encoded item; see: embedcache inspect {cache.path}")
     near = None
     if vectors is not None and levels:
         near = find_near_duplicates(vectors, copies.unique_rows, levels, settings, progress)

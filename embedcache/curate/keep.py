@@ -68,17 +68,17 @@ def choose_removed(copies: Copies, pairs: SimilarPairs, order: Ints) -> RemovedS
     is_shared = (np.bincount(copies.content_ids) > 1) | (np.diff(graph.starts) > 0)
     may_be_duplicate = np.bincount(copies.samples, weights=is_shared[copies.content_ids]) > 0  # the others stay
     holder_C = np.full(len(copies.unique_rows), -1, np.int64)
-    found = []
+    removed = []
     for sample in order[may_be_duplicate[order]].tolist():
         own = content_ids[starts[sample] : starts[sample + 1]]
         partners = [graph.partner(content, holder_C) for content in own.tolist()]
         if all(kept >= 0 for kept, _ in partners):
             kept, cosine = min(partners, key=lambda partner: partner[1])
-            found.append((sample, kept, cosine))
+            removed.append((sample, kept, cosine))
         else:
             holder_C[own[holder_C[own] < 0]] = sample
-    found.sort()
-    samples, kept_samples, cosines = zip(*found, strict=True) if found else ((), (), ())
+    removed.sort()
+    samples, kept_samples, cosines = zip(*removed, strict=True) if removed else ((), (), ())
     return RemovedSamples(
         samples=np.array(samples, np.int64),
         kept=np.array(kept_samples, np.int64),

@@ -25,7 +25,7 @@ _MAX_QUERIES = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class ModalityLeaks:
-    """Q test items of one modality, and what of them is in a training cache of C items."""
+    """Q test items of one modality, and their copies and near-duplicates in a training cache of C items."""
 
     modality: str
     feature: str | None  # that near-duplicates were searched with; None if only copies were
@@ -83,7 +83,7 @@ class ModalityLeaks:
 
 @dataclass(frozen=True, kw_only=True)
 class LeakReport:
-    """What of a test cache is in a training cache.
+    """Overlap of a test cache with a training cache.
 
     Args:
         train: the training cache.
@@ -131,12 +131,12 @@ def find_leaks(
     *,
     progress: Progress | None = None,
 ) -> LeakReport:
-    """Find what of a test cache is in a training cache.
+    """Find the items of a test cache that are in a training cache.
 
     Copies are found by the hashes of bytes and texts, for any encoders. Near-duplicates need one feature of one encoder
-    in both caches: each test item is compared with each training item, Q C products of P numbers; 5,000 × 1,000,000 ×
-    768 take a minute on two cores. Memory: at most 65,536 test vectors, and a chunk of the training cache, which is
-    read once per so many test vectors.
+    in both caches: each test item is compared with each training item, Q C products of P components; 5,000 × 1,000,000
+    × 768 take a minute on two cores. Memory: at most 65,536 test vectors, and a chunk of the training cache, which is
+    read once per 65,536 test vectors.
 
     Args:
         train_path: the training cache.
@@ -146,7 +146,7 @@ def find_leaks(
 
     Raises:
         SettingError: one cache is given twice, or both have several features in common.
-        DataError: the caches have no modality in common, or a feature has no valid item.
+        DataError: the caches have no modality in common, or a feature has no encoded item.
         UnknownNameError: there is no such feature.
         UnfinishedError: chunks of a feature are missing.
     """
@@ -186,11 +186,11 @@ def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings
     test_set = set(test_hashes)
     train_is_copy = np.array([value in test_set for value in train_hashes], bool)
     if reason is None:
-        found = _find_closest(train_feature, train_items, test_feature, test_items, progress)
+        match = _find_closest(train_feature, train_items, test_feature, test_items, progress)
     else:
         unknown = [np.full(len(items.rows), np.float32(-np.inf)) for items in (test_items, train_items)]
-        found = Closest(np.full(len(test_items.rows), -1), *unknown)
-    rows = np.where(found.rows >= 0, train_items.rows[found.rows], -1)
+        match = Closest(np.full(len(test_items.rows), -1), *unknown)
+    rows = np.where(match.rows >= 0, train_items.rows[match.rows], -1)
     return ModalityLeaks(
         modality=modality,
         feature=None if reason else test_feature.name,
@@ -199,9 +199,9 @@ def _find_leaks(train: Cache, test: Cache, modality: str, settings: LeakSettings
         test=test_items,
         train=train_items,
         train_rows=np.where(copies >= 0, copies, rows),
-        cosines=np.where(copies >= 0, np.float32(1), found.sims),
+        cosines=np.where(copies >= 0, np.float32(1), match.sims),
         is_copy=copies >= 0,
-        train_cosines=np.where(train_is_copy, np.float32(1), found.candidate_sims),
+        train_cosines=np.where(train_is_copy, np.float32(1), match.candidate_sims),
         train_is_copy=train_is_copy,
     )
 
@@ -257,7 +257,7 @@ def _any_feature(cache: Cache, modality: str) -> InputFeature:
 def _items(cache: Cache, feature: InputFeature) -> Items:
     items = read_items([cache], [feature])
     if not len(items.rows):
-        raise DataError(f"feature {feature.name} of {cache.path} has no valid item")
+        raise DataError(f"feature {feature.name} has no encoded item; see: embedcache inspect {cache.path}")
     return items
 
 

@@ -125,8 +125,8 @@ def assign_clusters(
     """Assign items to 2 √N clusters; errors as in `find_near_duplicates`."""
     rng = np.random.default_rng(settings.seed)
     num_clusters = max(1, round(2 * math.sqrt(len(rows_N))))
-    drawn = np.sort(rng.permutation(rows_N)[: _TRAINING_PER_CLUSTER * num_clusters])
-    training = copy.copy(vectors).read(drawn)  # a copy opens anew, and its maps of the whole feature are freed
+    training_rows = np.sort(rng.permutation(rows_N)[: _TRAINING_PER_CLUSTER * num_clusters])
+    training = copy.copy(vectors).read(training_rows)  # a copy opens anew, and its maps of the whole feature are freed
     _check_lengths(training, vectors)
     centroids_KP = fit_centroids(training, num_clusters, seed=settings.seed)
     work = ClusterAssigner(centroids_KP, cosine, _MAX_VISITS, _mask(rows_N, vectors))
@@ -197,9 +197,9 @@ def concatenate_assignments(parts: Sequence[ClusterAssignment]) -> ClusterAssign
 class _Plan:
     """Which items are compared. Places are rows of the scratch matrix: cluster by cluster, in row order within each."""
 
-    items: Ints  # (N,) the item at each place
-    starts: Ints  # (K + 1,) the place where each cluster begins
-    visitors: Array  # (V,) places, by the cluster that they visit
+    items: Ints  # (N,) the item at each position
+    starts: Ints  # (K + 1,) the position where each cluster begins
+    visitors: Array  # (V,) positions, by the cluster that they visit
     visitor_starts: Ints  # (K + 1,) where in `visitors` each cluster's begin
 
 
@@ -209,13 +209,13 @@ def _make_plan(assignment: ClusterAssignment | None, num_items: int) -> _Plan:
     num_clusters = int(max(clusters.max(), visits.max(initial=0))) + 1
     items = np.argsort(clusters, kind="stable")
     visits = visits[items]
-    place, _ = np.nonzero(visits >= 0)
+    position, _ = np.nonzero(visits >= 0)
     visited = visits[visits >= 0]
     order = np.argsort(visited, kind="stable")
     return _Plan(
         items=items,
         starts=_starts(clusters, num_clusters),
-        visitors=place.astype(np.int32)[order],
+        visitors=position.astype(np.int32)[order],
         visitor_starts=_starts(visited, num_clusters),
     )
 
@@ -244,15 +244,15 @@ def scratch_matrix(folder: Path, shape: tuple[int, int], dtype: npt.DTypeLike) -
 
 
 def _fill(matrix_NP: Array, vectors: Vectors, rows_N: Ints, plan: _Plan, progress: Progress) -> None:
-    """Write each vector to its place."""
-    mask_N, place_N = _mask(rows_N, vectors), np.empty(len(rows_N), np.int64)
-    place_N[plan.items] = np.arange(len(rows_N))
+    """Write each vector to its position."""
+    mask_N, position_N = _mask(rows_N, vectors), np.empty(len(rows_N), np.int64)
+    position_N[plan.items] = np.arange(len(rows_N))
     num_written = 0
     progress.start("sorting", len(vectors.rows), f"{vectors.modality}s")
     for rows, vectors_BP in vectors.blocks():
         kept_BP = vectors_BP[mask_N[rows]]
         _check_lengths(kept_BP, vectors)
-        matrix_NP[place_N[num_written : num_written + len(kept_BP)]] = kept_BP
+        matrix_NP[position_N[num_written : num_written + len(kept_BP)]] = kept_BP
         num_written += len(kept_BP)
         progress.advance(len(rows))
     progress.finish()
@@ -290,11 +290,11 @@ def _compare(matrix_NP: Array, plan: _Plan, levels: Sequence[float], progress: P
 
 def _tiles_within(matrix_NP: Array, items_N: Ints, members: Ints, progress: Progress) -> Iterator[CosineTile]:
     """Compare each pair of members once."""
-    for one in blocks(len(members), _BLOCK):
-        left, left_BP = items_N[members[one]], _float32(matrix_NP[members[one][0] : members[one][-1] + 1])
+    for block in blocks(len(members), _BLOCK):
+        left, left_BP = items_N[members[block]], _float32(matrix_NP[members[block][0] : members[block][-1] + 1])
         yield CosineTile(left=left, right=left, cosines=left_BP @ left_BP.T, is_diagonal=True)
-        for two in blocks(len(members) - one.stop, _BLOCK):
-            right = members[one.stop :][two]
+        for other in blocks(len(members) - block.stop, _BLOCK):
+            right = members[block.stop :][other]
             right_BP = _float32(matrix_NP[right[0] : right[-1] + 1])
             yield CosineTile(left=left, right=items_N[right], cosines=left_BP @ right_BP.T)
         progress.advance(len(left))
@@ -302,11 +302,11 @@ def _tiles_within(matrix_NP: Array, items_N: Ints, members: Ints, progress: Prog
 
 def _tiles_across(matrix_NP: Array, items_N: Ints, visitors: Array, members: Ints) -> Iterator[CosineTile]:
     """Compare each visitor with each member."""
-    for two in blocks(len(members) if len(visitors) else 0, _BLOCK):
-        right = members[two]
+    for other in blocks(len(members) if len(visitors) else 0, _BLOCK):
+        right = members[other]
         right_BP = _float32(matrix_NP[right[0] : right[-1] + 1])
-        for one in blocks(len(visitors), _BLOCK):
-            left = visitors[one]
+        for block in blocks(len(visitors), _BLOCK):
+            left = visitors[block]
             yield CosineTile(left=items_N[left], right=items_N[right], cosines=_float32(matrix_NP[left]) @ right_BP.T)
 
 
@@ -315,17 +315,17 @@ def _float32(values: Array) -> Floats:
 
 
 def _measure_recall(matrix_NP: Array, plan: _Plan, pairs: SimilarPairs, limit: float, seed: int) -> Recall:
-    """Compare drawn items with all, and count which of their pairs were found."""
+    """Compare random items with all, and count how many of their pairs were found."""
     num_items = len(matrix_NP)
-    places = np.sort(np.random.default_rng(seed).permutation(num_items)[:_NUM_PROBES])
-    probes_QP = _float32(matrix_NP[places])
+    probe_positions = np.sort(np.random.default_rng(seed).permutation(num_items)[:_NUM_PROBES])
+    probes_QP = _float32(matrix_NP[probe_positions])
     true_keys = []
     for block in blocks(num_items, 8 * _BLOCK):
         cosines = probes_QP @ _float32(matrix_NP[block]).T
         query, other = np.nonzero(cosines >= cosine_limit(limit) + _ROUNDING)
-        left, right = plan.items[places[query]], plan.items[other + block.start]
+        left, right = plan.items[probe_positions[query]], plan.items[other + block.start]
         is_pair = left != right
         true_keys.append((np.minimum(left, right) * num_items + np.maximum(left, right))[is_pair])
     true = np.unique(np.concatenate(true_keys))
-    found = np.isin(true, pairs.left * num_items + pairs.right)
-    return Recall(num_items=len(places), num_pairs=len(true), num_found=int(found.sum()))
+    is_found = np.isin(true, pairs.left * num_items + pairs.right)
+    return Recall(num_items=len(probe_positions), num_pairs=len(true), num_found=int(is_found.sum()))

@@ -44,7 +44,7 @@ _COUNT = StrMethodFormatter("{x:,.0f}")
 
 def summary_table(report: CoverageReport) -> Table:
     """Return the main numbers, with one column for the pool and one for its selection."""
-    least, parts, num = report.settings.min_count, report.parts, len(report.concepts.names)
+    least, parts, num = report.settings.min_count, report.all_counts, len(report.concepts.names)
     gaps = [len(part.gaps(least)) for part in parts]
     rows = [
         ["items", *(format_count(part.num_items) for part in parts)],
@@ -70,10 +70,10 @@ def concept_table(report: CoverageReport, numbers: Ints | Sequence[int]) -> Tabl
     for number in map(int, numbers):
         nearest = int(report.nearest[number])
         cosines = (report.thresholds[number], report.background.quantiles[number, 0], report.scores[number, 0])
-        counts = [*(part.counts[number] for part in report.parts), report.whole.assigned[number]]
+        counts = [*(part.counts[number] for part in report.all_counts), report.pool_counts.assigned[number]]
         cells = [*map(format_count, counts), *map(format_fraction, cosines)]
         rows.append([names[number], *cells, names[nearest] if nearest >= 0 else ""])
-    columns = ["concept", *(part.name for part in report.parts)]
+    columns = ["concept", *(part.name for part in report.all_counts)]
     return [*columns, "most similar to it", "threshold", "median", "highest", "nearest concept"], rows
 
 
@@ -90,7 +90,7 @@ def overlap_table(report: CoverageReport, *, num_rows: int = _MAX_OVERLAPS) -> T
 def modality_line(images: CoverageReport, texts: CoverageReport) -> str:
     """Return how many concepts are gaps among the images, the captions and both, in one line."""
     least = images.settings.min_count
-    by_image, by_text = (set(report.parts[-1].gaps(least).tolist()) for report in (images, texts))
+    by_image, by_text = (set(report.all_counts[-1].gaps(least).tolist()) for report in (images, texts))
     return (
         f"of {len(images.concepts.names):,} concepts, fewer than {least:,} items have: {len(by_image):,} among images, "
         f"{len(by_text):,} among captions, {len(by_image & by_text):,} among both"
@@ -99,7 +99,7 @@ def modality_line(images: CoverageReport, texts: CoverageReport) -> str:
 
 def modality_table(images: CoverageReport, texts: CoverageReport, *, num_rows: int) -> Table:
     """Return the concepts whose fraction of the images and fraction of the captions differ most."""
-    parts = (images.whole, texts.whole)
+    parts = (images.pool_counts, texts.pool_counts)
     fractions = [part.counts / max(1, part.num_items) for part in parts]
     order = np.argsort(-np.abs(fractions[0] - fractions[1]), kind="stable")[:num_rows]
     rows = [[images.concepts.names[number], *(format_count(part.counts[number]) for part in parts)] for number in order]
@@ -138,7 +138,7 @@ def coverage_json(report: CoverageReport) -> dict[str, Any]:
                     f"share_of_largest_{fraction:g}": round_json(part.top_fraction(fraction)) for fraction in _FRACTIONS
                 },
             }
-            for part in report.parts
+            for part in report.all_counts
         ],
         "concepts": _concepts_json(report),
         "overlaps": [
@@ -161,8 +161,8 @@ def _concepts_json(report: CoverageReport) -> list[dict[str, Any]]:
         {
             "name": name,
             report.concepts.source["of"]: int(report.concepts.counts[number]),
-            "counts": [int(part.counts[number]) for part in report.parts],
-            "assigned": [int(part.assigned[number]) for part in report.parts],
+            "counts": [int(part.counts[number]) for part in report.all_counts],
+            "assigned": [int(part.assigned[number]) for part in report.all_counts],
             "threshold": round_json(report.thresholds[number]),
             "quantiles": {
                 f"{quantile:g}": round_json(value)
@@ -225,7 +225,7 @@ def _sections(report: CoverageReport, renderer: ItemRenderer) -> list[Section]:
 
 
 def _count_section(report: CoverageReport) -> Section:
-    parts, least = report.parts, report.settings.min_count
+    parts, least = report.all_counts, report.settings.min_count
     bars = _coverage_bars(report.concepts.names, parts, min_count=least)
     if len(report.concepts.names) <= _MAX_BARS:
         return Section(title="Items per concept", figures=[bars])
@@ -235,7 +235,7 @@ def _count_section(report: CoverageReport) -> Section:
 
 
 def _gap_section(report: CoverageReport) -> Section:
-    part, least = report.parts[-1], report.settings.min_count
+    part, least = report.all_counts[-1], report.settings.min_count
     gaps = part.gaps(least)
     if not len(gaps):
         return Section(title="Gaps", notes=[f"No concept has fewer than {least:,} items."])
@@ -256,7 +256,7 @@ def _overlap_section(report: CoverageReport) -> Section:
 
 
 def _concept_section(report: CoverageReport, renderer: ItemRenderer) -> Section:
-    order = largest_first(report.whole.counts)
+    order = largest_first(report.pool_counts.counts)
     notes = ["The most similar items of each concept, best first; green: above its threshold."]
     if len(order) > _MAX_EXAMPLES:
         order = order[np.linspace(0, len(order) - 1, _MAX_EXAMPLES).round().astype(np.int64)]
@@ -267,7 +267,7 @@ def _concept_section(report: CoverageReport, renderer: ItemRenderer) -> Section:
 
 
 def _concept_example(report: CoverageReport, renderer: ItemRenderer, number: int) -> QueryExample:
-    counts = " → ".join(format_count(part.counts[number]) for part in report.parts)
+    counts = " → ".join(format_count(part.counts[number]) for part in report.all_counts)
     levels = ", ".join(f"{quantile:g}" for quantile in QUANTILES)
     cosines = [*report.background.quantiles[number], report.scores[number, 0]]
     threshold = report.thresholds[number]
@@ -275,7 +275,7 @@ def _concept_example(report: CoverageReport, renderer: ItemRenderer, number: int
         query=PageItem(text=report.concepts.names[number]),
         outcome=f"{counts} above {format_fraction(threshold)}; cosine quantiles {levels} and maximum: "
         f"{', '.join(map(format_fraction, cosines))}",
-        is_correct=bool(report.parts[-1].counts[number] >= report.settings.min_count),
+        is_correct=bool(report.all_counts[-1].counts[number] >= report.settings.min_count),
         results=[
             renderer.render(row, is_correct=score > threshold)
             for row, score in zip(report.rows[number].tolist(), report.scores[number].tolist(), strict=True)

@@ -15,7 +15,7 @@ _FLAT_LIMIT = 200_000  # up to this many vectors, an exact query takes tens of m
 _ID_BYTES = 8
 _LINK_BYTES = 272  # HNSW32: 64 neighbors of 4 bytes on the lowest level, about 2 above, and 12 bytes of bookkeeping
 _LIST_BYTES = 24  # where a list on disk is in its file
-_RABITQ_BYTES = 20  # factors that RaBitQ keeps beside a vector's bits; 8 with one bit per number
+_RABITQ_BYTES = 20  # factors that RaBitQ keeps beside a vector's bits; 8 with one bit per component
 _MANY_LISTS = 2**14  # from here on a graph over the centroids is faster than comparing with all of them
 _POINTS_PER_LIST = 39  # with fewer, FAISS warns that k-means has too few training vectors
 
@@ -35,11 +35,11 @@ def in_memory_configurations(num_vectors: int, width: int) -> list[Configuration
     exact = Configuration(factory="Flat", memory_bytes=num_vectors * (4 * width + _ID_BYTES), bits=32)
     graph = Configuration(factory="HNSW32", memory_bytes=num_vectors * (4 * width + _LINK_BYTES + _ID_BYTES), bits=32)
     coarse, coarse_bytes = _coarse_quantizer(num_vectors, width)
-    found = [exact, graph] if num_vectors <= _FLAT_LIMIT else [graph]
+    candidates = [exact, graph] if num_vectors <= _FLAT_LIMIT else [graph]
     for codes, bits, code_bytes, table_bytes in _codes(num_vectors, width):
         size = round(num_vectors * (code_bytes + 2 * _ID_BYTES)) + coarse_bytes + table_bytes
-        found.append(Configuration(factory=f"{coarse},{codes}", memory_bytes=size, bits=bits))
-    return found
+        candidates.append(Configuration(factory=f"{coarse},{codes}", memory_bytes=size, bits=bits))
+    return candidates
 
 
 def on_disk_configurations(num_vectors: int, width: int) -> list[Configuration]:
@@ -51,9 +51,9 @@ def on_disk_configurations(num_vectors: int, width: int) -> list[Configuration]:
 
 def fit_memory(candidates: Sequence[Configuration], memory_bytes: int | None) -> list[Configuration]:
     """Return the candidates that fit a memory; the `SettingError` names the smallest if none fits."""
-    fitting = [one for one in candidates if memory_bytes is None or one.memory_bytes <= memory_bytes]
+    fitting = [candidate for candidate in candidates if memory_bytes is None or candidate.memory_bytes <= memory_bytes]
     if not fitting:
-        smallest = min(candidates, key=lambda one: one.memory_bytes)
+        smallest = min(candidates, key=lambda candidate: candidate.memory_bytes)
         needed_kb = math.ceil(smallest.memory_bytes / 1024)
         alternative = "" if smallest.is_on_disk else ", or leave the vectors on disk with --on-disk"
         raise SettingError(
@@ -66,7 +66,7 @@ def fit_memory(candidates: Sequence[Configuration], memory_bytes: int | None) ->
 def remaining_candidates(rest: Sequence[Configuration], failed: Configuration) -> list[Configuration]:
     """Return those worth trying after one missed the recall with all lists searched: not those with fewer bits."""
     is_graph = failed.factory.startswith("HNSW")  # then the graph misses neighbors, and not the codes
-    return [one for one in rest if is_graph or one.bits >= failed.bits]
+    return [candidate for candidate in rest if is_graph or candidate.bits >= failed.bits]
 
 
 def num_lists(num_vectors: int) -> int:
@@ -98,7 +98,7 @@ def _codes(num_vectors: int, width: int) -> Iterator[tuple[str, int, float, int]
 _K = 10
 _NUM_QUERIES = 2000
 _NUM_TIMED = 200
-_NUM_TRUE = 100  # kept of the true ranking, so that results that tie with the k-th count as found too
+_NUM_TRUE = 100  # stored of the true ranking, so that results that tie with the k-th count as found too
 _ROUNDING = 1e-5  # two ways of summing one cosine in float32
 _PLATEAU = 0.002
 _MAX_EF_SEARCH = 1024
@@ -189,12 +189,12 @@ def measure_index(index: RowIndex, queries: QuerySet, min_recall: float) -> Inde
     """Tune on half of the queries to a little more than the requested recall, and measure on the other half."""
     parameters = tune_search(index, queries.half(0), min_recall + (1 - min_recall) / 4)
     test = queries.half(1)
-    found = test.search(index, parameters)
+    rows_QK = test.search(index, parameters)
     single, batch = index.measure_latency_ms(test.vectors[:_NUM_TIMED], test.k, parameters)
     return IndexQuality(
         search=parameters,
-        recall_at_1=test.recall(found, 1),
-        recall_at_10=test.recall(found, test.k),
+        recall_at_1=test.recall(rows_QK, 1),
+        recall_at_10=test.recall(rows_QK, test.k),
         num_queries=len(test.vectors),
         latency_ms=round(single, 4),
         batch_latency_ms=round(batch, 4),

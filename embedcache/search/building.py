@@ -27,7 +27,7 @@ class IndexBuilder:
     """The unfinished index in a folder. The ids in `index.partial.faiss` say which rows it holds.
 
     `lists` is the file of inverted lists that a finished index in the folder uses. Raises `FingerprintError` if the
-    folder holds an unfinished index of something else than `source`; the cache may have grown since.
+    folder holds an unfinished index built from another source; the cache may have grown since.
     """
 
     def __init__(self, folder: Path, source: Mapping[str, Any], info: CacheInfo, *, lists: str | None = None) -> None:
@@ -51,7 +51,7 @@ class IndexBuilder:
 
         Checkpoints are written every `checkpoint_s`, less often if writing takes longer than a tenth of that. An index
         with lists on disk has none: an interrupted build keeps its finished parts. Raises `SettingError` if FAISS
-        refuses the factory string or has too few vectors to train, or if there are no lists to leave on disk.
+        rejects the factory string or has too few vectors to train, or if there are no lists to leave on disk.
         """
         factory = kind.factory
         if kind.is_on_disk:
@@ -123,7 +123,7 @@ class IndexBuilder:
 def _fill_lists(
     folder: Path, trained_path: Path, old: RowIndex | None, vectors: Vectors, progress: Progress
 ) -> RowIndex:
-    """Index all valid rows part by part, keep the parts that exist, and merge all into one file of lists."""
+    """Index all valid rows part by part, reuse existing parts, and merge all into one file of lists."""
     parts = [] if old is None else [old]
     for path in sorted(folder.glob("index.part-*.faiss")):
         part = read_index(path, is_mapped=True)

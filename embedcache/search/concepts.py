@@ -51,7 +51,7 @@ def open_concepts(
     ImageNet, instead of raising an error. Memory: the concepts, and a block of items.
 
     Raises:
-        FingerprintError: the concepts' feature is of another encoder than the pool's, or than the run was trained on.
+        FingerprintError: the concepts' feature is from another encoder than the pool's, or than the run was trained on.
         UnknownNameError: the cache has no such feature, or neither prompts nor a column of that name.
         DataError: prompts for plain image features, equal names, or a concept without a prompt or example.
     """
@@ -122,7 +122,8 @@ def _draw_examples(
     rows_N, samples_N = vectors.rows[is_labeled_N], samples_N[is_labeled_N]
     if not len(rows_N):
         raise DataError(
-            f"no {vectors.modality} of {cache.path} with {vectors.feature.name} has a label in column {label!r}"
+            f"no {vectors.modality} of {cache.path} with {vectors.feature.name} has a label in column {label!r}; "
+            "name another column with --label"
         )
     labels = read_labels(cache, samples_N, column=label)
     num_labels = len([value for value in pc.unique(cache.samples[label]).to_pylist() if value not in (None, "")])
@@ -135,8 +136,8 @@ def _draw_examples(
     order = shuffled[np.argsort(labels.numbers[shuffled], kind="stable")]
     counts_C = np.bincount(labels.numbers)
     ranks = np.arange(len(order)) - np.repeat(np.cumsum(counts_C) - counts_C, counts_C)
-    drawn = np.sort(order[ranks < max_examples])
-    return labels.names, rows_N[drawn], labels.numbers[drawn]
+    examples = np.sort(order[ranks < max_examples])
+    return labels.names, rows_N[examples], labels.numbers[examples]
 
 
 def _check_unique(names: list[str], cache: Cache) -> None:

@@ -1,6 +1,7 @@
 """FAISS: an inner-product index whose ids are rows of a cache, exact search, and k-means."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -177,7 +178,8 @@ def make_index(factory: str, width: int) -> RowIndex:
         return RowIndex(faiss.IndexIDMap(faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)))
     except RuntimeError as error:
         raise SettingError(
-            f"factory: FAISS cannot make an index {factory!r} of width {width}: {_reason(error)}; try --factory Flat"
+            "factory: expected a FAISS factory string such as Flat or IVF1024,SQ8, got "
+            f"{factory!r} for width {width}: {_reason(error)}"
         ) from error
 
 
@@ -257,15 +259,15 @@ def _import_faiss() -> Any:
 def _silence_stdout() -> Iterator[None]:
     """Silence what FAISS prints about lists on disk, for which it has no setting."""
     sys.stdout.flush()
-    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    stdout, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nothing, 1)
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout, 1)
+        os.close(stdout)
         os.close(nothing)
 
 
 def _reason(error: Exception) -> str:
-    return str(error).splitlines()[-1].rpartition("failed: ")[2]
+    return re.split(r"failed: |\.cpp:\d+: ", str(error).splitlines()[-1])[-1]  # without the C++ symbol

@@ -72,11 +72,11 @@ class CacheFilters:
         for value in values:
             if value not in column.names:
                 raise unknown_name(f"{name} in {self._cache.path}", value, column.names)
-        found: Bools = np.isin(column.codes, [column.names.index(value) for value in values])
-        return found
+        has_value_N: Bools = np.isin(column.codes, [column.names.index(value) for value in values])
+        return has_value_N
 
     def _has_language(self, languages: Sequence[str]) -> Bools:
-        """Return for each item whether it, or a caption of its sample, is in one of the languages."""
+        """Return whether each item, or a caption of its sample, is in one of the languages: (N,)."""
         is_in_language_T = self._has_value(self._languages(), languages, "language")
         if self._modality == "text":
             return is_in_language_T

@@ -1,4 +1,4 @@
-"""Building an index over one feature of a cache, with a card that states what it holds and its measured recall."""
+"""Building an index over one feature of a cache, with a card that states its contents and measured recall."""
 
 import os
 import time

@@ -1,5 +1,6 @@
 """Queries of an index, and their vectors in its space."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ from embedcache.store.cache import Cache
 
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """What to search for; results come in this order.
+    """Queries of one search; results come in this order.
 
     Args:
         texts: texts to encode.
@@ -59,7 +60,7 @@ class Queries:
     @property
     def names(self) -> list[str]:
         """A name of each query: its text, path, key or concept, or the number of its image, row or vector."""
-        images = [str(one) if isinstance(one, Path) else f"image {number}" for number, one in enumerate(self.images)]
+        images = [str(image) if isinstance(image, Path) else f"image {n}" for n, image in enumerate(self.images)]
         rows = [f"row {row}" for row in self.rows]
         vectors = [f"vector {row}" for row in range(0 if self.vectors is None else len(self.vectors))]
         return [*self.texts, *images, *self.keys, *rows, *self.concepts, *vectors]
@@ -169,14 +170,15 @@ class QueryEncoder:
         for key, sample in zip(keys, samples, strict=True):
             if sample is None:
                 first = self._cache.samples["key"][0].as_py()
-                raise UnknownNameError(f"no sample of {self._cache.path} has the key {key!r}; the first has {first!r}")
+                path = os.path.normpath(self._cache.path)  # an index holds it relative to itself
+                raise UnknownNameError(f"query_key: expected a key of the cache {path}, such as {first!r}, got {key!r}")
         rows = self.indexed.rows
         sample_of_row = self._cache.items(self._card.modality)["sample"].to_numpy()[rows]
-        found = np.searchsorted(sample_of_row, samples)
-        for key, sample, position in zip(keys, samples, found, strict=True):
+        positions = np.searchsorted(sample_of_row, samples)
+        for key, sample, position in zip(keys, samples, positions, strict=True):
             if position == len(rows) or sample_of_row[position] != sample:
                 raise DataError(f"sample {key!r} has no {self._card.modality} with the feature {self._card.feature}")
-        return self.indexed.read(rows[found])
+        return self.indexed.read(rows[positions])
 
     def _read_rows(self, rows: Sequence[int]) -> Floats:
         for row in rows:
@@ -199,9 +201,9 @@ class QueryEncoder:
 
 
 def read_vectors(path: Path) -> Array:
-    """Read the array of a `.npy` file; `CorruptError` if it is not one of numbers."""
+    """Read the array of a `.npy` file; `CorruptError` if it is not numeric."""
     if not path.is_file():
-        raise PathError(f"{path} does not exist; give a .npy file with one query vector per row")
+        raise PathError(f"expected a .npy file of query vectors, got {path}, which does not exist; check the path")
     try:
         values: Array = np.asarray(np.load(path, allow_pickle=False), np.float32)
     except (ValueError, EOFError, OSError, TypeError) as error:
@@ -213,5 +215,5 @@ def _decode(image: Path | Image) -> Image:
     if not isinstance(image, Path):
         return image
     if not image.is_file():
-        raise PathError(f"image {image} does not exist")
+        raise PathError(f"expected an image file, got {image}, which does not exist; check the path")
     return decode_image(image.read_bytes())

@@ -23,7 +23,7 @@ from embedcache.store.tables import ITEM_SCHEMAS
 _DEFAULT_K = 10
 _MAX_CAPTIONS = 3
 _NO_TEXTS = ITEM_SCHEMAS["text"].empty_table()
-_COMPARE_ALL = 20_000  # so few filtered items are all compared: fast, and a graph or lists would miss most of them
+_COMPARE_ALL = 20_000  # up to this many filtered items, all are compared: fast, and a graph or lists would miss most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def search(
         A list of hits per query, best first.
 
     Raises:
-        SettingError, DataError, UnknownNameError, FingerprintError, PathError, CorruptError: as for `OpenIndex`.
+        SettingError, DataError, UnknownNameError, FingerprintError, PathError, CorruptError: see `OpenIndex`.
     """
     settings = settings or SearchSettings()
     if not isinstance(queries, Queries):
@@ -128,7 +128,7 @@ class OpenIndex:
         """Search with vectors of the index's space, (Q, P) float32 rows of length 1; as `search` otherwise."""
         condition = condition or Filter()
         subset = self._subset(condition)
-        scores_QK, rows_QK = self._search_subset(queries_QP, _choose_k(k, subset.num, len(self._index)), subset)
+        scores_QK, rows_QK = self._search_subset(queries_QP, _choose_k(k, subset.num_items, len(self._index)), subset)
         return [
             self.hits.read(scores_K, rows_K, condition.language)
             for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)
@@ -136,55 +136,55 @@ class OpenIndex:
 
     def count(self, condition: Filter) -> int:
         """Count the items that pass a filter."""
-        return self._subset(condition).num
+        return self._subset(condition).num_items
 
     def _apply(self, condition: Filter) -> "_Subset":
         """Apply a filter; if few items pass, read their vectors, as a search of the index would miss most of them."""
         if not condition:
-            return _Subset(is_allowed_N=None, num=len(self._index), vectors=None)
+            return _Subset(is_allowed_N=None, num_items=len(self._index), vectors=None)
         is_allowed_N = self.filters.mask(condition)[self._index.rows]
-        num = int(is_allowed_N.sum())
-        if num == len(self._index):
-            return _Subset(is_allowed_N=None, num=num, vectors=None)
+        num_items = int(is_allowed_N.sum())
+        if num_items == len(self._index):
+            return _Subset(is_allowed_N=None, num_items=num_items, vectors=None)
         vectors = None
-        if not self._index.is_exact and 0 < num <= _COMPARE_ALL:
+        if not self._index.is_exact and 0 < num_items <= _COMPARE_ALL:
             rows = np.sort(self._index.rows[is_allowed_N])
             vectors = rows, self.query_encoder.indexed.read(rows)
-        return _Subset(is_allowed_N=is_allowed_N, num=num, vectors=vectors)
+        return _Subset(is_allowed_N=is_allowed_N, num_items=num_items, vectors=vectors)
 
     def _search_subset(self, queries_QP: Floats, k: int, subset: "_Subset") -> tuple[Floats, Ints]:
-        """Search what passes the filter: exactly if it is little, and more thoroughly the less of the index it is."""
+        """Search the items that pass a filter: exactly if they are few, and more thoroughly the fewer they are."""
         if subset.vectors is not None:
             return exact_search(queries_QP, [subset.vectors], k)
-        fraction = subset.num / len(self._index)
+        fraction = subset.num_items / len(self._index)
         parameters = {
             name: value if name == "k_factor" else round(value / fraction) for name, value in self.card.search.items()
         }
-        found = self._index.search(queries_QP, k, parameters, is_allowed_N=subset.is_allowed_N)
-        if (found[1] >= 0).all():
-            return found
+        scores_QK, rows_QK = self._index.search(queries_QP, k, parameters, is_allowed_N=subset.is_allowed_N)
+        if (rows_QK >= 0).all():
+            return scores_QK, rows_QK
         parameters |= {"nprobe": max(1, self._index.num_lists), "efSearch": len(self._index)}  # all of the index
         return self._index.search(queries_QP, k, parameters, is_allowed_N=subset.is_allowed_N)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Subset:
-    """What of an index passes a filter."""
+    """Items of an index that pass a filter."""
 
     is_allowed_N: Bools | None  # which vectors, in the order of the index's rows; None: all
-    num: int
+    num_items: int
     vectors: tuple[Ints, Floats] | None  # rows and vectors, if all of them are to be compared
 
 
-def _check_k(k: int | None, most: int, reason: str) -> None:
-    if k is not None and not 1 <= k <= most:
-        raise SettingError(f"k: expected 1 to {most}, as {reason}, got {k}")
+def _check_k(k: int | None, largest: int, reason: str) -> None:
+    if k is not None and not 1 <= k <= largest:
+        raise SettingError(f"k: expected a whole number from 1 to {largest}, as {reason}, got {k}")
 
 
-def _choose_k(k: int | None, num_allowed: int, num: int) -> int:
+def _choose_k(k: int | None, num_allowed: int, num_items: int) -> int:
     if not num_allowed:
-        raise DataError(f"none of the {num} items of the index passes the filter; give fewer conditions")
-    _check_k(k, num_allowed, f"{num_allowed} of {num} items pass the filter")
+        raise DataError(f"none of the {num_items} items of the index passes the filter; give fewer conditions")
+    _check_k(k, num_allowed, f"{num_allowed} of {num_items} items pass the filter")
     return min(_DEFAULT_K, num_allowed) if k is None else k
 
 
@@ -232,15 +232,15 @@ class HitReader:
         (texts,) = self._captions(np.array([row]), None)
         return [{"text": text, "language": language} for text, language in texts]
 
-    def _captions(self, rows_K: Ints, most: int | None) -> list[list[tuple[str, str | None]]]:
-        """Return text and language of the captions of each item, at most so many."""
+    def _captions(self, rows_K: Ints, max_captions: int | None) -> list[list[tuple[str, str | None]]]:
+        """Return text and language of the captions of each item, at most `max_captions`."""
         if self._modality == "text":
             starts, counts = rows_K, np.ones(len(rows_K), np.int64)
         else:
             samples = self.samples[rows_K]
             starts = np.searchsorted(self._text_samples, samples)
             counts = np.searchsorted(self._text_samples, samples + 1) - starts
-        counts = counts if most is None else np.minimum(counts, most)
+        counts = counts if max_captions is None else np.minimum(counts, max_captions)
         _, positions = concatenated_ranges(starts, counts)
         texts = list(zip(_take(self._texts, positions), _take(self._languages, positions), strict=True))
         ends = np.cumsum(counts).tolist()

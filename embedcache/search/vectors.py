@@ -122,7 +122,7 @@ def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | No
             "that projects it"
         )
     if not feature.valid.any():
-        raise DataError(f"feature {feature.name} has no valid item")
+        raise DataError(f"feature {feature.name} has no encoded item; see: embedcache inspect {cache.path}")
     return feature
 
 
@@ -178,7 +178,7 @@ def run_pass(
 
 
 def _run_local(vectors: Vectors, work: ChunkPass[State]) -> Iterator[tuple[int, State]]:
-    """Run one chunk per core; BLAS uses one thread per product, as reading and counting do."""
+    """Run one chunk per core; BLAS uses one thread per product."""
     cores = num_cores()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cores, "pass") as pool:
         yield from _in_order(

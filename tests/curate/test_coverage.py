@@ -60,9 +60,9 @@ def test_counts_of_texts_equal_brute_force(cache_path: Path, prompts: Path) -> N
     report = of_texts(cache_path, prompts, **FIXED)
     texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
     sims = texts @ report.concepts.vectors.T
-    assert report.whole.num_items == 300
-    assert report.whole.counts.tolist() == (sims > 0.45).sum(axis=0).tolist()
-    assert report.whole.num_covered == (sims > 0.45).any(axis=1).sum()
+    assert report.pool_counts.num_items == 300
+    assert report.pool_counts.counts.tolist() == (sims > 0.45).sum(axis=0).tolist()
+    assert report.pool_counts.num_covered == (sims > 0.45).any(axis=1).sum()
     np.testing.assert_allclose(report.scores, -np.sort(-sims, axis=0)[:5].T, atol=1e-5)
     captions = Cache(cache_path).items("text")["text"].to_pylist()
     for name, rows in zip(NAMES, report.rows, strict=True):
@@ -78,7 +78,7 @@ def test_counts_of_projected_images(cache_path: Path, prompts: Path, run_path: P
     ordered = np.sort(sims, axis=0)
     expected = ordered[150] + 1.5 * (ordered[150] - ordered[47])
     np.testing.assert_allclose(report.thresholds, expected, atol=0.02)
-    assert report.whole.counts.tolist() == (sims > report.thresholds).sum(axis=0).tolist()
+    assert report.pool_counts.counts.tolist() == (sims > report.thresholds).sum(axis=0).tolist()
     backs = [caption.split()[-1] for caption in Cache(cache_path).items("text")["text"].to_pylist()]
     right = [backs[row] == name for name, rows in zip(NAMES, report.rows, strict=True) for row in rows]
     assert np.mean(right) > 0.4  # chance is a sixth
@@ -88,7 +88,7 @@ def test_counts_by_prototypes(cache_path: Path, labeled: Path) -> None:
     report = measure_coverage(cache_path, labeled, CoverageSettings(feature="open_toy/cls", deviations=1, k=5))
     images = normalize(Cache(cache_path).feature("image", "open_toy/cls").load())
     sims = images @ report.concepts.vectors.T
-    assert report.whole.counts.tolist() == (sims > report.thresholds).sum(axis=0).tolist()
+    assert report.pool_counts.counts.tolist() == (sims > report.thresholds).sum(axis=0).tolist()
     np.testing.assert_allclose(report.scores, -np.sort(-sims, axis=0)[:5].T, atol=1e-5)
     assert "6 concepts of 5 to 14 examples" in report.line()
 
@@ -98,8 +98,8 @@ def test_chunk_size_changes_nothing(image_folder: Path, prompts: Path, cache_pat
     extract(open_source(image_folder), tmp_path / "small", text_encoders=[TEXT], settings=settings)
     one = of_texts(cache_path, prompts, **FIXED)
     other = measure_coverage(tmp_path / "small", prompts, CoverageSettings(modality="text", **FIXED))
-    assert np.array_equal(one.whole.counts, other.whole.counts)
-    assert np.array_equal(one.whole.assigned, other.whole.assigned)
+    assert np.array_equal(one.pool_counts.counts, other.pool_counts.counts)
+    assert np.array_equal(one.pool_counts.assigned, other.pool_counts.assigned)
     np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
     assert [(pair.first, pair.second, pair.num_items) for pair in one.overlaps] == [
         (pair.first, pair.second, pair.num_items) for pair in other.overlaps
@@ -110,23 +110,23 @@ def test_selection_uses_thresholds_of_pool(cache_path: Path, prompts: Path, half
     report = of_texts(cache_path, prompts, deviations=1, k=2, selection=half)
     texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
     above = texts @ report.concepts.vectors.T > report.thresholds
-    assert report.selected is not None
-    assert report.selected.num_items == 150
-    assert report.selected.counts.tolist() == above[::2].sum(axis=0).tolist()
-    assert report.whole.counts.tolist() == above.sum(axis=0).tolist()
-    assert [part.name for part in report.parts] == ["all texts", "half.parquet"]
+    assert report.selection_counts is not None
+    assert report.selection_counts.num_items == 150
+    assert report.selection_counts.counts.tolist() == above[::2].sum(axis=0).tolist()
+    assert report.pool_counts.counts.tolist() == above.sum(axis=0).tolist()
+    assert [part.name for part in report.all_counts] == ["all texts", "half.parquet"]
     alone = of_texts(cache_path, prompts, deviations=1, k=2)
-    assert np.array_equal(alone.whole.counts, report.whole.counts)
-    assert alone.selected is None
+    assert np.array_equal(alone.pool_counts.counts, report.pool_counts.counts)
+    assert alone.selection_counts is None
 
 
 def test_gaps_and_overlaps(cache_path: Path, tmp_path: Path) -> None:
     prompts = prompt_cache(tmp_path, ["red", "red bar", "zebra"])
     report = of_texts(cache_path, prompts, threshold=0.6, min_count=20, k=1)
-    gaps = report.whole.gaps(20)
+    gaps = report.pool_counts.gaps(20)
     assert report.concepts.names[gaps[0]] == "zebra"
-    assert (report.whole.counts[gaps] < 20).all()
-    assert (np.diff(report.whole.counts[gaps]) >= 0).all()
+    assert (report.pool_counts.counts[gaps] < 20).all()
+    assert (np.diff(report.pool_counts.counts[gaps]) >= 0).all()
     texts = normalize(Cache(cache_path).feature("text", "open_toy/mean").load())
     above = texts @ report.concepts.vectors.T > 0.6
     first = report.overlaps[0]
@@ -157,9 +157,9 @@ def test_tables_json_and_page(cache_path: Path, prompts: Path, run_path: Path, h
     assert {len(row) for row in overlap_table(report)[1]} <= {5}
     found = json.loads(json.dumps(coverage_json(report)))
     assert [concept["name"] for concept in found["concepts"]] == NAMES
-    assert found["concepts"][0]["counts"] == [int(part.counts[0]) for part in report.parts]
+    assert found["concepts"][0]["counts"] == [int(part.counts[0]) for part in report.all_counts]
     assert found["concepts"][0]["best"][0]["key"] == f"{report.rows[0, 0]:05d}"
-    assert found["parts"][1]["gaps"] == [NAMES[number] for number in report.parts[1].gaps(25)]
+    assert found["parts"][1]["gaps"] == [NAMES[number] for number in report.all_counts[1].gaps(25)]
     assert found["pool"]["run_weights"] == load_pair(run_path)[1].weights_digest
     assert found["concepts_from"]["of"] == "prompts"
     write_coverage_page(tmp_path / "page.html", report)
@@ -238,13 +238,13 @@ def test_coverage_through_index(
     options: dict[str, Any] = {"deviations": 1.0, "k": 7, "selection": half}
     exact = of_texts(cache_path, prompts, **options)
     found = of_texts(cache_path, prompts, **options, index=tmp_path / "index")
-    assert found.whole.num_items == exact.whole.num_items
-    assert (found.whole.counts <= exact.whole.counts).all()
-    assert found.whole.counts.sum() >= 0.95 * exact.whole.counts.sum()
+    assert found.pool_counts.num_items == exact.pool_counts.num_items
+    assert (found.pool_counts.counts <= exact.pool_counts.counts).all()
+    assert found.pool_counts.counts.sum() >= 0.95 * exact.pool_counts.counts.sum()
     assert "counted through an index" in found.warnings()[0]
     assert found.index is not None
     if factory == "Flat":
-        for here, there in zip(found.parts, exact.parts, strict=True):
+        for here, there in zip(found.all_counts, exact.all_counts, strict=True):
             assert np.array_equal(here.counts, there.counts)
             assert np.array_equal(here.assigned, there.assigned)
             assert here.num_covered == there.num_covered
@@ -279,4 +279,4 @@ def test_coverage_without_source(cache_path: Path, prompts: Path, run_path: Path
     shutil.copytree(cache_path, tmp_path / "moved")
     settings = CoverageSettings(run=run_path, deviations=1.5)
     one, other = (measure_coverage(path, prompts, settings) for path in (cache_path, tmp_path / "moved"))
-    assert np.array_equal(one.whole.counts, other.whole.counts)
+    assert np.array_equal(one.pool_counts.counts, other.pool_counts.counts)

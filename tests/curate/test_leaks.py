@@ -184,5 +184,5 @@ def test_incomparable_caches_raise(caches: tuple[Path, Path], tmp_path: Path) ->
         file.write_bytes(b"not an image")
     with pytest.raises(SourceError, match="all 3 images failed"):
         extract(open_source(tmp_path / "source"), tmp_path / "broken", image_encoders=[IMAGE])
-    with pytest.raises(DataError, match=r"feature open_toy/cls of .*broken has no valid item"):
+    with pytest.raises(DataError, match=r"feature open_toy/cls has no encoded item; see: embedcache inspect .*broken"):
         find_leaks(tmp_path / "images", tmp_path / "broken")

@@ -116,7 +116,7 @@ def test_invalid_filters_raise(labeled: Path, labeled_index: Path, cache_path: P
     ask = Queries(keys=[Cache(labeled).samples["key"][0].as_py()])
     with pytest.raises(UnknownNameError, match=r"unknown label in .* 'cta'; did you mean 'cat'\?; known: cat, dog"):
         search(labeled_index, ask, SearchSettings(filter=Filter(label_value=("cta",))))
-    with pytest.raises(SettingError, match="k: expected 1 to 15, as 15 of 60 items pass the filter, got 16"):
+    with pytest.raises(SettingError, match="from 1 to 15, as 15 of 60 items pass the filter, got 16"):
         search(labeled_index, ask, SearchSettings(k=16, filter=Filter(label_value=("cat",), part=("val",))))
     (tmp_path / "s.txt").write_text(ask.keys[0] + "\n")
     with pytest.raises(DataError, match="none of the 60 items of the index passes the filter"):

@@ -161,7 +161,7 @@ def test_failed_items_are_not_indexed(tmp_path: Path) -> None:
 
 
 def test_invalid_settings_raise(cache_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="FAISS cannot make an index 'HNS32' of width"):
+    with pytest.raises(SettingError, match="factory: expected a FAISS factory string .*, got 'HNS32' for width"):
         build_index(cache_path, tmp_path / "x", IndexSettings(feature="open_toy/cls", factory="HNS32"))
     with pytest.raises(SettingError, match="expected factory or memory, got both: the factory string 'Flat'"):
         build_index(cache_path, tmp_path / "x", IndexSettings(feature="open_toy/cls", factory="Flat", memory=10**6))

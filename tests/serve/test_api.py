@@ -161,7 +161,9 @@ def test_coverage_equals_command(client: TestClient, root: Path) -> None:
     settings = CoverageSettings(run=root / "run", threshold=0.5, k=24)
     report = measure_coverage(root / "cache", root / "concepts", settings)
     found = client.get("/api/coverage").json()
-    assert [concept["counts"] for concept in found["concepts"]] == [[count] for count in report.whole.counts.tolist()]
+    assert [concept["counts"] for concept in found["concepts"]] == [
+        [count] for count in report.pool_counts.counts.tolist()
+    ]
     sky = client.get("/api/coverage/1").json()
     assert sky["name"] == "sky"
     assert [hit["row"] for hit in sky["hits"]] == report.rows[1].tolist()

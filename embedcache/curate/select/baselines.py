@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints
-from embedcache.curate.select.pool import Pool, cosines, to_keys, whole_samples
+from embedcache.curate.select.pool import Pool, compute_cosines, to_keys, whole_samples
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError
@@ -47,20 +47,20 @@ class TopScoreSelector:
         scores, concepts = [], []
         for samples_B, vectors_BP in whole_samples(pool.blocks("comparing with concepts")):
             _, starts_S = np.unique(samples_B, return_index=True)
-            scores_SC = np.maximum.reduceat(cosines(vectors_BP, pool.concepts.vectors), starts_S, axis=0)
+            scores_SC = np.maximum.reduceat(compute_cosines(vectors_BP, pool.concepts.vectors), starts_S, axis=0)
             scores.append(scores_SC.max(axis=1))
             concepts.append(scores_SC.argmax(axis=1))
         scores_S, concept_S = np.concatenate(scores), np.concatenate(concepts)
-        kept = highest(scores_S, settings.budget)
+        chosen = find_highest(scores_S, settings.budget)
         names = pool.concepts.names
         reasons = [
             f"concept {names[concept]!r}, {pool.modality} cosine {score:.3f}"
-            for concept, score in zip(concept_S[kept].tolist(), scores_S[kept].tolist(), strict=True)
+            for concept, score in zip(concept_S[chosen].tolist(), scores_S[chosen].tolist(), strict=True)
         ]
-        return Selection(rows=pool.samples[kept], reasons=reasons)
+        return Selection(rows=pool.samples[chosen], reasons=reasons)
 
 
-def highest(scores_S: Array, size: int) -> Ints:
+def find_highest(scores_S: Array, size: int) -> Ints:
     """Return ascending positions of the `size` highest scores, or of all; of equal scores the first."""
     keys_S = to_keys(scores_S, np.arange(len(scores_S)))
     return np.sort(np.argsort(-keys_S)[:size])
@@ -87,20 +87,20 @@ class ClipScoreSelector:
                     f"budget: expected at most the {len(samples_M):,} samples that have both an image and a caption, "
                     f"got {settings.budget:,}"
                 )
-            kept = highest(scores_M, settings.budget)
+            chosen = find_highest(scores_M, settings.budget)
         else:
-            kept = above(scores_M, settings.threshold or 0.0)
-        reasons = [f"image and caption cosine {score:.3f}" for score in scores_M[kept].tolist()]
-        return Selection(rows=samples_M[kept], reasons=reasons)
+            chosen = find_above(scores_M, settings.threshold or 0.0)
+        reasons = [f"image and caption cosine {score:.3f}" for score in scores_M[chosen].tolist()]
+        return Selection(rows=samples_M[chosen], reasons=reasons)
 
 
-def above(scores_M: Floats, threshold: float) -> Ints:
+def find_above(scores_M: Floats, threshold: float) -> Ints:
     """Return ascending positions of the scores of at least a threshold; `DataError` with their range if none is."""
-    kept: Ints = np.flatnonzero(scores_M >= threshold)
-    if not len(kept):
+    chosen: Ints = np.flatnonzero(scores_M >= threshold)
+    if not len(chosen):
         low, middle, high = np.quantile(scores_M, [0, 0.5, 1])
         raise DataError(
             f"none of {len(scores_M):,} cosines reaches --threshold {threshold}; they range from {low:.3f} to "
             f"{high:.3f}, half of them above {middle:.3f}"
         )
-    return kept
+    return chosen

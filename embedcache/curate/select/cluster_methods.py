@@ -40,7 +40,7 @@ class ImageBasedSelector:
         for samples_B, vectors_BP in pool.blocks("assigning to clusters"):
             samples.append(samples_B)
             clusters.append(closest(vectors_BP, [centroids_CP]).rows)
-        kept_S, cluster_S = near_target(np.concatenate(samples), np.concatenate(clusters), target_T)
+        kept_S, cluster_S = find_near_target(np.concatenate(samples), np.concatenate(clusters), target_T)
         if isinstance(settings.budget, int):
             if settings.budget > len(kept_S):
                 raise DataError(
@@ -58,7 +58,7 @@ def _nearest_centroids(vectors: Iterable[Floats], centroids_CP: Floats) -> Ints:
     return np.concatenate([closest(vectors_BP, [centroids_CP]).rows for vectors_BP in vectors])
 
 
-def near_target(samples_N: Ints, clusters_N: Ints, target_T: Ints) -> tuple[Ints, Ints]:
+def find_near_target(samples_N: Ints, clusters_N: Ints, target_T: Ints) -> tuple[Ints, Ints]:
     """Find the samples with an item in a cluster that holds an item of the target.
 
     Returns unique samples, ascending, (S,), and the cluster of each one's first such item, (S,).
@@ -100,14 +100,14 @@ class HierarchicalSelector:
         leaf_S = _nearest_centroids(
             (pool.vectors.read(rows_S[block]) for block in blocks(len(rows_S), _BLOCK)), centroids
         )
-        labels_SL = tree(leaf_S, centroids, sizes[1:], seed=settings.seed)
-        kept = balanced(labels_SL, settings.budget, seed=settings.seed)
+        labels_SL = build_tree(leaf_S, centroids, sizes[1:], seed=settings.seed)
+        chosen = draw_balanced(labels_SL, settings.budget, seed=settings.seed)
         counts = np.bincount(leaf_S, minlength=sizes[0])
         reasons = [
             f"cluster {'/'.join(map(str, reversed(path)))}, of {counts[path[0]]:,} samples"
-            for path in labels_SL[kept].tolist()
+            for path in labels_SL[chosen].tolist()
         ]
-        return Selection(rows=pool.samples[kept], reasons=reasons)
+        return Selection(rows=pool.samples[chosen], reasons=reasons)
 
 
 def default_levels(num_samples: int) -> tuple[int, ...]:
@@ -118,7 +118,7 @@ def default_levels(num_samples: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed: int) -> Ints:
+def build_tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed: int) -> Ints:
     """Cluster the centroids of each level: (S, L) int64, cluster of each sample on each level, finest first."""
     labels = [leaf_S]
     for size in sizes:
@@ -128,7 +128,7 @@ def tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed: int)
     return np.stack(labels, axis=1)
 
 
-def balanced(labels_SL: Ints, budget: int, *, seed: int) -> Ints:
+def draw_balanced(labels_SL: Ints, budget: int, *, seed: int) -> Ints:
     """Draw exactly `budget` samples equally from the branches of a tree, level by level: ascending positions.
 
     `labels_SL` has the cluster of each sample on each level, finest first.
@@ -145,8 +145,8 @@ def divide_budget(sizes_C: Ints, budget: int) -> Ints:
     order = np.argsort(sizes_C, kind="stable")
     counts_C = np.zeros(len(sizes_C), np.int64)
     left = budget
-    for place, branch in enumerate(order.tolist()):
-        counts_C[branch] = min(int(sizes_C[branch]), left // (len(order) - place))
+    for position, branch in enumerate(order.tolist()):
+        counts_C[branch] = min(int(sizes_C[branch]), left // (len(order) - position))
         left -= int(counts_C[branch])
     return counts_C
 
@@ -158,7 +158,7 @@ def _draw(labels_SL: Ints, rows: Ints, budget: int, rng: np.random.Generator) ->
     order = np.argsort(labels_SL[rows, 0], kind="stable")
     starts = np.unique(labels_SL[rows[order], 0], return_index=True)[1]
     branches = [rows[part] for part in np.split(order, starts[1:])]
-    branches = [branches[place] for place in rng.permutation(len(branches))]  # which branches get one more is random
+    branches = [branches[index] for index in rng.permutation(len(branches))]  # which branches get one more is random
     counts_C = divide_budget(np.array([len(branch) for branch in branches]), budget)
     return np.concatenate(
         [_draw(labels_SL[:, 1:], branch, int(count), rng) for branch, count in zip(branches, counts_C, strict=True)]

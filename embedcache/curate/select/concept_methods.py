@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints
-from embedcache.curate.select.pool import Pool, best_samples, cosines
+from embedcache.curate.select.pool import Pool, best_samples, compute_cosines
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError
@@ -30,10 +30,10 @@ def match_words(texts: Iterable[tuple[int, str]], names: Sequence[str]) -> Match
     """
     concept_of = {_words(name): concept for concept, name in enumerate(names)}
     lengths = {len(words) for words in concept_of} - {0}
-    found = {
+    pairs = {
         (sample, concept_of[run]) for sample, text in texts for run in _runs(_words(text), lengths) if run in concept_of
     }
-    pairs_M2 = np.array(sorted(found), np.int64).reshape(-1, 2)
+    pairs_M2 = np.array(sorted(pairs), np.int64).reshape(-1, 2)
     return Matches(pairs_M2[:, 0], pairs_M2[:, 1])
 
 
@@ -44,7 +44,7 @@ def match_near(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, thres
     """
     samples, concepts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for samples_B, vectors_BP in blocks:
-        item, concept = np.nonzero(cosines(vectors_BP, concepts_CP) >= threshold)
+        item, concept = np.nonzero(compute_cosines(vectors_BP, concepts_CP) >= threshold)
         samples.append(samples_B[item])
         concepts.append(concept)
     pairs_M2 = np.unique(np.stack([np.concatenate(samples), np.concatenate(concepts)], axis=1), axis=0)
@@ -113,7 +113,7 @@ def rarest_first(scores_CK: Floats, quota: int) -> Ints:
 
 
 def assign(samples_CK: Ints, order_C: Ints, quota_C: Ints) -> tuple[Ints, Ints]:
-    """Let concepts choose in order, each at most `quota_C` of its best candidates that no other has chosen.
+    """Assign to each concept, in order, at most `quota_C` of its best candidates that no other has.
 
     Returns two (M,) arrays: the concept that chose, and the rank of its candidate, from 0.
     """

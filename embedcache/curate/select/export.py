@@ -143,10 +143,10 @@ def _by_sample(cache: Cache, modality: str, rows: Ints) -> dict[int, list[dict[s
     if modality not in cache.info.num_items:
         return {}
     items = cache.items(modality)
-    found: dict[int, list[dict[str, Any]]] = {}
+    by_sample: dict[int, list[dict[str, Any]]] = {}
     for item in items.filter(pc.is_in(items["sample"], pa.array(rows))).to_pylist():
-        found.setdefault(item["sample"], []).append(item)
-    return found
+        by_sample.setdefault(item["sample"], []).append(item)
+    return by_sample
 
 
 def _write_shard(path: Path, samples: _Samples, positions: range, source: Source) -> None:

@@ -161,7 +161,7 @@ def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: 
     kept = [np.empty((len(concepts_CP), 0), np.int64)]
     for samples_B, vectors_BP in whole_samples(blocks):
         samples_S, starts_S = np.unique(samples_B, return_index=True)
-        scores_CS = np.maximum.reduceat(cosines(concepts_CP, vectors_BP), starts_S, axis=1)
+        scores_CS = np.maximum.reduceat(compute_cosines(concepts_CP, vectors_BP), starts_S, axis=1)
         kept.append(_largest(to_keys(scores_CS, samples_S), k))
         if sum(part.shape[1] for part in kept) >= 2 * k:
             kept = [_largest(np.concatenate(kept, axis=1), k)]
@@ -169,7 +169,7 @@ def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: 
     return from_keys(keys_CK)
 
 
-def cosines(left_QP: Floats, right_CP: Floats) -> Floats:
+def compute_cosines(left_QP: Floats, right_CP: Floats) -> Floats:
     """Compute cosines of rows of length 1: (Q, C) float32, summed in float64.
 
     Sums in float32 depend on the other rows of a block; in float64, equal vectors get equal cosines.

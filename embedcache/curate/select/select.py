@@ -143,9 +143,9 @@ def check_method_settings(method: str, selector: Selector, settings: SelectSetti
     if unused:
         accepted = f"it takes {_options(selector.accepts)}" if selector.accepts else "it takes none"
         raise SettingError(f"--method {method} does not use {_options(unused)}; {accepted}")
-    found = [name for name in selector.requires_one_of if name in settings.method_settings]
-    if selector.requires_one_of and len(found) != 1:
-        got = _options(found) if found else "none"
+    given = [name for name in selector.requires_one_of if name in settings.method_settings]
+    if selector.requires_one_of and len(given) != 1:
+        got = _options(given) if given else "none"
         raise SettingError(f"--method {method}: expected one of {_options(selector.requires_one_of)}, got {got}")
     inputs = settings.inputs()
     for name in selector.required_inputs:
@@ -173,15 +173,15 @@ def combine_selections(
     Raises `DataError` if a key is not in the cache, or no sample is left.
     """
     cache = Cache(cache_path)
-    one, other = (read_reasons(path, cache) for path in (first, second))
+    left, right = (read_reasons(path, cache) for path in (first, second))
     is_and = operation == "and"
-    rows = np.array(sorted(one.keys() & other.keys() if is_and else one.keys() - other.keys()), np.int64)
+    rows = np.array(sorted(left.keys() & right.keys() if is_and else left.keys() - right.keys()), np.int64)
     if not len(rows):
         raise DataError(
-            f"{first} {operation} {second} is empty: they select {len(one):,} and {len(other):,} samples of "
-            f"{cache.path}, {len(one.keys() & other.keys()):,} of them both"
+            f"{first} {operation} {second} is empty: they select {len(left):,} and {len(right):,} samples of "
+            f"{cache.path}, {len(left.keys() & right.keys()):,} of them both"
         )
-    reasons = [f"{one[row]}; {other[row]}" if is_and else one[row] for row in rows.tolist()]
+    reasons = [f"{left[row]}; {right[row]}" if is_and else left[row] for row in rows.tolist()]
     record = {"method": operation, "selections": [str(first), str(second)]}
     write_selection(out_path, cache, Selection(rows=rows, reasons=reasons), record)
     return len(rows)
@@ -193,12 +193,12 @@ def sample_selection(cache_path: Path | str, out_path: Path, selection: Path, si
     Raises `SettingError` if the selection has fewer samples, and `DataError` if a key is not in the cache.
     """
     cache = Cache(cache_path)
-    found = read_reasons(selection, cache)
-    if not 1 <= size <= len(found):
-        raise SettingError(f"size: expected 1 to {len(found):,}, the number of samples of {selection}, got {size:,}")
-    rows = draw_rows(np.array(sorted(found), np.int64), size, seed=seed)
+    reasons = read_reasons(selection, cache)
+    if not 1 <= size <= len(reasons):
+        raise SettingError(f"size: expected 1 to {len(reasons):,}, the number of samples of {selection}, got {size:,}")
+    rows = draw_rows(np.array(sorted(reasons), np.int64), size, seed=seed)
     record = {"method": "sample", "selections": [str(selection)], "seed": seed}
-    write_selection(out_path, cache, Selection(rows=rows, reasons=[found[row] for row in rows.tolist()]), record)
+    write_selection(out_path, cache, Selection(rows=rows, reasons=[reasons[row] for row in rows.tolist()]), record)
     return size
 
 

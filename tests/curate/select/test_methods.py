@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.curate.select.baselines import ClipScoreSelector, above, highest
+from embedcache.curate.select.baselines import ClipScoreSelector, find_above, find_highest
 from embedcache.curate.select.cluster_methods import (
-    balanced,
     default_levels,
     divide_budget,
+    draw_balanced,
     farthest_first,
-    near_target,
+    find_near_target,
 )
 from embedcache.curate.select.concept_methods import (
     Matches,
@@ -143,12 +143,12 @@ def test_rare_first_reason(pools: Any) -> None:
 @given(st.lists(st.sampled_from([-0.5, 0.0, -0.0, 0.25, 0.5]), min_size=1, max_size=12), st.integers(1, 14))
 def test_highest_prefers_first_of_equals(scores: list[float], size: int) -> None:
     expected = sorted(sorted(range(len(scores)), key=lambda row: (-scores[row], row))[:size])
-    assert highest(np.array(scores, np.float32), size).tolist() == expected
+    assert find_highest(np.array(scores, np.float32), size).tolist() == expected
 
 
 def test_above_names_range_of_scores() -> None:
     with pytest.raises(DataError, match=r"none of 3 cosines reaches --threshold 0.9; they range from 0.100 to 0.500"):
-        above(np.array([0.1, 0.2, 0.5], np.float32), 0.9)
+        find_above(np.array([0.1, 0.2, 0.5], np.float32), 0.9)
 
 
 def test_clip_score_exceeds_shuffled_pairs(pools: Any) -> None:
@@ -219,7 +219,7 @@ def test_metaclip_too_large_budget_raises(pools: Any) -> None:
 
 def test_near_target() -> None:
     samples, clusters = np.array([0, 1, 1, 2, 3]), np.array([5, 1, 2, 3, 2])
-    kept, cluster = near_target(samples, clusters, np.array([2, 2, 3]))
+    kept, cluster = find_near_target(samples, clusters, np.array([2, 2, 3]))
     assert (kept.tolist(), cluster.tolist()) == ([1, 2, 3], [2, 3, 2])
 
 
@@ -239,7 +239,7 @@ def test_balanced_divides_equally(seed: int, budget: int) -> None:
     leaf = np.repeat(np.arange(4), [5, 20, 5, 10])
     labels = np.stack([leaf, np.array([0, 0, 1, 1])[leaf]], axis=1)
     shuffled = rng.permutation(40)
-    kept = balanced(labels[shuffled], budget, seed=seed)
+    kept = draw_balanced(labels[shuffled], budget, seed=seed)
     assert len(set(kept.tolist())) == len(kept) == budget
     tops = np.bincount(labels[shuffled][kept, 1], minlength=2)
     assert abs(tops[0] - tops[1]) <= max(1, budget - 30)  # the second has 15 samples

@@ -118,7 +118,7 @@ MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "clip-score",
         {"threshold": 1.5},
         SettingError,
-        "threshold: expected a number of at least -1 and of at most 1, got 1.5",
+        "threshold: expected a number from -1 to 1, got 1.5",
     ),
     (
         "hierarchical",
