@@ -45,7 +45,7 @@ METRICS: Mapping[str, str] = {
     "debiased_cka": "debiased CKA",
     "linear_cka": "linear CKA",
 }
-"""Metric -> name in tables and figures."""
+"""Metric -> name in tables and plots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,8 @@ class PairFigures:
 
     def value(self, metric: str) -> float:
         """Return the value of one of `METRICS`."""
-        found = getattr(self, metric)
-        return float(found.value if isinstance(found, Estimate) else found)
+        metric_value = getattr(self, metric)
+        return float(metric_value.value if isinstance(metric_value, Estimate) else metric_value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +154,11 @@ def evaluate_pairs(
         raise SettingError(f"k: expected less than the {len(sample.samples)} compared samples, got {settings.k}")
     progress.start("encoder pairs", len(images) * len(texts), "pairs")
     prepared_texts = [_prepare(feature, sample.pairs.text, sample, settings.k) for feature in texts]
-    figures = []
+    metrics = []
     for feature in images:
         image = _prepare(feature, sample.pairs.image, sample, settings.k)
         for text in prepared_texts:
-            figures.append(_measure(sample, image, text, settings.resamples))
+            metrics.append(_measure(sample, image, text, settings.resamples))
             progress.advance(1)
     progress.finish()
     split = settings.split.kind
@@ -166,7 +166,7 @@ def evaluate_pairs(
         limits = f"{settings.split.image_cosine:g} and {settings.split.text_cosine:g}"
         split += f" by {images[0].name} and {texts[0].name} (cosine above {limits})"
     return PairsReport(
-        pairs=sorted(figures, key=lambda pair: -pair.probe),
+        pairs=sorted(metrics, key=lambda pair: -pair.probe),
         pooling={feature.name: _pooling(feature) for feature in (*images, *texts)},
         num_drawn=len(pairs.samples),
         num_compared=len(sample.samples),
@@ -193,17 +193,17 @@ def _open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[l
     stored = cache.features(modality)
     if not stored:
         open_input(cache, modality)  # raises, with the command that extracts some
-    found, skipped = [], []
-    for one in stored:
-        feature = InputFeature([one])
+    complete, skipped = [], []
+    for stored_feature in stored:
+        feature = InputFeature([stored_feature])
         try:
             feature.require_complete()
-            found.append(feature)
+            complete.append(feature)
         except UnfinishedError as error:
             skipped.append(f"left out: {error}")
-    if skipped and not found:
+    if skipped and not complete:
         raise UnfinishedError(f"no {modality} feature of {cache.path} is complete; {skipped[0].partition(': ')[2]}")
-    return found, skipped
+    return complete, skipped
 
 
 def _draw_samples(
@@ -249,7 +249,7 @@ class _PairSample:
         groups: Ints = self.groups[np.searchsorted(self.samples, samples)]
         return groups
 
-    def places(self, part: Pairs) -> tuple[Ints, Ints]:
+    def positions(self, part: Pairs) -> tuple[Ints, Ints]:
         """Return the positions of the images and texts of a part among those of all samples."""
         return (
             np.searchsorted(self.pairs.image.rows, part.image.rows),
@@ -280,10 +280,10 @@ def _split_samples(
             "features: compare fewer features, or use another split"
         )
     groups = np.array(split.groups)[both]
-    return _PairSample(pairs=pairs.select(both), train=train, val=val, groups=groups, blocks=_blocks(groups))
+    return _PairSample(pairs=pairs.select(both), train=train, val=val, groups=groups, blocks=_assign_blocks(groups))
 
 
-def _blocks(groups: Ints) -> Ints:
+def _assign_blocks(groups: Ints) -> Ints:
     """Assign whole groups to blocks of about equal size, the largest group first: (S,) block of each sample."""
     _, group_S, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     filled = np.zeros(min(_NUM_BLOCKS, len(sizes)), np.int64)
@@ -343,13 +343,13 @@ def _measure(sample: _PairSample, image: _PreparedFeature, text: _PreparedFeatur
 
 def _probe(sample: _PairSample, images_ID: Floats, texts_TE: Floats, resamples: int) -> tuple[Estimate, Estimate]:
     """Fit CCA on all pairs of the training part, as training does, and rank the validation items both ways."""
-    places = sample.places(sample.train)
-    image_M, text_M = (place[joined] for place, joined in zip(places, sample.train.all_pairs(), strict=True))
+    positions = sample.positions(sample.train)
+    image_M, text_M = (position[joined] for position, joined in zip(positions, sample.train.all_pairs(), strict=True))
     moments = Moments(images_ID.shape[1], texts_TE.shape[1])
     for block in blocks(len(image_M), 8 * _BLOCK):
         moments.add(images_ID[image_M[block]], texts_TE[text_M[block]])
     image_DP, text_EP = solve("cca", moments, _SHARED_WIDTH, shrinkage=_SHRINKAGE)
-    val_image, val_text = sample.places(sample.val)
+    val_image, val_text = sample.positions(sample.val)
     images = normalize((images_ID[val_image] - moments.image_mean) @ image_DP)
     texts = normalize((texts_TE[val_text] - moments.text_mean) @ text_EP)
     image_M, text_M = sample.val.positives()

@@ -70,18 +70,20 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
     items = read_items([cache], [feature])
     is_labeled = has_label(cache, items.samples, column=settings.label)
     if not is_labeled.any():
-        raise DataError(f"none of {len(is_labeled):,} items of {cache.path} has a label in column {settings.label!r}")
+        raise DataError(
+            f"none of {len(is_labeled):,} items of {cache.path} has a label in column {settings.label!r}; check --label"
+        )
     items, num_unlabeled = items.where(is_labeled), int((~is_labeled).sum())
     part_S, rule = _parts(cache, items, settings.part, settings.seed)
     parts = part_S[items.samples]
-    kept = items.where(parts != "")
+    used_items = items.where(parts != "")
     parts = parts[parts != ""]
     counts = {part: int((parts == part).sum()) for part in PARTS}
     for part in PARTS:
         if not counts[part]:
             listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
             raise DataError(f"{cache.path} has no {part} items with {feature.name} ({listed}; {rule})")
-    labels = read_labels(cache, kept.samples, column=settings.label)
+    labels = read_labels(cache, used_items.samples, column=settings.label)
     classes = np.unique(labels.numbers[parts == "train"])
     if len(classes) < 2:
         raise DataError(
@@ -91,12 +93,12 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
     return LabeledFeature(
         feature=feature,
         names=labels.names,
-        items=kept,
-        examples=Examples(vectors=_read_vectors(feature, kept.rows), labels=labels.numbers),
+        items=used_items,
+        examples=Examples(vectors=_read_vectors(feature, used_items.rows), labels=labels.numbers),
         parts=parts,
         split_rule=rule,
         num_unlabeled=num_unlabeled,
-        num_left_out=feature.num_items - num_unlabeled - len(kept.rows),
+        num_left_out=feature.num_items - num_unlabeled - len(used_items.rows),
     )
 
 
@@ -157,8 +159,8 @@ def _read_vectors(feature: InputFeature, rows: Ints) -> Floats:
     position_N = np.full(feature.num_items, -1)
     position_N[rows] = np.arange(len(rows))
     vectors_MD = np.empty((len(rows), feature.width), np.float32)
-    for found, inputs in feature.blocks():
-        position_B = position_N[found]
+    for rows_B, inputs in feature.blocks():
+        position_B = position_N[rows_B]
         is_kept = position_B >= 0
         vectors_MD[position_B[is_kept]] = mean_vectors(inputs)[is_kept]
     return vectors_MD

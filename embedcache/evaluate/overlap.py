@@ -61,12 +61,12 @@ class Overlap:
             )
         if self.not_compared:
             paths = ", ".join(self.not_compared)
-            parts.append(f"not compared with missing training caches: {paths}; name their new place with --trained-on")
+            parts.append(f"not compared with missing training caches: {paths}; name their new path with --trained-on")
         return "; ".join(parts)
 
     @property
     def warning(self) -> str | None:
-        """Warning that the figures are too high, or None."""
+        """Warning that the results are too high, or None."""
         near = f"{self.near:,} of {self.num_checked:,}"
         if self.exact:
             line = f"WARNING: {self.exact:,} samples share an image or a caption with the training part"
@@ -76,13 +76,13 @@ class Overlap:
 
 def largest_overlap(overlaps: Iterable[Overlap | None]) -> Overlap | None:
     """Return the largest overlap of several runs, or None."""
-    return max(filter(None, overlaps), key=lambda found: (found.exact, found.near), default=None)
+    return max(filter(None, overlaps), key=lambda overlap: (overlap.exact, overlap.near), default=None)
 
 
 def find_overlap(
     run: Run, evaluated: Mapping[str, ItemSet], settings: RetrievalSettings | ZeroShotSettings
 ) -> Overlap | None:
-    """Compare evaluated items, by modality, with those of the training part of a run, if the settings ask for it.
+    """Compare evaluated items, by modality, with those of the training part of a run, if the settings enable it.
 
     Of many samples, some are drawn at random (seed 0), so that it takes seconds. Memory: the compared vectors, and
     tiles of their cosines.
@@ -97,11 +97,11 @@ def find_overlap(
         samples if len(samples) <= count else np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
     )
     exact, near = set[int](), set[int]()
-    for modality, found in evaluated.items():
+    for modality, item_set in evaluated.items():
         others = [items[modality] for items in trained]
-        exact |= set(found.items.samples[_is_equal(found, others)].tolist())
-        part = found.items.select(checked)
-        is_near = _is_near(ItemSet(found.feature, part), others, COSINES[modality])
+        exact |= set(item_set.items.samples[_is_equal(item_set, others)].tolist())
+        part = item_set.items.select(checked)
+        is_near = _is_near(ItemSet(item_set.feature, part), others, COSINES[modality])
         near |= set(part.samples[is_near].tolist())
     return Overlap(
         num_samples=len(samples),
@@ -127,7 +127,7 @@ def _open_training_caches(run: Run, paths: Sequence[str]) -> tuple[list[Cache], 
         if was_trained_on(run, cache):
             caches.append(cache)
         elif paths:
-            raise DataError(f"run {run.path} was not trained on {path}; give the caches it was trained on")
+            raise DataError(f"run {run.path} was not trained on {path}; name the caches it was trained on")
         else:
             missing.append(path)
     return caches, missing
@@ -146,22 +146,22 @@ def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
 def _num_affordable(evaluated: Mapping[str, ItemSet], trained: Sequence[Mapping[str, ItemSet]]) -> int:
     """Return how many samples can be compared within seconds."""
     products_per_sample = sum(
-        found.feature.width * sum(len(items[modality].items.rows) for items in trained)
-        for modality, found in evaluated.items()
+        item_set.feature.width * sum(len(items[modality].items.rows) for items in trained)
+        for modality, item_set in evaluated.items()
     )
     return max(_MIN_CHECKED, int(_MAX_PRODUCTS / max(1, products_per_sample)))
 
 
-def _is_equal(found: ItemSet, others: Sequence[ItemSet]) -> Bools:
+def _is_equal(item_set: ItemSet, others: Sequence[ItemSet]) -> Bools:
     seen = {value for other in others for value in other.feature.hashes_of(other.items.rows)}
-    return np.array([value in seen for value in found.feature.hashes_of(found.items.rows)], bool)
+    return np.array([value in seen for value in item_set.feature.hashes_of(item_set.items.rows)], bool)
 
 
-def _is_near(found: ItemSet, others: Sequence[ItemSet], cosine: float) -> Bools:
+def _is_near(item_set: ItemSet, others: Sequence[ItemSet], cosine: float) -> Bools:
     candidates = (
         unit_vectors(other.feature.read(other.items.rows[block]))
         for other in others
         for block in blocks(len(other.items.rows), _BLOCK)
     )
-    is_near: Bools = closest(unit_vectors(found.feature.read(found.items.rows)), candidates).sims > cosine
+    is_near: Bools = closest(unit_vectors(item_set.feature.read(item_set.items.rows)), candidates).sims > cosine
     return is_near

@@ -96,7 +96,7 @@ class ProbeReport:
         return {part: len(self.labeled.rows(part)) for part in ("train", "val", "test")}
 
     def warnings(self) -> list[str]:
-        """Return one line for each reason to doubt the figures."""
+        """Return one line for each reason to doubt the results."""
         data, is_test, lines = self.labeled, self.labeled.parts == "test", []
         if overlap := data.overlap():
             lines.append(f"{overlap:,} test {data.feature.modality}s are copies of training or validation items")
@@ -119,7 +119,7 @@ def evaluate_probe(
     """Fit classifiers on the training items of a feature, and measure them on its test items.
 
     A method chooses its hyperparameters on validation and is then fitted on training and validation together. Few-shot
-    classifiers have fixed hyperparameters, as choosing them takes more labels. Memory: the vectors in float32, and
+    classifiers have fixed hyperparameters, as choosing them needs more labels. Memory: the vectors in float32, and
     about three copies of the training part.
 
     Raises:
@@ -189,8 +189,8 @@ def _few_shot(
     name: str, fit: Fit, data: LabeledFeature, shots: int, settings: ProbeSettings, progress: Progress
 ) -> FewShot:
     def fit_drawn(draw: int) -> Classifier:
-        drawn = draw_shots(data.examples.labels, data.rows("train"), shots, seed=(settings.seed, draw))
-        return fit(data.examples.take(drawn), None, len(data.names))
+        rows = draw_shots(data.examples.labels, data.rows("train"), shots, seed=(settings.seed, draw))
+        return fit(data.examples.take(rows), None, len(data.names))
 
     return FewShot(method=name, shots=shots, accuracy=_repeat(fit_drawn, data, settings, progress)[0])
 
@@ -227,8 +227,8 @@ def draw_shots(labels_M: Ints, rows: Ints, shots: int, *, seed: Sequence[int]) -
     shuffled = np.random.default_rng(seed).permutation(rows)
     ordered = shuffled[np.argsort(labels_M[shuffled], kind="stable")]
     _, starts = np.unique(labels_M[ordered], return_index=True)
-    drawn: Ints = ordered[(starts[:, None] + np.arange(shots)).ravel()]
-    return drawn
+    shot_rows: Ints = ordered[(starts[:, None] + np.arange(shots)).ravel()]
+    return shot_rows
 
 
 def _check_shots(data: LabeledFeature, settings: ProbeSettings) -> None:

@@ -10,7 +10,7 @@ from embedcache.arrays import Array, Floats, Ints
 from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.errors import DataError, SettingError
 from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap, largest_overlap
-from embedcache.evaluate.runs import Run, RunPaths, load_runs, named_recipes, read_eval_split, report_line, run_input
+from embedcache.evaluate.runs import Run, RunPaths, iterate_recipes, load_runs, read_eval_split, report_line, run_input
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.metrics.intervals import Estimate, bootstrap_means, bootstrap_median, chance_estimate
 from embedcache.metrics.ranking import average_precisions, chance_recall, first_ranks, negatives_before
@@ -65,7 +65,7 @@ class RetrievalReport:
         language: language of the captions; None is all.
         recalls: direction -> `r@k` -> mean over runs and queries, with a 95% interval from resampling near-duplicate
             groups.
-        orders: direction -> `map`, the mean average precision, and `median_rank`, likewise.
+        orders: direction -> `map`, the mean average precision, and `median_rank`, with 95% intervals of the same kind.
         curves: direction -> mean recalls at k = 1, 2, … up to 100 or the number of candidates.
         chance: as `recalls`, for a random order: its expectation, and the range of 95% of random orders.
         by_seed: mean recall over both directions and all k of each run, in the order of `seeds`.
@@ -97,7 +97,7 @@ class RetrievalReport:
 
     @property
     def warning(self) -> str | None:
-        """Warning that the figures are too high, or None."""
+        """Warning that the results are too high, or None."""
         return self.overlap.warning if self.overlap else None
 
 
@@ -121,7 +121,7 @@ def evaluate_retrieval(
 
     Raises:
         SettingError: no run, two of one seed, a control that was not trained on shuffled pairs, or several languages.
-        FingerprintError: a run was trained on features of another encoder, or with another recipe than the others.
+        FingerprintError: a run was trained on features from another encoder, or with another recipe than the others.
         DataError: the part is empty.
     """
     settings = settings or RetrievalSettings()
@@ -165,11 +165,11 @@ def compare_retrieval(
     """
     settings = settings or RetrievalSettings()
     reports = {}
-    for name, paths, is_control in named_recipes(run_paths, control_paths):
+    for name, paths, is_control in iterate_recipes(run_paths, control_paths):
         for language in settings.language or ("",):
-            one = replace(settings, language=(language,) if language else ())
+            per_language = replace(settings, language=(language,) if language else ())
             title = f"{name}, {language}" if language else name
-            reports[title] = evaluate_retrieval(cache_path, paths, one, is_control=is_control)
+            reports[title] = evaluate_retrieval(cache_path, paths, per_language, is_control=is_control)
     return reports
 
 
@@ -180,7 +180,7 @@ def rank(cache: Cache, run: Run, settings: RetrievalSettings | None = None) -> R
     split = read_eval_split(cache, run, settings.part)
     pairs = pair_items([cache], [image], [text], language=_language(run, settings)).select(split.samples)
     if not len(pairs.samples):
-        raise DataError(f"{split.part} of {cache.path} has no sample with both features")
+        raise DataError(f"{split.part} of {cache.path} has no sample with both features; check --language and --part")
     images = project(run.pair.image, image.read(pairs.image.rows))
     texts = project(run.pair.text, text.read(pairs.text.rows))
     image_M, text_M = pairs.positives()
@@ -197,8 +197,8 @@ def rank(cache: Cache, run: Run, settings: RetrievalSettings | None = None) -> R
         images=images,
         texts=texts,
         positives=(image_M, text_M),
-        ranks={direction: first_ranks(*found) for direction, found in before.items()},
-        precisions={direction: average_precisions(*found) for direction, found in before.items()},
+        ranks={direction: first_ranks(*counts) for direction, counts in before.items()},
+        precisions={direction: average_precisions(*counts) for direction, counts in before.items()},
         overlap=find_overlap(run, evaluated, settings),
     )
 
@@ -233,5 +233,8 @@ def _mean_recall(ranking: Ranking) -> float:
 
 def _chance(rankings: Sequence[Ranking], direction: str, k: int) -> Estimate:
     side = 0 if direction == "i2t" else 1
-    expected = [chance_recall(np.bincount(one.positives[side]), one.num_candidates(direction), k) for one in rankings]
-    return chance_estimate(float(np.mean(expected)), sum(len(one.ranks[direction]) for one in rankings))
+    expected = [
+        chance_recall(np.bincount(ranking.positives[side]), ranking.num_candidates(direction), k)
+        for ranking in rankings
+    ]
+    return chance_estimate(float(np.mean(expected)), sum(len(ranking.ranks[direction]) for ranking in rankings))

@@ -54,34 +54,34 @@ def load_runs(run_paths: RunPaths, *, is_control: bool = False) -> list[Run]:
     return runs
 
 
-def recipes(run_paths: Sequence[Path | str]) -> dict[str, list[Path]]:
+def group_by_recipe(run_paths: Sequence[Path | str]) -> dict[str, list[Path]]:
     """Group runs by recipe: name -> seeds, in the given order."""
-    found: list[tuple[dict[str, Any], list[Path]]] = []
+    groups: list[tuple[dict[str, Any], list[Path]]] = []
     for path in map(Path, run_paths):
         recipe = _recipe(read_config(path))
-        seeds = next((paths for other, paths in found if other == recipe), None)
+        seeds = next((paths for other, paths in groups if other == recipe), None)
         if seeds is None:
-            found.append((recipe, seeds := []))
+            groups.append((recipe, seeds := []))
         seeds.append(path)
-    return _named([paths for _, paths in found])
+    return _name_recipes([paths for _, paths in groups])
 
 
-def named_recipes(
+def iterate_recipes(
     run_paths: Sequence[Path | str], control_paths: Sequence[Path | str]
 ) -> Iterator[tuple[str, list[Path], bool]]:
     """Iterate over recipes, then over those of controls: name, seeds, and whether it is a control."""
-    for name, paths in recipes(run_paths).items():
+    for name, paths in group_by_recipe(run_paths).items():
         yield name, paths, False
-    controls = recipes(control_paths)
+    controls = group_by_recipe(control_paths)
     for name, paths in controls.items():
         yield "shuffled pairs" if len(controls) == 1 else f"shuffled pairs, {name}", paths, True
 
 
-def report_line(start: str, seeds: Sequence[int], figures: Sequence[float], name: str, warning: str | None) -> str:
-    """Summarize a report in one line: its start, the seeds with the figure of each if there are several, a warning."""
+def report_line(start: str, seeds: Sequence[int], scores: Sequence[float], name: str, warning: str | None) -> str:
+    """Summarize a report in one line: its start, the seeds with the score of each if there are several, a warning."""
     line = f"{start}; seeds {', '.join(map(str, seeds))}"
     if len(seeds) > 1:
-        line += f" ({name} {', '.join(f'{figure:.3f}' for figure in figures)})"
+        line += f" ({name} {', '.join(f'{score:.3f}' for score in scores)})"
     return "; ".join([f"{line}; 95% intervals over near-duplicate groups", *filter(None, [warning])])
 
 
@@ -147,11 +147,11 @@ def read_run_split(run: Run, cache: Cache) -> Split:
     return read_split(path, [cache])
 
 
-def _named(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
+def _name_recipes(recipes: Sequence[list[Path]]) -> dict[str, list[Path]]:
     """Name each recipe by what the names of its folders have in common, or by their paths if that is not unique."""
     # without the number of a seed: `run-0` -> `run`
     stems = [[path.name.rstrip("0123456789").rstrip("-_.") or path.name for path in paths] for paths in recipes]
-    names = [", ".join(dict.fromkeys(found)) for found in stems]
+    names = [", ".join(dict.fromkeys(stem)) for stem in stems]
     if len(set(names)) < len(names):
         names = [", ".join(map(str, paths)) for paths in recipes]
     return dict(zip(names, recipes, strict=True))

@@ -64,14 +64,14 @@ class ProbeSettings:
     shots: tuple[int, ...] = setting(
         (), "Training items per class, such as 1,2,4,8,16, for a few-shot curve.", metavar="N,..."
     )
-    draws: int = setting(5, "Random draws of those items, or shuffles of the control, to average.", ge=1)
+    draws: int = setting(5, "Number of few-shot draws, or of label shuffles for the control.", ge=1)
     control: bool = setting(False, "Also fit on shuffled labels, as a control that must stay at chance.")
     seed: int = setting(0, "Random seed of the split, the draws and the shuffles.", ge=0, lt=2**32)
 
     def __post_init__(self) -> None:
         check_settings(self)
         if not self.classifiers:
-            raise SettingError("classifier: expected at least one classifier such as knn, got none")
+            raise SettingError("classifier: expected at least one classifier such as knn, got none; add --classifier")
         if any(shots < 1 for shots in self.shots):
             raise SettingError(f"shots: expected whole numbers above 0, got {', '.join(map(str, self.shots))}")
 

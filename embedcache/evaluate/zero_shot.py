@@ -17,8 +17,8 @@ from embedcache.evaluate.runs import (
     EvalSplit,
     Run,
     RunPaths,
+    iterate_recipes,
     load_runs,
-    named_recipes,
     read_eval_split,
     report_line,
     run_input,
@@ -69,7 +69,7 @@ class ZeroShotReport:
         num_unlabeled: images without a label, left out.
         accuracies: `acc1`, `acc5` and `mean_per_class_recall` -> mean over runs and images, with a 95% interval from
             resampling near-duplicate groups.
-        chance: likewise, for classes drawn at random.
+        chance: as `accuracies`, for classes drawn at random.
         by_class: (C,) accuracy of each class, NaN for a class without images.
         confusion: (C, C) number of images by true class and predicted class, summed over runs.
         by_seed: `acc1` of each run, in the order of `seeds`.
@@ -102,7 +102,7 @@ class ZeroShotReport:
 
     @property
     def warning(self) -> str | None:
-        """Warning that the figures are too high, or None."""
+        """Warning that the results are too high, or None."""
         return self.overlap.warning if self.overlap else None
 
 
@@ -127,18 +127,18 @@ def evaluate_zero_shot(
 
     Raises:
         SettingError: no run, two of one seed, or a control that was not trained on shuffled pairs.
-        FingerprintError: a run was trained on features of another encoder, or with another recipe than the others.
+        FingerprintError: a run was trained on features from another encoder, or with another recipe than the others.
         UnknownNameError: there is no such column.
         DataError: the part is empty, no image has a label, a label is not a class, or a class has no prompt.
     """
     cache, prompts_cache = Cache(cache_path), Cache(prompts_path)
     runs = load_runs(run_paths, is_control=is_control)
-    found = [classify(cache, run, prompts_cache, settings or ZeroShotSettings()) for run in runs]
-    first, num_classes = found[0], len(found[0].names)
-    labels = np.concatenate([one.labels for one in found])
-    ranks = np.concatenate([one.ranks for one in found])
-    groups = np.concatenate([one.split.groups[one.items.samples] for one in found])
-    predicted = np.concatenate([one.predicted[:, 0] for one in found])
+    predictions = [classify(cache, run, prompts_cache, settings or ZeroShotSettings()) for run in runs]
+    first, num_classes = predictions[0], len(predictions[0].names)
+    labels = np.concatenate([prediction.labels for prediction in predictions])
+    ranks = np.concatenate([prediction.ranks for prediction in predictions])
+    groups = np.concatenate([prediction.split.groups[prediction.items.samples] for prediction in predictions])
+    predicted = np.concatenate([prediction.predicted[:, 0] for prediction in predictions])
     return ZeroShotReport(
         part=first.split.part,
         names=first.names,
@@ -149,9 +149,9 @@ def evaluate_zero_shot(
         chance=_chances(num_classes, len(labels)),
         by_class=class_means(ranks == 1, labels, num_classes),
         confusion=confusion(labels, predicted, num_classes),
-        by_seed=[float(np.mean(one.ranks == 1)) for one in found],
-        seeds=[one.seed for one in found],
-        overlap=largest_overlap(one.overlap for one in found),
+        by_seed=[float(np.mean(prediction.ranks == 1)) for prediction in predictions],
+        seeds=[prediction.seed for prediction in predictions],
+        overlap=largest_overlap(prediction.overlap for prediction in predictions),
         run_paths=[run.path for run in runs],
     )
 
@@ -178,7 +178,7 @@ def compare_zero_shot(
     """
     return {
         name: evaluate_zero_shot(cache_path, paths, prompts_path, settings, is_control=is_control)
-        for name, paths, is_control in named_recipes(run_paths, control_paths)
+        for name, paths, is_control in iterate_recipes(run_paths, control_paths)
     }
 
 

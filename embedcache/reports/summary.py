@@ -16,7 +16,7 @@ from embedcache.projectors.saved import read_config
 from embedcache.provenance import read_json, recognize
 from embedcache.search.index import read_card
 from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
-from embedcache.units import format_bytes
+from embedcache.units import format_bytes, metric_label
 
 _FEATURE_COLUMNS = ("feature", "modality", "shape", "dtype", "chunks", "failed", "bytes")
 _MOST_REASONS = 10
@@ -93,7 +93,7 @@ def _summarize_run(path: Path) -> Summary:
     counts = ", ".join(f"{count:,} {part}" for part, count in outcome.get("num_samples", {}).items())
     notes = [f"samples: {counts}"] if counts else []
     if outcome.get("recalls"):
-        recalls = ", ".join(f"{name.replace('r@', 'R@')} {value:.3f}" for name, value in outcome["recalls"].items())
+        recalls = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in outcome["recalls"].items())
         notes.append(f"validation of epoch {outcome.get('best_epoch')}: {recalls}")
     return Summary(
         kind="run",

@@ -90,8 +90,8 @@ class Batches:
         mixes = rng.beta(self._mixup, self._mixup, self.num_steps) if self._mixup else [None] * self.num_steps
         for step, part in enumerate(np.array_split(np.arange(len(order)), self.num_steps)):
             if step >= first_step:
-                drawn = self._texts.all(order[part]) if self._captions == "all" else texts[part]
-                yield self._batch(self._samples[order[part]], images[part], drawn, mixes[step])
+                text_positions = self._texts.all(order[part]) if self._captions == "all" else texts[part]
+                yield self._batch(self._samples[order[part]], images[part], text_positions, mixes[step])
 
     def _batch(self, samples: Ints, image: Ints, text: Ints, mix: float | None) -> Batch:
         if mix is None:
@@ -114,13 +114,13 @@ class Batches:
         """Find all pairs of positions that belong together. Time and memory grow with the batch alone."""
         images, texts = self._pairs.image.contents[image], self._pairs.text.contents[text]
         starts = self._relation.indptr[images]
-        position, found = concatenated_ranges(starts, self._relation.indptr[images + 1] - starts)
-        contents = self._relation.indices[found]
+        position, entries = concatenated_ranges(starts, self._relation.indptr[images + 1] - starts)
+        contents = self._relation.indices[entries]
         order = np.argsort(texts, kind="stable")
         first = np.searchsorted(texts[order], contents)
         count = np.searchsorted(texts[order], contents, side="right") - first
-        again, place = concatenated_ranges(first, count)
-        return position[again], order[place]
+        again, location = concatenated_ranges(first, count)
+        return position[again], order[location]
 
 
 class _SampleItems:
@@ -134,12 +134,12 @@ class _SampleItems:
 
     def draw(self, rng: np.random.Generator) -> Ints:
         offset = (rng.random(len(self._count)) * self._count).astype(np.int64)
-        drawn: Ints = self._order[self._first + offset]
-        return drawn
+        positions: Ints = self._order[self._first + offset]
+        return positions
 
     def all(self, numbers: Ints) -> Ints:
-        _, places = concatenated_ranges(self._first[numbers], self._count[numbers])
-        return self._order[places]
+        _, positions = concatenated_ranges(self._first[numbers], self._count[numbers])
+        return self._order[positions]
 
 
 def shuffle_blocks(count: int, block_rows: int, rng: np.random.Generator) -> Ints:

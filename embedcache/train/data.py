@@ -134,16 +134,16 @@ def _reader(features: Sequence[InputFeature], memory_bytes: float) -> Reader:
 def _gather(readers: Sequence[Reader], stops: Ints, rows: Ints, dtype: np.dtype[Any]) -> Inputs:
     """Read rows that are numbered across the readers."""
     which = np.searchsorted(stops, rows, side="right")
-    found: list[tuple[Ints, Inputs]] = []
+    parts: list[tuple[Ints, Inputs]] = []
     for number, read in enumerate(readers):
-        places = np.flatnonzero(which == number)
-        if len(places):
-            found.append((places, read(rows[places] - (stops[number - 1] if number else 0))))
-    shape = np.max([inputs.values.shape[1:] for _, inputs in found], axis=0)
+        positions = np.flatnonzero(which == number)
+        if len(positions):
+            parts.append((positions, read(rows[positions] - (stops[number - 1] if number else 0))))
+    shape = np.max([inputs.values.shape[1:] for _, inputs in parts], axis=0)
     values: Array = np.zeros((len(rows), *shape), dtype)
-    lengths = None if found[0][1].lengths is None else np.zeros(len(rows), np.int64)
-    for places, inputs in found:
-        values[places, : inputs.values.shape[1]] = inputs.values
+    lengths = None if parts[0][1].lengths is None else np.zeros(len(rows), np.int64)
+    for positions, inputs in parts:
+        values[positions, : inputs.values.shape[1]] = inputs.values
         if lengths is not None and inputs.lengths is not None:
-            lengths[places] = inputs.lengths
+            lengths[positions] = inputs.lengths
     return Inputs(values, lengths)

@@ -67,8 +67,8 @@ def run_on_first(call: Callable[[], T]) -> T | None:
     if process_rank() == 0:
         try:
             outcome = call()
-        except EmbedcacheError as found:
-            error = found
+        except EmbedcacheError as raised:
+            error = raised
     error = broadcast_from_first(error)
     if error is not None:
         raise error

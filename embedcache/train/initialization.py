@@ -42,17 +42,17 @@ def initialize(
     for block in blocks(len(towers[0].rows), _BLOCK):
         moments.add(towers[0].vectors(block), towers[1].vectors(block))
     covariances = moments.covariances()[:2]
-    for one, mean in zip(towers, (moments.image_mean, moments.text_mean), strict=True):
-        if isinstance(one.tower, RawTower):
-            one.tower.length.fill_(one.rms_length())
-        elif isinstance(one.tower, Tower):
-            one.tower.mean.copy_(torch.from_numpy(mean))
+    for rows, mean in zip(towers, (moments.image_mean, moments.text_mean), strict=True):
+        if isinstance(rows.tower, RawTower):
+            rows.tower.length.fill_(rows.rms_length())
+        elif isinstance(rows.tower, Tower):
+            rows.tower.mean.copy_(torch.from_numpy(mean))
     if form != "random":
         weights = solve(form, moments, settings.shared_width, shrinkage=settings.shrinkage)
-        for one, weights_DP, covariance in zip(towers, weights, covariances, strict=True):
+        for rows, weights_DP, covariance in zip(towers, weights, covariances, strict=True):
             # the root mean square length of the projected training rows: a learned branch expects about 1
             length = float(np.sqrt(np.trace(weights_DP.T @ covariance @ weights_DP)) + np.finfo(np.float64).tiny)
-            one.tower.projector.set_linear_map(torch.from_numpy(weights_DP / length))
+            rows.tower.projector.set_linear_map(torch.from_numpy(weights_DP / length))
     if any(tower.supports(HasAnchors) for tower in towers):
         _set_anchors(towers, settings.shared_width, seed)
 
@@ -109,8 +109,8 @@ def _check(towers: tuple[_TowerRows, _TowerRows], form: str, settings: ModelSett
 
 def _set_anchors(towers: tuple[_TowerRows, _TowerRows], num_anchors: int, seed: int) -> None:
     """Set the anchors of both towers to the same pairs, drawn without replacement, as the projectors see them."""
-    drawn = np.sort(np.random.default_rng(seed).choice(len(towers[0].rows), num_anchors, replace=False))
-    for one in towers:
-        if one.supports(HasAnchors) and isinstance(one.tower, Tower):
-            unit_PD = torch.from_numpy(one.vectors(drawn)).to(one.tower.mean.device)
-            one.tower.projector.set_anchors(unit_PD - one.tower.mean)
+    anchor_rows = np.sort(np.random.default_rng(seed).choice(len(towers[0].rows), num_anchors, replace=False))
+    for rows in towers:
+        if rows.supports(HasAnchors) and isinstance(rows.tower, Tower):
+            unit_PD = torch.from_numpy(rows.vectors(anchor_rows)).to(rows.tower.mean.device)
+            rows.tower.projector.set_anchors(unit_PD - rows.tower.mean)

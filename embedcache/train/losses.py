@@ -52,7 +52,7 @@ class Loss(Protocol):
 
         Args:
             images_BP: (B, P) float32 or float64, rows of length 1.
-            texts_MP: (M, P), likewise. M is B, and row k the text of image k, unless all captions are positives.
+            texts_MP: (M, P), as `images_BP`. M is B, and row k the text of image k, unless all captions are positives.
             scale: scalar, the inverse of the temperature.
             positives: all pairs that belong together.
         """

@@ -46,7 +46,7 @@ def softplus_sum(left_BP: Tensor, right_NP: Tensor, scale: Tensor, bias: Tensor)
 
 
 def logits_of(left_BP: Tensor, right_NP: Tensor, scale: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """Compute the (E,) logits of pairs given as (E,) rows and (E,) columns; other arguments as of `log_sum_exp`."""
+    """Compute the (E,) logits of pairs given as (E,) rows and (E,) columns; see `log_sum_exp` for the others."""
     cosines_E: Tensor = _Cosines.apply(left_BP, right_NP, *pairs)  # type: ignore[no-untyped-call]
     return scale * cosines_E
 
@@ -60,7 +60,7 @@ def _apply(function: type[torch.autograd.Function], left: Tensor, *others: Tenso
 
 
 class _Cosines(torch.autograd.Function):
-    # The backward pass of indexing sums in any order with several threads, and keeps E × P numbers.
+    # The backward pass of indexing sums in any order with several threads, and keeps E × P values.
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         ctx.save_for_backward(left, right, rows, columns)

@@ -36,6 +36,7 @@ from embedcache.train.initialization import initialize
 from embedcache.train.losses import LOSSES
 from embedcache.train.settings import TrainSettings
 from embedcache.train.trainer import OnEpoch, Trainer, Validation, seeded
+from embedcache.units import metric_label
 
 _FILES = (
     ".claims",
@@ -81,11 +82,11 @@ class TrainReport:
     def line(self, run_path: Path) -> str:
         """Summarize the report in one line."""
         counts = ", ".join(f"{count:,} {part}" for part, count in self.num_samples.items())
-        kept = f"best epoch {self.best_epoch}" if self.best_epoch else "the initialization was best and was kept"
-        recalls = ", ".join(f"{name.replace('r@', 'R@')} {value:.3f}" for name, value in self.recalls.items())
+        outcome = f"best epoch {self.best_epoch}" if self.best_epoch else "the initialization was best and was kept"
+        recalls = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in self.recalls.items())
         state = "reused, trained earlier with the same settings" if self.reused else "trained"
         size = f"{self.num_parameters:,} parameters, {self.flops_per_pair / 1e6:,.1f} MFLOP per pair"
-        return f"{run_path}: {state}: {size}; samples: {counts}; {kept}; validation {recalls}"
+        return f"{run_path}: {state}: {size}; samples: {counts}; {outcome}; validation {recalls}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values under the names of `record.json`."""
@@ -118,7 +119,7 @@ def train(
         cache_paths: one cache, or several made by the same encoders.
         run_path: folder of the run.
         image_feature: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
-        text_feature: likewise.
+        text_feature: as `image_feature`, of the captions.
         settings: settings of the run.
         progress: progress in training pairs.
 
@@ -130,7 +131,7 @@ def train(
         SettingError: a missing device, a batch larger than the data, contradictory settings, or near-duplicates that
             leave nothing to hold out.
         DataError: too few samples, a feature that does not fit its projector, or a loss that is NaN or infinite.
-        MissingExtraError: TensorBoard was asked for and is not installed.
+        MissingExtraError: TensorBoard is enabled and is not installed.
     """
     settings = settings or TrainSettings()
     for name in split_names(settings.model.projector):
@@ -203,10 +204,10 @@ def _check_features(data: TrainData, settings: TrainSettings) -> None:
 
 
 def _reuse_run(run_path: Path, config: PairConfig) -> TrainReport:
-    found = read_config(run_path)
-    expected = replace(config, weights_digest=found.weights_digest, split_digest=found.split_digest)
+    stored = read_config(run_path)
+    expected = replace(config, weights_digest=stored.weights_digest, split_digest=stored.split_digest)
     next_step = "give the path of a new folder, or use the same settings"
-    check_same(f"run {run_path}", found.to_json(), expected.to_json(), next_step=next_step)
+    check_same(f"run {run_path}", stored.to_json(), expected.to_json(), next_step=next_step)
     if process_rank() == 0:
         checkpoint_path(run_path).unlink(missing_ok=True)
     record_path = run_path / "record.json"
@@ -250,7 +251,7 @@ def _fit(
     training = _training_pairs(data, pairs, split, settings)
     validation = _shuffled_control(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
-        raise DataError(f"the validation part of {path} has no sample with both features")
+        raise DataError(f"the validation part of {path} has no sample with both features; check --language")
     batches, device = _batches(training, settings), settings.machine.device
     with seeded(settings.seed, device):
         pair = build(config, dropout=settings.model.dropout).to(device)
@@ -286,7 +287,7 @@ def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: Train
     training = pairs.select(rows)
     if not len(training.samples):
         named = "" if settings.selection is None else f" in selection {settings.selection_path}"
-        raise DataError(f"the training part has no sample with both features{named}")
+        raise DataError(f"the training part has no sample with both features{named}; check --language")
     return _shuffled_control(training, settings)
 
 

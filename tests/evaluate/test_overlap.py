@@ -96,7 +96,7 @@ def test_missing_training_cache_is_reported(cache_path: Path, run: Run, other: P
     assert report.warning is None
     again = evaluate_retrieval(other, [moved], RetrievalSettings(trained_on=(str(cache_path),)))
     assert again.warning is not None
-    with pytest.raises(DataError, match=r"was not trained on .*cache; give the caches it was trained on"):
+    with pytest.raises(DataError, match=r"was not trained on .*cache; name the caches it was trained on"):
         evaluate_retrieval(other, [moved], RetrievalSettings(trained_on=(str(other),)))
 
 

@@ -9,7 +9,7 @@ import pytest
 from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import CorruptError, FingerprintError, SettingError
 from embedcache.evaluate.retrieval import _measure, compare_retrieval, evaluate_retrieval, rank
-from embedcache.evaluate.runs import load_runs, recipes
+from embedcache.evaluate.runs import group_by_recipe, load_runs
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.extract.extract import extract
 from embedcache.metrics.intervals import Estimate
@@ -164,12 +164,12 @@ def test_seeds_with_given_splits_are_averaged(cache_path: Path, runs: list[Path]
 
 def test_recipes_are_named_and_compared(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     other = train_run(cache_path, tmp_path / "seed-0", shared_width=8)
-    assert recipes([runs[0], other, runs[1]]) == {
+    assert group_by_recipe([runs[0], other, runs[1]]) == {
         f"{runs[0]}, {runs[1]}": runs,
         str(other): [other],
     }
     renamed = Path(shutil.copytree(other, tmp_path / "narrow-0"))
-    assert recipes([runs[0], renamed, runs[1]]) == {"seed": runs, "narrow": [renamed]}
+    assert group_by_recipe([runs[0], renamed, runs[1]]) == {"seed": runs, "narrow": [renamed]}
     settings = RetrievalSettings(check_overlap=False)
     reports = compare_retrieval(cache_path, [runs[0], renamed, runs[1]], settings)
     assert list(reports) == ["seed", "narrow"]

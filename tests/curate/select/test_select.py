@@ -12,7 +12,7 @@ from embedcache.curate.select.select import combine_selections, sample_selection
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, FingerprintError, PathError, SettingError, UnknownNameError
-from embedcache.evaluate.runs import recipes
+from embedcache.evaluate.runs import group_by_recipe
 from embedcache.extract.extract import extract
 from embedcache.projectors.saved import read_config
 from embedcache.sources import open_source
@@ -64,7 +64,7 @@ def test_select_from_selection_and_train(around: dict[str, Path], tmp_path: Path
         settings = train_settings({**recipe, "seed": seed})
         train(around["cache"], run, image_feature=IMAGE_FEATURE, text_feature=TEXT_FEATURE, settings=settings)
     assert len({read_config(run).file_digests["selection"] for run in runs}) == 2
-    assert list(recipes(runs).values()) == [runs]  # seeds of one recipe, each with a selection of its own
+    assert list(group_by_recipe(runs).values()) == [runs]  # seeds of one recipe, each with a selection of its own
 
 
 def test_combine_and_sample(around: dict[str, Path], tmp_path: Path) -> None:
