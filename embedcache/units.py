@@ -19,7 +19,7 @@ def parse_size(text: str) -> int:
 
 def format_bytes(count: float) -> str:
     """Format a number of bytes in GB, or in MB below 1 GB, such as `1.50 GB`."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def metric_label(name: str) -> str:

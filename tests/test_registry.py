@@ -39,10 +39,10 @@ def test_load_plugin_with_missing_import_raises(tmp_path: Path, monkeypatch: pyt
 
 
 def test_load_plugin_with_bug_raises_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_plugin.py").write_text("import math\nmath.no_such_number\n")
+    (tmp_path / "buggy_plugin.py").write_text("import math\nmath.no_such_number\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(AttributeError, match="no_such_number"):
-        TABLE.load("broken_plugin:x")
+        TABLE.load("buggy_plugin:x")
 
 
 @pytest.fixture

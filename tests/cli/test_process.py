@@ -102,7 +102,7 @@ def test_terminal_shows_bars_with_rates(photos: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_interrupt_explains_how_to_resume(photos: Path, tmp_path: Path) -> None:
     command = [*PROGRAM, "extract", str(photos), "c", "--chunk-size", "8"]
-    command += ["--image-encoder", "tests.toy:open_toy,delay_ms=300"]
+    command += ["--image-encoder", "tests.toy:open_toy,delay_ms=1500"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("c/image/*/chunks/*")) and time.monotonic() < deadline:
