@@ -210,7 +210,7 @@ MISTAKES = [
     ("search index x -k 9999", "9999"),
     ("search index", "query"),
     ("search index x --label-value cat", "column 'label'"),
-    ("search index --queries nowhere.txt", "nowhere.txt does not exist"),
+    ("search index --queries nowhere.txt", "expected a file with one text per line, got nowhere.txt"),
     ("search index --query-concept red", "--concepts CACHE"),
     ("search cache x", "card.json"),
     ("curate dedup cache --cosine 0.9", "OUT"),

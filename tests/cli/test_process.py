@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -102,8 +103,11 @@ def test_terminal_shows_bars_with_rates(photos: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_interrupt_explains_how_to_resume(photos: Path, tmp_path: Path) -> None:
     command = [*PROGRAM, "extract", str(photos), "c", "--chunk-size", "8"]
-    command += ["--image-encoder", "tests.toy:open_toy,delay_ms=1500"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT) as process:
+    command += ["--image-encoder", "tests.toy:open_toy,delay_ms=500"]
+    restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores SIGINT
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT, preexec_fn=restore
+    ) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("c/image/*/chunks/*")) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -239,7 +239,7 @@ def test_invalid_settings_raise(cache_path: Path, captioned: Path, tmp_path: Pat
         image_encoders=[f"{IMAGE},scale=0"],
         text_encoders=[TEXT],
     )
-    with pytest.raises(DataError, match="image feature open_toy/cls: all rows are equal"):
+    with pytest.raises(DataError, match="image feature open_toy/cls: expected rows that differ, got equal rows"):
         compare(tmp_path / "c", split=key)
 
 

@@ -41,7 +41,7 @@ def test_matches_the_run(
 @pytest.mark.parametrize(
     ("feature", "projector", "words"),
     [
-        ("mean", "mlp", "MlpProjector adds a linear branch to one with layer normalization"),
+        ("mean", "mlp", "MlpProjector adds a linear branch to a branch with layer normalization"),
         ("mean", "glu", "GluProjector multiplies two branches"),
         ("mean", "fusemix", "FuseMixProjector has residual blocks"),
         ("mean", "asif", "AsifProjector keeps the largest of its cosines"),

@@ -11,7 +11,7 @@ from tests.extract.cases import tree
 from tests.extract.crash import start
 from tests.images import write_images
 
-ENCODERS = ["--image-encoder", "tests.toy:open_toy,delay_ms=20", "--text-encoder", "tests.toy:open_toy,delay_ms=5"]
+ENCODERS = ["--image-encoder", "tests.toy:open_toy,delay_ms=50", "--text-encoder", "tests.toy:open_toy,delay_ms=20"]
 ENCODERS += ["--feature", "cls,patches,tokens", "--chunk-size", "8", "--device", "cpu"]
 MOMENTS_S = (0.0, 0.05, 0.15, 0.3, 0.5)
 NUM_IMAGES = 100
