@@ -136,8 +136,9 @@ def check_value(name: str, value: Any, hint: Any, declared: Declaration) -> None
     if not _has_type(value, hint):
         raise SettingError(f"{name}: expected {_expectation(hint, declared)}, got {value!r}")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        fits = math.isfinite(value) and (isinstance(value, float) or -_INT64 <= value < _INT64)
-        if not fits or not all(compare(value, bound) for compare, _, bound in _bounds(declared)):
+        if isinstance(value, int) and not -_INT64 <= value < _INT64:
+            raise SettingError(f"{name}: expected {_expectation(hint, declared)} that fits 64 bits, got {value}")
+        if not math.isfinite(value) or not all(compare(value, bound) for compare, _, bound in _bounds(declared)):
             raise SettingError(f"{name}: expected {_expectation(hint, declared)}, got {value}")
 
 
