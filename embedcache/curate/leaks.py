@@ -10,11 +10,11 @@ import numpy as np
 from embedcache.arrays import Array, Bools, Floats, Ints, blocks
 from embedcache.curate.settings import LeakSettings
 from embedcache.curate.similar_pairs import cosine_limit
-from embedcache.dataset.inputs import InputFeature, open_input, unit_vectors
+from embedcache.dataset.inputs import InputFeature, open_input, to_unit_vectors
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.errors import DataError, SettingError, UnfinishedError
-from embedcache.metrics.neighbors import Closest, closest
+from embedcache.metrics.neighbors import Closest, find_closest
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
 from embedcache.store.cache import Cache
@@ -270,13 +270,13 @@ def _find_closest(
 
     def train_blocks(num_queries: int) -> Iterator[Floats]:
         for rows, inputs in train_feature.blocks():
-            yield unit_vectors(inputs)
+            yield to_unit_vectors(inputs)
             progress.advance(num_queries * len(rows))
 
     parts = []
     for block in blocks(len(test_items.rows), _MAX_QUERIES):
-        queries_QP = unit_vectors(test_feature.read(test_items.rows[block]))
-        parts.append(closest(queries_QP, train_blocks(len(queries_QP))))
+        queries_QP = to_unit_vectors(test_feature.read(test_items.rows[block]))
+        parts.append(find_closest(queries_QP, train_blocks(len(queries_QP))))
     progress.finish()
     return Closest(
         np.concatenate([part.rows for part in parts]),

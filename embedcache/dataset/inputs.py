@@ -140,7 +140,7 @@ def to_inputs(features: Sequence[Sequence[Array]]) -> Inputs:
     return _join(parts)
 
 
-def mean_vectors(inputs: Inputs) -> Array:
+def to_mean_vectors(inputs: Inputs) -> Array:
     """Return one vector per item, the mean of its tokens: (B, D) float32."""
     values = np.asarray(inputs.values, np.float32)
     if values.ndim == 2:
@@ -150,9 +150,9 @@ def mean_vectors(inputs: Inputs) -> Array:
     return mean_BD
 
 
-def unit_vectors(inputs: Inputs) -> Floats:
+def to_unit_vectors(inputs: Inputs) -> Floats:
     """Return one unit vector per item, the mean of its tokens: (B, D) float32."""
-    return normalize(mean_vectors(inputs))
+    return normalize(to_mean_vectors(inputs))
 
 
 def _read_dense_chunk(feature: Feature, commit: Commit) -> tuple[Ints, Array]:

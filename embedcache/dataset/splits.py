@@ -13,12 +13,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from embedcache.arrays import Floats, Ints, blocks
-from embedcache.dataset.inputs import Reader, unit_vectors
+from embedcache.dataset.inputs import Reader, to_unit_vectors
 from embedcache.dataset.pairs import Pairs, name_caches
 from embedcache.dataset.settings import KINDS, SplitSettings
 from embedcache.errors import CorruptError, DataError, PathError, SettingError, SourceError
 from embedcache.files import replacing
-from embedcache.metrics.neighbors import pairs_above
+from embedcache.metrics.neighbors import iterate_pairs_above
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 from embedcache.store.tables import read_table
@@ -216,14 +216,16 @@ def _near_duplicates(pairs: Pairs, settings: SplitSettings, read_image: Reader, 
         (pairs.image, read_image, settings.image_cosine),
         (pairs.text, read_text, settings.text_cosine),
     ):
-        vectors = np.concatenate([unit_vectors(read(items.rows[block])) for block in blocks(len(items.rows), _BLOCK)])
+        vectors = np.concatenate(
+            [to_unit_vectors(read(items.rows[block])) for block in blocks(len(items.rows), _BLOCK)]
+        )
         labels = _merge_groups(vectors, np.searchsorted(samples, items.samples), labels, threshold)
     return labels
 
 
 def _merge_groups(vectors_ND: Floats, nodes: Ints, labels: Ints, threshold: float) -> Ints:
     """Merge the groups of all nodes with vectors above the threshold: (S,) int64."""
-    for row, column in pairs_above(vectors_ND, threshold):
+    for row, column in iterate_pairs_above(vectors_ND, threshold):
         left = np.concatenate([labels[nodes[row]], labels])
         right = np.concatenate([labels[nodes[column]], labels])
         size = int(labels.max()) + 1

@@ -76,7 +76,7 @@ def load_method(name: str) -> Fit:
 
 def fit_knn(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
     """Classify by a vote of the 20 nearest neighbors by cosine, with weight exp(cosine / 0.07) as in DINO."""
-    both = joined(train, val)
+    both = join_examples(train, val)
     candidates = normalize(both.vectors)
     k = min(_NUM_NEIGHBORS, len(candidates))
 
@@ -105,7 +105,7 @@ def fit_ridge(train: Examples, val: Examples | None, num_classes: int) -> Classi
         "val_accuracy": _rounded(accuracies),
         "at_the_edge": _is_at_the_edge(accuracies, SHRINKAGE_GRID),
     }
-    return Classifier(Ridge(joined(train, val), num_classes).scores(best), chosen)
+    return Classifier(Ridge(join_examples(train, val), num_classes).scores(best), chosen)
 
 
 class Ridge:
@@ -149,7 +149,7 @@ def fit_logistic(train: Examples, val: Examples | None, num_classes: int) -> Cla
     else:
         accuracies = _validate_strengths(train, val)
         best = max(accuracies, key=lambda strength: (accuracies[strength], -strength))
-        both, chosen = joined(train, val), {"C": best, "val_accuracy": _rounded(accuracies)}
+        both, chosen = join_examples(train, val), {"C": best, "val_accuracy": _rounded(accuracies)}
     model, scale = _logistic_model(chosen["C"], both), Scale.of(both.vectors)
     chosen["iterations"] = _fit_model(model, scale(both.vectors), both.labels)
     if val is not None:
@@ -227,7 +227,7 @@ class Scale(NamedTuple):
         return scaled_ND
 
 
-def joined(train: Examples, val: Examples | None) -> Examples:
+def join_examples(train: Examples, val: Examples | None) -> Examples:
     """Concatenate training and validation examples."""
     if val is None:
         return train

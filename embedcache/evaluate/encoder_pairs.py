@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from embedcache.arrays import Floats, Ints, blocks, check_finite, normalize
-from embedcache.dataset.inputs import InputFeature, open_input, unit_vectors
+from embedcache.dataset.inputs import InputFeature, open_input, to_unit_vectors
 from embedcache.dataset.pairs import Items, Pairs, pair_items
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import make_split
@@ -49,7 +49,7 @@ METRICS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairFigures:
+class PairMetrics:
     """Metrics of one image feature and one text feature.
 
     Args:
@@ -96,7 +96,7 @@ class PairsReport:
         skipped: one line per feature that was left out.
     """
 
-    pairs: Sequence[PairFigures]
+    pairs: Sequence[PairMetrics]
     pooling: Mapping[str, str]
     num_drawn: int
     num_compared: int
@@ -310,7 +310,7 @@ def _prepare(feature: InputFeature, items: Items, sample: _PairSample, k: int) -
     for block in blocks(len(items.rows), _BLOCK):
         inputs = feature.read(items.rows[block])
         check_finite(inputs.values, f"the {feature.modality} feature {feature.name}", rows=items.rows[block])
-        parts.append(unit_vectors(inputs))
+        parts.append(to_unit_vectors(inputs))
     unit_ID = np.concatenate(parts)
     row_I = np.searchsorted(sample.samples, items.samples)
     rows_SD = np.zeros((len(sample.samples), unit_ID.shape[1]), np.float32)
@@ -324,12 +324,12 @@ def _prepare(feature: InputFeature, items: Items, sample: _PairSample, k: int) -
     return _PreparedFeature(feature.name, unit_ID, rows_SD, nearest_others(rows_SD, k), own)
 
 
-def _measure(sample: _PairSample, image: _PreparedFeature, text: _PreparedFeature, resamples: int) -> PairFigures:
+def _measure(sample: _PairSample, image: _PreparedFeature, text: _PreparedFeature, resamples: int) -> PairMetrics:
     x, y = CenteredRows(image.rows_SD, sample.blocks), CenteredRows(text.rows_SD, sample.blocks)
     both, sizes = kernel_products(x, y), np.bincount(sample.blocks)
     overlap_S = neighbor_overlap(image.neighbors_SK, text.neighbors_SK)
     i2t, t2i = _probe(sample, image.items_ID, text.items_ID, resamples)
-    return PairFigures(
+    return PairMetrics(
         image=image.name,
         text=text.name,
         i2t=i2t,

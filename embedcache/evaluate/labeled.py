@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from embedcache.arrays import Array, Bools, Floats, Ints
-from embedcache.dataset.inputs import InputFeature, mean_vectors, open_input
+from embedcache.dataset.inputs import InputFeature, open_input, to_mean_vectors
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.splits import PART_NAMES, PARTS, take_groups
@@ -162,5 +162,5 @@ def _read_vectors(feature: InputFeature, rows: Ints) -> Floats:
     for rows_B, inputs in feature.blocks():
         position_B = position_N[rows_B]
         is_kept = position_B >= 0
-        vectors_MD[position_B[is_kept]] = mean_vectors(inputs)[is_kept]
+        vectors_MD[position_B[is_kept]] = to_mean_vectors(inputs)[is_kept]
     return vectors_MD

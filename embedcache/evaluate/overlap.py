@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embedcache.arrays import Bools, blocks
-from embedcache.dataset.inputs import InputFeature, unit_vectors
+from embedcache.dataset.inputs import InputFeature, to_unit_vectors
 from embedcache.dataset.pairs import Items, pair_items
 from embedcache.errors import DataError, PathError
 from embedcache.evaluate.runs import Run, read_run_split, run_input, was_trained_on
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
-from embedcache.metrics.neighbors import closest
+from embedcache.metrics.neighbors import find_closest
 from embedcache.provenance import fields_of, read_json
 from embedcache.store.cache import Cache
 
@@ -159,9 +159,9 @@ def _is_equal(item_set: ItemSet, others: Sequence[ItemSet]) -> Bools:
 
 def _is_near(item_set: ItemSet, others: Sequence[ItemSet], cosine: float) -> Bools:
     candidates = (
-        unit_vectors(other.feature.read(other.items.rows[block]))
+        to_unit_vectors(other.feature.read(other.items.rows[block]))
         for other in others
         for block in blocks(len(other.items.rows), _BLOCK)
     )
-    is_near: Bools = closest(unit_vectors(item_set.feature.read(item_set.items.rows)), candidates).sims > cosine
+    is_near: Bools = find_closest(to_unit_vectors(item_set.feature.read(item_set.items.rows)), candidates).sims > cosine
     return is_near

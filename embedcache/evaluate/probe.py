@@ -12,7 +12,7 @@ from embedcache.errors import SettingError
 from embedcache.evaluate.classifiers import Classifier, Examples, Fit, load_method
 from embedcache.evaluate.labeled import LabeledFeature, read_labeled
 from embedcache.evaluate.settings import ProbeSettings
-from embedcache.metrics.classification import class_means, ranks_of
+from embedcache.metrics.classification import class_means, rank_labels
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
 from embedcache.progress import NullProgress, Progress
 from embedcache.store.cache import Cache
@@ -158,7 +158,7 @@ def evaluate_probe(
 def _ranks(fitted: Classifier, test: Examples) -> Ints:
     """Compute the (Q,) rank of each item's class by its score. Memory: the scores of 8,192 items."""
     all_rows = blocks(len(test.labels), _BLOCK)
-    return np.concatenate([ranks_of(fitted.scores(test.vectors[rows]), test.labels[rows]) for rows in all_rows])
+    return np.concatenate([rank_labels(fitted.scores(test.vectors[rows]), test.labels[rows]) for rows in all_rows])
 
 
 def _score(name: str, fit: Fit, data: LabeledFeature, progress: Progress) -> Score:

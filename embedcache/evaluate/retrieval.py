@@ -33,7 +33,7 @@ class Ranking:
         texts: (T, P) float32 rows of length 1, in the order of `pairs.text`.
         positives: two (M,) arrays: image i and text j of each positive pair.
         ranks: `i2t` (I,) and `t2i` (T,): rank of the best positive among all candidates, 1 is the top.
-        precisions: `i2t` (I,) and `t2i` (T,): average precision of each query.
+        average_precisions: `i2t` (I,) and `t2i` (T,): average precision of each query.
     """
 
     seed: int
@@ -44,7 +44,7 @@ class Ranking:
     texts: Floats
     positives: tuple[Ints, Ints]
     ranks: dict[str, Ints]
-    precisions: dict[str, Array]
+    average_precisions: dict[str, Array]
     overlap: Overlap | None
 
     def queries(self, direction: str) -> Ints:
@@ -65,7 +65,8 @@ class RetrievalReport:
         language: language of the captions; None is all.
         recalls: direction -> `r@k` -> mean over runs and queries, with a 95% interval from resampling near-duplicate
             groups.
-        orders: direction -> `map`, the mean average precision, and `median_rank`, with 95% intervals of the same kind.
+        rank_metrics: direction -> `map`, the mean average precision, and `median_rank`, with 95% intervals of the same
+            kind.
         curves: direction -> mean recalls at k = 1, 2, … up to 100 or the number of candidates.
         chance: as `recalls`, for a random order: its expectation, and the range of 95% of random orders.
         by_seed: mean recall over both directions and all k of each run, in the order of `seeds`.
@@ -79,7 +80,7 @@ class RetrievalReport:
     part: str
     language: str | None
     recalls: dict[str, dict[str, Estimate]]
-    orders: dict[str, dict[str, Estimate]]
+    rank_metrics: dict[str, dict[str, Estimate]]
     curves: dict[str, list[float]]
     chance: dict[str, dict[str, Estimate]]
     by_seed: list[float]
@@ -128,12 +129,14 @@ def evaluate_retrieval(
     cache, runs = Cache(cache_path), load_runs(run_paths, is_control=is_control)
     rankings = [rank(cache, run, settings) for run in runs]
     measured = [_measure(rankings, direction) for direction in DIRECTIONS]
-    recalls, orders, curves = (dict(zip(DIRECTIONS, values, strict=True)) for values in zip(*measured, strict=True))
+    recalls, rank_metrics, curves = (
+        dict(zip(DIRECTIONS, values, strict=True)) for values in zip(*measured, strict=True)
+    )
     return RetrievalReport(
         part=rankings[0].part,
         language=_language(runs[0], settings),
         recalls=recalls,
-        orders=orders,
+        rank_metrics=rank_metrics,
         curves=curves,
         chance={direction: {f"r@{k}": _chance(rankings, direction, k) for k in KS} for direction in DIRECTIONS},
         by_seed=[_mean_recall(ranking) for ranking in rankings],
@@ -198,7 +201,7 @@ def rank(cache: Cache, run: Run, settings: RetrievalSettings | None = None) -> R
         texts=texts,
         positives=(image_M, text_M),
         ranks={direction: first_ranks(*counts) for direction, counts in before.items()},
-        precisions={direction: average_precisions(*counts) for direction, counts in before.items()},
+        average_precisions={direction: average_precisions(*counts) for direction, counts in before.items()},
         overlap=find_overlap(run, evaluated, settings),
     )
 
@@ -216,7 +219,7 @@ def _measure(
 ) -> tuple[dict[str, Estimate], dict[str, Estimate], list[float]]:
     """Compute recalls, mean average precision with median rank, and the curve, over the queries of all runs."""
     ranks = np.concatenate([ranking.ranks[direction] for ranking in rankings])
-    precisions = np.concatenate([ranking.precisions[direction] for ranking in rankings])
+    precisions = np.concatenate([ranking.average_precisions[direction] for ranking in rankings])
     groups = np.concatenate([ranking.groups[ranking.queries(direction)] for ranking in rankings])
     recalls = bootstrap_means(ranks[:, None] <= np.array(KS), groups)
     num_candidates = max(ranking.num_candidates(direction) for ranking in rankings)

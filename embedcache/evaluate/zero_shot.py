@@ -24,7 +24,7 @@ from embedcache.evaluate.runs import (
     run_input,
 )
 from embedcache.evaluate.settings import ZeroShotSettings
-from embedcache.metrics.classification import class_means, confusion, ranks_of
+from embedcache.metrics.classification import class_means, count_confusion, rank_labels
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_means, chance_estimate
 from embedcache.projectors.saved import project
 from embedcache.store.cache import Cache
@@ -148,7 +148,7 @@ def evaluate_zero_shot(
         accuracies=_accuracies(ranks, labels, groups),
         chance=_chances(num_classes, len(labels)),
         by_class=class_means(ranks == 1, labels, num_classes),
-        confusion=confusion(labels, predicted, num_classes),
+        confusion=count_confusion(labels, predicted, num_classes),
         by_seed=[float(np.mean(prediction.ranks == 1)) for prediction in predictions],
         seeds=[prediction.seed for prediction in predictions],
         overlap=largest_overlap(prediction.overlap for prediction in predictions),
@@ -221,7 +221,7 @@ def _rank(run: Run, image: InputFeature, rows: Ints, labels: Ints, prompts: Prom
     ranks, predicted = [], []
     for block in blocks(len(rows), _BLOCK):
         scores_BC = project(run.pair.image, image.read(rows[block])) @ classes_CP.T
-        ranks.append(ranks_of(scores_BC, labels[block]))
+        ranks.append(rank_labels(scores_BC, labels[block]))
         k = min(max(KS), scores_BC.shape[1])
         best_BK = np.argpartition(-scores_BC, k - 1, axis=1)[:, :k]
         order_BK = np.argsort(-np.take_along_axis(scores_BC, best_BK, axis=1), axis=1, kind="stable")

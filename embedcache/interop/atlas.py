@@ -16,7 +16,7 @@ from embedcache.arrays import Floats, Ints, blocks, normalize
 from embedcache.errors import DataError, ItemError
 from embedcache.files import replacing
 from embedcache.interop.exporting import VectorExport, check_new_file
-from embedcache.interop.parquet import vector_lists, write_rows
+from embedcache.interop.parquet import to_vector_lists, write_rows
 from embedcache.interop.settings import AtlasSettings
 from embedcache.progress import Progress
 from embedcache.registry import require
@@ -49,7 +49,7 @@ def write_atlas(export: VectorExport, path: Path, settings: AtlasSettings | None
     [modality] = export.modalities
     vectors_NP = np.concatenate([normalize(block) for block in export.vectors(modality, _BLOCK)])
     progress.note(f"projecting {len(vectors_NP):,} points with {settings.projection}")
-    points_N2, neighbors = project_to_plane(vectors_NP, settings), nearest_neighbors(vectors_NP)
+    points_N2, neighbors = project_to_plane(vectors_NP, settings), find_neighbors(vectors_NP)
     images = settings.images if modality == "image" else "none"
     with replacing(path) as temporary:
         tables = _tables(export, images, vectors_NP, points_N2, neighbors, progress)
@@ -78,7 +78,7 @@ def project_to_plane(vectors_NP: Floats, settings: AtlasSettings) -> Floats:
     return np.ascontiguousarray(points, np.float32)
 
 
-def nearest_neighbors(vectors_NP: Floats, k: int = _NUM_NEIGHBORS) -> tuple[Ints, Floats]:
+def find_neighbors(vectors_NP: Floats, k: int = _NUM_NEIGHBORS) -> tuple[Ints, Floats]:
     """Return the k nearest vectors of each, itself included: rows (N, K) int64 and cosine distances (N, K) float32.
 
     Up to 100,000 vectors are compared exactly; more are searched in a graph, and a row for which it found fewer is
@@ -122,7 +122,7 @@ def _tables(
         offsets = np.arange(rows.stop - rows.start + 1, dtype=np.int32) * neighbors[0].shape[1]
         lists = [pa.ListArray.from_arrays(offsets, pa.array(values_NK[rows].reshape(-1))) for values_NK in neighbors]
         columns = {
-            "vector": vector_lists(vectors_NP[rows]),
+            "vector": to_vector_lists(vectors_NP[rows]),
             "projection_x": pa.array(points_N2[rows, 0]),
             "projection_y": pa.array(points_N2[rows, 1]),
             "neighbors": pa.StructArray.from_arrays(lists, names=["ids", "distances"]),

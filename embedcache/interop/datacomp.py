@@ -11,7 +11,7 @@ from embedcache.dataset.selections import Selection, check_selection_path, write
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, PathError, SettingError
 from embedcache.interop.imported import FileGroup, VectorImport
-from embedcache.interop.npy import damage_named, open_npz
+from embedcache.interop.npy import open_npz, report_damage
 from embedcache.store.cache import Cache
 
 _REASON = "in the list of uids"
@@ -85,7 +85,7 @@ def _assign_modalities(images: Sequence[str], texts: Sequence[str]) -> Mapping[s
 
 def _read_uids(path: Path) -> Array:
     """Return the uids in a list, each once."""
-    with damage_named(path):
+    with report_damage(path):
         uids = np.load(path, allow_pickle=False)
     if not isinstance(uids, np.ndarray) or uids.dtype != np.dtype("u8,u8") or uids.ndim != 1:
         kind = f"{uids.dtype} shaped {uids.shape}" if isinstance(uids, np.ndarray) else "several arrays"

@@ -12,10 +12,10 @@ from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, ItemError, SettingError, SourceError
 from embedcache.sources.base import IMPORTED, ImageItem, Sample, TextItem
-from embedcache.sources.captions import scalar_columns
+from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file, resolve_item
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table import TableColumns, assign_columns, row_key, row_texts
+from embedcache.sources.table import TableColumns, assign_columns, read_key, read_texts
 from embedcache.sources.table_files import Row, open_table_file
 
 _DTYPES = ("float16", "float32")
@@ -201,7 +201,7 @@ class ImportedSamples:
             )
 
     def _sample(self, columns: TableColumns, row: Row, number: int, location: str) -> Sample:
-        texts = row_texts(columns, row, location)
+        texts = read_texts(columns, row, location)
         if "text" in self._modalities:
             if len(texts) > 1:
                 raise SourceError(
@@ -212,10 +212,10 @@ class ImportedSamples:
         image = None if columns.image is None or columns.holds_bytes else row.get(columns.image)
         path = image if isinstance(image, str) else ""
         return Sample(
-            key=row_key(columns, row, location) or _KEY_FORMAT.format(number),
+            key=read_key(columns, row, location) or _KEY_FORMAT.format(number),
             images=(ImageItem(path=path),) if "image" in self._modalities else (),
             texts=texts,
-            columns=scalar_columns({name: row.get(name) for name in columns.others}),
+            columns=to_scalar_columns({name: row.get(name) for name in columns.others}),
         )
 
 

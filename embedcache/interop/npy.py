@@ -97,7 +97,7 @@ class NpyFile:
 
     @contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
-        with damage_named(self.path):
+        with report_damage(self.path):
             if self.member is None:
                 with self.path.open("rb") as file:
                     yield file
@@ -113,7 +113,7 @@ def open_npy(path: Path) -> NpyFile:
         CorruptError: it is not a `.npy` file, or ends before its last row.
         DataError: it is not a two-dimensional array of float16 or float32 in C order.
     """
-    with damage_named(path), path.open("rb") as file:
+    with report_damage(path), path.open("rb") as file:
         rows = _parse_header(path, file, None)
         num_bytes = os.fstat(file.fileno()).st_size - rows.start
     row_bytes = rows.width * np.dtype(rows.dtype).itemsize
@@ -124,7 +124,7 @@ def open_npy(path: Path) -> NpyFile:
 
 def open_npz(path: Path, name: str) -> NpyFile:
     """Read the header of one array of an `.npz` file; raise an UnknownNameError that lists its arrays."""
-    with damage_named(path), zipfile.ZipFile(path) as archive:
+    with report_damage(path), zipfile.ZipFile(path) as archive:
         names = [entry.removesuffix(".npy") for entry in archive.namelist()]
         if name not in names:
             raise unknown_name("array", name, names, hint=f"in {path}")
@@ -143,8 +143,8 @@ def write_array(path: Path, stream: Iterable[Array], shape: tuple[int, int], dty
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Raise a damaged file as an error that names it."""
+def report_damage(path: Path) -> Iterator[None]:
+    """Return a context in which the errors of a damaged file name it and the next step."""
     try:
         with wrap_io_errors(path):
             yield

@@ -64,13 +64,13 @@ def _table_blocks(export: VectorExport, progress: Progress) -> Iterator[pa.Table
     for rows in blocks(num_rows, _BLOCK):
         table = export.table(rows)
         for modality, stream in streams.items():
-            table = table.append_column(_COLUMNS[modality], vector_lists(next(stream)))
+            table = table.append_column(_COLUMNS[modality], to_vector_lists(next(stream)))
         yield table
         progress.advance(len(table))
     progress.finish()
 
 
-def vector_lists(vectors_ND: Array) -> pa.Array:
+def to_vector_lists(vectors_ND: Array) -> pa.Array:
     """Return a column of lists of one length from (N, D) vectors of any float type."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
 

@@ -5,13 +5,13 @@ import numpy as np
 from embedcache.arrays import Array, Bools, Floats, Ints
 
 
-def ranks_of(scores_NC: Floats, labels_N: Ints) -> Ints:
+def rank_labels(scores_NC: Floats, labels_N: Ints) -> Ints:
     """Compute the rank of each item's true class: (N,) int64, 1 is the best.
 
     A class with the same score or NaN counts as ranked before it, so that constant scores are never correct.
 
     Example:
-        >>> ranks_of(np.array([[0.1, 0.9], [0.5, 0.5]], np.float32), np.array([1, 0])).tolist()
+        >>> rank_labels(np.array([[0.1, 0.9], [0.5, 0.5]], np.float32), np.array([1, 0])).tolist()
         [1, 2]
     """
     own_N = scores_NC[np.arange(len(labels_N)), labels_N]
@@ -21,11 +21,11 @@ def ranks_of(scores_NC: Floats, labels_N: Ints) -> Ints:
     return ranks_N
 
 
-def confusion(labels_N: Ints, predicted_N: Ints, num_classes: int) -> Ints:
+def count_confusion(labels_N: Ints, predicted_N: Ints, num_classes: int) -> Ints:
     """Count items by true class (rows) and predicted class (columns): (C, C) int64.
 
     Example:
-        >>> confusion(np.array([0, 0, 1]), np.array([0, 1, 1]), 2).tolist()
+        >>> count_confusion(np.array([0, 0, 1]), np.array([0, 1, 1]), 2).tolist()
         [[1, 1], [0, 1]]
     """
     flat: Ints = np.bincount(labels_N * num_classes + predicted_N, minlength=num_classes**2)

@@ -75,7 +75,7 @@ class Closest(NamedTuple):
     """(C,) similarity of each candidate to its closest query."""
 
 
-def closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
+def find_closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
     """Find the closest candidate of each query and the similarity of each candidate to its closest query.
 
     Memory: a block of candidates, its product with 1,024 queries, and the result.
@@ -85,7 +85,7 @@ def closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
 
     Example:
         >>> eye = np.eye(3, dtype=np.float32)
-        >>> closest(eye[:2], [eye[2:], 0.5 * eye[:1]]).rows.tolist()
+        >>> find_closest(eye[:2], [eye[2:], 0.5 * eye[:1]]).rows.tolist()
         [1, 0]
     """
     rows_Q = np.full(len(queries_QP), -1, np.int64)
@@ -107,7 +107,7 @@ def closest(queries_QP: Floats, candidates: Iterable[Floats]) -> Closest:
     return Closest(rows_Q, sims_Q, np.concatenate(candidate_sims))
 
 
-def pairs_above(vectors_NP: Floats, cosine: float) -> Iterator[tuple[Ints, Ints]]:
+def iterate_pairs_above(vectors_NP: Floats, cosine: float) -> Iterator[tuple[Ints, Ints]]:
     """Iterate over all pairs of rows above a cosine, each row with itself included, in tiles of 1,024 rows.
 
     Rows have length 1; a tile yields two (M,) int64 arrays of row indices. Memory: 1,024 x N similarities.

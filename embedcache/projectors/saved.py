@@ -184,7 +184,7 @@ class Cost(NamedTuple):
     flops_per_pair: int
 
 
-def cost(config: PairConfig, image_shape: tuple[int, ...], text_shape: tuple[int, ...]) -> Cost:
+def count_cost(config: PairConfig, image_shape: tuple[int, ...], text_shape: tuple[int, ...]) -> Cost:
     """Count parameters and operations without allocating the weights; an item has the shape (D,) or (T, D)."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         pair = build(config).eval()

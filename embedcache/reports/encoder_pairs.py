@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import Normalize
 
-from embedcache.evaluate.encoder_pairs import METRICS, ROWS, PairFigures, PairsReport
+from embedcache.evaluate.encoder_pairs import METRICS, ROWS, PairMetrics, PairsReport
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import INK, Section, Table, format_estimate, format_fraction, open_axes, svg, write_report
 
@@ -94,14 +94,14 @@ def _heat_map(report: PairsReport, metric: str) -> str:
     return svg(axes.figure)
 
 
-def _by_probe(pairs: Sequence[PairFigures], modality: str) -> list[str]:
+def _by_probe(pairs: Sequence[PairMetrics], modality: str) -> list[str]:
     probes = defaultdict(list)
     for pair in pairs:
         probes[getattr(pair, modality)].append(pair.probe)
     return sorted(probes, key=lambda name: -np.mean(probes[name]))
 
 
-def _interval(pair: PairFigures, metric: str) -> str:
+def _interval(pair: PairMetrics, metric: str) -> str:
     """Return the interval of a metric; of the probe, which has none, the value of each direction."""
     estimate = getattr(pair, metric)
     if isinstance(estimate, Estimate):

@@ -62,8 +62,8 @@ def rank_table(reports: Mapping[str, RetrievalReport]) -> Table:
         cells = []
         for direction in DIRECTIONS:
             cells += [
-                format_estimate(report.orders[direction]["map"]),
-                _format_rank(report.orders[direction]["median_rank"]),
+                format_estimate(report.rank_metrics[direction]["map"]),
+                _format_rank(report.rank_metrics[direction]["median_rank"]),
             ]
         rows.append([name, *cells])
     return columns, rows
@@ -81,7 +81,7 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
     """
     return {
         **{
-            direction: estimates_json({**report.recalls[direction], **report.orders[direction]})
+            direction: estimates_json({**report.recalls[direction], **report.rank_metrics[direction]})
             for direction in DIRECTIONS
         },
         "chance": _directions_json(report.chance),

@@ -45,7 +45,7 @@ def read_sidecar(files: Mapping[str, bytes | ItemError], name: str) -> Sidecar:
     )
 
 
-def caption_list(value: Any, location: str) -> list[str]:
+def parse_captions(value: Any, location: str) -> list[str]:
     """Return the captions in a string, a list of strings or None; the error for other types starts with `location`."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     for caption in values:
@@ -54,17 +54,17 @@ def caption_list(value: Any, location: str) -> list[str]:
     return values
 
 
-def text_items(captions: Iterable[str], language: str | None) -> tuple[TextItem, ...]:
+def to_text_items(captions: Iterable[str], language: str | None) -> tuple[TextItem, ...]:
     """Create the text items of captions in one language; blank captions become "", which extraction reports."""
     return tuple(TextItem(text=caption.strip(), language=language or None) for caption in captions)
 
 
-def scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:
+def to_scalar_columns(fields: Mapping[str, Any]) -> dict[str, Scalar]:
     """Return the fields that fit a column of the sample table; lists and objects are dropped."""
     return {name: value for name, value in fields.items() if isinstance(value, _SCALARS)}
 
 
-def json_object(text: str, location: str) -> dict[str, Any]:
+def parse_json_object(text: str, location: str) -> dict[str, Any]:
     """Parse a JSON object; the error for other text starts with `location`."""
     try:
         fields = json.loads(text)
@@ -83,20 +83,20 @@ def _read_file(content: bytes | ItemError, name: str) -> Sidecar:
         if name.endswith(".json"):
             return _read_json(content, name)
         lines = [line for line in _decode(content, name).splitlines() if line.strip()]
-        return Sidecar(texts=text_items(lines or [""], None))
+        return Sidecar(texts=to_text_items(lines or [""], None))
     except (ItemError, SourceError) as error:
         return Sidecar(columns={CAPTION_ERROR: str(error)})
 
 
 def _read_json(content: bytes, name: str) -> Sidecar:
-    fields = json_object(_decode(content, name), name)
+    fields = parse_json_object(_decode(content, name), name)
     language, key = _string(fields, "language", name), _string(fields, "key", name)
     captions = [
         caption
         for caption_field in _CAPTION_FIELDS
-        for caption in caption_list(fields.pop(caption_field, None), f"{name}: {caption_field}")
+        for caption in parse_captions(fields.pop(caption_field, None), f"{name}: {caption_field}")
     ]
-    return Sidecar(key=key, texts=text_items(captions, language), columns=scalar_columns(fields))
+    return Sidecar(key=key, texts=to_text_items(captions, language), columns=to_scalar_columns(fields))
 
 
 def _string(fields: dict[str, Any], name: str, file_name: str) -> str | None:

@@ -9,10 +9,10 @@ from typing import Any
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.registry import require
 from embedcache.sources.base import ImageItem, Sample
-from embedcache.sources.captions import scalar_columns
+from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table import IMAGE_NAMES, TableColumns, find_columns, row_key, row_texts
+from embedcache.sources.table import IMAGE_NAMES, TableColumns, find_columns, read_key, read_texts
 from embedcache.sources.table_files import BATCH_ROWS, Row, TableFile, arrow_table
 
 _MEMORY = "memory:"
@@ -71,12 +71,12 @@ class HuggingfaceSource:
 
 
 def _sample(split: str, columns: TableColumns, number: int, row: Row, location: str) -> Sample:
-    key = row_key(columns, row, location) or str(number)
+    key = read_key(columns, row, location) or str(number)
     return Sample(
         key=f"{split}/{key}" if split else key,
         images=() if columns.image is None else (ImageItem(path=split, offset=number),),
-        texts=row_texts(columns, row, location),
-        columns=({"split": split} if split else {}) | scalar_columns({name: row[name] for name in columns.others}),
+        texts=read_texts(columns, row, location),
+        columns=({"split": split} if split else {}) | to_scalar_columns({name: row[name] for name in columns.others}),
     )
 
 

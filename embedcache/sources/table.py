@@ -10,7 +10,7 @@ from typing import Any
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import open_path
 from embedcache.sources.base import ImageItem, Sample, TextItem
-from embedcache.sources.captions import caption_list, scalar_columns, text_items
+from embedcache.sources.captions import parse_captions, to_scalar_columns, to_text_items
 from embedcache.sources.files import (
     TABLE_SUFFIXES,
     file_size,
@@ -87,7 +87,7 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     )
 
 
-def row_key(columns: TableColumns, row: Row, location: str) -> str | None:
+def read_key(columns: TableColumns, row: Row, location: str) -> str | None:
     """Return the key of a row, or None without a key column. The error for an empty cell starts with `location`."""
     if columns.key is None:
         return None
@@ -97,17 +97,17 @@ def row_key(columns: TableColumns, row: Row, location: str) -> str | None:
     return str(key)
 
 
-def row_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem, ...]:
+def read_texts(columns: TableColumns, row: Row, location: str) -> tuple[TextItem, ...]:
     """Return the captions of a row, with the language in its language column, if any.
 
     With several caption columns, blank cells are dropped unless all are blank: a row of a CSV file may have fewer
     captions than there are columns. The error for cells without captions starts with `location`.
     """
-    cells = [caption_list(row.get(name), f"{location}: {name}") for name in columns.captions]
+    cells = [parse_captions(row.get(name), f"{location}: {name}") for name in columns.captions]
     captions = [caption for cell in cells for caption in cell]
     if len(columns.captions) > 1:
         captions = [caption for caption in captions if caption.strip()] or captions
-    return text_items(captions, row.get(columns.language) if columns.language else None)
+    return to_text_items(captions, row.get(columns.language) if columns.language else None)
 
 
 def _existing(file: TableFile, name: str | None, option: str) -> str | None:
@@ -185,10 +185,10 @@ class TableSource:
     def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> Sample:
         location = f"{file.path} row {number}"
         return Sample(
-            key=row_key(columns, row, location) or f"{relative_to(self._root_text, file.stem)}/{number}",
+            key=read_key(columns, row, location) or f"{relative_to(self._root_text, file.stem)}/{number}",
             images=self._images(file, columns, number, row),
-            texts=row_texts(columns, row, location),
-            columns=scalar_columns({name: row.get(name) for name in columns.others}),
+            texts=read_texts(columns, row, location),
+            columns=to_scalar_columns({name: row.get(name) for name in columns.others}),
         )
 
     def _images(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> tuple[ImageItem, ...]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.errors import EmbedcacheError, ItemError, SourceError
-from embedcache.sources.captions import json_object
+from embedcache.sources.captions import parse_json_object
 from embedcache.sources.files import open_binary, wrap_io_errors
 
 Row: TypeAlias = Mapping[str, Any]
@@ -136,7 +136,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield json_object(line, f"{path} line {number}")
+                yield parse_json_object(line, f"{path} line {number}")
 
 
 def _read_csv(path: Path, delimiter: str, columns: Sequence[str]) -> Iterator[Row]:

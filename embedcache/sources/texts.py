@@ -12,7 +12,7 @@ import numpy.typing as npt
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_remote, open_path
 from embedcache.sources.base import ImageItem, Sample, Source
-from embedcache.sources.captions import text_items
+from embedcache.sources.captions import to_text_items
 from embedcache.sources.files import TEXT_SUFFIXES, file_size, has_suffix
 from embedcache.sources.open import open_source
 from embedcache.sources.settings import SourceSettings
@@ -45,7 +45,7 @@ class TextsSource:
         """Iterate over the texts. Memory holds one line, or one batch of an array."""
         with wrap_table_errors(self._path):
             for row, text in enumerate(_texts(self._path)):
-                yield Sample(key=f"{self._path.stem}/{row}", texts=text_items([text], None))
+                yield Sample(key=f"{self._path.stem}/{row}", texts=to_text_items([text], None))
 
     def read(self, item: ImageItem) -> bytes:
         raise ItemError(f"{self._path} holds texts, no image such as {item.path}")

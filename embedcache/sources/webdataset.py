@@ -17,10 +17,10 @@ from embedcache.sources.byte_ranges import ByteRanges
 from embedcache.sources.captions import (
     SIDECAR_SUFFIXES,
     Sidecar,
-    caption_list,
+    parse_captions,
     read_sidecar,
-    scalar_columns,
-    text_items,
+    to_scalar_columns,
+    to_text_items,
 )
 from embedcache.sources.files import (
     IMAGE_SUFFIXES,
@@ -201,7 +201,7 @@ def _read_shard_table(shard: Path) -> Mapping[str, Sidecar]:
     sidecars: dict[str, Sidecar] = {}
     if {"key", "status"} <= set(file.columns):
         for row in file.rows(file.plain):
-            columns = scalar_columns({name: row[name] for name in row if name not in _DROPPED_COLUMNS})
-            texts = text_items(caption_list(row.get("caption"), f"{path}: caption"), None)
+            columns = to_scalar_columns({name: row[name] for name in row if name not in _DROPPED_COLUMNS})
+            texts = to_text_items(parse_captions(row.get("caption"), f"{path}: caption"), None)
             sidecars[row["key"]] = Sidecar(texts=texts, columns=columns)
     return sidecars

@@ -20,7 +20,7 @@ from embedcache.reports.sweep import State, SweepConfig, SweepFindings, SweepPar
 from embedcache.store.cache import Cache
 from embedcache.sweep.space import from_stored, to_stored
 from embedcache.sweep.study import split_path
-from embedcache.sweep.trials import Trials, outcome_of, reason_of, score_of
+from embedcache.sweep.trials import Trials, get_outcome, get_reason, get_score
 from embedcache.sweep.worker import StudyJob, retrain, top_trials
 from embedcache.train.data import TrainData
 from embedcache.train.settings import command_line
@@ -68,12 +68,12 @@ def _evaluate_top(
         if len(trained) < len(reports):
             left_out[trial.number] = next(report for report in reports if isinstance(report, str))
             continue
-        run_paths, outcome = [run_path for run_path, _ in job.retrained_runs(trial)], outcome_of(trial)
+        run_paths, outcome = [run_path for run_path, _ in job.retrained_runs(trial)], get_outcome(trial)
         best.append(
             SweepConfig(
                 number=trial.number,
                 params=from_stored(trial.params),
-                score=score_of(trial),
+                score=get_score(trial),
                 num_parameters=outcome.num_parameters,
                 num_pairs=outcome.num_pairs,
                 scores=[fmean(report.recalls.values()) for report in trained],
@@ -113,7 +113,7 @@ def _parameters(trials: Sequence[FrozenTrial]) -> list[SweepParameter]:
 
 
 def _trial(trial: FrozenTrial) -> SweepTrial:
-    outcome = outcome_of(trial) if trial.state == TrialState.COMPLETE else None
+    outcome = get_outcome(trial) if trial.state == TrialState.COMPLETE else None
     return SweepTrial(
         number=trial.number,
         state=_STATES[trial.state],
@@ -121,7 +121,7 @@ def _trial(trial: FrozenTrial) -> SweepTrial:
         params=from_stored(trial.params),
         num_parameters=outcome.num_parameters if outcome else 0,
         num_pairs=outcome.num_pairs if outcome else 0,
-        reason=reason_of(trial) if trial.state == TrialState.FAIL else "",
+        reason=get_reason(trial) if trial.state == TrialState.FAIL else "",
     )
 
 
@@ -166,7 +166,7 @@ def findings_json(job: StudyJob, trials: Trials, findings: SweepFindings) -> dic
 
 
 def _config_json(config: SweepConfig, trial: FrozenTrial) -> dict[str, Any]:
-    outcome = outcome_of(trial).to_json()
+    outcome = get_outcome(trial).to_json()
     return {
         "trial": config.number,
         "params": dict(trial.params),
@@ -191,5 +191,5 @@ def _trial_json(trial: FrozenTrial) -> dict[str, Any]:
         "params": trial.params,
     }
     if trial.state == TrialState.COMPLETE:
-        return {**values, **outcome_of(trial).to_json()}
-    return {**values, "reason": reason_of(trial)} if trial.state == TrialState.FAIL else values
+        return {**values, **get_outcome(trial).to_json()}
+    return {**values, "reason": get_reason(trial)} if trial.state == TrialState.FAIL else values

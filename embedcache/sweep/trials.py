@@ -153,24 +153,24 @@ def rank_complete(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Return the complete trials by score, the best first, each configuration once."""
     ranked: list[FrozenTrial] = []
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    for trial in sorted(complete, key=lambda trial: (-score_of(trial), trial.number)):
+    for trial in sorted(complete, key=lambda trial: (-get_score(trial), trial.number)):
         if all(trial.params != other.params for other in ranked):
             ranked.append(trial)
     return ranked
 
 
-def score_of(trial: FrozenTrial) -> float:
+def get_score(trial: FrozenTrial) -> float:
     """Return the score of a complete trial, or the last one that a pruned trial reported."""
     assert trial.value is not None
     return trial.value
 
 
-def outcome_of(trial: FrozenTrial) -> Outcome:
+def get_outcome(trial: FrozenTrial) -> Outcome:
     """Return the outcome of a complete trial."""
     return Outcome(**from_record(trial.user_attrs["outcome"], _STORED_NAMES))
 
 
-def reason_of(trial: FrozenTrial) -> str:
+def get_reason(trial: FrozenTrial) -> str:
     """Return the reason why a trial failed."""
     return str(trial.user_attrs.get("reason", f"its process was killed {_MAX_ATTEMPTS} times"))
 

@@ -17,7 +17,7 @@ from embedcache.progress import Progress
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, Value, from_stored
 from embedcache.sweep.study import Study, retrained_path, split_path, trial_path
-from embedcache.sweep.trials import Outcome, Trials, rank_complete, reason_of, remove_run, score_of
+from embedcache.sweep.trials import Outcome, Trials, get_reason, get_score, rank_complete, remove_run
 from embedcache.train.data import TrainData, open_data
 from embedcache.train.settings import TrainSettings
 from embedcache.train.train import TrainReport, train_on
@@ -96,7 +96,7 @@ def top_trials(trials: Trials, settings: SweepSettings) -> list[FrozenTrial]:
     top = rank_complete(trials.finished())[: settings.top_configs]
     if not top:
         failed = [trial for trial in trials.finished() if trial.state == TrialState.FAIL]
-        reason = f"trial {failed[0].number} failed: {reason_of(failed[0])}" if failed else "all were pruned"
+        reason = f"trial {failed[0].number} failed: {get_reason(failed[0])}" if failed else "all were pruned"
         raise SettingError(f"none of {len(trials.finished())} trials is complete; {reason}; try another space")
     return top
 
@@ -174,5 +174,5 @@ def _summary(trials: Trials, result: str) -> str:
     """Return one line such as `trial 12 of 50: score 0.412 (best 0.431 in trials/00007)`."""
     finished = trials.finished()
     best = rank_complete(finished)[:1]
-    record = f" (best {score_of(best[0]):.3f} in trials/{best[0].number:05d})" if best else ""
+    record = f" (best {get_score(best[0]):.3f} in trials/{best[0].number:05d})" if best else ""
     return f"trial {len(finished)} of {trials.total}: {result}{record}"

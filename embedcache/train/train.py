@@ -17,7 +17,7 @@ from embedcache.files import Leases, disk_errors
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, build, config_path, cost, read_config, save_pair, split_path
+from embedcache.projectors.saved import PairConfig, build, config_path, count_cost, read_config, save_pair, split_path
 from embedcache.provenance import (
     check_same,
     digest_file,
@@ -256,7 +256,7 @@ def _fit(
     with seeded(settings.seed, device):
         pair = build(config, dropout=settings.model.dropout).to(device)
     initialize(pair, training, data.read_image, data.read_text, settings.model, seed=settings.seed)
-    size = cost(config, data.images[0].item_shape, data.texts[0].item_shape)
+    size = count_cost(config, data.images[0].item_shape, data.texts[0].item_shape)
     result = Trainer(
         pair=pair,
         loader=Loader(batches, image=data.read_image, text=data.read_text, device=device),

@@ -17,7 +17,7 @@ from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, PathError, SettingError, SourceError, UnknownNameError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.metrics.neighbors import closest
+from embedcache.metrics.neighbors import find_closest
 from embedcache.reports.leaks import (
     closest_pairs,
     leak_line,
@@ -66,7 +66,7 @@ def test_closest_equals_brute_force(num_queries: int, sizes: list[int], seed: in
     rng = np.random.default_rng(seed)
     queries = rng.standard_normal((num_queries, 4)).astype(np.float32)
     blocks = [rng.standard_normal((size, 4)).astype(np.float32) for size in sizes]
-    found = closest(queries, blocks)
+    found = find_closest(queries, blocks)
     candidates = np.concatenate([np.empty((0, 4), np.float32), *blocks])
     if not len(candidates):
         assert (found.rows == -1).all()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from embedcache.arrays import Inputs
-from embedcache.dataset.inputs import open_input, to_inputs, unit_vectors
+from embedcache.dataset.inputs import open_input, to_inputs, to_unit_vectors
 from embedcache.errors import DataError
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
@@ -39,4 +39,4 @@ def test_ragged_feature_comes_last() -> None:
 
 def test_unit_vectors_of_tokens() -> None:
     values = np.array([[[3.0, 0], [5, 0]], [[0, 2], [0, 0]]])
-    assert unit_vectors(Inputs(values, np.array([2, 1]))).tolist() == [[1, 0], [0, 1]]
+    assert to_unit_vectors(Inputs(values, np.array([2, 1]))).tolist() == [[1, 0], [0, 1]]

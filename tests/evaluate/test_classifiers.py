@@ -21,7 +21,7 @@ from embedcache.evaluate.classifiers import (
     fit_knn,
     fit_logistic,
     fit_ridge,
-    joined,
+    join_examples,
     load_method,
 )
 from embedcache.evaluate.probe import evaluate_probe
@@ -76,7 +76,7 @@ def test_equal_vectors_are_scaled() -> None:
 def test_logistic_matches_scikit_learn(seed: int, num_classes: int) -> None:
     train, val, test = (blobs(3 * seed + part, 60, num_classes=num_classes) for part in range(3))
     fitted = fit_logistic(train, val, num_classes)
-    both = joined(train, val)
+    both = join_examples(train, val)
     inputs, held = scaled(both, test)
     model = LogisticRegression(C=fitted.chosen["C"], max_iter=1000).fit(inputs, both.labels)
     np.testing.assert_array_equal(fitted.scores(test.vectors).argmax(axis=1), model.predict(held))
@@ -157,7 +157,7 @@ def test_ridge_chooses_the_largest_best_shrinkage() -> None:
     }
     best = max(s for s in tried if tried[s] == max(tried.values()))
     assert fitted.chosen["shrinkage"] == best
-    expected = Ridge(joined(train, val), CLASSES).scores(best)(test.vectors)
+    expected = Ridge(join_examples(train, val), CLASSES).scores(best)(test.vectors)
     np.testing.assert_array_equal(fitted.scores(test.vectors), expected)
 
 

@@ -12,7 +12,7 @@ from embedcache.cli.main import app
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import read_split
 from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
-from embedcache.evaluate.encoder_pairs import METRICS, PairFigures, PairsReport, _assign_blocks, evaluate_pairs
+from embedcache.evaluate.encoder_pairs import METRICS, PairMetrics, PairsReport, _assign_blocks, evaluate_pairs
 from embedcache.evaluate.retrieval import evaluate_retrieval
 from embedcache.evaluate.settings import PairsSettings, RetrievalSettings
 from embedcache.extract.extract import extract
@@ -65,7 +65,7 @@ def trained_run(cache_path: Path, run_path: Path, split: SplitSettings) -> Path:
     return run_path
 
 
-def of(report: PairsReport, image: str, text: str) -> PairFigures:
+def of(report: PairsReport, image: str, text: str) -> PairMetrics:
     return next(pair for pair in report.pairs if (pair.image, pair.text) == (image, text))
 
 

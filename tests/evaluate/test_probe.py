@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_scor
 
 from embedcache.errors import DataError, SettingError, UnfinishedError, UnknownNameError
 from embedcache.evaluate import probe
-from embedcache.evaluate.classifiers import Classifier, Examples, Ridge, fit_ridge, joined
+from embedcache.evaluate.classifiers import Classifier, Examples, Ridge, fit_ridge, join_examples
 from embedcache.evaluate.labeled import read_labeled
 from embedcache.evaluate.probe import (
     ProbeReport,
@@ -28,7 +28,7 @@ from embedcache.evaluate.probe import (
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.metrics.classification import ranks_of
+from embedcache.metrics.classification import rank_labels
 from embedcache.metrics.intervals import bootstrap_mean, bootstrap_runs
 from embedcache.progress import NullProgress
 from embedcache.reports.probe import control_name, few_shot_table, probe_json, probe_table, write_probe_page
@@ -110,7 +110,7 @@ def test_control_interval_includes_chance(labeled_path: Path) -> None:
     """Check that the interval is over shuffles: a single shuffle gives whole classes one label, far from chance."""
 
     def fit_rough(train: Examples, val: Examples | None, num_classes: int) -> Classifier:
-        return Classifier(Ridge(joined(train, val), num_classes).scores(0.1), {})
+        return Classifier(Ridge(join_examples(train, val), num_classes).scores(0.1), {})
 
     data = read_labeled(Cache(labeled_path), ProbeSettings(feature=FEATURE))
     control = _control("rough", fit_rough, data, ProbeSettings(draws=30), NullProgress())
@@ -212,7 +212,7 @@ def test_ranks_are_the_same_in_blocks(seed: int, block: int) -> None:
     fitted = Classifier(lambda rows: scores[rows[:, 0].astype(int)], {})
     test = Examples(vectors=np.arange(40, dtype=np.float32)[:, None], labels=labels)
     with patch.object(probe, "_BLOCK", block):
-        np.testing.assert_array_equal(_ranks(fitted, test), ranks_of(scores, labels))
+        np.testing.assert_array_equal(_ranks(fitted, test), rank_labels(scores, labels))
 
 
 @given(seed=st.integers(0, 2**32 - 1), shots=st.integers(1, 4))

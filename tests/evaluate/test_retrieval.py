@@ -181,8 +181,10 @@ def test_median_ranks_and_curves(cache_path: Path, runs: list[Path]) -> None:
     report, ranking = evaluate_retrieval(cache_path, runs[:1]), rank(Cache(cache_path), load_runs(runs[:1])[0])
     for direction in ("i2t", "t2i"):
         ranks = np.sort(ranking.ranks[direction])
-        assert report.orders[direction]["median_rank"].value == ranks[(len(ranks) - 1) // 2]
-        assert report.orders[direction]["map"].value == pytest.approx(ranking.precisions[direction].mean())
+        assert report.rank_metrics[direction]["median_rank"].value == ranks[(len(ranks) - 1) // 2]
+        assert report.rank_metrics[direction]["map"].value == pytest.approx(
+            ranking.average_precisions[direction].mean()
+        )
         assert report.curves[direction][4] == pytest.approx(report.recalls[direction]["r@5"].value)
 
 

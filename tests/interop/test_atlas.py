@@ -12,7 +12,7 @@ from PIL import Image
 from embedcache.arrays import normalize
 from embedcache.errors import DataError, PathError
 from embedcache.interop import atlas
-from embedcache.interop.atlas import nearest_neighbors, project_to_plane, write_atlas
+from embedcache.interop.atlas import find_neighbors, project_to_plane, write_atlas
 from embedcache.interop.settings import AtlasSettings
 from embedcache.progress import NullProgress
 from embedcache.store.cache import Cache
@@ -84,9 +84,9 @@ def test_existing_file_or_few_points_raise(labeled: Path, tmp_path: Path) -> Non
 
 def test_graph_equals_exact_neighbors(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = normalize(unit_rows(500, 16))
-    rows, distances = nearest_neighbors(vectors)
+    rows, distances = find_neighbors(vectors)
     monkeypatch.setattr(atlas, "_MAX_EXACT", 100)
-    found, near = nearest_neighbors(vectors)
+    found, near = find_neighbors(vectors)
     assert (found == rows).mean() > 0.99
     np.testing.assert_allclose(near.mean(), distances.mean(), atol=1e-3)
 

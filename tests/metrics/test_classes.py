@@ -9,7 +9,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_acc
 
 from embedcache.errors import DataError
 from embedcache.metrics import classification as classes
-from embedcache.metrics.classification import class_means, confusion, gini, ranks_of, top_fraction
+from embedcache.metrics.classification import class_means, count_confusion, gini, rank_labels, top_fraction
 from embedcache.metrics.intervals import bootstrap_class_mean, bootstrap_mean, bootstrap_means
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=30).filter(any)
@@ -31,11 +31,11 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 @given(problems())
 def test_classification_matches_sklearn(problem: tuple[np.ndarray, np.ndarray]) -> None:
     scores, labels = problem
-    ranks, predicted, num_classes = ranks_of(scores, labels), scores.argmax(axis=1), scores.shape[1]
+    ranks, predicted, num_classes = rank_labels(scores, labels), scores.argmax(axis=1), scores.shape[1]
     for k in (1, 2):
         expected = top_k_accuracy_score(labels, scores, k=k, labels=np.arange(num_classes))
         assert np.mean(ranks <= k) == pytest.approx(expected)
-    assert np.array_equal(confusion(labels, predicted, num_classes), confusion_matrix(labels, predicted))
+    assert np.array_equal(count_confusion(labels, predicted, num_classes), confusion_matrix(labels, predicted))
     balanced = balanced_accuracy_score(labels, predicted)
     assert class_means(ranks == 1, labels, num_classes).mean() == pytest.approx(balanced)
     assert bootstrap_class_mean(ranks == 1, labels, num_draws=2).value == pytest.approx(balanced)
@@ -44,7 +44,7 @@ def test_classification_matches_sklearn(problem: tuple[np.ndarray, np.ndarray]) 
 def test_nan_and_ties_rank_last() -> None:
     labels = np.zeros(3, np.int64)
     scores = np.array([[1, 1, 0], [np.nan, 0, 0], [1, np.nan, 0]], np.float32)
-    assert ranks_of(scores, labels).tolist() == [2, 3, 2]
+    assert rank_labels(scores, labels).tolist() == [2, 3, 2]
 
 
 def test_bootstrap_class_mean_coverage() -> None:

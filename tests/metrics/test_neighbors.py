@@ -8,7 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from embedcache.arrays import Floats, normalize
 from embedcache.metrics import neighbors
-from embedcache.metrics.neighbors import closest, pairs_above, top_k, vote
+from embedcache.metrics.neighbors import find_closest, iterate_pairs_above, top_k, vote
 
 
 def vectors(rng: np.random.Generator, num: int, width: int) -> Floats:
@@ -67,7 +67,7 @@ def test_ties_go_to_the_lower_row(values: list[list[int]], k: int, tile: int, ex
     expected = np.where(np.eye(len(scores), 9, dtype=bool) & exclude_self, -np.inf, scores)
     with patch.object(neighbors, "_TILE", tile), patch.object(neighbors, "_CANDIDATES", tile):
         rows, _ = top_k(scores, candidates, k, exclude_self=exclude_self)
-        best = closest(scores, [candidates[:4], candidates[4:]]).rows
+        best = find_closest(scores, [candidates[:4], candidates[4:]]).rows
     assert rows.tolist() == np.argsort(-expected, axis=1, kind="stable")[:, :k].tolist()
     assert best.tolist() == scores.argmax(axis=1).tolist()
 
@@ -75,6 +75,6 @@ def test_ties_go_to_the_lower_row(values: list[list[int]], k: int, tile: int, ex
 def test_pairs_above_matches_full_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbors, "_TILE", 7)
     units = vectors(np.random.default_rng(0), 30, 3)
-    left, right = map(np.concatenate, zip(*pairs_above(units, 0.8), strict=True))
+    left, right = map(np.concatenate, zip(*iterate_pairs_above(units, 0.8), strict=True))
     expected = np.nonzero(units @ units.T > 0.8)
     assert (left.tolist(), right.tolist()) == (expected[0].tolist(), expected[1].tolist())

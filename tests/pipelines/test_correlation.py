@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.evaluate.encoder_pairs import METRICS, PairFigures, PairsReport
+from embedcache.evaluate.encoder_pairs import METRICS, PairMetrics, PairsReport
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.metrics.intervals import Estimate
 from pipelines.correlation import Outcomes, correlation_rows, write_correlations
@@ -24,7 +24,7 @@ def exactly(value: float) -> Estimate:
 def measured(shift: float) -> PairsReport:
     """Report in which the probe rises from pair to pair and linear CKA falls."""
     pairs = [
-        PairFigures(
+        PairMetrics(
             image=image,
             text=text,
             i2t=exactly(0.1 * position + shift),
@@ -45,7 +45,7 @@ def measured(shift: float) -> PairsReport:
 def trained(recall: float) -> RetrievalReport:
     recalls = {"i2t": {"r@10": exactly(recall)}, "t2i": {"r@10": exactly(recall + 0.1)}}
     return RetrievalReport(
-        part="test", language=None, recalls=recalls, orders={}, curves={}, chance=recalls, by_seed=[recall],
+        part="test", language=None, recalls=recalls, rank_metrics={}, curves={}, chance=recalls, by_seed=[recall],
         num_images=[9], num_texts=[9], seeds=[0], overlap=None,
     )  # fmt: skip
 

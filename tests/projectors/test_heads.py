@@ -10,7 +10,7 @@ from embedcache.errors import SettingError, UnknownNameError
 from embedcache.projectors.base import PROJECTORS, split_names
 from embedcache.projectors.heads import AsifProjector, Dropout
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, TowerInput, cost
+from embedcache.projectors.saved import PairConfig, TowerInput, count_cost
 from embedcache.testing.projectors import ProjectorContract, TokenProjectorContract
 
 
@@ -159,12 +159,12 @@ def config(projector: str) -> PairConfig:
 
 
 def test_cost_matches_hand_count() -> None:
-    linear = cost(config("linear"), (6,), (5,))
+    linear = count_cost(config("linear"), (6,), (5,))
     assert (linear.parameters, linear.flops_per_pair) == (6 * 4 + 5 * 4 + 1, 2 * (6 * 4 + 5 * 4))
-    token = cost(config("token+linear"), (49, 6), (5,))
+    token = count_cost(config("token+linear"), (49, 6), (5,))
     assert token.flops_per_pair == 2 * (49 * 6 * 4 + 6 * 4 + 4 * 4 + 5 * 4)
     assert token.parameters == 12 + 2 * (6 * 4 + 4) + 4 * 4 + 4 + 5 * 4 + 1
-    asif = cost(config("asif"), (6,), (5,))
+    asif = count_cost(config("asif"), (6,), (5,))
     assert (asif.parameters, asif.flops_per_pair) == (1, 2 * (6 * 4 + 5 * 4))
 
 

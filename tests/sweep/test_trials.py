@@ -13,7 +13,7 @@ from embedcache.reports.sweep import pareto_front
 from embedcache.sweep.settings import SweepSettings
 from embedcache.sweep.space import Space, read_space
 from embedcache.sweep.study import Study, open_study, split_path, trial_path, without_password
-from embedcache.sweep.trials import Outcome, Trials, rank_complete, reason_of
+from embedcache.sweep.trials import Outcome, Trials, get_reason, rank_complete
 from embedcache.sweep.worker import top_trials
 from embedcache.train.data import open_data
 from tests.sweep.conftest import FEATURES
@@ -127,7 +127,7 @@ def test_third_loss_is_a_failure(tmp_path: Path, space: Space) -> None:
     assert trials.lease_next() is None
     (failed,) = trials.finished()
     assert failed.state == TrialState.FAIL
-    assert reason_of(failed) == "its process was killed 3 times"
+    assert get_reason(failed) == "its process was killed 3 times"
 
 
 def test_grid_ends_with_its_points_after_a_loss(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from embedcache.curate.select.pool import TRAINING_PER_CLUSTER, Pool, default_cl
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import Selection
 from embedcache.errors import DataError, SettingError
-from embedcache.metrics.neighbors import closest
+from embedcache.metrics.neighbors import find_closest
 
 
 class ImageBasedSelector:
@@ -39,7 +39,7 @@ class ImageBasedSelector:
         samples, clusters = [], []
         for samples_B, vectors_BP in pool.blocks("assigning to clusters"):
             samples.append(samples_B)
-            clusters.append(closest(vectors_BP, [centroids_CP]).rows)
+            clusters.append(find_closest(vectors_BP, [centroids_CP]).rows)
         kept_S, cluster_S = find_near_target(np.concatenate(samples), np.concatenate(clusters), target_T)
         if isinstance(settings.budget, int):
             if settings.budget > len(kept_S):
@@ -55,7 +55,7 @@ class ImageBasedSelector:
 
 
 def _nearest_centroids(vectors: Iterable[Floats], centroids_CP: Floats) -> Ints:
-    return np.concatenate([closest(vectors_BP, [centroids_CP]).rows for vectors_BP in vectors])
+    return np.concatenate([find_closest(vectors_BP, [centroids_CP]).rows for vectors_BP in vectors])
 
 
 def find_near_target(samples_N: Ints, clusters_N: Ints, target_T: Ints) -> tuple[Ints, Ints]:
@@ -123,7 +123,7 @@ def build_tree(leaf_S: Ints, centroids_CP: Floats, sizes: Sequence[int], *, seed
     labels = [leaf_S]
     for size in sizes:
         above_CP = find_centroids(centroids_CP, size, seed=seed)
-        labels.append(closest(centroids_CP, [above_CP]).rows[labels[-1]])
+        labels.append(find_closest(centroids_CP, [above_CP]).rows[labels[-1]])
         centroids_CP = above_CP
     return np.stack(labels, axis=1)
 
