@@ -225,9 +225,9 @@ def _selection(analysis: DedupAnalysis, removed: RemovedSamples) -> Selection:
     has_items = np.zeros(num_samples, bool)
     has_items[analysis.copies.samples] = True
     order = np.argsort(removed.kept, kind="stable")
-    kept, starts = np.unique(removed.kept[order], return_index=True)
-    groups = np.split(order, starts[1:]) if len(kept) else []
-    reasons = {sample: _reason(removed, group) for sample, group in zip(kept.tolist(), groups, strict=True)}
+    kept_samples, starts = np.unique(removed.kept[order], return_index=True)
+    groups = np.split(order, starts[1:]) if len(kept_samples) else []
+    reasons = {sample: _reason(removed, group) for sample, group in zip(kept_samples.tolist(), groups, strict=True)}
     none = f"no {analysis.feature.modality} to compare"
     return Selection(
         rows=rows, reasons=[reasons.get(row, "no duplicate" if has_items[row] else none) for row in rows.tolist()]

@@ -40,18 +40,19 @@ class ImageBasedSelector:
         for samples_B, vectors_BP in pool.blocks("assigning to clusters"):
             samples.append(samples_B)
             clusters.append(find_closest(vectors_BP, [centroids_CP]).rows)
-        kept_S, cluster_S = find_near_target(np.concatenate(samples), np.concatenate(clusters), target_T)
+        selected_S, cluster_S = find_near_target(np.concatenate(samples), np.concatenate(clusters), target_T)
         if isinstance(settings.budget, int):
-            if settings.budget > len(kept_S):
+            if settings.budget > len(selected_S):
                 raise DataError(
-                    f"budget: expected at most the {len(kept_S):,} of {len(pool.samples):,} samples in the target's "
-                    f"{len(set(target_T)):,} clusters, got {settings.budget:,}; lower it, or give fewer --clusters"
+                    f"budget: expected at most the {len(selected_S):,} of {len(pool.samples):,} samples in the "
+                    f"target's {len(set(target_T)):,} clusters, got {settings.budget:,}; lower it, or give fewer "
+                    "--clusters"
                 )
-            drawn_rows = draw_rows(kept_S, settings.budget, seed=settings.seed)
-            cluster_S, kept_S = cluster_S[np.searchsorted(kept_S, drawn_rows)], drawn_rows
+            drawn_rows = draw_rows(selected_S, settings.budget, seed=settings.seed)
+            cluster_S, selected_S = cluster_S[np.searchsorted(selected_S, drawn_rows)], drawn_rows
         counts_C = np.bincount(target_T, minlength=num_clusters)
         reasons = [f"cluster {c}, with {counts_C[c]:,} items of the target" for c in cluster_S.tolist()]
-        return Selection(rows=kept_S, reasons=reasons)
+        return Selection(rows=selected_S, reasons=reasons)
 
 
 def _nearest_centroids(vectors: Iterable[Floats], centroids_CP: Floats) -> Ints:
@@ -64,8 +65,8 @@ def find_near_target(samples_N: Ints, clusters_N: Ints, target_T: Ints) -> tuple
     Returns unique samples, ascending, (S,), and the cluster of each one's first such item, (S,).
     """
     inside = np.flatnonzero(np.isin(clusters_N, target_T))
-    kept, first = np.unique(samples_N[inside], return_index=True)
-    return kept, clusters_N[inside[first]]
+    samples_S, first_S = np.unique(samples_N[inside], return_index=True)
+    return samples_S, clusters_N[inside[first_S]]
 
 
 _RATIO = 10

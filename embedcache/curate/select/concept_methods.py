@@ -152,20 +152,20 @@ class MetaclipSelector:
                 f"none of {len(pool.samples):,} samples matches any of {len(names):,} concepts, such as {names[0]!r}; "
                 "lower --threshold, or give other concepts"
             )
-        first_M, heads_M = lowest_heads(matches, seed=settings.seed)
-        if settings.budget is not None and settings.budget > len(first_M):
+        first_matches_S, heads_S = lowest_heads(matches, seed=settings.seed)
+        if settings.budget is not None and settings.budget > len(first_matches_S):
             raise DataError(
-                f"budget: expected at most the {len(first_M):,} of {len(pool.samples):,} samples that match one of "
-                f"{len(names):,} concepts, got {settings.budget:,}; lower it, or match by a lower --threshold"
+                f"budget: expected at most the {len(first_matches_S):,} of {len(pool.samples):,} samples that match "
+                f"one of {len(names):,} concepts, got {settings.budget:,}; lower it, or match by a lower --threshold"
             )
         if isinstance(settings.budget, int):
-            kept = first_M[np.argsort(heads_M, kind="stable")[: settings.budget]]
+            chosen = first_matches_S[np.argsort(heads_S, kind="stable")[: settings.budget]]
         else:
-            kept = first_M[heads_M < settings.head]
-        kept = kept[np.argsort(matches.samples_M[kept])]
+            chosen = first_matches_S[heads_S < settings.head]
+        chosen = chosen[np.argsort(matches.samples_M[chosen])]
         counts_C = np.bincount(matches.concepts_M)
-        reasons = [f"concept {names[c]!r}, one of {counts_C[c]:,} matches" for c in matches.concepts_M[kept].tolist()]
-        return Selection(rows=matches.samples_M[kept], reasons=reasons)
+        reasons = [f"concept {names[c]!r}, one of {counts_C[c]:,} matches" for c in matches.concepts_M[chosen].tolist()]
+        return Selection(rows=matches.samples_M[chosen], reasons=reasons)
 
 
 def lowest_heads(matches: Matches, *, seed: int) -> tuple[Ints, Array]:
@@ -178,6 +178,6 @@ def lowest_heads(matches: Matches, *, seed: int) -> tuple[Ints, Array]:
     counts_C = np.bincount(matches.concepts_M)
     heads_M = np.random.default_rng(seed).random(len(matches.samples_M)) * counts_C[matches.concepts_M]
     order_M = np.lexsort((heads_M, matches.samples_M))
-    _, first_S = np.unique(matches.samples_M[order_M], return_index=True)
-    kept_S: Ints = order_M[first_S]
-    return kept_S, heads_M[kept_S]
+    _, starts_S = np.unique(matches.samples_M[order_M], return_index=True)
+    first_matches_S: Ints = order_M[starts_S]
+    return first_matches_S, heads_M[first_matches_S]

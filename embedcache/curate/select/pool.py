@@ -64,13 +64,13 @@ class Pool:
     @cached_property
     def samples(self) -> Ints:
         """Samples of the pool that have such an item, ascending: (S,) int64."""
-        found = np.unique(self.item_samples[self.vectors.rows])
-        found = found[found >= 0]
-        if not len(found):
+        samples = np.unique(self.item_samples[self.vectors.rows])
+        samples = samples[samples >= 0]
+        if not len(samples):
             raise DataError(
                 f"no sample of {self._settings.selection} has {self.modality}s with {self.vectors.feature.name}"
             )
-        return found
+        return samples
 
     @cached_property
     def concepts(self) -> Concepts:
@@ -131,10 +131,10 @@ class Pool:
             if len(text):
                 cosines = np.einsum("mp,mp->m", images_BP[image], texts.read(texts.rows[text]))
                 np.maximum.at(best, samples[image], cosines)
-        found = np.flatnonzero(np.isfinite(best))
-        if not len(found):
+        paired_samples = np.flatnonzero(np.isfinite(best))
+        if not len(paired_samples):
             raise DataError(f"no sample of {self.cache.path} has both an image and a caption")
-        return found, best[found]
+        return paired_samples, best[paired_samples]
 
     def _samples_of(self, modality: str) -> Ints:
         samples: Array = self.cache.items(modality)["sample"].to_numpy()
@@ -158,14 +158,14 @@ def best_samples(blocks: Iterable[tuple[Ints, Floats]], concepts_CP: Floats, k: 
     vector (B, P). Memory: the products of a block in float64, and 8 bytes for each of C x 2 K candidates; it does not
     grow with the items.
     """
-    kept = [np.empty((len(concepts_CP), 0), np.int64)]
+    best_keys = [np.empty((len(concepts_CP), 0), np.int64)]
     for samples_B, vectors_BP in whole_samples(blocks):
         samples_S, starts_S = np.unique(samples_B, return_index=True)
         scores_CS = np.maximum.reduceat(compute_cosines(concepts_CP, vectors_BP), starts_S, axis=1)
-        kept.append(_largest(to_keys(scores_CS, samples_S), k))
-        if sum(part.shape[1] for part in kept) >= 2 * k:
-            kept = [_largest(np.concatenate(kept, axis=1), k)]
-    keys_CK = -np.sort(-_largest(np.concatenate(kept, axis=1), k), axis=1)
+        best_keys.append(_largest(to_keys(scores_CS, samples_S), k))
+        if sum(part.shape[1] for part in best_keys) >= 2 * k:
+            best_keys = [_largest(np.concatenate(best_keys, axis=1), k)]
+    keys_CK = -np.sort(-_largest(np.concatenate(best_keys, axis=1), k), axis=1)
     return from_keys(keys_CK)
 
 
