@@ -122,7 +122,7 @@ def _collect(pipes: list[Connection], progress: "_MergedProgress") -> tuple[list
 
 
 class _PipeProgress:
-    """Sends progress to the parent process, a few times per second."""
+    """Progress that is sent to the parent process, a few times per second."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
@@ -148,7 +148,7 @@ class _PipeProgress:
 
 
 class _MergedProgress:
-    """Shows several processes as one: each step in turn, until the last process has finished it.
+    """Progress of several processes, shown as one: each step in turn, until the last process has finished it.
 
     Where processes report the totals of their own parts, a step is shown once all of them have reported, so that its
     total is complete.

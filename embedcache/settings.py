@@ -33,7 +33,7 @@ _INT64 = 2**63
 
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
-    """What a settings field declares beside its type and default.
+    """Everything that a settings field declares beside its type and default.
 
     Args:
         help: one full sentence, as printed by `--help` and in the reference.

@@ -149,7 +149,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 class TerminalProgress:
-    """Draw a bar with the rate and the time left."""
+    """Progress as a bar with the rate and the time left."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -190,7 +190,7 @@ class TerminalProgress:
 
 
 class PlainProgress:
-    """Write a line every ten seconds, for logs."""
+    """Progress as a line every ten seconds, for logs."""
 
     def start(self, what: str, total: int, unit: str) -> None:
         """Start a piece of work."""

@@ -195,7 +195,7 @@ def concatenate_assignments(parts: Sequence[ClusterAssignment]) -> ClusterAssign
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """Which items are compared. Places are rows of the scratch matrix: cluster by cluster, in row order within each."""
+    """The compared items. Places are rows of the scratch matrix: cluster by cluster, in row order within each."""
 
     items: Ints  # (N,) the item at each position
     starts: Ints  # (K + 1,) the position where each cluster begins

@@ -16,7 +16,7 @@ _SELECTION_FORMAT = "Parquet, or a text file with one key per line"
 
 @dataclass(frozen=True, kw_only=True)
 class CoverageSettings:
-    """Which items are counted for a concept, and what is kept of them."""
+    """Settings of coverage: which items are counted for a concept, and what is kept of them."""
 
     modality: Literal["image", "text", "both"] = setting("image", "Modality to read.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
@@ -57,7 +57,7 @@ class CoverageSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DedupSettings:
-    """What counts as a duplicate, how duplicates are found, and which of them stay."""
+    """Settings of deduplication: what counts as a duplicate, how duplicates are found, and which of them stay."""
 
     cosine: float | None = setting(
         None, "Remove near-duplicates at or above this cosine similarity; without it, only report.", gt=0, le=1
@@ -99,7 +99,7 @@ class DedupSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LeakSettings:
-    """From which similarity on a test item counts as leaked, and by which features."""
+    """Settings of leak detection: the similarity from which on a test item counts as leaked, and the features."""
 
     image_cosine: float = setting(0.95, "Images at or above this cosine similarity are near-duplicates.", gt=0, le=1)
     text_cosine: float = setting(0.95, "Texts at or above this cosine similarity are near-duplicates.", gt=0, le=1)
@@ -127,7 +127,7 @@ METHOD_SETTINGS = ("budget", "per_concept", "threshold", "head", "clusters", "ca
 
 @dataclass(frozen=True, kw_only=True)
 class SelectSettings:
-    """How much is selected, by what, and from which samples. A method refuses settings that it does not use."""
+    """Settings of selection: how much, by what, from which samples. A method refuses settings that it does not use."""
 
     budget: int | float | None = setting(
         None,

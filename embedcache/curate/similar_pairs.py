@@ -41,7 +41,7 @@ class SimilarPairs:
 
 
 class PairCollector:
-    """Collects the pairs above a limit and each item's largest cosine from tiles.
+    """Collector of the pairs above a limit and of each item's largest cosine, from tiles.
 
     If there are more than `max_pairs`, the limit rises to the next of the ascending `levels`. Memory: 12 bytes per
     pair, 4 per item, and as much again for a moment.

@@ -20,7 +20,7 @@ def with_split_seed(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSettings:
-    """How samples are divided into training, validation and test parts."""
+    """Settings of a split: how samples are divided into training, validation and test parts."""
 
     kind: str = setting(
         "strict",

@@ -8,7 +8,7 @@ from embedcache.settings import check_settings, setting
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """How an encoder runs. Only the backend and the precision change its output.
+    """Settings of an encoder: how it runs. Only the backend and the precision change its output.
 
     Args:
         device: torch device.

@@ -84,7 +84,7 @@ def pad(ids: Sequence[Array], pad_id: int) -> dict[str, Ints]:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """Converts texts to token ids.
+    """Tokenizer of a model: converts texts to token ids.
 
     Args:
         encode: texts -> token ids, special tokens included, truncated to `max_tokens`.

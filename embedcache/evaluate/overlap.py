@@ -33,7 +33,7 @@ class ItemSet(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """How many of the evaluated samples were seen in training.
+    """Numbers of evaluated samples that were seen in training.
 
     Args:
         exact: samples with an image or a text that is in the training part, byte for byte.

@@ -174,7 +174,7 @@ def _prefetch_map(
 
 
 class BatchBuffer:
-    """Collects prepared items into batches, runs the encoder on them and keeps the outputs of some rows.
+    """Buffer that collects prepared items into batches, runs the encoder on them and keeps the outputs of some rows.
 
     While the encoder runs one batch, the next one is filled.
     """

@@ -13,7 +13,7 @@ from embedcache.units import parse_fraction
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractSettings:
-    """How features are extracted and stored.
+    """Settings of extraction: how features are computed and stored.
 
     Only `features`, `views`, `dtype` and the encoders' precision and backend change the stored values.
     """

@@ -46,7 +46,7 @@ def merge_reports(reports: Iterable[ShardReport]) -> list[ShardReport]:
 
 
 class Worker:
-    """Holds the encoders of a job on one device and encodes chunks.
+    """The encoders of a job on one device, which encode its chunks.
 
     Args:
         source: the job's source, if this process has it open already; None opens it.

@@ -220,7 +220,7 @@ class ImportedSamples:
 
 
 class ImportedSource:
-    """Reads the images that an import named, if their files still exist; it has no samples to extract features from."""
+    """Source of the images that an import named, if their files still exist; it has no samples to extract from."""
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
         settings.check_supported(IMPORTED)

@@ -13,7 +13,7 @@ _SELECTION_HELP = "Use only the samples of this selection: Parquet, or a text fi
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSettings:
-    """How vectors that another tool computed become a cache."""
+    """Settings of an import: how vectors that another tool computed become a cache."""
 
     model: str | None = setting(
         None, "Description of the model that computed the vectors, for the record.", metavar="TEXT"
@@ -38,7 +38,7 @@ class ImportSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class VectorExportSettings:
-    """Which vectors of a cache are exported, and of which samples."""
+    """Settings of an export of vectors: which ones, and of which samples."""
 
     image_feature: str | None = setting(
         None,
@@ -69,7 +69,7 @@ class VectorExportSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AtlasSettings:
-    """What embedding-atlas shows: one point per sample."""
+    """Settings of an export to embedding-atlas, which shows one point per sample."""
 
     modality: Literal["image", "text"] = setting("image", "Modality to read.")
     feature: str | None = setting(None, "Feature, as encoder/feature.", default_text=_FEATURE_DEFAULT, metavar="NAME")

@@ -131,7 +131,7 @@ def _emoji_of(key: str) -> str:
 
 
 class _EmojiFont:
-    """Draws emoji from a TrueType font with ligatures. Thread-safe: each thread has its own FreeType faces."""
+    """Emoji drawn from a TrueType font with ligatures. Thread-safe: each thread has its own FreeType faces."""
 
     def __init__(self, path: Path) -> None:
         font = require("fontTools.ttLib", extra="demo").TTFont(path)

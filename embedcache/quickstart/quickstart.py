@@ -88,7 +88,7 @@ def quickstart(workdir: Path | str, *, progress: Progress | None = None) -> Quic
 
 
 class _Stages:
-    """Runs stages, reports the command of each, and records how long it took."""
+    """The stages of the quickstart: runs each, reports its command, and records how long it took."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress

@@ -19,7 +19,7 @@ def credit(cache: Cache) -> str:
 
 
 class Thumbnails:
-    """Reads images again from the source of a cache, if it can be opened again, and scales them down."""
+    """Small images, read again from the source of a cache if it can be opened again."""
 
     def __init__(self, cache: Cache) -> None:
         self._source = reopen_source(cache.info.source)
@@ -44,7 +44,7 @@ class Thumbnails:
 
 
 class ItemRenderer:
-    """Renders items of one modality for a page; an image that cannot be read is represented by its sample's key."""
+    """Renderer of items of one modality for a page; an image that cannot be read is represented by its sample's key."""
 
     def __init__(self, cache: Cache, modality: str) -> None:
         self._keys = cache.samples["key"]

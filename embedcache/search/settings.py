@@ -14,7 +14,7 @@ FEATURE_DEFAULT = "the run's, or the only one of the modality"
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSettings:
-    """What is indexed, and which kind of index is built."""
+    """Settings of an index: what is indexed, and which kind of index is built."""
 
     modality: Literal["image", "text"] = setting("image", "Modality to read.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
@@ -49,7 +49,7 @@ class IndexSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Which items a search may return; all conditions must hold."""
+    """Filter of the items that a search may return; all conditions must hold."""
 
     label_value: tuple[str, ...] = setting((), "Return only samples with this label. May be repeated.", metavar="VALUE")
     part: tuple[str, ...] = setting(
@@ -74,7 +74,7 @@ class Filter:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """How many results are returned, which items they come from, and where encoders run."""
+    """Settings of a search: how many results it returns, which items they come from, and where encoders run."""
 
     k: int | None = setting(None, "Results per query.", ge=1, default_text="10, or all items if fewer")
     filter: Filter = group(Filter)

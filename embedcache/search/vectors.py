@@ -132,7 +132,7 @@ _TASKS_PER_CORE = 2  # one running, one waiting
 
 
 class ChunkPass(Protocol[State]):
-    """What a pass computes from each chunk. It is pickled for other processes."""
+    """The computation of a pass on each chunk. It is pickled for other processes."""
 
     def process(self, rows_B: Ints, vectors_BP: Floats) -> State:
         """Compute the partial result of one chunk, which may be empty."""

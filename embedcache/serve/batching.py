@@ -30,7 +30,7 @@ class BusyError(Exception):
 
 
 class Batcher(Generic[_Input, _Output]):
-    """Collects requests for a few milliseconds after the first, then processes them together on one thread.
+    """Batches of requests: collected for a few milliseconds after the first, then processed together on one thread.
 
     While that thread works, requests collect for the next batch. Cancelled requests are left out of it.
 

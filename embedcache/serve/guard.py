@@ -113,7 +113,7 @@ class RequestGuard:
 
 
 class _GuardedResponse:
-    """Sends a response with the headers that all responses have, and knows whether it has begun."""
+    """A response with the headers that all responses have, which knows whether it has begun."""
 
     def __init__(self, send: Send) -> None:
         self._send, self._has_begun = send, False

@@ -22,7 +22,7 @@ _TRUST = "; if you trust the cache, use --trust-cache"
 
 
 class ServedImages:
-    """Reads images of a possibly untrusted cache: only from files in its source's folder, after following links.
+    """Images of a possibly untrusted cache, read only from files in its source's folder, after following links.
 
     `image` and `thumbnail` return the image in a row as a WebP file; both are thread-safe.
 

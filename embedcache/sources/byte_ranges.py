@@ -16,7 +16,7 @@ _PREFETCHED_BLOCKS = 2
 
 
 class ByteRanges:
-    """Reads byte ranges; keeps recently used files open, and the last blocks of remote files in memory."""
+    """Reader of byte ranges that keeps recently used files open, and the last blocks of remote files in memory."""
 
     def __init__(self) -> None:
         self._open = lru_cache(_MAX_OPEN_FILES)(_OpenFile)
@@ -59,7 +59,7 @@ class _OpenFile:
 
 
 class RemoteBlocks:
-    """Reads byte ranges of remote files through an LRU cache of blocks, which start at multiples of `block_bytes`.
+    """Byte ranges of remote files, read through an LRU cache of blocks, which start at multiples of `block_bytes`.
 
     A request takes tens of milliseconds. Adjacent items cost one request per block, however many threads read them:
     threads wait for a block that another one fetches. After two consecutive blocks, the next ones are prefetched.

@@ -124,7 +124,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _ThreadFilter(threading.local):
-    """Stands in for the compiled message pattern of a warnings filter; matches inside `_suppress_warnings` only."""
+    """Stand-in for the compiled message pattern of a warnings filter; matches inside `_suppress_warnings` only."""
 
     depth = 0
     pattern = "(?!)"  # matches nothing; scikit-learn copies filters to its threads by this attribute

@@ -10,7 +10,7 @@ from embedcache.settings import check_settings, setting, to_json
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSettings:
-    """How to read a source."""
+    """Settings of a source: how it is read."""
 
     image_column: str | None = setting(
         None,

@@ -159,7 +159,7 @@ def _csv_lines(path: Path, delimiter: str) -> Iterator[list[str]]:
 
 
 class RowGroups:
-    """Reads single cells through an LRU cache of row groups: consecutive rows cost one read of their group.
+    """Single cells, read through an LRU cache of row groups: consecutive rows cost one read of their group.
 
     Peak memory: 256 MiB, or one row group of the image column if larger, plus the one being read.
     """

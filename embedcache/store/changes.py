@@ -81,7 +81,7 @@ def source_changed(
 
 
 class _DigestBuffer:
-    """Collects samples, and hashes and forwards them in batches."""
+    """Buffer of samples that are hashed and forwarded in batches."""
 
     def __init__(self, forward: Callable[[list[Sample]], None]) -> None:
         self.digest = hashlib.sha256()
@@ -103,7 +103,7 @@ class _DigestBuffer:
 
 
 class _SegmentReader:
-    """Reads one segment of a cache in step with the samples of the source."""
+    """Reader of one segment of a cache, in step with the samples of the source."""
 
     def __init__(self, cache_path: Path, info: CacheInfo, rows: range) -> None:
         self.buffer = _DigestBuffer(lambda _: None)

@@ -107,7 +107,7 @@ def digest_input(batch: Sequence[Sample]) -> bytes:
 
 
 class TableWriter:
-    """Writes the sample and item tables of a cache to a new local folder; a row group holds one chunk of items.
+    """Writer of the sample and item tables of a cache to a new local folder; a row group holds one chunk of items.
 
     Memory: the keys, to check that they are unique, and a batch.
     """
@@ -159,7 +159,7 @@ class TableWriter:
 
 
 class _SampleWriter:
-    """Writes each batch to a file of its own until all columns are known."""
+    """Writer of each batch to a file of its own until all columns are known."""
 
     def __init__(self, path: Path) -> None:
         self.num_rows = 0

@@ -11,7 +11,7 @@ Pruner: TypeAlias = Literal["none", "median", "hyperband"]
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """How a space is searched."""
+    """Settings of a sweep: how a space is searched."""
 
     trials: int = setting(50, "Trials of the study, by all workers together; pruned and failed ones count.", ge=1)
     sampler: Sampler = setting(

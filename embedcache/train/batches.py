@@ -53,7 +53,7 @@ def num_batches(num_samples: int, batch_size: int) -> int:
 
 
 class Batches:
-    """Draw batches: each epoch holds every sample once, in a new order, with one of its images and its captions.
+    """Random batches: each epoch holds every sample once, in a new order, with one of its images and its captions.
 
     An epoch is divided into `num_batches` batches of equal size, to within one. Blocks of `block_rows` neighboring
     samples are shuffled, then all samples within 1,024 blocks. Lambda of mixup is drawn from Beta(`mixup`, `mixup`).
@@ -182,7 +182,7 @@ class LoadedBatch:
 
 
 class Loader:
-    """Read batches in order on one thread, two batches ahead, to the device; to a GPU through pinned memory.
+    """Batches on the device, read in order on one thread, two batches ahead; to a GPU through pinned memory.
 
     `waited_s` counts the seconds that the training loop waited for a batch.
     """

@@ -62,7 +62,7 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
 
 
 class RunLog:
-    """Write `losses.jsonl` of a run, and TensorBoard events if enabled; of several processes, only the first writes.
+    """The log of a run: `losses.jsonl`, and TensorBoard events if enabled; of several processes, only the first writes.
 
     Lines after the first `num_bytes` and events from `step` on are cut off.
     """

@@ -41,7 +41,7 @@ _SMALL_STEP_FLOPS = 2e10
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Train a pair in place.
+    """The training loop of one pair, whose weights change in place.
 
     Deterministic for a seed on one kind of device, also where training resumes from a checkpoint: to the bit.
 
