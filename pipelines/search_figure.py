@@ -1,4 +1,4 @@
-"""Draw docs/pictures/search.png: text queries and the test images that the run of the tutorial finds.
+"""Draw docs/images/search.png: text queries and the test images that the run of the tutorial finds.
 
 python -m pipelines.search_figure tutorial/      # the folder of docs/tutorial.md, after its search
 """
@@ -18,7 +18,7 @@ from embedcache.search.search import Hit
 
 QUERIES = ("an animal with feathers", "a vehicle on the water", "something sweet to eat", "a broken promise")
 K, SIZE_PX = 6, 88
-PAGE = Path("docs/pictures/search.png")
+PAGE = Path("docs/images/search.png")
 
 
 def main() -> None:

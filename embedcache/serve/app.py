@@ -152,7 +152,7 @@ def _add_items(app: FastAPI, service: SearchService, run: Callable[..., Any]) ->
         """Return an image as WebP of at most 224 pixels per side."""
         return webp(await run(images_with(row).thumbnail, row))
 
-    @app.get("/api/images/{row}/picture", response_class=Response)
+    @app.get("/api/images/{row}/full", response_class=Response)
     async def image(row: _Row) -> Response:
         """Return an image as WebP of at most 1,280 pixels per side."""
         return webp(await run(images_with(row).image, row))

@@ -76,8 +76,8 @@ class ServerInfo(BaseModel):
     modality: str = Field(description="Modality of the hits: image or text.")
     num_items: int
     accepted_queries: list[str] = Field(alias="takes", description="Accepted queries besides rows: text, image.")
-    has_pictures: bool
-    pictures_are_missing: str | None = Field(description="Why images are missing, if they could exist.")
+    has_images: bool
+    missing_images: str | None = Field(description="Why images are missing, if they could exist.")
     credit: str = Field(description="Attribution that must be shown with the images.")
     filters: dict[str, dict[str, int]] = Field(description="label, split or language -> value -> number of items.")
     selections: list[str]

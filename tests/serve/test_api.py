@@ -141,7 +141,7 @@ def test_images_are_scaled_and_reencoded(client: TestClient, root: Path) -> None
     shown = np.asarray(Image.open(BytesIO(answer.content)).convert("RGB"), np.int64)
     real = np.asarray(Image.open(root / "photos" / "train" / "cat" / "00003.png").convert("RGB"), np.int64)
     assert abs(shown - real).mean() < 12
-    assert client.get("/api/images/3/picture").status_code == 200
+    assert client.get("/api/images/3/full").status_code == 200
     assert client.get("/api/images/80/thumbnail").status_code == 404
 
 
@@ -231,7 +231,7 @@ def test_openapi_lists_every_operation(client: TestClient) -> None:
     operations = client.get("/openapi.json").json()["paths"]
     assert set(operations) == {
         "/api/search", "/api/search/image", "/api/items/{row}", "/api/images/{row}/thumbnail",
-        "/api/images/{row}/picture", "/api/info", "/api/cards", "/api/coverage", "/api/coverage/{number}",
+        "/api/images/{row}/full", "/api/info", "/api/cards", "/api/coverage", "/api/coverage/{number}",
     }  # fmt: skip
     assert "image/*" in operations["/api/search/image"]["post"]["requestBody"]["content"]
     for page in ("/", "/api"):

@@ -258,7 +258,7 @@ def test_images_outside_source_are_not_served(hostile: Path, kind: str, caplog: 
     }[kind]  # fmt: skip
     tamper(hostile / "cache", path=written)
     with visit(open_hostile(hostile)) as client:
-        for size in ("thumbnail", "picture"):
+        for size in ("thumbnail", "full"):
             answer = client.get(f"/api/images/0/{size}")
             assert answer.status_code == 404
             assert str(hostile) not in answer.text
@@ -319,7 +319,7 @@ def test_urls_of_source_are_not_requested(hostile: Path, trap: tuple[str, list[s
         tamper(hostile / "cache", source={"type": kind, "path": path})
         served = open_hostile(hostile)
         assert served.images is None, (kind, path)
-        assert "cannot be read" in served.info()["pictures_are_missing"]
+        assert "cannot be read" in served.info()["missing_images"]
         with visit(served) as client:
             assert client.get("/api/images/0/thumbnail").status_code == 404
             assert client.post("/api/search", json={"row": 0}).status_code == 200

@@ -99,7 +99,7 @@ export class ItemDialog {
     const image = byId("item-image");
     image.hidden = hit.image === null;
     if (hit.image !== null) {
-      image.src = imageUrl(hit.image, "picture");
+      image.src = imageUrl(hit.image, "full");
       image.alt = caption(hit);
     }
     byId("item-title").textContent = caption(hit);

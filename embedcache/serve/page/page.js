@@ -36,7 +36,7 @@ async function start() {
   byId("name").textContent = info.name;
   byId("holds").textContent = `${count(info.num_items)} ${info.modality}s`;
   byId("credit").textContent = info.credit;
-  byId("missing").textContent = info.pictures_are_missing ?? "";
+  byId("missing").textContent = info.missing_images ?? "";
   byId("tab-coverage").hidden = !info.has_coverage;
   let coverage;
   const show = addTabs((view) => {
