@@ -51,7 +51,7 @@ ImageFeature: TypeAlias = Annotated[
         "--image-feature",
         metavar="NAME",
         help="Image feature, as encoder/feature.",
-        show_default="the run's, or the only one in the cache",
+        show_default="the only one in the cache",
     ),
 ]
 TextFeature: TypeAlias = Annotated[
@@ -60,7 +60,7 @@ TextFeature: TypeAlias = Annotated[
         "--text-feature",
         metavar="NAME",
         help="Text feature, as encoder/feature.",
-        show_default="the run's, or the only one in the cache",
+        show_default="the only one in the cache",
     ),
 ]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")]

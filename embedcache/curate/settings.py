@@ -18,7 +18,7 @@ _SELECTION_FORMAT = "Parquet, or a text file with one key per line"
 class CoverageSettings:
     """Settings of coverage: which items are counted for a concept, and what is kept of them."""
 
-    modality: Literal["image", "text", "both"] = setting("image", "Modality to read.")
+    modality: Literal["image", "text", "both"] = setting("image", "Modality of the items to count.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
     label: str = setting("label", "Column of class labels.", metavar="COLUMN")
@@ -64,7 +64,7 @@ class DedupSettings:
     )
     copies_only: bool = setting(False, "Remove exact copies only: equal bytes or texts.", flat_name="copies")
     modality: Literal["image", "text"] | None = setting(
-        None, "Modality to read.", default_text="image, or text if there are no image features"
+        None, "Modality of the items to compare.", default_text="image, or text if there are no image features"
     )
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
@@ -161,7 +161,9 @@ class SelectSettings:
     join_names: bool = setting(False, "Merge concepts of the same name.")
     target: str | Path | None = setting(None, "image-based: cache of the images to resemble.", metavar="CACHE")
     run: Path | str | None = setting(None, _RUN_HELP, metavar="RUN")
-    modality: Literal["image", "text"] | None = setting(None, "Modality to read.", default_text="the method's")
+    modality: Literal["image", "text"] | None = setting(
+        None, "Modality of the items that the method compares.", default_text="the method's"
+    )
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     selection: Path | str | None = setting(
         None, f"Use only the samples of this selection: {_SELECTION_FORMAT}.", metavar="FILE"

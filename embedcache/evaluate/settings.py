@@ -50,7 +50,7 @@ class ZeroShotSettings:
 class ProbeSettings:
     """Settings of classifiers on a frozen feature."""
 
-    modality: Literal["image", "text"] = setting("image", "Modality to read.")
+    modality: Literal["image", "text"] = setting("image", "Modality of the items to classify.")
     feature: str | None = setting(None, "Feature, as encoder/feature.", metavar="NAME", default_text="the only one")
     label: str = setting("label", _LABEL_HELP, metavar="COLUMN")
     classifiers: tuple[str, ...] = setting(

@@ -52,7 +52,7 @@ class VectorExportSettings:
         default_text=_FEATURE_DEFAULT,
         metavar="NAME",
     )
-    modality: Literal["image", "text"] | None = setting(None, "Modality to read.", default_text="both")
+    modality: Literal["image", "text"] | None = setting(None, "Modality of the vectors to export.", default_text="both")
     run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
     selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
@@ -71,7 +71,7 @@ class VectorExportSettings:
 class AtlasSettings:
     """Settings of an export to embedding-atlas, which shows one point per sample."""
 
-    modality: Literal["image", "text"] = setting("image", "Modality to read.")
+    modality: Literal["image", "text"] = setting("image", "Modality of the vectors that place the points.")
     feature: str | None = setting(None, "Feature, as encoder/feature.", default_text=_FEATURE_DEFAULT, metavar="NAME")
     run: Path | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
     selection: Path | None = setting(None, _SELECTION_HELP, metavar="FILE")

@@ -25,6 +25,7 @@ SAME_NOUN = {
     "--image-cosine": "limit of near-duplicates: above it for a strict split, at or above it for leaks",
     "--image-feature": "evaluate pairs takes several",
     "--language": "language of the captions that are read: several in some commands",
+    "--modality": "names what the command does with the items of that modality",
     "--memory": "limit of an index while it is searched, of the features in training",
     "--part": "search can filter by any value of the column split; probe measures on two parts",
     "--precision": "of the encoder in extract, of the projectors in train",
