@@ -7,6 +7,7 @@
 
 Each parameter that `with_settings` names is replaced by one option per setting of its class; a group of settings
 becomes a panel of `--help`. An option that several commands declare by hand is an alias here, with one meaning in all.
+The error of a setting that was not read from a file names its option: `--batch-size` for `batch_size`.
 """
 
 import functools
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from embedcache.errors import PathError, SettingError
+from embedcache.errors import DataError, PathError, SettingError
 from embedcache.registry import unknown_name
 from embedcache.settings import FlatSetting, flat_settings, from_flat
 
@@ -88,7 +89,15 @@ _METAVARS: Mapping[Any, str] = {int: "N", float: "FLOAT", str: "NAME", Path: "FI
 
 
 class Command(TyperCommand):
-    """A command whose help shows plain metavars."""
+    """A command whose help shows plain metavars, and whose errors name options as they are typed."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; the error of a setting names its option."""
+        try:
+            return super().invoke(ctx)
+        except (DataError, SettingError) as error:
+            error.args = (_name_option(ctx, str(error)),)
+            raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the parts of the usage line, without braces around required arguments."""
@@ -104,6 +113,20 @@ class Command(TyperCommand):
             if isinstance(parameter, TyperArgument):
                 parameter.display_type_rich = lambda ctx: None  # type: ignore[method-assign]  # noqa: ARG005
         super().format_help(ctx, formatter)
+
+
+def _name_option(context: typer.Context, message: str) -> str:
+    """Replace the name of a setting at the start of a message by its option, unless a file set it."""
+    name, separator, rest = message.partition(": ")
+    for option in context.command.params:
+        if option.name == name and option.param_type_name == "option" and not _is_from_file(context, name):
+            return f"{option.opts[0]}{separator}{rest}"
+    return message
+
+
+def _is_from_file(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT_MAP"
 
 
 class CommandGroup(TyperGroup):

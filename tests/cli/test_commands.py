@@ -193,7 +193,7 @@ MISTAKES = [
     ("train cache r --projector mpl", "did you mean 'mlp'"),
     ("train cache r --image-feature open_toy/csl", "did you mean 'open_toy/cls'"),
     ("train cache r --split stricct", "did you mean 'strict'"),
-    ("train cache r --batch-size 1", "batch_size: expected a whole number of at least 2, got 1"),
+    ("train cache r --batch-size 1", "--batch-size: expected a whole number of at least 2, got 1"),
     ("train cache photos --split key", "not empty"),
     ("train cache r --split key --device cuda:77", "cuda:77"),
     ("train cache r --config nowhere.toml", "cannot read nowhere.toml"),
@@ -216,7 +216,7 @@ MISTAKES = [
     ("curate dedup cache --cosine 0.9", "OUT"),
     ("curate dedup cache kept.parquet --cosine 95", "95"),
     ("curate leaks cache cache", "same samples"),
-    ("verify cache --reencode 0", "reencode: expected a number above 0"),
+    ("verify cache --reencode 0", "--reencode: expected a number above 0"),
     ("inspect nowhere", "nowhere does not exist"),
 ]
 
@@ -229,6 +229,14 @@ def test_user_error_is_one_line_and_exit_1(folder: Path, line: str | list[str], 
     assert done.code == 1, done.stderr
     (error,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
     assert message in error
+
+
+def test_error_names_a_setting_as_it_was_given(folder: Path) -> None:
+    (folder / "wrong.toml").write_text("lr = -1\n")
+    typed = embedcache(*["train", "cache", "r", "--lr", "-1"], cwd=folder).stderr
+    read = embedcache(*["train", "cache", "r", "--config", "wrong.toml"], cwd=folder).stderr
+    assert typed == "error: --lr: expected a number above 0, got -1.0\n"
+    assert read == "error: lr: expected a number above 0, got -1.0\n"
 
 
 @pytest.fixture(scope="module")
