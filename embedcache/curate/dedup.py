@@ -134,9 +134,10 @@ def analyze(
     """
     settings = settings or DedupSettings()
     if settings.cosine is not None or settings.copies_only:
+        given = "--copies" if settings.copies_only else f"--cosine {settings.cosine:g}"
         raise SettingError(
-            "--cosine and --copies remove samples: name a file OUT.parquet for those that stay, or leave them out to "
-            "get a report"
+            f"OUT: expected a .parquet file for the samples that stay, because {given} removes the others, got none; "
+            f"add it after the cache, or omit {given} to get a report"
         )
     return _compare(cache_path, settings, LEVELS, progress)
 

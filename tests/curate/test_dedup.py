@@ -201,7 +201,7 @@ def test_invalid_settings_raise(copied: Path, tmp_path: Path) -> None:
         analyze(copied, DedupSettings(keep="best:key"))
     with pytest.raises(SettingError, match="expected --cosine or --copies, got both"):
         DedupSettings(cosine=0.9, copies_only=True)
-    with pytest.raises(SettingError, match="remove samples: name a file OUT.parquet"):
+    with pytest.raises(SettingError, match="OUT: expected a .parquet file .* --cosine 0.9 removes"):
         analyze(copied, DedupSettings(cosine=0.9))
     with pytest.raises(SettingError, match="with a file to write, got neither"):
         dedup(copied, tmp_path / "x.parquet", DedupSettings())
