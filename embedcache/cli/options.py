@@ -26,6 +26,23 @@ from embedcache.settings import FlatSetting, flat_settings, from_flat
 _OUTPUT = "Output options"
 _OUTPUT_NAMES = ("as_json", "output", "html")
 
+
+def _check_file(option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Check that a report can be written to a path, before the work that it reports.
+
+    Raises:
+        PathError: the path is a folder.
+    """
+    if path is not None and path.is_dir():
+        raise PathError(
+            f"{option.opts[0]} {path}: expected a file, got a folder; name a file in it, such as "
+            f"{path / f'report{_SUFFIXES[str(option.name)]}'}"
+        )
+    return path
+
+
+_SUFFIXES = {"output": ".json", "html": ".html"}
+
 CacheArgument: TypeAlias = Annotated[str, typer.Argument(metavar="CACHE", help="Cache: a folder or a URL.")]
 RunArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="RUN", help="Run: a folder written by train.")]
 IndexArgument: TypeAlias = Annotated[
@@ -64,6 +81,7 @@ TextFeature: TypeAlias = Annotated[
         show_default="the only one in the cache",
     ),
 ]
+
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")]
 Device: TypeAlias = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="Torch device, such as cpu, cuda or cuda:1.")
@@ -74,11 +92,23 @@ Json: TypeAlias = Annotated[
 ]
 Output: TypeAlias = Annotated[
     Path | None,
-    typer.Option("--output", metavar="FILE", help="Write the report as JSON to this file.", rich_help_panel=_OUTPUT),
+    typer.Option(
+        "--output",
+        metavar="FILE",
+        help="Write the report as JSON to this file.",
+        rich_help_panel=_OUTPUT,
+        callback=_check_file,
+    ),
 ]
 Html: TypeAlias = Annotated[
     Path | None,
-    typer.Option("--html", metavar="FILE", help="Write the report as an HTML page.", rich_help_panel=_OUTPUT),
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Write the report as an HTML page.",
+        rich_help_panel=_OUTPUT,
+        callback=_check_file,
+    ),
 ]
 
 _CONFIG_HELP = "Read options from this TOML file; the command line takes precedence."
