@@ -34,7 +34,8 @@ class Graph(Protocol):
 
     backend: Literal["torch", "onnxruntime"]
 
-    def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]: ...
+    def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
+        """Compute the named outputs of one batch, by name, each with B rows."""
 
 
 class GraphEncoder:
@@ -69,9 +70,11 @@ class GraphEncoder:
         self.fingerprint = replace(fingerprint, pooling=pooling, backend=graph.backend, precision=settings.precision)
 
     def prepare(self, items: Sequence[Any]) -> list[Array]:
+        """Convert raw items to model inputs, one array per item; called from many threads at once."""
         return self._prepare(items) if items else []
 
     def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
+        """Compute the named features of one batch: name -> one float32 array per item, (D,) or (T, D)."""
         for name in names:
             if name not in self.features:
                 raise unknown_name("feature", name, self.features)
@@ -228,6 +231,7 @@ class OnnxGraph:
             raise CorruptError(f"cannot read {path} as ONNX; delete it and run the command again") from error
 
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
+        """Compute the named outputs of one batch, by name, each with B rows."""
         return dict(zip(names, self._session.run(list(names), dict(inputs)), strict=True))
 
 

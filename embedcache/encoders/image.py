@@ -95,6 +95,7 @@ class ImageModel(torch.nn.Module):
             self._add(text, shapes)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the features of (B, C, H, W) images by name: (B, D), or (B, T, D) for tokens."""
         outputs = self._module(self._scale(images))
         for text, source in self._sources.items():
             outputs[text] = self._pools[text.replace(".", "_")](outputs[source])
@@ -160,6 +161,7 @@ class PixelScale(torch.nn.Module):
             self.register_buffer(name, per_channel, persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalize (B, C, H, W) pixels: the same shape, float32."""
         pixels = images.float()
         if self._divisor != 1:
             pixels = pixels / self._divisor

@@ -201,6 +201,7 @@ class TimmFeatures(torch.nn.Module):
         self._options = {"return_prefix_tokens": True} if has_option else {}
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the features of (B, C, H, W) images by name: (B, D), or (B, T, D) for tokens."""
         if not self._layers:
             return self._native(self._model.forward_features(images))
         indices = [level - 1 for level in self._levels]
@@ -249,6 +250,7 @@ class ImageFeatures(torch.nn.Module):
         self._has_pool = not any(name.startswith("pooler.") for name, _ in model.named_parameters())
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the features of (B, C, H, W) images by name: (B, D), or (B, T, D) for tokens."""
         states = self._model(pixel_values=images, **hidden_states_option(self._layers))
         pooled = getattr(states, "pooler_output", None) if self._has_pool else None
         outputs = {} if pooled is None else {"pooled": pooled.flatten(1)}

@@ -101,6 +101,7 @@ class Tokenizer:
     is_lower: bool = False
 
     def __call__(self, texts: Sequence[str]) -> list[Ints]:
+        """Return the token ids of each text: (T,) int64."""
         prefixed = [self.prefix + text for text in texts]
         rows = self.encode([text.lower() for text in prefixed] if self.is_lower else prefixed)
         return [np.array(ids, dtype=np.int64) for ids in rows]

@@ -25,6 +25,7 @@ class TextFeatures(torch.nn.Module):
         self._layers = layers
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the features of (B, T) token ids by name: (B, D), or (B, T, D) for tokens."""
         states = self._model(input_ids=input_ids, attention_mask=attention_mask, **hidden_states_option(self._layers))
         outputs = self._from_state(states.last_hidden_state, attention_mask)
         for layer, state in hidden_states(states, self._layers):
@@ -53,6 +54,7 @@ class SentenceFeatures(torch.nn.Module):
         self._layers = layers
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the features of (B, T) token ids by name: (B, D), or (B, T, D) for tokens."""
         states = self._transformer(
             input_ids=input_ids, attention_mask=attention_mask, **hidden_states_option(self._layers)
         )
@@ -81,6 +83,7 @@ class Dense(torch.nn.Module):
         self.activation = activation
 
     def forward(self, vectors_BD: torch.Tensor) -> torch.Tensor:
+        """Compute the outputs of the layer: (B, D) -> (B, P)."""
         out_BP: torch.Tensor = self.activation(self.linear(vectors_BD))
         return out_BP
 

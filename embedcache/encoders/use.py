@@ -93,6 +93,7 @@ class SentenceEncoder(torch.nn.Module):
         self.dense = _Dense()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the features of (B, T) token ids by name: (B, D), or (B, T, D) for tokens."""
         chunks_BT1 = (input_ids % _NUM_CHUNKS)[:, :, None]
         vectors_BTD = self.table[input_ids].float() * self.scale[chunks_BT1] + self.low[chunks_BT1]
         mask_BT1 = attention_mask[:, :, None].to(vectors_BTD.dtype)

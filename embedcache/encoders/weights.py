@@ -36,6 +36,7 @@ def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def check_weights_file(path: Path) -> None:
+    """Check that a path is a file, else raise `PathError`."""
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
         raise PathError(f"expected a weights file, got {path}, which {reason}; give a .safetensors or .pth file")

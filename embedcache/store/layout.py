@@ -60,9 +60,11 @@ class CacheInfo:
         return list(self.segments) or [Segment(num_samples=self.num_samples, digest=self.index_digest)]
 
     def num_chunks(self, modality: str) -> int:
+        """Return the number of chunks of the items of a modality; 0 without items."""
         return -(-self.num_items.get(modality, 0) // self.chunk_size)
 
     def chunk_rows(self, modality: str, chunk: int) -> slice:
+        """Return the item rows of one chunk; the last chunk may be shorter."""
         start = chunk * self.chunk_size
         return slice(start, min(start + self.chunk_size, self.num_items[modality]))
 

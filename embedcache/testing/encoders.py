@@ -41,6 +41,7 @@ class EncoderContract:
 
     @pytest.fixture
     def encoder(self, spec: str) -> Encoder:
+        """Return the encoder under test."""
         return _open_cached(spec, self.modality)
 
     def test_features_have_the_announced_shapes(self, encoder: Encoder, items: Sequence[Any]) -> None:
@@ -120,6 +121,7 @@ class ImageEncoderContract(EncoderContract):
 
     @pytest.fixture
     def items(self) -> Sequence[Image.Image]:
+        """Return images of several sizes."""
         return example_images()
 
     def test_prepared_images_have_one_shape(self, encoder: Encoder, items: Sequence[Any]) -> None:
@@ -137,6 +139,7 @@ class TextEncoderContract(EncoderContract):
 
     @pytest.fixture
     def items(self) -> Sequence[str]:
+        """Return texts of several lengths."""
         return TEXTS
 
     def test_prepared_texts_are_token_ids(self, encoder: Encoder, items: Sequence[Any]) -> None:

@@ -20,6 +20,7 @@ class LossContract:
 
     @pytest.fixture
     def loss(self) -> torch.nn.Module:
+        """Return the loss under test, in float64."""
         torch.manual_seed(0)
         module: torch.nn.Module = LOSSES.load(self.name)()
         return module.double()

@@ -22,6 +22,7 @@ class ProjectorContract:
 
     @pytest.fixture
     def projector(self) -> torch.nn.Module:
+        """Return the projector under test, from D to P, with random weights."""
         torch.manual_seed(0)
         module: torch.nn.Module = PROJECTORS.load(self.name)(*self.widths)
         if isinstance(module, HasAnchors):
@@ -65,6 +66,7 @@ class TokenProjectorContract:
 
     @pytest.fixture
     def projector(self) -> torch.nn.Module:
+        """Return the projector under test, from D to P, with random weights."""
         torch.manual_seed(0)
         module: torch.nn.Module = PROJECTORS.load(self.name)(*self.widths, dropout=0.1)
         return module

@@ -43,12 +43,14 @@ class SelectorContract:
 
     @pytest.fixture
     def selector(self) -> Selector:
+        """Return the method under test."""
         selector: Selector = SELECTORS.load(self.name)()
         return selector
 
     def select(
         self, selector: Selector, pools: Pools, which: str = "cache", *, selection: Path | None = None, **others: Any
     ) -> Selection:
+        """Select from one of the `pools`, with the budget and settings of the contract unless others are given."""
         settings = SelectSettings(**{"budget": self.budget, **self.settings, **others})
         return selector.select(pools(which, selector, selection=selection), settings)
 
