@@ -56,7 +56,8 @@ def extract(
     from embedcache.store.cache import Cache, caption_error_lines
 
     if retry_failed and (plan or settings.extend):
-        raise SettingError("--retry-failed: expected neither --plan nor --extend beside it; leave them out")
+        other = "--plan" if plan else "--extend"
+        raise SettingError(f"--retry-failed: expected neither --plan nor --extend, got {other}; omit one of the two")
     opened = open_source(source, kind=source_type, settings=source_settings)
     encoders: dict[str, Any] = {"image_encoders": image_encoder or (), "text_encoders": text_encoder or ()}
     progress = open_progress()

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from embedcache.errors import DataError, PathError, SettingError
+from embedcache.errors import EmbedcacheError, PathError, SettingError
 from embedcache.registry import unknown_name
 from embedcache.settings import FlatSetting, flat_settings, from_flat
 
@@ -125,7 +125,7 @@ class Command(TyperCommand):
         """Run the command; the error of a setting names its option."""
         try:
             return super().invoke(ctx)
-        except (DataError, SettingError) as error:
+        except EmbedcacheError as error:
             error.args = (_name_option(ctx, str(error)),)
             raise
 

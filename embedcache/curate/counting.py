@@ -261,8 +261,9 @@ def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
     """
     path = Path(path)
     card = read_card(path)
+    make = f"build one: embedcache curate index {pool.cache.path} NEW-INDEX --modality {pool.modality}"
     if not pool.cache.info.has_rows_of(card.index_digest):
-        raise FingerprintError(f"index {path} was built from other samples than those of {pool.cache.path}")
+        raise FingerprintError(f"index {path}: expected the samples of {pool.cache.path}, got others; {make}")
     requested = {
         "modality": pool.modality,
         "feature": pool.feature.name,
@@ -270,7 +271,6 @@ def open_index(path: Path | str, pool: Vectors) -> tuple[RowIndex, IndexCard]:
         "run_weights": None if pool.config is None else pool.config.weights_digest,
         "num_vectors": len(pool.rows),
     }
-    make = f"build one: embedcache curate index {pool.cache.path} NEW-INDEX --modality {pool.modality}"
     check_card(path, card, requested, next_step=make)
     return read_index(path / "index.faiss"), card
 

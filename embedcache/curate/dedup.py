@@ -192,7 +192,9 @@ def _compare(
     feature = open_input(cache, modality, settings.feature) if vectors is None else vectors.feature
     copies = find_copies(cache, feature)
     if not len(copies.unique_rows):
-        raise DataError(f"feature {feature.name} has no encoded item; see: embedcache inspect {cache.path}")
+        raise DataError(
+            f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {cache.path}"
+        )
     near = None
     if vectors is not None and levels:
         near = find_near_duplicates(vectors, copies.unique_rows, levels, settings, progress)
@@ -209,14 +211,14 @@ def _check_any_pairs(analysis: DedupAnalysis, cosine: float | None) -> None:
         return
     if near.limit > cosine:
         raise SettingError(
-            f"cosine: more than {MAX_PAIRS:,} pairs are above {cosine}; give a higher --cosine, which "
-            f"embedcache curate dedup {analysis.cache.path} helps to choose"
+            f"cosine: expected at most {MAX_PAIRS:,} pairs above it, got more with {cosine}; give a higher one: "
+            f"embedcache curate dedup {analysis.cache.path} helps to choose it"
         )
     if not len(near.pairs.left) and not analysis.copies.num_copies:
         highest = "there is only one" if analysis.highest is None else f"the highest cosine is {analysis.highest:.5f}"
         raise SettingError(
-            f"cosine: no two {analysis.feature.modality}s of {analysis.cache.path} reach {cosine}: {highest}; nothing "
-            "would be removed, and nothing is written"
+            f"cosine: expected one that two {analysis.feature.modality}s of {analysis.cache.path} reach, got {cosine}: "
+            f"{highest}; nothing would be removed, and nothing is written"
         )
 
 

@@ -154,7 +154,8 @@ def find_leaks(
     train, test = Cache(train_path), Cache(test_path)
     if train.info.has_rows_of(test.info.index_digest):
         raise SettingError(
-            f"expected a training cache and another test cache, but {train_path} and {test_path} hold the same samples"
+            f"expected a training cache and another test cache, got {train_path} and {test_path}, which hold the same "
+            "samples"
         )
     common = [name for name in MODALITIES if train.features(name) and test.features(name)]
     if not common:
@@ -163,8 +164,8 @@ def find_leaks(
             for cache in (train, test)
         )
         raise DataError(
-            f"the caches have no modality in common: {train_path} has features of {train_has}, "
-            f"{test_path} of {test_has}"
+            f"expected caches with a modality in common, got features of {train_has} in {train_path} and of {test_has} "
+            f"in {test_path}"
         )
     return LeakReport(
         train=train, test=test, leaks=[_find_leaks(train, test, name, settings, progress) for name in common]
@@ -235,7 +236,8 @@ def _common_feature(train: Cache, test: Cache, modality: str) -> str | None:
     ]
     if len(both) > 1:
         raise SettingError(
-            f"both caches have several {modality} features; choose one with --{modality}-feature: {', '.join(both)}"
+            f"{modality}_feature: expected one of the several that both caches have, got none; choose one with "
+            f"--{modality}-feature: {', '.join(both)}"
         )
     return both[0] if both else None
 
@@ -257,7 +259,9 @@ def _any_feature(cache: Cache, modality: str) -> InputFeature:
 def _items(cache: Cache, feature: InputFeature) -> Items:
     items = read_items([cache], [feature])
     if not len(items.rows):
-        raise DataError(f"feature {feature.name} has no encoded item; see: embedcache inspect {cache.path}")
+        raise DataError(
+            f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {cache.path}"
+        )
     return items
 
 

@@ -231,7 +231,9 @@ def scratch_matrix(folder: Path, shape: tuple[int, int], dtype: npt.DTypeLike) -
     Raises `PathError` if the folder does not exist, and `DiskFullError` if the matrix does not fit.
     """
     if not folder.is_dir():
-        raise PathError(f"the scratch folder {folder} does not exist; create it, or give another with --scratch")
+        raise PathError(
+            f"scratch: expected an existing folder, got {folder}; create it, or give another with --scratch"
+        )
     needed, free = shape[0] * shape[1] * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
     if needed > free:
         raise DiskFullError(
@@ -269,8 +271,8 @@ def _check_lengths(vectors_BP: Floats, vectors: Vectors) -> None:
     if not (lengths > 0.5).all():
         count = int((~(lengths > 0.5)).sum())
         raise DataError(
-            f"feature {vectors.feature.name} has {count:,} vectors of length zero or NaN in one chunk, which have no "
-            "cosine; extract it again"
+            f"feature {vectors.feature.name}: expected vectors that have a cosine, got {count:,} of length zero or NaN "
+            "in one chunk; extract it again"
         )
 
 

@@ -202,7 +202,9 @@ def _open_features(cache: Cache, modality: str, names: Sequence[str]) -> tuple[l
         except UnfinishedError as error:
             skipped.append(f"left out: {error}")
     if skipped and not complete:
-        raise UnfinishedError(f"no {modality} feature of {cache.path} is complete; {skipped[0].partition(': ')[2]}")
+        raise UnfinishedError(
+            f"{cache.path}: expected a complete {modality} feature, got none; {skipped[0].partition(': ')[2]}"
+        )
     return complete, skipped
 
 

@@ -71,7 +71,8 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
     is_labeled = has_label(cache, items.samples, column=settings.label)
     if not is_labeled.any():
         raise DataError(
-            f"none of {len(is_labeled):,} items of {cache.path} has a label in column {settings.label!r}; check --label"
+            f"column {settings.label!r} of {cache.path}: expected labels, got none for {len(is_labeled):,} items; name "
+            "another column with --label"
         )
     items, num_unlabeled = items.where(is_labeled), int((~is_labeled).sum())
     part_S, rule = _parts(cache, items, settings.part, settings.seed)
@@ -82,7 +83,7 @@ def read_labeled(cache: Cache, settings: ProbeSettings) -> LabeledFeature:
     for part in PARTS:
         if not counts[part]:
             listed = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
-            raise DataError(f"{cache.path} has no {part} items with {feature.name} ({listed}; {rule})")
+            raise DataError(f"{cache.path}: expected {part} items with {feature.name}, got none ({listed}; {rule})")
     labels = read_labels(cache, used_items.samples, column=settings.label)
     classes = np.unique(labels.numbers[parts == "train"])
     if len(classes) < 2:
@@ -116,7 +117,10 @@ def _parts(cache: Cache, items: Items, part: Literal["test", "val"], seed: int) 
         part_S[list(take_groups(train, keys, round(_VAL_FRACTION * num_train), seed))] = "val"
         return part_S, f"{how}, {_VAL_FRACTION:.0%} of train for validation"
     if part != "test":
-        raise DataError(f"the samples of {cache.path} have no column {_SPLIT!r} that names a part {part!r}; use test")
+        raise DataError(
+            f"part: expected test, as the samples of {cache.path} have no column {_SPLIT!r}, got {part}; use "
+            "--part test"
+        )
     groups = _groups(items, np.ones(len(items.rows), bool))
     num_samples = sum(map(len, groups))
     test = take_groups(groups, keys, round(_TEST_FRACTION * num_samples), seed)

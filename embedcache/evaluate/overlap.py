@@ -127,7 +127,10 @@ def _open_training_caches(run: Run, paths: Sequence[str]) -> tuple[list[Cache], 
         if was_trained_on(run, cache):
             caches.append(cache)
         elif paths:
-            raise DataError(f"run {run.path} was not trained on {path}; name the caches it was trained on")
+            raise DataError(
+                f"{path}: expected a cache that run {run.path} was trained on, got another; name the caches it was "
+                "trained on"
+            )
         else:
             missing.append(path)
     return caches, missing

@@ -183,7 +183,9 @@ def rank(cache: Cache, run: Run, settings: RetrievalSettings | None = None) -> R
     split = read_eval_split(cache, run, settings.part)
     pairs = pair_items([cache], [image], [text], language=_language(run, settings)).select(split.samples)
     if not len(pairs.samples):
-        raise DataError(f"{split.part} of {cache.path} has no sample with both features; check --language and --part")
+        raise DataError(
+            f"{split.part} of {cache.path}: expected samples with both features, got none; check --language and --part"
+        )
     images = project(run.pair.image, image.read(pairs.image.rows))
     texts = project(run.pair.text, text.read(pairs.text.rows))
     image_M, text_M = pairs.positives()

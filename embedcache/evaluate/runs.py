@@ -128,7 +128,7 @@ def read_eval_split(cache: Cache, run: Run, part: str | None = None) -> EvalSpli
     if not len(rows):
         known = sorted({str(name) for name in parts if name is not None})
         reason = f"its column split holds {', '.join(known)}" if known else "it has no column split"
-        raise DataError(f"{cache.path} has no {part} samples for this run: {reason}; use --part all")
+        raise DataError(f"{cache.path}: expected {part} samples, got none, as {reason}; use --part all")
     return EvalSplit(f"split {part or 'test'} of {cache.path.name}", rows, groups)
 
 
@@ -141,8 +141,9 @@ def read_run_split(run: Run, cache: Cache) -> Split:
     """Read the split of a run for one of its caches."""
     path = split_path(run.path)
     if not path.is_file() or digest_file(path) != run.config.split_digest:
+        got = "another file" if path.is_file() else "no file"
         raise CorruptError(
-            f"{path} is missing or not the split that the run was trained on; train again into a new folder"
+            f"{path}: expected the split that the run was trained on, got {got}; train again into a new folder"
         )
     return read_split(path, [cache])
 

@@ -191,13 +191,13 @@ def classify(
     split = read_eval_split(cache, run, settings.part)
     items = read_items([cache], [image]).select(split.samples)
     if not len(items.rows):
-        raise DataError(f"{split.part} of {cache.path} has no image with {image.name}")
+        raise DataError(f"{split.part} of {cache.path}: expected images with {image.name}, got none; check --part")
     is_labeled = has_label(cache, items.samples, column=settings.label)
     items, num_unlabeled = items.where(is_labeled), int((~is_labeled).sum())
     if not len(items.rows):
         raise DataError(
-            f"none of {num_unlabeled:,} images of {split.part} has a label in column {settings.label!r}; name another "
-            "column with --label"
+            f"column {settings.label!r} of {cache.path}: expected labels, got none for {num_unlabeled:,} images of "
+            f"{split.part}; name another column with --label"
         )
     labels = read_labels(cache, items.samples, column=settings.label, classes=prompts.names).numbers
     ranks, predicted = _rank(run, image, items.rows, labels, prompts)

@@ -108,7 +108,7 @@ def check_parity(library: str, actual: Any, expected: Floats) -> float:
     difference = float(np.abs(np.asarray(actual, np.float32) - expected).max(initial=0))
     if not difference <= TOLERANCE:
         raise ArtifactError(
-            f"{library} computes vectors that differ from the run's by {difference:.1e}: expected at most "
-            f"{TOLERANCE:.0e}; nothing was written: use another format"
+            f"{library}: expected vectors that differ from the run's by at most {TOLERANCE:.0e}, got {difference:.1e}; "
+            "nothing was written: use another format"
         )
     return difference

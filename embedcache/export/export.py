@@ -96,14 +96,17 @@ def _existing_differences(folder: Path, identity: Mapping[str, Any]) -> Mapping[
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / RECORD).is_file():
-        reason = "is not empty and holds no export" if folder.is_dir() else "is a file"
-        raise PathError(f"{folder} {reason}; give the path of a new folder")
+        got = "a folder of other files" if folder.is_dir() else "a file"
+        raise PathError(f"{folder}: expected a new folder or an export, got {got}; give the path of a new folder")
     record = read_manifest(folder / RECORD, kind="export", latest_format=FORMAT_VERSION, make="embedcache export")
     existing = {name: record.get(name) for name in record if name not in ("format", "differences", "files")}
     check_same(f"the export {folder}", existing, identity, next_step="give the path of a new folder")
     for name, sha in record["files"].items():
         if not (folder / name).is_file() or digest_file(folder / name) != sha:
-            raise CorruptError(f"{folder / name} is missing or was changed after the export; give a new folder")
+            got = "other content" if (folder / name).is_file() else "no file"
+            raise CorruptError(
+                f"{folder / name}: expected the file that was exported, got {got}; give the path of a new folder"
+            )
     differences: Mapping[str, float] = record["differences"]
     return differences
 

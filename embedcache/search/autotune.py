@@ -57,8 +57,8 @@ def fit_memory(candidates: Sequence[Configuration], memory_bytes: int | None) ->
         needed_kb = math.ceil(smallest.memory_bytes / 1024)
         alternative = "" if smallest.is_on_disk else ", or leave the vectors on disk with --on-disk"
         raise SettingError(
-            f"memory: no index of these vectors fits {memory_bytes:,} bytes; the smallest, {smallest.factory}, takes "
-            f"{smallest.memory_bytes:,}: give --memory {needed_kb}K or more{alternative}"
+            f"memory: expected at least {smallest.memory_bytes:,} bytes, which the smallest index of these vectors, "
+            f"{smallest.factory}, takes, got {memory_bytes:,}: give --memory {needed_kb}K or more{alternative}"
         )
     return fitting
 

@@ -99,8 +99,8 @@ def _open(cache: Cache, pool: Vectors) -> Vectors:
         return Vectors(cache.path, modality, run_path=pool.run_path)
     if is_prompts and pool.modality == "image":
         raise DataError(
-            f"the plain image feature {pool.feature.name} of the pool cannot be compared with prompts; project both "
-            "with --run RUN, or give a cache of labeled example images"
+            f"{cache.path}: expected labeled images, to compare with the plain image feature {pool.feature.name}, got "
+            "prompts; project both with --run RUN, or give a cache of labeled images"
         )
     vectors = Vectors(cache.path, pool.modality, pool.feature.name)
     check_same(
@@ -122,15 +122,15 @@ def _draw_examples(
     rows_N, samples_N = vectors.rows[is_labeled_N], samples_N[is_labeled_N]
     if not len(rows_N):
         raise DataError(
-            f"no {vectors.modality} of {cache.path} with {vectors.feature.name} has a label in column {label!r}; "
-            "name another column with --label"
+            f"column {label!r} of {cache.path}: expected labels, got none for {vectors.modality}s with "
+            f"{vectors.feature.name}; name another column with --label"
         )
     labels = read_labels(cache, samples_N, column=label)
     num_labels = len([value for value in pc.unique(cache.samples[label]).to_pylist() if value not in (None, "")])
     if len(labels.names) < num_labels:
         raise DataError(
-            f"{num_labels - len(labels.names):,} of {num_labels:,} labels in column {label!r} of {cache.path} have no "
-            "encoded example; retry with extract --retry-failed, or leave these labels out"
+            f"column {label!r} of {cache.path}: expected an encoded example of each of {num_labels:,} labels, got none "
+            f"of {num_labels - len(labels.names):,}; retry with extract --retry-failed, or leave these labels out"
         )
     shuffled = rng.permutation(len(rows_N))
     order = shuffled[np.argsort(labels.numbers[shuffled], kind="stable")]
@@ -148,6 +148,6 @@ def _check_unique(names: list[str], cache: Cache) -> None:
     if repeated:
         shown = ", ".join(f"{name!r} (numbers {' and '.join(numbers)})" for name, numbers in repeated[:5])
         raise DataError(
-            f"{len(repeated):,} of {len(numbers_of):,} concepts of {cache.path} are repeated, counted from 0: {shown}; "
-            "extract a list with each name once"
+            f"{cache.path}: expected each concept once, got {len(repeated):,} of {len(numbers_of):,} repeated, counted "
+            f"from 0: {shown}; extract a list with each name once"
         )

@@ -71,7 +71,9 @@ class RowIndex:
         try:
             self.wrapped.train(vectors_SP)
         except RuntimeError as error:
-            raise SettingError(f"FAISS cannot train the index: {_reason(error)}; try --factory Flat") from error
+            raise SettingError(
+                f"factory: expected an index that FAISS can train, got an error: {_reason(error)}; try --factory Flat"
+            ) from error
 
     def add(self, rows_B: Ints, vectors_BP: Floats) -> None:
         """Add vectors of length 1."""

@@ -91,13 +91,13 @@ class CacheFilters:
             parts = read_split(self._split_path, [self._cache]).parts
             return _encode(pa.chunked_array([pa.array([part or None for part in parts], pa.string())]))
         raise UnknownNameError(
-            f"the samples of {self._cache.path} have no column {name!r}, so --{_OPTIONS[name]} cannot filter by "
-            f"it; columns: {', '.join(self._cache.columns)}"
+            f"--{_OPTIONS[name]}: expected a column {name!r} in {self._cache.path}, got the columns "
+            f"{', '.join(self._cache.columns)}"
         )
 
     def _read_languages(self) -> "_Column":
         if "text" not in self._cache.info.num_items:
-            raise UnknownNameError(f"{self._cache.path} has no captions to filter by language")
+            raise UnknownNameError(f"--language: expected captions in {self._cache.path}, got none")
         return _encode(self._cache.items("text")["language"])
 
     def _read_selection(self, path: Path) -> Bools:

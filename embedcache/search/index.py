@@ -176,7 +176,7 @@ def _check_reuse(index_path: Path, card: IndexCard, vectors: Vectors, settings: 
     new_folder = "give the path of a new folder"
     if not vectors.cache.info.has_rows_of(card.index_digest):
         raise FingerprintError(
-            f"index {index_path} was built from other samples than those of {vectors.cache.path}; {new_folder}"
+            f"index {index_path}: expected the samples of {vectors.cache.path}, got others; {new_folder}"
         )
     factory = settings.factory or card.factory
     requested = {**_source(vectors, index_path), "spine": card.index_digest, "factory": factory}
@@ -184,13 +184,13 @@ def _check_reuse(index_path: Path, card: IndexCard, vectors: Vectors, settings: 
     memory = _grown(card, len(vectors.rows)).memory_bytes or card.file_bytes or 0
     if settings.memory is not None and memory > settings.memory:
         raise SettingError(
-            f"memory: index {index_path}, {card.factory}, takes {memory:,} bytes with {len(vectors.rows):,} items, "
-            f"requested at most {settings.memory:,}; {new_folder} for a smaller one"
+            f"memory: expected an index of at most {settings.memory:,} bytes, got {memory:,} with "
+            f"{len(vectors.rows):,} items for {index_path}, {card.factory}; {new_folder} for a smaller one"
         )
     if card.format > 1 and card.recall_at_10 < settings.min_recall:
         raise SettingError(
-            f"min_recall: index {index_path} has recall@10 {card.recall_at_10:.3f}, requested at least "
-            f"{settings.min_recall:g}; {new_folder} for a better one"
+            f"min_recall: expected an index with recall@10 of at least {settings.min_recall:g}, got "
+            f"{card.recall_at_10:.3f} for {index_path}; {new_folder} for a better one"
         )
 
 
@@ -234,8 +234,9 @@ def _recall_error(rejected: Mapping[str, float], index_path: Path, settings: Ind
     unchanged = "; the old index is unchanged" if (index_path / "card.json").is_file() else ""
     larger = "leave --factory out" if settings.factory else "give more --memory"
     return (
-        f"min_recall: no index reaches recall@10 {settings.min_recall:g}: the best, {factory}, reaches {recall:.3f} "
-        f"with its most thorough search{unchanged}; {larger}, or lower it with --min-recall {int(100 * recall) / 100:g}"
+        f"min_recall: expected an index with recall@10 of at least {settings.min_recall:g}, got {recall:.3f} from the "
+        f"best, {factory}, with its most thorough search{unchanged}; {larger}, or lower it with "
+        f"--min-recall {int(100 * recall) / 100:g}"
     )
 
 

@@ -51,11 +51,13 @@ class Queries:
 
     def __post_init__(self) -> None:
         if self.concepts and self.concept_cache is None:
-            raise SettingError(f"concept {self.concepts[0]!r} needs a cache of prompts; give it with --concepts CACHE")
+            raise SettingError(
+                f"concept {self.concepts[0]!r}: expected a cache of prompts, got none; give --concepts CACHE"
+            )
         if any(not text.strip() for text in self.texts):
             raise DataError("expected words in each query text, got an empty text")
         if not self.names:
-            raise SettingError("no query; give at least one text, image, key, row, concept or vector")
+            raise SettingError("query: expected at least one text, image, key, row, concept or vector, got none")
 
     @property
     def names(self) -> list[str]:
@@ -78,15 +80,15 @@ class QueryEncoder:
         self._encoders: dict[Modality, Encoder] = {}
         if card.run is None and run_path is not None:
             raise FingerprintError(
-                f"the index was built from the plain feature {card.feature}, not with run {run_path}; leave --run out"
+                f"run: expected none for an index of the plain feature {card.feature}, got {run_path}; leave --run out"
             )
         if run_path is not None:
             self._run = load_pair(run_path)
             weights = self._run[1].weights_digest
             if weights != card.run_weights:
                 raise FingerprintError(
-                    f"the index was built with another run than {run_path}: weights {card.run_weights} in the index, "
-                    f"{weights} in the run; build the index again with: embedcache curate index CACHE INDEX --run RUN"
+                    f"run {run_path}: expected the weights of the index, {card.run_weights}, got {weights}; give the "
+                    "run of the index, or build the index again: embedcache curate index CACHE INDEX --run RUN"
                 )
 
     @cached_property
@@ -108,8 +110,8 @@ class QueryEncoder:
         if modality not in self._encoders:
             if not self.accepts(modality):
                 raise DataError(
-                    f"the index holds the plain {self._card.modality} feature {self._card.feature}, which cannot be "
-                    f"compared with {modality}s; build one with: embedcache curate index CACHE INDEX --run RUN"
+                    f"{modality} query: expected an index built with a run, got one of the plain {self._card.modality} "
+                    f"feature {self._card.feature}; build one with: embedcache curate index CACHE INDEX --run RUN"
                 )
             source = self._tower_input(modality)
             self._encoders[modality] = reopen_encoder(
@@ -177,13 +179,18 @@ class QueryEncoder:
         positions = np.searchsorted(sample_of_row, samples)
         for key, sample, position in zip(keys, samples, positions, strict=True):
             if position == len(rows) or sample_of_row[position] != sample:
-                raise DataError(f"sample {key!r} has no {self._card.modality} with the feature {self._card.feature}")
+                raise DataError(
+                    f"query_key: expected a sample with {self._card.modality}s of {self._card.feature}, got {key!r}, "
+                    "which has none"
+                )
         return self.indexed.read(rows[positions])
 
     def _read_rows(self, rows: Sequence[int]) -> Floats:
         for row in rows:
             if not self.has_row(row):
-                raise UnknownNameError(f"no {self._card.modality} with the feature {self._card.feature} has row {row}")
+                raise UnknownNameError(
+                    f"row: expected the row of an indexed {self._card.modality} of {self._card.feature}, got {row}"
+                )
         return self.indexed.read(np.array(rows, np.int64))
 
     def _read_concepts(self, names: Sequence[str], path: Path | str) -> Floats:

@@ -104,7 +104,9 @@ class OpenIndex:
             cache_path = _require_file(self.path / self.card.cache, "cache.json", "cache")
         self.cache = Cache(cache_path)
         if not self.cache.info.has_rows_of(self.card.index_digest):
-            raise FingerprintError(f"the index was built from other samples than those of {cache_path}; build it again")
+            raise FingerprintError(
+                f"index {self.path}: expected the samples of {cache_path}, got others; build it again"
+            )
         self.run_path = None if run_path is None else Path(run_path)
         self.query_encoder = QueryEncoder(self.card, self.cache, self.run_path, device)
         self.filters = CacheFilters(self.cache, self.card.modality, self.run_path)
@@ -183,7 +185,9 @@ def _check_k(k: int | None, largest: int, reason: str) -> None:
 
 def _choose_k(k: int | None, num_allowed: int, num_items: int) -> int:
     if not num_allowed:
-        raise DataError(f"none of the {num_items} items of the index passes the filter; give fewer conditions")
+        raise DataError(
+            f"filter: expected items that pass, got none of the {num_items} of the index; give fewer conditions"
+        )
     _check_k(k, num_allowed, f"{num_allowed} of {num_items} items pass the filter")
     return min(_DEFAULT_K, num_allowed) if k is None else k
 

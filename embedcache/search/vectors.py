@@ -118,11 +118,13 @@ def _open(cache: Cache, modality: str, name: str | None, config: PairConfig | No
         check_feature(config, modality, feature.name, feature.fingerprint)
     elif feature.has_tokens:
         raise DataError(
-            f"feature {feature.name} has several vectors per item, expected one; choose a vector feature, or a run "
+            f"feature {feature.name}: expected one vector per item, got several; choose a vector feature, or a run "
             "that projects it"
         )
     if not feature.valid.any():
-        raise DataError(f"feature {feature.name} has no encoded item; see: embedcache inspect {cache.path}")
+        raise DataError(
+            f"feature {feature.name}: expected encoded items, got none; see: embedcache inspect {cache.path}"
+        )
     return feature
 
 

@@ -85,5 +85,7 @@ class SelectorContract:
 
     def test_unused_setting_raises(self, selector: Selector) -> None:
         for name in set(_VALUES) - set(selector.accepts):
-            with pytest.raises(SettingError, match=f"--method {self.name} does not use --{name.replace('_', '-')}"):
+            with pytest.raises(
+                SettingError, match=f"--method {self.name}: expected .*, got --{name.replace('_', '-')}"
+            ):
                 check_method_settings(self.name, selector, SelectSettings(**{name: _VALUES[name]}))

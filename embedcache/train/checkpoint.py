@@ -48,7 +48,9 @@ def load_checkpoint(run_path: Path, device: str) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         generators = {name: state[name] for name in _NAMES}["generators"]
     except (RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError, UnpicklingError) as error:
-        raise CorruptError(f"{path} cannot be read: {error}; delete it to restart training") from error
+        raise CorruptError(
+            f"{path}: expected a checkpoint, got an error: {error}; delete it to restart training"
+        ) from error
     if len(generators) != num_processes():
         raise FingerprintError(
             f"{path}: expected {len(generators)} processes, which wrote it, got {num_processes()}; start "

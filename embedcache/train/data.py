@@ -35,7 +35,9 @@ def open_data(paths: Paths, *, image_feature: str | None, text_feature: str | No
     caches = [Cache(path) for path in ([paths] if isinstance(paths, Path | str) else paths)]
     for cache, other in combinations(caches, 2):
         if cache.info.has_rows_of(other.info.index_digest) or other.info.has_rows_of(cache.info.index_digest):
-            raise DataError(f"expected caches of different samples: {other.path} and {cache.path} hold the same")
+            raise DataError(
+                f"expected caches of different samples, got the same in {other.path} and {cache.path}; name one"
+            )
     images = [open_input(cache, "image", image_feature) for cache in caches]
     texts = [open_input(cache, "text", text_feature) for cache in caches]
     for features in (images, texts):
@@ -102,8 +104,8 @@ class TrainData:
 def _check_same_feature(first_cache: Cache, first: InputFeature, cache: Cache, feature: InputFeature) -> None:
     if first.name != feature.name or first.width != feature.width:
         raise DataError(
-            f"{first_cache.path} has {first.name} of width {first.width}, {cache.path} has {feature.name} of width "
-            f"{feature.width}; use caches that have the same feature"
+            f"{cache.path}: expected {first.name} of width {first.width}, as in {first_cache.path}, got {feature.name} "
+            f"of width {feature.width}; use caches that have the same feature"
         )
     check_same(
         f"{first.name} of {first_cache.path}",

@@ -251,7 +251,7 @@ def _fit(
     training = _training_pairs(data, pairs, split, settings)
     validation = _shuffled_control(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
-        raise DataError(f"the validation part of {path} has no sample with both features; check --language")
+        raise DataError(f"validation part of {path}: expected samples with both features, got none; check --language")
     batches, device = _batches(training, settings), settings.machine.device
     with seeded(settings.seed, device):
         pair = build(config, dropout=settings.model.dropout).to(device)
@@ -287,7 +287,7 @@ def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: Train
     training = pairs.select(rows)
     if not len(training.samples):
         named = "" if settings.selection is None else f" in selection {settings.selection_path}"
-        raise DataError(f"the training part has no sample with both features{named}; check --language")
+        raise DataError(f"training part{named}: expected samples with both features, got none; check --language")
     return _shuffled_control(training, settings)
 
 

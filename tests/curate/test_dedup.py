@@ -137,7 +137,7 @@ def test_analyze_levels(copied: Path, tmp_path: Path) -> None:
 def test_too_many_pairs(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.curate.near_duplicates.MAX_PAIRS", 2)
     assert threshold_table(analyze(copied))[1][-1][2:] == ["too many pairs", "", ""]
-    with pytest.raises(SettingError, match=r"pairs are above 0.5; give a higher --cosine"):
+    with pytest.raises(SettingError, match=r"pairs above it, got more with 0.5; give a higher one"):
         dedup(copied, tmp_path / "kept.parquet", DedupSettings(cosine=0.5))
 
 
@@ -208,10 +208,10 @@ def test_invalid_settings_raise(copied: Path, tmp_path: Path) -> None:
 
 
 def test_unreached_cosine_names_highest(cache_path: Path, distinct: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"reach 0.5: the highest cosine is 0\.00000; nothing would"):
+    with pytest.raises(SettingError, match=r"reach, got 0.5: the highest cosine is 0\.00000; nothing would"):
         dedup(distinct, tmp_path / "kept.parquet", DedupSettings(cosine=0.5))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(DataError, match="open_toy/patches has several vectors per item"):
+    with pytest.raises(DataError, match="open_toy/patches: expected one vector per item"):
         analyze(cache_path, DedupSettings(feature="open_toy/patches"))
 
 

@@ -202,7 +202,7 @@ def test_unfinished_feature_is_skipped_or_refused(tmp_path: Path) -> None:
     with pytest.raises(UnfinishedError, match="feature open_other/cls is not finished"):
         compare(tmp_path / "c", image_feature=("open_other",), split=key)
     next((tmp_path / "c" / "image" / "open_toy" / "chunks").glob("*.parquet")).unlink()
-    with pytest.raises(UnfinishedError, match=r"no image feature of .* is complete; .*open_other/cls"):
+    with pytest.raises(UnfinishedError, match=r"expected a complete image feature, got none; .*open_other/cls"):
         compare(tmp_path / "c", split=key)
 
 

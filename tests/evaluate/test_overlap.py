@@ -47,14 +47,16 @@ def test_other_cache_uses_its_column_split(run: Run, other: Path) -> None:
     ]
     assert len(read_eval_split(cache, run, "all").samples) == 80
     assert evaluate_retrieval(other, [run.path]).num_images == [50]
-    with pytest.raises(DataError, match="no val samples for this run: its column split holds test, train; use --part"):
+    with pytest.raises(
+        DataError, match="expected val samples, got none, as its column split holds test, train; use --part"
+    ):
         read_eval_split(cache, run, "val")
 
 
 def test_cache_without_a_split_is_used_whole(run: Run, two_caches: list[Path]) -> None:
     assert read_eval_split(Cache(two_caches[0]), run).part == "all samples"
     assert len(read_eval_split(Cache(two_caches[0]), run).samples) == 40
-    with pytest.raises(DataError, match="no test samples for this run: it has no column split"):
+    with pytest.raises(DataError, match="expected test samples, got none, as it has no column split"):
         read_eval_split(Cache(two_caches[0]), run, "test")
 
 
@@ -96,7 +98,10 @@ def test_missing_training_cache_is_reported(cache_path: Path, run: Run, other: P
     assert report.warning is None
     again = evaluate_retrieval(other, [moved], RetrievalSettings(trained_on=(str(cache_path),)))
     assert again.warning is not None
-    with pytest.raises(DataError, match=r"was not trained on .*cache; name the caches it was trained on"):
+    with pytest.raises(
+        DataError,
+        match=r"cache: expected a cache that run .* was trained on, got another; name the caches it was trained on",
+    ):
         evaluate_retrieval(other, [moved], RetrievalSettings(trained_on=(str(other),)))
 
 

@@ -333,13 +333,13 @@ BAD = {
     "no label": (
         lambda n, c: {"label": None, "color": 1.5},
         DataError,
-        "none of 40 items of .* has a label in column 'label'",
+        "column 'label' of .*: expected labels, got none for 40 items",
     ),
     "no column": (lambda n, c: {"color": "red"}, UnknownNameError, "known: color"),
     "empty part": (
         lambda n, c: {**color(n, c), "split": "test" if n else "train"},
         DataError,
-        r"no val items with open_toy/cls \(train: 1, val: 0, test: 39; parts by column",
+        r"expected val items with open_toy/cls, got none \(train: 1, val: 0, test: 39; parts by column",
     ),
     "no test": (
         lambda n, c: {**color(n, c), "split": "val" if n % 3 else "train"},
@@ -364,7 +364,7 @@ def test_unusable_data_raise(tmp_path: Path, case: str) -> None:
 
 def test_val_part_needs_a_column(tmp_path: Path) -> None:
     path = make_cache(tmp_path, lambda number, caption: {"label": caption.split()[0]}, count=40)
-    with pytest.raises(DataError, match="have no column 'split' that names a part 'val'"):
+    with pytest.raises(DataError, match="part: expected test, .* no column 'split', got val"):
         probing(path, part="val")()
 
 

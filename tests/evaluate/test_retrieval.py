@@ -133,7 +133,9 @@ def test_run_of_another_encoder_is_refused(tmp_path: Path) -> None:
 def test_swapped_split_is_refused(cache_path: Path, runs: list[Path], tmp_path: Path) -> None:
     run = shutil.copytree(runs[0], tmp_path / "run")
     shutil.copy(runs[1] / "split.parquet", run)
-    with pytest.raises(CorruptError, match="split.parquet is missing or not the split that the run was trained on"):
+    with pytest.raises(
+        CorruptError, match="split.parquet: expected the split that the run was trained on, got another file"
+    ):
         evaluate_retrieval(cache_path, [run])
 
 

@@ -94,16 +94,19 @@ def test_export_is_reused_or_refused(run: Path, tiny: dict[str, str], tmp_path: 
     with pytest.raises(FingerprintError, match="form: stored 'safetensors', requested 'onnx'"):
         export_run("onnx", run, folder)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(CorruptError, match=r"config.json is missing or was changed after the export"):
+    with pytest.raises(CorruptError, match=r"config.json: expected the file that was exported, got"):
         export_run("safetensors", run, folder)
 
 
 def test_invalid_input_raises(run: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(PathError, match="is not empty and holds no export; give the path of a new folder"):
+    with pytest.raises(
+        PathError,
+        match="expected a new folder or an export, got a folder of other files; give the path of a new folder",
+    ):
         export_run("safetensors", run, tmp_path / "full")
-    with pytest.raises(PathError, match="is a file"):
+    with pytest.raises(PathError, match="expected a new folder or an export, got a file"):
         export_run("safetensors", run, tmp_path / "full" / "mine.txt")
     with pytest.raises(PathError, match=r"does not exist; make one with: embedcache train"):
         export_run("safetensors", tmp_path / "none", tmp_path / "out")
@@ -122,7 +125,7 @@ def test_failed_parity_writes_nothing(run: Path, tmp_path: Path, monkeypatch: py
     ones = np.ones((2, 4), np.float32) / 2
     assert check_parity("x", ones + 5e-5, ones) == pytest.approx(5e-5, rel=0.1)
     for found in (ones + 2e-4, ones * np.nan):
-        with pytest.raises(ArtifactError, match="x computes vectors that differ"):
+        with pytest.raises(ArtifactError, match="x: expected vectors that differ"):
             check_parity("x", found, ones)
     from embedcache.export import onnx
 

@@ -53,14 +53,14 @@ def test_num_lists_can_be_trained(num_vectors: int, width: int) -> None:
     every = in_memory_configurations(num_vectors, width)
     smallest = min(one.memory_bytes for one in every)
     assert fit_memory(every, smallest)
-    with pytest.raises(SettingError, match=f"takes {smallest:,}: give --memory"):
+    with pytest.raises(SettingError, match=f"expected at least {smallest:,} bytes.*: give --memory"):
         fit_memory(every, smallest - 1)
 
 
 def test_on_disk_memory_excludes_codes() -> None:
     (kind,) = fit_memory(on_disk_configurations(100_000_000, 768), 2 * GB)
     assert (kind.factory, kind.is_on_disk) == ("IVF16384_HNSW32,SQfp16", True)
-    with pytest.raises(SettingError, match=r"the smallest, IVF16384_HNSW32,SQfp16, takes 1,6\d\d,.*K or more$"):
+    with pytest.raises(SettingError, match=r"at least 1,6\d\d,.* bytes, .* IVF16384_HNSW32,SQfp16, takes.*K or more$"):
         fit_memory(on_disk_configurations(100_000_000, 768), GB)
 
 

@@ -162,7 +162,7 @@ def test_low_recall_keeps_old_index(tmp_path: Path) -> None:
     card_path.write_text(json.dumps({**json.loads(card_path.read_text()), "recall_at_10": 0.99}))
     before = (bytes_of(tmp_path / "index"), card_path.read_bytes())
     write_cache(tmp_path, 70)
-    with pytest.raises(SettingError, match=r"the best, PQ4x4, reaches 0\.\d+ .*; the old index is unchanged"):
+    with pytest.raises(SettingError, match=r"got 0\.\d+ from the best, PQ4x4, .*; the old index is unchanged"):
         build_index(cache, tmp_path / "index", IndexSettings(feature="open_toy/cls"))
     assert (bytes_of(tmp_path / "index"), card_path.read_bytes()) == before
     assert len(search(tmp_path / "index", Queries(keys=["00001"]), SearchSettings(k=40))[0]) == 40
@@ -175,7 +175,7 @@ def test_build_on_other_samples_raises(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "source")
     write_images(tmp_path / "source", 30, seed=3)
     extract(open_source(tmp_path / "source"), cache, image_encoders=[IMAGE])
-    with pytest.raises(FingerprintError, match="was built from other samples than .*; give the path of a new folder"):
+    with pytest.raises(FingerprintError, match="expected the samples of .*, got others; give the path of a new folder"):
         build_index(cache, tmp_path / "index", IndexSettings(**FEATURE))
 
 

@@ -116,9 +116,7 @@ def test_run_projects_examples(cache_path: Path, labeled: Path, run_path: Path) 
 def test_incomparable_concepts_raise(
     cache_path: Path, prompts: Path, labeled: Path, run_path: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        DataError, match="plain image feature open_toy/cls of the pool cannot be compared with prompts.*--run"
-    ):
+    with pytest.raises(DataError, match="plain image feature open_toy/cls, got prompts; .*--run"):
         open_concepts(Cache(prompts), Vectors(cache_path, "image", "open_toy/cls"))
     with pytest.raises(UnknownNameError, match="no text features"):
         open_concepts(Cache(labeled), Vectors(cache_path, "text", "open_toy/mean"))
@@ -134,7 +132,7 @@ def test_incomparable_concepts_raise(
 
 def test_repeated_name_raises(cache_path: Path, tmp_path: Path) -> None:
     cache = Cache(prompt_cache(tmp_path, ["red", "crane", "blue", "crane"]))
-    with pytest.raises(DataError, match=r"1 of 3 concepts .* are repeated.*: 'crane' \(numbers 1 and 3\)"):
+    with pytest.raises(DataError, match=r"got 1 of 3 repeated.*: 'crane' \(numbers 1 and 3\)"):
         open_concepts(cache, Vectors(cache_path, "text", "open_toy/mean"))
 
 
@@ -145,5 +143,7 @@ def test_concept_without_example_raises(cache_path: Path, tmp_path: Path) -> Non
         open_concepts(Cache(tmp_path / "prompts"), Vectors(cache_path, "text", "open_toy/mean"))
     reds = [f"{number:05d}" for number in range(60)]
     broken = Cache(labeled_cache(tmp_path, 2, broken=reds[1:]))
-    with pytest.raises(DataError, match="1 of 2 labels in column 'label' .* have no encoded example"):
+    with pytest.raises(
+        DataError, match="column 'label' of .*: expected an encoded example of each of 2 labels, got none of 1"
+    ):
         open_concepts(broken, Vectors(cache_path, "image", "open_toy/cls"))

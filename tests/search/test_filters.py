@@ -119,7 +119,7 @@ def test_invalid_filters_raise(labeled: Path, labeled_index: Path, cache_path: P
     with pytest.raises(SettingError, match="from 1 to 15, as 15 of 60 items pass the filter, got 16"):
         search(labeled_index, ask, SearchSettings(k=16, filter=Filter(label_value=("cat",), part=("val",))))
     (tmp_path / "s.txt").write_text(ask.keys[0] + "\n")
-    with pytest.raises(DataError, match="none of the 60 items of the index passes the filter"):
+    with pytest.raises(DataError, match="filter: expected items that pass, got none of the 60"):
         search(labeled_index, ask, SearchSettings(filter=Filter(part=("val",), selection=tmp_path / "s.txt")))
-    with pytest.raises(UnknownNameError, match="have no column 'label', so --label-value cannot filter"):
+    with pytest.raises(UnknownNameError, match="--label-value: expected a column 'label' in .*, got the columns"):
         CacheFilters(Cache(cache_path), "image").mask(Filter(label_value=("cat",)))

@@ -52,7 +52,7 @@ def test_folder_with_other_files_raises(cache_path: Path, run_path: Path, tmp_pa
 
 
 def test_low_recall_raises(cache_path: Path, run_path: Path, tmp_path: Path) -> None:
-    expected = r"no index reaches recall@10 0.95: the best, PQ1x4, reaches 0\.\d+ .*; leave --factory out, or lower it"
+    expected = r"recall@10 of at least 0.95, got 0\.\d+ from the best, PQ1x4, .*; leave --factory out, or lower it"
     for _ in range(2):  # the second time it is known
         with pytest.raises(SettingError, match=expected):
             build_index(cache_path, tmp_path / "pq", IndexSettings(run=run_path, factory="PQ1x4"))
@@ -92,7 +92,7 @@ def test_search_parameters_reach_recall(cache_path: Path, tmp_path: Path, factor
 
 def test_memory_and_recall_choose_index(cache_path: Path, tmp_path: Path) -> None:
     path, feature = tmp_path / "index", "open_toy/cls"
-    with pytest.raises(SettingError, match=r"no index of these vectors fits 1,000 bytes.*RaBitQ, takes"):
+    with pytest.raises(SettingError, match=r"the smallest index of these vectors, .*RaBitQ, takes, got 1,000"):
         build_index(cache_path, path, IndexSettings(feature=feature, memory=1000))
     card = build_index(cache_path, path, IndexSettings(feature=feature, memory=40_000, min_recall=0.9))
     assert card.factory.startswith("IVF7,")
@@ -100,17 +100,17 @@ def test_memory_and_recall_choose_index(cache_path: Path, tmp_path: Path) -> Non
     assert card.memory_bytes <= 40_000
     assert card.recall_at_10 >= 0.9
     assert build_index(cache_path, path, IndexSettings(feature=feature, min_recall=0.8)) == card
-    with pytest.raises(SettingError, match=r"takes 3\d,\d+ bytes with 300 items, requested at most 2,000"):
+    with pytest.raises(SettingError, match=r"at most 2,000 bytes, got 3\d,\d+ with 300 items"):
         build_index(cache_path, path, IndexSettings(feature=feature, memory=2000))
     with pytest.raises(SettingError, match=r"min_recall: expected a number from 0 to 1, got 1.2"):
         build_index(cache_path, path, IndexSettings(feature=feature, min_recall=1.2))
     assert card.recall_at_10 < 1
-    with pytest.raises(SettingError, match=r"has recall@10 .*, requested at least 1; give the path of a new folder"):
+    with pytest.raises(SettingError, match=r"of at least 1, got 0\.\d+ for .*; give the path of a new folder"):
         build_index(cache_path, path, IndexSettings(feature=feature, min_recall=1.0))
 
 
 def test_too_little_memory_names_best_recall(cache_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"the best, IVF7,RaBitQ, reaches .*; give more --memory, or lower it"):
+    with pytest.raises(SettingError, match=r"from the best, IVF7,RaBitQ, .*; give more --memory, or lower it"):
         build_index(cache_path, tmp_path / "i", IndexSettings(feature="open_toy/cls", memory=11_000))
 
 
@@ -165,5 +165,5 @@ def test_invalid_settings_raise(cache_path: Path, tmp_path: Path) -> None:
         build_index(cache_path, tmp_path / "x", IndexSettings(feature="open_toy/cls", factory="HNS32"))
     with pytest.raises(SettingError, match="expected factory or memory, got both: the factory string 'Flat'"):
         build_index(cache_path, tmp_path / "x", IndexSettings(feature="open_toy/cls", factory="Flat", memory=10**6))
-    with pytest.raises(DataError, match="open_toy/patches has several vectors per item"):
+    with pytest.raises(DataError, match="open_toy/patches: expected one vector per item"):
         build_index(cache_path, tmp_path / "x", IndexSettings(feature="open_toy/patches"))

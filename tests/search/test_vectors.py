@@ -56,7 +56,7 @@ def test_vectors_pickle(holed: Path) -> None:
 
 
 def test_token_feature_raises(cache_path: Path) -> None:
-    with pytest.raises(DataError, match="open_toy/patches has several vectors per item"):
+    with pytest.raises(DataError, match="open_toy/patches: expected one vector per item"):
         Vectors(cache_path, "image", "open_toy/patches")
 
 

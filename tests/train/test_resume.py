@@ -129,10 +129,14 @@ def test_checkpoint_of_more_processes_is_refused(cache_path: Path, unfinished: P
 def test_corrupt_checkpoint_is_named(cache_path: Path, unfinished: Path) -> None:
     path = checkpoint_path(unfinished)
     torch.save({"step": 3}, path)
-    with pytest.raises(CorruptError, match=r"checkpoint.pt cannot be read: 'objective'; delete it"):
+    with pytest.raises(
+        CorruptError, match=r"checkpoint.pt: expected a checkpoint, got an error: 'objective'; delete it"
+    ):
         run(cache_path, unfinished)
     path.write_bytes(bytes(1000))
-    with pytest.raises(CorruptError, match=r"checkpoint.pt cannot be read: .*; delete it to restart training"):
+    with pytest.raises(
+        CorruptError, match=r"checkpoint.pt: expected a checkpoint, got an error: .*; delete it to restart training"
+    ):
         run(cache_path, unfinished)
 
 

@@ -100,7 +100,7 @@ def find_above(scores_M: Floats, threshold: float) -> Ints:
     if not len(chosen):
         low, middle, high = np.quantile(scores_M, [0, 0.5, 1])
         raise DataError(
-            f"none of {len(scores_M):,} cosines reaches --threshold {threshold}; they range from {low:.3f} to "
-            f"{high:.3f}, half of them above {middle:.3f}"
+            f"threshold: expected one that some of {len(scores_M):,} cosines reach, got {threshold}; they range "
+            f"from {low:.3f} to {high:.3f}, half of them above {middle:.3f}"
         )
     return chosen

@@ -149,8 +149,8 @@ class MetaclipSelector:
             matches = match_near(pool.blocks("comparing with concepts"), pool.concepts.vectors, settings.threshold)
         if not len(matches.samples_M):
             raise DataError(
-                f"none of {len(pool.samples):,} samples matches any of {len(names):,} concepts, such as {names[0]!r}; "
-                "lower --threshold, or give other concepts"
+                f"expected samples that match one of {len(names):,} concepts, such as {names[0]!r}, got none of "
+                f"{len(pool.samples):,}; lower --threshold, or give other concepts"
             )
         first_matches_S, heads_S = lowest_heads(matches, seed=settings.seed)
         if settings.budget is not None and settings.budget > len(first_matches_S):

@@ -44,7 +44,9 @@ def export_selection(
         write_shards(cache, rows, out_path, progress=progress)
         return len(rows)
     if out_path.is_dir():
-        raise PathError(f"{out_path} is a folder; give the path of a file for --format {format_name}")
+        raise PathError(
+            f"{out_path}: expected a file for --format {format_name}, got a folder; give the path of a file"
+        )
     all_keys = cache.samples["key"].to_pylist()
     keys = [all_keys[row] for row in rows.tolist()]
     if format_name == "keys":
@@ -96,7 +98,8 @@ def write_shards(
     """
     progress = progress or NullProgress()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise PathError(f"{folder} exists and is not an empty folder; give the path of a new one")
+        got = "a file" if folder.is_file() else "a folder that is not empty"
+        raise PathError(f"{folder}: expected a new or empty folder, got {got}; give the path of a new one")
     source = reopen_source(cache.info.source)
     samples = _Samples(cache, rows)
     with building(folder) as temporary:
@@ -119,8 +122,8 @@ class _Samples:
         if several:
             key = cache.samples["key"][several[0]].as_py()
             raise DataError(
-                f"{len(several):,} of {len(rows):,} samples have several images, first {key!r}, expected one per "
-                "sample of WebDataset; use --format keys"
+                f"expected one image per sample of WebDataset, got several in {len(several):,} of {len(rows):,} "
+                f"samples, first {key!r}; use --format keys"
             )
 
     def files(self, position: int, source: Source) -> Iterator[tuple[str, bytes]]:

@@ -68,7 +68,8 @@ class Pool:
         samples = samples[samples >= 0]
         if not len(samples):
             raise DataError(
-                f"no sample of {self._settings.selection} has {self.modality}s with {self.vectors.feature.name}"
+                f"{self._settings.selection}: expected samples with {self.modality}s of {self.vectors.feature.name}, "
+                "got none"
             )
         return samples
 
@@ -76,14 +77,14 @@ class Pool:
     def concepts(self) -> Concepts:
         """Concepts in the space of the vectors."""
         if self._settings.concepts is None:
-            raise SettingError("the method needs concepts; give --concepts CACHE")
+            raise SettingError("concepts: expected a cache of concepts, got none; give --concepts CACHE")
         return open_concepts(Cache(self._settings.concepts), self.vectors, join_names=self._settings.join_names)
 
     @cached_property
     def target(self) -> Vectors:
         """Vectors of the target."""
         if self._settings.target is None:
-            raise SettingError("the method needs a target; give --target CACHE")
+            raise SettingError("target: expected the cache of a target, got none; give --target CACHE")
         return Vectors(self._settings.target, self.modality, self.vectors.feature.name, self._settings.run)
 
     def blocks(self, title: str) -> Iterator[tuple[Ints, Floats]]:
@@ -133,7 +134,7 @@ class Pool:
                 np.maximum.at(best, samples[image], cosines)
         paired_samples = np.flatnonzero(np.isfinite(best))
         if not len(paired_samples):
-            raise DataError(f"no sample of {self.cache.path} has both an image and a caption")
+            raise DataError(f"{self.cache.path}: expected samples with both an image and a caption, got none")
         return paired_samples, best[paired_samples]
 
     def _samples_of(self, modality: str) -> Ints:

@@ -141,8 +141,8 @@ def check_method_settings(method: str, selector: Selector, settings: SelectSetti
     """Check that a method uses all settings that are set and has all that it needs, else raise `SettingError`."""
     unused = [name for name in settings.method_settings if name not in selector.accepts]
     if unused:
-        accepted = f"it takes {_options(selector.accepts)}" if selector.accepts else "it takes none"
-        raise SettingError(f"--method {method} does not use {_options(unused)}; {accepted}")
+        accepted = f"only {_options(selector.accepts)}" if selector.accepts else "no settings of its own"
+        raise SettingError(f"--method {method}: expected {accepted}, got {_options(unused)}; leave it out")
     given = [name for name in selector.requires_one_of if name in settings.method_settings]
     if selector.requires_one_of and len(given) != 1:
         got = _options(given) if given else "none"
@@ -150,12 +150,15 @@ def check_method_settings(method: str, selector: Selector, settings: SelectSetti
     inputs = settings.inputs()
     for name in selector.required_inputs:
         if name not in inputs:
-            raise SettingError(f"--method {method} needs {_INPUTS[name]}")
+            raise SettingError(f"--method {method}: expected {_INPUTS[name]}, got none")
     for name, path in inputs.items():
         if name != "run" and name not in selector.required_inputs:
-            raise SettingError(f"--method {method} does not use --{name} {path}; leave it out")
+            raise SettingError(f"--method {method}: expected no --{name}, got {path}; leave it out")
     if selector.modality is None and settings.modality is not None:
-        raise SettingError(f"--method {method} compares images with captions; leave --modality out")
+        raise SettingError(
+            f"--method {method}: expected no --modality, as it compares images with captions, got {settings.modality}; "
+            "leave it out"
+        )
 
 
 def _options(names: Sequence[str]) -> str:
@@ -178,8 +181,8 @@ def combine_selections(
     rows = np.array(sorted(left.keys() & right.keys() if is_and else left.keys() - right.keys()), np.int64)
     if not len(rows):
         raise DataError(
-            f"{first} {operation} {second} is empty: they select {len(left):,} and {len(right):,} samples of "
-            f"{cache.path}, {len(left.keys() & right.keys()):,} of them both"
+            f"{first} {operation} {second}: expected at least one sample, got none: they select {len(left):,} and "
+            f"{len(right):,} samples of {cache.path}, {len(left.keys() & right.keys()):,} of them both"
         )
     reasons = [f"{left[row]}; {right[row]}" if is_and else left[row] for row in rows.tolist()]
     record = {"method": operation, "selections": [str(first), str(second)]}

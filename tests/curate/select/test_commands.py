@@ -71,8 +71,11 @@ MISTAKES = [
     ),
     ("select cache a.parquet --method random --budget 200% --feature {image}", "invalid fraction '200%'"),
     ("select cache a.parquet --method hierarchical --budget 3 --clusters 5,x", "invalid count 'x'"),
-    ("select cache a.parquet --method metaclip --budget 3", "needs --concepts CACHE"),
-    ("select cache a.parquet --method random --per-concept 3", "does not use --per-concept; it takes --budget"),
+    ("select cache a.parquet --method metaclip --budget 3", "--method metaclip: expected --concepts CACHE"),
+    (
+        "select cache a.parquet --method random --per-concept 3",
+        "--method random: expected only --budget, got --per-concept",
+    ),
     (
         "select cache a.parquet --method random --budget 3 --selection none.txt --feature {image}",
         "none.txt does not exist",

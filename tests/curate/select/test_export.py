@@ -85,7 +85,7 @@ def test_shards_are_deterministic(made: tuple[Cache, Path], tmp_path: Path) -> N
     for name in ("a", "b"):
         export_selection(cache.path, path, tmp_path / name, "webdataset")
     assert (tmp_path / "a/00000.tar").read_bytes() == (tmp_path / "b/00000.tar").read_bytes()
-    with pytest.raises(PathError, match="is not an empty folder"):
+    with pytest.raises(PathError, match="expected a new or empty folder, got a folder that is not empty"):
         export_selection(cache.path, path, tmp_path / "a", "webdataset")
 
 

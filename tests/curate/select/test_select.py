@@ -91,7 +91,7 @@ def test_combine_with_key_list(around: dict[str, Path], tmp_path: Path) -> None:
 
 def test_empty_combination_raises(around: dict[str, Path], tmp_path: Path) -> None:
     chosen(around, tmp_path / "a.parquet", budget=4)
-    with pytest.raises(DataError, match=r"is empty: they select 4 and 4 samples of .*, 4 of them both"):
+    with pytest.raises(DataError, match=r"got none: they select 4 and 4 samples of .*, 4 of them both"):
         combine_selections(
             around["cache"], tmp_path / "b.parquet", tmp_path / "a.parquet", "minus", tmp_path / "a.parquet"
         )
@@ -111,9 +111,9 @@ MISTAKES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("random", {"budget": 301}, SettingError, "budget: expected at most the 300 samples of the pool, got 301"),
     ("random", {"budget": 0}, SettingError, "budget: expected a .* above 0, got 0"),
     ("random", {"budget": 1.5}, SettingError, "budget: expected a whole number or a fraction of at most 1"),
-    ("rare-first", {"budget": 3}, SettingError, "--method rare-first needs --concepts CACHE, made by"),
-    ("clip-score", {"budget": 3}, SettingError, "--method clip-score needs --run RUN"),
-    ("image-based", {"budget": 3}, SettingError, "--method image-based needs --target CACHE"),
+    ("rare-first", {"budget": 3}, SettingError, "--method rare-first: expected --concepts CACHE, made by"),
+    ("clip-score", {"budget": 3}, SettingError, "--method clip-score: expected --run RUN"),
+    ("image-based", {"budget": 3}, SettingError, "--method image-based: expected --target CACHE"),
     (
         "clip-score",
         {"threshold": 1.5},
@@ -146,14 +146,14 @@ def test_invalid_settings_raise(
 
 
 def test_unused_inputs_raise(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="--method random does not use --concepts"):
+    with pytest.raises(SettingError, match="--method random: expected no --concepts, got"):
         chosen(around, tmp_path / "a.parquet", budget=3, concepts=around["concepts"])
-    with pytest.raises(SettingError, match="leave --modality out"):
+    with pytest.raises(SettingError, match="expected no --modality, .*, got text; leave it out"):
         chosen(around, tmp_path / "a.parquet", "clip-score", budget=3, run=around["run"], modality="text")
 
 
 def test_too_high_threshold_raises(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none of 300 cosines reaches --threshold 1.0; they range from"):
+    with pytest.raises(DataError, match=r"some of 300 cosines reach, got 1.0; they range from"):
         chosen(around, tmp_path / "a.parquet", "clip-score", threshold=1.0, run=around["run"], feature=None)
 
 
@@ -163,9 +163,7 @@ def test_output_must_be_parquet(around: dict[str, Path], tmp_path: Path) -> None
 
 
 def test_incomparable_concepts_raise(around: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match="feature open_toy/cls of the pool cannot be compared with prompts; project both with"
-    ):
+    with pytest.raises(DataError, match="image feature open_toy/cls, got prompts; project both with"):
         chosen(
             around,
             tmp_path / "a.parquet",
@@ -189,7 +187,7 @@ def test_join_names(around: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("red\nblue\nred\n")
     extract(open_source(f"prompts:{tmp_path}/names.txt"), tmp_path / "names", text_encoders=["tests.toy:open_toy"])
     path = tmp_path / "a.parquet"
-    with pytest.raises(DataError, match="1 of 2 concepts of .* are repeated, counted from 0: 'red'"):
+    with pytest.raises(DataError, match="expected each concept once, got 1 of 2 repeated, counted from 0: 'red'"):
         chosen(around, path, "rare-first", per_concept=4, concepts=tmp_path / "names")
     rows = chosen(around, path, "rare-first", per_concept=4, concepts=tmp_path / "names", join_names=True)
     assert len(rows) == 8
