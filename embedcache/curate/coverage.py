@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from embedcache.arrays import Floats, Ints
+from embedcache.arrays import Bools, Floats, Ints
 from embedcache.curate.counting import (
     SAMPLE,
     Background,
@@ -212,11 +212,7 @@ def measure_coverage(
             f"k: expected 1 to {len(pool.rows)}, the number of {pool.modality}s of {pool.cache.path} with "
             f"{pool.feature.name}, got {settings.k}"
         )
-    selection = None if settings.selection is None else Path(settings.selection)
-    is_selected = None
-    if selection is not None:
-        samples = pool.cache.items(pool.modality)["sample"].to_numpy()
-        is_selected = np.isin(samples, read_selection(selection, [pool.cache]))
+    is_selected_N = _is_selected(pool, settings.selection)
     concepts = open_concepts(Cache(concepts_path), pool, label=settings.label)
     background = estimate_background(concepts.vectors, pool.sample(max(SAMPLE, settings.k)), settings.k)
     thresholds = background.thresholds(settings.deviations)
@@ -231,24 +227,12 @@ def measure_coverage(
         floors_C=background.floors,
         nearest_CJ=nearest,
         k=settings.k,
-        is_selected_N=is_selected,
+        is_selected_N=is_selected_N,
     )
-    card = None
-    if settings.index is None:
-        partial = run_pass(
-            pool, counter, engine=settings.engine, address=settings.address, title="counting", progress=progress
-        )
-    else:
-        index, card = open_index(settings.index, pool)
-        partial = count_indexed(pool, counter, concepts.vectors, index, card.search, progress or NullProgress())
+    partial, card = _count(pool, counter, concepts.vectors, settings, progress)
     scores, rows = partial.top.table()
     _check_any_covered(partial, scores, thresholds, concepts, pool)
-    names = [f"all {pool.modality}s", *([selection.name] if selection else [])]
-    columns = zip(names, partial.num_items, partial.num_covered, partial.counts, partial.assigned, strict=True)
-    pool_counts, *others = [
-        ConceptCounts(name=name, num_items=int(items), num_covered=int(covered), counts=counts, assigned=assigned)
-        for name, items, covered, counts, assigned in columns
-    ]
+    pool_counts, *others = _concept_counts(partial, pool, settings.selection)
     return CoverageReport(
         pool=pool,
         concepts=concepts,
@@ -263,6 +247,42 @@ def measure_coverage(
         overlaps=_overlaps(pool_counts.counts, partial.shared, nearest, cosines),
         index=card,
     )
+
+
+def _is_selected(pool: Vectors, selection: Path | str | None) -> Bools | None:
+    """Return whether each item of the cache is of a selected sample; None without a selection."""
+    if selection is None:
+        return None
+    samples_N = pool.cache.items(pool.modality)["sample"].to_numpy()
+    is_selected_N: Bools = np.isin(samples_N, read_selection(selection, [pool.cache]))
+    return is_selected_N
+
+
+def _count(
+    pool: Vectors,
+    counter: CoverageCounter,
+    concepts_CP: Floats,
+    settings: CoverageSettings,
+    progress: Progress | None,
+) -> tuple[PartialCoverage, IndexCard | None]:
+    """Count all items, or those that an index finds; return the card of the index too."""
+    if settings.index is None:
+        partial = run_pass(
+            pool, counter, engine=settings.engine, address=settings.address, title="counting", progress=progress
+        )
+        return partial, None
+    index, card = open_index(settings.index, pool)
+    return count_indexed(pool, counter, concepts_CP, index, card.search, progress or NullProgress()), card
+
+
+def _concept_counts(partial: PartialCoverage, pool: Vectors, selection: Path | str | None) -> list[ConceptCounts]:
+    """Return the counts of the pool and, if there is one, of the selection."""
+    names = [f"all {pool.modality}s", *([] if selection is None else [Path(selection).name])]
+    columns = zip(names, partial.num_items, partial.num_covered, partial.counts, partial.assigned, strict=True)
+    return [
+        ConceptCounts(name=name, num_items=int(items), num_covered=int(covered), counts=counts, assigned=assigned)
+        for name, items, covered, counts, assigned in columns
+    ]
 
 
 def _check_any_covered(
