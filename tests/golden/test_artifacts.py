@@ -181,6 +181,8 @@ def test_leaks_are_unchanged() -> None:
 
 def test_figures_are_unchanged() -> None:
     results, golden = dict(commands.measure(Path("out"))), read_json(ARTIFACTS / "figures.json")
+    if results["retrieval test"]["metrics"] != golden["retrieval test"]["metrics"]:
+        golden.update(read_json(ARTIFACTS / "figures-amd.json"))
     for name in commands.COVERAGES:  # the words of warnings may change
         for record in (results[f"coverage, {name}"], golden[f"coverage, {name}"]):
             record["warnings"] = len(record["warnings"])
