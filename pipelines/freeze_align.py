@@ -47,7 +47,8 @@ FULL = Recipe(
 TINY = Recipe(
     image_encoder=IMAGE_ENCODER, text_encoder=TEXT_ENCODER, features=("patch_mean", "kmeans:4", "mean"),
     image_feature="efficientnet-lite0/patch_mean+efficientnet-lite0/kmeans:4", per_concept=3,
-    training=with_options(PAPER, epochs=8, batch_size=512, split="strict", val_fraction=0.1, test_fraction=0.25),
+    training=with_options(PAPER, shared_width=512, epochs=5, batch_size=512, split="strict", val_fraction=0.1,
+                          test_fraction=0.25),
 )
 # fmt: on
 

@@ -19,6 +19,18 @@ settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 FEATURES = ("cls", "patches", "mean", "tokens")
+LONGEST = (
+    *("quickstart/test_quickstart", "pipelines/test_freeze_align", "test_docs", "test_ray", "export/test_export"),
+    *("extract/test_remote", "interop/test_clip_benchmark", "train/test_distributed", "encoders/test_graph"),
+    *("export/test_open_clip", "extract/test_engines", "sweep/test_sweep", "serve/test_page", "extract/test_crash"),
+)
+"""The files that take longest, which start first so that both test processes end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the longest files to the front; all others keep their order."""
+    order = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,12 @@ from pathlib import Path
 from embedcache.extract.extract import EncoderReport, extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
+from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
 
 FEATURES = ("cls", "patches", "tokens")
+NUM_IMAGES = 60
+"""Images in caches that several processes extract."""
 
 
 def run(source: Path, cache: Path, **settings: object) -> list[EncoderReport]:
@@ -34,3 +37,31 @@ def tree(cache: Path) -> dict[str, str]:
         for path in sorted(cache.rglob("*"))
         if path.is_file() and path.relative_to(cache).parts[0] != "records" and path.name not in (".lock", ".claims")
     }
+
+
+def extract_slowly(
+    source: Path, cache: Path, progress: RecordedProgress, *, delay_ms: int, image: str = IMAGE, **settings: object
+) -> list[str]:
+    reports = extract(
+        open_source(source),
+        cache,
+        image_encoders=[f"{image},delay_ms={delay_ms}"],
+        text_encoders=[TEXT],
+        settings=ExtractSettings(features=FEATURES, chunk_size=8, **settings),  # type: ignore[arg-type]
+        progress=progress,
+    )
+    return [report.line() for report in reports]
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Compare caches whose encoders differ only in `delay_ms`, which is part of the spec."""
+    trees = [
+        {name: sha for name, sha in tree(cache).items() if name != "image/open_toy/zarr.json"} for cache in (one, other)
+    ]
+    return trees[0] == trees[1]
+
+
+ALL_ENCODED = [
+    f"open_toy (cls, patches): encoded {NUM_IMAGES} images, reused 0, failed 0",
+    f"open_toy (tokens): encoded {NUM_IMAGES} texts, reused 0, failed 0",
+]

@@ -8,8 +8,8 @@ import pytest
 from embedcache.cli.main import app
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
+from tests.crash import crash
 from tests.extract.cases import tree
-from tests.extract.crash import crash
 from tests.images import write_images
 
 ENCODERS = ["--image-encoder", "tests.toy:open_toy", "--text-encoder", "tests.toy:open_toy", "--device", "cpu"]

@@ -1,4 +1,4 @@
-"""Several processes on one cache: those of this machine, and of a Ray cluster that loses a machine."""
+"""Several processes of this machine on one cache."""
 
 import os
 import signal
@@ -12,16 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.errors import EmbedcacheError, SettingError, UnfinishedError, UnknownNameError
-from embedcache.extract.engines import count_processes
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
-from tests.extract.cases import FEATURES, run, tree
+from tests.extract.cases import ALL_ENCODED, FEATURES, NUM_IMAGES, extract_slowly, run, same_bytes
 from tests.images import write_images
 from tests.recorded import RecordedProgress
 from tests.toy import IMAGE, TEXT
-
-NUM_IMAGES = 60
 
 
 @pytest.fixture(scope="module")
@@ -34,34 +31,6 @@ def one_process(source: Path) -> Path:
     """The cache of one process. Not to be changed."""
     run(source, source.parent / "one", features=FEATURES, chunk_size=8)
     return source.parent / "one"
-
-
-def extract_slowly(
-    source: Path, cache: Path, progress: RecordedProgress, *, delay_ms: int, image: str = IMAGE, **settings: object
-) -> list[str]:
-    reports = extract(
-        open_source(source),
-        cache,
-        image_encoders=[f"{image},delay_ms={delay_ms}"],
-        text_encoders=[TEXT],
-        settings=ExtractSettings(features=FEATURES, chunk_size=8, **settings),  # type: ignore[arg-type]
-        progress=progress,
-    )
-    return [report.line() for report in reports]
-
-
-def same_bytes(one: Path, other: Path) -> bool:
-    """Compare caches whose encoders differ only in `delay_ms`, which is part of the spec."""
-    trees = [
-        {name: sha for name, sha in tree(cache).items() if name != "image/open_toy/zarr.json"} for cache in (one, other)
-    ]
-    return trees[0] == trees[1]
-
-
-ALL_ENCODED = [
-    f"open_toy (cls, patches): encoded {NUM_IMAGES} images, reused 0, failed 0",
-    f"open_toy (tokens): encoded {NUM_IMAGES} texts, reused 0, failed 0",
-]
 
 
 @pytest.mark.slow
@@ -166,46 +135,3 @@ def test_invalid_request_is_rejected_before_indexing(
 def test_invalid_setting_raises(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         ExtractSettings(**settings)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_ray_cluster_that_loses_a_machine(source: Path, one_process: Path, tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
-    ray.init(address=cluster.address, log_to_driver=False)
-    progress = RecordedProgress()
-
-    def lose_a_machine() -> None:
-        deadline = time.monotonic() + 120
-        while len(list((tmp_path / "c/image").glob("*/chunks/*.parquet"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        cluster.remove_node(nodes[1], allow_graceful=False)
-
-    loser = threading.Thread(target=lose_a_machine)
-    try:
-        # a plan counts the actors of the cluster, not the devices of this machine
-        assert count_processes(ExtractSettings(engine="ray")) == 2
-        loser.start()
-        lines = extract_slowly(source, tmp_path / "c", progress, delay_ms=300, engine="ray")
-        with pytest.raises(EmbedcacheError, match="unknown option of the encoder family"):
-            extract_slowly(
-                source,
-                tmp_path / "c",
-                RecordedProgress(),
-                delay_ms=0,
-                image=f"{IMAGE},nonsense=1",
-                engine="ray",
-                actors=1,
-            )
-        assert sum(node["Alive"] for node in ray.nodes()) == 2, "a machine was lost"
-    finally:
-        loser.join()
-        ray.shutdown()
-        cluster.shutdown()
-    assert lines == ALL_ENCODED
-    assert progress.counts["encoding images"] == progress.counts["encoding texts"] == NUM_IMAGES
-    assert same_bytes(one_process, tmp_path / "c")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.crash import start
 from tests.extract.cases import tree
-from tests.extract.crash import start
 from tests.images import write_images
 
 ENCODERS = ["--image-encoder", "tests.toy:open_toy,delay_ms=50", "--text-encoder", "tests.toy:open_toy,delay_ms=20"]

@@ -29,12 +29,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Three tars of ten images each."""
-    image_folder, folder = write_images(tmp_path / "images", 30), tmp_path / "shards"
+    """Three tars of five images each."""
+    image_folder, folder = write_images(tmp_path / "images", 15), tmp_path / "shards"
     folder.mkdir()
     for shard in range(3):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for path in sorted(image_folder.iterdir())[20 * shard : 20 * (shard + 1)]:
+            for path in sorted(image_folder.iterdir())[10 * shard : 10 * (shard + 1)]:
                 tar.add(path, path.name)
     return folder
 
@@ -59,12 +59,12 @@ def test_remote_cache_has_the_bytes_of_a_local_one(shards: Path, bucket: str, tm
     source = upload(shards, f"{bucket}/shards")
     progress = RecordedProgress()
     lines = run(f"{source}/{{00000..00002}}.tar", f"{bucket}/cache", devices=("cpu", "cpu"), progress=progress)
-    assert ("encoding images", 30, "images") in progress.started  # the parts of both processes together
-    assert progress.counts["encoding images"] == progress.counts["encoding texts"] == 30
-    assert lines[0] == "open_toy (cls, patches): encoded 30 images, reused 0, failed 0"
+    assert ("encoding images", 15, "images") in progress.started  # the parts of both processes together
+    assert progress.counts["encoding images"] == progress.counts["encoding texts"] == 15
+    assert lines[0] == "open_toy (cls, patches): encoded 15 images, reused 0, failed 0"
     run(f"{source}/{{00000..00002}}.tar", str(tmp_path / "local"))
     assert bytes_of(f"{bucket}/cache") == bytes_of(str(tmp_path / "local"))
-    assert "encoded 0 images, reused 30" in run(f"{source}/{{00000..00002}}.tar", f"{bucket}/cache")[0]
+    assert "encoded 0 images, reused 15" in run(f"{source}/{{00000..00002}}.tar", f"{bucket}/cache")[0]
 
 
 def test_read_remote_cache(shards: Path, bucket: str) -> None:
@@ -73,7 +73,7 @@ def test_read_remote_cache(shards: Path, bucket: str) -> None:
     feature = cache.feature("image", "open_toy/cls")
     whole = feature.load()
     assert np.isfinite(whole).all()
-    rows = np.array([29, 0, 17, 17])
+    rows = np.array([14, 0, 8, 8])
     np.testing.assert_array_equal(feature.gather(rows), whole[rows])
     assert len(cache.feature("text").gather_tokens(rows)) == 4
 
@@ -86,13 +86,13 @@ def test_resume_extend_and_repair_remote_cache(shards: Path, bucket: str) -> Non
     run(source, cache)
     for file in ("image/open_toy/chunks/00001.parquet", "text/open_toy/tokens/values/00000/c/0/0"):
         open_path(f"{cache}/{file}").unlink()
-    assert "encoded 8 images, reused 12" in run(source, cache)[0]
+    assert "encoded 2 images, reused 8" in run(source, cache)[0]
     last.write_bytes(data)
-    with pytest.raises(FingerprintError, match="it has 10 more"):
+    with pytest.raises(FingerprintError, match="it has 5 more"):
         run(source, cache)
-    assert "encoded 14 images, reused 16" in run(source, cache, extend=True)[0]
+    assert "encoded 7 images, reused 8" in run(source, cache, extend=True)[0]
     before = bytes_of(cache)
-    chunk = open_path(f"{cache}/image/open_toy/cls/c/3/0")
+    chunk = open_path(f"{cache}/image/open_toy/cls/c/1/0")
     chunk.write_bytes(bytes(len(chunk.read_bytes())))
     repair(Cache(cache), verify(Cache(cache)))
     assert bytes_of(cache) == before

@@ -23,8 +23,8 @@ from embedcache.store.feature import Feature
 from embedcache.store.verify import verify
 from embedcache.train.settings import OptimizerSettings, TrainSettings
 from embedcache.train.train import train
+from tests.crash import crash
 from tests.extract.cases import tree as files_of
-from tests.extract.crash import crash
 from tests.interop.cases import import_files, unit_rows, write_tree
 
 CAPTIONS = [f"caption {row}" for row in range(40)]

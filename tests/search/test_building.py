@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,26 +21,12 @@ from embedcache.search.search import search
 from embedcache.search.settings import IndexSettings, SearchSettings
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
+from tests.crash import crash_function
 from tests.images import write_images
 from tests.toy import IMAGE
 
 KINDS = ("Flat", "HNSW8", "IVF4,SQ8", "IVF4,RaBitQ,Refine(SQ8)")
 FEATURE: dict[str, Any] = {"feature": "open_toy/cls", "min_recall": 0.0}
-PROGRAM = """
-import sys
-from tests.extract.crash import crash_at
-from embedcache.search import building
-from embedcache.search.index import build_index
-from embedcache.search.settings import IndexSettings
-moment, pattern, number, cache, index, factory = sys.argv[1:]
-crash_at(moment, pattern, int(number))
-if factory == "on disk":
-    building.PART_BYTES = 100 * 96
-    settings = {"factory": "IVF4,SQfp16", "on_disk": True}
-else:
-    settings = {"factory": factory, "checkpoint_s": 0}
-build_index(cache, index, IndexSettings(feature="open_toy/cls", min_recall=0.0, **settings))
-"""
 
 
 def write_cache(folder: Path, count: int, chunk_size: int = 16) -> Path:
@@ -54,9 +37,15 @@ def write_cache(folder: Path, count: int, chunk_size: int = 16) -> Path:
 
 
 def kill_at(moment: str, pattern: str, number: int, cache: Path, index: Path, factory: str) -> None:
-    words = [sys.executable, "-c", PROGRAM, moment, pattern, number, cache, index, factory]
-    done = subprocess.run(list(map(str, words)), check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    crash_function(build, (cache, index, factory), moment, pattern, number)
+
+
+def build(cache: Path, index: Path, factory: str) -> None:
+    settings: dict[str, Any] = {"factory": factory, "checkpoint_s": 0}
+    if factory == "on disk":
+        building.PART_BYTES = 100 * 96
+        settings = ON_DISK
+    build_index(cache, index, IndexSettings(**{**FEATURE, **settings}))
 
 
 def bytes_of(index_path: Path) -> bytes:

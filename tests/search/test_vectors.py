@@ -64,10 +64,3 @@ def test_missing_ray_names_extra(holed: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"embedcache\[ray\]"):
         run_pass(Vectors(holed, "image"), Sums(), engine="ray")
-
-
-@pytest.mark.slow
-def test_ray_pass_is_identical(holed: Path) -> None:
-    here, there = (run_pass(Vectors(holed, "image"), Sums(), engine=engine) for engine in ("local", "ray"))
-    assert here[0] == there[0]
-    assert np.array_equal(here[1], there[1])

@@ -16,7 +16,7 @@ from embedcache.projectors.saved import read_config
 from embedcache.provenance import digest_file, read_json
 from embedcache.reports.sweep import write_sweep_page
 from embedcache.sweep.sweep import SweepReport, sweep
-from tests.extract.crash import start
+from tests.crash import start
 from tests.recorded import RecordedProgress
 from tests.sweep.conftest import FEATURES, RANDOM, SPACE
 

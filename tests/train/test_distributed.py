@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from embedcache.train.distributed import own_slice
+from tests.crash import call
+from tests.train.distributed_worker import main
 from tests.train.runs import IMAGE, TEXT, log_lines, run
 
 pytestmark = pytest.mark.slow
@@ -23,7 +25,7 @@ def torchrun(num_processes: int, *words: str) -> None:
 
 
 def test_gradients_match_one_process(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, str(WORKER), str(tmp_path / "1")], check=True, capture_output=True)
+    call(main, str(tmp_path / "1"))
     torchrun(3, str(WORKER), str(tmp_path / "3"))
     expected, found = (torch.load(tmp_path / name, weights_only=True) for name in "13")
     assert len(expected) == 4 * 4 + 3

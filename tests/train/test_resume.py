@@ -14,6 +14,8 @@ import torch
 from embedcache.errors import CorruptError, FingerprintError, PathError
 from embedcache.train import trainer
 from embedcache.train.checkpoint import checkpoint_path
+from tests.cli.run import embedcache
+from tests.crash import start
 from tests.train import runs
 
 SAME = ("model.safetensors", "last.safetensors", "losses.jsonl", "split.parquet", "config.json")
@@ -146,13 +148,15 @@ def test_resume_after_kill_is_identical(cache_path: Path, tmp_path: Path) -> Non
         "--image-feature open_toy/cls --text-feature open_toy/mean --split key --epochs 40 --batch-size 64 "
         "--shared-width 16 --checkpoint-s 0"
     )
-    command = [sys.executable, "-m", "embedcache", "train", str(cache_path), str(tmp_path / "killed"), *options.split()]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while not checkpoint_path(tmp_path / "killed").exists():
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+    command = ["train", str(cache_path), str(tmp_path / "killed"), *options.split()]
+    process = start(command)
+    while not checkpoint_path(tmp_path / "killed").exists():
+        time.sleep(0.02)
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
     assert not (tmp_path / "killed/config.json").exists()
-    outcome = subprocess.run(command, check=True, capture_output=True, text=True)
+    outcome = embedcache(*command, cwd=tmp_path)
     assert "resumed from the checkpoint after step" in outcome.stderr
     runs.run(cache_path, tmp_path / "whole", epochs=40)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")

@@ -1,13 +1,14 @@
-"""Runs of `embedcache` in processes that are killed, forked from one server that has imported everything already."""
+"""Processes that are killed, forked from one server that has imported everything already."""
 
 import multiprocessing
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from embedcache.cli.main import app
 
@@ -15,8 +16,9 @@ replace = Path.replace
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        *("tests.extract.crash", "tests.toy", "torch", "zarr", "pandas", "pydantic", "PIL.PngImagePlugin"),
+        *("tests.crash", "tests.toy", "torch", "zarr", "pandas", "pydantic", "PIL.PngImagePlugin"),
         *("embedcache.extract.plan", "embedcache.extract.repair", "embedcache.sources.folder"),
+        *("embedcache.search.index", "embedcache.train.train", "faiss"),
     ]
 )
 
@@ -28,13 +30,28 @@ def start(arguments: Sequence[str], *, output: Path | None = None) -> BaseProces
     return process
 
 
+def call(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function of a module in a process of its own."""
+    process = _CONTEXT.Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
 def crash(arguments: Sequence[str], moment: str, pattern: str, number: int = 1) -> None:
-    """Run a command that is killed with SIGKILL `before` or `after` a file that matches takes its place.
+    """Run a command that is killed with SIGKILL; the other arguments are those of `crash_function`."""
+    crash_function(_run, (list(arguments), None), moment, pattern, number)
+
+
+def crash_function(
+    function: Callable[..., Any], arguments: Sequence[Any], moment: str, pattern: str, number: int = 1
+) -> None:
+    """Call a function of a module that is killed with SIGKILL `before` or `after` a file that matches takes its place.
 
     Every file of a cache takes its place by a rename; the pattern is matched with the end of its path. With a
     `number` above 1, earlier matches are passed over.
     """
-    process = _CONTEXT.Process(target=_run_and_die, args=(list(arguments), moment, pattern, number))
+    process = _CONTEXT.Process(target=_call_and_die, args=(function, arguments, moment, pattern, number))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -45,12 +62,14 @@ def _run(arguments: list[str], output: Path | None) -> None:
         app(arguments, standalone_mode=False)
 
 
-def _run_and_die(arguments: list[str], moment: str, pattern: str, number: int) -> None:
-    crash_at(moment, pattern, number)
-    _run(arguments, None)
+def _call_and_die(
+    function: Callable[..., Any], arguments: Sequence[Any], moment: str, pattern: str, number: int
+) -> None:
+    _crash_at(moment, pattern, number)
+    function(*arguments)
 
 
-def crash_at(moment: str, pattern: str, number: int) -> None:
+def _crash_at(moment: str, pattern: str, number: int) -> None:
     """Kill this process at the rename of the file that matches for the given time, counted from 1."""
     left = [number]
 

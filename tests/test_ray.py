@@ -1,0 +1,81 @@
+"""A Ray cluster of two machines computes what one process computes, and loses one of them."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedcache.errors import EmbedcacheError
+from embedcache.extract.engines import count_processes
+from embedcache.extract.settings import ExtractSettings
+from embedcache.search.vectors import Vectors, run_pass
+from tests.extract.cases import ALL_ENCODED, FEATURES, NUM_IMAGES, extract_slowly, run, same_bytes
+from tests.images import write_images
+from tests.recorded import RecordedProgress
+from tests.search.test_vectors import Sums
+from tests.toy import IMAGE
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Start a cluster whose head computes nothing, with a machine of two cores; the driver is connected to it."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 2000}
+    head = {"num_cpus": 0, "_system_config": checks | {"health_check_failure_threshold": 3}}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=2)
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_pass_is_identical(cluster: Any, cache_path: Path) -> None:
+    here, there = (
+        run_pass(Vectors(cache_path, "image", "open_toy/cls"), Sums(), engine=engine) for engine in ("local", "ray")
+    )
+    assert here[0] == there[0] == list(range(300))
+    assert np.array_equal(here[1], there[1])
+
+
+def test_lost_machine_leaves_its_chunks_to_others(cluster: Any, tmp_path: Path) -> None:
+    source, cache = write_images(tmp_path / "source", NUM_IMAGES), tmp_path / "c"
+    run(source, tmp_path / "one", features=FEATURES, chunk_size=8)
+    machine, progress = cluster.add_node(num_cpus=2), RecordedProgress()
+    num_committed: list[int] = []
+
+    def lose_machine() -> None:
+        deadline, commits = time.monotonic() + 120, cache / "image" / "open_toy" / "chunks"
+        while len(list(commits.glob("*.parquet"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        cluster.remove_node(machine, allow_graceful=False)
+        num_committed.append(len(list(commits.glob("*.parquet"))))
+
+    loser = threading.Thread(target=lose_machine)
+    # a plan counts the actors of the cluster, not the devices of this machine
+    assert count_processes(ExtractSettings(engine="ray")) == 2
+    loser.start()
+    try:
+        lines = extract_slowly(source, cache, progress, delay_ms=200, engine="ray")
+    finally:
+        loser.join()
+    assert 2 <= num_committed[0] < 8
+    assert lines == ALL_ENCODED
+    assert progress.counts["encoding images"] == progress.counts["encoding texts"] == NUM_IMAGES
+    assert same_bytes(tmp_path / "one", cache)
+
+
+def test_error_in_an_actor_is_raised(cluster: Any, tmp_path: Path) -> None:
+    source, options = write_images(tmp_path / "source", 2), {"delay_ms": 0, "engine": "ray", "actors": 1}
+    with pytest.raises(EmbedcacheError, match="unknown option of the encoder family"):
+        extract_slowly(source, tmp_path / "c", RecordedProgress(), image=f"{IMAGE},nonsense=1", **options)
