@@ -64,5 +64,6 @@ def _loader(mixup: float, captions: str) -> Loader:
     return Loader(batches, image=reader(images), text=reader(texts), device="cpu")
 
 
-with process_group("cpu"):
-    main(sys.argv[1])
+if __name__ == "__main__":
+    with process_group("cpu"):
+        main(sys.argv[1])
