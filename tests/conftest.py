@@ -20,9 +20,15 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 FEATURES = ("cls", "patches", "mean", "tokens")
 LONGEST = (
-    *("quickstart/test_quickstart", "pipelines/test_freeze_align", "test_docs", "test_ray", "export/test_export"),
+    *(
+        "quickstart/test_quickstart",
+        "pipelines/test_freeze_align",
+        "export/test_open_clip",
+        "test_ray",
+        "export/test_export",
+    ),
     *("extract/test_remote", "interop/test_clip_benchmark", "train/test_distributed", "encoders/test_graph"),
-    *("export/test_open_clip", "extract/test_engines", "sweep/test_sweep", "serve/test_page", "extract/test_crash"),
+    *("export/test_transformers", "extract/test_engines", "sweep/test_sweep", "serve/test_page", "extract/test_crash"),
 )
 """The files that take longest, which start first so that both test processes end together."""
 

@@ -1,17 +1,12 @@
-"""Examples in the documentation: Python blocks and the tutorial are run, other command lines are parsed.
+"""Examples in the documentation: Python blocks are run and command lines are parsed; quickstart/ runs the tutorial.
 
 A block that cannot be checked has a comment above it: `<!-- not run: the reason -->`.
 """
 
-import contextlib
-import io
-import itertools
 import re
 import shlex
 import shutil
-import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import typer
@@ -19,38 +14,12 @@ from typer.core import TyperGroup
 
 from embedcache import arrays
 from embedcache.cli.main import app
-from tests.cli.run import embedcache
+from tests.blocks import ROOT, TUTORIAL, Block, blocks_of, run_block
 from tests.images import write_images
 
-ROOT = Path(__file__).parents[1]
 OTHERS = re.compile(r"#|(\w+=\S+ )?(just|(python -m )?pip install) ")
 """Beginnings of lines that are comments or that CI runs."""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TUTORIAL = ROOT / "docs" / "tutorial.md"
-BLOCK = re.compile(r"^(?:<!-- (.+?) -->\n)?```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-"""The HTML comment right above, the language and the content of a block."""
-NOT_RUN = "not run: "
-VARIES = "varies: "
-"""Beginnings of such comments; the reason follows."""
-
-
-class Block(NamedTuple):
-    """A fenced block of a page."""
-
-    page: str
-    comment: str
-    language: str
-    code: str
-
-    @property
-    def is_run(self) -> bool:
-        """Whether no comment says that the block is not run."""
-        return not self.comment.startswith(NOT_RUN)
-
-
-def blocks_of(page: Path) -> list[Block]:
-    """Return all blocks of a page, in order."""
-    return [Block(str(page.relative_to(ROOT)), *found) for found in BLOCK.findall(page.read_text())]
 
 
 def blocks(language: str) -> list[Block]:
@@ -120,48 +89,6 @@ def test_examples_are_found() -> None:
     assert len(COMMANDS) > 10
     assert len(PYTHON) >= 4
     assert len(blocks_of(TUTORIAL)) > 20
-
-
-@pytest.mark.slow
-def test_tutorial_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run its blocks in order, in one folder, and compare the shown lines with the output except for numbers."""
-    monkeypatch.setenv("COLUMNS", "120")
-    output, missing = "", {}
-    for block in blocks_of(TUTORIAL):
-        if block.language == "text" and not block.comment.startswith(VARIES):
-            if lines := plain(block.code) - plain(output):
-                missing[block.code] = lines, output
-        elif block.language in ("sh", "python"):
-            output = run_block(block, tmp_path)
-    assert not missing
-
-
-def run_block(block: Block, folder: Path) -> str:
-    """Run a block in a folder and return its output; commands of embedcache and Python run in this process."""
-    if block.language == "python":
-        output = io.StringIO()
-        with contextlib.chdir(folder), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            exec(compile(block.code, block.page, "exec"), {"__name__": "__main__"})  # noqa: S102
-        return output.getvalue()
-    parts = itertools.groupby(block.code.splitlines(), key=lambda line: line.startswith("embedcache "))
-    return "".join(run_lines(list(lines), folder, is_command=is_command) for is_command, lines in parts)
-
-
-def run_lines(lines: list[str], folder: Path, *, is_command: bool) -> str:
-    """Run lines of a shell block, which are commands of embedcache or a script."""
-    if is_command:
-        results = [embedcache(*shlex.split(line)[1:], cwd=folder) for line in lines]
-        assert all(result.code == 0 for result in results), results
-        return "".join(result.stdout + result.stderr for result in results)
-    done = subprocess.run(["bash", "-euc", "\n".join(lines)], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-def plain(output: str) -> set[str]:
-    """Return the lines of an output without numbers, table borders and spaces."""
-    lines = (re.sub(r"[\d.,]+", "#", re.sub(r"[\u2500-\u257f]", " ", line)) for line in output.splitlines())
-    return {" ".join(line.split()) for line in lines} - {""}
 
 
 def test_links_exist() -> None:

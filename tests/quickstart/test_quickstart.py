@@ -1,17 +1,23 @@
-"""The whole workflow on the packaged encoders and images."""
+"""The whole workflow on the packaged encoders and images: the quickstart, and the tutorial on its image features."""
 
 import json
 import re
 import shlex
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from embedcache.cli.main import main
-from embedcache.quickstart.quickstart import quickstart
+from embedcache.extract.extract import extract
+from embedcache.quickstart.quickstart import TEXT_ENCODER, quickstart
 from embedcache.reports.quickstart import QuickstartReport
+from embedcache.sources import open_source
 from embedcache.store.cache import Cache
+from embedcache.store.group import read_commit, write_commit
+from tests.blocks import TUTORIAL, VARIES, blocks_of, run_block
 from tests.golden.commands import ARTIFACTS, read_json
 
 pytestmark = pytest.mark.slow
@@ -110,3 +116,36 @@ def test_second_run_reuses_the_results(report: QuickstartReport, workdir: Path) 
     assert "encoded 0 images, reused 1,893" in output
     assert output.count("reused, trained earlier") == 9
     assert again.retrieval == report.retrieval
+
+
+def test_tutorial_prints_what_it_shows(
+    report: QuickstartReport, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run its blocks in order, in one folder, and compare the shown lines with the output except for numbers."""
+    monkeypatch.setenv("COLUMNS", "120")
+    copy_image_features(workdir / "cache", tmp_path / "emoji")
+    output, missing = "", {}
+    for block in blocks_of(TUTORIAL):
+        if block.language == "text" and not block.comment.startswith(VARIES):
+            if lines := plain(block.code) - plain(output):
+                missing[block.code] = lines, output
+        elif block.language in ("sh", "python"):
+            output = run_block(block, tmp_path)
+    assert not missing
+
+
+def copy_image_features(quickstart_cache: Path, cache: Path) -> None:
+    """Create the tutorial's cache with the quickstart's features of the same images, which saves 20 seconds."""
+    extract(open_source("openmoji:en"), cache, text_encoders=[TEXT_ENCODER])
+    folder = cache / "image" / "efficientnet-lite0"
+    shutil.copytree(quickstart_cache / "image" / "efficientnet-lite0", folder)
+    commit, of_texts = read_commit(folder, 0), read_commit(cache / "text" / "all-MiniLM-L6-v2", 0)
+    assert commit
+    assert of_texts
+    write_commit(folder, replace(commit, index_digest=of_texts.index_digest))
+
+
+def plain(output: str) -> set[str]:
+    """Return the lines of an output without numbers, table borders and spaces."""
+    lines = (re.sub(r"[\d.,]+", "#", re.sub(r"[\u2500-\u257f]", " ", line)) for line in output.splitlines())
+    return {" ".join(line.split()) for line in lines} - {""}
