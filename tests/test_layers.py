@@ -14,7 +14,7 @@ LAYERS = [
     {"files"},
     {"metrics", "provenance"},
     {"sources", "encoders", "projectors"},
-    {"store"},
+    {"networks", "store"},
     {"dataset"},
     {"extract", "train", "search"},
     {"evaluate", "curate"},
