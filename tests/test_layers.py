@@ -16,7 +16,7 @@ LAYERS = [
     {"sources", "encoders", "projectors"},
     {"networks", "store"},
     {"dataset"},
-    {"extract", "train", "search"},
+    {"extract", "derive", "train", "search"},
     {"evaluate", "curate"},
     {"reports"},
     {"inference"},
