@@ -8,6 +8,7 @@ import numpy as np
 from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, DataError, FingerprintError
 from embedcache.files import locked
+from embedcache.modalities import MODALITIES
 from embedcache.store.arrays import write_array, write_chunk
 from embedcache.store.feature import Feature
 from embedcache.store.group import NOT_YET, Commit, EncoderGroup, chunk_shape, read_feature, remove_commit, write_commit
@@ -71,16 +72,16 @@ def _check_same_items(group: EncoderGroup, before: Commit, hashes: Sequence[byte
     for offset, (old, new) in enumerate(zip(before.hashes, hashes, strict=True)):
         is_used = any(reasons[offset] is None for reasons in before.failures.values())
         if is_used and old is not None and new is not None and old != new:
-            path = _image_path(group, before.chunk, offset)
+            path = _item_path(group, before.chunk, offset)
             raise FingerprintError(
                 f"{group.modality} {path}in row {first + offset} has other bytes now than when {group.name} was "
                 "extracted; put the old file back, or extract into a new folder"
             )
 
 
-def _image_path(group: EncoderGroup, chunk: int, offset: int) -> str:
-    """Return the path of an image followed by a space; texts have none."""
-    if group.modality != "image":
+def _item_path(group: EncoderGroup, chunk: int, offset: int) -> str:
+    """Return the path of an item followed by a space; texts have none."""
+    if MODALITIES[group.modality].kind == "texts":
         return ""
     path = items_path(group.path.parents[1], group.modality)
     with table_errors(path), open_table(path) as table:
@@ -144,7 +145,7 @@ def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Se
         )
     if item_shape[0] < 0:
         return _write_ragged(group, feature, chunk, items, item_shape[1], dtype)
-    missing = np.full(item_shape, np.nan, dtype)
+    missing = np.full(item_shape, -1 if dtype.startswith("int") else np.nan, dtype)
     shape = chunk_shape(group.info, item_shape, dtype)
     files = {}
     for number, rows in enumerate(blocks(len(items), shape[0]), chunk * group.info.chunk_size // shape[0]):
@@ -170,15 +171,21 @@ def _write_ragged(
 
 
 def cast_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -> Array:
-    """Convert the output of an encoder for one item, (D,) or (T, D) float, to the dtype on disk.
+    """Convert the output of an encoder for one item, (D,) or (T, D), to the dtype on disk: float, or signed integer.
 
     Raises:
-        DataError: the shape differs, or a value is NaN or beyond the range of the dtype on disk.
+        DataError: the shape differs, or a value is NaN or beyond the range of the dtype on disk, or is no integer for
+            an integer dtype.
     """
     if item.shape[-1] != item_shape[-1] or (item_shape[0] >= 0 and item.shape != item_shape):
         raise DataError(f"feature {name}: expected shape {item_shape}, got {item.shape}")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         stored = item.astype(dtype)
+    if stored.dtype.kind == "i":
+        if not np.array_equal(stored, item):
+            misfit = float(item[item != stored][0])
+            raise DataError(f"feature {name}: expected integers within the range of {dtype}, got {misfit:.6g}")
+        return stored
     if not np.isfinite(stored).all():
         largest = float(np.abs(item).max())
         if np.isfinite(largest):
