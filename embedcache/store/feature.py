@@ -143,8 +143,8 @@ class Feature:
         """Iterate over the committed chunks in row order, with checksums checked.
 
         Yields:
-            The rows, and their (rows, D) or (rows, T, D) array: a read-only view, NaN in failed rows (-1 of
-            integers). A ragged feature yields a list of (T, D) arrays, None for a failed item.
+            The rows, and their (rows, D) or (rows, T, D) array: a read-only view, NaN (integers: -1) in failed rows. A
+            ragged feature yields a list of (T, D) arrays, None for a failed item.
         """
         for commit in self.commits:
             if commit is not None:
@@ -178,7 +178,9 @@ class Feature:
         return [item if reason is None else None for item, reason in zip(items, reasons, strict=True)]
 
     def load(self) -> Array:
-        """Read the complete feature into memory: (N, D) or (N, T, D), NaN (-1 of integers) in failed rows, checked.
+        """Read the complete feature into memory: (N, D) or (N, T, D), with checksums checked.
+
+        Failed rows are NaN, of integers -1.
 
         Raises:
             UnfinishedError: chunks are missing.

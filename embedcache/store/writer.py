@@ -9,7 +9,7 @@ from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, DataError, FingerprintError
 from embedcache.files import locked
 from embedcache.modalities import MODALITIES
-from embedcache.store.arrays import write_array, write_chunk
+from embedcache.store.arrays import fill_value, write_array, write_chunk
 from embedcache.store.feature import Feature
 from embedcache.store.group import NOT_YET, Commit, EncoderGroup, chunk_shape, read_feature, remove_commit, write_commit
 from embedcache.store.layout import items_path
@@ -145,7 +145,7 @@ def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Se
         )
     if item_shape[0] < 0:
         return _write_ragged(group, feature, chunk, items, item_shape[1], dtype)
-    missing = np.full(item_shape, -1 if dtype.startswith("int") else np.nan, dtype)
+    missing = np.full(item_shape, fill_value(dtype), dtype)
     shape = chunk_shape(group.info, item_shape, dtype)
     files = {}
     for number, rows in enumerate(blocks(len(items), shape[0]), chunk * group.info.chunk_size // shape[0]):
@@ -171,21 +171,20 @@ def _write_ragged(
 
 
 def cast_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -> Array:
-    """Convert the output of an encoder for one item, (D,) or (T, D), to the dtype on disk: float, or signed integer.
+    """Convert the value of one item, (D,) or (T, D), to the dtype on disk.
 
     Raises:
-        DataError: the shape differs, or a value is NaN or beyond the range of the dtype on disk, or is no integer for
-            an integer dtype.
+        DataError: the shape differs, or a value is NaN, beyond the range of the dtype on disk, or not whole where
+            the dtype on disk is an integer.
     """
-    if item.shape[-1] != item_shape[-1] or (item_shape[0] >= 0 and item.shape != item_shape):
+    if item.ndim != len(item_shape) or any(
+        size not in (-1, got) for size, got in zip(item_shape, item.shape, strict=True)
+    ):
         raise DataError(f"feature {name}: expected shape {item_shape}, got {item.shape}")
-    with np.errstate(over="ignore", invalid="ignore"):
+    if np.dtype(dtype).kind == "i":
+        return _cast_integers(item, dtype, name)
+    with np.errstate(over="ignore"):
         stored = item.astype(dtype)
-    if stored.dtype.kind == "i":
-        if not np.array_equal(stored, item):
-            misfit = float(item[item != stored][0])
-            raise DataError(f"feature {name}: expected integers within the range of {dtype}, got {misfit:.6g}")
-        return stored
     if not np.isfinite(stored).all():
         largest = float(np.abs(item).max())
         if np.isfinite(largest):
@@ -194,3 +193,17 @@ def cast_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -
             )
         raise DataError(f"feature {name}: expected finite values, got NaN or infinity; check weights and precision")
     return stored
+
+
+def _cast_integers(item: Array, dtype: str, name: str) -> Array:
+    """Convert the value of one item to an integer dtype; -1 marks a missing value."""
+    limits = np.iinfo(dtype)
+    is_valid = (item >= limits.min) & (item <= limits.max)  # false for NaN
+    if item.dtype.kind == "f":
+        is_valid &= item == np.floor(item)
+    if not is_valid.all():
+        raise DataError(
+            f"feature {name}: expected whole numbers from {limits.min} to {limits.max}, the range of {dtype}, got "
+            f"{item[~is_valid].flat[0]}"
+        )
+    return item.astype(dtype)
