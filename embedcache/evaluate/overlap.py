@@ -137,13 +137,13 @@ def _open_training_caches(run: Run, paths: Sequence[str]) -> tuple[list[Cache], 
 
 
 def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
-    """Return the images and texts of the training part in one of a run's caches; empty if the part is."""
+    """Return the items of the training part in one of a run's caches by modality; empty if the part is."""
     rows = np.flatnonzero(np.array(read_run_split(run, cache).parts) == "train")
     if not len(rows):
         return {}
-    image, text = run_input(cache, run.config, "image"), run_input(cache, run.config, "text")
-    pairs = pair_items([cache], [image], [text], language=run.config.training["language"]).select(rows)
-    return {"image": ItemSet(image, pairs.image), "text": ItemSet(text, pairs.text)}
+    first, second = (run_input(cache, run.config, modality) for modality in run.config.sides)
+    pairs = pair_items([cache], [first], [second], language=run.config.training["language"]).select(rows)
+    return {first.modality: ItemSet(first, pairs.first), second.modality: ItemSet(second, pairs.second)}
 
 
 def _num_affordable(evaluated: Mapping[str, ItemSet], trained: Sequence[Mapping[str, ItemSet]]) -> int:

@@ -220,7 +220,7 @@ def _rank(run: Run, image: InputFeature, rows: Ints, labels: Ints, prompts: Prom
     classes_CP = class_vectors(prompts, run)
     ranks, predicted = [], []
     for block in blocks(len(rows), _BLOCK):
-        scores_BC = project(run.pair.image, image.read(rows[block])) @ classes_CP.T
+        scores_BC = project(run.pair.tower("image"), image.read(rows[block])) @ classes_CP.T
         ranks.append(rank_labels(scores_BC, labels[block]))
         k = min(max(KS), scores_BC.shape[1])
         best_BK = np.argpartition(-scores_BC, k - 1, axis=1)[:, :k]
@@ -244,11 +244,11 @@ def _chances(num_classes: int, num_images: int) -> dict[str, Estimate]:
 
 def _run_prompts(cache: Cache, run: Run) -> Prompts:
     """Read the prompts that a run can project; errors are those of `evaluate_zero_shot`."""
-    check_prompts(cache, run.config.text.spec)
+    check_prompts(cache, run.config.tower_input("text").spec)
     return read_prompts(cache, run_input(cache, run.config, "text"))
 
 
 def class_vectors(prompts: Prompts, run: Run) -> Floats:
     """Project the prompts and average those of each class: normalize, mean, normalize -> (C, P) float32."""
-    projected_TP = project(run.pair.text, prompts.feature.read(prompts.rows))
+    projected_TP = project(run.pair.tower("text"), prompts.feature.read(prompts.rows))
     return mean_directions(projected_TP, prompts.classes, len(prompts.names))

@@ -99,7 +99,7 @@ class Vectors:
     def _unit(self, inputs: Inputs) -> Floats:
         if self._pair is None:
             return _normalize_blocks(inputs.values)
-        return project(self._pair.image if self.modality == "image" else self._pair.text, inputs)
+        return project(self._pair.tower(self.modality), inputs)
 
 
 def _normalize_blocks(values_BD: Array) -> Floats:

@@ -46,7 +46,7 @@ def test_other_cache_uses_its_column_split(run: Run, other: Path) -> None:
         row for row, part in enumerate(cache.samples["split"].to_pylist()) if part == "test"
     ]
     assert len(read_eval_split(cache, run, "all").samples) == 80
-    assert evaluate_retrieval(other, [run.path]).num_images == [50]
+    assert evaluate_retrieval(other, [run.path]).num_items["image"] == [50]
     with pytest.raises(
         DataError, match="expected val samples, got none, as its column split holds test, train; use --part"
     ):
