@@ -16,6 +16,7 @@ LAYERS = [
     {"sources", "encoders", "projectors"},
     {"store"},
     {"dataset"},
+    {"derive"},
     {"extract", "train", "search"},
     {"evaluate", "curate"},
     {"reports"},
