@@ -17,6 +17,7 @@ from embedcache.encoders.base import ItemShape
 from embedcache.encoders.open import EncoderSpec
 from embedcache.errors import ItemError, SettingError
 from embedcache.files import Leases, remove_partials
+from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import record_stage
 from embedcache.store.cache import Cache
@@ -41,6 +42,7 @@ class Derivation:
         outputs: output -> item shape and dtype, for a function; a `Rule` knows its outputs.
         dtype: dtype on disk of the outputs of a `Rule`.
         model_digest: digest of what a function computes with, if it is more than its code and parameters.
+        keeps_axis: whether token outputs of a function have the tokens, and the axis, of the first input.
         fit_split: a run's `split.parquet`; a rule that is fitted reads its training part. None: all items.
     """
 
@@ -51,6 +53,7 @@ class Derivation:
     outputs: Mapping[str, OutputSpec] = field(default_factory=dict)
     dtype: str = "float16"
     model_digest: str = ""
+    keeps_axis: bool = False
     fit_split: Path | None = None
 
     def __post_init__(self) -> None:
@@ -85,7 +88,7 @@ class DeriveReport:
         """Return a summary in one line."""
         failed = "; ".join(f"{count} {reason}" for reason, count in self.failures.items())
         return (
-            f"{self.name} ({', '.join(self.features)}): derived {self.derived:,} {self.modality}s, "
+            f"{self.name} ({', '.join(self.features)}): derived {self.derived:,} {noun(self.modality)}, "
             f"reused {self.reused:,}, failed {sum(self.failures.values()):,}" + (f": {failed}" if failed else "")
         )
 
@@ -120,7 +123,8 @@ def derive(cache_path: Path | str, derivation: Derivation, *, progress: Progress
     fingerprint = request_fingerprint(rule, inputs, parameters, weights=derivation.model_digest or rule.weights)
     group, fitted = prepare_group(cache, derivation.name, rule, reader, fingerprint, split_path=derivation.fit_split)
     for name, (shape, dtype) in outputs.items():
-        add_feature(group, name, shape, dtype)
+        axis = inputs[0].axis if derivation.keeps_axis or rule.keeps_axis else None
+        add_feature(group, name, shape, dtype, axis=axis if len(shape) > 1 else None)
     opened = OpenDerivation(
         group=group,
         fingerprint=group.fingerprint,
@@ -257,7 +261,7 @@ class OpenDerivation:
             return []
         leases, computed = Leases(self.group.path / "chunks"), []
         num_items = self.group.info.count_items(self.group.modality, missing)
-        progress.start(f"deriving {self.group.name}", num_items, f"{self.group.modality}s")
+        progress.start(f"deriving {self.group.name}", num_items, noun(self.group.modality))
         for is_last_pass in (False, True):
             for chunk in missing:
                 if chunk in computed or (is_last_pass and not self._missing(chunk)):

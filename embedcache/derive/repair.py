@@ -39,7 +39,7 @@ def reopen_derivation(
     spec, stored = EncoderSpec.parse(group.spec), group.fingerprint
     parameters, inputs = stored["preprocessing"], [cache.feature(*entry) for entry in group.inputs]
     if spec.model == RUN:
-        opened_run = reopen_run(cache, group.modality, parameters, spec.options, device=device)
+        opened_run = reopen_run(cache, group.modality, parameters, spec.options, trust_cache=trust_cache, device=device)
         parameters, rule = opened_run.parameters, opened_run.rule
     else:
         rule = _reopen_rule(group, spec.model, trust_cache=trust_cache)

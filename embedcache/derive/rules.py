@@ -64,6 +64,7 @@ class Rule:
             None: the derivation names its outputs.
         parameters: parameter -> default; None accepts any parameter.
         fit: one pass over the inputs of the training part -> arrays that `apply` needs.
+        keeps_axis: whether token outputs have the tokens of the first input, and therefore its axis.
         weights: digest of what the rule computes with, such as the weights of a run.
         code: digest of the source code of a function that is not part of embedcache.
         location: option -> path of what opens the rule again; not part of the fingerprint.
@@ -74,6 +75,7 @@ class Rule:
     outputs: Callable[[Sequence[ItemShape], Mapping[str, Any]], Mapping[str, ItemShape]] | None = None
     parameters: Mapping[str, Any] | None = None
     fit: Callable[[Iterator[Sequence[Block]], Mapping[str, Any]], dict[str, Array]] | None = None
+    keeps_axis: bool = False
     weights: str = ""
     code: str | None = None
     location: Mapping[str, str] = field(default_factory=dict)
@@ -229,6 +231,7 @@ PCA = Rule(
     outputs=_pca_outputs,
     parameters={"width": 64, "whiten": False},
     fit=_fit_pca,
+    keeps_axis=True,
 )
 """The first `width` principal components of each vector or token; with `whiten`, each has variance 1."""
 
@@ -257,6 +260,7 @@ STANDARDIZE = Rule(
     outputs=_standardize_outputs,
     parameters={},
     fit=_fit_standardize,
+    keeps_axis=True,
 )
 """Each column of each vector or token with mean 0 and variance 1 over the training part; constant columns become 0."""
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
+import torch
 
 from embedcache.arrays import Array, Floats, Inputs, blocks
 from embedcache.dataset.inputs import open_input, to_inputs
@@ -14,10 +15,11 @@ from embedcache.derive.rules import Block, Output, Rule
 from embedcache.encoders.backends import torch_device
 from embedcache.encoders.base import ItemShape
 from embedcache.errors import PathError, SettingError
+from embedcache.networks.saved import load_module
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import PairConfig, check_feature, config_path, load_pair, project
-from embedcache.provenance import read_json
-from embedcache.registry import Registry, unknown_name
+from embedcache.projectors.saved import RUN_FORMAT, PairConfig, check_feature, config_path, load_pair, project
+from embedcache.provenance import check_same, read_manifest
+from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
 
 RUN = "run"
@@ -57,8 +59,20 @@ class RunRule:
 
 OpenRun: TypeAlias = Callable[[RunRequest], list[RunRule]]
 
-RUN_KINDS = Registry("kind of run", {"pair": "embedcache.derive.runs:open_pair"}, group="embedcache.run_kinds")
-"""Kind of run, as its `config.json` says -> function that opens an output; an aligned pair says none."""
+
+class OutputModule(Protocol):
+    """A trained module with outputs that can be derived; a `torch.nn.Module` of a run that `train_task` wrote.
+
+    The inputs are the features of the run's sides, in the order of its config; the module is in evaluation mode.
+    """
+
+    def output_shapes(self, shapes: Sequence[ItemShape]) -> Mapping[str, ItemShape]:
+        """Return output -> shape of one item, (D,), (T, D) or (-1, D), for inputs of some shapes."""
+        ...
+
+    def compute_outputs(self, inputs: Sequence[Block], names: Sequence[str]) -> Mapping[str, Output]:
+        """Compute some outputs for B items, without gradients; an item depends on no other item."""
+        ...
 
 
 def open_run(request: RunRequest) -> list[RunRule]:
@@ -67,16 +81,61 @@ def open_run(request: RunRequest) -> list[RunRule]:
     Raises:
         PathError: the folder is not a finished run.
         UnknownNameError: the run has no such output, or is of an unknown kind.
+        SettingError: the output needs prompts, or has no use for them.
         FingerprintError: the cache holds features from another encoder than the run was trained on.
     """
-    path = config_path(request.path)
-    values = read_json(path) if path.is_file() else {}
-    kind = values.get("kind", "pair") if isinstance(values, dict) else "pair"
-    opener: OpenRun = RUN_KINDS.load(kind)
-    return opener(request)
+    openers: Mapping[int, OpenRun] = {1: _open_pair, 2: _open_module}
+    return openers[_read_manifest(request.path)["format"]](request)
 
 
-def open_pair(request: RunRequest) -> list[RunRule]:
+def _read_manifest(run_path: Path) -> dict[str, Any]:
+    make = f"embedcache train CACHE {run_path}"
+    return read_manifest(config_path(run_path), kind="run", latest_format=RUN_FORMAT, make=make)
+
+
+def _open_module(request: RunRequest) -> list[RunRule]:
+    """Open an output of a run of format 2, whose module says what it offers.
+
+    Raises:
+        SettingError: the module is not an `OutputModule`, or a setting is for aligned pairs only.
+    """
+    module, config = load_module(request.path, device=str(torch_device(request.device)))
+    if not (hasattr(module, "output_shapes") and hasattr(module, "compute_outputs")):
+        raise SettingError(
+            f"{request.path}: the module {config.kind} offers no outputs; give it the methods of OutputModule in "
+            "embedcache/derive/runs.py"
+        )
+    sides = list(config.sides.values())
+    if request.prompts is not None or request.modality not in (None, sides[0].modality):
+        name, value = ("prompts", request.prompts) if request.prompts is not None else ("modality", request.modality)
+        raise SettingError(f"{name}: expected none for a run of {config.kind}, got {value}; omit --{name}")
+    inputs = [(side.modality, part) for side in sides for part in side.feature.split("+")]
+    for side in sides:
+        check_same(
+            f"the run's {side.modality} feature {side.feature}",
+            side.fingerprint,
+            open_input(request.cache, side.modality, side.feature).fingerprint,
+            next_step="the cache's features come from another encoder: use the cache that the run was trained on",
+        )
+    offering = cast(OutputModule, module)
+
+    def outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
+        offered = offering.output_shapes(shapes)
+        if request.output not in offered:
+            raise unknown_name(f"output of the run {request.path}", request.output, offered)
+        return {request.output: offered[request.output]}
+
+    @torch.inference_mode()
+    def apply(blocks: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
+        return offering.compute_outputs(blocks, [request.output])
+
+    rule = Rule(
+        name=RUN, apply=apply, outputs=outputs, weights=config.weights_digest, location={RUN: str(request.path)}
+    )
+    return [RunRule(inputs=inputs, rule=rule, parameters={"output": request.output, "kind": config.kind})]
+
+
+def _open_pair(request: RunRequest) -> list[RunRule]:
     """Open an output of an aligned pair: `projected` for both modalities, `prob` for images."""
     pair, config = load_pair(request.path, device=str(torch_device(request.device)))
     openers = {"projected": _open_projected, "prob": _open_prob}
@@ -166,7 +225,13 @@ def _softmax(scores_BC: Array) -> Floats:
 
 
 def reopen_run(
-    cache: Cache, modality: str, parameters: Mapping[str, Any], location: Mapping[str, str], *, device: str
+    cache: Cache,
+    modality: str,
+    parameters: Mapping[str, Any],
+    location: Mapping[str, str],
+    *,
+    trust_cache: bool,
+    device: str,
 ) -> RunRule:
     """Open the output of a run again from what a derived feature records."""
     request = RunRequest(
@@ -179,5 +244,11 @@ def reopen_run(
     )
     if not config_path(request.path).is_file():
         raise PathError(f"{request.path} is not a finished run; put the run back where the feature was derived from it")
+    kind = str(_read_manifest(request.path).get("kind", ""))
+    if ":" in kind and not trust_cache:
+        raise SettingError(
+            f"the run {request.path} is of the kind {kind!r}, which is custom code; if you trust the cache and the "
+            "run, use --trust-cache"
+        )
     (opened,) = open_run(request)
     return opened

@@ -2,12 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from torch import nn
 
+from embedcache.dataset.inputs import open_input
 from embedcache.derive.derive import Derivation, derive, derive_from_run
+from embedcache.derive.rules import Block, Output
+from embedcache.encoders.base import ItemShape
 from embedcache.errors import FingerprintError, PathError, SettingError, UnknownNameError
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import ZeroShotSettings
@@ -16,6 +24,7 @@ from embedcache.extract.extract import extract
 from embedcache.extract.repair import measure_drift, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.inference import load
+from embedcache.networks.saved import ModuleConfig, ModuleInput, save_module
 from embedcache.projectors.saved import config_path
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
@@ -80,16 +89,12 @@ def test_prob_is_zero_shot_classification(cache: Path, work: Path) -> None:
 
 
 def test_class_with_the_highest_prob_is_the_predicted_class(cache: Path, work: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     samples = pq.read_table(cache / "samples.parquet")
     pq.write_table(samples.append_column("label", pa.array(["red"] * len(samples))), cache / "samples.parquet")
     derive_from_run(cache, work / "vectors", "prob", prompts=work / "prompts", dtype="float32")
     (run,) = load_runs(work / "vectors")
-    predictions = classify(
-        Cache(cache), run, Cache(work / "prompts"), ZeroShotSettings(part="all", check_overlap=False)
-    )
+    settings = ZeroShotSettings(part="all", check_overlap=False)
+    predictions = classify(Cache(cache), run, Cache(work / "prompts"), settings)
     found = Cache(cache).feature("image", "vectors-prob").gather(predictions.items.rows)
     np.testing.assert_array_equal(found.argmax(axis=1), predictions.predicted[:, 0])
 
@@ -140,15 +145,73 @@ def test_refusals(cache: Path, work: Path, tmp_path: Path) -> None:
         derive_from_run(cache, tmp_path / "none")
     other = shutil.copytree(run, tmp_path / "other,kind")
     with pytest.raises(SettingError, match="a path with a comma is not supported"):
-        derive_from_run(cache, other)
+        derive_from_run(cache, other, name="other")
     config = json.loads(config_path(other).read_text())
-    config_path(other).write_text(json.dumps({**config, "kind": "quantum"}))
-    with pytest.raises(UnknownNameError, match="unknown kind of run 'quantum'; known: pair"):
-        derive_from_run(cache, other)
     config["image"]["fingerprint"]["weights"] = "other"
     config_path(other).write_text(json.dumps(config))
     with pytest.raises(FingerprintError, match="the cache's open_toy/cls comes from another encoder"):
         derive_from_run(cache, other)
+
+
+class Doubler(nn.Module):
+    """A module with two outputs, one for tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((width,), 2.0))
+
+    def output_shapes(self, shapes: Sequence[ItemShape]) -> Mapping[str, ItemShape]:
+        return {"states": shapes[0], "sum": shapes[0][-1:]}
+
+    def compute_outputs(self, inputs: Sequence[Block], names: Sequence[str]) -> Mapping[str, Output]:
+        states = inputs[0].with_rows((torch.from_numpy(inputs[0].rows()) * self.factor).numpy())
+        sums = [item.sum(axis=0) for item in states.items()]
+        return {"states": states, "sum": sums} if "sum" in names else {"states": states}
+
+
+def write_module_run(cache: Path, run: Path, kind: str = "tests.derive.test_runs:Doubler") -> Path:
+    """Write a run of format 2 on the tokens of a cache."""
+    feature = open_input(Cache(cache), "text", "open_toy/tokens")
+    side = ModuleInput(
+        modality="text", feature=feature.name, spec=feature.spec, fingerprint=feature.fingerprint, width=feature.width
+    )
+    run.mkdir()
+    module = Doubler(feature.width)
+    save_module(run, module, ModuleConfig(kind=kind, arguments={"width": feature.width}, sides={"text": side}))
+    return run
+
+
+def test_outputs_of_a_module(cache: Path, tmp_path: Path) -> None:
+    run = write_module_run(cache, tmp_path / "run")
+    for output in ("states", "sum"):
+        (report,) = derive_from_run(cache, run, output)
+        assert report.line() == f"run-{output} ({output}): derived 300 texts, reused 0, failed 0"
+    rows = np.arange(300)
+    tokens = Cache(cache).feature("text", "open_toy/tokens").gather_tokens(rows)
+    states = Cache(cache).feature("text", "run-states").gather_tokens(rows)
+    np.testing.assert_allclose(np.concatenate(states), 2 * np.concatenate(tokens), rtol=1e-3)
+    sums = Cache(cache).feature("text", "run-sum").gather(rows)
+    np.testing.assert_allclose(sums, [2 * item.sum(axis=0, dtype=np.float32) for item in tokens], rtol=2e-3)
+    whole = tree(cache)
+    path = cache / "text/run-sum/sum/c/1/0"
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(SettingError, match="of the kind 'tests.derive.test_runs:Doubler', which is custom code"):
+        verify_cache(cache, VerifySettings(repair=True))
+    assert verify_cache(cache, VerifySettings(repair=True, trust_cache=True)).is_sound
+    assert tree(cache) == whole
+
+
+def test_module_refusals(cache: Path, tmp_path: Path) -> None:
+    run = write_module_run(cache, tmp_path / "run")
+    with pytest.raises(UnknownNameError, match="unknown output of the run .* 'prob'; known: states, sum"):
+        derive_from_run(cache, run, "prob")
+    with pytest.raises(SettingError, match="modality: expected none for a run of .*Doubler, got image"):
+        derive_from_run(cache, run, "sum", modality="image")
+    other = write_module_run(cache, tmp_path / "other", kind="torch.nn:Identity")
+    config = json.loads(config_path(other).read_text())
+    config_path(other).write_text(json.dumps({**config, "kind": "no_such_module:Kind"}))
+    with pytest.raises(UnknownNameError, match="no_such_module"):
+        derive_from_run(cache, other, "sum")
 
 
 def test_command_line(cache: Path, work: Path, tmp_path: Path) -> None:
