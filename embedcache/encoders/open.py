@@ -63,7 +63,7 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
         raise SettingError(
             f"the vectors of {spec.model} were imported and their encoder is unknown, so no {modality} can be encoded "
             "like them: search with --query-key or --query-vectors, repair damage by running the same embedcache "
-            f"import again, or extract features of new {modality}s with an encoder into a cache of its own"
+            f"import again, or extract features of new {noun(modality)} with an encoder into a cache of its own"
         )
     return _load_opener(spec)(spec, modality=modality, settings=settings or EncoderSettings())
 

@@ -55,7 +55,7 @@ def bootstrap_median(values: Array, clusters: Ints | None = None, *, num_draws: 
         totals_M = np.cumsum(weights_M[order_M])
         return float(values[order_M[np.searchsorted(totals_M, totals_M[-1] / 2)]])
 
-    return _bootstrap(median, len(values), clusters, num_draws, seed)
+    return bootstrap(median, len(values), clusters, num_draws=num_draws, seed=seed)
 
 
 def bootstrap_class_mean(
@@ -71,7 +71,7 @@ def bootstrap_class_mean(
         sums, counts = np.bincount(labels, weights=weights_M * values), np.bincount(labels, weights=weights_M)
         return float((sums[counts > 0] / counts[counts > 0]).mean())
 
-    return _bootstrap(class_mean, len(values), clusters, num_draws, seed)
+    return bootstrap(class_mean, len(values), clusters, num_draws=num_draws, seed=seed)
 
 
 def bootstrap_runs(values_RM: Array, clusters: Ints | None = None, *, num_draws: int = 1000, seed: int = 0) -> Estimate:
@@ -84,10 +84,23 @@ def bootstrap_runs(values_RM: Array, clusters: Ints | None = None, *, num_draws:
     return _estimates(np.array([values_RM.mean(dtype=np.float64)]), np.array(means)[:, None])[0]
 
 
-def _bootstrap(
-    statistic: Callable[[Array], float], num_values: int, clusters: Ints | None, num_draws: int, seed: int
+def bootstrap(
+    statistic: Callable[[Array], float],
+    num_values: int,
+    clusters: Ints | None = None,
+    *,
+    num_draws: int = 1000,
+    seed: int = 0,
 ) -> Estimate:
-    """Estimate a statistic that is computed from how often each value is drawn, (M,)."""
+    """Compute any statistic with an interval as in `bootstrap_mean`.
+
+    Args:
+        statistic: function of how often each value is drawn, (M,).
+        num_values: M, the number of values.
+        clusters: (M,) int, cluster of each value; None: every value is its own cluster.
+        num_draws: number of resamples.
+        seed: random seed of the resampling.
+    """
     cluster_M, count_G = _clusters(clusters, num_values)
     draws = [statistic(weight_G[cluster_M]) for weight_G in _resamples(len(count_G), num_draws, seed)]
     return _estimates(np.array([statistic(np.ones(num_values))]), np.array(draws)[:, None])[0]

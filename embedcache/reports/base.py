@@ -144,7 +144,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"fraction": format_fraction, "percent": format_percent, "count": format_count}
+    environment.filters |= {"fraction": format_fraction, "count": format_count}
     write_atomic(path, environment.get_template(template).render(**values).encode())
 
 

@@ -50,10 +50,15 @@ def write_array(
         filters=None,
         serializer=BytesCodec(endian="little"),
         compressors=Crc32cCodec(),
-        fill_value=-1 if dtype.startswith("int") else np.nan,
+        fill_value=fill_value(dtype),
         attributes=dict(attributes),
     )
     write_atomic(path / "zarr.json", files["zarr.json"].to_bytes())
+
+
+def fill_value(dtype: Any) -> float:
+    """Return the value of missing rows: -1 for integers, else NaN."""
+    return -1 if np.dtype(dtype).kind == "i" else np.nan
 
 
 def read_metadata(path: Path) -> Any:
@@ -73,8 +78,7 @@ def write_chunk(array_path: Path, number: int, values: Array, chunk_shape: tuple
         The CRC-32C of the rows as 8 hex digits. Its 4 bytes, little-endian, end the file.
     """
     if len(values) < chunk_shape[0]:
-        fill = -1 if values.dtype.kind == "i" else np.nan
-        padded = np.full(chunk_shape, fill, values.dtype)
+        padded = np.full(chunk_shape, fill_value(values.dtype), values.dtype)
         padded[: len(values)] = values
         values = padded
     data = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()

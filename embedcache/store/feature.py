@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array, Bools, Ints
+from embedcache.axis import Axis
 from embedcache.errors import DataError, UnfinishedError
 from embedcache.store.arrays import check_chunk, map_chunk, max_maps, read_metadata
 from embedcache.store.group import Commit, EncoderGroup, chunk_shape, read_feature
@@ -27,6 +28,7 @@ class Feature:
         self.feature = feature
         self.item_shape: tuple[int, ...] = tuple(attributes["item_shape"])
         self.dtype: str = attributes["dtype"]
+        self.axis = Axis.from_json(attributes["axis"]) if "axis" in attributes else None
         self.num_items = group.info.num_items[group.modality]
         self._maps: OrderedDict[int, Array] = OrderedDict()
 
@@ -37,7 +39,7 @@ class Feature:
 
     @property
     def modality(self) -> str:
-        """`image` or `text`."""
+        """Name of the modality of its items."""
         return self.group.modality
 
     @property
@@ -141,8 +143,8 @@ class Feature:
         """Iterate over the committed chunks in row order, with checksums checked.
 
         Yields:
-            The rows, and their (rows, D) or (rows, T, D) array: a read-only view, NaN in failed rows. A ragged feature
-            yields a list of (T, D) arrays, None for a failed item.
+            The rows, and their (rows, D) or (rows, T, D) array: a read-only view, NaN (integers: -1) in failed rows. A
+            ragged feature yields a list of (T, D) arrays, None for a failed item.
         """
         for commit in self.commits:
             if commit is not None:
@@ -176,7 +178,9 @@ class Feature:
         return [item if reason is None else None for item, reason in zip(items, reasons, strict=True)]
 
     def load(self) -> Array:
-        """Read the complete feature into memory: (N, D) or (N, T, D), NaN in failed rows, with checksums checked.
+        """Read the complete feature into memory: (N, D) or (N, T, D), with checksums checked.
+
+        Failed rows are NaN, of integers -1.
 
         Raises:
             UnfinishedError: chunks are missing.

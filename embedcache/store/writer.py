@@ -8,7 +8,8 @@ import numpy as np
 from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, DataError, FingerprintError
 from embedcache.files import locked
-from embedcache.store.arrays import write_array, write_chunk
+from embedcache.modalities import MODALITIES
+from embedcache.store.arrays import fill_value, write_array, write_chunk
 from embedcache.store.feature import Feature
 from embedcache.store.group import NOT_YET, Commit, EncoderGroup, chunk_shape, read_feature, remove_commit, write_commit
 from embedcache.store.layout import items_path
@@ -71,16 +72,16 @@ def _check_same_items(group: EncoderGroup, before: Commit, hashes: Sequence[byte
     for offset, (old, new) in enumerate(zip(before.hashes, hashes, strict=True)):
         is_used = any(reasons[offset] is None for reasons in before.failures.values())
         if is_used and old is not None and new is not None and old != new:
-            path = _image_path(group, before.chunk, offset)
+            path = _item_path(group, before.chunk, offset)
             raise FingerprintError(
                 f"{group.modality} {path}in row {first + offset} has other bytes now than when {group.name} was "
                 "extracted; put the old file back, or extract into a new folder"
             )
 
 
-def _image_path(group: EncoderGroup, chunk: int, offset: int) -> str:
-    """Return the path of an image followed by a space; texts have none."""
-    if group.modality != "image":
+def _item_path(group: EncoderGroup, chunk: int, offset: int) -> str:
+    """Return the path of an item followed by a space; texts have none."""
+    if MODALITIES[group.modality].kind == "texts":
         return ""
     path = items_path(group.path.parents[1], group.modality)
     with table_errors(path), open_table(path) as table:
@@ -144,7 +145,7 @@ def write_feature_chunk(group: EncoderGroup, feature: str, chunk: int, items: Se
         )
     if item_shape[0] < 0:
         return _write_ragged(group, feature, chunk, items, item_shape[1], dtype)
-    missing = np.full(item_shape, np.nan, dtype)
+    missing = np.full(item_shape, fill_value(dtype), dtype)
     shape = chunk_shape(group.info, item_shape, dtype)
     files = {}
     for number, rows in enumerate(blocks(len(items), shape[0]), chunk * group.info.chunk_size // shape[0]):
@@ -170,13 +171,18 @@ def _write_ragged(
 
 
 def cast_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -> Array:
-    """Convert the output of an encoder for one item, (D,) or (T, D) float, to the dtype on disk.
+    """Convert the value of one item, (D,) or (T, D), to the dtype on disk.
 
     Raises:
-        DataError: the shape differs, or a value is NaN or beyond the range of the dtype on disk.
+        DataError: the shape differs, or a value is NaN, beyond the range of the dtype on disk, or not whole where
+            the dtype on disk is an integer.
     """
-    if item.shape[-1] != item_shape[-1] or (item_shape[0] >= 0 and item.shape != item_shape):
+    if item.ndim != len(item_shape) or any(
+        size not in (-1, got) for size, got in zip(item_shape, item.shape, strict=True)
+    ):
         raise DataError(f"feature {name}: expected shape {item_shape}, got {item.shape}")
+    if np.dtype(dtype).kind == "i":
+        return _cast_integers(item, dtype, name)
     with np.errstate(over="ignore"):
         stored = item.astype(dtype)
     if not np.isfinite(stored).all():
@@ -187,3 +193,17 @@ def cast_item(item: Array, item_shape: tuple[int, ...], dtype: str, name: str) -
             )
         raise DataError(f"feature {name}: expected finite values, got NaN or infinity; check weights and precision")
     return stored
+
+
+def _cast_integers(item: Array, dtype: str, name: str) -> Array:
+    """Convert the value of one item to an integer dtype; -1 marks a missing value."""
+    limits = np.iinfo(dtype)
+    is_valid = (item >= limits.min) & (item <= limits.max)  # false for NaN
+    if item.dtype.kind == "f":
+        is_valid &= item == np.floor(item)
+    if not is_valid.all():
+        raise DataError(
+            f"feature {name}: expected whole numbers from {limits.min} to {limits.max}, the range of {dtype}, got "
+            f"{item[~is_valid].flat[0]}"
+        )
+    return item.astype(dtype)

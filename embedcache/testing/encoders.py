@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,6 +17,7 @@ from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
 from embedcache.provenance import canonical_json
+from embedcache.sources.media import Video
 
 TOLERANCE = 2e-5
 """Allowed difference, for values of about 1 that float32 sums in another order give."""
@@ -42,19 +42,13 @@ def example_audio() -> list[Array]:
     return [array.astype(np.float32) for array in (noise, tone[:9_777], np.zeros(8_000), tone)]
 
 
-@dataclass(frozen=True)
-class ExampleVideo:
-    """A raw video: (T, H, W, 3) uint8 frames, and frames per second."""
-
-    frames_THW3: Array
-    rate_hz: float
-
-
-def example_videos() -> list[ExampleVideo]:
+def example_videos() -> list[Video]:
     """Return videos of several rates and sizes, one of them a single frame."""
     rng = np.random.default_rng(0)
     shapes = {25.0: (6, 40, 64, 3), 30.0: (9, 48, 48, 3), 10.0: (1, 30, 20, 3)}
-    return [ExampleVideo(rng.integers(0, 256, shape, dtype=np.uint8), rate) for rate, shape in shapes.items()]
+    return [
+        Video(frames_THW3=rng.integers(0, 256, shape, dtype=np.uint8), rate_hz=rate) for rate, shape in shapes.items()
+    ]
 
 
 def example_points() -> list[Mapping[str, Array]]:
@@ -258,11 +252,11 @@ class VideoEncoderContract(EncoderContract):
     modality: Modality = "video"
 
     @pytest.fixture
-    def items(self) -> Sequence[ExampleVideo]:
+    def items(self) -> Sequence[Video]:
         """Return videos of several rates and sizes."""
         return example_videos()
 
-    def test_number_of_frames_follows_the_rate(self, encoder: Encoder, items: Sequence[ExampleVideo]) -> None:
+    def test_number_of_frames_follows_the_rate(self, encoder: Encoder, items: Sequence[Video]) -> None:
         for name, axis in getattr(encoder, "axes", {}).items():
             steps = encoder.encode(encoder.prepare(items), [name])[name]
             for found, video in zip(steps, items, strict=True):
@@ -270,7 +264,7 @@ class VideoEncoderContract(EncoderContract):
 
     def test_video_without_frames_fails_with_a_reason(self, encoder: Encoder) -> None:
         with pytest.raises(ItemError, match="no frames"):
-            encoder.prepare([ExampleVideo(np.zeros((0, 8, 8, 3), np.uint8), 25.0)])
+            encoder.prepare([Video(frames_THW3=np.zeros((0, 8, 8, 3), np.uint8), rate_hz=25.0)])
 
 
 class PointsEncoderContract(EncoderContract):

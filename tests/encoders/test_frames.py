@@ -10,7 +10,8 @@ from embedcache.encoders.frames import sampled_frames
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ItemError, SettingError, UnknownNameError
-from embedcache.testing.encoders import TOLERANCE, ExampleVideo, VideoEncoderContract, example_videos
+from embedcache.sources.media import Video
+from embedcache.testing.encoders import TOLERANCE, VideoEncoderContract, example_videos
 from tests.encoders.checkpoints import save_timm
 
 
@@ -40,8 +41,7 @@ def test_vectors_are_those_of_the_frames(test_vit: Path) -> None:
     video = example_videos()[1]  # at 30 Hz
     found = encoder.encode(encoder.prepare([video]), list(encoder.features))
     images = [Image.fromarray(frame) for frame in video.frames_THW3]
-    expected = image.encode(image.prepare(images), ["cls", "layer2.cls"]), ["cls", "layer2.cls"]
-    )
+    expected = image.encode(image.prepare(images), ["cls", "layer2.cls"])
     for name, frames in expected.items():
         np.testing.assert_allclose(found[name][0], np.stack(frames), atol=TOLERANCE)
     np.testing.assert_allclose(found["mean"][0], np.mean(expected["cls"], axis=0), atol=TOLERANCE)
@@ -51,12 +51,12 @@ def test_vectors_are_those_of_the_frames(test_vit: Path) -> None:
 def test_every_video_has_the_rate() -> None:
     encoder = open_encoder("frames:pixels,rate=12.5", modality="video")
     frames = np.repeat(np.arange(50, dtype=np.uint8)[:, None, None, None], 3, axis=3) * np.ones((1, 4, 6, 1), np.uint8)
-    (at_25,) = encoder.encode(encoder.prepare([ExampleVideo(frames, 25.0)]), ["pixels"])["pixels"]
+    (at_25,) = encoder.encode(encoder.prepare([Video(frames_THW3=frames, rate_hz=25.0)]), ["pixels"])["pixels"]
     assert at_25.shape == (25, 24 * 16)
     np.testing.assert_allclose(at_25[:, 0] * 255, np.arange(1, 50, 2), atol=1e-3)
-    (at_30,) = encoder.encode(encoder.prepare([ExampleVideo(frames[:30], 30.0)]), ["pixels"])["pixels"]
+    (at_30,) = encoder.encode(encoder.prepare([Video(frames_THW3=frames[:30], rate_hz=30.0)]), ["pixels"])["pixels"]
     assert len(at_30) == 12  # 1 s; half a step is rounded to even
-    (short,) = encoder.encode(encoder.prepare([ExampleVideo(frames[:1], 30.0)]), ["pixels"])["pixels"]
+    (short,) = encoder.encode(encoder.prepare([Video(frames_THW3=frames[:1], rate_hz=30.0)]), ["pixels"])["pixels"]
     assert len(short) == 1
 
 
@@ -71,7 +71,7 @@ def test_pixels_are_the_gray_center() -> None:
     encoder = open_encoder("frames:pixels,size=4x4", modality="video")
     frame = np.zeros((8, 20, 3), np.uint8)
     frame[:, 5:15] = (255, 0, 0)  # the center square, and one pixel more for the filter
-    (found,) = encoder.encode(encoder.prepare([ExampleVideo(frame[None], 25.0)]), ["pixels"])["pixels"]
+    (found,) = encoder.encode(encoder.prepare([Video(frames_THW3=frame[None], rate_hz=25.0)]), ["pixels"])["pixels"]
     np.testing.assert_allclose(found, np.full((1, 16), 76 / 255), atol=1e-6)  # red in ITU-R 601 gray
 
 
@@ -79,15 +79,15 @@ def test_pixels_are_the_gray_center() -> None:
     ("video", "reason"),
     [
         (
-            ExampleVideo(np.zeros((2, 8, 8), np.uint8), 25.0),
+            Video(frames_THW3=np.zeros((2, 8, 8), np.uint8), rate_hz=25.0),
             r"got uint8 of shape \(2, 8, 8\)",
         ),
-        (ExampleVideo(np.zeros((2, 8, 8, 3), np.float32), 25.0), "got float32"),
-        (ExampleVideo(np.zeros((2, 0, 8, 3), np.uint8), 25.0), "no frames"),
-        (ExampleVideo(np.zeros((2, 8, 8, 3), np.uint8), 0.0), r"expected a positive frame rate, got 0\.0"),
+        (Video(frames_THW3=np.zeros((2, 8, 8, 3), np.float32), rate_hz=25.0), "got float32"),
+        (Video(frames_THW3=np.zeros((2, 0, 8, 3), np.uint8), rate_hz=25.0), "no frames"),
+        (Video(frames_THW3=np.zeros((2, 8, 8, 3), np.uint8), rate_hz=0.0), r"expected a positive frame rate, got 0\.0"),
     ],
 )
-def test_bad_videos_fail_with_a_reason(video: ExampleVideo, reason: str) -> None:
+def test_bad_videos_fail_with_a_reason(video: Video, reason: str) -> None:
     with pytest.raises(ItemError, match=reason):
         open_encoder("frames:pixels", modality="video").prepare([video])
 

@@ -179,6 +179,25 @@ def test_cast_item_raises(item: np.ndarray, words: str) -> None:
         cast_item(item, (3,), "float16", "a/b")
 
 
+@pytest.mark.parametrize("item", [[0.5, 1, 2], [np.nan, 1, 2], [1, 2, 40_000], [-40_000, 1, 2]])
+def test_cast_item_to_integers_raises(item: list[float]) -> None:
+    with pytest.raises(DataError, match="feature a/b: expected whole numbers from -32768 to 32767"):
+        cast_item(np.array(item), (3,), "int16", "a/b")
+
+
+@pytest.mark.parametrize("item_shape", [(2,), (3, 2), (-1, 2)])
+def test_integers_read_back(tmp_path: Path, item_shape: tuple[int, ...]) -> None:
+    floats = random_items(7, item_shape, seed=0, failed=[3])
+    items = [None if item is None else np.round(9 * item) for item in floats]
+    feature = write_feature(tmp_path, items, item_shape, chunk_size=4, dtype="int16")
+    rows = np.array([6, 0, 5])
+    for found, expected in zip(feature.gather_tokens(rows), [items[row] for row in rows], strict=True):
+        assert found.dtype == np.int16
+        np.testing.assert_array_equal(found, expected)
+    if not feature.is_ragged:
+        assert (feature.load()[3] == -1).all()
+
+
 def test_cast_item_large_value_in_float32() -> None:
     assert cast_item(np.full(3, 70_000, np.float32), (3,), "float32", "a/b").max() == 70_000
 

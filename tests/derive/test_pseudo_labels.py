@@ -1,0 +1,218 @@
+import doctest
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy.stats import entropy as scipy_entropy
+from scipy.stats import multivariate_normal
+
+from embedcache.derive import pseudo_labels
+from embedcache.derive.pseudo_labels import (
+    CertaintyThresholds,
+    Gaussians,
+    ModalityPredictions,
+    agree,
+    class_weights,
+    entropy,
+    fit_gaussians,
+    keep_certain,
+    label_quality,
+    recover_labels,
+    weight_by_entropy,
+)
+from embedcache.errors import DataError
+
+C = 4
+
+
+def test_docstring_examples() -> None:
+    assert doctest.testmod(pseudo_labels).failed == 0
+
+
+def random_probabilities(seed: int, num_points: int) -> np.ndarray:
+    logits = np.random.default_rng(seed).normal(size=(num_points, C)) * 3
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+PROBABILITIES = st.builds(random_probabilities, st.integers(0, 10_000), st.integers(1, 60))
+
+
+@given(PROBABILITIES, st.integers(1, 60))
+def test_thresholds_match_median(prob: np.ndarray, cut: int) -> None:
+    found = CertaintyThresholds(C).add(prob[:cut]).add(prob[cut:]).thresholds()
+    predicted, value = prob.argmax(axis=1), prob.max(axis=1)
+    for number in range(C):
+        own = np.sort(value[predicted == number]).astype(np.float64)
+        median = own[(len(own) - 1) // 2] if len(own) else 1.0
+        assert median - 0.001 - 1e-9 <= found[number] <= median + 1e-9 or found[number] == 0.9 <= median
+        assert found[number] <= 0.9
+        kept = (keep_certain(prob, found) == number).sum()
+        assert 2 * kept >= len(own)
+
+
+@given(PROBABILITIES)
+def test_certain_labels_are_predictions(prob: np.ndarray) -> None:
+    labels = keep_certain(prob, np.full(C, 0.6))
+    assert np.array_equal(labels >= 0, prob.max(axis=1) >= 0.6)
+    assert np.array_equal(labels[labels >= 0], prob.argmax(axis=1)[labels >= 0])
+
+
+def test_thresholds_refuse_values_that_are_no_probabilities() -> None:
+    for wrong, message in (
+        (np.full((1, C), np.nan), "from 0 to 1, got nan"),
+        (np.full((1, C), 3.0), "from 0 to 1, got 3.0"),
+        (np.ones((2, C + 1)), "4 classes per point, got shape"),
+    ):
+        with pytest.raises(DataError, match=message):
+            CertaintyThresholds(C).add(wrong)
+
+
+def test_agree_keeps_common_labels() -> None:
+    first, second = np.array([0, 1, -1, 2, -1]), np.array([0, 2, -1, -1, 1])
+    assert agree(first, second).tolist() == agree(second, first).tolist() == [0, -1, -1, -1, -1]
+
+
+@given(PROBABILITIES, st.integers(0, 10_000))
+def test_entropy_weighting_matches_definition(prob: np.ndarray, seed: int) -> None:
+    other = random_probabilities(seed, len(prob))
+    assert entropy(prob) == pytest.approx(scipy_entropy(prob.astype(np.float64), axis=1), abs=1e-5)
+    expected = np.empty_like(prob)
+    for row, (p, q) in enumerate(zip(prob, other, strict=True)):
+        w, v = np.exp(-scipy_entropy(p)), np.exp(-scipy_entropy(q))
+        expected[row] = (w * p + v * q) / (w + v)
+    fused = weight_by_entropy(prob, other)
+    assert fused == pytest.approx(expected, abs=1e-5)
+    assert fused == pytest.approx(weight_by_entropy(other, prob), abs=1e-6)
+    assert fused.sum(axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_entropy_weighting_trusts_the_certain_modality() -> None:
+    certain, uncertain = np.array([[0.98, 0.02]], np.float32), np.array([[0.4, 0.6]], np.float32)
+    fused = weight_by_entropy(certain, uncertain)[0, 0]
+    assert fused > (0.98 + 0.4) / 2
+    assert weight_by_entropy(certain, uncertain, gap=1)[0, 0] < fused  # far from its source, so trusted less
+    assert weight_by_entropy(certain, uncertain, other_gap=1e4)[0, 0] == pytest.approx(0.98)
+    assert entropy(np.array([[1.0, 0.0]], np.float32)).tolist() == [0]
+
+
+def two_modalities(seed: int, num_points: int = 60) -> tuple[np.ndarray, ModalityPredictions, ModalityPredictions]:
+    """Labels with gaps, and features of 3 and 5 channels around class means, with wrong predictions in both."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, C, num_points)
+    labels = np.where(rng.random(num_points) < 0.5, truth, -1)
+    modalities = []
+    for width in (3, 5):
+        features = (rng.normal(size=(C, width))[truth] * 2 + rng.normal(size=(num_points, width))).astype(np.float32)
+        predicted = np.where(rng.random(num_points) < 0.6, truth, rng.integers(0, C, num_points))
+        modalities.append(ModalityPredictions(features, predicted, fit_gaussians(features, labels, C)))
+    return labels, modalities[0], modalities[1]
+
+
+def recover_in_linear_space(
+    labels: np.ndarray, first: ModalityPredictions, second: ModalityPredictions, k: float
+) -> list[int]:
+    """Recover labels point by point, with densities of scipy and not their logarithms."""
+    recovered = []
+    for row, label in enumerate(labels):
+        a, b = first.predicted_N[row], second.predicted_N[row]
+        fewest = min(modality.gaussians.count_C[[a, b]].min() for modality in (first, second))
+        if label >= 0 or a == b or fewest < 2:
+            recovered.append(int(label))
+            continue
+
+        def density(modality: ModalityPredictions, number: int, row: int = row) -> float:
+            mean, variance = modality.gaussians.mean_CD[number], modality.gaussians.variance_CD[number]
+            return float(multivariate_normal(mean, np.diag(variance)).pdf(modality.features_ND[row]))
+
+        rejects_a = density(first, a) <= k * density(first, b)
+        rejects_b = density(second, b) <= k * density(second, a)
+        recovered.append(int({(False, True): a, (True, False): b}.get((rejects_a, rejects_b), -1)))
+    return recovered
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.1, 0.5, 1.0, 3.0]))
+def test_hypothesis_test_matches_densities(seed: int, k: float) -> None:
+    labels, first, second = two_modalities(seed)
+    assert recover_labels(labels, first, second, k=k).tolist() == recover_in_linear_space(labels, first, second, k)
+
+
+@given(st.integers(0, 10_000), st.floats(0.01, 100))
+def test_hypothesis_test_is_symmetric(seed: int, k: float) -> None:
+    labels, first, second = two_modalities(seed)
+    recovered = recover_labels(labels, first, second, k=k)
+    assert np.array_equal(recovered, recover_labels(labels, second, first, k=k))
+    assert np.array_equal(recovered[labels >= 0], labels[labels >= 0])
+    is_new = (recovered >= 0) & (labels < 0)
+    assert ((recovered == first.predicted_N) | (recovered == second.predicted_N))[is_new].all()
+
+
+def test_extreme_k_recovers_nothing() -> None:
+    labels, first, second = two_modalities(3, num_points=400)
+    assert (recover_labels(labels, first, second) >= 0).sum() > (labels >= 0).sum() + 20
+    for k in (1e-300, 1e300):
+        assert np.array_equal(recover_labels(labels, first, second, k=k), labels)
+    with pytest.raises(DataError, match="k: expected a number above 0, got 0"):
+        recover_labels(labels, first, second, k=0)
+
+
+def test_both_sides_can_win() -> None:
+    """Check what a test that compares one side's label with itself gets wrong: labels of only one side come back."""
+    labels, first, second = two_modalities(3, num_points=400)
+    for k in (0.5, 1.0, 2.0):
+        recovered = recover_labels(labels, first, second, k=k)
+        is_new = (recovered >= 0) & (labels < 0)
+        assert (recovered == first.predicted_N)[is_new].sum() > 5
+        assert (recovered == second.predicted_N)[is_new].sum() > 5
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_densities_of_many_channels_stay_finite(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    features = (scale * rng.normal(size=(50, 600))).astype(np.float32)
+    gaussians = fit_gaussians(features, np.arange(50) % C, C)
+    log_density = gaussians.log_density(features, np.arange(50) % C)
+    assert np.isfinite(log_density).all()
+    assert np.abs(log_density).max() > 1000  # the density itself is 0 or infinite in float64
+
+
+def test_classes_without_points_are_left_alone() -> None:
+    features = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+    labels = np.array([0, 0, 0, 1, -1, -1])
+    gaussians = fit_gaussians(features, labels, 3)
+    assert gaussians.count_C.tolist() == [3, 1, 0]
+    first = ModalityPredictions(features, np.zeros(6, np.int64), gaussians)
+    second = ModalityPredictions(features, np.array([0, 0, 0, 1, 1, 2]), gaussians)
+    assert np.array_equal(recover_labels(labels, first, second), labels)
+
+
+def test_dead_channel_does_not_decide() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 50)
+    features = np.stack([rng.normal(size=100) + 3 * labels, rng.normal(size=100) * labels], axis=1).astype(np.float32)
+    gaussians = fit_gaussians(features, labels, 2)
+    assert gaussians.variance_CD[0, 1] > 0
+    assert isinstance(gaussians, Gaussians)
+    assert np.isfinite(gaussians.log_density(features, 1 - labels)).all()
+
+
+@given(st.lists(st.integers(-1, C - 1), min_size=1, max_size=200))
+def test_class_weights_match_definition(labels: list[int]) -> None:
+    assume(max(labels) >= 0)
+    counts = [max(labels.count(number), 1) for number in range(C)]
+    expected = np.log([5 * sum(label >= 0 for label in labels) / count for count in counts])
+    found = class_weights(np.array(labels), C)
+    assert found == pytest.approx(expected / expected.min(), rel=1e-5)
+    assert found[np.argmax(counts)] == found.min() == 1
+
+
+def test_class_weights_need_labels() -> None:
+    with pytest.raises(DataError, match="at least one labeled point, got none"):
+        class_weights(np.array([-1, -1]), C)
+
+
+def test_label_quality_ignores_points_without_truth() -> None:
+    quality = label_quality(np.array([0, 1, -1, 0, 1]), np.array([0, 0, 0, 1, -1]))
+    assert quality == (0.75, pytest.approx(1 / 3))
+    assert np.isnan(label_quality(np.array([-1]), np.array([0])).accuracy)

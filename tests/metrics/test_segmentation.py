@@ -1,0 +1,114 @@
+import doctest
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import confusion_matrix, jaccard_score
+
+from embedcache.errors import DataError
+from embedcache.metrics import segmentation
+from embedcache.metrics.segmentation import (
+    bootstrap_iou_difference,
+    bootstrap_mean_iou,
+    class_iou,
+    count_frames,
+    mean_iou,
+    predict_together,
+)
+
+NUM_CLASSES = 4
+
+
+def test_docstring_examples() -> None:
+    assert doctest.testmod(segmentation).failed == 0
+
+
+@st.composite
+def frames(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels with -1, predictions, and lengths of frames, some of them empty; classes may be absent."""
+    lengths = np.array(draw(st.lists(st.integers(0, 30), min_size=1, max_size=5)))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    num_used = draw(st.integers(1, NUM_CLASSES))
+    return rng.integers(-1, num_used, lengths.sum()), rng.integers(0, num_used, lengths.sum()), lengths
+
+
+@given(frames())
+def test_iou_matches_sklearn(problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    labels, predicted, lengths = problem
+    counts = count_frames(labels, predicted, lengths, NUM_CLASSES)
+    starts = np.cumsum(lengths) - lengths
+    for frame, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        rows = slice(start, start + length)
+        known = labels[rows] >= 0
+        if known.any():
+            expected = confusion_matrix(labels[rows][known], predicted[rows][known], labels=range(NUM_CLASSES))
+            assert np.array_equal(counts[frame], expected)
+        else:
+            assert not counts[frame].any()
+    known = labels >= 0
+    found = np.union1d(labels[known], predicted[known])
+    iou = class_iou(counts.sum(axis=0))
+    assert set(np.flatnonzero(~np.isnan(iou))) == set(found)
+    if known.any():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = jaccard_score(labels[known], predicted[known], labels=found, average=None, zero_division=0)
+        assert iou[found] == pytest.approx(expected)
+        assert mean_iou(counts.sum(axis=0)) == pytest.approx(expected.mean())
+    else:
+        assert np.isnan(mean_iou(counts.sum(axis=0)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "predicted", "message"),
+    [
+        ([0, 1], [0], "2 labels and 1 predictions"),
+        ([0, 4], [0, 0], "labels: expected classes from 0 to 3, got 4"),
+        ([0, 0], [0, -1], "predictions: expected classes from 0 to 3, got -1"),
+        ([0, -2], [0, 0], "labels: expected classes from 0 to 3, got -2"),
+    ],
+)
+def test_wrong_classes_are_refused(labels: list[int], predicted: list[int], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        count_frames(np.array(labels), np.array(predicted), np.array([2]), NUM_CLASSES)
+
+
+def random_frames(seed: int, num_frames: int, error: float) -> np.ndarray:
+    """Counts of frames with 200 points each, of which about `error` are wrong; frames differ in difficulty."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, NUM_CLASSES, 200 * num_frames)
+    is_wrong = rng.random(len(labels)) < np.repeat(rng.uniform(0, 2 * error, num_frames), 200)
+    predicted = np.where(is_wrong, rng.integers(0, NUM_CLASSES, len(labels)), labels)
+    return count_frames(labels, predicted, np.full(num_frames, 200), NUM_CLASSES)
+
+
+def test_interval_covers_the_whole_population() -> None:
+    population, rng, hits = random_frames(0, 2000, 0.3), np.random.default_rng(1), 0
+    expected = mean_iou(population.sum(axis=0))
+    for trial in range(40):
+        drawn = population[rng.choice(len(population), 20)]
+        estimate = bootstrap_mean_iou(drawn, num_draws=200, seed=trial)
+        assert estimate.value == mean_iou(drawn.sum(axis=0))
+        hits += estimate.low <= expected <= estimate.high
+    assert hits >= 33  # of 40 intervals of 95%
+
+
+def test_difference_is_paired() -> None:
+    labels = np.random.default_rng(0).integers(0, NUM_CLASSES, 2000)
+    worse, better = labels.copy(), labels.copy()
+    worse[::4], better[::5] = (worse[::4] + 1) % NUM_CLASSES, (better[::5] + 1) % NUM_CLASSES
+    lengths = np.full(10, 200)
+    base, counts = (count_frames(labels, each, lengths, NUM_CLASSES) for each in (worse, better))
+    same, difference = bootstrap_iou_difference(base, base), bootstrap_iou_difference(counts, base)
+    assert (same.low, same.high) == (0, 0)
+    assert 0 < difference.low < difference.value < difference.high
+    with pytest.raises(DataError, match="same frames"):
+        bootstrap_iou_difference(counts, counts[::-1])
+
+
+def test_predict_together_sums_probabilities() -> None:
+    first, second = np.array([[0.6, 0.4]], np.float16), np.array([[0.1, 0.9]], np.float16)
+    assert predict_together(first).tolist() == [0]
+    assert predict_together(first, second).tolist() == [1]
