@@ -15,7 +15,7 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.sources import open_source
-from embedcache.sources.base import ImageItem, Sample, TextItem
+from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.indexing import index
 from embedcache.store.writer import commit_chunk
@@ -126,12 +126,12 @@ class RandomSource:
                 columns = {"class": f"class {row}", "label": row}
             yield Sample(
                 key=f"{row:07}",
-                images=(ImageItem(path=f"{row:07}.jpg"),) if self.shape.has_image else (),
+                images=(FileItem(path=f"{row:07}.jpg"),) if self.shape.has_image else (),
                 texts=tuple(TextItem(text=f"{row} {number}") for number in range(self.shape.num_captions)),
                 columns=columns,
             )
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         return item.path.encode()
 
 

@@ -23,7 +23,7 @@ from embedcache.cli.console import print_line, print_table
 from embedcache.curate.near_duplicates import NearDuplicates, find_near_duplicates
 from embedcache.curate.settings import DedupSettings
 from embedcache.search.vectors import Vectors
-from embedcache.sources.base import ImageItem, Sample
+from embedcache.sources.base import FileItem, Sample
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.indexing import index
 from embedcache.store.writer import commit_chunk
@@ -50,9 +50,9 @@ class _EmptySource:
 
     def samples(self) -> Iterator[Sample]:
         for row in range(self.num_samples):
-            yield Sample(key=f"{row:07}", images=(ImageItem(path=f"{row:07}.jpg"),))
+            yield Sample(key=f"{row:07}", images=(FileItem(path=f"{row:07}.jpg"),))
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         return item.path.encode()
 
 

@@ -26,7 +26,7 @@ from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
-from embedcache.sources import ImageItem, Source, open_source
+from embedcache.sources import FileItem, Source, open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 
@@ -237,7 +237,7 @@ def _encode_all(encoder: Encoder, prepared: Sequence[Array]) -> Array:
     return np.stack([item for batch in batches for item in batch[name]])
 
 
-def decode_rate(source: Source, items: Sequence[ImageItem], encoders: Sequence[Encoder]) -> float:
+def decode_rate(source: Source, items: Sequence[FileItem], encoders: Sequence[Encoder]) -> float:
     """Return images per second that are read, decoded and prepared for all encoders, with one thread per core."""
     started = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as executor:
@@ -245,7 +245,7 @@ def decode_rate(source: Source, items: Sequence[ImageItem], encoders: Sequence[E
     return len(items) / (time.perf_counter() - started)
 
 
-def prepare(source: Source, item: ImageItem, encoders: Sequence[Encoder]) -> list[Array]:
+def prepare(source: Source, item: FileItem, encoders: Sequence[Encoder]) -> list[Array]:
     """Turn one stored image into one input per encoder."""
     image = decode_image(source.read(item))
     return [encoder.prepare([image])[0] for encoder in encoders]

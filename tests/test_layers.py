@@ -9,7 +9,7 @@ import embedcache
 PACKAGE = Path(embedcache.__file__).parent
 LAYERS = [
     {"errors"},
-    {"arrays", "registry", "progress", "units"},
+    {"arrays", "registry", "progress", "units", "modalities", "axis"},
     {"settings", "processes"},
     {"files"},
     {"metrics", "provenance"},
@@ -31,6 +31,9 @@ HEAVY = {
     "upath": {"files"},
     "ray": {"processes"},
     "datasets": {"sources"},
+    "av": {"sources"},
+    "laspy": {"sources"},
+    "plyfile": {"sources"},
     "fontTools": {"quickstart"},
     "faiss": {"search"},
     "timm": {"encoders"},

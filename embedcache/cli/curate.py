@@ -19,6 +19,7 @@ from embedcache.cli.options import (
     with_settings,
 )
 from embedcache.curate.settings import CoverageSettings, DedupSettings, LeakSettings, SelectSettings
+from embedcache.modalities import noun
 from embedcache.search.settings import IndexSettings
 from embedcache.units import format_bytes
 
@@ -54,7 +55,7 @@ def index(
         where = " on disk" if card.lists else ""
         size = "" if card.file_bytes is None else f"{format_bytes(card.file_bytes)}{where}, "
         print_line(
-            f"{out}: {card.num_vectors:,} {card.modality}s of {card.feature}, {card.factory}, {size}"
+            f"{out}: {card.num_vectors:,} {noun(card.modality)} of {card.feature}, {card.factory}, {size}"
             f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries} queries, "
             f"{card.latency_ms:.2f} ms per query"
         )
@@ -318,7 +319,9 @@ def leaks(
             print_line(text)
         print_table(*leak_table(report))
         for leak in filter(lambda leak: leak.is_leaked.any(), report.leaks):
-            print_table(*leaked_pair_table(closest_pairs(report, leak, 10)), title=f"{leak.modality}s that leak most")
+            print_table(
+                *leaked_pair_table(closest_pairs(report, leak, 10)), title=f"{noun(leak.modality)} that leak most"
+            )
         if out is not None:
             print_line(
                 f"wrote {out}: kept {len(report.clean_selection().rows):,} of {report.train.info.num_samples:,} samples"

@@ -1,5 +1,6 @@
 """embedcache extract"""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -7,6 +8,7 @@ import typer
 from embedcache.cli.options import Json, Output, with_settings
 from embedcache.errors import SettingError
 from embedcache.extract.settings import ExtractSettings
+from embedcache.modalities import MODALITIES, noun
 from embedcache.sources.settings import SourceSettings
 from embedcache.units import format_bytes
 
@@ -27,6 +29,12 @@ def extract(
     ] = None,
     text_encoder: Annotated[
         list[str] | None, typer.Option(metavar="SPEC", help="Text encoder, as family:model. May be repeated.")
+    ] = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODALITY=SPEC", help="Encoder of any modality, such as audio=whisper:tiny.en. May be repeated."
+        ),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", metavar="", help="Estimate time, memory and disk, and stop.")] = False,
     retry_failed: Annotated[
@@ -59,7 +67,11 @@ def extract(
         other = "--plan" if plan else "--extend"
         raise SettingError(f"--retry-failed: expected neither --plan nor --extend, got {other}; omit one of the two")
     opened = open_source(source, kind=source_type, settings=source_settings)
-    encoders: dict[str, Any] = {"image_encoders": image_encoder or (), "text_encoders": text_encoder or ()}
+    encoders: dict[str, Any] = {
+        "image_encoders": image_encoder or (),
+        "text_encoders": text_encoder or (),
+        "encoders": _by_modality(encoder or ()),
+    }
     progress = open_progress()
     with resumable():
         if plan:
@@ -81,6 +93,20 @@ def extract(
     publish(show, lambda: [to_plain(report) for report in reports], as_json=as_json, output=output)
 
 
+def _by_modality(options: Sequence[str]) -> dict[str, list[str]]:
+    """Return modality -> specs of the options `--encoder MODALITY=SPEC`."""
+    encoders: dict[str, list[str]] = {}
+    for option in options:
+        modality, equals, spec = option.partition("=")
+        if not (equals and modality in MODALITIES and spec):
+            raise SettingError(
+                f"--encoder: expected MODALITY=SPEC with a modality of {', '.join(MODALITIES)}, such as "
+                f"audio=whisper:tiny.en, got {option!r}"
+            )
+        encoders.setdefault(modality, []).append(spec)
+    return encoders
+
+
 def _show_plan(plan: "Plan") -> None:
     from embedcache.cli.console import print_line, print_table
 
@@ -94,7 +120,7 @@ def _show_plan(plan: "Plan") -> None:
     print_table(["feature", "items", "bytes per item", "disk"], rows)
     for modality, rate in plan.rates.items():
         processes = f" on each of {plan.num_processes} devices" if plan.num_processes > 1 else ""
-        print_line(f"{modality}s: measured {rate:,.1f} per second{processes}; {_time(plan.hours(modality))}")
+        print_line(f"{noun(modality)}: measured {rate:,.1f} per second{processes}; {_time(plan.hours(modality))}")
     print_line(f"memory: {format_bytes(plan.memory_bytes)} per process for the outputs of two chunks; see --chunk-size")
     free = "" if plan.free_bytes is None else f"; {format_bytes(plan.free_bytes)} are free"
     print_line(f"disk: {format_bytes(plan.num_bytes)}{free}")

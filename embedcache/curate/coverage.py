@@ -22,6 +22,7 @@ from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
 from embedcache.metrics.classification import gini, top_fraction
 from embedcache.metrics.neighbors import top_k
+from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.index import IndexCard
@@ -119,7 +120,7 @@ class CoverageReport:
         else:
             rule = f"threshold {self.settings.threshold:g} for all"
         return (
-            f"{self.pool.cache.path.name}: {self.pool_counts.num_items:,} {self.pool.modality}s, "
+            f"{self.pool.cache.path.name}: {self.pool_counts.num_items:,} {noun(self.pool.modality)}, "
             f"{self.pool.feature.name}{run}; {len(self.concepts.names):,} concepts of {each}; {rule}"
         )
 
@@ -209,7 +210,7 @@ def measure_coverage(
     pool = Vectors(cache_path, settings.modality, settings.feature, settings.run)
     if settings.k > len(pool.rows):
         raise SettingError(
-            f"k: expected 1 to {len(pool.rows)}, the number of {pool.modality}s of {pool.cache.path} with "
+            f"k: expected 1 to {len(pool.rows)}, the number of {noun(pool.modality)} of {pool.cache.path} with "
             f"{pool.feature.name}, got {settings.k}"
         )
     is_selected_N = _is_selected(pool, settings.selection)
@@ -277,7 +278,7 @@ def _count(
 
 def _concept_counts(partial: PartialCoverage, pool: Vectors, selection: Path | str | None) -> list[ConceptCounts]:
     """Return the counts of the pool and, if there is one, of the selection."""
-    names = [f"all {pool.modality}s", *([] if selection is None else [Path(selection).name])]
+    names = [f"all {noun(pool.modality)}", *([] if selection is None else [Path(selection).name])]
     columns = zip(names, partial.num_items, partial.num_covered, partial.counts, partial.assigned, strict=True)
     return [
         ConceptCounts(name=name, num_items=int(items), num_covered=int(covered), counts=counts, assigned=assigned)
@@ -292,7 +293,7 @@ def _check_any_covered(
         return
     closest = int(np.argmax(scores_CK[:, 0] - thresholds_C))
     raise DataError(
-        f"none of {partial.num_items[0]:,} {pool.modality}s of {pool.cache.path} is above the threshold of any of "
+        f"none of {partial.num_items[0]:,} {noun(pool.modality)} of {pool.cache.path} is above the threshold of any of "
         f"{len(concepts.names):,} concepts; the closest is {concepts.names[closest]!r}: highest similarity "
         f"{scores_CK[closest, 0]:.3f}, threshold {thresholds_C[closest]:.3f}; the highest similarity of all is "
         f"{scores_CK[:, 0].max():.3f}; give a lower --threshold, or fewer --deviations"

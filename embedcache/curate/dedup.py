@@ -18,6 +18,7 @@ from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.errors import DataError, SettingError
 from embedcache.files import replacing
+from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.provenance import digest
 from embedcache.search.vectors import Vectors
@@ -217,8 +218,8 @@ def _check_any_pairs(analysis: DedupAnalysis, cosine: float | None) -> None:
     if not len(near.pairs.left) and not analysis.copies.num_copies:
         highest = "there is only one" if analysis.highest is None else f"the highest cosine is {analysis.highest:.5f}"
         raise SettingError(
-            f"cosine: expected one that two {analysis.feature.modality}s of {analysis.cache.path} reach, got {cosine}: "
-            f"{highest}; nothing would be removed, and nothing is written"
+            f"cosine: expected one that two {noun(analysis.feature.modality)} of {analysis.cache.path} reach, got "
+            f"{cosine}: {highest}; nothing would be removed, and nothing is written"
         )
 
 

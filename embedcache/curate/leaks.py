@@ -15,6 +15,7 @@ from embedcache.dataset.pairs import Items, read_items
 from embedcache.dataset.selections import Selection, check_selection_path, write_selection
 from embedcache.errors import DataError, SettingError, UnfinishedError
 from embedcache.metrics.neighbors import Closest, find_closest
+from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
 from embedcache.store.cache import Cache
@@ -270,7 +271,7 @@ def _find_closest(
 ) -> Closest:
     """Compare all test items with all training items; rows are positions in the training items."""
     num_pairs = len(test_items.rows) * len(train_items.rows)
-    progress.start(f"comparing {test_feature.modality}s", num_pairs, "pairs")
+    progress.start(f"comparing {noun(test_feature.modality)}", num_pairs, "pairs")
 
     def train_blocks(num_queries: int) -> Iterator[Floats]:
         for rows, inputs in train_feature.blocks():

@@ -23,6 +23,7 @@ from embedcache.curate.settings import DedupSettings
 from embedcache.curate.similar_pairs import CosineTile, PairCollector, SimilarPairs, cosine_limit
 from embedcache.errors import DataError, DiskFullError, PathError
 from embedcache.files import disk_errors
+from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.faiss_index import spherical_kmeans
 from embedcache.search.vectors import Vectors, run_pass
@@ -250,7 +251,7 @@ def _fill(matrix_NP: Array, vectors: Vectors, rows_N: Ints, plan: _Plan, progres
     mask_N, position_N = _mask(rows_N, vectors), np.empty(len(rows_N), np.int64)
     position_N[plan.items] = np.arange(len(rows_N))
     num_written = 0
-    progress.start("sorting", len(vectors.rows), f"{vectors.modality}s")
+    progress.start("sorting", len(vectors.rows), noun(vectors.modality))
     for rows, vectors_BP in vectors.blocks():
         kept_BP = vectors_BP[mask_N[rows]]
         _check_lengths(kept_BP, vectors)

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from embedcache.arrays import Array
+from embedcache.modalities import ModalityName
 
 ItemShape: TypeAlias = tuple[int, ...]
 """Shape of one item's feature: `(D,)` a vector, `(T, D)` a fixed number of tokens, `(-1, D)` any number of tokens."""
 
-Modality: TypeAlias = Literal["image", "text"]
+Modality: TypeAlias = ModalityName
+"""Name of a modality, such as `image`; what it means is in `embedcache.modalities`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,10 @@ class Fingerprint:
 class Encoder(Protocol):
     """A frozen model of one modality.
 
+    It may have two more attributes, both mappings from feature names: `axes`, the `embedcache.axis.Axis` of a feature
+    of tokens, and `dtypes`, the dtype on disk of a feature that has one of its own, such as `int16` for labels and
+    `float32` for coordinates, whatever `--dtype` says.
+
     `prepare` is called from many threads at once and needs no device; `encode` is called from one thread.
     """
 
@@ -60,11 +66,15 @@ class Encoder(Protocol):
         """Convert raw items to model inputs.
 
         Args:
-            items: RGB `PIL.Image.Image` objects, or strings.
+            items: images as RGB `PIL.Image.Image`, texts as strings, recordings as (n,) float32 at 16 kHz, videos as
+                `embedcache.sources.media.Video`, point clouds as name -> array with one row per point.
 
         Returns:
             One array per item. Image: (3, H, W), uint8 if the model normalizes pixels on its device, else float32.
-            Text: (T,) int64 token ids, truncated to the model's maximum input length.
+            Text: (T,) int64 token ids, truncated to the model's maximum input length. Others: any array.
+
+        Raises:
+            ItemError: an item is not fit for the model, such as a recording of 0 s; it fails with that reason.
         """
         ...
 
@@ -76,6 +86,7 @@ class Encoder(Protocol):
             names: features to compute.
 
         Returns:
-            feature name -> one float32 array per item, of the shape in `features`, not normalized.
+            feature name -> one float32 array per item, of the shape in `features`, not normalized; integers for a
+            feature with an integer dtype of its own.
         """
         ...

@@ -15,6 +15,7 @@ from typing import Any, cast
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError, UnknownNameError
+from embedcache.modalities import noun
 from embedcache.provenance import check_same
 from embedcache.registry import Registry, unknown_name
 
@@ -58,7 +59,7 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
         raise SettingError(
             f"the vectors of {spec.model} were imported and their encoder is unknown, so no {modality} can be encoded "
             "like them: search with --query-key or --query-vectors, repair damage by running the same embedcache "
-            f"import again, or extract features of new {modality}s with an encoder into a cache of its own"
+            f"import again, or extract features of new {noun(modality)} with an encoder into a cache of its own"
         )
     return _load_opener(spec)(spec, modality=modality, settings=settings or EncoderSettings())
 
@@ -175,8 +176,8 @@ def check_modality(spec: EncoderSpec, modality: Modality, served: Modality) -> N
     """Check that a family, or a model of it, serves the requested modality."""
     if modality != served:
         raise SettingError(
-            f"{spec.text}: expected an encoder of {modality}s, got one of {served}s; use it as the {served} encoder, "
-            f"or choose another for {modality}"
+            f"{spec.text}: expected an encoder of {noun(modality)}, got one of {noun(served)}; use it as the {served} "
+            f"encoder, or choose another for {modality}"
         )
 
 

@@ -14,6 +14,7 @@ from embedcache.evaluate.labeled import LabeledFeature, read_labeled
 from embedcache.evaluate.settings import ProbeSettings
 from embedcache.metrics.classification import class_means, rank_labels
 from embedcache.metrics.intervals import Estimate, bootstrap_class_mean, bootstrap_mean, bootstrap_runs
+from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.store.cache import Cache
 
@@ -87,7 +88,7 @@ class ProbeReport:
         rest += f"; {data.num_unlabeled:,} without a label left out" if data.num_unlabeled else ""
         return (
             f"{data.feature.name}{pooled}: {len(data.names):,} classes; {counts['train']:,} train, "
-            f"{counts['val']:,} val, {counts['test']:,} test {data.feature.modality}s; {data.split_rule}{rest}"
+            f"{counts['val']:,} val, {counts['test']:,} test {noun(data.feature.modality)}; {data.split_rule}{rest}"
         )
 
     @property
@@ -99,7 +100,7 @@ class ProbeReport:
         """Return one line for each reason to doubt the results."""
         data, is_test, lines = self.labeled, self.labeled.parts == "test", []
         if overlap := data.overlap():
-            lines.append(f"{overlap:,} test {data.feature.modality}s are copies of training or validation items")
+            lines.append(f"{overlap:,} test {noun(data.feature.modality)} are copies of training or validation items")
         unseen = np.setdiff1d(data.examples.labels[is_test], data.examples.labels[~is_test])
         if len(unseen):
             names = ", ".join(repr(data.names[number]) for number in unseen[:5])

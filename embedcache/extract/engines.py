@@ -14,6 +14,7 @@ from embedcache.errors import EmbedcacheError, UnfinishedError
 from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.worker import ShardReport, Worker, merge_reports, step_name
 from embedcache.files import is_remote, open_path
+from embedcache.modalities import noun
 from embedcache.processes import connected, num_cores, run_processes
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources.base import Source
@@ -64,7 +65,7 @@ def _run_local(job: ExtractJob, source: Source, progress: Progress) -> list[Shar
         _run_device,
         [(replace(job, settings=part), device, threads) for part, device in zip(parts, devices, strict=True)],
         progress,
-        steps=[step_name("image"), step_name("text")],
+        steps=[step_name(modality) for modality in job.encoders],
         is_split=is_split,
     )
     if num_died and (is_split or not reports):
@@ -94,7 +95,7 @@ def _run_ray(job: ExtractJob, _: Source, progress: Progress) -> list[ShardReport
         try:
             missing, reports = _get(ray, actors[0].open.remote())
             for modality, num_items in missing.items():
-                progress.start(step_name(modality), sum(num_items.values()), f"{modality}s")
+                progress.start(step_name(modality), sum(num_items.values()), noun(modality))
                 reports += _encode_on_actors(ray, actors, modality, num_items, progress)
                 progress.finish()
             return merge_reports(reports)

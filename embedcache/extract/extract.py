@@ -1,7 +1,7 @@
 """Extraction: encode the items of a source with frozen encoders and store the features in a cache."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,8 +16,10 @@ from embedcache.extract.settings import ExtractJob, ExtractSettings
 from embedcache.extract.views import open_view
 from embedcache.extract.worker import ShardReport
 from embedcache.files import open_path, remove_partials
+from embedcache.modalities import MODALITIES, ModalityName, noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import record_stage
+from embedcache.registry import unknown_name
 from embedcache.sources.base import IMPORTED, Source
 from embedcache.store.cache import Cache
 from embedcache.store.group import open_group
@@ -49,7 +51,7 @@ class EncoderReport:
         """Return a summary in one line."""
         failed = "; ".join(f"{count} {reason}" for reason, count in self.failures.items())
         return (
-            f"{self.encoder} ({', '.join(self.features)}): encoded {self.encoded:,} {self.modality}s, "
+            f"{self.encoder} ({', '.join(self.features)}): encoded {self.encoded:,} {noun(self.modality)}, "
             f"reused {self.reused:,}, failed {sum(self.failures.values()):,}" + (f": {failed}" if failed else "")
         )
 
@@ -60,6 +62,7 @@ def extract(
     *,
     image_encoders: Sequence[str] = (),
     text_encoders: Sequence[str] = (),
+    encoders: Mapping[str, Sequence[str]] | None = None,
     settings: ExtractSettings | None = None,
     progress: Progress | None = None,
 ) -> list[EncoderReport]:
@@ -73,6 +76,7 @@ def extract(
         cache_path: path or URL of a new folder, or of a cache of this source.
         image_encoders: encoders of images, as `family:model`.
         text_encoders: encoders of texts.
+        encoders: modality -> encoders, of any modality.
         settings: how features are extracted and stored.
         progress: shows the number of encoded items.
 
@@ -81,13 +85,14 @@ def extract(
 
     Raises:
         SettingError: no encoder is named, or the cache was imported.
-        UnknownNameError: an encoder or feature is unknown.
+        UnknownNameError: a modality, encoder or feature is unknown.
         SourceError: the source cannot be indexed, lacks a modality, or none of its items can be read.
         FingerprintError: the cache holds other samples, or features of a different encoder of that name.
         DiskFullError: the disk is full; committed chunks stay valid, so run again with more space.
     """
     progress = progress or NullProgress()
-    job = open_job(source, cache_path, image_encoders, text_encoders, settings=settings, progress=progress)
+    specs = join_encoders(image_encoders, text_encoders, encoders)
+    job = open_job(source, cache_path, specs, settings=settings, progress=progress)
     cache = Cache(job.cache)
     remove_partials(cache.path)
     with record_job(cache, job, "extract") as outcome:
@@ -97,11 +102,22 @@ def extract(
     return reports
 
 
+def join_encoders(
+    image_encoders: Sequence[str], text_encoders: Sequence[str], encoders: Mapping[str, Sequence[str]] | None
+) -> dict[ModalityName, tuple[str, ...]]:
+    """Return modality -> encoders, in the order of the table of modalities, without modalities that have none."""
+    named: dict[str, tuple[str, ...]] = {"image": tuple(image_encoders), "text": tuple(text_encoders)}
+    for modality, specs in (encoders or {}).items():
+        if modality not in MODALITIES:
+            raise unknown_name("modality", modality, MODALITIES)
+        named[modality] = (*named.get(modality, ()), *specs)
+    return {modality.name: named[name] for name, modality in MODALITIES.items() if named.get(name)}
+
+
 def open_job(
     source: Source,
     cache_path: Path | str,
-    image_encoders: Sequence[str],
-    text_encoders: Sequence[str],
+    encoders: Mapping[ModalityName, tuple[str, ...]],
     *,
     settings: ExtractSettings | None = None,
     repair_items: bool = False,
@@ -116,17 +132,17 @@ def open_job(
         UnknownNameError: a view is unknown.
     """
     settings = settings or ExtractSettings()
-    if not image_encoders and not text_encoders:
+    if not encoders:
         raise SettingError(
             "expected at least one encoder, got none; name one such as --text-encoder st:all-MiniLM-L6-v2"
         )
-    _check_encoders({"image": image_encoders, "text": text_encoders}, settings)
+    _check_encoders(encoders, settings)
     for device in settings.devices:
         torch_device(device)
     path = open_path(cache_path)
     if info_path(path).is_file() and (imported := read_info(path).source).get("type") == IMPORTED:
         raise SettingError(
-            f"{path} was imported from {imported['path']}: it has vectors, but no images or texts to encode; "
+            f"{path} was imported from {imported['path']}: it has vectors, but no items to encode; "
             "extract the images and captions themselves into a new folder"
         )
     index(
@@ -140,18 +156,19 @@ def open_job(
     return ExtractJob(
         cache=str(path),
         source=source.describe(),
-        image_encoders=tuple(image_encoders),
-        text_encoders=tuple(text_encoders),
+        encoders=encoders,
         settings=settings,
     )
 
 
-def _check_encoders(encoders: dict[str, Sequence[str]], settings: ExtractSettings) -> None:
+def _check_encoders(encoders: Mapping[ModalityName, Sequence[str]], settings: ExtractSettings) -> None:
     """Check, before hours of indexing, that views suit the encoders and that each has a folder of its own."""
     views = [open_view(name) for name in settings.views]
     for view in views:
-        if not encoders[view.modality]:
-            raise SettingError(f"view {view.name} applies to {view.modality}s, but no {view.modality} encoder is named")
+        if view.modality not in encoders:
+            raise SettingError(
+                f"view {view.name} applies to {noun(view.modality)}, but no {view.modality} encoder is named"
+            )
     for modality, specs in encoders.items():
         suffixes = ["", *(view.suffix for view in views if view.modality == modality)]
         folders = Counter(EncoderSpec.parse(spec).folder + suffix for spec in specs for suffix in suffixes)
@@ -166,14 +183,15 @@ def _check_encoders(encoders: dict[str, Sequence[str]], settings: ExtractSetting
 def record_job(cache: Cache, job: ExtractJob, stage: str) -> AbstractContextManager[dict[str, Any]]:
     """Record a stage on a cache in its folder `records`."""
     started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    request = {
+    request: dict[str, Any] = {
         "source": job.source,
-        "image": list(job.image_encoders),
-        "text": list(job.text_encoders),
+        "image": [],
+        "text": [],
         "features": list(job.settings.features),
         "views": list(job.settings.views),
         "dtype": job.settings.dtype,
     }
+    request |= {modality: list(specs) for modality, specs in job.encoders.items()}
     return record_stage(cache.path / "records" / f"{stage}-{started}.json", stage, request)
 
 
@@ -206,5 +224,6 @@ def _check_any_encoded(cache: Cache, reports: Sequence[EncoderReport]) -> None:
         if sum(report.failures.values()) == num_items:
             reasons = "; ".join(f"{count} {reason}" for reason, count in report.failures.items())
             raise SourceError(
-                f"all {num_items} {report.modality}s failed: {reasons}; repair the source and extract into a new folder"
+                f"all {num_items} {noun(report.modality)} failed: {reasons}; repair the source and extract into a "
+                "new folder"
             )

@@ -9,11 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from embedcache.arrays import Array
+from embedcache.axis import Axis
 from embedcache.encoders.base import Encoder
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.views import View, open_view
 from embedcache.files import Leases
+from embedcache.modalities import MODALITIES
 from embedcache.processes import num_cores
 from embedcache.provenance import check_same
 from embedcache.registry import unknown_name
@@ -150,13 +152,17 @@ def create_writer(
         spec=spec.absolute.text,
         fingerprint=view_fingerprint(encoder, view),
     )
+    dtypes = {name: getattr(encoder, "dtypes", {}).get(name, dtype) for name in features}
     for name in features:
-        add_feature(group, name, encoder.features[name], dtype)
+        axis: Axis | None = getattr(encoder, "axes", {}).get(name)
+        if axis is not None and view is not None:  # a crop or a flip: the grid no longer covers the stored box
+            axis = axis.without_box
+        add_feature(group, name, encoder.features[name], dtypes[name], axis=axis)
     return FeatureWriter(
         encoder=encoder,
         group=group,
         features=features,
-        dtypes=dict.fromkeys(features, dtype),
+        dtypes=dtypes,
         view=view,
         executor=executor,
         gate=gate,
@@ -173,7 +179,7 @@ def reopen_writer(group: EncoderGroup, features: Sequence[str], *, device: str) 
         features=tuple(features),
     )
     return FeatureWriter(
-        encoder=open_encoder(group.spec, modality="image" if group.modality == "image" else "text", settings=settings),
+        encoder=open_encoder(group.spec, modality=MODALITIES[group.modality].name, settings=settings),
         group=group,
         features=features,
         dtypes={name: Feature(group, name).dtype for name in features},

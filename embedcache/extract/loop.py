@@ -4,29 +4,34 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
+from math import log2
 from operator import itemgetter
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import pyarrow as pa
 
 from embedcache.arrays import Array
-from embedcache.errors import ItemError
+from embedcache.errors import ItemError, SettingError
 from embedcache.extract.feature_writer import ChunkTask, FeatureWriter
+from embedcache.modalities import MODALITIES, Modality
 from embedcache.progress import Progress
-from embedcache.sources.base import ImageItem, Source
-from embedcache.sources.images import decode_image
+from embedcache.sources.base import FileItem, Source
 from embedcache.store.cache import Cache
 from embedcache.store.group import hash_item
+from embedcache.store.tables import to_file_item
 from embedcache.store.writer import commit_chunk
+from embedcache.units import format_bytes
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _CommitFunction: TypeAlias = "Callable[[ChunkTask, Sequence[BatchBuffer], Sequence[LoadedItem]], None]"
 
-_IMAGES_AHEAD = 256
+_MAX_CHUNK_BYTES = 2 * 2**30
+"""Outputs of one chunk that are kept in memory; those of two chunks are, while one is committed."""
 
 
 def encode_chunks(
@@ -43,46 +48,50 @@ def encode_chunks(
     Args:
         threads: number of threads that read and decode items.
     """
-    encode = _encode_image_chunks if modality == "image" else _encode_text_chunks
     with ThreadPoolExecutor(threads) as executor, _commit_thread() as commit:
-        encode(cache, source, tasks, executor, commit, progress)
+        if MODALITIES[modality].kind == "texts":
+            _encode_text_chunks(cache, tasks, executor, commit, progress)
+        else:
+            _encode_file_chunks(cache, source, MODALITIES[modality], tasks, executor, commit, progress)
 
 
-def _encode_image_chunks(
+def _encode_file_chunks(
     cache: Cache,
     source: Source,
+    modality: Modality,
     tasks: Iterable[ChunkTask],
     executor: Executor,
     commit: _CommitFunction,
     progress: Progress,
 ) -> None:
-    """Encode chunks of images, each image read and decoded once for all encoders, in row order.
+    """Encode chunks of items in files, each item read and decoded once for all encoders, in row order.
 
-    Memory: `_IMAGES_AHEAD` images prepared for each encoder, and the outputs of two chunks.
+    Memory: `modality.num_ahead` items prepared for each encoder, and the outputs of two chunks.
     """
+    decode = modality.load_decoder()
 
-    def load(task_item: tuple[ChunkTask, ImageItem]) -> tuple[ChunkTask, LoadedItem]:
+    def load(task_item: tuple[ChunkTask, FileItem]) -> tuple[ChunkTask, LoadedItem]:
         task, item = task_item
-        return task, _load_image(source, item, list(task.missing))
+        return task, _load_file(source, item, decode, list(task.missing))
 
-    task_items = ((task, item) for task in tasks for item in _image_items(cache.items("image", chunk=task.chunk)))
-    with closing(_prefetch_map(executor, load, task_items, window=_IMAGES_AHEAD)) as stream:
+    items_of = partial(cache.items, modality.name)
+    task_items = ((task, item) for task in tasks for item in _file_items(items_of(chunk=task.chunk)))
+    with closing(_prefetch_map(executor, load, task_items, window=modality.num_ahead)) as stream:
         for task, group in groupby(stream, key=itemgetter(0)):
-            num_items = cache.info.count_items("image", [task.chunk])
+            num_items = cache.info.count_items(modality.name, [task.chunk])
             buffers = [BatchBuffer(writer, names, num_items) for writer, names in task.missing.items()]
             loaded = []
             for row, (_, item) in enumerate(group):
-                if item.failure is None:
-                    for buffer, inputs in zip(buffers, item.inputs, strict=True):
+                for buffer, inputs in zip(buffers, item.inputs, strict=True):
+                    if inputs is not None:
                         buffer.add(row, inputs)
-                loaded.append(LoadedItem(hash=item.hash, failure=item.failure))  # without the inputs
+                loaded.append(replace(item, inputs=()))
                 progress.advance(1)
             commit(task, buffers, loaded)
 
 
 def _encode_text_chunks(
     cache: Cache,
-    _: Source,
     tasks: Iterable[ChunkTask],
     executor: Executor,
     commit: _CommitFunction,
@@ -107,37 +116,61 @@ def _encode_text_chunks(
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedItem:
-    """One item as one array per feature writer, or the reason why it failed; `hash` is None if it was not read."""
+    """One item as one array per feature writer.
+
+    Args:
+        hash: hash of its content; None if it was not read.
+        failures: for each writer why it failed, or None.
+        inputs: for each writer the model's input; None for a failed item.
+    """
 
     hash: bytes | None
-    failure: str | None = None
-    inputs: Sequence[Array] = ()
+    failures: Sequence[str | None]
+    inputs: Sequence[Array | None] = ()
 
 
 def load_items(
     source: Source, table: pa.Table, writers: Sequence[FeatureWriter], executor: Executor
 ) -> list[LoadedItem]:
-    """Load rows of an item table, all of the writers' modality, for every writer; images on several threads."""
-    if "text" in table.column_names:
+    """Load rows of an item table, all of the writers' modality, for every writer; files on several threads."""
+    modality = MODALITIES[writers[0].group.modality]
+    if modality.kind == "texts":
         return _load_texts(table, writers)
-    return list(executor.map(lambda item: _load_image(source, item, writers), _image_items(table)))
+    decode = modality.load_decoder()
+    return list(executor.map(lambda item: _load_file(source, item, decode, writers), _file_items(table)))
 
 
-def _image_items(table: pa.Table) -> list[ImageItem]:
-    return [ImageItem(**row) for row in table.drop_columns("sample").to_pylist()]
+def _file_items(table: pa.Table) -> list[FileItem]:
+    return [to_file_item(row) for row in table.to_pylist()]
 
 
-def _load_image(source: Source, item: ImageItem, writers: Sequence[FeatureWriter]) -> LoadedItem:
-    """Read and decode one image, and prepare it for every writer."""
+def _load_file(
+    source: Source, item: FileItem, decode: Callable[..., Any], writers: Sequence[FeatureWriter]
+) -> LoadedItem:
+    """Read and decode one item, and prepare it for every writer."""
     content_hash = None
+    interval = (item.start_s, item.stop_s)
     try:
         data = source.read(item)
-        content_hash = hash_item(data)
+        content_hash = hash_item(data, interval=interval)
         writers[0].gate.wait()
-        image = decode_image(data)
+        raw = decode(data) if interval == (None, None) else decode(data, *interval)
     except ItemError as error:
-        return LoadedItem(hash=content_hash, failure=str(error))
-    return LoadedItem(hash=content_hash, inputs=[writer.prepare([image])[0] for writer in writers])
+        return LoadedItem(hash=content_hash, failures=[str(error)] * len(writers), inputs=[None] * len(writers))
+    inputs, failures = list[Array | None](), list[str | None]()
+    for writer in writers:
+        prepared, failure = _prepare(writer, raw)
+        inputs.append(prepared)
+        failures.append(failure)
+    return LoadedItem(hash=content_hash, failures=failures, inputs=inputs)
+
+
+def _prepare(writer: FeatureWriter, raw: Any) -> tuple[Array | None, str | None]:
+    """Return the model's input for one raw item, or why the model cannot take it."""
+    try:
+        return writer.prepare([raw])[0], None
+    except ItemError as error:
+        return None, str(error)
 
 
 def _load_texts(table: pa.Table, writers: Sequence[FeatureWriter]) -> list[LoadedItem]:
@@ -145,12 +178,14 @@ def _load_texts(table: pa.Table, writers: Sequence[FeatureWriter]) -> list[Loade
     texts = table["text"].to_pylist()
     distinct = [text for text in dict.fromkeys(texts) if text.strip()]
     prepared = [writer.prepare(distinct) for writer in writers]
-    inputs = {text: list(arrays) for text, *arrays in zip(distinct, *prepared, strict=True)}
+    inputs: dict[str, list[Array | None]] = {
+        text: list(arrays) for text, *arrays in zip(distinct, *prepared, strict=True)
+    }
     return [
         LoadedItem(
             hash=hash_item(text.encode()),
-            failure=None if text in inputs else "empty caption",
-            inputs=inputs.get(text, ()),
+            failures=[None if text in inputs else "empty caption"] * len(writers),
+            inputs=inputs.get(text, [None] * len(writers)),
         )
         for text in texts
     ]
@@ -182,6 +217,7 @@ class BatchBuffer:
     def __init__(self, writer: FeatureWriter, features: Sequence[str], num_rows: int) -> None:
         self.writer = writer
         self.features: Mapping[str, list[Array | None]] = {name: [None] * num_rows for name in features}
+        self._num_rows, self._num_encoded, self._num_bytes = num_rows, 0, 0
         self._rows: list[int] = []
         self._batch: list[Array] = []
         self._running: tuple[list[int], Future[dict[str, list[Array]]]] | None = None
@@ -219,27 +255,48 @@ class BatchBuffer:
         encoded = running.result()
         for name, items in self.features.items():
             for row, item in zip(rows, encoded[name], strict=True):
-                items[row] = self.writer.cast(name, item)
+                stored = self.writer.cast(name, item)
+                items[row] = stored
+                self._num_bytes += stored.nbytes
+        self._num_encoded += len(rows)
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Check that the outputs of the whole chunk fit in memory, as far as the batches up to now tell."""
+        is_text = MODALITIES[self.writer.group.modality].kind == "texts"  # the longest come first: no estimate
+        num_items = self._num_encoded if is_text else self._num_rows
+        item_bytes = self._num_bytes / self._num_encoded
+        if num_items * item_bytes <= _MAX_CHUNK_BYTES or self.writer.group.has_commits:
+            return
+        chunk_size = 2 ** int(log2(max(_MAX_CHUNK_BYTES / item_bytes, 1)))
+        raise SettingError(
+            f"chunk_size: expected a chunk of at most {format_bytes(_MAX_CHUNK_BYTES)} in memory, got "
+            f"{self._num_rows:,} items of {format_bytes(round(item_bytes))} of {self.writer.group.name}; extract "
+            f"into a new folder with --chunk-size {min(chunk_size, self._num_rows)}"
+        )
 
 
 def add_loaded(buffer: BatchBuffer, items: Iterable[tuple[int, LoadedItem]], number: int) -> None:
     """Encode the loaded items of some rows; `number` is the writer's position in their inputs."""
     for row, item in items:
-        if item.failure is None:
-            buffer.add(row, item.inputs[number])
+        inputs = item.inputs[number]
+        if inputs is not None:
+            buffer.add(row, inputs)
     buffer.flush()
 
 
 def add_distinct(buffer: BatchBuffer, loaded: Sequence[LoadedItem], number: int) -> None:
     """Encode loaded items, each distinct item once and the longest first."""
     first_row: dict[bytes | None, int] = {}
+    lengths: dict[int, int] = {}
     for row, item in enumerate(loaded):
-        if item.failure is None:
-            first_row.setdefault(item.hash, row)
-    rows = sorted(first_row.values(), key=lambda row: (-len(loaded[row].inputs[number]), row))
+        inputs = item.inputs[number]
+        if inputs is not None and item.hash not in first_row:
+            first_row[item.hash], lengths[row] = row, len(inputs)
+    rows = sorted(lengths, key=lambda row: (-lengths[row], row))
     add_loaded(buffer, ((row, loaded[row]) for row in rows), number)
     for row, item in enumerate(loaded):
-        if item.failure is None:
+        if item.inputs[number] is not None:
             buffer.copy(first_row[item.hash], row)
 
 
@@ -262,9 +319,9 @@ def _commit_thread() -> Iterator[_CommitFunction]:
 
 def _commit(task: ChunkTask, buffers: Sequence[BatchBuffer], loaded: Sequence[LoadedItem]) -> None:
     hashes = [item.hash for item in loaded]
-    failures = [item.failure for item in loaded]
-    for buffer in buffers:
+    for number, buffer in enumerate(buffers):
         buffer.flush()
+        failures = [item.failures[number] for item in loaded]
         reasons = dict.fromkeys(buffer.features, failures)
         commit_chunk(buffer.writer.group, task.chunk, buffer.features, hashes, reasons)
         buffer.writer.mark_complete(task.chunk)

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import pyarrow as pa
 from embedcache.encoders.base import Modality
 from embedcache.errors import DiskFullError
 from embedcache.extract.engines import all_devices, count_processes
-from embedcache.extract.extract import open_job
+from embedcache.extract.extract import join_encoders, open_job
 from embedcache.extract.loop import BatchBuffer, add_distinct, load_items
 from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.worker import Worker
@@ -99,6 +99,7 @@ def plan(
     *,
     image_encoders: Sequence[str] = (),
     text_encoders: Sequence[str] = (),
+    encoders: Mapping[str, Sequence[str]] | None = None,
     settings: ExtractSettings | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -107,7 +108,8 @@ def plan(
     The arguments and errors are those of `extract`.
     """
     progress = progress or NullProgress()
-    job = open_job(source, cache_path, image_encoders, text_encoders, settings=settings, progress=progress)
+    specs = join_encoders(image_encoders, text_encoders, encoders)
+    job = open_job(source, cache_path, specs, settings=settings, progress=progress)
     worker = Worker(job, source=source, device=(job.settings.devices or all_devices())[0])
     features: list[PlannedFeature] = []
     rates: dict[Modality, float] = {}

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, normalize
+from embedcache.encoders.base import Modality
 from embedcache.errors import CorruptError
 from embedcache.extract.engines import all_devices
-from embedcache.extract.extract import open_job, record_job
+from embedcache.extract.extract import join_encoders, open_job, record_job
 from embedcache.extract.feature_writer import (
     FeatureWriter,
     check_unchanged,
@@ -22,6 +23,7 @@ from embedcache.extract.feature_writer import (
 from embedcache.extract.loop import BatchBuffer, LoadedItem, add_loaded, encode_chunks, load_items
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.extract.worker import Worker
+from embedcache.modalities import MODALITIES, noun
 from embedcache.processes import num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import name_differences
@@ -123,7 +125,7 @@ def repair(
         for finding in group_findings:
             withdraw(group, finding.chunk, [finding.name])
         chunks = sorted({finding.chunk for finding in group_findings})
-        progress.start(f"repairing {encoder}", cache.info.count_items(modality, chunks), f"{modality}s")
+        progress.start(f"repairing {encoder}", cache.info.count_items(modality, chunks), noun(modality))
         tasks = (task for chunk in chunks if (task := lease_chunk(writer, chunk)).missing)
         encode_chunks(cache, source, modality, tasks, progress, threads=num_cores())
         progress.finish()
@@ -135,6 +137,7 @@ def repair(
 class RetryReport:
     """Result of retrying the failed items of one encoder; `reasons` counts the items that failed again by kind."""
 
+    modality: str
     encoder: str
     num_tried: int = 0
     num_recovered: int = 0
@@ -144,8 +147,8 @@ class RetryReport:
         """Return a summary in one line."""
         failed = "; ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
         return (
-            f"{self.encoder}: retried {self.num_tried:,} failed images, {self.num_recovered:,} have features now, "
-            f"{self.num_tried - self.num_recovered:,} failed again" + (f": {failed}" if failed else "")
+            f"{self.encoder}: retried {self.num_tried:,} failed {noun(self.modality)}, {self.num_recovered:,} have "
+            f"features now, {self.num_tried - self.num_recovered:,} failed again" + (f": {failed}" if failed else "")
         )
 
     def to_json(self) -> dict[str, object]:
@@ -164,29 +167,42 @@ def retry_failed(
     *,
     image_encoders: Sequence[str] = (),
     text_encoders: Sequence[str] = (),
+    encoders: Mapping[str, Sequence[str]] | None = None,
     settings: ExtractSettings | None = None,
     progress: Progress | None = None,
 ) -> list[RetryReport]:
-    """Retry the images that failed, after a file was replaced or a network came back; all other rows stay unchanged.
+    """Retry the files that failed, after one was replaced or a network came back; all other rows stay unchanged.
 
     Captions that failed are blank and remain failed, because captions are part of the item table. The arguments and
     errors are those of `extract`.
     """
     progress = progress or NullProgress()
-    job = open_job(
-        source, cache_path, image_encoders, text_encoders, settings=settings, repair_items=True, progress=progress
-    )
+    specs = join_encoders(image_encoders, text_encoders, encoders)
+    job = open_job(source, cache_path, specs, settings=settings, repair_items=True, progress=progress)
     worker = Worker(job, source=source, device=(job.settings.devices or all_devices())[0])
-    writers = worker.writers.get("image", [])
-    reports = [RetryReport(encoder=writer.group.name) for writer in writers]
+    reports: list[RetryReport] = []
     with record_job(worker.cache, job, "retry") as outcome, ThreadPoolExecutor(job.settings.num_threads) as executor:
-        num_chunks = worker.cache.info.num_chunks("image")
-        progress.start("looking for failed images", num_chunks, "chunks")
-        for chunk in range(num_chunks):
-            _retry_chunk(worker, writers, reports, chunk, executor)
-            progress.advance(1)
-        progress.finish()
+        for modality, writers in worker.writers.items():
+            if MODALITIES[modality].kind == "files":
+                reports += _retry_modality(worker, modality, writers, executor, progress)
         outcome["encoders"] = [report.to_json() for report in reports]
+    return reports
+
+
+def _retry_modality(
+    worker: Worker,
+    modality: Modality,
+    writers: Sequence[FeatureWriter],
+    executor: ThreadPoolExecutor,
+    progress: Progress,
+) -> list[RetryReport]:
+    reports = [RetryReport(modality=modality, encoder=writer.group.name) for writer in writers]
+    num_chunks = worker.cache.info.num_chunks(modality)
+    progress.start(f"looking for failed {noun(modality)}", num_chunks, "chunks")
+    for chunk in range(num_chunks):
+        _retry_chunk(worker, writers, reports, chunk, executor)
+        progress.advance(1)
+    progress.finish()
     return reports
 
 
@@ -200,12 +216,13 @@ def _retry_chunk(
     rows = sorted(set().union(*(_failed_rows(writer, chunk) for writer in writers)))
     if not rows:
         return
-    items = worker.cache.items("image", chunk=chunk).take(rows)
+    items = worker.cache.items(writers[0].group.modality, chunk=chunk).take(rows)
     loaded = dict(zip(rows, load_items(worker.source, items, writers, executor), strict=True))
     for number, (writer, report) in enumerate(zip(writers, reports, strict=True)):
         writer.leases.acquire(chunk, wait=True)
         retried = {row: loaded[row] for row in rows if row in _failed_rows(writer, chunk)}
-        reasons = [item.failure.partition(":")[0] for item in retried.values() if item.failure is not None]
+        failures = [item.failures[number] for item in retried.values()]
+        reasons = [failure.partition(":")[0] for failure in failures if failure is not None]
         report.num_tried += len(retried)
         report.num_recovered += len(retried) - len(reasons)
         report.reasons.update(reasons)
@@ -230,9 +247,9 @@ def _rewrite_chunk(writer: FeatureWriter, chunk: int, retried: Mapping[int, Load
     features = [name for name in writer.features if writer.group.has(commit, name)]
     buffer = BatchBuffer(writer, features, len(commit.hashes))
     add_loaded(buffer, retried.items(), number)
-    unchanged = LoadedItem(hash=None, failure=NOT_YET)
-    items = [retried.get(row, unchanged) for row in range(len(commit.hashes))]
-    hashes, failures = [item.hash for item in items], [item.failure for item in items]
+    items = [retried.get(row) for row in range(len(commit.hashes))]
+    hashes = [None if item is None else item.hash for item in items]
+    failures = [NOT_YET if item is None else item.failures[number] for item in items]
     commit_chunk(writer.group, chunk, buffer.features, hashes, dict.fromkeys(features, failures), overwrite_failed=True)
 
 
@@ -304,7 +321,7 @@ def _measure_group(
     buffer = BatchBuffer(writer, writer.features, len(rows))
     add_loaded(buffer, enumerate(loaded), 0)
     differences = name_differences(group.fingerprint, view_fingerprint(writer.encoder, writer.view))
-    is_read = np.array([item.failure is None for item in loaded])
+    is_read = np.array([item.failures[0] is None for item in loaded])
     for feature in features:
         encoded = [item for item in buffer.features[feature.feature] if item is not None]
         stored = feature.gather_tokens(rows[is_read]) if feature.is_ragged else list(feature.gather(rows[is_read]))

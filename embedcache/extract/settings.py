@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
+from embedcache.modalities import ModalityName
 from embedcache.processes import num_cores
 from embedcache.settings import check_settings, group, setting
 from embedcache.units import parse_fraction
@@ -120,10 +121,13 @@ class VerifySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractJob:
-    """A complete description of an extraction, from which any process on any machine can take part."""
+    """A complete description of an extraction, from which any process on any machine can take part.
+
+    Args:
+        encoders: modality -> specs of its encoders; a modality without encoders is absent.
+    """
 
     cache: str
     source: Mapping[str, Any]
-    image_encoders: tuple[str, ...]
-    text_encoders: tuple[str, ...]
+    encoders: Mapping[ModalityName, tuple[str, ...]]
     settings: ExtractSettings

@@ -21,6 +21,7 @@ from embedcache.extract.feature_writer import (
 from embedcache.extract.loop import encode_chunks
 from embedcache.extract.settings import ExtractJob
 from embedcache.extract.views import open_view
+from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.sources import Source, reopen_source
 from embedcache.store.cache import Cache
@@ -75,7 +76,7 @@ class Worker:
         for modality in self.writers:
             chunks = self.missing(modality)
             if chunks:
-                progress.start(step_name(modality), self.cache.info.count_items(modality, chunks), f"{modality}s")
+                progress.start(step_name(modality), self.cache.info.count_items(modality, chunks), noun(modality))
                 reports += self.encode(modality, chunks, progress)
                 progress.finish()
         return merge_reports(reports)
@@ -102,7 +103,7 @@ class Worker:
 
 def step_name(modality: Modality) -> str:
     """Return the name under which progress of a modality is reported."""
-    return f"encoding {modality}s"
+    return f"encoding {noun(modality)}"
 
 
 def _report(writer: FeatureWriter, chunks: Iterable[int]) -> ShardReport:
@@ -125,19 +126,16 @@ def _record_chunks(tasks: Iterable[ChunkTask], encoded: Mapping[str, set[int]]) 
 
 def _open_writers(cache: Cache, job: ExtractJob, device: str) -> dict[Modality, list[FeatureWriter]]:
     specs: Mapping[Modality, Sequence[EncoderSpec]] = {
-        "image": [EncoderSpec.parse(spec) for spec in job.image_encoders],
-        "text": [EncoderSpec.parse(spec) for spec in job.text_encoders],
+        modality: [EncoderSpec.parse(spec) for spec in requested] for modality, requested in job.encoders.items()
     }
-    for modality, requested in specs.items():
-        if requested and not cache.info.num_items.get(modality):
-            raise SourceError(
-                f"cache {cache.path} has no {modality} items; omit --{modality}-encoder, or check the source"
-            )
+    for modality in specs:
+        if not cache.info.num_items.get(modality):
+            option = f"--{modality}-encoder" if modality in ("image", "text") else f"--encoder {modality}=…"
+            raise SourceError(f"cache {cache.path} has no {modality} items; omit {option}, or check the source")
     settings = replace(job.settings.encoder, device=device, features=job.settings.features)
     encoders: dict[Modality, list[Encoder]] = {
         modality: [open_encoder(spec, modality=modality, settings=settings) for spec in requested]
         for modality, requested in specs.items()
-        if requested
     }
     check_features([encoder for group in encoders.values() for encoder in group], job.settings.features)
     gate, dtype = CpuGate(device), job.settings.dtype

@@ -11,7 +11,7 @@ import numpy as np
 from embedcache.arrays import Array
 from embedcache.encoders.base import Modality
 from embedcache.errors import DataError, ItemError, SettingError, SourceError
-from embedcache.sources.base import IMPORTED, ImageItem, Sample, TextItem
+from embedcache.sources.base import IMPORTED, FileItem, Sample, TextItem
 from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file, resolve_item
 from embedcache.sources.settings import SourceSettings
@@ -170,12 +170,12 @@ class ImportedSamples:
             yield from self._table_samples(group, first) if group.table else self._numbered_samples(group, first)
             first += group.num_rows
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         """Return the bytes of an image whose file a table names."""
         return ImportedSource(str(self._vectors.path), SourceSettings()).read(item)
 
     def _numbered_samples(self, group: FileGroup, first: int) -> Iterator[Sample]:
-        images = (ImageItem(path=""),) if "image" in self._modalities else ()
+        images = (FileItem(path=""),) if "image" in self._modalities else ()
         for number in range(first, first + group.num_rows):
             yield Sample(key=_KEY_FORMAT.format(number), images=images)
 
@@ -213,7 +213,7 @@ class ImportedSamples:
         path = image if isinstance(image, str) else ""
         return Sample(
             key=read_key(columns, row, location) or _KEY_FORMAT.format(number),
-            images=(ImageItem(path=path),) if "image" in self._modalities else (),
+            images=(FileItem(path=path),) if "image" in self._modalities else (),
             texts=texts,
             columns=to_scalar_columns({name: row.get(name) for name in columns.others}),
         )
@@ -238,7 +238,7 @@ class ImportedSource:
             "original images and captions"
         )
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         """Return the bytes of an image.
 
         Raises:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from embedcache.errors import ItemError, SettingError
 from embedcache.registry import require
-from embedcache.sources.base import ImageItem, Sample, TextItem
+from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
 
 _IMAGE_PX = 256
@@ -67,7 +67,7 @@ class OpenmojiSource:
         self._emoji.config.load_language(list(self._languages))
         yield from map(self._sample, self._emoji_groups)
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         """Draw one image as a PNG of 256 x 256 pixels."""
         glyph = self._font.glyph(_emoji_of(item.path))
         if glyph is None:
@@ -106,7 +106,7 @@ class OpenmojiSource:
         ]
         return Sample(
             key=key,
-            images=(ImageItem(path=key),),
+            images=(FileItem(path=key),),
             texts=tuple(dict.fromkeys(names)),
             columns={
                 "emoji": emoji[0],

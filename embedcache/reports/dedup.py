@@ -12,6 +12,7 @@ from embedcache.arrays import Ints
 from embedcache.curate.dedup import LEVELS, DedupAnalysis, DedupReport
 from embedcache.curate.keep import RemovedSamples
 from embedcache.curate.similar_pairs import histogram
+from embedcache.modalities import noun
 from embedcache.reports.base import (
     QueryExample,
     Section,
@@ -49,7 +50,7 @@ def threshold_table(analysis: DedupAnalysis) -> Table:
 def comparison_line(analysis: DedupAnalysis) -> str:
     """Return what was compared, and how completely, in one line."""
     near, item_copies = analysis.near, analysis.copies
-    items = f"{len(item_copies.content_ids):,} {analysis.feature.modality}s of {analysis.feature.name}"
+    items = f"{len(item_copies.content_ids):,} {noun(analysis.feature.modality)} of {analysis.feature.name}"
     copies = f"{item_copies.num_copies:,} are byte-identical copies"
     if near is None:
         return f"{items}; {copies}"

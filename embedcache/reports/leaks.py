@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.curate.leaks import LeakReport, ModalityLeaks
+from embedcache.modalities import noun
 from embedcache.reports.base import (
     QueryExample,
     Section,
@@ -41,7 +42,7 @@ def leak_line(leaks: LeakReport) -> str:
 
 def leak_notes(leaks: LeakReport) -> list[str]:
     """Return the modalities in which only copies were searched, and why."""
-    return [f"{leak.modality}s: searched for copies only: {leak.reason}" for leak in leaks.leaks if leak.reason]
+    return [f"{noun(leak.modality)}: searched for copies only: {leak.reason}" for leak in leaks.leaks if leak.reason]
 
 
 def leak_table(leaks: LeakReport) -> Table:
@@ -49,7 +50,7 @@ def leak_table(leaks: LeakReport) -> Table:
     columns = ["compared", "feature", "cosine", "test samples copied", "copied or near", "training samples"]
     rows = [
         [
-            f"{len(leak.test.rows):,} × {len(leak.train.rows):,} {leak.modality}s",
+            f"{len(leak.test.rows):,} × {len(leak.train.rows):,} {noun(leak.modality)}",
             leak.feature or "hashes only",
             f"{leak.cosine:g}" if leak.feature else "",
             format_count(len(leak.copied_samples)),
@@ -111,7 +112,7 @@ def write_leak_page(path: Path, leaks: LeakReport) -> None:
 def _pair_section(leaks: LeakReport, leak: ModalityLeaks, test: ItemRenderer, train: ItemRenderer) -> Section:
     pairs = closest_pairs(leaks, leak, _MAX_PAIRS)
     return Section(
-        title=f"Leaked {leak.modality}s",
+        title=f"Leaked {noun(leak.modality)}",
         notes=[f"{len(pairs)} of {int(leak.is_leaked.sum()):,}, the closest first: left test, right training."],
         table=leaked_pair_table(pairs) if leak.modality == "image" and pairs else None,
         examples=[

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from embedcache.errors import PathError
 from embedcache.files import open_path
+from embedcache.modalities import noun
 from embedcache.projectors.saved import read_config
 from embedcache.provenance import read_json, recognize
 from embedcache.search.index import read_card
@@ -109,7 +110,7 @@ def _summarize_index(path: Path) -> Summary:
     card = read_card(path)
     size = "" if card.file_bytes is None else f", {format_bytes(card.file_bytes)}"
     lines = [
-        f"{path}: {card.num_vectors:,} {card.modality}s, width {card.width}, {card.factory}{size}",
+        f"{path}: {card.num_vectors:,} {noun(card.modality)}, width {card.width}, {card.factory}{size}",
         f"recall@10 {card.recall_at_10:.3f} against exact search on {card.num_queries:,} queries, "
         f"{card.latency_ms:.2f} ms per query",
         f"feature {card.feature} of {card.cache}" + (f", projected by {card.run}" if card.run else ""),

@@ -5,7 +5,7 @@ import io
 
 from embedcache.errors import EmbedcacheError
 from embedcache.reports.base import PageItem
-from embedcache.sources.base import ImageItem
+from embedcache.sources.base import FileItem
 from embedcache.sources.images import decode_image
 from embedcache.sources.open import reopen_source, source_credit
 from embedcache.store.cache import Cache
@@ -35,7 +35,7 @@ class Thumbnails:
 
     def webp(self, row: int, size_px: int) -> bytes:
         """Return the image in a row as a WebP file that fits into a square of `size_px`. Thread-safe."""
-        item = ImageItem(**self._items.slice(row, 1).to_pylist()[0])
+        item = FileItem(**self._items.slice(row, 1).to_pylist()[0])
         image = decode_image(self._source.read(item))
         image.thumbnail((size_px, size_px))
         buffer = io.BytesIO()

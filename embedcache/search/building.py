@@ -10,6 +10,7 @@ import numpy as np
 
 from embedcache.arrays import Ints
 from embedcache.errors import SettingError
+from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.provenance import check_same, read_json, write_json
 from embedcache.search.autotune import Configuration
@@ -65,7 +66,7 @@ class IndexBuilder:
                 index.train(vectors.sample(index.num_training))
                 index.write(self._partial_path)
         missing = np.setdiff1d(vectors.rows, index.rows)
-        progress.start(f"indexing as {factory}", len(missing), f"{vectors.modality}s")
+        progress.start(f"indexing as {factory}", len(missing), noun(vectors.modality))
         last, writing_s = time.monotonic(), 0.0
         for number in np.unique(missing // vectors.cache.info.chunk_size):
             rows, vectors_BP = vectors.chunk(int(number))
@@ -134,7 +135,7 @@ def _fill_lists(
     missing = np.setdiff1d(vectors.rows, _rows(parts))
     if old is not None and not len(missing) and len(parts) == 1:
         return old
-    progress.start("indexing on disk", len(missing), f"{vectors.modality}s")
+    progress.start("indexing on disk", len(missing), noun(vectors.modality))
     numbers = np.unique(missing // vectors.cache.info.chunk_size).tolist()
     while numbers:
         part, num_before = read_index(trained_path, is_mapped=False), sum(map(len, parts))

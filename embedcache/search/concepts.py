@@ -10,6 +10,7 @@ from embedcache.arrays import Array, Floats, Ints, blocks, normalize
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.prompts import has_prompts, read_prompts
 from embedcache.errors import DataError, SettingError
+from embedcache.modalities import noun
 from embedcache.provenance import check_same
 from embedcache.search.vectors import Vectors
 from embedcache.store.cache import Cache
@@ -122,7 +123,7 @@ def _draw_examples(
     rows_N, samples_N = vectors.rows[is_labeled_N], samples_N[is_labeled_N]
     if not len(rows_N):
         raise DataError(
-            f"column {label!r} of {cache.path}: expected labels, got none for {vectors.modality}s with "
+            f"column {label!r} of {cache.path}: expected labels, got none for {noun(vectors.modality)} with "
             f"{vectors.feature.name}; name another column with --label"
         )
     labels = read_labels(cache, samples_N, column=label)

@@ -17,6 +17,7 @@ from embedcache.dataset.inputs import to_inputs
 from embedcache.encoders.base import Encoder, Modality
 from embedcache.encoders.open import feature_names, reopen_encoder
 from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
+from embedcache.modalities import noun
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, TowerInput, load_pair, project
 from embedcache.registry import unknown_name
@@ -180,8 +181,8 @@ class QueryEncoder:
         for key, sample, position in zip(keys, samples, positions, strict=True):
             if position == len(rows) or sample_of_row[position] != sample:
                 raise DataError(
-                    f"query_key: expected a sample with {self._card.modality}s of {self._card.feature}, got {key!r}, "
-                    "which has none"
+                    f"query_key: expected a sample with {noun(self._card.modality)} of {self._card.feature}, got "
+                    f"{key!r}, which has none"
                 )
         return self.indexed.read(rows[positions])
 

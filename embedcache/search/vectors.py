@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from embedcache.arrays import Array, Floats, Inputs, Ints, blocks, normalize
 from embedcache.dataset.inputs import InputFeature, open_input
 from embedcache.errors import DataError
+from embedcache.modalities import noun
 from embedcache.processes import connected, num_cores
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.pair import AlignedPair
@@ -168,7 +169,7 @@ def run_pass(
         EmbedcacheError: no Ray cluster answers at the address.
     """
     progress = progress or NullProgress()
-    progress.start(title, len(vectors.rows), f"{vectors.modality}s")
+    progress.start(title, len(vectors.rows), noun(vectors.modality))
     results = _run_local(vectors, work) if engine == "local" else _run_on_ray(vectors, work, address)
     state: State | None = None
     for count, result in results:

@@ -8,6 +8,7 @@ from typing import Any
 from embedcache.curate.coverage import measure_coverage
 from embedcache.curate.settings import CoverageSettings
 from embedcache.errors import DataError, FingerprintError, PathError
+from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.provenance import fields_of, read_json
 from embedcache.reports.coverage import coverage_json
@@ -52,7 +53,9 @@ def read_coverage(path: Path, index: OpenIndex) -> CoverageData:
     if not index.cache.info.has_rows_of(index_digest):
         raise FingerprintError(f"{path}: expected samples of {index.cache.path}, got other samples; measure it again")
     if modality != index.card.modality:
-        raise DataError(f"{path}: expected coverage by {index.card.modality}s as in the index, got {modality}s")
+        raise DataError(
+            f"{path}: expected coverage by {noun(index.card.modality)} as in the index, got {noun(modality)}"
+        )
     return data
 
 

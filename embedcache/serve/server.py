@@ -11,6 +11,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from embedcache.errors import SettingError
+from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.serve.app import make_app
 from embedcache.serve.guard import RequestGuard
@@ -108,7 +109,7 @@ class IdleTimeoutProtocol(H11Protocol):
 
 def _lines(service: SearchService, settings: ServeSettings, token: str | None, port: int) -> list[str]:
     card = service.index.card
-    lines = [f"{card.num_vectors:,} {card.modality}s of {card.feature}, {card.factory}"]
+    lines = [f"{card.num_vectors:,} {noun(card.modality)} of {card.feature}, {card.factory}"]
     if service.images is not None and service.images.folders:
         lines.append(f"images are read below {', '.join(map(str, service.images.folders))}")
     address = parse_address(settings.host)

@@ -11,6 +11,7 @@ import numpy as np
 from embedcache.arrays import Ints
 from embedcache.encoders.base import Modality
 from embedcache.errors import EmbedcacheError, SettingError, UnknownNameError
+from embedcache.modalities import noun
 from embedcache.progress import Progress
 from embedcache.provenance import read_json
 from embedcache.reports.thumbnails import credit
@@ -195,7 +196,7 @@ def info_tables(index: OpenIndex) -> list[InfoTable]:
     about_index = {
         "title": "Index",
         "rows": [
-            ["items", f"{card.num_vectors:,} {card.modality}s"],
+            ["items", f"{card.num_vectors:,} {noun(card.modality)}"],
             ["feature", card.feature],
             ["encoder", card.spec],
             ["FAISS factory", card.factory],
@@ -213,7 +214,7 @@ def info_tables(index: OpenIndex) -> list[InfoTable]:
             ["name", index.cache.path.resolve().name],
             ["source", str(info.source.get("type"))],
             ["samples", f"{info.num_samples:,}"],
-            *([f"{modality}s", f"{num:,}"] for modality, num in info.num_items.items()),
+            *([noun(modality), f"{num:,}"] for modality, num in info.num_items.items()),
             ["columns", ", ".join(index.cache.columns)],
             ["rows (SHA-256)", info.index_digest],
         ],

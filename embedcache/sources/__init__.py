@@ -1,12 +1,12 @@
 """Sources of raw samples: folders, tables, WebDataset shards, Hugging Face datasets, texts and prompts."""
 
-from embedcache.sources.base import ImageItem, Sample, Source, TextItem
+from embedcache.sources.base import FileItem, Sample, Source, TextItem
 from embedcache.sources.open import SOURCES, open_source, reopen_source
 from embedcache.sources.settings import SourceSettings
 
 __all__ = [
     "SOURCES",
-    "ImageItem",
+    "FileItem",
     "Sample",
     "Source",
     "SourceSettings",

@@ -1,4 +1,4 @@
-"""The source protocol and what a source yields: samples with images and captions."""
+"""The source protocol and what a source yields: samples with items of any modality."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,18 +12,22 @@ Scalar: TypeAlias = str | int | float | bool | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageItem:
-    """Location of the bytes of one image.
+class FileItem:
+    """Location of the bytes of one item: an image, a recording, a video or a point cloud.
 
     Args:
         path: file or shard, relative to the root of the source if it lies below it.
-        offset: first byte within the file; the row if a table stores the images themselves.
-        length: number of bytes; 0 if unknown or if a table stores the images themselves.
+        offset: first byte within the file; the row if a table stores the bytes themselves.
+        length: number of bytes; 0 if unknown or if a table stores the bytes themselves.
+        start_s: start of an interval of a recording or video, in seconds; None for its beginning.
+        stop_s: end of the interval; None for its end.
     """
 
     path: str
     offset: int = 0
     length: int = 0
+    start_s: float | None = None
+    stop_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,14 +45,20 @@ class Sample:
     Args:
         key: unique within the source and the same every time the source is read.
         images: any number of images.
-        texts: any number of captions, each describing all images of the sample.
+        texts: any number of captions, each describing all other items of the sample.
         columns: other columns of the source, such as `split` and `label`.
+        files: items of the other modalities: `audio`, `video`, `points`.
     """
 
     key: str
-    images: tuple[ImageItem, ...] = ()
+    images: tuple[FileItem, ...] = ()
     texts: tuple[TextItem, ...] = ()
     columns: Mapping[str, Scalar] = field(default_factory=dict)
+    files: Mapping[str, tuple[FileItem, ...]] = field(default_factory=dict)
+
+    def items_in_files(self, modality: str) -> tuple[FileItem, ...]:
+        """Return the items of a modality other than `text`."""
+        return self.images if modality == "image" else self.files.get(modality, ())
 
 
 class Source(Protocol):
@@ -62,15 +72,15 @@ class Source(Protocol):
         """Return what reopens the source, as JSON values: `type`, `path` and `settings`. The cache records it."""
 
     def samples(self) -> Iterator[Sample]:
-        """Iterate over all samples, in an order that never changes, without reading images.
+        """Iterate over all samples, in an order that never changes, without reading their files.
 
         Raises:
             SourceError: the samples cannot be listed; the message names the file and the row.
         """
 
-    def read(self, item: ImageItem) -> bytes:
-        """Read the bytes of one image file. Thread-safe.
+    def read(self, item: FileItem) -> bytes:
+        """Read the bytes of one file, the whole file also for an interval. Thread-safe.
 
         Raises:
-            ItemError: the image cannot be read; the message is the reason.
+            ItemError: it cannot be read; the message is the reason.
         """

@@ -8,7 +8,7 @@ from typing import Any
 
 from embedcache.errors import ItemError, PathError
 from embedcache.files import is_remote, open_path
-from embedcache.sources.base import ImageItem, Sample
+from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import SIDECAR_SUFFIXES, read_sidecar
 from embedcache.sources.files import (
     IMAGE_SUFFIXES,
@@ -56,7 +56,7 @@ class FolderSource:
             while batch := list(islice(images, 8 * _CONCURRENT_READS)):
                 yield from executor.map(lambda image: self._sample(*image), batch)
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         return read_item_file(self._root / item.path)
 
     def _sample(self, name: str, siblings: Mapping[str, int]) -> Sample:
@@ -66,7 +66,7 @@ class FolderSource:
         sidecar = read_sidecar(self._sidecar_files(key, siblings), str(key))
         return Sample(
             key=str(key),
-            images=(ImageItem(path=str(path), length=self._size(path, siblings)),),
+            images=(FileItem(path=str(path), length=self._size(path, siblings)),),
             texts=sidecar.texts,
             columns={**_class_columns(path), **sidecar.columns, **folder},
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.registry import require
-from embedcache.sources.base import ImageItem, Sample
+from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
@@ -56,7 +56,7 @@ class HuggingfaceSource:
             for number, row in enumerate(table.rows(names)):
                 yield _sample(split, columns, number, row, f"{table.path} row {number}")
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         """Read the bytes of one image as stored, without decoding it."""
         try:
             cell = self._images[item.path][item.offset].column(0)[0].as_py()
@@ -74,7 +74,7 @@ def _sample(split: str, columns: TableColumns, number: int, row: Row, location: 
     key = read_key(columns, row, location) or str(number)
     return Sample(
         key=f"{split}/{key}" if split else key,
-        images=() if columns.image is None else (ImageItem(path=split, offset=number),),
+        images=() if columns.image is None else (FileItem(path=split, offset=number),),
         texts=read_texts(columns, row, location),
         columns=({"split": split} if split else {}) | to_scalar_columns({name: row[name] for name in columns.others}),
     )

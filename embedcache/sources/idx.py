@@ -15,7 +15,7 @@ from PIL import Image
 from embedcache.arrays import Array
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import open_path
-from embedcache.sources.base import ImageItem, Sample
+from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.files import IDX_IMAGES, file_size, is_folder, read_bytes, walk_files, wrap_io_errors
 from embedcache.sources.settings import SourceSettings
 
@@ -62,10 +62,10 @@ class IdxSource:
             columns = {"split": split} if split else {}
             width = max(5, len(str(len(labels_N) - 1)))
             for row, label in enumerate(labels_N.tolist()):
-                image = ImageItem(path=path, offset=row)
+                image = FileItem(path=path, offset=row)
                 yield Sample(key=f"{name}/{row:0{width}}", images=(image,), columns={**columns, "label": label})
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         """Return one image as an uncompressed gray PNG, whose bytes are the same on every machine."""
         try:
             images_NHW = self._open(item.path)

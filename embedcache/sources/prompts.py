@@ -8,7 +8,7 @@ from typing import Any
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import open_path
 from embedcache.registry import require, unknown_name
-from embedcache.sources.base import ImageItem, Sample, TextItem
+from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.settings import SourceSettings
 
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -51,7 +51,7 @@ class PromptsSource:
                 columns={"class": name, "label": number},
             )
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         raise ItemError(f"prompts have no image such as {item.path}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import open_path
-from embedcache.sources.base import ImageItem, Sample, TextItem
+from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.captions import parse_captions, to_scalar_columns, to_text_items
 from embedcache.sources.files import (
     TABLE_SUFFIXES,
@@ -168,7 +168,7 @@ class TableSource:
             for number, row in enumerate(file.rows(columns.to_read())):
                 yield self._sample(file, columns, number, row)
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         """Read the bytes of one image: a file, or a cell of a Parquet file."""
         path = resolve_item(self._root, item.path)
         if path.suffix.lower() != ".parquet":
@@ -191,11 +191,11 @@ class TableSource:
             columns=to_scalar_columns({name: row.get(name) for name in columns.others}),
         )
 
-    def _images(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> tuple[ImageItem, ...]:
+    def _images(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> tuple[FileItem, ...]:
         if columns.image is None:
             return ()
         if columns.holds_bytes:
-            return (ImageItem(path=relative_to(self._root_text, str(file.path)), offset=number),)
+            return (FileItem(path=relative_to(self._root_text, str(file.path)), offset=number),)
         value = row.get(columns.image)
         if value is None or value == "":
             return ()
@@ -204,7 +204,7 @@ class TableSource:
                 f"{file.path} row {number}: expected a path in column {columns.image}, got {value!r:.60}; name another "
                 "column with --image-column"
             )
-        return (ImageItem(path=item_path(self._root_text, file.stem.rpartition("/")[0], value)),)
+        return (FileItem(path=item_path(self._root_text, file.stem.rpartition("/")[0], value)),)
 
     def _find_image_column(self, path: Path) -> str:
         try:

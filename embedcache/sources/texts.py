@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_remote, open_path
-from embedcache.sources.base import ImageItem, Sample, Source
+from embedcache.sources.base import FileItem, Sample, Source
 from embedcache.sources.captions import to_text_items
 from embedcache.sources.files import TEXT_SUFFIXES, file_size, has_suffix
 from embedcache.sources.open import open_source
@@ -47,7 +47,7 @@ class TextsSource:
             for row, text in enumerate(_texts(self._path)):
                 yield Sample(key=f"{self._path.stem}/{row}", texts=to_text_items([text], None))
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         raise ItemError(f"{self._path} holds texts, no image such as {item.path}")
 
 
@@ -104,5 +104,5 @@ class PairsSource:
                 columns = {**sample.columns, "sample": sample.key, "language": text.language}
                 yield replace(sample, key=f"{sample.key}#{number}", texts=(text,), columns=columns)
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         return self._source.read(item)

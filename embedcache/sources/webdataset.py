@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from embedcache.errors import PathError
 from embedcache.files import is_remote, open_path
-from embedcache.sources.base import ImageItem, Sample, Scalar
+from embedcache.sources.base import FileItem, Sample, Scalar
 from embedcache.sources.byte_ranges import ByteRanges
 from embedcache.sources.captions import (
     SIDECAR_SUFFIXES,
@@ -79,7 +79,7 @@ class WebdatasetSource:
         for shard in self._shards:
             yield from self._samples_of(shard)
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         return self._ranges.read(resolve_item(self._root, item.path), item.offset, item.length)
 
     def _samples_of(self, shard: Path) -> Iterator[Sample]:
@@ -127,7 +127,7 @@ def _sample(tar: TarBytes, path: str, key: str, files: Iterable[_File], row: Sid
     columns = row.columns
     for _, suffix, offset, length in files:
         if suffix in IMAGE_SUFFIXES:
-            images.append(ImageItem(path=path, offset=offset, length=length))
+            images.append(FileItem(path=path, offset=offset, length=length))
         elif suffix in SIDECAR_SUFFIXES:
             sidecar_files[suffix] = tar.read(offset, length)
         elif suffix == _LABEL_SUFFIX:

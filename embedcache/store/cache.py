@@ -1,13 +1,16 @@
 """An open cache: its tables, its features by name, and a description of its content."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.errors import UnknownNameError
 from embedcache.files import open_path
+from embedcache.modalities import noun
 from embedcache.registry import unknown_name
 from embedcache.sources.files import wrap_io_errors
 from embedcache.store.feature import Feature
@@ -54,7 +57,8 @@ class Cache:
         """Return the item table of a modality: one row per item, in row order.
 
         Args:
-            modality: `image` (sample, path, offset, length) or `text` (sample, text, language).
+            modality: `text` (sample, text, language), or one of files (sample, path, offset, length; of audio and video
+                also start_s and stop_s).
             chunk: return only the rows of this chunk; None returns all.
         """
         path = items_path(self.path, modality)
@@ -80,7 +84,7 @@ class Cache:
         """Return a feature by name.
 
         Args:
-            modality: `image` or `text`.
+            modality: name of a modality.
             name: `encoder/feature`; `encoder` if it has one feature; None if the modality has one feature.
 
         Raises:
@@ -93,9 +97,8 @@ class Cache:
             return matches[0]
         names = [feature.name for feature in features]
         if not features:
-            raise UnknownNameError(
-                f"{self.path} has no {modality} features; extract some: embedcache extract --{modality}-encoder SPEC"
-            )
+            option = f"--{modality}-encoder SPEC" if modality in ("image", "text") else f"--encoder {modality}=SPEC"
+            raise UnknownNameError(f"{self.path} has no {modality} features; extract some: embedcache extract {option}")
         if not matches:
             raise unknown_name(kind, name or "", names)
         raise UnknownNameError(
@@ -106,7 +109,7 @@ class Cache:
 
 def describe_cache(cache: Cache) -> str:
     """Return one line with the number of samples and items, the source and the chunk size."""
-    items = ", ".join(f"{count:,} {modality}s" for modality, count in cache.info.num_items.items())
+    items = ", ".join(f"{count:,} {noun(modality)}" for modality, count in cache.info.num_items.items())
     source = f"{cache.info.source.get('type')} {cache.info.source.get('path', '')}".strip()
     return (
         f"{cache.path}: {cache.info.num_samples:,} samples with {items}, from {source}; "
@@ -164,4 +167,14 @@ def _describe_item(cache: Cache, feature: Feature, row: int) -> str:
     chunk, offset = divmod(row, cache.info.chunk_size)
     item = cache.items(feature.modality, chunk=chunk).slice(offset, 1).to_pylist()[0]
     key = cache.samples["key"][item["sample"]].as_py()
-    return f"row {row}, key {key}" + (f", {item['path']}" if "path" in item else "")
+    return f"row {row}, key {key}" + (f", {item['path']}" if "path" in item else "") + _describe_interval(item)
+
+
+def _describe_interval(item: Mapping[str, Any]) -> str:
+    bounds = [item.get("start_s"), item.get("stop_s")]
+    if bounds == [None, None]:
+        return ""
+    start, stop = (
+        word if bound is None else f"{bound:g} s" for bound, word in zip(bounds, ("start", "end"), strict=True)
+    )
+    return f", {start} to {stop}"

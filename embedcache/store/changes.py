@@ -1,14 +1,16 @@
-"""Differences between a source and the tables of a cache: new samples, and images whose bytes were replaced."""
+"""Differences between a source and the tables of a cache: new samples, and items whose bytes were replaced."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 from embedcache.errors import FingerprintError
+from embedcache.modalities import FILE_MODALITIES
 from embedcache.progress import Progress
-from embedcache.sources.base import ImageItem, Sample
+from embedcache.sources.base import FileItem, Sample
 from embedcache.store.layout import CacheInfo
 from embedcache.store.tables import BATCH, digest_input, read_samples
 
@@ -19,13 +21,13 @@ class SourceChanges:
 
     Args:
         digests: SHA-256 of the current samples of each segment.
-        relocated: image row -> new location of its bytes, or their new length.
+        relocated: modality -> row -> new location of the item's bytes, or their new length; empty if there are none.
         num_new: number of samples that the cache does not have.
         new_digest: SHA-256 of those samples.
     """
 
     digests: Sequence[str]
-    relocated: dict[int, ImageItem] = field(default_factory=dict)
+    relocated: dict[str, dict[int, FileItem]] = field(default_factory=dict)
     num_new: int = 0
     new_digest: str = ""
 
@@ -44,18 +46,19 @@ def find_changes(
     sorted folder do; `on_new` gets them in batches.
 
     Raises:
-        FingerprintError: a sample is missing or out of order, or has other captions or images.
+        FingerprintError: a sample is missing or out of order, or has other captions or files.
     """
     bounds = pairwise(accumulate((segment.num_samples for segment in info.all_segments), initial=0))
     segments = [_SegmentReader(cache_path, info, range(start, stop)) for start, stop in bounds]
-    new, relocated = _DigestBuffer(on_new), dict[int, ImageItem]()
+    new, relocated = _DigestBuffer(on_new), defaultdict[str, dict[int, FileItem]](dict)
     progress.start("comparing samples", info.num_samples, "samples")
     for sample in samples:
         segment = next((segment for segment in segments if segment.is_next(sample)), None)
         if segment is None:
             new.add(sample)
         else:
-            relocated |= segment.compare(sample)
+            for modality, moved in segment.compare(sample).items():
+                relocated[modality] |= moved
         progress.advance(1)
     progress.finish()
     for segment in segments:
@@ -63,7 +66,7 @@ def find_changes(
     new.flush()
     return SourceChanges(
         digests=[segment.buffer.digest.hexdigest() for segment in segments],
-        relocated=relocated,
+        relocated=dict(relocated),
         num_new=new.count,
         new_digest=new.digest.hexdigest(),
     )
@@ -108,25 +111,36 @@ class _SegmentReader:
     def __init__(self, cache_path: Path, info: CacheInfo, rows: range) -> None:
         self.buffer = _DigestBuffer(lambda _: None)
         self._cache_path, self._info = cache_path, info
-        self._stored = read_samples(cache_path, rows)
+        self._stored = read_samples(cache_path, info.num_items, rows)
         self._next = next(self._stored, None)
 
     def is_next(self, sample: Sample) -> bool:
         return self._next is not None and self._next.key == sample.key
 
-    def compare(self, sample: Sample) -> dict[int, ImageItem]:
-        """Compare the next sample; return image row -> item for each image with other bytes."""
+    def compare(self, sample: Sample) -> dict[str, dict[int, FileItem]]:
+        """Compare the next sample; return modality -> row -> item for the items with other bytes."""
         assert self._next is not None
         stored, self._next = self._next, next(self._stored, None)
         self.buffer.add(sample)
         if [text.text for text in sample.texts] != [text for text, _ in stored.texts]:
             raise source_changed(self._cache_path, self._info, f"sample {sample.key!r} has other captions")
-        if [item.path for item in sample.images] != [item.path for item in stored.images]:
-            raise source_changed(self._cache_path, self._info, f"sample {sample.key!r} has other images")
-        pairs = zip(sample.images, stored.images, strict=True)
-        return {row: new for row, (new, old) in enumerate(pairs, stored.image_row) if new != old}
+        relocated: dict[str, dict[int, FileItem]] = {}
+        for modality in FILE_MODALITIES:
+            first_row, old_items = stored.files.get(modality.name, (0, ()))
+            new_items = sample.items_in_files(modality.name)
+            if [_identity(item) for item in new_items] != [_identity(item) for item in old_items]:
+                raise source_changed(self._cache_path, self._info, f"sample {sample.key!r} has other {modality.noun}")
+            pairs = zip(new_items, old_items, strict=True)
+            if moved := {row: new for row, (new, old) in enumerate(pairs, first_row) if new != old}:
+                relocated[modality.name] = moved
+        return relocated
 
     def close(self) -> None:
         self.buffer.flush()
         if self._next is not None:
             raise source_changed(self._cache_path, self._info, f"sample {self._next.key!r} is missing or out of order")
+
+
+def _identity(item: FileItem) -> tuple[str, float | None, float | None]:
+    """Return what an item is, wherever its bytes are in its file."""
+    return item.path, item.start_s, item.stop_s

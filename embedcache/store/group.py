@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedcache.axis import Axis
 from embedcache.errors import CorruptError, PathError
 from embedcache.files import flush, io_reason, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
@@ -96,6 +97,11 @@ class EncoderGroup:
         """Names of the features that have metadata, complete or not."""
         return sorted(path.parent.name for path in self.path.glob("*/zarr.json"))
 
+    @property
+    def has_commits(self) -> bool:
+        """Whether any chunk is committed."""
+        return any(self.path.glob("chunks/*.parquet"))
+
     def commit(self, chunk: int) -> Commit | None:
         """Return the commit of a chunk, or None.
 
@@ -171,18 +177,27 @@ def create_group(
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint)
 
 
-def add_feature(group: EncoderGroup, feature: str, item_shape: tuple[int, ...], dtype: str) -> None:
+def add_feature(
+    group: EncoderGroup, feature: str, item_shape: tuple[int, ...], dtype: str, *, axis: Axis | None = None
+) -> None:
     """Write the metadata of a feature with items of shape (D,), (T, D) or (-1, D), unless a chunk is committed.
 
+    A feature with committed chunks that was created without an axis keeps its metadata.
+
     Raises:
-        FingerprintError: the feature exists with another shape or dtype.
+        FingerprintError: the feature exists with another shape, dtype or axis.
     """
     path = group.path / feature
-    attributes = {"item_shape": list(item_shape), "dtype": dtype}
+    attributes: dict[str, Any] = {"item_shape": list(item_shape), "dtype": dtype}
+    if axis is not None:
+        attributes["axis"] = axis.to_json()
     num_items = group.info.num_items[group.modality]
     if (path / "zarr.json").exists() and _must_keep(group, feature, attributes):
         next_step = "use the same, or extract into a new folder"
-        check_same(f"feature {group.name}/{feature}", read_feature(group, feature), attributes, next_step=next_step)
+        stored = read_feature(group, feature)
+        requested = attributes if "axis" in stored else {k: v for k, v in attributes.items() if k != "axis"}
+        check_same(f"feature {group.name}/{feature}", stored, requested, next_step=next_step)
+        attributes = stored
         first_axis = path / "lengths" if item_shape[0] < 0 else path
         if read_metadata(first_axis)["shape"][0] == num_items:
             return  # otherwise samples were appended later
@@ -204,7 +219,7 @@ def _must_keep(group: EncoderGroup, feature: str, attributes: Mapping[str, Any])
 
 
 def read_feature(group: EncoderGroup, feature: str) -> dict[str, Any]:
-    """Read the `item_shape` and `dtype` of a feature."""
+    """Read the `item_shape` and `dtype` of a feature, and its `axis` if it has one."""
     return _read_attributes(group.path / feature)
 
 
@@ -226,9 +241,12 @@ def chunk_shape(info: CacheInfo, item_shape: tuple[int, ...], dtype: str) -> tup
     return (rows, *item_shape)
 
 
-def hash_item(data: bytes) -> bytes:
-    """Return the BLAKE2b-128 of an item's raw bytes, or of its text as UTF-8."""
-    return hashlib.blake2b(data, digest_size=16).digest()
+def hash_item(data: bytes, *, interval: tuple[float | None, float | None] = (None, None)) -> bytes:
+    """Return the BLAKE2b-128 of an item's raw bytes, or of its text as UTF-8; of an interval also its bounds."""
+    content = hashlib.blake2b(data, digest_size=16)
+    if interval != (None, None):
+        content.update(canonical_json(list(interval)))
+    return content.digest()
 
 
 def write_commit(encoder_folder: Path, commit: Commit) -> None:

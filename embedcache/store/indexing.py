@@ -21,6 +21,7 @@ from embedcache.files import (
     put_file,
     remove_folder,
 )
+from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.provenance import check_same, read_json, write_json
 from embedcache.sources.base import Sample, Source
@@ -39,7 +40,7 @@ from embedcache.store.layout import (
     samples_path,
     write_info,
 )
-from embedcache.store.tables import BATCH, ITEM_SCHEMAS, TableWriter, digest_input
+from embedcache.store.tables import BATCH, ITEM_SCHEMAS, TableWriter, digest_input, item_tables
 
 _CACHE_FILES = {LOCK, "cache.json", "mending.json", "samples.parquet", *ITEM_SCHEMAS}
 
@@ -62,7 +63,7 @@ def index(
         cache_path: a new or empty folder, or a cache of this source; a cache without features is indexed again.
         chunk_size: items per chunk; None keeps the cache's own, or uses 2,048 for a new cache.
         extend: append samples that were added to the source.
-        accept_replaced: accept other bytes of images on which all encoders failed.
+        accept_replaced: accept other bytes of items on which all encoders failed.
 
     Raises:
         PathError: the folder contains other files, or the path is a file.
@@ -160,7 +161,7 @@ def _create(source: Source, cache_path: Path, chunk_size: int, progress: Progres
         if not writer.num_samples:
             raise SourceError(
                 f"{source.describe().get('path', 'the source')}: expected samples, got none; "
-                "use a source that contains images or captions"
+                "use a source that contains images, captions or other items"
             )
         info = CacheInfo(
             chunk_size=chunk_size,
@@ -240,12 +241,12 @@ def _count_only(_: list[Sample]) -> None:
 
 
 def _update_path(cache_path: Path) -> Path:
-    """Return the file that exists while tables with replaced images are written."""
+    """Return the file that exists while tables with replaced items are written."""
     return cache_path / "mending.json"
 
 
 def _is_interrupted(cache_path: Path, info: CacheInfo, changes: SourceChanges) -> bool:
-    """Return whether a process was killed after it wrote tables with replaced images and before `cache.json`."""
+    """Return whether a process was killed after it wrote tables with replaced items and before `cache.json`."""
     path = _update_path(cache_path)
     return not _has_digests(info, changes) and path.is_file() and read_json(path) == list(changes.digests)
 
@@ -260,19 +261,22 @@ def _check_allowed(
     if changes.num_new and not extend:
         step = "append them with --extend, or extract into a new folder"
         raise source_changed(cache_path, info, f"it has {changes.num_new:,} more", next_step=step)
-    used = next(_used_rows(cache_path, info, sorted(changes.relocated)), None)
-    if used is not None:
-        path = changes.relocated[used].path
-        reason = f"other bytes in {len(changes.relocated):,} of its images, such as {path} in row {used:,}"
-        raise source_changed(cache_path, info, reason, next_step="put the old files back, or extract into a new folder")
-    if changes.relocated and not accept_replaced:
-        reason = f"{len(changes.relocated):,} of its failed images have other bytes now"
-        raise source_changed(cache_path, info, reason, next_step="encode them with --retry-failed")
+    for modality, relocated in changes.relocated.items():
+        used = next(_used_rows(cache_path, info, modality, sorted(relocated)), None)
+        if used is not None:
+            path = relocated[used].path
+            reason = f"other bytes in {len(relocated):,} of its {noun(modality)}, such as {path} in row {used:,}"
+            step = "put the old files back, or extract into a new folder"
+            raise source_changed(cache_path, info, reason, next_step=step)
+    for modality, relocated in changes.relocated.items():
+        if not accept_replaced:
+            reason = f"{len(relocated):,} of its failed {noun(modality)} have other bytes now"
+            raise source_changed(cache_path, info, reason, next_step="encode them with --retry-failed")
 
 
-def _used_rows(cache_path: Path, info: CacheInfo, rows: Sequence[int]) -> Iterator[int]:
-    """Iterate over the images that any feature was computed from. Memory: the commits of one chunk."""
-    groups = Cache(cache_path).encoders("image")
+def _used_rows(cache_path: Path, info: CacheInfo, modality: str, rows: Sequence[int]) -> Iterator[int]:
+    """Iterate over the items that any feature was computed from. Memory: the commits of one chunk."""
+    groups = Cache(cache_path).encoders(modality)
     for chunk, chunk_rows in groupby(rows, key=lambda row: row // info.chunk_size):
         commits = [commit for group in groups if (commit := group.commit(chunk)) is not None]
         failures = [reasons for commit in commits for reasons in commit.failures.values()]
@@ -296,5 +300,9 @@ def _scratch_folder(cache_path: Path) -> Iterator[Path]:
 
 def _put_tables(folder: Path, cache_path: Path) -> None:
     put_file(samples_path(folder), samples_path(cache_path))
-    for modality in ITEM_SCHEMAS:
+    new = item_tables(folder)
+    for modality in new:
         put_file(items_path(folder, modality), items_path(cache_path, modality))
+    for modality in item_tables(cache_path):
+        if modality not in new:  # of an interrupted attempt with other samples
+            items_path(cache_path, modality).unlink()

@@ -41,7 +41,7 @@ class CacheInfo:
         num_items: modality -> rows of its `items.parquet`; a modality without items is absent.
         segments: groups of samples that were added one after another; empty if all were indexed together.
         earlier_versions: versions of the tables before this one, oldest first.
-        table_digests: `samples`, `image`, `text` -> digest of the keys, or of the items, in row order.
+        table_digests: `samples` or a modality -> digest of the keys, or of its items, in row order.
     """
 
     chunk_size: int

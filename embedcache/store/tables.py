@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from embedcache.errors import CorruptError, EmbedcacheError, PathError, SourceError
 from embedcache.files import io_reason, is_remote
+from embedcache.modalities import FILE_MODALITIES, MODALITIES
 from embedcache.provenance import digest
-from embedcache.sources.base import ImageItem, Sample
+from embedcache.sources.base import FileItem, Sample
 from embedcache.store.layout import items_path, samples_path
 
 
@@ -51,10 +52,13 @@ class TableDigest:
         self._columns: dict[str, Any] = defaultdict(hashlib.sha256)
 
     def update(self, rows: pa.Table) -> None:
-        """Add rows with int64 and string columns."""
+        """Add rows with int64, float64 and string columns."""
         for name in rows.column_names:
-            if pa.types.is_integer(rows.schema.field(name).type):
+            kind = rows.schema.field(name).type
+            if pa.types.is_integer(kind):
                 data = rows[name].to_numpy().astype("<i8").tobytes()
+            elif pa.types.is_floating(kind):
+                data = rows[name].to_numpy().astype("<f8").tobytes()  # null is NaN, which is no value of these tables
             else:
                 values = rows[name].to_pylist()
                 data = "".join("\1\0" if value is None else f"{value}\0" for value in values).encode()
@@ -78,16 +82,25 @@ def table_errors(path: Path) -> Iterator[None]:
         raise CorruptError(f"{path} cannot be read: {error}; restore the file, or extract into a new folder") from error
 
 
+_FILES = [("sample", pa.int64()), ("path", pa.string()), ("offset", pa.int64()), ("length", pa.int64())]
+_INTERVAL = [("start_s", pa.float64()), ("stop_s", pa.float64())]
+_TEXTS = [("sample", pa.int64()), ("text", pa.string()), ("language", pa.string())]
 ITEM_SCHEMAS = {
-    "image": pa.schema([("sample", pa.int64()), ("path", pa.string()), ("offset", pa.int64()), ("length", pa.int64())]),
-    "text": pa.schema([("sample", pa.int64()), ("text", pa.string()), ("language", pa.string())]),
+    name: pa.schema(_TEXTS if modality.kind == "texts" else _FILES + _INTERVAL * modality.has_interval)
+    for name, modality in MODALITIES.items()
 }
+_ALWAYS = ("image", "text")
+"""Modalities whose item table always exists; those of the others are written if a sample has such items."""
+_OTHERS = tuple(modality.name for modality in FILE_MODALITIES if modality.name not in _ALWAYS)
 BATCH = 65_536
 _JSON = JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def digest_input(batch: Sequence[Sample]) -> bytes:
     """Return samples as lines of canonical JSON, the input of the index digest.
+
+    A line has a fifth element only if the sample has items of other modalities than image and text, and an item only
+    has five elements if it is an interval.
 
     Raises:
         SourceError: text that is not Unicode.
@@ -96,7 +109,8 @@ def digest_input(batch: Sequence[Sample]) -> bytes:
     for sample in batch:
         images = [[item.path, item.offset, item.length] for item in sample.images]
         texts = [[item.text, item.language] for item in sample.texts]
-        line = _JSON.encode([sample.key, images, texts, dict(sample.columns)])
+        others = {name: [_location(item) for item in items] for name, items in sample.files.items() if items}
+        line = _JSON.encode([sample.key, images, texts, dict(sample.columns), *([others] if others else [])])
         try:
             lines.append(f"{line}\n".encode())
         except UnicodeEncodeError as error:
@@ -104,6 +118,11 @@ def digest_input(batch: Sequence[Sample]) -> bytes:
                 f"sample {sample.key!r} holds text that is not valid Unicode: {error.reason}; correct the source"
             ) from error
     return b"".join(lines)
+
+
+def _location(item: FileItem) -> list[str | int | float | None]:
+    interval = [item.start_s, item.stop_s]
+    return [item.path, item.offset, item.length, *(interval if interval != [None, None] else [])]
 
 
 class TableWriter:
@@ -115,35 +134,44 @@ class TableWriter:
     def __init__(self, folder: Path, chunk_size: int) -> None:
         self.num_samples = 0
         self._samples = _SampleWriter(samples_path(folder))
-        self._items = {
-            name: _ItemWriter(items_path(folder, name), schema, chunk_size) for name, schema in ITEM_SCHEMAS.items()
-        }
+        self._folder, self._chunk_size = folder, chunk_size
+        self._items: dict[str, _ItemWriter] = {}
+        for modality in _ALWAYS:
+            self._writer(modality)
 
-    def copy(self, cache_path: Path, num_samples: int, relocated: Mapping[int, ImageItem]) -> None:
-        """Copy the first samples of a cache's tables; some image rows have a new location of their bytes."""
+    def copy(self, cache_path: Path, num_samples: int, relocated: Mapping[str, Mapping[int, FileItem]]) -> None:
+        """Copy the first samples of a cache's tables; some rows of a modality have a new location of their bytes."""
         with open_table(samples_path(cache_path)) as file:
             for batch in file.iter_batches(BATCH, use_threads=False):
                 num_left = num_samples - self._samples.num_rows
                 self._samples.write(pa.table(batch).slice(0, num_left))
-        for modality, writer in self._items.items():
+        for modality in item_tables(cache_path):
+            writer, moved = self._writer(modality), relocated.get(modality, {})
             with open_table(items_path(cache_path, modality)) as file:
                 for group in range(file.num_row_groups):
                     table = file.read_row_group(group, use_threads=False)
                     table = table.filter(pc.less(table["sample"], num_samples))
-                    writer.write(_relocate(table, writer.num_rows, relocated if modality == "image" else {}))
+                    writer.write(_relocate(table, writer.num_rows, moved))
         self.num_samples = num_samples
 
     def add(self, batch: Sequence[Sample]) -> None:
         """Append samples."""
         self._samples.write(_sample_table(batch))
-        for modality, writer in self._items.items():
-            writer.write(_item_table(batch, modality, self.num_samples))
+        named = {name for sample in batch for name, items in sample.files.items() if items}
+        for modality in (*_ALWAYS, *(name for name in _OTHERS if name in named)):
+            self._writer(modality).write(_item_table(batch, modality, self.num_samples))
         self.num_samples += len(batch)
+
+    def _writer(self, modality: str) -> "_ItemWriter":
+        if modality not in self._items:
+            path = items_path(self._folder, modality)
+            self._items[modality] = _ItemWriter(path, ITEM_SCHEMAS[modality], self._chunk_size)
+        return self._items[modality]
 
     @property
     def digests(self) -> dict[str, str]:
         """Digests of the keys and of the items of each modality."""
-        items = {name: table.digest.hexdigest() for name, table in self._items.items() if table.num_rows}
+        items = {name: self._items[name].digest.hexdigest() for name in self._with_rows()}
         return {"samples": self._samples.digest.hexdigest(), **items}
 
     def close(self) -> dict[str, int]:
@@ -155,7 +183,15 @@ class TableWriter:
         for writer in self._items.values():
             writer.close()
         self._samples.close()
-        return {name: writer.num_rows for name, writer in self._items.items() if writer.num_rows}
+        return {name: self._items[name].num_rows for name in self._with_rows()}
+
+    def _with_rows(self) -> list[str]:
+        return [name for name in MODALITIES if name in self._items and self._items[name].num_rows]
+
+
+def item_tables(folder: Path) -> list[str]:
+    """Return the modalities that have an item table in a folder."""
+    return [modality for modality in ITEM_SCHEMAS if items_path(folder, modality).is_file()]
 
 
 class _SampleWriter:
@@ -219,7 +255,8 @@ class _ItemWriter:
 
 def _item_table(batch: Sequence[Sample], modality: str, first: int) -> pa.Table:
     schema = ITEM_SCHEMAS[modality]
-    items: list[Sequence[Any]] = [sample.images if modality == "image" else sample.texts for sample in batch]
+    is_text = MODALITIES[modality].kind == "texts"
+    items: list[Sequence[Any]] = [sample.texts if is_text else sample.items_in_files(modality) for sample in batch]
     rows = [row for row, sample_items in enumerate(items, first) for _ in sample_items]
     columns = ([getattr(item, name) for group in items for item in group] for name in schema.names[1:])
     return pa.table([rows, *columns], schema=schema)
@@ -241,7 +278,7 @@ def _column(values: list[Any]) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
-def _relocate(table: pa.Table, first_row: int, relocated: Mapping[int, ImageItem]) -> pa.Table:
+def _relocate(table: pa.Table, first_row: int, relocated: Mapping[int, FileItem]) -> pa.Table:
     new_items = {row - first_row: item for row, item in relocated.items() if first_row <= row < first_row + len(table)}
     for name in ("offset", "length") if new_items else ():
         values = table[name].to_pylist()
@@ -265,28 +302,42 @@ def _check_unique(keys: pa.ChunkedArray) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedSample:
-    """One sample of the tables of a cache; its images start in `image_row`, and each text has its language."""
+    """One sample of the tables of a cache.
+
+    Args:
+        files: modality -> first row of its items, and the items; of modalities that the cache has.
+        texts: each text with its language.
+    """
 
     key: str
-    image_row: int
-    images: Sequence[ImageItem]
+    files: Mapping[str, tuple[int, Sequence[FileItem]]]
     texts: Sequence[tuple[str, str | None]]
 
 
-def read_samples(cache_path: Path, rows: range) -> Iterator[IndexedSample]:
-    """Iterate over samples of a cache in row order. Memory: one batch of each table."""
+def read_samples(cache_path: Path, modalities: Collection[str], rows: range) -> Iterator[IndexedSample]:
+    """Iterate over samples of a cache with items of some modalities in row order. Memory: one batch of each table."""
     keys = (row["key"] for row in _iterate_rows(samples_path(cache_path), ["key"]))
-    items = (_rows_by_sample(items_path(cache_path, modality)) for modality in ITEM_SCHEMAS)
-    image_row = 0
-    for number, (key, images, texts) in enumerate(islice(zip(keys, *items, strict=False), rows.stop)):
+    names = [name for name in modalities if MODALITIES[name].kind == "files"]
+    texts = _rows_by_sample(items_path(cache_path, "text")) if "text" in modalities else repeat([])
+    items = (_rows_by_sample(items_path(cache_path, modality)) for modality in names)
+    next_rows = dict.fromkeys(names, 0)
+    for number, (key, captions, *groups) in enumerate(islice(zip(keys, texts, *items, strict=False), rows.stop)):
         if number >= rows.start:
             yield IndexedSample(
                 key=key,
-                image_row=image_row,
-                images=[ImageItem(path=row["path"], offset=row["offset"], length=row["length"]) for row in images],
-                texts=[(row["text"], row["language"]) for row in texts],
+                files={
+                    name: (next_rows[name], [to_file_item(row) for row in group])
+                    for name, group in zip(names, groups, strict=True)
+                },
+                texts=[(row["text"], row["language"]) for row in captions],
             )
-        image_row += len(images)
+        for name, group in zip(names, groups, strict=True):
+            next_rows[name] += len(group)
+
+
+def to_file_item(row: Mapping[str, Any]) -> FileItem:
+    """Return the item in a row of an item table of files."""
+    return FileItem(**{name: value for name, value in row.items() if name != "sample"})
 
 
 def _iterate_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:

@@ -24,7 +24,7 @@ class Finding:
     """A chunk or table that is damaged or missing.
 
     Args:
-        modality: `image` or `text`; `samples` for the sample table.
+        modality: name of a modality; `samples` for the sample table.
         encoder: folder of the encoder; empty for a table.
         chunk: number of the chunk; -1 for a table or the metadata of a feature.
         is_damage: whether bytes are wrong; false for a chunk that was never extracted.

@@ -8,6 +8,7 @@ import numpy as np
 from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, DataError, FingerprintError
 from embedcache.files import locked
+from embedcache.modalities import MODALITIES
 from embedcache.store.arrays import fill_value, write_array, write_chunk
 from embedcache.store.feature import Feature
 from embedcache.store.group import NOT_YET, Commit, EncoderGroup, chunk_shape, read_feature, remove_commit, write_commit
@@ -71,16 +72,16 @@ def _check_same_items(group: EncoderGroup, before: Commit, hashes: Sequence[byte
     for offset, (old, new) in enumerate(zip(before.hashes, hashes, strict=True)):
         is_used = any(reasons[offset] is None for reasons in before.failures.values())
         if is_used and old is not None and new is not None and old != new:
-            path = _image_path(group, before.chunk, offset)
+            path = _item_path(group, before.chunk, offset)
             raise FingerprintError(
                 f"{group.modality} {path}in row {first + offset} has other bytes now than when {group.name} was "
                 "extracted; put the old file back, or extract into a new folder"
             )
 
 
-def _image_path(group: EncoderGroup, chunk: int, offset: int) -> str:
-    """Return the path of an image followed by a space; texts have none."""
-    if group.modality != "image":
+def _item_path(group: EncoderGroup, chunk: int, offset: int) -> str:
+    """Return the path of an item followed by a space; texts have none."""
+    if MODALITIES[group.modality].kind == "texts":
         return ""
     path = items_path(group.path.parents[1], group.modality)
     with table_errors(path), open_table(path) as table:

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from embedcache.sources import ImageItem, Source, reopen_source
+from embedcache.sources import FileItem, Source, reopen_source
 from embedcache.sources.images import decode_image
 
 
@@ -53,5 +53,5 @@ class SourceContract:
             assert list(executor.map(source.read, items)) == [source.read(item) for item in items]
 
 
-def _image_items(source: Source) -> list[ImageItem]:
+def _image_items(source: Source) -> list[FileItem]:
     return [item for sample in source.samples() for item in sample.images]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from embedcache.errors import ItemError, PathError, SettingError
-from embedcache.sources import ImageItem, Sample, Source, SourceSettings, TextItem, open_source
+from embedcache.sources import FileItem, Sample, Source, SourceSettings, TextItem, open_source
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import jpeg, write
 
@@ -43,7 +43,7 @@ def test_samples_are_sorted_by_path(tmp_path: Path) -> None:
 def test_item_length_and_folder_column(tmp_path: Path) -> None:
     write(tmp_path, {"cats/x.jpg": jpeg()})
     sample = only_sample(tmp_path)
-    assert sample.images == (ImageItem(path="cats/x.jpg", length=len(jpeg())),)
+    assert sample.images == (FileItem(path="cats/x.jpg", length=len(jpeg())),)
     assert sample.columns == {"folder": "cats", "label": "cats"}
 
 
@@ -137,7 +137,7 @@ def test_missing_image_raises_item_error(tmp_path: Path) -> None:
     write(tmp_path, {"x.jpg": jpeg()})
     source = open_source(tmp_path)
     with pytest.raises(ItemError, match="no such file"):
-        source.read(ImageItem(path="gone.jpg"))
+        source.read(FileItem(path="gone.jpg"))
 
 
 def test_broken_link_raises_item_error(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
 from embedcache.extract.extract import extract
-from embedcache.sources import ImageItem, Source, SourceSettings, TextItem, open_source, reopen_source
+from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source, reopen_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
 from embedcache.testing.sources import SourceContract
@@ -69,7 +69,7 @@ def test_splits_labels_keys_and_rows(tmp_path: Path) -> None:
     assert (first.key, third.key) == ("train/0", "test/0")
     assert first.columns == {"split": "train", "label": "cat"}
     assert third.columns == {"split": "test", "label": "dog"}
-    assert third.images == (ImageItem(path="test", offset=0),)
+    assert third.images == (FileItem(path="test", offset=0),)
     assert third.texts == (TextItem(text="black"), TextItem(text="all black"))
 
 
@@ -131,8 +131,8 @@ def test_unreadable_image_raises_item_error() -> None:
     for item, words in (
         (empty, "no image in row 0"),
         (gone, "no such file"),
-        (ImageItem(path="", offset=2), "no image in row 2"),
-        (ImageItem(path="test"), "split 'test'"),
+        (FileItem(path="", offset=2), "no image in row 2"),
+        (FileItem(path="test"), "split 'test'"),
     ):
         with pytest.raises(ItemError, match=words):
             source.read(item)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from embedcache.arrays import Array
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
-from embedcache.sources import ImageItem, Source, SourceSettings, open_source
+from embedcache.sources import FileItem, Source, SourceSettings, open_source
 from embedcache.sources.images import decode_image
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import write
@@ -152,8 +152,8 @@ def test_missing_files_raise(tmp_path: Path) -> None:
 def test_missing_image_raises_item_error(tmp_path: Path) -> None:
     source = open_source(write_idx(tmp_path))
     with pytest.raises(ItemError, match="has no picture 5, but 5"):
-        source.read(ImageItem(path="train-images-idx3-ubyte", offset=5))
+        source.read(FileItem(path="train-images-idx3-ubyte", offset=5))
     (tmp_path / "train-images-idx3-ubyte").unlink()
     again = open_source(tmp_path)
     with pytest.raises(ItemError, match="no such file"):
-        again.read(ImageItem(path="train-images-idx3-ubyte"))
+        again.read(FileItem(path="train-images-idx3-ubyte"))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from embedcache.errors import ItemError, SettingError
-from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
+from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_source
 from embedcache.sources.images import decode_image
 from embedcache.testing.sources import SourceContract
 
@@ -68,7 +68,7 @@ def test_no_skin_tones(all_languages: Source) -> None:
 
 
 def test_image_fills_a_white_square(all_languages: Source) -> None:
-    image = decode_image(all_languages.read(ImageItem(path="1F600")))
+    image = decode_image(all_languages.read(FileItem(path="1F600")))
     left, top, right, bottom = image.convert("L").point(lambda value: 255 * (value < 250)).getbbox()
     assert image.size == (256, 256)
     assert image.getpixel((0, 0)) == (255, 255, 255)
@@ -91,7 +91,7 @@ def test_unknown_language_raises() -> None:
 @pytest.mark.parametrize("path", ["xyz", "110000", "E000-E001", ""])
 def test_invalid_key_raises_item_error(all_languages: Source, path: str) -> None:
     with pytest.raises(ItemError):
-        all_languages.read(ImageItem(path=path))
+        all_languages.read(FileItem(path=path))
 
 
 def test_label_is_the_unicode_group(all_languages: Source) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from embedcache.errors import ItemError, MissingExtraError, PathError, SettingError, SourceError, UnknownNameError
-from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
+from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_source
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import write
 
@@ -120,7 +120,7 @@ def test_unknown_datasets_and_languages_raise() -> None:
     with pytest.raises(SettingError, match="type prompts does not support the setting 'key_column'"):
         open_source("prompts:imagenet1k", settings=SourceSettings(key_column="x"))
     with pytest.raises(ItemError, match="prompts have no image"):
-        open_source("prompts:imagenet1k").read(ImageItem(path="x"))
+        open_source("prompts:imagenet1k").read(FileItem(path="x"))
 
 
 def test_missing_package_raises(monkeypatch: pytest.MonkeyPatch) -> None:

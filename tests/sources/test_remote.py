@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import open_path
-from embedcache.sources import ImageItem, Source, open_source, reopen_source
+from embedcache.sources import FileItem, Source, open_source, reopen_source
 from embedcache.sources.byte_ranges import RemoteBlocks
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, jpeg, write, write_parquet, write_tar
@@ -179,9 +179,9 @@ def test_missing_image_raises_item_error(tmp_path: Path, bucket: str, web: WebSe
     for url in (f"{web.url}/00000.tar", f"{bucket}/00000.tar", f"{bucket}/{{00000..00000}}.tar"):
         source = open_source(url)
         with pytest.raises(ItemError, match=rf"no such file: {url.rpartition('/')[0]}/gone.tar"):
-            source.read(ImageItem(path="gone.tar", length=5))
+            source.read(FileItem(path="gone.tar", length=5))
         with pytest.raises(ItemError, match=r"00000.tar ends \d+ bytes before"):
-            source.read(ImageItem(path="00000.tar", offset=1000, length=10**6))
+            source.read(FileItem(path="00000.tar", offset=1000, length=10**6))
 
 
 def test_unreadable_url_raises_item_error(tmp_path: Path, web: WebServer) -> None:
@@ -283,7 +283,7 @@ def test_new_process_reads_the_same(tmp_path: Path, bucket: str) -> None:
         assert list(read) == IMAGES
 
 
-def read_again(description: dict[str, Any], item: ImageItem) -> bytes:
+def read_again(description: dict[str, Any], item: FileItem) -> bytes:
     return reopen_source(description).read(item)
 
 

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.errors import ItemError, SourceError
-from embedcache.sources import ImageItem, Source, SourceSettings, TextItem, open_source
+from embedcache.sources import FileItem, Source, SourceSettings, TextItem, open_source
 from embedcache.testing.sources import SourceContract
 from tests.sources.files import COLORS, jpeg, write, write_parquet
 
@@ -58,7 +58,7 @@ def test_keys_without_key_column(tmp_path: Path) -> None:
 def test_item_of_bytes_is_file_and_row(tmp_path: Path) -> None:
     source = open_source(write_parquet(tmp_path / "t.parquet", image=IMAGES))
     items = [sample.images[0] for sample in source.samples()]
-    assert items == [ImageItem(path="t.parquet", offset=n) for n in range(5)]
+    assert items == [FileItem(path="t.parquet", offset=n) for n in range(5)]
     assert [source.read(item) for item in reversed(items)] == IMAGES[::-1]
 
 

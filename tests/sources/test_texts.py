@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.errors import ItemError, PathError, SettingError, SourceError
-from embedcache.sources import ImageItem, Sample, Source, SourceSettings, open_source
+from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_source
 from embedcache.testing.sources import SourceContract
 from tests.images import write_images
 from tests.sources.files import write
@@ -93,7 +93,7 @@ def test_text_file_with_other_encoding_raises(tmp_path: Path) -> None:
 def test_read_raises_item_error(tmp_path: Path) -> None:
     write(tmp_path, {"p.txt": "x"})
     with pytest.raises(ItemError, match="texts, no image"):
-        open_source(tmp_path / "p.txt").read(ImageItem(path="x.jpg"))
+        open_source(tmp_path / "p.txt").read(FileItem(path="x.jpg"))
 
 
 def test_other_files_raise(tmp_path: Path) -> None:

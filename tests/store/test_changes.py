@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from embedcache.arrays import Array
 from embedcache.errors import FingerprintError
-from embedcache.sources import ImageItem, Sample, TextItem
+from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.group import add_feature, create_group
 from embedcache.store.indexing import index
@@ -39,7 +39,7 @@ def vector(row: int) -> Array:
 
 
 def sample(name: str) -> Sample:
-    return Sample(key=name, images=(ImageItem(path=f"{name}.png", length=1),), texts=(TextItem(text=name),))
+    return Sample(key=name, images=(FileItem(path=f"{name}.png", length=1),), texts=(TextItem(text=name),))
 
 
 @settings(max_examples=15)
@@ -100,9 +100,9 @@ def changed(source: Rows, row: int, **fields: object) -> Rows:
         ),
         (Rows([*rows(6).rows, sample("a")]), "it has 1 more;.*append them with --extend"),
         (changed(rows(6), 2, texts=(TextItem(text="other"),)), "sample 'k2' has other captions"),
-        (changed(rows(6), 2, images=(ImageItem(path="x.png", length=2),)), "sample 'k2' has other images"),
+        (changed(rows(6), 2, images=(FileItem(path="x.png", length=2),)), "sample 'k2' has other images"),
         (
-            changed(rows(6), 2, images=(ImageItem(path="2.png", length=9),)),
+            changed(rows(6), 2, images=(FileItem(path="2.png", length=9),)),
             "other bytes in 1 of its images, such as 2.png in row 2",
         ),
         (changed(rows(6), 2, columns={"label": 5}), "columns or languages of its samples differ"),
@@ -119,7 +119,7 @@ def test_changed_source_raises(tmp_path: Path, now: Rows, words: str) -> None:
 
 def test_replaced_failed_image_is_accepted(tmp_path: Path) -> None:
     begin(tmp_path, rows(6), failed=(2,))
-    mended = changed(rows(6), 2, images=(ImageItem(path="2.png", length=9),))
+    mended = changed(rows(6), 2, images=(FileItem(path="2.png", length=9),))
     with pytest.raises(FingerprintError, match="1 of its failed images have other bytes now;.*with --retry-failed"):
         index(mended, tmp_path)
     info = index(mended, tmp_path, accept_replaced=True)
@@ -132,7 +132,7 @@ def test_replaced_failed_image_is_accepted(tmp_path: Path) -> None:
 def test_replaced_image_of_another_encoder_raises(tmp_path: Path) -> None:
     begin(tmp_path, rows(6), failed=(2,))
     begin(tmp_path, rows(6), encoder="other")
-    mended = changed(rows(6), 2, images=(ImageItem(path="2.png", length=9),))
+    mended = changed(rows(6), 2, images=(FileItem(path="2.png", length=9),))
     with pytest.raises(FingerprintError, match="other bytes in 1 of its images, such as 2.png in row 2"):
         index(mended, tmp_path, accept_replaced=True)
 
@@ -140,4 +140,4 @@ def test_replaced_image_of_another_encoder_raises(tmp_path: Path) -> None:
 def test_replaced_image_with_features_raises(tmp_path: Path) -> None:
     begin(tmp_path, rows(6), failed=(2,))
     with pytest.raises(FingerprintError, match="other bytes in 1 of its images, such as 3.png in row 3"):
-        index(changed(rows(6), 3, images=(ImageItem(path="3.png", length=8),)), tmp_path, accept_replaced=True)
+        index(changed(rows(6), 3, images=(FileItem(path="3.png", length=8),)), tmp_path, accept_replaced=True)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from embedcache.errors import ArtifactError, CorruptError, FingerprintError, PathError, SettingError, SourceError
-from embedcache.sources import ImageItem, Sample, TextItem
+from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
 
@@ -23,7 +23,7 @@ class Rows:
     def samples(self) -> Iterator[Sample]:
         return iter(self.rows)
 
-    def read(self, item: ImageItem) -> bytes:
+    def read(self, item: FileItem) -> bytes:
         raise AssertionError("indexing opens no image")
 
 
@@ -32,7 +32,7 @@ def rows(count: int) -> Rows:
         [
             Sample(
                 key=f"k{number}",
-                images=(ImageItem(path=f"{number}.png", length=number),),
+                images=(FileItem(path=f"{number}.png", length=number),),
                 texts=tuple(TextItem(text=f"t{number}.{part}", language="en") for part in range(number % 3)),
                 columns={"split": "train", "label": number} if number % 2 else {"label": None},
             )

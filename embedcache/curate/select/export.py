@@ -17,7 +17,7 @@ from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, ItemError, PathError
 from embedcache.files import building, replacing, write_atomic
 from embedcache.progress import NullProgress, Progress
-from embedcache.sources.base import ImageItem, Source
+from embedcache.sources.base import FileItem, Source
 from embedcache.sources.open import reopen_source
 from embedcache.store.cache import Cache
 
@@ -133,7 +133,7 @@ class _Samples:
         captions = [item["text"] for item in self._texts.get(row, [])]
         for item in self._images.get(row, []):
             try:
-                data = source.read(ImageItem(**{name: item[name] for name in ("path", "offset", "length")}))
+                data = source.read(FileItem(**{name: item[name] for name in ("path", "offset", "length")}))
             except ItemError as error:
                 raise DataError(f"the image of {columns['key']!r} cannot be read any more: {error}") from error
             yield _suffix(data), data

@@ -11,6 +11,7 @@ from embedcache.arrays import Array, Floats, Ints, concatenated_ranges, normaliz
 from embedcache.curate.settings import SelectSettings
 from embedcache.dataset.selections import read_selection
 from embedcache.errors import DataError, SettingError
+from embedcache.modalities import noun
 from embedcache.progress import NullProgress, Progress
 from embedcache.search.concepts import Concepts, open_concepts
 from embedcache.search.faiss_index import spherical_kmeans
@@ -68,8 +69,8 @@ class Pool:
         samples = samples[samples >= 0]
         if not len(samples):
             raise DataError(
-                f"{self._settings.selection}: expected samples with {self.modality}s of {self.vectors.feature.name}, "
-                "got none"
+                f"{self._settings.selection}: expected samples with {noun(self.modality)} of "
+                f"{self.vectors.feature.name}, got none"
             )
         return samples
 
@@ -89,7 +90,7 @@ class Pool:
 
     def blocks(self, title: str) -> Iterator[tuple[Ints, Floats]]:
         """Iterate over all items once, chunk by chunk: the sample of each (B,), and its vector (B, P)."""
-        self._progress.start(title, len(self.vectors.rows), f"{self.modality}s")
+        self._progress.start(title, len(self.vectors.rows), noun(self.modality))
         for rows, vectors_BP in self.vectors.blocks():
             samples = self.item_samples[rows]
             is_inside = samples >= 0

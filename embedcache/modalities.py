@@ -1,0 +1,54 @@
+"""The modalities: a line each. Everything that differs between them at extraction follows from this table."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal, TypeAlias
+
+ModalityName: TypeAlias = Literal["image", "text", "audio", "video", "points"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modality:
+    """One kind of raw items.
+
+    Args:
+        name: name in code, on the command line and on disk.
+        noun: plural of its items, for messages.
+        kind: what its item table holds: where the bytes of each item are, or the texts themselves.
+        has_interval: whether an item may be an interval of a recording; its table then has `start_s` and `stop_s`.
+        decoder: `module:function` from the bytes of an item to what an encoder prepares; empty for texts.
+        num_ahead: decoded items that may wait for an encoder, so that memory stays bounded.
+    """
+
+    name: ModalityName
+    noun: str
+    kind: Literal["files", "texts"] = "files"
+    has_interval: bool = False
+    decoder: str = ""
+    num_ahead: int = 256
+
+    def load_decoder(self) -> Callable[..., Any]:
+        """Import and return the decoder."""
+        module, _, function = self.decoder.partition(":")
+        decode: Callable[..., Any] = getattr(import_module(module), function)
+        return decode
+
+
+_MEDIA = "embedcache.sources.media"
+MODALITIES: Mapping[str, Modality] = {
+    modality.name: modality
+    for modality in (
+        Modality(name="image", noun="images", decoder="embedcache.sources.images:decode_image"),
+        Modality(name="text", noun="texts", kind="texts"),
+        Modality(name="audio", noun="recordings", has_interval=True, decoder=f"{_MEDIA}:decode_audio", num_ahead=32),
+        Modality(name="video", noun="videos", has_interval=True, decoder=f"{_MEDIA}:decode_video", num_ahead=8),
+        Modality(name="points", noun="point clouds", decoder=f"{_MEDIA}:decode_points", num_ahead=32),
+    )
+}
+FILE_MODALITIES = tuple(modality for modality in MODALITIES.values() if modality.kind == "files")
+
+
+def noun(modality: str) -> str:
+    """Return the plural of a modality's items, such as `images`."""
+    return MODALITIES[modality].noun

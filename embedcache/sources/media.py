@@ -1,0 +1,218 @@
+"""Decode recordings, videos and point clouds; sound and moving images through PyAV (extra `media`).
+
+Every damaged, empty or oversized item is an `ItemError` whose message is the reason stored with its row.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from embedcache.arrays import Array, Floats
+from embedcache.errors import ItemError
+from embedcache.registry import require
+from embedcache.sources.points import decode_points
+
+__all__ = ["Video", "decode_audio", "decode_points", "decode_video"]
+
+AUDIO_RATE_HZ = 16_000
+MAX_AUDIO_S = 3_600
+"""An hour is 230 MB of float32 samples."""
+MAX_VIDEO_PIXELS = 2**28
+"""Frames × height × width: 768 MiB as RGB, and as much again while the frames are joined."""
+
+_SEEKABLE = frozenset({"avi", "flac", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "wav"})
+"""Formats that store exact times and durations; others are decoded from their beginning."""
+_PREROLL_S = 1.0  # decoded before an interval: codecs with memory need some of it
+_LATE_S = 0.1  # an interval may end this much after its recording: labels are rounded
+_TRUNCATED = 0.05  # fraction of the announced duration that may be missing; containers round
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """Decoded frames.
+
+    Args:
+        frames_THW3: (T, H, W, 3) uint8, RGB and upright.
+        rate_hz: frames per second.
+    """
+
+    frames_THW3: Array
+    rate_hz: float
+
+
+def decode_audio(data: bytes, start_s: float | None = None, stop_s: float | None = None) -> Floats:
+    """Decode a recording, or the sound of a video, to 16 kHz mono.
+
+    Reads WAV, FLAC, MP3, Ogg, Opus, M4A and all else that FFmpeg does. Channels are averaged; values beyond [-1, 1] are
+    clipped. Thread-safe. Memory: 64 KB per second, twice.
+
+    Args:
+        data: the whole file.
+        start_s: start of an interval in seconds; None for the beginning.
+        stop_s: end of the interval; None for the end.
+
+    Returns:
+        (n,) float32 in [-1, 1].
+
+    Raises:
+        ItemError: the file cannot be decoded, has no sound, is longer than `MAX_AUDIO_S`, holds NaN, or ends before the
+            interval does.
+    """
+    with _open(data, "recording") as container:
+        stream = _stream(container, "audio", start_s, stop_s)
+        parts: list[Floats] = []
+        end_s, num_kept = 0.0, 0
+        for first, samples_n in _samples(container, stream):
+            kept = samples_n[_position(start_s, 0, first) : _position(stop_s, len(samples_n), first)]
+            end_s, num_kept = (first + len(samples_n)) / AUDIO_RATE_HZ, num_kept + len(kept)
+            parts += [kept] * bool(len(kept))
+            if num_kept > MAX_AUDIO_S * AUDIO_RATE_HZ:
+                raise ItemError(f"too long: more than {MAX_AUDIO_S:,} s of sound; index intervals of it")
+            if stop_s is not None and end_s > stop_s + _PREROLL_S:
+                break
+        _check_end(container, stream, end_s, start_s, stop_s)
+    samples_n = np.concatenate(parts) if parts else np.empty(0, np.float32)
+    if not len(samples_n):
+        raise ItemError("no sound: the audio stream is empty")
+    if not np.isfinite(samples_n).all():
+        raise ItemError("NaN or infinity in the sound")
+    return np.clip(samples_n, -1, 1)
+
+
+def decode_video(data: bytes, start_s: float | None = None, stop_s: float | None = None) -> Video:
+    """Decode the frames of a video, upright; of an interval, those whose time is in it.
+
+    Thread-safe. Memory: twice the frames.
+
+    Args:
+        data: the whole file.
+        start_s: start of an interval in seconds; None for the beginning.
+        stop_s: end of the interval; None for the end.
+
+    Raises:
+        ItemError: the file cannot be decoded, has no frames, has more than `MAX_VIDEO_PIXELS` in them, or ends before
+            the interval does.
+    """
+    with _open(data, "video") as container:
+        stream = _stream(container, "video", start_s, stop_s)
+        rate_hz = float(stream.average_rate or stream.guessed_rate or 0)
+        if rate_hz <= 0:
+            raise ItemError("the video has no frame rate")
+        frames: list[Array] = []
+        num_pixels, time_s = 0, 0.0
+        first_s, last_s = start_s or 0.0, np.inf if stop_s is None else stop_s
+        for time_s, frame in _frames(container, stream):
+            if time_s >= last_s - 1e-6:
+                break
+            if time_s < first_s - 1e-6:
+                continue
+            num_pixels += frame.width * frame.height
+            if num_pixels > MAX_VIDEO_PIXELS:
+                raise ItemError(
+                    f"too many pixels: more than {MAX_VIDEO_PIXELS:,} in frames of {frame.width} x {frame.height}; "
+                    "index intervals of it, or make it smaller"
+                )
+            frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+        else:  # every frame was read
+            _check_end(container, stream, time_s + 1 / rate_hz, start_s, stop_s)
+        if not frames:
+            raise ItemError("no frames" if start_s is None and stop_s is None else "no frames in the interval")
+        if len({frame.shape for frame in frames}) > 1:
+            raise ItemError("the frames change their size")
+        return Video(frames_THW3=np.stack(frames), rate_hz=rate_hz)
+
+
+@contextmanager
+def _open(data: bytes, kind: str) -> Iterator[Any]:
+    """Open a file in memory; whatever FFmpeg reports inside the block is the reason why the item fails."""
+    if not data:
+        raise ItemError("empty file")
+    av = require("av", extra="media")
+    try:
+        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
+            yield container
+    except (av.FFmpegError, ValueError, OverflowError, MemoryError) as error:
+        if isinstance(error, ItemError):
+            raise
+        text = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise ItemError(f"damaged {kind}: {text}") from None
+
+
+def _samples(container: Any, stream: Any) -> Iterator[tuple[int, Floats]]:
+    """Iterate over the mono samples of a stream with the number of the first, counted from the stream's start."""
+    resampler = require("av", extra="media").AudioResampler(format="fltp", rate=AUDIO_RATE_HZ)
+    number = -1
+    for time_s, frame in _frames(container, stream):
+        number = round(time_s * AUDIO_RATE_HZ) if number < 0 else number
+        for resampled in resampler.resample(frame):
+            yield number, resampled.to_ndarray().mean(axis=0)  # FFmpeg's own downmix of stereo is louder by sqrt(2)
+            number += resampled.samples
+    if number >= 0:
+        for resampled in resampler.resample(None):
+            yield number, resampled.to_ndarray().mean(axis=0)
+            number += resampled.samples
+
+
+def _position(time_s: float | None, otherwise: int, first: int) -> int:
+    """Return where a time lies in samples that begin with number `first`."""
+    return otherwise if time_s is None else max(0, round(time_s * AUDIO_RATE_HZ) - first)
+
+
+def _stream(container: Any, kind: str, start_s: float | None, stop_s: float | None) -> Any:
+    """Return the first stream of a kind, ready to decode from shortly before a time on one thread."""
+    streams = getattr(container.streams, kind)
+    if not streams:
+        what = "sound" if kind == "audio" else "frames"
+        raise ItemError(f"no {what}: the file has no {kind} stream")
+    stream = streams[0]
+    if stream.codec_context is None:
+        raise ItemError(f"no decoder for the {kind} stream")
+    stream.codec_context.thread_count = 1  # items are decoded on many threads already
+    duration_s = _duration_s(container, stream)
+    if duration_s is not None:
+        _check_interval(duration_s, start_s, stop_s)
+    if (start_s, stop_s) == (None, None) and kind == "audio" and (duration_s or 0) > MAX_AUDIO_S:
+        raise ItemError(f"too long: {duration_s:,.0f} s of sound, more than {MAX_AUDIO_S:,}; index intervals of it")
+    if kind == "video" and stream.codec_context.width * stream.codec_context.height > MAX_VIDEO_PIXELS:
+        raise ItemError(f"too many pixels: {stream.codec_context.width} x {stream.codec_context.height} in one frame")
+    if start_s is not None and start_s > _PREROLL_S and container.format.name in _SEEKABLE:
+        offset = (stream.start_time or 0) + int((start_s - _PREROLL_S) / stream.time_base)
+        container.seek(offset, stream=stream, backward=True)
+    return stream
+
+
+def _frames(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
+    """Iterate over the frames of a stream with their times in seconds from its start."""
+    start = stream.start_time or 0
+    next_s = 0.0
+    for frame in container.decode(stream):
+        time_s = next_s if frame.pts is None else float((frame.pts - start) * frame.time_base)
+        samples = getattr(frame, "samples", None)
+        next_s = time_s + (samples / frame.sample_rate if samples else 1 / float(stream.average_rate or 25))
+        yield time_s, frame
+
+
+def _duration_s(container: Any, stream: Any) -> float | None:
+    """Return the announced duration of a stream, of formats in which it is exact; else None."""
+    if container.format.name not in _SEEKABLE or not stream.duration:
+        return None
+    return float(stream.duration * stream.time_base)
+
+
+def _check_end(container: Any, stream: Any, end_s: float, start_s: float | None, stop_s: float | None) -> None:
+    """Check that a stream that was decoded up to a time is complete, and reaches beyond the interval."""
+    announced_s = _duration_s(container, stream)
+    wanted_s = stop_s if announced_s is None or stop_s is None else min(announced_s, stop_s)
+    if announced_s is not None and end_s < (1 - _TRUNCATED) * (announced_s if wanted_s is None else wanted_s) - _LATE_S:
+        raise ItemError(f"truncated: {end_s:.1f} s could be decoded of {announced_s:.1f} s")
+    _check_interval(end_s, start_s, stop_s)
+
+
+def _check_interval(end_s: float, start_s: float | None, stop_s: float | None) -> None:
+    if (start_s is not None and start_s >= end_s) or (stop_s is not None and stop_s > end_s + _LATE_S):
+        bounds = f"{start_s or 0:g} s to {'the end' if stop_s is None else f'{stop_s:g} s'}"
+        raise ItemError(f"no such interval: expected {bounds} within its {end_s:.2f} s")

@@ -1,0 +1,123 @@
+"""Small real recordings, videos and point clouds, as bytes."""
+
+import io
+import wave
+from collections.abc import Mapping
+
+import av
+import laspy
+import numpy as np
+import plyfile
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+RATE_HZ = 16_000
+CODECS = {"flac": ("flac", "flac"), "mp3": ("mp3", "libmp3lame"), "ogg": ("ogg", "libopus"), "m4a": ("ipod", "aac")}
+
+
+def tone(seconds: float, hz: float = 440.0, *, rate_hz: int = RATE_HZ) -> np.ndarray:
+    """Return a sine that grows louder, so that no part of it is like another: (n,) float32."""
+    times = np.arange(round(seconds * rate_hz)) / rate_hz
+    return (np.sin(2 * np.pi * hz * times) * (0.1 + 0.8 * times / max(seconds, 1e-9))).astype(np.float32)
+
+
+def wav(samples: np.ndarray, *, rate_hz: int = RATE_HZ, channels: int = 1) -> bytes:
+    """Return a 16-bit WAV file, with the same samples in every channel."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(channels)
+        out.setsampwidth(2)
+        out.setframerate(rate_hz)
+        out.writeframes(np.repeat(np.round(samples * 32767).astype("<i2"), channels).tobytes())
+    return file.getvalue()
+
+
+def encode_audio(samples: np.ndarray, kind: str) -> bytes:
+    """Return a compressed recording; `kind` is its suffix."""
+    container_format, codec = CODECS[kind]
+    file = io.BytesIO()
+    with av.open(file, "w", format=container_format) as out:
+        stream = out.add_stream(codec, rate=48_000 if codec == "libopus" else RATE_HZ, layout="mono")
+        _write_audio(out, stream, samples)
+    return file.getvalue()
+
+
+def moving_square(num_frames: int, *, width: int = 32, height: int = 24) -> np.ndarray:
+    """Return frames in which a bright square moves to the right: (T, H, W, 3) uint8."""
+    frames = np.zeros((num_frames, height, width, 3), np.uint8)
+    for number, frame in enumerate(frames):
+        left = number % (width - 8)
+        frame[8:16, left : left + 8] = 255
+    return frames
+
+
+def encode_video(
+    frames: np.ndarray, *, rate_hz: int = 25, samples: np.ndarray | None = None, kind: str = "mp4"
+) -> bytes:
+    """Return a video, with sound if samples are given."""
+    file = io.BytesIO()
+    codec = {"mp4": "mpeg4", "webm": "libvpx", "mkv": "mpeg4", "avi": "mpeg4", "mov": "mpeg4"}[kind]
+    with av.open(file, "w", format={"mkv": "matroska"}.get(kind, kind)) as out:
+        stream = out.add_stream(codec, rate=rate_hz, width=frames.shape[2], height=frames.shape[1], pix_fmt="yuv420p")
+        sound = None if samples is None else out.add_stream("aac", rate=RATE_HZ, layout="mono")
+        for frame in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode(None))
+        if sound is not None and samples is not None:
+            _write_audio(out, sound, samples)
+    return file.getvalue()
+
+
+def _write_audio(out: av.container.OutputContainer, stream: av.AudioStream, samples: np.ndarray) -> None:
+    frame = av.AudioFrame.from_ndarray(np.round(samples * 32767).astype("<i2")[None], format="s16", layout="mono")
+    frame.sample_rate = RATE_HZ
+    out.mux(stream.encode(frame))
+    out.mux(stream.encode(None))
+
+
+def cloud(num_points: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return points of a scan with coordinates, their places in an image, and labels."""
+    rng = np.random.default_rng(seed)
+    return {
+        "xyz": rng.uniform(-40, 40, (num_points, 3)).astype(np.float32),
+        "uv": rng.uniform(0, 1, (num_points, 2)).astype(np.float32),
+        "label": rng.integers(0, 7, num_points).astype(np.int16),
+    }
+
+
+def npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return a compressed `.npz`."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def points_parquet(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return a Parquet file with the columns x, y, z, a column of lists per array of rows, and the others."""
+    columns = dict(zip("xyz", arrays["xyz"].T, strict=True)) | {"uv": list(arrays["uv"]), "label": arrays["label"]}
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
+def ply(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return a binary `.ply` with x, y, z and label."""
+    vertices = np.empty(len(arrays["xyz"]), [("x", "f4"), ("y", "f4"), ("z", "f4"), ("label", "i2")])
+    for name, values in zip("xyz", arrays["xyz"].T, strict=True):
+        vertices[name] = values
+    vertices["label"] = arrays["label"]
+    file = io.BytesIO()
+    plyfile.PlyData([plyfile.PlyElement.describe(vertices, "vertex")]).write(file)
+    return file.getvalue()
+
+
+def las(arrays: Mapping[str, np.ndarray], *, origin: float = 0.0) -> bytes:
+    """Return a `.las` whose coordinates are around `origin`, to a millimeter."""
+    header = laspy.LasHeader(point_format=0, version="1.2")
+    header.scales, header.offsets = np.full(3, 0.001), np.full(3, origin)
+    points = laspy.LasData(header)
+    points.x, points.y, points.z = (arrays["xyz"].astype(np.float64) + origin).T
+    points.classification = arrays["label"].astype(np.uint8)
+    file = io.BytesIO()
+    points.write(file, do_compress=False)
+    return file.getvalue()

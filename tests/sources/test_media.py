@@ -1,0 +1,160 @@
+"""Decoding of recordings and videos: formats, intervals, limits, and damage of each kind."""
+
+import numpy as np
+import pytest
+
+from embedcache.errors import ItemError
+from embedcache.sources import media
+from embedcache.sources.media import decode_audio, decode_video
+from tests.media_files import CODECS, encode_audio, encode_video, moving_square, tone, wav
+
+
+def test_wav_values() -> None:
+    samples = tone(0.5)
+    decoded = decode_audio(wav(samples))
+    assert decoded.dtype == np.float32
+    np.testing.assert_allclose(decoded, samples, atol=2 / 32768)
+
+
+def test_stereo_at_another_rate() -> None:
+    decoded = decode_audio(wav(tone(1, rate_hz=48_000), rate_hz=48_000, channels=2))
+    assert len(decoded) == pytest.approx(16_000, abs=2)
+    inner = slice(200, -200)  # a resampler rings at both ends
+    np.testing.assert_allclose(decoded[inner], tone(1)[: len(decoded)][inner], atol=0.02)
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_compressed_recording(kind: str) -> None:
+    decoded = decode_audio(encode_audio(tone(2), kind))
+    assert len(decoded) == pytest.approx(32_000, abs=2_100)  # some codecs pad
+    spectrum = np.abs(np.fft.rfft(decoded[4_000:20_000]))
+    assert np.argmax(spectrum) == 440  # one second: a bin per hertz
+
+
+@pytest.mark.parametrize(("start_s", "stop_s"), [(None, 0.5), (0.25, 1.0), (2.5, None), (3.0, 3.5)])
+def test_interval_of_a_recording(start_s: float | None, stop_s: float | None) -> None:
+    data = wav(tone(4))
+    first, last = (None if bound is None else round(bound * 16_000) for bound in (start_s, stop_s))
+    np.testing.assert_array_equal(decode_audio(data, start_s, stop_s), decode_audio(data)[first:last])
+
+
+@pytest.mark.parametrize("kind", ["flac", "ogg", "m4a"])
+def test_interval_of_a_compressed_recording(kind: str) -> None:
+    data = encode_audio(tone(4), kind)
+    part, whole = decode_audio(data, 2.5, 3.0), decode_audio(data)
+    assert len(part) == 8_000
+    np.testing.assert_allclose(part, whole[40_000:48_000], atol=1e-3)
+
+
+def test_clips_are_limited_and_nan_is_refused() -> None:
+    assert np.abs(decode_audio(float_wav(np.full(1600, 3.0, np.float32)))).max() == 1
+    with pytest.raises(ItemError, match="NaN or infinity"):
+        decode_audio(float_wav(np.full(1600, np.nan, np.float32)))
+
+
+def float_wav(samples: np.ndarray) -> bytes:
+    """Return a WAV of 32-bit floats, which the standard library cannot write."""
+    data = samples.astype("<f4").tobytes()
+    layout = (3).to_bytes(2, "little") + (1).to_bytes(2, "little") + (16_000).to_bytes(4, "little")
+    layout += (64_000).to_bytes(4, "little") + (4).to_bytes(2, "little") + (32).to_bytes(2, "little")
+    body = b"WAVEfmt " + len(layout).to_bytes(4, "little") + layout + b"data" + len(data).to_bytes(4, "little") + data
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+
+@pytest.mark.parametrize("bounds", [(5.0, None), (0.0, 5.0), (5.0, 6.0)])
+def test_interval_beyond_the_end_fails(bounds: tuple[float, float | None]) -> None:
+    with pytest.raises(ItemError, match=r"no such interval: expected [05] s to .* within its 2\.00 s"):
+        decode_audio(wav(tone(2)), *bounds)
+
+
+def test_interval_may_end_a_little_late() -> None:
+    assert len(decode_audio(wav(tone(2)), 1.0, 2.05)) == 16_000
+
+
+def test_long_recording_fails_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "MAX_AUDIO_S", 1)
+    with pytest.raises(ItemError, match="too long: 4 s of sound, more than 1"):
+        decode_audio(wav(tone(4)))
+    with pytest.raises(ItemError, match="too long: more than 1 s"):
+        decode_audio(encode_audio(tone(4), "mp3"))  # announces no exact duration
+    assert len(decode_audio(wav(tone(4)), 1, 2)) == 16_000
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "webm", "avi", "mov"])
+def test_video_frames(kind: str) -> None:
+    frames = moving_square(10)
+    video = decode_video(encode_video(frames, kind=kind))
+    assert (video.frames_THW3.shape, video.frames_THW3.dtype, video.rate_hz) == (frames.shape, np.uint8, 25)
+    assert np.abs(video.frames_THW3.astype(int) - frames).mean() < 12  # the codec loses some
+
+
+def test_interval_of_a_video() -> None:
+    data = encode_video(moving_square(100))
+    whole = decode_video(data).frames_THW3
+    np.testing.assert_array_equal(decode_video(data, 2.0, 3.0).frames_THW3, whole[50:75])
+    np.testing.assert_array_equal(decode_video(data, 3.6).frames_THW3, whole[90:])
+
+
+def test_one_file_is_a_recording_and_a_video() -> None:
+    data = encode_video(moving_square(50), samples=tone(2))
+    assert len(decode_video(data).frames_THW3) == 50
+    assert len(decode_audio(data)) == pytest.approx(32_000, abs=2_100)
+
+
+def test_missing_stream_fails() -> None:
+    with pytest.raises(ItemError, match="no sound: the file has no audio stream"):
+        decode_audio(encode_video(moving_square(5)))
+    with pytest.raises(ItemError, match="no frames: the file has no video stream"):
+        decode_video(wav(tone(1)))
+
+
+def test_large_video_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "MAX_VIDEO_PIXELS", 32 * 24 * 10)
+    assert len(decode_video(encode_video(moving_square(10))).frames_THW3) == 10
+    with pytest.raises(ItemError, match="too many pixels: more than 7,680 in frames of 32 x 24"):
+        decode_video(encode_video(moving_square(11)))
+
+
+BROKEN = {
+    "empty": b"",
+    "text": b"not a recording at all\n" * 20,
+    "zeros": bytes(4096),
+    "header": wav(tone(1))[:20],
+    "mp4 without its index": encode_video(moving_square(50), samples=tone(2))[:2_000],
+    "flac cut": encode_audio(np.random.default_rng(0).uniform(-1, 1, 64_000), "flac")[:20_000],
+    "silent": wav(np.zeros(0, np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_file_fails_with_a_reason(name: str) -> None:
+    for decode in (decode_audio, decode_video):
+        with pytest.raises(ItemError) as caught:
+            decode(BROKEN[name])
+        assert str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["wav", "m4a", "mp3", "mp4"])
+def test_random_damage_never_crashes(kind: str) -> None:
+    """Flip bytes and cut files: either decodes to something finite, or fails with a reason."""
+    rng = np.random.default_rng(0)
+    is_video = kind == "mp4"
+    if is_video:
+        intact = encode_video(moving_square(20), samples=tone(1))
+    else:
+        intact = wav(tone(1)) if kind == "wav" else encode_audio(tone(1), kind)
+    num_failed = 0
+    for _ in range(60):
+        data = bytearray(intact)
+        for position in rng.integers(0, len(data), 8):
+            data[position] = rng.integers(0, 256)
+        data[rng.integers(len(data) // 2, len(data) + 1) :] = b""
+        for decode in (decode_audio, decode_video) if is_video else (decode_audio,):
+            try:
+                decoded = decode(bytes(data))
+            except ItemError:
+                num_failed += 1
+            else:
+                assert isinstance(decoded, media.Video) or np.isfinite(decoded).all()
+    assert num_failed or kind in {"wav", "mp3"}
