@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from embedcache.errors import PathError
 from embedcache.files import open_path
 from embedcache.modalities import noun
-from embedcache.projectors.saved import read_config
+from embedcache.networks.saved import read_module_config
+from embedcache.projectors.saved import RUN_FORMAT, config_path, read_config
 from embedcache.provenance import read_json, recognize
 from embedcache.search.index import read_card
 from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
@@ -83,8 +84,10 @@ def _summarize_cache(path: Path) -> Summary:
 
 
 def _summarize_run(path: Path) -> Summary:
-    config = read_config(path)
     outcome = read_json(path / "record.json").get("outcome", {}) if (path / "record.json").is_file() else {}
+    if read_json(config_path(path)).get("format") == RUN_FORMAT:
+        return _summarize_module(path, outcome)
+    config = read_config(path)
     projector = config.training["model"]["projector"]
     lines = [f"{path}: projector {projector}, shared width {config.shared_width}, seed {config.training['seed']}"]
     rows = []
@@ -101,6 +104,27 @@ def _summarize_run(path: Path) -> Summary:
         lines=lines,
         columns=("modality", "feature", "width", "encoder"),
         rows=rows,
+        notes=notes,
+        record={"path": str(path), **config.to_json(), "outcome": outcome},
+    )
+
+
+def _summarize_module(path: Path, outcome: Mapping[str, Any]) -> Summary:
+    config = read_module_config(path)
+    arguments = ", ".join(f"{name}={value}" for name, value in config.arguments.items())
+    lines = [f"{path}: {config.kind}({arguments}), seed {config.training.get('seed')}"]
+    if config.trainable is not None:
+        lines.append(f"trained parts: {', '.join(config.trainable)}; the others are those of the start")
+    lines += [f"part {part} started from weights {digest[:12]}" for part, digest in config.init_runs.items()]
+    notes = []
+    if outcome.get("measures"):
+        measures = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in outcome["measures"].items())
+        notes.append(f"validation of epoch {outcome.get('best_epoch')}: {measures}")
+    return Summary(
+        kind="run",
+        lines=lines,
+        columns=("side", "feature", "width", "encoder"),
+        rows=[[name, side.feature, f"{side.width:,}", side.spec] for name, side in config.sides.items()],
         notes=notes,
         record={"path": str(path), **config.to_json(), "outcome": outcome},
     )
