@@ -6,7 +6,7 @@ from embedcache.derive.settings import DeriveSettings
 
 @with_settings(settings=DeriveSettings)
 def derive(cache: CacheArgument, as_json: Json = False, output: Output = None, *, settings: DeriveSettings) -> None:
-    """Compute features from cached features, with a trained run or a rule.
+    """Compute features from cached ones, by a run or a rule.
 
     They are features of the cache like any other. Run the same command again to resume an interrupted derivation, or
     after new samples were extracted.

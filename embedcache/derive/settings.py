@@ -22,7 +22,7 @@ class DeriveSettings:
         "Output of the run: projected (unit vectors in the shared space) or prob (probabilities of classes).",
         metavar="NAME",
     )
-    prompts: str | None = setting(None, "Cache of prompts that define the classes of prob.", metavar="CACHE")
+    prompts: str | None = setting(None, "Cache of prompts, written by extract prompts:FILE.", metavar="CACHE")
     modality: str | None = setting(
         None,
         "Modality to derive features of a run for.",
@@ -49,7 +49,7 @@ class DeriveSettings:
     name: str | None = setting(
         None, "Name of the derived features' folder in the cache.", default_text="RUN-OUTPUT, or the rule"
     )
-    dtype: Literal["float16", "float32"] = setting("float16", "Data type of the derived features.")
+    dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored features.")
     device: str = setting("cpu", "Torch device, such as cpu, cuda or cuda:1.", metavar="DEVICE", affects_result=False)
 
     def __post_init__(self) -> None:
