@@ -35,11 +35,13 @@ SAME_NOUN = {
     "--text-cosine": "as --image-cosine",
     "--text-feature": "as --image-feature",
     "--threads": "of decoding in extract, of torch in train",
+    "--trust-cache": "what a cache may then do: name images anywhere in serve, custom code in verify",
     "--threshold": "select names the methods that use it",
     "-k": "number of nearest items: per query, concept or sample",
 }
 """Options whose help differs between commands, and why they have one meaning all the same."""
 SAME_VALUE = {
+    "--feature": "train names features of two modalities",
     "--modality": "coverage can read both",
     "--part": "search can filter by any value of the column split; probe measures on two parts",
 }

@@ -67,7 +67,7 @@ def test_overlap_matches_comparing_all_pairs(cache_path: Path, run: Run, other: 
         trained = training_items(run, Cache(cache_path))
         exact, near = set(), set()
         for modality, name in (("image", "open_toy/cls"), ("text", "open_toy/mean")):
-            found, seen = getattr(ranking.pairs, modality), trained[modality]
+            found, seen = getattr(ranking.pairs, {"image": "first", "text": "second"}[modality]), trained[modality]
             own = type(seen.feature)([cache.feature(modality, name)])
             cosines = unit(own, found.rows) @ unit(seen.feature, seen.items.rows).T
             near |= set(found.samples[(cosines > overlap.COSINES[modality]).any(axis=1)])
