@@ -36,7 +36,7 @@ def train(
     from embedcache.train.distributed import is_first_process
     from embedcache.train.train import train as run_training
 
-    named = by_modality("--feature", feature, "audio=whisper-tiny.en/mean")
+    named = by_modality("--feature", feature, "audio=tiny.en/mean")
     is_first = is_first_process()
     with resumable():
         report = run_training(

@@ -13,10 +13,11 @@ from embedcache.errors import DataError, PathError
 from embedcache.evaluate.runs import Run, read_run_split, run_input, was_trained_on
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.metrics.neighbors import find_closest
+from embedcache.modalities import MODALITIES
 from embedcache.provenance import fields_of, read_json
 from embedcache.store.cache import Cache
 
-COSINES = {"image": 0.9, "text": 0.7}
+COSINES = {modality: 0.7 if modality == "text" else 0.9 for modality in MODALITIES}
 """Items above these cosines are near-duplicates, as in the strict split."""
 
 _MAX_PRODUCTS = 2e10
@@ -36,9 +37,9 @@ class Overlap:
     """Numbers of evaluated samples that were seen in training.
 
     Args:
-        exact: samples with an image or a text that is in the training part, byte for byte.
+        exact: samples with an item that is in the training part, byte for byte.
         num_checked: samples that were compared by cosine, drawn at random if there are many.
-        near: of these, samples with an image or a text above `COSINES` to one of the training part, or equal to one.
+        near: of these, samples with an item above `COSINES` to one of the training part, or equal to one.
         not_compared: training caches that could not be opened.
         cosines: thresholds by modality.
     """

@@ -148,12 +148,17 @@ def read_config(run_path: Path) -> PairConfig:
     path = config_path(run_path)
     make = f"embedcache train CACHE {run_path}"
     values = read_manifest(path, kind="run", latest_format=RUN_FORMAT, make=make)
-    if values["format"] != 1 and values.get("kind") != _PAIR:
+    if not is_pair(values):
         raise DataError(
             f"{run_path}: expected an aligned pair, got a run of kind {values.get('kind')}; load it with "
             "embedcache.networks.saved.load_module"
         )
     return fields_of(path, lambda: PairConfig.from_json(values))
+
+
+def is_pair(manifest: Mapping[str, Any]) -> bool:
+    """Return whether the values of a run's `config.json` are those of an aligned pair."""
+    return manifest.get("format") == 1 or manifest.get("kind") == _PAIR
 
 
 def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, PairConfig]:

