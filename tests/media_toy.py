@@ -37,7 +37,7 @@ class ToyAudio:
 
     modality: Modality = "audio"
     features: Mapping[str, ItemShape] = {"mean": (2,), "frames": (-1, 2)}
-    axes = {"frames": Axis(kind="time", rate_hz=50.0, start_s=0.0)}
+    axes: Mapping[str, Axis] = {"frames": Axis(kind="time", rate_hz=50.0, start_s=0.0)}
     batch_size = 4
     fingerprint = _fingerprint("audio", {"mean": "mean of frames", "frames": "20 ms each"})
 
@@ -62,7 +62,7 @@ class ToyVideo:
 
     modality: Modality = "video"
     features: Mapping[str, ItemShape] = {"mean": (3,), "frames": (-1, 3)}
-    axes = {"frames": Axis(kind="time", rate_hz=25.0, start_s=0.0)}
+    axes: Mapping[str, Axis] = {"frames": Axis(kind="time", rate_hz=25.0, start_s=0.0)}
     batch_size = 4
     fingerprint = _fingerprint("video", {"mean": "mean of frames", "frames": "mean color"})
 
@@ -82,8 +82,8 @@ class ToyPoints:
 
     modality: Modality = "points"
     features: Mapping[str, ItemShape] = {"extent": (3,), "xyz": (-1, 3), "uv": (-1, 2), "label": (-1, 1)}
-    axes = {name: Axis(kind="points") for name in ("xyz", "uv", "label")}
-    dtypes = {"xyz": "float32", "uv": "float32", "label": "int16"}
+    axes: Mapping[str, Axis] = {name: Axis(kind="points") for name in ("xyz", "uv", "label")}
+    dtypes: Mapping[str, str] = {"xyz": "float32", "uv": "float32", "label": "int16"}
     batch_size = 4
     fingerprint = _fingerprint("points", {name: name for name in features})
 
