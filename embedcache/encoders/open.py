@@ -41,6 +41,9 @@ ENCODERS = Registry(
 IMPORTED = "imported"
 """Family in the spec of imported vectors, whose encoder is unknown; it cannot be opened, so it is not in `ENCODERS`."""
 
+DERIVED = "derived"
+"""Family in the spec of features that were derived from others, which no raw item can be encoded as."""
+
 _EXAMPLES = "timm:vit_small_patch14_dinov2.lvd142m or st:all-MiniLM-L6-v2"
 _PATH_STARTS = ("/", "./", "../", "~")
 
@@ -64,6 +67,11 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
             f"the vectors of {spec.model} were imported and their encoder is unknown, so no {modality} can be encoded "
             "like them: search with --query-key or --query-vectors, repair damage by running the same embedcache "
             f"import again, or extract features of new {noun(modality)} with an encoder into a cache of its own"
+        )
+    if spec.family == DERIVED:
+        raise SettingError(
+            f"features of {spec.text} are derived from other features, so no raw {modality} can be encoded like them: "
+            "search with --query-key or --query-vectors, or use the features that they are derived from"
         )
     return _load_opener(spec)(spec, modality=modality, settings=settings or EncoderSettings())
 
@@ -127,7 +135,7 @@ class EncoderSpec:
                 f"invalid encoder {text!r}: expected family:model, such as {_EXAMPLES}; "
                 f"families: {', '.join(ENCODERS.names)}"
             )
-        if family not in ENCODERS and family != IMPORTED:
+        if family not in ENCODERS and family not in (IMPORTED, DERIVED):
             attribute, _, model = model.partition(":")
             family = f"{family}:{attribute}"
         return cls(family, model, _parse_options(text, options))

@@ -54,7 +54,9 @@ def _summarize_cache(path: Path) -> Summary:
     features = [feature for modality in cache.info.num_items for feature in cache.features(modality)]
     notes = []
     for feature in features:
-        notes += [f"{feature.name}: {feature.group.spec}", *failure_lines(cache, feature)]
+        inputs = ", ".join(f"{modality} {name}" for modality, name in feature.group.inputs)
+        origin = f"{feature.group.spec}, from {inputs}" if inputs else feature.group.spec
+        notes += [f"{feature.name}: {origin}", *failure_lines(cache, feature)]
     rows = [describe_feature(feature) for feature in features]
     return Summary(
         kind="cache",
@@ -73,6 +75,7 @@ def _summarize_cache(path: Path) -> Summary:
                 {
                     **dict(zip(_FEATURE_COLUMNS[:4], row[:4], strict=True)),
                     "encoder": feature.group.spec,
+                    "inputs": [f"{modality}/{name}" for modality, name in feature.group.inputs],
                     "num_chunks": len(feature.commits),
                     "num_committed": sum(commit is not None for commit in feature.commits),
                     "num_failed": len(feature.failures),

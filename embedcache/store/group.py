@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.axis import Axis
+from embedcache.encoders.open import DERIVED
 from embedcache.errors import CorruptError, PathError
 from embedcache.files import flush, io_reason, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
@@ -32,6 +33,7 @@ _METADATA_KEY = b"embedcache"
 _TOKEN_CHUNK_BYTES = 16 * 2**20
 _ATTRIBUTE = "embedcache"
 _SAME_ENCODER = "use the same encoder, --backend and --precision as before, or extract into a new folder"
+_SAME_DERIVATION = "use the same inputs and parameters as before, or derive under another name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,21 @@ class EncoderGroup:
         return self.path.name
 
     @property
+    def is_derived(self) -> bool:
+        """Whether the features were computed from other features of the cache."""
+        return self.fingerprint.get("family") == DERIVED
+
+    @property
+    def command(self) -> str:
+        """Command that computes the features that are missing."""
+        return "embedcache derive" if self.is_derived else "embedcache extract"
+
+    @property
+    def inputs(self) -> list[tuple[str, str]]:
+        """Modality and name, `encoder/feature`, of the features that derived features were computed from."""
+        return [(entry["modality"], entry["feature"]) for entry in self.fingerprint.get("inputs", ())]
+
+    @property
     def features(self) -> list[str]:
         """Names of the features that have metadata, complete or not."""
         return sorted(path.parent.name for path in self.path.glob("*/zarr.json"))
@@ -137,7 +154,18 @@ class EncoderGroup:
     def check_fingerprint(self) -> None:
         """Check that the folder still belongs to this encoder: two processes may have created it together."""
         stored = open_group(self.path.parents[1], self.modality, self.name, self.info)
-        check_same(f"encoder {self.path}", stored.fingerprint, self.fingerprint, next_step=_SAME_ENCODER)
+        stored.check_same(self.fingerprint)
+
+    def check_same(self, fingerprint: Mapping[str, Any]) -> None:
+        """Check that the stored features have a fingerprint; `FingerprintError` names each field that differs."""
+        is_derived = self.is_derived and fingerprint.get("family") == DERIVED
+        what = "derived feature" if is_derived else "encoder"
+        check_same(
+            f"{what} {self.name!r} of cache {self.path.parents[1]}",
+            self.fingerprint,
+            fingerprint,
+            next_step=_SAME_DERIVATION if is_derived else _SAME_ENCODER,
+        )
 
 
 def _have_right_size(array_path: Path, numbers: Sequence[int]) -> bool:
@@ -170,8 +198,7 @@ def create_group(
     path = encoder_path(cache_path, modality, name)
     if (path / "zarr.json").exists() and any(path.glob("chunks/*.parquet")):
         group = open_group(cache_path, modality, name, info)
-        what = f"encoder {name!r} of cache {cache_path}"
-        check_same(what, group.fingerprint, fingerprint, next_step=_SAME_ENCODER)
+        group.check_same(fingerprint)
         return group
     write_group(path, {_ATTRIBUTE: {"format": FORMAT_VERSION, "spec": spec, "fingerprint": dict(fingerprint)}})
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint)

@@ -119,6 +119,11 @@ def commit_path(encoder_folder: Path, chunk: int) -> Path:
     return encoder_folder / "chunks" / f"{chunk:05d}.parquet"
 
 
+def fit_path(encoder_folder: Path) -> Path:
+    """Return the path of the arrays that a rule was fitted to, of derived features."""
+    return encoder_folder / "fit.safetensors"
+
+
 def write_info(cache_path: Path, info: CacheInfo) -> None:
     """Write `cache.json`, which completes the tables; empty fields of later additions are omitted."""
     record = to_record(info, _STORED_NAMES)
