@@ -29,8 +29,8 @@ from pipelines.common import train_seeds, with_options
 AUDIO_ENCODER, TEXT_ENCODER = "whisper:tiny.en", "st:all-MiniLM-L6-v2"
 FEATURES = {"audio": "tiny.en/mean", "text": "all-MiniLM-L6-v2/mean"}
 RECIPE = train_settings(
-    {"shared_width": 128, "epochs": 100, "batch_size": 128, "lr": 3e-4, "dropout": 0.3, "text_cosine": 0.8}
-    | {"other_cosine": 0.98, "patience": 30}
+    {"shared_width": 128, "epochs": 100, "batch_size": 128, "lr": 3e-4, "dropout": 0.3}
+    | {"other_cosine": 0.98, "patience": 30}  # Whisper's means of one voice have cosines above 0.9 to each other
 )
 SEEDS = (0, 1, 2)
 
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("prompts", help="folder of .wav files")
     parser.add_argument("workdir", type=Path, help="folder for the cache and the runs; existing results are reused")
     parser.add_argument("--tiny", action="store_true", help="200 prompts, one seed, 20 epochs")
+    parser.add_argument("--split", default="strict", help="as of embedcache train")
     options = parser.parse_args()
     cache_path: Path = options.workdir / "cache"
     source = PromptSource(options.prompts, SourceSettings(), max_samples=200 if options.tiny else None)
@@ -81,13 +82,14 @@ def main() -> None:
         progress=open_progress(),
     ):
         print_line(encoded.line())
-    reports = train_and_evaluate(cache_path, options.workdir, is_tiny=options.tiny)
+    reports = train_and_evaluate(cache_path, options.workdir, split=options.split, is_tiny=options.tiny)
     print_table(*retrieval_table(reports), title=reports["run"].line())
 
 
-def train_and_evaluate(cache_path: Path, workdir: Path, *, is_tiny: bool) -> dict[str, RetrievalReport]:
+def train_and_evaluate(cache_path: Path, workdir: Path, *, split: str, is_tiny: bool) -> dict[str, RetrievalReport]:
     """Train on pairs and on shuffled pairs, with a split of its own per seed, and evaluate both on test."""
     recipe, seeds = (with_options(RECIPE, epochs=20, batch_size=32), SEEDS[:1]) if is_tiny else (RECIPE, SEEDS)
+    recipe = with_options(recipe, split=split)
     data = open_data(cache_path, FEATURES, memory_bytes=recipe.machine.memory)
     reports = {}
     for name, shuffle in (("run", False), ("shuffled", True)):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from embedcache.arrays import Array
+from embedcache.axis import Axis
 from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, build_graph, torch_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import FeatureName, native_features, patch_grid, patch_pool
@@ -32,6 +33,7 @@ def build_image_encoder(
     fingerprint: Fingerprint,
     settings: EncoderSettings,
     onnx_name: str | None = None,
+    is_whole: bool = False,
 ) -> GraphEncoder:
     """Create an encoder from a loaded model.
 
@@ -39,6 +41,7 @@ def build_image_encoder(
         transform: converts one image to the model's input; called from many threads at once.
         fingerprint: see `GraphEncoder`.
         onnx_name: starts the file name of the ONNX export; None: the family runs on torch only.
+        is_whole: whether the model's input shows the whole image, so that it is known where each patch is.
     """
     if onnx_name is None:
         graph: Graph = torch_graph(module, settings, fingerprint.family)
@@ -52,7 +55,19 @@ def build_image_encoder(
         features=module.features,
         fingerprint=fingerprint,
         settings=settings,
+        axes=_patch_axes(module) if is_whole else {},
     )
+
+
+def _patch_axes(module: "ImageModel") -> dict[str, Axis]:
+    """Return the grids of patches of a model whose input is the whole image."""
+    axes = {}
+    for name in module.features:
+        parsed = FeatureName.parse(name)
+        if parsed is not None and parsed.native == "patches" and parsed.grid is None and parsed.clusters is None:
+            rows, columns = patch_grid(module.features[name][0], *module.input_size[-2:]) or (1, 1)
+            axes[name] = Axis(kind="grid", rows=rows, columns=columns, box=(0.0, 0.0, 1.0, 1.0))
+    return axes
 
 
 def _onnx_export(module: "ImageModel", name: str) -> OnnxExport:

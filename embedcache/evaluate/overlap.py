@@ -9,16 +9,16 @@ import numpy as np
 from embedcache.arrays import Bools, blocks
 from embedcache.dataset.inputs import InputFeature, to_unit_vectors
 from embedcache.dataset.pairs import Items, pair_items
+from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import DataError, PathError
 from embedcache.evaluate.runs import Run, read_run_split, run_input, was_trained_on
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
 from embedcache.metrics.neighbors import find_closest
-from embedcache.modalities import MODALITIES
 from embedcache.provenance import fields_of, read_json
 from embedcache.store.cache import Cache
 
-COSINES = {modality: 0.7 if modality == "text" else 0.9 for modality in MODALITIES}
-"""Items above these cosines are near-duplicates, as in the strict split."""
+COSINES = {"image": 0.9, "text": 0.7}
+"""Items above these cosines are near-duplicates, as in the strict split; for other modalities the run names one."""
 
 _MAX_PRODUCTS = 2e10
 _MIN_CHECKED = 200
@@ -97,12 +97,14 @@ def find_overlap(
     checked = (
         samples if len(samples) <= count else np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
     )
+    other_cosine = run.config.training["split"].get("other_cosine", SplitSettings().other_cosine)
+    cosines = {modality: COSINES.get(modality, other_cosine) for modality in evaluated}
     exact, near = set[int](), set[int]()
     for modality, item_set in evaluated.items():
         others = [items[modality] for items in trained]
         exact |= set(item_set.items.samples[_is_equal(item_set, others)].tolist())
         part = item_set.items.select(checked)
-        is_near = _is_near(ItemSet(item_set.feature, part), others, COSINES[modality])
+        is_near = _is_near(ItemSet(item_set.feature, part), others, cosines[modality])
         near |= set(part.samples[is_near].tolist())
     return Overlap(
         num_samples=len(samples),
@@ -110,7 +112,7 @@ def find_overlap(
         num_checked=len(checked),
         near=len(near | (exact & set(checked.tolist()))),
         not_compared=missing,
-        cosines={modality: COSINES[modality] for modality in evaluated},
+        cosines=cosines,
     )
 
 

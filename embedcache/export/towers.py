@@ -104,6 +104,8 @@ def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
 
 def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     """Load the package's weights into timm's network of the same architecture, whose layers are in the same order."""
+    if spec.options.get("fit", "crop") != "crop":
+        raise unsupported("exported", "the exported image processor crops the center square")
     model, size_px = lite.load_model(spec)
     if requested_layers(names):
         raise unsupported("exported", "layerN counts blocks in lite, and stages in timm's network of that architecture")

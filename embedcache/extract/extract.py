@@ -142,7 +142,7 @@ def open_job(
     path = open_path(cache_path)
     if info_path(path).is_file() and (imported := read_info(path).source).get("type") == IMPORTED:
         raise SettingError(
-            f"{path} was imported from {imported['path']}: it has vectors, but no items to encode; "
+            f"{path} was imported from {imported['path']}: it has vectors, but no images or texts to encode; "
             "extract the images and captions themselves into a new folder"
         )
     index(

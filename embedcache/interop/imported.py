@@ -183,7 +183,8 @@ class ImportedSamples:
         assert group.table is not None
         file = open_table_file(group.table)
         columns = assign_columns(file, self._settings)
-        columns = replace(columns, others=tuple(name for name in columns.others if name not in group.vectors))
+        kept = {*columns.others, *columns.media.values(), *columns.interval} - set(group.vectors)
+        columns = replace(columns, media={}, others=tuple(name for name in file.plain if name in kept))
         if "text" in self._modalities and not columns.captions:
             raise SourceError(
                 f"{file.path}: text vectors need a column of captions; name one of {', '.join(file.columns)} with "

@@ -11,8 +11,16 @@ from typing import Any, BinaryIO, cast
 
 from embedcache.errors import EmbedcacheError, ItemError, PathError, SourceError
 from embedcache.files import io_reason, is_io_error, is_remote, is_url, library_of, open_path
+from embedcache.sources.base import FileItem
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+MEDIA_SUFFIXES: Mapping[str, frozenset[str]] = {
+    "image": IMAGE_SUFFIXES,
+    "video": frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov"}),
+    "audio": frozenset({".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus"}),
+    "points": frozenset({".npz", ".parquet", ".ply", ".las"}),
+}
+"""Modality -> suffixes of its files, lower case."""
 TABLE_SUFFIXES = frozenset({".parquet", ".csv", ".tsv", ".jsonl"})
 TAR_SUFFIXES = frozenset({".tar"})
 TEXT_SUFFIXES = frozenset({".npy", ".txt"})
@@ -161,6 +169,12 @@ def has_suffix(name: str, suffixes: frozenset[str]) -> bool:
     return PurePosixPath(name).suffix.lower() in suffixes
 
 
+def add_sound(files: Mapping[str, tuple[FileItem, ...]]) -> dict[str, tuple[FileItem, ...]]:
+    """Return the files of a sample by modality, without images; a video is also a recording if there is no other."""
+    sound = files.get("audio") or files.get("video", ())
+    return {name: items for name, items in {**files, "audio": sound}.items() if items and name != "image"}
+
+
 def split_from_path(path: str) -> str | None:
     """Return the top folder of a relative path if it is the name of a split, ignoring case; else None."""
     top, slash, _ = path.partition("/")
@@ -223,7 +237,7 @@ def resolve_item(root: Path, written: str) -> Path:
 
 
 def read_item_file(path: Path) -> bytes:
-    """Read the bytes of an image file; ItemError with the reason if it cannot be read."""
+    """Read the bytes of an item's file; ItemError with the reason if it cannot be read."""
     with wrap_io_errors(path, ItemError):
         return read_bytes(path)
 

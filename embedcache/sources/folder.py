@@ -1,4 +1,4 @@
-"""Images below a folder, with captions in `.txt` or `.json` files beside them."""
+"""Images, recordings, videos and point clouds below a folder, with captions in `.txt` or `.json` files beside them."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -6,15 +6,16 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
-from embedcache.errors import ItemError, PathError
+from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import is_remote, open_path
+from embedcache.modalities import noun
 from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import SIDECAR_SUFFIXES, read_sidecar
 from embedcache.sources.files import (
-    IMAGE_SUFFIXES,
+    MEDIA_SUFFIXES,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
-    has_suffix,
+    add_sound,
     is_folder,
     read_bytes,
     read_item_file,
@@ -24,16 +25,27 @@ from embedcache.sources.files import (
 )
 from embedcache.sources.settings import SourceSettings
 
+_SUFFIXES = {
+    suffix: modality
+    for modality, suffixes in MEDIA_SUFFIXES.items()
+    for suffix in sorted(suffixes - TABLE_SUFFIXES)  # a table beside the files is no point cloud
+}
+"""Suffix -> modality; of the files that share a name, the first in this order gives the sample its place."""
+_BESIDE = tuple(spelling for suffix in _SUFFIXES for spelling in (suffix, suffix.upper()))
 _CONCURRENT_READS = 32  # of caption files on a server, which take tens of milliseconds each
 
 
 class FolderSource:
-    """One sample per image, sorted by relative path; the path without its suffix is the key.
+    """One sample per name of files, sorted by relative path; the path without its suffix is the key.
 
-    The column `folder` is the path of the image's folder and `label` the name of that folder, as in a folder of class
-    folders; images in the top folder have neither. Below a top folder named `train`, `val`, `valid`, `validation` or
-    `test`, in any case, the column `split` is that name; an image directly in `train` has no label. A `label` or
-    `split` in the `.json` beside an image takes precedence. An image without sidecar files has no captions. Hidden
+    Files of one folder that differ in their suffix only, such as `a.jpg`, `a.wav` and `a.npz`, are items of one sample,
+    at most one of each modality. A video is a recording too, unless there is one of that name; the sound of a silent
+    video is an item that fails.
+
+    The column `folder` is the path of the file's folder and `label` the name of that folder, as in a folder of class
+    folders; files in the top folder have neither. Below a top folder named `train`, `val`, `valid`, `validation` or
+    `test`, in any case, the column `split` is that name; a file directly in `train` has no label. A `label` or
+    `split` in the `.json` beside a file takes precedence. A file without sidecar files has no captions. Hidden
     files are skipped. The location is the top folder, a path or a URL.
     """
 
@@ -47,14 +59,14 @@ class FolderSource:
         return {"type": "folder", "path": str(self._root), "settings": {}}
 
     def samples(self) -> Iterator[Sample]:
-        """Iterate over the images. Memory holds the names of one folder and of those above it."""
-        images = (image for image in walk_files(self._root) if has_suffix(image[0], IMAGE_SUFFIXES))
+        """Iterate over the samples. Memory holds the names of one folder and of those above it."""
+        firsts = (entry for entry in walk_files(self._root) if _is_first(*entry))
         if not is_remote(self._root):
-            yield from (self._sample(*image) for image in images)
+            yield from (self._sample(*first) for first in firsts)
             return
         with ThreadPoolExecutor(_CONCURRENT_READS) as executor:
-            while batch := list(islice(images, 8 * _CONCURRENT_READS)):
-                yield from executor.map(lambda image: self._sample(*image), batch)
+            while batch := list(islice(firsts, 8 * _CONCURRENT_READS)):
+                yield from executor.map(lambda first: self._sample(*first), batch)
 
     def read(self, item: FileItem) -> bytes:
         return read_item_file(self._root / item.path)
@@ -63,16 +75,32 @@ class FolderSource:
         path = PurePosixPath(name)
         key = path.with_suffix("")
         folder = {"folder": str(path.parent)} if len(path.parts) > 1 else {}
+        files = self._files(path, siblings)
         sidecar = read_sidecar(self._sidecar_files(key, siblings), str(key))
         return Sample(
             key=str(key),
-            images=(FileItem(path=str(path), length=self._size(path, siblings)),),
+            images=files.get("image", ()),
             texts=sidecar.texts,
             columns={**_class_columns(path), **sidecar.columns, **folder},
+            files=add_sound(files),
         )
 
+    def _files(self, path: PurePosixPath, siblings: Mapping[str, int]) -> dict[str, tuple[FileItem, ...]]:
+        """Return modality -> the file of a sample whose first file is at `path`."""
+        files: dict[str, tuple[FileItem, ...]] = {}
+        others = [path.with_suffix(suffix) for suffix in _suffixes_beside(path, siblings) if not _is_image(suffix)]
+        for file in (path, *others):
+            modality = _SUFFIXES[file.suffix.lower()]
+            if modality in files:
+                raise SourceError(
+                    f"{self._root / files[modality][0].path} and {file.name} are both {noun(modality)} of one sample; "
+                    "rename one of them"
+                )
+            files[modality] = (FileItem(path=str(file), length=self._size(file, siblings)),)
+        return files
+
     def _sidecar_files(self, key: PurePosixPath, siblings: Mapping[str, int]) -> dict[str, bytes | ItemError]:
-        """Read the sidecar files of an image: suffix in lower case -> content."""
+        """Read the sidecar files of a sample: suffix in lower case -> content."""
         spellings = (s for suffix in SIDECAR_SUFFIXES for s in (suffix, suffix.upper()))
         return {
             spelling.lower(): self._read_sidecar_file(f"{key}{spelling}")
@@ -91,7 +119,7 @@ class FolderSource:
                 return ItemError(f"cannot read {name}: {error.strerror}")
 
     def _size(self, path: PurePosixPath, siblings: Mapping[str, int]) -> int:
-        """Return the size of an image; 0 if unknown, and for a broken link, which is reported when it is read."""
+        """Return the size of a file; 0 if unknown, and for a broken link, which is reported when it is read."""
         if is_remote(self._root):
             return max(siblings[path.name], 0)
         try:
@@ -100,8 +128,27 @@ class FolderSource:
             return 0
 
 
+def _is_first(name: str, siblings: Mapping[str, int]) -> bool:
+    """Return whether a file is the first of its sample: every image, and files without others before them."""
+    path = PurePosixPath(name)
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        return False
+    before = _BESIDE[: _BESIDE.index(path.suffix)] if path.suffix in _BESIDE else _BESIDE
+    return _is_image(suffix) or not any(f"{path.stem}{other}" in siblings for other in before)
+
+
+def _suffixes_beside(path: PurePosixPath, siblings: Mapping[str, int]) -> list[str]:
+    """Return the suffixes of other files of a sample, in the order of `_SUFFIXES`."""
+    return [other for other in _BESIDE if other != path.suffix and f"{path.stem}{other}" in siblings]
+
+
+def _is_image(suffix: str) -> bool:
+    return _SUFFIXES[suffix.lower()] == "image"
+
+
 def _class_columns(path: PurePosixPath) -> dict[str, str]:
-    """Return the columns `split` and `label` that follow from the folders of an image."""
+    """Return the columns `split` and `label` that follow from the folders of a file."""
     folders = path.parts[:-1]
     split = split_from_path(str(path))
     label = {"label": folders[-1]} if len(folders) > bool(split) else {}

@@ -7,12 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
+from embedcache.modalities import MODALITIES
 from embedcache.registry import require
 from embedcache.sources.base import FileItem, Sample
 from embedcache.sources.captions import to_scalar_columns
 from embedcache.sources.files import read_item_file
 from embedcache.sources.settings import SourceSettings
-from embedcache.sources.table import IMAGE_NAMES, TableColumns, find_columns, read_key, read_texts
+from embedcache.sources.table import (
+    IMAGE_NAMES,
+    ITEM_SETTINGS,
+    TableColumns,
+    embedded_path,
+    find_columns,
+    read_interval,
+    read_key,
+    read_texts,
+    split_embedded,
+)
 from embedcache.sources.table_files import BATCH_ROWS, Row, TableFile, arrow_table
 
 _MEMORY = "memory:"
@@ -22,28 +33,31 @@ _EXPECTED = "expected a Dataset or DatasetDict, a folder written by its save_to_
 class HuggingfaceSource:
     """One sample per row of a `Dataset`, or of each split of a `DatasetDict` in turn.
 
-    Images are a column with the feature `Image`, else one found as in a table (`embedcache.sources.table`); captions
-    and keys follow the rules of tables. A class label becomes the name of its class. In a `DatasetDict`, keys are
-    `<split>/<cell of the key column, else row>` and the column `split` names the split, unless the dataset has such a
-    column. An item is a split and a row. The location is a `Dataset` or `DatasetDict`, which cannot be reopened, or the
-    path or name of one.
+    Images are a column with the feature `Image`, else one found as in a table (`embedcache.sources.table`); recordings,
+    videos, point clouds, captions and keys follow the rules of tables. A class label becomes the name of its class. In
+    a `DatasetDict`, keys are `<split>/<cell of the key column, else row>` and the column `split` names the split,
+    unless the dataset has such a column. An item is a split and a row. The location is a `Dataset` or `DatasetDict`,
+    which cannot be reopened, or the path or name of one.
     """
 
     def __init__(self, location: object, settings: SourceSettings) -> None:
-        settings.check_supported("huggingface", "image_column", "caption_columns", "key_column")
+        settings.check_supported("huggingface", *ITEM_SETTINGS, "caption_columns", "key_column")
         self._settings = settings
         splits = _by_split(_load(location) if isinstance(location, str) else location)
         self._path = _describe(location, splits)
         self._folder = Path(self._path) if Path(self._path).is_dir() else Path.cwd()
         self._tables: dict[str, tuple[TableFile, TableColumns]] = {}
-        self._images = {}
+        self._cells = {}
         for split, dataset in splits.items():
             schema = dataset.features.arrow_schema
             table = arrow_table(Path(self._path, split), schema, partial(_rows, dataset))
             columns = find_columns(table, _with_image(settings, dataset))
             self._tables[split] = table, columns
+            cells = dataset.with_format("arrow")
+            for column in columns.media.values():
+                self._cells[embedded_path(split, column)] = cells.select_columns([column])
             if columns.image is not None:
-                self._images[split] = dataset.with_format("arrow").select_columns([columns.image])
+                self._cells[split] = cells.select_columns([columns.image])
 
     def describe(self) -> Mapping[str, Any]:
         """Return what reopens the source; for a dataset in memory, its fingerprint."""
@@ -52,31 +66,42 @@ class HuggingfaceSource:
     def samples(self) -> Iterator[Sample]:
         """Iterate over all rows. Memory holds one batch of rows, without images."""
         for split, (table, columns) in self._tables.items():
-            names = [name for name in columns.to_read() if name != columns.image]
+            names = [name for name in columns.to_read() if name not in (columns.image, *columns.media.values())]
             for number, row in enumerate(table.rows(names)):
                 yield _sample(split, columns, number, row, f"{table.path} row {number}")
 
     def read(self, item: FileItem) -> bytes:
-        """Read the bytes of one image as stored, without decoding it."""
+        """Read the bytes of one item as stored, without decoding it."""
         try:
-            cell = self._images[item.path][item.offset].column(0)[0].as_py()
+            cell = self._cells[item.path][item.offset].column(0)[0].as_py()
         except (KeyError, IndexError):
-            raise ItemError(f"{self._path} has no image in row {item.offset} of split {item.path!r}") from None
+            raise ItemError(f"{self._path} has no {_kind(item)} in row {item.offset} of split {item.path!r}") from None
         data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
         if isinstance(data, bytes):
             return data
         if isinstance(path, str) and path:
             return read_item_file(self._folder / path)
-        raise ItemError(f"no image in row {item.offset} of {Path(self._path, item.path)}")
+        raise ItemError(f"no {_kind(item)} in row {item.offset} of {Path(self._path, item.path)}")
+
+
+def _kind(item: FileItem) -> str:
+    return "image" if split_embedded(item.path)[1] is None else "item"
 
 
 def _sample(split: str, columns: TableColumns, number: int, row: Row, location: str) -> Sample:
     key = read_key(columns, row, location) or str(number)
+    start_s, stop_s = read_interval(columns, row, location)
+    files = {}
+    for modality, column in columns.media.items():
+        bounds = (start_s, stop_s) if MODALITIES[modality].has_interval else (None, None)
+        path = embedded_path(split, column)
+        files[modality] = (FileItem(path=path, offset=number, start_s=bounds[0], stop_s=bounds[1]),)
     return Sample(
         key=f"{split}/{key}" if split else key,
         images=() if columns.image is None else (FileItem(path=split, offset=number),),
         texts=read_texts(columns, row, location),
         columns=({"split": split} if split else {}) | to_scalar_columns({name: row[name] for name in columns.others}),
+        files=files,
     )
 
 

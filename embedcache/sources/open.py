@@ -10,7 +10,7 @@ from embedcache.registry import Registry
 from embedcache.sources.base import IMPORTED, Source
 from embedcache.sources.files import (
     IDX_IMAGES,
-    IMAGE_SUFFIXES,
+    MEDIA_SUFFIXES,
     SHARD_SEPARATOR,
     TABLE_SUFFIXES,
     TAR_SUFFIXES,
@@ -38,11 +38,12 @@ SOURCES = Registry(
     group="embedcache.sources",
 )
 _IMPORTED_SOURCE = "embedcache.interop.imported:ImportedSource"  # reopened only, so not among the names to choose from
+_MEDIA = frozenset().union(*MEDIA_SUFFIXES.values()) - TABLE_SUFFIXES - {".npz"}
 _ACCEPTED = (
-    "expected a folder of images, a .parquet/.csv/.tsv/.jsonl table or a folder of tables, a WebDataset .tar, a folder "
-    "of tars or a pattern such as shards/{000..009}.tar, a .txt or .npy of texts, MNIST's IDX files or a folder of "
-    "them, a URL of any of these, a folder written by save_to_disk of Hugging Face datasets, openmoji:, prompts:, or "
-    "pairs: followed by any of these"
+    "expected a folder of images, recordings, videos or point clouds, a .parquet/.csv/.tsv/.jsonl table or a folder "
+    "of tables, a WebDataset .tar, a folder of tars or a pattern such as shards/{000..009}.tar, a .txt or .npy of "
+    "texts, MNIST's IDX files or a folder of them, a URL of any of these, a folder written by save_to_disk of Hugging"
+    " Face datasets, openmoji:, prompts:, or pairs: followed by any of these"
 )
 
 
@@ -116,16 +117,16 @@ def _detect_kind(location: str) -> tuple[str, str]:
 
 
 def _folder_kind(folder: Path) -> str:
-    """Return the kind of a folder: a saved dataset, else images before IDX files, tars and tables.
+    """Return the kind of a folder: a saved dataset, else images and media before IDX files, tars, tables and `.npz`.
 
-    Stops at the first image, so that a folder of millions of images is not listed.
+    Stops at the first image, recording, video, `.ply` or `.las`, so that a folder of millions of them is not listed.
     """
     for names in (("dataset_dict.json",), ("dataset_info.json", "state.json")):  # of a DatasetDict, of a Dataset
         if all((folder / name).is_file() for name in names):
             return "huggingface"
     kinds: set[str] = set()
     for name, _ in walk_files(folder):
-        if has_suffix(name, IMAGE_SUFFIXES):
+        if has_suffix(name, _MEDIA):
             return "folder"
         if IDX_IMAGES.fullmatch(name):
             kinds.add("idx")
@@ -133,6 +134,10 @@ def _folder_kind(folder: Path) -> str:
             kinds.add("webdataset")
         elif has_suffix(name, TABLE_SUFFIXES):
             kinds.add("table")
+        elif has_suffix(name, frozenset({".npz"})):
+            kinds.add("folder")
     if not kinds:
-        raise SourceError(f"{folder} contains no image, IDX file, .tar or table; {_ACCEPTED}")
-    return next(kind for kind in ("idx", "webdataset", "table") if kind in kinds)
+        raise SourceError(
+            f"{folder} contains no image, recording, video, point cloud, IDX file, .tar or table; {_ACCEPTED}"
+        )
+    return next(kind for kind in ("idx", "webdataset", "table", "folder") if kind in kinds)

@@ -18,6 +18,24 @@ class SourceSettings:
         metavar="COLUMN",
         default_text="image, path, file_name, jpg, … if present",
     )
+    audio_column: str | None = setting(
+        None,
+        "Table column that holds recordings, paths or URLs.",
+        metavar="COLUMN",
+        default_text="audio, audio_path, wav, mp3, … if present",
+    )
+    video_column: str | None = setting(
+        None,
+        "Table column that holds videos, paths or URLs.",
+        metavar="COLUMN",
+        default_text="video, video_path, mp4, … if present",
+    )
+    points_column: str | None = setting(
+        None,
+        "Table column that holds point clouds, paths or URLs.",
+        metavar="COLUMN",
+        default_text="points_path, point_cloud, npz, … if present",
+    )
     caption_columns: tuple[str, ...] = setting(
         (),
         "Table column that holds captions. May be repeated.",

@@ -1,14 +1,16 @@
-"""Tables of images and captions (Parquet, CSV, TSV, JSONL), and the roles of their columns."""
+"""Tables of items and captions (Parquet, CSV, TSV, JSONL), and the roles of their columns."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from embedcache.errors import ItemError, PathError, SourceError
 from embedcache.files import open_path
+from embedcache.modalities import MODALITIES
 from embedcache.sources.base import FileItem, Sample, TextItem
 from embedcache.sources.captions import parse_captions, to_scalar_columns, to_text_items
 from embedcache.sources.files import (
@@ -29,6 +31,14 @@ IMAGE_NAMES = (
     "image", "image_path", "path", "file", "filepath", "file_name", "filename",
     "jpg", "jpeg", "png", "webp",
 )  # fmt: skip
+MEDIA_NAMES: Mapping[str, tuple[str, ...]] = {
+    "audio": ("audio", "audio_path", "recording", "wav", "flac", "mp3", "ogg", "m4a", "opus"),
+    "video": ("video", "video_path", "mp4", "mkv", "webm", "avi", "mov"),
+    "points": ("points_path", "point_cloud", "lidar", "npz", "ply", "las"),
+}
+ITEM_SETTINGS = ("image_column", *(f"{modality}_column" for modality in MEDIA_NAMES))
+INTERVAL_NAMES = ("start_s", "stop_s")
+_COLUMN_MARK = "#"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,38 +47,46 @@ class TableColumns:
 
     Args:
         holds_bytes: whether the image column holds images rather than their paths.
+        media: modality -> column of recordings, videos or point clouds; those in `embedded` hold bytes.
+        interval: columns with the start and the end of recordings and videos, in seconds.
         others: columns kept as columns of the samples.
     """
 
     image: str | None
     holds_bytes: bool
+    media: Mapping[str, str]
+    embedded: frozenset[str]
+    interval: tuple[str | None, str | None]
     captions: tuple[str, ...]
     key: str | None
     language: str | None
     others: tuple[str, ...]
 
     def to_read(self) -> list[str]:
-        """Return the columns that indexing reads: all but the bytes of images."""
+        """Return the columns that indexing reads: all but the bytes of items."""
         image = None if self.holds_bytes else self.image
-        names = (image, *self.captions, self.key, self.language, *self.others)
+        media = (name for name in self.media.values() if name not in self.embedded)
+        names = (image, *media, *self.interval, *self.captions, self.key, self.language, *self.others)
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def find_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
-    """Assign roles to the columns of a table, and check that one of them contains images or captions."""
+    """Assign roles to the columns of a table, and check that one of them contains items or captions."""
     columns = assign_columns(file, settings)
-    if columns.image is None and not columns.captions:
+    if columns.image is None and not columns.captions and not columns.media:
         names = ", ".join(file.columns) or "none"
         raise SourceError(
             f"{file.path} has no column with a usual name for images or captions; it has {names}; name them with "
-            "--image-column and --caption-column"
+            "--image-column and --caption-column, or --audio-column, --video-column and --points-column"
         )
     return columns
 
 
 def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
     """Assign roles to the columns of any table; SourceError if a column named in the settings does not fit."""
-    image = _existing(file, settings.image_column, "--image-column") or _find(file, IMAGE_NAMES)
+    media = _find_media(file, settings)
+    images = [name for name in IMAGE_NAMES if settings.image_column or name not in map(str.lower, media.values())]
+    image = _existing(file, settings.image_column, "--image-column") or _find(file, images)
     captions = settings.caption_columns or _find_captions(file.columns)
     for name in captions:
         _check_plain(file, _existing(file, name, "--caption-column"), "--caption-column")
@@ -76,15 +94,73 @@ def assign_columns(file: TableFile, settings: SourceSettings) -> TableColumns:
         _check_plain(file, image, "--image-column")
     key = _existing(file, settings.key_column, "--key-column") or _find(file, ("key", "id", "uid", "__key__"))
     language = _find(file, ("language", "lang"))
-    used = {image, *captions, key, language, "key"}  # the sample table has its own column `key`
+    is_timed = "audio" in media or "video" in media
+    interval = tuple(_find(file, [name]) if is_timed else None for name in INTERVAL_NAMES)
+    used = {
+        image,
+        *media.values(),
+        *interval,
+        *captions,
+        key,
+        language,
+        "key",
+    }  # the sample table has its own column `key`
     return TableColumns(
         image=image,
         holds_bytes=image in file.image_bytes,
+        media=media,
+        embedded=frozenset(name for name in media.values() if name in file.image_bytes),
+        interval=(interval[0], interval[1]),
         captions=captions,
         key=key,
         language=language,
         others=tuple(name for name in file.plain if name not in used),
     )
+
+
+def _find_media(file: TableFile, settings: SourceSettings) -> dict[str, str]:
+    """Return modality -> column of recordings, videos and point clouds."""
+    media = {}
+    for modality, names in MEDIA_NAMES.items():
+        option = f"--{modality}-column"
+        column = _existing(file, getattr(settings, f"{modality}_column"), option) or _find(file, names)
+        if column is not None:
+            if column not in file.image_bytes:
+                _check_plain(file, column, option)
+            media[modality] = column
+    return media
+
+
+def read_interval(columns: TableColumns, row: Row, location: str) -> tuple[float | None, float | None]:
+    """Return the start and the end of a row's recording or video; the error for other cells starts with `location`."""
+    start_s, stop_s = (
+        None if name is None or row.get(name) in (None, "") else _seconds(row[name], f"{location}: {name}")
+        for name in columns.interval
+    )
+    if stop_s is not None and stop_s <= (start_s or 0):
+        raise SourceError(f"{location}: expected stop_s after start_s, got {start_s or 0:g} to {stop_s:g}")
+    return start_s, stop_s
+
+
+def _seconds(value: Any, location: str) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 <= seconds < inf:
+        raise SourceError(f"{location}: expected seconds of at least 0, got {value!r:.60}")
+    return seconds
+
+
+def embedded_path(path: str, column: str) -> str:
+    """Return the path of items whose bytes are in a column other than that of images."""
+    return f"{path}{_COLUMN_MARK}{column}"
+
+
+def split_embedded(path: str) -> tuple[str, str | None]:
+    """Return the path and the column of the result of `embedded_path`; None for any other path."""
+    table, mark, column = path.rpartition(_COLUMN_MARK)
+    return (table, column) if mark else (path, None)
 
 
 def read_key(columns: TableColumns, row: Row, location: str) -> str | None:
@@ -142,18 +218,21 @@ def _find_captions(columns: Sequence[str]) -> tuple[str, ...]:
 class TableSource:
     """One sample per row of a table, or of all tables below a folder, sorted by path.
 
-    Keys are the cells of the key column, else `<path of the file without suffix>/<row>`. An image column holds bytes,
-    a struct of `bytes` and `path` as Hugging Face writes it, or paths: absolute, relative to the folder of the table,
-    or URLs. Iterating over the samples reads no image.
+    Keys are the cells of the key column, else `<path of the file without suffix>/<row>`. A column of images,
+    recordings, videos or point clouds holds bytes, a struct of `bytes` and `path` as Hugging Face writes it, or paths:
+    absolute, relative to the folder of the table, or URLs. One column may serve two modalities, such as the audio and
+    the video of an `.mp4`. Columns `start_s` and `stop_s` make each recording and video an interval; an empty cell is
+    the beginning or the end. Iterating over the samples reads no item.
     """
 
     def __init__(self, location: str, settings: SourceSettings) -> None:
-        settings.check_supported("table", "image_column", "caption_columns", "key_column")
+        settings.check_supported("table", *ITEM_SETTINGS, "caption_columns", "key_column")
         self._settings = settings
         self._location = open_path(location).absolute()
         self._files = _find_files(self._location)
         self._root = self._location.parent if self._files == [self._location] else self._location
         self._root_text = str(self._root)
+        self._embedding = {path for path in self._files if path.suffix.lower() == ".parquet"}
         self._row_groups = RowGroups()
         self._image_column = lru_cache(maxsize=4096)(self._find_image_column)
 
@@ -161,7 +240,7 @@ class TableSource:
         return {"type": "table", "path": str(self._location), "settings": self._settings.to_json()}
 
     def samples(self) -> Iterator[Sample]:
-        """Iterate over all rows. Memory holds one batch of rows, without images."""
+        """Iterate over all rows. Memory holds one batch of rows, without embedded items."""
         for path in self._files:
             file = open_table_file(path)
             columns = find_columns(file, self._settings)
@@ -169,18 +248,19 @@ class TableSource:
                 yield self._sample(file, columns, number, row)
 
     def read(self, item: FileItem) -> bytes:
-        """Read the bytes of one image: a file, or a cell of a Parquet file."""
-        path = resolve_item(self._root, item.path)
-        if path.suffix.lower() != ".parquet":
+        """Read the bytes of one item: a file, or a cell of a Parquet file."""
+        table, named = split_embedded(item.path) if f".parquet{_COLUMN_MARK}" in item.path else (item.path, None)
+        path = resolve_item(self._root, table)
+        if named is None and path not in self._embedding:
             return read_item_file(path)
-        column = self._image_column(path)
+        column = named or self._image_column(path)
         cell = self._row_groups.read(path, column, item.offset)
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if isinstance(data, bytes):
             return data
         if isinstance(cell, dict) and cell.get("path"):
             return read_item_file(resolve_item(path.parent, cell["path"]))
-        raise ItemError(f"no image in column {column}, row {item.offset} of {path}")
+        raise ItemError(f"no {'image' if named is None else 'item'} in column {column}, row {item.offset} of {path}")
 
     def _sample(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> Sample:
         location = f"{file.path} row {number}"
@@ -189,22 +269,42 @@ class TableSource:
             images=self._images(file, columns, number, row),
             texts=read_texts(columns, row, location),
             columns=to_scalar_columns({name: row.get(name) for name in columns.others}),
+            files=self._media(file, columns, number, row) if columns.media else {},
         )
+
+    def _media(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> dict[str, tuple[FileItem, ...]]:
+        start_s, stop_s = read_interval(columns, row, f"{file.path} row {number}")
+        files: dict[str, tuple[FileItem, ...]] = {}
+        for modality, column in columns.media.items():
+            path = self._path(file, modality, column, number, row, is_embedded=column in columns.embedded)
+            if path is not None:
+                bounds = (start_s, stop_s) if MODALITIES[modality].has_interval else (None, None)
+                offset = number if column in columns.embedded else 0
+                files[modality] = (FileItem(path=path, offset=offset, start_s=bounds[0], stop_s=bounds[1]),)
+        return files
 
     def _images(self, file: TableFile, columns: TableColumns, number: int, row: Row) -> tuple[FileItem, ...]:
         if columns.image is None:
             return ()
-        if columns.holds_bytes:
-            return (FileItem(path=relative_to(self._root_text, str(file.path)), offset=number),)
-        value = row.get(columns.image)
+        path = self._path(file, "image", columns.image, number, row, is_embedded=columns.holds_bytes)
+        return () if path is None else (FileItem(path=path, offset=number if columns.holds_bytes else 0),)
+
+    def _path(
+        self, file: TableFile, modality: str, column: str, number: int, row: Row, *, is_embedded: bool
+    ) -> str | None:
+        """Return the path of a row's item, of the table itself if it holds the bytes; None for an empty cell."""
+        if is_embedded:
+            table = relative_to(self._root_text, str(file.path))
+            return table if modality == "image" else embedded_path(table, column)
+        value = row.get(column)
         if value is None or value == "":
-            return ()
+            return None
         if not isinstance(value, str):
             raise SourceError(
-                f"{file.path} row {number}: expected a path in column {columns.image}, got {value!r:.60}; name another "
-                "column with --image-column"
+                f"{file.path} row {number}: expected a path in column {column}, got {value!r:.60}; name another "
+                f"column with --{modality}-column"
             )
-        return (FileItem(path=item_path(self._root_text, file.stem.rpartition("/")[0], value)),)
+        return item_path(self._root_text, file.stem.rpartition("/")[0], value)
 
     def _find_image_column(self, path: Path) -> str:
         try:

@@ -23,9 +23,10 @@ from embedcache.sources.captions import (
     to_text_items,
 )
 from embedcache.sources.files import (
-    IMAGE_SUFFIXES,
+    MEDIA_SUFFIXES,
     SHARD_SEPARATOR,
     TAR_SUFFIXES,
+    add_sound,
     file_size,
     has_suffix,
     is_folder,
@@ -40,6 +41,7 @@ from embedcache.sources.table_files import open_table_file
 from embedcache.sources.tar_headers import Member, TarBytes, iter_members
 
 _EMPTY = Sidecar()
+_MODALITIES = {suffix: modality for modality, suffixes in MEDIA_SUFFIXES.items() for suffix in suffixes}
 _LABEL_SUFFIX = ".cls"
 _LABEL = re.compile(rb"\s*-?[0-9]{1,18}\s*")
 _MAX_LABEL_BYTES = 32
@@ -57,7 +59,8 @@ class WebdatasetSource:
     files. A `.cls` holds the class number, for the column `label`, unless the `.json` has a label; invalid content is
     reported in the column `label_error`. For shards in a top folder named `train`, `val`, `valid`, `validation` or
     `test`, in any case, that name is the column `split` and the first part of the keys, as shards are numbered from 0
-    in each such folder. Iterating over the samples reads headers, captions and labels, but no image.
+    in each such folder. Images, recordings, videos and point clouds are told apart by their suffixes; a video is a
+    recording too, unless its sample has one. Iterating over the samples reads headers, captions and labels only.
 
     The location is a tar, a folder of tars, a pattern such as `shards/{00000..00009}.tar` or `{train,val}.tar`, or
     several of these joined by `::`; paths or URLs.
@@ -122,22 +125,24 @@ def _files(tar_members: Iterable[Member]) -> Iterator[_File]:
 
 
 def _sample(tar: TarBytes, path: str, key: str, files: Iterable[_File], row: Sidecar) -> Sample:
-    images = []
+    items: dict[str, list[FileItem]] = {}
     sidecar_files = {}
     columns = row.columns
     for _, suffix, offset, length in files:
-        if suffix in IMAGE_SUFFIXES:
-            images.append(FileItem(path=path, offset=offset, length=length))
+        if suffix in _MODALITIES:
+            items.setdefault(_MODALITIES[suffix], []).append(FileItem(path=path, offset=offset, length=length))
         elif suffix in SIDECAR_SUFFIXES:
             sidecar_files[suffix] = tar.read(offset, length)
         elif suffix == _LABEL_SUFFIX:
             columns = {**columns, **_label(tar.read(offset, min(length, _MAX_LABEL_BYTES)), key)}
     sidecar = read_sidecar(sidecar_files, key) if sidecar_files else row
+    found = {name: tuple(members) for name, members in items.items()}
     return Sample(
         key=sidecar.key or key,
-        images=tuple(images),
+        images=found.get("image", ()),
         texts=sidecar.texts or row.texts,
         columns={**columns, **sidecar.columns} if columns else sidecar.columns,
+        files=add_sound(found) if len(found) > ("image" in found) else {},
     )
 
 

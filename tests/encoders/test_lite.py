@@ -9,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from embedcache.axis import Axis
 from embedcache.encoders.image_features import lite_crop
 from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.errors import SettingError
 from embedcache.testing.encoders import ImageEncoderContract
 
 
@@ -21,11 +24,7 @@ class TestLite(ImageEncoderContract):
 
     @pytest.fixture
     def other_spec(self, tmp_path_factory: pytest.TempPathFactory) -> str:
-        path = tmp_path_factory.mktemp("lite") / "changed.pth"
-        state = torch.load(_packaged(), weights_only=True)
-        state["_conv_stem.weight"][0, 0, 0, 0] += 1
-        torch.save(state, path)
-        return f"lite:efficientnet-lite0,weights={path}"
+        return f"lite:efficientnet-lite0,weights={_changed_weights(tmp_path_factory)}"
 
 
 def test_matches_package(photographs: Sequence[Image.Image]) -> None:
@@ -60,6 +59,40 @@ def test_crop_is_the_center_square() -> None:
     np.testing.assert_array_equal(lite_crop(Image.fromarray(pixels), 224), np.uint8(255))
 
 
+class TestWhole(ImageEncoderContract):
+    @pytest.fixture
+    def spec(self) -> str:
+        return "lite:efficientnet-lite0,fit=128x64"
+
+    @pytest.fixture
+    def other_spec(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return f"lite:efficientnet-lite0,fit=128x64,weights={_changed_weights(tmp_path_factory)}"
+
+
+def test_patches_of_whole_images_lie_where_the_axis_says() -> None:
+    settings = EncoderSettings(features=("layer3.patches", "layer5.patches", "patches", "grid:2"))
+    encoder = open_encoder("lite:efficientnet-lite0,fit=128x64", modality="image", settings=settings)
+    axes = encoder.axes
+    assert set(axes) == {"layer3.patches", "layer5.patches", "patches"}
+    dark, bright = np.zeros((40, 90, 3), np.uint8), np.zeros((40, 90, 3), np.uint8)
+    bright[26:, 70:] = 255  # below and to the right
+    for name, (rows, columns) in {"layer3.patches": (16, 32), "layer5.patches": (8, 16), "patches": (2, 4)}.items():
+        assert axes[name] == Axis(kind="grid", rows=rows, columns=columns, box=(0.0, 0.0, 1.0, 1.0))
+        found = encoder.encode(encoder.prepare([Image.fromarray(dark), Image.fromarray(bright)]), [name])[name]
+        change = np.abs(found[1] - found[0]).sum(axis=1).reshape(rows, columns)
+        corner = change[rows * 3 // 4 :, columns * 7 // 8 :].mean()
+        assert corner > 3 * change[: rows // 2, : columns // 2].mean()
+
+
+def test_cropped_patches_have_no_place_in_the_image() -> None:
+    assert not open_encoder("lite:efficientnet-lite0", modality="image").axes
+    whole = open_encoder("lite:efficientnet-lite0,fit=whole", modality="image")
+    assert whole.axes["patches"] == Axis(kind="grid", rows=7, columns=7, box=(0.0, 0.0, 1.0, 1.0))
+    for fit in ("448", "448x16", "box", "x"):
+        with pytest.raises(SettingError, match=f"expected crop, whole, or a width and height .* got '{fit}'"):
+            open_encoder(f"lite:efficientnet-lite0,fit={fit}", modality="image")
+
+
 @pytest.fixture(scope="module")
 def photographs() -> list[Image.Image]:
     import importlib.util
@@ -92,3 +125,11 @@ def _package_model() -> torch.nn.Module:
 
     model: torch.nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=_packaged())
     return model.eval()
+
+
+def _changed_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lite") / "changed.pth"
+    state = torch.load(_packaged(), weights_only=True)
+    state["_conv_stem.weight"][0, 0, 0, 0] += 1
+    torch.save(state, path)
+    return path

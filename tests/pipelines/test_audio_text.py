@@ -29,7 +29,16 @@ def test_tiny_pipeline_beats_its_control(tmp_path: Path) -> None:
         samples = samples * (np.sin(2 * np.pi * RHYTHMS[rhythm] * times + 1) > 0)
         (tmp_path / f"sounds/{number:03d}-{length}-{rhythm}-{pitch}.wav").write_bytes(wav(samples))
     finished = subprocess.run(
-        [sys.executable, "-m", "pipelines.audio_text", str(tmp_path / "sounds"), str(tmp_path / "work"), "--tiny"],
+        [
+            sys.executable,
+            "-m",
+            "pipelines.audio_text",
+            str(tmp_path / "sounds"),
+            str(tmp_path / "work"),
+            "--tiny",
+            "--split",
+            "key",
+        ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
         capture_output=True,

@@ -9,6 +9,7 @@ from embedcache.errors import ArtifactError, CorruptError, FingerprintError, Pat
 from embedcache.sources import FileItem, Sample, TextItem
 from embedcache.store.cache import Cache
 from embedcache.store.indexing import index
+from embedcache.store.tables import digest_input
 
 
 @dataclass
@@ -169,3 +170,34 @@ def test_open_other_folder_raises(tmp_path: Path) -> None:
         Cache(tmp_path)
     with pytest.raises(PathError, match="does not exist"):
         Cache(tmp_path / "no")
+
+
+def test_digest_of_images_and_texts_never_changes() -> None:
+    sample = Sample(key="k", images=(FileItem(path="a.png", length=3),), texts=(TextItem(text="é", language="fr"),))
+    expected = '["k",[["a.png",0,3]],[["é","fr"]],{"label":1}]\n'
+    assert digest_input([replace(sample, columns={"label": 1}, files={"audio": ()})]) == expected.encode()
+
+
+def test_digest_of_other_modalities() -> None:
+    whole, part = FileItem(path="a.wav", length=9), FileItem(path="b.wav", start_s=0.5)
+    sample = Sample(key="k", files={"video": (whole,), "audio": (whole, part)})
+    expected = b'["k",[],[],{},{"audio":[["a.wav",0,9],["b.wav",0,0,0.5,null]],"video":[["a.wav",0,9]]}]\n'
+    assert digest_input([sample]) == expected
+
+
+def test_item_tables_of_other_modalities(tmp_path: Path) -> None:
+    source = rows(3)
+    source.rows[1] = replace(source.rows[1], files={"audio": (FileItem(path="a.wav", start_s=1.0),)})
+    info = index(source, tmp_path / "c")
+    assert (info.num_items["audio"], set(info.table_digests)) == (1, {"samples", "image", "text", "audio"})
+    (row,) = Cache(tmp_path / "c").items("audio").to_pylist()
+    assert row == {"sample": 1, "path": "a.wav", "offset": 0, "length": 0, "start_s": 1.0, "stop_s": None}
+    assert not (tmp_path / "c" / "video").exists()
+
+
+def test_index_again_removes_tables_of_modalities_that_left(tmp_path: Path) -> None:
+    source = rows(3)
+    source.rows[1] = replace(source.rows[1], files={"points": (FileItem(path="a.npz"),)})
+    index(source, tmp_path / "c")
+    assert "points" not in index(rows(4), tmp_path / "c").num_items
+    assert not (tmp_path / "c" / "points" / "items.parquet").exists()

@@ -1,0 +1,258 @@
+"""Extraction of recordings, videos and point clouds: real and broken files, resume, extend, retry, verify, repair."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.axis import Axis
+from embedcache.errors import FingerprintError, SettingError, SourceError, UnknownNameError
+from embedcache.extract import loop
+from embedcache.extract.extract import EncoderReport, extract
+from embedcache.extract.plan import plan
+from embedcache.extract.repair import retry_failed, verify_cache
+from embedcache.extract.settings import ExtractSettings, VerifySettings
+from embedcache.reports.summary import summarize
+from embedcache.sources import open_source
+from embedcache.sources.media import decode_audio
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
+from tests.cli.run import embedcache, succeed
+from tests.extract.cases import tree
+from tests.media_files import cloud, encode_audio, encode_video, moving_square, npz, tone, wav
+from tests.media_toy import MEDIA
+from tests.sources.files import jpeg, write
+from tests.toy import IMAGE
+
+ENCODERS = {"audio": [MEDIA], "video": [MEDIA], "points": [MEDIA]}
+FEATURES = ("mean", "frames", "extent", "xyz", "uv", "label")
+
+
+def write_media(folder: Path) -> Path:
+    """Write seven samples: sound, a video with sound, points, an image with sound, and three broken files."""
+    files: dict[str, bytes | str] = {
+        "a.wav": wav(tone(0.5)),
+        "b.mp4": encode_video(moving_square(25), samples=tone(1)),
+        "c.npz": npz(cloud(30)),
+        "d.jpg": jpeg(),
+        "d.flac": encode_audio(tone(0.3, 880), "flac"),
+        "x.wav": b"not sound",
+        "y.mp4": encode_video(moving_square(25))[:500],
+        "z.npz": npz({"label": np.arange(3)}),
+    }
+    return write(folder, files)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed."""
+    return write_media(tmp_path_factory.mktemp("media") / "source")
+
+
+def run(source: Path, cache: Path, **settings: object) -> list[EncoderReport]:
+    options = ExtractSettings(**{"features": FEATURES, "chunk_size": 2, **settings})  # type: ignore[arg-type]
+    return extract(open_source(source), cache, encoders=ENCODERS, image_encoders=[IMAGE], settings=options)
+
+
+@pytest.fixture
+def cache(source: Path, tmp_path: Path) -> Path:
+    run(source, tmp_path / "c")
+    return tmp_path / "c"
+
+
+def test_report_and_reasons(source: Path, cache: Path) -> None:
+    lines = [report.line() for report in run(source, cache)]
+    assert lines == [
+        "open_toy (cls): encoded 0 images, reused 1, failed 0",
+        "open_media (mean, frames): encoded 0 recordings, reused 5, failed 2: 2 damaged recording",
+        "open_media (mean, frames): encoded 0 videos, reused 2, failed 1: 1 damaged video",
+        "open_media (extent, xyz, uv, label): encoded 0 point clouds, reused 2, failed 1: 1 no coordinates",
+    ]
+    opened = Cache(cache)
+    assert opened.info.num_items == {"image": 1, "audio": 5, "video": 2, "points": 2}
+    assert opened.feature("points", "open_media/xyz").failures == {
+        1: "no coordinates: expected xyz of shape (N, 3), or x, y and z, got none"
+    }
+    assert not verify(opened)
+    assert "5 recordings, 2 videos, 2 point clouds" in "\n".join(summarize(cache).lines)
+
+
+def test_stored_values_dtypes_and_axes(cache: Path) -> None:
+    opened = Cache(cache)
+    points = cloud(30)
+    for name, dtype in (("xyz", "float32"), ("uv", "float32"), ("label", "int16")):
+        feature = opened.feature("points", f"open_media/{name}")
+        assert (feature.dtype, feature.axis) == (dtype, Axis(kind="points"))
+        np.testing.assert_array_equal(feature.gather_tokens(np.array([0]))[0], points[name].reshape(30, -1))
+    assert opened.feature("points", "open_media/extent").dtype == "float16"
+    frames = opened.feature("audio", "open_media/frames")
+    assert frames.axis == Axis(kind="time", rate_hz=50.0, start_s=0.0)
+    assert [len(tokens) for tokens in frames.gather_tokens(np.array([0, 2]))] == [25, 15]
+    assert opened.feature("audio", "open_media/mean").axis is None
+
+
+def test_interrupted_extraction_resumes_to_the_same_bytes(source: Path, cache: Path, tmp_path: Path) -> None:
+    before = tree(cache)
+    for commit in [*cache.glob("*/open_media/chunks/00000.parquet"), *cache.glob("audio/*/chunks/00002.parquet")]:
+        commit.unlink()
+    assert [report.encoded for report in run(source, cache)] == [0, 3, 2, 2]
+    assert tree(cache) == before
+
+
+def test_extend_appends_new_modalities(tmp_path: Path) -> None:
+    folder = write(tmp_path / "f", {"a.jpg": jpeg()})
+    extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE])
+    assert not (tmp_path / "c" / "audio").exists()
+    write(folder, {"b.jpg": jpeg("blue"), "b.wav": wav(tone(0.2)), "c.npz": npz(cloud(4))})
+    encoders = {"audio": [MEDIA], "points": [MEDIA]}
+    with pytest.raises(FingerprintError, match="it has 2 more; .*append them with --extend"):
+        extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE], encoders=encoders)
+    settings = ExtractSettings(extend=True)
+    reports = extract(open_source(folder), tmp_path / "c", image_encoders=[IMAGE], encoders=encoders, settings=settings)
+    assert [(report.modality, report.encoded, report.reused) for report in reports] == [
+        ("image", 2, 0),
+        ("audio", 1, 0),
+        ("points", 1, 0),
+    ]
+    cache = Cache(tmp_path / "c")
+    assert cache.items("audio")["sample"].to_pylist() == [1]
+    assert cache.items("points")["sample"].to_pylist() == [2]
+    assert not verify(cache)
+
+
+def test_retry_encodes_repaired_files_only(tmp_path: Path) -> None:
+    folder = write_media(tmp_path / "f")
+    run(folder, tmp_path / "c")
+    write(folder, {"x.wav": wav(tone(0.4)), "z.npz": npz(cloud(7))})
+    with pytest.raises(FingerprintError, match="failed .* have other bytes now; .*encode them with --retry-failed"):
+        run(folder, tmp_path / "c")
+    settings = ExtractSettings(features=FEATURES)
+    reports = retry_failed(open_source(folder), tmp_path / "c", encoders=ENCODERS, settings=settings)
+    assert [report.line() for report in reports] == [
+        "open_media: retried 2 failed recordings, 1 have features now, 1 failed again: 1 damaged recording",
+        "open_media: retried 1 failed videos, 0 have features now, 1 failed again: 1 damaged video",
+        "open_media: retried 1 failed point clouds, 1 have features now, 0 failed again",
+    ]
+    cache = Cache(tmp_path / "c")
+    assert len(cache.feature("points", "open_media/label").gather_tokens(np.array([1]))[0]) == 7
+    assert not verify(cache)
+
+
+def test_replaced_recording_is_refused(tmp_path: Path) -> None:
+    folder = write_media(tmp_path / "f")
+    run(folder, tmp_path / "c")
+    (folder / "a.wav").write_bytes(wav(tone(0.6)))
+    with pytest.raises(FingerprintError, match=r"other bytes in 1 of its recordings, such as a\.wav in row 0"):
+        run(folder, tmp_path / "c")
+
+
+def test_interval_that_moved_is_another_sample(tmp_path: Path) -> None:
+    table = write_intervals(tmp_path, [(0.0, 0.5), (0.5, 1.0)])
+    extract(open_source(table), tmp_path / "c", encoders={"audio": [MEDIA]})
+    write_intervals(tmp_path, [(0.0, 0.5), (0.5, 0.9)])
+    with pytest.raises(FingerprintError, match="sample 't/1' has other recordings"):
+        extract(open_source(table), tmp_path / "c", encoders={"audio": [MEDIA]}, settings=ExtractSettings(extend=True))
+
+
+def write_intervals(folder: Path, bounds: list[tuple[float, float | None]]) -> Path:
+    (folder / "r.wav").write_bytes(wav(tone(2)))
+    rows = [f"r.wav,{start:g},{'' if stop is None else f'{stop:g}'}" for start, stop in bounds]
+    (folder / "t.csv").write_text("\n".join(["audio,start_s,stop_s", *rows]))
+    return folder / "t.csv"
+
+
+def test_intervals_of_one_recording(tmp_path: Path) -> None:
+    table = write_intervals(tmp_path, [(0.0, 0.5), (0.5, 1.25), (1.0, None), (3.0, None)])
+    settings = ExtractSettings(features=("frames",))
+    extract(open_source(table), tmp_path / "c", encoders={"audio": [MEDIA]}, settings=settings)
+    cache = Cache(tmp_path / "c")
+    feature = cache.feature("audio", "open_media/frames")
+    assert feature.failures == {3: "no such interval: expected 3 s to the end within its 2.00 s"}
+    found = feature.gather_tokens(np.arange(3))
+    assert [len(tokens) for tokens in found] == [25, 37, 50]
+    loudness = np.abs(decode_audio((tmp_path / "r.wav").read_bytes())[8_000:8_320]).mean()
+    assert found[1][0, 0] == pytest.approx(loudness, abs=1e-3)
+    assert len(set(feature.hashes)) == 4
+    assert "r.wav, 3 s to end" in "\n".join(summarize(tmp_path / "c").notes)
+    report = verify_cache(tmp_path / "c", VerifySettings(reencode=1))
+    assert report.is_sound
+    assert len(report.drifts[0].cosines) == 3
+
+
+def test_drift_of_all_modalities(cache: Path) -> None:
+    report = verify_cache(cache, VerifySettings(reencode=1))
+    assert [(drift.feature.rpartition("/")[2], len(drift.cosines)) for drift in report.drifts] == [
+        ("cls", 1),
+        *[(name, 3) for name in ("frames", "mean")],
+        *[(name, 1) for name in ("frames", "mean", "extent", "label", "uv", "xyz")],
+    ]
+    assert report.is_sound, report.lines()
+
+
+def test_damage_is_found_and_repaired(cache: Path) -> None:
+    before = tree(cache)
+    damaged = [*cache.glob("audio/open_media/mean/c/*/0"), *cache.glob("points/open_media/label/values/*/c/0/0")]
+    for path in damaged:
+        path.write_bytes(b"\1" + path.read_bytes()[1:])
+    detected = verify(Cache(cache))
+    assert {finding.location for finding in detected} == {"open_media/mean", "open_media/label"}
+    report = verify_cache(cache, VerifySettings(repair=True))
+    assert report.is_sound
+    assert tree(cache) == before
+
+
+def test_changed_item_table_is_found(cache: Path) -> None:
+    (cache / "audio" / "items.parquet").write_bytes((cache / "video" / "items.parquet").read_bytes())
+    assert "audio/items.parquet" in {finding.name for finding in verify(Cache(cache))}
+
+
+def test_plan_counts_items(tmp_path: Path) -> None:
+    settings = ExtractSettings(features=("mean", "xyz"))
+    write(tmp_path / "f", {f"{name}.npz": npz(cloud(30, seed=seed)) for seed, name in enumerate("abcd")})
+    write(tmp_path / "f", {"a.mp4": encode_video(moving_square(5)), "x.wav": wav(tone(0.1))})
+    made = plan(open_source(tmp_path / "f"), tmp_path / "c", encoders=ENCODERS, settings=settings)
+    assert [feature.num_items for feature in made.features] == [2, 1, 4]
+    assert made.features[2].item_bytes == 30 * 3 * 4  # float32, whatever --dtype says
+
+
+def test_model_may_refuse_an_item(tmp_path: Path) -> None:
+    folder = write(tmp_path / "f", {"a.wav": wav(tone(0.01)), "b.wav": wav(tone(0.1))})
+    extract(open_source(folder), tmp_path / "c", encoders={"audio": [MEDIA]})
+    failures = Cache(tmp_path / "c").feature("audio").failures
+    assert failures == {0: "too short: 160 samples, expected at least 320"}
+
+
+def test_unknown_modality_and_missing_items_raise(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="unknown modality 'sound'.*audio"):
+        extract(open_source(source), tmp_path / "c", encoders={"sound": [MEDIA]})
+    only_images = write(tmp_path / "f", {"a.jpg": jpeg()})
+    with pytest.raises(SourceError, match="has no audio items; omit --encoder audio="):
+        extract(open_source(only_images), tmp_path / "d", encoders={"audio": [MEDIA]})
+
+
+def test_chunk_above_two_gibibytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_MAX_CHUNK_BYTES", 2_000)
+    folder = write(tmp_path / "f", {f"{number}.npz": npz(cloud(30)) for number in range(8)})
+
+    def encode(cache: str, **changed: object) -> list[EncoderReport]:
+        chosen = ExtractSettings(features=("xyz",), **changed)  # type: ignore[arg-type]
+        return extract(open_source(folder), tmp_path / cache, encoders={"points": [MEDIA]}, settings=chosen)
+
+    with pytest.raises(SettingError, match=r"chunk_size: expected a chunk of at most .* 8 items of .*--chunk-size 4"):
+        encode("c", chunk_size=64)
+    assert [report.encoded for report in encode("d", chunk_size=4)] == [8]
+
+
+def test_command_line(source: Path, tmp_path: Path) -> None:
+    encoders = [word for modality in ("audio", "points") for word in ("--encoder", f"{modality}={MEDIA}")]
+    output = succeed("extract", source, "c", *encoders, cwd=tmp_path)
+    assert "open_media (mean): encoded 5 recordings" in output
+    assert "open_media (extent): encoded 2 point clouds" in output
+
+
+@pytest.mark.parametrize("option", ["audio", "sound=a:b", "=a:b", "audio="])
+def test_wrong_encoder_option(option: str, source: Path, tmp_path: Path) -> None:
+    done = embedcache("extract", source, "c", "--encoder", option, cwd=tmp_path)
+    assert done.code == 1
+    assert "--encoder: expected MODALITY=SPEC with a modality of image, text, audio" in done.stderr
+    assert not (tmp_path / "c").exists()

@@ -1,0 +1,156 @@
+"""Recordings, videos and point clouds in folders, tars and tables."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from embedcache.errors import PathError, SourceError
+from embedcache.sources import FileItem, Sample, Source, SourceSettings, open_source
+from embedcache.sources.media import decode_audio, decode_points
+from embedcache.testing.sources import SourceContract
+from tests.media_files import cloud, encode_video, moving_square, npz, points_parquet, tone, wav
+from tests.sources.files import jpeg, write, write_parquet, write_tar
+
+SOUND = wav(tone(0.1))
+POINTS = npz(cloud(5))
+
+
+def modalities(sample: Sample) -> dict[str, list[str]]:
+    """Return modality -> paths of a sample's items."""
+    files: Mapping[str, tuple[FileItem, ...]] = {"image": sample.images, **sample.files}
+    return {name: [item.path for item in items] for name, items in files.items() if items}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    files = {"a.jpg": jpeg(), "a.wav": SOUND, "a.npz": POINTS, "a.txt": "a red square\n", "b.mp4": b"", "c.mp4": b""}
+    return write(
+        tmp_path / "f", {**files, "c.FLAC": SOUND, "d/e.opus": SOUND, "d/e.json": '{"label": 3}', "z.jpg": b""}
+    )
+
+
+def test_files_of_one_name_are_one_sample(folder: Path) -> None:
+    samples = list(open_source(folder).samples())
+    assert {sample.key: modalities(sample) for sample in samples} == {
+        "a": {"image": ["a.jpg"], "audio": ["a.wav"], "points": ["a.npz"]},
+        "b": {"video": ["b.mp4"], "audio": ["b.mp4"]},
+        "c": {"video": ["c.mp4"], "audio": ["c.FLAC"]},
+        "d/e": {"audio": ["d/e.opus"]},
+        "z": {"image": ["z.jpg"]},
+    }
+    assert samples[0].texts[0].text == "a red square"
+    assert samples[3].columns == {"folder": "d", "label": 3}
+    assert samples[0].files["audio"][0].length == len(SOUND)
+
+
+def test_two_recordings_of_one_name_raise(tmp_path: Path) -> None:
+    write(tmp_path, {"a.mp3": SOUND, "a.wav": SOUND})
+    with pytest.raises(SourceError, match=r"a\.mp3 and a\.wav are both recordings of one sample; rename"):
+        list(open_source(tmp_path).samples())
+
+
+def test_table_beside_images_is_no_point_cloud(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": jpeg(), "a.parquet": points_parquet(cloud(5))})
+    (sample,) = open_source(tmp_path).samples()
+    assert modalities(sample) == {"image": ["a.jpg"]}
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["a.wav", "t.csv"], "folder"),
+        (["a.npz"], "folder"),
+        (["a.npz", "t.parquet"], "table"),
+        (["a.mp4", "s.tar"], "folder"),
+    ],
+)
+def test_kind_of_a_folder(tmp_path: Path, names: list[str], kind: str) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    assert open_source(tmp_path).describe()["type"] == kind
+
+
+def test_members_of_a_tar(tmp_path: Path) -> None:
+    members = [("a.jpg", jpeg()), ("a.wav", SOUND), ("a.npz", POINTS), ("b.mp4", b"video"), ("b.txt", "text")]
+    source = open_source(write_tar(tmp_path / "s.tar", members))
+    first, second = source.samples()
+    assert modalities(first) == {"image": ["s.tar"], "audio": ["s.tar"], "points": ["s.tar"]}
+    assert modalities(second) == {"video": ["s.tar"], "audio": ["s.tar"]}
+    assert source.read(first.files["audio"][0]) == SOUND
+    assert source.read(second.files["video"][0]) == source.read(second.files["audio"][0]) == b"video"
+
+
+def test_columns_of_a_table(tmp_path: Path) -> None:
+    text = "key,video,audio_path,point_cloud,caption,start_s,stop_s\n"
+    text += "x,clips/x.mp4,,clouds/x.parquet,a car,1.5,2.5\ny,,y.wav,,a bus,,\n"
+    write(tmp_path, {"t.csv": text, "clips/x.mp4": b"v", "clouds/x.parquet": points_parquet(cloud(5)), "y.wav": SOUND})
+    source = open_source(tmp_path / "t.csv")
+    first, second = source.samples()
+    assert first.files == {
+        "video": (FileItem(path="clips/x.mp4", start_s=1.5, stop_s=2.5),),
+        "points": (FileItem(path="clouds/x.parquet"),),
+    }
+    assert second.files == {"audio": (FileItem(path="y.wav"),)}
+    assert first.columns == second.columns == {}
+    assert len(decode_points(source.read(first.files["points"][0]))["xyz"]) == 5
+
+
+def test_one_column_is_audio_and_video(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("path,start_s,stop_s\na.mp4,0.5,\n")
+    (tmp_path / "a.mp4").write_bytes(encode_video(moving_square(25), samples=tone(1)))
+    source = open_source(table, settings=SourceSettings(audio_column="path", video_column="path"))
+    (sample,) = source.samples()
+    item = FileItem(path="a.mp4", start_s=0.5)
+    assert (sample.images, sample.files) == ((), {"audio": (item,), "video": (item,)})
+    assert len(decode_audio(source.read(item), item.start_s, item.stop_s)) == pytest.approx(8_000, abs=2_100)
+
+
+@pytest.mark.parametrize("cell", [SOUND, {"bytes": SOUND, "path": "a.wav"}])
+def test_recordings_inside_a_table(tmp_path: Path, cell: object) -> None:
+    table = write_parquet(tmp_path / "t.parquet", audio=[None, cell], image=[jpeg(), jpeg("blue")])
+    source = open_source(table)
+    sample = list(source.samples())[1]
+    assert sample.files == {"audio": (FileItem(path="t.parquet#audio", offset=1),)}
+    assert source.read(sample.files["audio"][0]) == SOUND
+    assert source.read(sample.images[0]) == jpeg("blue")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ("2,1", "row 0: expected stop_s after start_s, got 2 to 1"),
+        ("-1,1", "row 0: start_s: expected seconds of at least 0, got '-1'"),
+        ("nan,", "row 0: start_s: expected seconds of at least 0, got 'nan'"),
+        ("soon,", "row 0: start_s: expected seconds of at least 0, got 'soon'"),
+    ],
+)
+def test_wrong_interval_raises(tmp_path: Path, bounds: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(f"audio,start_s,stop_s\na.wav,{bounds}\n")
+    with pytest.raises(SourceError, match=message):
+        list(open_source(tmp_path / "t.csv").samples())
+
+
+def test_interval_columns_of_other_tables_stay_columns(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,start_s\nhello,1.5\n")
+    (sample,) = open_source(tmp_path / "t.csv").samples()
+    assert sample.columns == {"start_s": "1.5"}
+
+
+def test_numbers_in_a_named_column_raise(tmp_path: Path) -> None:
+    table = write_parquet(tmp_path / "t.parquet", score=[1, 2])
+    with pytest.raises(SourceError, match="expected a path in column score, got 1.*--points-column"):
+        list(open_source(table, settings=SourceSettings(points_column="score")).samples())
+    with pytest.raises(PathError, match="does not exist"):
+        open_source(tmp_path / "no")
+
+
+class TestMediaFolder(SourceContract):
+    """A folder without images passes the contract."""
+
+    has_images = False
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Source:
+        return open_source(write(tmp_path, {"a.wav": SOUND, "a.txt": "a tone", "b.npz": POINTS, "b.txt": "points"}))
