@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from embedcache.arrays import Array, Floats
+from embedcache.axis import Axis
 from embedcache.encoders.base import Fingerprint, ItemShape, Modality
 from embedcache.encoders.image_features import native_features
 from embedcache.encoders.settings import EncoderSettings
@@ -49,6 +50,7 @@ class GraphEncoder:
         features: name -> shape of one item, the default first; `(-1, D)` has as many rows as the model input.
         fingerprint: of the model; backend, precision and the list of native features are filled in here.
         settings: batch size, device and precision.
+        axes: name -> axis of its tokens.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class GraphEncoder:
         features: Mapping[str, ItemShape],
         fingerprint: Fingerprint,
         settings: EncoderSettings,
+        axes: Mapping[str, Axis] | None = None,
     ) -> None:
+        self.axes = axes or {}
         self._graph, self._prepare, self._collate = graph, prepare, collate
         self.modality, self.features = modality, features
         on_cpu, on_gpu = (32, 128) if modality == "image" else (64, 512)

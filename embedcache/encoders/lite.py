@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
-from embedcache.encoders.image import ImageModel, PixelScale, build_image_encoder
+from embedcache.encoders.image import ImageModel, PixelScale, build_image_encoder, is_whole_fit
 from embedcache.encoders.image_features import (
     LITE_CROP_PADDING_PX,
     lite_crop,
     prefix_layer,
     requested_layers,
+    whole_image,
     with_patch_mean,
 )
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
@@ -43,8 +44,13 @@ POOLING = {
 
 
 def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open a packaged EfficientNet-Lite. Option: `weights`, a local .pth or .safetensors file."""
+    """Open a packaged EfficientNet-Lite.
+
+    Options: `weights`, a local .pth or .safetensors file; `fit=whole`, which resizes the whole image instead of its
+    center square.
+    """
     check_modality(spec, modality, "image")
+    is_whole = is_whole_fit(spec)
     model, size_px = load_model(spec)
     module = ImageModel(
         _LiteFeatures(model, requested_layers(settings.features)),
@@ -54,14 +60,14 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     )
     return build_image_encoder(
         module,
-        lambda image: lite_crop(image, size_px),
+        lambda image: whole_image(image, size_px) if is_whole else lite_crop(image, size_px),
         fingerprint=Fingerprint(
             family="lite",
             model=spec.model,
             weights=hash_weights(model.state_dict()),
             preprocessing={
                 "size_px": size_px,
-                "crop_padding_px": LITE_CROP_PADDING_PX,
+                **({"fit": "whole"} if is_whole else {"crop_padding_px": LITE_CROP_PADDING_PX}),
                 "interpolation": "bicubic (Pillow)",
                 "mean": MEAN,
                 "std": STD,
@@ -70,12 +76,13 @@ def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
         ),
         settings=settings,
         onnx_name=spec.model,
+        is_whole=is_whole,
     )
 
 
 def load_model(spec: EncoderSpec) -> tuple[Any, int]:
     """Load a model in eval mode; return it and the side of its input images in pixels."""
-    check_options(spec, ("weights",))
+    check_options(spec, ("fit", "weights"))
     if spec.model not in MODELS:
         raise unknown_name("lite model", spec.model, MODELS)
     network = require("efficientnet_lite_pytorch", extra="demo").EfficientNet

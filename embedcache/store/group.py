@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.axis import Axis
-from embedcache.errors import CorruptError, PathError
+from embedcache.errors import CorruptError, DataError, PathError
 from embedcache.files import flush, io_reason, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.store.arrays import CRC_BYTES, REPAIR, chunk_path, read_metadata, write_array, write_group
@@ -221,6 +221,20 @@ def _must_keep(group: EncoderGroup, feature: str, attributes: Mapping[str, Any])
 def read_feature(group: EncoderGroup, feature: str) -> dict[str, Any]:
     """Read the `item_shape` and `dtype` of a feature, and its `axis` if it has one."""
     return _read_attributes(group.path / feature)
+
+
+def read_axis(attributes: Mapping[str, Any], name: str) -> Axis | None:
+    """Return the axis in the attributes of a feature; None if it has none.
+
+    Raises:
+        CorruptError: the attributes hold something else.
+    """
+    if "axis" not in attributes:
+        return None
+    try:
+        return Axis.from_json(attributes["axis"])
+    except (DataError, TypeError, AttributeError) as error:
+        raise CorruptError(f"feature {name}: {error}; extract into a new folder") from None
 
 
 def _read_attributes(path: Path) -> dict[str, Any]:

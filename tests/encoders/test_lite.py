@@ -11,6 +11,8 @@ from PIL import Image
 
 from embedcache.encoders.image_features import lite_crop
 from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.errors import SettingError
 from embedcache.testing.encoders import ImageEncoderContract
 
 
@@ -92,3 +94,39 @@ def _package_model() -> torch.nn.Module:
 
     model: torch.nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=_packaged())
     return model.eval()
+
+
+def test_whole_fit_sees_the_whole_image() -> None:
+    pixels = np.zeros((100, 300, 3), np.uint8)
+    pixels[:, :30] = 255  # outside of the center square
+    cropped = open_encoder("lite:efficientnet-lite0", modality="image", settings=EncoderSettings(backend="torch"))
+    whole = open_encoder(
+        "lite:efficientnet-lite0,fit=whole", modality="image", settings=EncoderSettings(backend="torch")
+    )
+    assert cropped.prepare([Image.fromarray(pixels)])[0].max() == 0
+    (prepared,) = whole.prepare([Image.fromarray(pixels)])
+    assert prepared.shape == (3, 224, 224)
+    assert (prepared[:, :, :20] == 255).all()
+    assert (prepared[:, :, 26:] == 0).all()
+    assert "fit" not in cropped.fingerprint.preprocessing
+    assert whole.fingerprint.preprocessing == {
+        **{name: value for name, value in cropped.fingerprint.preprocessing.items() if name != "crop_padding_px"},
+        "fit": "whole",
+    }
+
+
+def test_axes_of_patches() -> None:
+    settings = EncoderSettings(backend="torch", features=("grid:2", "kmeans:2", "layer3.patches"))
+    cropped = open_encoder("lite:efficientnet-lite0", modality="image", settings=settings)
+    assert {name: axis.to_json() for name, axis in cropped.axes.items()} == {
+        "patches": {"kind": "grid", "rows": 7, "columns": 7},
+        "grid:2": {"kind": "grid", "rows": 2, "columns": 2},
+        "layer3.patches": {"kind": "grid", "rows": 56, "columns": 56},
+    }
+    whole = open_encoder("lite:efficientnet-lite0,fit=whole", modality="image", settings=settings)
+    assert {axis.box for axis in whole.axes.values()} == {(0.0, 0.0, 1.0, 1.0)}
+
+
+def test_unknown_fit_raises() -> None:
+    with pytest.raises(SettingError, match="option fit in .*: expected whole, got 'center'"):
+        open_encoder("lite:efficientnet-lite0,fit=center", modality="image")
