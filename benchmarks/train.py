@@ -25,7 +25,8 @@ from embedcache.arrays import Inputs
 from embedcache.cli.console import print_line, print_table
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
-from embedcache.train.batches import Batches, LoadedBatch, Loader
+from embedcache.train.batches import Batches, LoadedBatch, PairLoader
+from embedcache.train.loader import Loader
 from embedcache.train.objective import Objective
 from embedcache.train.settings import LossSettings, OptimizerSettings
 from embedcache.train.trainer import keep_freed_memory, make_optimizer, update
@@ -108,7 +109,9 @@ def _loader(folder: str, batch_size: int) -> Loader:
     rows = np.arange(len(image))
     items = Items(rows=rows, samples=rows, contents=rows)
     batches = Batches(Pairs(image=items, text=items), batch_size=batch_size, seed=0)
-    return Loader(batches, image=lambda rows: Inputs(image[rows]), text=lambda rows: Inputs(text[rows]), device="cpu")
+    return Loader(
+        batches, PairLoader(image=lambda rows: Inputs(image[rows]), text=lambda rows: Inputs(text[rows]), device="cpu")
+    )
 
 
 def _loops(folder: str, *, quick: bool) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from embedcache.curate.select.select import select as select_samples
     from embedcache.curate.settings import CoverageSettings, DedupSettings, LeakSettings, SelectSettings
     from embedcache.dataset.settings import SplitSettings
+    from embedcache.derive.derive import Derivation, derive_from_run
+    from embedcache.derive.derive import derive as derive_features
     from embedcache.encoders.settings import EncoderSettings
     from embedcache.errors import EmbedcacheError
     from embedcache.evaluate.retrieval import compare_retrieval, evaluate_retrieval
@@ -42,6 +44,7 @@ __all__ = [
     "Cache",
     "CoverageSettings",
     "DedupSettings",
+    "Derivation",
     "EmbedcacheError",
     "EncoderSettings",
     "ExtractSettings",
@@ -65,6 +68,8 @@ __all__ = [
     "build_index",
     "compare_retrieval",
     "compare_zero_shot",
+    "derive_features",
+    "derive_from_run",
     "evaluate_retrieval",
     "evaluate_zero_shot",
     "extract_features",

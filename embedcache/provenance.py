@@ -165,6 +165,8 @@ def name_differences(found: Mapping[str, Any], requested: Mapping[str, Any]) -> 
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in fields.items():
+        if isinstance(value, list | tuple) and value and all(isinstance(element, Mapping) for element in value):
+            value = {str(number): element for number, element in enumerate(value)}
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:

@@ -42,6 +42,8 @@ class Declaration:
         le: largest allowed number.
         lt: the number must be below this.
         affects_result: whether the value changes what is computed; only those values are recorded and compared.
+        recorded_by_default: whether records hold the value where it is the default; false for settings that are
+            younger than a format, so that its records keep their keys.
         stored_as: key in JSON records; None: the field's name.
         flat_name: name on the command line and in TOML, where the field's own name is ambiguous outside its class.
         default_text: what `--help` shows as the default where the value is chosen at run time.
@@ -55,6 +57,7 @@ class Declaration:
     le: float | None = None
     lt: float | None = None
     affects_result: bool = True
+    recorded_by_default: bool = True
     stored_as: str | None = None
     flat_name: str | None = None
     default_text: str | None = None
@@ -252,10 +255,10 @@ def to_json(settings: Any) -> dict[str, Any]:
     """Return the values that affect results as nested JSON values, under their stored names."""
     record: dict[str, Any] = {}
     for item in flat_settings(type(settings)):
-        if item.declared.affects_result:
+        value = get_setting(settings, item)
+        if item.declared.affects_result and (item.declared.recorded_by_default or value != item.default):
             target = record
             for key in item.stored_path[:-1]:
                 target = target.setdefault(key, {})
-            value = get_setting(settings, item)
             target[item.stored_path[-1]] = list(value) if isinstance(value, tuple) else value
     return record

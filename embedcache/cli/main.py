@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from embedcache.cli import curate, evaluate, export, import_
+from embedcache.cli.derive import derive
 from embedcache.cli.extract import extract
 from embedcache.cli.inspect import inspect, verify
 from embedcache.cli.options import CommandGroup, add_command
@@ -62,6 +63,7 @@ def embedcache(
 
 add_command(app, "quickstart", quickstart)
 add_command(app, "extract", extract)
+add_command(app, "derive", derive)
 add_command(app, "inspect", inspect)
 add_command(app, "verify", verify)
 add_command(app, "train", train)

@@ -113,7 +113,7 @@ Html: TypeAlias = Annotated[
 
 _CONFIG_HELP = "Read options from this TOML file; the command line takes precedence."
 _WIDEST_CHOICES = 24
-_WITH_COMMAS = ("FILE", "SPEC", "URL", "VALUE")
+_WITH_COMMAS = ("FILE", "SPEC", "URL", "VALUE", "[PART=]RUN")
 """Values that may contain a comma, so that a repeated option is not split at commas."""
 _METAVARS: Mapping[Any, str] = {int: "N", float: "FLOAT", str: "NAME", Path: "FILE"}
 
@@ -423,7 +423,7 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
         settings = {
-            item.name: functools.reduce(lambda values, key: values[key], item.stored_path, record["training"])
+            item.name: _recorded_value(record["training"], item)
             for item in flat_settings(TrainSettings)
             if item.declared.affects_result
         }
@@ -431,3 +431,13 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise SettingError(f"{path}: expected the config.json of a run, got other content: {error!r}") from error
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _recorded_value(record: Mapping[str, Any], item: FlatSetting) -> Any:
+    """Return the value of a setting in the record of a run; None for one that is recorded only if it is set."""
+    try:
+        return functools.reduce(lambda values, key: values[key], item.stored_path, record)
+    except KeyError:
+        if item.declared.recorded_by_default:
+            raise
+        return None

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embedcache.arrays import Ints
+from embedcache.arrays import Floats, Ints, mean_directions
 from embedcache.dataset.inputs import InputFeature
 from embedcache.errors import DataError
+from embedcache.projectors.pair import AnyTower
+from embedcache.projectors.saved import project
 from embedcache.store.cache import Cache
 
 _CLASS = "class"
@@ -66,3 +68,9 @@ def read_prompts(cache: Cache, feature: InputFeature) -> Prompts:
             f"{missing[0]!r}; add one and extract again"
         )
     return prompts
+
+
+def class_vectors(prompts: Prompts, tower: AnyTower, *, device: str = "cpu") -> Floats:
+    """Project the prompts and average those of each class: normalize, mean, normalize -> (C, P) float32."""
+    projected_TP = project(tower, prompts.feature.read(prompts.rows), device=device)
+    return mean_directions(projected_TP, prompts.classes, len(prompts.names))

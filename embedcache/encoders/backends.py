@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from embedcache.arrays import Array, Floats
 from embedcache.axis import Axis
-from embedcache.encoders.base import Fingerprint, ItemShape, Modality
+from embedcache.encoders.base import Backend, Fingerprint, ItemShape, Modality
 from embedcache.encoders.image_features import native_features
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import ArtifactError, CorruptError, SettingError
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 class Graph(Protocol):
     """A model that maps named arrays to those of the given names; the first axis of each is the batch."""
 
-    backend: Literal["torch", "onnxruntime"]
+    backend: Backend
 
     def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
         """Compute the named outputs of one batch, by name, each with B rows."""
@@ -162,7 +162,7 @@ class TorchGraph:
     A batch that does not fit the device's memory is split in halves, and later batches are split alike.
     """
 
-    backend: Literal["torch", "onnxruntime"] = "torch"
+    backend: Backend = "torch"
 
     def __init__(self, module: torch.nn.Module, settings: EncoderSettings) -> None:
         self._device = torch_device(settings.device)
@@ -219,7 +219,7 @@ class TorchGraph:
 class OnnxGraph:
     """An ONNX file, opened by onnxruntime on the CPU."""
 
-    backend: Literal["torch", "onnxruntime"] = "onnxruntime"
+    backend: Backend = "onnxruntime"
 
     def __init__(self, path: Path) -> None:
         runtime = require("onnxruntime", extra="cpu")

@@ -1,5 +1,6 @@
 """The encoder protocol, and the fingerprint that identifies what an encoder computes."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,13 +15,19 @@ ItemShape: TypeAlias = tuple[int, ...]
 Modality: TypeAlias = ModalityName
 """Name of a modality, such as `image`; what it means is in `embedcache.modalities`."""
 
+Backend: TypeAlias = Literal["torch", "onnxruntime", "ctranslate2", "numpy"]
+"""Library that computes features."""
+
+NO_WEIGHTS = hashlib.sha256(b"").hexdigest()
+"""Entry `weights` in the fingerprint of an encoder that has none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
     """Everything that determines an encoder's output.
 
     Args:
-        family: encoder family: `timm`, `hf`, `st`, `lite`, `open_clip`, `use`, `wordllama`, or a plug-in's own.
+        family: encoder family: a name in `ENCODERS` or a plug-in's own.
         model: the model's name within the family, or the name of a local folder.
         revision: commit on the Hugging Face hub, if known.
         weights: SHA-256 over the names, dtypes, shapes and bytes of all weights.
@@ -36,7 +43,7 @@ class Fingerprint:
     weights: str
     preprocessing: Mapping[str, Any]
     pooling: Mapping[str, str]
-    backend: Literal["torch", "onnxruntime"] = "torch"
+    backend: Backend = "torch"
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def to_json(self) -> dict[str, Any]:

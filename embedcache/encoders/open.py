@@ -8,7 +8,7 @@ A spec is text, so that a cache can store it and anyone can open the same encode
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,12 +22,16 @@ from embedcache.registry import Registry, unknown_name
 ENCODERS = Registry(
     "encoder family",
     {
+        "fields": "embedcache.encoders.fields:open_fields",
+        "frames": "embedcache.encoders.frames:open_frames",
+        "geometry": "embedcache.encoders.geometry:open_geometry",
         "hf": "embedcache.encoders.transformers:open_transformers",
         "lite": "embedcache.encoders.lite:open_lite",
         "open_clip": "embedcache.encoders.open_clip:open_open_clip",
         "st": "embedcache.encoders.sentence_transformers:open_sentence_transformers",
         "timm": "embedcache.encoders.timm:open_timm",
         "use": "embedcache.encoders.use:open_use",
+        "whisper": "embedcache.encoders.whisper:open_whisper",
         "wordllama": "embedcache.encoders.wordllama:open_wordllama",
     },
     group="embedcache.encoders",
@@ -36,6 +40,9 @@ ENCODERS = Registry(
 
 IMPORTED = "imported"
 """Family in the spec of imported vectors, whose encoder is unknown; it cannot be opened, so it is not in `ENCODERS`."""
+
+DERIVED = "derived"
+"""Family in the spec of features that were derived from others, which no raw item can be encoded as."""
 
 _EXAMPLES = "timm:vit_small_patch14_dinov2.lvd142m or st:all-MiniLM-L6-v2"
 _PATH_STARTS = ("/", "./", "../", "~")
@@ -61,6 +68,11 @@ def open_encoder(spec: "str | EncoderSpec", *, modality: Modality, settings: Enc
             "like them: search with --query-key or --query-vectors, repair damage by running the same embedcache "
             f"import again, or extract features of new {noun(modality)} with an encoder into a cache of its own"
         )
+    if spec.family == DERIVED:
+        raise SettingError(
+            f"features of {spec.text} are derived from other features, so no raw {modality} can be encoded like them: "
+            "search with --query-key or --query-vectors, or use the features that they are derived from"
+        )
     return _load_opener(spec)(spec, modality=modality, settings=settings or EncoderSettings())
 
 
@@ -74,8 +86,7 @@ def reopen_encoder(
     """
     settings = EncoderSettings(
         device="cpu" if fingerprint["backend"] == "onnxruntime" else device,
-        backend=fingerprint["backend"] or "auto",  # imported vectors record neither
-        precision=fingerprint["precision"] or "float32",
+        **recorded_settings(fingerprint),
         features=feature_names(feature),
     )
     encoder = open_encoder(spec, modality=modality, settings=settings)
@@ -83,6 +94,15 @@ def reopen_encoder(
     next_step = "use the weights and libraries that it was extracted with, or extract again"
     check_same(f"feature {feature}", expected, encoder.fingerprint.to_json(), next_step=next_step)
     return encoder
+
+
+def recorded_settings(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `EncoderSettings` fields with which an encoder runs again as its fingerprint says."""
+    has_choice = fingerprint["backend"] in {"torch", "onnxruntime"}  # others run one way; imported vectors record none
+    return {
+        "backend": fingerprint["backend"] if has_choice else "auto",
+        "precision": fingerprint["precision"] or "float32",
+    }
 
 
 def feature_names(feature: str) -> tuple[str, ...]:
@@ -108,12 +128,14 @@ class EncoderSpec:
         """Parse `family:model[,option=value]…`."""
         name, *options = text.strip().split(",")
         family, colon, model = name.partition(":")
+        while family == "fields" and options and "=" not in options[0]:  # a list of names, written as any other list
+            model = f"{model}+{options.pop(0).strip()}"
         if not (family and colon and model):
             raise SettingError(
                 f"invalid encoder {text!r}: expected family:model, such as {_EXAMPLES}; "
                 f"families: {', '.join(ENCODERS.names)}"
             )
-        if family not in ENCODERS and family != IMPORTED:
+        if family not in ENCODERS and family not in (IMPORTED, DERIVED):
             attribute, _, model = model.partition(":")
             family = f"{family}:{attribute}"
         return cls(family, model, _parse_options(text, options))
@@ -130,7 +152,17 @@ class EncoderSpec:
         values = {key: Path(value).expanduser() for key, value in self.options.items()}
         options = {key: str(path.absolute()) if path.exists() else self.options[key] for key, path in values.items()}
         model = str(Path(self.model).expanduser().absolute()) if self.is_path else self.model
+        if self.inner is not None:
+            model = EncoderSpec(self.inner.family, self.inner.absolute.model).text
         return EncoderSpec(self.family, model, options)
+
+    @property
+    def inner(self) -> "EncoderSpec | None":
+        """The image encoder's spec in one such as `frames:lite:efficientnet-lite0,rate=25`; None for other specs."""
+        if self.family != "frames" or ":" not in self.model:
+            return None
+        options = {name: value for name, value in self.options.items() if name != "rate"}
+        return replace(EncoderSpec.parse(self.model), options=options)
 
     @property
     def is_path(self) -> bool:
@@ -141,7 +173,11 @@ class EncoderSpec:
     @property
     def folder(self) -> str:
         """Name of the encoder's folder in a cache: the model's name, or the last part of its path."""
+        if self.inner is not None:
+            return self.inner.folder
         name = self.model or self.family.rpartition(":")[2]
+        if self.family == "fields":  # the names are those of the features
+            return self.family
         if self.is_path:
             path = Path(self.model).expanduser()
             name = (path.resolve() if path.name in {"", ".."} else path).name

@@ -1,6 +1,12 @@
-"""`hf:facebook/dinov2-base` or `hf:/local/folder`: image and text models of transformers, with their own processor."""
+"""`hf:facebook/dinov2-base` or `hf:/local/folder`: models of transformers, with their own processor.
 
-from collections.abc import Mapping
+Image and text models, and of audio wav2vec 2.0 with its relatives (`states`, one per 20 ms, and their `mean`) and CLAP
+(`projected`, the vector in the space that it shares with texts, and `pooled`, the one before). A recording is cut into
+windows, of 30 s for wav2vec 2.0, whose states are those of all frames, and of the model's own length for CLAP, spread
+evenly, whose vectors are averaged.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +15,10 @@ import numpy as np
 import torch
 from PIL.Image import Image, new
 
-from embedcache.arrays import Array
+from embedcache.arrays import Array, Floats
+from embedcache.axis import Axis
+from embedcache.encoders.audio import SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder, resample
+from embedcache.encoders.backends import torch_graph
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
 from embedcache.encoders.image import (
     ImageModel,
@@ -19,13 +28,27 @@ from embedcache.encoders.image import (
     plain_json,
     split_transform,
 )
-from embedcache.encoders.image_features import ImageFeatures, requested_layers, untie_last_state
+from embedcache.encoders.image_features import (
+    ImageFeatures,
+    hidden_states,
+    hidden_states_option,
+    prefix_layer,
+    requested_layers,
+    untie_last_state,
+)
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.text import build_text_encoder, open_tokenizer
 from embedcache.encoders.text_features import POOLING as TEXT_POOLING
 from embedcache.encoders.text_features import TextFeatures
-from embedcache.encoders.weights import find_model_class, find_model_folder, load_config, load_pretrained, one_line
+from embedcache.encoders.weights import (
+    ModelFolder,
+    find_model_class,
+    find_model_folder,
+    load_config,
+    load_pretrained,
+    one_line,
+)
 from embedcache.errors import PathError, SettingError
 from embedcache.provenance import digest
 
@@ -35,18 +58,27 @@ IMAGE_POOLING: Mapping[str, str] = {
     "patch_mean": "mean over the patch tokens, or over the positions of the last map",
     "patches": "last states of the patch tokens, or the positions of the last map, row by row",
 }
+STATES_POOLING: Mapping[str, str] = {"mean": "mean over the last states", "states": "last states, one per frame"}
+CLAP_POOLING: Mapping[str, str] = {
+    "projected": "the pooled output, projected into the space shared with texts; mean over windows",
+    "pooled": "the model's own pooled output; mean over windows",
+}
+SPEECH_TYPES = ("data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm")
+"""Types of models that are a stack of convolutions and a transformer, one state per frame."""
+CLAP_TYPES = ("clap", "clap_audio_model")
 
 
 def open_transformers(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
-    """Open an image or text model. Options: `revision` (of a hub model), for texts also `max_tokens`.
+    """Open an image, text or audio model. Options: `revision` (of a hub model), for texts also `max_tokens`.
 
-    Of a model of both modalities, such as CLIP, the requested tower is opened.
+    Of a model of several modalities, such as CLIP or CLAP, the requested tower is opened.
     """
-    check_options(spec, ("revision",) if modality == "image" else ("max_tokens", "revision"))
+    check_options(spec, ("max_tokens", "revision") if modality == "text" else ("revision",))
     folder = find_model_folder(spec)
+    if modality == "audio":
+        return _open_audio(spec, folder, settings)
     config, loader = find_tower(folder.path, modality)
-    is_vision = hasattr(config, "num_channels") and not hasattr(config, "vocab_size")
-    check_modality(spec, modality, "image" if is_vision else "text")
+    check_modality(spec, modality, _served(config))
     model, weights = load_pretrained(loader, folder.path, config)
     layers = requested_layers(settings.features)
     untie_last_state(model, layers)
@@ -90,6 +122,13 @@ def find_tower(folder: Path, modality: Modality) -> tuple[Any, Any]:
     return part, transformers.AutoModel
 
 
+def _served(config: Any) -> Modality:
+    if config.model_type in {*SPEECH_TYPES, *CLAP_TYPES} or hasattr(config, "num_mel_bins"):
+        return "audio"
+    is_vision = hasattr(config, "num_channels") and not hasattr(config, "vocab_size")
+    return "image" if is_vision else "text"
+
+
 def pixel_transform(folder: Path) -> tuple[Transform, torch.nn.Module, dict[str, Any], tuple[int, ...]]:
     """Return the transform up to uint8, the normalization that follows, the published settings, and (3, H, W)."""
     from transformers import AutoImageProcessor
@@ -124,3 +163,131 @@ def _pixel_scale(published: Mapping[str, Any]) -> PixelScale:
     is_normalized = published.get("do_normalize")
     mean, std = (published["image_mean"], published["image_std"]) if is_normalized else ([0.0] * 3, [1.0] * 3)
     return PixelScale(*(torch.tensor(values) * pixel_range for values in (mean, std)))
+
+
+def _open_audio(spec: EncoderSpec, folder: ModelFolder, settings: EncoderSettings) -> Encoder:
+    import transformers
+
+    config = load_config(folder.path)
+    check_modality(spec, "audio", _served(config))
+    is_clap = config.model_type in CLAP_TYPES
+    if not is_clap and (config.model_type not in SPEECH_TYPES or getattr(config, "add_adapter", False)):
+        raise SettingError(
+            f"{spec.text} is a {config.model_type}: expected {', '.join(SPEECH_TYPES)} without an adapter, or clap; "
+            "for Whisper use the family whisper"
+        )
+    if is_clap:
+        config = getattr(config, "audio_config", config)
+    loader = transformers.ClapAudioModelWithProjection if is_clap else transformers.AutoModel
+    model, weights = load_pretrained(loader, folder.path, config)
+    extractor = _feature_extractor(folder.path)
+    fingerprint = Fingerprint(
+        family="hf",
+        model=spec.model_name,
+        revision=folder.revision,
+        weights=weights,
+        preprocessing={
+            **plain_json({name: value for name, value in extractor.to_dict().items() if not name.startswith("_")}),
+            "resampling": f"polyphase from {SAMPLE_RATE_HZ} Hz",
+            "window_s": extractor.max_length_s if is_clap else WINDOW_S,
+        },
+        pooling=CLAP_POOLING if is_clap else STATES_POOLING,
+        precision=settings.precision,
+    )
+    open_model = _open_clap if is_clap else _open_speech
+    return open_model(model, extractor, fingerprint, settings)
+
+
+def _feature_extractor(folder: Path) -> Any:
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return AutoFeatureExtractor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise PathError(f"no feature extractor in {folder}: {one_line(error)}; add preprocessor_config.json") from error
+
+
+def _open_speech(model: Any, extractor: Any, fingerprint: Fingerprint, settings: EncoderSettings) -> AudioEncoder:
+    """Create the encoder of a stack of convolutions and a transformer.
+
+    Windows overlap by what the convolutions need, so that their frames are those of the whole recording.
+    """
+    layers = requested_layers(settings.features)
+    untie_last_state(model, layers)
+    rate_hz = int(extractor.sampling_rate)
+    field, stride = _receptive_field(model.config)
+
+    def prepare(audio_N: Floats) -> Array:
+        inputs = extractor(resample(audio_N, rate_hz), sampling_rate=rate_hz, return_tensors="np")
+        return np.ascontiguousarray(inputs["input_values"][0], dtype=np.float32)
+
+    def split(audio_N: Array) -> list[Array]:
+        step = WINDOW_S * rate_hz // stride * stride
+        return [audio_N[start : start + step + field - stride] for start in range(0, len(audio_N) - field + 1, step)]
+
+    num_layers = len(layers) and int(model.config.num_hidden_layers)
+    names = ["states", *(f"layer{layer}.states" for layer in layers if layer <= num_layers)]
+    return AudioEncoder(
+        torch_graph(_SpeechStates(model, layers), settings, fingerprint.family),
+        prepare=prepare,
+        split=split,
+        outputs=dict.fromkeys(names, (-1, int(model.config.hidden_size))),
+        min_samples=-(-field * SAMPLE_RATE_HZ // rate_hz),
+        axis=Axis(kind="time", rate_hz=rate_hz / stride, start_s=field / 2 / rate_hz),
+        fingerprint=fingerprint,
+        settings=settings,
+    )
+
+
+def _receptive_field(config: Any) -> tuple[int, int]:
+    """Return the number of samples that a frame is computed from, and those from one frame to the next."""
+    field, stride = 1, 1
+    for kernel, step in zip(config.conv_kernel, config.conv_stride, strict=True):
+        field, stride = field + (kernel - 1) * stride, stride * step
+    return field, stride
+
+
+class _SpeechStates(torch.nn.Module):
+    def __init__(self, model: Any, layers: Sequence[int]) -> None:
+        super().__init__()
+        self._model, self._layers = model, layers
+
+    def forward(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        states = self._model(input_values=inputs, **hidden_states_option(self._layers))
+        outputs = {"states": states.last_hidden_state}
+        for layer, state in hidden_states(states, self._layers):
+            outputs |= prefix_layer(layer, {"states": state})
+        return outputs
+
+
+def _open_clap(model: Any, extractor: Any, fingerprint: Fingerprint, settings: EncoderSettings) -> AudioEncoder:
+    """Create the encoder of CLAP. It takes windows of one length; transformers would draw one of them at random."""
+    rate_hz, num_samples = int(extractor.sampling_rate), int(extractor.nb_max_samples)
+
+    def prepare(audio_N: Floats) -> Array:
+        audio_N = resample(audio_N, rate_hz)
+        starts = np.linspace(0, max(0, len(audio_N) - num_samples), -(-len(audio_N) // num_samples)).round().astype(int)
+        windows = [audio_N[start : start + num_samples] for start in starts]
+        inputs = extractor(windows, sampling_rate=rate_hz, return_tensors="np")["input_features"]
+        return np.ascontiguousarray(inputs, dtype=np.float32)
+
+    return AudioEncoder(
+        torch_graph(_ClapVectors(model), settings, fingerprint.family),
+        prepare=prepare,
+        split=list,
+        outputs={"projected": (int(model.config.projection_dim),), "pooled": (int(model.config.hidden_size),)},
+        min_samples=int(extractor.fft_window_size),
+        fingerprint=fingerprint,
+        settings=settings,
+    )
+
+
+class _ClapVectors(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        is_longer = torch.zeros((len(inputs), 1), dtype=torch.bool, device=inputs.device)
+        pooled = self._model.audio_model(input_features=inputs, is_longer=is_longer).pooler_output
+        return {"projected": self._model.audio_projection(pooled), "pooled": pooled}

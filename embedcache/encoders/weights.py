@@ -17,7 +17,8 @@ from embedcache.errors import ArtifactError, CorruptError, PathError, SettingErr
 
 USE_LOCAL_FOLDER = "give the path of a local folder instead"
 
-_OPTIONAL_WEIGHTS = ("pooler.", "lm_head.")  # a checkpoint may lack them: no feature depends on them
+_OPTIONAL_WEIGHTS = ("pooler.", "lm_head.", "masked_spec_embed")
+"""Weights that a checkpoint may lack: no feature depends on them."""
 
 
 def one_line(error: Exception, max_length: int = 200) -> str:

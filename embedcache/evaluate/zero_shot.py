@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcache.arrays import Array, Floats, Ints, blocks, mean_directions
+from embedcache.arrays import Array, Ints, blocks
 from embedcache.dataset.inputs import InputFeature
 from embedcache.dataset.labels import has_label, read_labels
 from embedcache.dataset.pairs import Items, read_items
-from embedcache.dataset.prompts import Prompts, check_prompts, read_prompts
+from embedcache.dataset.prompts import Prompts, check_prompts, class_vectors, read_prompts
 from embedcache.errors import DataError
 from embedcache.evaluate.overlap import ItemSet, Overlap, find_overlap, largest_overlap
 from embedcache.evaluate.runs import (
@@ -217,7 +217,7 @@ def classify(
 
 def _rank(run: Run, image: InputFeature, rows: Ints, labels: Ints, prompts: Prompts) -> tuple[Ints, Ints]:
     """Compute the (I,) rank of each image's class and the (I, K) classes with the highest scores."""
-    classes_CP = class_vectors(prompts, run)
+    classes_CP = class_vectors(prompts, run.pair.text)
     ranks, predicted = [], []
     for block in blocks(len(rows), _BLOCK):
         scores_BC = project(run.pair.image, image.read(rows[block])) @ classes_CP.T
@@ -246,9 +246,3 @@ def _run_prompts(cache: Cache, run: Run) -> Prompts:
     """Read the prompts that a run can project; errors are those of `evaluate_zero_shot`."""
     check_prompts(cache, run.config.text.spec)
     return read_prompts(cache, run_input(cache, run.config, "text"))
-
-
-def class_vectors(prompts: Prompts, run: Run) -> Floats:
-    """Project the prompts and average those of each class: normalize, mean, normalize -> (C, P) float32."""
-    projected_TP = project(run.pair.text, prompts.feature.read(prompts.rows))
-    return mean_directions(projected_TP, prompts.classes, len(prompts.names))

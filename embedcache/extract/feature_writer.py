@@ -11,7 +11,7 @@ from typing import Any
 from embedcache.arrays import Array
 from embedcache.axis import Axis
 from embedcache.encoders.base import Encoder
-from embedcache.encoders.open import EncoderSpec, open_encoder
+from embedcache.encoders.open import EncoderSpec, open_encoder, recorded_settings
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.extract.views import View, open_view
 from embedcache.files import Leases
@@ -120,8 +120,9 @@ class FeatureWriter:
 
 
 def choose_features(encoder: Encoder, requested: Sequence[str]) -> list[str]:
-    """Return the requested features that an encoder has, or else its first feature."""
-    return [name for name in dict.fromkeys(requested) if name in encoder.features] or [next(iter(encoder.features))]
+    """Return the requested features that an encoder has, or else its first feature, or those it names as defaults."""
+    defaults = getattr(encoder, "defaults", None) or [next(iter(encoder.features))]
+    return [name for name in dict.fromkeys(requested) if name in encoder.features] or list(defaults)
 
 
 def check_features(encoders: Collection[Encoder], requested: Sequence[str]) -> None:
@@ -174,8 +175,7 @@ def reopen_writer(group: EncoderGroup, features: Sequence[str], *, device: str) 
     fingerprint = group.fingerprint
     settings = EncoderSettings(
         device=device,
-        precision=fingerprint["precision"] or "float32",
-        backend=fingerprint["backend"] or "auto",
+        **recorded_settings(fingerprint),
         features=tuple(features),
     )
     return FeatureWriter(

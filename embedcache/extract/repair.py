@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from embedcache.arrays import Array, Floats, Ints, normalize
+from embedcache.derive.repair import derivation_depth, derive_again, derive_rows, reopen_derivation
 from embedcache.encoders.base import Modality
-from embedcache.errors import CorruptError
+from embedcache.errors import CorruptError, EmbedcacheError, ItemError
 from embedcache.extract.engines import all_devices
 from embedcache.extract.extract import join_encoders, open_job, record_job
 from embedcache.extract.feature_writer import (
@@ -86,40 +87,63 @@ def verify_cache(
     detected = findings = verify(cache, progress=progress)
     repaired: list[str] = []
     if settings.repair:
-        repaired = repair(cache, detected, device=settings.device, progress=progress)
+        repaired = repair(cache, detected, device=settings.device, trust_cache=settings.trust_cache, progress=progress)
         findings = verify(cache, progress=progress)
     drifts: list[Drift] = []
     if settings.reencode is not None:
-        drifts = measure_drift(cache, settings.reencode, device=settings.device, progress=progress)
+        drifts = measure_drift(
+            cache, settings.reencode, device=settings.device, trust_cache=settings.trust_cache, progress=progress
+        )
     return VerifyReport(cache=cache.path, detected=detected, repaired=repaired, findings=findings, drifts=drifts)
 
 
 def repair(
-    cache: Cache, findings: Sequence[Finding], *, device: str = "cpu", progress: Progress | None = None
+    cache: Cache,
+    findings: Sequence[Finding],
+    *,
+    device: str = "cpu",
+    trust_cache: bool = False,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Withdraw the damaged features of each chunk and encode those chunks again with the encoders that computed them.
 
-    Findings of `verify` that are not damage or cannot be repaired this way are skipped.
+    Derived features are computed again by their rule or run, after the features that they are derived from. Findings
+    of `verify` that are not damage or cannot be repaired this way are skipped.
+
+    Args:
+        cache: the cache.
+        findings: what `verify` found.
+        device: torch device of encoders and runs.
+        trust_cache: import rules that the cache names as `module:attribute`.
+        progress: shows the number of items.
 
     Returns:
         One line per encoder.
 
     Raises:
-        FingerprintError: an encoder has changed; its features are not modified.
+        FingerprintError: an encoder, rule or run has changed; its features are not modified.
+        SettingError: a rule is custom code, and the cache is not trusted.
         CorruptError: a table is damaged, so the rows of the chunks are unknown; nothing is modified.
     """
     tables = [finding for finding in findings if finding.is_damage and not finding.encoder]
     if tables:
         raise CorruptError(f"expected intact tables, got {tables[0].line()}")
     progress = progress or NullProgress()
-    source = reopen_source(cache.info.source)
     damaged: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for finding in findings:
         if finding.is_damage and finding.can_repair:
             damaged[finding.modality, finding.encoder].append(finding)
+    groups = {key: open_group(cache.path, *key, cache.info) for key in damaged}
+    is_encoded = any(not group.is_derived for group in groups.values())
+    source = reopen_source(cache.info.source) if is_encoded else None
     lines = []
-    for (modality, encoder), group_findings in damaged.items():
-        group = open_group(cache.path, modality, encoder, cache.info)
+    for (modality, encoder), group in sorted(groups.items(), key=lambda item: derivation_depth(cache, item[1])):
+        group_findings = damaged[modality, encoder]
+        if source is None or group.is_derived:
+            names = sorted({finding.name for finding in group_findings})
+            opened = reopen_derivation(cache, group, names, trust_cache=trust_cache, device=device)
+            lines.append(derive_again(opened, group_findings, progress))
+            continue
         writer = reopen_writer(group, sorted({finding.name for finding in group_findings}), device=device)
         check_unchanged(writer)
         for finding in group_findings:
@@ -261,6 +285,7 @@ class Drift:
         rows: (n,) int64, the items that could be read.
         cosines: (n,) float32, cosine between the stored and the new feature; of token features over all tokens.
         differences: fields of the encoder's fingerprint that have changed.
+        note: why nothing was compared; else empty.
     """
 
     feature: str
@@ -269,6 +294,7 @@ class Drift:
     num_unreadable: int
     num_changed: int
     differences: Sequence[str]
+    note: str = ""
 
     @property
     def is_bad(self) -> bool:
@@ -277,6 +303,8 @@ class Drift:
 
     def line(self) -> str:
         """Return a summary in one line."""
+        if self.note:
+            return f"{self.feature}: not compared: {self.note}"
         parts = [f"{self.feature}: {len(self.cosines):,} items encoded again"]
         if len(self.cosines):
             parts.append(f"cosine to the stored feature: mean {self.cosines.mean():.6f}, min {self.cosines.min():.6f}")
@@ -288,11 +316,18 @@ class Drift:
 
 
 def measure_drift(
-    cache: Cache, fraction: float, *, device: str = "cpu", seed: int = 0, progress: Progress | None = None
+    cache: Cache,
+    fraction: float,
+    *,
+    device: str = "cpu",
+    trust_cache: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> list[Drift]:
     """Encode a random sample of the items of every feature again and compare with what is stored.
 
     This detects changes in libraries, preprocessing, weights and source. At least one item per modality is encoded.
+    Derived features are computed again from the stored ones; those whose rule or run cannot be opened have a note.
     """
     progress = progress or NullProgress()
     source = reopen_source(cache.info.source)
@@ -300,22 +335,58 @@ def measure_drift(
     progress.start("encoding a sample again", len(groups), "encoders")
     drifts: list[Drift] = []
     for group in groups:
-        drifts += list(_measure_group(cache, source, group, fraction, device, np.random.default_rng(seed)))
+        rows = _sample_rows(group, fraction, np.random.default_rng(seed))
+        if len(rows) and group.is_derived:
+            drifts += list(_measure_derived(cache, group, rows, device, trust_cache=trust_cache))
+        elif len(rows):
+            drifts += list(_measure_group(cache, source, group, rows, device))
         progress.advance(1)
     progress.finish()
     return drifts
 
 
-def _measure_group(
-    cache: Cache, source: Source, group: EncoderGroup, fraction: float, device: str, rng: np.random.Generator
-) -> Iterator[Drift]:
-    features = [feature for feature in (Feature(group, name) for name in group.features) if feature.valid.any()]
-    if not features:
-        return
-    valid_rows = np.flatnonzero(np.logical_and.reduce([feature.valid for feature in features]))
+def _valid_features(group: EncoderGroup) -> list[Feature]:
+    return [feature for feature in (Feature(group, name) for name in group.features) if feature.valid.any()]
+
+
+def _sample_rows(group: EncoderGroup, fraction: float, rng: np.random.Generator) -> Ints:
+    """Draw a fraction of the rows that have all features of an encoder, at least one, ascending."""
+    features = _valid_features(group)
+    valid_rows = np.flatnonzero(np.logical_and.reduce([feature.valid for feature in features])) if features else ()
     if not len(valid_rows):
-        return
-    rows = np.sort(rng.choice(valid_rows, max(1, round(fraction * len(valid_rows))), replace=False))
+        return np.empty(0, np.int64)
+    rows: Ints = np.sort(rng.choice(valid_rows, max(1, round(fraction * len(valid_rows))), replace=False))
+    return rows
+
+
+def _measure_derived(
+    cache: Cache, group: EncoderGroup, rows: Ints, device: str, *, trust_cache: bool
+) -> Iterator[Drift]:
+    features = _valid_features(group)
+    names, differences, note = [feature.feature for feature in features], [], ""
+    derived: Mapping[str, Sequence[Array | ItemError]] = {name: [] for name in names}
+    try:
+        opened = reopen_derivation(cache, group, names, trust_cache=trust_cache, device=device)
+        differences = name_differences(group.fingerprint, opened.fingerprint)
+        derived = derive_rows(opened, rows)
+    except EmbedcacheError as error:
+        note = str(error)
+    for feature in features:
+        again = derived[feature.feature]
+        stored = feature.gather_tokens(rows) if again else []
+        yield Drift(
+            feature=feature.name,
+            rows=rows[: len(again)],
+            cosines=np.array([_cosine(*pair) for pair in zip(stored, again, strict=True)], np.float32),
+            num_unreadable=0,
+            num_changed=0,
+            differences=differences,
+            note=note,
+        )
+
+
+def _measure_group(cache: Cache, source: Source, group: EncoderGroup, rows: Ints, device: str) -> Iterator[Drift]:
+    features = _valid_features(group)
     writer = reopen_writer(group, [feature.feature for feature in features], device=device)
     hashes, loaded = _load_rows(cache, source, writer, rows)
     buffer = BatchBuffer(writer, writer.features, len(rows))
@@ -354,10 +425,12 @@ def _load_rows(
     return hashes, loaded
 
 
-def _cosine(stored: Array, encoded: Array) -> float:
-    if stored.shape != encoded.shape:
+def _cosine(stored: Array, encoded: Array | ItemError) -> float:
+    if isinstance(encoded, ItemError) or stored.shape != encoded.shape:
         return -1.0
     if np.array_equal(stored, encoded.astype(stored.dtype)):  # zeros have no direction
         return 1.0
+    if stored.dtype.kind == "i":  # labels are equal or not
+        return float((stored == encoded).mean())
     left, right = (normalize(array.astype(np.float32).reshape(1, -1)) for array in (stored, encoded))
     return float((left * right).sum())

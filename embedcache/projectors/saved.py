@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from embedcache.arrays import Floats, Inputs, blocks, check_finite, normalize
-from embedcache.errors import CorruptError
+from embedcache.errors import CorruptError, DataError
 from embedcache.files import replacing
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.provenance import check_same, digest_file, fields_of, read_manifest, write_json
 
 FORMAT_VERSION = 1
+RUN_FORMAT = 2
+"""Newest format of a run: 1 is an aligned pair of images and texts, 2 any other module."""
 _BLOCK = 8192
 _STORED_NAMES = {
     "index_digest": "spine",
@@ -109,8 +112,9 @@ def save_pair(run_path: Path, pair: AlignedPair, config: PairConfig) -> None:
     write_json(config_path(run_path), {**config.to_json(), **digests})
 
 
-def save_weights(path: Path, pair: AlignedPair) -> None:
-    state = {name: value.contiguous() for name, value in pair.state_dict().items()}
+def save_weights(path: Path, module: nn.Module) -> None:
+    """Write the parameters and buffers of a module as safetensors, atomically."""
+    state = {name: value.contiguous() for name, value in module.state_dict().items()}
     with replacing(path) as temporary:
         save_file(state, temporary)
 
@@ -121,11 +125,17 @@ def read_config(run_path: Path) -> PairConfig:
     Raises:
         PathError: the folder is not a finished run.
         ArtifactError: the format is newer than this version reads.
+        DataError: the run is not an aligned pair.
         CorruptError: fields are missing or unknown.
     """
     path = config_path(run_path)
     make = f"embedcache train CACHE {run_path}"
-    values = read_manifest(path, kind="run", latest_format=FORMAT_VERSION, make=make)
+    values = read_manifest(path, kind="run", latest_format=RUN_FORMAT, make=make)
+    if values["format"] != FORMAT_VERSION:
+        raise DataError(
+            f"{run_path}: expected an aligned pair, got a run of kind {values.get('kind')}; load it with "
+            "embedcache.networks.saved.load_module"
+        )
     return fields_of(path, lambda: PairConfig.from_json(values))
 
 

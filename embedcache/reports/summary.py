@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from embedcache.errors import PathError
 from embedcache.files import open_path
 from embedcache.modalities import noun
-from embedcache.projectors.saved import read_config
+from embedcache.networks.saved import read_module_config
+from embedcache.projectors.saved import RUN_FORMAT, config_path, read_config
 from embedcache.provenance import read_json, recognize
 from embedcache.search.index import read_card
 from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
@@ -53,7 +54,9 @@ def _summarize_cache(path: Path) -> Summary:
     features = [feature for modality in cache.info.num_items for feature in cache.features(modality)]
     notes = []
     for feature in features:
-        notes += [f"{feature.name}: {feature.group.spec}", *failure_lines(cache, feature)]
+        inputs = ", ".join(f"{modality} {name}" for modality, name in feature.group.inputs)
+        origin = f"{feature.group.spec}, from {inputs}" if inputs else feature.group.spec
+        notes += [f"{feature.name}: {origin}", *failure_lines(cache, feature)]
     rows = [describe_feature(feature) for feature in features]
     return Summary(
         kind="cache",
@@ -72,6 +75,7 @@ def _summarize_cache(path: Path) -> Summary:
                 {
                     **dict(zip(_FEATURE_COLUMNS[:4], row[:4], strict=True)),
                     "encoder": feature.group.spec,
+                    "inputs": [f"{modality}/{name}" for modality, name in feature.group.inputs],
                     "num_chunks": len(feature.commits),
                     "num_committed": sum(commit is not None for commit in feature.commits),
                     "num_failed": len(feature.failures),
@@ -83,8 +87,10 @@ def _summarize_cache(path: Path) -> Summary:
 
 
 def _summarize_run(path: Path) -> Summary:
-    config = read_config(path)
     outcome = read_json(path / "record.json").get("outcome", {}) if (path / "record.json").is_file() else {}
+    if read_json(config_path(path)).get("format") == RUN_FORMAT:
+        return _summarize_module(path, outcome)
+    config = read_config(path)
     projector = config.training["model"]["projector"]
     lines = [f"{path}: projector {projector}, shared width {config.shared_width}, seed {config.training['seed']}"]
     rows = []
@@ -101,6 +107,27 @@ def _summarize_run(path: Path) -> Summary:
         lines=lines,
         columns=("modality", "feature", "width", "encoder"),
         rows=rows,
+        notes=notes,
+        record={"path": str(path), **config.to_json(), "outcome": outcome},
+    )
+
+
+def _summarize_module(path: Path, outcome: Mapping[str, Any]) -> Summary:
+    config = read_module_config(path)
+    arguments = ", ".join(f"{name}={value}" for name, value in config.arguments.items())
+    lines = [f"{path}: {config.kind}({arguments}), seed {config.training.get('seed')}"]
+    if config.trainable is not None:
+        lines.append(f"trained parts: {', '.join(config.trainable)}; the others are those of the start")
+    lines += [f"part {part} started from weights {digest[:12]}" for part, digest in config.init_runs.items()]
+    notes = []
+    if outcome.get("measures"):
+        measures = ", ".join(f"{metric_label(name)} {value:.3f}" for name, value in outcome["measures"].items())
+        notes.append(f"validation of epoch {outcome.get('best_epoch')}: {measures}")
+    return Summary(
+        kind="run",
+        lines=lines,
+        columns=("side", "feature", "width", "encoder"),
+        rows=[[name, side.feature, f"{side.width:,}", side.spec] for name, side in config.sides.items()],
         notes=notes,
         record={"path": str(path), **config.to_json(), "outcome": outcome},
     )

@@ -1,6 +1,6 @@
 """An open cache: its tables, its features by name, and a description of its content."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,23 +53,25 @@ class Cache:
         with table_errors(samples_path(self.path)):
             return read_table(samples_path(self.path)).slice(0, self.info.num_samples)
 
-    def items(self, modality: str, *, chunk: int | None = None) -> pa.Table:
+    def items(self, modality: str, *, chunk: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the item table of a modality: one row per item, in row order.
 
         Args:
             modality: `text` (sample, text, language), or one of files (sample, path, offset, length; of audio and video
                 also start_s and stop_s).
             chunk: return only the rows of this chunk; None returns all.
+            columns: names of the columns to read; None reads all.
         """
         path = items_path(self.path, modality)
         with table_errors(path):
             if chunk is None:
-                return read_table(path).slice(0, self.info.num_items.get(modality, 0))
+                return read_table(path, columns=columns).slice(0, self.info.num_items.get(modality, 0))
             status = path.stat()
             stamp = (modality, status.st_size, status.st_mtime)  # another process may append samples at any time
             with open_table(path, self._footers.get(stamp)) as file:
                 self._footers = {stamp: file.metadata}
-                return file.read_row_group(chunk, use_threads=False).slice(0, self.info.count_items(modality, [chunk]))
+                rows = file.read_row_group(chunk, columns=columns, use_threads=False)
+                return rows.slice(0, self.info.count_items(modality, [chunk]))
 
     def encoders(self, modality: str) -> list[EncoderGroup]:
         """Return the encoders with features of a modality, sorted by name."""

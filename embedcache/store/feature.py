@@ -102,7 +102,7 @@ class Feature:
         if missing:
             raise UnfinishedError(
                 f"feature {self.name} is not finished: {missing} of {len(self.commits)} chunks are missing; "
-                "run the same embedcache extract again to resume it"
+                f"run the same {self.group.command} again to resume it"
             )
 
     def gather(self, rows: Ints) -> Array:

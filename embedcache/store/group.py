@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedcache.axis import Axis
+from embedcache.encoders.open import DERIVED
 from embedcache.errors import CorruptError, DataError, PathError
 from embedcache.files import flush, io_reason, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
@@ -32,6 +33,7 @@ _METADATA_KEY = b"embedcache"
 _TOKEN_CHUNK_BYTES = 16 * 2**20
 _ATTRIBUTE = "embedcache"
 _SAME_ENCODER = "use the same encoder, --backend and --precision as before, or extract into a new folder"
+_SAME_DERIVATION = "use the same inputs and parameters as before, or derive under another name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class Commit:
         features: feature name -> file below the encoder's folder -> CRC-32C of its rows.
         hashes: BLAKE2b-128 of each item's raw bytes or UTF-8 text; None if they could not be read.
         failures: feature name -> reason for each failed item, None for the others.
+        attributes: feature name -> digest of the attributes in its metadata; absent from the first commits.
     """
 
     chunk: int
@@ -52,6 +55,7 @@ class Commit:
     features: Mapping[str, Mapping[str, str]]
     hashes: Sequence[bytes | None]
     failures: Mapping[str, Sequence[str | None]]
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
     def resize(self, num_rows: int) -> "Commit":
         """Return the commit with the number of rows of the caller's tables; appended rows are `NOT_YET`."""
@@ -65,7 +69,8 @@ class Commit:
 
     def without(self, features: Collection[str]) -> "Commit":
         """Return the commit without some features."""
-        return replace(self, features={name: files for name, files in self.features.items() if name not in features})
+        files = {name: files for name, files in self.features.items() if name not in features}
+        return replace(self, features=files, attributes={k: v for k, v in self.attributes.items() if k in files})
 
     def is_complete(self, feature: str) -> bool:
         """Return whether every row has the feature or a reason why not."""
@@ -91,6 +96,21 @@ class EncoderGroup:
     def name(self) -> str:
         """Name of the folder."""
         return self.path.name
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether the features were computed from other features of the cache."""
+        return self.fingerprint.get("family") == DERIVED
+
+    @property
+    def command(self) -> str:
+        """Command that computes the features that are missing."""
+        return "embedcache derive" if self.is_derived else "embedcache extract"
+
+    @property
+    def inputs(self) -> list[tuple[str, str]]:
+        """Modality and name, `encoder/feature`, of the features that derived features were computed from."""
+        return [(entry["modality"], entry["feature"]) for entry in self.fingerprint.get("inputs", ())]
 
     @property
     def features(self) -> list[str]:
@@ -137,7 +157,18 @@ class EncoderGroup:
     def check_fingerprint(self) -> None:
         """Check that the folder still belongs to this encoder: two processes may have created it together."""
         stored = open_group(self.path.parents[1], self.modality, self.name, self.info)
-        check_same(f"encoder {self.path}", stored.fingerprint, self.fingerprint, next_step=_SAME_ENCODER)
+        stored.check_same(self.fingerprint)
+
+    def check_same(self, fingerprint: Mapping[str, Any]) -> None:
+        """Check that the stored features have a fingerprint; `FingerprintError` names each field that differs."""
+        is_derived = self.is_derived and fingerprint.get("family") == DERIVED
+        what = "derived feature" if is_derived else "encoder"
+        check_same(
+            f"{what} {self.name!r} of cache {self.path.parents[1]}",
+            self.fingerprint,
+            fingerprint,
+            next_step=_SAME_DERIVATION if is_derived else _SAME_ENCODER,
+        )
 
 
 def _have_right_size(array_path: Path, numbers: Sequence[int]) -> bool:
@@ -170,8 +201,7 @@ def create_group(
     path = encoder_path(cache_path, modality, name)
     if (path / "zarr.json").exists() and any(path.glob("chunks/*.parquet")):
         group = open_group(cache_path, modality, name, info)
-        what = f"encoder {name!r} of cache {cache_path}"
-        check_same(what, group.fingerprint, fingerprint, next_step=_SAME_ENCODER)
+        group.check_same(fingerprint)
         return group
     write_group(path, {_ATTRIBUTE: {"format": FORMAT_VERSION, "spec": spec, "fingerprint": dict(fingerprint)}})
     return EncoderGroup(path=path, modality=modality, info=info, spec=spec, fingerprint=fingerprint)
@@ -272,6 +302,8 @@ def write_commit(encoder_folder: Path, commit: Commit) -> None:
         "features": commit.features,
         "digest": _digest(commit),
     }
+    if commit.attributes:
+        metadata["attributes"] = commit.attributes
     columns = {"hash": pa.array(commit.hashes, pa.binary(16))}
     for feature in sorted(commit.features):
         columns[f"{_FAILURE}{feature}"] = pa.array(commit.failures[feature], pa.string())
@@ -322,12 +354,13 @@ def _parse(data: bytes) -> tuple[Commit, str | None]:
         features=metadata["features"],
         hashes=table["hash"].to_pylist(),
         failures={feature: table[f"{_FAILURE}{feature}"].to_pylist() for feature in metadata["features"]},
+        attributes=metadata.get("attributes", {}),
     )
     return commit, metadata.get("digest")
 
 
 def _digest(commit: Commit) -> str:
-    """Return the SHA-256 of everything in a commit."""
+    """Return the SHA-256 of everything in a commit but the digests of attributes, which came later."""
     hashes = [None if value is None else value.hex() for value in commit.hashes]
     failures = {feature: commit.failures[feature] for feature in commit.features}
     return digest([commit.chunk, commit.encoder, commit.index_digest, commit.features, hashes, failures])

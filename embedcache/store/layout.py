@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from embedcache.errors import CorruptError
 from embedcache.provenance import digest, fields_of, from_record, read_manifest, to_record, write_json
 
 FORMAT_VERSION = 1
@@ -119,13 +120,21 @@ def commit_path(encoder_folder: Path, chunk: int) -> Path:
     return encoder_folder / "chunks" / f"{chunk:05d}.parquet"
 
 
+def fit_path(encoder_folder: Path) -> Path:
+    """Return the path of the arrays that a rule was fitted to, of derived features."""
+    return encoder_folder / "fit.safetensors"
+
+
 def write_info(cache_path: Path, info: CacheInfo) -> None:
-    """Write `cache.json`, which completes the tables; empty fields of later additions are omitted."""
+    """Write `cache.json`, which completes the tables; empty fields of later additions are omitted.
+
+    Its last key is a digest of all others but `source`, whose path may be corrected by hand when files have moved.
+    """
     record = to_record(info, _STORED_NAMES)
     record["parts"] = [asdict(segment) for segment in info.segments]
     record["earlier"] = [to_record(version, _STORED_NAMES) for version in info.earlier_versions]
     stored = {name: value for name, value in record.items() if value or name not in _OMITTED_IF_EMPTY}
-    write_json(info_path(cache_path), stored)
+    write_json(info_path(cache_path), {**stored, "digest": _digest(stored)})
 
 
 def read_info(cache_path: Path) -> CacheInfo:
@@ -133,12 +142,19 @@ def read_info(cache_path: Path) -> CacheInfo:
 
     Raises:
         PathError: the folder is not a cache.
-        ArtifactError: the cache has a later format, or missing or unknown fields.
+        ArtifactError: the cache has a later format, missing or unknown fields, or values that have changed.
     """
     path = info_path(cache_path)
     command = f"embedcache extract SOURCE {cache_path}"
     record = read_manifest(path, kind="cache", latest_format=FORMAT_VERSION, make=command)
+    written = record.pop("digest", None)
+    if written not in (None, _digest(record)):  # the first caches were written without it
+        raise CorruptError(f"{path} has changed since it was written; restore the file, or extract into a new folder")
     return fields_of(path, lambda: _parse(from_record(record, _STORED_NAMES)))
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return digest({name: value for name, value in record.items() if name != "source"})
 
 
 def _parse(values: Mapping[str, Any]) -> CacheInfo:

@@ -10,10 +10,11 @@ import pyarrow as pa
 
 from embedcache.errors import ArtifactError, CorruptError, PathError
 from embedcache.progress import NullProgress, Progress
+from embedcache.provenance import digest_file
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
-from embedcache.store.group import hash_item, open_group, read_commit
-from embedcache.store.layout import commit_path, items_path, samples_path
+from embedcache.store.group import EncoderGroup, hash_item, open_group, read_commit
+from embedcache.store.layout import commit_path, fit_path, items_path, samples_path
 from embedcache.store.tables import TableDigest, open_table, table_errors
 
 _FIRST_COMMIT = commit_path(Path(), 0)
@@ -113,20 +114,34 @@ def _encoders(cache: Cache, modality: str) -> list[str]:
 
 def _open_features(cache: Cache, modality: str, encoder: str) -> tuple[list[Feature], list[Finding]]:
     """Open the features of an encoder; return a finding for each with unreadable metadata."""
-    opened, findings = [], []
+    opened: list[Feature] = []
+    findings: list[Finding] = []
     names = {path.parent.name for path in (cache.path / modality / encoder).glob("*/zarr.json")}
     with suppress(ArtifactError, PathError):  # a damaged commit is reported with its chunk
         commit = read_commit(cache.path / modality / encoder, 0)
         names |= set() if commit is None else commit.features.keys()
+    with suppress(ArtifactError, PathError):  # damaged metadata is reported with each feature
+        findings += _check_fit(open_group(cache.path, modality, encoder, cache.info))
     for name in sorted(names):
         try:
             opened.append(Feature(open_group(cache.path, modality, encoder, cache.info), name))
         except (ArtifactError, PathError) as error:
-            reason = f"{error}; remove that file and run the same embedcache extract again"
+            reason = f"{error}; remove that file and run the same embedcache extract or derive again"
             findings.append(
                 Finding(modality=modality, encoder=encoder, name=name, chunk=-1, can_repair=False, reason=reason)
             )
     return opened, findings
+
+
+def _check_fit(group: EncoderGroup) -> list[Finding]:
+    """Check the arrays that the rule of derived features was fitted to."""
+    path = fit_path(group.path)
+    if "fit" not in group.fingerprint or (path.is_file() and digest_file(path) == group.fingerprint["weights"]):
+        return []
+    reason = "missing or changed since the features were derived with it; restore it, or derive under another name"
+    return [
+        Finding(modality=group.modality, encoder=group.name, name=path.name, chunk=-1, can_repair=False, reason=reason)
+    ]
 
 
 def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding]:
@@ -134,7 +149,11 @@ def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding
     try:
         commit = feature.group.commit(chunk)
         if commit is None or not commit.is_complete(feature.feature):
-            yield finding(is_damage=False, reason="not extracted yet; run the same embedcache extract again")
+            yield finding(is_damage=False, reason=f"not extracted yet; run the same {feature.group.command} again")
+            return
+        written = commit.attributes.get(feature.feature)
+        if written not in (None, digest(read_feature(feature.group, feature.feature))):
+            yield finding(can_repair=False, reason="the attributes of its zarr.json have changed; restore that file")
             return
         for _ in feature.read_chunk(commit):
             pass

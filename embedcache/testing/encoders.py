@@ -1,7 +1,7 @@
-"""Contract tests of an image or text encoder."""
+"""Contract tests of an encoder, for each modality."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embedcache.encoders.base import Encoder, Modality
+from embedcache.arrays import Array
+from embedcache.axis import Axis
+from embedcache.encoders.base import NO_WEIGHTS, Encoder, Modality
 from embedcache.encoders.open import EncoderSpec, open_encoder
 from embedcache.encoders.settings import EncoderSettings
-from embedcache.errors import SettingError, UnknownNameError
+from embedcache.errors import ItemError, SettingError, UnknownNameError
 from embedcache.provenance import canonical_json
+from embedcache.sources.media import Video
 
 TOLERANCE = 2e-5
 """Allowed difference, for values of about 1 that float32 sums in another order give."""
@@ -30,14 +33,48 @@ def example_images() -> list[Image.Image]:
     return [Image.fromarray(ramp), *(Image.fromarray(array) for array in noise)]
 
 
+def example_audio() -> list[Array]:
+    """Return noise, a tone of the same length, silence, and a longer tone that becomes louder: 0.5 to 1.3 s."""
+    rng = np.random.default_rng(0)
+    time_s = np.arange(20_900) / 16_000
+    tone = np.sin(2 * np.pi * 440 * time_s) * np.linspace(0.01, 0.6, len(time_s))
+    noise = 0.1 * rng.standard_normal(9_777)
+    return [array.astype(np.float32) for array in (noise, tone[:9_777], np.zeros(8_000), tone)]
+
+
+def example_videos() -> list[Video]:
+    """Return videos of several rates and sizes, one of them a single frame."""
+    rng = np.random.default_rng(0)
+    shapes = {25.0: (6, 40, 64, 3), 30.0: (9, 48, 48, 3), 10.0: (1, 30, 20, 3)}
+    return [
+        Video(frames_THW3=rng.integers(0, 256, shape, dtype=np.uint8), rate_hz=rate) for rate, shape in shapes.items()
+    ]
+
+
+def example_points() -> list[Mapping[str, Array]]:
+    """Return point clouds of two sizes on a ground plane and a wall, with the arrays `uv` and `label`."""
+    rng = np.random.default_rng(0)
+    clouds: list[Mapping[str, Array]] = []
+    for num_points in (150, 90):
+        is_ground = np.arange(num_points)[:, None] % 3 > 0
+        xyz = rng.uniform(-4, 4, (num_points, 3)) * np.where(is_ground, (1, 1, 0.02), (1, 0, 1))
+        uv = rng.uniform(0, 1, (num_points, 2))
+        label = rng.integers(-1, 7, num_points)
+        clouds.append({"xyz": xyz.astype(np.float32), "uv": uv.astype(np.float32), "label": label.astype(np.int64)})
+    return clouds
+
+
 class EncoderContract:
-    """Tests that every encoder must pass; subclass `ImageEncoderContract` or `TextEncoderContract`.
+    """Tests that every encoder must pass; subclass the contract of the encoder's modality.
 
     Subclasses provide two fixtures: `spec`, the text of an encoder spec, and `other_spec`, the same model with one
-    weight changed.
+    weight changed. Those of an encoder without weights, which computes on the CPU in float32 whatever the settings say,
+    set `has_weights` to False and need no `other_spec`.
     """
 
     modality: Modality
+    has_weights = True
+    has_bfloat16 = True
 
     @pytest.fixture
     def encoder(self, spec: str) -> Encoder:
@@ -51,9 +88,17 @@ class EncoderContract:
         for name, shape in encoder.features.items():
             assert len(outputs[name]) == len(items)
             for output in outputs[name]:
-                assert output.dtype == np.float32
+                assert output.dtype == getattr(encoder, "dtypes", {}).get(name, "float32")
                 assert np.isfinite(output).all()
                 assert all(size in (-1, found) for size, found in zip(shape, output.shape, strict=True))
+
+    def test_tokens_have_axes(self, encoder: Encoder) -> None:
+        axes, dtypes = getattr(encoder, "axes", {}), getattr(encoder, "dtypes", {})
+        assert {*axes, *dtypes} <= {*encoder.features}
+        assert all(len(encoder.features[name]) == 2 for name in axes)
+        if self.modality in {"audio", "video", "points"}:
+            assert all(name in axes for name, shape in encoder.features.items() if shape[0] == -1)
+        assert all(isinstance(axis, Axis) for axis in axes.values())
 
     def test_only_named_features_are_returned(self, encoder: Encoder, items: Sequence[Any]) -> None:
         first = next(iter(encoder.features))
@@ -92,20 +137,33 @@ class EncoderContract:
         assert json.loads(canonical_json(fields)) == fields
         assert set(encoder.fingerprint.pooling) == set(encoder.features)
 
-    def test_fingerprint_changes_with_one_weight(self, encoder: Encoder, other_spec: str) -> None:
-        other = open_encoder(other_spec, modality=self.modality)
+    def test_fingerprint_changes_with_one_weight(self, encoder: Encoder, request: pytest.FixtureRequest) -> None:
+        if not self.has_weights:
+            assert encoder.fingerprint.weights == NO_WEIGHTS
+            return
+        other = open_encoder(request.getfixturevalue("other_spec"), modality=self.modality)
         assert other.fingerprint.weights != encoder.fingerprint.weights
 
     def test_bfloat16_is_close_and_recorded(self, encoder: Encoder, spec: str, items: Sequence[Any]) -> None:
-        bfloat16 = open_encoder(spec, modality=self.modality, settings=EncoderSettings(precision="bfloat16"))
+        settings = EncoderSettings(precision="bfloat16")
+        if not self.has_weights:
+            assert open_encoder(spec, modality=self.modality, settings=settings).fingerprint == encoder.fingerprint
+            return
+        if not self.has_bfloat16:
+            with pytest.raises(SettingError, match=r"bfloat16.*expected float32"):
+                open_encoder(spec, modality=self.modality, settings=settings)
+            return
+        bfloat16 = open_encoder(spec, modality=self.modality, settings=settings)
         assert (bfloat16.fingerprint.precision, bfloat16.fingerprint.backend) == ("bfloat16", "torch")
         name = next(iter(encoder.features))
-        expected = np.stack(encoder.encode(encoder.prepare(items), [name])[name])
-        found = np.stack(bfloat16.encode(bfloat16.prepare(items), [name])[name])
+        expected = np.concatenate(encoder.encode(encoder.prepare(items), [name])[name])
+        found = np.concatenate(bfloat16.encode(bfloat16.prepare(items), [name])[name])
         assert found.dtype == np.float32
         assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
 
     def test_missing_device_raises(self, spec: str) -> None:
+        if not self.has_weights:
+            return
         with pytest.raises(SettingError, match=r"cuda:63.*cpu"):
             open_encoder(spec, modality=self.modality, settings=EncoderSettings(device="cuda:63"))
 
@@ -157,6 +215,90 @@ class TextEncoderContract(EncoderContract):
             np.testing.assert_allclose(single[name][0], batch[name][1], atol=TOLERANCE, rtol=TOLERANCE)
             if encoder.features[name][0] == -1:
                 assert [len(tokens) for tokens in batch[name]] == [len(ids) for ids in prepared]
+
+
+class AudioEncoderContract(EncoderContract):
+    """Tests that every audio encoder must pass; provide the fixtures `spec` and `other_spec`."""
+
+    modality: Modality = "audio"
+
+    @pytest.fixture
+    def items(self) -> Sequence[Array]:
+        """Return recordings of several lengths."""
+        return example_audio()
+
+    def test_number_of_frames_follows_the_rate(self, encoder: Encoder, items: Sequence[Array]) -> None:
+        for name, axis in getattr(encoder, "axes", {}).items():
+            frames = encoder.encode(encoder.prepare(items), [name])[name]
+            for found, audio in zip(frames, items, strict=True):
+                assert abs(len(found) - len(audio) / 16_000 * axis.rate_hz) <= 1.5
+
+    @pytest.mark.parametrize("num_samples", [0, 1, 20])
+    def test_too_short_recording_fails_with_a_reason(self, encoder: Encoder, num_samples: int) -> None:
+        with pytest.raises(ItemError, match="short"):
+            encoder.prepare([np.zeros(num_samples, np.float32)])
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_bad_samples_fail_with_a_reason(self, encoder: Encoder, value: float) -> None:
+        audio = example_audio()[0].copy()
+        audio[5_000] = value
+        with pytest.raises(ItemError, match="NaN"):
+            encoder.prepare([audio])
+
+
+class VideoEncoderContract(EncoderContract):
+    """Tests that every video encoder must pass; provide the fixtures `spec` and `other_spec`."""
+
+    modality: Modality = "video"
+
+    @pytest.fixture
+    def items(self) -> Sequence[Video]:
+        """Return videos of several rates and sizes."""
+        return example_videos()
+
+    def test_number_of_frames_follows_the_rate(self, encoder: Encoder, items: Sequence[Video]) -> None:
+        for name, axis in getattr(encoder, "axes", {}).items():
+            steps = encoder.encode(encoder.prepare(items), [name])[name]
+            for found, video in zip(steps, items, strict=True):
+                assert abs(len(found) - len(video.frames_THW3) / video.rate_hz * axis.rate_hz) <= 1.5
+
+    def test_video_without_frames_fails_with_a_reason(self, encoder: Encoder) -> None:
+        with pytest.raises(ItemError, match="no frames"):
+            encoder.prepare([Video(frames_THW3=np.zeros((0, 8, 8, 3), np.uint8), rate_hz=25.0)])
+
+
+class PointsEncoderContract(EncoderContract):
+    """Tests that every encoder of point clouds must pass; provide the fixtures `spec` and `other_spec`."""
+
+    modality: Modality = "points"
+
+    @pytest.fixture
+    def items(self) -> Sequence[Mapping[str, Array]]:
+        """Return point clouds of several sizes."""
+        return example_points()
+
+    def test_rows_are_the_points_in_order(self, encoder: Encoder, items: Sequence[Mapping[str, Array]]) -> None:
+        order = np.random.default_rng(0).permutation(len(items[0]["xyz"]))
+        moved = {name: array[order] for name, array in items[0].items()}
+        for name in getattr(encoder, "axes", {}):
+            found, expected = encoder.encode(encoder.prepare([moved, items[0]]), [name])[name]
+            assert len(expected) == len(order)
+            np.testing.assert_allclose(found, expected[order], atol=1e-4)
+
+    def test_nan_coordinates_fail_with_a_reason(self, encoder: Encoder, items: Sequence[Mapping[str, Array]]) -> None:
+        xyz = items[0]["xyz"].copy()
+        xyz[7, 1] = np.nan
+        with pytest.raises(ItemError, match="NaN"):
+            encoder.prepare([{**items[0], "xyz": xyz}])
+
+    def test_no_points_never_crash(self, encoder: Encoder, items: Sequence[Mapping[str, Array]]) -> None:
+        empty = {name: array[:0] for name, array in items[0].items()}
+        try:
+            prepared = encoder.prepare([empty])
+        except ItemError:
+            return
+        for name, (output,) in encoder.encode(prepared, list(encoder.features)).items():
+            assert len(output) == (0 if encoder.features[name][0] == -1 else encoder.features[name][0])
 
 
 @cache

@@ -1,27 +1,21 @@
-"""Batches of aligned items: which rows belong to a batch, and a loader that reads the next ones during a step.
+"""Batches of aligned items: which rows belong to a batch, and how a batch is read.
 
 Which rows a batch holds is a pure function of the pairs, the seed and the epoch, for any number of processes.
 """
 
-import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from embedcache.arrays import Array, Ints, concatenated_ranges
+from embedcache.arrays import Ints, concatenated_ranges
 from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.train.distributed import own_slice
+from embedcache.train.loader import shuffle_blocks, to_device
 from embedcache.train.losses import Positives
-
-_BUFFER_BLOCKS = 1024
-_NUM_PREFETCHED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,16 +136,6 @@ class _SampleItems:
         return self._order[positions]
 
 
-def shuffle_blocks(count: int, block_rows: int, rng: np.random.Generator) -> Ints:
-    """Return 0 … count - 1 in a random order in which numbers stay near those of 1,024 neighboring blocks."""
-    if block_rows == 1:
-        return rng.permutation(count)
-    starts = rng.permutation(-(-count // block_rows)) * block_rows
-    _, order = concatenated_ranges(starts, np.minimum(block_rows, count - starts))
-    size = block_rows * _BUFFER_BLOCKS
-    return np.concatenate([rng.permutation(order[start : start + size]) for start in range(0, count, size)])
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoadedInputs:
     """One modality of a batch on the device.
@@ -181,37 +165,15 @@ class LoadedBatch:
     positives: Positives
 
 
-class Loader:
-    """Batches on the device, read in order on one thread, two batches ahead; to a GPU through pinned memory.
+class PairLoader:
+    """Loads batches of pairs: reads both features and moves them to the device."""
 
-    `waited_s` counts the seconds that the training loop waited for a batch.
-    """
+    def __init__(self, *, image: Reader, text: Reader, device: str) -> None:
+        self._image, self._text, self._device = image, text, device
 
-    def __init__(self, batches: Batches, *, image: Reader, text: Reader, device: str) -> None:
-        self._batches, self._image, self._text = batches, image, text
-        self._device = torch.device(device)
-        self.num_steps, self.num_samples, self.batch_size = batches.num_steps, batches.num_samples, batches.batch_size
-        self.waited_s = 0.0
-
-    def epoch(self, number: int, *, first_step: int = 0) -> Iterator[LoadedBatch]:
-        """Iterate over the loaded batches of one epoch, from a step on."""
-        with ThreadPoolExecutor(1, "loader") as executor:
-            pending: deque[Future[LoadedBatch]] = deque()
-            for batch in self._batches.epoch(number, first_step=first_step):
-                pending.append(executor.submit(self._load, batch))
-                if len(pending) > _NUM_PREFETCHED:
-                    yield self._wait(pending.popleft())
-            while pending:
-                yield self._wait(pending.popleft())
-
-    def _wait(self, future: "Future[LoadedBatch]") -> LoadedBatch:
-        started = time.perf_counter()
-        loaded = future.result()
-        self.waited_s += time.perf_counter() - started
-        return loaded
-
-    def _load(self, batch: Batch) -> LoadedBatch:
-        images, texts = map(self._to_device, batch.positives)
+    def __call__(self, batch: Batch) -> LoadedBatch:
+        """Read this process's part of a batch."""
+        images, texts = (to_device(positions, self._device) for positions in batch.positives)
         return LoadedBatch(
             batch=batch,
             image=self._read(self._image, batch.image_rows, is_mixed=batch.mix is not None),
@@ -224,14 +186,8 @@ class Loader:
         own = parts[:, own_slice(parts.shape[1])].ravel()
         inputs = read(own)
         return LoadedInputs(
-            values=self._to_device(inputs.values),
-            lengths=None if inputs.lengths is None else self._to_device(inputs.lengths),
+            values=to_device(inputs.values, self._device),
+            lengths=None if inputs.lengths is None else to_device(inputs.lengths, self._device),
             rows=own,
             num_items=parts.shape[1],
         )
-
-    def _to_device(self, array: Array) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)

@@ -11,6 +11,7 @@ from embedcache.settings import check_settings, flat_settings, from_flat, get_se
 from embedcache.units import parse_size
 
 Initialization: TypeAlias = Literal["cca", "csa", "procrustes", "ridge", "random"]
+Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ class MachineSettings:
         "Torch device, such as cpu, cuda or cuda:1; under torchrun, cuda is each process's own GPU.",
         metavar="DEVICE",
     )
-    precision: Literal["float32", "bfloat16"] = setting("float32", "Compute precision; bfloat16 uses autocast.")
+    precision: Precision = setting("float32", "Compute precision; bfloat16 uses autocast.")
     threads: int | None = setting(
         None,
         "Torch threads on the CPU.",
@@ -118,12 +119,52 @@ class MachineSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartSettings:
+    """Which parts of a module start from other runs, and which are trained; a pair has image, text, temperature."""
+
+    init_from: tuple[str, ...] = setting(
+        (),
+        "Run whose weights are the initialization of all parts, or of one: image=RUN. Repeat it for several parts.",
+        metavar="[PART=]RUN",
+        recorded_by_default=False,
+    )
+    trainable: str | None = setting(
+        None,
+        "Train only these parts, such as text or text+temperature; the others stay as they are.",
+        metavar="PART[+PART]",
+        default_text="all",
+        recorded_by_default=False,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """Settings of the training loop, for any task."""
+
+    optimizer: OptimizerSettings = group(OptimizerSettings)
+    parts: PartSettings = group(PartSettings)
+    seed: int = setting(0, "Random seed of initialization, batch order and dropout.", ge=0, lt=2**32)
+    machine: MachineSettings = group(MachineSettings)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def to_json(self) -> Mapping[str, Any]:
+        """Return the values that affect the result, as nested JSON values under their stored names."""
+        return _to_json(self, self.machine)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """All settings of a training run."""
 
     model: ModelSettings = group(ModelSettings)
     loss: LossSettings = group(LossSettings)
     optimizer: OptimizerSettings = group(OptimizerSettings)
+    parts: PartSettings = group(PartSettings)
     split: SplitSettings = group(SplitSettings)
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     captions: Literal["draw", "all"] = setting(
@@ -160,9 +201,13 @@ class TrainSettings:
 
     def to_json(self) -> Mapping[str, Any]:
         """Return the values that affect the result, as nested JSON values under their stored names."""
-        values = to_json(self)
-        device = self.machine.device.partition(":")[0]  # which of several GPUs changes nothing
-        return {**values, "machine": {**values["machine"], "device": device}}
+        return _to_json(self, self.machine)
+
+
+def _to_json(settings: Any, machine: MachineSettings) -> Mapping[str, Any]:
+    values = to_json(settings)
+    device = machine.device.partition(":")[0]  # which of several GPUs changes nothing
+    return {**values, "machine": {**values["machine"], "device": device}}
 
 
 def train_settings(options: Mapping[str, Any]) -> TrainSettings:
@@ -177,5 +222,6 @@ def command_line(settings: TrainSettings) -> list[str]:
         value = get_setting(settings, item)
         if item.name == "seed" or value != get_setting(defaults, item):
             option = f"--{item.name.replace('_', '-')}"
-            words += [option] if value is True else [option, str(value)]
+            values = value if isinstance(value, tuple) else (value,)
+            words += [option] if value is True else [word for part in values for word in (option, str(part))]
     return words

@@ -12,43 +12,30 @@ from embedcache.dataset.pairs import Pairs
 from embedcache.dataset.selections import read_selection
 from embedcache.dataset.splits import PARTS, Split, read_split, write_split
 from embedcache.encoders.backends import torch_device
-from embedcache.errors import DataError, PathError, SettingError
-from embedcache.files import Leases, disk_errors
+from embedcache.errors import DataError, SettingError
+from embedcache.files import disk_errors
 from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, build, config_path, count_cost, read_config, save_pair, split_path
 from embedcache.provenance import (
-    check_same,
     digest_file,
-    fields_of,
-    prepare_folder,
-    read_json,
     record_stage,
-    write_json,
 )
 from embedcache.registry import require
-from embedcache.train.batches import Batches, Loader
-from embedcache.train.checkpoint import checkpoint_path
+from embedcache.train.batches import Batches, PairLoader
 from embedcache.train.data import Paths, TrainData, open_data
 from embedcache.train.distributed import num_processes, process_group, process_rank, run_on_first
 from embedcache.train.initialization import initialize
+from embedcache.train.loader import Loader
 from embedcache.train.losses import LOSSES
-from embedcache.train.settings import TrainSettings
-from embedcache.train.trainer import OnEpoch, Trainer, Validation, seeded
+from embedcache.train.pair import PairTask, Validation
+from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
+from embedcache.train.run_folder import finish_run, reuse_run, start_run
+from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
+from embedcache.train.trainer import OnEpoch, Trainer, seeded
 from embedcache.units import metric_label
 
-_FILES = (
-    ".claims",
-    "started.json",
-    "split.parquet",
-    "losses.jsonl",
-    "checkpoint.pt",
-    "last.safetensors",
-    "record.json",
-    "model.safetensors",
-    "tensorboard",
-)
 _DEFAULT_BATCH_SIZE = 1024
 _MAPPED_BLOCK_ROWS = 64
 _STORED_NAMES = {"flops_per_pair": "flops_a_pair", "wait_fraction": "waited_share"}
@@ -164,6 +151,7 @@ def train_on(
         settings = replace(settings, block_rows=_MAPPED_BLOCK_ROWS if data.is_mapped else 1)
     _check_features(data, settings)
     files = {"split": settings.split.path, "selection": settings.selection_path}
+    init_digests = source_digests(settings.parts.init_from)
     config = PairConfig(
         projector=settings.model.projector,
         shared_width=settings.model.shared_width,
@@ -171,11 +159,14 @@ def train_on(
         text=data.text,
         index_digest=data.index_digest,
         training=settings.to_json(),
-        file_digests={name: digest_file(path) for name, path in files.items() if path and path.is_file()},
+        file_digests={
+            **{name: digest_file(path) for name, path in files.items() if path and path.is_file()},
+            **{f"init_from {part}": digest for part, digest in init_digests.items()},
+        },
     )
     if config_path(run_path).is_file():
         return _reuse_run(run_path, config)
-    leases = run_on_first(lambda: _start_run(run_path, config))
+    leases = run_on_first(lambda: start_run(run_path, config.to_json()))
     recorded = {"caches": [str(cache.path) for cache in data.caches], **config.to_json()}
     with disk_errors(run_path):
         if leases is None:  # not the first of several processes
@@ -184,8 +175,7 @@ def train_on(
             pair, report = _fit(data, run_path, config, settings, progress, on_epoch)
             outcome.update(report.to_json())
         save_pair(run_path, pair, config)
-        checkpoint_path(run_path).unlink(missing_ok=True)
-        leases.release(0)
+        finish_run(run_path, leases)
     return report
 
 
@@ -206,29 +196,8 @@ def _check_features(data: TrainData, settings: TrainSettings) -> None:
 def _reuse_run(run_path: Path, config: PairConfig) -> TrainReport:
     stored = read_config(run_path)
     expected = replace(config, weights_digest=stored.weights_digest, split_digest=stored.split_digest)
-    next_step = "give the path of a new folder, or use the same settings"
-    check_same(f"run {run_path}", stored.to_json(), expected.to_json(), next_step=next_step)
-    if process_rank() == 0:
-        checkpoint_path(run_path).unlink(missing_ok=True)
-    record_path = run_path / "record.json"
-    record = read_json(record_path)
-    return replace(fields_of(record_path, lambda: TrainReport.from_json(record["outcome"])), reused=True)
-
-
-def _start_run(run_path: Path, config: PairConfig) -> Leases:
-    """Acquire a lease on the folder, for a new run or for an interrupted one with the same settings."""
-    prepare_folder(run_path, kind="a run", marker="started.json", allowed=_FILES)
-    leases = Leases(run_path)
-    if not leases.acquire(0):
-        raise PathError(f"another process trains into {run_path}; wait for it, or give the path of a new folder")
-    path, values = run_path / "started.json", config.to_json()
-    if checkpoint_path(run_path).is_file():
-        next_step = "use the same settings to resume, or give the path of a new folder"
-        check_same(f"the unfinished run {run_path}", read_json(path), values, next_step=next_step)
-    else:
-        split_path(run_path).unlink(missing_ok=True)
-    write_json(path, values)
-    return leases
+    report = reuse_run(run_path, stored.to_json(), expected.to_json(), TrainReport.from_json)
+    return replace(report, reused=True)
 
 
 def _fit(
@@ -255,17 +224,28 @@ def _fit(
     batches, device = _batches(training, settings), settings.machine.device
     with seeded(settings.seed, device):
         pair = build(config, dropout=settings.model.dropout).to(device)
-    initialize(pair, training, data.read_image, data.read_text, settings.model, seed=settings.seed)
+    sources = find_sources(settings.parts.init_from, PairTask.parts)
+    initialize(pair, training, data.read_image, data.read_text, _initialization(settings, sources), seed=settings.seed)
+    load_parts(pair, PairTask.parts, sources)
     size = count_cost(config, data.images[0].item_shape, data.texts[0].item_shape)
-    result = Trainer(
-        pair=pair,
-        loader=Loader(batches, image=data.read_image, text=data.read_text, device=device),
+    load = PairLoader(image=data.read_image, text=data.read_text, device=device)
+    task = PairTask(
+        module=pair,
+        loader=Loader(batches, load),
         validation=None if process_rank() else Validation(validation, data.read_image, data.read_text, device=device),
-        settings=settings,
-        run_path=run_path,
+        loss=settings.loss,
+        precision=settings.machine.precision,
         keys=data.keys,
-        flops_per_pair=size.flops_per_pair,
+        forward_flops=size.flops_per_pair * batches.batch_size,
+    )
+    result = Trainer(
+        task=task,
+        optimizer=_optimizer_of(pair, settings),
+        machine=settings.machine,
+        seed=settings.seed,
+        run_path=run_path,
         progress=progress,
+        trainable=parse_trainable(settings.parts.trainable, PairTask.parts),
         on_epoch=on_epoch,
     ).fit()
     counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
@@ -274,10 +254,26 @@ def _fit(
     return pair, TrainReport(
         reused=False,
         num_samples={**counts, "train": len(training.samples)},
-        num_parameters=size.parameters,
+        num_parameters=sum(value.numel() for value in pair.parameters() if value.requires_grad),
         flops_per_pair=size.flops_per_pair,
-        **result,
+        best_epoch=result.best_epoch,
+        recalls=result.measures,
+        pairs_per_s=result.samples_per_s,
+        wait_fraction=result.wait_fraction,
     )
+
+
+def _initialization(settings: TrainSettings, sources: Mapping[str, Path]) -> ModelSettings:
+    """Return the settings of the initialization: random by default where a tower of another run replaces one."""
+    if settings.model.initialization is not None or not {"image", "text"} & sources.keys():
+        return settings.model
+    return replace(settings.model, initialization="random")
+
+
+def _optimizer_of(pair: AlignedPair, settings: TrainSettings) -> OptimizerSettings:
+    """Return the settings of the optimizer; towers without parameters, such as those of asif, are not trained."""
+    has_parameters = any(True for tower in (pair.image, pair.text) for _ in tower.parameters())
+    return settings.optimizer if has_parameters else replace(settings.optimizer, epochs=0)
 
 
 def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:

@@ -1,4 +1,4 @@
-"""The training loop of one pair: AdamW with linear warm-up and cosine decay to zero, checkpoints and validation."""
+"""The training loop of any task: AdamW with linear warm-up and cosine decay to zero, checkpoints and validation."""
 
 import copy
 import ctypes
@@ -8,98 +8,101 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from embedcache.arrays import check_finite
-from embedcache.dataset.inputs import Reader
-from embedcache.dataset.pairs import Pairs
-from embedcache.errors import DataError
-from embedcache.metrics.ranking import best_ranks, recall_at
 from embedcache.progress import Progress
-from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import project, save_weights
-from embedcache.train.batches import LoadedBatch, Loader
+from embedcache.projectors.saved import save_weights
 from embedcache.train.checkpoint import RunLog, load_checkpoint, save_checkpoint
 from embedcache.train.distributed import broadcast_from_first, num_processes, process_rank
-from embedcache.train.objective import Objective
-from embedcache.train.settings import OptimizerSettings, TrainSettings
+from embedcache.train.parts import freeze
+from embedcache.train.settings import MachineSettings, OptimizerSettings
+from embedcache.train.task import Task
 
 OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
-"""Called with the epoch and its validation recalls; an exception that it raises ends the training."""
+"""Called with the epoch and its validation metrics; an exception that it raises ends the training."""
 
-_KS = (1, 5, 10)
-_MAX_SAMPLES = 5000
 _SMALL_STEP_FLOPS = 2e10
 """Below this, threads mostly wait for each other: two were 5 times slower than one on busy cores."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """Result of the training loop.
+
+    Args:
+        best_epoch: epoch whose weights the module has; 0 is the initialization.
+        measures: validation metrics of that epoch.
+        samples_per_s: training samples per second, since training started or resumed.
+        wait_fraction: fraction of the training time spent waiting for data.
+    """
+
+    best_epoch: int
+    measures: dict[str, float]
+    samples_per_s: float
+    wait_fraction: float
+
+
 @dataclass(kw_only=True)
 class Trainer:
-    """The training loop of one pair, whose weights change in place.
+    """The training loop of a task, whose module changes in place.
 
     Deterministic for a seed on one kind of device, also where training resumes from a checkpoint: to the bit.
 
-    `validation` is None on all processes but the first. The run folder gets `losses.jsonl`, checkpoints and, at the
-    end, the last weights.
+    The run folder gets `losses.jsonl`, checkpoints and, at the end, the last weights. Of the task's parts only
+    `trainable` change, None: all; the others keep their buffers too.
     """
 
-    pair: AlignedPair
-    loader: Loader
-    validation: "Validation | None"
-    settings: TrainSettings
+    task: Task
+    optimizer: OptimizerSettings
+    machine: MachineSettings
+    seed: int
     run_path: Path
-    keys: Sequence[str]
-    flops_per_pair: float
     progress: Progress
+    trainable: Sequence[str] | None = None
     on_epoch: OnEpoch | None = None
 
     def __post_init__(self) -> None:
         self._best = _BestWeights()
-        self._step = self._epoch = self._log_bytes = self._num_resumed = self._num_pairs = 0
+        self._step = self._epoch = self._log_bytes = self._num_resumed = self._num_samples = 0
         self._last_checkpoint = time.perf_counter()
 
-    def fit(self) -> dict[str, Any]:
-        """Train to the end; the pair then has the weights of its best validation recall, or its initialization.
-
-        Returns:
-            `best_epoch`, `recalls`, `pairs_per_s` and `wait_fraction` of `TrainReport`.
+    def fit(self) -> FitResult:
+        """Train to the end; the module then has the weights of its best validation score, or its initialization.
 
         Raises:
-            DataError: the loss is NaN or infinite; names step, keys and temperature.
+            DataError: the loss is NaN or infinite; names the step and what the task tells about the batch.
             CorruptError: the checkpoint cannot be read.
         """
         keep_freed_memory()
-        forward_flops = self.flops_per_pair * self.loader.batch_size
-        with seeded(self.settings.seed, self.settings.machine.device), _threads(forward_flops, self.settings):
-            self._objective = Objective(self.pair, self.settings.loss, precision=self.settings.machine.precision)
-            self._objective.to(self.settings.machine.device)
-            self._optimizer = make_optimizer(self._objective, self.settings.optimizer)
+        with seeded(self.seed, self.machine.device), _threads(self.task.forward_flops, self.machine):
+            self._objective = self.task.objective.to(self.machine.device)
+            parts = self.task.parts
+            self._frozen = freeze(self.task.module, parts, parts if self.trainable is None else self.trainable)
+            self._optimizer = make_optimizer(self._objective, self.optimizer)
             self._resume()
             seconds = self._train()
         if process_rank() == 0:
-            save_weights(self.run_path / "last.safetensors", self.pair)
-        self.pair.load_state_dict(self._best.weights)
-        return {
-            "best_epoch": self._best.epoch,
-            "recalls": self._best.recalls,
-            "pairs_per_s": round(self._num_pairs / seconds, 1) if self._num_pairs else 0.0,
-            "wait_fraction": round(self.loader.waited_s / seconds, 4) if self._num_pairs else 0.0,
-        }
+            save_weights(self.run_path / "last.safetensors", self.task.module)
+        self.task.module.load_state_dict(self._best.weights)
+        return FitResult(
+            best_epoch=self._best.epoch,
+            measures=self._best.measures,
+            samples_per_s=round(self._num_samples / seconds, 1) if self._num_samples else 0.0,
+            wait_fraction=round(self.task.loader.waited_s / seconds, 4) if self._num_samples else 0.0,
+        )
 
     def _train(self) -> float:
         """Run all epochs and return the seconds of training, without validation."""
-        total = self.settings.optimizer.epochs * self.loader.num_samples
-        self.progress.start("training", total - self._num_resumed, "pairs")
-        tensorboard = self.settings.machine.tensorboard
+        total = self.optimizer.epochs * self.task.loader.num_samples
+        self.progress.start("training", total - self._num_resumed, self.task.unit)
+        tensorboard = self.machine.tensorboard
         self._log = RunLog(self.run_path, num_bytes=self._log_bytes, step=self._step, tensorboard=tensorboard)
         with closing(self._log):
-            if self._best.score < 0:
+            if not self._best.weights:
                 self._validate()
             trained = DistributedDataParallel(self._objective) if num_processes() > 1 else self._objective
             seconds = 0.0
@@ -113,120 +116,97 @@ class Trainer:
         return seconds
 
     def _is_finished(self) -> bool:
-        optimizer = self.settings.optimizer
-        is_stalled = optimizer.patience is not None and self._epoch - self._best.epoch >= optimizer.patience
-        has_parameters = any(True for tower in (self.pair.image, self.pair.text) for _ in tower.parameters())
-        return self._epoch >= optimizer.epochs or is_stalled or not has_parameters
+        patience = self.optimizer.patience
+        is_stalled = patience is not None and self._epoch - self._best.epoch >= patience
+        return self._epoch >= self.optimizer.epochs or is_stalled
 
     def _train_epoch(self, trained: nn.Module) -> None:
-        self.pair.train()
-        optimizer = self.settings.optimizer
-        for loaded in self.loader.epoch(self._epoch, first_step=self._step - self._epoch * self.loader.num_steps):
-            loss = trained(loaded)
-            rate = learning_rate(optimizer, self._step, optimizer.epochs * self.loader.num_steps)
-            self._log_step(loss, rate, loaded)
+        self.task.module.train()
+        for module in self._frozen:
+            module.training = False
+        optimizer, loader = self.optimizer, self.task.loader
+        for batch in loader.epoch(self._epoch, first_step=self._step - self._epoch * loader.num_steps):
+            loss = trained(batch)
+            rate = learning_rate(optimizer, self._step, optimizer.epochs * loader.num_steps)
+            self._log_step(loss, rate, batch)
             loss.backward()
             update(self._objective, self._optimizer, rate, optimizer.max_grad_norm)
             self._step += 1
-            self._num_pairs += len(loaded.batch.samples)
-            self.progress.advance(len(loaded.batch.samples))
+            self._num_samples += self.task.count(batch)
+            self.progress.advance(self.task.count(batch))
             self._checkpoint()
 
-    def _log_step(self, loss: Tensor, rate: float, loaded: LoadedBatch) -> None:
-        value, temperature = loss.item(), self.pair.temperature.item()
+    def _log_step(self, loss: Tensor, rate: float, batch: Any) -> None:
+        value = loss.item()
         if not math.isfinite(value):
-            self._raise_loss_error(value, temperature, loaded)
-        values = {"epoch": self._epoch, "loss": value, "temperature": temperature, "learning_rate": rate}
+            raise self.task.explain(batch, loss=value, step=self._step)
+        values = {"epoch": self._epoch, "loss": value, **self.task.watch(), "learning_rate": rate}
         self._log.write({"step": self._step, **values}, self._step, values)
 
-    def _raise_loss_error(self, value: float, temperature: float, loaded: LoadedBatch) -> None:
-        for name, inputs in (("image", loaded.image), ("text", loaded.text)):
-            values = inputs.values.float().cpu().numpy()
-            check_finite(values, f"at step {self._step}, the {name} feature", rows=inputs.rows)
-        keys = [self.keys[sample] for sample in loaded.batch.samples[:5].tolist()]
-        raise DataError(
-            f"the loss is {value} at step {self._step} with temperature {temperature:.4g}, in the batch of the "
-            f"{len(loaded.batch.samples):,} keys {', '.join(keys)} …; lower --lr, or check the features "
-            "with: embedcache inspect"
-        )
-
     def _validate(self) -> None:
-        recalls = broadcast_from_first({} if self.validation is None else self.validation.recalls(self.pair))
-        self._log.write({"epoch": self._epoch, "validation": recalls}, self._step, recalls)
-        self._best.update(self._epoch, recalls, self.pair)
+        self.task.module.eval()
+        measures = broadcast_from_first({} if process_rank() else dict(self.task.measure()))
+        self._log.write({"epoch": self._epoch, "validation": measures}, self._step, measures)
+        self._best.update(self._epoch, self.task.score(measures), measures, self.task.module)
         if self.on_epoch is not None:
-            self.on_epoch(self._epoch, recalls)
+            self.on_epoch(self._epoch, measures)
 
     def _checkpoint(self) -> None:
         seconds = time.perf_counter() - self._last_checkpoint
-        if not broadcast_from_first(seconds >= self.settings.machine.checkpoint_s):
+        if not broadcast_from_first(seconds >= self.machine.checkpoint_s):
             return
         save_checkpoint(
             self.run_path,
-            self.settings.machine.device,
+            self.machine.device,
             {
                 "objective": self._objective.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
-                "best": vars(self._best),
+                "best": self._best.to_state(),
                 "step": self._step,
                 "epoch": self._epoch,
-                "pairs": self._num_resumed + self._num_pairs,
+                "pairs": self._num_resumed + self._num_samples,
                 "log_bytes": self._log.flush(),
             },
         )
         self._last_checkpoint = time.perf_counter()
 
     def _resume(self) -> None:
-        state = load_checkpoint(self.run_path, self.settings.machine.device)
+        state = load_checkpoint(self.run_path, self.machine.device)
         if state is None:
             return
         self._objective.load_state_dict(state["objective"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._best = _BestWeights(**state["best"])
+        self._best = _BestWeights.from_state(state["best"])
         self._step, self._epoch, self._log_bytes = state["step"], state["epoch"], state["log_bytes"]
         self._num_resumed = state["pairs"]
         self.progress.note(f"resumed from the checkpoint after step {self._step:,}")
 
 
-class Validation:
-    """Retrieval in both directions on the validation pairs, of at most 5,000 evenly spaced samples."""
-
-    def __init__(self, pairs: Pairs, image: Reader, text: Reader, *, device: str) -> None:
-        samples = pairs.samples
-        if len(samples) > _MAX_SAMPLES:
-            samples = samples[np.linspace(0, len(samples) - 1, _MAX_SAMPLES).astype(np.int64)]
-        pairs = pairs.select(samples)
-        self._images, self._texts = image(pairs.image.rows), text(pairs.text.rows)
-        self._positives = pairs.positives()
-        self._device = device
-
-    def recalls(self, pair: AlignedPair) -> dict[str, float]:
-        """Compute validation recall, `i2t r@1` to `t2i r@10`, each from 0 to 1."""
-        pair.eval()
-        images = project(pair.image, self._images, device=self._device)
-        texts = project(pair.text, self._texts, device=self._device)
-        image, text = self._positives
-        ranks = {
-            "i2t": best_ranks(images, texts, (image, text)),
-            "t2i": best_ranks(texts, images, (text, image)),
-        }
-        return {f"{direction} r@{k}": recall_at(ranks[direction], k) for direction in ranks for k in _KS}
-
-
 @dataclass(kw_only=True)
 class _BestWeights:
-    """The weights with the highest validation recall: the mean of R@1, R@5 and R@10 over both directions."""
+    """The weights with the highest validation score."""
 
     epoch: int = 0
-    score: float = -1.0
-    recalls: dict[str, float] = field(default_factory=dict)
+    score: float = -math.inf
+    measures: dict[str, float] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
 
-    def update(self, epoch: int, recalls: Mapping[str, float], pair: AlignedPair) -> None:
+    def update(self, epoch: int, score: float, measures: dict[str, float], module: nn.Module) -> None:
         """Copy the weights after an epoch if they are better than all before."""
-        if fmean(recalls.values()) > self.score:
-            self.epoch, self.score, self.recalls = epoch, fmean(recalls.values()), dict(recalls)
-            self.weights = copy.deepcopy(pair.state_dict())
+        if not self.weights or score > self.score or math.isnan(self.score):
+            self.epoch, self.score, self.measures = epoch, score, measures
+            self.weights = copy.deepcopy(module.state_dict())
+
+    def to_state(self) -> dict[str, Any]:
+        """Return the values for a checkpoint, where `measures` are called `recalls`."""
+        return {"epoch": self.epoch, "score": self.score, "recalls": self.measures, "weights": self.weights}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "_BestWeights":
+        """Build from the values of `to_state`."""
+        return cls(
+            epoch=state["epoch"], score=state["score"], measures=dict(state["recalls"]), weights=state["weights"]
+        )
 
 
 @contextmanager
@@ -239,9 +219,9 @@ def seeded(seed: int, device: str) -> Iterator[None]:
 
 
 @contextmanager
-def _threads(forward_flops: float, settings: TrainSettings) -> Iterator[None]:
+def _threads(forward_flops: float, machine: MachineSettings) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(settings.machine.threads or (1 if 3 * forward_flops < _SMALL_STEP_FLOPS else before))
+    torch.set_num_threads(machine.threads or (1 if 3 * forward_flops < _SMALL_STEP_FLOPS else before))
     try:
         yield
     finally:

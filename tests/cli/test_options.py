@@ -35,6 +35,7 @@ SAME_NOUN = {
     "--text-cosine": "as --image-cosine",
     "--text-feature": "as --image-feature",
     "--threads": "of decoding in extract, of torch in train",
+    "--trust-cache": "what a cache may then do: name images anywhere in serve, custom code in verify",
     "--threshold": "select names the methods that use it",
     "-k": "number of nearest items: per query, concept or sample",
 }

@@ -76,6 +76,76 @@ def save_dinov2(folder: Path, *, num_registers: int) -> Path:
     return folder
 
 
+SPEECH_SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "conv_dim": [8] * 7,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "vocab_size": 20,
+}
+"""Sizes of a wav2vec 2.0 whose convolutions are as in the published models."""
+
+
+def save_speech(folder: Path, name: str, *, seed: int, **options: Any) -> Path:
+    """Save a wav2vec 2.0 or HuBERT of 2 layers of 16, `Wav2Vec2` or `Hubert`, and its feature extractor."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**SPEECH_SIZES, **options)
+    getattr(transformers, f"{name}Model")(config).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+def save_clap(folder: Path, *, seed: int, is_fused: bool) -> Path:
+    """Save a CLAP whose audio tower has 2 stages, for windows of 1 s at 48 kHz, and its feature extractor."""
+    import transformers
+
+    torch.manual_seed(seed)
+    audio = {
+        "window_size": 4,
+        "num_mel_bins": 16,
+        "spec_size": 64,
+        "patch_size": 4,
+        "patch_stride": [4, 4],
+        "num_classes": 4,
+        "hidden_size": 32,
+        "projection_dim": 12,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "patch_embeds_hidden_size": 16,
+        "enable_fusion": is_fused,
+    }
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ClapConfig(audio_config=audio, text_config={**text, "vocab_size": 30}, projection_dim=12)
+    transformers.ClapModel(config).save_pretrained(folder)
+    transformers.ClapFeatureExtractor(
+        feature_size=16,
+        max_length_s=1,
+        truncation="fusion" if is_fused else "rand_trunc",
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_whisper(folder: Path, *, seed: int) -> Path:
+    """Save a Whisper of 2 layers of 16, and the same for CTranslate2 in the folder `ctranslate2` in it."""
+    import transformers
+    from ctranslate2.converters import TransformersConverter
+
+    torch.manual_seed(seed)
+    sizes = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    config = transformers.WhisperConfig(
+        vocab_size=64, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, max_target_positions=16, **sizes, **tokens
+    )
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(folder)
+    TransformersConverter(str(folder)).convert(str(folder / "ctranslate2"))
+    return folder
+
+
 def write_clip_config(folder: Path) -> Path:
     """Write an open_clip architecture of 2 layers of 32 at 32 px, named `tiny-clip`."""
     folder.mkdir(parents=True, exist_ok=True)

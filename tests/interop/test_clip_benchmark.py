@@ -18,10 +18,9 @@ from torch.utils.data import default_collate
 
 from embedcache.cli.main import app
 from embedcache.dataset.inputs import open_input
-from embedcache.dataset.prompts import read_prompts
+from embedcache.dataset.prompts import class_vectors, read_prompts
 from embedcache.errors import FingerprintError, MissingExtraError, PathError, SettingError
 from embedcache.evaluate.runs import load_runs, run_input
-from embedcache.evaluate.zero_shot import class_vectors
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.interop.clip_benchmark import evaluate, load, top_k_accuracy
@@ -273,6 +272,6 @@ def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path, monkeypatch: pytes
     assert 0 < ours["metrics"]["acc5"] < 1
     [loaded] = load_runs([run])
     prompts = Cache(tmp_path / "prompts")
-    classes = class_vectors(read_prompts(prompts, run_input(prompts, loaded.config, "text")), loaded)
+    classes = class_vectors(read_prompts(prompts, run_input(prompts, loaded.config, "text")), loaded.pair.text)
     found = torch.load(tmp_path / "classes.pt", weights_only=True).T
     np.testing.assert_allclose(found, classes, atol=HALF)

@@ -10,8 +10,9 @@ from embedcache.arrays import Inputs, Ints
 from embedcache.dataset.pairs import Items, Pairs
 from embedcache.projectors.pair import AlignedPair
 from embedcache.train import tiles
-from embedcache.train.batches import Batches, Loader
+from embedcache.train.batches import Batches, PairLoader
 from embedcache.train.distributed import process_group, process_rank
+from embedcache.train.loader import Loader
 from embedcache.train.losses import LOSSES
 from embedcache.train.objective import Objective
 from embedcache.train.settings import LossSettings
@@ -61,7 +62,7 @@ def _loader(mixup: float, captions: str) -> Loader:
 
         return read
 
-    return Loader(batches, image=reader(images), text=reader(texts), device="cpu")
+    return Loader(batches, PairLoader(image=reader(images), text=reader(texts), device="cpu"))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Several processes compute the gradients of one with the same batch: real processes, on gloo."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from embedcache.settings import from_flat
 from embedcache.train.distributed import own_slice
+from embedcache.train.settings import FitSettings
 from tests.crash import call
 from tests.train.distributed_worker import main
+from tests.train.places import train_places
 from tests.train.runs import IMAGE, TEXT, log_lines, run
 
 pytestmark = pytest.mark.slow
@@ -51,3 +55,13 @@ def test_two_processes_train_the_same(cache_path: Path, tmp_path: Path) -> None:
 
 def test_own_slice_of_one_process() -> None:
     assert own_slice(7) == slice(0, 7)
+
+
+def test_two_processes_train_any_task_the_same(cache_path: Path, tmp_path: Path) -> None:
+    options = {"epochs": 2, "batch_size": 60, "lr": 0.01, "trainable": "head"}  # dropout and batch norm are frozen
+    train_places(cache_path, tmp_path / "1", from_flat(FitSettings, options))
+    torchrun(2, "-m", "--", "tests.train.places", str(cache_path), str(tmp_path / "2"), json.dumps(options))
+    one, two = (load_file(tmp_path / name / "last.safetensors") for name in "12")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+    assert len(log_lines(tmp_path / "2")) == 2 * 4 + 3

@@ -28,8 +28,9 @@ from embedcache.store.cache import Cache
 from embedcache.train import train as train_module
 from embedcache.train.batches import Batches
 from embedcache.train.initialization import initialize
+from embedcache.train.pair import Validation
 from embedcache.train.settings import OptimizerSettings
-from embedcache.train.trainer import Validation, learning_rate, make_optimizer
+from embedcache.train.trainer import learning_rate, make_optimizer
 from tests.train.runs import IMAGE, beats_chance, log_lines, run
 
 
@@ -144,7 +145,7 @@ def test_finished_run_is_reused(cache_path: Path, finished: Path) -> None:
 def test_record_of_another_version_is_named(
     cache_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, outcome: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(train_module, "read_json", lambda _: {"outcome": outcome})
+    monkeypatch.setattr("embedcache.train.run_folder.read_json", lambda _: {"outcome": outcome})
     with pytest.raises(CorruptError, match=r"record\.json does not hold the fields of its format"):
         run(cache_path, finished)
 

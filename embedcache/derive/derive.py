@@ -1,0 +1,371 @@
+"""Derivation: compute features from other features of a cache, chunk by chunk, with a rule or a trained run."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from embedcache.arrays import Array
+from embedcache.derive.chunks import ChunkReader, Rows
+from embedcache.derive.groups import prepare_group, request_fingerprint
+from embedcache.derive.rules import Rule, RuleFunction, open_rule, to_items
+from embedcache.derive.runs import RunRequest, open_run
+from embedcache.derive.settings import DTYPES, DeriveSettings
+from embedcache.encoders.base import ItemShape
+from embedcache.encoders.open import EncoderSpec
+from embedcache.errors import ItemError, SettingError
+from embedcache.files import Leases, remove_partials
+from embedcache.modalities import noun
+from embedcache.progress import NullProgress, Progress
+from embedcache.provenance import record_stage
+from embedcache.store.cache import Cache
+from embedcache.store.feature import Feature
+from embedcache.store.group import EncoderGroup, add_feature
+from embedcache.store.writer import cast_item, commit_chunk
+
+OutputSpec: TypeAlias = tuple[ItemShape, str]
+"""Shape of one item and dtype on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derivation:
+    """A description of derived features.
+
+    Args:
+        name: name of their folder in the cache, beside those of encoders.
+        inputs: modality and name, `encoder/feature`, of each feature that the rule reads. The derived features have an
+            item per item of the first input; other modalities contribute the item of the same sample.
+        rule: name of a rule, `module:attribute`, or a function; see `embedcache.derive.rules`.
+        parameters: parameters of the rule, as JSON values.
+        outputs: output -> item shape and dtype, for a function; a `Rule` knows its outputs.
+        dtype: dtype on disk of the outputs of a `Rule`.
+        model_digest: digest of what a function computes with, if it is more than its code and parameters.
+        keeps_axis: whether token outputs of a function have the tokens, and the axis, of the first input.
+        fit_split: a run's `split.parquet`; a rule that is fitted reads its training part. None: all items.
+    """
+
+    name: str
+    inputs: Sequence[tuple[str, str]]
+    rule: str | Rule | RuleFunction
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    outputs: Mapping[str, OutputSpec] = field(default_factory=dict)
+    dtype: str = "float16"
+    model_digest: str = ""
+    keeps_axis: bool = False
+    fit_split: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise SettingError("inputs: expected at least one feature to derive from, got none")
+        if not self.name or EncoderSpec("", self.name).folder != self.name:
+            raise SettingError(f"name: expected a name of letters, digits and . = + - _, got {self.name!r}")
+        for dtype in (self.dtype, *(dtype for _, dtype in self.outputs.values())):
+            if dtype not in DTYPES:
+                raise SettingError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeriveReport:
+    """Result of a derivation.
+
+    Args:
+        features: names of the outputs.
+        derived: number of items in the chunks that were computed now.
+        reused: number of items in the chunks that existed before.
+        failures: kind of failure -> number of items, over the whole cache.
+    """
+
+    modality: str
+    name: str
+    features: Sequence[str]
+    derived: int
+    reused: int
+    failures: Mapping[str, int]
+
+    def line(self) -> str:
+        """Return a summary in one line."""
+        failed = "; ".join(f"{count} {reason}" for reason, count in self.failures.items())
+        return (
+            f"{self.name} ({', '.join(self.features)}): derived {self.derived:,} {noun(self.modality)}, "
+            f"reused {self.reused:,}, failed {sum(self.failures.values()):,}" + (f": {failed}" if failed else "")
+        )
+
+
+def derive(cache_path: Path | str, derivation: Derivation, *, progress: Progress | None = None) -> DeriveReport:
+    """Compute features from other features of a cache, and store them beside these.
+
+    Committed chunks are not computed again, so an interrupted derivation resumes where it stopped, several processes
+    share the chunks, and after `extract --extend` only new rows are computed. An item that lacks an input has no
+    derived feature, for the same reason; items whose input was repaired since are computed now. Memory: one chunk of
+    the inputs and outputs, and 16 bytes per item if the inputs have several modalities.
+
+    Raises:
+        UnknownNameError: there is no such feature, rule or parameter.
+        SettingError: the inputs do not fit the rule, or the name belongs to an encoder.
+        UnfinishedError: chunks of an input are missing.
+        FingerprintError: the name holds features of other inputs, parameters or code; names each with both values.
+        DataError: a sample has several items of another modality, or a value does not fit the declared output.
+    """
+    progress = progress or NullProgress()
+    cache = Cache(cache_path)
+    remove_partials(cache.path)
+    rule = open_rule(derivation.rule)
+    inputs = [_open_input(cache, derivation, modality, name) for modality, name in derivation.inputs]
+    parameters = rule.check_parameters(derivation.parameters)
+    outputs = _choose_outputs(derivation, rule, inputs, parameters)
+    reader = ChunkReader(cache, inputs)
+    reader.require_complete()
+    if rule.fit is None:  # before anything is written
+        first = reader.open_first()
+        _apply(rule, reader, first, parameters, outputs, derivation.name)
+    fingerprint = request_fingerprint(rule, inputs, parameters, weights=derivation.model_digest or rule.weights)
+    group, fitted = prepare_group(cache, derivation.name, rule, reader, fingerprint, split_path=derivation.fit_split)
+    for name, (shape, dtype) in outputs.items():
+        axis = inputs[0].axis if derivation.keeps_axis or rule.keeps_axis else None
+        add_feature(group, name, shape, dtype, axis=axis if len(shape) > 1 else None)
+    opened = OpenDerivation(
+        group=group,
+        fingerprint=group.fingerprint,
+        rule=rule,
+        reader=reader,
+        parameters={**parameters, **fitted},
+        outputs=outputs,
+    )
+    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+    with record_stage(cache.path / "records" / f"derive-{started}.json", "derive", group.fingerprint) as outcome:
+        chunks = opened.run(range(cache.info.num_chunks(group.modality)), progress)
+        report = _count_items(opened, chunks)
+        outcome["features"] = vars(report)
+    return report
+
+
+def derive_from_run(
+    cache_path: Path | str,
+    run_path: Path | str,
+    output: str = "projected",
+    *,
+    name: str | None = None,
+    modality: str | None = None,
+    prompts: Path | str | None = None,
+    dtype: str = "float16",
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[DeriveReport]:
+    """Store an output of a trained run as features of a cache.
+
+    Args:
+        cache_path: cache with the features that the run reads.
+        run_path: folder of the run.
+        output: for an aligned pair, `projected` (unit vectors in the shared space) or `prob` (probabilities of
+            classes).
+        name: name of the folder in the cache; None: `RUN-OUTPUT`.
+        modality: modality to derive features of; None: every modality for which the run has the output.
+        prompts: cache of prompts that define the classes of `prob`.
+        dtype: dtype on disk.
+        device: torch device of the run.
+        progress: shows the number of items.
+
+    Returns:
+        One report per modality; errors are those of `derive` and `embedcache.derive.runs.open_run`.
+    """
+    run = Path(run_path)
+    request = RunRequest(
+        cache=Cache(cache_path), path=run, output=output, modality=modality, prompts=prompts, device=device
+    )
+    name = name or f"{run.resolve().name}-{output}"
+    derivations = [
+        Derivation(name=name, inputs=opened.inputs, rule=opened.rule, parameters=opened.parameters, dtype=dtype)
+        for opened in open_run(request)
+    ]
+    return [derive(cache_path, derivation, progress=progress) for derivation in derivations]
+
+
+def derive_with_settings(
+    cache_path: Path | str, settings: DeriveSettings, *, progress: Progress | None = None
+) -> list[DeriveReport]:
+    """Derive what the settings of the command line describe; errors are those of `derive` and `derive_from_run`."""
+    if settings.run is not None:
+        return derive_from_run(
+            cache_path,
+            settings.run,
+            settings.run_output,
+            name=settings.name,
+            modality=settings.modality,
+            prompts=settings.prompts,
+            dtype=settings.dtype,
+            device=settings.device,
+            progress=progress,
+        )
+    assert settings.rule is not None  # one of the two is given
+    derivation = Derivation(
+        name=settings.name or settings.rule.rpartition(":")[2],
+        inputs=settings.input_features,
+        rule=settings.rule,
+        parameters=settings.parameter_values,
+        dtype=settings.dtype,
+        fit_split=settings.fit_split,
+    )
+    return [derive(cache_path, derivation, progress=progress)]
+
+
+def _open_input(cache: Cache, derivation: Derivation, modality: str, name: str) -> Feature:
+    feature = cache.feature(modality, name)
+    if feature.group.name == derivation.name and modality == derivation.inputs[0][0]:
+        raise SettingError(f"name: {derivation.name!r} holds the input {feature.name}; choose another name")
+    return feature
+
+
+def _choose_outputs(
+    derivation: Derivation, rule: Rule, inputs: Sequence[Feature], parameters: Mapping[str, Any]
+) -> dict[str, OutputSpec]:
+    if rule.outputs is None:
+        if not derivation.outputs:
+            raise SettingError(
+                f"outputs: the rule {rule.name!r} is a function, which does not say what it returns; expected "
+                'shapes and dtypes such as {"label": ((1,), "int16")}, or a Rule instead of a function'
+            )
+        return dict(derivation.outputs)
+    shapes = rule.outputs([feature.item_shape for feature in inputs], parameters)
+    if derivation.outputs:
+        raise SettingError(f"outputs: the rule {rule.name!r} has the outputs {', '.join(shapes)}; omit them")
+    return {name: (tuple(shape), derivation.dtype) for name, shape in shapes.items()}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenDerivation:
+    """A derivation with its open inputs and its folder in the cache.
+
+    Args:
+        fingerprint: everything that decides what is computed now, to compare with that of the folder.
+        parameters: parameters of the rule with its fitted arrays.
+        outputs: output -> item shape and dtype.
+    """
+
+    group: EncoderGroup
+    fingerprint: Mapping[str, Any]
+    rule: Rule
+    reader: ChunkReader
+    parameters: Mapping[str, Any]
+    outputs: Mapping[str, OutputSpec]
+
+    def check_unchanged(self) -> None:
+        """Check that what is computed now is what the folder holds, or raise a `FingerprintError`."""
+        self.group.check_same(self.fingerprint)
+
+    def run(self, chunks: Sequence[int], progress: Progress) -> list[int]:
+        """Compute what chunks lack, first those that no other process works on; return those computed here."""
+        missing = [chunk for chunk in chunks if self._missing(chunk)]
+        if not missing:
+            return []
+        leases, computed = Leases(self.group.path / "chunks"), []
+        num_items = self.group.info.count_items(self.group.modality, missing)
+        progress.start(f"deriving {self.group.name}", num_items, noun(self.group.modality))
+        for is_last_pass in (False, True):
+            for chunk in missing:
+                if chunk in computed or (is_last_pass and not self._missing(chunk)):
+                    continue
+                if not leases.acquire(chunk, wait=is_last_pass):
+                    continue
+                try:
+                    if self._compute_chunk(chunk):
+                        computed.append(chunk)
+                        progress.advance(self.group.info.count_items(self.group.modality, [chunk]))
+                finally:
+                    leases.release(chunk)
+        progress.finish()
+        return sorted(computed)
+
+    def compute(self, rows: Rows, features: Sequence[str]) -> dict[str, list[Array | ItemError]]:
+        """Compute features of the items that have all inputs, one array or error per item, in the dtype on disk."""
+        outputs = {name: self.outputs[name] for name in features}
+        return _apply(self.rule, self.reader, rows, self.parameters, outputs, self.group.name)
+
+    def _missing(self, chunk: int) -> dict[str, bool]:
+        """Return the outputs that a chunk lacks -> whether rows that failed are written again."""
+        commit = self.group.commit(chunk)
+        missing = {name: False for name in self.outputs if not self.group.has(commit, name)}
+        if commit is None or not any(any(reasons) for reasons in commit.failures.values()):
+            return missing
+        now_valid = set(self.reader.open_chunk(chunk).valid.tolist())
+        for name in self.outputs:
+            reasons = enumerate(commit.failures.get(name, ()))
+            if any(reason and row in now_valid and not self._is_own(reason) for row, reason in reasons):
+                missing[name] = True
+        return missing
+
+    def _is_own(self, reason: str) -> bool:
+        return reason.endswith(self._own_suffix)
+
+    @property
+    def _own_suffix(self) -> str:
+        """End of the reasons that the rule gave, unlike those of its inputs."""
+        return f" (from {self.group.name})"
+
+    def _compute_chunk(self, chunk: int) -> bool:
+        """Compute and commit a chunk, unless another process did; return whether it was computed."""
+        missing = self._missing(chunk)
+        if not missing:
+            return False
+        rows = self.reader.open_chunk(chunk)
+        computed = self.compute(rows, list(missing))
+        items: dict[str, list[Array | None]] = {}
+        failures: dict[str, list[str | None]] = {}
+        for name, values in computed.items():
+            items[name], failures[name] = [None] * len(rows.reasons), list(rows.reasons)
+            for row, value in zip(rows.valid.tolist(), values, strict=True):
+                if isinstance(value, ItemError):
+                    failures[name][row] = f"{value}{self._own_suffix}"
+                else:
+                    items[name][row] = value
+        is_retried = any(missing.values())
+        commit_chunk(self.group, chunk, items, rows.hashes, failures, overwrite_failed=is_retried)
+        return True
+
+
+def _apply(
+    rule: Rule,
+    reader: ChunkReader,
+    rows: Rows,
+    parameters: Mapping[str, Any],
+    outputs: Mapping[str, OutputSpec],
+    group_name: str,
+) -> dict[str, list[Array | ItemError]]:
+    """Apply a rule to the items that have all inputs, and check what it returns."""
+    num_items = len(rows.valid)
+    if not num_items:
+        return {name: [] for name in outputs}
+    returned = rule.apply(reader.blocks(rows), parameters)
+    values: dict[str, list[Array | ItemError]] = {}
+    for name, (shape, dtype) in outputs.items():
+        if name not in returned:
+            raise SettingError(
+                f"the rule {rule.name!r} returned {', '.join(returned) or 'nothing'}, but no output {name!r}"
+            )
+        full_name = f"{group_name}/{name}"
+        values[name] = [
+            item if isinstance(item, ItemError) else cast_item(item, shape, dtype, full_name)
+            for item in to_items(full_name, returned[name], num_items)
+        ]
+    return values
+
+
+def _count_items(opened: OpenDerivation, computed: Sequence[int]) -> DeriveReport:
+    """Count items over the commits, one at a time."""
+    group, first = opened.group, next(iter(opened.outputs))
+    num_items: Counter[bool] = Counter()  # computed now or not -> number of items
+    failures: Counter[str] = Counter()
+    for chunk in range(group.info.num_chunks(group.modality)):
+        commit = group.commit(chunk)
+        if commit is not None and first in commit.features:
+            num_items[chunk in computed] += len(commit.hashes)
+            failures.update(reason.partition(":")[0] for reason in commit.failures[first] if reason is not None)
+    return DeriveReport(
+        modality=group.modality,
+        name=group.name,
+        features=list(opened.outputs),
+        derived=num_items[True],
+        reused=num_items[False],
+        failures=dict(failures.most_common()),
+    )

@@ -1,0 +1,137 @@
+"""The folder of derived features: its fingerprint, and the arrays that a rule was fitted to."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from embedcache.arrays import Array
+from embedcache.dataset.splits import read_split
+from embedcache.derive.chunks import ChunkReader
+from embedcache.derive.rules import Block, Rule
+from embedcache.encoders.open import DERIVED, EncoderSpec
+from embedcache.errors import CorruptError, SettingError
+from embedcache.files import locked, replacing
+from embedcache.provenance import digest_file
+from embedcache.store.cache import Cache
+from embedcache.store.feature import Feature
+from embedcache.store.group import EncoderGroup, create_group, open_group
+from embedcache.store.layout import encoder_path, fit_path
+
+
+def request_fingerprint(
+    rule: Rule, inputs: Sequence[Feature], parameters: Mapping[str, Any], *, weights: str
+) -> dict[str, Any]:
+    """Return everything that decides derived features, but for the arrays that a rule is fitted to."""
+    fingerprint: dict[str, Any] = {
+        "family": DERIVED,
+        "model": rule.name,
+        "revision": None,
+        "weights": weights,
+        "preprocessing": dict(parameters),
+        "pooling": {},
+        "backend": None,
+        "precision": None,
+        "inputs": [
+            {
+                "modality": feature.modality,
+                "feature": feature.name,
+                "fingerprint": feature.group.fingerprint_digest,
+            }
+            for feature in inputs
+        ],
+    }
+    return fingerprint if rule.code is None else {**fingerprint, "code": rule.code}
+
+
+def prepare_group(
+    cache: Cache,
+    name: str,
+    rule: Rule,
+    reader: ChunkReader,
+    fingerprint: Mapping[str, Any],
+    *,
+    split_path: Path | None,
+) -> tuple[EncoderGroup, dict[str, Array]]:
+    """Create the folder of derived features, or open it; fit the rule, unless the folder holds what it was fitted to.
+
+    Returns:
+        The folder, and the arrays of a rule that is fitted; empty for others.
+
+    Raises:
+        SettingError: the name belongs to an encoder.
+        FingerprintError: the folder holds features of other inputs, parameters, code or training part.
+        CorruptError: the fitted arrays are missing or have changed.
+    """
+    path = encoder_path(cache.path, reader.modality, name)
+    stored = open_group(cache.path, reader.modality, name, cache.info) if (path / "zarr.json").is_file() else None
+    if stored is not None and not stored.is_derived:
+        raise SettingError(f"name: {path} holds the features of the encoder {stored.spec}; choose another name")
+    spec = _spec(rule)
+    if rule.fit is None:
+        if split_path is not None:
+            raise SettingError(f"fit_split: the rule {rule.name!r} is not fitted; omit --fit-split")
+        group = create_group(cache.path, reader.modality, name, cache.info, spec=spec, fingerprint=fingerprint)
+        return group, {}
+    part = {"part": "all"} if split_path is None else {"part": "train", "split": digest_file(split_path)}
+    fingerprint = {**fingerprint, "fit": part}
+    with locked(path):
+        stored = open_group(cache.path, reader.modality, name, cache.info) if (path / "zarr.json").is_file() else None
+        if stored is None or not _is_started(stored, fingerprint):
+            arrays = {key: np.ascontiguousarray(value) for key, value in _fit(rule, reader, fingerprint, split_path)}
+            with replacing(fit_path(path)) as temporary:
+                save_file(arrays, temporary)
+            weights = digest_file(fit_path(path))
+        else:
+            weights = stored.fingerprint["weights"]
+        fingerprint = {**fingerprint, "weights": weights}
+        group = create_group(cache.path, reader.modality, name, cache.info, spec=spec, fingerprint=fingerprint)
+    return group, read_fit(group)
+
+
+def _is_started(stored: EncoderGroup, fingerprint: Mapping[str, Any]) -> bool:
+    """Return whether a folder holds chunks, or an interrupted derivation of the same features fitted its rule."""
+    has_chunks = any(stored.path.glob("chunks/*.parquet"))
+    is_same = {**stored.fingerprint, "weights": ""} == {**fingerprint, "weights": ""}
+    return has_chunks or (is_same and fit_path(stored.path).is_file())
+
+
+def _spec(rule: Rule) -> str:
+    for path in rule.location.values():
+        if "," in path:
+            raise SettingError(f"{path}: a path with a comma is not supported; rename it or link to it")
+    return EncoderSpec(DERIVED, rule.name, rule.location).absolute.text
+
+
+def _fit(
+    rule: Rule, reader: ChunkReader, fingerprint: Mapping[str, Any], split_path: Path | None
+) -> list[tuple[str, Array]]:
+    assert rule.fit is not None
+    is_training = None if split_path is None else np.array(read_split(split_path, [reader.cache]).parts) == "train"
+
+    def blocks() -> Iterator[list[Block]]:
+        for chunk in range(reader.cache.info.num_chunks(reader.modality)):
+            rows = reader.open_chunk(chunk)
+            if is_training is not None:
+                rows = rows.where(is_training[reader.samples_of(rows)])
+            if len(rows.valid):
+                yield reader.blocks(rows)
+
+    return sorted(rule.fit(blocks(), fingerprint["preprocessing"]).items())
+
+
+def read_fit(group: EncoderGroup) -> dict[str, Array]:
+    """Read the arrays that a rule was fitted to.
+
+    Raises:
+        CorruptError: the file is missing or has changed.
+    """
+    path = fit_path(group.path)
+    if not path.is_file() or digest_file(path) != group.fingerprint["weights"]:
+        raise CorruptError(
+            f"{path} is missing or not the file that the features were derived with; restore it, or derive under "
+            "another name"
+        )
+    return dict(load_file(path))

@@ -1,0 +1,282 @@
+"""Rules: pure functions that compute one feature from others, item by item.
+
+A rule receives one `Block` per input and its parameters, and returns the values of each output. What it computes for
+an item may depend only on that item's inputs and the parameters, so that any process can compute any chunk again.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from embedcache.arrays import Array, Ints, normalize
+from embedcache.encoders.base import ItemShape
+from embedcache.errors import DataError, ItemError, SettingError
+from embedcache.projectors.closed_form import Moments
+from embedcache.provenance import canonical_json, digest
+from embedcache.registry import Registry, unknown_name
+
+
+class Block(NamedTuple):
+    """The values of one feature for B items.
+
+    Args:
+        values: (B, D) or (B, T, D) in the dtype on disk; with `lengths`, the tokens of all items, one after another.
+        lengths: (B,) number of tokens of each item, where it varies; else None.
+    """
+
+    values: Array
+    lengths: Ints | None = None
+
+    def items(self) -> list[Array]:
+        """Return one (D,) or (T, D) array per item."""
+        if self.lengths is None:
+            return list(self.values)
+        return np.split(self.values, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+
+    def rows(self) -> Array:
+        """Return all vectors of all items, (M, D) float32."""
+        return np.asarray(self.values.reshape(-1, self.values.shape[-1]), np.float32)
+
+    def with_rows(self, rows_MD: Array) -> "Block":
+        """Return a block of the same items whose vectors are replaced by others, of any width."""
+        return Block(rows_MD.reshape(*self.values.shape[:-1], rows_MD.shape[-1]), self.lengths)
+
+
+Output: TypeAlias = "Block | Array | Sequence[Array | ItemError]"
+"""Values of one output for B items: an array, a block, or one array per item; an `ItemError` is a reason why not."""
+
+RuleFunction: TypeAlias = Callable[[Sequence[Block], Mapping[str, Any]], Mapping[str, Output]]
+"""Maps one block per input and the parameters to the values of each output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A rule, and what must be known before it runs.
+
+    Args:
+        name: name in `RULES`, `module:attribute`, or `run`; part of the fingerprint.
+        apply: computes the outputs of B items; a rule with `fit` also gets the fitted arrays as parameters.
+        outputs: item shapes of the inputs and parameters -> output -> item shape; raises if the inputs do not fit.
+            None: the derivation names its outputs.
+        parameters: parameter -> default; None accepts any parameter.
+        fit: one pass over the inputs of the training part -> arrays that `apply` needs.
+        keeps_axis: whether token outputs have the tokens of the first input, and therefore its axis.
+        weights: digest of what the rule computes with, such as the weights of a run.
+        code: digest of the source code of a function that is not part of embedcache.
+        location: option -> path of what opens the rule again; not part of the fingerprint.
+    """
+
+    name: str
+    apply: RuleFunction
+    outputs: Callable[[Sequence[ItemShape], Mapping[str, Any]], Mapping[str, ItemShape]] | None = None
+    parameters: Mapping[str, Any] | None = None
+    fit: Callable[[Iterator[Sequence[Block]], Mapping[str, Any]], dict[str, Array]] | None = None
+    keeps_axis: bool = False
+    weights: str = ""
+    code: str | None = None
+    location: Mapping[str, str] = field(default_factory=dict)
+
+    def check_parameters(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters with defaults, as they read back from JSON.
+
+        Raises:
+            UnknownNameError: the rule has no parameter of that name.
+            SettingError: a value is not JSON, or of another type than the default.
+        """
+        defaults = given if self.parameters is None else self.parameters
+        for name, value in given.items():
+            if name not in defaults:
+                raise unknown_name(f"parameter of the rule {self.name!r}", name, defaults)
+            default = defaults[name]
+            if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
+                raise SettingError(
+                    f"parameter {name} of the rule {self.name!r}: expected {_KINDS[type(default)]}, got {value!r}"
+                )
+        try:
+            checked: dict[str, Any] = json.loads(canonical_json({**defaults, **given}))
+        except (TypeError, ValueError) as error:
+            raise SettingError(f"parameters of the rule {self.name!r}: expected JSON values: {error}") from error
+        return checked
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+RULES = Registry(
+    "rule",
+    {
+        "concat": "embedcache.derive.rules:CONCAT",
+        "mean": "embedcache.derive.rules:MEAN",
+        "pca": "embedcache.derive.rules:PCA",
+        "standardize": "embedcache.derive.rules:STANDARDIZE",
+    },
+    group="embedcache.rules",
+)
+"""Each is a `Rule`."""
+
+
+def open_rule(rule: "str | Rule | RuleFunction") -> Rule:
+    """Return a rule by its name in `RULES` or `module:attribute`; a function becomes a rule without declared outputs.
+
+    Raises:
+        UnknownNameError: there is no such rule, or its module cannot be imported.
+    """
+    if isinstance(rule, Rule):
+        return rule
+    if not isinstance(rule, str):
+        return _from_function(rule, f"{rule.__module__}:{getattr(rule, '__qualname__', type(rule).__name__)}")
+    found = RULES.load(rule)
+    if isinstance(found, Rule):
+        return found
+    if not callable(found):
+        raise SettingError(f"{rule}: expected a rule or a function, got {type(found).__name__}")
+    return _from_function(found, rule)
+
+
+def _from_function(function: RuleFunction, name: str) -> Rule:
+    try:
+        code = digest(inspect.getsource(function))
+    except (OSError, TypeError):
+        code = None
+    return Rule(name=name, apply=function, code=code)
+
+
+def to_items(name: str, output: Output, num_items: int) -> list[Array | ItemError]:
+    """Return one array or error per item of what a rule returned; `DataError` if it is not one per item."""
+    items = output.items() if isinstance(output, Block) else list(output)
+    if len(items) != num_items:
+        raise DataError(f"output {name}: expected values for {num_items} items, got {len(items)}")
+    return [item if isinstance(item, ItemError) else np.asarray(item) for item in items]
+
+
+def _one_input(rule: str, shapes: Sequence[ItemShape]) -> ItemShape:
+    if len(shapes) != 1:
+        raise SettingError(f"the rule {rule!r} takes 1 input, got {len(shapes)}")
+    return shapes[0]
+
+
+def _mean_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
+    shape = _one_input("mean", shapes)
+    if len(shape) == 1:
+        raise SettingError(f"the rule 'mean' takes a feature of tokens, got vectors of width {shape[0]}")
+    return {"mean": shape[-1:]}
+
+
+def _mean(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
+    (block,) = inputs
+    if block.lengths is None:
+        return {"mean": np.asarray(block.values, np.float32).mean(axis=1)}
+    return {"mean": [item.mean(axis=0, dtype=np.float32) if len(item) else _NO_TOKENS for item in block.items()]}
+
+
+_NO_TOKENS = ItemError("no tokens")
+
+MEAN = Rule(name="mean", apply=_mean, outputs=_mean_outputs, parameters={})
+"""Mean of the tokens of each item."""
+
+
+def _concat_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
+    if any(len(shape) > 1 for shape in shapes):
+        raise SettingError("the rule 'concat' takes features of one vector per item; derive their means with 'mean'")
+    return {"vector": (sum(shape[0] for shape in shapes),)}
+
+
+def _concat(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str, Output]:
+    parts = [normalize(block.values) if parameters["normalize"] else block.rows() for block in inputs]
+    return {"vector": np.concatenate(parts, axis=1)}
+
+
+CONCAT = Rule(name="concat", apply=_concat, outputs=_concat_outputs, parameters={"normalize": True})
+"""The vectors of several features one after another, each scaled to length 1 unless `normalize` is false."""
+
+
+def _pca_outputs(shapes: Sequence[ItemShape], parameters: Mapping[str, Any]) -> Mapping[str, ItemShape]:
+    shape, width = _one_input("pca", shapes), parameters["width"]
+    if not 1 <= width <= shape[-1]:
+        raise SettingError(f"parameter width of the rule 'pca': expected 1 to {shape[-1]}, got {width}")
+    return {"pca": (*shape[:-1], width)}
+
+
+def _fit_pca(blocks: Iterator[Sequence[Block]], parameters: Mapping[str, Any]) -> dict[str, Array]:
+    """Fit principal components from second moments, float64; the largest entry of each component is positive."""
+    moments = _sum_moments(blocks)
+    covariance_DD = moments.covariances()[0]
+    variances, vectors = np.linalg.eigh(covariance_DD)
+    width = parameters["width"]
+    variances, components = variances[::-1][:width], vectors[:, ::-1][:, :width]
+    components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(width)])
+    if parameters["whiten"]:
+        smallest = _smallest_variance(covariance_DD)
+        if variances[-1] <= smallest:
+            rank = int((variances > smallest).sum())
+            raise DataError(
+                f"whitening to {width} components: expected that many directions in the training part, got {rank}; use "
+                f"width={rank} or more items"
+            )
+        components = components / np.sqrt(variances)
+    return {"center": moments.image_mean.astype(np.float32), "components": components.astype(np.float32)}
+
+
+def _apply_pca(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str, Output]:
+    (block,) = inputs
+    return {"pca": block.with_rows((block.rows() - parameters["center"]) @ parameters["components"])}
+
+
+PCA = Rule(
+    name="pca",
+    apply=_apply_pca,
+    outputs=_pca_outputs,
+    parameters={"width": 64, "whiten": False},
+    fit=_fit_pca,
+    keeps_axis=True,
+)
+"""The first `width` principal components of each vector or token; with `whiten`, each has variance 1."""
+
+
+def _standardize_outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
+    return {"standardized": _one_input("standardize", shapes)}
+
+
+def _fit_standardize(blocks: Iterator[Sequence[Block]], _: Mapping[str, Any]) -> dict[str, Array]:
+    moments = _sum_moments(blocks)
+    covariance_DD = moments.covariances()[0]
+    variances = covariance_DD.diagonal()
+    is_constant = variances <= _smallest_variance(covariance_DD)
+    scale = np.where(is_constant, 1.0, np.sqrt(np.where(is_constant, 1.0, variances)))
+    return {"center": moments.image_mean.astype(np.float32), "scale": scale.astype(np.float32)}
+
+
+def _apply_standardize(inputs: Sequence[Block], parameters: Mapping[str, Any]) -> Mapping[str, Output]:
+    (block,) = inputs
+    return {"standardized": block.with_rows((block.rows() - parameters["center"]) / parameters["scale"])}
+
+
+STANDARDIZE = Rule(
+    name="standardize",
+    apply=_apply_standardize,
+    outputs=_standardize_outputs,
+    parameters={},
+    fit=_fit_standardize,
+    keeps_axis=True,
+)
+"""Each column of each vector or token with mean 0 and variance 1 over the training part; constant columns become 0."""
+
+
+def _sum_moments(blocks: Iterator[Sequence[Block]]) -> Moments:
+    """Sum the moments of all vectors of one feature."""
+    moments: Moments | None = None
+    for (block,) in blocks:
+        rows_MD = block.rows()
+        moments = moments or Moments(rows_MD.shape[1], 0)
+        moments.add(rows_MD, rows_MD[:, :0])
+    if moments is None or moments.num_rows < 2:
+        raise DataError("expected at least 2 vectors in the training part to fit a rule, got fewer")
+    return moments
+
+
+def _smallest_variance(covariance_DD: Array) -> float:
+    """Return the variance below which a direction is rounding: float16 resolves about 1e-3 of a value."""
+    return float(np.trace(covariance_DD)) / len(covariance_DD) * 1e-9

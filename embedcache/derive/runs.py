@@ -1,0 +1,254 @@
+"""Trained runs as rules: each kind of run offers outputs by name, such as `projected` and `prob` of an aligned pair."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, cast
+
+import numpy as np
+import torch
+
+from embedcache.arrays import Array, Floats, Inputs, blocks
+from embedcache.dataset.inputs import open_input, to_inputs
+from embedcache.dataset.prompts import check_prompts, class_vectors, read_prompts
+from embedcache.derive.rules import Block, Output, Rule
+from embedcache.encoders.backends import torch_device
+from embedcache.encoders.base import ItemShape
+from embedcache.errors import PathError, SettingError
+from embedcache.networks.saved import load_module
+from embedcache.projectors.pair import AlignedPair
+from embedcache.projectors.saved import RUN_FORMAT, PairConfig, check_feature, config_path, load_pair, project
+from embedcache.provenance import check_same, read_manifest
+from embedcache.registry import unknown_name
+from embedcache.store.cache import Cache
+
+RUN = "run"
+"""Name of the rule that a run is, as the fingerprints of its features record it."""
+
+_BLOCK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What is asked of a run.
+
+    Args:
+        cache: the cache whose features the run reads.
+        path: folder of the run.
+        output: name of the output.
+        modality: modality of the features to derive; None: every modality for which the run has the output.
+        prompts: cache of prompts, for outputs that compare with classes.
+    """
+
+    cache: Cache
+    path: Path
+    output: str
+    modality: str | None = None
+    prompts: Path | str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRule:
+    """One output of a run for the items of one modality: the features it reads, the rule and its parameters."""
+
+    inputs: Sequence[tuple[str, str]]
+    rule: Rule
+    parameters: Mapping[str, Any]
+
+
+OpenRun: TypeAlias = Callable[[RunRequest], list[RunRule]]
+
+
+class OutputModule(Protocol):
+    """A trained module with outputs that can be derived; a `torch.nn.Module` of a run that `train_task` wrote.
+
+    The inputs are the features of the run's sides, in the order of its config; the module is in evaluation mode.
+    """
+
+    def output_shapes(self, shapes: Sequence[ItemShape]) -> Mapping[str, ItemShape]:
+        """Return output -> shape of one item, (D,), (T, D) or (-1, D), for inputs of some shapes."""
+        ...
+
+    def compute_outputs(self, inputs: Sequence[Block], names: Sequence[str]) -> Mapping[str, Output]:
+        """Compute some outputs for B items, without gradients; an item depends on no other item."""
+        ...
+
+
+def open_run(request: RunRequest) -> list[RunRule]:
+    """Open one output of a trained run as rules, one per modality.
+
+    Raises:
+        PathError: the folder is not a finished run.
+        UnknownNameError: the run has no such output, or is of an unknown kind.
+        SettingError: the output needs prompts, or has no use for them.
+        FingerprintError: the cache holds features from another encoder than the run was trained on.
+    """
+    openers: Mapping[int, OpenRun] = {1: _open_pair, 2: _open_module}
+    return openers[_read_manifest(request.path)["format"]](request)
+
+
+def _read_manifest(run_path: Path) -> dict[str, Any]:
+    make = f"embedcache train CACHE {run_path}"
+    return read_manifest(config_path(run_path), kind="run", latest_format=RUN_FORMAT, make=make)
+
+
+def _open_module(request: RunRequest) -> list[RunRule]:
+    """Open an output of a run of format 2, whose module says what it offers.
+
+    Raises:
+        SettingError: the module is not an `OutputModule`, or a setting is for aligned pairs only.
+    """
+    module, config = load_module(request.path, device=str(torch_device(request.device)))
+    if not (hasattr(module, "output_shapes") and hasattr(module, "compute_outputs")):
+        raise SettingError(
+            f"{request.path}: the module {config.kind} offers no outputs; give it the methods of OutputModule in "
+            "embedcache/derive/runs.py"
+        )
+    sides = list(config.sides.values())
+    if request.prompts is not None or request.modality not in (None, sides[0].modality):
+        name, value = ("prompts", request.prompts) if request.prompts is not None else ("modality", request.modality)
+        raise SettingError(f"{name}: expected none for a run of {config.kind}, got {value}; omit --{name}")
+    inputs = [(side.modality, part) for side in sides for part in side.feature.split("+")]
+    for side in sides:
+        check_same(
+            f"the run's {side.modality} feature {side.feature}",
+            side.fingerprint,
+            open_input(request.cache, side.modality, side.feature).fingerprint,
+            next_step="the cache's features come from another encoder: use the cache that the run was trained on",
+        )
+    offering = cast(OutputModule, module)
+
+    def outputs(shapes: Sequence[ItemShape], _: Mapping[str, Any]) -> Mapping[str, ItemShape]:
+        offered = offering.output_shapes(shapes)
+        if request.output not in offered:
+            raise unknown_name(f"output of the run {request.path}", request.output, offered)
+        return {request.output: offered[request.output]}
+
+    @torch.inference_mode()
+    def apply(blocks: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
+        return offering.compute_outputs(blocks, [request.output])
+
+    rule = Rule(
+        name=RUN, apply=apply, outputs=outputs, weights=config.weights_digest, location={RUN: str(request.path)}
+    )
+    return [RunRule(inputs=inputs, rule=rule, parameters={"output": request.output, "kind": config.kind})]
+
+
+def _open_pair(request: RunRequest) -> list[RunRule]:
+    """Open an output of an aligned pair: `projected` for both modalities, `prob` for images."""
+    pair, config = load_pair(request.path, device=str(torch_device(request.device)))
+    openers = {"projected": _open_projected, "prob": _open_prob}
+    if request.output not in openers:
+        raise unknown_name(f"output of the run {request.path}", request.output, openers)
+    if request.prompts is not None and request.output != "prob":
+        raise SettingError(f"prompts: expected the output prob, got {request.output}; omit --prompts")
+    both = ("image", "text")
+    if request.modality is None:
+        modalities = [name for name in both if request.cache.info.num_items.get(name)]
+        modalities = modalities[:1] if request.output == "prob" else modalities
+    elif request.modality in both:
+        modalities = [request.modality]
+    else:
+        raise unknown_name(f"modality of the run {request.path}", request.modality, both)
+    return [openers[request.output](request, pair, config, modality) for modality in modalities]
+
+
+def _open_projected(request: RunRequest, pair: AlignedPair, config: PairConfig, modality: str) -> RunRule:
+    def apply(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
+        return {"projected": _project(pair, modality, inputs, request.device)}
+
+    def outputs(_: Sequence[ItemShape], __: Mapping[str, Any]) -> Mapping[str, ItemShape]:
+        return {"projected": (config.shared_width,)}
+
+    rule = Rule(
+        name=RUN, apply=apply, outputs=outputs, weights=config.weights_digest, location={RUN: str(request.path)}
+    )
+    parameters = {"output": "projected"}
+    return RunRule(inputs=_tower_inputs(request.cache, config, modality), rule=rule, parameters=parameters)
+
+
+def _open_prob(request: RunRequest, pair: AlignedPair, config: PairConfig, modality: str) -> RunRule:
+    """Open the softmax over classes of the cosine similarities, at the temperature of the run.
+
+    The classes are the means of the projected prompts, as in zero-shot classification.
+    """
+    if request.prompts is None:
+        raise SettingError("the output prob compares with classes; name a cache of prompts with --prompts")
+    prompts_cache = Cache(request.prompts)
+    check_prompts(prompts_cache, config.text.spec)
+    feature = open_input(prompts_cache, "text", config.text.feature)
+    check_feature(config, "text", feature.name, feature.fingerprint)
+    prompts = read_prompts(prompts_cache, feature)
+    classes_CP, scale = class_vectors(prompts, pair.text, device=request.device), pair.scale.item()
+
+    def apply(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
+        return {"prob": _softmax(scale * _project(pair, modality, inputs, request.device) @ classes_CP.T)}
+
+    def outputs(_: Sequence[ItemShape], __: Mapping[str, Any]) -> Mapping[str, ItemShape]:
+        return {"prob": (len(prompts.names),)}
+
+    location = {RUN: str(request.path), "prompts": str(request.prompts)}
+    rule = Rule(name=RUN, apply=apply, outputs=outputs, weights=config.weights_digest, location=location)
+    parameters = {
+        "output": "prob",
+        "classes": prompts.names,
+        "prompts": {"feature": feature.name, "index_digest": prompts_cache.info.index_digest},
+    }
+    return RunRule(inputs=_tower_inputs(request.cache, config, modality), rule=rule, parameters=parameters)
+
+
+def _tower_inputs(cache: Cache, config: PairConfig, modality: str) -> list[tuple[str, str]]:
+    """Return the features that a tower reads, after checking that they come from the encoder it was trained on."""
+    name = config.tower_input(modality).feature
+    check_feature(config, modality, name, open_input(cache, modality, name).fingerprint)
+    return [(modality, part) for part in name.split("+")]
+
+
+def _project(pair: AlignedPair, modality: str, inputs: Sequence[Block], device: str) -> Floats:
+    """Project B items, a few at a time, as token sequences are padded: (B, P) float32, rows of length 1."""
+    items, tower = [block.items() for block in inputs], pair.tower(modality)
+    rows = blocks(len(items[0]), _BLOCK)
+    return np.concatenate([project(tower, _to_inputs(inputs, items, row), device=device) for row in rows])
+
+
+def _to_inputs(inputs: Sequence[Block], items: Sequence[Sequence[Array]], rows: slice) -> Inputs:
+    if len(inputs) == 1 and inputs[0].lengths is None:
+        return Inputs(inputs[0].values[rows])
+    return to_inputs([part[rows] for part in items])
+
+
+def _softmax(scores_BC: Array) -> Floats:
+    exponents_BC = np.exp(scores_BC - scores_BC.max(axis=1, keepdims=True))
+    probabilities_BC: Floats = exponents_BC / exponents_BC.sum(axis=1, keepdims=True)
+    return probabilities_BC
+
+
+def reopen_run(
+    cache: Cache,
+    modality: str,
+    parameters: Mapping[str, Any],
+    location: Mapping[str, str],
+    *,
+    trust_cache: bool,
+    device: str,
+) -> RunRule:
+    """Open the output of a run again from what a derived feature records."""
+    request = RunRequest(
+        cache=cache,
+        path=Path(location[RUN]),
+        output=parameters["output"],
+        modality=modality,
+        prompts=location.get("prompts"),
+        device=device,
+    )
+    if not config_path(request.path).is_file():
+        raise PathError(f"{request.path} is not a finished run; put the run back where the feature was derived from it")
+    kind = str(_read_manifest(request.path).get("kind", ""))
+    if ":" in kind and not trust_cache:
+        raise SettingError(
+            f"the run {request.path} is of the kind {kind!r}, which is custom code; if you trust the cache and the "
+            "run, use --trust-cache"
+        )
+    (opened,) = open_run(request)
+    return opened

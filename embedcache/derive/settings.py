@@ -1,0 +1,89 @@
+"""Settings of `embedcache derive`. Nothing heavy is imported here, so that the command line starts quickly."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from embedcache.errors import SettingError
+from embedcache.settings import check_settings, setting
+
+DTYPES = ("float16", "float32", "int16", "int32", "int64")
+"""Data types of derived features; integers are labels, with -1 where a value is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeriveSettings:
+    """What to derive: the output of a run, or of a rule on some inputs."""
+
+    run: Path | None = setting(None, "Derive an output of this run.", metavar="RUN")
+    run_output: str = setting(
+        "projected",
+        "Output of the run: projected (unit vectors in the shared space) or prob (probabilities of classes).",
+        metavar="NAME",
+    )
+    prompts: str | None = setting(None, "Cache of prompts, written by extract prompts:FILE.", metavar="CACHE")
+    modality: str | None = setting(
+        None,
+        "Modality to derive features of a run for.",
+        metavar="NAME",
+        default_text="all for which the run has the output",
+    )
+    rule: str | None = setting(
+        None,
+        "Derive with this rule: concat, mean, pca, standardize, or module:attribute.",
+        metavar="NAME",
+    )
+    inputs: tuple[str, ...] = setting(
+        (),
+        "Feature that the rule reads, such as image=dinov2/cls. May be repeated.",
+        flat_name="input",
+        metavar="MODALITY=NAME",
+    )
+    parameters: tuple[str, ...] = setting(
+        (), "Parameter of the rule, such as width=64. May be repeated.", flat_name="parameter", metavar="VALUE"
+    )
+    fit_split: Path | None = setting(
+        None, "Fit the rule on the training part of this split.parquet of a run.", default_text="all items"
+    )
+    name: str | None = setting(
+        None, "Name of the derived features' folder in the cache.", default_text="RUN-OUTPUT, or the rule"
+    )
+    dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored features.")
+    device: str = setting("cpu", "Torch device, such as cpu, cuda or cuda:1.", metavar="DEVICE", affects_result=False)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if (self.run is None) == (self.rule is None):
+            got = "neither" if self.run is None else "both"
+            raise SettingError(f"rule: expected either --run or --rule, got {got}")
+        of_rule = {"input": self.inputs, "parameter": self.parameters, "fit_split": self.fit_split}
+        of_run = {"prompts": self.prompts, "modality": self.modality}
+        given = [name for name, value in (of_run if self.run is None else of_rule).items() if value]
+        if given:
+            raise SettingError(f"{given[0]}: expected with {'--run' if self.run is None else '--rule'} only; omit it")
+
+    @property
+    def input_features(self) -> list[tuple[str, str]]:
+        """Modality and name of each input."""
+        return [_split_pair("input", text, "MODALITY=NAME, such as image=dinov2/cls") for text in self.inputs]
+
+    @property
+    def parameter_values(self) -> dict[str, Any]:
+        """Parameters of the rule; a value that is JSON, such as 64 or true, is read as such, any other as text."""
+        pairs = (_split_pair("parameter", text, "NAME=VALUE, such as width=64") for text in self.parameters)
+        return {name: _parse(value) for name, value in pairs}
+
+
+def _split_pair(option: str, text: str, expected: str) -> tuple[str, str]:
+    name, equals, value = (word.strip() for word in text.partition("="))
+    if not (name and equals and value):
+        raise SettingError(f"{option}: expected {expected}, got {text!r}")
+    return name, value
+
+
+def _parse(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

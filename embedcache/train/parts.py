@@ -1,0 +1,153 @@
+"""Parts of a module: weights taken from other runs, and what is trained.
+
+A part has a name, and the names of its submodules and parameters in the module: `{"temperature": ["log_scale"]}`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from embedcache.errors import CorruptError, DataError, PathError, SettingError
+from embedcache.provenance import digest_file, read_json
+from embedcache.registry import unknown_name
+
+Parts: TypeAlias = Mapping[str, Sequence[str]]
+_NUM_SHOWN = 3
+_ALL = "*"
+
+
+def find_sources(words: Sequence[str], parts: Parts) -> dict[str, Path]:
+    """Return the run that each part starts from: a word is `PART=RUN`, or `RUN` for all parts that have none.
+
+    Raises:
+        UnknownNameError: there is no part of that name.
+        SettingError: a part is named twice, or two words name all parts.
+    """
+    named = _parse_sources(words)
+    for name in named:
+        if name not in (*parts, _ALL):
+            raise unknown_name("part", name, parts, hint="named in init_from")
+    return {name: named.get(name) or named[_ALL] for name in parts if name in named or _ALL in named}
+
+
+def source_digests(words: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of the weights of each run that is named, by part; `*` stands for all parts.
+
+    Raises:
+        PathError: a folder is not a finished run.
+        SettingError: a part is named twice.
+    """
+    return {name: _weights_digest(path) for name, path in _parse_sources(words).items()}
+
+
+def _parse_sources(words: Sequence[str]) -> dict[str, Path]:
+    sources: dict[str, Path] = {}
+    for word in words:
+        name, separator, run = word.partition("=")
+        if not separator or Path(word).exists():  # a path may contain a `=`
+            name, run = _ALL, word
+        if name in sources:
+            what = "all parts" if name == _ALL else f"part {name}"
+            raise SettingError(
+                f"init_from: expected one run for {what}, got {sources[name]} and {run}; name parts, as in image={run}"
+            )
+        sources[name] = Path(run)
+    return sources
+
+
+def load_parts(module: nn.Module, parts: Parts, sources: Mapping[str, Path]) -> None:
+    """Set whole parts of a module, their buffers included, to the weights of finished runs.
+
+    Raises:
+        PathError: a folder is not a finished run.
+        CorruptError: the weights differ from those that `config.json` was written for.
+        DataError: a run lacks weights of a part, has others, or has them in other shapes; nothing is set then.
+    """
+    state = module.state_dict()
+    loaded: dict[str, Tensor] = {}
+    for name, run_path in sources.items():
+        weights = _read_weights(run_path)
+        expected = {key: value for key, value in state.items() if _is_in(key, parts[name])}
+        found = {key: value for key, value in weights.items() if _is_in(key, parts[name])}
+        _check_weights(name, run_path, expected, found)
+        loaded |= found
+    with torch.no_grad():
+        for key, value in loaded.items():
+            state[key].copy_(value)
+
+
+def _weights_digest(run_path: Path) -> str:
+    path = run_path / "config.json"
+    if not path.is_file():
+        raise PathError(f"init_from: expected a finished run, got {run_path}, which has no config.json")
+    values = read_json(path)
+    if not isinstance(values, dict) or not isinstance(values.get("weights"), str):
+        raise CorruptError(f"{path}: expected the config of a run, with the digest of its weights")
+    return str(values["weights"])
+
+
+def _read_weights(run_path: Path) -> dict[str, Tensor]:
+    path = run_path / "model.safetensors"
+    if not path.is_file() or digest_file(path) != _weights_digest(run_path):
+        raise CorruptError(f"{path} is missing or not the file that config.json was written for; use another run")
+    weights: dict[str, Tensor] = load_file(path)
+    return weights
+
+
+def _check_weights(part: str, run_path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    lacking, other = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    problems = [f"it lacks {_shorten(lacking)}"] if lacking else []
+    problems += [f"it also has {_shorten(other)}"] if other else []
+    problems += [
+        f"{key}: expected shape {tuple(expected[key].shape)}, got {tuple(found[key].shape)}"
+        for key in sorted(expected.keys() & found.keys())
+        if expected[key].shape != found[key].shape
+    ]
+    if problems:
+        raise DataError(
+            f"init_from: the part {part} of {run_path} does not fit: {_shorten(problems, '; ')}; use a run with the "
+            "same architecture and widths, or name the parts to take as PART=RUN"
+        )
+
+
+def _shorten(words: Sequence[str], separator: str = ", ") -> str:
+    more = f" and {len(words) - _NUM_SHOWN} more" if len(words) > _NUM_SHOWN else ""
+    return separator.join(words[:_NUM_SHOWN]) + more
+
+
+def parse_trainable(names: str | None, parts: Parts) -> tuple[str, ...]:
+    """Return the parts that are trained: those of a text such as `text+temperature`; None: all."""
+    if names is None:
+        return tuple(parts)
+    for name in names.split("+"):
+        if name not in parts:
+            raise unknown_name("part", name, parts, hint=f"named in trainable {names}")
+    return tuple(names.split("+"))
+
+
+def freeze(module: nn.Module, parts: Parts, trainable: Iterable[str]) -> list[nn.Module]:
+    """Freeze all parts but some: their parameters get no gradients.
+
+    What belongs to several parts is trained if one of them is, and what belongs to none is.
+
+    Returns:
+        The frozen submodules, which must stay in evaluation mode, so that norm statistics do not change.
+    """
+    trained = [path for name in trainable for path in parts[name]]
+    frozen = [path for name in parts if name not in set(trainable) for path in parts[name]]
+
+    def is_frozen(name: str) -> bool:
+        return _is_in(name, frozen) and not _is_in(name, trained)
+
+    for name, parameter in module.named_parameters():
+        if is_frozen(name):
+            parameter.requires_grad = False
+    return [submodule for name, submodule in module.named_modules() if is_frozen(name)]
+
+
+def _is_in(name: str, paths: Iterable[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)

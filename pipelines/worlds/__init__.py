@@ -1,0 +1,1 @@
+"""Generated datasets for pipelines and tests, as plug-in sources; not part of the package."""

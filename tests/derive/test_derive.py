@@ -1,0 +1,347 @@
+"""Derived features: values, resume, extension, refusals, verification and repair."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.arrays import normalize
+from embedcache.derive.derive import Derivation, derive
+from embedcache.derive.rules import Block, Rule
+from embedcache.errors import DataError, FingerprintError, SettingError, UnfinishedError, UnknownNameError
+from embedcache.extract.repair import measure_drift, repair, retry_failed, verify_cache
+from embedcache.extract.settings import ExtractSettings, VerifySettings
+from embedcache.reports.summary import summarize
+from embedcache.search.index import build_index
+from embedcache.search.settings import IndexSettings
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
+from tests.crash import crash_function
+from tests.derive.cases import (
+    CLS,
+    MEAN,
+    PATCHES,
+    TOKENS,
+    derive_halves,
+    derive_pca,
+    halve,
+    halved,
+    labels,
+    run,
+)
+from tests.extract.cases import tree
+from tests.images import write_images
+from tests.toy import IMAGE, TEXT
+
+NUM_IMAGES = 20
+NOT_AN_IMAGE = "not an image (JPEG, PNG, WEBP, GIF, BMP, TIFF)"
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty images and captions in chunks of 8, of which image 3 is broken. Not to be changed."""
+    folder = tmp_path_factory.mktemp("derive")
+    source = write_images(folder / "source", NUM_IMAGES)
+    shutil.copytree(source, folder / "good")
+    (source / "00003.png").write_bytes(b"junk")
+    run(source, folder / "c")
+    return folder / "c"
+
+
+@pytest.fixture
+def cache(extracted: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(extracted, tmp_path / "c"))
+
+
+def values(cache: Path, modality: str, name: str) -> np.ndarray:
+    return Cache(cache).feature(modality, name).load()
+
+
+def test_values_of_both_modalities(cache: Path) -> None:
+    report = derive(cache, halved(CLS, TOKENS))
+    assert report.line() == f"halved (half, total): derived 20 images, reused 0, failed 1: 1 {NOT_AN_IMAGE}"
+    cls = values(cache, "image", "open_toy/cls")
+    np.testing.assert_allclose(values(cache, "image", "halved/half"), cls / 2, atol=1e-3)
+    tokens = [None if item is None else item for _, chunk in Cache(cache).feature(*TOKENS).chunks() for item in chunk]
+    expected = cls.sum(axis=1, dtype=np.float64) + [item.sum(dtype=np.float64) for item in tokens]
+    np.testing.assert_allclose(values(cache, "image", "halved/total")[:, 0], expected, rtol=1e-5)
+    assert Cache(cache).feature("image", "halved/half").failures == Cache(cache).feature(*CLS).failures
+
+
+def test_failed_item_of_the_other_modality_keeps_its_reason(cache: Path) -> None:
+    derive(cache, halved(TOKENS, CLS, shape=(-1, 32)))
+    feature = Cache(cache).feature("text", "halved/half")
+    assert list(feature.failures) == [3]
+    assert feature.failures[3].startswith("not an image")
+    assert feature.item_shape == (-1, 32)
+
+
+def test_second_derivation_changes_nothing(cache: Path) -> None:
+    derive(cache, halved())
+    before = tree(cache)
+    assert derive(cache, halved()).derived == 0
+    assert tree(cache) == before
+
+
+def test_integer_output_and_reason_of_the_rule(cache: Path) -> None:
+    cls = values(cache, "image", "open_toy/cls").astype(np.float32)
+    least = float(np.nanmedian(cls.max(axis=1)))
+    report = derive(cache, labels(least))
+    is_bright = np.nan_to_num(cls.max(axis=1)) >= least
+    assert 0 < is_bright.sum() < NUM_IMAGES - 1
+    feature = Cache(cache).feature("image", "labels")
+    assert feature.dtype == "int16"
+    np.testing.assert_array_equal(feature.load()[:, 0], np.where(is_bright, np.nan_to_num(cls).argmax(axis=1), -1))
+    assert report.failures == {"too dark (from labels)": (~is_bright).sum() - 1, NOT_AN_IMAGE: 1}
+    assert derive(cache, labels(least)).derived == 0
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (halved(factor=0.25), "preprocessing.factor: stored 0.5, requested 0.25"),
+        (halved(PATCHES, shape=(16, 3)), "inputs.0.feature: stored 'open_toy/cls', requested 'open_toy/patches'"),
+        (halved(CLS, MEAN), "inputs.1.modality: stored None, requested 'text'"),
+        (replace(halved(), model_digest="other"), "weights: stored '', requested 'other'"),
+        (replace(halved(), rule=lambda inputs, parameters: halve(inputs, parameters)), "model: stored .*halve'"),
+    ],
+)
+def test_other_derivation_of_the_same_name_raises(cache: Path, other: Derivation, words: str) -> None:
+    derive(cache, halved())
+    before = tree(cache)
+    with pytest.raises(FingerprintError, match=f"derived feature 'halved'.*{words}.*under another name"):
+        derive(cache, other)
+    assert tree(cache) == before
+
+
+def test_refusals(cache: Path) -> None:
+    shutil.copytree(cache / "image/open_toy", cache / "image/other")
+    with pytest.raises(SettingError, match="holds the features of the encoder tests.toy:open_toy; choose another"):
+        derive(cache, replace(halved(), name="other"))
+    with pytest.raises(SettingError, match="name: 'open_toy' holds the input open_toy/cls"):
+        derive(cache, replace(halved(), name="open_toy"))
+    with pytest.raises(UnknownNameError, match="unknown image feature .*'open_toy/clss'"):
+        derive(cache, halved(("image", "open_toy/clss")))
+    with pytest.raises(SettingError, match="outputs: the rule .*halve' is a function"):
+        derive(cache, replace(halved(), outputs={}))
+    with pytest.raises(SettingError, match="no output 'more'"):
+        derive(cache, replace(halved(), outputs={"more": ((1,), "float16")}))
+    with pytest.raises(DataError, match=r"halved/half: expected shape \(47,\), got \(48,\)"):
+        derive(cache, halved(shape=(47,)))
+    with pytest.raises(SettingError, match="name: expected a name of letters"):
+        replace(halved(), name="a/b")
+    with pytest.raises(UnknownNameError, match="unknown rule 'paca'; did you mean 'pca'"):
+        derive(cache, replace(halved(), rule="paca", outputs={}))
+    with pytest.raises(DataError, match="whole numbers from -32768 to 32767"):
+        derive(cache, replace(halved(), outputs={"half": ((48,), "int16")}))
+    assert not (cache / "image/halved").exists()
+
+
+def test_several_items_of_the_other_modality_raise(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", 8)
+    (source / "00005.txt").write_text("one\ntwo\n")
+    run(source, tmp_path / "c")
+    with pytest.raises(DataError, match="expected one text per sample, got 2 in the sample '00005'"):
+        derive(tmp_path / "c", halved(CLS, MEAN))
+    derive(tmp_path / "c", halved(MEAN, CLS, shape=(32,)))  # every caption has one image
+    totals = values(tmp_path / "c", "text", "halved/total")
+    images, texts = values(tmp_path / "c", *CLS).astype(np.float64), values(tmp_path / "c", *MEAN).astype(np.float64)
+    samples = Cache(tmp_path / "c").items("text")["sample"].to_numpy()
+    np.testing.assert_allclose(totals[:, 0], images[samples].sum(axis=1) + texts.sum(axis=1), rtol=1e-5)
+
+
+def test_unfinished_input_raises(cache: Path) -> None:
+    (cache / "image/open_toy/chunks/00001.parquet").unlink()
+    with pytest.raises(UnfinishedError, match="open_toy/cls is not finished: chunk 1.*embedcache extract again"):
+        derive(cache, halved())
+    assert not (cache / "image/halved").exists()
+
+
+def test_extended_cache_gets_only_new_rows(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", NUM_IMAGES)
+    late = [path for number in (18, 19) for path in source.glob(f"000{number}.*")]
+    for path in late:
+        path.rename(tmp_path / path.name)
+    run(source, tmp_path / "c")
+    derive(tmp_path / "c", halved(CLS, MEAN))
+    derive_pca(tmp_path / "c")
+    before = tree(tmp_path / "c")
+    for path in late:
+        (tmp_path / path.name).rename(path)
+    run(source, tmp_path / "c", extend=True)
+    with pytest.raises(UnfinishedError, match="halved/half is not finished.*run the same embedcache derive again"):
+        Cache(tmp_path / "c").feature("image", "halved/half").require_complete()
+    assert derive(tmp_path / "c", halved(CLS, MEAN)).derived == 4  # the last chunk
+    derive_pca(tmp_path / "c")
+    after = tree(tmp_path / "c")
+    changed = {name for name in before if "halved" in name and after[name] != before[name]}
+    assert changed == {f"image/halved/{name}" for name in (
+        "chunks/00002.parquet", "half/c/2/0", "half/zarr.json", "total/c/2/0", "total/zarr.json",
+    )}  # fmt: skip
+    assert after["image/pca/fit.safetensors"] == before["image/pca/fit.safetensors"]
+    run(source, tmp_path / "whole")
+    derive(tmp_path / "whole", halved(CLS, MEAN))
+    for name in ("halved/half", "halved/total"):
+        np.testing.assert_array_equal(values(tmp_path / "c", "image", name), values(tmp_path / "whole", "image", name))
+    assert not verify(Cache(tmp_path / "c"))
+
+
+def test_recovered_item_is_derived(cache: Path, extracted: Path, tmp_path: Path) -> None:
+    derive(cache, halved(CLS, MEAN))
+    source = shutil.copytree(extracted.parent / "source", tmp_path / "source")
+    before = tree(cache)
+    info = (cache / "cache.json").read_text().replace(str(extracted.parent / "source"), str(source))
+    (cache / "cache.json").write_text(info)
+    shutil.copy(extracted.parent / "good/00003.png", source / "00003.png")
+    settings = ExtractSettings(features=("cls", "patches", "mean", "tokens"))
+    retry_failed(open_source(source), cache, image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    report = derive(cache, halved(CLS, MEAN))
+    assert report.line() == "halved (half, total): derived 8 images, reused 12, failed 0"
+    after = tree(cache)
+    assert after["image/halved/half/c/1/0"] == before["image/halved/half/c/1/0"]
+    assert not np.isnan(values(cache, "image", "halved/half")).any()
+
+
+@pytest.mark.parametrize(
+    ("function", "moment", "pattern"),
+    [
+        (derive_halves, "before", r"halved/chunks/00001\.parquet"),
+        (derive_halves, "after", r"halved/half/c/2/0"),
+        (derive_pca, "after", r"pca/fit\.safetensors"),
+        pytest.param(derive_halves, "after", r"halved/zarr\.json", marks=pytest.mark.slow),
+        pytest.param(derive_halves, "after", r"halved/chunks/00000\.parquet", marks=pytest.mark.slow),
+        pytest.param(derive_halves, "before", r"halved/total/c/0/0", marks=pytest.mark.slow),
+        pytest.param(derive_pca, "before", r"pca/fit\.safetensors", marks=pytest.mark.slow),
+        pytest.param(derive_pca, "after", r"pca/zarr\.json", marks=pytest.mark.slow),
+        pytest.param(derive_pca, "after", r"pca/pca/zarr\.json", marks=pytest.mark.slow),
+    ],
+)
+def test_resume_after_kill_is_identical(
+    cache: Path, tmp_path: Path, function: object, moment: str, pattern: str
+) -> None:
+    whole = shutil.copytree(cache, tmp_path / "whole")
+    function(whole)  # type: ignore[operator]
+    crash_function(function, (cache,), moment, pattern)  # type: ignore[arg-type]
+    assert tree(cache) != tree(whole)
+    function(cache)  # type: ignore[operator]
+    assert tree(cache) == tree(whole)
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
+
+
+def test_verify_repairs_inputs_before_derived_features(cache: Path) -> None:
+    derive_pca(cache)
+    derive(cache, Derivation(name="again", inputs=[("image", "pca/pca")], rule="mean"))
+    whole = tree(cache)
+    damage(cache / "image/again/mean/c/2/0")
+    damage(cache / "image/pca/pca/c/2/0/0")
+    damage(cache / "image/open_toy/patches/c/2/0/0")
+    report = verify_cache(cache, VerifySettings(repair=True))
+    assert [finding.location for finding in report.detected] == ["again/mean", "open_toy/patches", "pca/pca"]
+    assert list(report.repaired) == [
+        "open_toy (patches): encoded 1 chunks again",
+        "pca (pca): derived 1 chunks again",
+        "again (mean): derived 1 chunks again",
+    ]
+    assert report.is_sound
+    assert tree(cache) == whole
+
+
+def test_repair_of_derived_features_needs_no_source(cache: Path) -> None:
+    info = (cache / "cache.json").read_text()
+    (cache / "cache.json").write_text(re.sub(r'"path": "[^"]*"', '"path": "/moved/away"', info))
+    derive_pca(cache)
+    damage(cache / "image/pca/pca/c/2/0/0")
+    assert verify_cache(cache, VerifySettings(repair=True)).is_sound
+
+
+def test_rule_of_the_users_own_needs_trust(cache: Path) -> None:
+    derive(cache, halved())
+    whole = tree(cache)
+    damage(cache / "image/halved/half/c/1/0")
+    (finding,) = verify(Cache(cache))
+    with pytest.raises(SettingError, match="'tests.derive.cases:halve', which is custom code; .* use --trust-cache"):
+        repair(Cache(cache), [finding])
+    (note,) = [drift for drift in measure_drift(Cache(cache), 0.1) if drift.feature == "halved/half"]
+    assert "halved/half: not compared: halved: the cache names the rule" in note.line()
+    assert not note.is_bad
+    repair(Cache(cache), [finding], trust_cache=True)
+    assert tree(cache) == whole
+
+
+def test_rule_that_cannot_be_imported_raises(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    derive(cache, halved())
+    damage(cache / "image/halved/half/c/1/0")
+    monkeypatch.delattr("tests.derive.cases.halve")
+    with pytest.raises(UnknownNameError, match="halved: the rule 'tests.derive.cases:halve' .* cannot be imported"):
+        repair(Cache(cache), verify(Cache(cache)), trust_cache=True)
+
+
+def test_repair_with_changed_rule_raises(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    derive(cache, halved())
+    damage(cache / "image/halved/half/c/1/0")
+    before = tree(cache)
+    monkeypatch.setattr("tests.derive.cases.halve", lambda inputs, parameters: halve(inputs, parameters))
+    with pytest.raises(FingerprintError, match="derived feature 'halved'.*code: stored"):
+        repair(Cache(cache), verify(Cache(cache)), trust_cache=True)
+    assert tree(cache) == before
+
+
+def test_changed_fit_is_damage_that_cannot_be_repaired(cache: Path) -> None:
+    derive_pca(cache)
+    damage(cache / "image/pca/fit.safetensors")
+    (finding,) = verify(Cache(cache))
+    assert finding.line().startswith("pca/fit.safetensors: missing or changed since the features were derived")
+    assert not finding.can_repair
+
+
+def test_drift_of_derived_features(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    derive_pca(cache)
+    derive(cache, labels())
+
+    def drifts() -> dict[str, bool]:
+        return {drift.feature: drift.is_bad for drift in measure_drift(Cache(cache), 0.5, trust_cache=True)}
+
+    assert not any(drifts().values())
+    assert {"pca/pca", "labels/label"} <= set(drifts())
+
+    def flipped(inputs: list[Block], _: object) -> dict[str, Block]:
+        return {"pca": inputs[0].with_rows(-inputs[0].rows()[:, :2])}
+
+    rule = Rule(name="pca", apply=flipped, parameters={"width": 64, "whiten": False}, fit=lambda *_: {})
+    monkeypatch.setattr("embedcache.derive.rules.PCA", rule)
+    assert [name for name, is_bad in drifts().items() if is_bad] == ["pca/pca"]
+
+
+def test_extract_keeps_derived_features(cache: Path, extracted: Path) -> None:
+    derive(cache, halved())
+    before = tree(cache)
+    run(extracted.parent / "source", cache)
+    assert tree(cache) == before
+
+
+def test_inspect_names_the_inputs(cache: Path) -> None:
+    derive(cache, halved(CLS, MEAN))
+    summary = summarize(cache)
+    line = "derived:tests.derive.cases:halve, from image open_toy/cls, text open_toy/mean"
+    assert f"halved/half: {line}" in summary.notes
+    (entry,) = [entry for entry in summary.record["features"] if entry["feature"] == "halved/half"]
+    assert entry["inputs"] == ["image/open_toy/cls", "text/open_toy/mean"]
+
+
+def test_index_of_derived_features(cache: Path, tmp_path: Path) -> None:
+    derive(cache, Derivation(name="both", inputs=[CLS, CLS], rule="concat"))
+    card = build_index(cache, tmp_path / "index", IndexSettings(feature="both/vector", factory="Flat"))
+    assert (card.num_vectors, card.width) == (19, 96)
+    vectors = values(cache, "image", "both/vector").astype(np.float32)
+    cls = normalize(values(cache, "image", "open_toy/cls"))
+    np.testing.assert_allclose(vectors[:, :48], cls, atol=1e-3)

@@ -1,0 +1,120 @@
+"""Eigen-features of points, on shapes whose features are known."""
+
+import numpy as np
+import pytest
+
+from embedcache.encoders.geometry import CELL_SIZES_M, PER_SCALE, SCALES, eigen_features
+from embedcache.encoders.open import open_encoder
+from embedcache.errors import ItemError, SettingError, UnknownNameError
+from embedcache.testing.encoders import PointsEncoderContract, example_points
+
+LINEARITY, PLANARITY, SCATTERING, VARIATION, VERTICALITY, LOG_RADIUS, Z_RANGE, Z_ABOVE = range(len(PER_SCALE))
+
+
+class TestGeometry(PointsEncoderContract):
+    has_weights = False
+
+    @pytest.fixture
+    def spec(self) -> str:
+        return "geometry:eigen"
+
+
+def test_number_of_columns() -> None:
+    assert open_encoder("geometry:eigen", modality="points").features == {"points": (-1, 26)}
+    assert open_encoder("geometry:eigen,scales=20+8", modality="points").features == {"points": (-1, 18)}
+
+
+@pytest.mark.parametrize(
+    ("axes", "column", "other"),
+    [("x", LINEARITY, PLANARITY), ("xy", PLANARITY, SCATTERING), ("xyz", SCATTERING, LINEARITY)],
+)
+def test_lines_planes_and_volumes_are_told_apart(axes: str, column: int, other: int) -> None:
+    xyz = np.zeros((600, 3))
+    for axis in axes:
+        xyz[:, "xyz".index(axis)] = np.random.default_rng(ord(axis)).uniform(0, 1, 600)
+    features = eigen_features(xyz)[:, 16:24]  # of 40 points
+    mean = features.mean(axis=0)
+    assert mean[column] > 0.3
+    assert mean[column] > mean[other] + 0.1
+    sums = features[:, [LINEARITY, PLANARITY, SCATTERING]].sum(axis=1)
+    np.testing.assert_allclose(sums, 1, atol=1e-5)
+
+
+def test_ground_and_wall_differ_in_verticality() -> None:
+    rng = np.random.default_rng(0)
+    ground, wall = rng.uniform(0, 5, (2, 400, 3))
+    ground[:, 2] = 0
+    wall[:, 0] = 0
+    assert eigen_features(ground)[:, VERTICALITY].max() < 1e-6
+    assert eigen_features(wall)[:, VERTICALITY].min() > 1 - 1e-6
+
+
+def test_height_above_the_ground() -> None:
+    """On a slope with a pole, the height of the pole's points is that above the ground near it."""
+    grid = np.stack(np.meshgrid(np.arange(0, 40, 0.5), np.arange(0, 10, 0.5)), axis=-1).reshape(-1, 2)
+    ground = np.column_stack([grid, 0.1 * grid[:, 0]])
+    pole = np.column_stack([np.full(41, 30.0), np.full(41, 5.0), 3 + np.linspace(0, 4, 41)])
+    features = eigen_features(np.concatenate([ground, pole]))
+    near, far = features[:, -2], features[:, -1]
+    assert CELL_SIZES_M == (2.0, 10.0)
+    assert near[: len(ground)].max() < 0.1 * 4 + 1e-4  # a cell and the one beside it
+    assert 4 <= near[-1] < 4.4
+    assert 4 <= far[-1] < 4 + 0.1 * 20
+
+
+def test_features_follow_their_definition() -> None:
+    xyz = np.random.default_rng(0).normal(size=(80, 3)) * (3, 2, 1)
+    point = 5
+    features = eigen_features(xyz)[point]
+    distances = np.linalg.norm(xyz - xyz[point], axis=1)
+    for number, size in enumerate(SCALES):
+        near = xyz[np.argsort(distances)[:size]]
+        values, vectors = np.linalg.eigh(np.cov(near.T, bias=True))
+        l3, l2, l1 = values
+        expected = [
+            (l1 - l2) / l1, (l2 - l3) / l1, l3 / l1, l3 / (l1 + l2 + l3), 1 - abs(vectors[2, 0]),
+            np.log10(np.sort(distances)[size - 1] + 1e-3), np.ptp(near[:, 2]), xyz[point, 2] - near[:, 2].mean(),
+        ]  # fmt: skip
+        np.testing.assert_allclose(features[number * 8 : number * 8 + 8], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_do_not_change_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    xyz = example_points()[0]["xyz"]
+    whole = eigen_features(xyz)
+    monkeypatch.setattr("embedcache.encoders.geometry._POINTS_PER_BLOCK", 7)
+    np.testing.assert_allclose(eigen_features(xyz), whole, atol=1e-5)
+
+
+def test_moved_points_have_the_same_features() -> None:
+    xyz = example_points()[0]["xyz"].astype(np.float64)
+    np.testing.assert_allclose(eigen_features(xyz + np.array([100, -3000, 70])), eigen_features(xyz), atol=1e-4)
+
+
+def test_points_at_one_place_have_no_shape() -> None:
+    features = eigen_features(np.ones((50, 3)))
+    assert np.isfinite(features).all()
+    np.testing.assert_array_equal(features[:, [LINEARITY, PLANARITY, SCATTERING, VARIATION]], 0)
+
+
+@pytest.mark.parametrize(
+    ("xyz", "reason"),
+    [
+        (np.zeros((39, 3), np.float32), "too few points: expected at least 40, got 39"),
+        (np.full((50, 3), np.nan, np.float32), "50 of 50 points have NaN or infinite coordinates"),
+        (np.eye(3, dtype=np.float32).repeat(20, axis=0) * 1e9, r"extend over 1e\+09 m"),
+    ],
+)
+def test_bad_points_fail_with_a_reason(xyz: np.ndarray, reason: str) -> None:
+    with pytest.raises(ItemError, match=reason):
+        open_encoder("geometry:eigen", modality="points").prepare([{"xyz": xyz}])
+
+
+@pytest.mark.parametrize("scales", ["8+8", "2+8", "8,20", "many"])
+def test_wrong_scales_raise(scales: str) -> None:
+    with pytest.raises(SettingError):
+        open_encoder(f"geometry:eigen,scales={scales}", modality="points")
+
+
+def test_unknown_model_raises() -> None:
+    with pytest.raises(UnknownNameError, match="known: eigen"):
+        open_encoder("geometry:pointnet", modality="points")

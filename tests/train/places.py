@@ -1,0 +1,143 @@
+"""A second task, of its own module: where the bar of an image is, from the tokens of the image."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from embedcache.arrays import Floats, Ints
+from embedcache.dataset.inputs import open_input
+from embedcache.errors import DataError
+from embedcache.networks.saved import ModuleConfig
+from embedcache.settings import from_flat
+from embedcache.store.cache import Cache
+from embedcache.train.distributed import own_slice
+from embedcache.train.loader import Loader, RowBatches, to_device
+from embedcache.train.modules import ModuleReport, describe_input, train_task
+from embedcache.train.settings import FitSettings
+from embedcache.train.trainer import OnEpoch
+from tests.images import PLACES
+
+FEATURE = "open_toy/patches"
+
+
+class PlaceClassifier(nn.Module):
+    """Normalized tokens, dropout, a hidden layer and a head."""
+
+    def __init__(self, num_tokens: int, width: int, *, hidden: int = 64) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.BatchNorm1d(num_tokens * width), nn.Dropout(0.1), nn.Linear(num_tokens * width, hidden), nn.GELU()
+        )
+        self.head = nn.Linear(hidden, len(PLACES))
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.body(tokens_BTD.float().flatten(1)))
+        return scores
+
+
+class Loaded(NamedTuple):
+    """A batch on the device."""
+
+    tokens: Tensor
+    labels: Tensor
+    rows: Ints
+
+
+class PlaceLoss(nn.Module):
+    """Cross-entropy of a batch."""
+
+    def __init__(self, module: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.module = module
+        self._bfloat16 = precision == "bfloat16"
+
+    def forward(self, batch: Loaded) -> Tensor:
+        with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16, enabled=self._bfloat16):
+            scores = self.module(batch.tokens)
+        return cross_entropy(scores.float(), batch.labels)
+
+
+class PlaceTask:
+    """The task: every fifth image is for validation."""
+
+    unit = "images"
+    parts: Mapping[str, Sequence[str]] = {"body": ["body"], "head": ["head"]}
+
+    def __init__(self, tokens_NTD: Floats, labels_N: Ints, settings: FitSettings, device: str) -> None:
+        self._tokens, self._labels, self._device = tokens_NTD, labels_N, device
+        is_val = np.arange(len(labels_N)) % 5 == 0
+        self._val = np.flatnonzero(is_val)
+        self.module = PlaceClassifier(*tokens_NTD.shape[1:])
+        self.objective = PlaceLoss(self.module, settings.machine.precision)
+        batch_size = settings.optimizer.batch_size or 64
+        batches = RowBatches(np.flatnonzero(~is_val), batch_size=batch_size, seed=settings.seed)
+        self.loader = Loader(batches, self._load)
+        self.forward_flops = 2.0 * batch_size * sum(value.numel() for value in self.module.parameters())
+
+    def _load(self, rows: Ints) -> Loaded:
+        own = rows[own_slice(len(rows))]
+        return Loaded(to_device(self._tokens[own], self._device), to_device(self._labels[own], self._device), rows)
+
+    def count(self, batch: Loaded) -> int:
+        return len(batch.rows)
+
+    @torch.inference_mode()
+    def measure(self) -> dict[str, float]:
+        scores = self.module(to_device(self._tokens[self._val], self._device))
+        labels = to_device(self._labels[self._val], self._device)
+        return {
+            "accuracy": (scores.argmax(dim=1) == labels).float().mean().item(),
+            "loss": cross_entropy(scores, labels).item(),
+        }
+
+    def score(self, measures: Mapping[str, float]) -> float:
+        return -measures["loss"]
+
+    def watch(self) -> dict[str, float]:
+        return {}
+
+    def explain(self, batch: Loaded, *, loss: float, step: int) -> DataError:
+        return DataError(f"the loss is {loss} at step {step}, in the batch of the rows {batch.rows[:5].tolist()} …")
+
+
+def train_places(
+    cache_path: Path, run_path: Path, settings: FitSettings, *, scale: float = 1.0, on_epoch: OnEpoch | None = None
+) -> ModuleReport:
+    """Train the classifier on the shared cache."""
+    feature = open_input(Cache(cache_path), "image", FEATURE)
+    tokens = scale * np.asarray(feature.load()(np.arange(feature.num_items)).values, np.float32)
+    config = ModuleConfig(
+        kind="tests.train.places:PlaceClassifier",
+        arguments={"num_tokens": tokens.shape[1], "width": tokens.shape[2]},
+        sides={"image": describe_input(feature)},
+        index_digest=Cache(cache_path).info.index_digest,
+    )
+    return train_task(
+        lambda device: PlaceTask(tokens, read_places(cache_path), settings, device),
+        run_path,
+        config,
+        settings,
+        on_epoch=on_epoch,
+    )
+
+
+def read_places(cache_path: Path) -> Ints:
+    """Return the number of the place that each caption names: (N,) int64."""
+    texts: list[Any] = Cache(cache_path).items("text")["text"].to_pylist()
+    return np.array([list(PLACES).index(text.split()[2]) for text in texts])
+
+
+def main(cache_path: str, run_path: str, options: str) -> None:
+    """Train with options in JSON; run by torchrun."""
+    train_places(Path(cache_path), Path(run_path), from_flat(FitSettings, json.loads(options)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,83 @@
+"""A pair that starts from other runs and trains some of its parts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from embedcache.errors import DataError, FingerprintError
+from embedcache.projectors.saved import load_pair, read_config
+from tests.cli.run import embedcache
+from tests.train.runs import IMAGE, TEXT, log_lines, run
+
+
+@pytest.fixture(scope="module")
+def finished(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Not to be changed."""
+    path = tmp_path_factory.mktemp("parts") / "run"
+    run(cache_path, path, seed=1)
+    return path
+
+
+def changed_parts(found: Path, start: Path) -> set[str]:
+    """Return the first names of all last weights that differ from the kept ones of another run."""
+    after, before = load_file(found / "last.safetensors"), load_file(start / "model.safetensors")
+    return {name.partition(".")[0] for name in before if not torch.equal(after[name], before[name])}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "changed"),
+    [("text", {"text"}), ("image+temperature", {"image", "log_scale"}), (None, {"image", "text", "log_scale"})],
+)
+def test_only_trainable_parts_change(
+    cache_path: Path, finished: Path, tmp_path: Path, trainable: str | None, changed: set[str]
+) -> None:
+    report = run(cache_path, tmp_path / "run", init_from=(str(finished),), trainable=trainable, loss="siglip")
+    assert changed_parts(tmp_path / "run", finished) == changed
+    pair, config = load_pair(tmp_path / "run")
+    trained = sum(value.numel() for name, value in pair.named_parameters() if name.partition(".")[0] in changed)
+    assert report.num_parameters == trained
+    assert config.file_digests == {"init_from *": read_config(finished).weights_digest}
+
+
+def test_closed_form_of_the_other_tower_is_kept_out(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    run(cache_path, tmp_path / "run", init_from=(f"image={finished}",), epochs=0)
+    run(cache_path, tmp_path / "random", initialization="random", epochs=0)
+    assert changed_parts(tmp_path / "run", finished) == {"text", "log_scale"}
+    assert changed_parts(tmp_path / "run", tmp_path / "random") == {"image"}
+
+
+def test_run_with_other_shapes_is_refused(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"part image .* expected shape \(8, 48\), got \(16, 48\)"):
+        run(cache_path, tmp_path / "narrow", init_from=(f"image={finished}",), shared_width=8)
+    with pytest.raises(
+        DataError, match=r"part text .* it lacks text\.projector\.\S+, .* it also has text\.projector\."
+    ):
+        run(cache_path, tmp_path / "glu", init_from=(f"text={finished}",), projector="mlp+glu", initialization="random")
+    assert not (tmp_path / "glu/config.json").exists()
+
+
+def test_command_line_names_several_runs(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    options = f"--image-feature {IMAGE} --text-feature {TEXT} --split key --shared-width 16 --epochs 1 --trainable text"
+    starts = ["--init-from", f"image={finished}", "--init-from", f"temperature={finished}"]
+    command = ["train", str(cache_path), str(tmp_path / "run"), *options.split(), *starts]
+    outcome = embedcache(*command, cwd=tmp_path)
+    assert outcome.code == 0, outcome.stderr
+    assert changed_parts(tmp_path / "run", finished) == {"text"}
+    again = ["train", str(cache_path), str(tmp_path / "again"), "--config", str(tmp_path / "run/config.json")]
+    assert embedcache(*again, cwd=tmp_path).code == 0
+    for name in ("config.json", "losses.jsonl", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    command[2] = str(tmp_path / "wrong")
+    wrong = embedcache(*command[:-4], "--init-from", f"audio={finished}", cwd=tmp_path)
+    assert (wrong.code, "unknown part 'audio'" in wrong.stderr) == (1, True)
+
+
+def test_unused_options_leave_no_key(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    assert "parts" not in json.loads((finished / "config.json").read_text())["training"]
+    assert run(cache_path, finished, seed=1).reused
+    with pytest.raises(FingerprintError, match=r"training\.parts\.trainable: stored None, requested 'text'"):
+        run(cache_path, finished, seed=1, trainable="text")
+    assert log_lines(finished)

@@ -1,0 +1,158 @@
+"""The training loop with a task that is not a pair: it learns, resumes, freezes parts and starts from other runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from embedcache.dataset.inputs import open_input
+from embedcache.errors import CorruptError, DataError, FingerprintError, PathError, SettingError, UnknownNameError
+from embedcache.networks.saved import ModuleConfig, load_module, read_module_config
+from embedcache.projectors.saved import load_pair
+from embedcache.reports.summary import summarize
+from embedcache.settings import from_flat
+from embedcache.store.cache import Cache
+from embedcache.train import trainer
+from embedcache.train.checkpoint import checkpoint_path
+from embedcache.train.modules import ModuleReport
+from embedcache.train.settings import FitSettings
+from tests.train.places import FEATURE, read_places, train_places
+from tests.train.runs import log_lines
+
+SAME = ("model.safetensors", "last.safetensors", "losses.jsonl", "config.json")
+
+
+def fit(cache_path: Path, run_path: Path, **options: Any) -> ModuleReport:
+    scale = options.pop("scale", 1.0)
+    return train_places(cache_path, run_path, from_flat(FitSettings, {"epochs": 3, "lr": 0.01, **options}), scale=scale)
+
+
+@pytest.fixture(scope="module")
+def finished(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Not to be changed."""
+    path = tmp_path_factory.mktemp("places") / "run"
+    fit(cache_path, path, epochs=25, seed=1)
+    return path
+
+
+def test_second_task_learns(cache_path: Path, finished: Path) -> None:
+    module, config = load_module(finished)
+    feature = open_input(Cache(cache_path), "image", FEATURE)
+    rows = np.arange(0, 300, 5)
+    with torch.inference_mode():
+        scores = module(torch.from_numpy(feature.read(rows).values))
+    accuracy = float((scores.argmax(dim=1).numpy() == read_places(cache_path)[rows]).mean())
+    outcome = json.loads((finished / "record.json").read_text())["outcome"]
+    assert accuracy == pytest.approx(outcome["measures"]["accuracy"])
+    assert accuracy > 0.45  # chance is 0.25, with a standard error of 0.06
+    assert config.sides["image"].feature == FEATURE
+    assert "temperature" not in log_lines(finished)[1]
+
+
+def test_run_is_reused_or_refused(cache_path: Path, finished: Path) -> None:
+    assert fit(cache_path, finished, epochs=25, seed=1).reused
+    with pytest.raises(FingerprintError, match=r"training\.optimizer\.learning_rate: stored 0.01, requested 0.1"):
+        fit(cache_path, finished, epochs=25, seed=1, lr=0.1)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 9])
+def test_resume_of_any_task_is_identical(cache_path: Path, tmp_path: Path, num_steps: int) -> None:
+    save_checkpoint, num_left = trainer.save_checkpoint, num_steps
+
+    def save(*args: Any) -> None:
+        nonlocal num_left
+        save_checkpoint(*args)
+        num_left -= 1
+        if not num_left:
+            raise InterruptedError
+
+    options = {"checkpoint_s": 0, "batch_size": 60, "precision": "bfloat16"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", save)
+        with pytest.raises(InterruptedError):
+            fit(cache_path, tmp_path / "run", **options)
+    assert checkpoint_path(tmp_path / "run").is_file()
+    torch.manual_seed(99)
+    fit(cache_path, tmp_path / "run", **options)
+    fit(cache_path, tmp_path / "whole", **options)
+    for name in SAME:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_patience_and_bad_loss(cache_path: Path, tmp_path: Path) -> None:
+    fit(cache_path, tmp_path / "stalled", epochs=50, lr=1.0, patience=2)
+    assert max(line["epoch"] for line in log_lines(tmp_path / "stalled")) < 49
+    with pytest.raises(DataError, match=r"the loss is nan at step 0, in the batch of the rows"):
+        fit(cache_path, tmp_path / "bad", scale=float("nan"))
+
+
+@pytest.mark.parametrize(("trainable", "frozen"), [("head", "body."), ("body", "head.")])
+def test_frozen_part_is_equal_to_the_bit(
+    cache_path: Path, finished: Path, tmp_path: Path, trainable: str, frozen: str
+) -> None:
+    report = fit(cache_path, tmp_path / "run", init_from=(str(finished),), trainable=trainable, seed=2)
+    after, start = load_file(tmp_path / "run/last.safetensors"), load_file(finished / "model.safetensors")
+    assert {"body.0.running_mean", "body.0.num_batches_tracked", "head.bias"} < after.keys()
+    for name, value in after.items():
+        assert torch.equal(value, start[name]) == name.startswith(frozen), name
+    assert report.num_parameters == sum(
+        value.numel() for name, value in load_module(tmp_path / "run")[0].named_parameters() if frozen not in name
+    )
+    config = read_module_config(tmp_path / "run")
+    assert config.trainable == [trainable]
+    assert config.init_runs == {"*": read_module_config(finished).weights_digest}
+
+
+def test_one_part_starts_from_a_run(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    fit(cache_path, tmp_path / "run", init_from=(f"body={finished}",), epochs=0, seed=3)
+    found, start = load_file(tmp_path / "run/model.safetensors"), load_file(finished / "model.safetensors")
+    assert {name for name in found if torch.equal(found[name], start[name])} == {
+        name for name in start if name.startswith("body.")
+    }
+
+
+def test_start_run_is_whole_or_refused(cache_path: Path, finished: Path, run_path: Path, tmp_path: Path) -> None:
+    def start(*words: str, **options: Any) -> None:
+        fit(cache_path, tmp_path / f"run-{len(list(tmp_path.iterdir()))}", init_from=words, **options)
+
+    with pytest.raises(
+        DataError, match=r"part body of .* does not fit: it lacks body\.0\.bias, body\.0\..* and 4 more"
+    ):
+        start(str(run_path))  # a pair
+    with pytest.raises(UnknownNameError, match=r"unknown part 'neck'.*body"):
+        start(f"neck={finished}")
+    with pytest.raises(UnknownNameError, match=r"unknown part 'neck'.*body"):
+        start(trainable="head+neck")
+    with pytest.raises(SettingError, match="expected one run for all parts"):
+        start(str(finished), str(finished))
+    with pytest.raises(PathError, match="expected a finished run"):
+        start(str(tmp_path / "nothing"))
+
+
+def test_changed_start_run_is_another_run(cache_path: Path, finished: Path, tmp_path: Path) -> None:
+    fit(cache_path, tmp_path / "first", seed=5, epochs=0)
+    fit(cache_path, tmp_path / "run", init_from=(str(tmp_path / "first"),), epochs=1)
+    config, weights = tmp_path / "first/config.json", tmp_path / "first/model.safetensors"
+    weights.write_bytes((finished / "model.safetensors").read_bytes())
+    with pytest.raises(CorruptError, match="not the file that config.json was written for"):
+        fit(cache_path, tmp_path / "other", init_from=(str(tmp_path / "first"),), epochs=1)
+    config.write_bytes((finished / "config.json").read_bytes())
+    with pytest.raises(FingerprintError, match=r"init_runs\.\*"):
+        fit(cache_path, tmp_path / "run", init_from=(str(tmp_path / "first"),), epochs=1)
+
+
+def test_runs_of_both_formats_are_named(finished: Path, run_path: Path) -> None:
+    with pytest.raises(DataError, match=r"expected an aligned pair, got a run of kind tests.train.places:Place"):
+        load_pair(finished)
+    with pytest.raises(DataError, match="expected the run of a module, got an aligned pair"):
+        load_module(run_path)
+    config = read_module_config(finished)
+    assert ModuleConfig.from_json(config.to_json()) == config
+    summary = summarize(finished)
+    assert summary.kind == "run"
+    assert summary.rows == [["image", FEATURE, "3", "tests.toy:open_toy"]]
+    assert "validation of epoch" in summary.notes[-1]
