@@ -250,7 +250,10 @@ def _must_keep(group: EncoderGroup, feature: str, attributes: Mapping[str, Any])
 
 def read_feature(group: EncoderGroup, feature: str) -> dict[str, Any]:
     """Read the `item_shape` and `dtype` of a feature, and its `axis` if it has one."""
-    return _read_attributes(group.path / feature)
+    attributes = _read_attributes(group.path / feature)
+    if not {"item_shape", "dtype"} <= attributes.keys():
+        raise CorruptError(f"{group.path / feature}: expected item_shape and dtype in its zarr.json; {REPAIR}")
+    return attributes
 
 
 def read_axis(attributes: Mapping[str, Any], name: str) -> Axis | None:
