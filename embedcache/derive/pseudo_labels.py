@@ -199,23 +199,6 @@ def _is_rejected(modality: ModalityPredictions, rows: Ints, own: Ints, other: In
     return is_rejected_M
 
 
-def class_weights(labels_N: Ints, num_classes: int) -> Floats:
-    """Compute weights of a loss: log(5 n / n_c), divided by the smallest: (C,) float32.
-
-    A class without a label gets the weight of one with a single label. Frequent classes count least; the 5 keeps the
-    weight of a class that has all labels above 0.
-
-    Raises:
-        DataError: there are no labels.
-    """
-    count_C = np.bincount(labels_N[labels_N != IGNORED], minlength=num_classes)
-    if not count_C.sum():
-        raise DataError("class weights: expected at least one labeled point, got none")
-    weights_C = np.log(5 * count_C.sum() / np.maximum(count_C, 1))
-    relative_C: Floats = (weights_C / weights_C.min()).astype(np.float32)
-    return relative_C
-
-
 class LabelQuality(NamedTuple):
     """How many points have a pseudo-label, and how many of these are right; for reports only, as it needs the truth."""
 

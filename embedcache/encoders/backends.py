@@ -50,7 +50,7 @@ class GraphEncoder:
         features: name -> shape of one item, the default first; `(-1, D)` has as many rows as the model input.
         fingerprint: of the model; backend, precision and the list of native features are filled in here.
         settings: batch size, device and precision.
-        axes: name -> axis of its tokens.
+        axes: axis of each feature of tokens, where it is known.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class GraphEncoder:
         settings: EncoderSettings,
         axes: Mapping[str, Axis] | None = None,
     ) -> None:
-        self.axes = axes or {}
+        self.axes: Mapping[str, Axis] = axes or {}
         self._graph, self._prepare, self._collate = graph, prepare, collate
         self.modality, self.features = modality, features
         on_cpu, on_gpu = (32, 128) if modality == "image" else (64, 512)

@@ -62,10 +62,10 @@ def build_image_encoder(
 
 def is_whole_fit(spec: EncoderSpec) -> bool:
     """Return whether a spec has the option `fit=whole`: no crop, but both sides resized to those of the model."""
-    fit = spec.options.get("fit", "whole")
-    if fit != "whole":
-        raise SettingError(f"option fit in {spec.text}: expected whole, got {fit!r}; omit it for the published crop")
-    return "fit" in spec.options
+    fit = spec.options.get("fit", "crop")
+    if fit not in ("crop", "whole"):
+        raise SettingError(f"option fit in {spec.text}: expected crop or whole, got {fit!r}")
+    return fit == "whole"
 
 
 def _onnx_export(module: "ImageModel", name: str) -> OnnxExport:

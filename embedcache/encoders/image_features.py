@@ -293,14 +293,5 @@ def lite_crop(image: Image, size_px: int) -> npt.NDArray[np.uint8]:
     side = max(1, int(min(width, height) * size_px / (size_px + LITE_CROP_PADDING_PX)))
     left, top = (width - side + 1) // 2, (height - side + 1) // 2
     box = (left, top, left + side, top + side)
-    return _resize(image, size_px, box)
-
-
-def whole_image(image: Image, size_px: int) -> npt.NDArray[np.uint8]:
-    """Resize an RGB image to a square with Pillow's bicubic filter, without a crop: (3, size_px, size_px) uint8."""
-    return _resize(image, size_px, (0, 0, *image.size))
-
-
-def _resize(image: Image, size_px: int, box: tuple[int, int, int, int]) -> npt.NDArray[np.uint8]:
     square = image.resize((size_px, size_px), Resampling.BICUBIC, box=box)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))

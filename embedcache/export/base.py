@@ -10,6 +10,7 @@ from PIL import Image
 
 from embedcache.arrays import Floats
 from embedcache.encoders.base import Modality
+from embedcache.encoders.open import DERIVED
 from embedcache.errors import ArtifactError, SettingError
 from embedcache.inference import open_projected_encoder
 from embedcache.projectors.base import PROJECTORS, split_names
@@ -80,8 +81,10 @@ class ExportNotes:
 
 
 def check_plain(tower_input: TowerInput, format_name: str) -> None:
-    """Check that a feature is an encoder's plain output: not of a view, and computed in float32."""
+    """Check that a feature is an encoder's plain output: not derived, not of a view, and computed in float32."""
     name, fingerprint = tower_input.feature, tower_input.fingerprint
+    if fingerprint["family"] == DERIVED:
+        raise unsupported(format_name, f"the feature {name} is derived from other features, so no encoder computes it")
     view, precision = fingerprint.get("view"), fingerprint["precision"]
     if view is not None:
         raise unsupported(format_name, f"the feature {name} is built from the view {view['name']!r}, not the encoder")

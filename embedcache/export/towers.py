@@ -63,11 +63,9 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
     if spec.family not in openers:
         expected = " or ".join(", ".join(openers).rsplit(", ", 1))
         raise unsupported(format_name, f"its {modality} encoder is of the family {spec.family!r}: expected {expected}")
+    if spec.options.get("fit", "crop") != "crop":
+        raise unsupported(format_name, "the exported image processor crops the center square")
     preprocessing = tower_input.fingerprint["preprocessing"]
-    if preprocessing.get("fit") == "whole":
-        raise unsupported(
-            format_name, "its image encoder resizes whole images (fit=whole): expected the published crop"
-        )
     if modality == "text" and (preprocessing["prefix"] or preprocessing["lower"]):
         raise unsupported(
             format_name,

@@ -4,7 +4,7 @@ All points of a batch are one packed array, one row per point, without padding; 
 The normalizations keep the moments of the features they were trained on: the only trace of the source domain.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,15 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
-from embedcache.arrays import Floats, blocks
-from embedcache.errors import SettingError
+from embedcache.arrays import Floats, Ints, blocks
+from embedcache.errors import DataError, SettingError
 from embedcache.metrics.divergence import domain_gap
 from embedcache.metrics.segmentation import IGNORED
 
-PARTS = ("heads", "norms", "linear")
-"""Parts of a `PointNetwork` that adaptation may train."""
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "heads": ("head", "mimic_head"),
+    "linear": ("linear",),
+    "norms": ("input_norm", "hidden_norm"),
+}
+"""Parts of a `PointNetwork` that may be trained alone -> their submodules."""
 
 _BLOCK = 65_536  # points that are read at once outside training
+_NUM_HALVINGS = 20
 
 
 class PointOutput(NamedTuple):
@@ -66,99 +71,110 @@ class PointNetwork(nn.Module):
         """Start the second head as a copy of the main head, as adaptation does."""
         self.mimic_head.load_state_dict(self.head.state_dict())
 
-    def parts(self) -> dict[str, list[nn.Module]]:
-        """Return the modules of each part that adaptation may train."""
-        return {
-            "heads": [self.head, self.mimic_head],
-            "norms": [self.input_norm, self.hidden_norm],
-            "linear": [self.linear],
-        }
 
-
-def set_trainable(network: PointNetwork, parts: Collection[str]) -> list[nn.Parameter]:
-    """Let only some parts of a network be trained; return their parameters.
-
-    Raises:
-        SettingError: there is no such part.
-    """
-    unknown = sorted(set(parts) - set(PARTS))
-    if unknown:
-        raise SettingError(f"trainable parts: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    network.requires_grad_(requires_grad=False)
-    chosen = [module for name, modules in network.parts().items() if name in parts for module in modules]
-    for module in chosen:
-        module.requires_grad_(requires_grad=True)
-    return [parameter for module in chosen for parameter in module.parameters()]
-
-
-class SourceObjective(nn.Module):
-    """Cross-entropy of the main head with class weights: how a source model is trained on its own modality.
+class PointNetworks(nn.Module):
+    """A `PointNetwork` per modality.
 
     Args:
-        network: the network that is trained.
-        weights_C: weight of each class.
+        widths: modality -> width of its features.
+        num_classes: number of classes.
+        hidden: width of the penultimate features.
     """
 
-    weights_C: Tensor
-
-    def __init__(self, network: PointNetwork, weights_C: Floats) -> None:
+    def __init__(self, *, widths: Mapping[str, int], num_classes: int, hidden: int = 64) -> None:
         super().__init__()
-        self.network = network
-        self.register_buffer("weights_C", torch.from_numpy(weights_C))
+        networks = {name: PointNetwork(width, num_classes, hidden=hidden) for name, width in widths.items()}
+        self.networks = nn.ModuleDict(networks)
 
-    def forward(self, features_ND: Tensor, labels_N: Tensor) -> Tensor:
-        """Compute the loss of N points; points with the label -1 do not count."""
-        return labeled_loss(self.network(features_ND).logits_NC, labels_N, self.weights_C)
+    def __getitem__(self, modality: str) -> PointNetwork:
+        network = self.networks[modality]
+        assert isinstance(network, PointNetwork)
+        return network
+
+    def parts(self) -> dict[str, list[str]]:
+        """Return the parts that may be loaded or trained alone: each modality, and what it consists of.
+
+        For the modality `image` they are `image`, `image-heads`, `image-linear` and `image-norms`.
+        """
+        parts: dict[str, list[str]] = {}
+        for name in self.networks:
+            parts[name] = [f"networks.{name}"]
+            for part, modules in PARTS.items():
+                parts[f"{name}-{part}"] = [f"networks.{name}.{module}" for module in modules]
+        return parts
 
 
-class AdaptationObjective(nn.Module):
-    """Loss of adaptation: cross-entropy with pseudo-labels, and consistency between the modalities.
-
-    For each adapted modality m with the other modality o:
-
-        CE(head_m, pseudo-label) + consistency · KL(softmax(head_o) ‖ softmax(mimic_head_m))
-
-    No gradient flows into head_o from the second term. A modality that is not adapted stays as it is, to the bit, and
-    teaches the other one. SUMMIT (ICCV 2023), without the back-propagation into the encoders.
+class PointBatch(NamedTuple):
+    """Points of a batch.
 
     Args:
-        networks: modality -> network, two of them.
-        weights: adapted modality -> class weights, (C,); the other modality, if missing here, is not adapted.
+        features: modality -> (N, D) features.
+        labels: modality -> (N,) labels or pseudo-labels; -1 where there is none. Modalities without labels are not
+            trained.
+    """
+
+    features: Mapping[str, Tensor]
+    labels: Mapping[str, Tensor]
+
+
+class PointObjective(nn.Module):
+    """Loss of one modality with labels, or of two modalities that are adapted with pseudo-labels.
+
+    For each trained modality m, and the other modality o if there is one:
+
+        CE(head_m, label) + consistency · KL(softmax(head_o) ‖ softmax(mimic_head_m))
+
+    No gradient flows into head_o from the second term. A modality without class weights is not trained: it stays as it
+    is, to the bit, and teaches the other one. "SUMMIT: Source-Free Adaptation of Uni-Modal Models to Multi-Modal
+    Targets" (ICCV 2023), without the back-propagation into the encoders.
+
+    Args:
+        module: the networks, of one or two modalities.
+        weights: trained modality -> weight of each class, (C,).
         consistency: weight of the second term.
     """
 
-    def __init__(
-        self, networks: Mapping[str, PointNetwork], weights: Mapping[str, Floats], *, consistency: float
-    ) -> None:
+    def __init__(self, module: PointNetworks, weights: Mapping[str, Floats], *, consistency: float = 0.0) -> None:
         super().__init__()
-        if len(networks) != 2 or not weights or set(weights) - set(networks):
-            raise SettingError(f"expected two modalities and those to adapt, got {list(networks)} and {list(weights)}")
-        self.networks = nn.ModuleDict(networks)
-        self.adapted = tuple(name for name in networks if name in weights)
+        if not weights or set(weights) - set(module.networks) or len(module.networks) > 2:
+            raise SettingError(
+                f"expected one or two modalities and those to train, got {list(module.networks)} and {list(weights)}"
+            )
+        self.module = module
+        self.trained = tuple(name for name in module.networks if name in weights)
         self.consistency = consistency
         for name, weights_C in weights.items():
             self.register_buffer(f"weights_{name}", torch.from_numpy(weights_C))
-        self.train()
 
-    def train(self, mode: bool = True) -> "AdaptationObjective":  # noqa: FBT001, FBT002  # the signature of torch
-        """Switch the adapted networks to training; the other one stays in evaluation mode."""
-        super().train(mode)
-        for name, network in self.networks.items():
-            network.train(mode and name in self.adapted)
-        return self
-
-    def forward(self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
-        """Compute the loss of N points: (N, D) features of each modality, (N,) pseudo-labels of each adapted one."""
+    def forward(self, batch: PointBatch) -> Tensor:
+        """Compute the loss of a batch."""
         outputs: dict[str, PointOutput] = {}
-        for name, network in self.networks.items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.adapted):
-                outputs[name] = network(features[name])
+        for name in self.module.networks:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained):
+                outputs[name] = self.module[name](batch.features[name])
         losses = []
-        for name in self.adapted:
-            (other,) = set(outputs) - {name}
-            supervised = labeled_loss(outputs[name].logits_NC, labels[name], getattr(self, f"weights_{name}"))
-            losses.append(supervised + self.consistency * imitation_loss(outputs[name], outputs[other]))
+        for name in self.trained:
+            weights_C: Tensor = getattr(self, f"weights_{name}")
+            losses.append(labeled_loss(outputs[name].logits_NC, batch.labels[name], weights_C))
+            losses += [self.consistency * imitation_loss(outputs[name], outputs[o]) for o in outputs if o != name]
         return torch.stack(losses).sum()
+
+
+def class_weights(labels_N: Ints, num_classes: int) -> Floats:
+    """Compute weights of a loss: log(5 n / n_c), divided by the smallest: (C,) float32.
+
+    A class without a label gets the weight of one with a single label. Frequent classes count least; the 5 keeps the
+    weight of a class that has all labels above 0.
+
+    Raises:
+        DataError: there are no labels.
+    """
+    count_C = np.bincount(labels_N[labels_N != IGNORED], minlength=num_classes)
+    if not count_C.sum():
+        raise DataError("class weights: expected at least one labeled point, got none")
+    weights_C = np.log(5 * count_C.sum() / np.maximum(count_C, 1))
+    relative_C: Floats = (weights_C / weights_C.min()).astype(np.float32)
+    return relative_C
 
 
 def labeled_loss(logits_NC: Tensor, labels_N: Tensor, weights_C: Tensor) -> Tensor:
@@ -189,6 +205,32 @@ def predict_points(network: PointNetwork, features_ND: Floats) -> PointPredictio
     parts = [network(torch.from_numpy(features_ND[rows])) for rows in blocks(len(features_ND), _BLOCK)]
     logits_NC = torch.cat([part.logits_NC for part in parts])
     return PointPrediction(softmax(logits_NC, dim=1).numpy(), torch.cat([part.hidden_NP for part in parts]).numpy())
+
+
+@torch.no_grad()
+def scale_entropy(network: PointNetwork, features_ND: Floats, entropy_nats: float) -> float:
+    """Divide the main head's logits by a temperature, so that the mean entropy of the predictions is the given one.
+
+    Training on pseudo-labels makes a network more certain than it was; in a sum of probabilities it then outvotes the
+    other modality. The temperature is folded into the head.
+
+    Returns:
+        The temperature, from 0.1 to 10.
+    """
+    network.eval()
+    logits_NC = torch.cat(
+        [network(torch.from_numpy(features_ND[rows])).logits_NC for rows in blocks(len(features_ND), _BLOCK)]
+    )
+    low, high = -1.0, 1.0
+    for _ in range(_NUM_HALVINGS):  # the entropy grows with the temperature
+        middle = (low + high) / 2
+        log_NC = log_softmax(logits_NC / 10**middle, dim=1)
+        is_below = -(log_NC.exp() * log_NC).sum(dim=1).mean().item() < entropy_nats
+        low, high = (middle, high) if is_below else (low, middle)
+    temperature = 10 ** ((low + high) / 2)
+    for parameter in network.head.parameters():
+        parameter.div_(temperature)
+    return float(temperature)
 
 
 class Moments:

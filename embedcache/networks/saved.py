@@ -16,7 +16,7 @@ from embedcache.projectors.saved import RUN_FORMAT, config_path, save_weights, s
 from embedcache.provenance import digest_file, fields_of, from_record, read_manifest, to_record, write_json
 from embedcache.registry import Registry
 
-NETWORKS = Registry("network", {}, group="embedcache.networks")
+NETWORKS = Registry("network", {"points": "embedcache.networks.points:PointNetworks"}, group="embedcache.networks")
 """Modules by name. One of your own needs no entry: its kind is `module:attribute`."""
 _STORED_NAMES = {
     "index_digest": "spine",

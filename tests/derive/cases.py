@@ -1,5 +1,6 @@
 """Derivations on the toy features, shared by the tests; `halve` and `label` are rules of a user's own."""
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,15 @@ MAXIMUM = Rule(
     outputs=lambda _, __: {"maximum": (1,)},
     parameters={},
 )
+
+
+def _sleep(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
+    time.sleep(0.05)
+    return {"same": inputs[0]}
+
+
+SLOWLY = Rule(name="tests.derive.cases:SLOWLY", apply=_sleep, outputs=lambda shapes, _: {"same": shapes[0]})
+
+
+def slowly() -> Derivation:
+    return Derivation(name="slowly", inputs=(CLS,), rule=SLOWLY)

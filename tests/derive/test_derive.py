@@ -20,7 +20,7 @@ from embedcache.search.settings import IndexSettings
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
 from embedcache.store.verify import verify
-from tests.crash import crash_function
+from tests.crash import crash_function, start
 from tests.derive.cases import (
     CLS,
     MEAN,
@@ -32,6 +32,7 @@ from tests.derive.cases import (
     halved,
     labels,
     run,
+    slowly,
 )
 from tests.extract.cases import tree
 from tests.images import write_images
@@ -229,6 +230,21 @@ def test_resume_after_kill_is_identical(
     crash_function(function, (cache,), moment, pattern)  # type: ignore[arg-type]
     assert tree(cache) != tree(whole)
     function(cache)  # type: ignore[operator]
+    assert tree(cache) == tree(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_chunks(cache: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(cache, tmp_path / "whole"))
+    derive(whole, slowly())
+    outputs = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    words = ["derive", str(cache), "--rule", "tests.derive.cases:SLOWLY", "--input", "image=open_toy/cls"]
+    processes = [start([*words, "--name", "slowly"], output=output) for output in outputs]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    derived = re.findall(r"derived (\d+) images", "".join(output.read_text() for output in outputs))
+    assert sum(map(int, derived)) == NUM_IMAGES, "no chunk was computed twice"
     assert tree(cache) == tree(whole)
 
 

@@ -2,7 +2,7 @@ import doctest
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy as scipy_entropy
 from scipy.stats import multivariate_normal
@@ -13,7 +13,6 @@ from embedcache.derive.pseudo_labels import (
     Gaussians,
     ModalityPredictions,
     agree,
-    class_weights,
     entropy,
     fit_gaussians,
     keep_certain,
@@ -195,21 +194,6 @@ def test_dead_channel_does_not_decide() -> None:
     assert gaussians.variance_CD[0, 1] > 0
     assert isinstance(gaussians, Gaussians)
     assert np.isfinite(gaussians.log_density(features, 1 - labels)).all()
-
-
-@given(st.lists(st.integers(-1, C - 1), min_size=1, max_size=200))
-def test_class_weights_match_definition(labels: list[int]) -> None:
-    assume(max(labels) >= 0)
-    counts = [max(labels.count(number), 1) for number in range(C)]
-    expected = np.log([5 * sum(label >= 0 for label in labels) / count for count in counts])
-    found = class_weights(np.array(labels), C)
-    assert found == pytest.approx(expected / expected.min(), rel=1e-5)
-    assert found[np.argmax(counts)] == found.min() == 1
-
-
-def test_class_weights_need_labels() -> None:
-    with pytest.raises(DataError, match="at least one labeled point, got none"):
-        class_weights(np.array([-1, -1]), C)
 
 
 def test_label_quality_ignores_points_without_truth() -> None:

@@ -20,12 +20,13 @@ from embedcache.errors import FingerprintError, PathError, SettingError, Unknown
 from embedcache.evaluate.runs import load_runs
 from embedcache.evaluate.settings import ZeroShotSettings
 from embedcache.evaluate.zero_shot import classify
+from embedcache.export.base import check_plain
 from embedcache.extract.extract import extract
 from embedcache.extract.repair import measure_drift, verify_cache
 from embedcache.extract.settings import ExtractSettings, VerifySettings
 from embedcache.inference import load
 from embedcache.networks.saved import ModuleConfig, ModuleInput, save_module
-from embedcache.projectors.saved import config_path
+from embedcache.projectors.saved import config_path, read_config
 from embedcache.search.vectors import Vectors
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
@@ -104,6 +105,8 @@ def test_train_on_projected_features(cache: Path, work: Path, tmp_path: Path) ->
     name = "vectors-projected/projected"
     report = train(cache, tmp_path / "second", image=name, text=name)
     assert report.best_epoch is not None
+    with pytest.raises(SettingError, match="the onnx format .*run: the feature vectors-projected/projected is derived"):
+        check_plain(read_config(tmp_path / "second").image, "onnx")
     with pytest.raises(SettingError, match="derived:run.* are derived from other features, so no raw image"):
         load(tmp_path / "second").encode_image([])
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from embedcache.axis import Axis
 from embedcache.encoders.image_features import lite_crop
 from embedcache.encoders.open import open_encoder
 from embedcache.encoders.settings import EncoderSettings
@@ -23,11 +24,7 @@ class TestLite(ImageEncoderContract):
 
     @pytest.fixture
     def other_spec(self, tmp_path_factory: pytest.TempPathFactory) -> str:
-        path = tmp_path_factory.mktemp("lite") / "changed.pth"
-        state = torch.load(_packaged(), weights_only=True)
-        state["_conv_stem.weight"][0, 0, 0, 0] += 1
-        torch.save(state, path)
-        return f"lite:efficientnet-lite0,weights={path}"
+        return f"lite:efficientnet-lite0,weights={_changed_weights(tmp_path_factory)}"
 
 
 def test_matches_package(photographs: Sequence[Image.Image]) -> None:
@@ -60,6 +57,42 @@ def test_crop_is_the_center_square() -> None:
     pixels = np.zeros((256, 400, 3), np.uint8)
     pixels[16:240, 88:312] = 255  # 224 = 256 * 224 / (224 + 32), in the middle
     np.testing.assert_array_equal(lite_crop(Image.fromarray(pixels), 224), np.uint8(255))
+
+
+class TestWhole(ImageEncoderContract):
+    @pytest.fixture
+    def spec(self) -> str:
+        return "lite:efficientnet-lite0,fit=128x64"
+
+    @pytest.fixture
+    def other_spec(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        return f"lite:efficientnet-lite0,fit=128x64,weights={_changed_weights(tmp_path_factory)}"
+
+
+def test_patches_of_whole_images_lie_where_the_axis_says() -> None:
+    settings = EncoderSettings(features=("layer3.patches", "layer5.patches", "patches", "grid:2"))
+    encoder = open_encoder("lite:efficientnet-lite0,fit=128x64", modality="image", settings=settings)
+    axes = encoder.axes
+    assert axes["grid:2"] == Axis(kind="grid", rows=2, columns=2, box=(0.0, 0.0, 1.0, 1.0))
+    dark, bright = np.zeros((40, 90, 3), np.uint8), np.zeros((40, 90, 3), np.uint8)
+    bright[26:, 70:] = 255  # below and to the right
+    for name, (rows, columns) in {"layer3.patches": (16, 32), "layer5.patches": (8, 16), "patches": (2, 4)}.items():
+        assert axes[name] == Axis(kind="grid", rows=rows, columns=columns, box=(0.0, 0.0, 1.0, 1.0))
+        found = encoder.encode(encoder.prepare([Image.fromarray(dark), Image.fromarray(bright)]), [name])[name]
+        change = np.abs(found[1] - found[0]).sum(axis=1).reshape(rows, columns)
+        corner = change[rows * 3 // 4 :, columns * 7 // 8 :].mean()
+        assert corner > 3 * change[: rows // 2, : columns // 2].mean()
+
+
+def test_cropped_patches_have_no_place_in_the_image() -> None:
+    cropped = open_encoder("lite:efficientnet-lite0", modality="image")
+    assert cropped.axes == {"patches": Axis(kind="grid", rows=7, columns=7)}  # where depends on the image's shape
+    assert "fit" not in cropped.fingerprint.preprocessing
+    whole = open_encoder("lite:efficientnet-lite0,fit=whole", modality="image")
+    assert whole.axes["patches"] == Axis(kind="grid", rows=7, columns=7, box=(0.0, 0.0, 1.0, 1.0))
+    for fit in ("448", "448x16", "box", "x"):
+        with pytest.raises(SettingError, match=f"expected crop, whole, or a width and height .* got '{fit}'"):
+            open_encoder(f"lite:efficientnet-lite0,fit={fit}", modality="image")
 
 
 @pytest.fixture(scope="module")
@@ -96,37 +129,9 @@ def _package_model() -> torch.nn.Module:
     return model.eval()
 
 
-def test_whole_fit_sees_the_whole_image() -> None:
-    pixels = np.zeros((100, 300, 3), np.uint8)
-    pixels[:, :30] = 255  # outside of the center square
-    cropped = open_encoder("lite:efficientnet-lite0", modality="image", settings=EncoderSettings(backend="torch"))
-    whole = open_encoder(
-        "lite:efficientnet-lite0,fit=whole", modality="image", settings=EncoderSettings(backend="torch")
-    )
-    assert cropped.prepare([Image.fromarray(pixels)])[0].max() == 0
-    (prepared,) = whole.prepare([Image.fromarray(pixels)])
-    assert prepared.shape == (3, 224, 224)
-    assert (prepared[:, :, :20] == 255).all()
-    assert (prepared[:, :, 26:] == 0).all()
-    assert "fit" not in cropped.fingerprint.preprocessing
-    assert whole.fingerprint.preprocessing == {
-        **{name: value for name, value in cropped.fingerprint.preprocessing.items() if name != "crop_padding_px"},
-        "fit": "whole",
-    }
-
-
-def test_axes_of_patches() -> None:
-    settings = EncoderSettings(backend="torch", features=("grid:2", "kmeans:2", "layer3.patches"))
-    cropped = open_encoder("lite:efficientnet-lite0", modality="image", settings=settings)
-    assert {name: axis.to_json() for name, axis in cropped.axes.items()} == {
-        "patches": {"kind": "grid", "rows": 7, "columns": 7},
-        "grid:2": {"kind": "grid", "rows": 2, "columns": 2},
-        "layer3.patches": {"kind": "grid", "rows": 56, "columns": 56},
-    }
-    whole = open_encoder("lite:efficientnet-lite0,fit=whole", modality="image", settings=settings)
-    assert {axis.box for axis in whole.axes.values()} == {(0.0, 0.0, 1.0, 1.0)}
-
-
-def test_unknown_fit_raises() -> None:
-    with pytest.raises(SettingError, match="option fit in .*: expected whole, got 'center'"):
-        open_encoder("lite:efficientnet-lite0,fit=center", modality="image")
+def _changed_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lite") / "changed.pth"
+    state = torch.load(_packaged(), weights_only=True)
+    state["_conv_stem.weight"][0, 0, 0, 0] += 1
+    torch.save(state, path)
+    return path

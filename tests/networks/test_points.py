@@ -1,24 +1,29 @@
 import copy
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import nn
 
-from embedcache.errors import SettingError
+from embedcache.derive.pseudo_labels import entropy
+from embedcache.errors import DataError, SettingError
 from embedcache.metrics.divergence import domain_gap
 from embedcache.networks.points import (
-    PARTS,
-    AdaptationObjective,
     Moments,
+    PointBatch,
     PointNetwork,
-    SourceObjective,
+    PointNetworks,
+    PointObjective,
     adapt_norms,
+    class_weights,
     imitation_loss,
     labeled_loss,
     norm_gaps,
     predict_points,
-    set_trainable,
+    scale_entropy,
 )
 
 WIDTH, C = 6, 3
@@ -32,22 +37,42 @@ def make_points(seed: int, num_points: int = 300, shift: float = 0.0) -> tuple[n
     return (means[labels] + noise + shift * (means[1] - means[0])).astype(np.float32), labels
 
 
-def train(objective: nn.Module, *inputs: object, steps: int = 60) -> None:
+def train(objective: PointObjective, batch: PointBatch, *, steps: int = 60) -> None:
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     for _ in range(steps):
         optimizer.zero_grad()
-        objective(*inputs).backward()
+        objective(batch).backward()
         optimizer.step()
+
+
+def make_batch(seed: int, shifts: Mapping[str, float], labels: np.ndarray | None = None) -> PointBatch:
+    """Points of several modalities, with labels or, by default, with the true ones."""
+    points = {name: make_points(seed, shift=shift) for name, shift in shifts.items()}
+    features = {name: torch.from_numpy(features) for name, (features, _) in points.items()}
+    return PointBatch(
+        features, {n: torch.from_numpy(true if labels is None else labels) for n, (_, true) in points.items()}
+    )
+
+
+ONES = np.ones(C, np.float32)
+
+
+def networks_of(**networks: PointNetwork) -> PointNetworks:
+    """Networks of several modalities with copies of the weights of others."""
+    module = PointNetworks(widths=dict.fromkeys(networks, WIDTH), num_classes=C, hidden=16)
+    for name, network in networks.items():
+        module[name].load_state_dict(network.state_dict())
+    return module
 
 
 @pytest.fixture(scope="module")
 def source() -> PointNetwork:
     """Network trained on unshifted points."""
     torch.manual_seed(0)
-    network, (features, labels) = PointNetwork(WIDTH, C, hidden=16), make_points(0)
-    train(SourceObjective(network, np.ones(C, np.float32)), torch.from_numpy(features), torch.from_numpy(labels))
-    return network.eval()
+    module = PointNetworks(widths={"image": WIDTH}, num_classes=C, hidden=16)
+    train(PointObjective(module, {"image": ONES}), make_batch(0, {"image": 0.0}))
+    return module.eval()["image"]
 
 
 def accuracy(network: PointNetwork, seed: int, shift: float = 0.0) -> float:
@@ -88,51 +113,54 @@ def test_imitation_matches_kl_divergence(source: PointNetwork) -> None:
 
 
 def test_consistency_gives_no_gradient_to_the_teacher(source: PointNetwork) -> None:
-    networks = {"image": copy.deepcopy(source), "points": copy.deepcopy(source)}
-    features = {name: torch.from_numpy(make_points(3, shift=0.5)[0]) for name in networks}
-    unlabeled = {name: torch.full((300,), -1) for name in networks}
-    weights = dict.fromkeys(networks, np.ones(C, np.float32))
-    AdaptationObjective(networks, weights, consistency=1.0)(features, unlabeled).backward()
-    for network in networks.values():
-        assert network.head.weight.grad is None or not network.head.weight.grad.any()
-        assert network.mimic_head.weight.grad is not None
-        assert network.mimic_head.weight.grad.any()
+    module = networks_of(image=source, points=source)
+    objective = PointObjective(module, {"image": ONES, "points": ONES}, consistency=1.0)
+    objective(make_batch(3, {"image": 0.5, "points": 0.0}, np.full(300, -1))).backward()
+    for name in ("image", "points"):
+        main, mimic = module[name].head.weight.grad, module[name].mimic_head.weight.grad
+        assert main is None or not main.any()
+        assert mimic is not None
+        assert mimic.any()
 
 
-def test_adaptation_leaves_the_other_modality_alone(source: PointNetwork) -> None:
-    networks = {"image": copy.deepcopy(source), "points": copy.deepcopy(source)}
-    features = {"image": torch.from_numpy(make_points(3, shift=1.0)[0]), "points": torch.from_numpy(make_points(3)[0])}
-    labels = torch.from_numpy(make_points(3)[1])
-    objective = AdaptationObjective(networks, {"image": np.ones(C, np.float32)}, consistency=0.1)
-    train(objective, features, {"image": labels}, steps=20)
-    for name, value in networks["points"].state_dict().items():
-        assert torch.equal(value, source.state_dict()[name]), name
+def test_modality_without_weights_stays_as_it_is(source: PointNetwork) -> None:
+    module = networks_of(image=source, points=source)
+    module["image"].train()
+    module["points"].eval()  # as the training loop does with what is not trained
+    batch = make_batch(3, {"image": 1.0, "points": 0.0})
+    train(PointObjective(module, {"image": ONES}, consistency=0.1), batch, steps=20)
     before = source.state_dict()
-    changed = {name for name, value in networks["image"].state_dict().items() if not torch.equal(value, before[name])}
+    for name, value in module["points"].state_dict().items():
+        assert torch.equal(value, before[name]), name
+    changed = {name for name, value in module["image"].state_dict().items() if not torch.equal(value, before[name])}
     assert {"input_norm.running_mean", "head.weight", "mimic_head.weight"} <= changed
-    assert accuracy(networks["image"], 8, shift=1.0) > accuracy(source, 8, shift=1.0) + 0.2
+    assert accuracy(module["image"], 8, shift=1.0) > accuracy(source, 8, shift=1.0) + 0.2
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_only_the_chosen_part_is_trained(source: PointNetwork, part: str) -> None:
-    network = copy.deepcopy(source)
-    set_trainable(network, [part])
-    features, labels = make_points(4, shift=0.3)
-    network.train()
-    objective = SourceObjective(network, np.ones(C, np.float32))
-    train(objective, torch.from_numpy(features), torch.from_numpy(labels), steps=3)
-    before = source.state_dict()
-    chosen = {f"{name}." for name, module in network.named_modules() if module in network.parts()[part]}
-    for name, value in network.named_parameters():
-        is_chosen = any(name.startswith(prefix) for prefix in chosen) and "mimic" not in name
-        assert torch.equal(value, before[name]) != is_chosen, name
+def test_parts_cover_the_networks_once(source: PointNetwork) -> None:
+    module = networks_of(image=source, points=source)
+    parts = module.parts()
+    for name in ("image", "points"):
+        fine = [path for part, paths in parts.items() if part.startswith(f"{name}-") for path in paths]
+        owned = [key for key in module.state_dict() if any(key.startswith(f"{path}.") for path in fine)]
+        assert sorted(owned) == sorted(key for key in module.state_dict() if key.startswith(f"{parts[name][0]}."))
 
 
-def test_unknown_parts_are_refused(source: PointNetwork) -> None:
-    with pytest.raises(SettingError, match="expected some of heads, norms, linear, got head"):
-        set_trainable(copy.deepcopy(source), ["head"])
-    with pytest.raises(SettingError, match="two modalities"):
-        AdaptationObjective({"image": source}, {}, consistency=0.1)
+def test_wrong_modalities_are_refused(source: PointNetwork) -> None:
+    for weights in ({}, {"audio": ONES}):
+        with pytest.raises(SettingError, match="one or two modalities"):
+            PointObjective(networks_of(image=source), weights)
+
+
+def test_entropy_is_scaled_without_changing_predictions(source: PointNetwork) -> None:
+    network, features = copy.deepcopy(source), make_points(5)[0]
+    before = predict_points(network, features).prob_NC
+    for target in (0.5, 0.05):
+        temperature = scale_entropy(network, features, target)
+        after = predict_points(network, features).prob_NC
+        assert entropy(after).mean() == pytest.approx(target, rel=1e-2)
+        assert (temperature > 1) == (target == 0.5)
+        assert np.array_equal(after.argmax(axis=1), before.argmax(axis=1))
 
 
 def test_moments_of_blocks_match_numpy() -> None:
@@ -162,3 +190,18 @@ def test_adapted_norms_close_the_gap_and_undo_a_shift(source: PointNetwork) -> N
     assert accuracy(network, 9, shift=3.0) > 0.9
     for name, value in network.named_parameters():
         assert torch.equal(value, dict(source.named_parameters())[name]), name
+
+
+@given(st.lists(st.integers(-1, C - 1), min_size=1, max_size=200))
+def test_class_weights_match_definition(labels: list[int]) -> None:
+    assume(max(labels) >= 0)
+    counts = [max(labels.count(number), 1) for number in range(C)]
+    expected = np.log([5 * sum(label >= 0 for label in labels) / count for count in counts])
+    found = class_weights(np.array(labels), C)
+    assert found == pytest.approx(expected / expected.min(), rel=1e-5)
+    assert found[np.argmax(counts)] == found.min() == 1
+
+
+def test_class_weights_need_labels() -> None:
+    with pytest.raises(DataError, match="at least one labeled point, got none"):
+        class_weights(np.array([-1, -1]), C)

@@ -1,0 +1,132 @@
+"""A folder of WAV, MP4 and NPZ files, extracted on the command line with the built-in encoders of each modality."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.axis import Axis
+from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
+from tests.cli.run import embedcache, succeed
+from tests.encoders.checkpoints import save_speech, save_timm, save_whisper
+from tests.media_files import cloud, encode_video, moving_square, npz, tone, wav
+from tests.sources.files import write
+
+CLOUDS = {"a": cloud(90), "b": cloud(20, seed=1)}  # b has fewer points than geometry needs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `media` and two model folders."""
+    pytest.importorskip("ctranslate2")
+    folder = tmp_path_factory.mktemp("media")
+    media: dict[str, bytes | str] = {
+        "a.wav": wav(tone(1.0)),
+        "b.wav": wav(tone(0.01)),  # shorter than a frame
+        "c.mp4": encode_video(moving_square(30), rate_hz=30, samples=tone(1.0, 660)),
+        "d.mp4": encode_video(moving_square(25), rate_hz=25),
+        **{f"{name}.npz": npz(points) for name, points in CLOUDS.items()},
+    }
+    write(folder / "media", media)
+    save_whisper(folder / "whisper", seed=0)
+    save_speech(folder / "wav2vec2", "Wav2Vec2", seed=0)
+    save_timm("test_vit", folder, seed=0)
+    succeed(*command("media", "cache"), cwd=folder)
+    return folder
+
+
+def command(source: str, cache: str) -> list[str]:
+    encoders = (
+        "audio=whisper:./whisper/ctranslate2",
+        "audio=hf:./wav2vec2",
+        "video=frames:timm:test_vit,weights=test_vit.safetensors,rate=5",
+        "video=frames:pixels,size=8x6",
+        "points=geometry:eigen",
+        "points=fields:xyz,uv,label",
+    )
+    options = [word for encoder in encoders for word in ("--encoder", encoder)]
+    return ["extract", source, cache, *options, "--feature", "mean,states,cls,pixels"]
+
+
+def tokens(folder: Path, modality: str, name: str, row: int = 0) -> np.ndarray:
+    found: np.ndarray = Cache(folder / "cache").feature(modality, name).gather_tokens(np.array([row]))[0]
+    return found
+
+
+def test_features_have_shapes_dtypes_and_axes(folder: Path) -> None:
+    cache = Cache(folder / "cache")
+    assert cache.info.num_items == {"audio": 4, "video": 2, "points": 2}
+    expected = {
+        ("audio", "ctranslate2/mean"): ("float16", None, (16,)),
+        ("audio", "ctranslate2/states"): ("float16", Axis(kind="time", rate_hz=50.0, start_s=0.0), (-1, 16)),
+        ("audio", "wav2vec2/states"): ("float16", Axis(kind="time", rate_hz=50.0, start_s=0.0125), (-1, 16)),
+        ("video", "test_vit/cls"): ("float16", Axis(kind="time", rate_hz=5.0, start_s=0.1), (-1, 64)),
+        ("video", "pixels/pixels"): ("float16", Axis(kind="time", rate_hz=25.0, start_s=0.02), (-1, 48)),
+        ("points", "eigen/points"): ("float16", Axis(kind="points"), (-1, 26)),
+        ("points", "fields/xyz"): ("float32", Axis(kind="points"), (-1, 3)),
+        ("points", "fields/label"): ("int16", Axis(kind="points"), (-1, 1)),
+    }
+    for (modality, name), (dtype, axis, shape) in expected.items():
+        feature = cache.feature(modality, name)
+        assert (feature.dtype, feature.axis, tuple(feature.item_shape)) == (dtype, axis, shape), name
+    assert not verify(cache)
+
+
+def test_values_are_those_of_the_files(folder: Path) -> None:
+    np.testing.assert_array_equal(tokens(folder, "points", "fields/xyz"), CLOUDS["a"]["xyz"])
+    np.testing.assert_array_equal(tokens(folder, "points", "fields/label")[:, 0], CLOUDS["a"]["label"])
+    assert tokens(folder, "audio", "ctranslate2/states").shape == (50, 16)
+    assert tokens(folder, "audio", "wav2vec2/states").shape == (49, 16)
+    assert tokens(folder, "video", "test_vit/cls").shape == (5, 64)  # 1 s of 30 frames
+    pixels = [tokens(folder, "video", "pixels/pixels", row).astype(np.float32) for row in (0, 1)]
+    assert [frames.shape for frames in pixels] == [(25, 48), (25, 48)]
+    columns = np.arange(8)
+    for frames in pixels:  # the bright square moves to the right
+        centers = [(image.sum(axis=0) * columns).sum() / image.sum() for image in frames.reshape(25, 6, 8)[:20]]
+        assert np.all(np.diff(centers) > -0.05)
+        assert centers[-1] - centers[0] > 3
+
+
+def test_unfit_items_fail_for_their_encoder_only(folder: Path) -> None:
+    cache = Cache(folder / "cache")
+    geometry = cache.feature("points", "eigen/points").failures
+    assert geometry == {1: "too few points: expected at least 40, got 20"}
+    assert cache.feature("points", "fields/label").failures == {}
+    (short, silent) = cache.feature("audio", "ctranslate2/mean").failures.items()
+    assert short[0] == 1
+    assert short[1].startswith("too short: 160 samples, 0.010 s")
+    assert silent == (3, "no sound: the file has no audio stream")
+
+
+def test_second_run_encodes_nothing(folder: Path) -> None:
+    done = embedcache(*command("media", "cache"), cwd=folder)
+    assert done.code == 0
+    assert "encoded 0 recordings" in done.stdout + done.stderr
+    assert "encoded 0 point clouds" in done.stdout + done.stderr
+
+
+def test_encoding_again_gives_the_same(folder: Path) -> None:
+    """Spec and fingerprint in the cache open every encoder again, from any folder."""
+    done = embedcache("verify", "cache", "--reencode", "100%", cwd=folder)
+    assert done.code == 0, done.stderr
+    for name in (
+        "ctranslate2/states",
+        "wav2vec2/states",
+        "test_vit/cls",
+        "pixels/pixels",
+        "eigen/points",
+        "fields/xyz",
+    ):
+        assert name in done.stdout, name
+    moved = embedcache("verify", folder / "cache", "--reencode", "100%", cwd=folder / "media")
+    assert moved.code == 0, moved.stderr
+
+
+def test_other_options_are_refused(folder: Path) -> None:
+    done = embedcache("extract", "media", "cache", "--encoder", "video=frames:pixels,size=4x4", cwd=folder)
+    assert done.code == 1
+    assert "pixels" in done.stderr
+    done = embedcache("extract", "media", "cache", "--encoder", "audio=frames:pixels", cwd=folder)
+    assert done.code == 1
+    assert "expected an encoder of recordings, got one of videos" in done.stderr

@@ -1,0 +1,115 @@
+"""The page "Your own encoder of recordings, videos or points": its encoder passes its contract, its modality works."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.testing.encoders import AudioEncoderContract
+from tests.blocks import ROOT, blocks_of
+
+PAGE = ROOT / "docs" / "howto" / "own_modality.md"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loudness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Save the first block of the page as `loudness.py` on the path."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "loudness.py").write_text(next(block.code for block in blocks_of(PAGE) if block.language == "python"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield
+    sys.modules.pop("loudness", None)
+
+
+class TestLoudness(AudioEncoderContract):
+    has_weights = False
+
+    @pytest.fixture
+    def spec(self) -> str:
+        return "loudness:open_loudness"
+
+
+def test_plugin_is_as_short_as_the_page_says() -> None:
+    code = next(block.code for block in blocks_of(PAGE) if block.language == "python")
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 45
+
+
+def test_page_defines_the_contract_of_this_file() -> None:
+    assert "class TestLoudness(AudioEncoderContract):\n    has_weights = False\n" in PAGE.read_text()
+
+
+ENCODER = """
+from embedcache.axis import Axis
+from embedcache.encoders.base import NO_WEIGHTS, Fingerprint
+
+
+class Motion:
+    modality = "motion"
+    features = {"mean": (3,), "steps": (-1, 3)}
+    axes = {"steps": Axis(kind="time", rate_hz=100.0, start_s=0.0)}
+    batch_size = 4
+    fingerprint = Fingerprint(
+        family="motion", model="motion", weights=NO_WEIGHTS, preprocessing={}, pooling={"mean": "", "steps": ""}
+    )
+
+    def prepare(self, items):
+        return list(items)
+
+    def encode(self, prepared, names):
+        outputs = {"mean": [steps.mean(axis=0) for steps in prepared], "steps": list(prepared)}
+        return {name: outputs[name] for name in names}
+
+
+def open_motion(spec, *, modality, settings):
+    return Motion()
+"""
+
+
+@pytest.mark.slow
+def test_additions_of_the_page_make_a_modality(tmp_path: Path) -> None:
+    """A copy of the package with the additions of the page's table extracts and verifies."""
+    shutil.copytree(ROOT / "embedcache", tmp_path / "embedcache")
+    decoder = [block.code for block in blocks_of(PAGE) if block.language == "python"][-1]
+    ((entry, suffixes),) = re.findall(
+        r"`(Modality\(name=.*?\))`.*?`(\"motion\": frozenset.*?)`", PAGE.read_text(), re.DOTALL
+    )
+    _add(tmp_path / "embedcache" / "modalities.py", 'Modality(name="text"', f"{entry},\n        ")
+    _add(tmp_path / "embedcache" / "sources" / "files.py", '"image": IMAGE_SUFFIXES', f"{suffixes},\n    ")
+    media = tmp_path / "embedcache" / "sources" / "media.py"
+    media.write_text(media.read_text() + decoder)
+    (tmp_path / "motion.py").write_text(ENCODER)
+    (tmp_path / "scans").mkdir()
+    steps = np.arange(30, dtype="<f4").reshape(10, 3)
+    for name, data in {"a": steps.tobytes(), "b": b"short", "c": steps[:4].tobytes()}.items():
+        (tmp_path / "scans" / f"{name}.imu").write_bytes(data)
+    extract = ("extract", "scans", "cache", "--encoder", "motion=motion:open_motion", "--feature", "mean,steps")
+    assert "encoded 3 motion recordings, reused 0, failed 1: 1 expected triples of float32" in _run(extract, tmp_path)
+    assert "mean" in _run(("verify", "cache", "--reencode", "100%"), tmp_path)
+
+
+def _add(path: Path, before: str, text: str) -> None:
+    code = path.read_text()
+    assert code.count(before) == 1
+    path.write_text(code.replace(before, text + before))
+
+
+def _run(words: Sequence[str], folder: Path) -> str:
+    """Run a command with the copy of the package in a folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "embedcache", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
