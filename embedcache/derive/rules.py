@@ -88,6 +88,7 @@ class Rule:
             SettingError: a value is not JSON, or of another type than the default.
         """
         defaults = given if self.parameters is None else self.parameters
+        values = dict(defaults)
         for name, value in given.items():
             if name not in defaults:
                 raise unknown_name(f"parameter of the rule {self.name!r}", name, defaults)
@@ -96,22 +97,35 @@ class Rule:
                 raise SettingError(
                     f"parameter {name} of the rule {self.name!r}: expected {_KINDS[type(default)]}, got {value!r}"
                 )
+            values[name] = float(value) if isinstance(default, float) else value
         try:
-            checked: dict[str, Any] = json.loads(canonical_json({**defaults, **given}))
+            checked: dict[str, Any] = json.loads(canonical_json(values))
         except (TypeError, ValueError) as error:
             raise SettingError(f"parameters of the rule {self.name!r}: expected JSON values: {error}") from error
         return checked
 
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+}
 
 RULES = Registry(
     "rule",
     {
+        "agree": "embedcache.derive.segmentation:AGREE",
+        "certain": "embedcache.derive.segmentation:CERTAIN",
         "concat": "embedcache.derive.rules:CONCAT",
+        "lift": "embedcache.derive.segmentation:LIFT",
         "mean": "embedcache.derive.rules:MEAN",
         "pca": "embedcache.derive.rules:PCA",
+        "recover": "embedcache.derive.segmentation:RECOVER",
         "standardize": "embedcache.derive.rules:STANDARDIZE",
+        "weight_by_entropy": "embedcache.derive.segmentation:WEIGHT_BY_ENTROPY",
     },
     group="embedcache.rules",
 )

@@ -49,7 +49,9 @@ class DeriveSettings:
     name: str | None = setting(
         None, "Name of the derived features' folder in the cache.", default_text="RUN-OUTPUT, or the rule"
     )
-    dtype: Literal["float16", "float32"] = setting("float16", "Data type of the stored features.")
+    dtype: Literal["float16", "float32", "int16", "int32", "int64"] = setting(
+        "float16", "Data type of the stored features."
+    )
     device: str = setting("cpu", "Torch device, such as cpu, cuda or cuda:1.", metavar="DEVICE", affects_result=False)
 
     def __post_init__(self) -> None:

@@ -4,8 +4,8 @@ All points of a batch are one packed array, one row per point, without padding; 
 The normalizations keep the moments of the features they were trained on: the only trace of the source domain.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -102,6 +102,29 @@ class PointNetworks(nn.Module):
             for part, modules in PARTS.items():
                 parts[f"{name}-{part}"] = [f"networks.{name}.{module}" for module in modules]
         return parts
+
+    def output_shapes(self, shapes: Sequence[tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+        """Return the outputs that `embedcache derive --run` offers: `image-prob` and `image-hidden` per modality."""
+        outputs: dict[str, tuple[int, ...]] = {}
+        for name, shape in zip(self.networks, shapes, strict=True):
+            outputs[f"{name}-prob"] = (*shape[:-1], self[name].num_classes)
+            outputs[f"{name}-hidden"] = (*shape[:-1], self[name].hidden)
+        return outputs
+
+    def compute_outputs(self, inputs: Sequence[Any], names: Sequence[str]) -> Mapping[str, Any]:
+        """Compute class probabilities or penultimate features of all points of B items.
+
+        Args:
+            inputs: one `embedcache.derive.rules.Block` per modality.
+            names: outputs.
+        """
+        outputs = {}
+        for name in names:
+            modality, _, what = name.rpartition("-")
+            block = inputs[list(self.networks).index(modality)]
+            prediction = predict_points(self[modality], block.rows())
+            outputs[name] = block.with_rows(prediction.prob_NC if what == "prob" else prediction.hidden_NP)
+        return outputs
 
 
 class PointBatch(NamedTuple):

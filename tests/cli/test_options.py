@@ -21,6 +21,7 @@ SAME_NOUN = {
     "--chunk-size": "imports name the default of a new cache",
     "--config": "train reads the config.json of a run too",
     "--device": "extract takes several; train explains torchrun",
+    "--dtype": "derive stores labels, too",
     "--feature": "extract names features to store, before encoder/feature exists",
     "--image-cosine": "limit of near-duplicates: above it for a strict split, at or above it for leaks",
     "--image-feature": "evaluate pairs takes several",
@@ -41,6 +42,7 @@ SAME_NOUN = {
 }
 """Options whose help differs between commands, and why they have one meaning all the same."""
 SAME_VALUE = {
+    "--dtype": "derive stores labels, too",
     "--modality": "coverage can read both",
     "--part": "search can filter by any value of the column split; probe measures on two parts",
 }

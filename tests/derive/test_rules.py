@@ -144,6 +144,15 @@ def test_refusals(
         derived(cache, rule, *inputs, parameters=parameters)
 
 
+def test_parameter_of_another_type_raises() -> None:
+    rule = Rule(name="r", apply=lambda *_: {}, parameters={"grids": [], "cap": 0.9})
+    checked = rule.check_parameters({"grids": [{"a": 1}], "cap": 1})
+    assert checked == {"grids": [{"a": 1}], "cap": 1}
+    assert isinstance(checked["cap"], float), "the same digest as for 1.0"
+    with pytest.raises(SettingError, match="parameter grids of the rule 'r': expected a list, got 3"):
+        rule.check_parameters({"grids": 3})
+
+
 def test_split_for_a_rule_without_fit_raises(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="the rule 'mean' is not fitted; omit --fit-split"):
         derived(cache, "mean", PATCHES, fit_split=tmp_path / "split.parquet")

@@ -1,0 +1,215 @@
+"""The rules of point segmentation on a cache: lift, outputs of runs, and pseudo-labels with their provenance."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.interpolate import RegularGridInterpolator
+
+from embedcache.axis import Axis
+from embedcache.derive.derive import Derivation, derive, derive_from_run
+from embedcache.derive.pseudo_labels import (
+    CertaintyThresholds,
+    ModalityPredictions,
+    agree,
+    fit_gaussians,
+    keep_certain,
+    recover_labels,
+    weight_by_entropy,
+)
+from embedcache.derive.segmentation import lift_parameters, sample_grid
+from embedcache.encoders.settings import EncoderSettings
+from embedcache.errors import SettingError
+from embedcache.extract.extract import extract
+from embedcache.extract.repair import verify_cache
+from embedcache.extract.settings import ExtractSettings
+from embedcache.networks.points import PointNetworks, predict_points
+from embedcache.networks.saved import ModuleConfig, ModuleInput, save_module
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from pipelines.worlds.street import KIND
+
+ENCODER = "lite:efficientnet-lite0,fit=128x64"
+LAYERS = ("layer3.patches", "layer5.patches")
+PATCHES = [f"efficientnet-lite0/{layer}" for layer in LAYERS]
+UV = ("points", "fields/uv")
+C = 7
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 1000))
+def test_sampling_matches_scipy(rows: int, columns: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(rows, columns, 2)).astype(np.float32)
+    box = (0.1, 0.0, 0.9, 0.5)
+    uv = rng.random((40, 2)).astype(np.float32)
+    found = sample_grid(values.reshape(-1, 2), Axis(kind="grid", rows=rows, columns=columns, box=box), uv)
+    v = np.clip((uv[:, 1] - box[1]) / (box[3] - box[1]) * rows - 0.5, 0, rows - 1)
+    u = np.clip((uv[:, 0] - box[0]) / (box[2] - box[0]) * columns - 0.5, 0, columns - 1)
+    padded = np.pad(values, ((0, 1), (0, 1), (0, 0)), mode="edge")  # scipy needs two points along each axis
+    expected = RegularGridInterpolator((np.arange(rows + 1), np.arange(columns + 1)), padded)(np.stack([v, u], axis=1))
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A street with frames of which some have no image, lifted features, and the outputs of a random run."""
+    folder = tmp_path_factory.mktemp("street")
+    path = folder / "cache"
+    source = open_source("world=5,frames=2,test=1,domains=night", kind=KIND)
+    encoder = EncoderSettings(features=LAYERS)
+    encoders = {"image": [ENCODER], "points": ["geometry:eigen", "fields:uv,label"]}
+    features = (*encoder.features, "points", "uv", "label")
+    extract(source, path, encoders=encoders, settings=ExtractSettings(features=features, chunk_size=3))
+    derive(path, lift(path))
+    run = make_run(path, folder / "run")
+    for output in ("image-prob", "image-hidden", "points-prob", "points-hidden"):
+        derive_from_run(path, run, output, name=output)
+    return path
+
+
+def lift(path: Path, **changes: Any) -> Derivation:
+    inputs = [UV, *(("image", name) for name in PATCHES)]
+    options = {"name": "lifted", "inputs": inputs, "rule": "lift", "parameters": lift_parameters(Cache(path), PATCHES)}
+    return Derivation(**{**options, **changes})
+
+
+def make_run(path: Path, run: Path) -> Path:
+    """A run with random weights on the lifted features and on those of geometry."""
+    sides = {}
+    for name, feature in (("image", "lifted/lifted"), ("points", "eigen/points")):
+        stored = Cache(path).feature("points", feature)
+        sides[name] = ModuleInput(
+            modality="points", feature=feature, spec="", fingerprint=stored.fingerprint, width=stored.item_shape[1]
+        )
+    widths = {name: side.width for name, side in sides.items()}
+    config = ModuleConfig(kind="points", arguments={"widths": widths, "num_classes": C}, sides=sides)
+    torch.manual_seed(0)
+    module = PointNetworks(widths=widths, num_classes=C)
+    with torch.no_grad():
+        for name in widths:
+            module[name].head.weight *= 20  # predictions that are certain for some points
+    run.mkdir()
+    save_module(run, module.eval(), config)
+    return run
+
+
+def values_of(path: Path, name: str) -> dict[int, np.ndarray]:
+    """Return the values of a feature of points by row, of the rows that have it."""
+    feature = Cache(path).feature("points", name)
+    rows = np.flatnonzero(feature.valid)
+    return dict(zip(rows.tolist(), feature.gather_tokens(rows), strict=True))
+
+
+@pytest.mark.slow
+def test_lifted_features_are_those_of_the_pixels(cache: Path) -> None:
+    lifted, uv = values_of(cache, "lifted/lifted"), values_of(cache, "fields/uv")
+    samples = Cache(cache).samples
+    splits = samples["split"].to_pylist()
+    without_image = [row for row, split in enumerate(splits) if split == "points"]
+    assert sorted(set(uv) - set(lifted)) == without_image
+    failures = Cache(cache).feature("points", "lifted/lifted").failures
+    assert {failures[row] for row in without_image} == {"no image in its sample"}
+    image_rows = {row: number for number, row in enumerate(sorted(lifted))}
+    for row, number in image_rows.items():
+        parts = []
+        for name in PATCHES:
+            feature = Cache(cache).feature("image", name)
+            assert feature.axis is not None
+            parts.append(sample_grid(feature.gather(np.array([number]))[0], feature.axis, uv[row]))
+        np.testing.assert_allclose(
+            lifted[row], np.concatenate(parts, axis=1), atol=2e-2, rtol=2e-3
+        )  # stored as float16
+
+
+@pytest.mark.slow
+def test_lift_from_a_cropping_encoder_is_refused(tmp_path: Path) -> None:
+    source = open_source("world=5,frames=0,test=1,domains=fog", kind=KIND)
+    settings = ExtractSettings(features=("patches", "uv"))
+    encoders = {"image": ["lite:efficientnet-lite0"], "points": ["fields:uv"]}
+    extract(source, tmp_path / "cache", encoders=encoders, settings=settings)
+    with pytest.raises(SettingError, match="expected patches whose place in the image is known"):
+        lift_parameters(Cache(tmp_path / "cache"), ["efficientnet-lite0/patches"])
+
+
+@pytest.mark.slow
+def test_lift_checks_its_inputs(cache: Path) -> None:
+    for inputs in ([UV], [("points", "fields/label"), *lift(cache).inputs[1:]], [*lift(cache).inputs, UV]):
+        with pytest.raises(SettingError, match="the rule 'lift' takes uv"):
+            derive(cache, lift(cache, name="wrong", inputs=inputs))
+
+
+@pytest.mark.slow
+def test_outputs_of_a_run_are_its_predictions(cache: Path) -> None:
+    from embedcache.networks.saved import load_module
+
+    module, _ = load_module(cache.parent / "run")
+    assert isinstance(module, PointNetworks)
+    for name, feature in (("image", "lifted/lifted"), ("points", "eigen/points")):
+        stored = values_of(cache, feature)
+        prob, hidden = values_of(cache, f"{name}-prob/{name}-prob"), values_of(cache, f"{name}-hidden/{name}-hidden")
+        for row in prob:
+            expected = predict_points(module[name], stored[row].astype(np.float32))
+            np.testing.assert_allclose(prob[row], expected.prob_NC, atol=1e-3)
+            np.testing.assert_allclose(hidden[row], expected.hidden_NP, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_pseudo_labels_match_the_formulas(cache: Path) -> None:
+    """Check the chain of rules, chunk by chunk, against the functions on all points at once."""
+    names = ("image-prob", "image-hidden", "points-prob", "points-hidden")
+    inputs = {name: ("points", f"{name}/{name}") for name in names}
+    stored = {name: values_of(cache, feature) for name, (_, feature) in inputs.items()}
+    rows = sorted(stored["image-prob"])
+    first, first_hidden, second, second_hidden = (
+        np.concatenate([stored[name][row] for row in rows]).astype(np.float32) for name in names
+    )
+
+    def label(name: str, rule: str, *features: tuple[str, str], **parameters: float) -> tuple[str, str]:
+        derive(cache, Derivation(name=name, inputs=features, rule=rule, parameters=parameters, dtype="int16"))
+        return ("points", f"{name}/label")
+
+    def labels_of(feature: tuple[str, str]) -> np.ndarray:
+        found = values_of(cache, feature[1])
+        assert sorted(found) == rows
+        return np.concatenate([found[row] for row in rows])[:, 0]
+
+    def certain(prob: np.ndarray) -> np.ndarray:
+        return keep_certain(prob, CertaintyThresholds(C).add(prob).thresholds())
+
+    both = [label(f"certain-{name}", "certain", inputs[f"{name}-prob"]) for name in ("image", "points")]
+    agreed = label("AF", "agree", *both)
+    assert np.array_equal(labels_of(agreed), agree(certain(first), certain(second)))
+
+    weighting = {"gap": 0.5, "other_gap": 0.1}
+    probs = [inputs["image-prob"], inputs["points-prob"]]
+    derive(cache, Derivation(name="EW-prob", inputs=probs, rule="weight_by_entropy", parameters=weighting))
+    fused = np.concatenate([values_of(cache, "EW-prob/prob")[row] for row in rows]).astype(np.float32)
+    np.testing.assert_allclose(fused, weight_by_entropy(first, second, **weighting), atol=1e-3)
+    weighted = label("EW", "certain", ("points", "EW-prob/prob"))
+    assert np.array_equal(labels_of(weighted), certain(fused))
+
+    recovered = label("HT", "recover", weighted, *inputs.values(), k=0.8)
+    before = certain(fused)
+    modalities = [
+        ModalityPredictions(hidden, prob.argmax(axis=1), fit_gaussians(hidden, before, C))
+        for prob, hidden in ((first, first_hidden), (second, second_hidden))
+    ]
+    expected = recover_labels(before, *modalities, k=0.8)
+    assert (expected != before).any()
+    assert np.array_equal(labels_of(recovered), expected)
+    assert Cache(cache).feature("points", "HT/label").dtype == "int16"
+    assert verify_cache(cache).is_sound
+
+
+WRONG = {"agree": [UV], "certain": [UV, UV], "recover": [UV], "weight_by_entropy": [("image", PATCHES[0])] * 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "inputs"), WRONG.items())
+def test_rules_refuse_other_inputs(cache: Path, rule: str, inputs: list[tuple[str, str]]) -> None:
+    with pytest.raises(SettingError, match=f"the rule '{rule}' takes"):
+        derive(cache, Derivation(name="wrong", inputs=inputs, rule=rule, dtype="int16"))
