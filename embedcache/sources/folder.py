@@ -134,8 +134,10 @@ def _is_first(name: str, siblings: Mapping[str, int]) -> bool:
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         return False
-    before = _BESIDE[: _BESIDE.index(path.suffix)] if path.suffix in _BESIDE else _BESIDE
-    return _is_image(suffix) or not any(f"{path.stem}{other}" in siblings for other in before)
+    if _is_image(suffix) or path.suffix not in _BESIDE:  # a spelling such as .Wav is not looked for beside others
+        return True
+    before = _BESIDE[: _BESIDE.index(path.suffix)]
+    return not any(f"{path.stem}{other}" in siblings for other in before)
 
 
 def _suffixes_beside(path: PurePosixPath, siblings: Mapping[str, int]) -> list[str]:
