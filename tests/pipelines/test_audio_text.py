@@ -28,17 +28,9 @@ def test_tiny_pipeline_beats_its_control(tmp_path: Path) -> None:
         times = np.arange(len(samples)) / 16_000
         samples = samples * (np.sin(2 * np.pi * RHYTHMS[rhythm] * times + 1) > 0)
         (tmp_path / f"sounds/{number:03d}-{length}-{rhythm}-{pitch}.wav").write_bytes(wav(samples))
+    words = [str(tmp_path / "sounds"), str(tmp_path / "work"), "--tiny", "--split", "key"]
     finished = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pipelines.audio_text",
-            str(tmp_path / "sounds"),
-            str(tmp_path / "work"),
-            "--tiny",
-            "--split",
-            "key",
-        ],
+        [sys.executable, "-m", "pipelines.audio_text", *words],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
         capture_output=True,
@@ -46,5 +38,7 @@ def test_tiny_pipeline_beats_its_control(tmp_path: Path) -> None:
     )
     assert finished.returncode == 0, finished.stderr
     rows = {name: re.search(rf"{name} .*", finished.stdout) for name in ("run", "shuffled", "chance")}
-    recalls = {name: [float(value) for value in re.findall(r"(\.\d+) \[", row[0])] for name, row in rows.items() if row}
-    assert recalls["run"][2] > 1.5 * max(recalls["shuffled"][2], recalls["chance"][2]), finished.stdout  # a2t R@10
+    recalls = {
+        name: [float(value) for value in re.findall(r"(\d\.\d+) \[", row[0])] for name, row in rows.items() if row
+    }
+    assert recalls["run"][1] > 3 * max(recalls["shuffled"][1], recalls["chance"][1]), finished.stdout  # a2t R@5
