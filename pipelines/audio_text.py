@@ -30,7 +30,7 @@ AUDIO_ENCODER, TEXT_ENCODER = "whisper:tiny.en", "st:all-MiniLM-L6-v2"
 FEATURES = {"audio": "tiny.en/mean", "text": "all-MiniLM-L6-v2/mean"}
 RECIPE = train_settings(
     {"shared_width": 128, "epochs": 100, "batch_size": 128, "lr": 3e-4, "dropout": 0.3}
-    | {"other_cosine": 0.98, "patience": 30}  # Whisper's means of one voice have cosines above 0.9 to each other
+    | {"other_cosine": 0.98, "patience": 30}  # at 0.9, chains of similar recordings join 534 of 554
 )
 SEEDS = (0, 1, 2)
 
