@@ -15,7 +15,7 @@ class Axis:
         kind: `time`, frames at a fixed rate; `grid`, cells row by row; `points`, the item's points in its own order;
             `words`, the tokens of a text.
         rate_hz: frames per second, of `time`.
-        start_s: time of the middle of the first frame after the start of the item, of `time`.
+        start_s: time at which the first frame begins, from the start of the item, of `time`.
         rows: cells from top to bottom, of `grid`.
         columns: cells from left to right, of `grid`.
         box: x0, y0, x1, y1 of the part of the image that a grid covers, as fractions of its width and height; None if
@@ -30,10 +30,16 @@ class Axis:
     box: tuple[float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in ("time", "grid", "points", "words"):
+            raise DataError(f"axis: expected the kind time, grid, points or words, got {self.kind!r}")
         if self.kind == "time" and not (self.rate_hz is not None and self.rate_hz > 0):
             raise DataError(f"axis of kind time: expected rate_hz above 0, got {self.rate_hz}")
         if self.kind == "grid" and not (self.rows and self.columns and min(self.rows, self.columns) > 0):
             raise DataError(f"axis of kind grid: expected rows and columns, got {self.rows} and {self.columns}")
+        if self.box is not None and not (
+            len(self.box) == 4 and self.box[0] < self.box[2] and self.box[1] < self.box[3]
+        ):
+            raise DataError(f"axis of kind grid: expected a box x0, y0, x1, y1, got {self.box}")
 
     @property
     def without_box(self) -> "Axis":

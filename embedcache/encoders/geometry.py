@@ -57,7 +57,7 @@ def eigen_features(xyz_N3: Array, scales: Sequence[int] = SCALES) -> Floats:
     """
     from scipy.spatial import cKDTree
 
-    xyz_N3 = np.asarray(xyz_N3, np.float64) - np.mean(xyz_N3, axis=0, dtype=np.float64)
+    xyz_N3 = np.asarray(xyz_N3, np.float64)
     tree = cKDTree(xyz_N3)
     features_ND = np.empty((len(xyz_N3), len(PER_SCALE) * len(scales) + len(CELL_SIZES_M)))
     for start in range(0, len(xyz_N3), _POINTS_PER_BLOCK):

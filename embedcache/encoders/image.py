@@ -16,6 +16,7 @@ from embedcache.axis import Axis
 from embedcache.encoders.backends import Graph, GraphEncoder, OnnxExport, build_graph, torch_graph
 from embedcache.encoders.base import Fingerprint, ItemShape
 from embedcache.encoders.image_features import FeatureName, native_features, patch_grid, patch_pool
+from embedcache.encoders.open import EncoderSpec
 from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import SettingError
 
@@ -41,7 +42,7 @@ def build_image_encoder(
         transform: converts one image to the model's input; called from many threads at once.
         fingerprint: see `GraphEncoder`.
         onnx_name: starts the file name of the ONNX export; None: the family runs on torch only.
-        is_whole: whether the model's input shows the whole image, so that it is known where each patch is.
+        is_whole: whether the transform shows the model the whole image, not a part of it.
     """
     if onnx_name is None:
         graph: Graph = torch_graph(module, settings, fingerprint.family)
@@ -55,19 +56,16 @@ def build_image_encoder(
         features=module.features,
         fingerprint=fingerprint,
         settings=settings,
-        axes=_patch_axes(module) if is_whole else {},
+        axes=module.axes(box=(0.0, 0.0, 1.0, 1.0) if is_whole else None),
     )
 
 
-def _patch_axes(module: "ImageModel") -> dict[str, Axis]:
-    """Return the grids of patches of a model whose input is the whole image."""
-    axes = {}
-    for name in module.features:
-        parsed = FeatureName.parse(name)
-        if parsed is not None and parsed.native == "patches" and parsed.grid is None and parsed.clusters is None:
-            rows, columns = patch_grid(module.features[name][0], *module.input_size[-2:]) or (1, 1)
-            axes[name] = Axis(kind="grid", rows=rows, columns=columns, box=(0.0, 0.0, 1.0, 1.0))
-    return axes
+def is_whole_fit(spec: EncoderSpec) -> bool:
+    """Return whether a spec has the option `fit=whole`: no crop, but both sides resized to those of the model."""
+    fit = spec.options.get("fit", "crop")
+    if fit not in ("crop", "whole"):
+        raise SettingError(f"option fit in {spec.text}: expected crop or whole, got {fit!r}")
+    return fit == "whole"
 
 
 def _onnx_export(module: "ImageModel", name: str) -> OnnxExport:
@@ -115,6 +113,19 @@ class ImageModel(torch.nn.Module):
         for text, source in self._sources.items():
             outputs[text] = self._pools[text.replace(".", "_")](outputs[source])
         return {text: outputs[text] for text in self.features}
+
+    def axes(self, *, box: tuple[float, float, float, float] | None) -> dict[str, Axis]:
+        """Return the axes of the features whose tokens form a grid; `box` is the part of the image that they cover."""
+        axes = {}
+        for text, shape in self.features.items():
+            name = FeatureName.parse(text)
+            if len(shape) == 1 or name is None or name.clusters is not None:
+                continue
+            is_pooled = name.grid is not None
+            grid = (name.grid, name.grid) if is_pooled else patch_grid(shape[0], *self.input_size[-2:])
+            if grid is not None:
+                axes[text] = Axis(kind="grid", rows=grid[0], columns=grid[1], box=box)
+        return axes
 
     def _add(self, text: str, shapes: Mapping[str, ItemShape]) -> None:
         name = FeatureName.parse(text)

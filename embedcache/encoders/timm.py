@@ -20,6 +20,7 @@ from embedcache.encoders.image import (
     PixelScale,
     Transform,
     build_image_encoder,
+    is_whole_fit,
     plain_json,
     split_transform,
 )
@@ -42,13 +43,15 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
     """Open an image model.
 
     Options: `weights`, a local .safetensors or .pth file instead of the hub's; `image_size`, in pixels, instead of the
-    published size: position embeddings are resized to it.
+    published size: position embeddings are resized to it; `fit=whole`, which resizes both sides to the model's instead
+    of cropping.
     """
-    check_options(spec, ("image_size", "weights"))
+    check_options(spec, ("fit", "image_size", "weights"))
+    is_whole = is_whole_fit(spec)
     check_modality(spec, modality, "image")
     model, revision = load_model(spec)
     with _resized(spec, model) as size_px:
-        transform, scale, preprocessing = pixel_transform(model, size_px)
+        transform, scale, preprocessing = pixel_transform(model, size_px, is_whole=is_whole)
         module = ImageModel(
             TimmFeatures(model, requested_layers(settings.features)),
             scale,
@@ -67,6 +70,7 @@ def open_timm(spec: EncoderSpec, *, modality: Modality, settings: EncoderSetting
             pooling=POOLING,
         ),
         settings=settings,
+        is_whole=is_whole,
     )
 
 
@@ -84,18 +88,26 @@ def create_model(name: str) -> Any:
     return timm.create_model(name, pretrained=False, num_classes=0).eval()
 
 
-def pixel_transform(model: Any, size_px: int | None = None) -> tuple[Transform, torch.nn.Module, dict[str, Any]]:
-    """Return a model's transform up to uint8, the normalization that follows, and the published settings."""
+def pixel_transform(
+    model: Any, size_px: int | None = None, *, is_whole: bool = False
+) -> tuple[Transform, torch.nn.Module, dict[str, Any]]:
+    """Return a model's transform up to uint8, the normalization that follows, and the settings: those published.
+
+    With `is_whole`, images are resized to the input size without a crop, and the settings say so.
+    """
     from timm.data import create_transform, resolve_model_data_config
 
     config = resolve_model_data_config(model, args={} if size_px is None else {"img_size": size_px})
+    fit = {"fit": "whole"} if is_whole else {}
+    if is_whole:
+        config |= {"crop_pct": 1.0, "crop_mode": "squash"}
     whole, to_pixels = (create_transform(**config, is_training=False, normalize=flag) for flag in (True, False))
     transform, scale = split_transform(
         lambda image: whole(image).numpy(),
         lambda image: to_pixels(image).numpy(),
         PixelScale(config["mean"], config["std"], divisor=255),
     )
-    return transform, scale, plain_json(config)
+    return transform, scale, plain_json({**config, **fit})
 
 
 def _check_name(name: str, *, has_file: bool) -> None:

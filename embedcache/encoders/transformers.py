@@ -276,7 +276,7 @@ def _open_clap(model: Any, extractor: Any, fingerprint: Fingerprint, settings: E
         prepare=prepare,
         split=list,
         outputs={"projected": (int(model.config.projection_dim),), "pooled": (int(model.config.hidden_size),)},
-        min_samples=int(extractor.fft_window_size),
+        min_samples=-(-int(extractor.fft_window_size) * SAMPLE_RATE_HZ // rate_hz),
         fingerprint=fingerprint,
         settings=settings,
     )

@@ -63,6 +63,8 @@ def open_module(run: ExportRun, modality: Modality, format_name: str) -> Encoder
     if spec.family not in openers:
         expected = " or ".join(", ".join(openers).rsplit(", ", 1))
         raise unsupported(format_name, f"its {modality} encoder is of the family {spec.family!r}: expected {expected}")
+    if spec.options.get("fit", "crop") != "crop":
+        raise unsupported(format_name, "the exported image processor crops the center square")
     preprocessing = tower_input.fingerprint["preprocessing"]
     if modality == "text" and (preprocessing["prefix"] or preprocessing["lower"]):
         raise unsupported(
@@ -104,8 +106,6 @@ def _open_timm(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
 
 def _open_lite(spec: EncoderSpec, names: Sequence[str]) -> _Opened:
     """Load the package's weights into timm's network of the same architecture, whose layers are in the same order."""
-    if spec.options.get("fit", "crop") != "crop":
-        raise unsupported("exported", "the exported image processor crops the center square")
     model, size_px = lite.load_model(spec)
     if requested_layers(names):
         raise unsupported("exported", "layerN counts blocks in lite, and stages in timm's network of that architecture")

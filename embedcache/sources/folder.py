@@ -32,6 +32,7 @@ _SUFFIXES = {
 }
 """Suffix -> modality; of the files that share a name, the first in this order gives the sample its place."""
 _BESIDE = tuple(spelling for suffix in _SUFFIXES for spelling in (suffix, suffix.upper()))
+_MEDIA_BESIDE = tuple(spelling for spelling in _BESIDE if _SUFFIXES[spelling.lower()] != "image")
 _CONCURRENT_READS = 32  # of caption files on a server, which take tens of milliseconds each
 
 
@@ -88,7 +89,7 @@ class FolderSource:
     def _files(self, path: PurePosixPath, siblings: Mapping[str, int]) -> dict[str, tuple[FileItem, ...]]:
         """Return modality -> the file of a sample whose first file is at `path`."""
         files: dict[str, tuple[FileItem, ...]] = {}
-        others = [path.with_suffix(suffix) for suffix in _suffixes_beside(path, siblings) if not _is_image(suffix)]
+        others = [path.with_suffix(suffix) for suffix in _suffixes_beside(path, siblings)]
         for file in (path, *others):
             modality = _SUFFIXES[file.suffix.lower()]
             if modality in files:
@@ -130,21 +131,22 @@ class FolderSource:
 
 def _is_first(name: str, siblings: Mapping[str, int]) -> bool:
     """Return whether a file is the first of its sample: every image, and files without others before them."""
-    path = PurePosixPath(name)
-    suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
+    file_name = name.rpartition("/")[2]  # text only, as this runs per file
+    stem, dot, ending = file_name.rpartition(".")
+    suffix = dot + ending
+    modality = _SUFFIXES.get(suffix.lower())
+    if modality is None or not stem:
         return False
-    before = _BESIDE[: _BESIDE.index(path.suffix)] if path.suffix in _BESIDE else _BESIDE
-    return _is_image(suffix) or not any(f"{path.stem}{other}" in siblings for other in before)
+    if modality == "image" or suffix not in _BESIDE:  # a spelling such as .Wav is not looked for beside others
+        return True
+    before = _BESIDE[: _BESIDE.index(suffix)]
+    return not any(stem + other in siblings for other in before)
 
 
 def _suffixes_beside(path: PurePosixPath, siblings: Mapping[str, int]) -> list[str]:
-    """Return the suffixes of other files of a sample, in the order of `_SUFFIXES`."""
-    return [other for other in _BESIDE if other != path.suffix and f"{path.stem}{other}" in siblings]
-
-
-def _is_image(suffix: str) -> bool:
-    return _SUFFIXES[suffix.lower()] == "image"
+    """Return the suffixes of other files of a sample but images, in the order of `_SUFFIXES`."""
+    stem, own = path.stem, path.suffix
+    return [other for other in _MEDIA_BESIDE if stem + other in siblings and other != own]
 
 
 def _class_columns(path: PurePosixPath) -> dict[str, str]:

@@ -4,6 +4,7 @@ Every damaged, empty or oversized item is an `ItemError` whose message is the re
 """
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ _SEEKABLE = frozenset({"avi", "flac", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"
 """Formats that store exact times and durations; others are decoded from their beginning."""
 _PREROLL_S = 1.0  # decoded before an interval: codecs with memory need some of it
 _LATE_S = 0.1  # an interval may end this much after its recording: labels are rounded
+_CLOCK = re.compile(r"(\d+):(\d\d):(\d\d\.\d+)")
+_MICROSECONDS = 1_000_000
+_UNKNOWN_SIZE = 2**32 - 2**16  # written by programs that do not know the size when they begin
 _TRUNCATED = 0.05  # fraction of the announced duration that may be missing; containers round
 
 
@@ -131,6 +135,7 @@ def _open(data: bytes, kind: str) -> Iterator[Any]:
     """Open a file in memory; whatever FFmpeg reports inside the block is the reason why the item fails."""
     if not data:
         raise ItemError("empty file")
+    _check_riff(data)
     av = require("av", extra="media")
     try:
         with av.open(io.BytesIO(data), metadata_errors="replace") as container:
@@ -160,6 +165,13 @@ def _samples(container: Any, stream: Any) -> Iterator[tuple[int, Floats]]:
 def _position(time_s: float | None, otherwise: int, first: int) -> int:
     """Return where a time lies in samples that begin with number `first`."""
     return otherwise if time_s is None else max(0, round(time_s * AUDIO_RATE_HZ) - first)
+
+
+def _check_riff(data: bytes) -> None:
+    """Check the size in the header of a WAV or AVI file, which FFmpeg takes for that of a shorter one if it was cut."""
+    announced = int.from_bytes(data[4:8], "little") + 8
+    if data[:4] == b"RIFF" and announced < _UNKNOWN_SIZE and len(data) < (1 - _TRUNCATED) * announced:
+        raise ItemError(f"truncated: {len(data):,} bytes of {announced:,}")
 
 
 def _stream(container: Any, kind: str, start_s: float | None, stop_s: float | None) -> Any:
@@ -198,9 +210,15 @@ def _frames(container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
 
 def _duration_s(container: Any, stream: Any) -> float | None:
     """Return the announced duration of a stream, of formats in which it is exact; else None."""
-    if container.format.name not in _SEEKABLE or not stream.duration:
+    if container.format.name not in _SEEKABLE:
         return None
-    return float(stream.duration * stream.time_base)
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    tag = _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))  # of a stream in Matroska, if it was recorded
+    if tag:
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
+    is_alone = len(container.streams) == 1  # the container announces that of its longest stream
+    return container.duration / _MICROSECONDS if container.duration and is_alone else None
 
 
 def _check_end(container: Any, stream: Any, end_s: float, start_s: float | None, stop_s: float | None) -> None:

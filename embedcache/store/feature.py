@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from embedcache.arrays import Array, Bools, Ints
-from embedcache.axis import Axis
 from embedcache.errors import DataError, UnfinishedError
 from embedcache.store.arrays import check_chunk, map_chunk, max_maps, read_metadata
-from embedcache.store.group import Commit, EncoderGroup, chunk_shape, read_feature
+from embedcache.store.group import Commit, EncoderGroup, chunk_shape, read_axis, read_feature
 
 
 class Feature:
@@ -28,7 +27,7 @@ class Feature:
         self.feature = feature
         self.item_shape: tuple[int, ...] = tuple(attributes["item_shape"])
         self.dtype: str = attributes["dtype"]
-        self.axis = Axis.from_json(attributes["axis"]) if "axis" in attributes else None
+        self.axis = read_axis(attributes, self.name)
         self.num_items = group.info.num_items[group.modality]
         self._maps: OrderedDict[int, Array] = OrderedDict()
 

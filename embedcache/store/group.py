@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from embedcache.axis import Axis
 from embedcache.encoders.open import DERIVED
-from embedcache.errors import CorruptError, PathError
+from embedcache.errors import CorruptError, DataError, PathError
 from embedcache.files import flush, io_reason, write_atomic
 from embedcache.provenance import canonical_json, check_same, digest
 from embedcache.store.arrays import CRC_BYTES, REPAIR, chunk_path, read_metadata, write_array, write_group
@@ -46,6 +46,7 @@ class Commit:
         features: feature name -> file below the encoder's folder -> CRC-32C of its rows.
         hashes: BLAKE2b-128 of each item's raw bytes or UTF-8 text; None if they could not be read.
         failures: feature name -> reason for each failed item, None for the others.
+        attributes: feature name -> digest of the attributes in its metadata; absent from the first commits.
     """
 
     chunk: int
@@ -54,6 +55,7 @@ class Commit:
     features: Mapping[str, Mapping[str, str]]
     hashes: Sequence[bytes | None]
     failures: Mapping[str, Sequence[str | None]]
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
     def resize(self, num_rows: int) -> "Commit":
         """Return the commit with the number of rows of the caller's tables; appended rows are `NOT_YET`."""
@@ -67,7 +69,8 @@ class Commit:
 
     def without(self, features: Collection[str]) -> "Commit":
         """Return the commit without some features."""
-        return replace(self, features={name: files for name, files in self.features.items() if name not in features})
+        files = {name: files for name, files in self.features.items() if name not in features}
+        return replace(self, features=files, attributes={k: v for k, v in self.attributes.items() if k in files})
 
     def is_complete(self, feature: str) -> bool:
         """Return whether every row has the feature or a reason why not."""
@@ -247,7 +250,24 @@ def _must_keep(group: EncoderGroup, feature: str, attributes: Mapping[str, Any])
 
 def read_feature(group: EncoderGroup, feature: str) -> dict[str, Any]:
     """Read the `item_shape` and `dtype` of a feature, and its `axis` if it has one."""
-    return _read_attributes(group.path / feature)
+    attributes = _read_attributes(group.path / feature)
+    if not {"item_shape", "dtype"} <= attributes.keys():
+        raise CorruptError(f"{group.path / feature}: expected item_shape and dtype in its zarr.json; {REPAIR}")
+    return attributes
+
+
+def read_axis(attributes: Mapping[str, Any], name: str) -> Axis | None:
+    """Return the axis in the attributes of a feature; None if it has none.
+
+    Raises:
+        CorruptError: the attributes hold something else.
+    """
+    if "axis" not in attributes:
+        return None
+    try:
+        return Axis.from_json(attributes["axis"])
+    except (DataError, TypeError, AttributeError) as error:
+        raise CorruptError(f"feature {name}: {error}; extract into a new folder") from None
 
 
 def _read_attributes(path: Path) -> dict[str, Any]:
@@ -285,6 +305,8 @@ def write_commit(encoder_folder: Path, commit: Commit) -> None:
         "features": commit.features,
         "digest": _digest(commit),
     }
+    if commit.attributes:
+        metadata["attributes"] = commit.attributes
     columns = {"hash": pa.array(commit.hashes, pa.binary(16))}
     for feature in sorted(commit.features):
         columns[f"{_FAILURE}{feature}"] = pa.array(commit.failures[feature], pa.string())
@@ -335,12 +357,13 @@ def _parse(data: bytes) -> tuple[Commit, str | None]:
         features=metadata["features"],
         hashes=table["hash"].to_pylist(),
         failures={feature: table[f"{_FAILURE}{feature}"].to_pylist() for feature in metadata["features"]},
+        attributes=metadata.get("attributes", {}),
     )
     return commit, metadata.get("digest")
 
 
 def _digest(commit: Commit) -> str:
-    """Return the SHA-256 of everything in a commit."""
+    """Return the SHA-256 of everything in a commit but the digests of attributes, which came later."""
     hashes = [None if value is None else value.hex() for value in commit.hashes]
     failures = {feature: commit.failures[feature] for feature in commit.features}
     return digest([commit.chunk, commit.encoder, commit.index_digest, commit.features, hashes, failures])

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from embedcache.errors import CorruptError
 from embedcache.provenance import digest, fields_of, from_record, read_manifest, to_record, write_json
 
 FORMAT_VERSION = 1
@@ -42,6 +43,8 @@ class CacheInfo:
         segments: groups of samples that were added one after another; empty if all were indexed together.
         earlier_versions: versions of the tables before this one, oldest first.
         table_digests: `samples` or a modality -> digest of the keys, or of its items, in row order.
+        has_digests: whether `cache.json` and the commits hold digests of metadata; caches of the first versions do not,
+            and stay as they are.
     """
 
     chunk_size: int
@@ -53,6 +56,7 @@ class CacheInfo:
     segments: Sequence[Segment] = ()
     earlier_versions: Sequence[TableVersion] = ()
     table_digests: Mapping[str, str] = field(default_factory=dict)
+    has_digests: bool = True
 
     @property
     def all_segments(self) -> list[Segment]:
@@ -125,12 +129,16 @@ def fit_path(encoder_folder: Path) -> Path:
 
 
 def write_info(cache_path: Path, info: CacheInfo) -> None:
-    """Write `cache.json`, which completes the tables; empty fields of later additions are omitted."""
+    """Write `cache.json`, which completes the tables; empty fields of later additions are omitted.
+
+    Its last key is a digest of all others but `source`, whose path may be corrected by hand when files have moved.
+    """
     record = to_record(info, _STORED_NAMES)
+    del record["has_digests"]
     record["parts"] = [asdict(segment) for segment in info.segments]
     record["earlier"] = [to_record(version, _STORED_NAMES) for version in info.earlier_versions]
     stored = {name: value for name, value in record.items() if value or name not in _OMITTED_IF_EMPTY}
-    write_json(info_path(cache_path), stored)
+    write_json(info_path(cache_path), {**stored, "digest": _digest(stored)} if info.has_digests else stored)
 
 
 def read_info(cache_path: Path) -> CacheInfo:
@@ -138,12 +146,19 @@ def read_info(cache_path: Path) -> CacheInfo:
 
     Raises:
         PathError: the folder is not a cache.
-        ArtifactError: the cache has a later format, or missing or unknown fields.
+        ArtifactError: the cache has a later format, missing or unknown fields, or values that have changed.
     """
     path = info_path(cache_path)
     command = f"embedcache extract SOURCE {cache_path}"
     record = read_manifest(path, kind="cache", latest_format=FORMAT_VERSION, make=command)
-    return fields_of(path, lambda: _parse(from_record(record, _STORED_NAMES)))
+    written = record.pop("digest", None)
+    if written not in (None, _digest(record)):
+        raise CorruptError(f"{path} has changed since it was written; restore the file, or extract into a new folder")
+    return fields_of(path, lambda: _parse({**from_record(record, _STORED_NAMES), "has_digests": written is not None}))
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return digest({name: value for name, value in record.items() if name != "source"})
 
 
 def _parse(values: Mapping[str, Any]) -> CacheInfo:

@@ -10,10 +10,11 @@ import pyarrow as pa
 
 from embedcache.errors import ArtifactError, CorruptError, PathError
 from embedcache.progress import NullProgress, Progress
+from embedcache.provenance import digest as digest_json
 from embedcache.provenance import digest_file
 from embedcache.store.cache import Cache
 from embedcache.store.feature import Feature
-from embedcache.store.group import EncoderGroup, hash_item, open_group, read_commit
+from embedcache.store.group import EncoderGroup, hash_item, open_group, read_commit, read_feature
 from embedcache.store.layout import commit_path, fit_path, items_path, samples_path
 from embedcache.store.tables import TableDigest, open_table, table_errors
 
@@ -150,6 +151,10 @@ def _check_chunk(cache: Cache, feature: Feature, chunk: int) -> Iterator[Finding
         commit = feature.group.commit(chunk)
         if commit is None or not commit.is_complete(feature.feature):
             yield finding(is_damage=False, reason=f"not extracted yet; run the same {feature.group.command} again")
+            return
+        written = commit.attributes.get(feature.feature)
+        if written not in (None, digest_json(read_feature(feature.group, feature.feature))):
+            yield finding(can_repair=False, reason="the attributes of its zarr.json have changed; restore that file")
             return
         for _ in feature.read_chunk(commit):
             pass

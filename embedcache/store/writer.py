@@ -9,6 +9,7 @@ from embedcache.arrays import Array, blocks
 from embedcache.errors import CorruptError, DataError, FingerprintError
 from embedcache.files import locked
 from embedcache.modalities import MODALITIES
+from embedcache.provenance import digest
 from embedcache.store.arrays import fill_value, write_array, write_chunk
 from embedcache.store.feature import Feature
 from embedcache.store.group import NOT_YET, Commit, EncoderGroup, chunk_shape, read_feature, remove_commit, write_commit
@@ -56,6 +57,7 @@ def commit_chunk(
             before = _remove_features(group, before, features)
         files = {name: write_feature_chunk(group, name, chunk, items) for name, items in features.items()}
         reasons = {name: failures[name] for name in features}
+        attributes = {name: digest(read_feature(group, name)) for name in features if group.info.has_digests}
         commit = Commit(
             chunk=chunk,
             encoder=group.fingerprint_digest,
@@ -63,6 +65,7 @@ def commit_chunk(
             features=files if before is None else {**before.features, **files},
             hashes=hashes,
             failures=reasons if before is None else {**before.failures, **reasons},
+            attributes=attributes if before is None else {**before.attributes, **attributes},
         )
         write_commit(group.path, commit)
 

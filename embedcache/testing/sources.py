@@ -37,21 +37,23 @@ class SourceContract:
         assert len(set(keys)) == len(keys)
 
     def test_images_decode(self, source: Source) -> None:
-        for item in _image_items(source):
-            assert decode_image(source.read(item)).mode == "RGB"
+        for sample in source.samples():
+            for item in sample.images:
+                assert decode_image(source.read(item)).mode == "RGB"
 
     def test_reopens_from_its_description(self, source: Source) -> None:
         reopened = reopen_source(json.loads(json.dumps(source.describe())))
         assert list(reopened.samples()) == list(source.samples())
         assert reopened.describe() == source.describe()
-        images = [source.read(item) for item in _image_items(source)]
-        assert [reopened.read(item) for item in _image_items(reopened)] == images
+        contents = [source.read(item) for item in _all_items(source)]
+        assert [reopened.read(item) for item in _all_items(reopened)] == contents
 
     def test_read_is_thread_safe(self, source: Source) -> None:
-        items = _image_items(source) * 8
+        items = _all_items(source) * 8
         with ThreadPoolExecutor(8) as executor:
             assert list(executor.map(source.read, items)) == [source.read(item) for item in items]
 
 
-def _image_items(source: Source) -> list[FileItem]:
-    return [item for sample in source.samples() for item in sample.images]
+def _all_items(source: Source) -> list[FileItem]:
+    groups = ((sample.images, *sample.files.values()) for sample in source.samples())
+    return [item for group in groups for items in group for item in items]

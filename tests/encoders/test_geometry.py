@@ -62,6 +62,15 @@ def test_height_above_the_ground() -> None:
     assert 4 <= far[-1] < 4 + 0.1 * 20
 
 
+@pytest.mark.parametrize("shift", [(-1.5, 0), (2.5, 0), (0, -1.5), (0, 2.5), (-1.5, 2.5)])
+def test_ground_is_also_found_in_the_cells_around(shift: tuple[float, float]) -> None:
+    """Under a roof that fills its cell of 2 m, the ground beside it counts, on any side."""
+    roof = np.random.default_rng(0).uniform(0, 1.5, (60, 3)) * (1, 1, 0) + (0, 0, 3)
+    ground = np.array([[*shift, 0.0]])
+    features = eigen_features(np.concatenate([roof, ground, [[-20.0, -20, 9]]]))  # the last fixes the grid's origin
+    np.testing.assert_allclose(features[:60, -2], 3, atol=1e-5)
+
+
 def test_features_follow_their_definition() -> None:
     xyz = np.random.default_rng(0).normal(size=(80, 3)) * (3, 2, 1)
     point = 5

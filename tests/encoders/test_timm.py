@@ -110,3 +110,22 @@ def test_checkpoint_without_classifier(tmp_path: Path) -> None:
     one = open_encoder(f"timm:test_vit,weights={whole}", modality="image")
     other = open_encoder(f"timm:test_vit,weights={tmp_path / 'headless.pth'}", modality="image")
     assert one.fingerprint == other.fingerprint
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_whole_fit_sees_the_whole_image(name: str, tmp_path: Path) -> None:
+    path = save_timm(name, tmp_path, seed=0)
+    pixels = np.zeros((100, 300, 3), np.uint8)
+    pixels[:, :30] = 255  # outside of the center square
+    cropped, whole = (
+        open_encoder(f"timm:{name},weights={path}{option}", modality="image") for option in ("", ",fit=whole")
+    )
+    assert cropped.prepare([Image.fromarray(pixels)])[0].max() < 40
+    (prepared,) = whole.prepare([Image.fromarray(pixels)])
+    assert prepared.shape == cropped.prepare([Image.fromarray(pixels)])[0].shape
+    assert (prepared[:, :, 0] == 255).all()
+    assert prepared[:, :, prepared.shape[2] // 2 :].max() == 0
+    changed = {"crop_pct": 1.0, "crop_mode": "squash", "fit": "whole"}
+    assert whole.fingerprint.preprocessing == {**cropped.fingerprint.preprocessing, **changed}
+    assert "fit" not in cropped.fingerprint.preprocessing
+    assert (whole.axes["patches"].box, cropped.axes["patches"].box) == ((0.0, 0.0, 1.0, 1.0), None)

@@ -4,11 +4,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from embedcache.axis import Axis
 from embedcache.encoders.open import open_encoder
+from embedcache.encoders.settings import EncoderSettings
 from embedcache.errors import FingerprintError, SettingError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
 from embedcache.extract.views import open_view
+from embedcache.sources import open_source
 from embedcache.sources.images import decode_image
 from embedcache.store.cache import Cache
+from embedcache.store.verify import verify
 from tests.extract.cases import run
 from tests.images import write_images
 from tests.toy import IMAGE
@@ -69,3 +75,14 @@ def test_invalid_argument_raises(name: str) -> None:
 def test_unknown_view_lists_known_views() -> None:
     with pytest.raises(UnknownNameError, match="unknown view 'crap'; did you mean 'crop'\\?; known: crop, flip"):
         open_view("crap")
+
+
+def test_view_has_no_box(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "s", 2)
+    encoder = "lite:efficientnet-lite0,fit=whole"
+    settings = ExtractSettings(features=("patches",), views=("crop:0.5",), encoder=EncoderSettings(backend="torch"))
+    extract(open_source(source), tmp_path / "c", image_encoders=[encoder], settings=settings)
+    plain, cropped = Cache(tmp_path / "c").features("image")
+    assert plain.axis == Axis(kind="grid", rows=7, columns=7, box=(0.0, 0.0, 1.0, 1.0))
+    assert cropped.axis == plain.axis.without_box
+    assert not verify(Cache(tmp_path / "c"))

@@ -158,3 +158,24 @@ def test_random_damage_never_crashes(kind: str) -> None:
             else:
                 assert isinstance(decoded, media.Video) or np.isfinite(decoded).all()
     assert num_failed or kind in {"wav", "mp3"}
+
+
+@pytest.mark.parametrize("kind", ["ogg", "mp3"])
+def test_interval_beyond_the_end_of_unknown_duration_fails(kind: str) -> None:
+    data = encode_audio(tone(2), kind)
+    for bounds in ((3.5, None), (1.0, 3.5)):
+        with pytest.raises(ItemError, match=r"no such interval: expected .* within its 2\.\d\d s"):
+            decode_audio(data, *bounds)
+
+
+@pytest.mark.parametrize("samples", [None, tone(4)])
+def test_truncated_file_fails(samples: np.ndarray | None) -> None:
+    """A file that announces its length first and was cut between packets is no shorter recording."""
+    frames = np.random.default_rng(0).integers(0, 256, (100, 24, 32, 3), np.uint8)
+    video = encode_video(frames, kind="mkv", samples=samples)
+    with pytest.raises(ItemError, match=r"^truncated: \d\.\d s could be decoded of 4\.0 s$"):
+        decode_video(video[: len(video) * 6 // 10])
+    assert len(decode_video(video[: len(video) * 6 // 10], 0.5, 1.5).frames_THW3) == 25
+    sound = wav(tone(2))
+    with pytest.raises(ItemError, match=r"^truncated: 32,022 bytes of 64,044$"):
+        decode_audio(sound[: len(sound) // 2])

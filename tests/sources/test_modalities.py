@@ -50,6 +50,12 @@ def test_two_recordings_of_one_name_raise(tmp_path: Path) -> None:
         list(open_source(tmp_path).samples())
 
 
+def test_no_spelling_of_a_suffix_is_lost(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": jpeg(), "a.Wav": SOUND, "b.Npz": POINTS})
+    found = [(sample.key, modalities(sample)) for sample in open_source(tmp_path).samples()]
+    assert found == [("a", {"audio": ["a.Wav"]}), ("a", {"image": ["a.jpg"]}), ("b", {"points": ["b.Npz"]})]
+
+
 def test_table_beside_images_is_no_point_cloud(tmp_path: Path) -> None:
     write(tmp_path, {"a.jpg": jpeg(), "a.parquet": points_parquet(cloud(5))})
     (sample,) = open_source(tmp_path).samples()

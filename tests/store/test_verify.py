@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedcache.errors import CorruptError
 from embedcache.extract.extract import extract
 from embedcache.extract.settings import ExtractSettings
 from embedcache.sources import open_source
@@ -126,4 +128,27 @@ def test_extract_restores_metadata(copy: Path, image_folder: Path) -> None:
         settings=ExtractSettings(features=("cls", "patches", "mean", "tokens")),
     )
     assert {report.encoded for report in reports} == {0}
+    assert verify(Cache(copy)) == []
+
+
+@pytest.mark.parametrize(("name", "old", "new"), [("tokens", '"float16"', '"int16"'), ("cls", '"dtype"', '"dtype_"')])
+def test_verify_finds_changed_attributes(copy: Path, name: str, old: str, new: str) -> None:
+    (path,) = copy.glob(f"*/open_toy/{name}/zarr.json")
+    path.write_text(path.read_text().replace(old, new))
+    findings = [finding for finding in verify(Cache(copy)) if finding.name == name]
+    assert findings
+    assert all(finding.is_damage and not finding.can_repair for finding in findings)
+
+
+def test_changed_cache_json_raises(copy: Path) -> None:
+    path = copy / "cache.json"
+    path.write_text(path.read_text().replace('"chunk_size": 64', '"chunk_size": 46'))
+    with pytest.raises(CorruptError, match=r"cache\.json has changed since it was written; restore the file"):
+        Cache(copy)
+
+
+def test_source_may_be_corrected_by_hand(copy: Path) -> None:
+    path = copy / "cache.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "source": {**record["source"], "path": "/moved"}}))
     assert verify(Cache(copy)) == []

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedcache.arrays import Array
+from embedcache.axis import Axis
 from embedcache.errors import CorruptError, FingerprintError
 from embedcache.store.feature import Feature
 from embedcache.store.group import NOT_YET, EncoderGroup, add_feature, create_group
@@ -168,3 +169,38 @@ def test_commit_with_changed_hash_raises(tmp_path: Path) -> None:
     pq.write_table(table.set_column(0, "hash", [[b"1" * 16] * 4]).cast(table.schema), path)
     with pytest.raises(CorruptError, match="has changed since it was written"):
         group.commit(0)
+
+
+GRID = Axis(kind="grid", rows=1, columns=2, box=(0.0, 0.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (-1, 3)])
+def test_axis_is_stored_with_new_features_only(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    group = group_of(tmp_path, 3)
+    add_feature(group, "f", shape, "float16", axis=GRID)
+    assert Feature(group, "f").axis == GRID
+    add_feature(group, "old", shape, "float16")
+    commit(group, [item(row, shape) for row in range(3)], feature="old")
+    metadata = (group.path / "old" / "zarr.json").read_bytes()
+    add_feature(group, "old", shape, "float16", axis=GRID)
+    assert (group.path / "old" / "zarr.json").read_bytes() == metadata
+    longer = group_of(tmp_path, 4, earlier=3)
+    add_feature(longer, "old", shape, "float16", axis=GRID)  # samples were appended: the lengths change, not the axis
+    assert Feature(longer, "old").axis is None
+
+
+def test_other_axis_is_refused(tmp_path: Path) -> None:
+    group = group_of(tmp_path, 3)
+    add_feature(group, "f", (2, 3), "float16", axis=GRID)
+    commit(group, [item(row, (2, 3)) for row in range(3)])
+    with pytest.raises(FingerprintError, match="axis.box: stored .*, requested None"):
+        add_feature(group, "f", (2, 3), "float16", axis=GRID.without_box)
+
+
+def test_invalid_axis_is_corrupt(tmp_path: Path) -> None:
+    group = group_of(tmp_path, 3)
+    add_feature(group, "f", (2, 3), "float16", axis=GRID)
+    path = group.path / "f" / "zarr.json"
+    path.write_text(path.read_text().replace('"grid"', '"gird"'))
+    with pytest.raises(CorruptError, match="feature test/f: axis: expected the kind time, grid"):
+        Feature(group, "f")
