@@ -61,16 +61,16 @@ def _row(folder: Path, task: str, command: list[str], floor: Callable[[Path], ob
 
 def _classify(folder: Path) -> object:
     pair = load_runs([folder / "run"])[0].pair
-    images = project(pair.image, Inputs(Cache(folder / "images").feature("image").load()))
-    prompts = project(pair.text, Inputs(Cache(folder / "prompts").feature("text").load()))
+    images = project(pair.tower("image"), Inputs(Cache(folder / "images").feature("image").load()))
+    prompts = project(pair.tower("text"), Inputs(Cache(folder / "prompts").feature("text").load()))
     classes = normalize(prompts.reshape(NUM_CLASSES, NUM_PROMPTS, -1).mean(axis=1))
     return np.mean((images @ classes.T).argmax(axis=1) == np.arange(len(images)) % NUM_CLASSES)
 
 
 def _retrieve(folder: Path) -> object:
     pair, cache = load_runs([folder / "run"])[0].pair, Cache(folder / "captioned")
-    images = project(pair.image, Inputs(cache.feature("image").load()))
-    texts = project(pair.text, Inputs(cache.feature("text").load()))
+    images = project(pair.tower("image"), Inputs(cache.feature("image").load()))
+    texts = project(pair.tower("text"), Inputs(cache.feature("text").load()))
     scores, owners = images @ texts.T, np.arange(len(texts)) // 5
     own = scores[owners, np.arange(len(texts))]
     return np.mean((scores > own).sum(axis=0) < 10), np.mean(owners[scores.argmax(axis=1)] == np.arange(len(images)))

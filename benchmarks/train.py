@@ -91,7 +91,7 @@ def _product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> Callabl
 
 
 def _step(folder: str, batch_size: int, precision: str) -> Callable[[], None]:
-    pair = AlignedPair(PROJECTOR, image_width=WIDTH, text_width=WIDTH, shared_width=WIDTH, dropout=0.1)
+    pair = AlignedPair(PROJECTOR, widths={"image": WIDTH, "text": WIDTH}, shared_width=WIDTH, dropout=0.1)
     objective = Objective(pair, LossSettings(), precision=precision)
     optimizer = make_optimizer(objective, OptimizerSettings())
     keep_freed_memory()
@@ -108,10 +108,8 @@ def _loader(folder: str, batch_size: int) -> Loader:
     image, text = (np.load(Path(folder) / f"{name}.npy") for name in ("image", "text"))
     rows = np.arange(len(image))
     items = Items(rows=rows, samples=rows, contents=rows)
-    batches = Batches(Pairs(image=items, text=items), batch_size=batch_size, seed=0)
-    return Loader(
-        batches, PairLoader(image=lambda rows: Inputs(image[rows]), text=lambda rows: Inputs(text[rows]), device="cpu")
-    )
+    batches = Batches(Pairs(first=items, second=items), batch_size=batch_size, seed=0)
+    return Loader(batches, PairLoader(lambda rows: Inputs(image[rows]), lambda rows: Inputs(text[rows]), device="cpu"))
 
 
 def _loops(folder: str, *, quick: bool) -> None:
@@ -188,7 +186,7 @@ def _plain(loader: DataLoader, batch_size: int) -> float:  # type: ignore[type-a
             yield from loader
 
     def step(batch: list[Tensor]) -> None:
-        images, texts = pair.image(batch[0]), pair.text(batch[1])
+        images, texts = pair.tower("image")(batch[0]), pair.tower("text")(batch[1])
         logits = pair.scale * normalize(images, dim=-1) @ normalize(texts, dim=-1).T
         loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
         optimizer.zero_grad()
@@ -200,7 +198,7 @@ def _plain(loader: DataLoader, batch_size: int) -> float:  # type: ignore[type-a
 
 
 def _pair() -> AlignedPair:
-    return AlignedPair("mlp", image_width=WIDTH, text_width=WIDTH, shared_width=WIDTH, dropout=0.1)
+    return AlignedPair("mlp", widths={"image": WIDTH, "text": WIDTH}, shared_width=WIDTH, dropout=0.1)
 
 
 def _rate(batches: Iterator, step: Callable, batch_size: int) -> float:  # type: ignore[type-arg]

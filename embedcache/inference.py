@@ -53,7 +53,8 @@ class Model:
         self.config = config
 
     def __repr__(self) -> str:
-        return f"Model({self.config.image.feature} + {self.config.text.feature} -> {self.width})"
+        features = " + ".join(side.feature for side in self.config.sides.values())
+        return f"Model({features} -> {self.width})"
 
     @property
     def width(self) -> int:

@@ -1,6 +1,6 @@
 """The modalities: a line each. Everything that differs between them at extraction follows from this table."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, TypeAlias
@@ -47,6 +47,17 @@ MODALITIES: Mapping[str, Modality] = {
     )
 }
 FILE_MODALITIES = tuple(modality for modality in MODALITIES.values() if modality.kind == "files")
+
+
+def order_pair(modalities: Iterable[str]) -> tuple[str, ...]:
+    """Return modalities in the order in which a pair names them: as in the table, but `text` last."""
+    return tuple(sorted(modalities, key=lambda name: (name == "text", list(MODALITIES).index(name))))
+
+
+def directions(modalities: Sequence[str]) -> tuple[str, str]:
+    """Return the names of both directions of retrieval between two modalities: `i2t` and `t2i` of images and texts."""
+    first, second = (modality[0] for modality in modalities)
+    return f"{first}2{second}", f"{second}2{first}"
 
 
 def noun(modality: str) -> str:

@@ -48,7 +48,7 @@ def main() -> None:
         settings=ExtractSettings(devices=(options.device,)),
     )
     recipe = with_options(PAPER, split=options.split, epochs=options.epochs, device=options.device)
-    data = open_data(cache_path, image_feature=None, text_feature=None, memory_bytes=recipe.machine.memory)
+    data = open_data(cache_path, {"image": None, "text": None}, memory_bytes=recipe.machine.memory)
     runs = {
         "run": train_seeds(data, workdir / "run", recipe, SEEDS)[0],
         "shuffled": train_seeds(data, workdir / "shuffled", with_options(recipe, shuffle_pairs=True), SEEDS)[0],

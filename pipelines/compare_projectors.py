@@ -64,7 +64,7 @@ def main() -> None:
     workdir = parse_workdir(__doc__)
     cache_path = workdir / "cache"
     extract_source("openmoji:en", cache_path)
-    data = open_data(cache_path, image_feature=IMAGE_FEATURE, text_feature=TEXT_FEATURE, memory_bytes=10**9)
+    data = open_data(cache_path, {"image": IMAGE_FEATURE, "text": TEXT_FEATURE}, memory_bytes=10**9)
     results = []
     for (group, name), settings in methods().items():
         run_paths, runs = train_seeds(data, workdir / "runs" / f"{group}-{name}".replace(" ", "-"), settings, SEEDS)

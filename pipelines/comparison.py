@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from embedcache.evaluate.retrieval import DIRECTIONS, RetrievalReport
+from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.metrics.intervals import Estimate
 from embedcache.reports.base import COLORS, GRID, INK, SOFT, format_estimate
 from pipelines.common import markdown_table, write_markdown_page
@@ -46,7 +46,7 @@ def write_comparison(path: Path, methods: Sequence[Method], *, title: str, notes
 
 def _table(methods: Sequence[Method]) -> str:
     about = list(methods[0].about)
-    columns = ["", "", *about, *(f"{way} R@{k}" for way in DIRECTIONS for k in _KS)]
+    columns = ["", "", *about, *(f"{way} R@{k}" for way in methods[0].report.directions for k in _KS)]
     rows = [
         [method.group, method.name, *(method.about[name] for name in about), *_cells(method.report.recalls)]
         for method in methods
@@ -56,14 +56,14 @@ def _table(methods: Sequence[Method]) -> str:
 
 
 def _cells(recalls: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
-    return [format_estimate(recalls[way][f"r@{k}"]) for way in DIRECTIONS for k in _KS]
+    return [format_estimate(recalls[way][f"r@{k}"]) for way in recalls for k in _KS]
 
 
 def _plot(methods: Sequence[Method]) -> Figure:
     """Draw R@10 in both directions with its interval, one line per method, and the range of chance."""
     groups = list(dict.fromkeys(method.group for method in methods))
     figure = Figure(figsize=(9, 0.8 + 0.24 * len(methods)), layout="constrained")
-    for axes, way in zip(figure.subplots(1, 2, sharey=True), DIRECTIONS, strict=True):
+    for axes, way in zip(figure.subplots(1, 2, sharey=True), methods[0].report.directions, strict=True):
         chance = methods[0].report.chance[way]["r@10"]
         axes.axvspan(chance.low, chance.high, color=SOFT, alpha=0.4, linewidth=0)
         for position, method in enumerate(methods):

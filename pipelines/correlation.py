@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from embedcache.arrays import Array
 from embedcache.evaluate.encoder_pairs import METRICS, PairsReport
-from embedcache.evaluate.retrieval import DIRECTIONS, RetrievalReport
+from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.reports.base import COLORS, GRID, INK, Table, format_estimate, format_fraction, label
 from pipelines.common import markdown_table, write_markdown_page
 from pipelines.rank_correlation import rank_correlation
@@ -47,7 +47,7 @@ class Outcomes:
 
     def _recall(self, recipe: str, pair: Pair) -> float:
         reports = self.trained[recipe][pair]
-        return float(np.mean([report.recalls[way]["r@10"].value for report in reports for way in DIRECTIONS]))
+        return float(np.mean([report.recalls[way]["r@10"].value for report in reports for way in report.directions]))
 
 
 def correlation_rows(outcomes: Outcomes) -> Table:

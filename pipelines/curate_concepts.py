@@ -76,7 +76,7 @@ def main() -> None:
         split_pool(workdir, seed)
         for name, budget in product(METHODS, BUDGETS):
             select_pairs(workdir, name, budget, seed)
-    data = open_data(workdir / "pool", image_feature=None, text_feature=None, memory_bytes=10**9)
+    data = open_data(workdir / "pool", {"image": None, "text": None}, memory_bytes=10**9)
     rows = [(f"{budget:,}", name, f"{name}-{budget}") for budget in BUDGETS for name in METHODS]
     rows += [("all", "everything", "training"), ("all", "the English", "english")]
     methods = [measure(workdir, data, *row) for row in rows]

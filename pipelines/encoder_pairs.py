@@ -64,7 +64,7 @@ def main() -> None:
     for recipe, base in RECIPES.items():
         trained[recipe] = {}
         for image, text in product(IMAGES, TEXTS):
-            data = open_data(cache_path, image_feature=image, text_feature=text, memory_bytes=10**9)
+            data = open_data(cache_path, {"image": image, "text": text}, memory_bytes=10**9)
             path = workdir / "runs" / f"{recipe}-{image}-{text}".replace("/", "-").replace(" ", "-")
             run_paths, _ = train_seeds(data, path, with_options(base, split=split), SEEDS)
             trained[recipe][image, text] = [evaluate_retrieval(cache_path, [run_path]) for run_path in run_paths]

@@ -46,7 +46,7 @@ def main() -> None:
     extract_source("openmoji:", cache_path, texts=list(TEXT_ENCODERS.values()))
 
     def train_encoder(encoder: str, name: str, *, shuffle_pairs: bool = False) -> list[Path]:
-        data = open_data(cache_path, image_feature=IMAGE_FEATURE, text_feature=FEATURES[encoder], memory_bytes=10**9)
+        data = open_data(cache_path, {"image": IMAGE_FEATURE, "text": FEATURES[encoder]}, memory_bytes=10**9)
         split = "strict" if name == "USE" else str(runs_path / "USE-{seed}" / "split.parquet")
         settings = with_options(BASE, split=split, shuffle_pairs=shuffle_pairs)
         return train_seeds(data, runs_path / name, settings, SEEDS)[0]

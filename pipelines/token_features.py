@@ -39,10 +39,10 @@ def main() -> None:
     methods = []
     for name, projector in PROJECTORS.items():
         image = "+".join(f"efficientnet-lite0/{part}" for part in name.split("+"))
-        data = open_data(cache_path, image_feature=image, text_feature=TEXT_FEATURE, memory_bytes=4 * 10**9)
+        data = open_data(cache_path, {"image": image, "text": TEXT_FEATURE}, memory_bytes=4 * 10**9)
         settings = with_options(BASE, projector=f"{projector}+token_mlp")
         run_paths, runs = train_seeds(data, workdir / "runs" / name.replace(":", "-"), settings, SEEDS)
-        num_bytes = round(data.images[0].num_bytes / data.images[0].num_items)
+        num_bytes = round(data.features["image"].num_bytes / data.features["image"].num_items)
         about = {"bytes per image": f"{num_bytes:,}", "MFLOP per pair": f"{runs[0].flops_per_pair / 1e6:.1f}"}
         report = evaluate_retrieval(cache_path, run_paths)
         methods.append(Method(group=projector, name=name, about=about, report=report))

@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from embedcache.errors import EmbedcacheError, PathError, SettingError
+from embedcache.modalities import MODALITIES
 from embedcache.registry import unknown_name
 from embedcache.settings import FlatSetting, flat_settings, from_flat
 
@@ -81,6 +82,15 @@ TextFeature: TypeAlias = Annotated[
         show_default="the only one in the cache",
     ),
 ]
+Features: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--feature",
+        metavar="MODALITY=NAME",
+        help="Feature of one of two modalities, such as audio=encoder/feature; instead of --image-feature and "
+        "--text-feature. Name two.",
+    ),
+]
 
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Random seed.")]
 Device: TypeAlias = Annotated[
@@ -113,7 +123,7 @@ Html: TypeAlias = Annotated[
 
 _CONFIG_HELP = "Read options from this TOML file; the command line takes precedence."
 _WIDEST_CHOICES = 24
-_WITH_COMMAS = ("FILE", "SPEC", "URL", "VALUE", "[PART=]RUN")
+_WITH_COMMAS = ("FILE", "SPEC", "URL", "VALUE", "PART=RUN", "MODALITY=VIEW:WEIGHT,…")
 """Values that may contain a comma, so that a repeated option is not split at commas."""
 _METAVARS: Mapping[Any, str] = {int: "N", float: "FLOAT", str: "NAME", Path: "FILE"}
 
@@ -354,6 +364,24 @@ def _elements(name: str, kind: Any, values: Sequence[Any]) -> Iterator[Any]:
             raise SettingError(f"--{name.replace('_', '-')}: expected numbers such as 1,2,4, got {word!r}") from None
 
 
+def by_modality(option: str, words: Sequence[str] | None, example: str) -> dict[str, list[str]] | None:
+    """Return modality -> values of an option `MODALITY=VALUE` that may be repeated; None without any.
+
+    Raises:
+        SettingError: a word of another form, or an unknown modality.
+    """
+    values: dict[str, list[str]] = {}
+    for word in words or ():
+        modality, _, value = word.partition("=")
+        if modality not in MODALITIES or not value:
+            raise SettingError(
+                f"{option}: expected MODALITY=VALUE with a modality of {', '.join(MODALITIES)}, such as {example}, got "
+                f"{word!r}"
+            )
+        values.setdefault(modality, []).append(value)
+    return values or None
+
+
 def split_names(values: Sequence[Any] | None) -> tuple[str, ...]:
     """Split the values of an option that may be repeated and may hold several names with commas between them."""
     return tuple(name.strip() for value in values or () for name in str(value).split(",") if name.strip())
@@ -427,7 +455,10 @@ def _read_run_config(path: Path, text: str) -> dict[str, Any]:
             for item in flat_settings(TrainSettings)
             if item.declared.affects_result
         }
-        settings |= {f"{modality}_feature": record[modality]["feature"] for modality in ("image", "text")}
+        if record.get("kind") == "pair":
+            settings["feature"] = [f"{modality}={side['feature']}" for modality, side in record["sides"].items()]
+        else:
+            settings |= {f"{modality}_feature": record[modality]["feature"] for modality in ("image", "text")}
     except (ValueError, KeyError, TypeError) as error:
         raise SettingError(f"{path}: expected the config.json of a run, got other content: {error!r}") from error
     return {name: value for name, value in settings.items() if value is not None}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embedcache.cli.options import ImageFeature, Json, Output, TextFeature, with_settings
+from embedcache.cli.options import Features, ImageFeature, Json, Output, TextFeature, by_modality, with_settings
 from embedcache.train.settings import TrainSettings, train_settings
 
 
@@ -19,12 +19,13 @@ def train(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder to write the run to.")],
     image_feature: ImageFeature = None,
     text_feature: TextFeature = None,
+    feature: Features = None,
     as_json: Json = False,
     output: Output = None,
     *,
     settings: TrainSettings,
 ) -> None:
-    """Train projectors between two cached features.
+    """Train projectors between features of two modalities.
 
     Run the same command again to resume an interrupted run. Under torchrun, training uses all processes.
 
@@ -35,6 +36,7 @@ def train(
     from embedcache.train.distributed import is_first_process
     from embedcache.train.train import train as run_training
 
+    named = by_modality("--feature", feature, "audio=tiny.en/mean")
     is_first = is_first_process()
     with resumable():
         report = run_training(
@@ -42,6 +44,7 @@ def train(
             run,
             image_feature=image_feature,
             text_feature=text_feature,
+            features=None if named is None else {modality: "+".join(names) for modality, names in named.items()},
             settings=settings,
             progress=open_progress() if is_first else NullProgress(),
         )

@@ -1,4 +1,4 @@
-"""Pairs of images and texts: items of the same sample, and items with equal content."""
+"""Pairs of items of two modalities, such as images and texts: of the same sample, or with equal content."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,56 +38,56 @@ class Items:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Images and texts of samples that have at least one of each."""
+    """Items of two modalities, of samples that have at least one of each; images and texts, where these are paired."""
 
-    image: Items
-    text: Items
+    first: Items
+    second: Items
 
     @property
     def samples(self) -> Ints:
-        """Samples with an image and a text, ascending."""
-        return np.unique(self.image.samples)
+        """Samples with an item of each modality, ascending."""
+        return np.unique(self.first.samples)
 
     def all_pairs(self) -> tuple[Ints, Ints]:
-        """Return every image with every text of its sample: two (M,) arrays of positions in `image` and `text`."""
-        return _where(_members(self.image.samples, self._size) @ _members(self.text.samples, self._size).T)
+        """Return all items of one sample with each other: two (M,) arrays of positions in `first` and `second`."""
+        return _where(_members(self.first.samples, self._size) @ _members(self.second.samples, self._size).T)
 
     def relation(self) -> csr_array:
-        """Return which contents belong together: (image contents, text contents) bool.
+        """Return which contents belong together: (first contents, second contents) bool.
 
         Contents belong together if any sample has both: several captions of one image, equal captions of different
         images, and copies of an image are all positives.
         """
-        image, text = self.all_pairs()
-        shape = tuple(int(side.contents.max(initial=0)) + 1 for side in (self.image, self.text))
-        contents = (self.image.contents[image], self.text.contents[text])
-        return csr_array((np.ones(len(image), bool), contents), shape=shape)
+        first, second = self.all_pairs()
+        shape = tuple(int(side.contents.max(initial=0)) + 1 for side in (self.first, self.second))
+        contents = (self.first.contents[first], self.second.contents[second])
+        return csr_array((np.ones(len(first), bool), contents), shape=shape)
 
     def positives(self) -> tuple[Ints, Ints]:
-        """Return all positive pairs of `relation`: two (M,) arrays of positions in `image` and `text`."""
-        return _where(self.relation()[self.image.contents][:, self.text.contents])
+        """Return all positive pairs of `relation`: two (M,) arrays of positions in `first` and `second`."""
+        return _where(self.relation()[self.first.contents][:, self.second.contents])
 
     @property
     def _size(self) -> int:
-        return int(self.image.samples.max(initial=0)) + 1
+        return int(self.first.samples.max(initial=0)) + 1
 
     def select(self, samples: Ints) -> "Pairs":
         """Return the items of some samples."""
-        return Pairs(image=self.image.select(samples), text=self.text.select(samples))
+        return Pairs(first=self.first.select(samples), second=self.second.select(samples))
 
 
 def pair_items(
     caches: Sequence[Cache],
-    images: Sequence[InputFeature],
-    texts: Sequence[InputFeature],
+    first: Sequence[InputFeature],
+    second: Sequence[InputFeature],
     *,
     language: str | None = None,
 ) -> Pairs:
     """Pair the items of caches that have both features. Rows and samples are counted across caches.
 
     Args:
-        images: image feature of each cache.
-        texts: text feature of each cache.
+        first: feature of one modality of each cache, such as an image feature.
+        second: feature of another modality of each cache.
         language: keep only captions in this language; None keeps all.
 
     Raises:
@@ -95,16 +95,19 @@ def pair_items(
         UnknownNameError: no caption is in that language.
         DataError: no sample has both features.
     """
-    image_items, text_items = read_items(caches, images), read_items(caches, texts)
-    if language is not None:
-        text_items = text_items.where(_is_language(caches, language)[text_items.rows])
-    both = np.intersect1d(image_items.samples, text_items.samples)
+    sides = []
+    for features in (first, second):
+        items = read_items(caches, features)
+        if language is not None and features[0].modality == "text":
+            items = items.where(_is_language(caches, language)[items.rows])
+        sides.append(items)
+    both = np.intersect1d(sides[0].samples, sides[1].samples)
     if not len(both):
         raise DataError(
-            f"{name_caches(caches)}: expected samples with {images[0].name} and {texts[0].name}, got none; "
+            f"{name_caches(caches)}: expected samples with {first[0].name} and {second[0].name}, got none; "
             "check --language and embedcache inspect"
         )
-    return Pairs(image=image_items.select(both), text=text_items.select(both))
+    return Pairs(first=sides[0].select(both), second=sides[1].select(both))
 
 
 def name_caches(caches: Sequence[Cache]) -> str:

@@ -37,6 +37,13 @@ class SplitSettings:
     text_cosine: float = setting(
         0.7, "Strict split: captions above this cosine similarity are near-duplicates.", ge=-1, le=1
     )
+    other_cosine: float = setting(
+        0.9,
+        "Strict split: recordings, videos and point clouds above this cosine similarity are near-duplicates.",
+        ge=-1,
+        le=1,
+        recorded_by_default=False,
+    )
     seed: int = setting(
         0,
         "Random seed of the split.",
@@ -53,6 +60,11 @@ class SplitSettings:
                 f"val_fraction + test_fraction: expected a sum below 1, got {self.val_fraction} + "
                 f"{self.test_fraction}, which leaves no samples for training"
             )
+
+    def cosine(self, modality: str) -> tuple[str, float]:
+        """Return the name and the value of the threshold of near-duplicates of a modality."""
+        name = f"{modality}_cosine" if modality in ("image", "text") else "other_cosine"
+        return name, getattr(self, name)
 
     @property
     def path(self) -> Path | None:

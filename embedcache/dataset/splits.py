@@ -1,7 +1,7 @@
 """Splits of samples into training, validation and test parts: by near-duplicate groups, by key, or by a column."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -125,12 +125,16 @@ _MAX_STRICT_ITEMS = 200_000
 _BLOCK = 1024
 
 
-def make_split(
-    caches: Sequence[Cache], pairs: Pairs, settings: SplitSettings, *, read_image: Reader, read_text: Reader
-) -> Split:
+def make_split(caches: Sequence[Cache], pairs: Pairs, settings: SplitSettings, readers: Mapping[str, Reader]) -> Split:
     """Split the samples that have both features. The same features and settings give the same split.
 
     Only a strict split reads the features. Memory: a tile of similarities.
+
+    Args:
+        caches: the caches.
+        pairs: items of both features, counted across caches.
+        settings: settings of the split.
+        readers: modality -> reader of its feature, in the order of the pair's sides.
 
     Raises:
         UnknownNameError: the kind is neither a known one nor a file.
@@ -142,9 +146,9 @@ def make_split(
         split = _by_column(caches, keys, pairs.samples, settings)
     elif settings.kind in KINDS:
         is_strict = settings.kind == "strict"
-        groups = _near_duplicates(pairs, settings, read_image, read_text) if is_strict else pairs.samples
+        groups = _near_duplicates(pairs, settings, readers) if is_strict else pairs.samples
         split = _by_groups(keys, pairs.samples, groups, settings)
-        _require_parts(split, groups, settings)
+        _require_parts(split, groups, settings, readers)
     elif settings.path is None or not settings.path.is_file():
         raise unknown_name("split", settings.kind, KINDS, hint="or use the path of another run's split.parquet")
     else:
@@ -156,13 +160,14 @@ def make_split(
     )
 
 
-def _require_parts(split: Split, groups: Ints, settings: SplitSettings) -> None:
+def _require_parts(split: Split, groups: Ints, settings: SplitSettings, modalities: Iterable[str]) -> None:
     if {"val", "test"} <= set(split.parts):
         return
+    thresholds = [settings.cosine(modality) for modality in modalities]
+    named = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in thresholds)
     raise SettingError(
         f"--split {settings.kind} leaves no validation or test samples among {len(groups)}: the largest near-duplicate "
-        f"group has {np.bincount(groups).max()} samples; raise --image-cosine {settings.image_cosine} and "
-        f"--text-cosine {settings.text_cosine}, or use --split key"
+        f"group has {np.bincount(groups).max()} samples; raise {named}, or use --split key"
     )
 
 
@@ -202,9 +207,9 @@ def _by_groups(keys: list[str], samples: Ints, groups: Ints, settings: SplitSett
     return Split(keys=keys, parts=parts, groups=group_numbers)
 
 
-def _near_duplicates(pairs: Pairs, settings: SplitSettings, read_image: Reader, read_text: Reader) -> Ints:
+def _near_duplicates(pairs: Pairs, settings: SplitSettings, readers: Mapping[str, Reader]) -> Ints:
     """Return the near-duplicate group of each sample: (S,) int64."""
-    num_items = len(pairs.image.rows) + len(pairs.text.rows)
+    num_items = len(pairs.first.rows) + len(pairs.second.rows)
     if num_items > _MAX_STRICT_ITEMS:
         raise SettingError(
             f"--split strict compares all pairs of items: expected at most {_MAX_STRICT_ITEMS:,}, got {num_items:,}; "
@@ -212,14 +217,11 @@ def _near_duplicates(pairs: Pairs, settings: SplitSettings, read_image: Reader, 
         )
     samples = pairs.samples
     labels = np.arange(len(samples))
-    for items, read, threshold in (
-        (pairs.image, read_image, settings.image_cosine),
-        (pairs.text, read_text, settings.text_cosine),
-    ):
+    for items, (modality, read) in zip((pairs.first, pairs.second), readers.items(), strict=True):
         vectors = np.concatenate(
             [to_unit_vectors(read(items.rows[block])) for block in blocks(len(items.rows), _BLOCK)]
         )
-        labels = _merge_groups(vectors, np.searchsorted(samples, items.samples), labels, threshold)
+        labels = _merge_groups(vectors, np.searchsorted(samples, items.samples), labels, settings.cosine(modality)[1])
     return labels
 
 

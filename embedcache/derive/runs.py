@@ -17,7 +17,7 @@ from embedcache.encoders.base import ItemShape
 from embedcache.errors import PathError, SettingError
 from embedcache.networks.saved import load_module
 from embedcache.projectors.pair import AlignedPair
-from embedcache.projectors.saved import RUN_FORMAT, PairConfig, check_feature, config_path, load_pair, project
+from embedcache.projectors.saved import RUN_FORMAT, PairConfig, check_feature, config_path, is_pair, load_pair, project
 from embedcache.provenance import check_same, read_manifest
 from embedcache.registry import unknown_name
 from embedcache.store.cache import Cache
@@ -84,8 +84,9 @@ def open_run(request: RunRequest) -> list[RunRule]:
         SettingError: the output needs prompts, or has no use for them.
         FingerprintError: the cache holds features from another encoder than the run was trained on.
     """
-    openers: Mapping[int, OpenRun] = {1: _open_pair, 2: _open_module}
-    return openers[_read_manifest(request.path)["format"]](request)
+    manifest = _read_manifest(request.path)
+    open_output: OpenRun = _open_pair if is_pair(manifest) else _open_module
+    return open_output(request)
 
 
 def _read_manifest(run_path: Path) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def _open_pair(request: RunRequest) -> list[RunRule]:
         raise unknown_name(f"output of the run {request.path}", request.output, openers)
     if request.prompts is not None and request.output != "prob":
         raise SettingError(f"prompts: expected the output prob, got {request.output}; omit --prompts")
-    both = ("image", "text")
+    both = config.modalities
     if request.modality is None:
         modalities = [name for name in both if request.cache.info.num_items.get(name)]
         modalities = modalities[:1] if request.output == "prob" else modalities
@@ -176,11 +177,11 @@ def _open_prob(request: RunRequest, pair: AlignedPair, config: PairConfig, modal
     if request.prompts is None:
         raise SettingError("the output prob compares with classes; name a cache of prompts with --prompts")
     prompts_cache = Cache(request.prompts)
-    check_prompts(prompts_cache, config.text.spec)
-    feature = open_input(prompts_cache, "text", config.text.feature)
+    check_prompts(prompts_cache, config.tower_input("text").spec)
+    feature = open_input(prompts_cache, "text", config.tower_input("text").feature)
     check_feature(config, "text", feature.name, feature.fingerprint)
     prompts = read_prompts(prompts_cache, feature)
-    classes_CP, scale = class_vectors(prompts, pair.text, device=request.device), pair.scale.item()
+    classes_CP, scale = class_vectors(prompts, pair.tower("text"), device=request.device), pair.scale.item()
 
     def apply(inputs: Sequence[Block], _: Mapping[str, Any]) -> Mapping[str, Output]:
         return {"prob": _softmax(scale * _project(pair, modality, inputs, request.device) @ classes_CP.T)}

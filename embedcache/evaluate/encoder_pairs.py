@@ -153,10 +153,10 @@ def evaluate_pairs(
     if settings.k >= len(sample.samples):
         raise SettingError(f"k: expected less than the {len(sample.samples)} compared samples, got {settings.k}")
     progress.start("encoder pairs", len(images) * len(texts), "pairs")
-    prepared_texts = [_prepare(feature, sample.pairs.text, sample, settings.k) for feature in texts]
+    prepared_texts = [_prepare(feature, sample.pairs.second, sample, settings.k) for feature in texts]
     metrics = []
     for feature in images:
-        image = _prepare(feature, sample.pairs.image, sample, settings.k)
+        image = _prepare(feature, sample.pairs.first, sample, settings.k)
         for text in prepared_texts:
             metrics.append(_measure(sample, image, text, settings.resamples))
             progress.advance(1)
@@ -215,7 +215,7 @@ def _draw_samples(
     pairs = pair_items([cache], images[:1], texts[:1], language=settings.language)
     image, text = (
         items.where(np.logical_and.reduce([feature.valid for feature in features])[items.rows])
-        for items, features in ((pairs.image, images), (pairs.text, texts))
+        for items, features in ((pairs.first, images), (pairs.second, texts))
     )
     samples = np.intersect1d(image.samples, text.samples)
     if len(samples) < _MIN_SAMPLES:
@@ -225,7 +225,7 @@ def _draw_samples(
         )
     if len(samples) > settings.num_samples:
         samples = np.random.default_rng(settings.seed).choice(samples, settings.num_samples, replace=False)
-    return Pairs(image=image.select(samples), text=text.select(samples))
+    return Pairs(first=image.select(samples), second=text.select(samples))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,14 +254,14 @@ class _PairSample:
     def positions(self, part: Pairs) -> tuple[Ints, Ints]:
         """Return the positions of the images and texts of a part among those of all samples."""
         return (
-            np.searchsorted(self.pairs.image.rows, part.image.rows),
-            np.searchsorted(self.pairs.text.rows, part.text.rows),
+            np.searchsorted(self.pairs.first.rows, part.first.rows),
+            np.searchsorted(self.pairs.second.rows, part.second.rows),
         )
 
     def chance(self, k: int) -> dict[str, Estimate]:
         """Compute the recall at k of a random order of the validation items: `i2t` and `t2i`."""
         image_M, text_M = self.val.positives()
-        directions = {"i2t": (image_M, self.val.text), "t2i": (text_M, self.val.image)}
+        directions = {"i2t": (image_M, self.val.second), "t2i": (text_M, self.val.first)}
         return {
             name: chance_estimate(chance_recall(np.bincount(query_M), len(candidates.rows), k), len(np.unique(query_M)))
             for name, (query_M, candidates) in directions.items()
@@ -272,7 +272,7 @@ def _split_samples(
     pairs: Pairs, cache: Cache, image: InputFeature, text: InputFeature, settings: SplitSettings
 ) -> _PairSample:
     """Split samples into parts, without the test part; the two features decide near-duplicates of a strict split."""
-    split = make_split([cache], pairs, settings, read_image=image.read, read_text=text.read)
+    split = make_split([cache], pairs, settings, {"image": image.read, "text": text.read})
     train, val = pairs.select(split.rows("train")), pairs.select(split.rows("val"))
     both = np.union1d(train.samples, val.samples)
     if len(both) < _MIN_SAMPLES or not (len(train.samples) and len(val.samples)):
@@ -359,8 +359,8 @@ def _probe(sample: _PairSample, images_ID: Floats, texts_TE: Floats, resamples: 
     def recall(ranks: Ints, items: Items) -> Estimate:
         return bootstrap_mean(ranks <= _RECALL_K, sample.groups_of(items.samples), num_draws=resamples)
 
-    i2t = recall(best_ranks(images, texts, (image_M, text_M)), sample.val.image)
-    return i2t, recall(best_ranks(texts, images, (text_M, image_M)), sample.val.text)
+    i2t = recall(best_ranks(images, texts, (image_M, text_M)), sample.val.first)
+    return i2t, recall(best_ranks(texts, images, (text_M, image_M)), sample.val.second)
 
 
 def _pooling(feature: InputFeature) -> str:

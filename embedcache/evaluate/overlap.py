@@ -9,6 +9,7 @@ import numpy as np
 from embedcache.arrays import Bools, blocks
 from embedcache.dataset.inputs import InputFeature, to_unit_vectors
 from embedcache.dataset.pairs import Items, pair_items
+from embedcache.dataset.settings import SplitSettings
 from embedcache.errors import DataError, PathError
 from embedcache.evaluate.runs import Run, read_run_split, run_input, was_trained_on
 from embedcache.evaluate.settings import RetrievalSettings, ZeroShotSettings
@@ -17,7 +18,7 @@ from embedcache.provenance import fields_of, read_json
 from embedcache.store.cache import Cache
 
 COSINES = {"image": 0.9, "text": 0.7}
-"""Items above these cosines are near-duplicates, as in the strict split."""
+"""Items above these cosines are near-duplicates, as in the strict split; for other modalities the run names one."""
 
 _MAX_PRODUCTS = 2e10
 _MIN_CHECKED = 200
@@ -36,9 +37,9 @@ class Overlap:
     """Numbers of evaluated samples that were seen in training.
 
     Args:
-        exact: samples with an image or a text that is in the training part, byte for byte.
+        exact: samples with an item that is in the training part, byte for byte.
         num_checked: samples that were compared by cosine, drawn at random if there are many.
-        near: of these, samples with an image or a text above `COSINES` to one of the training part, or equal to one.
+        near: of these, samples with an item above `COSINES` to one of the training part, or equal to one.
         not_compared: training caches that could not be opened.
         cosines: thresholds by modality.
     """
@@ -96,12 +97,14 @@ def find_overlap(
     checked = (
         samples if len(samples) <= count else np.sort(np.random.default_rng(0).choice(samples, count, replace=False))
     )
+    other_cosine = run.config.training["split"].get("other_cosine", SplitSettings().other_cosine)
+    cosines = {modality: COSINES.get(modality, other_cosine) for modality in evaluated}
     exact, near = set[int](), set[int]()
     for modality, item_set in evaluated.items():
         others = [items[modality] for items in trained]
         exact |= set(item_set.items.samples[_is_equal(item_set, others)].tolist())
         part = item_set.items.select(checked)
-        is_near = _is_near(ItemSet(item_set.feature, part), others, COSINES[modality])
+        is_near = _is_near(ItemSet(item_set.feature, part), others, cosines[modality])
         near |= set(part.samples[is_near].tolist())
     return Overlap(
         num_samples=len(samples),
@@ -109,7 +112,7 @@ def find_overlap(
         num_checked=len(checked),
         near=len(near | (exact & set(checked.tolist()))),
         not_compared=missing,
-        cosines={modality: COSINES[modality] for modality in evaluated},
+        cosines=cosines,
     )
 
 
@@ -137,13 +140,13 @@ def _open_training_caches(run: Run, paths: Sequence[str]) -> tuple[list[Cache], 
 
 
 def training_items(run: Run, cache: Cache) -> Mapping[str, ItemSet]:
-    """Return the images and texts of the training part in one of a run's caches; empty if the part is."""
+    """Return the items of the training part in one of a run's caches by modality; empty if the part is."""
     rows = np.flatnonzero(np.array(read_run_split(run, cache).parts) == "train")
     if not len(rows):
         return {}
-    image, text = run_input(cache, run.config, "image"), run_input(cache, run.config, "text")
-    pairs = pair_items([cache], [image], [text], language=run.config.training["language"]).select(rows)
-    return {"image": ItemSet(image, pairs.image), "text": ItemSet(text, pairs.text)}
+    first, second = (run_input(cache, run.config, modality) for modality in run.config.sides)
+    pairs = pair_items([cache], [first], [second], language=run.config.training["language"]).select(rows)
+    return {first.modality: ItemSet(first, pairs.first), second.modality: ItemSet(second, pairs.second)}
 
 
 def _num_affordable(evaluated: Mapping[str, ItemSet], trained: Sequence[Mapping[str, ItemSet]]) -> int:

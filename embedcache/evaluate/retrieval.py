@@ -1,4 +1,4 @@
-"""Image-text retrieval of trained runs on cached features."""
+"""Retrieval between the two modalities of trained runs, such as images and texts, on cached features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +14,11 @@ from embedcache.evaluate.runs import Run, RunPaths, iterate_recipes, load_runs, 
 from embedcache.evaluate.settings import RetrievalSettings
 from embedcache.metrics.intervals import Estimate, bootstrap_means, bootstrap_median, chance_estimate
 from embedcache.metrics.ranking import average_precisions, chance_recall, first_ranks, negatives_before
+from embedcache.modalities import directions, noun
 from embedcache.projectors.saved import project
 from embedcache.store.cache import Cache
 
 KS = (1, 5, 10)
-DIRECTIONS = ("i2t", "t2i")
 _MAX_K = 100
 
 
@@ -29,19 +29,22 @@ class Ranking:
     Args:
         part: description of the part.
         groups: (S,) int64 number of the near-duplicate group of each sample of the cache.
-        images: (I, P) float32 rows of length 1, in the order of `pairs.image`.
-        texts: (T, P) float32 rows of length 1, in the order of `pairs.text`.
-        positives: two (M,) arrays: image i and text j of each positive pair.
-        ranks: `i2t` (I,) and `t2i` (T,): rank of the best positive among all candidates, 1 is the top.
-        average_precisions: `i2t` (I,) and `t2i` (T,): average precision of each query.
+        modalities: modality of the first and the second items of the pairs.
+        first: (I, P) float32 rows of length 1, in the order of `pairs.first`.
+        second: (T, P) float32 rows of length 1, in the order of `pairs.second`.
+        positives: two (M,) arrays: first item i and second item j of each positive pair.
+        ranks: direction, such as `i2t` and `t2i`, -> (I,) or (T,): rank of the best positive among all candidates, 1 is
+            the top.
+        average_precisions: as `ranks`: average precision of each query.
     """
 
     seed: int
     part: str
     pairs: Pairs
     groups: Ints
-    images: Floats
-    texts: Floats
+    modalities: tuple[str, ...]
+    first: Floats
+    second: Floats
     positives: tuple[Ints, Ints]
     ranks: dict[str, Ints]
     average_precisions: dict[str, Array]
@@ -49,11 +52,15 @@ class Ranking:
 
     def queries(self, direction: str) -> Ints:
         """Return the sample of each query."""
-        return (self.pairs.image if direction == "i2t" else self.pairs.text).samples
+        return (self.pairs.first if self.is_forward(direction) else self.pairs.second).samples
 
     def num_candidates(self, direction: str) -> int:
         """Return the number of candidates of each query."""
-        return len(self.texts if direction == "i2t" else self.images)
+        return len(self.second if self.is_forward(direction) else self.first)
+
+    def is_forward(self, direction: str) -> bool:
+        """Return whether the first items are the queries."""
+        return direction == directions(self.modalities)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +77,7 @@ class RetrievalReport:
         curves: direction -> mean recalls at k = 1, 2, … up to 100 or the number of candidates.
         chance: as `recalls`, for a random order: its expectation, and the range of 95% of random orders.
         by_seed: mean recall over both directions and all k of each run, in the order of `seeds`.
-        num_images: number of images per run.
-        num_texts: number of captions per run.
+        num_items: modality -> number of items per run, first that of the first direction's queries.
         seeds: random seed of each run.
         overlap: the largest overlap of a run with its training part; None if it was not checked.
         run_paths: folder of each run.
@@ -84,8 +90,7 @@ class RetrievalReport:
     curves: dict[str, list[float]]
     chance: dict[str, dict[str, Estimate]]
     by_seed: list[float]
-    num_images: list[int]
-    num_texts: list[int]
+    num_items: dict[str, list[int]]
     seeds: list[int]
     overlap: Overlap | None
     run_paths: Sequence[Path] = ()
@@ -93,8 +98,16 @@ class RetrievalReport:
     def line(self) -> str:
         """Summarize what was measured in one line, with a warning if the part overlaps with the training part."""
         of_language = f" in {self.language}" if self.language else ""
-        counts = f"{self.num_images[0]:,} images, {self.num_texts[0]:,} captions{of_language} per run"
-        return report_line(f"{self.part}: {counts}", self.seeds, self.by_seed, "mean recall", self.warning)
+        nouns = {modality: "captions" if modality == "text" else noun(modality) for modality in self.num_items}
+        counts = ", ".join(f"{self.num_items[modality][0]:,} {name}" for modality, name in nouns.items())
+        return report_line(
+            f"{self.part}: {counts}{of_language} per run", self.seeds, self.by_seed, "mean recall", self.warning
+        )
+
+    @property
+    def directions(self) -> tuple[str, str]:
+        """Names of both directions, such as `i2t` and `t2i`."""
+        return directions(tuple(self.num_items))
 
     @property
     def warning(self) -> str | None:
@@ -128,20 +141,22 @@ def evaluate_retrieval(
     settings = settings or RetrievalSettings()
     cache, runs = Cache(cache_path), load_runs(run_paths, is_control=is_control)
     rankings = [rank(cache, run, settings) for run in runs]
-    measured = [_measure(rankings, direction) for direction in DIRECTIONS]
-    recalls, rank_metrics, curves = (
-        dict(zip(DIRECTIONS, values, strict=True)) for values in zip(*measured, strict=True)
-    )
+    modalities = runs[0].config.modalities
+    both = directions(modalities)
+    measured = [_measure(rankings, direction) for direction in both]
+    recalls, rank_metrics, curves = (dict(zip(both, values, strict=True)) for values in zip(*measured, strict=True))
     return RetrievalReport(
         part=rankings[0].part,
         language=_language(runs[0], settings),
         recalls=recalls,
         rank_metrics=rank_metrics,
         curves=curves,
-        chance={direction: {f"r@{k}": _chance(rankings, direction, k) for k in KS} for direction in DIRECTIONS},
+        chance={direction: {f"r@{k}": _chance(rankings, direction, k) for k in KS} for direction in both},
         by_seed=[_mean_recall(ranking) for ranking in rankings],
-        num_images=[len(ranking.images) for ranking in rankings],
-        num_texts=[len(ranking.texts) for ranking in rankings],
+        num_items={
+            modalities[0]: [len(ranking.first) for ranking in rankings],
+            modalities[1]: [len(ranking.second) for ranking in rankings],
+        },
         seeds=[ranking.seed for ranking in rankings],
         overlap=largest_overlap(ranking.overlap for ranking in rankings),
         run_paths=[run.path for run in runs],
@@ -179,32 +194,37 @@ def compare_retrieval(
 def rank(cache: Cache, run: Run, settings: RetrievalSettings | None = None) -> Ranking:
     """Project and rank one part of a cache with one run, in both directions."""
     settings = settings or RetrievalSettings(check_overlap=False)
-    image, text = run_input(cache, run.config, "image"), run_input(cache, run.config, "text")
+    modalities = run.config.modalities
+    sides = [run_input(cache, run.config, modality) for modality in modalities]
     split = read_eval_split(cache, run, settings.part)
-    pairs = pair_items([cache], [image], [text], language=_language(run, settings)).select(split.samples)
+    pairs = pair_items([cache], *([side] for side in sides), language=_language(run, settings)).select(split.samples)
     if not len(pairs.samples):
         raise DataError(
             f"{split.part} of {cache.path}: expected samples with both features, got none; check --language and --part"
         )
-    images = project(run.pair.image, image.read(pairs.image.rows))
-    texts = project(run.pair.text, text.read(pairs.text.rows))
-    image_M, text_M = pairs.positives()
+    item_sets = [ItemSet(side, items) for side, items in zip(sides, (pairs.first, pairs.second), strict=True)]
+    first, second = (
+        project(tower, item_set.feature.read(item_set.items.rows))
+        for tower, item_set in zip(run.pair.towers, item_sets, strict=True)
+    )
+    first_M, second_M = pairs.positives()
+    there, back = directions(modalities)
     before = {
-        "i2t": (image_M, negatives_before(images, texts, (image_M, text_M))),
-        "t2i": (text_M, negatives_before(texts, images, (text_M, image_M))),
+        there: (first_M, negatives_before(first, second, (first_M, second_M))),
+        back: (second_M, negatives_before(second, first, (second_M, first_M))),
     }
-    evaluated = {"image": ItemSet(image, pairs.image), "text": ItemSet(text, pairs.text)}
     return Ranking(
         seed=run.seed,
         part=split.part,
         pairs=pairs,
         groups=split.groups,
-        images=images,
-        texts=texts,
-        positives=(image_M, text_M),
+        modalities=modalities,
+        first=first,
+        second=second,
+        positives=(first_M, second_M),
         ranks={direction: first_ranks(*counts) for direction, counts in before.items()},
         average_precisions={direction: average_precisions(*counts) for direction, counts in before.items()},
-        overlap=find_overlap(run, evaluated, settings),
+        overlap=find_overlap(run, dict(zip(modalities, item_sets, strict=True)), settings),
     )
 
 
@@ -233,11 +253,11 @@ def _measure(
 
 
 def _mean_recall(ranking: Ranking) -> float:
-    return float(np.mean([np.mean(ranking.ranks[direction] <= k) for direction in DIRECTIONS for k in KS]))
+    return float(np.mean([np.mean(ranking.ranks[direction] <= k) for direction in ranking.ranks for k in KS]))
 
 
 def _chance(rankings: Sequence[Ranking], direction: str, k: int) -> Estimate:
-    side = 0 if direction == "i2t" else 1
+    side = 0 if rankings[0].is_forward(direction) else 1
     expected = [
         chance_recall(np.bincount(ranking.positives[side]), ranking.num_candidates(direction), k)
         for ranking in rankings

@@ -172,8 +172,7 @@ def _recipe(config: PairConfig) -> dict[str, Any]:
     is_file = "split" in config.file_digests
     split = {**config.training["split"], "seed": None, **({"kind": "a file"} if is_file else {})}
     return {
-        "image": config.image.feature,
-        "text": config.text.feature,
+        **{modality: side.feature for modality, side in config.sides.items()},
         "spine": config.index_digest,
         "training": {**config.training, "seed": None, "split": split},
     }

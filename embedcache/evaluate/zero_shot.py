@@ -217,10 +217,10 @@ def classify(
 
 def _rank(run: Run, image: InputFeature, rows: Ints, labels: Ints, prompts: Prompts) -> tuple[Ints, Ints]:
     """Compute the (I,) rank of each image's class and the (I, K) classes with the highest scores."""
-    classes_CP = class_vectors(prompts, run.pair.text)
+    classes_CP = class_vectors(prompts, run.pair.tower("text"))
     ranks, predicted = [], []
     for block in blocks(len(rows), _BLOCK):
-        scores_BC = project(run.pair.image, image.read(rows[block])) @ classes_CP.T
+        scores_BC = project(run.pair.tower("image"), image.read(rows[block])) @ classes_CP.T
         ranks.append(rank_labels(scores_BC, labels[block]))
         k = min(max(KS), scores_BC.shape[1])
         best_BK = np.argpartition(-scores_BC, k - 1, axis=1)[:, :k]
@@ -244,5 +244,5 @@ def _chances(num_classes: int, num_images: int) -> dict[str, Estimate]:
 
 def _run_prompts(cache: Cache, run: Run) -> Prompts:
     """Read the prompts that a run can project; errors are those of `evaluate_zero_shot`."""
-    check_prompts(cache, run.config.text.spec)
+    check_prompts(cache, run.config.tower_input("text").spec)
     return read_prompts(cache, run_input(cache, run.config, "text"))

@@ -130,12 +130,14 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
         raise unsupported(_FORMAT, f"its text encoder is a {architecture}: expected {', '.join(_ARCHITECTURES)}")
     pooler = _POOLERS.get("_".join(text.config["features"]))
     if pooler is None:
-        raise unsupported(_FORMAT, f"its text feature is {run.config.text.feature}: expected mean or cls")
+        raise unsupported(
+            _FORMAT, f"its text feature is {run.config.tower_input('text').feature}: expected mean or cls"
+        )
     text.save_processor(folder)
     transformer: Any = text.module.get_submodule("_transformer" if text.config["kind"] == "sentences" else "_model")
     state: dict[str, Tensor] = transformer.state_dict()
     transformer_state = {name: value for name, value in state.items() if not name.startswith("pooler.")}
-    spec = EncoderSpec.parse(run.config.text.spec)
+    spec = EncoderSpec.parse(run.config.tower_input("text").spec)
     is_on_hub = spec.family == "hf" and not spec.is_path
     return _Model(
         config={
@@ -145,7 +147,7 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
                 "hf_model_name": "",
                 "hf_tokenizer_name": "",
                 "hf_pooler_type": pooler,
-                "context_length": int(run.config.text.fingerprint["preprocessing"]["max_tokens"]),
+                "context_length": int(run.config.tower_input("text").fingerprint["preprocessing"]["max_tokens"]),
                 **text_head_config,
             },
         },
@@ -157,7 +159,7 @@ def _timm_and_transformer_model(run: ExportRun, folder: Path) -> _Model:
             **_prefixed("text.proj", text_head),
         },
         text_config=transformer.config,
-        text_name=run.config.text.fingerprint["model"] if is_on_hub else None,
+        text_name=run.config.tower_input("text").fingerprint["model"] if is_on_hub else None,
     )
 
 
@@ -181,7 +183,7 @@ def _vision_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _preprocess_config(run: ExportRun) -> dict[str, Any]:
     """Return timm's transform as open_clip's config, if it only resizes to the input size and crops or squeezes."""
-    fingerprint = run.config.image.fingerprint
+    fingerprint = run.config.tower_input("image").fingerprint
     if fingerprint["family"] != "timm":
         raise unsupported(
             _FORMAT, f"its image encoder is of the family {fingerprint['family']!r}: expected timm or open_clip"
@@ -310,6 +312,6 @@ def _check(run: ExportRun, folder: Path) -> dict[str, float]:
             "text": model.encode_text(tokenizer(list(TEXTS)), normalize=True),
         }
     except RuntimeError as error:  # some timm networks have another width than they announce to open_clip
-        specs = f"{run.config.image.spec} with {run.config.text.spec}"
+        specs = f"{run.config.tower_input('image').spec} with {run.config.tower_input('text').spec}"
         raise unsupported(_FORMAT, f"open_clip cannot run {specs}: {one_line(error)}") from error
     return run.check_parity("open_clip", vectors)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from embedcache.errors import CorruptError, DataError
-from embedcache.projectors.saved import RUN_FORMAT, config_path, save_weights, split_path
+from embedcache.projectors.saved import RUN_FORMAT, config_path, is_pair, save_weights, split_path
 from embedcache.provenance import digest_file, fields_of, from_record, read_manifest, to_record, write_json
 from embedcache.registry import Registry
 
@@ -99,12 +99,12 @@ def read_module_config(run_path: Path) -> ModuleConfig:
     Raises:
         PathError: the folder is not a finished run.
         ArtifactError: the format is newer than this version reads.
-        DataError: the run is an aligned pair of format 1.
+        DataError: the run is an aligned pair.
         CorruptError: fields are missing or unknown.
     """
     path = config_path(run_path)
     values = read_manifest(path, kind="run", latest_format=RUN_FORMAT, make="train_task, see docs/howto/own_task.md")
-    if values["format"] == 1:
+    if is_pair(values):
         raise DataError(
             f"{run_path}: expected the run of a module, got an aligned pair; load it with projectors.saved.load_pair"
         )

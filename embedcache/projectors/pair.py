@@ -1,11 +1,13 @@
-"""The aligned pair: an image tower, a text tower and a temperature."""
+"""The aligned pair: two towers, such as one for images and one for texts, and a temperature."""
 
 import math
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from embedcache.errors import DataError
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.towers import RawTower, TokenTower, Tower
 
@@ -19,16 +21,20 @@ class AlignedPair(nn.Module):
     """Two towers and a temperature, trained together.
 
     The temperature is stored as the log of its inverse and clamped to 0.001 … 0.5, as in the code of "From Unimodal
-    to Multimodal" (CVPR 2025). `dropout` is the fraction of each tower's input set to zero in training.
+    to Multimodal" (CVPR 2025).
+
+    Args:
+        projector: name of the projector of both towers, or `FIRST+SECOND`.
+        widths: modality -> width of its feature, of two modalities; a tower is a submodule of that name.
+        shared_width: width of the shared space.
+        dropout: fraction of each tower's input set to zero in training.
     """
 
-    def __init__(
-        self, projector: str, *, image_width: int, text_width: int, shared_width: int, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, projector: str, *, widths: Mapping[str, int], shared_width: int, dropout: float = 0.0) -> None:
         super().__init__()
-        image_projector, text_projector = split_names(projector)
-        self.image = _tower(image_projector, image_width, shared_width, dropout)
-        self.text = _tower(text_projector, text_width, shared_width, dropout)
+        self.modalities = tuple(widths)
+        for name, (modality, width) in zip(split_names(projector), widths.items(), strict=True):
+            self.add_module(modality, _tower(name, width, shared_width, dropout))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(_INITIAL_TEMPERATURE)))
 
     @property
@@ -40,9 +46,18 @@ class AlignedPair(nn.Module):
         """The factor of the similarities: the inverse of the temperature, a scalar."""
         return 1 / self.temperature
 
+    @property
+    def towers(self) -> tuple[AnyTower, AnyTower]:
+        """Both towers, in the order of `modalities`."""
+        first, second = self.modalities
+        return self.tower(first), self.tower(second)
+
     def tower(self, modality: str) -> AnyTower:
-        """Return the tower of `image` or `text`."""
-        return {"image": self.image, "text": self.text}[modality]
+        """Return the tower of one of the modalities, or raise a `DataError`."""
+        if modality not in self.modalities:
+            raise DataError(f"expected a run with the modality {modality}, got one of {' and '.join(self.modalities)}")
+        tower: AnyTower = self.get_submodule(modality)  # type: ignore[assignment]
+        return tower
 
 
 def _tower(projector: str, input_width: int, output_width: int, dropout: float) -> AnyTower:

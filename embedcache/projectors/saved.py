@@ -20,9 +20,10 @@ from embedcache.files import replacing
 from embedcache.projectors.pair import AlignedPair, AnyTower
 from embedcache.provenance import check_same, digest_file, fields_of, read_manifest, write_json
 
-FORMAT_VERSION = 1
 RUN_FORMAT = 2
-"""Newest format of a run: 1 is an aligned pair of images and texts, 2 any other module."""
+"""Newest format of a run: 1 is an aligned pair of images and texts, 2 any other pair or module."""
+_FORMAT_1 = ("image", "text")
+_PAIR = "pair"
 _BLOCK = 8192
 _STORED_NAMES = {
     "index_digest": "spine",
@@ -48,7 +49,8 @@ class PairConfig:
     """The content of a run's `config.json`.
 
     Args:
-        projector: name of the projector of both towers, or `IMAGE+TEXT`.
+        projector: name of the projector of both towers, or `FIRST+SECOND`.
+        sides: modality -> input of its tower, of two modalities; `image` comes before `text`.
         index_digest: digest of the sample and item tables of the cache, joined by `+` for several caches.
         training: all settings of the training run that affect its result.
         file_digests: SHA-256 of the files named by the settings `split` and `selection`, if any.
@@ -58,37 +60,52 @@ class PairConfig:
 
     projector: str
     shared_width: int
-    image: TowerInput
-    text: TowerInput
+    sides: Mapping[str, TowerInput]
     index_digest: str
     training: Mapping[str, Any]
     file_digests: Mapping[str, str] = field(default_factory=dict)
     split_digest: str = ""
     weights_digest: str = ""
-    format: int = FORMAT_VERSION
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Both modalities, in the order of the towers."""
+        return tuple(self.sides)
 
     def tower_input(self, modality: str) -> TowerInput:
-        """Return the input of the tower of `image` or `text`."""
-        return {"image": self.image, "text": self.text}[modality]
+        """Return the input of the tower of one of the modalities, or raise a `DataError`."""
+        if modality not in self.sides:
+            raise DataError(f"expected a run with the modality {modality}, got one of {' and '.join(self.sides)}")
+        return self.sides[modality]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON values of `config.json`."""
-        return {_STORED_NAMES.get(name, name): value for name, value in asdict(self).items()}
+        """Return the JSON values of `config.json`: of format 1 for images and texts, else of format 2."""
+        values = {_STORED_NAMES.get(name, name): value for name, value in asdict(self).items()}
+        sides = values.pop("sides")
+        head = {name: values.pop(name) for name in ("projector", "shared_width")}
+        if self.modalities == _FORMAT_1:
+            return {**head, **sides, **values, "format": 1}
+        named = {modality: {"modality": modality, **side} for modality, side in sides.items()}
+        return {"kind": _PAIR, **head, "sides": named, **values, "format": RUN_FORMAT}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "PairConfig":
         """Build a config from the values of `to_json`."""
         names = {stored: name for name, stored in _STORED_NAMES.items()}
-        inputs = {modality: TowerInput(**values[modality]) for modality in ("image", "text")}
-        return cls(**{**{names.get(key, key): value for key, value in values.items()}, **inputs})
+        fields = {names.get(key, key): value for key, value in values.items() if key not in ("format", "kind")}
+        stored = fields.pop("sides") if "sides" in fields else {name: fields.pop(name) for name in _FORMAT_1}
+        sides = {
+            modality: TowerInput(**{name: value for name, value in side.items() if name != "modality"})
+            for modality, side in stored.items()
+        }
+        return cls(sides=sides, **fields)
 
 
 def build(config: PairConfig, *, dropout: float = 0.0) -> AlignedPair:
     """Create an untrained pair of the shapes in a config."""
     return AlignedPair(
         config.projector,
-        image_width=config.image.width,
-        text_width=config.text.width,
+        widths={modality: side.width for modality, side in config.sides.items()},
         shared_width=config.shared_width,
         dropout=dropout,
     )
@@ -131,12 +148,17 @@ def read_config(run_path: Path) -> PairConfig:
     path = config_path(run_path)
     make = f"embedcache train CACHE {run_path}"
     values = read_manifest(path, kind="run", latest_format=RUN_FORMAT, make=make)
-    if values["format"] != FORMAT_VERSION:
+    if not is_pair(values):
         raise DataError(
             f"{run_path}: expected an aligned pair, got a run of kind {values.get('kind')}; load it with "
             "embedcache.networks.saved.load_module"
         )
     return fields_of(path, lambda: PairConfig.from_json(values))
+
+
+def is_pair(manifest: Mapping[str, Any]) -> bool:
+    """Return whether the values of a run's `config.json` are those of an aligned pair."""
+    return manifest.get("format") == 1 or manifest.get("kind") == _PAIR
 
 
 def load_pair(run_path: Path, *, device: str = "cpu") -> tuple[AlignedPair, PairConfig]:
@@ -194,11 +216,11 @@ class Cost(NamedTuple):
     flops_per_pair: int
 
 
-def count_cost(config: PairConfig, image_shape: tuple[int, ...], text_shape: tuple[int, ...]) -> Cost:
+def count_cost(config: PairConfig, shapes: Mapping[str, tuple[int, ...]]) -> Cost:
     """Count parameters and operations without allocating the weights; an item has the shape (D,) or (T, D)."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         pair = build(config).eval()
-        pair.image(torch.zeros(1, *image_shape))
-        pair.text(torch.zeros(1, *text_shape))
+        for modality, shape in shapes.items():
+            pair.tower(modality)(torch.zeros(1, *shape))
     parameters = sum(parameter.numel() for parameter in pair.parameters() if parameter.requires_grad)
     return Cost(parameters=parameters, flops_per_pair=counter.get_total_flops())

@@ -12,6 +12,7 @@ from embedcache.errors import SettingError
 from embedcache.evaluate.retrieval import RetrievalReport
 from embedcache.evaluate.zero_shot import ZeroShotReport
 from embedcache.files import make_folder
+from embedcache.modalities import MODALITIES
 from embedcache.provenance import write_json
 from embedcache.reports.retrieval import retrieval_json
 from embedcache.reports.zero_shot import zero_shot_json
@@ -22,11 +23,9 @@ MODEL = "embedcache"
 
 _METRICS = {
     "zeroshot_classification": "acc1|acc5|mean_per_class_recall",
-    "zeroshot_retrieval": r"(image|text)_retrieval_recall@\d+",
+    "zeroshot_retrieval": rf"({'|'.join(MODALITIES)})_retrieval_recall@\d+",
 }
-"""Task -> regular expression of CLIP_benchmark's metric names."""
-
-_RETRIEVED = {"t2i": "image", "i2t": "text"}
+"""Task -> regular expression of CLIP_benchmark's metric names, which has those of images and texts only."""
 
 
 def clip_benchmark_result(
@@ -64,8 +63,10 @@ def retrieval_result(report: RetrievalReport, *, cache: Path | str, runs: Sequen
     that of images with any of their texts there. Two things differ: equal texts and copies of an image are positives
     of each other here and not there; among equal similarities we rank the wrong ones first, CLIP_benchmark any.
     """
+    first, second = report.num_items
+    retrieved = dict(zip(report.directions, (second, first), strict=True))
     metrics = {
-        f"{_RETRIEVED[direction]}_retrieval_recall@{name.removeprefix('r@')}": estimate.value
+        f"{retrieved[direction]}_retrieval_recall@{name.removeprefix('r@')}": estimate.value
         for direction, recalls in report.recalls.items()
         for name, estimate in recalls.items()
     }

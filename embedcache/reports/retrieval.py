@@ -7,8 +7,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from embedcache.evaluate.retrieval import DIRECTIONS, KS, Ranking, RetrievalReport
+from embedcache.arrays import Ints
+from embedcache.evaluate.retrieval import KS, Ranking, RetrievalReport
 from embedcache.metrics.intervals import Estimate
+from embedcache.modalities import noun
 from embedcache.reports.base import (
     COLORS,
     INK,
@@ -45,22 +47,24 @@ _EXAMPLES_NOTE = (
 
 def retrieval_table(reports: Mapping[str, RetrievalReport]) -> Table:
     """Return recalls with their 95% intervals: one row per report, and one for the first's chance level."""
-    columns = ["", *(f"{direction} R@{k}" for direction in DIRECTIONS for k in KS)]
+    first = next(iter(reports.values()))
+    columns = ["", *(f"{direction} R@{k}" for direction in first.directions for k in KS)]
     rows = {name: report.recalls for name, report in reports.items()}
-    rows["chance"] = next(iter(reports.values())).chance
+    rows["chance"] = first.chance
     return columns, [
-        [name, *(format_estimate(recalls[direction][f"r@{k}"]) for direction in DIRECTIONS for k in KS)]
+        [name, *(format_estimate(recalls[direction][f"r@{k}"]) for direction in first.directions for k in KS)]
         for name, recalls in rows.items()
     ]
 
 
 def rank_table(reports: Mapping[str, RetrievalReport]) -> Table:
     """Return mean average precisions and median ranks with their 95% intervals, one row per report."""
-    columns = ["", *(f"{direction} {metric}" for direction in DIRECTIONS for metric in ("mAP", "median rank"))]
+    directions = next(iter(reports.values())).directions
+    columns = ["", *(f"{direction} {metric}" for direction in directions for metric in ("mAP", "median rank"))]
     rows = []
     for name, report in reports.items():
         cells = []
-        for direction in DIRECTIONS:
+        for direction in directions:
             cells += [
                 format_estimate(report.rank_metrics[direction]["map"]),
                 _format_rank(report.rank_metrics[direction]["median_rank"]),
@@ -82,12 +86,11 @@ def retrieval_json(report: RetrievalReport, **others: RetrievalReport | None) ->
     return {
         **{
             direction: estimates_json({**report.recalls[direction], **report.rank_metrics[direction]})
-            for direction in DIRECTIONS
+            for direction in report.directions
         },
         "chance": _directions_json(report.chance),
         **{name: _directions_json(other.recalls) for name, other in others.items() if other is not None},
-        "num_images": report.num_images[0],
-        "num_texts": report.num_texts[0],
+        **{f"num_{noun(modality).replace(' ', '_')}": counts[0] for modality, counts in report.num_items.items()},
         "seeds": report.seeds,
         "recall_by_seed": [round_json(recall) for recall in report.by_seed],
         "part": report.part,
@@ -117,7 +120,7 @@ def write_retrieval_page(path: Path, cache: Cache, reports: Mapping[str, Retriev
     )
     write_report(
         path,
-        title="Image-text retrieval",
+        title=f"{'-'.join(first.num_items).capitalize()} retrieval",
         summary=f"{cache.path.name}, {first.line()}.",
         warnings=[f"{name}: {report.warning}" for name, report in reports.items() if report.warning],
         sections=[recall, Section(title="Ranks", table=rank_table(reports)), *query_sections(cache, ranking)],
@@ -128,7 +131,7 @@ def write_retrieval_page(path: Path, cache: Cache, reports: Mapping[str, Retriev
 def recall_bars(rows: Mapping[str, _DirectionEstimates]) -> str:
     """Draw R@10 with its 95% interval in both directions, one bar per row, as an SVG element."""
     all_axes = open_axes(0.5 + 0.42 * len(rows), ncols=2, sharey=True)
-    for axes, direction in zip(all_axes, DIRECTIONS, strict=True):
+    for axes, direction in zip(all_axes, next(iter(rows.values())), strict=True):
         estimate_bars(axes, {name: recalls[direction]["r@10"] for name, recalls in rows.items()}, height=0.55)
         label(axes, f"{direction} R@10 with its 95% interval")
     return svg(axes.figure)
@@ -136,7 +139,8 @@ def recall_bars(rows: Mapping[str, _DirectionEstimates]) -> str:
 
 def _recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
     """Draw recall by k in both directions, one line per report and gray for the first one's chance level, as SVG."""
-    for axes, direction in zip(open_axes(3.2, ncols=2, sharey=True), DIRECTIONS, strict=True):
+    directions = next(iter(reports.values())).directions
+    for axes, direction in zip(open_axes(3.2, ncols=2, sharey=True), directions, strict=True):
         for position, (name, report) in enumerate(reports.items()):
             ks = np.arange(1, len(report.curves[direction]) + 1)
             axes.plot(ks, report.curves[direction], color=COLORS[position % len(COLORS)], label=name)
@@ -151,28 +155,41 @@ def _recall_curves(reports: Mapping[str, RetrievalReport]) -> str:
 
 
 def query_sections(cache: Cache, ranking: Ranking) -> list[Section]:
-    """Return one section with text queries and their top images, and one with image queries and their top texts."""
-    thumbnails, texts = Thumbnails(cache), cache.items("text")["text"].to_pylist()
+    """Return one section per direction, with queries and their top results: texts to images first."""
+    first, second = (
+        _item_view(cache, modality, items.rows)
+        for modality, items in zip(ranking.modalities, (ranking.pairs.first, ranking.pairs.second), strict=True)
+    )
+    there, back = ranking.ranks
+    sections = []
+    for direction, (query, result), (show_query, show_result) in (
+        (back, ranking.modalities[::-1], (second, first)),
+        (there, ranking.modalities, (first, second)),
+    ):
+        name = "caption" if query == "text" else query
+        sections.append(
+            Section(
+                title=f"{query.capitalize()} to {noun(result)}",
+                notes=[_EXAMPLES_NOTE.format(query=name)],
+                examples=query_examples(ranking, direction, show_query, show_result),
+            )
+        )
+    return sections
 
-    def image(position: int, *, is_correct: bool = False) -> PageItem:
-        row = int(ranking.pairs.image.rows[position])
-        return PageItem(image_url=thumbnails.data_url(row), is_correct=is_correct)
 
-    def text(position: int, *, is_correct: bool = False) -> PageItem:
-        return PageItem(text=texts[int(ranking.pairs.text.rows[position])], is_correct=is_correct)
+def _item_view(cache: Cache, modality: str, rows: Ints) -> Callable[..., PageItem]:
+    """Return a function that shows the item at a position: an image, a text, or the path of another item."""
+    thumbnails = Thumbnails(cache) if modality == "image" else None
+    column = "text" if modality == "text" else "path"
+    texts = cache.items(modality)[column].to_pylist() if thumbnails is None else []
 
-    return [
-        Section(
-            title="Text to images",
-            notes=[_EXAMPLES_NOTE.format(query="caption")],
-            examples=query_examples(ranking, "t2i", text, image),
-        ),
-        Section(
-            title="Image to texts",
-            notes=[_EXAMPLES_NOTE.format(query="image")],
-            examples=query_examples(ranking, "i2t", image, text),
-        ),
-    ]
+    def show(position: int, *, is_correct: bool = False) -> PageItem:
+        row = int(rows[position])
+        if thumbnails is not None:
+            return PageItem(image_url=thumbnails.data_url(row), is_correct=is_correct)
+        return PageItem(text=texts[row], is_correct=is_correct)
+
+    return show
 
 
 def query_examples(
@@ -182,8 +199,9 @@ def query_examples(
 
     `show_query` and `show_result` make the item at a position in the ranking's `pairs`.
     """
-    images, texts = (ranking.images, ranking.positives[0]), (ranking.texts, ranking.positives[1])
-    (queries, query_ids), (candidates, candidate_ids) = (images, texts) if direction == "i2t" else (texts, images)
+    first, second = (ranking.first, ranking.positives[0]), (ranking.second, ranking.positives[1])
+    is_forward = ranking.is_forward(direction)
+    (queries, query_ids), (candidates, candidate_ids) = (first, second) if is_forward else (second, first)
     examples = []
     for query in sample_outcomes(ranking.ranks[direction] == 1, _EXAMPLES_PER_OUTCOME):
         order = np.argsort(-(candidates @ queries[query]), kind="stable")[:_NUM_RESULTS].tolist()

@@ -14,7 +14,7 @@ from embedcache.errors import PathError
 from embedcache.files import open_path
 from embedcache.modalities import noun
 from embedcache.networks.saved import read_module_config
-from embedcache.projectors.saved import RUN_FORMAT, config_path, read_config
+from embedcache.projectors.saved import config_path, is_pair, read_config
 from embedcache.provenance import read_json, recognize
 from embedcache.search.index import read_card
 from embedcache.store.cache import Cache, caption_error_lines, describe_cache, describe_feature, failure_lines
@@ -88,14 +88,13 @@ def _summarize_cache(path: Path) -> Summary:
 
 def _summarize_run(path: Path) -> Summary:
     outcome = read_json(path / "record.json").get("outcome", {}) if (path / "record.json").is_file() else {}
-    if read_json(config_path(path)).get("format") == RUN_FORMAT:
+    if not is_pair(read_json(config_path(path))):
         return _summarize_module(path, outcome)
     config = read_config(path)
     projector = config.training["model"]["projector"]
     lines = [f"{path}: projector {projector}, shared width {config.shared_width}, seed {config.training['seed']}"]
     rows = []
-    for modality in ("image", "text"):
-        entry = config.tower_input(modality)
+    for modality, entry in config.sides.items():
         rows.append([modality, entry.feature, f"{entry.width:,}", entry.spec])
     counts = ", ".join(f"{count:,} {part}" for part, count in outcome.get("num_samples", {}).items())
     notes = [f"samples: {counts}"] if counts else []

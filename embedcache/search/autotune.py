@@ -157,8 +157,7 @@ def draw_query_set(vectors: Vectors) -> QuerySet:
     """
     rng = np.random.default_rng(1)
     queries = vectors
-    if vectors.run_path is not None:
-        other = "text" if vectors.modality == "image" else "image"
+    if (other := vectors.other_modality) is not None:
         queries = Vectors(vectors.cache.path, other, run_path=vectors.run_path)
     rows = rng.permutation(queries.rows)[:_NUM_QUERIES]
     own = rows if vectors.run_path is None and len(vectors.rows) > 1 else None

@@ -104,11 +104,14 @@ class QueryEncoder:
 
     def accepts(self, modality: Modality) -> bool:
         """Return whether items of a modality can be compared with the index."""
-        return self._run is not None or self._card.modality == modality
+        return self._card.modality == modality if self._run is None else modality in self._run[1].sides
 
     def encoder(self, modality: Modality) -> Encoder:
         """Return the encoder of a modality, which must be the one that made the feature."""
         if modality not in self._encoders:
+            if not self.accepts(modality) and self._run is not None:
+                known = " and ".join(self._run[1].sides)
+                raise DataError(f"{modality} query: expected one of the modalities of the run, {known}")
             if not self.accepts(modality):
                 raise DataError(
                     f"{modality} query: expected an index built with a run, got one of the plain {self._card.modality} "
@@ -166,7 +169,7 @@ class QueryEncoder:
         if self._run is None:
             return normalize(inputs.values)
         pair, _ = self._run
-        return project(pair.image if modality == "image" else pair.text, inputs)
+        return project(pair.tower(modality), inputs)
 
     def _read_keys(self, keys: Sequence[str]) -> Floats:
         samples = pc.index_in(pa.array(keys), value_set=self._cache.samples["key"].combine_chunks()).to_pylist()

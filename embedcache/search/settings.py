@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from embedcache.errors import SettingError
+from embedcache.modalities import ModalityName
 from embedcache.settings import check_settings, group, setting
 from embedcache.units import parse_size
 
@@ -16,7 +16,7 @@ FEATURE_DEFAULT = "the run's, or the only one of the modality"
 class IndexSettings:
     """Settings of an index: what is indexed, and which kind of index is built."""
 
-    modality: Literal["image", "text"] = setting("image", "Modality of the items to index.")
+    modality: ModalityName = setting("image", "Modality of the items to index.")
     feature: str | None = setting(None, FEATURE_HELP, metavar="NAME", default_text=FEATURE_DEFAULT)
     run: Path | str | None = setting(None, "Run that projects the features into the shared space.", metavar="RUN")
     factory: str | None = setting(

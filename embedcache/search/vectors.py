@@ -60,8 +60,13 @@ class Vectors:
 
     @property
     def modality(self) -> str:
-        """`image` or `text`."""
+        """Modality of the items."""
         return self.feature.modality
+
+    @property
+    def other_modality(self) -> str | None:
+        """The other modality of the run; None without a run."""
+        return None if self._pair is None else next(name for name in self._pair.modalities if name != self.modality)
 
     @property
     def num_chunks(self) -> int:
@@ -99,7 +104,7 @@ class Vectors:
     def _unit(self, inputs: Inputs) -> Floats:
         if self._pair is None:
             return _normalize_blocks(inputs.values)
-        return project(self._pair.image if self.modality == "image" else self._pair.text, inputs)
+        return project(self._pair.tower(self.modality), inputs)
 
 
 def _normalize_blocks(values_BD: Array) -> Floats:

@@ -232,8 +232,8 @@ def _run_table(index: OpenIndex) -> list[InfoTable]:
         ["name", index.run_path.resolve().name],
         ["projector", config.projector],
         ["shared width", f"{config.shared_width:,}"],
-        ["image feature", f"{config.image.feature} of {config.image.spec}"],
-        ["text feature", f"{config.text.feature} of {config.text.spec}"],
+        ["image feature", f"{config.tower_input('image').feature} of {config.tower_input('image').spec}"],
+        ["text feature", f"{config.tower_input('text').feature} of {config.tower_input('text').spec}"],
         ["weights (SHA-256)", config.weights_digest],
         *_flat("", outcome),
     ]

@@ -42,8 +42,8 @@ def collect_findings(job: StudyJob, data: TrainData, trials: Trials) -> SweepFin
     """
     best, left_out = _evaluate_top(job, data, top_trials(trials, job.settings))
     return SweepFindings(
-        image_feature=data.image.feature,
-        text_feature=data.text.feature,
+        image_feature=data.features["image"].name,
+        text_feature=data.features["text"].name,
         sampler=job.study.sampler,
         pruner=job.study.pruner,
         seed=job.study.seed,
@@ -140,7 +140,7 @@ def _command(job: StudyJob, data: TrainData, winner: int, trials: Trials) -> str
     """Return the command that trains the winner again, to the same weights."""
     trial = next(trial for trial in trials.finished() if trial.number == winner)
     caches = [str(cache.path if is_remote(cache.path) else cache.path.resolve()) for cache in data.caches]
-    features = ["--image-feature", data.image.feature, "--text-feature", data.text.feature]
+    features = ["--image-feature", data.features["image"].name, "--text-feature", data.features["text"].name]
     run = str(job.path.resolve() / "winner")
     settings = job.run_settings(trial.params)
     return shlex.join(["embedcache", "train", *caches, run, *features, *command_line(settings)])

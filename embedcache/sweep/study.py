@@ -71,11 +71,12 @@ def open_study(path: Path, data: TrainData, space: Space, settings: SweepSetting
         FingerprintError: the folder's study has another space, other features, another sampler, pruner or storage.
         PathError: the folder contains other files.
     """
+    image, text = data.tower_inputs["image"], data.tower_inputs["text"]
     requested = Study(
         space=space.to_json(),
         index_digest=data.index_digest,
-        image={"feature": data.image.feature, "fingerprint": data.image.fingerprint},
-        text={"feature": data.text.feature, "fingerprint": data.text.fingerprint},
+        image={"feature": image.feature, "fingerprint": image.fingerprint},
+        text={"feature": text.feature, "fingerprint": text.fingerprint},
         sampler=settings.sampler,
         pruner=settings.pruner,
         seed=settings.seed,

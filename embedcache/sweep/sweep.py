@@ -70,7 +70,7 @@ def sweep(
     space = read_space(Path(space_path))
     make_grid_points(space, settings)  # rejects an infinite grid before a folder is created
     memory = space.settings({}).machine.memory
-    data = open_data(cache_paths, image_feature=image_feature, text_feature=text_feature, memory_bytes=memory)
+    data = open_data(cache_paths, {"image": image_feature, "text": text_feature}, memory_bytes=memory)
     space = _with_block_rows(space, data)
     with disk_errors(study_path):
         study = open_study(study_path, data, space, settings)

@@ -47,8 +47,7 @@ class StudyJob:
         """
         return open_data(
             self.caches,
-            image_feature=self.study.image["feature"],
-            text_feature=self.study.text["feature"],
+            {"image": self.study.image["feature"], "text": self.study.text["feature"]},
             memory_bytes=0,
         )
 

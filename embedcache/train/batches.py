@@ -3,7 +3,7 @@
 Which rows a batch holds is a pure function of the pairs, the seed and the epoch, for any number of processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,25 +16,28 @@ from embedcache.dataset.pairs import Items, Pairs
 from embedcache.train.distributed import own_slice
 from embedcache.train.loader import shuffle_blocks, to_device
 from embedcache.train.losses import Positives
+from embedcache.train.views import DrawnViews
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows of the two features for B samples, one image per sample, and which image belongs to which text.
+    """Rows of both features for B samples, one first item per sample, and which items belong together.
 
     Args:
-        text_rows: (M,) int64; one per sample (M = B), or all of each sample, sample after sample.
-        positives: two (E,) int64 arrays of positions in the batch, image and text, the first ascending: the pairs that
-            belong together by `Pairs.relation`.
+        second_rows: (M,) int64; one per sample (M = B), or all of each sample, sample after sample.
+        positives: two (E,) int64 arrays of positions in the batch, of first and of second items, the first ascending:
+            those that belong together by `Pairs.relation`.
         mix: lambda of mixup, or None. With mixup, item k is mixed with item k + B/2, the first with weight lambda, and
             positions count mixed items.
+        views: number of the view of each row of both features, where views are drawn.
     """
 
     samples: Ints
-    image_rows: Ints
-    text_rows: Ints
+    first_rows: Ints
+    second_rows: Ints
     positives: tuple[Ints, Ints]
     mix: float | None = None
+    views: tuple[Ints | None, Ints | None] = (None, None)
 
 
 def num_batches(num_samples: int, batch_size: int) -> int:
@@ -47,7 +50,8 @@ def num_batches(num_samples: int, batch_size: int) -> int:
 
 
 class Batches:
-    """Random batches: each epoch holds every sample once, in a new order, with one of its images and its captions.
+    """Random batches: each epoch holds every sample once, in a new order, with one of its first items (such as
+    images) and its captions.
 
     An epoch is divided into `num_batches` batches of equal size, to within one. Blocks of `block_rows` neighboring
     samples are shuffled, then all samples within 1,024 blocks. Lambda of mixup is drawn from Beta(`mixup`, `mixup`).
@@ -62,12 +66,14 @@ class Batches:
         captions: Literal["draw", "all"] = "draw",
         block_rows: int = 1,
         mixup: float = 0.0,
+        views: Sequence[DrawnViews | None] = (None, None),
     ) -> None:
         self._pairs = pairs
         self._samples = pairs.samples
         self._relation = pairs.relation()
-        self._images, self._texts = _SampleItems(pairs.image, self._samples), _SampleItems(pairs.text, self._samples)
+        self._first, self._second = _SampleItems(pairs.first, self._samples), _SampleItems(pairs.second, self._samples)
         self._seed, self._captions, self._block_rows, self._mixup = seed, captions, block_rows, mixup
+        self._views = views
         self.num_samples, self.batch_size = len(self._samples), batch_size
         self.num_steps = num_batches(self.num_samples, batch_size)
 
@@ -80,40 +86,49 @@ class Batches:
         """Iterate over the batches of one epoch, from a step on."""
         rng = np.random.default_rng([self._seed, number])
         order = shuffle_blocks(len(self._samples), self._block_rows, rng)
-        images, texts = self._images.draw(rng)[order], self._texts.draw(rng)[order]
+        first, second = self._first.draw(rng)[order], self._second.draw(rng)[order]
         mixes = rng.beta(self._mixup, self._mixup, self.num_steps) if self._mixup else [None] * self.num_steps
+        drawn = [None if view is None else view.draw(number) for view in self._views]
         for step, part in enumerate(np.array_split(np.arange(len(order)), self.num_steps)):
             if step >= first_step:
-                text_positions = self._texts.all(order[part]) if self._captions == "all" else texts[part]
-                yield self._batch(self._samples[order[part]], images[part], text_positions, mixes[step])
+                positions = self._second.all(order[part]) if self._captions == "all" else second[part]
+                yield self._batch(self._samples[order[part]], first[part], positions, mixes[step], drawn)
 
-    def _batch(self, samples: Ints, image: Ints, text: Ints, mix: float | None) -> Batch:
+    def _batch(
+        self, samples: Ints, first: Ints, second: Ints, mix: float | None, drawn: Sequence[Ints | None]
+    ) -> Batch:
         if mix is None:
-            positives = self._positives(image, text)
+            positives = self._positives(first, second)
         else:
-            half = len(image) // 2
-            samples, image, text = samples[: 2 * half], image[: 2 * half], text[: 2 * half]
-            parts = [self._positives(image[part], text[part]) for part in (slice(half), slice(half, None))]
-            codes = [images * half + texts for images, texts in parts]
+            half = len(first) // 2
+            samples, first, second = samples[: 2 * half], first[: 2 * half], second[: 2 * half]
+            parts = [self._positives(first[part], second[part]) for part in (slice(half), slice(half, None))]
+            codes = [left * half + right for left, right in parts]
             positives = np.divmod(np.intersect1d(codes[0], codes[1]), half)  # where both of the mixed items belong
+        first_rows, second_rows = self._pairs.first.rows[first], self._pairs.second.rows[second]
+        of_first, of_second = drawn
         return Batch(
             samples=samples,
-            image_rows=self._pairs.image.rows[image],
-            text_rows=self._pairs.text.rows[text],
+            first_rows=first_rows,
+            second_rows=second_rows,
+            views=(
+                None if of_first is None else of_first[first_rows],
+                None if of_second is None else of_second[second_rows],
+            ),
             positives=positives,
             mix=mix,
         )
 
-    def _positives(self, image: Ints, text: Ints) -> tuple[Ints, Ints]:
+    def _positives(self, first: Ints, second: Ints) -> tuple[Ints, Ints]:
         """Find all pairs of positions that belong together. Time and memory grow with the batch alone."""
-        images, texts = self._pairs.image.contents[image], self._pairs.text.contents[text]
-        starts = self._relation.indptr[images]
-        position, entries = concatenated_ranges(starts, self._relation.indptr[images + 1] - starts)
+        first_contents, second_contents = self._pairs.first.contents[first], self._pairs.second.contents[second]
+        starts = self._relation.indptr[first_contents]
+        position, entries = concatenated_ranges(starts, self._relation.indptr[first_contents + 1] - starts)
         contents = self._relation.indices[entries]
-        order = np.argsort(texts, kind="stable")
-        first = np.searchsorted(texts[order], contents)
-        count = np.searchsorted(texts[order], contents, side="right") - first
-        again, location = concatenated_ranges(first, count)
+        order = np.argsort(second_contents, kind="stable")
+        start = np.searchsorted(second_contents[order], contents)
+        count = np.searchsorted(second_contents[order], contents, side="right") - start
+        again, location = concatenated_ranges(start, count)
         return position[again], order[location]
 
 
@@ -160,34 +175,39 @@ class LoadedBatch:
     """
 
     batch: Batch
-    image: LoadedInputs
-    text: LoadedInputs
+    first: LoadedInputs
+    second: LoadedInputs
     positives: Positives
 
 
 class PairLoader:
     """Loads batches of pairs: reads both features and moves them to the device."""
 
-    def __init__(self, *, image: Reader, text: Reader, device: str) -> None:
-        self._image, self._text, self._device = image, text, device
+    def __init__(self, first: Reader | DrawnViews, second: Reader | DrawnViews, *, device: str) -> None:
+        self._first, self._second, self._device = first, second, device
 
     def __call__(self, batch: Batch) -> LoadedBatch:
         """Read this process's part of a batch."""
-        images, texts = (to_device(positions, self._device) for positions in batch.positives)
+        first, second = (to_device(positions, self._device) for positions in batch.positives)
         return LoadedBatch(
             batch=batch,
-            image=self._read(self._image, batch.image_rows, is_mixed=batch.mix is not None),
-            text=self._read(self._text, batch.text_rows, is_mixed=batch.mix is not None),
-            positives=Positives(images=images, texts=texts),
+            first=self._read(self._first, batch.first_rows, batch.views[0], is_mixed=batch.mix is not None),
+            second=self._read(self._second, batch.second_rows, batch.views[1], is_mixed=batch.mix is not None),
+            positives=Positives(images=first, texts=second),
         )
 
-    def _read(self, read: Reader, rows: Ints, *, is_mixed: bool) -> LoadedInputs:
-        parts = rows.reshape(2, -1) if is_mixed else rows[None]
-        own = parts[:, own_slice(parts.shape[1])].ravel()
-        inputs = read(own)
+    def _read(self, read: Reader | DrawnViews, rows: Ints, views: Ints | None, *, is_mixed: bool) -> LoadedInputs:
+        num_items = len(rows) // 2 if is_mixed else len(rows)
+        positions = np.arange(len(rows)).reshape(-1, num_items)[:, own_slice(num_items)].ravel()
+        own = rows[positions]
+        if isinstance(read, DrawnViews):
+            assert views is not None
+            inputs = read.read(own, views[positions])
+        else:
+            inputs = read(own)
         return LoadedInputs(
             values=to_device(inputs.values, self._device),
             lengths=None if inputs.lengths is None else to_device(inputs.lengths, self._device),
             rows=own,
-            num_items=parts.shape[1],
+            num_items=num_items,
         )

@@ -1,71 +1,86 @@
-"""The input of a training run: an image and a text feature of one or several caches, and their pairs."""
+"""The input of a training run: features of two modalities of one or several caches, and their pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from embedcache.arrays import Array, Inputs, Ints
+from embedcache.arrays import Inputs, Ints
 from embedcache.dataset.inputs import InputFeature, Reader, open_input
 from embedcache.dataset.pairs import Pairs, pair_items
 from embedcache.dataset.settings import SplitSettings
 from embedcache.dataset.splits import Split, make_split
-from embedcache.errors import DataError
+from embedcache.errors import DataError, SettingError
+from embedcache.modalities import order_pair
 from embedcache.projectors.saved import TowerInput
 from embedcache.provenance import check_same
 from embedcache.store.cache import Cache
+from embedcache.train.views import PLAIN, DrawnViews, merge_inputs, view_feature
 
 Paths: TypeAlias = Path | str | Sequence[Path | str]
 
 
-def open_data(paths: Paths, *, image_feature: str | None, text_feature: str | None, memory_bytes: int) -> "TrainData":
-    """Open the same image and text feature of one or several caches.
+def open_data(paths: Paths, features: Mapping[str, str | None], *, memory_bytes: int) -> "TrainData":
+    """Open the same features of two modalities of one or several caches.
 
     Features that fit into `memory_bytes` are loaded once.
 
+    Args:
+        paths: one cache, or several.
+        features: modality -> `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
+        memory_bytes: for both features.
+
     Raises:
+        SettingError: not two modalities.
         UnknownNameError: there is no feature of that name.
         FingerprintError: different encoders made the feature of two caches.
         DataError: widths differ, or two caches hold the same samples.
     """
+    if len(features) != 2:
+        raise SettingError(f"feature: expected features of two modalities, got {', '.join(features) or 'none'}")
     caches = [Cache(path) for path in ([paths] if isinstance(paths, Path | str) else paths)]
     for cache, other in combinations(caches, 2):
         if cache.info.has_rows_of(other.info.index_digest) or other.info.has_rows_of(cache.info.index_digest):
             raise DataError(
                 f"expected caches of different samples, got the same in {other.path} and {cache.path}; name one"
             )
-    images = [open_input(cache, "image", image_feature) for cache in caches]
-    texts = [open_input(cache, "text", text_feature) for cache in caches]
-    for features in (images, texts):
-        for cache, feature in zip(caches[1:], features[1:], strict=True):
-            _check_same_feature(caches[0], features[0], cache, feature)
-    return TrainData(caches=caches, images=images, texts=texts, memory_bytes=memory_bytes)
+    sides = {
+        modality: [open_input(cache, modality, features[modality]) for cache in caches]
+        for modality in order_pair(features)
+    }
+    for opened in sides.values():
+        for cache, feature in zip(caches[1:], opened[1:], strict=True):
+            _check_same_feature(caches[0], opened[0], cache, feature)
+    return TrainData(caches=caches, sides=sides, memory_bytes=memory_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainData:
-    """An image and a text feature of some caches. Rows and samples are numbered across the caches, in their order.
+    """Features of two modalities of some caches, in the order of `order_pair`.
+
+    Rows and samples are numbered across the caches, in their order.
 
     Features that fit the memory are loaded once, so that many runs can share this object; a feature larger than half
     of `memory_bytes` is memory-mapped.
     """
 
     caches: Sequence[Cache]
-    images: Sequence[InputFeature]
-    texts: Sequence[InputFeature]
+    sides: Mapping[str, Sequence[InputFeature]]
     memory_bytes: float
 
     @property
-    def image(self) -> TowerInput:
-        return _tower_input(self.images[0])
+    def features(self) -> dict[str, InputFeature]:
+        """Modality -> feature of the first cache."""
+        return {modality: opened[0] for modality, opened in self.sides.items()}
 
     @property
-    def text(self) -> TowerInput:
-        return _tower_input(self.texts[0])
+    def tower_inputs(self) -> dict[str, TowerInput]:
+        """Modality -> entry of its feature in a run's config."""
+        return {modality: _tower_input(feature) for modality, feature in self.features.items()}
 
     @property
     def index_digest(self) -> str:
@@ -78,27 +93,70 @@ class TrainData:
 
     def split(self, pairs: Pairs, settings: SplitSettings) -> Split:
         """Split the samples; features are loaded for a strict split only."""
-        readers = {"read_image": lambda rows: self.read_image(rows), "read_text": lambda rows: self.read_text(rows)}
-        return make_split(self.caches, pairs, settings, **readers)
+        readers = {modality: partial(self._read, modality) for modality in self.sides}
+        return make_split(self.caches, pairs, settings, readers)
+
+    def _read(self, modality: str, rows: Ints) -> Inputs:
+        return self.readers[modality](rows)
 
     @cached_property
-    def read_image(self) -> Reader:
-        """Reads rows of the image feature."""
-        return _reader(self.images, self.memory_bytes / 2)
-
-    @cached_property
-    def read_text(self) -> Reader:
-        """Reads rows of the text feature."""
-        return _reader(self.texts, self.memory_bytes / 2)
+    def readers(self) -> dict[str, Reader]:
+        """Modality -> reader of its rows."""
+        return {modality: _reader(opened, self.memory_bytes / 2) for modality, opened in self.sides.items()}
 
     @property
     def is_mapped(self) -> bool:
         """Whether a feature is too large to be loaded."""
-        return any(not _fits(features, self.memory_bytes / 2) for features in (self.images, self.texts))
+        return any(not _fits(features, self.memory_bytes / 2) for features in self.sides.values())
 
     def pairs(self, language: str | None) -> Pairs:
         """Pair the items; arguments and errors are those of `pair_items`."""
-        return pair_items(self.caches, self.images, self.texts, language=language)
+        first, second = self.sides.values()
+        return pair_items(self.caches, first, second, language=language)
+
+    def open_views(self, modality: str, views: Iterable[str]) -> dict[str, list[InputFeature]]:
+        """Open views of a side's feature in every cache: view -> features.
+
+        Raises:
+            UnknownNameError: a cache has no such view; the message lists its features.
+            FingerprintError: the features differ in more than their view.
+            UnfinishedError: a view has missing chunks.
+        """
+        opened: dict[str, list[InputFeature]] = {}
+        for view in views:
+            opened[view] = []
+            for cache, plain in zip(self.caches, self.sides[modality], strict=True):
+                feature = open_input(cache, modality, view_feature(plain.name, view))
+                feature.require_complete()
+                other = {name: value for name, value in feature.fingerprint.items() if name != "view"}
+                expected = {name: value for name, value in plain.fingerprint.items() if name != "view"}
+                check_same(plain.name, expected, other, next_step=f"{feature.name} is no view of it")
+                opened[view].append(feature)
+        return opened
+
+    def draw_views(self, modality: str, views: Mapping[str, float], seed: int) -> DrawnViews:
+        """Return a reader of a side that draws views, given view -> probability."""
+        opened = self.open_views(modality, views)
+        return DrawnViews(
+            readers={
+                view: self.readers[modality] if view == PLAIN else _reader(features, self.memory_bytes / 2 / len(views))
+                for view, features in opened.items()
+            },
+            probabilities=views,
+            num_rows=sum(feature.num_items for feature in self.sides[modality]),
+            seed=seed,
+            side=list(self.sides).index(modality),
+        )
+
+    def with_views(self, pairs: Pairs, views: Mapping[str, Iterable[str]]) -> Pairs:
+        """Return the pairs whose items have all of the views of their side."""
+        sides = []
+        for (modality, _), items in zip(self.sides.items(), (pairs.first, pairs.second), strict=True):
+            for features in self.open_views(modality, views.get(modality, ())).values():
+                items = items.where(np.concatenate([feature.valid for feature in features])[items.rows])
+            sides.append(items)
+        both = np.intersect1d(sides[0].samples, sides[1].samples)
+        return Pairs(first=sides[0].select(both), second=sides[1].select(both))
 
 
 def _check_same_feature(first_cache: Cache, first: InputFeature, cache: Cache, feature: InputFeature) -> None:
@@ -141,11 +199,4 @@ def _gather(readers: Sequence[Reader], stops: Ints, rows: Ints, dtype: np.dtype[
         positions = np.flatnonzero(which == number)
         if len(positions):
             parts.append((positions, read(rows[positions] - (stops[number - 1] if number else 0))))
-    shape = np.max([inputs.values.shape[1:] for _, inputs in parts], axis=0)
-    values: Array = np.zeros((len(rows), *shape), dtype)
-    lengths = None if parts[0][1].lengths is None else np.zeros(len(rows), np.int64)
-    for positions, inputs in parts:
-        values[positions, : inputs.values.shape[1]] = inputs.values
-        if lengths is not None and inputs.lengths is not None:
-            lengths[positions] = inputs.lengths
-    return Inputs(values, lengths)
+    return merge_inputs(parts, len(rows), dtype)

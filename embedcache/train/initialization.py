@@ -1,5 +1,6 @@
 """Initialization from the training pairs: the mean of each feature, and a closed form or anchors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +20,11 @@ _BLOCK = 8192
 
 
 def initialize(
-    pair: AlignedPair, pairs: Pairs, image: Reader, text: Reader, settings: ModelSettings, *, seed: int
+    pair: AlignedPair, pairs: Pairs, readers: Mapping[str, Reader], settings: ModelSettings, *, seed: int
 ) -> None:
     """Center both towers on the training pairs, and set their projectors to a closed form or to anchors.
 
-    Takes one pass over all pairs of an image and a caption of its sample, and for a tower with raw input one more, for
+    Takes one pass over all pairs of items of one sample, and for a tower with raw input one more, for
     the root mean square length. A token tower is left as it is, and its feature is not read. Memory: a block of rows,
     and the anchors.
 
@@ -31,11 +32,12 @@ def initialize(
         SettingError: a projector that has no linear branch, or fewer pairs than anchors.
         DataError: a value is NaN or infinite, or fewer than two pairs.
     """
-    image_positions, text_positions = pairs.all_pairs()
-    towers = (
-        _TowerRows(name="image", tower=pair.image, read=image, rows=pairs.image.rows[image_positions]),
-        _TowerRows(name="text", tower=pair.text, read=text, rows=pairs.text.rows[text_positions]),
+    positions = pairs.all_pairs()
+    first, second = (
+        _TowerRows(name=name, tower=pair.tower(name), read=readers[name], rows=items.rows[which])
+        for name, items, which in zip(pair.modalities, (pairs.first, pairs.second), positions, strict=True)
     )
+    towers = (first, second)
     form = settings.initialization or ("cca" if all(tower.supports(HasLinearBranch) for tower in towers) else "random")
     _check(towers, form, settings)
     moments = Moments(towers[0].width, towers[1].width)

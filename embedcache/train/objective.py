@@ -34,10 +34,10 @@ class Objective(nn.Module):
 
     def forward(self, loaded: LoadedBatch) -> Tensor:
         """Return the loss, a scalar."""
-        inputs = [_mix(values, loaded.batch.mix) for values in (loaded.image, loaded.text)]
+        inputs = [_mix(values, loaded.batch.mix) for values in (loaded.first, loaded.second)]
         outputs = [
             gather_rows(self._embed(tower, values), values.num_items)
-            for tower, values in zip((self.pair.image, self.pair.text), inputs, strict=True)
+            for tower, values in zip(self.pair.towers, inputs, strict=True)
         ]
         images, texts = (normalize(output, dim=-1) for output in outputs)
         with self._autocast(images):

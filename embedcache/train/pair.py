@@ -13,6 +13,7 @@ from embedcache.dataset.inputs import Reader
 from embedcache.dataset.pairs import Pairs
 from embedcache.errors import DataError
 from embedcache.metrics.ranking import best_ranks, recall_at
+from embedcache.modalities import directions
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import project
 from embedcache.train.batches import LoadedBatch
@@ -36,11 +37,6 @@ class PairTask:
     """
 
     unit: ClassVar[str] = "pairs"
-    parts: ClassVar[Mapping[str, Sequence[str]]] = {
-        "image": ("image",),
-        "text": ("text",),
-        "temperature": ("log_scale",),
-    }
 
     module: AlignedPair
     loader: Loader
@@ -49,6 +45,11 @@ class PairTask:
     precision: Precision
     keys: Sequence[str]
     forward_flops: float
+
+    @property
+    def parts(self) -> dict[str, Sequence[str]]:
+        """The towers by modality, and the temperature."""
+        return pair_parts(self.module)
 
     @cached_property
     def objective(self) -> Objective:
@@ -75,7 +76,7 @@ class PairTask:
 
     def explain(self, batch: LoadedBatch, *, loss: float, step: int) -> DataError:
         """Return an error that names the values, or else the samples, of a bad loss."""
-        for name, inputs in (("image", batch.image), ("text", batch.text)):
+        for name, inputs in zip(self.module.modalities, (batch.first, batch.second), strict=True):
             values = inputs.values.float().cpu().numpy()
             check_finite(values, f"at step {step}, the {name} feature", rows=inputs.rows)
         keys = [self.keys[sample] for sample in batch.batch.samples[:5].tolist()]
@@ -86,26 +87,33 @@ class PairTask:
         )
 
 
+def pair_parts(pair: AlignedPair) -> dict[str, Sequence[str]]:
+    """Return the parts of a pair: `image`, `text` and `temperature` of images and texts."""
+    return {**{modality: (modality,) for modality in pair.modalities}, "temperature": ("log_scale",)}
+
+
 class Validation:
     """Retrieval in both directions on the validation pairs, of at most 5,000 evenly spaced samples."""
 
-    def __init__(self, pairs: Pairs, image: Reader, text: Reader, *, device: str) -> None:
+    def __init__(self, pairs: Pairs, first: Reader, second: Reader, *, device: str) -> None:
         samples = pairs.samples
         if len(samples) > _MAX_SAMPLES:
             samples = samples[np.linspace(0, len(samples) - 1, _MAX_SAMPLES).astype(np.int64)]
         pairs = pairs.select(samples)
-        self._images, self._texts = image(pairs.image.rows), text(pairs.text.rows)
+        self._inputs = first(pairs.first.rows), second(pairs.second.rows)
         self._positives = pairs.positives()
         self._device = device
 
     def recalls(self, pair: AlignedPair) -> dict[str, float]:
-        """Compute validation recall, `i2t r@1` to `t2i r@10`, each from 0 to 1."""
+        """Compute validation recall, such as `i2t r@1` to `t2i r@10`, each from 0 to 1."""
         pair.eval()
-        images = project(pair.image, self._images, device=self._device)
-        texts = project(pair.text, self._texts, device=self._device)
-        image, text = self._positives
+        first, second = (
+            project(tower, inputs, device=self._device) for tower, inputs in zip(pair.towers, self._inputs, strict=True)
+        )
+        of_first, of_second = self._positives
+        there, back = directions(pair.modalities)
         ranks = {
-            "i2t": best_ranks(images, texts, (image, text)),
-            "t2i": best_ranks(texts, images, (text, image)),
+            there: best_ranks(first, second, (of_first, of_second)),
+            back: best_ranks(second, first, (of_second, of_first)),
         }
         return {f"{direction} r@{k}": recall_at(ranks[direction], k) for direction in ranks for k in _KS}

@@ -125,7 +125,7 @@ class PartSettings:
     init_from: tuple[str, ...] = setting(
         (),
         "Run whose weights are the initialization of all parts, or of one: image=RUN. Repeat it for several parts.",
-        metavar="[PART=]RUN",
+        metavar="PART=RUN",
         recorded_by_default=False,
     )
     trainable: str | None = setting(
@@ -169,6 +169,13 @@ class TrainSettings:
     language: str | None = setting(None, "Use only captions of this language.", metavar="CODE")
     captions: Literal["draw", "all"] = setting(
         "draw", "For several captions per sample: draw one per epoch, or use all as positives."
+    )
+    views: tuple[str, ...] = setting(
+        (),
+        "Read items from views of their feature, drawn in each epoch with these weights: image=plain:0.5,flip:0.5; "
+        "plain is the feature itself. May be repeated for the other modality.",
+        metavar="MODALITY=VIEW:WEIGHT,…",
+        recorded_by_default=False,
     )
     selection: str | None = setting(
         None,

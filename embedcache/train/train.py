@@ -1,6 +1,6 @@
 """Train a pair of projectors on cached features, into a run folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,7 @@ from embedcache.progress import NullProgress, Progress
 from embedcache.projectors.base import PROJECTORS, has_token_input, split_names
 from embedcache.projectors.pair import AlignedPair
 from embedcache.projectors.saved import PairConfig, build, config_path, count_cost, read_config, save_pair, split_path
-from embedcache.provenance import (
-    digest_file,
-    record_stage,
-)
+from embedcache.provenance import digest, digest_file, record_stage
 from embedcache.registry import require
 from embedcache.train.batches import Batches, PairLoader
 from embedcache.train.data import Paths, TrainData, open_data
@@ -29,11 +26,12 @@ from embedcache.train.distributed import num_processes, process_group, process_r
 from embedcache.train.initialization import initialize
 from embedcache.train.loader import Loader
 from embedcache.train.losses import LOSSES
-from embedcache.train.pair import PairTask, Validation
+from embedcache.train.pair import PairTask, Validation, pair_parts
 from embedcache.train.parts import find_sources, load_parts, parse_trainable, source_digests
 from embedcache.train.run_folder import finish_run, reuse_run, start_run
 from embedcache.train.settings import ModelSettings, OptimizerSettings, TrainSettings
 from embedcache.train.trainer import OnEpoch, Trainer, seeded
+from embedcache.train.views import DrawnViews, parse_views
 from embedcache.units import metric_label
 
 _DEFAULT_BATCH_SIZE = 1024
@@ -50,7 +48,7 @@ class TrainReport:
         reused: whether the run existed already, with the same settings and features.
         num_samples: part -> samples with both features.
         num_parameters: trained parameters, the temperature included.
-        flops_per_pair: operations of a forward pass of both towers, for one image and one text.
+        flops_per_pair: operations of a forward pass of both towers, for one item each.
         best_epoch: epoch whose weights were kept; 0 is the initialization.
         recalls: validation recall at that epoch.
         pairs_per_s: training pairs per second, since the run started or resumed.
@@ -92,10 +90,11 @@ def train(
     *,
     image_feature: str | None = None,
     text_feature: str | None = None,
+    features: Mapping[str, str | None] | None = None,
     settings: TrainSettings | None = None,
     progress: Progress | None = None,
 ) -> TrainReport:
-    """Train projectors on an image and a text feature of one or several caches.
+    """Train projectors on features of two modalities, such as an image and a text feature, of one or several caches.
 
     The run folder gets `started.json`, `split.parquet`, `losses.jsonl`, `last.safetensors`, `record.json`,
     `model.safetensors` and, last, `config.json`; before that `checkpoint.pt`, from which an interrupted run resumes. A
@@ -107,6 +106,7 @@ def train(
         run_path: folder of the run.
         image_feature: `encoder/feature`, or several of one encoder joined by `+`; None: the only one.
         text_feature: as `image_feature`, of the captions.
+        features: modality -> feature, of any two modalities, instead of `image_feature` and `text_feature`.
         settings: settings of the run.
         progress: progress in training pairs.
 
@@ -128,9 +128,24 @@ def train(
     with process_group(settings.machine.device) as device:
         settings = replace(settings, machine=replace(settings.machine, device=device))
         data = open_data(
-            cache_paths, image_feature=image_feature, text_feature=text_feature, memory_bytes=settings.machine.memory
+            cache_paths,
+            _name_features(image_feature, text_feature, features),
+            memory_bytes=settings.machine.memory,
         )
         return train_on(data, run_path, settings, progress=progress)
+
+
+def _name_features(
+    image: str | None, text: str | None, features: Mapping[str, str | None] | None
+) -> Mapping[str, str | None]:
+    if features is None:
+        return {"image": image, "text": text}
+    if image is not None or text is not None:
+        raise SettingError(
+            f"feature: expected either features by modality or an image and a text feature, got {', '.join(features)} "
+            f"and {image or text}"
+        )
+    return features
 
 
 def train_on(
@@ -155,13 +170,13 @@ def train_on(
     config = PairConfig(
         projector=settings.model.projector,
         shared_width=settings.model.shared_width,
-        image=data.image,
-        text=data.text,
+        sides=data.tower_inputs,
         index_digest=data.index_digest,
         training=settings.to_json(),
         file_digests={
             **{name: digest_file(path) for name, path in files.items() if path and path.is_file()},
-            **{f"init_from {part}": digest for part, digest in init_digests.items()},
+            **{f"init_from {part}": value for part, value in init_digests.items()},
+            **_view_digests(data, settings),
         },
     )
     if config_path(run_path).is_file():
@@ -179,10 +194,23 @@ def train_on(
     return report
 
 
+def _view_digests(data: TrainData, settings: TrainSettings) -> dict[str, str]:
+    """Return the SHA-256 of the fingerprint of each view that is drawn."""
+    views = parse_views(settings.views)
+    for modality in views:
+        if modality not in data.sides:
+            raise SettingError(f"views: expected views of {' or '.join(data.sides)}, got {modality}")
+    return {
+        f"view {modality}@{view}": digest(features[0].fingerprint)
+        for modality, weights in views.items()
+        for view, features in data.open_views(modality, weights).items()
+    }
+
+
 def _check_features(data: TrainData, settings: TrainSettings) -> None:
     if settings.machine.tensorboard:
         require("tensorboard", extra="tensorboard")
-    for feature, name in zip((data.images[0], data.texts[0]), split_names(settings.model.projector), strict=True):
+    for feature, name in zip(data.features.values(), split_names(settings.model.projector), strict=True):
         if feature.has_tokens and not has_token_input(name):
             raise DataError(
                 f"{feature.name}: expected a vector feature for projector {name}, got a token feature; use a feature "
@@ -217,22 +245,29 @@ def _fit(
 
     run_on_first(make_split)
     split = read_split(path, data.caches)
-    training = _training_pairs(data, pairs, split, settings)
+    views = parse_views(settings.views)
+    training = _training_pairs(data, pairs, split, settings, views)
     validation = _shuffled_control(pairs.select(split.rows("val")), settings)
     if not len(validation.samples):
         raise DataError(f"validation part of {path}: expected samples with both features, got none; check --language")
-    batches, device = _batches(training, settings), settings.machine.device
+    drawn = [
+        data.draw_views(modality, views[modality], settings.seed) if modality in views else None
+        for modality in data.sides
+    ]
+    batches, device = _batches(training, settings, drawn), settings.machine.device
     with seeded(settings.seed, device):
         pair = build(config, dropout=settings.model.dropout).to(device)
-    sources = find_sources(settings.parts.init_from, PairTask.parts)
-    initialize(pair, training, data.read_image, data.read_text, _initialization(settings, sources), seed=settings.seed)
-    load_parts(pair, PairTask.parts, sources)
-    size = count_cost(config, data.images[0].item_shape, data.texts[0].item_shape)
-    load = PairLoader(image=data.read_image, text=data.read_text, device=device)
+    parts = pair_parts(pair)
+    sources = find_sources(settings.parts.init_from, parts)
+    initialize(pair, training, data.readers, _initialization(pair, settings, sources), seed=settings.seed)
+    load_parts(pair, parts, sources)
+    size = count_cost(config, {modality: feature.item_shape for modality, feature in data.features.items()})
+    first, second = data.readers.values()
+    load = PairLoader(drawn[0] or first, drawn[1] or second, device=device)
     task = PairTask(
         module=pair,
         loader=Loader(batches, load),
-        validation=None if process_rank() else Validation(validation, data.read_image, data.read_text, device=device),
+        validation=None if process_rank() else Validation(validation, first, second, device=device),
         loss=settings.loss,
         precision=settings.machine.precision,
         keys=data.keys,
@@ -245,7 +280,7 @@ def _fit(
         seed=settings.seed,
         run_path=run_path,
         progress=progress,
-        trainable=parse_trainable(settings.parts.trainable, PairTask.parts),
+        trainable=parse_trainable(settings.parts.trainable, parts),
         on_epoch=on_epoch,
     ).fit()
     counts: dict[str, int] = {part: split.parts.count(part) for part in PARTS}
@@ -263,24 +298,26 @@ def _fit(
     )
 
 
-def _initialization(settings: TrainSettings, sources: Mapping[str, Path]) -> ModelSettings:
+def _initialization(pair: AlignedPair, settings: TrainSettings, sources: Mapping[str, Path]) -> ModelSettings:
     """Return the settings of the initialization: random by default where a tower of another run replaces one."""
-    if settings.model.initialization is not None or not {"image", "text"} & sources.keys():
+    if settings.model.initialization is not None or sources.keys().isdisjoint(pair.modalities):
         return settings.model
     return replace(settings.model, initialization="random")
 
 
 def _optimizer_of(pair: AlignedPair, settings: TrainSettings) -> OptimizerSettings:
     """Return the settings of the optimizer; towers without parameters, such as those of asif, are not trained."""
-    has_parameters = any(True for tower in (pair.image, pair.text) for _ in tower.parameters())
+    has_parameters = any(True for tower in pair.towers for _ in tower.parameters())
     return settings.optimizer if has_parameters else replace(settings.optimizer, epochs=0)
 
 
-def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings) -> Pairs:
+def _training_pairs(
+    data: TrainData, pairs: Pairs, split: Split, settings: TrainSettings, views: Mapping[str, Mapping[str, float]]
+) -> Pairs:
     rows: Ints = split.rows("train")
     if settings.selection_path is not None:
         rows = np.intersect1d(rows, read_selection(settings.selection_path, data.caches))
-    training = pairs.select(rows)
+    training = data.with_views(pairs.select(rows), views) if views else pairs.select(rows)
     if not len(training.samples):
         named = "" if settings.selection is None else f" in selection {settings.selection_path}"
         raise DataError(f"training part{named}: expected samples with both features, got none; check --language")
@@ -288,16 +325,16 @@ def _training_pairs(data: TrainData, pairs: Pairs, split: Split, settings: Train
 
 
 def _shuffled_control(pairs: Pairs, settings: TrainSettings) -> Pairs:
-    """Assign each sample's captions to another sample if `shuffle_pairs` is set, so that only chance remains."""
+    """Assign each sample's second items, to another sample if `shuffle_pairs` is set, so that only chance remains."""
     if not settings.shuffle_pairs:
         return pairs
     samples = pairs.samples
     shuffled = np.random.default_rng(settings.seed).permutation(samples)
-    text = replace(pairs.text, samples=shuffled[np.searchsorted(samples, pairs.text.samples)])
-    return Pairs(image=pairs.image, text=text)
+    second = replace(pairs.second, samples=shuffled[np.searchsorted(samples, pairs.second.samples)])
+    return Pairs(first=pairs.first, second=second)
 
 
-def _batches(training: Pairs, settings: TrainSettings) -> Batches:
+def _batches(training: Pairs, settings: TrainSettings, views: Sequence[DrawnViews | None]) -> Batches:
     num_samples, batch_size = len(training.samples), settings.optimizer.batch_size
     if batch_size is not None and batch_size > num_samples:
         raise SettingError(
@@ -311,6 +348,7 @@ def _batches(training: Pairs, settings: TrainSettings) -> Batches:
         captions=settings.captions,
         block_rows=settings.block_rows or 1,
         mixup=settings.loss.mixup,
+        views=views,
     )
     if batches.smallest < num_processes():
         raise SettingError(

@@ -42,6 +42,7 @@ SAME_NOUN = {
 }
 """Options whose help differs between commands, and why they have one meaning all the same."""
 SAME_VALUE = {
+    "--feature": "train names features of two modalities",
     "--dtype": "derive stores labels, too",
     "--modality": "coverage can read both",
     "--part": "search can filter by any value of the column split; probe measures on two parts",

@@ -16,21 +16,21 @@ def pairs(draw: st.DrawFn) -> Pairs:
         contents = rng.integers(5, size=len(samples))
         return Items(rows=np.arange(len(samples)), samples=samples, contents=contents)
 
-    return Pairs(image=side(), text=side())
+    return Pairs(first=side(), second=side())
 
 
 @given(pairs())
 def test_positives_by_equal_content(pairs: Pairs) -> None:
     together = {
         (image, text)
-        for image, image_sample in zip(pairs.image.contents, pairs.image.samples, strict=True)
-        for text, text_sample in zip(pairs.text.contents, pairs.text.samples, strict=True)
+        for image, image_sample in zip(pairs.first.contents, pairs.first.samples, strict=True)
+        for text, text_sample in zip(pairs.second.contents, pairs.second.samples, strict=True)
         if image_sample == text_sample
     }
     expected = [
         (i, t)
-        for i, image in enumerate(pairs.image.contents)
-        for t, text in enumerate(pairs.text.contents)
+        for i, image in enumerate(pairs.first.contents)
+        for t, text in enumerate(pairs.second.contents)
         if (image, text) in together
     ]
     assert list(zip(*(array.tolist() for array in pairs.positives()), strict=True)) == expected
@@ -40,8 +40,8 @@ def test_positives_by_equal_content(pairs: Pairs) -> None:
 def test_joined_pairs_all_items_of_a_sample(pairs: Pairs) -> None:
     expected = [
         (i, t)
-        for i, image in enumerate(pairs.image.samples)
-        for t, text in enumerate(pairs.text.samples)
+        for i, image in enumerate(pairs.first.samples)
+        for t, text in enumerate(pairs.second.samples)
         if image == text
     ]
     assert list(zip(*(array.tolist() for array in pairs.all_pairs()), strict=True)) == expected

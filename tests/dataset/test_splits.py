@@ -18,7 +18,7 @@ from tests.toy import IMAGE, TEXT
 
 
 def split_of(cache_path: Path, settings: SplitSettings) -> Split:
-    data = open_data(cache_path, image_feature="open_toy/cls", text_feature="open_toy/mean", memory_bytes=10**9)
+    data = open_data(cache_path, {"image": "open_toy/cls", "text": "open_toy/mean"}, memory_bytes=10**9)
     return data.split(data.pairs(None), settings)
 
 
@@ -106,7 +106,7 @@ def test_split_round_trip(cache_path: Path, tmp_path: Path) -> None:
 
 
 def test_split_of_two_caches(cache_path: Path, two_caches: list[Path], tmp_path: Path) -> None:
-    data = open_data(two_caches, image_feature="open_toy/cls", text_feature="open_toy/mean", memory_bytes=10**9)
+    data = open_data(two_caches, {"image": "open_toy/cls", "text": "open_toy/mean"}, memory_bytes=10**9)
     split = data.split(data.pairs(None), SplitSettings(kind="key"))
     write_split(tmp_path / "split.parquet", split)
     first, second = data.caches

@@ -106,7 +106,7 @@ def test_train_on_projected_features(cache: Path, work: Path, tmp_path: Path) ->
     report = train(cache, tmp_path / "second", image=name, text=name)
     assert report.best_epoch is not None
     with pytest.raises(SettingError, match="the onnx format .*run: the feature vectors-projected/projected is derived"):
-        check_plain(read_config(tmp_path / "second").image, "onnx")
+        check_plain(read_config(tmp_path / "second").tower_input("image"), "onnx")
     with pytest.raises(SettingError, match="derived:run.* are derived from other features, so no raw image"):
         load(tmp_path / "second").encode_image([])
 

@@ -46,7 +46,7 @@ def test_other_cache_uses_its_column_split(run: Run, other: Path) -> None:
         row for row, part in enumerate(cache.samples["split"].to_pylist()) if part == "test"
     ]
     assert len(read_eval_split(cache, run, "all").samples) == 80
-    assert evaluate_retrieval(other, [run.path]).num_images == [50]
+    assert evaluate_retrieval(other, [run.path]).num_items["image"] == [50]
     with pytest.raises(
         DataError, match="expected val samples, got none, as its column split holds test, train; use --part"
     ):
@@ -67,7 +67,7 @@ def test_overlap_matches_comparing_all_pairs(cache_path: Path, run: Run, other: 
         trained = training_items(run, Cache(cache_path))
         exact, near = set(), set()
         for modality, name in (("image", "open_toy/cls"), ("text", "open_toy/mean")):
-            found, seen = getattr(ranking.pairs, modality), trained[modality]
+            found, seen = getattr(ranking.pairs, {"image": "first", "text": "second"}[modality]), trained[modality]
             own = type(seen.feature)([cache.feature(modality, name)])
             cosines = unit(own, found.rows) @ unit(seen.feature, seen.items.rows).T
             near |= set(found.samples[(cosines > overlap.COSINES[modality]).any(axis=1)])

@@ -44,15 +44,15 @@ def test_recall_matches_counting_by_hand(cache_path: Path, runs: list[Path]) -> 
     report = evaluate_retrieval(cache_path, runs[:1])
     cache = Cache(cache_path)
     ranking = rank(cache, load_runs(runs[:1])[0])
-    texts = np.array(cache.items("text")["text"].to_pylist())[ranking.pairs.text.rows]
-    own = texts[np.argsort(ranking.pairs.text.samples)]  # one caption per image, in the order of the images
+    texts = np.array(cache.items("text")["text"].to_pylist())[ranking.pairs.second.rows]
+    own = texts[np.argsort(ranking.pairs.second.samples)]  # one caption per image, in the order of the images
     hits = 0
-    for image, caption in zip(ranking.images, own, strict=True):
-        scores = ranking.texts @ image
+    for image, caption in zip(ranking.first, own, strict=True):
+        scores = ranking.second @ image
         best = scores[texts == caption].max()
         hits += int((scores[texts != caption] >= best).sum() < 5)
     assert report.recalls["i2t"]["r@5"].value == pytest.approx(hits / len(own))
-    assert report.num_images == report.num_texts == [75]
+    assert report.num_items["image"] == report.num_items["text"] == [75]
 
 
 def test_seeds_are_averaged(cache_path: Path, runs: list[Path]) -> None:

@@ -63,11 +63,11 @@ def prompt_cache(folder: Path, names: list[str], text: str = TEXT) -> Path:
 def test_accuracy_matches_counting_by_hand(labeled: Path, prompts: Path, runs: list[Path]) -> None:
     report, run, cache = evaluate_zero_shot(labeled, runs[:1], prompts), load_runs(runs[:1])[0], Cache(labeled)
     words = Cache(prompts).items("text")["text"].to_pylist()
-    texts = project(run.pair.text, Inputs(Cache(prompts).feature("text").gather(np.arange(len(words)))))
+    texts = project(run.pair.tower("text"), Inputs(Cache(prompts).feature("text").gather(np.arange(len(words)))))
     means = np.stack(
         [texts[[word.endswith(f" {name}") for word in words]].mean(axis=0) for name in COLOR_NAMES],
     )
-    images = project(run.pair.image, Inputs(cache.feature("image").gather(np.arange(100))))
+    images = project(run.pair.tower("image"), Inputs(cache.feature("image").gather(np.arange(100))))
     scores = images @ normalize(means).T
     truth = np.array([COLOR_NAMES.index(label) for label in cache.samples["label"].to_pylist()])
     right = scores.argmax(axis=1) == truth

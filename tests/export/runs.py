@@ -30,15 +30,15 @@ def make_run(
     inputs = {"image": tower_input("image", *image), "text": tower_input("text", *text)}
     torch.manual_seed(seed)
     pair = AlignedPair(
-        projector, image_width=inputs["image"].width, text_width=inputs["text"].width, shared_width=width
+        projector, widths={"image": inputs["image"].width, "text": inputs["text"].width}, shared_width=width
     )
     with torch.no_grad():
-        for tower in (pair.image, pair.text):
+        for tower in (pair.tower("image"), pair.tower("text")):
             _randomize(tower)
         pair.log_scale.fill_(2.5)
     split_path(path).write_bytes(b"a split")
     training = {"loss": {"name": "multi_positive"}, "optimizer": {"epochs": 3}, "split": {"kind": "key"}, "seed": 0}
-    config = PairConfig(projector=projector, shared_width=width, index_digest="rows", training=training, **inputs)
+    config = PairConfig(projector=projector, shared_width=width, index_digest="rows", training=training, sides=inputs)
     save_pair(path, pair, config)
     return path
 

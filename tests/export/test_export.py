@@ -73,7 +73,7 @@ def test_safetensors_recipe(tiny: dict[str, str], tmp_path: Path) -> None:
     out = features / np.linalg.norm(features, axis=1, keepdims=True) - tensors["image.mean"]
     out = out @ tensors["image.projector.linear.weight"].T
     out /= np.linalg.norm(out, axis=1, keepdims=True)
-    np.testing.assert_allclose(out, project(ExportRun.open(run).pair.image, Inputs(features)), atol=1e-5)
+    np.testing.assert_allclose(out, project(ExportRun.open(run).pair.tower("image"), Inputs(features)), atol=1e-5)
 
 
 def test_export_is_reused_or_refused(run: Path, tiny: dict[str, str], tmp_path: Path) -> None:

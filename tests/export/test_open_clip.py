@@ -74,7 +74,7 @@ def test_trained_preset(projector: str, cache: Path, tmp_path: Path) -> None:
     )
     assert train(cache, tmp_path / "run", settings=settings) is not None
     run = ExportRun.open(tmp_path / "run")
-    assert run.pair.image.length != 1, "the length of the features was learned"
+    assert run.pair.tower("image").length != 1, "the length of the features was learned"
     report = export_run("open-clip", tmp_path / "run", tmp_path / "model")
     assert max(report.differences.values()) < TOLERANCE
     _check_loads(tmp_path / "model", tmp_path / "run")

@@ -272,6 +272,6 @@ def test_photo_accuracy_equals_clip_benchmark(tmp_path: Path, monkeypatch: pytes
     assert 0 < ours["metrics"]["acc5"] < 1
     [loaded] = load_runs([run])
     prompts = Cache(tmp_path / "prompts")
-    classes = class_vectors(read_prompts(prompts, run_input(prompts, loaded.config, "text")), loaded.pair.text)
+    classes = class_vectors(read_prompts(prompts, run_input(prompts, loaded.config, "text")), loaded.pair.tower("text"))
     found = torch.load(tmp_path / "classes.pt", weights_only=True).T
     np.testing.assert_allclose(found, classes, atol=HALF)

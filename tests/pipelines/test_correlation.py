@@ -46,7 +46,7 @@ def trained(recall: float) -> RetrievalReport:
     recalls = {"i2t": {"r@10": exactly(recall)}, "t2i": {"r@10": exactly(recall + 0.1)}}
     return RetrievalReport(
         part="test", language=None, recalls=recalls, rank_metrics={}, curves={}, chance=recalls, by_seed=[recall],
-        num_images=[9], num_texts=[9], seeds=[0], overlap=None,
+        num_items={"image": [9], "text": [9]}, seeds=[0], overlap=None,
     )  # fmt: skip
 
 

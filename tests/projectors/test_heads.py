@@ -116,7 +116,7 @@ def test_unknown_projector_suggests_a_name() -> None:
 )
 def test_pair_sizes_match_the_paper(projector: str, text_width: int, shared_width: int, count: int) -> None:
     with torch.device("meta"):
-        pair = AlignedPair(projector, image_width=1024, text_width=text_width, shared_width=shared_width)
+        pair = AlignedPair(projector, widths={"image": 1024, "text": text_width}, shared_width=shared_width)
     assert sum(parameter.numel() for parameter in pair.parameters() if parameter.requires_grad) == count
 
 
@@ -149,22 +149,24 @@ def test_token_heads_match_the_paper() -> None:
 
 def test_pair_sets_dropout_of_token_heads() -> None:
     for name, dropout in (("cls_token", 0.3), ("token_mlp", 0.0)):
-        pair = AlignedPair(name, image_width=4, text_width=4, shared_width=4, dropout=dropout)
+        pair = AlignedPair(name, widths={"image": 4, "text": 4}, shared_width=4, dropout=dropout)
         assert {module.p for module in pair.modules() if isinstance(module, torch.nn.Dropout)} == {dropout}
 
 
 def config(projector: str) -> PairConfig:
     image, text = (TowerInput(feature="f", spec="s", fingerprint={}, width=width) for width in (6, 5))
-    return PairConfig(projector=projector, shared_width=4, image=image, text=text, index_digest="", training={})
+    return PairConfig(
+        projector=projector, shared_width=4, sides={"image": image, "text": text}, index_digest="", training={}
+    )
 
 
 def test_cost_matches_hand_count() -> None:
-    linear = count_cost(config("linear"), (6,), (5,))
+    linear = count_cost(config("linear"), {"image": (6,), "text": (5,)})
     assert (linear.parameters, linear.flops_per_pair) == (6 * 4 + 5 * 4 + 1, 2 * (6 * 4 + 5 * 4))
-    token = count_cost(config("token+linear"), (49, 6), (5,))
+    token = count_cost(config("token+linear"), {"image": (49, 6), "text": (5,)})
     assert token.flops_per_pair == 2 * (49 * 6 * 4 + 6 * 4 + 4 * 4 + 5 * 4)
     assert token.parameters == 12 + 2 * (6 * 4 + 4) + 4 * 4 + 4 + 5 * 4 + 1
-    asif = count_cost(config("asif"), (6,), (5,))
+    asif = count_cost(config("asif"), {"image": (6,), "text": (5,)})
     assert (asif.parameters, asif.flops_per_pair) == (1, 2 * (6 * 4 + 5 * 4))
 
 

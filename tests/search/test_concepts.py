@@ -74,7 +74,7 @@ def test_prompts_are_averaged(cache_path: Path, prompts: Path) -> None:
 def test_run_projects_prompts(cache_path: Path, prompts: Path, run_path: Path, modality: str) -> None:
     concepts = open_concepts(Cache(prompts), Vectors(cache_path, modality, run_path=run_path))
     pair, config = load_pair(run_path)
-    texts = project(pair.text, Inputs(Cache(prompts).feature("text").load()))
+    texts = project(pair.tower("text"), Inputs(Cache(prompts).feature("text").load()))
     expected = normalize(texts.reshape(len(NAMES), len(TEMPLATES), -1).mean(axis=1))
     np.testing.assert_allclose(concepts.vectors, expected, atol=1e-5)
     assert concepts.source["run_weights"] == config.weights_digest

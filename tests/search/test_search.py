@@ -28,8 +28,8 @@ def test_search_equals_brute_force(cache_path: Path, run_path: Path, index_path:
     cache = Cache(cache_path)
     pair, _ = load_pair(run_path)
     texts = cache.items("text")["text"].to_pylist()
-    images = project(pair.image, Inputs(cache.feature("image", "open_toy/cls").load()))
-    queries = project(pair.text, Inputs(cache.feature("text", "open_toy/mean").load()[:3]))
+    images = project(pair.tower("image"), Inputs(cache.feature("image", "open_toy/cls").load()))
+    queries = project(pair.tower("text"), Inputs(cache.feature("text", "open_toy/mean").load()[:3]))
     found = search(index_path, texts[:3], SearchSettings(k=5))
     for query, hits in zip(queries, found, strict=True):
         scores = images @ query
@@ -57,8 +57,8 @@ def test_search_with_token_run(cache_path: Path, tmp_path: Path) -> None:
     pair, _ = load_pair(tmp_path / "run")
     queries = cache.items("text")["text"].to_pylist()[:2]
     rows = np.arange(300)
-    images = project(pair.image, open_input(cache, "image", "open_toy/patches").read(rows))
-    vectors = project(pair.text, open_input(cache, "text", "open_toy/tokens").read(rows[:2]))
+    images = project(pair.tower("image"), open_input(cache, "image", "open_toy/patches").read(rows))
+    vectors = project(pair.tower("text"), open_input(cache, "text", "open_toy/tokens").read(rows[:2]))
     for query, hits in zip(vectors, search(tmp_path / "index", queries, SearchSettings(k=3)), strict=True):
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(images @ query)[::-1][:3], atol=2e-3)
 
@@ -149,7 +149,7 @@ def test_invalid_search_raises(cache_path: Path, index_path: Path, tmp_path: Pat
 
 def test_query_images_keys_and_vectors(cache_path: Path, image_folder: Path, run_path: Path, index_path: Path) -> None:
     pair, _ = load_pair(run_path)
-    images = project(pair.image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
+    images = project(pair.tower("image"), Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
     paths = [image_folder / "00005.png", image_folder / "00012.png"]
     queries = Queries(images=paths, keys=["00005", "00012"], vectors=3 * images[[5, 12]])
     assert queries.names == [*map(str, paths), "00005", "00012", "vector 0", "vector 1"]
@@ -165,8 +165,8 @@ def test_query_image_of_text_index(cache_path: Path, image_folder: Path, run_pat
     build_index(cache_path, tmp_path / "index", IndexSettings(run=run_path, modality="text"))
     pair, _ = load_pair(run_path)
     cache = Cache(cache_path)
-    image = project(pair.image, Inputs(cache.feature("image", "open_toy/cls").load()[5:6]))
-    texts = project(pair.text, Inputs(cache.feature("text", "open_toy/mean").load()))
+    image = project(pair.tower("image"), Inputs(cache.feature("image", "open_toy/cls").load()[5:6]))
+    texts = project(pair.tower("text"), Inputs(cache.feature("text", "open_toy/mean").load()))
     (hits,) = search(tmp_path / "index", Queries(images=[image_folder / "00005.png"]), SearchSettings(k=3))
     np.testing.assert_allclose([hit.score for hit in hits], -np.sort(-(texts @ image[0]))[:3], atol=2e-3)
 
@@ -183,9 +183,9 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_query_concept_is_mean_of_prompts(cache_path: Path, run_path: Path, index_path: Path, concepts: Path) -> None:
     pair, _ = load_pair(run_path)
     cache = Cache(concepts)
-    prompts = project(pair.text, Inputs(cache.feature("text", "open_toy/mean").load()))
+    prompts = project(pair.tower("text"), Inputs(cache.feature("text", "open_toy/mean").load()))
     mean = normalize(prompts[:2].mean(axis=0, keepdims=True))[0]
-    images = project(pair.image, Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
+    images = project(pair.tower("image"), Inputs(Cache(cache_path).feature("image", "open_toy/cls").load()))
     found = search(index_path, Queries(concepts=["red", "sky"], concept_cache=concepts), SearchSettings(k=3))
     np.testing.assert_allclose([hit.score for hit in found[0]], -np.sort(-(images @ mean))[:3], atol=1e-5)
     np.testing.assert_allclose([hit.score for hit in found[1]], -np.sort(-(images @ prompts[2]))[:3], atol=1e-5)

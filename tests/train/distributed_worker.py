@@ -24,7 +24,7 @@ def main(path: str) -> None:
     """Write a file that maps loss and options -> parameter -> gradient."""
     torch.manual_seed(0)
     tiles.TILE_ROWS, tiles.TILE_COLUMNS = 4, 5
-    pair = AlignedPair("linear", image_width=WIDTH, text_width=WIDTH, shared_width=4)
+    pair = AlignedPair("linear", widths={"image": WIDTH, "text": WIDTH}, shared_width=4)
     gradients = {}
     for name in LOSSES.paths:
         for mixup in (0.0, 1.0):
@@ -51,8 +51,10 @@ def _loader(mixup: float, captions: str) -> Loader:
     images, texts = rng.standard_normal((2, 2 * SAMPLES, WIDTH))
     text_samples = np.sort(np.concatenate([np.arange(SAMPLES), rng.integers(SAMPLES, size=SAMPLES)]))
     pairs = Pairs(
-        image=Items(rows=np.arange(SAMPLES), samples=np.arange(SAMPLES), contents=np.arange(SAMPLES) // 2),
-        text=Items(rows=np.arange(2 * SAMPLES), samples=text_samples, contents=rng.integers(SAMPLES, size=2 * SAMPLES)),
+        first=Items(rows=np.arange(SAMPLES), samples=np.arange(SAMPLES), contents=np.arange(SAMPLES) // 2),
+        second=Items(
+            rows=np.arange(2 * SAMPLES), samples=text_samples, contents=rng.integers(SAMPLES, size=2 * SAMPLES)
+        ),
     )
     batches = Batches(pairs, batch_size=SAMPLES, seed=0, mixup=mixup, captions=captions)  # type: ignore[arg-type]
 
@@ -62,7 +64,7 @@ def _loader(mixup: float, captions: str) -> Loader:
 
         return read
 
-    return Loader(batches, PairLoader(image=reader(images), text=reader(texts), device="cpu"))
+    return Loader(batches, PairLoader(reader(images), reader(texts), device="cpu"))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ def make_pairs(samples: int, *, seed: int) -> Pairs:
     rng = np.random.default_rng(seed)
     text_samples = np.sort(np.concatenate([np.arange(samples), rng.integers(samples, size=samples)]))
     return Pairs(
-        image=Items(rows=np.arange(samples) + 100, samples=np.arange(samples), contents=np.arange(samples)),
-        text=Items(
+        first=Items(rows=np.arange(samples) + 100, samples=np.arange(samples), contents=np.arange(samples)),
+        second=Items(
             rows=np.arange(len(text_samples)) + 500,
             samples=text_samples,
             contents=rng.integers(samples, size=len(text_samples)),
@@ -31,16 +31,16 @@ def test_epoch_has_every_sample_once(samples: int, size: int, seed: int, epoch: 
     batches = Batches(pairs, batch_size=size, seed=seed)
     epoch_batches = list(batches.epoch(epoch))
     assert len(epoch_batches) == batches.num_steps
-    sizes = [len(batch.image_rows) for batch in epoch_batches]
+    sizes = [len(batch.first_rows) for batch in epoch_batches]
     assert 2 <= min(sizes) == batches.smallest
     assert max(sizes) <= max(size, 3)
-    image_rows = np.concatenate([batch.image_rows for batch in epoch_batches])
-    text_rows = np.concatenate([batch.text_rows for batch in epoch_batches])
+    image_rows = np.concatenate([batch.first_rows for batch in epoch_batches])
+    text_rows = np.concatenate([batch.second_rows for batch in epoch_batches])
     assert sorted(image_rows) == list(range(100, 100 + samples))
-    assert (pairs.text.samples[text_rows - 500] == image_rows - 100).all()
+    assert (pairs.second.samples[text_rows - 500] == image_rows - 100).all()
     again = list(Batches(pairs, batch_size=size, seed=seed).epoch(epoch))
     for one, other in zip(epoch_batches, again, strict=True):
-        np.testing.assert_array_equal(one.text_rows, other.text_rows)
+        np.testing.assert_array_equal(one.second_rows, other.second_rows)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_epochs_differ_in_order_and_captions() -> None:
         {
             int(i): int(t)
             for batch in Batches(pairs, batch_size=50, seed=0).epoch(epoch)
-            for i, t in zip(batch.image_rows, batch.text_rows, strict=True)
+            for i, t in zip(batch.first_rows, batch.second_rows, strict=True)
         }
         for epoch in (0, 1)
     )
@@ -69,10 +69,10 @@ def test_positives_follow_contents() -> None:
     pairs = make_pairs(20, seed=1)
     (batch,) = Batches(pairs, batch_size=20, seed=0).epoch(0)
     positives = set(zip(*(positions.tolist() for positions in batch.positives), strict=True))
-    together = set(zip(pairs.text.samples.tolist(), pairs.text.contents.tolist(), strict=True))
-    for row, image in enumerate(batch.image_rows - 100):
-        for column, text in enumerate(batch.text_rows - 500):
-            assert ((row, column) in positives) == ((image, pairs.text.contents[text]) in together)
+    together = set(zip(pairs.second.samples.tolist(), pairs.second.contents.tolist(), strict=True))
+    for row, image in enumerate(batch.first_rows - 100):
+        for column, text in enumerate(batch.second_rows - 500):
+            assert ((row, column) in positives) == ((image, pairs.second.contents[text]) in together)
     assert {(row, row) for row in range(20)} <= positives
     assert (np.diff(batch.positives[0]) >= 0).all()
     assert len(positives) == len(batch.positives[0])
@@ -83,24 +83,26 @@ def test_positives_match_the_whole_relation(samples: int, seed: int) -> None:
     pairs = make_pairs(samples, seed=seed)
     relation = pairs.relation().toarray()
     for batch in Batches(pairs, batch_size=7, seed=seed).epoch(seed):
-        dense = np.zeros((len(batch.image_rows), len(batch.text_rows)), bool)
+        dense = np.zeros((len(batch.first_rows), len(batch.second_rows)), bool)
         dense[batch.positives] = True
-        contents = pairs.image.contents[batch.image_rows - 100], pairs.text.contents[batch.text_rows - 500]
+        contents = pairs.first.contents[batch.first_rows - 100], pairs.second.contents[batch.second_rows - 500]
         np.testing.assert_array_equal(dense, relation[np.ix_(*contents)])
 
 
 @pytest.mark.parametrize("image", ["cls", "patches"])
 @pytest.mark.parametrize("text", ["mean", "tokens"])
 def test_loaded_and_mapped_rows_are_equal(two_caches: list[Path], image: str, text: str) -> None:
-    names = {"image_feature": f"open_toy/{image}", "text_feature": f"open_toy/{text}"}
-    mapped, loaded = (open_data(two_caches, **names, memory_bytes=size) for size in (0, 10**9))
+    names = {"image": f"open_toy/{image}", "text": f"open_toy/{text}"}
+    mapped, loaded = (open_data(two_caches, names, memory_bytes=size) for size in (0, 10**9))
     assert mapped.is_mapped
     assert not loaded.is_mapped
     rows = np.random.default_rng(0).permutation(120)[:50]
-    for one, other in ((mapped.read_image, loaded.read_image), (mapped.read_text, loaded.read_text)):
+    for one, other in zip(mapped.readers.values(), loaded.readers.values(), strict=True):
         assert_same(one(rows), other(rows))
     caches = [Cache(path) for path in two_caches]
-    for row, tokens in zip(rows, zip(*mapped.read_text(rows), strict=True) if text == "tokens" else [], strict=False):
+    for row, tokens in zip(
+        rows, zip(*mapped.readers["text"](rows), strict=True) if text == "tokens" else [], strict=False
+    ):
         cache, own = (caches[0], row) if row < 40 else (caches[1], row - 40)
         (expected,) = cache.feature("text", "open_toy/tokens").gather_tokens(np.array([own]))
         np.testing.assert_array_equal(tokens[0][: tokens[1]], expected)

@@ -24,7 +24,7 @@ def test_two_caches_train_as_one(two_caches: list[Path], tmp_path: Path) -> None
     assert sum(report.num_samples.values()) == 120
     split = read_split(tmp_path / "run/split.parquet", [Cache(path) for path in two_caches])
     for path, parts in zip(two_caches, (split.parts[:40], split.parts[40:]), strict=True):
-        assert evaluate_retrieval(path, [tmp_path / "run"]).num_images == [parts.count("test")]
+        assert evaluate_retrieval(path, [tmp_path / "run"]).num_items["image"] == [parts.count("test")]
     assert run(two_caches, tmp_path / "run").reused
     with pytest.raises(FingerprintError, match="spine: "):
         run(two_caches[::-1], tmp_path / "run")
@@ -33,7 +33,7 @@ def test_two_caches_train_as_one(two_caches: list[Path], tmp_path: Path) -> None
 def test_other_cache_is_evaluated_as_a_whole(cache_path: Path, two_caches: list[Path], tmp_path: Path) -> None:
     run(two_caches, tmp_path / "run", epochs=0)
     report = evaluate_retrieval(cache_path, [tmp_path / "run"])
-    assert (report.part, report.num_images) == ("all samples", [300])
+    assert (report.part, report.num_items["image"]) == ("all samples", [300])
 
 
 def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_path: Path) -> None:
@@ -42,15 +42,13 @@ def test_caches_of_different_encoders_are_refused(two_caches: list[Path], tmp_pa
     with pytest.raises(FingerprintError, match=r"open_toy/cls of .*a .*c"):
         open_data(
             [two_caches[0], tmp_path / "c"],
-            image_feature="open_toy/cls",
-            text_feature="open_toy/mean",
+            {"image": "open_toy/cls", "text": "open_toy/mean"},
             memory_bytes=10**9,
         )
     with pytest.raises(DataError, match="expected caches of different samples, got the same in .*a and .*a; name one"):
         open_data(
             [two_caches[0], two_caches[0]],
-            image_feature="open_toy/cls",
-            text_feature="open_toy/mean",
+            {"image": "open_toy/cls", "text": "open_toy/mean"},
             memory_bytes=10**9,
         )
 

@@ -24,8 +24,8 @@ def make_pairs(num_samples: int = NUM_SAMPLES) -> Pairs:
     samples = np.arange(num_samples)
     texts = np.arange(2 * num_samples)
     return Pairs(
-        image=Items(rows=samples, samples=samples, contents=samples),
-        text=Items(rows=texts, samples=texts // 2, contents=texts),
+        first=Items(rows=samples, samples=samples, contents=samples),
+        second=Items(rows=texts, samples=texts // 2, contents=texts),
     )
 
 
@@ -51,9 +51,9 @@ def initialized(
     seed: int = 0,
 ) -> AlignedPair:
     torch.manual_seed(0)
-    pair = AlignedPair(projector, image_width=6, text_width=5, shared_width=shared_width).eval()
+    pair = AlignedPair(projector, widths={"image": 6, "text": 5}, shared_width=shared_width).eval()
     settings = ModelSettings(projector=projector, shared_width=shared_width, initialization=kind)
-    initialize(pair, pairs or make_pairs(), image, text, settings, seed=seed)
+    initialize(pair, pairs or make_pairs(), {"image": image, "text": text}, settings, seed=seed)
     return pair
 
 
@@ -69,17 +69,17 @@ def centered(values: np.ndarray) -> np.ndarray:
 
 def test_anchors_of_both_towers_are_the_same_pairs() -> None:
     pair = initialized("asif", shared_width=40)
-    images = (anchors(pair.image).numpy() @ centered(IMAGES).T).argmax(axis=1)
-    texts = (anchors(pair.text).numpy() @ centered(TEXTS).T).argmax(axis=1)
-    np.testing.assert_allclose(anchors(pair.image), centered(IMAGES)[images], atol=1e-5)
-    np.testing.assert_allclose(anchors(pair.text), centered(TEXTS)[texts], atol=1e-5)
+    images = (anchors(pair.tower("image")).numpy() @ centered(IMAGES).T).argmax(axis=1)
+    texts = (anchors(pair.tower("text")).numpy() @ centered(TEXTS).T).argmax(axis=1)
+    np.testing.assert_allclose(anchors(pair.tower("image")), centered(IMAGES)[images], atol=1e-5)
+    np.testing.assert_allclose(anchors(pair.tower("text")), centered(TEXTS)[texts], atol=1e-5)
     np.testing.assert_array_equal(images, texts // 2)
     assert len(set(texts)) == 40
 
 
 def test_training_image_is_nearest_to_its_anchors() -> None:
     pair = initialized("asif", shared_width=2 * NUM_SAMPLES)
-    projected = pair.image(torch.from_numpy(IMAGES))
+    projected = pair.tower("image")(torch.from_numpy(IMAGES))
     np.testing.assert_allclose(projected.max(dim=1).values, 1, atol=1e-4)
     assert (projected > 0.99).sum(dim=1).tolist() == [2] * NUM_SAMPLES
 
@@ -108,23 +108,23 @@ def test_one_pair_is_too_few() -> None:
     rows = np.zeros(1, np.int64)
     one = Items(rows=rows, samples=rows, contents=rows)
     with pytest.raises(DataError, match="got 1"):
-        initialized("linear", kind="random", pairs=Pairs(image=one, text=one))
+        initialized("linear", kind="random", pairs=Pairs(first=one, second=one))
 
 
 def test_token_towers_are_unchanged_and_unread() -> None:
     found = initialized("token", kind="random", image=unread, text=unread).state_dict()
     torch.manual_seed(0)
-    fresh = AlignedPair("token", image_width=6, text_width=5, shared_width=8).state_dict()
+    fresh = AlignedPair("token", widths={"image": 6, "text": 5}, shared_width=8).state_dict()
     assert all(torch.equal(found[name], value) for name, value in fresh.items())
     initialized("cls_token+token_mlp", image=unread, text=unread)
 
 
 def test_vector_tower_beside_token_tower_is_centered() -> None:
     pair = initialized("token+mlp", image=unread)
-    assert isinstance(pair.text, Tower)
-    np.testing.assert_allclose(pair.text.mean, normalize(TEXTS).mean(axis=0), atol=1e-6)
+    assert isinstance(pair.tower("text"), Tower)
+    np.testing.assert_allclose(pair.tower("text").mean, normalize(TEXTS).mean(axis=0), atol=1e-6)
     pair = initialized("asif+token", text=unread)
-    assert anchors(pair.image).any()
+    assert anchors(pair.tower("image")).any()
 
 
 @pytest.mark.parametrize("projector", ["token", "token+linear", "asif", "linear+glu"])
@@ -138,7 +138,7 @@ def test_closed_form_aligns_pairs(kind: Initialization) -> None:
     texts = np.repeat(IMAGES[:, :5], 2, axis=0)
     pair = initialized("linear", kind=kind, text=reader(texts))
     with torch.no_grad():
-        image, text = pair.image(torch.from_numpy(IMAGES)), pair.text(torch.from_numpy(texts[::2]))
+        image, text = pair.tower("image")(torch.from_numpy(IMAGES)), pair.tower("text")(torch.from_numpy(texts[::2]))
     np.testing.assert_allclose(image.pow(2).sum(dim=1).mean(), 1, atol=1e-3)
     sims = torch.nn.functional.normalize(image, dim=-1) @ torch.nn.functional.normalize(text, dim=-1).T
     assert (sims.argmax(dim=1) == torch.arange(NUM_SAMPLES)).float().mean() > 0.6

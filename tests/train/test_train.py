@@ -61,7 +61,7 @@ def test_run_folder_is_complete(cache_path: Path, tmp_path: Path) -> None:
     assert sum(losses[-4:]) < sum(losses[:4])  # of whole epochs: batches differ
     assert [line["epoch"] for line in log_lines(tmp_path / "run") if "validation" in line] == [0, 1, 2, 3]
     config = read_config(tmp_path / "run")
-    assert config.image.feature == IMAGE
+    assert config.tower_input("image").feature == IMAGE
     assert config.index_digest == Cache(cache_path).info.index_digest
     assert report.num_parameters == sum(p.numel() for p in load_pair(tmp_path / "run")[0].parameters())
 
@@ -115,9 +115,9 @@ def test_zero_epochs_keep_the_closed_form(cache_path: Path, tmp_path: Path) -> N
     pair, _ = load_pair(tmp_path / "run")
     vectors = Cache(cache_path).feature("image", IMAGE).load()
     unit = vectors.astype(np.float32) / np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
-    linear = (unit - pair.image.mean.numpy()) @ pair.image.projector.linear.weight.detach().numpy().T
+    linear = (unit - pair.tower("image").mean.numpy()) @ pair.tower("image").projector.linear.weight.detach().numpy().T
     linear /= np.linalg.norm(linear, axis=1, keepdims=True)
-    np.testing.assert_allclose(project(pair.image, Inputs(vectors)), linear, atol=1e-5)
+    np.testing.assert_allclose(project(pair.tower("image"), Inputs(vectors)), linear, atol=1e-5)
 
 
 def test_mapped_features_train_the_same(cache_path: Path, finished: Path, tmp_path: Path) -> None:
@@ -264,11 +264,9 @@ def test_weights_of_the_best_epoch_are_kept(cache_path: Path, tmp_path: Path) ->
     assert report.best_epoch == best != 6
     pair, _ = load_pair(tmp_path / "run")
     cache = Cache(cache_path)
-    pairs = train_module.open_data(cache_path, image_feature=IMAGE, text_feature="open_toy/mean", memory_bytes=10**9)
+    pairs = train_module.open_data(cache_path, {"image": IMAGE, "text": "open_toy/mean"}, memory_bytes=10**9)
     split = read_split(tmp_path / "run/split.parquet", [cache])
-    validation = Validation(
-        pairs.pairs(None).select(split.rows("val")), pairs.read_image, pairs.read_text, device="cpu"
-    )
+    validation = Validation(pairs.pairs(None).select(split.rows("val")), *pairs.readers.values(), device="cpu")
     assert validation.recalls(pair) == pytest.approx(scores[best])
 
 
@@ -287,7 +285,7 @@ def test_learning_rate_schedule() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    pair = AlignedPair("mlp", image_width=8, text_width=6, shared_width=4)
+    pair = AlignedPair("mlp", widths={"image": 8, "text": 6}, shared_width=4)
     optimizer = make_optimizer(pair, OptimizerSettings(weight_decay=0.3))
     decayed = {id(parameter) for parameter in optimizer.param_groups[0]["params"]}
     for name, parameter in pair.named_parameters():
@@ -296,7 +294,7 @@ def test_only_matrices_decay() -> None:
 
 
 def test_temperature_is_clamped() -> None:
-    pair = AlignedPair("linear", image_width=2, text_width=2, shared_width=2)
+    pair = AlignedPair("linear", widths={"image": 2, "text": 2}, shared_width=2)
     assert pair.temperature.item() == pytest.approx(0.07)
     for log_scale, expected in ((50.0, 0.001), (-50.0, 0.5)):
         torch.nn.init.constant_(pair.log_scale, log_scale)
@@ -306,9 +304,9 @@ def test_temperature_is_clamped() -> None:
 def test_nan_weights_are_refused(finished: Path) -> None:
     pair, _ = load_pair(finished)
     assert not pair.training
-    torch.nn.init.constant_(pair.image.projector.linear.weight, float("nan"))
+    torch.nn.init.constant_(pair.tower("image").projector.linear.weight, float("nan"))
     with pytest.raises(DataError, match="the projected feature .*NaN"):
-        project(pair.image, Inputs(np.ones((3, 48))))
+        project(pair.tower("image"), Inputs(np.ones((3, 48))))
 
 
 def test_nan_loss_names_step_and_temperature(cache_path: Path, tmp_path: Path) -> None:

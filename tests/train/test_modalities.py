@@ -1,0 +1,165 @@
+"""A pair of recordings and texts, from files to retrieval, search and export's refusal."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedcache.dataset.splits import read_split
+from embedcache.errors import DataError, SettingError
+from embedcache.evaluate.retrieval import evaluate_retrieval
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.projectors.saved import load_pair, read_config
+from embedcache.search.index import build_index
+from embedcache.search.queries import Queries
+from embedcache.search.search import search
+from embedcache.search.settings import IndexSettings
+from embedcache.sources.base import FileItem, Sample, TextItem
+from embedcache.store.cache import Cache
+from embedcache.train.settings import train_settings
+from embedcache.train.train import TrainReport, train
+from tests.cli.run import embedcache
+from tests.media_files import tone, wav
+from tests.media_toy import MEDIA
+from tests.toy import TEXT
+from tests.train.runs import log_lines
+
+FEATURES = {"audio": "open_media/mean", "text": "open_toy/mean"}
+PITCHES = {"low": 200, "middle": 700, "high": 1900, "shrill": 4000}
+VOLUMES = {"quiet": 0.05, "soft": 0.15, "loud": 0.45, "deafening": 1.0}
+
+
+class Sounds:
+    """A source of 160 tones, made from their number when they are read."""
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"type": "tests.train.test_modalities:Sounds", "path": "tones", "settings": {}}
+
+    def samples(self) -> Iterator[Sample]:
+        rng = np.random.default_rng(0)
+        for number in range(160):
+            pitch, volume = rng.choice(list(PITCHES)), rng.choice(list(VOLUMES))
+            item = FileItem(path=f"{number:03d} {volume} {pitch}.wav")
+            text = TextItem(text=f"a {volume} {pitch} tone")
+            yield Sample(key=f"{number:03d}", texts=(text,), files={"audio": (item,)})
+
+    def read(self, item: FileItem) -> bytes:
+        number, volume, pitch = item.path.removesuffix(".wav").split()
+        rng = np.random.default_rng(int(number))
+        samples = VOLUMES[volume] * tone(0.1, PITCHES[pitch] * rng.uniform(0.9, 1.1)) * rng.uniform(0.9, 1.1)
+        return wav(np.clip(samples, -1, 1))
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 160 recordings, each with a caption of its pitch and its volume. Not to be changed."""
+    path = tmp_path_factory.mktemp("sounds") / "cache"
+    settings = ExtractSettings(chunk_size=64)
+    extract(Sounds(), path, text_encoders=[TEXT], encoders={"audio": [MEDIA]}, settings=settings)
+    return path
+
+
+def run(cache_path: Path, run_path: Path, **options: Any) -> TrainReport:
+    defaults = {"shared_width": 8, "epochs": 10, "batch_size": 32, "split": "key", "lr": 0.01}
+    return train(cache_path, run_path, features=FEATURES, settings=train_settings({**defaults, **options}))
+
+
+@pytest.fixture(scope="module")
+def finished(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the recordings. Not to be changed."""
+    path = tmp_path_factory.mktemp("sound") / "run"
+    run(sounds, path)
+    return path
+
+
+def test_retrieval_of_recordings_beats_chance_and_control(sounds: Path, finished: Path, tmp_path: Path) -> None:
+    report = evaluate_retrieval(sounds, finished)
+    assert list(report.recalls) == ["a2t", "t2a"]
+    assert report.num_items == {"audio": [40], "text": [40]}
+    assert "40 recordings, 40 captions per run" in report.line()
+    run(sounds, tmp_path / "control", shuffle_pairs=True)
+    control = evaluate_retrieval(sounds, tmp_path / "control", is_control=True)
+    for direction in ("a2t", "t2a"):
+        chance = report.chance[direction]["r@5"].high
+        assert report.recalls[direction]["r@5"].value > chance + 0.1
+        assert control.recalls[direction]["r@5"].value < report.recalls[direction]["r@5"].value - 0.1
+
+
+def test_run_has_format_2_and_sides_by_modality(sounds: Path, finished: Path) -> None:
+    values = json.loads((finished / "config.json").read_text())
+    assert (values["format"], values["kind"], list(values["sides"])) == (2, "pair", ["audio", "text"])
+    assert values["sides"]["audio"]["feature"] == FEATURES["audio"]
+    config = read_config(finished)
+    assert {**values, **config.to_json()} == values
+    pair, _ = load_pair(finished)
+    assert {name.partition(".")[0] for name in pair.state_dict()} == {"audio", "text", "log_scale"}
+    assert run(sounds, finished).reused
+    validation = log_lines(finished)[0]["validation"]
+    assert {name.partition(" ")[0] for name in validation} == {"a2t", "t2a"}
+
+
+def test_strict_split_keeps_similar_recordings_together(sounds: Path, tmp_path: Path) -> None:
+    thresholds = {"other_cosine": 0.99999, "text_cosine": 0.999, "split": "strict"}
+    run(sounds, tmp_path / "run", **thresholds, epochs=0)
+    split = read_split(tmp_path / "run/split.parquet", [Cache(sounds)])
+    captions = Cache(sounds).items("text")["text"].to_pylist()
+    assert len(set(zip(captions, split.groups, strict=True))) == len(set(captions)) > 10
+    stored = json.loads((tmp_path / "run/config.json").read_text())["training"]["split"]
+    assert stored["other_cosine"] == 0.99999
+    with pytest.raises(SettingError, match="raise --other-cosine -1.0 and --text-cosine 0.7"):
+        run(sounds, tmp_path / "one", split="strict", other_cosine=-1.0)
+
+
+def test_parts_are_named_by_modality(sounds: Path, finished: Path, tmp_path: Path) -> None:
+    run(sounds, tmp_path / "run", init_from=(f"audio={finished}",), trainable="text", epochs=1)
+    assert read_config(tmp_path / "run").file_digests == {"init_from audio": read_config(finished).weights_digest}
+
+
+def test_index_of_recordings_is_searched_with_texts(sounds: Path, finished: Path, tmp_path: Path) -> None:
+    build_index(sounds, tmp_path / "index", IndexSettings(modality="audio", run=finished, min_recall=0.5))
+    (hits,) = search(tmp_path / "index", Queries(texts=["a deafening shrill tone"]))
+    assert sum("deafening" in hit.captions[0] for hit in hits) > sum("quiet" in hit.captions[0] for hit in hits)
+    with pytest.raises(DataError, match="image query: expected one of the modalities of the run, audio and text"):
+        search(tmp_path / "index", Queries(images=[np.zeros((4, 4, 3), np.uint8)]))  # type: ignore[list-item]
+
+
+def test_command_line_trains_and_shows_recordings(sounds: Path, tmp_path: Path) -> None:
+    options = "--feature text=open_toy/mean --feature audio=open_media/mean --split key --epochs 2 --shared-width 8"
+    outcome = embedcache("train", str(sounds), str(tmp_path / "run"), *options.split(), cwd=tmp_path)
+    assert outcome.code == 0, outcome.stderr
+    assert "a2t R@1" in outcome.stdout
+    again = embedcache("train", str(sounds), "again", "--config", "run/config.json", cwd=tmp_path)
+    assert again.code == 0, again.stderr
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    shown = embedcache("inspect", "run", cwd=tmp_path).stdout
+    assert "open_media/mean" in shown
+    page = embedcache(
+        "evaluate", "retrieval", str(sounds), "run", "--html", "p.html", "--output", "r.json", cwd=tmp_path
+    )
+    assert page.code == 0, page.stderr
+    assert "a2t R@1" in page.stdout
+    assert "Text to recordings" in (tmp_path / "p.html").read_text()
+    metrics = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert {name.partition("_")[0] for name in metrics} == {"audio", "text"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--feature", "audio=open_media/mean"], "expected features of two modalities, got audio"),
+        (
+            ["--feature", "sound=a", "--feature", "text=b"],
+            "--feature: expected MODALITY=VALUE with a modality of image",
+        ),
+        (["--feature", "audio=a", "--feature", "text=b", "--text-feature", "c"], "either features by modality or"),
+    ],
+)
+def test_wrong_features_are_named(sounds: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    outcome = embedcache("train", str(sounds), str(tmp_path / "run"), *words, cwd=tmp_path)
+    assert outcome.code == 1
+    assert message in " ".join(outcome.stderr.split())

@@ -1,0 +1,135 @@
+"""Views drawn per epoch: which view a row is read from, and runs that use them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedcache.arrays import Inputs, Ints
+from embedcache.dataset.inputs import Reader
+from embedcache.errors import FingerprintError, SettingError, UnknownNameError
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.projectors.saved import read_config
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from embedcache.train import trainer
+from embedcache.train.data import open_data
+from embedcache.train.settings import command_line, train_settings
+from embedcache.train.views import DrawnViews, parse_views, view_feature
+from tests.images import write_images
+from tests.toy import IMAGE, TEXT
+from tests.train.runs import log_lines, run
+
+VIEWS = ("image=plain:1,flip:3",)
+
+
+@pytest.fixture(scope="module")
+def flipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 90 images with their mirror images. Not to be changed."""
+    folder = tmp_path_factory.mktemp("flipped")
+    source = open_source(write_images(folder / "source", 90))
+    settings = ExtractSettings(features=("cls", "patches", "mean"), chunk_size=32, views=("flip",))
+    extract(source, folder / "cache", image_encoders=[IMAGE], text_encoders=[TEXT], settings=settings)
+    return folder / "cache"
+
+
+def constant(value: float) -> Reader:
+    def read(rows: Ints) -> Inputs:
+        return Inputs(np.stack([rows, np.full(len(rows), value)], axis=1).astype(np.float32))
+
+    return read
+
+
+def test_views_are_drawn_by_weight_seed_and_epoch() -> None:
+    probabilities = parse_views(["image=plain:1,flip:3", "text=plain,upper"])
+    assert probabilities == {"image": {"plain": 0.25, "flip": 0.75}, "text": {"plain": 0.5, "upper": 0.5}}
+    readers = {"plain": constant(0), "flip": constant(1)}
+
+    def draw(seed: int, epoch: int, side: int = 0) -> Ints:
+        views = DrawnViews(readers=readers, probabilities=probabilities["image"], num_rows=10_000, seed=seed, side=side)
+        return views.draw(epoch)
+
+    assert abs(draw(0, 0).mean() - 0.75) < 0.02
+    np.testing.assert_array_equal(draw(3, 4), draw(3, 4))
+    for other in (draw(0, 1), draw(1, 0), draw(0, 0, side=1)):
+        assert abs((draw(0, 0) == other).mean() - (0.75**2 + 0.25**2)) < 0.03  # independent
+    drawn = DrawnViews(readers=readers, probabilities=probabilities["image"], num_rows=9, seed=0)
+    rows = np.array([7, 2, 2, 5])
+    inputs = drawn.read(rows, np.array([1, 0, 1, 0]))
+    np.testing.assert_array_equal(inputs.values, [[7, 1], [2, 0], [2, 1], [5, 0]])
+
+
+def test_rows_come_from_the_drawn_view(flipped: Path) -> None:
+    data = open_data(flipped, {"image": "open_toy/cls", "text": "open_toy/mean"}, memory_bytes=10**9)
+    views = data.draw_views("image", {"plain": 0.5, "flip": 0.5}, 0)
+    rows, numbers = np.arange(90), views.draw(5)
+    found = views.read(rows, numbers).values
+    for number, name in enumerate(("open_toy/cls", "open_toy@flip/cls")):
+        expected = Cache(flipped).feature("image", name).gather(rows)
+        np.testing.assert_array_equal(found[numbers == number], expected[numbers == number])
+    assert set(numbers) == {0, 1}
+
+
+@pytest.mark.parametrize("options", [{}, {"mixup": 0.5}, {"image": "open_toy/patches", "projector": "token+mlp"}])
+def test_resume_with_views_is_identical(
+    flipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    options = {"views": VIEWS, "checkpoint_s": 0, "batch_size": 20, "initialization": "random", "epochs": 3, **options}
+    run(flipped, tmp_path / "whole", **options)
+    save_checkpoint, num_left = trainer.save_checkpoint, 4
+
+    def save(*args: Any) -> None:
+        nonlocal num_left
+        save_checkpoint(*args)
+        num_left -= 1
+        if not num_left:
+            raise InterruptedError
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    with pytest.raises(InterruptedError):
+        run(flipped, tmp_path / "run", **options)
+    monkeypatch.setattr(trainer, "save_checkpoint", save_checkpoint)
+    run(flipped, tmp_path / "run", **options)
+    for name in ("model.safetensors", "last.safetensors", "losses.jsonl", "config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_views_change_training_and_not_validation(flipped: Path, tmp_path: Path) -> None:
+    for name, views in (("none", ()), ("plain", ("image=plain",)), ("drawn", VIEWS)):
+        run(flipped, tmp_path / name, views=views, initialization="random", epochs=1, batch_size=20)
+    none, plain, drawn = (log_lines(tmp_path / name) for name in ("none", "plain", "drawn"))
+    assert none == plain
+    assert none[0]["validation"] == drawn[0]["validation"]
+    assert none[1]["loss"] != drawn[1]["loss"]
+
+
+def test_views_are_recorded_only_if_used(flipped: Path, tmp_path: Path) -> None:
+    run(flipped, tmp_path / "none", epochs=0, batch_size=20)
+    assert "views" not in json.loads((tmp_path / "none/config.json").read_text())["training"]
+    assert read_config(tmp_path / "none").file_digests == {}
+    run(flipped, tmp_path / "drawn", views=VIEWS, epochs=0, batch_size=20)
+    config = read_config(tmp_path / "drawn")
+    assert config.training["views"] == list(VIEWS)
+    assert set(config.file_digests) == {"view image@plain", "view image@flip"}
+    with pytest.raises(FingerprintError, match=r"training\.views"):
+        run(flipped, tmp_path / "drawn", views=("image=plain:1,flip:1",), epochs=0, batch_size=20)
+    assert command_line(train_settings({"views": VIEWS}))[:2] == ["--views", VIEWS[0]]
+
+
+@pytest.mark.parametrize(
+    "word", ["flip", "image", "picture=flip", "image=flip:x", "image=flip:0", "image=flip:-1", "image=a,a", "image=:1"]
+)
+def test_wrong_views_are_named(word: str) -> None:
+    with pytest.raises(SettingError, match="views: expected "):
+        parse_views([word])
+
+
+def test_missing_view_lists_what_there_is(flipped: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"open_toy@crop-0\.5/cls.*open_toy@flip/cls"):
+        run(flipped, tmp_path / "run", views=("image=plain,crop-0.5",), batch_size=20)
+    with pytest.raises(SettingError, match="views: expected views of image or text, got audio"):
+        run(flipped, tmp_path / "run", views=("audio=plain",), batch_size=20)
+    assert view_feature("a/cls+a/patches", "flip") == "a@flip/cls+a@flip/patches"
