@@ -1,7 +1,7 @@
 """Segmentation of points as a task: source training on labels, and adaptation on pseudo-labels of the target."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from embedcache.networks.points import (
     adapt_norms,
     class_weights,
     predict_points,
+    scale_entropy,
 )
 from embedcache.networks.saved import ModuleConfig, ModuleInput, load_module, save_module
 from embedcache.train.distributed import own_slice
@@ -253,6 +254,29 @@ def save_adapted_norms(
         adapt_norms(module[name], features[name])
     run_path.mkdir(parents=True, exist_ok=True)
     save_module(run_path, module.eval(), config)
+    return module
+
+
+def save_matched_entropy(
+    run_path: Path, features: Mapping[str, Floats], entropies: Mapping[str, float], matched_path: Path
+) -> PointNetworks:
+    """Scale the predictions of a run to given mean entropies on the target, and save the result as another run.
+
+    Args:
+        run_path: the run.
+        features: modality -> (N, D) features of the target.
+        entropies: modality to scale -> mean entropy in nats, see `embedcache.networks.points.scale_entropy`.
+        matched_path: folder of the new run.
+    """
+    module, config = load_module(run_path)
+    assert isinstance(module, PointNetworks)
+    temperatures = {
+        name: scale_entropy(module[name], np.asarray(features[name], np.float32), nats)
+        for name, nats in entropies.items()
+    }
+    training = {**config.training, "entropy in nats": dict(entropies), "temperature": temperatures}
+    matched_path.mkdir(parents=True, exist_ok=True)
+    save_module(matched_path, module.eval(), replace(config, training=training))
     return module
 
 

@@ -1,0 +1,352 @@
+"""Steps of source-free adaptation on cached features: caches of a street, source models, pseudo-labels, adaptation.
+
+Every step leaves files that a second call finds again: caches of features, derived features, runs, results.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from embedcache.arrays import Floats, Ints
+from embedcache.dataset.splits import Split, write_split
+from embedcache.derive.derive import Derivation, derive, derive_from_run
+from embedcache.derive.pseudo_labels import LabelQuality, entropy, label_quality
+from embedcache.derive.segmentation import lift_parameters
+from embedcache.extract.extract import extract
+from embedcache.extract.settings import ExtractSettings
+from embedcache.metrics.segmentation import count_frames, predict_together
+from embedcache.networks.points import PointNetworks, norm_gaps, predict_points
+from embedcache.networks.saved import ModuleInput, load_module
+from embedcache.projectors.saved import config_path
+from embedcache.settings import from_flat
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from embedcache.train.segmentation import (
+    PointData,
+    SegmentationInputs,
+    save_adapted_norms,
+    save_matched_entropy,
+    train_adaptation,
+    train_source,
+)
+from embedcache.train.settings import FitSettings
+from pipelines.worlds.street import KIND
+from pipelines.worlds.street_scene import CLASSES
+
+IMAGE_ENCODER = "lite:efficientnet-lite0,fit=448x224"
+PATCHES = tuple(f"layer{number}.patches" for number in (1, 3, 5, 11))
+FEATURES = {"image": "lifted/lifted", "points": "eigen/points"}
+"""Modality -> its feature of the points."""
+
+C = len(CLASSES)
+SOURCE, ORACLE = "source only", "oracle"
+FUSED = {"AF": ("agree", None), "EW": ("weight_by_entropy", None), "EW+HT": ("weight_by_entropy", 1.0)}
+"""Methods of the paper, which adapt both modalities with the same labels -> rule, and k of the hypothesis test."""
+
+VIEWS = {"2D": ("image",), "3D": ("points",), "2D+3D": ("image", "points")}
+"""What predicts: one network, or the sum of both networks' probabilities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """Which parts of the adaptation are used; the defaults are what the switch does.
+
+    Args:
+        threshold: a modality is adapted if its gap exceeds this.
+        norms_first: replace its norm statistics before the pseudo-labels are made.
+        gap_weighting: lower the weight of a modality in the fused labels by its gap.
+        test_k: k of the hypothesis test; None: no test.
+        consistency: weight of the imitation of the other modality.
+        entropy_matched: keep the mean entropy that the predictions had before training.
+        parts: parts of the network that are trained; None: all.
+    """
+
+    threshold: float = 0.3
+    norms_first: bool = True
+    gap_weighting: bool = True
+    test_k: float | None = 1.0
+    consistency: float = 0.1
+    entropy_matched: bool = True
+    parts: tuple[str, ...] | None = None
+
+
+def make_cache(location: str, path: Path) -> Path:
+    """Extract the features of a street and lift those of its images to the points; return the path."""
+    encoders = {"image": [IMAGE_ENCODER], "points": ["geometry:eigen", "fields:xyz,uv,label"]}
+    features = (*PATCHES, "points", "xyz", "uv", "label")
+    extract(
+        open_source(location, kind=KIND),
+        path,
+        encoders=encoders,
+        settings=ExtractSettings(features=features, chunk_size=16),
+    )
+    patches = [f"efficientnet-lite0/{name}" for name in PATCHES]
+    inputs = [("points", "fields/uv"), *(("image", name) for name in patches)]
+    parameters = lift_parameters(Cache(path), patches)
+    derive(path, Derivation(name="lifted", inputs=inputs, rule="lift", parameters=parameters))
+    return path
+
+
+def rows_of(cache: Path, split: str) -> Ints:
+    """Return the rows of the frames of one split; every frame has one cloud of points."""
+    return np.flatnonzero(np.array(Cache(cache).samples["split"].to_pylist()) == split)
+
+
+def read_points(cache: Path, split: str, modalities: Sequence[str]) -> PointData:
+    """Read the features of all points of one split into memory."""
+    rows, opened = rows_of(cache, split), Cache(cache)
+    labels = opened.feature("points", "fields/label").gather_tokens(rows)
+    features = {
+        name: np.concatenate(opened.feature("points", FEATURES[name]).gather_tokens(rows)) for name in modalities
+    }
+    lengths_G = np.array([len(values) for values in labels])
+    return PointData(features=features, labels_N=np.concatenate(labels)[:, 0].astype(np.int64), lengths_G=lengths_G)
+
+
+def inputs_of(cache: Path, modalities: Sequence[str], labels: str) -> SegmentationInputs:
+    """Describe what a run is trained on."""
+    sides = {}
+    for name in modalities:
+        feature = Cache(cache).feature("points", FEATURES[name])
+        sides[name] = ModuleInput(
+            modality="points",
+            feature=feature.name,
+            spec=feature.group.spec,
+            fingerprint=feature.fingerprint,
+            width=feature.item_shape[-1],
+        )
+    return SegmentationInputs(sides=sides, data_digest=f"{Cache(cache).info.index_digest} {labels}")
+
+
+def train_source_run(cache: Path, modality: str, run: Path, *, seed: int, epochs: int) -> Path:
+    """Train a network of one modality on its split of a source domain; every sixth frame validates. Return the run."""
+    data = read_points(cache, modality, [modality])
+    num_train = len(data.lengths_G) - max(1, len(data.lengths_G) // 6)
+    settings = from_flat(FitSettings, {"epochs": epochs, "lr": 3e-3, "batch_size": 2048, "seed": seed})
+    train_source(
+        data.frames(0, num_train),
+        data.frames(num_train, len(data.lengths_G)),
+        run,
+        inputs_of(cache, [modality], modality),
+        settings,
+        num_classes=C,
+    )
+    return run
+
+
+class Scenario:
+    """Two source runs and the cache of a target domain; results go into a folder.
+
+    Args:
+        sources: modality -> source run.
+        cache: cache of the target domain.
+        folder: for runs.
+        seed: random seed of the adaptation.
+        epochs: of the adaptation.
+    """
+
+    def __init__(self, sources: Mapping[str, Path], cache: Path, folder: Path, *, seed: int, epochs: int) -> None:
+        self.cache, self.folder, self.seed, self.epochs = cache, folder, seed, epochs
+        self.target, self.test = (read_points(cache, name, list(sources)) for name in ("target", "test"))
+        self.sources = self.adapt_norms(sources, [], "source")
+
+    @cached_property
+    def module(self) -> PointNetworks:
+        """The source networks."""
+        return _load(self.sources)
+
+    @cached_property
+    def gaps(self) -> dict[str, float]:
+        """Modality -> gap between source and target, the mean over both normalizations; needs no labels."""
+        return {
+            name: float(np.mean(norm_gaps(self.module[name], np.asarray(self.target.features[name], np.float32))))
+            for name in FEATURES
+        }
+
+    @cached_property
+    def split(self) -> Path:
+        """Split of the target cache in which the frames to adapt to are the training part."""
+        path = self.folder / "target.parquet"
+        if not path.is_file():
+            samples = Cache(self.cache).samples
+            parts = ["train" if split == "target" else "" for split in samples["split"].to_pylist()]
+            keys = samples["key"].to_pylist()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_split(path, Split(keys=keys, parts=parts, groups=list(range(len(keys)))))
+        return path
+
+    def adapt_norms(self, sources: Mapping[str, Path], modalities: Sequence[str], name: str) -> Path:
+        """Join runs, replace the norm statistics of some modalities by those of the target; return the new run."""
+        run = self.folder / name
+        if not config_path(run).is_file():
+            save_adapted_norms(sources, self.target.features, modalities, run)
+        return run
+
+    def labels(
+        self, run: Path, *, rule: str, gaps: Mapping[str, float] | None = None, test_k: float | None = None
+    ) -> dict[str, str]:
+        """Derive pseudo-labels from the predictions of a run; return modality -> feature.
+
+        Args:
+            run: a run of both modalities.
+            rule: `certain`: each modality's own labels; `agree` (AF) or `weight_by_entropy` (EW): one for both.
+            gaps: modality -> gap that lowers its weight in EW.
+            test_k: k of the hypothesis test for points that EW leaves out; None: no test.
+        """
+        prob, hidden = ({m: self._output(run, f"{m}-{what}") for m in FEATURES} for what in ("prob", "hidden"))
+        if rule == "weight_by_entropy":
+            weights = {"gap": gaps["image"], "other_gap": gaps["points"]} if gaps else {}
+            fused = self._derive(run, "fused" + "-gap" * bool(gaps), rule, list(prob.values()), "prob", weights)
+            label = self._derive(run, f"{fused.split('/')[0]}-certain", "certain", [fused], "label")
+            if test_k is not None:
+                both = [feature for m in FEATURES for feature in (prob[m], hidden[m])]
+                name = f"{label.split('/')[0]}-test-{test_k:g}"
+                label = self._derive(run, name, "recover", [label, *both], "label", {"k": test_k})
+            return dict.fromkeys(FEATURES, label)
+        own = {m: self._derive(run, f"{m}-certain", "certain", [prob[m]], "label") for m in FEATURES}
+        if rule == "certain":
+            return own
+        return dict.fromkeys(FEATURES, self._derive(run, "agree", rule, list(own.values()), "label"))
+
+    def read_labels(self, feature: str) -> Ints:
+        """Return the pseudo-labels of all points to adapt to."""
+        values = Cache(self.cache).feature("points", feature).gather_tokens(rows_of(self.cache, "target"))
+        return np.concatenate(values)[:, 0].astype(np.int64)
+
+    def quality(self, feature: str) -> LabelQuality:
+        """Return coverage and accuracy of pseudo-labels; for reports only."""
+        return label_quality(self.read_labels(feature), self.target.labels_N)
+
+    def train(
+        self,
+        name: str,
+        start: Path,
+        labels: Mapping[str, Ints],
+        *,
+        consistency: float = 0.1,
+        parts: Sequence[str] | None = None,
+    ) -> Path:
+        """Adapt the modalities that have labels, from a run of both; return the new run."""
+        words = [f"{m}-{part}" for m in labels for part in parts] if parts else list(labels)
+        options = {
+            "epochs": self.epochs,
+            "lr": 1e-3,
+            "batch_size": 2048,
+            "seed": self.seed,
+            "init_from": tuple(f"{m}={start}" for m in FEATURES),
+            "trainable": "+".join(words),
+        }
+        train_adaptation(
+            self.target,
+            labels,
+            self.folder / name,
+            inputs_of(self.cache, list(FEATURES), name),
+            from_flat(FitSettings, options),
+            num_classes=C,
+            consistency=consistency,
+        )
+        return self.folder / name
+
+    def switch(self, name: str, options: Adaptation) -> tuple[Path, str | None]:
+        """Adapt the modalities whose gap exceeds the threshold; return the run and the labels' feature, if any."""
+        moved = [m for m in FEATURES if self.gaps[m] > options.threshold]
+        if not moved:
+            return self.sources, None
+        start = self.sources
+        if options.norms_first:
+            start = self.adapt_norms(dict.fromkeys(FEATURES, self.sources), moved, f"norms-{'-'.join(moved)}")
+        gaps = self.gaps if options.gap_weighting else None
+        feature = self.labels(start, rule="weight_by_entropy", gaps=gaps, test_k=options.test_k)["image"]
+        labels = dict.fromkeys(moved, self.read_labels(feature))
+        run = self.train(f"{name}-trained", start, labels, consistency=options.consistency, parts=options.parts)
+        if not options.entropy_matched:
+            return run, feature
+        if not config_path(self.folder / name).is_file():
+            before = {m: _predict(_load(start), m, self.target.features[m]) for m in moved}
+            entropies = {m: float(entropy(prob_NC).mean()) for m, prob_NC in before.items()}
+            save_matched_entropy(run, self.target.features, entropies, self.folder / name)
+        return self.folder / name, feature
+
+    def adapt_all(
+        self, switches: Mapping[str, Adaptation], *, baselines: bool = True
+    ) -> tuple[dict[str, Path], dict[str, str]]:
+        """Adapt with every method; return method -> run, and method -> feature of its pseudo-labels.
+
+        Args:
+            switches: name -> options of a switch.
+            baselines: whether to adapt with the methods that the switch is compared with.
+        """
+        runs, labels, start = {SOURCE: self.sources}, {}, dict.fromkeys(FEATURES, self.sources)
+        if baselines:
+            for name, (rule, test_k) in FUSED.items():
+                labels[name] = self.labels(self.sources, rule=rule, test_k=test_k)["image"]
+                runs[name] = self.train(name, self.sources, dict.fromkeys(FEATURES, self.read_labels(labels[name])))
+            own = self.labels(self.sources, rule="certain")
+            runs["certain"] = self.train("certain", self.sources, {m: self.read_labels(own[m]) for m in own})
+            by_gap = [m for m in FEATURES if self.gaps[m] > Adaptation.threshold]
+            runs["norm statistics"] = self.adapt_norms(start, list(FEATURES), "norms")
+            runs["norm statistics by the gap"] = self.adapt_norms(start, by_gap, "norms-by-gap")
+        for name, options in switches.items():
+            runs[name], feature = self.switch(name.replace(" ", "-"), options)
+            labels |= {name: feature} if feature else {}
+        runs[ORACLE] = self.train(ORACLE, self.sources, dict.fromkeys(FEATURES, self.target.labels_N))
+        return runs, labels
+
+    def evaluate(self, run: Path) -> dict[str, Ints]:
+        """Count the points of each test frame by true and predicted class: `2D`, `3D`, `2D+3D` -> (G, C, C)."""
+        predicted = self.predict(run)
+        return {
+            view: count_frames(self.test.labels_N, predicted_N, self.test.lengths_G, C)
+            for view, predicted_N in predicted.items()
+        }
+
+    def predict(self, run: Path) -> dict[str, Ints]:
+        """Return the predicted class of each point of the test frames: `2D`, `3D`, `2D+3D` -> (N,)."""
+        module = _load(run)
+        prob = {m: _predict(module, m, self.test.features[m]) for m in FEATURES}
+        return {view: predict_together(*(prob[m] for m in modalities)) for view, modalities in VIEWS.items()}
+
+    def _output(self, run: Path, output: str) -> str:
+        name = self._name(run, output)
+        derive_from_run(self.cache, run, output, name=name)
+        return f"{name}/{output}"
+
+    def _derive(
+        self,
+        run: Path,
+        name: str,
+        rule: str,
+        inputs: Sequence[str],
+        output: str,
+        parameters: Mapping[str, float] | None = None,
+    ) -> str:
+        prefix = self._name(run, "")
+        name = prefix + name.removeprefix(prefix)
+        has_fit = rule in {"certain", "recover"}
+        derivation = Derivation(
+            name=name,
+            inputs=[("points", feature) for feature in inputs],
+            rule=rule,
+            parameters=parameters or {},
+            dtype="int16" if output == "label" else "float16",
+            fit_split=self.split if has_fit else None,
+        )
+        derive(self.cache, derivation)
+        return f"{name}/{output}"
+
+    def _name(self, run: Path, what: str) -> str:
+        """Return a folder name in the cache of what is derived from a run."""
+        return f"{self.folder.parent.name}-{self.folder.name}-{run.name}-{what}"
+
+
+def _load(run: Path) -> PointNetworks:
+    module, _ = load_module(run)
+    assert isinstance(module, PointNetworks)
+    return module
+
+
+def _predict(module: PointNetworks, modality: str, features_ND: Floats) -> Floats:
+    return predict_points(module[modality], np.asarray(features_ND, np.float32)).prob_NC

@@ -1,0 +1,131 @@
+"""The page of an adaptation: tables, and frames with their points, as HTML and as Markdown with a figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.metrics.segmentation import predict_together
+from embedcache.networks.points import PointNetworks, predict_points
+from embedcache.networks.saved import load_module
+from embedcache.reports.base import Section, svg, write_report
+from embedcache.reports.segmentation import FrameRow, draw_frames
+from embedcache.sources import open_source
+from embedcache.store.cache import Cache
+from pipelines.adaptation import FEATURES, read_points, rows_of
+from pipelines.adaptation_results import (
+    Result,
+    interval_table,
+    label_table,
+    scenario_table,
+    summary_table,
+)
+from pipelines.common import markdown_table, write_markdown_page
+from pipelines.worlds.street import KIND, StreetSource
+from pipelines.worlds.street_scene import CLASSES, DOMAINS
+
+TITLE = "Adaptation of unimodal models to a multimodal target"
+NOTES = (
+    "Two models are trained on unpaired data of single modalities, then adapted to an unlabeled target in which images "
+    "and point clouds are paired; the source data are out of reach. The method is SUMMIT (ICCV 2023), with heads and "
+    "norm statistics on cached features instead of whole networks. Nothing here estimates its published figures.",
+    "The data are a made-up street, ray-cast: no real lidar with labels is in any package. Image features are real: "
+    "EfficientNet-Lite0 with ImageNet weights, blocks 1, 3, 5 and 11 at 448 x 224 pixels, interpolated at the points. "
+    "Features of points are the eigenvalues of their neighborhoods, not learned. Labels of source images are those of "
+    "their lidar points; source point clouds are other frames, without images.",
+    "mIoU in percent, over seven classes, of 14 test frames per domain: 2D / 3D / 2D+3D, the sum of both "
+    "probabilities. AF: labels on which both agree. EW: probabilities weighted by certainty; HT: labels recovered by a "
+    "hypothesis test. certain: each modality's own certain labels. norm statistics: those of the target, no labels. "
+    "switch: only a modality whose own gap exceeds 0.3 is adapted: norm statistics, then EW weighted by the gap, + HT, "
+    "then the entropy of the predictions is scaled back. oracle: the true labels of the same frames. The switch is "
+    "ours; the public code of the paper has none.",
+)
+
+
+def write_pages(
+    folder: Path,
+    results: Sequence[Result],
+    ablated: Sequence[Result],
+    methods: Sequence[str],
+    scenarios: Mapping[str, tuple[str, str, str]],
+    *,
+    unlike: Sequence[str],
+) -> None:
+    """Write `summit.html`, `summit.md` and `summit.svg` into the folder."""
+    chosen = [result for result in results if result.scenario not in unlike]
+    others = [result for result in results if result.scenario in unlike]
+    worlds, seeds = ({getattr(result, name) for result in results} for name in ("world", "seed"))
+    runs = f"worlds {_joined(worlds)}, seeds {_joined(seeds)}; settings were chosen on worlds 10 and 11"
+    sections = [
+        ("All scenarios but fog and roof", [runs], summary_table(chosen, methods)),
+        ("Each scenario", ["2D / 3D / 2D+3D, means over worlds and seeds."], scenario_table(results, methods)),
+        ("Pseudo-labels", ["Fraction of points with a label, and of those that are right."], label_table(results)),
+        ("Intervals", ["2D+3D with 95% intervals over test frames."], interval_table(results, "switch")),
+    ]
+    if others:
+        sections.insert(1, ("Shifts unlike those for choosing", [runs], summary_table(others, methods)))
+    if ablated:
+        names = list(ablated[0].counts)
+        note = "The switch with one part off, in the scenarios in which it moves; one world and seed."
+        sections.append(("Ablations", [note], scenario_table(ablated, names)))
+    figure = _frames(folder, results, scenarios)
+    summary = switch_line(chosen or results)
+    pages = [Section(title=title, notes=notes, table=table) for title, notes, table in sections]
+    frames = Section(title="Frames", notes=["The first test frame of each scenario that moves."], figures=[svg(figure)])
+    write_report(
+        folder / "summit.html",
+        title=TITLE,
+        summary=summary,
+        sections=[*pages, frames, Section(title="Notes", notes=NOTES)],
+    )
+    after = [
+        text
+        for title, notes, (columns, rows) in sections
+        for text in (f"## {title}", *notes, markdown_table(columns, rows))
+    ]
+    write_markdown_page(folder / "summit.md", TITLE, [*NOTES, summary], figure, after)
+
+
+def switch_line(results: Sequence[Result]) -> str:
+    """Return what the switch does over all results in a sentence."""
+    columns, (row,) = summary_table(results, ["switch"])
+    values = dict(zip(columns, row, strict=True))
+    return (
+        f"The switch changes the 2D+3D mIoU by {values['change']} on the mean of {len(results)} results: better by > 2 "
+        f"in {values['better by > 2']}, worse by > 0.5 in {values['worse by > 0.5']}; of all figures, "
+        f"{values['any view worse by > 0.5']} are worse by > 0.5, and {values['… beyond the interval']} beyond their "
+        f"interval; it closes {values['oracle distance']} of the distance to the oracle."
+    )
+
+
+def _frames(folder: Path, results: Sequence[Result], scenarios: Mapping[str, tuple[str, str, str]]) -> Any:
+    """Draw the first test frame of scenarios in which the switch moved, else of all."""
+    first = [result for result in results if (result.world, result.seed) == (results[0].world, results[0].seed)]
+    shown = [result for result in first if "switch" in result.labels] or first
+    rows = []
+    for result in shown[:5]:
+        domains = scenarios[result.scenario]
+        cache, runs = (
+            folder / f"world{result.world}" / domains[2],
+            folder / f"world{result.world}" / f"seed{result.seed}",
+        )
+        data = read_points(cache, "test", list(FEATURES)).frames(0, 1)
+        row = rows_of(cache, "test")[0]
+        key = Cache(cache).samples["key"][int(row)].as_py()
+        source = open_source(Cache(cache).info.source["path"], kind=KIND)
+        assert isinstance(source, StreetSource)
+        panels = {"truth": data.labels_N}
+        for name, run in (("source only", "source"), ("switch", "switch"), ("oracle", "oracle")):
+            path = runs / "-".join(domains) / run
+            module, _ = load_module(path if path.is_dir() else path.with_name("source"))
+            assert isinstance(module, PointNetworks)
+            prob = [predict_points(module[m], np.asarray(data.features[m], np.float32)).prob_NC for m in FEATURES]
+            panels[name] = predict_together(*prob)
+        image, uv_N2 = source.render(key, DOMAINS[domains[2]]), source.scan(key, DOMAINS[domains[2]])["uv"]
+        rows.append(FrameRow(title=result.scenario.replace(" → ", " →\n"), image=image, uv_N2=uv_N2, panels=panels))
+    return draw_frames(rows, CLASSES)
+
+
+def _joined(numbers: set[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))

@@ -1,0 +1,145 @@
+"""Results of adaptation as tables: per scenario, over all scenarios, and of the pseudo-labels."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.arrays import Ints
+from embedcache.files import write_atomic
+from embedcache.metrics.segmentation import bootstrap_iou_difference, bootstrap_mean_iou, mean_iou
+from embedcache.reports.base import Table
+from pipelines.adaptation import ORACLE, SOURCE, VIEWS
+
+BOTH = "2D+3D"
+_MARGIN = 0.005
+"""A mean IoU that is lower by more than this counts as harm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One scenario in one world with one seed.
+
+    Args:
+        gaps: modality -> gap.
+        counts: method -> view -> (G, C, C) confusion counts per test frame.
+        labels: method -> coverage and accuracy of its pseudo-labels.
+    """
+
+    scenario: str
+    world: int
+    seed: int
+    gaps: Mapping[str, float]
+    counts: Mapping[str, Mapping[str, Ints]]
+    labels: Mapping[str, Sequence[float]]
+
+    def write(self, path: Path) -> None:
+        """Write the result as JSON."""
+        counts = {m: {v: values.tolist() for v, values in views.items()} for m, views in self.counts.items()}
+        write_atomic(path, json.dumps({**vars(self), "counts": counts}).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """Read a result that `write` wrote."""
+        values: dict[str, Any] = json.loads(path.read_text())
+        counts = {m: {v: np.array(rows) for v, rows in views.items()} for m, views in values["counts"].items()}
+        return cls(**{**values, "counts": counts})
+
+    def iou(self, method: str, view: str = BOTH) -> float:
+        """Return the mean IoU of a method over all test frames."""
+        return mean_iou(self.counts[method][view].sum(axis=0))
+
+    def gain(self, method: str, view: str = BOTH) -> float:
+        """Return how much higher the mean IoU is than that of the source models."""
+        return self.iou(method, view) - self.iou(SOURCE, view)
+
+    def line(self, method: str) -> str:
+        """Return the change by a method in one line."""
+        gaps = " / ".join(f"{gap:.2f}" for gap in self.gaps.values())
+        ious = " / ".join(f"{100 * self.iou(SOURCE, view):.1f} to {100 * self.iou(method, view):.1f}" for view in VIEWS)
+        return f"{self.scenario}: gaps {gaps}; 2D / 3D / 2D+3D from {ious}"
+
+    def is_harmed(self, method: str, view: str) -> bool:
+        """Return whether the mean IoU is lower by more than 0.5 points, beyond the interval over frames."""
+        counts = self.counts[method][view], self.counts[SOURCE][view]
+        return self.gain(method, view) < -_MARGIN and bootstrap_iou_difference(*counts).high < -_MARGIN
+
+
+def summary_table(results: Sequence[Result], methods: Iterable[str]) -> Table:
+    """Return, per method, the change of 2D+3D against the source models over all results, and what it harms."""
+    columns = [
+        "",
+        "2D+3D",
+        "change",
+        "better by > 2",
+        "worse by > 0.5",
+        "any view worse by > 0.5",
+        "… beyond the interval",
+        "oracle distance",
+    ]
+    distance = sum(result.gain(ORACLE) for result in results)
+    rows = []
+    for method in methods:
+        gains = np.array([result.gain(method) for result in results])
+        views = [(result, view) for result in results for view in VIEWS]
+        num_worse = sum(result.gain(method, view) < -_MARGIN for result, view in views)
+        num_harmed = sum(result.is_harmed(method, view) for result, view in views)
+        rows.append([
+            method,
+            _points(np.mean([result.iou(method) for result in results])),
+            f"{100 * gains.mean():+.1f}",
+            f"{(gains > 0.02).sum()} of {len(gains)}",
+            f"{(gains < -_MARGIN).sum()} of {len(gains)}",
+            f"{num_worse} of {len(views)}",
+            f"{num_harmed} of {len(views)}",
+            f"{gains.sum() / distance:.0%}" if distance else "",
+        ])  # fmt: skip
+    return columns, rows
+
+
+def scenario_table(results: Sequence[Result], methods: Sequence[str]) -> Table:
+    """Return the mean IoU of 2D / 3D / 2D+3D per scenario and method, and the gaps; means over worlds and seeds."""
+    rows = []
+    for scenario in dict.fromkeys(result.scenario for result in results):
+        own = [result for result in results if result.scenario == scenario]
+        gaps = [np.mean([result.gaps[name] for result in own]) for name in ("image", "points")]
+        cells = [
+            " / ".join(f"{100 * np.mean([result.iou(method, view) for result in own]):.0f}" for view in VIEWS)
+            for method in methods
+        ]
+        rows.append([scenario, " / ".join(f"{gap:.2f}" for gap in gaps), *cells])
+    return ["", "gap 2D / 3D", *methods], rows
+
+
+def interval_table(results: Sequence[Result], method: str) -> Table:
+    """Return 2D+3D of the source models and of a method with 95% intervals over frames, for each result."""
+    rows = []
+    for result in results:
+        estimates = [bootstrap_mean_iou(result.counts[name][BOTH]) for name in (SOURCE, method)]
+        change = bootstrap_iou_difference(result.counts[method][BOTH], result.counts[SOURCE][BOTH])
+        cells = [f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]" for e in estimates]
+        change_text = f"{100 * change.value:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+        rows.append([result.scenario, f"{result.world}, {result.seed}", *cells, change_text])
+    return ["", "world, seed", SOURCE, method, "change"], rows
+
+
+def label_table(results: Sequence[Result]) -> Table:
+    """Return coverage and accuracy of each method's pseudo-labels per scenario, means over worlds and seeds."""
+    methods = list(dict.fromkeys(name for result in results for name in result.labels))
+    rows = []
+    for scenario in dict.fromkeys(result.scenario for result in results):
+        own = [result for result in results if result.scenario == scenario]
+        cells = []
+        for method in methods:
+            found = [result.labels[method] for result in own if method in result.labels]
+            coverage, accuracy = np.nanmean(found, axis=0) if found else (np.nan, np.nan)
+            cells.append(f"{coverage:.0%}, {accuracy:.1%}" if found else "none")
+        rows.append([scenario, *cells])
+    return ["coverage, accuracy", *methods], rows
+
+
+def _points(fraction: float | np.floating[Any]) -> str:
+    return f"{100 * fraction:.1f}"

@@ -1,0 +1,115 @@
+"""Source-free adaptation of unimodal models to multimodal targets, on a made-up street: SUMMIT (ICCV 2023).
+
+    python -m pipelines.summit work/                     # three worlds, two seeds; an hour or two on 2 cores
+    python -m pipelines.summit work/ --worlds 1 --seeds 0
+    python -m pipelines.summit work/ --tiny              # one scenario on a few frames
+
+Two models of single modalities are trained on unpaired data of a source domain: images with labeled points of some
+frames, point clouds of other frames. Only the two runs are left of the source. The target is unlabeled and paired.
+Results are kept in the folder; a second call goes on. The threshold and the other settings of the switch were chosen
+on worlds 10 and 11, without the scenarios of fog and of the camera on the roof.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from embedcache.cli.console import print_line, print_table
+from pipelines.adaptation import FEATURES, FUSED, ORACLE, SOURCE, Adaptation, Scenario, make_cache, train_source_run
+from pipelines.adaptation_page import write_pages
+from pipelines.adaptation_results import Result, summary_table
+
+SCENARIOS = {
+    "day → Singapore-like": ("day", "day", "sg"),
+    "day → dusk": ("day", "day", "dusk"),
+    "day → night": ("day", "day", "night"),
+    "A2D2-like → KITTI-like": ("a2", "a2", "sk"),
+    "2D day, 3D night → KITTI-like": ("day", "night", "sk"),
+    "2D night, 3D day → KITTI-like": ("night", "day", "sk"),
+    "2D day, 3D Singapore-like → KITTI-like": ("day", "sg", "sk"),
+    "2D Singapore-like, 3D day → KITTI-like": ("sg", "day", "sk"),
+}
+UNLIKE = {"day → fog": ("day", "day", "fog"), "day → camera on the roof": ("day", "day", "roof")}
+"""Scenario -> domains of the 2D source, the 3D source and the target; `UNLIKE` are shifts that chose nothing."""
+ABLATIONS = {
+    "norm statistics not replaced first": Adaptation(norms_first=False),
+    "no weighting by the gap": Adaptation(gap_weighting=False),
+    "no hypothesis test": Adaptation(test_k=None),
+    "no consistency": Adaptation(consistency=0.0),
+    "entropy not matched": Adaptation(entropy_matched=False),
+    "heads and norms only": Adaptation(parts=("heads", "norms")),
+}
+METHODS = (SOURCE, *FUSED, "certain", "norm statistics", "norm statistics by the gap", "switch", ORACLE)
+ABLATED = ("day → dusk", "day → night", "2D night, 3D day → KITTI-like", "day → headlight only")
+
+
+def main() -> None:
+    """Make caches, train source models, adapt in every scenario, write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument(
+        "--ablations", action="store_true", help="each part off, in the first world with the first seed"
+    )
+    parser.add_argument("--tiny", action="store_true", help="one scenario on a few frames")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    scenarios = {"day → night": SCENARIOS["day → night"]} if options.tiny else {**SCENARIOS, **UNLIKE}
+    worlds, seeds = (options.worlds[:1], options.seeds[:1]) if options.tiny else (options.worlds, options.seeds)
+    epochs, frames = (3, "frames=4,test=2") if options.tiny else (12, "frames=24,test=14")
+    results, folder = [], options.workdir
+    for world in worlds:
+        for seed in seeds:
+            for name, domains in scenarios.items():
+                results.append(run_scenario(folder / f"world{world}", name, domains, world, seed, epochs, frames))
+                print_line(f"world {world}, seed {seed}: {results[-1].line('switch')}")
+    ablated = []
+    if options.ablations:
+        for name, domains in {**scenarios, "day → headlight only": ("day", "day", "headlight")}.items():
+            if name in ABLATED:
+                place = (folder / f"world{worlds[0]}", name, domains, worlds[0], seeds[0], epochs, frames)
+                ablated.append(run_scenario(*place, ablations=ABLATIONS))
+    print_table(*summary_table([result for result in results if result.scenario not in UNLIKE], METHODS))
+    write_pages(folder, results, ablated, METHODS, scenarios, unlike=list(UNLIKE))
+
+
+def run_scenario(
+    folder: Path,
+    name: str,
+    domains: tuple[str, str, str],
+    world: int,
+    seed: int,
+    epochs: int,
+    frames: str,
+    ablations: Mapping[str, Adaptation] | None = None,
+) -> Result:
+    """Adapt with every method and measure on the test frames, unless the result is there already."""
+    runs = folder / f"seed{seed}"
+    path = runs / f"{'-'.join(domains)}{'-ablations' * bool(ablations)}.json"
+    if path.is_file():
+        return Result.read(path)
+    caches = {
+        domain: make_cache(f"world={world},domains={domain},{frames}", folder / domain)
+        for domain in dict.fromkeys(domains)
+    }
+    sources = {
+        modality: train_source_run(
+            caches[domain], modality, runs / f"source-{domain}-{modality}", seed=seed, epochs=epochs
+        )
+        for modality, domain in zip(FEATURES, domains, strict=False)
+    }
+    scenario = Scenario(sources, caches[domains[2]], runs / "-".join(domains), seed=seed, epochs=epochs)
+    switches = {"switch": Adaptation(), **(ablations or {})}
+    found, labels = scenario.adapt_all(switches, baselines=ablations is None)
+    counts = {method: scenario.evaluate(run) for method, run in found.items()}
+    quality = {method: scenario.quality(feature) for method, feature in labels.items()}
+    result = Result(scenario=name, world=world, seed=seed, gaps=scenario.gaps, counts=counts, labels=quality)
+    result.write(path)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcache.metrics.segmentation import mean_iou
+from embedcache.networks.saved import load_module
+from embedcache.store.cache import Cache
+from pipelines.adaptation import ORACLE, SOURCE
+from pipelines.adaptation_results import Result, label_table, scenario_table, summary_table
+from pipelines.summit import METHODS
+from tests.blocks import ROOT
+
+
+def make_result(scenario: str, *, switch: float, oracle: float = 0.9, source: float = 0.5, world: int = 1) -> Result:
+    """A result in which each method has that fraction of two classes right, in all views."""
+
+    def counts(right: float) -> dict[str, np.ndarray]:
+        frame = np.array(
+            [[round(1000 * right), 1000 - round(1000 * right)], [1000 - round(1000 * right), round(1000 * right)]]
+        )
+        return dict.fromkeys(("2D", "3D", "2D+3D"), np.stack([frame] * 4))
+
+    methods = {SOURCE: counts(source), "switch": counts(switch), ORACLE: counts(oracle)}
+    gaps, labels = {"image": 0.5, "points": 0.1}, {"switch": (0.5, 0.9)} if switch != source else {}
+    return Result(scenario=scenario, world=world, seed=0, gaps=gaps, counts=methods, labels=labels)
+
+
+def test_result_is_read_as_written(tmp_path: Path) -> None:
+    result = make_result("day", switch=0.7)
+    result.write(tmp_path / "result.json")
+    found = Result.read(tmp_path / "result.json")
+    assert (found.scenario, found.gaps, found.gain("switch")) == ("day", result.gaps, result.gain("switch"))
+    assert found.line("switch") == result.line("switch")
+
+
+def test_summary_counts_gains_and_harm() -> None:
+    results = [make_result("a", switch=0.7), make_result("b", switch=0.5), make_result("c", switch=0.4)]
+    columns, rows = summary_table(results, [SOURCE, "switch", ORACLE])
+    switch, oracle = (dict(zip(columns, row, strict=True)) for row in rows[1:])
+    gains = [mean_iou(np.array([[r, 1 - r], [1 - r, r]])) - 1 / 3 for r in (0.7, 0.5, 0.4)]
+    assert switch["change"] == f"{100 * np.mean(gains):+.1f}"
+    assert (switch["better by > 2"], switch["worse by > 0.5"]) == ("1 of 3", "1 of 3")
+    assert switch["any view worse by > 0.5"] == switch["… beyond the interval"] == "3 of 9"
+    full = mean_iou(np.array([[0.9, 0.1], [0.1, 0.9]])) - 1 / 3
+    assert switch["oracle distance"] == f"{sum(gains) / (3 * full):.0%}"
+    assert oracle["oracle distance"] == "100%"
+
+
+def test_tables_average_over_worlds() -> None:
+    results = [make_result("a", switch=0.5), make_result("a", switch=0.7, world=2)]
+    _, (row,) = scenario_table(results, ["switch"])
+    expected = 100 * np.mean([result.iou("switch") for result in results])
+    assert row == ["a", "0.50 / 0.10", " / ".join([f"{expected:.0f}"] * 3)]
+    assert label_table(results)[1] == [["a", "50%, 90.0%"]]
+    assert label_table(results[:1])[1] == [["a"]]
+
+
+@pytest.mark.slow
+def test_tiny_pipeline_runs_and_resumes(tmp_path: Path) -> None:
+    def run() -> str:
+        command = [sys.executable, "-m", "pipelines.summit", str(tmp_path), "--tiny"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    first = run()
+    result_path = tmp_path / "world1" / "seed0" / "day-day-night.json"
+    result = Result.read(result_path)
+    assert set(result.counts) == set(METHODS)
+    assert result.gaps["image"] > 0.3
+    for views in result.counts.values():
+        assert {view: counts.shape for view, counts in views.items()} == dict.fromkeys(("2D", "3D", "2D+3D"), (2, 7, 7))
+        assert len({counts.sum() for counts in views.values()}) == 1
+    assert result.iou(SOURCE, "2D") < result.iou("switch", "2D")
+    runs = result_path.with_suffix("")
+    for name in ("source", "AF", "EW+HT", "switch", ORACLE):
+        assert load_module(runs / name)[1].kind == "points"
+    labels = Cache(tmp_path / "world1" / "night").feature("points", "seed0-day-day-night-source-agree/label")
+    assert labels.dtype == "int16"
+    page = (tmp_path / "summit.html").read_text()
+    assert all(method in page for method in METHODS)
+    before = result_path.stat().st_mtime_ns
+    assert run().splitlines()[-3:] == first.splitlines()[-3:]
+    assert result_path.stat().st_mtime_ns == before
+    json.loads(result_path.read_text())
