@@ -73,8 +73,13 @@ class Adaptation:
     parts: tuple[str, ...] | None = None
 
 
-def make_cache(location: str, path: Path) -> Path:
-    """Extract the features of a street and lift those of its images to the points; return the path."""
+def make_cache(location: str, domain: str, path: Path) -> Path:
+    """Extract the features of one domain of a street and lift those of images to the points; return the path.
+
+    `dusk=0.5` is the domain `dusk` with a camera whose orientation is wrong by about 0.5 degrees.
+    """
+    name, _, calibration = domain.partition("=")
+    location = f"{location},domains={name}" + f",calibration={calibration}" * bool(calibration)
     encoders = {"image": [IMAGE_ENCODER], "points": ["geometry:eigen", "fields:xyz,uv,label"]}
     features = (*PATCHES, "points", "xyz", "uv", "label")
     extract(

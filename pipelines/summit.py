@@ -42,7 +42,9 @@ ABLATIONS = {
     "heads and norms only": Adaptation(parts=("heads", "norms")),
 }
 METHODS = (SOURCE, *FUSED, "certain", "norm statistics", "norm statistics by the gap", "switch", ORACLE)
-ABLATED = ("day → dusk", "day → night", "2D night, 3D day → KITTI-like", "day → headlight only")
+ABLATED = {name: SCENARIOS[name] for name in ("day → dusk", "day → night", "2D night, 3D day → KITTI-like")}
+ABLATED["day → night, headlight only"] = ("day", "day", "headlight")
+NOISES = {f"day → dusk, camera off by {noise}°": ("day", "day", f"dusk={noise}") for noise in (0, 0.5, 1, 2, 4)}
 
 
 def main() -> None:
@@ -67,11 +69,9 @@ def main() -> None:
                 results.append(run_scenario(folder / f"world{world}", name, domains, world, seed, epochs, frames))
                 print_line(f"world {world}, seed {seed}: {results[-1].line('switch')}")
     ablated = []
-    if options.ablations:
-        for name, domains in {**scenarios, "day → headlight only": ("day", "day", "headlight")}.items():
-            if name in ABLATED:
-                place = (folder / f"world{worlds[0]}", name, domains, worlds[0], seeds[0], epochs, frames)
-                ablated.append(run_scenario(*place, ablations=ABLATIONS))
+    for name, domains in {**ABLATED, **NOISES}.items() if options.ablations else ():
+        place = (folder / f"world{worlds[0]}", name, domains, worlds[0], seeds[0], epochs, frames)
+        ablated.append(run_scenario(*place, ablations=ABLATIONS if name in ABLATED else {}))
     print_table(*summary_table([result for result in results if result.scenario not in UNLIKE], METHODS))
     write_pages(folder, results, ablated, METHODS, scenarios, unlike=list(UNLIKE))
 
@@ -91,10 +91,7 @@ def run_scenario(
     path = runs / f"{'-'.join(domains)}{'-ablations' * bool(ablations)}.json"
     if path.is_file():
         return Result.read(path)
-    caches = {
-        domain: make_cache(f"world={world},domains={domain},{frames}", folder / domain)
-        for domain in dict.fromkeys(domains)
-    }
+    caches = {domain: make_cache(f"world={world},{frames}", domain, folder / domain) for domain in set(domains)}
     sources = {
         modality: train_source_run(
             caches[domain], modality, runs / f"source-{domain}-{modality}", seed=seed, epochs=epochs
