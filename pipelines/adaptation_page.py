@@ -40,7 +40,7 @@ NOTES = (
     "hypothesis test. certain: each modality's own certain labels. norm statistics: those of the target, no labels. "
     "switch: only a modality whose own gap exceeds 0.3 is adapted: norm statistics, then EW weighted by the gap, + HT, "
     "then the entropy of the predictions is scaled back. oracle: the true labels of the same frames. The switch is "
-    "ours; the public code of the paper has none. The oracle learns from more labeled frames than the source models, so "
+    "ours; the code of the paper has none. The oracle learns from more labeled frames than the source models, so "
     "it is above them even where there is no gap.",
 )
 
