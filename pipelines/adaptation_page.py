@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from embedcache.files import replacing, write_atomic
 from embedcache.metrics.segmentation import predict_together
 from embedcache.networks.points import PointNetworks, predict_points
 from embedcache.networks.saved import load_module
@@ -21,7 +22,7 @@ from pipelines.adaptation_results import (
     scenario_table,
     summary_table,
 )
-from pipelines.common import markdown_table, write_markdown_page
+from pipelines.common import markdown_table
 from pipelines.worlds.street import KIND, StreetSource
 from pipelines.worlds.street_scene import CLASSES, DOMAINS
 
@@ -54,7 +55,7 @@ def write_pages(
     *,
     unlike: Sequence[str],
 ) -> None:
-    """Write `summit.html`, `summit.md` and `summit.svg` into the folder."""
+    """Write `summit.html`, and `summit.md` with `summit.jpg`, into the folder."""
     chosen = [result for result in results if result.scenario not in unlike]
     others = [result for result in results if result.scenario in unlike]
     worlds, seeds = ({getattr(result, name) for result in results} for name in ("world", "seed"))
@@ -90,7 +91,10 @@ def write_pages(
         for title, notes, (columns, rows) in sections
         for text in (f"## {title}", *notes, markdown_table(columns, rows))
     ]
-    write_markdown_page(folder / "summit.md", TITLE, [*NOTES, summary], figure, after)
+    with replacing(folder / "summit.jpg") as temporary:
+        figure.savefig(temporary, format="jpg", dpi=110, pil_kwargs={"quality": 80})  # an SVG of photographs is 2 MB
+    blocks = [f"# {TITLE}", *NOTES, summary, f"![{TITLE}](summit.jpg)", *after]
+    write_atomic(folder / "summit.md", ("\n\n".join(blocks) + "\n").encode())
 
 
 def switch_line(results: Sequence[Result]) -> str:

@@ -15,6 +15,7 @@ from embedcache.reports.base import Table
 from pipelines.adaptation import ORACLE, SOURCE, VIEWS
 
 BOTH = "2D+3D"
+_SHORT = {"norm statistics": "norms", "norm statistics by the gap": "norms by gap", "source only": "source"}
 _MARGIN = 0.005
 """A mean IoU that is lower by more than this counts as harm."""
 
@@ -62,6 +63,10 @@ class Result:
         ious = " / ".join(f"{100 * self.iou(SOURCE, view):.1f} to {100 * self.iou(method, view):.1f}" for view in VIEWS)
         return f"{self.scenario}: gaps {gaps}; 2D / 3D / 2D+3D from {ious}"
 
+    def is_below_best(self, method: str) -> bool:
+        """Return whether 2D+3D is lower by more than 0.5 points than the best of the source models' 2D, 3D, 2D+3D."""
+        return self.iou(method) < max(self.iou(SOURCE, view) for view in VIEWS) - _MARGIN
+
     def is_harmed(self, method: str, view: str) -> bool:
         """Return whether the mean IoU is lower by more than 0.5 points, beyond the interval over frames."""
         counts = self.counts[method][view], self.counts[SOURCE][view]
@@ -78,6 +83,7 @@ def summary_table(results: Sequence[Result], methods: Iterable[str]) -> Table:
         "worse by > 0.5",
         "any view worse by > 0.5",
         "… beyond the interval",
+        "below the best source",
         "oracle distance",
     ]
     distance = sum(result.gain(ORACLE) for result in results)
@@ -95,6 +101,7 @@ def summary_table(results: Sequence[Result], methods: Iterable[str]) -> Table:
             f"{(gains < -_MARGIN).sum()} of {len(gains)}",
             f"{num_worse} of {len(views)}",
             f"{num_harmed} of {len(views)}",
+            f"{sum(result.is_below_best(method) for result in results)} of {len(gains)}",
             f"{gains.sum() / distance:.0%}" if distance else "",
         ])  # fmt: skip
     return columns, rows
@@ -111,7 +118,7 @@ def scenario_table(results: Sequence[Result], methods: Sequence[str]) -> Table:
             for method in methods
         ]
         rows.append([scenario, " / ".join(f"{gap:.2f}" for gap in gaps), *cells])
-    return ["", "gap 2D / 3D", *methods], rows
+    return ["", "gap 2D / 3D", *(_SHORT.get(method, method) for method in methods)], rows
 
 
 def interval_table(results: Sequence[Result], method: str) -> Table:

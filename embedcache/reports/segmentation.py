@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
@@ -35,7 +36,7 @@ class FrameRow:
     panels: dict[str, Ints]
 
 
-def draw_frames(rows: Sequence[FrameRow], class_names: Sequence[str], *, width: float = 13.0) -> object:
+def draw_frames(rows: Sequence[FrameRow], class_names: Sequence[str], *, width: float = 13.0) -> Figure:
     """Draw frames, one per row; return the figure. The panels of all rows have the same names."""
     names = list(rows[0].panels)
     height_px, width_px = rows[0].image.shape[:2]
@@ -59,7 +60,7 @@ def draw_frames(rows: Sequence[FrameRow], class_names: Sequence[str], *, width: 
         Line2D([], [], marker="o", linestyle="", color=color, label=name)
         for name, color in zip(class_names, CLASS_COLORS, strict=False)
     ]
-    figure = axes[0, 0].figure
+    figure: Figure = axes[0, 0].figure
     figure.legend(handles=handles, frameon=False, labelcolor=INK, loc="outside lower center", ncols=len(class_names))
     return figure
 

@@ -45,6 +45,7 @@ def test_summary_counts_gains_and_harm() -> None:
     assert switch["change"] == f"{100 * np.mean(gains):+.1f}"
     assert (switch["better by > 2"], switch["worse by > 0.5"]) == ("1 of 3", "1 of 3")
     assert switch["any view worse by > 0.5"] == switch["… beyond the interval"] == "3 of 9"
+    assert switch["below the best source"] == "1 of 3"
     full = mean_iou(np.array([[0.9, 0.1], [0.1, 0.9]])) - 1 / 3
     assert switch["oracle distance"] == f"{sum(gains) / (3 * full):.0%}"
     assert oracle["oracle distance"] == "100%"
