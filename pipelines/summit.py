@@ -17,9 +17,18 @@ from pathlib import Path
 import torch
 
 from embedcache.cli.console import print_line, print_table
-from pipelines.adaptation import FEATURES, FUSED, ORACLE, SOURCE, Adaptation, Scenario, make_cache, train_source_run
-from pipelines.adaptation_page import write_pages
-from pipelines.adaptation_results import Result, summary_table
+from pipelines.adaptation.page import write_pages
+from pipelines.adaptation.results import Result, summary_table
+from pipelines.adaptation.steps import (
+    FEATURES,
+    FUSED,
+    ORACLE,
+    SOURCE,
+    Adaptation,
+    Scenario,
+    make_cache,
+    train_source_run,
+)
 
 SCENARIOS = {
     "day → Singapore-like": ("day", "day", "sg"),

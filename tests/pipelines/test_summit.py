@@ -9,8 +9,8 @@ import pytest
 from embedcache.metrics.segmentation import mean_iou
 from embedcache.networks.saved import load_module
 from embedcache.store.cache import Cache
-from pipelines.adaptation import ORACLE, SOURCE
-from pipelines.adaptation_results import Result, label_table, scenario_table, summary_table
+from pipelines.adaptation.results import Result, label_table, scenario_table, summary_table
+from pipelines.adaptation.steps import ORACLE, SOURCE
 from pipelines.summit import METHODS
 from tests.blocks import ROOT
 

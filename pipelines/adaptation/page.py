@@ -14,14 +14,14 @@ from embedcache.reports.base import Section, svg, write_report
 from embedcache.reports.segmentation import FrameRow, draw_frames
 from embedcache.sources import open_source
 from embedcache.store.cache import Cache
-from pipelines.adaptation import FEATURES, ORACLE, SOURCE, read_points, rows_of
-from pipelines.adaptation_results import (
+from pipelines.adaptation.results import (
     Result,
     interval_table,
     label_table,
     scenario_table,
     summary_table,
 )
+from pipelines.adaptation.steps import FEATURES, ORACLE, SOURCE, read_points, rows_of
 from pipelines.common import markdown_table
 from pipelines.worlds.street import KIND, StreetSource
 from pipelines.worlds.street_scene import CLASSES, DOMAINS
@@ -42,7 +42,8 @@ NOTES = (
     "switch: only a modality whose own gap exceeds 0.3 is adapted: norm statistics, then EW weighted by the gap, + HT, "
     "then the entropy of the predictions is scaled back. oracle: the true labels of the same frames. The switch is "
     "ours; the code of the paper has none. The oracle learns from more labeled frames than the source models, so "
-    "it is above them even where there is no gap.",
+    "it is above them even where there is no gap. Produced by `python -m pipelines.summit work/ --ablations` on 2 CPU "
+    "cores.",
 )
 
 

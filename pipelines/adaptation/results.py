@@ -12,7 +12,7 @@ from embedcache.arrays import Ints
 from embedcache.files import write_atomic
 from embedcache.metrics.segmentation import bootstrap_iou_difference, bootstrap_mean_iou, mean_iou
 from embedcache.reports.base import Table
-from pipelines.adaptation import ORACLE, SOURCE, VIEWS
+from pipelines.adaptation.steps import ORACLE, SOURCE, VIEWS
 
 BOTH = "2D+3D"
 _SHORT = {"norm statistics": "norms", "norm statistics by the gap": "norms by gap", "source only": "source"}

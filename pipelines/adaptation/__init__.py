@@ -1,0 +1,1 @@
+"""Steps, results and pages of source-free adaptation, for `pipelines/summit.py`."""
